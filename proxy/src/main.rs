@@ -1,0 +1,2 @@
+//! rproxy
+fn main() {}
