@@ -1,1 +1,21 @@
-//! rproxy
+//! `rproxy` publishes container ports: it listens on host addresses and relays to backends.
+//!
+//! One engine, [`server::Server`], serves [`mapping::Mapping`]s. Two front ends start it:
+//! [`docker`], the userland proxy of dockerd, and [`standalone`], for people and scripts.
+
+pub mod addr;
+mod backoff;
+pub mod cli;
+pub mod console;
+pub mod demo;
+pub mod docker;
+pub mod listen;
+mod log_limit;
+pub mod mapping;
+pub mod runtime;
+pub mod server;
+pub mod signals;
+pub mod standalone;
+mod tcp;
+pub mod telemetry;
+mod worker;

@@ -4,3 +4,5 @@
 //! descriptors and plain values, return [`std::io::Result`], and hold neither policy nor logging.
 
 pub mod fd;
+pub mod socket;
+pub mod watch;

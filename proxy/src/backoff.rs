@@ -1,0 +1,46 @@
+//! Waiting between attempts that fail for a reason outside our control.
+
+use std::time::Duration;
+
+/// The first delay; net/http of Go starts with the same.
+const FIRST: Duration = Duration::from_millis(5);
+
+/// No delay is longer than this, so that a relay is back soon after descriptors are.
+const LONGEST: Duration = Duration::from_secs(1);
+
+/// Delays that double with each failure in a row.
+#[derive(Debug, Default)]
+pub(crate) struct Backoff {
+    failures: u32,
+}
+
+impl Backoff {
+    /// The delay before the next attempt.
+    pub(crate) fn next_delay(&mut self) -> Duration {
+        let delay = FIRST.saturating_mul(1_u32.checked_shl(self.failures).unwrap_or(u32::MAX));
+        self.failures = self.failures.saturating_add(1);
+        delay.min(LONGEST)
+    }
+
+    /// An attempt succeeded: the next failure starts anew.
+    pub(crate) fn reset(&mut self) {
+        self.failures = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn delays_double_up_to_a_second_and_start_anew_after_success() {
+        let mut backoff = Backoff::default();
+        let delays: Vec<_> = (0..10).map(|_| backoff.next_delay().as_millis()).collect();
+        assert_eq!(delays, [5, 10, 20, 40, 80, 160, 320, 640, 1000, 1000]);
+        for _ in 0..100 {
+            assert_eq!(backoff.next_delay(), LONGEST);
+        }
+        backoff.reset();
+        assert_eq!(backoff.next_delay(), FIRST);
+    }
+}

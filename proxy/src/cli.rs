@@ -1,0 +1,259 @@
+//! The command line of standalone use.
+
+use std::error::Error as _;
+use std::ffi::OsString;
+use std::str::FromStr;
+use std::time::Duration;
+
+use clap::error::{ContextKind, ContextValue, ErrorKind};
+use clap::{Args, Parser, Subcommand};
+use tracing_subscriber::filter::Targets;
+
+use crate::addr::{BackendAddr, HostAddr, Protocol};
+use crate::mapping::{Limits, Mapping};
+use crate::telemetry::{self, Format, LogConfig};
+
+/// A TCP relay that publishes container ports: it listens on host addresses and forwards to backends.
+///
+/// Started with docker-proxy's flags (-proto, -host-ip, …) it is dockerd's userland proxy.
+#[derive(Debug, Parser)]
+#[command(name = "rproxy", version, args_conflicts_with_subcommands = true)]
+#[command(after_help = "\
+Examples:
+  rproxy --host 0.0.0.0:80 --to 172.17.0.2:80     publish a port on all IPv4 addresses
+  rproxy --host [::]:80 --to 172.17.0.2:80        the same, for IPv4 and IPv6 clients
+  rproxy --host 127.0.0.1:0 --to 172.17.0.2:80    on a free port, which is printed
+  rproxy demo                                     see it work, without root or containers")]
+pub struct Cli {
+    /// What to do instead of serving mappings.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// The mappings and how they are served.
+    #[command(flatten)]
+    pub serve: Serve,
+}
+
+/// Something other than serving mappings.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Publish a built-in web page through a real mapping, and fetch it over IPv4 and IPv6
+    Demo {
+        /// End after the fetches, instead of serving until Ctrl-C
+        #[arg(long)]
+        once: bool,
+    },
+}
+
+/// The options of serving.
+#[derive(Args, Debug)]
+pub struct Serve {
+    /// Address and port to listen on, such as 0.0.0.0:80, [::]:80 or 127.0.0.1:0; goes with a --to
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    host: Vec<HostAddr>,
+    /// Address and port to forward to, for the --host at the same place
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    to: Vec<BackendAddr>,
+    /// Protocol: tcp
+    #[arg(long, default_value = "tcp")]
+    proto: Protocol,
+    /// Leave IPv4 clients out of [::]
+    #[arg(long)]
+    v6only: bool,
+    /// How long a backend may take to answer before its client is reset, or 'unlimited'
+    #[arg(long, value_name = "DURATION", default_value = "10s")]
+    connect_timeout: ConnectTimeout,
+    /// How long connections may go on after SIGTERM or SIGINT; 0 cuts them at once
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = parse_duration)]
+    pub drain_timeout: Duration,
+    /// Format of the log on standard error
+    #[arg(long, value_enum, default_value_t)]
+    log_format: Format,
+    /// What is logged: a level, or a list such as 'warn,rproxy::tcp=debug'
+    #[arg(long, value_name = "LEVEL", env = "RUST_LOG", default_value = "info", value_parser = telemetry::parse_filter)]
+    log_level: Targets,
+}
+
+impl Serve {
+    /// The mappings asked for, in order.
+    ///
+    /// # Errors
+    /// [`UsageError`]: a `--host` without its `--to` or the reverse, none at all, or a loop.
+    pub fn mappings(&self) -> Result<Vec<Mapping>, UsageError> {
+        let (hosts, backends) = (self.host.len(), self.to.len());
+        if hosts == 0 && backends == 0 {
+            return Err(UsageError::new(
+                "nothing to forward; give --host ADDRESS:PORT and --to ADDRESS:PORT",
+            ));
+        }
+        if let Some(host) = self.host.get(backends) {
+            return Err(UsageError::new(format!(
+                "--host {host}: its --to is missing; each --host goes with one"
+            )));
+        }
+        if let Some(to) = self.to.get(hosts) {
+            return Err(UsageError::new(format!(
+                "--to {to}: its --host is missing; each --to goes with one"
+            )));
+        }
+        let pairs = self.host.iter().zip(&self.to);
+        pairs.map(|(host, to)| self.mapping(*host, *to)).collect()
+    }
+
+    fn mapping(&self, host: HostAddr, backend: BackendAddr) -> Result<Mapping, UsageError> {
+        let mapping = Mapping { protocol: self.proto, host, backend, v6only: self.v6only };
+        mapping.refuse_loop().map_err(|error| UsageError::new(format!("--to {backend}: {error}")))
+    }
+
+    /// The limits for each mapping.
+    pub fn limits(&self) -> Limits {
+        Limits { connect_timeout: self.connect_timeout.0 }
+    }
+
+    /// The log asked for.
+    pub fn log(&self) -> LogConfig {
+        LogConfig { format: self.log_format, filter: self.log_level.clone() }
+    }
+}
+
+/// Parses the command line, without the program's name.
+///
+/// # Errors
+/// [`clap::Error`] for `--help` and `--version`, whose text goes to standard output, and
+/// [`UsageError`] inside [`Unparsed`] for what is wrong.
+pub fn parse(args: &[OsString]) -> Result<Cli, Unparsed> {
+    let args = std::iter::once("rproxy".into()).chain(args.iter().cloned());
+    Cli::try_parse_from(args).map_err(|error| match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => Unparsed::Asked(error.to_string()),
+        _ => Unparsed::Wrong(one_line(&error)),
+    })
+}
+
+/// A command line that does not lead to serving.
+#[derive(Debug)]
+pub enum Unparsed {
+    /// Help or version: the text that was asked for.
+    Asked(String),
+    /// A mistake.
+    Wrong(UsageError),
+}
+
+/// A mistake on the command line, in one line.
+#[derive(Debug, thiserror::Error)]
+#[error("rproxy: {0}")]
+pub struct UsageError(String);
+
+impl UsageError {
+    fn new(message: impl Into<String>) -> Self {
+        Self(message.into())
+    }
+}
+
+/// clap's message without its paragraphs: the argument, what is wrong with it, what would work.
+fn one_line(error: &clap::Error) -> UsageError {
+    let context = |kind| match error.get(kind) {
+        Some(ContextValue::String(text)) => Some(text.as_str()),
+        _ => None,
+    };
+    let argument = context(ContextKind::InvalidArg).and_then(|arg| arg.split_whitespace().next());
+    if let (Some(argument), Some(value), Some(reason)) =
+        (argument, context(ContextKind::InvalidValue), error.source())
+    {
+        return UsageError(format!("{argument} {value}: {reason}"));
+    }
+    let text = error.to_string();
+    let lines: Vec<_> = text.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:")).collect();
+    let message = lines.join(" ");
+    let message =
+        message.trim_start_matches("error: ").split("For more information").next().unwrap_or_default();
+    UsageError(format!("{}; `rproxy --help` lists what there is", message.trim()))
+}
+
+impl FromStr for Protocol {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "tcp" => Ok(Self::Tcp),
+            _ => Err("not a protocol that is relayed; tcp is".to_owned()),
+        }
+    }
+}
+
+/// A limit for connection attempts, or none.
+#[derive(Clone, Copy, Debug)]
+struct ConnectTimeout(Option<Duration>);
+
+impl FromStr for ConnectTimeout {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == "unlimited" {
+            return Ok(Self(None));
+        }
+        match parse_duration(text)? {
+            Duration::ZERO => Err("no backend answers in no time; write 'unlimited' for no limit".to_owned()),
+            limit => Ok(Self(Some(limit))),
+        }
+    }
+}
+
+/// Parses `10`, in seconds, or a number with a unit.
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    if let Ok(seconds) = text.parse() {
+        return Ok(Duration::from_secs(seconds));
+    }
+    humantime::parse_duration(text)
+        .map_err(|_err| "not a duration; write one such as 10s, 500ms or 2m".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn wrong(line: &str) -> String {
+        let args: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();
+        match parse(&args) {
+            Ok(cli) => cli.serve.mappings().expect_err(line).to_string(),
+            Err(Unparsed::Wrong(error)) => error.to_string(),
+            Err(Unparsed::Asked(text)) => panic!("{line}: {text}"),
+        }
+    }
+
+    #[test]
+    fn the_command_definition_is_consistent() {
+        <Cli as clap::CommandFactory>::command().debug_assert();
+    }
+
+    #[test]
+    fn mistakes_get_one_line_that_names_the_argument() {
+        for (line, part) in [
+            ("", "nothing to forward; give --host"),
+            ("--host 0.0.0.0:80", "--host 0.0.0.0:80: its --to is missing"),
+            ("--to 10.0.0.1:80", "--to 10.0.0.1:80: its --host is missing"),
+            ("--host 0.0.0.0 --to 10.0.0.1:80", "--host 0.0.0.0: the port is missing"),
+            ("--host 0.0.0.0:80 --to 10.0.0.1:0", "--to 10.0.0.1:0: port 0 cannot"),
+            ("--host :::80 --to 127.0.0.1:80", "--to 127.0.0.1:80: [::]:80 would forward to itself"),
+            ("--proto icmp", "--proto icmp: not a protocol"),
+            ("--connect-timeout 0", "--connect-timeout 0: no backend answers"),
+            ("--drain-timeout soon", "--drain-timeout soon: not a duration"),
+            ("--log-level loud", "--log-level loud: 'loud' names no level"),
+            ("--log-format xml", "--log-format"),
+            ("--hots 0.0.0.0:80", "--hots"),
+            ("--host", "--host"),
+            ("demo --twice", "--twice"),
+            ("dmeo", "dmeo"),
+        ] {
+            let message = wrong(line);
+            assert!(message.contains(part), "{line}: {message}");
+            assert!(message.starts_with("rproxy: ") && !message.contains('\n'), "{line}: {message}");
+        }
+    }
+
+    #[test]
+    fn durations_are_seconds_or_have_a_unit() {
+        assert_eq!(parse_duration("0"), Ok(Duration::ZERO));
+        assert_eq!(parse_duration("10"), Ok(Duration::from_secs(10)));
+        assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
+        assert!("unlimited".parse::<ConnectTimeout>().is_ok_and(|limit| limit.0.is_none()));
+    }
+}

@@ -1,0 +1,150 @@
+//! The front end for container runtimes: the command line and the descriptors of docker-proxy.
+//!
+//! The contract is that of moby's `cmd/docker-proxy/main_linux.go` and of its caller,
+//! `daemon/libnetwork/portmapper/proxy_linux.go`: Go flags; a status pipe at descriptor 3; and, with
+//! `-use-listen-fd`, the listener at descriptor 4. The runtime stops us with a signal and waits
+//! without a limit, so nothing is drained.
+
+mod flags;
+mod status;
+
+use std::ffi::OsString;
+use std::io;
+use std::process::ExitCode;
+
+use rproxy_sys::fd::claim_inherited;
+use tokio::runtime::Runtime;
+use tracing::{error, info, warn};
+
+pub use self::flags::{Flags, UsageError, is_docker_proxy_command};
+use self::status::StatusPipe;
+use crate::addr::{AddrError, BackendAddr, HostAddr, Protocol};
+use crate::console;
+use crate::listen::{self, AdoptError, BindError};
+use crate::mapping::{Limits, LoopError, Mapping};
+use crate::runtime::{new_runtime, raise_descriptor_limit};
+use crate::server::{Bound, Server};
+use crate::signals::StopSignals;
+use crate::telemetry::{self, LogConfig};
+
+/// The descriptor of the listener that `-use-listen-fd` speaks of.
+const LISTENER_FD: i32 = 4;
+
+/// Runs as docker-proxy until a signal ends it. `args` are those after the program's name.
+pub fn main(args: &[OsString]) -> ExitCode {
+    let status = StatusPipe::claim();
+    let flags = match Flags::parse(args) {
+        Ok(flags) => flags,
+        Err(usage) => {
+            console::err(&usage);
+            return ExitCode::from(2);
+        }
+    };
+    if flags.version {
+        let (commit, version) = (env!("RPROXY_COMMIT"), env!("CARGO_PKG_VERSION"));
+        console::out(&format_args!("docker-proxy (commit {commit}) version {version}"));
+        return ExitCode::SUCCESS;
+    }
+    telemetry::init(LogConfig::from_env());
+    raise_descriptor_limit();
+    let (runtime, server, mut stop) = match start(&flags) {
+        Ok(started) => started,
+        Err(error) => {
+            error!(%error, "cannot start");
+            report(status.failed(&error));
+            return ExitCode::FAILURE;
+        }
+    };
+    report(status.ready());
+    let signal = runtime.block_on(stop.next());
+    info!(signal, "ending");
+    server.abandon();
+    ExitCode::SUCCESS
+}
+
+/// Everything that has to be there before the runtime is told that clients are served.
+fn start(flags: &Flags) -> Result<(Runtime, Server, StopSignals), StartError> {
+    let setup = |step| move |source| StartError::Setup { step, source };
+    let bound = bind(flags)?;
+    let runtime = new_runtime().map_err(setup("create the event loop"))?;
+    let entered = runtime.enter();
+    let stop = StopSignals::catch().map_err(setup("catch signals"))?;
+    let server = Server::start(vec![bound], Limits::default()).map_err(setup("watch the listener"))?;
+    drop(entered);
+    Ok((runtime, server, stop))
+}
+
+/// A runtime that went away does not read its pipe any more; its signal is on its way.
+fn report(written: io::Result<()>) {
+    if let Err(error) = written {
+        warn!(%error, "cannot write to the status pipe");
+    }
+}
+
+/// Binds what the flags ask for, or adopts the listener that came with them.
+fn bind(flags: &Flags) -> Result<Bound, StartError> {
+    let mapping = mapping(flags)?;
+    if !flags.use_listen_fd {
+        return Ok(Bound::bind(mapping)?);
+    }
+    let fd = claim_inherited(LISTENER_FD).map_err(StartError::NoListener)?;
+    let listener = listen::adopt_tcp(fd).map_err(StartError::Listener)?;
+    Ok(Bound::adopt(mapping, listener))
+}
+
+fn mapping(flags: &Flags) -> Result<Mapping, StartError> {
+    let protocol = match flags.proto.as_str() {
+        "tcp" => Protocol::Tcp,
+        other => return Err(StartError::Protocol(other.to_owned())),
+    };
+    let port = |flag, port: i64| u16::try_from(port).map_err(|_err| StartError::Port { flag, port });
+    let host_port = port("-host-port", flags.host_port)?;
+    let container_port = port("-container-port", flags.container_port)?;
+    let mapping = Mapping {
+        protocol,
+        host: HostAddr::new(flags.host_ip, host_port),
+        backend: BackendAddr::new(flags.container_ip, container_port).map_err(StartError::Container)?,
+        // As Go's "tcp6": the runtime starts another proxy for IPv4.
+        v6only: true,
+    };
+    Ok(mapping.refuse_loop()?)
+}
+
+/// Why the proxy could not start; the runtime shows it to the user.
+#[derive(Debug, thiserror::Error)]
+enum StartError {
+    /// A protocol that is not relayed.
+    #[error("-proto {0}: this protocol is not supported; tcp is")]
+    Protocol(String),
+    /// A port that is missing or no port.
+    #[error("{flag} {port}: ports are numbers from 0 to 65535")]
+    Port {
+        /// The flag at fault.
+        flag: &'static str,
+        /// Its value; -1 if it was not given.
+        port: i64,
+    },
+    /// The container's address cannot be connected to.
+    #[error("-container-port: {0}")]
+    Container(#[source] AddrError),
+    /// The mapping leads to itself.
+    #[error(transparent)]
+    Loop(#[from] LoopError),
+    /// The host address cannot be bound.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// Nothing is open at descriptor 4.
+    #[error("-use-listen-fd: no socket was passed at descriptor 4: {0}")]
+    NoListener(#[source] io::Error),
+    /// Something else is open at descriptor 4.
+    #[error("-use-listen-fd: descriptor 4 cannot be used: {0}")]
+    Listener(#[source] AdoptError),
+    /// The runtime cannot be set up.
+    #[error("cannot {step}: {source}")]
+    Setup {
+        /// What was tried.
+        step: &'static str,
+        /// What the kernel answered.
+        source: io::Error,
+    },
+}

@@ -1,0 +1,47 @@
+//! The status pipe: how the runtime learns that the proxy serves, or why not.
+
+use std::fmt::Display;
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::OwnedFd;
+
+use nix::fcntl::{F_GETFL, OFlag, fcntl};
+use rproxy_sys::fd::claim_inherited;
+
+/// The descriptor of the status pipe.
+const STATUS_FD: i32 = 3;
+
+/// The status pipe, if the caller passed one. A person who tries the flags by hand did not.
+#[derive(Debug)]
+pub(super) struct StatusPipe(Option<File>);
+
+impl StatusPipe {
+    /// Claims descriptor 3, and marks it close-on-exec. Call it before anything opens a file.
+    pub(super) fn claim() -> Self {
+        let writable = |fd: &OwnedFd| {
+            fcntl(fd, F_GETFL).is_ok_and(|flags| {
+                let access = OFlag::from_bits_retain(flags) & OFlag::O_ACCMODE;
+                access != OFlag::O_RDONLY
+            })
+        };
+        Self(claim_inherited(STATUS_FD).ok().filter(writable).map(File::from))
+    }
+
+    /// Says that clients are served, and closes the pipe.
+    pub(super) fn ready(self) -> io::Result<()> {
+        self.send("0\n")
+    }
+
+    /// Says why not, and closes the pipe.
+    pub(super) fn failed(self, reason: &impl Display) -> io::Result<()> {
+        self.send(&format!("1\n{reason}"))
+    }
+
+    /// Writes in one call: moby reads the first two bytes with a single read.
+    fn send(self, status: &str) -> io::Result<()> {
+        match self.0 {
+            Some(mut pipe) => pipe.write_all(status.as_bytes()),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! The engine: bound mappings, the tasks that serve them, and how they end.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rproxy_sys::watch::Watched;
+use socket2::SockRef;
+use tokio::io::Interest;
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+use tracing::{info, warn};
+
+use crate::listen::{self, BindError};
+use crate::mapping::{Limits, Mapping};
+use crate::tcp::{Service, accept};
+use crate::worker::Workers;
+
+/// A mapping whose host address is bound: from here on, clients can connect.
+#[derive(Debug)]
+pub struct Bound {
+    mapping: Mapping,
+    listener: TcpListener,
+}
+
+impl Bound {
+    /// Binds the host address of `mapping`.
+    ///
+    /// # Errors
+    /// [`BindError`]
+    pub fn bind(mapping: Mapping) -> Result<Self, BindError> {
+        let listener = listen::bind_tcp(&mapping)?;
+        Ok(Self { mapping, listener })
+    }
+
+    /// Uses `listener` for `mapping`; where it listens is the business of whoever bound it.
+    pub fn adopt(mapping: Mapping, listener: TcpListener) -> Self {
+        Self { mapping, listener }
+    }
+
+    /// The mapping as it was asked for.
+    pub fn mapping(&self) -> &Mapping {
+        &self.mapping
+    }
+
+    /// The address that clients connect to, with the real port.
+    ///
+    /// # Errors
+    /// Those of getsockname(2).
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+}
+
+/// A running set of mappings.
+#[derive(Debug)]
+pub struct Server {
+    workers: Arc<Workers>,
+    listeners: Vec<Arc<Watched>>,
+    acceptors: Vec<JoinHandle<()>>,
+    stop: watch::Sender<()>,
+}
+
+impl Server {
+    /// Starts to serve `mappings` on the runtime of the calling thread, and on others when needed.
+    ///
+    /// # Errors
+    /// What epoll_ctl(2) answered for a listener.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn start(mappings: Vec<Bound>, limits: Limits) -> io::Result<Self> {
+        let workers = Arc::new(Workers::new(Handle::current()));
+        let (stop, stopped) = watch::channel(());
+        let mut server = Self { workers, listeners: Vec::new(), acceptors: Vec::new(), stop };
+        for Bound { mapping, listener } in mappings {
+            info!(%mapping, "serving");
+            let listener = Arc::new(Watched::new(listener, Interest::READABLE)?);
+            server.listeners.push(listener.clone());
+            server.acceptors.push(tokio::spawn(accept::accept_until(
+                stopped.clone(),
+                listener,
+                Arc::new(Service { mapping, limits }),
+                server.workers.clone(),
+            )));
+        }
+        Ok(server)
+    }
+
+    /// Stops accepting, and gives the connections `timeout` to end by themselves.
+    pub async fn drain(self, timeout: Duration) {
+        let Self { workers, listeners, acceptors, stop } = self;
+        drop((stop, listeners));
+        for acceptor in acceptors {
+            // A panic there has been reported where it happened, and stops nothing here.
+            drop(acceptor.await);
+        }
+        info!(connections = workers.connections(), ?timeout, "draining");
+        if tokio::time::timeout(timeout, workers.until_idle()).await.is_err() {
+            warn!(connections = workers.connections(), "drain timeout: cutting what is left");
+        }
+    }
+
+    /// Ends at once. The listeners stop to listen even if another process has them open too (a
+    /// runtime that bound them for us): no client is left waiting for someone to accept it.
+    pub fn abandon(self) {
+        for listener in &self.listeners {
+            if let Err(error) = SockRef::from(listener.as_ref()).shutdown(std::net::Shutdown::Both) {
+                warn!(%error, "cannot shut a listener down");
+            }
+        }
+    }
+}

@@ -1,0 +1,115 @@
+//! The front end for people: mappings from the command line, readiness on standard output.
+
+use std::ffi::OsString;
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use tokio::runtime::Runtime;
+use tracing::info;
+
+use crate::cli::{self, Cli, Command, Serve, Unparsed};
+use crate::listen::BindError;
+use crate::mapping::{Limits, Mapping};
+use crate::runtime::{new_runtime, raise_descriptor_limit};
+use crate::server::{Bound, Server};
+use crate::signals::StopSignals;
+use crate::{console, demo, telemetry};
+
+/// Runs what the command line asks for, until a signal ends it. `args` are those after the program's
+/// name.
+pub fn main(args: &[OsString]) -> ExitCode {
+    let cli = match cli::parse(args) {
+        Ok(cli) => cli,
+        Err(Unparsed::Asked(text)) => {
+            console::out(&text.trim_end());
+            return ExitCode::SUCCESS;
+        }
+        Err(Unparsed::Wrong(usage)) => return refuse(&usage),
+    };
+    match cli {
+        Cli { command: Some(Command::Demo { once }), .. } => demo::main(once),
+        Cli { command: None, serve } => serve_mappings(&serve),
+    }
+}
+
+fn refuse(usage: &impl fmt::Display) -> ExitCode {
+    console::err(usage);
+    ExitCode::from(2)
+}
+
+fn serve_mappings(options: &Serve) -> ExitCode {
+    let mappings = match options.mappings() {
+        Ok(mappings) => mappings,
+        Err(usage) => return refuse(&usage),
+    };
+    telemetry::init(options.log());
+    raise_descriptor_limit();
+    let (runtime, server, stop) = match start(&mappings, options.limits()) {
+        Ok(started) => started,
+        Err(error) => {
+            console::err(&format_args!("rproxy: {error}"));
+            return ExitCode::FAILURE;
+        }
+    };
+    runtime.block_on(until_stopped(server, stop, options.drain_timeout));
+    ExitCode::SUCCESS
+}
+
+/// Everything that has to be there before clients are told: all host addresses bound, or none.
+fn start(mappings: &[Mapping], limits: Limits) -> Result<(Runtime, Server, StopSignals), StartError> {
+    let setup = |step| move |source| StartError::Setup { step, source };
+    let bound: Vec<Bound> = mappings.iter().map(|mapping| Bound::bind(*mapping)).collect::<Result<_, _>>()?;
+    let runtime = new_runtime().map_err(setup("create the event loop"))?;
+    let entered = runtime.enter();
+    let stop = StopSignals::catch().map_err(setup("catch signals"))?;
+    let ready = ready_lines(&bound).map_err(setup("ask for the address of a listener"))?;
+    let server = Server::start(bound, limits).map_err(setup("watch the listeners"))?;
+    drop(entered);
+    for line in ready {
+        console::out(&line);
+    }
+    Ok((runtime, server, stop))
+}
+
+/// Serves until the first signal, drains until the second.
+async fn until_stopped(server: Server, mut stop: StopSignals, drain_timeout: Duration) {
+    let signal = stop.next().await;
+    info!(signal, "ending; once more ends at once");
+    tokio::select! {
+        () = server.drain(drain_timeout) => {}
+        signal = stop.next() => info!(signal, "ending at once"),
+    }
+}
+
+/// What `docker port` prints: `80/tcp -> 0.0.0.0:49153`.
+fn ready_lines(bound: &[Bound]) -> io::Result<Vec<ReadyLine>> {
+    let line = |bound: &Bound| Ok(ReadyLine { mapping: *bound.mapping(), addr: bound.local_addr()? });
+    bound.iter().map(line).collect()
+}
+
+struct ReadyLine {
+    mapping: Mapping,
+    addr: SocketAddr,
+}
+
+impl fmt::Display for ReadyLine {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Mapping { backend, protocol, .. } = self.mapping;
+        write!(f, "{}/{protocol} -> {}", backend.socket_addr().port(), self.addr)
+    }
+}
+
+/// Why serving could not start.
+#[derive(Debug, thiserror::Error)]
+enum StartError {
+    #[error("--host {}: {}", source.addr, source.reason())]
+    Bind {
+        #[from]
+        source: BindError,
+    },
+    #[error("cannot {step}: {source}")]
+    Setup { step: &'static str, source: io::Error },
+}

@@ -1,0 +1,145 @@
+//! One direction of a connection.
+
+use std::cell::RefCell;
+use std::future::poll_fn;
+use std::io;
+use std::task::{Context, Poll, ready};
+
+use tokio::net::TcpStream;
+
+use super::{bulk, pipe, stream};
+
+/// The size of the worker's copy buffer. Larger ones gain nothing over splicing, which takes over.
+const BUFFER_SIZE: usize = 64 * 1024;
+
+/// A half that fills the buffer this many times in a row is a bulk transfer.
+const BULK_AFTER: u32 = 4;
+
+thread_local! {
+    /// The buffer that all connections of this worker copy through: none of them keeps one while it
+    /// waits.
+    static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER_SIZE].into_boxed_slice());
+}
+
+/// How a direction ended. In each case what was read before was written, as far as the sink took it.
+#[derive(Debug)]
+pub(super) enum End {
+    /// The source sent its last byte.
+    Eof,
+    /// The source was reset, or failed in another way.
+    SourceFailed(io::Error),
+    /// The sink was reset, or failed in another way.
+    SinkFailed(io::Error),
+}
+
+/// Moves bytes from `source` to `sink` until one of them ends; adds to `moved` what `sink` took.
+pub(super) async fn pump(source: &TcpStream, sink: &TcpStream, moved: &mut u64) -> End {
+    loop {
+        let result = match poll_fn(|cx| copy(source, sink, moved, cx)).await {
+            Copied::Blocked(rest) => flush(&rest, source, sink, moved).await,
+            Copied::Bulk => match pipe::take() {
+                Some(pipe) => bulk::splice(pipe, source, sink, moved).await,
+                None => Ok(()),
+            },
+            Copied::Ended(end) => Err(end),
+        };
+        if let Err(end) = result {
+            return end;
+        }
+    }
+}
+
+/// Why copying stopped.
+enum Copied {
+    /// The sink took less than was read: this remains.
+    Blocked(Box<[u8]>),
+    /// So much flows that splicing is cheaper.
+    Bulk,
+    Ended(End),
+}
+
+/// Copies through the worker's buffer as long as there is something to read and the sink takes it.
+fn copy(source: &TcpStream, sink: &TcpStream, moved: &mut u64, cx: &mut Context<'_>) -> Poll<Copied> {
+    let mut full_reads = 0;
+    loop {
+        if let Err(error) = ready!(source.poll_read_ready(cx)) {
+            return Poll::Ready(Copied::Ended(End::SourceFailed(error)));
+        }
+        let step = BUFFER.with_borrow_mut(|buf| copy_once(source, sink, moved, buf));
+        match step {
+            Step::Moved { full: true } => full_reads += 1,
+            Step::Moved { full: false } => full_reads = 0,
+            Step::NotReady => {}
+            Step::Stop(copied) => return Poll::Ready(copied),
+        }
+        if full_reads == BULK_AFTER {
+            return Poll::Ready(Copied::Bulk);
+        }
+    }
+}
+
+/// What one read and one write came to.
+enum Step {
+    /// All that was read was written; `full` if the read filled the buffer.
+    Moved {
+        full: bool,
+    },
+    /// There was nothing to read after all.
+    NotReady,
+    Stop(Copied),
+}
+
+/// One read and, if it brought something, one write.
+fn copy_once(source: &TcpStream, sink: &TcpStream, moved: &mut u64, buf: &mut [u8]) -> Step {
+    let read = match stream::read(source, buf) {
+        Ok(0) => return Step::Stop(Copied::Ended(End::Eof)),
+        Ok(read) => read,
+        Err(error) if is_transient(&error) => return Step::NotReady,
+        Err(error) => return Step::Stop(Copied::Ended(End::SourceFailed(error))),
+    };
+    let written = match stream::write(sink, &buf[..read]) {
+        Ok(written) => written,
+        Err(error) if is_transient(&error) => 0,
+        Err(error) => return Step::Stop(Copied::Ended(End::SinkFailed(error))),
+    };
+    *moved += written as u64;
+    if written < read {
+        return Step::Stop(Copied::Blocked(buf[written..read].into()));
+    }
+    Step::Moved { full: read == buf.len() }
+}
+
+/// Writes all of `rest`, as the sink takes it.
+async fn flush(mut rest: &[u8], source: &TcpStream, sink: &TcpStream, moved: &mut u64) -> Result<(), End> {
+    while !rest.is_empty() {
+        match stream::write(sink, rest) {
+            Ok(written) => {
+                *moved += written as u64;
+                rest = &rest[written..];
+            }
+            Err(error) if is_transient(&error) => writable(source, sink).await?,
+            Err(error) => return Err(End::SinkFailed(error)),
+        }
+    }
+    Ok(())
+}
+
+/// Waits until `sink` takes bytes again. Should `source` be reset meanwhile, what it sent before is
+/// still delivered, but only while the sink goes on taking: a reset must not wait for a stalled peer.
+pub(super) async fn writable(source: &TcpStream, sink: &TcpStream) -> Result<(), End> {
+    tokio::select! {
+        biased;
+        ready = sink.writable() => ready.map_err(End::SinkFailed),
+        error = stream::failure(source) => {
+            match tokio::time::timeout(stream::RESET_GRACE, sink.writable()).await {
+                Ok(ready) => ready.map_err(End::SinkFailed),
+                Err(_elapsed) => Err(End::SourceFailed(error)),
+            }
+        }
+    }
+}
+
+/// Whether a call is to be repeated once the stream is ready again.
+pub(super) fn is_transient(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
+}

@@ -1,0 +1,128 @@
+//! Pipes for splicing, pooled by worker.
+//!
+//! The kernel accounts pipe buffers per user (`fs.pipe-user-pages-soft`, pipe(7)): an unprivileged
+//! process gets a few dozen of full size, then tiny ones. A pipe that cannot be had, or not in a
+//! useful size, means copying.
+
+use std::cell::RefCell;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
+use nix::unistd::pipe2;
+use tokio::io::Interest;
+use tokio::net::TcpStream;
+
+/// The size asked for: the most that an unprivileged process may set (`fs.pipe-max-size`).
+const WANTED_SIZE: i32 = 1024 * 1024;
+
+/// Below this, splicing moves less per call than copying does.
+const USEFUL_SIZE: usize = 64 * 1024;
+
+/// Pipes that a worker keeps for the next bulk transfer. Empty ones hold no data, only descriptors.
+const KEPT_BY_WORKER: usize = 4;
+
+/// Pipes of the whole process, which bounds the kernel memory that stalled bulk transfers can hold.
+const MOST: usize = 256;
+
+/// Pipes in existence, in use or kept.
+static OPEN: AtomicUsize = AtomicUsize::new(0);
+
+thread_local! {
+    static KEPT: RefCell<Vec<Pipe>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Takes an empty pipe from the pool of this worker, or opens one; `None` if there is none to be had.
+pub(super) fn take() -> Option<Pipe> {
+    KEPT.with_borrow_mut(Vec::pop).or_else(Pipe::open)
+}
+
+/// Puts a pipe into the pool of this worker, if it is empty and the pool has room; else closes it.
+pub(super) fn give_back(pipe: Pipe) {
+    KEPT.with_borrow_mut(|kept| {
+        if pipe.is_empty() && kept.len() < KEPT_BY_WORKER {
+            kept.push(pipe);
+        }
+    });
+}
+
+/// A pipe and how much it holds.
+pub(super) struct Pipe {
+    read_end: OwnedFd,
+    write_end: OwnedFd,
+    size: usize,
+    /// Bytes in the pipe. Counted here, because `EAGAIN` from splice(2) does not say whether the
+    /// pipe or the socket was the reason.
+    held: usize,
+    _permit: Permit,
+}
+
+impl Pipe {
+    fn open() -> Option<Self> {
+        let permit = Permit::take()?;
+        let (read_end, write_end) = pipe2(OFlag::O_NONBLOCK | OFlag::O_CLOEXEC).ok()?;
+        // Over budget, the size stays what it was, which may be a page or two.
+        let size = fcntl(&write_end, FcntlArg::F_SETPIPE_SZ(WANTED_SIZE))
+            .or_else(|_errno| fcntl(&write_end, FcntlArg::F_GETPIPE_SZ))
+            .ok()?;
+        let size = usize::try_from(size).ok()?;
+        (size >= USEFUL_SIZE).then_some(Self { read_end, write_end, size, held: 0, _permit: permit })
+    }
+
+    /// Whether nothing is in the pipe.
+    pub(super) fn is_empty(&self) -> bool {
+        self.held == 0
+    }
+
+    /// Moves what `source` has queued into the pipe, which must be empty; 0 at the end of the stream.
+    ///
+    /// # Errors
+    /// `EAGAIN` if nothing is queued; what made `source` fail.
+    pub(super) fn fill(&mut self, source: &TcpStream) -> io::Result<usize> {
+        debug_assert!(self.is_empty(), "only then EAGAIN speaks of the source");
+        let filled = source.try_io(Interest::READABLE, || splice_some(source, &self.write_end, self.size))?;
+        self.held = filled;
+        Ok(filled)
+    }
+
+    /// Moves what `sink` takes out of the pipe, which must not be empty.
+    ///
+    /// # Errors
+    /// `EAGAIN` if it takes nothing now; what made `sink` fail.
+    pub(super) fn drain(&mut self, sink: &TcpStream) -> io::Result<usize> {
+        debug_assert!(!self.is_empty(), "only then EAGAIN speaks of the sink");
+        let drained = sink.try_io(Interest::WRITABLE, || splice_some(&self.read_end, sink, self.held))?;
+        self.held -= drained;
+        Ok(drained)
+    }
+}
+
+/// One of the [`MOST`] pipes that may exist.
+struct Permit;
+
+impl Permit {
+    fn take() -> Option<Self> {
+        let taken = OPEN.fetch_add(1, Ordering::Relaxed);
+        // Made even if it is one too many: its drop corrects the count.
+        let permit = Self;
+        (taken < MOST).then_some(permit)
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        OPEN.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// splice(2) without waiting; repeats it when a signal interrupts it.
+fn splice_some(from: impl AsFd, to: impl AsFd, len: usize) -> io::Result<usize> {
+    loop {
+        let result = splice(&from, None, &to, None, len, SpliceFFlags::SPLICE_F_NONBLOCK);
+        match result.map_err(io::Error::from) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            result => return result,
+        }
+    }
+}

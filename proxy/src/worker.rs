@@ -1,0 +1,172 @@
+//! Workers: one thread with a runtime of its own each, started as connections ask for them.
+//!
+//! A connection is served by one worker from accept to close, so nothing on the data path is shared
+//! between threads. The first worker is the main thread. Another starts when a connection arrives
+//! and all the running ones are serving some, up to one per processor: a mapping that is idle, or
+//! that serves one client at a time, stays a process with one thread.
+
+use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread;
+
+use tokio::runtime::Handle;
+use tokio::sync::{Notify, oneshot};
+use tracing::warn;
+
+use crate::log_limit::LogLimit;
+use crate::runtime::new_runtime;
+
+/// Stack of a worker's thread. The deepest calls are those of the log; connections are on the heap.
+const STACK_SIZE: usize = 256 * 1024;
+
+/// The workers of a process.
+#[derive(Debug)]
+pub(crate) struct Workers {
+    running: Mutex<Vec<Worker>>,
+    /// Notified when a worker has served its last connection.
+    idle: Arc<Notify>,
+    /// One worker per processor. Asked for only when it matters: the answer costs reading cgroup
+    /// files, and an idle mapping never needs it.
+    most: OnceLock<usize>,
+}
+
+#[derive(Debug)]
+struct Worker {
+    runtime: Handle,
+    seats: Arc<AtomicUsize>,
+    /// Dropping it ends the thread, if the worker has one of its own.
+    _stop: Option<oneshot::Sender<()>>,
+}
+
+impl Worker {
+    fn new(runtime: Handle, stop: Option<oneshot::Sender<()>>) -> Self {
+        Self { runtime, seats: Arc::default(), _stop: stop }
+    }
+
+    fn start(number: usize) -> io::Result<Self> {
+        let runtime = new_runtime()?;
+        let handle = runtime.handle().clone();
+        let (stop, stopped) = oneshot::channel::<()>();
+        thread::Builder::new()
+            .name(format!("rproxy-{number}"))
+            .stack_size(STACK_SIZE)
+            .spawn(move || runtime.block_on(stopped))?;
+        Ok(Self::new(handle, Some(stop)))
+    }
+
+    fn load(&self) -> usize {
+        self.seats.load(Ordering::Relaxed)
+    }
+}
+
+impl Workers {
+    /// Makes the runtime of the calling thread the first worker.
+    pub(crate) fn new(first: Handle) -> Self {
+        Self {
+            running: Mutex::new(vec![Worker::new(first, None)]),
+            idle: Arc::default(),
+            most: OnceLock::new(),
+        }
+    }
+
+    /// A place for one more connection, on the worker that serves the fewest.
+    pub(crate) fn seat(&self) -> Seat {
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        if running.iter().all(|worker| worker.load() > 0) {
+            self.grow(&mut running);
+        }
+        let idlest =
+            running.iter().min_by_key(|worker| worker.load()).expect("the first worker is always there");
+        idlest.seats.fetch_add(1, Ordering::Relaxed);
+        Seat { runtime: idlest.runtime.clone(), taken: idlest.seats.clone(), idle: self.idle.clone() }
+    }
+
+    /// Starts another worker, if there is a processor for it.
+    fn grow(&self, running: &mut Vec<Worker>) {
+        static FAILED: LogLimit = LogLimit::new();
+
+        let most = *self.most.get_or_init(|| thread::available_parallelism().map_or(1, usize::from));
+        if running.len() >= most {
+            return;
+        }
+        match Worker::start(running.len()) {
+            Ok(worker) => running.push(worker),
+            Err(error) => {
+                if let Some(suppressed) = FAILED.permit() {
+                    warn!(%error, suppressed, "cannot start another worker; the running ones go on");
+                }
+            }
+        }
+    }
+
+    /// The number of connections being served.
+    pub(crate) fn connections(&self) -> usize {
+        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        running.iter().map(Worker::load).sum()
+    }
+
+    /// Waits until no connection is being served.
+    pub(crate) async fn until_idle(&self) {
+        loop {
+            let mut notified = std::pin::pin!(self.idle.notified());
+            // From here on no notification is missed.
+            notified.as_mut().enable();
+            if self.connections() == 0 {
+                return;
+            }
+            notified.await;
+        }
+    }
+}
+
+/// A connection's place on a worker, given up when dropped.
+#[derive(Debug)]
+pub(crate) struct Seat {
+    runtime: Handle,
+    taken: Arc<AtomicUsize>,
+    idle: Arc<Notify>,
+}
+
+impl Seat {
+    /// The runtime that is to serve the connection.
+    pub(crate) fn runtime(&self) -> Handle {
+        self.runtime.clone()
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        if self.taken.fetch_sub(1, Ordering::Release) == 1 {
+            self.idle.notify_waiters();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_spread_over_workers_that_start_on_demand() {
+        let runtime = new_runtime().unwrap();
+        let workers = Workers::new(runtime.handle().clone());
+        let most = thread::available_parallelism().map_or(1, usize::from);
+        let running = || workers.running.lock().unwrap().len();
+
+        drop(workers.seat());
+        drop(workers.seat());
+        assert_eq!(running(), 1, "one connection at a time needs one worker");
+
+        let seats: Vec<_> = (0..most * 3).map(|_| workers.seat()).collect();
+        assert_eq!(running(), most);
+        assert_eq!(workers.connections(), most * 3);
+        for worker in &*workers.running.lock().unwrap() {
+            assert_eq!(worker.load(), 3);
+        }
+        let other = thread::spawn(move || drop(seats));
+        runtime.block_on(workers.until_idle());
+        other.join().unwrap();
+        assert_eq!(workers.connections(), 0);
+    }
+}

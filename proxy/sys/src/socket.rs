@@ -1,0 +1,115 @@
+//! Calls on stream sockets.
+#![expect(unsafe_code, reason = "accept4, setsockopt and ioctl take raw pointers")]
+
+use std::ffi::c_int;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+
+use nix::libc;
+use socket2::{SockAddr, SockAddrStorage};
+
+/// The size of an int, as setsockopt(2) takes it.
+const INT_SIZE: libc::socklen_t = c_int::BITS / 8;
+
+/// Accepts a connection as a non-blocking, close-on-exec socket in one call (accept4(2)).
+///
+/// # Errors
+/// Those of accept4(2), among them `EAGAIN` when none is pending on a non-blocking listener.
+pub fn accept(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, SocketAddr)> {
+    let flags = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
+    let mut storage = SockAddrStorage::zeroed();
+    let mut len = storage.size_of();
+    let address = (&raw mut storage).cast();
+    // SAFETY: `address` points to `len` bytes of storage.
+    let fd = check(unsafe { libc::accept4(listener.as_raw_fd(), address, &raw mut len, flags) })?;
+    // SAFETY: accept4 wrote an address of `len` bytes into the storage.
+    let peer = unsafe { SockAddr::new(storage, len) };
+    // SAFETY: accept4 returned this descriptor, new and owned by nobody else.
+    let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+    let peer = peer.as_socket().ok_or(io::ErrorKind::InvalidInput)?;
+    Ok((socket, peer))
+}
+
+/// Sets `SO_RCVLOWAT` (socket(7)): poll reports a socket readable from `bytes` queued bytes on, or
+/// at the end of the stream or an error. When as many are queued already, the kernel reports it anew.
+///
+/// # Errors
+/// Those of setsockopt(2).
+pub fn set_receive_low_watermark(socket: BorrowedFd<'_>, bytes: u32) -> io::Result<()> {
+    let value = c_int::try_from(bytes).unwrap_or(c_int::MAX);
+    // SAFETY: the option takes a pointer to an int and its size.
+    check(unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_RCVLOWAT,
+            (&raw const value).cast(),
+            INT_SIZE,
+        )
+    })
+    .map(drop)
+}
+
+/// How many bytes written to a TCP socket its peer has not acknowledged yet (`SIOCOUTQ`, tcp(7)).
+///
+/// # Errors
+/// Those of ioctl(2).
+pub fn unacknowledged(socket: BorrowedFd<'_>) -> io::Result<usize> {
+    let mut bytes: c_int = 0;
+    // SAFETY: SIOCOUTQ (the same request as TIOCOUTQ) writes one int through the pointer.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) })?;
+    Ok(usize::try_from(bytes).unwrap_or(0))
+}
+
+/// The result of a system call: -1 means that `errno` says why.
+fn check(result: c_int) -> io::Result<c_int> {
+    if result == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(result)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsFd;
+
+    use nix::fcntl::{F_GETFL, OFlag, fcntl};
+
+    use super::*;
+
+    fn pair() -> (TcpStream, OwnedFd) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (socket, peer) = accept(listener.as_fd()).unwrap();
+        assert_eq!(peer, client.local_addr().unwrap());
+        (client, socket)
+    }
+
+    #[test]
+    fn an_accepted_socket_does_not_block() {
+        let (_client, socket) = pair();
+        let flags = OFlag::from_bits_retain(fcntl(&socket, F_GETFL).unwrap());
+        assert!(flags.contains(OFlag::O_NONBLOCK));
+    }
+
+    #[test]
+    fn accepting_from_a_socket_that_does_not_listen_fails() {
+        let (client, _socket) = pair();
+        let err = accept(client.as_fd()).unwrap_err();
+        assert_eq!(err.raw_os_error(), Some(libc::EINVAL));
+    }
+
+    #[test]
+    fn acknowledged_bytes_leave_the_queue_and_a_low_watermark_is_taken() {
+        let (mut client, socket) = pair();
+        set_receive_low_watermark(socket.as_fd(), 4).unwrap();
+        client.write_all(b"data").unwrap();
+        let mut socket = TcpStream::from(socket);
+        socket.set_nonblocking(false).unwrap();
+        socket.read_exact(&mut [0; 4]).unwrap();
+        assert_eq!(unacknowledged(client.as_fd()).unwrap(), 0);
+    }
+}

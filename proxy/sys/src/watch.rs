@@ -1,0 +1,49 @@
+//! Descriptors that the event loop watches.
+#![expect(unsafe_code, reason = "the event loop has to trust that a descriptor stays open")]
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
+
+/// A non-blocking descriptor registered with the event loop of the current thread.
+///
+/// It owns the descriptor and never gives it away, so that it stays open for as long as the event
+/// loop knows it.
+#[derive(Debug)]
+pub struct Watched(AsyncFd<OwnedFd>);
+
+impl Watched {
+    /// Registers `fd`, which has to be non-blocking.
+    ///
+    /// # Errors
+    /// Those of epoll_ctl(2).
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn new(fd: impl Into<OwnedFd>, interest: Interest) -> io::Result<Self> {
+        // SAFETY: an `OwnedFd` always names the same open file until it is dropped; it is owned by
+        // the `AsyncFd`, which this type neither hands out mutably nor takes apart.
+        let watched = unsafe { AsyncFd::register_with_interest(fd.into(), interest) };
+        Ok(Self(watched.map_err(io::Error::from)?))
+    }
+
+    /// Repeats `call` until it returns something else than `EAGAIN`, waiting in between.
+    ///
+    /// # Errors
+    /// Those of `call`.
+    pub async fn io<R>(
+        &self,
+        interest: Interest,
+        mut call: impl FnMut(BorrowedFd<'_>) -> io::Result<R>,
+    ) -> io::Result<R> {
+        self.0.async_io(interest, |fd| call(fd.as_fd())).await
+    }
+}
+
+impl AsFd for Watched {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
