@@ -19,6 +19,7 @@
 use std::time::Duration;
 
 pub mod backend;
+pub mod client;
 pub mod docker_proxy;
 pub mod netns;
 pub mod process;
