@@ -1,0 +1,85 @@
+//! The client's side of a relayed connection, and addresses to relay from.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::process;
+use std::sync::atomic::{AtomicU16, Ordering};
+use std::time::Duration;
+
+use socket2::SockRef;
+
+use crate::PATIENCE;
+
+/// Connects, with [`PATIENCE`] on every operation: one that would hang fails with `WouldBlock`.
+///
+/// # Panics
+/// When the connection is not made.
+#[track_caller]
+pub fn connect(address: SocketAddr) -> TcpStream {
+    match TcpStream::connect_timeout(&address, PATIENCE) {
+        Ok(stream) => patient(stream),
+        Err(error) => panic!("cannot connect to {address}: {error}"),
+    }
+}
+
+/// Puts [`PATIENCE`] on every operation of a stream.
+pub fn patient(stream: TcpStream) -> TcpStream {
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+    stream
+}
+
+/// Sends `request` on a new connection, half-closes it, and returns all that comes back.
+pub fn ask(address: SocketAddr, request: &[u8]) -> io::Result<Vec<u8>> {
+    let mut stream = connect(address);
+    stream.write_all(request)?;
+    stream.shutdown(Shutdown::Write)?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    Ok(answer)
+}
+
+/// How a peer ended a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// In order: it had nothing more to say.
+    Eof,
+    /// By a reset.
+    Reset,
+}
+
+/// Reads until the peer ends the connection; returns what it said and how it ended.
+///
+/// # Panics
+/// When it does neither for [`PATIENCE`].
+#[track_caller]
+pub fn read_to_end(mut stream: &TcpStream) -> (Vec<u8>, End) {
+    let mut received = Vec::new();
+    match stream.read_to_end(&mut received) {
+        Ok(_) => (received, End::Eof),
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => (received, End::Reset),
+        Err(error) => panic!("neither data nor an end: {error}"),
+    }
+}
+
+/// Closes a connection by a reset, whatever is still on its way.
+pub fn reset(stream: TcpStream) {
+    SockRef::from(&stream)
+        .set_linger(Some(Duration::ZERO))
+        .unwrap();
+}
+
+/// An IPv4 loopback address that no other case of any suite uses, so that any port of it is free.
+pub fn own_loopback() -> Ipv4Addr {
+    static NEXT: AtomicU16 = AtomicU16::new(1);
+    let [high, low] = NEXT.fetch_add(1, Ordering::Relaxed).to_be_bytes();
+    // 127.0 stays out of use, for 127.0.0.1 is everyone's.
+    let suite = u8::try_from(process::id() % 255).unwrap() + 1;
+    Ipv4Addr::new(127, suite, high, low)
+}
+
+/// A port of `ip` that was free a moment ago; where it can be had, [`own_loopback`] is safer.
+pub fn free_port(ip: impl Into<IpAddr>) -> u16 {
+    let listener = TcpListener::bind((ip.into(), 0)).unwrap();
+    listener.local_addr().unwrap().port()
+}

@@ -1,0 +1,321 @@
+//! Child processes that end with the value that owns them.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::io::{self, Read};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{Id, WaitPidFlag, waitid};
+use nix::unistd::Pid;
+
+use crate::PATIENCE;
+
+/// Every process that has not been reaped yet, for [`kill_all`].
+static RUNNING: Mutex<BTreeMap<Pid, Weak<Shared>>> = Mutex::new(BTreeMap::new());
+
+/// One of the two captured outputs of a process.
+#[derive(Clone, Copy, Debug)]
+pub enum Stream {
+    /// Standard output.
+    Stdout,
+    /// Standard error.
+    Stderr,
+}
+
+/// A running child. Its output is captured; dropping it kills and reaps it.
+///
+/// When it is dropped by a panic, its output is printed: it usually says why.
+pub struct Process {
+    name: String,
+    pid: Pid,
+    shared: Arc<Shared>,
+}
+
+/// How a finished process ended.
+#[derive(Debug)]
+pub struct Output {
+    /// Exit code or signal.
+    pub status: ExitStatus,
+    /// All of its standard output.
+    pub stdout: String,
+    /// All of its standard error.
+    pub stderr: String,
+}
+
+impl Output {
+    /// Its standard output.
+    ///
+    /// # Panics
+    /// When it failed.
+    #[track_caller]
+    pub fn success(self) -> String {
+        assert!(self.status.success(), "{self:#?}");
+        self.stdout
+    }
+}
+
+/// Runs a command to its end.
+pub fn run(command: Command) -> Output {
+    Process::spawn(command).into_output()
+}
+
+/// Kills every process that this harness started and has not reaped.
+pub fn kill_all() {
+    let running: Vec<_> = RUNNING.lock().unwrap().values().cloned().collect();
+    for shared in running.iter().filter_map(Weak::upgrade) {
+        shared.signal(Signal::SIGKILL);
+    }
+}
+
+impl Process {
+    /// Starts a command with its output captured and no input.
+    ///
+    /// The command is consumed, so that file descriptors it passes on close on this side.
+    #[track_caller]
+    pub fn spawn(command: Command) -> Self {
+        Self::spawn_by(command, Command::spawn)
+    }
+
+    /// As [`Process::spawn`], with `spawn` choosing the thread that forks, and so the namespaces.
+    #[track_caller]
+    pub fn spawn_by(
+        mut command: Command,
+        spawn: impl FnOnce(&mut Command) -> io::Result<Child>,
+    ) -> Self {
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let name = command.get_program().to_string_lossy().into_owned();
+        let child = match spawn(&mut command) {
+            Ok(child) => child,
+            Err(error) => panic!("cannot start {name}: {error}"),
+        };
+        let pid = Pid::from_raw(child.id().try_into().unwrap());
+        let shared = Arc::new(Shared::default());
+        RUNNING.lock().unwrap().insert(pid, Arc::downgrade(&shared));
+        Shared::follow(&shared, pid, child);
+        Self { name, pid, shared }
+    }
+
+    /// Its process id, which stays its own until this value is dropped or [`Process::wait`] returns.
+    pub fn pid(&self) -> Pid {
+        self.pid
+    }
+
+    /// Sends a signal; does nothing if the process has ended.
+    pub fn signal(&self, signal: Signal) {
+        self.shared.signal(signal);
+    }
+
+    /// Waits until the process has ended and all of its output is in.
+    #[track_caller]
+    pub fn wait(&self) -> ExitStatus {
+        self.wait_within(PATIENCE)
+    }
+
+    /// As [`Process::wait`], for a process that may rightly run for longer.
+    #[track_caller]
+    pub fn wait_within(&self, patience: Duration) -> ExitStatus {
+        let status = self.shared.wait_for(patience, |state| state.status);
+        let Some(status) = status else {
+            panic!(
+                "{} has not ended after {patience:?}{}",
+                self.name,
+                self.transcript()
+            )
+        };
+        // A grandchild may hold the pipes for longer than the process lives; then what is there counts.
+        self.shared.wait_for(Duration::from_secs(1), |state| {
+            (state.open_streams() == 0).then_some(())
+        });
+        status
+    }
+
+    /// Whether the process still runs.
+    pub fn is_running(&self) -> bool {
+        self.shared.lock().status.is_none()
+    }
+
+    /// Waits for the end and returns everything about it.
+    #[track_caller]
+    pub fn into_output(self) -> Output {
+        let status = self.wait();
+        Output {
+            status,
+            stdout: self.captured(Stream::Stdout),
+            stderr: self.captured(Stream::Stderr),
+        }
+    }
+
+    /// What the process has written so far.
+    pub fn captured(&self, stream: Stream) -> String {
+        self.shared.lock().text(stream)
+    }
+
+    /// Waits for the first line that `wanted` accepts, among those written already and those to come.
+    #[track_caller]
+    pub fn wait_for_line(&self, stream: Stream, wanted: impl Fn(&str) -> bool) -> String {
+        self.wait_for_lines(stream, 1, wanted).remove(0)
+    }
+
+    /// Waits for the first `count` lines that `wanted` accepts.
+    #[track_caller]
+    pub fn wait_for_lines(
+        &self,
+        stream: Stream,
+        count: usize,
+        wanted: impl Fn(&str) -> bool,
+    ) -> Vec<String> {
+        let lines = self.shared.wait_for(PATIENCE, |state| {
+            let text = state.text(stream);
+            let complete = text.rsplit_once('\n').map_or("", |(lines, _partial)| lines);
+            let found: Vec<_> = complete
+                .lines()
+                .filter(|line| wanted(line))
+                .take(count)
+                .collect();
+            let over = !state.is_open(stream) || found.len() == count;
+            over.then(|| found.into_iter().map(String::from).collect::<Vec<_>>())
+        });
+        match lines {
+            Some(lines) if lines.len() == count => lines,
+            _ => panic!(
+                "{} did not print the expected line{}",
+                self.name,
+                self.transcript()
+            ),
+        }
+    }
+
+    fn transcript(&self) -> String {
+        let state = self.shared.lock();
+        let mut text = format!(
+            "\n--- {} (pid {}), status {:?}",
+            self.name, self.pid, state.status
+        );
+        for stream in [Stream::Stdout, Stream::Stderr] {
+            write!(text, "\n--- {stream:?}:\n{}", state.text(stream)).unwrap();
+        }
+        text
+    }
+}
+
+impl Drop for Process {
+    #[expect(clippy::print_stderr, reason = "the report of a failed test")]
+    fn drop(&mut self) {
+        if thread::panicking() {
+            eprintln!("{}", self.transcript());
+        }
+        self.signal(Signal::SIGKILL);
+        // No panic here, it would abort: a process that survives SIGKILL hangs in the kernel.
+        self.shared.wait_for(PATIENCE, |state| state.status);
+    }
+}
+
+/// What the threads that follow a process report, and the lock that makes signalling it safe: a pid is
+/// reaped and its status stored under this lock, so a signal never goes to a reused pid.
+#[derive(Default)]
+struct Shared {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    pid: Option<Pid>,
+    status: Option<ExitStatus>,
+    captured: [Captured; 2],
+}
+
+#[derive(Default)]
+struct Captured {
+    bytes: Vec<u8>,
+    open: bool,
+}
+
+impl State {
+    fn text(&self, stream: Stream) -> String {
+        String::from_utf8_lossy(&self.captured[stream as usize].bytes).into_owned()
+    }
+
+    fn is_open(&self, stream: Stream) -> bool {
+        self.captured[stream as usize].open
+    }
+
+    fn open_streams(&self) -> usize {
+        self.captured
+            .iter()
+            .filter(|captured| captured.open)
+            .count()
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    fn update(&self, change: impl FnOnce(&mut State)) {
+        change(&mut self.lock());
+        self.changed.notify_all();
+    }
+
+    /// Starts the threads that capture the output and reap the process.
+    fn follow(this: &Arc<Self>, pid: Pid, mut child: Child) {
+        this.update(|state| state.pid = Some(pid));
+        Self::capture(this, Stream::Stdout, child.stdout.take().unwrap());
+        Self::capture(this, Stream::Stderr, child.stderr.take().unwrap());
+        let shared = Arc::clone(this);
+        thread::spawn(move || shared.reap(pid, child));
+    }
+
+    fn capture(this: &Arc<Self>, stream: Stream, mut pipe: impl Read + Send + 'static) {
+        this.update(|state| state.captured[stream as usize].open = true);
+        let shared = Arc::clone(this);
+        thread::spawn(move || {
+            let mut buffer = vec![0; 64 * 1024];
+            while let Ok(len @ 1..) = pipe.read(&mut buffer) {
+                shared.update(|state| {
+                    state.captured[stream as usize]
+                        .bytes
+                        .extend_from_slice(&buffer[..len]);
+                });
+            }
+            shared.update(|state| state.captured[stream as usize].open = false);
+        });
+    }
+
+    fn reap(&self, pid: Pid, mut child: Child) {
+        // Leaves the pid taken, so that it cannot be reused before the lock is held.
+        waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT).unwrap();
+        self.update(|state| {
+            state.status = Some(child.wait().unwrap());
+            RUNNING.lock().unwrap().remove(&pid);
+        });
+    }
+
+    fn signal(&self, signal: Signal) {
+        let state = self.lock();
+        if let (Some(pid), None) = (state.pid, state.status) {
+            kill(pid, signal).unwrap();
+        }
+    }
+
+    /// Waits until `ready` returns something, for at most `patience`.
+    fn wait_for<T>(&self, patience: Duration, ready: impl Fn(&State) -> Option<T>) -> Option<T> {
+        let deadline = Instant::now() + patience;
+        let mut state = self.lock();
+        loop {
+            if let Some(value) = ready(&state) {
+                return Some(value);
+            }
+            let left = deadline.checked_duration_since(Instant::now())?;
+            state = self.changed.wait_timeout(state, left).unwrap().0;
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! The programs of this workspace, built as they ship, and `rproxy` running standalone.
+
+use std::env;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use crate::netns::Namespace;
+use crate::process::{Process, Stream};
+
+/// The release build of `rproxy`.
+pub fn rproxy() -> &'static Path {
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    PATH.get_or_init(|| release_dir().join("rproxy"))
+}
+
+/// The release build of `netns-setup`.
+pub fn netns_setup() -> &'static Path {
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    PATH.get_or_init(|| release_dir().join("netns-setup"))
+}
+
+/// Builds the release binaries, once, and returns where they are. Built here, since cargo builds the
+/// binaries of a package only for that package's own tests.
+fn release_dir() -> &'static Path {
+    static DIR: OnceLock<PathBuf> = OnceLock::new();
+    DIR.get_or_init(|| {
+        // This binary is at TARGET/PROFILE/deps/NAME, wherever the target directory was put.
+        let own_path = env::current_exe().unwrap();
+        let target = own_path.ancestors().nth(3).unwrap();
+        let status = Command::new(env!("CARGO"))
+            .args(["build", "--quiet", "--release", "--locked"])
+            .args([
+                "--package",
+                "rproxy",
+                "--package",
+                "netns-setup",
+                "--target-dir",
+            ])
+            .arg(target)
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .status()
+            .expect("cannot run cargo");
+        assert!(
+            status.success(),
+            "cannot build the release binaries: {status}"
+        );
+        target.join("release")
+    })
+}
+
+/// `rproxy` with the given arguments, not started yet.
+pub fn command(arguments: &[&str]) -> Command {
+    let mut command = Command::new(rproxy());
+    command.args(arguments);
+    command
+}
+
+/// A standalone `rproxy` that has bound all of its mappings.
+pub struct Standalone {
+    /// The running proxy.
+    pub process: Process,
+    /// What it printed about each mapping, in its order.
+    pub ready: Vec<Ready>,
+}
+
+/// A line of `docker port`: `80/tcp -> 0.0.0.0:49153`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ready {
+    /// The port of the backend.
+    pub container_port: u16,
+    /// `tcp` or `udp`.
+    pub protocol: String,
+    /// Where the mapping listens.
+    pub address: SocketAddr,
+}
+
+impl Standalone {
+    /// Starts `rproxy` with `--host` and `--to` pairs among its arguments, and waits until it is ready.
+    #[track_caller]
+    pub fn start(arguments: &[&str]) -> Self {
+        Self::ready(Process::spawn(command(arguments)), arguments)
+    }
+
+    /// As [`Standalone::start`], inside a namespace.
+    #[track_caller]
+    pub fn start_in(namespace: &Namespace, arguments: &[&str]) -> Self {
+        Self::ready(namespace.spawn(command(arguments)), arguments)
+    }
+
+    /// Relays one free port of the IPv4 loopback address to a backend.
+    #[track_caller]
+    pub fn relay_to(backend: SocketAddr, more_arguments: &[&str]) -> Self {
+        let backend = backend.to_string();
+        let pair = ["--host", "127.0.0.1:0", "--to", &backend];
+        Self::start(&[&pair, more_arguments].concat())
+    }
+
+    /// Waits for the lines of an `rproxy` that was started with `arguments`.
+    #[track_caller]
+    pub fn ready(process: Process, arguments: &[&str]) -> Self {
+        let mappings = arguments
+            .iter()
+            .filter(|argument| **argument == "--host")
+            .count();
+        let ready = process
+            .wait_for_lines(Stream::Stdout, mappings, |_| true)
+            .iter()
+            .map(|line| Ready::parse(line).unwrap_or_else(|| panic!("not a ready line: {line:?}")))
+            .collect();
+        Self { process, ready }
+    }
+
+    /// Where a client in the same namespace reaches the first mapping.
+    pub fn address(&self) -> SocketAddr {
+        self.ready[0].reachable()
+    }
+}
+
+impl Ready {
+    /// Reads a line; `:::80`, as Docker printed before it wrote `[::]:80`, is an address too.
+    pub fn parse(line: &str) -> Option<Self> {
+        let (container, address) = line.split_once(" -> ")?;
+        let (container_port, protocol) = container.split_once('/')?;
+        let (host, port) = address.rsplit_once(':')?;
+        let host: IpAddr = host.trim_matches(['[', ']']).parse().ok()?;
+        Some(Self {
+            container_port: container_port.parse().ok()?,
+            protocol: protocol.into(),
+            address: SocketAddr::new(host, port.parse().ok()?),
+        })
+    }
+
+    /// The address that a client can connect to: loopback in place of a wildcard.
+    pub fn reachable(&self) -> SocketAddr {
+        let host = match self.address.ip() {
+            IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::LOCALHOST.into(),
+            IpAddr::V6(Ipv6Addr::UNSPECIFIED) => Ipv6Addr::LOCALHOST.into(),
+            specific => specific,
+        };
+        SocketAddr::new(host, self.address.port())
+    }
+}
