@@ -13,7 +13,7 @@ use crate::addr::{BackendAddr, HostAddr, Protocol};
 use crate::mapping::{Limits, Mapping};
 use crate::telemetry::{self, Format, LogConfig};
 
-/// A TCP relay that publishes container ports: it listens on host addresses and forwards to backends.
+/// A TCP and UDP relay that publishes container ports: it listens on host addresses and forwards to backends.
 ///
 /// Started with docker-proxy's flags (-proto, -host-ip, …) it is dockerd's userland proxy.
 #[derive(Debug, Parser)]
@@ -23,6 +23,7 @@ Examples:
   rproxy --host 0.0.0.0:80 --to 172.17.0.2:80     publish a port on all IPv4 addresses
   rproxy --host [::]:80 --to 172.17.0.2:80        the same, for IPv4 and IPv6 clients
   rproxy --host 127.0.0.1:0 --to 172.17.0.2:80    on a free port, which is printed
+  rproxy --proto udp --host 0.0.0.0:53 --to 172.17.0.2:53
   rproxy demo                                     see it work, without root or containers")]
 pub struct Cli {
     /// What to do instead of serving mappings.
@@ -53,15 +54,24 @@ pub struct Serve {
     /// Address and port to forward to, for the --host at the same place
     #[arg(long, value_name = "ADDRESS:PORT")]
     to: Vec<BackendAddr>,
-    /// Protocol: tcp
-    #[arg(long, default_value = "tcp")]
-    proto: Protocol,
+    /// tcp or udp: once for all mappings, or once for each
+    #[arg(long, value_name = "PROTOCOL", default_value = "tcp")]
+    proto: Vec<Protocol>,
     /// Leave IPv4 clients out of [::]
     #[arg(long)]
     v6only: bool,
     /// How long a backend may take to answer before its client is reset, or 'unlimited'
     #[arg(long, value_name = "DURATION", default_value = "10s")]
     connect_timeout: ConnectTimeout,
+    /// A UDP flow ends when neither side has sent anything for this long
+    #[arg(long, value_name = "DURATION", default_value = "90s", value_parser = parse_idle)]
+    udp_timeout: Duration,
+    /// UDP flows at a time; at the cap the longest idle one goes [default: as descriptors allow]
+    #[arg(long, value_name = "COUNT", value_parser = parse_count)]
+    udp_max_flows: Option<usize>,
+    /// UDP flows at a time from one IPv4 address or IPv6 /64 [default: 3/4 of --udp-max-flows]
+    #[arg(long, value_name = "COUNT", value_parser = parse_count)]
+    udp_max_flows_per_source: Option<usize>,
     /// How long connections may go on after SIGTERM or SIGINT; 0 cuts them at once
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = parse_duration)]
     pub drain_timeout: Duration,
@@ -95,18 +105,41 @@ impl Serve {
                 "--to {to}: its --host is missing; each --to goes with one"
             )));
         }
-        let pairs = self.host.iter().zip(&self.to);
-        pairs.map(|(host, to)| self.mapping(*host, *to)).collect()
+        let protocols = self.protocols(hosts)?;
+        let mappings = self.host.iter().zip(&self.to).zip(protocols);
+        mappings.map(|((host, to), protocol)| self.mapping(protocol, *host, *to)).collect()
     }
 
-    fn mapping(&self, host: HostAddr, backend: BackendAddr) -> Result<Mapping, UsageError> {
-        let mapping = Mapping { protocol: self.proto, host, backend, v6only: self.v6only };
+    /// The protocol of each of `count` mappings.
+    fn protocols(&self, count: usize) -> Result<Vec<Protocol>, UsageError> {
+        match self.proto[..] {
+            [all] => Ok(vec![all; count]),
+            ref each if each.len() == count => Ok(each.to_vec()),
+            ref each => Err(UsageError::new(format!(
+                "--proto: given {} times for {count} mappings; give it once for all, or once for each",
+                each.len()
+            ))),
+        }
+    }
+
+    fn mapping(
+        &self,
+        protocol: Protocol,
+        host: HostAddr,
+        backend: BackendAddr,
+    ) -> Result<Mapping, UsageError> {
+        let mapping = Mapping { protocol, host, backend, v6only: self.v6only };
         mapping.refuse_loop().map_err(|error| UsageError::new(format!("--to {backend}: {error}")))
     }
 
     /// The limits for each mapping.
     pub fn limits(&self) -> Limits {
-        Limits { connect_timeout: self.connect_timeout.0 }
+        Limits {
+            connect_timeout: self.connect_timeout.0,
+            udp_timeout: self.udp_timeout,
+            udp_max_flows: self.udp_max_flows,
+            udp_max_flows_per_source: self.udp_max_flows_per_source,
+        }
     }
 
     /// The log asked for.
@@ -174,7 +207,8 @@ impl FromStr for Protocol {
     fn from_str(text: &str) -> Result<Self, String> {
         match text {
             "tcp" => Ok(Self::Tcp),
-            _ => Err("not a protocol that is relayed; tcp is".to_owned()),
+            "udp" => Ok(Self::Udp),
+            _ => Err("not a protocol that is relayed; tcp and udp are".to_owned()),
         }
     }
 }
@@ -195,6 +229,19 @@ impl FromStr for ConnectTimeout {
             limit => Ok(Self(Some(limit))),
         }
     }
+}
+
+/// Parses a duration that is not zero.
+fn parse_idle(text: &str) -> Result<Duration, String> {
+    match parse_duration(text)? {
+        Duration::ZERO => Err("every flow would be over at once; write one such as 90s".to_owned()),
+        idle => Ok(idle),
+    }
+}
+
+/// Parses a number from 1 up.
+fn parse_count(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|count| *count > 0).ok_or_else(|| "not a number from 1 up".to_owned())
 }
 
 /// Parses `10`, in seconds, or a number with a unit.
@@ -234,6 +281,12 @@ mod tests {
             ("--host 0.0.0.0:80 --to 10.0.0.1:0", "--to 10.0.0.1:0: port 0 cannot"),
             ("--host :::80 --to 127.0.0.1:80", "--to 127.0.0.1:80: [::]:80 would forward to itself"),
             ("--proto icmp", "--proto icmp: not a protocol"),
+            ("--udp-timeout 0", "--udp-timeout 0: every flow would be over"),
+            ("--udp-max-flows 0", "--udp-max-flows 0: not a number from 1 up"),
+            (
+                "--host :::80 --to 10.0.0.1:80 --proto tcp --proto udp",
+                "--proto: given 2 times for 1 mappings",
+            ),
             ("--connect-timeout 0", "--connect-timeout 0: no backend answers"),
             ("--drain-timeout soon", "--drain-timeout soon: not a duration"),
             ("--log-level loud", "--log-level loud: 'loud' names no level"),

@@ -124,14 +124,10 @@ async fn fetch(addr: SocketAddr) -> io::Result<usize> {
 
 /// Starts the web server on a free loopback port.
 fn start_backend() -> Result<SocketAddr, DemoError> {
-    let any_port = Mapping {
-        protocol: Protocol::Tcp,
-        host: HostAddr::new(Ipv4Addr::LOCALHOST.into(), 0),
-        backend: BackendAddr::new(Ipv4Addr::LOCALHOST.into(), 80)?,
-        v6only: false,
-    };
-    let listener =
-        TcpListener::from_std(listen::bind_tcp(&any_port)?).map_err(DemoError::step("start the backend"))?;
+    let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+    let listener = listen::bind_tcp(any_port, true)
+        .and_then(TcpListener::from_std)
+        .map_err(DemoError::step("start the backend"))?;
     let addr = listener.local_addr().map_err(DemoError::step("start the backend"))?;
     tokio::spawn(async move {
         while let Ok((client, _peer)) = listener.accept().await {

@@ -18,4 +18,5 @@ pub mod signals;
 pub mod standalone;
 mod tcp;
 pub mod telemetry;
+mod udp;
 mod worker;

@@ -1,10 +1,12 @@
 //! Listening sockets: bound by us, or bound by the runtime that started us.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener};
-use std::os::fd::OwnedFd;
+use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Once;
 use std::time::Duration;
 
+use rproxy_sys::udp;
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 
 use crate::addr::Protocol;
@@ -13,24 +15,91 @@ use crate::mapping::Mapping;
 /// The pending-connection queue asked for; the kernel cuts it to `net.core.somaxconn` (listen(2)).
 const BACKLOG: i32 = i32::MAX;
 
+/// What the kernel may queue on a UDP listener in each direction, in bytes: a burst of all clients.
+const UDP_BUFFER_SIZE: usize = 8 * 1024 * 1024;
+
 /// Idle time before the first keepalive probe and between probes, as Go's net package sets them.
 const KEEPALIVE: Duration = Duration::from_secs(15);
 
-/// Binds the host address of a TCP mapping and listens on it.
-///
-/// # Errors
-/// [`BindError`], whose message says what would work.
-pub fn bind_tcp(mapping: &Mapping) -> Result<TcpListener, BindError> {
-    let addr = mapping.host.socket_addr();
-    open_tcp(addr, mapping.v6only).map_err(|source| BindError { protocol: mapping.protocol, addr, source })
+/// A socket that clients reach a mapping through; non-blocking.
+#[derive(Debug)]
+pub enum Listener {
+    /// Listening for connections.
+    Tcp(TcpListener),
+    /// Bound, and told to report the local address of each datagram.
+    Udp(UdpSocket),
 }
 
-fn open_tcp(addr: SocketAddr, v6only: bool) -> io::Result<TcpListener> {
-    let socket = Socket::new(Domain::for_address(addr), Type::STREAM.nonblocking(), None)?;
+impl Listener {
+    /// Binds the host address of `mapping`.
+    ///
+    /// # Errors
+    /// [`BindError`], whose message says what would work.
+    pub fn bind(mapping: &Mapping) -> Result<Self, BindError> {
+        let addr = mapping.host.socket_addr();
+        let bound = match mapping.protocol {
+            Protocol::Tcp => bind_tcp(addr, mapping.v6only).map(Self::Tcp),
+            Protocol::Udp => bind_udp(addr, mapping.v6only).map(Self::Udp),
+        };
+        bound.map_err(|source| BindError { protocol: mapping.protocol, addr, source })
+    }
+
+    /// Adopts a socket that the parent process bound, and for TCP listens on (moby's
+    /// `-use-listen-fd`).
+    ///
+    /// # Errors
+    /// [`AdoptError`] if it is something else.
+    pub fn adopt(fd: OwnedFd, protocol: Protocol) -> Result<Self, AdoptError> {
+        let socket = Socket::from(fd);
+        let kind = socket.r#type().map_err(AdoptError::NotASocket)?;
+        let domain = socket.domain().map_err(AdoptError::NotASocket)?;
+        let wanted = match protocol {
+            Protocol::Tcp => Type::STREAM,
+            Protocol::Udp => Type::DGRAM,
+        };
+        if kind != wanted || !matches!(domain, Domain::IPV4 | Domain::IPV6) {
+            return Err(AdoptError::WrongKind(protocol));
+        }
+        socket.set_nonblocking(true).map_err(AdoptError::Setup)?;
+        match protocol {
+            Protocol::Tcp if !socket.is_listener().map_err(AdoptError::Setup)? => {
+                return Err(AdoptError::NotListening);
+            }
+            Protocol::Tcp => set_stream_options(&SockRef::from(&socket)),
+            Protocol::Udp => set_datagram_options(&socket, domain == Domain::IPV6),
+        }
+        .map_err(AdoptError::Setup)?;
+        Ok(match protocol {
+            Protocol::Tcp => Self::Tcp(socket.into()),
+            Protocol::Udp => Self::Udp(socket.into()),
+        })
+    }
+
+    /// The address that clients send to, with the real port.
+    ///
+    /// # Errors
+    /// Those of getsockname(2).
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        match self {
+            Self::Tcp(listener) => listener.local_addr(),
+            Self::Udp(socket) => socket.local_addr(),
+        }
+    }
+}
+
+/// A socket of the family of `addr`; IPv6 alone or with IPv4, which otherwise depends on a sysctl
+/// (net.ipv6.bindv6only).
+fn new_socket(addr: SocketAddr, kind: Type, v6only: bool) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(addr), kind.nonblocking(), None)?;
     if addr.is_ipv6() {
-        // Set either way: the default is a sysctl, net.ipv6.bindv6only.
         socket.set_only_v6(v6only)?;
     }
+    Ok(socket)
+}
+
+/// A TCP socket listening on `addr`.
+pub(crate) fn bind_tcp(addr: SocketAddr, v6only: bool) -> io::Result<TcpListener> {
+    let socket = new_socket(addr, Type::STREAM, v6only)?;
     // Connections of an earlier run may still be in TIME_WAIT on this port.
     socket.set_reuse_address(true)?;
     socket.bind(&addr.into())?;
@@ -39,22 +108,11 @@ fn open_tcp(addr: SocketAddr, v6only: bool) -> io::Result<TcpListener> {
     Ok(socket.into())
 }
 
-/// Adopts a TCP socket that the parent process bound and listens on (moby's `-use-listen-fd`).
-///
-/// # Errors
-/// [`AdoptError`] if it is not a TCP socket in the listening state.
-pub fn adopt_tcp(fd: OwnedFd) -> Result<TcpListener, AdoptError> {
-    let socket = Socket::from(fd);
-    let kind = socket.r#type().map_err(AdoptError::NotASocket)?;
-    let domain = socket.domain().map_err(AdoptError::NotASocket)?;
-    if kind != Type::STREAM || !matches!(domain, Domain::IPV4 | Domain::IPV6) {
-        return Err(AdoptError::NotTcp);
-    }
-    if !socket.is_listener().map_err(AdoptError::Setup)? {
-        return Err(AdoptError::NotListening);
-    }
-    socket.set_nonblocking(true).map_err(AdoptError::Setup)?;
-    set_stream_options(&SockRef::from(&socket)).map_err(AdoptError::Setup)?;
+fn bind_udp(addr: SocketAddr, v6only: bool) -> io::Result<UdpSocket> {
+    let socket = new_socket(addr, Type::DGRAM, v6only)?;
+    // Before the first datagram can arrive.
+    set_datagram_options(&socket, addr.is_ipv6())?;
+    socket.bind(&addr.into())?;
     Ok(socket.into())
 }
 
@@ -64,6 +122,26 @@ pub fn adopt_tcp(fd: OwnedFd) -> Result<TcpListener, AdoptError> {
 pub(crate) fn set_stream_options(socket: &SockRef<'_>) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
     socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE))
+}
+
+/// Sets on a UDP listener: reports of the address asked, trains, and room for bursts.
+fn set_datagram_options(socket: &Socket, ipv6: bool) -> io::Result<()> {
+    static SMALL: Once = Once::new();
+
+    udp::report_local_addr(socket.as_fd(), ipv6)?;
+    if let Err(error) = udp::receive_trains(socket.as_fd()) {
+        tracing::debug!(%error, "this kernel does not hand over trains of datagrams");
+    }
+    let size = udp::set_buffers(socket.as_fd(), UDP_BUFFER_SIZE)?;
+    if size < UDP_BUFFER_SIZE {
+        SMALL.call_once(|| {
+            tracing::info!(
+                bytes = size,
+                "UDP buffers are limited by net.core.rmem_max and wmem_max; bursts over that are lost"
+            );
+        });
+    }
+    Ok(())
 }
 
 /// Why a host address could not be bound.
@@ -111,8 +189,8 @@ pub enum AdoptError {
     #[error("it is not a socket: {0}")]
     NotASocket(#[source] io::Error),
     /// A socket of another kind.
-    #[error("it is not a TCP socket over IPv4 or IPv6")]
-    NotTcp,
+    #[error("it is not a {0} socket over IPv4 or IPv6")]
+    WrongKind(Protocol),
     /// A TCP socket on which `listen` was not called.
     #[error("it is a TCP socket that does not listen")]
     NotListening,
@@ -123,27 +201,36 @@ pub enum AdoptError {
 
 #[cfg(test)]
 mod tests {
-    use std::net::UdpSocket;
-    use std::os::unix::net::UnixListener;
+    use std::os::unix::net::UnixStream;
 
     use super::*;
 
+    fn adopt(fd: impl Into<OwnedFd>, protocol: Protocol) -> Result<Listener, AdoptError> {
+        Listener::adopt(fd.into(), protocol)
+    }
+
     #[test]
-    fn only_a_listening_tcp_socket_is_adopted() {
+    fn only_a_listening_tcp_socket_is_adopted_for_tcp() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let addr = listener.local_addr().unwrap();
-        let adopted = adopt_tcp(listener.into()).unwrap();
-        assert_eq!(adopted.local_addr().unwrap(), addr);
+        assert_eq!(adopt(listener, Protocol::Tcp).unwrap().local_addr().unwrap(), addr);
 
         let file = std::fs::File::open("/dev/null").unwrap();
-        assert!(matches!(adopt_tcp(file.into()), Err(AdoptError::NotASocket(_))));
+        assert!(matches!(adopt(file, Protocol::Tcp), Err(AdoptError::NotASocket(_))));
         let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
-        assert!(matches!(adopt_tcp(udp.into()), Err(AdoptError::NotTcp)));
-        let dir = std::env::temp_dir().join(format!("rproxy-adopt-{}", std::process::id()));
-        let unix = UnixListener::bind(&dir).unwrap();
-        std::fs::remove_file(&dir).unwrap();
-        assert!(matches!(adopt_tcp(unix.into()), Err(AdoptError::NotTcp)));
+        assert!(matches!(adopt(udp, Protocol::Tcp), Err(AdoptError::WrongKind(Protocol::Tcp))));
+        let (unix, _other) = UnixStream::pair().unwrap();
+        assert!(matches!(adopt(unix, Protocol::Tcp), Err(AdoptError::WrongKind(Protocol::Tcp))));
         let idle = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
-        assert!(matches!(adopt_tcp(idle.into()), Err(AdoptError::NotListening)));
+        assert!(matches!(adopt(idle, Protocol::Tcp), Err(AdoptError::NotListening)));
+    }
+
+    #[test]
+    fn a_udp_socket_is_adopted_for_udp() {
+        let udp = UdpSocket::bind("[::1]:0").unwrap();
+        let addr = udp.local_addr().unwrap();
+        assert_eq!(adopt(udp, Protocol::Udp).unwrap().local_addr().unwrap(), addr);
+        let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+        assert!(matches!(adopt(tcp, Protocol::Udp), Err(AdoptError::WrongKind(Protocol::Udp))));
     }
 }

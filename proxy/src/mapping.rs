@@ -43,16 +43,29 @@ impl fmt::Display for Mapping {
 #[error("{} would forward to itself; choose another port or another backend", .0.host)]
 pub struct LoopError(Mapping);
 
-/// What bounds a mapping's connections in time.
+/// What bounds connections and flows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// How long the backend may take to answer a connection attempt; `None` leaves it to the kernel
     /// (`tcp_syn_retries`, about two minutes).
     pub connect_timeout: Option<Duration>,
+    /// A UDP flow is over when neither side has sent anything for this long.
+    pub udp_timeout: Duration,
+    /// UDP flows at a time; `None` for as many as descriptors allow, one each.
+    pub udp_max_flows: Option<usize>,
+    /// UDP flows at a time from one source, an IPv4 address or the /64 of an IPv6 one; `None` for
+    /// three quarters of all.
+    pub udp_max_flows_per_source: Option<usize>,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { connect_timeout: Some(Duration::from_secs(10)) }
+        Self {
+            connect_timeout: Some(Duration::from_secs(10)),
+            // As docker-proxy (moby, cmd/docker-proxy/udp_proxy_linux.go).
+            udp_timeout: Duration::from_secs(90),
+            udp_max_flows: None,
+            udp_max_flows_per_source: None,
+        }
     }
 }

@@ -1,7 +1,7 @@
 //! The engine: bound mappings, the tasks that serve them, and how they end.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,16 +13,17 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
-use crate::listen::{self, BindError};
+use crate::listen::{BindError, Listener};
 use crate::mapping::{Limits, Mapping};
 use crate::tcp::{Service, accept};
+use crate::udp::relay::UdpRelay;
 use crate::worker::Workers;
 
 /// A mapping whose host address is bound: from here on, clients can connect.
 #[derive(Debug)]
 pub struct Bound {
     mapping: Mapping,
-    listener: TcpListener,
+    listener: Listener,
 }
 
 impl Bound {
@@ -31,12 +32,12 @@ impl Bound {
     /// # Errors
     /// [`BindError`]
     pub fn bind(mapping: Mapping) -> Result<Self, BindError> {
-        let listener = listen::bind_tcp(&mapping)?;
+        let listener = Listener::bind(&mapping)?;
         Ok(Self { mapping, listener })
     }
 
     /// Uses `listener` for `mapping`; where it listens is the business of whoever bound it.
-    pub fn adopt(mapping: Mapping, listener: TcpListener) -> Self {
+    pub fn adopt(mapping: Mapping, listener: Listener) -> Self {
         Self { mapping, listener }
     }
 
@@ -60,6 +61,7 @@ pub struct Server {
     workers: Arc<Workers>,
     listeners: Vec<Arc<Watched>>,
     acceptors: Vec<JoinHandle<()>>,
+    udp: Option<JoinHandle<()>>,
     stop: watch::Sender<()>,
 }
 
@@ -72,33 +74,58 @@ impl Server {
     /// # Panics
     /// Outside a tokio runtime.
     pub fn start(mappings: Vec<Bound>, limits: Limits) -> io::Result<Self> {
-        let workers = Arc::new(Workers::new(Handle::current()));
         let (stop, stopped) = watch::channel(());
-        let mut server = Self { workers, listeners: Vec::new(), acceptors: Vec::new(), stop };
+        let mut server = Self {
+            workers: Arc::new(Workers::new(Handle::current())),
+            listeners: Vec::new(),
+            acceptors: Vec::new(),
+            udp: None,
+            stop,
+        };
+        let mut udp = None;
         for Bound { mapping, listener } in mappings {
             info!(%mapping, "serving");
-            let listener = Arc::new(Watched::new(listener, Interest::READABLE)?);
-            server.listeners.push(listener.clone());
-            server.acceptors.push(tokio::spawn(accept::accept_until(
-                stopped.clone(),
-                listener,
-                Arc::new(Service { mapping, limits }),
-                server.workers.clone(),
-            )));
+            match listener {
+                Listener::Tcp(listener) => {
+                    let listener = Watched::new(listener, Interest::READABLE)?;
+                    server.accept(listener, Service { mapping, limits }, stopped.clone());
+                }
+                Listener::Udp(socket) => {
+                    let relay = match &mut udp {
+                        Some(relay) => relay,
+                        none => none.insert(UdpRelay::new(&limits)?),
+                    };
+                    relay.add(mapping, socket)?;
+                }
+            }
         }
+        server.udp = udp.map(|relay| tokio::spawn(relay.run(stopped)));
         Ok(server)
     }
 
-    /// Stops accepting, and gives the connections `timeout` to end by themselves.
+    fn accept(&mut self, listener: Watched, service: Service, stopped: watch::Receiver<()>) {
+        let listener = Arc::new(listener);
+        self.listeners.push(listener.clone());
+        let workers = self.workers.clone();
+        self.acceptors.push(tokio::spawn(accept::accept_until(stopped, listener, service.into(), workers)));
+    }
+
+    /// Stops accepting, and gives the connections and flows `timeout` to end by themselves.
     pub async fn drain(self, timeout: Duration) {
-        let Self { workers, listeners, acceptors, stop } = self;
+        let Self { workers, listeners, acceptors, udp, stop } = self;
         drop((stop, listeners));
         for acceptor in acceptors {
             // A panic there has been reported where it happened, and stops nothing here.
             drop(acceptor.await);
         }
         info!(connections = workers.connections(), ?timeout, "draining");
-        if tokio::time::timeout(timeout, workers.until_idle()).await.is_err() {
+        let ended = async {
+            workers.until_idle().await;
+            if let Some(udp) = udp {
+                drop(udp.await);
+            }
+        };
+        if tokio::time::timeout(timeout, ended).await.is_err() {
             warn!(connections = workers.connections(), "drain timeout: cutting what is left");
         }
     }

@@ -20,7 +20,7 @@ pub use self::flags::{Flags, UsageError, is_docker_proxy_command};
 use self::status::StatusPipe;
 use crate::addr::{AddrError, BackendAddr, HostAddr, Protocol};
 use crate::console;
-use crate::listen::{self, AdoptError, BindError};
+use crate::listen::{AdoptError, BindError, Listener};
 use crate::mapping::{Limits, LoopError, Mapping};
 use crate::runtime::{new_runtime, raise_descriptor_limit};
 use crate::server::{Bound, Server};
@@ -88,13 +88,14 @@ fn bind(flags: &Flags) -> Result<Bound, StartError> {
         return Ok(Bound::bind(mapping)?);
     }
     let fd = claim_inherited(LISTENER_FD).map_err(StartError::NoListener)?;
-    let listener = listen::adopt_tcp(fd).map_err(StartError::Listener)?;
+    let listener = Listener::adopt(fd, mapping.protocol).map_err(StartError::Listener)?;
     Ok(Bound::adopt(mapping, listener))
 }
 
 fn mapping(flags: &Flags) -> Result<Mapping, StartError> {
     let protocol = match flags.proto.as_str() {
         "tcp" => Protocol::Tcp,
+        "udp" => Protocol::Udp,
         other => return Err(StartError::Protocol(other.to_owned())),
     };
     let port = |flag, port: i64| u16::try_from(port).map_err(|_err| StartError::Port { flag, port });
@@ -114,7 +115,7 @@ fn mapping(flags: &Flags) -> Result<Mapping, StartError> {
 #[derive(Debug, thiserror::Error)]
 enum StartError {
     /// A protocol that is not relayed.
-    #[error("-proto {0}: this protocol is not supported; tcp is")]
+    #[error("-proto {0}: this protocol is not supported; tcp and udp are")]
     Protocol(String),
     /// A port that is missing or no port.
     #[error("{flag} {port}: ports are numbers from 0 to 65535")]

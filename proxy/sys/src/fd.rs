@@ -19,9 +19,7 @@ static CLAIMED: Mutex<Vec<RawFd>> = Mutex::new(Vec::new());
 /// `EBADF` if nothing is open at `fd`; `EEXIST` if `fd` is one of 0, 1 and 2, which the standard
 /// library owns, or was claimed before.
 pub fn claim_inherited(fd: RawFd) -> io::Result<OwnedFd> {
-    let mut claimed = CLAIMED
-        .lock()
-        .unwrap_or_else(std::sync::PoisonError::into_inner);
+    let mut claimed = CLAIMED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     if fd <= 2 || claimed.contains(&fd) {
         return Err(io::Error::from_raw_os_error(nix::libc::EEXIST));
     }

@@ -3,6 +3,18 @@
 //! This is the only crate of the workspace that contains `unsafe`. Its functions take borrowed
 //! descriptors and plain values, return [`std::io::Result`], and hold neither policy nor logging.
 
+mod cmsg;
 pub mod fd;
 pub mod socket;
+pub mod udp;
 pub mod watch;
+
+use std::io;
+
+/// The result of a system call: -1 means that `errno` says why.
+fn check(result: i32) -> io::Result<i32> {
+    if result == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(result)
+}

@@ -9,6 +9,8 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use nix::libc;
 use socket2::{SockAddr, SockAddrStorage};
 
+use crate::check;
+
 /// The size of an int, as setsockopt(2) takes it.
 const INT_SIZE: libc::socklen_t = c_int::BITS / 8;
 
@@ -38,17 +40,14 @@ pub fn accept(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, SocketAddr)> {
 /// Those of setsockopt(2).
 pub fn set_receive_low_watermark(socket: BorrowedFd<'_>, bytes: u32) -> io::Result<()> {
     let value = c_int::try_from(bytes).unwrap_or(c_int::MAX);
-    // SAFETY: the option takes a pointer to an int and its size.
-    check(unsafe {
-        libc::setsockopt(
-            socket.as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_RCVLOWAT,
-            (&raw const value).cast(),
-            INT_SIZE,
-        )
-    })
-    .map(drop)
+    set_int(socket, libc::SOL_SOCKET, libc::SO_RCVLOWAT, value)
+}
+
+/// Sets an option that takes an int.
+pub(crate) fn set_int(socket: BorrowedFd<'_>, level: c_int, name: c_int, value: c_int) -> io::Result<()> {
+    let pointer = (&raw const value).cast();
+    // SAFETY: the pointer leads to an int, whose size is passed along.
+    check(unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, pointer, INT_SIZE) }).map(drop)
 }
 
 /// How many bytes written to a TCP socket its peer has not acknowledged yet (`SIOCOUTQ`, tcp(7)).
@@ -60,14 +59,6 @@ pub fn unacknowledged(socket: BorrowedFd<'_>) -> io::Result<usize> {
     // SAFETY: SIOCOUTQ (the same request as TIOCOUTQ) writes one int through the pointer.
     check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::TIOCOUTQ, &raw mut bytes) })?;
     Ok(usize::try_from(bytes).unwrap_or(0))
-}
-
-/// The result of a system call: -1 means that `errno` says why.
-fn check(result: c_int) -> io::Result<c_int> {
-    if result == -1 {
-        return Err(io::Error::last_os_error());
-    }
-    Ok(result)
 }
 
 #[cfg(test)]

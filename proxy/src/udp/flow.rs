@@ -1,0 +1,111 @@
+//! A flow: who it belongs to, and its socket towards the backend.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use arrayvec::ArrayVec;
+use rproxy_sys::udp::{BATCH, LocalAddr, RecvBatch, Transmit, receive_trains, set_buffers};
+use socket2::{Domain, Socket, Type};
+
+use super::payload::{Part, Payload};
+use super::send::Backlog;
+use super::table::FlowId;
+use crate::addr::BackendAddr;
+
+/// Bytes that the kernel may queue for a flow in each direction: a burst of answers to one client.
+const BUFFER_SIZE: usize = 4 * 1024 * 1024;
+
+/// What tells flows apart. docker-proxy looks at the client alone; but answers have to come from the
+/// address that was asked, and a client may ask several.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct FlowKey {
+    /// Which listener received it.
+    pub(super) listener: u32,
+    /// Who sent it, in the family of the listener's socket.
+    pub(super) client: SocketAddr,
+    /// Which of our addresses it was sent to, if the socket reports it.
+    pub(super) local: Option<LocalAddr>,
+}
+
+impl FlowKey {
+    pub(super) fn new(listener: u32, client: SocketAddr, local: Option<LocalAddr>) -> Self {
+        Self { listener, client, local: local.map(forget_interface) }
+    }
+}
+
+/// Answers take the route that the table gives, which need not be the way that the question came.
+/// Only a link-local address means nothing without its interface.
+fn forget_interface(local: LocalAddr) -> LocalAddr {
+    match local.ip {
+        IpAddr::V6(ip) if ip.is_unicast_link_local() => local,
+        _ => LocalAddr { interface: 0, ..local },
+    }
+}
+
+/// A flow's socket and what is known of its path.
+#[derive(Debug)]
+pub(super) struct Flow {
+    socket: OwnedFd,
+    /// Whether trains may be tried towards the backend.
+    trains_in: bool,
+    /// Whether trains may be tried towards the client.
+    pub(super) trains_out: bool,
+    /// What waits for room on the socket.
+    backlog: Backlog,
+}
+
+impl Flow {
+    /// Opens a socket that is connected to `backend`.
+    ///
+    /// # Errors
+    /// Those of socket(2) and connect(2); the latter if there is no route.
+    pub(super) fn open(backend: BackendAddr) -> io::Result<Self> {
+        let addr = backend.socket_addr();
+        let socket = Socket::new(Domain::for_address(addr), Type::DGRAM.nonblocking(), None)?;
+        // Neither is needed for a flow to work, only for it to work well.
+        drop(set_buffers(socket.as_fd(), BUFFER_SIZE));
+        drop(receive_trains(socket.as_fd()));
+        socket.connect(&addr.into())?;
+        Ok(Self { socket: socket.into(), trains_in: true, trains_out: true, backlog: Backlog::default() })
+    }
+
+    /// Sends the datagrams in some slots of `batch` to the backend. Gives `true` if from now on
+    /// some wait for room, and [`Self::flush`] is to be called when there is.
+    pub(super) fn send(&mut self, batch: &RecvBatch, datagrams: &[(FlowId, usize)]) -> bool {
+        let mut payload = Payload::new();
+        let mut parts: ArrayVec<Part, BATCH> = ArrayVec::new();
+        payload.add(batch, datagrams, self.trains_in, &mut |part| parts.push(part));
+        let messages: ArrayVec<Transmit<'_>, BATCH> =
+            parts.iter().map(|part| part.message(&payload)).collect();
+        let trains_in = &mut self.trains_in;
+        self.backlog.send(self.socket.as_fd(), &messages, &mut |_refused| *trains_in = false)
+    }
+
+    /// Sends what waits. Gives `true` if nothing does any more.
+    pub(super) fn flush(&mut self) -> bool {
+        self.backlog.flush(self.socket.as_fd())
+    }
+}
+
+impl AsFd for Flow {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_interface_matters_only_to_link_local_addresses() {
+        let client = "[fe80::2]:1".parse().unwrap();
+        let key = |ip: &str, interface| {
+            FlowKey::new(0, client, Some(LocalAddr { ip: ip.parse().unwrap(), interface }))
+        };
+        assert_eq!(key("10.0.0.1", 1), key("10.0.0.1", 2));
+        assert_eq!(key("2001:db8::1", 1), key("2001:db8::1", 2));
+        assert_ne!(key("fe80::1", 1), key("fe80::1", 2));
+    }
+}

@@ -1,0 +1,14 @@
+//! The UDP relay: flows, batches, and trains.
+//!
+//! A flow is what one client sends to one local address of ours, and the answers. It has a socket of
+//! its own that is connected to the backend, and nothing else: buffers belong to the [`relay`], which
+//! serves all flows of a process from one task. The [`table`] finds flows and bounds their number;
+//! [`train`] groups datagrams so that one call sends many; [`send`] deals with what the kernel
+//! refuses.
+
+mod flow;
+mod payload;
+pub(crate) mod relay;
+mod send;
+mod table;
+mod train;

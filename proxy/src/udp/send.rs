@@ -1,0 +1,354 @@
+//! Sending in batches, and what to do when the kernel says no.
+
+use std::collections::VecDeque;
+use std::io::{self, IoSlice};
+use std::net::SocketAddr;
+use std::os::fd::BorrowedFd;
+
+use arrayvec::ArrayVec;
+use nix::libc;
+use rproxy_sys::udp::{BATCH, LocalAddr, TRAIN_LEN, Transmit, send_batch};
+use tracing::warn;
+
+use crate::log_limit::LogLimit;
+
+/// How often a message is tried again that met an error of an earlier one. Each try takes one error
+/// off the socket, and an error is queued only while a message is under way.
+const RETRIES: u32 = 3;
+
+/// What happened to a message, or to the one at an index, that did not simply leave.
+#[derive(Debug)]
+pub(super) enum Trouble<'m, 'a> {
+    /// The path takes no trains: the one at this index went as single datagrams, as others should.
+    TrainRefused(usize),
+    /// The socket is full: this message, and all that are reported after it, wait for room.
+    Full(&'m Transmit<'a>),
+    /// A message is lost: the network cannot take it.
+    Lost(io::Error),
+}
+
+/// Sends `messages` in order, without waiting. Gives `false` if the socket became full.
+pub(super) fn send_all(
+    socket: BorrowedFd<'_>,
+    messages: &[Transmit<'_>],
+    report: &mut dyn FnMut(Trouble<'_, '_>),
+) -> bool {
+    let mut next = 0;
+    let mut tries = 0;
+    while let Some(message) = messages.get(next) {
+        let error = match send_batch(socket, &messages[next..]) {
+            Ok(sent) => {
+                (next, tries) = (next + sent, 0);
+                continue;
+            }
+            Err(error) => error,
+        };
+        tries += 1;
+        match remedy(&error, message.segment.is_some()) {
+            Remedy::Again if tries <= RETRIES => continue,
+            Remedy::Wait => {
+                messages[next..].iter().for_each(|message| report(Trouble::Full(message)));
+                return false;
+            }
+            Remedy::Single => {
+                report(Trouble::TrainRefused(next));
+                if !send_singly(socket, message, report) {
+                    messages[next + 1..].iter().for_each(|message| report(Trouble::Full(message)));
+                    return false;
+                }
+            }
+            Remedy::Again | Remedy::None => report(Trouble::Lost(error)),
+        }
+        (next, tries) = (next + 1, 0);
+    }
+    true
+}
+
+/// Sends the datagrams of a train one by one.
+fn send_singly(
+    socket: BorrowedFd<'_>,
+    train: &Transmit<'_>,
+    report: &mut dyn FnMut(Trouble<'_, '_>),
+) -> bool {
+    let payloads: ArrayVec<[IoSlice<'_>; 1], TRAIN_LEN> =
+        datagrams(train).map(|bytes| [IoSlice::new(bytes)]).collect();
+    let messages: ArrayVec<Transmit<'_>, TRAIN_LEN> =
+        payloads.iter().map(|payload| Transmit { payload, segment: None, ..*train }).collect();
+    send_all(socket, &messages, report)
+}
+
+/// The datagrams that a message consists of. The pieces of a train are whole datagrams each.
+fn datagrams<'a>(message: &Transmit<'a>) -> impl Iterator<Item = &'a [u8]> {
+    let payload: &'a [IoSlice<'a>] = message.payload;
+    let size = message.segment.map_or(usize::MAX, usize::from);
+    let single = message.segment.is_none();
+    payload.iter().flat_map(move |piece| {
+        let piece: &'a [u8] = piece;
+        // A datagram without bytes has no chunks, but is one.
+        let whole = (single && piece.is_empty()).then_some(piece);
+        whole.into_iter().chain(piece.chunks(size))
+    })
+}
+
+/// What helps against an error of sendmmsg(2).
+#[derive(Debug, PartialEq, Eq)]
+enum Remedy {
+    /// It was queued on the socket by an earlier datagram, and is off it now.
+    Again,
+    /// Sending later.
+    Wait,
+    /// Sending the datagrams of the train one by one.
+    Single,
+    /// Nothing.
+    None,
+}
+
+fn remedy(error: &io::Error, is_train: bool) -> Remedy {
+    match error.raw_os_error() {
+        Some(libc::ECONNREFUSED | libc::EINTR) => Remedy::Again,
+        Some(libc::EAGAIN | libc::ENOBUFS) => Remedy::Wait,
+        // No checksum offload on the device; segments over its MTU; over the path's.
+        Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE) if is_train => Remedy::Single,
+        // Before Linux 4.18 there are none.
+        Some(libc::ENOPROTOOPT | libc::EOPNOTSUPP) if is_train => Remedy::Single,
+        _ => Remedy::None,
+    }
+}
+
+/// Bytes that wait for one socket at the most; what comes then is lost, as in any full queue.
+const BACKLOG_BYTES: usize = 1024 * 1024;
+
+/// Each waiting datagram counts for this much more, so that empty ones are bounded too.
+const OVERHEAD: usize = 64;
+
+/// Datagrams that wait until a socket has room again.
+#[derive(Debug, Default)]
+pub(super) struct Backlog {
+    waiting: VecDeque<Waiting>,
+    bytes: usize,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    to: Option<SocketAddr>,
+    source: Option<LocalAddr>,
+    bytes: Box<[u8]>,
+}
+
+impl Backlog {
+    /// Sends `messages` in order, behind what waits already. Gives `true` if from now on something
+    /// waits and did not before. `refused` gets the index of a train that the path does not take.
+    pub(super) fn send(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        messages: &[Transmit<'_>],
+        refused: &mut dyn FnMut(usize),
+    ) -> bool {
+        if !self.waiting.is_empty() {
+            messages.iter().for_each(|message| log_dropped(self.keep(message)));
+            return false;
+        }
+        send_all(socket, messages, &mut |trouble| match trouble {
+            Trouble::TrainRefused(index) => refused(index),
+            Trouble::Full(message) => log_dropped(self.keep(message)),
+            Trouble::Lost(error) => log_lost(&error),
+        });
+        !self.waiting.is_empty()
+    }
+
+    /// Keeps the datagrams of `message`; gives how many there was no room for.
+    fn keep(&mut self, message: &Transmit<'_>) -> usize {
+        let mut lost = 0;
+        for bytes in datagrams(message) {
+            let cost = bytes.len() + OVERHEAD;
+            if self.bytes + cost > BACKLOG_BYTES {
+                lost += 1;
+                continue;
+            }
+            self.bytes += cost;
+            self.waiting.push_back(Waiting { to: message.to, source: message.source, bytes: bytes.into() });
+        }
+        lost
+    }
+
+    /// Sends what waits, as far as `socket` takes it. Gives `true` if nothing waits any more.
+    pub(super) fn flush(&mut self, socket: BorrowedFd<'_>) -> bool {
+        while !self.waiting.is_empty() {
+            let (gone, all) = self.send_front(socket);
+            for waiting in self.waiting.drain(..gone) {
+                self.bytes -= waiting.bytes.len() + OVERHEAD;
+            }
+            if !all {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Sends a batch of what waits: how many are through with, and whether those are all of it.
+    fn send_front(&self, socket: BorrowedFd<'_>) -> (usize, bool) {
+        let front = || self.waiting.iter().take(BATCH);
+        let payloads: ArrayVec<[IoSlice<'_>; 1], BATCH> =
+            front().map(|waiting| [IoSlice::new(&waiting.bytes)]).collect();
+        let messages: ArrayVec<Transmit<'_>, BATCH> = payloads
+            .iter()
+            .zip(front())
+            .map(|(payload, Waiting { to, source, .. })| Transmit {
+                payload,
+                to: *to,
+                source: *source,
+                segment: None,
+            })
+            .collect();
+        let mut left = 0;
+        let all = send_all(socket, &messages, &mut |trouble| match trouble {
+            Trouble::Full(_) => left += 1,
+            Trouble::Lost(error) => log_lost(&error),
+            Trouble::TrainRefused(_) => {}
+        });
+        (messages.len() - left, all)
+    }
+}
+
+/// Says that a datagram is lost because the network does not take it.
+pub(super) fn log_lost(error: &io::Error) {
+    static LOST: LogLimit = LogLimit::new();
+    if let Some(suppressed) = LOST.permit() {
+        warn!(%error, suppressed, "datagram lost");
+    }
+}
+
+/// Says that datagrams are lost because too many wait.
+fn log_dropped(count: usize) {
+    static DROPPED: LogLimit = LogLimit::new();
+    if count > 0
+        && let Some(suppressed) = DROPPED.permit()
+    {
+        warn!(count, suppressed, "datagrams lost: more than {BACKLOG_BYTES} bytes wait for a socket");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::UdpSocket;
+    use std::os::fd::AsFd;
+    use std::time::Duration;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// Long enough for loopback on any machine; without it a lost datagram would hang the test.
+    const PATIENCE: Duration = Duration::from_secs(10);
+
+    fn pair() -> (UdpSocket, UdpSocket) {
+        let a = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let b = UdpSocket::bind("127.0.0.1:0").unwrap();
+        a.connect(b.local_addr().unwrap()).unwrap();
+        b.set_read_timeout(Some(PATIENCE)).unwrap();
+        (a, b)
+    }
+
+    fn no_trouble(trouble: Trouble<'_, '_>) {
+        panic!("{trouble:?}");
+    }
+
+    fn transmit<'a>(payload: &'a [IoSlice<'a>], segment: Option<u16>) -> Transmit<'a> {
+        Transmit { payload, to: None, source: None, segment }
+    }
+
+    #[test]
+    fn the_datagram_that_meets_an_earlier_ones_error_is_sent_again() {
+        let (a, b) = pair();
+        let addr = b.local_addr().unwrap();
+        drop(b);
+        let payload = [IoSlice::new(b"first")];
+        assert!(send_all(a.as_fd(), &[transmit(&payload, None)], &mut no_trouble));
+        let b = UdpSocket::bind(addr).unwrap();
+        b.set_read_timeout(Some(PATIENCE)).unwrap();
+        let payload = [IoSlice::new(b"second")];
+        assert!(send_all(a.as_fd(), &[transmit(&payload, None)], &mut no_trouble));
+        let mut buf = [0; 9];
+        assert_eq!(b.recv(&mut buf).unwrap(), 6);
+        assert_eq!(&buf[..6], b"second");
+    }
+
+    #[test]
+    fn a_train_that_the_path_refuses_goes_as_single_datagrams() {
+        let (a, b) = pair();
+        // Segments over the MTU of the loopback device: the kernel refuses to cut there.
+        let (long, short) = (vec![1; 66_000 / 2], vec![2; 7]);
+        let payload = [IoSlice::new(&long[..30_000]), IoSlice::new(&long[..30_000]), IoSlice::new(&short)];
+        let mut refused = None;
+        let too_long = Transmit { segment: Some(0xFFFF), ..transmit(&payload, None) };
+        assert!(send_all(a.as_fd(), &[Transmit { segment: Some(30_000), ..too_long }], &mut |trouble| {
+            match trouble {
+                Trouble::TrainRefused(index) => refused = Some(index),
+                other => panic!("{other:?}"),
+            }
+        }));
+        let mut buf = vec![0; 66_000];
+        for wanted in [30_000, 30_000, 7] {
+            assert_eq!(b.recv(&mut buf).unwrap(), wanted);
+        }
+        // Whether the device took the train is its business; what arrives is the same.
+        assert!(matches!(refused, None | Some(0)));
+    }
+
+    #[test]
+    fn errors_have_their_remedies() {
+        let of = |errno, is_train| remedy(&io::Error::from_raw_os_error(errno), is_train);
+        assert_eq!(of(libc::ECONNREFUSED, false), Remedy::Again);
+        assert_eq!(of(libc::EAGAIN, true), Remedy::Wait);
+        for errno in [libc::EIO, libc::EINVAL, libc::EMSGSIZE] {
+            assert_eq!(of(errno, true), Remedy::Single);
+            assert_eq!(of(errno, false), Remedy::None);
+        }
+        assert_eq!(of(libc::EPERM, true), Remedy::None);
+    }
+
+    #[test]
+    fn a_full_backlog_says_what_it_lost() {
+        let mut backlog = Backlog::default();
+        let big = vec![0; 60_000];
+        let payload = [IoSlice::new(&big)];
+        let kept = BACKLOG_BYTES / (big.len() + OVERHEAD);
+        for _ in 0..kept {
+            assert_eq!(backlog.keep(&transmit(&payload, None)), 0);
+        }
+        assert_eq!(backlog.keep(&transmit(&payload, None)), 1);
+        assert_eq!(backlog.waiting.len(), kept);
+    }
+
+    proptest! {
+        #[test]
+        fn what_waits_leaves_in_order_and_whole(sizes in prop::collection::vec(0..1000_usize, 1..80)) {
+            let (a, b) = pair();
+            let mut backlog = Backlog::default();
+            let bytes: Vec<u8> = (0..1000).map(|i| (i % 251) as u8).collect();
+            for size in &sizes {
+                prop_assert_eq!(backlog.keep(&transmit(&[IoSlice::new(&bytes[..*size])], None)), 0);
+            }
+            prop_assert!(backlog.flush(a.as_fd()));
+            prop_assert_eq!(backlog.bytes, 0);
+            let mut buf = [0; 1001];
+            for size in sizes {
+                prop_assert_eq!(b.recv(&mut buf).unwrap(), size);
+                prop_assert_eq!(&buf[..size], &bytes[..size]);
+            }
+        }
+
+        #[test]
+        fn a_train_is_the_datagrams_it_was_made_of(count in 1..20_usize, size in 1..500_u16, last in 1..500_usize) {
+            let whole = vec![9; usize::from(size)];
+            let tail = vec![8; last.min(usize::from(size))];
+            let mut pieces: Vec<_> = (0..count).map(|_| IoSlice::new(&whole)).collect();
+            pieces.push(IoSlice::new(&tail));
+            let train = transmit(&pieces, Some(size));
+            let lens: Vec<_> = datagrams(&train).map(<[u8]>::len).collect();
+            let mut wanted = vec![usize::from(size); count];
+            wanted.push(tail.len());
+            prop_assert_eq!(lens, wanted);
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! Grouping datagrams of one flow into trains: what can leave with one call (udp(7) `UDP_SEGMENT`).
+//!
+//! A train is cut by the kernel into datagrams of equal size, the last of which may be shorter.
+//! Nothing is merged or split that was not sent so: the boundaries come out as they went in.
+
+use std::ops::Range;
+
+use rproxy_sys::udp::{TRAIN_BYTES, TRAIN_LEN};
+
+/// What one receive brought of a flow: a datagram, or a train of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Chunk {
+    /// Bytes in all.
+    pub(super) len: usize,
+    /// The size of each datagram but the last; `None` for a single one.
+    pub(super) segment: Option<u16>,
+}
+
+impl Chunk {
+    /// The size of its first datagram.
+    fn size(self) -> usize {
+        match self.segment {
+            Some(segment) => self.len.min(usize::from(segment)),
+            None => self.len,
+        }
+    }
+
+    /// How many datagrams it is.
+    fn count(self) -> usize {
+        match self.segment {
+            Some(segment) => self.len.div_ceil(usize::from(segment)).max(1),
+            None => 1,
+        }
+    }
+
+    /// Whether its last datagram is as long as the others.
+    fn is_even(self) -> bool {
+        self.len > 0 && self.len.is_multiple_of(self.size())
+    }
+}
+
+/// Consecutive chunks that leave together.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Train {
+    /// Which chunks, by their place in the sequence.
+    pub(super) chunks: Range<usize>,
+    /// The size to cut into; `None` for a single datagram.
+    pub(super) segment: Option<u16>,
+}
+
+/// Splits a sequence of chunks into trains, in order.
+pub(super) fn trains(chunks: &[Chunk]) -> impl Iterator<Item = Train> {
+    let mut next = 0;
+    std::iter::from_fn(move || {
+        let train = first_train(chunks.get(next..)?)?;
+        let chunks = next..next + train.chunks.len();
+        next = chunks.end;
+        Some(Train { chunks, ..train })
+    })
+}
+
+/// The longest train at the start of `chunks`.
+fn first_train(chunks: &[Chunk]) -> Option<Train> {
+    let first = *chunks.first()?;
+    let size = first.size();
+    let (mut bytes, mut count, mut is_open) = (first.len, first.count(), first.is_even());
+    let mut len = 1;
+    for chunk in &chunks[1..] {
+        let fits = is_open
+            && chunk.len > 0
+            && (chunk.size() == size || chunk.count() == 1 && chunk.len < size)
+            && bytes + chunk.len <= TRAIN_BYTES
+            && count + chunk.count() <= TRAIN_LEN;
+        if !fits {
+            break;
+        }
+        bytes += chunk.len;
+        count += chunk.count();
+        is_open = chunk.size() == size && chunk.is_even();
+        len += 1;
+    }
+    let segment = u16::try_from(size).ok().filter(|_| count > 1);
+    Some(Train { chunks: 0..len, segment })
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    impl Chunk {
+        /// The datagrams in it, as ranges of its bytes.
+        fn datagrams(self) -> impl Iterator<Item = Range<usize>> {
+            let size = self.size();
+            (0..self.count()).map(move |i| i * size..self.len.min((i + 1) * size))
+        }
+    }
+
+    fn single(len: usize) -> Chunk {
+        Chunk { len, segment: None }
+    }
+
+    fn lens(sequence: &[usize]) -> Vec<(usize, Option<u16>)> {
+        let chunks: Vec<_> = sequence.iter().map(|len| single(*len)).collect();
+        trains(&chunks).map(|train| (train.chunks.len(), train.segment)).collect()
+    }
+
+    #[test]
+    fn runs_of_equal_size_leave_together_and_a_shorter_one_ends_them() {
+        assert_eq!(lens(&[64, 64, 64]), [(3, Some(64))]);
+        assert_eq!(lens(&[64, 64, 10, 64]), [(3, Some(64)), (1, None)]);
+        assert_eq!(lens(&[10, 64]), [(1, None), (1, None)]);
+        assert_eq!(lens(&[64]), [(1, None)]);
+        assert_eq!(lens(&[]), []);
+    }
+
+    #[test]
+    fn a_datagram_without_bytes_travels_alone() {
+        assert_eq!(lens(&[64, 0, 64]), [(1, None), (1, None), (1, None)]);
+        assert_eq!(lens(&[0, 0]), [(1, None), (1, None)]);
+    }
+
+    #[test]
+    fn no_train_is_longer_than_the_kernel_takes() {
+        assert_eq!(lens(&[64; 100]), [(64, Some(64)), (36, Some(64))]);
+        assert_eq!(lens(&[30_000; 3]), [(2, Some(30_000)), (1, None)]);
+        assert_eq!(lens(&[65_507, 65_507]), [(1, None), (1, None)]);
+    }
+
+    #[test]
+    fn trains_that_arrived_as_one_are_joined_and_not_cut() {
+        let even = Chunk { len: 300, segment: Some(100) };
+        let odd = Chunk { len: 250, segment: Some(100) };
+        let result: Vec<_> = trains(&[even, odd, single(100)]).collect();
+        assert_eq!(
+            result,
+            [Train { chunks: 0..2, segment: Some(100) }, Train { chunks: 2..3, segment: None }]
+        );
+    }
+
+    /// What the kernel makes of a train: datagram sizes.
+    fn cut(chunks: &[Chunk], train: &Train) -> Vec<usize> {
+        let bytes: usize = chunks[train.chunks.clone()].iter().map(|chunk| chunk.len).sum();
+        let segment = train.segment.map_or(bytes.max(1), usize::from);
+        assert!(bytes <= TRAIN_BYTES || train.chunks.len() == 1);
+        let whole = Chunk { len: bytes, segment: Some(u16::try_from(segment).unwrap()) };
+        assert!(whole.count() <= TRAIN_LEN || train.chunks.len() == 1);
+        whole.datagrams().map(|range| range.len()).collect()
+    }
+
+    fn chunk() -> impl Strategy<Value = Chunk> {
+        let size = prop_oneof![Just(0), Just(1), Just(64), Just(1400), 0..3000_usize, 60_000..65_508_usize];
+        let train = (1..200_u16, 1..64_usize, 0..200_usize).prop_map(|(size, count, short)| {
+            let len = usize::from(size) * count - short.min(usize::from(size) - 1);
+            Chunk { len, segment: Some(size) }
+        });
+        prop_oneof![4 => size.prop_map(single), 1 => train]
+    }
+
+    proptest! {
+        #[test]
+        fn what_goes_in_comes_out_in_order(chunks in prop::collection::vec(chunk(), 0..80)) {
+            let wanted: Vec<usize> = chunks.iter().flat_map(|chunk| chunk.datagrams()).map(|r| r.len()).collect();
+            let trains: Vec<_> = trains(&chunks).collect();
+            let sent: Vec<usize> = trains.iter().flat_map(|train| cut(&chunks, train)).collect();
+            prop_assert_eq!(sent, wanted);
+            let mut next = 0;
+            for train in trains {
+                prop_assert_eq!(train.chunks.start, next);
+                next = train.chunks.end;
+            }
+            prop_assert_eq!(next, chunks.len());
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! Control messages of UDP sockets: which local address a datagram was sent to or is to be sent from
+//! (ip(7) `IP_PKTINFO`, ipv6(7) `IPV6_PKTINFO`), and the segment size of a train of datagrams (udp(7)
+//! `UDP_GRO` and `UDP_SEGMENT`).
+//!
+//! The layout is that of cmsg(3): a header with length, level and type, then the data, each aligned
+//! to a word. It is read and written as plain bytes.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use nix::libc::{IP_PKTINFO, IPPROTO_IP, IPPROTO_IPV6, IPV6_PKTINFO, SOL_UDP, UDP_GRO, UDP_SEGMENT};
+
+/// Bytes that all control messages of one datagram take at the most, either way: both kinds of
+/// packet information and a segment size, each with its header, rounded up.
+pub(crate) const SPACE: usize = 128;
+
+const WORD: usize = size_of::<usize>();
+/// Length, level and type.
+const HEADER: usize = WORD + 2 * size_of::<i32>();
+
+/// A local address, as the kernel tells it of a datagram received or takes it for one to be sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct LocalAddr {
+    /// The address; IPv4-mapped on an IPv6 socket that serves IPv4 too.
+    pub ip: IpAddr,
+    /// The interface's index. When sending, 0 leaves the choice to the routing table.
+    pub interface: u32,
+}
+
+/// What the control messages of a received datagram say.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Received {
+    /// The address that it was sent to; `None` if the socket does not report it.
+    pub local: Option<LocalAddr>,
+    /// The size in bytes of each of several datagrams that were received as one, except the last,
+    /// which may be shorter. `None` for a single datagram.
+    pub segment: Option<u16>,
+}
+
+/// Decodes the control messages in `bytes`. What is unknown, damaged or cut off is passed over.
+pub(crate) fn decode(mut bytes: &[u8]) -> Received {
+    let mut received = Received::default();
+    while let Some((level, kind, data, rest)) = next(bytes) {
+        match (level, kind) {
+            (IPPROTO_IP, IP_PKTINFO) => received.local = pktinfo_v4(data),
+            (IPPROTO_IPV6, IPV6_PKTINFO) => received.local = pktinfo_v6(data),
+            (SOL_UDP, UDP_GRO) => received.segment = segment(data),
+            _ => {}
+        }
+        bytes = rest;
+    }
+    received
+}
+
+/// Splits the first control message off: its level, type and data, and what follows.
+fn next(bytes: &[u8]) -> Option<(i32, i32, &[u8], &[u8])> {
+    let (header, _) = bytes.split_at_checked(HEADER)?;
+    let (len, level_and_kind) = header.split_at(WORD);
+    let len = usize::from_ne_bytes(len.try_into().ok()?);
+    let data = bytes.get(HEADER..len)?;
+    let (level, kind) = level_and_kind.split_at(size_of::<i32>());
+    let rest = bytes.get(len.next_multiple_of(WORD)..).unwrap_or_default();
+    Some((read_i32(level)?, read_i32(kind)?, data, rest))
+}
+
+fn read_i32(bytes: &[u8]) -> Option<i32> {
+    Some(i32::from_ne_bytes(*bytes.first_chunk()?))
+}
+
+/// `struct in_pktinfo`: interface, the local address, the header's destination. The second is the one
+/// to answer from, also when the third is a broadcast address.
+fn pktinfo_v4(data: &[u8]) -> Option<LocalAddr> {
+    let interface = read_i32(data)?.unsigned_abs();
+    let ip = Ipv4Addr::from(*data.get(4..)?.first_chunk::<4>()?);
+    usable(ip.into(), interface)
+}
+
+/// `struct in6_pktinfo`: the header's destination, interface.
+fn pktinfo_v6(data: &[u8]) -> Option<LocalAddr> {
+    let ip = Ipv6Addr::from(*data.first_chunk::<16>()?);
+    let interface = read_i32(data.get(16..)?)?.unsigned_abs();
+    usable(ip.into(), interface)
+}
+
+/// An address that can be answered from: not one of a group, nor the blank of a datagram that was
+/// queued before the socket was asked to report addresses.
+fn usable(ip: IpAddr, interface: u32) -> Option<LocalAddr> {
+    let canonical = ip.to_canonical();
+    let answerable = !canonical.is_multicast() && !canonical.is_unspecified();
+    answerable.then_some(LocalAddr { ip, interface })
+}
+
+/// The kernel writes an int; a size that does not fit a datagram is none.
+fn segment(data: &[u8]) -> Option<u16> {
+    read_i32(data).and_then(|size| u16::try_from(size).ok()).filter(|size| *size > 0)
+}
+
+/// Control messages for a datagram, or a train of them, to be sent.
+#[derive(Debug)]
+pub(crate) struct Encoder {
+    bytes: [u8; SPACE],
+    len: usize,
+}
+
+impl Encoder {
+    /// Says from which local address to send, and into segments of which size to cut the payload.
+    pub(crate) fn new(source: Option<LocalAddr>, segment: Option<u16>) -> Self {
+        let mut encoder = Self { bytes: [0; SPACE], len: 0 };
+        match source {
+            Some(LocalAddr { ip: IpAddr::V4(ip), interface }) => encoder.push_pktinfo_v4(ip, interface),
+            Some(LocalAddr { ip: IpAddr::V6(ip), interface }) => encoder.push_pktinfo_v6(ip, interface),
+            None => {}
+        }
+        if let Some(segment) = segment {
+            encoder.push(SOL_UDP, UDP_SEGMENT, &segment.to_ne_bytes());
+        }
+        encoder
+    }
+
+    /// The encoded messages; empty if there are none.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
+
+    fn push_pktinfo_v4(&mut self, ip: Ipv4Addr, interface: u32) {
+        let mut info = [0; 12];
+        info[..4].copy_from_slice(&interface.to_ne_bytes());
+        info[4..8].copy_from_slice(&ip.octets());
+        self.push(IPPROTO_IP, IP_PKTINFO, &info);
+    }
+
+    fn push_pktinfo_v6(&mut self, ip: Ipv6Addr, interface: u32) {
+        let mut info = [0; 20];
+        info[..16].copy_from_slice(&ip.octets());
+        info[16..].copy_from_slice(&interface.to_ne_bytes());
+        self.push(IPPROTO_IPV6, IPV6_PKTINFO, &info);
+    }
+
+    fn push(&mut self, level: i32, kind: i32, data: &[u8]) {
+        let len = HEADER + data.len();
+        let message = &mut self.bytes[self.len..];
+        message[..WORD].copy_from_slice(&len.to_ne_bytes());
+        message[WORD..WORD + 4].copy_from_slice(&level.to_ne_bytes());
+        message[WORD + 4..HEADER].copy_from_slice(&kind.to_ne_bytes());
+        message[HEADER..len].copy_from_slice(data);
+        self.len += len.next_multiple_of(WORD);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn local(ip: &str, interface: u32) -> LocalAddr {
+        LocalAddr { ip: ip.parse().unwrap(), interface }
+    }
+
+    #[test]
+    fn what_is_encoded_is_decoded() {
+        for source in [local("10.0.0.11", 0), local("fe80::1", 7), local("::ffff:10.0.0.11", 0)] {
+            let encoder = Encoder::new(Some(source), None);
+            assert_eq!(decode(encoder.bytes()).local, Some(source));
+        }
+        assert!(Encoder::new(None, None).bytes().is_empty());
+    }
+
+    #[test]
+    fn the_layout_is_the_kernels() {
+        let encoder = Encoder::new(Some(local("10.0.0.11", 2)), Some(1400));
+        let mut wanted = Vec::new();
+        wanted.extend(28_usize.to_ne_bytes());
+        wanted.extend([IPPROTO_IP, IP_PKTINFO, 2].map(i32::to_ne_bytes).concat());
+        wanted.extend([10, 0, 0, 11, 0, 0, 0, 0, 0, 0, 0, 0]);
+        wanted.extend(18_usize.to_ne_bytes());
+        wanted.extend([SOL_UDP, UDP_SEGMENT].map(i32::to_ne_bytes).concat());
+        wanted.extend(1400_u16.to_ne_bytes());
+        wanted.extend([0; 6]);
+        assert_eq!(encoder.bytes(), wanted);
+    }
+
+    #[test]
+    fn addresses_that_nothing_can_be_sent_from_are_left_out() {
+        for ip in ["0.0.0.0", "::", "224.0.0.251", "ff02::1", "::ffff:224.0.0.1"] {
+            let encoder = Encoder::new(Some(local(ip, 1)), None);
+            assert_eq!(decode(encoder.bytes()), Received::default(), "{ip}");
+        }
+    }
+
+    #[test]
+    fn the_segment_size_of_a_train_is_read() {
+        let mut bytes = Encoder::new(Some(local("::1", 1)), None);
+        bytes.push(SOL_UDP, UDP_GRO, &1200_i32.to_ne_bytes());
+        let received = decode(bytes.bytes());
+        assert_eq!(received, Received { local: Some(local("::1", 1)), segment: Some(1200) });
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_make_the_decoder_panic_or_loop(bytes in prop::collection::vec(any::<u8>(), 0..SPACE)) {
+            decode(&bytes);
+        }
+
+        #[test]
+        fn damage_behind_a_message_does_not_reach_it(tail in prop::collection::vec(any::<u8>(), 0..15)) {
+            let source = local("10.0.0.11", 3);
+            let mut bytes = Encoder::new(Some(source), None).bytes().to_vec();
+            bytes.extend(tail);
+            prop_assert_eq!(decode(&bytes).local, Some(source));
+        }
+    }
+}

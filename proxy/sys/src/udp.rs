@@ -1,0 +1,361 @@
+//! Batches of datagrams: recvmmsg(2), sendmmsg(2), and trains of equal-sized ones (udp(7)).
+#![expect(unsafe_code, reason = "the message headers of these calls hold raw pointers")]
+
+use std::io::{self, IoSlice};
+use std::mem::{MaybeUninit, zeroed};
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::ptr;
+
+use nix::libc;
+use socket2::{SockAddr, SockAddrStorage};
+
+use crate::check;
+use crate::cmsg::{self, Encoder};
+pub use crate::cmsg::{LocalAddr, Received};
+
+/// Datagrams, or trains of them, that one call moves at the most.
+pub const BATCH: usize = 64;
+
+/// Room for the largest datagram, 65,527 bytes over IPv6, and for the largest train. The odd cache
+/// line keeps the starts of the slots from sharing one set of the processor's caches.
+const SLOT: usize = 65_536 + 64;
+
+/// Datagrams of one train at the most (`UDP_MAX_SEGMENTS`, include/linux/udp.h; 128 since Linux 6.9).
+pub const TRAIN_LEN: usize = 64;
+
+/// Payload bytes of one train at the most: those of an IPv4 packet.
+pub const TRAIN_BYTES: usize = 65_507;
+
+/// Room to receive a batch of datagrams into, to be used again and again.
+pub struct RecvBatch {
+    headers: Vec<libc::mmsghdr>,
+    /// Only the headers refer to these.
+    _iovecs: Vec<libc::iovec>,
+    names: Vec<SockAddrStorage>,
+    controls: Vec<[u8; cmsg::SPACE]>,
+    payloads: Vec<u8>,
+}
+
+// SAFETY: the raw pointers in the headers and iovecs point into the other fields, whose heap memory
+// moves to the other thread with the batch.
+unsafe impl Send for RecvBatch {}
+
+impl std::fmt::Debug for RecvBatch {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("RecvBatch").finish_non_exhaustive()
+    }
+}
+
+impl Default for RecvBatch {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl RecvBatch {
+    /// Room for [`BATCH`] datagrams. Pages of it that no datagram has reached take no memory.
+    pub fn new() -> Self {
+        let mut payloads = vec![0; BATCH * SLOT];
+        let mut names: Vec<_> = (0..BATCH).map(|_| SockAddrStorage::zeroed()).collect();
+        let mut controls = vec![[0; cmsg::SPACE]; BATCH];
+        let mut iovecs: Vec<_> = payloads
+            .chunks_exact_mut(SLOT)
+            .map(|slot| libc::iovec { iov_base: slot.as_mut_ptr().cast(), iov_len: SLOT })
+            .collect();
+        let parts = iovecs.iter_mut().zip(&mut names).zip(&mut controls);
+        let headers = parts.map(|((iovec, name), control)| header(iovec, name, control)).collect();
+        Self { headers, _iovecs: iovecs, names, controls, payloads }
+    }
+
+    /// Receives datagrams into the slots from `first` on, `most` of them or up to the last slot,
+    /// without waiting. Gives the number received. `senders` says whether their addresses are asked
+    /// for; a connected socket knows.
+    ///
+    /// # Errors
+    /// Those of recvmmsg(2), among them `EAGAIN` if nothing is queued and errors that an earlier
+    /// datagram from this socket met.
+    pub fn recv(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        first: usize,
+        most: usize,
+        senders: bool,
+    ) -> io::Result<usize> {
+        let last = first.saturating_add(most).min(BATCH);
+        let name_len = if senders { size_of::<SockAddrStorage>() } else { 0 };
+        let headers = &mut self.headers[first..last];
+        for header in headers.iter_mut() {
+            // The kernel wrote the lengths of the previous messages there.
+            header.msg_hdr.msg_namelen = u32::try_from(name_len).unwrap_or(0);
+            header.msg_hdr.msg_controllen = cmsg::SPACE;
+        }
+        let count = u32::try_from(headers.len()).unwrap_or(0);
+        let flags = libc::MSG_DONTWAIT;
+        // SAFETY: `count` headers are there, whose pointers lead to this batch's own memory, of the
+        // sizes that they say; the mutable borrow keeps everything else away from it.
+        let received = check(unsafe {
+            libc::recvmmsg(socket.as_raw_fd(), headers.as_mut_ptr(), count, flags, ptr::null_mut())
+        })?;
+        Ok(received.unsigned_abs() as usize)
+    }
+
+    /// The payload in a slot that was received into: one datagram, or a train as
+    /// [`Received::segment`] says. `None` if the kernel had to cut it, which the size of a slot rules
+    /// out for everything but IPv6 jumbograms.
+    pub fn payload(&self, slot: usize) -> Option<&[u8]> {
+        let header = &self.headers[slot];
+        let whole = header.msg_hdr.msg_flags & libc::MSG_TRUNC == 0;
+        let start = slot * SLOT;
+        whole.then(|| &self.payloads[start..start + header.msg_len as usize])
+    }
+
+    /// What the control messages of the datagram in `slot` said.
+    pub fn control(&self, slot: usize) -> Received {
+        let len = self.headers[slot].msg_hdr.msg_controllen;
+        cmsg::decode(&self.controls[slot][..len.min(cmsg::SPACE)])
+    }
+
+    /// Who sent the datagram in `slot`, if that was asked for.
+    pub fn sender(&self, slot: usize) -> Option<SocketAddr> {
+        let len = self.headers[slot].msg_hdr.msg_namelen;
+        if len == 0 {
+            return None;
+        }
+        // SAFETY: the storage is plain bytes, which may be copied.
+        let name = unsafe { ptr::read(&raw const self.names[slot]) };
+        // SAFETY: the kernel wrote an address of `len` bytes into it.
+        unsafe { SockAddr::new(name, len) }.as_socket()
+    }
+}
+
+fn header(
+    iovec: &mut libc::iovec,
+    name: &mut SockAddrStorage,
+    control: &mut [u8; cmsg::SPACE],
+) -> libc::mmsghdr {
+    // SAFETY: zeros are a valid header, with null pointers and no lengths.
+    let mut header: libc::mmsghdr = unsafe { zeroed() };
+    header.msg_hdr.msg_name = (&raw mut *name).cast();
+    header.msg_hdr.msg_iov = iovec;
+    header.msg_hdr.msg_iovlen = 1;
+    header.msg_hdr.msg_control = control.as_mut_ptr().cast();
+    header
+}
+
+/// A datagram to be sent, or a train of them.
+#[derive(Clone, Copy, Debug)]
+pub struct Transmit<'a> {
+    /// The bytes, in pieces that are sent as one.
+    pub payload: &'a [IoSlice<'a>],
+    /// Where to; `None` on a connected socket.
+    pub to: Option<SocketAddr>,
+    /// From which local address; `None` leaves the choice to the kernel.
+    pub source: Option<LocalAddr>,
+    /// The size of the datagrams to cut the payload into, for a train: at most [`TRAIN_LEN`] of them
+    /// and [`TRAIN_BYTES`] together.
+    pub segment: Option<u16>,
+}
+
+/// Sends `messages`, up to [`BATCH`] of them, without waiting. Gives the number sent, at least one;
+/// the message behind these failed, and how is told when it is sent first.
+///
+/// # Errors
+/// Those of sendmmsg(2) for the first message.
+pub fn send_batch(socket: BorrowedFd<'_>, messages: &[Transmit<'_>]) -> io::Result<usize> {
+    let mut prepared = [const { MaybeUninit::<Prepared>::uninit() }; BATCH];
+    let mut headers = [const { MaybeUninit::<libc::mmsghdr>::uninit() }; BATCH];
+    let mut count = 0;
+    for ((message, prepared), header) in messages.iter().zip(&mut prepared).zip(&mut headers) {
+        header.write(prepared.write(Prepared::new(message)).header(message));
+        count += 1;
+    }
+    let first = headers.as_mut_ptr().cast();
+    // SAFETY: `count` headers were written, and their pointers lead to `prepared` and to the payloads
+    // borrowed by `messages`, which both outlive the call; sendmmsg only reads them.
+    let sent = check(unsafe { libc::sendmmsg(socket.as_raw_fd(), first, count, SEND_FLAGS) })?;
+    Ok(sent.unsigned_abs() as usize)
+}
+
+/// Sends one message without waiting.
+///
+/// # Errors
+/// Those of sendmsg(2).
+pub fn send(socket: BorrowedFd<'_>, message: &Transmit<'_>) -> io::Result<()> {
+    let prepared = Prepared::new(message);
+    let header = prepared.header(message).msg_hdr;
+    // SAFETY: the header's pointers lead to `prepared` and to the payload borrowed by `message`, and
+    // sendmsg only reads them.
+    let sent = unsafe { libc::sendmsg(socket.as_raw_fd(), &raw const header, SEND_FLAGS) };
+    if sent == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+const SEND_FLAGS: libc::c_int = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
+
+/// What the header of a message points to.
+struct Prepared {
+    to: Option<SockAddr>,
+    control: Encoder,
+}
+
+impl Prepared {
+    fn new(message: &Transmit<'_>) -> Self {
+        Self { to: message.to.map(SockAddr::from), control: Encoder::new(message.source, message.segment) }
+    }
+
+    /// The header of `message`; it points to `self` and to the message's payload.
+    fn header(&self, message: &Transmit<'_>) -> libc::mmsghdr {
+        // SAFETY: zeros are a valid header, with null pointers and no lengths.
+        let mut header: libc::mmsghdr = unsafe { zeroed() };
+        let hdr = &mut header.msg_hdr;
+        if let Some(to) = &self.to {
+            hdr.msg_name = to.as_ptr().cast_mut().cast();
+            hdr.msg_namelen = to.len();
+        }
+        // `IoSlice` has the layout of iovec, as its documentation promises.
+        hdr.msg_iov = message.payload.as_ptr().cast_mut().cast();
+        hdr.msg_iovlen = message.payload.len();
+        let control = self.control.bytes();
+        if !control.is_empty() {
+            hdr.msg_control = control.as_ptr().cast_mut().cast();
+            hdr.msg_controllen = control.len();
+        }
+        header
+    }
+}
+
+/// Asks a socket for what [`Received`] tells. `ipv6` is the family of the socket.
+///
+/// # Errors
+/// Those of setsockopt(2).
+pub fn report_local_addr(socket: BorrowedFd<'_>, ipv6: bool) -> io::Result<()> {
+    if ipv6 {
+        crate::socket::set_int(socket, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, 1)
+    } else {
+        crate::socket::set_int(socket, libc::IPPROTO_IP, libc::IP_PKTINFO, 1)
+    }
+}
+
+/// Lets the kernel hand over trains of datagrams that arrived as one (`UDP_GRO`, udp(7)).
+///
+/// # Errors
+/// Those of setsockopt(2): `ENOPROTOOPT` before Linux 5.0.
+pub fn receive_trains(socket: BorrowedFd<'_>) -> io::Result<()> {
+    crate::socket::set_int(socket, libc::SOL_UDP, libc::UDP_GRO, 1)
+}
+
+/// Sets the sizes of a socket's receive and send buffers to `bytes`: past the limits of
+/// `net.core.rmem_max` and `wmem_max` with `CAP_NET_ADMIN` (socket(7) `SO_RCVBUFFORCE`), else up to
+/// them. Gives the receive buffer's size that came of it, in bytes.
+///
+/// # Errors
+/// Those of setsockopt(2).
+pub fn set_buffers(socket: BorrowedFd<'_>, bytes: usize) -> io::Result<usize> {
+    let value = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
+    for (forced, limited) in
+        [(libc::SO_RCVBUFFORCE, libc::SO_RCVBUF), (libc::SO_SNDBUFFORCE, libc::SO_SNDBUF)]
+    {
+        crate::socket::set_int(socket, libc::SOL_SOCKET, forced, value)
+            .or_else(|_not_allowed| crate::socket::set_int(socket, libc::SOL_SOCKET, limited, value))?;
+    }
+    // The kernel doubles the value for its own bookkeeping.
+    Ok(socket2::SockRef::from(&socket).recv_buffer_size()? / 2)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::UdpSocket;
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    fn pair(ip: &str) -> (UdpSocket, UdpSocket) {
+        let a = UdpSocket::bind((ip, 0)).unwrap();
+        let b = UdpSocket::bind((ip, 0)).unwrap();
+        a.connect(b.local_addr().unwrap()).unwrap();
+        (a, b)
+    }
+
+    fn transmit<'a>(payload: &'a [IoSlice<'a>]) -> Transmit<'a> {
+        Transmit { payload, to: None, source: None, segment: None }
+    }
+
+    #[test]
+    fn a_batch_arrives_with_senders_and_local_addresses_again_and_again() {
+        for ip in ["127.0.0.1", "::1"] {
+            let (a, b) = pair(ip);
+            report_local_addr(b.as_fd(), ip == "::1").unwrap();
+            let mut batch = RecvBatch::new();
+            for round in 0..3_u8 {
+                let bytes = [[round; 1], [round + 1; 1]];
+                let slices = bytes.each_ref().map(|b| [IoSlice::new(b)]);
+                assert_eq!(send_batch(a.as_fd(), &slices.each_ref().map(|s| transmit(s))).unwrap(), 2);
+                send(a.as_fd(), &transmit(&[])).unwrap();
+                assert_eq!(batch.recv(b.as_fd(), 1, 9, true).unwrap(), 3);
+                assert_eq!(batch.payload(1), Some(&[round][..]));
+                assert_eq!(batch.payload(2), Some(&[round + 1][..]));
+                assert_eq!(batch.payload(3), Some(&[][..]), "a datagram without bytes is one too");
+                for slot in 1..=3 {
+                    assert_eq!(batch.sender(slot), Some(a.local_addr().unwrap()));
+                    let local = batch.control(slot).local.unwrap();
+                    assert_eq!(local.ip, ip.parse::<std::net::IpAddr>().unwrap());
+                }
+            }
+            let none = batch.recv(b.as_fd(), 0, BATCH, true).unwrap_err();
+            assert_eq!(none.kind(), io::ErrorKind::WouldBlock);
+        }
+    }
+
+    #[test]
+    fn a_train_is_cut_on_the_way_and_may_arrive_as_one() {
+        let (a, b) = pair("127.0.0.1");
+        let train = [IoSlice::new(&[1; 100]), IoSlice::new(&[2; 100]), IoSlice::new(&[3; 50])];
+        let message = Transmit { segment: Some(100), ..transmit(&train) };
+        let mut batch = RecvBatch::new();
+
+        send(a.as_fd(), &message).unwrap();
+        assert_eq!(batch.recv(b.as_fd(), 0, BATCH, false).unwrap(), 3);
+        assert_eq!(batch.payload(2), Some(&[3; 50][..]));
+        assert_eq!(batch.control(2).segment, None);
+        assert_eq!(batch.sender(2), None);
+
+        receive_trains(b.as_fd()).unwrap();
+        send(a.as_fd(), &message).unwrap();
+        assert_eq!(batch.recv(b.as_fd(), 0, BATCH, false).unwrap(), 1);
+        assert_eq!(batch.payload(0).map(<[u8]>::len), Some(250));
+        assert_eq!(batch.control(0).segment, Some(100));
+    }
+
+    #[test]
+    fn the_largest_datagram_fits() {
+        let (a, b) = pair("127.0.0.1");
+        let bytes = vec![7; 65_507];
+        send(a.as_fd(), &transmit(&[IoSlice::new(&bytes)])).unwrap();
+        let mut batch = RecvBatch::new();
+        assert_eq!(batch.recv(b.as_fd(), 63, 9, true).unwrap(), 1);
+        assert_eq!(batch.payload(63), Some(&bytes[..]));
+    }
+
+    #[test]
+    fn an_answer_leaves_from_the_address_it_is_told() {
+        let server = UdpSocket::bind("0.0.0.0:0").unwrap();
+        let client = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let source = LocalAddr { ip: "127.0.0.9".parse().unwrap(), interface: 0 };
+        let payload = [IoSlice::new(b"answer")];
+        let to = Some(client.local_addr().unwrap());
+        let message = Transmit { to, source: Some(source), ..transmit(&payload) };
+        assert_eq!(send_batch(server.as_fd(), &[message]).unwrap(), 1);
+        let (_len, from) = client.recv_from(&mut [0; 9]).unwrap();
+        assert_eq!(from.ip(), source.ip);
+    }
+
+    #[test]
+    fn buffers_grow_as_far_as_the_limits_go() {
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let size = set_buffers(socket.as_fd(), 300_000).unwrap();
+        assert!(size > 100_000, "{size}");
+    }
+}
