@@ -30,20 +30,12 @@ impl TcpBackend {
             let (listener, streams) = (Arc::clone(&listener), Arc::clone(&streams));
             thread::spawn(move || accept(&listener, &streams, &Arc::new(handler)))
         };
-        Self {
-            address,
-            listener,
-            streams,
-            acceptor: Some(acceptor),
-        }
+        Self { address, listener, streams, acceptor: Some(acceptor) }
     }
 
     /// Serves on a free port of the IPv4 loopback address.
     pub fn local(handler: impl Fn(&TcpStream) -> io::Result<()> + Send + Sync + 'static) -> Self {
-        Self::serve(
-            TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap(),
-            handler,
-        )
+        Self::serve(TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap(), handler)
     }
 
     /// Where it listens.
@@ -59,13 +51,7 @@ impl Drop for TcpBackend {
         if let Some(acceptor) = self.acceptor.take() {
             acceptor.join().ok();
         }
-        for stream in self
-            .streams
-            .lock()
-            .unwrap()
-            .iter()
-            .filter_map(Weak::upgrade)
-        {
+        for stream in self.streams.lock().unwrap().iter().filter_map(Weak::upgrade) {
             stream.shutdown(Shutdown::Both).ok();
         }
     }
@@ -112,11 +98,7 @@ impl UdpEcho {
             let (socket, stopped) = (Arc::clone(&socket), Arc::clone(&stopped));
             thread::spawn(move || echo_datagrams(&socket, &stopped))
         };
-        Self {
-            socket,
-            stopped,
-            thread: Some(thread),
-        }
+        Self { socket, stopped, thread: Some(thread) }
     }
 
     /// Serves on a free port of the IPv4 loopback address.

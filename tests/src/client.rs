@@ -64,9 +64,7 @@ pub fn read_to_end(mut stream: &TcpStream) -> (Vec<u8>, End) {
 
 /// Closes a connection by a reset, whatever is still on its way.
 pub fn reset(stream: TcpStream) {
-    SockRef::from(&stream)
-        .set_linger(Some(Duration::ZERO))
-        .unwrap();
+    SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
 }
 
 /// An IPv4 loopback address that no other case of any suite uses, so that any port of it is free.

@@ -64,20 +64,11 @@ impl DockerProxy {
         spawn: impl FnOnce(Command) -> Process,
     ) -> Self {
         let (status, proxys_end) = pipe2(OFlag::O_CLOEXEC | pipe_flags).unwrap();
-        let mut fds = vec![FdMapping {
-            parent_fd: proxys_end,
-            child_fd: STATUS_FD,
-        }];
-        fds.extend(listener.map(|parent_fd| FdMapping {
-            parent_fd,
-            child_fd: LISTEN_FD,
-        }));
+        let mut fds = vec![FdMapping { parent_fd: proxys_end, child_fd: STATUS_FD }];
+        fds.extend(listener.map(|parent_fd| FdMapping { parent_fd, child_fd: LISTEN_FD }));
         let mut command = Command::new(program);
         command.args(arguments).fd_mappings(fds).unwrap();
-        Self {
-            process: spawn(command),
-            status: status.into(),
-        }
+        Self { process: spawn(command), status: status.into() }
     }
 
     /// Waits for the status: one read of two bytes, as dockerd does it, then the rest if it is no success.

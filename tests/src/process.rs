@@ -82,14 +82,8 @@ impl Process {
 
     /// As [`Process::spawn`], with `spawn` choosing the thread that forks, and so the namespaces.
     #[track_caller]
-    pub fn spawn_by(
-        mut command: Command,
-        spawn: impl FnOnce(&mut Command) -> io::Result<Child>,
-    ) -> Self {
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
+    pub fn spawn_by(mut command: Command, spawn: impl FnOnce(&mut Command) -> io::Result<Child>) -> Self {
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let name = command.get_program().to_string_lossy().into_owned();
         let child = match spawn(&mut command) {
             Ok(child) => child,
@@ -123,16 +117,10 @@ impl Process {
     pub fn wait_within(&self, patience: Duration) -> ExitStatus {
         let status = self.shared.wait_for(patience, |state| state.status);
         let Some(status) = status else {
-            panic!(
-                "{} has not ended after {patience:?}{}",
-                self.name,
-                self.transcript()
-            )
+            panic!("{} has not ended after {patience:?}{}", self.name, self.transcript())
         };
         // A grandchild may hold the pipes for longer than the process lives; then what is there counts.
-        self.shared.wait_for(Duration::from_secs(1), |state| {
-            (state.open_streams() == 0).then_some(())
-        });
+        self.shared.wait_for(Duration::from_secs(1), |state| (state.open_streams() == 0).then_some(()));
         status
     }
 
@@ -145,11 +133,7 @@ impl Process {
     #[track_caller]
     pub fn into_output(self) -> Output {
         let status = self.wait();
-        Output {
-            status,
-            stdout: self.captured(Stream::Stdout),
-            stderr: self.captured(Stream::Stderr),
-        }
+        Output { status, stdout: self.captured(Stream::Stdout), stderr: self.captured(Stream::Stderr) }
     }
 
     /// What the process has written so far.
@@ -165,39 +149,23 @@ impl Process {
 
     /// Waits for the first `count` lines that `wanted` accepts.
     #[track_caller]
-    pub fn wait_for_lines(
-        &self,
-        stream: Stream,
-        count: usize,
-        wanted: impl Fn(&str) -> bool,
-    ) -> Vec<String> {
+    pub fn wait_for_lines(&self, stream: Stream, count: usize, wanted: impl Fn(&str) -> bool) -> Vec<String> {
         let lines = self.shared.wait_for(PATIENCE, |state| {
             let text = state.text(stream);
             let complete = text.rsplit_once('\n').map_or("", |(lines, _partial)| lines);
-            let found: Vec<_> = complete
-                .lines()
-                .filter(|line| wanted(line))
-                .take(count)
-                .collect();
+            let found: Vec<_> = complete.lines().filter(|line| wanted(line)).take(count).collect();
             let over = !state.is_open(stream) || found.len() == count;
             over.then(|| found.into_iter().map(String::from).collect::<Vec<_>>())
         });
         match lines {
             Some(lines) if lines.len() == count => lines,
-            _ => panic!(
-                "{} did not print the expected line{}",
-                self.name,
-                self.transcript()
-            ),
+            _ => panic!("{} did not print the expected line{}", self.name, self.transcript()),
         }
     }
 
     fn transcript(&self) -> String {
         let state = self.shared.lock();
-        let mut text = format!(
-            "\n--- {} (pid {}), status {:?}",
-            self.name, self.pid, state.status
-        );
+        let mut text = format!("\n--- {} (pid {}), status {:?}", self.name, self.pid, state.status);
         for stream in [Stream::Stdout, Stream::Stderr] {
             write!(text, "\n--- {stream:?}:\n{}", state.text(stream)).unwrap();
         }
@@ -248,10 +216,7 @@ impl State {
     }
 
     fn open_streams(&self) -> usize {
-        self.captured
-            .iter()
-            .filter(|captured| captured.open)
-            .count()
+        self.captured.iter().filter(|captured| captured.open).count()
     }
 }
 
@@ -281,9 +246,7 @@ impl Shared {
             let mut buffer = vec![0; 64 * 1024];
             while let Ok(len @ 1..) = pipe.read(&mut buffer) {
                 shared.update(|state| {
-                    state.captured[stream as usize]
-                        .bytes
-                        .extend_from_slice(&buffer[..len]);
+                    state.captured[stream as usize].bytes.extend_from_slice(&buffer[..len]);
                 });
             }
             shared.update(|state| state.captured[stream as usize].open = false);

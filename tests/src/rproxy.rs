@@ -31,21 +31,12 @@ fn release_dir() -> &'static Path {
         let target = own_path.ancestors().nth(3).unwrap();
         let status = Command::new(env!("CARGO"))
             .args(["build", "--quiet", "--release", "--locked"])
-            .args([
-                "--package",
-                "rproxy",
-                "--package",
-                "netns-setup",
-                "--target-dir",
-            ])
+            .args(["--package", "rproxy", "--package", "netns-setup", "--target-dir"])
             .arg(target)
             .current_dir(env!("CARGO_MANIFEST_DIR"))
             .status()
             .expect("cannot run cargo");
-        assert!(
-            status.success(),
-            "cannot build the release binaries: {status}"
-        );
+        assert!(status.success(), "cannot build the release binaries: {status}");
         target.join("release")
     })
 }
@@ -100,10 +91,7 @@ impl Standalone {
     /// Waits for the lines of an `rproxy` that was started with `arguments`.
     #[track_caller]
     pub fn ready(process: Process, arguments: &[&str]) -> Self {
-        let mappings = arguments
-            .iter()
-            .filter(|argument| **argument == "--host")
-            .count();
+        let mappings = arguments.iter().filter(|argument| argument.starts_with("--host")).count();
         let ready = process
             .wait_for_lines(Stream::Stdout, mappings, |_| true)
             .iter()

@@ -27,12 +27,7 @@ pub struct Case {
 impl Case {
     /// A case without needs, under the common deadline.
     pub fn new(name: impl Into<String>, body: impl FnOnce() + Send + 'static) -> Self {
-        Self {
-            name: name.into(),
-            needs: Vec::new(),
-            deadline: DEADLINE,
-            body: Box::new(body),
-        }
+        Self { name: name.into(), needs: Vec::new(), deadline: DEADLINE, body: Box::new(body) }
     }
 
     /// Adds what the case cannot run without.
@@ -50,12 +45,8 @@ impl Case {
     }
 
     fn run(self, strict: bool) -> Result<Completion, Failed> {
-        let missing: Vec<String> = self
-            .needs
-            .iter()
-            .filter(|need| !need.is_met())
-            .map(ToString::to_string)
-            .collect();
+        let missing: Vec<String> =
+            self.needs.iter().filter(|need| !need.is_met()).map(ToString::to_string).collect();
         if missing.is_empty() {
             let watchdog = Watchdog::start(self.name, self.deadline);
             (self.body)();
@@ -91,11 +82,7 @@ impl Watchdog {
     fn start(case: String, deadline: Duration) -> Self {
         let (done, is_done) = mpsc::channel();
         let thread = thread::spawn(move || watch(&case, deadline, &is_done));
-        Self {
-            deadline,
-            done,
-            thread,
-        }
+        Self { deadline, done, thread }
     }
 
     fn verdict(self) -> Result<Completion, Failed> {
@@ -110,10 +97,7 @@ impl Watchdog {
 
 /// Returns whether the case ended in time. A case that panics ends by dropping its `done`.
 #[expect(clippy::print_stderr, reason = "the suite's own report")]
-#[expect(
-    clippy::exit,
-    reason = "a thread that hangs can be ended in no other way"
-)]
+#[expect(clippy::exit, reason = "a thread that hangs can be ended in no other way")]
 fn watch(case: &str, deadline: Duration, is_done: &Receiver<()>) -> bool {
     if is_done.recv_timeout(deadline) != Err(RecvTimeoutError::Timeout) {
         return true;

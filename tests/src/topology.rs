@@ -53,11 +53,7 @@ impl Topology {
         host.address(BRIDGE, &format!("{BRIDGE_V6}/64"));
         host.ip(&format!("link set dev {BRIDGE} up"));
         let container = add_container(&host, CONTAINER_V4, CONTAINER_V6);
-        Self {
-            client,
-            host,
-            container,
-        }
+        Self { client, host, container }
     }
 }
 
@@ -75,9 +71,7 @@ pub fn add_container(host: &Namespace, v4: Ipv4Addr, v6: Ipv6Addr) -> Namespace 
     let port = format!("veth{c:02x}{d:02x}");
     host.veth(&port, &container, "eth0");
     host.ip(&format!("link set dev {port} master {BRIDGE}"));
-    container.ip(&format!(
-        "link set eth0 address 02:42:{a:02x}:{b:02x}:{c:02x}:{d:02x}"
-    ));
+    container.ip(&format!("link set eth0 address 02:42:{a:02x}:{b:02x}:{c:02x}:{d:02x}"));
     container.address("eth0", &format!("{v4}/16"));
     container.address("eth0", &format!("{v6}/64"));
     container.ip(&format!("route add default via {BRIDGE_V4}"));

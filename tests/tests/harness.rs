@@ -22,17 +22,9 @@ fn main() -> ExitCode {
         Case::new("all output is captured", all_output_is_captured),
         Case::new("backends answer", backends_answer),
         Case::new("a namespace is separate", namespace_is_separate).needs(wiring),
-        Case::new(
-            "a namespace ends with its owner",
-            namespace_ends_with_its_owner,
-        )
-        .needs(wiring),
+        Case::new("a namespace ends with its owner", namespace_ends_with_its_owner).needs(wiring),
         Case::new("neighbours in the topology answer", neighbours_answer).needs(wiring),
-        Case::new(
-            "the container is out of the client's reach",
-            container_is_out_of_reach,
-        )
-        .needs(wiring),
+        Case::new("the container is out of the client's reach", container_is_out_of_reach).needs(wiring),
     ])
 }
 
@@ -50,10 +42,7 @@ fn all_output_is_captured() {
     let mut command = require::command("sh");
     command.args(["-c", "seq 100000; echo warning >&2; exit 3"]);
     let process = Process::spawn(command);
-    assert_eq!(
-        process.wait_for_line(Stream::Stderr, |line| line.starts_with("warn")),
-        "warning"
-    );
+    assert_eq!(process.wait_for_line(Stream::Stderr, |line| line.starts_with("warn")), "warning");
     let output = process.into_output();
     assert_eq!(output.status.code(), Some(3));
     assert_eq!(output.stdout.lines().count(), 100_000);
@@ -79,17 +68,10 @@ fn namespace_is_separate() {
     let namespace = Namespace::new();
     let listener = namespace.run(|| TcpListener::bind("127.0.0.1:0").unwrap());
     let address = listener.local_addr().unwrap();
-    assert!(
-        TcpListener::bind(address).is_ok(),
-        "the port is taken outside, too"
-    );
+    assert!(TcpListener::bind(address).is_ok(), "the port is taken outside, too");
     assert!(namespace.run(|| TcpStream::connect(address)).is_ok());
     assert!(namespace.run(|| TcpListener::bind(address)).is_err());
-    assert_eq!(
-        namespace.ip("-brief link").lines().count(),
-        1,
-        "only lo exists"
-    );
+    assert_eq!(namespace.ip("-brief link").lines().count(), 1, "only lo exists");
 }
 
 fn namespace_ends_with_its_owner() {
@@ -123,23 +105,13 @@ fn neighbours_answer() {
         from.run(|| TcpStream::connect(listener.local_addr().unwrap()).unwrap());
     }
     let link = net.container.ip("link show eth0");
-    assert!(
-        link.contains("02:42:ac:11:00:02") && link.contains("mtu 1500"),
-        "{link}"
-    );
+    assert!(link.contains("02:42:ac:11:00:02") && link.contains("mtu 1500"), "{link}");
 }
 
 fn container_is_out_of_reach() {
     let net = Topology::new();
-    net.client.ip(&format!(
-        "route add 172.17.0.0/16 via {}",
-        topology::HOST_V4
-    ));
-    let listener = net
-        .container
-        .run(|| TcpListener::bind((topology::CONTAINER_V4, 0)).unwrap());
+    net.client.ip(&format!("route add 172.17.0.0/16 via {}", topology::HOST_V4));
+    let listener = net.container.run(|| TcpListener::bind((topology::CONTAINER_V4, 0)).unwrap());
     let address = listener.local_addr().unwrap();
-    net.client
-        .run(|| TcpStream::connect_timeout(&address, Duration::from_millis(300)))
-        .unwrap_err();
+    net.client.run(|| TcpStream::connect_timeout(&address, Duration::from_millis(300))).unwrap_err();
 }
