@@ -91,7 +91,7 @@ impl Standalone {
     /// Waits for the lines of an `rproxy` that was started with `arguments`.
     #[track_caller]
     pub fn ready(process: Process, arguments: &[&str]) -> Self {
-        let mappings = arguments.iter().filter(|argument| **argument == "--host").count();
+        let mappings = arguments.iter().filter(|argument| argument.starts_with("--host")).count();
         let ready = process
             .wait_for_lines(Stream::Stdout, mappings, |_| true)
             .iter()
