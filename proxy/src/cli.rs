@@ -194,11 +194,14 @@ fn one_line(error: &clap::Error) -> UsageError {
         return UsageError(format!("{argument} {value}: {reason}"));
     }
     let text = error.to_string();
-    let lines: Vec<_> = text.lines().map(str::trim).take_while(|line| !line.starts_with("Usage:")).collect();
-    let message = lines.join(" ");
-    let message =
-        message.trim_start_matches("error: ").split("For more information").next().unwrap_or_default();
-    UsageError(format!("{}; `rproxy --help` lists what there is", message.trim()))
+    let lines: Vec<_> = text
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more information"))
+        .filter(|line| !line.is_empty())
+        .map(|line| line.trim_start_matches("error: ").trim_start_matches("tip: "))
+        .collect();
+    UsageError(format!("{}; `rproxy --help` lists what there is", lines.join("; ")))
 }
 
 impl FromStr for Protocol {

@@ -8,10 +8,11 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
 
 /// The flags that only docker-proxy has; with one dash or two they choose this front end.
-const DISTINCTIVE: [&str; 5] = ["host-ip", "host-port", "container-ip", "container-port", "use-listen-fd"];
+const DISTINCTIVE: [&str; 6] =
+    ["host-ip", "host-port", "container-ip", "container-port", "use-listen-fd", "v"];
 
 /// Flags that standalone use spells with two dashes; with one dash they choose this front end.
-const ONE_DASH: [&str; 3] = ["proto", "v", "version"];
+const ONE_DASH: [&str; 2] = ["proto", "version"];
 
 /// Whether `args`, without the program's name, are those of docker-proxy: the first is a flag, as
 /// Go's parser wants it, and one of them is a flag that only docker-proxy has.
@@ -250,6 +251,7 @@ mod tests {
             "-host-ip=::1",
             "--container-port 80",
             "-v",
+            "--v",
             "-version",
             "-use-listen-fd",
             "-proto=sctp -bogus",
