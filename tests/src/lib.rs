@@ -22,6 +22,7 @@ pub mod backend;
 pub mod client;
 pub mod docker_proxy;
 pub mod netns;
+pub mod pattern;
 pub mod process;
 pub mod require;
 pub mod rproxy;

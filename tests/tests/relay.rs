@@ -15,6 +15,7 @@ use proptest::test_runner::{Config, TestRunner};
 
 use rproxy_tests::PATIENCE;
 use rproxy_tests::client::{self, End};
+use rproxy_tests::pattern::Pattern;
 use rproxy_tests::rproxy::Standalone;
 use rproxy_tests::suite::{self, Case};
 
@@ -93,26 +94,6 @@ const SIDES: [Side; 2] = [Side::Client, Side::Server];
 
 fn any_side() -> impl Strategy<Value = Side> {
     prop::sample::select(SIDES.to_vec())
-}
-
-/// Bytes that repeat nowhere, so that loss, duplication and reordering all show. Made again where they
-/// arrive, so that nothing large is kept.
-struct Pattern(u64);
-
-impl Pattern {
-    fn new(seed: u64) -> Self {
-        // Xorshift needs a state that is not zero.
-        Self(seed | 1 << 63)
-    }
-
-    fn fill(&mut self, buffer: &mut [u8]) {
-        for byte in buffer {
-            self.0 ^= self.0 << 13;
-            self.0 ^= self.0 >> 7;
-            self.0 ^= self.0 << 17;
-            *byte = self.0.to_le_bytes()[4];
-        }
-    }
 }
 
 /// The sizes of successive reads or writes, over and over, with a pause after each of the first rounds.
