@@ -13,10 +13,12 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
+use crate::addr::Protocol;
 use crate::listen::{BindError, Listener};
 use crate::mapping::{Limits, Mapping};
 use crate::tcp::{Service, accept};
 use crate::udp::relay::UdpRelay;
+use crate::udp::stale;
 use crate::worker::Workers;
 
 /// A mapping whose host address is bound: from here on, clients can connect.
@@ -39,6 +41,14 @@ impl Bound {
     /// Uses `listener` for `mapping`; where it listens is the business of whoever bound it.
     pub fn adopt(mapping: Mapping, listener: Listener) -> Self {
         Self { mapping, listener }
+    }
+
+    /// For UDP: makes the kernel forget flows that other means of publishing, or none, pinned
+    /// elsewhere before. A runtime that publishes by several means does this itself.
+    pub fn forget_stale_flows(bound: &[Self]) {
+        let udp = bound.iter().filter(|bound| bound.mapping.protocol == Protocol::Udp);
+        let published: Vec<_> = udp.filter_map(|bound| bound.local_addr().ok()).collect();
+        stale::forget_flows_to(&published);
     }
 
     /// The mapping as it was asked for.

@@ -62,6 +62,7 @@ fn serve_mappings(options: &Serve) -> ExitCode {
 fn start(mappings: &[Mapping], limits: Limits) -> Result<(Runtime, Server, StopSignals), StartError> {
     let setup = |step| move |source| StartError::Setup { step, source };
     let bound: Vec<Bound> = mappings.iter().map(|mapping| Bound::bind(*mapping)).collect::<Result<_, _>>()?;
+    Bound::forget_stale_flows(&bound);
     let runtime = new_runtime().map_err(setup("create the event loop"))?;
     let entered = runtime.enter();
     let stop = StopSignals::catch().map_err(setup("catch signals"))?;

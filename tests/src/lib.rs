@@ -25,6 +25,7 @@ pub mod client;
 pub mod docker_proxy;
 pub mod netns;
 pub mod oracle;
+pub mod pattern;
 pub mod process;
 pub mod require;
 pub mod rproxy;

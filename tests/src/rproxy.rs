@@ -26,12 +26,15 @@ pub fn netns_setup() -> &'static Path {
 fn release_dir() -> &'static Path {
     static DIR: OnceLock<PathBuf> = OnceLock::new();
     DIR.get_or_init(|| {
-        // This binary is at TARGET/PROFILE/deps/NAME, wherever the target directory was put.
+        // This binary is at TARGET/PROFILE/deps/NAME or, if it is no test, at TARGET/PROFILE/NAME,
+        // wherever the target directory was put.
         let own_path = env::current_exe().unwrap();
-        let target = own_path.ancestors().nth(3).unwrap();
+        let mut dirs = own_path.ancestors().skip(1).skip_while(|dir| dir.ends_with("deps"));
+        let target = dirs.nth(1).unwrap();
+        // The whole workspace, as `cargo build --release` would: the packages of one build share the
+        // features of their dependencies, so that building fewer would build them anew.
         let status = Command::new(env!("CARGO"))
-            .args(["build", "--quiet", "--release", "--locked"])
-            .args(["--package", "rproxy", "--package", "netns-setup", "--target-dir"])
+            .args(["build", "--quiet", "--release", "--locked", "--workspace", "--bins", "--target-dir"])
             .arg(target)
             .current_dir(env!("CARGO_MANIFEST_DIR"))
             .status()

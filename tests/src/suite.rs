@@ -9,6 +9,7 @@ use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 use crate::process;
 use crate::require::{self, Need};
+use crate::rproxy;
 
 /// For cases that name no other: far beyond what any of them takes, short enough to wait for.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -48,6 +49,8 @@ impl Case {
         let missing: Vec<String> =
             self.needs.iter().filter(|need| !need.is_met()).map(ToString::to_string).collect();
         if missing.is_empty() {
+            // Before the deadline starts: the first build takes longer than any case.
+            rproxy::rproxy();
             let watchdog = Watchdog::start(self.name, self.deadline);
             (self.body)();
             return watchdog.verdict();

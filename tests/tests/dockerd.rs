@@ -156,7 +156,7 @@ impl Docker {
 fn daemon(directory: &Path, socket: &str, cgroup: &str) -> Command {
     fs::write(directory.join("daemon.json"), "{}").unwrap();
     let mut command = require::command("unshare");
-    command.args(["--mount", "--propagation", "private"]);
+    command.env("TMPDIR", directory).args(["--mount", "--propagation", "private"]);
     command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]);
     command.args(["sh", "-c", r#"mount -t tmpfs tmpfs /run && exec "$@""#, "sh"]);
     command.arg(require::find("dockerd").unwrap());

@@ -10,5 +10,6 @@ mod flow;
 mod payload;
 pub(crate) mod relay;
 mod send;
+pub(crate) mod stale;
 mod table;
 mod train;

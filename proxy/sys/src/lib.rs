@@ -1,9 +1,10 @@
-//! The system calls of `rproxy` that no safe library offers.
+//! The system calls of `rproxy` that no safe library offers as they are needed.
 //!
 //! This is the only crate of the workspace that contains `unsafe`. Its functions take borrowed
 //! descriptors and plain values, return [`std::io::Result`], and hold neither policy nor logging.
 
 mod cmsg;
+pub mod conntrack;
 pub mod fd;
 pub mod socket;
 pub mod udp;

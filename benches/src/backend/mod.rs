@@ -1,0 +1,91 @@
+//! The backend: a thread per core for TCP and one for UDP, all on one port.
+//!
+//! What a client wants is in the first byte that it sends; see [`crate::message::service`].
+
+mod connection;
+mod tcp;
+mod udp;
+
+use std::io;
+use std::net::{SocketAddrV4, TcpListener};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+pub(crate) use connection::BUFFER;
+use socket2::{Domain, Protocol, Socket, Type};
+pub(crate) use udp::WRONG;
+
+/// How often a thread without work looks whether it is to stop.
+const STOP_POLL: Duration = Duration::from_millis(200);
+
+/// Connections that may wait to be accepted: more than any workload opens at once.
+const BACKLOG: i32 = 16_384;
+
+/// A running backend. Dropping it ends its threads.
+pub(crate) struct Backend {
+    address: SocketAddrV4,
+    stop: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// The backend could not start.
+#[derive(Debug, thiserror::Error)]
+#[error("backend: cannot {step} on {address}: {source}")]
+pub(crate) struct BackendError {
+    step: &'static str,
+    address: SocketAddrV4,
+    source: io::Error,
+}
+
+impl Backend {
+    /// Serves TCP and UDP on `address`, whose port may be 0, in the namespace of the calling thread.
+    pub(crate) fn start(address: SocketAddrV4) -> Result<Self, BackendError> {
+        let failed = |step| move |source| BackendError { step, address, source };
+        let listener = listen(address).map_err(failed("listen"))?;
+        let bound = listener.local_addr().map_err(failed("listen"))?;
+        let address = SocketAddrV4::new(*address.ip(), bound.port());
+        let failed = |step| move |source| BackendError { step, address, source };
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut threads = tcp::spawn(listener, cores(), &stop).map_err(failed("serve TCP"))?;
+        threads.extend(udp::spawn(address, cores(), &stop).map_err(failed("serve UDP"))?);
+        Ok(Self { address, stop, threads })
+    }
+
+    /// Where it serves.
+    pub(crate) fn address(&self) -> SocketAddrV4 {
+        self.address
+    }
+
+    /// Serves until the process ends.
+    pub(crate) fn serve(mut self) {
+        for thread in self.threads.drain(..) {
+            // A panic has been reported where it happened.
+            drop(thread.join());
+        }
+    }
+}
+
+impl Drop for Backend {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            // As above.
+            drop(thread.join());
+        }
+    }
+}
+
+/// The threads that a side of the load gets: one for each core.
+pub(crate) fn cores() -> usize {
+    thread::available_parallelism().map_or(1, usize::from)
+}
+
+fn listen(address: SocketAddrV4) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}

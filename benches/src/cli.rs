@@ -1,0 +1,106 @@
+//! The command line.
+
+use std::net::{SocketAddr, SocketAddrV4};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::workload::Workload;
+
+/// Puts load on relays and compares them.
+#[derive(Debug, Parser)]
+#[command(name = "benches", version)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run workloads on several peers, interleaved, in namespaces of its own (needs root)
+    Compare(Compare),
+    /// Run one workload against an address behind which `serve` runs
+    Load(Load),
+    /// Run the backend
+    Serve {
+        /// Where it listens, for TCP and UDP
+        address: SocketAddrV4,
+    },
+    /// Show the workloads and peers
+    List,
+    /// Time starts; `compare` calls it
+    #[command(hide = true)]
+    StartTimes(StartTimes),
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Compare {
+    /// Workloads or groups of them, such as tcp-bulk,udp-rr-64x8-64B [default: all]
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub(crate) only: Vec<String>,
+    /// Peers; NAME=PATH adds a program that is started as dockerd starts docker-proxy [default: all]
+    #[arg(long, value_name = "NAMES", value_delimiter = ',')]
+    pub(crate) peers: Vec<String>,
+    /// How often every workload is run on every peer
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    pub(crate) rounds: u32,
+    /// For how long each time
+    #[arg(long, default_value = "2s", value_parser = duration)]
+    pub(crate) duration: Duration,
+    /// Starts of each program in all rounds of `start`
+    #[arg(long, default_value_t = 200)]
+    pub(crate) starts: usize,
+    /// Threads of the load generator [default: one per core]
+    #[arg(long)]
+    pub(crate) threads: Option<usize>,
+    /// Write every value of every round to this file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) json: Option<PathBuf>,
+    /// Write charts to this file
+    #[arg(long, value_name = "FILE")]
+    pub(crate) svg: Option<PathBuf>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct Load {
+    /// Such as tcp-rr-64; any numbers will do
+    pub(crate) workload: Workload,
+    /// Where clients connect to
+    #[arg(long, value_name = "ADDRESS:PORT")]
+    pub(crate) to: SocketAddr,
+    /// For how long
+    #[arg(long, default_value = "5s", value_parser = duration)]
+    pub(crate) duration: Duration,
+    /// Threads [default: one per core]
+    #[arg(long)]
+    pub(crate) threads: Option<usize>,
+    /// Process of the relay, to account for its CPU time
+    #[arg(long)]
+    pub(crate) pid: Option<i32>,
+    /// Print JSON
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct StartTimes {
+    /// How often each program is started
+    #[arg(long)]
+    pub(crate) times: usize,
+    /// The backend of the mapping
+    #[arg(long)]
+    pub(crate) to: SocketAddrV4,
+    /// The port of the mapping
+    #[arg(long)]
+    pub(crate) port: u16,
+    /// The programs
+    pub(crate) programs: Vec<PathBuf>,
+}
+
+/// `200ms`, `2s`: at least long enough for a measurement to mean anything, and no more than ten minutes.
+fn duration(text: &str) -> Result<Duration, String> {
+    let duration = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    let sensible = Duration::from_millis(50)..=Duration::from_secs(600);
+    sensible.contains(&duration).then_some(duration).ok_or_else(|| "not between 50ms and 10m".into())
+}

@@ -1,0 +1,121 @@
+//! What a comparison is going to do.
+
+use std::process::exit;
+use std::thread;
+use std::time::Duration;
+
+use crate::cli::Compare;
+use crate::peers::{self, Kind, Peer, PeerError};
+use crate::workload::{UnknownWorkload, Workload};
+
+/// The time that a measurement may take besides its duration, before the run is ended as one that hangs:
+/// the connections of the largest workloads are made in a fraction of it.
+const SLACK: Duration = Duration::from_secs(30);
+
+/// Workloads and the peers to run them on.
+pub(crate) struct Plan {
+    pub(crate) workloads: Vec<Workload>,
+    pub(crate) peers: Vec<Peer>,
+    missing: Vec<PeerError>,
+    steps: u32,
+    rounds: u32,
+    duration: Duration,
+}
+
+/// There is nothing to run.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PlanError {
+    #[error("--only: {0}")]
+    Workload(#[from] UnknownWorkload),
+    #[error("--peers: {0}")]
+    Peer(#[from] PeerError),
+    #[error("none of the peers is installed")]
+    NoPeer,
+}
+
+impl Plan {
+    /// Reads the options. A peer that is not installed is left out.
+    pub(crate) fn new(options: &Compare) -> Result<Self, PlanError> {
+        let mut workloads = Vec::new();
+        for name in &options.only {
+            workloads.extend(Workload::select(name)?);
+        }
+        if workloads.is_empty() {
+            workloads = Workload::all();
+        }
+        let names: Vec<&str> = match options.peers.is_empty() {
+            true => peers::NAMES.into(),
+            false => options.peers.iter().map(String::as_str).collect(),
+        };
+        let (mut peers, mut missing) = (Vec::new(), Vec::new());
+        for name in names {
+            match Peer::find(name) {
+                Ok(peer) => peers.push(peer),
+                Err(error @ PeerError::Missing(_)) => missing.push(error),
+                Err(error) => return Err(error.into()),
+            }
+        }
+        if peers.is_empty() {
+            return Err(PlanError::NoPeer);
+        }
+        let steps = steps_of_round(&workloads, &peers) * options.rounds;
+        Ok(Self { workloads, peers, missing, steps, rounds: options.rounds, duration: options.duration })
+    }
+
+    /// Says what is going to be done, and what is not.
+    pub(crate) fn announce(&self) {
+        let names: Vec<_> = self.peers.iter().map(|peer| peer.name.as_str()).collect();
+        eprintln!(
+            "{} workloads × {} rounds of {:?} on: {}",
+            self.workloads.len(),
+            self.rounds,
+            self.duration,
+            names.join(", ")
+        );
+        for missing in &self.missing {
+            eprintln!("left out: {missing}");
+        }
+    }
+
+    /// Measurements in all rounds.
+    pub(crate) fn steps(&self) -> usize {
+        self.steps as usize
+    }
+
+    /// Ends the program, and with it all that it started, if it takes far longer than it can.
+    #[expect(clippy::exit, reason = "whatever hangs cannot be asked to end")]
+    pub(crate) fn watch(&self) {
+        let limit = (self.duration + SLACK) * (self.steps + self.rounds);
+        thread::spawn(move || {
+            thread::sleep(limit);
+            eprintln!("benches: not done after {limit:?}: ending");
+            exit(1);
+        });
+    }
+}
+
+fn steps_of_round(workloads: &[Workload], peers: &[Peer]) -> u32 {
+    let steps = workloads.iter().map(|workload| match workload {
+        Workload::Start => 1,
+        other => peers.iter().filter(|peer| applies(*other, peer)).count(),
+    });
+    u32::try_from(steps.sum::<usize>()).unwrap_or(u32::MAX)
+}
+
+/// Whether a workload says anything about a peer.
+pub(crate) fn applies(workload: Workload, peer: &Peer) -> bool {
+    if workload.is_udp() && peer.kind == Kind::Haproxy {
+        // It could only refuse.
+        return false;
+    }
+    match workload {
+        Workload::Start => matches!(peer.kind, Kind::Docker(_)),
+        Workload::ScaleMappings { .. } => peer.kind == Kind::Standalone,
+        Workload::TcpIdle { .. } | Workload::Footprint => peer.has_processes(),
+        // A process for each idle connection is another curve.
+        Workload::ScaleTcp { .. } | Workload::ScaleUdp { .. } => {
+            peer.has_processes() && peer.kind != Kind::Socat
+        }
+        _ => true,
+    }
+}

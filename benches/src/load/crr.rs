@@ -1,0 +1,132 @@
+//! A new connection for each request. The backend closes first, as an HTTP server does that was asked
+//! to: so the client's ports are free again at once.
+
+use std::io;
+use std::net::{SocketAddr, TcpStream};
+use std::time::Instant;
+
+use hdrhistogram::Histogram;
+use nix::errno::Errno;
+use socket2::{Domain, Protocol, Socket, Type};
+
+use super::{GRACE, LoadError, MESSAGE, TICK, Target, latencies, measure, quantiles, record, shares};
+use crate::message::{self, service};
+use crate::metric::{Metric, Values};
+use crate::pattern::Wrong;
+use crate::sock::{Events, Interest, Poll, receive, transmit_all};
+
+/// Measures connect, request, response and end of stream, `connections` at a time.
+pub(crate) fn crr(target: Target<'_>, connections: usize) -> Result<Values, LoadError> {
+    let shares = shares(connections, target.threads);
+    let (tallies, span) = measure(target, shares, |share| drive(target, share.len()))?;
+    let responses = tallies.iter().map(Histogram::len).sum();
+    let mut values = vec![(Metric::Requests, span.rate(responses))];
+    values.extend(span.cost_in_micros(Metric::CpuPerRequest, responses));
+    values.extend(quantiles(tallies));
+    Ok(values)
+}
+
+fn drive(target: Target<'_>, count: usize) -> Result<Histogram<u64>, LoadError> {
+    let poll = Poll::new().map_err(LoadError::io("create an epoll instance"))?;
+    let end = Instant::now() + target.duration;
+    let mut number = 0;
+    let mut open = |token| {
+        number += 1;
+        Attempt::start(target.address, number, &poll, token)
+    };
+    let mut attempts: Vec<_> = (0..count).map(|token| open(token).map(Some)).collect::<Result<_, _>>()?;
+    let (mut events, mut tally, mut left) = (Events::new(), latencies(), count);
+    while left > 0 {
+        let ready = poll.wait(&mut events, TICK).map_err(LoadError::io("wait for events"))?;
+        for (token, readiness) in ready {
+            let Some(attempt) = &mut attempts[token] else { continue };
+            if !attempt.step(readiness)? {
+                continue;
+            }
+            let now = Instant::now();
+            record(&mut tally, now - attempt.started);
+            // The old connection is closed by being replaced.
+            attempts[token] = (now < end).then(|| open(token)).transpose()?;
+            left -= usize::from(attempts[token].is_none());
+        }
+        if Instant::now() >= end + GRACE {
+            return Err(LoadError::Stalled(format!("{left} connections have not ended")));
+        }
+    }
+    Ok(tally)
+}
+
+/// A connection for one request.
+struct Attempt {
+    stream: TcpStream,
+    number: u64,
+    started: Instant,
+    requested: bool,
+    response: [u8; MESSAGE],
+    received: usize,
+}
+
+impl Attempt {
+    fn start(address: SocketAddr, number: u64, poll: &Poll, token: usize) -> Result<Self, LoadError> {
+        let started = Instant::now();
+        let stream = dial(address).map_err(LoadError::io("connect"))?;
+        // Edge-triggered, for once: all that is awaited is asked for in one call.
+        let interest = Interest::EPOLLIN | Interest::EPOLLOUT | Interest::EPOLLRDHUP | Interest::EPOLLET;
+        poll.add(&stream, interest, token).map_err(LoadError::io("watch a connection"))?;
+        Ok(Self { stream, number, started, requested: false, response: [0; MESSAGE], received: 0 })
+    }
+
+    /// Does what an event allows; returns whether the response is complete and the connection has ended.
+    fn step(&mut self, readiness: Interest) -> Result<bool, LoadError> {
+        if !self.requested && readiness.contains(Interest::EPOLLOUT) {
+            self.request()?;
+        }
+        if !readiness.intersects(Interest::EPOLLIN | Interest::EPOLLERR | Interest::EPOLLHUP) {
+            return Ok(false);
+        }
+        // One byte more than wanted, so that a surplus is seen and a short read means that all is read.
+        let mut buffer = [0; MESSAGE + 1];
+        let ended = loop {
+            match receive(&self.stream, &mut buffer).map_err(LoadError::io("receive a response"))? {
+                Some(0) => break true,
+                None => break false,
+                Some(count) => {
+                    let room = self.response.get_mut(self.received..self.received + count);
+                    let room = room.ok_or_else(|| Wrong("more came than the response".into()))?;
+                    room.copy_from_slice(&buffer[..count]);
+                    self.received += count;
+                    // What an event reports as ended, and has been read to the last byte, has ended.
+                    if self.received == MESSAGE {
+                        break readiness.contains(Interest::EPOLLRDHUP);
+                    }
+                }
+            }
+        };
+        if ended {
+            message::check(&self.response[..self.received], service::ONCE, MESSAGE_LEN, self.number)?;
+        }
+        Ok(ended)
+    }
+
+    fn request(&mut self) -> Result<(), LoadError> {
+        let mut request = [0; MESSAGE];
+        message::write(&mut request, service::ONCE, MESSAGE_LEN, self.number);
+        transmit_all(&self.stream, &request).map_err(LoadError::io("send a request"))?;
+        self.requested = true;
+        Ok(())
+    }
+}
+
+/// The length that the backend is told to wait for.
+#[expect(clippy::cast_possible_truncation, reason = "a small constant")]
+const MESSAGE_LEN: u32 = MESSAGE as u32;
+
+fn dial(address: SocketAddr) -> io::Result<TcpStream> {
+    let domain = Domain::for_address(address);
+    let socket = Socket::new(domain, Type::STREAM.nonblocking(), Some(Protocol::TCP))?;
+    match socket.connect(&address.into()) {
+        Err(error) if error.raw_os_error() == Some(Errno::EINPROGRESS as i32) => {}
+        result => result?,
+    }
+    Ok(socket.into())
+}

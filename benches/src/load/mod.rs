@@ -1,0 +1,192 @@
+//! The load generator: a thread per core, each with its share of the connections or flows.
+//!
+//! Connections are made first; what is measured begins when all of them are there.
+
+mod bulk;
+mod crr;
+mod idle;
+mod rr;
+mod udp_bulk;
+mod udp_rr;
+
+use std::io;
+use std::net::{SocketAddr, TcpStream};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use hdrhistogram::Histogram;
+
+use crate::metric::{Metric, Values};
+use crate::pattern::Wrong;
+use crate::workload::Workload;
+
+pub(crate) use bulk::bulk;
+pub(crate) use crr::crr;
+pub(crate) use idle::{Idle, IdleFlows};
+pub(crate) use rr::rr;
+pub(crate) use udp_bulk::udp_bulk;
+pub(crate) use udp_rr::{Shape, udp_rr};
+
+/// How long after its end a workload may take to come to rest. What does not answer by then never will.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// How long a connection may take to be made.
+const CONNECT: Duration = Duration::from_secs(10);
+
+/// How often a thread looks at the clock at least.
+const TICK: Duration = Duration::from_millis(50);
+
+/// Bytes of a request and of its response: a small HTTP request.
+pub(crate) const MESSAGE: usize = 128;
+
+/// Where a load goes, for how long, and whose CPU time it costs.
+#[derive(Clone, Copy)]
+pub(crate) struct Target<'a> {
+    /// The address that clients connect to.
+    pub(crate) address: SocketAddr,
+    /// For how long load is put on it.
+    pub(crate) duration: Duration,
+    /// Threads of the load generator.
+    pub(crate) threads: usize,
+    /// The CPU time that whatever is at the address has used so far, where that can be known.
+    pub(crate) cpu: &'a (dyn Fn() -> Option<Duration> + Sync),
+}
+
+/// Why a load failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LoadError {
+    /// A system call did.
+    #[error("cannot {step}: {source}")]
+    Io {
+        /// What it was for.
+        step: &'static str,
+        /// Its error.
+        source: io::Error,
+    },
+    /// Something other came than what was sent.
+    #[error("wrong data: {0}")]
+    Wrong(#[from] Wrong),
+    /// No answer came.
+    #[error("no answer for {GRACE:?}: {0}")]
+    Stalled(String),
+}
+
+impl LoadError {
+    /// Makes the error of the call that `step` describes.
+    pub(crate) fn io(step: &'static str) -> impl Fn(io::Error) -> Self {
+        move |source| Self::Io { step, source }
+    }
+
+    /// Whether the answer was wrong, rather than missing.
+    pub(crate) fn is_wrong(&self) -> bool {
+        matches!(self, Self::Wrong(_))
+    }
+}
+
+/// Runs one workload that is nothing but load.
+///
+/// # Errors
+/// [`LoadError`]
+pub(crate) fn run(workload: Workload, target: Target<'_>) -> Result<Values, LoadError> {
+    match workload {
+        Workload::TcpBulk { streams, direction } => bulk(target, streams, direction),
+        Workload::TcpRr { connections } => rr(target, connections),
+        Workload::TcpCrr { connections } => crr(target, connections),
+        Workload::UdpRr { flows, window, size } => udp_rr(target, Shape { flows, window, size }),
+        Workload::UdpBulk { size } => udp_bulk(target, size),
+        other => Err(LoadError::io("run it as a load")(io::Error::other(format!(
+            "{other} needs the processes of `compare`"
+        )))),
+    }
+}
+
+/// Time that a load took, and what it cost.
+#[derive(Clone, Copy, Debug)]
+struct Span {
+    elapsed: Duration,
+    cpu: Option<Duration>,
+}
+
+impl Span {
+    fn rate(self, count: u64) -> f64 {
+        count as f64 / self.elapsed.as_secs_f64()
+    }
+
+    /// CPU seconds for each of `units`; nothing where the CPU time is not known.
+    fn cost(self, units: f64) -> Option<f64> {
+        self.cpu.filter(|_| units > 0.0).map(|cpu| cpu.as_secs_f64() / units)
+    }
+
+    /// The CPU time for each of `count` small things, as a value of `metric`.
+    fn cost_in_micros(self, metric: Metric, count: u64) -> Option<(Metric, f64)> {
+        self.cost(count as f64).map(|seconds| (metric, seconds * 1e6))
+    }
+}
+
+/// Runs `drive` on a thread for each share, and measures how long all of them take.
+fn measure<C: Send, R: Send>(
+    target: Target<'_>,
+    shares: Vec<C>,
+    drive: impl Fn(C) -> Result<R, LoadError> + Sync,
+) -> Result<(Vec<R>, Span), LoadError> {
+    let (cpu, start) = ((target.cpu)(), Instant::now());
+    let results = in_threads(shares, drive)?;
+    let (elapsed, end) = (start.elapsed(), (target.cpu)());
+    let cpu = cpu.zip(end).map(|(start, end)| end.saturating_sub(start));
+    Ok((results, Span { elapsed, cpu }))
+}
+
+fn in_threads<C: Send, R: Send>(
+    shares: Vec<C>,
+    task: impl Fn(C) -> Result<R, LoadError> + Sync,
+) -> Result<Vec<R>, LoadError> {
+    thread::scope(|scope| {
+        let task = &task;
+        let threads: Vec<_> = shares.into_iter().map(|share| scope.spawn(move || task(share))).collect();
+        threads
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect()
+    })
+}
+
+/// Makes `count` connections, on several threads, and returns them in shares.
+fn connect(target: Target<'_>, count: usize) -> Result<Vec<Vec<TcpStream>>, LoadError> {
+    in_threads(shares(count, target.threads), |share| {
+        share.into_iter().map(|_| connect_one(target.address)).collect()
+    })
+}
+
+fn connect_one(address: SocketAddr) -> Result<TcpStream, LoadError> {
+    let stream = TcpStream::connect_timeout(&address, CONNECT).map_err(LoadError::io("connect"))?;
+    stream.set_nodelay(true).map_err(LoadError::io("set TCP_NODELAY"))?;
+    Ok(stream)
+}
+
+/// Deals out the numbers below `count` to `threads` shares, none of which is empty.
+fn shares(count: usize, threads: usize) -> Vec<Vec<usize>> {
+    let threads = threads.clamp(1, count.max(1));
+    (0..threads).map(|thread| (thread..count).step_by(threads).collect()).collect()
+}
+
+/// A histogram of nanoseconds up to a minute, with three significant digits.
+fn latencies() -> Histogram<u64> {
+    // The arguments are constants that hdrhistogram documents as valid.
+    Histogram::new_with_max(60_000_000_000, 3).unwrap_or_else(|_| unreachable!("valid bounds"))
+}
+
+fn record(histogram: &mut Histogram<u64>, latency: Duration) {
+    histogram.saturating_record(u64::try_from(latency.as_nanos()).unwrap_or(u64::MAX));
+}
+
+/// The quantiles of several histograms, in microseconds.
+fn quantiles(histograms: impl IntoIterator<Item = Histogram<u64>>) -> Values {
+    let mut all = latencies();
+    for histogram in histograms {
+        // Made by the same function, so the ranges agree.
+        all.add(histogram).unwrap_or_else(|_| unreachable!("equal bounds"));
+    }
+    [(Metric::P50, 0.5), (Metric::P99, 0.99), (Metric::P999, 0.999)]
+        .map(|(metric, quantile)| (metric, all.value_at_quantile(quantile) as f64 / 1e3))
+        .into()
+}

@@ -1,0 +1,86 @@
+//! Requests, responses and datagrams: small messages that differ from each other and can be checked.
+//!
+//! ```text
+//! 0        1..4   4..8                8..16      16..
+//! service  zero   length or flow, LE  number, LE  pattern, from a place that the number decides
+//! ```
+
+use crate::pattern::{self, Wrong};
+
+/// Bytes before the pattern, and so the shortest message.
+pub(crate) const HEADER: usize = 16;
+
+/// What the first byte of a connection or a datagram asks the backend for.
+pub(crate) mod service {
+    /// Everything, this byte included, comes back.
+    pub(crate) const ECHO: u8 = b'E';
+    /// One message comes back, and then the end of the stream.
+    pub(crate) const ONCE: u8 = b'C';
+    /// The backend takes a stream, and says whether it was right.
+    pub(crate) const SINK: u8 = b'S';
+    /// The backend sends a stream.
+    pub(crate) const SOURCE: u8 = b'G';
+    /// The backend says how many datagrams of this flow it took.
+    pub(crate) const COUNT: u8 = b'Q';
+}
+
+/// The opening of a connection to [`service::SINK`] or [`service::SOURCE`], which wants a duration in
+/// milliseconds.
+pub(crate) fn hello(service: u8, argument: u32) -> [u8; 8] {
+    let [a, b, c, d] = argument.to_le_bytes();
+    [service, 0, 0, 0, a, b, c, d]
+}
+
+/// The argument of a [`hello`], or the second field of a message.
+pub(crate) fn argument(message: &[u8]) -> u32 {
+    u32::from_le_bytes([message[4], message[5], message[6], message[7]])
+}
+
+/// The number of a message that is at least [`HEADER`] long.
+pub(crate) fn number(message: &[u8]) -> u64 {
+    let mut number = [0; 8];
+    number.copy_from_slice(&message[8..HEADER]);
+    u64::from_le_bytes(number)
+}
+
+/// Makes `message` the one with these fields; its length stays.
+pub(crate) fn write(message: &mut [u8], service: u8, argument: u32, number: u64) {
+    message[..8].copy_from_slice(&hello(service, argument));
+    message[8..HEADER].copy_from_slice(&number.to_le_bytes());
+    let filler = filler(argument, number, message.len());
+    message[HEADER..].copy_from_slice(filler);
+}
+
+/// Checks that `message` is the one that [`write`] makes from these fields.
+pub(crate) fn check(message: &[u8], service: u8, argument: u32, number: u64) -> Result<(), Wrong> {
+    let right = message.len() >= HEADER
+        && message[..8] == hello(service, argument)
+        && message[8..HEADER] == number.to_le_bytes()
+        && message[HEADER..] == *filler(argument, number, message.len());
+    if right {
+        return Ok(());
+    }
+    Err(Wrong(format!("a message of {} bytes is not number {number} of flow {argument}", message.len())))
+}
+
+fn filler(argument: u32, number: u64, message_len: usize) -> &'static [u8] {
+    let place = u64::from(argument).wrapping_mul(7919).wrapping_add(number.wrapping_mul(61));
+    pattern::at(place, message_len - HEADER)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_the_same_message_passes() {
+        let mut message = [0; 64];
+        write(&mut message, service::ECHO, 3, 17);
+        assert_eq!((argument(&message), number(&message)), (3, 17));
+        check(&message, service::ECHO, 3, 17).unwrap();
+        check(&message, service::ECHO, 4, 17).unwrap_err();
+        check(&message, service::ECHO, 3, 18).unwrap_err();
+        message[40] ^= 1;
+        check(&message, service::ECHO, 3, 17).unwrap_err();
+    }
+}

@@ -1,0 +1,52 @@
+//! Configuration files of peers: as plain as they can be, with what their manuals advise for a relay.
+
+use std::fmt::Write as _;
+use std::net::SocketAddrV4;
+use std::path::{Path, PathBuf};
+
+use super::{Mapping, PeerError, Protocol};
+
+/// Where distributions keep nginx's stream module.
+const STREAM_MODULES: [&str; 3] = [
+    "/usr/lib/nginx/modules/ngx_stream_module.so",
+    "/usr/lib64/nginx/modules/ngx_stream_module.so",
+    "/usr/local/lib/nginx/modules/ngx_stream_module.so",
+];
+
+/// Finds nginx's stream module.
+pub(super) fn nginx_stream_module() -> Result<PathBuf, PeerError> {
+    let module = STREAM_MODULES.map(PathBuf::from).into_iter().find(|path| path.exists());
+    module.ok_or_else(|| PeerError::Missing("nginx's stream module (libnginx-mod-stream)".into()))
+}
+
+pub(super) fn haproxy(mappings: &[Mapping], backend: SocketAddrV4) -> String {
+    let mut text = String::from(
+        "global\n  maxconn 9400\n  maxpipes 500\n\
+         defaults\n  mode tcp\n  option splice-auto\n  \
+         timeout connect 10s\n  timeout client 1h\n  timeout server 1h\n",
+    );
+    for Mapping { port, .. } in tcp(mappings) {
+        write!(text, "listen port{port}\n  bind 0.0.0.0:{port}\n  server backend {backend}\n").ok();
+    }
+    text
+}
+
+pub(super) fn nginx(module: &Path, mappings: &[Mapping], backend: SocketAddrV4) -> String {
+    let mut text = format!(
+        "load_module {};\ndaemon off;\npid nginx.pid;\nerror_log stderr;\nworker_processes auto;\n\
+         events {{ worker_connections 20000; }}\nstream {{\n  \
+         proxy_half_close on;\n",
+        module.display()
+    );
+    for Mapping { protocol, port } in mappings {
+        // Without `reuseport`, the workers would take each other's datagrams.
+        let udp = if *protocol == Protocol::Udp { " udp reuseport" } else { " backlog=16384" };
+        writeln!(text, "  server {{ listen 0.0.0.0:{port}{udp}; proxy_pass {backend}; }}").ok();
+    }
+    text.push_str("}\n");
+    text
+}
+
+fn tcp(mappings: &[Mapping]) -> impl Iterator<Item = &Mapping> {
+    mappings.iter().filter(|mapping| mapping.protocol == Protocol::Tcp)
+}

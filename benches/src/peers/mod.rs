@@ -1,0 +1,455 @@
+//! The peers that are compared: how each is started for a set of mappings, and what of it can be measured.
+
+mod config;
+mod dnat;
+
+use std::fmt;
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream, UdpSocket};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::fcntl::OFlag;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rproxy_tests::docker_proxy::{self, DockerProxy, Status};
+use rproxy_tests::process::{Process, Stream};
+use rproxy_tests::require;
+use rproxy_tests::rproxy::rproxy;
+use tempfile::TempDir;
+
+use crate::account::Family;
+use crate::message::{self, service};
+use crate::wiring::Wiring;
+pub(crate) use dnat::Active;
+
+/// How long a peer may take to be ready.
+const READY: Duration = Duration::from_secs(10);
+
+/// How often it is asked.
+const ASK: Duration = Duration::from_millis(5);
+
+/// Something that gets clients to the backend.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Peer {
+    /// What the user calls it.
+    pub(crate) name: String,
+    /// What it is.
+    pub(crate) kind: Kind,
+}
+
+/// The kinds of peers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// A process for each mapping, started by dockerd's contract.
+    Docker(PathBuf),
+    /// One `rproxy` for all mappings, started from its command line.
+    Standalone,
+    Haproxy,
+    Nginx,
+    Socat,
+    /// Address translation by the host's kernel.
+    Dnat,
+    /// The container's own address, through the host's routing.
+    Direct,
+}
+
+/// A protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Protocol {
+    Tcp,
+    Udp,
+}
+
+/// A port of the host that leads to the backend.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Mapping {
+    pub(crate) protocol: Protocol,
+    pub(crate) port: u16,
+}
+
+/// Why a peer cannot take part.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum PeerError {
+    #[error("unknown peer '{0}'; the known ones are {known}, and NAME=PATH is one that is started as dockerd does", known = NAMES.join(", "))]
+    Unknown(String),
+    #[error("{0} is not installed")]
+    Missing(String),
+    #[error("{peer}: cannot {step}: {source}")]
+    Io { peer: String, step: &'static str, source: io::Error },
+    #[error("{peer} does not serve {protocol}: {reason}")]
+    Refused { peer: String, protocol: Protocol, reason: String },
+    #[error("{peer} is not ready after {READY:?}")]
+    NotReady { peer: String },
+    #[error("{peer} has ended: {said}")]
+    Ended { peer: String, said: String },
+}
+
+/// All peers, in the order of the table.
+pub(crate) const NAMES: [&str; 8] =
+    ["rproxy", "rproxy-standalone", "docker-proxy", "haproxy", "nginx", "socat", "dnat", "none"];
+
+/// The peer that the others are compared with.
+pub(crate) const REFERENCE: &str = "docker-proxy";
+
+impl Protocol {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        }
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl Peer {
+    /// Finds a peer by its name, or takes `NAME=PATH` for another docker-proxy.
+    ///
+    /// # Errors
+    /// [`PeerError`], also when it is not installed.
+    pub(crate) fn find(name: &str) -> Result<Self, PeerError> {
+        if let Some((name, path)) = name.split_once('=') {
+            let path = PathBuf::from(path);
+            let there =
+                path.is_file().then_some(()).ok_or_else(|| PeerError::Missing(path.display().to_string()));
+            return there.map(|()| Self { name: name.into(), kind: Kind::Docker(path) });
+        }
+        let kind = match name {
+            "rproxy" => Kind::Docker(rproxy().into()),
+            "rproxy-standalone" => Kind::Standalone,
+            "docker-proxy" => Kind::Docker(installed("docker-proxy")?),
+            "haproxy" => installed("haproxy").map(|_| Kind::Haproxy)?,
+            "nginx" => installed("nginx").and_then(|_| config::nginx_stream_module()).map(|_| Kind::Nginx)?,
+            "socat" => installed("socat").map(|_| Kind::Socat)?,
+            "dnat" => installed("nft").map(|_| Kind::Dnat)?,
+            "none" => Kind::Direct,
+            other => return Err(PeerError::Unknown(other.into())),
+        };
+        Ok(Self { name: name.into(), kind })
+    }
+
+    /// Whether it is ours: then a failure is our failure.
+    pub(crate) fn is_ours(&self) -> bool {
+        self.name.starts_with("rproxy")
+    }
+
+    /// Whether there are processes to account for.
+    pub(crate) fn has_processes(&self) -> bool {
+        !matches!(self.kind, Kind::Dnat | Kind::Direct)
+    }
+
+    /// Starts it with these mappings, and waits until all of them are served.
+    ///
+    /// # Errors
+    /// [`PeerError`]
+    pub(crate) fn start(&self, wiring: &Wiring, mappings: &[Mapping]) -> Result<Running, PeerError> {
+        let mut running = Running::new(self, wiring);
+        match &self.kind {
+            Kind::Docker(path) => {
+                for mapping in mappings {
+                    running.start_docker_proxy(wiring, path, *mapping)?;
+                }
+            }
+            Kind::Standalone => {
+                for protocol in [Protocol::Tcp, Protocol::Udp] {
+                    running.start_standalone(wiring, mappings, protocol)?;
+                }
+            }
+            Kind::Haproxy => running.start_haproxy(wiring, mappings)?,
+            Kind::Nginx => running.start_nginx(wiring, mappings)?,
+            Kind::Socat => {
+                for mapping in mappings {
+                    running.start_socat(wiring, *mapping);
+                }
+            }
+            Kind::Dnat => running.rules = mappings.to_vec(),
+            Kind::Direct => {}
+        }
+        running.note(wiring, mappings)?;
+        Ok(running)
+    }
+}
+
+fn installed(program: &str) -> Result<PathBuf, PeerError> {
+    require::find(program).ok_or_else(|| PeerError::Missing(program.into()))
+}
+
+/// A peer that serves. Dropping it ends all of its processes.
+pub(crate) struct Running {
+    peer: Peer,
+    processes: Vec<Started>,
+    /// What the kernel is told to translate, while it is measured.
+    rules: Vec<Mapping>,
+    /// Where clients reach the first mapping of each protocol.
+    tcp: Option<SocketAddr>,
+    udp: Option<SocketAddr>,
+    /// Protocols that it would not serve, and why.
+    refused: Vec<(Protocol, String)>,
+    /// Configuration and run-time files.
+    directory: Option<TempDir>,
+    host: Ipv4Addr,
+}
+
+/// A process and, for a docker-proxy, the pipe that comes with it.
+enum Started {
+    Docker(DockerProxy),
+    Plain(Process),
+}
+
+impl Started {
+    fn process(&self) -> &Process {
+        match self {
+            Self::Docker(proxy) => &proxy.process,
+            Self::Plain(process) => process,
+        }
+    }
+}
+
+impl Running {
+    fn new(peer: &Peer, wiring: &Wiring) -> Self {
+        Self {
+            peer: peer.clone(),
+            processes: Vec::new(),
+            rules: Vec::new(),
+            tcp: None,
+            udp: None,
+            refused: Vec::new(),
+            directory: None,
+            host: wiring.host_address(),
+        }
+    }
+
+    /// Which peer it is.
+    pub(crate) fn peer(&self) -> &Peer {
+        &self.peer
+    }
+
+    /// Where clients reach it over `protocol`.
+    ///
+    /// # Errors
+    /// [`PeerError::Refused`] if it does not serve the protocol.
+    pub(crate) fn address(&self, protocol: Protocol) -> Result<SocketAddr, PeerError> {
+        let address = match protocol {
+            Protocol::Tcp => self.tcp,
+            Protocol::Udp => self.udp,
+        };
+        address.ok_or_else(|| {
+            let refusal = self.refused.iter().find(|(refused, _)| *refused == protocol);
+            let reason = refusal.map_or("no such mapping", |(_, reason)| reason);
+            PeerError::Refused { peer: self.peer.name.clone(), protocol, reason: reason.into() }
+        })
+    }
+
+    /// Its processes.
+    pub(crate) fn family(&self) -> Family {
+        Family::of(self.processes.iter().map(|started| started.process().pid()).collect())
+    }
+
+    /// Puts kernel rules in place, which are there only while they are measured: the connection tracking
+    /// that comes with them would slow everybody down.
+    pub(crate) fn activate<'a>(&self, wiring: &'a Wiring) -> Option<Active<'a>> {
+        let active = || Active::new(wiring.host(), &self.rules, wiring.backend());
+        (!self.rules.is_empty()).then(active)
+    }
+
+    fn io(&self, step: &'static str) -> impl FnOnce(io::Error) -> PeerError {
+        let peer = self.peer.name.clone();
+        move |source| PeerError::Io { peer, step, source }
+    }
+
+    fn start_docker_proxy(
+        &mut self,
+        wiring: &Wiring,
+        path: &Path,
+        mapping: Mapping,
+    ) -> Result<(), PeerError> {
+        let host = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, mapping.port);
+        let arguments = docker_proxy::mapping(mapping.protocol.name(), host.into(), wiring.backend().into());
+        let spawn = |command| wiring.host().spawn(command);
+        let mut proxy = DockerProxy::start_by(path, &arguments, None, OFlag::empty(), spawn);
+        match proxy.status() {
+            Status::Ready => self.processes.push(Started::Docker(proxy)),
+            Status::Failed(reason) | Status::Other(reason) => {
+                let reason = if reason.is_empty() { proxy.process.captured(Stream::Stderr) } else { reason };
+                self.refused.push((mapping.protocol, reason.trim().replace('\n', " ")));
+            }
+        }
+        Ok(())
+    }
+
+    fn start_standalone(
+        &mut self,
+        wiring: &Wiring,
+        mappings: &[Mapping],
+        protocol: Protocol,
+    ) -> Result<(), PeerError> {
+        let mappings: Vec<_> = mappings.iter().filter(|mapping| mapping.protocol == protocol).collect();
+        if mappings.is_empty() {
+            return Ok(());
+        }
+        let mut command = Command::new(rproxy());
+        command.args(["--proto", protocol.name(), "--log-level", "warn"]);
+        for mapping in &mappings {
+            command.args([
+                "--host",
+                &format!("0.0.0.0:{}", mapping.port),
+                "--to",
+                &wiring.backend().to_string(),
+            ]);
+        }
+        let process = wiring.host().spawn(command);
+        let deadline = Instant::now() + READY;
+        while process.captured(Stream::Stdout).lines().count() < mappings.len() {
+            if !process.is_running() {
+                let reason = process.captured(Stream::Stderr);
+                self.refused.push((protocol, reason.trim().into()));
+                return Ok(());
+            }
+            self.wait_until(deadline)?;
+        }
+        self.processes.push(Started::Plain(process));
+        Ok(())
+    }
+
+    fn start_haproxy(&mut self, wiring: &Wiring, mappings: &[Mapping]) -> Result<(), PeerError> {
+        let config = config::haproxy(mappings, wiring.backend());
+        let path = self.write_config(&config)?;
+        let mut command = require::command("haproxy");
+        command.args(["-db", "-f"]).arg(path);
+        self.processes.push(Started::Plain(wiring.host().spawn(command)));
+        if mappings.iter().any(|mapping| mapping.protocol == Protocol::Udp) {
+            self.refused.push((Protocol::Udp, "it relays TCP only".into()));
+        }
+        Ok(())
+    }
+
+    fn start_nginx(&mut self, wiring: &Wiring, mappings: &[Mapping]) -> Result<(), PeerError> {
+        let module = config::nginx_stream_module()?;
+        let config = config::nginx(&module, mappings, wiring.backend());
+        let path = self.write_config(&config)?;
+        let mut command = require::command("nginx");
+        command.arg("-c").arg(&path).args(["-e", "stderr", "-p"]).args(path.parent());
+        self.processes.push(Started::Plain(wiring.host().spawn(command)));
+        Ok(())
+    }
+
+    fn start_socat(&mut self, wiring: &Wiring, mapping: Mapping) {
+        let (backend, port) = (wiring.backend(), mapping.port);
+        let mut command = require::command("socat");
+        match mapping.protocol {
+            Protocol::Tcp => command.args([
+                format!("TCP4-LISTEN:{port},fork,reuseaddr,backlog=4096,nodelay"),
+                format!("TCP4:{backend},nodelay"),
+            ]),
+            // The time-out ends the process of a flow, for nothing else does.
+            Protocol::Udp => command.args([
+                "-T3".into(),
+                format!("UDP4-LISTEN:{port},fork,reuseaddr"),
+                format!("UDP4:{backend}"),
+            ]),
+        };
+        self.processes.push(Started::Plain(wiring.host().spawn(command)));
+    }
+
+    fn write_config(&mut self, text: &str) -> Result<PathBuf, PeerError> {
+        let directory = TempDir::new().map_err(self.io("create a directory"))?;
+        let path = directory.path().join("conf");
+        std::fs::write(&path, text).map_err(self.io("write its configuration"))?;
+        self.directory = Some(directory);
+        Ok(path)
+    }
+
+    /// Finds out where the first mapping of each protocol is, and waits until it answers.
+    fn note(&mut self, wiring: &Wiring, mappings: &[Mapping]) -> Result<(), PeerError> {
+        let deadline = Instant::now() + READY;
+        let _active = self.activate(wiring);
+        for protocol in [Protocol::Tcp, Protocol::Udp] {
+            let refused = self.refused.iter().any(|(refused, _)| *refused == protocol);
+            let Some(first) = mappings.iter().find(|mapping| mapping.protocol == protocol && !refused) else {
+                continue;
+            };
+            let address: SocketAddr = match self.peer.kind {
+                Kind::Direct => wiring.backend().into(),
+                _ => (self.host, first.port).into(),
+            };
+            while !wiring.client().run(|| answers(protocol, address)) {
+                self.wait_until(deadline)?;
+            }
+            match protocol {
+                Protocol::Tcp => self.tcp = Some(address),
+                Protocol::Udp => self.udp = Some(address),
+            }
+        }
+        Ok(())
+    }
+
+    fn wait_until(&self, deadline: Instant) -> Result<(), PeerError> {
+        if let Some(ended) = self.processes.iter().map(Started::process).find(|process| !process.is_running())
+        {
+            let said = ended.captured(Stream::Stderr).trim().replace('\n', "; ");
+            return Err(PeerError::Ended { peer: self.peer.name.clone(), said });
+        }
+        if Instant::now() >= deadline {
+            return Err(PeerError::NotReady { peer: self.peer.name.clone() });
+        }
+        thread::sleep(ASK);
+        Ok(())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let roots: Vec<_> = self.processes.iter().map(|started| started.process().pid()).collect();
+        let family = Family::of(roots.clone());
+        // A root that is killed first can neither start nor restart others.
+        let members = family.members();
+        self.processes.clear();
+        for pid in members.into_iter().filter(|pid| !roots.contains(pid)) {
+            end_orphan(pid);
+        }
+    }
+}
+
+/// Ends a process whose parent is gone, so that it is ours now: the harness is the first process of its
+/// namespace.
+fn end_orphan(pid: Pid) {
+    // It may have ended by itself.
+    if kill(pid, Signal::SIGKILL).is_ok() {
+        nix::sys::wait::waitpid(pid, None).ok();
+    }
+}
+
+/// Whether a mapping works, from end to end.
+fn answers(protocol: Protocol, address: SocketAddr) -> bool {
+    let mut message = [0; message::HEADER];
+    message::write(&mut message, service::ECHO, 0, 0);
+    exchange(protocol, address, &message).is_ok_and(|answer| answer == message)
+}
+
+fn exchange(protocol: Protocol, address: SocketAddr, message: &[u8]) -> io::Result<[u8; message::HEADER]> {
+    use std::io::{Read, Write};
+    let (patience, mut answer) = (Duration::from_millis(500), [0; message::HEADER]);
+    match protocol {
+        Protocol::Tcp => {
+            let mut stream = TcpStream::connect_timeout(&address, patience)?;
+            stream.set_read_timeout(Some(patience))?;
+            stream.write_all(message)?;
+            stream.read_exact(&mut answer)?;
+        }
+        Protocol::Udp => {
+            let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+            socket.connect(address)?;
+            socket.set_read_timeout(Some(patience))?;
+            socket.send(message)?;
+            socket.recv(&mut answer)?;
+        }
+    }
+    Ok(answer)
+}

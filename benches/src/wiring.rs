@@ -1,0 +1,90 @@
+//! The network that everything runs in: the topology of the test suites, with what load needs.
+
+use std::fs;
+use std::io;
+use std::net::{Ipv4Addr, SocketAddrV4};
+
+use rproxy_tests::netns::Namespace;
+use rproxy_tests::topology::{CONTAINER_V4, HOST_V4, Topology};
+
+use crate::backend::{Backend, BackendError};
+
+/// Where the backend listens, in the container.
+const BACKEND_PORT: u16 = 7000;
+
+/// Settings of a namespace, under /proc/sys/net/ipv4.
+const CLIENT_SETTINGS: [(&str, &str); 1] = [("ip_local_port_range", "1024 65535")];
+/// The host dials the backend from its own ports, and forwards for those who use no proxy. The ports
+/// that peers listen on stay out of the way.
+const HOST_SETTINGS: [(&str, &str); 2] = [("ip_local_port_range", "40000 65535"), ("ip_forward", "1")];
+
+/// Client, host and container, with the backend running.
+pub(crate) struct Wiring {
+    net: Topology,
+    backend: Backend,
+}
+
+/// The network could not be set up.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum WiringError {
+    /// The kernel has no such setting, or not this value for it.
+    #[error("cannot set net.ipv4.{name} to '{value}': {source}")]
+    Setting {
+        /// Its name.
+        name: &'static str,
+        /// The value wanted.
+        value: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// The backend.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+}
+
+impl Wiring {
+    /// Builds the namespaces and starts the backend.
+    ///
+    /// # Errors
+    /// [`WiringError`]
+    ///
+    /// # Panics
+    /// When a namespace or an interface cannot be made; the test suites' library says why.
+    pub(crate) fn new() -> Result<Self, WiringError> {
+        let net = Topology::new();
+        configure(&net.client, &CLIENT_SETTINGS)?;
+        configure(&net.host, &HOST_SETTINGS)?;
+        // For those who use no proxy, and no address translation either.
+        net.client.ip(&format!("route add {CONTAINER_V4} via {HOST_V4}"));
+        let address = SocketAddrV4::new(CONTAINER_V4, BACKEND_PORT);
+        let backend = net.container.run(|| Backend::start(address))?;
+        Ok(Self { net, backend })
+    }
+
+    /// Where clients are.
+    pub(crate) fn client(&self) -> &Namespace {
+        &self.net.client
+    }
+
+    /// Where peers run.
+    pub(crate) fn host(&self) -> &Namespace {
+        &self.net.host
+    }
+
+    /// Where peers forward to.
+    pub(crate) fn backend(&self) -> SocketAddrV4 {
+        self.backend.address()
+    }
+
+    /// Where peers listen, as clients see it.
+    pub(crate) fn host_address(&self) -> Ipv4Addr {
+        HOST_V4
+    }
+}
+
+fn configure(namespace: &Namespace, settings: &[(&'static str, &'static str)]) -> Result<(), WiringError> {
+    settings.iter().try_for_each(|(name, value)| {
+        let write = || fs::write(format!("/proc/sys/net/ipv4/{name}"), value);
+        namespace.run(write).map_err(|source| WiringError::Setting { name, value, source })
+    })
+}

@@ -1,0 +1,213 @@
+//! The workloads and their names.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// Which way the data of a bulk transfer goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Direction {
+    /// From the client to the backend.
+    Up,
+    /// From the backend to the client.
+    Down,
+}
+
+/// A workload; `benches/README.md` describes each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Workload {
+    /// Streams that send all they can.
+    TcpBulk {
+        /// Connections.
+        streams: usize,
+        /// Which way.
+        direction: Direction,
+    },
+    /// A small request and its response, over and over.
+    TcpRr {
+        /// Connections, each with one request at a time.
+        connections: usize,
+    },
+    /// The same with a new connection for each request.
+    TcpCrr {
+        /// Connections at a time.
+        connections: usize,
+    },
+    /// Connections that have said something and are quiet.
+    TcpIdle {
+        /// Connections.
+        connections: usize,
+    },
+    /// Datagrams that come back.
+    UdpRr {
+        /// Sockets of the client.
+        flows: usize,
+        /// Datagrams of each under way.
+        window: usize,
+        /// Bytes of a datagram.
+        size: usize,
+    },
+    /// Datagrams one way, as fast as the client can send.
+    UdpBulk {
+        /// Bytes of a datagram.
+        size: usize,
+    },
+    /// From exec to ready.
+    Start,
+    /// What idle mappings take.
+    Footprint,
+    /// `tcp-rr-64` beside idle connections.
+    ScaleTcp {
+        /// Idle connections.
+        idle: usize,
+    },
+    /// `udp-rr-64x8-64B` beside idle flows.
+    ScaleUdp {
+        /// Idle flows.
+        idle: usize,
+    },
+    /// From exec to ready with many mappings in one process.
+    ScaleMappings {
+        /// Mappings.
+        count: usize,
+    },
+}
+
+use Direction::{Down, Up};
+
+impl Workload {
+    /// What a run without `--only` does.
+    pub(crate) fn all() -> Vec<Self> {
+        let bulk = |streams| [Up, Down].map(|direction| Self::TcpBulk { streams, direction });
+        let udp_rr = |(flows, window)| [64, 1400].map(|size| Self::UdpRr { flows, window, size });
+        let mut all = Vec::new();
+        all.extend([1, 8, 64].into_iter().flat_map(bulk));
+        all.extend([1, 64, 1000].map(|connections| Self::TcpRr { connections }));
+        all.push(Self::TcpCrr { connections: 64 });
+        all.push(Self::TcpIdle { connections: 2000 });
+        all.extend([(1, 64), (64, 8), (1000, 1)].into_iter().flat_map(udp_rr));
+        all.push(Self::UdpBulk { size: 1400 });
+        all.extend([Self::Start, Self::Footprint]);
+        all.extend([0, 1000, 4000, 7936].map(|idle| Self::ScaleTcp { idle }));
+        all.extend([0, 1000, 10_000].map(|idle| Self::ScaleUdp { idle }));
+        all.extend([1, 100, 1000, 10_000].map(|count| Self::ScaleMappings { count }));
+        all
+    }
+
+    /// The workloads that an item of `--only` names: one, or a group such as `tcp-bulk`.
+    ///
+    /// # Errors
+    /// [`UnknownWorkload`]
+    pub(crate) fn select(name: &str) -> Result<Vec<Self>, UnknownWorkload> {
+        if let Ok(one) = name.parse() {
+            return Ok(vec![one]);
+        }
+        let group = format!("{name}-");
+        let members: Vec<_> =
+            Self::all().into_iter().filter(|member| member.to_string().starts_with(&group)).collect();
+        match members.is_empty() {
+            true => Err(UnknownWorkload(name.into())),
+            false => Ok(members),
+        }
+    }
+
+    /// Whether it goes over UDP.
+    pub(crate) fn is_udp(self) -> bool {
+        matches!(self, Self::UdpRr { .. } | Self::UdpBulk { .. } | Self::ScaleUdp { .. })
+    }
+
+    /// The member of its curve that the others are compared with.
+    pub(crate) fn base(self) -> Option<Self> {
+        match self {
+            Self::ScaleTcp { .. } => Some(Self::ScaleTcp { idle: 0 }),
+            Self::ScaleUdp { .. } => Some(Self::ScaleUdp { idle: 0 }),
+            Self::ScaleMappings { .. } => Some(Self::ScaleMappings { count: 1 }),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Workload {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::TcpBulk { streams, direction: Up } => write!(f, "tcp-bulk-{streams}-up"),
+            Self::TcpBulk { streams, direction: Down } => write!(f, "tcp-bulk-{streams}-down"),
+            Self::TcpRr { connections } => write!(f, "tcp-rr-{connections}"),
+            Self::TcpCrr { connections } => write!(f, "tcp-crr-{connections}"),
+            Self::TcpIdle { connections } => write!(f, "tcp-idle-{connections}"),
+            Self::UdpRr { flows, window, size } => write!(f, "udp-rr-{flows}x{window}-{size}B"),
+            Self::UdpBulk { size } => write!(f, "udp-bulk-{size}B"),
+            Self::Start => f.write_str("start"),
+            Self::Footprint => f.write_str("footprint"),
+            Self::ScaleTcp { idle } => write!(f, "scale-tcp-{idle}"),
+            Self::ScaleUdp { idle } => write!(f, "scale-udp-{idle}"),
+            Self::ScaleMappings { count } => write!(f, "scale-mappings-{count}"),
+        }
+    }
+}
+
+/// No workload has this name.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("no workload or group is called '{0}'; `list` shows them")]
+pub(crate) struct UnknownWorkload(String);
+
+impl FromStr for Workload {
+    type Err = UnknownWorkload;
+
+    /// Any numbers will do, also those that [`Workload::all`] does not use.
+    fn from_str(name: &str) -> Result<Self, UnknownWorkload> {
+        let known = match name.split('-').collect::<Vec<_>>()[..] {
+            ["tcp", "bulk", n, "up"] => number(n).map(|streams| Self::TcpBulk { streams, direction: Up }),
+            ["tcp", "bulk", n, "down"] => number(n).map(|streams| Self::TcpBulk { streams, direction: Down }),
+            ["tcp", "rr", n] => number(n).map(|connections| Self::TcpRr { connections }),
+            ["tcp", "crr", n] => number(n).map(|connections| Self::TcpCrr { connections }),
+            ["tcp", "idle", n] => number(n).map(|connections| Self::TcpIdle { connections }),
+            ["udp", "rr", shape, size] => udp_shape(shape, size),
+            ["udp", "bulk", n] => size(n).map(|size| Self::UdpBulk { size }),
+            ["start"] => Some(Self::Start),
+            ["footprint"] => Some(Self::Footprint),
+            ["scale", "tcp", n] => n.parse().ok().map(|idle| Self::ScaleTcp { idle }),
+            ["scale", "udp", n] => n.parse().ok().map(|idle| Self::ScaleUdp { idle }),
+            ["scale", "mappings", n] => number(n).map(|count| Self::ScaleMappings { count }),
+            _ => None,
+        };
+        known.ok_or_else(|| UnknownWorkload(name.into()))
+    }
+}
+
+fn number(text: &str) -> Option<usize> {
+    text.parse().ok().filter(|number| *number > 0)
+}
+
+/// `64B`: from the shortest message to what fits into a packet.
+fn size(text: &str) -> Option<usize> {
+    number(text.strip_suffix('B')?).filter(|size| (crate::message::HEADER..=1472).contains(size))
+}
+
+fn udp_shape(shape: &str, bytes: &str) -> Option<Workload> {
+    let (flows, window) = shape.split_once('x')?;
+    Some(Workload::UdpRr { flows: number(flows)?, window: number(window)?, size: size(bytes)? })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_lead_back_to_their_workloads() {
+        for workload in Workload::all() {
+            assert_eq!(workload.to_string().parse::<Workload>().unwrap(), workload);
+        }
+        assert_eq!("tcp-rr-7".parse::<Workload>().unwrap(), Workload::TcpRr { connections: 7 });
+    }
+
+    #[test]
+    fn groups_select_their_members() {
+        assert_eq!(Workload::select("tcp-bulk").unwrap().len(), 6);
+        assert_eq!(Workload::select("udp-rr-64x8").unwrap().len(), 2);
+        assert_eq!(Workload::select("start").unwrap(), [Workload::Start]);
+        for wrong in ["", "tcp-rr-0", "tcp-bulk-1-left", "udp-rr-1x1-8B", "udp", "tcp-b"] {
+            let selected = Workload::select(wrong);
+            assert!(selected.is_err() || wrong == "udp", "{wrong}: {selected:?}");
+        }
+    }
+}

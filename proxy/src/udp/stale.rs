@@ -1,0 +1,66 @@
+//! Flows that the kernel remembers from before a port was published.
+//!
+//! A client that keeps sending, to a port that was published by other means before, or not at all,
+//! stays pinned to what connection tracking decided then, and would never reach us.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, SocketAddr};
+
+use rproxy_sys::conntrack::{Family, delete_udp};
+use tracing::debug;
+
+/// Makes the kernel forget UDP flows to the `published` host addresses, which have to be bound already.
+/// Best effort: it needs `CAP_NET_ADMIN`, and most hosts have nothing to forget.
+pub(crate) fn forget_flows_to(published: &[SocketAddr]) {
+    if published.is_empty() {
+        return;
+    }
+    let published = Published::new(published);
+    for family in [Family::V4, Family::V6] {
+        match delete_udp(family, |destination| published.contains(destination)) {
+            Ok(deleted) => debug!(?family, deleted, "stale UDP flows forgotten"),
+            Err(error) => debug!(?family, %error, "stale UDP flows not forgotten"),
+        }
+    }
+}
+
+/// Host addresses by port.
+struct Published(HashMap<u16, Vec<IpAddr>>);
+
+impl Published {
+    fn new(published: &[SocketAddr]) -> Self {
+        let mut by_port: HashMap<u16, Vec<IpAddr>> = HashMap::new();
+        for addr in published {
+            by_port.entry(addr.port()).or_default().push(addr.ip());
+        }
+        Self(by_port)
+    }
+
+    /// Whether a datagram to `destination` is for one of them.
+    fn contains(&self, destination: SocketAddr) -> bool {
+        let is_for = |host: &IpAddr| match host {
+            IpAddr::V4(host) if host.is_unspecified() => destination.is_ipv4(),
+            // The socket serves both families.
+            IpAddr::V6(host) if host.is_unspecified() => true,
+            host => *host == destination.ip(),
+        };
+        self.0.get(&destination.port()).is_some_and(|hosts| hosts.iter().any(is_for))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wildcard_stands_for_all_addresses_and_others_for_themselves() {
+        let addr = |text: &str| text.parse::<SocketAddr>().unwrap();
+        let published = Published::new(&[addr("10.0.0.11:53"), addr("0.0.0.0:69"), addr("[::]:123")]);
+        for inside in ["10.0.0.11:53", "10.0.0.12:69", "10.0.0.12:123", "[fd00::1]:123"] {
+            assert!(published.contains(addr(inside)), "{inside}");
+        }
+        for outside in ["10.0.0.12:53", "10.0.0.11:54", "[fd00::1]:69", "[fd00::1]:53"] {
+            assert!(!published.contains(addr(outside)), "{outside}");
+        }
+    }
+}

@@ -1,0 +1,198 @@
+//! The kernel's connection tracking: forgetting UDP flows that would keep to a translation, or to the
+//! lack of one, from before a port was published (ctnetlink; `conntrack -D -p udp --orig-port-dst`).
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use netlink_packet_core::{
+    NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+};
+use netlink_packet_netfilter::conntrack::{
+    ConntrackAttribute, ConntrackMessage, IPTuple, ProtoTuple, Protocol, Tuple,
+};
+use netlink_packet_netfilter::{
+    NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
+};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, setsockopt, socket,
+    sockopt,
+};
+use nix::sys::time::TimeVal;
+
+/// The kernel answers at once; should it not, this is no reason to hang.
+const PATIENCE: TimeVal = TimeVal::new(2, 0);
+
+/// The kernel puts at most this much into one message of a dump (NLMSG_GOODSIZE is less).
+const BUFFER_SIZE: usize = 64 * 1024;
+
+/// Which table of entries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Family {
+    /// IPv4
+    V4,
+    /// IPv6
+    V6,
+}
+
+impl From<Family> for NetfilterProtoFamily {
+    fn from(family: Family) -> Self {
+        match family {
+            Family::V4 => Self::IPv4,
+            Family::V6 => Self::IPv6,
+        }
+    }
+}
+
+/// Deletes the UDP entries whose *original* destination `is_stale` says so of, and gives their number.
+/// The original one, because the reply direction of a translated entry has the backend's address and
+/// port, which may be that of many.
+///
+/// # Errors
+/// `EPERM` without `CAP_NET_ADMIN`; `EPROTONOSUPPORT` if the kernel does not track connections.
+pub fn delete_udp(family: Family, is_stale: impl Fn(SocketAddr) -> bool) -> io::Result<usize> {
+    let client = Client::open()?;
+    let entries = client.dump(family)?;
+    let mut deleted = 0;
+    for tuple in entries.into_iter().filter(|tuple| udp_destination(tuple).is_some_and(&is_stale)) {
+        deleted += usize::from(client.delete(family, tuple)?);
+    }
+    Ok(deleted)
+}
+
+/// Where one direction of an entry leads, if it is UDP.
+fn udp_destination(tuple: &[Tuple]) -> Option<SocketAddr> {
+    let (mut ip, mut port, mut is_udp) = (None, None, false);
+    for part in tuple {
+        match part {
+            Tuple::Ip(parts) => {
+                ip = parts.iter().find_map(|part| match part {
+                    IPTuple::DestinationAddress(ip) => Some(*ip),
+                    _ => None,
+                });
+            }
+            Tuple::Proto(parts) => {
+                is_udp = parts.contains(&ProtoTuple::Protocol(Protocol::Udp));
+                port = parts.iter().find_map(|part| match part {
+                    ProtoTuple::DestinationPort(port) => Some(*port),
+                    _ => None,
+                });
+            }
+            _ => {}
+        }
+    }
+    is_udp.then_some(SocketAddr::new(ip?, port?))
+}
+
+/// A netlink socket to the connection tracking.
+struct Client(OwnedFd);
+
+impl Client {
+    fn open() -> io::Result<Self> {
+        let socket = socket(
+            AddressFamily::Netlink,
+            SockType::Raw,
+            SockFlag::SOCK_CLOEXEC,
+            SockProtocol::NetlinkNetFilter,
+        )?;
+        setsockopt(&socket, sockopt::ReceiveTimeout, &PATIENCE)?;
+        Ok(Self(socket))
+    }
+
+    fn send(&self, family: Family, message: ConntrackMessage, flags: u16) -> io::Result<()> {
+        let message = NetfilterMessage::new(NetfilterHeader::new(family.into(), 0, 0), message);
+        let mut request = NetlinkMessage::new(NetlinkHeader::default(), NetlinkPayload::from(message));
+        request.header.flags = NLM_F_REQUEST | flags;
+        request.finalize();
+        let mut bytes = vec![0; request.buffer_len()];
+        request.serialize(&mut bytes);
+        sendto(self.0.as_raw_fd(), &bytes, &NetlinkAddr::new(0, 0), MsgFlags::empty())?;
+        Ok(())
+    }
+
+    /// Receives answers and passes each to `take`, until it gives a result or the kernel an error.
+    fn receive<R>(
+        &self,
+        mut take: impl FnMut(NetlinkPayload<NetfilterMessage>) -> Option<R>,
+    ) -> io::Result<R> {
+        let mut buffer = vec![0; BUFFER_SIZE];
+        loop {
+            let received = recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
+            let mut rest = &buffer[..received];
+            while !rest.is_empty() {
+                let message = NetlinkMessage::deserialize(rest).map_err(io::Error::other)?;
+                let len = (message.header.length as usize).next_multiple_of(4);
+                rest = rest.get(len.max(1)..).unwrap_or_default();
+                match message.payload {
+                    NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io()),
+                    payload => {
+                        if let Some(result) = take(payload) {
+                            return Ok(result);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// The original directions of all entries.
+    fn dump(&self, family: Family) -> io::Result<Vec<Vec<Tuple>>> {
+        self.send(family, ConntrackMessage::Get(Vec::new()), NLM_F_DUMP)?;
+        let mut tuples = Vec::new();
+        self.receive(|payload| match payload {
+            NetlinkPayload::Done(_) => Some(()),
+            NetlinkPayload::InnerMessage(message) => {
+                tuples.extend(original(message));
+                None
+            }
+            _ => None,
+        })?;
+        Ok(tuples)
+    }
+
+    /// Deletes one entry; `false` if it was over by then.
+    fn delete(&self, family: Family, tuple: Vec<Tuple>) -> io::Result<bool> {
+        let message = ConntrackMessage::Delete(vec![ConntrackAttribute::CtaTupleOrig(tuple)]);
+        self.send(family, message, NLM_F_ACK)?;
+        let answer = self.receive(|payload| matches!(payload, NetlinkPayload::Error(_)).then_some(()));
+        match answer {
+            Ok(()) => Ok(true),
+            Err(error) if error.raw_os_error() == Some(nix::libc::ENOENT) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+fn original(message: NetfilterMessage) -> Option<Vec<Tuple>> {
+    let NetfilterMessageInner::Conntrack(ConntrackMessage::New(attributes)) = message.inner else {
+        return None;
+    };
+    attributes.into_iter().find_map(|attribute| match attribute {
+        ConntrackAttribute::CtaTupleOrig(tuple) => Some(tuple),
+        _ => None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tuple(protocol: Protocol, to: &str, port: u16) -> Vec<Tuple> {
+        let source = IPTuple::SourceAddress([10, 0, 0, 9].into());
+        let ports = [ProtoTuple::SourcePort(5353), ProtoTuple::DestinationPort(port)];
+        vec![
+            Tuple::Ip(vec![source, IPTuple::DestinationAddress(to.parse().unwrap())]),
+            Tuple::Proto([vec![ProtoTuple::Protocol(protocol)], ports.to_vec()].concat()),
+        ]
+    }
+
+    #[test]
+    fn the_destination_of_a_udp_entry_is_found() {
+        let destination = |tuple: &[Tuple]| udp_destination(tuple).map(|addr| addr.to_string());
+        let udp = tuple(Protocol::Udp, "10.0.0.11", 53);
+        assert_eq!(destination(&udp).as_deref(), Some("10.0.0.11:53"));
+        assert_eq!(destination(&tuple(Protocol::Tcp, "10.0.0.11", 53)), None);
+        assert_eq!(destination(&udp[..1]), None);
+        assert_eq!(destination(&udp[1..]), None);
+    }
+}
