@@ -12,8 +12,10 @@ use std::time::Duration;
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::SockRef;
 
+use crate::netns::Namespace;
 use crate::pattern::Pattern;
 use crate::process::Process;
+use crate::rproxy::Standalone;
 use crate::{PATIENCE, eventually};
 
 /// The largest datagram that IPv4 carries: 64 KiB less a byte and the headers.
@@ -40,6 +42,34 @@ pub fn bind(address: SocketAddr) -> UdpSocket {
         Ok(socket) => patient(socket),
         Err(error) => panic!("cannot bind {address}: {error}"),
     }
+}
+
+/// As [`bind`], inside a namespace.
+#[track_caller]
+pub fn bind_in(namespace: &Namespace, address: impl Into<SocketAddr>) -> UdpSocket {
+    let address = address.into();
+    namespace.run(|| bind(address))
+}
+
+/// Relays `host`, an address and port, to `backend`, inside a namespace.
+#[track_caller]
+pub fn relay_in(
+    namespace: &Namespace,
+    host: &str,
+    backend: impl Into<SocketAddr>,
+    more_arguments: &[&str],
+) -> Standalone {
+    let backend = backend.into().to_string();
+    let mapping = ["--proto", "udp", "--host", host, "--to", &backend];
+    Standalone::start_in(namespace, &[&mapping, more_arguments].concat())
+}
+
+/// As [`relay_in`], where the suite is, and on a free port.
+#[track_caller]
+pub fn relay(host: impl Into<IpAddr>, backend: SocketAddr, more_arguments: &[&str]) -> Standalone {
+    let (host, backend) = (SocketAddr::new(host.into(), 0).to_string(), backend.to_string());
+    let mapping = ["--proto", "udp", "--host", &host, "--to", &backend];
+    Standalone::start(&[&mapping, more_arguments].concat())
 }
 
 /// Puts [`PATIENCE`] on the receives of a socket.
@@ -221,8 +251,8 @@ impl Backend {
                 // Peeks first: `recv_from` panics at the nothing from nowhere that a shutdown returns.
                 while socket.peek(&mut []).is_ok() && !stopped.load(Ordering::Relaxed) {
                     if let Ok((len, from)) = socket.recv_from(&mut buffer) {
-                        handler(&socket, &buffer[..len], from);
                         received.fetch_add(1, Ordering::Release);
+                        handler(&socket, &buffer[..len], from);
                     }
                 }
             })
@@ -249,12 +279,12 @@ impl Backend {
         self.socket.local_addr().unwrap()
     }
 
-    /// How many datagrams it has dealt with.
+    /// How many datagrams it has received.
     pub fn received(&self) -> usize {
         self.received.load(Ordering::Acquire)
     }
 
-    /// Waits until it has dealt with `count` datagrams since its start.
+    /// Waits until it has received `count` datagrams since its start.
     #[track_caller]
     pub fn wait_for(&self, count: usize) {
         eventually(&format!("{count} datagrams at the backend"), || self.received() >= count);

@@ -4,7 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "a failed step ends the test")]
 
 use std::iter;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::process::ExitCode;
 
 use nix::net::if_::if_nametoindex;
@@ -20,7 +20,9 @@ use rproxy_tests::suite::{self, Case};
 use rproxy_tests::topology::{
     BRIDGE_V4, BRIDGE_V6, CLIENT_V4, CLIENT_V6, CONTAINER_V4, CONTAINER_V6, HOST_V4, HOST_V6, Topology,
 };
-use rproxy_tests::udp::{self, Backend, LARGEST_V4, LARGEST_V6, Line, assert_all_echo, assert_echoes};
+use rproxy_tests::udp::{
+    self, Backend, LARGEST_V4, LARGEST_V6, Line, assert_all_echo, assert_echoes, bind_in, relay_in,
+};
 
 const PORT: u16 = 5300;
 
@@ -33,7 +35,8 @@ fn main() -> ExitCode {
         net("dual-stack answers come from the address asked", answers_over_both),
         net("link-local answers come from the address and interface asked", answers_over_link_local),
         net("a broadcast is answered from the host's address", broadcast_is_answered),
-        net("an answer leaves by the way of the routing table", answer_takes_the_route),
+        net("an answer leaves by the way of the routing table", answer_takes_the_route)
+            .needs(&[Need::Program("sysctl")]),
         net("a client's questions to two addresses are two flows", two_addresses_two_flows),
         Case::new("every size of datagram passes over IPv4", every_size_v4),
         Case::new("every size of datagram passes over IPv6", every_size_v6).needs(&[Need::Ipv6]),
@@ -43,16 +46,6 @@ fn main() -> ExitCode {
         net("a smaller MTU on the path is found", smaller_mtu_on_the_path).needs(&[Need::Program("sysctl")]),
         net("bursts pass devices without offloads", no_offloads).needs(&[Need::Program("ethtool")]),
     ])
-}
-
-fn start(net: &Topology, host: &str, backend: impl Into<SocketAddr>) -> Standalone {
-    let backend = backend.into().to_string();
-    Standalone::start_in(&net.host, &["--proto", "udp", "--host", host, "--to", &backend])
-}
-
-fn bind_in(namespace: &Namespace, address: impl Into<SocketAddr>) -> UdpSocket {
-    let address = address.into();
-    namespace.run(|| udp::bind(address))
 }
 
 fn echo_in_container(net: &Topology, ip: impl Into<IpAddr>) -> Backend {
@@ -99,7 +92,7 @@ fn assert_answered_at(net: &Topology, from: impl Into<IpAddr>, addresses: &[IpAd
 fn answers_over_v4() {
     let net = many_addresses();
     let backend = echo_in_container(&net, CONTAINER_V4);
-    let _proxy = start(&net, "0.0.0.0:5300", backend.address());
+    let _proxy = relay_in(&net.host, "0.0.0.0:5300", backend.address(), &[]);
     assert_answered_at(&net, Ipv4Addr::UNSPECIFIED, &host_v4());
     assert_answered_at(&net, CLIENT_V4, &host_v4());
 }
@@ -107,10 +100,7 @@ fn answers_over_v4() {
 fn answers_over_v6() {
     let net = many_addresses();
     let backend = echo_in_container(&net, CONTAINER_V6);
-    let host = "[::]:5300";
-    let to = backend.address().to_string();
-    let arguments = ["--proto", "udp", "--v6only", "--host", host, "--to", &to];
-    let _proxy = Standalone::start_in(&net.host, &arguments);
+    let _proxy = relay_in(&net.host, "[::]:5300", backend.address(), &["--v6only"]);
     assert_answered_at(&net, Ipv6Addr::UNSPECIFIED, &host_v6());
     assert_answered_at(&net, CLIENT_V6, &host_v6());
 }
@@ -118,7 +108,7 @@ fn answers_over_v6() {
 fn answers_over_both() {
     let net = many_addresses();
     let backend = echo_in_container(&net, CONTAINER_V4);
-    let _proxy = start(&net, "[::]:5300", backend.address());
+    let _proxy = relay_in(&net.host, "[::]:5300", backend.address(), &[]);
     assert_answered_at(&net, CLIENT_V4, &host_v4());
     assert_answered_at(&net, CLIENT_V6, &host_v6());
 }
@@ -133,7 +123,7 @@ fn answers_over_link_local() {
         neighbour.address("eth0", &format!("fe80::{number:x}/64"));
     }
     let backend = echo_in_container(&net, CONTAINER_V6);
-    let _proxy = start(&net, "[::]:5300", backend.address());
+    let _proxy = relay_in(&net.host, "[::]:5300", backend.address(), &[]);
     for _ in 0..3 {
         for (neighbour, _) in neighbours {
             let client = bind_in(neighbour, (Ipv6Addr::UNSPECIFIED, 4000));
@@ -148,7 +138,7 @@ fn answers_over_link_local() {
 fn broadcast_is_answered() {
     let net = Topology::new();
     let backend = echo_in_container(&net, CONTAINER_V4);
-    let _proxy = start(&net, "0.0.0.0:5300", backend.address());
+    let _proxy = relay_in(&net.host, "0.0.0.0:5300", backend.address(), &[]);
     let client = bind_in(&net.client, (Ipv4Addr::UNSPECIFIED, 0));
     client.set_broadcast(true).unwrap();
     let (answer, from) = udp::ask(&client, "10.0.0.255:5300".parse().unwrap(), b"anyone?");
@@ -169,14 +159,14 @@ fn answer_takes_the_route() {
         }
     }
     let backend = echo_in_container(&net, CONTAINER_V4);
-    let _proxy = start(&net, "0.0.0.0:5300", backend.address());
+    let _proxy = relay_in(&net.host, "0.0.0.0:5300", backend.address(), &[]);
     assert_answered_at(&net, CLIENT_V4, &["10.1.0.11".parse().unwrap(), HOST_V4.into()]);
 }
 
 fn two_addresses_two_flows() {
     let net = many_addresses();
     let backend = Backend::naming(bind_in(&net.container, (CONTAINER_V4, PORT)));
-    let _proxy = start(&net, "[::]:5300", backend.address());
+    let _proxy = relay_in(&net.host, "[::]:5300", backend.address(), &[]);
     for (client, addresses) in [(IpAddr::V4(CLIENT_V4), host_v4()), (CLIENT_V6.into(), host_v6())] {
         let client = bind_in(&net.client, (client, 0));
         let flows =
@@ -204,8 +194,7 @@ fn all_sizes(largest: usize) -> impl Iterator<Item = usize> {
 #[track_caller]
 fn assert_every_size(host: IpAddr, container: IpAddr, largest: usize) {
     let backend = Backend::echo(udp::client(container));
-    let (host, to) = (SocketAddr::new(host, 0).to_string(), backend.address().to_string());
-    let proxy = Standalone::start(&["--proto", "udp", "--host", &host, "--to", &to]);
+    let proxy = udp::relay(host, backend.address(), &[]);
     let client = udp::client(proxy.address().ip());
     assert_all_echo(&client, proxy.address(), all_sizes(largest));
 }
@@ -222,8 +211,7 @@ fn every_size_v6() {
 fn every_size_v6_to_v4() {
     assert_every_size(Ipv6Addr::LOCALHOST.into(), Ipv4Addr::LOCALHOST.into(), LARGEST_V4);
     let backend = Backend::echo(udp::client(Ipv4Addr::LOCALHOST));
-    let to = backend.address().to_string();
-    let proxy = Standalone::start(&["--proto", "udp", "--host", "[::1]:0", "--to", &to]);
+    let proxy = udp::relay(Ipv6Addr::LOCALHOST, backend.address(), &[]);
     let client = udp::client(Ipv6Addr::LOCALHOST);
     for _ in 0..3 {
         client.send_to(&udp::pattern(1, LARGEST_V4 + 1), proxy.address()).unwrap();
@@ -251,12 +239,8 @@ enum Family {
 /// A relay for each family, on the same port.
 fn start_both(net: &Topology) -> [(Family, Standalone); 2] {
     [
-        (Family::V4, start(net, "0.0.0.0:5300", (CONTAINER_V4, PORT))),
-        (Family::V6, {
-            let to = SocketAddr::from((CONTAINER_V6, PORT)).to_string();
-            let arguments = ["--proto", "udp", "--v6only", "--host", "[::]:5300", "--to", &to];
-            Standalone::start_in(&net.host, &arguments)
-        }),
+        (Family::V4, relay_in(&net.host, "0.0.0.0:5300", (CONTAINER_V4, PORT), &[])),
+        (Family::V6, relay_in(&net.host, "[::]:5300", (CONTAINER_V6, PORT), &["--v6only"])),
     ]
 }
 
@@ -328,7 +312,7 @@ fn smaller_mtu_on_the_path() {
         };
         net.host.ip(&format!("route add {prefix} via {gateway}"));
         let backend = bind_in(&far, SocketAddr::new(server.parse().unwrap(), PORT));
-        let proxy = start(&net, "[::]:5300", backend.local_addr().unwrap());
+        let proxy = relay_in(&net.host, "[::]:5300", backend.local_addr().unwrap(), &[]);
         let client = bind_in(&net.client, (CLIENT_V6, 0));
         let asked = (HOST_V6, PORT).into();
         // Alone, since a train is too large as a whole if one of its datagrams is.

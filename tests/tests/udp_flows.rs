@@ -1,0 +1,459 @@
+//! The flows of the UDP relay: how long they live, how many there may be, and that none suffers from what
+//! another one does, or from what its own earlier datagrams met.
+
+#![expect(clippy::unwrap_used, reason = "a failed step ends the test")]
+
+use std::collections::{BTreeSet, HashSet};
+use std::fs;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::Signal;
+
+use rproxy_tests::client;
+use rproxy_tests::netns::Namespace;
+use rproxy_tests::process::Stream;
+use rproxy_tests::require::{self, Need};
+use rproxy_tests::rproxy::{Standalone, rproxy};
+use rproxy_tests::suite::{self, Case};
+use rproxy_tests::topology::{
+    self, CLIENT_V4, CLIENT_V6, CONTAINER_V4, CONTAINER_V6, HOST_V4, HOST_V6, Topology,
+};
+use rproxy_tests::udp::{self, Backend, assert_echoes, bind_in, flow_of, relay_in};
+use rproxy_tests::{eventually, eventually_within};
+
+const PORT: u16 = 5300;
+
+/// What one receive of the relay takes, and half of what it takes from a backend at once.
+const BATCH: usize = 64;
+
+fn main() -> ExitCode {
+    let wiring = &[Need::Root, Need::Program("ip")];
+    let case = |name: &str, body: fn()| Case::new(name, body);
+    let net = |name: &str, body: fn()| Case::new(name, body).needs(wiring);
+    let prlimit = &[Need::Program("prlimit")];
+    suite::run(vec![
+        case("an idle flow ends and its client gets another", idle_flow_ends),
+        case("a flow that only sends stays (TestUDPOneSided)", one_sided_flow_stays),
+        case("a flow that only receives stays", flow_that_receives_stays),
+        case("SIGTERM lets flows finish", sigterm_lets_flows_finish),
+        case("a second signal ends flows", second_signal_ends_flows),
+        net("a backend that restarts finds its flows", backend_restarts),
+        net("no later datagram pays for an error", errors_cost_no_other).needs(&[Need::Program("nft")]),
+        net("10,000 flows at a time", ten_thousand_flows).needs(prlimit),
+        net("a flood does not disturb a flow in use", flood_beside_a_flow).needs(&[Need::Program("sysctl")]),
+        net("a source over its quota displaces its own flows", quota_over_v4)
+            .needs(&[Need::Program("sysctl")]),
+        net("a /64 over its quota displaces its own flows", quota_over_v6).needs(&[Need::Program("sysctl")]),
+        net("out of descriptors, new flows displace old ones", out_of_descriptors).needs(prlimit),
+        case("a flow's backlog does not hold up another's answer", backlog_of_answers),
+        net("a slow backend does not hold up another's flows", slow_backend).needs(&[Need::Program("tc")]),
+    ])
+}
+
+fn local() -> UdpSocket {
+    udp::client(Ipv4Addr::LOCALHOST)
+}
+
+fn address(socket: &UdpSocket) -> SocketAddr {
+    socket.local_addr().unwrap()
+}
+
+const ASKED: SocketAddr = SocketAddr::new(IpAddr::V4(HOST_V4), PORT);
+
+fn naming_container(net: &Topology) -> Backend {
+    Backend::naming(bind_in(&net.container, (CONTAINER_V4, PORT)))
+}
+
+/// The flows of some clients, in their order. As many are under way as a socket is sure to hold.
+#[track_caller]
+fn flows_of(clients: &[UdpSocket], asked: SocketAddr) -> Vec<SocketAddr> {
+    let mut flows = Vec::new();
+    for clients in clients.chunks(50) {
+        for client in clients {
+            client.send_to(b"who am I?", asked).unwrap();
+        }
+        for client in clients {
+            let (answer, from) = udp::receive(client);
+            assert_eq!(from, asked);
+            flows.push(String::from_utf8(answer).unwrap().parse().unwrap());
+        }
+    }
+    flows
+}
+
+fn idle_flow_ends() {
+    let backend = Backend::naming(local());
+    let proxy = udp::relay(Ipv4Addr::LOCALHOST, backend.address(), &["--udp-timeout", "1s"]);
+    let before = proxy.process.descriptors();
+    let client = local();
+    let first = flow_of(&client, proxy.address());
+    assert_eq!(proxy.process.descriptors(), before + 1);
+    // Keeps the port from being the next flow's by chance.
+    eventually("the flow ends", || proxy.process.descriptors() == before);
+    let _taken = UdpSocket::bind(first).unwrap();
+    assert_ne!(flow_of(&client, proxy.address()), first);
+}
+
+/// As moby has it: a write each tenth of a second, for longer than the timeout.
+fn one_sided_flow_stays() {
+    let backend = local();
+    let proxy = udp::relay(Ipv4Addr::LOCALHOST, address(&backend), &["--udp-timeout", "1s"]);
+    let before = proxy.process.descriptors();
+    let client = local();
+    let mut flows = BTreeSet::new();
+    for number in 0..15_u8 {
+        client.send_to(&[number], proxy.address()).unwrap();
+        let (bytes, flow) = udp::receive(&backend);
+        assert_eq!(bytes, [number]);
+        flows.insert(flow);
+        thread::sleep(Duration::from_millis(100));
+    }
+    assert_eq!(flows.len(), 1, "{flows:?}");
+    eventually("the flow ends", || proxy.process.descriptors() == before);
+    let _taken = UdpSocket::bind(flows.first().unwrap()).unwrap();
+    client.send_to(b"again", proxy.address()).unwrap();
+    assert!(!flows.contains(&udp::receive(&backend).1));
+}
+
+fn flow_that_receives_stays() {
+    let backend = local();
+    let proxy = udp::relay(Ipv4Addr::LOCALHOST, address(&backend), &["--udp-timeout", "1s"]);
+    let client = local();
+    client.send_to(b"subscribe", proxy.address()).unwrap();
+    let (_, flow) = udp::receive(&backend);
+    for number in 0..15_u8 {
+        backend.send_to(&[number], flow).unwrap();
+        assert_eq!(udp::receive(&client), (vec![number], proxy.address()));
+        thread::sleep(Duration::from_millis(100));
+    }
+}
+
+/// Flows that are in use go on; no new ones begin; once all are quiet, so is the proxy.
+fn sigterm_lets_flows_finish() {
+    let backend = Backend::naming(local());
+    let proxy = udp::relay(Ipv4Addr::LOCALHOST, backend.address(), &["--drain-timeout", "1h"]);
+    let client = local();
+    let flow = flow_of(&client, proxy.address());
+    proxy.process.signal(Signal::SIGTERM);
+    proxy.process.wait_for_line(Stream::Stderr, |line| line.contains("draining"));
+    for _ in 0..20 {
+        assert_eq!(flow_of(&client, proxy.address()), flow);
+    }
+    let late = local();
+    late.send_to(b"too late", proxy.address()).unwrap();
+    assert_eq!(proxy.process.wait().code(), Some(0));
+    assert!(udp::is_silent(&late));
+}
+
+fn second_signal_ends_flows() {
+    let backend = Backend::naming(local());
+    let proxy = udp::relay(Ipv4Addr::LOCALHOST, backend.address(), &["--drain-timeout", "1h"]);
+    flow_of(&local(), proxy.address());
+    for count in [1, 2] {
+        proxy.process.signal(Signal::SIGTERM);
+        proxy.process.wait_for_lines(Stream::Stderr, count, |line| line.contains("end"));
+    }
+    assert_eq!(proxy.process.wait().code(), Some(0));
+}
+
+/// How many datagrams arrived in a namespace for a port where nobody listens.
+fn misses(namespace: &Namespace) -> usize {
+    let table = namespace.run(|| fs::read_to_string("/proc/thread-self/net/snmp").unwrap());
+    let mut lines = table.lines().filter_map(|line| line.strip_prefix("Udp: "));
+    let place = lines.next().unwrap().split(' ').position(|name| name == "NoPorts").unwrap();
+    lines.next().unwrap().split(' ').nth(place).unwrap().parse().unwrap()
+}
+
+/// What is sent while nobody listens reaches the backend's host all the same, each datagram once; and the
+/// first one after the start reaches the backend.
+fn backend_restarts() {
+    let net = Topology::new();
+    let _proxy = relay_in(&net.host, "0.0.0.0:5300", (CONTAINER_V4, PORT), &[]);
+    let client = bind_in(&net.client, (CLIENT_V4, 0));
+    let mut flows = HashSet::new();
+    for round in 1..=5 {
+        // Each longer than the one before, for the misses are counted per train, and trains are of a size.
+        for size in 1..=20 {
+            client.send_to(&vec![0; size], ASKED).unwrap();
+        }
+        eventually("each datagram reaches the container", || misses(&net.container) >= 20 * round);
+        let backend = naming_container(&net);
+        flows.insert(flow_of(&client, ASKED));
+        flows.insert(flow_of(&client, ASKED));
+        assert_eq!(backend.received(), 2);
+        assert_eq!(misses(&net.container), 20 * round);
+    }
+    assert_eq!(flows.len(), 1, "the flow's port changes: {flows:?}");
+}
+
+/// Ways to refuse a datagram (nft(8), `icmpx`), each of which leaves another error on the sender's socket.
+const REFUSALS: [&str; 4] = ["port-unreachable", "admin-prohibited", "no-route", "host-unreachable"];
+
+/// In the container, datagrams of 100 bytes are refused, and no others.
+fn errors_cost_no_other() {
+    let net = Topology::new();
+    net.container.command("nft add table inet t").success();
+    net.container.command("nft add chain inet t c { type filter hook input priority 0 ; }").success();
+    let proxy_v4 = relay_in(&net.host, "0.0.0.0:5300", (CONTAINER_V4, PORT), &[]);
+    let proxy_v6 = relay_in(&net.host, "[::]:5300", (CONTAINER_V6, PORT), &["--v6only"]);
+    let mut lost = Vec::new();
+    for refusal in REFUSALS {
+        net.container.command("nft flush chain inet t c").success();
+        let rule = format!("meta l4proto udp udp length 108 reject with icmpx type {refusal}");
+        net.container.command(&format!("nft add rule inet t c {rule}")).success();
+        let v4 = (&proxy_v4, CLIENT_V4.into(), HOST_V4.into(), CONTAINER_V4.into());
+        let v6 = (&proxy_v6, CLIENT_V6.into(), HOST_V6.into(), CONTAINER_V6.into());
+        for (proxy, client, host, container) in [v4, v6] {
+            let client: UdpSocket = bind_in(&net.client, SocketAddr::new(client, 0));
+            let backend = bind_in(&net.container, SocketAddr::new(container, PORT));
+            if !all_but_refused_arrive(proxy, &client, SocketAddr::new(host, PORT), &backend) {
+                lost.push((refusal, container));
+            }
+        }
+    }
+    assert!(lost.is_empty(), "later datagrams are lost after {lost:?}");
+}
+
+/// The proxy finds all at once: a full batch, whose last datagram is refused, and then some.
+fn all_but_refused_arrive(proxy: &Standalone, client: &UdpSocket, asked: SocketAddr, at: &UdpSocket) -> bool {
+    client.send_to(b"hello", asked).unwrap();
+    udp::receive(at);
+    let sizes = || (1..BATCH).chain([100]).chain(1..10);
+    proxy.process.pause();
+    for size in sizes() {
+        client.send_to(&vec![0; size], asked).unwrap();
+    }
+    proxy.process.resume();
+    // What comes after all others tells when to stop.
+    let last = udp::pattern(1, 300);
+    let mut received = Vec::new();
+    eventually("a datagram sent later arrives", || {
+        client.send_to(&last, asked).unwrap();
+        at.set_read_timeout(Some(Duration::from_millis(100))).unwrap();
+        let mut buffer = [0; 400];
+        while let Ok(len) = at.recv(&mut buffer) {
+            received.push(len);
+        }
+        received.contains(&last.len())
+    });
+    received.retain(|len| *len != last.len());
+    received == sizes().filter(|size| *size != 100).collect::<Vec<_>>()
+}
+
+/// Starts the proxy on the host with a limit of descriptors.
+fn relay_with_descriptors(net: &Topology, limit: usize, more_arguments: &[&str]) -> Standalone {
+    let backend = SocketAddr::from((CONTAINER_V4, PORT)).to_string();
+    let mapping = ["--proto", "udp", "--host", "0.0.0.0:5300", "--to", &backend];
+    let arguments = [&mapping, more_arguments].concat();
+    let mut command = require::command("prlimit");
+    command.arg(format!("--nofile={limit}")).arg(rproxy()).args(&arguments);
+    Standalone::ready(net.host.spawn(command), &arguments)
+}
+
+fn ten_thousand_flows() {
+    const FLOWS: usize = 10_000;
+    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    let wanted = FLOWS as u64 + 2_000;
+    setrlimit(Resource::RLIMIT_NOFILE, soft.max(wanted), hard.max(wanted)).unwrap();
+
+    let net = Topology::new();
+    let backend = naming_container(&net);
+    let proxy = relay_with_descriptors(&net, 16_384, &["--udp-timeout", "8s"]);
+    let before = proxy.process.descriptors();
+    let clients: Vec<_> = net.client.run(|| (0..FLOWS).map(|_| udp::client(CLIENT_V4)).collect());
+    let first = flows_of(&clients, ASKED);
+    assert_eq!(proxy.process.descriptors(), before + FLOWS);
+    assert_eq!(first.iter().collect::<HashSet<_>>().len(), FLOWS);
+    assert_eq!(flows_of(&clients, ASKED), first, "each has kept its port");
+    assert_eq!(backend.received(), 2 * FLOWS);
+    eventually_within(Duration::from_secs(40), "all flows end", || proxy.process.descriptors() == before);
+    assert_eq!(flows_of(&clients[..100], ASKED).len(), 100);
+}
+
+/// Lets the client's namespace send from every address of a network, as if it were many clients.
+fn add_sources(net: &Topology, network: &str, gateway: impl Into<IpAddr>) {
+    net.client.ip(&format!("route add local {network} dev lo"));
+    // To IPv4, such a route is enough to make an address one's own.
+    net.client.command("sysctl -qw net.ipv6.ip_nonlocal_bind=1").success();
+    net.host.ip(&format!("route add {network} via {}", gateway.into()));
+}
+
+/// An address of the network 10.1.0.0/16.
+fn source(number: usize) -> Ipv4Addr {
+    let [.., high, low] = number.to_be_bytes();
+    Ipv4Addr::new(10, 1, high, low)
+}
+
+/// Answers only every other one, for a flood may or may not be answered.
+fn serve_flood(socket: UdpSocket, flood: &Arc<AtomicUsize>) -> Backend {
+    let flood = Arc::clone(flood);
+    Backend::serve(socket, move |socket, bytes, from| {
+        if bytes != b"flood" || flood.fetch_add(1, Ordering::Release).is_multiple_of(2) {
+            socket.send_to(from.to_string().as_bytes(), from).ok();
+        }
+    })
+}
+
+/// Many sources send a datagram each, one after the other. All arrive; and a flow in use, which goes on
+/// meanwhile, loses nothing. The flood is as fast as the backend sees it, so that no socket overflows.
+fn flood_beside_a_flow() {
+    const CAP: usize = 300;
+    const SOURCES: usize = 6_000;
+    let net = Topology::new();
+    add_sources(&net, "10.1.0.0/16", CLIENT_V4);
+    let arrived = Arc::new(AtomicUsize::new(0));
+    let _backend = serve_flood(bind_in(&net.container, (CONTAINER_V4, PORT)), &arrived);
+    let proxy = relay_in(&net.host, "0.0.0.0:5300", (CONTAINER_V4, PORT), &["--udp-max-flows", "300"]);
+    let before = proxy.process.descriptors();
+
+    let client = bind_in(&net.client, (CLIENT_V4, 0));
+    let flow = flow_of(&client, ASKED);
+    assert_eq!(flow_of(&client, ASKED), flow);
+    let (is_over, most) = (AtomicBool::new(false), AtomicUsize::new(0));
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            net.client.run(|| flood(SOURCES, &arrived));
+            is_over.store(true, Ordering::Release);
+        });
+        while !is_over.load(Ordering::Acquire) {
+            assert_eq!(flow_of(&client, ASKED), flow, "the flow in use was displaced");
+            most.fetch_max(proxy.process.descriptors(), Ordering::Relaxed);
+        }
+    });
+    assert_eq!(arrived.load(Ordering::Acquire), SOURCES);
+    let most = most.into_inner();
+    assert!(most <= before + CAP, "{most} descriptors, {before} of them before");
+    assert_eq!(proxy.process.descriptors(), before + CAP);
+}
+
+fn flood(sources: usize, arrived: &AtomicUsize) {
+    for number in 0..sources {
+        udp::client(source(number)).send_to(b"flood", ASKED).unwrap();
+        if number % 100 == 99 {
+            eventually("the flood arrives", || arrived.load(Ordering::Acquire) > number);
+        }
+    }
+}
+
+/// Others have a flow each, none of which is more than new, when one source opens a thousand.
+#[track_caller]
+fn assert_displaces_its_own(
+    net: &Topology,
+    asked: SocketAddr,
+    proxy: &Standalone,
+    others: Vec<IpAddr>,
+    greedy: impl Fn(usize) -> IpAddr,
+) {
+    let before = proxy.process.descriptors();
+    let others: Vec<_> = others.into_iter().map(|ip| bind_in(&net.client, (ip, 0))).collect();
+    let flows = flows_of(&others, asked);
+    for number in 0..20 {
+        let clients: Vec<_> = (0..50).map(|i| bind_in(&net.client, (greedy(number * 50 + i), 0))).collect();
+        flows_of(&clients, asked);
+        assert!(proxy.process.descriptors() <= before + others.len() + 50);
+    }
+    assert_eq!(flows_of(&others, asked), flows, "another source was displaced");
+}
+
+const QUOTA: [&str; 4] = ["--udp-max-flows", "200", "--udp-max-flows-per-source", "50"];
+
+fn quota_over_v4() {
+    let net = Topology::new();
+    add_sources(&net, "10.1.0.0/16", CLIENT_V4);
+    let _backend = naming_container(&net);
+    let proxy = relay_in(&net.host, "0.0.0.0:5300", (CONTAINER_V4, PORT), &QUOTA);
+    let others = (1..=100).map(|number| source(number).into()).collect();
+    assert_displaces_its_own(&net, ASKED, &proxy, others, |_| CLIENT_V4.into());
+}
+
+fn quota_over_v6() {
+    let net = Topology::new();
+    add_sources(&net, "fd00:1::/32", CLIENT_V6);
+    let _backend = Backend::naming(bind_in(&net.container, (CONTAINER_V6, PORT)));
+    let proxy = relay_in(&net.host, "[::]:5300", (CONTAINER_V6, PORT), &QUOTA);
+    let address = |network, host| IpAddr::from(Ipv6Addr::new(0xfd00, 1, 0, network, 0, 0, 0, host));
+    let others = (1..=100).map(|network| address(network, 1)).collect();
+    let greedy = |number| address(0, u16::try_from(number).unwrap());
+    assert_displaces_its_own(&net, (HOST_V6, PORT).into(), &proxy, others, greedy);
+}
+
+fn out_of_descriptors() {
+    let net = Topology::new();
+    let _backend = naming_container(&net);
+    let proxy = relay_with_descriptors(&net, 60, &["--udp-max-flows", "1000"]);
+    let clients: Vec<_> = (0..300).map(|_| bind_in(&net.client, (CLIENT_V4, 0))).collect();
+    for clients in clients.chunks(20) {
+        flows_of(clients, ASKED);
+    }
+    assert!(proxy.process.is_running());
+}
+
+/// Two flows of one client, which sees in one queue in which order the relay answers.
+fn backlog_of_answers() {
+    const BACKLOG: usize = 150;
+    let backend = local();
+    let proxy = udp::relay(Ipv4Addr::UNSPECIFIED, address(&backend), &[]);
+    let client = local();
+    let port = proxy.address().port();
+    let [busy, other] = [(); 2].map(|()| {
+        let asked = SocketAddr::from((client::own_loopback(), port));
+        client.send_to(b"hello", asked).unwrap();
+        (asked, udp::receive(&backend).1)
+    });
+    proxy.process.pause();
+    for number in 0..BACKLOG {
+        // Of different sizes, lest they come as one train.
+        backend.send_to(&udp::pattern(number, number), busy.1).unwrap();
+    }
+    backend.send_to(b"the other", other.1).unwrap();
+    proxy.process.resume();
+    let answers: Vec<_> = (0..=BACKLOG).map(|_| udp::receive(&client)).collect();
+    let place = answers.iter().position(|(_, from)| *from == other.0).unwrap();
+    assert!(place <= 2 * BATCH, "answer {place} of {BACKLOG}");
+    let of_busy = answers.iter().filter(|(_, from)| *from == busy.0);
+    for (number, (bytes, _)) in of_busy.enumerate() {
+        assert!(*bytes == udp::pattern(number, number), "answer {number} is another one");
+    }
+}
+
+/// One backend's link is so slow that the proxy's socket towards it fills up, and stays full.
+fn slow_backend() {
+    let net = Topology::new();
+    let other = topology::add_container(&net.host, Ipv4Addr::new(172, 17, 0, 3), CONTAINER_V6);
+    net.host.command("tc qdisc add dev veth0002 root tbf rate 1mbit burst 10kb limit 100mb").success();
+    let fast = Backend::echo(bind_in(&other, (Ipv4Addr::new(172, 17, 0, 3), PORT)));
+    let (slow_to, fast_to) = (SocketAddr::from((CONTAINER_V4, PORT)).to_string(), fast.address().to_string());
+    let slow_mapping = ["--proto", "udp", "--host", "0.0.0.0:5300", "--to", &slow_to];
+    let fast_mapping = ["--host", "0.0.0.0:5301", "--to", &fast_to];
+    let proxy = Standalone::start_in(&net.host, &[&slow_mapping[..], &fast_mapping[..]].concat());
+    let [flooder, client] = [(); 2].map(|()| bind_in(&net.client, (CLIENT_V4, 0)));
+    let is_over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let _end = EndOnDrop(&is_over);
+        scope.spawn(|| {
+            while !is_over.load(Ordering::Relaxed) {
+                flooder.send_to(&[0; 1_400], ASKED).unwrap();
+            }
+        });
+        let full = |line: &str| line.contains("wait for a socket");
+        proxy.process.wait_for_line(Stream::Stderr, full);
+        for number in 0..500_usize {
+            assert_echoes(&client, (HOST_V4, 5301).into(), &number.to_be_bytes());
+        }
+    });
+}
+
+/// Ends what runs beside the case, also when the case fails.
+struct EndOnDrop<'a>(&'a AtomicBool);
+
+impl Drop for EndOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
