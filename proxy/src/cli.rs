@@ -45,11 +45,14 @@ pub enum Command {
     },
 }
 
+const HOST_HELP: &str =
+    "Address and port to listen on, such as 0.0.0.0:80, [::]:80 or 127.0.0.1:0; goes with a --to";
+
 /// The options of serving.
 #[derive(Args, Debug)]
 pub struct Serve {
-    /// Address and port to listen on, such as 0.0.0.0:80, [::]:80 or 127.0.0.1:0; goes with a --to
-    #[arg(long, value_name = "ADDRESS:PORT")]
+    // Brackets in a doc comment would be links.
+    #[arg(long, value_name = "ADDRESS:PORT", help = HOST_HELP)]
     host: Vec<HostAddr>,
     /// Address and port to forward to, for the --host at the same place
     #[arg(long, value_name = "ADDRESS:PORT")]
@@ -57,8 +60,7 @@ pub struct Serve {
     /// tcp or udp: once for all mappings, or once for each
     #[arg(long, value_name = "PROTOCOL", default_value = "tcp")]
     proto: Vec<Protocol>,
-    /// Leave IPv4 clients out of [::]
-    #[arg(long)]
+    #[arg(long, help = "Leave IPv4 clients out of [::]")]
     v6only: bool,
     /// How long a backend may take to answer before its client is reset, or 'unlimited'
     #[arg(long, value_name = "DURATION", default_value = "10s")]

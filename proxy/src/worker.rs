@@ -76,10 +76,13 @@ impl Workers {
         if running.iter().all(|worker| worker.load() > 0) {
             self.grow(&mut running);
         }
-        let idlest =
-            running.iter().min_by_key(|worker| worker.load()).expect("the first worker is always there");
+        let (worker, idlest) = running
+            .iter()
+            .enumerate()
+            .min_by_key(|(_number, worker)| worker.load())
+            .expect("the first worker is always there");
         idlest.seats.fetch_add(1, Ordering::Relaxed);
-        Seat { runtime: idlest.runtime.clone(), taken: idlest.seats.clone(), idle: self.idle.clone() }
+        Seat { worker, runtime: idlest.runtime.clone(), taken: idlest.seats.clone(), idle: self.idle.clone() }
     }
 
     /// Starts another worker, if there is a processor for it.
@@ -123,12 +126,18 @@ impl Workers {
 /// A connection's place on a worker, given up when dropped.
 #[derive(Debug)]
 pub(crate) struct Seat {
+    worker: usize,
     runtime: Handle,
     taken: Arc<AtomicUsize>,
     idle: Arc<Notify>,
 }
 
 impl Seat {
+    /// The number of the worker.
+    pub(crate) fn worker(&self) -> usize {
+        self.worker
+    }
+
     /// The runtime that is to serve the connection.
     pub(crate) fn runtime(&self) -> Handle {
         self.runtime.clone()

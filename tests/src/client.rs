@@ -67,6 +67,17 @@ pub fn reset(stream: TcpStream) {
     SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
 }
 
+/// Connects and reads until the peer ends the connection, as [`read_to_end`]. A peer that resets at once
+/// may be faster than the connect, which then fails: that is a reset, too.
+#[track_caller]
+pub fn end_of(address: SocketAddr) -> (Vec<u8>, End) {
+    match TcpStream::connect_timeout(&address, PATIENCE) {
+        Ok(stream) => read_to_end(&patient(stream)),
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => (Vec::new(), End::Reset),
+        Err(error) => panic!("cannot connect to {address}: {error}"),
+    }
+}
+
 /// An IPv4 loopback address that no other case of any suite uses, so that any port of it is free.
 pub fn own_loopback() -> Ipv4Addr {
     static NEXT: AtomicU16 = AtomicU16::new(1);

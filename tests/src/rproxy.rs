@@ -31,9 +31,10 @@ fn release_dir() -> &'static Path {
         let own_path = env::current_exe().unwrap();
         let mut dirs = own_path.ancestors().skip(1).skip_while(|dir| dir.ends_with("deps"));
         let target = dirs.nth(1).unwrap();
+        // The whole workspace, as `cargo build --release` would: the packages of one build share the
+        // features of their dependencies, so that building fewer would build them anew.
         let status = Command::new(env!("CARGO"))
-            .args(["build", "--quiet", "--release", "--locked"])
-            .args(["--package", "rproxy", "--package", "netns-setup", "--target-dir"])
+            .args(["build", "--quiet", "--release", "--locked", "--workspace", "--bins", "--target-dir"])
             .arg(target)
             .current_dir(env!("CARGO_MANIFEST_DIR"))
             .status()

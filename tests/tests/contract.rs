@@ -290,7 +290,7 @@ fn backend_refuses(subject: Subject) {
     let host = own_address();
     // Nobody listens on an address of one's own.
     let _proxy = subject.serve(host, own_address());
-    let (received, end) = client::read_to_end(&client::connect(host));
+    let (received, end) = client::end_of(host);
     assert_eq!(received, b"");
     match subject {
         Rproxy => assert_eq!(end, End::Reset),

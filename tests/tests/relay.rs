@@ -34,6 +34,7 @@ fn main() -> ExitCode {
         case("a half-closed connection goes on", half_closed_goes_on),
         case("a reset is passed on as a reset", reset_is_passed_on),
         case("a reset reaches a reader that stalls", reset_reaches_stalled_reader),
+        case("a reset during a stall is still a reset", reset_during_stall),
         case("a reset reaches a peer that has seen the end", reset_reaches_peer_after_eof),
         case("a reset of one connection leaves the others alone", reset_leaves_others_alone),
         case("a hundred connections at once", hundred_connections),
@@ -326,7 +327,8 @@ fn reset_is_passed_on() {
             let (received, end) = sent.read(&peer);
             assert!(received <= sent.len, "{received} bytes of {}", sent.len);
             let write = writer.map(|writer| writer.join().unwrap());
-            assert!(end == End::Reset || write.is_some_and(|write| was_reset(&write)), "no reset");
+            let told = end == End::Reset || write.as_ref().is_some_and(was_reset);
+            assert!(told, "no reset: read {received} bytes and {end:?}, wrote {write:?}");
         });
     });
 }
@@ -369,6 +371,19 @@ fn reset_reaches_stalled_reader() {
         write_until_stalled(&resetter);
         client::reset(resetter);
         wait_for_reset(&stalled);
+    }
+}
+
+/// The reader pauses for long enough that the relay, which waits for it, meets the reset, and then reads on.
+/// What it is spared of the data must not look like the end of it.
+fn reset_during_stall() {
+    let relay = Relay::start();
+    for side in SIDES {
+        let (resetter, reader) = relay.connect().by_actor(side);
+        write_until_stalled(&resetter);
+        client::reset(resetter);
+        thread::sleep(Duration::from_millis(100));
+        assert_eq!(client::read_to_end(&reader).1, End::Reset);
     }
 }
 

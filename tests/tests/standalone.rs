@@ -280,7 +280,7 @@ fn failed_start_binds_nothing() {
 
 fn refusing_backend() {
     let proxy = Standalone::relay_to(own_address(), &[]);
-    assert_eq!(client::read_to_end(&client::connect(proxy.address())), (vec![], End::Reset));
+    assert_eq!(client::end_of(proxy.address()), (vec![], End::Reset));
 }
 
 /// A listener whose queue is full, so that the kernel drops what else comes: a backend that is silent.
@@ -297,7 +297,7 @@ fn full_listener() -> (Socket, SocketAddr, TcpStream) {
 fn silent_backend() {
     let (_listener, backend, _first) = full_listener();
     let proxy = Standalone::relay_to(backend, &["--connect-timeout", "300ms"]);
-    assert_eq!(client::read_to_end(&client::connect(proxy.address())), (vec![], End::Reset));
+    assert_eq!(client::end_of(proxy.address()), (vec![], End::Reset));
 }
 
 /// Whether some socket has sent a SYN to this port of an IPv4 address, and waits.
@@ -399,7 +399,7 @@ fn idle_ends_at_once() {
 fn json_log() {
     let arguments = ["--log-format", "json", "--log-level", "debug"];
     let proxy = Standalone::relay_to(own_address(), &arguments);
-    client::read_to_end(&client::connect(proxy.address()));
+    client::end_of(proxy.address());
     proxy.process.signal(Signal::SIGTERM);
     let output = proxy.process.into_output();
     assert!(!output.stderr.is_empty());
@@ -416,7 +416,7 @@ fn log_of(more_arguments: &[&str], rust_log: Option<&str>) -> String {
     let mut command = rproxy::command(&arguments);
     command.env_remove("RUST_LOG").envs(rust_log.map(|level| ("RUST_LOG", level)));
     let proxy = Standalone::ready(Process::spawn(command), &arguments);
-    client::read_to_end(&client::connect(proxy.address()));
+    client::end_of(proxy.address());
     proxy.process.signal(Signal::SIGTERM);
     proxy.process.into_output().stderr
 }

@@ -2,7 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 use rproxy_sys::socket;
@@ -16,6 +16,9 @@ use crate::backoff::Backoff;
 use crate::log_limit::LogLimit;
 use crate::worker::Workers;
 
+/// Connections accepted in a row before other tasks of the worker get theirs.
+const BURST: usize = 64;
+
 /// Accepts connections and gives each to a worker, until `stop` changes or its sender is gone. What
 /// is pending by then is still accepted: its client has been told that it is connected.
 pub(crate) async fn accept_until(
@@ -28,9 +31,8 @@ pub(crate) async fn accept_until(
         never = accept_forever(&listener, &service, &workers) => match never {},
         _ = stop.changed() => {}
     }
-    while let Ok((client, peer)) = socket::accept(listener.as_fd()) {
-        hand_over(client, peer, &service, &workers);
-    }
+    let pending = std::iter::from_fn(|| socket::accept(listener.as_fd()).ok());
+    hand_over(pending.collect(), &service, &workers);
     debug!(mapping = %service.mapping, "listener closed");
 }
 
@@ -42,25 +44,37 @@ async fn accept_forever(
     static FAILED: LogLimit = LogLimit::new();
 
     let mut backoff = Backoff::default();
+    let mut burst = Vec::new();
     loop {
-        match listener.io(Interest::READABLE, socket::accept).await {
-            Ok((client, peer)) => {
-                backoff.reset();
-                hand_over(client, peer, service, workers);
+        let accept = |fd: BorrowedFd<'_>| socket::accept(fd).map(|accepted| burst.push(accepted));
+        let result = listener.repeat(Interest::READABLE, BURST, accept).await;
+        if !burst.is_empty() {
+            backoff.reset();
+            hand_over(std::mem::take(&mut burst), service, workers);
+        }
+        if let Err(error) = result {
+            if let Some(suppressed) = FAILED.permit() {
+                warn!(mapping = %service.mapping, error = %explain(&error), suppressed, "cannot accept a connection");
             }
-            Err(error) => {
-                if let Some(suppressed) = FAILED.permit() {
-                    warn!(mapping = %service.mapping, error = %explain(&error), suppressed, "cannot accept a connection");
-                }
-                tokio::time::sleep(backoff.next_delay()).await;
-            }
+            tokio::time::sleep(backoff.next_delay()).await;
         }
     }
 }
 
-fn hand_over(client: OwnedFd, peer: SocketAddr, service: &Arc<Service>, workers: &Workers) {
-    let seat = workers.seat();
-    seat.runtime().spawn(serve(client, peer, service.clone(), seat));
+/// Gives connections to workers, each of which is woken once for all that it gets.
+fn hand_over(accepted: Vec<(OwnedFd, SocketAddr)>, service: &Arc<Service>, workers: &Workers) {
+    let mut seated: Vec<_> = accepted.into_iter().map(|client| (workers.seat(), client)).collect();
+    seated.sort_by_key(|(seat, _client)| seat.worker());
+    while let Some((seat, _client)) = seated.last() {
+        let (worker, runtime) = (seat.worker(), seat.runtime());
+        let first = seated.partition_point(|(seat, _client)| seat.worker() < worker);
+        let (group, service) = (seated.split_off(first), service.clone());
+        runtime.spawn(async move {
+            for (seat, (client, peer)) in group {
+                tokio::spawn(serve(client, peer, service.clone(), seat));
+            }
+        });
+    }
 }
 
 /// The kernel's answer, with a way out where there is one.

@@ -130,10 +130,10 @@ pub(super) async fn writable(source: &TcpStream, sink: &TcpStream) -> Result<(),
     tokio::select! {
         biased;
         ready = sink.writable() => ready.map_err(End::SinkFailed),
-        error = stream::failure(source) => {
+        () = stream::failed(source) => {
             match tokio::time::timeout(stream::RESET_GRACE, sink.writable()).await {
                 Ok(ready) => ready.map_err(End::SinkFailed),
-                Err(_elapsed) => Err(End::SourceFailed(error)),
+                Err(_elapsed) => Err(End::SourceFailed(stream::take_failure(source))),
             }
         }
     }

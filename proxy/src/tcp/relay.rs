@@ -98,9 +98,9 @@ async fn finish_after_eof(
                 Some(error)
             }
         },
-        error = stream::failure(source) => {
+        () = stream::failed(source) => {
             stream::deliver_then_reset(sink).await;
-            Some(error)
+            Some(stream::take_failure(source))
         }
     }
 }

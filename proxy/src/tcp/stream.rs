@@ -1,10 +1,10 @@
 //! Calls on one side of a connection, made so that none is wasted.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::time::Duration;
 
-use nix::unistd;
+use nix::sys::socket::{MsgFlags, recv, send};
 use rproxy_sys::socket;
 use tokio::io::Interest;
 use tokio::net::TcpStream;
@@ -21,12 +21,14 @@ const DELIVERY_POLL: Duration = Duration::from_millis(5);
 /// as such, so that the next wait does not begin with a read that can only return `EAGAIN`.
 pub(super) fn read(stream: &TcpStream, buf: &mut [u8]) -> io::Result<usize> {
     let wanted = buf.len();
-    transfer(stream, Interest::READABLE, wanted, || Ok(unistd::read(stream, buf)?))
+    transfer(stream, Interest::READABLE, wanted, || Ok(recv(stream.as_raw_fd(), buf, MsgFlags::empty())?))
 }
 
 /// Writes what `stream` takes of `data`, with the same treatment of short writes.
 pub(super) fn write(stream: &TcpStream, data: &[u8]) -> io::Result<usize> {
-    transfer(stream, Interest::WRITABLE, data.len(), || Ok(unistd::write(stream, data)?))
+    transfer(stream, Interest::WRITABLE, data.len(), || {
+        Ok(send(stream.as_raw_fd(), data, MsgFlags::MSG_NOSIGNAL)?)
+    })
 }
 
 /// Runs `call`, and marks the stream as not ready if it moved less than `wanted` bytes.
@@ -51,15 +53,19 @@ fn transfer(
     }
 }
 
-/// Waits until `stream` has failed, and says how.
-pub(super) async fn failure(stream: &TcpStream) -> io::Error {
-    match stream.ready(Interest::ERROR).await {
-        Ok(_) => match stream.take_error() {
-            Ok(Some(error)) | Err(error) => error,
-            // A read or a write fetched it before us.
-            Ok(None) => io::ErrorKind::ConnectionReset.into(),
-        },
-        Err(error) => error,
+/// Waits until `stream` has failed. The error stays with the socket: whoever reads on meets it behind
+/// the data that came before it.
+pub(super) async fn failed(stream: &TcpStream) {
+    // An error of the event loop itself ends the wait too.
+    drop(stream.ready(Interest::ERROR).await);
+}
+
+/// How `stream` failed, taken off the socket: a read would now see an orderly end.
+pub(super) fn take_failure(stream: &TcpStream) -> io::Error {
+    match stream.take_error() {
+        Ok(Some(error)) | Err(error) => error,
+        // A read or a write took it before us.
+        Ok(None) => io::ErrorKind::ConnectionReset.into(),
     }
 }
 

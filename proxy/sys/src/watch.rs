@@ -40,6 +40,27 @@ impl Watched {
     ) -> io::Result<R> {
         self.0.async_io(interest, |fd| call(fd.as_fd())).await
     }
+
+    /// Waits until the descriptor is ready, and then repeats `call` until it returns `EAGAIN`, or
+    /// `most` times. The last `EAGAIN` is what the next wait goes by: it costs no call of its own.
+    ///
+    /// # Errors
+    /// The first other error of `call`, which may come after calls that succeeded.
+    pub async fn repeat(
+        &self,
+        interest: Interest,
+        most: usize,
+        mut call: impl FnMut(BorrowedFd<'_>) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let mut ready = self.0.ready(interest).await?;
+        for _ in 0..most {
+            match ready.try_io(|fd| call(fd.as_fd())) {
+                Ok(result) => result?,
+                Err(_would_block) => break,
+            }
+        }
+        Ok(())
+    }
 }
 
 impl AsFd for Watched {
