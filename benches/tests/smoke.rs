@@ -59,12 +59,12 @@ fn nothing_is_wrong() {
 }
 
 fn wrong_answers_are_found() {
-    // A peer that answers everything with zeros, and is wrong by that.
+    // A peer that answers with zeros, and more of them than it was asked for.
     let zeros = rproxy_tests::backend::TcpBackend::local(|mut stream| {
         use std::io::{Read, Write};
         let mut buffer = [0; 1024];
         while let len @ 1.. = stream.read(&mut buffer)? {
-            stream.write_all(&vec![0; len])?;
+            stream.write_all(&vec![0; 100 * len])?;
         }
         Ok(())
     });
