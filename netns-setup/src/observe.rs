@@ -70,7 +70,7 @@ pub fn observe(owned: &Topology, desired: &Topology, scope: &Scope) -> Result<Ob
         containers: containers(&both, scope)?,
         namespace_files: namespace_files(&both, scope),
         sysctls: sysctls(&both)?,
-        rules: rules(&both, desired, scope)?,
+        rules: rules(&both, owned, desired, scope)?,
         relays: relays(&both, scope),
         files: files(&both)?,
     })
@@ -141,7 +141,12 @@ fn sysctls(topology: &Topology) -> Result<BTreeMap<String, String>, ObserveError
     Ok(values)
 }
 
-fn rules(both: &Topology, desired: &Topology, scope: &Scope) -> Result<Rules, ObserveError> {
+fn rules(
+    both: &Topology,
+    owned: &Topology,
+    desired: &Topology,
+    scope: &Scope,
+) -> Result<Rules, ObserveError> {
     let Some(network) = &both.network else {
         return Ok(Rules::None);
     };
@@ -151,6 +156,10 @@ fn rules(both: &Topology, desired: &Topology, scope: &Scope) -> Result<Rules, Ob
             let families = [Some(Family::V4), network.subnet6.map(|_| Family::V6)];
             let saved = families.into_iter().flatten().map(|family| Ok((family, detect::saved(family)?)));
             Ok(Rules::Iptables(saved.collect::<Result<_, ToolError>>()?))
+        }
+        // What is taken to be as it was left, and is to stay so, need not be listed.
+        Firewall::Nft if *scope != Scope::All && nft::render(owned) == nft::render(desired) => {
+            Ok(Rules::None)
         }
         Firewall::Nft => {
             let table = nft::table_name(network);

@@ -8,6 +8,7 @@ use netlink_packet_route::link::{
     LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
+use nix::errno::Errno;
 
 use super::{Client, NetlinkError};
 use crate::action::{LinkChange, OffloadSizes, VethPair};
@@ -70,9 +71,17 @@ fn read_info(link: &mut Link, infos: Vec<LinkInfo>) {
 /// # Errors
 /// When there is none of that name.
 pub fn index(client: &mut Client, name: &str) -> Result<u32, NetlinkError> {
-    let links = list(client)?;
-    let link = links.iter().find(|link| link.name == name);
-    link.map(|link| link.index).ok_or_else(|| NetlinkError::NoLink(name.to_owned()))
+    get(client, name).map(|link| link.index)
+}
+
+fn get(client: &mut Client, name: &str) -> Result<Link, NetlinkError> {
+    let mut request = LinkMessage::default();
+    request.attributes.push(LinkAttribute::IfName(name.to_owned()));
+    match client.get(RouteNetlinkMessage::GetLink(request)) {
+        Ok(RouteNetlinkMessage::NewLink(message)) => Ok(read(message)),
+        Err(error) if !error.is(Errno::ENODEV) => Err(error),
+        _ => Err(NetlinkError::NoLink(name.to_owned())),
+    }
 }
 
 /// Makes a bridge without spanning tree.
@@ -165,9 +174,7 @@ pub fn set(client: &mut Client, name: &str, change: &LinkChange) -> Result<(), N
 /// Sets the sizes as far as this device goes: what it cannot do it is not asked for, because a packet size is an
 /// optimisation that nothing depends on.
 fn set_offload(client: &mut Client, name: &str, wanted: OffloadSizes) -> Result<(), NetlinkError> {
-    let links = list(client)?;
-    let link =
-        links.iter().find(|link| link.name == name).ok_or_else(|| NetlinkError::NoLink(name.to_owned()))?;
+    let link = get(client, name)?;
     let within = |wanted: Option<u32>, current: Option<u32>| {
         let limit = link.tso_max_size.unwrap_or(u32::MAX);
         wanted.zip(current).map(|(wanted, _known)| wanted.min(limit))

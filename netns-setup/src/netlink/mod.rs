@@ -90,6 +90,28 @@ impl Client {
         refused.map_or(Ok(()), |error| Err(NetlinkError::Refused(error)))
     }
 
+    /// Reads one object.
+    ///
+    /// # Errors
+    /// When the kernel refuses, for one because there is no such object.
+    pub fn get<M>(&mut self, message: M) -> Result<M, NetlinkError>
+    where
+        M: NetlinkSerializable + NetlinkDeserializable,
+        NetlinkPayload<M>: From<M>,
+    {
+        self.send(message, NLM_F_REQUEST)?;
+        let mut answer = Err(NetlinkError::Decode("it is empty".to_owned()));
+        self.receive::<M>(|payload, _| {
+            match payload {
+                NetlinkPayload::InnerMessage(message) => answer = Ok(message),
+                NetlinkPayload::Error(error) => answer = Err(NetlinkError::Refused(error.to_io())),
+                _ => return true,
+            }
+            false
+        })?;
+        answer
+    }
+
     /// Reads a whole table.
     ///
     /// # Errors

@@ -26,7 +26,7 @@ const DIE: &str = "--die-before-step";
 const FAIL: &str = "--fail-step";
 
 pub(crate) fn cases() -> Vec<Case> {
-    let deadline = std::time::Duration::from_secs(240);
+    let deadline = std::time::Duration::from_secs(900);
     let failing = for_each_firewall("a step that fails leaves everything as it was", failing);
     let dying = for_each_firewall("sudden death is repaired or taken down", dying);
     failing.into_iter().chain(dying).map(|case| case.deadline(deadline)).collect()

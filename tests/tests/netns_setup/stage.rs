@@ -29,6 +29,9 @@ const NEEDS: &[Need] = &[
     Need::Program("iptables-legacy-save"),
 ];
 
+/// A case runs hundreds of small programs, on a machine that may have other things to do.
+const DEADLINE: Duration = Duration::from_secs(300);
+
 /// How long a packet that must not arrive is waited for. A mistake shows sooner; a correct drop costs this much.
 const SILENCE: Duration = Duration::from_millis(700);
 
@@ -46,14 +49,14 @@ pub(crate) struct Stage {
 
 /// A case that plays on a stage.
 pub(crate) fn case(name: &str, play: fn(&Stage)) -> Case {
-    Case::new(name, move || Stage::play(false, play)).needs(NEEDS)
+    Case::new(name, move || Stage::play(false, play)).needs(NEEDS).deadline(DEADLINE)
 }
 
 /// A case that plays for each backend.
 pub(crate) fn for_each_firewall(name: &str, play: fn(&Stage, Backend)) -> Vec<Case> {
     let of = |backend: Backend| {
         let body = move || Stage::play(backend == Backend::Legacy, |stage| play(stage, backend));
-        Case::new(format!("{name} ({backend:?})"), body).needs(NEEDS)
+        Case::new(format!("{name} ({backend:?})"), body).needs(NEEDS).deadline(DEADLINE)
     };
     vec![of(Backend::Nft), of(Backend::IptablesNft), of(Backend::Legacy)]
 }
@@ -162,23 +165,21 @@ impl Stage {
     /// Everything that `netns-setup` could change, in a form in which equal means equal: without indices, without
     /// what the kernel makes by itself a moment later.
     pub(crate) fn dump(&self) -> String {
-        let mut text = dump_side(|arguments| self.host.ip(arguments));
-        for tool in ["iptables-save", "ip6tables-save", "iptables-legacy-save", "ip6tables-legacy-save"] {
-            let rules = self.host.command(tool).stdout;
+        let tool = |line: &str| output_of(&self.host, line);
+        let mut text = dump_side(|arguments| tool(&format!("ip {arguments}")));
+        for save in ["iptables-save", "ip6tables-save", "iptables-legacy-save", "ip6tables-legacy-save"] {
             // The tools make and remove empty tables as they please.
+            let rules = tool(save);
             let rules = rules.lines().filter(|line| line.starts_with("-A") || line.ends_with("- [0:0]"));
-            rules.for_each(|line| writeln!(text, "{tool}: {line}").unwrap());
+            rules.for_each(|line| writeln!(text, "{save}: {line}").unwrap());
         }
-        let listing = self.host.command("nft list tables").success();
-        for table in listing.lines().filter(|line| line.contains("netns-setup")) {
-            text.push_str(&self.host.command(&format!("nft -s list {table}")).success());
+        for table in tool("nft list tables").lines().filter(|line| line.contains("netns-setup")) {
+            text.push_str(&tool(&format!("nft -s list {table}")));
         }
-        let pattern = r"^net\.(ipv4\.ip_forward|ipv[46]\.conf\.(all|default|eth0|docker0)\.)";
-        text.push_str(&self.host.command(&format!("sysctl -a -r {pattern}")).stdout);
-        let names = self.host.command("ip netns list").stdout;
-        for name in names.lines().filter_map(|line| line.split_whitespace().next()) {
+        text.push_str(&self.host.run(dump_settings));
+        for name in tool("ip netns list").lines().filter_map(|line| line.split_whitespace().next()) {
             writeln!(text, "--- {name}").unwrap();
-            text.push_str(&dump_side(|arguments| self.host.ip(&format!("-n {name} {arguments}"))));
+            text.push_str(&dump_side(|arguments| tool(&format!("ip -n {name} {arguments}"))));
         }
         let persisted = std::fs::read_to_string("/etc/sysctl.d/60-netns-setup.conf");
         writeln!(text, "persisted: {persisted:?}").unwrap();
@@ -204,6 +205,35 @@ pub(crate) fn assert_same(is: &str, should_be: &str, what: &str) {
     };
     let (new, gone) = (only_in(is, should_be), only_in(should_be, is));
     assert!(is == should_be, "{what}:\nnew: {new:#?}\ngone: {gone:#?}");
+}
+
+/// What a program prints inside a namespace. Unlike the harness's processes it is not followed by threads, of which
+/// the many small programs of a dump would need many.
+fn output_of(namespace: &Namespace, line: &str) -> String {
+    let mut words = line.split_whitespace();
+    let mut command = require::command(words.next().unwrap());
+    command.args(words);
+    let output = namespace.run(|| command.output().unwrap());
+    assert!(output.status.success(), "{line}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// The settings of the calling thread's namespace that forwarding and routing depend on.
+fn dump_settings() -> String {
+    let dirs = ["ipv4", "ipv6"].into_iter().flat_map(|family| {
+        ["all", "default", "eth0", "docker0"]
+            .map(|name| PathBuf::from(format!("/proc/sys/net/{family}/conf/{name}")))
+    });
+    let files =
+        dirs.filter_map(|dir| std::fs::read_dir(dir).ok()).flatten().map(|entry| entry.unwrap().path());
+    let mut lines: Vec<String> = files
+        .chain([PathBuf::from("/proc/sys/net/ipv4/ip_forward")])
+        .filter_map(|path| {
+            Some(format!("{} = {}", path.display(), std::fs::read_to_string(&path).ok()?.trim()))
+        })
+        .collect();
+    lines.sort();
+    lines.join("\n") + "\n"
 }
 
 /// Interfaces, addresses and routes.

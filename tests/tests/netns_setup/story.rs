@@ -9,11 +9,12 @@ use rproxy_tests::suite::Case;
 use rproxy_tests::topology::{CLIENT_V4, CONTAINER_V4, HOST_V4, HOST_V6};
 use serde_json::Value;
 
-use crate::stage::{Stage, assert_out_of_reach, assert_same, case, serve};
+use crate::stage::{Backend, Stage, assert_out_of_reach, assert_same, case, for_each_firewall, serve};
 
 pub(crate) fn cases() -> Vec<Case> {
     let nginx = &[Need::Program("nginx"), Need::Program("curl")];
-    vec![
+    let mut cases = for_each_firewall("the demonstration", demonstration);
+    cases.extend([
         case("a container has the story's interface", interface),
         case("addresses come in order and are not reused at once", addresses_in_order),
         case("brctl shows one bridge with a veth for each container", bridge)
@@ -25,7 +26,25 @@ pub(crate) fn cases() -> Vec<Case> {
         case("nothing is reachable without a mapping", nothing_without_mapping),
         case("running twice changes nothing", twice),
         case("packets inside the host are large", big_tcp),
-    ]
+    ]);
+    cases
+}
+
+fn demonstration(stage: &Stage, backend: Backend) {
+    let before = stage.dump();
+    let shown = stage.ok(&format!("demo {}", backend.option()));
+    for part in [
+        "outside, IPv4                        http://10.0.0.11:80/  HTTP/1.0 200 OK: hello from the container, 10.0.0.12",
+        "outside, IPv6                        http://[fd00:10::11]:80/  HTTP/1.0 200 OK",
+        "loopback, IPv6                       http://[::1]:80/  HTTP/1.0 200 OK",
+        "hairpin                              http://10.0.0.11:80/  HTTP/1.0 200 OK",
+        "container to outside                 http://10.0.0.12:8000/  HTTP/1.0 200 OK: hello from outside, 10.0.0.11",
+        "http://172.17.0.2:80/  closed, as it should be",
+        "everything of ours is gone",
+    ] {
+        assert!(shown.contains(part), "{part:?} is not in\n{shown}");
+    }
+    assert_same(&stage.dump(), &before, "demo");
 }
 
 fn interface(stage: &Stage) {
