@@ -1,1 +1,106 @@
-fn main() {}
+//! A short comparison with every peer: what comes through them is right, and nothing is left behind.
+//! How fast it comes is not looked at.
+
+#![expect(clippy::unwrap_used, reason = "a failed step ends the test")]
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, ExitCode};
+use std::time::Duration;
+
+use rproxy_tests::process::{Process, Stream, run};
+use rproxy_tests::require::Need;
+use rproxy_tests::suite::{self, Case};
+
+/// Every kind of workload, at the sizes that take longest to go wrong.
+const WORKLOADS: &str = "tcp-bulk-8-up,tcp-bulk-8-down,tcp-rr-64,tcp-crr-64,tcp-idle-200,udp-rr-64x8-64B,\
+                         udp-rr-1x64-1400B,udp-bulk-1400B,start,footprint,scale-tcp-500,scale-udp-500,\
+                         scale-mappings-100";
+
+fn main() -> ExitCode {
+    let peers = ["ip", "docker-proxy", "haproxy", "nginx", "socat", "nft"].map(Need::Program);
+    let needs = [&[Need::Root][..], &peers].concat();
+    suite::run(vec![
+        Case::new("a short comparison finds nothing wrong", nothing_is_wrong)
+            .needs(&needs)
+            .deadline(Duration::from_secs(180)),
+        Case::new("load finds a wrong answer", wrong_answers_are_found),
+        Case::new("what a killed run started ends", killed_run_leaves_nothing).needs(&needs),
+    ])
+}
+
+fn benches(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_benches"));
+    command.args(arguments);
+    command
+}
+
+fn nothing_is_wrong() {
+    let directory = tempfile::tempdir().unwrap();
+    let (json, svg) = (directory.path().join("out.json"), directory.path().join("out.svg"));
+    let mut command = benches(&["compare", "--rounds", "1", "--duration", "200ms", "--starts", "10"]);
+    command.args(["--only", WORKLOADS]).arg("--json").arg(&json).arg("--svg").arg(&svg);
+    let process = Process::spawn(command);
+    let status = process.wait_within(Duration::from_secs(170));
+    let (stdout, stderr) = (process.captured(Stream::Stdout), process.captured(Stream::Stderr));
+    assert!(status.success(), "{stdout}\n{stderr}");
+    for workload in WORKLOADS.split(',') {
+        let heading = |line: &str| line.split_whitespace().next() == Some(workload);
+        assert!(stdout.lines().any(heading), "{workload} is not in the table:\n{stdout}");
+    }
+    let result: serde_json::Value = serde_json::from_slice(&fs::read(json).unwrap()).unwrap();
+    let samples = result["samples"].as_array().unwrap();
+    let ours = samples.iter().filter(|sample| sample["peer"] == "rproxy");
+    assert!(ours.clone().count() > 8, "{result:#}");
+    for sample in ours {
+        assert!(sample["values"].is_object(), "{sample:#}");
+    }
+    assert!(fs::read_to_string(svg).unwrap().ends_with("</svg>\n"));
+}
+
+fn wrong_answers_are_found() {
+    // A peer that answers with zeros, and more of them than it was asked for.
+    let zeros = rproxy_tests::backend::TcpBackend::local(|mut stream| {
+        use std::io::{Read, Write};
+        let mut buffer = [0; 1024];
+        while let len @ 1.. = stream.read(&mut buffer)? {
+            stream.write_all(&vec![0; 100 * len])?;
+        }
+        Ok(())
+    });
+    let address = zeros.address().to_string();
+    for workload in ["tcp-rr-1", "tcp-crr-1", "tcp-bulk-1-down"] {
+        let output = run(benches(&["load", workload, "--to", &address, "--duration", "100ms"]));
+        assert_eq!(output.status.code(), Some(1), "{workload}: {output:?}");
+        assert!(output.stderr.contains("wrong data"), "{workload}: {output:?}");
+    }
+}
+
+fn killed_run_leaves_nothing() {
+    let command =
+        benches(&["compare", "--only", "tcp-rr-1", "--duration", "60s", "--peers", "nginx,docker-proxy"]);
+    let process = Process::spawn(command);
+    process.wait_for_line(Stream::Stderr, |line| line.starts_with("[1/"));
+    let before = descendants(process.pid().as_raw());
+    assert!(before.len() > 3, "the harness and its peers: {before:?}");
+    // Kills it, and returns when it is gone; the others follow as the kernel gets to it.
+    drop(process);
+    while before.iter().any(|pid| Path::new(&format!("/proc/{pid}")).exists()) {}
+}
+
+/// The processes below one, by what /proc says of their parents.
+fn descendants(root: i32) -> Vec<i32> {
+    let mut found = vec![root];
+    let mut next = 0;
+    while let Some(parent) = found.get(next).copied() {
+        next += 1;
+        let children = fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| {
+            let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
+            let stat = fs::read_to_string(entry.path().join("stat")).ok()?;
+            let parent_field = stat.rsplit_once(") ")?.1.split(' ').nth(1)?;
+            (parent_field == parent.to_string()).then_some(pid)
+        });
+        found.extend(children.collect::<Vec<_>>());
+    }
+    found
+}

@@ -82,8 +82,8 @@ impl Plan {
         self.steps as usize
     }
 
-    /// Ends the program, and with it all that it started, if it takes far longer than it can.
-    #[expect(clippy::exit, reason = "whatever hangs cannot be asked to end")]
+    /// Ends the program, and with it all that it started, if it takes far longer than it can: what hangs
+    /// cannot be asked to end.
     pub(crate) fn watch(&self) {
         let limit = (self.duration + SLACK) * (self.steps + self.rounds);
         thread::spawn(move || {
@@ -104,11 +104,13 @@ fn steps_of_round(workloads: &[Workload], peers: &[Peer]) -> u32 {
 
 /// Whether a workload says anything about a peer.
 pub(crate) fn applies(workload: Workload, peer: &Peer) -> bool {
-    if workload.is_udp() && peer.kind == Kind::Haproxy {
-        // It could only refuse.
-        return false;
-    }
     match workload {
+        // It relays TCP only.
+        _ if workload.is_udp() && peer.kind == Kind::Haproxy => false,
+        // With more than one flow, it hands datagrams of one client to the process of another.
+        _ if workload.is_udp() && peer.kind == Kind::Socat => {
+            matches!(workload, Workload::UdpRr { flows: 1, .. })
+        }
         Workload::Start => matches!(peer.kind, Kind::Docker(_)),
         Workload::ScaleMappings { .. } => peer.kind == Kind::Standalone,
         Workload::TcpIdle { .. } | Workload::Footprint => peer.has_processes(),

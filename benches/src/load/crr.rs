@@ -86,26 +86,30 @@ impl Attempt {
         }
         // One byte more than wanted, so that a surplus is seen and a short read means that all is read.
         let mut buffer = [0; MESSAGE + 1];
-        let ended = loop {
+        loop {
             match receive(&self.stream, &mut buffer).map_err(LoadError::io("receive a response"))? {
-                Some(0) => break true,
-                None => break false,
-                Some(count) => {
-                    let room = self.response.get_mut(self.received..self.received + count);
-                    let room = room.ok_or_else(|| Wrong("more came than the response".into()))?;
-                    room.copy_from_slice(&buffer[..count]);
-                    self.received += count;
-                    // What an event reports as ended, and has been read to the last byte, has ended.
-                    if self.received == MESSAGE {
-                        break readiness.contains(Interest::EPOLLRDHUP);
-                    }
-                }
+                None => return Ok(false),
+                Some(0) => return self.check().map(|()| true),
+                Some(count) => self.take(&buffer[..count])?,
             }
-        };
-        if ended {
-            message::check(&self.response[..self.received], service::ONCE, MESSAGE_LEN, self.number)?;
+            // What an event reports as ended, and has been read to the last byte, has ended.
+            if self.received == MESSAGE && readiness.contains(Interest::EPOLLRDHUP) {
+                return Ok(true);
+            }
         }
-        Ok(ended)
+    }
+
+    /// Adds to the response, and checks it when it is complete.
+    fn take(&mut self, data: &[u8]) -> Result<(), LoadError> {
+        let room = self.response.get_mut(self.received..self.received + data.len());
+        room.ok_or_else(|| Wrong("more came than the response".into()))?.copy_from_slice(data);
+        self.received += data.len();
+        if self.received == MESSAGE { self.check() } else { Ok(()) }
+    }
+
+    fn check(&self) -> Result<(), LoadError> {
+        let response = &self.response[..self.received];
+        Ok(message::check(response, service::ONCE, MESSAGE_LEN, self.number)?)
     }
 
     fn request(&mut self) -> Result<(), LoadError> {
