@@ -12,6 +12,12 @@ use crate::backend::{Backend, BackendError};
 /// Where the backend listens, in the container.
 const BACKEND_PORT: u16 = 7000;
 
+/// Congestion controls that do not pace, the first that a namespace may use being taken: the kernel's own
+/// default, and its forerunner, which behaves the same where nothing is lost. What this host has set may
+/// be BBR; without its queueing discipline, that paces every connection by a timer, and bulk workloads
+/// would measure timers.
+const CONGESTION_CONTROLS: [&str; 2] = ["cubic", "reno"];
+
 /// Settings of a namespace, under /proc/sys/net/ipv4. Whoever closes a connection first keeps its port for
 /// a minute, and the thousands of connections of a run would use all of them up: here, such a port can be
 /// used again after a second.
@@ -55,6 +61,9 @@ impl Wiring {
     /// When a namespace or an interface cannot be made; the test suites' library says why.
     pub(crate) fn new() -> Result<Self, WiringError> {
         let net = Topology::new();
+        for namespace in [&net.client, &net.host, &net.container] {
+            choose_congestion_control(namespace)?;
+        }
         configure(&net.client, &CLIENT_SETTINGS)?;
         configure(&net.host, &HOST_SETTINGS)?;
         // For those who use no proxy, and no address translation either.
@@ -83,6 +92,13 @@ impl Wiring {
     pub(crate) fn host_address(&self) -> Ipv4Addr {
         HOST_V4
     }
+}
+
+fn choose_congestion_control(namespace: &Namespace) -> Result<(), WiringError> {
+    let choose = |value| configure(namespace, &[("tcp_congestion_control", value)]);
+    let [wanted, instead] = CONGESTION_CONTROLS;
+    // A namespace may only use what its host has put on a list.
+    choose(wanted).or_else(|_not_allowed| choose(instead))
 }
 
 fn configure(namespace: &Namespace, settings: &[(&'static str, &'static str)]) -> Result<(), WiringError> {
