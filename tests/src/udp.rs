@@ -9,8 +9,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use nix::sys::socket::{setsockopt, sockopt};
 use socket2::SockRef;
 
+use crate::pattern::Pattern;
+use crate::process::Process;
 use crate::{PATIENCE, eventually};
 
 /// The largest datagram that IPv4 carries: 64 KiB less a byte and the headers.
@@ -21,7 +24,7 @@ pub const LARGEST_V6: usize = 65_527;
 /// What [`assert_all_echo`] lets be under way, by [`cost`]: well below `net.core.rmem_default` (212,992).
 const WINDOW: usize = 96 * 1024;
 
-/// What a socket asks for; it gets what `net.core.rmem_max` allows.
+/// What a socket asks for; it gets what `net.core.rmem_max` allows, or all of it with the privilege.
 const BUFFER: usize = 4 * 1024 * 1024;
 
 /// A socket on a free port of `ip` with [`PATIENCE`] on its receives.
@@ -42,7 +45,9 @@ pub fn bind(address: SocketAddr) -> UdpSocket {
 /// Puts [`PATIENCE`] on the receives of a socket.
 pub fn patient(socket: UdpSocket) -> UdpSocket {
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
-    SockRef::from(&socket).set_recv_buffer_size(BUFFER).unwrap();
+    if setsockopt(&socket, sockopt::RcvBufForce, &BUFFER).is_err() {
+        SockRef::from(&socket).set_recv_buffer_size(BUFFER).unwrap();
+    }
     socket
 }
 
@@ -55,12 +60,16 @@ pub fn local_port(socket: &UdpSocket) -> u16 {
 #[track_caller]
 pub fn receive(socket: &UdpSocket) -> (Vec<u8>, SocketAddr) {
     let mut buffer = vec![0; 65_536];
-    match socket.recv_from(&mut buffer) {
-        Ok((len, from)) => {
-            buffer.truncate(len);
-            (buffer, from)
+    loop {
+        match socket.recv_from(&mut buffer) {
+            Ok((len, from)) => {
+                buffer.truncate(len);
+                return (buffer, from);
+            }
+            // A receive with a timeout is not taken up again when the process has been suspended.
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => panic!("no datagram: {error}"),
         }
-        Err(error) => panic!("no datagram: {error}"),
     }
 }
 
@@ -106,7 +115,7 @@ pub fn assert_all_echo(socket: &UdpSocket, to: SocketAddr, sizes: impl IntoItera
         while under_way + cost(size) > WINDOW
             && let Some((number, size)) = waiting.pop_front()
         {
-            assert_comes_back(socket, to, number, size);
+            assert_comes(socket, to, number, size);
             under_way -= cost(size);
         }
         if let Err(error) = socket.send_to(&pattern(number, size), to) {
@@ -116,16 +125,16 @@ pub fn assert_all_echo(socket: &UdpSocket, to: SocketAddr, sizes: impl IntoItera
         under_way += cost(size);
     }
     for (number, size) in waiting {
-        assert_comes_back(socket, to, number, size);
+        assert_comes(socket, to, number, size);
     }
 }
 
 #[track_caller]
-fn assert_comes_back(socket: &UdpSocket, to: SocketAddr, number: usize, size: usize) {
-    let (answer, from) = receive(socket);
-    assert_eq!(from, to, "the answer comes from another address");
-    assert_eq!(answer.len(), size, "length of datagram {number}");
-    assert!(answer == pattern(number, size), "datagram {number} of {size} bytes came back changed");
+fn assert_comes(socket: &UdpSocket, from: SocketAddr, number: usize, size: usize) {
+    let (bytes, sender) = receive(socket);
+    assert_eq!(sender, from, "it comes from another address");
+    assert_eq!(bytes.len(), size, "length of datagram {number}");
+    assert!(bytes == pattern(number, size), "datagram {number} of {size} bytes has changed");
 }
 
 /// What a datagram may take of a receive buffer, which counts the kernel's own structures.
@@ -133,18 +142,58 @@ fn cost(size: usize) -> usize {
     2 * size + 1024
 }
 
-/// Bytes that are different for each number, and repeat nowhere.
+/// The content of datagram `number`.
 pub fn pattern(number: usize, size: usize) -> Vec<u8> {
-    // Xorshift needs a state that is not zero.
-    let mut state = number as u64 | 1 << 63;
     let mut bytes = vec![0; size];
-    for chunk in bytes.chunks_mut(8) {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        chunk.copy_from_slice(&state.to_le_bytes()[..chunk.len()]);
-    }
+    Pattern::new(number as u64).fill(&mut bytes);
     bytes
+}
+
+/// Both ends of a relayed flow, in the hands of the test.
+pub struct Line<'a> {
+    proxy: &'a Process,
+    client: UdpSocket,
+    /// Where the client sends to.
+    asked: SocketAddr,
+    backend: UdpSocket,
+    /// Where the backend sends to.
+    flow: SocketAddr,
+}
+
+impl<'a> Line<'a> {
+    /// Opens a flow.
+    #[track_caller]
+    pub fn open(proxy: &'a Process, client: UdpSocket, asked: SocketAddr, backend: UdpSocket) -> Self {
+        client.send_to(b"hello", asked).unwrap();
+        let (_, flow) = receive(&backend);
+        Self { proxy, client, asked, backend, flow }
+    }
+
+    /// Has the proxy find datagrams of these sizes, sent by the client, all at once, and checks that each
+    /// reaches the backend, in order. Over [`BUFFER`] in sum, by [`cost`], some would rightly be lost.
+    #[track_caller]
+    pub fn burst_up(&self, sizes: &[usize]) {
+        self.burst(&self.client, self.asked, sizes, &self.backend, self.flow);
+    }
+
+    /// As [`Line::burst_up`], from the backend to the client.
+    #[track_caller]
+    pub fn burst_down(&self, sizes: &[usize]) {
+        self.burst(&self.backend, self.flow, sizes, &self.client, self.asked);
+    }
+
+    #[track_caller]
+    fn burst(&self, from: &UdpSocket, to: SocketAddr, sizes: &[usize], at: &UdpSocket, seen_as: SocketAddr) {
+        assert!(sizes.iter().map(|size| cost(*size)).sum::<usize>() <= BUFFER, "more than buffers hold");
+        self.proxy.pause();
+        for (number, size) in sizes.iter().enumerate() {
+            from.send_to(&pattern(number, *size), to).unwrap();
+        }
+        self.proxy.resume();
+        for (number, size) in sizes.iter().enumerate() {
+            assert_comes(at, seen_as, number, *size);
+        }
+    }
 }
 
 /// A UDP server with a thread of its own.
