@@ -12,11 +12,14 @@ use crate::backend::{Backend, BackendError};
 /// Where the backend listens, in the container.
 const BACKEND_PORT: u16 = 7000;
 
-/// Settings of a namespace, under /proc/sys/net/ipv4.
-const CLIENT_SETTINGS: [(&str, &str); 1] = [("ip_local_port_range", "1024 65535")];
+/// Settings of a namespace, under /proc/sys/net/ipv4. Whoever closes a connection first keeps its port for
+/// a minute, and the thousands of connections of a run would use all of them up: here, such a port can be
+/// used again after a second.
+const CLIENT_SETTINGS: [(&str, &str); 2] = [("ip_local_port_range", "1024 65535"), ("tcp_tw_reuse", "1")];
 /// The host dials the backend from its own ports, and forwards for those who use no proxy. The ports
 /// that peers listen on stay out of the way.
-const HOST_SETTINGS: [(&str, &str); 2] = [("ip_local_port_range", "40000 65535"), ("ip_forward", "1")];
+const HOST_SETTINGS: [(&str, &str); 3] =
+    [("ip_local_port_range", "40000 65535"), ("tcp_tw_reuse", "1"), ("ip_forward", "1")];
 
 /// Client, host and container, with the backend running.
 pub(crate) struct Wiring {
