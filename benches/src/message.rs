@@ -51,7 +51,7 @@ pub(crate) fn write(message: &mut [u8], service: u8, argument: u32, number: u64)
     message[HEADER..].copy_from_slice(filler);
 }
 
-/// Checks that `message` is the one that [`write`] makes from these fields.
+/// Checks that `message` is the one that [`write()`] makes from these fields.
 pub(crate) fn check(message: &[u8], service: u8, argument: u32, number: u64) -> Result<(), Wrong> {
     let right = message.len() >= HEADER
         && message[..8] == hello(service, argument)

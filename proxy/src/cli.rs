@@ -68,7 +68,7 @@ pub struct Serve {
     /// A UDP flow ends when neither side has sent anything for this long
     #[arg(long, value_name = "DURATION", default_value = "90s", value_parser = parse_idle)]
     udp_timeout: Duration,
-    /// UDP flows at a time; at the cap the longest idle one goes [default: as descriptors allow]
+    /// UDP flows at a time; at the cap the longest idle one goes [default: as descriptors and ports allow]
     #[arg(long, value_name = "COUNT", value_parser = parse_count)]
     udp_max_flows: Option<usize>,
     /// UDP flows at a time from one IPv4 address or IPv6 /64 [default: 3/4 of --udp-max-flows]
@@ -236,10 +236,14 @@ impl FromStr for ConnectTimeout {
     }
 }
 
+/// Deadlines further away than this are a slip of the finger, and in the end overflow the clock.
+const LONGEST_IDLE: Duration = Duration::from_secs(365 * 24 * 3600);
+
 /// Parses a duration that is not zero.
 fn parse_idle(text: &str) -> Result<Duration, String> {
     match parse_duration(text)? {
         Duration::ZERO => Err("every flow would be over at once; write one such as 90s".to_owned()),
+        idle if idle > LONGEST_IDLE => Err("longer than a year; write one such as 90s".to_owned()),
         idle => Ok(idle),
     }
 }
@@ -287,6 +291,7 @@ mod tests {
             ("--host :::80 --to 127.0.0.1:80", "--to 127.0.0.1:80: [::]:80 would forward to itself"),
             ("--proto icmp", "--proto icmp: not a protocol"),
             ("--udp-timeout 0", "--udp-timeout 0: every flow would be over"),
+            ("--udp-timeout 18446744073709551615", "longer than a year"),
             ("--udp-max-flows 0", "--udp-max-flows 0: not a number from 1 up"),
             (
                 "--host :::80 --to 10.0.0.1:80 --proto tcp --proto udp",

@@ -121,6 +121,8 @@ fn bind_udp(addr: SocketAddr, v6only: bool) -> io::Result<UdpSocket> {
 /// Sockets accepted from a listener inherit all of it, which saves four calls per connection.
 pub(crate) fn set_stream_options(socket: &SockRef<'_>) -> io::Result<()> {
     socket.set_tcp_nodelay(true)?;
+    // An urgent byte is a byte of the stream (RFC 6093): kept in its place, it ends no read early.
+    socket.set_out_of_band_inline(true)?;
     socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE))
 }
 

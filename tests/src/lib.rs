@@ -9,25 +9,49 @@
 //! a status message, a line of output) is returned as a value.
 //!
 //! Nothing here sleeps. Waiting means waiting for an event, for at most [`PATIENCE`]; that bound
-//! only turns a hang into a failure and is no statement about how fast the event should be.
+//! only turns a hang into a failure and is no statement about how fast the event should be. What
+//! the kernel tells only when it is asked, [`eventually`] asks for.
 
 #![expect(
     clippy::unwrap_used,
     reason = "a poisoned lock or a failed set-up step ends the test, and that is all it can do"
 )]
 
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 pub mod backend;
 pub mod client;
 pub mod docker_proxy;
 pub mod netns;
+pub mod oracle;
 pub mod pattern;
 pub mod process;
 pub mod require;
 pub mod rproxy;
 pub mod suite;
 pub mod topology;
+pub mod udp;
 
 /// How long the harness waits for an event that is certain to come if the program under test works.
 pub const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Waits until a condition holds that nothing signals, such as a number in `/proc`.
+///
+/// # Panics
+/// When it does not for [`PATIENCE`].
+#[track_caller]
+pub fn eventually(what: &str, holds: impl FnMut() -> bool) {
+    eventually_within(PATIENCE, what, holds);
+}
+
+/// As [`eventually`], for what may rightly take longer.
+#[track_caller]
+pub fn eventually_within(patience: Duration, what: &str, mut holds: impl FnMut() -> bool) {
+    let deadline = Instant::now() + patience;
+    while !holds() {
+        assert!(Instant::now() < deadline, "not after {patience:?}: {what}");
+        // Between two looks, the processor is for those that are to bring it about.
+        thread::sleep(Duration::from_millis(5));
+    }
+}

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
+use std::fs;
 use std::io::{self, Read};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, Weak};
@@ -12,7 +13,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::Pid;
 
-use crate::PATIENCE;
+use crate::{PATIENCE, eventually};
 
 /// Every process that has not been reaped yet, for [`kill_all`].
 static RUNNING: Mutex<BTreeMap<Pid, Weak<Shared>>> = Mutex::new(BTreeMap::new());
@@ -127,6 +128,34 @@ impl Process {
     /// Whether the process still runs.
     pub fn is_running(&self) -> bool {
         self.shared.lock().status.is_none()
+    }
+
+    /// How many descriptors it has open.
+    ///
+    /// # Panics
+    /// When it has ended.
+    #[track_caller]
+    pub fn descriptors(&self) -> usize {
+        match fs::read_dir(format!("/proc/{}/fd", self.pid)) {
+            Ok(entries) => entries.count(),
+            Err(error) => panic!("cannot list the descriptors: {error}{}", self.transcript()),
+        }
+    }
+
+    /// Stops the process until [`Process::resume`]: what is sent to it meanwhile, it finds all at once.
+    #[track_caller]
+    pub fn pause(&self) {
+        self.signal(Signal::SIGSTOP);
+        eventually(&format!("{} is stopped", self.name), || {
+            let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap();
+            // The state is what follows the name, which is in parentheses.
+            stat.rsplit_once(") ").unwrap().1.starts_with('T')
+        });
+    }
+
+    /// Lets it go on after [`Process::pause`].
+    pub fn resume(&self) {
+        self.signal(Signal::SIGCONT);
     }
 
     /// Waits for the end and returns everything about it.

@@ -8,7 +8,6 @@ use std::io::{ErrorKind, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
 use std::process::{Command, ExitCode};
 use std::thread;
 use std::time::Duration;
@@ -21,10 +20,9 @@ use socket2::{Domain, Socket, Type};
 use rproxy_tests::backend::{self, TcpBackend};
 use rproxy_tests::client::{self, End};
 use rproxy_tests::docker_proxy::{DockerProxy, LISTEN_FD, STATUS_FD, Status, mapping};
+use rproxy_tests::oracle::{self, Holds, Row, Subject, failure_of, own_address};
 use rproxy_tests::process::{self, Output, Process};
-use rproxy_tests::require::{self, Need};
-use rproxy_tests::rproxy::rproxy;
-use rproxy_tests::suite::{self, Case};
+use rproxy_tests::suite;
 
 use Holds::{Differently, ForBoth, ForRproxy};
 use Subject::{Oracle, Rproxy};
@@ -36,9 +34,6 @@ const AT_ONCE: Duration = Duration::from_secs(5);
 const FOREIGN: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
 
 const NO_FD_4: &str = "docker-proxy 20.10 takes no listener";
-
-/// Its name, for which programs it holds, and what it does.
-type Row = (&'static str, Holds, fn(Subject));
 
 const CASES: &[Row] = &[
     // The TCP cases of moby's own suite.
@@ -109,92 +104,18 @@ const CASES: &[Row] = &[
     ("no client left hanging", ForBoth, no_client_left_hanging),
 ];
 
-/// For which programs a case holds.
-enum Holds {
-    ForBoth,
-    /// For each of them in its own way, on purpose, for this reason.
-    Differently(&'static str),
-    /// For `rproxy`; the oracle cannot pass it, for this reason.
-    ForRproxy(&'static str),
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Subject {
-    Rproxy,
-    Oracle,
-}
-
 fn main() -> ExitCode {
-    suite::run(CASES.iter().flat_map(cases).collect())
+    suite::run(CASES.iter().flat_map(oracle::cases).collect())
 }
 
-fn cases((name, holds, body): &'static Row) -> Vec<Case> {
-    let case = |title, subject| Case::new(title, move || body(subject)).needs(&[Need::Ipv6]);
-    let oracle = |title| case(title, Oracle).needs(&[Need::Program("docker-proxy")]);
-    match holds {
-        ForBoth => vec![case(format!("rproxy: {name}"), Rproxy), oracle(format!("docker-proxy: {name}"))],
-        Differently(why) => vec![
-            case(format!("rproxy: {name} (differs: {why})"), Rproxy),
-            oracle(format!("docker-proxy: {name} (differs: {why})")),
-        ],
-        ForRproxy(why) => vec![case(format!("rproxy: {name} (alone: {why})"), Rproxy)],
-    }
-}
-
-impl Subject {
-    fn program(self) -> PathBuf {
-        match self {
-            Rproxy => rproxy().into(),
-            Oracle => require::find("docker-proxy").unwrap(),
-        }
-    }
-
-    fn start(self, arguments: &[String]) -> DockerProxy {
-        DockerProxy::start(&self.program(), arguments, None)
-    }
-
-    /// Starts a proxy for a mapping and waits until it serves.
-    fn serve(self, host: SocketAddr, container: SocketAddr) -> DockerProxy {
-        let mut proxy = self.start(&mapping("tcp", host, container));
-        assert_eq!(proxy.status(), Status::Ready);
-        proxy
-    }
-
-    /// Starts a proxy that is to adopt `listener`.
-    fn adopt(self, listener: impl Into<OwnedFd>, container: SocketAddr) -> DockerProxy {
-        // The daemon names the address of the socket it passes on; the socket decides.
-        let mut arguments = mapping("tcp", own_address(), container);
-        arguments.push("-use-listen-fd".into());
-        DockerProxy::start(&self.program(), &arguments, Some(listener.into()))
-    }
-
-    /// Runs a proxy that reports failure; returns its message.
-    fn failure(self, arguments: &[String]) -> String {
-        failure_of(self.start(arguments))
-    }
-
-    /// Runs a proxy that rejects its flags; returns what it printed.
-    fn usage_error(self, arguments: &[&str]) -> Output {
-        let mut proxy = self.start(&arguments.iter().map(ToString::to_string).collect::<Vec<_>>());
-        assert_eq!(proxy.status(), Status::Other(String::new()), "a word on descriptor 3");
-        let output = proxy.process.into_output();
-        assert_eq!(output.status.code(), Some(2), "{output:#?}");
-        assert!(output.stderr.contains("sage"), "no usage: {output:#?}");
-        output
-    }
-}
-
-fn failure_of(mut proxy: DockerProxy) -> String {
-    let Status::Failed(message) = proxy.status() else {
-        panic!("no failure on descriptor 3");
-    };
-    assert_eq!(proxy.process.wait().code(), Some(1));
-    message
-}
-
-/// An address for a proxy to bind that is certain to be free.
-fn own_address() -> SocketAddr {
-    (client::own_loopback(), 80).into()
+/// Runs a proxy that rejects its flags; returns what it printed.
+fn usage_error(subject: Subject, arguments: &[&str]) -> Output {
+    let mut proxy = subject.start(&arguments.iter().map(ToString::to_string).collect::<Vec<_>>());
+    assert_eq!(proxy.status(), Status::Other(String::new()), "a word on descriptor 3");
+    let output = proxy.process.into_output();
+    assert_eq!(output.status.code(), Some(2), "{output:#?}");
+    assert!(output.stderr.contains("sage"), "no usage: {output:#?}");
+    output
 }
 
 fn free_v6() -> SocketAddr {
@@ -218,27 +139,27 @@ fn tcp4(subject: Subject) {
     let backend = echo();
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
-    let mut proxy = subject.adopt(listener, backend.address());
+    let mut proxy = subject.adopt("tcp", listener, backend.address());
     assert_eq!(proxy.status(), Status::Ready);
     assert_echoes(address);
 }
 
 fn tcp4_no_listener(subject: Subject) {
     let (backend, host) = (echo(), own_address());
-    let _proxy = subject.serve(host, backend.address());
+    let _proxy = subject.serve("tcp", host, backend.address());
     assert_echoes(host);
 }
 
 fn tcp4_half_close(subject: Subject) {
     let backend = TcpBackend::local(backend::answer_at_eof);
     let host = own_address();
-    let _proxy = subject.serve(host, backend.address());
+    let _proxy = subject.serve("tcp", host, backend.address());
     assert_echoes(host);
 }
 
 fn tcp6(subject: Subject) {
     let (backend, host) = (echo_on(Ipv6Addr::LOCALHOST), free_v6());
-    let _proxy = subject.serve(host, backend.address());
+    let _proxy = subject.serve("tcp", host, backend.address());
     assert_echoes(host);
 }
 
@@ -249,7 +170,7 @@ fn dual_stack(subject: Subject) {
     listener.bind(&SocketAddr::from((Ipv6Addr::UNSPECIFIED, 0)).into()).unwrap();
     listener.listen(128).unwrap();
     let port = listener.local_addr().unwrap().as_socket().unwrap().port();
-    let mut proxy = subject.adopt(listener, backend.address());
+    let mut proxy = subject.adopt("tcp", listener, backend.address());
     assert_eq!(proxy.status(), Status::Ready);
     assert_echoes((Ipv4Addr::LOCALHOST, port).into());
     assert_echoes((Ipv6Addr::LOCALHOST, port).into());
@@ -257,20 +178,20 @@ fn dual_stack(subject: Subject) {
 
 fn host_v6_container_v4(subject: Subject) {
     let (backend, host) = (echo(), free_v6());
-    let _proxy = subject.serve(host, backend.address());
+    let _proxy = subject.serve("tcp", host, backend.address());
     assert_echoes(host);
 }
 
 fn host_v4_container_v6(subject: Subject) {
     let (backend, host) = (echo_on(Ipv6Addr::LOCALHOST), own_address());
-    let _proxy = subject.serve(host, backend.address());
+    let _proxy = subject.serve("tcp", host, backend.address());
     assert_echoes(host);
 }
 
 fn own_bind_is_v6_only(subject: Subject) {
     let backend = echo();
     let port = client::free_port(Ipv6Addr::UNSPECIFIED);
-    let _proxy = subject.serve((Ipv6Addr::UNSPECIFIED, port).into(), backend.address());
+    let _proxy = subject.serve("tcp", (Ipv6Addr::UNSPECIFIED, port).into(), backend.address());
     assert_echoes((Ipv6Addr::LOCALHOST, port).into());
     TcpListener::bind((Ipv4Addr::UNSPECIFIED, port)).expect("the IPv4 port is taken, too");
 }
@@ -289,7 +210,7 @@ fn default_host_address(subject: Subject) {
 fn backend_refuses(subject: Subject) {
     let host = own_address();
     // Nobody listens on an address of one's own.
-    let _proxy = subject.serve(host, own_address());
+    let _proxy = subject.serve("tcp", host, own_address());
     let (received, end) = client::end_of(host);
     assert_eq!(received, b"");
     match subject {
@@ -385,13 +306,13 @@ fn assert_close_on_exec(process: &Process) {
 
 fn descriptors_close_on_exec(subject: Subject) {
     let (backend, host) = (echo(), own_address());
-    let proxy = subject.serve(host, backend.address());
+    let proxy = subject.serve("tcp", host, backend.address());
     assert_echoes(host);
     assert_close_on_exec(&proxy.process);
 }
 
 fn listener_closes_on_exec(subject: Subject) {
-    let mut proxy = subject.adopt(TcpListener::bind("127.0.0.1:0").unwrap(), own_address());
+    let mut proxy = subject.adopt("tcp", TcpListener::bind("127.0.0.1:0").unwrap(), own_address());
     assert_eq!(proxy.status(), Status::Ready);
     assert_close_on_exec(&proxy.process);
 }
@@ -402,7 +323,7 @@ fn blocking_listener(subject: Subject) {
     let address = listener.local_addr().unwrap();
     let flags = |fd: &TcpListener| OFlag::from_bits_retain(fcntl(fd.as_fd(), FcntlArg::F_GETFL).unwrap());
     assert!(!flags(&listener).contains(OFlag::O_NONBLOCK));
-    let mut proxy = subject.adopt(listener.try_clone().unwrap(), backend.address());
+    let mut proxy = subject.adopt("tcp", listener.try_clone().unwrap(), backend.address());
     assert_eq!(proxy.status(), Status::Ready);
     assert!(flags(&listener).contains(OFlag::O_NONBLOCK), "accept would block the proxy");
     assert_echoes(address);
@@ -410,7 +331,7 @@ fn blocking_listener(subject: Subject) {
 
 #[track_caller]
 fn assert_not_adopted(subject: Subject, listener: impl Into<OwnedFd>) {
-    let message = failure_of(subject.adopt(listener, own_address()));
+    let message = failure_of(subject.adopt("tcp", listener, own_address()));
     assert!(message.contains('4'), "does not name the descriptor: {message:?}");
 }
 
@@ -484,24 +405,24 @@ fn flags_end_at_dashes(subject: Subject) {
 }
 
 fn unknown_flag(subject: Subject) {
-    let output = subject.usage_error(&["-proto", "tcp", "-host-ip", "127.0.0.1", "-no-such-flag"]);
+    let output = usage_error(subject, &["-proto", "tcp", "-host-ip", "127.0.0.1", "-no-such-flag"]);
     assert!(output.stderr.contains("no-such-flag"), "{output:#?}");
 }
 
 fn flag_without_value(subject: Subject) {
-    let output = subject.usage_error(&["-proto", "tcp", "-host-ip"]);
+    let output = usage_error(subject, &["-proto", "tcp", "-host-ip"]);
     assert!(output.stderr.contains("host-ip"), "{output:#?}");
 }
 
 fn port_is_no_number(subject: Subject) {
-    let output = subject.usage_error(&["-proto", "tcp", "-host-port", "http"]);
+    let output = usage_error(subject, &["-proto", "tcp", "-host-port", "http"]);
     assert!(output.stderr.contains("http"), "{output:#?}");
     assert!(output.stderr.contains("host-port"), "{output:#?}");
 }
 
 fn address_is_no_address(subject: Subject) {
     for flag in ["-host-ip", "-container-ip"] {
-        let output = subject.usage_error(&["-proto", "tcp", flag, "localhost"]);
+        let output = usage_error(subject, &["-proto", "tcp", flag, "localhost"]);
         assert!(output.stderr.contains("localhost"), "{output:#?}");
         assert!(output.stderr.contains(flag), "{output:#?}");
     }
@@ -514,7 +435,7 @@ fn boolean_flags(subject: Subject) {
     let mut arguments = vec!["-use-listen-fd".to_owned(), "false".to_owned()];
     arguments.extend(mapping("tcp", own_address(), own_address()));
     subject.failure(&arguments);
-    subject.usage_error(&["-use-listen-fd=perhaps"]);
+    usage_error(subject, &["-use-listen-fd=perhaps"]);
 }
 
 fn version(subject: Subject) {
@@ -531,12 +452,12 @@ fn version(subject: Subject) {
 /// A signal ends the proxy although a connection is open, whose client is told.
 fn ends_at_once_on(subject: Subject, signal: Signal) {
     let (backend, host) = (echo(), own_address());
-    let proxy = subject.serve(host, backend.address());
+    let proxy = subject.serve("tcp", host, backend.address());
     let mut open = client::connect(host);
     open.write_all(b"x").unwrap();
     open.peek(&mut [0]).unwrap();
     proxy.process.signal(signal);
-    assert_eq!(proxy.process.wait_within(AT_ONCE).code(), Some(0));
+    subject.assert_ended(proxy.process.wait_within(AT_ONCE));
     assert_eq!(client::read_to_end(&open).0, b"x");
 }
 
@@ -553,18 +474,18 @@ fn port_free_after_stop(subject: Subject) {
     let backend = TcpBackend::local(|mut stream| stream.write_all(b"bye"));
     let host = own_address();
     for _ in 0..3 {
-        let proxy = subject.serve(host, backend.address());
+        let proxy = subject.serve("tcp", host, backend.address());
         let client = client::connect(host);
         assert_eq!(client::read_to_end(&client), (b"bye".to_vec(), End::Eof));
         drop(client);
-        assert_eq!(proxy.stop().code(), Some(0));
+        subject.assert_ended(proxy.stop());
     }
 }
 
 /// Clients that connect one after the other while the proxy stops are each answered, reset or refused.
 fn no_client_left_hanging(subject: Subject) {
     let (backend, host) = (echo(), own_address());
-    let proxy = subject.serve(host, backend.address());
+    let proxy = subject.serve("tcp", host, backend.address());
     let hammer = move || -> u32 {
         for answered in 0.. {
             let Ok(stream) = TcpStream::connect(host) else {
@@ -584,7 +505,7 @@ fn no_client_left_hanging(subject: Subject) {
     };
     let clients: Vec<_> = (0..4).map(|_| thread::spawn(hammer)).collect();
     assert_echoes(host);
-    assert_eq!(proxy.stop().code(), Some(0));
+    subject.assert_ended(proxy.stop());
     for client in clients {
         client.join().unwrap();
     }

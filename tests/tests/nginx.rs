@@ -63,11 +63,12 @@ impl Site {
     }
 }
 
-/// nginx in the foreground, with all of its files in one directory.
+/// nginx in the foreground, as a single process, with all of its files in one directory.
 fn nginx(directory: &Path) -> std::process::Command {
     fs::create_dir(directory.join("www")).unwrap();
     fs::write(directory.join("www/index.html"), PAGE).unwrap();
     let config = "daemon off;
+        master_process off;
         user root;
         pid nginx.pid;
         error_log stderr;

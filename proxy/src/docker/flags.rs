@@ -19,8 +19,9 @@ const ONE_DASH: [&str; 2] = ["proto", "version"];
 pub fn is_docker_proxy_command(args: &[OsString]) -> bool {
     let starts_with_flag =
         args.first().and_then(|arg| arg.to_str()).is_some_and(|arg| flag_of(arg).is_some());
-    let mut words = args.iter().map_while(|arg| arg.to_str().filter(|arg| *arg != "--"));
-    starts_with_flag && words.any(is_ours)
+    let words = || args.iter().map_while(|arg| arg.to_str().filter(|arg| *arg != "--"));
+    let is_standalone = |word: &str| matches!(word.split('=').next(), Some("--host" | "--to"));
+    starts_with_flag && words().any(is_ours) && !words().any(is_standalone)
 }
 
 /// Whether a word of the command line is a flag that standalone use does not have.
@@ -266,6 +267,7 @@ mod tests {
             "--version",
             "-h",
             "-- -proto",
+            "--host 0.0.0.0:80 --to 172.17.0.2:80 -v",
         ] {
             assert!(!is_docker_proxy_command(&args(line)), "{line}");
         }

@@ -37,7 +37,8 @@ pub fn main(args: &[OsString]) -> ExitCode {
         Ok(flags) => flags,
         Err(usage) => {
             console::err(&usage);
-            return ExitCode::from(2);
+            // As Go's flag package: asking for help is no mistake.
+            return if usage == UsageError::Help { ExitCode::SUCCESS } else { ExitCode::from(2) };
         }
     };
     if flags.version {

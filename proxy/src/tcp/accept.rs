@@ -19,6 +19,9 @@ use crate::worker::Workers;
 /// Connections accepted in a row before other tasks of the worker get theirs.
 const BURST: usize = 64;
 
+/// Pending connections at the end; the usual net.core.somaxconn. Under a flood there is always another.
+const LONGEST_BACKLOG: usize = 4096;
+
 /// Accepts connections and gives each to a worker, until `stop` changes or its sender is gone. What
 /// is pending by then is still accepted: its client has been told that it is connected.
 pub(crate) async fn accept_until(
@@ -32,7 +35,7 @@ pub(crate) async fn accept_until(
         _ = stop.changed() => {}
     }
     let pending = std::iter::from_fn(|| socket::accept(listener.as_fd()).ok());
-    hand_over(pending.collect(), &service, &workers);
+    hand_over(pending.take(LONGEST_BACKLOG).collect(), &service, &workers);
     debug!(mapping = %service.mapping, "listener closed");
 }
 

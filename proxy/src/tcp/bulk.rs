@@ -43,6 +43,8 @@ pub(super) async fn splice(
     let mut watermark = Watermark::new(source);
     let start = *moved;
     let result = loop {
+        // While both sides keep up, nothing here waits: other tasks of the worker get their turn.
+        tokio::task::coop::consume_budget().await;
         match pipe.fill(source) {
             Ok(0) => break Err(End::Eof),
             Ok(_) => {

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use arrayvec::ArrayVec;
 use nix::errno::Errno;
+use nix::libc;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use nix::sys::resource::{Resource, getrlimit};
 use rproxy_sys::udp::{BATCH, RecvBatch, Transmit};
@@ -38,7 +39,7 @@ const LISTENER_BATCHES: usize = 4;
 const FLOW_BATCH: usize = BATCH / 2;
 
 /// Turns after which other tasks of the worker get theirs, however much there is to do here.
-const TURNS_IN_A_ROW: u32 = 8;
+const TURNS_IN_A_ROW: u32 = 2;
 
 /// When draining, flows are over once none had traffic for this long.
 const QUIET: Duration = Duration::from_secs(1);
@@ -105,11 +106,8 @@ impl UdpRelay {
         let mut turns = 0_u32;
         while !(self.draining && self.is_quiet(Instant::now())) {
             tokio::select! {
+                // Signals and timers first: under a flood there is always another datagram.
                 biased;
-                count = wait(&self.watched, &self.epoll, &mut events) => match count {
-                    Ok(count) => self.turn(&events[..count]),
-                    Err(error) => return error!(%error, "the UDP relay ends: epoll_wait failed"),
-                },
                 _ = stop.changed(), if !self.draining => {
                     self.draining = true;
                     alarm.as_mut().reset(tokio::time::Instant::now());
@@ -118,6 +116,10 @@ impl UdpRelay {
                     self.expire();
                     alarm.as_mut().reset(self.next_deadline().into());
                 }
+                count = wait(&self.watched, &self.epoll, &mut events) => match count {
+                    Ok(count) => self.turn(&events[..count]),
+                    Err(error) => return error!(%error, "the UDP relay ends: epoll_wait failed"),
+                },
             }
             turns = turns.wrapping_add(1);
             if turns.is_multiple_of(TURNS_IN_A_ROW) {
@@ -319,13 +321,26 @@ impl UdpRelay {
     }
 }
 
-/// How many flows there may be: what was asked for, or what descriptors allow.
+/// How many flows there may be: what was asked for, or what descriptors and local ports allow.
 fn bounds(limits: &Limits) -> Bounds {
     let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _hard)| soft);
     let descriptors = usize::try_from(descriptors).unwrap_or(usize::MAX);
-    let flows = limits.udp_max_flows.unwrap_or(descriptors.saturating_sub(RESERVED_DESCRIPTORS)).max(1);
+    let most = descriptors.saturating_sub(RESERVED_DESCRIPTORS).min(local_ports() / 2);
+    let flows = limits.udp_max_flows.unwrap_or(most).max(1);
     let per_source = limits.udp_max_flows_per_source.unwrap_or(flows.div_ceil(4) * 3).max(1);
     Bounds { flows, flows_per_source: per_source, idle: limits.udp_timeout }
+}
+
+/// Ports that the kernel hands out to sockets which do not choose one (ip(7) `ip_local_port_range`).
+/// Each flow takes one, and other programs need some.
+fn local_ports() -> usize {
+    let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
+    let bounds: Vec<usize> = range.split_whitespace().filter_map(|port| port.parse().ok()).collect();
+    match bounds[..] {
+        [first, last] if first <= last => last - first + 1,
+        // The kernel's default.
+        _ => 28_232,
+    }
 }
 
 /// Waits until sockets have something, and says how many are in `events`.
@@ -389,12 +404,16 @@ fn interest(epoll: &Epoll, socket: BorrowedFd<'_>, token: Token, wanted: Wanted)
     }
 }
 
-/// Opens a flow's socket. Descriptors may run out below the cap, which is taken as the cap.
+/// Opens a flow's socket. Descriptors or local ports may run out below the cap, which is taken as the
+/// cap.
 fn open(table: &mut FlowTable<FlowKey, Flow>, backend: BackendAddr) -> io::Result<Flow> {
-    let is_out_of_descriptors =
-        |error: &io::Error| matches!(error.raw_os_error(), Some(nix::libc::EMFILE | nix::libc::ENFILE));
+    let has_run_out = |error: &io::Error| {
+        // connect(2) gives the last two when all local ports are taken.
+        const RUN_OUT: [i32; 4] = [libc::EMFILE, libc::ENFILE, libc::EAGAIN, libc::EADDRNOTAVAIL];
+        error.raw_os_error().is_some_and(|errno| RUN_OUT.contains(&errno))
+    };
     match Flow::open(backend) {
-        Err(error) if is_out_of_descriptors(&error) && table.evict().is_some() => Flow::open(backend),
+        Err(error) if has_run_out(&error) && table.evict().is_some() => Flow::open(backend),
         opened => opened,
     }
 }

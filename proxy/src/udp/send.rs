@@ -7,7 +7,7 @@ use std::os::fd::BorrowedFd;
 
 use arrayvec::ArrayVec;
 use nix::libc;
-use rproxy_sys::udp::{BATCH, LocalAddr, TRAIN_LEN, Transmit, send_batch};
+use rproxy_sys::udp::{BATCH, LocalAddr, Transmit, send_batch};
 use tracing::warn;
 
 use crate::log_limit::LogLimit;
@@ -70,11 +70,21 @@ fn send_singly(
     train: &Transmit<'_>,
     report: &mut dyn FnMut(Trouble<'_, '_>),
 ) -> bool {
-    let payloads: ArrayVec<[IoSlice<'_>; 1], TRAIN_LEN> =
-        datagrams(train).map(|bytes| [IoSlice::new(bytes)]).collect();
-    let messages: ArrayVec<Transmit<'_>, TRAIN_LEN> =
-        payloads.iter().map(|payload| Transmit { payload, segment: None, ..*train }).collect();
-    send_all(socket, &messages, report)
+    // The kernel may hand over longer trains than it takes from us, hence in batches.
+    let mut rest = datagrams(train).peekable();
+    while rest.peek().is_some() {
+        let payloads: ArrayVec<[IoSlice<'_>; 1], BATCH> =
+            rest.by_ref().take(BATCH).map(|bytes| [IoSlice::new(bytes)]).collect();
+        let messages: ArrayVec<Transmit<'_>, BATCH> =
+            payloads.iter().map(|payload| Transmit { payload, segment: None, ..*train }).collect();
+        if !send_all(socket, &messages, report) {
+            for bytes in rest {
+                report(Trouble::Full(&Transmit { payload: &[IoSlice::new(bytes)], segment: None, ..*train }));
+            }
+            return false;
+        }
+    }
+    true
 }
 
 /// The datagrams that a message consists of. The pieces of a train are whole datagrams each.
@@ -106,7 +116,7 @@ enum Remedy {
 fn remedy(error: &io::Error, is_train: bool) -> Remedy {
     match error.raw_os_error() {
         Some(libc::ECONNREFUSED | libc::EINTR) => Remedy::Again,
-        Some(libc::EAGAIN | libc::ENOBUFS) => Remedy::Wait,
+        Some(libc::EAGAIN) => Remedy::Wait,
         // No checksum offload on the device; segments over its MTU; over the path's.
         Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE) if is_train => Remedy::Single,
         // Before Linux 4.18 there are none.
@@ -293,6 +303,17 @@ mod tests {
         }
         // Whether the device took the train is its business; what arrives is the same.
         assert!(matches!(refused, None | Some(0)));
+    }
+
+    #[test]
+    fn a_train_longer_than_a_batch_is_sent_singly_too() {
+        let (a, b) = pair();
+        let bytes = vec![5; 10 * (BATCH + 36)];
+        let payload = [IoSlice::new(&bytes)];
+        assert!(send_singly(a.as_fd(), &transmit(&payload, Some(10)), &mut no_trouble));
+        for _ in 0..BATCH + 36 {
+            assert_eq!(b.recv(&mut [0; 20]).unwrap(), 10);
+        }
     }
 
     #[test]

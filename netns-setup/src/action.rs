@@ -1,0 +1,430 @@
+//! The changes that this program can make, each printable as the command that it equals.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::path::{Path, PathBuf};
+
+use crate::addr::{Cidr, Mac};
+use crate::model::{CONTAINER_INTERFACE, MappingKey, NETNS_DIR, RelayProcess};
+use crate::name::{IfName, Name};
+use crate::publish::{HostAddr, Proto};
+
+/// In which network namespace an action takes place.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Place {
+    /// The one this program was started in.
+    Host,
+    /// A container's, found at this path.
+    Container(PathBuf),
+}
+
+impl Place {
+    /// How a command of `ip` begins in this place.
+    fn ip(&self) -> String {
+        match self {
+            Self::Host => "ip".to_owned(),
+            Self::Container(path) => match netns_name(path) {
+                Some(name) => format!("ip -n {name}"),
+                None => format!("nsenter --net={} ip", path.display()),
+            },
+        }
+    }
+
+    /// How any other command begins in this place.
+    fn exec(&self) -> String {
+        match self {
+            Self::Host => String::new(),
+            Self::Container(path) => format!("nsenter --net={} ", path.display()),
+        }
+    }
+}
+
+/// The name under which `ip netns` knows the namespace at `path`.
+fn netns_name(path: &Path) -> Option<&str> {
+    path.strip_prefix(NETNS_DIR).ok()?.to_str().filter(|name| !name.contains('/'))
+}
+
+/// One property of an interface.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum LinkChange {
+    /// Administratively up or down.
+    Up(bool),
+    /// The hardware address.
+    Address(Mac),
+    /// The largest packet on the wire.
+    Mtu(u32),
+    /// The bridge that it is a port of.
+    Master(Option<IfName>),
+    /// Whether a bridge port sends a frame back where it came from.
+    Hairpin(bool),
+    /// The largest packets inside the host.
+    Offload(OffloadSizes),
+}
+
+/// The largest packets that a device takes from (GSO) and gives to (GRO) the stack, before segmentation.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct OffloadSizes {
+    /// Sent, IPv6.
+    pub gso: Option<u32>,
+    /// Received, IPv6.
+    pub gro: Option<u32>,
+    /// Sent, IPv4.
+    pub gso_ipv4: Option<u32>,
+    /// Received, IPv4.
+    pub gro_ipv4: Option<u32>,
+}
+
+impl OffloadSizes {
+    fn named(&self) -> impl Iterator<Item = (&'static str, u32)> {
+        [
+            ("gso_max_size", self.gso),
+            ("gro_max_size", self.gro),
+            ("gso_ipv4_max_size", self.gso_ipv4),
+            ("gro_ipv4_max_size", self.gro_ipv4),
+        ]
+        .into_iter()
+        .filter_map(|(name, size)| size.map(|size| (name, size)))
+    }
+}
+
+/// A veth pair from the host into a container.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct VethPair {
+    /// The host's end.
+    pub host: IfName,
+    /// Its hardware address.
+    pub host_mac: Mac,
+    /// The hardware address of the container's end.
+    pub container_mac: Mac,
+    /// The largest packet on the wire, both ends.
+    pub mtu: u32,
+    /// The container's namespace.
+    pub netns: PathBuf,
+}
+
+/// How one `rproxy` is started: the contract of docker-proxy.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct RelayCommand {
+    /// The program.
+    pub program: PathBuf,
+    /// The mapping that it serves.
+    pub key: MappingKey,
+    /// Where it sends what it receives.
+    pub container_ip: IpAddr,
+    /// At which port.
+    pub container_port: u16,
+}
+
+impl RelayCommand {
+    /// The arguments after the program's name.
+    #[must_use]
+    pub fn args(&self) -> Vec<String> {
+        let host_ip = match self.key.host {
+            HostAddr::Any => "::".to_owned(),
+            HostAddr::Ip(ip) => ip.to_string(),
+        };
+        let pairs = [
+            ("-proto", self.key.proto.to_string()),
+            ("-host-ip", host_ip),
+            ("-host-port", self.key.port.to_string()),
+            ("-container-ip", self.container_ip.to_string()),
+            ("-container-port", self.container_port.to_string()),
+        ];
+        let pairs = pairs.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]);
+        pairs.chain(["-use-listen-fd".to_owned()]).collect()
+    }
+}
+
+/// One of the two tools of iptables.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Family {
+    /// `iptables`.
+    V4,
+    /// `ip6tables`.
+    V6,
+}
+
+impl Family {
+    /// The program that loads rules.
+    #[must_use]
+    pub fn restore(self) -> &'static str {
+        match self {
+            Self::V4 => "iptables-restore",
+            Self::V6 => "ip6tables-restore",
+        }
+    }
+
+    /// The program that lists rules.
+    #[must_use]
+    pub fn save(self) -> &'static str {
+        match self {
+            Self::V4 => "iptables-save",
+            Self::V6 => "ip6tables-save",
+        }
+    }
+}
+
+/// A change.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Action {
+    /// Makes a named network namespace.
+    AddNetns(Name),
+    /// Removes one.
+    DeleteNetns(Name),
+    /// Makes a bridge.
+    AddBridge {
+        /// Its name.
+        name: IfName,
+        /// Its hardware address.
+        mac: Mac,
+        /// Its MTU.
+        mtu: u32,
+    },
+    /// Makes a veth pair, the container's end in its namespace from the start.
+    AddVeth(VethPair),
+    /// Removes an interface of the host.
+    DeleteLink(IfName),
+    /// Changes a property of an interface.
+    SetLink {
+        /// Where it is.
+        place: Place,
+        /// Its name.
+        name: IfName,
+        /// What changes.
+        change: LinkChange,
+    },
+    /// Gives an interface an address.
+    AddAddress {
+        /// Where it is.
+        place: Place,
+        /// Its name.
+        name: IfName,
+        /// The address.
+        address: Cidr,
+    },
+    /// Takes an address away.
+    DeleteAddress {
+        /// Where the interface is.
+        place: Place,
+        /// Its name.
+        name: IfName,
+        /// The address.
+        address: Cidr,
+    },
+    /// Adds a container's default route.
+    AddDefaultRoute {
+        /// Which container.
+        place: Place,
+        /// The router.
+        gateway: IpAddr,
+    },
+    /// Removes it.
+    DeleteDefaultRoute {
+        /// Which container.
+        place: Place,
+        /// The router.
+        gateway: IpAddr,
+    },
+    /// Sets a kernel parameter of the host.
+    SetSysctl {
+        /// Its name.
+        key: String,
+        /// Its new value.
+        value: String,
+    },
+    /// Writes a whole file.
+    WriteFile {
+        /// Where.
+        path: PathBuf,
+        /// What.
+        text: String,
+    },
+    /// Removes a file.
+    RemoveFile(PathBuf),
+    /// Hands a script to `nft`: one transaction.
+    Nft(String),
+    /// Hands a script to `iptables-restore`: one transaction per table.
+    Iptables {
+        /// Which tool.
+        family: Family,
+        /// The script.
+        script: String,
+    },
+    /// Starts an `rproxy` on a socket that is bound already.
+    StartRelay(RelayCommand),
+    /// Stops one and waits until it is gone.
+    StopRelay {
+        /// How it was started.
+        relay: RelayCommand,
+        /// The process; `None` means the one that this run started.
+        process: Option<RelayProcess>,
+    },
+    /// Forgets the UDP flows that came in at a host port: they would keep to their old translation.
+    FlushConntrack {
+        /// The addresses of the host.
+        host: HostAddr,
+        /// The port.
+        port: u16,
+    },
+}
+
+impl fmt::Display for Action {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::AddNetns(name) => write!(f, "ip netns add {name}"),
+            Self::DeleteNetns(name) => write!(f, "ip netns delete {name}"),
+            Self::AddBridge { name, mac, mtu } => {
+                write!(f, "ip link add name {name} address {mac} mtu {mtu} type bridge stp_state 0")
+            }
+            Self::AddVeth(pair) => fmt_veth(f, pair),
+            Self::DeleteLink(name) => write!(f, "ip link delete dev {name}"),
+            Self::SetLink { place, name, change } => fmt_link(f, place, name, change),
+            Self::AddAddress { place, name, address } => fmt_add_address(f, place, name, *address),
+            Self::DeleteAddress { place, name, address } => {
+                write!(f, "{} address delete {address} dev {name}", place.ip())
+            }
+            Self::AddDefaultRoute { place, gateway } => fmt_route(f, place, "add", *gateway),
+            Self::DeleteDefaultRoute { place, gateway } => fmt_route(f, place, "delete", *gateway),
+            Self::SetSysctl { key, value } => write!(f, "sysctl -w {key}={value}"),
+            Self::WriteFile { path, text } => fmt_input(f, &format!("cat > {}", path.display()), text),
+            Self::RemoveFile(path) => write!(f, "rm {}", path.display()),
+            Self::Nft(script) => fmt_input(f, "nft -f -", script),
+            Self::Iptables { family, script } => {
+                fmt_input(f, &format!("{} --noflush -w 5", family.restore()), script)
+            }
+            Self::StartRelay(_) | Self::StopRelay { .. } => fmt_relay(f, self),
+            Self::FlushConntrack { host, port } => fmt_flush(f, *host, *port),
+        }
+    }
+}
+
+/// A command with what it reads.
+fn fmt_input(f: &mut fmt::Formatter<'_>, command: &str, input: &str) -> fmt::Result {
+    write!(f, "{command} <<'EOF'\n{}\nEOF", input.trim_end())
+}
+
+fn fmt_relay(f: &mut fmt::Formatter<'_>, action: &Action) -> fmt::Result {
+    match action {
+        Action::StartRelay(relay) => {
+            write!(f, "{} {}", relay.program.display(), relay.args().join(" "))
+        }
+        Action::StopRelay { process: Some(process), .. } => write!(f, "kill -INT {}", process.pid),
+        Action::StopRelay { relay, .. } => write!(f, "kill -INT the rproxy at {}", relay.key),
+        _ => Ok(()),
+    }
+}
+
+fn fmt_veth(f: &mut fmt::Formatter<'_>, pair: &VethPair) -> fmt::Result {
+    let VethPair { host, host_mac, container_mac, mtu, netns } = pair;
+    let netns = netns_name(netns).map_or_else(|| netns.display().to_string(), str::to_owned);
+    write!(f, "ip link add name {host} address {host_mac} mtu {mtu} type veth ")?;
+    write!(f, "peer name {CONTAINER_INTERFACE} address {container_mac} mtu {mtu} netns {netns}")
+}
+
+fn fmt_link(f: &mut fmt::Formatter<'_>, place: &Place, name: &IfName, change: &LinkChange) -> fmt::Result {
+    if let LinkChange::Hairpin(on) = change {
+        let state = if *on { "on" } else { "off" };
+        return write!(f, "{}bridge link set dev {name} hairpin {state}", place.exec());
+    }
+    write!(f, "{} link set dev {name}", place.ip())?;
+    match change {
+        LinkChange::Up(true) => write!(f, " up"),
+        LinkChange::Up(false) => write!(f, " down"),
+        LinkChange::Address(mac) => write!(f, " address {mac}"),
+        LinkChange::Mtu(mtu) => write!(f, " mtu {mtu}"),
+        LinkChange::Master(Some(bridge)) => write!(f, " master {bridge}"),
+        LinkChange::Master(None) => write!(f, " nomaster"),
+        LinkChange::Offload(sizes) => {
+            sizes.named().try_for_each(|(option, size)| write!(f, " {option} {size}"))
+        }
+        LinkChange::Hairpin(_) => Ok(()),
+    }
+}
+
+fn fmt_add_address(f: &mut fmt::Formatter<'_>, place: &Place, name: &IfName, address: Cidr) -> fmt::Result {
+    write!(f, "{} address add {address}", place.ip())?;
+    // An address that only this program gives out needs no duplicate detection, and is usable at once without.
+    f.write_str(if address.ip.is_ipv4() { " broadcast +" } else { " nodad" })?;
+    write!(f, " dev {name}")
+}
+
+fn fmt_route(f: &mut fmt::Formatter<'_>, place: &Place, verb: &str, gateway: IpAddr) -> fmt::Result {
+    let family = if gateway.is_ipv6() { " -6" } else { "" };
+    write!(f, "{}{family} route {verb} default via {gateway} dev {CONTAINER_INTERFACE}", place.ip())
+}
+
+fn fmt_flush(f: &mut fmt::Formatter<'_>, host: HostAddr, port: u16) -> fmt::Result {
+    write!(f, "conntrack -D -p {}", Proto::Udp)?;
+    match host {
+        HostAddr::Ip(ip) if !ip.is_unspecified() => write!(f, " --orig-dst {ip}")?,
+        _ => {}
+    }
+    write!(f, " --orig-port-dst {port}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn web() -> Place {
+        Place::Container("/run/netns/web".into())
+    }
+
+    fn name(text: &str) -> IfName {
+        text.parse().unwrap()
+    }
+
+    fn set(place: Place, change: LinkChange) -> String {
+        Action::SetLink { place, name: name("eth0"), change }.to_string()
+    }
+
+    #[test]
+    fn a_change_of_a_link_reads_as_its_command() {
+        let elsewhere = Place::Container("/proc/7/ns/net".into());
+        let sizes = OffloadSizes { gso: Some(524_280), gro: None, gso_ipv4: Some(1), gro_ipv4: None };
+        let offload = set(Place::Host, LinkChange::Offload(sizes));
+        assert_eq!(set(web(), LinkChange::Up(true)), "ip -n web link set dev eth0 up");
+        assert_eq!(
+            set(elsewhere, LinkChange::Up(false)),
+            "nsenter --net=/proc/7/ns/net ip link set dev eth0 down"
+        );
+        assert_eq!(set(Place::Host, LinkChange::Master(None)), "ip link set dev eth0 nomaster");
+        assert_eq!(set(Place::Host, LinkChange::Hairpin(true)), "bridge link set dev eth0 hairpin on");
+        assert_eq!(offload, "ip link set dev eth0 gso_max_size 524280 gso_ipv4_max_size 1");
+    }
+
+    #[test]
+    fn an_address_or_route_reads_as_its_command() {
+        let add = |ip: &str, prefix| {
+            let address = Cidr { ip: ip.parse().unwrap(), prefix };
+            Action::AddAddress { place: web(), name: name("eth0"), address }.to_string()
+        };
+        assert_eq!(add("172.17.0.2", 16), "ip -n web address add 172.17.0.2/16 broadcast + dev eth0");
+        assert_eq!(add("fd00::2", 64), "ip -n web address add fd00::2/64 nodad dev eth0");
+        let route = Action::AddDefaultRoute { place: web(), gateway: "fd00::1".parse().unwrap() };
+        assert_eq!(route.to_string(), "ip -n web -6 route add default via fd00::1 dev eth0");
+    }
+
+    #[test]
+    fn a_flush_compares_no_address_for_a_wildcard() {
+        let flush = |host: &str| Action::FlushConntrack { host: host.parse().unwrap(), port: 53 }.to_string();
+        assert_eq!(flush("*"), "conntrack -D -p udp --orig-port-dst 53");
+        assert_eq!(flush("0.0.0.0"), "conntrack -D -p udp --orig-port-dst 53");
+        assert_eq!(flush("10.0.0.11"), "conntrack -D -p udp --orig-dst 10.0.0.11 --orig-port-dst 53");
+    }
+
+    #[test]
+    fn the_relay_is_started_by_docker_s_contract() {
+        let key = MappingKey { proto: Proto::Tcp, host: HostAddr::Any, port: 80 };
+        let relay = RelayCommand {
+            program: "/usr/bin/rproxy".into(),
+            key,
+            container_ip: [172, 17, 0, 2].into(),
+            container_port: 8080,
+        };
+        assert_eq!(
+            Action::StartRelay(relay).to_string(),
+            "/usr/bin/rproxy -proto tcp -host-ip :: -host-port 80 -container-ip 172.17.0.2 -container-port 8080 -use-listen-fd"
+        );
+    }
+}

@@ -1,0 +1,177 @@
+//! Carrying out a plan, and taking it back when a step fails.
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use crate::action::Action;
+use crate::kernel::ActionError;
+use crate::model::{MappingKey, RelayProcess};
+use crate::plan::Plan;
+use crate::publish::{HostAddr, Proto};
+use crate::reserve::ReserveError;
+
+/// What carries out actions: the kernel, or a test's stand-in for it.
+pub trait Backend {
+    /// Carries out one action.
+    ///
+    /// # Errors
+    /// When it fails; nothing of it has happened then.
+    fn run(&mut self, action: &Action) -> Result<(), ActionError>;
+
+    /// Binds a port of the host, 0 for any, and holds it until it is handed to a relay; returns the port.
+    ///
+    /// # Errors
+    /// When it is in use, or the address is not one of this host.
+    fn reserve(&mut self, proto: Proto, host: HostAddr, port: u16) -> Result<u16, ReserveError>;
+
+    /// The relays that [`Backend::run`] has started and not stopped.
+    fn relays(&self) -> &BTreeMap<MappingKey, RelayProcess>;
+}
+
+/// An action that failed.
+#[derive(Debug)]
+pub struct Failure {
+    /// The command that it equals.
+    pub command: String,
+    /// Why.
+    pub source: ActionError,
+}
+
+impl Failure {
+    fn new(action: &Action, source: ActionError) -> Self {
+        Self { command: action.to_string(), source }
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // A script is many lines; its first one names the tool.
+        let command = self.command.lines().next().unwrap_or_default();
+        write!(f, "{} (step: {command})", self.source)
+    }
+}
+
+/// A plan that could not be carried out.
+#[derive(Debug)]
+pub struct ApplyError {
+    /// The step that failed.
+    pub failed: Failure,
+    /// What then could not be taken back.
+    pub left: Vec<Failure>,
+}
+
+impl fmt::Display for ApplyError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.failed)?;
+        if self.left.is_empty() {
+            return f.write_str("; nothing was changed");
+        }
+        for failure in &self.left {
+            write!(f, "; and taking it back failed: {failure}")?;
+        }
+        f.write_str("; run `netns-setup repair` or `netns-setup down`")
+    }
+}
+
+impl std::error::Error for ApplyError {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.failed.source)
+    }
+}
+
+/// Carries out every step. When one fails, takes back those before it, last first, and goes on doing so whatever
+/// fails then.
+///
+/// # Errors
+/// When a step fails.
+pub fn apply(plan: &Plan, backend: &mut dyn Backend) -> Result<(), ApplyError> {
+    for (done, step) in plan.steps.iter().enumerate() {
+        if let Err(source) = backend.run(&step.action) {
+            let failed = Failure::new(&step.action, source);
+            return Err(ApplyError { failed, left: undo(plan, done, backend) });
+        }
+    }
+    Ok(())
+}
+
+/// Takes back the first `done` steps, last first; returns what could not be taken back.
+pub fn undo(plan: &Plan, done: usize, backend: &mut dyn Backend) -> Vec<Failure> {
+    let mut left = Vec::new();
+    for step in plan.steps[..done].iter().rev() {
+        for action in &step.undo {
+            if let Err(source) = backend.run(action) {
+                left.push(Failure::new(action, source));
+            }
+        }
+    }
+    left
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::name::Name;
+    use crate::plan::Step;
+
+    /// Writes down what it is asked to do, and fails where it is told to.
+    #[derive(Default)]
+    struct Recording {
+        log: Vec<String>,
+        fail: Vec<&'static str>,
+        relays: BTreeMap<MappingKey, RelayProcess>,
+    }
+
+    impl Backend for Recording {
+        fn run(&mut self, action: &Action) -> Result<(), ActionError> {
+            let command = action.to_string();
+            let fails = self.fail.contains(&command.as_str());
+            self.log.push(command);
+            if fails {
+                Err(ActionError::Sysctl { key: "test".to_owned(), source: std::io::ErrorKind::Other.into() })
+            } else {
+                Ok(())
+            }
+        }
+
+        fn reserve(&mut self, _: Proto, _: HostAddr, port: u16) -> Result<u16, ReserveError> {
+            Ok(port)
+        }
+
+        fn relays(&self) -> &BTreeMap<MappingKey, RelayProcess> {
+            &self.relays
+        }
+    }
+
+    fn plan(names: &[&str]) -> Plan {
+        let name = |text: &&str| -> Name { text.parse().unwrap() };
+        let step =
+            |text| Step { action: Action::AddNetns(name(text)), undo: vec![Action::DeleteNetns(name(text))] };
+        Plan { steps: names.iter().map(step).collect(), problems: vec![] }
+    }
+
+    #[test]
+    fn steps_run_in_order() {
+        let mut backend = Recording::default();
+        apply(&plan(&["a", "b"]), &mut backend).unwrap();
+        assert_eq!(backend.log, ["ip netns add a", "ip netns add b"]);
+    }
+
+    #[test]
+    fn what_was_done_is_undone_last_first() {
+        let mut backend = Recording { fail: vec!["ip netns add c"], ..Recording::default() };
+        let error = apply(&plan(&["a", "b", "c", "d"]), &mut backend).unwrap_err();
+        assert_eq!(backend.log[3..], ["ip netns delete b", "ip netns delete a"]);
+        assert!(error.left.is_empty());
+        assert!(error.to_string().ends_with("nothing was changed"), "{error}");
+    }
+
+    #[test]
+    fn undoing_goes_on_and_reports_everything() {
+        let fail = vec!["ip netns add c", "ip netns delete b"];
+        let mut backend = Recording { fail, ..Recording::default() };
+        let error = apply(&plan(&["a", "b", "c"]), &mut backend).unwrap_err();
+        assert_eq!(backend.log.last().unwrap(), "ip netns delete a");
+        assert_eq!(error.left.len(), 1);
+        assert!(error.to_string().contains("repair"), "{error}");
+    }
+}

@@ -1,0 +1,282 @@
+//! The command line.
+
+use std::io::Write;
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use serde_json::json;
+
+use crate::addr::{Subnet4, Subnet6};
+use crate::apply::Backend;
+use crate::commands::{self, Attach, Command, NetnsChoice, Options, Publish, Report, Unpublish, Up};
+use crate::demo;
+use crate::error::Error;
+use crate::firewall::detect::Choice;
+use crate::model::Via;
+use crate::name::{IfName, Name};
+use crate::publish::{Proto, PublishSpec};
+use crate::state;
+
+/// The kernel's largest value for the four sizes (GSO_MAX_SIZE of include/linux/netdevice.h, eight times 65,535).
+const LARGEST_GSO: u32 = 524_280;
+
+/// Wires what rproxy serves: a bridge, veth pairs into containers, addresses, published ports and the firewall.
+#[derive(Debug, Parser)]
+#[command(name = "netns-setup", version, max_term_width = 100)]
+pub struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    action: Sub,
+}
+
+#[derive(Debug, Args)]
+struct Global {
+    /// Print the commands that would be run, and change nothing.
+    #[arg(long, global = true)]
+    dry_run: bool,
+    /// Print JSON.
+    #[arg(long, global = true)]
+    json: bool,
+    /// Where to keep what is in place.
+    #[arg(long, global = true, value_name = "DIR", default_value = state::DEFAULT_DIR)]
+    state_dir: PathBuf,
+    /// What the rules are written with.
+    #[arg(long, global = true, value_enum)]
+    firewall: Option<Choice>,
+    /// The rproxy to start; by default the one beside this program, or in PATH.
+    #[arg(long, global = true, value_name = "PATH")]
+    rproxy: Option<PathBuf>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Sub {
+    /// Bring up the bridge, forwarding and the rules.
+    Up(UpArgs),
+    /// Take down everything that is ours, and nothing else.
+    Down,
+    /// Put a container on the network and print its address.
+    Attach(AttachArgs),
+    /// Take a container off the network, with what it publishes.
+    Detach {
+        /// The container.
+        name: Name,
+    },
+    /// Publish ports of a container.
+    Publish(PublishArgs),
+    /// Publish them no longer.
+    Unpublish {
+        /// The container.
+        name: Name,
+        /// What is published, written as for `publish`; everything when left out.
+        #[arg(short = 'p', long = "publish", value_name = "SPEC")]
+        specs: Vec<PublishSpec>,
+    },
+    /// List the containers and what they publish.
+    List,
+    /// Show one container, or all, as `docker inspect` shows networks.
+    Inspect {
+        /// The container.
+        name: Option<Name>,
+    },
+    /// Compare what is there with the state; exit with 1 when it differs.
+    Check,
+    /// Mend what differs, and finish what was interrupted.
+    Repair,
+    /// Play the whole story in namespaces of its own: every step, the rules, the traffic.
+    Demo,
+}
+
+#[derive(Debug, Args)]
+struct UpArgs {
+    /// The name of the bridge.
+    #[arg(long, value_name = "NAME", default_value = "docker0")]
+    bridge: IfName,
+    /// The addresses of containers; the bridge takes the first.
+    #[arg(long, value_name = "CIDR", default_value = "172.17.0.0/16")]
+    subnet: Subnet4,
+    /// Their IPv6 addresses.
+    #[arg(long, value_name = "CIDR")]
+    subnet6: Option<Subnet6>,
+    /// The largest packet on the wire.
+    // 1280 is the least that IPv6 works with (RFC 8200, section 5), 65535 the most that a veth takes.
+    #[arg(long, default_value_t = 1500, value_parser = clap::value_parser!(u32).range(1280..=65535))]
+    mtu: u32,
+    /// The largest packet inside the host (BIG TCP), as far as the kernel goes; 0 leaves the kernel's value.
+    #[arg(long, value_name = "BYTES", default_value_t = LARGEST_GSO, value_parser = clap::value_parser!(u32).range(0..=i64::from(LARGEST_GSO)))]
+    gso_max_size: u32,
+    /// Keep forwarding on after a reboot, by a file in /etc/sysctl.d.
+    #[arg(long)]
+    persist: bool,
+}
+
+#[derive(Debug, Args)]
+struct AttachArgs {
+    /// The container's name.
+    name: Name,
+    /// Its network namespace; without this and --pid, one is made under its name.
+    #[arg(long, value_name = "PATH", conflicts_with = "pid")]
+    netns: Option<PathBuf>,
+    /// A process in its network namespace.
+    #[arg(long)]
+    pid: Option<u32>,
+    /// The address that it is to have; the next free one when left out.
+    #[arg(long, value_name = "ADDRESS")]
+    ip: Option<Ipv4Addr>,
+    /// A port that `publish -P` publishes, such as 80 or 53/udp.
+    #[arg(long, value_name = "PORT[/PROTO]", value_parser = exposed_port)]
+    expose: Vec<(u16, Proto)>,
+}
+
+#[derive(Debug, Args)]
+struct PublishArgs {
+    /// The container.
+    name: Name,
+    /// What to publish: `[[IP:][HOST_PORT]:]CONTAINER_PORT[/udp]`, each port also as a range.
+    #[arg(short = 'p', long = "publish", value_name = "SPEC", required_unless_present = "all_exposed")]
+    specs: Vec<PublishSpec>,
+    /// Publish everything that the container exposes, each at a random port.
+    #[arg(short = 'P', long = "publish-all")]
+    all_exposed: bool,
+    /// What carries the traffic: rproxy, the kernel, or each where it does best.
+    #[arg(long, value_enum, default_value = "both")]
+    via: Via,
+}
+
+impl Cli {
+    /// Runs the command and writes what it has to say to `out`; warnings go to `log`.
+    ///
+    /// # Errors
+    /// When the command fails, or its output cannot be written.
+    pub fn run(
+        self,
+        backend: &mut dyn Backend,
+        out: &mut dyn Write,
+        log: &mut dyn Write,
+    ) -> Result<(), Error> {
+        let Global { dry_run, json, state_dir, firewall, rproxy } = self.global;
+        let options = Options { state_dir, dry_run, firewall, rproxy };
+        let Some(command) = self.action.into_command() else {
+            if dry_run || json {
+                return Err(Error::Usage("demo takes neither --dry-run nor --json".to_owned()));
+            }
+            return demo::run(options.firewall, options.rproxy, out);
+        };
+        let report = match commands::run(&command, &options, backend) {
+            Err(Error::Differs(differences)) => {
+                write_differences(out, json, &differences).map_err(Error::Output)?;
+                return Err(Error::Differs(differences));
+            }
+            other => other?,
+        };
+        write_report(out, log, &report, json, dry_run).map_err(Error::Output)
+    }
+}
+
+impl Sub {
+    /// The command, unless it is the demonstration, which is made of commands.
+    fn into_command(self) -> Option<Command> {
+        Some(match self {
+            Self::Up(args) => Command::Up(args.into()),
+            Self::Down => Command::Down,
+            Self::Attach(args) => Command::Attach(args.into()),
+            Self::Detach { name } => Command::Detach(name),
+            Self::Publish(PublishArgs { name, specs, all_exposed, via }) => {
+                Command::Publish(Publish { name, specs, all_exposed, via })
+            }
+            Self::Unpublish { name, specs } => Command::Unpublish(Unpublish { name, specs }),
+            Self::List => Command::List,
+            Self::Inspect { name } => Command::Inspect(name),
+            Self::Check => Command::Check,
+            Self::Repair => Command::Repair,
+            Self::Demo => return None,
+        })
+    }
+}
+
+impl From<UpArgs> for Up {
+    fn from(args: UpArgs) -> Self {
+        let UpArgs { bridge, subnet, subnet6, mtu, gso_max_size, persist } = args;
+        Self { bridge, subnet, subnet6, mtu, gso_max_size, persist }
+    }
+}
+
+impl From<AttachArgs> for Attach {
+    fn from(args: AttachArgs) -> Self {
+        let AttachArgs { name, netns, pid, ip, expose } = args;
+        let netns = netns.map(NetnsChoice::Path).or(pid.map(NetnsChoice::Pid)).unwrap_or(NetnsChoice::New);
+        Self { name, netns, ip, expose }
+    }
+}
+
+fn exposed_port(text: &str) -> Result<(u16, Proto), String> {
+    let (port, proto) = text.split_once('/').unwrap_or((text, "tcp"));
+    let port = port.parse().ok().filter(|port| *port > 0);
+    let port = port.ok_or_else(|| format!("{text:?} is not a port: write 80 or 53/udp"))?;
+    Ok((port, proto.parse()?))
+}
+
+fn write_report(
+    out: &mut dyn Write,
+    log: &mut dyn Write,
+    report: &Report,
+    json: bool,
+    dry_run: bool,
+) -> std::io::Result<()> {
+    for warning in &report.warnings {
+        writeln!(log, "netns-setup: warning: {warning}")?;
+    }
+    if json {
+        return writeln!(out, "{}", report.json(dry_run));
+    }
+    let lines = if dry_run && report.shown.is_none() { &report.steps } else { &report.lines };
+    lines.iter().try_for_each(|line| writeln!(out, "{line}"))
+}
+
+fn write_differences(out: &mut dyn Write, json: bool, differences: &[String]) -> std::io::Result<()> {
+    if json {
+        return writeln!(out, "{:#}", json!({ "differences": differences }));
+    }
+    differences.iter().try_for_each(|line| writeln!(out, "{line}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn usage_error(args: &[&str]) -> String {
+        let args = ["netns-setup"].iter().chain(args);
+        let error = Cli::try_parse_from(args).unwrap_err();
+        assert_eq!(error.exit_code(), 2);
+        error.to_string()
+    }
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn the_defaults_are_the_story_s() {
+        let cli = Cli::try_parse_from(["netns-setup", "up"]).unwrap();
+        let Some(Command::Up(up)) = cli.action.into_command() else { panic!("not up") };
+        assert_eq!((up.bridge.as_str(), up.mtu), ("docker0", 1500));
+        assert_eq!(up.subnet.to_string(), "172.17.0.0/16");
+    }
+
+    #[test]
+    fn bad_input_is_a_usage_error() {
+        assert!(usage_error(&["attach", "../web"]).contains("not a container name"));
+        assert!(usage_error(&["publish", "web", "-p", "0:80"]).contains("not a port"));
+        assert!(usage_error(&["publish", "web"]).contains("--publish"));
+        assert!(usage_error(&["up", "--subnet", "172.17.0.1/16"]).contains("172.17.0.0/16"));
+        assert!(usage_error(&["up", "--mtu", "100"]).contains("1280"));
+        assert!(usage_error(&["up", "--bridge", "a/b"]).contains("not an interface name"));
+        assert!(usage_error(&["attach", "web", "--expose", "x"]).contains("not a port"));
+        assert!(
+            usage_error(&["attach", "web", "--netns", "/n", "--pid", "1"]).contains("cannot be used with")
+        );
+    }
+}

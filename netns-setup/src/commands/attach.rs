@@ -1,0 +1,92 @@
+//! `attach` and `detach`: a container's place on the network.
+
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+
+use serde_json::json;
+
+use super::change::Held;
+use super::{Options, Report, show, up};
+use crate::apply::Backend;
+use crate::error::Error;
+use crate::model::{Endpoint, Netns};
+use crate::name::Name;
+use crate::plan::Scope;
+use crate::publish::Proto;
+use crate::{ipam, netns};
+
+/// Which namespace a container has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NetnsChoice {
+    /// A new one, under the container's name.
+    New,
+    /// The one at a path.
+    Path(PathBuf),
+    /// That of a process.
+    Pid(u32),
+}
+
+/// The arguments of `attach`.
+#[derive(Debug, Clone)]
+pub struct Attach {
+    /// The container's name.
+    pub name: Name,
+    /// Its namespace.
+    pub netns: NetnsChoice,
+    /// The address that it is to have.
+    pub ip: Option<Ipv4Addr>,
+    /// The ports that `publish -P` publishes.
+    pub expose: Vec<(u16, Proto)>,
+}
+
+impl Attach {
+    pub(super) fn run(&self, options: &Options, backend: &mut dyn Backend) -> Result<Report, Error> {
+        let mut held = Held::open_settled(options)?;
+        let network = held.network()?;
+        if held.state.current.endpoints.contains_key(&self.name) {
+            return Err(Error::NameTaken(self.name.clone()));
+        }
+        let used = held.state.current.addresses();
+        let ip = match self.ip {
+            Some(ip) => ipam::claim(network.subnet, &used, ip)?,
+            None => ipam::next_free(network.subnet, &used, network.last_ip)?,
+        };
+        let endpoint = Endpoint {
+            id: up::random_id()?,
+            ip,
+            ip_requested: self.ip.is_some(),
+            netns: self.netns()?,
+            exposed: self.expose.clone(),
+            mappings: Vec::new(),
+        };
+        let result = json!(show::Inspected::new(network, &self.name, &endpoint));
+        let mut desired = held.state.current.clone();
+        if let (Some(network), None) = (&mut desired.network, self.ip) {
+            network.last_ip = Some(ip);
+        }
+        desired.endpoints.insert(self.name.clone(), endpoint);
+        let plan = held.change(desired, &Scope::one(&self.name), options, backend)?;
+        Ok(Report::of(&plan.steps, vec![ip.to_string()], result))
+    }
+
+    fn netns(&self) -> Result<Netns, Error> {
+        match &self.netns {
+            NetnsChoice::New => Ok(Netns::made(&self.name)),
+            NetnsChoice::Path(path) => {
+                let path = std::path::absolute(path).unwrap_or_else(|_| path.clone());
+                Ok(netns::adopt(&path)?)
+            }
+            NetnsChoice::Pid(pid) => Ok(netns::adopt(&PathBuf::from(format!("/proc/{pid}/ns/net")))?),
+        }
+    }
+}
+
+/// Removes a container, with what it publishes.
+pub(super) fn detach(name: &Name, options: &Options, backend: &mut dyn Backend) -> Result<Report, Error> {
+    let mut held = Held::open_settled(options)?;
+    held.endpoint(name)?;
+    let mut desired = held.state.current.clone();
+    desired.endpoints.remove(name);
+    let plan = held.change(desired, &Scope::one(name), options, backend)?;
+    Ok(Report::of(&plan.steps, vec![format!("{name} is detached")], serde_json::Value::Null))
+}

@@ -1,0 +1,155 @@
+//! From the state that is to the state that is wanted, surviving failure and death on the way.
+
+use std::path::PathBuf;
+
+use super::Options;
+use crate::apply::{self, Backend};
+use crate::error::Error;
+use crate::firewall::detect::Choice;
+use crate::model::{Firewall, Network, Topology};
+use crate::name::Name;
+use crate::observe::observe;
+use crate::observed::Observed;
+use crate::plan::{self, Inputs, Plan, Scope};
+use crate::state::{State, StateDir};
+use crate::{model, relay};
+
+/// The state, held so that no other command changes it.
+pub(super) struct Held {
+    /// `None` when nothing may be written and there is no directory.
+    dir: Option<StateDir>,
+    pub(super) state: State,
+}
+
+impl Held {
+    /// Opens the state to change it.
+    pub(super) fn open(options: &Options) -> Result<Self, Error> {
+        if !nix::unistd::geteuid().is_root() {
+            return Err(Error::NotRoot);
+        }
+        if options.dry_run {
+            return Self::open_to_read(options);
+        }
+        let dir = StateDir::create(&options.state_dir)?;
+        let state = dir.load()?;
+        Ok(Self { dir: Some(dir), state })
+    }
+
+    /// Opens the state to look at it; a directory that does not exist holds an empty one.
+    pub(super) fn open_to_read(options: &Options) -> Result<Self, Error> {
+        let dir = StateDir::open(&options.state_dir)?;
+        let state = dir.as_ref().map(StateDir::load).transpose()?.unwrap_or_default();
+        Ok(Self { dir, state })
+    }
+
+    /// As [`Held::open`], for commands that build on what is there.
+    pub(super) fn open_settled(options: &Options) -> Result<Self, Error> {
+        let held = Self::open(options)?;
+        if held.state.pending.is_some() {
+            return Err(Error::Interrupted);
+        }
+        if let (Some(choice), Some(network)) = (options.firewall, &held.state.current.network) {
+            check_firewall(choice, network)?;
+        }
+        Ok(held)
+    }
+
+    /// The network, which must be up.
+    pub(super) fn network(&self) -> Result<&Network, Error> {
+        self.state.current.network.as_ref().ok_or(Error::NoNetwork)
+    }
+
+    /// A container, which must exist.
+    pub(super) fn endpoint(&self, name: &Name) -> Result<&model::Endpoint, Error> {
+        self.state.current.endpoints.get(name).ok_or_else(|| Error::NoContainer(name.clone()))
+    }
+
+    /// Changes the system from the state to `desired`, or only says how with `--dry-run`.
+    ///
+    /// The intent is written before the first step. When a step fails, what was done is undone and the state is as
+    /// before; when this program dies on the way, both states are in the file, and `repair` or `down` takes over.
+    pub(super) fn change(
+        &mut self,
+        desired: Topology,
+        scope: &Scope,
+        options: &Options,
+        backend: &mut dyn Backend,
+    ) -> Result<Plan, Error> {
+        let owned = self.state.owned();
+        let observed = observe(&owned, &desired, scope)?;
+        let rproxy = relay::program(options.rproxy.as_deref());
+        let starts_relay = desired.mappings().any(|(name, _, mapping)| {
+            scope.contains(name) && mapping.via.has_relay() && !observed.relays.contains_key(&mapping.key())
+        });
+        if starts_relay && rproxy.is_none() {
+            return Err(Error::NoRelay);
+        }
+        let rproxy = rproxy.unwrap_or_else(|| PathBuf::from("rproxy"));
+        let inputs = Inputs { owned: &owned, desired: &desired, observed: &observed, scope, rproxy: &rproxy };
+        let plan = plan::plan(inputs)?;
+        let settled = self.state.pending.is_none() && self.state.current == desired;
+        let nothing_to_do = settled && plan.is_empty();
+        if !(options.dry_run || nothing_to_do) {
+            self.carry_out(&plan, desired, &observed, backend)?;
+        }
+        Ok(plan)
+    }
+
+    fn carry_out(
+        &mut self,
+        plan: &Plan,
+        mut desired: Topology,
+        observed: &Observed,
+        backend: &mut dyn Backend,
+    ) -> Result<(), Error> {
+        let before = self.state.clone();
+        self.save(State { current: before.current.clone(), pending: Some(desired.clone()) })?;
+        if let Err(error) = apply::apply(plan, backend) {
+            // What could not be undone has to stay known; what was undone may run in new processes.
+            let pending = if error.left.is_empty() { before.pending } else { Some(desired) };
+            let mut current = before.current;
+            note_relays(&mut current, observed, backend);
+            self.save(State { current, pending })?;
+            return Err(Box::new(error).into());
+        }
+        note_relays(&mut desired, observed, backend);
+        let pending = desired.clone();
+        if let Err(error) = self.save(State { current: desired, pending: None }) {
+            // Nobody would know of what is in place now.
+            let left = apply::undo(plan, plan.steps.len(), backend);
+            let mut current = before.current;
+            note_relays(&mut current, observed, backend);
+            self.state = State { current, pending: (!left.is_empty()).then_some(pending) };
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    fn save(&mut self, state: State) -> Result<(), Error> {
+        if let Some(dir) = &self.dir {
+            dir.save(&state)?;
+        }
+        self.state = state;
+        Ok(())
+    }
+}
+
+fn note_relays(topology: &mut Topology, observed: &Observed, backend: &dyn Backend) {
+    for mapping in topology.endpoints.values_mut().flat_map(|endpoint| &mut endpoint.mappings) {
+        let key = mapping.key();
+        let known = backend.relays().get(&key).or_else(|| observed.relays.get(&key));
+        if let Some(process) = known.filter(|_| mapping.via.has_relay()) {
+            mapping.relay = Some(*process);
+        }
+    }
+}
+
+fn check_firewall(choice: Choice, network: &Network) -> Result<(), Error> {
+    let wanted = match choice {
+        Choice::Auto => return Ok(()),
+        Choice::Nft => Firewall::Nft,
+        Choice::Iptables => Firewall::Iptables,
+        Choice::None => Firewall::None,
+    };
+    if wanted == network.firewall { Ok(()) } else { Err(Error::OtherFirewall(network.firewall)) }
+}

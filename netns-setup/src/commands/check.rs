@@ -1,0 +1,50 @@
+//! `check` and `repair`: the state against what is there.
+
+use std::path::Path;
+
+use serde_json::json;
+
+use super::change::Held;
+use super::{Options, Report};
+use crate::apply::Backend;
+use crate::error::{Error, finding};
+use crate::firewall::detect;
+use crate::observe::observe;
+use crate::plan::{self, Inputs, Scope};
+
+/// Says what differs.
+pub(super) fn check(options: &Options) -> Result<Report, Error> {
+    let dry = Options { dry_run: true, ..options.clone() };
+    let held = Held::open(&dry)?;
+    let owned = held.state.owned();
+    let desired = held.state.pending.as_ref().unwrap_or(&held.state.current);
+    let observed = observe(&owned, desired, &Scope::All)?;
+    let rproxy = Path::new("rproxy");
+    let inputs = Inputs { owned: &owned, desired, observed: &observed, scope: &Scope::All, rproxy };
+    let plan = plan::plan(inputs)?;
+    let interrupted = held.state.pending.iter().map(|_| "an earlier command was interrupted".to_owned());
+    let found = plan.steps.iter().map(|step| finding(&step.action));
+    let differences: Vec<_> = interrupted.chain(found).chain(plan.problems).collect();
+    if !differences.is_empty() {
+        return Err(Error::Differs(differences));
+    }
+    let warnings = owned.network.as_ref().map(detect::interference).unwrap_or_default();
+    let lines = vec!["everything is as it should be".to_owned()];
+    Ok(Report { lines, warnings, result: json!({ "differences": [] }), ..Report::default() })
+}
+
+/// Mends what differs, and finishes what was interrupted.
+pub(super) fn repair(options: &Options, backend: &mut dyn Backend) -> Result<Report, Error> {
+    let mut held = Held::open(options)?;
+    let desired = held.state.pending.clone().unwrap_or_else(|| held.state.current.clone());
+    let plan = held.change(desired, &Scope::All, options, backend)?;
+    if !plan.problems.is_empty() {
+        return Err(Error::Differs(plan.problems));
+    }
+    let line = match plan.steps.len() {
+        0 => "nothing to repair".to_owned(),
+        1 => "repaired with 1 step".to_owned(),
+        steps => format!("repaired with {steps} steps"),
+    };
+    Ok(Report::of(&plan.steps, vec![line], json!(null)))
+}

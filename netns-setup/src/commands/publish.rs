@@ -1,0 +1,208 @@
+//! `publish` and `unpublish`: ports of the host that lead into containers.
+
+use serde_json::json;
+
+use super::change::Held;
+use super::{Options, Report};
+use crate::apply::Backend;
+use crate::error::Error;
+use crate::model::{Firewall, Mapping, MappingKey, Network, Topology, Via};
+use crate::name::Name;
+use crate::plan::Scope;
+use crate::publish::{HostAddr, HostPort, PortRequest, PublishSpec};
+use crate::reserve::ReserveError;
+
+/// A random port that turns out to be translated already is tried again this often.
+const RANDOM_ATTEMPTS: usize = 100;
+
+/// The arguments of `publish`.
+#[derive(Debug, Clone)]
+pub struct Publish {
+    /// The container.
+    pub name: Name,
+    /// What is published.
+    pub specs: Vec<PublishSpec>,
+    /// Whether everything that it exposes is published too, each at a random port.
+    pub all_exposed: bool,
+    /// What carries the traffic.
+    pub via: Via,
+}
+
+impl Publish {
+    pub(super) fn run(&self, options: &Options, backend: &mut dyn Backend) -> Result<Report, Error> {
+        let mut held = Held::open_settled(options)?;
+        let network = held.network()?;
+        let (via, warnings) = self.usable_via(network)?;
+        let mut desired = held.state.current.clone();
+        let mut published = Vec::new();
+        for request in self.requests(&held)? {
+            check_family(network, via, &request)?;
+            let mapping = match fulfilled(&desired, &self.name, &request) {
+                Some(mapping) => mapping,
+                None => claim(&desired, &request, via, backend)?,
+            };
+            let known = desired.endpoints.get_mut(&self.name).map(|endpoint| &mut endpoint.mappings);
+            if let Some(known) = known.filter(|known| !known.iter().any(|known| known.key() == mapping.key()))
+            {
+                known.push(mapping.clone());
+            }
+            published.push(mapping);
+        }
+        let ip = held.endpoint(&self.name)?.ip;
+        let lines =
+            published.iter().map(|mapping| format!("{} -> {ip}:{}", mapping.key(), mapping.container_port));
+        let result = json!({ "mappings": published });
+        let lines = lines.collect();
+        let plan = held.change(desired, &Scope::one(&self.name), options, backend)?;
+        Ok(Report { warnings, ..Report::of(&plan.steps, lines, result) })
+    }
+
+    /// Every port that is asked for.
+    fn requests(&self, held: &Held) -> Result<Vec<PortRequest>, Error> {
+        let endpoint = held.endpoint(&self.name)?;
+        let mut requests: Vec<_> = self.specs.iter().flat_map(|spec| spec.requests()).collect();
+        if self.all_exposed {
+            if endpoint.exposed.is_empty() {
+                return Err(Error::NothingExposed(self.name.clone()));
+            }
+            requests.extend(endpoint.exposed.iter().map(|(container_port, proto)| PortRequest {
+                proto: *proto,
+                host: HostAddr::Any,
+                host_port: HostPort::Random,
+                container_port: *container_port,
+            }));
+        }
+        Ok(requests)
+    }
+
+    /// Without rules of ours nothing is translated, so a relay has to do it all.
+    fn usable_via(&self, network: &Network) -> Result<(Via, Vec<String>), Error> {
+        match (network.firewall, self.via) {
+            (Firewall::None, Via::Dnat) => Err(Error::Usage(
+                "--via dnat needs rules, and the network is up with --firewall none".to_owned(),
+            )),
+            (Firewall::None, Via::Both) => Ok((
+                Via::Proxy,
+                vec!["without a firewall rproxy carries all traffic, as with --via proxy".to_owned()],
+            )),
+            (_, via) => Ok((via, Vec::new())),
+        }
+    }
+}
+
+/// The kernel cannot translate IPv6 to IPv4.
+fn check_family(network: &Network, via: Via, request: &PortRequest) -> Result<(), Error> {
+    let v6 = matches!(request.host, HostAddr::Ip(ip) if ip.is_ipv6());
+    if v6 && via == Via::Dnat && network.subnet6.is_none() {
+        let host = request.host;
+        return Err(Error::Usage(format!(
+            "--via dnat cannot lead {host} to an IPv4 container: use --via both, or a network with --subnet6"
+        )));
+    }
+    Ok(())
+}
+
+/// The mapping that is what `request` asks for, if there is one already.
+fn fulfilled(topology: &Topology, name: &Name, request: &PortRequest) -> Option<Mapping> {
+    topology.endpoints.get(name)?.mappings.iter().find(|mapping| mapping.fulfils(request)).cloned()
+}
+
+/// Finds a host port for `request` and binds it, so that nobody else can have it from here on.
+fn claim(
+    topology: &Topology,
+    request: &PortRequest,
+    via: Via,
+    backend: &mut dyn Backend,
+) -> Result<Mapping, Error> {
+    let PortRequest { proto, host, host_port, container_port } = *request;
+    let random = host_port == HostPort::Random;
+    let mut reserve = |port| reserve(topology, MappingKey { proto, host, port }, backend);
+    let host_port = match host_port {
+        HostPort::Exactly(port) => reserve(port)?,
+        HostPort::Random => {
+            let mut last = reserve(0);
+            for _attempt in 0..RANDOM_ATTEMPTS {
+                if !matches!(last, Err(Error::PortTaken { .. })) {
+                    break;
+                }
+                last = reserve(0);
+            }
+            last?
+        }
+        HostPort::FirstFreeOf(range) => first_free(range.ports(), reserve)?,
+    };
+    Ok(Mapping { proto, host, host_port, random, container_port, via, relay: None })
+}
+
+fn first_free(
+    ports: impl Iterator<Item = u16>,
+    mut reserve: impl FnMut(u16) -> Result<u16, Error>,
+) -> Result<u16, Error> {
+    let mut last = None;
+    for port in ports {
+        match reserve(port) {
+            Err(Error::PortTaken { .. }) => {}
+            Err(Error::Reserve(error @ ReserveError::InUse { .. })) => last = Some(error),
+            other => return other,
+        }
+    }
+    Err(last.map_or_else(
+        || Error::Usage("every host port of the range is published already".to_owned()),
+        Error::NoFreePort,
+    ))
+}
+
+fn reserve(topology: &Topology, key: MappingKey, backend: &mut dyn Backend) -> Result<u16, Error> {
+    let owner_of = |key: MappingKey| {
+        let taken = topology.mappings().find(|(_, _, mapping)| mapping.conflicts(key));
+        taken.map(|(owner, _, _)| Error::PortTaken { key, owner: owner.clone() })
+    };
+    // A port that only the kernel serves has no socket that would be in the way.
+    if let Some(error) = owner_of(key) {
+        return Err(error);
+    }
+    let port = backend.reserve(key.proto, key.host, key.port)?;
+    owner_of(MappingKey { port, ..key }).map_or(Ok(port), Err)
+}
+
+/// The arguments of `unpublish`.
+#[derive(Debug, Clone)]
+pub struct Unpublish {
+    /// The container.
+    pub name: Name,
+    /// What is no longer published; everything when there is none.
+    pub specs: Vec<PublishSpec>,
+}
+
+impl Unpublish {
+    pub(super) fn run(&self, options: &Options, backend: &mut dyn Backend) -> Result<Report, Error> {
+        let mut held = Held::open_settled(options)?;
+        let mappings = &held.endpoint(&self.name)?.mappings;
+        let requests: Vec<_> = self.specs.iter().flat_map(|spec| spec.requests()).collect();
+        if let Some(request) =
+            requests.iter().find(|request| !mappings.iter().any(|mapping| mapping.fulfils(request)))
+        {
+            let what = describe(request);
+            return Err(Error::NotPublished { name: self.name.clone(), what });
+        }
+        let goes = |mapping: &Mapping| {
+            requests.is_empty() || requests.iter().any(|request| mapping.fulfils(request))
+        };
+        let gone: Vec<_> = mappings.iter().filter(|mapping| goes(mapping)).cloned().collect();
+        let mut desired = held.state.current.clone();
+        if let Some(endpoint) = desired.endpoints.get_mut(&self.name) {
+            endpoint.mappings.retain(|mapping| !goes(mapping));
+        }
+        let plan = held.change(desired, &Scope::one(&self.name), options, backend)?;
+        let lines = gone.iter().map(|mapping| format!("{} is no longer published", mapping.key())).collect();
+        Ok(Report::of(&plan.steps, lines, json!({ "mappings": gone })))
+    }
+}
+
+fn describe(request: &PortRequest) -> String {
+    let port = match request.host_port {
+        HostPort::Exactly(port) => port.to_string(),
+        HostPort::Random | HostPort::FirstFreeOf(_) => String::new(),
+    };
+    format!("{}:{port}:{}/{}", request.host, request.container_port, request.proto)
+}

@@ -1,0 +1,185 @@
+//! `list` and `inspect`: what the state says, in the shapes that Docker made known.
+
+use std::collections::BTreeMap;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::Path;
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use super::change::Held;
+use super::{Options, Report};
+use crate::error::Error;
+use crate::model::{Endpoint, Mapping, Network};
+use crate::name::{Id, Name};
+use crate::publish::HostAddr;
+
+/// Lists the containers.
+pub(super) fn list(options: &Options) -> Result<Report, Error> {
+    let held = Held::open_to_read(options)?;
+    let topology = &held.state.current;
+    let mut lines = vec![format!("{:<16} {:<16} {:<12} {}", "NAME", "ADDRESS", "VETH", "PORTS")];
+    let mut result = Vec::new();
+    for (name, endpoint) in &topology.endpoints {
+        let ports: Vec<_> = endpoint.mappings.iter().map(port).collect();
+        let (ip, veth) = (endpoint.ip.to_string(), endpoint.id.veth());
+        lines.push(
+            format!("{name:<16} {ip:<16} {:<12} {}", veth.as_str(), ports.join(", ")).trim_end().to_owned(),
+        );
+        let ip6 = topology.network.as_ref().and_then(|network| endpoint.ip6(network));
+        result.push(json!({
+            "name": name, "ip": ip, "ip6": ip6, "mac": endpoint.mac().to_string(), "veth": veth,
+            "netns": endpoint.netns.path, "mappings": endpoint.mappings,
+        }));
+    }
+    let warnings = interrupted(&held);
+    let shown = Some(format!("{:#}", json!(result)));
+    Ok(Report { lines, warnings, shown, ..Report::default() })
+}
+
+fn interrupted(held: &Held) -> Vec<String> {
+    let pending = held.state.pending.iter();
+    pending.map(|_| Error::Interrupted.to_string()).collect()
+}
+
+/// A mapping as `docker ps` shows it, with what carries it.
+fn port(mapping: &Mapping) -> String {
+    let via = serde_json::to_value(mapping.via).ok();
+    let via = via.as_ref().and_then(Value::as_str).unwrap_or_default();
+    format!("{}:{}->{}/{} ({via})", mapping.host, mapping.host_port, mapping.container_port, mapping.proto)
+}
+
+/// Shows one container, or all.
+pub(super) fn inspect(name: Option<&Name>, options: &Options) -> Result<Report, Error> {
+    let held = Held::open_to_read(options)?;
+    let shown = match (name, &held.state.current.network) {
+        (Some(name), _) => vec![Inspected::new(held.network()?, name, held.endpoint(name)?)],
+        (None, Some(network)) => {
+            let all = held.state.current.endpoints.iter();
+            all.map(|(name, endpoint)| Inspected::new(network, name, endpoint)).collect()
+        }
+        (None, None) => Vec::new(),
+    };
+    // Written from the types, not by way of a `Value`: that would sort the keys.
+    let text = serde_json::to_string_pretty(&shown).map_err(|error| Error::Output(error.into()))?;
+    let warnings = interrupted(&held);
+    Ok(Report { lines: vec![text.clone()], warnings, shown: Some(text), ..Report::default() })
+}
+
+/// A container in the shape of `docker inspect`, the part about networks.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "PascalCase")]
+pub(super) struct Inspected<'a> {
+    id: &'a Id,
+    name: String,
+    network_settings: NetworkSettings<'a>,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct NetworkSettings<'a> {
+    sandbox_key: &'a Path,
+    ports: BTreeMap<String, Option<Vec<Binding>>>,
+    networks: Networks<'a>,
+}
+
+#[derive(Debug, Serialize)]
+struct Networks<'a> {
+    bridge: Attachment<'a>,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Binding {
+    host_ip: IpAddr,
+    host_port: String,
+}
+
+/// S12, with its names and in its order.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "PascalCase")]
+struct Attachment<'a> {
+    #[serde(rename = "IPAMConfig")]
+    ipam_config: Option<Value>,
+    links: Option<()>,
+    aliases: Option<()>,
+    #[serde(rename = "NetworkID")]
+    network_id: &'a Id,
+    #[serde(rename = "EndpointID")]
+    endpoint_id: &'a Id,
+    gateway: Ipv4Addr,
+    #[serde(rename = "IPAddress")]
+    ip_address: Ipv4Addr,
+    #[serde(rename = "IPPrefixLen")]
+    ip_prefix_len: u8,
+    #[serde(rename = "IPv6Gateway")]
+    ipv6_gateway: String,
+    #[serde(rename = "GlobalIPv6Address")]
+    global_ipv6_address: String,
+    #[serde(rename = "GlobalIPv6PrefixLen")]
+    global_ipv6_prefix_len: u8,
+    mac_address: String,
+    driver_opts: Option<()>,
+}
+
+impl<'a> Inspected<'a> {
+    pub(super) fn new(network: &'a Network, name: &Name, endpoint: &'a Endpoint) -> Self {
+        let networks = Networks { bridge: Attachment::new(network, endpoint) };
+        let settings =
+            NetworkSettings { sandbox_key: &endpoint.netns.path, ports: ports(endpoint), networks };
+        Self { id: &endpoint.id, name: format!("/{name}"), network_settings: settings }
+    }
+}
+
+impl<'a> Attachment<'a> {
+    fn new(network: &'a Network, endpoint: &'a Endpoint) -> Self {
+        let v6 = endpoint.ip6(network).zip(network.subnet6);
+        Self {
+            ipam_config: endpoint.ip_requested.then(|| json!({ "IPv4Address": endpoint.ip })),
+            links: None,
+            aliases: None,
+            network_id: &network.id,
+            endpoint_id: &endpoint.id,
+            gateway: network.subnet.gateway(),
+            ip_address: endpoint.ip,
+            ip_prefix_len: network.subnet.prefix(),
+            ipv6_gateway: v6.map_or_else(String::new, |(_, subnet)| subnet.gateway().to_string()),
+            global_ipv6_address: v6.map_or_else(String::new, |(ip, _)| ip.to_string()),
+            global_ipv6_prefix_len: v6.map_or(0, |(_, subnet)| subnet.prefix()),
+            mac_address: endpoint.mac().to_string(),
+            driver_opts: None,
+        }
+    }
+}
+
+/// Ports by container port; those that are only exposed have `null`, as with Docker.
+fn ports(endpoint: &Endpoint) -> BTreeMap<String, Option<Vec<Binding>>> {
+    let mut ports: BTreeMap<String, Option<Vec<Binding>>> = BTreeMap::new();
+    for (port, proto) in &endpoint.exposed {
+        ports.insert(format!("{port}/{proto}"), None);
+    }
+    for mapping in &endpoint.mappings {
+        let bindings = ports.entry(format!("{}/{}", mapping.container_port, mapping.proto)).or_default();
+        let addresses = match mapping.host {
+            HostAddr::Any => vec![Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()],
+            HostAddr::Ip(ip) => vec![ip],
+        };
+        let binding = |host_ip| Binding { host_ip, host_port: mapping.host_port.to_string() };
+        bindings.get_or_insert_default().extend(addresses.into_iter().map(binding));
+    }
+    ports
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testdata;
+
+    #[test]
+    fn the_story_s_container_is_shown_as_in_the_golden_file() {
+        let topology = testdata::story();
+        let (name, endpoint) = topology.endpoints.first_key_value().unwrap();
+        let shown = Inspected::new(topology.network.as_ref().unwrap(), name, endpoint);
+        testdata::golden("story.inspect.json", &(serde_json::to_string_pretty(&[shown]).unwrap() + "\n"));
+    }
+}

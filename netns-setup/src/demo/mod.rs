@@ -1,0 +1,248 @@
+//! The whole story in one command: a host, its container and an outside neighbour, in namespaces that end with it.
+
+mod http;
+
+use std::io::{self, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, Sender};
+use std::thread;
+
+use nix::mount::{MsFlags, mount};
+use nix::sched::{CloneFlags, unshare};
+
+use crate::action::{Action, LinkChange, Place, VethPair};
+use crate::addr::{Cidr, Mac};
+use crate::apply::Backend;
+use crate::commands::{self, Attach, Command, NetnsChoice, Options, Publish, Up};
+use crate::error::Error;
+use crate::firewall::detect::Choice;
+use crate::firewall::tool;
+use crate::kernel::Kernel;
+use crate::model::{NETNS_DIR, Via};
+use crate::name::{IfName, Name};
+use crate::netns::Handle;
+use crate::state;
+
+/// The host's address on the outside network, as in the story.
+const HOST_V4: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 11);
+/// The same over IPv6.
+const HOST_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x10, 0, 0, 0, 0, 0, 0x11);
+/// The outside neighbour.
+const OUTSIDE_V4: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 12);
+/// The same over IPv6.
+const OUTSIDE_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x10, 0, 0, 0, 0, 0, 0x12);
+/// The container, the first one.
+const WEB_V4: Ipv4Addr = Ipv4Addr::new(172, 17, 0, 2);
+
+/// Plays the story and writes what happens to `out`.
+///
+/// # Errors
+/// When a step fails or an answer is not the expected one. Everything is gone afterwards in any case.
+pub fn run(firewall: Option<Choice>, rproxy: Option<PathBuf>, out: &mut dyn Write) -> Result<(), Error> {
+    if !nix::unistd::geteuid().is_root() {
+        return Err(Error::NotRoot);
+    }
+    let options = Options { state_dir: state::DEFAULT_DIR.into(), dry_run: false, firewall, rproxy };
+    let (lines, received) = mpsc::channel();
+    // A thread of its own: its namespaces are nobody else's, and are gone with it.
+    let thread = thread::Builder::new().name("demo".to_owned());
+    let play = thread.spawn(move || Demo { options, kernel: Kernel::default(), lines }.play());
+    let play = play.map_err(|error| Error::Demo(format!("cannot start a thread: {error}")))?;
+    for line in received {
+        writeln!(out, "{line}").map_err(Error::Output)?;
+    }
+    match play.join() {
+        Ok(result) => result,
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
+}
+
+struct Demo {
+    options: Options,
+    kernel: Kernel,
+    lines: Sender<String>,
+}
+
+impl Demo {
+    fn play(mut self) -> Result<(), Error> {
+        own_namespaces().map_err(|error| Error::Demo(format!("cannot make namespaces: {error}")))?;
+        let result = self.story();
+        // Also after a failure: a relay would go on running in namespaces that nobody can reach.
+        self.title("down: everything of ours goes, and the namespaces with it");
+        let down = self.command("down", &Command::Down);
+        result.and(down)
+    }
+
+    fn say(&self, line: impl Into<String>) {
+        // Nobody listening is nobody to tell.
+        drop(self.lines.send(line.into()));
+    }
+
+    fn title(&self, text: &str) {
+        self.say(format!("\n== {text}"));
+    }
+
+    fn story(&mut self) -> Result<(), Error> {
+        self.title("a host at 10.0.0.11 with a neighbour outside at 10.0.0.12");
+        let outside = self.outside()?;
+        self.title("up: the bridge, forwarding and the rules");
+        self.command("up --subnet6 fd00:d0c::/64", &Command::Up(up()?))?;
+        self.title("attach: a container, with a web server at its port 80");
+        let name = name("web")?;
+        let attach = Attach { name: name.clone(), netns: NetnsChoice::New, ip: None, expose: Vec::new() };
+        self.command("attach web", &Command::Attach(attach))?;
+        let web = handle("web")?;
+        http::serve(listen(&web, 80)?, "hello from the container");
+        self.title("publish: port 80 of the host leads there");
+        let specs = vec![parse("80:80")?];
+        let publish = Publish { name: name.clone(), specs, all_exposed: false, via: Via::Both };
+        self.command("publish web -p 80:80", &Command::Publish(publish))?;
+        self.show_rules()?;
+        self.title("inspect, as docker inspect shows it");
+        self.command("inspect web", &Command::Inspect(Some(name)))?;
+        self.traffic(&web, &outside)
+    }
+
+    /// Runs one of our own commands and shows what it says.
+    fn command(&mut self, text: &str, command: &Command) -> Result<(), Error> {
+        self.say(format!("$ netns-setup {text}"));
+        let report = commands::run(command, &self.options, &mut self.kernel)?;
+        report
+            .steps
+            .iter()
+            .for_each(|step| self.say(format!("  + {}", step.lines().next().unwrap_or_default())));
+        report.warnings.iter().for_each(|warning| self.say(format!("warning: {warning}")));
+        report.lines.iter().for_each(|line| self.say(line));
+        Ok(())
+    }
+
+    /// Makes the outside neighbour.
+    fn outside(&mut self) -> Result<Handle, Error> {
+        let (uplink, lo, eth0): (IfName, _, _) = (parse("uplink0")?, IfName::loopback(), IfName::container());
+        let netns = Path::new(NETNS_DIR).join("outside");
+        let there = Place::Container(netns.clone());
+        let (host_mac, container_mac) = (Mac::for_container(HOST_V4), Mac::for_container(OUTSIDE_V4));
+        let pair = VethPair { host: uplink.clone(), host_mac, container_mac, mtu: 1500, netns };
+        let up = |place: &Place, name: &IfName| Action::SetLink {
+            place: place.clone(),
+            name: name.clone(),
+            change: LinkChange::Up(true),
+        };
+        let address = |place: &Place, name: &IfName, ip: IpAddr| Action::AddAddress {
+            place: place.clone(),
+            name: name.clone(),
+            address: Cidr { ip, prefix: if ip.is_ipv4() { 24 } else { 64 } },
+        };
+        let actions = [
+            up(&Place::Host, &lo),
+            Action::AddNetns(name("outside")?),
+            Action::AddVeth(pair),
+            address(&Place::Host, &uplink, HOST_V4.into()),
+            address(&Place::Host, &uplink, HOST_V6.into()),
+            up(&Place::Host, &uplink),
+            address(&there, &eth0, OUTSIDE_V4.into()),
+            address(&there, &eth0, OUTSIDE_V6.into()),
+            up(&there, &eth0),
+            // It knows the way to the containers, as an intruder would.
+            Action::AddDefaultRoute { place: there, gateway: HOST_V4.into() },
+        ];
+        for action in &actions {
+            self.say(format!("  + {action}"));
+            self.kernel.run(action).map_err(|error| Error::Demo(format!("{error} (step: {action})")))?;
+        }
+        handle("outside")
+    }
+
+    fn show_rules(&self) -> Result<(), Error> {
+        self.title("the rules, as the tools list them");
+        let tools: [(&str, &[&str]); 2] =
+            [("nft", &["list", "table", "inet", "netns-setup-docker0"]), ("iptables-save", &[])];
+        let listings =
+            tools.into_iter().filter_map(|(tool, args)| Some((tool, args, tool::run(tool, args, "").ok()?)));
+        let Some((tool, args, listing)) = listings.into_iter().find(|(_, _, listing)| !listing.is_empty())
+        else {
+            self.say("none: --firewall none");
+            return Ok(());
+        };
+        self.say(format!("$ {tool} {}", args.join(" ")));
+        listing.lines().filter(|line| !line.starts_with('#')).for_each(|line| self.say(line));
+        Ok(())
+    }
+
+    /// Every way in, the way out, and the way that must be closed.
+    fn traffic(&self, web: &Handle, outside: &Handle) -> Result<(), Error> {
+        self.title("traffic");
+        let at = |ip: IpAddr| SocketAddr::new(ip, 80);
+        self.fetch("outside, IPv4", Some(outside), at(HOST_V4.into()))?;
+        self.fetch("outside, IPv6", Some(outside), at(HOST_V6.into()))?;
+        self.fetch("loopback, IPv4", None, at(Ipv4Addr::LOCALHOST.into()))?;
+        self.fetch("loopback, IPv6", None, at(Ipv6Addr::LOCALHOST.into()))?;
+        self.fetch("hairpin", Some(web), at(HOST_V4.into()))?;
+        self.fetch("host to container", None, at(WEB_V4.into()))?;
+        http::serve(listen(outside, 8000)?, "hello from outside");
+        self.fetch("container to outside", Some(web), SocketAddr::new(OUTSIDE_V4.into(), 8000))?;
+        self.closed("outside, straight to the container", outside, at(WEB_V4.into()))
+    }
+
+    fn fetch(&self, what: &str, from: Option<&Handle>, address: SocketAddr) -> Result<(), Error> {
+        let fetched = match from {
+            Some(handle) => handle.run(|| http::fetch(address))?,
+            None => http::fetch(address),
+        };
+        let answer = fetched.map_err(|error| Error::Demo(format!("{what}: http://{address}/: {error}")))?;
+        self.say(format!("{what:<36} http://{address}/  {answer}"));
+        Ok(())
+    }
+
+    fn closed(&self, what: &str, from: &Handle, address: SocketAddr) -> Result<(), Error> {
+        match from.run(|| http::fetch(address))? {
+            Ok(answer) => {
+                Err(Error::Demo(format!("{what} should be closed, but http://{address}/ said {answer}")))
+            }
+            Err(error) => {
+                self.say(format!("{what:<36} http://{address}/  closed, as it should be ({error})"));
+                Ok(())
+            }
+        }
+    }
+}
+
+/// Gives the thread a network and a `/run` of its own.
+fn own_namespaces() -> io::Result<()> {
+    unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS)?;
+    let none = None::<&str>;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
+    mount(Some("tmpfs"), "/run", Some("tmpfs"), MsFlags::empty(), Some("mode=0755"))?;
+    Ok(())
+}
+
+fn up() -> Result<Up, Error> {
+    Ok(Up {
+        bridge: parse("docker0")?,
+        subnet: parse("172.17.0.0/16")?,
+        subnet6: Some(parse("fd00:d0c::/64")?),
+        mtu: 1500,
+        gso_max_size: 524_280,
+        persist: false,
+    })
+}
+
+fn name(text: &str) -> Result<Name, Error> {
+    parse(text)
+}
+
+/// Reads a value that this file itself spells out.
+fn parse<T: std::str::FromStr<Err: std::fmt::Display>>(text: &str) -> Result<T, Error> {
+    text.parse().map_err(|error| Error::Demo(format!("{text}: {error}")))
+}
+
+fn handle(name: &str) -> Result<Handle, Error> {
+    Ok(Handle::open_path(&Path::new(NETNS_DIR).join(name))?)
+}
+
+/// Listens on every address of a namespace.
+fn listen(handle: &Handle, port: u16) -> Result<TcpListener, Error> {
+    let listener = handle.run(|| TcpListener::bind((Ipv6Addr::UNSPECIFIED, port)))?;
+    listener.map_err(|error| Error::Demo(format!("cannot listen on port {port}: {error}")))
+}

@@ -1,0 +1,430 @@
+//! The iptables backend: the rules that Docker writes, in the chains that Docker uses.
+//!
+//! A rule is kept in the form in which `iptables-save` prints it, so that what is there can be compared with what
+//! is wanted. A change is one `iptables-restore --noflush`, which the kernel takes or refuses table by table.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
+use std::net::IpAddr;
+
+use super::{Translation, loopback_ports, translations};
+use crate::action::Family;
+use crate::addr::Cidr;
+use crate::model::{Network, Topology};
+
+const PUBLISHED: &str = "DOCKER";
+const DIRECT: &str = "DOCKER-DIRECT";
+const FORWARD: &str = "DOCKER-FORWARD";
+
+/// The tables in which rules are kept, in the order in which a script changes them: a container is closed
+/// before anything is translated to it.
+const TABLES: [&str; 3] = ["raw", "filter", "nat"];
+
+/// A chain as `iptables-save` lists it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SavedChain {
+    /// The policy of a built-in chain.
+    pub policy: Option<String>,
+    /// The rules, without the leading `-A CHAIN`.
+    pub rules: Vec<String>,
+}
+
+/// What `iptables-save` lists: chains by table and name.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SavedTables(BTreeMap<String, BTreeMap<String, SavedChain>>);
+
+impl SavedTables {
+    /// Reads the output of `iptables-save`.
+    #[must_use]
+    pub fn parse(text: &str) -> Self {
+        let mut tables = Self::default();
+        let mut table = String::new();
+        for line in text.lines() {
+            if let Some(name) = line.strip_prefix('*') {
+                name.clone_into(&mut table);
+            } else if let Some(chain) = line.strip_prefix(':') {
+                let mut words = chain.split_whitespace();
+                let (Some(name), Some(policy)) = (words.next(), words.next()) else {
+                    continue;
+                };
+                let policy = (policy != "-").then(|| policy.to_owned());
+                tables.chain_mut(&table, name).policy = policy;
+            } else if let Some((chain, rule)) = line.strip_prefix("-A ").and_then(|rule| rule.split_once(' '))
+            {
+                tables.chain_mut(&table, chain).rules.push(rule.to_owned());
+            }
+        }
+        tables
+    }
+
+    /// One chain, if it exists.
+    #[must_use]
+    pub fn chain(&self, table: &str, chain: &str) -> Option<&SavedChain> {
+        self.0.get(table)?.get(chain)
+    }
+
+    fn chain_mut(&mut self, table: &str, chain: &str) -> &mut SavedChain {
+        self.0.entry(table.to_owned()).or_default().entry(chain.to_owned()).or_default()
+    }
+}
+
+/// A rule of ours in a built-in chain.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct BuiltinRule {
+    chain: &'static str,
+    /// Whether it has to come before everybody else's.
+    first: bool,
+    rule: String,
+}
+
+impl BuiltinRule {
+    fn key(&self) -> (&str, &str) {
+        (self.chain, &self.rule)
+    }
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct TableRules {
+    chains: BTreeMap<&'static str, Vec<String>>,
+    builtin: Vec<BuiltinRule>,
+}
+
+impl TableRules {
+    fn append(&mut self, chain: &'static str, rule: String) {
+        if !self.builtin.iter().any(|known| known.chain == chain && known.rule == rule) {
+            self.builtin.push(BuiltinRule { chain, first: false, rule });
+        }
+    }
+}
+
+/// The rules of one address family.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Ruleset(BTreeMap<&'static str, TableRules>);
+
+impl Ruleset {
+    /// The chains of our own, with their tables.
+    pub fn chains(&self) -> impl Iterator<Item = (&'static str, &'static str)> {
+        self.0.iter().flat_map(|(table, rules)| rules.chains.keys().map(move |chain| (*table, *chain)))
+    }
+}
+
+/// The rules that `topology` needs; none without a network, or for IPv6 without an IPv6 subnet.
+#[must_use]
+pub fn render(topology: &Topology, family: Family) -> Ruleset {
+    let Some(network) = &topology.network else {
+        return Ruleset::default();
+    };
+    let (subnet, loopback) = match (family, network.subnet6) {
+        (Family::V4, _) => (network.subnet.cidr(), "127.0.0.0/8"),
+        (Family::V6, Some(subnet)) => (subnet.cidr(), "::1/128"),
+        (Family::V6, None) => return Ruleset::default(),
+    };
+    let ports = translations(network, topology, family == Family::V6);
+    Ruleset(BTreeMap::from([
+        ("raw", raw(network, topology, family, &ports)),
+        ("filter", filter(network, &ports)),
+        ("nat", nat(network, subnet, loopback, &ports)),
+    ]))
+}
+
+/// Before connection tracking: nothing reaches a container or a loopback port by being routed straight to it.
+fn raw(network: &Network, topology: &Topology, family: Family, ports: &[Translation]) -> TableRules {
+    let bridge = &network.bridge;
+    let mut table = TableRules::default();
+    for endpoint in topology.endpoints.values() {
+        let ip = match family {
+            Family::V4 => Some(IpAddr::V4(endpoint.ip)),
+            Family::V6 => endpoint.ip6(network).map(IpAddr::V6),
+        };
+        if let Some(ip) = ip {
+            table.append("PREROUTING", format!("-d {} ! -i {bridge} -j DROP", host(ip)));
+        }
+    }
+    if family == Family::V4 {
+        for (ip, proto, port) in loopback_ports(topology) {
+            let rule = format!("-d {} ! -i lo -p {proto} -m {proto} --dport {port} -j DROP", host(ip));
+            table.append("PREROUTING", rule);
+        }
+        if ports.iter().any(|port| port.direct) {
+            table.append("PREROUTING", format!("-d 127.0.0.0/8 -i {bridge} -j DROP"));
+        }
+    }
+    table
+}
+
+fn filter(network: &Network, ports: &[Translation]) -> TableRules {
+    let bridge = &network.bridge;
+    let open: BTreeSet<_> =
+        ports.iter().map(|port| (port.container, port.proto, port.container_port)).collect();
+    let accept = open.into_iter().map(|(ip, proto, port)| {
+        format!("-d {} ! -i {bridge} -o {bridge} -p {proto} -m {proto} --dport {port} -j ACCEPT", host(ip))
+    });
+    let drop = format!("! -i {bridge} -o {bridge} -j DROP");
+    let forward = vec![
+        format!("-o {bridge} -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT"),
+        format!("-o {bridge} -j {PUBLISHED}"),
+        format!("-i {bridge} -j ACCEPT"),
+    ];
+    TableRules {
+        chains: BTreeMap::from([(PUBLISHED, accept.chain([drop]).collect()), (FORWARD, forward)]),
+        // Before a firewall's own final DROP or REJECT, which would close what is published.
+        builtin: vec![BuiltinRule { chain: "FORWARD", first: true, rule: format!("-j {FORWARD}") }],
+    }
+}
+
+fn nat(network: &Network, subnet: Cidr, loopback: &str, ports: &[Translation]) -> TableRules {
+    let bridge = &network.bridge;
+    let mut table = TableRules::default();
+    let local = "-m addrtype --dst-type LOCAL -j";
+    table.append("PREROUTING", format!("{local} {PUBLISHED}"));
+    table.append("OUTPUT", format!("! -d {loopback} {local} {PUBLISHED}"));
+    table.append("POSTROUTING", format!("-s {subnet} ! -o {bridge} -j MASQUERADE"));
+    let (direct, published): (Vec<_>, Vec<_>) = ports.iter().partition(|port| port.direct);
+    let returns = std::iter::once(format!("-i {bridge} -j RETURN"));
+    let outside = format!("! -i {bridge} ");
+    let published = returns.chain(published.into_iter().map(|port| dnat(port, &outside))).collect();
+    table.chains.insert(PUBLISHED, published);
+    if !direct.is_empty() {
+        nat_direct(&mut table, network, subnet, loopback);
+        table.chains.insert(DIRECT, direct.into_iter().map(|port| dnat(port, "")).collect());
+    }
+    // S11's rule for a container that reaches itself through a host port.
+    let mut seen = BTreeSet::new();
+    for Translation { container, proto, container_port, .. } in ports {
+        if seen.insert((container, proto, container_port)) {
+            let ip = host(*container);
+            let rule =
+                format!("-s {ip} -d {ip} -p {proto} -m {proto} --dport {container_port} -j MASQUERADE");
+            table.builtin.push(BuiltinRule { chain: "POSTROUTING", first: false, rule });
+        }
+    }
+    table
+}
+
+/// What it takes to serve loopback and containers without a relay.
+fn nat_direct(table: &mut TableRules, network: &Network, subnet: Cidr, loopback: &str) {
+    let bridge = &network.bridge;
+    let local = format!("-m addrtype --dst-type LOCAL -j {DIRECT}");
+    table.append("PREROUTING", local.clone());
+    if subnet.ip.is_ipv4() {
+        table.append("OUTPUT", local);
+        table.append("POSTROUTING", format!("-s {loopback} -o {bridge} -j MASQUERADE"));
+    } else {
+        table.append("OUTPUT", format!("! -d {loopback} {local}"));
+    }
+    table.append("POSTROUTING", format!("-s {subnet} -o {bridge} -m conntrack --ctstate DNAT -j MASQUERADE"));
+}
+
+fn dnat(port: &Translation, from: &str) -> String {
+    let Translation { proto, host_port, container_port, .. } = port;
+    let on = port.host.map_or_else(String::new, |ip| format!("-d {} ", host(ip)));
+    let to = match port.container {
+        IpAddr::V4(ip) => format!("{ip}:{container_port}"),
+        IpAddr::V6(ip) => format!("[{ip}]:{container_port}"),
+    };
+    format!("{on}{from}-p {proto} -m {proto} --dport {host_port} -j DNAT --to-destination {to}")
+}
+
+fn host(ip: IpAddr) -> Cidr {
+    Cidr { ip, prefix: if ip.is_ipv4() { 32 } else { 128 } }
+}
+
+/// The script that turns what is there into what is wanted, and the script that turns it back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Transition {
+    /// There.
+    pub script: String,
+    /// And back.
+    pub undo: String,
+}
+
+/// Compares `saved` with `wanted` and says what it takes; `None` when nothing differs.
+///
+/// Only rules of `owned` and `wanted` are looked at, and only chains of ours are emptied.
+#[must_use]
+pub fn transition(saved: &SavedTables, owned: &Ruleset, wanted: &Ruleset) -> Option<Transition> {
+    let (mut script, mut undo) = (String::new(), String::new());
+    for table in TABLES {
+        let none = TableRules::default();
+        let owned = owned.0.get(table).unwrap_or(&none);
+        let wanted = wanted.0.get(table).unwrap_or(&none);
+        let (there, back) = table_lines(table, saved, owned, wanted);
+        for (text, lines) in [(&mut script, there), (&mut undo, back)] {
+            if !lines.0.is_empty() {
+                text.push_str(&format!("*{table}\n{}COMMIT\n", lines.render()));
+            }
+        }
+    }
+    (!script.is_empty()).then_some(Transition { script, undo })
+}
+
+/// The lines of one table, in the order in which they must come.
+#[derive(Default)]
+struct Lines(Vec<(Rank, String)>);
+
+/// A chain is declared before a rule leads to it, and removed after the last one that did.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Rank {
+    Declare,
+    Delete,
+    Fill,
+    Flush,
+    Remove,
+}
+
+impl Lines {
+    fn push(&mut self, rank: Rank, line: String) {
+        self.0.push((rank, line));
+    }
+
+    /// Makes `rules` the only content of one of our chains, or removes the chain.
+    fn chain(&mut self, name: &str, rules: Option<&[String]>) {
+        let Some(rules) = rules else {
+            self.push(Rank::Flush, format!("-F {name}"));
+            return self.push(Rank::Remove, format!("-X {name}"));
+        };
+        // With --noflush, declaring a chain that exists empties it.
+        self.push(Rank::Declare, format!(":{name} - [0:0]"));
+        for rule in rules {
+            self.push(Rank::Fill, format!("-A {name} {rule}"));
+        }
+    }
+
+    fn add(&mut self, BuiltinRule { chain, first, rule }: &BuiltinRule) {
+        let verb = if *first { "-I" } else { "-A" };
+        self.push(Rank::Fill, format!("{verb} {chain} {rule}"));
+    }
+
+    fn delete(&mut self, BuiltinRule { chain, rule, .. }: &BuiltinRule) {
+        self.push(Rank::Delete, format!("-D {chain} {rule}"));
+    }
+
+    fn render(mut self) -> String {
+        self.0.sort_by_key(|(rank, _)| *rank);
+        self.0.into_iter().map(|(_, line)| line + "\n").collect()
+    }
+}
+
+fn table_lines(table: &str, saved: &SavedTables, owned: &TableRules, wanted: &TableRules) -> (Lines, Lines) {
+    let (mut there, mut back) = (Lines::default(), Lines::default());
+    let names: BTreeSet<_> = owned.chains.keys().chain(wanted.chains.keys()).collect();
+    for name in names {
+        let is = saved.chain(table, name).map(|chain| chain.rules.as_slice());
+        let shall_be = wanted.chains.get(name).map(Vec::as_slice);
+        if is != shall_be {
+            there.chain(name, shall_be);
+            back.chain(name, is);
+        }
+    }
+    builtin_lines(table, saved, owned, wanted, &mut there, &mut back);
+    (there, back)
+}
+
+fn builtin_lines(
+    table: &str,
+    saved: &SavedTables,
+    owned: &TableRules,
+    wanted: &TableRules,
+    there: &mut Lines,
+    back: &mut Lines,
+) {
+    let mut positions: HashMap<(&str, &str), Vec<usize>> = HashMap::new();
+    for chain in ["PREROUTING", "FORWARD", "OUTPUT", "POSTROUTING"] {
+        let rules = saved.chain(table, chain).into_iter().flat_map(|chain| &chain.rules);
+        for (rule, position) in rules.zip(1..) {
+            positions.entry((chain, rule)).or_default().push(position);
+        }
+    }
+    for rule in wanted.builtin.iter().filter(|rule| !positions.contains_key(&rule.key())) {
+        there.add(rule);
+        back.delete(rule);
+    }
+    let kept: HashSet<_> = wanted.builtin.iter().map(BuiltinRule::key).collect();
+    let mut gone = BTreeMap::new();
+    for rule in owned.builtin.iter().filter(|rule| !kept.contains(&rule.key())) {
+        for position in positions.remove(&rule.key()).unwrap_or_default() {
+            there.delete(rule);
+            gone.insert((rule.chain, position), rule);
+        }
+    }
+    // In the order of their positions each one finds the rules before it in place already.
+    for ((chain, position), rule) in gone {
+        back.push(Rank::Fill, format!("-I {chain} {position} {}", rule.rule));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testdata;
+
+    fn fresh(topology: &Topology, family: Family) -> Transition {
+        transition(&SavedTables::default(), &Ruleset::default(), &render(topology, family)).unwrap()
+    }
+
+    /// What `iptables-save` would list after a script that only adds.
+    fn saved_after(script: &str) -> SavedTables {
+        SavedTables::parse(&script.replace("-I FORWARD", "-A FORWARD"))
+    }
+
+    #[test]
+    fn the_scripts_are_the_golden_ones() {
+        testdata::golden("story.iptables", &fresh(&testdata::story(), Family::V4).script);
+        testdata::golden("everything.iptables", &fresh(&testdata::everything(), Family::V4).script);
+        testdata::golden("everything.ip6tables", &fresh(&testdata::everything(), Family::V6).script);
+    }
+
+    #[test]
+    fn what_is_there_already_is_not_written_again() {
+        for family in [Family::V4, Family::V6] {
+            let wanted = render(&testdata::everything(), family);
+            let saved = saved_after(&fresh(&testdata::everything(), family).script);
+            assert_eq!(transition(&saved, &wanted, &wanted), None);
+        }
+    }
+
+    #[test]
+    fn taking_away_is_the_undoing_of_adding() {
+        let wanted = render(&testdata::story(), Family::V4);
+        let added = fresh(&testdata::story(), Family::V4);
+        let saved = saved_after(&added.script);
+        let removed = transition(&saved, &wanted, &Ruleset::default()).unwrap();
+        assert_eq!(removed.script, added.undo);
+        assert!(removed.script.contains("-D OUTPUT ! -d 127.0.0.0/8 -m addrtype --dst-type LOCAL -j DOCKER"));
+        assert!(removed.script.contains("-F DOCKER\n-X DOCKER") || removed.script.contains("-X DOCKER\n"));
+    }
+
+    #[test]
+    fn rules_of_others_are_left_alone() {
+        let theirs =
+            "*filter\n:FORWARD DROP [0:0]\n:ufw - [0:0]\n-A FORWARD -j ufw\n-A ufw -j RETURN\nCOMMIT\n";
+        let saved = SavedTables::parse(theirs);
+        assert_eq!(saved.chain("filter", "FORWARD").unwrap().policy.as_deref(), Some("DROP"));
+        let change =
+            transition(&saved, &Ruleset::default(), &render(&testdata::story(), Family::V4)).unwrap();
+        assert!(!change.script.contains("ufw") && !change.undo.contains("ufw"));
+    }
+
+    #[test]
+    fn undoing_a_removal_restores_the_order() {
+        let wanted = render(&testdata::story(), Family::V4);
+        let theirs = "-A POSTROUTING -s 192.0.2.0/24 -j MASQUERADE\n";
+        let script = fresh(&testdata::story(), Family::V4).script;
+        let saved =
+            saved_after(&script.replace(
+                "-A POSTROUTING -s 172.17.0.2/32",
+                &format!("{theirs}-A POSTROUTING -s 172.17.0.2/32"),
+            ));
+        let removed = transition(&saved, &wanted, &Ruleset::default()).unwrap();
+        assert!(removed.undo.contains("-I POSTROUTING 1 -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE\n-I POSTROUTING 3 -s 172.17.0.2/32"), "{}", removed.undo);
+    }
+
+    #[test]
+    fn a_rule_that_somebody_removed_comes_back_alone() {
+        let wanted = render(&testdata::story(), Family::V4);
+        let script = fresh(&testdata::story(), Family::V4).script;
+        let masquerade = "-A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE\n";
+        let saved = saved_after(&script.replace(masquerade, ""));
+        let change = transition(&saved, &wanted, &wanted).unwrap();
+        assert_eq!(change.script, format!("*nat\n{masquerade}COMMIT\n"));
+    }
+}

@@ -1,0 +1,71 @@
+//! The rules that keep containers closed, except where a port is published.
+
+pub mod detect;
+pub mod iptables;
+pub mod nft;
+pub mod tool;
+
+use std::net::IpAddr;
+
+use crate::model::{Endpoint, Mapping, Network, Topology, Via};
+use crate::publish::{HostAddr, Proto};
+
+/// A published port as the rules of one address family see it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Translation {
+    pub(crate) proto: Proto,
+    /// The address of the host; `None` means every local one.
+    pub(crate) host: Option<IpAddr>,
+    pub(crate) host_port: u16,
+    pub(crate) container: IpAddr,
+    pub(crate) container_port: u16,
+    /// Whether the kernel serves loopback and containers too, because no relay does.
+    pub(crate) direct: bool,
+}
+
+/// What the kernel is to translate, for one address family.
+pub(crate) fn translations(network: &Network, topology: &Topology, ipv6: bool) -> Vec<Translation> {
+    topology
+        .mappings()
+        .filter_map(|(_, endpoint, mapping)| translation(network, endpoint, mapping, ipv6))
+        .collect()
+}
+
+fn translation(network: &Network, endpoint: &Endpoint, mapping: &Mapping, ipv6: bool) -> Option<Translation> {
+    if !mapping.via.has_dnat() {
+        return None;
+    }
+    let container = if ipv6 { IpAddr::V6(endpoint.ip6(network)?) } else { IpAddr::V4(endpoint.ip) };
+    let host = match mapping.host {
+        HostAddr::Any => None,
+        HostAddr::Ip(ip) if ip.is_ipv6() != ipv6 => return None,
+        HostAddr::Ip(ip) if ip.is_unspecified() => None,
+        HostAddr::Ip(ip) => Some(ip),
+    };
+    let direct = mapping.via == Via::Dnat;
+    // Loopback belongs to the relay where there is one; packets for ::1 cannot leave the loopback interface at all.
+    let for_relay = host.is_some_and(|ip| ip.is_loopback() && (!direct || ipv6));
+    (!for_relay).then_some(Translation {
+        proto: mapping.proto,
+        host,
+        host_port: mapping.host_port,
+        container,
+        container_port: mapping.container_port,
+        direct,
+    })
+}
+
+/// Ports published on an IPv4 loopback address: packets from elsewhere that claim to be for it are dropped.
+pub(crate) fn loopback_ports(topology: &Topology) -> Vec<(IpAddr, Proto, u16)> {
+    let ports = topology.mappings().filter_map(|(_, _, mapping)| match mapping.host {
+        HostAddr::Ip(ip @ IpAddr::V4(v4)) if v4.is_loopback() => Some((ip, mapping.proto, mapping.host_port)),
+        _ => None,
+    });
+    ports.collect()
+}
+
+/// Whether the kernel is to carry loopback connections into the bridge.
+#[must_use]
+pub fn needs_route_localnet(topology: &Topology) -> bool {
+    topology.mappings().any(|(_, _, mapping)| mapping.via == Via::Dnat)
+}

@@ -1,0 +1,71 @@
+//! Running the programs that own the rules.
+
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::{Command, ExitStatus, Stdio};
+
+/// Why a program did not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum ToolError {
+    /// There is no such program.
+    #[error("{0} is not installed: install it, or choose another --firewall")]
+    Missing(&'static str),
+    /// It could not be run.
+    #[error("cannot run {program}: {source}")]
+    Run {
+        /// The program.
+        program: &'static str,
+        /// Why.
+        source: io::Error,
+    },
+    /// It refused.
+    #[error("{program} failed ({status}): {message}")]
+    Failed {
+        /// The program.
+        program: &'static str,
+        /// How it ended.
+        status: ExitStatus,
+        /// What it said.
+        message: String,
+    },
+}
+
+/// Where `program` is found.
+#[must_use]
+pub fn find(program: &str) -> Option<PathBuf> {
+    // Users' PATH often lacks the directories where these programs are.
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let usual = ["/usr/sbin", "/sbin"].map(PathBuf::from);
+    std::env::split_paths(&path).chain(usual).map(|dir| dir.join(program)).find(|file| file.is_file())
+}
+
+/// Runs `program` with `input` and returns what it printed.
+///
+/// # Errors
+/// When it is missing, cannot be run, or exits with a failure.
+pub fn run(program: &'static str, args: &[&str], input: &str) -> Result<String, ToolError> {
+    let file = find(program).ok_or(ToolError::Missing(program))?;
+    let failed = |source| ToolError::Run { program, source };
+    let mut child = Command::new(file)
+        .args(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(failed)?;
+    if let Some(mut stdin) = child.stdin.take() {
+        match stdin.write_all(input.as_bytes()) {
+            // It has seen enough to refuse; its status and words say why.
+            Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
+            other => other.map_err(failed)?,
+        }
+    }
+    let output = child.wait_with_output().map_err(failed)?;
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    let said = String::from_utf8_lossy(&output.stderr);
+    let message =
+        said.lines().find(|line| !line.trim().is_empty()).unwrap_or("it gave no reason").trim().to_owned();
+    Err(ToolError::Failed { program, status: output.status, message })
+}

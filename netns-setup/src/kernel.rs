@@ -1,0 +1,167 @@
+//! Carrying out actions for real.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::path::PathBuf;
+
+use netlink_sys::protocols::NETLINK_ROUTE;
+use nix::errno::Errno;
+use socket2::Socket;
+
+use crate::action::{Action, Place, RelayCommand};
+use crate::apply::Backend;
+use crate::firewall::tool::{self, ToolError};
+use crate::model::{MappingKey, Netns, RelayProcess};
+use crate::netlink::{Client, NetlinkError, address, conntrack, link, route};
+use crate::netns::{self, Handle, NetnsError};
+use crate::publish::{HostAddr, Proto};
+use crate::relay::{self, RelayError};
+use crate::reserve::{self, ReserveError};
+use crate::{persist, sysctl};
+
+/// Why an action failed.
+#[derive(Debug, thiserror::Error)]
+pub enum ActionError {
+    /// The kernel refused a change of an interface, address or route.
+    #[error(transparent)]
+    Netlink(#[from] NetlinkError),
+    /// A namespace could not be made, entered or removed.
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
+    /// A program that loads rules failed.
+    #[error(transparent)]
+    Tool(#[from] ToolError),
+    /// A relay could not be started or stopped.
+    #[error(transparent)]
+    Relay(#[from] RelayError),
+    /// A host port could not be bound.
+    #[error(transparent)]
+    Reserve(#[from] ReserveError),
+    /// A kernel parameter could not be set.
+    #[error("cannot set {key}: {source}")]
+    Sysctl {
+        /// Which.
+        key: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// A file could not be written or removed.
+    #[error("cannot change {}: {source}", path.display())]
+    File {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// The system itself, as seen from the network namespace of the calling thread.
+#[derive(Debug, Default)]
+pub struct Kernel {
+    reserved: BTreeMap<MappingKey, Socket>,
+    relays: BTreeMap<MappingKey, RelayProcess>,
+}
+
+impl Backend for Kernel {
+    fn run(&mut self, action: &Action) -> Result<(), ActionError> {
+        match action {
+            Action::AddNetns(name) => Ok(netns::add(name)?),
+            Action::DeleteNetns(name) => Ok(netns::delete(name)?),
+            Action::SetSysctl { key, value } => {
+                sysctl::write(key, value).map_err(|source| ActionError::Sysctl { key: key.clone(), source })
+            }
+            Action::WriteFile { path, text } => {
+                persist::write(path, text).map_err(|source| ActionError::File { path: path.clone(), source })
+            }
+            Action::RemoveFile(path) => {
+                std::fs::remove_file(path).map_err(|source| ActionError::File { path: path.clone(), source })
+            }
+            Action::Nft(script) => Ok(tool::run("nft", &["-f", "-"], script).map(drop)?),
+            Action::Iptables { family, script } => {
+                Ok(tool::run(family.restore(), &["--noflush", "-w", "5"], script).map(drop)?)
+            }
+            Action::StartRelay(command) => self.start_relay(command),
+            Action::StopRelay { relay, process } => self.stop_relay(relay, *process),
+            Action::FlushConntrack { host, port } => Ok(conntrack::flush_udp(*host, *port)?),
+            Action::AddBridge { .. }
+            | Action::AddVeth(_)
+            | Action::DeleteLink(_)
+            | Action::SetLink { .. }
+            | Action::AddAddress { .. }
+            | Action::DeleteAddress { .. }
+            | Action::AddDefaultRoute { .. }
+            | Action::DeleteDefaultRoute { .. } => in_place(action),
+        }
+    }
+
+    fn reserve(&mut self, proto: Proto, host: HostAddr, port: u16) -> Result<u16, ReserveError> {
+        let (socket, port) = reserve::bind(proto, host, port)?;
+        self.reserved.insert(MappingKey { proto, host, port }, socket);
+        Ok(port)
+    }
+
+    fn relays(&self) -> &BTreeMap<MappingKey, RelayProcess> {
+        &self.relays
+    }
+}
+
+impl Kernel {
+    fn start_relay(&mut self, command: &RelayCommand) -> Result<(), ActionError> {
+        let MappingKey { proto, host, port } = command.key;
+        let socket = match self.reserved.remove(&command.key) {
+            Some(socket) => socket,
+            None => reserve::bind(proto, host, port)?.0,
+        };
+        reserve::open(&socket).map_err(RelayError::Socket)?;
+        let process = relay::start(command, socket)?;
+        self.relays.insert(command.key, process);
+        Ok(())
+    }
+
+    fn stop_relay(
+        &mut self,
+        command: &RelayCommand,
+        process: Option<RelayProcess>,
+    ) -> Result<(), ActionError> {
+        let started = self.relays.remove(&command.key);
+        process.or(started).map_or(Ok(()), |process| Ok(relay::stop(process)?))
+    }
+}
+
+/// Carries out an action of the routing protocol in the namespace that it is for.
+fn in_place(action: &Action) -> Result<(), ActionError> {
+    match action {
+        Action::SetLink { place: Place::Container(path), .. }
+        | Action::AddAddress { place: Place::Container(path), .. }
+        | Action::DeleteAddress { place: Place::Container(path), .. }
+        | Action::AddDefaultRoute { place: Place::Container(path), .. }
+        | Action::DeleteDefaultRoute { place: Place::Container(path), .. } => {
+            Ok(Handle::open_path(path)?.run(|| request(action))??)
+        }
+        Action::AddVeth(pair) => {
+            let netns = Handle::open(&Netns { path: pair.netns.clone(), identity: None })?;
+            let mut client = Client::open(NETLINK_ROUTE)?;
+            Ok(link::add_veth(&mut client, pair, std::os::fd::AsFd::as_fd(&netns))?)
+        }
+        _ => Ok(request(action)?),
+    }
+}
+
+fn request(action: &Action) -> Result<(), NetlinkError> {
+    let mut client = Client::open(NETLINK_ROUTE)?;
+    let client = &mut client;
+    match action {
+        Action::AddBridge { name, mac, mtu } => link::add_bridge(client, name, *mac, *mtu),
+        Action::DeleteLink(name) => match link::delete(client, name) {
+            // The other end may have gone first, with its namespace.
+            Err(error) if error.is(Errno::ENODEV) => Ok(()),
+            other => other,
+        },
+        Action::SetLink { name, change, .. } => link::set(client, name.as_str(), change),
+        Action::AddAddress { name, address, .. } => address::add(client, name.as_str(), *address),
+        Action::DeleteAddress { name, address, .. } => address::delete(client, name.as_str(), *address),
+        Action::AddDefaultRoute { gateway, .. } => route::add_default(client, *gateway),
+        Action::DeleteDefaultRoute { gateway, .. } => route::delete_default(client, *gateway),
+        _ => Ok(()),
+    }
+}

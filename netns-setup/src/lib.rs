@@ -1,0 +1,34 @@
+//! `netns-setup` wires what `rproxy` serves: a bridge, veth pairs into containers, addresses, and the firewall.
+//!
+//! What is wanted ([`model`]) and what is there ([`observed`]) go into a pure [`plan`]: an ordered list of steps,
+//! each printable as the command that it equals ([`action`]), appliable, and undoable ([`apply`]). The intent is
+//! written to the state directory before the first change and confirmed after the last ([`state`]).
+
+#![forbid(unsafe_code)]
+
+pub mod action;
+pub mod addr;
+pub mod apply;
+pub mod cli;
+pub mod commands;
+pub mod demo;
+pub mod error;
+pub mod firewall;
+pub mod ipam;
+pub mod kernel;
+pub mod model;
+pub mod name;
+pub mod netlink;
+pub mod netns;
+pub mod observe;
+pub mod observed;
+pub mod persist;
+pub mod plan;
+pub mod publish;
+pub mod relay;
+pub mod reserve;
+pub mod state;
+pub mod sysctl;
+
+#[cfg(test)]
+mod testdata;

@@ -1,0 +1,194 @@
+//! A small synchronous netlink client: a request and its answer at a time.
+
+pub mod address;
+pub mod conntrack;
+pub mod link;
+pub mod route;
+
+use std::io;
+
+use netlink_packet_core::{
+    DecodeError, NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader,
+    NetlinkMessage, NetlinkPayload, NetlinkSerializable,
+};
+use netlink_sys::{Socket, SocketAddr};
+
+/// A table that keeps changing while it is read is read this many times before giving up.
+const DUMP_ATTEMPTS: usize = 10;
+
+/// Why the kernel gave no answer, or a bad one.
+#[derive(Debug, thiserror::Error)]
+pub enum NetlinkError {
+    /// No socket could be had, or it failed.
+    #[error("netlink socket: {0}")]
+    Socket(#[source] io::Error),
+    /// The kernel refused the request.
+    #[error("{0}")]
+    Refused(#[source] io::Error),
+    /// The answer could not be read.
+    #[error("cannot read the kernel's answer: {0}")]
+    Decode(String),
+    /// The table changed each time that it was read.
+    #[error("the kernel's tables change faster than they can be read: try again")]
+    Unsettled,
+    /// There is no such interface.
+    #[error("there is no interface {0}")]
+    NoLink(String),
+}
+
+impl NetlinkError {
+    /// Whether the kernel refused with that error number.
+    #[must_use]
+    pub fn is(&self, errno: nix::errno::Errno) -> bool {
+        matches!(self, Self::Refused(error) if error.raw_os_error() == Some(errno as i32))
+    }
+}
+
+impl From<DecodeError> for NetlinkError {
+    fn from(error: DecodeError) -> Self {
+        Self::Decode(error.to_string())
+    }
+}
+
+/// A connection to the kernel in the network namespace of the thread that opened it.
+#[derive(Debug)]
+pub struct Client {
+    socket: Socket,
+    sequence: u32,
+}
+
+impl Client {
+    /// Opens a connection for `protocol`, such as `NETLINK_ROUTE`.
+    ///
+    /// # Errors
+    /// When the kernel has no such protocol.
+    pub fn open(protocol: isize) -> Result<Self, NetlinkError> {
+        let mut socket = Socket::new(protocol).map_err(NetlinkError::Socket)?;
+        socket.bind_auto().map_err(NetlinkError::Socket)?;
+        socket.connect(&SocketAddr::new(0, 0)).map_err(NetlinkError::Socket)?;
+        Ok(Self { socket, sequence: 0 })
+    }
+
+    /// Asks for a change and waits until it is made.
+    ///
+    /// # Errors
+    /// When the kernel refuses it.
+    pub fn change<M>(&mut self, message: M, flags: u16) -> Result<(), NetlinkError>
+    where
+        M: NetlinkSerializable + NetlinkDeserializable,
+        NetlinkPayload<M>: From<M>,
+    {
+        self.send(message, NLM_F_REQUEST | NLM_F_ACK | flags)?;
+        let mut refused = None;
+        self.receive::<M>(|payload, _| match payload {
+            NetlinkPayload::Error(error) => {
+                refused = error.code.map(|_| error.to_io());
+                false
+            }
+            _ => true,
+        })?;
+        refused.map_or(Ok(()), |error| Err(NetlinkError::Refused(error)))
+    }
+
+    /// Reads one object.
+    ///
+    /// # Errors
+    /// When the kernel refuses, for one because there is no such object.
+    pub fn get<M>(&mut self, message: M) -> Result<M, NetlinkError>
+    where
+        M: NetlinkSerializable + NetlinkDeserializable,
+        NetlinkPayload<M>: From<M>,
+    {
+        self.send(message, NLM_F_REQUEST)?;
+        let mut answer = Err(NetlinkError::Decode("it is empty".to_owned()));
+        self.receive::<M>(|payload, _| {
+            match payload {
+                NetlinkPayload::InnerMessage(message) => answer = Ok(message),
+                NetlinkPayload::Error(error) => answer = Err(NetlinkError::Refused(error.to_io())),
+                _ => return true,
+            }
+            false
+        })?;
+        answer
+    }
+
+    /// Reads a whole table.
+    ///
+    /// # Errors
+    /// When the kernel refuses, or the table never stays the same while it is read.
+    pub fn dump<M>(&mut self, message: &M) -> Result<Vec<M>, NetlinkError>
+    where
+        M: NetlinkSerializable + NetlinkDeserializable + Clone,
+        NetlinkPayload<M>: From<M>,
+    {
+        for _attempt in 0..DUMP_ATTEMPTS {
+            if let Some(messages) = self.dump_once(message.clone())? {
+                return Ok(messages);
+            }
+        }
+        Err(NetlinkError::Unsettled)
+    }
+
+    fn dump_once<M>(&mut self, message: M) -> Result<Option<Vec<M>>, NetlinkError>
+    where
+        M: NetlinkSerializable + NetlinkDeserializable,
+        NetlinkPayload<M>: From<M>,
+    {
+        self.send(message, NLM_F_REQUEST | NLM_F_DUMP)?;
+        let (mut messages, mut interrupted, mut refused) = (Vec::new(), false, None);
+        self.receive::<M>(|payload, header| {
+            interrupted |= header.flags & NLM_F_DUMP_INTR != 0;
+            match payload {
+                NetlinkPayload::InnerMessage(message) => messages.push(message),
+                NetlinkPayload::Done(_) => return false,
+                NetlinkPayload::Error(error) => {
+                    refused = error.code.map(|_| error.to_io());
+                    return false;
+                }
+                _ => {}
+            }
+            true
+        })?;
+        match refused {
+            Some(error) => Err(NetlinkError::Refused(error)),
+            None => Ok((!interrupted).then_some(messages)),
+        }
+    }
+
+    fn send<M>(&mut self, message: M, flags: u16) -> Result<(), NetlinkError>
+    where
+        M: NetlinkSerializable,
+        NetlinkPayload<M>: From<M>,
+    {
+        self.sequence += 1;
+        let mut header = NetlinkHeader::default();
+        header.flags = flags;
+        header.sequence_number = self.sequence;
+        let mut packet = NetlinkMessage::new(header, NetlinkPayload::from(message));
+        packet.finalize();
+        let mut buffer = vec![0; packet.buffer_len()];
+        packet.serialize(&mut buffer);
+        self.socket.send(&buffer, 0).map(drop).map_err(NetlinkError::Socket)
+    }
+
+    /// Hands each answer to the last request to `each` until that returns false.
+    fn receive<M: NetlinkDeserializable>(
+        &self,
+        mut each: impl FnMut(NetlinkPayload<M>, &NetlinkHeader) -> bool,
+    ) -> Result<(), NetlinkError> {
+        loop {
+            let (bytes, _) = self.socket.recv_from_full().map_err(NetlinkError::Socket)?;
+            let mut rest = bytes.as_slice();
+            while !rest.is_empty() {
+                let message = NetlinkMessage::<M>::deserialize(rest)?;
+                // Messages are padded to four bytes (netlink(7), NLMSG_ALIGN).
+                let length = (message.header.length as usize).next_multiple_of(4);
+                rest = rest.get(length.max(1)..).unwrap_or_default();
+                let ours = message.header.sequence_number == self.sequence;
+                if ours && !each(message.payload, &message.header) {
+                    return Ok(());
+                }
+            }
+        }
+    }
+}

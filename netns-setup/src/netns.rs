@@ -1,0 +1,223 @@
+//! Network namespaces. A thread is in one of them, so entering one is done by a thread of its own.
+
+use std::fs::{DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use nix::errno::Errno;
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, setns, unshare};
+
+use crate::model::{NETNS_DIR, Netns};
+use crate::name::Name;
+
+/// What went wrong with a namespace.
+#[derive(Debug, thiserror::Error)]
+pub enum NetnsError {
+    /// It could not be opened.
+    #[error("cannot open the network namespace {}: {source}", path.display())]
+    Open {
+        /// Where it was looked for.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The file is something else.
+    #[error("{} is not a network namespace", .0.display())]
+    NotOne(PathBuf),
+    /// It is the namespace this program runs in.
+    #[error("{} is the host's own network namespace: name a container's", .0.display())]
+    HostsOwn(PathBuf),
+    /// Another one is at the same place now.
+    #[error("{} is another network namespace than the one that was attached: detach the container", .0.display())]
+    Replaced(PathBuf),
+    /// It could not be entered.
+    #[error("cannot enter the network namespace {}: {source}", path.display())]
+    Enter {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// It could not be made or removed.
+    #[error("cannot {step} {}: {source}", path.display())]
+    Mount {
+        /// What was tried.
+        step: &'static str,
+        /// With what.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// A namespace that is held open.
+#[derive(Debug)]
+pub struct Handle {
+    file: File,
+    path: PathBuf,
+}
+
+impl Handle {
+    /// Opens the namespace of a container.
+    ///
+    /// # Errors
+    /// When it is gone, or is another one than it was.
+    pub fn open(netns: &Netns) -> Result<Self, NetnsError> {
+        let handle = Self::open_path(&netns.path)?;
+        match netns.identity {
+            Some(identity) if handle.identity()? != identity => Err(NetnsError::Replaced(handle.path)),
+            _ => Ok(handle),
+        }
+    }
+
+    /// Opens whatever namespace is at `path`.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn open_path(path: &Path) -> Result<Self, NetnsError> {
+        let open = || {
+            OpenOptions::new().read(true).custom_flags(nix::libc::O_NOCTTY | nix::libc::O_NONBLOCK).open(path)
+        };
+        let file = open().map_err(|source| NetnsError::Open { path: path.to_owned(), source })?;
+        Ok(Self { file, path: path.to_owned() })
+    }
+
+    /// Device and inode, which tell one namespace from another.
+    ///
+    /// # Errors
+    /// When the file system does not say.
+    pub fn identity(&self) -> Result<(u64, u64), NetnsError> {
+        let failed = |source| NetnsError::Open { path: self.path.clone(), source };
+        self.file.metadata().map(|meta| (meta.dev(), meta.ino())).map_err(failed)
+    }
+
+    /// Runs `work` in the namespace.
+    ///
+    /// # Errors
+    /// When it cannot be entered.
+    pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T, NetnsError> {
+        let enter = || setns(&self.file, CloneFlags::CLONE_NEWNET);
+        in_thread(enter, work).map_err(|source| match source.raw_os_error() {
+            Some(number) if number == Errno::EINVAL as i32 => NetnsError::NotOne(self.path.clone()),
+            _ => NetnsError::Enter { path: self.path.clone(), source },
+        })
+    }
+}
+
+impl AsFd for Handle {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+/// Checks a namespace that was given to us and remembers which one it is.
+///
+/// # Errors
+/// When it is not a network namespace, or the host's own.
+pub fn adopt(path: &Path) -> Result<Netns, NetnsError> {
+    let handle = Handle::open_path(path)?;
+    let identity = handle.identity()?;
+    // Entering it is the one sure way to know that it is one.
+    handle.run(|| ())?;
+    if identity == Handle::open_path(Path::new("/proc/thread-self/ns/net"))?.identity()? {
+        return Err(NetnsError::HostsOwn(path.to_owned()));
+    }
+    Ok(Netns { path: path.to_owned(), identity: Some(identity) })
+}
+
+/// Runs `work` in a namespace that exists only for that.
+///
+/// # Errors
+/// When no namespace could be made.
+pub fn scratch<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T, io::Error> {
+    in_thread(|| unshare(CloneFlags::CLONE_NEWNET), work)
+}
+
+fn in_thread<T: Send>(
+    enter: impl FnOnce() -> nix::Result<()> + Send,
+    work: impl FnOnce() -> T + Send,
+) -> Result<T, io::Error> {
+    thread::scope(|scope| {
+        let body = || enter().map(|()| work());
+        let handle = thread::Builder::new().name("netns".to_owned()).spawn_scoped(scope, body)?;
+        match handle.join() {
+            Ok(result) => result.map_err(io::Error::from),
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    })
+}
+
+/// Makes the namespace `name` where `ip netns` looks for it.
+///
+/// # Errors
+/// When the name is taken or a mount fails; nothing is left behind then.
+pub fn add(name: &Name) -> Result<(), NetnsError> {
+    prepare_dir()?;
+    let path = Path::new(NETNS_DIR).join(name.as_str());
+    let failed = |step: &'static str| {
+        let path = path.clone();
+        move |source| NetnsError::Mount { step, path, source }
+    };
+    match OpenOptions::new().write(true).create_new(true).mode(0o444).open(&path) {
+        // Left by a run that was killed before it could mount anything.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && is_leftover(&path) => {}
+        other => other.map(drop).map_err(failed("create"))?,
+    }
+    // A new namespace lives as long as its thread, unless a mount keeps it.
+    let mounted = scratch(|| {
+        let own = Path::new("/proc/thread-self/ns/net");
+        mount(Some(own), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(io::Error::from)
+    });
+    mounted.and_then(|result| result).map_err(|source| {
+        let source = match std::fs::remove_file(&path) {
+            Ok(()) => source,
+            Err(second) => {
+                io::Error::new(source.kind(), format!("{source}, and it could not be removed: {second}"))
+            }
+        };
+        failed("mount a network namespace at")(source)
+    })
+}
+
+/// Whether the file is an empty one that no namespace is mounted on.
+fn is_leftover(path: &Path) -> bool {
+    let is_empty = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.is_file() && meta.len() == 0);
+    is_empty
+        && matches!(Handle::open_path(path).and_then(|handle| handle.run(|| ())), Err(NetnsError::NotOne(_)))
+}
+
+/// Removes the namespace `name`; it ends when the last process in it does.
+///
+/// # Errors
+/// When it cannot be unmounted.
+pub fn delete(name: &Name) -> Result<(), NetnsError> {
+    let path = Path::new(NETNS_DIR).join(name.as_str());
+    match umount2(&path, MntFlags::MNT_DETACH) {
+        // Made, but not mounted yet, when its making was interrupted.
+        Ok(()) | Err(Errno::EINVAL) => {}
+        Err(errno) => {
+            return Err(NetnsError::Mount { step: "unmount", path, source: errno.into() });
+        }
+    }
+    std::fs::remove_file(&path).map_err(|source| NetnsError::Mount { step: "remove", path, source })
+}
+
+/// Makes `/run/netns` as `ip netns` does: a shared mount, so that a namespace made here is seen, and can be
+/// removed, from every mount namespace that shares it.
+fn prepare_dir() -> Result<(), NetnsError> {
+    let dir = Path::new(NETNS_DIR);
+    let failed = |step: &'static str| move |source| NetnsError::Mount { step, path: dir.to_owned(), source };
+    DirBuilder::new().recursive(true).mode(0o755).create(dir).map_err(failed("create"))?;
+    let share = || mount(None::<&str>, dir, None::<&str>, MsFlags::MS_SHARED | MsFlags::MS_REC, None::<&str>);
+    if share() == Ok(()) {
+        return Ok(());
+    }
+    // It is not a mount point yet.
+    mount(Some(dir), dir, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)
+        .map_err(|errno| failed("mount")(errno.into()))?;
+    share().map_err(|errno| failed("share")(errno.into()))
+}

@@ -1,0 +1,230 @@
+//! Looking at what is there, without changing anything.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::path::Path;
+
+use netlink_sys::protocols::NETLINK_ROUTE;
+
+use crate::action::{Family, RelayCommand};
+use crate::firewall::tool::{self, ToolError};
+use crate::firewall::{detect, nft};
+use crate::model::{Firewall, Mapping, MappingKey, RelayProcess, Topology};
+use crate::netlink::{Client, NetlinkError, address, link, route};
+use crate::netns::{self, Handle, NetnsError};
+use crate::observed::{Observed, Rules, Side};
+use crate::plan::{self, Scope};
+use crate::{persist, relay, sysctl};
+
+/// Why something could not be looked at.
+#[derive(Debug, thiserror::Error)]
+pub enum ObserveError {
+    /// The interfaces, addresses and routes of the host.
+    #[error("cannot list the host's interfaces: {0}")]
+    Host(#[source] NetlinkError),
+    /// Those of a container.
+    #[error("cannot list the interfaces in {path}: {source}")]
+    Container {
+        /// Its namespace.
+        path: String,
+        /// Why.
+        source: NetlinkError,
+    },
+    /// A namespace that is there but cannot be entered.
+    #[error(transparent)]
+    Netns(#[from] NetnsError),
+    /// The rules.
+    #[error(transparent)]
+    Tool(#[from] ToolError),
+    /// No namespace to try rules in.
+    #[error("cannot make a network namespace to compare the rules in: {0}")]
+    Scratch(#[source] io::Error),
+    /// A kernel parameter.
+    #[error("cannot read {key}: {source}")]
+    Sysctl {
+        /// Which.
+        key: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// A file.
+    #[error("cannot read {path}: {source}")]
+    File {
+        /// Which.
+        path: String,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// Looks at everything that a plan from `owned` to `desired` depends on.
+///
+/// With [`Scope::All`] the rules are compared too; otherwise they are taken to be as they were left.
+///
+/// # Errors
+/// When something that is there cannot be read.
+pub fn observe(owned: &Topology, desired: &Topology, scope: &Scope) -> Result<Observed, ObserveError> {
+    let both = desired.union(owned);
+    Ok(Observed {
+        host: side().map_err(ObserveError::Host)?,
+        containers: containers(&both, scope)?,
+        namespace_files: namespace_files(&both, scope),
+        sysctls: sysctls(&both)?,
+        rules: rules(&both, owned, desired, scope)?,
+        relays: relays(&both, scope),
+        files: files(&both)?,
+    })
+}
+
+/// The interfaces, addresses and routes of the calling thread's namespace.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn side() -> Result<Side, NetlinkError> {
+    let mut client = Client::open(NETLINK_ROUTE)?;
+    Ok(Side {
+        links: link::list(&mut client)?,
+        addresses: address::list(&mut client)?,
+        routes: route::list(&mut client)?,
+    })
+}
+
+fn containers(
+    topology: &Topology,
+    scope: &Scope,
+) -> Result<BTreeMap<crate::name::Name, Option<Side>>, ObserveError> {
+    let mut found = BTreeMap::new();
+    for (name, endpoint) in topology.endpoints.iter().filter(|(name, _)| scope.contains(name)) {
+        let handle = match Handle::open(&endpoint.netns) {
+            // Gone, or another one by now: not ours to look at.
+            Err(NetnsError::Open { .. } | NetnsError::Replaced(_)) => {
+                found.insert(name.clone(), None);
+                continue;
+            }
+            other => other?,
+        };
+        let side = match handle.run(side) {
+            // The file is there, but nothing is mounted on it.
+            Err(NetnsError::NotOne(_)) => None,
+            Err(error) => return Err(error.into()),
+            Ok(side) => Some(side.map_err(|source| {
+                let path = endpoint.netns.path.display().to_string();
+                ObserveError::Container { path, source }
+            })?),
+        };
+        found.insert(name.clone(), side);
+    }
+    Ok(found)
+}
+
+fn namespace_files(topology: &Topology, scope: &Scope) -> BTreeSet<crate::name::Name> {
+    let there = topology.endpoints.iter().filter(|(name, endpoint)| {
+        scope.contains(name) && std::fs::symlink_metadata(&endpoint.netns.path).is_ok()
+    });
+    there.map(|(name, _)| name.clone()).collect()
+}
+
+fn sysctls(topology: &Topology) -> Result<BTreeMap<String, String>, ObserveError> {
+    let Some(network) = &topology.network else {
+        return Ok(BTreeMap::new());
+    };
+    let bridge = sysctl::of_interface("ipv4", network.bridge.as_str(), "route_localnet");
+    let keys = network.sysctls.iter().map(|change| change.key.clone()).chain([bridge]);
+    let mut values = BTreeMap::new();
+    for key in keys {
+        match sysctl::read(&key) {
+            Ok(Some(value)) => drop(values.insert(key, value)),
+            Ok(None) => {}
+            Err(source) => return Err(ObserveError::Sysctl { key, source }),
+        }
+    }
+    Ok(values)
+}
+
+fn rules(
+    both: &Topology,
+    owned: &Topology,
+    desired: &Topology,
+    scope: &Scope,
+) -> Result<Rules, ObserveError> {
+    let Some(network) = &both.network else {
+        return Ok(Rules::None);
+    };
+    match plan::backend(both) {
+        Firewall::None => Ok(Rules::None),
+        Firewall::Iptables => {
+            let families = [Some(Family::V4), network.subnet6.map(|_| Family::V6)];
+            let saved = families.into_iter().flatten().map(|family| Ok((family, detect::saved(family)?)));
+            Ok(Rules::Iptables(saved.collect::<Result<_, ToolError>>()?))
+        }
+        // What is taken to be as it was left, and is to stay so, need not be listed.
+        Firewall::Nft if *scope != Scope::All && nft::render(owned) == nft::render(desired) => {
+            Ok(Rules::None)
+        }
+        Firewall::Nft => {
+            let table = nft::table_name(network);
+            let listing = list_table(&table)?;
+            let wanted = nft::render(desired).filter(|_| *scope == Scope::All);
+            let as_wanted = match (&listing, wanted) {
+                (Some(listing), Some(wanted)) => Some(nft::normalise(listing) == reference(&table, &wanted)?),
+                _ => None,
+            };
+            Ok(Rules::Nft { listing, as_wanted })
+        }
+    }
+}
+
+/// Our table as it is, without counters and other state; `None` when it does not exist.
+fn list_table(table: &str) -> Result<Option<String>, ToolError> {
+    match tool::run("nft", &["-s", "list", "table", "inet", table], "") {
+        Ok(listing) => Ok(Some(listing)),
+        Err(ToolError::Failed { message, .. }) if message.contains("No such file or directory") => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// What the wanted table looks like when this very nft lists it. Every version has its own way of writing, so the
+/// rules are loaded into a namespace that exists only for that, and listed there.
+fn reference(table: &str, body: &str) -> Result<String, ObserveError> {
+    let listing = netns::scratch(|| {
+        tool::run("nft", &["-f", "-"], body)?;
+        list_table(table)
+    });
+    Ok(nft::normalise(&listing.map_err(ObserveError::Scratch)??.unwrap_or_default()))
+}
+
+fn relays(topology: &Topology, scope: &Scope) -> BTreeMap<MappingKey, RelayProcess> {
+    let mappings =
+        topology.mappings().filter(|(name, _, mapping)| scope.contains(name) && mapping.via.has_relay());
+    let running = mappings.filter_map(|(_, endpoint, mapping)| {
+        let recorded = mapping.relay.filter(|process| relay::is_alive(*process));
+        let process = recorded.or_else(|| {
+            let network = topology.network.as_ref()?;
+            relay::find(&command(network, endpoint, mapping))
+        })?;
+        Some((mapping.key(), process))
+    });
+    running.collect()
+}
+
+fn command(
+    network: &crate::model::Network,
+    endpoint: &crate::model::Endpoint,
+    mapping: &Mapping,
+) -> RelayCommand {
+    RelayCommand {
+        program: Path::new("rproxy").to_owned(),
+        key: mapping.key(),
+        container_ip: plan::relay_target(network, endpoint, mapping.host),
+        container_port: mapping.container_port,
+    }
+}
+
+fn files(topology: &Topology) -> Result<BTreeMap<std::path::PathBuf, Option<String>>, ObserveError> {
+    let paths = topology.network.iter().filter_map(|network| network.persist.clone());
+    let read = paths.map(|path| match persist::read(&path) {
+        Ok(text) => Ok((path, text)),
+        Err(source) => Err(ObserveError::File { path: path.display().to_string(), source }),
+    });
+    read.collect()
+}

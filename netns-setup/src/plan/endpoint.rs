@@ -1,0 +1,244 @@
+//! A container's namespace, its veth pair, addresses and routes.
+
+use std::net::IpAddr;
+
+use super::{Inputs, LinkWish, Plan, PlanError, Step, driver_limit, network, untouched_offload};
+use crate::action::{Action, LinkChange, Place, VethPair};
+use crate::model::{CONTAINER_INTERFACE, Endpoint, Network};
+use crate::name::{IfName, Name};
+use crate::observed::Side;
+
+/// Removes the veth pairs of containers that are no longer wanted.
+pub(super) fn remove(inputs: Inputs<'_>, plan: &mut Plan) {
+    for (name, endpoint) in unwanted(inputs) {
+        let host_end = endpoint.id.veth();
+        if inputs.observed.host.link(host_end.as_str()).is_none() {
+            continue;
+        }
+        let side = inputs.observed.containers.get(name).and_then(Option::as_ref);
+        let again: Vec<Action> = match (&inputs.owned.network, side) {
+            // A namespace that is gone took its end of the pair along: there is nothing to come back to.
+            (Some(network), Some(_)) => {
+                let steps = connect(inputs, network, endpoint).steps.into_iter().map(|step| step.action);
+                steps.chain(network::restored_offload(network, inputs.observed)).collect()
+            }
+            _ => Vec::new(),
+        };
+        plan.push(Step::new(Action::DeleteLink(host_end), again));
+    }
+}
+
+/// Removes the namespaces that were made for such containers.
+pub(super) fn remove_namespaces(inputs: Inputs<'_>, plan: &mut Plan) {
+    for (name, endpoint) in unwanted(inputs) {
+        if endpoint.netns.is_ours() && inputs.observed.namespace_files.contains(name) {
+            plan.push(Step::new(Action::DeleteNetns(name.clone()), [Action::AddNetns(name.clone())]));
+        }
+    }
+}
+
+fn unwanted(inputs: Inputs<'_>) -> impl Iterator<Item = (&Name, &Endpoint)> {
+    inputs
+        .owned
+        .endpoints
+        .iter()
+        .filter(move |(name, _)| inputs.scope.contains(name) && !inputs.desired.endpoints.contains_key(*name))
+}
+
+/// Makes the wanted containers' connections, or mends them.
+pub(super) fn build(inputs: Inputs<'_>, plan: &mut Plan) -> Result<(), PlanError> {
+    let Some(network) = &inputs.desired.network else {
+        return Ok(());
+    };
+    for (name, endpoint) in &inputs.desired.endpoints {
+        if inputs.scope.contains(name) {
+            build_one(inputs, network, name, endpoint, plan)?;
+        }
+    }
+    Ok(())
+}
+
+fn build_one(
+    inputs: Inputs<'_>,
+    network: &Network,
+    name: &Name,
+    endpoint: &Endpoint,
+    plan: &mut Plan,
+) -> Result<(), PlanError> {
+    let known = inputs.owned.endpoints.contains_key(name);
+    let host_end = endpoint.id.veth();
+    let host_link = inputs.observed.host.link(host_end.as_str());
+    let Some(side) = inputs.observed.containers.get(name).and_then(Option::as_ref) else {
+        return start_over(inputs, network, name, endpoint, plan);
+    };
+    let container_link = side.link(CONTAINER_INTERFACE);
+    if !known && endpoint.netns.is_ours() {
+        return Err(PlanError::NetnsTaken(name.clone()));
+    }
+    if !known && container_link.is_some() {
+        return Err(PlanError::InterfaceTaken(name.clone()));
+    }
+    mend_loopback(endpoint, side, plan);
+    match (host_link, container_link) {
+        (Some(_), Some(_)) => mend(inputs, network, endpoint, side, plan),
+        (None, Some(_)) => {
+            plan.problems
+                .push(format!("the namespace of {name} has an interface eth0 that is not ours: remove it"));
+        }
+        (host_link, None) => {
+            if host_link.is_some() {
+                plan.push(Step::on_fresh(Action::DeleteLink(host_end)));
+            }
+            plan.steps.extend(connect(inputs, network, endpoint).steps);
+        }
+    }
+    Ok(())
+}
+
+/// The namespace is not there: ours is made, one that was given cannot be.
+fn start_over(
+    inputs: Inputs<'_>,
+    network: &Network,
+    name: &Name,
+    endpoint: &Endpoint,
+    plan: &mut Plan,
+) -> Result<(), PlanError> {
+    let known = inputs.owned.endpoints.contains_key(name);
+    match (endpoint.netns.is_ours(), known) {
+        (false, false) => return Err(PlanError::NetnsGone(name.clone())),
+        (false, true) => plan.problems.push(format!("the namespace of {name} is gone: detach {name}")),
+        (true, _) => {
+            plan.push(Step::new(Action::AddNetns(name.clone()), [Action::DeleteNetns(name.clone())]));
+            let host_end = endpoint.id.veth();
+            if inputs.observed.host.link(host_end.as_str()).is_some() {
+                plan.push(Step::on_fresh(Action::DeleteLink(host_end)));
+            }
+            plan.push(Step::on_fresh(loopback_up(place(endpoint))));
+            plan.steps.extend(connect(inputs, network, endpoint).steps);
+        }
+    }
+    Ok(())
+}
+
+fn place(endpoint: &Endpoint) -> Place {
+    Place::Container(endpoint.netns.path.clone())
+}
+
+fn loopback_up(place: Place) -> Action {
+    let name = IfName::loopback();
+    Action::SetLink { place, name, change: LinkChange::Up(true) }
+}
+
+fn mend_loopback(endpoint: &Endpoint, side: &Side, plan: &mut Plan) {
+    if side.link("lo").is_some_and(|link| !link.up) {
+        let up = loopback_up(place(endpoint));
+        let Action::SetLink { place, name, .. } = up.clone() else {
+            return;
+        };
+        plan.push(Step::new(up, [Action::SetLink { place, name, change: LinkChange::Up(false) }]));
+    }
+}
+
+/// The steps from nothing to a connected container, in a namespace that is there.
+fn connect(inputs: Inputs<'_>, network: &Network, endpoint: &Endpoint) -> Plan {
+    let mut plan = Plan::default();
+    let (host_end, inside, eth0) = (endpoint.id.veth(), place(endpoint), IfName::container());
+    let pair = VethPair {
+        host: host_end.clone(),
+        host_mac: endpoint.id.veth_mac(),
+        container_mac: endpoint.mac(),
+        mtu: network.mtu,
+        netns: endpoint.netns.path.clone(),
+    };
+    plan.push(Step::new(Action::AddVeth(pair), [Action::DeleteLink(host_end.clone())]));
+    let host = LinkWish { place: Place::Host, name: &host_end, is: None };
+    let container = LinkWish { place: inside, name: &eth0, is: None };
+    host.change(&mut plan, |_| None, LinkChange::Master(Some(network.bridge.clone())));
+    if endpoint.needs_hairpin() {
+        host.change(&mut plan, |_| None, LinkChange::Hairpin(true));
+    }
+    if network.gso_max_size > 0 {
+        for end in [&host, &container] {
+            end.offload(
+                &mut plan,
+                network.gso_max_size,
+                driver_limit(end.is),
+                untouched_offload(inputs.observed),
+            );
+        }
+    }
+    host.up(&mut plan);
+    connect_inside(network, endpoint, &container, &mut plan);
+    plan
+}
+
+fn connect_inside(network: &Network, endpoint: &Endpoint, container: &LinkWish<'_>, plan: &mut Plan) {
+    let LinkWish { place, name, .. } = container;
+    for address in endpoint.addresses(network) {
+        plan.push(Step::on_fresh(Action::AddAddress {
+            place: place.clone(),
+            name: (*name).clone(),
+            address,
+        }));
+    }
+    container.up(plan);
+    for gateway in network.gateways() {
+        plan.push(Step::on_fresh(Action::AddDefaultRoute { place: place.clone(), gateway }));
+    }
+}
+
+fn mend(inputs: Inputs<'_>, network: &Network, endpoint: &Endpoint, side: &Side, plan: &mut Plan) {
+    let (host_end, inside, eth0) = (endpoint.id.veth(), place(endpoint), IfName::container());
+    let host = &inputs.observed.host;
+    let (host_link, link) = (host.link(host_end.as_str()), side.link(CONTAINER_INTERFACE));
+    let outer = LinkWish { place: Place::Host, name: &host_end, is: host_link };
+    let inner = LinkWish { place: inside.clone(), name: &eth0, is: link };
+    let bridge = host.link(network.bridge.as_str()).map(|link| link.index);
+    // A port of a bridge that is made anew has to join that one too.
+    let joined = |master: Option<u32>| bridge.is_some() && master == bridge;
+    let left = |link: &crate::observed::Link| (!joined(link.master)).then_some(LinkChange::Master(None));
+    outer.change(plan, left, LinkChange::Master(Some(network.bridge.clone())));
+    let hairpin = endpoint.needs_hairpin();
+    let before =
+        |link: &crate::observed::Link| (link.hairpin != hairpin).then_some(LinkChange::Hairpin(!hairpin));
+    outer.change(plan, before, LinkChange::Hairpin(hairpin));
+    outer.mtu(plan, network.mtu);
+    inner.mtu(plan, network.mtu);
+    inner.mac(plan, endpoint.mac());
+    if network.gso_max_size > 0 {
+        for end in [&outer, &inner] {
+            end.offload(plan, network.gso_max_size, driver_limit(end.is), untouched_offload(inputs.observed));
+        }
+    }
+    outer.up(plan);
+    mend_inside(network, endpoint, side, &inner, plan);
+}
+
+fn mend_inside(network: &Network, endpoint: &Endpoint, side: &Side, inner: &LinkWish<'_>, plan: &mut Plan) {
+    let (place, name) = (inner.place.clone(), inner.name.clone());
+    inner.up(plan);
+    for address in endpoint.addresses(network) {
+        if !inner.is.is_some_and(|link| side.has_address(link, address)) {
+            let add = Action::AddAddress { place: place.clone(), name: name.clone(), address };
+            let delete = Action::DeleteAddress { place: place.clone(), name: name.clone(), address };
+            plan.push(Step::new(add, [delete]));
+        }
+    }
+    // Taking an interface down takes its routes away, so one that is brought up again lacks them.
+    for gateway in network.gateways() {
+        if !side.has_default_route(gateway) {
+            let back = inner.is.filter(|link| link.up || gateway.is_ipv4());
+            let back = back.map(|_| Action::DeleteDefaultRoute { place: place.clone(), gateway });
+            plan.push(Step::new(Action::AddDefaultRoute { place: place.clone(), gateway }, back));
+        }
+    }
+}
+
+/// The container's address that a relay on a socket of the host connects to.
+pub(crate) fn relay_target(network: &Network, endpoint: &Endpoint, host: crate::publish::HostAddr) -> IpAddr {
+    let v6_only = matches!(host, crate::publish::HostAddr::Ip(ip) if ip.is_ipv6());
+    match endpoint.ip6(network) {
+        Some(ip) if v6_only => ip.into(),
+        _ => endpoint.ip.into(),
+    }
+}

@@ -1,0 +1,245 @@
+//! From what is wanted and what is there to an ordered list of steps. Nothing here touches the system.
+
+mod endpoint;
+mod network;
+mod relays;
+mod rules;
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::path::Path;
+
+pub(crate) use endpoint::relay_target;
+pub(crate) use rules::backend;
+
+use crate::action::{Action, LinkChange, OffloadSizes, Place};
+use crate::model::Topology;
+use crate::name::{IfName, Name};
+use crate::observed::{Link, Observed};
+
+/// An action, and the actions that take it back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Step {
+    /// What is done.
+    pub action: Action,
+    /// What undoes it, in this order; nothing when undoing an earlier step does.
+    pub undo: Vec<Action>,
+}
+
+impl Step {
+    fn new(action: Action, undo: impl IntoIterator<Item = Action>) -> Self {
+        Self { action, undo: undo.into_iter().collect() }
+    }
+
+    /// A step on something that an earlier step made, and that vanishes with it.
+    fn on_fresh(action: Action) -> Self {
+        Self::new(action, [])
+    }
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.action.fmt(f)
+    }
+}
+
+/// What has to be done, in order.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Plan {
+    /// The steps.
+    pub steps: Vec<Step>,
+    /// What no step can mend.
+    pub problems: Vec<String>,
+}
+
+/// Why there is no plan.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum PlanError {
+    /// The bridge's name belongs to something else.
+    #[error(
+        "the interface {0} exists already and is not ours: choose another name with --bridge, or remove it"
+    )]
+    BridgeTaken(IfName),
+    /// The pool of addresses is in use elsewhere.
+    #[error("the subnet {subnet} overlaps the route to {route} by {dev}: choose another with --{option}")]
+    Overlap {
+        /// The pool.
+        subnet: String,
+        /// The route it overlaps.
+        route: String,
+        /// The interface of that route.
+        dev: String,
+        /// The option that names the pool.
+        option: &'static str,
+    },
+    /// A chain's name belongs to somebody else.
+    #[error(
+        "the chain {chain} of the iptables table {table} exists already, so Docker seems to run here: use --firewall nft"
+    )]
+    ChainTaken {
+        /// The table.
+        table: &'static str,
+        /// The chain.
+        chain: &'static str,
+    },
+    /// A namespace of the container's name exists.
+    #[error(
+        "the network namespace {0} exists already: choose another name, or attach it with --netns /run/netns/{0}"
+    )]
+    NetnsTaken(Name),
+    /// The namespace has an interface of that name.
+    #[error("the namespace of {0} has an interface eth0 already: remove it first")]
+    InterfaceTaken(Name),
+    /// It cannot be reached.
+    #[error("the namespace of {0} is gone")]
+    NetnsGone(Name),
+}
+
+/// Which containers a plan is about: looking at two hundred to change one would be waste.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Scope {
+    /// Everything.
+    All,
+    /// The network, the rules and these containers.
+    Only(BTreeSet<Name>),
+}
+
+impl Scope {
+    /// Only the container `name`.
+    #[must_use]
+    pub fn one(name: &Name) -> Self {
+        Self::Only(BTreeSet::from([name.clone()]))
+    }
+
+    /// Whether the container belongs to it.
+    #[must_use]
+    pub fn contains(&self, name: &Name) -> bool {
+        match self {
+            Self::All => true,
+            Self::Only(names) => names.contains(name),
+        }
+    }
+}
+
+/// Everything that a plan follows from.
+#[derive(Debug, Clone, Copy)]
+pub struct Inputs<'a> {
+    /// What may be in place and is ours.
+    pub owned: &'a Topology,
+    /// What is wanted.
+    pub desired: &'a Topology,
+    /// What is there.
+    pub observed: &'a Observed,
+    /// Which containers it is about.
+    pub scope: &'a Scope,
+    /// The program that relays.
+    pub rproxy: &'a Path,
+}
+
+/// Orders the steps so that nothing is open that should be closed while they run: relays stop and links go before
+/// the rules that guard them change, and links come and forwarding starts after.
+///
+/// # Errors
+/// When something that is not ours is in the way; nothing has been changed then.
+pub fn plan(inputs: Inputs<'_>) -> Result<Plan, PlanError> {
+    network::check(inputs)?;
+    rules::check(inputs)?;
+    let mut plan = Plan::default();
+    relays::stop(inputs, &mut plan);
+    endpoint::remove(inputs, &mut plan);
+    network::remove(inputs, &mut plan);
+    rules::change(inputs, &mut plan);
+    network::build(inputs, &mut plan);
+    endpoint::build(inputs, &mut plan)?;
+    network::tune(inputs, &mut plan);
+    relays::start(inputs, &mut plan);
+    relays::flush(inputs, &mut plan);
+    // An emptied namespace cannot be brought back with what ran in it, so it goes when all else has succeeded.
+    endpoint::remove_namespaces(inputs, &mut plan);
+    Ok(plan)
+}
+
+impl Plan {
+    /// Whether there is nothing to do.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.steps.is_empty()
+    }
+
+    fn push(&mut self, step: Step) {
+        self.steps.push(step);
+    }
+}
+
+/// The steps that give an interface the properties it should have.
+struct LinkWish<'a> {
+    place: Place,
+    name: &'a IfName,
+    /// What is there; `None` for one that an earlier step makes.
+    is: Option<&'a Link>,
+}
+
+impl LinkWish<'_> {
+    fn change(&self, plan: &mut Plan, differs: impl Fn(&Link) -> Option<LinkChange>, wanted: LinkChange) {
+        let set = |change| Action::SetLink { place: self.place.clone(), name: self.name.clone(), change };
+        match self.is.map(differs) {
+            None => plan.push(Step::on_fresh(set(wanted))),
+            Some(Some(before)) => plan.push(Step::new(set(wanted), [set(before)])),
+            Some(None) => {}
+        }
+    }
+
+    fn up(&self, plan: &mut Plan) {
+        self.change(plan, |link| (!link.up).then_some(LinkChange::Up(false)), LinkChange::Up(true));
+    }
+
+    fn mtu(&self, plan: &mut Plan, mtu: u32) {
+        if self.is.is_some_and(|link| link.mtu != mtu) {
+            self.change(plan, |link| Some(LinkChange::Mtu(link.mtu)), LinkChange::Mtu(mtu));
+        }
+    }
+
+    fn mac(&self, plan: &mut Plan, mac: crate::addr::Mac) {
+        if let Some(before) = self.is.and_then(|link| link.mac).filter(|before| *before != mac) {
+            self.change(plan, |_| Some(LinkChange::Address(before)), LinkChange::Address(mac));
+        }
+    }
+
+    /// Raises the packet sizes inside the host, as far as this kernel goes and, for what is sent, to `limit`; never
+    /// lowers one. `known` are the sizes of an interface that an earlier step makes.
+    fn offload(&self, plan: &mut Plan, wanted: u32, limit: u32, known: OffloadSizes) {
+        let is = self.is.map_or(known, |link| link.offload);
+        let raise = |current: Option<u32>, limit: u32| {
+            current.filter(|current| *current < wanted.min(limit)).map(|_| wanted.min(limit))
+        };
+        let sizes = OffloadSizes {
+            gso: raise(is.gso, limit),
+            gro: raise(is.gro, u32::MAX),
+            gso_ipv4: raise(is.gso_ipv4, limit),
+            gro_ipv4: raise(is.gro_ipv4, u32::MAX),
+        };
+        if sizes == OffloadSizes::default() {
+            return;
+        }
+        let before = OffloadSizes {
+            gso: sizes.gso.and(is.gso),
+            gro: sizes.gro.and(is.gro),
+            gso_ipv4: sizes.gso_ipv4.and(is.gso_ipv4),
+            gro_ipv4: sizes.gro_ipv4.and(is.gro_ipv4),
+        };
+        self.change(plan, |_| Some(LinkChange::Offload(before)), LinkChange::Offload(sizes));
+    }
+}
+
+/// The largest packet that the driver of an interface takes.
+fn driver_limit(link: Option<&Link>) -> u32 {
+    link.and_then(|link| link.tso_max_size).unwrap_or(u32::MAX)
+}
+
+/// The packet sizes of a device that nobody changed: the loopback interface is always there.
+fn untouched_offload(observed: &Observed) -> OffloadSizes {
+    observed.host.link("lo").map(|link| link.offload).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,174 @@
+//! The bridge, its addresses and the kernel's settings.
+
+use super::{Inputs, LinkWish, Plan, PlanError, Step, untouched_offload};
+use crate::action::{Action, LinkChange, Place};
+use crate::firewall::needs_route_localnet;
+use crate::model::{Network, Topology};
+use crate::observed::{Link, Observed};
+use crate::persist;
+use crate::sysctl;
+
+/// Makes sure that the bridge's name and the subnets are free, or ours already.
+pub(super) fn check(inputs: Inputs<'_>) -> Result<(), PlanError> {
+    let Some(network) = &inputs.desired.network else {
+        return Ok(());
+    };
+    let host = &inputs.observed.host;
+    let bridge = host.link(network.bridge.as_str());
+    let is_bridge = bridge.is_some_and(|link| link.kind.as_deref() == Some("bridge"));
+    if bridge.is_some() && !(is_bridge && is_ours(inputs.owned, network)) {
+        return Err(PlanError::BridgeTaken(network.bridge.clone()));
+    }
+    let bridge = bridge.map(|link| link.index);
+    let pools =
+        [(Some(network.subnet.cidr()), "subnet"), (network.subnet6.map(|subnet| subnet.cidr()), "subnet6")];
+    for (pool, option) in pools {
+        let Some(pool) = pool else { continue };
+        let taken = host.routes.iter().filter(|route| route.oif != bridge || bridge.is_none());
+        for route in taken {
+            let Some(to) = route.destination.filter(|to| to.overlaps(&pool)) else {
+                continue;
+            };
+            let dev = host.links.iter().find(|link| Some(link.index) == route.oif);
+            let dev = dev.map_or_else(|| "another table".to_owned(), |link| link.name.clone());
+            return Err(PlanError::Overlap { subnet: pool.to_string(), route: to.to_string(), dev, option });
+        }
+    }
+    Ok(())
+}
+
+fn is_ours(owned: &Topology, network: &Network) -> bool {
+    owned.network.as_ref().is_some_and(|owned| owned.bridge == network.bridge)
+}
+
+/// Takes the bridge and the settings away when they are no longer wanted.
+pub(super) fn remove(inputs: Inputs<'_>, plan: &mut Plan) {
+    let (Some(network), None) = (&inputs.owned.network, &inputs.desired.network) else {
+        return;
+    };
+    if let Some(link) = inputs.observed.host.link(network.bridge.as_str()) {
+        let mut again = Plan::default();
+        create(network, &mut again);
+        if link.up {
+            bring_up(network, None, &mut again);
+        }
+        let again = again.steps.into_iter().map(|step| step.action);
+        let again = again.chain(restored_offload(network, inputs.observed));
+        plan.push(Step::new(Action::DeleteLink(network.bridge.clone()), again));
+    }
+    // Last set, first put back: switching forwarding off changes other settings in passing.
+    for change in network.sysctls.iter().rev() {
+        let is = inputs.observed.sysctls.get(&change.key);
+        // Whoever changed it since then knows better.
+        if is == Some(&change.after) {
+            let set = |value: &String| Action::SetSysctl { key: change.key.clone(), value: value.clone() };
+            plan.push(Step::new(set(&change.before), [set(&change.after)]));
+        }
+    }
+    for (path, text) in
+        network.persist.iter().filter_map(|path| Some((path, inputs.observed.files.get(path)?)))
+    {
+        if let Some(text) = text {
+            let again = Action::WriteFile { path: path.clone(), text: text.clone() };
+            plan.push(Step::new(Action::RemoveFile(path.clone()), [again]));
+        }
+    }
+}
+
+/// Makes the bridge, or mends it.
+pub(super) fn build(inputs: Inputs<'_>, plan: &mut Plan) {
+    let Some(network) = &inputs.desired.network else {
+        return;
+    };
+    let link = inputs.observed.host.link(network.bridge.as_str());
+    match link {
+        None => create(network, plan),
+        Some(link) => mend(network, link, inputs, plan),
+    }
+    bring_up(network, link, plan);
+    let fresh = inputs.owned.network.is_none();
+    for change in &network.sysctls {
+        let is = inputs.observed.sysctls.get(&change.key);
+        // The first time each one is set even if it seems right, because setting another may change it in passing.
+        if fresh || is.is_some_and(|is| *is != change.after) {
+            let set = |value: &String| Action::SetSysctl { key: change.key.clone(), value: value.clone() };
+            let before = if fresh { Some(&change.before) } else { is };
+            plan.push(Step::new(set(&change.after), before.map(set)));
+        }
+    }
+    if let Some(path) = &network.persist {
+        let text = persist::text(network);
+        let is = inputs.observed.files.get(path).cloned().flatten();
+        if is.as_ref() != Some(&text) {
+            let back = match is {
+                Some(text) => Action::WriteFile { path: path.clone(), text },
+                None => Action::RemoveFile(path.clone()),
+            };
+            plan.push(Step::new(Action::WriteFile { path: path.clone(), text }, [back]));
+        }
+    }
+}
+
+fn create(network: &Network, plan: &mut Plan) {
+    let name = network.bridge.clone();
+    let add = Action::AddBridge { name: name.clone(), mac: network.mac(), mtu: network.mtu };
+    plan.push(Step::new(add, [Action::DeleteLink(name.clone())]));
+    for address in network.addresses() {
+        plan.push(Step::on_fresh(Action::AddAddress { place: Place::Host, name: name.clone(), address }));
+    }
+}
+
+fn bring_up(network: &Network, is: Option<&Link>, plan: &mut Plan) {
+    LinkWish { place: Place::Host, name: &network.bridge, is }.up(plan);
+}
+
+fn mend(network: &Network, link: &Link, inputs: Inputs<'_>, plan: &mut Plan) {
+    let wish = LinkWish { place: Place::Host, name: &network.bridge, is: Some(link) };
+    wish.mac(plan, network.mac());
+    wish.mtu(plan, network.mtu);
+    for address in network.addresses() {
+        if !inputs.observed.host.has_address(link, address) {
+            let (place, name) = (Place::Host, network.bridge.clone());
+            let add = Action::AddAddress { place: place.clone(), name: name.clone(), address };
+            plan.push(Step::new(add, [Action::DeleteAddress { place, name, address }]));
+        }
+    }
+}
+
+/// The packet sizes that the bridge has now. It loses them with its last port, and takes them back with the first.
+pub(super) fn restored_offload(network: &Network, observed: &Observed) -> Option<Action> {
+    let link = observed.host.link(network.bridge.as_str()).filter(|_| network.gso_max_size > 0)?;
+    let change = LinkChange::Offload(link.offload);
+    Some(Action::SetLink { place: Place::Host, name: network.bridge.clone(), change })
+}
+
+fn adds_port(action: &Action) -> bool {
+    matches!(action, Action::AddVeth(_) | Action::SetLink { change: LinkChange::Master(Some(_)), .. })
+}
+
+/// What depends on the containers: the packet sizes, which a bridge has from its ports, and loopback routing.
+pub(super) fn tune(inputs: Inputs<'_>, plan: &mut Plan) {
+    let Some(network) = &inputs.desired.network else {
+        return;
+    };
+    let link = inputs.observed.host.link(network.bridge.as_str());
+    if network.gso_max_size > 0 {
+        let limit = match link.and_then(|link| link.tso_max_size) {
+            // A bridge sends what its ports can send, and without any the kernel's idea of its limit depends on
+            // whether it ever had one.
+            _ if inputs.desired.endpoints.is_empty() => 0,
+            Some(limit) if !plan.steps.iter().any(|step| adds_port(&step.action)) => limit,
+            _ => u32::MAX,
+        };
+        let wish = LinkWish { place: Place::Host, name: &network.bridge, is: link };
+        wish.offload(plan, network.gso_max_size, limit, untouched_offload(inputs.observed));
+    }
+    let key = sysctl::of_interface("ipv4", network.bridge.as_str(), "route_localnet");
+    let wanted = if needs_route_localnet(inputs.desired) { "1" } else { "0" };
+    let is = inputs.observed.sysctls.get(&key).map_or("0", String::as_str);
+    if is != wanted {
+        let set = |value: &str| Action::SetSysctl { key: key.clone(), value: value.to_owned() };
+        let undo = link.map(|_| set(is));
+        plan.push(Step::new(set(wanted), undo));
+    }
+}

@@ -1,0 +1,70 @@
+//! The processes that relay, and the flows that would miss a change of them.
+
+use super::{Inputs, Plan, Step, endpoint};
+use crate::action::{Action, RelayCommand};
+use crate::model::{Endpoint, Mapping, Topology};
+use crate::name::Name;
+use crate::publish::Proto;
+
+/// How the relay of a mapping is started.
+fn command(
+    inputs: Inputs<'_>,
+    topology: &Topology,
+    endpoint: &Endpoint,
+    mapping: &Mapping,
+) -> Option<RelayCommand> {
+    let network = topology.network.as_ref()?;
+    mapping.via.has_relay().then(|| RelayCommand {
+        program: inputs.rproxy.to_owned(),
+        key: mapping.key(),
+        container_ip: endpoint::relay_target(network, endpoint, mapping.host),
+        container_port: mapping.container_port,
+    })
+}
+
+/// The mappings of one topology that the plan is about and that the other one does not have.
+fn only_in<'a>(
+    inputs: Inputs<'a>,
+    one: &'a Topology,
+    other: &'a Topology,
+) -> impl Iterator<Item = (&'a Name, &'a Endpoint, &'a Mapping)> {
+    one.mappings().filter(move |(name, _, mapping)| {
+        let same = |theirs: &Endpoint| theirs.mappings.iter().any(|theirs| theirs.is_same(mapping));
+        inputs.scope.contains(name) && !other.endpoints.get(*name).is_some_and(same)
+    })
+}
+
+/// Stops the relays of mappings that are no longer wanted.
+pub(super) fn stop(inputs: Inputs<'_>, plan: &mut Plan) {
+    for (_, endpoint, mapping) in only_in(inputs, inputs.owned, inputs.desired) {
+        let process = inputs.observed.relays.get(&mapping.key()).copied();
+        let command = command(inputs, inputs.owned, endpoint, mapping);
+        if let (Some(relay), Some(process)) = (command, process) {
+            let stop = Action::StopRelay { relay: relay.clone(), process: Some(process) };
+            plan.push(Step::new(stop, [Action::StartRelay(relay)]));
+        }
+    }
+}
+
+/// Starts the relays that are wanted and do not run.
+pub(super) fn start(inputs: Inputs<'_>, plan: &mut Plan) {
+    for (name, endpoint, mapping) in inputs.desired.mappings() {
+        let runs = inputs.observed.relays.contains_key(&mapping.key());
+        if !inputs.scope.contains(name) || runs {
+            continue;
+        }
+        if let Some(relay) = command(inputs, inputs.desired, endpoint, mapping) {
+            let start = Action::StartRelay(relay.clone());
+            plan.push(Step::new(start, [Action::StopRelay { relay, process: None }]));
+        }
+    }
+}
+
+/// Forgets UDP flows that were set up by other rules: the kernel would keep to those while packets keep coming.
+pub(super) fn flush(inputs: Inputs<'_>, plan: &mut Plan) {
+    let gone = only_in(inputs, inputs.owned, inputs.desired);
+    let come = only_in(inputs, inputs.desired, inputs.owned);
+    for (_, _, mapping) in gone.chain(come).filter(|(_, _, mapping)| mapping.proto == Proto::Udp) {
+        plan.push(Step::on_fresh(Action::FlushConntrack { host: mapping.host, port: mapping.host_port }));
+    }
+}

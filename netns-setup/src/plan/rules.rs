@@ -1,0 +1,71 @@
+//! The change of rules: one step per backend and address family.
+
+use std::collections::BTreeMap;
+
+use super::{Inputs, Plan, PlanError, Step};
+use crate::action::{Action, Family};
+use crate::firewall::iptables::{self, SavedTables};
+use crate::firewall::nft;
+use crate::model::{Firewall, Topology};
+use crate::observed::Rules;
+
+/// Makes sure that the chains are free, or ours already.
+pub(super) fn check(inputs: Inputs<'_>) -> Result<(), PlanError> {
+    let Rules::Iptables(saved) = &inputs.observed.rules else {
+        return Ok(());
+    };
+    for (family, saved) in saved {
+        let ours = iptables::render(inputs.owned, *family);
+        for (table, chain) in iptables::render(inputs.desired, *family).chains() {
+            let known = ours.chains().any(|known| known == (table, chain));
+            // `DOCKER-DIRECT` comes with the first mapping that needs it, when `DOCKER` is ours already.
+            let with_ours = ours.chains().next().is_some();
+            if saved.chain(table, chain).is_some() && !known && !with_ours {
+                return Err(PlanError::ChainTaken { table, chain });
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The steps that make the rules the wanted ones.
+pub(super) fn change(inputs: Inputs<'_>, plan: &mut Plan) {
+    match &inputs.observed.rules {
+        Rules::None => {}
+        Rules::Nft { listing, as_wanted } => change_nft(inputs, listing.as_deref(), *as_wanted, plan),
+        Rules::Iptables(saved) => change_iptables(inputs, saved, plan),
+    }
+}
+
+fn change_nft(inputs: Inputs<'_>, listing: Option<&str>, as_wanted: Option<bool>, plan: &mut Plan) {
+    let Some(network) = inputs.desired.network.as_ref().or(inputs.owned.network.as_ref()) else {
+        return;
+    };
+    let table = nft::table_name(network);
+    let wanted = nft::render(inputs.desired);
+    let differs = match (&wanted, listing) {
+        (None, listing) => listing.is_some(),
+        (Some(_), None) => true,
+        (Some(_), Some(_)) => as_wanted.map_or_else(|| nft::render(inputs.owned) != wanted, |same| !same),
+    };
+    if differs {
+        let script = nft::replace(&table, wanted.as_deref());
+        plan.push(Step::new(Action::Nft(script), [Action::Nft(nft::replace(&table, listing))]));
+    }
+}
+
+fn change_iptables(inputs: Inputs<'_>, saved: &BTreeMap<Family, SavedTables>, plan: &mut Plan) {
+    for (family, saved) in saved {
+        let rules = |topology: &Topology| iptables::render(topology, *family);
+        if let Some(change) = iptables::transition(saved, &rules(inputs.owned), &rules(inputs.desired)) {
+            let action = |script| Action::Iptables { family: *family, script };
+            plan.push(Step::new(action(change.script), [action(change.undo)]));
+        }
+    }
+}
+
+/// The backend that a topology uses.
+#[must_use]
+pub(crate) fn backend(topology: &Topology) -> Firewall {
+    topology.network.as_ref().map_or(Firewall::None, |network| network.firewall)
+}

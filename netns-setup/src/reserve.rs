@@ -1,0 +1,140 @@
+//! Host ports, claimed by binding them before anything else is done.
+
+use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use nix::sys::socket::{setsockopt, sockopt};
+use socket2::{Domain, SockFilter, Socket, Type};
+
+use crate::publish::{HostAddr, Proto};
+
+/// A host port that cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum ReserveError {
+    /// Somebody has it.
+    #[error("host port {port}/{proto} on {host} is in use: stop what holds it, or choose another")]
+    InUse {
+        /// The protocol.
+        proto: Proto,
+        /// Where.
+        host: HostAddr,
+        /// Which.
+        port: u16,
+    },
+    /// No interface has the address.
+    #[error("{0} is not an address of this host")]
+    NotLocal(HostAddr),
+    /// Anything else.
+    #[error("cannot bind host port {port}/{proto} on {host}: {source}")]
+    Bind {
+        /// The protocol.
+        proto: Proto,
+        /// Where.
+        host: HostAddr,
+        /// Which.
+        port: u16,
+        /// Why.
+        source: io::Error,
+    },
+}
+
+/// Binds a port, 0 for any that is free, and returns the socket with the port that it has.
+///
+/// Until [`open`] is called, the socket takes nothing in: what arrives before the rules are in place would be
+/// served by another way than what arrives after.
+///
+/// # Errors
+/// When it is in use, or the address is not one of this host.
+pub fn bind(proto: Proto, host: HostAddr, port: u16) -> Result<(Socket, u16), ReserveError> {
+    let bound = match host {
+        HostAddr::Any => bind_dual_stack(proto, port),
+        HostAddr::Ip(ip) => bind_one(proto, ip, port, true),
+    };
+    bound.map_err(|source| match source.kind() {
+        io::ErrorKind::AddrInUse => ReserveError::InUse { proto, host, port },
+        io::ErrorKind::AddrNotAvailable => ReserveError::NotLocal(host),
+        _ => ReserveError::Bind { proto, host, port, source },
+    })
+}
+
+/// One socket for both families, `:::80`; IPv4 alone on a host that has no IPv6.
+fn bind_dual_stack(proto: Proto, port: u16) -> io::Result<(Socket, u16)> {
+    match bind_one(proto, Ipv6Addr::UNSPECIFIED.into(), port, false) {
+        Err(error) if error.raw_os_error() == Some(nix::libc::EAFNOSUPPORT) => {
+            bind_one(proto, Ipv4Addr::UNSPECIFIED.into(), port, true)
+        }
+        other => other,
+    }
+}
+
+fn bind_one(proto: Proto, ip: IpAddr, port: u16, v6_only: bool) -> io::Result<(Socket, u16)> {
+    let kind = match proto {
+        Proto::Tcp => Type::STREAM,
+        Proto::Udp => Type::DGRAM,
+    };
+    let address = SocketAddr::new(ip, port);
+    let socket = Socket::new(Domain::for_address(address), kind.cloexec(), None)?;
+    if ip.is_ipv6() {
+        socket.set_only_v6(v6_only)?;
+    }
+    match proto {
+        // A container that comes back at once meets its predecessor's connections in TIME_WAIT.
+        Proto::Tcp => socket.set_reuse_address(true)?,
+        // The relay answers from the address that was asked.
+        Proto::Udp if ip.is_ipv6() => setsockopt(&socket, sockopt::Ipv6RecvPacketInfo, &true)?,
+        Proto::Udp => setsockopt(&socket, sockopt::Ipv4PacketInfo, &true)?,
+    }
+    // BPF_RET | BPF_K with 0 bytes to keep (linux/bpf_common.h): drop everything.
+    socket.attach_filter(&[SockFilter::new(0x06, 0, 0, 0)])?;
+    socket.bind(&address.into())?;
+    if proto == Proto::Tcp {
+        // Two sockets with SO_REUSEADDR can share a port until one listens. The kernel cuts this to somaxconn.
+        socket.listen(i32::from(u16::MAX))?;
+    }
+    let port = socket.local_addr()?.as_socket().map_or(port, |address| address.port());
+    Ok((socket, port))
+}
+
+/// Lets the socket take in what arrives.
+///
+/// # Errors
+/// When the kernel refuses.
+pub fn open(socket: &Socket) -> io::Result<()> {
+    socket.detach_filter()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use super::*;
+
+    fn addr(text: &str) -> HostAddr {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn a_port_can_be_had_once() {
+        for proto in [Proto::Tcp, Proto::Udp] {
+            let (_first, port) = bind(proto, addr("127.0.0.1"), 0).unwrap();
+            assert_ne!(port, 0);
+            let error = bind(proto, addr("127.0.0.1"), port).unwrap_err();
+            assert!(matches!(error, ReserveError::InUse { .. }), "{error}");
+            assert!(error.to_string().contains(&port.to_string()));
+        }
+    }
+
+    #[test]
+    fn every_address_means_both_families() {
+        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = taken.local_addr().unwrap().port();
+        assert!(matches!(bind(Proto::Tcp, HostAddr::Any, port), Err(ReserveError::InUse { .. })));
+    }
+
+    #[test]
+    fn an_address_of_another_host_is_refused() {
+        // RFC 5737: never an address of this host.
+        let error = bind(Proto::Tcp, addr("192.0.2.1"), 0).unwrap_err();
+        assert_eq!(error.to_string(), "192.0.2.1 is not an address of this host");
+    }
+}

@@ -1,0 +1,115 @@
+//! The same cases against `rproxy` and, as the oracle, against the `docker-proxy` of Debian's docker.io
+//! (20.10), both started as dockerd starts them.
+
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::os::unix::process::ExitStatusExt;
+use std::path::PathBuf;
+use std::process::ExitStatus;
+
+use crate::client;
+use crate::docker_proxy::{DockerProxy, Status, mapping};
+use crate::require::{self, Need};
+use crate::rproxy::rproxy;
+use crate::suite::Case;
+
+/// A program under test.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Subject {
+    /// Ours.
+    Rproxy,
+    /// docker-proxy.
+    Oracle,
+}
+
+/// For which programs a case holds.
+#[derive(Clone, Copy, Debug)]
+pub enum Holds {
+    /// For both alike.
+    ForBoth,
+    /// For each of them in its own way, on purpose, for this reason.
+    Differently(&'static str),
+    /// For `rproxy`; the oracle cannot pass it, for this reason.
+    ForRproxy(&'static str),
+}
+
+/// Its name, for which programs it holds, and what it does.
+pub type Row = (&'static str, Holds, fn(Subject));
+
+/// The cases that a row stands for.
+pub fn cases((name, holds, body): &'static Row) -> Vec<Case> {
+    let case = |title, subject| Case::new(title, move || body(subject)).needs(&[Need::Ipv6]);
+    let ours = |title| case(title, Subject::Rproxy);
+    let oracle = |title| case(title, Subject::Oracle).needs(&[Need::Program("docker-proxy")]);
+    match holds {
+        Holds::ForBoth => vec![ours(format!("rproxy: {name}")), oracle(format!("docker-proxy: {name}"))],
+        Holds::Differently(why) => vec![
+            ours(format!("rproxy: {name} (differs: {why})")),
+            oracle(format!("docker-proxy: {name} (differs: {why})")),
+        ],
+        Holds::ForRproxy(why) => vec![ours(format!("rproxy: {name} (alone: {why})"))],
+    }
+}
+
+impl Subject {
+    /// The path of the program.
+    pub fn program(self) -> PathBuf {
+        match self {
+            Self::Rproxy => rproxy().into(),
+            Self::Oracle => require::find("docker-proxy").unwrap(),
+        }
+    }
+
+    /// Starts it with these arguments.
+    #[track_caller]
+    pub fn start(self, arguments: &[String]) -> DockerProxy {
+        DockerProxy::start(&self.program(), arguments, None)
+    }
+
+    /// Starts it for a mapping and waits until it serves.
+    #[track_caller]
+    pub fn serve(self, protocol: &str, host: SocketAddr, container: SocketAddr) -> DockerProxy {
+        let mut proxy = self.start(&mapping(protocol, host, container));
+        assert_eq!(proxy.status(), Status::Ready);
+        proxy
+    }
+
+    /// Starts it so that it is to adopt `listener`.
+    #[track_caller]
+    pub fn adopt(self, protocol: &str, listener: impl Into<OwnedFd>, container: SocketAddr) -> DockerProxy {
+        // The daemon names the address of the socket it passes on; the socket decides.
+        let mut arguments = mapping(protocol, own_address(), container);
+        arguments.push("-use-listen-fd".into());
+        DockerProxy::start(&self.program(), &arguments, Some(listener.into()))
+    }
+
+    /// Checks that a signal ended it in order.
+    #[track_caller]
+    pub fn assert_ended(self, status: ExitStatus) {
+        // docker-proxy 20.10 says that it is ready before it is for signals, which then end it unasked.
+        if self == Self::Rproxy || status.signal().is_none() {
+            assert_eq!(status.code(), Some(0));
+        }
+    }
+
+    /// Starts it with arguments that it has to report failure for; returns its message.
+    #[track_caller]
+    pub fn failure(self, arguments: &[String]) -> String {
+        failure_of(self.start(arguments))
+    }
+}
+
+/// The message of a proxy that reports failure.
+#[track_caller]
+pub fn failure_of(mut proxy: DockerProxy) -> String {
+    let Status::Failed(message) = proxy.status() else {
+        panic!("no failure on descriptor 3");
+    };
+    assert_eq!(proxy.process.wait().code(), Some(1));
+    message
+}
+
+/// An address for a proxy to bind that is certain to be free.
+pub fn own_address() -> SocketAddr {
+    (client::own_loopback(), 80).into()
+}

@@ -1,0 +1,273 @@
+//! UDP clients and backends, none of which waits for ever, and none of which sends faster than a socket
+//! buffer of the usual size takes: what is lost in a test, the program under test has lost.
+
+use std::collections::VecDeque;
+use std::io::ErrorKind;
+use std::net::{IpAddr, Shutdown, SocketAddr, UdpSocket};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use nix::sys::socket::{setsockopt, sockopt};
+use socket2::SockRef;
+
+use crate::pattern::Pattern;
+use crate::process::Process;
+use crate::{PATIENCE, eventually};
+
+/// The largest datagram that IPv4 carries: 64 KiB less a byte and the headers.
+pub const LARGEST_V4: usize = 65_507;
+/// The largest datagram that IPv6 carries, whose length leaves its own header out.
+pub const LARGEST_V6: usize = 65_527;
+
+/// What [`assert_all_echo`] lets be under way, by [`cost`]: well below `net.core.rmem_default` (212,992).
+const WINDOW: usize = 96 * 1024;
+
+/// What a socket asks for; it gets what `net.core.rmem_max` allows, or all of it with the privilege.
+const BUFFER: usize = 4 * 1024 * 1024;
+
+/// A socket on a free port of `ip` with [`PATIENCE`] on its receives.
+#[track_caller]
+pub fn client(ip: impl Into<IpAddr>) -> UdpSocket {
+    bind(SocketAddr::new(ip.into(), 0))
+}
+
+/// A socket on `address` with [`PATIENCE`] on its receives.
+#[track_caller]
+pub fn bind(address: SocketAddr) -> UdpSocket {
+    match UdpSocket::bind(address) {
+        Ok(socket) => patient(socket),
+        Err(error) => panic!("cannot bind {address}: {error}"),
+    }
+}
+
+/// Puts [`PATIENCE`] on the receives of a socket.
+pub fn patient(socket: UdpSocket) -> UdpSocket {
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    if setsockopt(&socket, sockopt::RcvBufForce, &BUFFER).is_err() {
+        SockRef::from(&socket).set_recv_buffer_size(BUFFER).unwrap();
+    }
+    socket
+}
+
+/// The port of a socket.
+pub fn local_port(socket: &UdpSocket) -> u16 {
+    socket.local_addr().unwrap().port()
+}
+
+/// Waits for a datagram; returns it and who sent it.
+#[track_caller]
+pub fn receive(socket: &UdpSocket) -> (Vec<u8>, SocketAddr) {
+    let mut buffer = vec![0; 65_536];
+    loop {
+        match socket.recv_from(&mut buffer) {
+            Ok((len, from)) => {
+                buffer.truncate(len);
+                return (buffer, from);
+            }
+            // A receive with a timeout is not taken up again when the process has been suspended.
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => panic!("no datagram: {error}"),
+        }
+    }
+}
+
+/// Whether nothing arrives for a moment.
+pub fn is_silent(socket: &UdpSocket) -> bool {
+    socket.set_read_timeout(Some(Duration::from_millis(300))).unwrap();
+    let result = socket.recv_from(&mut [0]);
+    socket.set_read_timeout(Some(PATIENCE)).unwrap();
+    result.is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
+}
+
+/// Sends a datagram and waits for an answer.
+#[track_caller]
+pub fn ask(socket: &UdpSocket, to: SocketAddr, request: &[u8]) -> (Vec<u8>, SocketAddr) {
+    socket.send_to(request, to).unwrap();
+    receive(socket)
+}
+
+/// Checks that a datagram comes back, unchanged, from where it was sent to.
+#[track_caller]
+pub fn assert_echoes(socket: &UdpSocket, to: SocketAddr, request: &[u8]) {
+    let (answer, from) = ask(socket, to, request);
+    assert_eq!(from, to, "the answer comes from another address");
+    assert_eq!(answer.len(), request.len());
+    assert!(answer == request, "{} other bytes", request.len());
+}
+
+/// Asks a [`Backend::naming`] behind a proxy who the client is to it: the address of its flow.
+#[track_caller]
+pub fn flow_of(socket: &UdpSocket, to: SocketAddr) -> SocketAddr {
+    let (answer, from) = ask(socket, to, b"who am I?");
+    assert_eq!(from, to, "the answer comes from another address");
+    String::from_utf8(answer).unwrap().parse().unwrap()
+}
+
+/// Sends a datagram of each size, with what [`pattern`] makes of its number, and checks that all come back
+/// unchanged and in order. Several are under way at a time, as far as socket buffers are sure to hold them.
+#[track_caller]
+pub fn assert_all_echo(socket: &UdpSocket, to: SocketAddr, sizes: impl IntoIterator<Item = usize>) {
+    let mut waiting = VecDeque::new();
+    let mut under_way = 0;
+    for (number, size) in sizes.into_iter().enumerate() {
+        while under_way + cost(size) > WINDOW
+            && let Some((number, size)) = waiting.pop_front()
+        {
+            assert_comes(socket, to, number, size);
+            under_way -= cost(size);
+        }
+        if let Err(error) = socket.send_to(&pattern(number, size), to) {
+            panic!("cannot send {size} bytes: {error}");
+        }
+        waiting.push_back((number, size));
+        under_way += cost(size);
+    }
+    for (number, size) in waiting {
+        assert_comes(socket, to, number, size);
+    }
+}
+
+#[track_caller]
+fn assert_comes(socket: &UdpSocket, from: SocketAddr, number: usize, size: usize) {
+    let (bytes, sender) = receive(socket);
+    assert_eq!(sender, from, "it comes from another address");
+    assert_eq!(bytes.len(), size, "length of datagram {number}");
+    assert!(bytes == pattern(number, size), "datagram {number} of {size} bytes has changed");
+}
+
+/// What a datagram may take of a receive buffer, which counts the kernel's own structures.
+fn cost(size: usize) -> usize {
+    2 * size + 1024
+}
+
+/// The content of datagram `number`.
+pub fn pattern(number: usize, size: usize) -> Vec<u8> {
+    let mut bytes = vec![0; size];
+    Pattern::new(number as u64).fill(&mut bytes);
+    bytes
+}
+
+/// Both ends of a relayed flow, in the hands of the test.
+pub struct Line<'a> {
+    proxy: &'a Process,
+    client: UdpSocket,
+    /// Where the client sends to.
+    asked: SocketAddr,
+    backend: UdpSocket,
+    /// Where the backend sends to.
+    flow: SocketAddr,
+}
+
+impl<'a> Line<'a> {
+    /// Opens a flow.
+    #[track_caller]
+    pub fn open(proxy: &'a Process, client: UdpSocket, asked: SocketAddr, backend: UdpSocket) -> Self {
+        client.send_to(b"hello", asked).unwrap();
+        let (_, flow) = receive(&backend);
+        Self { proxy, client, asked, backend, flow }
+    }
+
+    /// Has the proxy find datagrams of these sizes, sent by the client, all at once, and checks that each
+    /// reaches the backend, in order. Over [`BUFFER`] in sum, by [`cost`], some would rightly be lost.
+    #[track_caller]
+    pub fn burst_up(&self, sizes: &[usize]) {
+        self.burst(&self.client, self.asked, sizes, &self.backend, self.flow);
+    }
+
+    /// As [`Line::burst_up`], from the backend to the client.
+    #[track_caller]
+    pub fn burst_down(&self, sizes: &[usize]) {
+        self.burst(&self.backend, self.flow, sizes, &self.client, self.asked);
+    }
+
+    #[track_caller]
+    fn burst(&self, from: &UdpSocket, to: SocketAddr, sizes: &[usize], at: &UdpSocket, seen_as: SocketAddr) {
+        assert!(sizes.iter().map(|size| cost(*size)).sum::<usize>() <= BUFFER, "more than buffers hold");
+        self.proxy.pause();
+        for (number, size) in sizes.iter().enumerate() {
+            from.send_to(&pattern(number, *size), to).unwrap();
+        }
+        self.proxy.resume();
+        for (number, size) in sizes.iter().enumerate() {
+            assert_comes(at, seen_as, number, *size);
+        }
+    }
+}
+
+/// A UDP server with a thread of its own.
+pub struct Backend {
+    socket: Arc<UdpSocket>,
+    received: Arc<AtomicUsize>,
+    stopped: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Backend {
+    /// Calls `handler` for each datagram, with the socket, the bytes and who sent them.
+    pub fn serve(
+        socket: UdpSocket,
+        mut handler: impl FnMut(&UdpSocket, &[u8], SocketAddr) + Send + 'static,
+    ) -> Self {
+        let socket = Arc::new(socket);
+        // One that waits for its end does not need to wake up before.
+        socket.set_read_timeout(None).unwrap();
+        let (received, stopped) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
+        let thread = {
+            let (socket, received, stopped) = (socket.clone(), received.clone(), stopped.clone());
+            thread::spawn(move || {
+                let mut buffer = vec![0; 65_536];
+                // Peeks first: `recv_from` panics at the nothing from nowhere that a shutdown returns.
+                while socket.peek(&mut []).is_ok() && !stopped.load(Ordering::Relaxed) {
+                    if let Ok((len, from)) = socket.recv_from(&mut buffer) {
+                        handler(&socket, &buffer[..len], from);
+                        received.fetch_add(1, Ordering::Release);
+                    }
+                }
+            })
+        };
+        Self { socket, received, stopped, thread: Some(thread) }
+    }
+
+    /// Sends every datagram back.
+    pub fn echo(socket: UdpSocket) -> Self {
+        Self::serve(socket, |socket, bytes, from| {
+            socket.send_to(bytes, from).ok();
+        })
+    }
+
+    /// Answers with the address that a datagram came from; for [`flow_of`].
+    pub fn naming(socket: UdpSocket) -> Self {
+        Self::serve(socket, |socket, _bytes, from| {
+            socket.send_to(from.to_string().as_bytes(), from).ok();
+        })
+    }
+
+    /// Where it listens.
+    pub fn address(&self) -> SocketAddr {
+        self.socket.local_addr().unwrap()
+    }
+
+    /// How many datagrams it has dealt with.
+    pub fn received(&self) -> usize {
+        self.received.load(Ordering::Acquire)
+    }
+
+    /// Waits until it has dealt with `count` datagrams since its start.
+    #[track_caller]
+    pub fn wait_for(&self, count: usize) {
+        eventually(&format!("{count} datagrams at the backend"), || self.received() >= count);
+    }
+}
+
+impl Drop for Backend {
+    fn drop(&mut self) {
+        self.stopped.store(true, Ordering::Relaxed);
+        // Reports that the socket is not connected, and still wakes the thread that reads it.
+        SockRef::from(&*self.socket).shutdown(Shutdown::Both).ok();
+        if let Some(thread) = self.thread.take() {
+            thread.join().ok();
+        }
+    }
+}

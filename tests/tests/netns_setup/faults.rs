@@ -1,0 +1,201 @@
+//! Whatever goes wrong: a step that fails leaves everything as it was, and sudden death leaves what `repair` or
+//! `down` puts right.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::process::{Command, ExitCode};
+
+use clap::Parser;
+use netns_setup::action::Action;
+use netns_setup::apply::Backend as Apply;
+use netns_setup::cli::Cli;
+use netns_setup::kernel::{ActionError, Kernel};
+use netns_setup::model::{MappingKey, RelayProcess};
+use netns_setup::publish::{HostAddr, Proto};
+use netns_setup::reserve::ReserveError;
+use nix::sys::signal::{Signal, raise};
+use rproxy_tests::rproxy::rproxy;
+use rproxy_tests::suite::Case;
+
+use crate::stage::{Backend, Stage, assert_same, for_each_firewall};
+
+/// Asks this program to run a command of `netns-setup` and to die before its N-th step.
+const DIE: &str = "--die-before-step";
+
+/// Asks it to run a command whose N-th step fails.
+const FAIL: &str = "--fail-step";
+
+pub(crate) fn cases() -> Vec<Case> {
+    let deadline = std::time::Duration::from_secs(900);
+    let failing = for_each_firewall("a step that fails leaves everything as it was", failing);
+    let dying = for_each_firewall("sudden death is repaired or taken down", dying);
+    failing.into_iter().chain(dying).map(|case| case.deadline(deadline)).collect()
+}
+
+/// The commands that a case breaks, each with what has to be done before.
+fn commands(backend: Backend) -> Vec<(Vec<String>, String)> {
+    let up = format!("up --subnet6 fd00:d0c::/64 --persist {}", backend.option());
+    let web = "attach web".to_owned();
+    let publish = "publish web -p 80:80 -p 127.0.0.1:81:80 -p 82:80 --via both".to_owned();
+    let direct = "publish web -p 90:80 -p 53:53/udp --via dnat".to_owned();
+    let before = |commands: &[&String]| commands.iter().map(|command| (*command).clone()).collect();
+    vec![
+        (vec![], up.clone()),
+        (before(&[&up]), web.clone()),
+        (before(&[&up, &web]), publish.clone()),
+        (before(&[&up, &web]), direct.clone()),
+        (before(&[&up, &web, &publish, &direct]), "unpublish web".to_owned()),
+        (before(&[&up, &web, &publish]), "detach web".to_owned()),
+        (before(&[&up, &web, &publish]), "down".to_owned()),
+    ]
+}
+
+/// The kernel, until its N-th action.
+struct Failing {
+    kernel: Kernel,
+    left: usize,
+    then: fn() -> ActionError,
+}
+
+impl Apply for Failing {
+    fn run(&mut self, action: &Action) -> Result<(), ActionError> {
+        match self.left {
+            // Only this one fails: what undoes the others has to work.
+            1 => {
+                self.left = 0;
+                Err((self.then)())
+            }
+            0 => self.kernel.run(action),
+            _ => {
+                self.left -= 1;
+                self.kernel.run(action)
+            }
+        }
+    }
+
+    fn reserve(&mut self, proto: Proto, host: HostAddr, port: u16) -> Result<u16, ReserveError> {
+        self.kernel.reserve(proto, host, port)
+    }
+
+    fn relays(&self) -> &BTreeMap<MappingKey, RelayProcess> {
+        self.kernel.relays()
+    }
+}
+
+fn injected() -> ActionError {
+    ActionError::Sysctl { key: "injected".to_owned(), source: std::io::ErrorKind::Other.into() }
+}
+
+fn die() -> ActionError {
+    raise(Signal::SIGKILL).unwrap();
+    injected()
+}
+
+/// Whether this process was started to run a command that goes wrong; then it does.
+pub(crate) fn run_doomed(arguments: &[String]) -> Option<ExitCode> {
+    let [_, flag, step, command @ ..] = arguments else { return None };
+    let then = match flag.as_str() {
+        DIE => die,
+        FAIL => injected,
+        _ => return None,
+    };
+    Some(match broken(command, step.parse().unwrap(), then) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            std::io::stderr().write_all(error.as_bytes()).unwrap();
+            ExitCode::FAILURE
+        }
+    })
+}
+
+/// Runs a command whose N-th action does not happen.
+fn broken(command: &[String], step: usize, then: fn() -> ActionError) -> Result<(), String> {
+    let words = std::iter::once("netns-setup".to_owned()).chain(command.iter().cloned());
+    let cli = Cli::try_parse_from(words).unwrap();
+    let mut backend = Failing { kernel: Kernel::default(), left: step, then };
+    cli.run(&mut backend, &mut std::io::sink(), &mut std::io::sink()).map_err(|error| error.to_string())
+}
+
+fn words(stage: &Stage, command: &str) -> Vec<String> {
+    let mut words: Vec<String> = command.split_whitespace().map(str::to_owned).collect();
+    words.extend(["--state-dir".to_owned(), stage.state_dir().display().to_string()]);
+    words.extend(["--rproxy".to_owned(), rproxy().display().to_string()]);
+    words
+}
+
+/// How many steps a command has.
+fn steps(stage: &Stage, command: &str) -> usize {
+    let report: serde_json::Value =
+        serde_json::from_str(&stage.ok(&format!("{command} --dry-run --json"))).unwrap();
+    report["steps"].as_array().unwrap().len()
+}
+
+/// Runs a command in a process of its own, in which nothing but the command can go wrong.
+fn run_broken(stage: &Stage, flag: &str, command: &str, step: usize) -> rproxy_tests::process::Output {
+    let mut process = Command::new(std::env::current_exe().unwrap());
+    process.args([flag, &step.to_string()]).args(words(stage, command));
+    stage.with_path(&mut process);
+    stage.host.spawn(process).into_output()
+}
+
+fn failing(stage: &Stage, backend: Backend) {
+    for (before, command) in commands(backend) {
+        for earlier in &before {
+            stage.ok(earlier);
+        }
+        let (intact, listed) = (stage.dump(), relays(stage));
+        let count = steps(stage, &command);
+        assert!(count > 0, "{command}");
+        for step in 1..=count {
+            let output = run_broken(stage, FAIL, &command, step);
+            assert_eq!(output.status.code(), Some(1), "{command}, step {step}: {output:#?}");
+            let error = output.stderr;
+            assert!(
+                error.contains("injected") && error.ends_with("nothing was changed"),
+                "{command}: {error}"
+            );
+            assert_same(&stage.dump(), &intact, &format!("{command}, step {step} of {count}"));
+            assert_eq!(relays(stage), listed, "{command}, step {step} of {count}");
+            if !before.is_empty() {
+                assert_eq!(stage.ok("check"), "everything is as it should be\n", "{command}, step {step}");
+            }
+        }
+        stage.ok("down");
+    }
+}
+
+/// The sockets of relays.
+fn relays(stage: &Stage) -> String {
+    let shown = stage.host("ss -Hlnt");
+    let mut addresses: Vec<&str> = shown.lines().filter_map(|line| line.split_whitespace().nth(3)).collect();
+    addresses.sort_unstable();
+    addresses.join(" ")
+}
+
+fn dying(stage: &Stage, backend: Backend) {
+    // The tools leave empty tables behind the first time.
+    let bare = stage.dump();
+    for (before, command) in commands(backend) {
+        let count = {
+            before.iter().for_each(|earlier| drop(stage.ok(earlier)));
+            let count = steps(stage, &command);
+            stage.ok("down");
+            count
+        };
+        for step in 1..=count {
+            for mend in ["repair", "down"] {
+                before.iter().for_each(|earlier| drop(stage.ok(earlier)));
+                let output = run_broken(stage, DIE, &command, step);
+                assert_eq!(output.status.code(), None, "{command} should have died: {output:#?}");
+                let what = format!("{command}, dead before step {step} of {count}, then {mend}");
+                stage.ok(mend);
+                if mend == "repair" {
+                    assert_eq!(stage.ok("check"), "everything is as it should be\n", "{what}");
+                    stage.ok("down");
+                }
+                assert_same(&stage.dump(), &bare, &what);
+                assert_eq!(relays(stage), "", "{what}");
+            }
+        }
+    }
+}
