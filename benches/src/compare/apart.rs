@@ -9,6 +9,7 @@ use nix::unistd::Pid;
 use rproxy_tests::rproxy::rproxy;
 
 use crate::account::Family;
+use crate::cage::OWN_PROGRAM;
 use crate::load::{Idle, Target};
 use crate::metric::{Metric, Values};
 use crate::peers::{Kind, Mapping, Peer, PeerError, Protocol, Running};
@@ -78,8 +79,7 @@ pub(super) fn footprint(wiring: &Wiring, peer: &Peer) -> Result<Values, PeerErro
 
 /// Times from exec to ready, of peers that are started in turn.
 pub(super) fn start_times(wiring: &Wiring, peers: &[&Peer], times: usize) -> Result<Vec<Values>, Failure> {
-    let own_path = std::env::current_exe().map_err(|error| Failure::failed(&error))?;
-    let mut command = Command::new(own_path);
+    let mut command = Command::new(OWN_PROGRAM);
     command.args(["start-times", "--times", &times.to_string(), "--port", &FIRST_PORT.to_string()]);
     command.args(["--to", &wiring.backend().to_string()]);
     command.args(peers.iter().filter_map(|peer| match &peer.kind {
