@@ -19,6 +19,9 @@ use nix::unistd::{Uid, getpid};
 /// Set for the process inside; its value is of no matter.
 const INSIDE: &str = "RPROXY_BENCHES_INSIDE";
 
+/// The program that runs, even if its file has been replaced by a newer build since.
+pub(crate) const OWN_PROGRAM: &str = "/proc/self/exe";
+
 /// What a harness that was told to end by its user exits with; a shell reports the same.
 const INTERRUPTED: i32 = 130;
 
@@ -56,8 +59,7 @@ pub(crate) fn run(task: impl FnOnce() -> ExitCode) -> Result<ExitCode, CageError
     }
     // Of the children only: this process stays where it is.
     unshare(CloneFlags::CLONE_NEWPID).map_err(failed("create a PID namespace"))?;
-    let own_path = env::current_exe().map_err(failed("find this program"))?;
-    let mut command = Command::new(own_path);
+    let mut command = Command::new(OWN_PROGRAM);
     command.args(env::args_os().skip(1)).env(INSIDE, "1").stdin(Stdio::piped());
     if let Some(name) = env::args_os().next() {
         command.arg0(name);

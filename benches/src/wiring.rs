@@ -12,11 +12,20 @@ use crate::backend::{Backend, BackendError};
 /// Where the backend listens, in the container.
 const BACKEND_PORT: u16 = 7000;
 
-/// Settings of a namespace, under /proc/sys/net/ipv4.
-const CLIENT_SETTINGS: [(&str, &str); 1] = [("ip_local_port_range", "1024 65535")];
+/// Congestion controls that do not pace, the first that a namespace may use being taken: the kernel's own
+/// default, and its forerunner, which behaves the same where nothing is lost. What this host has set may
+/// be BBR; without its queueing discipline, that paces every connection by a timer, and bulk workloads
+/// would measure timers.
+const CONGESTION_CONTROLS: [&str; 2] = ["cubic", "reno"];
+
+/// Settings of a namespace, under /proc/sys/net/ipv4. Whoever closes a connection first keeps its port for
+/// a minute, and the thousands of connections of a run would use all of them up: here, such a port can be
+/// used again after a second.
+const CLIENT_SETTINGS: [(&str, &str); 2] = [("ip_local_port_range", "1024 65535"), ("tcp_tw_reuse", "1")];
 /// The host dials the backend from its own ports, and forwards for those who use no proxy. The ports
 /// that peers listen on stay out of the way.
-const HOST_SETTINGS: [(&str, &str); 2] = [("ip_local_port_range", "40000 65535"), ("ip_forward", "1")];
+const HOST_SETTINGS: [(&str, &str); 3] =
+    [("ip_local_port_range", "40000 65535"), ("tcp_tw_reuse", "1"), ("ip_forward", "1")];
 
 /// Client, host and container, with the backend running.
 pub(crate) struct Wiring {
@@ -52,6 +61,9 @@ impl Wiring {
     /// When a namespace or an interface cannot be made; the test suites' library says why.
     pub(crate) fn new() -> Result<Self, WiringError> {
         let net = Topology::new();
+        for namespace in [&net.client, &net.host, &net.container] {
+            choose_congestion_control(namespace)?;
+        }
         configure(&net.client, &CLIENT_SETTINGS)?;
         configure(&net.host, &HOST_SETTINGS)?;
         // For those who use no proxy, and no address translation either.
@@ -80,6 +92,13 @@ impl Wiring {
     pub(crate) fn host_address(&self) -> Ipv4Addr {
         HOST_V4
     }
+}
+
+fn choose_congestion_control(namespace: &Namespace) -> Result<(), WiringError> {
+    let choose = |value| configure(namespace, &[("tcp_congestion_control", value)]);
+    let [wanted, instead] = CONGESTION_CONTROLS;
+    // A namespace may only use what its host has put on a list.
+    choose(wanted).or_else(|_not_allowed| choose(instead))
 }
 
 fn configure(namespace: &Namespace, settings: &[(&'static str, &'static str)]) -> Result<(), WiringError> {

@@ -9,6 +9,7 @@ use nix::unistd::Pid;
 use rproxy_tests::rproxy::rproxy;
 
 use crate::account::Family;
+use crate::cage::OWN_PROGRAM;
 use crate::load::{Idle, Target};
 use crate::metric::{Metric, Values};
 use crate::peers::{Kind, Mapping, Peer, PeerError, Protocol, Running};
@@ -25,11 +26,17 @@ const MAPPINGS: u16 = 100;
 /// What a process gets to come to rest.
 const REST: Duration = Duration::from_millis(200);
 
-fn start(wiring: &Wiring, peer: &Peer, count: u16) -> Result<Running, PeerError> {
-    let mapping = |port| Mapping { protocol: Protocol::Tcp, port };
+/// Starts a peer with `count` mappings.
+pub(super) fn start(
+    wiring: &Wiring,
+    peer: &Peer,
+    protocol: Protocol,
+    count: u16,
+) -> Result<Running, PeerError> {
+    let mapping = |port| Mapping { protocol, port };
     let mappings: Vec<_> = (FIRST_PORT..FIRST_PORT + count).map(mapping).collect();
     let running = peer.start(wiring, &mappings)?;
-    running.address(Protocol::Tcp)?;
+    running.address(protocol)?;
     thread::sleep(REST);
     Ok(running)
 }
@@ -42,7 +49,7 @@ pub(super) fn idle(
     threads: usize,
 ) -> Result<Values, Failure> {
     let of_peer = |error: PeerError| Failure::of_peer(&error);
-    let running = start(wiring, peer, 1).map_err(of_peer)?;
+    let running = start(wiring, peer, Protocol::Tcp, 1).map_err(of_peer)?;
     let address = running.address(Protocol::Tcp).map_err(of_peer)?;
     let target = Target { address, duration: Duration::ZERO, threads, cpu: &|| None };
     let before = running.family().footprint();
@@ -60,7 +67,7 @@ pub(super) fn idle(
 /// What a mapping takes that nobody uses.
 pub(super) fn footprint(wiring: &Wiring, peer: &Peer) -> Result<Values, PeerError> {
     // The one that was asked whether it answers is not idle: it is one of a hundred.
-    let running = start(wiring, peer, MAPPINGS)?;
+    let running = start(wiring, peer, Protocol::Tcp, MAPPINGS)?;
     let all = running.family().footprint();
     let each = |sum: f64| sum / f64::from(MAPPINGS);
     Ok(vec![
@@ -72,8 +79,7 @@ pub(super) fn footprint(wiring: &Wiring, peer: &Peer) -> Result<Values, PeerErro
 
 /// Times from exec to ready, of peers that are started in turn.
 pub(super) fn start_times(wiring: &Wiring, peers: &[&Peer], times: usize) -> Result<Vec<Values>, Failure> {
-    let own_path = std::env::current_exe().map_err(|error| Failure::failed(&error))?;
-    let mut command = Command::new(own_path);
+    let mut command = Command::new(OWN_PROGRAM);
     command.args(["start-times", "--times", &times.to_string(), "--port", &FIRST_PORT.to_string()]);
     command.args(["--to", &wiring.backend().to_string()]);
     command.args(peers.iter().filter_map(|peer| match &peer.kind {

@@ -134,22 +134,29 @@ impl Run<'_> {
             Workload::TcpIdle { connections } => apart::idle(&self.wiring, peer, connections, cores()),
             Workload::Footprint => apart::footprint(&self.wiring, peer).map_err(of_peer),
             Workload::ScaleMappings { count } => apart::many_mappings(&self.wiring, count),
-            _ => {
-                let protocol = if workload.is_udp() { Protocol::Udp } else { Protocol::Tcp };
-                let address = running.address(protocol).map_err(of_peer)?;
-                let _active = running.activate(&self.wiring);
-                let family = running.family();
-                let target = Target {
-                    address,
-                    duration: self.options.duration,
-                    threads: self.options.threads.unwrap_or_else(cores),
-                    cpu: &|| peer.has_processes().then(|| family.cpu()),
-                };
-                let result = self.wiring.client().run(|| put_load(workload, target));
-                settle(target);
-                result.map_err(|error| Failure::of_load(&error, peer))
+            // What is idle beside it goes with its processes, and takes up nobody's ports.
+            Workload::ScaleTcp { .. } | Workload::ScaleUdp { .. } => {
+                let fresh = apart::start(&self.wiring, peer, protocol(workload), 1).map_err(of_peer)?;
+                self.load(workload, &fresh)
             }
+            _ => self.load(workload, running),
         }
+    }
+
+    fn load(&self, workload: Workload, running: &Running) -> Result<Values, Failure> {
+        let peer = running.peer();
+        let address = running.address(protocol(workload)).map_err(|error| Failure::of_peer(&error))?;
+        let _active = running.activate(&self.wiring);
+        let family = running.family();
+        let target = Target {
+            address,
+            duration: self.options.duration,
+            threads: self.options.threads.unwrap_or_else(cores),
+            cpu: &|| peer.has_processes().then(|| family.cpu()),
+        };
+        let result = self.wiring.client().run(|| put_load(workload, target));
+        settle(target);
+        result.map_err(|error| Failure::of_load(&error, peer))
     }
 
     fn starts(&self, round: u32, peers: &[&Peer]) -> Vec<Sample> {
@@ -165,6 +172,10 @@ impl Run<'_> {
             Err(failure) => peers.iter().map(|peer| sample(peer, Err(failure.clone()))).collect(),
         }
     }
+}
+
+fn protocol(workload: Workload) -> Protocol {
+    if workload.is_udp() { Protocol::Udp } else { Protocol::Tcp }
 }
 
 fn put_load(workload: Workload, target: Target<'_>) -> Result<Values, LoadError> {

@@ -3,11 +3,14 @@
 use std::net::UdpSocket;
 
 use super::rr::Connection;
-use super::{GRACE, LoadError, Target, connect, in_threads, shares};
+use super::{GRACE, LoadError, Target, connect_one, in_threads, shares};
 use crate::message::{self, service};
 
 /// Bytes of the datagrams that open a flow.
 const OPENING: usize = 64;
+
+/// Connections that each thread makes before it waits for their first responses.
+const AT_ONCE: usize = 50;
 
 /// How often a datagram that opens a flow is sent.
 const ATTEMPTS: u32 = 5;
@@ -18,14 +21,21 @@ pub(crate) struct Idle(#[expect(dead_code, reason = "held open")] Vec<Vec<Connec
 impl Idle {
     /// Opens `count` connections.
     pub(crate) fn open(target: Target<'_>, count: usize) -> Result<Self, LoadError> {
-        let shares = connect(target, count)?;
-        let greet = |share: Vec<_>| {
-            let mut share: Vec<_> = share.into_iter().map(Connection::new).collect();
-            share.iter_mut().try_for_each(Connection::exchange)?;
-            Ok(share)
-        };
-        in_threads(shares, greet).map(Self)
+        in_threads(shares(count, target.threads), |share| open_all(target, share.len())).map(Self)
     }
+}
+
+/// Opens connections a few at a time, so that no queue of connections to be accepted runs over.
+fn open_all(target: Target<'_>, count: usize) -> Result<Vec<Connection>, LoadError> {
+    let mut open = Vec::with_capacity(count);
+    while open.len() < count {
+        let first = open.len();
+        for _ in 0..AT_ONCE.min(count - first) {
+            open.push(Connection::new(connect_one(target.address)?));
+        }
+        open[first..].iter_mut().try_for_each(Connection::exchange)?;
+    }
+    Ok(open)
 }
 
 /// Sockets, each of which has sent a datagram and got its reply.
