@@ -15,8 +15,12 @@ use crate::mapping::Mapping;
 /// The pending-connection queue asked for; the kernel cuts it to `net.core.somaxconn` (listen(2)).
 const BACKLOG: i32 = i32::MAX;
 
-/// What the kernel may queue on a UDP listener in each direction, in bytes: a burst of all clients.
-const UDP_BUFFER_SIZE: usize = 8 * 1024 * 1024;
+/// What the kernel may queue on a UDP listener, in bytes: a burst of all clients.
+const UDP_RECEIVE_BUFFER: usize = 8 * 1024 * 1024;
+
+/// What it may queue of answers, in bytes. All clients share it, so it is no longer than it has to be:
+/// behind a device that is slower than the backends, everyone waits until it is sent.
+const UDP_SEND_BUFFER: usize = 1024 * 1024;
 
 /// Idle time before the first keepalive probe and between probes, as Go's net package sets them.
 const KEEPALIVE: Duration = Duration::from_secs(15);
@@ -134,8 +138,9 @@ fn set_datagram_options(socket: &Socket, ipv6: bool) -> io::Result<()> {
     if let Err(error) = udp::receive_trains(socket.as_fd()) {
         tracing::debug!(%error, "this kernel does not hand over trains of datagrams");
     }
-    let size = udp::set_buffers(socket.as_fd(), UDP_BUFFER_SIZE)?;
-    if size < UDP_BUFFER_SIZE {
+    udp::set_buffers(socket.as_fd(), UDP_RECEIVE_BUFFER, UDP_SEND_BUFFER)?;
+    let size = udp::receive_buffer(socket.as_fd())?;
+    if size < UDP_RECEIVE_BUFFER {
         SMALL.call_once(|| {
             tracing::info!(
                 bytes = size,

@@ -47,7 +47,8 @@ impl Bound {
     /// elsewhere before. A runtime that publishes by several means does this itself.
     pub fn forget_stale_flows(bound: &[Self]) {
         let udp = bound.iter().filter(|bound| bound.mapping.protocol == Protocol::Udp);
-        let published: Vec<_> = udp.filter_map(|bound| bound.local_addr().ok()).collect();
+        let published: Vec<_> =
+            udp.filter_map(|bound| Some((bound.local_addr().ok()?, bound.mapping.v6only))).collect();
         stale::forget_flows_to(&published);
     }
 
@@ -71,7 +72,7 @@ pub struct Server {
     workers: Arc<Workers>,
     listeners: Vec<Arc<Watched>>,
     acceptors: Vec<JoinHandle<()>>,
-    udp: Option<JoinHandle<()>>,
+    udp: Option<JoinHandle<io::Result<()>>>,
     stop: watch::Sender<()>,
 }
 
@@ -93,6 +94,7 @@ impl Server {
             stop,
         };
         let mut udp = None;
+        let beside_tcp = mappings.iter().any(|bound| bound.mapping.protocol == Protocol::Tcp);
         for Bound { mapping, listener } in mappings {
             info!(%mapping, "serving");
             match listener {
@@ -103,7 +105,7 @@ impl Server {
                 Listener::Udp(socket) => {
                     let relay = match &mut udp {
                         Some(relay) => relay,
-                        none => none.insert(UdpRelay::new(&limits)?),
+                        none => none.insert(UdpRelay::new(&limits, beside_tcp)?),
                     };
                     relay.add(mapping, socket)?;
                 }
@@ -118,6 +120,20 @@ impl Server {
         self.listeners.push(listener.clone());
         let workers = self.workers.clone();
         self.acceptors.push(tokio::spawn(accept::accept_until(stopped, listener, service.into(), workers)));
+    }
+
+    /// Waits for what must not happen: that nobody serves UDP any more, though nobody asked for it to
+    /// end.
+    pub async fn failed(&mut self) -> ServeError {
+        match &mut self.udp {
+            Some(udp) => match udp.await {
+                Ok(Ok(())) => ServeError::Ended,
+                Ok(Err(error)) => ServeError::Udp(error),
+                // A panic has been reported where it happened.
+                Err(_panic) => ServeError::Ended,
+            },
+            None => std::future::pending().await,
+        }
     }
 
     /// Stops accepting, and gives the connections and flows `timeout` to end by themselves.
@@ -149,4 +165,15 @@ impl Server {
             }
         }
     }
+}
+
+/// Why a server cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// Waiting for datagrams failed.
+    #[error("cannot wait for datagrams: {0}")]
+    Udp(#[source] io::Error),
+    /// The task that serves UDP is gone.
+    #[error("the UDP relay ended by itself")]
+    Ended,
 }

@@ -14,7 +14,7 @@ use crate::cli::{self, Cli, Command, Serve, Unparsed};
 use crate::listen::BindError;
 use crate::mapping::{Limits, Mapping};
 use crate::runtime::{new_runtime, raise_descriptor_limit};
-use crate::server::{Bound, Server};
+use crate::server::{Bound, ServeError, Server};
 use crate::signals::StopSignals;
 use crate::{console, demo, telemetry};
 
@@ -54,8 +54,13 @@ fn serve_mappings(options: &Serve) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    runtime.block_on(until_stopped(server, stop, options.drain_timeout));
-    ExitCode::SUCCESS
+    match runtime.block_on(until_stopped(server, stop, options.drain_timeout)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            console::err(&format_args!("rproxy: {error}"));
+            ExitCode::FAILURE
+        }
+    }
 }
 
 /// Everything that has to be there before clients are told: all host addresses bound, or none.
@@ -76,13 +81,21 @@ fn start(mappings: &[Mapping], limits: Limits) -> Result<(Runtime, Server, StopS
 }
 
 /// Serves until the first signal, drains until the second.
-async fn until_stopped(server: Server, mut stop: StopSignals, drain_timeout: Duration) {
-    let signal = stop.next().await;
+async fn until_stopped(
+    mut server: Server,
+    mut stop: StopSignals,
+    drain_timeout: Duration,
+) -> Result<(), ServeError> {
+    let signal = tokio::select! {
+        signal = stop.next() => signal,
+        error = server.failed() => return Err(error),
+    };
     info!(signal, "ending; once more ends at once");
     tokio::select! {
         () = server.drain(drain_timeout) => {}
         signal = stop.next() => info!(signal, "ending at once"),
     }
+    Ok(())
 }
 
 /// What `docker port` prints: `80/tcp -> 0.0.0.0:49153`.

@@ -76,9 +76,11 @@ impl Workers {
         if running.iter().all(|worker| worker.load() > 0) {
             self.grow(&mut running);
         }
+        // Of equals the last: the first one also accepts connections and relays datagrams.
         let (worker, idlest) = running
             .iter()
             .enumerate()
+            .rev()
             .min_by_key(|(_number, worker)| worker.load())
             .expect("the first worker is always there");
         idlest.seats.fetch_add(1, Ordering::Relaxed);

@@ -200,7 +200,7 @@ impl<'a> Line<'a> {
     }
 
     /// Has the proxy find datagrams of these sizes, sent by the client, all at once, and checks that each
-    /// reaches the backend, in order. Over [`BUFFER`] in sum, by [`cost`], some would rightly be lost.
+    /// reaches the backend, in order. Over a socket's buffer in sum, some would rightly be lost.
     #[track_caller]
     pub fn burst_up(&self, sizes: &[usize]) {
         self.burst(&self.client, self.asked, sizes, &self.backend, self.flow);

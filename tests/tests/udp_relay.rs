@@ -138,11 +138,13 @@ fn answers_over_link_local() {
 fn broadcast_is_answered() {
     let net = Topology::new();
     let backend = echo_in_container(&net, CONTAINER_V4);
-    let _proxy = relay_in(&net.host, "0.0.0.0:5300", backend.address(), &[]);
     let client = bind_in(&net.client, (Ipv4Addr::UNSPECIFIED, 0));
     client.set_broadcast(true).unwrap();
-    let (answer, from) = udp::ask(&client, "10.0.0.255:5300".parse().unwrap(), b"anyone?");
-    assert_eq!((&answer[..], from), (&b"anyone?"[..], (HOST_V4, PORT).into()));
+    for host in ["0.0.0.0:5300", "[::]:5300"] {
+        let _proxy = relay_in(&net.host, host, backend.address(), &[]);
+        let (answer, from) = udp::ask(&client, "10.0.0.255:5300".parse().unwrap(), b"anyone?");
+        assert_eq!((&answer[..], from), (&b"anyone?"[..], (HOST_V4, PORT).into()), "{host}");
+    }
 }
 
 /// A question comes in by one link while the route to the client leads over another.

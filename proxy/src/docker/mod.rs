@@ -48,7 +48,7 @@ pub fn main(args: &[OsString]) -> ExitCode {
     }
     telemetry::init(LogConfig::from_env());
     raise_descriptor_limit();
-    let (runtime, server, mut stop) = match start(&flags) {
+    let (runtime, mut server, mut stop) = match start(&flags) {
         Ok(started) => started,
         Err(error) => {
             error!(%error, "cannot start");
@@ -57,9 +57,20 @@ pub fn main(args: &[OsString]) -> ExitCode {
         }
     };
     report(status.ready());
-    let signal = runtime.block_on(stop.next());
-    info!(signal, "ending");
+    let ended = runtime.block_on(async {
+        tokio::select! {
+            signal = stop.next() => Ok(signal),
+            error = server.failed() => Err(error),
+        }
+    });
     server.abandon();
+    match ended {
+        Ok(signal) => info!(signal, "ending"),
+        Err(error) => {
+            error!(%error, "ending");
+            return ExitCode::FAILURE;
+        }
+    }
     ExitCode::SUCCESS
 }
 

@@ -6,15 +6,19 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use arrayvec::ArrayVec;
 use rproxy_sys::udp::{BATCH, LocalAddr, RecvBatch, Transmit, receive_trains, set_buffers};
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, SockRef, Socket, Type};
 
 use super::payload::{Part, Payload};
 use super::send::Backlog;
 use super::table::FlowId;
 use crate::addr::BackendAddr;
 
-/// Bytes that the kernel may queue for a flow in each direction: a burst of answers to one client.
-const BUFFER_SIZE: usize = 4 * 1024 * 1024;
+/// Bytes that the kernel may queue for a flow: a burst of answers to one client, all the more while
+/// that client's side is slower.
+const RECEIVE_BUFFER: usize = 4 * 1024 * 1024;
+
+/// Bytes that it may queue towards the backend.
+const SEND_BUFFER: usize = 1024 * 1024;
 
 /// What tells flows apart. docker-proxy looks at the client alone; but answers have to come from the
 /// address that was asked, and a client may ask several.
@@ -51,8 +55,24 @@ pub(super) struct Flow {
     trains_in: bool,
     /// Whether trains may be tried towards the client.
     pub(super) trains_out: bool,
+    /// Whether answers are left where they are until it is this flow's turn to use the listener.
+    pub(super) is_waiting: bool,
     /// What waits for room on the socket.
     backlog: Backlog,
+}
+
+/// What a socket is watched for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Wanted {
+    /// Datagrams.
+    pub(super) receive: bool,
+    /// Room, because something waits.
+    pub(super) send: bool,
+}
+
+impl Wanted {
+    /// What a socket without a backlog is watched for.
+    pub(super) const RECEIVE: Self = Self { receive: true, send: false };
 }
 
 impl Flow {
@@ -64,27 +84,46 @@ impl Flow {
         let addr = backend.socket_addr();
         let socket = Socket::new(Domain::for_address(addr), Type::DGRAM.nonblocking(), None)?;
         // Neither is needed for a flow to work, only for it to work well.
-        drop(set_buffers(socket.as_fd(), BUFFER_SIZE));
+        drop(set_buffers(socket.as_fd(), RECEIVE_BUFFER, SEND_BUFFER));
         drop(receive_trains(socket.as_fd()));
         socket.connect(&addr.into())?;
-        Ok(Self { socket: socket.into(), trains_in: true, trains_out: true, backlog: Backlog::default() })
+        Ok(Self {
+            socket: socket.into(),
+            trains_in: true,
+            trains_out: true,
+            is_waiting: false,
+            backlog: Backlog::default(),
+        })
     }
 
     /// Sends the datagrams in some slots of `batch` to the backend. Gives `true` if from now on
-    /// some wait for room, and [`Self::flush`] is to be called when there is.
+    /// some wait for room, which [`Self::wanted`] says too.
     pub(super) fn send(&mut self, batch: &RecvBatch, datagrams: &[(FlowId, usize)]) -> bool {
         let mut payload = Payload::new();
         let mut parts: ArrayVec<Part, BATCH> = ArrayVec::new();
         payload.add(batch, datagrams, self.trains_in, &mut |part| parts.push(part));
         let messages: ArrayVec<Transmit<'_>, BATCH> =
             parts.iter().map(|part| part.message(&payload)).collect();
+        let (waited, trains) = (!self.backlog.is_empty(), self.trains_in);
         let trains_in = &mut self.trains_in;
-        self.backlog.send(self.socket.as_fd(), &messages, &mut |_refused| *trains_in = false)
+        self.backlog.send(self.socket.as_fd(), &messages, trains, &mut |_refused| *trains_in = false);
+        !waited && !self.backlog.is_empty()
     }
 
-    /// Sends what waits. Gives `true` if nothing does any more.
-    pub(super) fn flush(&mut self) -> bool {
-        self.backlog.flush(self.socket.as_fd())
+    /// Sends what waits, as far as there is room.
+    pub(super) fn flush(&mut self) {
+        self.backlog.flush(self.socket.as_fd());
+    }
+
+    /// What its socket has to be watched for now.
+    pub(super) fn wanted(&self) -> Wanted {
+        Wanted { receive: !self.is_waiting, send: !self.backlog.is_empty() }
+    }
+
+    /// Takes the error of an earlier datagram off the socket. It tells nothing that the next one
+    /// would not.
+    pub(super) fn take_error(&self) {
+        drop(SockRef::from(&self.socket).take_error());
     }
 }
 

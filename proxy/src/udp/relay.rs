@@ -2,8 +2,10 @@
 //!
 //! One epoll instance watches the listeners and the flows' sockets, and the runtime watches that.
 //! Each turn takes a bounded batch from each socket that has something, so that no flow waits for
-//! another one's backlog.
+//! another one's backlog. The flows of a listener share its way out: while that is full, answers stay
+//! in the sockets of their flows, each of which gets the same share of it, in turn.
 
+use std::collections::VecDeque;
 use std::io;
 use std::net::UdpSocket;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -21,7 +23,7 @@ use tokio::io::Interest;
 use tokio::sync::watch;
 use tracing::{debug, error, warn};
 
-use super::flow::{Flow, FlowKey};
+use super::flow::{Flow, FlowKey, Wanted};
 use super::payload::{Part, Payload};
 use super::send::{Backlog, log_lost};
 use super::table::{Bounds, FlowId, FlowTable, Side};
@@ -37,6 +39,10 @@ const LISTENER_BATCHES: usize = 4;
 
 /// Datagrams, or trains of them, taken from a flow in one turn.
 const FLOW_BATCH: usize = BATCH / 2;
+
+/// The same from each flow that waits for its listener: what is taken has to leave before others get
+/// their turn.
+const WAITING_BATCH: usize = 4;
 
 /// Turns after which other tasks of the worker get theirs, however much there is to do here.
 const TURNS_IN_A_ROW: u32 = 2;
@@ -64,24 +70,38 @@ struct Listener {
     socket: UdpSocket,
     mapping: Mapping,
     backlog: Backlog,
+    /// Flows whose answers wait until there is room, next in turn first; some may be over.
+    waiting: VecDeque<FlowId>,
+}
+
+impl Listener {
+    /// Whether answers have to wait for others.
+    fn is_crowded(&self) -> bool {
+        !self.backlog.is_empty() || !self.waiting.is_empty()
+    }
+
+    fn wanted(&self) -> Wanted {
+        Wanted { receive: true, send: self.is_crowded() }
+    }
 }
 
 impl UdpRelay {
-    /// A relay without mappings, whose flows are bounded by `limits`.
+    /// A relay without mappings, whose flows are bounded by `limits`. `beside_tcp` says whether
+    /// connections need descriptors too.
     ///
     /// # Errors
     /// What epoll_create1(2) or epoll_ctl(2) answered.
     ///
     /// # Panics
     /// Outside a tokio runtime.
-    pub(crate) fn new(limits: &Limits) -> io::Result<Self> {
+    pub(crate) fn new(limits: &Limits, beside_tcp: bool) -> io::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         let watched = Watched::new(epoll.0.try_clone()?, Interest::READABLE)?;
         Ok(Self {
             epoll,
             watched,
             listeners: Vec::new(),
-            table: FlowTable::new(bounds(limits)),
+            table: FlowTable::new(bounds(limits, beside_tcp)),
             batch: None,
             slots: Vec::new(),
             draining: false,
@@ -94,13 +114,17 @@ impl UdpRelay {
     /// What epoll_ctl(2) answered.
     pub(crate) fn add(&mut self, mapping: Mapping, socket: UdpSocket) -> io::Result<()> {
         let token = Token::Listener(self.listeners.len());
-        self.epoll.add(&socket, Wanted::Receive.event(token))?;
-        self.listeners.push(Listener { socket, mapping, backlog: Backlog::default() });
+        self.epoll.add(&socket, event(token, Wanted::RECEIVE))?;
+        let (backlog, waiting) = (Backlog::default(), VecDeque::new());
+        self.listeners.push(Listener { socket, mapping, backlog, waiting });
         Ok(())
     }
 
     /// Relays until `stop` changes or its sender is gone, and then until the flows are quiet.
-    pub(crate) async fn run(mut self, mut stop: watch::Receiver<()>) {
+    ///
+    /// # Errors
+    /// What epoll_wait(2) answered; nothing is served any more then.
+    pub(crate) async fn run(mut self, mut stop: watch::Receiver<()>) -> io::Result<()> {
         let mut events = vec![EpollEvent::empty(); EVENTS];
         let mut alarm = pin!(tokio::time::sleep(Duration::ZERO));
         let mut turns = 0_u32;
@@ -116,10 +140,7 @@ impl UdpRelay {
                     self.expire();
                     alarm.as_mut().reset(self.next_deadline().into());
                 }
-                count = wait(&self.watched, &self.epoll, &mut events) => match count {
-                    Ok(count) => self.turn(&events[..count]),
-                    Err(error) => return error!(%error, "the UDP relay ends: epoll_wait failed"),
-                },
+                count = wait(&self.watched, &self.epoll, &mut events) => self.turn(&events[..count?]),
             }
             turns = turns.wrapping_add(1);
             if turns.is_multiple_of(TURNS_IN_A_ROW) {
@@ -127,6 +148,7 @@ impl UdpRelay {
             }
         }
         debug!("no UDP flow is active any more");
+        Ok(())
     }
 
     fn is_quiet(&self, now: Instant) -> bool {
@@ -165,10 +187,7 @@ impl UdpRelay {
 
     fn serve_listener(&mut self, index: usize, ready: EpollFlags, batch: &mut RecvBatch, now: Instant) {
         if ready.contains(EpollFlags::EPOLLOUT) {
-            let Listener { socket, backlog, .. } = &mut self.listeners[index];
-            if backlog.flush(socket.as_fd()) {
-                interest(&self.epoll, socket.as_fd(), Token::Listener(index), Wanted::Receive);
-            }
+            self.serve_waiting(index, batch, now);
         }
         for _ in 0..LISTENER_BATCHES {
             match batch.recv(self.listeners[index].socket.as_fd(), 0, BATCH, true) {
@@ -208,7 +227,7 @@ impl UdpRelay {
             let id = datagrams[0].0;
             let Some((_key, flow)) = self.table.get_mut(id) else { continue };
             if flow.send(batch, datagrams) {
-                interest(&self.epoll, flow.as_fd(), Token::Flow(id), Wanted::ReceiveAndSend);
+                interest(&self.epoll, flow.as_fd(), Token::Flow(id), flow.wanted());
             }
         }
     }
@@ -225,12 +244,13 @@ impl UdpRelay {
         if self.draining {
             return None;
         }
-        let source = key.client.ip();
-        drop(self.table.make_room(source));
         let mapping = &self.listeners[key.listener as usize].mapping;
+        // First the new flow, then the end of another one: it may be that none can be opened.
         let opened = open(&mut self.table, mapping.backend).and_then(|flow| {
+            let source = key.client.ip();
+            drop(self.table.make_room(source));
             let id = self.table.next_id();
-            self.epoll.add(&flow, Wanted::Receive.event(Token::Flow(id)))?;
+            self.epoll.add(&flow, event(Token::Flow(id), Wanted::RECEIVE))?;
             Ok(self.table.insert(*key, source, flow, now))
         });
         match opened {
@@ -260,21 +280,89 @@ impl UdpRelay {
         if *replies == BATCH {
             self.send_replies(batch, replies);
         }
-        let Some((_key, flow)) = self.table.get_mut(id) else { return };
-        if ready.contains(EpollFlags::EPOLLOUT) && flow.flush() {
-            interest(&self.epoll, flow.as_fd(), Token::Flow(id), Wanted::Receive);
+        let Some((key, flow)) = self.table.get_mut(id) else { return };
+        let listener = &mut self.listeners[key.listener as usize];
+        let wanted = flow.wanted();
+        if ready.contains(EpollFlags::EPOLLOUT) {
+            flow.flush();
         }
-        let count = match batch.recv(flow.as_fd(), *replies, FLOW_BATCH, false) {
-            Ok(count) => count,
-            // Nothing, or the error of a datagram that found no one: the next one may.
-            Err(_nothing) => return,
-        };
+        if flow.is_waiting {
+            // Not asked for answers, but an error is told nevertheless, until it is taken.
+            flow.take_error();
+        } else if listener.is_crowded() {
+            flow.is_waiting = true;
+            listener.waiting.push_back(id);
+        }
+        let is_waiting = flow.is_waiting;
+        if flow.wanted() != wanted {
+            interest(&self.epoll, flow.as_fd(), Token::Flow(id), flow.wanted());
+        }
+        if !is_waiting {
+            self.receive_answers(id, FLOW_BATCH, batch, replies, now);
+        } else if listener.waiting.len() > 2 * self.table.len() + BATCH {
+            // A flood may bring many flows that are over before it is their turn.
+            listener.waiting.retain(|id| self.table.get(*id).is_some());
+        }
+    }
+
+    /// Serves the flows that wait for a listener, as far as it has room.
+    fn serve_waiting(&mut self, index: usize, batch: &mut RecvBatch, now: Instant) {
+        let mut replies = 0;
+        for _ in 0..LISTENER_BATCHES {
+            let Listener { socket, backlog, .. } = &mut self.listeners[index];
+            if !backlog.flush(socket.as_fd()) {
+                break;
+            }
+            for _ in 0..self.listeners[index].waiting.len() {
+                if replies == BATCH {
+                    break;
+                }
+                self.serve_next_in_turn(index, batch, &mut replies, now);
+            }
+            self.send_replies(batch, &mut replies);
+        }
+        let listener = &self.listeners[index];
+        interest(&self.epoll, listener.socket.as_fd(), Token::Listener(index), listener.wanted());
+    }
+
+    /// Receives the share of the flow that is next in turn. It waits on if there may be more.
+    fn serve_next_in_turn(
+        &mut self,
+        listener: usize,
+        batch: &mut RecvBatch,
+        replies: &mut usize,
+        now: Instant,
+    ) {
+        let Some(id) = self.listeners[listener].waiting.pop_front() else { return };
+        if self.receive_answers(id, WAITING_BATCH, batch, replies, now) {
+            self.listeners[listener].waiting.push_back(id);
+        } else if let Some((_key, flow)) = self.table.get_mut(id) {
+            flow.is_waiting = false;
+            interest(&self.epoll, flow.as_fd(), Token::Flow(id), flow.wanted());
+        }
+    }
+
+    /// Receives up to `most` answers of a flow into the batch, behind the `replies` that are there.
+    /// Gives whether it was full, so that there may be more.
+    fn receive_answers(
+        &mut self,
+        id: FlowId,
+        most: usize,
+        batch: &mut RecvBatch,
+        replies: &mut usize,
+        now: Instant,
+    ) -> bool {
+        let Some((_key, flow)) = self.table.get(id) else { return false };
+        let most = most.min(BATCH - *replies);
+        // Nothing, or the error of a datagram that found no one: the next one may.
+        let Ok(count) = batch.recv(flow.as_fd(), *replies, most, false) else { return false };
         self.table.touch(id, Side::Backend, now);
         if *replies == 0 {
             self.slots.clear();
         }
         self.slots.extend((*replies..*replies + count).map(|slot| (id, slot)));
         *replies += count;
+        count == most
     }
 
     /// Sends the answers in the first `replies` slots to the clients.
@@ -297,22 +385,33 @@ impl UdpRelay {
     /// Sends answers of flows that share a listener.
     fn send_to_clients(&mut self, listener: usize, batch: &RecvBatch, datagrams: &[(FlowId, usize)]) {
         let mut payload = Payload::new();
-        let mut parts: ArrayVec<(FlowId, Part), BATCH> = ArrayVec::new();
+        let mut answers: ArrayVec<Answer, BATCH> = ArrayVec::new();
         for datagrams in datagrams.chunk_by(|a, b| a.0 == b.0) {
             let id = datagrams[0].0;
             let trains = self.table.get(id).is_some_and(|(_key, flow)| flow.trains_out);
-            payload.add(batch, datagrams, trains, &mut |part| parts.push((id, part)));
+            payload.add(batch, datagrams, trains, &mut |part| answers.push(Answer { id, trains, part }));
         }
-        let message = |(id, part): &(FlowId, Part)| {
-            let (key, _flow) = self.table.get(*id)?;
-            Some(Transmit { to: Some(key.client), source: key.local, ..part.message(&payload) })
+        let was_crowded = self.listeners[listener].is_crowded();
+        for answers in answers.chunk_by(|a, b| a.trains == b.trains) {
+            self.send_alike(listener, &payload, answers);
+        }
+        let listening = &self.listeners[listener];
+        if listening.is_crowded() && !was_crowded {
+            interest(&self.epoll, listening.socket.as_fd(), Token::Listener(listener), listening.wanted());
+        }
+    }
+
+    /// Sends answers that all may, or all may not, go as trains.
+    fn send_alike(&mut self, listener: usize, payload: &Payload<'_>, answers: &[Answer]) {
+        let message = |answer: &Answer| {
+            let (key, _flow) = self.table.get(answer.id)?;
+            Some(Transmit { to: Some(key.client), source: key.local, ..answer.part.message(payload) })
         };
-        let messages: ArrayVec<Transmit<'_>, BATCH> = parts.iter().filter_map(message).collect();
+        let messages: ArrayVec<Transmit<'_>, BATCH> = answers.iter().filter_map(message).collect();
         let Listener { socket, backlog, .. } = &mut self.listeners[listener];
         let mut refused: ArrayVec<FlowId, BATCH> = ArrayVec::new();
-        if backlog.send(socket.as_fd(), &messages, &mut |index| refused.push(parts[index].0)) {
-            interest(&self.epoll, socket.as_fd(), Token::Listener(listener), Wanted::ReceiveAndSend);
-        }
+        let trains = answers.first().is_some_and(|answer| answer.trains);
+        backlog.send(socket.as_fd(), &messages, trains, &mut |index| refused.push(answers[index].id));
         for id in refused {
             if let Some((_key, flow)) = self.table.get_mut(id) {
                 flow.trains_out = false;
@@ -321,11 +420,20 @@ impl UdpRelay {
     }
 }
 
+/// A message to a client.
+struct Answer {
+    id: FlowId,
+    /// Whether it may be a train.
+    trains: bool,
+    part: Part,
+}
+
 /// How many flows there may be: what was asked for, or what descriptors and local ports allow.
-fn bounds(limits: &Limits) -> Bounds {
+fn bounds(limits: &Limits, beside_tcp: bool) -> Bounds {
     let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _hard)| soft);
     let descriptors = usize::try_from(descriptors).unwrap_or(usize::MAX);
-    let most = descriptors.saturating_sub(RESERVED_DESCRIPTORS).min(local_ports() / 2);
+    let share = if beside_tcp { descriptors / 2 } else { descriptors.saturating_sub(RESERVED_DESCRIPTORS) };
+    let most = share.min(local_ports() / 2);
     let flows = limits.udp_max_flows.unwrap_or(most).max(1);
     let per_source = limits.udp_max_flows_per_source.unwrap_or(flows.div_ceil(4) * 3).max(1);
     Bounds { flows, flows_per_source: per_source, idle: limits.udp_timeout }
@@ -379,29 +487,18 @@ impl Token {
     }
 }
 
-/// What a socket is watched for.
-#[derive(Clone, Copy)]
-enum Wanted {
-    Receive,
-    /// Also for room to send, because something waits.
-    ReceiveAndSend,
-}
-
-impl Wanted {
-    fn event(self, token: Token) -> EpollEvent {
-        let flags = match self {
-            Self::Receive => EpollFlags::EPOLLIN,
-            Self::ReceiveAndSend => EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT,
-        };
-        EpollEvent::new(flags, token.to_u64())
-    }
-}
-
 /// Changes what a socket is watched for.
 fn interest(epoll: &Epoll, socket: BorrowedFd<'_>, token: Token, wanted: Wanted) {
-    if let Err(error) = epoll.modify(socket, &mut wanted.event(token)) {
+    if let Err(error) = epoll.modify(socket, &mut event(token, wanted)) {
         error!(%error, ?token, "cannot change what a UDP socket is watched for");
     }
+}
+
+fn event(token: Token, wanted: Wanted) -> EpollEvent {
+    let mut flags = EpollFlags::empty();
+    flags.set(EpollFlags::EPOLLIN, wanted.receive);
+    flags.set(EpollFlags::EPOLLOUT, wanted.send);
+    EpollEvent::new(flags, token.to_u64())
 }
 
 /// Opens a flow's socket. Descriptors or local ports may run out below the cap, which is taken as the

@@ -7,7 +7,7 @@ use std::os::fd::BorrowedFd;
 
 use arrayvec::ArrayVec;
 use nix::libc;
-use rproxy_sys::udp::{BATCH, LocalAddr, Transmit, send_batch};
+use rproxy_sys::udp::{BATCH, LocalAddr, TRAIN_BYTES, TRAIN_LEN, Transmit, send_batch};
 use tracing::warn;
 
 use crate::log_limit::LogLimit;
@@ -27,41 +27,56 @@ pub(super) enum Trouble<'m, 'a> {
     Lost(io::Error),
 }
 
-/// Sends `messages` in order, without waiting. Gives `false` if the socket became full.
+/// Sends `messages` in order, without waiting; trains as single datagrams unless the path takes
+/// `trains`, as far as is known. Gives `false` if the socket became full.
 pub(super) fn send_all(
     socket: BorrowedFd<'_>,
     messages: &[Transmit<'_>],
+    trains: bool,
     report: &mut dyn FnMut(Trouble<'_, '_>),
 ) -> bool {
     let mut next = 0;
     let mut tries = 0;
     while let Some(message) = messages.get(next) {
-        let error = match send_batch(socket, &messages[next..]) {
-            Ok(sent) => {
-                (next, tries) = (next + sent, 0);
-                continue;
+        let is_train = message.segment.is_some();
+        let remedy = if is_train && !trains {
+            Remedy::Single
+        } else {
+            match send_batch(socket, up_to_train(&messages[next..], trains)) {
+                Ok(sent) => {
+                    (next, tries) = (next + sent, 0);
+                    continue;
+                }
+                Err(error) => remedy(error, is_train),
             }
-            Err(error) => error,
         };
         tries += 1;
-        match remedy(&error, message.segment.is_some()) {
-            Remedy::Again if tries <= RETRIES => continue,
+        match remedy {
+            Remedy::Again(_) if tries <= RETRIES => continue,
             Remedy::Wait => {
                 messages[next..].iter().for_each(|message| report(Trouble::Full(message)));
                 return false;
             }
             Remedy::Single => {
-                report(Trouble::TrainRefused(next));
+                if trains {
+                    report(Trouble::TrainRefused(next));
+                }
                 if !send_singly(socket, message, report) {
                     messages[next + 1..].iter().for_each(|message| report(Trouble::Full(message)));
                     return false;
                 }
             }
-            Remedy::Again | Remedy::None => report(Trouble::Lost(error)),
+            Remedy::Again(error) => report(Trouble::Lost(error)),
         }
         (next, tries) = (next + 1, 0);
     }
     true
+}
+
+/// What of `messages` can be sent as it is: all if the path takes trains, else those before the first.
+fn up_to_train<'m, 'a>(messages: &'m [Transmit<'a>], trains: bool) -> &'m [Transmit<'a>] {
+    let first = messages.iter().position(|message| !trains && message.segment.is_some());
+    &messages[..first.unwrap_or(messages.len())]
 }
 
 /// Sends the datagrams of a train one by one.
@@ -77,7 +92,7 @@ fn send_singly(
             rest.by_ref().take(BATCH).map(|bytes| [IoSlice::new(bytes)]).collect();
         let messages: ArrayVec<Transmit<'_>, BATCH> =
             payloads.iter().map(|payload| Transmit { payload, segment: None, ..*train }).collect();
-        if !send_all(socket, &messages, report) {
+        if !send_all(socket, &messages, false, report) {
             for bytes in rest {
                 report(Trouble::Full(&Transmit { payload: &[IoSlice::new(bytes)], segment: None, ..*train }));
             }
@@ -101,32 +116,31 @@ fn datagrams<'a>(message: &Transmit<'a>) -> impl Iterator<Item = &'a [u8]> {
 }
 
 /// What helps against an error of sendmmsg(2).
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 enum Remedy {
-    /// It was queued on the socket by an earlier datagram, and is off it now.
-    Again,
+    /// Sending again: many an error was queued on the socket for an earlier datagram (ICMP says that
+    /// it was refused or found no way), and is off it now. Which ones, their numbers do not tell.
+    Again(io::Error),
     /// Sending later.
     Wait,
     /// Sending the datagrams of the train one by one.
     Single,
-    /// Nothing.
-    None,
 }
 
-fn remedy(error: &io::Error, is_train: bool) -> Remedy {
+fn remedy(error: io::Error, is_train: bool) -> Remedy {
     match error.raw_os_error() {
-        Some(libc::ECONNREFUSED | libc::EINTR) => Remedy::Again,
         Some(libc::EAGAIN) => Remedy::Wait,
         // No checksum offload on the device; segments over its MTU; over the path's.
         Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE) if is_train => Remedy::Single,
         // Before Linux 4.18 there are none.
         Some(libc::ENOPROTOOPT | libc::EOPNOTSUPP) if is_train => Remedy::Single,
-        _ => Remedy::None,
+        _ => Remedy::Again(error),
     }
 }
 
-/// Bytes that wait for one socket at the most; what comes then is lost, as in any full queue.
-const BACKLOG_BYTES: usize = 1024 * 1024;
+/// Bytes that wait for one socket at the most; what comes then is lost, as in any full queue. There is
+/// room for a whole batch: a listener that is full gets no other answers until this one is gone.
+const BACKLOG_BYTES: usize = BATCH * (TRAIN_BYTES + TRAIN_LEN * OVERHEAD);
 
 /// Each waiting datagram counts for this much more, so that empty ones are bounded too.
 const OVERHEAD: usize = 64;
@@ -146,24 +160,29 @@ struct Waiting {
 }
 
 impl Backlog {
-    /// Sends `messages` in order, behind what waits already. Gives `true` if from now on something
-    /// waits and did not before. `refused` gets the index of a train that the path does not take.
+    /// Whether nothing waits.
+    pub(super) fn is_empty(&self) -> bool {
+        self.waiting.is_empty()
+    }
+
+    /// Sends `messages` in order, behind what waits already, and keeps what there is no room for.
+    /// `trains` says whether the path takes them, as far as is known; `refused` gets the index of one
+    /// that it does not take.
     pub(super) fn send(
         &mut self,
         socket: BorrowedFd<'_>,
         messages: &[Transmit<'_>],
+        trains: bool,
         refused: &mut dyn FnMut(usize),
-    ) -> bool {
+    ) {
         if !self.waiting.is_empty() {
-            messages.iter().for_each(|message| log_dropped(self.keep(message)));
-            return false;
+            return messages.iter().for_each(|message| log_dropped(self.keep(message)));
         }
-        send_all(socket, messages, &mut |trouble| match trouble {
+        send_all(socket, messages, trains, &mut |trouble| match trouble {
             Trouble::TrainRefused(index) => refused(index),
             Trouble::Full(message) => log_dropped(self.keep(message)),
             Trouble::Lost(error) => log_lost(&error),
         });
-        !self.waiting.is_empty()
     }
 
     /// Keeps the datagrams of `message`; gives how many there was no room for.
@@ -211,7 +230,7 @@ impl Backlog {
             })
             .collect();
         let mut left = 0;
-        let all = send_all(socket, &messages, &mut |trouble| match trouble {
+        let all = send_all(socket, &messages, false, &mut |trouble| match trouble {
             Trouble::Full(_) => left += 1,
             Trouble::Lost(error) => log_lost(&error),
             Trouble::TrainRefused(_) => {}
@@ -273,11 +292,11 @@ mod tests {
         let addr = b.local_addr().unwrap();
         drop(b);
         let payload = [IoSlice::new(b"first")];
-        assert!(send_all(a.as_fd(), &[transmit(&payload, None)], &mut no_trouble));
+        assert!(send_all(a.as_fd(), &[transmit(&payload, None)], true, &mut no_trouble));
         let b = UdpSocket::bind(addr).unwrap();
         b.set_read_timeout(Some(PATIENCE)).unwrap();
         let payload = [IoSlice::new(b"second")];
-        assert!(send_all(a.as_fd(), &[transmit(&payload, None)], &mut no_trouble));
+        assert!(send_all(a.as_fd(), &[transmit(&payload, None)], true, &mut no_trouble));
         let mut buf = [0; 9];
         assert_eq!(b.recv(&mut buf).unwrap(), 6);
         assert_eq!(&buf[..6], b"second");
@@ -291,12 +310,17 @@ mod tests {
         let payload = [IoSlice::new(&long[..30_000]), IoSlice::new(&long[..30_000]), IoSlice::new(&short)];
         let mut refused = None;
         let too_long = Transmit { segment: Some(0xFFFF), ..transmit(&payload, None) };
-        assert!(send_all(a.as_fd(), &[Transmit { segment: Some(30_000), ..too_long }], &mut |trouble| {
-            match trouble {
-                Trouble::TrainRefused(index) => refused = Some(index),
-                other => panic!("{other:?}"),
+        assert!(send_all(
+            a.as_fd(),
+            &[Transmit { segment: Some(30_000), ..too_long }],
+            true,
+            &mut |trouble| {
+                match trouble {
+                    Trouble::TrainRefused(index) => refused = Some(index),
+                    other => panic!("{other:?}"),
+                }
             }
-        }));
+        ));
         let mut buf = vec![0; 66_000];
         for wanted in [30_000, 30_000, 7] {
             assert_eq!(b.recv(&mut buf).unwrap(), wanted);
@@ -317,15 +341,27 @@ mod tests {
     }
 
     #[test]
-    fn errors_have_their_remedies() {
-        let of = |errno, is_train| remedy(&io::Error::from_raw_os_error(errno), is_train);
-        assert_eq!(of(libc::ECONNREFUSED, false), Remedy::Again);
-        assert_eq!(of(libc::EAGAIN, true), Remedy::Wait);
-        for errno in [libc::EIO, libc::EINVAL, libc::EMSGSIZE] {
-            assert_eq!(of(errno, true), Remedy::Single);
-            assert_eq!(of(errno, false), Remedy::None);
+    fn a_path_that_refused_a_train_is_not_asked_again() {
+        let (a, b) = pair();
+        let train = [IoSlice::new(&[1; 10]), IoSlice::new(&[2; 10])];
+        let single = [IoSlice::new(b"behind")];
+        let messages = [transmit(&single, None), transmit(&train, Some(10)), transmit(&single, None)];
+        assert!(send_all(a.as_fd(), &messages, false, &mut no_trouble));
+        for wanted in [6, 10, 10, 6] {
+            assert_eq!(b.recv(&mut [0; 30]).unwrap(), wanted);
         }
-        assert_eq!(of(libc::EPERM, true), Remedy::None);
+    }
+
+    #[test]
+    fn errors_have_their_remedies() {
+        let of = |errno, is_train| remedy(io::Error::from_raw_os_error(errno), is_train);
+        assert!(matches!(of(libc::ECONNREFUSED, false), Remedy::Again(_)));
+        assert!(matches!(of(libc::EAGAIN, true), Remedy::Wait));
+        for errno in [libc::EIO, libc::EINVAL, libc::EMSGSIZE] {
+            assert!(matches!(of(errno, true), Remedy::Single));
+            assert!(matches!(of(errno, false), Remedy::Again(_)));
+        }
+        assert!(matches!(of(libc::EHOSTUNREACH, true), Remedy::Again(_)));
     }
 
     #[test]

@@ -9,9 +9,10 @@ use std::net::{IpAddr, SocketAddr};
 use rproxy_sys::conntrack::{Family, delete_udp};
 use tracing::debug;
 
-/// Makes the kernel forget UDP flows to the `published` host addresses, which have to be bound already.
-/// Best effort: it needs `CAP_NET_ADMIN`, and most hosts have nothing to forget.
-pub(crate) fn forget_flows_to(published: &[SocketAddr]) {
+/// Makes the kernel forget UDP flows to the `published` host addresses, which have to be bound already;
+/// an IPv6 wildcard stands for IPv4 too unless its flag (`IPV6_V6ONLY`) is set. Best effort: it needs
+/// `CAP_NET_ADMIN`, and most hosts have nothing to forget.
+pub(crate) fn forget_flows_to(published: &[(SocketAddr, bool)]) {
     if published.is_empty() {
         return;
     }
@@ -24,24 +25,23 @@ pub(crate) fn forget_flows_to(published: &[SocketAddr]) {
     }
 }
 
-/// Host addresses by port.
-struct Published(HashMap<u16, Vec<IpAddr>>);
+/// Host addresses by port, and whether they leave IPv4 out.
+struct Published(HashMap<u16, Vec<(IpAddr, bool)>>);
 
 impl Published {
-    fn new(published: &[SocketAddr]) -> Self {
-        let mut by_port: HashMap<u16, Vec<IpAddr>> = HashMap::new();
-        for addr in published {
-            by_port.entry(addr.port()).or_default().push(addr.ip());
+    fn new(published: &[(SocketAddr, bool)]) -> Self {
+        let mut by_port: HashMap<u16, Vec<_>> = HashMap::new();
+        for (addr, v6only) in published {
+            by_port.entry(addr.port()).or_default().push((addr.ip(), *v6only));
         }
         Self(by_port)
     }
 
     /// Whether a datagram to `destination` is for one of them.
     fn contains(&self, destination: SocketAddr) -> bool {
-        let is_for = |host: &IpAddr| match host {
+        let is_for = |(host, v6only): &(IpAddr, bool)| match host {
             IpAddr::V4(host) if host.is_unspecified() => destination.is_ipv4(),
-            // The socket serves both families.
-            IpAddr::V6(host) if host.is_unspecified() => true,
+            IpAddr::V6(host) if host.is_unspecified() => destination.is_ipv6() || !v6only,
             host => *host == destination.ip(),
         };
         self.0.get(&destination.port()).is_some_and(|hosts| hosts.iter().any(is_for))
@@ -55,11 +55,12 @@ mod tests {
     #[test]
     fn a_wildcard_stands_for_all_addresses_and_others_for_themselves() {
         let addr = |text: &str| text.parse::<SocketAddr>().unwrap();
-        let published = Published::new(&[addr("10.0.0.11:53"), addr("0.0.0.0:69"), addr("[::]:123")]);
-        for inside in ["10.0.0.11:53", "10.0.0.12:69", "10.0.0.12:123", "[fd00::1]:123"] {
+        let hosts = [("10.0.0.11:53", false), ("0.0.0.0:69", false), ("[::]:123", false), ("[::]:124", true)];
+        let published = Published::new(&hosts.map(|(host, v6only)| (addr(host), v6only)));
+        for inside in ["10.0.0.11:53", "10.0.0.12:69", "10.0.0.12:123", "[fd00::1]:123", "[fd00::1]:124"] {
             assert!(published.contains(addr(inside)), "{inside}");
         }
-        for outside in ["10.0.0.12:53", "10.0.0.11:54", "[fd00::1]:69", "[fd00::1]:53"] {
+        for outside in ["10.0.0.12:53", "10.0.0.11:54", "10.0.0.12:124", "[fd00::1]:69", "[fd00::1]:53"] {
             assert!(!published.contains(addr(outside)), "{outside}");
         }
     }

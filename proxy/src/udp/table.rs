@@ -1,18 +1,28 @@
 //! The flow table: which flow a datagram belongs to, and which flow goes when there are too many.
 //!
 //! It is a pure data structure over a clock that is passed in. Flows live in slots; each slot is in
-//! two lists, ordered by how long it has been idle: one of its standing, one of its source address.
-//! All operations take constant time, so that a flood costs no more per datagram than a friend.
+//! two lists, ordered by how long it has been idle: one of all flows of its standing, one of those
+//! that have its source address too. All operations take constant time, so that a flood costs no
+//! more per datagram than a friend.
 //!
-//! A flow starts out as *new*, and is *established* once there was traffic beyond a first exchange.
-//! At the cap the longest idle new flow goes, and only without any the longest idle established one:
-//! datagrams with forged sources, which never come to a second exchange, displace each other.
+//! A flow starts out as *new*, and is *established* once its client has sent something after the
+//! backend answered, as in the kernel's connection tracking (`ASSURED`). A flow that is never answered
+//! is established when its client still sends after [`LASTING`]. At the cap the longest idle new flow
+//! goes: datagrams with forged sources, whose senders see no answer, displace each other. New flows
+//! have a share of the table to themselves, in which a client's first exchange can come to its end
+//! while a flood passes; only for that share, a flow that is established has to go.
 
 use std::collections::HashMap;
 use std::collections::hash_map::{Entry, RandomState};
 use std::hash::Hash;
 use std::net::{IpAddr, Ipv6Addr};
 use std::time::{Duration, Instant};
+
+/// A client that still sends after this long means it, even if nobody answers (syslog, metrics).
+const LASTING: Duration = Duration::from_secs(1);
+
+/// One place in this many is for new flows, even if established ones have to make room.
+const NEW_SHARE: usize = 8;
 
 /// Names a flow while it exists. The generation tells it from a later flow in the same slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -64,9 +74,8 @@ pub(super) struct FlowTable<K, F> {
     index: HashMap<K, u32, RandomState>,
     slots: Vec<Slot<K, F>>,
     free: Vec<u32>,
-    new: List,
-    established: List,
-    sources: HashMap<Source, List, RandomState>,
+    all: ByStanding,
+    sources: HashMap<Source, ByStanding, RandomState>,
 }
 
 #[derive(Debug)]
@@ -80,18 +89,33 @@ struct Used<K, F> {
     key: K,
     flow: F,
     source: Source,
+    opened: Instant,
     last_active: Instant,
-    /// Receives that brought something from the client and from the backend; counted up to 2.
-    seen: [u8; 2],
-    standing: Links,
-    same_source: Links,
+    is_answered: bool,
+    standing: Standing,
+    in_all: Links,
+    in_source: Links,
 }
 
 impl<K, F> Used<K, F> {
-    /// Whether there was traffic beyond a first exchange.
-    fn is_established(&self) -> bool {
-        self.seen.contains(&2)
+    /// Takes note of a datagram.
+    fn note(&mut self, from: Side, now: Instant) {
+        self.last_active = now;
+        match from {
+            Side::Backend => self.is_answered = true,
+            Side::Client if self.is_answered || now.saturating_duration_since(self.opened) >= LASTING => {
+                self.standing = Standing::Established;
+            }
+            Side::Client => {}
+        }
     }
+}
+
+/// How much there has been of a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Standing {
+    New,
+    Established,
 }
 
 /// A source for the quota: an IPv4 address, or the /64 of an IPv6 one, as whoever has one of its
@@ -116,8 +140,7 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
             index: HashMap::default(),
             slots: Vec::new(),
             free: Vec::new(),
-            new: List::EMPTY,
-            established: List::EMPTY,
+            all: ByStanding::EMPTY,
             sources: HashMap::default(),
         }
     }
@@ -150,9 +173,9 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
     /// Takes a flow out that has to go before `source` may have another one, if any has to.
     pub(super) fn make_room(&mut self, source: IpAddr) -> Option<F> {
         let source = Source::of(source);
-        let own = self.sources.get(&source).filter(|list| list.len >= self.bounds.flows_per_source);
+        let own = self.sources.get(&source).filter(|own| own.len() >= self.bounds.flows_per_source);
         match own {
-            Some(list) => list.oldest.map(|slot| self.remove_slot(slot)),
+            Some(own) => own.first_to_go().map(|slot| self.remove_slot(slot)),
             None if self.len() < self.bounds.flows => None,
             None => self.evict(),
         }
@@ -160,8 +183,7 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
 
     /// Takes out the flow that is the first to go, if there is any.
     pub(super) fn evict(&mut self) -> Option<F> {
-        let victim = self.new.oldest.or(self.established.oldest);
-        victim.map(|slot| self.remove_slot(slot))
+        self.all.first_to_go().map(|slot| self.remove_slot(slot))
     }
 
     /// The name that the next flow to be inserted will have.
@@ -186,14 +208,14 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
             key,
             flow,
             source,
+            opened: now,
             last_active: now,
-            seen: [0, 0],
-            standing: Links::NONE,
-            same_source: Links::NONE,
+            is_answered: false,
+            standing: Standing::New,
+            in_all: Links::NONE,
+            in_source: Links::NONE,
         });
-        push(&mut self.slots, &mut self.new, slot, |used| &mut used.standing);
-        let siblings = self.sources.entry(source).or_insert(List::EMPTY);
-        push(&mut self.slots, siblings, slot, |used| &mut used.same_source);
+        self.link(slot);
         id
     }
 
@@ -202,20 +224,11 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
         if self.get(id).is_none() {
             return;
         }
-        self.unlink_standing(id.slot);
-        let Some(used) = &mut self.slots[id.slot as usize].used else {
-            return;
-        };
-        used.last_active = now;
-        let seen = &mut used.seen[from as usize];
-        *seen = (*seen + 1).min(2);
-        let standing = if used.is_established() { &mut self.established } else { &mut self.new };
-        let siblings = self.sources.get_mut(&used.source);
-        push(&mut self.slots, standing, id.slot, |used| &mut used.standing);
-        if let Some(siblings) = siblings {
-            unlink(&mut self.slots, siblings, id.slot, |used| &mut used.same_source);
-            push(&mut self.slots, siblings, id.slot, |used| &mut used.same_source);
+        self.unlink(id.slot);
+        if let Some(used) = &mut self.slots[id.slot as usize].used {
+            used.note(from, now);
         }
+        self.link(id.slot);
     }
 
     /// Takes a flow out that has been idle for too long at `now`; call it until it gives `None`.
@@ -234,35 +247,50 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
 
     /// When there was traffic last, in any flow.
     pub(super) fn last_active(&self) -> Option<Instant> {
-        let newest = [self.new.newest, self.established.newest].into_iter().flatten();
-        newest.filter_map(|slot| self.slots[slot as usize].used.as_ref()).map(|used| used.last_active).max()
+        self.all.newest().into_iter().flatten().filter_map(|slot| self.active_at(slot)).max()
     }
 
     /// The slot of the flow that has been idle the longest.
     fn oldest(&self) -> Option<u32> {
-        let oldest = [self.new.oldest, self.established.oldest].into_iter().flatten();
-        oldest.min_by_key(|slot| self.slots[*slot as usize].used.as_ref().map(|used| used.last_active))
+        self.all.oldest().into_iter().flatten().min_by_key(|slot| self.active_at(*slot))
     }
 
-    fn unlink_standing(&mut self, slot: u32) {
-        let is_established = self.slots[slot as usize].used.as_ref().is_some_and(Used::is_established);
-        let standing = if is_established { &mut self.established } else { &mut self.new };
-        unlink(&mut self.slots, standing, slot, |used| &mut used.standing);
+    fn active_at(&self, slot: u32) -> Option<Instant> {
+        self.slots[slot as usize].used.as_ref().map(|used| used.last_active)
+    }
+
+    /// Puts a slot in use at the newest end of its lists.
+    fn link(&mut self, slot: u32) {
+        let Some((source, standing)) = self.lists_of(slot) else { return };
+        push(&mut self.slots, self.all.of(standing), slot, |used| &mut used.in_all);
+        let own = self.sources.entry(source).or_insert(ByStanding::EMPTY);
+        push(&mut self.slots, own.of(standing), slot, |used| &mut used.in_source);
+    }
+
+    /// Takes a slot in use out of its lists.
+    fn unlink(&mut self, slot: u32) {
+        let Some((source, standing)) = self.lists_of(slot) else { return };
+        unlink(&mut self.slots, self.all.of(standing), slot, |used| &mut used.in_all);
+        if let Some(own) = self.sources.get_mut(&source) {
+            unlink(&mut self.slots, own.of(standing), slot, |used| &mut used.in_source);
+        }
+    }
+
+    fn lists_of(&self, slot: u32) -> Option<(Source, Standing)> {
+        self.slots[slot as usize].used.as_ref().map(|used| (used.source, used.standing))
     }
 
     fn remove_slot(&mut self, slot: u32) -> F {
-        self.unlink_standing(slot);
-        let source = self.slots[slot as usize].used.as_ref().map(|used| used.source);
-        if let Some(Entry::Occupied(mut siblings)) = source.map(|source| self.sources.entry(source)) {
-            unlink(&mut self.slots, siblings.get_mut(), slot, |used| &mut used.same_source);
-            if siblings.get().len == 0 {
-                siblings.remove();
-            }
-        }
+        self.unlink(slot);
         let emptied = &mut self.slots[slot as usize];
         emptied.generation = (emptied.generation + 1) % FlowId::GENERATIONS;
         let used = emptied.used.take().expect("only slots in use are in the lists");
         self.index.remove(&used.key);
+        if let Entry::Occupied(own) = self.sources.entry(used.source)
+            && own.get().len() == 0
+        {
+            own.remove();
+        }
         self.free.push(slot);
         used.flow
     }
@@ -293,6 +321,44 @@ struct List {
 
 impl List {
     const EMPTY: Self = Self { oldest: None, newest: None, len: 0 };
+}
+
+/// The flows of all sources, or of one, by their standing.
+#[derive(Clone, Copy, Debug)]
+struct ByStanding {
+    new: List,
+    established: List,
+}
+
+impl ByStanding {
+    const EMPTY: Self = Self { new: List::EMPTY, established: List::EMPTY };
+
+    fn of(&mut self, standing: Standing) -> &mut List {
+        match standing {
+            Standing::New => &mut self.new,
+            Standing::Established => &mut self.established,
+        }
+    }
+
+    fn len(&self) -> usize {
+        self.new.len + self.established.len
+    }
+
+    /// The slot of the flow that goes when one has to: see the head of this file.
+    fn first_to_go(&self) -> Option<u32> {
+        let share = (self.len() / NEW_SHARE).max(1);
+        if self.new.len >= share { self.new.oldest } else { self.established.oldest.or(self.new.oldest) }
+    }
+
+    /// The slots at the oldest ends.
+    fn oldest(&self) -> [Option<u32>; 2] {
+        [self.new.oldest, self.established.oldest]
+    }
+
+    /// The slots at the newest ends.
+    fn newest(&self) -> [Option<u32>; 2] {
+        [self.new.newest, self.established.newest]
+    }
 }
 
 type LinksOf<K, F> = fn(&mut Used<K, F>) -> &mut Links;
@@ -356,6 +422,12 @@ mod tests {
         table.touch(id, from, now);
     }
 
+    fn establish(table: &mut FlowTable<(u8, u16), u16>, source: u8, port: u16, now: Instant) {
+        open(table, source, port, now);
+        touch(table, source, port, Side::Backend, now);
+        touch(table, source, port, Side::Client, now);
+    }
+
     #[test]
     fn at_the_cap_the_longest_idle_flow_goes() {
         let start = Instant::now();
@@ -374,9 +446,7 @@ mod tests {
         let start = Instant::now();
         let mut table = table(10, 10);
         for port in 1..=5 {
-            open(&mut table, 1, port, start);
-            touch(&mut table, 1, port, Side::Backend, start);
-            touch(&mut table, 1, port, Side::Client, start);
+            establish(&mut table, 1, port, start);
         }
         for port in 1000..3000 {
             open(&mut table, (port % 200) as u8 + 2, port, start + Duration::from_secs(1));
@@ -385,6 +455,46 @@ mod tests {
             assert!(table.find(&(1, port)).is_some(), "flow {port} is in use");
         }
         assert_eq!(table.len(), 10);
+    }
+
+    #[test]
+    fn pairs_of_datagrams_from_forged_sources_displace_each_other() {
+        let start = Instant::now();
+        let mut table = table(16, 16);
+        for port in 1..=14 {
+            establish(&mut table, 1, port, start);
+        }
+        for port in 1000..3000 {
+            let source = (port % 200) as u8 + 2;
+            open(&mut table, source, port, start + LASTING);
+            touch(&mut table, source, port, Side::Client, start + LASTING);
+        }
+        for port in 1..=14 {
+            assert!(table.find(&(1, port)).is_some(), "flow {port} is in use");
+        }
+    }
+
+    #[test]
+    fn new_flows_have_a_share_of_a_table_full_of_established_ones() {
+        let start = Instant::now();
+        let mut table = table(16, 16);
+        for port in 1..=16 {
+            establish(&mut table, 1, port, start);
+        }
+        assert_eq!(open(&mut table, 2, 101, start), Some(1));
+        assert_eq!(open(&mut table, 2, 102, start), Some(2));
+        assert_eq!(open(&mut table, 2, 103, start), Some(101), "the share is full");
+    }
+
+    #[test]
+    fn a_flow_that_is_never_answered_is_established_by_lasting() {
+        let start = Instant::now();
+        let mut table = table(2, 2);
+        open(&mut table, 1, 1, start);
+        open(&mut table, 1, 2, start);
+        touch(&mut table, 1, 1, Side::Client, start + LASTING);
+        touch(&mut table, 1, 2, Side::Client, start + LASTING / 2);
+        assert_eq!(open(&mut table, 2, 3, start + LASTING), Some(2));
     }
 
     #[test]
@@ -445,32 +555,38 @@ mod tests {
 
     struct ModelFlow {
         order: u64,
+        opened: Instant,
         at: Instant,
-        seen: [u8; 2],
+        answered: bool,
+        established: bool,
     }
 
     impl Model {
         fn victim(&self, source: u8, bounds: Bounds) -> Option<(u8, u16)> {
             let own = self.flows.keys().filter(|key| key.0 == source).count();
-            let established = |flow: &ModelFlow| flow.seen.contains(&2);
-            let oldest = |wanted: &dyn Fn(&(u8, u16), &ModelFlow) -> bool| {
-                let candidates = self.flows.iter().filter(|(key, flow)| wanted(key, flow));
-                candidates.min_by_key(|(_, flow)| flow.order).map(|(key, _)| *key)
-            };
             if own >= bounds.flows_per_source {
-                return oldest(&|key, _| key.0 == source);
+                return self.first_to_go(&|key| key.0 == source);
             }
-            if self.flows.len() < bounds.flows {
-                return None;
-            }
-            oldest(&|_, flow| !established(flow)).or_else(|| oldest(&|_, _| true))
+            (self.flows.len() >= bounds.flows).then(|| self.first_to_go(&|_| true)).flatten()
+        }
+
+        fn first_to_go(&self, among: &dyn Fn(&(u8, u16)) -> bool) -> Option<(u8, u16)> {
+            let mut flows: Vec<_> = self.flows.iter().filter(|(key, _)| among(key)).collect();
+            flows.sort_by_key(|(_, flow)| flow.order);
+            let new = flows.iter().filter(|(_, flow)| !flow.established).count();
+            let established = new < (flows.len() / 8).max(1);
+            flows.iter().find(|(_, flow)| flow.established == established).map(|(key, _)| **key)
         }
 
         fn touch(&mut self, key: (u8, u16), from: Side, at: Instant) {
             self.clock += 1;
-            let flow = self.flows.entry(key).or_insert(ModelFlow { order: 0, at, seen: [0; 2] });
+            let opened = ModelFlow { order: 0, opened: at, at, answered: false, established: false };
+            let flow = self.flows.entry(key).or_insert(opened);
             (flow.order, flow.at) = (self.clock, at);
-            flow.seen[from as usize] = (flow.seen[from as usize] + 1).min(2);
+            match from {
+                Side::Backend => flow.answered = true,
+                Side::Client => flow.established |= flow.answered || at - flow.opened >= LASTING,
+            }
         }
     }
 
@@ -482,8 +598,8 @@ mod tests {
 
     fn op() -> impl Strategy<Value = Op> {
         prop_oneof![
-            9 => (0..4_u8, 0..6_u16, any::<bool>()).prop_map(|(s, p, c)| Op::Datagram(s, p, c)),
-            1 => (1..60_u64).prop_map(Op::Wait),
+            9 => (0..4_u8, 0..16_u16, any::<bool>()).prop_map(|(s, p, c)| Op::Datagram(s, p, c)),
+            1 => prop_oneof![Just(1), 1..60_u64].prop_map(Op::Wait),
         ]
     }
 
@@ -491,8 +607,8 @@ mod tests {
         #[test]
         fn the_table_does_what_the_model_does(
             ops in prop::collection::vec(op(), 1..300),
-            flows in 1..12_usize,
-            per_source in 1..8_usize,
+            flows in 1..20_usize,
+            per_source in 1..18_usize,
         ) {
             let mut now = Instant::now();
             let mut table = table(flows, per_source);

@@ -20,7 +20,7 @@ const HEADER: usize = WORD + 2 * size_of::<i32>();
 /// A local address, as the kernel tells it of a datagram received or takes it for one to be sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LocalAddr {
-    /// The address; IPv4-mapped on an IPv6 socket that serves IPv4 too.
+    /// The address, in the family of the datagram, which may not be that of the socket.
     pub ip: IpAddr,
     /// The interface's index. When sending, 0 leaves the choice to the routing table.
     pub interface: u32,
@@ -42,7 +42,8 @@ pub(crate) fn decode(mut bytes: &[u8]) -> Received {
     while let Some((level, kind, data, rest)) = next(bytes) {
         match (level, kind) {
             (IPPROTO_IP, IP_PKTINFO) => received.local = pktinfo_v4(data),
-            (IPPROTO_IPV6, IPV6_PKTINFO) => received.local = pktinfo_v6(data),
+            // Of IPv4 datagrams an IPv6 socket has both, and this has a broadcast address as it is.
+            (IPPROTO_IPV6, IPV6_PKTINFO) => received.local = received.local.or_else(|| pktinfo_v6(data)),
             (SOL_UDP, UDP_GRO) => received.segment = segment(data),
             _ => {}
         }

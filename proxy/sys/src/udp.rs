@@ -4,6 +4,7 @@
 use std::io::{self, IoSlice};
 use std::mem::{MaybeUninit, zeroed};
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 
@@ -30,15 +31,14 @@ pub const TRAIN_BYTES: usize = 65_507;
 /// Room to receive a batch of datagrams into, to be used again and again.
 pub struct RecvBatch {
     headers: Vec<libc::mmsghdr>,
-    /// Only the headers refer to these.
-    _iovecs: Vec<libc::iovec>,
+    iovecs: Vec<libc::iovec>,
     names: Vec<SockAddrStorage>,
     controls: Vec<[u8; cmsg::SPACE]>,
     payloads: Vec<u8>,
 }
 
-// SAFETY: the raw pointers in the headers and iovecs point into the other fields, whose heap memory
-// moves to the other thread with the batch.
+// SAFETY: the raw pointers in the headers and iovecs are written before each call, which is the only
+// one to follow them.
 unsafe impl Send for RecvBatch {}
 
 impl std::fmt::Debug for RecvBatch {
@@ -56,16 +56,14 @@ impl Default for RecvBatch {
 impl RecvBatch {
     /// Room for [`BATCH`] datagrams. Pages of it that no datagram has reached take no memory.
     pub fn new() -> Self {
-        let mut payloads = vec![0; BATCH * SLOT];
-        let mut names: Vec<_> = (0..BATCH).map(|_| SockAddrStorage::zeroed()).collect();
-        let mut controls = vec![[0; cmsg::SPACE]; BATCH];
-        let mut iovecs: Vec<_> = payloads
-            .chunks_exact_mut(SLOT)
-            .map(|slot| libc::iovec { iov_base: slot.as_mut_ptr().cast(), iov_len: SLOT })
-            .collect();
-        let parts = iovecs.iter_mut().zip(&mut names).zip(&mut controls);
-        let headers = parts.map(|((iovec, name), control)| header(iovec, name, control)).collect();
-        Self { headers, _iovecs: iovecs, names, controls, payloads }
+        let iovec = libc::iovec { iov_base: ptr::null_mut(), iov_len: SLOT };
+        Self {
+            headers: vec![empty_header(); BATCH],
+            iovecs: vec![iovec; BATCH],
+            names: (0..BATCH).map(|_| SockAddrStorage::zeroed()).collect(),
+            controls: vec![[0; cmsg::SPACE]; BATCH],
+            payloads: vec![0; BATCH * SLOT],
+        }
     }
 
     /// Receives datagrams into the slots from `first` on, `most` of them or up to the last slot,
@@ -83,21 +81,35 @@ impl RecvBatch {
         senders: bool,
     ) -> io::Result<usize> {
         let last = first.saturating_add(most).min(BATCH);
-        let name_len = if senders { size_of::<SockAddrStorage>() } else { 0 };
+        self.prepare(first..last, senders);
         let headers = &mut self.headers[first..last];
-        for header in headers.iter_mut() {
-            // The kernel wrote the lengths of the previous messages there.
-            header.msg_hdr.msg_namelen = u32::try_from(name_len).unwrap_or(0);
-            header.msg_hdr.msg_controllen = cmsg::SPACE;
-        }
         let count = u32::try_from(headers.len()).unwrap_or(0);
         let flags = libc::MSG_DONTWAIT;
-        // SAFETY: `count` headers are there, whose pointers lead to this batch's own memory, of the
-        // sizes that they say; the mutable borrow keeps everything else away from it.
+        // SAFETY: `count` headers are there, whose pointers were just made to lead to this batch's own
+        // memory, of the sizes that they say; the mutable borrow keeps everything else away from it.
         let received = check(unsafe {
             libc::recvmmsg(socket.as_raw_fd(), headers.as_mut_ptr(), count, flags, ptr::null_mut())
         })?;
         Ok(received.unsigned_abs() as usize)
+    }
+
+    /// Points the headers of some slots to their room. The lengths too: the kernel wrote those of the
+    /// previous datagrams there.
+    fn prepare(&mut self, slots: Range<usize>, senders: bool) {
+        let name_len = if senders { size_of::<SockAddrStorage>() } else { 0 };
+        let payloads = self.payloads.chunks_exact_mut(SLOT);
+        let room = self.iovecs.iter_mut().zip(&mut self.names).zip(&mut self.controls).zip(payloads);
+        let headers = self.headers.iter_mut().zip(room).take(slots.end).skip(slots.start);
+        for (header, (((iovec, name), control), payload)) in headers {
+            iovec.iov_base = payload.as_mut_ptr().cast();
+            let hdr = &mut header.msg_hdr;
+            hdr.msg_name = (&raw mut *name).cast();
+            hdr.msg_namelen = u32::try_from(name_len).unwrap_or(0);
+            hdr.msg_iov = iovec;
+            hdr.msg_iovlen = 1;
+            hdr.msg_control = control.as_mut_ptr().cast();
+            hdr.msg_controllen = cmsg::SPACE;
+        }
     }
 
     /// The payload in a slot that was received into: one datagram, or a train as
@@ -129,18 +141,10 @@ impl RecvBatch {
     }
 }
 
-fn header(
-    iovec: &mut libc::iovec,
-    name: &mut SockAddrStorage,
-    control: &mut [u8; cmsg::SPACE],
-) -> libc::mmsghdr {
-    // SAFETY: zeros are a valid header, with null pointers and no lengths.
-    let mut header: libc::mmsghdr = unsafe { zeroed() };
-    header.msg_hdr.msg_name = (&raw mut *name).cast();
-    header.msg_hdr.msg_iov = iovec;
-    header.msg_hdr.msg_iovlen = 1;
-    header.msg_hdr.msg_control = control.as_mut_ptr().cast();
-    header
+/// A header with null pointers and no lengths.
+fn empty_header() -> libc::mmsghdr {
+    // SAFETY: zeros are valid for each of its fields.
+    unsafe { zeroed() }
 }
 
 /// A datagram to be sent, or a train of them.
@@ -208,8 +212,7 @@ impl Prepared {
 
     /// The header of `message`; it points to `self` and to the message's payload.
     fn header(&self, message: &Transmit<'_>) -> libc::mmsghdr {
-        // SAFETY: zeros are a valid header, with null pointers and no lengths.
-        let mut header: libc::mmsghdr = unsafe { zeroed() };
+        let mut header = empty_header();
         let hdr = &mut header.msg_hdr;
         if let Some(to) = &self.to {
             hdr.msg_name = to.as_ptr().cast_mut().cast();
@@ -227,16 +230,16 @@ impl Prepared {
     }
 }
 
-/// Asks a socket for what [`Received`] tells. `ipv6` is the family of the socket.
+/// Asks a socket for what [`Received`] tells. `ipv6` is the family of the socket; one of IPv6 that
+/// serves IPv4 too reports both, of which the IPv4 one names an address to answer a broadcast from.
 ///
 /// # Errors
 /// Those of setsockopt(2).
 pub fn report_local_addr(socket: BorrowedFd<'_>, ipv6: bool) -> io::Result<()> {
     if ipv6 {
-        crate::socket::set_int(socket, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, 1)
-    } else {
-        crate::socket::set_int(socket, libc::IPPROTO_IP, libc::IP_PKTINFO, 1)
+        crate::socket::set_int(socket, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, 1)?;
     }
+    crate::socket::set_int(socket, libc::IPPROTO_IP, libc::IP_PKTINFO, 1)
 }
 
 /// Lets the kernel hand over trains of datagrams that arrived as one (`UDP_GRO`, udp(7)).
@@ -247,21 +250,28 @@ pub fn receive_trains(socket: BorrowedFd<'_>) -> io::Result<()> {
     crate::socket::set_int(socket, libc::SOL_UDP, libc::UDP_GRO, 1)
 }
 
-/// Sets the sizes of a socket's receive and send buffers to `bytes`: past the limits of
+/// Sets the sizes of a socket's receive and send buffers, in bytes: past the limits of
 /// `net.core.rmem_max` and `wmem_max` with `CAP_NET_ADMIN` (socket(7) `SO_RCVBUFFORCE`), else up to
-/// them. Gives the receive buffer's size that came of it, in bytes.
+/// them.
 ///
 /// # Errors
 /// Those of setsockopt(2).
-pub fn set_buffers(socket: BorrowedFd<'_>, bytes: usize) -> io::Result<usize> {
-    let value = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
-    for (forced, limited) in
-        [(libc::SO_RCVBUFFORCE, libc::SO_RCVBUF), (libc::SO_SNDBUFFORCE, libc::SO_SNDBUF)]
-    {
+pub fn set_buffers(socket: BorrowedFd<'_>, receive: usize, send: usize) -> io::Result<()> {
+    let set = |forced, limited, bytes| {
+        let value = libc::c_int::try_from(bytes).unwrap_or(libc::c_int::MAX);
         crate::socket::set_int(socket, libc::SOL_SOCKET, forced, value)
-            .or_else(|_not_allowed| crate::socket::set_int(socket, libc::SOL_SOCKET, limited, value))?;
-    }
-    // The kernel doubles the value for its own bookkeeping.
+            .or_else(|_not_allowed| crate::socket::set_int(socket, libc::SOL_SOCKET, limited, value))
+    };
+    set(libc::SO_RCVBUFFORCE, libc::SO_RCVBUF, receive)?;
+    set(libc::SO_SNDBUFFORCE, libc::SO_SNDBUF, send)
+}
+
+/// The size of a socket's receive buffer in bytes, as it was set; the kernel doubles that for its own
+/// bookkeeping.
+///
+/// # Errors
+/// Those of getsockopt(2).
+pub fn receive_buffer(socket: BorrowedFd<'_>) -> io::Result<usize> {
     Ok(socket2::SockRef::from(&socket).recv_buffer_size()? / 2)
 }
 
@@ -353,9 +363,29 @@ mod tests {
     }
 
     #[test]
+    fn a_socket_of_both_families_names_the_address_in_the_clients_family() {
+        let server = UdpSocket::bind("[::]:0").unwrap();
+        report_local_addr(server.as_fd(), true).unwrap();
+        let port = server.local_addr().unwrap().port();
+        let mut batch = RecvBatch::new();
+        for ip in ["127.0.0.1", "::1"] {
+            let client = UdpSocket::bind((ip, 0)).unwrap();
+            client.send_to(b"question", (ip, port)).unwrap();
+            assert_eq!(batch.recv(server.as_fd(), 0, 1, true).unwrap(), 1);
+            let local = batch.control(0).local.unwrap();
+            assert_eq!(local.ip.to_string(), ip);
+            let payload = [IoSlice::new(b"answer")];
+            let message = Transmit { to: batch.sender(0), source: Some(local), ..transmit(&payload) };
+            send(server.as_fd(), &message).unwrap();
+            assert_eq!(client.recv_from(&mut [0; 9]).unwrap().1.ip(), local.ip);
+        }
+    }
+
+    #[test]
     fn buffers_grow_as_far_as_the_limits_go() {
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
-        let size = set_buffers(socket.as_fd(), 300_000).unwrap();
+        set_buffers(socket.as_fd(), 300_000, 300_000).unwrap();
+        let size = receive_buffer(socket.as_fd()).unwrap();
         assert!(size > 100_000, "{size}");
     }
 }
