@@ -3,15 +3,21 @@
 //! One engine, [`server::Server`], serves [`mapping::Mapping`]s. Two front ends start it:
 //! [`docker`], the userland proxy of dockerd, and [`standalone`], for people and scripts.
 
+pub mod access;
 pub mod addr;
 mod backoff;
+pub mod bound;
 pub mod cli;
 pub mod console;
 pub mod demo;
 pub mod docker;
+pub mod limits;
 pub mod listen;
 mod log_limit;
 pub mod mapping;
+pub mod name;
+pub mod overlap;
+pub mod ports;
 pub mod runtime;
 pub mod server;
 pub mod signals;

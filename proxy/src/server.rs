@@ -1,7 +1,6 @@
 //! The engine: bound mappings, the tasks that serve them, and how they end.
 
 use std::io;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -13,57 +12,12 @@ use tokio::sync::watch;
 use tokio::task::JoinHandle;
 use tracing::{info, warn};
 
-use crate::addr::Protocol;
-use crate::listen::{BindError, Listener};
-use crate::mapping::{Limits, Mapping};
+use crate::bound::{Bound, BoundPort};
+use crate::limits::Limits;
+use crate::listen::Listener;
 use crate::tcp::{Service, accept};
 use crate::udp::relay::UdpRelay;
-use crate::udp::stale;
 use crate::worker::Workers;
-
-/// A mapping whose host address is bound: from here on, clients can connect.
-#[derive(Debug)]
-pub struct Bound {
-    mapping: Mapping,
-    listener: Listener,
-}
-
-impl Bound {
-    /// Binds the host address of `mapping`.
-    ///
-    /// # Errors
-    /// [`BindError`]
-    pub fn bind(mapping: Mapping) -> Result<Self, BindError> {
-        let listener = Listener::bind(&mapping)?;
-        Ok(Self { mapping, listener })
-    }
-
-    /// Uses `listener` for `mapping`; where it listens is the business of whoever bound it.
-    pub fn adopt(mapping: Mapping, listener: Listener) -> Self {
-        Self { mapping, listener }
-    }
-
-    /// For UDP: makes the kernel forget flows that other means of publishing, or none, pinned
-    /// elsewhere before. A runtime that publishes by several means does this itself.
-    pub fn forget_stale_flows(bound: &[Self]) {
-        let udp = bound.iter().filter(|bound| bound.mapping.protocol == Protocol::Udp);
-        let published: Vec<_> = udp.filter_map(|bound| bound.local_addr().ok()).collect();
-        stale::forget_flows_to(&published);
-    }
-
-    /// The mapping as it was asked for.
-    pub fn mapping(&self) -> &Mapping {
-        &self.mapping
-    }
-
-    /// The address that clients connect to, with the real port.
-    ///
-    /// # Errors
-    /// Those of getsockname(2).
-    pub fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.listener.local_addr()
-    }
-}
 
 /// A running set of mappings.
 #[derive(Debug)]
@@ -83,7 +37,21 @@ impl Server {
     ///
     /// # Panics
     /// Outside a tokio runtime.
-    pub fn start(mappings: Vec<Bound>, limits: Limits) -> io::Result<Self> {
+    pub fn start(mappings: Vec<Bound>) -> io::Result<Self> {
+        let ports = mappings.into_iter().flat_map(|Bound { mapping, ports }| {
+            ports.into_iter().map(move |port| (port, mapping.limits().clone()))
+        });
+        Self::start_ports(ports)
+    }
+
+    /// Starts to serve bound ports, each under its own limits, as [`Server::start`] does.
+    ///
+    /// # Errors
+    /// What epoll_ctl(2) answered for a listener.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn start_ports(ports: impl IntoIterator<Item = (BoundPort, Limits)>) -> io::Result<Self> {
         let (stop, stopped) = watch::channel(());
         let mut server = Self {
             workers: Arc::new(Workers::new(Handle::current())),
@@ -93,7 +61,7 @@ impl Server {
             stop,
         };
         let mut udp = None;
-        for Bound { mapping, listener } in mappings {
+        for (BoundPort { forward: mapping, listener }, limits) in ports {
             info!(%mapping, "serving");
             match listener {
                 Listener::Tcp(listener) => {

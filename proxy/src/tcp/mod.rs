@@ -20,14 +20,15 @@ use std::sync::Arc;
 use tokio::net::TcpStream;
 use tracing::{debug, warn};
 
+use crate::limits::Limits;
 use crate::log_limit::LogLimit;
-use crate::mapping::{Limits, Mapping};
+use crate::mapping::Forward;
 use crate::worker::Seat;
 
 /// What the connections of one mapping share.
 #[derive(Debug)]
 pub(crate) struct Service {
-    pub(crate) mapping: Mapping,
+    pub(crate) mapping: Forward,
     pub(crate) limits: Limits,
 }
 

@@ -26,8 +26,9 @@ use super::payload::{Part, Payload};
 use super::send::{Backlog, log_lost};
 use super::table::{Bounds, FlowId, FlowTable, Side};
 use crate::addr::BackendAddr;
+use crate::limits::Limits;
 use crate::log_limit::LogLimit;
-use crate::mapping::{Limits, Mapping};
+use crate::mapping::Forward;
 
 /// Sockets looked after in one turn.
 const EVENTS: usize = 256;
@@ -62,7 +63,7 @@ pub(crate) struct UdpRelay {
 
 struct Listener {
     socket: UdpSocket,
-    mapping: Mapping,
+    mapping: Forward,
     backlog: Backlog,
 }
 
@@ -92,7 +93,7 @@ impl UdpRelay {
     ///
     /// # Errors
     /// What epoll_ctl(2) answered.
-    pub(crate) fn add(&mut self, mapping: Mapping, socket: UdpSocket) -> io::Result<()> {
+    pub(crate) fn add(&mut self, mapping: Forward, socket: UdpSocket) -> io::Result<()> {
         let token = Token::Listener(self.listeners.len());
         self.epoll.add(&socket, Wanted::Receive.event(token))?;
         self.listeners.push(Listener { socket, mapping, backlog: Backlog::default() });
