@@ -22,6 +22,128 @@ impl fmt::Display for Protocol {
     }
 }
 
+/// The transport protocols of a mapping: one, or both at the same ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Protocols {
+    /// One of them.
+    One(Protocol),
+    /// TCP and UDP, written `tcp+udp`, as a DNS server wants it.
+    Both,
+}
+
+impl Protocols {
+    /// The protocols one by one.
+    pub fn iter(self) -> impl Iterator<Item = Protocol> {
+        [Protocol::Tcp, Protocol::Udp].into_iter().filter(move |protocol| self.contains(*protocol))
+    }
+
+    /// Whether `protocol` is among them.
+    pub fn contains(self, protocol: Protocol) -> bool {
+        self == Self::Both || self == Self::One(protocol)
+    }
+}
+
+impl fmt::Display for Protocols {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::One(protocol) => protocol.fmt(f),
+            Self::Both => f.write_str("tcp+udp"),
+        }
+    }
+}
+
+impl FromStr for Protocols {
+    type Err = ProtocolError;
+
+    fn from_str(text: &str) -> Result<Self, ProtocolError> {
+        match text {
+            "tcp" => Ok(Self::One(Protocol::Tcp)),
+            "udp" => Ok(Self::One(Protocol::Udp)),
+            "tcp+udp" | "udp+tcp" => Ok(Self::Both),
+            _ => Err(ProtocolError(text.to_owned())),
+        }
+    }
+}
+
+/// A protocol that is not relayed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("'{0}' is not a protocol that is relayed; write tcp, udp or tcp+udp")]
+pub struct ProtocolError(String);
+
+/// An IP address; a link-local IPv6 one with the interface that it is on (its zone, RFC 4007).
+///
+/// Its text forms are `10.0.0.11`, `[fd00::1]`, `fd00::1` and `[fe80::1%eth0]`. An IPv4-mapped IPv6
+/// address becomes the IPv4 address that it stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ScopedIp {
+    ip: IpAddr,
+    zone: u32,
+}
+
+impl ScopedIp {
+    /// Every address of the machine, IPv4 and IPv6: what one dual-stack socket listens on.
+    pub const ANY: Self = Self { ip: IpAddr::V6(Ipv6Addr::UNSPECIFIED), zone: 0 };
+    /// Every IPv4 address of the machine.
+    pub const ANY_V4: Self = Self { ip: IpAddr::V4(Ipv4Addr::UNSPECIFIED), zone: 0 };
+
+    /// The address without its zone.
+    pub fn ip(self) -> IpAddr {
+        self.ip
+    }
+
+    /// This address at `port`.
+    pub fn at(self, port: u16) -> SocketAddr {
+        match self.ip {
+            IpAddr::V4(ip) => (ip, port).into(),
+            IpAddr::V6(ip) => SocketAddrV6::new(ip, port, 0, self.zone).into(),
+        }
+    }
+
+    /// Whether it stands for all addresses of its family, or of both.
+    pub fn is_wildcard(self) -> bool {
+        self.ip.is_unspecified()
+    }
+}
+
+impl From<IpAddr> for ScopedIp {
+    fn from(ip: IpAddr) -> Self {
+        SocketAddr::new(ip, 0).into()
+    }
+}
+
+impl From<SocketAddr> for ScopedIp {
+    fn from(addr: SocketAddr) -> Self {
+        let addr = canonical(addr);
+        let zone = match addr {
+            SocketAddr::V4(_) => 0,
+            SocketAddr::V6(addr) => addr.scope_id(),
+        };
+        Self { ip: addr.ip(), zone }
+    }
+}
+
+impl fmt::Display for ScopedIp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self { ip: IpAddr::V4(ip), .. } => ip.fmt(f),
+            Self { ip: IpAddr::V6(ip), zone: 0 } => write!(f, "[{ip}]"),
+            Self { ip: IpAddr::V6(ip), zone } => write!(f, "[{ip}%{zone}]"),
+        }
+    }
+}
+
+impl FromStr for ScopedIp {
+    type Err = AddrError;
+
+    fn from_str(text: &str) -> Result<Self, AddrError> {
+        let bare = match text.strip_prefix('[') {
+            Some(rest) => rest.strip_suffix(']').ok_or_else(|| AddrError::BadAddress(text.to_owned()))?,
+            None => text,
+        };
+        parse_ip(bare, 0).map(Self::from)
+    }
+}
+
 /// The address and port that clients connect to; port 0 asks the kernel for a free one.
 ///
 /// Its text forms are `0.0.0.0:80`, `[::]:80`, and netstat's `:::80`. An IPv4-mapped IPv6 address
@@ -31,8 +153,8 @@ pub struct HostAddr(SocketAddr);
 
 impl HostAddr {
     /// The host address made of `ip` and `port`.
-    pub fn new(ip: IpAddr, port: u16) -> Self {
-        Self(canonical(SocketAddr::new(ip, port)))
+    pub fn new(ip: impl Into<ScopedIp>, port: u16) -> Self {
+        Self(ip.into().at(port))
     }
 
     /// The socket address to bind.
@@ -73,8 +195,22 @@ impl BackendAddr {
     ///
     /// # Errors
     /// [`AddrError::ZeroPort`]: nothing can be reached on port 0.
-    pub fn new(ip: IpAddr, port: u16) -> Result<Self, AddrError> {
-        Self::try_from(SocketAddr::new(ip, port))
+    pub fn new(ip: impl Into<ScopedIp>, port: u16) -> Result<Self, AddrError> {
+        Self::try_from(ip.into().at(port))
+    }
+
+    /// The backend at `addr`, which has to be the address of one machine.
+    ///
+    /// # Errors
+    /// [`AddrError::NoOne`] for an address that stands for all of a machine's, and those of
+    /// [`BackendAddr::new`]. docker-proxy's `-container-ip` may be `0.0.0.0`; nobody means it.
+    pub fn reachable(addr: SocketAddr) -> Result<Self, AddrError> {
+        let backend = Self::try_from(addr)?;
+        match backend.0.ip() {
+            IpAddr::V4(ip) if ip.is_unspecified() => Err(AddrError::NoOne("0.0.0.0", "127.0.0.1")),
+            IpAddr::V6(ip) if ip.is_unspecified() => Err(AddrError::NoOne("[::]", "[::1]")),
+            _ => Ok(backend),
+        }
     }
 
     /// The socket address to connect to.
@@ -104,7 +240,7 @@ impl FromStr for BackendAddr {
     type Err = AddrError;
 
     fn from_str(text: &str) -> Result<Self, AddrError> {
-        parse(text)?.try_into()
+        parse(text).and_then(Self::reachable)
     }
 }
 
@@ -134,6 +270,9 @@ pub enum AddrError {
         /// The last group.
         port: u16,
     },
+    /// An address that stands for many where one is needed.
+    #[error("{0} is where one listens, not the address of a backend; write {1} for this machine")]
+    NoOne(&'static str, &'static str),
     /// The part after `%` names no interface.
     #[error("'{0}' is not a network interface of this machine; `ip link` lists them")]
     NoSuchInterface(String),
@@ -206,11 +345,6 @@ fn canonical(addr: SocketAddr) -> SocketAddr {
         IpAddr::V6(_) => addr,
     }
 }
-
-/// All IPv4 addresses of the machine, any free port.
-pub const ANY_V4: HostAddr = HostAddr(SocketAddr::new(IpAddr::V4(Ipv4Addr::UNSPECIFIED), 0));
-/// All addresses of the machine, IPv4 and IPv6, any free port.
-pub const ANY: HostAddr = HostAddr(SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), 0));
 
 #[cfg(test)]
 mod tests {

@@ -9,8 +9,11 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::filter::Targets;
 
-use crate::addr::{BackendAddr, HostAddr, Protocol};
-use crate::mapping::{Limits, Mapping};
+use crate::addr::{BackendAddr, HostAddr, Protocol, Protocols, ScopedIp};
+use crate::limits::Limits;
+use crate::mapping::Mapping;
+use crate::overlap::refuse_overlap;
+use crate::ports::PortRange;
 use crate::telemetry::{self, Format, LogConfig};
 
 /// A TCP and UDP relay that publishes container ports: it listens on host addresses and forwards to backends.
@@ -109,7 +112,14 @@ impl Serve {
         }
         let protocols = self.protocols(hosts)?;
         let mappings = self.host.iter().zip(&self.to).zip(protocols);
-        mappings.map(|((host, to), protocol)| self.mapping(protocol, *host, *to)).collect()
+        let mappings: Vec<_> = mappings
+            .map(|((host, to), protocol)| self.mapping(protocol, *host, *to))
+            .collect::<Result<_, _>>()?;
+        refuse_overlap(&mappings).map_err(|error| {
+            let mapping = &error.mapping;
+            UsageError::new(format!("--host {}:{}: {error}", mapping.host(), error.port))
+        })?;
+        Ok(mappings)
     }
 
     /// The protocol of each of `count` mappings.
@@ -130,8 +140,13 @@ impl Serve {
         host: HostAddr,
         backend: BackendAddr,
     ) -> Result<Mapping, UsageError> {
-        let mapping = Mapping { protocol, host, backend, v6only: self.v6only };
-        mapping.refuse_loop().map_err(|error| UsageError::new(format!("--to {backend}: {error}")))
+        let host_port = PortRange::single(host.socket_addr().port()).ok();
+        let port = PortRange::single(backend.socket_addr().port()).expect("a backend is not at port 0");
+        let host = (ScopedIp::from(host.socket_addr()), host_port);
+        Mapping::new(Protocols::One(protocol), host, (backend.socket_addr().into(), port))
+            .and_then(|mapping| if self.v6only { mapping.v6only() } else { Ok(mapping) })
+            .map(|mapping| mapping.limited(self.limits()))
+            .map_err(|error| UsageError::new(format!("--to {backend}: {error}")))
     }
 
     /// The limits for each mapping.
@@ -141,6 +156,7 @@ impl Serve {
             udp_timeout: self.udp_timeout,
             udp_max_flows: self.udp_max_flows,
             udp_max_flows_per_source: self.udp_max_flows_per_source,
+            ..Limits::default()
         }
     }
 
@@ -289,6 +305,12 @@ mod tests {
             ("--host 0.0.0.0 --to 10.0.0.1:80", "--host 0.0.0.0: the port is missing"),
             ("--host 0.0.0.0:80 --to 10.0.0.1:0", "--to 10.0.0.1:0: port 0 cannot"),
             ("--host :::80 --to 127.0.0.1:80", "--to 127.0.0.1:80: [::]:80 would forward to itself"),
+            (
+                "--host 0.0.0.0:80 --to 10.0.0.1:80 --host :::80 --to 10.0.0.2:80",
+                "--host [::]:80: port 80 is taken by the mapping 80/tcp",
+            ),
+            ("--host 10.0.0.11:80 --to 0.0.0.0:80", "--to 0.0.0.0:80: 0.0.0.0 is where one listens"),
+            ("--v6only --host 0.0.0.0:80 --to 10.0.0.1:80", "v6only is for [::]"),
             ("--proto icmp", "--proto icmp: not a protocol"),
             ("--udp-timeout 0", "--udp-timeout 0: every flow would be over"),
             ("--udp-timeout 18446744073709551615", "longer than a year"),

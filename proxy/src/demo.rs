@@ -9,12 +9,14 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 
-use crate::addr::{ANY, ANY_V4, AddrError, BackendAddr, HostAddr, Protocol};
+use crate::addr::{AddrError, BackendAddr, HostAddr, Protocol, ScopedIp};
+use crate::bound::BoundPort;
 use crate::console;
+use crate::limits::Limits;
 use crate::listen::{self, BindError};
-use crate::mapping::{Limits, Mapping};
+use crate::mapping::Forward;
 use crate::runtime::new_runtime;
-use crate::server::{Bound, Server};
+use crate::server::Server;
 use crate::signals::StopSignals;
 
 /// The page that the built-in backend serves.
@@ -52,7 +54,7 @@ async fn run(once: bool) -> Result<(), DemoError> {
     let bound = publish(backend)?;
     let addr = bound.local_addr().map_err(DemoError::step("ask for the published address"))?;
     let server =
-        Server::start(vec![bound], Limits::default()).map_err(DemoError::step("serve the mapping"))?;
+        Server::start_ports([(bound, Limits::default())]).map_err(DemoError::step("serve the mapping"))?;
     console::out(&format_args!("backend    a built-in web server on {backend}"));
     console::out(&format_args!("mapping    {}/tcp -> {addr}", backend.port()));
 
@@ -85,13 +87,14 @@ Let dockerd use it, in /etc/docker/daemon.json:
 }
 
 /// Binds a free port for IPv4 and IPv6, or for IPv4 alone on a machine without IPv6.
-fn publish(backend: SocketAddr) -> Result<Bound, DemoError> {
-    let mapping = |host: HostAddr| -> Result<Mapping, DemoError> {
-        Ok(Mapping { protocol: Protocol::Tcp, host, backend: BackendAddr::try_from(backend)?, v6only: false })
+fn publish(backend: SocketAddr) -> Result<BoundPort, DemoError> {
+    let forward = |host: ScopedIp| -> Result<Forward, DemoError> {
+        let backend = BackendAddr::try_from(backend)?;
+        Ok(Forward { protocol: Protocol::Tcp, host: HostAddr::new(host, 0), backend, v6only: false })
     };
-    match Bound::bind(mapping(ANY)?) {
+    match BoundPort::bind(forward(ScopedIp::ANY)?) {
         Ok(bound) => Ok(bound),
-        Err(_no_ipv6) => Ok(Bound::bind(mapping(ANY_V4)?)?),
+        Err(_no_ipv6) => Ok(BoundPort::bind(forward(ScopedIp::ANY_V4)?)?),
     }
 }
 

@@ -3,19 +3,32 @@
 //! One engine, [`server::Server`], serves [`mapping::Mapping`]s. Two front ends start it:
 //! [`docker`], the userland proxy of dockerd, and [`standalone`], for people and scripts.
 
+pub mod access;
 pub mod addr;
 mod backoff;
+pub mod bound;
+pub mod change;
 pub mod cli;
 pub mod console;
 pub mod demo;
 pub mod docker;
+pub mod limits;
 pub mod listen;
 mod log_limit;
 pub mod mapping;
+pub mod name;
+pub mod overlap;
+pub mod plan;
+mod poll;
+pub mod ports;
+pub mod registry;
 pub mod runtime;
 pub mod server;
+mod service;
 pub mod signals;
 pub mod standalone;
+pub mod stats;
+mod task;
 mod tcp;
 pub mod telemetry;
 mod udp;

@@ -10,7 +10,8 @@ use rproxy_sys::udp;
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 
 use crate::addr::Protocol;
-use crate::mapping::Mapping;
+use crate::mapping::{Forward, Mapping};
+use crate::ports::PortRange;
 
 /// The pending-connection queue asked for; the kernel cuts it to `net.core.somaxconn` (listen(2)).
 const BACKLOG: i32 = i32::MAX;
@@ -39,13 +40,13 @@ impl Listener {
     ///
     /// # Errors
     /// [`BindError`], whose message says what would work.
-    pub fn bind(mapping: &Mapping) -> Result<Self, BindError> {
+    pub fn bind(mapping: &Forward) -> Result<Self, BindError> {
         let addr = mapping.host.socket_addr();
         let bound = match mapping.protocol {
             Protocol::Tcp => bind_tcp(addr, mapping.v6only).map(Self::Tcp),
             Protocol::Udp => bind_udp(addr, mapping.v6only).map(Self::Udp),
         };
-        bound.map_err(|source| BindError { protocol: mapping.protocol, addr, source })
+        bound.map_err(|source| BindError { protocol: mapping.protocol, addr, among: None, source })
     }
 
     /// Adopts a socket that the parent process bound, and for TCP listens on (moby's
@@ -159,16 +160,35 @@ pub struct BindError {
     pub protocol: Protocol,
     /// The address that was asked for.
     pub addr: SocketAddr,
+    /// The ports of which one would have done, if it was not this one alone.
+    pub among: Option<PortRange>,
     /// What the kernel answered.
     pub source: io::Error,
 }
 
 impl BindError {
+    /// No port that `mapping` could have is free, `last` being why the last one tried is not.
+    pub(crate) fn all_taken(mapping: &Mapping, last: Option<Self>) -> Self {
+        let range = mapping.host_ports().range().unwrap_or(PortRange::EPHEMERAL);
+        let in_use = || io::Error::from(io::ErrorKind::AddrInUse);
+        let protocol = mapping.protocols().iter().next().unwrap_or(Protocol::Tcp);
+        Self {
+            protocol,
+            addr: mapping.host().at(range.first()),
+            among: Some(range),
+            source: last.map_or_else(in_use, |error| error.source),
+        }
+    }
+
     /// What the kernel's answer means here, and what would work.
     pub fn reason(&self) -> String {
         let Self { addr, source, .. } = self;
         let wildcard = if addr.is_ipv4() { "0.0.0.0" } else { "[::]" };
         match source.kind() {
+            io::ErrorKind::AddrInUse if self.among.is_some_and(|among| !among.is_single()) => {
+                let among = self.among.map_or_else(String::new, |among| among.to_string());
+                format!("none of its ports is free ({among}); `ss -lntup` shows who has them")
+            }
             io::ErrorKind::AddrInUse => format!(
                 "the port is taken by another program; `ss -lnp 'sport = :{}'` shows which, port 0 takes a free one",
                 addr.port()

@@ -1,79 +1,52 @@
-//! The engine: bound mappings, the tasks that serve them, and how they end.
+//! The engine: the tasks that serve mappings, which mappings these are, and how they end.
+//!
+//! A server can be told what to serve from any thread ([`change`]), while its tasks run on the runtime
+//! that it was started on.
+//!
+//! [`change`]: crate::change
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::Shutdown;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rproxy_sys::watch::Watched;
 use socket2::SockRef;
-use tokio::io::Interest;
 use tokio::runtime::Handle;
-use tokio::sync::watch;
-use tokio::task::JoinHandle;
+use tokio::sync::Notify;
 use tracing::{info, warn};
 
 use crate::addr::Protocol;
-use crate::listen::{BindError, Listener};
-use crate::mapping::{Limits, Mapping};
-use crate::tcp::{Service, accept};
+use crate::bound::{Bound, BoundPort};
+use crate::change::Leaving;
+use crate::limits::Limits;
+use crate::listen::Listener;
+use crate::poll::Port;
+use crate::registry::{Registry, Served};
+use crate::service::{Assignment, Live, Route, Service};
+use crate::task::ListenerTask;
+use crate::tcp::accept::Acceptor;
 use crate::udp::relay::UdpRelay;
-use crate::udp::stale;
 use crate::worker::Workers;
-
-/// A mapping whose host address is bound: from here on, clients can connect.
-#[derive(Debug)]
-pub struct Bound {
-    mapping: Mapping,
-    listener: Listener,
-}
-
-impl Bound {
-    /// Binds the host address of `mapping`.
-    ///
-    /// # Errors
-    /// [`BindError`]
-    pub fn bind(mapping: Mapping) -> Result<Self, BindError> {
-        let listener = Listener::bind(&mapping)?;
-        Ok(Self { mapping, listener })
-    }
-
-    /// Uses `listener` for `mapping`; where it listens is the business of whoever bound it.
-    pub fn adopt(mapping: Mapping, listener: Listener) -> Self {
-        Self { mapping, listener }
-    }
-
-    /// For UDP: makes the kernel forget flows that other means of publishing, or none, pinned
-    /// elsewhere before. A runtime that publishes by several means does this itself.
-    pub fn forget_stale_flows(bound: &[Self]) {
-        let udp = bound.iter().filter(|bound| bound.mapping.protocol == Protocol::Udp);
-        let published: Vec<_> =
-            udp.filter_map(|bound| Some((bound.local_addr().ok()?, bound.mapping.v6only))).collect();
-        stale::forget_flows_to(&published);
-    }
-
-    /// The mapping as it was asked for.
-    pub fn mapping(&self) -> &Mapping {
-        &self.mapping
-    }
-
-    /// The address that clients connect to, with the real port.
-    ///
-    /// # Errors
-    /// Those of getsockname(2).
-    pub fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.listener.local_addr()
-    }
-}
 
 /// A running set of mappings.
 #[derive(Debug)]
 pub struct Server {
+    runtime: Handle,
     workers: Arc<Workers>,
-    listeners: Vec<Arc<Watched>>,
-    acceptors: Vec<JoinHandle<()>>,
-    udp: Option<JoinHandle<io::Result<()>>>,
-    stop: watch::Sender<()>,
+    /// Told when a mapping has room again that was full.
+    room: Arc<Notify>,
+    tasks: Tasks,
+    pub(crate) registry: Registry,
+    /// Sockets of no mapping that has a name.
+    nameless: Vec<Assignment>,
+    pub(crate) leaving: Leaving,
+}
+
+/// The tasks that serve listeners, each started with its first one.
+#[derive(Debug, Default)]
+struct Tasks {
+    tcp: Option<ListenerTask>,
+    udp: Option<ListenerTask>,
 }
 
 impl Server {
@@ -84,65 +57,154 @@ impl Server {
     ///
     /// # Panics
     /// Outside a tokio runtime.
-    pub fn start(mappings: Vec<Bound>, limits: Limits) -> io::Result<Self> {
-        let (stop, stopped) = watch::channel(());
-        let mut server = Self {
-            workers: Arc::new(Workers::new(Handle::current())),
-            listeners: Vec::new(),
-            acceptors: Vec::new(),
-            udp: None,
-            stop,
-        };
-        let mut udp = None;
-        let beside_tcp = mappings.iter().any(|bound| bound.mapping.protocol == Protocol::Tcp);
-        for Bound { mapping, listener } in mappings {
-            info!(%mapping, "serving");
-            match listener {
-                Listener::Tcp(listener) => {
-                    let listener = Watched::new(listener, Interest::READABLE)?;
-                    server.accept(listener, Service { mapping, limits }, stopped.clone());
-                }
-                Listener::Udp(socket) => {
-                    let relay = match &mut udp {
-                        Some(relay) => relay,
-                        none => none.insert(UdpRelay::new(&limits, beside_tcp)?),
-                    };
-                    relay.add(mapping, socket)?;
-                }
-            }
+    pub fn start(mappings: Vec<Bound>) -> io::Result<Self> {
+        let mut server = Self::new();
+        for Bound { mapping, ports } in mappings {
+            info!(name = %mapping.name(), %mapping, "serving");
+            let service = server.new_service(mapping.limits().clone());
+            let ports =
+                ports.into_iter().map(|port| server.assign(port, &service)).collect::<Result<_, _>>()?;
+            server.registry.put(mapping.name(), Served { mapping, service, ports });
         }
-        server.udp = udp.map(|relay| tokio::spawn(relay.run(stopped)));
+        let all: Vec<_> = server.registry.iter().flat_map(|(_name, served)| served.ports.clone()).collect();
+        server.serve(all);
         Ok(server)
     }
 
-    fn accept(&mut self, listener: Watched, service: Service, stopped: watch::Receiver<()>) {
-        let listener = Arc::new(listener);
-        self.listeners.push(listener.clone());
-        let workers = self.workers.clone();
-        self.acceptors.push(tokio::spawn(accept::accept_until(stopped, listener, service.into(), workers)));
+    /// Starts to serve bound ports, each under its own limits, as [`Server::start`] does.
+    ///
+    /// # Errors
+    /// What epoll_ctl(2) answered for a listener.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn start_ports(ports: impl IntoIterator<Item = (BoundPort, Limits)>) -> io::Result<Self> {
+        let mut server = Self::new();
+        for (port, limits) in ports {
+            info!(mapping = %port.forward, "serving");
+            let service = server.new_service(limits);
+            let assignment = server.assign(port, &service)?;
+            server.nameless.push(assignment);
+        }
+        server.serve(server.nameless.clone());
+        Ok(server)
     }
 
-    /// Waits for what must not happen: that nobody serves UDP any more, though nobody asked for it to
-    /// end.
-    pub async fn failed(&mut self) -> ServeError {
-        match &mut self.udp {
-            Some(udp) => match udp.await {
-                Ok(Ok(())) => ServeError::Ended,
-                Ok(Err(error)) => ServeError::Udp(error),
-                // A panic has been reported where it happened.
-                Err(_panic) => ServeError::Ended,
+    fn new() -> Self {
+        let runtime = Handle::current();
+        Self {
+            workers: Arc::new(Workers::new(runtime.clone())),
+            runtime,
+            room: Arc::default(),
+            tasks: Tasks::default(),
+            registry: Registry::default(),
+            nameless: Vec::new(),
+            leaving: Leaving::default(),
+        }
+    }
+
+    /// The mappings that are served.
+    pub fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
+    pub(crate) fn new_service(&self, limits: Limits) -> Arc<Service> {
+        Arc::new(Service { limits, live: Arc::new(Live::new(self.room.clone())) })
+    }
+
+    /// Makes a bound port one of the listeners, to be served later.
+    pub(crate) fn assign(&mut self, port: BoundPort, service: &Arc<Service>) -> io::Result<Assignment> {
+        let BoundPort { forward, listener } = port;
+        let task = self.task(forward.protocol, &service.limits)?;
+        let port = match listener {
+            Listener::Tcp(listener) => task.add(listener)?,
+            Listener::Udp(socket) => task.add(socket)?,
+        };
+        let route = Arc::new(Route { forward, service: service.clone() });
+        Ok(Assignment { port, route })
+    }
+
+    /// The task for `protocol`, started if this is the first time that it is needed.
+    fn task(&mut self, protocol: Protocol, limits: &Limits) -> io::Result<&ListenerTask> {
+        let _entered = self.runtime.enter();
+        match protocol {
+            Protocol::Tcp => match &mut self.tasks.tcp {
+                Some(task) => Ok(task),
+                none => Ok(none.insert(ListenerTask::spawn(|poll, orders| {
+                    Acceptor::new(poll, orders, self.room.clone(), self.workers.clone()).run()
+                })?)),
             },
-            None => std::future::pending().await,
+            Protocol::Udp => match &mut self.tasks.udp {
+                Some(task) => Ok(task),
+                none => {
+                    let beside_tcp = self.tasks.tcp.is_some();
+                    Ok(none.insert(ListenerTask::spawn(|poll, orders| {
+                        UdpRelay::new(poll, orders, limits, beside_tcp).run()
+                    })?))
+                }
+            },
+        }
+    }
+
+    /// Starts to serve listeners that were assigned.
+    pub(crate) fn serve(&self, assignments: Vec<Assignment>) {
+        for (task, assignments) in self.by_task(assignments, protocol_of) {
+            task.serve(assignments);
+        }
+    }
+
+    /// Serves listeners otherwise from now on.
+    pub(crate) fn change_routes(&self, assignments: Vec<Assignment>) {
+        for (task, assignments) in self.by_task(assignments, protocol_of) {
+            task.change(assignments);
+        }
+    }
+
+    /// Takes nothing new from listeners, and closes them in the end. Returns when the former is so.
+    pub(crate) async fn release(&self, ports: Vec<(Protocol, Arc<Port>)>) {
+        for (task, ports) in self.by_task(ports, |(protocol, _port)| *protocol) {
+            let released = task.release(ports.into_iter().map(|(_protocol, port)| port).collect());
+            // If the task is gone, so are its listeners.
+            drop(released.await);
+        }
+    }
+
+    fn by_task<T>(
+        &self,
+        items: Vec<T>,
+        protocol: impl Fn(&T) -> Protocol,
+    ) -> impl Iterator<Item = (&ListenerTask, Vec<T>)> {
+        let (tcp, udp) = items.into_iter().partition::<Vec<T>, _>(|item| protocol(item) == Protocol::Tcp);
+        let tasks = [(&self.tasks.tcp, tcp), (&self.tasks.udp, udp)];
+        tasks
+            .into_iter()
+            .filter(|(_task, items)| !items.is_empty())
+            .filter_map(|(task, items)| Some((task.as_ref()?, items)))
+    }
+
+    /// Waits for what must not happen: that a task serves no more, though nobody asked for it to end.
+    pub async fn failed(&mut self) -> ServeError {
+        async fn ended(task: &mut Option<ListenerTask>) -> Option<io::Error> {
+            match task {
+                Some(task) => task.ended().await.err(),
+                None => std::future::pending().await,
+            }
+        }
+        tokio::select! {
+            error = ended(&mut self.tasks.tcp) => ServeError::new(Protocol::Tcp, error),
+            error = ended(&mut self.tasks.udp) => ServeError::new(Protocol::Udp, error),
         }
     }
 
     /// Stops accepting, and gives the connections and flows `timeout` to end by themselves.
     pub async fn drain(self, timeout: Duration) {
-        let Self { workers, listeners, acceptors, udp, stop } = self;
-        drop((stop, listeners));
-        for acceptor in acceptors {
-            // A panic there has been reported where it happened, and stops nothing here.
-            drop(acceptor.await);
+        let Self { workers, tasks: Tasks { tcp, udp }, registry, nameless, .. } = self;
+        // They hold sockets, which the tasks are to close.
+        drop((registry, nameless));
+        let (tcp, udp) = (tcp.map(ListenerTask::finish), udp.map(ListenerTask::finish));
+        if let Some(tcp) = tcp {
+            // A failure there has been reported, and stops nothing here.
+            drop(tcp.await);
         }
         info!(connections = workers.connections(), ?timeout, "draining");
         let ended = async {
@@ -159,21 +221,40 @@ impl Server {
     /// Ends at once. The listeners stop to listen even if another process has them open too (a
     /// runtime that bound them for us): no client is left waiting for someone to accept it.
     pub fn abandon(self) {
-        for listener in &self.listeners {
-            if let Err(error) = SockRef::from(listener.as_ref()).shutdown(std::net::Shutdown::Both) {
+        let tcp = self.nameless.iter().filter(|listener| listener.route.forward.protocol == Protocol::Tcp);
+        for listener in tcp {
+            if let Err(error) = SockRef::from(listener.port.as_ref()).shutdown(Shutdown::Both) {
                 warn!(%error, "cannot shut a listener down");
             }
         }
     }
 }
 
+fn protocol_of(assignment: &Assignment) -> Protocol {
+    assignment.route.forward.protocol
+}
+
 /// Why a server cannot go on.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
-    /// Waiting for datagrams failed.
-    #[error("cannot wait for datagrams: {0}")]
-    Udp(#[source] io::Error),
-    /// The task that serves UDP is gone.
-    #[error("the UDP relay ended by itself")]
-    Ended,
+    /// Waiting for connections or datagrams failed.
+    #[error("cannot wait for {protocol} clients: {source}")]
+    Wait {
+        /// Whose clients.
+        protocol: Protocol,
+        /// What epoll_wait(2) answered.
+        source: io::Error,
+    },
+    /// The task that serves a protocol is gone.
+    #[error("the {0} relay ended by itself")]
+    Ended(Protocol),
+}
+
+impl ServeError {
+    fn new(protocol: Protocol, error: Option<io::Error>) -> Self {
+        match error {
+            Some(source) => Self::Wait { protocol, source },
+            None => Self::Ended(protocol),
+        }
+    }
 }

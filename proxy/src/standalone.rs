@@ -3,18 +3,18 @@
 use std::ffi::OsString;
 use std::fmt;
 use std::io;
-use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use tokio::runtime::Runtime;
 use tracing::info;
 
+use crate::bound::{Bound, BoundPort};
 use crate::cli::{self, Cli, Command, Serve, Unparsed};
 use crate::listen::BindError;
-use crate::mapping::{Limits, Mapping};
+use crate::mapping::{Forward, HostPorts, Mapping};
 use crate::runtime::{new_runtime, raise_descriptor_limit};
-use crate::server::{Bound, ServeError, Server};
+use crate::server::{ServeError, Server};
 use crate::signals::StopSignals;
 use crate::{console, demo, telemetry};
 
@@ -47,7 +47,7 @@ fn serve_mappings(options: &Serve) -> ExitCode {
     };
     telemetry::init(options.log());
     raise_descriptor_limit();
-    let (runtime, server, stop) = match start(&mappings, options.limits()) {
+    let (runtime, server, stop) = match start(mappings) {
         Ok(started) => started,
         Err(error) => {
             console::err(&format_args!("rproxy: {error}"));
@@ -64,15 +64,15 @@ fn serve_mappings(options: &Serve) -> ExitCode {
 }
 
 /// Everything that has to be there before clients are told: all host addresses bound, or none.
-fn start(mappings: &[Mapping], limits: Limits) -> Result<(Runtime, Server, StopSignals), StartError> {
+fn start(mappings: Vec<Mapping>) -> Result<(Runtime, Server, StopSignals), StartError> {
     let setup = |step| move |source| StartError::Setup { step, source };
-    let bound: Vec<Bound> = mappings.iter().map(|mapping| Bound::bind(*mapping)).collect::<Result<_, _>>()?;
+    let bound = Bound::bind_all(mappings)?;
     Bound::forget_stale_flows(&bound);
     let runtime = new_runtime().map_err(setup("create the event loop"))?;
     let entered = runtime.enter();
     let stop = StopSignals::catch().map_err(setup("catch signals"))?;
-    let ready = ready_lines(&bound).map_err(setup("ask for the address of a listener"))?;
-    let server = Server::start(bound, limits).map_err(setup("watch the listeners"))?;
+    let ready = ready_lines(&bound);
+    let server = Server::start(bound).map_err(setup("watch the listeners"))?;
     drop(entered);
     for line in ready {
         console::out(&line);
@@ -98,21 +98,26 @@ async fn until_stopped(
     Ok(())
 }
 
-/// What `docker port` prints: `80/tcp -> 0.0.0.0:49153`.
-fn ready_lines(bound: &[Bound]) -> io::Result<Vec<ReadyLine>> {
-    let line = |bound: &Bound| Ok(ReadyLine { mapping: *bound.mapping(), addr: bound.local_addr()? });
-    bound.iter().map(line).collect()
+/// What `docker port` prints: `80/tcp -> 0.0.0.0:49153`, and for a range `80-90/tcp -> 0.0.0.0:8000-8010`.
+fn ready_lines(bound: &[Bound]) -> Vec<String> {
+    bound.iter().flat_map(ready_lines_of).collect()
 }
 
-struct ReadyLine {
-    mapping: Mapping,
-    addr: SocketAddr,
-}
-
-impl fmt::Display for ReadyLine {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Mapping { backend, protocol, .. } = self.mapping;
-        write!(f, "{}/{protocol} -> {}", backend.socket_addr().port(), self.addr)
+fn ready_lines_of(bound: &Bound) -> Vec<String> {
+    let mapping = &bound.mapping;
+    match mapping.host_ports() {
+        HostPorts::Exactly(range) => {
+            let (host, backend_ports) = (mapping.host(), mapping.backend_ports());
+            let line = |protocol| format!("{backend_ports}/{protocol} -> {host}:{range}");
+            mapping.protocols().iter().map(line).collect()
+        }
+        HostPorts::FirstFree(_) | HostPorts::Random => {
+            let line = |port: &BoundPort| {
+                let Forward { backend, protocol, host, .. } = port.forward;
+                format!("{}/{protocol} -> {host}", backend.socket_addr().port())
+            };
+            bound.ports.iter().map(line).collect()
+        }
     }
 }
 

@@ -19,11 +19,13 @@ use tracing::{error, info, warn};
 pub use self::flags::{Flags, UsageError, is_docker_proxy_command};
 use self::status::StatusPipe;
 use crate::addr::{AddrError, BackendAddr, HostAddr, Protocol};
+use crate::bound::BoundPort;
 use crate::console;
+use crate::limits::Limits;
 use crate::listen::{AdoptError, BindError, Listener};
-use crate::mapping::{Limits, LoopError, Mapping};
+use crate::mapping::{Forward, LoopError};
 use crate::runtime::{new_runtime, raise_descriptor_limit};
-use crate::server::{Bound, Server};
+use crate::server::Server;
 use crate::signals::StopSignals;
 use crate::telemetry::{self, LogConfig};
 
@@ -81,7 +83,7 @@ fn start(flags: &Flags) -> Result<(Runtime, Server, StopSignals), StartError> {
     let runtime = new_runtime().map_err(setup("create the event loop"))?;
     let entered = runtime.enter();
     let stop = StopSignals::catch().map_err(setup("catch signals"))?;
-    let server = Server::start(vec![bound], Limits::default()).map_err(setup("watch the listener"))?;
+    let server = Server::start_ports([(bound, Limits::default())]).map_err(setup("watch the listener"))?;
     drop(entered);
     Ok((runtime, server, stop))
 }
@@ -94,17 +96,17 @@ fn report(written: io::Result<()>) {
 }
 
 /// Binds what the flags ask for, or adopts the listener that came with them.
-fn bind(flags: &Flags) -> Result<Bound, StartError> {
-    let mapping = mapping(flags)?;
+fn bind(flags: &Flags) -> Result<BoundPort, StartError> {
+    let forward = forward(flags)?;
     if !flags.use_listen_fd {
-        return Ok(Bound::bind(mapping)?);
+        return Ok(BoundPort::bind(forward)?);
     }
     let fd = claim_inherited(LISTENER_FD).map_err(StartError::NoListener)?;
-    let listener = Listener::adopt(fd, mapping.protocol).map_err(StartError::Listener)?;
-    Ok(Bound::adopt(mapping, listener))
+    let listener = Listener::adopt(fd, forward.protocol).map_err(StartError::Listener)?;
+    Ok(BoundPort::adopt(forward, listener))
 }
 
-fn mapping(flags: &Flags) -> Result<Mapping, StartError> {
+fn forward(flags: &Flags) -> Result<Forward, StartError> {
     let protocol = match flags.proto.as_str() {
         "tcp" => Protocol::Tcp,
         "udp" => Protocol::Udp,
@@ -113,14 +115,14 @@ fn mapping(flags: &Flags) -> Result<Mapping, StartError> {
     let port = |flag, port: i64| u16::try_from(port).map_err(|_err| StartError::Port { flag, port });
     let host_port = port("-host-port", flags.host_port)?;
     let container_port = port("-container-port", flags.container_port)?;
-    let mapping = Mapping {
+    let forward = Forward {
         protocol,
         host: HostAddr::new(flags.host_ip, host_port),
         backend: BackendAddr::new(flags.container_ip, container_port).map_err(StartError::Container)?,
         // As Go's "tcp6": the runtime starts another proxy for IPv4.
         v6only: true,
     };
-    Ok(mapping.refuse_loop()?)
+    Ok(forward.refuse_loop()?)
 }
 
 /// Why the proxy could not start; the runtime shows it to the user.

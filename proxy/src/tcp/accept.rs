@@ -1,82 +1,293 @@
-//! Taking connections from a listener.
+//! Taking connections from listeners: one task for all of them.
+//!
+//! Each turn takes a bounded burst from each listener that has something, and hands the connections
+//! over to workers. A listener whose mapping is full, or on which accepting fails, is left alone until
+//! that is over; what arrives meanwhile waits in its backlog.
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
+use std::pin::pin;
 use std::sync::Arc;
+use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::sys::epoll::{EpollEvent, EpollFlags};
 use rproxy_sys::socket;
-use rproxy_sys::watch::Watched;
-use tokio::io::Interest;
-use tokio::sync::watch;
-use tracing::{debug, warn};
+use socket2::SockRef;
+use tokio::sync::Notify;
+use tokio::time::{Instant, sleep_until};
+use tracing::{debug, error, warn};
 
-use super::{Service, serve};
+use super::serve;
 use crate::backoff::Backoff;
+use crate::limits::OnLimit;
 use crate::log_limit::LogLimit;
-use crate::worker::Workers;
+use crate::mapping::Forward;
+use crate::poll::{PORT, Poll, Port};
+use crate::service::{Assignment, Place};
+use crate::stats::Trouble;
+use crate::task::{Order, Orders};
+use crate::worker::{Seat, Workers};
 
-/// Connections accepted in a row before other tasks of the worker get theirs.
+/// Listeners looked after in one turn.
+const EVENTS: usize = 64;
+
+/// Connections accepted from a listener in one turn.
 const BURST: usize = 64;
 
 /// Pending connections at the end; the usual net.core.somaxconn. Under a flood there is always another.
 const LONGEST_BACKLOG: usize = 4096;
 
-/// Accepts connections and gives each to a worker, until `stop` changes or its sender is gone. What
-/// is pending by then is still accepted: its client has been told that it is connected.
-pub(crate) async fn accept_until(
-    mut stop: watch::Receiver<()>,
-    listener: Arc<Watched>,
-    service: Arc<Service>,
+/// The task that accepts the connections of all TCP mappings of a process.
+pub(crate) struct Acceptor {
+    poll: Poll,
+    orders: Orders,
+    /// Told when a mapping has room again that was full.
+    room: Arc<Notify>,
     workers: Arc<Workers>,
-) {
-    tokio::select! {
-        never = accept_forever(&listener, &service, &workers) => match never {},
-        _ = stop.changed() => {}
-    }
-    let pending = std::iter::from_fn(|| socket::accept(listener.as_fd()).ok());
-    hand_over(pending.take(LONGEST_BACKLOG).collect(), &service, &workers);
-    debug!(mapping = %service.mapping, "listener closed");
+    /// By the number of their port.
+    listeners: Vec<Option<Assignment>>,
+    /// The numbers of those whose mapping is full.
+    full: Vec<usize>,
+    failures: Failures,
 }
 
-async fn accept_forever(
-    listener: &Watched,
-    service: &Arc<Service>,
-    workers: &Workers,
-) -> std::convert::Infallible {
-    static FAILED: LogLimit = LogLimit::new();
+/// The listeners on which accepting failed, and when they are tried again.
+struct Failures {
+    listeners: Vec<usize>,
+    backoff: Backoff,
+    retry: Instant,
+}
 
-    let mut backoff = Backoff::default();
-    let mut burst = Vec::new();
-    loop {
-        let accept = |fd: BorrowedFd<'_>| socket::accept(fd).map(|accepted| burst.push(accepted));
-        let result = listener.repeat(Interest::READABLE, BURST, accept).await;
-        if !burst.is_empty() {
-            backoff.reset();
-            hand_over(std::mem::take(&mut burst), service, workers);
-        }
-        if let Err(error) = result {
-            if let Some(suppressed) = FAILED.permit() {
-                warn!(mapping = %service.mapping, error = %explain(&error), suppressed, "cannot accept a connection");
+impl Acceptor {
+    /// A task without listeners. It ends when all senders of `orders` are gone.
+    pub(crate) fn new(poll: Poll, orders: Orders, room: Arc<Notify>, workers: Arc<Workers>) -> Self {
+        let failures = Failures { listeners: Vec::new(), backoff: Backoff::default(), retry: Instant::now() };
+        Self { poll, orders, room, workers, listeners: Vec::new(), full: Vec::new(), failures }
+    }
+
+    /// Accepts connections until nobody can give orders any more. What is pending by then is still
+    /// accepted: its client has been told that it is connected.
+    ///
+    /// # Errors
+    /// What epoll_wait(2) answered; nothing is accepted any more then.
+    pub(crate) async fn run(mut self) -> io::Result<()> {
+        let mut events = [EpollEvent::empty(); EVENTS];
+        let room = self.room.clone();
+        let mut retry = pin!(sleep_until(self.failures.retry));
+        loop {
+            tokio::select! {
+                // Orders first: a listener may be reported before it is known here.
+                biased;
+                order = self.orders.recv() => match order {
+                    Some(order) => self.obey(order),
+                    None => break,
+                },
+                () = room.notified() => self.resume_full(),
+                () = &mut retry, if !self.failures.listeners.is_empty() => self.resume_failed(),
+                count = self.poll.wait(&mut events) => {
+                    if self.turn(&events[..count?]) {
+                        // Under a flood there is always another connection.
+                        tokio::task::yield_now().await;
+                    }
+                    retry.as_mut().reset(self.failures.retry);
+                }
             }
-            tokio::time::sleep(backoff.next_delay()).await;
         }
+        let all: Vec<_> = self.listeners.iter().flatten().map(|listener| listener.port.clone()).collect();
+        self.release(&all);
+        Ok(())
+    }
+
+    fn obey(&mut self, order: Order) {
+        match order {
+            Order::Serve(assignments) => {
+                for assignment in assignments {
+                    let number = assignment.port.number();
+                    if self.listeners.len() <= number {
+                        self.listeners.resize_with(number + 1, || None);
+                    }
+                    self.listeners[number] = Some(assignment);
+                }
+                // There may be other limits now.
+                self.resume_all_full();
+            }
+            Order::Release(ports, done) => {
+                self.release(&ports);
+                // Whoever asked may not wait for it.
+                done.send(()).ok();
+            }
+        }
+    }
+
+    /// Accepts what is pending on some listeners, as far as the limits allow, and forgets them.
+    fn release(&mut self, ports: &[Arc<Port>]) {
+        let mut accepted = Vec::new();
+        for port in ports {
+            let Some(listener) = self.listeners.get_mut(port.number()).and_then(Option::take) else {
+                continue;
+            };
+            // On an error there is nothing more to be had.
+            drop(accept_some(&listener, LONGEST_BACKLOG, &mut accepted));
+            debug!(mapping = %listener.route.forward, "listener closed");
+        }
+        hand_over(accepted, &self.workers);
+        let is_known = |number: &usize| self.listeners.get(*number).is_some_and(Option::is_some);
+        self.full.retain(is_known);
+        self.failures.listeners.retain(is_known);
+    }
+
+    /// Looks after each listener that has something once. Gives whether one of them may have more.
+    fn turn(&mut self, events: &[EpollEvent]) -> bool {
+        let mut accepted = Vec::new();
+        let mut more = false;
+        for event in events {
+            let number = usize::try_from(event.data() & !PORT).unwrap_or(usize::MAX);
+            let Some(Some(listener)) = self.listeners.get(number) else { continue };
+            match accept_some(listener, BURST, &mut accepted) {
+                Ok(Stop::Burst) => more = true,
+                Ok(Stop::Empty) => self.failures.backoff.reset(),
+                Ok(Stop::Full) => {
+                    watch(listener, EpollFlags::empty());
+                    self.full.push(number);
+                }
+                Err(error) => {
+                    watch(listener, EpollFlags::empty());
+                    log_failure(&listener.route.forward, &error);
+                    self.failures.add(number);
+                }
+            }
+        }
+        hand_over(accepted, &self.workers);
+        more
+    }
+
+    /// Goes on with all listeners whose mapping was full, which may find that it still is.
+    fn resume_all_full(&mut self) {
+        for number in self.full.drain(..) {
+            if let Some(Some(listener)) = self.listeners.get(number) {
+                watch(listener, EpollFlags::EPOLLIN);
+            }
+        }
+    }
+
+    /// Goes on with the listeners whose mapping is not full any more.
+    fn resume_full(&mut self) {
+        let listeners = &self.listeners;
+        self.full.retain(|number| match listeners.get(*number) {
+            Some(Some(listener)) if !listener.route.service.live.is_full() => {
+                watch(listener, EpollFlags::EPOLLIN);
+                false
+            }
+            known => known.is_some_and(Option::is_some),
+        });
+    }
+
+    /// Tries the listeners again on which accepting failed.
+    fn resume_failed(&mut self) {
+        for number in self.failures.listeners.drain(..) {
+            if let Some(Some(listener)) = self.listeners.get(number) {
+                watch(listener, EpollFlags::EPOLLIN);
+            }
+        }
+    }
+}
+
+impl Failures {
+    fn add(&mut self, listener: usize) {
+        if self.listeners.is_empty() {
+            self.retry = Instant::now() + self.backoff.next_delay();
+        }
+        self.listeners.push(listener);
+    }
+}
+
+/// A connection on its way to a worker.
+struct Accepted {
+    client: OwnedFd,
+    peer: SocketAddr,
+    place: Place,
+}
+
+/// Why no more connections were accepted from a listener.
+enum Stop {
+    /// There was none.
+    Empty,
+    /// It was enough for one turn.
+    Burst,
+    /// The mapping has as many as it may have.
+    Full,
+}
+
+/// Accepts up to `most` connections, and resets those that are not to be served.
+fn accept_some(listener: &Assignment, most: usize, accepted: &mut Vec<Accepted>) -> io::Result<Stop> {
+    let Assignment { port, route } = listener;
+    let service = &route.service;
+    for _ in 0..most {
+        let has_room = service.has_room();
+        if !has_room && service.limits.on_limit == OnLimit::Wait {
+            return Ok(Stop::Full);
+        }
+        let (client, peer) = match socket::accept(port.as_fd()) {
+            Ok(accepted) => accepted,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Stop::Empty),
+            Err(error) if is_the_clients(&error) => continue,
+            Err(error) => return Err(error),
+        };
+        if !service.admits(peer.ip()) {
+            reset(client);
+        } else if !has_room {
+            service.live.stats.count(Trouble::OverLimit);
+            reset(client);
+        } else {
+            accepted.push(Accepted { client, peer, place: Place::take(route) });
+        }
+    }
+    Ok(Stop::Burst)
+}
+
+/// Whether it is one connection that failed, not the listener (accept(2), "Error handling").
+fn is_the_clients(error: &io::Error) -> bool {
+    let errno = Errno::from_raw(error.raw_os_error().unwrap_or(0));
+    matches!(errno, Errno::ECONNABORTED | Errno::EINTR | Errno::EPROTO | Errno::EPERM)
+}
+
+/// Closes a connection so that its client knows that it is not served.
+fn reset(client: OwnedFd) {
+    if let Err(error) = SockRef::from(&client).set_linger(Some(Duration::ZERO)) {
+        debug!(%error, "cannot turn the close of a connection into a reset");
+    }
+}
+
+fn watch(listener: &Assignment, flags: EpollFlags) {
+    if let Err(error) = listener.port.watch(flags) {
+        error!(mapping = %listener.route.forward, %error, "cannot change what a listener is watched for");
     }
 }
 
 /// Gives connections to workers, each of which is woken once for all that it gets.
-fn hand_over(accepted: Vec<(OwnedFd, SocketAddr)>, service: &Arc<Service>, workers: &Workers) {
-    let mut seated: Vec<_> = accepted.into_iter().map(|client| (workers.seat(), client)).collect();
+fn hand_over(accepted: Vec<Accepted>, workers: &Workers) {
+    let mut seated: Vec<(Seat, Accepted)> =
+        accepted.into_iter().map(|client| (workers.seat(), client)).collect();
     seated.sort_by_key(|(seat, _client)| seat.worker());
     while let Some((seat, _client)) = seated.last() {
         let (worker, runtime) = (seat.worker(), seat.runtime());
         let first = seated.partition_point(|(seat, _client)| seat.worker() < worker);
-        let (group, service) = (seated.split_off(first), service.clone());
+        let group = seated.split_off(first);
         runtime.spawn(async move {
-            for (seat, (client, peer)) in group {
-                tokio::spawn(serve(client, peer, service.clone(), seat));
+            for (seat, Accepted { client, peer, place }) in group {
+                tokio::spawn(serve(client, peer, place, seat));
             }
         });
+    }
+}
+
+fn log_failure(forward: &Forward, error: &io::Error) {
+    static FAILED: LogLimit = LogLimit::new();
+
+    if let Some(suppressed) = FAILED.permit() {
+        warn!(mapping = %forward, error = %explain(error), suppressed, "cannot accept a connection");
     }
 }
 

@@ -13,43 +13,50 @@ mod pipe;
 mod relay;
 mod stream;
 
+use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
 
 use tokio::net::TcpStream;
 use tracing::{debug, warn};
 
+use self::dial::DialError;
 use crate::log_limit::LogLimit;
-use crate::mapping::{Limits, Mapping};
+use crate::service::Place;
+use crate::stats::Trouble;
 use crate::worker::Seat;
 
-/// What the connections of one mapping share.
-#[derive(Debug)]
-pub(crate) struct Service {
-    pub(crate) mapping: Mapping,
-    pub(crate) limits: Limits,
-}
-
-/// Serves one accepted connection to its end. `seat` is given up when it is over.
-async fn serve(client: OwnedFd, peer: SocketAddr, service: Arc<Service>, seat: Seat) {
+/// Serves one accepted connection to its end. `place` and `seat` are given up when it is over.
+async fn serve(client: OwnedFd, peer: SocketAddr, place: Place, seat: Seat) {
     static FAILED_DIALS: LogLimit = LogLimit::new();
 
     let client = match TcpStream::from_std(client.into()) {
         Ok(client) => client,
         Err(error) => return warn!(%peer, %error, "cannot watch an accepted connection"),
     };
-    match dial::dial(service.mapping.backend, service.limits.connect_timeout).await {
+    match dial::dial(place.forward().backend, place.limits().connect_timeout).await {
         Ok(backend) => {
             let outcome = relay::relay(&client, &backend).await;
-            debug!(%peer, mapping = %service.mapping, %outcome, "connection ended");
+            outcome.count(place.stats());
+            debug!(%peer, mapping = %place.forward(), %outcome, "connection ended");
         }
         Err(error) => {
+            place.stats().count(trouble(&error));
             if let Some(suppressed) = FAILED_DIALS.permit() {
                 warn!(%peer, %error, suppressed, "connection reset: no backend");
             }
             stream::reset_on_close(&client);
         }
     }
-    drop(seat);
+    drop((place, seat));
+}
+
+fn trouble(error: &DialError) -> Trouble {
+    match error {
+        DialError::Timeout { .. } => Trouble::ConnectTimeout,
+        DialError::Connect { source, .. } if source.kind() == io::ErrorKind::ConnectionRefused => {
+            Trouble::Refused
+        }
+        DialError::Connect { .. } | DialError::Open { .. } => Trouble::ConnectFailed,
+    }
 }

@@ -10,6 +10,7 @@ use tokio::net::TcpStream;
 
 use super::half::{End, pump};
 use super::stream;
+use crate::stats::{Stats, Trouble};
 
 /// How a connection ended, and what it carried.
 #[derive(Debug)]
@@ -20,6 +21,17 @@ pub(super) struct Outcome {
     to_client: u64,
     /// What broke the connection off; `None` if both sides said that they were done.
     failure: Option<io::Error>,
+}
+
+impl Outcome {
+    /// Adds what the connection came to.
+    pub(super) fn count(&self, stats: &Stats) {
+        stats.bytes_in.add(self.to_backend);
+        stats.bytes_out.add(self.to_client);
+        if self.failure.is_some() {
+            stats.count(Trouble::Broken);
+        }
+    }
 }
 
 impl fmt::Display for Outcome {

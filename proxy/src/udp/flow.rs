@@ -3,6 +3,7 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use arrayvec::ArrayVec;
 use rproxy_sys::udp::{BATCH, LocalAddr, RecvBatch, Transmit, receive_trains, set_buffers};
@@ -11,7 +12,8 @@ use socket2::{Domain, SockRef, Socket, Type};
 use super::payload::{Part, Payload};
 use super::send::Backlog;
 use super::table::FlowId;
-use crate::addr::BackendAddr;
+use crate::service::{FlowPlace, Route};
+use crate::stats::Stats;
 
 /// Bytes that the kernel may queue for a flow: a burst of answers to one client, all the more while
 /// that client's side is slower.
@@ -59,6 +61,7 @@ pub(super) struct Flow {
     pub(super) is_waiting: bool,
     /// What waits for room on the socket.
     backlog: Backlog,
+    place: FlowPlace,
 }
 
 /// What a socket is watched for.
@@ -76,12 +79,12 @@ impl Wanted {
 }
 
 impl Flow {
-    /// Opens a socket that is connected to `backend`.
+    /// Opens a socket that is connected to the backend of `route`.
     ///
     /// # Errors
     /// Those of socket(2) and connect(2); the latter if there is no route.
-    pub(super) fn open(backend: BackendAddr) -> io::Result<Self> {
-        let addr = backend.socket_addr();
+    pub(super) fn open(route: &Arc<Route>) -> io::Result<Self> {
+        let addr = route.forward.backend.socket_addr();
         let socket = Socket::new(Domain::for_address(addr), Type::DGRAM.nonblocking(), None)?;
         // Neither is needed for a flow to work, only for it to work well.
         drop(set_buffers(socket.as_fd(), RECEIVE_BUFFER, SEND_BUFFER));
@@ -93,7 +96,13 @@ impl Flow {
             trains_out: true,
             is_waiting: false,
             backlog: Backlog::default(),
+            place: FlowPlace::take(route),
         })
+    }
+
+    /// What the flow is counted in.
+    pub(super) fn stats(&self) -> &Stats {
+        self.place.stats()
     }
 
     /// Sends the datagrams in some slots of `batch` to the backend. Gives `true` if from now on
@@ -101,7 +110,10 @@ impl Flow {
     pub(super) fn send(&mut self, batch: &RecvBatch, datagrams: &[(FlowId, usize)]) -> bool {
         let mut payload = Payload::new();
         let mut parts: ArrayVec<Part, BATCH> = ArrayVec::new();
-        payload.add(batch, datagrams, self.trains_in, &mut |part| parts.push(part));
+        let amount = payload.add(batch, datagrams, self.trains_in, &mut |part| parts.push(part));
+        let stats = self.place.stats();
+        stats.datagrams_in.add(amount.datagrams);
+        stats.bytes_in.add(amount.bytes);
         let messages: ArrayVec<Transmit<'_>, BATCH> =
             parts.iter().map(|part| part.message(&payload)).collect();
         let (waited, trains) = (!self.backlog.is_empty(), self.trains_in);

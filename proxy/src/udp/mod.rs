@@ -7,6 +7,7 @@
 //! refuses.
 
 mod flow;
+mod listeners;
 mod payload;
 pub(crate) mod relay;
 mod send;

@@ -16,6 +16,26 @@ pub(super) struct Payload<'a> {
     pieces: ArrayVec<IoSlice<'a>, BATCH>,
 }
 
+/// How much the datagrams of a flow are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Amount {
+    pub(super) datagrams: u64,
+    pub(super) bytes: u64,
+}
+
+impl Amount {
+    fn of(chunks: &[Chunk]) -> Self {
+        let datagrams = |chunk: &Chunk| match chunk.segment {
+            Some(size) if chunk.len > 0 => chunk.len.div_ceil(usize::from(size.max(1))),
+            _ => 1,
+        };
+        Self {
+            datagrams: chunks.iter().map(|chunk| datagrams(chunk) as u64).sum(),
+            bytes: chunks.iter().map(|chunk| chunk.len as u64).sum(),
+        }
+    }
+}
+
 /// The pieces of a [`Payload`] that make one message.
 pub(super) struct Part {
     pieces: Range<usize>,
@@ -28,14 +48,14 @@ impl<'a> Payload<'a> {
     }
 
     /// Adds what was received in the slots of `datagrams`, all of one flow, and passes the messages
-    /// that come of it to `part`: joined into trains if the path takes them.
+    /// that come of it to `part`: joined into trains if the path takes them. Gives how much it is.
     pub(super) fn add(
         &mut self,
         batch: &'a RecvBatch,
         datagrams: &[(FlowId, usize)],
         join: bool,
         part: &mut dyn FnMut(Part),
-    ) {
+    ) -> Amount {
         let start = self.pieces.len();
         let mut chunks: ArrayVec<Chunk, BATCH> = ArrayVec::new();
         for (_id, slot) in datagrams {
@@ -54,6 +74,7 @@ impl<'a> Payload<'a> {
         } else {
             chunks.iter().enumerate().for_each(|(i, chunk)| add(i..i + 1, chunk.segment));
         }
+        Amount::of(&chunks)
     }
 }
 

@@ -5,31 +5,31 @@
 //! another one's backlog. The flows of a listener share its way out: while that is full, answers stay
 //! in the sockets of their flows, each of which gets the same share of it, in turn.
 
-use std::collections::VecDeque;
+use std::collections::HashSet;
 use std::io;
-use std::net::UdpSocket;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::pin;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arrayvec::ArrayVec;
-use nix::errno::Errno;
 use nix::libc;
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use nix::sys::resource::{Resource, getrlimit};
 use rproxy_sys::udp::{BATCH, RecvBatch, Transmit};
-use rproxy_sys::watch::Watched;
-use tokio::io::Interest;
-use tokio::sync::watch;
 use tracing::{debug, error, warn};
 
 use super::flow::{Flow, FlowKey, Wanted};
+use super::listeners::Listeners;
 use super::payload::{Part, Payload};
-use super::send::{Backlog, log_lost};
+use super::send::log_lost;
 use super::table::{Bounds, FlowId, FlowTable, Side};
-use crate::addr::BackendAddr;
+use crate::limits::Limits;
 use crate::log_limit::LogLimit;
-use crate::mapping::{Limits, Mapping};
+use crate::poll::{PORT, Poll};
+use crate::service::Route;
+use crate::stats::Trouble;
+use crate::task::{Order, Orders};
 
 /// Sockets looked after in one turn.
 const EVENTS: usize = 256;
@@ -55,9 +55,9 @@ const RESERVED_DESCRIPTORS: usize = 64;
 
 /// All UDP mappings of a process.
 pub(crate) struct UdpRelay {
-    epoll: Epoll,
-    watched: Watched,
-    listeners: Vec<Listener>,
+    poll: Poll,
+    orders: Orders,
+    listeners: Listeners,
     table: FlowTable<FlowKey, Flow>,
     /// Made when the first datagram arrives: an idle mapping has no buffers.
     batch: Option<Box<RecvBatch>>,
@@ -66,81 +66,45 @@ pub(crate) struct UdpRelay {
     draining: bool,
 }
 
-struct Listener {
-    socket: UdpSocket,
-    mapping: Mapping,
-    backlog: Backlog,
-    /// Flows whose answers wait until there is room, next in turn first; some may be over.
-    waiting: VecDeque<FlowId>,
-}
-
-impl Listener {
-    /// Whether answers have to wait for others.
-    fn is_crowded(&self) -> bool {
-        !self.backlog.is_empty() || !self.waiting.is_empty()
-    }
-
-    fn wanted(&self) -> Wanted {
-        Wanted { receive: true, send: self.is_crowded() }
-    }
-}
-
 impl UdpRelay {
     /// A relay without mappings, whose flows are bounded by `limits`. `beside_tcp` says whether
-    /// connections need descriptors too.
-    ///
-    /// # Errors
-    /// What epoll_create1(2) or epoll_ctl(2) answered.
-    ///
-    /// # Panics
-    /// Outside a tokio runtime.
-    pub(crate) fn new(limits: &Limits, beside_tcp: bool) -> io::Result<Self> {
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        let watched = Watched::new(epoll.0.try_clone()?, Interest::READABLE)?;
-        Ok(Self {
-            epoll,
-            watched,
-            listeners: Vec::new(),
+    /// connections need descriptors too. It ends when nobody can give `orders` any more.
+    pub(crate) fn new(poll: Poll, orders: Orders, limits: &Limits, beside_tcp: bool) -> Self {
+        Self {
+            poll,
+            orders,
+            listeners: Listeners::default(),
             table: FlowTable::new(bounds(limits, beside_tcp)),
             batch: None,
             slots: Vec::new(),
             draining: false,
-        })
+        }
     }
 
-    /// Serves `mapping` on `socket`, which has to be non-blocking.
-    ///
-    /// # Errors
-    /// What epoll_ctl(2) answered.
-    pub(crate) fn add(&mut self, mapping: Mapping, socket: UdpSocket) -> io::Result<()> {
-        let token = Token::Listener(self.listeners.len());
-        self.epoll.add(&socket, event(token, Wanted::RECEIVE))?;
-        let (backlog, waiting) = (Backlog::default(), VecDeque::new());
-        self.listeners.push(Listener { socket, mapping, backlog, waiting });
-        Ok(())
-    }
-
-    /// Relays until `stop` changes or its sender is gone, and then until the flows are quiet.
+    /// Relays until nobody can give orders any more, and then until the flows are quiet.
     ///
     /// # Errors
     /// What epoll_wait(2) answered; nothing is served any more then.
-    pub(crate) async fn run(mut self, mut stop: watch::Receiver<()>) -> io::Result<()> {
+    pub(crate) async fn run(mut self) -> io::Result<()> {
         let mut events = vec![EpollEvent::empty(); EVENTS];
         let mut alarm = pin!(tokio::time::sleep(Duration::ZERO));
         let mut turns = 0_u32;
         while !(self.draining && self.is_quiet(Instant::now())) {
             tokio::select! {
-                // Signals and timers first: under a flood there is always another datagram.
+                // Orders and timers first: under a flood there is always another datagram.
                 biased;
-                _ = stop.changed(), if !self.draining => {
-                    self.draining = true;
+                order = self.orders.recv(), if !self.draining => {
+                    match order {
+                        Some(order) => self.obey(order),
+                        None => self.draining = true,
+                    }
                     alarm.as_mut().reset(tokio::time::Instant::now());
                 }
-                () = &mut alarm, if self.table.len() > 0 => {
+                () = &mut alarm, if self.table.len() > 0 || self.listeners.are_closing() => {
                     self.expire();
                     alarm.as_mut().reset(self.next_deadline().into());
                 }
-                count = wait(&self.watched, &self.epoll, &mut events) => self.turn(&events[..count?]),
+                count = self.poll.wait(&mut events) => self.turn(&events[..count?]),
             }
             turns = turns.wrapping_add(1);
             if turns.is_multiple_of(TURNS_IN_A_ROW) {
@@ -151,6 +115,47 @@ impl UdpRelay {
         Ok(())
     }
 
+    fn obey(&mut self, order: Order) {
+        match order {
+            Order::Serve(assignments) => {
+                let numbered =
+                    assignments.into_iter().map(|assignment| (assignment.port.number(), assignment));
+                let anothers = |(number, assignment)| self.listeners.assign(assignment).then_some(number);
+                let taken_over: HashSet<usize> = numbered.filter_map(anothers).collect();
+                self.end_flows_of(&taken_over);
+            }
+            Order::Release(ports, done) => {
+                let now = Instant::now();
+                ports.iter().for_each(|port| self.listeners.release(port.number(), now));
+                drop(ports);
+                self.close_listeners(now);
+                // Whoever asked may not wait for it.
+                done.send(()).ok();
+            }
+        }
+    }
+
+    /// Closes the released listeners whose flows are quiet.
+    fn close_listeners(&mut self, now: Instant) {
+        let is_recent = |at: Instant| now.saturating_duration_since(at) < QUIET;
+        let recent = self.table.iter().filter(|(_id, _key, last_active)| is_recent(*last_active));
+        let busy: HashSet<usize> = recent.map(|(_id, key, _last_active)| key.listener as usize).collect();
+        let closed = self.listeners.close(now, |number| busy.contains(&number));
+        self.end_flows_of(&closed.into_iter().collect());
+    }
+
+    /// Ends the flows of some listeners.
+    fn end_flows_of(&mut self, listeners: &HashSet<usize>) {
+        if listeners.is_empty() {
+            return;
+        }
+        let theirs = self.table.iter().filter(|(_id, key, _at)| listeners.contains(&(key.listener as usize)));
+        let theirs: Vec<FlowId> = theirs.map(|(id, _key, _at)| id).collect();
+        for id in theirs {
+            drop(self.table.remove(id));
+        }
+    }
+
     fn is_quiet(&self, now: Instant) -> bool {
         self.table.last_active().is_none_or(|at| now.saturating_duration_since(at) >= QUIET)
     }
@@ -158,12 +163,16 @@ impl UdpRelay {
     /// When there is something to do without any datagram. Traffic only moves it further away.
     fn next_deadline(&self) -> Instant {
         let quiet = self.table.last_active().filter(|_| self.draining).map(|at| at + QUIET);
-        let next = [self.table.next_expiry(), quiet].into_iter().flatten().min();
+        let closing = self.listeners.are_closing().then(|| Instant::now() + QUIET);
+        let next = [self.table.next_expiry(), quiet, closing].into_iter().flatten().min();
         next.unwrap_or_else(Instant::now)
     }
 
     fn expire(&mut self) {
         let now = Instant::now();
+        if self.listeners.are_closing() {
+            self.close_listeners(now);
+        }
         while self.table.expire(now).is_some() {}
     }
 
@@ -186,11 +195,15 @@ impl UdpRelay {
     }
 
     fn serve_listener(&mut self, index: usize, ready: EpollFlags, batch: &mut RecvBatch, now: Instant) {
+        if self.listeners.get_mut(index).is_none() {
+            // It was reported before the order came that says what it is for.
+            return;
+        }
         if ready.contains(EpollFlags::EPOLLOUT) {
             self.serve_waiting(index, batch, now);
         }
         for _ in 0..LISTENER_BATCHES {
-            match batch.recv(self.listeners[index].socket.as_fd(), 0, BATCH, true) {
+            match batch.recv(self.listeners[index].as_fd(), 0, BATCH, true) {
                 Ok(count) => {
                     self.forward(index, batch, count, now);
                     if count < BATCH {
@@ -227,7 +240,7 @@ impl UdpRelay {
             let id = datagrams[0].0;
             let Some((_key, flow)) = self.table.get_mut(id) else { continue };
             if flow.send(batch, datagrams) {
-                interest(&self.epoll, flow.as_fd(), Token::Flow(id), flow.wanted());
+                interest(self.poll.epoll(), flow.as_fd(), Token::Flow(id), flow.wanted());
             }
         }
     }
@@ -241,16 +254,17 @@ impl UdpRelay {
             self.table.touch(id, Side::Client, now);
             return Some(id);
         }
-        if self.draining {
+        let listener = &self.listeners[key.listener as usize];
+        if self.draining || listener.is_closing() || !listener.route.service.admits(key.client.ip()) {
             return None;
         }
-        let mapping = &self.listeners[key.listener as usize].mapping;
+        let route = listener.route.clone();
         // First the new flow, then the end of another one: it may be that none can be opened.
-        let opened = open(&mut self.table, mapping.backend).and_then(|flow| {
+        let opened = open(&mut self.table, &route).and_then(|flow| {
             let source = key.client.ip();
             drop(self.table.make_room(source));
             let id = self.table.next_id();
-            self.epoll.add(&flow, event(Token::Flow(id), Wanted::RECEIVE))?;
+            self.poll.epoll().add(&flow, event(Token::Flow(id), Wanted::RECEIVE))?;
             Ok(self.table.insert(*key, source, flow, now))
         });
         match opened {
@@ -259,8 +273,9 @@ impl UdpRelay {
                 Some(id)
             }
             Err(error) => {
+                route.service.live.stats.count(Trouble::FlowFailed);
                 if let Some(suppressed) = FAILED.permit() {
-                    warn!(%mapping, client = %key.client, %error, suppressed, "cannot open a flow");
+                    warn!(mapping = %route.forward, client = %key.client, %error, suppressed, "cannot open a flow");
                 }
                 None
             }
@@ -295,7 +310,7 @@ impl UdpRelay {
         }
         let is_waiting = flow.is_waiting;
         if flow.wanted() != wanted {
-            interest(&self.epoll, flow.as_fd(), Token::Flow(id), flow.wanted());
+            interest(self.poll.epoll(), flow.as_fd(), Token::Flow(id), flow.wanted());
         }
         if !is_waiting {
             self.receive_answers(id, FLOW_BATCH, batch, replies, now);
@@ -309,8 +324,7 @@ impl UdpRelay {
     fn serve_waiting(&mut self, index: usize, batch: &mut RecvBatch, now: Instant) {
         let mut replies = 0;
         for _ in 0..LISTENER_BATCHES {
-            let Listener { socket, backlog, .. } = &mut self.listeners[index];
-            if !backlog.flush(socket.as_fd()) {
+            if !self.listeners[index].flush() {
                 break;
             }
             for _ in 0..self.listeners[index].waiting.len() {
@@ -322,7 +336,7 @@ impl UdpRelay {
             self.send_replies(batch, &mut replies);
         }
         let listener = &self.listeners[index];
-        interest(&self.epoll, listener.socket.as_fd(), Token::Listener(index), listener.wanted());
+        interest(self.poll.epoll(), listener.as_fd(), Token::Listener(index), listener.wanted());
     }
 
     /// Receives the share of the flow that is next in turn. It waits on if there may be more.
@@ -338,7 +352,7 @@ impl UdpRelay {
             self.listeners[listener].waiting.push_back(id);
         } else if let Some((_key, flow)) = self.table.get_mut(id) {
             flow.is_waiting = false;
-            interest(&self.epoll, flow.as_fd(), Token::Flow(id), flow.wanted());
+            interest(self.poll.epoll(), flow.as_fd(), Token::Flow(id), flow.wanted());
         }
     }
 
@@ -388,8 +402,12 @@ impl UdpRelay {
         let mut answers: ArrayVec<Answer, BATCH> = ArrayVec::new();
         for datagrams in datagrams.chunk_by(|a, b| a.0 == b.0) {
             let id = datagrams[0].0;
-            let trains = self.table.get(id).is_some_and(|(_key, flow)| flow.trains_out);
-            payload.add(batch, datagrams, trains, &mut |part| answers.push(Answer { id, trains, part }));
+            let Some((_key, flow)) = self.table.get(id) else { continue };
+            let trains = flow.trains_out;
+            let amount =
+                payload.add(batch, datagrams, trains, &mut |part| answers.push(Answer { id, trains, part }));
+            flow.stats().datagrams_out.add(amount.datagrams);
+            flow.stats().bytes_out.add(amount.bytes);
         }
         let was_crowded = self.listeners[listener].is_crowded();
         for answers in answers.chunk_by(|a, b| a.trains == b.trains) {
@@ -397,7 +415,7 @@ impl UdpRelay {
         }
         let listening = &self.listeners[listener];
         if listening.is_crowded() && !was_crowded {
-            interest(&self.epoll, listening.socket.as_fd(), Token::Listener(listener), listening.wanted());
+            interest(self.poll.epoll(), listening.as_fd(), Token::Listener(listener), listening.wanted());
         }
     }
 
@@ -408,10 +426,9 @@ impl UdpRelay {
             Some(Transmit { to: Some(key.client), source: key.local, ..answer.part.message(payload) })
         };
         let messages: ArrayVec<Transmit<'_>, BATCH> = answers.iter().filter_map(message).collect();
-        let Listener { socket, backlog, .. } = &mut self.listeners[listener];
         let mut refused: ArrayVec<FlowId, BATCH> = ArrayVec::new();
         let trains = answers.first().is_some_and(|answer| answer.trains);
-        backlog.send(socket.as_fd(), &messages, trains, &mut |index| refused.push(answers[index].id));
+        self.listeners[listener].send(&messages, trains, &mut |index| refused.push(answers[index].id));
         for id in refused {
             if let Some((_key, flow)) = self.table.get_mut(id) {
                 flow.trains_out = false;
@@ -451,16 +468,6 @@ fn local_ports() -> usize {
     }
 }
 
-/// Waits until sockets have something, and says how many are in `events`.
-async fn wait(watched: &Watched, epoll: &Epoll, events: &mut [EpollEvent]) -> io::Result<usize> {
-    let poll = |_fd: BorrowedFd<'_>| match epoll.wait(events, EpollTimeout::ZERO) {
-        Ok(0) | Err(Errno::EINTR) => Err(io::ErrorKind::WouldBlock.into()),
-        Ok(count) => Ok(count),
-        Err(errno) => Err(errno.into()),
-    };
-    watched.io(Interest::READABLE, poll).await
-}
-
 /// Which socket an event of the epoll instance is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Token {
@@ -469,21 +476,18 @@ enum Token {
 }
 
 impl Token {
-    /// Set in the numbers of listeners; those of flows leave it clear.
-    const LISTENER: u64 = 1 << 63;
-
     fn to_u64(self) -> u64 {
         match self {
-            Self::Listener(index) => Self::LISTENER | index as u64,
+            Self::Listener(index) => PORT | index as u64,
             Self::Flow(id) => id.to_u64(),
         }
     }
 
     fn from_u64(number: u64) -> Self {
-        if number & Self::LISTENER == 0 {
+        if number & PORT == 0 {
             return Self::Flow(FlowId::from_u64(number));
         }
-        Self::Listener(usize::try_from(number & !Self::LISTENER).unwrap_or(usize::MAX))
+        Self::Listener(usize::try_from(number & !PORT).unwrap_or(usize::MAX))
     }
 }
 
@@ -503,14 +507,14 @@ fn event(token: Token, wanted: Wanted) -> EpollEvent {
 
 /// Opens a flow's socket. Descriptors or local ports may run out below the cap, which is taken as the
 /// cap.
-fn open(table: &mut FlowTable<FlowKey, Flow>, backend: BackendAddr) -> io::Result<Flow> {
+fn open(table: &mut FlowTable<FlowKey, Flow>, route: &Arc<Route>) -> io::Result<Flow> {
     let has_run_out = |error: &io::Error| {
         // connect(2) gives the last two when all local ports are taken.
         const RUN_OUT: [i32; 4] = [libc::EMFILE, libc::ENFILE, libc::EAGAIN, libc::EADDRNOTAVAIL];
         error.raw_os_error().is_some_and(|errno| RUN_OUT.contains(&errno))
     };
-    match Flow::open(backend) {
-        Err(error) if has_run_out(&error) && table.evict().is_some() => Flow::open(backend),
+    match Flow::open(route) {
+        Err(error) if has_run_out(&error) && table.evict().is_some() => Flow::open(route),
         opened => opened,
     }
 }

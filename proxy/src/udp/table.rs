@@ -239,6 +239,20 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
         is_over.then(|| self.remove_slot(oldest))
     }
 
+    /// All flows, by name, with the time of their last traffic.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (FlowId, &K, Instant)> {
+        (0..).zip(&self.slots).filter_map(|(slot, Slot { generation, used })| {
+            let used = used.as_ref()?;
+            Some((FlowId { slot, generation: *generation }, &used.key, used.last_active))
+        })
+    }
+
+    /// Takes the flow `id` out, unless it is over.
+    pub(super) fn remove(&mut self, id: FlowId) -> Option<F> {
+        self.get(id)?;
+        Some(self.remove_slot(id.slot))
+    }
+
     /// When the next flow will have been idle for too long.
     pub(super) fn next_expiry(&self) -> Option<Instant> {
         let oldest = self.slots[self.oldest()? as usize].used.as_ref()?;

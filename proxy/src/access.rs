@@ -1,0 +1,85 @@
+//! Which clients a mapping serves.
+
+use std::net::IpAddr;
+
+use ipnet::IpNet;
+
+/// Networks whose clients are served, and networks whose clients are not.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AccessList {
+    /// Only clients from these networks are served; if there are none, all clients are.
+    pub allow: Vec<IpNet>,
+    /// Clients from these networks are not served, whatever `allow` says.
+    pub deny: Vec<IpNet>,
+}
+
+impl AccessList {
+    /// Whether it lets everybody in, so that no client needs to be looked at.
+    pub fn is_open(&self) -> bool {
+        self.allow.is_empty() && self.deny.is_empty()
+    }
+
+    /// Whether a client at `ip` is served. An IPv4-mapped address counts as the IPv4 address: that is
+    /// how IPv4 clients of a dual-stack socket appear.
+    pub fn admits(&self, ip: IpAddr) -> bool {
+        let ip = ip.to_canonical();
+        let among = |networks: &[IpNet]| networks.iter().any(|network| network.contains(&ip));
+        !among(&self.deny) && (self.allow.is_empty() || among(&self.allow))
+    }
+}
+
+/// Parses a network: `10.0.0.0/8`, `fd00::/8`, or one address.
+///
+/// # Errors
+/// A message that says what would work.
+pub fn parse_network(text: &str) -> Result<IpNet, String> {
+    if let Ok(ip) = text.parse::<IpAddr>() {
+        return Ok(ip.to_canonical().into());
+    }
+    let network: IpNet = text
+        .parse()
+        .map_err(|_err| "not a network; write one such as 10.0.0.0/8, fd00::/8 or 192.0.2.7".to_owned())?;
+    if network != network.trunc() {
+        return Err(format!("it has host bits set; write {}", network.trunc()));
+    }
+    Ok(network)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn list(allow: &[&str], deny: &[&str]) -> AccessList {
+        let networks = |texts: &[&str]| texts.iter().map(|text| parse_network(text).unwrap()).collect();
+        AccessList { allow: networks(allow), deny: networks(deny) }
+    }
+
+    fn admits(list: &AccessList, ip: &str) -> bool {
+        list.admits(ip.parse().unwrap())
+    }
+
+    #[test]
+    fn denied_networks_win_over_allowed_ones() {
+        assert!(AccessList::default().is_open());
+        assert!(admits(&AccessList::default(), "192.0.2.1"));
+
+        let only = list(&["10.0.0.0/8", "fd00::/8"], &["10.9.0.0/16"]);
+        assert!(!only.is_open());
+        assert!(admits(&only, "10.0.0.1"));
+        assert!(admits(&only, "::ffff:10.0.0.1"), "an IPv4 client of a dual-stack socket");
+        assert!(admits(&only, "fd00::1"));
+        assert!(!admits(&only, "10.9.0.1"));
+        assert!(!admits(&only, "192.0.2.1"));
+
+        let others = list(&[], &["192.0.2.7"]);
+        assert!(admits(&others, "192.0.2.8"));
+        assert!(!admits(&others, "192.0.2.7"));
+    }
+
+    #[test]
+    fn a_network_that_is_none_is_refused_with_a_way_out() {
+        assert!(parse_network("10.0.0.1/8").unwrap_err().contains("write 10.0.0.0/8"));
+        assert!(parse_network("10.0.0.0/33").unwrap_err().contains("not a network"));
+        assert!(parse_network("lan").unwrap_err().contains("not a network"));
+    }
+}

@@ -1,0 +1,206 @@
+//! Sets of listening sockets that one task serves, and that other threads add to and take from.
+//!
+//! One epoll instance watches all of them, and the event loop watches that: an idle listener costs an
+//! entry in a list, not a task. A [`Port`] can be added before its task knows what to do with it, so
+//! that everything which can fail is over before anything changes.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use rproxy_sys::watch::Watched;
+use tokio::io::Interest;
+
+/// Set in the data of events that are about a [`Port`], whose number is in the other bits. A task that
+/// watches other sockets too leaves it clear for these.
+pub(crate) const PORT: u64 = 1 << 63;
+
+/// The set: a handle for whoever adds to it.
+#[derive(Clone, Debug)]
+pub(crate) struct PollSet(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    epoll: Epoll,
+    numbers: Mutex<Numbers>,
+}
+
+/// The numbers that ports have. The lowest are given out first and again, so that they can be indices.
+#[derive(Debug, Default)]
+struct Numbers {
+    free: Vec<u32>,
+    next: u32,
+}
+
+impl PollSet {
+    /// An empty set.
+    ///
+    /// # Errors
+    /// Those of epoll_create1(2).
+    pub(crate) fn new() -> io::Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        Ok(Self(Arc::new(Shared { epoll, numbers: Mutex::default() })))
+    }
+
+    /// Adds `socket`, which has to be non-blocking. Nothing is reported about it before [`Port::watch`].
+    ///
+    /// # Errors
+    /// Those of epoll_ctl(2): `ENOSPC` at the limit of `fs.epoll.max_user_watches`.
+    pub(crate) fn add(&self, socket: impl Into<OwnedFd>) -> io::Result<Port> {
+        let socket = socket.into();
+        let number = {
+            let mut numbers = self.numbers();
+            numbers.free.pop().unwrap_or_else(|| {
+                numbers.next += 1;
+                numbers.next - 1
+            })
+        };
+        let port = Port { socket, number, set: self.clone() };
+        self.epoll().add(&port.socket, port.event(EpollFlags::empty()))?;
+        Ok(port)
+    }
+
+    /// The epoll instance, for other sockets of the task.
+    pub(crate) fn epoll(&self) -> &Epoll {
+        &self.0.epoll
+    }
+
+    fn numbers(&self) -> MutexGuard<'_, Numbers> {
+        self.0.numbers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A listening socket in a [`PollSet`]. Dropping it closes the socket.
+#[derive(Debug)]
+pub(crate) struct Port {
+    socket: OwnedFd,
+    number: u32,
+    set: PollSet,
+}
+
+impl Port {
+    /// Its number in the set: no other has it while this exists.
+    pub(crate) fn number(&self) -> usize {
+        self.number as usize
+    }
+
+    /// Reports from now on whether the socket is ready for one of `flags`.
+    ///
+    /// # Errors
+    /// Those of epoll_ctl(2).
+    pub(crate) fn watch(&self, flags: EpollFlags) -> io::Result<()> {
+        Ok(self.set.epoll().modify(&self.socket, &mut self.event(flags))?)
+    }
+
+    fn event(&self, flags: EpollFlags) -> EpollEvent {
+        EpollEvent::new(flags, PORT | u64::from(self.number))
+    }
+}
+
+impl AsFd for Port {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl Drop for Port {
+    fn drop(&mut self) {
+        // Another process may have the socket open too, and then closing it would not end the reports.
+        if let Err(error) = self.set.epoll().delete(&self.socket) {
+            tracing::debug!(%error, "a listener was not watched");
+        }
+        self.set.numbers().free.push(self.number);
+    }
+}
+
+/// The side of the task that serves a [`PollSet`].
+#[derive(Debug)]
+pub(crate) struct Poll {
+    watched: Watched,
+    set: PollSet,
+}
+
+impl Poll {
+    /// Makes the event loop of the current runtime watch `set`.
+    ///
+    /// # Errors
+    /// Those of dup(2) and epoll_ctl(2).
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub(crate) fn new(set: PollSet) -> io::Result<Self> {
+        let watched = Watched::new(set.epoll().0.try_clone()?, Interest::READABLE)?;
+        Ok(Self { watched, set })
+    }
+
+    /// Waits until sockets have something, and says how many are in `events`.
+    ///
+    /// # Errors
+    /// Those of epoll_wait(2).
+    pub(crate) async fn wait(&self, events: &mut [EpollEvent]) -> io::Result<usize> {
+        self.watched.io(Interest::READABLE, |_epoll| self.look(events)).await
+    }
+
+    /// As [`Self::wait`], without waiting.
+    ///
+    /// # Errors
+    /// `EAGAIN` if no socket has anything; those of epoll_wait(2).
+    pub(crate) fn look(&self, events: &mut [EpollEvent]) -> io::Result<usize> {
+        match self.epoll().wait(events, EpollTimeout::ZERO) {
+            Ok(0) | Err(Errno::EINTR) => Err(io::ErrorKind::WouldBlock.into()),
+            Ok(count) => Ok(count),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// The epoll instance, for other sockets of the task.
+    pub(crate) fn epoll(&self) -> &Epoll {
+        self.set.epoll()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+    use crate::runtime::new_runtime;
+
+    fn port(set: &PollSet) -> (Port, std::net::SocketAddr) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let addr = listener.local_addr().unwrap();
+        (set.add(listener).unwrap(), addr)
+    }
+
+    #[test]
+    fn a_port_is_reported_once_it_is_watched_and_until_it_is_dropped() {
+        let runtime = new_runtime().unwrap();
+        let _entered = runtime.enter();
+        let set = PollSet::new().unwrap();
+        let poll = Poll::new(set.clone()).unwrap();
+        let mut events = [EpollEvent::empty(); 4];
+        let (_quiet, _) = port(&set);
+        let (port, addr) = port(&set);
+        // As another process would have it, after a handover.
+        let _elsewhere = port.as_fd().try_clone_to_owned().unwrap();
+
+        let _client = TcpStream::connect(addr).unwrap();
+        assert_eq!(poll.look(&mut events).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+        port.watch(EpollFlags::EPOLLIN).unwrap();
+        assert_eq!(runtime.block_on(poll.wait(&mut events)).unwrap(), 1);
+        assert_eq!(events[0].data(), PORT | port.number() as u64);
+        drop(port);
+        assert_eq!(poll.look(&mut events).unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn numbers_are_low_and_used_again() {
+        let set = PollSet::new().unwrap();
+        let [(first, _), (second, _)] = [port(&set), port(&set)];
+        assert_eq!([first.number(), second.number()], [0, 1]);
+        drop(first);
+        assert_eq!(port(&set).0.number(), 0);
+    }
+}

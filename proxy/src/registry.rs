@@ -1,0 +1,113 @@
+//! Which mappings are served: each under a name of its own.
+
+use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
+use std::sync::Arc;
+
+use crate::mapping::Mapping;
+use crate::name::Name;
+use crate::poll::Port;
+use crate::service::{Assignment, Live, Service};
+use crate::stats::Stats;
+
+/// A mapping that is served, and its sockets.
+#[derive(Debug)]
+pub struct Served {
+    /// The mapping as it was asked for.
+    pub(crate) mapping: Mapping,
+    /// How its clients are served.
+    pub(crate) service: Arc<Service>,
+    /// Its sockets, TCP first, each in the order of ports.
+    pub(crate) ports: Vec<Assignment>,
+}
+
+impl Served {
+    /// The mapping as it was asked for.
+    pub fn mapping(&self) -> &Mapping {
+        &self.mapping
+    }
+
+    /// What goes on in it.
+    pub fn stats(&self) -> &Stats {
+        &self.service.live.stats
+    }
+
+    /// The host port of each socket, in order: what was chosen where there was a choice.
+    pub fn host_ports(&self) -> impl Iterator<Item = u16> {
+        self.ports.iter().map(|assignment| assignment.route.forward.host.socket_addr().port())
+    }
+}
+
+/// A mapping that is not served any more.
+#[derive(Debug)]
+struct Departed {
+    name: Name,
+    live: Arc<Live>,
+}
+
+/// All mappings, by name.
+#[derive(Debug, Default)]
+pub struct Registry {
+    served: BTreeMap<Name, Served>,
+    departed: Vec<Departed>,
+}
+
+impl Registry {
+    /// How many mappings are served.
+    pub fn len(&self) -> usize {
+        self.served.len()
+    }
+
+    /// Whether none is served.
+    pub fn is_empty(&self) -> bool {
+        self.served.is_empty()
+    }
+
+    /// The mapping called `name`.
+    pub fn get(&self, name: &Name) -> Option<&Served> {
+        self.served.get(name)
+    }
+
+    /// All mappings, ordered by name.
+    pub fn iter(&self) -> impl Iterator<Item = (&Name, &Served)> {
+        self.served.iter()
+    }
+
+    /// The mappings that are not served any more, but whose connections and flows go on.
+    pub fn draining(&self) -> impl Iterator<Item = (&Name, &Stats)> {
+        let draining = self.departed.iter().filter(|departed| is_in_use(&departed.live));
+        draining.map(|departed| (&departed.name, &departed.live.stats))
+    }
+
+    /// Adds a mapping, or puts it in the place of the one that has its name.
+    pub(crate) fn put(&mut self, name: Name, served: Served) {
+        match self.served.entry(name) {
+            Entry::Vacant(entry) => drop(entry.insert(served)),
+            Entry::Occupied(mut entry) => {
+                let replaced = entry.insert(served);
+                let same = Arc::ptr_eq(&replaced.service.live, &entry.get().service.live);
+                if !same {
+                    let name = entry.key().clone();
+                    self.depart(name, replaced);
+                }
+            }
+        }
+    }
+
+    /// Takes the mapping called `name` out. What goes on in it is still shown.
+    pub(crate) fn take(&mut self, name: &Name) -> Option<Vec<Arc<Port>>> {
+        let (name, mut served) = self.served.remove_entry(name)?;
+        let ports = served.ports.drain(..).map(|assignment| assignment.port).collect();
+        self.depart(name, served);
+        Some(ports)
+    }
+
+    fn depart(&mut self, name: Name, served: Served) {
+        self.departed.retain(|departed| is_in_use(&departed.live));
+        self.departed.push(Departed { name, live: served.service.live.clone() });
+    }
+}
+
+fn is_in_use(live: &Live) -> bool {
+    live.stats.connections.get() + live.stats.flows.get() > 0
+}

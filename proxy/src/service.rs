@@ -1,0 +1,190 @@
+//! What the sockets and connections of a mapping share.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use tokio::sync::Notify;
+
+use crate::limits::Limits;
+use crate::mapping::Forward;
+use crate::poll::Port;
+use crate::stats::{Stats, Trouble};
+
+/// A listening socket and what it stands for.
+#[derive(Clone, Debug)]
+pub(crate) struct Assignment {
+    /// The socket.
+    pub(crate) port: Arc<Port>,
+    /// Where its clients end up, and how.
+    pub(crate) route: Arc<Route>,
+}
+
+/// Where the clients of one port of a mapping end up, and how they are served.
+#[derive(Debug)]
+pub(crate) struct Route {
+    /// Which port of the mapping it is, and of the backend.
+    pub(crate) forward: Forward,
+    /// What it shares with the other ports.
+    pub(crate) service: Arc<Service>,
+}
+
+/// How new connections and flows of a mapping are served. Other limits make another one, and what
+/// goes on already keeps the one that it started with.
+#[derive(Debug)]
+pub(crate) struct Service {
+    /// What bounds connections and flows.
+    pub(crate) limits: Limits,
+    /// What goes on in the mapping, before and after the change.
+    pub(crate) live: Arc<Live>,
+}
+
+/// What goes on in a mapping.
+#[derive(Debug, Default)]
+pub(crate) struct Live {
+    pub(crate) stats: Stats,
+    /// Connections that count against the limit.
+    connections: AtomicUsize,
+    /// Whether someone waits for one of them to end.
+    is_full: AtomicBool,
+    /// Told when one has ended that someone waited for.
+    room: Arc<Notify>,
+}
+
+impl Live {
+    /// A mapping without connections; `room` is told when connections end that others wait for.
+    pub(crate) fn new(room: Arc<Notify>) -> Self {
+        Self { room, ..Self::default() }
+    }
+
+    /// Whether someone waits for a connection to end that has not ended yet.
+    pub(crate) fn is_full(&self) -> bool {
+        self.is_full.load(Ordering::SeqCst)
+    }
+}
+
+impl Service {
+    /// Whether the limits allow one more connection. If not, the end of one is going to be told.
+    pub(crate) fn has_room(&self) -> bool {
+        let Some(most) = self.limits.max_connections else {
+            return true;
+        };
+        let Live { connections, is_full, .. } = &*self.live;
+        if connections.load(Ordering::SeqCst) < most {
+            return true;
+        }
+        // First the wish to be told, then another look: an end in between is seen or told.
+        is_full.store(true, Ordering::SeqCst);
+        let has_room = connections.load(Ordering::SeqCst) < most;
+        if has_room {
+            is_full.store(false, Ordering::SeqCst);
+        }
+        has_room
+    }
+
+    /// Whether a client at `ip` is served. Counts those that are not.
+    pub(crate) fn admits(&self, ip: IpAddr) -> bool {
+        let access = &self.limits.access;
+        let admitted = access.is_open() || access.admits(ip);
+        if !admitted {
+            self.live.stats.count(Trouble::Denied);
+        }
+        admitted
+    }
+}
+
+/// A connection's place in its mapping, given up when dropped.
+#[derive(Debug)]
+pub(crate) struct Place(Arc<Route>);
+
+impl Place {
+    /// A place for one more connection.
+    pub(crate) fn take(route: &Arc<Route>) -> Self {
+        let live = &route.service.live;
+        live.connections.fetch_add(1, Ordering::SeqCst);
+        live.stats.connections.add(1);
+        live.stats.connections_total.add(1);
+        Self(route.clone())
+    }
+
+    /// Where the connection ends up.
+    pub(crate) fn forward(&self) -> &Forward {
+        &self.0.forward
+    }
+
+    /// What bounds it.
+    pub(crate) fn limits(&self) -> &Limits {
+        &self.0.service.limits
+    }
+
+    /// What it is counted in.
+    pub(crate) fn stats(&self) -> &Stats {
+        &self.0.service.live.stats
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let live = &self.0.service.live;
+        live.stats.connections.sub_one();
+        live.connections.fetch_sub(1, Ordering::SeqCst);
+        if live.is_full.swap(false, Ordering::SeqCst) {
+            live.room.notify_one();
+        }
+    }
+}
+
+/// A flow's place in its mapping, given up when dropped.
+#[derive(Debug)]
+pub(crate) struct FlowPlace(Arc<Route>);
+
+impl FlowPlace {
+    /// A place for one more flow.
+    pub(crate) fn take(route: &Arc<Route>) -> Self {
+        let stats = &route.service.live.stats;
+        stats.flows.add(1);
+        stats.flows_total.add(1);
+        Self(route.clone())
+    }
+
+    /// What the flow is counted in.
+    pub(crate) fn stats(&self) -> &Stats {
+        &self.0.service.live.stats
+    }
+}
+
+impl Drop for FlowPlace {
+    fn drop(&mut self) {
+        self.stats().flows.sub_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::addr::Protocol;
+
+    fn route(max_connections: usize, room: Arc<Notify>) -> Arc<Route> {
+        let backend = "192.0.2.1:80".parse().unwrap();
+        let host = "127.0.0.1:80".parse().unwrap();
+        let forward = Forward { protocol: Protocol::Tcp, host, backend, v6only: false };
+        let limits = Limits { max_connections: Some(max_connections), ..Limits::default() };
+        let service = Arc::new(Service { limits, live: Arc::new(Live::new(room)) });
+        Arc::new(Route { forward, service })
+    }
+
+    #[test]
+    fn a_full_mapping_tells_when_there_is_room_again() {
+        let room = Arc::new(Notify::new());
+        let route = route(2, room.clone());
+        let Service { live, .. } = &*route.service;
+
+        let places = [Place::take(&route), Place::take(&route)];
+        assert!(!route.service.has_room() && live.is_full());
+        drop(places);
+        assert!(!live.is_full() && route.service.has_room());
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        runtime.block_on(room.notified());
+        assert_eq!([live.stats.connections.get(), live.stats.connections_total.get()], [0, 2]);
+    }
+}

@@ -1,0 +1,127 @@
+//! What a mapping is doing, and what it has done.
+//!
+//! The data path adds to these counters once per wake-up or batch, without ordering: a reader sees
+//! each of them as it was a moment ago, not all of them as they were at one moment.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A number that any thread may change.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds `count`.
+    pub(crate) fn add(&self, count: u64) {
+        self.0.fetch_add(count, Ordering::Relaxed);
+    }
+
+    /// Takes one off what was added before.
+    pub(crate) fn sub_one(&self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Its value.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Why something that a client wanted did not come about, or did not come to its end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trouble {
+    /// The backend refused a connection.
+    Refused,
+    /// The backend did not answer a connection attempt in time.
+    ConnectTimeout,
+    /// No connection to the backend for another reason: no route, no descriptor.
+    ConnectFailed,
+    /// A connection was reset by either side.
+    Broken,
+    /// A connection was cut because it was idle for too long.
+    Idle,
+    /// A client was not let in, or a datagram of one.
+    Denied,
+    /// A connection was reset because there were too many.
+    OverLimit,
+    /// A flow could not be opened, and a datagram was lost.
+    FlowFailed,
+}
+
+impl Trouble {
+    /// All of them, in the order in which they are shown.
+    pub const ALL: [Self; 8] = [
+        Self::Refused,
+        Self::ConnectTimeout,
+        Self::ConnectFailed,
+        Self::Broken,
+        Self::Idle,
+        Self::Denied,
+        Self::OverLimit,
+        Self::FlowFailed,
+    ];
+
+    /// Its name in the control protocol.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Refused => "connect_refused",
+            Self::ConnectTimeout => "connect_timeout",
+            Self::ConnectFailed => "connect_failed",
+            Self::Broken => "reset",
+            Self::Idle => "idle",
+            Self::Denied => "denied",
+            Self::OverLimit => "over_limit",
+            Self::FlowFailed => "flow_failed",
+        }
+    }
+}
+
+/// The counters of a mapping.
+#[derive(Debug, Default)]
+pub struct Stats {
+    /// TCP connections there are now.
+    pub connections: Counter,
+    /// TCP connections there have been.
+    pub connections_total: Counter,
+    /// UDP flows there are now.
+    pub flows: Counter,
+    /// UDP flows there have been.
+    pub flows_total: Counter,
+    /// Bytes that backends took, over TCP and UDP.
+    pub bytes_in: Counter,
+    /// Bytes that clients took, over TCP and UDP.
+    pub bytes_out: Counter,
+    /// Datagrams for backends.
+    pub datagrams_in: Counter,
+    /// Datagrams for clients.
+    pub datagrams_out: Counter,
+    troubles: [Counter; Trouble::ALL.len()],
+}
+
+impl Stats {
+    /// How often `trouble` occurred.
+    pub fn trouble(&self, trouble: Trouble) -> u64 {
+        self.troubles[trouble as usize].get()
+    }
+
+    /// Counts an occurrence of `trouble`.
+    pub(crate) fn count(&self, trouble: Trouble) {
+        self.troubles[trouble as usize].add(1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_trouble_has_a_place_and_a_name_of_its_own() {
+        let stats = Stats::default();
+        for (index, trouble) in Trouble::ALL.into_iter().enumerate() {
+            assert_eq!(trouble as usize, index);
+            stats.count(trouble);
+            assert_eq!(stats.trouble(trouble), 1);
+            let same_name = Trouble::ALL.iter().filter(|other| other.as_str() == trouble.as_str());
+            assert_eq!(same_name.count(), 1);
+        }
+    }
+}

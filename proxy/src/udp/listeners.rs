@@ -1,0 +1,151 @@
+//! The listeners of the relay: which there are, and which are on their way out.
+//!
+//! A listener that is released takes no new flows. It stays until those that it has are quiet, since
+//! their answers leave through its socket, or until another mapping wants that.
+
+use std::collections::VecDeque;
+use std::ops::{Index, IndexMut};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rproxy_sys::udp::Transmit;
+
+use super::flow::Wanted;
+use super::send::Backlog;
+use super::table::FlowId;
+use crate::poll::Port;
+use crate::service::{Assignment, Route};
+
+/// A released listener is closed after this long, however much its clients go on to send.
+const LONGEST_FAREWELL: Duration = Duration::from_secs(10);
+
+/// A socket that clients send to.
+pub(super) struct Listener {
+    port: Arc<Port>,
+    /// Where new flows lead to.
+    pub(super) route: Arc<Route>,
+    /// When it is closed, if it was released.
+    closing: Option<Instant>,
+    backlog: Backlog,
+    /// Flows whose answers wait until there is room, next in turn first; some may be over.
+    pub(super) waiting: VecDeque<FlowId>,
+}
+
+impl Listener {
+    /// Whether it takes no new flows.
+    pub(super) fn is_closing(&self) -> bool {
+        self.closing.is_some()
+    }
+
+    /// Whether answers have to wait for others.
+    pub(super) fn is_crowded(&self) -> bool {
+        !self.backlog.is_empty() || !self.waiting.is_empty()
+    }
+
+    /// Sends answers, or keeps those that there is no room for; see [`Backlog::send`].
+    pub(super) fn send(&mut self, messages: &[Transmit<'_>], trains: bool, refused: &mut dyn FnMut(usize)) {
+        self.backlog.send(self.port.as_fd(), messages, trains, refused);
+    }
+
+    /// Sends what was kept, as far as there is room. Gives whether that is all.
+    pub(super) fn flush(&mut self) -> bool {
+        self.backlog.flush(self.port.as_fd())
+    }
+
+    /// What its socket has to be watched for now.
+    pub(super) fn wanted(&self) -> Wanted {
+        Wanted { receive: true, send: self.is_crowded() }
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.port.as_fd()
+    }
+}
+
+/// All listeners, by the numbers of their ports.
+#[derive(Default)]
+pub(super) struct Listeners {
+    slots: Vec<Option<Listener>>,
+    /// The numbers of those that are on their way out.
+    closing: Vec<usize>,
+}
+
+impl Listeners {
+    /// Serves a listener as `assignment` says. Gives `true` if it was another mapping's, whose flows
+    /// have to go now.
+    pub(super) fn assign(&mut self, assignment: Assignment) -> bool {
+        let Assignment { port, route } = assignment;
+        let number = port.number();
+        if self.slots.len() <= number {
+            self.slots.resize_with(number + 1, || None);
+        }
+        self.closing.retain(|closing| *closing != number);
+        match &mut self.slots[number] {
+            Some(listener) => {
+                let live = |route: &Route| Arc::as_ptr(&route.service.live);
+                let was_anothers = live(&listener.route) != live(&route);
+                listener.route = route;
+                listener.closing = None;
+                was_anothers
+            }
+            none => {
+                let (backlog, waiting) = (Backlog::default(), VecDeque::new());
+                *none = Some(Listener { port, route, closing: None, backlog, waiting });
+                false
+            }
+        }
+    }
+
+    /// Lets a listener go as soon as its flows are quiet.
+    pub(super) fn release(&mut self, number: usize, now: Instant) {
+        if let Some(listener) = self.get_mut(number)
+            && listener.closing.is_none()
+        {
+            listener.closing = Some(now + LONGEST_FAREWELL);
+            self.closing.push(number);
+        }
+    }
+
+    /// Whether any is on its way out.
+    pub(super) fn are_closing(&self) -> bool {
+        !self.closing.is_empty()
+    }
+
+    /// Closes those on their way out that are not `busy`, or have been for too long; gives their
+    /// numbers.
+    pub(super) fn close(&mut self, now: Instant, busy: impl Fn(usize) -> bool) -> Vec<usize> {
+        let Self { slots, closing } = self;
+        let is_over = |number: &usize| {
+            let deadline = slots[*number].as_ref().and_then(|listener| listener.closing);
+            deadline.is_none_or(|deadline| now >= deadline) || !busy(*number)
+        };
+        let over: Vec<usize> = closing.extract_if(.., |number| is_over(number)).collect();
+        for number in &over {
+            slots[*number] = None;
+        }
+        over
+    }
+
+    /// The listener at `number`, unless it is gone or not known yet.
+    pub(super) fn get_mut(&mut self, number: usize) -> Option<&mut Listener> {
+        self.slots.get_mut(number)?.as_mut()
+    }
+}
+
+/// For the listener of a flow: it is there for as long as the flow is.
+impl Index<usize> for Listeners {
+    type Output = Listener;
+
+    fn index(&self, number: usize) -> &Listener {
+        self.slots[number].as_ref().expect("flows end before their listener")
+    }
+}
+
+impl IndexMut<usize> for Listeners {
+    fn index_mut(&mut self, number: usize) -> &mut Listener {
+        self.slots[number].as_mut().expect("flows end before their listener")
+    }
+}
