@@ -36,9 +36,11 @@ pub(super) enum End {
 pub(super) async fn pump(source: &TcpStream, sink: &TcpStream, moved: &mut u64) -> End {
     loop {
         let result = match poll_fn(|cx| copy(source, sink, moved, cx)).await {
-            Copied::Blocked(rest) => flush(&rest, source, sink, moved).await,
+            // On the heap, as most connections wait for requests, most of the time: these states would
+            // take room in each of them.
+            Copied::Blocked(rest) => Box::pin(flush(&rest, source, sink, moved)).await,
             Copied::Bulk => match pipe::take() {
-                Some(pipe) => bulk::splice(pipe, source, sink, moved).await,
+                Some(pipe) => Box::pin(bulk::splice(pipe, source, sink, moved)).await,
                 None => Ok(()),
             },
             Copied::Ended(end) => Err(end),

@@ -39,7 +39,9 @@ async fn serve(client: OwnedFd, peer: SocketAddr, service: Arc<Service>, seat: S
         Ok(client) => client,
         Err(error) => return warn!(%peer, %error, "cannot watch an accepted connection"),
     };
-    match dial::dial(service.mapping.backend, service.limits.connect_timeout).await {
+    // On the heap, so that its timer takes no room once the connection is there.
+    let dialled = Box::pin(dial::dial(service.mapping.backend, service.limits.connect_timeout)).await;
+    match dialled {
         Ok(backend) => {
             let outcome = relay::relay(&client, &backend).await;
             debug!(%peer, mapping = %service.mapping, %outcome, "connection ended");
@@ -52,4 +54,32 @@ async fn serve(client: OwnedFd, peer: SocketAddr, service: Arc<Service>, seat: S
         }
     }
     drop(seat);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::addr::{BackendAddr, HostAddr, Protocol};
+    use crate::runtime::new_runtime;
+    use crate::worker::Workers;
+
+    /// An idle connection is this future, its task, and what the runtime keeps for two sockets.
+    #[test]
+    fn a_connection_takes_little_room() {
+        let runtime = new_runtime().unwrap();
+        let workers = Workers::new(runtime.handle().clone());
+        let localhost = [127, 0, 0, 1].into();
+        let mapping = Mapping {
+            protocol: Protocol::Tcp,
+            host: HostAddr::new(localhost, 0),
+            backend: BackendAddr::new(localhost, 80).unwrap(),
+            v6only: false,
+        };
+        let service = Service { mapping, limits: Limits::default() };
+        let fd = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().into();
+        let peer = SocketAddr::from(([127, 0, 0, 1], 1));
+        let future = serve(fd, peer, service.into(), workers.seat());
+        let size = size_of_val(&future);
+        assert!(size <= 640, "{size} bytes");
+    }
 }

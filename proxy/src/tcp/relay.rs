@@ -43,8 +43,9 @@ pub(super) async fn relay(client: &TcpStream, backend: &TcpStream) -> Outcome {
         let mut downstream = pin!(pump(backend, client, &mut to_client));
         tokio::select! {
             biased;
-            end = &mut upstream => finish(end, client, backend, downstream).await,
-            end = &mut downstream => finish(end, backend, client, upstream).await,
+            // On the heap: while both directions run, it would only take room.
+            end = &mut upstream => Box::pin(finish(end, client, backend, downstream)).await,
+            end = &mut downstream => Box::pin(finish(end, backend, client, upstream)).await,
         }
     };
     Outcome { to_backend, to_client, failure }
