@@ -42,6 +42,18 @@ impl Namespace {
         namespace
     }
 
+    /// The namespace that a path of the form `/proc/…/ns/net` names.
+    ///
+    /// # Panics
+    /// When there is none.
+    #[track_caller]
+    pub fn open(path: &str) -> Self {
+        match File::open(path) {
+            Ok(file) => Self { file },
+            Err(error) => panic!("cannot open {path}: {error}"),
+        }
+    }
+
     /// Runs `task` on a thread inside the namespace. Sockets that it opens belong there for good, also
     /// when the caller uses them elsewhere.
     pub fn run<T: Send>(&self, task: impl FnOnce() -> T + Send) -> T {

@@ -21,6 +21,7 @@ use rproxy_tests::process::{Output, Process, Stream, run};
 use rproxy_tests::require::{self, Need};
 use rproxy_tests::rproxy::rproxy;
 use rproxy_tests::suite::{self, Case};
+use rproxy_tests::udp::{self, Backend, bind_in};
 
 /// What each daemon of this suite needs.
 const DAEMON: &[Need] = &[
@@ -49,6 +50,7 @@ fn main() -> ExitCode {
         case("docker stop frees the port", stop_frees_port),
         case("a taken port fails docker run with our message", taken_port_is_explained),
         case("docker restart right after traffic", restart_after_traffic),
+        case("a UDP port answers the host and other containers", udp_from_host_and_containers),
     ])
 }
 
@@ -121,6 +123,21 @@ impl Docker {
         while self.namespace.run(|| TcpStream::connect(address)).is_err() {
             thread::yield_now();
         }
+    }
+
+    /// Starts a container that does nothing.
+    fn run_idle(&self, name: &str, options: &str) {
+        self.docker(&format!("run --detach --name {name} {options} small busybox sleep 600")).success();
+    }
+
+    /// The network of a running container.
+    fn network_of(&self, container: &str) -> Namespace {
+        let id = self.docker(&format!("inspect --format {{{{.Id}}}} {container}")).success();
+        let cgroup = Path::new(&self.cgroup).join(id.trim()).join("cgroup.procs");
+        let processes =
+            cgroup_roots().into_iter().find_map(|root| fs::read_to_string(root.join(&cgroup)).ok());
+        let process = processes.unwrap().lines().next().unwrap().to_owned();
+        Namespace::open(&format!("/proc/{process}/ns/net"))
     }
 
     /// Fetches the page from a container of its own.
@@ -276,6 +293,23 @@ fn taken_port_is_explained() {
     assert!(!output.status.success(), "{output:#?}");
     let message = "starting userland proxy: cannot listen on 0.0.0.0:8080";
     assert!(output.stderr.contains(message), "{output:#?}");
+}
+
+/// The answer has to come from the address that was asked, also where the daemon's rules leave a container's
+/// datagrams to the proxy (libnetwork#1729).
+fn udp_from_host_and_containers() {
+    let docker = Docker::start();
+    docker.run_idle("server", "--publish 5300:53/udp");
+    docker.run_idle("client", "");
+    let backend = bind_in(&docker.network_of("server"), (Ipv4Addr::UNSPECIFIED, 53));
+    let _backend = Backend::echo(backend);
+    let on_host = bind_in(&docker.namespace, (Ipv4Addr::UNSPECIFIED, 0));
+    let in_container = bind_in(&docker.network_of("client"), (Ipv4Addr::UNSPECIFIED, 0));
+    for size in [0, 1, 1_400, 20_000] {
+        udp::assert_echoes(&on_host, (Ipv4Addr::LOCALHOST, 5300).into(), &vec![7; size]);
+        udp::assert_echoes(&on_host, (Ipv4Addr::new(172, 17, 0, 1), 5300).into(), &vec![7; size]);
+        udp::assert_echoes(&in_container, (Ipv4Addr::new(172, 17, 0, 1), 5300).into(), &vec![7; size]);
+    }
 }
 
 /// The connections that were just closed keep their addresses for a while, and must not keep the port.

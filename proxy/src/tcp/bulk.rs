@@ -12,7 +12,7 @@ use rproxy_sys::socket::set_receive_low_watermark;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use super::half::{End, is_transient, writable};
+use super::half::{Direction, End, is_transient, writable};
 use super::pipe::{self, Pipe};
 
 /// How long a source may be quiet before bulk mode ends. The runtime's timer has a resolution of
@@ -29,31 +29,26 @@ const FIRST_WATERMARK: u32 = 256 * 1024;
 /// The highest watermark: what a full-sized pipe takes in one call.
 const LAST_WATERMARK: u32 = 1024 * 1024;
 
-/// Splices from `source` to `sink` until the source is quiet for a tick; adds to `moved` what the
-/// sink took. The pipe goes back to its pool.
+/// Splices from the source to the sink until the source is quiet for a tick. The pipe goes back to its pool.
 ///
 /// # Errors
 /// The [`End`] of the direction, when it came to one.
-pub(super) async fn splice(
-    mut pipe: Pipe,
-    source: &TcpStream,
-    sink: &TcpStream,
-    moved: &mut u64,
-) -> Result<(), End> {
+pub(super) async fn splice(mut pipe: Pipe, direction: &Direction<'_>) -> Result<(), End> {
+    let Direction { source, meter, .. } = direction;
     let mut watermark = Watermark::new(source);
-    let start = *moved;
+    let start = meter.moved();
     let result = loop {
         // While both sides keep up, nothing here waits: other tasks of the worker get their turn.
         tokio::task::coop::consume_budget().await;
         match pipe.fill(source) {
             Ok(0) => break Err(End::Eof),
             Ok(_) => {
-                if let Err(end) = empty(&mut pipe, source, sink, moved).await {
+                if let Err(end) = empty(&mut pipe, direction).await {
                     break Err(end);
                 }
             }
             Err(error) if is_transient(&error) => {
-                if *moved - start >= SUSTAINED {
+                if meter.moved() - start >= SUSTAINED {
                     watermark.raise();
                 }
                 match timeout(TICK, source.readable()).await {
@@ -69,11 +64,12 @@ pub(super) async fn splice(
     result
 }
 
-/// Empties the pipe into `sink`, as it takes it.
-async fn empty(pipe: &mut Pipe, source: &TcpStream, sink: &TcpStream, moved: &mut u64) -> Result<(), End> {
+/// Empties the pipe into the sink, as it takes it.
+async fn empty(pipe: &mut Pipe, direction: &Direction<'_>) -> Result<(), End> {
+    let Direction { source, sink, meter } = direction;
     while !pipe.is_empty() {
         match pipe.drain(sink) {
-            Ok(drained) => *moved += drained as u64,
+            Ok(drained) => meter.add(drained),
             Err(error) if is_transient(&error) => writable(source, sink).await?,
             Err(error) => return Err(End::SinkFailed(error)),
         }

@@ -7,6 +7,7 @@ use std::task::{Context, Poll, ready};
 
 use tokio::net::TcpStream;
 
+use super::meter::Meter;
 use super::{bulk, pipe, stream};
 
 /// The size of the worker's copy buffer. Larger ones gain nothing over splicing, which takes over.
@@ -32,13 +33,26 @@ pub(super) enum End {
     SinkFailed(io::Error),
 }
 
-/// Moves bytes from `source` to `sink` until one of them ends; adds to `moved` what `sink` took.
-pub(super) async fn pump(source: &TcpStream, sink: &TcpStream, moved: &mut u64) -> End {
+/// One way through a connection.
+#[derive(Debug)]
+pub(super) struct Direction<'a> {
+    /// Where bytes are read.
+    pub(super) source: &'a TcpStream,
+    /// Where they are written.
+    pub(super) sink: &'a TcpStream,
+    /// Counts those that the sink took.
+    pub(super) meter: Meter<'a>,
+}
+
+/// Moves bytes from the source to the sink until one of them ends.
+pub(super) async fn pump(direction: &Direction<'_>) -> End {
     loop {
-        let result = match poll_fn(|cx| copy(source, sink, moved, cx)).await {
-            Copied::Blocked(rest) => flush(&rest, source, sink, moved).await,
+        let result = match poll_fn(|cx| copy(direction, cx)).await {
+            // On the heap, as most connections wait for requests, most of the time: these states would
+            // take room in each of them.
+            Copied::Blocked(rest) => Box::pin(flush(&rest, direction)).await,
             Copied::Bulk => match pipe::take() {
-                Some(pipe) => bulk::splice(pipe, source, sink, moved).await,
+                Some(pipe) => Box::pin(bulk::splice(pipe, direction)).await,
                 None => Ok(()),
             },
             Copied::Ended(end) => Err(end),
@@ -59,13 +73,13 @@ enum Copied {
 }
 
 /// Copies through the worker's buffer as long as there is something to read and the sink takes it.
-fn copy(source: &TcpStream, sink: &TcpStream, moved: &mut u64, cx: &mut Context<'_>) -> Poll<Copied> {
+fn copy(direction: &Direction<'_>, cx: &mut Context<'_>) -> Poll<Copied> {
     let mut full_reads = 0;
     loop {
-        if let Err(error) = ready!(source.poll_read_ready(cx)) {
+        if let Err(error) = ready!(direction.source.poll_read_ready(cx)) {
             return Poll::Ready(Copied::Ended(End::SourceFailed(error)));
         }
-        let step = BUFFER.with_borrow_mut(|buf| copy_once(source, sink, moved, buf));
+        let step = BUFFER.with_borrow_mut(|buf| copy_once(direction, buf));
         match step {
             Step::Moved { full: true } => full_reads += 1,
             Step::Moved { full: false } => full_reads = 0,
@@ -90,7 +104,8 @@ enum Step {
 }
 
 /// One read and, if it brought something, one write.
-fn copy_once(source: &TcpStream, sink: &TcpStream, moved: &mut u64, buf: &mut [u8]) -> Step {
+fn copy_once(direction: &Direction<'_>, buf: &mut [u8]) -> Step {
+    let Direction { source, sink, meter } = direction;
     let read = match stream::read(source, buf) {
         Ok(0) => return Step::Stop(Copied::Ended(End::Eof)),
         Ok(read) => read,
@@ -102,7 +117,7 @@ fn copy_once(source: &TcpStream, sink: &TcpStream, moved: &mut u64, buf: &mut [u
         Err(error) if is_transient(&error) => 0,
         Err(error) => return Step::Stop(Copied::Ended(End::SinkFailed(error))),
     };
-    *moved += written as u64;
+    meter.add(written);
     if written < read {
         return Step::Stop(Copied::Blocked(buf[written..read].into()));
     }
@@ -110,11 +125,12 @@ fn copy_once(source: &TcpStream, sink: &TcpStream, moved: &mut u64, buf: &mut [u
 }
 
 /// Writes all of `rest`, as the sink takes it.
-async fn flush(mut rest: &[u8], source: &TcpStream, sink: &TcpStream, moved: &mut u64) -> Result<(), End> {
+async fn flush(mut rest: &[u8], direction: &Direction<'_>) -> Result<(), End> {
+    let Direction { source, sink, meter } = direction;
     while !rest.is_empty() {
         match stream::write(sink, rest) {
             Ok(written) => {
-                *moved += written as u64;
+                meter.add(written);
                 rest = &rest[written..];
             }
             Err(error) if is_transient(&error) => writable(source, sink).await?,

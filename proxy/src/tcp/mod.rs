@@ -9,6 +9,7 @@ pub(crate) mod accept;
 mod bulk;
 mod dial;
 mod half;
+mod meter;
 mod pipe;
 mod relay;
 mod stream;
@@ -34,10 +35,11 @@ async fn serve(client: OwnedFd, peer: SocketAddr, place: Place, seat: Seat) {
         Ok(client) => client,
         Err(error) => return warn!(%peer, %error, "cannot watch an accepted connection"),
     };
-    match dial::dial(place.forward().backend, place.limits().connect_timeout).await {
+    // On the heap, so that its timer takes no room once the connection is there.
+    let dialled = Box::pin(dial::dial(place.forward().backend, place.limits().connect_timeout)).await;
+    match dialled {
         Ok(backend) => {
-            let outcome = relay::relay(&client, &backend).await;
-            outcome.count(place.stats());
+            let outcome = relay::relay(&client, &backend, &place).await;
             debug!(%peer, mapping = %place.forward(), %outcome, "connection ended");
         }
         Err(error) => {
@@ -58,5 +60,40 @@ fn trouble(error: &DialError) -> Trouble {
             Trouble::Refused
         }
         DialError::Connect { .. } | DialError::Open { .. } => Trouble::ConnectFailed,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::addr::{BackendAddr, HostAddr, Protocol};
+    use crate::limits::Limits;
+    use crate::mapping::Forward;
+    use crate::runtime::new_runtime;
+    use crate::service::{Route, Service};
+    use crate::worker::Workers;
+
+    /// An idle connection is this future, its task, and what the runtime keeps for two sockets.
+    #[test]
+    fn a_connection_takes_little_room() {
+        let runtime = new_runtime().unwrap();
+        let workers = Workers::new(runtime.handle().clone());
+        let localhost = IpAddr::from([127, 0, 0, 1]);
+        let forward = Forward {
+            protocol: Protocol::Tcp,
+            host: HostAddr::new(localhost, 0),
+            backend: BackendAddr::new(localhost, 80).unwrap(),
+            v6only: false,
+        };
+        let service = Arc::new(Service { limits: Limits::default(), live: Arc::default() });
+        let place = Place::take(&Arc::new(Route { forward, service }));
+        let fd = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().into();
+        let peer = SocketAddr::from(([127, 0, 0, 1], 1));
+        let future = serve(fd, peer, place, workers.seat());
+        let size = size_of_val(&future);
+        assert!(size <= 640, "{size} bytes");
     }
 }

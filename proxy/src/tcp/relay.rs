@@ -4,13 +4,16 @@ use std::fmt;
 use std::io;
 use std::net::Shutdown;
 use std::pin::pin;
+use std::time::Duration;
 
 use socket2::SockRef;
 use tokio::net::TcpStream;
 
-use super::half::{End, pump};
+use super::half::{Direction, End, pump};
+use super::meter::{Meter, until_idle};
 use super::stream;
-use crate::stats::{Stats, Trouble};
+use crate::service::Place;
+use crate::stats::Trouble;
 
 /// How a connection ended, and what it carried.
 #[derive(Debug)]
@@ -23,17 +26,6 @@ pub(super) struct Outcome {
     failure: Option<io::Error>,
 }
 
-impl Outcome {
-    /// Adds what the connection came to.
-    pub(super) fn count(&self, stats: &Stats) {
-        stats.bytes_in.add(self.to_backend);
-        stats.bytes_out.add(self.to_client);
-        if self.failure.is_some() {
-            stats.count(Trouble::Broken);
-        }
-    }
-}
-
 impl fmt::Display for Outcome {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} bytes in, {} bytes out, ", self.to_backend, self.to_client)?;
@@ -44,31 +36,58 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// Relays between two connected streams until both directions have ended.
+/// Relays between two connected streams until both directions have ended, or nothing has moved for
+/// as long as the limits of `place` say. What happens is counted there.
 ///
 /// The end of a stream is passed on as a half-close, and the other direction goes on. A reset is
 /// passed on as a reset: when this returns with a failure, closing the streams resets both.
-pub(super) async fn relay(client: &TcpStream, backend: &TcpStream) -> Outcome {
-    let (mut to_backend, mut to_client) = (0, 0);
-    let failure = {
-        let mut upstream = pin!(pump(client, backend, &mut to_backend));
-        let mut downstream = pin!(pump(backend, client, &mut to_client));
-        tokio::select! {
-            biased;
-            end = &mut upstream => finish(end, client, backend, downstream).await,
-            end = &mut downstream => finish(end, backend, client, upstream).await,
-        }
+pub(super) async fn relay(client: &TcpStream, backend: &TcpStream, place: &Place) -> Outcome {
+    let stats = place.stats();
+    let up = Direction { source: client, sink: backend, meter: Meter::new(&stats.bytes_in) };
+    let down = Direction { source: backend, sink: client, meter: Meter::new(&stats.bytes_out) };
+    let failure = match place.limits().idle_timeout {
+        None => both_ways(&up, &down).await,
+        // On the heap: few mappings have such a limit.
+        Some(limit) => Box::pin(both_ways_unless_idle(&up, &down, limit)).await,
     };
-    Outcome { to_backend, to_client, failure }
+    if let Some(error) = &failure {
+        let is_idle = error.kind() == io::ErrorKind::TimedOut && error.raw_os_error().is_none();
+        place.stats().count(if is_idle { Trouble::Idle } else { Trouble::Broken });
+    }
+    Outcome { to_backend: up.meter.moved(), to_client: down.meter.moved(), failure }
 }
 
-/// Carries on after the direction from `source` to `sink` came to its `end`: `other` is the way back.
-async fn finish(
-    end: End,
-    source: &TcpStream,
-    sink: &TcpStream,
-    other: impl Future<Output = End>,
+async fn both_ways_unless_idle(
+    up: &Direction<'_>,
+    down: &Direction<'_>,
+    limit: Duration,
 ) -> Option<io::Error> {
+    tokio::select! {
+        biased;
+        failure = both_ways(up, down) => failure,
+        () = until_idle(limit, [&up.meter, &down.meter]) => {
+            stream::reset_on_close(up.source);
+            stream::reset_on_close(up.sink);
+            Some(io::Error::new(io::ErrorKind::TimedOut, format!("idle for {limit:?}")))
+        }
+    }
+}
+
+/// Relays until both directions have ended; gives what broke them off.
+async fn both_ways(up: &Direction<'_>, down: &Direction<'_>) -> Option<io::Error> {
+    let mut upstream = pin!(pump(up));
+    let mut downstream = pin!(pump(down));
+    tokio::select! {
+        biased;
+        // On the heap: while both directions run, it would only take room.
+        end = &mut upstream => Box::pin(finish(end, up, downstream)).await,
+        end = &mut downstream => Box::pin(finish(end, down, upstream)).await,
+    }
+}
+
+/// Carries on after a direction came to its `end`: `other` is the way back.
+async fn finish(end: End, direction: &Direction<'_>, other: impl Future<Output = End>) -> Option<io::Error> {
+    let Direction { source, sink, .. } = direction;
     match end {
         End::Eof => finish_after_eof(source, sink, other).await,
         End::SourceFailed(error) => {
