@@ -146,16 +146,11 @@ impl FlowPlace {
         stats.flows_total.add(1);
         Self(route.clone())
     }
-
-    /// What the flow is counted in.
-    pub(crate) fn stats(&self) -> &Stats {
-        &self.0.service.live.stats
-    }
 }
 
 impl Drop for FlowPlace {
     fn drop(&mut self) {
-        self.stats().flows.sub_one();
+        self.0.service.live.stats.flows.sub_one();
     }
 }
 

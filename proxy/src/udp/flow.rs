@@ -9,11 +9,10 @@ use arrayvec::ArrayVec;
 use rproxy_sys::udp::{BATCH, LocalAddr, RecvBatch, Transmit, receive_trains, set_buffers};
 use socket2::{Domain, SockRef, Socket, Type};
 
-use super::payload::{Part, Payload};
+use super::payload::{Amount, Part, Payload};
 use super::send::Backlog;
 use super::table::FlowId;
 use crate::service::{FlowPlace, Route};
-use crate::stats::Stats;
 
 /// Bytes that the kernel may queue for a flow: a burst of answers to one client, all the more while
 /// that client's side is slower.
@@ -61,7 +60,7 @@ pub(super) struct Flow {
     pub(super) is_waiting: bool,
     /// What waits for room on the socket.
     backlog: Backlog,
-    place: FlowPlace,
+    _place: FlowPlace,
 }
 
 /// What a socket is watched for.
@@ -96,24 +95,21 @@ impl Flow {
             trains_out: true,
             is_waiting: false,
             backlog: Backlog::default(),
-            place: FlowPlace::take(route),
+            _place: FlowPlace::take(route),
         })
     }
 
-    /// What the flow is counted in.
-    pub(super) fn stats(&self) -> &Stats {
-        self.place.stats()
-    }
-
     /// Sends the datagrams in some slots of `batch` to the backend. Gives `true` if from now on
-    /// some wait for room, which [`Self::wanted`] says too.
-    pub(super) fn send(&mut self, batch: &RecvBatch, datagrams: &[(FlowId, usize)]) -> bool {
+    /// some wait for room, which [`Self::wanted`] says too; adds to `amount` what they come to.
+    pub(super) fn send(
+        &mut self,
+        batch: &RecvBatch,
+        datagrams: &[(FlowId, usize)],
+        amount: &mut Amount,
+    ) -> bool {
         let mut payload = Payload::new();
         let mut parts: ArrayVec<Part, BATCH> = ArrayVec::new();
-        let amount = payload.add(batch, datagrams, self.trains_in, &mut |part| parts.push(part));
-        let stats = self.place.stats();
-        stats.datagrams_in.add(amount.datagrams);
-        stats.bytes_in.add(amount.bytes);
+        *amount += payload.add(batch, datagrams, self.trains_in, &mut |part| parts.push(part));
         let messages: ArrayVec<Transmit<'_>, BATCH> =
             parts.iter().map(|part| part.message(&payload)).collect();
         let (waited, trains) = (!self.backlog.is_empty(), self.trains_in);

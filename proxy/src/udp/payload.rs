@@ -1,7 +1,7 @@
 //! From the slots of a received batch to messages that can be sent: nothing is copied.
 
 use std::io::IoSlice;
-use std::ops::Range;
+use std::ops::{AddAssign, Range};
 
 use arrayvec::ArrayVec;
 use rproxy_sys::udp::{BATCH, RecvBatch, Transmit};
@@ -16,7 +16,7 @@ pub(super) struct Payload<'a> {
     pieces: ArrayVec<IoSlice<'a>, BATCH>,
 }
 
-/// How much the datagrams of a flow are.
+/// How much some datagrams are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Amount {
     pub(super) datagrams: u64,
@@ -33,6 +33,13 @@ impl Amount {
             datagrams: chunks.iter().map(|chunk| datagrams(chunk) as u64).sum(),
             bytes: chunks.iter().map(|chunk| chunk.len as u64).sum(),
         }
+    }
+}
+
+impl AddAssign for Amount {
+    fn add_assign(&mut self, other: Self) {
+        self.datagrams += other.datagrams;
+        self.bytes += other.bytes;
     }
 }
 

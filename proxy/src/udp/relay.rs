@@ -21,7 +21,7 @@ use tracing::{debug, error, warn};
 
 use super::flow::{Flow, FlowKey, Wanted};
 use super::listeners::Listeners;
-use super::payload::{Part, Payload};
+use super::payload::{Amount, Part, Payload};
 use super::send::log_lost;
 use super::table::{Bounds, FlowId, FlowTable, Side};
 use crate::limits::Limits;
@@ -236,13 +236,17 @@ impl UdpRelay {
         }
         // A flow's datagrams stay in order: the sort is stable.
         self.slots.sort_by_key(|(id, _slot)| id.to_u64());
+        let mut amount = Amount::default();
         for datagrams in self.slots.chunk_by(|a, b| a.0 == b.0) {
             let id = datagrams[0].0;
             let Some((_key, flow)) = self.table.get_mut(id) else { continue };
-            if flow.send(batch, datagrams) {
+            if flow.send(batch, datagrams, &mut amount) {
                 interest(self.poll.epoll(), flow.as_fd(), Token::Flow(id), flow.wanted());
             }
         }
+        let stats = &self.listeners[listener].route.service.live.stats;
+        stats.datagrams_in.add(amount.datagrams);
+        stats.bytes_in.add(amount.bytes);
     }
 
     /// The flow with `key`, opened if it is not there; noted as active, so that it is not the one to
@@ -400,20 +404,21 @@ impl UdpRelay {
     fn send_to_clients(&mut self, listener: usize, batch: &RecvBatch, datagrams: &[(FlowId, usize)]) {
         let mut payload = Payload::new();
         let mut answers: ArrayVec<Answer, BATCH> = ArrayVec::new();
+        let mut amount = Amount::default();
         for datagrams in datagrams.chunk_by(|a, b| a.0 == b.0) {
             let id = datagrams[0].0;
-            let Some((_key, flow)) = self.table.get(id) else { continue };
-            let trains = flow.trains_out;
-            let amount =
+            let trains = self.table.get(id).is_some_and(|(_key, flow)| flow.trains_out);
+            amount +=
                 payload.add(batch, datagrams, trains, &mut |part| answers.push(Answer { id, trains, part }));
-            flow.stats().datagrams_out.add(amount.datagrams);
-            flow.stats().bytes_out.add(amount.bytes);
         }
         let was_crowded = self.listeners[listener].is_crowded();
         for answers in answers.chunk_by(|a, b| a.trains == b.trains) {
             self.send_alike(listener, &payload, answers);
         }
         let listening = &self.listeners[listener];
+        let stats = &listening.route.service.live.stats;
+        stats.datagrams_out.add(amount.datagrams);
+        stats.bytes_out.add(amount.bytes);
         if listening.is_crowded() && !was_crowded {
             interest(self.poll.epoll(), listening.as_fd(), Token::Listener(listener), listening.wanted());
         }
