@@ -121,7 +121,11 @@ impl Server {
         if old.count() != ports.count() {
             return Err(wrong(MappingError::Lengths { host: old, backend: ports }));
         }
-        let mapping = served.mapping.retargeted(backend, ports).map_err(wrong)?.named(name.clone());
+        let mut mapping = served.mapping.retargeted(backend, ports).map_err(wrong)?;
+        if mapping.name() != *name {
+            // The default name of a random port has the backend's in it.
+            mapping = mapping.named(name.clone());
+        }
         let unchanged = self.registry.len() - 1;
         self.carry_out(Plan { change: vec![(name.clone(), mapping)], unchanged, ..Plan::default() }).await
     }
@@ -182,7 +186,6 @@ impl Server {
         mapping: Mapping,
         spare: &mut Spare,
     ) -> Result<Served, ChangeError> {
-        let bind_error = |source| ChangeError::Bind { name: name.clone(), source };
         let watch_error = |source| ChangeError::Watch { name: name.clone(), source };
         let service = self.new_service(mapping.limits().clone());
         let mut ports = Vec::with_capacity(mapping.sockets());
@@ -191,18 +194,31 @@ impl Server {
                 ports.push(match spare.remove(&Place::of(&forward)) {
                     Some(port) => Assignment { port, route: route(forward, &service) },
                     None => {
-                        let bound = BoundPort::bind(forward).map_err(bind_error)?;
+                        let bound = BoundPort::bind(forward);
+                        let bound = bound.map_err(|source| self.bind_error(name, &mapping, source))?;
                         self.assign(bound, &service).map_err(watch_error)?
                     }
                 });
             }
         } else {
-            let bound = Bound::bind(mapping.clone()).map_err(bind_error)?;
+            let bound = Bound::bind(mapping.clone());
+            let bound = bound.map_err(|source| self.bind_error(name, &mapping, source))?;
             for port in bound.ports {
                 ports.push(self.assign(port, &service).map_err(watch_error)?);
             }
         }
         Ok(Served { mapping, service, ports })
+    }
+
+    /// Why a mapping cannot be bound; it may be because of another one.
+    fn bind_error(&self, name: &Name, mapping: &Mapping, source: BindError) -> ChangeError {
+        let others = self.registry.iter().filter(|(other, _served)| *other != name);
+        let mut all: Vec<Mapping> = others.map(|(_name, served)| served.mapping.clone()).collect();
+        all.push(mapping.clone());
+        match refuse_overlap(&all) {
+            Err(overlap) if *overlap.mapping == *mapping => ChangeError::Overlap(overlap),
+            _ => ChangeError::Bind { name: name.clone(), source },
+        }
     }
 
     /// A mapping on the sockets that it has, otherwise served.

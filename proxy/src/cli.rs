@@ -2,6 +2,7 @@
 
 use std::error::Error as _;
 use std::ffi::OsString;
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -10,6 +11,8 @@ use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::filter::Targets;
 
 use crate::addr::{BackendAddr, HostAddr, Protocol, Protocols, ScopedIp};
+use crate::control::ctl;
+use crate::control::socket::DEFAULT_PATH;
 use crate::limits::Limits;
 use crate::mapping::Mapping;
 use crate::overlap::refuse_overlap;
@@ -46,6 +49,8 @@ pub enum Command {
         #[arg(long)]
         once: bool,
     },
+    /// Look after a running rproxy that was started with --control
+    Ctl(ctl::Ctl),
 }
 
 const HOST_HELP: &str =
@@ -80,6 +85,9 @@ pub struct Serve {
     /// How long connections may go on after SIGTERM or SIGINT; 0 cuts them at once
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = parse_duration)]
     pub drain_timeout: Duration,
+    /// Listen for `rproxy ctl` on a Unix socket, for this user and root [default path: /run/rproxy.sock]
+    #[arg(long, value_name = "PATH", num_args = 0..=1, default_missing_value = DEFAULT_PATH)]
+    pub control: Option<PathBuf>,
     /// Format of the log on standard error
     #[arg(long, value_enum, default_value_t)]
     log_format: Format,
@@ -95,6 +103,10 @@ impl Serve {
     /// [`UsageError`]: a `--host` without its `--to` or the reverse, none at all, or a loop.
     pub fn mappings(&self) -> Result<Vec<Mapping>, UsageError> {
         let (hosts, backends) = (self.host.len(), self.to.len());
+        if hosts == 0 && backends == 0 && self.control.is_some() {
+            // They may come later.
+            return Ok(Vec::new());
+        }
         if hosts == 0 && backends == 0 {
             return Err(UsageError::new(
                 "nothing to forward; give --host ADDRESS:PORT and --to ADDRESS:PORT",
@@ -194,7 +206,8 @@ pub enum Unparsed {
 pub struct UsageError(String);
 
 impl UsageError {
-    fn new(message: impl Into<String>) -> Self {
+    /// The mistake that `message` describes.
+    pub fn new(message: impl Into<String>) -> Self {
         Self(message.into())
     }
 }

@@ -10,6 +10,7 @@ pub mod bound;
 pub mod change;
 pub mod cli;
 pub mod console;
+pub mod control;
 pub mod demo;
 pub mod docker;
 pub mod limits;

@@ -4,19 +4,19 @@ use std::ffi::OsString;
 use std::fmt;
 use std::io;
 use std::process::ExitCode;
-use std::time::Duration;
 
 use tokio::runtime::Runtime;
-use tracing::info;
 
 use crate::bound::{Bound, BoundPort};
 use crate::cli::{self, Cli, Command, Serve, Unparsed};
+use crate::control::manager::Manager;
+use crate::control::socket::{ControlSocket, SocketError};
 use crate::listen::BindError;
 use crate::mapping::{Forward, HostPorts, Mapping};
 use crate::runtime::{new_runtime, raise_descriptor_limit};
-use crate::server::{ServeError, Server};
+use crate::server::Server;
 use crate::signals::StopSignals;
-use crate::{console, demo, telemetry};
+use crate::{console, control, demo, telemetry};
 
 /// Runs what the command line asks for, until a signal ends it. `args` are those after the program's
 /// name.
@@ -31,6 +31,7 @@ pub fn main(args: &[OsString]) -> ExitCode {
     };
     match cli {
         Cli { command: Some(Command::Demo { once }), .. } => demo::main(once),
+        Cli { command: Some(Command::Ctl(ctl)), .. } => control::ctl::main(&ctl),
         Cli { command: None, serve } => serve_mappings(&serve),
     }
 }
@@ -47,14 +48,14 @@ fn serve_mappings(options: &Serve) -> ExitCode {
     };
     telemetry::init(options.log());
     raise_descriptor_limit();
-    let (runtime, server, stop) = match start(mappings) {
+    let (runtime, manager) = match start(mappings, options) {
         Ok(started) => started,
         Err(error) => {
             console::err(&format_args!("rproxy: {error}"));
             return ExitCode::FAILURE;
         }
     };
-    match runtime.block_on(until_stopped(server, stop, options.drain_timeout)) {
+    match runtime.block_on(manager.run()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             console::err(&format_args!("rproxy: {error}"));
@@ -64,8 +65,9 @@ fn serve_mappings(options: &Serve) -> ExitCode {
 }
 
 /// Everything that has to be there before clients are told: all host addresses bound, or none.
-fn start(mappings: Vec<Mapping>) -> Result<(Runtime, Server, StopSignals), StartError> {
+fn start(mappings: Vec<Mapping>, options: &Serve) -> Result<(Runtime, Manager), StartError> {
     let setup = |step| move |source| StartError::Setup { step, source };
+    let control = options.control.as_deref().map(ControlSocket::bind).transpose()?;
     let bound = Bound::bind_all(mappings)?;
     Bound::forget_stale_flows(&bound);
     let runtime = new_runtime().map_err(setup("create the event loop"))?;
@@ -77,25 +79,8 @@ fn start(mappings: Vec<Mapping>) -> Result<(Runtime, Server, StopSignals), Start
     for line in ready {
         console::out(&line);
     }
-    Ok((runtime, server, stop))
-}
-
-/// Serves until the first signal, drains until the second.
-async fn until_stopped(
-    mut server: Server,
-    mut stop: StopSignals,
-    drain_timeout: Duration,
-) -> Result<(), ServeError> {
-    let signal = tokio::select! {
-        signal = stop.next() => signal,
-        error = server.failed() => return Err(error),
-    };
-    info!(signal, "ending; once more ends at once");
-    tokio::select! {
-        () = server.drain(drain_timeout) => {}
-        signal = stop.next() => info!(signal, "ending at once"),
-    }
-    Ok(())
+    let drain_timeout = options.drain_timeout;
+    Ok((runtime, Manager { server, stop, drain_timeout, control, reload: None }))
 }
 
 /// What `docker port` prints: `80/tcp -> 0.0.0.0:49153`, and for a range `80-90/tcp -> 0.0.0.0:8000-8010`.
@@ -129,6 +114,8 @@ enum StartError {
         #[from]
         source: BindError,
     },
+    #[error(transparent)]
+    Control(#[from] SocketError),
     #[error("cannot {step}: {source}")]
     Setup { step: &'static str, source: io::Error },
 }

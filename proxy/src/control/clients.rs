@@ -1,0 +1,152 @@
+//! The clients of the control socket: few, known, and kept from doing harm.
+//!
+//! A client is the same user as this process, or root. Each has a task, which reads one request at a
+//! time, passes it on, and writes the answer; all of that under deadlines. None of it happens on a
+//! thread that relays.
+
+use std::io;
+use std::os::unix::net::UnixListener as StdListener;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::unistd::geteuid;
+use serde_json::Value;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::unix::OwnedReadHalf;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::sync::{Semaphore, mpsc, oneshot};
+use tokio::time::timeout;
+use tracing::{debug, warn};
+
+use super::protocol::{self, LONGEST_LINE, Refusal, Request};
+use crate::log_limit::LogLimit;
+
+/// Clients at a time. One more is told so and sent away.
+const CLIENTS: usize = 16;
+
+/// How long a client may take for its next request, from the first byte or the last answer on, and
+/// for taking an answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A pause after a failure to accept, mostly for want of descriptors.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// A request, and where its answer goes.
+#[derive(Debug)]
+pub(super) struct Call {
+    pub(super) request: Request,
+    pub(super) answer: oneshot::Sender<Result<Value, Refusal>>,
+}
+
+/// Serves the clients of `listener`, whose requests go to `calls`, until nobody receives these.
+///
+/// # Errors
+/// Those of epoll_ctl(2).
+pub(super) async fn serve(listener: StdListener, calls: mpsc::Sender<Call>) -> io::Result<()> {
+    static FAILED: LogLimit = LogLimit::new();
+
+    let listener = UnixListener::from_std(listener)?;
+    let places = Arc::new(Semaphore::new(CLIENTS));
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = calls.closed() => return Ok(()),
+        };
+        let client = match accepted {
+            Ok((client, _address)) => client,
+            Err(error) => {
+                if let Some(suppressed) = FAILED.permit() {
+                    warn!(%error, suppressed, "cannot accept a control client");
+                }
+                tokio::time::sleep(PAUSE).await;
+                continue;
+            }
+        };
+        if let Err(refusal) = check_peer(&client) {
+            send_away(&client, refusal);
+            continue;
+        }
+        match places.clone().try_acquire_owned() {
+            Ok(place) => {
+                let calls = calls.clone();
+                tokio::spawn(async move {
+                    if let Err(error) = converse(client, &calls).await {
+                        debug!(%error, "control client gone");
+                    }
+                    drop(place);
+                });
+            }
+            Err(_full) => {
+                let message = format!("{CLIENTS} clients are connected already; try again");
+                send_away(&client, Refusal { kind: "busy", message });
+            }
+        }
+    }
+}
+
+/// Whether the process at the other end is ours or root's (`SO_PEERCRED`, unix(7)).
+fn check_peer(client: &UnixStream) -> Result<(), Refusal> {
+    let denied = |message| Refusal { kind: "denied", message };
+    let peer = client.peer_cred().map_err(|error| denied(format!("cannot tell who asks: {error}")))?;
+    if peer.uid() == 0 || peer.uid() == geteuid().as_raw() {
+        return Ok(());
+    }
+    Err(denied(format!("user {} may not control this process", peer.uid())))
+}
+
+/// Tells a client why it is not served, if it listens.
+fn send_away(client: &UnixStream, refusal: Refusal) {
+    warn!(reason = refusal.message, "control client refused");
+    let line = protocol::answer(None, Err(refusal)) + "\n";
+    drop(client.try_write(line.as_bytes()));
+}
+
+/// Answers the requests of a client, one after the other.
+async fn converse(client: UnixStream, calls: &mpsc::Sender<Call>) -> io::Result<()> {
+    let (reader, mut writer) = client.into_split();
+    let mut reader = BufReader::new(reader);
+    loop {
+        let answer = match timeout(PATIENCE, read_line(&mut reader)).await? {
+            Ok(None) => return Ok(()),
+            Ok(Some(line)) => {
+                let (id, request) = protocol::decode(&line);
+                drop(line);
+                let result = match request {
+                    Ok(request) => call(request, calls).await,
+                    Err(refusal) => Err(refusal),
+                };
+                protocol::answer(id, result) + "\n"
+            }
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => {
+                let line = protocol::answer(None, Err(Refusal::bad_request(error.to_string()))) + "\n";
+                timeout(PATIENCE, writer.write_all(line.as_bytes())).await??;
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        };
+        timeout(PATIENCE, writer.write_all(answer.as_bytes())).await??;
+    }
+}
+
+/// Reads a line, without its end; `None` at the end of what the client says.
+async fn read_line(reader: &mut BufReader<OwnedReadHalf>) -> io::Result<Option<Vec<u8>>> {
+    let mut line = Vec::new();
+    let most = LONGEST_LINE as u64 + 1;
+    reader.take(most).read_until(b'\n', &mut line).await?;
+    match line.pop() {
+        None => Ok(None),
+        Some(b'\n') => Ok(Some(line)),
+        Some(_byte) if line.len() == LONGEST_LINE => {
+            let message = format!("a request has at most {LONGEST_LINE} bytes");
+            Err(io::Error::new(io::ErrorKind::InvalidData, message))
+        }
+        Some(_byte) => Err(io::ErrorKind::UnexpectedEof.into()),
+    }
+}
+
+async fn call(request: Request, calls: &mpsc::Sender<Call>) -> Result<Value, Refusal> {
+    let ending = || Refusal { kind: "failed", message: "rproxy is ending".to_owned() };
+    let (answer, answered) = oneshot::channel();
+    calls.send(Call { request, answer }).await.map_err(|_gone| ending())?;
+    answered.await.unwrap_or_else(|_gone| Err(ending()))
+}

@@ -1,0 +1,199 @@
+//! The manager: the one owner of the server, who carries out what signals and clients ask for.
+//!
+//! It has a thread of its own if there is anything to manage, so that binding ten thousand sockets or
+//! reading a long configuration delays no byte.
+
+use std::io;
+use std::os::unix::net::UnixListener;
+use std::thread;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::signal::unix::Signal;
+use tokio::sync::{mpsc, oneshot};
+use tracing::{error, info};
+
+use super::clients::{self, Call};
+use super::protocol::{self, Refusal, Request};
+use super::socket::{ControlSocket, SocketFile};
+use super::wire::WireMapping;
+use crate::addr::BackendAddr;
+use crate::change::Changed;
+use crate::mapping::Mapping;
+use crate::name::Name;
+use crate::ports::PortRange;
+use crate::runtime::new_runtime;
+use crate::server::{ServeError, Server};
+use crate::signals::StopSignals;
+
+/// Requests that may wait to be carried out.
+const CALLS: usize = 4;
+
+/// Stack of the manager's thread: parsers recurse.
+const STACK_SIZE: usize = 1024 * 1024;
+
+/// The mappings of a configuration, read anew whenever it is asked to.
+pub struct Reload {
+    /// Caught from before the first time that the configuration was read.
+    pub signal: Signal,
+    /// Reads it; the message says what is wrong and where.
+    pub read: Box<dyn Fn() -> Result<Vec<Mapping>, String> + Send>,
+}
+
+/// What a manager has to look after.
+pub struct Manager {
+    /// What is managed.
+    pub server: Server,
+    /// What ends it.
+    pub stop: StopSignals,
+    /// How long connections may go on then.
+    pub drain_timeout: Duration,
+    /// Where clients connect, if they may.
+    pub control: Option<ControlSocket>,
+    /// Where mappings come from, if they can change.
+    pub reload: Option<Reload>,
+}
+
+impl Manager {
+    /// Manages until a signal or a client ends it, on a thread of its own if there is more to do than
+    /// waiting for that.
+    ///
+    /// # Errors
+    /// [`ServeError`], and those of starting a thread.
+    pub async fn run(self) -> Result<(), ManageError> {
+        if self.control.is_none() && self.reload.is_none() {
+            return self.manage(None).await;
+        }
+        let runtime = new_runtime().map_err(ManageError::Thread)?;
+        let (ended, end) = oneshot::channel();
+        let manage = move || {
+            let result = runtime.block_on(async move {
+                let mut manager = self;
+                let control = manager.control.take().map(ControlSocket::into_parts);
+                manager.manage(control).await
+            });
+            ended.send(result).ok();
+        };
+        let builder = thread::Builder::new().name("rproxy-control".to_owned()).stack_size(STACK_SIZE);
+        builder.spawn(manage).map_err(ManageError::Thread)?;
+        // A panic there has been reported.
+        end.await.unwrap_or(Err(ManageError::Gone))
+    }
+
+    async fn manage(self, control: Option<(UnixListener, SocketFile)>) -> Result<(), ManageError> {
+        let Self { mut server, mut stop, drain_timeout, mut reload, .. } = self;
+        let (calls, mut called) = mpsc::channel(CALLS);
+        let file = control.map(|(listener, file)| {
+            tokio::spawn(async move {
+                if let Err(error) = clients::serve(listener, calls).await {
+                    error!(%error, "the control socket is not served any more");
+                }
+            });
+            file
+        });
+        loop {
+            tokio::select! {
+                biased;
+                signal = stop.next() => {
+                    info!(signal, "ending; once more ends at once");
+                    break;
+                }
+                error = server.failed() => return Err(error.into()),
+                () = hung_up(&mut reload) => {
+                    if let Some(reload) = &reload {
+                        reread(reload, &mut server).await;
+                    }
+                }
+                Some(Call { request, answer }) = called.recv() => {
+                    let is_last = request == Request::Drain;
+                    answer.send(carry_out(request, &mut server).await).ok();
+                    if is_last {
+                        info!("ending, as a control client asks");
+                        break;
+                    }
+                }
+            }
+        }
+        // Nobody else is let in from here on.
+        drop((file, called));
+        tokio::select! {
+            () = server.drain(drain_timeout) => {}
+            signal = stop.next() => info!(signal, "ending at once"),
+        }
+        Ok(())
+    }
+}
+
+async fn hung_up(reload: &mut Option<Reload>) {
+    match reload {
+        Some(reload) => drop(reload.signal.recv().await),
+        None => std::future::pending().await,
+    }
+}
+
+/// Serves what the configuration says now; an error changes nothing.
+async fn reread(reload: &Reload, server: &mut Server) {
+    let result = match (reload.read)() {
+        Ok(mappings) => server.apply(mappings).await.map_err(|error| error.to_string()),
+        Err(message) => Err(message),
+    };
+    match result {
+        Ok(Changed { added, changed, removed, unchanged }) => {
+            info!(added, changed, removed, unchanged, "configuration reloaded");
+        }
+        Err(error) => error!(error, "configuration not reloaded; nothing has changed"),
+    }
+}
+
+async fn carry_out(request: Request, server: &mut Server) -> Result<Value, Refusal> {
+    let changed = match request {
+        Request::List => return Ok(protocol::list(server.registry())),
+        Request::Stats => return Ok(protocol::stats(server.registry())),
+        Request::Drain => return Ok(json!({})),
+        Request::Add { mappings } => {
+            let mappings = read(&mappings)?;
+            let names: Vec<Name> = mappings.iter().map(Mapping::name).collect();
+            let changed = server.add(mappings).await?;
+            let mut answer = protocol::changed(changed);
+            answer["mappings"] = protocol::show(server.registry(), &names);
+            return Ok(answer);
+        }
+        Request::Apply { mappings } => server.apply(read(&mappings)?).await?,
+        Request::Remove { name } => server.remove(&parse_name(&name)?).await?,
+        Request::Retarget { name, to } => retarget(server, &parse_name(&name)?, &to).await?,
+    };
+    Ok(protocol::changed(changed))
+}
+
+fn read(mappings: &[WireMapping]) -> Result<Vec<Mapping>, Refusal> {
+    mappings.iter().map(WireMapping::read).collect::<Result<_, _>>().map_err(Refusal::bad_request)
+}
+
+fn parse_name(name: &str) -> Result<Name, Refusal> {
+    name.parse().map_err(|error: crate::name::NameError| Refusal::bad_request(error.to_string()))
+}
+
+async fn retarget(server: &mut Server, name: &Name, to: &str) -> Result<Changed, Refusal> {
+    let wrong = |error: &dyn std::fmt::Display| Refusal::bad_request(format!("to {to}: {error}"));
+    let to_addr = to.parse::<BackendAddr>().map_err(|error| wrong(&error))?.socket_addr();
+    // An unknown name is for the server to refuse.
+    let count = server.registry().get(name).map_or(1, |served| served.mapping().backend_ports().count());
+    let last = u16::try_from(count - 1).ok().and_then(|more| to_addr.port().checked_add(more));
+    let last = last.ok_or_else(|| wrong(&format_args!("there are no {count} ports from there on")))?;
+    let ports = PortRange::new(to_addr.port(), last).map_err(|error| wrong(&error))?;
+    Ok(server.retarget(name, to_addr.into(), ports).await?)
+}
+
+/// Why managing ended.
+#[derive(Debug, thiserror::Error)]
+pub enum ManageError {
+    /// The server cannot go on.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    /// There is no thread to manage on.
+    #[error("cannot start the control thread: {0}")]
+    Thread(#[source] io::Error),
+    /// The manager is gone.
+    #[error("the control thread ended by itself")]
+    Gone,
+}

@@ -1,0 +1,151 @@
+//! The control socket in the file system: bound for its owner alone, and removed at the end.
+
+use std::fs;
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+
+use nix::sys::stat::{Mode, fchmod};
+use socket2::{Domain, SockAddr, Socket, Type};
+
+/// Where the socket is unless a path is given.
+pub const DEFAULT_PATH: &str = "/run/rproxy.sock";
+
+/// Clients that may wait to be accepted.
+const BACKLOG: i32 = 16;
+
+/// A bound control socket. Dropping it removes its file.
+#[derive(Debug)]
+pub struct ControlSocket {
+    file: SocketFile,
+    listener: UnixListener,
+}
+
+/// The file of a socket. Dropping it removes it, which has to be before the socket is closed: as long
+/// as somebody listens, nobody takes its place.
+#[derive(Debug)]
+pub(super) struct SocketFile {
+    path: PathBuf,
+    /// Device and inode: somebody may have removed the file and put another one at the path.
+    identity: Option<(u64, u64)>,
+}
+
+impl ControlSocket {
+    /// Binds `path`, in place of a socket that nobody listens on any more.
+    ///
+    /// # Errors
+    /// [`SocketError`]
+    pub fn bind(path: &Path) -> Result<Self, SocketError> {
+        let error = |source| SocketError::Bind { path: path.to_owned(), source };
+        let addr = SockAddr::unix(path).map_err(error)?;
+        remove_stale(path)?;
+        let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None).map_err(error)?;
+        // The file gets the mode that the socket has (unix_bind in net/unix/af_unix.c): at no moment
+        // can anyone else connect.
+        fchmod(socket.as_fd(), Mode::S_IRUSR | Mode::S_IWUSR).map_err(|errno| error(errno.into()))?;
+        socket.bind(&addr).map_err(error)?;
+        let file = SocketFile { path: path.to_owned(), identity: identity(path) };
+        socket.listen(BACKLOG).map_err(error)?;
+        Ok(Self { listener: socket.into(), file })
+    }
+
+    /// The listener, and the file that goes with it.
+    pub(super) fn into_parts(self) -> (UnixListener, SocketFile) {
+        (self.listener, self.file)
+    }
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if self.identity.is_some() && identity(&self.path) == self.identity {
+            // At worst it is left there, and the next one replaces it.
+            drop(fs::remove_file(&self.path));
+        }
+    }
+}
+
+fn identity(path: &Path) -> Option<(u64, u64)> {
+    fs::symlink_metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
+}
+
+/// Removes the socket of a process that was killed.
+fn remove_stale(path: &Path) -> Result<(), SocketError> {
+    match fs::symlink_metadata(path) {
+        Err(_not_there) => return Ok(()),
+        Ok(metadata) if !metadata.file_type().is_socket() => {
+            return Err(SocketError::NotASocket(path.to_owned()));
+        }
+        Ok(_socket) => {}
+    }
+    match UnixStream::connect(path) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+            fs::remove_file(path).map_err(|source| SocketError::Bind { path: path.to_owned(), source })
+        }
+        _ => Err(SocketError::InUse(path.to_owned())),
+    }
+}
+
+/// Why the control socket cannot be bound.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketError {
+    /// A process listens there.
+    #[error("--control {}: another process listens there; give this one another path", .0.display())]
+    InUse(PathBuf),
+    /// There is something, and it is no socket.
+    #[error("--control {}: there is a file which is not a socket; give another path", .0.display())]
+    NotASocket(PathBuf),
+    /// The kernel refused.
+    #[error("--control {}: cannot listen there: {source}", path.display())]
+    Bind {
+        /// The path.
+        path: PathBuf,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn path(name: &str) -> PathBuf {
+        let dir = std::env::temp_dir().join(format!("rproxy-socket-{}", std::process::id()));
+        fs::create_dir_all(&dir).unwrap();
+        dir.join(name)
+    }
+
+    #[test]
+    fn it_is_for_its_owner_and_goes_with_the_process() {
+        let path = path("own");
+        let (listener, file) = ControlSocket::bind(&path).unwrap().into_parts();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o600);
+        assert!(matches!(ControlSocket::bind(&path), Err(SocketError::InUse(_))));
+        fs::remove_file(&path).unwrap();
+        let (_other, others_file) = ControlSocket::bind(&path).unwrap().into_parts();
+        drop(file);
+        assert!(path.exists(), "it is another's by now");
+        drop(listener);
+        drop(others_file);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn it_takes_the_place_of_one_that_nobody_listens_on() {
+        let path = path("stale");
+        drop(UnixListener::bind(&path).unwrap());
+        assert!(path.exists());
+        assert!(ControlSocket::bind(&path).is_ok());
+    }
+
+    #[test]
+    fn it_replaces_nothing_but_a_socket() {
+        let path = path("file");
+        fs::write(&path, "precious").unwrap();
+        assert!(matches!(ControlSocket::bind(&path), Err(SocketError::NotASocket(_))));
+        fs::remove_file(&path).unwrap();
+    }
+}
