@@ -56,9 +56,9 @@ pub enum Command {
 const HOST_HELP: &str =
     "Address and port to listen on, such as 0.0.0.0:80, [::]:80 or 127.0.0.1:0; goes with a --to";
 
-/// The options of serving.
+/// Which mappings, and what bounds them.
 #[derive(Args, Debug)]
-pub struct Serve {
+pub struct MappingArgs {
     // Brackets in a doc comment would be links.
     #[arg(long, value_name = "ADDRESS:PORT", help = HOST_HELP)]
     host: Vec<HostAddr>,
@@ -82,6 +82,14 @@ pub struct Serve {
     /// UDP flows at a time from one IPv4 address or IPv6 /64 [default: 3/4 of --udp-max-flows]
     #[arg(long, value_name = "COUNT", value_parser = parse_count)]
     udp_max_flows_per_source: Option<usize>,
+}
+
+/// The options of serving.
+#[derive(Args, Debug)]
+pub struct Serve {
+    /// The mappings.
+    #[command(flatten)]
+    pub mappings: MappingArgs,
     /// How long connections may go on after SIGTERM or SIGINT; 0 cuts them at once
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = parse_duration)]
     pub drain_timeout: Duration,
@@ -96,17 +104,18 @@ pub struct Serve {
     log_level: Targets,
 }
 
-impl Serve {
+impl MappingArgs {
+    /// Whether no mapping is asked for.
+    fn is_empty(&self) -> bool {
+        self.host.is_empty() && self.to.is_empty()
+    }
+
     /// The mappings asked for, in order.
     ///
     /// # Errors
     /// [`UsageError`]: a `--host` without its `--to` or the reverse, none at all, or a loop.
     pub fn mappings(&self) -> Result<Vec<Mapping>, UsageError> {
         let (hosts, backends) = (self.host.len(), self.to.len());
-        if hosts == 0 && backends == 0 && self.control.is_some() {
-            // They may come later.
-            return Ok(Vec::new());
-        }
         if hosts == 0 && backends == 0 {
             return Err(UsageError::new(
                 "nothing to forward; give --host ADDRESS:PORT and --to ADDRESS:PORT",
@@ -170,6 +179,19 @@ impl Serve {
             udp_max_flows_per_source: self.udp_max_flows_per_source,
             ..Limits::default()
         }
+    }
+}
+
+impl Serve {
+    /// The mappings asked for, in order; none is a mistake unless they may come later.
+    ///
+    /// # Errors
+    /// Those of [`MappingArgs::mappings`].
+    pub fn mappings(&self) -> Result<Vec<Mapping>, UsageError> {
+        if self.control.is_some() && self.mappings.is_empty() {
+            return Ok(Vec::new());
+        }
+        self.mappings.mappings()
     }
 
     /// The log asked for.

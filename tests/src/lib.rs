@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 
 pub mod backend;
 pub mod client;
+pub mod controlled;
 pub mod docker_proxy;
 pub mod netns;
 pub mod oracle;

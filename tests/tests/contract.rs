@@ -301,7 +301,7 @@ fn assert_close_on_exec(process: &Process) {
     let inherited = leaks(Pid::this());
     let mut leaked = leaks(process.pid());
     leaked.retain(|fd| [STATUS_FD, LISTEN_FD].contains(fd) || !inherited.contains(fd));
-    assert_eq!(leaked, [], "these would leak into children");
+    assert!(leaked.is_empty(), "{leaked:?} would leak into children");
 }
 
 fn descriptors_close_on_exec(subject: Subject) {

@@ -16,7 +16,7 @@ use super::socket::DEFAULT_PATH;
 use super::table;
 use super::wire::WireMapping;
 use crate::addr::BackendAddr;
-use crate::cli::{Serve, UsageError};
+use crate::cli::{MappingArgs, UsageError};
 use crate::console;
 use crate::name::Name;
 
@@ -47,7 +47,7 @@ enum Command {
         #[arg(long)]
         name: Option<Name>,
         #[command(flatten)]
-        mappings: Box<Serve>,
+        mappings: Box<MappingArgs>,
     },
     /// Serve a mapping no more; its connections and flows go on
     Remove {

@@ -115,6 +115,8 @@ impl Acceptor {
             }
             Order::Release(ports, done) => {
                 self.release(&ports);
+                // Closed before anyone hears of it.
+                drop(ports);
                 // Whoever asked may not wait for it.
                 done.send(()).ok();
             }

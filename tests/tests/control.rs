@@ -1,0 +1,322 @@
+//! The control socket and `rproxy ctl`: what they answer, whom, and what they withstand.
+
+#![expect(clippy::unwrap_used, reason = "a failed step ends the test")]
+
+use std::fs;
+use std::net::{SocketAddr, TcpListener};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::process::ExitCode;
+
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use rproxy_tests::backend::{self, TcpBackend};
+use rproxy_tests::client;
+use rproxy_tests::controlled::{Controlled, mapping};
+use rproxy_tests::process::{self, Process};
+use rproxy_tests::require::{self, Need};
+use rproxy_tests::rproxy;
+use rproxy_tests::suite::{self, Case};
+use rproxy_tests::{PATIENCE, eventually};
+
+fn main() -> ExitCode {
+    let case = |name: &str, body: fn()| Case::new(name, body);
+    suite::run(vec![
+        case("add, list and remove", add_list_remove),
+        case("tables for people", tables),
+        case("what is listed can be applied", listed_can_be_applied),
+        case("mistakes exit with 2, refusals with 1", mistakes),
+        case("the protocol's answers", answers),
+        case("a range is one mapping", range),
+        case("random ports are told", random_ports),
+        case("only its user and root may connect", strangers).needs(&[Need::Root, Need::Program("setpriv")]),
+        case("a socket in use is left alone, a stale one replaced", socket_in_use),
+        case("drain ends the process", drain),
+        case("clients that lie", liars),
+        case("clients that hang", hangers).deadline(PATIENCE * 4),
+        case("clients that flood", flooders),
+    ])
+}
+
+fn echo() -> TcpBackend {
+    TcpBackend::local(backend::echo)
+}
+
+/// An address that nobody else listens on.
+fn own_address() -> SocketAddr {
+    (client::own_loopback(), 80).into()
+}
+
+#[track_caller]
+fn assert_echoes(address: SocketAddr) {
+    assert_eq!(client::ask(address, b"hello").unwrap(), b"hello");
+}
+
+#[track_caller]
+fn is_free(address: SocketAddr) -> bool {
+    TcpListener::bind(address).is_ok()
+}
+
+fn names(list: &Value) -> Vec<&str> {
+    list["mappings"].as_array().unwrap().iter().map(|mapping| mapping["name"].as_str().unwrap()).collect()
+}
+
+fn add_list_remove() {
+    let backend = echo();
+    let (proxy, address) = (Controlled::start(&[]), own_address());
+    assert_eq!(proxy.json(&["list"])["mappings"], json!([]));
+    let (host, to) = (address.to_string(), backend.address().to_string());
+    let added = proxy.json(&["add", "--host", &host, "--to", &to, "--name", "web"]);
+    assert_eq!(added["added"], 1);
+    assert_echoes(address);
+    let list = proxy.json(&["list"]);
+    assert_eq!(list["mappings"][0]["name"], "web");
+    assert_eq!(list["mappings"][0]["bound"], "80");
+    proxy.ctl(&["remove", "web"]).success();
+    assert!(is_free(address), "removing returns when the port is free");
+    proxy.ctl(&["add", "--host", &host, "--to", &to]).success();
+    assert_echoes(address);
+    assert_eq!(names(&proxy.json(&["list"])), [format!("{host}/tcp")]);
+}
+
+fn tables() {
+    let backend = echo();
+    let (proxy, address) = (Controlled::start(&[]), own_address());
+    let (host, to) = (address.to_string(), backend.address().to_string());
+    let added = proxy.ctl(&["add", "--host", &host, "--to", &to, "--name", "web"]).success();
+    assert_eq!(added, format!("web: {}/tcp -> {host}\n", backend.address().port()));
+    assert_echoes(address);
+    let list = proxy.ctl(&["list"]).success();
+    let row: Vec<&str> = list.lines().nth(1).unwrap().split_whitespace().collect();
+    assert_eq!(row, ["web", &format!("{host}/tcp"), &to]);
+    eventually("the connection is over", || proxy.stats("web")["connections"] == 0);
+    let stats = proxy.ctl(&["stats"]).success();
+    let row: Vec<&str> = stats.lines().nth(1).unwrap().split_whitespace().collect();
+    assert_eq!(row, ["web", "0/1", "0/0", "5", "5", "0", "0"]);
+}
+
+fn listed_can_be_applied() {
+    let backend = echo();
+    let (proxy, address) = (Controlled::start(&[]), own_address());
+    let mut web = mapping("web", "tcp", address, backend.address());
+    web["limits"] = json!({ "idle_timeout": "1m", "deny": ["192.0.2.0/24"], "on_limit": "reset" });
+    proxy.apply(&[web]).success();
+    let file = proxy.file("saved.json", &proxy.json(&["list"]).to_string());
+    let again = proxy.json(&["apply", file.to_str().unwrap()]);
+    assert_eq!(again, json!({ "added": 0, "changed": 0, "removed": 0, "unchanged": 1 }));
+    assert_echoes(address);
+}
+
+fn mistakes() {
+    let backend = echo();
+    let (proxy, address) = (Controlled::start(&[]), own_address());
+    let (host, to) = (address.to_string(), backend.address().to_string());
+    proxy.ctl(&["add", "--host", &host, "--to", &to, "--name", "web"]).success();
+    let missing = proxy.file("x", "").with_file_name("missing").display().to_string();
+    let not_json = proxy.file("not.json", "mappings: none").display().to_string();
+    for (arguments, code, words) in [
+        (&["add"][..], 2, "nothing to forward"),
+        (&["fly"], 2, "fly"),
+        (&["remove", "a b"], 2, "is not a name"),
+        (&["retarget", "web"], 2, "--to"),
+        (&["retarget", "web", "--to", "127.0.0.1:0"], 2, "port 0"),
+        (&["stats", "--watch", "99"], 2, "--watch"),
+        (&["remove", "nobody"], 1, "there is no mapping nobody"),
+        (&["retarget", "nobody", "--to", "127.0.0.1:9"], 1, "there is no mapping nobody"),
+        (&["retarget", "web", "--to", &host], 1, "would forward to itself"),
+        (&["add", "--host", &host, "--to", &to], 1, "port 80 is taken by the mapping web"),
+        (&["add", "--host", "127.0.0.1:0", "--to", &to, "--name", "web"], 1, "the name web is taken"),
+        (&["add", "--host", "192.0.2.1:80", "--to", &to], 1, "this machine has no such address"),
+        (&["apply", &missing], 1, "No such file"),
+        (&["apply", &not_json], 1, "not.json: expected"),
+    ] {
+        let output = proxy.ctl(arguments);
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {output:#?}");
+        assert!(output.stderr.contains(words), "no {words:?}: {output:#?}");
+        assert_eq!((output.stderr.lines().count(), &*output.stdout), (1, ""), "{output:#?}");
+    }
+    assert_eq!(names(&proxy.json(&["list"])), ["web"]);
+    let nobody = process::run(rproxy::command(&["ctl", "--control", &missing, "list"]));
+    assert_eq!(nobody.status.code(), Some(1));
+    assert!(nobody.stderr.contains("no rproxy listens there"), "{nobody:#?}");
+}
+
+fn answers() {
+    let proxy = Controlled::start(&[]);
+    let mut client = proxy.connect();
+    let list = client.ask(&json!({ "v": 1, "id": 7, "do": "list" }));
+    assert_eq!(list, json!({ "v": 1, "id": 7, "ok": { "mappings": [], "draining": [] } }));
+    let refused = client.ask(&json!({ "v": 1, "id": 8, "do": { "remove": { "name": "web" } } }));
+    assert_eq!((&refused["id"], &refused["error"]["kind"]), (&json!(8), &json!("unknown_name")));
+    let version = client.ask(&json!({ "v": 9, "id": 9, "do": "list" }));
+    assert_eq!(version["error"]["kind"], "version");
+    // Several requests in one write are answered one by one.
+    client.send(b"{\"v\":1,\"id\":1,\"do\":\"list\"}\n{\"v\":1,\"id\":2,\"do\":\"stats\"}\n").unwrap();
+    let ids = [client.answer(), client.answer()].map(|answer| answer.unwrap()["id"].clone());
+    assert_eq!(ids, [1, 2]);
+}
+
+fn range() {
+    let backends: Vec<_> = (0..2).map(|_| echo()).collect();
+    let proxy = Controlled::start(&[]);
+    let host = client::own_loopback().to_string();
+    let first = backends[0].address().port();
+    let range = json!({ "name": "r", "host": host, "host_ports": "8000-8999", "to": "127.0.0.1",
+                        "to_ports": format!("{first}-{}", first.checked_add(999).unwrap_or(first)) });
+    if first.checked_add(999).is_none() {
+        // The backend got one of the last ports; another run will not.
+        return;
+    }
+    proxy.apply(std::slice::from_ref(&range)).success();
+    assert_eq!(proxy.json(&["list"])["mappings"][0]["bound"], "8000-8999");
+    assert_echoes(format!("{host}:8000").parse().unwrap());
+    let last: SocketAddr = format!("{host}:8999").parse().unwrap();
+    let second = backends[1].address();
+    let Some(first) = second.port().checked_sub(999) else { return };
+    proxy.ctl(&["retarget", "r", "--to", &format!("127.0.0.1:{first}")]).success();
+    assert_echoes(last);
+    proxy.ctl(&["remove", "r"]).success();
+    assert!(is_free(last));
+}
+
+fn random_ports() {
+    let backend = echo();
+    let proxy = Controlled::start(&[]);
+    let mut random = mapping("web", "tcp+udp", own_address(), backend.address());
+    let host = random["host"].as_str().unwrap().to_owned();
+    random.as_object_mut().unwrap().remove("host_ports");
+    proxy.apply(std::slice::from_ref(&random)).success();
+    let bound = proxy.json(&["list"])["mappings"][0]["bound"].as_str().unwrap().to_owned();
+    assert_echoes(format!("{host}:{bound}").parse().unwrap());
+    // The port that was chosen stays, also when the mapping leads elsewhere.
+    let other = echo();
+    random["to_ports"] = other.address().port().to_string().into();
+    proxy.apply(&[random]).success();
+    assert_eq!(proxy.json(&["list"])["mappings"][0]["bound"], bound);
+    assert_echoes(format!("{host}:{bound}").parse().unwrap());
+}
+
+fn strangers() {
+    let proxy = Controlled::start(&[]);
+    let mode = fs::metadata(proxy.socket()).unwrap().permissions().mode();
+    assert_eq!(mode & 0o7777, 0o600);
+    let list_as_nobody = || {
+        let mut command = require::command("setpriv");
+        let socket = proxy.socket();
+        command.args(["--reuid=65534", "--regid=65534", "--clear-groups"]).arg(rproxy::rproxy());
+        command.args(["ctl", "list", "--control"]).arg(socket);
+        process::run(command)
+    };
+    let output = list_as_nobody();
+    assert!(output.stderr.contains("Permission denied"), "{output:#?}");
+    // Even if someone opens the file for all: the process itself looks at who asks.
+    fs::set_permissions(proxy.socket(), fs::Permissions::from_mode(0o666)).unwrap();
+    fs::set_permissions(proxy.socket().parent().unwrap(), fs::Permissions::from_mode(0o755)).unwrap();
+    let output = list_as_nobody();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(output.stderr.contains("user 65534 may not control this process"), "{output:#?}");
+}
+
+fn socket_in_use() {
+    let proxy = Controlled::start(&[]);
+    let path = proxy.socket().display().to_string();
+    let second = process::run(rproxy::command(&["--control", &path]));
+    assert_eq!(second.status.code(), Some(1));
+    assert!(second.stderr.contains("another process listens there"), "{second:#?}");
+    assert!(proxy.ctl(&["list"]).status.success(), "the first one is undisturbed");
+    proxy.process.signal(Signal::SIGKILL);
+    proxy.process.wait();
+    assert!(proxy.socket().exists(), "nobody could remove it");
+    let third = Process::spawn(rproxy::command(&["--control", &path]));
+    eventually("the socket is served again", || UnixStream::connect(&path).is_ok());
+    third.signal(Signal::SIGTERM);
+    assert_eq!(third.wait().code(), Some(0));
+    assert!(!proxy.socket().exists(), "it goes with its process");
+}
+
+fn drain() {
+    let backend = echo();
+    let (proxy, address) = (Controlled::start(&["--drain-timeout", "1h"]), own_address());
+    proxy.apply(&[mapping("web", "tcp", address, backend.address())]).success();
+    let client = client::connect(address);
+    eventually("the connection is there", || proxy.stats("web")["connections"] == 1);
+    proxy.ctl(&["drain"]).success();
+    eventually("nobody is let in any more", || is_free(address));
+    assert!(proxy.process.is_running(), "a connection goes on");
+    drop(client);
+    assert_eq!(proxy.process.wait().code(), Some(0));
+}
+
+/// Checks that a proxy relays and can be controlled.
+#[track_caller]
+fn assert_well(proxy: &Controlled, address: SocketAddr) {
+    assert_echoes(address);
+    assert_eq!(names(&proxy.json(&["list"])), ["web"]);
+}
+
+fn with_one_mapping() -> (TcpBackend, Controlled, SocketAddr) {
+    let backend = echo();
+    let (proxy, address) = (Controlled::start(&[]), own_address());
+    proxy.apply(&[mapping("web", "tcp", address, backend.address())]).success();
+    (backend, proxy, address)
+}
+
+fn liars() {
+    let (_backend, proxy, address) = with_one_mapping();
+    let deep = "[".repeat(100_000);
+    let huge_name = "x".repeat(1_000_000);
+    for line in [
+        "",
+        "GET / HTTP/1.1",
+        "\0\u{1}\u{2}",
+        "{\"v\":1,\"do\":{\"add\":{\"mappings\":[{}]}}}",
+        "{\"v\":1e999,\"do\":\"list\"}",
+        &deep,
+        &format!("{{\"v\":1,\"do\":{{\"remove\":{{\"name\":\"{huge_name}\"}}}}}}"),
+    ] {
+        let mut client = proxy.connect();
+        client.send(line.as_bytes()).unwrap();
+        client.send(b"\n").unwrap();
+        let answer = client.answer().unwrap();
+        assert_eq!(answer["error"]["kind"], "bad_request", "{answer}");
+        assert!(answer.to_string().len() < 1000, "an answer repeats no nonsense at length");
+    }
+    // A line without an end is cut off where it gets too long.
+    let mut client = proxy.connect();
+    let chunk = vec![b' '; 64 * 1024];
+    while client.send(&chunk).is_ok() {}
+    assert!(client.answer().is_none_or(|answer| answer["error"]["kind"] == "bad_request"));
+    // Half a request, and gone.
+    proxy.connect().send(b"{\"v\":1,").unwrap();
+    assert_well(&proxy, address);
+}
+
+fn hangers() {
+    let (_backend, proxy, address) = with_one_mapping();
+    // They say nothing, half of something, or do not read what they asked for.
+    let mut hanging: Vec<_> = (0..16).map(|_| proxy.connect()).collect();
+    hanging[1].send(b"{\"v\":1").unwrap();
+    // Nobody else gets in, and is told so.
+    let refused = || proxy.ctl(&["list"]).stderr.contains("clients are connected already");
+    eventually("all places are taken", refused);
+    assert_echoes(address);
+    // The places are free again when they have hung for too long.
+    eventually("there is room again", || proxy.ctl(&["list"]).status.success());
+    assert_well(&proxy, address);
+}
+
+fn flooders() {
+    let (_backend, proxy, address) = with_one_mapping();
+    let mut clients: Vec<_> = (0..8).map(|_| proxy.connect()).collect();
+    let requests = "{\"v\":1,\"do\":\"stats\"}\n".repeat(1000);
+    // None of them reads: the process stops to read from them, in turn, and nothing piles up.
+    for client in &mut clients {
+        client.send(requests.as_bytes()).unwrap();
+    }
+    assert_well(&proxy, address);
+    for mut client in clients {
+        assert!(client.answer().unwrap()["ok"].is_object());
+    }
+    assert_well(&proxy, address);
+}
