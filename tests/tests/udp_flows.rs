@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeSet, HashSet};
 use std::fs;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, UdpSocket};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -51,6 +51,7 @@ fn main() -> ExitCode {
             .needs(&[Need::Program("sysctl")]),
         net("a /64 over its quota displaces its own flows", quota_over_v6).needs(&[Need::Program("sysctl")]),
         net("out of descriptors, new flows displace old ones", out_of_descriptors).needs(prlimit),
+        net("flows leave descriptors to connections", flows_beside_connections).needs(prlimit),
         case("a flow's backlog does not hold up another's answer", backlog_of_answers),
         net("a slow backend does not hold up another's flows", slow_backend).needs(&[Need::Program("tc")]),
         net("a slow way out is shared by all flows", slow_way_out).needs(&[Need::Program("tc")]),
@@ -396,6 +397,33 @@ fn out_of_descriptors() {
         flows_of(clients, ASKED);
     }
     assert!(proxy.process.is_running());
+}
+
+/// In a process with mappings of both kinds, by default flows take half of the descriptors.
+fn flows_beside_connections() {
+    const LIMIT: usize = 100;
+    let net = Topology::new();
+    let _backend = naming_container(&net);
+    let listener = net.container.run(|| TcpListener::bind((CONTAINER_V4, PORT)).unwrap());
+    let backend = SocketAddr::from((CONTAINER_V4, PORT)).to_string();
+    let pair = |protocol| ["--proto", protocol, "--host", "0.0.0.0:5300", "--to", &backend];
+    let quota = ["--udp-max-flows-per-source", "1000"];
+    let arguments = [&pair("udp")[..], &pair("tcp")[..], &quota[..]].concat();
+    let mut command = require::command("prlimit");
+    command.arg(format!("--nofile={LIMIT}")).arg(rproxy()).args(&arguments);
+    let proxy = Standalone::ready(net.host.spawn(command), &arguments);
+    let before = proxy.process.descriptors();
+    let clients: Vec<_> = (0..3 * LIMIT).map(|_| bind_in(&net.client, (CLIENT_V4, 0))).collect();
+    for clients in clients.chunks(20) {
+        flows_of(clients, ASKED);
+    }
+    assert_eq!(proxy.process.descriptors(), before + LIMIT / 2);
+    let connections: Vec<_> = (0..10).map(|_| net.client.run(|| client::connect(ASKED))).collect();
+    for connection in &connections {
+        let (backend, _) = listener.accept().unwrap();
+        drop(backend);
+        client::read_to_end(connection);
+    }
 }
 
 /// Two flows of one client, which sees in one queue in which order the relay answers.

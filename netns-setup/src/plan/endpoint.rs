@@ -2,11 +2,14 @@
 
 use std::net::IpAddr;
 
-use super::{Inputs, LinkWish, Plan, PlanError, Step, driver_limit, network, untouched_offload};
+use super::{Inputs, LinkWish, OffloadLimits, Plan, PlanError, Step, network, untouched_offload};
 use crate::action::{Action, LinkChange, Place, VethPair};
 use crate::model::{CONTAINER_INTERFACE, Endpoint, Network};
 use crate::name::{IfName, Name};
 use crate::observed::Side;
+
+/// The largest IPv6 packet, in bytes, that needs no jumbo payload option (GSO_LEGACY_MAX_SIZE of linux/netdevice.h).
+const LARGEST_FORWARDED_IPV6: u32 = 65_536;
 
 /// Removes the veth pairs of containers that are no longer wanted.
 pub(super) fn remove(inputs: Inputs<'_>, plan: &mut Plan) {
@@ -157,19 +160,33 @@ fn connect(inputs: Inputs<'_>, network: &Network, endpoint: &Endpoint) -> Plan {
     if endpoint.needs_hairpin() {
         host.change(&mut plan, |_| None, LinkChange::Hairpin(true));
     }
-    if network.gso_max_size > 0 {
-        for end in [&host, &container] {
-            end.offload(
-                &mut plan,
-                network.gso_max_size,
-                driver_limit(end.is),
-                untouched_offload(inputs.observed),
-            );
-        }
-    }
+    enlarge_packets(inputs, network, &host, &container, &mut plan);
     host.up(&mut plan);
     connect_inside(network, endpoint, &container, &mut plan);
     plan
+}
+
+/// Raises the packet sizes of both ends of a pair, except for IPv6 out of the container.
+///
+/// An IPv6 packet of more than 64 KiB has a jumbo payload option (RFC 2675). The host does not forward one that has to be
+/// cut to the MTU, counts it in `Ip6FragFails`, and TCP has to find its way by retransmission. What comes from a
+/// container may have to be forwarded; IPv4 has no such option and gets through.
+fn enlarge_packets(
+    inputs: Inputs<'_>,
+    network: &Network,
+    host: &LinkWish<'_>,
+    container: &LinkWish<'_>,
+    plan: &mut Plan,
+) {
+    if network.gso_max_size == 0 {
+        return;
+    }
+    let known = untouched_offload(inputs.observed);
+    let host_limits = OffloadLimits { gro: LARGEST_FORWARDED_IPV6, ..OffloadLimits::of_driver(host.is) };
+    host.offload(plan, network.gso_max_size, host_limits, known);
+    let driver = OffloadLimits::of_driver(container.is);
+    let container_limits = OffloadLimits { gso: driver.gso.min(LARGEST_FORWARDED_IPV6), ..driver };
+    container.offload(plan, network.gso_max_size, container_limits, known);
 }
 
 fn connect_inside(network: &Network, endpoint: &Endpoint, container: &LinkWish<'_>, plan: &mut Plan) {
@@ -205,11 +222,7 @@ fn mend(inputs: Inputs<'_>, network: &Network, endpoint: &Endpoint, side: &Side,
     outer.mtu(plan, network.mtu);
     inner.mtu(plan, network.mtu);
     inner.mac(plan, endpoint.mac());
-    if network.gso_max_size > 0 {
-        for end in [&outer, &inner] {
-            end.offload(plan, network.gso_max_size, driver_limit(end.is), untouched_offload(inputs.observed));
-        }
-    }
+    enlarge_packets(inputs, network, &outer, &inner, plan);
     outer.up(plan);
     mend_inside(network, endpoint, side, &inner, plan);
 }

@@ -205,17 +205,17 @@ impl LinkWish<'_> {
         }
     }
 
-    /// Raises the packet sizes inside the host, as far as this kernel goes and, for what is sent, to `limit`; never
-    /// lowers one. `known` are the sizes of an interface that an earlier step makes.
-    fn offload(&self, plan: &mut Plan, wanted: u32, limit: u32, known: OffloadSizes) {
+    /// Raises the packet sizes inside the host, as far as this kernel and `limits` go; never lowers one. `known` are
+    /// the sizes of an interface that an earlier step makes.
+    fn offload(&self, plan: &mut Plan, wanted: u32, limits: OffloadLimits, known: OffloadSizes) {
         let is = self.is.map_or(known, |link| link.offload);
         let raise = |current: Option<u32>, limit: u32| {
             current.filter(|current| *current < wanted.min(limit)).map(|_| wanted.min(limit))
         };
         let sizes = OffloadSizes {
-            gso: raise(is.gso, limit),
-            gro: raise(is.gro, u32::MAX),
-            gso_ipv4: raise(is.gso_ipv4, limit),
+            gso: raise(is.gso, limits.gso),
+            gro: raise(is.gro, limits.gro),
+            gso_ipv4: raise(is.gso_ipv4, limits.gso_ipv4),
             gro_ipv4: raise(is.gro_ipv4, u32::MAX),
         };
         if sizes == OffloadSizes::default() {
@@ -231,9 +231,27 @@ impl LinkWish<'_> {
     }
 }
 
-/// The largest packet that the driver of an interface takes.
-fn driver_limit(link: Option<&Link>) -> u32 {
-    link.and_then(|link| link.tso_max_size).unwrap_or(u32::MAX)
+/// How far packet sizes may be raised, in bytes. Large IPv4 packets that are received need no limit.
+#[derive(Debug, Clone, Copy)]
+struct OffloadLimits {
+    /// Sent, IPv6.
+    gso: u32,
+    /// Received, IPv6.
+    gro: u32,
+    /// Sent, IPv4.
+    gso_ipv4: u32,
+}
+
+impl OffloadLimits {
+    /// Those of an interface that can send packets of `size`.
+    fn sending(size: u32) -> Self {
+        Self { gso: size, gro: u32::MAX, gso_ipv4: size }
+    }
+
+    /// Those of an interface's driver.
+    fn of_driver(link: Option<&Link>) -> Self {
+        Self::sending(link.and_then(|link| link.tso_max_size).unwrap_or(u32::MAX))
+    }
 }
 
 /// The packet sizes of a device that nobody changed: the loopback interface is always there.

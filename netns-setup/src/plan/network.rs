@@ -1,6 +1,6 @@
 //! The bridge, its addresses and the kernel's settings.
 
-use super::{Inputs, LinkWish, Plan, PlanError, Step, untouched_offload};
+use super::{Inputs, LinkWish, OffloadLimits, Plan, PlanError, Step, untouched_offload};
 use crate::action::{Action, LinkChange, Place};
 use crate::firewall::needs_route_localnet;
 use crate::model::{Network, Topology};
@@ -161,7 +161,8 @@ pub(super) fn tune(inputs: Inputs<'_>, plan: &mut Plan) {
             _ => u32::MAX,
         };
         let wish = LinkWish { place: Place::Host, name: &network.bridge, is: link };
-        wish.offload(plan, network.gso_max_size, limit, untouched_offload(inputs.observed));
+        let limits = OffloadLimits::sending(limit);
+        wish.offload(plan, network.gso_max_size, limits, untouched_offload(inputs.observed));
     }
     let key = sysctl::of_interface("ipv4", network.bridge.as_str(), "route_localnet");
     let wanted = if needs_route_localnet(inputs.desired) { "1" } else { "0" };

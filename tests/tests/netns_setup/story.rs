@@ -181,12 +181,12 @@ fn inspect_shape(stage: &Stage) {
     assert_eq!(bridge["GlobalIPv6PrefixLen"], 64);
 }
 
-/// nginx, as the story's container runs it.
+/// nginx, as the story's container runs it. In one process: killing a master would leave its workers behind.
 fn nginx(namespace: &Namespace, dir: &std::path::Path) -> Process {
     let config = dir.join("nginx.conf");
     let dir = dir.display();
     let text = format!(
-        "daemon off; user root; pid {dir}/pid; error_log stderr notice; events {{}}\n\
+        "daemon off; master_process off; user root; pid {dir}/pid; error_log stderr notice; events {{}}\n\
          http {{ access_log off; client_body_temp_path {dir}/b; proxy_temp_path {dir}/p; fastcgi_temp_path {dir}/f;\n\
          uwsgi_temp_path {dir}/u; scgi_temp_path {dir}/s;\n\
          server {{ listen 80; listen [::]:80; location / {{ return 200 hello; }} }} }}\n"
@@ -195,7 +195,7 @@ fn nginx(namespace: &Namespace, dir: &std::path::Path) -> Process {
     let mut command = require::command("nginx");
     command.arg("-e").arg("stderr").arg("-c").arg(&config);
     let process = namespace.spawn(command);
-    process.wait_for_line(Stream::Stderr, |line| line.contains("start worker process "));
+    process.wait_for_line(Stream::Stderr, |line| line.contains("getrlimit(RLIMIT_NOFILE)"));
     process
 }
 
@@ -253,13 +253,15 @@ fn big_tcp(stage: &Stage) {
     const MIB: usize = 1 << 20;
     stage.ok("up --subnet6 fd00:d0c::/64");
     let web = stage.attach("web");
-    let size = |links: &str, name: &str| -> u64 {
+    let sizes = |links: &str, name: &str| {
         let links: Value = serde_json::from_str(links).unwrap();
         let link = links.as_array().unwrap().iter().find(|link| link["ifname"] == name).unwrap();
-        link["gso_max_size"].as_u64().unwrap()
+        // Those of IPv4 are not among what every ip(8) prints.
+        ["gso_max_size", "gro_max_size"].map(|key| link[key].as_u64().unwrap())
     };
-    assert_eq!(size(&web.ip("-j -d link"), "eth0"), 524_280);
-    assert_eq!(size(&stage.host("ip -j -d link"), "docker0"), 524_280);
+    let large = 524_280;
+    assert_eq!(sizes(&web.ip("-j -d link"), "eth0"), [65_536, large]);
+    assert_eq!(sizes(&stage.host("ip -j -d link"), "docker0"), [large; 2]);
     // Out through a device that takes 64 KiB at most: what leaves has to arrive whole.
     let payload: Vec<u8> = (0..32 * MIB).map(|at| u8::try_from(at % 251).unwrap()).collect();
     for outside in ["0.0.0.0:9000", "[fd00:10::12]:9001"] {
@@ -279,4 +281,19 @@ fn big_tcp(stage: &Stage) {
         });
         assert!(received == payload, "{target}: {} of {} bytes", received.len(), payload.len());
     }
+    // A packet that is too large to forward is not lost for good, but each one costs TCP a retransmission.
+    let (v4, v6) = stage.host.run(too_large_to_forward);
+    assert_eq!((v4, v6), (0, 0), "packets over the MTU, IPv4 and IPv6");
+}
+
+/// How many packets the calling thread's namespace could not forward for their size (proc_net_snmp, `FragFails`).
+fn too_large_to_forward() -> (u64, u64) {
+    let read = |name: &str| std::fs::read_to_string(format!("/proc/thread-self/net/{name}")).unwrap();
+    let (snmp, snmp6) = (read("snmp"), read("snmp6"));
+    // The names of the counters in one line, their values in the next.
+    let mut ip = snmp.lines().filter(|line| line.starts_with("Ip:")).map(str::split_whitespace);
+    let (names, values) = (ip.next().unwrap(), ip.next().unwrap());
+    let v4 = names.zip(values).find(|(name, _)| *name == "FragFails").unwrap().1;
+    let v6 = snmp6.lines().find_map(|line| line.strip_prefix("Ip6FragFails")).unwrap();
+    (v4.parse().unwrap(), v6.trim().parse().unwrap())
 }
