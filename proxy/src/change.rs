@@ -155,6 +155,8 @@ impl Server {
 
     /// Everything that can fail.
     fn prepare(&mut self, plan: Plan) -> Result<Prepared, ChangeError> {
+        // If not by this change, then by a later one.
+        self.beside_tcp = true;
         let mut spare = self.spare_sockets(&plan.remove);
         let changed = plan.change.into_iter().map(|(name, mapping)| self.prepare_change(name, mapping));
         let changed = changed.collect::<Result<_, _>>()?;

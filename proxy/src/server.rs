@@ -39,6 +39,8 @@ pub struct Server {
     pub(crate) registry: Registry,
     /// Sockets of no mapping that has a name.
     nameless: Vec<Assignment>,
+    /// Whether connections need descriptors beside flows, now or later.
+    pub(crate) beside_tcp: bool,
     pub(crate) leaving: Leaving,
 }
 
@@ -59,6 +61,8 @@ impl Server {
     /// Outside a tokio runtime.
     pub fn start(mappings: Vec<Bound>) -> io::Result<Self> {
         let mut server = Self::new();
+        let mut ports = mappings.iter().flat_map(|bound| &bound.ports);
+        server.beside_tcp = ports.any(|port| port.forward.protocol == Protocol::Tcp);
         for Bound { mapping, ports } in mappings {
             info!(name = %mapping.name(), %mapping, "serving");
             let service = server.new_service(mapping.limits().clone());
@@ -99,6 +103,7 @@ impl Server {
             tasks: Tasks::default(),
             registry: Registry::default(),
             nameless: Vec::new(),
+            beside_tcp: false,
             leaving: Leaving::default(),
         }
     }
@@ -137,7 +142,7 @@ impl Server {
             Protocol::Udp => match &mut self.tasks.udp {
                 Some(task) => Ok(task),
                 none => {
-                    let beside_tcp = self.tasks.tcp.is_some();
+                    let beside_tcp = self.beside_tcp;
                     Ok(none.insert(ListenerTask::spawn(|poll, orders| {
                         UdpRelay::new(poll, orders, limits, beside_tcp).run()
                     })?))
