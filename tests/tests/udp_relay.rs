@@ -3,6 +3,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a failed step ends the test")]
 
+use std::fs;
 use std::iter;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
 use std::process::ExitCode;
@@ -14,8 +15,9 @@ use proptest::test_runner::{Config, TestRunner};
 
 use rproxy_tests::eventually;
 use rproxy_tests::netns::Namespace;
-use rproxy_tests::require::Need;
-use rproxy_tests::rproxy::Standalone;
+use rproxy_tests::process::Stream;
+use rproxy_tests::require::{self, Need};
+use rproxy_tests::rproxy::{Standalone, rproxy};
 use rproxy_tests::suite::{self, Case};
 use rproxy_tests::topology::{
     BRIDGE_V4, BRIDGE_V6, CLIENT_V4, CLIENT_V6, CONTAINER_V4, CONTAINER_V6, HOST_V4, HOST_V6, Topology,
@@ -47,6 +49,8 @@ fn main() -> ExitCode {
             .needs(&[Need::Program("sysctl")]),
         net("a smaller MTU towards the client is found", smaller_mtu_before_the_host)
             .needs(&[Need::Program("sysctl")]),
+        net("without the privilege, that buffers are small is said once", small_buffers_are_told)
+            .needs(&[Need::Program("setpriv")]),
         net("bursts pass devices without offloads", no_offloads).needs(&[Need::Program("ethtool")]),
     ])
 }
@@ -391,4 +395,18 @@ fn no_offloads() {
             }
         }
     }
+}
+
+fn small_buffers_are_told() {
+    /// What a listener asks for.
+    const WANTED: usize = 8 * 1024 * 1024;
+    let allowed = fs::read_to_string("/proc/sys/net/core/rmem_max").unwrap().trim().parse::<usize>().unwrap();
+    let mapping = |host| ["--proto", "udp", "--host", host, "--to", "127.0.0.1:5300"];
+    let arguments = [mapping("127.0.0.1:5301"), mapping("127.0.0.1:5302")].concat();
+    let mut command = require::command("setpriv");
+    command.arg("--bounding-set=-net_admin").arg(rproxy()).args(&arguments);
+    let proxy = Standalone::ready(Namespace::new().spawn(command), &arguments);
+    proxy.process.wait_for_lines(Stream::Stderr, 2, |line| line.contains("serving"));
+    let log = proxy.process.captured(Stream::Stderr);
+    assert_eq!(log.matches("rmem_max").count(), usize::from(allowed < WANTED), "{log}");
 }
