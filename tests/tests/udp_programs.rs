@@ -1,34 +1,33 @@
-//! UDP programs that people use, through `rproxy` on a host between them, and the kernel's own memory of
-//! what went on there before.
+//! UDP programs that people use, through `rproxy` on a host between them.
 
 #![expect(clippy::unwrap_used, reason = "a failed step ends the test")]
 
 use std::io::Write;
-use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::process::ExitCode;
 
+use nix::sys::signal::Signal;
 use serde_json::Value;
 
+use rproxy_tests::netns::Namespace;
 use rproxy_tests::process::{Process, Stream};
 use rproxy_tests::require::{self, Need};
 use rproxy_tests::rproxy::Standalone;
 use rproxy_tests::suite::{self, Case};
-use rproxy_tests::topology::{self, CLIENT_V4, CONTAINER_V4, CONTAINER_V6, HOST_V4, HOST_V6, Topology};
-use rproxy_tests::udp::{self, bind_in, relay_in};
+use rproxy_tests::topology::{CLIENT_V4, CONTAINER_V4, HOST_V4, HOST_V6, Topology};
 
 const WIRING: &[Need] = &[Need::Root, Need::Ipv6, Need::Program("ip")];
 
 fn main() -> ExitCode {
     let case = |name: &str, body: fn()| Case::new(name, body).needs(WIRING);
     let dns = &[Need::Program("dnsmasq"), Need::Program("dig")];
-    let conntrack = &[Need::Program("nft"), Need::Program("sysctl")];
+    let iperf = &[Need::Program("iperf3")];
     suite::run(vec![
         case("dig asks dnsmasq, over both families and both protocols", dig_asks_dnsmasq).needs(dns),
         case("a thousand questions are answered", thousand_questions).needs(dns),
-        case("iperf3 sends datagrams", || iperf3("")).needs(&[Need::Program("iperf3")]),
-        case("iperf3 receives datagrams", || iperf3("--reverse")).needs(&[Need::Program("iperf3")]),
-        case("a flow that was pinned elsewhere before is ours", pinned_flow).needs(conntrack),
-        case("--v6only leaves pinned IPv4 flows alone", pinned_flow_of_others).needs(conntrack),
+        case("a client that keeps its port finds dnsmasq restarted", dnsmasq_restarts).needs(dns),
+        case("iperf3 sends datagrams", || iperf3_loses_nothing("")).needs(iperf),
+        case("iperf3 receives datagrams", || iperf3_loses_nothing("--reverse")).needs(iperf),
+        case("iperf3 at full speed, both ways at once", iperf3_at_full_speed).needs(iperf),
     ])
 }
 
@@ -40,31 +39,28 @@ const LONG: [&str; 12] = ["a 200-byte string, give or take, repeated until the a
 /// dnsmasq in the container, and `rproxy` on the host, for UDP and TCP over IPv4 and IPv6.
 struct Dns {
     topology: Topology,
-    _dnsmasq: Process,
+    dnsmasq: Process,
     _proxy: Standalone,
+}
+
+/// Starts dnsmasq, which knows `web.test` and everything below, and a [`LONG`] record.
+fn start_dnsmasq(container: &Namespace) -> Process {
+    let mut dnsmasq = require::command("dnsmasq");
+    dnsmasq.args(["--keep-in-foreground", "--no-resolv", "--no-hosts", "--no-poll", "--conf-file=/dev/null"]);
+    dnsmasq.args(["--pid-file=", "--log-facility=-", "--user=root", "--edns-packet-max=4096"]);
+    dnsmasq.args(["--address=/web.test/172.17.0.2", "--address=/web.test/fd00::2"]);
+    dnsmasq.arg(format!("--txt-record=long.test,{}", LONG.map(|text| text.replace(',', ";")).join(",")));
+    let dnsmasq = container.spawn(dnsmasq);
+    dnsmasq.wait_for_line(Stream::Stderr, |line| line.contains("started"));
+    dnsmasq
 }
 
 impl Dns {
     fn publish() -> Self {
         let topology = Topology::new();
-        let mut dnsmasq = require::command("dnsmasq");
-        dnsmasq.args([
-            "--keep-in-foreground",
-            "--no-resolv",
-            "--no-hosts",
-            "--no-poll",
-            "--conf-file=/dev/null",
-        ]);
-        dnsmasq.args(["--pid-file=", "--log-facility=-", "--user=root", "--edns-packet-max=4096"]);
-        dnsmasq.args(["--address=/web.test/172.17.0.2", "--address=/web.test/fd00::2"]);
-        dnsmasq.arg(format!("--txt-record=long.test,{}", LONG.map(|text| text.replace(',', ";")).join(",")));
-        let dnsmasq = topology.container.spawn(dnsmasq);
-        dnsmasq.wait_for_line(Stream::Stderr, |line| line.contains("started"));
-        let to = format!("{CONTAINER_V4}:53");
-        let udp = ["--proto", "udp", "--host", "[::]:53", "--to", &to];
-        let tcp = ["--proto", "tcp", "--host", "[::]:53", "--to", &to];
-        let proxy = Standalone::start_in(&topology.host, &[udp, tcp].concat());
-        Self { topology, _dnsmasq: dnsmasq, _proxy: proxy }
+        let dnsmasq = start_dnsmasq(&topology.container);
+        let proxy = publish_both(&topology, "[::]:53", 53);
+        Self { topology, dnsmasq, _proxy: proxy }
     }
 
     /// Runs dig with blank-separated arguments on the outside host.
@@ -100,81 +96,59 @@ fn thousand_questions() {
     assert_eq!(answers, "172.17.0.2\n".repeat(QUESTIONS));
 }
 
-/// Slowly: what is lost must not be lost by iperf3's own sockets, which are of the usual size.
-fn iperf3(direction: &str) {
+/// dig keeps to one port, and so to one flow, which the end of the first server leaves with an error.
+fn dnsmasq_restarts() {
+    let mut dns = Dns::publish();
+    let question = format!("@{HOST_V4} -b {CLIENT_V4}#4000 +short web.test A");
+    for _ in 0..3 {
+        assert_eq!(dns.dig(&question), "172.17.0.2\n");
+        dns.dnsmasq.signal(Signal::SIGTERM);
+        dns.dnsmasq.wait();
+        let unanswered = format!("dig +tries=2 +time=1 {question}");
+        assert!(!dns.topology.client.command(&unanswered).status.success(), "nobody could have answered");
+        dns.dnsmasq = start_dnsmasq(&dns.topology.container);
+    }
+    assert_eq!(dns.dig(&question), "172.17.0.2\n");
+}
+
+/// Publishes a port of the container, for UDP and TCP.
+fn publish_both(topology: &Topology, host: &str, port: u16) -> Standalone {
+    let to = format!("{CONTAINER_V4}:{port}");
+    let mapping = |protocol| ["--proto", protocol, "--host", host, "--to", &to];
+    Standalone::start_in(&topology.host, &[mapping("udp"), mapping("tcp")].concat())
+}
+
+/// Runs iperf3 on the outside host with blank-separated options; returns its report.
+fn iperf3(options: &str) -> Value {
     let topology = Topology::new();
     let mut server = require::command("iperf3");
     server.args(["--server", "--one-off", "--forceflush"]);
     let server = topology.container.spawn(server);
     server.wait_for_line(Stream::Stdout, |line| line.contains("Server listening"));
-    let to = format!("{CONTAINER_V4}:5201");
-    let udp = ["--proto", "udp", "--host", "0.0.0.0:5201", "--to", &to];
-    let tcp = ["--proto", "tcp", "--host", "0.0.0.0:5201", "--to", &to];
-    let _proxy = Standalone::start_in(&topology.host, &[udp, tcp].concat());
-    let arguments =
-        format!("--client {HOST_V4} --udp --bitrate 10M --length 1400 --bytes 2M --json {direction}");
-    let report = topology.client.command(&format!("iperf3 {arguments}")).success();
-    let report: Value = serde_json::from_str(&report).unwrap();
+    let _proxy = publish_both(&topology, "0.0.0.0:5201", 5201);
+    let report =
+        topology.client.command(&format!("iperf3 --client {HOST_V4} --udp --json {options}")).success();
+    serde_json::from_str(&report).unwrap()
+}
+
+/// Slowly: what is lost must not be lost by iperf3's own sockets, which are of the usual size.
+fn iperf3_loses_nothing(direction: &str) {
+    let report = iperf3(&format!("--bitrate 10M --length 1400 --bytes 2M {direction}"));
     let sum = &report["end"]["sum"];
     assert!(sum["packets"].as_u64().unwrap() >= 2_000_000 / 1_400, "{sum}");
     assert_eq!(sum["lost_packets"].as_u64(), Some(0), "{sum}");
     assert_eq!(report["end"]["streams"][0]["udp"]["out_of_order"].as_u64().unwrap_or(0), 0, "{sum}");
 }
 
-const PORT: u16 = 5300;
-const ASKED: (Ipv4Addr, u16) = (HOST_V4, PORT);
-
-/// A client that the kernel keeps sending to another container, to which its port was published before.
-struct Pinned {
-    topology: Topology,
-    client: UdpSocket,
-    ours: UdpSocket,
-    other: UdpSocket,
-}
-
-impl Pinned {
-    fn new() -> Self {
-        const OTHER: Ipv4Addr = Ipv4Addr::new(172, 17, 0, 3);
-        let topology = Topology::new();
-        let other = topology::add_container(&topology.host, OTHER, CONTAINER_V6);
-        let host = |line: &str| topology.host.command(line).success();
-        host("sysctl -qw net.ipv4.ip_forward=1");
-        host("nft add table ip t");
-        // A rule that asks for it keeps connection tracking at work when the other one is gone.
-        host("nft add chain ip t tracked { type filter hook input priority filter ; }");
-        host("nft add rule ip t tracked ct state established accept");
-        host("nft add chain ip t c { type nat hook prerouting priority dstnat ; }");
-        host(&format!("nft add rule ip t c udp dport {PORT} dnat to {OTHER}:{PORT}"));
-        let pinned = Self {
-            client: bind_in(&topology.client, (CLIENT_V4, 0)),
-            ours: bind_in(&topology.container, (CONTAINER_V4, PORT)),
-            other: bind_in(&other, (OTHER, PORT)),
-            topology,
-        };
-        pinned.assert_reaches(&pinned.other);
-        pinned.topology.host.command("nft flush chain ip t c").success();
-        pinned.assert_reaches(&pinned.other);
-        pinned
+/// As fast as it goes, four flows each way at once: datagrams may be lost, but none overtakes another of its
+/// flow, and every flow gets some through.
+fn iperf3_at_full_speed() {
+    let report = iperf3("--bidir --parallel 4 --bitrate 0 --length 1400 --time 2");
+    let streams = report["end"]["streams"].as_array().unwrap();
+    assert_eq!(streams.len(), 8, "{report}");
+    for stream in streams.iter().map(|stream| &stream["udp"]) {
+        let count = |name: &str| stream[name].as_u64().unwrap();
+        assert!(count("packets") > count("lost_packets"), "{stream}");
+        assert_eq!(count("out_of_order"), 0, "{stream}");
     }
-
-    #[track_caller]
-    fn assert_reaches(&self, backend: &UdpSocket) {
-        self.client.send_to(b"question", ASKED).unwrap();
-        let (question, from) = udp::receive(backend);
-        assert_eq!(question, b"question");
-        backend.send_to(b"answer", from).unwrap();
-        assert_eq!(udp::receive(&self.client), (b"answer".to_vec(), SocketAddr::from(ASKED)));
-    }
-}
-
-fn pinned_flow() {
-    let pinned = Pinned::new();
-    let _proxy = relay_in(&pinned.topology.host, "0.0.0.0:5300", (CONTAINER_V4, PORT), &[]);
-    pinned.assert_reaches(&pinned.ours);
-}
-
-fn pinned_flow_of_others() {
-    let pinned = Pinned::new();
-    let _proxy = relay_in(&pinned.topology.host, "[::]:5300", (CONTAINER_V4, PORT), &["--v6only"]);
-    pinned.assert_reaches(&pinned.other);
 }

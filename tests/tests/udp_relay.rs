@@ -3,8 +3,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a failed step ends the test")]
 
+use std::fs;
 use std::iter;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, UdpSocket};
 use std::process::ExitCode;
 
 use nix::net::if_::if_nametoindex;
@@ -14,8 +15,9 @@ use proptest::test_runner::{Config, TestRunner};
 
 use rproxy_tests::eventually;
 use rproxy_tests::netns::Namespace;
-use rproxy_tests::require::Need;
-use rproxy_tests::rproxy::Standalone;
+use rproxy_tests::process::Stream;
+use rproxy_tests::require::{self, Need};
+use rproxy_tests::rproxy::{Standalone, rproxy};
 use rproxy_tests::suite::{self, Case};
 use rproxy_tests::topology::{
     BRIDGE_V4, BRIDGE_V6, CLIENT_V4, CLIENT_V6, CONTAINER_V4, CONTAINER_V6, HOST_V4, HOST_V6, Topology,
@@ -43,7 +45,12 @@ fn main() -> ExitCode {
         Case::new("every size passes from IPv6 to IPv4", every_size_v6_to_v4).needs(&[Need::Ipv6]),
         net("bursts of any sizes keep their boundaries and order", bursts_of_any_sizes),
         net("datagrams over the MTU pass in fragments", fragments_pass),
-        net("a smaller MTU on the path is found", smaller_mtu_on_the_path).needs(&[Need::Program("sysctl")]),
+        net("a smaller MTU towards the backend is found", smaller_mtu_behind_the_host)
+            .needs(&[Need::Program("sysctl")]),
+        net("a smaller MTU towards the client is found", smaller_mtu_before_the_host)
+            .needs(&[Need::Program("sysctl")]),
+        net("without the privilege, that buffers are small is said once", small_buffers_are_told)
+            .needs(&[Need::Program("setpriv")]),
         net("bursts pass devices without offloads", no_offloads).needs(&[Need::Program("ethtool")]),
     ])
 }
@@ -278,57 +285,91 @@ fn bursts_of_any_sizes() {
 }
 
 /// Over the MTU of 1,500 by a little, as jumbo frames, and nearly as much as there can be.
-const LARGE: [usize; 6] = [1_453, 1_473, 3_000, 9_000, 60_000, LARGEST_V4];
+const LARGE: [usize; 5] = [1_453, 1_473, 3_000, 9_000, 60_000];
 
 fn fragments_pass() {
     let net = Topology::new();
     for (family, proxy) in &start_both(&net) {
         let line = line(&net, proxy, *family);
-        for size in LARGE {
+        let largest = match family {
+            Family::V4 => LARGEST_V4,
+            Family::V6 => LARGEST_V6,
+        };
+        for size in LARGE.into_iter().chain([largest]) {
             line.burst_up(&[size, 1, size, size, 1]);
             line.burst_down(&[size, 1, size, size, 1]);
         }
     }
 }
 
-/// Behind the container is a network with an MTU that is smaller than those before. The host learns of it
-/// from the first datagram that is too large, which is lost, as it is for any sender.
-fn smaller_mtu_on_the_path() {
-    let (net, far) = (Topology::new(), Namespace::new());
-    net.container.veth("eth1", &far, "eth0");
-    net.container.command("sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1").success();
-    net.container.ip("link set eth1 mtu 1280");
+/// A host on a network with an MTU of 1,280, behind `router`, and the way there from the proxy's host.
+fn add_far_host(net: &Topology, router: &Namespace, gateways: [IpAddr; 2]) -> Namespace {
+    let far = Namespace::new();
+    router.veth("eth1", &far, "eth0");
+    router.command("sysctl -qw net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1").success();
+    router.ip("link set eth1 mtu 1280");
     far.ip("link set eth0 mtu 1280");
     // A router asks for its neighbours from such an address, and would have to wait for one to be free.
-    net.container.address("eth1", "fe80::1/64");
-    for (router, server, prefix) in
-        [("10.9.0.1", "10.9.0.2", "10.9.0.0/24"), ("fd00:9::1", "fd00:9::2", "fd00:9::/64")]
-    {
-        let (_, len) = prefix.split_once('/').unwrap();
-        net.container.address("eth1", &format!("{router}/{len}"));
-        far.address("eth0", &format!("{server}/{len}"));
-        far.ip(&format!("route add default via {router}"));
-        let gateway: IpAddr = match server.parse().unwrap() {
-            IpAddr::V4(_) => CONTAINER_V4.into(),
-            IpAddr::V6(_) => CONTAINER_V6.into(),
-        };
+    router.address("eth1", "fe80::1/64");
+    for (gateway, near, host, prefix) in [
+        (gateways[0], "10.9.0.1/24", FAR[0], "10.9.0.0/24"),
+        (gateways[1], "fd00:9::1/64", FAR[1], "fd00:9::/64"),
+    ] {
+        let (router_ip, len) = near.split_once('/').unwrap();
+        router.address("eth1", near);
+        far.address("eth0", &format!("{host}/{len}"));
+        far.ip(&format!("route add default via {router_ip}"));
         net.host.ip(&format!("route add {prefix} via {gateway}"));
-        let backend = bind_in(&far, SocketAddr::new(server.parse().unwrap(), PORT));
-        let proxy = relay_in(&net.host, "[::]:5300", backend.local_addr().unwrap(), &[]);
+    }
+    far
+}
+
+const FAR: [IpAddr; 2] =
+    [IpAddr::V4(Ipv4Addr::new(10, 9, 0, 2)), IpAddr::V6(Ipv6Addr::new(0xfd00, 9, 0, 0, 0, 0, 0, 2))];
+
+/// The host learns of the MTU from the first datagram that is too large, which is lost, as it is for any
+/// sender. It has to be alone, since a train is too large as a whole if one of its datagrams is.
+#[track_caller]
+fn learn_mtu(host: &Namespace, far: IpAddr, from: &UdpSocket, to: SocketAddr) {
+    from.send_to(&[0; 1_400], to).unwrap();
+    eventually("the host knows the MTU", || host.ip(&format!("route get {far}")).contains("mtu 1280"));
+}
+
+#[track_caller]
+fn assert_bursts_pass(line: &Line<'_>) {
+    for size in [1_400, 1_453, 9_000, 60_000] {
+        line.burst_up(&[size, 1, size, 1]);
+        line.burst_down(&[size, 1, size, 1]);
+    }
+    line.burst_up(&[1_400; 100]);
+    line.burst_down(&[1_400; 100]);
+}
+
+fn smaller_mtu_behind_the_host() {
+    let net = Topology::new();
+    let far = add_far_host(&net, &net.container, [CONTAINER_V4.into(), CONTAINER_V6.into()]);
+    for ip in FAR {
+        let backend = bind_in(&far, (ip, PORT));
+        let proxy = relay_in(&net.host, "[::]:5300", (ip, PORT), &[]);
         let client = bind_in(&net.client, (CLIENT_V6, 0));
         let asked = (HOST_V6, PORT).into();
-        // Alone, since a train is too large as a whole if one of its datagrams is.
-        client.send_to(&[0; 1_400], asked).unwrap();
-        eventually("the host knows the MTU", || {
-            net.host.ip(&format!("route get {server}")).contains("mtu 1280")
-        });
-        let line = Line::open(&proxy.process, client, asked, backend);
-        for size in [1_400, 1_453, 9_000, 60_000] {
-            line.burst_up(&[size, 1, size, 1]);
-            line.burst_down(&[size, 1, size, 1]);
-        }
-        line.burst_up(&[1_400; 100]);
-        line.burst_down(&[1_400; 100]);
+        learn_mtu(&net.host, ip, &client, asked);
+        assert_bursts_pass(&Line::open(&proxy.process, client, asked, backend));
+    }
+}
+
+fn smaller_mtu_before_the_host() {
+    let net = Topology::new();
+    let far = add_far_host(&net, &net.client, [CLIENT_V4.into(), CLIENT_V6.into()]);
+    for (ip, host) in [(FAR[0], IpAddr::from(HOST_V4)), (FAR[1], HOST_V6.into())] {
+        let backend = bind_in(&net.container, (CONTAINER_V4, PORT));
+        let proxy = relay_in(&net.host, "[::]:5300", (CONTAINER_V4, PORT), &[]);
+        let client = bind_in(&far, (ip, 0));
+        let asked = (host, PORT).into();
+        client.send_to(b"hello", asked).unwrap();
+        let (_, flow) = udp::receive(&backend);
+        learn_mtu(&net.host, ip, &backend, flow);
+        assert_bursts_pass(&Line::open(&proxy.process, client, asked, backend));
     }
 }
 
@@ -354,4 +395,18 @@ fn no_offloads() {
             }
         }
     }
+}
+
+fn small_buffers_are_told() {
+    /// What a listener asks for.
+    const WANTED: usize = 8 * 1024 * 1024;
+    let allowed = fs::read_to_string("/proc/sys/net/core/rmem_max").unwrap().trim().parse::<usize>().unwrap();
+    let mapping = |host| ["--proto", "udp", "--host", host, "--to", "127.0.0.1:5300"];
+    let arguments = [mapping("127.0.0.1:5301"), mapping("127.0.0.1:5302")].concat();
+    let mut command = require::command("setpriv");
+    command.arg("--bounding-set=-net_admin").arg(rproxy()).args(&arguments);
+    let proxy = Standalone::ready(Namespace::new().spawn(command), &arguments);
+    proxy.process.wait_for_lines(Stream::Stderr, 2, |line| line.contains("serving"));
+    let log = proxy.process.captured(Stream::Stderr);
+    assert_eq!(log.matches("rmem_max").count(), usize::from(allowed < WANTED), "{log}");
 }
