@@ -22,6 +22,9 @@ use rproxy_tests::udp::{self, bind_in, relay_in};
 
 const PORT: u16 = 5300;
 
+/// The clients' ports of no flow at all.
+const NOTHING: [u16; 0] = [];
+
 fn main() -> ExitCode {
     let wiring = &[Need::Root, Need::Ipv6, Need::Program("ip")];
     let pinned = &[Need::Program("nft"), Need::Program("sysctl")];
@@ -141,7 +144,7 @@ fn host_with_flows() -> Namespace {
     for (client_port, flow) in FLOWS {
         host.command(&format!("conntrack -I {flow} --sport {client_port} --timeout 600")).success();
     }
-    assert_eq!(forgotten(&host), []);
+    assert_eq!(forgotten(&host), NOTHING);
     host
 }
 
@@ -172,7 +175,7 @@ fn forgets_its_own() {
     }
     let namespace = host_with_flows();
     let _proxy = Standalone::start_in(&namespace, &["--host", "0.0.0.0:5300", "--to", "172.17.0.2:53"]);
-    assert_eq!(forgotten(&namespace), [], "a mapping for TCP");
+    assert_eq!(forgotten(&namespace), NOTHING, "a mapping for TCP");
 }
 
 fn unprivileged() {
@@ -189,7 +192,7 @@ fn unprivileged() {
     let client = bind_in(&host, (Ipv4Addr::LOCALHOST, 0));
     client.send_to(b"question", proxy.address()).unwrap();
     assert_eq!(udp::receive(&backend).0, b"question");
-    assert_eq!(forgotten(&host), []);
+    assert_eq!(forgotten(&host), NOTHING);
 }
 
 fn docker_mode() {
@@ -198,5 +201,5 @@ fn docker_mode() {
     let mut proxy =
         DockerProxy::start_by(rproxy(), &arguments, None, OFlag::empty(), |command| host.spawn(command));
     assert_eq!(proxy.status(), Status::Ready);
-    assert_eq!(forgotten(&host), []);
+    assert_eq!(forgotten(&host), NOTHING);
 }
