@@ -27,6 +27,7 @@ pub mod runtime;
 pub mod server;
 mod service;
 pub mod signals;
+mod spanless;
 pub mod standalone;
 pub mod stats;
 mod task;

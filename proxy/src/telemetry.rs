@@ -9,6 +9,8 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, fmt};
 
+use crate::spanless::Spanless;
+
 /// How log lines are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
 pub enum Format {
@@ -67,8 +69,7 @@ pub fn init(config: LogConfig) {
         Format::Text => lines.with_target(false).boxed(),
         Format::Json => lines.json().boxed(),
     };
-    let subscriber = tracing_subscriber::registry().with(lines.with_filter(config.filter));
-    if subscriber.try_init().is_err() {
+    if Spanless.with(lines).with(config.filter).try_init().is_err() {
         tracing::debug!("the log is set up already");
     }
 }
