@@ -11,7 +11,6 @@ use crate::addr::{HostAddr, Protocol};
 use crate::listen::{BindError, Listener};
 use crate::mapping::{Forward, HostPorts, Mapping};
 use crate::ports::PortRange;
-use crate::udp::stale;
 
 /// A mapping whose host ports are bound: from here on, clients can connect.
 #[derive(Debug)]
@@ -97,16 +96,6 @@ impl Bound {
         let mut bound: Vec<_> = turns.into_iter().map(bind).collect::<Result<_, _>>()?;
         bound.sort_by_key(|(index, _bound)| *index);
         Ok(bound.into_iter().map(|(_index, bound)| bound).collect())
-    }
-
-    /// For UDP: makes the kernel forget flows that other means of publishing, or none, pinned
-    /// elsewhere before. A runtime that publishes by several means does this itself.
-    pub fn forget_stale_flows(bound: &[Self]) {
-        let ports = bound.iter().flat_map(|bound| &bound.ports);
-        let udp = ports.filter(|port| port.forward.protocol == Protocol::Udp);
-        let published: Vec<_> =
-            udp.map(|port| (port.forward.host.socket_addr(), port.forward.v6only)).collect();
-        stale::forget_flows_to(&published);
     }
 }
 

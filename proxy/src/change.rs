@@ -22,6 +22,7 @@ use crate::ports::PortRange;
 use crate::registry::Served;
 use crate::server::Server;
 use crate::service::{Assignment, Route, Service};
+use crate::udp::stale;
 
 /// Why a change was not made; nothing has changed then.
 #[derive(Debug, thiserror::Error)]
@@ -155,8 +156,6 @@ impl Server {
 
     /// Everything that can fail.
     fn prepare(&mut self, plan: Plan) -> Result<Prepared, ChangeError> {
-        // If not by this change, then by a later one.
-        self.beside_tcp = true;
         let mut spare = self.spare_sockets(&plan.remove);
         let changed = plan.change.into_iter().map(|(name, mapping)| self.prepare_change(name, mapping));
         let changed = changed.collect::<Result<_, _>>()?;
@@ -245,9 +244,11 @@ impl Server {
     /// Does what was prepared.
     async fn commit(&mut self, prepared: Prepared) {
         let Prepared { added, changed, removed, spare } = prepared;
-        let ports =
-            |set: &[(Name, Served)]| set.iter().flat_map(|(_, served)| served.ports.clone()).collect();
+        let ports = |set: &[(Name, Served)]| -> Vec<Assignment> {
+            set.iter().flat_map(|(_name, served)| served.ports.clone()).collect()
+        };
         let (new, other) = (ports(&added), ports(&changed));
+        stale::forget_flows_to(new.iter().map(|assignment| &assignment.route.forward));
         for name in &removed {
             info!(%name, "serving no more");
             drop(self.registry.take(name));

@@ -40,7 +40,7 @@ pub struct Server {
     /// Sockets of no mapping that has a name.
     nameless: Vec<Assignment>,
     /// Whether connections need descriptors beside flows, now or later.
-    pub(crate) beside_tcp: bool,
+    beside_tcp: bool,
     pub(crate) leaving: Leaving,
 }
 
@@ -53,16 +53,17 @@ struct Tasks {
 
 impl Server {
     /// Starts to serve `mappings` on the runtime of the calling thread, and on others when needed.
+    /// If they `may_change`, there may be TCP mappings later.
     ///
     /// # Errors
     /// What epoll_ctl(2) answered for a listener.
     ///
     /// # Panics
     /// Outside a tokio runtime.
-    pub fn start(mappings: Vec<Bound>) -> io::Result<Self> {
+    pub fn start(mappings: Vec<Bound>, may_change: bool) -> io::Result<Self> {
         let mut server = Self::new();
         let mut ports = mappings.iter().flat_map(|bound| &bound.ports);
-        server.beside_tcp = ports.any(|port| port.forward.protocol == Protocol::Tcp);
+        server.beside_tcp = may_change || ports.any(|port| port.forward.protocol == Protocol::Tcp);
         for Bound { mapping, ports } in mappings {
             info!(name = %mapping.name(), %mapping, "serving");
             let service = server.new_service(mapping.limits().clone());

@@ -16,6 +16,7 @@ use crate::mapping::{Forward, HostPorts, Mapping};
 use crate::runtime::{new_runtime, raise_descriptor_limit};
 use crate::server::Server;
 use crate::signals::StopSignals;
+use crate::udp::stale;
 use crate::{console, control, demo, telemetry};
 
 /// Runs what the command line asks for, until a signal ends it. `args` are those after the program's
@@ -69,12 +70,13 @@ fn start(mappings: Vec<Mapping>, options: &Serve) -> Result<(Runtime, Manager), 
     let setup = |step| move |source| StartError::Setup { step, source };
     let control = options.control.as_deref().map(ControlSocket::bind).transpose()?;
     let bound = Bound::bind_all(mappings)?;
-    Bound::forget_stale_flows(&bound);
+    stale::forget_flows_to(bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.forward));
     let runtime = new_runtime().map_err(setup("create the event loop"))?;
     let entered = runtime.enter();
     let stop = StopSignals::catch().map_err(setup("catch signals"))?;
     let ready = ready_lines(&bound);
-    let server = Server::start(bound).map_err(setup("watch the listeners"))?;
+    let may_change = control.is_some();
+    let server = Server::start(bound, may_change).map_err(setup("watch the listeners"))?;
     drop(entered);
     for line in ready {
         console::out(&line);

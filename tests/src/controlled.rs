@@ -4,10 +4,12 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::netns::Namespace;
 use crate::process::{self, Output, Process};
 use crate::{PATIENCE, eventually, rproxy};
 
@@ -22,11 +24,21 @@ impl Controlled {
     /// Starts one, and waits until its control socket is served.
     #[track_caller]
     pub fn start(more_arguments: &[&str]) -> Self {
+        Self::start_by(more_arguments, Process::spawn)
+    }
+
+    /// As [`Controlled::start`], inside a namespace.
+    #[track_caller]
+    pub fn start_in(namespace: &Namespace, more_arguments: &[&str]) -> Self {
+        Self::start_by(more_arguments, |command| namespace.spawn(command))
+    }
+
+    #[track_caller]
+    fn start_by(more_arguments: &[&str], spawn: impl FnOnce(Command) -> Process) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("control");
         let socket_text = socket.to_str().unwrap();
-        let process =
-            Process::spawn(rproxy::command(&[&["--control", socket_text], more_arguments].concat()));
+        let process = spawn(rproxy::command(&[&["--control", socket_text], more_arguments].concat()));
         let controlled = Self { process, dir };
         eventually("the control socket is there", || UnixStream::connect(&socket).is_ok());
         controlled

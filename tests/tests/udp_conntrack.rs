@@ -9,6 +9,7 @@ use std::process::ExitCode;
 
 use nix::fcntl::OFlag;
 
+use rproxy_tests::controlled::Controlled;
 use rproxy_tests::docker_proxy::{DockerProxy, Status, mapping};
 use rproxy_tests::netns::Namespace;
 use rproxy_tests::process::Stream;
@@ -42,6 +43,7 @@ fn main() -> ExitCode {
         case("without the privilege it serves all the same", unprivileged)
             .needs(conntrack)
             .needs(&[Need::Program("setpriv")]),
+        case("a port that is published live is reached too", published_live).needs(conntrack),
         case("docker-proxy's flags leave it to dockerd", docker_mode).needs(conntrack),
     ])
 }
@@ -176,6 +178,15 @@ fn forgets_its_own() {
     let namespace = host_with_flows();
     let _proxy = Standalone::start_in(&namespace, &["--host", "0.0.0.0:5300", "--to", "172.17.0.2:53"]);
     assert_eq!(forgotten(&namespace), NOTHING, "a mapping for TCP");
+}
+
+fn published_live() {
+    let namespace = host_with_flows();
+    let proxy = Controlled::start_in(&namespace, &[]);
+    for (host, expected) in [("10.0.0.11:5300", &[1][..]), ("10.0.0.21:5300", &[1, 2])] {
+        proxy.ctl(&["add", "--proto", "udp", "--host", host, "--to", "172.17.0.2:53"]).success();
+        assert_eq!(forgotten(&namespace), expected, "{host}");
+    }
 }
 
 fn unprivileged() {

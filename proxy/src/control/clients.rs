@@ -96,7 +96,11 @@ fn check_peer(client: &UnixStream) -> Result<(), Refusal> {
 
 /// Tells a client why it is not served, if it listens.
 fn send_away(client: &UnixStream, refusal: Refusal) {
-    warn!(reason = refusal.message, "control client refused");
+    static REFUSED: LogLimit = LogLimit::new();
+
+    if let Some(suppressed) = REFUSED.permit() {
+        warn!(reason = refusal.message, suppressed, "control client refused");
+    }
     let line = protocol::answer(None, Err(refusal)) + "\n";
     drop(client.try_write(line.as_bytes()));
 }

@@ -9,14 +9,18 @@ use std::net::{IpAddr, SocketAddr};
 use rproxy_sys::conntrack::{Family, delete_udp};
 use tracing::debug;
 
-/// Makes the kernel forget UDP flows to the `published` host addresses, which have to be bound already;
-/// an IPv6 wildcard stands for IPv4 too unless its flag (`IPV6_V6ONLY`) is set. Best effort: it needs
-/// `CAP_NET_ADMIN`, and most hosts have nothing to forget.
-pub(crate) fn forget_flows_to(published: &[(SocketAddr, bool)]) {
-    if published.is_empty() {
+use crate::addr::Protocol;
+use crate::mapping::Forward;
+
+/// Makes the kernel forget flows to the UDP ports among `published`, which have to be bound already;
+/// an IPv6 wildcard stands for IPv4 too unless it is `v6only`. Best effort: it needs `CAP_NET_ADMIN`,
+/// and most hosts have nothing to forget. A runtime that publishes by several means does this itself.
+pub(crate) fn forget_flows_to<'a>(published: impl IntoIterator<Item = &'a Forward>) {
+    let udp = published.into_iter().filter(|forward| forward.protocol == Protocol::Udp);
+    let published = Published::new(udp.map(|forward| (forward.host.socket_addr(), forward.v6only)));
+    if published.0.is_empty() {
         return;
     }
-    let published = Published::new(published);
     for family in [Family::V4, Family::V6] {
         match delete_udp(family, |destination| published.contains(destination)) {
             Ok(deleted) => debug!(?family, deleted, "stale UDP flows forgotten"),
@@ -29,10 +33,10 @@ pub(crate) fn forget_flows_to(published: &[(SocketAddr, bool)]) {
 struct Published(HashMap<u16, Vec<(IpAddr, bool)>>);
 
 impl Published {
-    fn new(published: &[(SocketAddr, bool)]) -> Self {
+    fn new(published: impl IntoIterator<Item = (SocketAddr, bool)>) -> Self {
         let mut by_port: HashMap<u16, Vec<_>> = HashMap::new();
         for (addr, v6only) in published {
-            by_port.entry(addr.port()).or_default().push((addr.ip(), *v6only));
+            by_port.entry(addr.port()).or_default().push((addr.ip(), v6only));
         }
         Self(by_port)
     }
@@ -56,7 +60,7 @@ mod tests {
     fn a_wildcard_stands_for_all_addresses_and_others_for_themselves() {
         let addr = |text: &str| text.parse::<SocketAddr>().unwrap();
         let hosts = [("10.0.0.11:53", false), ("0.0.0.0:69", false), ("[::]:123", false), ("[::]:124", true)];
-        let published = Published::new(&hosts.map(|(host, v6only)| (addr(host), v6only)));
+        let published = Published::new(hosts.map(|(host, v6only)| (addr(host), v6only)));
         for inside in ["10.0.0.11:53", "10.0.0.12:69", "10.0.0.12:123", "[fd00::1]:123", "[fd00::1]:124"] {
             assert!(published.contains(addr(inside)), "{inside}");
         }
