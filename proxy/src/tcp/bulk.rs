@@ -9,11 +9,12 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use rproxy_sys::socket::set_receive_low_watermark;
-use tokio::net::TcpStream;
+use tokio::task::coop::consume_budget;
 use tokio::time::timeout;
 
 use super::half::{Direction, End, is_transient, writable};
 use super::pipe::{self, Pipe};
+use super::stream::Stream;
 
 /// How long a source may be quiet before bulk mode ends. The runtime's timer has a resolution of
 /// 1 ms and rounds up, so no byte waits longer than 2 ms below the watermark.
@@ -38,8 +39,8 @@ pub(super) async fn splice(mut pipe: Pipe, direction: &Direction<'_>) -> Result<
     let mut watermark = Watermark::new(source);
     let start = meter.moved();
     let result = loop {
-        // While both sides keep up, nothing here waits: other tasks of the worker get their turn.
-        tokio::task::coop::consume_budget().await;
+        // As in `half::pump`.
+        consume_budget().await;
         match pipe.fill(source) {
             Ok(0) => break Err(End::Eof),
             Ok(_) => {
@@ -51,10 +52,8 @@ pub(super) async fn splice(mut pipe: Pipe, direction: &Direction<'_>) -> Result<
                 if meter.moved() - start >= SUSTAINED {
                     watermark.raise();
                 }
-                match timeout(TICK, source.readable()).await {
-                    Ok(Ok(())) => {}
-                    Ok(Err(error)) => break Err(End::SourceFailed(error)),
-                    Err(_elapsed) => break Ok(()),
+                if timeout(TICK, source.readable()).await.is_err() {
+                    break Ok(());
                 }
             }
             Err(error) => break Err(End::SourceFailed(error)),
@@ -80,13 +79,13 @@ async fn empty(pipe: &mut Pipe, direction: &Direction<'_>) -> Result<(), End> {
 /// The `SO_RCVLOWAT` of a source. Dropping it puts the default back, and then the kernel reports at
 /// once what is already queued.
 struct Watermark<'a> {
-    source: &'a TcpStream,
+    source: &'a Stream,
     bytes: u32,
 }
 
 impl<'a> Watermark<'a> {
     /// The kernel's default of one byte.
-    fn new(source: &'a TcpStream) -> Self {
+    fn new(source: &'a Stream) -> Self {
         Self { source, bytes: 1 }
     }
 

@@ -4,29 +4,52 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use socket2::SockRef;
-use tokio::net::{TcpSocket, TcpStream};
+use nix::errno::Errno;
+use socket2::{Domain, SockRef, Socket, Type};
 use tokio::time::timeout;
 
+use super::stream::Stream;
 use crate::addr::BackendAddr;
 use crate::listen::set_stream_options;
 
 /// Connects to `backend` within `limit`; without one, as long as the kernel tries.
-pub(super) async fn dial(backend: BackendAddr, limit: Option<Duration>) -> Result<TcpStream, DialError> {
+///
+/// The last segment of the handshake is held back: it saves one if it can go with the client's first
+/// bytes. If there are none yet, [`Stream::acknowledge`] sends it, without which the backend would
+/// learn of the connection up to 200 ms late.
+pub(super) async fn dial(backend: BackendAddr, limit: Option<Duration>) -> Result<Stream, DialError> {
     let addr = backend.socket_addr();
-    let connected =
-        async { open(addr)?.connect(addr).await.map_err(|source| DialError::Connect { addr, source }) };
+    let connected = async {
+        let stream = start(addr)?;
+        stream.writable().await;
+        match stream.take_error() {
+            None => Ok(stream),
+            Some(source) => Err(DialError::Connect { addr, source }),
+        }
+    };
     match limit {
         None => connected.await,
         Some(limit) => timeout(limit, connected).await.unwrap_or(Err(DialError::Timeout { addr, limit })),
     }
 }
 
-fn open(addr: SocketAddr) -> Result<TcpSocket, DialError> {
-    let socket = if addr.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() };
-    socket
-        .and_then(|socket| set_stream_options(&SockRef::from(&socket)).map(|()| socket))
-        .map_err(|source| DialError::Open { addr, source })
+/// Begins to connect to `addr`. The end of that is reported as [`Stream::writable`].
+fn start(addr: SocketAddr) -> Result<Stream, DialError> {
+    let socket = open(addr).map_err(|source| DialError::Open { addr, source })?;
+    if let Err(source) = socket.connect(&addr.into())
+        && source.raw_os_error() != Some(Errno::EINPROGRESS as i32)
+    {
+        return Err(DialError::Connect { addr, source });
+    }
+    Stream::new(socket).map_err(|source| DialError::Open { addr, source })
+}
+
+fn open(addr: SocketAddr) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(addr), Type::STREAM.nonblocking(), None)?;
+    set_stream_options(&SockRef::from(&socket))?;
+    // Before the connect, it holds its acknowledgement back (tcp(7)); afterwards all is as usual.
+    socket.set_tcp_quickack(false)?;
+    Ok(socket)
 }
 
 /// Why a backend could not be reached.

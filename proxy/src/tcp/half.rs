@@ -5,10 +5,11 @@ use std::future::poll_fn;
 use std::io;
 use std::task::{Context, Poll, ready};
 
-use tokio::net::TcpStream;
+use tokio::task::coop::consume_budget;
 
 use super::meter::Meter;
-use super::{bulk, pipe, stream};
+use super::stream::{RESET_GRACE, Stream};
+use super::{bulk, pipe};
 
 /// The size of the worker's copy buffer. Larger ones gain nothing over splicing, which takes over.
 const BUFFER_SIZE: usize = 64 * 1024;
@@ -37,9 +38,9 @@ pub(super) enum End {
 #[derive(Debug)]
 pub(super) struct Direction<'a> {
     /// Where bytes are read.
-    pub(super) source: &'a TcpStream,
+    pub(super) source: &'a Stream,
     /// Where they are written.
-    pub(super) sink: &'a TcpStream,
+    pub(super) sink: &'a Stream,
     /// Counts those that the sink took.
     pub(super) meter: Meter<'a>,
 }
@@ -47,6 +48,8 @@ pub(super) struct Direction<'a> {
 /// Moves bytes from the source to the sink until one of them ends.
 pub(super) async fn pump(direction: &Direction<'_>) -> End {
     loop {
+        // While both sides keep up, nothing here waits: other tasks of the worker get their turn.
+        consume_budget().await;
         let result = match poll_fn(|cx| copy(direction, cx)).await {
             // On the heap, as most connections wait for requests, most of the time: these states would
             // take room in each of them.
@@ -76,9 +79,7 @@ enum Copied {
 fn copy(direction: &Direction<'_>, cx: &mut Context<'_>) -> Poll<Copied> {
     let mut full_reads = 0;
     loop {
-        if let Err(error) = ready!(direction.source.poll_read_ready(cx)) {
-            return Poll::Ready(Copied::Ended(End::SourceFailed(error)));
-        }
+        ready!(direction.source.poll_readable(cx));
         let step = BUFFER.with_borrow_mut(|buf| copy_once(direction, buf));
         match step {
             Step::Moved { full: true } => full_reads += 1,
@@ -106,13 +107,13 @@ enum Step {
 /// One read and, if it brought something, one write.
 fn copy_once(direction: &Direction<'_>, buf: &mut [u8]) -> Step {
     let Direction { source, sink, meter } = direction;
-    let read = match stream::read(source, buf) {
+    let read = match source.read(buf) {
         Ok(0) => return Step::Stop(Copied::Ended(End::Eof)),
         Ok(read) => read,
         Err(error) if is_transient(&error) => return Step::NotReady,
         Err(error) => return Step::Stop(Copied::Ended(End::SourceFailed(error))),
     };
-    let written = match stream::write(sink, &buf[..read]) {
+    let written = match sink.write(&buf[..read]) {
         Ok(written) => written,
         Err(error) if is_transient(&error) => 0,
         Err(error) => return Step::Stop(Copied::Ended(End::SinkFailed(error))),
@@ -128,7 +129,7 @@ fn copy_once(direction: &Direction<'_>, buf: &mut [u8]) -> Step {
 async fn flush(mut rest: &[u8], direction: &Direction<'_>) -> Result<(), End> {
     let Direction { source, sink, meter } = direction;
     while !rest.is_empty() {
-        match stream::write(sink, rest) {
+        match sink.write(rest) {
             Ok(written) => {
                 meter.add(written);
                 rest = &rest[written..];
@@ -142,14 +143,14 @@ async fn flush(mut rest: &[u8], direction: &Direction<'_>) -> Result<(), End> {
 
 /// Waits until `sink` takes bytes again. Should `source` be reset meanwhile, what it sent before is
 /// still delivered, but only while the sink goes on taking: a reset must not wait for a stalled peer.
-pub(super) async fn writable(source: &TcpStream, sink: &TcpStream) -> Result<(), End> {
+pub(super) async fn writable(source: &Stream, sink: &Stream) -> Result<(), End> {
     tokio::select! {
         biased;
-        ready = sink.writable() => ready.map_err(End::SinkFailed),
-        () = stream::failed(source) => {
-            match tokio::time::timeout(stream::RESET_GRACE, sink.writable()).await {
-                Ok(ready) => ready.map_err(End::SinkFailed),
-                Err(_elapsed) => Err(End::SourceFailed(stream::take_failure(source))),
+        () = sink.writable() => Ok(()),
+        () = source.failed() => {
+            match tokio::time::timeout(RESET_GRACE, sink.writable()).await {
+                Ok(()) => Ok(()),
+                Err(_elapsed) => Err(End::SourceFailed(source.take_failure())),
             }
         }
     }

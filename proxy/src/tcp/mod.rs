@@ -11,6 +11,7 @@ mod dial;
 mod half;
 mod meter;
 mod pipe;
+mod reactor;
 mod relay;
 mod stream;
 
@@ -18,10 +19,10 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 
-use tokio::net::TcpStream;
 use tracing::{debug, warn};
 
 use self::dial::DialError;
+use self::stream::Stream;
 use crate::log_limit::LogLimit;
 use crate::service::Place;
 use crate::stats::Trouble;
@@ -31,7 +32,7 @@ use crate::worker::Seat;
 async fn serve(client: OwnedFd, peer: SocketAddr, place: Place, seat: Seat) {
     static FAILED_DIALS: LogLimit = LogLimit::new();
 
-    let client = match TcpStream::from_std(client.into()) {
+    let client = match Stream::new(client) {
         Ok(client) => client,
         Err(error) => return warn!(%peer, %error, "cannot watch an accepted connection"),
     };
@@ -39,6 +40,9 @@ async fn serve(client: OwnedFd, peer: SocketAddr, place: Place, seat: Seat) {
     let dialled = Box::pin(dial::dial(place.forward().backend, place.limits().connect_timeout)).await;
     match dialled {
         Ok(backend) => {
+            if !client.is_readable() {
+                backend.acknowledge();
+            }
             let outcome = relay::relay(&client, &backend, &place).await;
             debug!(%peer, mapping = %place.forward(), %outcome, "connection ended");
         }
@@ -94,6 +98,6 @@ mod tests {
         let peer = SocketAddr::from(([127, 0, 0, 1], 1));
         let future = serve(fd, peer, place, workers.seat());
         let size = size_of_val(&future);
-        assert!(size <= 640, "{size} bytes");
+        assert!(size <= 608, "{size} bytes");
     }
 }

@@ -9,10 +9,11 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
 use nix::unistd::pipe2;
-use tokio::io::Interest;
-use tokio::net::TcpStream;
+
+use super::stream::Stream;
 
 /// The size asked for: the most that an unprivileged process may set (`fs.pipe-max-size`).
 const WANTED_SIZE: i32 = 1024 * 1024;
@@ -79,9 +80,9 @@ impl Pipe {
     ///
     /// # Errors
     /// `EAGAIN` if nothing is queued; what made `source` fail.
-    pub(super) fn fill(&mut self, source: &TcpStream) -> io::Result<usize> {
+    pub(super) fn fill(&mut self, source: &Stream) -> io::Result<usize> {
         debug_assert!(self.is_empty(), "only then EAGAIN speaks of the source");
-        let filled = source.try_io(Interest::READABLE, || splice_some(source, &self.write_end, self.size))?;
+        let filled = source.read_by(|source| splice_some(source, &self.write_end, self.size))?;
         self.held = filled;
         Ok(filled)
     }
@@ -90,9 +91,9 @@ impl Pipe {
     ///
     /// # Errors
     /// `EAGAIN` if it takes nothing now; what made `sink` fail.
-    pub(super) fn drain(&mut self, sink: &TcpStream) -> io::Result<usize> {
+    pub(super) fn drain(&mut self, sink: &Stream) -> io::Result<usize> {
         debug_assert!(!self.is_empty(), "only then EAGAIN speaks of the sink");
-        let drained = sink.try_io(Interest::WRITABLE, || splice_some(&self.read_end, sink, self.held))?;
+        let drained = sink.write_by(|sink| splice_some(&self.read_end, sink, self.held))?;
         self.held -= drained;
         Ok(drained)
     }
@@ -117,11 +118,10 @@ impl Drop for Permit {
 }
 
 /// splice(2) without waiting; repeats it when a signal interrupts it.
-fn splice_some(from: impl AsFd, to: impl AsFd, len: usize) -> io::Result<usize> {
+fn splice_some(from: impl AsFd, to: impl AsFd, len: usize) -> nix::Result<usize> {
     loop {
-        let result = splice(&from, None, &to, None, len, SpliceFFlags::SPLICE_F_NONBLOCK);
-        match result.map_err(io::Error::from) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+        match splice(&from, None, &to, None, len, SpliceFFlags::SPLICE_F_NONBLOCK) {
+            Err(Errno::EINTR) => {}
             result => return result,
         }
     }

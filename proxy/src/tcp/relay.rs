@@ -7,11 +7,10 @@ use std::pin::pin;
 use std::time::Duration;
 
 use socket2::SockRef;
-use tokio::net::TcpStream;
 
 use super::half::{Direction, End, pump};
 use super::meter::{Meter, until_idle};
-use super::stream;
+use super::stream::{Stream, deliver_then_reset, reset_on_close};
 use crate::service::Place;
 use crate::stats::Trouble;
 
@@ -41,7 +40,7 @@ impl fmt::Display for Outcome {
 ///
 /// The end of a stream is passed on as a half-close, and the other direction goes on. A reset is
 /// passed on as a reset: when this returns with a failure, closing the streams resets both.
-pub(super) async fn relay(client: &TcpStream, backend: &TcpStream, place: &Place) -> Outcome {
+pub(super) async fn relay(client: &Stream, backend: &Stream, place: &Place) -> Outcome {
     let stats = place.stats();
     let up = Direction { source: client, sink: backend, meter: Meter::new(&stats.bytes_in) };
     let down = Direction { source: backend, sink: client, meter: Meter::new(&stats.bytes_out) };
@@ -66,8 +65,8 @@ async fn both_ways_unless_idle(
         biased;
         failure = both_ways(up, down) => failure,
         () = until_idle(limit, [&up.meter, &down.meter]) => {
-            stream::reset_on_close(up.source);
-            stream::reset_on_close(up.sink);
+            reset_on_close(up.source);
+            reset_on_close(up.sink);
             Some(io::Error::new(io::ErrorKind::TimedOut, format!("idle for {limit:?}")))
         }
     }
@@ -91,14 +90,14 @@ async fn finish(end: End, direction: &Direction<'_>, other: impl Future<Output =
     match end {
         End::Eof => finish_after_eof(source, sink, other).await,
         End::SourceFailed(error) => {
-            stream::deliver_then_reset(sink).await;
+            deliver_then_reset(sink).await;
             Some(error)
         }
         End::SinkFailed(error) => {
             // The sink may have answered before it was reset, as a server does that refuses an
             // upload: its answer is still in our receive queue, and goes first.
             other.await;
-            stream::deliver_then_reset(source).await;
+            deliver_then_reset(source).await;
             Some(error)
         }
     }
@@ -107,8 +106,8 @@ async fn finish(end: End, direction: &Direction<'_>, other: impl Future<Output =
 /// Passes the end of `source` on and lets the way back run. A `source` that is reset after its end
 /// is noticed even if the other side says nothing.
 async fn finish_after_eof(
-    source: &TcpStream,
-    sink: &TcpStream,
+    source: &Stream,
+    sink: &Stream,
     other: impl Future<Output = End>,
 ) -> Option<io::Error> {
     if let Err(error) = SockRef::from(sink).shutdown(Shutdown::Write) {
@@ -121,17 +120,17 @@ async fn finish_after_eof(
             // Closing the sockets sends the second end of stream.
             End::Eof => None,
             End::SourceFailed(error) => {
-                stream::deliver_then_reset(source).await;
+                deliver_then_reset(source).await;
                 Some(error)
             }
             End::SinkFailed(error) => {
-                stream::deliver_then_reset(sink).await;
+                deliver_then_reset(sink).await;
                 Some(error)
             }
         },
-        () = stream::failed(source) => {
-            stream::deliver_then_reset(sink).await;
-            Some(stream::take_failure(source))
+        () = source.failed() => {
+            deliver_then_reset(sink).await;
+            Some(source.take_failure())
         }
     }
 }

@@ -1,13 +1,18 @@
-//! Calls on one side of a connection, made so that none is wasted.
+//! One side of a connection.
 
+use std::future::poll_fn;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
+use nix::errno::Errno;
+use nix::sys::epoll::EpollFlags;
 use nix::sys::socket::{MsgFlags, recv, send};
 use rproxy_sys::socket;
-use tokio::io::Interest;
-use tokio::net::TcpStream;
+use socket2::SockRef;
+
+use super::reactor::{self, Key};
 
 /// How long a reset waits for data that the other side's peer has not taken yet.
 pub(super) const RESET_GRACE: Duration = Duration::from_secs(1);
@@ -15,70 +20,181 @@ pub(super) const RESET_GRACE: Duration = Duration::from_secs(1);
 /// How often [`deliver_then_reset`] looks whether the peer has taken everything.
 const DELIVERY_POLL: Duration = Duration::from_millis(5);
 
-/// Reads what is there into `buf`; 0 at the end of the stream.
-///
-/// A short read has emptied the socket (epoll(7), edge-triggered use). It is reported to the runtime
-/// as such, so that the next wait does not begin with a read that can only return `EAGAIN`.
-pub(super) fn read(stream: &TcpStream, buf: &mut [u8]) -> io::Result<usize> {
-    let wanted = buf.len();
-    transfer(stream, Interest::READABLE, wanted, || Ok(recv(stream.as_raw_fd(), buf, MsgFlags::empty())?))
+/// What a socket that has failed is ready for.
+const FAILED: EpollFlags = EpollFlags::EPOLLERR;
+
+/// A socket of a connection, for the task that serves it. No call waits, and none is made that is
+/// known to be in vain.
+#[derive(Debug)]
+pub(super) struct Stream {
+    socket: OwnedFd,
+    key: Key,
 }
 
-/// Writes what `stream` takes of `data`, with the same treatment of short writes.
-pub(super) fn write(stream: &TcpStream, data: &[u8]) -> io::Result<usize> {
-    transfer(stream, Interest::WRITABLE, data.len(), || {
-        Ok(send(stream.as_raw_fd(), data, MsgFlags::MSG_NOSIGNAL)?)
-    })
+/// A way of using a socket.
+#[derive(Clone, Copy, Debug)]
+enum Use {
+    Read,
+    Write,
 }
 
-/// Runs `call`, and marks the stream as not ready if it moved less than `wanted` bytes.
-fn transfer(
-    stream: &TcpStream,
-    interest: Interest,
-    wanted: usize,
-    mut call: impl FnMut() -> io::Result<usize>,
-) -> io::Result<usize> {
-    let mut moved = 0;
-    let result = stream.try_io(interest, || {
-        moved = call()?;
-        match moved {
-            0 => Ok(()),
-            short if short < wanted => Err(io::ErrorKind::WouldBlock.into()),
-            _ => Ok(()),
+impl Use {
+    /// What makes a call worth while. It is all over when the call would wait.
+    fn flags(self) -> EpollFlags {
+        let ended = EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR;
+        match self {
+            Self::Read => EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | ended,
+            Self::Write => EpollFlags::EPOLLOUT | ended,
         }
-    });
-    match result {
-        Err(error) if moved == 0 => Err(error),
-        _ => Ok(moved),
+    }
+
+    /// What is over when a call has moved less than it could. The end of a stream is not: it may have
+    /// been reported, and that happens once.
+    fn data(self) -> EpollFlags {
+        match self {
+            Self::Read => EpollFlags::EPOLLIN,
+            Self::Write => EpollFlags::EPOLLOUT,
+        }
     }
 }
 
-/// Waits until `stream` has failed. The error stays with the socket: whoever reads on meets it behind
-/// the data that came before it.
-pub(super) async fn failed(stream: &TcpStream) {
-    // An error of the event loop itself ends the wait too.
-    drop(stream.ready(Interest::ERROR).await);
+impl Stream {
+    /// Watches `socket`, which has to be non-blocking, on this worker.
+    ///
+    /// # Errors
+    /// Those of [`reactor::watch`].
+    pub(super) fn new(socket: impl Into<OwnedFd>) -> io::Result<Self> {
+        let socket = socket.into();
+        let key = reactor::watch(&socket)?;
+        Ok(Self { socket, key })
+    }
+
+    /// Reads what is there into `buf`; 0 at the end of the stream.
+    ///
+    /// A short read has emptied the socket (epoll(7), edge-triggered use), so the next wait does not
+    /// begin with a read that can only return `EAGAIN`.
+    pub(super) fn read(&self, buf: &mut [u8]) -> io::Result<usize> {
+        let wanted = buf.len();
+        self.attempt(Use::Read, wanted, |fd| recv(fd, buf, MsgFlags::empty()))
+    }
+
+    /// Writes what the socket takes of `data`, with the same treatment of short writes.
+    pub(super) fn write(&self, data: &[u8]) -> io::Result<usize> {
+        self.attempt(Use::Write, data.len(), |fd| send(fd, data, MsgFlags::MSG_NOSIGNAL))
+    }
+
+    /// Makes a call that reads as much as it likes.
+    pub(super) fn read_by(
+        &self,
+        call: impl FnOnce(BorrowedFd<'_>) -> nix::Result<usize>,
+    ) -> io::Result<usize> {
+        self.attempt(Use::Read, 0, |_fd| call(self.socket.as_fd()))
+    }
+
+    /// Makes a call that writes as much as it likes.
+    pub(super) fn write_by(
+        &self,
+        call: impl FnOnce(BorrowedFd<'_>) -> nix::Result<usize>,
+    ) -> io::Result<usize> {
+        self.attempt(Use::Write, 0, |_fd| call(self.socket.as_fd()))
+    }
+
+    /// Makes `call`, and notes what it tells of the socket if it moves less than `wanted` bytes.
+    fn attempt(
+        &self,
+        kind: Use,
+        wanted: usize,
+        call: impl FnOnce(i32) -> nix::Result<usize>,
+    ) -> io::Result<usize> {
+        if !reactor::is_ready(self.key, kind.flags()) {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        match call(self.socket.as_raw_fd()) {
+            Ok(moved) => {
+                if moved > 0 && moved < wanted {
+                    reactor::not_ready(self.key, kind.data());
+                }
+                Ok(moved)
+            }
+            Err(errno) => {
+                if errno == Errno::EAGAIN {
+                    reactor::not_ready(self.key, kind.flags());
+                }
+                Err(errno.into())
+            }
+        }
+    }
+
+    /// Waits until a read gets somewhere.
+    pub(super) fn poll_readable(&self, cx: &Context<'_>) -> Poll<()> {
+        reactor::poll(self.key, Use::Read.flags(), cx)
+    }
+
+    /// Whether a read gets somewhere, as far as has been reported.
+    pub(super) fn is_readable(&self) -> bool {
+        reactor::is_ready(self.key, Use::Read.flags())
+    }
+
+    /// As [`Self::poll_readable`].
+    pub(super) async fn readable(&self) {
+        poll_fn(|cx| self.poll_readable(cx)).await;
+    }
+
+    /// Waits until a write gets somewhere, or a connect has come to its end.
+    pub(super) async fn writable(&self) {
+        poll_fn(|cx| reactor::poll(self.key, Use::Write.flags(), cx)).await;
+    }
+
+    /// Waits until the socket has failed. The error stays with it: whoever reads on meets it behind
+    /// the data that came before it.
+    pub(super) async fn failed(&self) {
+        poll_fn(|cx| reactor::poll(self.key, FAILED, cx)).await;
+    }
+
+    /// Sends an acknowledgement that is being held back (`TCP_QUICKACK`, tcp(7)).
+    pub(super) fn acknowledge(&self) {
+        if let Err(error) = SockRef::from(self).set_tcp_quickack(true) {
+            tracing::debug!(%error, "an acknowledgement is sent late");
+        }
+    }
+
+    /// How it failed, taken off the socket: a read would now see an orderly end. `None` if a read or
+    /// a write has taken it before.
+    pub(super) fn take_error(&self) -> Option<io::Error> {
+        match SockRef::from(self).take_error() {
+            Ok(error) => error,
+            Err(error) => Some(error),
+        }
+    }
+
+    /// As [`Self::take_error`], of a socket that is known to have failed.
+    pub(super) fn take_failure(&self) -> io::Error {
+        self.take_error().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into())
+    }
 }
 
-/// How `stream` failed, taken off the socket: a read would now see an orderly end.
-pub(super) fn take_failure(stream: &TcpStream) -> io::Error {
-    match stream.take_error() {
-        Ok(Some(error)) | Err(error) => error,
-        // A read or a write took it before us.
-        Ok(None) => io::ErrorKind::ConnectionReset.into(),
+impl AsFd for Stream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        reactor::forget(self.key);
     }
 }
 
 /// Makes the close of `stream` a reset, as its peer's peer ended with one.
-pub(super) fn reset_on_close(stream: &TcpStream) {
-    if let Err(error) = stream.set_zero_linger() {
+pub(super) fn reset_on_close(stream: &Stream) {
+    if let Err(error) = SockRef::from(stream).set_linger(Some(Duration::ZERO)) {
         tracing::debug!(%error, "cannot turn the close of a connection into a reset");
     }
 }
 
 /// Lets the peer take what was written to `stream`, for [`RESET_GRACE`] at the most, and then makes
 /// its close a reset. A reset at once would discard what waits in the send queue.
-pub(super) async fn deliver_then_reset(stream: &TcpStream) {
+pub(super) async fn deliver_then_reset(stream: &Stream) {
     let delivered = async {
         while socket::unacknowledged(stream.as_fd()).is_ok_and(|bytes| bytes > 0) {
             tokio::time::sleep(DELIVERY_POLL).await;

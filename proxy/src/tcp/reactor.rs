@@ -1,0 +1,287 @@
+//! Which sockets of a worker's connections can be read or written.
+//!
+//! Each worker has one epoll instance for all of them, and the event loop watches that. An idle
+//! socket then takes an entry of a table, a tenth of what the event loop would keep for it, and a
+//! close needs no epoll_ctl(2), as it ends the watch by itself (epoll(7)). The price is a second
+//! epoll_wait(2) for whatever has happened at a time.
+//!
+//! Nothing here is shared between threads: a socket is watched, polled and forgotten on one of them.
+
+use std::cell::RefCell;
+use std::io;
+use std::os::fd::AsFd;
+use std::task::{Context, Poll, Waker};
+
+use nix::errno::Errno;
+use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use rproxy_sys::watch::Watched;
+use tokio::io::Interest;
+
+/// Events taken from the kernel in one go.
+const EVENTS: usize = 128;
+
+/// What a socket is watched for. Edge-triggered: each is reported when it comes about, and not again.
+const WATCHED: EpollFlags =
+    EpollFlags::EPOLLIN.union(EpollFlags::EPOLLOUT).union(EpollFlags::EPOLLRDHUP).union(EpollFlags::EPOLLET);
+
+thread_local! {
+    /// The reactor of this worker, from its first connection to the end of its runtime.
+    static REACTOR: RefCell<Option<Reactor>> = const { RefCell::new(None) };
+}
+
+/// Names a socket that is watched.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Key {
+    index: u32,
+    /// Tells events of this socket from late ones of an earlier socket with the same index.
+    generation: u32,
+}
+
+impl Key {
+    fn from_event(event: &EpollEvent) -> Self {
+        let [a, b, c, d, e, f, g, h] = event.data().to_ne_bytes();
+        Self { index: u32::from_ne_bytes([a, b, c, d]), generation: u32::from_ne_bytes([e, f, g, h]) }
+    }
+
+    fn event(self) -> EpollEvent {
+        let [a, b, c, d] = self.index.to_ne_bytes();
+        let [e, f, g, h] = self.generation.to_ne_bytes();
+        EpollEvent::new(WATCHED, u64::from_ne_bytes([a, b, c, d, e, f, g, h]))
+    }
+}
+
+/// Begins to watch `socket`, which has to be non-blocking. What it is ready for by now is reported, too.
+///
+/// # Errors
+/// Those of epoll_ctl(2); for the first socket of a worker also those of epoll_create1(2).
+///
+/// # Panics
+/// Outside a tokio runtime.
+pub(super) fn watch(socket: impl AsFd) -> io::Result<Key> {
+    REACTOR.with_borrow_mut(|reactor| {
+        let reactor = match reactor {
+            Some(reactor) => reactor,
+            None => reactor.insert(Reactor::start()?),
+        };
+        reactor.watch(socket)
+    })
+}
+
+/// Ends what [`watch`] began; the socket is to be closed next.
+pub(super) fn forget(key: Key) {
+    // Dropped after the reactor is free again: the waker may be the last that is left of a task.
+    let _waker = REACTOR.with_borrow_mut(|reactor| reactor.as_mut()?.forget(key));
+}
+
+/// Waits until the socket is ready for one of `wanted`, on behalf of the only task that waits for it.
+pub(super) fn poll(key: Key, wanted: EpollFlags, cx: &Context<'_>) -> Poll<()> {
+    with_source(key, |source| {
+        if source.ready.intersects(wanted) {
+            return Poll::Ready(());
+        }
+        match &mut source.waker {
+            Some(waker) => waker.clone_from(cx.waker()),
+            none => *none = Some(cx.waker().clone()),
+        }
+        Poll::Pending
+    })
+    .unwrap_or(Poll::Pending)
+}
+
+/// Whether the socket is ready for one of `wanted`, as far as has been reported.
+pub(super) fn is_ready(key: Key, wanted: EpollFlags) -> bool {
+    with_source(key, |source| source.ready.intersects(wanted)) == Some(true)
+}
+
+/// Notes that a call found the socket not ready for `what`; it will be reported when it is again.
+pub(super) fn not_ready(key: Key, what: EpollFlags) {
+    with_source(key, |source| source.ready.remove(what));
+}
+
+/// `None` once the runtime of this worker has ended.
+fn with_source<R>(key: Key, act: impl FnOnce(&mut Source) -> R) -> Option<R> {
+    REACTOR.with_borrow_mut(|reactor| reactor.as_mut()?.source(key).map(act))
+}
+
+/// What is known about the sockets of a worker.
+#[derive(Debug)]
+struct Reactor {
+    epoll: Epoll,
+    sources: Vec<Source>,
+    /// The indices that no socket has.
+    free: Vec<u32>,
+}
+
+/// What is known about a socket.
+#[derive(Debug)]
+struct Source {
+    generation: u32,
+    /// What it was reported to be ready for and has not been found not to be.
+    ready: EpollFlags,
+    /// The task that waits for it.
+    waker: Option<Waker>,
+}
+
+impl Reactor {
+    /// A reactor for this thread, driven by its runtime.
+    fn start() -> io::Result<Self> {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let watched = Watched::new(epoll.0.try_clone()?, Interest::READABLE)?;
+        tokio::spawn(drive(watched));
+        Ok(Self { epoll, sources: Vec::new(), free: Vec::new() })
+    }
+
+    fn watch(&mut self, socket: impl AsFd) -> io::Result<Key> {
+        let index = self.free.pop().unwrap_or_else(|| {
+            self.sources.push(Source { generation: 0, ready: EpollFlags::empty(), waker: None });
+            u32::try_from(self.sources.len() - 1).expect("a process has fewer descriptors")
+        });
+        let key = Key { index, generation: self.sources[index as usize].generation };
+        if let Err(errno) = self.epoll.add(socket, key.event()) {
+            self.free.push(index);
+            return Err(errno.into());
+        }
+        Ok(key)
+    }
+
+    fn forget(&mut self, key: Key) -> Option<Waker> {
+        let source = self.source(key)?;
+        source.generation = source.generation.wrapping_add(1);
+        source.ready = EpollFlags::empty();
+        let waker = source.waker.take();
+        self.free.push(key.index);
+        waker
+    }
+
+    fn source(&mut self, key: Key) -> Option<&mut Source> {
+        self.sources.get_mut(key.index as usize).filter(|source| source.generation == key.generation)
+    }
+
+    /// Takes what has happened from the kernel and wakes the tasks concerned. Gives whether there may
+    /// be more.
+    fn turn(&mut self) -> bool {
+        let mut events = [EpollEvent::empty(); EVENTS];
+        let count = match self.epoll.wait(&mut events, EpollTimeout::ZERO) {
+            Ok(count) => count,
+            Err(Errno::EINTR) => return true,
+            Err(errno) => unreachable!("epoll_wait(2) refuses nothing but wrong arguments: {errno}"),
+        };
+        for event in &events[..count] {
+            if let Some(source) = self.source(Key::from_event(event)) {
+                source.ready |= event.events();
+                if let Some(waker) = &source.waker {
+                    waker.wake_by_ref();
+                }
+            }
+        }
+        count == EVENTS
+    }
+}
+
+/// Keeps the reactor of this thread going, to the end of the runtime.
+async fn drive(watched: Watched) {
+    let _end = TakeOnDrop;
+    let turn = || REACTOR.with_borrow_mut(|reactor| reactor.as_mut().is_some_and(Reactor::turn));
+    // Fewer events than asked for were all of them: the call that would say so is not made.
+    let turn = |_epoll: std::os::fd::BorrowedFd<'_>| match turn() {
+        true => Ok(()),
+        false => Err(io::ErrorKind::WouldBlock.into()),
+    };
+    while watched.io(Interest::READABLE, turn).await.is_ok() {
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Leaves the thread without a reactor, so that another runtime starts its own.
+struct TakeOnDrop;
+
+impl Drop for TakeOnDrop {
+    fn drop(&mut self) {
+        drop(REACTOR.take());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixStream;
+
+    use super::*;
+    use crate::runtime::new_runtime;
+
+    fn pair() -> (UnixStream, UnixStream) {
+        let (watched, other) = UnixStream::pair().unwrap();
+        watched.set_nonblocking(true).unwrap();
+        (watched, other)
+    }
+
+    async fn ready(key: Key, wanted: EpollFlags) {
+        std::future::poll_fn(|cx| poll(key, wanted, cx)).await;
+    }
+
+    #[test]
+    fn what_comes_about_is_reported_until_it_is_found_over() {
+        new_runtime().unwrap().block_on(async {
+            let (mut watched, mut other) = pair();
+            let key = watch(&watched).unwrap();
+            ready(key, EpollFlags::EPOLLOUT).await;
+            assert!(!is_ready(key, EpollFlags::EPOLLIN));
+            for _ in 0..2 {
+                other.write_all(b"x").unwrap();
+                ready(key, EpollFlags::EPOLLIN).await;
+                watched.read_exact(&mut [0]).unwrap();
+                assert!(is_ready(key, EpollFlags::EPOLLIN));
+                not_ready(key, EpollFlags::EPOLLIN);
+                assert!(!is_ready(key, EpollFlags::EPOLLIN));
+            }
+            assert!(is_ready(key, EpollFlags::EPOLLOUT));
+        });
+    }
+
+    #[test]
+    fn more_sockets_than_fit_one_turn_are_all_reported() {
+        new_runtime().unwrap().block_on(async {
+            let pairs: Vec<_> = (0..3 * EVENTS).map(|_| pair()).collect();
+            let keys: Vec<_> = pairs.iter().map(|(watched, _)| watch(watched).unwrap()).collect();
+            for (_, other) in &pairs {
+                (&*other).write_all(b"x").unwrap();
+            }
+            for key in keys {
+                ready(key, EpollFlags::EPOLLIN).await;
+                forget(key);
+            }
+        });
+    }
+
+    #[test]
+    fn an_index_is_used_again_without_what_was_known_of_its_last_socket() {
+        new_runtime().unwrap().block_on(async {
+            let (watched, mut other) = pair();
+            let key = watch(&watched).unwrap();
+            other.write_all(b"x").unwrap();
+            ready(key, EpollFlags::EPOLLIN).await;
+            // As after a fork, which leaves the file open elsewhere and so its events coming.
+            let _elsewhere = watched.try_clone().unwrap();
+            forget(key);
+            drop(watched);
+            let (next, _its_other) = pair();
+            let next = watch(&next).unwrap();
+            assert_eq!((next.index, next.generation), (key.index, key.generation + 1));
+            other.write_all(b"x").unwrap();
+            ready(next, EpollFlags::EPOLLOUT).await;
+            assert!(!is_ready(next, EpollFlags::EPOLLIN));
+            assert!(!is_ready(key, EpollFlags::EPOLLOUT));
+        });
+    }
+
+    #[test]
+    fn a_thread_can_have_one_runtime_after_the_other() {
+        for _ in 0..2 {
+            new_runtime().unwrap().block_on(async {
+                let (watched, _other) = pair();
+                ready(watch(&watched).unwrap(), EpollFlags::EPOLLOUT).await;
+            });
+            assert!(REACTOR.with_borrow(Option::is_none));
+        }
+    }
+}
