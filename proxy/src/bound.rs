@@ -7,6 +7,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::ops::ControlFlow;
 
+use crate::activation::{Passed, PassedError};
 use crate::addr::{HostAddr, Protocol};
 use crate::listen::{BindError, Listener};
 use crate::mapping::{Forward, HostPorts, Mapping};
@@ -69,8 +70,31 @@ impl Bound {
     /// # Errors
     /// [`BindError`] for the port that cannot be bound; none of the others stays bound.
     pub fn bind(mapping: Mapping) -> Result<Self, BindError> {
+        Self::bind_by(mapping, BoundPort::bind)
+    }
+
+    /// Whether it listens where it was asked to, and not where a socket that was passed does.
+    pub fn is_where_asked(&self) -> bool {
+        let asked = self.mapping.forwards().map(|forward| forward.host);
+        asked.eq(self.ports.iter().map(|port| port.forward.host))
+    }
+
+    /// Binds one mapping, except for the ports that sockets were `passed` for.
+    fn take_or_bind(mapping: Mapping, passed: &mut Passed) -> Result<Self, BoundError> {
+        if let Some(ports) = passed.take_named(&mapping)? {
+            return Ok(Self { mapping, ports });
+        }
+        let take_or_bind = |forward| passed.take_at(&forward).map_or_else(|| BoundPort::bind(forward), Ok);
+        Ok(Self::bind_by(mapping, take_or_bind)?)
+    }
+
+    /// Gets the ports that `mapping` asks for from `bind`.
+    fn bind_by(
+        mapping: Mapping,
+        bind: impl FnMut(Forward) -> Result<BoundPort, BindError>,
+    ) -> Result<Self, BindError> {
         let ports = match mapping.host_ports() {
-            HostPorts::Exactly(_) => mapping.forwards().map(BoundPort::bind).collect::<Result<_, _>>()?,
+            HostPorts::Exactly(_) => mapping.forwards().map(bind).collect::<Result<_, _>>()?,
             HostPorts::FirstFree(range) => {
                 let backend_port = mapping.backend_ports().first();
                 bind_one_of(&mapping, range.iter(), backend_port)?
@@ -81,19 +105,21 @@ impl Bound {
     }
 
     /// Binds all mappings and gives them in the same order. Those whose ports are yet to be chosen are
-    /// bound last, so that they take no port that another one asks for.
+    /// bound last, so that they take no port that another one asks for. What was `passed` need not be
+    /// bound; what nobody takes of it is closed.
     ///
     /// # Errors
-    /// [`BindError`] for the first port that cannot be bound; none of the others stays bound.
-    pub fn bind_all(mappings: Vec<Mapping>) -> Result<Vec<Self>, BindError> {
+    /// [`BoundError`] for the first port that cannot be bound; none of the others stays bound.
+    pub fn bind_all(mappings: Vec<Mapping>, mut passed: Passed) -> Result<Vec<Self>, BoundError> {
         let mut turns: Vec<(usize, Mapping)> = mappings.into_iter().enumerate().collect();
         turns.sort_by_key(|(_index, mapping)| match mapping.host_ports() {
             HostPorts::Exactly(_) => 0,
             HostPorts::FirstFree(_) => 1,
             HostPorts::Random => 2,
         });
-        let bind = |(index, mapping)| Self::bind(mapping).map(|bound| (index, bound));
-        let mut bound: Vec<_> = turns.into_iter().map(bind).collect::<Result<_, _>>()?;
+        let mut bind =
+            |(index, mapping)| Self::take_or_bind(mapping, &mut passed).map(|bound| (index, bound));
+        let mut bound: Vec<_> = turns.into_iter().map(&mut bind).collect::<Result<_, _>>()?;
         bound.sort_by_key(|(index, _bound)| *index);
         Ok(bound.into_iter().map(|(_index, bound)| bound).collect())
     }
@@ -138,6 +164,17 @@ fn bind_one_of(
     }
 }
 
+/// Why a set of mappings has no sockets.
+#[derive(Debug, thiserror::Error)]
+pub enum BoundError {
+    /// A port cannot be bound.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// The sockets that were passed do not fit.
+    #[error(transparent)]
+    Passed(#[from] PassedError),
+}
+
 #[cfg(test)]
 mod tests {
     use std::net::{TcpListener, UdpSocket};
@@ -147,7 +184,8 @@ mod tests {
     fn bind(ports: Option<PortRange>, proto: &str, backend_ports: &str) -> Result<Bound, BindError> {
         let host = ("127.0.0.1".parse().unwrap(), ports);
         let backend = ("192.0.2.1".parse().unwrap(), backend_ports.parse().unwrap());
-        Bound::bind(Mapping::new(proto.parse().unwrap(), host, backend).unwrap())
+        let mapping = Mapping::new(proto.parse().unwrap(), host, backend).unwrap();
+        Bound::bind(mapping)
     }
 
     fn host_ports(bound: &Bound) -> Vec<u16> {

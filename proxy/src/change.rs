@@ -248,7 +248,7 @@ impl Server {
             set.iter().flat_map(|(_name, served)| served.ports.clone()).collect()
         };
         let (new, other) = (ports(&added), ports(&changed));
-        stale::forget_flows_to(new.iter().map(|assignment| &assignment.route.forward));
+        forget_stale_flows(&new);
         for name in &removed {
             info!(%name, "serving no more");
             drop(self.registry.take(name));
@@ -261,6 +261,16 @@ impl Server {
         self.serve(new);
         self.leaving.add(&spare);
         self.release(spare.into_iter().map(|(place, port)| (place.protocol, port)).collect()).await;
+    }
+}
+
+/// Makes the kernel forget flows to new ports, without waiting for it: looking through the table of
+/// connections takes 20 ms, however few there are.
+fn forget_stale_flows(new: &[Assignment]) {
+    let udp = new.iter().map(|new| new.route.forward).filter(|forward| forward.protocol == Protocol::Udp);
+    let udp: Vec<Forward> = udp.collect();
+    if !udp.is_empty() {
+        drop(tokio::task::spawn_blocking(move || stale::forget_flows_to(&udp)));
     }
 }
 

@@ -4,6 +4,7 @@
 //! [`docker`], the userland proxy of dockerd, and [`standalone`], for people and scripts.
 
 pub mod access;
+pub mod activation;
 pub mod addr;
 mod backoff;
 pub mod bound;
@@ -30,6 +31,7 @@ pub mod signals;
 mod spanless;
 pub mod standalone;
 pub mod stats;
+pub mod systemd;
 mod task;
 mod tcp;
 pub mod telemetry;

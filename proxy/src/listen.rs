@@ -49,6 +49,15 @@ impl Listener {
         bound.map_err(|source| BindError { protocol: mapping.protocol, addr, among: None, source })
     }
 
+    /// Adopts a socket that was bound for us, whatever it is of the two.
+    ///
+    /// # Errors
+    /// [`AdoptError`] if it is something else.
+    pub fn adopt_any(fd: OwnedFd) -> Result<Self, AdoptError> {
+        let kind = SockRef::from(&fd).r#type().map_err(AdoptError::NotASocket)?;
+        Self::adopt(fd, if kind == Type::STREAM { Protocol::Tcp } else { Protocol::Udp })
+    }
+
     /// Adopts a socket that the parent process bound, and for TCP listens on (moby's
     /// `-use-listen-fd`).
     ///
@@ -78,6 +87,14 @@ impl Listener {
             Protocol::Tcp => Self::Tcp(socket.into()),
             Protocol::Udp => Self::Udp(socket.into()),
         })
+    }
+
+    /// What is spoken there.
+    pub fn protocol(&self) -> Protocol {
+        match self {
+            Self::Tcp(_) => Protocol::Tcp,
+            Self::Udp(_) => Protocol::Udp,
+        }
     }
 
     /// The address that clients send to, with the real port.

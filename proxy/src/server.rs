@@ -175,6 +175,14 @@ impl Server {
         }
     }
 
+    /// Waits until the tasks that serve listeners have come to listen to orders.
+    pub(crate) async fn until_responsive(&self) {
+        for task in [&self.tasks.tcp, &self.tasks.udp].into_iter().flatten() {
+            // If the task is gone, `failed` tells.
+            drop(task.release(Vec::new()).await);
+        }
+    }
+
     fn by_task<T>(
         &self,
         items: Vec<T>,

@@ -7,7 +7,8 @@ use std::process::ExitCode;
 
 use tokio::runtime::Runtime;
 
-use crate::bound::{Bound, BoundPort};
+use crate::activation::{Passed, PassedError};
+use crate::bound::{Bound, BoundError, BoundPort};
 use crate::cli::{self, Cli, Command, Serve, Unparsed};
 use crate::control::manager::Manager;
 use crate::control::socket::{ControlSocket, SocketError};
@@ -16,6 +17,7 @@ use crate::mapping::{Forward, HostPorts, Mapping};
 use crate::runtime::{new_runtime, raise_descriptor_limit};
 use crate::server::Server;
 use crate::signals::StopSignals;
+use crate::systemd::{self, ActivationError};
 use crate::udp::stale;
 use crate::{console, control, demo, telemetry};
 
@@ -48,8 +50,11 @@ fn serve_mappings(options: &Serve) -> ExitCode {
         Err(usage) => return refuse(&usage),
     };
     telemetry::init(options.log());
+    // Before anything else opens a file.
+    let passed = systemd::passed_sockets();
     raise_descriptor_limit();
-    let (runtime, manager) = match start(mappings, options) {
+    let started = passed.map_err(StartError::from).and_then(|passed| start(mappings, passed, options));
+    let (runtime, manager) = match started {
         Ok(started) => started,
         Err(error) => {
             console::err(&format_args!("rproxy: {error}"));
@@ -66,10 +71,10 @@ fn serve_mappings(options: &Serve) -> ExitCode {
 }
 
 /// Everything that has to be there before clients are told: all host addresses bound, or none.
-fn start(mappings: Vec<Mapping>, options: &Serve) -> Result<(Runtime, Manager), StartError> {
+fn start(mappings: Vec<Mapping>, passed: Passed, options: &Serve) -> Result<(Runtime, Manager), StartError> {
     let setup = |step| move |source| StartError::Setup { step, source };
     let control = options.control.as_deref().map(ControlSocket::bind).transpose()?;
-    let bound = Bound::bind_all(mappings)?;
+    let bound = Bound::bind_all(mappings, passed)?;
     stale::forget_flows_to(bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.forward));
     let runtime = new_runtime().map_err(setup("create the event loop"))?;
     let entered = runtime.enter();
@@ -81,8 +86,10 @@ fn start(mappings: Vec<Mapping>, options: &Serve) -> Result<(Runtime, Manager), 
     for line in ready {
         console::out(&line);
     }
+    systemd::ready();
     let drain_timeout = options.drain_timeout;
-    Ok((runtime, Manager { server, stop, drain_timeout, control, reload: None }))
+    let watchdog = systemd::watchdog_interval();
+    Ok((runtime, Manager { server, stop, drain_timeout, control, reload: None, watchdog }))
 }
 
 /// What `docker port` prints: `80/tcp -> 0.0.0.0:49153`, and for a range `80-90/tcp -> 0.0.0.0:8000-8010`.
@@ -93,12 +100,12 @@ fn ready_lines(bound: &[Bound]) -> Vec<String> {
 fn ready_lines_of(bound: &Bound) -> Vec<String> {
     let mapping = &bound.mapping;
     match mapping.host_ports() {
-        HostPorts::Exactly(range) => {
+        HostPorts::Exactly(range) if bound.is_where_asked() => {
             let (host, backend_ports) = (mapping.host(), mapping.backend_ports());
             let line = |protocol| format!("{backend_ports}/{protocol} -> {host}:{range}");
             mapping.protocols().iter().map(line).collect()
         }
-        HostPorts::FirstFree(_) | HostPorts::Random => {
+        _ => {
             let line = |port: &BoundPort| {
                 let Forward { backend, protocol, host, .. } = port.forward;
                 format!("{}/{protocol} -> {host}", backend.socket_addr().port())
@@ -111,13 +118,23 @@ fn ready_lines_of(bound: &Bound) -> Vec<String> {
 /// Why serving could not start.
 #[derive(Debug, thiserror::Error)]
 enum StartError {
-    #[error("--host {}: {}", source.addr, source.reason())]
-    Bind {
-        #[from]
-        source: BindError,
-    },
+    #[error("--host {}: {}", .0.addr, .0.reason())]
+    Bind(#[source] BindError),
+    #[error(transparent)]
+    Passed(#[from] PassedError),
+    #[error(transparent)]
+    Activation(#[from] ActivationError),
     #[error(transparent)]
     Control(#[from] SocketError),
     #[error("cannot {step}: {source}")]
     Setup { step: &'static str, source: io::Error },
+}
+
+impl From<BoundError> for StartError {
+    fn from(error: BoundError) -> Self {
+        match error {
+            BoundError::Bind(source) => Self::Bind(source),
+            BoundError::Passed(source) => Self::Passed(source),
+        }
+    }
 }

@@ -31,6 +31,7 @@ pub mod process;
 pub mod require;
 pub mod rproxy;
 pub mod suite;
+pub mod systemd;
 pub mod topology;
 pub mod udp;
 

@@ -11,6 +11,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tokio::signal::unix::Signal;
 use tokio::sync::{mpsc, oneshot};
+use tokio::time::Interval;
 use tracing::{error, info};
 
 use super::clients::{self, Call};
@@ -25,6 +26,7 @@ use crate::ports::PortRange;
 use crate::runtime::new_runtime;
 use crate::server::{ServeError, Server};
 use crate::signals::StopSignals;
+use crate::systemd;
 
 /// Requests that may wait to be carried out.
 const CALLS: usize = 4;
@@ -52,6 +54,8 @@ pub struct Manager {
     pub control: Option<ControlSocket>,
     /// Where mappings come from, if they can change.
     pub reload: Option<Reload>,
+    /// How often the service manager is told that all is well, if it wants to know.
+    pub watchdog: Option<Duration>,
 }
 
 impl Manager {
@@ -81,7 +85,8 @@ impl Manager {
     }
 
     async fn manage(self, control: Option<(UnixListener, SocketFile)>) -> Result<(), ManageError> {
-        let Self { mut server, mut stop, drain_timeout, mut reload, .. } = self;
+        let Self { mut server, mut stop, drain_timeout, mut reload, watchdog, .. } = self;
+        let mut watchdog = watchdog.map(tokio::time::interval);
         let (calls, mut called) = mpsc::channel(CALLS);
         let file = control.map(|(listener, file)| {
             tokio::spawn(async move {
@@ -101,8 +106,14 @@ impl Manager {
                 error = server.failed() => return Err(error.into()),
                 () = hung_up(&mut reload) => {
                     if let Some(reload) = &reload {
+                        systemd::reloading();
                         reread(reload, &mut server).await;
+                        systemd::ready();
                     }
+                }
+                () = tick(&mut watchdog) => {
+                    server.until_responsive().await;
+                    systemd::alive();
                 }
                 Some(Call { request, answer }) = called.recv() => {
                     let is_last = request == Request::Drain;
@@ -114,6 +125,7 @@ impl Manager {
                 }
             }
         }
+        systemd::stopping();
         // Nobody else is let in from here on.
         drop((file, called));
         tokio::select! {
@@ -127,6 +139,13 @@ impl Manager {
 async fn hung_up(reload: &mut Option<Reload>) {
     match reload {
         Some(reload) => drop(reload.signal.recv().await),
+        None => std::future::pending().await,
+    }
+}
+
+async fn tick(interval: &mut Option<Interval>) {
+    match interval {
+        Some(interval) => drop(interval.tick().await),
         None => std::future::pending().await,
     }
 }

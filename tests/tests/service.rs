@@ -1,0 +1,184 @@
+//! `rproxy` as a service of systemd: what it tells, and the sockets that it is given.
+
+#![expect(clippy::unwrap_used, reason = "a failed step ends the test")]
+
+use std::fs::File;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::process::ExitCode;
+
+use nix::fcntl::OFlag;
+use nix::sys::signal::Signal;
+
+use rproxy_tests::backend::{self, TcpBackend};
+use rproxy_tests::client;
+use rproxy_tests::docker_proxy::{self, DockerProxy, Status};
+use rproxy_tests::process::{self, Process, Stream};
+use rproxy_tests::rproxy::rproxy;
+use rproxy_tests::suite::{self, Case};
+use rproxy_tests::systemd::Systemd;
+use rproxy_tests::udp;
+
+fn main() -> ExitCode {
+    let case = |name: &str, body: fn()| Case::new(name, body);
+    suite::run(vec![
+        case("readiness and the end are told", readiness),
+        case("a start that fails is never ready", failed_start),
+        case("the watchdog is told that all is well", watchdog),
+        case("passed sockets serve the mappings at their addresses", sockets_by_address),
+        case("passed sockets serve the mapping that has their name", sockets_by_name),
+        case("sockets for another process are not looked at", sockets_of_others),
+        case("sockets that do not fit are refused", wrong_sockets),
+        case("a socket that nobody wants is named", unwanted_socket),
+        case("docker-proxy's descriptors are not systemd's", docker_mode),
+    ])
+}
+
+fn echo() -> TcpBackend {
+    TcpBackend::local(backend::echo)
+}
+
+#[track_caller]
+fn assert_echoes(address: SocketAddr) {
+    assert_eq!(client::ask(address, b"hello").unwrap(), b"hello");
+}
+
+fn own_listener() -> (TcpListener, SocketAddr) {
+    let listener = TcpListener::bind((client::own_loopback(), 0)).unwrap();
+    let address = listener.local_addr().unwrap();
+    (listener, address)
+}
+
+fn readiness() {
+    let (systemd, backend) = (Systemd::new(), echo());
+    let to = backend.address().to_string();
+    let proxy = Process::spawn(systemd.command(&["--host", "127.0.0.1:0", "--to", &to]));
+    assert_eq!(systemd.told(), ["READY=1"]);
+    proxy.signal(Signal::SIGTERM);
+    assert_eq!(systemd.told(), ["STOPPING=1"]);
+    assert_eq!(proxy.wait().code(), Some(0));
+    assert!(systemd.has_heard_all());
+}
+
+fn failed_start() {
+    let (_taken, address) = own_listener();
+    let systemd = Systemd::new();
+    let output = process::run(systemd.command(&["--host", &address.to_string(), "--to", "192.0.2.1:80"]));
+    assert_eq!(output.status.code(), Some(1));
+    assert!(systemd.has_heard_all());
+}
+
+fn watchdog() {
+    let systemd = Systemd::new();
+    let mut command = systemd.command(&["--host", "127.0.0.1:0", "--to", "192.0.2.1:80"]);
+    command.env("WATCHDOG_USEC", "50000");
+    let proxy = Process::spawn(command);
+    assert_eq!(systemd.told(), ["READY=1"]);
+    for _ in 0..3 {
+        assert_eq!(systemd.told(), ["WATCHDOG=1"]);
+    }
+    drop(proxy);
+}
+
+fn sockets_by_address() {
+    let (tcp, dgram) = (echo(), udp::Backend::echo(udp::client([127, 0, 0, 1])));
+    let (listener, address) = own_listener();
+    let socket = UdpSocket::bind(address).unwrap();
+    let other = own_listener().1;
+    let systemd = Systemd::new();
+    // A client that was there before the service waits for it.
+    let mut early = client::connect(address);
+    let (host, other) = (address.to_string(), other.to_string());
+    let (tcp_to, udp_to) = (tcp.address().to_string(), dgram.address().to_string());
+    let arguments = [
+        "--host", &host, "--to", &tcp_to, "--host", &host, "--to", &udp_to, "--host", &other, "--to", &tcp_to,
+    ];
+    let arguments = [&arguments[..], &["--proto", "tcp", "--proto", "udp", "--proto", "tcp"]].concat();
+    // Both are named after the unit, as systemd does it by default, and in no particular order.
+    let sockets = vec![("rproxy.socket", OwnedFd::from(socket)), ("rproxy.socket", listener.into())];
+    let _proxy = Process::spawn(systemd.command_with_sockets(&arguments, sockets));
+    assert_eq!(systemd.told(), ["READY=1"]);
+    early.write_all(b"early").unwrap();
+    let mut answer = [0; 5];
+    early.read_exact(&mut answer).unwrap();
+    assert_eq!(&answer, b"early");
+    assert_echoes(address);
+    assert_echoes(other.parse().unwrap());
+    udp::assert_all_echo(&udp::client(address.ip()), address, [0, 1400]);
+}
+
+fn sockets_by_name() {
+    let (backend, systemd) = (echo(), Systemd::new());
+    let (listener, address) = own_listener();
+    let to = backend.address().to_string();
+    let command = systemd
+        .command_with_sockets(&["--host", "0.0.0.0:8080", "--to", &to], vec![("8080/tcp", listener.into())]);
+    let proxy = Process::spawn(command);
+    assert_eq!(systemd.told(), ["READY=1"]);
+    assert_echoes(address);
+    let ready = proxy.wait_for_line(Stream::Stdout, |_| true);
+    assert_eq!(ready, format!("{}/tcp -> {address}", backend.address().port()), "where it really listens");
+}
+
+fn sockets_of_others() {
+    let (listener, address) = own_listener();
+    let systemd = Systemd::new();
+    let arguments = ["--host", &address.to_string(), "--to", "192.0.2.1:80"];
+    let output = process::run(systemd.command_for("1", &arguments, vec![("x", listener.into())]));
+    assert!(output.stderr.contains("the port is taken by another program"), "{output:#?}");
+    assert!(systemd.has_heard_all());
+}
+
+fn wrong_sockets() {
+    let systemd = Systemd::new();
+    let udp_socket = || OwnedFd::from(udp::client([127, 0, 0, 1]));
+    let file = || OwnedFd::from(File::open("/dev/null").unwrap());
+    let idle =
+        || OwnedFd::from(socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap());
+    for (sockets, part) in [
+        (vec![("8080/tcp", udp_socket())], "0 tcp sockets named 8080/tcp were passed"),
+        (vec![("x", file())], "the socket x at descriptor 3 cannot be used: it is not a socket"),
+        (
+            vec![("y", idle())],
+            "the socket y at descriptor 3 cannot be used: it is a TCP socket that does not listen",
+        ),
+    ] {
+        let arguments = ["--host", "0.0.0.0:8080", "--to", "192.0.2.1:80"];
+        let output = process::run(systemd.command_with_sockets(&arguments, sockets));
+        assert_eq!(output.status.code(), Some(1), "{output:#?}");
+        assert!(output.stderr.contains(part), "no {part:?}: {output:#?}");
+        assert_eq!(output.stderr.lines().count(), 1, "{output:#?}");
+    }
+    assert!(systemd.has_heard_all());
+}
+
+fn unwanted_socket() {
+    let (listener, address) = own_listener();
+    let systemd = Systemd::new();
+    let arguments = ["--host", "127.0.0.1:0", "--to", "192.0.2.1:80"];
+    let proxy = Process::spawn(systemd.command_with_sockets(&arguments, vec![("web", listener.into())]));
+    let line = proxy.wait_for_line(Stream::Stderr, |line| line.contains("no mapping is for"));
+    assert!(line.contains(&address.to_string()) && line.contains("web"), "{line}");
+}
+
+fn docker_mode() {
+    let backend = echo();
+    let (listener, address) = own_listener();
+    let flags = docker_proxy::mapping("tcp", address, backend.address());
+    // The whole environment of socket activation, with descriptors 3 and 4 open: they are dockerd's.
+    let script = r#"LISTEN_PID=$$ LISTEN_FDS=2 NOTIFY_SOCKET=/nowhere exec "$0" "$@""#;
+    let mut arguments = vec!["-c".to_owned(), script.to_owned(), rproxy().display().to_string()];
+    arguments.extend(flags.into_iter().chain(["-use-listen-fd".to_owned()]));
+    let mut proxy = DockerProxy::start_by(
+        Path::new("/bin/sh"),
+        &arguments,
+        Some(listener.into()),
+        OFlag::empty(),
+        Process::spawn,
+    );
+    assert_eq!(proxy.status(), Status::Ready);
+    assert_echoes(address);
+    assert_eq!(proxy.stop().code(), Some(0));
+}
