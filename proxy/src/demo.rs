@@ -5,6 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use socket2::SockRef;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
@@ -129,6 +130,8 @@ async fn fetch(addr: SocketAddr) -> io::Result<usize> {
 fn start_backend() -> Result<SocketAddr, DemoError> {
     let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let listener = listen::bind_tcp(any_port, true)
+        // Its connections end when they are closed, as those of other web servers do.
+        .and_then(|listener| SockRef::from(&listener).set_linger(None).map(|()| listener))
         .and_then(TcpListener::from_std)
         .map_err(DemoError::step("start the backend"))?;
     let addr = listener.local_addr().map_err(DemoError::step("start the backend"))?;

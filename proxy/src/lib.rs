@@ -17,6 +17,7 @@ pub mod docker;
 pub mod limits;
 pub mod listen;
 mod log_limit;
+mod log_writer;
 pub mod mapping;
 pub mod name;
 pub mod overlap;

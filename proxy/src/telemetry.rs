@@ -9,6 +9,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, fmt};
 
+use crate::log_writer::LogWriter;
 use crate::spanless::Spanless;
 
 /// How log lines are written.
@@ -64,7 +65,8 @@ pub fn parse_filter(text: &str) -> Result<Targets, String> {
 
 /// Makes `config` the log of the process. A second call changes nothing.
 pub fn init(config: LogConfig) {
-    let lines = fmt::layer().with_writer(std::io::stderr);
+    let format = config.format;
+    let lines = fmt::layer().with_writer(move || LogWriter(format));
     let lines = match config.format {
         Format::Text => lines.with_target(false).boxed(),
         Format::Json => lines.json().boxed(),

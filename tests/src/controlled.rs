@@ -33,8 +33,9 @@ impl Controlled {
         Self::start_by(more_arguments, |command| namespace.spawn(command))
     }
 
+    /// As [`Controlled::start`], by way of `spawn`, which may choose a namespace or wrap the command.
     #[track_caller]
-    fn start_by(more_arguments: &[&str], spawn: impl FnOnce(Command) -> Process) -> Self {
+    pub fn start_by(more_arguments: &[&str], spawn: impl FnOnce(Command) -> Process) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let socket = dir.path().join("control");
         let socket_text = socket.to_str().unwrap();

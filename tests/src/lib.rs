@@ -24,6 +24,7 @@ pub mod backend;
 pub mod client;
 pub mod controlled;
 pub mod docker_proxy;
+pub mod holdings;
 pub mod netns;
 pub mod oracle;
 pub mod pattern;
@@ -45,6 +46,27 @@ pub const PATIENCE: Duration = Duration::from_secs(20);
 #[track_caller]
 pub fn eventually(what: &str, holds: impl FnMut() -> bool) {
     eventually_within(PATIENCE, what, holds);
+}
+
+/// Waits until something has a value.
+///
+/// # Panics
+/// When it does not have it for [`PATIENCE`].
+#[track_caller]
+pub fn eventually_equal<T: PartialEq + std::fmt::Debug>(
+    what: &str,
+    wanted: &T,
+    mut value: impl FnMut() -> T,
+) {
+    let deadline = Instant::now() + PATIENCE;
+    loop {
+        let value = value();
+        if value == *wanted {
+            return;
+        }
+        assert!(Instant::now() < deadline, "{what}: {value:?} and not {wanted:?}");
+        thread::sleep(Duration::from_millis(5));
+    }
 }
 
 /// As [`eventually`], for what may rightly take longer.

@@ -5,21 +5,19 @@
 //! that is over; what arrives meanwhile waits in its backlog.
 
 use std::io;
-use std::net::SocketAddr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
 
 use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 use rproxy_sys::socket;
-use socket2::SockRef;
+use socket2::Socket;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, error, warn};
 
-use super::serve;
+use super::{Accepted, dial, serve};
 use crate::backoff::Backoff;
 use crate::limits::OnLimit;
 use crate::log_limit::LogLimit;
@@ -56,6 +54,9 @@ pub(crate) struct Acceptor {
 /// The listeners on which accepting failed, and when they are tried again.
 struct Failures {
     listeners: Vec<usize>,
+    /// Clients for whom there is no socket to reach the backend with: one for each of the listeners, at the
+    /// most.
+    clients: Vec<Accepted>,
     backoff: Backoff,
     retry: Instant,
 }
@@ -63,7 +64,12 @@ struct Failures {
 impl Acceptor {
     /// A task without listeners. It ends when all senders of `orders` are gone.
     pub(crate) fn new(poll: Poll, orders: Orders, room: Arc<Notify>, workers: Arc<Workers>) -> Self {
-        let failures = Failures { listeners: Vec::new(), backoff: Backoff::default(), retry: Instant::now() };
+        let failures = Failures {
+            listeners: Vec::new(),
+            clients: Vec::new(),
+            backoff: Backoff::default(),
+            retry: Instant::now(),
+        };
         Self { poll, orders, room, workers, listeners: Vec::new(), full: Vec::new(), failures }
     }
 
@@ -125,16 +131,16 @@ impl Acceptor {
 
     /// Accepts what is pending on some listeners, as far as the limits allow, and forgets them.
     fn release(&mut self, ports: &[Arc<Port>]) {
-        let mut accepted = Vec::new();
+        let mut ready = Vec::new();
         for port in ports {
             let Some(listener) = self.listeners.get_mut(port.number()).and_then(Option::take) else {
                 continue;
             };
             // On an error there is nothing more to be had.
-            drop(accept_some(&listener, LONGEST_BACKLOG, &mut accepted));
+            drop(accept_some(&listener, LONGEST_BACKLOG, &mut ready, &mut self.failures.clients));
             debug!(mapping = %listener.route.forward, "listener closed");
         }
-        hand_over(accepted, &self.workers);
+        hand_over(ready, &self.workers);
         let is_known = |number: &usize| self.listeners.get(*number).is_some_and(Option::is_some);
         self.full.retain(is_known);
         self.failures.listeners.retain(is_known);
@@ -142,12 +148,12 @@ impl Acceptor {
 
     /// Looks after each listener that has something once. Gives whether one of them may have more.
     fn turn(&mut self, events: &[EpollEvent]) -> bool {
-        let mut accepted = Vec::new();
+        let mut ready = Vec::new();
         let mut more = false;
         for event in events {
             let number = usize::try_from(event.data() & !PORT).unwrap_or(usize::MAX);
             let Some(Some(listener)) = self.listeners.get(number) else { continue };
-            match accept_some(listener, BURST, &mut accepted) {
+            match accept_some(listener, BURST, &mut ready, &mut self.failures.clients) {
                 Ok(Stop::Burst) => more = true,
                 Ok(Stop::Empty) => self.failures.backoff.reset(),
                 Ok(Stop::Full) => {
@@ -161,7 +167,7 @@ impl Acceptor {
                 }
             }
         }
-        hand_over(accepted, &self.workers);
+        hand_over(ready, &self.workers);
         more
     }
 
@@ -186,8 +192,24 @@ impl Acceptor {
         });
     }
 
-    /// Tries the listeners again on which accepting failed.
+    /// Tries the listeners again on which accepting failed, once the clients that were accepted before are
+    /// on their way.
     fn resume_failed(&mut self) {
+        let mut ready = Vec::new();
+        while let Some(client) = self.failures.clients.pop() {
+            match dial::open(client.place.forward().backend) {
+                Err(error) if is_exhaustion(&error) => {
+                    self.failures.clients.push(client);
+                    self.failures.retry = Instant::now() + self.failures.backoff.next_delay();
+                    break;
+                }
+                backend => ready.push((client, backend)),
+            }
+        }
+        hand_over(ready, &self.workers);
+        if !self.failures.clients.is_empty() {
+            return;
+        }
         for number in self.failures.listeners.drain(..) {
             if let Some(Some(listener)) = self.listeners.get(number) {
                 watch(listener, EpollFlags::EPOLLIN);
@@ -205,12 +227,8 @@ impl Failures {
     }
 }
 
-/// A connection on its way to a worker.
-struct Accepted {
-    client: OwnedFd,
-    peer: SocketAddr,
-    place: Place,
-}
+/// A connection on its way to a worker, and the socket to reach its backend with.
+type Ready = (Accepted, io::Result<Socket>);
 
 /// Why no more connections were accepted from a listener.
 enum Stop {
@@ -222,8 +240,14 @@ enum Stop {
     Full,
 }
 
-/// Accepts up to `most` connections, and resets those that are not to be served.
-fn accept_some(listener: &Assignment, most: usize, accepted: &mut Vec<Accepted>) -> io::Result<Stop> {
+/// Accepts up to `most` connections, and resets those that are not to be served. On an error, there may be
+/// one more in `waiting`, for whom there is no second socket.
+fn accept_some(
+    listener: &Assignment,
+    most: usize,
+    ready: &mut Vec<Ready>,
+    waiting: &mut Vec<Accepted>,
+) -> io::Result<Stop> {
     let Assignment { port, route } = listener;
     let service = &route.service;
     for _ in 0..most {
@@ -237,13 +261,21 @@ fn accept_some(listener: &Assignment, most: usize, accepted: &mut Vec<Accepted>)
             Err(error) if is_the_clients(&error) => continue,
             Err(error) => return Err(error),
         };
+        // Those that are dropped here are reset, as their listener was told (`set_stream_options`).
         if !service.admits(peer.ip()) {
-            reset(client);
-        } else if !has_room {
+            continue;
+        }
+        if !has_room {
             service.live.stats.count(Trouble::OverLimit);
-            reset(client);
-        } else {
-            accepted.push(Accepted { client, peer, place: Place::take(route) });
+            continue;
+        }
+        let accepted = Accepted { client, peer, place: Place::take(route) };
+        match dial::open(route.forward.backend) {
+            Err(error) if is_exhaustion(&error) => {
+                waiting.push(accepted);
+                return Err(error);
+            }
+            backend => ready.push((accepted, backend)),
         }
     }
     Ok(Stop::Burst)
@@ -255,11 +287,10 @@ fn is_the_clients(error: &io::Error) -> bool {
     matches!(errno, Errno::ECONNABORTED | Errno::EINTR | Errno::EPROTO | Errno::EPERM)
 }
 
-/// Closes a connection so that its client knows that it is not served.
-fn reset(client: OwnedFd) {
-    if let Err(error) = SockRef::from(&client).set_linger(Some(Duration::ZERO)) {
-        debug!(%error, "cannot turn the close of a connection into a reset");
-    }
+/// Whether there is a lack of something that others may give back, as of descriptors.
+fn is_exhaustion(error: &io::Error) -> bool {
+    let errno = Errno::from_raw(error.raw_os_error().unwrap_or(0));
+    matches!(errno, Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM)
 }
 
 fn watch(listener: &Assignment, flags: EpollFlags) {
@@ -269,17 +300,16 @@ fn watch(listener: &Assignment, flags: EpollFlags) {
 }
 
 /// Gives connections to workers, each of which is woken once for all that it gets.
-fn hand_over(accepted: Vec<Accepted>, workers: &Workers) {
-    let mut seated: Vec<(Seat, Accepted)> =
-        accepted.into_iter().map(|client| (workers.seat(), client)).collect();
+fn hand_over(ready: Vec<Ready>, workers: &Workers) {
+    let mut seated: Vec<(Seat, Ready)> = ready.into_iter().map(|client| (workers.seat(), client)).collect();
     seated.sort_by_key(|(seat, _client)| seat.worker());
     while let Some((seat, _client)) = seated.last() {
         let (worker, runtime) = (seat.worker(), seat.runtime());
         let first = seated.partition_point(|(seat, _client)| seat.worker() < worker);
         let group = seated.split_off(first);
         runtime.spawn(async move {
-            for (seat, Accepted { client, peer, place }) in group {
-                tokio::spawn(serve(client, peer, place, seat));
+            for (seat, (accepted, backend)) in group {
+                tokio::spawn(serve(accepted, backend, seat));
             }
         });
     }

@@ -30,6 +30,8 @@ pub(super) enum End {
     Eof,
     /// The source was reset, or failed in another way.
     SourceFailed(io::Error),
+    /// The same, and the sink has not taken what came before it for [`RESET_GRACE`].
+    SourceFailedStalled(io::Error),
     /// The sink was reset, or failed in another way.
     SinkFailed(io::Error),
 }
@@ -150,7 +152,7 @@ pub(super) async fn writable(source: &Stream, sink: &Stream) -> Result<(), End> 
         () = source.failed() => {
             match tokio::time::timeout(RESET_GRACE, sink.writable()).await {
                 Ok(()) => Ok(()),
-                Err(_elapsed) => Err(End::SourceFailed(source.take_failure())),
+                Err(_elapsed) => Err(End::SourceFailedStalled(source.take_failure())),
             }
         }
     }

@@ -19,6 +19,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 
+use socket2::Socket;
 use tracing::{debug, warn};
 
 use self::dial::DialError;
@@ -28,16 +29,26 @@ use crate::service::Place;
 use crate::stats::Trouble;
 use crate::worker::Seat;
 
-/// Serves one accepted connection to its end. `place` and `seat` are given up when it is over.
-async fn serve(client: OwnedFd, peer: SocketAddr, place: Place, seat: Seat) {
+/// A connection that was accepted.
+struct Accepted {
+    client: OwnedFd,
+    peer: SocketAddr,
+    place: Place,
+}
+
+/// Serves a connection to its end. `backend` is the socket to reach the backend with. The place and `seat`
+/// are given up when it is over.
+async fn serve(accepted: Accepted, backend: io::Result<Socket>, seat: Seat) {
     static FAILED_DIALS: LogLimit = LogLimit::new();
 
+    let Accepted { client, peer, place } = accepted;
     let client = match Stream::new(client) {
         Ok(client) => client,
         Err(error) => return warn!(%peer, %error, "cannot watch an accepted connection"),
     };
     // On the heap, so that its timer takes no room once the connection is there.
-    let dialled = Box::pin(dial::dial(place.forward().backend, place.limits().connect_timeout)).await;
+    let dialled =
+        Box::pin(dial::dial(backend, place.forward().backend, place.limits().connect_timeout)).await;
     match dialled {
         Ok(backend) => {
             if !client.is_readable() {
@@ -49,9 +60,9 @@ async fn serve(client: OwnedFd, peer: SocketAddr, place: Place, seat: Seat) {
         Err(error) => {
             place.stats().count(trouble(&error));
             if let Some(suppressed) = FAILED_DIALS.permit() {
+                // Dropped before it came to an end, it is reset.
                 warn!(%peer, %error, suppressed, "connection reset: no backend");
             }
-            stream::reset_on_close(&client);
         }
     }
     drop((place, seat));
@@ -96,7 +107,8 @@ mod tests {
         let place = Place::take(&Arc::new(Route { forward, service }));
         let fd = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().into();
         let peer = SocketAddr::from(([127, 0, 0, 1], 1));
-        let future = serve(fd, peer, place, workers.seat());
+        let backend = dial::open(place.forward().backend);
+        let future = serve(Accepted { client: fd, peer, place }, backend, workers.seat());
         let size = size_of_val(&future);
         assert!(size <= 608, "{size} bytes");
     }

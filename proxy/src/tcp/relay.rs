@@ -10,7 +10,7 @@ use socket2::SockRef;
 
 use super::half::{Direction, End, pump};
 use super::meter::{Meter, until_idle};
-use super::stream::{Stream, deliver_then_reset, reset_on_close};
+use super::stream::{Stream, close_in_order, deliver_then_reset, reset_on_close};
 use crate::service::Place;
 use crate::stats::Trouble;
 
@@ -89,14 +89,33 @@ async fn finish(end: End, direction: &Direction<'_>, other: impl Future<Output =
     let Direction { source, sink, .. } = direction;
     match end {
         End::Eof => finish_after_eof(source, sink, other).await,
+        End::SinkFailed(error) => {
+            // The sink may have answered before it was reset, as a server does that refuses an
+            // upload: its answer is still in our receive queue, and goes first.
+            if !matches!(other.await, End::SourceFailedStalled(_)) {
+                deliver_then_reset(source).await;
+            }
+            Some(error)
+        }
+        failed => pass_failure_on(failed, source, sink).await,
+    }
+}
+
+/// Resets the side that has not failed, at the `end` of the direction from `source` to `sink`. Gives what
+/// broke it off; `None` if nothing did.
+async fn pass_failure_on(end: End, source: &Stream, sink: &Stream) -> Option<io::Error> {
+    match end {
+        End::Eof => None,
         End::SourceFailed(error) => {
             deliver_then_reset(sink).await;
             Some(error)
         }
+        // It had its time.
+        End::SourceFailedStalled(error) => {
+            reset_on_close(sink);
+            Some(error)
+        }
         End::SinkFailed(error) => {
-            // The sink may have answered before it was reset, as a server does that refuses an
-            // upload: its answer is still in our receive queue, and goes first.
-            other.await;
             deliver_then_reset(source).await;
             Some(error)
         }
@@ -114,20 +133,17 @@ async fn finish_after_eof(
         // The sink is gone already, which the way back is about to find out.
         tracing::trace!(%error, "half-close not passed on");
     }
+    close_in_order(sink);
     tokio::select! {
         biased;
-        end = other => match end {
-            // Closing the sockets sends the second end of stream.
-            End::Eof => None,
-            End::SourceFailed(error) => {
-                deliver_then_reset(source).await;
-                Some(error)
+        end = other => {
+            if let End::Eof = end {
+                // Closing the sockets sends the second end of stream.
+                close_in_order(source);
             }
-            End::SinkFailed(error) => {
-                deliver_then_reset(sink).await;
-                Some(error)
-            }
-        },
+            // On the way back, what was the sink is the source.
+            pass_failure_on(end, sink, source).await
+        }
         () = source.failed() => {
             deliver_then_reset(sink).await;
             Some(source.take_failure())

@@ -185,7 +185,15 @@ impl Drop for Stream {
     }
 }
 
-/// Makes the close of `stream` a reset, as its peer's peer ended with one.
+/// Makes the close of `stream` an end of stream. It is a reset from the start (`set_stream_options`), until
+/// the peer has got, or is about to get, everything.
+pub(super) fn close_in_order(stream: &Stream) {
+    if let Err(error) = SockRef::from(stream).set_linger(None) {
+        tracing::debug!(%error, "cannot close a connection in order");
+    }
+}
+
+/// Makes the close of `stream` a reset again.
 pub(super) fn reset_on_close(stream: &Stream) {
     if let Err(error) = SockRef::from(stream).set_linger(Some(Duration::ZERO)) {
         tracing::debug!(%error, "cannot turn the close of a connection into a reset");

@@ -1,0 +1,82 @@
+//! What a process holds and spends, read from `/proc`: to be the same after a fault as before it.
+
+use std::fs;
+use std::thread;
+use std::time::Duration;
+
+use nix::unistd::Pid;
+
+use crate::eventually;
+
+/// Between two looks at the time that a process has spent. One that spins spends some of it, however busy
+/// the machine.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// What a process holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Holdings {
+    /// Descriptors of sockets.
+    pub sockets: usize,
+    /// Descriptors of pipes: two for each.
+    pub pipes: usize,
+    /// Other descriptors.
+    pub others: usize,
+    /// Threads.
+    pub threads: usize,
+}
+
+impl Holdings {
+    /// What process `pid` holds now.
+    ///
+    /// # Panics
+    /// When it has ended.
+    #[track_caller]
+    pub fn of(pid: Pid) -> Self {
+        let mut holdings = Self { threads: tasks(pid).len(), ..Self::default() };
+        for entry in fs::read_dir(format!("/proc/{pid}/fd")).unwrap() {
+            // It may be closed by now.
+            let Ok(target) = fs::read_link(entry.unwrap().path()) else { continue };
+            let target = target.to_string_lossy();
+            if target.starts_with("socket:") {
+                holdings.sockets += 1;
+            } else if target.starts_with("pipe:") {
+                holdings.pipes += 1;
+            } else {
+                holdings.others += 1;
+            }
+        }
+        holdings
+    }
+}
+
+/// The memory that no other process has, in kB (proc(5), `smaps_rollup`).
+#[track_caller]
+pub fn private_memory(pid: Pid) -> usize {
+    let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
+    let private = rollup.lines().filter(|line| line.starts_with("Private_"));
+    private.map(|line| line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap()).sum()
+}
+
+/// Waits until a process spends no processor time at all between two looks.
+#[track_caller]
+pub fn wait_until_idle(pid: Pid) {
+    eventually(&format!("process {pid} is idle"), || {
+        let before = processor_time(pid);
+        thread::sleep(LOOK);
+        processor_time(pid) == before
+    });
+}
+
+/// Nanoseconds that all threads have run (Documentation/scheduler/sched-stats.rst).
+fn processor_time(pid: Pid) -> u64 {
+    let of_task = |task: &String| -> u64 {
+        let stat = fs::read_to_string(format!("/proc/{pid}/task/{task}/schedstat")).unwrap_or_default();
+        stat.split_whitespace().next().map_or(0, |time| time.parse().unwrap())
+    };
+    tasks(pid).iter().map(of_task).sum()
+}
+
+fn tasks(pid: Pid) -> Vec<String> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task")).unwrap();
+    tasks.map(|task| task.unwrap().file_name().into_string().unwrap()).collect()
+}

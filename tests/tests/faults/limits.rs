@@ -1,0 +1,219 @@
+//! What happens at the limits of the kernel.
+
+use std::fs;
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::process::Command;
+use std::thread;
+use std::time::Duration;
+
+use nix::unistd::Pid;
+use serde_json::json;
+
+use rproxy_tests::backend::{self, TcpBackend};
+use rproxy_tests::client::{self, End};
+use rproxy_tests::eventually;
+use rproxy_tests::holdings::{Holdings, private_memory};
+use rproxy_tests::process::{self, Stream};
+use rproxy_tests::require;
+use rproxy_tests::rproxy::Standalone;
+use rproxy_tests::topology::{CONTAINER_V4, HOST_V4, Topology};
+use rproxy_tests::udp;
+
+use super::roles;
+use super::scene::{BACK, FRONT, Scene, exchange};
+
+/// A backend at another port of the same container.
+const SECOND_FRONT: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(HOST_V4), 90);
+const SECOND_BACK: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(CONTAINER_V4), 90);
+
+fn echo_at(scene: &Scene, address: SocketAddr) -> TcpBackend {
+    scene.topology.container.run(|| TcpBackend::serve(TcpListener::bind(address).unwrap(), backend::echo))
+}
+
+pub(crate) fn ports_exhausted() {
+    let scene = Scene::new(json!({}));
+    let backends = [echo_at(&scene, BACK), echo_at(&scene, SECOND_BACK)];
+    scene.proxy.json(&[
+        "add",
+        "--name",
+        "second",
+        "--host",
+        &SECOND_FRONT.to_string(),
+        "--to",
+        &SECOND_BACK.to_string(),
+    ]);
+    // Not beside the other clients, each of which would want a port, too.
+    scene.topology.host.run(|| fs::write("/proc/sys/net/ipv4/ip_local_port_range", "50000 50031").unwrap());
+    {
+        let connect = |front| scene.topology.client.run(|| TcpStream::connect(front).map(client::patient));
+        let mut taken = Vec::new();
+        let mut refused = 0;
+        // Twice the range: the last ones cannot have one.
+        for _ in 0..64 {
+            // The reset may come before the client has noticed that it is connected.
+            let answered = connect(FRONT).and_then(|mut client| {
+                client.write_all(b"x")?;
+                client.read_exact(&mut [0])?;
+                Ok(client)
+            });
+            match answered {
+                Ok(client) => taken.push(client),
+                Err(error) => {
+                    let resets = [ErrorKind::ConnectionReset, ErrorKind::BrokenPipe];
+                    assert!(resets.contains(&error.kind()), "{error}");
+                    refused += 1;
+                }
+            }
+        }
+        assert_eq!((taken.len(), refused), (32, 32));
+        // Towards another address they are all free: no port is taken before it is known where it leads to.
+        let others: Vec<_> = (0..32).map(|_| connect(SECOND_FRONT).unwrap()).collect();
+        others.iter().for_each(|client| exchange(client, 1, 100));
+        taken.iter().for_each(|client| exchange(client, 2, 100));
+        taken.into_iter().chain(others).for_each(client::reset);
+    }
+    scene.proxy.process.wait_for_line(Stream::Stderr, |line| line.contains("ip_local_port_range"));
+    drop(backends);
+    assert_eq!(scene.stats()["errors"]["connect_failed"], 32);
+    scene.proxy.ctl(&["remove", "second"]).success();
+}
+
+fn limit_descriptors(pid: Pid, most: usize) {
+    let mut prlimit = require::command("prlimit");
+    prlimit.args([format!("--pid={pid}"), format!("--nofile={most}:")]);
+    process::run(prlimit).success();
+}
+
+pub(crate) fn no_descriptors() {
+    let scene = Scene::new(json!({}));
+    let _backend = echo_at(&scene, BACK);
+    let pid = scene.proxy.process.pid();
+    let clients: Vec<_> = (0..20).map(|_| scene.connect()).collect();
+    clients.iter().for_each(|client| exchange(client, 1, 100));
+    let Holdings { sockets, pipes, others, .. } = Holdings::of(pid);
+    // For four more connections, and not quite for a fifth.
+    limit_descriptors(pid, sockets + pipes + others + 9);
+    let waiting: Vec<_> = (0..20).map(|_| scene.connect()).collect();
+    for mut client in &waiting {
+        client.write_all(b"ping").unwrap();
+    }
+    scene.proxy.process.wait_for_line(Stream::Stderr, |line| line.contains("ulimit"));
+    // Those that have a place keep it, and each that leaves makes room for another.
+    clients.iter().for_each(|client| exchange(client, 2, 100));
+    drop(clients);
+    for mut client in waiting {
+        let mut answer = [0; 4];
+        client.read_exact(&mut answer).unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(client::read_to_end(&client), (vec![], End::Eof));
+    }
+    limit_descriptors(pid, 1024);
+    scene.under_load(|| scene.assert_serves());
+    scene.assert_nothing_left();
+    let stats = scene.stats();
+    assert_eq!((&stats["connections_total"], &stats["errors"]), (&json!(41), &json!({})));
+}
+
+/// `rproxy` under strace(1), which makes some calls fail. Its pid is that of strace.
+fn with_failing(call: &str, errno: &str, when: &str) -> impl FnOnce(Command) -> Command {
+    let inject = format!("inject={call}:error={errno}:when={when}");
+    move |command| {
+        let mut strace = require::command("strace");
+        strace.args(["-D", "-qq", "-f", "-o", "/dev/null", "-e", &format!("trace={call}"), "-e", &inject]);
+        strace.arg(command.get_program()).args(command.get_args());
+        strace
+    }
+}
+
+pub(crate) fn no_files() {
+    // The limit of the machine cannot be reached in a namespace.
+    let scene = Scene::with(json!({}), &[], with_failing("accept4", "ENFILE", "3..40+3"));
+    let _backend = echo_at(&scene, BACK);
+    scene.under_load(|| (0..20).for_each(|_| scene.assert_serves()));
+    scene.proxy.process.wait_for_line(Stream::Stderr, |line| line.contains("fs.file-max"));
+    scene.assert_nothing_left();
+    let stats = scene.stats();
+    assert_eq!((&stats["connections_total"], &stats["errors"]), (&json!(20), &json!({})));
+}
+
+pub(crate) fn no_buffers() {
+    let topology = Topology::new();
+    let backend = udp::Backend::echo(udp::bind_in(&topology.container, (CONTAINER_V4, 53)));
+    let arguments = ["--proto", "udp", "--host", "0.0.0.0:53", "--to", "172.17.0.2:53"];
+    let command = with_failing("sendmmsg", "ENOBUFS", "1..30+2")(rproxy_tests::rproxy::command(&arguments));
+    let proxy = Standalone::ready(topology.host.spawn(command), &arguments);
+    let client = topology.client.run(|| udp::client(std::net::Ipv4Addr::UNSPECIFIED));
+    client.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+    // Datagrams may be lost; the flow is not, nor the listener.
+    let mut echoed = 0;
+    eventually("datagrams pass again", || {
+        client.send_to(b"question", (HOST_V4, 53)).unwrap();
+        echoed += usize::from(client.recv(&mut [0; 9]).is_ok());
+        echoed == 20
+    });
+    assert!(backend.received() >= 20);
+    drop(proxy);
+}
+
+pub(crate) fn no_pipes() {
+    // A user that nobody else is.
+    let user = ["--reuid=64123", "--regid=64123", "--clear-groups"];
+    let as_user = |command: &Command| {
+        let mut setpriv = require::command("setpriv");
+        setpriv.args(user).arg(command.get_program()).args(command.get_args());
+        setpriv
+    };
+    let topology = Topology::new();
+    let _hog = roles::ready(topology.host.spawn(as_user(&roles::command(&["pipes"]))));
+    let arguments = ["--host", "0.0.0.0:8080", "--to", &BACK.to_string()];
+    let command = as_user(&rproxy_tests::rproxy::command(&arguments));
+    let proxy = Standalone::ready(topology.host.spawn(command), &arguments);
+    let backend =
+        topology.container.run(|| TcpBackend::serve(TcpListener::bind(BACK).unwrap(), backend::echo));
+    let client = topology.client.run(|| client::connect((HOST_V4, 8080).into()));
+    exchange(&client, 1, 32 * 1024 * 1024);
+    assert_eq!(Holdings::of(proxy.process.pid()).pipes, 3, "its output, and no more");
+    drop(backend);
+}
+
+/// How many descriptors this process may have.
+fn descriptor_limit() -> usize {
+    roles::raise_descriptor_limit();
+    let (soft, _hard) = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).unwrap();
+    usize::try_from(soft).unwrap()
+}
+
+pub(crate) fn silent_clients() {
+    const CLIENTS: usize = 10_000;
+    // As much as an idle connection takes with the allocator's overhead, in kB for all of them.
+    const MOST_KB: usize = CLIENTS * 3;
+
+    let descriptors = descriptor_limit();
+    assert!(descriptors > CLIENTS + 1000, "too few descriptors for the clients (`ulimit -Hn`)");
+    // The others have to get some of them, too.
+    let most = CLIENTS.min((descriptors - 1000) / 2);
+    let scene = Scene::new(json!({ "max_connections": most }));
+    let _backend = roles::play(&scene.topology.container, &["silent", &BACK.to_string()]);
+    let pid = scene.proxy.process.pid();
+    let before = private_memory(pid);
+    scene.under_load(|| {
+        let clients: Vec<TcpStream> = thread::scope(|scope| {
+            let connect =
+                || scene.topology.client.run(|| (0..CLIENTS / 4).map(|_| client::connect(FRONT)).collect());
+            let threads: Vec<_> = (0..4).map(|_| scope.spawn(connect)).collect();
+            threads.into_iter().flat_map(|thread| -> Vec<TcpStream> { thread.join().unwrap() }).collect()
+        });
+        // Those that are left wait in the backlog.
+        eventually("all of them are served that may be", || scene.stats()["connections"] == most);
+        let now = private_memory(pid);
+        assert!(now - before < MOST_KB, "{now} kB, {before} kB before");
+        clients.into_iter().for_each(client::reset);
+    });
+    scene.assert_nothing_left();
+    let stats = scene.stats();
+    assert_eq!(
+        (&stats["connections_total"], &stats["errors"]),
+        (&json!(CLIENTS), &json!({ "reset": CLIENTS }))
+    );
+}

@@ -1,0 +1,51 @@
+//! Faults under load: of backends, of the network, of limits, of the process itself. Each is brought about in
+//! namespaces while other clients are served, every connection and byte is accounted for, and afterwards
+//! nothing is left: no descriptor, no pipe, no flow, no task, and no use of the processor.
+
+#![expect(clippy::unwrap_used, reason = "a failed step ends the test")]
+
+mod backends;
+mod limits;
+mod network;
+mod process;
+mod roles;
+mod scene;
+
+use std::process::ExitCode;
+
+use rproxy_tests::require::Need;
+use rproxy_tests::suite::{self, Case};
+
+fn main() -> ExitCode {
+    if let Some(code) = roles::played() {
+        return code;
+    }
+    let wiring = &[Need::Root, Need::Program("ip")];
+    let case = |name: &str, body: fn()| Case::new(name, body).needs(wiring);
+    suite::run(vec![
+        case("a backend is killed, and started again", backends::killed),
+        case("a backend that accepts and never reads", backends::hung),
+        case("clients that never read", backends::slow_clients),
+        case("clients that reset at random moments", backends::random_resets),
+        case("a local port that nobody listens on does not answer itself", backends::self_connect)
+            .needs(&[Need::Program("sysctl")]),
+        case("a backend's address is gone, and back", network::address_gone),
+        case("a link goes down, and up", network::link_down),
+        case("the path gets a smaller MTU", network::smaller_mtu),
+        case("SYN bursts beyond the backlog", network::syn_burst).needs(&[Need::Program("sysctl")]),
+        case("all local ports are taken", limits::ports_exhausted).needs(&[Need::Program("sysctl")]),
+        case("no descriptor is left in the process", limits::no_descriptors)
+            .needs(&[Need::Program("prlimit")]),
+        case("no descriptor is left in the machine", limits::no_files).needs(&[Need::Program("strace")]),
+        case("no buffer is left for datagrams", limits::no_buffers).needs(&[Need::Program("strace")]),
+        case("no pipe is left to the user", limits::no_pipes).needs(&[Need::Program("setpriv")]),
+        case("10,000 clients that say nothing", limits::silent_clients),
+        case("SIGSTOP and SIGCONT", process::stopped),
+        case("SIGKILL resets both sides and frees the port", process::killed),
+        case("what a drain cuts is reset", process::cut),
+        case("another time since boot", process::other_clock).needs(&[Need::Program("unshare")]),
+        case("nobody reads the log", process::log_unread),
+        case("the log's disk is full", process::log_full),
+        case("there is no standard error", process::log_closed),
+    ])
+}

@@ -1,0 +1,99 @@
+//! Programs that the suite starts from its own executable, because they are to be killed or to run as others.
+
+use std::io::{self, Write};
+use std::net::{SocketAddr, TcpListener};
+use std::process::{Command, ExitCode};
+use std::thread;
+
+use rproxy_tests::backend;
+use rproxy_tests::netns::Namespace;
+use rproxy_tests::process::{Process, Stream};
+
+/// The first argument of a program that plays a role.
+const FLAG: &str = "--play";
+
+/// A program that plays `role`.
+pub(crate) fn command(role: &[&str]) -> Command {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command.arg(FLAG).args(role);
+    command
+}
+
+/// Starts a program in a namespace, and waits until it is ready.
+#[track_caller]
+pub(crate) fn play(namespace: &Namespace, role: &[&str]) -> Process {
+    ready(namespace.spawn(command(role)))
+}
+
+/// Waits until a program is ready.
+#[track_caller]
+pub(crate) fn ready(process: Process) -> Process {
+    process.wait_for_line(Stream::Stdout, |line| line == "ready");
+    process
+}
+
+/// Plays a role to its end, if this process was started to play one.
+pub(crate) fn played() -> Option<ExitCode> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let role: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match role[..] {
+        [FLAG, "echo", address] => echo(address.parse().unwrap()),
+        [FLAG, "silent", address] => silent(address.parse().unwrap()),
+        [FLAG, "pipes"] => pipes(),
+        _ => return None,
+    }
+    Some(ExitCode::SUCCESS)
+}
+
+/// Sends back what each client says.
+fn echo(address: SocketAddr) {
+    let listener = TcpListener::bind(address).unwrap();
+    say_ready();
+    for stream in listener.incoming() {
+        let stream = stream.unwrap();
+        thread::spawn(move || backend::echo(&stream));
+    }
+}
+
+/// Accepts, and neither reads nor writes.
+fn silent(address: SocketAddr) {
+    raise_descriptor_limit();
+    let listener = TcpListener::bind(address).unwrap();
+    say_ready();
+    let mut silent = Vec::new();
+    for stream in listener.incoming() {
+        silent.push(stream.unwrap());
+    }
+}
+
+/// Takes all the pipe buffers that the user may have, and keeps them.
+fn pipes() {
+    raise_descriptor_limit();
+    let mut all = Vec::new();
+    // Over the limit of `fs.pipe-user-pages-soft` a new pipe has two pages (pipe(7)).
+    loop {
+        let pipe = io::pipe().unwrap();
+        let size = nix::fcntl::fcntl(&pipe.0, nix::fcntl::F_GETPIPE_SZ).unwrap();
+        all.push(pipe);
+        if size < 16 * 4096 {
+            break;
+        }
+    }
+    say_ready();
+    loop {
+        thread::park();
+    }
+}
+
+fn say_ready() {
+    let mut stdout = io::stdout();
+    stdout.write_all(b"ready\n").unwrap();
+    stdout.flush().unwrap();
+}
+
+/// Descriptors up to the hard limit.
+pub(crate) fn raise_descriptor_limit() {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (_soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+}
