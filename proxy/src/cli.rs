@@ -17,6 +17,7 @@ use crate::limits::Limits;
 use crate::mapping::Mapping;
 use crate::overlap::refuse_overlap;
 use crate::ports::PortRange;
+use crate::sandbox::{self, User};
 use crate::telemetry::{self, Format, LogConfig};
 
 /// A TCP and UDP relay that publishes container ports: it listens on host addresses and forwards to backends.
@@ -96,6 +97,12 @@ pub struct Serve {
     /// Listen for `rproxy ctl` on a Unix socket, for this user and root [default path: /run/rproxy.sock]
     #[arg(long, value_name = "PATH", num_args = 0..=1, default_missing_value = DEFAULT_PATH)]
     pub control: Option<PathBuf>,
+    /// Go on as another user once everything is bound; by name or number
+    #[arg(long, value_name = "USER[:GROUP]")]
+    pub user: Option<User>,
+    /// Confinement of the process once it serves: as far as the kernel goes, all of it or no start, or none
+    #[arg(long, value_enum, default_value_t, env = sandbox::MODE_VARIABLE)]
+    pub sandbox: sandbox::Mode,
     /// Format of the log on standard error
     #[arg(long, value_enum, default_value_t)]
     log_format: Format,

@@ -26,6 +26,7 @@ mod poll;
 pub mod ports;
 pub mod registry;
 pub mod runtime;
+pub mod sandbox;
 pub mod server;
 mod service;
 pub mod signals;

@@ -62,6 +62,7 @@ impl Server {
     /// Outside a tokio runtime.
     pub fn start(mappings: Vec<Bound>, may_change: bool) -> io::Result<Self> {
         let mut server = Self::new();
+        server.workers.look_at_processors();
         let mut ports = mappings.iter().flat_map(|bound| &bound.ports);
         server.beside_tcp = may_change || ports.any(|port| port.forward.protocol == Protocol::Tcp);
         for Bound { mapping, ports } in mappings {

@@ -15,6 +15,7 @@ use crate::control::socket::{ControlSocket, SocketError};
 use crate::listen::BindError;
 use crate::mapping::{Forward, HostPorts, Mapping};
 use crate::runtime::{new_runtime, raise_descriptor_limit};
+use crate::sandbox::{self, Changes, Needs, SandboxError};
 use crate::server::Server;
 use crate::signals::StopSignals;
 use crate::systemd::{self, ActivationError};
@@ -81,8 +82,10 @@ fn start(mappings: Vec<Mapping>, passed: Passed, options: &Serve) -> Result<(Run
     let stop = StopSignals::catch().map_err(setup("catch signals"))?;
     let ready = ready_lines(&bound);
     let may_change = control.is_some();
+    let needs = needs(options, &bound);
     let server = Server::start(bound, may_change).map_err(setup("watch the listeners"))?;
     drop(entered);
+    sandbox::confine(options.sandbox, &needs)?;
     for line in ready {
         console::out(&line);
     }
@@ -90,6 +93,19 @@ fn start(mappings: Vec<Mapping>, passed: Passed, options: &Serve) -> Result<(Run
     let drain_timeout = options.drain_timeout;
     let watchdog = systemd::watchdog_interval();
     Ok((runtime, Manager { server, stop, drain_timeout, control, reload: None, watchdog }))
+}
+
+/// What serving `bound`, and what may come later, takes.
+fn needs<'a>(options: &'a Serve, bound: &[Bound]) -> Needs<'a> {
+    let changes =
+        options.control.as_deref().map(|socket| Changes { socket: Some(socket), configuration: None });
+    let ports = bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.forward);
+    Needs {
+        user: options.user.as_ref(),
+        service_manager: systemd::is_there(),
+        changes,
+        ..Needs::to_serve(ports)
+    }
 }
 
 /// What `docker port` prints: `80/tcp -> 0.0.0.0:49153`, and for a range `80-90/tcp -> 0.0.0.0:8000-8010`.
@@ -126,6 +142,8 @@ enum StartError {
     Activation(#[from] ActivationError),
     #[error(transparent)]
     Control(#[from] SocketError),
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     #[error("cannot {step}: {source}")]
     Setup { step: &'static str, source: io::Error },
 }

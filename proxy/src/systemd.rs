@@ -36,6 +36,11 @@ pub fn passed_sockets() -> Result<Passed, ActivationError> {
     passed.map(adopt).collect::<Result<Vec<_>, _>>().map(Passed::new)
 }
 
+/// Whether there is a service manager that wants to be told.
+pub fn is_there() -> bool {
+    std::env::var_os("NOTIFY_SOCKET").is_some()
+}
+
 /// Clients are served.
 pub fn ready() {
     notify(&[NotifyState::Ready]);

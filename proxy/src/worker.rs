@@ -26,8 +26,8 @@ pub(crate) struct Workers {
     running: Mutex<Vec<Worker>>,
     /// Notified when a worker has served its last connection.
     idle: Arc<Notify>,
-    /// One worker per processor. Asked for only when it matters: the answer costs reading cgroup
-    /// files, and an idle mapping never needs it.
+    /// One worker per processor. A process for one mapping asks only when it matters, which most never
+    /// do: the answer costs reading cgroup files. Confined by then, it does not know their quota.
     most: OnceLock<usize>,
 }
 
@@ -70,6 +70,15 @@ impl Workers {
         }
     }
 
+    /// Looks at once how many workers there may be, while the files can be read that say so.
+    pub(crate) fn look_at_processors(&self) {
+        self.most();
+    }
+
+    fn most(&self) -> usize {
+        *self.most.get_or_init(|| thread::available_parallelism().map_or(1, usize::from))
+    }
+
     /// A place for one more connection, on the worker that serves the fewest.
     pub(crate) fn seat(&self) -> Seat {
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
@@ -91,8 +100,7 @@ impl Workers {
     fn grow(&self, running: &mut Vec<Worker>) {
         static FAILED: LogLimit = LogLimit::new();
 
-        let most = *self.most.get_or_init(|| thread::available_parallelism().map_or(1, usize::from));
-        if running.len() >= most {
+        if running.len() >= self.most() {
             return;
         }
         match Worker::start(running.len()) {

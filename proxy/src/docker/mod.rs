@@ -25,6 +25,7 @@ use crate::limits::Limits;
 use crate::listen::{AdoptError, BindError, Listener};
 use crate::mapping::{Forward, LoopError};
 use crate::runtime::{new_runtime, raise_descriptor_limit};
+use crate::sandbox::{self, Mode, Needs, SandboxError};
 use crate::server::Server;
 use crate::signals::StopSignals;
 use crate::telemetry::{self, LogConfig};
@@ -50,7 +51,8 @@ pub fn main(args: &[OsString]) -> ExitCode {
     }
     telemetry::init(LogConfig::from_env());
     raise_descriptor_limit();
-    let (runtime, mut server, mut stop) = match start(&flags) {
+    let mode = Mode::from_env();
+    let Started { runtime, mut server, mut stop, needs } = match start(&flags, mode) {
         Ok(started) => started,
         Err(error) => {
             error!(%error, "cannot start");
@@ -59,6 +61,10 @@ pub fn main(args: &[OsString]) -> ExitCode {
         }
     };
     report(status.ready());
+    if mode != Mode::Strict {
+        // Only now, so that the runtime need not wait for it. Nobody has been served yet.
+        confine_as_far_as_possible(mode, &needs);
+    }
     let ended = runtime.block_on(async {
         tokio::select! {
             signal = stop.next() => Ok(signal),
@@ -76,16 +82,34 @@ pub fn main(args: &[OsString]) -> ExitCode {
     ExitCode::SUCCESS
 }
 
+/// What serves.
+struct Started {
+    runtime: Runtime,
+    server: Server,
+    stop: StopSignals,
+    needs: Needs<'static>,
+}
+
 /// Everything that has to be there before the runtime is told that clients are served.
-fn start(flags: &Flags) -> Result<(Runtime, Server, StopSignals), StartError> {
+fn start(flags: &Flags, mode: Mode) -> Result<Started, StartError> {
     let setup = |step| move |source| StartError::Setup { step, source };
     let bound = bind(flags)?;
+    let needs = Needs::to_serve([&bound.forward]);
     let runtime = new_runtime().map_err(setup("create the event loop"))?;
     let entered = runtime.enter();
     let stop = StopSignals::catch().map_err(setup("catch signals"))?;
     let server = Server::start_ports([(bound, Limits::default())]).map_err(setup("watch the listener"))?;
     drop(entered);
-    Ok((runtime, server, stop))
+    if mode == Mode::Strict {
+        sandbox::confine(mode, &needs)?;
+    }
+    Ok(Started { runtime, server, stop, needs })
+}
+
+fn confine_as_far_as_possible(mode: Mode, needs: &Needs<'_>) {
+    if let Err(error) = sandbox::confine(mode, needs) {
+        warn!(%error, "not confined");
+    }
 }
 
 /// A runtime that went away does not read its pipe any more; its signal is on its way.
@@ -154,6 +178,9 @@ enum StartError {
     /// Something else is open at descriptor 4.
     #[error("-use-listen-fd: descriptor 4 cannot be used: {0}")]
     Listener(#[source] AdoptError),
+    /// The process cannot be confined.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     /// The runtime cannot be set up.
     #[error("cannot {step}: {source}")]
     Setup {

@@ -1,0 +1,198 @@
+//! The system calls that can be made (seccomp(2)).
+//!
+//! Others answer `ENOSYS`, as if the kernel had none of them: the C library then falls back to what it has
+//! (clone3(2), whose arguments a filter cannot see, to clone(2)). Those without conditions cost next to
+//! nothing: since Linux 5.11 the kernel keeps them in a table, and runs no filter for them.
+
+use std::collections::BTreeMap;
+use std::io;
+
+use nix::libc;
+use rproxy_sys::seccomp;
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen::Dword, SeccompCmpArgLen::Qword, SeccompCmpOp,
+    SeccompCondition, SeccompFilter, SeccompRule,
+};
+
+use super::Needs;
+
+/// Calls of the data path, of the event loop and of memory management, and of threads.
+const ALWAYS: &[libc::c_long] = &[
+    // Connections and datagrams.
+    libc::SYS_accept4,
+    libc::SYS_connect,
+    libc::SYS_getpeername,
+    libc::SYS_getsockname,
+    libc::SYS_getsockopt,
+    libc::SYS_read,
+    libc::SYS_readv,
+    libc::SYS_recvfrom,
+    libc::SYS_recvmmsg,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_sendto,
+    libc::SYS_shutdown,
+    libc::SYS_splice,
+    libc::SYS_write,
+    libc::SYS_writev,
+    // Descriptors and waiting.
+    libc::SYS_close,
+    libc::SYS_dup,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_pwait,
+    libc::SYS_eventfd2,
+    libc::SYS_fcntl,
+    libc::SYS_fstat,
+    libc::SYS_pipe2,
+    libc::SYS_ppoll,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_epoll_wait,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_poll,
+    // Memory.
+    libc::SYS_brk,
+    libc::SYS_madvise,
+    libc::SYS_mremap,
+    libc::SYS_munmap,
+    // Threads, signals, time.
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_futex,
+    libc::SYS_geteuid,
+    libc::SYS_getpid,
+    libc::SYS_getrandom,
+    libc::SYS_gettid,
+    libc::SYS_nanosleep,
+    libc::SYS_restart_syscall,
+    libc::SYS_rseq,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sched_yield,
+    libc::SYS_set_robust_list,
+    libc::SYS_sigaltstack,
+];
+
+/// Calls that serve something else: other listeners, files that Landlock lets pass.
+const FOR_CHANGES: &[libc::c_long] = &[
+    libc::SYS_bind,
+    libc::SYS_getcwd,
+    libc::SYS_listen,
+    libc::SYS_lseek,
+    libc::SYS_newfstatat,
+    libc::SYS_openat,
+    libc::SYS_readlinkat,
+    libc::SYS_statx,
+    libc::SYS_unlinkat,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_readlink,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_unlink,
+];
+
+/// Restricts the process, for good.
+pub(super) fn restrict(needs: &Needs<'_>) -> io::Result<String> {
+    let program = filter(needs).map_err(io::Error::other)?;
+    let instructions: Vec<_> = program
+        .iter()
+        .map(|step| libc::sock_filter { code: step.code, jt: step.jt, jf: step.jf, k: step.k })
+        .collect();
+    seccomp::install(&instructions)?;
+    Ok(format!("{} instructions", instructions.len()))
+}
+
+fn filter(needs: &Needs<'_>) -> Result<BpfProgram, seccompiler::BackendError> {
+    let mut rules: BTreeMap<libc::c_long, Vec<SeccompRule>> = conditional(needs)?.into_iter().collect();
+    let more = if needs.changes.is_some() { FOR_CHANGES } else { &[] };
+    rules.extend(ALWAYS.iter().chain(more).map(|call| (*call, Vec::new())));
+    let arch = std::env::consts::ARCH.try_into()?;
+    let refused = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
+    SeccompFilter::new(rules, refused, SeccompAction::Allow, arch)?.try_into()
+}
+
+type Rules = Vec<(libc::c_long, Vec<SeccompRule>)>;
+type Condition = Result<SeccompCondition, seccompiler::BackendError>;
+
+/// Calls that some arguments make harmful.
+fn conditional(needs: &Needs<'_>) -> Result<Rules, seccompiler::BackendError> {
+    let this_process = std::process::id().cast_signed();
+    Ok(vec![
+        // Threads, and no processes.
+        (libc::SYS_clone, vec![rule([bits(0, libc::CLONE_THREAD, libc::CLONE_THREAD)])?]),
+        // How much is not acknowledged yet; whether to wait.
+        (libc::SYS_ioctl, vec![rule([is(1, TIOCOUTQ)])?, rule([is(1, FIONBIO)])?]),
+        // Nothing that was written can be run.
+        (libc::SYS_mmap, vec![rule([bits(2, libc::PROT_EXEC, 0)])?]),
+        (libc::SYS_mprotect, vec![rule([bits(2, libc::PROT_EXEC, 0)])?]),
+        // The names of threads.
+        (libc::SYS_prctl, vec![rule([is(0, libc::PR_SET_NAME)])?]),
+        // Limits are read: there is no pointer to a new one.
+        (libc::SYS_prlimit64, vec![rule([SeccompCondition::new(2, Qword, SeccompCmpOp::Eq, 0)])?]),
+        (libc::SYS_setsockopt, options()?),
+        (libc::SYS_socket, sockets(needs)?),
+        // abort(3), of this process alone.
+        (libc::SYS_tgkill, vec![rule([is(0, this_process)])?]),
+    ])
+}
+
+/// For `FIONBIO` and `TIOCOUTQ` see ioctl_tty(2); the latter is `SIOCOUTQ` of tcp(7).
+const FIONBIO: i32 = 0x5421;
+const TIOCOUTQ: i32 = 0x5411;
+
+/// The bits of a socket's type that are not flags (`SOCK_TYPE_MASK` in include/linux/net.h).
+const SOCKET_TYPES: i32 = 0xf;
+
+fn sockets(needs: &Needs<'_>) -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
+    let stream = || bits(1, SOCKET_TYPES, libc::SOCK_STREAM);
+    let datagram = || bits(1, SOCKET_TYPES, libc::SOCK_DGRAM);
+    let mut sockets = vec![
+        rule([is(0, libc::AF_INET), stream()])?,
+        rule([is(0, libc::AF_INET6), stream()])?,
+        rule([is(0, libc::AF_INET), datagram()])?,
+        rule([is(0, libc::AF_INET6), datagram()])?,
+    ];
+    if needs.changes.is_some() {
+        // Connection tracking.
+        sockets.push(rule([is(0, libc::AF_NETLINK), is(2, libc::NETLINK_NETFILTER)])?);
+    }
+    if needs.service_manager {
+        sockets.push(rule([is(0, libc::AF_UNIX), datagram()])?);
+    }
+    Ok(sockets)
+}
+
+/// Options of sockets: none that marks packets or changes how they are filtered, as `CAP_NET_ADMIN` would
+/// allow.
+fn options() -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
+    // The last of those that are in use; behind it are SO_MARK and SO_ATTACH_BPF.
+    let last = u64::from(libc::SO_RCVBUFFORCE.unsigned_abs());
+    Ok(vec![
+        rule([is(1, libc::SOL_TCP)])?,
+        rule([is(1, libc::SOL_SOCKET), SeccompCondition::new(2, Dword, SeccompCmpOp::Le, last)])?,
+        rule([is(1, libc::SOL_UDP)])?,
+        rule([is(1, libc::SOL_IP), is(2, libc::IP_PKTINFO)])?,
+        rule([is(1, libc::SOL_IPV6), is(2, libc::IPV6_RECVPKTINFO)])?,
+        rule([is(1, libc::SOL_IPV6), is(2, libc::IPV6_V6ONLY)])?,
+    ])
+}
+
+/// All of `conditions` hold.
+fn rule<const N: usize>(conditions: [Condition; N]) -> Result<SeccompRule, seccompiler::BackendError> {
+    SeccompRule::new(conditions.into_iter().collect::<Result<_, _>>()?)
+}
+
+/// An int argument is `value`. The kernel, too, looks at 32 bits of it.
+fn is(argument: u8, value: i32) -> Condition {
+    SeccompCondition::new(argument, Dword, SeccompCmpOp::Eq, u64::from(value.cast_unsigned()))
+}
+
+/// Those bits of an argument that are in `mask` are as in `value`.
+fn bits(argument: u8, mask: i32, value: i32) -> Condition {
+    let [mask, value] = [mask, value].map(|bits| u64::from(bits.cast_unsigned()));
+    SeccompCondition::new(argument, Qword, SeccompCmpOp::MaskedEq(mask), value)
+}

@@ -1,0 +1,80 @@
+//! The user of the process, and its capabilities (capabilities(7)).
+
+use std::io;
+use std::os::unix::fs::lchown;
+
+use nix::unistd::{setgid, setgroups, setuid};
+use rustix::thread::{
+    CapabilitySet, CapabilitySets, capabilities, set_capabilities, set_keep_capabilities, set_no_new_privs,
+};
+
+use super::{Needs, SandboxError, User};
+
+/// The capabilities that are of use once the process serves.
+pub(super) fn needed(needs: &Needs<'_>) -> CapabilitySet {
+    let mut needed = CapabilitySet::empty();
+    // Pipes beyond `fs.pipe-user-pages-soft`, which all bulk transfers of a user share (pipe(7)).
+    let tcp = !needs.tcp_backends.is_empty() || needs.changes.is_some();
+    needed.set(CapabilitySet::SYS_RESOURCE, tcp);
+    // Buffers of flows beyond `net.core.rmem_max` (socket(7), `SO_RCVBUFFORCE`); for changes, also to forget
+    // stale UDP flows.
+    needed.set(CapabilitySet::NET_ADMIN, needs.udp || needs.changes.is_some());
+    // Ports below 1024 that come later.
+    needed.set(CapabilitySet::NET_BIND_SERVICE, needs.changes.is_some());
+    needed
+}
+
+/// Goes on as `user`, with those of the capabilities `kept` that there are.
+pub(super) fn change_user(user: Option<&User>, kept: CapabilitySet) -> Result<(), SandboxError> {
+    let Some(user) = user else { return Ok(()) };
+    let change = || -> io::Result<()> {
+        // Without it, they are lost with the user; see capabilities(7) on SECBIT_KEEP_CAPS.
+        set_keep_capabilities(true)?;
+        setgroups(&[user.gid()])?;
+        setgid(user.gid())?;
+        setuid(user.uid())?;
+        keep(kept).map(drop)
+    };
+    change().map_err(|source| SandboxError::User { user: user.to_string(), source })
+}
+
+/// Gives `path` to `user`.
+pub(super) fn give_to(user: &User, path: &std::path::Path) -> Result<(), SandboxError> {
+    lchown(path, Some(user.uid().as_raw()), Some(user.gid().as_raw())).map_err(|source| SandboxError::Owner {
+        user: user.to_string(),
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// Gives up all capabilities but `kept`; says which are left.
+pub(super) fn keep(kept: CapabilitySet) -> io::Result<String> {
+    let left = capabilities(None)?.permitted & kept;
+    set_capabilities(
+        None,
+        CapabilitySets { effective: left, permitted: left, inheritable: CapabilitySet::empty() },
+    )?;
+    let names: Vec<_> = left.iter_names().map(|(name, _set)| name.to_lowercase()).collect();
+    Ok(if names.is_empty() { "none".to_owned() } else { names.join(",") })
+}
+
+/// Programs that are executed get no more privileges than this one has, which filters of calls require.
+pub(super) fn refuse_new() -> io::Result<String> {
+    set_no_new_privs(true)?;
+    Ok("set".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_capability_is_kept_that_is_of_no_use() {
+        let needs = |udp, tcp_backends| Needs { udp, tcp_backends, ..Needs::to_serve([]) };
+        assert_eq!(needed(&needs(false, vec![80])), CapabilitySet::SYS_RESOURCE);
+        assert_eq!(needed(&needs(true, vec![])), CapabilitySet::NET_ADMIN);
+        let changes = Needs { changes: Some(super::super::Changes::default()), ..needs(false, vec![]) };
+        let all = CapabilitySet::SYS_RESOURCE | CapabilitySet::NET_ADMIN | CapabilitySet::NET_BIND_SERVICE;
+        assert_eq!(needed(&changes), all);
+    }
+}

@@ -1,0 +1,67 @@
+//! The files and ports that can be reached (Landlock, landlock(7)).
+
+use std::io;
+use std::path::Path;
+
+use landlock::{
+    ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, NetPort, PathBeneath, PathFd,
+    Ruleset, RulesetAttr, RulesetCreated, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
+};
+
+use super::{Changes, Needs};
+
+/// What strict confinement asks for: ports (Linux 6.7). Signals and abstract sockets (6.12) are restricted
+/// where they can be.
+const NEEDED: ABI = ABI::V4;
+const WANTED: ABI = ABI::V6;
+
+/// Bounds for changes, which are read when the first UDP mapping comes.
+const NETWORK_SETTINGS: &str = "/proc/sys/net/ipv4";
+
+/// Restricts the process to what it needs; says how far that is enforced.
+pub(super) fn restrict(needs: &Needs<'_>, strict: bool) -> io::Result<String> {
+    let level = if strict { CompatLevel::HardRequirement } else { CompatLevel::BestEffort };
+    let status = rules(needs, level).and_then(RulesetCreated::restrict_self).map_err(io::Error::other)?;
+    match status.ruleset {
+        RulesetStatus::FullyEnforced => Ok("enforced".to_owned()),
+        RulesetStatus::PartiallyEnforced => Ok("enforced in part, as far as this kernel goes".to_owned()),
+        RulesetStatus::NotEnforced => Err(io::Error::other("the kernel does not have it, or it is off")),
+    }
+}
+
+fn rules(needs: &Needs<'_>, level: CompatLevel) -> Result<RulesetCreated, RulesetError> {
+    let mut ruleset =
+        Ruleset::default().set_compatibility(level).handle_access(AccessFs::from_all(NEEDED))?;
+    if needs.changes.is_none() {
+        ruleset = ruleset.handle_access(AccessNet::from_all(NEEDED))?;
+    }
+    // A service manager may listen on an abstract socket.
+    let scopes = if needs.service_manager { Scope::Signal.into() } else { Scope::from_all(WANTED) };
+    let ruleset = ruleset.set_compatibility(CompatLevel::BestEffort).scope(scopes)?;
+    let created = ruleset.create()?;
+    match &needs.changes {
+        Some(changes) => allow_changes(created, changes),
+        // No address can be bound any more. (A connect takes its local port without.)
+        None => created
+            .add_rules(needs.tcp_backends.iter().map(|port| Ok(NetPort::new(*port, AccessNet::ConnectTcp)))),
+    }
+}
+
+fn allow_changes(created: RulesetCreated, changes: &Changes<'_>) -> Result<RulesetCreated, RulesetError> {
+    let directory = |path: Option<&Path>| path.map(|path| path.parent().unwrap_or(Path::new("")).to_owned());
+    let read = AccessFs::ReadFile | AccessFs::ReadDir;
+    let allowed: [(_, BitFlags<AccessFs>); 3] = [
+        (Some(NETWORK_SETTINGS.into()), AccessFs::ReadFile.into()),
+        (directory(changes.configuration), read),
+        (directory(changes.socket), AccessFs::RemoveFile.into()),
+    ];
+    let rules = allowed.into_iter().filter_map(|(path, access)| {
+        let path = path?;
+        // The parent of a mere name is the directory that we are in.
+        let path = if path.as_os_str().is_empty() { ".".into() } else { path };
+        // What is not there cannot be reached.
+        let fd = PathFd::new(path).ok()?;
+        Some(Ok(PathBeneath::new(fd, access)))
+    });
+    created.add_rules(rules)
+}

@@ -1,0 +1,114 @@
+//! The user to go on as: `USER[:GROUP]`, by name or number.
+
+use std::fmt;
+use std::fs;
+use std::str::FromStr;
+
+use nix::unistd::{Gid, Uid};
+
+/// A user and a group that exist, or have numbers.
+///
+/// Names are looked up in `/etc/passwd` and `/etc/group` alone: other sources would take shared libraries,
+/// which a static program does not have.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct User {
+    text: String,
+    uid: Uid,
+    gid: Gid,
+}
+
+impl User {
+    pub(super) fn uid(&self) -> Uid {
+        self.uid
+    }
+
+    pub(super) fn gid(&self) -> Gid {
+        self.gid
+    }
+
+    fn find(text: &str, passwd: &str, group: &str) -> Result<Self, String> {
+        let (user, group_name) = match text.split_once(':') {
+            Some((user, group)) => (user, Some(group)),
+            None => (text, None),
+        };
+        let account = find(passwd, user);
+        let uid = match (user.parse(), account) {
+            (Ok(number), _) => number,
+            (Err(_), Some(account)) => number(account, 2).ok_or("its line in /etc/passwd is damaged")?,
+            (Err(_), None) => return Err(format!("no user {user:?} in /etc/passwd; a number works, too")),
+        };
+        let gid = match group_name {
+            Some(name) => match (name.parse(), find(group, name)) {
+                (Ok(number), _) => number,
+                (Err(_), Some(line)) => number(line, 2).ok_or("its line in /etc/group is damaged")?,
+                (Err(_), None) => {
+                    return Err(format!("no group {name:?} in /etc/group; a number works, too"));
+                }
+            },
+            None => account
+                .and_then(|account| number(account, 3))
+                .ok_or("the group of a user by number has to be given, too, as in 65534:65534")?,
+        };
+        Ok(Self { text: text.to_owned(), uid: Uid::from_raw(uid), gid: Gid::from_raw(gid) })
+    }
+}
+
+/// The line of `name` in a file of colon-separated fields (passwd(5), group(5)).
+fn find<'a>(file: &'a str, name: &str) -> Option<&'a str> {
+    file.lines().find(|line| line.split(':').next() == Some(name) && !name.is_empty())
+}
+
+/// A field of a line, which has to be a number.
+fn number(line: &str, field: usize) -> Option<u32> {
+    line.split(':').nth(field)?.parse().ok()
+}
+
+impl FromStr for User {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let read = |path| fs::read_to_string(path).unwrap_or_default();
+        Self::find(text, &read("/etc/passwd"), &read("/etc/group"))
+    }
+}
+
+impl fmt::Display for User {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PASSWD: &str =
+        "root:x:0:0:root:/root:/bin/bash\nproxy:x:13:14:proxy:/bin:/usr/sbin/nologin\nbad:x\n";
+    const GROUP: &str = "root:x:0:\nweb:x:33:proxy\n";
+
+    #[test]
+    fn users_and_groups_are_names_or_numbers() {
+        for (text, uid, gid) in
+            [("proxy", 13, 14), ("proxy:web", 13, 33), ("proxy:7", 13, 7), ("9:8", 9, 8), ("9:web", 9, 33)]
+        {
+            let user = User::find(text, PASSWD, GROUP).unwrap();
+            assert_eq!((user.uid.as_raw(), user.gid.as_raw()), (uid, gid), "{text}");
+        }
+    }
+
+    #[test]
+    fn others_are_refused_with_a_way_out() {
+        for (text, part) in [
+            ("nobody", "no user \"nobody\""),
+            ("", "no user \"\""),
+            ("proxy:no", "no group \"no\""),
+            ("proxy:", "no group \"\""),
+            ("9", "as in 65534:65534"),
+            ("bad", "damaged"),
+            ("-1:0", "no user"),
+        ] {
+            let message = User::find(text, PASSWD, GROUP).unwrap_err();
+            assert!(message.contains(part), "{text}: {message}");
+        }
+    }
+}

@@ -1,0 +1,118 @@
+//! What the README promises of memory and descriptors, for each mapping, port, connection and flow.
+
+#![expect(clippy::unwrap_used, reason = "a failed step ends the test")]
+
+use std::net::{IpAddr, SocketAddr};
+use std::process::ExitCode;
+
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+
+use rproxy_tests::backend::{self, TcpBackend};
+use rproxy_tests::client;
+use rproxy_tests::controlled::{Controlled, mapping};
+use rproxy_tests::docker_proxy::{self, DockerProxy, Status};
+use rproxy_tests::holdings::{Holdings, private_memory, wait_until_idle};
+use rproxy_tests::rproxy;
+use rproxy_tests::suite::{self, Case};
+use rproxy_tests::{eventually, udp};
+
+fn main() -> ExitCode {
+    let case = |name: &str, body: fn()| Case::new(name, body);
+    suite::run(vec![
+        case("a mapping in a process of its own", process),
+        case("a mapping in a process with others", mapping_with_others),
+        case("a port of a range", port_of_a_range),
+        case("an idle connection", connection),
+        case("a flow", flow),
+    ])
+}
+
+/// What a process has, in bytes and descriptors.
+#[derive(Clone, Copy, Debug)]
+struct Taken {
+    bytes: usize,
+    descriptors: usize,
+}
+
+fn taken(pid: Pid) -> Taken {
+    wait_until_idle(pid);
+    let Holdings { sockets, pipes, others, .. } = Holdings::of(pid);
+    Taken { bytes: private_memory(pid) * 1024, descriptors: sockets + pipes + others }
+}
+
+/// Checks what each of `count` takes, up to a page or two of the whole.
+#[track_caller]
+fn assert_each(before: Taken, after: Taken, count: usize, most_bytes: usize, descriptors: usize) {
+    let bytes = after.bytes.saturating_sub(before.bytes) / count;
+    assert!(bytes <= most_bytes, "{bytes} bytes each: {before:?}, {after:?}");
+    assert_eq!((after.descriptors - before.descriptors) / count, descriptors, "{before:?}, {after:?}");
+}
+
+fn process() {
+    let backend = TcpBackend::local(backend::echo);
+    let front = (client::own_loopback(), 8080).into();
+    let arguments = docker_proxy::mapping("tcp", front, backend.address());
+    let mut proxy = DockerProxy::start(rproxy::rproxy(), &arguments, None);
+    assert_eq!(proxy.status(), Status::Ready);
+    let Taken { bytes, descriptors } = taken(proxy.process.pid());
+    assert!(bytes <= 200 * 1024, "{bytes} bytes");
+    assert!(descriptors <= 16, "{descriptors} descriptors");
+    assert_eq!(Holdings::of(proxy.process.pid()).threads, 1);
+}
+
+/// Mappings at one port of many addresses.
+fn mappings(count: usize, ports: &str) -> Vec<Value> {
+    let at = |number: usize| {
+        let address = IpAddr::from(client::own_loopback());
+        json!({ "name": format!("m{number}"), "host": address, "host_ports": ports,
+                "to": "192.0.2.1", "to_ports": ports })
+    };
+    (0..count).map(at).collect()
+}
+
+fn mapping_with_others() {
+    let proxy = Controlled::start(&[]);
+    // What reading requests leaves in the allocator is there afterwards, and used again.
+    proxy.apply(&mappings(500, "8080")).success();
+    proxy.apply(&[]).success();
+    let before = taken(proxy.process.pid());
+    proxy.apply(&mappings(500, "8080")).success();
+    assert_each(before, taken(proxy.process.pid()), 500, 3 * 1024, 1);
+}
+
+fn port_of_a_range() {
+    let proxy = Controlled::start(&[]);
+    let before = taken(proxy.process.pid());
+    proxy.apply(&mappings(1, "20000-21999")).success();
+    assert_each(before, taken(proxy.process.pid()), 2000, 1024, 1);
+}
+
+fn connection() {
+    let backend = TcpBackend::local(backend::echo);
+    let proxy = Controlled::start(&[]);
+    let front = SocketAddr::from((client::own_loopback(), 8080));
+    proxy.apply(&[mapping("web", "tcp", front, backend.address())]).success();
+    client::ask(front, b"hello").unwrap();
+    let before = taken(proxy.process.pid());
+    let count = 2000;
+    let clients: Vec<_> = (0..count).map(|_| client::connect(front)).collect();
+    eventually("all are served", || proxy.stats("web")["connections"] == count);
+    assert_each(before, taken(proxy.process.pid()), count, 3 * 1024, 2);
+    drop(clients);
+}
+
+fn flow() {
+    let proxy = Controlled::start(&[]);
+    let (front, backend) =
+        (SocketAddr::from((client::own_loopback(), 53)), udp::client(client::own_loopback()));
+    let address = backend.local_addr().unwrap();
+    let _backend = udp::Backend::echo(backend);
+    proxy.apply(&[mapping("dns", "udp", front, address)]).success();
+    udp::assert_echoes(&udp::client(front.ip()), front, b"question");
+    let before = taken(proxy.process.pid());
+    let count = 2000;
+    let clients: Vec<_> = (0..count).map(|_| udp::client(front.ip())).collect();
+    clients.iter().for_each(|client| udp::assert_echoes(client, front, b"question"));
+    assert_each(before, taken(proxy.process.pid()), count, 2560, 1);
+}
