@@ -13,14 +13,14 @@ use crate::action::{Action, Place, RelayCommand};
 use crate::apply::Backend;
 use crate::firewall::tool::{self, ToolError};
 use crate::model::{MappingKey, Netns, RelayProcess};
-use crate::netlink::{Client, NetlinkError, address, conntrack, link, route};
+use crate::netlink::{Client, NetlinkError, address, link, route};
 use crate::netns::{self, Handle, NetnsError};
 use crate::publish::{HostAddr, Proto};
 use crate::relay::{self, RelayError};
 use crate::reserve::{self, ReserveError};
 use crate::signals::Signals;
 use crate::state::StateError;
-use crate::{persist, sysctl};
+use crate::{persist, stale, sysctl};
 
 /// Why an action failed.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +54,9 @@ pub enum ActionError {
     /// A signal asked this program to end.
     #[error("ended by {0}")]
     Interrupted(Signal),
+    /// Connection tracking did not forget a flow.
+    #[error("cannot forget UDP flows (conntrack): {0}")]
+    Conntrack(#[source] io::Error),
     /// A file could not be written or removed.
     #[error("cannot change {}: {source}", path.display())]
     File {
@@ -93,7 +96,9 @@ impl Backend for Kernel {
             }
             Action::StartRelay(command) => self.start_relay(command),
             Action::StopRelay { relay, process } => self.stop_relay(relay, *process),
-            Action::FlushConntrack { host, port } => Ok(conntrack::flush_udp(*host, *port)?),
+            Action::FlushConntrack { host, port } => {
+                stale::forget_udp(*host, *port).map_err(ActionError::Conntrack)
+            }
             Action::AddBridge { .. }
             | Action::AddVeth(_)
             | Action::DeleteLink(_)

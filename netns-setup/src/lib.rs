@@ -28,6 +28,7 @@ pub mod publish;
 pub mod relay;
 pub mod reserve;
 pub mod signals;
+pub mod stale;
 pub mod state;
 pub mod sysctl;
 

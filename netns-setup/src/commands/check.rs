@@ -9,8 +9,10 @@ use super::{Options, Report};
 use crate::apply::Backend;
 use crate::error::{Error, finding};
 use crate::firewall::detect;
+use crate::model::Topology;
 use crate::observe::observe;
 use crate::plan::{self, Inputs, Scope};
+use crate::reserve;
 
 /// Says what differs.
 pub(super) fn check(options: &Options) -> Result<Report, Error> {
@@ -24,7 +26,8 @@ pub(super) fn check(options: &Options) -> Result<Report, Error> {
     let plan = plan::plan(inputs)?;
     let interrupted = held.state.pending.iter().map(|_| "an earlier command was interrupted".to_owned());
     let found = plan.steps.iter().map(|step| finding(&step.action));
-    let differences: Vec<_> = interrupted.chain(found).chain(plan.problems).collect();
+    let differences: Vec<_> =
+        interrupted.chain(found).chain(plan.problems).chain(taken_ports(&held.state.current)).collect();
     if !differences.is_empty() {
         return Err(Error::Differs(differences));
     }
@@ -33,13 +36,24 @@ pub(super) fn check(options: &Options) -> Result<Report, Error> {
     Ok(Report { lines, warnings, result: json!({ "differences": [] }), ..Report::default() })
 }
 
+/// Ports that only the kernel serves, and that another program listens on: nothing holds them for us, and from
+/// outside nobody reaches that program. Each is bound for a moment; by what comes from outside it is not seen.
+fn taken_ports(topology: &Topology) -> impl Iterator<Item = String> {
+    let unheld = topology.mappings().filter(|(_, _, mapping)| !mapping.via.has_relay());
+    unheld.filter_map(|(name, _, mapping)| {
+        let taken = reserve::bind(mapping.proto, mapping.host, mapping.host_port).err()?;
+        Some(format!("{} of {name}: {taken}", mapping.key()))
+    })
+}
+
 /// Mends what differs, and finishes what was interrupted.
 pub(super) fn repair(options: &Options, backend: &mut dyn Backend) -> Result<Report, Error> {
     let mut held = Held::open(options)?;
     let desired = held.state.pending.clone().unwrap_or_else(|| held.state.current.clone());
     let plan = held.change(desired, &Scope::All, options, backend)?;
-    if !plan.problems.is_empty() {
-        return Err(Error::Unmendable(plan.problems));
+    let problems: Vec<_> = plan.problems.iter().cloned().chain(taken_ports(&held.state.current)).collect();
+    if !problems.is_empty() {
+        return Err(Error::Unmendable(problems));
     }
     let line = match plan.steps.len() {
         0 => "nothing to repair".to_owned(),

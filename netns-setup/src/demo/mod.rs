@@ -183,13 +183,17 @@ impl Demo {
         self.fetch("host to container", None, at(WEB_V4.into()))?;
         http::serve(listen(outside, 8000)?, "hello from outside");
         self.fetch("container to outside", Some(web), SocketAddr::new(OUTSIDE_V4.into(), 8000))?;
-        self.closed("outside, straight to the container", outside, at(WEB_V4.into()))
+        self.closed("outside, straight to the container", outside, at(WEB_V4.into()))?;
+        self.go_on()
+    }
+
+    /// Ends the play when a signal has come.
+    fn go_on(&mut self) -> Result<(), Error> {
+        self.kernel.interrupted().map_or(Ok(()), |signal| Err(Error::Interrupted(signal)))
     }
 
     fn fetch(&mut self, what: &str, from: Option<&Handle>, address: SocketAddr) -> Result<(), Error> {
-        if let Some(signal) = self.kernel.interrupted() {
-            return Err(Error::Interrupted(signal));
-        }
+        self.go_on()?;
         let fetched = match from {
             Some(handle) => handle.run(|| http::fetch(address))?,
             None => http::fetch(address),

@@ -1,7 +1,6 @@
 //! A small synchronous netlink client: a request and its answer at a time.
 
 pub mod address;
-pub mod conntrack;
 pub mod link;
 pub mod route;
 

@@ -2,9 +2,13 @@
 
 use std::time::Duration;
 
+use netns_setup::observe;
+use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 use rproxy_tests::netns::Namespace;
 use rproxy_tests::process::{Process, Stream};
 use rproxy_tests::require::{self, Need};
+use rproxy_tests::rproxy::netns_setup;
 use rproxy_tests::suite::Case;
 use rproxy_tests::topology::{CLIENT_V4, CONTAINER_V4, HOST_V4, HOST_V6};
 use serde_json::Value;
@@ -15,6 +19,7 @@ pub(crate) fn cases() -> Vec<Case> {
     let nginx = &[Need::Program("nginx"), Need::Program("curl")];
     let mut cases = for_each_firewall("the demonstration", demonstration);
     cases.extend([
+        case("a demonstration that is interrupted clears up", interrupted_demonstration),
         case("a container has the story's interface", interface),
         case("addresses come in order and are not reused at once", addresses_in_order),
         case("brctl shows one bridge with a veth for each container", bridge)
@@ -26,6 +31,9 @@ pub(crate) fn cases() -> Vec<Case> {
         case("nothing is reachable without a mapping", nothing_without_mapping),
         case("running twice changes nothing", twice),
         case("packets inside the host are large", big_tcp),
+        case("a container is found by its process", by_process),
+        case("a host that learns its routes is warned", router_advertisements)
+            .needs(&[Need::Program("sysctl")]),
     ]);
     cases
 }
@@ -45,6 +53,33 @@ fn demonstration(stage: &Stage, backend: Backend) {
         assert!(shown.contains(part), "{part:?} is not in\n{shown}");
     }
     assert_same(&stage.dump(), &before, "demo");
+}
+
+fn interrupted_demonstration(stage: &Stage) {
+    let before = stage.dump();
+    let mut command = std::process::Command::new(netns_setup());
+    command.arg("demo");
+    let demo = stage.host.spawn(command);
+    demo.wait_for_line(Stream::Stdout, |line| line.starts_with("*:80/tcp -> 172.17.0.2:80"));
+    let relays = relays_of(demo.pid());
+    assert_eq!(relays.len(), 1, "one relay runs: {relays:?}");
+    demo.signal(Signal::SIGINT);
+    let output = demo.into_output();
+    assert_eq!(output.status.code(), Some(130), "{output:#?}");
+    assert!(output.stdout.contains("everything of ours is gone"), "{output:#?}");
+    assert!(!std::path::Path::new(&format!("/proc/{}", relays[0])).exists(), "the relay goes on");
+    assert_same(&stage.dump(), &before, "demo");
+}
+
+/// The relays that a demonstration has started.
+fn relays_of(demo: Pid) -> Vec<String> {
+    let tasks = std::fs::read_dir(format!("/proc/{demo}/task")).unwrap();
+    let children = tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("children")).unwrap());
+    let all = children.flat_map(|line| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>());
+    let is_relay = |pid: &String| {
+        std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name == "rproxy\n")
+    };
+    all.filter(is_relay).collect()
 }
 
 fn interface(stage: &Stage) {
@@ -260,6 +295,11 @@ fn big_tcp(stage: &Stage) {
         ["gso_max_size", "gro_max_size"].map(|key| link[key].as_u64().unwrap())
     };
     let large = 524_280;
+    let v4 = |namespace: &Namespace, name: &str| {
+        let side = namespace.run(|| observe::side().unwrap());
+        side.link(name).unwrap().offload.gso_ipv4.unwrap()
+    };
+    assert_eq!([v4(&web, "eth0"), v4(&stage.host, "docker0")], [524_280; 2]);
     assert_eq!(sizes(&web.ip("-j -d link"), "eth0"), [65_536, large]);
     assert_eq!(sizes(&stage.host("ip -j -d link"), "docker0"), [large; 2]);
     // Out through a device that takes 64 KiB at most: what leaves has to arrive whole.
@@ -284,6 +324,32 @@ fn big_tcp(stage: &Stage) {
     // A packet that is too large to forward is not lost for good, but each one costs TCP a retransmission.
     let (v4, v6) = stage.host.run(too_large_to_forward);
     assert_eq!((v4, v6), (0, 0), "packets over the MTU, IPv4 and IPv6");
+}
+
+fn by_process(stage: &Stage) {
+    stage.ok("up");
+    let container = Namespace::new();
+    let mut sleep = require::command("sleep");
+    sleep.arg("1000");
+    let process = container.spawn(sleep);
+    assert_eq!(stage.ok(&format!("attach web --pid {}", process.pid())), "172.17.0.2\n");
+    assert!(container.ip("address show dev eth0").contains("172.17.0.2/16"));
+    let _server = serve(&container, 80);
+    assert_eq!(stage.ok("publish web -p 80:80"), "*:80/tcp -> 172.17.0.2:80\n");
+    crate::stage::assert_reaches(&stage.client, [10, 0, 0, 11], 80);
+    assert_eq!(stage.ok("check"), "everything is as it should be\n");
+    stage.ok("detach web");
+    assert!(!container.ip("link show").contains("eth0"), "the namespace is the process's, and stays");
+    let (code, message) = stage.fails("attach web --pid 999999999");
+    assert_eq!((code, message.lines().count()), (1, 1), "{message}");
+}
+
+fn router_advertisements(stage: &Stage) {
+    stage.host("sysctl -qw net.ipv6.conf.eth0.accept_ra=1");
+    stage.host.ip("-6 route add default via fd00:10::12 dev eth0");
+    let output = stage.run("up --subnet6 fd00:d0c::/64");
+    assert!(output.stderr.contains("set accept_ra of eth0 to 2"), "{output:#?}");
+    assert!(output.status.success(), "{output:#?}");
 }
 
 /// How many packets the calling thread's namespace could not forward for their size (proc_net_snmp, `FragFails`).

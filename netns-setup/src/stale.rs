@@ -1,0 +1,53 @@
+//! UDP flows that connection tracking would keep to a translation that no longer holds.
+
+use std::io;
+use std::net::IpAddr;
+
+use nix::errno::Errno;
+use rproxy_sys::conntrack::{Family, delete_udp};
+
+use crate::publish::HostAddr;
+
+/// Makes the kernel forget the UDP flows whose first packet was sent to `port` on `host`.
+///
+/// The *original* destination is compared: an entry that was translated carries the container's port in its reply
+/// direction only. For a wildcard the address is not compared, because the entry has the concrete one.
+///
+/// # Errors
+/// When the kernel refuses; a kernel without connection tracking has nothing to forget.
+pub fn forget_udp(host: HostAddr, port: u16) -> io::Result<()> {
+    for family in [Family::V4, Family::V6] {
+        let is_stale =
+            |destination: std::net::SocketAddr| destination.port() == port && matches(host, destination.ip());
+        match delete_udp(family, is_stale) {
+            Err(error) if error.raw_os_error() == Some(Errno::EPROTONOSUPPORT as i32) => return Ok(()),
+            other => drop(other?),
+        }
+    }
+    Ok(())
+}
+
+fn matches(host: HostAddr, ip: IpAddr) -> bool {
+    match host {
+        HostAddr::Any => true,
+        HostAddr::Ip(wanted) if wanted.is_unspecified() => wanted.is_ipv4() == ip.is_ipv4(),
+        HostAddr::Ip(wanted) => wanted == ip,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_that_address_is_meant() {
+        let ip: IpAddr = "10.0.0.11".parse().unwrap();
+        let host = |text: &str| text.parse::<HostAddr>().unwrap();
+        for same in ["*", "10.0.0.11", "0.0.0.0"] {
+            assert!(matches(host(same), ip), "{same}");
+        }
+        for other in ["[::]", "10.0.0.12"] {
+            assert!(!matches(host(other), ip), "{other}");
+        }
+    }
+}
