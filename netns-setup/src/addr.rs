@@ -53,7 +53,45 @@ pub enum SubnetError {
     /// Too small for a gateway and one container, or too large to be meant.
     #[error("the prefix length of {0} must be from {1} to {2}")]
     Prefix(String, u8, u8),
+    /// Its addresses are no host's, or cannot be reached through a router.
+    #[error("{given} has {purpose} addresses: choose a private network, such as {example}")]
+    Special {
+        /// What was given.
+        given: String,
+        /// What its addresses are for.
+        purpose: &'static str,
+        /// One that would do.
+        example: &'static str,
+    },
 }
+
+/// Networks whose addresses containers cannot have, and what they are for (the registries of RFC 6890).
+const SPECIAL: [(&str, u8, &str); 9] = [
+    ("0.0.0.0", 8, "unspecified"),
+    ("127.0.0.0", 8, "loopback"),
+    ("169.254.0.0", 16, "link-local"),
+    ("224.0.0.0", 4, "multicast"),
+    ("240.0.0.0", 4, "reserved"),
+    ("::", 96, "loopback"),
+    ("::ffff:0:0", 96, "IPv4-mapped"),
+    ("fe80::", 10, "link-local"),
+    ("ff00::", 8, "multicast"),
+];
+
+/// Refuses a network that contains special addresses, or lies among them.
+fn refuse_special(network: Cidr, example: &'static str) -> Result<(), SubnetError> {
+    let hit = SPECIAL
+        .into_iter()
+        .find(|(ip, prefix, _)| ip.parse().is_ok_and(|ip| network.overlaps(&Cidr { ip, prefix: *prefix })));
+    match hit {
+        None => Ok(()),
+        Some((_, _, purpose)) => Err(SubnetError::Special { given: network.to_string(), purpose, example }),
+    }
+}
+
+/// What is shown to those who wrote something else.
+const EXAMPLE4: &str = "172.17.0.0/16";
+const EXAMPLE6: &str = "fd00:d0c::/64";
 
 /// An IPv4 network: the pool that containers get their addresses from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,7 +161,7 @@ impl FromStr for Subnet4 {
     type Err = SubnetError;
 
     fn from_str(text: &str) -> Result<Self, SubnetError> {
-        let syntax = || SubnetError::Syntax(text.to_owned(), "172.17.0.0/16");
+        let syntax = || SubnetError::Syntax(text.to_owned(), EXAMPLE4);
         let (ip, prefix) = text.split_once('/').ok_or_else(syntax)?;
         let ip: Ipv4Addr = ip.parse().map_err(|_ignored| syntax())?;
         let prefix: u8 = prefix.parse().map_err(|_ignored| syntax())?;
@@ -136,6 +174,7 @@ impl FromStr for Subnet4 {
         if network != ip {
             return Err(SubnetError::HostBits { given: text.to_owned(), network: subnet.to_string() });
         }
+        refuse_special(subnet.cidr(), EXAMPLE4)?;
         Ok(subnet)
     }
 }
@@ -186,7 +225,7 @@ impl FromStr for Subnet6 {
     type Err = SubnetError;
 
     fn from_str(text: &str) -> Result<Self, SubnetError> {
-        let syntax = || SubnetError::Syntax(text.to_owned(), "fd00:d0c::/64");
+        let syntax = || SubnetError::Syntax(text.to_owned(), EXAMPLE6);
         let (ip, prefix) = text.split_once('/').ok_or_else(syntax)?;
         let ip: Ipv6Addr = ip.parse().map_err(|_ignored| syntax())?;
         let prefix: u8 = prefix.parse().map_err(|_ignored| syntax())?;
@@ -199,6 +238,7 @@ impl FromStr for Subnet6 {
         if network != ip {
             return Err(SubnetError::HostBits { given: text.to_owned(), network: subnet.to_string() });
         }
+        refuse_special(subnet.cidr(), EXAMPLE6)?;
         Ok(subnet)
     }
 }

@@ -3,12 +3,15 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
+use nix::sys::signal::Signal;
+
 use crate::action::Action;
 use crate::kernel::ActionError;
 use crate::model::{MappingKey, RelayProcess};
 use crate::plan::Plan;
 use crate::publish::{HostAddr, Proto};
 use crate::reserve::ReserveError;
+use crate::state::StateError;
 
 /// What carries out actions: the kernel, or a test's stand-in for it.
 pub trait Backend {
@@ -26,6 +29,12 @@ pub trait Backend {
 
     /// The relays that [`Backend::run`] has started and not stopped.
     fn relays(&self) -> &BTreeMap<MappingKey, RelayProcess>;
+
+    /// The signal that asks this program to end, if one has come. From the first call on, it is left to the caller
+    /// to end.
+    fn interrupted(&mut self) -> Option<Signal> {
+        None
+    }
 }
 
 /// An action that failed.
@@ -58,16 +67,21 @@ pub struct ApplyError {
     pub failed: Failure,
     /// What then could not be taken back.
     pub left: Vec<Failure>,
+    /// Why the state could not be written after that.
+    pub unsaved: Option<StateError>,
 }
 
 impl fmt::Display for ApplyError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.failed)?;
-        if self.left.is_empty() {
+        if self.left.is_empty() && self.unsaved.is_none() {
             return f.write_str("; nothing was changed");
         }
         for failure in &self.left {
             write!(f, "; and taking it back failed: {failure}")?;
+        }
+        if let Some(error) = &self.unsaved {
+            write!(f, "; and what is there now could not be written down: {error}")?;
         }
         f.write_str("; run `netns-setup repair` or `netns-setup down`")
     }
@@ -79,23 +93,35 @@ impl std::error::Error for ApplyError {
     }
 }
 
-/// Carries out every step. When one fails, takes back those before it, last first, and goes on doing so whatever
-/// fails then.
+/// Carries out every step, and then `save`, which writes down that they are done: unless someone knows of it, nothing
+/// is. When one of them fails, or a signal comes, takes back those before it, last first, and goes on doing so
+/// whatever fails then.
 ///
 /// # Errors
-/// When a step fails.
-pub fn apply(plan: &Plan, backend: &mut dyn Backend) -> Result<(), ApplyError> {
+/// When a step or `save` fails, or a signal comes.
+pub fn apply(
+    plan: &Plan,
+    backend: &mut dyn Backend,
+    save: impl FnOnce(&dyn Backend) -> Result<(), StateError>,
+) -> Result<(), Box<ApplyError>> {
     for (done, step) in plan.steps.iter().enumerate() {
-        if let Err(source) = backend.run(&step.action) {
+        let result = match backend.interrupted() {
+            Some(signal) => Err(ActionError::Interrupted(signal)),
+            None => backend.run(&step.action),
+        };
+        if let Err(source) = result {
             let failed = Failure::new(&step.action, source);
-            return Err(ApplyError { failed, left: undo(plan, done, backend) });
+            return Err(Box::new(ApplyError { failed, left: undo(plan, done, backend), unsaved: None }));
         }
     }
-    Ok(())
+    save(backend).map_err(|error| {
+        let failed = Failure { command: "write down what is there".to_owned(), source: error.into() };
+        Box::new(ApplyError { failed, left: undo(plan, plan.steps.len(), backend), unsaved: None })
+    })
 }
 
 /// Takes back the first `done` steps, last first; returns what could not be taken back.
-pub fn undo(plan: &Plan, done: usize, backend: &mut dyn Backend) -> Vec<Failure> {
+fn undo(plan: &Plan, done: usize, backend: &mut dyn Backend) -> Vec<Failure> {
     let mut left = Vec::new();
     for step in plan.steps[..done].iter().rev() {
         for action in &step.undo {
@@ -119,6 +145,7 @@ mod tests {
         log: Vec<String>,
         fail: Vec<&'static str>,
         relays: BTreeMap<MappingKey, RelayProcess>,
+        signal_after: Option<usize>,
     }
 
     impl Backend for Recording {
@@ -140,6 +167,10 @@ mod tests {
         fn relays(&self) -> &BTreeMap<MappingKey, RelayProcess> {
             &self.relays
         }
+
+        fn interrupted(&mut self) -> Option<Signal> {
+            (self.signal_after == Some(self.log.len())).then_some(Signal::SIGINT)
+        }
     }
 
     fn plan(names: &[&str]) -> Plan {
@@ -152,14 +183,31 @@ mod tests {
     #[test]
     fn steps_run_in_order() {
         let mut backend = Recording::default();
-        apply(&plan(&["a", "b"]), &mut backend).unwrap();
+        apply(&plan(&["a", "b"]), &mut backend, |_| Ok(())).unwrap();
         assert_eq!(backend.log, ["ip netns add a", "ip netns add b"]);
+    }
+
+    #[test]
+    fn what_cannot_be_written_down_is_undone() {
+        let mut backend = Recording::default();
+        let save = |_: &dyn Backend| Err(StateError::Exposed("/nonexistent".into()));
+        let error = apply(&plan(&["a", "b"]), &mut backend, save).unwrap_err();
+        assert_eq!(backend.log[2..], ["ip netns delete b", "ip netns delete a"]);
+        assert!(error.to_string().contains("/nonexistent"), "{error}");
+    }
+
+    #[test]
+    fn a_signal_ends_it_before_the_next_step() {
+        let mut backend = Recording { signal_after: Some(1), ..Recording::default() };
+        let error = apply(&plan(&["a", "b"]), &mut backend, |_| Ok(())).unwrap_err();
+        assert_eq!(backend.log, ["ip netns add a", "ip netns delete a"]);
+        assert!(error.to_string().starts_with("ended by SIGINT"), "{error}");
     }
 
     #[test]
     fn what_was_done_is_undone_last_first() {
         let mut backend = Recording { fail: vec!["ip netns add c"], ..Recording::default() };
-        let error = apply(&plan(&["a", "b", "c", "d"]), &mut backend).unwrap_err();
+        let error = apply(&plan(&["a", "b", "c", "d"]), &mut backend, |_| Ok(())).unwrap_err();
         assert_eq!(backend.log[3..], ["ip netns delete b", "ip netns delete a"]);
         assert!(error.left.is_empty());
         assert!(error.to_string().ends_with("nothing was changed"), "{error}");
@@ -169,7 +217,7 @@ mod tests {
     fn undoing_goes_on_and_reports_everything() {
         let fail = vec!["ip netns add c", "ip netns delete b"];
         let mut backend = Recording { fail, ..Recording::default() };
-        let error = apply(&plan(&["a", "b", "c"]), &mut backend).unwrap_err();
+        let error = apply(&plan(&["a", "b", "c"]), &mut backend, |_| Ok(())).unwrap_err();
         assert_eq!(backend.log.last().unwrap(), "ip netns delete a");
         assert_eq!(error.left.len(), 1);
         assert!(error.to_string().contains("repair"), "{error}");

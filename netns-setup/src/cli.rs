@@ -4,6 +4,7 @@ use std::io::Write;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
+use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use serde_json::json;
 
@@ -144,7 +145,30 @@ struct PublishArgs {
     via: Via,
 }
 
+/// A command line that does not lead to a command.
+#[derive(Debug)]
+pub enum Unparsed {
+    /// Help or version: the text that was asked for.
+    Asked(String),
+    /// A mistake, in one line.
+    Wrong(String),
+}
+
 impl Cli {
+    /// Parses the command line of this process.
+    ///
+    /// # Errors
+    /// When it asks for help, or is no good.
+    pub fn from_command_line() -> Result<Self, Unparsed> {
+        Self::try_parse().map_err(|error| match error.kind() {
+            ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => Unparsed::Asked(error.to_string()),
+            ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+                Unparsed::Wrong("a command is missing".to_owned())
+            }
+            _ => Unparsed::Wrong(one_line(&error)),
+        })
+    }
+
     /// Runs the command and writes what it has to say to `out`; warnings go to `log`.
     ///
     /// # Errors
@@ -164,9 +188,9 @@ impl Cli {
             return demo::run(options.firewall, options.rproxy, out);
         };
         let report = match commands::run(&command, &options, backend) {
-            Err(Error::Differs(differences)) => {
-                write_differences(out, json, &differences).map_err(Error::Output)?;
-                return Err(Error::Differs(differences));
+            Err(error @ (Error::Differs(_) | Error::Unmendable(_))) => {
+                write_differences(out, json, error.differences()).map_err(Error::Output)?;
+                return Err(error);
             }
             other => other?,
         };
@@ -210,6 +234,17 @@ impl From<AttachArgs> for Attach {
     }
 }
 
+/// clap's message without its paragraphs.
+fn one_line(error: &clap::Error) -> String {
+    let text = error.to_string();
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let said =
+        lines.take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more information"));
+    let said: Vec<_> =
+        said.map(|line| line.trim_start_matches("error: ").trim_start_matches("tip: ")).collect();
+    said.join("; ")
+}
+
 fn exposed_port(text: &str) -> Result<(u16, Proto), String> {
     let (port, proto) = text.split_once('/').unwrap_or((text, "tcp"));
     let port = port.parse().ok().filter(|port| *port > 0);
@@ -249,7 +284,9 @@ mod tests {
         let args = ["netns-setup"].iter().chain(args);
         let error = Cli::try_parse_from(args).unwrap_err();
         assert_eq!(error.exit_code(), 2);
-        error.to_string()
+        let line = one_line(&error);
+        assert_eq!(line.lines().count(), 1, "{line}");
+        line
     }
 
     #[test]
@@ -272,6 +309,10 @@ mod tests {
         assert!(usage_error(&["publish", "web", "-p", "0:80"]).contains("not a port"));
         assert!(usage_error(&["publish", "web"]).contains("--publish"));
         assert!(usage_error(&["up", "--subnet", "172.17.0.1/16"]).contains("172.17.0.0/16"));
+        assert!(usage_error(&["up", "--subnet", "127.0.0.0/8"]).contains("has loopback addresses"));
+        assert!(usage_error(&["up", "--subnet6", "ff00::/64"]).contains("has multicast addresses"));
+        assert!(usage_error(&["publish", "web", "-p", "224.0.0.1:80:80"]).contains("nobody can connect to"));
+        assert!(usage_error(&["frobnicate"]).contains("unrecognized subcommand 'frobnicate'"));
         assert!(usage_error(&["up", "--mtu", "100"]).contains("1280"));
         assert!(usage_error(&["up", "--bridge", "a/b"]).contains("not an interface name"));
         assert!(usage_error(&["attach", "web", "--expose", "x"]).contains("not a port"));

@@ -2,11 +2,14 @@
 
 use std::io;
 
+use nix::sys::signal::Signal;
+
 use crate::action::{Action, LinkChange, Place};
 use crate::apply::ApplyError;
 use crate::firewall::detect::DetectError;
 use crate::ipam::IpamError;
-use crate::model::{Firewall, MappingKey};
+use crate::kernel::ActionError;
+use crate::model::{Firewall, MappingKey, Via};
 use crate::name::Name;
 use crate::netns::NetnsError;
 use crate::observe::ObserveError;
@@ -41,7 +44,10 @@ pub enum Error {
     #[error(
         "an earlier command was interrupted: run `netns-setup repair` to finish it, or `netns-setup down`"
     )]
-    Interrupted,
+    Unfinished,
+    /// A signal came before anything was done.
+    #[error("ended by {0}; nothing was changed")]
+    Interrupted(Signal),
     /// No such container.
     #[error("there is no container {0}: `netns-setup list` shows them")]
     NoContainer(Name),
@@ -56,6 +62,9 @@ pub enum Error {
         /// The container that has it.
         owner: Name,
     },
+    /// The same port, carried in another way.
+    #[error("{0} is published with --via {1} already: unpublish it first to change that")]
+    OtherVia(MappingKey, Via),
     /// None of the ports of a range is free.
     #[error("none of the host ports of the range is free: {0}")]
     NoFreePort(#[source] ReserveError),
@@ -76,6 +85,9 @@ pub enum Error {
     /// What is there differs from the state.
     #[error("{} found: run `netns-setup repair`", differences(.0.len()))]
     Differs(Vec<String>),
+    /// What differs is not ours to change.
+    #[error("{} found that only you can mend, as the lines above say", differences(.0.len()))]
+    Unmendable(Vec<String>),
     /// A kernel parameter could not be read.
     #[error("cannot read {key}: {source}")]
     Sysctl {
@@ -123,11 +135,28 @@ pub enum Error {
 }
 
 impl Error {
-    /// The status that the process ends with: 2 for a mistake in the arguments, 1 for everything else.
+    /// What was found to differ, if that is the error.
+    #[must_use]
+    pub fn differences(&self) -> &[String] {
+        match self {
+            Self::Differs(differences) | Self::Unmendable(differences) => differences,
+            _ => &[],
+        }
+    }
+
+    /// The status that the process ends with: 2 for a mistake in the arguments, 128 and the number of a signal that
+    /// came, 1 for everything else.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
+        // As a shell reports the end by a signal.
+        let ended_by = |signal: Signal| u8::try_from(128 + signal as i32).unwrap_or(1);
         match self {
             Self::Usage(_) => 2,
+            Self::Interrupted(signal) => ended_by(*signal),
+            Self::Apply(error) => match error.failed.source {
+                ActionError::Interrupted(signal) => ended_by(signal),
+                _ => 1,
+            },
             _ => 1,
         }
     }

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use netlink_sys::protocols::NETLINK_ROUTE;
 use nix::errno::Errno;
+use nix::sys::signal::Signal;
 use socket2::Socket;
 
 use crate::action::{Action, Place, RelayCommand};
@@ -17,6 +18,8 @@ use crate::netns::{self, Handle, NetnsError};
 use crate::publish::{HostAddr, Proto};
 use crate::relay::{self, RelayError};
 use crate::reserve::{self, ReserveError};
+use crate::signals::Signals;
+use crate::state::StateError;
 use crate::{persist, sysctl};
 
 /// Why an action failed.
@@ -45,6 +48,12 @@ pub enum ActionError {
         /// Why.
         source: io::Error,
     },
+    /// The state could not be written.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// A signal asked this program to end.
+    #[error("ended by {0}")]
+    Interrupted(Signal),
     /// A file could not be written or removed.
     #[error("cannot change {}: {source}", path.display())]
     File {
@@ -60,6 +69,8 @@ pub enum ActionError {
 pub struct Kernel {
     reserved: BTreeMap<MappingKey, Socket>,
     relays: BTreeMap<MappingKey, RelayProcess>,
+    /// Set up when it is first asked for.
+    signals: Option<Signals>,
 }
 
 impl Backend for Kernel {
@@ -103,9 +114,20 @@ impl Backend for Kernel {
     fn relays(&self) -> &BTreeMap<MappingKey, RelayProcess> {
         &self.relays
     }
+
+    fn interrupted(&mut self) -> Option<Signal> {
+        self.signals.get_or_insert_with(Signals::catch).caught()
+    }
 }
 
 impl Kernel {
+    /// Forgets a signal that has come, to take back what the command did that it ended.
+    pub fn forget_signal(&mut self) {
+        if let Some(signals) = &self.signals {
+            signals.forget();
+        }
+    }
+
     fn start_relay(&mut self, command: &RelayCommand) -> Result<(), ActionError> {
         let MappingKey { proto, host, port } = command.key;
         let socket = match self.reserved.remove(&command.key) {

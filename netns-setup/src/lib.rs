@@ -27,6 +27,7 @@ pub mod plan;
 pub mod publish;
 pub mod relay;
 pub mod reserve;
+pub mod signals;
 pub mod state;
 pub mod sysctl;
 

@@ -5,20 +5,23 @@
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use clap::Parser;
-use netns_setup::cli::Cli;
+use netns_setup::cli::{Cli, Unparsed};
 use netns_setup::kernel::Kernel;
 
 fn main() -> ExitCode {
-    let cli = match Cli::try_parse() {
+    let (mut out, mut log) = (io::stdout().lock(), io::stderr().lock());
+    // A closed stream is nobody's loss.
+    let cli = match Cli::from_command_line() {
         Ok(cli) => cli,
-        Err(error) => {
-            // Help goes to the output, mistakes to the error stream; a closed one is nobody's loss.
-            drop(error.print());
-            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        Err(Unparsed::Asked(text)) => {
+            drop(write!(out, "{text}"));
+            return ExitCode::SUCCESS;
+        }
+        Err(Unparsed::Wrong(message)) => {
+            drop(writeln!(log, "netns-setup: {message}; `netns-setup --help` lists what there is"));
+            return ExitCode::from(2);
         }
     };
-    let (mut out, mut log) = (io::stdout().lock(), io::stderr().lock());
     match cli.run(&mut Kernel::default(), &mut out, &mut log) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

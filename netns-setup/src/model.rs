@@ -229,6 +229,16 @@ pub enum Via {
     Both,
 }
 
+impl std::fmt::Display for Via {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Proxy => "proxy",
+            Self::Dnat => "dnat",
+            Self::Both => "both",
+        })
+    }
+}
+
 impl Via {
     /// Whether an `rproxy` serves it.
     #[must_use]

@@ -113,7 +113,9 @@ impl FromStr for IfName {
     fn from_str(text: &str) -> Result<Self, NameError> {
         // IFNAMSIZ of linux/if.h is 16 and counts the terminating NUL.
         const LONGEST: usize = 15;
-        if is_plain(text, LONGEST) {
+        // Not interfaces but settings of all of them, under net.ipv4.conf of sysctl.
+        const SETTINGS: [&str; 2] = ["all", "default"];
+        if is_plain(text, LONGEST) && !SETTINGS.contains(&text) {
             Ok(Self(text.to_owned()))
         } else {
             Err(NameError::Interface(text.to_owned()))
@@ -178,7 +180,9 @@ mod tests {
         assert!("docker0".parse::<IfName>().is_ok());
         assert!("abcdefghijklmno".parse::<IfName>().is_ok());
         assert!("abcdefghijklmnop".parse::<IfName>().is_err());
-        assert!("br\"0".parse::<IfName>().is_err());
+        for text in ["br\"0", "", ".", "..", "a/b", "a b", "all", "default"] {
+            assert!(text.parse::<IfName>().is_err(), "{text}");
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! What `-p` says: `[[IP:][HOST_PORT]:]CONTAINER_PORT[/PROTO]`, each port also as a range.
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -26,6 +26,8 @@ enum Problem {
     Address(String),
     #[error("{0:?} is an address, so a host port is missing: write {0}::PORT for a random one")]
     NoHostPort(String),
+    #[error("{0} is {1} address, which nobody can connect to: use an address of this host")]
+    Nowhere(IpAddr, &'static str),
     #[error("the host port before the ':' is missing")]
     EmptyHostPort,
     #[error("the protocol {0:?} is not relayed: use tcp or udp")]
@@ -270,7 +272,14 @@ fn parse_proto(text: &str) -> Result<Proto, Problem> {
 }
 
 fn parse_address(text: &str) -> Result<HostAddr, Problem> {
-    text.parse().map(HostAddr::Ip).map_err(|_ignored| Problem::Address(text.to_owned()))
+    let ip: IpAddr = text.parse().map_err(|_ignored| Problem::Address(text.to_owned()))?;
+    if ip.is_multicast() {
+        return Err(Problem::Nowhere(ip, "a multicast"));
+    }
+    if ip == IpAddr::V4(Ipv4Addr::BROADCAST) {
+        return Err(Problem::Nowhere(ip, "the broadcast"));
+    }
+    Ok(HostAddr::Ip(ip))
 }
 
 fn parse_host_range(text: &str) -> Result<PortRange, Problem> {

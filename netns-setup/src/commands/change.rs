@@ -11,7 +11,7 @@ use crate::name::Name;
 use crate::observe::observe;
 use crate::observed::Observed;
 use crate::plan::{self, Inputs, Plan, Scope};
-use crate::state::{State, StateDir};
+use crate::state::{State, StateDir, StateError};
 use crate::{model, relay};
 
 /// The state, held so that no other command changes it.
@@ -46,7 +46,7 @@ impl Held {
     pub(super) fn open_settled(options: &Options) -> Result<Self, Error> {
         let held = Self::open(options)?;
         if held.state.pending.is_some() {
-            return Err(Error::Interrupted);
+            return Err(Error::Unfinished);
         }
         if let (Some(choice), Some(network)) = (options.firewall, &held.state.current.network) {
             check_firewall(choice, network)?;
@@ -98,34 +98,30 @@ impl Held {
     fn carry_out(
         &mut self,
         plan: &Plan,
-        mut desired: Topology,
+        desired: Topology,
         observed: &Observed,
         backend: &mut dyn Backend,
     ) -> Result<(), Error> {
+        if let Some(signal) = backend.interrupted() {
+            return Err(Error::Interrupted(signal));
+        }
         let before = self.state.clone();
         self.save(State { current: before.current.clone(), pending: Some(desired.clone()) })?;
-        if let Err(error) = apply::apply(plan, backend) {
-            // What could not be undone has to stay known; what was undone may run in new processes.
-            let pending = if error.left.is_empty() { before.pending } else { Some(desired) };
-            let mut current = before.current;
+        let save = |backend: &dyn Backend| {
+            let mut current = desired.clone();
             note_relays(&mut current, observed, backend);
-            self.save(State { current, pending })?;
-            return Err(Box::new(error).into());
-        }
-        note_relays(&mut desired, observed, backend);
-        let pending = desired.clone();
-        if let Err(error) = self.save(State { current: desired, pending: None }) {
-            // Nobody would know of what is in place now.
-            let left = apply::undo(plan, plan.steps.len(), backend);
-            let mut current = before.current;
-            note_relays(&mut current, observed, backend);
-            self.state = State { current, pending: (!left.is_empty()).then_some(pending) };
-            return Err(error);
-        }
-        Ok(())
+            self.save(State { current, pending: None })
+        };
+        let Err(mut error) = apply::apply(plan, backend, save) else { return Ok(()) };
+        // What could not be undone has to stay known; what was undone may run in new processes.
+        let pending = if error.left.is_empty() { before.pending } else { Some(desired) };
+        let mut current = before.current;
+        note_relays(&mut current, observed, backend);
+        error.unsaved = self.save(State { current, pending }).err();
+        Err(error.into())
     }
 
-    fn save(&mut self, state: State) -> Result<(), Error> {
+    fn save(&mut self, state: State) -> Result<(), StateError> {
         if let Some(dir) = &self.dir {
             dir.save(&state)?;
         }
@@ -135,9 +131,10 @@ impl Held {
 }
 
 fn note_relays(topology: &mut Topology, observed: &Observed, backend: &dyn Backend) {
+    let started = backend.relays();
     for mapping in topology.endpoints.values_mut().flat_map(|endpoint| &mut endpoint.mappings) {
         let key = mapping.key();
-        let known = backend.relays().get(&key).or_else(|| observed.relays.get(&key));
+        let known = started.get(&key).or_else(|| observed.relays.get(&key));
         if let Some(process) = known.filter(|_| mapping.via.has_relay()) {
             mapping.relay = Some(*process);
         }

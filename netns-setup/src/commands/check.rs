@@ -39,7 +39,7 @@ pub(super) fn repair(options: &Options, backend: &mut dyn Backend) -> Result<Rep
     let desired = held.state.pending.clone().unwrap_or_else(|| held.state.current.clone());
     let plan = held.change(desired, &Scope::All, options, backend)?;
     if !plan.problems.is_empty() {
-        return Err(Error::Differs(plan.problems));
+        return Err(Error::Unmendable(plan.problems));
     }
     let line = match plan.steps.len() {
         0 => "nothing to repair".to_owned(),

@@ -38,6 +38,9 @@ impl Publish {
         for request in self.requests(&held)? {
             check_family(network, via, &request)?;
             let mapping = match fulfilled(&desired, &self.name, &request) {
+                Some(mapping) if mapping.via != via => {
+                    return Err(Error::OtherVia(mapping.key(), mapping.via));
+                }
                 Some(mapping) => mapping,
                 None => claim(&desired, &request, via, backend)?,
             };
@@ -46,7 +49,9 @@ impl Publish {
             {
                 known.push(mapping.clone());
             }
-            published.push(mapping);
+            if !published.contains(&mapping) {
+                published.push(mapping);
+            }
         }
         let ip = held.endpoint(&self.name)?.ip;
         let lines =

@@ -39,7 +39,7 @@ pub(super) fn list(options: &Options) -> Result<Report, Error> {
 
 fn interrupted(held: &Held) -> Vec<String> {
     let pending = held.state.pending.iter();
-    pending.map(|_| Error::Interrupted.to_string()).collect()
+    pending.map(|_| Error::Unfinished.to_string()).collect()
 }
 
 /// A mapping as `docker ps` shows it, with what carries it.

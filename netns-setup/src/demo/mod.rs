@@ -49,11 +49,11 @@ pub fn run(firewall: Option<Choice>, rproxy: Option<PathBuf>, out: &mut dyn Writ
     let thread = thread::Builder::new().name("demo".to_owned());
     let play = thread.spawn(move || Demo { options, kernel: Kernel::default(), lines }.play());
     let play = play.map_err(|error| Error::Demo(format!("cannot start a thread: {error}")))?;
-    for line in received {
-        writeln!(out, "{line}").map_err(Error::Output)?;
-    }
+    // Whether or not anyone listens, the play comes to its end, which clears up.
+    let written = received.iter().try_for_each(|line| writeln!(out, "{line}"));
+    drop(received);
     match play.join() {
-        Ok(result) => result,
+        Ok(result) => result.and(written.map_err(Error::Output)),
         Err(panic) => std::panic::resume_unwind(panic),
     }
 }
@@ -68,6 +68,7 @@ impl Demo {
     fn play(mut self) -> Result<(), Error> {
         own_namespaces().map_err(|error| Error::Demo(format!("cannot make namespaces: {error}")))?;
         let result = self.story();
+        self.kernel.forget_signal();
         // Also after a failure: a relay would go on running in namespaces that nobody can reach.
         self.title("down: everything of ours goes, and the namespaces with it");
         let down = self.command("down", &Command::Down);
@@ -171,7 +172,7 @@ impl Demo {
     }
 
     /// Every way in, the way out, and the way that must be closed.
-    fn traffic(&self, web: &Handle, outside: &Handle) -> Result<(), Error> {
+    fn traffic(&mut self, web: &Handle, outside: &Handle) -> Result<(), Error> {
         self.title("traffic");
         let at = |ip: IpAddr| SocketAddr::new(ip, 80);
         self.fetch("outside, IPv4", Some(outside), at(HOST_V4.into()))?;
@@ -185,7 +186,10 @@ impl Demo {
         self.closed("outside, straight to the container", outside, at(WEB_V4.into()))
     }
 
-    fn fetch(&self, what: &str, from: Option<&Handle>, address: SocketAddr) -> Result<(), Error> {
+    fn fetch(&mut self, what: &str, from: Option<&Handle>, address: SocketAddr) -> Result<(), Error> {
+        if let Some(signal) = self.kernel.interrupted() {
+            return Err(Error::Interrupted(signal));
+        }
         let fetched = match from {
             Some(handle) => handle.run(|| http::fetch(address))?,
             None => http::fetch(address),

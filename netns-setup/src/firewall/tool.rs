@@ -1,6 +1,7 @@
 //! Running the programs that own the rules.
 
 use std::io::{self, Write};
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
 
@@ -51,6 +52,8 @@ pub fn run(program: &'static str, args: &[&str], input: &str) -> Result<String, 
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
+        // A signal from the terminal is meant for this program, which lets the step come to its end.
+        .process_group(0)
         .spawn()
         .map_err(failed)?;
     if let Some(mut stdin) = child.stdin.take() {

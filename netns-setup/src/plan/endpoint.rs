@@ -35,7 +35,8 @@ pub(super) fn remove(inputs: Inputs<'_>, plan: &mut Plan) {
 pub(super) fn remove_namespaces(inputs: Inputs<'_>, plan: &mut Plan) {
     for (name, endpoint) in unwanted(inputs) {
         if endpoint.netns.is_ours() && inputs.observed.namespace_files.contains(name) {
-            plan.push(Step::new(Action::DeleteNetns(name.clone()), [Action::AddNetns(name.clone())]));
+            let again = [Action::AddNetns(name.clone()), loopback_up(place(endpoint))];
+            plan.push(Step::new(Action::DeleteNetns(name.clone()), again));
         }
     }
 }

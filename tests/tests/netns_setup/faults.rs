@@ -1,14 +1,17 @@
 //! Whatever goes wrong: a step that fails leaves everything as it was, and sudden death leaves what `repair` or
 //! `down` puts right.
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
 use clap::Parser;
 use netns_setup::action::Action;
 use netns_setup::apply::Backend as Apply;
 use netns_setup::cli::Cli;
+use netns_setup::error::Error;
 use netns_setup::kernel::{ActionError, Kernel};
 use netns_setup::model::{MappingKey, RelayProcess};
 use netns_setup::publish::{HostAddr, Proto};
@@ -22,8 +25,11 @@ use crate::stage::{Backend, Stage, assert_same, for_each_firewall};
 /// Asks this program to run a command of `netns-setup` and to die before its N-th step.
 const DIE: &str = "--die-before-step";
 
-/// Asks it to run a command whose N-th step fails.
+/// Asks it to run a command whose N-th step fails; after the last one, that is to write down the state.
 const FAIL: &str = "--fail-step";
+
+/// Asks it to run a command that is interrupted in its N-th step.
+const INTERRUPT: &str = "--interrupt-step";
 
 pub(crate) fn cases() -> Vec<Case> {
     let deadline = std::time::Duration::from_secs(900);
@@ -53,42 +59,67 @@ fn commands(backend: Backend) -> Vec<(Vec<String>, String)> {
 /// The kernel, until its N-th action.
 struct Failing {
     kernel: Kernel,
-    left: usize,
-    then: fn() -> ActionError,
+    left: Cell<usize>,
+    then: fn() -> Result<(), ActionError>,
+    state_dir: PathBuf,
+}
+
+impl Failing {
+    /// Whether what is asked for next is the one that something happens to.
+    fn is_next(&self) -> bool {
+        let left = self.left.get();
+        self.left.set(left.saturating_sub(1));
+        left == 1
+    }
+
+    /// What is in the way when the state is to be written.
+    fn block_state(&self) {
+        std::fs::create_dir_all(blocker(&self.state_dir)).unwrap();
+    }
+}
+
+fn blocker(state_dir: &Path) -> PathBuf {
+    state_dir.join("state.json.new")
 }
 
 impl Apply for Failing {
     fn run(&mut self, action: &Action) -> Result<(), ActionError> {
-        match self.left {
+        if self.is_next() {
             // Only this one fails: what undoes the others has to work.
-            1 => {
-                self.left = 0;
-                Err((self.then)())
-            }
-            0 => self.kernel.run(action),
-            _ => {
-                self.left -= 1;
-                self.kernel.run(action)
-            }
+            (self.then)()?;
         }
+        self.kernel.run(action)
     }
 
     fn reserve(&mut self, proto: Proto, host: HostAddr, port: u16) -> Result<u16, ReserveError> {
         self.kernel.reserve(proto, host, port)
     }
 
+    /// Asked for when all steps are done, before that is written down.
     fn relays(&self) -> &BTreeMap<MappingKey, RelayProcess> {
+        if self.is_next() && (self.then)().is_err() {
+            self.block_state();
+        }
         self.kernel.relays()
+    }
+
+    fn interrupted(&mut self) -> Option<Signal> {
+        self.kernel.interrupted()
     }
 }
 
-fn injected() -> ActionError {
-    ActionError::Sysctl { key: "injected".to_owned(), source: std::io::ErrorKind::Other.into() }
+fn injected() -> Result<(), ActionError> {
+    Err(ActionError::Sysctl { key: "injected".to_owned(), source: std::io::ErrorKind::Other.into() })
 }
 
-fn die() -> ActionError {
+fn die() -> Result<(), ActionError> {
     raise(Signal::SIGKILL).unwrap();
     injected()
+}
+
+fn interrupt() -> Result<(), ActionError> {
+    raise(Signal::SIGINT).unwrap();
+    Ok(())
 }
 
 /// Whether this process was started to run a command that goes wrong; then it does.
@@ -97,23 +128,25 @@ pub(crate) fn run_doomed(arguments: &[String]) -> Option<ExitCode> {
     let then = match flag.as_str() {
         DIE => die,
         FAIL => injected,
+        INTERRUPT => interrupt,
         _ => return None,
     };
     Some(match broken(command, step.parse().unwrap(), then) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            std::io::stderr().write_all(error.as_bytes()).unwrap();
-            ExitCode::FAILURE
+            std::io::stderr().write_all(error.to_string().as_bytes()).unwrap();
+            ExitCode::from(error.exit_code())
         }
     })
 }
 
 /// Runs a command whose N-th action does not happen.
-fn broken(command: &[String], step: usize, then: fn() -> ActionError) -> Result<(), String> {
+fn broken(command: &[String], step: usize, then: fn() -> Result<(), ActionError>) -> Result<(), Error> {
     let words = std::iter::once("netns-setup".to_owned()).chain(command.iter().cloned());
     let cli = Cli::try_parse_from(words).unwrap();
-    let mut backend = Failing { kernel: Kernel::default(), left: step, then };
-    cli.run(&mut backend, &mut std::io::sink(), &mut std::io::sink()).map_err(|error| error.to_string())
+    let state_dir = command.iter().skip_while(|word| *word != "--state-dir").nth(1).unwrap().into();
+    let mut backend = Failing { kernel: Kernel::default(), left: Cell::new(step), then, state_dir };
+    cli.run(&mut backend, &mut std::io::sink(), &mut std::io::sink())
 }
 
 fn words(stage: &Stage, command: &str) -> Vec<String> {
@@ -160,8 +193,38 @@ fn failing(stage: &Stage, backend: Backend) {
                 assert_eq!(stage.ok("check"), "everything is as it should be\n", "{command}, step {step}");
             }
         }
+        let output = run_broken(stage, INTERRUPT, &command, count.div_ceil(2));
+        let is_whole = count == 1;
+        assert_eq!(output.status.code(), Some(if is_whole { 0 } else { 130 }), "{command}: {output:#?}");
+        if is_whole {
+            stage.ok("down");
+            before.iter().for_each(|earlier| drop(stage.ok(earlier)));
+        } else {
+            assert!(output.stderr.starts_with("ended by SIGINT"), "{command}: {output:#?}");
+            assert!(output.stderr.ends_with("nothing was changed"), "{command}: {output:#?}");
+        }
+        assert_same(&stage.dump(), &intact, &format!("{command}, interrupted"));
+        assert_eq!(relays(stage), listed, "{command}, interrupted");
+
+        // After `down` there is nothing to write down.
+        if command != "down" {
+            unsaved(stage, &command, count);
+            assert_same(&stage.dump(), &intact, &format!("{command}, unsaved"));
+            assert_eq!(relays(stage), listed, "{command}, unsaved");
+        }
         stage.ok("down");
     }
+}
+
+/// A command that does all of its `count` steps, and cannot write down that it did.
+fn unsaved(stage: &Stage, command: &str, count: usize) {
+    let output = run_broken(stage, FAIL, command, count + 1);
+    assert_eq!(output.status.code(), Some(1), "{command}, unsaved: {output:#?}");
+    assert!(output.stderr.contains("(step: write down what is there)"), "{command}: {output:#?}");
+    // To write down that there is nothing takes no new file.
+    let end = if command.starts_with("up ") { "nothing was changed" } else { "or `netns-setup down`" };
+    assert!(output.stderr.ends_with(end), "{command}: {output:#?}");
+    std::fs::remove_dir(blocker(&stage.state_dir())).unwrap();
 }
 
 /// The sockets of relays.
@@ -182,7 +245,7 @@ fn dying(stage: &Stage, backend: Backend) {
             stage.ok("down");
             count
         };
-        for step in 1..=count {
+        for step in 1..=count + 1 {
             for mend in ["repair", "down"] {
                 before.iter().for_each(|earlier| drop(stage.ok(earlier)));
                 let output = run_broken(stage, DIE, &command, step);

@@ -34,9 +34,7 @@ fn refused(stage: &Stage, arguments: &str, expected: i32, part: &str) {
     let (code, message) = stage.fails(arguments);
     assert_eq!(code, expected, "{arguments}: {message}");
     assert!(message.contains(part), "{arguments}: {message}");
-    if expected == 1 {
-        assert_eq!(message.lines().count(), 1, "{arguments}: {message}");
-    }
+    assert_eq!(message.lines().count(), 1, "{arguments}: {message}");
     assert_same(&stage.dump(), &before, arguments);
 }
 
@@ -46,6 +44,10 @@ fn bad_input(stage: &Stage) {
     refused(stage, "attach ../web", 2, "not a container name");
     refused(stage, "up --subnet 172.17.0.1/16", 2, "the network is 172.17.0.0/16");
     refused(stage, "up --mtu 70000", 2, "65535");
+    refused(stage, "up --subnet 127.0.0.0/8", 2, "has loopback addresses");
+    refused(stage, "up --subnet6 ff00::/64", 2, "has multicast addresses");
+    refused(stage, "up --bridge all", 2, "not an interface name");
+    refused(stage, "up --frobnicate", 2, "unexpected argument '--frobnicate' found");
     stage.ok("up");
     refused(stage, "publish web -p 80", 1, "there is no container web");
     refused(stage, "detach web", 1, "there is no container web");
@@ -58,10 +60,15 @@ fn bad_input(stage: &Stage) {
     stage.ok("attach web");
     refused(stage, "publish web -p 80:80/sctp", 2, "\"sctp\" is not relayed");
     refused(stage, "publish web -P", 1, "exposes no ports");
+    refused(stage, "publish web -p 255.255.255.255:80:80", 2, "the broadcast address");
+    refused(stage, "publish web -p [ff02::1]:80:80", 2, "a multicast address");
     refused(stage, "publish web -p 192.0.2.1:80:80", 1, "not an address of this host");
     refused(stage, "publish web -p [::1]:80:80 --via dnat", 2, "--subnet6");
     refused(stage, "unpublish web -p 80:80", 1, "web does not publish");
     refused(stage, "publish web -p 80:80 --rproxy /nonexistent", 1, "/nonexistent");
+    assert_eq!(stage.ok("publish web -p 80:80 -p 80:80"), "*:80/tcp -> 172.17.0.2:80\n");
+    assert_eq!(stage.ok("publish web -p 80:80"), "*:80/tcp -> 172.17.0.2:80\n");
+    refused(stage, "publish web -p 80:80 --via dnat", 1, "published with --via both already");
 }
 
 fn taken(stage: &Stage) {
