@@ -42,6 +42,8 @@ impl Controlled {
         let process = spawn(rproxy::command(&[&["--control", socket_text], more_arguments].concat()));
         let controlled = Self { process, dir };
         eventually("the control socket is there", || UnixStream::connect(&socket).is_ok());
+        // Connections are taken before the start is over, and answered after it.
+        controlled.ctl(&["list"]).success();
         controlled
     }
 
