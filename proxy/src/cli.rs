@@ -7,7 +7,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 use tracing_subscriber::filter::Targets;
 
 use crate::addr::{BackendAddr, HostAddr, Protocol, Protocols, ScopedIp};
@@ -106,9 +106,9 @@ pub struct Serve {
     /// Format of the log on standard error
     #[arg(long, value_enum, default_value_t)]
     log_format: Format,
-    /// What is logged: a level, or a list such as 'warn,rproxy::tcp=debug'
-    #[arg(long, value_name = "LEVEL", env = "RUST_LOG", default_value = "info", value_parser = telemetry::parse_filter)]
-    log_level: Targets,
+    /// What is logged: a level, or a list such as 'warn,rproxy::tcp=debug' [default: RUST_LOG, or info]
+    #[arg(long, value_name = "LEVEL", value_parser = telemetry::parse_filter)]
+    log_level: Option<Targets>,
 }
 
 impl MappingArgs {
@@ -213,11 +213,26 @@ impl Serve {
 /// [`clap::Error`] for `--help` and `--version`, whose text goes to standard output, and
 /// [`UsageError`] inside [`Unparsed`] for what is wrong.
 pub fn parse(args: &[OsString]) -> Result<Cli, Unparsed> {
-    let args = std::iter::once("rproxy".into()).chain(args.iter().cloned());
-    Cli::try_parse_from(args).map_err(|error| match error.kind() {
-        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => Unparsed::Asked(error.to_string()),
+    let words = std::iter::once("rproxy".into()).chain(args.iter().cloned());
+    Cli::try_parse_from(words).map_err(|error| match (one_dash(args), error.kind()) {
+        (Some(mistake), _) => Unparsed::Wrong(mistake),
+        (None, ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => Unparsed::Asked(error.to_string()),
         _ => Unparsed::Wrong(one_line(&error)),
     })
+}
+
+/// `-host` is not `-h`, which would show the help, as if that had been asked for.
+fn one_dash(args: &[OsString]) -> Option<UsageError> {
+    let mut command = Cli::command();
+    command.build();
+    let is_long = |name: &str| {
+        let all = command.get_subcommands().chain([&command]).flat_map(clap::Command::get_arguments);
+        all.filter_map(clap::Arg::get_long).any(|long| long == name)
+    };
+    let written = args.iter().filter_map(|arg| arg.to_str()?.strip_prefix('-'));
+    let names = written.map(|text| text.split('=').next().unwrap_or_default());
+    let name = names.into_iter().find(|name| is_long(name))?;
+    Some(UsageError(format!("-{name}: options have two dashes here; write --{name}")))
 }
 
 /// A command line that does not lead to serving.
@@ -335,13 +350,15 @@ mod tests {
 
     #[test]
     fn the_command_definition_is_consistent() {
-        <Cli as clap::CommandFactory>::command().debug_assert();
+        Cli::command().debug_assert();
     }
 
     #[test]
     fn mistakes_get_one_line_that_names_the_argument() {
         for (line, part) in [
             ("", "nothing to forward; give --host"),
+            ("-host 0.0.0.0:80 --to 10.0.0.1:80", "-host: options have two dashes here; write --host"),
+            ("--host 0.0.0.0:80 -to=10.0.0.1:80", "-to: options have two dashes here; write --to"),
             ("--host 0.0.0.0:80", "--host 0.0.0.0:80: its --to is missing"),
             ("--to 10.0.0.1:80", "--to 10.0.0.1:80: its --host is missing"),
             ("--host 0.0.0.0 --to 10.0.0.1:80", "--host 0.0.0.0: the port is missing"),

@@ -27,15 +27,15 @@ pub enum Format {
 pub struct LogConfig {
     /// The format of the lines.
     pub format: Format,
-    /// Which lines are written.
-    pub filter: Targets,
+    /// Which lines are written; `None` leaves it to `RUST_LOG`, which was set for other programs, too: what
+    /// makes no sense there is told and does not count.
+    pub filter: Option<Targets>,
 }
 
 impl LogConfig {
     /// The log of the docker-proxy front end: nothing but `RUST_LOG` can ask for another.
     pub fn from_env() -> Self {
-        let filter = std::env::var("RUST_LOG").ok().and_then(|text| parse_filter(&text).ok());
-        Self { format: Format::Text, filter: filter.unwrap_or_else(default_filter) }
+        Self { format: Format::Text, filter: None }
     }
 }
 
@@ -57,7 +57,7 @@ pub fn parse_filter(text: &str) -> Result<Targets, String> {
     if let Some(directive) = text.split(',').find(unknown) {
         return Err(format!(
             "'{directive}' names no level; levels are off, error, warn, info, debug and trace, \
-             as in 'debug' or 'warn,rproxy::tcp=debug' (also in RUST_LOG)"
+             as in 'debug' or 'warn,rproxy::tcp=debug'"
         ));
     }
     Targets::from_str(text).map_err(|error| error.to_string())
@@ -66,13 +66,20 @@ pub fn parse_filter(text: &str) -> Result<Targets, String> {
 /// Makes `config` the log of the process. A second call changes nothing.
 pub fn init(config: LogConfig) {
     let format = config.format;
+    let from_env = || parse_filter(&std::env::var("RUST_LOG").unwrap_or_default());
+    let filter = config.filter.map_or_else(from_env, Ok);
+    let mistake = filter.as_ref().err().cloned();
+    let filter = filter.unwrap_or_else(|_mistake| default_filter());
     let lines = fmt::layer().with_writer(move || LogWriter(format));
     let lines = match config.format {
         Format::Text => lines.with_target(false).boxed(),
         Format::Json => lines.json().boxed(),
     };
-    if Spanless.with(lines).with(config.filter).try_init().is_err() {
+    if Spanless.with(lines).with(filter).try_init().is_err() {
         tracing::debug!("the log is set up already");
+    }
+    if let Some(mistake) = mistake {
+        tracing::warn!("RUST_LOG does not count: {mistake}");
     }
 }
 

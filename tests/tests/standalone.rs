@@ -428,6 +428,9 @@ fn log_levels() {
     assert_eq!(log_of(&[], Some("off")), "");
     assert!(log_of(&[], None).contains("INFO"));
     assert!(log_of(&["--log-level", "debug"], Some("off")).contains("DEBUG"), "the flag wins");
+    let told = log_of(&[], Some("loud"));
+    assert!(told.contains("RUST_LOG does not count: 'loud' names no level"), "{told}");
+    assert!(told.contains("INFO"), "{told}");
 }
 
 /// The processor time that a process has used, in clock ticks, of which there are 100 a second.
