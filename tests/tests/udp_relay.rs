@@ -131,13 +131,15 @@ fn answers_over_link_local() {
     }
     let backend = echo_in_container(&net, CONTAINER_V6);
     let _proxy = relay_in(&net.host, "[::]:5300", backend.address(), &[]);
+    let clients = neighbours.map(|(neighbour, _)| {
+        let scope = neighbour.run(|| if_nametoindex("eth0").unwrap());
+        let asked = SocketAddr::from(SocketAddrV6::new(ip, PORT, 0, scope));
+        (bind_in(neighbour, (Ipv6Addr::UNSPECIFIED, 4000)), asked)
+    });
     for _ in 0..3 {
-        for (neighbour, _) in neighbours {
-            let client = bind_in(neighbour, (Ipv6Addr::UNSPECIFIED, 4000));
-            let scope = neighbour.run(|| if_nametoindex("eth0").unwrap());
-            let asked = SocketAddrV6::new(ip, PORT, 0, scope).into();
-            assert_echoes(&client, asked, b"over this link");
-            assert_echoes(&client, asked, b"and again");
+        for (client, asked) in &clients {
+            assert_echoes(client, *asked, b"over this link");
+            assert_echoes(client, *asked, b"and again");
         }
     }
 }
