@@ -6,6 +6,7 @@
 mod cmsg;
 pub mod conntrack;
 pub mod fd;
+pub mod memory;
 pub mod seccomp;
 pub mod socket;
 pub mod udp;
