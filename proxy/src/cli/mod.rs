@@ -202,6 +202,9 @@ fn one_line(error: &clap::Error) -> UsageError {
     {
         return UsageError(format!("{argument} {value}: {reason}"));
     }
+    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        return UsageError("what to do is missing; `rproxy help ctl` lists what there is".to_owned());
+    }
     let text = error.to_string();
     let lines: Vec<_> = text
         .lines()
@@ -210,7 +213,7 @@ fn one_line(error: &clap::Error) -> UsageError {
         .filter(|line| !line.is_empty())
         .map(|line| line.trim_start_matches("error: ").trim_start_matches("tip: "))
         .collect();
-    UsageError(format!("{}; `rproxy --help` lists what there is", lines.join("; ")))
+    UsageError(format!("{}; `rproxy --help` lists what there is", lines.join("; ").replace(":;", ":")))
 }
 
 #[cfg(test)]
@@ -337,6 +340,8 @@ mod tests {
             ("--host", "--host"),
             ("demo --twice", "--twice"),
             ("dmeo", "dmeo"),
+            ("ctl", "what to do is missing"),
+            ("check-config", "were not provided: <FILE>"),
         ] {
             assert_wrong(line, part);
         }
