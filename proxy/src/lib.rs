@@ -38,4 +38,5 @@ mod task;
 mod tcp;
 pub mod telemetry;
 mod udp;
+pub mod upgrade;
 mod worker;

@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::fmt;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 
 use tokio::runtime::Runtime;
@@ -20,6 +21,7 @@ use crate::server::Server;
 use crate::signals::StopSignals;
 use crate::systemd::{self, ActivationError};
 use crate::udp::stale;
+use crate::upgrade::{self, Launcher, Sockets, Upgrade, UpgradeError, take_over};
 use crate::{console, control, demo, telemetry};
 
 /// Runs what the command line asks for, until a signal ends it. `args` are those after the program's
@@ -52,9 +54,10 @@ fn serve_mappings(options: &Serve) -> ExitCode {
     };
     telemetry::init(options.log());
     // Before anything else opens a file.
-    let passed = systemd::passed_sockets();
-    raise_descriptor_limit();
-    let started = passed.map_err(StartError::from).and_then(|passed| start(mappings, passed, options));
+    let inherited = Inherited { sockets: systemd::passed_sockets(), predecessor: upgrade::claim() };
+    // Before there is anything that a new process should not have.
+    let launcher = Launcher::start();
+    let started = start(mappings, inherited, launcher, options);
     let (runtime, manager) = match started {
         Ok(started) => started,
         Err(error) => {
@@ -72,27 +75,58 @@ fn serve_mappings(options: &Serve) -> ExitCode {
 }
 
 /// Everything that has to be there before clients are told: all host addresses bound, or none.
-fn start(mappings: Vec<Mapping>, passed: Passed, options: &Serve) -> Result<(Runtime, Manager), StartError> {
+fn start(
+    mappings: Vec<Mapping>,
+    inherited: Inherited,
+    launcher: io::Result<Launcher>,
+    options: &Serve,
+) -> Result<(Runtime, Manager), StartError> {
     let setup = |step| move |source| StartError::Setup { step, source };
-    let control = options.control.as_deref().map(ControlSocket::bind).transpose()?;
-    let bound = Bound::bind_all(mappings, passed)?;
-    stale::forget_flows_to(bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.forward));
+    raise_descriptor_limit();
     let runtime = new_runtime().map_err(setup("create the event loop"))?;
+    let may_change = options.control.is_some();
+    let Sockets { bound, mut control, predecessor } = match inherited.predecessor? {
+        Some(channel) => {
+            let fixed = (!may_change).then_some(&mappings[..]);
+            runtime.block_on(take_over(channel, fixed, options.control.as_deref()))?
+        }
+        None => bind(mappings, inherited.sockets?, options)?,
+    };
     let entered = runtime.enter();
     let stop = StopSignals::catch().map_err(setup("catch signals"))?;
+    let upgrade = Upgrade::catch(launcher).map_err(setup("catch signals"))?;
     let ready = ready_lines(&bound);
-    let may_change = control.is_some();
     let needs = needs(options, &bound);
-    let server = Server::start(bound, may_change).map_err(setup("watch the listeners"))?;
+    let server = Server::prepared(bound, may_change).map_err(setup("watch the listeners"))?;
     drop(entered);
     sandbox::confine(options.sandbox, &needs)?;
-    for line in ready {
-        console::out(&line);
+    match predecessor {
+        Some(predecessor) => {
+            runtime.block_on(predecessor.serve(&server))?;
+            control.iter_mut().for_each(ControlSocket::own);
+        }
+        None => {
+            server.serve_all(Vec::new());
+            ready.iter().for_each(|line| console::out(line));
+        }
     }
     systemd::ready();
     let drain_timeout = options.drain_timeout;
     let watchdog = systemd::watchdog_interval();
-    Ok((runtime, Manager { server, stop, drain_timeout, control, reload: None, watchdog }))
+    Ok((runtime, Manager { server, stop, drain_timeout, control, reload: None, watchdog, upgrade }))
+}
+
+/// What another process opened for this one, or why it cannot be used.
+struct Inherited {
+    sockets: Result<Passed, ActivationError>,
+    predecessor: Result<Option<OwnedFd>, UpgradeError>,
+}
+
+fn bind(mappings: Vec<Mapping>, passed: Passed, options: &Serve) -> Result<Sockets, StartError> {
+    let control = options.control.as_deref().map(ControlSocket::bind).transpose()?;
+    let bound = Bound::bind_all(mappings, passed)?;
+    stale::forget_flows_to(bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.forward));
+    Ok(Sockets { bound, control, predecessor: None })
 }
 
 /// What serving `bound`, and what may come later, takes.
@@ -142,6 +176,8 @@ enum StartError {
     Activation(#[from] ActivationError),
     #[error(transparent)]
     Control(#[from] SocketError),
+    #[error(transparent)]
+    Upgrade(#[from] UpgradeError),
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
     #[error("cannot {step}: {source}")]

@@ -4,7 +4,9 @@
 //! reading a long configuration delays no byte.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
+use std::pin::pin;
 use std::thread;
 use std::time::Duration;
 
@@ -27,6 +29,7 @@ use crate::runtime::new_runtime;
 use crate::server::{ServeError, Server};
 use crate::signals::StopSignals;
 use crate::systemd;
+use crate::upgrade::Upgrade;
 
 /// Requests that may wait to be carried out.
 const CALLS: usize = 4;
@@ -56,6 +59,8 @@ pub struct Manager {
     pub reload: Option<Reload>,
     /// How often the service manager is told that all is well, if it wants to know.
     pub watchdog: Option<Duration>,
+    /// What lets another process take its place.
+    pub upgrade: Upgrade,
 }
 
 impl Manager {
@@ -85,7 +90,7 @@ impl Manager {
     }
 
     async fn manage(self, control: Option<(UnixListener, SocketFile)>) -> Result<(), ManageError> {
-        let Self { mut server, mut stop, drain_timeout, mut reload, watchdog, .. } = self;
+        let Self { mut server, mut stop, drain_timeout, mut reload, watchdog, mut upgrade, .. } = self;
         let mut watchdog = watchdog.map(tokio::time::interval);
         let (calls, mut called) = mpsc::channel(CALLS);
         let file = control.map(|(listener, file)| {
@@ -96,12 +101,12 @@ impl Manager {
             });
             file
         });
-        loop {
+        let succeeded = loop {
             tokio::select! {
                 biased;
                 signal = stop.next() => {
                     info!(signal, "ending; once more ends at once");
-                    break;
+                    break false;
                 }
                 error = server.failed() => return Err(error.into()),
                 () = hung_up(&mut reload) => {
@@ -111,29 +116,78 @@ impl Manager {
                         systemd::ready();
                     }
                 }
-                () = tick(&mut watchdog) => {
-                    server.until_responsive().await;
-                    systemd::alive();
+                () = upgrade.asked() => {
+                    let control = file.as_ref().map(AsFd::as_fd);
+                    let attempt = upgrade.carry_out(&server, control);
+                    match unless_stopped(attempt, &server, &mut stop, &mut watchdog).await {
+                        Some(false) => {}
+                        Some(true) => break true,
+                        None => break false,
+                    }
                 }
+                () = tick(&mut watchdog) => tell_alive(&server).await,
                 Some(Call { request, answer }) = called.recv() => {
                     let is_last = request == Request::Drain;
                     answer.send(carry_out(request, &mut server).await).ok();
                     if is_last {
                         info!("ending, as a control client asks");
-                        break;
+                        break false;
                     }
                 }
             }
+        };
+        if succeeded {
+            server.leave();
+            file.into_iter().for_each(SocketFile::leave);
+        } else {
+            systemd::stopping();
+            drop(file);
         }
-        systemd::stopping();
         // Nobody else is let in from here on.
-        drop((file, called));
+        drop(called);
         tokio::select! {
             () = server.drain(drain_timeout) => {}
-            signal = stop.next() => info!(signal, "ending at once"),
+            signal = last_call(&mut stop, succeeded) => info!(signal, "ending at once"),
         }
         Ok(())
     }
+}
+
+/// What an upgrade comes to, or `None` if a signal ends this process before.
+async fn unless_stopped(
+    attempt: impl Future<Output = bool>,
+    server: &Server,
+    stop: &mut StopSignals,
+    watchdog: &mut Option<Interval>,
+) -> Option<bool> {
+    let mut attempt = pin!(attempt);
+    loop {
+        tokio::select! {
+            biased;
+            result = &mut attempt => return Some(result),
+            signal = stop.next() => {
+                info!(signal, "ending, and not upgraded; once more ends at once");
+                return None;
+            }
+            () = tick(watchdog) => tell_alive(server).await,
+        }
+    }
+}
+
+/// Tells the service manager that all is well, once it is.
+async fn tell_alive(server: &Server) {
+    server.until_responsive().await;
+    systemd::alive();
+}
+
+/// Waits for the signal that ends connections at once. The end of a process that another one `succeeded` was
+/// not asked for by a signal, so that the first one only asks for what is under way.
+async fn last_call(stop: &mut StopSignals, succeeded: bool) -> &'static str {
+    if succeeded {
+        let signal = stop.next().await;
+        info!(signal, "ending already; once more ends at once");
+    }
+    stop.next().await
 }
 
 async fn hung_up(reload: &mut Option<Reload>) {

@@ -6,6 +6,8 @@
 mod cmsg;
 pub mod conntrack;
 pub mod fd;
+pub mod pass;
+pub mod process;
 pub mod seccomp;
 pub mod socket;
 pub mod udp;
