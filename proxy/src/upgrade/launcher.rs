@@ -96,7 +96,7 @@ impl Asked {
         }
     }
 
-    /// Lets the new process live.
+    /// Lets the new process live. The launcher is not needed any more, and ends.
     ///
     /// # Errors
     /// The launcher is gone.
@@ -130,8 +130,9 @@ fn serve(mut socket: UnixStream, program: &Path) {
         let answered = match request[0] {
             START => start(program, &mut started, &mut socket),
             KEEP => {
+                // It belongs to whoever adopts orphans, as any service does.
                 started.0 = None;
-                Ok(())
+                return;
             }
             END => tell(&mut socket, started.end().map_or(0, ExitStatus::into_raw)),
             _ => return,

@@ -6,12 +6,27 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use nix::libc;
-use nix::sys::signal::{SigHandler, SigSet, Signal, signal};
+use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use nix::unistd::{ForkResult, fork};
 
-/// Runs `body` in a new process, which ends with it. That process has no descriptors but the standard
-/// ones and `kept`, which this one has no more, and takes no signal that can be blocked; the programs
-/// that `std::process::Command` starts from there take them as usual, but ignore `SIGUSR2` at first.
+/// What terminals, service managers and people send.
+const CAUGHT: [Signal; 9] = [
+    Signal::SIGHUP,
+    Signal::SIGINT,
+    Signal::SIGQUIT,
+    Signal::SIGTERM,
+    Signal::SIGALRM,
+    Signal::SIGUSR1,
+    Signal::SIGTSTP,
+    Signal::SIGTTIN,
+    Signal::SIGTTOU,
+];
+
+/// Runs `body` in a new process, which ends with it. That process has no descriptors but the standard ones
+/// and `kept`, which this one has no more, and does nothing on signals: they are caught, and so are at their
+/// default again in programs that it starts. Only `SIGUSR2` is ignored there, until they want it.
+///
+/// This process does not hear of the other one's end: it ignores `SIGCHLD` from here on.
 ///
 /// # Errors
 /// Those of fork(2); `EBUSY` if this process has other threads, whose locks a child would inherit, or
@@ -22,7 +37,11 @@ pub fn fork_alone(kept: OwnedFd, body: impl FnOnce(OwnedFd)) -> io::Result<()> {
     }
     // SAFETY: no other thread holds a lock that the child would find locked for ever.
     match unsafe { fork() }? {
-        ForkResult::Parent { .. } => Ok(()),
+        ForkResult::Parent { .. } => {
+            // SAFETY: no handler is installed.
+            unsafe { sigaction(Signal::SIGCHLD, &on(SigHandler::SigIgn)) }.ok();
+            Ok(())
+        }
         ForkResult::Child => {
             // Unwinding further would lead back into the program of the parent.
             drop(catch_unwind(AssertUnwindSafe(|| {
@@ -37,10 +56,19 @@ pub fn fork_alone(kept: OwnedFd, body: impl FnOnce(OwnedFd)) -> io::Result<()> {
 
 /// What is done first in a new process.
 fn settle(kept: &OwnedFd) {
-    // None of these is essential, and a process that was forked has nobody to tell.
-    SigSet::all().thread_block().ok();
+    // None of this is essential, and a process that was forked has nobody to tell.
+    for signal in CAUGHT {
+        // SAFETY: the handler does nothing.
+        if let Ok(previous) = unsafe { sigaction(signal, &on(SigHandler::Handler(do_nothing))) }
+            && matches!(previous.handler(), SigHandler::SigIgn)
+        {
+            // As nohup(1) wants it, also for programs that are started.
+            // SAFETY: no handler is installed.
+            unsafe { sigaction(signal, &previous) }.ok();
+        }
+    }
     // SAFETY: no handler is installed.
-    unsafe { signal(Signal::SIGUSR2, SigHandler::SigIgn) }.ok();
+    unsafe { sigaction(Signal::SIGUSR2, &on(SigHandler::SigIgn)) }.ok();
     let kept = kept.as_raw_fd().unsigned_abs();
     for (first, last) in [(3, kept - 1), (kept + 1, u32::MAX)] {
         if first <= last {
@@ -50,6 +78,12 @@ fn settle(kept: &OwnedFd) {
         }
     }
 }
+
+fn on(handler: SigHandler) -> SigAction {
+    SigAction::new(handler, SaFlags::SA_RESTART, SigSet::empty())
+}
+
+extern "C" fn do_nothing(_signal: libc::c_int) {}
 
 #[cfg(test)]
 mod tests {
