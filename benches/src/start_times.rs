@@ -4,17 +4,21 @@
 use std::fs::File;
 use std::io::{self, Read};
 use std::net::SocketAddrV4;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use nix::fcntl::OFlag;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Pid, dup, pipe2};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::{dup, pipe2};
 use rproxy_tests::docker_proxy::{STATUS_FD, mapping};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::cli::StartTimes;
+
+/// The most that a start or an end may take, in milliseconds, before it is no slow one but a failure.
+const PATIENCE_MS: u16 = 10_000;
 
 /// The times of one program, in nanoseconds.
 pub(crate) type Nanoseconds = Vec<u64>;
@@ -52,8 +56,8 @@ fn time_start(program: &Path, port: u16, backend: SocketAddrV4) -> Result<Durati
     let start = Instant::now();
     let mut child = command.spawn().map_err(failed("start it"))?;
     drop(inherited);
-    let (mut status, mut said) = (File::from(status), [0; 2]);
-    let read = status.read(&mut said);
+    let mut said = [0; 2];
+    let read = wait_readable(&status).and_then(|()| File::from(status).read(&mut said));
     let took = start.elapsed();
     end(&mut child).map_err(failed("end it"))?;
     match read.map_err(failed("read its status"))? {
@@ -79,8 +83,22 @@ fn status_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((reading, inherited))
 }
 
+/// Ends it as a runtime does; one that does not end is killed, and that is an error.
 fn end(child: &mut Child) -> io::Result<()> {
-    let pid = Pid::from_raw(i32::try_from(child.id()).map_err(io::Error::other)?);
-    kill(pid, Signal::SIGINT)?;
-    child.wait().map(drop)
+    let pid = Pid::from_child(child);
+    let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
+    pidfd_send_signal(&pidfd, Signal::INT)?;
+    let ended = wait_readable(&pidfd);
+    if ended.is_err() {
+        child.kill()?;
+    }
+    child.wait()?;
+    ended
+}
+
+fn wait_readable(fd: &impl AsFd) -> io::Result<()> {
+    match poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], PollTimeout::from(PATIENCE_MS))? {
+        0 => Err(io::ErrorKind::TimedOut.into()),
+        _ => Ok(()),
+    }
 }

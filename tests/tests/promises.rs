@@ -51,10 +51,16 @@ fn assert_each(before: Taken, after: Taken, count: usize, most_bytes: usize, des
 
 fn process() {
     let backend = TcpBackend::local(backend::echo);
-    let front = (client::own_loopback(), 8080).into();
-    let arguments = docker_proxy::mapping("tcp", front, backend.address());
-    let mut proxy = DockerProxy::start(rproxy::rproxy(), &arguments, None);
-    assert_eq!(proxy.status(), Status::Ready);
+    let start = || {
+        let front = (client::own_loopback(), 8080).into();
+        let arguments = docker_proxy::mapping("tcp", front, backend.address());
+        let mut proxy = DockerProxy::start(rproxy::rproxy(), &arguments, None);
+        assert_eq!(proxy.status(), Status::Ready);
+        proxy
+    };
+    // What of the program is in memory is private to a process that is the only one.
+    let _another = start();
+    let proxy = start();
     let Taken { bytes, descriptors } = taken(proxy.process.pid());
     assert!(bytes <= 200 * 1024, "{bytes} bytes");
     assert!(descriptors <= 16, "{descriptors} descriptors");
