@@ -107,7 +107,7 @@ fn start(
         }
         None => {
             server.serve_all(Vec::new());
-            ready.iter().for_each(|line| console::out(line));
+            ready.iter().for_each(console::out);
         }
     }
     systemd::ready();

@@ -94,11 +94,7 @@ impl Manager {
         let mut watchdog = watchdog.map(tokio::time::interval);
         let (calls, mut called) = mpsc::channel(CALLS);
         let file = control.map(|(listener, file)| {
-            tokio::spawn(async move {
-                if let Err(error) = clients::serve(listener, calls).await {
-                    error!(%error, "the control socket is not served any more");
-                }
-            });
+            tokio::spawn(serve_clients(listener, calls));
             file
         });
         let succeeded = loop {
@@ -109,20 +105,12 @@ impl Manager {
                     break false;
                 }
                 error = server.failed() => return Err(error.into()),
-                () = hung_up(&mut reload) => {
-                    if let Some(reload) = &reload {
-                        systemd::reloading();
-                        reread(reload, &mut server).await;
-                        systemd::ready();
-                    }
-                }
+                () = hung_up(&mut reload) => reread(reload.as_ref(), &mut server).await,
                 () = upgrade.asked() => {
-                    let control = file.as_ref().map(AsFd::as_fd);
-                    let attempt = upgrade.carry_out(&server, control);
+                    let attempt = upgrade.carry_out(&server, file.as_ref().map(AsFd::as_fd));
                     match unless_stopped(attempt, &server, &mut stop, &mut watchdog).await {
                         Some(false) => {}
-                        Some(true) => break true,
-                        None => break false,
+                        ended => break ended.is_some(),
                     }
                 }
                 () = tick(&mut watchdog) => tell_alive(&server).await,
@@ -150,6 +138,12 @@ impl Manager {
             signal = last_call(&mut stop, succeeded) => info!(signal, "ending at once"),
         }
         Ok(())
+    }
+}
+
+async fn serve_clients(listener: UnixListener, calls: mpsc::Sender<Call>) {
+    if let Err(error) = clients::serve(listener, calls).await {
+        error!(%error, "the control socket is not served any more");
     }
 }
 
@@ -205,7 +199,9 @@ async fn tick(interval: &mut Option<Interval>) {
 }
 
 /// Serves what the configuration says now; an error changes nothing.
-async fn reread(reload: &Reload, server: &mut Server) {
+async fn reread(reload: Option<&Reload>, server: &mut Server) {
+    let Some(reload) = reload else { return };
+    systemd::reloading();
     let result = match (reload.read)() {
         Ok(mappings) => server.apply(mappings).await.map_err(|error| error.to_string()),
         Err(message) => Err(message),
@@ -216,6 +212,7 @@ async fn reread(reload: &Reload, server: &mut Server) {
         }
         Err(error) => error!(error, "configuration not reloaded; nothing has changed"),
     }
+    systemd::ready();
 }
 
 async fn carry_out(request: Request, server: &mut Server) -> Result<Value, Refusal> {

@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::pin::pin;
 use std::time::Duration;
 
 use rproxy_sys::pass::MOST;
@@ -58,7 +57,8 @@ impl Upgrade {
     pub(crate) async fn carry_out(&mut self, server: &Server, control: Option<BorrowedFd<'_>>) -> bool {
         info!("a new process is to take over");
         let Self { asked, launcher } = self;
-        let mut attempt = pin!(attempt(launcher, server, control));
+        // Needed rarely, and long.
+        let mut attempt = Box::pin(attempt(launcher, server, control));
         loop {
             tokio::select! {
                 Some(()) = asked.recv() => warn!("an upgrade is under way; another one has to wait for it"),
