@@ -13,11 +13,10 @@ use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::{dup, pipe2};
 use rproxy_tests::docker_proxy::{STATUS_FD, mapping};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use crate::cli::StartTimes;
 
-/// The most that a start or an end may take, in milliseconds, before it is no slow one but a failure.
+/// The most that a start may take, in milliseconds, before it is no slow one but a failure.
 const PATIENCE_MS: u16 = 10_000;
 
 /// The times of one program, in nanoseconds.
@@ -83,17 +82,10 @@ fn status_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((reading, inherited))
 }
 
-/// Ends it as a runtime does; one that does not end is killed, and that is an error.
+/// Ends it, however that is: docker-proxy 20.10 may miss a signal that comes right after it is ready.
 fn end(child: &mut Child) -> io::Result<()> {
-    let pid = Pid::from_child(child);
-    let pidfd = pidfd_open(pid, PidfdFlags::empty())?;
-    pidfd_send_signal(&pidfd, Signal::INT)?;
-    let ended = wait_readable(&pidfd);
-    if ended.is_err() {
-        child.kill()?;
-    }
-    child.wait()?;
-    ended
+    child.kill()?;
+    child.wait().map(drop)
 }
 
 fn wait_readable(fd: &impl AsFd) -> io::Result<()> {

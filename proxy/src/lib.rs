@@ -43,4 +43,5 @@ pub mod telemetry;
 #[cfg(test)]
 mod testdata;
 mod udp;
+pub mod upgrade;
 mod worker;

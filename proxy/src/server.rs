@@ -7,12 +7,13 @@
 
 use std::io;
 use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
 use socket2::SockRef;
 use tokio::runtime::Handle;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 use tracing::{info, warn};
 
 use crate::addr::Protocol;
@@ -20,11 +21,13 @@ use crate::bound::{Bound, BoundPort};
 use crate::change::Leaving;
 use crate::limits::Limits;
 use crate::listen::Listener;
+use crate::name::Name;
 use crate::poll::Port;
 use crate::registry::{Registry, Served};
 use crate::service::{Assignment, Live, Route, Service};
-use crate::task::ListenerTask;
+use crate::task::{FlowOrder, ListenerTask};
 use crate::tcp::accept::Acceptor;
+use crate::udp::LiveFlow;
 use crate::udp::relay::UdpRelay;
 use crate::worker::Workers;
 
@@ -52,15 +55,15 @@ struct Tasks {
 }
 
 impl Server {
-    /// Starts to serve `mappings` on the runtime of the calling thread, and on others when needed.
-    /// If they `may_change`, there may be TCP mappings later.
+    /// Prepares to serve `mappings` on the runtime of the calling thread, and on others when needed, so that
+    /// [`Server::serve_all`] cannot fail. If they `may_change`, there may be TCP mappings later.
     ///
     /// # Errors
     /// What epoll_ctl(2) answered for a listener.
     ///
     /// # Panics
     /// Outside a tokio runtime.
-    pub fn start(mappings: Vec<Bound>, may_change: bool) -> io::Result<Self> {
+    pub fn prepared(mappings: Vec<Bound>, may_change: bool) -> io::Result<Self> {
         let mut server = Self::new();
         server.workers.look_at_processors();
         let mut ports = mappings.iter().flat_map(|bound| &bound.ports);
@@ -72,12 +75,18 @@ impl Server {
                 ports.into_iter().map(|port| server.assign(port, &service)).collect::<Result<_, _>>()?;
             server.registry.put(mapping.name(), Served { mapping, service, ports });
         }
-        let all: Vec<_> = server.registry.iter().flat_map(|(_name, served)| served.ports.clone()).collect();
-        server.serve(all);
         Ok(server)
     }
 
-    /// Starts to serve bound ports, each under its own limits, as [`Server::start`] does.
+    /// Starts to serve all that it is prepared for, and `flows` that another process served before.
+    pub(crate) fn serve_all(&self, flows: Vec<LiveFlow>) {
+        self.serve(self.assignments().cloned().collect());
+        if let Some(udp) = self.tasks.udp.as_ref().filter(|_udp| !flows.is_empty()) {
+            udp.flows(FlowOrder::Adopt(flows));
+        }
+    }
+
+    /// Starts to serve bound ports, each under its own limits, on the runtime of the calling thread.
     ///
     /// # Errors
     /// What epoll_ctl(2) answered for a listener.
@@ -184,6 +193,48 @@ impl Server {
         }
     }
 
+    /// All sockets: mapping by mapping, as [`Registry::iter`] gives them.
+    fn assignments(&self) -> impl Iterator<Item = &Assignment> {
+        self.registry.iter().flat_map(|(_name, served)| &served.ports)
+    }
+
+    /// The descriptors of all sockets.
+    pub(crate) fn sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.assignments().map(|assignment| assignment.port.as_fd())
+    }
+
+    /// The numbers of the UDP listeners, and their places among [`Server::sockets`].
+    pub(crate) fn udp_listeners(&self) -> impl Iterator<Item = (usize, usize)> {
+        let numbered = self.assignments().enumerate();
+        numbered.filter_map(|(place, assignment)| Some((udp_number(assignment)?, place)))
+    }
+
+    /// The numbers of the listeners of some mappings, as far as they are for UDP.
+    pub(crate) fn udp_listeners_of(&self, names: &[Name]) -> Vec<Option<usize>> {
+        let served = names.iter().filter_map(|name| self.registry.get(name));
+        served.flat_map(|served| &served.ports).map(udp_number).collect()
+    }
+
+    /// Leaves all datagrams where they are until [`Server::resume`], and gives the flows that there are.
+    pub(crate) async fn pause(&self) -> Vec<LiveFlow> {
+        let Some(udp) = &self.tasks.udp else { return Vec::new() };
+        let (flows, given) = oneshot::channel();
+        udp.flows(FlowOrder::Pause(flows));
+        // If the task is gone, so are its flows.
+        given.await.unwrap_or_default()
+    }
+
+    /// Goes on after [`Server::pause`].
+    pub(crate) fn resume(&self) {
+        self.tasks.udp.iter().for_each(|udp| udp.flows(FlowOrder::Resume));
+    }
+
+    /// Leaves all sockets, and the flows that are paused, to another process that serves them already.
+    /// Connections go on.
+    pub(crate) fn leave(&self) {
+        [&self.tasks.tcp, &self.tasks.udp].into_iter().flatten().for_each(ListenerTask::leave);
+    }
+
     fn by_task<T>(
         &self,
         items: Vec<T>,
@@ -243,6 +294,11 @@ impl Server {
             }
         }
     }
+}
+
+/// The number of a listener, if it is one for UDP.
+fn udp_number(assignment: &Assignment) -> Option<usize> {
+    (protocol_of(assignment) == Protocol::Udp).then(|| assignment.port.number())
 }
 
 fn protocol_of(assignment: &Assignment) -> Protocol {

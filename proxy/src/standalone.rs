@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::fmt;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::ExitCode;
 
@@ -23,6 +24,7 @@ use crate::server::Server;
 use crate::signals::StopSignals;
 use crate::systemd::{self, ActivationError};
 use crate::udp::stale;
+use crate::upgrade::{self, Launcher, Sockets, Upgrade, UpgradeError, take_over};
 use crate::{console, control, demo, telemetry};
 
 /// Runs what the command line asks for, until a signal ends it. `args` are those after the program's
@@ -39,11 +41,6 @@ pub fn main(args: &[OsString]) -> ExitCode {
     match cli {
         Cli { command: Some(Command::Demo { once }), .. } => demo::main(once),
         Cli { command: Some(Command::Ctl(ctl)), .. } => control::ctl::main(&ctl),
-        Cli { command: Some(Command::Man { directory }), .. } => write_manual(&directory),
-        Cli { command: Some(Command::Completions { shell }), .. } => {
-            console::out(&cli::completions(shell).trim_end());
-            ExitCode::SUCCESS
-        }
         Cli { command: Some(Command::CheckConfig { file }), .. } => check_config(&file),
         Cli { command: None, serve } if serve.print_config => print_config(&serve),
         Cli { command: None, serve } => serve_mappings(&serve),
@@ -53,13 +50,6 @@ pub fn main(args: &[OsString]) -> ExitCode {
 fn refuse(usage: &impl fmt::Display) -> ExitCode {
     console::err(usage);
     ExitCode::from(2)
-}
-
-fn write_manual(directory: &Path) -> ExitCode {
-    match cli::write_manual(directory) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => console::fail(&format_args!("{}: {error}", directory.display())),
-    }
 }
 
 fn check_config(file: &Path) -> ExitCode {
@@ -96,9 +86,10 @@ fn serve_mappings(options: &Serve) -> ExitCode {
     };
     telemetry::init(options.log());
     // Before anything else opens a file.
-    let passed = systemd::passed_sockets();
-    raise_descriptor_limit();
-    let started = passed.map_err(StartError::from).and_then(|passed| start(mappings, passed, options));
+    let inherited = Inherited { sockets: systemd::passed_sockets(), predecessor: upgrade::claim() };
+    // Before there is anything that a new process should not have.
+    let launcher = Launcher::start();
+    let started = start(mappings, inherited, launcher, options);
     let (runtime, manager) = match started {
         Ok(started) => started,
         Err(error) => return console::fail(&error),
@@ -110,12 +101,56 @@ fn serve_mappings(options: &Serve) -> ExitCode {
 }
 
 /// Everything that has to be there before clients are told: all host addresses bound, or none.
-fn start(mappings: Vec<Mapping>, passed: Passed, options: &Serve) -> Result<(Runtime, Manager), StartError> {
+fn start(
+    mappings: Vec<Mapping>,
+    inherited: Inherited,
+    launcher: io::Result<Launcher>,
+    options: &Serve,
+) -> Result<(Runtime, Manager), StartError> {
     let setup = |step| move |source| StartError::Setup { step, source };
+    raise_descriptor_limit();
     let runtime = new_runtime().map_err(setup("create the event loop"))?;
     let entered = runtime.enter();
     let stop = StopSignals::catch().map_err(setup("catch signals"))?;
+    let upgrade = Upgrade::catch(launcher).map_err(setup("catch signals"))?;
     let reload = options.config.clone().map(Reload::of_file).transpose().map_err(setup("catch signals"))?;
+    let may_change = options.control.is_some() || reload.is_some();
+    let Sockets { bound, mut control, predecessor } = match inherited.predecessor? {
+        Some(channel) => {
+            let fixed = (!may_change).then_some(&mappings[..]);
+            runtime.block_on(take_over(channel, fixed, options.control.as_deref()))?
+        }
+        None => bind(mappings, inherited.sockets?, options)?,
+    };
+    let ready = ready_lines(&bound);
+    let needs = needs(options, &bound);
+    let server = Server::prepared(bound, may_change).map_err(setup("watch the listeners"))?;
+    drop(entered);
+    sandbox::confine(options.sandbox, &needs)?;
+    match predecessor {
+        Some(predecessor) => {
+            runtime.block_on(predecessor.serve(&server))?;
+            control.iter_mut().for_each(ControlSocket::own);
+        }
+        None => {
+            server.serve_all(Vec::new());
+            ready.iter().for_each(console::out);
+        }
+    }
+    systemd::ready();
+    let drain_timeout = options.drain_timeout;
+    let watchdog = systemd::watchdog_interval();
+    Ok((runtime, Manager { server, stop, drain_timeout, control, reload, watchdog, upgrade }))
+}
+
+/// What another process opened for this one, or why it cannot be used.
+struct Inherited {
+    sockets: Result<Passed, ActivationError>,
+    predecessor: Result<Option<OwnedFd>, UpgradeError>,
+}
+
+/// Binds the mappings of the command line, or of the configuration.
+fn bind(mappings: Vec<Mapping>, passed: Passed, options: &Serve) -> Result<Sockets, StartError> {
     let mappings = match &options.config {
         Some(file) => config::read(file)?,
         None => mappings,
@@ -123,19 +158,7 @@ fn start(mappings: Vec<Mapping>, passed: Passed, options: &Serve) -> Result<(Run
     let control = options.control.as_deref().map(ControlSocket::bind).transpose()?;
     let bound = Bound::bind_all(mappings, passed).map_err(|error| bind_error(error, options))?;
     stale::forget_flows_to(bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.forward));
-    let ready = ready_lines(&bound);
-    let may_change = control.is_some() || reload.is_some();
-    let needs = needs(options, &bound);
-    let server = Server::start(bound, may_change).map_err(setup("watch the listeners"))?;
-    drop(entered);
-    sandbox::confine(options.sandbox, &needs)?;
-    for line in ready {
-        console::out(&line);
-    }
-    systemd::ready();
-    let drain_timeout = options.drain_timeout;
-    let watchdog = systemd::watchdog_interval();
-    Ok((runtime, Manager { server, stop, drain_timeout, control, reload, watchdog }))
+    Ok(Sockets { bound, control, predecessor: None })
 }
 
 /// What serving `bound`, and what may come later, takes.
@@ -201,6 +224,8 @@ enum StartError {
     Activation(#[from] ActivationError),
     #[error(transparent)]
     Control(#[from] SocketError),
+    #[error(transparent)]
+    Upgrade(#[from] UpgradeError),
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
     #[error("cannot {step}: {source}")]

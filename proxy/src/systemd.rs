@@ -59,6 +59,11 @@ pub fn stopping() {
     notify(&[NotifyState::Stopping]);
 }
 
+/// Another process is the service from now on, and will be the one to tell.
+pub fn main_process(pid: u32) {
+    notify(&[NotifyState::MainPid(pid)]);
+}
+
 /// All is well.
 pub fn alive() {
     notify(&[NotifyState::Watchdog]);

@@ -14,6 +14,7 @@ use tracing::error;
 
 use crate::poll::{Poll, PollSet, Port};
 use crate::service::Assignment;
+use crate::udp::LiveFlow;
 
 /// What a task is told.
 #[derive(Debug)]
@@ -23,6 +24,21 @@ pub(crate) enum Order {
     /// Let what goes on with these listeners come to its end, take nothing new, and close them. The
     /// sender is told when nothing new is taken any more.
     Release(Vec<Arc<Port>>, oneshot::Sender<()>),
+    /// Close all listeners that are served: another process serves them, and the flows that are paused.
+    Leave,
+    /// Do something with all flows, if you have any.
+    Flows(FlowOrder),
+}
+
+/// What the UDP task is told when it gets or gives its flows.
+#[derive(Debug)]
+pub(crate) enum FlowOrder {
+    /// Take no datagrams, and say which flows there are.
+    Pause(oneshot::Sender<Vec<LiveFlow>>),
+    /// Go on after a pause.
+    Resume,
+    /// Serve these flows, too, of listeners that are served already.
+    Adopt(Vec<LiveFlow>),
 }
 
 /// The orders of a task; at the end of them it is to come to its own.
@@ -84,6 +100,16 @@ impl ListenerTask {
         let (done, is_done) = oneshot::channel();
         self.tell(Order::Release(ports, done));
         is_done
+    }
+
+    /// Closes all listeners, and gives up the flows that are paused.
+    pub(crate) fn leave(&self) {
+        self.tell(Order::Leave);
+    }
+
+    /// Tells a UDP task what to do with its flows.
+    pub(crate) fn flows(&self, order: FlowOrder) {
+        self.tell(Order::Flows(order));
     }
 
     /// Waits until the task has ended, which it does by itself only if it failed.

@@ -35,6 +35,7 @@ pub mod suite;
 pub mod systemd;
 pub mod topology;
 pub mod udp;
+pub mod upgradable;
 
 /// How long the harness waits for an event that is certain to come if the program under test works.
 pub const PATIENCE: Duration = Duration::from_secs(20);

@@ -7,8 +7,11 @@ use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::ExitStatus;
 
+use nix::sys::signal::Signal;
+
 use crate::client;
 use crate::docker_proxy::{DockerProxy, Status, mapping};
+use crate::eventually;
 use crate::require::{self, Need};
 use crate::rproxy::rproxy;
 use crate::suite::Case;
@@ -81,6 +84,19 @@ impl Subject {
         let mut arguments = mapping(protocol, own_address(), container);
         arguments.push("-use-listen-fd".into());
         DockerProxy::start(&self.program(), &arguments, Some(listener.into()))
+    }
+
+    /// Ends it as dockerd does.
+    #[track_caller]
+    pub fn stop(self, proxy: &DockerProxy) -> ExitStatus {
+        if self == Self::Oracle {
+            // 20.10 says that it is ready before it is for signals, and may miss one in between.
+            eventually("docker-proxy ends", || {
+                proxy.process.signal(Signal::SIGINT);
+                !proxy.process.is_running()
+            });
+        }
+        proxy.stop()
     }
 
     /// Checks that a signal ended it in order.

@@ -3,7 +3,7 @@
 
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use command_fds::{CommandFdExt, FdMapping};
@@ -53,9 +53,20 @@ impl Systemd {
     /// The same with sockets that are passed to the process `pid`: a word for the shell, in which `$$`
     /// is the process itself.
     pub fn command_for(&self, pid: &str, arguments: &[&str], sockets: Vec<(&str, OwnedFd)>) -> Command {
+        self.command_of(rproxy(), pid, arguments, sockets)
+    }
+
+    /// The same with a program at another path.
+    pub fn command_of(
+        &self,
+        program: &Path,
+        pid: &str,
+        arguments: &[&str],
+        sockets: Vec<(&str, OwnedFd)>,
+    ) -> Command {
         let mut command = Command::new("/bin/sh");
         // Its own process id is known to nobody before it runs.
-        command.args(["-c", &format!(r#"LISTEN_PID={pid} exec "$0" "$@""#)]).arg(rproxy()).args(arguments);
+        command.args(["-c", &format!(r#"LISTEN_PID={pid} exec "$0" "$@""#)]).arg(program).args(arguments);
         command.env("NOTIFY_SOCKET", self.path());
         if sockets.is_empty() {
             return command;

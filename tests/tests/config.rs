@@ -46,7 +46,6 @@ fn main() -> ExitCode {
         case("ctl adds what -p says", added),
         case("the service manager hears of a reload", notified),
         case("10,000 mappings, one of which changes", many),
-        case("manual pages and completions", generated),
     ])
 }
 
@@ -440,20 +439,4 @@ fn many() {
     assert_eq!(connect(places[0]).1, b'b');
     assert_eq!(connect(places[1]).1, b'a');
     drop(old);
-}
-
-fn generated() {
-    let dir = tempfile::tempdir().unwrap();
-    process::run(rproxy::command(&["man", dir.path().to_str().unwrap()])).success();
-    let page = fs::read_to_string(dir.path().join("rproxy.1")).unwrap();
-    assert!(page.contains("\\-\\-drain\\-timeout"), "{page}");
-    assert!(dir.path().join("rproxy-ctl-retarget.1").exists());
-    for (shell, word) in [("bash", "complete -F"), ("zsh", "#compdef rproxy"), ("fish", "complete -c rproxy")]
-    {
-        let script = process::run(rproxy::command(&["completions", shell])).success();
-        assert!(script.contains(word) && script.contains("print-config"), "{shell}: {script}");
-    }
-    let nowhere = process::run(rproxy::command(&["man", "/nonexistent"]));
-    assert_eq!(nowhere.status.code(), Some(1));
-    assert!(nowhere.stderr.contains("/nonexistent: "), "{nowhere:#?}");
 }

@@ -478,7 +478,7 @@ fn port_free_after_stop(subject: Subject) {
         let client = client::connect(host);
         assert_eq!(client::read_to_end(&client), (b"bye".to_vec(), End::Eof));
         drop(client);
-        subject.assert_ended(proxy.stop());
+        subject.assert_ended(subject.stop(&proxy));
     }
 }
 
@@ -505,7 +505,7 @@ fn no_client_left_hanging(subject: Subject) {
     };
     let clients: Vec<_> = (0..4).map(|_| thread::spawn(hammer)).collect();
     assert_echoes(host);
-    subject.assert_ended(proxy.stop());
+    subject.assert_ended(subject.stop(&proxy));
     for client in clients {
         client.join().unwrap();
     }

@@ -396,6 +396,6 @@ fn port_free_after_stop(subject: Subject) {
     for _ in 0..3 {
         let proxy = serve(subject, host, backend.address());
         assert_echoes(&client, host, BUFFER);
-        subject.assert_ended(proxy.stop());
+        subject.assert_ended(subject.stop(&proxy));
     }
 }

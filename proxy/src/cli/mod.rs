@@ -5,8 +5,7 @@ mod values;
 
 use std::error::Error as _;
 use std::ffi::OsString;
-use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
@@ -55,16 +54,6 @@ pub enum Command {
     },
     /// Look after a running rproxy that was started with --control
     Ctl(ctl::Ctl),
-    /// Write the manual pages of rproxy and its commands into a directory
-    Man {
-        /// The directory, such as /usr/local/share/man/man1
-        directory: PathBuf,
-    },
-    /// Print completions for a shell
-    Completions {
-        /// The shell
-        shell: clap_complete::Shell,
-    },
     /// Say what is wrong in a configuration file, or 'ok'
     CheckConfig {
         /// The file
@@ -135,21 +124,6 @@ pub fn parse(args: &[OsString]) -> Result<Cli, Unparsed> {
         (None, ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => Unparsed::Asked(error.to_string()),
         _ => Unparsed::Wrong(one_line(&error)),
     })
-}
-
-/// Writes the manual pages, `rproxy.1`, `rproxy-ctl.1` and so on, into `directory`.
-///
-/// # Errors
-/// Those of writing a file.
-pub fn write_manual(directory: &Path) -> io::Result<()> {
-    clap_mangen::generate_to(Cli::command(), directory)
-}
-
-/// The script with which `shell` completes the command line.
-pub fn completions(shell: clap_complete::Shell) -> String {
-    let mut script = Vec::new();
-    clap_complete::generate(shell, &mut Cli::command(), "rproxy", &mut script);
-    String::from_utf8_lossy(&script).into_owned()
 }
 
 /// `-host` is not `-h`, which would show the help, as if that had been asked for.

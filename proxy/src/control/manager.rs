@@ -4,8 +4,10 @@
 //! reading a long configuration delays no byte.
 
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::thread;
 use std::time::Duration;
 
@@ -30,6 +32,7 @@ use crate::runtime::new_runtime;
 use crate::server::{ServeError, Server};
 use crate::signals::StopSignals;
 use crate::systemd;
+use crate::upgrade::Upgrade;
 
 /// Requests that may wait to be carried out.
 const CALLS: usize = 4;
@@ -71,6 +74,8 @@ pub struct Manager {
     pub reload: Option<Reload>,
     /// How often the service manager is told that all is well, if it wants to know.
     pub watchdog: Option<Duration>,
+    /// What lets another process take its place.
+    pub upgrade: Upgrade,
 }
 
 impl Manager {
@@ -100,55 +105,98 @@ impl Manager {
     }
 
     async fn manage(self, control: Option<(UnixListener, SocketFile)>) -> Result<(), ManageError> {
-        let Self { mut server, mut stop, drain_timeout, mut reload, watchdog, .. } = self;
+        let Self { mut server, mut stop, drain_timeout, mut reload, watchdog, mut upgrade, .. } = self;
         let mut watchdog = watchdog.map(tokio::time::interval);
         let (calls, mut called) = mpsc::channel(CALLS);
         let file = control.map(|(listener, file)| {
-            tokio::spawn(async move {
-                if let Err(error) = clients::serve(listener, calls).await {
-                    error!(%error, "the control socket is not served any more");
-                }
-            });
+            tokio::spawn(serve_clients(listener, calls));
             file
         });
-        loop {
+        let succeeded = loop {
             tokio::select! {
                 biased;
                 signal = stop.next() => {
                     info!(signal, "ending; once more ends at once");
-                    break;
+                    break false;
                 }
                 error = server.failed() => return Err(error.into()),
-                () = hung_up(&mut reload) => {
-                    if let Some(reload) = &reload {
-                        systemd::reloading();
-                        reread(reload, &mut server).await;
-                        systemd::ready();
+                () = hung_up(&mut reload) => reread(reload.as_ref(), &mut server).await,
+                () = upgrade.asked() => {
+                    let attempt = upgrade.carry_out(&server, file.as_ref().map(AsFd::as_fd));
+                    match unless_stopped(attempt, &server, &mut stop, &mut watchdog).await {
+                        Some(false) => {}
+                        ended => break ended.is_some(),
                     }
                 }
-                () = tick(&mut watchdog) => {
-                    server.until_responsive().await;
-                    systemd::alive();
-                }
+                () = tick(&mut watchdog) => tell_alive(&server).await,
                 Some(Call { request, answer }) = called.recv() => {
                     let is_last = request == Request::Drain;
                     answer.send(carry_out(request, &mut server).await).ok();
                     if is_last {
                         info!("ending, as a control client asks");
-                        break;
+                        break false;
                     }
                 }
             }
+        };
+        if succeeded {
+            server.leave();
+            file.into_iter().for_each(SocketFile::leave);
+        } else {
+            systemd::stopping();
+            drop(file);
         }
-        systemd::stopping();
         // Nobody else is let in from here on.
-        drop((file, called));
+        drop(called);
         tokio::select! {
             () = server.drain(drain_timeout) => {}
-            signal = stop.next() => info!(signal, "ending at once"),
+            signal = last_call(&mut stop, succeeded) => info!(signal, "ending at once"),
         }
         Ok(())
     }
+}
+
+async fn serve_clients(listener: UnixListener, calls: mpsc::Sender<Call>) {
+    if let Err(error) = clients::serve(listener, calls).await {
+        error!(%error, "the control socket is not served any more");
+    }
+}
+
+/// What an upgrade comes to, or `None` if a signal ends this process before.
+async fn unless_stopped(
+    attempt: impl Future<Output = bool>,
+    server: &Server,
+    stop: &mut StopSignals,
+    watchdog: &mut Option<Interval>,
+) -> Option<bool> {
+    let mut attempt = pin!(attempt);
+    loop {
+        tokio::select! {
+            biased;
+            result = &mut attempt => return Some(result),
+            signal = stop.next() => {
+                info!(signal, "ending, and not upgraded; once more ends at once");
+                return None;
+            }
+            () = tick(watchdog) => tell_alive(server).await,
+        }
+    }
+}
+
+/// Tells the service manager that all is well, once it is.
+async fn tell_alive(server: &Server) {
+    server.until_responsive().await;
+    systemd::alive();
+}
+
+/// Waits for the signal that ends connections at once. The end of a process that another one `succeeded` was
+/// not asked for by a signal, so that the first one only asks for what is under way.
+async fn last_call(stop: &mut StopSignals, succeeded: bool) -> &'static str {
+    if succeeded {
+        let signal = stop.next().await;
+        info!(signal, "ending already; once more ends at once");
+    }
+    stop.next().await
 }
 
 async fn hung_up(reload: &mut Option<Reload>) {
@@ -166,7 +214,9 @@ async fn tick(interval: &mut Option<Interval>) {
 }
 
 /// Serves what the file says now; an error changes nothing.
-async fn reread(reload: &Reload, server: &mut Server) {
+async fn reread(reload: Option<&Reload>, server: &mut Server) {
+    let Some(reload) = reload else { return };
+    systemd::reloading();
     let applied = match config::read(&reload.file) {
         Ok(mappings) => server.apply(mappings).await.map_err(|error| error.to_string()),
         Err(error) => Err(error.to_string()),
@@ -183,6 +233,7 @@ async fn reread(reload: &Reload, server: &mut Server) {
             }
         }
     }
+    systemd::ready();
 }
 
 async fn carry_out(request: Request, server: &mut Server) -> Result<Value, Refusal> {

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -28,8 +28,11 @@ pub struct ControlSocket {
 #[derive(Debug)]
 pub(super) struct SocketFile {
     path: PathBuf,
-    /// Device and inode: somebody may have removed the file and put another one at the path.
+    /// Device and inode: somebody may have removed the file and put another one at the path. `None` as long
+    /// as it is another process's.
     identity: Option<(u64, u64)>,
+    /// The socket itself, to be passed on.
+    socket: OwnedFd,
 }
 
 impl ControlSocket {
@@ -46,14 +49,58 @@ impl ControlSocket {
         // can anyone else connect.
         fchmod(socket.as_fd(), Mode::S_IRUSR | Mode::S_IWUSR).map_err(|errno| error(errno.into()))?;
         socket.bind(&addr).map_err(error)?;
-        let file = SocketFile { path: path.to_owned(), identity: identity(path) };
+        let another = socket.try_clone().map_err(error)?;
+        let file = SocketFile { path: path.to_owned(), identity: identity(path), socket: another.into() };
         socket.listen(BACKLOG).map_err(error)?;
         Ok(Self { listener: socket.into(), file })
+    }
+
+    /// Takes over a socket that another process bound to `path`. Its file stays that process's until
+    /// [`ControlSocket::own`].
+    ///
+    /// # Errors
+    /// [`SocketError::NotPassed`]
+    pub fn adopt(socket: OwnedFd, path: &Path) -> Result<Self, SocketError> {
+        let error = |reason: String| SocketError::NotPassed { path: path.to_owned(), reason };
+        let adopt = || -> io::Result<(UnixListener, bool)> {
+            let socket = Socket::from(socket);
+            let bound_to = socket.local_addr()?;
+            let is_it = bound_to.as_pathname() == Some(path) && socket.is_listener()?;
+            socket.set_nonblocking(true)?;
+            Ok((socket.into(), is_it))
+        };
+        let (listener, is_it) = adopt().map_err(|source| error(source.to_string()))?;
+        if !is_it {
+            return Err(error("it does not listen there".to_owned()));
+        }
+        let another = listener.try_clone().map_err(|source| error(source.to_string()))?;
+        Ok(Self {
+            listener,
+            file: SocketFile { path: path.to_owned(), identity: None, socket: another.into() },
+        })
+    }
+
+    /// Makes the file this process's.
+    pub fn own(&mut self) {
+        self.file.identity = identity(&self.file.path);
     }
 
     /// The listener, and the file that goes with it.
     pub(super) fn into_parts(self) -> (UnixListener, SocketFile) {
         (self.listener, self.file)
+    }
+}
+
+impl SocketFile {
+    /// Leaves the file to another process.
+    pub(super) fn leave(mut self) {
+        self.identity = None;
+    }
+}
+
+impl AsFd for SocketFile {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 }
 
@@ -96,6 +143,14 @@ pub enum SocketError {
     /// There is something, and it is no socket.
     #[error("--control {}: there is a file which is not a socket; give another path", .0.display())]
     NotASocket(PathBuf),
+    /// What another process passed is not this socket.
+    #[error("--control {}: the socket that was passed cannot be used: {reason}", path.display())]
+    NotPassed {
+        /// The path.
+        path: PathBuf,
+        /// What is wrong with the socket.
+        reason: String,
+    },
     /// The kernel refused.
     #[error("--control {}: cannot listen there: {source}", path.display())]
     Bind {
@@ -130,6 +185,25 @@ mod tests {
         assert!(path.exists(), "it is another's by now");
         drop(listener);
         drop(others_file);
+        assert!(!path.exists());
+    }
+
+    #[test]
+    fn it_can_be_another_processs() {
+        let path = path("passed");
+        let (_listener, file) = ControlSocket::bind(&path).unwrap().into_parts();
+        let passed = || file.as_fd().try_clone_to_owned().unwrap();
+        drop(ControlSocket::adopt(passed(), &path).unwrap());
+        assert!(path.exists(), "it is still the other's");
+        let mut adopted = ControlSocket::adopt(passed(), &path).unwrap();
+        let elsewhere = ControlSocket::adopt(passed(), Path::new("/elsewhere")).unwrap_err();
+        assert!(elsewhere.to_string().contains("does not listen there"), "{elsewhere}");
+        let other = UnixStream::pair().unwrap().0;
+        ControlSocket::adopt(other.into(), &path).unwrap_err();
+        adopted.own();
+        file.leave();
+        assert!(path.exists());
+        drop(adopted);
         assert!(!path.exists());
     }
 

@@ -15,6 +15,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
+use rproxy_sys::memory::release_unused;
 use tracing::info;
 
 pub use self::user::User;
@@ -101,6 +102,8 @@ pub fn confine(mode: Mode, needs: &Needs<'_>) -> Result<(), SandboxError> {
     let landlock = Layer::new("landlock", reach::restrict(needs, strict), strict)?;
     let seccomp = Layer::new("seccomp", calls::restrict(needs), strict)?;
     info!(%capabilities, %no_new_privs, %landlock, %seccomp, "confined");
+    // Compiling a filter takes more memory than an idle mapping.
+    release_unused();
     Ok(())
 }
 

@@ -126,6 +126,9 @@ impl Acceptor {
                 // Whoever asked may not wait for it.
                 done.send(()).ok();
             }
+            // What is pending there is not ours any more.
+            Order::Leave => self.listeners.clear(),
+            Order::Flows(_) => {}
         }
     }
 

@@ -51,7 +51,8 @@ fn forget_interface(local: LocalAddr) -> LocalAddr {
 /// A flow's socket and what is known of its path.
 #[derive(Debug)]
 pub(super) struct Flow {
-    socket: OwnedFd,
+    /// Shared with whoever passes it on to another process.
+    socket: Arc<OwnedFd>,
     /// Whether trains may be tried towards the backend.
     trains_in: bool,
     /// Whether trains may be tried towards the client.
@@ -61,6 +62,21 @@ pub(super) struct Flow {
     /// What waits for room on the socket.
     backlog: Backlog,
     _place: FlowPlace,
+}
+
+/// A flow on its way from one process to another, which is served by neither at the moment.
+#[derive(Debug)]
+pub(crate) struct LiveFlow {
+    /// The number of its listener.
+    pub(crate) listener: usize,
+    /// Who sends to it.
+    pub(crate) client: SocketAddr,
+    /// Which of our addresses it sends to, if that is known.
+    pub(crate) local: Option<LocalAddr>,
+    /// Whether the client has gone on after an answer.
+    pub(crate) is_established: bool,
+    /// Connected to the backend.
+    pub(crate) socket: Arc<OwnedFd>,
 }
 
 /// What a socket is watched for.
@@ -89,14 +105,24 @@ impl Flow {
         drop(set_buffers(socket.as_fd(), RECEIVE_BUFFER, SEND_BUFFER));
         drop(receive_trains(socket.as_fd()));
         socket.connect(&addr.into())?;
-        Ok(Self {
-            socket: socket.into(),
+        Ok(Self::adopt(Arc::new(socket.into()), route))
+    }
+
+    /// Goes on with a flow whose socket is connected, to whatever backend.
+    pub(super) fn adopt(socket: Arc<OwnedFd>, route: &Arc<Route>) -> Self {
+        Self {
+            socket,
             trains_in: true,
             trains_out: true,
             is_waiting: false,
             backlog: Backlog::default(),
             _place: FlowPlace::take(route),
-        })
+        }
+    }
+
+    /// Its socket, to be passed on.
+    pub(super) fn socket(&self) -> Arc<OwnedFd> {
+        self.socket.clone()
     }
 
     /// Sends the datagrams in some slots of `batch` to the backend. Gives `true` if from now on

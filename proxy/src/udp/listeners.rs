@@ -27,6 +27,8 @@ pub(super) struct Listener {
     pub(super) route: Arc<Route>,
     /// When it is closed, if it was released.
     closing: Option<Instant>,
+    /// Whether its datagrams are left to another process, or to later.
+    pub(super) is_paused: bool,
     backlog: Backlog,
     /// Flows whose answers wait until there is room, next in turn first; some may be over.
     pub(super) waiting: VecDeque<FlowId>,
@@ -55,7 +57,7 @@ impl Listener {
 
     /// What its socket has to be watched for now.
     pub(super) fn wanted(&self) -> Wanted {
-        Wanted { receive: true, send: self.is_crowded() }
+        Wanted { receive: !self.is_paused, send: self.is_crowded() }
     }
 }
 
@@ -93,7 +95,7 @@ impl Listeners {
             }
             none => {
                 let (backlog, waiting) = (Backlog::default(), VecDeque::new());
-                *none = Some(Listener { port, route, closing: None, backlog, waiting });
+                *none = Some(Listener { port, route, closing: None, is_paused: false, backlog, waiting });
                 false
             }
         }
@@ -127,6 +129,18 @@ impl Listeners {
             slots[*number] = None;
         }
         over
+    }
+
+    /// All that are served, with their numbers: not those on their way out.
+    pub(super) fn iter_served(&mut self) -> impl Iterator<Item = (usize, &mut Listener)> {
+        let listeners = self.slots.iter_mut().enumerate();
+        let served = listeners.filter_map(|(number, slot)| Some((number, slot.as_mut()?)));
+        served.filter(|(_number, listener)| !listener.is_closing())
+    }
+
+    /// Closes those that are served. Their flows have to be gone.
+    pub(super) fn close_served(&mut self) {
+        self.slots.iter_mut().for_each(|slot| drop(slot.take_if(|listener| !listener.is_closing())));
     }
 
     /// The listener at `number`, unless it is gone or not known yet.

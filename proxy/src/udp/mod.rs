@@ -7,6 +7,7 @@
 //! refuses.
 
 mod flow;
+mod handover;
 mod listeners;
 mod payload;
 pub(crate) mod relay;
@@ -14,3 +15,5 @@ mod send;
 pub(crate) mod stale;
 mod table;
 mod train;
+
+pub(crate) use self::flow::LiveFlow;

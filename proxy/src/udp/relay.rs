@@ -29,7 +29,7 @@ use crate::log_limit::LogLimit;
 use crate::poll::{PORT, Poll};
 use crate::service::Route;
 use crate::stats::Trouble;
-use crate::task::{Order, Orders};
+use crate::task::{FlowOrder, Order, Orders};
 
 /// Sockets looked after in one turn.
 const EVENTS: usize = 256;
@@ -55,10 +55,10 @@ const RESERVED_DESCRIPTORS: usize = 64;
 
 /// All UDP mappings of a process.
 pub(crate) struct UdpRelay {
-    poll: Poll,
+    pub(super) poll: Poll,
     orders: Orders,
-    listeners: Listeners,
-    table: FlowTable<FlowKey, Flow>,
+    pub(super) listeners: Listeners,
+    pub(super) table: FlowTable<FlowKey, Flow>,
     /// Made when the first datagram arrives: an idle mapping has no buffers.
     batch: Option<Box<RecvBatch>>,
     /// Which flow the datagram in each slot of the batch belongs to.
@@ -132,6 +132,10 @@ impl UdpRelay {
                 // Whoever asked may not wait for it.
                 done.send(()).ok();
             }
+            Order::Leave => self.leave(),
+            Order::Flows(FlowOrder::Pause(tell)) => drop(tell.send(self.pause())),
+            Order::Flows(FlowOrder::Resume) => self.resume(),
+            Order::Flows(FlowOrder::Adopt(flows)) => self.adopt(flows),
         }
     }
 
@@ -201,6 +205,9 @@ impl UdpRelay {
         }
         if ready.contains(EpollFlags::EPOLLOUT) {
             self.serve_waiting(index, batch, now);
+        }
+        if self.listeners[index].is_paused {
+            return;
         }
         for _ in 0..LISTENER_BATCHES {
             match batch.recv(self.listeners[index].as_fd(), 0, BATCH, true) {
@@ -475,7 +482,7 @@ fn local_ports() -> usize {
 
 /// Which socket an event of the epoll instance is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Token {
+pub(super) enum Token {
     Listener(usize),
     Flow(FlowId),
 }
@@ -497,13 +504,13 @@ impl Token {
 }
 
 /// Changes what a socket is watched for.
-fn interest(epoll: &Epoll, socket: BorrowedFd<'_>, token: Token, wanted: Wanted) {
+pub(super) fn interest(epoll: &Epoll, socket: BorrowedFd<'_>, token: Token, wanted: Wanted) {
     if let Err(error) = epoll.modify(socket, &mut event(token, wanted)) {
         error!(%error, ?token, "cannot change what a UDP socket is watched for");
     }
 }
 
-fn event(token: Token, wanted: Wanted) -> EpollEvent {
+pub(super) fn event(token: Token, wanted: Wanted) -> EpollEvent {
     let mut flags = EpollFlags::empty();
     flags.set(EpollFlags::EPOLLIN, wanted.receive);
     flags.set(EpollFlags::EPOLLOUT, wanted.send);

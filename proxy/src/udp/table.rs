@@ -231,6 +231,23 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
         self.link(id.slot);
     }
 
+    /// Whether the flow `id` is there and established.
+    pub(super) fn is_established(&self, id: FlowId) -> bool {
+        self.get(id).is_some() && matches!(self.lists_of(id.slot), Some((_, Standing::Established)))
+    }
+
+    /// Makes the flow `id` established, as if its client had gone on after an answer.
+    pub(super) fn establish(&mut self, id: FlowId) {
+        if self.get(id).is_none() {
+            return;
+        }
+        self.unlink(id.slot);
+        if let Some(used) = &mut self.slots[id.slot as usize].used {
+            used.standing = Standing::Established;
+        }
+        self.link(id.slot);
+    }
+
     /// Takes a flow out that has been idle for too long at `now`; call it until it gives `None`.
     pub(super) fn expire(&mut self, now: Instant) -> Option<F> {
         let oldest = self.oldest()?;

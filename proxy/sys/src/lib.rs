@@ -7,6 +7,8 @@ mod cmsg;
 pub mod conntrack;
 pub mod fd;
 pub mod memory;
+pub mod pass;
+pub mod process;
 pub mod seccomp;
 pub mod socket;
 pub mod udp;

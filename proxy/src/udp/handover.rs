@@ -1,0 +1,109 @@
+//! How flows go over to another process, and come from one.
+
+use std::collections::HashSet;
+use std::io;
+use std::os::fd::AsFd;
+use std::time::Instant;
+
+use tracing::warn;
+
+use super::flow::{Flow, FlowKey, LiveFlow, Wanted};
+use super::relay::{Token, UdpRelay, event, interest};
+use super::table::FlowId;
+use crate::log_limit::LogLimit;
+
+impl UdpRelay {
+    /// Leaves all datagrams in the kernel, and gives the flows there are, as they are from now on. Listeners
+    /// on their way out, and their flows, go on. So does what waits for room to be sent.
+    pub(super) fn pause(&mut self) -> Vec<LiveFlow> {
+        self.pause_listeners(true);
+        let flows = self.paused_flows().into_iter().filter_map(|id| {
+            let is_established = self.table.is_established(id);
+            let (key, flow) = self.table.get_mut(id)?;
+            // As one that waits for its listener, which resuming makes it.
+            flow.is_waiting = true;
+            interest(self.poll.epoll(), flow.as_fd(), Token::Flow(id), flow.wanted());
+            let FlowKey { listener, client, local } = *key;
+            let listener = listener as usize;
+            Some(LiveFlow { listener, client, local, is_established, socket: flow.socket() })
+        });
+        flows.collect()
+    }
+
+    /// Goes on as if nothing had been.
+    pub(super) fn resume(&mut self) {
+        for id in self.paused_flows() {
+            if let Some((key, _flow)) = self.table.get(id) {
+                self.listeners[key.listener as usize].waiting.push_back(id);
+            }
+        }
+        self.pause_listeners(false);
+    }
+
+    /// Gives up what is paused.
+    pub(super) fn leave(&mut self) {
+        for id in self.paused_flows() {
+            let Some(flow) = self.table.remove(id) else { continue };
+            // The other process has the socket open, and then closing it does not end the reports.
+            if let Err(error) = self.poll.epoll().delete(flow.as_fd()) {
+                warn!(%error, "a flow was not watched");
+            }
+        }
+        self.listeners.close_served();
+    }
+
+    /// Serves flows that another process served before. One that cannot be is as one that is new: its
+    /// client's next datagram opens it.
+    pub(super) fn adopt(&mut self, flows: Vec<LiveFlow>) {
+        static FAILED: LogLimit = LogLimit::new();
+
+        let now = Instant::now();
+        for flow in flows {
+            let client = flow.client;
+            if let Err(error) = self.adopt_one(flow, now)
+                && let Some(suppressed) = FAILED.permit()
+            {
+                warn!(%client, %error, suppressed, "cannot take a flow over");
+            }
+        }
+    }
+
+    fn adopt_one(&mut self, flow: LiveFlow, now: Instant) -> io::Result<()> {
+        let LiveFlow { listener, client, local, is_established, socket } = flow;
+        let number = u32::try_from(listener).unwrap_or(u32::MAX);
+        let key = FlowKey::new(number, client, local);
+        let Some(listener) = self.listeners.get_mut(listener) else { return Ok(()) };
+        if self.table.find(&key).is_some() {
+            return Ok(());
+        }
+        let flow = Flow::adopt(socket, &listener.route.clone());
+        drop(self.table.make_room(client.ip()));
+        let id = self.table.next_id();
+        self.poll.epoll().add(&flow, event(Token::Flow(id), Wanted::RECEIVE))?;
+        self.table.insert(key, client.ip(), flow, now);
+        if is_established {
+            self.table.establish(id);
+        }
+        Ok(())
+    }
+
+    fn pause_listeners(&mut self, is_paused: bool) {
+        let epoll = self.poll.epoll();
+        for (number, listener) in self.listeners.iter_served() {
+            listener.is_paused = is_paused;
+            if is_paused {
+                // All flows are about to wait.
+                listener.waiting.clear();
+            }
+            interest(epoll, listener.as_fd(), Token::Listener(number), listener.wanted());
+        }
+    }
+
+    fn paused_flows(&mut self) -> Vec<FlowId> {
+        let served = self.listeners.iter_served();
+        let paused = served.filter(|(_number, listener)| listener.is_paused);
+        let paused: HashSet<usize> = paused.map(|(number, _listener)| number).collect();
+        let flows = self.table.iter().filter(|(_id, key, _at)| paused.contains(&(key.listener as usize)));
+        flows.map(|(id, _key, _at)| id).collect()
+    }
+}

@@ -1,0 +1,221 @@
+//! The launcher: a small process beside a confined one, which can do for it the one thing that it has to give
+//! up, namely to start its program anew.
+//!
+//! It is forked first of all, and so keeps the arguments, environment, directory, user and limits that the
+//! program was started with. It takes no signals: it ends when the process that it serves does, however that
+//! comes about, and a new process that was not kept by then goes with it.
+
+use std::env;
+use std::io::{self, Read, Write};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
+use std::path::{Path, PathBuf};
+use std::process::{self, Child, Command, ExitStatus};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{F_SETFD, FdFlag, fcntl};
+use rproxy_sys::fd::claim_inherited;
+use rproxy_sys::pass::send_descriptors;
+use rproxy_sys::process::fork_alone;
+
+use super::channel::Channel;
+
+/// Tells a process that is to take over which process started it, and the descriptor of its channel: as
+/// `4711:3`. It means nothing to one with another parent, which may have inherited it.
+const VARIABLE: &str = "RPROXY_TAKE_OVER";
+
+/// What systemd says about the process that it started itself.
+const OF_ONE_PROCESS: [&str; 4] = ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID"];
+
+/// The name of the process in lists; 15 bytes at the most (`PR_SET_NAME`, prctl(2)).
+const NAME: &std::ffi::CStr = c"rproxy-launcher";
+
+/// How long a process that was given up may take to end by itself, which tells more than a kill.
+const GRACE: Duration = Duration::from_secs(1);
+
+/// What is asked for, as one byte.
+const START: u8 = b's';
+const KEEP: u8 = b'k';
+const END: u8 = b'e';
+
+/// The launcher, as the process sees it that it serves.
+#[derive(Debug)]
+pub struct Launcher {
+    socket: UnixStream,
+    /// What it starts.
+    pub(super) program: PathBuf,
+}
+
+impl Launcher {
+    /// Forks the launcher. To be called before this process has threads or anything that a child should not
+    /// have.
+    ///
+    /// # Errors
+    /// Those of readlink(2) for `/proc/self/exe`, socketpair(2) and fork(2).
+    pub fn start() -> io::Result<Self> {
+        let program = program(env::current_exe()?);
+        let (socket, its) = UnixStream::pair()?;
+        fork_alone(its.into(), |socket| serve(socket.into(), &program))?;
+        Ok(Self { socket, program })
+    }
+
+    /// A way to ask it for something.
+    ///
+    /// # Errors
+    /// Those of dup(2) and epoll_ctl(2).
+    pub(super) fn ask(&self) -> io::Result<Asked> {
+        Channel::new(self.socket.try_clone()?).map(Asked)
+    }
+}
+
+/// The path that a newer program has taken, or will take.
+fn program(running: PathBuf) -> PathBuf {
+    let is_replaced = running.to_str().and_then(|path| path.strip_suffix(" (deleted)"));
+    is_replaced.map_or_else(|| running.clone(), PathBuf::from)
+}
+
+/// The launcher, as it is asked.
+pub(super) struct Asked(Channel);
+
+impl Asked {
+    /// Starts a new process. Gives its id and the socket whose other end it has, or what execve(2) answered.
+    ///
+    /// # Errors
+    /// The launcher is gone.
+    pub(super) async fn start(&self) -> io::Result<io::Result<(u32, OwnedFd)>> {
+        self.0.write(&[START]).await?;
+        match self.number().await? {
+            0 => {
+                let process = self.number().await?.unsigned_abs();
+                let socket = self.0.receive_descriptors(1).await?.pop();
+                Ok(Ok((process, socket.ok_or(io::ErrorKind::InvalidData)?)))
+            }
+            errno => Ok(Err(io::Error::from_raw_os_error(errno))),
+        }
+    }
+
+    /// Lets the new process live. The launcher is not needed any more, and ends.
+    ///
+    /// # Errors
+    /// The launcher is gone.
+    pub(super) fn keep(&self) -> io::Result<()> {
+        self.0.write_at_once(&[KEEP])
+    }
+
+    /// Ends the new process, unless it ends by itself in a moment. Says how it has ended.
+    ///
+    /// # Errors
+    /// The launcher is gone.
+    pub(super) async fn end(&self) -> io::Result<ExitStatus> {
+        self.0.write(&[END]).await?;
+        Ok(ExitStatus::from_raw(self.number().await?))
+    }
+
+    async fn number(&self) -> io::Result<i32> {
+        let mut number = [0; 4];
+        self.0.read(&mut number).await?;
+        Ok(i32::from_ne_bytes(number))
+    }
+}
+
+/// Does what it is asked to until the other side ends.
+fn serve(mut socket: UnixStream, program: &Path) {
+    // A name helps people, and nothing else.
+    rustix::thread::set_name(NAME).ok();
+    let mut started = Started(None);
+    let mut request = [0];
+    while matches!(socket.read(&mut request), Ok(1)) {
+        let answered = match request[0] {
+            START => start(program, &mut started, &mut socket),
+            KEEP => {
+                // It belongs to whoever adopts orphans, as any service does.
+                started.0 = None;
+                return;
+            }
+            END => tell(&mut socket, started.end().map_or(0, ExitStatus::into_raw)),
+            _ => return,
+        };
+        if answered.is_err() {
+            return;
+        }
+    }
+}
+
+fn start(program: &Path, started: &mut Started, socket: &mut UnixStream) -> io::Result<()> {
+    started.end();
+    let (child, its_other_end) = match spawn(program) {
+        Ok(spawned) => spawned,
+        Err(error) => return tell(socket, error.raw_os_error().unwrap_or(nix::libc::EIO)),
+    };
+    let process = child.id().cast_signed();
+    started.0 = Some(child);
+    tell(socket, 0)?;
+    tell(socket, process)?;
+    send_descriptors(socket.as_fd(), &[its_other_end.as_fd()])
+}
+
+fn tell(socket: &mut UnixStream, number: i32) -> io::Result<()> {
+    socket.write_all(&number.to_ne_bytes())
+}
+
+/// Starts the program as it was started before, with one end of a channel. Gives the other end.
+fn spawn(program: &Path) -> io::Result<(Child, UnixStream)> {
+    let (own, its) = UnixStream::pair()?;
+    fcntl(&its, F_SETFD(FdFlag::empty()))?;
+    let mut arguments = env::args_os();
+    let mut command = Command::new(program);
+    command.arg0(arguments.next().unwrap_or_else(|| program.into())).args(arguments);
+    for variable in OF_ONE_PROCESS {
+        command.env_remove(variable);
+    }
+    command.env(VARIABLE, format!("{}:{}", process::id(), its.as_raw_fd()));
+    Ok((command.spawn()?, own))
+}
+
+/// The channel to the process that this one is to take over from, if it was started for that. To be called
+/// before anything else opens a file.
+pub(super) fn claim_channel() -> Option<io::Result<OwnedFd>> {
+    let value = env::var(VARIABLE).ok()?;
+    let (parent, descriptor) = value.split_once(':')?;
+    let is_for_this = parent.parse() == Ok(std::os::unix::process::parent_id());
+    is_for_this.then(|| claim_inherited(descriptor.parse().unwrap_or(-1)))
+}
+
+/// A process that was started, and not kept yet. Dropping this ends it.
+struct Started(Option<Child>);
+
+impl Started {
+    fn end(&mut self) -> Option<ExitStatus> {
+        let mut child = self.0.take()?;
+        let deadline = Instant::now() + GRACE;
+        while Instant::now() < deadline {
+            if let Ok(Some(status)) = child.try_wait() {
+                return Some(status);
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        // It may be faster.
+        drop(child.kill());
+        child.wait().ok()
+    }
+}
+
+impl Drop for Started {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_program_that_was_replaced_is_looked_for_at_its_path() {
+        for (link, path) in [("/opt/rproxy", "/opt/rproxy"), ("/opt/rproxy (deleted)", "/opt/rproxy")] {
+            assert_eq!(program(link.into()), Path::new(path));
+        }
+    }
+}

@@ -1,0 +1,249 @@
+//! The new process's side of an upgrade.
+
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use nix::fcntl::{F_GETFL, OFlag, fcntl};
+use socket2::{Domain, SockRef, Type};
+use tokio::time::timeout;
+
+use super::channel::Channel;
+use super::launcher::claim_channel;
+use super::{Flows, Hello, Offer, OfferedFlow, UpgradeError, VERSION, Word};
+use crate::addr::HostAddr;
+use crate::bound::{Bound, BoundPort};
+use crate::control::socket::ControlSocket;
+use crate::listen::Listener;
+use crate::mapping::{Forward, Mapping};
+use crate::name::Name;
+use crate::server::Server;
+use crate::udp::LiveFlow;
+
+/// How long the old process may take for its next step. It gives us no more in all.
+const PATIENCE: Duration = Duration::from_secs(15);
+
+/// The process that served before. It serves on if this is dropped before [`Predecessor::serve`] is done.
+pub struct Predecessor {
+    channel: Channel,
+    /// Those of the mappings, in the order of the offer.
+    names: Vec<Name>,
+}
+
+/// What a process serves, before it does.
+pub struct Sockets {
+    /// The mappings, with their sockets.
+    pub bound: Vec<Bound>,
+    /// The control socket.
+    pub control: Option<ControlSocket>,
+    /// The process that has them too, if there is one.
+    pub predecessor: Option<Predecessor>,
+}
+
+/// The socket to the process that this one was started to take over from, if it was. To be called before
+/// anything else opens a file.
+///
+/// # Errors
+/// [`UpgradeError`]: it was, but there is none.
+pub fn claim() -> Result<Option<OwnedFd>, UpgradeError> {
+    claim_channel().transpose().map_err(UpgradeError::talk("find the old process"))
+}
+
+/// Receives what the process at the other end of `socket` serves. `fixed` are the mappings that it has to be,
+/// if no others may be served, and `control` is where the control socket has to be.
+///
+/// # Errors
+/// [`UpgradeError`]
+///
+/// # Panics
+/// Outside a tokio runtime.
+pub async fn take_over(
+    socket: OwnedFd,
+    fixed: Option<&[Mapping]>,
+    control: Option<&Path>,
+) -> Result<Sockets, UpgradeError> {
+    let channel = Channel::new(socket).map_err(UpgradeError::talk("talk to the old process"))?;
+    let Hello { version } = in_time(channel.receive()).await?;
+    if version != VERSION {
+        let reason = format!("it hands over as in version {version}, and this program knows {VERSION}");
+        return Err(UpgradeError::Offer(reason));
+    }
+    let Offer { control: has_control, mappings } = in_time(channel.receive()).await?;
+    let read = mappings.iter().map(|mapping| mapping.read().map_err(refuse));
+    let mappings: Vec<Mapping> = read.collect::<Result<_, _>>()?;
+    if let Some(fixed) = fixed {
+        refuse_others(&mappings, fixed)?;
+    }
+    let names = distinct_names(&mappings)?;
+    if has_control != control.is_some() {
+        return Err(refuse("one of the processes has a control socket, and the other has not"));
+    }
+    let count = usize::from(has_control) + mappings.iter().map(Mapping::sockets).sum::<usize>();
+    let mut sockets = in_time(channel.receive_descriptors(count)).await?.into_iter();
+    let control = match control {
+        Some(path) => {
+            let socket = sockets.next().ok_or_else(|| refuse("it lacks sockets"))?;
+            Some(ControlSocket::adopt(socket, path).map_err(refuse)?)
+        }
+        None => None,
+    };
+    let bound = mappings.into_iter().map(|mapping| adopt(mapping, &mut sockets)).collect::<Result<_, _>>()?;
+    Ok(Sockets { bound, control, predecessor: Some(Predecessor { channel, names }) })
+}
+
+fn refuse(reason: impl ToString) -> UpgradeError {
+    UpgradeError::Offer(reason.to_string())
+}
+
+/// Refuses mappings that the command line does not ask for.
+fn refuse_others(offered: &[Mapping], fixed: &[Mapping]) -> Result<(), UpgradeError> {
+    let other = offered.iter().find(|mapping| !fixed.contains(mapping));
+    match other {
+        Some(other) => Err(refuse(format!("its mapping {other} is not one of the command line"))),
+        None if offered.len() != fixed.len() => Err(refuse("it does not serve all of the command line")),
+        None => Ok(()),
+    }
+}
+
+fn distinct_names(mappings: &[Mapping]) -> Result<Vec<Name>, UpgradeError> {
+    let names: Vec<Name> = mappings.iter().map(Mapping::name).collect();
+    let mut sorted: Vec<&Name> = names.iter().collect();
+    sorted.sort_unstable();
+    match sorted.windows(2).find(|two| two[0] == two[1]) {
+        Some(two) => Err(refuse(format!("two mappings are called {}", two[0]))),
+        None => Ok(names),
+    }
+}
+
+/// The mapping on its sockets, which may listen elsewhere than it asks for: see `activation`.
+fn adopt(mapping: Mapping, sockets: impl Iterator<Item = OwnedFd>) -> Result<Bound, UpgradeError> {
+    let adopt = |(forward, socket): (Forward, OwnedFd)| {
+        let wrong = |error: &dyn std::fmt::Display| refuse(format!("the socket of {forward}: {error}"));
+        let listener = Listener::adopt(socket, forward.protocol).map_err(|error| wrong(&error))?;
+        let addr = listener.local_addr().map_err(|error| wrong(&error))?;
+        let forward = Forward { host: HostAddr::new(addr, addr.port()), ..forward };
+        Ok(BoundPort::adopt(forward.refuse_loop().map_err(|error| wrong(&error))?, listener))
+    };
+    // First the ports: `zip` takes a socket only if there is one for it.
+    let ports = mapping.forwards().zip(sockets).map(adopt).collect::<Result<_, UpgradeError>>()?;
+    Ok(Bound { mapping, ports })
+}
+
+impl Predecessor {
+    /// Says that all is prepared, and serves what `server` was prepared for. The old process does so no more
+    /// when this returns.
+    ///
+    /// # Errors
+    /// [`UpgradeError`]; then the old process serves on, and this one must not.
+    pub async fn serve(self, server: &Server) -> Result<(), UpgradeError> {
+        let Self { channel, names } = self;
+        in_time(channel.send(&Word::Prepared)).await?;
+        let listeners = server.udp_listeners_of(&names);
+        let mut flows = Vec::new();
+        loop {
+            let Flows(some) = in_time(channel.receive()).await?;
+            if some.is_empty() {
+                break;
+            }
+            let sockets = in_time(channel.receive_descriptors(some.len())).await?;
+            for (offered, socket) in some.into_iter().zip(sockets) {
+                flows.push(live(&offered, socket, &listeners)?);
+            }
+        }
+        server.serve_all(flows);
+        server.until_responsive().await;
+        in_time(channel.send(&Word::Serving)).await?;
+        match in_time(channel.receive()).await? {
+            Word::Yours => Ok(()),
+            word => Err(refuse(format!("it said {word:?}"))),
+        }
+    }
+}
+
+/// A flow of one of the `listeners`, which are in the order of the offer.
+fn live(
+    offered: &OfferedFlow,
+    socket: OwnedFd,
+    listeners: &[Option<usize>],
+) -> Result<LiveFlow, UpgradeError> {
+    let listener = listeners.get(offered.socket).copied().flatten();
+    let listener = listener.ok_or_else(|| refuse("a flow of no UDP socket"))?;
+    refuse_unconnected(&socket)
+        .map_err(|error| refuse(format!("the flow of {}: {error}", offered.client)))?;
+    let OfferedFlow { client, established: is_established, .. } = *offered;
+    Ok(LiveFlow { listener, client, local: offered.local(), is_established, socket: Arc::new(socket) })
+}
+
+/// Refuses what is no non-blocking UDP socket with a peer.
+fn refuse_unconnected(socket: &OwnedFd) -> io::Result<()> {
+    let flags = OFlag::from_bits_retain(fcntl(socket, F_GETFL)?);
+    let socket = SockRef::from(socket);
+    let peer = socket.peer_addr()?;
+    let is_one = socket.r#type()? == Type::DGRAM
+        && matches!(peer.domain(), Domain::IPV4 | Domain::IPV6)
+        && flags.contains(OFlag::O_NONBLOCK);
+    if is_one { Ok(()) } else { Err(io::Error::other("not a socket of a flow")) }
+}
+
+/// What the old process says, if it goes on to do so.
+async fn in_time<T>(step: impl Future<Output = io::Result<T>>) -> Result<T, UpgradeError> {
+    let talked = timeout(PATIENCE, step).await.unwrap_or_else(|late| Err(late.into()));
+    talked.map_err(UpgradeError::talk("talk to the old process"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, UdpSocket};
+
+    use super::*;
+    use crate::control::wire::WireMapping;
+
+    fn mapping(json: &str) -> Mapping {
+        serde_json::from_str::<WireMapping>(json).unwrap().read().unwrap()
+    }
+
+    #[test]
+    fn fixed_mappings_are_all_there_and_no_others() {
+        let [web, dns] = [r#""web""#, r#""dns""#].map(|name| {
+            mapping(&format!(r#"{{"name":{name},"host_ports":"80","to":"192.0.2.1","to_ports":"80"}}"#))
+        });
+        let both = [web.clone(), dns.clone()];
+        assert!(refuse_others(&both, &[dns.clone(), web.clone()]).is_ok());
+        for (offered, fixed) in [(&both[..], &both[..1]), (&both[..1], &both[..])] {
+            refuse_others(offered, fixed).unwrap_err();
+        }
+        distinct_names(&[web.clone(), dns]).unwrap();
+        distinct_names(&[web.clone(), web]).unwrap_err();
+    }
+
+    #[test]
+    fn sockets_have_to_be_what_their_mapping_says() {
+        let tcp = || OwnedFd::from(TcpListener::bind("127.0.0.1:0").unwrap());
+        let udp = || OwnedFd::from(UdpSocket::bind("127.0.0.1:0").unwrap());
+        let both = || mapping(r#"{"to":"192.0.2.1","to_ports":"80","proto":"tcp+udp"}"#);
+        assert_eq!(adopt(both(), [tcp(), udp()].into_iter()).unwrap().ports.len(), 2);
+        for sockets in [vec![udp(), tcp()], vec![std::fs::File::open("/dev/null").unwrap().into()]] {
+            adopt(both(), sockets.into_iter()).unwrap_err();
+        }
+        // Where it really listens, it would lead to itself.
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let port = listener.local_addr().unwrap().port();
+        let to_itself = mapping(&format!(r#"{{"to":"127.0.0.1","to_ports":"{port}"}}"#));
+        adopt(to_itself, [listener.into()].into_iter()).unwrap_err();
+    }
+
+    #[test]
+    fn a_flow_is_a_connected_socket_that_does_not_block() {
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let connected = UdpSocket::bind("127.0.0.1:0").unwrap();
+        connected.connect(socket.local_addr().unwrap()).unwrap();
+        let blocking = OwnedFd::from(connected.try_clone().unwrap());
+        refuse_unconnected(&blocking).unwrap_err();
+        connected.set_nonblocking(true).unwrap();
+        refuse_unconnected(&connected.into()).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        refuse_unconnected(&socket.into()).unwrap_err();
+    }
+}

@@ -1,0 +1,214 @@
+//! The old process's side of an upgrade.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::Duration;
+
+use rproxy_sys::pass::MOST;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::time::timeout;
+use tracing::{error, info, warn};
+
+use super::channel::Channel;
+use super::launcher::{Asked, Launcher};
+use super::{Flows, Hello, Offer, OfferedFlow, UpgradeError, VERSION, Word};
+use crate::control::wire::WireMapping;
+use crate::server::Server;
+use crate::systemd;
+use crate::udp::LiveFlow;
+
+/// How long the new process may take until it is prepared.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long it may take to serve then, while datagrams wait. Nothing is left that could take long.
+const PAUSE: Duration = Duration::from_secs(2);
+
+/// How long the launcher may take for an answer; it gives a process a second to end.
+const LAUNCHER_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What it takes to be upgraded.
+#[derive(Debug)]
+pub struct Upgrade {
+    asked: Signal,
+    launcher: Result<Launcher, String>,
+}
+
+impl Upgrade {
+    /// Catches `SIGUSR2` from now on.
+    ///
+    /// # Errors
+    /// What sigaction(2) answered.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn catch(launcher: io::Result<Launcher>) -> io::Result<Self> {
+        let launcher = launcher.map_err(|error| error.to_string());
+        Ok(Self { asked: signal(SignalKind::user_defined2())?, launcher })
+    }
+
+    /// Waits for the signal.
+    pub(crate) async fn asked(&mut self) {
+        self.asked.recv().await;
+    }
+
+    /// Lets a new process serve in place of this one. Gives whether it does; if not, or if this is dropped
+    /// before, this process serves as it did.
+    pub(crate) async fn carry_out(&mut self, server: &Server, control: Option<BorrowedFd<'_>>) -> bool {
+        info!("a new process is to take over");
+        let Self { asked, launcher } = self;
+        // Needed rarely, and long.
+        let mut attempt = Box::pin(attempt(launcher, server, control));
+        loop {
+            tokio::select! {
+                Some(()) = asked.recv() => warn!("an upgrade is under way; another one has to wait for it"),
+                result = &mut attempt => match result {
+                    Ok(process) => {
+                        info!(process, "a new process has taken over");
+                        return true;
+                    }
+                    Err(error) => {
+                        error!(%error, "not upgraded; this process serves on");
+                        return false;
+                    }
+                },
+            }
+        }
+    }
+}
+
+async fn attempt(
+    launcher: &mut Result<Launcher, String>,
+    server: &Server,
+    control: Option<BorrowedFd<'_>>,
+) -> Result<u32, UpgradeError> {
+    if std::process::id() == 1 {
+        return Err(UpgradeError::Init);
+    }
+    let there = launcher.as_ref().map_err(|reason| UpgradeError::NoLauncher(reason.clone()))?;
+    let asked = there.ask().map_err(UpgradeError::talk("ask for a new process"))?;
+    let result = match Successor::start(there, asked).await {
+        Ok(successor) => match successor.take_over(server, control).await {
+            Ok(()) => Ok(successor.process),
+            Err(error) => Err(successor.end(error).await),
+        },
+        Err(error) => Err(error),
+    };
+    if let Err(UpgradeError::NoLauncher(reason)) = &result {
+        // An answer that comes late after all would be taken for that to another question.
+        *launcher = Err(reason.clone());
+    }
+    result
+}
+
+/// A new process that has not taken over yet.
+struct Successor {
+    process: u32,
+    channel: Channel,
+    launcher: Asked,
+}
+
+impl Successor {
+    async fn start(launcher: &Launcher, asked: Asked) -> Result<Self, UpgradeError> {
+        let program = launcher.program.clone();
+        let started = answer(asked.start()).await?;
+        let (process, socket) = started.map_err(|source| UpgradeError::Start { program, source })?;
+        let channel = Channel::new(socket).map_err(UpgradeError::talk("talk to the new process"))?;
+        Ok(Self { process, channel, launcher: asked })
+    }
+
+    /// Everything until this process may stop to serve.
+    async fn take_over(&self, server: &Server, control: Option<BorrowedFd<'_>>) -> Result<(), UpgradeError> {
+        in_time(PATIENCE, "prepare itself", self.offer(server, control)).await?;
+        let paused = Paused(server);
+        let flows = server.pause().await;
+        in_time(PAUSE, "serve", self.pass_on(server, &flows)).await?;
+        std::mem::forget(paused);
+        // From here on nothing waits, so that nothing can come between. Whatever fails, the new process serves.
+        drop(self.launcher.keep());
+        systemd::main_process(self.process);
+        drop(self.channel.send_at_once(&Word::Yours));
+        Ok(())
+    }
+
+    async fn offer(&self, server: &Server, control: Option<BorrowedFd<'_>>) -> io::Result<()> {
+        self.channel.send(&Hello { version: VERSION }).await?;
+        let mappings = server.registry().iter().map(|(_name, served)| WireMapping::of(served.mapping()));
+        self.channel.send(&Offer { control: control.is_some(), mappings: mappings.collect() }).await?;
+        let descriptors: Vec<BorrowedFd<'_>> = control.into_iter().chain(server.sockets()).collect();
+        self.channel.send_descriptors(&descriptors).await?;
+        self.expect(Word::Prepared).await
+    }
+
+    async fn pass_on(&self, server: &Server, flows: &[LiveFlow]) -> io::Result<()> {
+        let numbers: HashMap<usize, usize> = server.udp_listeners().collect();
+        let offered: Vec<_> = flows.iter().filter_map(|flow| offered(flow, &numbers)).collect();
+        for some in offered.chunks(MOST) {
+            let (flows, descriptors): (Vec<_>, Vec<_>) = some.iter().copied().unzip();
+            self.channel.send(&Flows(flows)).await?;
+            self.channel.send_descriptors(&descriptors).await?;
+        }
+        self.channel.send(&Flows(Vec::new())).await?;
+        self.expect(Word::Serving).await
+    }
+
+    async fn expect(&self, expected: Word) -> io::Result<()> {
+        let word: Word = self.channel.receive().await?;
+        let unexpected = || io::Error::new(io::ErrorKind::InvalidData, format!("it said {word:?}"));
+        if word == expected { Ok(()) } else { Err(unexpected()) }
+    }
+
+    /// Ends the new process because of `error`, or says why it ended itself.
+    async fn end(self, error: UpgradeError) -> UpgradeError {
+        let Self { channel, launcher, .. } = self;
+        // To a process that waits for us, this is reason enough.
+        drop(channel);
+        match (answer(launcher.end()).await, is_gone(&error)) {
+            (Ok(status), true) => UpgradeError::Ended(status),
+            (Err(no_launcher), _) => no_launcher,
+            _ => error,
+        }
+    }
+}
+
+/// A flow of one of the sockets offered, whose numbers are found by those of listeners.
+fn offered<'a>(flow: &'a LiveFlow, numbers: &HashMap<usize, usize>) -> Option<(OfferedFlow, BorrowedFd<'a>)> {
+    let LiveFlow { listener, client, local, is_established, socket } = flow;
+    let local = local.map(|local| (local.ip, local.interface));
+    let socket_number = *numbers.get(listener)?;
+    let offered = OfferedFlow { socket: socket_number, client: *client, local, established: *is_established };
+    Some((offered, socket.as_fd()))
+}
+
+/// Datagrams wait in the kernel until this is dropped.
+struct Paused<'a>(&'a Server);
+
+impl Drop for Paused<'_> {
+    fn drop(&mut self) {
+        self.0.resume();
+    }
+}
+
+/// The answer of the launcher.
+async fn answer<T>(asked: impl Future<Output = io::Result<T>>) -> Result<T, UpgradeError> {
+    let answer = timeout(LAUNCHER_PATIENCE, asked).await.unwrap_or_else(|late| Err(late.into()));
+    answer.map_err(|error| UpgradeError::NoLauncher(error.to_string()))
+}
+
+/// What the new process does, for `patience` at the most.
+async fn in_time(
+    patience: Duration,
+    step: &'static str,
+    conversation: impl Future<Output = io::Result<()>>,
+) -> Result<(), UpgradeError> {
+    let late = |_elapsed| UpgradeError::Late { step, seconds: patience.as_secs() };
+    let talked = timeout(patience, conversation).await.map_err(late)?;
+    talked.map_err(UpgradeError::talk("talk to the new process"))
+}
+
+/// Whether the other side has closed the channel, which it does by ending.
+fn is_gone(error: &UpgradeError) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    matches!(error, UpgradeError::Talk { source, .. }
+        if matches!(source.kind(), BrokenPipe | ConnectionReset | UnexpectedEof))
+}

@@ -1,0 +1,79 @@
+//! Descriptors that one process passes to another (`SCM_RIGHTS`, unix(7)).
+#![expect(unsafe_code, reason = "numbers that the kernel made become owned descriptors here")]
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+
+/// The most descriptors of one message (`SCM_MAX_FD` in include/net/scm.h).
+pub const MOST: usize = 253;
+
+/// Sends up to [`MOST`] descriptors along with one byte of a stream.
+///
+/// # Errors
+/// Those of sendmsg(2): `ETOOMANYREFS` if too many are under way.
+pub fn send_descriptors(socket: BorrowedFd<'_>, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    let numbers: Vec<RawFd> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
+    let rights = [ControlMessage::ScmRights(&numbers)];
+    let flags = MsgFlags::MSG_NOSIGNAL;
+    sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(b"d")], &rights, flags, None)?;
+    Ok(())
+}
+
+/// Receives what [`send_descriptors`] sent, close-on-exec. Nothing may be left unread before it.
+///
+/// # Errors
+/// Those of recvmsg(2); `EOF` if the other side is gone; `InvalidData` if not all descriptors could be
+/// had, mostly because there are too many open.
+pub fn receive_descriptors(socket: BorrowedFd<'_>) -> io::Result<Vec<OwnedFd>> {
+    let mut byte = [0];
+    let mut data = [IoSliceMut::new(&mut byte)];
+    let mut space = nix::cmsg_space!([RawFd; MOST]);
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<()>(socket.as_raw_fd(), &mut data, Some(&mut space), flags)?;
+    let numbers = message.cmsgs().into_iter().flatten().flat_map(|control| match control {
+        ControlMessageOwned::ScmRights(numbers) => numbers,
+        _ => Vec::new(),
+    });
+    // SAFETY: the kernel has just opened these descriptors for this process, and nobody else knows them.
+    let descriptors = numbers.map(|number| unsafe { OwnedFd::from_raw_fd(number) }).collect();
+    if message.bytes == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    if message.flags.contains(MsgFlags::MSG_CTRUNC) {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "some descriptors could not be received"));
+    }
+    Ok(descriptors)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::Read;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+
+    use nix::fcntl::{F_GETFD, FdFlag, fcntl};
+
+    use super::*;
+
+    #[test]
+    fn descriptors_arrive_open_and_close_on_exec() {
+        let (one, other) = UnixStream::pair().unwrap();
+        let files: Vec<File> = (0..MOST).map(|_| File::open("/dev/zero").unwrap()).collect();
+        let borrowed: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        send_descriptors(one.as_fd(), &borrowed).unwrap();
+        drop(files);
+        let received = receive_descriptors(other.as_fd()).unwrap();
+        assert_eq!(received.len(), MOST);
+        for descriptor in received {
+            let flags = FdFlag::from_bits_retain(fcntl(&descriptor, F_GETFD).unwrap());
+            assert!(flags.contains(FdFlag::FD_CLOEXEC));
+            File::from(descriptor).read_exact(&mut [0; 8]).unwrap();
+        }
+        drop(one);
+        let gone = receive_descriptors(other.as_fd()).unwrap_err();
+        assert_eq!(gone.kind(), io::ErrorKind::UnexpectedEof);
+    }
+}

@@ -1,0 +1,148 @@
+//! An `rproxy` whose program can be replaced while it runs, and the processes that take over from it.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Once;
+
+use nix::sys::prctl::set_child_subreaper;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+use crate::eventually;
+use crate::process::{self, Process, Stream};
+use crate::rproxy::rproxy;
+
+/// A program file of its own, which is removed at the end, and before it all processes that run it.
+pub struct Program {
+    dir: TempDir,
+}
+
+impl Default for Program {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Program {
+    /// The release build of `rproxy`, under another path.
+    pub fn new() -> Self {
+        static REAPER: Once = Once::new();
+
+        // Those that have taken over are nobody's children otherwise, and cannot be waited for.
+        REAPER.call_once(|| set_child_subreaper(true).unwrap());
+        // On one file system, so that a link does. A copy would have to be written, and a process that another
+        // case forks meanwhile would have it open, and it could not be run (ETXTBSY).
+        let dir = tempfile::tempdir_in(rproxy().parent().unwrap()).unwrap();
+        fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+        let program = Self { dir };
+        program.repair();
+        program
+    }
+
+    /// Where it is.
+    pub fn path(&self) -> PathBuf {
+        self.dir.path().join("rproxy")
+    }
+
+    /// Where its control socket is, if it gets one.
+    pub fn control(&self) -> PathBuf {
+        self.dir.path().join("control")
+    }
+
+    /// A command that runs it.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(self.path());
+        command.args(arguments);
+        command
+    }
+
+    /// Starts it with these arguments, and waits until it is confined: then it is about to serve.
+    #[track_caller]
+    pub fn start(&self, arguments: &[&str]) -> Process {
+        let process = Process::spawn(self.command(arguments));
+        process.wait_for_line(Stream::Stderr, |line| line.contains("confined"));
+        process
+    }
+
+    /// Runs `rproxy ctl` with these arguments.
+    #[track_caller]
+    pub fn ctl(&self, arguments: &[&str]) -> process::Output {
+        let mut command = Command::new(rproxy());
+        command.args(["ctl", "--control"]).arg(self.control()).args(arguments);
+        process::run(command)
+    }
+
+    /// Puts a shell script in its place.
+    #[track_caller]
+    pub fn replace(&self, script: &str) {
+        // By another process, see above.
+        let write = r#"printf '#!/bin/sh\n%s\n' "$0" >"$1.new" && chmod 755 "$1.new" && mv "$1.new" "$1""#;
+        let mut shell = Command::new("/bin/sh");
+        shell.args(["-c", write, script]).arg(self.path());
+        process::run(shell).success();
+    }
+
+    /// Puts the working program in its place.
+    #[track_caller]
+    pub fn repair(&self) {
+        let new = self.dir.path().join("new");
+        fs::hard_link(rproxy(), &new).unwrap();
+        fs::rename(new, self.path()).unwrap();
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        for pid in running(self.dir.path()) {
+            // It may have ended.
+            kill(pid, Signal::SIGKILL).ok();
+            waitpid(pid, None).ok();
+        }
+    }
+}
+
+/// The processes that run a program in `dir`.
+fn running(dir: &Path) -> Vec<Pid> {
+    let entries = fs::read_dir("/proc").unwrap().filter_map(Result::ok);
+    let pids = entries.filter_map(|entry| Some(Pid::from_raw(entry.file_name().to_str()?.parse().ok()?)));
+    pids.filter(|pid| fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe.starts_with(dir)))
+        .collect()
+}
+
+/// The children of a process that its main thread has started.
+pub fn children(pid: Pid) -> Vec<Pid> {
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
+    children.split_whitespace().map(|child| Pid::from_raw(child.parse().unwrap())).collect()
+}
+
+/// The only child of a server: its launcher.
+#[track_caller]
+pub fn launcher(pid: Pid) -> Pid {
+    let children = children(pid);
+    assert_eq!(children.len(), 1, "{children:?}");
+    children[0]
+}
+
+/// Waits until a process that is not a child of the suite has ended, or one that has become its child.
+#[track_caller]
+pub fn wait_for_end(pid: Pid) {
+    eventually(&format!("process {pid} is gone"), || {
+        waitpid(pid, Some(WaitPidFlag::WNOHANG)).ok();
+        !Path::new(&format!("/proc/{pid}")).exists()
+    });
+}
+
+/// Asks `server` to let a new process take over. `first` captures the output of all of them, since they
+/// inherit it, and `earlier` counts those that took over before. Gives the new one.
+#[track_caller]
+pub fn upgrade(first: &Process, earlier: usize, server: Pid) -> Pid {
+    kill(server, Signal::SIGUSR2).unwrap();
+    let lines = first
+        .wait_for_lines(Stream::Stderr, earlier + 1, |line| line.contains("a new process has taken over"));
+    let process = lines.last().and_then(|line| line.rsplit_once("process=")).unwrap().1;
+    Pid::from_raw(process.trim().parse().unwrap())
+}
