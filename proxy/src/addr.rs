@@ -172,6 +172,12 @@ impl HostAddr {
     }
 }
 
+impl From<SocketAddr> for HostAddr {
+    fn from(addr: SocketAddr) -> Self {
+        Self(canonical(addr))
+    }
+}
+
 impl fmt::Display for HostAddr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
@@ -211,6 +217,11 @@ impl BackendAddr {
             IpAddr::V6(ip) if ip.is_unspecified() => Err(AddrError::NoOne("[::]", "[::1]")),
             _ => Ok(backend),
         }
+    }
+
+    /// The address without the port.
+    pub fn host(self) -> ScopedIp {
+        self.0.into()
     }
 
     /// The socket address to connect to.
@@ -280,10 +291,8 @@ pub enum AddrError {
 
 /// Parses `ADDRESS:PORT` into a canonical socket address.
 fn parse(text: &str) -> Result<SocketAddr, AddrError> {
-    let (address, port) = match text.strip_prefix('[') {
-        Some(rest) => split_brackets(rest)?,
-        None => split_bare(text)?,
-    };
+    let (address, port) = split_port(text)?;
+    let address = address.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(address);
     let port = port.parse().map_err(|_err| AddrError::BadPort(port.to_owned()))?;
     if address.is_empty() {
         return Err(AddrError::MissingAddress(port));
@@ -291,14 +300,23 @@ fn parse(text: &str) -> Result<SocketAddr, AddrError> {
     parse_ip(address, port).map(canonical)
 }
 
-/// Splits what follows the opening bracket of `[ADDRESS]:PORT`.
-fn split_brackets(rest: &str) -> Result<(&str, &str), AddrError> {
-    let Some((address, tail)) = rest.split_once(']') else {
-        return Err(AddrError::BadAddress(format!("[{rest}")));
+/// Splits `ADDRESS:PORT` into the two, the address with the brackets that it has.
+///
+/// # Errors
+/// Those of [`AddrError`] that say that one of them is missing.
+pub(crate) fn split_port(text: &str) -> Result<(&str, &str), AddrError> {
+    if text.starts_with('[') { split_brackets(text) } else { split_bare(text) }
+}
+
+/// Splits `[ADDRESS]:PORT`.
+fn split_brackets(text: &str) -> Result<(&str, &str), AddrError> {
+    let Some(end) = text.find(']') else {
+        return Err(AddrError::BadAddress(text.to_owned()));
     };
+    let (address, tail) = text.split_at(end + 1);
     match tail.strip_prefix(':') {
         Some(port) if !port.is_empty() => Ok((address, port)),
-        _ => Err(AddrError::MissingPort(format!("[{address}]:80"))),
+        _ => Err(AddrError::MissingPort(format!("{address}:80"))),
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::fmt::Display;
 use std::io::{self, Write};
+use std::process::ExitCode;
 
 /// Writes a line to standard output.
 pub fn out(line: &impl Display) {
@@ -12,4 +13,12 @@ pub fn out(line: &impl Display) {
 /// Writes a line to standard error.
 pub fn err(line: &impl Display) {
     drop(writeln!(io::stderr().lock(), "{line}"));
+}
+
+/// Says why nothing came of it, on standard error, and gives the status to end with.
+pub fn fail(error: &impl Display) -> ExitCode {
+    for line in error.to_string().lines() {
+        err(&format_args!("rproxy: {line}"));
+    }
+    ExitCode::FAILURE
 }

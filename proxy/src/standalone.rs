@@ -4,14 +4,17 @@ use std::ffi::OsString;
 use std::fmt;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::process::ExitCode;
 
 use tokio::runtime::Runtime;
 
 use crate::activation::{Passed, PassedError};
+use crate::addr::HostAddr;
 use crate::bound::{Bound, BoundError, BoundPort};
 use crate::cli::{self, Cli, Command, Serve, Unparsed};
-use crate::control::manager::Manager;
+use crate::config::{self, ConfigError};
+use crate::control::manager::{Manager, Reload};
 use crate::control::socket::{ControlSocket, SocketError};
 use crate::listen::BindError;
 use crate::mapping::{Forward, HostPorts, Mapping};
@@ -38,6 +41,13 @@ pub fn main(args: &[OsString]) -> ExitCode {
     match cli {
         Cli { command: Some(Command::Demo { once }), .. } => demo::main(once),
         Cli { command: Some(Command::Ctl(ctl)), .. } => control::ctl::main(&ctl),
+        Cli { command: Some(Command::Man { directory }), .. } => write_manual(&directory),
+        Cli { command: Some(Command::Completions { shell }), .. } => {
+            console::out(&cli::completions(shell).trim_end());
+            ExitCode::SUCCESS
+        }
+        Cli { command: Some(Command::CheckConfig { file }), .. } => check_config(&file),
+        Cli { command: None, serve } if serve.print_config => print_config(&serve),
         Cli { command: None, serve } => serve_mappings(&serve),
     }
 }
@@ -45,6 +55,40 @@ pub fn main(args: &[OsString]) -> ExitCode {
 fn refuse(usage: &impl fmt::Display) -> ExitCode {
     console::err(usage);
     ExitCode::from(2)
+}
+
+fn write_manual(directory: &Path) -> ExitCode {
+    match cli::write_manual(directory) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => console::fail(&format_args!("{}: {error}", directory.display())),
+    }
+}
+
+fn check_config(file: &Path) -> ExitCode {
+    match config::read(file) {
+        Ok(_mappings) => {
+            console::out(&"ok");
+            ExitCode::SUCCESS
+        }
+        Err(error) => console::fail(&error),
+    }
+}
+
+fn print_config(options: &Serve) -> ExitCode {
+    let mappings = match &options.config {
+        Some(file) => config::read(file),
+        None => match options.mappings() {
+            Ok(mappings) => Ok(mappings),
+            Err(usage) => return refuse(&usage),
+        },
+    };
+    match mappings {
+        Ok(mappings) => {
+            console::out(&config::print(&mappings).trim_end());
+            ExitCode::SUCCESS
+        }
+        Err(error) => console::fail(&error),
+    }
 }
 
 fn serve_mappings(options: &Serve) -> ExitCode {
@@ -57,20 +101,15 @@ fn serve_mappings(options: &Serve) -> ExitCode {
     let inherited = Inherited { sockets: systemd::passed_sockets(), predecessor: upgrade::claim() };
     // Before there is anything that a new process should not have.
     let launcher = Launcher::start();
+    raise_descriptor_limit();
     let started = start(mappings, inherited, launcher, options);
     let (runtime, manager) = match started {
         Ok(started) => started,
-        Err(error) => {
-            console::err(&format_args!("rproxy: {error}"));
-            return ExitCode::FAILURE;
-        }
+        Err(error) => return console::fail(&error),
     };
     match runtime.block_on(manager.run()) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            console::err(&format_args!("rproxy: {error}"));
-            ExitCode::FAILURE
-        }
+        Err(error) => console::fail(&error),
     }
 }
 
@@ -82,9 +121,12 @@ fn start(
     options: &Serve,
 ) -> Result<(Runtime, Manager), StartError> {
     let setup = |step| move |source| StartError::Setup { step, source };
-    raise_descriptor_limit();
     let runtime = new_runtime().map_err(setup("create the event loop"))?;
-    let may_change = options.control.is_some();
+    let entered = runtime.enter();
+    let stop = StopSignals::catch().map_err(setup("catch signals"))?;
+    let upgrade = Upgrade::catch(launcher).map_err(setup("catch signals"))?;
+    let reload = options.config.clone().map(Reload::of_file).transpose().map_err(setup("catch signals"))?;
+    let may_change = options.control.is_some() || reload.is_some();
     let Sockets { bound, mut control, predecessor } = match inherited.predecessor? {
         Some(channel) => {
             let fixed = (!may_change).then_some(&mappings[..]);
@@ -92,9 +134,6 @@ fn start(
         }
         None => bind(mappings, inherited.sockets?, options)?,
     };
-    let entered = runtime.enter();
-    let stop = StopSignals::catch().map_err(setup("catch signals"))?;
-    let upgrade = Upgrade::catch(launcher).map_err(setup("catch signals"))?;
     let ready = ready_lines(&bound);
     let needs = needs(options, &bound);
     let server = Server::prepared(bound, may_change).map_err(setup("watch the listeners"))?;
@@ -113,7 +152,7 @@ fn start(
     systemd::ready();
     let drain_timeout = options.drain_timeout;
     let watchdog = systemd::watchdog_interval();
-    Ok((runtime, Manager { server, stop, drain_timeout, control, reload: None, watchdog, upgrade }))
+    Ok((runtime, Manager { server, stop, drain_timeout, control, reload, watchdog, upgrade }))
 }
 
 /// What another process opened for this one, or why it cannot be used.
@@ -122,17 +161,22 @@ struct Inherited {
     predecessor: Result<Option<OwnedFd>, UpgradeError>,
 }
 
+/// Binds what `mappings`, or else the configuration, ask for.
 fn bind(mappings: Vec<Mapping>, passed: Passed, options: &Serve) -> Result<Sockets, StartError> {
+    let mappings = match &options.config {
+        Some(file) => config::read(file)?,
+        None => mappings,
+    };
     let control = options.control.as_deref().map(ControlSocket::bind).transpose()?;
-    let bound = Bound::bind_all(mappings, passed)?;
+    let bound = Bound::bind_all(mappings, passed).map_err(|error| bind_error(error, options))?;
     stale::forget_flows_to(bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.forward));
     Ok(Sockets { bound, control, predecessor: None })
 }
 
 /// What serving `bound`, and what may come later, takes.
 fn needs<'a>(options: &'a Serve, bound: &[Bound]) -> Needs<'a> {
-    let changes =
-        options.control.as_deref().map(|socket| Changes { socket: Some(socket), configuration: None });
+    let (socket, configuration) = (options.control.as_deref(), options.config.as_deref());
+    let changes = (socket.is_some() || configuration.is_some()).then_some(Changes { socket, configuration });
     let ports = bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.forward);
     Needs {
         user: options.user.as_ref(),
@@ -165,13 +209,29 @@ fn ready_lines_of(bound: &Bound) -> Vec<String> {
     }
 }
 
+/// Says which words of the command line a port that cannot be bound comes from.
+fn bind_error(error: BoundError, options: &Serve) -> StartError {
+    match error {
+        BoundError::Passed(source) => StartError::Passed(source),
+        BoundError::Bind(source) => {
+            let asked = match &options.config {
+                Some(file) => format!("--config {}:", file.display()),
+                None => options.mappings.words_for(HostAddr::from(source.addr)).to_owned(),
+            };
+            StartError::Bind { asked, source }
+        }
+    }
+}
+
 /// Why serving could not start.
 #[derive(Debug, thiserror::Error)]
 enum StartError {
-    #[error("--host {}: {}", .0.addr, .0.reason())]
-    Bind(#[source] BindError),
+    #[error("{asked} {}: {}", source.addr, source.reason())]
+    Bind { asked: String, source: BindError },
     #[error(transparent)]
-    Passed(#[from] PassedError),
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Passed(PassedError),
     #[error(transparent)]
     Activation(#[from] ActivationError),
     #[error(transparent)]
@@ -182,13 +242,4 @@ enum StartError {
     Sandbox(#[from] SandboxError),
     #[error("cannot {step}: {source}")]
     Setup { step: &'static str, source: io::Error },
-}
-
-impl From<BoundError> for StartError {
-    fn from(error: BoundError) -> Self {
-        match error {
-            BoundError::Bind(source) => Self::Bind(source),
-            BoundError::Passed(source) => Self::Passed(source),
-        }
-    }
 }

@@ -17,6 +17,7 @@ use proptest::prelude::*;
 use proptest::sample::{Index, select};
 use proptest::test_runner::{Config, TestRunner};
 use rproxy::cli::{self, Unparsed};
+use rproxy::config;
 use rproxy::sandbox::User;
 
 /// Random inputs for each parser.
@@ -118,6 +119,26 @@ fn netns_setups_command_line() {
             assert!(!error.to_string().is_empty(), "{line:?}");
         }
     });
+}
+
+#[test]
+fn configurations() {
+    let text = fs::read_to_string(corpus("config.toml")).unwrap();
+    let path = Path::new("rproxy.toml");
+    let check = |text: &str| match config::parse(path, text) {
+        // What is read can be written, and read again.
+        Ok(mappings) => {
+            let written = config::print(&mappings);
+            assert_eq!(config::parse(path, &written).unwrap(), mappings, "{written}");
+        }
+        Err(error) => {
+            let message = error.to_string();
+            assert!(message.lines().all(|line| line.starts_with("rproxy.toml:")), "{text:?}: {message}");
+        }
+    };
+    attack(vec![text.clone()], check);
+    // A file cut off anywhere.
+    text.char_indices().for_each(|(end, _)| check(&text[..end]));
 }
 
 #[test]

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::unistd::geteuid;
+use rproxy_sys::memory::release_unused;
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::unix::OwnedReadHalf;
@@ -30,6 +31,9 @@ const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A pause after a failure to accept, mostly for want of descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
+
+/// Lines of so many bytes hold hundreds of mappings, and take many times their own memory.
+const LARGE: usize = 64 * 1024;
 
 /// A request, and where its answer goes.
 #[derive(Debug)]
@@ -112,15 +116,7 @@ async fn converse(client: UnixStream, calls: &mpsc::Sender<Call>) -> io::Result<
     loop {
         let answer = match timeout(PATIENCE, read_line(&mut reader)).await? {
             Ok(None) => return Ok(()),
-            Ok(Some(line)) => {
-                let (id, request) = protocol::decode(&line);
-                drop(line);
-                let result = match request {
-                    Ok(request) => call(request, calls).await,
-                    Err(refusal) => Err(refusal),
-                };
-                protocol::answer(id, result) + "\n"
-            }
+            Ok(Some(line)) => respond(line, calls).await,
             Err(error) if error.kind() == io::ErrorKind::InvalidData => {
                 let line = protocol::answer(None, Err(Refusal::bad_request(error.to_string()))) + "\n";
                 timeout(PATIENCE, writer.write_all(line.as_bytes())).await??;
@@ -128,8 +124,31 @@ async fn converse(client: UnixStream, calls: &mpsc::Sender<Call>) -> io::Result<
             }
             Err(error) => return Err(error),
         };
-        timeout(PATIENCE, writer.write_all(answer.as_bytes())).await??;
+        timeout(PATIENCE, writer.write_all(answer.text.as_bytes())).await??;
+        if answer.is_large {
+            drop(answer);
+            release_unused();
+        }
     }
+}
+
+/// What a client is told.
+struct Answer {
+    text: String,
+    /// Whether it, or its request, took more memory than the process should keep.
+    is_large: bool,
+}
+
+async fn respond(line: Vec<u8>, calls: &mpsc::Sender<Call>) -> Answer {
+    let asked = line.len();
+    let (id, request) = protocol::decode(&line);
+    drop(line);
+    let result = match request {
+        Ok(request) => call(request, calls).await,
+        Err(refusal) => Err(refusal),
+    };
+    let text = protocol::answer(id, result) + "\n";
+    Answer { is_large: asked.max(text.len()) > LARGE, text }
 }
 
 /// Reads a line, without its end; `None` at the end of what the client says.

@@ -17,6 +17,7 @@ use super::table;
 use super::wire::WireMapping;
 use crate::addr::BackendAddr;
 use crate::cli::{MappingArgs, UsageError};
+use crate::config::{self, ConfigError};
 use crate::console;
 use crate::name::Name;
 
@@ -42,13 +43,7 @@ enum Command {
     /// Show the mappings
     List,
     /// Serve more mappings: all of those given, or none
-    Add {
-        /// A name for the mapping, if it is one [default: one that follows from its ports]
-        #[arg(long)]
-        name: Option<Name>,
-        #[command(flatten)]
-        mappings: Box<MappingArgs>,
-    },
+    Add(Box<MappingArgs>),
     /// Serve a mapping no more; its connections and flows go on
     Remove {
         /// The mapping, as `list` shows it
@@ -64,7 +59,7 @@ enum Command {
     },
     /// Serve exactly what a file says: all of it, or nothing changes
     Apply {
-        /// Mappings as `list --json` prints them
+        /// A configuration file, or mappings as `list --json` prints them
         file: PathBuf,
     },
     /// Take no new clients, let those that are there finish, and end
@@ -86,10 +81,7 @@ pub fn main(ctl: &Ctl) -> ExitCode {
             console::err(&usage);
             ExitCode::from(2)
         }
-        Err(error) => {
-            console::err(&format_args!("rproxy: {error}"));
-            ExitCode::FAILURE
-        }
+        Err(error) => console::fail(&error),
     }
 }
 
@@ -120,24 +112,22 @@ fn request(command: &Command) -> Result<Request, CtlError> {
         Command::Drain => Request::Drain,
         Command::Remove { name } => Request::Remove { name: name.to_string() },
         Command::Retarget { name, to } => Request::Retarget { name: name.to_string(), to: to.to_string() },
-        Command::Add { name, mappings } => {
-            let mut mappings = mappings.mappings().map_err(CtlError::Usage)?;
-            if let Some(name) = name {
-                let [mapping] = &mut mappings[..] else {
-                    return Err(CtlError::Usage(UsageError::new("--name: it is for one mapping")));
-                };
-                *mapping = mapping.clone().named(name.clone());
-            }
+        Command::Add(mappings) => {
+            let mappings = mappings.mappings().map_err(CtlError::Usage)?;
             Request::Add { mappings: mappings.iter().map(WireMapping::of).collect() }
         }
         Command::Apply { file } => Request::Apply { mappings: read_file(file)? },
     })
 }
 
-/// Reads the mappings of a file.
+/// Reads the mappings of a file, in TOML or in JSON.
 fn read_file(path: &Path) -> Result<Vec<WireMapping>, CtlError> {
     let error = |reason: String| CtlError::File { path: path.to_owned(), reason };
     let text = fs::read_to_string(path).map_err(|source| error(source.to_string()))?;
+    if !text.trim_start().starts_with('{') {
+        let mappings = config::parse(path, &text)?;
+        return Ok(mappings.iter().map(WireMapping::of).collect());
+    }
     let mut file: Value = serde_json::from_str(&text).map_err(|source| error(source.to_string()))?;
     serde_json::from_value(file["mappings"].take()).map_err(|source| error(source.to_string()))
 }
@@ -157,7 +147,7 @@ fn show(command: &Command, answer: &Value) {
     match command {
         Command::List => console::out(&table::list(answer)),
         Command::Stats { .. } => console::out(&table::stats(answer)),
-        Command::Add { .. } => answer["mappings"].as_array().into_iter().flatten().for_each(ports),
+        Command::Add(_) => answer["mappings"].as_array().into_iter().flatten().for_each(ports),
         Command::Apply { .. } => console::out(&format_args!(
             "{} added, {} changed, {} removed, {} not touched",
             answer["added"], answer["changed"], answer["removed"], answer["unchanged"]
@@ -208,6 +198,9 @@ enum CtlError {
     /// The command line is wrong.
     #[error(transparent)]
     Usage(UsageError),
+    /// A configuration file is wrong.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     /// A file cannot be used.
     #[error("{}: {reason}", path.display())]
     File { path: PathBuf, reason: String },

@@ -6,12 +6,14 @@
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
 use std::pin::pin;
 use std::thread;
 use std::time::Duration;
 
+use rproxy_sys::memory::release_unused;
 use serde_json::{Value, json};
-use tokio::signal::unix::Signal;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Interval;
 use tracing::{error, info};
@@ -22,6 +24,7 @@ use super::socket::{ControlSocket, SocketFile};
 use super::wire::WireMapping;
 use crate::addr::BackendAddr;
 use crate::change::Changed;
+use crate::config;
 use crate::mapping::Mapping;
 use crate::name::Name;
 use crate::ports::PortRange;
@@ -37,12 +40,24 @@ const CALLS: usize = 4;
 /// Stack of the manager's thread: parsers recurse.
 const STACK_SIZE: usize = 1024 * 1024;
 
-/// The mappings of a configuration, read anew whenever it is asked to.
+/// A configuration file that is read anew at `SIGHUP`.
 pub struct Reload {
-    /// Caught from before the first time that the configuration was read.
-    pub signal: Signal,
-    /// Reads it; the message says what is wrong and where.
-    pub read: Box<dyn Fn() -> Result<Vec<Mapping>, String> + Send>,
+    signal: Signal,
+    file: PathBuf,
+}
+
+impl Reload {
+    /// Starts to catch the signal; to be called before the file is read for the first time, so that no
+    /// change is missed.
+    ///
+    /// # Errors
+    /// What sigaction(2) answered.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn of_file(file: PathBuf) -> io::Result<Self> {
+        Ok(Self { signal: signal(SignalKind::hangup())?, file })
+    }
 }
 
 /// What a manager has to look after.
@@ -198,19 +213,25 @@ async fn tick(interval: &mut Option<Interval>) {
     }
 }
 
-/// Serves what the configuration says now; an error changes nothing.
+/// Serves what the file says now; an error changes nothing.
 async fn reread(reload: Option<&Reload>, server: &mut Server) {
     let Some(reload) = reload else { return };
     systemd::reloading();
-    let result = match (reload.read)() {
+    let applied = match config::read(&reload.file) {
         Ok(mappings) => server.apply(mappings).await.map_err(|error| error.to_string()),
-        Err(message) => Err(message),
+        Err(error) => Err(error.to_string()),
     };
-    match result {
+    // What planning took, too, is needed no more.
+    release_unused();
+    match applied {
         Ok(Changed { added, changed, removed, unchanged }) => {
             info!(added, changed, removed, unchanged, "configuration reloaded");
         }
-        Err(error) => error!(error, "configuration not reloaded; nothing has changed"),
+        Err(errors) => {
+            for error in errors.lines() {
+                error!(error, "not reloaded; nothing has changed");
+            }
+        }
     }
     systemd::ready();
 }
@@ -236,7 +257,13 @@ async fn carry_out(request: Request, server: &mut Server) -> Result<Value, Refus
 }
 
 fn read(mappings: &[WireMapping]) -> Result<Vec<Mapping>, Refusal> {
-    mappings.iter().map(WireMapping::read).collect::<Result<_, _>>().map_err(Refusal::bad_request)
+    let read = |mapping: &WireMapping| {
+        mapping.read().map_err(|error| match &mapping.name {
+            Some(name) => Refusal::bad_request(format!("mapping {}: {error}", name.escape_debug())),
+            None => Refusal::bad_request(error.to_string()),
+        })
+    };
+    mappings.iter().map(read).collect()
 }
 
 fn parse_name(name: &str) -> Result<Name, Refusal> {

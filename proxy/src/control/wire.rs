@@ -8,11 +8,9 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use crate::access::{AccessList, parse_network};
+use crate::duration::{format_limit, parse_optional_limit};
 use crate::limits::{Limits, OnLimit};
-use crate::mapping::{HostPorts, Mapping};
-
-/// How a limit is written that there is not.
-const UNLIMITED: &str = "unlimited";
+use crate::mapping::{HostPorts, Mapping, MappingError};
 
 /// A mapping, in JSON.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -50,23 +48,23 @@ pub struct WireMapping {
 #[serde(deny_unknown_fields, default)]
 pub struct WireLimits {
     #[serde(skip_serializing_if = "Option::is_none")]
-    connect_timeout: Option<String>,
+    pub(crate) connect_timeout: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    idle_timeout: Option<String>,
+    pub(crate) idle_timeout: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    max_connections: Option<usize>,
+    pub(crate) max_connections: Option<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    on_limit: Option<String>,
+    pub(crate) on_limit: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    udp_timeout: Option<String>,
+    pub(crate) udp_timeout: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    udp_max_flows: Option<usize>,
+    pub(crate) udp_max_flows: Option<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    udp_max_flows_per_source: Option<usize>,
+    pub(crate) udp_max_flows_per_source: Option<usize>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    allow: Vec<String>,
+    pub(crate) allow: Vec<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    deny: Vec<String>,
+    pub(crate) deny: Vec<String>,
 }
 
 impl WireMapping {
@@ -92,25 +90,17 @@ impl WireMapping {
     /// The mapping that is written here.
     ///
     /// # Errors
-    /// A message that names the field at fault, what is wrong with it, and what would work.
-    pub fn read(&self) -> Result<Mapping, String> {
-        self.read_fields().map_err(|message| match &self.name {
-            Some(name) => format!("mapping {}: {message}", name.escape_debug()),
-            None => message,
-        })
-    }
-
-    fn read_fields(&self) -> Result<Mapping, String> {
+    /// [`FieldError`]
+    pub fn read(&self) -> Result<Mapping, FieldError> {
         let host = field("host", self.host.as_deref().unwrap_or("[::]").parse())?;
         let host_ports = self.host_ports.as_deref().map(str::parse).transpose();
         let host_ports = field("host_ports", host_ports)?;
         let to = field("to", self.to.parse())?;
         let to_ports = field("to_ports", self.to_ports.parse())?;
         let protocols = field("proto", self.proto.as_deref().unwrap_or("tcp").parse())?;
-        let mut mapping =
-            Mapping::new(protocols, (host, host_ports), (to, to_ports)).map_err(|error| error.to_string())?;
+        let mut mapping = Mapping::new(protocols, (host, host_ports), (to, to_ports))?;
         if self.v6only {
-            mapping = field("v6only", mapping.v6only())?;
+            mapping = mapping.v6only()?;
         }
         if let Some(name) = &self.name {
             mapping = mapping.named(field("name", name.parse())?);
@@ -127,11 +117,7 @@ impl WireLimits {
     fn of(limits: &Limits) -> Self {
         let default = Limits::default();
         let duration = |limit: Option<Duration>, default: Option<Duration>| {
-            let text = |limit: Option<Duration>| match limit {
-                Some(limit) => humantime::format_duration(limit).to_string(),
-                None => UNLIMITED.to_owned(),
-            };
-            (limit != default).then(|| text(limit))
+            (limit != default).then(|| format_limit(limit))
         };
         let networks = |networks: &[ipnet::IpNet]| networks.iter().map(ToString::to_string).collect();
         Self {
@@ -147,7 +133,7 @@ impl WireLimits {
         }
     }
 
-    fn read(&self) -> Result<Limits, String> {
+    fn read(&self) -> Result<Limits, FieldError> {
         let default = Limits::default();
         let networks = |name, texts: &[String]| {
             field(name, texts.iter().map(|text| parse_network(text)).collect::<Result<Vec<_>, _>>())
@@ -155,7 +141,7 @@ impl WireLimits {
         let on_limit = match self.on_limit.as_deref() {
             None | Some("wait") => OnLimit::Wait,
             Some("reset") => OnLimit::Reset,
-            Some(_) => return Err("limits.on_limit: write \"wait\" or \"reset\"".to_owned()),
+            Some(_) => return Err(FieldError::new("limits.on_limit", "write \"wait\" or \"reset\"")),
         };
         let udp_timeout = read_limit("limits.udp_timeout", self.udp_timeout.as_deref())?;
         Ok(Limits {
@@ -168,7 +154,9 @@ impl WireLimits {
             udp_timeout: match udp_timeout {
                 None => default.udp_timeout,
                 Some(Some(timeout)) => timeout,
-                Some(None) => return Err("limits.udp_timeout: flows need one, such as \"90s\"".to_owned()),
+                Some(None) => {
+                    return Err(FieldError::new("limits.udp_timeout", "flows need one, such as \"90s\""));
+                }
             },
             udp_max_flows: read_count("limits.udp_max_flows", self.udp_max_flows)?,
             udp_max_flows_per_source: read_count(
@@ -183,33 +171,48 @@ impl WireLimits {
     }
 }
 
-/// Deadlines further away than this are a slip of the finger, and in the end overflow the clock.
-const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
-
-/// A duration from a moment up to a year, or `unlimited`; `None` if nothing is written.
-fn read_limit(name: &str, text: Option<&str>) -> Result<Option<Option<Duration>>, String> {
-    let Some(text) = text else {
-        return Ok(None);
-    };
-    if text == UNLIMITED {
-        return Ok(Some(None));
-    }
-    let duration = humantime::parse_duration(text)
-        .ok()
-        .filter(|duration| (Duration::from_nanos(1)..=LONGEST).contains(duration));
-    let message = || format!("{name}: not a duration; write one such as \"10s\", or \"{UNLIMITED}\"");
-    duration.map(|duration| Some(Some(duration))).ok_or_else(message)
+/// Reads a limit on time, if one is written.
+fn read_limit(name: &'static str, text: Option<&str>) -> Result<Option<Option<Duration>>, FieldError> {
+    field(name, text.map(parse_optional_limit).transpose())
 }
 
-fn read_count(name: &str, count: Option<usize>) -> Result<Option<usize>, String> {
+fn read_count(name: &'static str, count: Option<usize>) -> Result<Option<usize>, FieldError> {
     if count == Some(0) {
-        return Err(format!("{name}: write a number from 1 up, or leave it out"));
+        return Err(FieldError::new(name, "write a number from 1 up, or leave it out"));
     }
     Ok(count)
 }
 
-fn field<T, E: Display>(name: &str, result: Result<T, E>) -> Result<T, String> {
-    result.map_err(|error| format!("{name}: {error}"))
+fn field<T, E: Display>(name: &'static str, result: Result<T, E>) -> Result<T, FieldError> {
+    result.map_err(|error| FieldError::new(name, error))
+}
+
+/// What is wrong with a mapping that was written; its text names the field.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{field}: {message}")]
+pub struct FieldError {
+    /// The field at fault; one of the limits as `limits.idle_timeout`.
+    pub field: &'static str,
+    /// What is wrong with it, and what would work.
+    pub message: String,
+}
+
+impl FieldError {
+    /// The mistake in `field` that `message` describes.
+    pub fn new(field: &'static str, message: impl Display) -> Self {
+        Self { field, message: message.to_string() }
+    }
+}
+
+impl From<MappingError> for FieldError {
+    fn from(error: MappingError) -> Self {
+        let field = match error {
+            MappingError::Lengths { .. } => "host_ports",
+            MappingError::Backend(_) | MappingError::Loop(_) => "to",
+            MappingError::V6Only(_) => "v6only",
+        };
+        Self::new(field, error)
+    }
 }
 
 #[cfg(test)]
@@ -217,7 +220,8 @@ mod tests {
     use super::*;
 
     fn read(json: &str) -> Result<Mapping, String> {
-        serde_json::from_str::<WireMapping>(json).map_err(|error| error.to_string())?.read()
+        let wire: WireMapping = serde_json::from_str(json).map_err(|error| error.to_string())?;
+        wire.read().map_err(|error| error.to_string())
     }
 
     #[test]
@@ -239,7 +243,7 @@ mod tests {
     fn mistakes_name_their_field() {
         for (json, part) in [
             (r#"{"to_ports":"80"}"#, "missing field `to`"),
-            (r#"{"to":"x","to_ports":"80","name":"web"}"#, "mapping web: to: 'x'"),
+            (r#"{"to":"x","to_ports":"80","name":"web"}"#, "to: 'x'"),
             (r#"{"to":"172.17.0.2","to_ports":"80","port":1}"#, "unknown field `port`"),
             (r#"{"to":"172.17.0.2","to_ports":"0"}"#, "to_ports: '0' is not a port"),
             (r#"{"to":"172.17.0.2","to_ports":"80","proto":"sctp"}"#, "proto: 'sctp'"),

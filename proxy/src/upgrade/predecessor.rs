@@ -71,7 +71,7 @@ pub async fn take_over(
         return Err(UpgradeError::Offer(reason));
     }
     let Offer { control: has_control, mappings } = in_time(channel.receive()).await?;
-    let read = mappings.iter().map(|mapping| mapping.read().map_err(UpgradeError::Offer));
+    let read = mappings.iter().map(|mapping| mapping.read().map_err(refuse));
     let mappings: Vec<Mapping> = read.collect::<Result<_, _>>()?;
     if let Some(fixed) = fixed {
         refuse_others(&mappings, fixed)?;

@@ -1,22 +1,23 @@
 //! The command line of standalone use.
 
+mod mappings;
+mod values;
+
 use std::error::Error as _;
 use std::ffi::OsString;
-use std::path::PathBuf;
-use std::str::FromStr;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use tracing_subscriber::filter::Targets;
 
-use crate::addr::{BackendAddr, HostAddr, Protocol, Protocols, ScopedIp};
+pub use self::mappings::MappingArgs;
 use crate::control::ctl;
 use crate::control::socket::DEFAULT_PATH;
-use crate::limits::Limits;
+use crate::duration;
 use crate::mapping::Mapping;
-use crate::overlap::refuse_overlap;
-use crate::ports::PortRange;
 use crate::sandbox::{self, User};
 use crate::telemetry::{self, Format, LogConfig};
 
@@ -30,7 +31,9 @@ Examples:
   rproxy --host 0.0.0.0:80 --to 172.17.0.2:80     publish a port on all IPv4 addresses
   rproxy --host [::]:80 --to 172.17.0.2:80        the same, for IPv4 and IPv6 clients
   rproxy --host 127.0.0.1:0 --to 172.17.0.2:80    on a free port, which is printed
+  rproxy --to 172.17.0.2 -p 80:80 -p 443:443      the same as docker run
   rproxy --proto udp --host 0.0.0.0:53 --to 172.17.0.2:53
+  rproxy --config /etc/rproxy.toml                what a file says; SIGHUP reads it again
   rproxy demo                                     see it work, without root or containers")]
 pub struct Cli {
     /// What to do instead of serving mappings.
@@ -52,37 +55,21 @@ pub enum Command {
     },
     /// Look after a running rproxy that was started with --control
     Ctl(ctl::Ctl),
-}
-
-const HOST_HELP: &str =
-    "Address and port to listen on, such as 0.0.0.0:80, [::]:80 or 127.0.0.1:0; goes with a --to";
-
-/// Which mappings, and what bounds them.
-#[derive(Args, Debug)]
-pub struct MappingArgs {
-    // Brackets in a doc comment would be links.
-    #[arg(long, value_name = "ADDRESS:PORT", help = HOST_HELP)]
-    host: Vec<HostAddr>,
-    /// Address and port to forward to, for the --host at the same place
-    #[arg(long, value_name = "ADDRESS:PORT")]
-    to: Vec<BackendAddr>,
-    /// tcp or udp: once for all mappings, or once for each
-    #[arg(long, value_name = "PROTOCOL", default_value = "tcp")]
-    proto: Vec<Protocol>,
-    #[arg(long, help = "Leave IPv4 clients out of [::]")]
-    v6only: bool,
-    /// How long a backend may take to answer before its client is reset, or 'unlimited'
-    #[arg(long, value_name = "DURATION", default_value = "10s")]
-    connect_timeout: ConnectTimeout,
-    /// A UDP flow ends when neither side has sent anything for this long
-    #[arg(long, value_name = "DURATION", default_value = "90s", value_parser = parse_idle)]
-    udp_timeout: Duration,
-    /// UDP flows at a time; at the cap the longest idle one goes [default: as descriptors and ports allow]
-    #[arg(long, value_name = "COUNT", value_parser = parse_count)]
-    udp_max_flows: Option<usize>,
-    /// UDP flows at a time from one IPv4 address or IPv6 /64 [default: 3/4 of --udp-max-flows]
-    #[arg(long, value_name = "COUNT", value_parser = parse_count)]
-    udp_max_flows_per_source: Option<usize>,
+    /// Write the manual pages of rproxy and its commands into a directory
+    Man {
+        /// The directory, such as /usr/local/share/man/man1
+        directory: PathBuf,
+    },
+    /// Print completions for a shell
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Say what is wrong in a configuration file, or 'ok'
+    CheckConfig {
+        /// The file
+        file: PathBuf,
+    },
 }
 
 /// The options of serving.
@@ -91,8 +78,14 @@ pub struct Serve {
     /// The mappings.
     #[command(flatten)]
     pub mappings: MappingArgs,
+    /// Take the mappings from a file, and again from it at SIGHUP
+    #[arg(long, value_name = "FILE", conflicts_with_all = MappingArgs::IDS)]
+    pub config: Option<PathBuf>,
+    /// Print the mappings asked for as a configuration file, and end
+    #[arg(long)]
+    pub print_config: bool,
     /// How long connections may go on after SIGTERM or SIGINT; 0 cuts them at once
-    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = parse_duration)]
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = duration::parse)]
     pub drain_timeout: Duration,
     /// Listen for `rproxy ctl` on a Unix socket, for this user and root [default path: /run/rproxy.sock]
     #[arg(long, value_name = "PATH", num_args = 0..=1, default_missing_value = DEFAULT_PATH)]
@@ -111,91 +104,14 @@ pub struct Serve {
     log_level: Option<Targets>,
 }
 
-impl MappingArgs {
-    /// Whether no mapping is asked for.
-    fn is_empty(&self) -> bool {
-        self.host.is_empty() && self.to.is_empty()
-    }
-
-    /// The mappings asked for, in order.
-    ///
-    /// # Errors
-    /// [`UsageError`]: a `--host` without its `--to` or the reverse, none at all, or a loop.
-    pub fn mappings(&self) -> Result<Vec<Mapping>, UsageError> {
-        let (hosts, backends) = (self.host.len(), self.to.len());
-        if hosts == 0 && backends == 0 {
-            return Err(UsageError::new(
-                "nothing to forward; give --host ADDRESS:PORT and --to ADDRESS:PORT",
-            ));
-        }
-        if let Some(host) = self.host.get(backends) {
-            return Err(UsageError::new(format!(
-                "--host {host}: its --to is missing; each --host goes with one"
-            )));
-        }
-        if let Some(to) = self.to.get(hosts) {
-            return Err(UsageError::new(format!(
-                "--to {to}: its --host is missing; each --to goes with one"
-            )));
-        }
-        let protocols = self.protocols(hosts)?;
-        let mappings = self.host.iter().zip(&self.to).zip(protocols);
-        let mappings: Vec<_> = mappings
-            .map(|((host, to), protocol)| self.mapping(protocol, *host, *to))
-            .collect::<Result<_, _>>()?;
-        refuse_overlap(&mappings).map_err(|error| {
-            let mapping = &error.mapping;
-            UsageError::new(format!("--host {}:{}: {error}", mapping.host(), error.port))
-        })?;
-        Ok(mappings)
-    }
-
-    /// The protocol of each of `count` mappings.
-    fn protocols(&self, count: usize) -> Result<Vec<Protocol>, UsageError> {
-        match self.proto[..] {
-            [all] => Ok(vec![all; count]),
-            ref each if each.len() == count => Ok(each.to_vec()),
-            ref each => Err(UsageError::new(format!(
-                "--proto: given {} times for {count} mappings; give it once for all, or once for each",
-                each.len()
-            ))),
-        }
-    }
-
-    fn mapping(
-        &self,
-        protocol: Protocol,
-        host: HostAddr,
-        backend: BackendAddr,
-    ) -> Result<Mapping, UsageError> {
-        let host_port = PortRange::single(host.socket_addr().port()).ok();
-        let port = PortRange::single(backend.socket_addr().port()).expect("a backend is not at port 0");
-        let host = (ScopedIp::from(host.socket_addr()), host_port);
-        Mapping::new(Protocols::One(protocol), host, (backend.socket_addr().into(), port))
-            .and_then(|mapping| if self.v6only { mapping.v6only() } else { Ok(mapping) })
-            .map(|mapping| mapping.limited(self.limits()))
-            .map_err(|error| UsageError::new(format!("--to {backend}: {error}")))
-    }
-
-    /// The limits for each mapping.
-    pub fn limits(&self) -> Limits {
-        Limits {
-            connect_timeout: self.connect_timeout.0,
-            udp_timeout: self.udp_timeout,
-            udp_max_flows: self.udp_max_flows,
-            udp_max_flows_per_source: self.udp_max_flows_per_source,
-            ..Limits::default()
-        }
-    }
-}
-
 impl Serve {
-    /// The mappings asked for, in order; none is a mistake unless they may come later.
+    /// The mappings of the command line, in order; none is a mistake unless they come from elsewhere.
     ///
     /// # Errors
     /// Those of [`MappingArgs::mappings`].
     pub fn mappings(&self) -> Result<Vec<Mapping>, UsageError> {
-        if self.control.is_some() && self.mappings.is_empty() {
+        let may_be_empty = self.control.is_some() || self.config.is_some();
+        if may_be_empty && self.mappings.is_empty() {
             return Ok(Vec::new());
         }
         self.mappings.mappings()
@@ -221,13 +137,31 @@ pub fn parse(args: &[OsString]) -> Result<Cli, Unparsed> {
     })
 }
 
+/// Writes the manual pages, `rproxy.1`, `rproxy-ctl.1` and so on, into `directory`.
+///
+/// # Errors
+/// Those of writing a file.
+pub fn write_manual(directory: &Path) -> io::Result<()> {
+    clap_mangen::generate_to(Cli::command(), directory)
+}
+
+/// The script with which `shell` completes the command line.
+pub fn completions(shell: clap_complete::Shell) -> String {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "rproxy", &mut script);
+    String::from_utf8_lossy(&script).into_owned()
+}
+
 /// `-host` is not `-h`, which would show the help, as if that had been asked for.
 fn one_dash(args: &[OsString]) -> Option<UsageError> {
     let mut command = Cli::command();
     command.build();
+    let has = |arg: &clap::Arg, name: &str| {
+        arg.get_long() == Some(name) || arg.get_visible_aliases().unwrap_or_default().contains(&name)
+    };
     let is_long = |name: &str| {
-        let all = command.get_subcommands().chain([&command]).flat_map(clap::Command::get_arguments);
-        all.filter_map(clap::Arg::get_long).any(|long| long == name)
+        let mut all = command.get_subcommands().chain([&command]).flat_map(clap::Command::get_arguments);
+        all.any(|arg| has(arg, name))
     };
     let written = args.iter().filter_map(|arg| arg.to_str()?.strip_prefix('-'));
     let names = written.map(|text| text.split('=').next().unwrap_or_default());
@@ -279,62 +213,6 @@ fn one_line(error: &clap::Error) -> UsageError {
     UsageError(format!("{}; `rproxy --help` lists what there is", lines.join("; ")))
 }
 
-impl FromStr for Protocol {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        match text {
-            "tcp" => Ok(Self::Tcp),
-            "udp" => Ok(Self::Udp),
-            _ => Err("not a protocol that is relayed; tcp and udp are".to_owned()),
-        }
-    }
-}
-
-/// A limit for connection attempts, or none.
-#[derive(Clone, Copy, Debug)]
-struct ConnectTimeout(Option<Duration>);
-
-impl FromStr for ConnectTimeout {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        if text == "unlimited" {
-            return Ok(Self(None));
-        }
-        match parse_duration(text)? {
-            Duration::ZERO => Err("no backend answers in no time; write 'unlimited' for no limit".to_owned()),
-            limit => Ok(Self(Some(limit))),
-        }
-    }
-}
-
-/// Deadlines further away than this are a slip of the finger, and in the end overflow the clock.
-const LONGEST_IDLE: Duration = Duration::from_secs(365 * 24 * 3600);
-
-/// Parses a duration that is not zero.
-fn parse_idle(text: &str) -> Result<Duration, String> {
-    match parse_duration(text)? {
-        Duration::ZERO => Err("every flow would be over at once; write one such as 90s".to_owned()),
-        idle if idle > LONGEST_IDLE => Err("longer than a year; write one such as 90s".to_owned()),
-        idle => Ok(idle),
-    }
-}
-
-/// Parses a number from 1 up.
-fn parse_count(text: &str) -> Result<usize, String> {
-    text.parse().ok().filter(|count| *count > 0).ok_or_else(|| "not a number from 1 up".to_owned())
-}
-
-/// Parses `10`, in seconds, or a number with a unit.
-fn parse_duration(text: &str) -> Result<Duration, String> {
-    if let Ok(seconds) = text.parse() {
-        return Ok(Duration::from_secs(seconds));
-    }
-    humantime::parse_duration(text)
-        .map_err(|_err| "not a duration; write one such as 10s, 500ms or 2m".to_owned())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -348,9 +226,71 @@ mod tests {
         }
     }
 
+    fn mappings(line: &str) -> Vec<String> {
+        let args: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();
+        let mappings = parse(&args).expect(line).serve.mappings().expect(line);
+        mappings.iter().map(|mapping| format!("{mapping} {}", mapping.backend())).collect()
+    }
+
+    #[test]
+    fn mappings_are_asked_for_by_pairs_or_as_of_docker() {
+        assert_eq!(
+            mappings("--to 10.0.0.1 -p 81:80 --publish 443:443 -p 53:53/udp"),
+            ["[::]:81:80/tcp 10.0.0.1", "[::]:443:443/tcp 10.0.0.1", "[::]:53:53/udp 10.0.0.1"],
+        );
+        assert_eq!(mappings("--to fd00::2 -p 81:80"), ["[::]:81:80/tcp [fd00::2]"]);
+        assert_eq!(
+            mappings("-P --expose 80 --expose 53/udp --expose 53/tcp -p 53:53/udp --to 10.0.0.1"),
+            ["[::]:53:53/udp 10.0.0.1", "[::]::80/tcp 10.0.0.1", "[::]::53/tcp 10.0.0.1"],
+        );
+        assert_eq!(
+            mappings("--host 0.0.0.0:1 --to 10.0.0.1 --to 10.0.0.2:2 -p 3:3 --proto tcp+udp"),
+            ["0.0.0.0:1:2/tcp+udp 10.0.0.2", "[::]:3:3/tcp 10.0.0.1"],
+        );
+    }
+
     #[test]
     fn the_command_definition_is_consistent() {
         Cli::command().debug_assert();
+        let mut mappings: Vec<_> = MappingArgs::augment_args(clap::Command::new("mappings"))
+            .get_arguments()
+            .map(|arg| arg.get_id().to_string())
+            .collect();
+        mappings.sort();
+        let mut listed = MappingArgs::IDS.map(str::to_owned);
+        listed.sort();
+        assert_eq!(mappings, listed, "a file says all that options of mappings say");
+    }
+
+    #[track_caller]
+    fn assert_wrong(line: &str, part: &str) {
+        let message = wrong(line);
+        assert!(message.contains(part), "{line}: {message}");
+        assert!(message.starts_with("rproxy: ") && !message.contains('\n'), "{line}: {message}");
+    }
+
+    #[test]
+    fn mistakes_about_what_is_published_name_their_part() {
+        for (line, part) in [
+            ("-p 80:80", "-p: where to? give --to ADDRESS"),
+            ("-p 80x --to 10.0.0.1", "-p 80x: '80x' is not a port"),
+            (
+                "-p 80:80 --to 10.0.0.1:80",
+                "--to 10.0.0.1:80: its --host is missing; for -p the address is enough",
+            ),
+            ("-p 80 --host :::1 --to 10.0.0.1:80", "-p: its --to ADDRESS is missing"),
+            ("-p 80 --to 10.0.0.1 --to 10.0.0.2", "--to 10.0.0.2: all -p go to one address"),
+            ("-p 80 --to 0.0.0.0", "--to 0.0.0.0: 0.0.0.0 is where one listens"),
+            ("-p 80:80 -p 80:81 --to 10.0.0.1", "-p [::]:80:81/tcp: port 80 is taken by the mapping 80/tcp"),
+            ("-p 80-82:80-81 --to 10.0.0.1", "-p [::]:80-82:80-81/tcp: 3 host ports (80-82) do not fit 2"),
+            ("-p 80:80 --to 127.0.0.1", "-p [::]:80:80/tcp: [::]:80 would forward to itself"),
+            ("-p 80 --proto udp --to 10.0.0.1", "--proto: it is for --host; write -p PORT/PROTOCOL"),
+            ("-p 80 -p 81 --name web --to 10.0.0.1", "--name web: it is for one mapping"),
+            ("-P --to 10.0.0.1", "--expose"),
+            ("--expose 80 --to 10.0.0.1", "-P"),
+        ] {
+            assert_wrong(line, part);
+        }
     }
 
     #[test]
@@ -370,15 +310,26 @@ mod tests {
             ),
             ("--host 10.0.0.11:80 --to 0.0.0.0:80", "--to 0.0.0.0:80: 0.0.0.0 is where one listens"),
             ("--v6only --host 0.0.0.0:80 --to 10.0.0.1:80", "v6only is for [::]"),
-            ("--proto icmp", "--proto icmp: not a protocol"),
-            ("--udp-timeout 0", "--udp-timeout 0: every flow would be over"),
+            ("--proto icmp", "--proto icmp: 'icmp' is not a protocol"),
+            ("--udp-timeout 0", "--udp-timeout 0: everything would be over"),
             ("--udp-timeout 18446744073709551615", "longer than a year"),
             ("--udp-max-flows 0", "--udp-max-flows 0: not a number from 1 up"),
             (
                 "--host :::80 --to 10.0.0.1:80 --proto tcp --proto udp",
                 "--proto: given 2 times for 1 mappings",
             ),
-            ("--connect-timeout 0", "--connect-timeout 0: no backend answers"),
+            ("--connect-timeout 0", "--connect-timeout 0: everything would be over at once"),
+            (
+                "--host 0.0.0.0:80 --to 10.0.0.1",
+                "--to 10.0.0.1: the port is missing; write it as 10.0.0.1:80",
+            ),
+            ("--config x --to 10.0.0.1", "'--config <FILE>' cannot be used with '--to <ADDRESS[:PORT]>'"),
+            ("--config x --idle-timeout 3", "cannot be used with"),
+            ("--max-connections 0", "--max-connections 0: not a number from 1 up"),
+            ("--on-limit drop", "--on-limit"),
+            ("--allow 10.0.0.1/8", "--allow 10.0.0.1/8: it has host bits set; write 10.0.0.0/8"),
+            ("--deny lan", "--deny lan: not a network"),
+            ("-publish 80 --to 10.0.0.1", "-publish: options have two dashes here"),
             ("--drain-timeout soon", "--drain-timeout soon: not a duration"),
             ("--log-level loud", "--log-level loud: 'loud' names no level"),
             ("--log-format xml", "--log-format"),
@@ -387,17 +338,7 @@ mod tests {
             ("demo --twice", "--twice"),
             ("dmeo", "dmeo"),
         ] {
-            let message = wrong(line);
-            assert!(message.contains(part), "{line}: {message}");
-            assert!(message.starts_with("rproxy: ") && !message.contains('\n'), "{line}: {message}");
+            assert_wrong(line, part);
         }
-    }
-
-    #[test]
-    fn durations_are_seconds_or_have_a_unit() {
-        assert_eq!(parse_duration("0"), Ok(Duration::ZERO));
-        assert_eq!(parse_duration("10"), Ok(Duration::from_secs(10)));
-        assert_eq!(parse_duration("500ms"), Ok(Duration::from_millis(500)));
-        assert!("unlimited".parse::<ConnectTimeout>().is_ok_and(|limit| limit.0.is_none()));
     }
 }

@@ -1,0 +1,298 @@
+//! Mappings on the command line: `--host` with `--to`, and Docker's `-p` and `-P`.
+
+use std::fmt;
+use std::time::Duration;
+
+use clap::Args;
+use ipnet::IpNet;
+
+use super::UsageError;
+use super::values::{Limit, To, parse_count};
+use crate::access::{AccessList, parse_network};
+use crate::addr::{AddrError, BackendAddr, HostAddr, Protocol, Protocols, ScopedIp};
+use crate::duration::parse_limit;
+use crate::limits::{Limits, OnLimit};
+use crate::mapping::{Mapping, MappingError};
+use crate::name::Name;
+use crate::overlap::refuse_overlap;
+use crate::ports::PortRange;
+use crate::publish::{ExposedPorts, PublishSpec};
+
+const HOST_HELP: &str =
+    "Address and port to listen on, such as 0.0.0.0:80, [::]:80 or 127.0.0.1:0; goes with a --to";
+const PUBLISH_HELP: &str = "What to publish: [[ADDRESS:][HOST_PORT]:]PORT[/PROTOCOL], ports also as ranges";
+
+/// Which mappings, and what bounds them.
+#[derive(Args, Debug)]
+pub struct MappingArgs {
+    // Brackets in a doc comment would be links.
+    #[arg(long, value_name = "ADDRESS:PORT", help = HOST_HELP)]
+    host: Vec<HostAddr>,
+    /// Address and port to forward to, for the --host at the same place; or the address for -p and -P
+    #[arg(long, value_name = "ADDRESS[:PORT]")]
+    to: Vec<To>,
+    #[arg(short = 'p', visible_alias = "publish", value_name = "SPEC", help = PUBLISH_HELP)]
+    publish: Vec<PublishSpec>,
+    /// Publish each --expose that no -p publishes, at random ports
+    #[arg(short = 'P', visible_alias = "publish-all", requires = "expose")]
+    publish_all: bool,
+    /// A port or range of the backend, for -P
+    #[arg(long, value_name = "PORT[/PROTOCOL]", requires = "publish_all")]
+    expose: Vec<ExposedPorts>,
+    /// tcp, udp or tcp+udp: once for every --host, or once for each [default: tcp]
+    #[arg(long, value_name = "PROTOCOL")]
+    proto: Vec<Protocols>,
+    #[arg(long, help = "Leave IPv4 clients out of [::]")]
+    v6only: bool,
+    /// A name for the mapping, if it is one [default: one that follows from its ports]
+    #[arg(long)]
+    name: Option<Name>,
+    #[command(flatten)]
+    limits: LimitArgs,
+}
+
+/// What bounds each mapping.
+#[derive(Args, Debug)]
+struct LimitArgs {
+    /// How long a backend may take to answer before its client is reset, or 'unlimited'
+    #[arg(long, value_name = "DURATION", default_value = "10s")]
+    connect_timeout: Limit,
+    /// A TCP connection is reset when nothing has moved for this long, or 'unlimited'
+    #[arg(long, value_name = "DURATION", default_value = "unlimited")]
+    idle_timeout: Limit,
+    /// TCP connections of a mapping at a time [default: as descriptors allow]
+    #[arg(long, value_name = "COUNT", value_parser = parse_count)]
+    max_connections: Option<usize>,
+    /// Whether connections beyond --max-connections wait in the backlog, or are reset
+    #[arg(long, value_enum, default_value_t)]
+    on_limit: OnLimit,
+    /// Networks whose clients are served, and no others, such as 10.0.0.0/8,fd00::/8
+    #[arg(long, value_name = "NETWORK", value_delimiter = ',', value_parser = parse_network)]
+    allow: Vec<IpNet>,
+    /// Networks whose clients are not served, whatever --allow says
+    #[arg(long, value_name = "NETWORK", value_delimiter = ',', value_parser = parse_network)]
+    deny: Vec<IpNet>,
+    /// A UDP flow ends when neither side has sent anything for this long
+    #[arg(long, value_name = "DURATION", default_value = "90s", value_parser = parse_limit)]
+    udp_timeout: Duration,
+    /// UDP flows at a time; at the cap the longest idle one goes [default: as descriptors and ports allow]
+    #[arg(long, value_name = "COUNT", value_parser = parse_count)]
+    udp_max_flows: Option<usize>,
+    /// UDP flows at a time from one IPv4 address or IPv6 /64 [default: 3/4 of --udp-max-flows]
+    #[arg(long, value_name = "COUNT", value_parser = parse_count)]
+    udp_max_flows_per_source: Option<usize>,
+}
+
+impl LimitArgs {
+    fn limits(&self) -> Limits {
+        Limits {
+            connect_timeout: self.connect_timeout.0,
+            idle_timeout: self.idle_timeout.0,
+            max_connections: self.max_connections,
+            on_limit: self.on_limit,
+            udp_timeout: self.udp_timeout,
+            udp_max_flows: self.udp_max_flows,
+            udp_max_flows_per_source: self.udp_max_flows_per_source,
+            access: AccessList { allow: self.allow.clone(), deny: self.deny.clone() },
+        }
+    }
+}
+
+/// A mapping, and the words of the command line that ask for it.
+struct Asked {
+    words: String,
+    mapping: Mapping,
+}
+
+impl MappingArgs {
+    /// The options here, as clap knows them: a file says all that they say.
+    pub(super) const IDS: [&str; 17] = [
+        "host",
+        "to",
+        "publish",
+        "publish_all",
+        "expose",
+        "proto",
+        "v6only",
+        "name",
+        "connect_timeout",
+        "idle_timeout",
+        "max_connections",
+        "on_limit",
+        "allow",
+        "deny",
+        "udp_timeout",
+        "udp_max_flows",
+        "udp_max_flows_per_source",
+    ];
+
+    /// Whether no mapping is asked for.
+    pub(super) fn is_empty(&self) -> bool {
+        self.host.is_empty() && self.to.is_empty() && !self.publishes()
+    }
+
+    fn publishes(&self) -> bool {
+        !self.publish.is_empty() || self.publish_all
+    }
+
+    /// The mappings asked for: those of `--host` in order, then those of `-p`, then those of `-P`.
+    ///
+    /// # Errors
+    /// [`UsageError`]: a part without its counterpart, none at all, a loop, or two that want one port.
+    pub fn mappings(&self) -> Result<Vec<Mapping>, UsageError> {
+        if self.is_empty() {
+            return Err(UsageError::new(
+                "nothing to forward; give --host ADDRESS:PORT and --to ADDRESS:PORT, or --to ADDRESS and -p PORT",
+            ));
+        }
+        let (backends, addresses) = self.split_to();
+        let mut asked = self.paired(&backends, &addresses)?;
+        asked.extend(self.published(&backends, &addresses)?);
+        let asked = asked.into_iter().map(|asked| self.finish(asked)).collect::<Result<Vec<_>, _>>()?;
+        let mut mappings: Vec<Mapping> = asked.iter().map(|asked| asked.mapping.clone()).collect();
+        refuse_overlap(&mappings).map_err(|error| {
+            let words = asked.iter().rfind(|asked| asked.mapping == *error.mapping);
+            wrong(words.map_or("", |asked| &asked.words), &error)
+        })?;
+        match (&self.name, &mut mappings[..]) {
+            (None, _) => {}
+            (Some(name), [mapping]) => *mapping = mapping.clone().named(name.clone()),
+            (Some(name), _) => {
+                return Err(wrong(
+                    &format!("--name {name}"),
+                    &"it is for one mapping, and these are several",
+                ));
+            }
+        }
+        Ok(mappings)
+    }
+
+    /// Which words of the command line ask to listen at `host`, for messages.
+    pub fn words_for(&self, host: HostAddr) -> &'static str {
+        if !self.publishes() || self.host.contains(&host) { "--host" } else { "-p" }
+    }
+
+    fn split_to(&self) -> (Vec<BackendAddr>, Vec<(ScopedIp, AddrError)>) {
+        let mut split = (Vec::new(), Vec::new());
+        for to in &self.to {
+            match to {
+                To::Backend(backend) => split.0.push(*backend),
+                To::Address(address, error) => split.1.push((*address, error.clone())),
+            }
+        }
+        split
+    }
+
+    /// The mappings of `--host`, each with the `--to` at the same place.
+    fn paired(
+        &self,
+        backends: &[BackendAddr],
+        addresses: &[(ScopedIp, AddrError)],
+    ) -> Result<Vec<Asked>, UsageError> {
+        if let (Some((address, error)), false) = (addresses.first(), self.publishes()) {
+            return Err(wrong(&format!("--to {address}"), error));
+        }
+        if let Some(host) = self.host.get(backends.len()) {
+            return Err(wrong(&format!("--host {host}"), &"its --to is missing; each --host goes with one"));
+        }
+        if let Some(to) = backends.get(self.host.len()) {
+            let problem = if self.publishes() {
+                format!("its --host is missing; for -p the address is enough: --to {}", to.host())
+            } else {
+                "its --host is missing; each --to goes with one".to_owned()
+            };
+            return Err(wrong(&format!("--to {to}"), &problem));
+        }
+        let pairs = self.host.iter().zip(backends).zip(self.protocols()?);
+        pairs.map(|((host, to), protocols)| pair(*host, *to, protocols)).collect()
+    }
+
+    /// The protocols of each `--host`.
+    fn protocols(&self) -> Result<Vec<Protocols>, UsageError> {
+        let count = self.host.len();
+        match self.proto[..] {
+            [] => Ok(vec![Protocols::One(Protocol::Tcp); count]),
+            [_, ..] if count == 0 && self.publishes() => {
+                Err(wrong("--proto", &"it is for --host; write -p PORT/PROTOCOL, as in 53:53/udp"))
+            }
+            [all] => Ok(vec![all; count]),
+            ref each if each.len() == count => Ok(each.to_vec()),
+            ref each => Err(wrong(
+                "--proto",
+                &format_args!(
+                    "given {} times for {count} mappings; give it once for all, or once for each",
+                    each.len()
+                ),
+            )),
+        }
+    }
+
+    /// The mappings of `-p` and `-P`, all to one address.
+    fn published(
+        &self,
+        backends: &[BackendAddr],
+        addresses: &[(ScopedIp, AddrError)],
+    ) -> Result<Vec<Asked>, UsageError> {
+        if !self.publishes() {
+            return Ok(Vec::new());
+        }
+        let to = match addresses {
+            [(to, _)] => *to,
+            [_, (second, _), ..] => {
+                return Err(wrong(
+                    &format!("--to {second}"),
+                    &"all -p go to one address; --config can lead to many",
+                ));
+            }
+            [] if backends.is_empty() => {
+                return Err(UsageError::new("-p: where to? give --to ADDRESS, such as --to 172.17.0.2"));
+            }
+            [] => {
+                return Err(UsageError::new(
+                    "-p: its --to ADDRESS is missing; one with a port is for a --host",
+                ));
+            }
+        };
+        let exposed = self.expose.iter().filter(|_| self.publish_all).map(|exposed| exposed.at_random());
+        let exposed = exposed.filter(|exposed| !self.publish.iter().any(|spec| covers(spec, exposed)));
+        let exposed = exposed.map(|spec| (format!("--expose {}/{}", spec.ports, spec.protocols), spec));
+        let specs = self.publish.iter().map(|spec| (format!("-p {spec}"), *spec)).chain(exposed);
+        specs.map(|(words, spec)| publish(words, spec, to)).collect()
+    }
+
+    /// What holds for all mappings.
+    fn finish(&self, Asked { words, mapping }: Asked) -> Result<Asked, UsageError> {
+        let mapping =
+            if self.v6only { mapping.v6only().map_err(|error| wrong(&words, &error))? } else { mapping };
+        Ok(Asked { words, mapping: mapping.limited(self.limits.limits()) })
+    }
+}
+
+/// One `--host` and its `--to`.
+fn pair(host: HostAddr, to: BackendAddr, protocols: Protocols) -> Result<Asked, UsageError> {
+    let host_ports = PortRange::single(host.socket_addr().port()).ok();
+    let ports = PortRange::single(to.socket_addr().port()).expect("a backend is not at port 0");
+    let listens = (ScopedIp::from(host.socket_addr()), host_ports);
+    let mapping = Mapping::new(protocols, listens, (to.socket_addr().into(), ports));
+    let mapping = mapping.map_err(|error| wrong(&format!("--to {to}"), &error))?;
+    Ok(Asked { words: format!("--host {host}"), mapping })
+}
+
+/// One `-p` or `--expose`.
+fn publish(words: String, spec: PublishSpec, to: ScopedIp) -> Result<Asked, UsageError> {
+    match spec.to(to) {
+        Ok(mapping) => Ok(Asked { words, mapping }),
+        Err(MappingError::Backend(error)) => Err(wrong(&format!("--to {to}"), &error)),
+        Err(error) => Err(wrong(&words, &error)),
+    }
+}
+
+/// Whether `spec` publishes all of `exposed`.
+fn covers(spec: &PublishSpec, exposed: &PublishSpec) -> bool {
+    let ports = spec.ports.first() <= exposed.ports.first() && exposed.ports.last() <= spec.ports.last();
+    ports && exposed.protocols.iter().all(|protocol| spec.protocols.contains(protocol))
+}
+
+fn wrong(words: &str, problem: &dyn fmt::Display) -> UsageError {
+    UsageError::new(format!("{words}: {problem}"))
+}

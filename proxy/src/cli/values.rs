@@ -1,0 +1,44 @@
+//! Values of options that are no type of their own elsewhere.
+
+use std::str::FromStr;
+use std::time::Duration;
+
+use crate::addr::{AddrError, BackendAddr, ScopedIp};
+use crate::duration::parse_optional_limit;
+
+/// Where `--to` leads.
+#[derive(Clone, Debug)]
+pub(super) enum To {
+    /// To one port, for a `--host`.
+    Backend(BackendAddr),
+    /// To an address, whose ports `-p` and `-P` say; and why that is too little for a `--host`.
+    Address(ScopedIp, AddrError),
+}
+
+impl FromStr for To {
+    type Err = AddrError;
+
+    fn from_str(text: &str) -> Result<Self, AddrError> {
+        text.parse().map(Self::Backend).or_else(|error| match text.parse() {
+            Ok(address) => Ok(Self::Address(address, error)),
+            Err(_) => Err(error),
+        })
+    }
+}
+
+/// A bound on time, or none.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limit(pub(super) Option<Duration>);
+
+impl FromStr for Limit {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        parse_optional_limit(text).map(Self)
+    }
+}
+
+/// Parses a number from 1 up.
+pub(super) fn parse_count(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|count| *count > 0).ok_or_else(|| "not a number from 1 up".to_owned())
+}

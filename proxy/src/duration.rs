@@ -1,0 +1,73 @@
+//! Durations as people write them, on the command line and in files alike.
+
+use std::time::Duration;
+
+/// How a limit is written that there is not.
+pub const UNLIMITED: &str = "unlimited";
+
+/// Deadlines further away than this are a slip of the finger, and in the end overflow the clock.
+const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
+
+/// Parses `10`, in seconds, or a number with a unit.
+///
+/// # Errors
+/// A message that says what would work.
+pub fn parse(text: &str) -> Result<Duration, String> {
+    if let Ok(seconds) = text.parse() {
+        return Ok(Duration::from_secs(seconds));
+    }
+    humantime::parse_duration(text)
+        .map_err(|_err| "not a duration; write one such as 10s, 500ms or 2m".to_owned())
+}
+
+/// Parses a duration that bounds something: more than zero, and no year.
+///
+/// # Errors
+/// A message that says what would work.
+pub fn parse_limit(text: &str) -> Result<Duration, String> {
+    match parse(text)? {
+        Duration::ZERO => Err("everything would be over at once; write one such as 90s".to_owned()),
+        limit if limit > LONGEST => Err("longer than a year; write one such as 90s".to_owned()),
+        limit => Ok(limit),
+    }
+}
+
+/// Parses a duration that bounds something, or [`UNLIMITED`].
+///
+/// # Errors
+/// A message that says what would work.
+pub fn parse_optional_limit(text: &str) -> Result<Option<Duration>, String> {
+    if text == UNLIMITED {
+        return Ok(None);
+    }
+    parse_limit(text).map(Some).map_err(|message| format!("{message}, or '{UNLIMITED}'"))
+}
+
+/// Writes what [`parse_optional_limit`] reads.
+pub fn format_limit(limit: Option<Duration>) -> String {
+    limit.map_or_else(|| UNLIMITED.to_owned(), |limit| humantime::format_duration(limit).to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations_are_seconds_or_have_a_unit() {
+        assert_eq!(parse("0"), Ok(Duration::ZERO));
+        assert_eq!(parse("10"), Ok(Duration::from_secs(10)));
+        assert_eq!(parse("500ms"), Ok(Duration::from_millis(500)));
+        assert!(parse("soon").unwrap_err().contains("not a duration"));
+        assert!(parse("-1s").unwrap_err().contains("not a duration"));
+    }
+
+    #[test]
+    fn limits_are_neither_zero_nor_years() {
+        assert!(parse_limit("0").unwrap_err().contains("over at once"));
+        assert!(parse_limit("18446744073709551615").unwrap_err().contains("longer than a year"));
+        assert!(parse_optional_limit("0").unwrap_err().ends_with("or 'unlimited'"));
+        for limit in [None, Some(Duration::from_millis(1500)), Some(Duration::from_secs(90))] {
+            assert_eq!(parse_optional_limit(&format_limit(limit)), Ok(limit));
+        }
+    }
+}

@@ -1,0 +1,459 @@
+//! What is published: Docker's `-p` and `-P`, limits as flags, and the configuration file with its reload.
+
+#![expect(clippy::unwrap_used, reason = "a failed step ends the test")]
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use rproxy_tests::backend::{self, TcpBackend};
+use rproxy_tests::client::{self, End};
+use rproxy_tests::controlled::Controlled;
+use rproxy_tests::netns::Namespace;
+use rproxy_tests::process::{self, Output, Process, Stream};
+use rproxy_tests::require::Need;
+use rproxy_tests::rproxy::{self, Ready};
+use rproxy_tests::suite::{self, Case};
+use rproxy_tests::systemd::Systemd;
+use rproxy_tests::udp;
+
+/// The ports that Docker takes random ones from.
+const EPHEMERAL: std::ops::RangeInclusive<u16> = 49_153..=65_535;
+
+fn main() -> ExitCode {
+    let case = |name: &str, body: fn()| Case::new(name, body);
+    let root = &[Need::Root, Need::Ipv6, Need::Program("ip")];
+    suite::run(vec![
+        case("-p: every form serves", publish).needs(root),
+        case("-p: the first free port of a range", first_free).needs(root),
+        case("-P: exposed ports are published at random", publish_all).needs(root),
+        case("limits as flags", limits),
+        case("a configuration is served, and reloaded", reload),
+        case("a wrong configuration changes nothing", wrong_reload),
+        case("a reload under load loses no connection", reload_under_load),
+        case("a start with a wrong configuration", wrong_start),
+        case("check-config", check_config),
+        case("what is printed as a configuration is served as before", printed),
+        case("ctl applies a configuration", applied),
+        case("ctl adds what -p says", added),
+        case("the service manager hears of a reload", notified),
+        case("10,000 mappings, one of which changes", many),
+        case("manual pages and completions", generated),
+    ])
+}
+
+fn echo() -> TcpBackend {
+    TcpBackend::local(backend::echo)
+}
+
+/// A backend that says a letter to each client, and then echoes.
+fn lettered(letter: u8) -> TcpBackend {
+    TcpBackend::local(move |mut stream| {
+        stream.write_all(&[letter])?;
+        backend::echo(stream)
+    })
+}
+
+/// Connects and reads the letter of the backend.
+#[track_caller]
+fn connect(address: SocketAddr) -> (TcpStream, u8) {
+    let mut client = client::connect(address);
+    let mut letter = [0];
+    client.read_exact(&mut letter).unwrap();
+    (client, letter[0])
+}
+
+fn own_address() -> SocketAddr {
+    (client::own_loopback(), 80).into()
+}
+
+/// The text of a `[[mapping]]`.
+fn table(host: impl ToString, to: SocketAddr, more: &str) -> String {
+    format!("[[mapping]]\nhost = \"{}\"\nto = \"{to}\"\n{more}\n", host.to_string())
+}
+
+/// An `rproxy` that serves a configuration.
+struct Configured {
+    process: Process,
+    file: PathBuf,
+    _dir: TempDir,
+}
+
+impl Configured {
+    #[track_caller]
+    fn start(text: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("rproxy.toml");
+        fs::write(&file, text).unwrap();
+        let process = Process::spawn(rproxy::command(&["--config", file.to_str().unwrap()]));
+        process.wait_for_line(Stream::Stdout, |line| line.contains(" -> "));
+        Self { process, file, _dir: dir }
+    }
+
+    /// Puts another file in the place of the one that is read, as editors do, and asks for a reload.
+    #[track_caller]
+    fn reload(&self, text: &str) {
+        let new = self.file.with_extension("new");
+        fs::write(&new, text).unwrap();
+        fs::rename(new, &self.file).unwrap();
+        self.process.signal(Signal::SIGHUP);
+    }
+
+    /// Waits until so many reloads are over, and gives what the last one said.
+    #[track_caller]
+    fn reloaded(&self, count: usize) -> String {
+        let over = |line: &str| line.contains("configuration reloaded");
+        self.process.wait_for_lines(Stream::Stderr, count, over).pop().unwrap()
+    }
+}
+
+/// An `rproxy` in a namespace of its own, where all ports are free, and the lines that it printed.
+fn publish_in(namespace: &Namespace, arguments: &[&str], lines: usize) -> (Process, Vec<Ready>) {
+    let process = namespace.spawn(rproxy::command(arguments));
+    let lines = process.wait_for_lines(Stream::Stdout, lines, |_| true);
+    let ready = lines.iter().map(|line| Ready::parse(line).unwrap_or_else(|| panic!("{line:?}"))).collect();
+    (process, ready)
+}
+
+fn publish() {
+    let namespace = Namespace::new();
+    let backend = namespace
+        .run(|| TcpBackend::serve(TcpListener::bind((Ipv4Addr::LOCALHOST, 80)).unwrap(), backend::echo));
+    let dns = udp::Backend::echo(udp::bind_in(&namespace, (Ipv4Addr::LOCALHOST, 80)));
+    let arguments = [
+        "--to",
+        "127.0.0.1",
+        "-p",
+        "80",
+        "-p",
+        "8080:80",
+        "-p",
+        "127.0.0.11:8080:80/udp",
+        "-p",
+        "127.0.0.11::80",
+        "-p",
+        "[::1]:8081:80",
+        "-p",
+        "53:80:udp",
+        "--publish",
+        "127.0.0.1::80/tcp+udp",
+    ];
+    let (_proxy, ready) = publish_in(&namespace, &arguments, 8);
+    let shown: Vec<_> =
+        ready.iter().map(|ready| (ready.protocol.as_str(), ready.address.to_string())).collect();
+    let exact = [
+        (1, "tcp", "[::]:8080"),
+        (2, "udp", "127.0.0.11:8080"),
+        (4, "tcp", "[::1]:8081"),
+        (5, "udp", "[::]:53"),
+    ];
+    for (index, protocol, address) in exact {
+        assert_eq!(shown[index], (protocol, address.to_owned()));
+    }
+    for index in [0, 3, 6, 7] {
+        assert!(EPHEMERAL.contains(&ready[index].address.port()), "{ready:?}");
+    }
+    assert_eq!(ready[6].address, ready[7].address, "TCP and UDP of one -p have one port");
+    namespace.run(|| {
+        for ready in &ready {
+            match &*ready.protocol {
+                "tcp" => assert_eq!(client::ask(ready.reachable(), b"hello").unwrap(), b"hello"),
+                _ => udp::assert_echoes(&udp::client(ready.reachable().ip()), ready.reachable(), b"hello"),
+            }
+        }
+        // All addresses are IPv4 ones, too.
+        let v4 = (Ipv4Addr::LOCALHOST, 8080).into();
+        assert_eq!(client::ask(v4, b"hello").unwrap(), b"hello");
+    });
+    drop((backend, dns));
+}
+
+fn first_free() {
+    let namespace = Namespace::new();
+    let _taken = namespace.run(|| TcpListener::bind("0.0.0.0:8000").unwrap());
+    let arguments =
+        ["--to", "192.0.2.1", "-p", "8000-8002:80", "-p", "8000-8002:81", "-p", "9000-9002:90-92"];
+    let (_proxy, ready) = publish_in(&namespace, &arguments, 2);
+    let ports: Vec<_> = ready.iter().map(|ready| ready.address.port()).collect();
+    assert_eq!(ports, [8001, 8002]);
+    let more = [&arguments[..], &["-p", "8000-8002:82"]].concat();
+    let output = namespace.spawn(rproxy::command(&more)).into_output();
+    assert_eq!(output.status.code(), Some(1), "{output:#?}");
+    assert!(output.stderr.starts_with("rproxy: -p "), "{output:#?}");
+}
+
+fn publish_all() {
+    let namespace = Namespace::new();
+    let arguments =
+        ["--to", "192.0.2.1", "-p", "80:80", "-P", "--expose", "80", "--expose", "443", "--expose", "53/udp"];
+    let (_proxy, ready) = publish_in(&namespace, &arguments, 3);
+    let shown: Vec<_> = ready.iter().map(|ready| (ready.container_port, &*ready.protocol)).collect();
+    assert_eq!(shown, [(80, "tcp"), (443, "tcp"), (53, "udp")], "what -p publishes is not published again");
+    assert_eq!(ready[0].address.port(), 80);
+    assert!(ready[1..].iter().all(|ready| EPHEMERAL.contains(&ready.address.port())), "{ready:?}");
+}
+
+fn limits() {
+    let backend = lettered(b'a');
+    let relay = |limits: &[&str]| rproxy::Standalone::relay_to(backend.address(), limits);
+    let one = relay(&["--max-connections", "1", "--on-limit", "reset"]);
+    let (_served, _letter) = connect(one.address());
+    assert_eq!(client::end_of(one.address()), (vec![], End::Reset));
+    for (limits, served) in [
+        (&["--deny", "127.0.0.0/8"][..], false),
+        (&["--allow", "10.0.0.0/8,fd00::/8"], false),
+        (&["--allow", "10.0.0.0/8", "--allow", "127.0.0.1"], true),
+    ] {
+        let proxy = relay(limits);
+        if served {
+            assert_eq!(connect(proxy.address()).1, b'a');
+        } else {
+            assert_eq!(client::end_of(proxy.address()), (vec![], End::Reset), "{limits:?}");
+        }
+    }
+    let idle = relay(&["--idle-timeout", "300ms"]);
+    assert_eq!(client::read_to_end(&connect(idle.address()).0), (vec![], End::Reset));
+}
+
+fn reload() {
+    let (a, b) = (lettered(b'a'), lettered(b'b'));
+    let (stays, goes, comes) = (own_address(), own_address(), own_address());
+    let stay = table(stays, a.address(), "");
+    let proxy = Configured::start(&[&*stay, &table(goes, a.address(), "")].concat());
+    let (old, _) = connect(stays);
+    let (draining, _) = connect(goes);
+
+    proxy.reload(&[&*stay, &table(comes, b.address(), "name = \"new\"")].concat());
+    assert!(proxy.reloaded(1).ends_with("added=1 changed=0 removed=1 unchanged=1"));
+    assert_eq!(connect(comes).1, b'b');
+    assert_eq!(connect(stays).1, b'a');
+    assert!(TcpStream::connect(goes).is_err(), "it takes no new clients");
+
+    proxy.reload(&table(stays, b.address(), ""));
+    assert!(proxy.reloaded(2).ends_with("added=0 changed=1 removed=1 unchanged=0"));
+    assert_eq!(connect(stays).1, b'b');
+    for mut client in [&old, &draining] {
+        let mut answer = [0; 4];
+        client.write_all(b"ping").unwrap();
+        client.read_exact(&mut answer).unwrap();
+        assert_eq!(&answer, b"ping", "connections go on");
+    }
+}
+
+fn wrong_reload() {
+    let backend = lettered(b'a');
+    let (address, taken) = (own_address(), own_address());
+    let _taken = TcpListener::bind(taken).unwrap();
+    let text = table(address, backend.address(), "");
+    let proxy = Configured::start(&text);
+    for (wrong, says) in [
+        (String::new(), "rproxy.toml:1:1: there is no [[mapping]] in it".to_owned()),
+        (format!("{text}[[mapping]]\nhost = \"x\""), "rproxy.toml:6:8: host: the port is missing".to_owned()),
+        (text.repeat(2), "rproxy.toml:6:8: host: port 80 is taken by the mapping".to_owned()),
+        (table(taken, backend.address(), ""), "the port is taken by another program".to_owned()),
+    ] {
+        proxy.reload(&wrong);
+        let line = proxy.process.wait_for_line(Stream::Stderr, |line| line.contains(&*says));
+        assert!(line.contains("not reloaded; nothing has changed"), "{line}");
+        assert_eq!(connect(address).1, b'a');
+    }
+    fs::remove_file(&proxy.file).unwrap();
+    proxy.process.signal(Signal::SIGHUP);
+    proxy.process.wait_for_line(Stream::Stderr, |line| line.contains("rproxy.toml: No such file"));
+    proxy.reload(&text);
+    assert!(proxy.reloaded(1).ends_with("added=0 changed=0 removed=0 unchanged=1"));
+}
+
+fn reload_under_load() {
+    let (a, b) = (lettered(b'a'), lettered(b'b'));
+    let (address, other) = (own_address(), own_address());
+    let texts = [
+        table(address, a.address(), ""),
+        // The port goes over to a mapping of another name, and back.
+        [table(address, b.address(), "name = \"web\""), table(other, a.address(), "")].concat(),
+        table(address, b.address(), "max_connections = 1000"),
+    ];
+    let proxy = Configured::start(&texts[0]);
+    let done = AtomicBool::new(false);
+    let connections = thread::scope(|scope| {
+        let load = scope.spawn(|| {
+            let mut connections = 0;
+            while !done.load(Ordering::Relaxed) {
+                assert!(matches!(connect(address).1, b'a' | b'b'));
+                connections += 1;
+            }
+            connections
+        });
+        for round in 1..40 {
+            proxy.reload(&texts[round % texts.len()]);
+            proxy.reloaded(round);
+        }
+        done.store(true, Ordering::Relaxed);
+        load.join().unwrap()
+    });
+    assert!(connections > 0);
+}
+
+/// Runs `rproxy` with a file, whose name stands for `FILE` among the arguments.
+#[track_caller]
+fn run_with(text: &str, arguments: &[&str]) -> Output {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("rproxy.toml");
+    fs::write(&file, text).unwrap();
+    let file = file.to_str().unwrap();
+    let arguments: Vec<_> =
+        arguments.iter().map(|argument| if *argument == "FILE" { file } else { argument }).collect();
+    process::run(rproxy::command(&arguments))
+}
+
+fn wrong_start() {
+    let to = "127.0.0.1:9".parse().unwrap();
+    let taken = TcpListener::bind((client::own_loopback(), 80)).unwrap();
+    let taken = taken.local_addr().unwrap();
+    for (text, code, says) in [
+        ("[[mapping]]\nhots = 1\n", 1, "rproxy.toml:2:1: unknown field `hots`"),
+        (&table(taken, to, ""), 1, &format!("rproxy.toml: {taken}: the port is taken by another program")),
+    ] {
+        let output = run_with(text, &["--config", "FILE"]);
+        assert_eq!(output.status.code(), Some(code), "{output:#?}");
+        assert_eq!((&*output.stdout, output.stderr.lines().count()), ("", 1), "{output:#?}");
+        assert!(output.stderr.contains(says), "{output:#?}");
+    }
+    let both = run_with("", &["--config", "FILE", "--to", "127.0.0.1", "-p", "80"]);
+    assert_eq!(both.status.code(), Some(2), "{both:#?}");
+}
+
+fn check_config() {
+    let good = table("[::]:80", "172.17.0.2:80".parse().unwrap(), "");
+    assert_eq!(run_with(&good, &["check-config", "FILE"]).success(), "ok\n");
+    let output =
+        run_with("[[mapping]]\nhost = \"a\"\n[[mapping]]\nhost = \"b\"\n", &["check-config", "FILE"]);
+    assert_eq!(output.status.code(), Some(1));
+    let lines: Vec<_> = output.stderr.lines().collect();
+    assert_eq!(lines.len(), 2, "one for each mistake: {lines:#?}");
+    assert!(lines.iter().all(|line| line.starts_with("rproxy: ")), "{lines:#?}");
+    assert!(lines[0].contains(":2:8: ") && lines[1].contains(":4:8: "), "{lines:#?}");
+}
+
+fn printed() {
+    let address = client::own_loopback();
+    let host = format!("{address}:80");
+    let (web, range) = (format!("{address}:81:80"), format!("{address}:8000-8009:90-99/tcp+udp"));
+    let asked = [
+        "--host",
+        &host,
+        "--to",
+        "127.0.0.1:9",
+        "--to",
+        "192.0.2.1",
+        "-p",
+        &web,
+        "-p",
+        &range,
+        "--idle-timeout",
+        "90s",
+        "--allow",
+        "10.0.0.0/8",
+        "--max-connections",
+        "7",
+        "--on-limit",
+        "reset",
+        "--connect-timeout",
+        "unlimited",
+    ];
+    let text = process::run(rproxy::command(&[&["--print-config"], &asked[..]].concat())).success();
+    assert_eq!(run_with(&text, &["--config", "FILE", "--print-config"]).success(), text);
+
+    let list = |arguments: &[&str]| -> Value { Controlled::start(arguments).json(&["list"]) };
+    let flags = list(&asked);
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("rproxy.toml");
+    fs::write(&file, text).unwrap();
+    assert_eq!(list(&["--config", file.to_str().unwrap()]), flags);
+}
+
+fn applied() {
+    let backend = lettered(b'a');
+    let (proxy, address) = (Controlled::start(&[]), own_address());
+    let file = proxy.file("rproxy.toml", &table(address, backend.address(), "name = \"web\""));
+    proxy.ctl(&["apply", file.to_str().unwrap()]).success();
+    assert_eq!(connect(address).1, b'a');
+    let wrong = proxy.file("wrong.toml", "[[mapping]]\nhost = \"x\"");
+    let output = proxy.ctl(&["apply", wrong.to_str().unwrap()]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(output.stderr.contains("wrong.toml:2:8: host: "), "{output:#?}");
+    assert_eq!(proxy.json(&["list"])["mappings"][0]["name"], "web");
+}
+
+fn added() {
+    let backend = echo();
+    let (proxy, address) = (Controlled::start(&[]), client::own_loopback());
+    let ports = format!("{address}:8000-8002:{}/tcp", backend.address().port());
+    let printed = proxy.ctl(&["add", "--to", "127.0.0.1", "-p", &ports, "--max-connections", "5"]).success();
+    assert!(printed.ends_with(&format!("-> {address}:8000\n")), "{printed}");
+    assert_eq!(client::ask((address, 8000).into(), b"hello").unwrap(), b"hello");
+    assert_eq!(proxy.json(&["list"])["mappings"][0]["limits"]["max_connections"], 5);
+}
+
+fn notified() {
+    let backend = lettered(b'a');
+    let systemd = Systemd::new();
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("rproxy.toml");
+    fs::write(&file, table(own_address(), backend.address(), "")).unwrap();
+    let proxy = Process::spawn(systemd.command(&["--config", file.to_str().unwrap()]));
+    assert_eq!(systemd.told(), ["READY=1"]);
+    proxy.signal(Signal::SIGHUP);
+    // With the time at which it began, which Type=notify-reload wants (sd_notify(3)).
+    let told = systemd.told();
+    assert_eq!(told[0], "RELOADING=1");
+    assert!(told[1].starts_with("MONOTONIC_USEC="), "{told:?}");
+    assert_eq!(systemd.told(), ["READY=1"]);
+}
+
+fn many() {
+    let (a, b) = (lettered(b'a'), lettered(b'b'));
+    let to = |index: usize| if index == 0 { b.address() } else { a.address() };
+    // A hundred ports of a hundred addresses.
+    let addresses: Vec<_> = (0..100).map(|_| IpAddr::from(client::own_loopback())).collect();
+    let places: Vec<_> = addresses
+        .iter()
+        .flat_map(|address| (0..100).map(|port| SocketAddr::new(*address, 20_000 + port)))
+        .collect();
+    let text = |changed: bool| -> String {
+        let backend = |index: usize| to(if changed { index } else { usize::MAX });
+        places.iter().enumerate().map(|(index, place)| table(place, backend(index), "")).collect()
+    };
+    let proxy = Configured::start(&text(false));
+    let (old, _) = connect(places[9_999]);
+    assert_eq!(connect(places[0]).1, b'a');
+    proxy.reload(&text(true));
+    assert!(proxy.reloaded(1).ends_with("added=0 changed=1 removed=0 unchanged=9999"));
+    assert_eq!(connect(places[0]).1, b'b');
+    assert_eq!(connect(places[1]).1, b'a');
+    drop(old);
+}
+
+fn generated() {
+    let dir = tempfile::tempdir().unwrap();
+    process::run(rproxy::command(&["man", dir.path().to_str().unwrap()])).success();
+    let page = fs::read_to_string(dir.path().join("rproxy.1")).unwrap();
+    assert!(page.contains("\\-\\-drain\\-timeout"), "{page}");
+    assert!(dir.path().join("rproxy-ctl-retarget.1").exists());
+    for (shell, word) in [("bash", "complete -F"), ("zsh", "#compdef rproxy"), ("fish", "complete -c rproxy")]
+    {
+        let script = process::run(rproxy::command(&["completions", shell])).success();
+        assert!(script.contains(word) && script.contains("print-config"), "{shell}: {script}");
+    }
+    let nowhere = process::run(rproxy::command(&["man", "/nonexistent"]));
+    assert_eq!(nowhere.status.code(), Some(1));
+    assert!(nowhere.stderr.contains("/nonexistent: "), "{nowhere:#?}");
+}
