@@ -56,7 +56,7 @@ struct Tasks {
 
 impl Server {
     /// Prepares to serve `mappings` on the runtime of the calling thread, and on others when needed, so that
-    /// [`Server::serve_all`] cannot fail. If they `may_change`, there may be TCP mappings later.
+    /// serving all of them cannot fail. If they `may_change`, there may be TCP mappings later.
     ///
     /// # Errors
     /// What epoll_ctl(2) answered for a listener.

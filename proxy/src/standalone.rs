@@ -89,6 +89,7 @@ fn serve_mappings(options: &Serve) -> ExitCode {
     let inherited = Inherited { sockets: systemd::passed_sockets(), predecessor: upgrade::claim() };
     // Before there is anything that a new process should not have.
     let launcher = Launcher::start();
+    raise_descriptor_limit();
     let started = start(mappings, inherited, launcher, options);
     let (runtime, manager) = match started {
         Ok(started) => started,

@@ -34,6 +34,7 @@ impl Channel {
         Ok(Self(Watched::new(socket, Interest::READABLE | Interest::WRITABLE)?))
     }
 
+    /// Sends a value.
     pub(super) async fn send(&self, value: &impl Serialize) -> io::Result<()> {
         self.write(&frame(value)?).await
     }
@@ -46,11 +47,13 @@ impl Channel {
         self.write_at_once(&frame(value)?)
     }
 
+    /// As [`Channel::send_at_once`], for bytes that are no value.
     pub(super) fn write_at_once(&self, bytes: &[u8]) -> io::Result<()> {
         let written = write(&self.0, bytes)?;
         if written == bytes.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
     }
 
+    /// Receives a value of this kind.
     pub(super) async fn receive<T: DeserializeOwned>(&self) -> io::Result<T> {
         let mut length = [0; 4];
         self.read(&mut length).await?;
@@ -60,6 +63,7 @@ impl Channel {
         Ok(serde_json::from_slice(&text)?)
     }
 
+    /// Sends descriptors, as many as it may be.
     pub(super) async fn send_descriptors(&self, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
         for some in descriptors.chunks(MOST) {
             self.0.io(Interest::WRITABLE, |socket| send_descriptors(socket, some)).await?;
@@ -80,6 +84,7 @@ impl Channel {
         Ok(descriptors)
     }
 
+    /// Sends bytes.
     pub(super) async fn write(&self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
             let written = self.0.io(Interest::WRITABLE, |socket| Ok(write(socket, bytes)?)).await?;
@@ -88,6 +93,7 @@ impl Channel {
         Ok(())
     }
 
+    /// Receives as many bytes as there is room for.
     pub(super) async fn read(&self, bytes: &mut [u8]) -> io::Result<()> {
         let mut filled = 0;
         while filled < bytes.len() {

@@ -8,11 +8,11 @@
 //!
 //! | old process | new process |
 //! |---|---|
-//! | [`Hello`], [`Offer`], descriptors | |
-//! | | [`Word::Prepared`] |
-//! | [`Flows`] and descriptors, again and again; an empty one | |
-//! | | [`Word::Serving`] |
-//! | [`Word::Yours`] | |
+//! | `Hello`, `Offer`, descriptors | |
+//! | | `Prepared` |
+//! | `Flows` and descriptors, again and again; an empty one | |
+//! | | `Serving` |
+//! | `Yours` | |
 //!
 //! The new process believes the old one no more than a client of the control socket: mappings are read as
 //! that reads them, and if they cannot be changed while it runs, they have to be those of its command line.

@@ -88,12 +88,15 @@ extern "C" fn do_nothing(_signal: libc::c_int) {}
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::UnixStream;
+    use std::sync::mpsc;
+    use std::thread;
 
     use super::*;
 
     #[test]
     fn a_process_with_threads_is_not_forked() {
-        // The harness has one for each test.
+        let (_until_the_end, end) = mpsc::channel::<()>();
+        thread::spawn(move || end.recv());
         let (kept, _other) = UnixStream::pair().unwrap();
         let error = fork_alone(kept.into(), |_kept| ()).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EBUSY));
