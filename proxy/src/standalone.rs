@@ -109,7 +109,6 @@ fn start(
     options: &Serve,
 ) -> Result<(Runtime, Manager), StartError> {
     let setup = |step| move |source| StartError::Setup { step, source };
-    raise_descriptor_limit();
     let runtime = new_runtime().map_err(setup("create the event loop"))?;
     let entered = runtime.enter();
     let stop = StopSignals::catch().map_err(setup("catch signals"))?;

@@ -46,7 +46,9 @@ fn taken(pid: Pid) -> Taken {
 fn assert_each(before: Taken, after: Taken, count: usize, most_bytes: usize, descriptors: usize) {
     let bytes = after.bytes.saturating_sub(before.bytes) / count;
     assert!(bytes <= most_bytes, "{bytes} bytes each: {before:?}, {after:?}");
-    assert_eq!((after.descriptors - before.descriptors) / count, descriptors, "{before:?}, {after:?}");
+    // One that the process had for a moment does not count.
+    let more = after.descriptors.saturating_sub(before.descriptors);
+    assert_eq!((more + count / 2) / count, descriptors, "{before:?}, {after:?}");
 }
 
 fn process() {

@@ -38,6 +38,7 @@ fn main() -> ExitCode {
         case("a transfer goes on to its last byte", transfer),
         case("flows keep their ports, and no datagram is lost", flows),
         case("mappings are those of the moment, with the control socket", live_mappings),
+        case("a configuration is read again by the new process", configured),
         case("a range of ten thousand ports", range),
         case("what systemd is told, and sockets that it passed", systemd),
         case("another user, confined", other_user).needs(root),
@@ -223,6 +224,27 @@ fn live_mappings() {
     program.ctl(&["drain"]).success();
     wait_for_end(second);
     assert!(!program.control().exists(), "its socket is left there");
+}
+
+fn configured() {
+    let (program, backend, address, other) = (Program::new(), echo(), own_address(), own_address());
+    let file = program.path().with_extension("toml");
+    let write = |host: SocketAddr| {
+        fs::write(&file, format!("[[mapping]]\nhost = \"{host}\"\nto = \"{}\"\n", backend.address()))
+            .unwrap();
+    };
+    write(address);
+    let first = program.start(&["--config", file.to_str().unwrap()]);
+    // What it serves goes over, whatever the file says by now.
+    write(other);
+    let second = upgrade(&first, 0, first.pid());
+    assert_eq!(first.wait().code(), Some(0));
+    assert_eq!(client::ask(address, b"hello").unwrap(), b"hello");
+    TcpStream::connect(other).expect_err("nobody has asked for it yet");
+    kill(second, Signal::SIGHUP).unwrap();
+    eventually("the file is read", || TcpStream::connect(other).is_ok());
+    assert_eq!(client::ask(other, b"hello").unwrap(), b"hello");
+    TcpStream::connect(address).expect_err("it is not in the file");
 }
 
 fn range() {

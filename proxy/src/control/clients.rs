@@ -39,7 +39,15 @@ const LARGE: usize = 64 * 1024;
 #[derive(Debug)]
 pub(super) struct Call {
     pub(super) request: Request,
-    pub(super) answer: oneshot::Sender<Result<Value, Refusal>>,
+    pub(super) answer: oneshot::Sender<Reply>,
+}
+
+/// What comes of a request.
+#[derive(Debug)]
+pub(super) struct Reply {
+    pub(super) result: Result<Value, Refusal>,
+    /// Dropped once the client has been told, or is gone.
+    pub(super) until_told: oneshot::Sender<()>,
 }
 
 /// Serves the clients of `listener`, whose requests go to `calls`, until nobody receives these.
@@ -137,18 +145,24 @@ struct Answer {
     text: String,
     /// Whether it, or its request, took more memory than the process should keep.
     is_large: bool,
+    /// As in [`Reply`].
+    _until_told: Option<oneshot::Sender<()>>,
 }
 
 async fn respond(line: Vec<u8>, calls: &mpsc::Sender<Call>) -> Answer {
     let asked = line.len();
     let (id, request) = protocol::decode(&line);
     drop(line);
-    let result = match request {
+    let reply = match request {
         Ok(request) => call(request, calls).await,
         Err(refusal) => Err(refusal),
     };
+    let (result, until_told) = match reply {
+        Ok(Reply { result, until_told }) => (result, Some(until_told)),
+        Err(refusal) => (Err(refusal), None),
+    };
     let text = protocol::answer(id, result) + "\n";
-    Answer { is_large: asked.max(text.len()) > LARGE, text }
+    Answer { is_large: asked.max(text.len()) > LARGE, text, _until_told: until_told }
 }
 
 /// Reads a line, without its end; `None` at the end of what the client says.
@@ -167,9 +181,9 @@ async fn read_line(reader: &mut BufReader<OwnedReadHalf>) -> io::Result<Option<V
     }
 }
 
-async fn call(request: Request, calls: &mpsc::Sender<Call>) -> Result<Value, Refusal> {
+async fn call(request: Request, calls: &mpsc::Sender<Call>) -> Result<Reply, Refusal> {
     let ending = || Refusal { kind: "failed", message: "rproxy is ending".to_owned() };
     let (answer, answered) = oneshot::channel();
     calls.send(Call { request, answer }).await.map_err(|_gone| ending())?;
-    answered.await.unwrap_or_else(|_gone| Err(ending()))
+    answered.await.map_err(|_gone| ending())
 }

@@ -15,10 +15,10 @@ use rproxy_sys::memory::release_unused;
 use serde_json::{Value, json};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::Interval;
+use tokio::time::{Interval, timeout};
 use tracing::{error, info};
 
-use super::clients::{self, Call};
+use super::clients::{self, Call, Reply};
 use super::protocol::{self, Refusal, Request};
 use super::socket::{ControlSocket, SocketFile};
 use super::wire::WireMapping;
@@ -36,6 +36,9 @@ use crate::upgrade::Upgrade;
 
 /// Requests that may wait to be carried out.
 const CALLS: usize = 4;
+
+/// How long the client may take for its answer that ends the process.
+const LAST_ANSWER: Duration = Duration::from_secs(1);
 
 /// Stack of the manager's thread: parsers recurse.
 const STACK_SIZE: usize = 1024 * 1024;
@@ -131,9 +134,14 @@ impl Manager {
                 () = tick(&mut watchdog) => tell_alive(&server).await,
                 Some(Call { request, answer }) = called.recv() => {
                     let is_last = request == Request::Drain;
-                    answer.send(carry_out(request, &mut server).await).ok();
+                    let (until_told, told) = oneshot::channel();
+                    let result = carry_out(request, &mut server).await;
+                    // The client may be gone.
+                    answer.send(Reply { result, until_told }).ok();
                     if is_last {
                         info!("ending, as a control client asks");
+                        // One that does not take its answer is not waited for.
+                        timeout(LAST_ANSWER, told).await.ok();
                         break false;
                     }
                 }
