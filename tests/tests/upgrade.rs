@@ -38,6 +38,7 @@ fn main() -> ExitCode {
         case("a transfer goes on to its last byte", transfer),
         case("flows keep their ports, and no datagram is lost", flows),
         case("mappings are those of the moment, with the control socket", live_mappings),
+        case("a configuration is read when it is asked for, and not before", configuration),
         case("a range of ten thousand ports", range),
         case("what systemd is told, and sockets that it passed", systemd),
         case("another user, confined", other_user).needs(root),
@@ -223,6 +224,24 @@ fn live_mappings() {
     program.ctl(&["drain"]).success();
     wait_for_end(second);
     assert!(!program.control().exists(), "its socket is left there");
+}
+
+fn configuration() {
+    let (program, backend, before, after) = (Program::new(), echo(), own_address(), own_address());
+    let file = program.path().with_extension("toml");
+    let to = backend.address();
+    let write = |host: SocketAddr| {
+        fs::write(&file, format!("[[mapping]]\nname = \"web\"\nhost = \"{host}\"\nto = \"{to}\"\n")).unwrap();
+    };
+    write(before);
+    let first = program.start(&["--config", file.to_str().unwrap()]);
+    write(after);
+    let second = upgrade(&first, 0, first.pid());
+    assert_eq!(client::ask(before, b"hello").unwrap(), b"hello");
+    kill(second, Signal::SIGHUP).unwrap();
+    first.wait_for_line(Stream::Stderr, |line| line.contains("configuration reloaded"));
+    assert_eq!(client::ask(after, b"hello").unwrap(), b"hello");
+    TcpStream::connect(before).expect_err("nobody listens any more");
 }
 
 fn range() {

@@ -13,6 +13,7 @@ use std::io;
 use std::process::ExitCode;
 
 use rproxy_sys::fd::claim_inherited;
+use rproxy_sys::memory::release_unused;
 use tokio::runtime::Runtime;
 use tracing::{error, info, warn};
 
@@ -110,6 +111,8 @@ fn confine_as_far_as_possible(mode: Mode, needs: &Needs<'_>) {
     if let Err(error) = sandbox::confine(mode, needs) {
         warn!(%error, "not confined");
     }
+    // What it took to put the filter together is needed no more.
+    release_unused();
 }
 
 /// A runtime that went away does not read its pipe any more; its signal is on its way.
