@@ -11,7 +11,8 @@ use tracing::warn;
 /// # Errors
 /// What epoll_create1(2) or eventfd(2) answered.
 pub fn new_runtime() -> io::Result<Runtime> {
-    Builder::new_current_thread().enable_io().enable_time().build()
+    // Sockets are in epoll instances of their own, so that few events are the runtime's: little room will do.
+    Builder::new_current_thread().enable_io().enable_time().max_io_events_per_tick(64).build()
 }
 
 /// Raises the soft limit of descriptors to the hard one: a connection takes two. Services are often

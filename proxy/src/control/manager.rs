@@ -132,16 +132,9 @@ impl Manager {
                     }
                 }
                 () = tick(&mut watchdog) => tell_alive(&server).await,
-                Some(Call { request, answer }) = called.recv() => {
-                    let is_last = request == Request::Drain;
-                    let (until_told, told) = oneshot::channel();
-                    let result = carry_out(request, &mut server).await;
-                    // The client may be gone.
-                    answer.send(Reply { result, until_told }).ok();
-                    if is_last {
+                Some(call) = called.recv() => {
+                    if answer(call, &mut server).await {
                         info!("ending, as a control client asks");
-                        // One that does not take its answer is not waited for.
-                        timeout(LAST_ANSWER, told).await.ok();
                         break false;
                     }
                 }
@@ -242,6 +235,20 @@ async fn reread(reload: Option<&Reload>, server: &mut Server) {
         }
     }
     systemd::ready();
+}
+
+/// Does what a client asks for, and tells it. Gives whether that ends the process; the client knows by then.
+async fn answer(Call { request, answer }: Call, server: &mut Server) -> bool {
+    let is_last = request == Request::Drain;
+    let (until_told, told) = oneshot::channel();
+    let result = carry_out(request, server).await;
+    // The client may be gone.
+    answer.send(Reply { result, until_told }).ok();
+    if is_last {
+        // One that does not take its answer is not waited for.
+        timeout(LAST_ANSWER, told).await.ok();
+    }
+    is_last
 }
 
 async fn carry_out(request: Request, server: &mut Server) -> Result<Value, Refusal> {

@@ -55,7 +55,6 @@ impl Upgrade {
     /// Lets a new process serve in place of this one. Gives whether it does; if not, or if this is dropped
     /// before, this process serves as it did.
     pub(crate) async fn carry_out(&mut self, server: &Server, control: Option<BorrowedFd<'_>>) -> bool {
-        info!("a new process is to take over");
         let Self { asked, launcher } = self;
         // Needed rarely, and long.
         let mut attempt = Box::pin(attempt(launcher, server, control));
