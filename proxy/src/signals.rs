@@ -1,33 +1,75 @@
-//! The signals that ask the process to end.
+//! Signals that the process is told by, through signalfd(2): one descriptor for some of them, where a handler
+//! for each would keep as much memory as a small mapping does.
 
 use std::io;
+use std::mem::size_of;
 
-use tokio::signal::unix::{Signal, SignalKind, signal};
+use nix::libc::signalfd_siginfo;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use nix::unistd::read;
+use rproxy_sys::watch::Watched;
+use tokio::io::Interest;
 
-/// `SIGINT` and `SIGTERM`, caught from the moment this is made.
+/// Some signals, caught from the moment this is made.
 #[derive(Debug)]
-pub struct StopSignals {
-    interrupt: Signal,
-    terminate: Signal,
+pub struct Signals(Watched);
+
+impl Signals {
+    /// Starts to catch `signals`. To be called before the process has other threads: one that does not block
+    /// them would be ended by them.
+    ///
+    /// # Errors
+    /// Those of sigprocmask(2), signalfd(2) and epoll_ctl(2).
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn catch(signals: impl IntoIterator<Item = Signal>) -> io::Result<Self> {
+        let mask: SigSet = signals.into_iter().collect();
+        // Threads that are started later inherit it; programs that are executed do not, if std starts them.
+        mask.thread_block()?;
+        let fd = SignalFd::with_flags(&mask, SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC)?;
+        Watched::new(fd, Interest::READABLE).map(Self)
+    }
+
+    /// Waits for the next one.
+    ///
+    /// # Errors
+    /// Those of read(2).
+    pub async fn next(&mut self) -> io::Result<Signal> {
+        let mut info = [0; size_of::<signalfd_siginfo>()];
+        self.0.io(Interest::READABLE, |fd| Ok(read(fd, &mut info)?)).await?;
+        // The number is what the record begins with.
+        let number = i32::from_ne_bytes([info[0], info[1], info[2], info[3]]);
+        Ok(Signal::try_from(number)?)
+    }
 }
+
+/// `SIGINT` and `SIGTERM`, which ask the process to end, caught from the moment this is made.
+#[derive(Debug)]
+pub struct StopSignals(Signals);
 
 impl StopSignals {
     /// Starts to catch the signals.
     ///
     /// # Errors
-    /// What sigaction(2) or socketpair(2) answered.
+    /// Those of [`Signals::catch`].
     ///
     /// # Panics
     /// Outside a tokio runtime.
     pub fn catch() -> io::Result<Self> {
-        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
+        Signals::catch([Signal::SIGINT, Signal::SIGTERM]).map(Self)
     }
 
     /// Waits for the next one and gives its name.
     pub async fn next(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.interrupt.recv() => "SIGINT",
-            _ = self.terminate.recv() => "SIGTERM",
+        match self.0.next().await {
+            Ok(signal) => signal.as_str(),
+            Err(error) => {
+                // It cannot be told any more when to end.
+                tracing::error!(%error, "cannot read signals");
+                "no signal"
+            }
         }
     }
 }

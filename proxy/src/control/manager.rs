@@ -11,9 +11,9 @@ use std::pin::pin;
 use std::thread;
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use rproxy_sys::memory::release_unused;
 use serde_json::{Value, json};
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Interval, timeout};
 use tracing::{error, info};
@@ -30,7 +30,7 @@ use crate::name::Name;
 use crate::ports::PortRange;
 use crate::runtime::new_runtime;
 use crate::server::{ServeError, Server};
-use crate::signals::StopSignals;
+use crate::signals::{Signals, StopSignals};
 use crate::systemd;
 use crate::upgrade::Upgrade;
 
@@ -45,7 +45,7 @@ const STACK_SIZE: usize = 1024 * 1024;
 
 /// A configuration file that is read anew at `SIGHUP`.
 pub struct Reload {
-    signal: Signal,
+    signal: Signals,
     file: PathBuf,
 }
 
@@ -54,12 +54,12 @@ impl Reload {
     /// change is missed.
     ///
     /// # Errors
-    /// What sigaction(2) answered.
+    /// Those of [`Signals::catch`].
     ///
     /// # Panics
     /// Outside a tokio runtime.
     pub fn of_file(file: PathBuf) -> io::Result<Self> {
-        Ok(Self { signal: signal(SignalKind::hangup())?, file })
+        Ok(Self { signal: Signals::catch([Signal::SIGHUP])?, file })
     }
 }
 
@@ -202,7 +202,12 @@ async fn last_call(stop: &mut StopSignals, succeeded: bool) -> &'static str {
 
 async fn hung_up(reload: &mut Option<Reload>) {
     match reload {
-        Some(reload) => drop(reload.signal.recv().await),
+        Some(reload) => {
+            if let Err(error) = reload.signal.next().await {
+                error!(%error, "cannot read signals; nothing is reloaded any more");
+                std::future::pending().await
+            }
+        }
         None => std::future::pending().await,
     }
 }

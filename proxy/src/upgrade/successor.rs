@@ -5,8 +5,8 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
+use nix::sys::signal::Signal;
 use rproxy_sys::pass::MOST;
-use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::time::timeout;
 use tracing::{error, info, warn};
 
@@ -15,6 +15,7 @@ use super::launcher::{Asked, Launcher};
 use super::{Flows, Hello, Offer, OfferedFlow, UpgradeError, VERSION, Word};
 use crate::control::wire::WireMapping;
 use crate::server::Server;
+use crate::signals::Signals;
 use crate::systemd;
 use crate::udp::LiveFlow;
 
@@ -30,7 +31,7 @@ const LAUNCHER_PATIENCE: Duration = Duration::from_secs(5);
 /// What it takes to be upgraded.
 #[derive(Debug)]
 pub struct Upgrade {
-    asked: Signal,
+    asked: Signals,
     launcher: Result<Launcher, String>,
 }
 
@@ -38,18 +39,21 @@ impl Upgrade {
     /// Catches `SIGUSR2` from now on.
     ///
     /// # Errors
-    /// What sigaction(2) answered.
+    /// Those of [`Signals::catch`].
     ///
     /// # Panics
     /// Outside a tokio runtime.
     pub fn catch(launcher: io::Result<Launcher>) -> io::Result<Self> {
         let launcher = launcher.map_err(|error| error.to_string());
-        Ok(Self { asked: signal(SignalKind::user_defined2())?, launcher })
+        Ok(Self { asked: Signals::catch([Signal::SIGUSR2])?, launcher })
     }
 
     /// Waits for the signal.
     pub(crate) async fn asked(&mut self) {
-        self.asked.recv().await;
+        if let Err(error) = self.asked.next().await {
+            error!(%error, "cannot read signals; no upgrade is possible any more");
+            std::future::pending().await
+        }
     }
 
     /// Lets a new process serve in place of this one. Gives whether it does; if not, or if this is dropped
@@ -60,7 +64,7 @@ impl Upgrade {
         let mut attempt = Box::pin(attempt(launcher, server, control));
         loop {
             tokio::select! {
-                Some(()) = asked.recv() => warn!("an upgrade is under way; another one has to wait for it"),
+                Ok(_signal) = asked.next() => warn!("an upgrade is under way; another one has to wait for it"),
                 result = &mut attempt => match result {
                     Ok(process) => {
                         info!(process, "a new process has taken over");

@@ -71,13 +71,21 @@ impl Scene {
         datagrams["limits"] = json!({ "udp_timeout": "1s" });
         proxy.apply(&[web, mapping("steady", "tcp", STEADY_FRONT, STEADY_BACK), datagrams]).success();
         let mut scene = Self { topology, proxy, before: Holdings::default(), _steady: steady };
-        // Two at a time, so that all workers have started.
+        scene.start_all_workers();
         scene.under_load(|| ());
         scene.wait_until_over();
         // By then the client that asked is gone, too.
         wait_until_idle(scene.proxy.process.pid());
         scene.before = Holdings::of(scene.proxy.process.pid());
         scene
+    }
+
+    /// Connects so many at a time that each worker has some: they start when there is something for them.
+    fn start_all_workers(&self) {
+        let most = thread::available_parallelism().unwrap().get();
+        let connect = || client::connect(STEADY_FRONT);
+        let clients: Vec<_> = (0..2 * most).map(|_| self.topology.client.run(connect)).collect();
+        clients.iter().for_each(|client| exchange(client, 1, 100));
     }
 
     /// Lets something happen while others are served, who must not notice.
