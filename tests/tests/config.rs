@@ -127,25 +127,19 @@ fn publish() {
     let backend = namespace
         .run(|| TcpBackend::serve(TcpListener::bind((Ipv4Addr::LOCALHOST, 80)).unwrap(), backend::echo));
     let dns = udp::Backend::echo(udp::bind_in(&namespace, (Ipv4Addr::LOCALHOST, 80)));
-    let arguments = [
-        "--to",
-        "127.0.0.1",
-        "-p",
+    let specs = [
         "80",
-        "-p",
         "8080:80",
-        "-p",
         "127.0.0.11:8080:80/udp",
-        "-p",
         "127.0.0.11::80",
-        "-p",
         "[::1]:8081:80",
-        "-p",
         "53:80:udp",
-        "--publish",
         "127.0.0.1::80/tcp+udp",
+        "80",
     ];
-    let (_proxy, ready) = publish_in(&namespace, &arguments, 8);
+    let arguments: Vec<&str> =
+        ["--to", "127.0.0.1"].into_iter().chain(specs.into_iter().flat_map(|spec| ["-p", spec])).collect();
+    let (_proxy, ready) = publish_in(&namespace, &arguments, 9);
     let shown: Vec<_> =
         ready.iter().map(|ready| (ready.protocol.as_str(), ready.address.to_string())).collect();
     let exact = [
@@ -157,7 +151,7 @@ fn publish() {
     for (index, protocol, address) in exact {
         assert_eq!(shown[index], (protocol, address.to_owned()));
     }
-    for index in [0, 3, 6, 7] {
+    for index in [0, 3, 6, 7, 8] {
         assert!(EPHEMERAL.contains(&ready[index].address.port()), "{ready:?}");
     }
     assert_eq!(ready[6].address, ready[7].address, "TCP and UDP of one -p have one port");

@@ -1,5 +1,6 @@
 //! Mappings on the command line: `--host` with `--to`, and Docker's `-p` and `-P`.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::time::Duration;
 
@@ -53,6 +54,7 @@ pub struct MappingArgs {
 
 /// What bounds each mapping.
 #[derive(Args, Debug)]
+#[command(next_help_heading = "Limits of each mapping")]
 struct LimitArgs {
     /// How long a backend may take to answer before its client is reset, or 'unlimited'
     #[arg(long, value_name = "DURATION", default_value = "10s")]
@@ -154,6 +156,7 @@ impl MappingArgs {
             let words = asked.iter().rfind(|asked| asked.mapping == *error.mapping);
             wrong(words.map_or("", |asked| &asked.words), &error)
         })?;
+        tell_apart(&mut mappings);
         match (&self.name, &mut mappings[..]) {
             (None, _) => {}
             (Some(name), [mapping]) => *mapping = mapping.clone().named(name.clone()),
@@ -284,6 +287,21 @@ fn publish(words: String, spec: PublishSpec, to: ScopedIp) -> Result<Asked, Usag
         Ok(mapping) => Ok(Asked { words, mapping }),
         Err(MappingError::Backend(error)) => Err(wrong(&format!("--to {to}"), &error)),
         Err(error) => Err(wrong(&words, &error)),
+    }
+}
+
+/// Gives a name to each mapping whose default name an earlier one has, as those of random ports may: the second
+/// `random:80/tcp` is `random:80/tcp#2`.
+fn tell_apart(mappings: &mut [Mapping]) {
+    let mut seen: HashMap<Name, usize> = HashMap::new();
+    for mapping in mappings {
+        let name = mapping.name();
+        let count = seen.entry(name.clone()).or_default();
+        *count += 1;
+        if *count > 1 {
+            let name = format!("{name}#{count}").parse().expect("it is a default name and a number");
+            *mapping = mapping.clone().named(name);
+        }
     }
 }
 

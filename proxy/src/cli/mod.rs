@@ -227,6 +227,15 @@ mod tests {
     }
 
     #[test]
+    fn mappings_at_random_ports_have_names_of_their_own() {
+        let args: Vec<OsString> =
+            "--to 10.0.0.1 -p 80 -p 80 -p 81:81 -p 80".split(' ').map(Into::into).collect();
+        let mappings = parse(&args).unwrap().serve.mappings().unwrap();
+        let names: Vec<_> = mappings.iter().map(|mapping| mapping.name().to_string()).collect();
+        assert_eq!(names, ["random:80/tcp", "random:80/tcp#2", "81/tcp", "random:80/tcp#3"]);
+    }
+
+    #[test]
     fn the_command_definition_is_consistent() {
         Cli::command().debug_assert();
         let mut mappings: Vec<_> = MappingArgs::augment_args(clap::Command::new("mappings"))
