@@ -6,15 +6,19 @@ use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::ExitStatus;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 
 use crate::client;
 use crate::docker_proxy::{DockerProxy, Status, mapping};
-use crate::eventually;
 use crate::require::{self, Need};
 use crate::rproxy::rproxy;
 use crate::suite::Case;
+
+/// Long enough for a program that ends when it is asked to.
+pub const AT_ONCE: Duration = Duration::from_secs(5);
 
 /// A program under test.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,17 +90,19 @@ impl Subject {
         DockerProxy::start(&self.program(), &arguments, Some(listener.into()))
     }
 
-    /// Ends it as dockerd does.
+    /// Ends it by a signal, as dockerd does.
     #[track_caller]
-    pub fn stop(self, proxy: &DockerProxy) -> ExitStatus {
+    pub fn stop(self, proxy: &DockerProxy, signal: Signal) -> ExitStatus {
+        proxy.process.signal(signal);
         if self == Self::Oracle {
-            // 20.10 says that it is ready before it is for signals, and may miss one in between.
-            eventually("docker-proxy ends", || {
-                proxy.process.signal(Signal::SIGINT);
-                !proxy.process.is_running()
-            });
+            // 20.10 now and then does not end, which is not for us to say.
+            let deadline = Instant::now() + AT_ONCE;
+            while proxy.process.is_running() && Instant::now() < deadline {
+                thread::sleep(Duration::from_millis(10));
+            }
+            proxy.process.signal(Signal::SIGKILL);
         }
-        proxy.stop()
+        proxy.process.wait_within(AT_ONCE)
     }
 
     /// Checks that a signal ended it in order.

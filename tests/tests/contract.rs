@@ -10,7 +10,6 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::process::{Command, ExitCode};
 use std::thread;
-use std::time::Duration;
 
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::sys::signal::Signal;
@@ -26,9 +25,6 @@ use rproxy_tests::suite;
 
 use Holds::{Differently, ForBoth, ForRproxy};
 use Subject::{Oracle, Rproxy};
-
-/// Less than the ten seconds of a standalone drain: "at once" has to be told from it.
-const AT_ONCE: Duration = Duration::from_secs(5);
 
 /// An address that no machine has: it is reserved for documentation.
 const FOREIGN: IpAddr = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 1));
@@ -456,8 +452,7 @@ fn ends_at_once_on(subject: Subject, signal: Signal) {
     let mut open = client::connect(host);
     open.write_all(b"x").unwrap();
     open.peek(&mut [0]).unwrap();
-    proxy.process.signal(signal);
-    subject.assert_ended(proxy.process.wait_within(AT_ONCE));
+    subject.assert_ended(subject.stop(&proxy, signal));
     assert_eq!(client::read_to_end(&open).0, b"x");
 }
 
@@ -478,7 +473,7 @@ fn port_free_after_stop(subject: Subject) {
         let client = client::connect(host);
         assert_eq!(client::read_to_end(&client), (b"bye".to_vec(), End::Eof));
         drop(client);
-        subject.assert_ended(subject.stop(&proxy));
+        subject.assert_ended(subject.stop(&proxy, Signal::SIGINT));
     }
 }
 
@@ -505,7 +500,7 @@ fn no_client_left_hanging(subject: Subject) {
     };
     let clients: Vec<_> = (0..4).map(|_| thread::spawn(hammer)).collect();
     assert_echoes(host);
-    subject.assert_ended(subject.stop(&proxy));
+    subject.assert_ended(subject.stop(&proxy, Signal::SIGINT));
     for client in clients {
         client.join().unwrap();
     }

@@ -21,9 +21,6 @@ use rproxy_tests::udp::{self, Backend, LARGEST_V4, LARGEST_V6, assert_echoes};
 use Holds::{Differently, ForBoth, ForRproxy};
 use Subject::{Oracle, Rproxy};
 
-/// Less than the ten seconds of a standalone drain: "at once" has to be told from it.
-const AT_ONCE: Duration = Duration::from_secs(5);
-
 const NO_FD_4: &str = "docker-proxy 20.10 takes no socket";
 
 const CASES: &[Row] = &[
@@ -378,8 +375,7 @@ fn ends_at_once_on(subject: Subject, signal: Signal) {
     let (backend, host) = (echo(), own_address());
     let proxy = serve(subject, host, backend.address());
     assert_echoes(&client_of(host), host, BUFFER);
-    proxy.process.signal(signal);
-    subject.assert_ended(proxy.process.wait_within(AT_ONCE));
+    subject.assert_ended(subject.stop(&proxy, signal));
 }
 
 fn sigint_ends_it(subject: Subject) {
@@ -396,6 +392,6 @@ fn port_free_after_stop(subject: Subject) {
     for _ in 0..3 {
         let proxy = serve(subject, host, backend.address());
         assert_echoes(&client, host, BUFFER);
-        subject.assert_ended(subject.stop(&proxy));
+        subject.assert_ended(subject.stop(&proxy, Signal::SIGINT));
     }
 }
