@@ -31,11 +31,11 @@ pub(super) async fn dial(
     let connected = async {
         let stream = start(socket, addr)?;
         stream.writable().await;
-        match stream.take_error() {
-            None if is_connected_to_itself(&stream, addr) => {
-                let source = io::ErrorKind::ConnectionRefused.into();
-                Err(DialError::Connect { addr, source })
-            }
+        let failure = match stream.has_failed() {
+            true => Some(stream.take_failure()),
+            false => is_connected_to_itself(&stream, addr).then(|| io::ErrorKind::ConnectionRefused.into()),
+        };
+        match failure {
             None => Ok(stream),
             Some(source) => Err(DialError::Connect { addr, source }),
         }

@@ -26,7 +26,7 @@ thread_local! {
 /// How a direction ended. In each case what was read before was written, as far as the sink took it.
 #[derive(Debug)]
 pub(super) enum End {
-    /// The source sent its last byte.
+    /// The source sent its last byte. The sink may hold data back until it is told so.
     Eof,
     /// The source was reset, or failed in another way.
     SourceFailed(io::Error),
@@ -115,14 +115,19 @@ fn copy_once(direction: &Direction<'_>, buf: &mut [u8]) -> Step {
         Err(error) if is_transient(&error) => return Step::NotReady,
         Err(error) => return Step::Stop(Copied::Ended(End::SourceFailed(error))),
     };
-    let written = match sink.write(&buf[..read]) {
+    let is_last = source.is_at_end();
+    let data = &buf[..read];
+    let written = match if is_last { sink.write_last(data) } else { sink.write(data) } {
         Ok(written) => written,
         Err(error) if is_transient(&error) => 0,
         Err(error) => return Step::Stop(Copied::Ended(End::SinkFailed(error))),
     };
     meter.add(written);
     if written < read {
-        return Step::Stop(Copied::Blocked(buf[written..read].into()));
+        return Step::Stop(Copied::Blocked(data[written..].into()));
+    }
+    if is_last {
+        return Step::Stop(Copied::Ended(End::Eof));
     }
     Step::Moved { full: read == buf.len() }
 }

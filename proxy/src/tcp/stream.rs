@@ -20,6 +20,9 @@ pub(super) const RESET_GRACE: Duration = Duration::from_secs(1);
 /// How often [`deliver_then_reset`] looks whether the peer has taken everything.
 const DELIVERY_POLL: Duration = Duration::from_millis(5);
 
+/// More is to come, which nix has no name for: the last segment waits for it (send(2)).
+const MORE: MsgFlags = MsgFlags::from_bits_retain(nix::libc::MSG_MORE);
+
 /// What a socket that has failed is ready for.
 const FAILED: EpollFlags = EpollFlags::EPOLLERR;
 
@@ -80,7 +83,17 @@ impl Stream {
 
     /// Writes what the socket takes of `data`, with the same treatment of short writes.
     pub(super) fn write(&self, data: &[u8]) -> io::Result<usize> {
-        self.attempt(Use::Write, data.len(), |fd| send(fd, data, MsgFlags::MSG_NOSIGNAL))
+        self.send(data, MsgFlags::empty())
+    }
+
+    /// As [`Self::write`], of data that a half-close or a close is to follow at once: one segment carries the
+    /// end of both the data and the stream.
+    pub(super) fn write_last(&self, data: &[u8]) -> io::Result<usize> {
+        self.send(data, MORE)
+    }
+
+    fn send(&self, data: &[u8], flags: MsgFlags) -> io::Result<usize> {
+        self.attempt(Use::Write, data.len(), |fd| send(fd, data, flags | MsgFlags::MSG_NOSIGNAL))
     }
 
     /// Makes a call that reads as much as it likes.
@@ -135,6 +148,13 @@ impl Stream {
         reactor::is_ready(self.key, Use::Read.flags())
     }
 
+    /// Whether the last byte has been read, as far as has been reported: the end of the stream was, and
+    /// then a read came short. To read on would give 0.
+    pub(super) fn is_at_end(&self) -> bool {
+        let end = EpollFlags::EPOLLRDHUP;
+        reactor::is_ready(self.key, end) && !reactor::is_ready(self.key, Use::Read.flags() & !end)
+    }
+
     /// As [`Self::poll_readable`].
     pub(super) async fn readable(&self) {
         poll_fn(|cx| self.poll_readable(cx)).await;
@@ -143,6 +163,11 @@ impl Stream {
     /// Waits until a write gets somewhere, or a connect has come to its end.
     pub(super) async fn writable(&self) {
         poll_fn(|cx| reactor::poll(self.key, Use::Write.flags(), cx)).await;
+    }
+
+    /// Whether the socket has failed, as far as has been reported.
+    pub(super) fn has_failed(&self) -> bool {
+        reactor::is_ready(self.key, FAILED)
     }
 
     /// Waits until the socket has failed. The error stays with it: whoever reads on meets it behind
@@ -158,18 +183,13 @@ impl Stream {
         }
     }
 
-    /// How it failed, taken off the socket: a read would now see an orderly end. `None` if a read or
-    /// a write has taken it before.
-    pub(super) fn take_error(&self) -> Option<io::Error> {
-        match SockRef::from(self).take_error() {
-            Ok(error) => error,
-            Err(error) => Some(error),
-        }
-    }
-
-    /// As [`Self::take_error`], of a socket that is known to have failed.
+    /// How a socket failed that did, taken off it: a read would now see an orderly end. If a read or a
+    /// write has taken it before, it was a reset.
     pub(super) fn take_failure(&self) -> io::Error {
-        self.take_error().unwrap_or_else(|| io::ErrorKind::ConnectionReset.into())
+        match SockRef::from(self).take_error() {
+            Ok(error) => error.unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
+            Err(error) => error,
+        }
     }
 }
 
