@@ -2,14 +2,13 @@
 
 use std::future::poll_fn;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use nix::errno::Errno;
 use nix::sys::epoll::EpollFlags;
-use nix::sys::socket::{MsgFlags, recv, send};
 use rproxy_sys::socket;
+use rustix::net::{RecvFlags, SendFlags, recv, send};
 use socket2::SockRef;
 
 use super::reactor::{self, Key};
@@ -19,9 +18,6 @@ pub(super) const RESET_GRACE: Duration = Duration::from_secs(1);
 
 /// How often [`deliver_then_reset`] looks whether the peer has taken everything.
 const DELIVERY_POLL: Duration = Duration::from_millis(5);
-
-/// More is to come, which nix has no name for: the last segment waits for it (send(2)).
-const MORE: MsgFlags = MsgFlags::from_bits_retain(nix::libc::MSG_MORE);
 
 /// What a socket that has failed is ready for.
 const FAILED: EpollFlags = EpollFlags::EPOLLERR;
@@ -78,22 +74,22 @@ impl Stream {
     /// begin with a read that can only return `EAGAIN`.
     pub(super) fn read(&self, buf: &mut [u8]) -> io::Result<usize> {
         let wanted = buf.len();
-        self.attempt(Use::Read, wanted, |fd| recv(fd, buf, MsgFlags::empty()))
+        self.attempt(Use::Read, wanted, |socket| Ok(recv(socket, buf, RecvFlags::empty())?.0))
     }
 
     /// Writes what the socket takes of `data`, with the same treatment of short writes.
     pub(super) fn write(&self, data: &[u8]) -> io::Result<usize> {
-        self.send(data, MsgFlags::empty())
+        self.send(data, SendFlags::empty())
     }
 
     /// As [`Self::write`], of data that a half-close or a close is to follow at once: one segment carries the
     /// end of both the data and the stream.
     pub(super) fn write_last(&self, data: &[u8]) -> io::Result<usize> {
-        self.send(data, MORE)
+        self.send(data, SendFlags::MORE)
     }
 
-    fn send(&self, data: &[u8], flags: MsgFlags) -> io::Result<usize> {
-        self.attempt(Use::Write, data.len(), |fd| send(fd, data, flags | MsgFlags::MSG_NOSIGNAL))
+    fn send(&self, data: &[u8], flags: SendFlags) -> io::Result<usize> {
+        self.attempt(Use::Write, data.len(), |socket| Ok(send(socket, data, flags | SendFlags::NOSIGNAL)?))
     }
 
     /// Makes a call that reads as much as it likes.
@@ -101,7 +97,7 @@ impl Stream {
         &self,
         call: impl FnOnce(BorrowedFd<'_>) -> nix::Result<usize>,
     ) -> io::Result<usize> {
-        self.attempt(Use::Read, 0, |_fd| call(self.socket.as_fd()))
+        self.attempt(Use::Read, 0, |socket| Ok(call(socket)?))
     }
 
     /// Makes a call that writes as much as it likes.
@@ -109,7 +105,7 @@ impl Stream {
         &self,
         call: impl FnOnce(BorrowedFd<'_>) -> nix::Result<usize>,
     ) -> io::Result<usize> {
-        self.attempt(Use::Write, 0, |_fd| call(self.socket.as_fd()))
+        self.attempt(Use::Write, 0, |socket| Ok(call(socket)?))
     }
 
     /// Makes `call`, and notes what it tells of the socket if it moves less than `wanted` bytes.
@@ -117,23 +113,23 @@ impl Stream {
         &self,
         kind: Use,
         wanted: usize,
-        call: impl FnOnce(i32) -> nix::Result<usize>,
+        call: impl FnOnce(BorrowedFd<'_>) -> io::Result<usize>,
     ) -> io::Result<usize> {
         if !reactor::is_ready(self.key, kind.flags()) {
             return Err(io::ErrorKind::WouldBlock.into());
         }
-        match call(self.socket.as_raw_fd()) {
+        match call(self.as_fd()) {
             Ok(moved) => {
                 if moved > 0 && moved < wanted {
                     reactor::not_ready(self.key, kind.data());
                 }
                 Ok(moved)
             }
-            Err(errno) => {
-                if errno == Errno::EAGAIN {
+            Err(error) => {
+                if error.kind() == io::ErrorKind::WouldBlock {
                     reactor::not_ready(self.key, kind.flags());
                 }
-                Err(errno.into())
+                Err(error)
             }
         }
     }
