@@ -22,7 +22,7 @@ pub fn list(client: &mut Client) -> Result<Vec<(u32, Cidr)>, NetlinkError> {
     Ok(addresses.collect())
 }
 
-fn read(message: &AddressMessage) -> Option<(u32, Cidr)> {
+pub(super) fn read(message: &AddressMessage) -> Option<(u32, Cidr)> {
     // IFA_LOCAL is the interface's own address where there is one; IFA_ADDRESS is the peer's on a point-to-point link.
     let local = message.attributes.iter().find_map(|attribute| match attribute {
         AddressAttribute::Local(ip) => Some(*ip),

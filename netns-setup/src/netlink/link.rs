@@ -30,7 +30,7 @@ pub fn list(client: &mut Client) -> Result<Vec<Link>, NetlinkError> {
     Ok(links.collect())
 }
 
-fn read(message: LinkMessage) -> Link {
+pub(super) fn read(message: LinkMessage) -> Link {
     let mut link = Link {
         index: message.header.index,
         up: message.header.flags.contains(LinkFlags::Up),

@@ -11,6 +11,7 @@ use netlink_packet_core::{
     NetlinkMessage, NetlinkPayload, NetlinkSerializable,
 };
 use netlink_sys::{Socket, SocketAddr};
+use rproxy_sys::netlink::messages;
 
 /// A table that keeps changing while it is read is read this many times before giving up.
 const DUMP_ATTEMPTS: usize = 10;
@@ -177,17 +178,83 @@ impl Client {
     ) -> Result<(), NetlinkError> {
         loop {
             let (bytes, _) = self.socket.recv_from_full().map_err(NetlinkError::Socket)?;
-            let mut rest = bytes.as_slice();
-            while !rest.is_empty() {
-                let message = NetlinkMessage::<M>::deserialize(rest)?;
-                // Messages are padded to four bytes (netlink(7), NLMSG_ALIGN).
-                let length = (message.header.length as usize).next_multiple_of(4);
-                rest = rest.get(length.max(1)..).unwrap_or_default();
+            for message in messages::<M>(&bytes) {
+                let message = message?;
                 let ours = message.header.sequence_number == self.sequence;
                 if ours && !each(message.payload, &message.header) {
                     return Ok(());
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use netlink_packet_route::RouteNetlinkMessage;
+    use proptest::prelude::*;
+    use proptest::sample::{Index, select};
+
+    use super::*;
+
+    /// Answers of the kernel about a namespace with a bridge, a veth pair and routes, and a refusal.
+    const ANSWERS: [&[u8]; 5] = [
+        include_bytes!("../../testdata/netlink/links.bin"),
+        include_bytes!("../../testdata/netlink/addresses.bin"),
+        include_bytes!("../../testdata/netlink/routes.bin"),
+        include_bytes!("../../testdata/netlink/routes6.bin"),
+        include_bytes!("../../testdata/netlink/refusal.bin"),
+    ];
+
+    /// Reads a datagram as the commands do, and writes down what was found.
+    fn found(datagram: &[u8]) -> Vec<String> {
+        let read = |message: Result<NetlinkMessage<_>, _>| match message?.payload {
+            NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(message)) => {
+                Ok(format!("{:?}", link::read(message)))
+            }
+            NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewAddress(message)) => {
+                Ok(format!("{:?}", address::read(&message)))
+            }
+            NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(message)) => {
+                Ok(format!("{:?}", route::read(&message)))
+            }
+            NetlinkPayload::Error(error) => Err(NetlinkError::Refused(error.to_io())),
+            other => Ok(format!("{other:?}")),
+        };
+        messages::<RouteNetlinkMessage>(datagram)
+            .map(|message| read(message).unwrap_or_else(|error| error.to_string()))
+            .collect()
+    }
+
+    #[test]
+    fn the_kernels_answers_are_understood() {
+        let [links, addresses, routes, routes6, refusal] = ANSWERS.map(|answer| found(answer).join("\n"));
+        for name in ["lo", "br0", "v0", "v1"] {
+            assert!(links.contains(&format!("name: \"{name}\"")), "{links}");
+        }
+        assert!(links.contains("hairpin: true") && links.contains("kind: Some(\"veth\")"), "{links}");
+        assert!(addresses.contains("10.0.0.1"), "{addresses}");
+        assert!(routes.contains("gateway: Some(10.0.0.2)"), "{routes}");
+        assert!(routes6.contains("gateway: Some(fd00::2)"), "{routes6}");
+        assert!(refusal.contains("No such device"), "{refusal}");
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 4000, ..ProptestConfig::default() })]
+
+        #[test]
+        fn a_damaged_answer_does_no_harm(
+            answer in select(ANSWERS.to_vec()),
+            changes in prop::collection::vec((any::<Index>(), any::<u8>()), 0..6),
+            cut in any::<Index>(),
+            is_cut in any::<bool>(),
+        ) {
+            let mut datagram = answer.to_vec();
+            for (at, byte) in changes {
+                datagram[at.index(answer.len())] = byte;
+            }
+            let end = if is_cut { cut.index(answer.len()) } else { answer.len() };
+            found(&datagram[..end]);
         }
     }
 }

@@ -31,7 +31,7 @@ pub fn list(client: &mut Client) -> Result<Vec<Route>, NetlinkError> {
     Ok(routes)
 }
 
-fn read(message: &RouteMessage) -> Option<Route> {
+pub(super) fn read(message: &RouteMessage) -> Option<Route> {
     if message.header.table != RouteHeader::RT_TABLE_MAIN || message.header.kind != RouteType::Unicast {
         return None;
     }

@@ -20,6 +20,8 @@ use nix::sys::socket::{
 };
 use nix::sys::time::TimeVal;
 
+use crate::netlink;
+
 /// The kernel answers at once; should it not, this is no reason to hang.
 const PATIENCE: TimeVal = TimeVal::new(2, 0);
 
@@ -118,12 +120,8 @@ impl Client {
         let mut buffer = vec![0; BUFFER_SIZE];
         loop {
             let received = recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
-            let mut rest = &buffer[..received];
-            while !rest.is_empty() {
-                let message = NetlinkMessage::deserialize(rest).map_err(io::Error::other)?;
-                let len = (message.header.length as usize).next_multiple_of(4);
-                rest = rest.get(len.max(1)..).unwrap_or_default();
-                match message.payload {
+            for message in netlink::messages(&buffer[..received]) {
+                match message.map_err(io::Error::other)?.payload {
                     NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io()),
                     payload => {
                         if let Some(result) = take(payload) {
@@ -175,7 +173,45 @@ fn original(message: NetfilterMessage) -> Option<Vec<Tuple>> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+    use proptest::sample::Index;
+
     use super::*;
+
+    /// What the kernel answered: a connection, and a datagram to 127.0.0.1:5300 that was redirected.
+    const DUMP: &[u8] = include_bytes!("../testdata/conntrack.bin");
+
+    fn destinations(datagram: &[u8]) -> Vec<SocketAddr> {
+        netlink::messages(datagram)
+            .filter_map(|message| match message.ok()?.payload {
+                NetlinkPayload::InnerMessage(message) => udp_destination(&original(message)?),
+                _ => None,
+            })
+            .collect()
+    }
+
+    #[test]
+    fn the_original_destinations_of_a_dump_are_found() {
+        assert_eq!(destinations(DUMP), ["127.0.0.1:5300".parse().unwrap()]);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 4000, ..ProptestConfig::default() })]
+
+        #[test]
+        fn a_damaged_dump_does_no_harm(
+            changes in prop::collection::vec((any::<Index>(), any::<u8>()), 0..6),
+            cut in any::<Index>(),
+            is_cut in any::<bool>(),
+        ) {
+            let mut dump = DUMP.to_vec();
+            for (at, byte) in changes {
+                dump[at.index(DUMP.len())] = byte;
+            }
+            let end = if is_cut { cut.index(DUMP.len()) } else { DUMP.len() };
+            destinations(&dump[..end]);
+        }
+    }
 
     fn tuple(protocol: Protocol, to: &str, port: u16) -> Vec<Tuple> {
         let source = IPTuple::SourceAddress([10, 0, 0, 9].into());

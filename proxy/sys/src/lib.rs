@@ -7,6 +7,7 @@ mod cmsg;
 pub mod conntrack;
 pub mod fd;
 pub mod memory;
+pub mod netlink;
 pub mod pass;
 pub mod process;
 pub mod seccomp;
