@@ -38,6 +38,14 @@ impl TcpBackend {
         Self::serve(TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap(), handler)
     }
 
+    /// As [`Self::local`]: it says a letter to each client, and then echoes.
+    pub fn lettered(letter: u8) -> Self {
+        Self::local(move |mut stream| {
+            stream.write_all(&[letter])?;
+            echo(stream)
+        })
+    }
+
     /// Where it listens.
     pub fn address(&self) -> SocketAddr {
         self.address

@@ -22,6 +22,15 @@ pub fn connect(address: SocketAddr) -> TcpStream {
     }
 }
 
+/// Connects to a [`lettered`](crate::backend::TcpBackend::lettered) backend, and reads its letter.
+#[track_caller]
+pub fn connect_lettered(address: SocketAddr) -> (TcpStream, u8) {
+    let mut client = connect(address);
+    let mut letter = [0];
+    client.read_exact(&mut letter).unwrap();
+    (client, letter[0])
+}
+
 /// Puts [`PATIENCE`] on every operation of a stream.
 pub fn patient(stream: TcpStream) -> TcpStream {
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -85,6 +94,11 @@ pub fn own_loopback() -> Ipv4Addr {
     // 127.0 stays out of use, for 127.0.0.1 is everyone's.
     let suite = u8::try_from(process::id() % 255).unwrap() + 1;
     Ipv4Addr::new(127, suite, high, low)
+}
+
+/// A port of [`own_loopback`], for a proxy to bind.
+pub fn own_address() -> SocketAddr {
+    (own_loopback(), 80).into()
 }
 
 /// A port of `ip` that was free a moment ago; where it can be had, [`own_loopback`] is safer.

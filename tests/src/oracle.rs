@@ -85,7 +85,7 @@ impl Subject {
     #[track_caller]
     pub fn adopt(self, protocol: &str, listener: impl Into<OwnedFd>, container: SocketAddr) -> DockerProxy {
         // The daemon names the address of the socket it passes on; the socket decides.
-        let mut arguments = mapping(protocol, own_address(), container);
+        let mut arguments = mapping(protocol, client::own_address(), container);
         arguments.push("-use-listen-fd".into());
         DockerProxy::start(&self.program(), &arguments, Some(listener.into()))
     }
@@ -129,9 +129,4 @@ pub fn failure_of(mut proxy: DockerProxy) -> String {
     };
     assert_eq!(proxy.process.wait().code(), Some(1));
     message
-}
-
-/// An address for a proxy to bind that is certain to be free.
-pub fn own_address() -> SocketAddr {
-    (client::own_loopback(), 80).into()
 }

@@ -15,7 +15,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use rproxy_tests::backend::{self, TcpBackend};
-use rproxy_tests::client::{self, End};
+use rproxy_tests::client::{self, End, own_address};
 use rproxy_tests::controlled::Controlled;
 use rproxy_tests::netns::Namespace;
 use rproxy_tests::process::{self, Output, Process, Stream};
@@ -51,27 +51,6 @@ fn main() -> ExitCode {
 
 fn echo() -> TcpBackend {
     TcpBackend::local(backend::echo)
-}
-
-/// A backend that says a letter to each client, and then echoes.
-fn lettered(letter: u8) -> TcpBackend {
-    TcpBackend::local(move |mut stream| {
-        stream.write_all(&[letter])?;
-        backend::echo(stream)
-    })
-}
-
-/// Connects and reads the letter of the backend.
-#[track_caller]
-fn connect(address: SocketAddr) -> (TcpStream, u8) {
-    let mut client = client::connect(address);
-    let mut letter = [0];
-    client.read_exact(&mut letter).unwrap();
-    (client, letter[0])
-}
-
-fn own_address() -> SocketAddr {
-    (client::own_loopback(), 80).into()
 }
 
 /// The text of a `[[mapping]]`.
@@ -195,10 +174,10 @@ fn publish_all() {
 }
 
 fn limits() {
-    let backend = lettered(b'a');
+    let backend = TcpBackend::lettered(b'a');
     let relay = |limits: &[&str]| rproxy::Standalone::relay_to(backend.address(), limits);
     let one = relay(&["--max-connections", "1", "--on-limit", "reset"]);
-    let (_served, _letter) = connect(one.address());
+    let (_served, _letter) = client::connect_lettered(one.address());
     assert_eq!(client::end_of(one.address()), (vec![], End::Reset));
     for (limits, served) in [
         (&["--deny", "127.0.0.0/8"][..], false),
@@ -207,32 +186,32 @@ fn limits() {
     ] {
         let proxy = relay(limits);
         if served {
-            assert_eq!(connect(proxy.address()).1, b'a');
+            assert_eq!(client::connect_lettered(proxy.address()).1, b'a');
         } else {
             assert_eq!(client::end_of(proxy.address()), (vec![], End::Reset), "{limits:?}");
         }
     }
     let idle = relay(&["--idle-timeout", "300ms"]);
-    assert_eq!(client::read_to_end(&connect(idle.address()).0), (vec![], End::Reset));
+    assert_eq!(client::read_to_end(&client::connect_lettered(idle.address()).0), (vec![], End::Reset));
 }
 
 fn reload() {
-    let (a, b) = (lettered(b'a'), lettered(b'b'));
+    let (a, b) = (TcpBackend::lettered(b'a'), TcpBackend::lettered(b'b'));
     let (stays, goes, comes) = (own_address(), own_address(), own_address());
     let stay = table(stays, a.address(), "");
     let proxy = Configured::start(&[&*stay, &table(goes, a.address(), "")].concat());
-    let (old, _) = connect(stays);
-    let (draining, _) = connect(goes);
+    let (old, _) = client::connect_lettered(stays);
+    let (draining, _) = client::connect_lettered(goes);
 
     proxy.reload(&[&*stay, &table(comes, b.address(), "name = \"new\"")].concat());
     assert!(proxy.reloaded(1).ends_with("added=1 changed=0 removed=1 unchanged=1"));
-    assert_eq!(connect(comes).1, b'b');
-    assert_eq!(connect(stays).1, b'a');
+    assert_eq!(client::connect_lettered(comes).1, b'b');
+    assert_eq!(client::connect_lettered(stays).1, b'a');
     assert!(TcpStream::connect(goes).is_err(), "it takes no new clients");
 
     proxy.reload(&table(stays, b.address(), ""));
     assert!(proxy.reloaded(2).ends_with("added=0 changed=1 removed=1 unchanged=0"));
-    assert_eq!(connect(stays).1, b'b');
+    assert_eq!(client::connect_lettered(stays).1, b'b');
     for mut client in [&old, &draining] {
         let mut answer = [0; 4];
         client.write_all(b"ping").unwrap();
@@ -242,7 +221,7 @@ fn reload() {
 }
 
 fn wrong_reload() {
-    let backend = lettered(b'a');
+    let backend = TcpBackend::lettered(b'a');
     let (address, taken) = (own_address(), own_address());
     let _taken = TcpListener::bind(taken).unwrap();
     let text = table(address, backend.address(), "");
@@ -256,7 +235,7 @@ fn wrong_reload() {
         proxy.reload(&wrong);
         let line = proxy.process.wait_for_line(Stream::Stderr, |line| line.contains(&*says));
         assert!(line.contains("not reloaded; nothing has changed"), "{line}");
-        assert_eq!(connect(address).1, b'a');
+        assert_eq!(client::connect_lettered(address).1, b'a');
     }
     fs::remove_file(&proxy.file).unwrap();
     proxy.process.signal(Signal::SIGHUP);
@@ -266,7 +245,7 @@ fn wrong_reload() {
 }
 
 fn reload_under_load() {
-    let (a, b) = (lettered(b'a'), lettered(b'b'));
+    let (a, b) = (TcpBackend::lettered(b'a'), TcpBackend::lettered(b'b'));
     let (address, other) = (own_address(), own_address());
     let texts = [
         table(address, a.address(), ""),
@@ -280,7 +259,7 @@ fn reload_under_load() {
         let load = scope.spawn(|| {
             let mut connections = 0;
             while !done.load(Ordering::Relaxed) {
-                assert!(matches!(connect(address).1, b'a' | b'b'));
+                assert!(matches!(client::connect_lettered(address).1, b'a' | b'b'));
                 connections += 1;
             }
             connections
@@ -374,11 +353,11 @@ fn printed() {
 }
 
 fn applied() {
-    let backend = lettered(b'a');
+    let backend = TcpBackend::lettered(b'a');
     let (proxy, address) = (Controlled::start(&[]), own_address());
     let file = proxy.file("rproxy.toml", &table(address, backend.address(), "name = \"web\""));
     proxy.ctl(&["apply", file.to_str().unwrap()]).success();
-    assert_eq!(connect(address).1, b'a');
+    assert_eq!(client::connect_lettered(address).1, b'a');
     let wrong = proxy.file("wrong.toml", "[[mapping]]\nhost = \"x\"");
     let output = proxy.ctl(&["apply", wrong.to_str().unwrap()]);
     assert_eq!(output.status.code(), Some(1));
@@ -397,7 +376,7 @@ fn added() {
 }
 
 fn notified() {
-    let backend = lettered(b'a');
+    let backend = TcpBackend::lettered(b'a');
     let systemd = Systemd::new();
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("rproxy.toml");
@@ -413,7 +392,7 @@ fn notified() {
 }
 
 fn many() {
-    let (a, b) = (lettered(b'a'), lettered(b'b'));
+    let (a, b) = (TcpBackend::lettered(b'a'), TcpBackend::lettered(b'b'));
     let to = |index: usize| if index == 0 { b.address() } else { a.address() };
     // A hundred ports of a hundred addresses.
     let addresses: Vec<_> = (0..100).map(|_| IpAddr::from(client::own_loopback())).collect();
@@ -426,11 +405,11 @@ fn many() {
         places.iter().enumerate().map(|(index, place)| table(place, backend(index), "")).collect()
     };
     let proxy = Configured::start(&text(false));
-    let (old, _) = connect(places[9_999]);
-    assert_eq!(connect(places[0]).1, b'a');
+    let (old, _) = client::connect_lettered(places[9_999]);
+    assert_eq!(client::connect_lettered(places[0]).1, b'a');
     proxy.reload(&text(true));
     assert!(proxy.reloaded(1).ends_with("added=0 changed=1 removed=0 unchanged=9999"));
-    assert_eq!(connect(places[0]).1, b'b');
-    assert_eq!(connect(places[1]).1, b'a');
+    assert_eq!(client::connect_lettered(places[0]).1, b'b');
+    assert_eq!(client::connect_lettered(places[1]).1, b'a');
     drop(old);
 }

@@ -17,9 +17,9 @@ use nix::unistd::{Pid, pipe2};
 use socket2::{Domain, Socket, Type};
 
 use rproxy_tests::backend::{self, TcpBackend};
-use rproxy_tests::client::{self, End};
+use rproxy_tests::client::{self, End, own_address};
 use rproxy_tests::docker_proxy::{DockerProxy, LISTEN_FD, STATUS_FD, Status, mapping};
-use rproxy_tests::oracle::{self, Holds, Row, Subject, failure_of, own_address};
+use rproxy_tests::oracle::{self, Holds, Row, Subject, failure_of};
 use rproxy_tests::process::{self, Output, Process};
 use rproxy_tests::suite;
 

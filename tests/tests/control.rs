@@ -12,7 +12,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use rproxy_tests::backend::{self, TcpBackend};
-use rproxy_tests::client;
+use rproxy_tests::client::{self, own_address};
 use rproxy_tests::controlled::{Controlled, mapping};
 use rproxy_tests::process::{self, Process};
 use rproxy_tests::require::{self, Need};
@@ -41,11 +41,6 @@ fn main() -> ExitCode {
 
 fn echo() -> TcpBackend {
     TcpBackend::local(backend::echo)
-}
-
-/// An address that nobody else listens on.
-fn own_address() -> SocketAddr {
-    (client::own_loopback(), 80).into()
 }
 
 #[track_caller]

@@ -11,7 +11,7 @@ use std::thread;
 use serde_json::{Value, json};
 
 use rproxy_tests::backend::{self, TcpBackend};
-use rproxy_tests::client::{self, End};
+use rproxy_tests::client::{self, End, own_address};
 use rproxy_tests::controlled::{Controlled, mapping};
 use rproxy_tests::eventually;
 use rproxy_tests::suite::{self, Case};
@@ -43,27 +43,6 @@ fn echo() -> TcpBackend {
     TcpBackend::local(backend::echo)
 }
 
-/// A backend that says a letter to each client, and then echoes.
-fn lettered(letter: u8) -> TcpBackend {
-    TcpBackend::local(move |mut stream| {
-        stream.write_all(&[letter])?;
-        backend::echo(stream)
-    })
-}
-
-fn own_address() -> SocketAddr {
-    (client::own_loopback(), 80).into()
-}
-
-/// Connects and reads the letter of the backend.
-#[track_caller]
-fn connect(address: SocketAddr) -> (TcpStream, u8) {
-    let mut client = client::connect(address);
-    let mut letter = [0];
-    client.read_exact(&mut letter).unwrap();
-    (client, letter[0])
-}
-
 #[track_caller]
 fn exchange(mut stream: &TcpStream) {
     stream.write_all(b"ping").unwrap();
@@ -82,13 +61,13 @@ fn limited(mut mapping: Value, limits: Value) -> Value {
 }
 
 fn retarget_tcp() {
-    let (a, b) = (lettered(b'a'), lettered(b'b'));
+    let (a, b) = (TcpBackend::lettered(b'a'), TcpBackend::lettered(b'b'));
     let (proxy, address) = (Controlled::start(&[]), own_address());
     proxy.apply(&[web(address, &a)]).success();
-    let (old, letter) = connect(address);
+    let (old, letter) = client::connect_lettered(address);
     assert_eq!(letter, b'a');
     proxy.ctl(&["retarget", "web", "--to", &b.address().to_string()]).success();
-    let (new, letter) = connect(address);
+    let (new, letter) = client::connect_lettered(address);
     assert_eq!(letter, b'b');
     exchange(&old);
     exchange(&new);
@@ -122,10 +101,10 @@ fn retarget_udp() {
 }
 
 fn remove_tcp() {
-    let backend = lettered(b'a');
+    let backend = TcpBackend::lettered(b'a');
     let (proxy, address) = (Controlled::start(&[]), own_address());
     proxy.apply(&[web(address, &backend)]).success();
-    let (client, _letter) = connect(address);
+    let (client, _letter) = client::connect_lettered(address);
     proxy.ctl(&["remove", "web"]).success();
     TcpStream::connect(address).expect_err("nobody listens any more");
     exchange(&client);
@@ -165,12 +144,12 @@ fn ports_go_over() {
 }
 
 fn all_or_nothing() {
-    let backend = lettered(b'a');
+    let backend = TcpBackend::lettered(b'a');
     let (proxy, kept, new, taken) = (Controlled::start(&[]), own_address(), own_address(), own_address());
     proxy.apply(&[web(kept, &backend)]).success();
     let before = proxy.json(&["list"]);
     let other = TcpListener::bind(taken).unwrap();
-    let elsewhere = lettered(b'b');
+    let elsewhere = TcpBackend::lettered(b'b');
     let wanted = [
         web(kept, &elsewhere),
         mapping("new", "tcp", new, backend.address()),
@@ -180,11 +159,11 @@ fn all_or_nothing() {
     assert_eq!(output.status.code(), Some(1));
     assert!(output.stderr.contains("taken: cannot listen on"), "{output:#?}");
     assert_eq!(proxy.json(&["list"]), before);
-    assert_eq!(connect(kept).1, b'a');
+    assert_eq!(client::connect_lettered(kept).1, b'a');
     drop(TcpListener::bind(new).expect("what was bound is free again"));
     drop(other);
     proxy.apply(&wanted).success();
-    assert_eq!([kept, new, taken].map(|address| connect(address).1), [b'b', b'a', b'a']);
+    assert_eq!([kept, new, taken].map(|address| client::connect_lettered(address).1), [b'b', b'a', b'a']);
 }
 
 /// Lets clients connect and exchange until `changes` are through; returns how many connections there
@@ -194,7 +173,7 @@ fn under_load(address: SocketAddr, changes: impl FnOnce()) -> usize {
     thread::scope(|scope| {
         let load = || {
             while !done.load(Ordering::Relaxed) {
-                let (client, letter) = connect(address);
+                let (client, letter) = client::connect_lettered(address);
                 assert!(letter.is_ascii_lowercase());
                 exchange(&client);
                 client.shutdown(std::net::Shutdown::Write).unwrap();
@@ -212,7 +191,7 @@ fn under_load(address: SocketAddr, changes: impl FnOnce()) -> usize {
 }
 
 fn apply_under_load() {
-    let (a, b) = (lettered(b'a'), lettered(b'b'));
+    let (a, b) = (TcpBackend::lettered(b'a'), TcpBackend::lettered(b'b'));
     let (proxy, address, other) = (Controlled::start(&[]), own_address(), own_address());
     let sets = [
         vec![web(address, &a)],
@@ -225,7 +204,7 @@ fn apply_under_load() {
     ];
     proxy.apply(&sets[0]).success();
     // A connection from before all changes goes on through all of them.
-    let (old, _letter) = connect(address);
+    let (old, _letter) = client::connect_lettered(address);
     let connections = under_load(address, || {
         for round in 1..40 {
             proxy.apply(&sets[round % sets.len()]).success();
@@ -267,7 +246,7 @@ fn apply_under_load_udp() {
 }
 
 fn retarget_under_load() {
-    let (a, b) = (lettered(b'a'), lettered(b'b'));
+    let (a, b) = (TcpBackend::lettered(b'a'), TcpBackend::lettered(b'b'));
     let (proxy, address) = (Controlled::start(&[]), own_address());
     proxy.apply(&[web(address, &a)]).success();
     let targets = [&a, &b].map(|backend| backend.address().to_string());
@@ -316,10 +295,10 @@ fn counted() {
 }
 
 fn limit_waits() {
-    let backend = lettered(b'a');
+    let backend = TcpBackend::lettered(b'a');
     let (proxy, address) = (Controlled::start(&[]), own_address());
     proxy.apply(&[limited(web(address, &backend), json!({ "max_connections": 2 }))]).success();
-    let served = [connect(address), connect(address)];
+    let served = [client::connect_lettered(address), client::connect_lettered(address)];
     // The kernel connects these; the proxy leaves them in the backlog.
     let mut waiting: Vec<_> = (0..3).map(|_| client::connect(address)).collect();
     let [(first, _), second] = served;
@@ -338,24 +317,24 @@ fn limit_waits() {
 }
 
 fn limit_resets() {
-    let backend = lettered(b'a');
+    let backend = TcpBackend::lettered(b'a');
     let (proxy, address) = (Controlled::start(&[]), own_address());
     let limits = json!({ "max_connections": 1, "on_limit": "reset" });
     proxy.apply(&[limited(web(address, &backend), limits)]).success();
-    let (served, _letter) = connect(address);
+    let (served, _letter) = client::connect_lettered(address);
     assert_eq!(client::end_of(address), (vec![], End::Reset));
     exchange(&served);
     drop(served);
     eventually("there is room again", || proxy.stats("web")["connections"] == 0);
-    assert_eq!(connect(address).1, b'a');
+    assert_eq!(client::connect_lettered(address).1, b'a');
     assert_eq!(proxy.stats("web")["errors"], json!({ "over_limit": 1 }));
 }
 
 fn limit_raised() {
-    let backend = lettered(b'a');
+    let backend = TcpBackend::lettered(b'a');
     let (proxy, address) = (Controlled::start(&[]), own_address());
     proxy.apply(&[limited(web(address, &backend), json!({ "max_connections": 1 }))]).success();
-    let (served, _letter) = connect(address);
+    let (served, _letter) = client::connect_lettered(address);
     let mut waiting = client::connect(address);
     proxy.apply(&[limited(web(address, &backend), json!({ "max_connections": 2 }))]).success();
     let mut letter = [0];
@@ -365,10 +344,10 @@ fn limit_raised() {
 }
 
 fn idle() {
-    let backend = lettered(b'a');
+    let backend = TcpBackend::lettered(b'a');
     let (proxy, address) = (Controlled::start(&[]), own_address());
     proxy.apply(&[limited(web(address, &backend), json!({ "idle_timeout": "400ms" }))]).success();
-    let ((idle, _), (busy, _)) = (connect(address), connect(address));
+    let ((idle, _), (busy, _)) = (client::connect_lettered(address), client::connect_lettered(address));
     let ended = thread::scope(|scope| {
         let ended = scope.spawn(|| client::read_to_end(&idle));
         while !ended.is_finished() {
@@ -382,7 +361,7 @@ fn idle() {
 }
 
 fn denied() {
-    let (tcp, dgram) = (lettered(b'a'), udp_backend(b'a'));
+    let (tcp, dgram) = (TcpBackend::lettered(b'a'), udp_backend(b'a'));
     let (proxy, address) = (Controlled::start(&[]), own_address());
     let allow_none = json!({ "allow": ["192.0.2.0/24"] });
     let dns = mapping("dns", "udp", address, dgram.address());
@@ -400,7 +379,7 @@ fn denied() {
     let allow = json!({ "allow": [format!("{}/32", address.ip())] });
     let allow_loopback = json!({ "allow": ["127.0.0.0/8"] });
     proxy.apply(&[limited(web(address, &tcp), allow_loopback), limited(dns, allow)]).success();
-    assert_eq!(connect(address).1, b'a');
+    assert_eq!(client::connect_lettered(address).1, b'a');
     assert_eq!(letter_of(&client, address), b'a');
 }
 

@@ -31,6 +31,7 @@ fn main() -> ExitCode {
         case("64 MiB of small writes", large_in_small_writes),
         case("no byte waits for the next", no_byte_waits),
         case("what is sent just before a close arrives", sent_before_close_arrives),
+        case("an end that comes with the last bytes", end_with_last_bytes),
         case("a half-closed connection goes on", half_closed_goes_on),
         case("a reset is passed on as a reset", reset_is_passed_on),
         case("a reset reaches a reader that stalls", reset_reaches_stalled_reader),
@@ -294,6 +295,23 @@ fn sent_before_close_arrives() {
             assert_eq!(flow.read(&reader), (flow.len, End::Eof));
         });
     });
+}
+
+/// Both are there before the relay looks, be it for the first end of the connection or the second.
+fn end_with_last_bytes() {
+    let relay = Relay::start();
+    for side in SIDES {
+        for len in [1, 100, 64 * KIB] {
+            let (closer, other) = relay.connect().by_actor(side);
+            for (from, to) in [(&closer, &other), (&other, &closer)] {
+                relay.proxy.process.pause();
+                (&mut &*from).write_all(&vec![b'x'; len]).unwrap();
+                from.shutdown(Shutdown::Write).unwrap();
+                relay.proxy.process.resume();
+                assert_eq!(client::read_to_end(to), (vec![b'x'; len], End::Eof));
+            }
+        }
+    }
 }
 
 fn half_closed_goes_on() {

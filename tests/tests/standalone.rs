@@ -14,7 +14,7 @@ use nix::unistd::Pid;
 use socket2::{Domain, Socket, Type};
 
 use rproxy_tests::backend::{self, TcpBackend};
-use rproxy_tests::client::{self, End};
+use rproxy_tests::client::{self, End, own_address};
 use rproxy_tests::netns::Namespace;
 use rproxy_tests::process::{self, Output, Process, Stream};
 use rproxy_tests::require::{self, Need};
@@ -66,11 +66,6 @@ fn main() -> ExitCode {
 
 fn echo() -> TcpBackend {
     TcpBackend::local(backend::echo)
-}
-
-/// An address that nobody else listens on.
-fn own_address() -> SocketAddr {
-    (client::own_loopback(), 80).into()
 }
 
 #[track_caller]

@@ -12,8 +12,9 @@ use nix::sys::signal::Signal;
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, Socket, Type};
 
+use rproxy_tests::client::own_address;
 use rproxy_tests::docker_proxy::{DockerProxy, Status, mapping};
-use rproxy_tests::oracle::{self, Holds, Row, Subject, failure_of, own_address};
+use rproxy_tests::oracle::{self, Holds, Row, Subject, failure_of};
 use rproxy_tests::suite;
 use rproxy_tests::udp::{self, Backend, LARGEST_V4, LARGEST_V6, assert_echoes};
 

@@ -34,13 +34,10 @@ pub(super) struct Keys {
     deny: Texts,
 }
 
-impl Keys {
-    /// What this table says, and what `defaults` says where it says nothing.
-    pub(super) fn or(&self, defaults: &Self) -> Self {
-        macro_rules! or {
-            ($($key:ident),*) => { Self { $($key: self.$key.clone().or_else(|| defaults.$key.clone())),* } };
-        }
-        or!(
+/// Calls a macro with the names of all keys.
+macro_rules! with_keys {
+    ($macro:ident) => {
+        $macro!(
             name,
             host,
             to,
@@ -56,6 +53,16 @@ impl Keys {
             allow,
             deny
         )
+    };
+}
+
+impl Keys {
+    /// What this table says, and what `defaults` says where it says nothing.
+    pub(super) fn or(&self, defaults: &Self) -> Self {
+        macro_rules! or {
+            ($($key:ident),*) => { Self { $($key: self.$key.clone().or_else(|| defaults.$key.clone())),* } };
+        }
+        with_keys!(or)
     }
 
     /// Refuses, in `[defaults]`, what no two mappings can have in common.
@@ -120,23 +127,7 @@ impl Keys {
         macro_rules! places {
             ($($key:ident),*) => { match key { $(stringify!($key) => self.$key.as_ref().map(Spanned::span),)* _ => None } };
         }
-        places!(
-            name,
-            host,
-            to,
-            proto,
-            v6only,
-            connect_timeout,
-            idle_timeout,
-            max_connections,
-            on_limit,
-            udp_timeout,
-            udp_max_flows,
-            udp_max_flows_per_source,
-            allow,
-            deny
-        )
-        .unwrap_or(table)
+        with_keys!(places).unwrap_or(table)
     }
 }
 

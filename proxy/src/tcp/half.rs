@@ -117,7 +117,8 @@ fn copy_once(direction: &Direction<'_>, buf: &mut [u8]) -> Step {
     };
     let is_last = source.is_at_end();
     let data = &buf[..read];
-    let written = match if is_last { sink.write_last(data) } else { sink.write(data) } {
+    let result = if is_last { sink.write_last(data) } else { sink.write(data) };
+    let written = match result {
         Ok(written) => written,
         Err(error) if is_transient(&error) => 0,
         Err(error) => return Step::Stop(Copied::Ended(End::SinkFailed(error))),

@@ -172,6 +172,13 @@ impl Stream {
         poll_fn(|cx| reactor::poll(self.key, FAILED, cx)).await;
     }
 
+    /// Sends what [`Self::write_last`] held back (`TCP_NODELAY`, tcp(7): to set it is to flush).
+    fn push(&self) {
+        if let Err(error) = SockRef::from(self).set_tcp_nodelay(true) {
+            tracing::debug!(%error, "the last bytes are sent late");
+        }
+    }
+
     /// Sends an acknowledgement that is being held back (`TCP_QUICKACK`, tcp(7)).
     pub(super) fn acknowledge(&self) {
         if let Err(error) = SockRef::from(self).set_tcp_quickack(true) {
@@ -219,6 +226,8 @@ pub(super) fn reset_on_close(stream: &Stream) {
 /// Lets the peer take what was written to `stream`, for [`RESET_GRACE`] at the most, and then makes
 /// its close a reset. A reset at once would discard what waits in the send queue.
 pub(super) async fn deliver_then_reset(stream: &Stream) {
+    // What was written as the last may still wait for an end of stream that does not come.
+    stream.push();
     let delivered = async {
         while socket::unacknowledged(stream.as_fd()).is_ok_and(|bytes| bytes > 0) {
             tokio::time::sleep(DELIVERY_POLL).await;
