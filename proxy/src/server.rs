@@ -65,7 +65,6 @@ impl Server {
     /// Outside a tokio runtime.
     pub fn prepared(mappings: Vec<Bound>, may_change: bool) -> io::Result<Self> {
         let mut server = Self::new();
-        server.workers.look_at_processors();
         let mut ports = mappings.iter().flat_map(|bound| &bound.ports);
         server.beside_tcp = may_change || ports.any(|port| port.forward.protocol == Protocol::Tcp);
         for Bound { mapping, ports } in mappings {
@@ -117,6 +116,11 @@ impl Server {
             beside_tcp: false,
             leaving: Leaving::default(),
         }
+    }
+
+    /// Looks how many processors there are for workers, while the files can be read that say so.
+    pub fn look_at_processors(&self) {
+        self.workers.look_at_processors();
     }
 
     /// The mappings that are served.

@@ -84,9 +84,9 @@ fn serve_mappings(options: &Serve) -> ExitCode {
         Ok(mappings) => mappings,
         Err(usage) => return refuse(&usage),
     };
-    telemetry::init(options.log());
     // Before anything else opens a file.
     let inherited = Inherited { sockets: systemd::passed_sockets(), predecessor: upgrade::claim() };
+    telemetry::init(options.log());
     // Before there is anything that a new process should not have.
     let launcher = Launcher::start();
     raise_descriptor_limit();
@@ -126,6 +126,7 @@ fn start(
     let needs = needs(options, &bound);
     let server = Server::prepared(bound, may_change).map_err(setup("watch the listeners"))?;
     drop(entered);
+    server.look_at_processors();
     sandbox::confine(options.sandbox, &needs)?;
     match predecessor {
         Some(predecessor) => {

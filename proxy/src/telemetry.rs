@@ -1,6 +1,7 @@
 //! The log, on standard error.
 
 use std::str::FromStr;
+use std::sync::Mutex;
 
 use tracing::Level;
 use tracing::level_filters::LevelFilter;
@@ -63,14 +64,14 @@ pub fn parse_filter(text: &str) -> Result<Targets, String> {
     Targets::from_str(text).map_err(|error| error.to_string())
 }
 
-/// Makes `config` the log of the process. A second call changes nothing.
+/// Makes `config` the log of the process. A second call changes nothing. Opens a file if standard error is a
+/// terminal.
 pub fn init(config: LogConfig) {
-    let format = config.format;
     let from_env = || parse_filter(&std::env::var("RUST_LOG").unwrap_or_default());
     let filter = config.filter.map_or_else(from_env, Ok);
     let mistake = filter.as_ref().err().cloned();
     let filter = filter.unwrap_or_else(|_mistake| default_filter());
-    let lines = fmt::layer().with_writer(move || LogWriter(format));
+    let lines = fmt::layer().with_writer(Mutex::new(LogWriter::new(config.format)));
     let lines = match config.format {
         Format::Text => lines.with_target(false).boxed(),
         Format::Json => lines.json().boxed(),

@@ -26,8 +26,7 @@ pub(crate) struct Workers {
     running: Mutex<Vec<Worker>>,
     /// Notified when a worker has served its last connection.
     idle: Arc<Notify>,
-    /// One worker per processor. A process for one mapping asks only when it matters, which most never
-    /// do: the answer costs reading cgroup files. Confined by then, it does not know their quota.
+    /// One worker per processor that the process may use (sched_getaffinity(2), and the quota of its cgroup).
     most: OnceLock<usize>,
 }
 
@@ -70,7 +69,7 @@ impl Workers {
         }
     }
 
-    /// Looks at once how many workers there may be, while the files can be read that say so.
+    /// Looks how many workers there may be, before the files that say so cannot be read any more.
     pub(crate) fn look_at_processors(&self) {
         self.most();
     }

@@ -10,6 +10,7 @@ mod status;
 
 use std::ffi::OsString;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 
 use rproxy_sys::fd::claim_inherited;
@@ -49,10 +50,11 @@ pub fn main(args: &[OsString]) -> ExitCode {
         console::out(&format_args!("docker-proxy (commit {commit}) version {version}"));
         return ExitCode::SUCCESS;
     }
+    let inherited = flags.use_listen_fd.then(|| claim_inherited(LISTENER_FD));
     telemetry::init(LogConfig::from_env());
     raise_descriptor_limit();
     let mode = Mode::from_env();
-    let Started { runtime, mut server, mut stop, needs } = match start(&flags, mode) {
+    let Started { runtime, mut server, mut stop, needs } = match start(&flags, inherited, mode) {
         Ok(started) => started,
         Err(error) => {
             error!(%error, "cannot start");
@@ -61,9 +63,11 @@ pub fn main(args: &[OsString]) -> ExitCode {
         }
     };
     report(status.ready());
-    if mode != Mode::Strict {
-        // Only now, so that the runtime need not wait for it. Nobody has been served yet.
-        confine_as_far_as_possible(mode, &needs);
+    // Only now, so that the runtime need not wait for it. Nobody has been served yet.
+    if mode != Mode::Strict
+        && let Err(error) = confine(mode, &needs, &server)
+    {
+        warn!(%error, "not confined");
     }
     let ended = runtime.block_on(async {
         tokio::select! {
@@ -91,9 +95,9 @@ struct Started {
 }
 
 /// Everything that has to be there before the runtime is told that clients are served.
-fn start(flags: &Flags, mode: Mode) -> Result<Started, StartError> {
+fn start(flags: &Flags, inherited: Option<io::Result<OwnedFd>>, mode: Mode) -> Result<Started, StartError> {
     let setup = |step| move |source| StartError::Setup { step, source };
-    let bound = bind(flags)?;
+    let bound = bind(flags, inherited)?;
     let needs = Needs::to_serve([&bound.forward]);
     let runtime = new_runtime().map_err(setup("create the event loop"))?;
     let entered = runtime.enter();
@@ -101,15 +105,15 @@ fn start(flags: &Flags, mode: Mode) -> Result<Started, StartError> {
     let server = Server::start_ports([(bound, Limits::default())]).map_err(setup("watch the listener"))?;
     drop(entered);
     if mode == Mode::Strict {
-        sandbox::confine(mode, &needs)?;
+        confine(mode, &needs, &server)?;
     }
     Ok(Started { runtime, server, stop, needs })
 }
 
-fn confine_as_far_as_possible(mode: Mode, needs: &Needs<'_>) {
-    if let Err(error) = sandbox::confine(mode, needs) {
-        warn!(%error, "not confined");
-    }
+/// Gives up what serving does not need. What files say is asked before.
+fn confine(mode: Mode, needs: &Needs<'_>, server: &Server) -> Result<(), SandboxError> {
+    server.look_at_processors();
+    sandbox::confine(mode, needs)
 }
 
 /// A runtime that went away does not read its pipe any more; its signal is on its way.
@@ -120,12 +124,12 @@ fn report(written: io::Result<()>) {
 }
 
 /// Binds what the flags ask for, or adopts the listener that came with them.
-fn bind(flags: &Flags) -> Result<BoundPort, StartError> {
+fn bind(flags: &Flags, inherited: Option<io::Result<OwnedFd>>) -> Result<BoundPort, StartError> {
     let forward = forward(flags)?;
-    if !flags.use_listen_fd {
+    let Some(listener) = inherited else {
         return Ok(BoundPort::bind(forward)?);
-    }
-    let fd = claim_inherited(LISTENER_FD).map_err(StartError::NoListener)?;
+    };
+    let fd = listener.map_err(StartError::NoListener)?;
     let listener = Listener::adopt(fd, forward.protocol).map_err(StartError::Listener)?;
     Ok(BoundPort::adopt(forward, listener))
 }

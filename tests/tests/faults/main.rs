@@ -45,6 +45,7 @@ fn main() -> ExitCode {
         case("what a drain cuts is reset", process::cut),
         case("another time since boot", process::other_clock).needs(&[Need::Program("unshare")]),
         case("nobody reads the log", process::log_unread),
+        case("a terminal that is held gets the log", process::terminal_held),
         case("the log's disk is full", process::log_full),
         case("there is no standard error", process::log_closed),
     ])

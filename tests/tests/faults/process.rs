@@ -1,5 +1,6 @@
 //! What happens to the process itself, and to its log.
 
+use std::fs::File;
 use std::io::{self, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::OwnedFd;
@@ -8,6 +9,7 @@ use std::thread;
 
 use command_fds::{CommandFdExt, FdMapping};
 use nix::fcntl::{FcntlArg, fcntl};
+use nix::pty::{OpenptyResult, openpty};
 use nix::sys::signal::Signal;
 use serde_json::json;
 
@@ -148,16 +150,25 @@ pub(crate) fn log_unread() {
     let (reader, writer) = io::pipe().unwrap();
     // As small as it can be: a page.
     fcntl(&writer, FcntlArg::F_SETPIPE_SZ(1)).unwrap();
+    log_to(reader.into(), writer.into());
+}
+
+pub(crate) fn terminal_held() {
+    let OpenptyResult { master, slave } = openpty(None, None).unwrap();
+    log_to(master, slave);
+}
+
+/// Serves while nobody reads what it logs to `writer`. Once `reader` is read again, it says what is missing.
+fn log_to(reader: OwnedFd, writer: OwnedFd) {
     let topology = Topology::new();
     let proxy = Controlled::start_by(&VERBOSE, |command| {
         let mut command = with_stderr("2>&9")(command);
-        command.fd_mappings(vec![FdMapping { parent_fd: OwnedFd::from(writer), child_fd: 9 }]).unwrap();
+        command.fd_mappings(vec![FdMapping { parent_fd: writer, child_fd: 9 }]).unwrap();
         topology.host.spawn(command)
     });
     let scene = Scene::around(topology, proxy, json!({}));
     serve_while_logging(&scene);
-    // Once it is read again, it says what is missing.
-    let mut reader = io::BufReader::new(reader);
+    let mut reader = io::BufReader::new(File::from(reader));
     thread::scope(|scope| {
         let found = scope.spawn(|| {
             io::BufRead::lines(&mut reader).any(|line| line.unwrap().contains("lines of the log are lost"))
