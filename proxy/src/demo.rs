@@ -17,6 +17,7 @@ use crate::limits::Limits;
 use crate::listen::{self, BindError};
 use crate::mapping::Forward;
 use crate::runtime::new_runtime;
+use crate::sandbox::{self, Mode, Needs, SandboxError};
 use crate::server::Server;
 use crate::signals::StopSignals;
 
@@ -54,8 +55,13 @@ async fn run(once: bool) -> Result<(), DemoError> {
     let backend = start_backend()?;
     let bound = publish(backend)?;
     let addr = bound.local_addr().map_err(DemoError::step("ask for the published address"))?;
+    let mut needs = Needs::to_serve([&bound.forward]);
+    // It is its own client, too.
+    needs.tcp_backends.push(addr.port());
     let server =
         Server::start_ports([(bound, Limits::default())]).map_err(DemoError::step("serve the mapping"))?;
+    server.look_at_processors();
+    sandbox::confine(Mode::Auto, &needs)?;
     console::out(&format_args!("backend    a built-in web server on {backend}"));
     console::out(&format_args!("mapping    {}/tcp -> {addr}", backend.port()));
 
@@ -171,6 +177,8 @@ enum DemoError {
     Bind(#[from] BindError),
     #[error(transparent)]
     Addr(#[from] AddrError),
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     #[error("cannot {step}: {source}")]
     Step { step: &'static str, source: io::Error },
 }
