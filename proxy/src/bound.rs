@@ -112,11 +112,7 @@ impl Bound {
     /// [`BoundError`] for the first port that cannot be bound; none of the others stays bound.
     pub fn bind_all(mappings: Vec<Mapping>, mut passed: Passed) -> Result<Vec<Self>, BoundError> {
         let mut turns: Vec<(usize, Mapping)> = mappings.into_iter().enumerate().collect();
-        turns.sort_by_key(|(_index, mapping)| match mapping.host_ports() {
-            HostPorts::Exactly(_) => 0,
-            HostPorts::FirstFree(_) => 1,
-            HostPorts::Random => 2,
-        });
+        turns.sort_by_key(|(_index, mapping)| mapping.host_ports().freedom());
         let mut bind =
             |(index, mapping)| Self::take_or_bind(mapping, &mut passed).map(|bound| (index, bound));
         let mut bound: Vec<_> = turns.into_iter().map(&mut bind).collect::<Result<_, _>>()?;

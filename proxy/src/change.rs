@@ -4,10 +4,11 @@
 //! nobody is served on yet. Then it is committed, which cannot fail; or dropped, and nothing has
 //! changed. Sockets go over from a mapping that goes to one that comes, if both listen there.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::sync::{Arc, Weak};
 
+use tokio::task::consume_budget;
 use tracing::info;
 
 use crate::addr::{HostAddr, Protocol, ScopedIp};
@@ -15,13 +16,14 @@ use crate::bound::{Bound, BoundPort};
 use crate::listen::BindError;
 use crate::mapping::{Forward, HostPorts, LoopError, Mapping, MappingError};
 use crate::name::Name;
-use crate::overlap::{OverlapError, refuse_overlap};
+use crate::overlap::{OverlapError, exclude_each_other, refuse_overlap};
 use crate::plan::{Plan, plan};
 use crate::poll::Port;
 use crate::ports::PortRange;
 use crate::registry::Served;
 use crate::server::Server;
 use crate::service::{Assignment, Route, Service};
+use crate::sweep::Sweep;
 use crate::udp::stale;
 
 /// Why a change was not made; nothing has changed then.
@@ -36,6 +38,19 @@ pub enum ChangeError {
     /// Two mappings want the same port.
     #[error("{}: {_0}", .0.mapping.name())]
     Overlap(#[from] OverlapError),
+    /// A port that a mapping of another address has, which goes.
+    #[error(
+        "{name}: port {port} is still bound by the mapping {other}, which this change removes; a port cannot move \
+         between one address and all of them in one step: remove {other} first"
+    )]
+    StillBound {
+        /// The mapping.
+        name: Name,
+        /// The one that goes; it may be the same one, at its old address.
+        other: Name,
+        /// The port.
+        port: u16,
+    },
     /// A host port cannot be bound.
     #[error("{name}: {source}")]
     Bind {
@@ -81,14 +96,15 @@ impl Server {
     /// # Errors
     /// [`ChangeError`]
     pub async fn add(&mut self, mappings: Vec<Mapping>) -> Result<Changed, ChangeError> {
-        let mut add = Vec::with_capacity(mappings.len());
-        for mapping in mappings {
+        let mut names = HashSet::with_capacity(mappings.len());
+        for mapping in &mappings {
             let name = mapping.name();
-            if self.registry.get(&name).is_some() || add.iter().any(|(other, _mapping)| *other == name) {
+            if self.registry.get(&name).is_some() || !names.insert(name.clone()) {
                 return Err(ChangeError::NameTaken(name));
             }
-            add.push((name, mapping));
         }
+        refuse_overlap(&mappings)?;
+        let add = mappings.into_iter().map(|mapping| (mapping.name(), mapping)).collect();
         self.carry_out(Plan { add, unchanged: self.registry.len(), ..Plan::default() }).await
     }
 
@@ -149,61 +165,63 @@ impl Server {
             removed: plan.remove.len(),
             unchanged: plan.unchanged,
         };
-        let prepared = self.prepare(plan)?;
+        let prepared = Box::pin(self.prepare(plan)).await?;
         self.commit(prepared).await;
         Ok(changed)
     }
 
-    /// Everything that can fail.
-    fn prepare(&mut self, plan: Plan) -> Result<Prepared, ChangeError> {
-        let mut spare = self.spare_sockets(&plan.remove);
+    /// Everything that can fail. It may be given up at any point, and nothing has changed then.
+    async fn prepare(&mut self, plan: Plan) -> Result<Prepared, ChangeError> {
         let changed = plan.change.into_iter().map(|(name, mapping)| self.prepare_change(name, mapping));
         let changed = changed.collect::<Result<_, _>>()?;
-        let mut added = Vec::with_capacity(plan.add.len());
+        let spare = self.sockets_of(&plan.remove);
+        let added = Vec::with_capacity(plan.add.len());
+        let mut prepared = Prepared { added, changed, removed: plan.remove, spare };
+        let mut add = plan.add;
         // Those that may choose choose last.
-        let (exact, choosing): (Vec<_>, Vec<_>) = plan
-            .add
-            .into_iter()
-            .partition(|(_, mapping)| matches!(mapping.host_ports(), HostPorts::Exactly(_)));
-        for (name, mapping) in exact.into_iter().chain(choosing) {
-            let served = self.prepare_new(&name, mapping, &mut spare)?;
-            added.push((name, served));
+        add.sort_by_key(|(_name, mapping)| mapping.host_ports().freedom());
+        for (name, mapping) in add {
+            let served = self.prepare_new(&name, mapping, &mut prepared).await?;
+            prepared.added.push((name, served));
         }
-        Ok(Prepared { added, changed, removed: plan.remove, spare })
+        Ok(prepared)
     }
 
-    /// The sockets of mappings that go, or went and still have flows.
-    fn spare_sockets(&mut self, removed: &[Name]) -> Spare {
-        let mut spare = self.leaving.sockets();
-        let ports =
-            removed.iter().filter_map(|name| self.registry.get(name)).flat_map(|served| &served.ports);
-        spare.extend(ports.map(|Assignment { port, route }| (Place::of(&route.forward), port.clone())));
-        spare
+    /// The sockets of some mappings.
+    fn sockets_of(&self, names: &[Name]) -> Spare {
+        let served = names.iter().filter_map(|name| self.registry.get(name));
+        let ports = served.flat_map(|served| &served.ports);
+        ports.map(|Assignment { port, route }| (Place::of(&route.forward), port.clone())).collect()
     }
 
-    fn prepare_new(
+    async fn prepare_new(
         &mut self,
         name: &Name,
         mapping: Mapping,
-        spare: &mut Spare,
+        prepared: &mut Prepared,
     ) -> Result<Served, ChangeError> {
         let watch_error = |source| ChangeError::Watch { name: name.clone(), source };
         let service = self.new_service(mapping.limits().clone());
         let mut ports = Vec::with_capacity(mapping.sockets());
         if let HostPorts::Exactly(_) = mapping.host_ports() {
             for forward in mapping.forwards() {
-                ports.push(match spare.remove(&Place::of(&forward)) {
+                // Whoever waits for signals beside this gets a turn.
+                consume_budget().await;
+                let place = Place::of(&forward);
+                ports.push(match prepared.spare.remove(&place).or_else(|| self.leaving.get(&place)) {
                     Some(port) => Assignment { port, route: route(forward, &service) },
                     None => {
                         let bound = BoundPort::bind(forward);
-                        let bound = bound.map_err(|source| self.bind_error(name, &mapping, source))?;
+                        let bound =
+                            bound.map_err(|source| self.bind_error(name, &mapping, source, prepared))?;
                         self.assign(bound, &service).map_err(watch_error)?
                     }
                 });
             }
         } else {
+            consume_budget().await;
             let bound = Bound::bind(mapping.clone());
-            let bound = bound.map_err(|source| self.bind_error(name, &mapping, source))?;
+            let bound = bound.map_err(|source| self.bind_error(name, &mapping, source, prepared))?;
             for port in bound.ports {
                 ports.push(self.assign(port, &service).map_err(watch_error)?);
             }
@@ -211,14 +229,21 @@ impl Server {
         Ok(Served { mapping, service, ports })
     }
 
-    /// Why a mapping cannot be bound; it may be because of another one.
-    fn bind_error(&self, name: &Name, mapping: &Mapping, source: BindError) -> ChangeError {
-        let others = self.registry.iter().filter(|(other, _served)| *other != name);
-        let mut all: Vec<Mapping> = others.map(|(_name, served)| served.mapping.clone()).collect();
-        all.push(mapping.clone());
-        match refuse_overlap(&all) {
-            Err(overlap) if *overlap.mapping == *mapping => ChangeError::Overlap(overlap),
-            _ => ChangeError::Bind { name: name.clone(), source },
+    /// Why a mapping cannot be bound; it may be because of another one, served or of the same change.
+    fn bind_error(
+        &self,
+        name: &Name,
+        mapping: &Mapping,
+        source: BindError,
+        prepared: &Prepared,
+    ) -> ChangeError {
+        let served = self.registry.iter().chain(prepared.added.iter().map(|(name, served)| (name, served)));
+        match source.taken_by(mapping, served) {
+            Some((port, other, _mapping)) if prepared.removed.contains(other) => {
+                ChangeError::StillBound { name: name.clone(), other: other.clone(), port }
+            }
+            Some((port, _name, other)) => OverlapError::new(mapping, other, port).into(),
+            None => ChangeError::Bind { name: name.clone(), source },
         }
     }
 
@@ -248,6 +273,7 @@ impl Server {
             set.iter().flat_map(|(_name, served)| served.ports.clone()).collect()
         };
         let (new, other) = (ports(&added), ports(&changed));
+        new.iter().for_each(|new| self.leaving.forget(&Place::of(&new.route.forward)));
         forget_stale_flows(&new);
         for name in &removed {
             info!(%name, "serving no more");
@@ -285,20 +311,61 @@ struct Prepared {
 
 type Spare = HashMap<Place, Arc<Port>>;
 
+impl BindError {
+    /// The lowest of the ports, and the one among the `served` mappings that has it, if each port that would have
+    /// done is taken by one of them.
+    fn taken_by<'a>(
+        &self,
+        mapping: &Mapping,
+        served: impl Iterator<Item = (&'a Name, &'a Served)>,
+    ) -> Option<(u16, &'a Name, &'a Mapping)> {
+        if self.source.kind() != io::ErrorKind::AddrInUse {
+            return None;
+        }
+        let wanted = self.among.or(PortRange::single(self.addr.port()).ok())?;
+        let mut taken = BTreeMap::new();
+        for (name, other) in served {
+            for Assignment { route, .. } in &other.ports {
+                let (there, port) = (&route.forward, route.forward.host.socket_addr().port());
+                let here = mapping.forward(there.protocol, port, mapping.backend_ports().first());
+                let is_in_the_way = wanted.contains(port)
+                    && mapping.protocols().contains(there.protocol)
+                    && exclude_each_other(&here, there);
+                if is_in_the_way {
+                    taken.entry(port).or_insert((name, &other.mapping));
+                }
+            }
+        }
+        let (port, (name, other)) = taken.first_key_value()?;
+        (taken.len() == wanted.count()).then_some((*port, *name, *other))
+    }
+}
+
 /// Sockets that were released, as long as they are open: those of UDP stay until their flows are
 /// quiet.
 #[derive(Debug, Default)]
-pub(crate) struct Leaving(HashMap<Place, Weak<Port>>);
+pub(crate) struct Leaving {
+    sockets: HashMap<Place, Weak<Port>>,
+    sweep: Sweep,
+}
 
 impl Leaving {
     fn add(&mut self, sockets: &Spare) {
-        self.0.extend(sockets.iter().map(|(place, port)| (*place, Arc::downgrade(port))));
+        self.sockets.extend(sockets.iter().map(|(place, port)| (*place, Arc::downgrade(port))));
+        if self.sweep.is_due(self.sockets.len()) {
+            self.sockets.retain(|_place, port| port.strong_count() > 0);
+            self.sweep.done(self.sockets.len());
+        }
     }
 
-    /// Those that are open, and forgets the others.
-    fn sockets(&mut self) -> Spare {
-        self.0.retain(|_place, port| port.strong_count() > 0);
-        self.0.iter().filter_map(|(place, port)| Some((*place, port.upgrade()?))).collect()
+    /// The one at `place`, if it is open.
+    fn get(&self, place: &Place) -> Option<Arc<Port>> {
+        self.sockets.get(place)?.upgrade()
+    }
+
+    /// Notes that what is at `place` is served again.
+    fn forget(&mut self, place: &Place) {
+        self.sockets.remove(place);
     }
 }
 

@@ -36,6 +36,7 @@ pub mod signals;
 mod spanless;
 pub mod standalone;
 pub mod stats;
+mod sweep;
 pub mod systemd;
 mod task;
 mod tcp;

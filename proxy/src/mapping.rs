@@ -45,6 +45,15 @@ impl HostPorts {
             Self::Random => None,
         }
     }
+
+    /// How much choice there is, for ordering: what has less is bound first, so that its ports are still free.
+    pub(crate) fn freedom(self) -> u8 {
+        match self {
+            Self::Exactly(_) => 0,
+            Self::FirstFree(_) => 1,
+            Self::Random => 2,
+        }
+    }
 }
 
 impl Mapping {

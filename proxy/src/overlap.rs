@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::fmt;
 
 use crate::addr::{Protocol, Protocols, ScopedIp};
-use crate::mapping::{HostPorts, Mapping};
+use crate::mapping::{Forward, HostPorts, Mapping};
 use crate::ports::PortRange;
 
 /// Two mappings of one set that cannot both be bound.
@@ -21,35 +21,52 @@ pub struct Overlap {
 /// The overlaps within a set of mappings, by their indices, at least one for each mapping that takes
 /// part in some. Ports that are yet to be chosen overlap nothing.
 ///
-/// The time is that of sorting, since a set has ten thousand mappings.
+/// The time is that of sorting, since a set has tens of thousands of mappings, at as many addresses.
 pub fn overlaps<'a>(mappings: impl IntoIterator<Item = &'a Mapping>) -> Vec<Overlap> {
-    let mut taken: HashMap<(Protocol, Place), Vec<(PortRange, usize)>> = HashMap::new();
+    let mut taken: HashMap<(Protocol, Place), Vec<Wanted>> = HashMap::new();
     for (index, mapping) in mappings.into_iter().enumerate() {
         let HostPorts::Exactly(range) = mapping.host_ports() else {
             continue;
         };
         for protocol in mapping.protocols().iter() {
-            taken.entry((protocol, Place::of(mapping))).or_default().push((range, index));
+            let place = Place::of(mapping.host(), mapping.is_v6only());
+            taken.entry((protocol, place)).or_default().push((range, index));
         }
     }
-    for ranges in taken.values_mut() {
-        ranges.sort_by_key(|(range, index)| (range.first(), *index));
-    }
     let mut found = Vec::new();
+    for wanted in taken.values_mut() {
+        sort(wanted);
+        within(wanted, &mut found);
+    }
     for protocol in Protocols::Both.iter() {
-        let places = taken.keys().filter(|(of, _place)| *of == protocol).map(|(_of, place)| *place);
-        let places: Vec<Place> = places.collect();
-        let ranges = |place: &Place| taken.get(&(protocol, *place)).map_or(&[][..], Vec::as_slice);
-        for place in &places {
-            within(ranges(place), &mut found);
-            for wide in place.covered_by() {
-                between(ranges(place), ranges(wide), &mut found);
-            }
+        for wide in [Place::All, Place::AllV4, Place::AllV6] {
+            let Some(others) = taken.get(&(protocol, wide)) else { continue };
+            let covered = taken
+                .iter()
+                .filter(|((of, place), _wanted)| *of == protocol && place.covered_by().contains(&wide));
+            let mut covered: Vec<Wanted> = covered.flat_map(|(_place, wanted)| wanted).copied().collect();
+            sort(&mut covered);
+            between(&covered, others, &mut found);
+            between(others, &covered, &mut found);
         }
     }
     found.sort_by_key(|overlap| (overlap.second, overlap.first));
     found.dedup_by_key(|overlap| (overlap.second, overlap.first));
     found
+}
+
+/// Whether two ports, of one number and protocol, cannot both be bound.
+pub(crate) fn exclude_each_other(one: &Forward, other: &Forward) -> bool {
+    let place = |forward: &Forward| Place::of(forward.host.socket_addr().into(), forward.v6only);
+    let (one, other) = (place(one), place(other));
+    one == other || one.covered_by().contains(&other) || other.covered_by().contains(&one)
+}
+
+/// Ports, and the index of the mapping that wants them.
+type Wanted = (PortRange, usize);
+
+fn sort(wanted: &mut [Wanted]) {
+    wanted.sort_by_key(|(range, index)| (range.first(), *index));
 }
 
 /// Where a mapping listens.
@@ -66,9 +83,9 @@ enum Place {
 }
 
 impl Place {
-    fn of(mapping: &Mapping) -> Self {
-        match mapping.host() {
-            ScopedIp::ANY if mapping.is_v6only() => Self::AllV6,
+    fn of(host: ScopedIp, v6only: bool) -> Self {
+        match host {
+            ScopedIp::ANY if v6only => Self::AllV6,
             ScopedIp::ANY => Self::All,
             ScopedIp::ANY_V4 => Self::AllV4,
             ip => Self::One(ip),
@@ -87,34 +104,36 @@ impl Place {
 }
 
 /// Overlaps among ranges of one place, which are sorted by their first port.
-fn within(ranges: &[(PortRange, usize)], found: &mut Vec<Overlap>) {
-    let Some((mut widest, rest)) = ranges.split_first() else {
-        return;
-    };
-    for range in rest {
-        found.extend(overlap(widest, range));
-        if range.0.last() > widest.0.last() {
-            widest = range;
+fn within(ranges: &[Wanted], found: &mut Vec<Overlap>) {
+    for (widest, range) in widest_so_far(ranges).zip(ranges.iter().skip(1)) {
+        found.extend(overlap(&widest, range));
+    }
+}
+
+/// Overlaps of ranges of one place with ranges of another, both sorted by their first port: one for each of the
+/// former that has some.
+fn between(ones: &[Wanted], others: &[Wanted], found: &mut Vec<Overlap>) {
+    let widest: Vec<Wanted> = widest_so_far(others).collect();
+    for one in ones {
+        // Of those that start before this one ends, the one that ends last.
+        let starting = others.partition_point(|(range, _index)| range.first() <= one.0.last());
+        let other = starting.checked_sub(1).and_then(|last| widest.get(last));
+        found.extend(other.and_then(|other| overlap(one, other)));
+    }
+}
+
+/// For each range, in their order, the one that ends last among it and those before.
+fn widest_so_far(ranges: &[Wanted]) -> impl Iterator<Item = Wanted> {
+    ranges.iter().scan(None, |widest: &mut Option<Wanted>, range| {
+        let is_wider = widest.is_none_or(|widest| range.0.last() > widest.0.last());
+        if is_wider {
+            *widest = Some(*range);
         }
-    }
+        *widest
+    })
 }
 
-/// Overlaps of ranges of one place with ranges of another, both sorted by their first port.
-fn between(one: &[(PortRange, usize)], other: &[(PortRange, usize)], found: &mut Vec<Overlap>) {
-    let mut others = other.iter().peekable();
-    let mut ones = one.iter().peekable();
-    while let (Some(a), Some(b)) = (ones.peek(), others.peek()) {
-        found.extend(overlap(a, b));
-        // What ends first cannot overlap anything that is still to come on the other side.
-        if a.0.last() < b.0.last() {
-            ones.next()
-        } else {
-            others.next()
-        };
-    }
-}
-
-fn overlap(a: &(PortRange, usize), b: &(PortRange, usize)) -> Option<Overlap> {
+fn overlap(a: &Wanted, b: &Wanted) -> Option<Overlap> {
     let port = a.0.first().max(b.0.first());
     let (first, second) = (a.1.min(b.1), a.1.max(b.1));
     a.0.overlaps(b.0).then_some(Overlap { first, second, port })
@@ -129,6 +148,13 @@ pub struct OverlapError {
     pub other: Box<Mapping>,
     /// The lowest port that both want.
     pub port: u16,
+}
+
+impl OverlapError {
+    /// `mapping` cannot have `port`, since `other` has it.
+    pub(crate) fn new(mapping: &Mapping, other: &Mapping, port: u16) -> Self {
+        Self { mapping: mapping.clone().into(), other: other.clone().into(), port }
+    }
 }
 
 impl fmt::Display for OverlapError {
@@ -155,11 +181,9 @@ impl fmt::Display for OverlapError {
 pub fn refuse_overlap(mappings: &[Mapping]) -> Result<(), OverlapError> {
     match overlaps(mappings).first() {
         None => Ok(()),
-        Some(Overlap { first, second, port }) => Err(OverlapError {
-            mapping: mappings[*second].clone().into(),
-            other: mappings[*first].clone().into(),
-            port: *port,
-        }),
+        Some(Overlap { first, second, port }) => {
+            Err(OverlapError::new(&mappings[*second], &mappings[*first], *port))
+        }
     }
 }
 

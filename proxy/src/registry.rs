@@ -9,6 +9,7 @@ use crate::name::Name;
 use crate::poll::Port;
 use crate::service::{Assignment, Live, Service};
 use crate::stats::Stats;
+use crate::sweep::Sweep;
 
 /// A mapping that is served, and its sockets.
 #[derive(Debug)]
@@ -49,7 +50,9 @@ struct Departed {
 #[derive(Debug, Default)]
 pub struct Registry {
     served: BTreeMap<Name, Served>,
+    /// Some of them may be over.
     departed: Vec<Departed>,
+    sweep: Sweep,
 }
 
 impl Registry {
@@ -103,8 +106,11 @@ impl Registry {
     }
 
     fn depart(&mut self, name: Name, served: Served) {
-        self.departed.retain(|departed| is_in_use(&departed.live));
         self.departed.push(Departed { name, live: served.service.live.clone() });
+        if self.sweep.is_due(self.departed.len()) {
+            self.departed.retain(|departed| is_in_use(&departed.live));
+            self.sweep.done(self.departed.len());
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a failed step ends the test")]
 
 use std::fs;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::process::ExitCode;
@@ -14,14 +14,17 @@ use serde_json::{Value, json};
 use rproxy_tests::backend::{self, TcpBackend};
 use rproxy_tests::client::{self, own_address};
 use rproxy_tests::controlled::{Controlled, mapping};
-use rproxy_tests::process::{self, Process};
+use rproxy_tests::netns::Namespace;
+use rproxy_tests::process::{self, Process, Stream};
 use rproxy_tests::require::{self, Need};
 use rproxy_tests::rproxy;
 use rproxy_tests::suite::{self, Case};
+use rproxy_tests::udp;
 use rproxy_tests::{PATIENCE, eventually};
 
 fn main() -> ExitCode {
     let case = |name: &str, body: fn()| Case::new(name, body);
+    let namespace = &[Need::Root, Need::Ipv6, Need::Program("ip")];
     suite::run(vec![
         case("add, list and remove", add_list_remove),
         case("tables for people", tables),
@@ -30,6 +33,10 @@ fn main() -> ExitCode {
         case("the protocol's answers", answers),
         case("a range is one mapping", range),
         case("random ports are told", random_ports),
+        case("mappings that want one port say so", overlaps).needs(namespace),
+        case("also where ports are chosen", overlaps_with_chosen_ports).needs(namespace),
+        case("a port that is served again stays", served_again),
+        case("a signal ends a long change", stopped_change),
         case("only its user and root may connect", strangers).needs(&[Need::Root, Need::Program("setpriv")]),
         case("a socket in use is left alone, a stale one replaced", socket_in_use),
         case("drain ends the process", drain),
@@ -190,6 +197,118 @@ fn random_ports() {
     proxy.apply(&[random]).success();
     assert_eq!(proxy.json(&["list"])["mappings"][0]["bound"], bound);
     assert_echoes(format!("{host}:{bound}").parse().unwrap());
+}
+
+/// Asks to serve these mappings, and gives the kind of the error and its message.
+#[track_caller]
+fn refused(proxy: &Controlled, how: &str, mappings: &[Value]) -> (String, String) {
+    let answer = proxy.connect().ask(&json!({ "v": 1, "do": { how: { "mappings": mappings } } }));
+    let text = |key: &str| answer["error"][key].as_str().unwrap_or_else(|| panic!("{answer}")).to_owned();
+    (text("kind"), text("message"))
+}
+
+/// A mapping of some ports of `host` to the same ports of a backend.
+fn of_ports(name: &str, host: &str, ports: &str, proto: &str) -> Value {
+    json!({ "name": name, "host": host, "host_ports": ports, "to": "192.0.2.1", "to_ports": ports, "proto": proto })
+}
+
+fn overlaps() {
+    // Where all ports are free.
+    let proxy = Controlled::start_in(&Namespace::new(), &[]);
+    let host = "127.0.0.2";
+    let only_v6 = json!({ "name": "b", "host": "[::]", "host_ports": "80", "v6only": true, "to": "192.0.2.1", "to_ports": "80" });
+    for (a, b) in [
+        (of_ports("a", host, "80", "tcp"), of_ports("b", host, "80", "tcp")),
+        (of_ports("a", "0.0.0.0", "80", "udp"), of_ports("b", host, "80", "udp")),
+        (of_ports("a", host, "80", "tcp"), of_ports("b", "[::]", "80", "tcp")),
+        (of_ports("a", "0.0.0.0", "80", "tcp"), of_ports("b", "[::]", "80", "tcp")),
+        (of_ports("a", host, "70-90", "tcp"), of_ports("b", host, "80-99", "tcp")),
+        (of_ports("a", host, "80", "tcp+udp"), of_ports("b", host, "80", "udp")),
+        (of_ports("a", "[::1]", "80", "tcp"), only_v6),
+    ] {
+        for how in ["add", "apply"] {
+            let (kind, message) = refused(&proxy, how, &[a.clone(), b.clone()]);
+            assert_eq!(kind, "overlap", "{message}");
+            assert!(message.starts_with("b: port 80 is taken by the mapping a ("), "{message}");
+        }
+    }
+    assert_eq!(proxy.json(&["list"])["mappings"], json!([]));
+}
+
+fn overlaps_with_chosen_ports() {
+    let namespace = Namespace::new();
+    let proxy = Controlled::start_in(&namespace, &[]);
+    let host = "127.0.0.2";
+    // The first free one of two ports, which others of the same change have.
+    let choose = |name: &str| json!({ "name": name, "host": host, "host_ports": "80-81", "to": "192.0.2.1", "to_ports": "80" });
+    let (kind, message) = refused(&proxy, "add", &[choose("c"), choose("d"), choose("e")]);
+    assert_eq!(kind, "overlap", "{message}");
+    assert!(message.starts_with("e: port 80 is taken by the mapping c ("), "{message}");
+    // One that was chosen before.
+    let random = json!({ "name": "r", "host": host, "to": "192.0.2.1", "to_ports": "80", "proto": "udp" });
+    proxy.apply(std::slice::from_ref(&random)).success();
+    let port = proxy.json(&["list"])["mappings"][0]["bound"].as_str().unwrap().to_owned();
+    let wanted = of_ports("x", "0.0.0.0", &port, "tcp+udp");
+    for (how, mappings) in [("add", vec![wanted.clone()]), ("apply", vec![random, wanted])] {
+        let (kind, message) = refused(&proxy, how, &mappings);
+        assert_eq!(kind, "overlap", "{message}");
+        assert!(message.starts_with(&format!("x: port {port} is taken by the mapping r (")), "{message}");
+    }
+    // A mapping that goes in the same change, but is bound until then; it may have the same name.
+    proxy.apply(&[of_ports("a", "0.0.0.0", "80", "tcp")]).success();
+    for name in ["a", "b"] {
+        let (kind, message) = refused(&proxy, "apply", &[of_ports(name, host, "80", "tcp")]);
+        assert_eq!(kind, "overlap", "{message}");
+        let words = format!("{name}: port 80 is still bound by the mapping a, which this change removes");
+        assert!(message.starts_with(&words) && message.ends_with("remove a first"), "{message}");
+    }
+    // Another program is none of them.
+    proxy.apply(&[]).success();
+    let _taken = namespace.run(|| TcpListener::bind("0.0.0.0:80").unwrap());
+    assert_eq!(refused(&proxy, "add", &[of_ports("x", host, "80", "tcp")]).0, "bind");
+}
+
+fn served_again() {
+    let backend = udp::Backend::echo(udp::client(Ipv4Addr::LOCALHOST));
+    let (proxy, address) = (Controlled::start(&[]), own_address());
+    let dns = mapping("dns", "udp", address, backend.address());
+    let client = udp::client(Ipv4Addr::LOCALHOST);
+    proxy.apply(std::slice::from_ref(&dns)).success();
+    udp::assert_echoes(&client, address, b"hello");
+    // With a flow that is not quiet yet, the socket stays, and is given to the next mapping for it.
+    proxy.ctl(&["remove", "dns"]).success();
+    proxy.apply(std::slice::from_ref(&dns)).success();
+    udp::assert_echoes(&udp::client(Ipv4Addr::LOCALHOST), address, b"hello");
+    // It is nobody's but that one's from then on.
+    let other = mapping("other", "udp", own_address(), backend.address());
+    proxy.apply(&[dns, other]).success();
+    for _ in 0..3 {
+        udp::assert_echoes(&udp::client(Ipv4Addr::LOCALHOST), address, b"hello");
+    }
+}
+
+fn stopped_change() {
+    const MAPPINGS: u16 = 10_000;
+    let proxy = Controlled::start(&[]);
+    let host = client::own_loopback();
+    let mappings: Vec<Value> = (0..MAPPINGS)
+        .map(|index| {
+            let address = (host, 10_000 + index).into();
+            mapping(&format!("m{index}"), "tcp", address, "192.0.2.1:80".parse().unwrap())
+        })
+        .collect();
+    let idle = proxy.process.descriptors();
+    let mut client = proxy.connect();
+    client
+        .send(format!("{}\n", json!({ "v": 1, "do": { "add": { "mappings": mappings } } })).as_bytes())
+        .unwrap();
+    eventually("some of them are bound", || proxy.process.descriptors() > idle + 100);
+    proxy.process.signal(Signal::SIGTERM);
+    assert_eq!(proxy.process.wait().code(), Some(0));
+    let answer = client.answer();
+    assert!(answer.as_ref().is_none_or(|answer| answer["error"]["kind"] == "failed"), "{answer:?}");
+    let log = proxy.process.captured(Stream::Stderr);
+    assert!(log.contains("ending, and not changed"), "{log}");
 }
 
 fn strangers() {

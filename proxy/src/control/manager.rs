@@ -123,7 +123,11 @@ impl Manager {
                     break false;
                 }
                 error = server.failed() => return Err(error.into()),
-                () = hung_up(&mut reload) => reread(reload.as_ref(), &mut server).await,
+                () = hung_up(&mut reload) => {
+                    let Some(()) = or_stopped(Box::pin(reread(reload.as_ref(), &mut server)), &mut stop).await else {
+                        break false;
+                    };
+                }
                 () = upgrade.asked() => {
                     let attempt = upgrade.carry_out(&server, file.as_ref().map(AsFd::as_fd));
                     match unless_stopped(attempt, &server, &mut stop, &mut watchdog).await {
@@ -133,10 +137,9 @@ impl Manager {
                 }
                 () = tick(&mut watchdog) => tell_alive(&server).await,
                 Some(call) = called.recv() => {
-                    if answer(call, &mut server).await {
-                        info!("ending, as a control client asks");
+                    let Some(false) = or_stopped(Box::pin(answer(call, &mut server)), &mut stop).await else {
                         break false;
-                    }
+                    };
                 }
             }
         };
@@ -160,6 +163,19 @@ impl Manager {
 async fn serve_clients(listener: UnixListener, calls: mpsc::Sender<Call>) {
     if let Err(error) = clients::serve(listener, calls).await {
         error!(%error, "the control socket is not served any more");
+    }
+}
+
+/// What a change comes to, or `None` if a signal ends this process before. Nothing has changed then, or all of it
+/// has, which makes no difference any more.
+async fn or_stopped<T>(change: impl Future<Output = T>, stop: &mut StopSignals) -> Option<T> {
+    tokio::select! {
+        biased;
+        signal = stop.next() => {
+            info!(signal, "ending, and not changed; once more ends at once");
+            None
+        }
+        result = change => Some(result),
     }
 }
 
@@ -252,6 +268,7 @@ async fn answer(Call { request, answer }: Call, server: &mut Server) -> bool {
     if is_last {
         // One that does not take its answer is not waited for.
         timeout(LAST_ANSWER, told).await.ok();
+        info!("ending, as a control client asks");
     }
     is_last
 }

@@ -85,7 +85,7 @@ impl From<ChangeError> for Refusal {
         let kind = match error {
             ChangeError::Unknown(_) => "unknown_name",
             ChangeError::NameTaken(_) => "name_taken",
-            ChangeError::Overlap(_) => "overlap",
+            ChangeError::Overlap(_) | ChangeError::StillBound { .. } => "overlap",
             ChangeError::Bind { .. } => "bind",
             ChangeError::Mapping { .. } => "bad_request",
             ChangeError::Watch { .. } => "failed",

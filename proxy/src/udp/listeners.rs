@@ -3,7 +3,7 @@
 //! A listener that is released takes no new flows. It stays until those that it has are quiet, since
 //! their answers leave through its socket, or until another mapping wants that.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::ops::{Index, IndexMut};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
@@ -72,7 +72,7 @@ impl AsFd for Listener {
 pub(super) struct Listeners {
     slots: Vec<Option<Listener>>,
     /// The numbers of those that are on their way out.
-    closing: Vec<usize>,
+    closing: HashSet<usize>,
 }
 
 impl Listeners {
@@ -84,7 +84,7 @@ impl Listeners {
         if self.slots.len() <= number {
             self.slots.resize_with(number + 1, || None);
         }
-        self.closing.retain(|closing| *closing != number);
+        self.closing.remove(&number);
         match &mut self.slots[number] {
             Some(listener) => {
                 let live = |route: &Route| Arc::as_ptr(&route.service.live);
@@ -107,7 +107,7 @@ impl Listeners {
             && listener.closing.is_none()
         {
             listener.closing = Some(now + LONGEST_FAREWELL);
-            self.closing.push(number);
+            self.closing.insert(number);
         }
     }
 
@@ -124,7 +124,7 @@ impl Listeners {
             let deadline = slots[*number].as_ref().and_then(|listener| listener.closing);
             deadline.is_none_or(|deadline| now >= deadline) || !busy(*number)
         };
-        let over: Vec<usize> = closing.extract_if(.., |number| is_over(number)).collect();
+        let over: Vec<usize> = closing.extract_if(is_over).collect();
         for number in &over {
             slots[*number] = None;
         }
