@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
 /// Networks whose clients are served, and networks whose clients are not.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -22,13 +22,25 @@ impl AccessList {
     /// Whether a client at `ip` is served. An IPv4-mapped address counts as the IPv4 address: that is
     /// how IPv4 clients of a dual-stack socket appear.
     pub fn admits(&self, ip: IpAddr) -> bool {
+        self.refusal(ip).is_none()
+    }
+
+    /// Why a client at `ip` is not served, if it is not.
+    pub(crate) fn refusal(&self, ip: IpAddr) -> Option<&'static str> {
+        if self.is_open() {
+            return None;
+        }
         let ip = ip.to_canonical();
         let among = |networks: &[IpNet]| networks.iter().any(|network| network.contains(&ip));
-        !among(&self.deny) && (self.allow.is_empty() || among(&self.allow))
+        if among(&self.deny) {
+            return Some("deny has it");
+        }
+        (!self.allow.is_empty() && !among(&self.allow)).then_some("allow does not have it")
     }
 }
 
-/// Parses a network: `10.0.0.0/8`, `fd00::/8`, or one address.
+/// Parses a network: `10.0.0.0/8`, `fd00::/8`, or one address. One of IPv4-mapped addresses, such as
+/// `::ffff:10.0.0.0/104`, becomes the IPv4 network that it stands for.
 ///
 /// # Errors
 /// A message that says what would work.
@@ -38,11 +50,26 @@ pub fn parse_network(text: &str) -> Result<IpNet, String> {
     }
     let network: IpNet = text
         .parse()
+        .map(canonical)
         .map_err(|_err| "not a network; write one such as 10.0.0.0/8, fd00::/8 or 192.0.2.7".to_owned())?;
     if network != network.trunc() {
         return Err(format!("it has host bits set; write {}", network.trunc()));
     }
     Ok(network)
+}
+
+/// The IPv4 network that one of IPv4-mapped addresses stands for: their first 96 bits are the same (RFC 4291,
+/// section 2.5.5.2).
+fn canonical(network: IpNet) -> IpNet {
+    const MAPPED: u8 = 96;
+    let ipv4 = |network: Ipv6Net| {
+        let length = network.prefix_len().checked_sub(MAPPED)?;
+        Ipv4Net::new(network.addr().to_ipv4_mapped()?, length).ok()
+    };
+    match network {
+        IpNet::V6(mapped) => ipv4(mapped).map_or(network, IpNet::V4),
+        IpNet::V4(_) => network,
+    }
 }
 
 #[cfg(test)]
@@ -74,6 +101,27 @@ mod tests {
         let others = list(&[], &["192.0.2.7"]);
         assert!(admits(&others, "192.0.2.8"));
         assert!(!admits(&others, "192.0.2.7"));
+    }
+
+    #[test]
+    fn networks_of_ipv4_mapped_addresses_are_ipv4_networks() {
+        for (text, network) in [
+            ("::ffff:10.0.0.0/104", "10.0.0.0/8"),
+            ("::ffff:192.0.2.7", "192.0.2.7/32"),
+            ("::ffff:c000:207/128", "192.0.2.7/32"),
+            ("::ffff:0:0/96", "0.0.0.0/0"),
+            ("::/0", "::/0"),
+            ("64:ff9b::/96", "64:ff9b::/96"),
+        ] {
+            assert_eq!(parse_network(text).unwrap().to_string(), network, "{text}");
+        }
+        let denied = list(&[], &["::ffff:10.0.0.0/104"]);
+        assert!(!admits(&denied, "10.1.2.3") && !admits(&denied, "::ffff:10.1.2.3"));
+        assert!(admits(&denied, "11.0.0.1") && admits(&denied, "::a00:1"));
+        assert_eq!(denied.refusal("10.1.2.3".parse().unwrap()), Some("deny has it"));
+        let others = list(&["::ffff:10.0.0.0/104"], &[]).refusal("11.0.0.1".parse().unwrap());
+        assert_eq!(others, Some("allow does not have it"));
+        assert!(parse_network("::ffff:10.0.0.1/104").unwrap_err().contains("write 10.0.0.0/8"));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 
 use tracing::warn;
 
-use crate::addr::{HostAddr, Protocol};
+use crate::addr::{HostAddr, Protocol, canonical};
 use crate::bound::BoundPort;
 use crate::listen::Listener;
 use crate::mapping::{Forward, Mapping};
@@ -70,7 +70,8 @@ impl Drop for Passed {
     fn drop(&mut self) {
         for PassedSocket { name, listener } in &self.0 {
             let (protocol, address) = (listener.protocol(), listener.local_addr());
-            let address = address.map_or_else(|error| error.to_string(), |address| address.to_string());
+            let address =
+                address.map_or_else(|error| error.to_string(), |address| canonical(address).to_string());
             warn!(name, %address, %protocol, "a socket was passed that no mapping is for; it is closed");
         }
     }

@@ -356,8 +356,9 @@ fn parse_ip(address: &str, port: u16) -> Result<SocketAddr, AddrError> {
     Ok(SocketAddrV6::new(ip, port, 0, scope).into())
 }
 
-/// IPv4-mapped addresses as IPv4: an IPv6 socket with `IPV6_V6ONLY` cannot bind or reach them.
-fn canonical(addr: SocketAddr) -> SocketAddr {
+/// IPv4-mapped addresses as IPv4: an IPv6 socket with `IPV6_V6ONLY` cannot bind or reach them, and people know the
+/// IPv4 clients of a dual-stack socket by their own addresses.
+pub(crate) fn canonical(addr: SocketAddr) -> SocketAddr {
     match addr.ip().to_canonical() {
         IpAddr::V4(ip) => SocketAddr::new(ip.into(), addr.port()),
         IpAddr::V6(_) => addr,

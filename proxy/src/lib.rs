@@ -27,6 +27,7 @@ pub mod plan;
 mod poll;
 pub mod ports;
 pub mod publish;
+mod refusals;
 pub mod registry;
 pub mod runtime;
 pub mod sandbox;

@@ -1,6 +1,5 @@
 //! What the sockets and connections of a mapping share.
 
-use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -9,7 +8,7 @@ use tokio::sync::Notify;
 use crate::limits::Limits;
 use crate::mapping::Forward;
 use crate::poll::Port;
-use crate::stats::{Stats, Trouble};
+use crate::stats::Stats;
 
 /// A listening socket and what it stands for.
 #[derive(Clone, Debug)]
@@ -47,6 +46,8 @@ pub(crate) struct Live {
     connections: AtomicUsize,
     /// Whether someone waits for one of them to end.
     is_full: AtomicBool,
+    /// Whether it has been told that it is full, and it has not been half empty since.
+    told_full: AtomicBool,
     /// Told when one has ended that someone waited for.
     room: Arc<Notify>,
 }
@@ -55,6 +56,11 @@ impl Live {
     /// A mapping without connections; `room` is told when connections end that others wait for.
     pub(crate) fn new(room: Arc<Notify>) -> Self {
         Self { room, ..Self::default() }
+    }
+
+    /// Whether it is to be told that it is full: it was not, since it was half empty.
+    pub(crate) fn tell_full(&self) -> bool {
+        !self.told_full.swap(true, Ordering::Relaxed)
     }
 
     /// Whether someone waits for a connection to end that has not ended yet.
@@ -70,7 +76,11 @@ impl Service {
             return true;
         };
         let Live { connections, is_full, .. } = &*self.live;
-        if connections.load(Ordering::SeqCst) < most {
+        let now = connections.load(Ordering::SeqCst);
+        if now < most {
+            if now <= most / 2 && self.live.told_full.load(Ordering::Relaxed) {
+                self.live.told_full.store(false, Ordering::Relaxed);
+            }
             return true;
         }
         // First the wish to be told, then another look: an end in between is seen or told.
@@ -80,16 +90,6 @@ impl Service {
             is_full.store(false, Ordering::SeqCst);
         }
         has_room
-    }
-
-    /// Whether a client at `ip` is served. Counts those that are not.
-    pub(crate) fn admits(&self, ip: IpAddr) -> bool {
-        let access = &self.limits.access;
-        let admitted = access.is_open() || access.admits(ip);
-        if !admitted {
-            self.live.stats.count(Trouble::Denied);
-        }
-        admitted
     }
 }
 

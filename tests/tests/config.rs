@@ -4,7 +4,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,6 +36,7 @@ fn main() -> ExitCode {
         case("-p: the first free port of a range", first_free).needs(root),
         case("-P: exposed ports are published at random", publish_all).needs(root),
         case("limits as flags", limits),
+        case("refused clients are told in the log", refusals_are_told).needs(&[Need::Ipv6]),
         case("a configuration is served, and reloaded", reload),
         case("a wrong configuration changes nothing", wrong_reload),
         case("a reload under load loses no connection", reload_under_load),
@@ -183,6 +184,8 @@ fn limits() {
         (&["--deny", "127.0.0.0/8"][..], false),
         (&["--allow", "10.0.0.0/8,fd00::/8"], false),
         (&["--allow", "10.0.0.0/8", "--allow", "127.0.0.1"], true),
+        (&["--deny", "::ffff:127.0.0.0/104"], false),
+        (&["--allow", "::ffff:127.0.0.1"], true),
     ] {
         let proxy = relay(limits);
         if served {
@@ -193,6 +196,57 @@ fn limits() {
     }
     let idle = relay(&["--idle-timeout", "300ms"]);
     assert_eq!(client::read_to_end(&client::connect_lettered(idle.address()).0), (vec![], End::Reset));
+}
+
+fn refusals_are_told() {
+    let backend = TcpBackend::lettered(b'a');
+    let to = backend.address().to_string();
+    // IPv4 clients of a dual-stack socket have their own addresses.
+    let denying =
+        rproxy::Standalone::start(&["--host", "[::]:0", "--to", &to, "--deny", "::ffff:127.0.0.0/104"]);
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, denying.address().port()));
+    let client = client::connect(address);
+    let from = client.local_addr().unwrap();
+    assert_eq!(client::read_to_end(&client), (vec![], End::Reset));
+    let line = denying.process.wait_for_line(Stream::Stderr, |line| line.contains("client refused"));
+    let words =
+        format!("mapping={}/tcp -> {to} client={from} reason=\"deny has it\"", denying.ready[0].address);
+    assert!(line.contains(&words), "{line}");
+
+    let denying =
+        udp::relay(Ipv6Addr::UNSPECIFIED, "127.0.0.1:9".parse().unwrap(), &["--allow", "10.0.0.0/8"]);
+    let address = SocketAddr::from((Ipv4Addr::LOCALHOST, denying.address().port()));
+    let client = udp::client(Ipv4Addr::LOCALHOST);
+    for _ in 0..1000 {
+        client.send_to(b"hello", address).unwrap();
+    }
+    let is_told = |line: &str| line.contains("client refused");
+    let line = denying.process.wait_for_line(Stream::Stderr, is_told);
+    let words = format!("client={} reason=\"allow does not have it\"", client.local_addr().unwrap());
+    assert!(line.contains(&words), "{line}");
+    denying.process.signal(Signal::SIGTERM);
+    denying.process.wait();
+    let lines = denying.process.captured(Stream::Stderr).lines().filter(|line| is_told(line)).count();
+    assert!(lines < 500, "{lines} lines for 1,000 datagrams");
+
+    for (on_limit, words) in
+        [("reset", "client reset: the mapping is full"), ("wait", "clients wait in its backlog")]
+    {
+        let full = rproxy::Standalone::relay_to(
+            backend.address(),
+            &["--max-connections", "1", "--on-limit", on_limit],
+        );
+        let (served, _letter) = client::connect_lettered(full.address());
+        let more: Vec<_> = (0..3).map(|_| client::connect(full.address())).collect();
+        let line = full.process.wait_for_line(Stream::Stderr, |line| line.contains(words));
+        assert!(line.contains(&format!("mapping={}/tcp", full.address())), "{line}");
+        assert!(line.contains("max_connections=1"), "{line}");
+        let is_first = line.contains(&format!("client={}", more[0].local_addr().unwrap()));
+        assert_eq!(is_first, on_limit == "reset", "one that waits was not accepted: {line}");
+        let told = full.process.captured(Stream::Stderr).matches(words).count();
+        assert!(on_limit == "reset" || told == 1, "it is full once, and told so {told} times");
+        drop((served, more));
+    }
 }
 
 fn reload() {

@@ -18,13 +18,13 @@ use tokio::time::{Instant, sleep_until};
 use tracing::{debug, error, warn};
 
 use super::{Accepted, dial, serve};
+use crate::addr::canonical;
 use crate::backoff::Backoff;
 use crate::limits::OnLimit;
 use crate::log_limit::LogLimit;
 use crate::mapping::Forward;
 use crate::poll::{PORT, Poll, Port};
 use crate::service::{Assignment, Place};
-use crate::stats::Trouble;
 use crate::task::{Order, Orders};
 use crate::worker::{Seat, Workers};
 
@@ -256,20 +256,21 @@ fn accept_some(
     for _ in 0..most {
         let has_room = service.has_room();
         if !has_room && service.limits.on_limit == OnLimit::Wait {
+            route.is_full();
             return Ok(Stop::Full);
         }
         let (client, peer) = match socket::accept(port.as_fd()) {
-            Ok(accepted) => accepted,
+            Ok((client, peer)) => (client, canonical(peer)),
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Stop::Empty),
             Err(error) if is_the_clients(&error) => continue,
             Err(error) => return Err(error),
         };
         // Those that are dropped here are reset, as their listener was told (`set_stream_options`).
-        if !service.admits(peer.ip()) {
+        if !route.admits(peer) {
             continue;
         }
         if !has_room {
-            service.live.stats.count(Trouble::OverLimit);
+            route.is_over_limit(peer);
             continue;
         }
         let accepted = Accepted { client, peer, place: Place::take(route) };

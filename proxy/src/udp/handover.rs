@@ -10,6 +10,7 @@ use tracing::warn;
 use super::flow::{Flow, FlowKey, LiveFlow, Wanted};
 use super::relay::{Token, UdpRelay, event, interest};
 use super::table::FlowId;
+use crate::addr::canonical;
 use crate::log_limit::LogLimit;
 
 impl UdpRelay {
@@ -61,7 +62,7 @@ impl UdpRelay {
             if let Err(error) = self.adopt_one(flow, now)
                 && let Some(suppressed) = FAILED.permit()
             {
-                warn!(%client, %error, suppressed, "cannot take a flow over");
+                warn!(client = %canonical(client), %error, suppressed, "cannot take a flow over");
             }
         }
     }

@@ -24,6 +24,7 @@ use super::listeners::Listeners;
 use super::payload::{Amount, Part, Payload};
 use super::send::log_lost;
 use super::table::{Bounds, FlowId, FlowTable, Side};
+use crate::addr::canonical;
 use crate::limits::Limits;
 use crate::log_limit::LogLimit;
 use crate::poll::{PORT, Poll};
@@ -266,7 +267,7 @@ impl UdpRelay {
             return Some(id);
         }
         let listener = &self.listeners[key.listener as usize];
-        if self.draining || listener.is_closing() || !listener.route.service.admits(key.client.ip()) {
+        if self.draining || listener.is_closing() || !listener.route.admits(key.client) {
             return None;
         }
         let route = listener.route.clone();
@@ -286,7 +287,7 @@ impl UdpRelay {
             Err(error) => {
                 route.service.live.stats.count(Trouble::FlowFailed);
                 if let Some(suppressed) = FAILED.permit() {
-                    warn!(mapping = %route.forward, client = %key.client, %error, suppressed, "cannot open a flow");
+                    warn!(mapping = %route.forward, client = %canonical(key.client), %error, suppressed, "cannot open a flow");
                 }
                 None
             }
