@@ -4,6 +4,9 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::str::FromStr;
 
+use rustix::net::netdevice::name_to_index;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+
 /// The transport protocol of a mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Protocol {
@@ -351,9 +354,16 @@ fn parse_ip(address: &str, port: u16) -> Result<SocketAddr, AddrError> {
     let ip: Ipv6Addr = ip.parse().map_err(|_err| bad_address())?;
     let scope = interface
         .parse()
-        .or_else(|_err| nix::net::if_::if_nametoindex(interface))
+        .or_else(|_err| interface_index(interface))
         .map_err(|_err| AddrError::NoSuchInterface(interface.to_owned()))?;
     Ok(SocketAddrV6::new(ip, port, 0, scope).into())
+}
+
+/// The number of an interface. Confined as well: if_nametoindex(3) of the C library takes a socket of another family.
+fn interface_index(name: &str) -> rustix::io::Result<u32> {
+    let socket = |family| socket_with(family, SocketType::DGRAM, SocketFlags::CLOEXEC, None);
+    let any = socket(AddressFamily::INET).or_else(|_no_ipv4| socket(AddressFamily::INET6))?;
+    name_to_index(any, name)
 }
 
 /// IPv4-mapped addresses as IPv4: an IPv6 socket with `IPV6_V6ONLY` cannot bind or reach them, and people know the

@@ -21,10 +21,14 @@ use crate::plan::{Plan, plan};
 use crate::poll::Port;
 use crate::ports::PortRange;
 use crate::registry::Served;
+use crate::runtime::start_thread;
 use crate::server::Server;
 use crate::service::{Assignment, Route, Service};
 use crate::sweep::Sweep;
 use crate::udp::stale;
+
+/// Stack of the thread that looks through the table of connections.
+const STACK_SIZE: usize = 256 * 1024;
 
 /// Why a change was not made; nothing has changed then.
 #[derive(Debug, thiserror::Error)]
@@ -291,12 +295,15 @@ impl Server {
 }
 
 /// Makes the kernel forget flows to new ports, without waiting for it: looking through the table of
-/// connections takes 20 ms, however few there are.
+/// connections takes 20 ms, however few there are. Without a thread to be had, that is waited for.
 fn forget_stale_flows(new: &[Assignment]) {
     let udp = new.iter().map(|new| new.route.forward).filter(|forward| forward.protocol == Protocol::Udp);
     let udp: Vec<Forward> = udp.collect();
     if !udp.is_empty() {
-        drop(tokio::task::spawn_blocking(move || stale::forget_flows_to(&udp)));
+        let forget = |udp: Vec<Forward>| stale::forget_flows_to(&udp);
+        if let Err((_error, udp)) = start_thread("rproxy-stale", STACK_SIZE, udp, forget) {
+            forget(udp);
+        }
     }
 }
 

@@ -3,11 +3,44 @@
 
 use std::fmt::Display;
 use std::io::{self, Write};
+use std::os::fd::BorrowedFd;
 use std::process::ExitCode;
+
+use rproxy_sys::watch::Watched;
+use tokio::io::Interest;
+use tokio::runtime::Handle;
+
+use crate::sink::Sink;
 
 /// Writes a line to standard output.
 pub fn out(line: &impl Display) {
     drop(writeln!(io::stdout().lock(), "{line}"));
+}
+
+/// Writes lines to standard output, without waiting for whoever reads it: what there is no room for now is written
+/// on `runtime` as room comes, if it comes.
+pub fn out_beside(runtime: &Handle, lines: &[String]) {
+    let text: String = lines.iter().flat_map(|line| [line.as_str(), "\n"]).collect();
+    let sink = Sink::out();
+    // Nobody reads it if it fails.
+    let Ok(written) = sink.write_now(text.as_bytes()) else { return };
+    if written < text.len() {
+        let rest = text.as_bytes()[written..].to_vec();
+        runtime.spawn(async move { drop(write_rest(&sink, &rest).await) });
+    }
+}
+
+async fn write_rest(sink: &Sink, mut rest: &[u8]) -> io::Result<()> {
+    let watched = Watched::new(sink.with_fd(|fd| fd.try_clone_to_owned())?, Interest::WRITABLE)?;
+    while !rest.is_empty() {
+        let write = |_fd: BorrowedFd<'_>| match sink.write_now(rest)? {
+            0 => Err(io::ErrorKind::WouldBlock.into()),
+            written => Ok(written),
+        };
+        let written = watched.io(Interest::WRITABLE, write).await?;
+        rest = &rest[written..];
+    }
+    Ok(())
 }
 
 /// Writes a line to standard error.
@@ -21,4 +54,32 @@ pub fn fail(error: &impl Display) -> ExitCode {
         err(&format_args!("rproxy: {line}"));
     }
     ExitCode::FAILURE
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::AsFd;
+
+    use nix::pty::{OpenptyResult, openpty};
+
+    use super::*;
+    use crate::runtime::new_runtime;
+    use crate::sink::open_anew;
+
+    #[test]
+    fn what_there_is_no_room_for_is_written_as_it_is_read() {
+        let OpenptyResult { master, slave } = openpty(None, None).unwrap();
+        let sink = Sink::Terminal(open_anew(slave.as_fd()).unwrap());
+        let text = "line\n".repeat(100_000);
+        let length = text.len();
+        let reader = std::thread::spawn(move || {
+            // A terminal sends a carriage return before each end of line.
+            let mut read = vec![0; length + length / 5];
+            io::Read::read_exact(&mut File::from(master), &mut read).unwrap();
+            String::from_utf8(read).unwrap().replace('\r', "")
+        });
+        new_runtime().unwrap().block_on(write_rest(&sink, text.as_bytes())).unwrap();
+        assert_eq!(reader.join().unwrap(), text);
+    }
 }

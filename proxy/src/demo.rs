@@ -5,6 +5,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use rproxy_sys::fd::close_unclaimed;
 use socket2::SockRef;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -38,6 +39,8 @@ const LONGEST: u64 = 16 * 1024;
 
 /// Runs the demo; with `once`, ends after the fetches instead of serving until a signal.
 pub fn main(once: bool) -> ExitCode {
+    // They do no harm to a demo.
+    close_unclaimed().ok();
     let result = new_runtime()
         .map_err(|error| DemoError::step("create the event loop")(error))
         .and_then(|runtime| runtime.block_on(run(once)));
@@ -51,7 +54,7 @@ pub fn main(once: bool) -> ExitCode {
 }
 
 async fn run(once: bool) -> Result<(), DemoError> {
-    let mut stop = StopSignals::catch().map_err(DemoError::step("catch signals"))?;
+    let mut stop = StopSignals::catch(&[]).map_err(DemoError::step("catch signals"))?;
     let backend = start_backend()?;
     let bound = publish(backend)?;
     let addr = bound.local_addr().map_err(DemoError::step("ask for the published address"))?;
@@ -76,7 +79,7 @@ async fn run(once: bool) -> Result<(), DemoError> {
         say_what_next(addr);
         stop.next().await;
     }
-    server.drain(Duration::ZERO).await;
+    server.drain(async { "the demo is over" }).await;
     Ok(())
 }
 

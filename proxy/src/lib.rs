@@ -34,6 +34,7 @@ pub mod sandbox;
 pub mod server;
 mod service;
 pub mod signals;
+mod sink;
 mod spanless;
 pub mod standalone;
 pub mod stats;

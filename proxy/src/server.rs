@@ -9,7 +9,6 @@ use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
-use std::time::Duration;
 
 use socket2::SockRef;
 use tokio::runtime::Handle;
@@ -266,8 +265,8 @@ impl Server {
         }
     }
 
-    /// Stops accepting, and gives the connections and flows `timeout` to end by themselves.
-    pub async fn drain(self, timeout: Duration) {
+    /// Stops accepting, and lets the connections and flows end by themselves, until `enough` says why it is.
+    pub async fn drain(self, enough: impl Future<Output = &'static str>) {
         let Self { workers, tasks: Tasks { tcp, udp }, registry, nameless, .. } = self;
         // They hold sockets, which the tasks are to close.
         drop((registry, nameless));
@@ -276,15 +275,19 @@ impl Server {
             // A failure there has been reported, and stops nothing here.
             drop(tcp.await);
         }
-        info!(connections = workers.connections(), ?timeout, "draining");
+        info!(connections = workers.connections(), "draining");
         let ended = async {
             workers.until_idle().await;
             if let Some(udp) = udp {
                 drop(udp.await);
             }
         };
-        if tokio::time::timeout(timeout, ended).await.is_err() {
-            warn!(connections = workers.connections(), "drain timeout: cutting what is left");
+        tokio::select! {
+            biased;
+            () = ended => {}
+            reason = enough => {
+                warn!(connections = workers.connections(), "{reason}: cutting what is left");
+            }
         }
     }
 

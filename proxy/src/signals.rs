@@ -10,6 +10,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use nix::unistd::read;
 use rproxy_sys::watch::Watched;
 use tokio::io::Interest;
+use tracing::{error, warn};
 
 /// Some signals, caught from the moment this is made.
 #[derive(Debug)]
@@ -45,31 +46,46 @@ impl Signals {
     }
 }
 
-/// `SIGINT` and `SIGTERM`, which ask the process to end, caught from the moment this is made.
+/// `SIGTERM`, `SIGINT` and `SIGQUIT`, which ask the process to end, caught from the moment this is made; and others
+/// that mean nothing to it. Their default would be its end, too, without a drain.
 #[derive(Debug)]
 pub struct StopSignals(Signals);
 
 impl StopSignals {
-    /// Starts to catch the signals.
+    /// Starts to catch them. `meaningless` are the others.
     ///
     /// # Errors
     /// Those of [`Signals::catch`].
     ///
     /// # Panics
     /// Outside a tokio runtime.
-    pub fn catch() -> io::Result<Self> {
-        Signals::catch([Signal::SIGINT, Signal::SIGTERM]).map(Self)
+    pub fn catch(meaningless: &[Signal]) -> io::Result<Self> {
+        let stop = [Signal::SIGTERM, Signal::SIGINT, Signal::SIGQUIT];
+        Signals::catch(stop.iter().chain(meaningless).copied()).map(Self)
     }
 
-    /// Waits for the next one and gives its name.
+    /// Waits for the next one that asks for an end, and gives its name. Others are logged.
     pub async fn next(&mut self) -> &'static str {
-        match self.0.next().await {
-            Ok(signal) => signal.as_str(),
-            Err(error) => {
-                // It cannot be told any more when to end.
-                tracing::error!(%error, "cannot read signals");
-                "no signal"
+        loop {
+            match self.0.next().await {
+                Ok(signal @ (Signal::SIGTERM | Signal::SIGINT | Signal::SIGQUIT)) => return signal.as_str(),
+                Ok(signal) => warn!("{}", ignored(signal)),
+                Err(error) => {
+                    // It cannot be told any more when to end.
+                    error!(%error, "cannot read signals");
+                    return "no signal";
+                }
             }
         }
     }
+}
+
+/// Why nothing comes of a signal.
+fn ignored(signal: Signal) -> String {
+    let reason = match signal {
+        Signal::SIGHUP => "there is no --config to read again",
+        Signal::SIGUSR2 => "a proxy of dockerd is not upgraded",
+        _ => "it means nothing to rproxy",
+    };
+    format!("{signal} is ignored: {reason}; SIGTERM ends this process")
 }

@@ -7,6 +7,8 @@ use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::ExitCode;
 
+use nix::sys::signal::Signal;
+use rproxy_sys::fd::claim_inherited;
 use tokio::runtime::Runtime;
 
 use crate::activation::{Passed, PassedError};
@@ -14,18 +16,18 @@ use crate::addr::HostAddr;
 use crate::bound::{Bound, BoundError, BoundPort};
 use crate::cli::{self, Cli, Command, Serve, Unparsed};
 use crate::config::{self, ConfigError};
-use crate::control::manager::{Manager, Reload};
+use crate::control::manager::{Drain, Manager, Reload};
 use crate::control::socket::{ControlSocket, SocketError};
 use crate::listen::BindError;
 use crate::mapping::{Forward, HostPorts, Mapping};
-use crate::runtime::{new_runtime, raise_descriptor_limit};
+use crate::runtime::{new_runtime, prepare, raise_descriptor_limit};
 use crate::sandbox::{self, Changes, Needs, SandboxError};
 use crate::server::Server;
 use crate::signals::StopSignals;
 use crate::systemd::{self, ActivationError};
 use crate::udp::stale;
 use crate::upgrade::{self, Launcher, Sockets, Upgrade, UpgradeError, take_over};
-use crate::{console, control, demo, telemetry};
+use crate::{console, control, demo};
 
 /// Runs what the command line asks for, until a signal ends it. `args` are those after the program's
 /// name.
@@ -85,10 +87,17 @@ fn serve_mappings(options: &Serve) -> ExitCode {
         Err(usage) => return refuse(&usage),
     };
     // Before anything else opens a file.
-    let inherited = Inherited { sockets: systemd::passed_sockets(), predecessor: upgrade::claim() };
-    telemetry::init(options.log());
+    let configuration = options.config.as_deref();
+    let inherited = Inherited {
+        sockets: systemd::passed_sockets(),
+        predecessor: upgrade::claim(),
+        // If it is the path of none, reading it says so.
+        _configuration: configuration.and_then(config::descriptor).and_then(|fd| claim_inherited(fd).ok()),
+    };
+    prepare(options.log());
+    systemd::open();
     // Before there is anything that a new process should not have.
-    let launcher = Launcher::start();
+    let launcher = Launcher::start(configuration);
     raise_descriptor_limit();
     let started = start(mappings, inherited, launcher, options);
     let (runtime, manager) = match started {
@@ -111,9 +120,16 @@ fn start(
     let setup = |step| move |source| StartError::Setup { step, source };
     let runtime = new_runtime().map_err(setup("create the event loop"))?;
     let entered = runtime.enter();
-    let stop = StopSignals::catch().map_err(setup("catch signals"))?;
     let upgrade = Upgrade::catch(launcher).map_err(setup("catch signals"))?;
     let reload = options.config.clone().map(Reload::of_file).transpose().map_err(setup("catch signals"))?;
+    let mappings = match (&inherited.predecessor, &options.config) {
+        (Ok(None), Some(file)) => config::read(file)?,
+        _ => mappings,
+    };
+    // Only now: whoever writes to a pipe may take long, and what ends this process meanwhile ends it at once.
+    let hang_up = if reload.is_none() { &[Signal::SIGHUP][..] } else { &[] };
+    let meaningless = [hang_up, &[Signal::SIGUSR1, Signal::SIGALRM]].concat();
+    let stop = StopSignals::catch(&meaningless).map_err(setup("catch signals"))?;
     let may_change = options.control.is_some() || reload.is_some();
     let Sockets { bound, mut control, predecessor } = match inherited.predecessor? {
         Some(channel) => {
@@ -135,27 +151,25 @@ fn start(
         }
         None => {
             server.serve_all(Vec::new());
-            ready.iter().for_each(console::out);
+            console::out_beside(runtime.handle(), &ready);
         }
     }
     systemd::ready();
-    let drain_timeout = options.drain_timeout;
+    let drain = Drain { timeout: options.drain_timeout, after_upgrade: options.upgrade_drain_timeout() };
     let watchdog = systemd::watchdog_interval();
-    Ok((runtime, Manager { server, stop, drain_timeout, control, reload, watchdog, upgrade }))
+    Ok((runtime, Manager { server, stop, drain, control, reload, watchdog, upgrade }))
 }
 
 /// What another process opened for this one, or why it cannot be used.
 struct Inherited {
     sockets: Result<Passed, ActivationError>,
     predecessor: Result<Option<OwnedFd>, UpgradeError>,
+    /// Open as long as it may be read by its path.
+    _configuration: Option<OwnedFd>,
 }
 
-/// Binds the mappings of the command line, or of the configuration.
+/// Binds the mappings.
 fn bind(mappings: Vec<Mapping>, passed: Passed, options: &Serve) -> Result<Sockets, StartError> {
-    let mappings = match &options.config {
-        Some(file) => config::read(file)?,
-        None => mappings,
-    };
     let control = options.control.as_deref().map(ControlSocket::bind).transpose()?;
     let bound = Bound::bind_all(mappings, passed).map_err(|error| bind_error(error, options))?;
     stale::forget_flows_to(bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.forward));
@@ -169,7 +183,7 @@ fn needs<'a>(options: &'a Serve, bound: &[Bound]) -> Needs<'a> {
     let ports = bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.forward);
     Needs {
         user: options.user.as_ref(),
-        service_manager: systemd::is_there(),
+        abstract_sockets: systemd::is_abstract(),
         changes,
         ..Needs::to_serve(ports)
     }

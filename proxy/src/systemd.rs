@@ -4,14 +4,26 @@
 //! descriptors 3 and 4 are dockerd's there.
 
 use std::io;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
+use nix::libc::{MSG_DONTWAIT, MSG_NOSIGNAL};
 use rproxy_sys::fd::claim_inherited;
 use sd_notify::NotifyState;
+use socket2::{Domain, SockAddr, Socket, Type};
+use tokio::time::sleep;
 use tracing::warn;
 
 use crate::activation::{Passed, PassedSocket};
 use crate::listen::{AdoptError, Listener};
+
+/// After how long the service manager is told again what it had no room for.
+const RETRY: Duration = Duration::from_secs(1);
+
+/// The service manager, if there is one that wants to be told.
+static MANAGER: OnceLock<Mutex<ServiceManager>> = OnceLock::new();
 
 /// Takes the sockets that were passed to this process, and to no other (`LISTEN_PID`).
 ///
@@ -36,37 +48,63 @@ pub fn passed_sockets() -> Result<Passed, ActivationError> {
     passed.map(adopt).collect::<Result<Vec<_>, _>>().map(Passed::new)
 }
 
-/// Whether there is a service manager that wants to be told.
-pub fn is_there() -> bool {
-    std::env::var_os("NOTIFY_SOCKET").is_some()
+/// Opens the socket on which the service manager is told from now on, if it wants to be (`NOTIFY_SOCKET`).
+/// To be called before the process is confined, and while descriptors are to be had.
+pub fn open() {
+    let Some(name) = std::env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty()) else { return };
+    match ServiceManager::at(Path::new(&name)) {
+        // A second call changes nothing.
+        Ok(manager) => drop(MANAGER.set(Mutex::new(manager))),
+        Err(error) => {
+            warn!(%error, socket = %Path::new(&name).display(), "cannot tell the service manager (NOTIFY_SOCKET)");
+        }
+    }
+}
+
+/// Whether the service manager listens on an abstract socket (unix(7)), which confinement has to let pass.
+pub fn is_abstract() -> bool {
+    MANAGER.get().is_some_and(|manager| lock(manager).address.as_abstract_namespace().is_some())
 }
 
 /// Clients are served.
 pub fn ready() {
-    notify(&[NotifyState::Ready]);
+    tell(&State::Ready);
 }
 
 /// The configuration is being read anew; [`ready`] is next.
 pub fn reloading() {
-    match NotifyState::monotonic_usec_now() {
-        Ok(now) => notify(&[NotifyState::Reloading, now]),
-        Err(error) => warn!(%error, "cannot tell the service manager of a reload"),
-    }
+    tell(&State::Reloading);
 }
 
 /// No new clients are let in any more.
 pub fn stopping() {
-    notify(&[NotifyState::Stopping]);
+    tell(&State::Stopping);
 }
 
 /// Another process is the service from now on, and will be the one to tell.
 pub fn main_process(pid: u32) {
-    notify(&[NotifyState::MainPid(pid)]);
+    tell(&State::MainProcess(pid));
 }
 
 /// All is well.
 pub fn alive() {
-    notify(&[NotifyState::Watchdog]);
+    tell(&State::Alive);
+}
+
+/// Tells the service manager again, and again, what it had no room for. Never ends.
+pub async fn resend() -> ! {
+    until_told().await;
+    std::future::pending().await
+}
+
+/// As [`resend`], until it has been told all.
+pub async fn until_told() {
+    while let Some(manager) = MANAGER.get()
+        && !lock(manager).untold.is_empty()
+    {
+        sleep(RETRY).await;
+        lock(manager).tell_the_rest();
+    }
 }
 
 /// How often [`alive`] has to be said, if at all: half of the time after which the service manager
@@ -75,10 +113,111 @@ pub fn watchdog_interval() -> Option<Duration> {
     sd_notify::watchdog_enabled().map(|limit| limit / 2).filter(|interval| !interval.is_zero())
 }
 
-fn notify(states: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(states) {
-        warn!(%error, "cannot tell the service manager (NOTIFY_SOCKET)");
+fn tell(state: &State) {
+    if let Some(manager) = MANAGER.get() {
+        lock(manager).tell(state);
     }
+}
+
+fn lock(manager: &Mutex<ServiceManager>) -> std::sync::MutexGuard<'_, ServiceManager> {
+    manager.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What can be told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Ready,
+    Reloading,
+    Stopping,
+    MainProcess(u32),
+    Alive,
+}
+
+impl State {
+    /// Whether it says all that `earlier` says, which need not be told any more then.
+    fn replaces(self, earlier: Self) -> bool {
+        match self {
+            Self::Ready => earlier == Self::Ready,
+            Self::Reloading | Self::Stopping => matches!(earlier, Self::Ready | Self::Reloading),
+            Self::MainProcess(_) | Self::Alive => false,
+        }
+    }
+}
+
+/// Where the service manager listens, and what it has had no room for yet. Nobody ever waits for it.
+#[derive(Debug)]
+struct ServiceManager {
+    socket: Socket,
+    address: SockAddr,
+    /// States with what they are in words, in their order. A few at the most, as they replace each other.
+    untold: Vec<(State, String)>,
+    /// Whether the last attempt failed, which has been logged then.
+    failed: bool,
+}
+
+impl ServiceManager {
+    fn at(name: &Path) -> io::Result<Self> {
+        let bytes = name.as_os_str().as_bytes();
+        if bytes.starts_with(b"vsock:") {
+            return Err(io::Error::new(io::ErrorKind::Unsupported, "VSOCK addresses are not supported"));
+        }
+        let address = match bytes.strip_prefix(b"@") {
+            // The name of an abstract socket begins with a NUL.
+            Some(rest) => SockAddr::unix(std::ffi::OsStr::from_bytes(&[b"\0", rest].concat()))?,
+            None => SockAddr::unix(name)?,
+        };
+        let socket = Socket::new(Domain::UNIX, Type::DGRAM, None)?;
+        Ok(Self { socket, address, untold: Vec::new(), failed: false })
+    }
+
+    fn tell(&mut self, state: &State) {
+        self.untold.retain(|(earlier, _words)| !state.replaces(*earlier));
+        match words(*state) {
+            Ok(words) => self.untold.push((*state, words)),
+            Err(error) => warn!(%error, "cannot tell the service manager of a reload"),
+        }
+        self.tell_the_rest();
+        // The next one says the same.
+        self.untold.retain(|(state, _words)| *state != State::Alive);
+    }
+
+    /// Tells as much as there is room for, in the order in which it came about.
+    fn tell_the_rest(&mut self) {
+        while let Some((_state, words)) = self.untold.first() {
+            let flags = MSG_DONTWAIT | MSG_NOSIGNAL;
+            let result = self.socket.send_to_with_flags(words.as_bytes(), &self.address, flags);
+            match &result {
+                Err(error) if has_no_room(error) && !self.failed => {
+                    warn!("the service manager reads nothing (NOTIFY_SOCKET); it is told again later");
+                }
+                Err(error) if !self.failed => {
+                    warn!(%error, "cannot tell the service manager (NOTIFY_SOCKET)");
+                }
+                _ => {}
+            }
+            self.failed = result.is_err();
+            if result.is_err_and(|error| has_no_room(&error)) {
+                return;
+            }
+            self.untold.remove(0);
+        }
+    }
+}
+
+/// Whether the other side has to read first (`EAGAIN`), or memory is short (send(2)).
+fn has_no_room(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::WouldBlock || error.raw_os_error() == Some(nix::libc::ENOBUFS)
+}
+
+/// The text of sd_notify(3).
+fn words(state: State) -> io::Result<String> {
+    Ok(match state {
+        State::Ready => NotifyState::Ready.to_string(),
+        State::Reloading => format!("{}\n{}", NotifyState::Reloading, NotifyState::monotonic_usec_now()?),
+        State::Stopping => NotifyState::Stopping.to_string(),
+        State::MainProcess(pid) => NotifyState::MainPid(pid).to_string(),
+        State::Alive => NotifyState::Watchdog.to_string(),
+    })
 }
 
 /// Why sockets that were passed cannot be used.
@@ -107,4 +246,65 @@ pub enum ActivationError {
         /// Why.
         source: AdoptError,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::net::{SocketAddr, UnixDatagram};
+
+    use super::*;
+
+    /// A service manager at an abstract name, and what is told to it.
+    fn pair(name: &str) -> (UnixDatagram, ServiceManager) {
+        let name = format!("rproxy-test-{name}-{}", std::process::id());
+        let socket = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        (socket, ServiceManager::at(Path::new(&format!("@{name}"))).unwrap())
+    }
+
+    /// All that was told, the first lines of it.
+    fn told(socket: &UnixDatagram) -> Vec<String> {
+        let mut message = [0; 256];
+        let next = || socket.recv(&mut message).ok().map(|len| message[..len].to_vec());
+        let text = |message: Vec<u8>| String::from_utf8(message).unwrap().lines().next().unwrap().to_owned();
+        std::iter::from_fn(next).map(text).collect()
+    }
+
+    #[test]
+    fn what_there_was_no_room_for_is_told_later_and_in_its_last_state() {
+        let (socket, mut manager) = pair("full");
+        manager.tell(&State::Ready);
+        assert_eq!(told(&socket), ["READY=1"]);
+        // Until nothing more fits; none of these is told again.
+        while !manager.failed {
+            manager.tell(&State::Alive);
+        }
+        assert!(manager.untold.is_empty());
+        for state in [State::Reloading, State::Ready, State::Reloading, State::Ready, State::MainProcess(7)] {
+            manager.tell(&state);
+        }
+        assert_eq!(manager.untold.len(), 3);
+        assert!(told(&socket).iter().all(|line| line == "WATCHDOG=1"));
+        manager.tell(&State::Alive);
+        assert_eq!(told(&socket), ["RELOADING=1", "READY=1", "MAINPID=7", "WATCHDOG=1"]);
+        manager.tell(&State::Stopping);
+        assert_eq!(told(&socket), ["STOPPING=1"]);
+    }
+
+    #[test]
+    fn one_that_is_gone_is_told_nothing_and_nothing_is_kept_for_it() {
+        let (socket, mut manager) = pair("gone");
+        drop(socket);
+        manager.tell(&State::Ready);
+        assert!(manager.failed && manager.untold.is_empty());
+    }
+
+    #[test]
+    fn names_are_paths_or_abstract() {
+        assert!(ServiceManager::at(Path::new("/run/notify")).unwrap().address.as_pathname().is_some());
+        for name in ["vsock:2:1234", &"x".repeat(200)] {
+            assert!(ServiceManager::at(Path::new(name)).is_err(), "{name}");
+        }
+    }
 }

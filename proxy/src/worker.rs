@@ -9,25 +9,37 @@ use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
+use std::time::{Duration, Instant};
 
-use tokio::runtime::Handle;
+use tokio::runtime::{Handle, Runtime};
 use tokio::sync::{Notify, oneshot};
 use tracing::warn;
 
 use crate::log_limit::LogLimit;
-use crate::runtime::new_runtime;
+use crate::runtime::{new_runtime, start_thread};
 
 /// Stack of a worker's thread. The deepest calls are those of the log; connections are on the heap.
 const STACK_SIZE: usize = 256 * 1024;
 
+/// How long no other worker is tried to be started when one could not be. An attempt costs ten system calls, which
+/// each connection would pay.
+const RETRY: Duration = Duration::from_secs(5);
+
 /// The workers of a process.
 #[derive(Debug)]
 pub(crate) struct Workers {
-    running: Mutex<Vec<Worker>>,
+    running: Mutex<Running>,
     /// Notified when a worker has served its last connection.
     idle: Arc<Notify>,
     /// One worker per processor that the process may use (sched_getaffinity(2), and the quota of its cgroup).
     most: OnceLock<usize>,
+}
+
+#[derive(Debug)]
+struct Running {
+    workers: Vec<Worker>,
+    /// When the last one could not be started, if that is so.
+    failed: Option<Instant>,
 }
 
 #[derive(Debug)]
@@ -47,11 +59,15 @@ impl Worker {
         let runtime = new_runtime()?;
         let handle = runtime.handle().clone();
         let (stop, stopped) = oneshot::channel::<()>();
-        thread::Builder::new()
-            .name(format!("rproxy-{number}"))
-            .stack_size(STACK_SIZE)
-            .spawn(move || runtime.block_on(stopped))?;
-        Ok(Self::new(handle, Some(stop)))
+        let serve = |runtime: Runtime| drop(runtime.block_on(stopped));
+        match start_thread(&format!("rproxy-{number}"), STACK_SIZE, runtime, serve) {
+            Ok(()) => Ok(Self::new(handle, Some(stop))),
+            Err((error, runtime)) => {
+                // This is inside another runtime, where none may be dropped that waits for its threads.
+                runtime.shutdown_background();
+                Err(error)
+            }
+        }
     }
 
     fn load(&self) -> usize {
@@ -63,7 +79,7 @@ impl Workers {
     /// Makes the runtime of the calling thread the first worker.
     pub(crate) fn new(first: Handle) -> Self {
         Self {
-            running: Mutex::new(vec![Worker::new(first, None)]),
+            running: Mutex::new(Running { workers: vec![Worker::new(first, None)], failed: None }),
             idle: Arc::default(),
             most: OnceLock::new(),
         }
@@ -81,11 +97,12 @@ impl Workers {
     /// A place for one more connection, on the worker that serves the fewest.
     pub(crate) fn seat(&self) -> Seat {
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-        if running.iter().all(|worker| worker.load() > 0) {
+        if running.workers.iter().all(|worker| worker.load() > 0) {
             self.grow(&mut running);
         }
         // Of equals the last: the first one also accepts connections and relays datagrams.
         let (worker, idlest) = running
+            .workers
             .iter()
             .enumerate()
             .rev()
@@ -95,18 +112,26 @@ impl Workers {
         Seat { worker, runtime: idlest.runtime.clone(), taken: idlest.seats.clone(), idle: self.idle.clone() }
     }
 
-    /// Starts another worker, if there is a processor for it.
-    fn grow(&self, running: &mut Vec<Worker>) {
+    /// Starts another worker, if there is a processor for it. If it cannot be, those that run serve all, and it is
+    /// tried again later.
+    fn grow(&self, Running { workers, failed }: &mut Running) {
         static FAILED: LogLimit = LogLimit::new();
 
-        if running.len() >= self.most() {
+        if workers.len() >= self.most() || failed.is_some_and(|at| at.elapsed() < RETRY) {
             return;
         }
-        match Worker::start(running.len()) {
-            Ok(worker) => running.push(worker),
+        match Worker::start(workers.len()) {
+            Ok(worker) => {
+                *failed = None;
+                workers.push(worker);
+            }
             Err(error) => {
-                if let Some(suppressed) = FAILED.permit() {
-                    warn!(%error, suppressed, "cannot start another worker; the running ones go on");
+                // Later ones say nothing new.
+                if failed.replace(Instant::now()).is_none()
+                    && let Some(suppressed) = FAILED.permit()
+                {
+                    let running = workers.len();
+                    warn!(%error, suppressed, running, "cannot start another worker; the running ones serve all");
                 }
             }
         }
@@ -115,7 +140,7 @@ impl Workers {
     /// The number of connections being served.
     pub(crate) fn connections(&self) -> usize {
         let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-        running.iter().map(Worker::load).sum()
+        running.workers.iter().map(Worker::load).sum()
     }
 
     /// Waits until no connection is being served.
@@ -170,7 +195,7 @@ mod tests {
         let runtime = new_runtime().unwrap();
         let workers = Workers::new(runtime.handle().clone());
         let most = thread::available_parallelism().map_or(1, usize::from);
-        let running = || workers.running.lock().unwrap().len();
+        let running = || workers.running.lock().unwrap().workers.len();
 
         drop(workers.seat());
         drop(workers.seat());
@@ -179,7 +204,7 @@ mod tests {
         let seats: Vec<_> = (0..most * 3).map(|_| workers.seat()).collect();
         assert_eq!(running(), most);
         assert_eq!(workers.connections(), most * 3);
-        for worker in &*workers.running.lock().unwrap() {
+        for worker in &workers.running.lock().unwrap().workers {
             assert_eq!(worker.load(), 3);
         }
         let other = thread::spawn(move || drop(seats));

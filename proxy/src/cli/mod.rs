@@ -13,6 +13,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use tracing_subscriber::filter::Targets;
 
 pub use self::mappings::MappingArgs;
+use self::values::Limit;
 use crate::control::ctl;
 use crate::control::socket::DEFAULT_PATH;
 use crate::duration;
@@ -76,6 +77,9 @@ pub struct Serve {
     /// How long connections may go on after SIGTERM or SIGINT; 0 cuts them at once
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = duration::parse)]
     pub drain_timeout: Duration,
+    /// How long connections may go on in the old process after an upgrade (SIGUSR2), or 'unlimited'
+    #[arg(long, value_name = "DURATION", default_value = duration::UNLIMITED)]
+    upgrade_drain_timeout: Limit,
     /// Listen for `rproxy ctl` on a Unix socket, for this user and root [default path: /run/rproxy.sock]
     #[arg(long, value_name = "PATH", num_args = 0..=1, default_missing_value = DEFAULT_PATH)]
     pub control: Option<PathBuf>,
@@ -104,6 +108,11 @@ impl Serve {
             return Ok(Vec::new());
         }
         self.mappings.mappings()
+    }
+
+    /// How long connections may go on in a process that another one took over from, if there is a limit.
+    pub fn upgrade_drain_timeout(&self) -> Option<Duration> {
+        self.upgrade_drain_timeout.0
     }
 
     /// The log asked for.

@@ -2,6 +2,7 @@
 //!
 //! It is read as a whole or not at all, and every mistake is reported with its place.
 
+mod file;
 mod keys;
 mod mistake;
 mod print;
@@ -15,6 +16,7 @@ use rproxy_sys::memory::release_unused;
 use serde::Deserialize;
 use toml::Spanned;
 
+pub use self::file::{descriptor, open};
 use self::keys::Keys;
 pub use self::mistake::Mistake;
 use self::mistake::{Found, Lines};
@@ -33,13 +35,39 @@ struct File {
     mapping: Vec<Spanned<Keys>>,
 }
 
-/// Reads the mappings of a file.
+/// Reads the mappings of a file, or of a pipe.
 ///
 /// # Errors
 /// [`ConfigError`]
 pub fn read(path: &Path) -> Result<Vec<Mapping>, ConfigError> {
-    let text =
-        fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+    let text = read_text(path)?;
+    mappings(path, text)
+}
+
+/// Reads the text of a file, or of a pipe.
+///
+/// # Errors
+/// [`ConfigError::Read`]
+pub fn read_text(path: &Path) -> Result<String, ConfigError> {
+    open(path).and_then(|opened| file::text(opened, true)).map_err(not_read(path))
+}
+
+/// Reads the mappings of the file at `path` again, which has been `opened`.
+///
+/// # Errors
+/// [`ConfigError`]
+pub fn read_again(path: &Path, opened: io::Result<fs::File>) -> Result<Vec<Mapping>, ConfigError> {
+    // One that a shell passed is closed by now.
+    let opened = if descriptor(path).is_some_and(|number| number > 2) { file::once() } else { opened };
+    let text = opened.and_then(|opened| file::text(opened, false)).map_err(not_read(path))?;
+    mappings(path, text)
+}
+
+fn not_read(path: &Path) -> impl FnOnce(io::Error) -> ConfigError {
+    move |source| ConfigError::Read { path: path.to_owned(), source }
+}
+
+fn mappings(path: &Path, text: String) -> Result<Vec<Mapping>, ConfigError> {
     let mappings = parse(path, &text);
     drop(text);
     // What reading took is many times what the mappings take.

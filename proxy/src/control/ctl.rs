@@ -1,6 +1,5 @@
 //! `rproxy ctl`: a client of the control socket, for people and scripts.
 
-use std::fs;
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -123,7 +122,7 @@ fn request(command: &Command) -> Result<Request, CtlError> {
 /// Reads the mappings of a file, in TOML or in JSON.
 fn read_file(path: &Path) -> Result<Vec<WireMapping>, CtlError> {
     let error = |reason: String| CtlError::File { path: path.to_owned(), reason };
-    let text = fs::read_to_string(path).map_err(|source| error(source.to_string()))?;
+    let text = config::read_text(path)?;
     if !text.trim_start().starts_with('{') {
         let mappings = config::parse(path, &text)?;
         return Ok(mappings.iter().map(WireMapping::of).collect());

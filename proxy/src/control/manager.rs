@@ -1,22 +1,22 @@
 //! The manager: the one owner of the server, who carries out what signals and clients ask for.
 //!
 //! It has a thread of its own if there is anything to manage, so that binding ten thousand sockets or
-//! reading a long configuration delays no byte.
+//! reading a long configuration delays no byte. Without a thread to be had, it runs on that of the first worker.
 
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::pin::pin;
-use std::thread;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use rproxy_sys::memory::release_unused;
 use serde_json::{Value, json};
+use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::{Interval, timeout};
-use tracing::{error, info};
+use tokio::time::{Interval, sleep, timeout};
+use tracing::{debug, error, info, warn};
 
 use super::clients::{self, Call, Reply};
 use super::protocol::{self, Refusal, Request};
@@ -28,7 +28,7 @@ use crate::config;
 use crate::mapping::Mapping;
 use crate::name::Name;
 use crate::ports::PortRange;
-use crate::runtime::new_runtime;
+use crate::runtime::{new_runtime, start_thread};
 use crate::server::{ServeError, Server};
 use crate::signals::{Signals, StopSignals};
 use crate::systemd;
@@ -63,6 +63,15 @@ impl Reload {
     }
 }
 
+/// How long connections may go on once no new ones are let in.
+#[derive(Clone, Copy, Debug)]
+pub struct Drain {
+    /// After a signal, or when a client asks for the end.
+    pub timeout: Duration,
+    /// After an upgrade, if there is a limit at all.
+    pub after_upgrade: Option<Duration>,
+}
+
 /// What a manager has to look after.
 pub struct Manager {
     /// What is managed.
@@ -70,7 +79,7 @@ pub struct Manager {
     /// What ends it.
     pub stop: StopSignals,
     /// How long connections may go on then.
-    pub drain_timeout: Duration,
+    pub drain: Drain,
     /// Where clients connect, if they may.
     pub control: Option<ControlSocket>,
     /// Where mappings come from, if they can change.
@@ -83,35 +92,46 @@ pub struct Manager {
 
 impl Manager {
     /// Manages until a signal or a client ends it, on a thread of its own if there is more to do than
-    /// waiting for that.
+    /// waiting for that, and if there is one to be had.
     ///
     /// # Errors
-    /// [`ServeError`], and those of starting a thread.
+    /// [`ServeError`]
     pub async fn run(self) -> Result<(), ManageError> {
         if self.control.is_none() && self.reload.is_none() {
-            return self.manage(None).await;
+            return self.manage().await;
         }
-        let runtime = new_runtime().map_err(ManageError::Thread)?;
-        let (ended, end) = oneshot::channel();
-        let manage = move || {
-            let result = runtime.block_on(async move {
-                let mut manager = self;
-                let control = manager.control.take().map(ControlSocket::into_parts);
-                manager.manage(control).await
-            });
-            ended.send(result).ok();
+        let runtime = match new_runtime() {
+            Ok(runtime) => runtime,
+            Err(error) => return self.manage_beside_clients(&error).await,
         };
-        let builder = thread::Builder::new().name("rproxy-control".to_owned()).stack_size(STACK_SIZE);
-        builder.spawn(manage).map_err(ManageError::Thread)?;
+        let (ended, end) = oneshot::channel();
+        let manage = move |(runtime, manager): (Runtime, Self)| {
+            // Whoever waits for it may have ended.
+            ended.send(runtime.block_on(manager.manage())).ok();
+        };
+        if let Err((error, (runtime, manager))) =
+            start_thread("rproxy-control", STACK_SIZE, (runtime, self), manage)
+        {
+            // Where none may be dropped that waits for its threads.
+            runtime.shutdown_background();
+            return manager.manage_beside_clients(&error).await;
+        }
         // A panic there has been reported.
         end.await.unwrap_or(Err(ManageError::Gone))
     }
 
-    async fn manage(self, control: Option<(UnixListener, SocketFile)>) -> Result<(), ManageError> {
-        let Self { mut server, mut stop, drain_timeout, mut reload, watchdog, mut upgrade, .. } = self;
+    /// Manages on the thread of the first worker, whose clients wait for long changes then.
+    async fn manage_beside_clients(self, error: &io::Error) -> Result<(), ManageError> {
+        warn!(%error, "cannot start the control thread; the first worker does its work, and large changes delay its clients");
+        self.manage().await
+    }
+
+    async fn manage(self) -> Result<(), ManageError> {
+        let Self { mut server, mut stop, drain, control, mut reload, watchdog, mut upgrade } = self;
         let mut watchdog = watchdog.map(tokio::time::interval);
         let (calls, mut called) = mpsc::channel(CALLS);
-        let file = control.map(|(listener, file)| {
+        let file = control.map(|control| {
+            let (listener, file) = control.into_parts();
             tokio::spawn(serve_clients(listener, calls));
             file
         });
@@ -124,9 +144,8 @@ impl Manager {
                 }
                 error = server.failed() => return Err(error.into()),
                 () = hung_up(&mut reload) => {
-                    let Some(()) = or_stopped(Box::pin(reread(reload.as_ref(), &mut server)), &mut stop).await else {
-                        break false;
-                    };
+                    let reread = Box::pin(reread(reload.as_ref(), &mut upgrade, &mut server));
+                    let Some(()) = or_stopped(reread, &mut stop).await else { break false };
                 }
                 () = upgrade.asked() => {
                     let attempt = upgrade.carry_out(&server, file.as_ref().map(AsFd::as_fd));
@@ -136,10 +155,10 @@ impl Manager {
                     }
                 }
                 () = tick(&mut watchdog) => tell_alive(&server).await,
+                never = systemd::resend() => never,
                 Some(call) = called.recv() => {
-                    let Some(false) = or_stopped(Box::pin(answer(call, &mut server)), &mut stop).await else {
-                        break false;
-                    };
+                    let answer = Box::pin(answer(call, &mut server));
+                    let Some(false) = or_stopped(answer, &mut stop).await else { break false };
                 }
             }
         };
@@ -152,11 +171,52 @@ impl Manager {
         }
         // Nobody else is let in from here on.
         drop(called);
-        tokio::select! {
-            () = server.drain(drain_timeout) => {}
-            signal = last_call(&mut stop, succeeded) => info!(signal, "ending at once"),
-        }
+        finish(server, &mut stop, drain, succeeded).await;
         Ok(())
+    }
+}
+
+/// Lets connections and flows come to their end, within limits.
+async fn finish(server: Server, stop: &mut StopSignals, drain: Drain, succeeded: bool) {
+    tokio::select! {
+        () = server.drain(enough(drain, stop, succeeded)) => {}
+        never = systemd::resend() => never,
+    }
+    if succeeded {
+        // Until it hears of the other process, the service manager takes the end of this one for that of the service,
+        // and ends all of it.
+        tokio::select! {
+            () = systemd::until_told() => {}
+            signal = stop.next() => info!(signal, "ending, and the service manager knows of no other process"),
+        }
+    }
+}
+
+/// When a drain has lasted long enough; says why. The end of a process that another one `succeeded` was not asked for by
+/// a signal, so that the first one asks for what is under way, but within the usual limit.
+async fn enough(drain: Drain, stop: &mut StopSignals, succeeded: bool) -> &'static str {
+    const LATE: &str = "drain timeout";
+
+    if succeeded {
+        tokio::select! {
+            () = passed(drain.after_upgrade) => return LATE,
+            signal = stop.next() => info!(signal, "ending; once more ends at once"),
+        }
+    }
+    tokio::select! {
+        () = sleep(drain.timeout) => LATE,
+        signal = stop.next() => {
+            info!(signal, "ending at once");
+            "asked for"
+        }
+    }
+}
+
+/// Waits for a limit, if there is one.
+async fn passed(limit: Option<Duration>) {
+    match limit {
+        Some(limit) => sleep(limit).await,
+        None => std::future::pending().await,
     }
 }
 
@@ -206,16 +266,6 @@ async fn tell_alive(server: &Server) {
     systemd::alive();
 }
 
-/// Waits for the signal that ends connections at once. The end of a process that another one `succeeded` was
-/// not asked for by a signal, so that the first one only asks for what is under way.
-async fn last_call(stop: &mut StopSignals, succeeded: bool) -> &'static str {
-    if succeeded {
-        let signal = stop.next().await;
-        info!(signal, "ending already; once more ends at once");
-    }
-    stop.next().await
-}
-
 async fn hung_up(reload: &mut Option<Reload>) {
     match reload {
         Some(reload) => {
@@ -236,10 +286,17 @@ async fn tick(interval: &mut Option<Interval>) {
 }
 
 /// Serves what the file says now; an error changes nothing.
-async fn reread(reload: Option<&Reload>, server: &mut Server) {
-    let Some(reload) = reload else { return };
+async fn reread(reload: Option<&Reload>, upgrade: &mut Upgrade, server: &mut Server) {
+    let Some(Reload { file, .. }) = reload else { return };
     systemd::reloading();
-    let applied = match config::read(&reload.file) {
+    let opened = match upgrade.open_configuration().await {
+        Ok(opened) => opened,
+        Err(error) => {
+            debug!(%error, "the configuration is opened by this process itself");
+            config::open(file)
+        }
+    };
+    let applied = match config::read_again(file, opened) {
         Ok(mappings) => server.apply(mappings).await.map_err(|error| error.to_string()),
         Err(error) => Err(error.to_string()),
     };
@@ -324,9 +381,6 @@ pub enum ManageError {
     /// The server cannot go on.
     #[error(transparent)]
     Serve(#[from] ServeError),
-    /// There is no thread to manage on.
-    #[error("cannot start the control thread: {0}")]
-    Thread(#[source] io::Error),
     /// The manager is gone.
     #[error("the control thread ended by itself")]
     Gone,

@@ -13,6 +13,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::process::ExitCode;
 
+use nix::sys::signal::Signal;
 use rproxy_sys::fd::claim_inherited;
 use tokio::runtime::Runtime;
 use tracing::{error, info, warn};
@@ -25,14 +26,18 @@ use crate::console;
 use crate::limits::Limits;
 use crate::listen::{AdoptError, BindError, Listener};
 use crate::mapping::{Forward, LoopError};
-use crate::runtime::{new_runtime, raise_descriptor_limit};
+use crate::runtime::{new_runtime, prepare, raise_descriptor_limit};
 use crate::sandbox::{self, Mode, Needs, SandboxError};
 use crate::server::Server;
 use crate::signals::StopSignals;
-use crate::telemetry::{self, LogConfig};
+use crate::telemetry::LogConfig;
 
 /// The descriptor of the listener that `-use-listen-fd` speaks of.
 const LISTENER_FD: i32 = 4;
+
+/// What a proxy of dockerd does not die of. They reach it with the process group of a dockerd in the foreground,
+/// which goes on as well: it reads its configuration again at `SIGHUP`.
+const MEANINGLESS: [Signal; 4] = [Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGALRM];
 
 /// Runs as docker-proxy until a signal ends it. `args` are those after the program's name.
 pub fn main(args: &[OsString]) -> ExitCode {
@@ -51,7 +56,7 @@ pub fn main(args: &[OsString]) -> ExitCode {
         return ExitCode::SUCCESS;
     }
     let inherited = flags.use_listen_fd.then(|| claim_inherited(LISTENER_FD));
-    telemetry::init(LogConfig::from_env());
+    prepare(LogConfig::from_env());
     raise_descriptor_limit();
     let mode = Mode::from_env();
     let Started { runtime, mut server, mut stop, needs } = match start(&flags, inherited, mode) {
@@ -101,7 +106,7 @@ fn start(flags: &Flags, inherited: Option<io::Result<OwnedFd>>, mode: Mode) -> R
     let needs = Needs::to_serve([&bound.forward]);
     let runtime = new_runtime().map_err(setup("create the event loop"))?;
     let entered = runtime.enter();
-    let stop = StopSignals::catch().map_err(setup("catch signals"))?;
+    let stop = StopSignals::catch(&MEANINGLESS).map_err(setup("catch signals"))?;
     let server = Server::start_ports([(bound, Limits::default())]).map_err(setup("watch the listener"))?;
     drop(entered);
     if mode == Mode::Strict {

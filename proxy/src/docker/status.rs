@@ -6,6 +6,8 @@ use std::io::{self, Write};
 use std::os::fd::OwnedFd;
 
 use nix::fcntl::{F_GETFL, OFlag, fcntl};
+use nix::libc::{S_IFIFO, S_IFMT};
+use nix::sys::stat::fstat;
 use rproxy_sys::fd::claim_inherited;
 
 /// The descriptor of the status pipe.
@@ -16,15 +18,18 @@ const STATUS_FD: i32 = 3;
 pub(super) struct StatusPipe(Option<File>);
 
 impl StatusPipe {
-    /// Claims descriptor 3, and marks it close-on-exec. Call it before anything opens a file.
+    /// Claims descriptor 3, if it is a pipe that can be written to, and marks it close-on-exec. Call it before anything
+    /// opens a file. What else is open there was not meant for us, and is not written to.
     pub(super) fn claim() -> Self {
-        let writable = |fd: &OwnedFd| {
+        let is_pipe = |fd: &OwnedFd| fstat(fd).is_ok_and(|status| status.st_mode & S_IFMT == S_IFIFO);
+        let is_writable = |fd: &OwnedFd| {
             fcntl(fd, F_GETFL).is_ok_and(|flags| {
                 let access = OFlag::from_bits_retain(flags) & OFlag::O_ACCMODE;
                 access != OFlag::O_RDONLY
             })
         };
-        Self(claim_inherited(STATUS_FD).ok().filter(writable).map(File::from))
+        let claimed = claim_inherited(STATUS_FD).ok();
+        Self(claimed.filter(|fd| is_pipe(fd) && is_writable(fd)).map(File::from))
     }
 
     /// Says that clients are served, and closes the pipe.

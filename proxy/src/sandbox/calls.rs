@@ -124,8 +124,11 @@ fn conditional(needs: &Needs<'_>) -> Result<Rules, seccompiler::BackendError> {
     Ok(vec![
         // Threads, and no processes.
         (libc::SYS_clone, vec![rule([bits(0, libc::CLONE_THREAD, libc::CLONE_THREAD)])?]),
-        // How much is not acknowledged yet; whether to wait.
-        (libc::SYS_ioctl, vec![rule([is(1, TIOCOUTQ)])?, rule([is(1, FIONBIO)])?]),
+        // How much is not acknowledged yet; whether to wait; the numbers of interfaces, by their names.
+        (
+            libc::SYS_ioctl,
+            vec![rule([is(1, TIOCOUTQ)])?, rule([is(1, FIONBIO)])?, rule([is(1, SIOCGIFINDEX)])?],
+        ),
         // Nothing that was written can be run.
         (libc::SYS_mmap, vec![rule([bits(2, libc::PROT_EXEC, 0)])?]),
         (libc::SYS_mprotect, vec![rule([bits(2, libc::PROT_EXEC, 0)])?]),
@@ -139,6 +142,9 @@ fn conditional(needs: &Needs<'_>) -> Result<Rules, seccompiler::BackendError> {
         (libc::SYS_tgkill, vec![rule([is(0, this_process)])?]),
     ])
 }
+
+/// Of netdevice(7).
+const SIOCGIFINDEX: i32 = 0x8933;
 
 /// For `FIONBIO` and `TIOCOUTQ` see ioctl_tty(2); the latter is `SIOCOUTQ` of tcp(7).
 const FIONBIO: i32 = 0x5421;
@@ -159,9 +165,6 @@ fn sockets(needs: &Needs<'_>) -> Result<Vec<SeccompRule>, seccompiler::BackendEr
     if needs.changes.is_some() {
         // Connection tracking.
         sockets.push(rule([is(0, libc::AF_NETLINK), is(2, libc::NETLINK_NETFILTER)])?);
-    }
-    if needs.service_manager {
-        sockets.push(rule([is(0, libc::AF_UNIX), datagram()])?);
     }
     Ok(sockets)
 }

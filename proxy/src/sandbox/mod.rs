@@ -54,8 +54,8 @@ pub struct Needs<'a> {
     pub udp: bool,
     /// The ports of backends that are reached over TCP.
     pub tcp_backends: Vec<u16>,
-    /// Whether a service manager is told what goes on.
-    pub service_manager: bool,
+    /// Whether what listens on an abstract socket is told what goes on: a service manager.
+    pub abstract_sockets: bool,
     /// What changes need, if there can be any.
     pub changes: Option<Changes<'a>>,
 }
@@ -66,7 +66,7 @@ impl<'a> Needs<'a> {
         let (udp, tcp): (Vec<&Forward>, Vec<&Forward>) =
             ports.into_iter().partition(|forward| forward.protocol == Protocol::Udp);
         let tcp_backends = tcp.iter().map(|forward| forward.backend.socket_addr().port()).collect();
-        Self { user: None, udp: !udp.is_empty(), tcp_backends, service_manager: false, changes: None }
+        Self { user: None, udp: !udp.is_empty(), tcp_backends, abstract_sockets: false, changes: None }
     }
 }
 

@@ -35,8 +35,7 @@ fn rules(needs: &Needs<'_>, level: CompatLevel) -> Result<RulesetCreated, Rulese
     if needs.changes.is_none() {
         ruleset = ruleset.handle_access(AccessNet::from_all(NEEDED))?;
     }
-    // A service manager may listen on an abstract socket.
-    let scopes = if needs.service_manager { Scope::Signal.into() } else { Scope::from_all(WANTED) };
+    let scopes = if needs.abstract_sockets { Scope::Signal.into() } else { Scope::from_all(WANTED) };
     let ruleset = ruleset.set_compatibility(CompatLevel::BestEffort).scope(scopes)?;
     let created = ruleset.create()?;
     match &needs.changes {

@@ -1,13 +1,16 @@
-//! The launcher: a small process beside a confined one, which can do for it the one thing that it has to give
-//! up, namely to start its program anew.
+//! The launcher: a small process beside a confined one, which can do for it what that has to give up: start its
+//! program anew, and open its configuration.
 //!
 //! It is forked first of all, and so keeps the arguments, environment, directory, user and limits that the
 //! program was started with. It takes no signals: it ends when the process that it serves does, however that
 //! comes about, and a new process that was not kept by then goes with it.
 
 use std::env;
+use std::ffi::OsString;
+use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::{Path, PathBuf};
@@ -18,9 +21,11 @@ use std::time::{Duration, Instant};
 use nix::fcntl::{F_SETFD, FdFlag, fcntl};
 use rproxy_sys::fd::claim_inherited;
 use rproxy_sys::pass::send_descriptors;
-use rproxy_sys::process::fork_alone;
+use rproxy_sys::process::{fork_alone, set_title};
 
 use super::channel::Channel;
+use super::program::{Program, absolute};
+use crate::config;
 
 /// Tells a process that is to take over which process started it, and the descriptor of its channel: as
 /// `4711:3`. It means nothing to one with another parent, which may have inherited it.
@@ -29,13 +34,20 @@ const VARIABLE: &str = "RPROXY_TAKE_OVER";
 /// What systemd says about the process that it started itself.
 const OF_ONE_PROCESS: [&str; 4] = ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID"];
 
+/// What lists of processes show in the place of its command line.
+const TITLE: &str = "rproxy: launcher";
+
 /// The name of the process in lists; 15 bytes at the most (`PR_SET_NAME`, prctl(2)).
 const NAME: &std::ffi::CStr = c"rproxy-launcher";
+
+/// The longest path that is told, in bytes (`PATH_MAX`, limits.h).
+const LONGEST_PATH: usize = 4096;
 
 /// How long a process that was given up may take to end by itself, which tells more than a kill.
 const GRACE: Duration = Duration::from_secs(1);
 
 /// What is asked for, as one byte.
+const OPEN: u8 = b'o';
 const START: u8 = b's';
 const KEEP: u8 = b'k';
 const END: u8 = b'e';
@@ -44,21 +56,24 @@ const END: u8 = b'e';
 #[derive(Debug)]
 pub struct Launcher {
     socket: UnixStream,
-    /// What it starts.
-    pub(super) program: PathBuf,
 }
 
 impl Launcher {
-    /// Forks the launcher. To be called before this process has threads or anything that a child should not
-    /// have.
+    /// Forks the launcher, which is to open the file at `configuration`, and no other. To be called before this
+    /// process has threads or anything that a child should not have.
     ///
     /// # Errors
     /// Those of readlink(2) for `/proc/self/exe`, socketpair(2) and fork(2).
-    pub fn start() -> io::Result<Self> {
-        let program = program(env::current_exe()?);
+    pub fn start(configuration: Option<&Path>) -> io::Result<Self> {
+        let work = Work {
+            program: Program::running()?,
+            arguments: env::args_os().skip(1).collect(),
+            // The directory may be removed, and made again.
+            configuration: configuration.map(absolute),
+        };
         let (socket, its) = UnixStream::pair()?;
-        fork_alone(its.into(), |socket| serve(socket.into(), &program))?;
-        Ok(Self { socket, program })
+        fork_alone(its.into(), |socket| serve(socket.into(), &work))?;
+        Ok(Self { socket })
     }
 
     /// A way to ask it for something.
@@ -70,30 +85,47 @@ impl Launcher {
     }
 }
 
-/// The path that a newer program has taken, or will take.
-fn program(running: PathBuf) -> PathBuf {
-    let is_replaced = running.to_str().and_then(|path| path.strip_suffix(" (deleted)"));
-    is_replaced.map_or_else(|| running.clone(), PathBuf::from)
-}
-
 /// The launcher, as it is asked.
 pub(super) struct Asked(Channel);
 
 impl Asked {
-    /// Starts a new process. Gives its id and the socket whose other end it has, or what execve(2) answered.
+    /// Starts a new process. Gives its id and the socket whose other end it has; or its program, and what execve(2)
+    /// answered.
     ///
     /// # Errors
     /// The launcher is gone.
-    pub(super) async fn start(&self) -> io::Result<io::Result<(u32, OwnedFd)>> {
+    pub(super) async fn start(&self) -> io::Result<Result<(u32, OwnedFd), (PathBuf, io::Error)>> {
         self.0.write(&[START]).await?;
         match self.number().await? {
             0 => {
                 let process = self.number().await?.unsigned_abs();
-                let socket = self.0.receive_descriptors(1).await?.pop();
-                Ok(Ok((process, socket.ok_or(io::ErrorKind::InvalidData)?)))
+                Ok(Ok((process, self.descriptor().await?)))
             }
+            errno => {
+                let length =
+                    usize::try_from(self.number().await?).map_err(|_negative| io::ErrorKind::InvalidData)?;
+                let mut path = vec![0; length.min(LONGEST_PATH)];
+                self.0.read(&mut path).await?;
+                Ok(Err((OsString::from_vec(path).into(), io::Error::from_raw_os_error(errno))))
+            }
+        }
+    }
+
+    /// Opens the configuration, or gives what open(2) answered.
+    ///
+    /// # Errors
+    /// The launcher is gone.
+    pub(super) async fn open(&self) -> io::Result<io::Result<File>> {
+        self.0.write(&[OPEN]).await?;
+        match self.number().await? {
+            0 => Ok(Ok(self.descriptor().await?.into())),
             errno => Ok(Err(io::Error::from_raw_os_error(errno))),
         }
+    }
+
+    async fn descriptor(&self) -> io::Result<OwnedFd> {
+        let descriptor = self.0.receive_descriptors(1).await?.pop();
+        Ok(descriptor.ok_or(io::ErrorKind::InvalidData)?)
     }
 
     /// Lets the new process live. The launcher is not needed any more, and ends.
@@ -120,15 +152,25 @@ impl Asked {
     }
 }
 
+/// What the launcher may do.
+struct Work {
+    program: Program,
+    /// Those of the process, without its name.
+    arguments: Vec<OsString>,
+    configuration: Option<PathBuf>,
+}
+
 /// Does what it is asked to until the other side ends.
-fn serve(mut socket: UnixStream, program: &Path) {
-    // A name helps people, and nothing else.
+fn serve(mut socket: UnixStream, work: &Work) {
+    // These help people, and nothing else.
     rustix::thread::set_name(NAME).ok();
+    set_title(TITLE).ok();
     let mut started = Started(None);
     let mut request = [0];
     while matches!(socket.read(&mut request), Ok(1)) {
         let answered = match request[0] {
-            START => start(program, &mut started, &mut socket),
+            OPEN => open(work, &mut socket),
+            START => start(work, &mut started, &mut socket),
             KEEP => {
                 // It belongs to whoever adopts orphans, as any service does.
                 started.0 = None;
@@ -143,11 +185,29 @@ fn serve(mut socket: UnixStream, program: &Path) {
     }
 }
 
-fn start(program: &Path, started: &mut Started, socket: &mut UnixStream) -> io::Result<()> {
+fn open(work: &Work, socket: &mut UnixStream) -> io::Result<()> {
+    let path = work.configuration.as_deref().ok_or(io::ErrorKind::InvalidInput)?;
+    match config::open(path) {
+        Ok(file) => {
+            tell(socket, 0)?;
+            send_descriptors(socket.as_fd(), &[file.as_fd()])
+        }
+        Err(error) => tell(socket, errno(&error)),
+    }
+}
+
+fn start(work: &Work, started: &mut Started, socket: &mut UnixStream) -> io::Result<()> {
     started.end();
-    let (child, its_other_end) = match spawn(program) {
+    let program = work.program.now();
+    let (child, its_other_end) = match spawn(&program, work) {
         Ok(spawned) => spawned,
-        Err(error) => return tell(socket, error.raw_os_error().unwrap_or(nix::libc::EIO)),
+        Err(error) => {
+            tell(socket, errno(&error))?;
+            let path = program.as_os_str().as_bytes();
+            let path = &path[..path.len().min(LONGEST_PATH)];
+            tell(socket, i32::try_from(path.len()).unwrap_or_default())?;
+            return socket.write_all(path);
+        }
     };
     let process = child.id().cast_signed();
     started.0 = Some(child);
@@ -156,17 +216,20 @@ fn start(program: &Path, started: &mut Started, socket: &mut UnixStream) -> io::
     send_descriptors(socket.as_fd(), &[its_other_end.as_fd()])
 }
 
+fn errno(error: &io::Error) -> i32 {
+    error.raw_os_error().unwrap_or(nix::libc::EIO)
+}
+
 fn tell(socket: &mut UnixStream, number: i32) -> io::Result<()> {
     socket.write_all(&number.to_ne_bytes())
 }
 
 /// Starts the program as it was started before, with one end of a channel. Gives the other end.
-fn spawn(program: &Path) -> io::Result<(Child, UnixStream)> {
+fn spawn(program: &Path, work: &Work) -> io::Result<(Child, UnixStream)> {
     let (own, its) = UnixStream::pair()?;
     fcntl(&its, F_SETFD(FdFlag::empty()))?;
-    let mut arguments = env::args_os();
     let mut command = Command::new(program);
-    command.arg0(arguments.next().unwrap_or_else(|| program.into())).args(arguments);
+    command.arg0(&work.program.name).args(&work.arguments);
     for variable in OF_ONE_PROCESS {
         command.env_remove(variable);
     }
@@ -205,17 +268,5 @@ impl Started {
 impl Drop for Started {
     fn drop(&mut self) {
         self.end();
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_program_that_was_replaced_is_looked_for_at_its_path() {
-        for (link, path) in [("/opt/rproxy", "/opt/rproxy"), ("/opt/rproxy (deleted)", "/opt/rproxy")] {
-            assert_eq!(program(link.into()), Path::new(path));
-        }
     }
 }

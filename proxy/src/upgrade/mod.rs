@@ -20,6 +20,7 @@
 mod channel;
 mod launcher;
 mod predecessor;
+mod program;
 mod successor;
 
 use std::io;

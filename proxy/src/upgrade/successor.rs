@@ -1,6 +1,7 @@
 //! The old process's side of an upgrade.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
@@ -56,6 +57,20 @@ impl Upgrade {
         }
     }
 
+    /// Opens the configuration as it could be opened at the start, whatever this process has given up since.
+    ///
+    /// # Errors
+    /// [`UpgradeError::NoLauncher`]; without one, only this process is left to open it.
+    pub(crate) async fn open_configuration(&mut self) -> Result<io::Result<File>, UpgradeError> {
+        let launcher = self.launcher.as_ref().map_err(|reason| UpgradeError::NoLauncher(reason.clone()))?;
+        let asked = launcher.ask().map_err(UpgradeError::talk("ask for the configuration"))?;
+        let opened = answer(asked.open()).await;
+        if let Err(UpgradeError::NoLauncher(reason)) = &opened {
+            self.launcher = Err(reason.clone());
+        }
+        opened
+    }
+
     /// Lets a new process serve in place of this one. Gives whether it does; if not, or if this is dropped
     /// before, this process serves as it did.
     pub(crate) async fn carry_out(&mut self, server: &Server, control: Option<BorrowedFd<'_>>) -> bool {
@@ -90,7 +105,7 @@ async fn attempt(
     }
     let there = launcher.as_ref().map_err(|reason| UpgradeError::NoLauncher(reason.clone()))?;
     let asked = there.ask().map_err(UpgradeError::talk("ask for a new process"))?;
-    let result = match Successor::start(there, asked).await {
+    let result = match Successor::start(asked).await {
         Ok(successor) => match successor.take_over(server, control).await {
             Ok(()) => Ok(successor.process),
             Err(error) => Err(successor.end(error).await),
@@ -112,10 +127,10 @@ struct Successor {
 }
 
 impl Successor {
-    async fn start(launcher: &Launcher, asked: Asked) -> Result<Self, UpgradeError> {
-        let program = launcher.program.clone();
+    async fn start(asked: Asked) -> Result<Self, UpgradeError> {
         let started = answer(asked.start()).await?;
-        let (process, socket) = started.map_err(|source| UpgradeError::Start { program, source })?;
+        let (process, socket) =
+            started.map_err(|(program, source)| UpgradeError::Start { program, source })?;
         let channel = Channel::new(socket).map_err(UpgradeError::talk("talk to the new process"))?;
         Ok(Self { process, channel, launcher: asked })
     }

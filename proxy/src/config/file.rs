@@ -1,0 +1,164 @@
+//! The file of a configuration: a regular one, and at the start also a pipe, as a shell makes it of `<(…)`.
+//!
+//! Nothing here waits for ever or takes what does not end: whoever can change what is at the path could have the process
+//! stop otherwise.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read};
+use std::os::fd::{AsFd, RawFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
+use std::path::Path;
+
+use nix::fcntl::OFlag;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+/// The longest configuration, in bytes: some hundred thousand mappings.
+const LONGEST: u64 = 16 * 1024 * 1024;
+
+/// How long a pipe may say nothing, in milliseconds.
+const PATIENCE: u16 = 60_000;
+
+/// Opens what is at `path` now, without waiting for anybody.
+///
+/// # Errors
+/// Those of open(2).
+pub fn open(path: &Path) -> io::Result<File> {
+    // The other end of a FIFO may not be open, and a terminal is not to become ours.
+    let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+    OpenOptions::new().read(true).custom_flags(flags.bits()).open(path)
+}
+
+/// The descriptor that `path` stands for, if it does, as `/dev/fd/63`.
+pub fn descriptor(path: &Path) -> Option<RawFd> {
+    let parent = path.parent()?;
+    let is_list = ["/dev/fd", "/proc/self/fd"].iter().any(|list| parent == Path::new(list));
+    path.file_name().filter(|_number| is_list)?.to_str()?.parse().ok()
+}
+
+/// Reads all of a file as text. A pipe may be read only if it is for the `first` time: it is empty then.
+///
+/// # Errors
+/// Those of read(2), and why the file is none of a configuration.
+pub(super) fn text(mut file: File, first: bool) -> io::Result<String> {
+    let metadata = file.metadata()?;
+    let kind = metadata.file_type();
+    if kind.is_dir() {
+        return refuse("it is a directory; give a file in it");
+    }
+    if kind.is_char_device() || kind.is_block_device() {
+        return refuse("it is a device; give a file");
+    }
+    if kind.is_fifo() && !first {
+        return once();
+    }
+    if metadata.len() > LONGEST {
+        return refuse(TOO_LONG);
+    }
+    let mut bytes = Vec::new();
+    if kind.is_fifo() {
+        read_pipe(&mut file, &mut bytes)?;
+    } else {
+        // It may grow, and those of proc(5) do not tell.
+        file.take(LONGEST + 1).read_to_end(&mut bytes)?;
+    }
+    if u64::try_from(bytes.len()).is_ok_and(|length| length > LONGEST) {
+        return refuse(TOO_LONG);
+    }
+    String::from_utf8(bytes).or_else(|_error| refuse("it is no text (UTF-8)"))
+}
+
+const TOO_LONG: &str = "it is longer than 16 MiB, which no configuration is";
+
+/// Refuses what was read at the start.
+///
+/// # Errors
+/// Always.
+pub(super) fn once<T>() -> io::Result<T> {
+    refuse("it is a pipe, which can be read once, at the start; give a file to change it later")
+}
+
+fn refuse<T>(reason: &str) -> io::Result<T> {
+    Err(io::Error::other(reason))
+}
+
+/// Reads until those who write are gone, or have said too much, or nothing for too long.
+fn read_pipe(pipe: &mut File, bytes: &mut Vec<u8>) -> io::Result<()> {
+    let mut some = [0; 16 * 1024];
+    while u64::try_from(bytes.len()).is_ok_and(|length| length <= LONGEST) {
+        // One that nobody has opened yet to write is at its end for read(2), and not for poll(2).
+        let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
+        match poll(&mut fds, PollTimeout::from(PATIENCE)) {
+            Ok(0) => return refuse("it is a pipe that nobody has written to for a minute; give a file"),
+            Ok(_ready) => {}
+            Err(nix::errno::Errno::EINTR) => continue,
+            Err(error) => return Err(error.into()),
+        }
+        match pipe.read(&mut some) {
+            Ok(0) => break,
+            Ok(count) => bytes.extend_from_slice(&some[..count]),
+            Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::os::fd::OwnedFd;
+
+    use super::*;
+
+    fn refused(file: File, first: bool) -> String {
+        text(file, first).unwrap_err().to_string()
+    }
+
+    #[test]
+    fn a_pipe_is_read_once() {
+        let pipe = |written: &'static [u8]| {
+            let (reader, mut writer) = io::pipe().unwrap();
+            let writer = std::thread::spawn(move || drop(writer.write_all(written)));
+            (File::from(OwnedFd::from(reader)), writer)
+        };
+        let (reader, writer) = pipe(&[b'#'; 200_000]);
+        assert_eq!(text(reader, true).unwrap().len(), 200_000);
+        writer.join().unwrap();
+        let (reader, writer) = pipe(b"#");
+        assert!(refused(reader, false).contains("a pipe, which can be read once"));
+        writer.join().unwrap();
+        let (reader, writer) = pipe(&[b'#'; 17 * 1024 * 1024]);
+        assert!(refused(reader, true).contains("longer than 16 MiB"));
+        writer.join().unwrap();
+    }
+
+    #[test]
+    fn what_is_no_file_is_refused() {
+        for (path, reason) in
+            [("/proc/self", "a directory"), ("/dev/zero", "a device"), ("/dev/null", "a device")]
+        {
+            let reason_given = refused(open(Path::new(path)).unwrap(), true);
+            assert!(reason_given.contains(reason), "{path}: {reason_given}");
+        }
+        // A file with a hole, of a size that no memory has.
+        let file =
+            File::from(nix::sys::memfd::memfd_create(c"x", nix::sys::memfd::MFdFlags::empty()).unwrap());
+        file.set_len(1 << 40).unwrap();
+        assert!(refused(file.try_clone().unwrap(), false).contains("longer than 16 MiB"));
+        file.set_len(0).unwrap();
+        (&file).write_all(b"\xff").unwrap();
+        io::Seek::rewind(&mut &file).unwrap();
+        assert!(refused(file, false).contains("no text"));
+        assert!(!text(open(Path::new("/proc/self/status")).unwrap(), false).unwrap().is_empty());
+    }
+
+    #[test]
+    fn paths_of_descriptors_are_known() {
+        for (path, number) in [("/dev/fd/63", 63), ("/proc/self/fd/4", 4)] {
+            assert_eq!(descriptor(Path::new(path)), Some(number), "{path}");
+        }
+        for path in ["/dev/fd", "/dev/fd/x", "/etc/rproxy.toml", "63", ""] {
+            assert_eq!(descriptor(Path::new(path)), None, "{path}");
+        }
+    }
+}
