@@ -52,7 +52,7 @@ impl Passed {
             }
         }
         let sockets = mapping.forwards().zip(tcp.into_iter().chain(udp));
-        Ok(Some(sockets.map(|(forward, socket)| adopt(forward, socket)).collect()))
+        Ok(Some(sockets.map(|(forward, socket)| BoundPort::adopt(forward, socket.listener)).collect()))
     }
 
     /// Takes the socket that listens where `forward` wants to.
@@ -62,7 +62,7 @@ impl Passed {
             socket.listener.protocol() == forward.protocol && socket.listener.local_addr().is_ok_and(is_same)
         };
         let index = self.0.iter().position(is_there)?;
-        Some(adopt(*forward, self.0.swap_remove(index)))
+        Some(BoundPort::adopt(*forward, self.0.swap_remove(index).listener))
     }
 }
 
@@ -75,13 +75,6 @@ impl Drop for Passed {
             warn!(name, %address, %protocol, "a socket was passed that no mapping is for; it is closed");
         }
     }
-}
-
-/// The port that `forward` stands for, at the address that the socket has.
-fn adopt(forward: Forward, socket: PassedSocket) -> BoundPort {
-    let addr = socket.listener.local_addr().ok();
-    let host = addr.map_or(forward.host, |addr| HostAddr::new(addr, addr.port()));
-    BoundPort::adopt(Forward { host, ..forward }, socket.listener)
 }
 
 /// Sockets that do not fit the mapping whose name they have.

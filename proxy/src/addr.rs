@@ -164,15 +164,6 @@ impl HostAddr {
     pub fn socket_addr(self) -> SocketAddr {
         self.0
     }
-
-    /// Whether connecting to `backend` from this machine would come back to this address.
-    pub fn is_reached_by(self, backend: BackendAddr) -> bool {
-        let (host, to) = (self.0, backend.0);
-        let same_machine = to.ip() == host.ip()
-            || host.ip().is_unspecified() && (to.ip().is_loopback() || to.ip().is_unspecified());
-        let same_family = host.is_ipv6() && host.ip().is_unspecified() || host.is_ipv4() == to.is_ipv4();
-        host.port() != 0 && host.port() == to.port() && same_machine && same_family
-    }
 }
 
 impl From<SocketAddr> for HostAddr {
@@ -212,13 +203,26 @@ impl BackendAddr {
     ///
     /// # Errors
     /// [`AddrError::NoOne`] for an address that stands for all of a machine's, and those of
-    /// [`BackendAddr::new`]. docker-proxy's `-container-ip` may be `0.0.0.0`; nobody means it.
+    /// [`BackendAddr::new`] and [`BackendAddr::of_one`].
     pub fn reachable(addr: SocketAddr) -> Result<Self, AddrError> {
-        let backend = Self::try_from(addr)?;
+        let backend = Self::try_from(addr)?.of_one()?;
         match backend.0.ip() {
             IpAddr::V4(ip) if ip.is_unspecified() => Err(AddrError::NoOne("0.0.0.0", "127.0.0.1")),
             IpAddr::V6(ip) if ip.is_unspecified() => Err(AddrError::NoOne("[::]", "[::1]")),
             _ => Ok(backend),
+        }
+    }
+
+    /// This one, unless its address is that of many machines. No answer would ever come from it: members of a
+    /// group answer from their own addresses, which a connected socket does not hear.
+    ///
+    /// # Errors
+    /// [`AddrError::Broadcast`] and [`AddrError::Group`]
+    pub fn of_one(self) -> Result<Self, AddrError> {
+        match self.0.ip() {
+            IpAddr::V4(Ipv4Addr::BROADCAST) => Err(AddrError::Broadcast(self.host())),
+            ip if ip.is_multicast() => Err(AddrError::Group(self.host())),
+            _ => Ok(self),
         }
     }
 
@@ -287,6 +291,14 @@ pub enum AddrError {
     /// An address that stands for many where one is needed.
     #[error("{0} is where one listens, not the address of a backend; write {1} for this machine")]
     NoOne(&'static str, &'static str),
+    /// The address of all machines of a network.
+    #[error("{0} is a broadcast address, from which no answer comes; write that of one machine")]
+    Broadcast(ScopedIp),
+    /// A multicast address.
+    #[error(
+        "{0} is the address of a group (multicast), from which no answer comes; write that of one machine"
+    )]
+    Group(ScopedIp),
     /// The part after `%` names no interface.
     #[error("'{0}' is not a network interface of this machine; `ip link` lists them")]
     NoSuchInterface(String),
@@ -422,19 +434,5 @@ mod tests {
         }
         let zero = "10.0.0.1:0".parse::<BackendAddr>();
         assert_eq!(zero, Err(AddrError::ZeroPort));
-    }
-
-    #[test]
-    fn a_mapping_onto_itself_is_seen() {
-        let reached =
-            |host: &str, to: &str| host.parse::<HostAddr>().unwrap().is_reached_by(to.parse().unwrap());
-        assert!(reached("0.0.0.0:80", "127.0.0.1:80"));
-        assert!(reached("[::]:80", "127.0.0.1:80"));
-        assert!(reached("[::]:80", "[::1]:80"));
-        assert!(reached("10.0.0.1:80", "10.0.0.1:80"));
-        assert!(!reached("0.0.0.0:80", "[::1]:80"));
-        assert!(!reached("0.0.0.0:80", "127.0.0.1:81"));
-        assert!(!reached("10.0.0.1:80", "127.0.0.1:80"));
-        assert!(!reached("0.0.0.0:80", "172.17.0.2:80"));
     }
 }

@@ -10,8 +10,10 @@ use std::ops::ControlFlow;
 use crate::activation::{Passed, PassedError};
 use crate::addr::{HostAddr, Protocol};
 use crate::listen::{BindError, Listener};
+use crate::loops::{Hop, LoopError, refuse_loop, refuse_loops};
 use crate::mapping::{Forward, HostPorts, Mapping};
 use crate::ports::PortRange;
+use crate::whereabouts::Whereabouts;
 
 /// A mapping whose host ports are bound: from here on, clients can connect.
 #[derive(Debug)]
@@ -41,9 +43,11 @@ impl BoundPort {
         Ok(Self { forward, listener }.with_real_port())
     }
 
-    /// Uses `listener` for `forward`; where it listens is the business of whoever bound it.
+    /// Uses `listener` for `forward`; where it listens is the business of whoever bound it, and is what counts.
     pub fn adopt(forward: Forward, listener: Listener) -> Self {
-        Self { forward, listener }
+        let host = listener.local_addr().map_or(forward.host, HostAddr::from);
+        let v6only = listener.is_v6only().unwrap_or(forward.v6only);
+        Self { forward: Forward { host, v6only, ..forward }, listener }
     }
 
     /// The address that clients connect to, with the real port.
@@ -109,7 +113,8 @@ impl Bound {
     /// bound; what nobody takes of it is closed.
     ///
     /// # Errors
-    /// [`BoundError`] for the first port that cannot be bound; none of the others stays bound.
+    /// [`BoundError`] for the first port that cannot be bound, or leads back to itself where it is bound; none of
+    /// the others stays bound.
     pub fn bind_all(mappings: Vec<Mapping>, mut passed: Passed) -> Result<Vec<Self>, BoundError> {
         let mut turns: Vec<(usize, Mapping)> = mappings.into_iter().enumerate().collect();
         turns.sort_by_key(|(_index, mapping)| mapping.host_ports().freedom());
@@ -117,7 +122,20 @@ impl Bound {
             |(index, mapping)| Self::take_or_bind(mapping, &mut passed).map(|bound| (index, bound));
         let mut bound: Vec<_> = turns.into_iter().map(&mut bind).collect::<Result<_, _>>()?;
         bound.sort_by_key(|(index, _bound)| *index);
-        Ok(bound.into_iter().map(|(_index, bound)| bound).collect())
+        let bound: Vec<Self> = bound.into_iter().map(|(_index, bound)| bound).collect();
+        Self::refuse_loops(&bound)?;
+        Ok(bound)
+    }
+
+    /// Refuses mappings one of which leads back to itself, where they are bound.
+    ///
+    /// # Errors
+    /// [`LoopError`], with the index of the mapping.
+    pub fn refuse_loops(bound: &[Self]) -> Result<(), LoopError> {
+        let hops = bound.iter().enumerate().flat_map(|(index, bound)| {
+            Hop::of_sockets(index, &bound.mapping, bound.ports.iter().map(|port| port.forward))
+        });
+        refuse_loops(&hops.collect::<Vec<_>>(), [], &mut Whereabouts::default())
     }
 }
 
@@ -146,8 +164,11 @@ fn bind_one_of(
             mapping.protocols().iter().map(|protocol| mapping.forward(protocol, port, backend_port));
         forwards.map(BoundPort::bind).collect()
     };
-    let reaches_itself =
-        |port: &u16| mapping.forward(Protocol::Tcp, *port, backend_port).refuse_loop().is_err();
+    let mut whereabouts = Whereabouts::default();
+    let mut reaches_itself = |port: &u16| {
+        let socket = mapping.forward(Protocol::Tcp, *port, backend_port);
+        *port == backend_port && refuse_loop(&socket, &mut whereabouts).is_err()
+    };
     let mut candidates = candidates.filter(|port| !reaches_itself(port));
     let tried = candidates.try_fold(None, |_taken, port| match bind(port) {
         Ok(bound) => ControlFlow::Break(Ok(bound)),
@@ -169,6 +190,9 @@ pub enum BoundError {
     /// The sockets that were passed do not fit.
     #[error(transparent)]
     Passed(#[from] PassedError),
+    /// A mapping leads back to itself.
+    #[error(transparent)]
+    Loop(#[from] LoopError),
 }
 
 #[cfg(test)]

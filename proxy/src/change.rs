@@ -14,7 +14,8 @@ use tracing::info;
 use crate::addr::{HostAddr, Protocol, ScopedIp};
 use crate::bound::{Bound, BoundPort};
 use crate::listen::BindError;
-use crate::mapping::{Forward, HostPorts, LoopError, Mapping, MappingError};
+use crate::loops::{Hop, LoopError, refuse_loops};
+use crate::mapping::{Forward, HostPorts, Mapping, MappingError};
 use crate::name::Name;
 use crate::overlap::{OverlapError, exclude_each_other, refuse_overlap};
 use crate::plan::{Plan, plan};
@@ -26,6 +27,7 @@ use crate::server::Server;
 use crate::service::{Assignment, Route, Service};
 use crate::sweep::Sweep;
 use crate::udp::stale;
+use crate::whereabouts::Whereabouts;
 
 /// Stack of the thread that looks through the table of connections.
 const STACK_SIZE: usize = 256 * 1024;
@@ -54,6 +56,14 @@ pub enum ChangeError {
         other: Name,
         /// The port.
         port: u16,
+    },
+    /// It would lead back to itself.
+    #[error("{name}: {source}")]
+    Loop {
+        /// The mapping.
+        name: Name,
+        /// How.
+        source: LoopError,
     },
     /// A host port cannot be bound.
     #[error("{name}: {source}")]
@@ -176,6 +186,7 @@ impl Server {
 
     /// Everything that can fail. It may be given up at any point, and nothing has changed then.
     async fn prepare(&mut self, plan: Plan) -> Result<Prepared, ChangeError> {
+        self.refuse_loops(&plan)?;
         let changed = plan.change.into_iter().map(|(name, mapping)| self.prepare_change(name, mapping));
         let changed = changed.collect::<Result<_, _>>()?;
         let spare = self.sockets_of(&plan.remove);
@@ -188,6 +199,7 @@ impl Server {
             let served = self.prepare_new(&name, mapping, &mut prepared).await?;
             prepared.added.push((name, served));
         }
+        self.refuse_loops_of_chosen(&prepared)?;
         Ok(prepared)
     }
 
@@ -196,6 +208,46 @@ impl Server {
         let served = names.iter().filter_map(|name| self.registry.get(name));
         let ports = served.flat_map(|served| &served.ports);
         ports.map(|Assignment { port, route }| (Place::of(&route.forward), port.clone())).collect()
+    }
+
+    /// Refuses what would lead back to itself, as far as its ports are known.
+    fn refuse_loops(&self, Plan { add, change, remove, .. }: &Plan) -> Result<(), ChangeError> {
+        let (mut names, mut hops) = (Vec::new(), Vec::new());
+        for (name, mapping) in add {
+            hops.extend(Hop::of(names.len(), mapping));
+            names.push(name);
+        }
+        for (name, mapping) in change {
+            let served = self.registry.get(name).map_or(&[][..], |served| &served.ports);
+            hops.extend(Hop::of_sockets(names.len(), mapping, on_sockets(served, mapping)));
+            names.push(name);
+        }
+        let gone = remove.iter().chain(change.iter().map(|(name, _mapping)| name)).collect();
+        let refused = refuse_loops(&hops, self.hops_without(&gone), &mut Whereabouts::default());
+        refused.map_err(|source| ChangeError::Loop { name: names[source.mapping].clone(), source })
+    }
+
+    /// The same for those that have chosen their ports.
+    fn refuse_loops_of_chosen(&self, prepared: &Prepared) -> Result<(), ChangeError> {
+        let Prepared { added, changed, removed, .. } = prepared;
+        let hops = |chosen: bool| {
+            let are =
+                move |served: &Served| chosen != matches!(served.mapping.host_ports(), HostPorts::Exactly(_));
+            let some = added.iter().enumerate().filter(move |(_index, (_name, served))| are(served));
+            some.flat_map(|(index, (_name, served))| hops_of(index, served))
+        };
+        let chosen: Vec<Hop<'_>> = hops(true).collect();
+        let gone = removed.iter().chain(changed.iter().map(|(name, _served)| name)).collect();
+        let others = hops(false).chain(changed.iter().flat_map(|(_name, served)| hops_of(0, served)));
+        let others = others.chain(self.hops_without(&gone));
+        let refused = refuse_loops(&chosen, others, &mut Whereabouts::default());
+        refused.map_err(|source| ChangeError::Loop { name: added[source.mapping].0.clone(), source })
+    }
+
+    /// Where the mappings lead that are served, but for those that are `gone`.
+    fn hops_without<'a>(&'a self, gone: &'a HashSet<&Name>) -> impl Iterator<Item = Hop<'a>> {
+        let kept = self.registry.iter().filter(|(name, _served)| !gone.contains(name));
+        kept.flat_map(|(_name, served)| hops_of(0, served))
     }
 
     async fn prepare_new(
@@ -261,12 +313,12 @@ impl Server {
         } else {
             Arc::new(Service { limits: mapping.limits().clone(), live: old.service.live.clone() })
         };
-        let loops = |error: LoopError| ChangeError::Mapping { name: name.clone(), source: error.into() };
-        let ports = old.ports.iter().zip(mapping.forwards()).map(|(old, new)| {
-            let forward = Forward { host: old.route.forward.host, ..new }.refuse_loop().map_err(loops)?;
-            Ok(Assignment { port: old.port.clone(), route: route(forward, &service) })
-        });
-        let ports = ports.collect::<Result<_, ChangeError>>()?;
+        let sockets = old.ports.iter().zip(on_sockets(&old.ports, &mapping));
+        let assign = |(old, forward): (&Assignment, Forward)| Assignment {
+            port: old.port.clone(),
+            route: route(forward, &service),
+        };
+        let ports = sockets.map(assign).collect();
         Ok((name, Served { mapping, service, ports }))
     }
 
@@ -292,6 +344,18 @@ impl Server {
         self.leaving.add(&spare);
         self.release(spare.into_iter().map(|(place, port)| (place.protocol, port)).collect()).await;
     }
+}
+
+/// What `mapping` says of sockets that are there already, wherever they listen.
+fn on_sockets(sockets: &[Assignment], mapping: &Mapping) -> impl Iterator<Item = Forward> {
+    sockets.iter().zip(mapping.forwards()).map(|(old, new)| {
+        let Forward { host, v6only, .. } = old.route.forward;
+        Forward { host, v6only, ..new }
+    })
+}
+
+fn hops_of(index: usize, served: &Served) -> Vec<Hop<'_>> {
+    Hop::of_sockets(index, &served.mapping, served.ports.iter().map(|port| port.route.forward))
 }
 
 /// Makes the kernel forget flows to new ports, without waiting for it: looking through the table of

@@ -97,6 +97,20 @@ impl Listener {
         }
     }
 
+    /// Whether IPv4 clients are left out (`IPV6_V6ONLY`, ipv6(7)).
+    ///
+    /// # Errors
+    /// Those of getsockopt(2).
+    pub fn is_v6only(&self) -> io::Result<bool> {
+        if self.local_addr()?.is_ipv4() {
+            return Ok(false);
+        }
+        match self {
+            Self::Tcp(listener) => SockRef::from(listener).only_v6(),
+            Self::Udp(socket) => SockRef::from(socket).only_v6(),
+        }
+    }
+
     /// The address that clients send to, with the real port.
     ///
     /// # Errors

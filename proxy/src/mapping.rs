@@ -61,8 +61,7 @@ impl Mapping {
     /// Several host ports for one port of the backend are those that the first free one is taken from.
     ///
     /// # Errors
-    /// [`MappingError`] if the ranges do not fit, if nobody answers at the address of the backend, or
-    /// if the mapping would forward to itself.
+    /// [`MappingError`] if the ranges do not fit, or if no one answers at the address of the backend.
     pub fn new(
         protocols: Protocols,
         (host, host_ports): (ScopedIp, Option<PortRange>),
@@ -76,9 +75,7 @@ impl Mapping {
         };
         BackendAddr::reachable(backend.at(backend_ports.first()))?;
         let limits = Limits::default();
-        let mapping =
-            Self { name: None, protocols, host, host_ports, backend, backend_ports, v6only: false, limits };
-        mapping.refuse_loop()
+        Ok(Self { name: None, protocols, host, host_ports, backend, backend_ports, v6only: false, limits })
     }
 
     /// Leaves IPv4 clients out of an IPv6 wildcard (`IPV6_V6ONLY`, ipv6(7)).
@@ -90,7 +87,7 @@ impl Mapping {
             return Err(MappingError::V6Only(self.host));
         }
         self.v6only = true;
-        self.refuse_loop()
+        Ok(self)
     }
 
     /// Gives the mapping a name in place of the one that follows from its ports.
@@ -192,21 +189,6 @@ impl Mapping {
             HostPorts::FirstFree(_) | HostPorts::Random => 0,
         }
     }
-
-    fn refuse_loop(self) -> Result<Self, MappingError> {
-        let ports = match self.host_ports {
-            HostPorts::Exactly(range) => range.first() == self.backend_ports.first(),
-            HostPorts::FirstFree(range) => range.contains(self.backend_ports.first()),
-            // Never chosen: see `Bound`.
-            HostPorts::Random => false,
-        };
-        let port = self.backend_ports.first();
-        let protocol = Protocol::Tcp;
-        if ports && let Err(error) = self.forward(protocol, port, port).refuse_loop() {
-            return Err(error.into());
-        }
-        Ok(self)
-    }
 }
 
 impl fmt::Display for Mapping {
@@ -236,9 +218,6 @@ pub enum MappingError {
     /// The backend has no address that can be connected to.
     #[error(transparent)]
     Backend(#[from] AddrError),
-    /// It leads to itself.
-    #[error(transparent)]
-    Loop(#[from] LoopError),
     /// `v6only` where it means nothing.
     #[error("{0} has no IPv4 clients to leave out; v6only is for [::]")]
     V6Only(ScopedIp),
@@ -257,30 +236,11 @@ pub struct Forward {
     pub v6only: bool,
 }
 
-impl Forward {
-    /// Refuses a port whose backend is its own host address: each connection would open another
-    /// one, until descriptors run out.
-    ///
-    /// # Errors
-    /// [`LoopError`] in that case.
-    pub fn refuse_loop(self) -> Result<Self, LoopError> {
-        if self.host.is_reached_by(self.backend) {
-            return Err(LoopError(self.host));
-        }
-        Ok(self)
-    }
-}
-
 impl fmt::Display for Forward {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{} -> {}", self.host, self.protocol, self.backend)
     }
 }
-
-/// A mapping that forwards to itself.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0} would forward to itself; choose another port or another backend")]
-pub struct LoopError(HostAddr);
 
 #[cfg(test)]
 mod tests {
@@ -328,9 +288,11 @@ mod tests {
     #[test]
     fn what_cannot_work_is_refused() {
         assert!(refused("[::]", "80-81", "10.0.0.1", "80-82").contains("2 host ports (80-81) do not fit 3"));
-        assert!(refused("[::]", "80", "127.0.0.1", "80").contains("[::]:80 would forward to itself"));
-        assert!(refused("[::]", "8000-8010", "127.0.0.1", "8005").contains("would forward to itself"));
         assert!(refused("[::]", "80", "0.0.0.0", "80").contains("write 127.0.0.1"));
+        assert!(refused("[::]", "80", "255.255.255.255", "80").contains("is a broadcast address"));
+        for group in ["224.0.0.251", "ff02::fb"] {
+            assert!(refused("[::]", "80", group, "80").contains("is the address of a group"));
+        }
         let v4 = mapping("0.0.0.0", "80", "10.0.0.1", "80").unwrap();
         assert!(v4.v6only().unwrap_err().to_string().contains("v6only is for [::]"));
     }

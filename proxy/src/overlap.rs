@@ -71,7 +71,7 @@ fn sort(wanted: &mut [Wanted]) {
 
 /// Where a mapping listens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Place {
+pub(crate) enum Place {
     /// Every address.
     All,
     /// Every IPv4 address.
@@ -83,13 +83,19 @@ enum Place {
 }
 
 impl Place {
-    fn of(host: ScopedIp, v6only: bool) -> Self {
+    /// That of a socket at `host`, which may leave IPv4 clients out.
+    pub(crate) fn of(host: ScopedIp, v6only: bool) -> Self {
         match host {
             ScopedIp::ANY if v6only => Self::AllV6,
             ScopedIp::ANY => Self::All,
             ScopedIp::ANY_V4 => Self::AllV4,
             ip => Self::One(ip),
         }
+    }
+
+    /// Where a client may have come to that asked `ip`, of this machine: that one before all others.
+    pub(crate) fn reached_by(ip: ScopedIp) -> [Self; 3] {
+        [Self::One(ip), Self::All, if ip.ip().is_ipv4() { Self::AllV4 } else { Self::AllV6 }]
     }
 
     /// The other places that take a port away from this one.

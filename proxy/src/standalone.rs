@@ -19,6 +19,7 @@ use crate::config::{self, ConfigError};
 use crate::control::manager::{Drain, Manager, Reload};
 use crate::control::socket::{ControlSocket, SocketError};
 use crate::listen::BindError;
+use crate::loops::LoopError;
 use crate::mapping::{Forward, HostPorts, Mapping};
 use crate::runtime::{new_runtime, prepare, raise_descriptor_limit};
 use crate::sandbox::{self, Changes, Needs, SandboxError};
@@ -216,6 +217,7 @@ fn ready_lines_of(bound: &Bound) -> Vec<String> {
 fn bind_error(error: BoundError, options: &Serve) -> StartError {
     match error {
         BoundError::Passed(source) => StartError::Passed(source),
+        BoundError::Loop(source) => StartError::Loop(source),
         BoundError::Bind(source) => {
             let asked = match &options.config {
                 Some(file) => format!("--config {}:", file.display()),
@@ -235,6 +237,8 @@ enum StartError {
     Config(#[from] ConfigError),
     #[error(transparent)]
     Passed(PassedError),
+    #[error(transparent)]
+    Loop(LoopError),
     #[error(transparent)]
     Activation(#[from] ActivationError),
     #[error(transparent)]

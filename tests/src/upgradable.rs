@@ -95,13 +95,20 @@ impl Program {
     }
 }
 
-impl Drop for Program {
-    fn drop(&mut self) {
+impl Program {
+    /// Ends all processes that run it.
+    pub fn end(&self) {
         for pid in running(self.dir.path()) {
             // It may have ended.
             kill(pid, Signal::SIGKILL).ok();
             waitpid(pid, None).ok();
         }
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 

@@ -13,6 +13,7 @@ use crate::access::{AccessList, parse_network};
 use crate::addr::{AddrError, BackendAddr, HostAddr, Protocol, Protocols, ScopedIp};
 use crate::duration::parse_limit;
 use crate::limits::{Limits, OnLimit};
+use crate::loops::refuse_loops_among;
 use crate::mapping::{Mapping, MappingError};
 use crate::name::Name;
 use crate::overlap::refuse_overlap;
@@ -156,6 +157,7 @@ impl MappingArgs {
             let words = asked.iter().rfind(|asked| asked.mapping == *error.mapping);
             wrong(words.map_or("", |asked| &asked.words), &error)
         })?;
+        refuse_loops_among(&mappings).map_err(|error| wrong(&asked[error.mapping].words, &error))?;
         tell_apart(&mut mappings);
         match (&self.name, &mut mappings[..]) {
             (None, _) => {}

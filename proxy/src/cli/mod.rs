@@ -278,7 +278,7 @@ mod tests {
             ("-p 80 --to 0.0.0.0", "--to 0.0.0.0: 0.0.0.0 is where one listens"),
             ("-p 80:80 -p 80:81 --to 10.0.0.1", "-p [::]:80:81/tcp: port 80 is taken by the mapping 80/tcp"),
             ("-p 80-82:80-81 --to 10.0.0.1", "-p [::]:80-82:80-81/tcp: 3 host ports (80-82) do not fit 2"),
-            ("-p 80:80 --to 127.0.0.1", "-p [::]:80:80/tcp: [::]:80 would forward to itself"),
+            ("-p 80:80 --to 127.0.0.1", "-p [::]:80:80/tcp: 80/tcp would forward to itself"),
             ("-p 80 --proto udp --to 10.0.0.1", "--proto: it is for --host; write -p PORT/PROTOCOL"),
             ("-p 80 -p 81 --name web --to 10.0.0.1", "--name web: it is for one mapping"),
             ("-P --to 10.0.0.1", "--expose"),
@@ -298,7 +298,7 @@ mod tests {
             ("--to 10.0.0.1:80", "--to 10.0.0.1:80: its --host is missing"),
             ("--host 0.0.0.0 --to 10.0.0.1:80", "--host 0.0.0.0: the port is missing"),
             ("--host 0.0.0.0:80 --to 10.0.0.1:0", "--to 10.0.0.1:0: port 0 cannot"),
-            ("--host :::80 --to 127.0.0.1:80", "--to 127.0.0.1:80: [::]:80 would forward to itself"),
+            ("--host :::80 --to 127.0.0.1:80", "--host [::]:80: 80/tcp would forward to itself"),
             (
                 "--host 0.0.0.0:80 --to 10.0.0.1:80 --host :::80 --to 10.0.0.2:80",
                 "--host [::]:80: port 80 is taken by the mapping 80/tcp",

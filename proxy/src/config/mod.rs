@@ -21,6 +21,7 @@ use self::keys::Keys;
 pub use self::mistake::Mistake;
 use self::mistake::{Found, Lines};
 pub use self::print::print;
+use crate::loops::refuse_loops_among;
 use crate::mapping::Mapping;
 use crate::overlap::{Overlap, OverlapError, overlaps};
 
@@ -104,6 +105,9 @@ fn find_mappings(text: &str) -> Result<Vec<Mapping>, Vec<Found>> {
         found.extend(same_names(&file.mapping, &mappings));
         found.extend(same_ports(&file.mapping, &mappings));
     }
+    if found.is_empty() {
+        found.extend(loops(&file.mapping, &mappings));
+    }
     if found.is_empty() { Ok(mappings) } else { Err(found) }
 }
 
@@ -131,6 +135,13 @@ fn same_ports(tables: &[Spanned<Keys>], mappings: &[Mapping]) -> Vec<Found> {
         Found::at(table.get_ref().place_of("host", table.span()), format!("host: {error}"))
     };
     overlaps(mappings).into_iter().map(error).collect()
+}
+
+/// A mapping that leads back to itself.
+fn loops(tables: &[Spanned<Keys>], mappings: &[Mapping]) -> Option<Found> {
+    let error = refuse_loops_among(mappings).err()?;
+    let table = &tables[error.mapping];
+    Some(Found::at(table.get_ref().place_of("to", table.span()), format!("to: {error}")))
 }
 
 /// Why there are no mappings in a file; one line for each mistake.
@@ -241,7 +252,7 @@ mod tests {
             ("[::]:80-x", "10.0.0.1:80", "", "2:8: host: 'x' is not a port"),
             ("[::]:80-82", "10.0.0.1:80-81", "", "2:8: host: 3 host ports"),
             ("[::]:80", "10.0.0.1", "", "3:6: to: the port is missing"),
-            ("[::]:80", "127.0.0.1:80", "", "3:6: to: [::]:80 would forward to itself"),
+            ("[::]:80", "127.0.0.1:80", "", "3:6: to: 80/tcp would forward to itself"),
             ("[::]:80", "10.0.0.1:80", "proto = 'sctp'", "4:9: proto: 'sctp' is not a protocol"),
             ("1.2.3.4:80", "10.0.0.1:80", "v6only = true", "4:10: v6only: 1.2.3.4 has no IPv4 clients"),
             ("[::]:80", "10.0.0.1:80", "idle_timeout = 'soon'", "4:16: idle_timeout: not a duration"),

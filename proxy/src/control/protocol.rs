@@ -86,6 +86,7 @@ impl From<ChangeError> for Refusal {
             ChangeError::Unknown(_) => "unknown_name",
             ChangeError::NameTaken(_) => "name_taken",
             ChangeError::Overlap(_) | ChangeError::StillBound { .. } => "overlap",
+            ChangeError::Loop { .. } => "loop",
             ChangeError::Bind { .. } => "bind",
             ChangeError::Mapping { .. } => "bad_request",
             ChangeError::Watch { .. } => "failed",

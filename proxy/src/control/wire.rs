@@ -208,7 +208,7 @@ impl From<MappingError> for FieldError {
     fn from(error: MappingError) -> Self {
         let field = match error {
             MappingError::Lengths { .. } => "host_ports",
-            MappingError::Backend(_) | MappingError::Loop(_) => "to",
+            MappingError::Backend(_) => "to",
             MappingError::V6Only(_) => "v6only",
         };
         Self::new(field, error)

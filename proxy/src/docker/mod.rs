@@ -25,12 +25,14 @@ use crate::bound::BoundPort;
 use crate::console;
 use crate::limits::Limits;
 use crate::listen::{AdoptError, BindError, Listener};
-use crate::mapping::{Forward, LoopError};
+use crate::loops::{LoopError, refuse_loop};
+use crate::mapping::Forward;
 use crate::runtime::{new_runtime, prepare, raise_descriptor_limit};
 use crate::sandbox::{self, Mode, Needs, SandboxError};
 use crate::server::Server;
 use crate::signals::StopSignals;
 use crate::telemetry::LogConfig;
+use crate::whereabouts::Whereabouts;
 
 /// The descriptor of the listener that `-use-listen-fd` speaks of.
 const LISTENER_FD: i32 = 4;
@@ -131,12 +133,16 @@ fn report(written: io::Result<()>) {
 /// Binds what the flags ask for, or adopts the listener that came with them.
 fn bind(flags: &Flags, inherited: Option<io::Result<OwnedFd>>) -> Result<BoundPort, StartError> {
     let forward = forward(flags)?;
-    let Some(listener) = inherited else {
-        return Ok(BoundPort::bind(forward)?);
+    let bound = match inherited {
+        None => BoundPort::bind(forward)?,
+        Some(listener) => {
+            let fd = listener.map_err(StartError::NoListener)?;
+            let listener = Listener::adopt(fd, forward.protocol).map_err(StartError::Listener)?;
+            BoundPort::adopt(forward, listener)
+        }
     };
-    let fd = listener.map_err(StartError::NoListener)?;
-    let listener = Listener::adopt(fd, forward.protocol).map_err(StartError::Listener)?;
-    Ok(BoundPort::adopt(forward, listener))
+    refuse_loop(&bound.forward, &mut Whereabouts::default())?;
+    Ok(bound)
 }
 
 fn forward(flags: &Flags) -> Result<Forward, StartError> {
@@ -148,14 +154,15 @@ fn forward(flags: &Flags) -> Result<Forward, StartError> {
     let port = |flag, port: i64| u16::try_from(port).map_err(|_err| StartError::Port { flag, port });
     let host_port = port("-host-port", flags.host_port)?;
     let container_port = port("-container-port", flags.container_port)?;
+    let backend = BackendAddr::new(flags.container_ip, container_port).map_err(StartError::Container)?;
     let forward = Forward {
         protocol,
         host: HostAddr::new(flags.host_ip, host_port),
-        backend: BackendAddr::new(flags.container_ip, container_port).map_err(StartError::Container)?,
+        backend: backend.of_one().map_err(StartError::ContainerIp)?,
         // As Go's "tcp6": the runtime starts another proxy for IPv4.
         v6only: true,
     };
-    Ok(forward.refuse_loop()?)
+    Ok(forward)
 }
 
 /// Why the proxy could not start; the runtime shows it to the user.
@@ -175,6 +182,9 @@ enum StartError {
     /// The container's address cannot be connected to.
     #[error("-container-port: {0}")]
     Container(#[source] AddrError),
+    /// The container's address is that of many.
+    #[error("-container-ip: {0}")]
+    ContainerIp(#[source] AddrError),
     /// The mapping leads to itself.
     #[error(transparent)]
     Loop(#[from] LoopError),

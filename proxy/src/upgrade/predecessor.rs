@@ -13,7 +13,6 @@ use tokio::time::timeout;
 use super::channel::Channel;
 use super::launcher::claim_channel;
 use super::{Flows, Hello, Offer, OfferedFlow, UpgradeError, VERSION, Word};
-use crate::addr::HostAddr;
 use crate::bound::{Bound, BoundPort};
 use crate::control::socket::ControlSocket;
 use crate::listen::Listener;
@@ -89,7 +88,9 @@ pub async fn take_over(
         }
         None => None,
     };
-    let bound = mappings.into_iter().map(|mapping| adopt(mapping, &mut sockets)).collect::<Result<_, _>>()?;
+    let bound: Vec<Bound> =
+        mappings.into_iter().map(|mapping| adopt(mapping, &mut sockets)).collect::<Result<_, _>>()?;
+    Bound::refuse_loops(&bound).map_err(refuse)?;
     Ok(Sockets { bound, control, predecessor: Some(Predecessor { channel, names }) })
 }
 
@@ -122,9 +123,7 @@ fn adopt(mapping: Mapping, sockets: impl Iterator<Item = OwnedFd>) -> Result<Bou
     let adopt = |(forward, socket): (Forward, OwnedFd)| {
         let wrong = |error: &dyn std::fmt::Display| refuse(format!("the socket of {forward}: {error}"));
         let listener = Listener::adopt(socket, forward.protocol).map_err(|error| wrong(&error))?;
-        let addr = listener.local_addr().map_err(|error| wrong(&error))?;
-        let forward = Forward { host: HostAddr::new(addr, addr.port()), ..forward };
-        Ok(BoundPort::adopt(forward.refuse_loop().map_err(|error| wrong(&error))?, listener))
+        Ok(BoundPort::adopt(forward, listener))
     };
     // First the ports: `zip` takes a socket only if there is one for it.
     let ports = mapping.forwards().zip(sockets).map(adopt).collect::<Result<_, UpgradeError>>()?;
@@ -231,7 +230,8 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let to_itself = mapping(&format!(r#"{{"to":"127.0.0.1","to_ports":"{port}"}}"#));
-        adopt(to_itself, [listener.into()].into_iter()).unwrap_err();
+        let bound = adopt(to_itself, [listener.into()].into_iter()).unwrap();
+        Bound::refuse_loops(&[bound]).unwrap_err();
     }
 
     #[test]

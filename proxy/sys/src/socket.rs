@@ -50,6 +50,18 @@ pub(crate) fn set_int(socket: BorrowedFd<'_>, level: c_int, name: c_int, value: 
     check(unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, pointer, INT_SIZE) }).map(drop)
 }
 
+/// The largest packet, in bytes, that the way to the peer of a connected IPv6 socket takes (`IPV6_MTU`, ipv6(7)).
+///
+/// # Errors
+/// Those of getsockopt(2), among them `ENOTCONN`.
+pub fn ipv6_mtu(socket: BorrowedFd<'_>) -> io::Result<u32> {
+    let (mut mtu, mut len): (c_int, _) = (0, INT_SIZE);
+    let (fd, pointer) = (socket.as_raw_fd(), (&raw mut mtu).cast());
+    // SAFETY: the pointer leads to an int, whose size is passed along.
+    check(unsafe { libc::getsockopt(fd, libc::SOL_IPV6, libc::IPV6_MTU, pointer, &raw mut len) })?;
+    Ok(mtu.unsigned_abs())
+}
+
 /// How many bytes written to a TCP socket its peer has not acknowledged yet (`SIOCOUTQ`, tcp(7)).
 ///
 /// # Errors
@@ -84,6 +96,15 @@ mod tests {
         let (_client, socket) = pair();
         let flags = OFlag::from_bits_retain(fcntl(&socket, F_GETFL).unwrap());
         assert!(flags.contains(OFlag::O_NONBLOCK));
+    }
+
+    #[test]
+    fn the_way_to_this_machine_takes_the_packets_of_the_loopback_interface() {
+        let socket = std::net::UdpSocket::bind("[::1]:0").unwrap();
+        ipv6_mtu(socket.as_fd()).unwrap_err();
+        socket.connect("[::1]:9").unwrap();
+        let mtu = std::fs::read_to_string("/sys/class/net/lo/mtu").unwrap();
+        assert_eq!(ipv6_mtu(socket.as_fd()).unwrap(), mtu.trim().parse().unwrap());
     }
 
     #[test]

@@ -6,6 +6,7 @@
 
 mod backends;
 mod limits;
+mod loops;
 mod network;
 mod process;
 mod roles;
@@ -40,6 +41,13 @@ fn main() -> ExitCode {
         case("no buffer is left for datagrams", limits::no_buffers).needs(&[Need::Program("strace")]),
         case("no pipe is left to the user", limits::no_pipes).needs(&[Need::Program("setpriv")]),
         case("10,000 clients that say nothing", limits::silent_clients),
+        case("loops: a mapping that leads to itself does not start", loops::at_the_start)
+            .needs(&[Need::Program("sysctl")]),
+        case("loops: nor does one for dockerd", loops::in_docker_mode),
+        case("loops: no change lets a mapping lead to itself", loops::by_changes),
+        case("loops: nor does a socket that was passed", loops::by_a_passed_socket),
+        case("loops: nor does an upgrade", loops::by_an_upgrade),
+        case("loops: another program on this host is a backend", loops::to_another_program),
         case("SIGSTOP and SIGCONT", process::stopped),
         case("SIGKILL resets both sides and frees the port", process::killed),
         case("what a drain cuts is reset", process::cut),

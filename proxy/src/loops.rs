@@ -1,0 +1,517 @@
+//! Mappings that lead back to themselves, directly or through others: each connection would open another one,
+//! and each datagram another flow, until nothing is left to open.
+//!
+//! What decides is who listens where a backend is. That is one of ours if its address is this machine's, and one
+//! of our sockets is bound to it, or to all of its family. Where another program listens, nothing is known.
+
+use std::collections::HashMap;
+use std::fmt::{self, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use crate::addr::{AddrError, Protocol, ScopedIp};
+use crate::mapping::{Forward, HostPorts, Mapping};
+use crate::name::Name;
+use crate::overlap::Place;
+use crate::ports::PortRange;
+use crate::whereabouts::{Destination, Whereabouts};
+
+/// The most steps of a ring that a message shows.
+const SHOWN: usize = 8;
+
+/// Ports in a row of one protocol, of one mapping, that lead to ports in a row.
+#[derive(Clone, Copy, Debug)]
+pub struct Hop<'a> {
+    /// The mapping's place in whatever the caller has.
+    pub mapping: usize,
+    /// The name that was given to it.
+    pub name: Option<&'a Name>,
+    /// What is spoken on both sides.
+    pub protocol: Protocol,
+    /// Where clients connect.
+    pub host: ScopedIp,
+    /// Whether an IPv6 wildcard leaves IPv4 clients out.
+    pub v6only: bool,
+    /// The ports that clients connect to.
+    pub host_ports: PortRange,
+    /// Where they end up.
+    pub backend: ScopedIp,
+    /// The ports that they end up at, as many.
+    pub backend_ports: PortRange,
+}
+
+impl<'a> Hop<'a> {
+    /// Those of `mapping` whose ports are not yet to be chosen.
+    pub fn of(index: usize, mapping: &'a Mapping) -> impl Iterator<Item = Self> {
+        let exactly = match mapping.host_ports() {
+            HostPorts::Exactly(range) => Some(range),
+            HostPorts::FirstFree(_) | HostPorts::Random => None,
+        };
+        exactly.into_iter().flat_map(move |host_ports| {
+            mapping.protocols().iter().map(move |protocol| Self {
+                mapping: index,
+                name: mapping.given_name(),
+                protocol,
+                host: mapping.host(),
+                v6only: mapping.is_v6only(),
+                host_ports,
+                backend: mapping.backend(),
+                backend_ports: mapping.backend_ports(),
+            })
+        })
+    }
+
+    /// Those of the sockets that serve `mapping`, wherever they listen.
+    pub fn of_sockets(
+        index: usize,
+        mapping: &'a Mapping,
+        sockets: impl IntoIterator<Item = Forward>,
+    ) -> Vec<Self> {
+        let mut hops: Vec<Self> = Vec::new();
+        for socket in sockets {
+            let Some(next) = Self::of_socket(index, mapping.given_name(), &socket) else { continue };
+            match hops.last_mut().and_then(|last| last.joined(&next).map(|joined| (last, joined))) {
+                Some((last, joined)) => *last = joined,
+                None => hops.push(next),
+            }
+        }
+        hops
+    }
+
+    /// That of one socket. One without a port, which there is none of, leads nowhere.
+    pub fn of_socket(index: usize, name: Option<&'a Name>, socket: &Forward) -> Option<Self> {
+        let (host, backend) = (socket.host.socket_addr(), socket.backend.socket_addr());
+        // What connects to no address in particular reaches this machine (docker-proxy takes such a backend).
+        let to = match backend.ip() {
+            IpAddr::V4(Ipv4Addr::UNSPECIFIED) => IpAddr::from(Ipv4Addr::LOCALHOST).into(),
+            IpAddr::V6(Ipv6Addr::UNSPECIFIED) => IpAddr::from(Ipv6Addr::LOCALHOST).into(),
+            _ => backend.into(),
+        };
+        Some(Self {
+            mapping: index,
+            name,
+            protocol: socket.protocol,
+            host: host.into(),
+            v6only: socket.v6only,
+            host_ports: PortRange::single(host.port()).ok()?,
+            backend: to,
+            backend_ports: PortRange::single(backend.port()).ok()?,
+        })
+    }
+
+    /// Both as one, if `next` goes on where this one ends.
+    fn joined(&self, next: &Self) -> Option<Self> {
+        let same = |hop: &Self| (hop.mapping, hop.protocol, hop.host, hop.v6only, hop.backend);
+        let join = |a: PortRange, b: PortRange| {
+            let follows = a.last().checked_add(1) == Some(b.first());
+            if follows { PortRange::new(a.first(), b.last()).ok() } else { None }
+        };
+        let host_ports = join(self.host_ports, next.host_ports)?;
+        let backend_ports = join(self.backend_ports, next.backend_ports)?;
+        (same(self) == same(next)).then_some(Self { host_ports, backend_ports, ..*self })
+    }
+
+    /// Whether it listens at just where it leads.
+    fn is_own_backend(&self) -> bool {
+        self.host == self.backend && self.host_ports.first() == self.backend_ports.first()
+    }
+
+    /// The port of the backend that `host_port` leads to.
+    fn backend_port(&self, host_port: u16) -> u16 {
+        self.backend_ports.first() + (host_port - self.host_ports.first())
+    }
+
+    /// The host port that leads to `backend_port`.
+    fn host_port(&self, backend_port: u16) -> u16 {
+        self.host_ports.first() + (backend_port - self.backend_ports.first())
+    }
+
+    /// Where one of its ports listens, for people.
+    fn at(&self, port: u16) -> String {
+        let Self { host, protocol, .. } = self;
+        let mut text = if host.is_wildcard() && !self.v6only {
+            format!("{port}/{protocol}")
+        } else {
+            format!("{host}:{port}/{protocol}")
+        };
+        if let Some(name) = self.name {
+            // Writing to a string does not fail.
+            write!(text, " ({name})").ok();
+        }
+        text
+    }
+}
+
+/// Why mappings cannot be served.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{reason}")]
+pub struct LoopError {
+    /// [`Hop::mapping`] of the one that is at fault.
+    pub mapping: usize,
+    /// What is wrong.
+    pub reason: LoopReason,
+}
+
+/// What is wrong with a mapping because of where its backend is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum LoopReason {
+    /// Its steps come back to where they began: where each one listens, the first one again at the end.
+    Ring(Vec<String>),
+    /// Nobody answers there alone.
+    Many(ScopedIp),
+}
+
+impl fmt::Display for LoopReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Ring(steps) if steps.len() <= 2 => {
+                let itself = steps.first().map_or("it", String::as_str);
+                write!(f, "{itself} would forward to itself; choose another port or another backend")
+            }
+            Self::Ring(steps) => {
+                match steps.len().saturating_sub(SHOWN) {
+                    0 => f.write_str(&steps.join(" -> "))?,
+                    hidden => {
+                        let (begin, end) = (&steps[..SHOWN / 2], &steps[SHOWN / 2 + hidden..]);
+                        write!(f, "{} -> {hidden} more -> {}", begin.join(" -> "), end.join(" -> "))?;
+                    }
+                }
+                f.write_str(" would forward in a circle; lead one of them to another backend")
+            }
+            Self::Many(ip) => AddrError::Broadcast(*ip).fmt(f),
+        }
+    }
+}
+
+/// Refuses mappings that were not served before, `new`, if one of them leads back to itself, through them or
+/// through those in `others`, which are looked at only if one could. Those that choose their ports are looked at
+/// when they have.
+///
+/// # Errors
+/// [`LoopError`] for the first one.
+pub fn refuse_loops<'a>(
+    new: &[Hop<'a>],
+    others: impl IntoIterator<Item = Hop<'a>>,
+    whereabouts: &mut Whereabouts,
+) -> Result<(), LoopError> {
+    refuse(new, others, |ip| whereabouts.of(ip))
+}
+
+/// [`refuse_loops`] for a whole set, before any of it is bound.
+///
+/// # Errors
+/// [`LoopError`]
+pub fn refuse_loops_among<'a>(mappings: impl IntoIterator<Item = &'a Mapping>) -> Result<(), LoopError> {
+    let hops: Vec<_> =
+        mappings.into_iter().enumerate().flat_map(|(index, mapping)| Hop::of(index, mapping)).collect();
+    refuse_loops(&hops, [], &mut Whereabouts::default())
+}
+
+/// [`refuse_loops`] for one socket that is served alone.
+///
+/// # Errors
+/// [`LoopError`]
+pub fn refuse_loop(socket: &Forward, whereabouts: &mut Whereabouts) -> Result<(), LoopError> {
+    let hop = Hop::of_socket(0, None, socket);
+    refuse_loops(hop.as_slice(), [], whereabouts)
+}
+
+fn refuse<'a>(
+    new: &[Hop<'a>],
+    others: impl IntoIterator<Item = Hop<'a>>,
+    mut whereabouts: impl FnMut(ScopedIp) -> Destination,
+) -> Result<(), LoopError> {
+    let mut leads_here = false;
+    for hop in new {
+        let mapping = hop.mapping;
+        match whereabouts(hop.backend) {
+            Destination::Here => leads_here = true,
+            Destination::Broadcast => {
+                return Err(LoopError { mapping, reason: LoopReason::Many(hop.backend) });
+            }
+            // An address that may come here later (`net.ipv4.ip_nonlocal_bind`).
+            Destination::Elsewhere if hop.is_own_backend() => {
+                let itself = hop.at(hop.host_ports.first());
+                return Err(LoopError { mapping, reason: LoopReason::Ring(vec![itself]) });
+            }
+            Destination::Elsewhere => {}
+        }
+    }
+    if !leads_here {
+        return Ok(());
+    }
+    Listeners::new(new.iter().copied().chain(others).collect()).find_ring(new.len(), whereabouts)
+}
+
+/// One port of a hop.
+type Step = (usize, u16);
+
+/// Who listens where.
+struct Listeners<'a> {
+    hops: Vec<Hop<'a>>,
+    /// The hops at each place, by their first port.
+    at: HashMap<(Protocol, Place), Vec<(PortRange, usize)>>,
+}
+
+impl<'a> Listeners<'a> {
+    fn new(hops: Vec<Hop<'a>>) -> Self {
+        let mut at: HashMap<_, Vec<(PortRange, usize)>> = HashMap::new();
+        for (index, hop) in hops.iter().enumerate() {
+            let place = Place::of(hop.host, hop.v6only);
+            at.entry((hop.protocol, place)).or_default().push((hop.host_ports, index));
+        }
+        at.values_mut().for_each(|ranges| ranges.sort_by_key(|(range, index)| (range.first(), *index)));
+        Self { hops, at }
+    }
+
+    /// Looks for a ring that one of the first `new` hops is part of. Each port leads to one other at the most, so
+    /// that each is looked at once.
+    fn find_ring(
+        &self,
+        new: usize,
+        mut whereabouts: impl FnMut(ScopedIp) -> Destination,
+    ) -> Result<(), LoopError> {
+        let mut seen: HashMap<Step, usize> = HashMap::new();
+        let starts = (0..new).flat_map(|hop| self.steps_on(hop).map(move |port| (hop, port)));
+        for (walk, start) in starts.enumerate() {
+            let (mut path, mut next) = (Vec::new(), Some(start));
+            while let Some(step) = next {
+                match seen.get(&step) {
+                    Some(earlier) if *earlier == walk => return Err(self.ring(&path, step, new)),
+                    Some(_earlier) => break,
+                    None => {}
+                }
+                seen.insert(step, walk);
+                path.push(step);
+                next = self.step_on(step, &mut whereabouts);
+            }
+        }
+        Ok(())
+    }
+
+    /// The ports of a hop that lead to a port that someone listens on who may be reached.
+    fn steps_on(&self, hop: usize) -> impl Iterator<Item = u16> {
+        let hop = self.hops[hop];
+        let ranges = Place::reached_by(hop.backend).into_iter().filter_map(move |place| {
+            let ranges = self.at.get(&(hop.protocol, place))?;
+            // One that begins before may reach into it: ranges of one place do not overlap.
+            let begin = ranges.partition_point(|(range, _)| range.first() <= hop.backend_ports.first());
+            let ranges = &ranges[begin.saturating_sub(1)..];
+            Some(ranges.iter().take_while(move |(range, _)| range.first() <= hop.backend_ports.last()))
+        });
+        ranges.flatten().flat_map(move |(range, _)| {
+            let first = range.first().max(hop.backend_ports.first());
+            let last = range.last().min(hop.backend_ports.last());
+            (first..=last).map(move |port| hop.host_port(port))
+        })
+    }
+
+    /// Where a port leads, if one of these listens there.
+    fn step_on(
+        &self,
+        (hop, port): Step,
+        mut whereabouts: impl FnMut(ScopedIp) -> Destination,
+    ) -> Option<Step> {
+        let hop = &self.hops[hop];
+        let port = hop.backend_port(port);
+        let mut places = Place::reached_by(hop.backend).into_iter();
+        let found = places.find_map(|place| self.listening(hop.protocol, place, port))?;
+        (whereabouts(hop.backend) == Destination::Here).then_some((found, port))
+    }
+
+    fn listening(&self, protocol: Protocol, place: Place, port: u16) -> Option<usize> {
+        let ranges = self.at.get(&(protocol, place))?;
+        let before = ranges.partition_point(|(range, _)| range.first() <= port).checked_sub(1)?;
+        let (range, hop) = ranges[before];
+        range.contains(port).then_some(hop)
+    }
+
+    /// The ring at the end of `path`, whose last step leads to `back_at`. At fault is a new mapping, which are the
+    /// first `new` ones: one in the ring if there is one, or else that which leads to it.
+    fn ring(&self, path: &[Step], back_at: Step, new: usize) -> LoopError {
+        let begin = path.iter().position(|step| *step == back_at).unwrap_or(0);
+        let ring = &path[begin..];
+        let (at_fault, _port) = *ring.iter().find(|(hop, _port)| *hop < new).unwrap_or(&path[0]);
+        let mut steps: Vec<String> = ring.iter().map(|(hop, port)| self.hops[*hop].at(*port)).collect();
+        steps.extend(steps.first().cloned());
+        LoopError { mapping: self.hops[at_fault].mapping, reason: LoopReason::Ring(steps) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::overlap::overlaps;
+
+    /// `HOST:PORTS/PROTOCOL BACKEND:PORTS`, with `only ` in front of a `[::]` without IPv4 clients.
+    fn mapping(text: &str) -> Mapping {
+        let (text, v6only) = text.strip_prefix("only ").map_or((text, false), |text| (text, true));
+        let (listens, to) = text.split_once(' ').unwrap();
+        let (host, ports) = listens.rsplit_once(':').unwrap();
+        let (ports, protocols) = ports.split_once('/').unwrap();
+        let (backend, backend_ports) = to.rsplit_once(':').unwrap();
+        let listens = (host.parse().unwrap(), Some(ports.parse().unwrap()));
+        let to = (backend.parse().unwrap(), backend_ports.parse().unwrap());
+        let mapping = Mapping::new(protocols.parse().unwrap(), listens, to).unwrap();
+        if v6only { mapping.v6only().unwrap() } else { mapping }
+    }
+
+    /// A machine with an address of each family beside loopback, and on a network of its own.
+    fn whereabouts(ip: ScopedIp) -> Destination {
+        match ip.to_string().as_str() {
+            "10.0.0.1" | "[fd00::1]" | "127.0.0.1" | "127.0.0.2" | "[::1]" => Destination::Here,
+            "10.0.0.255" => Destination::Broadcast,
+            _ => Destination::Elsewhere,
+        }
+    }
+
+    fn refused(new: &[&str], others: &[&str]) -> Option<String> {
+        let [new, others] = [new, others].map(|set| set.iter().map(|text| mapping(text)).collect::<Vec<_>>());
+        let new: Vec<_> = new.iter().enumerate().flat_map(|(index, new)| Hop::of(index, new)).collect();
+        let others = others.iter().flat_map(|other| Hop::of(0, other));
+        refuse(&new, others, whereabouts).err().map(|error| error.to_string())
+    }
+
+    #[track_caller]
+    fn assert_served(set: &[&str]) {
+        assert_eq!(refused(set, &[]), None, "{set:?}");
+    }
+
+    #[test]
+    fn a_mapping_to_its_own_socket_is_refused() {
+        for itself in [
+            "0.0.0.0:80/tcp 127.0.0.1:80",
+            "0.0.0.0:80/udp 127.0.0.2:80",
+            "[::]:80/tcp 127.0.0.1:80",
+            "[::]:80/tcp [::1]:80",
+            "only [::]:80/tcp [fd00::1]:80",
+            "0.0.0.0:80/tcp 10.0.0.1:80",
+            "10.0.0.1:80-90/tcp+udp 10.0.0.1:80-90",
+            // An address that is not here yet.
+            "10.0.0.7:80/tcp 10.0.0.7:80",
+        ] {
+            let message = refused(&[itself], &[]).expect(itself);
+            assert!(message.contains("would forward to itself; choose another port"), "{message}");
+        }
+    }
+
+    #[test]
+    fn where_others_listen_is_no_loop() {
+        assert_served(&["0.0.0.0:80/tcp [::1]:80"]);
+        assert_served(&["only [::]:80/tcp 127.0.0.1:80"]);
+        assert_served(&["0.0.0.0:80/tcp 127.0.0.1:81"]);
+        assert_served(&["10.0.0.1:80/tcp 127.0.0.1:80"]);
+        assert_served(&["0.0.0.0:80/tcp 172.17.0.2:80"]);
+        assert_served(&["[::]:8000-8010/tcp 127.0.0.1:8011-8021"]);
+        // TCP leads to UDP's port, and UDP to nobody.
+        assert_served(&["0.0.0.0:80/tcp 127.0.0.1:81", "0.0.0.0:81/udp 127.0.0.1:80"]);
+        // A chain that ends.
+        assert_served(&["0.0.0.0:80/tcp 127.0.0.1:81", "0.0.0.0:81/tcp 127.0.0.1:82"]);
+        assert_served(&["[::]:8000-8010/tcp 127.0.0.1:8001-8011"]);
+    }
+
+    #[test]
+    fn a_ring_is_named() {
+        let ring = ["[::]:8080/tcp 127.0.0.1:9090", "127.0.0.1:9090/tcp 10.0.0.1:8080"];
+        let message = refused(&ring, &[]).unwrap();
+        let expected = "8080/tcp -> 127.0.0.1:9090/tcp -> 8080/tcp would forward in a circle; \
+                        lead one of them to another backend";
+        assert_eq!(message, expected);
+        assert!(refused(&ring[..1], &ring[1..]).is_some());
+        assert!(refused(&ring[1..], &ring[..1]).is_some());
+        let ports = ["0.0.0.0:70-80/udp 127.0.0.1:170-180", "0.0.0.0:172/udp 127.0.0.1:72"];
+        assert!(refused(&ports, &[]).unwrap().starts_with("72/udp -> 172/udp -> 72/udp would"));
+        let long: Vec<_> = (1..100).map(|port| format!("[::]:{port}/tcp [::1]:{}", port % 99 + 1)).collect();
+        let long: Vec<_> = long.iter().map(String::as_str).collect();
+        let message = refused(&long, &[]).unwrap();
+        assert!(message.starts_with("1/tcp -> 2/tcp -> 3/tcp -> 4/tcp -> 92 more -> 97/tcp"), "{message}");
+        assert!(message.contains(" -> 99/tcp -> 1/tcp would forward"), "{message}");
+    }
+
+    #[test]
+    fn a_broadcast_address_is_refused() {
+        let message = refused(&["0.0.0.0:80/udp 10.0.0.255:81"], &[]).unwrap();
+        assert!(message.contains("10.0.0.255 is a broadcast address"), "{message}");
+    }
+
+    #[test]
+    fn ports_of_sockets_are_put_together() {
+        let one = mapping("0.0.0.0:8000-8019/tcp+udp 127.0.0.1:9000-9019");
+        let hops = Hop::of_sockets(0, &one, one.forwards());
+        let of_mapping: Vec<_> = Hop::of(0, &one).collect();
+        assert_eq!(format!("{hops:?}"), format!("{of_mapping:?}"));
+        let others = one.forwards().step_by(2);
+        assert_eq!(Hop::of_sockets(0, &one, others).len(), 20);
+    }
+
+    #[test]
+    fn ten_thousand_ranges_take_no_time() {
+        let host = |index: usize| format!("127.0.{}.{}", index / 100, index % 100 + 3);
+        let chain = |index: usize| format!("{}:1-1000/tcp {}:1-1000", host(index), host(index + 1));
+        let chain: Vec<Mapping> = (0..1000).map(|index| mapping(&chain(index))).collect();
+        assert_eq!(refuse_loops_among(&chain), Ok(()));
+    }
+
+    prop_compose! {
+        fn any_mapping()(
+            host in prop::sample::select(vec![
+                "[::]", "only [::]", "0.0.0.0", "127.0.0.1", "10.0.0.1", "10.0.0.7", "[::1]", "[fd00::1]",
+            ]),
+            backend in prop::sample::select(vec![
+                "127.0.0.1", "127.0.0.2", "10.0.0.1", "10.0.0.7", "10.0.0.8", "[::1]", "[fd00::1]",
+            ]),
+            protocols in prop::sample::select(vec!["tcp", "udp", "tcp+udp"]),
+            (first, to, more) in (1..12_u16, 1..12_u16, 0..4_u16),
+        ) -> Mapping {
+            mapping(&format!("{host}:{first}-{}/{protocols} {backend}:{to}-{}", first + more, to + more))
+        }
+    }
+
+    /// Whether packets that a backend gets come to this socket.
+    fn is_reached(socket: &Forward, from: &Forward) -> bool {
+        let (host, to) = (socket.host.socket_addr(), from.backend.socket_addr());
+        let takes = match (ScopedIp::from(host), to.is_ipv4()) {
+            (ScopedIp::ANY, is_v4) => !(is_v4 && socket.v6only),
+            (ScopedIp::ANY_V4, is_v4) => is_v4,
+            (one, _is_v4) => one == to.into(),
+        };
+        let to_itself = socket == from && host.ip() == to.ip();
+        let here = whereabouts(to.into()) == Destination::Here || to_itself;
+        socket.protocol == from.protocol && host.port() == to.port() && takes && here
+    }
+
+    /// Whether one of some sockets leads back to itself: follows each for as many steps as there are sockets.
+    fn has_ring(sockets: &[Forward]) -> bool {
+        sockets.iter().any(|start| {
+            let step = |at: &&Forward| sockets.iter().find(|socket| is_reached(socket, at));
+            std::iter::successors(Some(start), step).nth(sockets.len()).is_some()
+        })
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 3000, ..ProptestConfig::default() })]
+
+        #[test]
+        fn a_set_is_refused_exactly_if_following_each_port_never_ends(
+            mut set in prop::collection::vec(any_mapping(), 1..9), known in 0..8_usize,
+        ) {
+            while let Some(overlap) = overlaps(&set).first() {
+                set.remove(overlap.second);
+            }
+            let sockets: Vec<Forward> = set.iter().flat_map(Mapping::forwards).collect();
+            let hops: Vec<_> = set.iter().enumerate().flat_map(|(index, one)| Hop::of(index, one)).collect();
+            let whole = refuse(&hops, [], whereabouts);
+            prop_assert_eq!(whole.is_err(), has_ring(&sockets), "{}: {:?}", set.iter().map(|one| format!("{one} to {}; ", one.backend())).collect::<String>(), whole);
+
+            // In two steps, of which the first one was allowed.
+            let (old, new) = set.split_at(known.min(set.len()));
+            let old_sockets: Vec<Forward> = old.iter().flat_map(Mapping::forwards).collect();
+            if !has_ring(&old_sockets) {
+                let new: Vec<_> = new.iter().enumerate().flat_map(|(index, one)| Hop::of(index, one)).collect();
+                let later = refuse(&new, old.iter().flat_map(|old| Hop::of(0, old)), whereabouts);
+                prop_assert_eq!(later.is_err(), whole.is_err(), "{:?}", later);
+            }
+        }
+    }
+}
