@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Once;
 use std::time::Duration;
 
+use nix::libc;
 use rproxy_sys::udp;
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 
@@ -156,13 +157,24 @@ fn bind_udp(addr: SocketAddr, v6only: bool) -> io::Result<UdpSocket> {
 /// end by reset, whatever brings it about. A connection that comes to its end in order takes the last
 /// one back; one that is cut, be it by the death of this process, must not look as if it had.
 ///
-/// Sockets accepted from a listener inherit all of it, which saves five calls per connection.
+/// Sockets accepted from a listener inherit all of it, which saves five calls per connection. An MPTCP socket does
+/// not know them all, and neither do some of its kernels hand them down; what it does not know is left out
+/// (mptcp(7); include/net/mptcp.h). It keeps urgent bytes in their place anyway.
 pub(crate) fn set_stream_options(socket: &SockRef<'_>) -> io::Result<()> {
-    socket.set_linger(Some(Duration::ZERO))?;
-    socket.set_tcp_nodelay(true)?;
+    if_known(socket.set_linger(Some(Duration::ZERO)))?;
+    if_known(socket.set_tcp_nodelay(true))?;
     // An urgent byte is a byte of the stream (RFC 6093): kept in its place, it ends no read early.
-    socket.set_out_of_band_inline(true)?;
-    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE))
+    if_known(socket.set_out_of_band_inline(true))?;
+    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE);
+    if_known(socket.set_tcp_keepalive(&keepalive))
+}
+
+/// The result of setting an option, but for that the socket does not know it.
+fn if_known(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOPROTOOPT)) => Ok(()),
+        result => result,
+    }
 }
 
 /// Sets on a UDP listener: reports of the address asked, trains, and room for bursts.
@@ -235,7 +247,7 @@ impl BindError {
              use a port above"
                     .to_owned()
             }
-            _ if source.raw_os_error() == Some(nix::libc::EAFNOSUPPORT) => {
+            _ if source.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
                 "this machine has no IPv6; use an IPv4 address".to_owned()
             }
             _ => source.to_string(),

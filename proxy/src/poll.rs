@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use rproxy_sys::watch::Watched;
+use socket2::{Protocol, SockRef};
 use tokio::io::Interest;
 
 /// Set in the data of events that are about a [`Port`], whose number is in the other bits. A task that
@@ -57,7 +58,8 @@ impl PollSet {
                 numbers.next - 1
             })
         };
-        let port = Port { socket, number, set: self.clone() };
+        let is_mptcp = SockRef::from(&socket).protocol().is_ok_and(|known| known == Some(Protocol::MPTCP));
+        let port = Port { socket, number, is_mptcp, set: self.clone() };
         self.epoll().add(&port.socket, port.event(EpollFlags::empty()))?;
         Ok(port)
     }
@@ -77,6 +79,7 @@ impl PollSet {
 pub(crate) struct Port {
     socket: OwnedFd,
     number: u32,
+    is_mptcp: bool,
     set: PollSet,
 }
 
@@ -84,6 +87,11 @@ impl Port {
     /// Its number in the set: no other has it while this exists.
     pub(crate) fn number(&self) -> usize {
         self.number as usize
+    }
+
+    /// Whether it speaks Multipath TCP (RFC 8684). Then what it accepts does not have all of its options.
+    pub(crate) fn is_mptcp(&self) -> bool {
+        self.is_mptcp
     }
 
     /// Reports from now on whether the socket is ready for one of `flags`.

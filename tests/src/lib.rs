@@ -25,6 +25,7 @@ pub mod client;
 pub mod controlled;
 pub mod docker_proxy;
 pub mod holdings;
+pub mod mptcp;
 pub mod netns;
 pub mod oracle;
 pub mod pattern;

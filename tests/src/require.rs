@@ -9,6 +9,8 @@ use std::process::Command;
 
 use nix::unistd::Uid;
 
+use crate::mptcp;
+
 /// Set to `1` where every case must run, as in CI: an unmet [`Need`] then fails instead of ignoring.
 pub const STRICT: &str = "RPROXY_REQUIRE_ROOT_TESTS";
 
@@ -24,6 +26,8 @@ pub enum Need {
     Program(&'static str),
     /// An IPv6 loopback address.
     Ipv6,
+    /// Multipath TCP in the kernel, and not switched off (`net.mptcp.enabled`).
+    Mptcp,
 }
 
 impl Need {
@@ -33,6 +37,7 @@ impl Need {
             Self::Root => Uid::effective().is_root(),
             Self::Program(name) => find(name).is_some(),
             Self::Ipv6 => TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_ok(),
+            Self::Mptcp => mptcp::is_there(),
         }
     }
 }
@@ -43,6 +48,7 @@ impl fmt::Display for Need {
             Self::Root => f.write_str("root"),
             Self::Program(name) => write!(f, "the program {name} (tests/run installs it)"),
             Self::Ipv6 => f.write_str("IPv6 on loopback"),
+            Self::Mptcp => f.write_str("Multipath TCP"),
         }
     }
 }

@@ -5,7 +5,7 @@
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::process::{Command, ExitCode};
@@ -19,8 +19,10 @@ use socket2::{Domain, Socket, Type};
 use rproxy_tests::backend::{self, TcpBackend};
 use rproxy_tests::client::{self, End, own_address};
 use rproxy_tests::docker_proxy::{DockerProxy, LISTEN_FD, STATUS_FD, Status, mapping};
+use rproxy_tests::mptcp;
 use rproxy_tests::oracle::{self, Holds, Row, Subject, failure_of};
 use rproxy_tests::process::{self, Output, Process};
+use rproxy_tests::require::Need;
 use rproxy_tests::suite;
 
 use Holds::{Differently, ForBoth, ForRproxy};
@@ -100,8 +102,17 @@ const CASES: &[Row] = &[
     ("no client left hanging", ForBoth, no_client_left_hanging),
 ];
 
+/// Those of the unit tests of docker-proxy that pass a listener on.
+const ON_MPTCP: &[Row] = &[
+    ("TestTCP4Proxy, a listener of Go's", ForRproxy(NO_FD_4), mptcp4),
+    ("TestTCP4ProxyHalfClose, a listener of Go's", ForRproxy(NO_FD_4), mptcp4_half_close),
+    ("TestTCP6Proxy, a listener of Go's", ForRproxy(NO_FD_4), mptcp6),
+    ("TestTCPDualStackProxy, a listener of Go's", ForRproxy(NO_FD_4), mptcp_dual_stack),
+];
+
 fn main() -> ExitCode {
-    suite::run(CASES.iter().flat_map(oracle::cases).collect())
+    let on_mptcp = ON_MPTCP.iter().flat_map(oracle::cases).map(|case| case.needs(&[Need::Mptcp]));
+    suite::run(CASES.iter().flat_map(oracle::cases).chain(on_mptcp).collect())
 }
 
 /// Runs a proxy that rejects its flags; returns what it printed.
@@ -170,6 +181,46 @@ fn dual_stack(subject: Subject) {
     assert_eq!(proxy.status(), Status::Ready);
     assert_echoes((Ipv4Addr::LOCALHOST, port).into());
     assert_echoes((Ipv6Addr::LOCALHOST, port).into());
+}
+
+/// Go listens for Multipath TCP since 1.24, and so do the tests of docker-proxy. Its clients speak TCP.
+fn serves_on_mptcp(subject: Subject, listen: impl Into<IpAddr>, backend: &TcpBackend, clients: &[IpAddr]) {
+    let listener = mptcp::listen((listen.into(), 0).into());
+    let port = listener.local_addr().unwrap().port();
+    let kept = listener.try_clone().unwrap();
+    let mut proxy = subject.adopt("tcp", listener, backend.address());
+    assert_eq!(proxy.status(), Status::Ready);
+    for ip in clients {
+        let address = (*ip, port).into();
+        assert_echoes(address);
+        let mut client = mptcp::connect(address);
+        client.write_all(b"hello").unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(client::read_to_end(&client), (b"hello".to_vec(), End::Eof));
+    }
+    // Nobody is left in its backlog, though another process has it open.
+    assert_eq!(proxy.stop().code(), Some(0));
+    TcpStream::connect((clients[0], port)).unwrap_err();
+    drop(kept);
+}
+
+fn mptcp4(subject: Subject) {
+    serves_on_mptcp(subject, Ipv4Addr::LOCALHOST, &echo(), &[Ipv4Addr::LOCALHOST.into()]);
+}
+
+fn mptcp4_half_close(subject: Subject) {
+    let backend = TcpBackend::local(backend::answer_at_eof);
+    serves_on_mptcp(subject, Ipv4Addr::LOCALHOST, &backend, &[Ipv4Addr::LOCALHOST.into()]);
+}
+
+fn mptcp6(subject: Subject) {
+    let backend = echo_on(Ipv6Addr::LOCALHOST);
+    serves_on_mptcp(subject, Ipv6Addr::LOCALHOST, &backend, &[Ipv6Addr::LOCALHOST.into()]);
+}
+
+fn mptcp_dual_stack(subject: Subject) {
+    let clients = [Ipv4Addr::LOCALHOST.into(), Ipv6Addr::LOCALHOST.into()];
+    serves_on_mptcp(subject, Ipv6Addr::UNSPECIFIED, &echo_on(Ipv6Addr::LOCALHOST), &clients);
 }
 
 fn host_v6_container_v4(subject: Subject) {

@@ -3,8 +3,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a failed step ends the test")]
 
+use std::cell::Cell;
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -15,16 +16,20 @@ use proptest::test_runner::{Config, TestRunner};
 
 use rproxy_tests::PATIENCE;
 use rproxy_tests::client::{self, End};
+use rproxy_tests::mptcp;
 use rproxy_tests::pattern::Pattern;
+use rproxy_tests::process::Process;
+use rproxy_tests::require::Need;
 use rproxy_tests::rproxy::Standalone;
 use rproxy_tests::suite::{self, Case};
+use rproxy_tests::systemd::Systemd;
 
 const KIB: usize = 1024;
 const MIB: usize = 1024 * KIB;
 
 fn main() -> ExitCode {
-    let case = |name: &str, body: fn()| Case::new(name, body).deadline(Duration::from_secs(180));
-    suite::run(vec![
+    let case = |name: &'static str, body: fn()| (name, body);
+    let cases = [
         case("both directions carry any sizes at any pace", any_sizes_at_any_pace),
         case("64 MiB each way at once", large_both_ways),
         case("64 MiB to a slow reader", large_to_slow_reader),
@@ -39,7 +44,39 @@ fn main() -> ExitCode {
         case("a reset reaches a peer that has seen the end", reset_reaches_peer_after_eof),
         case("a reset of one connection leaves the others alone", reset_leaves_others_alone),
         case("a hundred connections at once", hundred_connections),
-    ])
+    ];
+    let deadline = Duration::from_secs(180);
+    let over = |transport: Transport| {
+        cases.into_iter().map(move |(name, body)| {
+            let body = move || {
+                TRANSPORT.set(transport);
+                body();
+            };
+            match transport {
+                Transport::Tcp => Case::new(name, body).deadline(deadline),
+                other => Case::new(format!("{name}, over {other:?}"), body)
+                    .deadline(deadline)
+                    .needs(&[Need::Mptcp]),
+            }
+        })
+    };
+    suite::run([Transport::Tcp, Transport::Mptcp, Transport::Fallback].into_iter().flat_map(over).collect())
+}
+
+/// How clients reach the proxy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Transport {
+    /// It listens for TCP.
+    Tcp,
+    /// It got a listener for Multipath TCP, and clients speak that.
+    Mptcp,
+    /// The same, but clients speak TCP.
+    Fallback,
+}
+
+thread_local! {
+    /// That of the case that this thread runs.
+    static TRANSPORT: Cell<Transport> = const { Cell::new(Transport::Tcp) };
 }
 
 /// A proxy, and the backend that it relays to, in the hands of the test.
@@ -57,13 +94,20 @@ struct Pair {
 impl Relay {
     fn start() -> Self {
         let backend = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-        let proxy = Standalone::relay_to(backend.local_addr().unwrap(), &[]);
+        let to = backend.local_addr().unwrap();
+        let proxy = match TRANSPORT.get() {
+            Transport::Tcp => Standalone::relay_to(to, &[]),
+            Transport::Mptcp | Transport::Fallback => on_mptcp_listener(to),
+        };
         Self { proxy, backend }
     }
 
     fn connect(&self) -> Pair {
         self.discard_strays();
-        let client = client::connect(self.proxy.address());
+        let client = match TRANSPORT.get() {
+            Transport::Tcp | Transport::Fallback => client::connect(self.proxy.address()),
+            Transport::Mptcp => mptcp::connect(self.proxy.address()),
+        };
         let server = client::patient(self.backend.accept().unwrap().0);
         Pair { client, server }
     }
@@ -74,6 +118,15 @@ impl Relay {
         while self.backend.accept().is_ok() {}
         self.backend.set_nonblocking(false).unwrap();
     }
+}
+
+/// A proxy that is passed its listener, as by systemd.
+fn on_mptcp_listener(to: SocketAddr) -> Standalone {
+    let listener = mptcp::listen((Ipv4Addr::LOCALHOST, 0).into());
+    let arguments = ["--host", &listener.local_addr().unwrap().to_string(), "--to", &to.to_string()];
+    let systemd = Systemd::new();
+    let command = systemd.command_with_sockets(&arguments, vec![("mptcp", listener.into())]);
+    Standalone::ready(Process::spawn(command), &arguments)
 }
 
 impl Pair {

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 use rproxy_sys::socket;
-use socket2::Socket;
+use socket2::{SockRef, Socket};
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, error, warn};
@@ -21,6 +21,7 @@ use super::{Accepted, dial, serve};
 use crate::addr::canonical;
 use crate::backoff::Backoff;
 use crate::limits::OnLimit;
+use crate::listen::set_stream_options;
 use crate::log_limit::LogLimit;
 use crate::mapping::Forward;
 use crate::poll::{PORT, Poll, Port};
@@ -265,6 +266,11 @@ fn accept_some(
             Err(error) if is_the_clients(&error) => continue,
             Err(error) => return Err(error),
         };
+        if port.is_mptcp()
+            && let Err(error) = set_stream_options(&SockRef::from(&client))
+        {
+            debug!(mapping = %route.forward, %error, "an accepted connection lacks an option");
+        }
         // Those that are dropped here are reset, as their listener was told (`set_stream_options`).
         if !route.admits(peer) {
             continue;
