@@ -7,6 +7,9 @@ use std::str::FromStr;
 use rustix::net::netdevice::name_to_index;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
+use crate::endpoint::{BackendSpec, HostSpec};
+use crate::ports::{PortError, PortRange};
+
 /// The transport protocol of a mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Protocol {
@@ -143,7 +146,7 @@ impl FromStr for ScopedIp {
             Some(rest) => rest.strip_suffix(']').ok_or_else(|| AddrError::BadAddress(text.to_owned()))?,
             None => text,
         };
-        parse_ip(bare, 0).map(Self::from)
+        parse_ip(bare).map(Self::from)
     }
 }
 
@@ -182,7 +185,9 @@ impl FromStr for HostAddr {
     type Err = AddrError;
 
     fn from_str(text: &str) -> Result<Self, AddrError> {
-        parse(text).map(Self)
+        let HostSpec { ip, ports } = text.parse()?;
+        let port = ports.map_or(Ok(0), PortRange::one)?;
+        Ok(Self::new(ip, port))
     }
 }
 
@@ -258,38 +263,55 @@ impl FromStr for BackendAddr {
     type Err = AddrError;
 
     fn from_str(text: &str) -> Result<Self, AddrError> {
-        parse(text).and_then(Self::reachable)
+        let BackendSpec { ip, ports } = text.parse()?;
+        Self::new(ip, ports.one()?)
     }
 }
 
 /// Why a text is not an address and port; the message says what would work.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AddrError {
+    /// There is nothing at all.
+    #[error("it is empty; write an address and a port, as in 172.17.0.2:80")]
+    Empty,
     /// There is an address but no port.
-    #[error("the port is missing; write it as {0}")]
-    MissingPort(String),
-    /// There is a port but no address.
+    #[error("the port is missing; write it as {0}:80")]
+    MissingPort(ScopedIp),
+    /// There are ports to listen on but no address.
     #[error("the address is missing; write 0.0.0.0:{0}, or [::]:{0} for IPv6 too")]
-    MissingAddress(u16),
-    /// The port is not a number that fits.
-    #[error("'{0}' is not a port; ports are numbers from 0 to 65535")]
-    BadPort(String),
+    NoHostAddress(String),
+    /// There are ports of a backend but no address.
+    #[error("the address is missing; write the backend's too, as in 172.17.0.2:{0}")]
+    NoBackendAddress(PortRange),
+    /// The ports are none.
+    #[error(transparent)]
+    Port(#[from] PortError),
     /// Port 0 where a real one is needed.
     #[error("port 0 cannot be forwarded to; write the port that the backend listens on")]
     ZeroPort,
     /// The host part is no IP address.
-    #[error("'{0}' is not an IP address; write one such as 127.0.0.1 or [::1]")]
+    #[error("'{0}' is not an IP address; write one in its place, such as 127.0.0.1 or [::1]")]
     BadAddress(String),
     /// An IPv6 address without brackets, which may or may not end in a port.
-    #[error("an IPv6 address needs brackets before its port; write [{ip}]:{port}")]
+    #[error("an IPv6 address needs brackets before its port; write {ip}:{ports}")]
     Unbracketed {
         /// The address, if the last group is the port.
-        ip: Ipv6Addr,
+        ip: ScopedIp,
         /// The last group.
-        port: u16,
+        ports: String,
+    },
+    /// A link-local address, of which each interface may have one.
+    #[error("{ip} is a link-local address: on which interface? write {example}; `ip link` lists them")]
+    NoZone {
+        /// The address.
+        ip: Ipv6Addr,
+        /// How it is written with an interface that this machine has.
+        example: String,
     },
     /// An address that stands for many where one is needed.
-    #[error("{0} is where one listens, not the address of a backend; write {1} for this machine")]
+    #[error(
+        "{0} is where one listens, not the address of a backend; write {1} in its place, for this machine"
+    )]
     NoOne(&'static str, &'static str),
     /// The address of all machines of a network.
     #[error("{0} is a broadcast address, from which no answer comes; write that of one machine")]
@@ -304,71 +326,42 @@ pub enum AddrError {
     NoSuchInterface(String),
 }
 
-/// Parses `ADDRESS:PORT` into a canonical socket address.
-fn parse(text: &str) -> Result<SocketAddr, AddrError> {
-    let (address, port) = split_port(text)?;
-    let address = address.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(address);
-    let port = port.parse().map_err(|_err| AddrError::BadPort(port.to_owned()))?;
-    if address.is_empty() {
-        return Err(AddrError::MissingAddress(port));
-    }
-    parse_ip(address, port).map(canonical)
-}
-
-/// Splits `ADDRESS:PORT` into the two, the address with the brackets that it has.
-///
-/// # Errors
-/// Those of [`AddrError`] that say that one of them is missing.
-pub(crate) fn split_port(text: &str) -> Result<(&str, &str), AddrError> {
-    if text.starts_with('[') { split_brackets(text) } else { split_bare(text) }
-}
-
-/// Splits `[ADDRESS]:PORT`.
-fn split_brackets(text: &str) -> Result<(&str, &str), AddrError> {
-    let Some(end) = text.find(']') else {
-        return Err(AddrError::BadAddress(text.to_owned()));
-    };
-    let (address, tail) = text.split_at(end + 1);
-    match tail.strip_prefix(':') {
-        Some(port) if !port.is_empty() => Ok((address, port)),
-        _ => Err(AddrError::MissingPort(format!("{address}:80"))),
+impl AddrError {
+    /// The same about an address that `ports` follow.
+    pub(crate) fn before_ports(self, ports: &str) -> Self {
+        match self {
+            Self::NoZone { ip, example } => Self::NoZone { ip, example: format!("{example}:{ports}") },
+            other => other,
+        }
     }
 }
 
-/// Splits `ADDRESS:PORT` without brackets. netstat's `:::80` is unmistakable and accepted; `::1:80`
-/// is an address of its own and is not.
-fn split_bare(text: &str) -> Result<(&str, &str), AddrError> {
-    let Some((address, port)) = text.rsplit_once(':') else {
-        return Err(match text.parse() {
-            Ok(port) => AddrError::MissingAddress(port),
-            Err(_) => AddrError::MissingPort(format!("{text}:80")),
-        });
-    };
-    if let Ok(whole) = text.parse::<Ipv6Addr>() {
-        return Err(match (address.parse(), port.parse()) {
-            (Ok(ip), Ok(port)) => AddrError::Unbracketed { ip, port },
-            _ => AddrError::MissingPort(format!("[{whole}]:80")),
-        });
-    }
-    if port.is_empty() {
-        return Err(AddrError::MissingPort(format!("{address}:80")));
-    }
-    Ok((address, port))
-}
-
-/// Parses the address part, with an optional `%interface` for IPv6 link-local addresses.
-fn parse_ip(address: &str, port: u16) -> Result<SocketAddr, AddrError> {
+/// Parses an address without brackets, for IPv6 link-local addresses with its `%interface`.
+fn parse_ip(address: &str) -> Result<SocketAddr, AddrError> {
     let bad_address = || AddrError::BadAddress(address.to_owned());
     let Some((ip, interface)) = address.split_once('%') else {
         let ip = address.parse().map_err(|_err| bad_address())?;
-        return Ok(SocketAddr::new(ip, port));
+        return match ip {
+            IpAddr::V6(ip) if ip.is_unicast_link_local() => {
+                Err(AddrError::NoZone { ip, example: format!("[{ip}%{}]", an_interface()) })
+            }
+            ip => Ok(SocketAddr::new(ip, 0)),
+        };
     };
     let ip: Ipv6Addr = ip.parse().map_err(|_err| bad_address())?;
-    let scope = interface
-        .parse()
-        .or_else(|_err| interface_index(interface))
-        .map_err(|_err| AddrError::NoSuchInterface(interface.to_owned()))?;
-    Ok(SocketAddrV6::new(ip, port, 0, scope).into())
+    let number = interface.parse().ok().or_else(|| interface_index(interface).ok());
+    let scope = number.filter(|number| *number > 0);
+    let scope = scope.ok_or_else(|| AddrError::NoSuchInterface(interface.to_owned()))?;
+    Ok(SocketAddrV6::new(ip, 0, 0, scope).into())
+}
+
+/// The name of an interface of this machine, if possible one that leads somewhere.
+fn an_interface() -> String {
+    let all = nix::net::if_::if_nameindex();
+    let mut names = all.iter().flatten().filter_map(|interface| interface.name().to_str().ok());
+    let loopback = "lo";
+    let found = names.find(|name| *name != loopback).or(all.is_ok().then_some(loopback));
+    found.unwrap_or("eth0").to_owned()
 }
 
 /// The number of an interface. Confined as well: if_nametoindex(3) of the C library takes a socket of another family.
@@ -391,48 +384,21 @@ pub(crate) fn canonical(addr: SocketAddr) -> SocketAddr {
 mod tests {
     use super::*;
 
-    fn host(text: &str) -> Result<String, String> {
-        text.parse::<HostAddr>().map(|addr| addr.to_string()).map_err(|err| err.to_string())
+    #[test]
+    fn an_address_is_that_of_one_port() {
+        let host = |text: &str| text.parse::<HostAddr>().map(|addr| addr.to_string());
+        assert_eq!(host("[::ffff:10.0.0.1]:80").as_deref(), Ok("10.0.0.1:80"));
+        assert_eq!(host("127.0.0.1:0").as_deref(), Ok("127.0.0.1:0"));
+        assert!(host("127.0.0.1:80-90").unwrap_err().to_string().contains("one port is wanted"));
+        assert_eq!("10.0.0.1:0".parse::<BackendAddr>(), Err(AddrError::ZeroPort));
+        "10.0.0.1:80-90".parse::<BackendAddr>().unwrap_err();
     }
 
     #[test]
-    fn the_forms_that_people_write_are_understood() {
-        for (text, addr) in [
-            ("0.0.0.0:80", "0.0.0.0:80"),
-            ("127.0.0.1:0", "127.0.0.1:0"),
-            ("[::]:80", "[::]:80"),
-            (":::80", "[::]:80"),
-            ("[::1]:8080", "[::1]:8080"),
-            ("1:2:3:4:5:6:7:8:80", "[1:2:3:4:5:6:7:8]:80"),
-            ("[fe80::1%lo]:80", "[fe80::1%1]:80"),
-            ("[::ffff:10.0.0.1]:80", "10.0.0.1:80"),
-        ] {
-            assert_eq!(host(text).as_deref(), Ok(addr), "{text}");
+    fn the_interface_that_is_suggested_is_there() {
+        for text in ["fe80::1", "[fe80::1]", "febf::1"] {
+            let Err(AddrError::NoZone { example, .. }) = text.parse::<ScopedIp>() else { panic!("{text}") };
+            assert!(example.parse::<ScopedIp>().is_ok(), "{example}");
         }
-    }
-
-    #[test]
-    fn what_is_wrong_is_named_with_a_way_out() {
-        for (text, part) in [
-            ("", "port is missing"),
-            ("0.0.0.0", "write it as 0.0.0.0:80"),
-            ("0.0.0.0:", "write it as 0.0.0.0:80"),
-            ("80", "write 0.0.0.0:80"),
-            (":80", "write 0.0.0.0:80"),
-            ("[::]", "write it as [::]:80"),
-            ("[::1", "'[::1' is not an IP address"),
-            ("::1:80", "write [::1]:80"),
-            ("fe80::1", "write it as [fe80::1]:80"),
-            ("localhost:80", "'localhost' is not an IP address"),
-            ("0.0.0.0:http", "'http' is not a port"),
-            ("0.0.0.0:65536", "'65536' is not a port"),
-            ("0.0.0.0:-1", "'-1' is not a port"),
-            ("[fe80::1%nosuchif]:80", "'nosuchif' is not a network interface"),
-        ] {
-            let message = host(text).expect_err(text);
-            assert!(message.contains(part), "{text}: {message}");
-        }
-        let zero = "10.0.0.1:0".parse::<BackendAddr>();
-        assert_eq!(zero, Err(AddrError::ZeroPort));
     }
 }

@@ -16,6 +16,7 @@ pub mod control;
 pub mod demo;
 pub mod docker;
 pub mod duration;
+pub mod endpoint;
 pub mod limits;
 pub mod listen;
 mod log_limit;

@@ -50,6 +50,14 @@ impl PortRange {
         usize::from(self.last - self.first) + 1
     }
 
+    /// The port, if it is one.
+    ///
+    /// # Errors
+    /// [`PortError::Several`]
+    pub fn one(self) -> Result<u16, PortError> {
+        if self.is_single() { Ok(self.first) } else { Err(PortError::Several(self)) }
+    }
+
     /// Whether it is one port.
     pub fn is_single(self) -> bool {
         self.first == self.last
@@ -102,6 +110,9 @@ pub enum PortError {
     /// It is no number that fits.
     #[error("'{0}' is not a port; write a number from 1 to 65535, or a range such as 8000-8010")]
     NotAPort(String),
+    /// Several ports where there can be one.
+    #[error("one port is wanted, and {0} are several; write one of them")]
+    Several(PortRange),
     /// The last port is below the first.
     #[error("the range {first}-{last} ends before it starts; write {last}-{first}")]
     Backwards {

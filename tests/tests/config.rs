@@ -282,7 +282,10 @@ fn wrong_reload() {
     let proxy = Configured::start(&text);
     for (wrong, says) in [
         (String::new(), "rproxy.toml:1:1: there is no [[mapping]] in it".to_owned()),
-        (format!("{text}[[mapping]]\nhost = \"x\""), "rproxy.toml:6:8: host: the port is missing".to_owned()),
+        (
+            format!("{text}[[mapping]]\nhost = \"x\""),
+            "rproxy.toml:6:8: host: 'x' is not an IP address".to_owned(),
+        ),
         (text.repeat(2), "rproxy.toml:6:8: host: port 80 is taken by the mapping".to_owned()),
         (table(taken, backend.address(), ""), "the port is taken by another program".to_owned()),
     ] {

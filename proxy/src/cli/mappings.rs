@@ -10,28 +10,28 @@ use ipnet::IpNet;
 use super::UsageError;
 use super::values::{Limit, To, parse_count};
 use crate::access::{AccessList, parse_network};
-use crate::addr::{AddrError, BackendAddr, HostAddr, Protocol, Protocols, ScopedIp};
+use crate::addr::{AddrError, HostAddr, Protocol, Protocols, ScopedIp};
 use crate::duration::parse_limit;
+use crate::endpoint::{BackendSpec, HostSpec};
 use crate::limits::{Limits, OnLimit};
 use crate::loops::refuse_loops_among;
 use crate::mapping::{Mapping, MappingError};
 use crate::name::Name;
 use crate::overlap::refuse_overlap;
-use crate::ports::PortRange;
 use crate::publish::{ExposedPorts, PublishSpec};
 
 const HOST_HELP: &str =
-    "Address and port to listen on, such as 0.0.0.0:80, [::]:80 or 127.0.0.1:0; goes with a --to";
+    "Address and ports to listen on, such as [::]:80, 127.0.0.1:0 or 0.0.0.0:8000-8010; goes with a --to";
 const PUBLISH_HELP: &str = "What to publish: [[ADDRESS:][HOST_PORT]:]PORT[/PROTOCOL], ports also as ranges";
 
 /// Which mappings, and what bounds them.
 #[derive(Args, Debug)]
 pub struct MappingArgs {
     // Brackets in a doc comment would be links.
-    #[arg(long, value_name = "ADDRESS:PORT", help = HOST_HELP)]
-    host: Vec<HostAddr>,
-    /// Address and port to forward to, for the --host at the same place; or the address for -p and -P
-    #[arg(long, value_name = "ADDRESS[:PORT]")]
+    #[arg(long, value_name = "ADDRESS:PORTS", help = HOST_HELP)]
+    host: Vec<HostSpec>,
+    /// Address and ports to forward to, for the --host at the same place; or the address for -p and -P
+    #[arg(long, value_name = "ADDRESS[:PORTS]")]
     to: Vec<To>,
     #[arg(short = 'p', visible_alias = "publish", value_name = "SPEC", help = PUBLISH_HELP)]
     publish: Vec<PublishSpec>,
@@ -44,7 +44,7 @@ pub struct MappingArgs {
     /// tcp, udp or tcp+udp: once for every --host, or once for each [default: tcp]
     #[arg(long, value_name = "PROTOCOL")]
     proto: Vec<Protocols>,
-    #[arg(long, help = "Leave IPv4 clients out of [::]")]
+    #[arg(long, help = "Leave IPv4 clients out of each [::]")]
     v6only: bool,
     /// A name for the mapping, if it is one [default: one that follows from its ports]
     #[arg(long)]
@@ -58,13 +58,13 @@ pub struct MappingArgs {
 #[command(next_help_heading = "Limits of each mapping")]
 struct LimitArgs {
     /// How long a backend may take to answer before its client is reset, or 'unlimited'
-    #[arg(long, value_name = "DURATION", default_value = "10s")]
+    #[arg(long, value_name = "DURATION", default_value = "10s", allow_hyphen_values = true)]
     connect_timeout: Limit,
     /// A TCP connection is reset when nothing has moved for this long, or 'unlimited'
-    #[arg(long, value_name = "DURATION", default_value = "unlimited")]
+    #[arg(long, value_name = "DURATION", default_value = "unlimited", allow_hyphen_values = true)]
     idle_timeout: Limit,
     /// TCP connections of a mapping at a time [default: as descriptors allow]
-    #[arg(long, value_name = "COUNT", value_parser = parse_count)]
+    #[arg(long, value_name = "COUNT", value_parser = parse_count, allow_hyphen_values = true)]
     max_connections: Option<usize>,
     /// Whether connections beyond --max-connections wait in the backlog, or are reset
     #[arg(long, value_enum, default_value_t)]
@@ -76,13 +76,13 @@ struct LimitArgs {
     #[arg(long, value_name = "NETWORK", value_delimiter = ',', value_parser = parse_network)]
     deny: Vec<IpNet>,
     /// A UDP flow ends when neither side has sent anything for this long
-    #[arg(long, value_name = "DURATION", default_value = "90s", value_parser = parse_limit)]
+    #[arg(long, value_name = "DURATION", default_value = "90s", value_parser = parse_limit, allow_hyphen_values = true)]
     udp_timeout: Duration,
     /// UDP flows at a time; at the cap the longest idle one goes [default: as descriptors and ports allow]
-    #[arg(long, value_name = "COUNT", value_parser = parse_count)]
+    #[arg(long, value_name = "COUNT", value_parser = parse_count, allow_hyphen_values = true)]
     udp_max_flows: Option<usize>,
     /// UDP flows at a time from one IPv4 address or IPv6 /64 [default: 3/4 of --udp-max-flows]
-    #[arg(long, value_name = "COUNT", value_parser = parse_count)]
+    #[arg(long, value_name = "COUNT", value_parser = parse_count, allow_hyphen_values = true)]
     udp_max_flows_per_source: Option<usize>,
 }
 
@@ -151,6 +151,9 @@ impl MappingArgs {
         let (backends, addresses) = self.split_to();
         let mut asked = self.paired(&backends, &addresses)?;
         asked.extend(self.published(&backends, &addresses)?);
+        if self.v6only && !asked.iter().any(|asked| asked.mapping.host() == ScopedIp::ANY) {
+            return Err(wrong("--v6only", &"v6only is for [::], and no mapping listens there"));
+        }
         let asked = asked.into_iter().map(|asked| self.finish(asked)).collect::<Result<Vec<_>, _>>()?;
         let mut mappings: Vec<Mapping> = asked.iter().map(|asked| asked.mapping.clone()).collect();
         refuse_overlap(&mappings).map_err(|error| {
@@ -174,10 +177,12 @@ impl MappingArgs {
 
     /// Which words of the command line ask to listen at `host`, for messages.
     pub fn words_for(&self, host: HostAddr) -> &'static str {
-        if !self.publishes() || self.host.contains(&host) { "--host" } else { "-p" }
+        let addr = host.socket_addr();
+        let is_asked = self.host.iter().any(|asked| asked.contains(addr.into(), addr.port()));
+        if !self.publishes() || is_asked { "--host" } else { "-p" }
     }
 
-    fn split_to(&self) -> (Vec<BackendAddr>, Vec<(ScopedIp, AddrError)>) {
+    fn split_to(&self) -> (Vec<BackendSpec>, Vec<(ScopedIp, AddrError)>) {
         let mut split = (Vec::new(), Vec::new());
         for to in &self.to {
             match to {
@@ -191,7 +196,7 @@ impl MappingArgs {
     /// The mappings of `--host`, each with the `--to` at the same place.
     fn paired(
         &self,
-        backends: &[BackendAddr],
+        backends: &[BackendSpec],
         addresses: &[(ScopedIp, AddrError)],
     ) -> Result<Vec<Asked>, UsageError> {
         if let (Some((address, error)), false) = (addresses.first(), self.publishes()) {
@@ -202,7 +207,7 @@ impl MappingArgs {
         }
         if let Some(to) = backends.get(self.host.len()) {
             let problem = if self.publishes() {
-                format!("its --host is missing; for -p the address is enough: --to {}", to.host())
+                format!("its --host is missing; for -p the address is enough: --to {}", to.ip)
             } else {
                 "its --host is missing; each --to goes with one".to_owned()
             };
@@ -235,7 +240,7 @@ impl MappingArgs {
     /// The mappings of `-p` and `-P`, all to one address.
     fn published(
         &self,
-        backends: &[BackendAddr],
+        backends: &[BackendSpec],
         addresses: &[(ScopedIp, AddrError)],
     ) -> Result<Vec<Asked>, UsageError> {
         if !self.publishes() {
@@ -267,20 +272,24 @@ impl MappingArgs {
 
     /// What holds for all mappings.
     fn finish(&self, Asked { words, mapping }: Asked) -> Result<Asked, UsageError> {
-        let mapping =
-            if self.v6only { mapping.v6only().map_err(|error| wrong(&words, &error))? } else { mapping };
+        let mapping = if self.v6only && mapping.host() == ScopedIp::ANY {
+            mapping.v6only().map_err(|error| wrong(&words, &error))?
+        } else {
+            mapping
+        };
         Ok(Asked { words, mapping: mapping.limited(self.limits.limits()) })
     }
 }
 
 /// One `--host` and its `--to`.
-fn pair(host: HostAddr, to: BackendAddr, protocols: Protocols) -> Result<Asked, UsageError> {
-    let host_ports = PortRange::single(host.socket_addr().port()).ok();
-    let ports = PortRange::single(to.socket_addr().port()).expect("a backend is not at port 0");
-    let listens = (ScopedIp::from(host.socket_addr()), host_ports);
-    let mapping = Mapping::new(protocols, listens, (to.socket_addr().into(), ports));
-    let mapping = mapping.map_err(|error| wrong(&format!("--to {to}"), &error))?;
-    Ok(Asked { words: format!("--host {host}"), mapping })
+fn pair(host: HostSpec, to: BackendSpec, protocols: Protocols) -> Result<Asked, UsageError> {
+    let mapping = Mapping::new(protocols, (host.ip, host.ports), (to.ip, to.ports));
+    let words = format!("--host {host}");
+    let mapping = mapping.map_err(|error| match error {
+        MappingError::Lengths { .. } => wrong(&words, &error),
+        _ => wrong(&format!("--to {to}"), &error),
+    })?;
+    Ok(Asked { words, mapping })
 }
 
 /// One `-p` or `--expose`.

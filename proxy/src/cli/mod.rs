@@ -75,7 +75,7 @@ pub struct Serve {
     #[arg(long)]
     pub print_config: bool,
     /// How long connections may go on after SIGTERM or SIGINT; 0 cuts them at once
-    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = duration::parse)]
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = duration::parse, allow_hyphen_values = true)]
     pub drain_timeout: Duration,
     /// How long connections may go on in the old process after an upgrade (SIGUSR2), or 'unlimited'
     #[arg(long, value_name = "DURATION", default_value = duration::UNLIMITED)]
@@ -131,7 +131,7 @@ pub fn parse(args: &[OsString]) -> Result<Cli, Unparsed> {
     Cli::try_parse_from(words).map_err(|error| match (one_dash(args), error.kind()) {
         (Some(mistake), _) => Unparsed::Wrong(mistake),
         (None, ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => Unparsed::Asked(error.to_string()),
-        _ => Unparsed::Wrong(one_line(&error)),
+        _ => Unparsed::Wrong(one_line(&error, &help_for(args))),
     })
 }
 
@@ -142,10 +142,10 @@ fn one_dash(args: &[OsString]) -> Option<UsageError> {
     let has = |arg: &clap::Arg, name: &str| {
         arg.get_long() == Some(name) || arg.get_visible_aliases().unwrap_or_default().contains(&name)
     };
-    let is_long = |name: &str| {
-        let mut all = command.get_subcommands().chain([&command]).flat_map(clap::Command::get_arguments);
-        all.any(|arg| has(arg, name))
-    };
+    let commands = [&command].into_iter().chain(command.get_subcommands());
+    let commands = commands.flat_map(|command| [command].into_iter().chain(command.get_subcommands()));
+    let options: Vec<&clap::Arg> = commands.flat_map(clap::Command::get_arguments).collect();
+    let is_long = |name: &str| options.iter().any(|arg| has(arg, name));
     let written = args.iter().filter_map(|arg| arg.to_str()?.strip_prefix('-'));
     let names = written.map(|text| text.split('=').next().unwrap_or_default());
     let name = names.into_iter().find(|name| is_long(name))?;
@@ -173,8 +173,20 @@ impl UsageError {
     }
 }
 
-/// clap's message without its paragraphs: the argument, what is wrong with it, what would work.
-fn one_line(error: &clap::Error) -> UsageError {
+/// The command that shows the options which `args` can have.
+fn help_for(args: &[OsString]) -> String {
+    let command = Cli::command();
+    let (mut command, mut words) = (&command, "rproxy".to_owned());
+    for arg in args.iter().filter_map(|arg| arg.to_str()) {
+        let Some(next) = command.find_subcommand(arg) else { break };
+        words = format!("{words} {arg}");
+        command = next;
+    }
+    format!("{words} --help")
+}
+
+/// clap's message without its paragraphs: the argument, what is wrong with it, what would work, as `help` says.
+fn one_line(error: &clap::Error, help: &str) -> UsageError {
     let context = |kind| match error.get(kind) {
         Some(ContextValue::String(text)) => Some(text.as_str()),
         _ => None,
@@ -186,7 +198,7 @@ fn one_line(error: &clap::Error) -> UsageError {
         return UsageError(format!("{argument} {value}: {reason}"));
     }
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        return UsageError("what to do is missing; `rproxy help ctl` lists what there is".to_owned());
+        return UsageError(format!("what to do is missing; `{help}` lists what there is"));
     }
     let text = error.to_string();
     let lines: Vec<_> = text
@@ -196,7 +208,7 @@ fn one_line(error: &clap::Error) -> UsageError {
         .filter(|line| !line.is_empty())
         .map(|line| line.trim_start_matches("error: ").trim_start_matches("tip: "))
         .collect();
-    UsageError(format!("{}; `rproxy --help` lists what there is", lines.join("; ").replace(":;", ":")))
+    UsageError(format!("{}; `{help}` lists what there is", lines.join("; ").replace(":;", ":")))
 }
 
 #[cfg(test)]
@@ -233,6 +245,14 @@ mod tests {
             mappings("--host 0.0.0.0:1 --to 10.0.0.1 --to 10.0.0.2:2 -p 3:3 --proto tcp+udp"),
             ["0.0.0.0:1:2/tcp+udp 10.0.0.2", "[::]:3:3/tcp 10.0.0.1"],
         );
+        assert_eq!(
+            mappings(
+                "--host 10.0.0.11:7000-7005 --to 10.0.0.1:7000-7005 --host :::8000-8010 --to 10.0.0.1:80"
+            ),
+            ["10.0.0.11:7000-7005:7000-7005/tcp 10.0.0.1", "[::]:8000-8010:80/tcp 10.0.0.1"],
+        );
+        let both = "--host [::]:80 --to 10.0.0.1:80 --host 0.0.0.0:80 --to 10.0.0.2:80 --v6only";
+        assert_eq!(mappings(both), ["[::]:80:80/tcp 10.0.0.1", "0.0.0.0:80:80/tcp 10.0.0.2"]);
     }
 
     #[test]
@@ -318,7 +338,7 @@ mod tests {
                 "--host 0.0.0.0:80 --to 10.0.0.1",
                 "--to 10.0.0.1: the port is missing; write it as 10.0.0.1:80",
             ),
-            ("--config x --to 10.0.0.1", "'--config <FILE>' cannot be used with '--to <ADDRESS[:PORT]>'"),
+            ("--config x --to 10.0.0.1", "'--config <FILE>' cannot be used with '--to <ADDRESS[:PORTS]>'"),
             ("--config x --idle-timeout 3", "cannot be used with"),
             ("--max-connections 0", "--max-connections 0: not a number from 1 up"),
             ("--on-limit drop", "--on-limit"),
@@ -336,6 +356,102 @@ mod tests {
             ("check-config", "were not provided: <FILE>"),
         ] {
             assert_wrong(line, part);
+        }
+    }
+
+    #[test]
+    fn mistakes_in_values_name_the_argument() {
+        for (line, part) in [
+            ("--drain-timeout -1s", "--drain-timeout -1s: not a duration; write one such as 10s"),
+            ("--idle-timeout -5", "--idle-timeout -5: not a duration"),
+            ("--max-connections -1", "--max-connections -1: not a number from 1 up"),
+            (
+                "--host 10.0.0.11:80-82 --to 10.0.0.1:80-81",
+                "--host 10.0.0.11:80-82: 3 host ports (80-82) do not fit 2",
+            ),
+            (
+                "--host [::]:80 --to 18000",
+                "--to 18000: the address is missing; write the backend's too, as in 172.17.0.2:18000",
+            ),
+            ("--host [fe80::1]:80 --to 10.0.0.1:80", "--host [fe80::1]:80: fe80::1 is a link-local address"),
+            ("--host [::]:80 --to fe80::1", "--to fe80::1: fe80::1 is a link-local address"),
+            ("-p [fe80::1]:80:80 --to 10.0.0.1", "-p [fe80::1]:80:80: fe80::1 is a link-local address"),
+            ("ctl retarget web -to 10.0.0.1:80", "-to: options have two dashes here"),
+            ("ctl stats -watch", "-watch: options have two dashes here"),
+            ("ctl add --nmae x", "'--name'; `rproxy ctl add --help` lists"),
+        ] {
+            assert_wrong(line, part);
+        }
+    }
+
+    /// The values that a message suggests: they follow certain words, and are no words themselves.
+    fn suggestions(message: &str) -> Vec<String> {
+        let words: Vec<&str> = message.split_whitespace().collect();
+        let bare = |word: &str| word.trim_end_matches([',', ';']).trim_matches(['`', '\'']).to_owned();
+        let follows = |two: &[&str]| ["write", "as", "in", "or"].contains(&two[0]);
+        let suggested = words.windows(2).filter(|two| follows(two)).map(|two| bare(two[1]));
+        suggested.filter(|word| word.contains(|c: char| c.is_ascii_digit() || "+[".contains(c))).collect()
+    }
+
+    /// Command lines, and what is wrong in the place of `{}`.
+    const WRONG: &[(&str, &[&str])] = &[
+        (
+            "--host {} --to 10.0.0.1:80",
+            &[
+                "80",
+                "0",
+                ":80",
+                "80-90",
+                "0.0.0.0",
+                "0.0.0.0:",
+                "::1:80",
+                "::1",
+                "fe80::1",
+                "[fe80::1]:80",
+                "fe80::1:80",
+                "[::]",
+                "",
+            ],
+        ),
+        (
+            "--host 127.0.0.1:0 --to {}",
+            &["18000", ":18000", "10.0.0.1", "10.0.0.1:", "fe80::1", "[fe80::1]:80", "fd00::2:80", ""],
+        ),
+        ("--host {}:80 --to 10.0.0.1:80", &["localhost", "zz", "10.0.0.256"]),
+        ("--host 127.0.0.1:0 --to {}:80", &["localhost", "0.0.0.0", "[::]"]),
+        ("--host 127.0.0.1:{} --to 10.0.0.1:80", &["90-80", "http", "65536"]),
+        ("--host 127.0.0.1:0 --to 10.0.0.1:{}", &["http", "65536"]),
+        ("--to 10.0.0.1 -p {}", &["10.0.0.11:80", "[::1]:80", "::1:80:80"]),
+        ("--to 10.0.0.1 -p {}:80:80", &["localhost", "[fe80::1]", "10.0.0.256"]),
+        ("--to {} -p 80", &["0.0.0.0", "[::]", "localhost"]),
+        ("--host 127.0.0.1:0 --to 10.0.0.1:80 --proto {}", &["icmp", "sctp", "TCP"]),
+        ("--host 127.0.0.1:0 --to 10.0.0.1:80 --idle-timeout {}", &["soon", "0", "-1s", "1 week ago"]),
+        ("--host 127.0.0.1:0 --to 10.0.0.1:80 --udp-timeout {}", &["soon", "0", "-1s", "1 week ago"]),
+        ("--host 127.0.0.1:0 --to 10.0.0.1:80 --drain-timeout {}", &["soon", "-1s"]),
+        ("--host 127.0.0.1:0 --to 10.0.0.1:80 --allow {}", &["10.0.0.1/8", "::ffff:10.0.0.1/104", "lan"]),
+    ];
+
+    #[test]
+    fn what_a_message_suggests_is_accepted() {
+        for (template, wrong) in WRONG {
+            for wrong_value in *wrong {
+                let parsed = |value: &str| {
+                    let args = template.split(' ').map(|word| word.replace("{}", value).into());
+                    let args: Vec<OsString> = args.collect();
+                    match parse(&args) {
+                        Ok(cli) => cli.serve.mappings().map_err(|error| error.to_string()),
+                        Err(Unparsed::Wrong(error)) => Err(error.to_string()),
+                        Err(Unparsed::Asked(text)) => panic!("{text}"),
+                    }
+                };
+                let message = parsed(wrong_value).expect_err(template);
+                let suggestions = suggestions(&message);
+                assert!(!suggestions.is_empty(), "{template} {wrong_value}: {message}");
+                for suggestion in suggestions {
+                    let again = parsed(&suggestion);
+                    assert!(again.is_ok(), "{message}\n{suggestion}: {again:?}");
+                }
+            }
         }
     }
 }

@@ -3,14 +3,15 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-use crate::addr::{AddrError, BackendAddr, ScopedIp};
+use crate::addr::{AddrError, ScopedIp};
 use crate::duration::parse_optional_limit;
+use crate::endpoint::BackendSpec;
 
 /// Where `--to` leads.
 #[derive(Clone, Debug)]
 pub(super) enum To {
-    /// To one port, for a `--host`.
-    Backend(BackendAddr),
+    /// To some ports, for a `--host`.
+    Backend(BackendSpec),
     /// To an address, whose ports `-p` and `-P` say; and why that is too little for a `--host`.
     Address(ScopedIp, AddrError),
 }

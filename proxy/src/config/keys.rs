@@ -1,13 +1,15 @@
 //! The keys of a `[[mapping]]` table.
 
 use std::ops::Range;
+use std::str::FromStr;
 
 use serde::Deserialize;
 use toml::Spanned;
 
 use super::mistake::Found;
-use crate::addr::split_port;
+use crate::addr::AddrError;
 use crate::control::wire::{FieldError, WireLimits, WireMapping};
+use crate::endpoint::{BackendSpec, HostSpec};
 use crate::mapping::Mapping;
 
 type Text = Option<Spanned<String>>;
@@ -88,16 +90,14 @@ impl Keys {
     }
 
     fn read(&self) -> Result<Mapping, FieldError> {
-        let (host, host_ports) =
-            address_and_ports("host", self.host.as_ref(), "listen on, as in \"[::]:80\"")?;
-        let (to, to_ports) =
-            address_and_ports("to", self.to.as_ref(), "forward to, as in \"172.17.0.2:80\"")?;
+        let host: HostSpec = endpoint("host", self.host.as_ref(), "listen on, as in \"[::]:80\"")?;
+        let to: BackendSpec = endpoint("to", self.to.as_ref(), "forward to, as in \"172.17.0.2:80\"")?;
         let wire = WireMapping {
             name: text(&self.name),
-            host: Some(host),
-            host_ports: Some(host_ports).filter(|ports| ports != "0"),
-            to,
-            to_ports,
+            host: Some(host.ip.to_string()),
+            host_ports: host.ports.map(|ports| ports.to_string()),
+            to: to.ip.to_string(),
+            to_ports: to.ports.to_string(),
             proto: text(&self.proto),
             v6only: self.v6only.as_ref().is_some_and(|value| *value.get_ref()),
             limits: self.limits(),
@@ -135,14 +135,13 @@ fn text(value: &Text) -> Option<String> {
     value.as_ref().map(|value| value.get_ref().clone())
 }
 
-/// Splits `ADDRESS:PORTS`; what they are worth is for others to say.
-fn address_and_ports(
+/// Parses `ADDRESS:PORTS`.
+fn endpoint<T: FromStr<Err = AddrError>>(
     field: &'static str,
     value: Option<&Spanned<String>>,
     purpose: &str,
-) -> Result<(String, String), FieldError> {
+) -> Result<T, FieldError> {
     let missing = || format!("it is missing; write the address and port to {purpose}");
     let value = value.ok_or_else(|| FieldError::new(field, missing()))?;
-    let (address, ports) = split_port(value.get_ref()).map_err(|error| FieldError::new(field, error))?;
-    Ok((address.to_owned(), ports.to_owned()))
+    value.get_ref().parse().map_err(|error| FieldError::new(field, error))
 }

@@ -14,10 +14,10 @@ use super::protocol::{self, Request};
 use super::socket::DEFAULT_PATH;
 use super::table;
 use super::wire::WireMapping;
-use crate::addr::BackendAddr;
 use crate::cli::{MappingArgs, UsageError};
 use crate::config::{self, ConfigError};
 use crate::console;
+use crate::endpoint::BackendSpec;
 use crate::name::Name;
 
 /// How long an answer may take: binding ten thousand sockets takes far less.
@@ -52,9 +52,9 @@ enum Command {
     Retarget {
         /// The mapping, as `list` shows it
         name: Name,
-        /// The new backend; for a range its first port
-        #[arg(long, value_name = "ADDRESS:PORT")]
-        to: BackendAddr,
+        /// The new backend; for a range all ports, or the first one
+        #[arg(long, value_name = "ADDRESS:PORTS")]
+        to: BackendSpec,
     },
     /// Serve exactly what a file says: all of it, or nothing changes
     Apply {
@@ -67,7 +67,7 @@ enum Command {
     Stats {
         /// Again and again, after so many seconds
         #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1",
-              value_parser = clap::value_parser!(u64).range(1..=5))]
+              allow_negative_numbers = true, value_parser = clap::value_parser!(u64).range(1..=5))]
         watch: Option<u64>,
     },
 }

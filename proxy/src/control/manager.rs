@@ -22,9 +22,10 @@ use super::clients::{self, Call, Reply};
 use super::protocol::{self, Refusal, Request};
 use super::socket::{ControlSocket, SocketFile};
 use super::wire::WireMapping;
-use crate::addr::BackendAddr;
+use crate::addr::AddrError;
 use crate::change::Changed;
 use crate::config;
+use crate::endpoint::BackendSpec;
 use crate::mapping::Mapping;
 use crate::name::Name;
 use crate::ports::PortRange;
@@ -366,13 +367,14 @@ fn parse_name(name: &str) -> Result<Name, Refusal> {
 
 async fn retarget(server: &mut Server, name: &Name, to: &str) -> Result<Changed, Refusal> {
     let wrong = |error: &dyn std::fmt::Display| Refusal::bad_request(format!("to {to}: {error}"));
-    let to_addr = to.parse::<BackendAddr>().map_err(|error| wrong(&error))?.socket_addr();
+    let BackendSpec { ip, ports } = to.parse().map_err(|error: AddrError| wrong(&error))?;
     // An unknown name is for the server to refuse.
     let count = server.registry().get(name).map_or(1, |served| served.mapping().backend_ports().count());
-    let last = u16::try_from(count - 1).ok().and_then(|more| to_addr.port().checked_add(more));
+    let Ok(first) = ports.one() else { return Ok(server.retarget(name, ip, ports).await?) };
+    let last = u16::try_from(count - 1).ok().and_then(|more| first.checked_add(more));
     let last = last.ok_or_else(|| wrong(&format_args!("there are no {count} ports from there on")))?;
-    let ports = PortRange::new(to_addr.port(), last).map_err(|error| wrong(&error))?;
-    Ok(server.retarget(name, to_addr.into(), ports).await?)
+    let ports = PortRange::new(first, last).map_err(|error| wrong(&error))?;
+    Ok(server.retarget(name, ip, ports).await?)
 }
 
 /// Why managing ended.

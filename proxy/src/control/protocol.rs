@@ -52,7 +52,7 @@ pub enum Request {
     Retarget {
         /// Its name.
         name: String,
-        /// The address and port of the new backend, for a range the first port.
+        /// The address and ports of the new backend; for a range the first port will do.
         to: String,
     },
     /// Serve exactly these mappings.
