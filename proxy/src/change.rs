@@ -134,7 +134,7 @@ impl Server {
         self.carry_out(Plan { remove: vec![name.clone()], unchanged, ..Plan::default() }).await
     }
 
-    /// Makes new connections and flows of a mapping go to another backend. Those that it has go on.
+    /// Makes new connections of a mapping, and all datagrams, go to another backend. Connections that it has go on.
     ///
     /// # Errors
     /// [`ChangeError::Unknown`], or [`ChangeError::Mapping`] if the ports do not fit.

@@ -134,7 +134,7 @@ impl Server {
     /// Makes a bound port one of the listeners, to be served later.
     pub(crate) fn assign(&mut self, port: BoundPort, service: &Arc<Service>) -> io::Result<Assignment> {
         let BoundPort { forward, listener } = port;
-        let task = self.task(forward.protocol, &service.limits)?;
+        let task = self.task(forward.protocol)?;
         let port = match listener {
             Listener::Tcp(listener) => task.add(listener)?,
             Listener::Udp(socket) => task.add(socket)?,
@@ -144,7 +144,7 @@ impl Server {
     }
 
     /// The task for `protocol`, started if this is the first time that it is needed.
-    fn task(&mut self, protocol: Protocol, limits: &Limits) -> io::Result<&ListenerTask> {
+    fn task(&mut self, protocol: Protocol) -> io::Result<&ListenerTask> {
         let _entered = self.runtime.enter();
         match protocol {
             Protocol::Tcp => match &mut self.tasks.tcp {
@@ -158,7 +158,7 @@ impl Server {
                 none => {
                     let beside_tcp = self.beside_tcp;
                     Ok(none.insert(ListenerTask::spawn(|poll, orders| {
-                        UdpRelay::new(poll, orders, limits, beside_tcp).run()
+                        UdpRelay::new(poll, orders, beside_tcp).run()
                     })?))
                 }
             },

@@ -1,5 +1,6 @@
 //! What the sockets and connections of a mapping share.
 
+use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
@@ -91,6 +92,11 @@ impl Service {
         }
         has_room
     }
+
+    /// Whether a client at `ip` is served.
+    pub(crate) fn would_admit(&self, ip: IpAddr) -> bool {
+        self.limits.access.refusal(ip).is_none()
+    }
 }
 
 /// A connection's place in its mapping, given up when dropped.
@@ -145,6 +151,11 @@ impl FlowPlace {
         stats.flows.add(1);
         stats.flows_total.add(1);
         Self(route.clone())
+    }
+
+    /// Where the flow ends up, and how it is served.
+    pub(crate) fn route(&self) -> &Arc<Route> {
+        &self.0
     }
 }
 

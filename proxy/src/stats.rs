@@ -45,11 +45,22 @@ pub enum Trouble {
     OverLimit,
     /// A flow could not be opened, and a datagram was lost.
     FlowFailed,
+    /// A flow ended before its time, for there was no room for all.
+    FlowDisplaced,
+    /// A datagram was lost because the network refused it, at once or later (ICMP).
+    DatagramRefused,
+    /// A datagram was lost because there was no room for it.
+    NoBuffer,
+    /// A datagram was lost because it was larger than the way takes.
+    TooLarge,
+    /// A datagram was dropped because no client can have sent it: its source is the backend, a
+    /// listener here, or nobody.
+    Forged,
 }
 
 impl Trouble {
     /// All of them, in the order in which they are shown.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 13] = [
         Self::Refused,
         Self::ConnectTimeout,
         Self::ConnectFailed,
@@ -58,6 +69,11 @@ impl Trouble {
         Self::Denied,
         Self::OverLimit,
         Self::FlowFailed,
+        Self::FlowDisplaced,
+        Self::DatagramRefused,
+        Self::NoBuffer,
+        Self::TooLarge,
+        Self::Forged,
     ];
 
     /// Its name in the control protocol.
@@ -71,6 +87,11 @@ impl Trouble {
             Self::Denied => "denied",
             Self::OverLimit => "over_limit",
             Self::FlowFailed => "flow_failed",
+            Self::FlowDisplaced => "flow_displaced",
+            Self::DatagramRefused => "datagram_refused",
+            Self::NoBuffer => "no_buffer",
+            Self::TooLarge => "too_large",
+            Self::Forged => "forged",
         }
     }
 }
@@ -105,7 +126,12 @@ impl Stats {
 
     /// Counts an occurrence of `trouble`.
     pub(crate) fn count(&self, trouble: Trouble) {
-        self.troubles[trouble as usize].add(1);
+        self.count_many(trouble, 1);
+    }
+
+    /// Counts `count` occurrences of `trouble`.
+    pub(crate) fn count_many(&self, trouble: Trouble, count: u64) {
+        self.troubles[trouble as usize].add(count);
     }
 }
 

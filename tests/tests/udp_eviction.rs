@@ -25,6 +25,7 @@ fn main() -> ExitCode {
         case("single datagrams displace no established flow", || flood_spares_established(1, 0)),
         case("pairs of datagrams displace no established flow", || flood_spares_established(2, 0)),
         case("answers alone establish no flow", || flood_spares_established(1, 2)),
+        case("clients that go on after an answer displace no established flow", others_go_on),
         case("a flow that only sends for a while is established", lasting_flow_is_established),
         case("flows that only send for a moment are not", brief_flows_are_not),
         case("a new client is served when all flows are established", full_of_established_flows),
@@ -118,16 +119,32 @@ fn brief_flows_are_not() {
     assert!(brief.iter().any(|(flow, client)| cap.send(client) != *flow), "flows of a moment have stayed");
 }
 
-/// It comes to a second exchange, and so to a place; the longest idle of the others has made room.
+/// Flows that may be established. The others are for new ones.
+const ESTABLISHED: usize = CAP - CAP / 8;
+
+/// Whether they are meant or not: a client cannot be told from one whose address is forged by someone who guesses
+/// when the backend has answered.
+fn others_go_on() {
+    let cap = Cap::new();
+    let established: Vec<_> = (0..ESTABLISHED).map(|_| cap.established()).collect();
+    for _ in 0..5 * CAP {
+        cap.established();
+    }
+    for (client, flow) in &established {
+        assert_eq!(cap.send(client), *flow, "an established flow was displaced");
+    }
+}
+
+/// It comes to a second exchange in the share of new ones; the longest idle there has made room.
 fn full_of_established_flows() {
     let cap = Cap::new();
-    let others: Vec<_> = (0..CAP).map(|_| cap.established()).collect();
+    let mut others: Vec<_> = (0..CAP).map(|_| cap.established()).collect();
     let (client, flow) = cap.established();
-    let ((longest_idle, displaced), others) = others.split_first().unwrap();
-    for (other, flow) in others {
+    let (longest_idle, displaced) = others.remove(ESTABLISHED);
+    for (other, flow) in &others {
         assert_eq!(cap.send(other), *flow, "another flow than the longest idle was displaced");
     }
     assert_eq!(cap.send(&client), flow);
-    let _taken = UdpSocket::bind(*displaced).unwrap();
-    assert_ne!(cap.send(longest_idle), *displaced);
+    let _taken = UdpSocket::bind(displaced).unwrap();
+    assert_ne!(cap.send(&longest_idle), displaced);
 }

@@ -78,9 +78,11 @@ const ALWAYS: &[libc::c_long] = &[
     libc::SYS_sigaltstack,
 ];
 
+/// Calls that flows need: each has a port of its own, which is not left to the kernel.
+const FOR_DATAGRAMS: &[libc::c_long] = &[libc::SYS_bind];
+
 /// Calls that serve something else: other listeners, files that Landlock lets pass.
 const FOR_CHANGES: &[libc::c_long] = &[
-    libc::SYS_bind,
     libc::SYS_getcwd,
     libc::SYS_listen,
     libc::SYS_lseek,
@@ -108,8 +110,9 @@ pub(super) fn restrict(needs: &Needs<'_>) -> io::Result<String> {
 
 fn filter(needs: &Needs<'_>) -> Result<BpfProgram, seccompiler::BackendError> {
     let mut rules: BTreeMap<libc::c_long, Vec<SeccompRule>> = conditional(needs)?.into_iter().collect();
-    let more = if needs.changes.is_some() { FOR_CHANGES } else { &[] };
-    rules.extend(ALWAYS.iter().chain(more).map(|call| (*call, Vec::new())));
+    let datagrams = if needs.udp || needs.changes.is_some() { FOR_DATAGRAMS } else { &[] };
+    let changes = if needs.changes.is_some() { FOR_CHANGES } else { &[] };
+    rules.extend([ALWAYS, datagrams, changes].concat().into_iter().map(|call| (call, Vec::new())));
     let arch = std::env::consts::ARCH.try_into()?;
     let refused = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
     SeccompFilter::new(rules, refused, SeccompAction::Allow, arch)?.try_into()

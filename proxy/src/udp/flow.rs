@@ -1,18 +1,28 @@
 //! A flow: who it belongs to, and its socket towards the backend.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::time::Instant;
 
 use arrayvec::ArrayVec;
 use rproxy_sys::udp::{BATCH, LocalAddr, RecvBatch, Transmit, receive_trains, set_buffers};
 use socket2::{Domain, SockRef, Socket, Type};
 
-use super::payload::{Amount, Part, Payload};
+use super::local_ports::LocalPorts;
+use super::payload::{Part, Payload};
 use super::send::Backlog;
 use super::table::FlowId;
+use super::tally::Tally;
 use crate::service::{FlowPlace, Route};
+
+/// Ports that are tried for a flow until one is free.
+const PORT_TRIES: usize = 32;
+
+/// Datagrams of strangers that are taken off a new socket at the most. It gets no more once it is
+/// connected.
+const MOST_STRAYS: usize = 4096;
 
 /// Bytes that the kernel may queue for a flow: a burst of answers to one client, all the more while
 /// that client's side is slower.
@@ -59,9 +69,15 @@ pub(super) struct Flow {
     pub(super) trains_out: bool,
     /// Whether answers are left where they are until it is this flow's turn to use the listener.
     pub(super) is_waiting: bool,
+    /// Whether another process has the socket open too, or is about to.
+    pub(super) is_shared: bool,
+    /// Its local port.
+    pub(super) port: u16,
+    /// How large answers were lately, in bytes: each of them, or each train.
+    pub(super) usual_size: usize,
     /// What waits for room on the socket.
     backlog: Backlog,
-    _place: FlowPlace,
+    place: FlowPlace,
 }
 
 /// A flow on its way from one process to another, which is served by neither at the moment.
@@ -94,30 +110,46 @@ impl Wanted {
 }
 
 impl Flow {
-    /// Opens a socket that is connected to the backend of `route`.
+    /// Opens a socket on one of `ports` that is connected to the backend of `route`.
     ///
     /// # Errors
-    /// Those of socket(2) and connect(2); the latter if there is no route.
-    pub(super) fn open(route: &Arc<Route>) -> io::Result<Self> {
+    /// Those of socket(2), bind(2) and connect(2); the last if there is no route.
+    pub(super) fn open(route: &Arc<Route>, ports: &mut LocalPorts, now: Instant) -> io::Result<Self> {
         let addr = route.forward.backend.socket_addr();
         let socket = Socket::new(Domain::for_address(addr), Type::DGRAM.nonblocking(), None)?;
+        let port = bind(&socket, addr, ports, now)?;
+        socket.connect(&addr.into())?;
+        ports.taken(port);
         // Neither is needed for a flow to work, only for it to work well.
         drop(set_buffers(socket.as_fd(), RECEIVE_BUFFER, SEND_BUFFER));
         drop(receive_trains(socket.as_fd()));
-        socket.connect(&addr.into())?;
-        Ok(Self::adopt(Arc::new(socket.into()), route))
+        drain(&socket);
+        Ok(Self::adopt(Arc::new(socket.into()), port, route))
     }
 
-    /// Goes on with a flow whose socket is connected, to whatever backend.
-    pub(super) fn adopt(socket: Arc<OwnedFd>, route: &Arc<Route>) -> Self {
+    /// Goes on with a flow whose socket is connected, from this local port.
+    pub(super) fn adopt(socket: Arc<OwnedFd>, port: u16, route: &Arc<Route>) -> Self {
         Self {
             socket,
             trains_in: true,
             trains_out: true,
             is_waiting: false,
+            is_shared: false,
+            port,
+            usual_size: 0,
             backlog: Backlog::default(),
-            _place: FlowPlace::take(route),
+            place: FlowPlace::take(route),
         }
+    }
+
+    /// What it was opened for.
+    pub(super) fn route(&self) -> &Arc<Route> {
+        self.place.route()
+    }
+
+    /// How many datagrams wait for room.
+    pub(super) fn unsent(&self) -> usize {
+        self.backlog.len()
     }
 
     /// Its socket, to be passed on.
@@ -126,27 +158,28 @@ impl Flow {
     }
 
     /// Sends the datagrams in some slots of `batch` to the backend. Gives `true` if from now on
-    /// some wait for room, which [`Self::wanted`] says too; adds to `amount` what they come to.
+    /// some wait for room, which [`Self::wanted`] says too; adds to `tally` what becomes of them.
     pub(super) fn send(
         &mut self,
         batch: &RecvBatch,
         datagrams: &[(FlowId, usize)],
-        amount: &mut Amount,
+        tally: &mut Tally,
     ) -> bool {
         let mut payload = Payload::new();
         let mut parts: ArrayVec<Part, BATCH> = ArrayVec::new();
-        *amount += payload.add(batch, datagrams, self.trains_in, &mut |part| parts.push(part));
+        payload.add(batch, datagrams, self.trains_in, tally, &mut |part| parts.push(part));
         let messages: ArrayVec<Transmit<'_>, BATCH> =
             parts.iter().map(|part| part.message(&payload)).collect();
         let (waited, trains) = (!self.backlog.is_empty(), self.trains_in);
         let trains_in = &mut self.trains_in;
-        self.backlog.send(self.socket.as_fd(), &messages, trains, &mut |_refused| *trains_in = false);
+        let mut refused = |_index| *trains_in = false;
+        self.backlog.send(self.socket.as_fd(), &messages, trains, tally, &mut refused);
         !waited && !self.backlog.is_empty()
     }
 
     /// Sends what waits, as far as there is room.
-    pub(super) fn flush(&mut self) {
-        self.backlog.flush(self.socket.as_fd());
+    pub(super) fn flush(&mut self, tally: &mut Tally) {
+        self.backlog.flush(self.socket.as_fd(), tally);
     }
 
     /// What its socket has to be watched for now.
@@ -156,8 +189,40 @@ impl Flow {
 
     /// Takes the error of an earlier datagram off the socket. It tells nothing that the next one
     /// would not.
-    pub(super) fn take_error(&self) {
-        drop(SockRef::from(&self.socket).take_error());
+    pub(super) fn take_error(&self, tally: &mut Tally) {
+        if let Ok(Some(error)) = SockRef::from(&self.socket).take_error() {
+            tally.lose(1, error);
+        }
+    }
+}
+
+/// Binds `socket` to one of `ports`, of any local address: connect(2) chooses that.
+fn bind(socket: &Socket, to: SocketAddr, ports: &mut LocalPorts, now: Instant) -> io::Result<u16> {
+    let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    for _ in 0..PORT_TRIES {
+        let Some(port) = ports.candidate(now) else { break };
+        match socket.bind(&SocketAddr::new(any, port).into()) {
+            Ok(()) => return Ok(port),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => ports.others_have(),
+            // Below `ip_unprivileged_port_start`.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => ports.forbidden(port),
+            Err(error) => return Err(error),
+        }
+    }
+    Err(io::Error::new(
+        io::ErrorKind::AddrNotAvailable,
+        "local ports are in use or were a moment ago (net.ipv4.ip_local_port_range; `ss -anp` shows by whom)",
+    ))
+}
+
+/// Throws away what strangers sent to the port before the socket was connected, and answers to whoever
+/// had the port before: nobody has asked anything yet.
+fn drain(socket: &Socket) {
+    for _ in 0..MOST_STRAYS {
+        // An error is one that a datagram of the port's last user met.
+        if socket.recv(&mut []).is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
+            return;
+        }
     }
 }
 

@@ -5,10 +5,11 @@ use std::io;
 use std::os::fd::AsFd;
 use std::time::Instant;
 
+use socket2::{SockAddr, SockRef};
 use tracing::warn;
 
 use super::flow::{Flow, FlowKey, LiveFlow, Wanted};
-use super::relay::{Token, UdpRelay, event, interest};
+use super::relay::{Token, UdpRelay, event, interest, mapping_of};
 use super::table::FlowId;
 use crate::addr::canonical;
 use crate::log_limit::LogLimit;
@@ -44,9 +45,9 @@ impl UdpRelay {
     /// Gives up what is paused.
     pub(super) fn leave(&mut self) {
         for id in self.paused_flows() {
-            let Some(flow) = self.table.remove(id) else { continue };
-            // The other process has the socket open, and then closing it does not end the reports.
-            self.poll.epoll().delete(flow.as_fd()).ok();
+            let Some(mut ended) = self.table.remove(id) else { continue };
+            ended.flow.is_shared = true;
+            self.end(ended);
         }
         self.listeners.close_served();
     }
@@ -72,16 +73,26 @@ impl UdpRelay {
         let number = u32::try_from(listener).unwrap_or(u32::MAX);
         let key = FlowKey::new(number, client, local);
         let Some(listener) = self.listeners.get_mut(listener) else { return Ok(()) };
-        if self.table.find(&key).is_some() {
+        let route = listener.route.clone();
+        if self.table.find(&key).is_some() || !route.service.would_admit(client.ip()) {
             return Ok(());
         }
-        let flow = Flow::adopt(socket, &listener.route.clone());
-        drop(self.table.make_room(client.ip()));
+        let address = |address: io::Result<SockAddr>| Ok::<_, io::Error>(address?.as_socket());
+        let connected = SockRef::from(&socket);
+        if address(connected.peer_addr())? != Some(route.forward.backend.socket_addr()) {
+            // It leads to where the mapping led before.
+            return Ok(());
+        }
+        let port = address(connected.local_addr())?.map_or(0, |addr| addr.port());
+        let flow = Flow::adopt(socket, port, &route);
+        let bounds = self.capacity.bounds(mapping_of(&route), &route.service.limits, now);
+        self.make_room(&bounds, &key);
         let id = self.table.next_id();
         self.poll.epoll().add(&flow, event(Token::Flow(id), Wanted::RECEIVE))?;
-        self.table.insert(key, client.ip(), flow, now);
+        self.capacity.ports.adopted(port);
+        self.table.insert(key, (&bounds, client.ip()), flow, now);
         if is_established {
-            self.table.establish(id);
+            self.table.establish(id, now);
         }
         Ok(())
     }

@@ -12,8 +12,10 @@ use std::time::{Duration, Instant};
 use rproxy_sys::udp::Transmit;
 
 use super::flow::Wanted;
+use super::origin::OwnPorts;
 use super::send::Backlog;
 use super::table::FlowId;
+use super::tally::Tally;
 use crate::poll::Port;
 use crate::service::{Assignment, Route};
 
@@ -29,6 +31,10 @@ pub(super) struct Listener {
     closing: Option<Instant>,
     /// Whether its datagrams are left to another process, or to later.
     pub(super) is_paused: bool,
+    /// When a flow of it had traffic last.
+    pub(super) last_active: Instant,
+    /// How large datagrams were lately, in bytes: each of them, or each train.
+    pub(super) usual_size: usize,
     backlog: Backlog,
     /// Flows whose answers wait until there is room, next in turn first; some may be over.
     pub(super) waiting: VecDeque<FlowId>,
@@ -46,13 +52,19 @@ impl Listener {
     }
 
     /// Sends answers, or keeps those that there is no room for; see [`Backlog::send`].
-    pub(super) fn send(&mut self, messages: &[Transmit<'_>], trains: bool, refused: &mut dyn FnMut(usize)) {
-        self.backlog.send(self.port.as_fd(), messages, trains, refused);
+    pub(super) fn send(
+        &mut self,
+        messages: &[Transmit<'_>],
+        trains: bool,
+        tally: &mut Tally,
+        refused: &mut dyn FnMut(usize),
+    ) {
+        self.backlog.send(self.port.as_fd(), messages, trains, tally, refused);
     }
 
     /// Sends what was kept, as far as there is room. Gives whether that is all.
-    pub(super) fn flush(&mut self) -> bool {
-        self.backlog.flush(self.port.as_fd())
+    pub(super) fn flush(&mut self, tally: &mut Tally) -> bool {
+        self.backlog.flush(self.port.as_fd(), tally)
     }
 
     /// What its socket has to be watched for now.
@@ -73,30 +85,37 @@ pub(super) struct Listeners {
     slots: Vec<Option<Listener>>,
     /// The numbers of those that are on their way out.
     closing: HashSet<usize>,
+    /// Where they are.
+    pub(super) own_ports: OwnPorts,
 }
 
 impl Listeners {
-    /// Serves a listener as `assignment` says. Gives `true` if it was another mapping's, whose flows
-    /// have to go now.
-    pub(super) fn assign(&mut self, assignment: Assignment) -> bool {
+    /// Serves a listener as `assignment` says. Gives how it was served before, if it was.
+    pub(super) fn assign(&mut self, assignment: Assignment, now: Instant) -> Option<Arc<Route>> {
         let Assignment { port, route } = assignment;
         let number = port.number();
         if self.slots.len() <= number {
             self.slots.resize_with(number + 1, || None);
         }
         self.closing.remove(&number);
+        self.own_ports.add(&route.forward);
         match &mut self.slots[number] {
             Some(listener) => {
-                let live = |route: &Route| Arc::as_ptr(&route.service.live);
-                let was_anothers = live(&listener.route) != live(&route);
-                listener.route = route;
                 listener.closing = None;
-                was_anothers
+                Some(std::mem::replace(&mut listener.route, route))
             }
             none => {
-                let (backlog, waiting) = (Backlog::default(), VecDeque::new());
-                *none = Some(Listener { port, route, closing: None, is_paused: false, backlog, waiting });
-                false
+                *none = Some(Listener {
+                    port,
+                    route,
+                    closing: None,
+                    is_paused: false,
+                    last_active: now,
+                    usual_size: 0,
+                    backlog: Backlog::default(),
+                    waiting: VecDeque::new(),
+                });
+                None
             }
         }
     }
@@ -116,17 +135,20 @@ impl Listeners {
         !self.closing.is_empty()
     }
 
-    /// Closes those on their way out that are not `busy`, or have been for too long; gives their
-    /// numbers.
-    pub(super) fn close(&mut self, now: Instant, busy: impl Fn(usize) -> bool) -> Vec<usize> {
-        let Self { slots, closing } = self;
+    /// Closes those on their way out whose flows have been quiet for as long as `quiet`, or that have
+    /// been for too long; gives their numbers.
+    pub(super) fn close(&mut self, now: Instant, quiet: Duration) -> Vec<usize> {
+        let Self { slots, closing, own_ports } = self;
         let is_over = |number: &usize| {
-            let deadline = slots[*number].as_ref().and_then(|listener| listener.closing);
-            deadline.is_none_or(|deadline| now >= deadline) || !busy(*number)
+            let Some(listener) = &slots[*number] else { return true };
+            let is_quiet = now.saturating_duration_since(listener.last_active) >= quiet;
+            is_quiet || listener.closing.is_none_or(|deadline| now >= deadline)
         };
         let over: Vec<usize> = closing.extract_if(is_over).collect();
         for number in &over {
-            slots[*number] = None;
+            if let Some(listener) = slots[*number].take() {
+                own_ports.remove(&listener.route.forward);
+            }
         }
         over
     }
@@ -140,7 +162,12 @@ impl Listeners {
 
     /// Closes those that are served. Their flows have to be gone.
     pub(super) fn close_served(&mut self) {
-        self.slots.iter_mut().for_each(|slot| drop(slot.take_if(|listener| !listener.is_closing())));
+        let Self { slots, own_ports, .. } = self;
+        for slot in slots {
+            if let Some(listener) = slot.take_if(|listener| !listener.is_closing()) {
+                own_ports.remove(&listener.route.forward);
+            }
+        }
     }
 
     /// The listener at `number`, unless it is gone or not known yet.

@@ -2,18 +2,25 @@
 //!
 //! A flow is what one client sends to one local address of ours, and the answers. It has a socket of
 //! its own that is connected to the backend, and nothing else: buffers belong to the [`relay`], which
-//! serves all flows of a process from one task. The [`table`] finds flows and bounds their number;
+//! serves all flows of a process from one task. The [`table`] finds flows and bounds their number, and
+//! [`local_ports`] gives each one a port that no other had a moment ago;
 //! [`train`] groups datagrams so that one call sends many; [`send`] deals with what the kernel
 //! refuses.
 
+mod capacity;
 mod flow;
 mod handover;
 mod listeners;
+mod local_ports;
+mod origin;
 mod payload;
 pub(crate) mod relay;
+mod scopes;
 mod send;
 pub(crate) mod stale;
 mod table;
+mod tally;
 mod train;
+mod turn;
 
 pub(crate) use self::flow::LiveFlow;

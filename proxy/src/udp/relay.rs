@@ -5,7 +5,7 @@
 //! another one's backlog. The flows of a listener share its way out: while that is full, answers stay
 //! in the sockets of their flows, each of which gets the same share of it, in turn.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::pin;
@@ -13,27 +13,23 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arrayvec::ArrayVec;
-use nix::libc;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
-use nix::sys::resource::{Resource, getrlimit};
 use rproxy_sys::udp::{BATCH, RecvBatch, Transmit};
 use tracing::{debug, error, warn};
 
+use super::capacity::{Capacity, has_run_out};
 use super::flow::{Flow, FlowKey, Wanted};
 use super::listeners::Listeners;
-use super::payload::{Amount, Part, Payload};
-use super::send::log_lost;
-use super::table::{Bounds, FlowId, FlowTable, Side};
+use super::payload::{Part, Payload};
+use super::table::{Bounds, Ended, FlowId, FlowTable, MappingId, Side};
+use super::tally::{Tally, Towards};
+use super::turn::{Events, Turn, slots_for};
 use crate::addr::canonical;
-use crate::limits::Limits;
 use crate::log_limit::LogLimit;
 use crate::poll::{PORT, Poll};
-use crate::service::Route;
+use crate::service::{Assignment, Route};
 use crate::stats::Trouble;
 use crate::task::{FlowOrder, Order, Orders};
-
-/// Sockets looked after in one turn.
-const EVENTS: usize = 256;
 
 /// Batches taken from a listener in one turn, before flows get theirs.
 const LISTENER_BATCHES: usize = 4;
@@ -51,8 +47,9 @@ const TURNS_IN_A_ROW: u32 = 2;
 /// When draining, flows are over once none had traffic for this long.
 const QUIET: Duration = Duration::from_secs(1);
 
-/// Descriptors kept for other things than flows.
-const RESERVED_DESCRIPTORS: usize = 64;
+/// Flows that expire, and sockets of ended ones that are closed, in one turn: thousands may end at a
+/// time, and closing a socket takes some microseconds.
+const ENDS_PER_TURN: usize = 64;
 
 /// All UDP mappings of a process.
 pub(crate) struct UdpRelay {
@@ -60,24 +57,32 @@ pub(crate) struct UdpRelay {
     orders: Orders,
     pub(super) listeners: Listeners,
     pub(super) table: FlowTable<FlowKey, Flow>,
+    pub(super) capacity: Capacity,
+    /// Flows that are over, whose sockets are yet to be closed.
+    ended: VecDeque<Ended<Flow>>,
     /// Made when the first datagram arrives: an idle mapping has no buffers.
     batch: Option<Box<RecvBatch>>,
     /// Which flow the datagram in each slot of the batch belongs to.
     slots: Vec<(FlowId, usize)>,
+    turn: Turn,
     draining: bool,
 }
 
 impl UdpRelay {
-    /// A relay without mappings, whose flows are bounded by `limits`. `beside_tcp` says whether
-    /// connections need descriptors too. It ends when nobody can give `orders` any more.
-    pub(crate) fn new(poll: Poll, orders: Orders, limits: &Limits, beside_tcp: bool) -> Self {
+    /// A relay without mappings. `beside_tcp` says whether connections need descriptors too. It ends when
+    /// nobody can give `orders` any more.
+    pub(crate) fn new(poll: Poll, orders: Orders, beside_tcp: bool) -> Self {
+        let capacity = Capacity::of_this_host(beside_tcp);
         Self {
             poll,
             orders,
             listeners: Listeners::default(),
-            table: FlowTable::new(bounds(limits, beside_tcp)),
+            table: FlowTable::new(capacity.most(Instant::now())),
+            capacity,
+            ended: VecDeque::new(),
             batch: None,
             slots: Vec::new(),
+            turn: Turn::default(),
             draining: false,
         }
     }
@@ -87,25 +92,28 @@ impl UdpRelay {
     /// # Errors
     /// What epoll_wait(2) answered; nothing is served any more then.
     pub(crate) async fn run(mut self) -> io::Result<()> {
-        let mut events = vec![EpollEvent::empty(); EVENTS];
+        let mut events = Events::new();
         let mut alarm = pin!(tokio::time::sleep(Duration::ZERO));
         let mut turns = 0_u32;
         while !(self.draining && self.is_quiet(Instant::now())) {
             tokio::select! {
-                // Orders and timers first: under a flood there is always another datagram.
+                // Orders first: under a flood there is always another datagram.
                 biased;
-                order = self.orders.recv(), if !self.draining => {
-                    match order {
-                        Some(order) => self.obey(order),
-                        None => self.draining = true,
-                    }
-                    alarm.as_mut().reset(tokio::time::Instant::now());
+                order = self.orders.recv(), if !self.draining => match order {
+                    Some(order) => self.obey(order),
+                    None => self.draining = true,
+                },
+                count = self.poll.wait(events.room()), if events.is_over() => events.refill(count?),
+                () = std::future::ready(()), if !events.is_over() || !self.ended.is_empty() => {}
+                () = &mut alarm, if self.has_deadline() => {}
+            }
+            self.serve(&mut events);
+            self.end_some(Instant::now());
+            if self.has_deadline() {
+                let deadline = tokio::time::Instant::from_std(self.next_deadline());
+                if alarm.is_elapsed() || deadline < alarm.deadline() {
+                    alarm.as_mut().reset(deadline);
                 }
-                () = &mut alarm, if self.table.len() > 0 || self.listeners.are_closing() => {
-                    self.expire();
-                    alarm.as_mut().reset(self.next_deadline().into());
-                }
-                count = self.poll.wait(&mut events) => self.turn(&events[..count?]),
             }
             turns = turns.wrapping_add(1);
             if turns.is_multiple_of(TURNS_IN_A_ROW) {
@@ -118,13 +126,7 @@ impl UdpRelay {
 
     fn obey(&mut self, order: Order) {
         match order {
-            Order::Serve(assignments) => {
-                let numbered =
-                    assignments.into_iter().map(|assignment| (assignment.port.number(), assignment));
-                let anothers = |(number, assignment)| self.listeners.assign(assignment).then_some(number);
-                let taken_over: HashSet<usize> = numbered.filter_map(anothers).collect();
-                self.end_flows_of(&taken_over);
-            }
+            Order::Serve(assignments) => self.assign(assignments),
             Order::Release(ports, done) => {
                 let now = Instant::now();
                 ports.iter().for_each(|port| self.listeners.release(port.number(), now));
@@ -140,24 +142,97 @@ impl UdpRelay {
         }
     }
 
-    /// Closes the released listeners whose flows are quiet.
-    fn close_listeners(&mut self, now: Instant) {
-        let is_recent = |at: Instant| now.saturating_duration_since(at) < QUIET;
-        let recent = self.table.iter().filter(|(_id, _key, last_active)| is_recent(*last_active));
-        let busy: HashSet<usize> = recent.map(|(_id, key, _last_active)| key.listener as usize).collect();
-        let closed = self.listeners.close(now, |number| busy.contains(&number));
-        self.end_flows_of(&closed.into_iter().collect());
+    /// Serves listeners so from now on. Flows that are not served so any more end: clients that go on get
+    /// others. Those that are get the new bounds.
+    fn assign(&mut self, assignments: Vec<Assignment>) {
+        let now = Instant::now();
+        let (mut theirs, mut access) = (HashSet::new(), HashSet::new());
+        let mut limits = HashMap::new();
+        for assignment in assignments {
+            let (number, new) = (assignment.port.number(), assignment.route.clone());
+            self.capacity.ask(&new.service.limits);
+            let Some(old) = self.listeners.assign(assignment, now) else { continue };
+            if mapping_of(&old) != mapping_of(&new) || old.forward.backend != new.forward.backend {
+                theirs.insert(number);
+            } else if old.service.limits.access != new.service.limits.access {
+                access.insert(number);
+            }
+            if old.service.limits != new.service.limits {
+                limits.insert(mapping_of(&new), new);
+            }
+        }
+        self.end_flows(|listeners, key| {
+            let number = key.listener as usize;
+            theirs.contains(&number)
+                || access.contains(&number) && !listeners[number].route.service.would_admit(key.client.ip())
+        });
+        self.table.set_most(self.capacity.most(now));
+        for (mapping, route) in limits {
+            let bounds = self.capacity.bounds(mapping, &route.service.limits, now);
+            self.table.rebound(&bounds, now);
+            while let Some(ended) = self.table.surplus(&bounds) {
+                self.displace(ended);
+            }
+        }
     }
 
-    /// Ends the flows of some listeners.
-    fn end_flows_of(&mut self, listeners: &HashSet<usize>) {
-        if listeners.is_empty() {
-            return;
+    /// Closes the released listeners whose flows are quiet.
+    fn close_listeners(&mut self, now: Instant) {
+        let closed: HashSet<usize> = self.listeners.close(now, QUIET).into_iter().collect();
+        if !closed.is_empty() {
+            self.end_flows(|_listeners, key| closed.contains(&(key.listener as usize)));
         }
-        let theirs = self.table.iter().filter(|(_id, key, _at)| listeners.contains(&(key.listener as usize)));
-        let theirs: Vec<FlowId> = theirs.map(|(id, _key, _at)| id).collect();
-        for id in theirs {
-            drop(self.table.remove(id));
+    }
+
+    /// Ends some flows. They are gone at once; their sockets are closed by and by.
+    fn end_flows(&mut self, are_over: impl Fn(&Listeners, &FlowKey) -> bool) {
+        let Self { table, listeners, .. } = self;
+        let over = table.iter().filter(|(_id, key, _at)| are_over(listeners, key));
+        let over: Vec<FlowId> = over.map(|(id, _key, _at)| id).collect();
+        for id in over {
+            if let Some(ended) = self.table.remove(id) {
+                self.end(ended);
+            }
+        }
+    }
+
+    /// A flow had to go because there was no room for all.
+    fn displace(&mut self, ended: Ended<Flow>) {
+        ended.flow.route().service.live.stats.count(Trouble::FlowDisplaced);
+        self.end(ended);
+    }
+
+    /// A flow is over.
+    pub(super) fn end(&mut self, ended: Ended<Flow>) {
+        let mut tally = Tally::default();
+        tally.overflow(ended.flow.unsent() as u64);
+        tally.settle(ended.flow.route(), Towards::Backend);
+        self.ended.push_back(ended);
+    }
+
+    /// Ends flows whose time is over, and closes sockets of ended ones: as many as do not hold up others.
+    fn end_some(&mut self, now: Instant) {
+        if self.listeners.are_closing() {
+            self.close_listeners(now);
+        }
+        for _ in 0..ENDS_PER_TURN {
+            let Some(ended) = self.table.expire(now) else { break };
+            self.end(ended);
+        }
+        self.close_ended(ENDS_PER_TURN);
+    }
+
+    fn close_ended(&mut self, most: usize) {
+        for _ in 0..most {
+            let Some(Ended { flow, last_active }) = self.ended.pop_front() else { return };
+            if flow.is_shared {
+                // The other process has the socket open, and then closing it does not end the reports.
+                self.poll.epoll().delete(flow.as_fd()).ok();
+            }
+            self.capacity.ports.given_back(flow.port, last_active);
+        }
+        if self.ended.is_empty() {
+            self.ended.shrink_to_fit();
         }
     }
 
@@ -165,7 +240,12 @@ impl UdpRelay {
         self.table.last_active().is_none_or(|at| now.saturating_duration_since(at) >= QUIET)
     }
 
-    /// When there is something to do without any datagram. Traffic only moves it further away.
+    /// Whether there is something to do without any datagram.
+    fn has_deadline(&self) -> bool {
+        self.table.len() > 0 || self.listeners.are_closing()
+    }
+
+    /// When there is. Traffic only moves it further away, and a new flow nearer.
     fn next_deadline(&self) -> Instant {
         let quiet = self.table.last_active().filter(|_| self.draining).map(|at| at + QUIET);
         let closing = self.listeners.are_closing().then(|| Instant::now() + QUIET);
@@ -173,20 +253,18 @@ impl UdpRelay {
         next.unwrap_or_else(Instant::now)
     }
 
-    fn expire(&mut self) {
-        let now = Instant::now();
-        if self.listeners.are_closing() {
-            self.close_listeners(now);
+    /// Looks after sockets that have something, each once, until the turn is over.
+    fn serve(&mut self, events: &mut Events) {
+        if events.is_over() {
+            return;
         }
-        while self.table.expire(now).is_some() {}
-    }
-
-    /// Looks after each socket that has something once.
-    fn turn(&mut self, events: &[EpollEvent]) {
+        self.turn = Turn::default();
         let now = Instant::now();
         let mut batch = self.batch.take().unwrap_or_default();
         let mut replies = 0;
-        for event in events {
+        while !self.turn.is_over()
+            && let Some(event) = events.next()
+        {
             match Token::from_u64(event.data()) {
                 Token::Listener(index) => {
                     self.send_replies(&batch, &mut replies);
@@ -211,30 +289,41 @@ impl UdpRelay {
             return;
         }
         for _ in 0..LISTENER_BATCHES {
-            match batch.recv(self.listeners[index].as_fd(), 0, BATCH, true) {
+            let listener = &mut self.listeners[index];
+            let most = slots_for(listener.usual_size).min(BATCH);
+            match batch.recv(listener.as_fd(), 0, most, true) {
                 Ok(count) => {
+                    listener.usual_size = self.turn.take(batch, 0..count, listener.usual_size);
                     self.forward(index, batch, count, now);
-                    if count < BATCH {
+                    if count < most || self.turn.is_over() {
                         return;
                     }
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) => return log_lost(&error),
+                Err(error) => return self.note_error(index, error, Towards::Clients),
             }
+        }
+    }
+
+    /// Receiving met an error, which is one of a datagram that left before; or there is nothing.
+    fn note_error(&self, listener: usize, error: io::Error, to: Towards) {
+        if error.kind() != io::ErrorKind::WouldBlock {
+            let mut tally = Tally::default();
+            tally.lose(1, error);
+            tally.settle(&self.listeners[listener].route, to);
         }
     }
 
     /// Sends the `count` datagrams in `batch` to the backend, each through its flow.
     fn forward(&mut self, listener: usize, batch: &RecvBatch, count: usize, now: Instant) {
         self.slots.clear();
+        let number = u32::try_from(listener).unwrap_or(u32::MAX);
         let mut previous: Option<(FlowKey, FlowId)> = None;
         for slot in 0..count {
             let Some(client) = batch.sender(slot) else { continue };
-            let number = u32::try_from(listener).unwrap_or(u32::MAX);
             let key = FlowKey::new(number, client, batch.control(slot).local);
             let id = match previous {
                 Some((same, id)) if same == key => id,
-                _ => match self.find_or_open(&key, now) {
+                _ => match self.find_or_open(&key, batch, now) {
                     Some(id) => id,
                     None => continue,
                 },
@@ -242,56 +331,110 @@ impl UdpRelay {
             previous = Some((key, id));
             self.slots.push((id, slot));
         }
+        self.send_to_backend(listener, batch, now);
+    }
+
+    /// Sends the datagrams in the slots to the backend.
+    fn send_to_backend(&mut self, listener: usize, batch: &RecvBatch, now: Instant) {
+        if self.slots.is_empty() {
+            return;
+        }
         // A flow's datagrams stay in order: the sort is stable.
         self.slots.sort_by_key(|(id, _slot)| id.to_u64());
-        let mut amount = Amount::default();
+        let mut tally = Tally::default();
         for datagrams in self.slots.chunk_by(|a, b| a.0 == b.0) {
             let id = datagrams[0].0;
             let Some((_key, flow)) = self.table.get_mut(id) else { continue };
-            if flow.send(batch, datagrams, &mut amount) {
+            if flow.send(batch, datagrams, &mut tally) {
                 interest(self.poll.epoll(), flow.as_fd(), Token::Flow(id), flow.wanted());
             }
         }
-        let stats = &self.listeners[listener].route.service.live.stats;
-        stats.datagrams_in.add(amount.datagrams);
-        stats.bytes_in.add(amount.bytes);
+        self.slots.clear();
+        let listener = &mut self.listeners[listener];
+        listener.last_active = now;
+        tally.settle(&listener.route, Towards::Backend);
     }
 
-    /// The flow with `key`, opened if it is not there; noted as active, so that it is not the one to
-    /// go when the next one is opened.
-    fn find_or_open(&mut self, key: &FlowKey, now: Instant) -> Option<FlowId> {
+    /// The flow with `key`, opened if it is not there. What is in the slots may be sent first.
+    fn find_or_open(&mut self, key: &FlowKey, batch: &RecvBatch, now: Instant) -> Option<FlowId> {
         static FAILED: LogLimit = LogLimit::new();
 
         if let Some(id) = self.table.find(key) {
             self.table.touch(id, Side::Client, now);
             return Some(id);
         }
-        let listener = &self.listeners[key.listener as usize];
-        if self.draining || listener.is_closing() || !listener.route.admits(key.client) {
+        let index = key.listener as usize;
+        let route = self.listeners[index].route.clone();
+        let stats = &route.service.live.stats;
+        if self.draining || self.listeners[index].is_closing() {
+            stats.count(Trouble::FlowFailed);
             return None;
         }
-        let route = listener.route.clone();
-        // First the new flow, then the end of another one: it may be that none can be opened.
-        let opened = open(&mut self.table, &route).and_then(|flow| {
-            let source = key.client.ip();
-            drop(self.table.make_room(source));
-            let id = self.table.next_id();
-            self.poll.epoll().add(&flow, event(Token::Flow(id), Wanted::RECEIVE))?;
-            Ok(self.table.insert(*key, source, flow, now))
-        });
-        match opened {
-            Ok(id) => {
-                self.table.touch(id, Side::Client, now);
-                Some(id)
-            }
+        if self.listeners.own_ports.is_forged(key.client, &route.forward) {
+            stats.count(Trouble::Forged);
+            log_forged(&route, key);
+            return None;
+        }
+        if !route.admits(key.client) {
+            return None;
+        }
+        match self.open(key, &route, batch, now) {
+            Ok(id) => Some(id),
             Err(error) => {
-                route.service.live.stats.count(Trouble::FlowFailed);
+                stats.count(Trouble::FlowFailed);
                 if let Some(suppressed) = FAILED.permit() {
                     warn!(mapping = %route.forward, client = %canonical(key.client), %error, suppressed, "cannot open a flow");
                 }
                 None
             }
         }
+    }
+
+    /// Opens a flow, for which others may have to go.
+    fn open(
+        &mut self,
+        key: &FlowKey,
+        route: &Arc<Route>,
+        batch: &RecvBatch,
+        now: Instant,
+    ) -> io::Result<FlowId> {
+        let source = key.client.ip();
+        self.table.set_most(self.capacity.most(now));
+        let bounds = self.capacity.bounds(mapping_of(route), &route.service.limits, now);
+        if self.table.is_full(&bounds, source) {
+            // A flow that goes has sent what came for it.
+            self.send_to_backend(key.listener as usize, batch, now);
+            self.make_room(&bounds, key);
+        }
+        let flow = match Flow::open(route, &mut self.capacity.ports, now) {
+            Err(error) if has_run_out(&error) => {
+                self.capacity.learn(self.table.len(), now);
+                self.send_to_backend(key.listener as usize, batch, now);
+                if let Some(ended) = self.table.evict() {
+                    self.displace(ended);
+                }
+                // More may have ended that are still open.
+                self.close_ended(ENDS_PER_TURN);
+                Flow::open(route, &mut self.capacity.ports, now)?
+            }
+            opened => opened?,
+        };
+        let port = flow.port;
+        let id = self.table.next_id();
+        if let Err(error) = self.poll.epoll().add(&flow, event(Token::Flow(id), Wanted::RECEIVE)) {
+            self.capacity.ports.given_back(port, now);
+            return Err(error.into());
+        }
+        self.table.insert(*key, (&bounds, source), flow, now);
+        Ok(id)
+    }
+
+    /// Takes flows out until there is room for another one.
+    pub(super) fn make_room(&mut self, bounds: &Bounds, key: &FlowKey) {
+        while let Some(ended) = self.table.make_room(bounds, key.client.ip()) {
+            self.displace(ended);
+        }
+        self.close_ended(2);
     }
 
     /// Receives what the backend answered into the batch, whose first `replies` slots hold answers
@@ -310,16 +453,18 @@ impl UdpRelay {
         let Some((key, flow)) = self.table.get_mut(id) else { return };
         let listener = &mut self.listeners[key.listener as usize];
         let wanted = flow.wanted();
+        let mut tally = Tally::default();
         if ready.contains(EpollFlags::EPOLLOUT) {
-            flow.flush();
+            flow.flush(&mut tally);
         }
         if flow.is_waiting {
             // Not asked for answers, but an error is told nevertheless, until it is taken.
-            flow.take_error();
+            flow.take_error(&mut tally);
         } else if listener.is_crowded() {
             flow.is_waiting = true;
             listener.waiting.push_back(id);
         }
+        tally.settle(&listener.route, Towards::Backend);
         let is_waiting = flow.is_waiting;
         if flow.wanted() != wanted {
             interest(self.poll.epoll(), flow.as_fd(), Token::Flow(id), flow.wanted());
@@ -336,7 +481,11 @@ impl UdpRelay {
     fn serve_waiting(&mut self, index: usize, batch: &mut RecvBatch, now: Instant) {
         let mut replies = 0;
         for _ in 0..LISTENER_BATCHES {
-            if !self.listeners[index].flush() {
+            let mut tally = Tally::default();
+            let listener = &mut self.listeners[index];
+            let is_empty = listener.flush(&mut tally);
+            tally.settle(&listener.route, Towards::Clients);
+            if !is_empty {
                 break;
             }
             for _ in 0..self.listeners[index].waiting.len() {
@@ -378,10 +527,18 @@ impl UdpRelay {
         replies: &mut usize,
         now: Instant,
     ) -> bool {
-        let Some((_key, flow)) = self.table.get(id) else { return false };
-        let most = most.min(BATCH - *replies);
-        // Nothing, or the error of a datagram that found no one: the next one may.
-        let Ok(count) = batch.recv(flow.as_fd(), *replies, most, false) else { return false };
+        let Some((key, flow)) = self.table.get_mut(id) else { return false };
+        let most = most.min(slots_for(flow.usual_size)).min(BATCH - *replies);
+        let count = match batch.recv(flow.as_fd(), *replies, most, false) {
+            Ok(count) => count,
+            // Nothing, or the error of a datagram that found no one: the next one may.
+            Err(error) => {
+                let listener = key.listener as usize;
+                self.note_error(listener, error, Towards::Backend);
+                return false;
+            }
+        };
+        flow.usual_size = self.turn.take(batch, *replies..*replies + count, flow.usual_size);
         self.table.touch(id, Side::Backend, now);
         if *replies == 0 {
             self.slots.clear();
@@ -412,28 +569,27 @@ impl UdpRelay {
     fn send_to_clients(&mut self, listener: usize, batch: &RecvBatch, datagrams: &[(FlowId, usize)]) {
         let mut payload = Payload::new();
         let mut answers: ArrayVec<Answer, BATCH> = ArrayVec::new();
-        let mut amount = Amount::default();
+        let mut tally = Tally::default();
         for datagrams in datagrams.chunk_by(|a, b| a.0 == b.0) {
             let id = datagrams[0].0;
             let trains = self.table.get(id).is_some_and(|(_key, flow)| flow.trains_out);
-            amount +=
-                payload.add(batch, datagrams, trains, &mut |part| answers.push(Answer { id, trains, part }));
+            let mut part = |part| answers.push(Answer { id, trains, part });
+            payload.add(batch, datagrams, trains, &mut tally, &mut part);
         }
         let was_crowded = self.listeners[listener].is_crowded();
         for answers in answers.chunk_by(|a, b| a.trains == b.trains) {
-            self.send_alike(listener, &payload, answers);
+            self.send_alike(listener, &payload, answers, &mut tally);
         }
-        let listening = &self.listeners[listener];
-        let stats = &listening.route.service.live.stats;
-        stats.datagrams_out.add(amount.datagrams);
-        stats.bytes_out.add(amount.bytes);
+        let listening = &mut self.listeners[listener];
+        listening.last_active = self.turn.start();
+        tally.settle(&listening.route, Towards::Clients);
         if listening.is_crowded() && !was_crowded {
             interest(self.poll.epoll(), listening.as_fd(), Token::Listener(listener), listening.wanted());
         }
     }
 
     /// Sends answers that all may, or all may not, go as trains.
-    fn send_alike(&mut self, listener: usize, payload: &Payload<'_>, answers: &[Answer]) {
+    fn send_alike(&mut self, listener: usize, payload: &Payload<'_>, answers: &[Answer], tally: &mut Tally) {
         let message = |answer: &Answer| {
             let (key, _flow) = self.table.get(answer.id)?;
             Some(Transmit { to: Some(key.client), source: key.local, ..answer.part.message(payload) })
@@ -441,7 +597,8 @@ impl UdpRelay {
         let messages: ArrayVec<Transmit<'_>, BATCH> = answers.iter().filter_map(message).collect();
         let mut refused: ArrayVec<FlowId, BATCH> = ArrayVec::new();
         let trains = answers.first().is_some_and(|answer| answer.trains);
-        self.listeners[listener].send(&messages, trains, &mut |index| refused.push(answers[index].id));
+        let mut refuse = |index: usize| refused.push(answers[index].id);
+        self.listeners[listener].send(&messages, trains, tally, &mut refuse);
         for id in refused {
             if let Some((_key, flow)) = self.table.get_mut(id) {
                 flow.trains_out = false;
@@ -458,26 +615,17 @@ struct Answer {
     part: Part,
 }
 
-/// How many flows there may be: what was asked for, or what descriptors and local ports allow.
-fn bounds(limits: &Limits, beside_tcp: bool) -> Bounds {
-    let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _hard)| soft);
-    let descriptors = usize::try_from(descriptors).unwrap_or(usize::MAX);
-    let share = if beside_tcp { descriptors / 2 } else { descriptors.saturating_sub(RESERVED_DESCRIPTORS) };
-    let most = share.min(local_ports() / 2);
-    let flows = limits.udp_max_flows.unwrap_or(most).max(1);
-    let per_source = limits.udp_max_flows_per_source.unwrap_or(flows.div_ceil(4) * 3).max(1);
-    Bounds { flows, flows_per_source: per_source, idle: limits.udp_timeout }
+/// Which mapping a route is one of: what goes on in it is at one place for as long as it is served.
+pub(super) fn mapping_of(route: &Route) -> MappingId {
+    MappingId(Arc::as_ptr(&route.service.live).addr())
 }
 
-/// Ports that the kernel hands out to sockets which do not choose one (ip(7) `ip_local_port_range`).
-/// Each flow takes one, and other programs need some.
-fn local_ports() -> usize {
-    let range = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").unwrap_or_default();
-    let bounds: Vec<usize> = range.split_whitespace().filter_map(|port| port.parse().ok()).collect();
-    match bounds[..] {
-        [first, last] if first <= last => last - first + 1,
-        // The kernel's default.
-        _ => 28_232,
+/// Says that a datagram was dropped because no client can have sent it.
+fn log_forged(route: &Route, key: &FlowKey) {
+    static FORGED: LogLimit = LogLimit::new();
+    if let Some(suppressed) = FORGED.permit() {
+        let source = canonical(key.client);
+        warn!(mapping = %route.forward, %source, suppressed, "datagram dropped: its source is no client's");
     }
 }
 
@@ -516,18 +664,4 @@ pub(super) fn event(token: Token, wanted: Wanted) -> EpollEvent {
     flags.set(EpollFlags::EPOLLIN, wanted.receive);
     flags.set(EpollFlags::EPOLLOUT, wanted.send);
     EpollEvent::new(flags, token.to_u64())
-}
-
-/// Opens a flow's socket. Descriptors or local ports may run out below the cap, which is taken as the
-/// cap.
-fn open(table: &mut FlowTable<FlowKey, Flow>, route: &Arc<Route>) -> io::Result<Flow> {
-    let has_run_out = |error: &io::Error| {
-        // connect(2) gives the last two when all local ports are taken.
-        const RUN_OUT: [i32; 4] = [libc::EMFILE, libc::ENFILE, libc::EAGAIN, libc::EADDRNOTAVAIL];
-        error.raw_os_error().is_some_and(|errno| RUN_OUT.contains(&errno))
-    };
-    match Flow::open(route) {
-        Err(error) if has_run_out(&error) && table.evict().is_some() => Flow::open(route),
-        opened => opened,
-    }
 }

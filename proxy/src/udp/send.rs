@@ -8,13 +8,12 @@ use std::os::fd::BorrowedFd;
 use arrayvec::ArrayVec;
 use nix::libc;
 use rproxy_sys::udp::{BATCH, LocalAddr, TRAIN_BYTES, TRAIN_LEN, Transmit, send_batch};
-use tracing::warn;
 
-use crate::log_limit::LogLimit;
+use super::tally::{Amount, Tally};
 
 /// How often a message is tried again that met an error of an earlier one. Each try takes one error
 /// off the socket, and an error is queued only while a message is under way.
-const RETRIES: u32 = 3;
+const RETRIES: usize = 3;
 
 /// What happened to a message, or to the one at an index, that did not simply leave.
 #[derive(Debug)]
@@ -23,8 +22,10 @@ pub(super) enum Trouble<'m, 'a> {
     TrainRefused(usize),
     /// The socket is full: this message, and all that are reported after it, wait for room.
     Full(&'m Transmit<'a>),
-    /// A message is lost: the network cannot take it.
-    Lost(io::Error),
+    /// This message is lost: the network does not take it.
+    Lost(&'m Transmit<'a>, io::Error),
+    /// A datagram that left before is lost, as the network says now.
+    Earlier(io::Error),
 }
 
 /// Sends `messages` in order, without waiting; trains as single datagrams unless the path takes
@@ -36,7 +37,7 @@ pub(super) fn send_all(
     report: &mut dyn FnMut(Trouble<'_, '_>),
 ) -> bool {
     let mut next = 0;
-    let mut tries = 0;
+    let mut errors: ArrayVec<io::Error, { RETRIES }> = ArrayVec::new();
     while let Some(message) = messages.get(next) {
         let is_train = message.segment.is_some();
         let remedy = if is_train && !trains {
@@ -44,15 +45,18 @@ pub(super) fn send_all(
         } else {
             match send_batch(socket, up_to_train(&messages[next..], trains)) {
                 Ok(sent) => {
-                    (next, tries) = (next + sent, 0);
+                    errors.drain(..).for_each(|error| report(Trouble::Earlier(error)));
+                    next += sent;
                     continue;
                 }
                 Err(error) => remedy(error, is_train),
             }
         };
-        tries += 1;
         match remedy {
-            Remedy::Again(_) if tries <= RETRIES => continue,
+            Remedy::Again(error) if !errors.is_full() => {
+                errors.push(error);
+                continue;
+            }
             Remedy::Wait => {
                 messages[next..].iter().for_each(|message| report(Trouble::Full(message)));
                 return false;
@@ -66,9 +70,10 @@ pub(super) fn send_all(
                     return false;
                 }
             }
-            Remedy::Again(error) => report(Trouble::Lost(error)),
+            Remedy::Again(error) => report(Trouble::Lost(message, error)),
         }
-        (next, tries) = (next + 1, 0);
+        errors.clear();
+        next += 1;
     }
     true
 }
@@ -113,6 +118,12 @@ fn datagrams<'a>(message: &Transmit<'a>) -> impl Iterator<Item = &'a [u8]> {
         let whole = (single && piece.is_empty()).then_some(piece);
         whole.into_iter().chain(piece.chunks(size))
     })
+}
+
+/// How much a message is.
+fn amount_of(message: &Transmit<'_>) -> Amount {
+    let bytes: usize = message.payload.iter().map(|piece| piece.len()).sum();
+    Amount { datagrams: datagrams(message).count() as u64, bytes: bytes as u64 }
 }
 
 /// What helps against an error of sendmmsg(2).
@@ -165,45 +176,51 @@ impl Backlog {
         self.waiting.is_empty()
     }
 
-    /// Sends `messages` in order, behind what waits already, and keeps what there is no room for.
-    /// `trains` says whether the path takes them, as far as is known; `refused` gets the index of one
-    /// that it does not take.
+    /// Sends `messages` in order, behind what waits already, and keeps what there is no room for. Of what
+    /// counts as relayed in `tally`, it takes out what is not. `trains` says whether the path takes them,
+    /// as far as is known; `refused` gets the index of one that it does not take.
     pub(super) fn send(
         &mut self,
         socket: BorrowedFd<'_>,
         messages: &[Transmit<'_>],
         trains: bool,
+        tally: &mut Tally,
         refused: &mut dyn FnMut(usize),
     ) {
         if !self.waiting.is_empty() {
-            return messages.iter().for_each(|message| log_dropped(self.keep(message)));
+            return messages.iter().for_each(|message| self.keep(message, tally));
         }
         send_all(socket, messages, trains, &mut |trouble| match trouble {
             Trouble::TrainRefused(index) => refused(index),
-            Trouble::Full(message) => log_dropped(self.keep(message)),
-            Trouble::Lost(error) => log_lost(&error),
+            Trouble::Full(message) => self.keep(message, tally),
+            Trouble::Lost(message, error) => lose(message, error, tally),
+            Trouble::Earlier(error) => tally.lose(1, error),
         });
     }
 
-    /// Keeps the datagrams of `message`; gives how many there was no room for.
-    fn keep(&mut self, message: &Transmit<'_>) -> usize {
-        let mut lost = 0;
+    /// Keeps the datagrams of `message`, as far as there is room.
+    fn keep(&mut self, message: &Transmit<'_>, tally: &mut Tally) {
+        tally.relayed -= amount_of(message);
         for bytes in datagrams(message) {
             let cost = bytes.len() + OVERHEAD;
             if self.bytes + cost > BACKLOG_BYTES {
-                lost += 1;
+                tally.overflow(1);
                 continue;
             }
             self.bytes += cost;
             self.waiting.push_back(Waiting { to: message.to, source: message.source, bytes: bytes.into() });
         }
-        lost
+    }
+
+    /// How many datagrams wait.
+    pub(super) fn len(&self) -> usize {
+        self.waiting.len()
     }
 
     /// Sends what waits, as far as `socket` takes it. Gives `true` if nothing waits any more.
-    pub(super) fn flush(&mut self, socket: BorrowedFd<'_>) -> bool {
+    pub(super) fn flush(&mut self, socket: BorrowedFd<'_>, tally: &mut Tally) -> bool {
         while !self.waiting.is_empty() {
-            let (gone, all) = self.send_front(socket);
+            let (gone, all) = self.send_front(socket, tally);
             for waiting in self.waiting.drain(..gone) {
                 self.bytes -= waiting.bytes.len() + OVERHEAD;
             }
@@ -211,11 +228,12 @@ impl Backlog {
                 return false;
             }
         }
+        self.waiting.shrink_to_fit();
         true
     }
 
     /// Sends a batch of what waits: how many are through with, and whether those are all of it.
-    fn send_front(&self, socket: BorrowedFd<'_>) -> (usize, bool) {
+    fn send_front(&self, socket: BorrowedFd<'_>, tally: &mut Tally) -> (usize, bool) {
         let front = || self.waiting.iter().take(BATCH);
         let payloads: ArrayVec<[IoSlice<'_>; 1], BATCH> =
             front().map(|waiting| [IoSlice::new(&waiting.bytes)]).collect();
@@ -229,32 +247,25 @@ impl Backlog {
                 segment: None,
             })
             .collect();
+        messages.iter().for_each(|message| tally.relayed += amount_of(message));
         let mut left = 0;
         let all = send_all(socket, &messages, false, &mut |trouble| match trouble {
-            Trouble::Full(_) => left += 1,
-            Trouble::Lost(error) => log_lost(&error),
+            Trouble::Full(message) => {
+                tally.relayed -= amount_of(message);
+                left += 1;
+            }
+            Trouble::Lost(message, error) => lose(message, error, tally),
+            Trouble::Earlier(error) => tally.lose(1, error),
             Trouble::TrainRefused(_) => {}
         });
         (messages.len() - left, all)
     }
 }
 
-/// Says that a datagram is lost because the network does not take it.
-pub(super) fn log_lost(error: &io::Error) {
-    static LOST: LogLimit = LogLimit::new();
-    if let Some(suppressed) = LOST.permit() {
-        warn!(%error, suppressed, "datagram lost");
-    }
-}
-
-/// Says that datagrams are lost because too many wait.
-fn log_dropped(count: usize) {
-    static DROPPED: LogLimit = LogLimit::new();
-    if count > 0
-        && let Some(suppressed) = DROPPED.permit()
-    {
-        warn!(count, suppressed, "datagrams lost: more than {BACKLOG_BYTES} bytes wait for a socket");
-    }
+fn lose(message: &Transmit<'_>, error: io::Error, tally: &mut Tally) {
+    let amount = amount_of(message);
+    tally.relayed -= amount;
+    tally.lose(amount.datagrams, error);
 }
 
 #[cfg(test)]
@@ -296,7 +307,12 @@ mod tests {
         let b = UdpSocket::bind(addr).unwrap();
         b.set_read_timeout(Some(PATIENCE)).unwrap();
         let payload = [IoSlice::new(b"second")];
-        assert!(send_all(a.as_fd(), &[transmit(&payload, None)], true, &mut no_trouble));
+        let mut earlier = 0;
+        assert!(send_all(a.as_fd(), &[transmit(&payload, None)], true, &mut |trouble| match trouble {
+            Trouble::Earlier(_) => earlier += 1,
+            other => panic!("{other:?}"),
+        }));
+        assert_eq!(earlier, 1);
         let mut buf = [0; 9];
         assert_eq!(b.recv(&mut buf).unwrap(), 6);
         assert_eq!(&buf[..6], b"second");
@@ -370,11 +386,15 @@ mod tests {
         let big = vec![0; 60_000];
         let payload = [IoSlice::new(&big)];
         let kept = BACKLOG_BYTES / (big.len() + OVERHEAD);
-        for _ in 0..kept {
-            assert_eq!(backlog.keep(&transmit(&payload, None)), 0);
+        let mut tally = Tally::default();
+        for _ in 0..=kept {
+            tally.relayed += amount_of(&transmit(&payload, None));
+            backlog.keep(&transmit(&payload, None), &mut tally);
         }
-        assert_eq!(backlog.keep(&transmit(&payload, None)), 1);
-        assert_eq!(backlog.waiting.len(), kept);
+        assert_eq!(backlog.len(), kept);
+        let mut wanted = Tally::default();
+        wanted.overflow(1);
+        assert_eq!(format!("{tally:?}"), format!("{wanted:?}"));
     }
 
     proptest! {
@@ -383,10 +403,15 @@ mod tests {
             let (a, b) = pair();
             let mut backlog = Backlog::default();
             let bytes: Vec<u8> = (0..1000).map(|i| (i % 251) as u8).collect();
+            let mut tally = Tally::default();
             for size in &sizes {
-                prop_assert_eq!(backlog.keep(&transmit(&[IoSlice::new(&bytes[..*size])], None)), 0);
+                let payload = [IoSlice::new(&bytes[..*size])];
+                tally.relayed += amount_of(&transmit(&payload, None));
+                backlog.keep(&transmit(&payload, None), &mut tally);
             }
-            prop_assert!(backlog.flush(a.as_fd()));
+            prop_assert_eq!(tally.relayed, Amount::default());
+            prop_assert!(backlog.flush(a.as_fd(), &mut tally));
+            prop_assert_eq!(tally.relayed.datagrams, sizes.len() as u64);
             prop_assert_eq!(backlog.bytes, 0);
             let mut buf = [0; 1001];
             for size in sizes {

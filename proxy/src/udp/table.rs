@@ -1,28 +1,34 @@
 //! The flow table: which flow a datagram belongs to, and which flow goes when there are too many.
 //!
 //! It is a pure data structure over a clock that is passed in. Flows live in slots; each slot is in
-//! two lists, ordered by how long it has been idle: one of all flows of its standing, one of those
-//! that have its source address too. All operations take constant time, so that a flood costs no
+//! lists ordered by how long it has been idle ([`scopes`](super::scopes)): with those that have its
+//! timeout, its mapping, and its source. All operations take constant time, so that a flood costs no
 //! more per datagram than a friend.
 //!
 //! A flow starts out as *new*, and is *established* once its client has sent something after the
 //! backend answered, as in the kernel's connection tracking (`ASSURED`). A flow that is never answered
-//! is established when its client still sends after [`LASTING`]. At the cap the longest idle new flow
-//! goes: datagrams with forged sources, whose senders see no answer, displace each other. New flows
-//! have a share of the table to themselves, in which a client's first exchange can come to its end
-//! while a flood passes; only for that share, a flow that is established has to go.
+//! is established when its client still sends after [`LASTING`]. At a cap, the longest idle new flow
+//! goes: datagrams with forged sources displace each other, and never an established flow. For that,
+//! established flows leave a share of each cap to new ones, in which a client's first exchange can come
+//! to its end while a flood passes; a flow that finds their part full stays new until there is room.
 
 use std::collections::HashMap;
-use std::collections::hash_map::{Entry, RandomState};
+use std::collections::hash_map::RandomState;
 use std::hash::Hash;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::time::{Duration, Instant};
+
+pub(super) use super::scopes::MappingId;
+use super::scopes::{
+    Place, Places, SCOPES, ScopeKey, Scopes, Source, Standing, first_to_go, most_established,
+};
 
 /// A client that still sends after this long means it, even if nobody answers (syslog, metrics).
 const LASTING: Duration = Duration::from_secs(1);
 
-/// One place in this many is for new flows, even if established ones have to make room.
-const NEW_SHARE: usize = 8;
+/// Traffic within this time of what was noted last is not noted again: it would change nothing that
+/// matters, and a flow's neighbours in its lists are not in the processor's cache.
+const GRAIN: Duration = Duration::from_millis(1);
 
 /// Names a flow while it exists. The generation tells it from a later flow in the same slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -48,15 +54,25 @@ impl FlowId {
     }
 }
 
-/// How many flows there may be, and for how long.
+/// How many flows a mapping may have, and for how long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Bounds {
+    /// Which mapping.
+    pub(super) mapping: MappingId,
     /// Flows in all, at least 1.
     pub(super) flows: usize,
     /// Flows of one source address, at least 1.
     pub(super) flows_per_source: usize,
+    /// Whether a source's flows to all mappings that say so count together.
+    pub(super) shares_sources: bool,
     /// A flow without traffic for this long is over.
     pub(super) idle: Duration,
+}
+
+impl Bounds {
+    fn source_key(&self, source: IpAddr) -> ScopeKey {
+        ScopeKey::Source((!self.shares_sources).then_some(self.mapping), Source::of(source))
+    }
 }
 
 /// Which side of a flow a datagram came from.
@@ -66,16 +82,26 @@ pub(super) enum Side {
     Backend,
 }
 
+/// A flow that was taken out of the table.
+#[derive(Debug)]
+pub(super) struct Ended<F> {
+    pub(super) flow: F,
+    /// When there was traffic last.
+    pub(super) last_active: Instant,
+}
+
 /// The table. `K` tells flows apart; `F` is what a flow consists of.
 #[derive(Debug)]
 pub(super) struct FlowTable<K, F> {
-    bounds: Bounds,
+    /// Flows of all mappings that there may be, at least 1.
+    most: usize,
+    /// How many of those that there are are established.
+    established: usize,
     /// Keyed at random (SipHash): an attacker chooses the keys.
     index: HashMap<K, u32, RandomState>,
     slots: Vec<Slot<K, F>>,
     free: Vec<u32>,
-    all: ByStanding,
-    sources: HashMap<Source, ByStanding, RandomState>,
+    scopes: Scopes,
 }
 
 #[derive(Debug)]
@@ -88,66 +114,51 @@ struct Slot<K, F> {
 struct Used<K, F> {
     key: K,
     flow: F,
-    source: Source,
+    source: IpAddr,
     opened: Instant,
     last_active: Instant,
     is_answered: bool,
     standing: Standing,
-    in_all: Links,
-    in_source: Links,
+    places: [Place; SCOPES],
 }
 
 impl<K, F> Used<K, F> {
-    /// Takes note of a datagram.
-    fn note(&mut self, from: Side, now: Instant) {
-        self.last_active = now;
-        match from {
-            Side::Backend => self.is_answered = true,
-            Side::Client if self.is_answered || now.saturating_duration_since(self.opened) >= LASTING => {
-                self.standing = Standing::Established;
-            }
-            Side::Client => {}
-        }
+    /// Whether a datagram from this side makes the flow one that is established, if there is room.
+    fn earns_standing(&self, from: Side, now: Instant) -> bool {
+        self.standing == Standing::New
+            && from == Side::Client
+            && (self.is_answered || now.saturating_duration_since(self.opened) >= LASTING)
     }
 }
 
-/// How much there has been of a flow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Standing {
-    New,
-    Established,
-}
-
-/// A source for the quota: an IPv4 address, or the /64 of an IPv6 one, as whoever has one of its
-/// addresses has them all.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Source(IpAddr);
-
-impl Source {
-    fn of(ip: IpAddr) -> Self {
-        Self(match ip.to_canonical() {
-            IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() & !u128::from(u64::MAX)).into(),
-            v4 => v4,
-        })
+impl<K, F> Places for Vec<Slot<K, F>> {
+    fn place(&mut self, slot: u32, which: usize) -> &mut Place {
+        let used = self[slot as usize].used.as_mut();
+        &mut used.expect("only slots in use are in the lists").places[which]
     }
 }
 
 impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
-    /// An empty table.
-    pub(super) fn new(bounds: Bounds) -> Self {
+    /// An empty table with room for `most` flows.
+    pub(super) fn new(most: usize) -> Self {
         Self {
-            bounds,
+            most,
+            established: 0,
             index: HashMap::default(),
             slots: Vec::new(),
             free: Vec::new(),
-            all: ByStanding::EMPTY,
-            sources: HashMap::default(),
+            scopes: Scopes::default(),
         }
     }
 
     /// The number of flows.
     pub(super) fn len(&self) -> usize {
         self.index.len()
+    }
+
+    /// Says how many flows of all mappings there may be from now on.
+    pub(super) fn set_most(&mut self, most: usize) {
+        self.most = most.max(1);
     }
 
     /// The flow with `key`.
@@ -158,8 +169,7 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
 
     /// What the flow `id` consists of, unless it is over.
     pub(super) fn get(&self, id: FlowId) -> Option<(&K, &F)> {
-        let slot = self.slots.get(id.slot as usize)?;
-        let used = slot.used.as_ref().filter(|_| slot.generation == id.generation)?;
+        let used = self.used(id)?;
         Some((&used.key, &used.flow))
     }
 
@@ -170,20 +180,45 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
         Some((&used.key, &mut used.flow))
     }
 
-    /// Takes a flow out that has to go before `source` may have another one, if any has to.
-    pub(super) fn make_room(&mut self, source: IpAddr) -> Option<F> {
-        let source = Source::of(source);
-        let own = self.sources.get(&source).filter(|own| own.len() >= self.bounds.flows_per_source);
-        match own {
-            Some(own) => own.first_to_go().map(|slot| self.remove_slot(slot)),
-            None if self.len() < self.bounds.flows => None,
-            None => self.evict(),
-        }
+    fn used(&self, id: FlowId) -> Option<&Used<K, F>> {
+        let slot = self.slots.get(id.slot as usize)?;
+        slot.used.as_ref().filter(|_| slot.generation == id.generation)
+    }
+
+    /// Whether another flow has to go before `source` may have one more.
+    pub(super) fn is_full(&self, bounds: &Bounds, source: IpAddr) -> bool {
+        self.victim(bounds, source).is_some()
+    }
+
+    /// Takes a flow out that has to go before `source` may have another one; call it until it gives
+    /// `None`.
+    pub(super) fn make_room(&mut self, bounds: &Bounds, source: IpAddr) -> Option<Ended<F>> {
+        self.victim(bounds, source).map(|slot| self.remove_slot(slot))
+    }
+
+    fn victim(&self, bounds: &Bounds, source: IpAddr) -> Option<u32> {
+        let full = |key: &ScopeKey, most| self.scopes.find(key).filter(|scope| scope.len() >= most);
+        full(&bounds.source_key(source), bounds.flows_per_source)
+            .or_else(|| full(&ScopeKey::Mapping(bounds.mapping), bounds.flows))
+            .map_or_else(
+                || (self.len() >= self.most).then(|| self.first_to_go()),
+                |scope| Some(scope.first_to_go()),
+            )
+            .flatten()
     }
 
     /// Takes out the flow that is the first to go, if there is any.
-    pub(super) fn evict(&mut self) -> Option<F> {
-        self.all.first_to_go().map(|slot| self.remove_slot(slot))
+    pub(super) fn evict(&mut self) -> Option<Ended<F>> {
+        self.first_to_go().map(|slot| self.remove_slot(slot))
+    }
+
+    /// The slot of the flow that goes when one of all has to.
+    fn first_to_go(&self) -> Option<u32> {
+        let oldest = |standing: usize| {
+            let slots = self.scopes.idles().filter_map(|(_idle, scope)| scope.oldest()[standing]);
+            slots.min_by_key(|slot| self.active_at(*slot))
+        };
+        first_to_go([oldest(0), oldest(1)], self.established, self.most)
     }
 
     /// The name that the next flow to be inserted will have.
@@ -195,13 +230,18 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
     }
 
     /// Adds a flow, for which [`Self::make_room`] was asked before. `key` must not be there yet.
-    pub(super) fn insert(&mut self, key: K, source: IpAddr, flow: F, now: Instant) -> FlowId {
+    pub(super) fn insert(
+        &mut self,
+        key: K,
+        (bounds, source): (&Bounds, IpAddr),
+        flow: F,
+        now: Instant,
+    ) -> FlowId {
         let id = self.next_id();
         let slot = id.slot;
         if self.free.pop().is_none() {
             self.slots.push(Slot { generation: id.generation, used: None });
         }
-        let source = Source::of(source);
         let previous = self.index.insert(key.clone(), slot);
         debug_assert!(previous.is_none(), "a key names one flow");
         self.slots[slot as usize].used = Some(Used {
@@ -212,48 +252,103 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
             last_active: now,
             is_answered: false,
             standing: Standing::New,
-            in_all: Links::NONE,
-            in_source: Links::NONE,
+            places: self.enter(bounds, source),
         });
         self.link(slot);
         id
     }
 
+    /// The scopes of a flow, which it is not in yet.
+    fn enter(&mut self, bounds: &Bounds, source: IpAddr) -> [Place; SCOPES] {
+        let scopes = [
+            (ScopeKey::Idle(bounds.idle), usize::MAX),
+            (ScopeKey::Mapping(bounds.mapping), bounds.flows),
+            (bounds.source_key(source), bounds.flows_per_source),
+        ];
+        scopes.map(|(key, most)| Place::outside(self.scopes.enter(key, most)))
+    }
+
     /// Notes traffic: the flow is now the one idle for the shortest time.
     pub(super) fn touch(&mut self, id: FlowId, from: Side, now: Instant) {
-        if self.get(id).is_none() {
-            return;
+        let Some(used) = self.used(id) else { return };
+        let rises = used.earns_standing(from, now) && self.has_room_for_established(&used.places);
+        let is_news = now.saturating_duration_since(used.last_active) >= GRAIN;
+        if rises || is_news {
+            self.unlink(id.slot);
         }
-        self.unlink(id.slot);
-        if let Some(used) = &mut self.slots[id.slot as usize].used {
-            used.note(from, now);
+        let Some(used) = &mut self.slots[id.slot as usize].used else { return };
+        used.is_answered |= from == Side::Backend;
+        if rises {
+            used.standing = Standing::Established;
         }
-        self.link(id.slot);
+        if rises || is_news {
+            used.last_active = now;
+            self.link(id.slot);
+        }
+    }
+
+    fn has_room_for_established(&self, places: &[Place; SCOPES]) -> bool {
+        let has_room = |place: &Place| {
+            let scope = self.scopes.at(place.scope);
+            scope.established() < most_established(scope.most)
+        };
+        self.established < most_established(self.most) && places.iter().all(has_room)
     }
 
     /// Whether the flow `id` is there and established.
     pub(super) fn is_established(&self, id: FlowId) -> bool {
-        self.get(id).is_some() && matches!(self.lists_of(id.slot), Some((_, Standing::Established)))
+        self.used(id).is_some_and(|used| used.standing == Standing::Established)
     }
 
     /// Makes the flow `id` established, as if its client had gone on after an answer.
-    pub(super) fn establish(&mut self, id: FlowId) {
-        if self.get(id).is_none() {
+    pub(super) fn establish(&mut self, id: FlowId, now: Instant) {
+        self.touch(id, Side::Backend, now);
+        self.touch(id, Side::Client, now);
+    }
+
+    /// Applies other bounds to the flows of a mapping. Timeouts count from now on.
+    pub(super) fn rebound(&mut self, bounds: &Bounds, now: Instant) {
+        let mapping = ScopeKey::Mapping(bounds.mapping);
+        if self.scopes.find(&mapping).is_none() {
             return;
         }
-        self.unlink(id.slot);
-        if let Some(used) = &mut self.slots[id.slot as usize].used {
-            used.standing = Standing::Established;
+        let is_theirs = |used: &Used<K, F>| self.scopes.at(used.places[MAPPING].scope).key == mapping;
+        let used = (0..).zip(&self.slots).filter_map(|(slot, used)| Some((slot, used.used.as_ref()?)));
+        let theirs = used.filter(|(_slot, used)| is_theirs(used));
+        let mut theirs: Vec<(Instant, u32)> = theirs.map(|(slot, used)| (used.last_active, slot)).collect();
+        theirs.sort_unstable();
+        for (_at, slot) in theirs {
+            self.unlink(slot);
+            let Some(used) = &self.slots[slot as usize].used else { continue };
+            let (source, old) = (used.source, used.places);
+            let places = self.enter(bounds, source);
+            if let Some(used) = &mut self.slots[slot as usize].used {
+                (used.places, used.last_active) = (places, now);
+            }
+            self.link(slot);
+            old.iter().for_each(|place| self.scopes.leave(place.scope));
         }
-        self.link(id.slot);
+    }
+
+    /// Takes a flow out that is more than its mapping, or all of them, may have; call it until it gives
+    /// `None`.
+    pub(super) fn surplus(&mut self, bounds: &Bounds) -> Option<Ended<F>> {
+        let scope = self.scopes.find(&ScopeKey::Mapping(bounds.mapping))?;
+        let slot = if scope.len() > bounds.flows {
+            scope.first_to_go()
+        } else {
+            (self.len() > self.most).then(|| self.first_to_go()).flatten()
+        };
+        slot.map(|slot| self.remove_slot(slot))
     }
 
     /// Takes a flow out that has been idle for too long at `now`; call it until it gives `None`.
-    pub(super) fn expire(&mut self, now: Instant) -> Option<F> {
-        let oldest = self.oldest()?;
-        let idle_since = self.slots[oldest as usize].used.as_ref()?.last_active;
-        let is_over = now.saturating_duration_since(idle_since) >= self.bounds.idle;
-        is_over.then(|| self.remove_slot(oldest))
+    pub(super) fn expire(&mut self, now: Instant) -> Option<Ended<F>> {
+        let over = |(idle, slot): &(Duration, u32)| {
+            self.active_at(*slot).is_some_and(|at| now.saturating_duration_since(at) >= *idle)
+        };
+        let (_idle, slot) = self.oldest().find(over)?;
+        Some(self.remove_slot(slot))
     }
 
     /// All flows, by name, with the time of their last traffic.
@@ -265,25 +360,28 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
     }
 
     /// Takes the flow `id` out, unless it is over.
-    pub(super) fn remove(&mut self, id: FlowId) -> Option<F> {
+    pub(super) fn remove(&mut self, id: FlowId) -> Option<Ended<F>> {
         self.get(id)?;
         Some(self.remove_slot(id.slot))
     }
 
     /// When the next flow will have been idle for too long.
     pub(super) fn next_expiry(&self) -> Option<Instant> {
-        let oldest = self.slots[self.oldest()? as usize].used.as_ref()?;
-        Some(oldest.last_active + self.bounds.idle)
+        self.oldest().filter_map(|(idle, slot)| Some(self.active_at(slot)? + idle)).min()
     }
 
     /// When there was traffic last, in any flow.
     pub(super) fn last_active(&self) -> Option<Instant> {
-        self.all.newest().into_iter().flatten().filter_map(|slot| self.active_at(slot)).max()
+        let newest = self.scopes.idles().flat_map(|(_idle, scope)| scope.newest()).flatten();
+        newest.filter_map(|slot| self.active_at(slot)).max()
     }
 
-    /// The slot of the flow that has been idle the longest.
-    fn oldest(&self) -> Option<u32> {
-        self.all.oldest().into_iter().flatten().min_by_key(|slot| self.active_at(*slot))
+    /// The slots of the flows that have been idle the longest, with their timeouts.
+    fn oldest(&self) -> impl Iterator<Item = (Duration, u32)> {
+        let oldest = |(idle, scope): (Duration, &super::scopes::Scope)| {
+            scope.oldest().into_iter().flatten().map(move |slot| (idle, slot))
+        };
+        self.scopes.idles().flat_map(oldest)
     }
 
     fn active_at(&self, slot: u32) -> Option<Instant> {
@@ -292,135 +390,44 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
 
     /// Puts a slot in use at the newest end of its lists.
     fn link(&mut self, slot: u32) {
-        let Some((source, standing)) = self.lists_of(slot) else { return };
-        push(&mut self.slots, self.all.of(standing), slot, |used| &mut used.in_all);
-        let own = self.sources.entry(source).or_insert(ByStanding::EMPTY);
-        push(&mut self.slots, own.of(standing), slot, |used| &mut used.in_source);
+        let Some((places, standing)) = self.places_of(slot) else { return };
+        self.established += usize::from(standing == Standing::Established);
+        for (which, place) in places.iter().enumerate() {
+            self.scopes.push(&mut self.slots, slot, (which, place.scope), standing);
+        }
     }
 
     /// Takes a slot in use out of its lists.
     fn unlink(&mut self, slot: u32) {
-        let Some((source, standing)) = self.lists_of(slot) else { return };
-        unlink(&mut self.slots, self.all.of(standing), slot, |used| &mut used.in_all);
-        if let Some(own) = self.sources.get_mut(&source) {
-            unlink(&mut self.slots, own.of(standing), slot, |used| &mut used.in_source);
+        let Some((places, standing)) = self.places_of(slot) else { return };
+        self.established -= usize::from(standing == Standing::Established);
+        for (which, place) in places.iter().enumerate() {
+            self.scopes.unlink(&mut self.slots, slot, (which, place.scope), standing);
         }
     }
 
-    fn lists_of(&self, slot: u32) -> Option<(Source, Standing)> {
-        self.slots[slot as usize].used.as_ref().map(|used| (used.source, used.standing))
+    fn places_of(&self, slot: u32) -> Option<([Place; SCOPES], Standing)> {
+        self.slots[slot as usize].used.as_ref().map(|used| (used.places, used.standing))
     }
 
-    fn remove_slot(&mut self, slot: u32) -> F {
+    fn remove_slot(&mut self, slot: u32) -> Ended<F> {
         self.unlink(slot);
         let emptied = &mut self.slots[slot as usize];
         emptied.generation = (emptied.generation + 1) % FlowId::GENERATIONS;
-        let used = emptied.used.take().expect("only slots in use are in the lists");
-        self.index.remove(&used.key);
-        if let Entry::Occupied(own) = self.sources.entry(used.source)
-            && own.get().len() == 0
-        {
-            own.remove();
-        }
+        let Used { key, flow, last_active, places, .. } =
+            emptied.used.take().expect("only slots in use are in the lists");
+        self.index.remove(&key);
+        places.iter().for_each(|place| self.scopes.leave(place.scope));
         self.free.push(slot);
-        used.flow
+        Ended { flow, last_active }
     }
 }
+
+/// Which of a flow's scopes is that of its mapping.
+const MAPPING: usize = 1;
 
 fn to_slot(index: usize) -> u32 {
     u32::try_from(index).expect("descriptors run out before slots do")
-}
-
-/// A slot's neighbours in a list.
-#[derive(Clone, Copy, Debug)]
-struct Links {
-    older: Option<u32>,
-    newer: Option<u32>,
-}
-
-impl Links {
-    const NONE: Self = Self { older: None, newer: None };
-}
-
-/// A list through the slots, from the longest idle to the most recently active.
-#[derive(Clone, Copy, Debug)]
-struct List {
-    oldest: Option<u32>,
-    newest: Option<u32>,
-    len: usize,
-}
-
-impl List {
-    const EMPTY: Self = Self { oldest: None, newest: None, len: 0 };
-}
-
-/// The flows of all sources, or of one, by their standing.
-#[derive(Clone, Copy, Debug)]
-struct ByStanding {
-    new: List,
-    established: List,
-}
-
-impl ByStanding {
-    const EMPTY: Self = Self { new: List::EMPTY, established: List::EMPTY };
-
-    fn of(&mut self, standing: Standing) -> &mut List {
-        match standing {
-            Standing::New => &mut self.new,
-            Standing::Established => &mut self.established,
-        }
-    }
-
-    fn len(&self) -> usize {
-        self.new.len + self.established.len
-    }
-
-    /// The slot of the flow that goes when one has to: see the head of this file.
-    fn first_to_go(&self) -> Option<u32> {
-        let share = (self.len() / NEW_SHARE).max(1);
-        if self.new.len >= share { self.new.oldest } else { self.established.oldest.or(self.new.oldest) }
-    }
-
-    /// The slots at the oldest ends.
-    fn oldest(&self) -> [Option<u32>; 2] {
-        [self.new.oldest, self.established.oldest]
-    }
-
-    /// The slots at the newest ends.
-    fn newest(&self) -> [Option<u32>; 2] {
-        [self.new.newest, self.established.newest]
-    }
-}
-
-type LinksOf<K, F> = fn(&mut Used<K, F>) -> &mut Links;
-
-fn links_of<K, F>(slots: &mut [Slot<K, F>], slot: u32, links: LinksOf<K, F>) -> &mut Links {
-    links(slots[slot as usize].used.as_mut().expect("only slots in use are in the lists"))
-}
-
-/// Adds `slot` at the newest end.
-fn push<K, F>(slots: &mut [Slot<K, F>], list: &mut List, slot: u32, links: LinksOf<K, F>) {
-    *links_of(slots, slot, links) = Links { older: list.newest, newer: None };
-    match list.newest {
-        Some(newest) => links_of(slots, newest, links).newer = Some(slot),
-        None => list.oldest = Some(slot),
-    }
-    list.newest = Some(slot);
-    list.len += 1;
-}
-
-/// Takes `slot` out, wherever it is.
-fn unlink<K, F>(slots: &mut [Slot<K, F>], list: &mut List, slot: u32, links: LinksOf<K, F>) {
-    let Links { older, newer } = std::mem::replace(links_of(slots, slot, links), Links::NONE);
-    match older {
-        Some(older) => links_of(slots, older, links).newer = newer,
-        None => list.oldest = newer,
-    }
-    match newer {
-        Some(newer) => links_of(slots, newer, links).older = older,
-        None => list.newest = older,
-    }
-    list.len -= 1;
 }
 
 #[cfg(test)]
@@ -433,148 +440,222 @@ mod tests {
 
     const IDLE: Duration = Duration::from_secs(90);
 
+    type Table = FlowTable<(u8, u16), u16>;
+
     fn ip(n: u8) -> IpAddr {
         [10, 0, 0, n].into()
     }
 
-    fn table(flows: usize, flows_per_source: usize) -> FlowTable<(u8, u16), u16> {
-        FlowTable::new(Bounds { flows, flows_per_source, idle: IDLE })
+    fn bounds(flows: usize, flows_per_source: usize) -> Bounds {
+        Bounds { mapping: MappingId(0), flows, flows_per_source, shares_sources: false, idle: IDLE }
     }
 
-    fn open(table: &mut FlowTable<(u8, u16), u16>, source: u8, port: u16, now: Instant) -> Option<u16> {
-        let evicted = table.make_room(ip(source));
-        let id = table.insert((source, port), ip(source), port, now);
-        table.touch(id, Side::Client, now);
-        evicted
+    /// A table, and what its tests open flows with; time passes as they say.
+    struct Scene {
+        table: Table,
+        bounds: Bounds,
+        now: Instant,
     }
 
-    fn touch(table: &mut FlowTable<(u8, u16), u16>, source: u8, port: u16, from: Side, now: Instant) {
-        let id = table.find(&(source, port)).unwrap();
-        table.touch(id, from, now);
-    }
+    impl Scene {
+        fn new(flows: usize, flows_per_source: usize) -> Self {
+            let bounds = bounds(flows, flows_per_source);
+            Self { table: FlowTable::new(usize::MAX), bounds, now: Instant::now() }
+        }
 
-    fn establish(table: &mut FlowTable<(u8, u16), u16>, source: u8, port: u16, now: Instant) {
-        open(table, source, port, now);
-        touch(table, source, port, Side::Backend, now);
-        touch(table, source, port, Side::Client, now);
+        fn pass(&mut self, time: Duration) {
+            self.now += time;
+        }
+
+        /// Gives the flow that had to go.
+        fn open(&mut self, source: u8, port: u16) -> Option<u16> {
+            self.open_in(self.bounds, source, port)
+        }
+
+        fn open_in(&mut self, bounds: Bounds, source: u8, port: u16) -> Option<u16> {
+            self.pass(GRAIN);
+            let evicted = self.table.make_room(&bounds, ip(source)).map(|ended| ended.flow);
+            assert!(!self.table.is_full(&bounds, ip(source)));
+            let id = self.table.insert((source, port), (&bounds, ip(source)), port, self.now);
+            self.table.touch(id, Side::Client, self.now);
+            evicted
+        }
+
+        fn touch(&mut self, source: u8, port: u16, from: Side) {
+            self.pass(GRAIN);
+            let id = self.table.find(&(source, port)).unwrap();
+            self.table.touch(id, from, self.now);
+        }
+
+        fn establish(&mut self, source: u8, port: u16) {
+            self.open(source, port);
+            self.touch(source, port, Side::Backend);
+            self.touch(source, port, Side::Client);
+        }
+
+        fn has(&self, source: u8, port: u16) -> bool {
+            self.table.find(&(source, port)).is_some()
+        }
     }
 
     #[test]
     fn at_the_cap_the_longest_idle_flow_goes() {
-        let start = Instant::now();
-        let mut table = table(3, 3);
+        let mut scene = Scene::new(3, 3);
         for port in 1..=3 {
-            assert_eq!(open(&mut table, 1, port, start), None);
+            assert_eq!(scene.open(1, port), None);
         }
-        touch(&mut table, 1, 1, Side::Backend, start);
-        assert_eq!(open(&mut table, 2, 4, start), Some(2));
-        assert_eq!(open(&mut table, 2, 5, start), Some(3));
-        assert_eq!(table.len(), 3);
+        scene.touch(1, 1, Side::Backend);
+        assert_eq!(scene.open(2, 4), Some(2));
+        assert_eq!(scene.open(2, 5), Some(3));
+        assert_eq!(scene.table.len(), 3);
     }
 
     #[test]
     fn a_flood_displaces_itself_and_not_flows_in_use() {
-        let start = Instant::now();
-        let mut table = table(10, 10);
-        for port in 1..=5 {
-            establish(&mut table, 1, port, start);
-        }
+        let mut scene = Scene::new(10, 10);
+        (1..=5).for_each(|port| scene.establish(1, port));
+        scene.pass(Duration::from_secs(1));
         for port in 1000..3000 {
-            open(&mut table, (port % 200) as u8 + 2, port, start + Duration::from_secs(1));
+            scene.open((port % 200) as u8 + 2, port);
         }
         for port in 1..=5 {
-            assert!(table.find(&(1, port)).is_some(), "flow {port} is in use");
+            assert!(scene.has(1, port), "flow {port} is in use");
         }
-        assert_eq!(table.len(), 10);
+        assert_eq!(scene.table.len(), 10);
+    }
+
+    /// Those of the flood last, or are answered and go on, and have been idle for a shorter time.
+    #[test]
+    fn forged_pairs_displace_no_established_flow_answered_or_not() {
+        for answered in [false, true] {
+            let mut scene = Scene::new(16, 16);
+            (1..=14).for_each(|port| scene.establish(1, port));
+            for port in 1000..3000 {
+                let source = (port % 200) as u8 + 2;
+                scene.open(source, port);
+                if answered {
+                    scene.touch(source, port, Side::Backend);
+                } else {
+                    scene.pass(LASTING);
+                }
+                scene.touch(source, port, Side::Client);
+            }
+            for port in 1..=14 {
+                assert!(scene.has(1, port), "flow {port} is in use");
+            }
+        }
     }
 
     #[test]
-    fn pairs_of_datagrams_from_forged_sources_displace_each_other() {
-        let start = Instant::now();
-        let mut table = table(16, 16);
-        for port in 1..=14 {
-            establish(&mut table, 1, port, start);
-        }
-        for port in 1000..3000 {
-            let source = (port % 200) as u8 + 2;
-            open(&mut table, source, port, start + LASTING);
-            touch(&mut table, source, port, Side::Client, start + LASTING);
-        }
-        for port in 1..=14 {
-            assert!(table.find(&(1, port)).is_some(), "flow {port} is in use");
-        }
+    fn established_flows_leave_new_ones_their_share() {
+        let mut scene = Scene::new(16, 16);
+        (1..=16).for_each(|port| scene.establish(1, port));
+        assert_eq!(scene.open(2, 101), Some(15), "found no room among the established ones");
+        assert_eq!(scene.open(2, 102), Some(16));
+        assert_eq!(scene.open(2, 103), Some(101));
+        let first = scene.table.find(&(1, 1)).unwrap();
+        assert!(scene.table.is_established(first));
+        assert!(scene.table.remove(first).is_some());
+        scene.touch(2, 103, Side::Backend);
+        scene.touch(2, 103, Side::Client);
+        assert!(scene.table.is_established(scene.table.find(&(2, 103)).unwrap()), "there is room now");
     }
 
     #[test]
-    fn new_flows_have_a_share_of_a_table_full_of_established_ones() {
-        let start = Instant::now();
-        let mut table = table(16, 16);
-        for port in 1..=16 {
-            establish(&mut table, 1, port, start);
-        }
-        assert_eq!(open(&mut table, 2, 101, start), Some(1));
-        assert_eq!(open(&mut table, 2, 102, start), Some(2));
-        assert_eq!(open(&mut table, 2, 103, start), Some(101), "the share is full");
+    fn when_fewer_may_be_established_the_longest_idle_of_them_goes() {
+        let mut scene = Scene::new(usize::MAX, usize::MAX);
+        (1..=16).for_each(|port| scene.establish(1, port));
+        scene.table.set_most(16);
+        assert_eq!(scene.open(2, 101), Some(1));
+        assert_eq!(scene.open(2, 102), Some(2));
+        assert_eq!(scene.open(2, 103), Some(101));
     }
 
     #[test]
     fn a_flow_that_is_never_answered_is_established_by_lasting() {
-        let start = Instant::now();
-        let mut table = table(2, 2);
-        open(&mut table, 1, 1, start);
-        open(&mut table, 1, 2, start);
-        touch(&mut table, 1, 1, Side::Client, start + LASTING);
-        touch(&mut table, 1, 2, Side::Client, start + LASTING / 2);
-        assert_eq!(open(&mut table, 2, 3, start + LASTING), Some(2));
+        let mut scene = Scene::new(2, 2);
+        scene.open(1, 1);
+        scene.open(1, 2);
+        scene.pass(LASTING);
+        scene.touch(1, 1, Side::Client);
+        assert_eq!(scene.open(2, 3), Some(2));
     }
 
     #[test]
     fn a_source_at_its_quota_displaces_its_own_longest_idle_flow() {
-        let start = Instant::now();
-        let mut table = table(10, 2);
-        open(&mut table, 1, 1, start);
-        open(&mut table, 2, 2, start);
-        open(&mut table, 2, 3, start);
-        touch(&mut table, 2, 2, Side::Client, start);
-        assert_eq!(open(&mut table, 2, 4, start), Some(3));
-        assert!(table.find(&(1, 1)).is_some());
+        let mut scene = Scene::new(10, 2);
+        scene.open(1, 1);
+        scene.open(2, 2);
+        scene.open(2, 3);
+        scene.touch(2, 2, Side::Client);
+        assert_eq!(scene.open(2, 4), Some(3));
+        assert!(scene.has(1, 1));
     }
 
     #[test]
-    fn all_addresses_of_a_v6_network_share_a_quota() {
-        let source = |text: &str| Source::of(text.parse().unwrap());
-        assert_eq!(source("2001:db8::1"), source("2001:db8::2:3:4:5"));
-        assert_ne!(source("2001:db8::1"), source("2001:db8:0:1::1"));
-        assert_eq!(source("::ffff:10.0.0.1"), source("10.0.0.1"));
-        assert_ne!(source("10.0.0.1"), source("10.0.0.2"));
+    fn mappings_have_bounds_of_their_own() {
+        let mut scene = Scene::new(2, 2);
+        let other = Bounds { mapping: MappingId(1), flows: 3, idle: IDLE / 2, ..scene.bounds };
+        (1..=2).for_each(|port| assert_eq!(scene.open(1, port), None));
+        (3..=5).for_each(|number| assert_eq!(scene.open_in(other, number, number.into()), None));
+        assert_eq!(scene.open(2, 6), Some(1));
+        assert_eq!(scene.open_in(other, 9, 7), Some(3));
+        scene.pass(IDLE / 2);
+        let expired: Vec<u16> = std::iter::from_fn(|| Some(scene.table.expire(scene.now)?.flow)).collect();
+        assert_eq!(expired, [4, 5, 7]);
+    }
+
+    #[test]
+    fn a_source_may_have_no_more_by_way_of_several_mappings() {
+        let mut scene = Scene::new(9, 2);
+        let one = Bounds { shares_sources: true, ..scene.bounds };
+        let other = Bounds { mapping: MappingId(1), ..one };
+        assert_eq!(scene.open_in(one, 1, 1), None);
+        assert_eq!(scene.open_in(other, 1, 2), None);
+        assert_eq!(scene.open_in(one, 1, 3), Some(1));
+    }
+
+    #[test]
+    fn other_bounds_apply_to_flows_that_there_are() {
+        let mut scene = Scene::new(9, 9);
+        (1..=3).for_each(|port| scene.establish(1, port));
+        scene.open(1, 4);
+        let short = Bounds { flows: 2, idle: IDLE / 2, ..scene.bounds };
+        scene.table.rebound(&short, scene.now);
+        let surplus: Vec<u16> = std::iter::from_fn(|| Some(scene.table.surplus(&short)?.flow)).collect();
+        assert_eq!(surplus, [1, 2], "the established ones over their share first");
+        assert_eq!(scene.table.next_expiry(), Some(scene.now + IDLE / 2));
+        assert_eq!(scene.table.scopes.count(), 3);
     }
 
     #[test]
     fn flows_expire_when_neither_side_sends() {
-        let start = Instant::now();
-        let mut table = table(10, 10);
-        open(&mut table, 1, 1, start);
-        open(&mut table, 1, 2, start);
-        touch(&mut table, 1, 2, Side::Backend, start + IDLE / 2);
-        assert_eq!(table.next_expiry(), Some(start + IDLE));
-        assert_eq!(table.expire(start + IDLE - Duration::from_millis(1)), None);
-        assert_eq!(table.expire(start + IDLE), Some(1));
-        assert_eq!(table.expire(start + IDLE), None);
-        assert_eq!(table.expire(start + IDLE * 3 / 2), Some(2));
-        assert_eq!(table.next_expiry(), None);
+        let mut scene = Scene::new(10, 10);
+        scene.open(1, 1);
+        let first = scene.now;
+        scene.open(1, 2);
+        scene.pass(IDLE / 2);
+        scene.touch(1, 2, Side::Backend);
+        let second = scene.now;
+        let mut expire = |at| scene.table.expire(at).map(|ended| ended.flow);
+        assert_eq!(expire(first + IDLE - GRAIN), None);
+        assert_eq!(expire(first + IDLE), Some(1));
+        assert_eq!(expire(first + IDLE), None);
+        assert_eq!(expire(second + IDLE), Some(2));
+        assert_eq!(scene.table.next_expiry(), None);
+        assert_eq!(scene.table.scopes.count(), 0);
     }
 
     #[test]
     fn a_name_does_not_outlive_its_flow() {
-        let start = Instant::now();
-        let mut table = table(1, 1);
-        open(&mut table, 1, 1, start);
-        let old = table.find(&(1, 1)).unwrap();
+        let mut scene = Scene::new(1, 1);
+        scene.open(1, 1);
+        let old = scene.table.find(&(1, 1)).unwrap();
         assert_eq!(FlowId::from_u64(old.to_u64()), old);
-        open(&mut table, 1, 2, start);
-        assert!(table.get_mut(old).is_none());
-        table.touch(old, Side::Client, start);
-        assert_eq!(table.len(), 1);
+        scene.open(1, 2);
+        assert!(scene.table.get_mut(old).is_none());
+        scene.table.touch(old, Side::Client, scene.now);
+        assert_eq!(scene.table.len(), 1);
     }
 
     /// What the table promises, in the plainest form: a map and a walk through all of it.
@@ -594,29 +675,38 @@ mod tests {
 
     impl Model {
         fn victim(&self, source: u8, bounds: Bounds) -> Option<(u8, u16)> {
-            let own = self.flows.keys().filter(|key| key.0 == source).count();
-            if own >= bounds.flows_per_source {
+            if self.count(&|key, _| key.0 == source) >= bounds.flows_per_source {
                 return self.first_to_go(&|key| key.0 == source);
             }
             (self.flows.len() >= bounds.flows).then(|| self.first_to_go(&|_| true)).flatten()
         }
 
-        fn first_to_go(&self, among: &dyn Fn(&(u8, u16)) -> bool) -> Option<(u8, u16)> {
-            let mut flows: Vec<_> = self.flows.iter().filter(|(key, _)| among(key)).collect();
-            flows.sort_by_key(|(_, flow)| flow.order);
-            let new = flows.iter().filter(|(_, flow)| !flow.established).count();
-            let established = new < (flows.len() / 8).max(1);
-            flows.iter().find(|(_, flow)| flow.established == established).map(|(key, _)| **key)
+        fn count(&self, which: &dyn Fn(&(u8, u16), &ModelFlow) -> bool) -> usize {
+            self.flows.iter().filter(|(key, flow)| which(key, flow)).count()
         }
 
-        fn touch(&mut self, key: (u8, u16), from: Side, at: Instant) {
+        /// No scope has more established flows than it may have, so that it is a new one.
+        fn first_to_go(&self, among: &dyn Fn(&(u8, u16)) -> bool) -> Option<(u8, u16)> {
+            let new = self.flows.iter().filter(|(key, flow)| among(key) && !flow.established);
+            new.min_by_key(|(_, flow)| flow.order).map(|(key, _)| *key)
+        }
+
+        fn touch(&mut self, key: (u8, u16), from: Side, at: Instant, bounds: Bounds) {
             self.clock += 1;
-            let opened = ModelFlow { order: 0, opened: at, at, answered: false, established: false };
+            let opened = ModelFlow { order: self.clock, opened: at, at, answered: false, established: false };
+            let all = self.count(&|_, flow| flow.established);
+            let own = self.count(&|other, flow| flow.established && other.0 == key.0);
+            let room =
+                all < most_established(bounds.flows) && own < most_established(bounds.flows_per_source);
             let flow = self.flows.entry(key).or_insert(opened);
-            (flow.order, flow.at) = (self.clock, at);
-            match from {
-                Side::Backend => flow.answered = true,
-                Side::Client => flow.established |= flow.answered || at - flow.opened >= LASTING,
+            let rises = from == Side::Client
+                && !flow.established
+                && (flow.answered || at - flow.opened >= LASTING)
+                && room;
+            flow.answered |= from == Side::Backend;
+            flow.established |= rises;
+            if rises || at - flow.at >= GRAIN {
+                (flow.order, flow.at) = (self.clock, at);
             }
         }
     }
@@ -630,7 +720,7 @@ mod tests {
     fn op() -> impl Strategy<Value = Op> {
         prop_oneof![
             9 => (0..4_u8, 0..16_u16, any::<bool>()).prop_map(|(s, p, c)| Op::Datagram(s, p, c)),
-            1 => prop_oneof![Just(1), 1..60_u64].prop_map(Op::Wait),
+            1 => prop_oneof![Just(1), Just(5), 1..60_000_u64].prop_map(Op::Wait),
         ]
     }
 
@@ -641,9 +731,9 @@ mod tests {
             flows in 1..20_usize,
             per_source in 1..18_usize,
         ) {
+            let bounds = bounds(flows, per_source);
             let mut now = Instant::now();
-            let mut table = table(flows, per_source);
-            let bounds = table.bounds;
+            let mut table: Table = FlowTable::new(usize::MAX);
             let mut model = Model::default();
             for op in ops {
                 match op {
@@ -652,16 +742,19 @@ mod tests {
                         let side = if from_client { Side::Client } else { Side::Backend };
                         if let Some(id) = table.find(&key) {
                             table.touch(id, side, now);
-                            model.touch(key, side, now);
+                            model.touch(key, side, now, bounds);
                         } else if from_client {
                             let victim = model.victim(source, bounds);
-                            prop_assert_eq!(open(&mut table, source, port, now), victim.map(|key| key.1));
+                            let evicted = table.make_room(&bounds, ip(source)).map(|ended| ended.flow);
+                            prop_assert_eq!(evicted, victim.map(|key| key.1));
+                            prop_assert!(!table.is_full(&bounds, ip(source)));
+                            table.insert(key, (&bounds, ip(source)), port, now);
                             victim.map(|key| model.flows.remove(&key));
-                            model.touch(key, Side::Client, now);
+                            model.touch(key, Side::Client, now, bounds);
                         }
                     }
-                    Op::Wait(seconds) => {
-                        now += Duration::from_secs(seconds);
+                    Op::Wait(millis) => {
+                        now += Duration::from_millis(millis);
                         while table.expire(now).is_some() {}
                         model.flows.retain(|_, flow| now - flow.at < IDLE);
                     }
@@ -673,7 +766,7 @@ mod tests {
                     prop_assert!(table.find(key).is_some());
                 }
             }
-            prop_assert!(table.sources.len() <= table.len());
+            prop_assert!(table.scopes.count() <= table.len() + 2);
         }
     }
 }

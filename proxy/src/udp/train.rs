@@ -26,7 +26,7 @@ impl Chunk {
     }
 
     /// How many datagrams it is.
-    fn count(self) -> usize {
+    pub(super) fn count(self) -> usize {
         match self.segment {
             Some(segment) => self.len.div_ceil(usize::from(segment)).max(1),
             None => 1,

@@ -122,6 +122,11 @@ impl RecvBatch {
         whole.then(|| &self.payloads[start..start + header.msg_len as usize])
     }
 
+    /// How many bytes of payload were received into some slots.
+    pub fn bytes(&self, slots: Range<usize>) -> usize {
+        self.headers[slots].iter().map(|header| header.msg_len as usize).sum()
+    }
+
     /// What the control messages of the datagram in `slot` said.
     pub fn control(&self, slot: usize) -> Received {
         let len = self.headers[slot].msg_hdr.msg_controllen;

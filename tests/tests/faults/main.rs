@@ -5,6 +5,7 @@
 #![expect(clippy::unwrap_used, reason = "a failed step ends the test")]
 
 mod backends;
+mod flows;
 mod limits;
 mod loops;
 mod network;
@@ -48,6 +49,13 @@ fn main() -> ExitCode {
         case("loops: nor does a socket that was passed", loops::by_a_passed_socket),
         case("loops: nor does an upgrade", loops::by_an_upgrade),
         case("loops: another program on this host is a backend", loops::to_another_program),
+        case("a flow's port has been nobody else's for a while", flows::ports_in_turn),
+        case("a burst of clients beyond the cap", flows::burst_at_the_cap),
+        case("datagrams that are refused", flows::refused_datagrams).needs(&[Need::Program("nft")]),
+        case("a datagram from the backend", flows::from_the_backend),
+        case("flows follow a change", flows::changes_are_followed),
+        case("each mapping has its own limits of flows", flows::limits_of_each_mapping),
+        case("thousands of flows end at once", flows::many_end_at_once),
         case("SIGSTOP and SIGCONT", process::stopped),
         case("SIGKILL resets both sides and frees the port", process::killed),
         case("what a drain cuts is reset", process::cut),

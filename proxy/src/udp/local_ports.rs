@@ -1,0 +1,319 @@
+//! The local ports that flows use towards backends.
+//!
+//! The kernel would choose one at random, perhaps the one that was closed a moment ago, and an answer
+//! that comes late would reach another client than the one that asked. So ports are taken in turn, in
+//! an order that differs from process to process: one is used again only when all others of the range
+//! (`ip_local_port_range`, ip(7)) had their turn, and not within [`HELD_BACK`] of its last use.
+//!
+//! Other programs need ports, too, other relays among them. How many they have, the tries show that
+//! meet a port in use: what this process takes leaves a quarter of the range free.
+
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::fs;
+use std::hash::{BuildHasher, RandomState};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// A port is not used again this soon after its last datagram. It is how long a resolver waits for an
+/// answer (resolv.conf(5), `timeout`).
+pub(super) const HELD_BACK: Duration = Duration::from_secs(5);
+
+/// Ports that other programs are left, as a part of all.
+const LEFT_TO_OTHERS: usize = 4;
+
+/// Ports that one process may have, however many the others have.
+const LEAST: usize = 64;
+
+/// Where the kernel tells which ports are for sockets that do not choose one (ip(7)).
+const SETTINGS: &str = "/proc/sys/net/ipv4";
+
+/// The kernel's default range.
+const DEFAULT_RANGE: (u16, u16) = (32_768, 60_999);
+
+/// What one try more or less says about how many ports others have: as much as this many before it.
+const MEMORY: u32 = 64;
+
+/// Bits that the place of a port in the range takes.
+const PLACE_BITS: u32 = 16;
+
+/// How sure it is that others have a port, in parts of this.
+const CERTAIN: u32 = 1 << 16;
+
+/// The ports of the range.
+#[derive(Debug)]
+pub(super) struct LocalPorts {
+    first: u16,
+    last: u16,
+    /// Ports that nobody is given unasked (`ip_local_reserved_ports`).
+    reserved: Vec<(u16, u16)>,
+    /// Made for the first flow: an idle mapping does without.
+    order: Option<Order>,
+    /// In use here.
+    in_use: usize,
+    /// How likely others have a port that this process has not, in parts of [`CERTAIN`].
+    others: u32,
+}
+
+/// The order in which ports are tried, and which are not to be.
+#[derive(Debug)]
+struct Order {
+    /// The place in the range that is next, from 0.
+    next: usize,
+    /// From one place to the next; it has no divisor in common with the size of the range.
+    stride: usize,
+    /// One bit for each port: whether it is in use here, held back, or never to be used.
+    unavailable: Vec<u64>,
+    /// How many are.
+    count: usize,
+    /// Those that are held back, the next to be free first: each with the time, in milliseconds since
+    /// `start`, in the bits above those of its place.
+    held_back: BinaryHeap<Reverse<u64>>,
+    start: Instant,
+}
+
+impl LocalPorts {
+    /// The ports of this network namespace, as its settings are now.
+    pub(super) fn of_this_host() -> Self {
+        let read = |name: &str| fs::read_to_string(Path::new(SETTINGS).join(name)).unwrap_or_default();
+        Self::new(parse_range(&read("ip_local_port_range")), parse_list(&read("ip_local_reserved_ports")))
+    }
+
+    fn new((first, last): (u16, u16), reserved: Vec<(u16, u16)>) -> Self {
+        Self { first, last, reserved, order: None, in_use: 0, others: 0 }
+    }
+
+    /// How many ports there are, whoever has them.
+    pub(super) fn count(&self) -> usize {
+        usize::from(self.last - self.first) + 1
+    }
+
+    /// How many of them this process may use at a time, as far as it is known what others have.
+    pub(super) fn room(&self) -> usize {
+        let count = self.count();
+        let others = (count - self.in_use.min(count)) * self.others as usize / CERTAIN as usize;
+        (count - count / LEFT_TO_OTHERS).saturating_sub(others).max(LEAST.min(count))
+    }
+
+    /// The port to try next, unless all are in use here or held back. Then say what became of it.
+    pub(super) fn candidate(&mut self, now: Instant) -> Option<u16> {
+        let count = self.count();
+        let order = self.order.get_or_insert_with(|| Order::new(self.first, self.last, &self.reserved));
+        order.release(now);
+        if order.count == count {
+            return None;
+        }
+        loop {
+            let place = order.next;
+            order.next = (place + order.stride) % count;
+            if !order.is_unavailable(place) {
+                return u16::try_from(place).ok().map(|place| self.first + place);
+            }
+        }
+    }
+
+    /// The candidate is in use by a flow from now on.
+    pub(super) fn taken(&mut self, port: u16) {
+        if self.set_unavailable(port) {
+            self.in_use += 1;
+        }
+        self.others -= self.others.div_ceil(MEMORY);
+    }
+
+    /// The candidate is in use by somebody else.
+    pub(super) fn others_have(&mut self) {
+        self.others += (CERTAIN - self.others) / MEMORY;
+    }
+
+    /// The candidate cannot be used by this process, now or later.
+    pub(super) fn forbidden(&mut self, port: u16) {
+        self.set_unavailable(port);
+    }
+
+    /// A flow goes on with a port that another process chose.
+    pub(super) fn adopted(&mut self, port: u16) {
+        if self.set_unavailable(port) {
+            self.in_use += 1;
+        }
+    }
+
+    /// A port is in use no more, and had its last datagram at `last_active`.
+    pub(super) fn given_back(&mut self, port: u16, last_active: Instant) {
+        if (self.first..=self.last).contains(&port)
+            && let Some(order) = &mut self.order
+        {
+            self.in_use = self.in_use.saturating_sub(1);
+            order.hold_back(usize::from(port - self.first), last_active + HELD_BACK);
+        }
+    }
+
+    fn set_unavailable(&mut self, port: u16) -> bool {
+        if !(self.first..=self.last).contains(&port) {
+            return false;
+        }
+        let order = self.order.get_or_insert_with(|| Order::new(self.first, self.last, &self.reserved));
+        order.set(usize::from(port - self.first), true)
+    }
+}
+
+impl Order {
+    fn new(first: u16, last: u16, reserved: &[(u16, u16)]) -> Self {
+        let count = usize::from(last - first) + 1;
+        let random = |what: u8| usize::try_from(RandomState::new().hash_one(what) >> 33).unwrap_or(0) % count;
+        let coprime = |stride: &usize| greatest_common_divisor(*stride, count) == 1;
+        let stride = (random(0)..).find(coprime).unwrap_or(1);
+        let unavailable = vec![0; count.div_ceil(64)];
+        let (held_back, start) = (BinaryHeap::new(), Instant::now());
+        let mut order = Self { next: random(1), stride, unavailable, count: 0, held_back, start };
+        for (low, high) in reserved {
+            for port in (*low).max(first)..=(*high).min(last) {
+                order.set(usize::from(port - first), true);
+            }
+        }
+        order
+    }
+
+    fn hold_back(&mut self, place: usize, until: Instant) {
+        let millis = until.saturating_duration_since(self.start).as_millis();
+        let millis = u64::try_from(millis).unwrap_or(u64::MAX);
+        self.held_back.push(Reverse(millis << PLACE_BITS | place as u64));
+    }
+
+    /// Makes ports available that have been held back for long enough.
+    fn release(&mut self, now: Instant) {
+        let millis = u64::try_from(now.saturating_duration_since(self.start).as_millis()).unwrap_or(u64::MAX);
+        while let Some(Reverse(first)) = self.held_back.peek().copied()
+            && first >> PLACE_BITS <= millis
+        {
+            self.held_back.pop();
+            let place = first & ((1 << PLACE_BITS) - 1);
+            self.set(usize::try_from(place).unwrap_or(0), false);
+            if self.held_back.is_empty() {
+                self.held_back.shrink_to_fit();
+            }
+        }
+    }
+
+    fn is_unavailable(&self, place: usize) -> bool {
+        self.unavailable[place / 64] & (1 << (place % 64)) != 0
+    }
+
+    /// Gives whether that is a change.
+    fn set(&mut self, place: usize, unavailable: bool) -> bool {
+        if self.is_unavailable(place) == unavailable {
+            return false;
+        }
+        self.unavailable[place / 64] ^= 1 << (place % 64);
+        if unavailable {
+            self.count += 1;
+        } else {
+            self.count -= 1;
+        }
+        true
+    }
+}
+
+fn greatest_common_divisor(a: usize, b: usize) -> usize {
+    if a == 0 { b } else { greatest_common_divisor(b % a, a) }
+}
+
+/// Two ports, the first and the last one.
+fn parse_range(text: &str) -> (u16, u16) {
+    let bounds: Vec<u16> = text.split_whitespace().filter_map(|port| port.parse().ok()).collect();
+    match bounds[..] {
+        [first, last] if 0 < first && first <= last => (first, last),
+        _ => DEFAULT_RANGE,
+    }
+}
+
+/// Ports and ranges, separated by commas: `8080,9148-9150`.
+fn parse_list(text: &str) -> Vec<(u16, u16)> {
+    let parse_one = |text: &str| {
+        let (first, last) = text.split_once('-').unwrap_or((text, text));
+        Some((first.trim().parse().ok()?, last.trim().parse().ok()?))
+    };
+    text.split(',').filter_map(parse_one).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    fn take(ports: &mut LocalPorts, now: Instant) -> Option<u16> {
+        let port = ports.candidate(now)?;
+        ports.taken(port);
+        Some(port)
+    }
+
+    #[test]
+    fn each_port_has_its_turn_before_one_comes_again() {
+        for (first, last) in [(40_000, 40_999), (1, 1), (65_000, 65_535), (40_000, 40_006)] {
+            let mut ports = LocalPorts::new((first, last), Vec::new());
+            let now = Instant::now();
+            let mut seen = HashSet::new();
+            for _ in 0..ports.count() {
+                let port = take(&mut ports, now).unwrap();
+                assert!((first..=last).contains(&port) && seen.insert(port), "{port} comes again");
+                ports.given_back(port, now - HELD_BACK);
+            }
+            assert!(seen.contains(&take(&mut ports, now).unwrap()));
+        }
+    }
+
+    #[test]
+    fn a_port_is_held_back_while_answers_may_come() {
+        let mut ports = LocalPorts::new((50_000, 50_001), Vec::new());
+        let now = Instant::now();
+        let first = take(&mut ports, now).unwrap();
+        let second = take(&mut ports, now).unwrap();
+        assert_eq!(take(&mut ports, now), None);
+        ports.given_back(second, now);
+        ports.given_back(first, now - HELD_BACK / 2);
+        assert_eq!(take(&mut ports, now), None);
+        assert_eq!(take(&mut ports, now + HELD_BACK / 2), Some(first));
+        assert_eq!(take(&mut ports, now + HELD_BACK), Some(second));
+    }
+
+    #[test]
+    fn reserved_ports_are_left_alone() {
+        let mut ports = LocalPorts::new((50_000, 50_009), parse_list("8080,50001-50008\n"));
+        let now = Instant::now();
+        let taken: HashSet<u16> = std::iter::from_fn(|| take(&mut ports, now)).collect();
+        assert_eq!(taken, HashSet::from([50_000, 50_009]));
+    }
+
+    #[test]
+    fn what_others_have_is_learnt_and_forgotten() {
+        let mut ports = LocalPorts::new((20_000, 59_999), Vec::new());
+        let now = Instant::now();
+        assert_eq!(ports.room(), 30_000);
+        let tries = |ports: &mut LocalPorts, others: usize| {
+            for number in 0..1000 {
+                let port = ports.candidate(now).unwrap();
+                if number % 4 < others {
+                    ports.others_have();
+                } else {
+                    ports.taken(port);
+                    ports.given_back(port, now);
+                }
+            }
+        };
+        tries(&mut ports, 2);
+        assert!((7_000..13_000).contains(&ports.room()), "half is taken: {}", ports.room());
+        tries(&mut ports, 3);
+        assert!(ports.room() < 3_000, "three quarters are taken: {}", ports.room());
+        tries(&mut ports, 0);
+        assert_eq!(ports.room(), 30_000);
+    }
+
+    #[test]
+    fn the_settings_are_read_as_the_kernel_writes_them() {
+        assert_eq!(parse_range("32768\t60999\n"), (32_768, 60_999));
+        assert_eq!(parse_range(""), DEFAULT_RANGE);
+        assert_eq!(parse_range("9 8"), DEFAULT_RANGE);
+        assert_eq!(parse_list("\n"), []);
+        assert_eq!(parse_list("8080,9148-9150\n"), [(8080, 8080), (9148, 9150)]);
+    }
+}

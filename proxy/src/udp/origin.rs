@@ -1,0 +1,106 @@
+//! Datagrams that no client has sent: answering one would only make it go round.
+
+use std::collections::BTreeSet;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+
+use crate::mapping::Forward;
+
+/// Where the listeners of this process are, by port.
+#[derive(Debug, Default)]
+pub(super) struct OwnPorts(BTreeSet<(u16, IpAddr)>);
+
+impl OwnPorts {
+    /// Takes note of a listener.
+    pub(super) fn add(&mut self, forward: &Forward) {
+        self.0.extend(places(forward));
+    }
+
+    /// Forgets a listener.
+    pub(super) fn remove(&mut self, forward: &Forward) {
+        for place in places(forward) {
+            self.0.remove(&place);
+        }
+    }
+
+    /// Whether a datagram for `forward` cannot come from a client: its `source` is the backend, a
+    /// listener of this process, or no address of anybody (RFC 1122, section 3.2.1.3).
+    pub(super) fn is_forged(&self, source: SocketAddr, forward: &Forward) -> bool {
+        let (ip, port) = (source.ip().to_canonical(), source.port());
+        if port == 0 || ip.is_unspecified() || ip.is_multicast() {
+            return true;
+        }
+        let backend = forward.backend.socket_addr();
+        if port == backend.port() && ip == backend.ip().to_canonical() {
+            return true;
+        }
+        let has = |host: IpAddr| self.0.contains(&(port, host));
+        has(ip) || has(any_of(ip)) && is_local(source)
+    }
+}
+
+/// The wildcard of an address's family.
+fn any_of(ip: IpAddr) -> IpAddr {
+    if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() }
+}
+
+/// Where a listener is: in both families, if it serves both.
+fn places(forward: &Forward) -> impl Iterator<Item = (u16, IpAddr)> {
+    let host = forward.host.socket_addr();
+    let ip = host.ip().to_canonical();
+    let serves_both = ip == Ipv6Addr::UNSPECIFIED && !forward.v6only;
+    let v4 = serves_both.then_some(Ipv4Addr::UNSPECIFIED.into());
+    [ip].into_iter().chain(v4).map(move |ip| (host.port(), ip))
+}
+
+/// Whether `addr` is this host's: then what is sent there would come from there. What cannot be told
+/// is not.
+fn is_local(addr: SocketAddr) -> bool {
+    let source_towards = || -> std::io::Result<SocketAddr> {
+        let socket = UdpSocket::bind((any_of(addr.ip()), 0))?;
+        socket.connect(addr)?;
+        socket.local_addr()
+    };
+    source_towards().is_ok_and(|local| local.ip() == addr.ip())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::addr::Protocol;
+
+    fn forward(host: &str, backend: &str) -> Forward {
+        let (host, backend) = (host.parse().unwrap(), backend.parse().unwrap());
+        Forward { protocol: Protocol::Udp, host, backend, v6only: false }
+    }
+
+    #[test]
+    fn what_comes_from_the_backend_a_listener_or_nobody_is_forged() {
+        let first = forward("0.0.0.0:9000", "192.0.2.1:53");
+        let mut own = OwnPorts::default();
+        [first, forward("192.0.2.9:9001", "192.0.2.1:53"), forward("[::]:9002", "192.0.2.1:53")]
+            .iter()
+            .for_each(|forward| own.add(forward));
+        let is_forged = |source: &str| own.is_forged(source.parse().unwrap(), &first);
+        for forged in [
+            "192.0.2.1:53",
+            "[::ffff:192.0.2.1]:53",
+            "0.0.0.0:7",
+            "[::]:7",
+            "[::ffff:0.0.0.0]:7",
+            "224.0.0.1:7",
+            "192.0.2.7:0",
+            "127.0.0.1:9000",
+            "127.0.0.1:9002",
+            "[::1]:9002",
+            "[::ffff:127.0.0.1]:9002",
+            "192.0.2.9:9001",
+        ] {
+            assert!(is_forged(forged), "{forged}");
+        }
+        for genuine in ["192.0.2.1:54", "192.0.2.2:53", "192.0.2.7:9000", "127.0.0.1:9001", "127.0.0.1:53"] {
+            assert!(!is_forged(genuine), "{genuine}");
+        }
+        own.remove(&first);
+        assert!(!own.is_forged("127.0.0.1:9000".parse().unwrap(), &first));
+    }
+}

@@ -1,0 +1,140 @@
+//! What became of the datagrams of a batch: how many were relayed, and how many were lost and why.
+
+use std::io;
+use std::ops::{AddAssign, SubAssign};
+
+use nix::libc;
+use tracing::warn;
+
+use crate::log_limit::LogLimit;
+use crate::service::Route;
+use crate::stats::Trouble;
+
+/// How much some datagrams are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Amount {
+    pub(super) datagrams: u64,
+    pub(super) bytes: u64,
+}
+
+impl AddAssign for Amount {
+    fn add_assign(&mut self, other: Self) {
+        self.datagrams += other.datagrams;
+        self.bytes += other.bytes;
+    }
+}
+
+impl SubAssign for Amount {
+    fn sub_assign(&mut self, other: Self) {
+        self.datagrams -= other.datagrams;
+        self.bytes -= other.bytes;
+    }
+}
+
+/// What became of some datagrams.
+#[derive(Debug, Default)]
+pub(super) struct Tally {
+    /// What the kernel took.
+    pub(super) relayed: Amount,
+    /// Datagrams that the network refused, at once or later.
+    refused: u64,
+    /// Datagrams that there was no room for.
+    no_buffer: u64,
+    /// Datagrams that are larger than the way takes.
+    too_large: u64,
+    /// The error that one of them met.
+    error: Option<io::Error>,
+}
+
+impl Tally {
+    /// Some datagrams met `error`.
+    pub(super) fn lose(&mut self, datagrams: u64, error: io::Error) {
+        *match error.raw_os_error() {
+            Some(libc::EMSGSIZE) => &mut self.too_large,
+            Some(libc::ENOBUFS | libc::ENOMEM) => &mut self.no_buffer,
+            _ => &mut self.refused,
+        } += datagrams;
+        self.error = Some(error);
+    }
+
+    /// Some datagrams found no room where they would have waited.
+    pub(super) fn overflow(&mut self, datagrams: u64) {
+        self.no_buffer += datagrams;
+    }
+
+    /// A datagram was cut when it was received.
+    pub(super) fn cut(&mut self) {
+        self.too_large += 1;
+    }
+
+    fn lost(&self) -> [(Trouble, u64); 3] {
+        [
+            (Trouble::DatagramRefused, self.refused),
+            (Trouble::NoBuffer, self.no_buffer),
+            (Trouble::TooLarge, self.too_large),
+        ]
+    }
+
+    /// Counts it for the mapping of `route`: on the way to the backend, or to clients.
+    pub(super) fn settle(self, route: &Route, to: Towards) {
+        let stats = &route.service.live.stats;
+        if self.relayed != Amount::default() {
+            let (datagrams, bytes) = match to {
+                Towards::Backend => (&stats.datagrams_in, &stats.bytes_in),
+                Towards::Clients => (&stats.datagrams_out, &stats.bytes_out),
+            };
+            datagrams.add(self.relayed.datagrams);
+            bytes.add(self.relayed.bytes);
+        }
+        if self.lost().iter().any(|(_trouble, count)| *count > 0) {
+            self.tell_lost(route, to);
+        }
+    }
+
+    #[cold]
+    fn tell_lost(self, route: &Route, to: Towards) {
+        static LOST: LogLimit = LogLimit::new();
+
+        let stats = &route.service.live.stats;
+        self.lost().iter().for_each(|(trouble, count)| stats.count_many(*trouble, *count));
+        if let Some(suppressed) = LOST.permit() {
+            let Self { refused, no_buffer, too_large, error, .. } = self;
+            let error =
+                error.map_or_else(|| "too many wait for a socket".to_owned(), |error| error.to_string());
+            let to = to.as_str();
+            warn!(mapping = %route.forward, to, refused, no_buffer, too_large, %error, suppressed, "datagrams lost");
+        }
+    }
+}
+
+/// Which way datagrams go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Towards {
+    Backend,
+    Clients,
+}
+
+impl Towards {
+    fn as_str(self) -> &'static str {
+        match self {
+            Self::Backend => "backend",
+            Self::Clients => "clients",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_lost_has_a_reason() {
+        let mut tally = Tally::default();
+        for errno in [libc::EPERM, libc::ECONNREFUSED, libc::EMSGSIZE, libc::ENOBUFS] {
+            tally.lose(2, io::Error::from_raw_os_error(errno));
+        }
+        tally.cut();
+        tally.overflow(1);
+        assert_eq!(tally.lost().map(|(_trouble, count)| count), [4, 3, 3]);
+    }
+}

@@ -1,0 +1,228 @@
+//! Flows of datagrams in bad company, and when what they are served by changes. Backends and clients are in the
+//! hands of the test, so that each datagram is accounted for.
+
+use std::collections::HashSet;
+use std::fs;
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
+
+use rproxy_tests::controlled::{Controlled, mapping};
+use rproxy_tests::topology::{CLIENT_V4, CONTAINER_V4, HOST_V4, Topology};
+use rproxy_tests::udp::{self, Backend, bind_in, flow_of};
+use rproxy_tests::{eventually, eventually_equal};
+
+const FRONT: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(HOST_V4), 5300);
+const BACK: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(CONTAINER_V4), 5300);
+
+/// A proxy on the host with mappings to the container.
+struct Stage {
+    net: Topology,
+    proxy: Controlled,
+}
+
+impl Stage {
+    fn new(limits: Value) -> Self {
+        let net = Topology::new();
+        let proxy = Controlled::start_in(&net.host, &[]);
+        let stage = Self { net, proxy };
+        stage.apply(limits, BACK);
+        stage
+    }
+
+    /// Serves the front so from now on.
+    fn apply(&self, limits: Value, back: SocketAddr) {
+        let mut front = mapping("front", "udp", FRONT, back);
+        front["limits"] = limits;
+        self.proxy.apply(&[front]).success();
+    }
+
+    fn client(&self) -> UdpSocket {
+        bind_in(&self.net.client, (CLIENT_V4, 0))
+    }
+
+    fn backend(&self, port: u16) -> UdpSocket {
+        bind_in(&self.net.container, (CONTAINER_V4, port))
+    }
+
+    fn counter(&self, name: &str) -> u64 {
+        self.proxy.stats("front")[name].as_u64().unwrap()
+    }
+
+    fn errors(&self) -> Value {
+        self.proxy.stats("front")["errors"].clone()
+    }
+
+    /// Has the proxy find datagrams of many clients at once; gives the clients.
+    fn burst(&self, clients: usize) -> Vec<UdpSocket> {
+        let clients: Vec<_> = (0..clients).map(|_| self.client()).collect();
+        self.proxy.process.signal(Signal::SIGSTOP);
+        for client in &clients {
+            client.send_to(b"question", FRONT).unwrap();
+        }
+        self.proxy.process.signal(Signal::SIGCONT);
+        clients
+    }
+}
+
+/// An answer that comes late must not find another client's flow at the port where its question came from.
+pub(crate) fn ports_in_turn() {
+    let stage = Stage::new(json!({ "udp_max_flows": 1 }));
+    stage.net.host.run(|| {
+        // What is reserved is left out.
+        fs::write("/proc/sys/net/ipv4/ip_local_reserved_ports", "50010-50029").unwrap();
+        fs::write("/proc/sys/net/ipv4/ip_local_port_range", "50000 50119").unwrap();
+    });
+    // The range is looked at when the first mapping is served.
+    let proxy = Controlled::start_in(&stage.net.host, &[]);
+    let front = SocketAddr::from((HOST_V4, 5301));
+    let mut mapping = mapping("front", "udp", front, BACK);
+    mapping["limits"] = json!({ "udp_max_flows": 1 });
+    proxy.apply(&[mapping]).success();
+    let backend = stage.backend(5300);
+    let mut seen = HashSet::new();
+    for _ in 0..100 {
+        stage.client().send_to(b"question", front).unwrap();
+        let port = udp::receive(&backend).1.port();
+        assert!((50_000..50_010).contains(&port) || (50_030..50_120).contains(&port), "{port} is reserved");
+        assert!(seen.insert(port), "{port} is another client's already");
+    }
+    // All had their turn, and answers may come to each of them.
+    stage.client().send_to(b"question", front).unwrap();
+    eventually("the datagram is counted", || proxy.stats("front")["errors"]["flow_failed"] == 1);
+    assert!(udp::is_silent(&backend));
+}
+
+/// What a flow sent before it had to go was sent, and nothing is lost without a trace.
+pub(crate) fn burst_at_the_cap() {
+    let stage = Stage::new(json!({ "udp_max_flows": 8, "udp_max_flows_per_source": 8 }));
+    let backend = Backend::echo(stage.backend(5300));
+    let _clients = stage.burst(60);
+    backend.wait_for(60);
+    assert_eq!(stage.counter("datagrams_in"), 60);
+    assert_eq!(stage.errors(), json!({ "flow_displaced": 52 }));
+}
+
+/// A datagram that the host's own rules refuse is not relayed.
+pub(crate) fn refused_datagrams() {
+    let stage = Stage::new(json!({}));
+    let backend = stage.backend(5300);
+    stage.net.host.command("nft add table inet t").success();
+    stage.net.host.command("nft add chain inet t c { type filter hook output priority 0 ; }").success();
+    let client = stage.client();
+    client.send_to(b"1", FRONT).unwrap();
+    assert_eq!(udp::receive(&backend).0, b"1");
+    stage.net.host.command("nft add rule inet t c udp dport 5300 drop").success();
+    for size in [100, 100, 3] {
+        client.send_to(&vec![0; size], FRONT).unwrap();
+    }
+    eventually_equal("what was refused", &json!({ "datagram_refused": 3 }), || stage.errors());
+    stage.net.host.command("nft flush chain inet t c").success();
+    client.send_to(b"22", FRONT).unwrap();
+    assert_eq!(udp::receive(&backend).0, b"22");
+    eventually_equal("what was relayed", &2, || stage.counter("datagrams_in"));
+    assert_eq!(stage.counter("bytes_in"), 3);
+}
+
+/// A datagram that comes from the backend would come back to it for ever.
+pub(crate) fn from_the_backend() {
+    let stage = Stage::new(json!({}));
+    let backend = stage.backend(5300);
+    // Without the backend's address as its source, it is as good as any client's.
+    let neighbour = stage.backend(5301);
+    neighbour.send_to(b"question", FRONT).unwrap();
+    assert_eq!(udp::receive(&backend).0, b"question");
+    backend.send_to(b"goes round", FRONT).unwrap();
+    eventually_equal("what was dropped", &json!({ "forged": 1 }), || stage.errors());
+    assert!(udp::is_silent(&backend));
+    assert_eq!(stage.counter("flows_total"), 1);
+}
+
+/// A client that goes on, from the same port, is served as the mapping is now.
+pub(crate) fn changes_are_followed() {
+    let stage = Stage::new(json!({}));
+    let [_first, _second] = [5300, 5301].map(|port| {
+        Backend::serve(stage.backend(port), move |socket, _bytes, from| {
+            socket.send_to(&port.to_be_bytes(), from).unwrap();
+        })
+    });
+    let client = stage.client();
+    let ask = || {
+        let (answer, from) = udp::ask(&client, FRONT, b"who are you?");
+        assert_eq!(from, FRONT);
+        u16::from_be_bytes(answer.try_into().unwrap())
+    };
+    assert_eq!(ask(), 5300);
+    let elsewhere = SocketAddr::from((CONTAINER_V4, 5301));
+    stage.proxy.ctl(&["retarget", "front", "--to", &elsewhere.to_string()]).success();
+    assert_eq!(ask(), 5301);
+    stage.apply(json!({}), BACK);
+    assert_eq!(ask(), 5300);
+    stage.apply(json!({ "deny": [CLIENT_V4.to_string()] }), BACK);
+    client.send_to(b"denied", FRONT).unwrap();
+    eventually("the client is denied", || stage.errors()["denied"] == 1);
+    assert_eq!(stage.counter("flows"), 0);
+    stage.apply(json!({ "allow": [CLIENT_V4.to_string()] }), BACK);
+    assert_eq!(ask(), 5300);
+    assert_eq!(stage.counter("flows_total"), 4);
+    // It is still let in: its flow stays.
+    stage.apply(json!({ "deny": ["192.0.2.0/24"] }), BACK);
+    assert_eq!(ask(), 5300);
+    assert_eq!(stage.counter("flows_total"), 4);
+}
+
+/// Each mapping has its own, whichever came first, and flows that there are follow a change.
+pub(crate) fn limits_of_each_mapping() {
+    let stage = Stage::new(json!({ "udp_timeout": "1s" }));
+    let _backend = Backend::naming(stage.backend(5300));
+    let long_front = SocketAddr::from((HOST_V4, 5301));
+    let mut long = mapping("long", "udp", long_front, BACK);
+    long["limits"] = json!({ "udp_timeout": "1h", "udp_max_flows": 2 });
+    let mut short = mapping("front", "udp", FRONT, BACK);
+    short["limits"] = json!({ "udp_timeout": "1s" });
+    stage.proxy.apply(&[short.clone(), long.clone()]).success();
+    let flows = |name: &str| stage.proxy.stats(name)["flows"].as_u64().unwrap();
+    let clients: Vec<_> = (0..4).map(|_| stage.client()).collect();
+    for client in &clients {
+        flow_of(client, long_front);
+        flow_of(client, FRONT);
+    }
+    eventually_equal("flows at the cap", &2, || flows("long"));
+    assert_eq!(flow_of(&clients[3], long_front), flow_of(&clients[3], long_front));
+    eventually_equal("flows that were idle", &0, || flows("front"));
+    assert_eq!(flows("long"), 2);
+    long["limits"] = json!({ "udp_timeout": "1h", "udp_max_flows": 1 });
+    stage.proxy.apply(&[short.clone(), long.clone()]).success();
+    eventually_equal("flows at the lower cap", &1, || flows("long"));
+    long["limits"] = json!({ "udp_timeout": "1s", "udp_max_flows": 1 });
+    stage.proxy.apply(&[short, long]).success();
+    eventually_equal("flows at the shorter timeout", &0, || flows("long"));
+}
+
+/// Many flows end at once; the sockets are all closed in the end, and others were served meanwhile.
+pub(crate) fn many_end_at_once() {
+    const FLOWS: usize = 3_000;
+    let stage = Stage::new(json!({ "udp_max_flows": FLOWS, "udp_max_flows_per_source": FLOWS }));
+    let _backends = [5300, 5301].map(|port| Backend::echo(stage.backend(port)));
+    let steady = SocketAddr::from((HOST_V4, 5301));
+    let mappings = |to: Ipv4Addr, port| {
+        let mut front = mapping("front", "udp", FRONT, SocketAddr::from((to, port)));
+        front["limits"] = json!({ "udp_max_flows": FLOWS, "udp_max_flows_per_source": FLOWS });
+        [front, mapping("steady", "udp", steady, BACK)]
+    };
+    stage.proxy.apply(&mappings(CONTAINER_V4, 5300)).success();
+    let before = stage.proxy.process.descriptors();
+    let client = stage.client();
+    udp::assert_echoes(&client, steady, b"before");
+    for _ in 0..FLOWS {
+        udp::assert_echoes(&stage.client(), FRONT, b"question");
+    }
+    stage.proxy.apply(&mappings(CONTAINER_V4, 5301)).success();
+    udp::assert_echoes(&client, steady, b"meanwhile");
+    udp::assert_echoes(&stage.client(), FRONT, b"after");
+    eventually_equal("flows of the mapping", &1, || stage.counter("flows"));
+    // Those of the control socket come and go.
+    eventually("their sockets are closed", || stage.proxy.process.descriptors() < before + 10);
+    assert_eq!(stage.proxy.stats("steady")["flows_total"], 1);
+}
