@@ -17,16 +17,27 @@ pub fn out(line: &impl Display) {
     drop(writeln!(io::stdout().lock(), "{line}"));
 }
 
-/// Writes lines to standard output, without waiting for whoever reads it: what there is no room for now is written
-/// on `runtime` as room comes, if it comes.
-pub fn out_beside(runtime: &Handle, lines: &[String]) {
-    let text: String = lines.iter().flat_map(|line| [line.as_str(), "\n"]).collect();
-    let sink = Sink::out();
-    // Nobody reads it if it fails.
-    let Ok(written) = sink.write_now(text.as_bytes()) else { return };
-    if written < text.len() {
-        let rest = text.as_bytes()[written..].to_vec();
-        runtime.spawn(async move { drop(write_rest(&sink, &rest).await) });
+/// Standard output of a process that serves.
+#[derive(Debug)]
+pub struct Output(Sink);
+
+impl Output {
+    /// Opens a file if standard output is a terminal; to be called before that cannot be done any more.
+    pub fn open() -> Self {
+        Self(Sink::out())
+    }
+
+    /// Writes lines without waiting for whoever reads them: what there is no room for now is written on `runtime` as room
+    /// comes, if it comes.
+    pub fn write(self, runtime: &Handle, lines: &[String]) {
+        let Self(sink) = self;
+        let text: String = lines.iter().flat_map(|line| [line.as_str(), "\n"]).collect();
+        // Nobody reads it if it fails.
+        let Ok(written) = sink.write_now(text.as_bytes()) else { return };
+        if written < text.len() {
+            let rest = text.as_bytes()[written..].to_vec();
+            runtime.spawn(async move { drop(write_rest(&sink, &rest).await) });
+        }
     }
 }
 

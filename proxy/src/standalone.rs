@@ -16,6 +16,7 @@ use crate::addr::HostAddr;
 use crate::bound::{Bound, BoundError, BoundPort};
 use crate::cli::{self, Cli, Command, Serve, Unparsed};
 use crate::config::{self, ConfigError};
+use crate::console::Output;
 use crate::control::manager::{Drain, Manager, Reload};
 use crate::control::socket::{ControlSocket, SocketError};
 use crate::listen::BindError;
@@ -144,6 +145,7 @@ fn start(
     let server = Server::prepared(bound, may_change).map_err(setup("watch the listeners"))?;
     drop(entered);
     server.look_at_processors();
+    let output = Output::open();
     sandbox::confine(options.sandbox, &needs)?;
     match predecessor {
         Some(predecessor) => {
@@ -152,7 +154,7 @@ fn start(
         }
         None => {
             server.serve_all(Vec::new());
-            console::out_beside(runtime.handle(), &ready);
+            output.write(runtime.handle(), &ready);
         }
     }
     systemd::ready();

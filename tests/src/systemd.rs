@@ -1,12 +1,16 @@
 //! A stand-in for systemd: what it passes to a service, and what it is told (sd_notify(3),
 //! sd_listen_fds(3)).
 
-use std::os::fd::OwnedFd;
+use std::ffi::OsString;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStringExt;
 use std::os::unix::net::UnixDatagram;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use command_fds::{CommandFdExt, FdMapping};
+use nix::sys::socket::{UnixAddr, bind};
 use tempfile::TempDir;
 
 use crate::PATIENCE;
@@ -18,7 +22,9 @@ const LISTEN_FDS_START: i32 = 3;
 /// The service manager of one service.
 pub struct Systemd {
     socket: UnixDatagram,
-    dir: TempDir,
+    /// What `NOTIFY_SOCKET` says.
+    name: OsString,
+    _dir: Option<TempDir>,
 }
 
 impl Default for Systemd {
@@ -31,13 +37,43 @@ impl Systemd {
     /// One that listens to what it is told.
     pub fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let socket = UnixDatagram::bind(dir.path().join("notify")).unwrap();
-        socket.set_read_timeout(Some(PATIENCE)).unwrap();
-        Self { socket, dir }
+        let path = dir.path().join("notify");
+        Self::at(UnixDatagram::bind(&path).unwrap(), path.into(), Some(dir))
     }
 
-    fn path(&self) -> PathBuf {
-        self.dir.path().join("notify")
+    /// One that listens on an abstract socket (unix(7)).
+    pub fn abstract_socket() -> Self {
+        let socket = UnixDatagram::unbound().unwrap();
+        // The kernel chooses a name for one without any.
+        bind(socket.as_raw_fd(), &UnixAddr::new_unnamed()).unwrap();
+        let address = socket.local_addr().unwrap();
+        let name = [b"@", address.as_abstract_name().unwrap()].concat();
+        Self::at(socket, OsString::from_vec(name), None)
+    }
+
+    fn at(socket: UnixDatagram, name: OsString, dir: Option<TempDir>) -> Self {
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        Self { socket, name, _dir: dir }
+    }
+
+    /// Lets no more messages in until some are read. Gives how many there are.
+    pub fn fill(&self) -> usize {
+        let sender = UnixDatagram::unbound().unwrap();
+        sender.set_nonblocking(true).unwrap();
+        let address = self.socket.local_addr().unwrap();
+        std::iter::from_fn(|| sender.send_to_addr(b"FILLER", &address).ok()).count()
+    }
+
+    /// Reads what [`Systemd::fill`] has sent, and whatever came before.
+    #[track_caller]
+    pub fn empty(&self, count: usize) -> Vec<Vec<String>> {
+        let mut others = Vec::new();
+        let mut fillers = 0;
+        while fillers < count {
+            let told = self.told();
+            if told == ["FILLER"] { fillers += 1 } else { others.push(told) }
+        }
+        others
     }
 
     /// `rproxy` as a service with these arguments, not started yet.
@@ -67,7 +103,7 @@ impl Systemd {
         let mut command = Command::new("/bin/sh");
         // Its own process id is known to nobody before it runs.
         command.args(["-c", &format!(r#"LISTEN_PID={pid} exec "$0" "$@""#)]).arg(program).args(arguments);
-        command.env("NOTIFY_SOCKET", self.path());
+        command.env("NOTIFY_SOCKET", &self.name);
         if sockets.is_empty() {
             return command;
         }

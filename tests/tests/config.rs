@@ -5,12 +5,16 @@
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
-use std::path::PathBuf;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
+use command_fds::{CommandFdExt, FdMapping};
 use nix::sys::signal::Signal;
+use nix::sys::stat::Mode;
+use nix::unistd::mkfifo;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -39,6 +43,12 @@ fn main() -> ExitCode {
         case("refused clients are told in the log", refusals_are_told).needs(&[Need::Ipv6]),
         case("a configuration is served, and reloaded", reload),
         case("a wrong configuration changes nothing", wrong_reload),
+        case("a configuration that is no file changes nothing", no_file),
+        case("a configuration from a pipe is served once", from_a_pipe),
+        case("a configuration by way of links that move", links),
+        case("a configuration that only root may read", only_root_reads).needs(&[Need::Root]),
+        case("a configuration without its directory", directory_gone),
+        case("names of interfaces are known when it is reloaded", interface_names),
         case("a reload under load loses no connection", reload_under_load),
         case("a start with a wrong configuration", wrong_start),
         case("check-config", check_config),
@@ -299,6 +309,147 @@ fn wrong_reload() {
     proxy.process.wait_for_line(Stream::Stderr, |line| line.contains("rproxy.toml: No such file"));
     proxy.reload(&text);
     assert!(proxy.reloaded(1).ends_with("added=0 changed=0 removed=0 unchanged=1"));
+}
+
+fn no_file() {
+    let (backend, address) = (TcpBackend::lettered(b'a'), own_address());
+    let text = table(address, backend.address(), "");
+    let proxy = Configured::start(&text);
+    let file = &proxy.file;
+    let kinds: [(&dyn Fn(), &str); 5] = [
+        (&|| mkfifo(file, Mode::S_IRWXU).unwrap(), "it is a pipe"),
+        (&|| fs::create_dir(file).unwrap(), "it is a directory"),
+        (&|| symlink("/dev/zero", file).unwrap(), "it is a device"),
+        (&|| fs::File::create(file).unwrap().set_len(200 << 20).unwrap(), "longer than 16 MiB"),
+        (&|| fs::write(file, b"\xff\xfe").unwrap(), "no text"),
+    ];
+    for (make, reason) in kinds {
+        fs::remove_dir(file).or_else(|_file| fs::remove_file(file)).unwrap();
+        make();
+        proxy.process.signal(Signal::SIGHUP);
+        let line = proxy.process.wait_for_line(Stream::Stderr, |line| line.contains(reason));
+        assert!(line.contains("not reloaded; nothing has changed"), "{line}");
+        assert_eq!(client::connect_lettered(address).1, b'a');
+        if reason != "it is a pipe" {
+            // It is the same for all who read it.
+            for command in [&["check-config"][..], &["--config"]] {
+                let output = process::run(rproxy::command(&[command, &[file.to_str().unwrap()]].concat()));
+                assert!(output.status.code() == Some(1) && output.stderr.contains(reason), "{output:#?}");
+            }
+        }
+    }
+    fs::remove_file(file).unwrap();
+    proxy.reload(&text);
+    assert!(proxy.reloaded(1).ends_with("added=0 changed=0 removed=0 unchanged=1"));
+}
+
+/// A command that reads a pipe with `text`, as shells make it of `<(…)`.
+fn with_pipe(arguments: &[&str], text: &str) -> Process {
+    let (reader, mut writer) = std::io::pipe().unwrap();
+    let mut command = rproxy::command(&[arguments, &["/dev/fd/63"]].concat());
+    command.fd_mappings(vec![FdMapping { parent_fd: reader.into(), child_fd: 63 }]).unwrap();
+    let process = Process::spawn(command);
+    // It may have enough before all of it is written.
+    writer.write_all(text.as_bytes()).ok();
+    process
+}
+
+fn from_a_pipe() {
+    let (backend, address) = (TcpBackend::lettered(b'a'), own_address());
+    // More than a pipe holds at a time.
+    let text = format!("# {}\n{}", "x".repeat(200_000), table(address, backend.address(), ""));
+    assert_eq!(with_pipe(&["check-config"], &text).into_output().success(), "ok\n");
+    let wrong = with_pipe(&["check-config"], &text.replace("host", "hots")).into_output();
+    assert!(wrong.stderr.contains("/dev/fd/63:3:1"), "{wrong:#?}");
+    let endless = with_pipe(&["check-config"], &"x".repeat(17 << 20)).into_output();
+    assert!(endless.stderr.contains("longer than 16 MiB"), "{}", endless.stderr);
+    let proxy = with_pipe(&["--config"], &text);
+    proxy.wait_for_line(Stream::Stdout, |line| line.contains(" -> "));
+    assert_eq!(client::connect_lettered(address).1, b'a');
+    proxy.signal(Signal::SIGHUP);
+    let line = proxy.wait_for_line(Stream::Stderr, |line| line.contains("can be read once"));
+    assert!(line.contains("not reloaded; nothing has changed"), "{line}");
+    assert_eq!(client::connect_lettered(address).1, b'a');
+    let applied = Controlled::start(&[]);
+    let socket = applied.socket();
+    let apply = ["ctl", "--control", socket.to_str().unwrap(), "apply"];
+    let other = text.replace(&address.to_string(), &own_address().to_string());
+    assert!(with_pipe(&apply, &other).into_output().success().starts_with("1 added"));
+}
+
+/// Starts one whose configuration is at `path`, seen from `dir`.
+fn configured_by(path: &str, dir: &Path, more: &[&str]) -> Process {
+    let mut command = rproxy::command(&[&["--config", path], more].concat());
+    command.current_dir(dir);
+    let process = Process::spawn(command);
+    process.wait_for_line(Stream::Stdout, |line| line.contains(" -> "));
+    process
+}
+
+#[track_caller]
+fn assert_reloads(process: &Process, count: usize) {
+    process.signal(Signal::SIGHUP);
+    process.wait_for_lines(Stream::Stderr, count, |line| line.contains("configuration reloaded"));
+}
+
+fn links() {
+    let (a, b) = (TcpBackend::lettered(b'a'), TcpBackend::lettered(b'b'));
+    let address = own_address();
+    // As Kubernetes mounts a ConfigMap: the file is a link by way of one that moves.
+    let (volume, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let inside = |name: &str| volume.path().join(name);
+    for (version, backend) in [("v1", &a), ("v2", &b)] {
+        let dir = elsewhere.path().join(version);
+        fs::create_dir(&dir).unwrap();
+        fs::write(dir.join("rproxy.toml"), table(address, backend.address(), "")).unwrap();
+    }
+    symlink(elsewhere.path().join("v1"), inside("..data")).unwrap();
+    symlink("..data/rproxy.toml", inside("rproxy.toml")).unwrap();
+    let process = configured_by("rproxy.toml", volume.path(), &["--sandbox", "strict"]);
+    assert_eq!(client::connect_lettered(address).1, b'a');
+    symlink(elsewhere.path().join("v2"), inside("new")).unwrap();
+    fs::rename(inside("new"), inside("..data")).unwrap();
+    assert_reloads(&process, 1);
+    assert_eq!(client::connect_lettered(address).1, b'b');
+}
+
+fn only_root_reads() {
+    let (backend, address, dir) = (TcpBackend::lettered(b'a'), own_address(), tempfile::tempdir().unwrap());
+    let file = dir.path().join("rproxy.toml");
+    fs::write(&file, table(address, backend.address(), "")).unwrap();
+    fs::set_permissions(&file, fs::Permissions::from_mode(0o600)).unwrap();
+    let user = ["--user", "64123:64124", "--sandbox", "strict"];
+    let process = configured_by(file.to_str().unwrap(), Path::new("/"), &user);
+    assert_reloads(&process, 1);
+}
+
+fn directory_gone() {
+    let (backend, address, dir) = (TcpBackend::lettered(b'a'), own_address(), tempfile::tempdir().unwrap());
+    let home = dir.path().join("home");
+    let text = table(address, backend.address(), "");
+    let make = || {
+        fs::create_dir(&home).unwrap();
+        fs::write(home.join("rproxy.toml"), &text).unwrap();
+    };
+    make();
+    let process = configured_by("rproxy.toml", &home, &[]);
+    fs::remove_dir_all(&home).unwrap();
+    process.signal(Signal::SIGHUP);
+    process.wait_for_line(Stream::Stderr, |line| line.contains("rproxy.toml: No such file"));
+    make();
+    assert_reloads(&process, 1);
+}
+
+fn interface_names() {
+    let (backend, address) = (TcpBackend::lettered(b'a'), own_address());
+    let text = table(address, backend.address(), "");
+    let proxy = Configured::start(&text);
+    let more = table(own_address(), "[fe80::1%1]:80".parse().unwrap(), "").replace("%1", "%lo");
+    proxy.reload(&[text, more].concat());
+    assert!(proxy.reloaded(1).ends_with("added=1 changed=0 removed=0 unchanged=1"));
+    let missing = table(own_address(), "[fe80::1%1]:80".parse().unwrap(), "").replace("%1", "%no-such");
+    proxy.reload(&missing);
+    proxy.process.wait_for_line(Stream::Stderr, |line| line.contains("'no-such' is not a network interface"));
 }
 
 fn reload_under_load() {

@@ -2,7 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a failed step ends the test")]
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::OwnedFd;
@@ -27,6 +27,8 @@ fn main() -> ExitCode {
         case("readiness and the end are told", readiness),
         case("a start that fails is never ready", failed_start),
         case("the watchdog is told that all is well", watchdog),
+        case("a service manager that reads nothing", unread),
+        case("an abstract socket", abstract_socket),
         case("passed sockets serve the mappings at their addresses", sockets_by_address),
         case("passed sockets serve the mapping that has their name", sockets_by_name),
         case("sockets for another process are not looked at", sockets_of_others),
@@ -43,6 +45,43 @@ fn echo() -> TcpBackend {
 #[track_caller]
 fn assert_echoes(address: SocketAddr) {
     assert_eq!(client::ask(address, b"hello").unwrap(), b"hello");
+}
+
+fn unread() {
+    let (systemd, backend, dir) = (Systemd::new(), echo(), tempfile::tempdir().unwrap());
+    let (file, address) = (dir.path().join("rproxy.toml"), client::own_address());
+    fs::write(&file, format!("[[mapping]]\nhost = \"{address}\"\nto = \"{}\"\n", backend.address())).unwrap();
+    let count = systemd.fill();
+    let mut command = systemd.command(&["--config", file.to_str().unwrap(), "--sandbox", "strict"]);
+    command.env("WATCHDOG_USEC", "50000");
+    let proxy = Process::spawn(command);
+    proxy.wait_for_line(Stream::Stderr, |line| line.contains("the service manager reads nothing"));
+    for _ in 0..3 {
+        proxy.signal(Signal::SIGHUP);
+        assert_echoes(address);
+    }
+    proxy.wait_for_line(Stream::Stderr, |line| line.contains("configuration reloaded"));
+    assert_eq!(systemd.empty(count), Vec::<Vec<String>>::new());
+    // What was lost, in its last state, and then what is new.
+    let told: Vec<_> = std::iter::from_fn(|| Some(systemd.told()[0].clone())).take(3).collect();
+    assert_eq!(told, ["RELOADING=1", "READY=1", "WATCHDOG=1"]);
+    systemd.fill();
+    proxy.signal(Signal::SIGTERM);
+    assert_eq!(proxy.wait().code(), Some(0));
+}
+
+fn abstract_socket() {
+    let (systemd, backend, dir) = (Systemd::abstract_socket(), echo(), tempfile::tempdir().unwrap());
+    let (file, address) = (dir.path().join("rproxy.toml"), client::own_address());
+    fs::write(&file, format!("[[mapping]]\nhost = \"{address}\"\nto = \"{}\"\n", backend.address())).unwrap();
+    let proxy = Process::spawn(systemd.command(&["--config", file.to_str().unwrap(), "--sandbox", "strict"]));
+    assert_eq!(systemd.told(), ["READY=1"]);
+    proxy.signal(Signal::SIGHUP);
+    assert_eq!(systemd.told()[0], "RELOADING=1");
+    assert_eq!(systemd.told(), ["READY=1"]);
+    proxy.signal(Signal::SIGTERM);
+    assert_eq!(systemd.told(), ["STOPPING=1"]);
+    assert_eq!(proxy.wait().code(), Some(0));
 }
 
 fn own_listener() -> (TcpListener, SocketAddr) {

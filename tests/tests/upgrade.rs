@@ -8,9 +8,12 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpStream};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::symlink;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::process::ExitCode;
+use std::path::Path;
+use std::process::{Command, ExitCode};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 
@@ -41,6 +44,10 @@ fn main() -> ExitCode {
         case("a configuration is read when it is asked for, and not before", configuration),
         case("a range of ten thousand ports", range),
         case("what systemd is told, and sockets that it passed", systemd),
+        case("systemd reads nothing meanwhile", systemd_unread),
+        case("connections of the old process have their own limit", old_connections),
+        case("what the name of the program means by now", renamed),
+        case("whoever started it ignores SIGCHLD", no_child_signals),
         case("another user, confined", other_user).needs(root),
         case("a new process that is no good", broken),
         case("a new process that hangs", hanging),
@@ -304,6 +311,119 @@ fn systemd() {
     kill(second, Signal::SIGTERM).unwrap();
     assert_eq!(told("WATCHDOG=1"), ["STOPPING=1"], "the old process did not say so");
     wait_for_end(second);
+}
+
+fn systemd_unread() {
+    let (program, backend, systemd, address) = (Program::new(), echo(), Systemd::new(), own_address());
+    let arguments = mapping("tcp", address, backend.address());
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let first = Process::spawn(systemd.command_of(&program.path(), "$$", &arguments, vec![]));
+    assert_eq!(systemd.told(), ["READY=1"]);
+    let count = systemd.fill();
+    let second = upgrade(&first, 0, first.pid());
+    // Nobody has heard of the new process yet, and would take the end of the old one for that of the service.
+    first.wait_for_line(Stream::Stderr, |line| line.contains("draining"));
+    assert_eq!(client::ask(address, b"hello").unwrap(), b"hello");
+    assert!(first.is_running());
+    assert_eq!(systemd.empty(count), Vec::<Vec<String>>::new());
+    let mut told = [systemd.told(), systemd.told()];
+    told.sort();
+    assert_eq!(told, [vec![format!("MAINPID={second}")], vec!["READY=1".to_owned()]]);
+    assert_eq!(first.wait().code(), Some(0));
+    assert_eq!(client::ask(address, b"hello").unwrap(), b"hello");
+    // It does not wait for what would be told of its own end.
+    systemd.fill();
+    kill(second, Signal::SIGTERM).unwrap();
+    wait_for_end(second);
+}
+
+fn old_connections() {
+    for (limit, lasts) in [("unlimited", true), ("0", false)] {
+        let (program, backend, address) = (Program::new(), echo(), own_address());
+        let words = mapping("tcp", address, backend.address())[..6].to_vec();
+        let first = start(&program, &words, &["--drain-timeout", "0", "--upgrade-drain-timeout", limit]);
+        let old = client::connect(address);
+        exchange(&old);
+        upgrade(&first, 0, first.pid());
+        if lasts {
+            first.wait_for_line(Stream::Stderr, |line| line.contains("draining"));
+            exchange(&old);
+            // Its own limit.
+            first.signal(Signal::SIGTERM);
+        }
+        assert_eq!(client::read_to_end(&old), (vec![], End::Reset));
+        assert_eq!(first.wait().code(), Some(0));
+        assert_eq!(client::ask(address, b"hello").unwrap(), b"hello");
+    }
+}
+
+/// A program in place of `rproxy`, which says that it is the one that was started.
+fn put_script(path: &Path, status: u8) {
+    fs::create_dir_all(path.parent().unwrap()).unwrap();
+    // By another process: see `Program`.
+    let mut shell = Command::new("/bin/sh");
+    let write = r#"printf '#!/bin/sh\nexit %s\n' "$1" >"$0.new" && chmod 755 "$0.new" && mv "$0.new" "$0""#;
+    shell.args(["-c", write]).arg(path).arg(status.to_string());
+    process::run(shell).success();
+}
+
+fn renamed() {
+    let (program, backend) = (Program::new(), echo());
+    let path = program.path();
+    let dir = path.parent().unwrap();
+    let (link, newer, earlier) = (dir.join("current"), dir.join("v2/rproxy"), dir.join("earlier/rproxy"));
+    symlink(".", &link).unwrap();
+    put_script(&newer, 5);
+    let arguments = |address| mapping("tcp", address, backend.address());
+    let spawn = |mut command: Command, address| {
+        let process = Process::spawn({
+            command.args(arguments(address));
+            command
+        });
+        process.wait_for_line(Stream::Stderr, |line| line.contains("confined"));
+        process
+    };
+    // By a link that leads elsewhere later.
+    let by_link = spawn(Command::new(link.join("rproxy")), own_address());
+    // By a name that a shell looks up, which finds another file first later.
+    let mut by_name = Command::new("/bin/sh");
+    let directories = format!("{}:{}:/bin", dir.join("earlier").display(), dir.display());
+    by_name.args(["-c", "exec rproxy \"$@\"", "sh"]).env("PATH", directories);
+    let by_name = spawn(by_name, own_address());
+    // By a name that is none of its file.
+    let mut misnamed = Command::new(&path);
+    misnamed.arg0("true");
+    let misnamed = spawn(misnamed, own_address());
+
+    fs::remove_file(&link).unwrap();
+    symlink("v2", &link).unwrap();
+    put_script(&earlier, 6);
+    program.replace("exit 7");
+    for (process, status) in [(&by_link, 5), (&by_name, 6), (&misnamed, 7)] {
+        process.signal(Signal::SIGUSR2);
+        let line = failure(process, 0);
+        assert!(line.contains(&format!("exit status: {status}")), "{line}");
+    }
+    // Without what the name meant, it is the file that was there.
+    fs::remove_file(&link).unwrap();
+    by_link.signal(Signal::SIGUSR2);
+    assert!(failure(&by_link, 1).contains("exit status: 7"));
+}
+
+fn no_child_signals() {
+    let (program, backend, address) = (Program::new(), echo(), own_address());
+    let mut command = Command::new("/bin/sh");
+    command.args(["-c", r#"trap "" CHLD; exec "$0" "$@""#]).arg(program.path());
+    command.args(mapping("tcp", address, backend.address()));
+    let first = Process::spawn(command);
+    first.wait_for_line(Stream::Stderr, |line| line.contains("confined"));
+    program.replace("exit 3");
+    first.signal(Signal::SIGUSR2);
+    let line = failure(&first, 0);
+    assert!(line.contains("the new process ended (exit status: 3)"), "{line}");
+    program.repair();
+    upgrade(&first, 0, first.pid());
+    assert_eq!(client::ask(address, b"hello").unwrap(), b"hello");
 }
 
 fn uid_of(pid: Pid) -> u32 {

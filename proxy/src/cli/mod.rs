@@ -13,7 +13,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use tracing_subscriber::filter::Targets;
 
 pub use self::mappings::MappingArgs;
-use self::values::Limit;
+use self::values::DrainLimit;
 use crate::control::ctl;
 use crate::control::socket::DEFAULT_PATH;
 use crate::duration;
@@ -78,8 +78,8 @@ pub struct Serve {
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = duration::parse, allow_hyphen_values = true)]
     pub drain_timeout: Duration,
     /// How long connections may go on in the old process after an upgrade (SIGUSR2), or 'unlimited'
-    #[arg(long, value_name = "DURATION", default_value = duration::UNLIMITED)]
-    upgrade_drain_timeout: Limit,
+    #[arg(long, value_name = "DURATION", default_value = duration::UNLIMITED, allow_hyphen_values = true)]
+    upgrade_drain_timeout: DrainLimit,
     /// Listen for `rproxy ctl` on a Unix socket, for this user and root [default path: /run/rproxy.sock]
     #[arg(long, value_name = "PATH", num_args = 0..=1, default_missing_value = DEFAULT_PATH)]
     pub control: Option<PathBuf>,
@@ -346,6 +346,7 @@ mod tests {
             ("--deny lan", "--deny lan: not a network"),
             ("-publish 80 --to 10.0.0.1", "-publish: options have two dashes here"),
             ("--drain-timeout soon", "--drain-timeout soon: not a duration"),
+            ("--upgrade-drain-timeout soon", "10s, 500ms or 2m, or 'unlimited'"),
             ("--log-level loud", "--log-level loud: 'loud' names no level"),
             ("--log-format xml", "--log-format"),
             ("--hots 0.0.0.0:80", "--hots"),

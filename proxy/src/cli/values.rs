@@ -4,7 +4,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use crate::addr::{AddrError, ScopedIp};
-use crate::duration::parse_optional_limit;
+use crate::duration::{UNLIMITED, parse, parse_optional_limit};
 use crate::endpoint::BackendSpec;
 
 /// Where `--to` leads.
@@ -36,6 +36,23 @@ impl FromStr for Limit {
 
     fn from_str(text: &str) -> Result<Self, String> {
         parse_optional_limit(text).map(Self)
+    }
+}
+
+/// A duration, which may be zero, or `unlimited`.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct DrainLimit(pub(super) Option<Duration>);
+
+impl FromStr for DrainLimit {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            UNLIMITED => Ok(Self(None)),
+            _ => parse(text)
+                .map(|limit| Self(Some(limit)))
+                .map_err(|error| format!("{error}, or '{UNLIMITED}'")),
+        }
     }
 }
 

@@ -89,9 +89,9 @@ fn close_listed(first: u32, last: u32) -> io::Result<()> {
 
 /// Opens what is closed of the descriptors 0, 1 and 2, so that no other file gets their numbers.
 ///
-/// The standard library does so with `/dev/null`, and aborts where there is none, as in a bare chroot(2). There, a
-/// descriptor that can be neither read nor written (`O_PATH`, open(2)) does as well: errors on these three are ignored.
-/// This runs before the standard library, which calls `main`.
+/// The standard library does so with `/dev/null`, and aborts where there is none, as in a bare chroot(2). There, a directory
+/// does as well: it can be neither read nor written like a file, and such errors are ignored for these three. This runs
+/// before the standard library, which calls `main`.
 extern "C" fn open_standard_streams() {
     for fd in 0..3 {
         // SAFETY: it only reads the number.
@@ -101,7 +101,7 @@ extern "C" fn open_standard_streams() {
             let opened = unsafe { libc::open(c"/dev/null".as_ptr(), libc::O_RDWR) };
             if opened == -1 {
                 // SAFETY: as above.
-                unsafe { libc::open(c"/".as_ptr(), libc::O_PATH) };
+                unsafe { libc::open(c"/".as_ptr(), libc::O_RDONLY) };
             }
         }
     }

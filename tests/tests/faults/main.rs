@@ -12,6 +12,7 @@ mod network;
 mod process;
 mod roles;
 mod scene;
+mod surroundings;
 
 use std::process::ExitCode;
 
@@ -22,6 +23,7 @@ fn main() -> ExitCode {
     if let Some(code) = roles::played() {
         return code;
     }
+    let threads = &[Need::Program("prlimit"), Need::Program("setpriv")];
     let wiring = &[Need::Root, Need::Program("ip")];
     let case = |name: &str, body: fn()| Case::new(name, body).needs(wiring);
     suite::run(vec![
@@ -64,5 +66,21 @@ fn main() -> ExitCode {
         case("a terminal that is held gets the log", process::terminal_held),
         case("the log's disk is full", process::log_full),
         case("there is no standard error", process::log_closed),
+        case("no thread is to be had", surroundings::no_threads).needs(threads),
+        case("no thread is to be had, and mappings change", surroundings::no_threads_to_manage)
+            .needs(threads),
+        case("no thread is to be had by a proxy of dockerd", surroundings::no_threads_for_docker)
+            .needs(threads),
+        case("nobody reads standard output for now", surroundings::output_unread),
+        case("a terminal that is held gets standard output", surroundings::output_held),
+        case("nobody ever reads standard output", surroundings::output_never_read),
+        case("the log is as long as a file may be", surroundings::log_too_long)
+            .needs(&[Need::Program("prlimit")]),
+        case("signals that mean nothing", surroundings::signals),
+        case("descriptors that were not passed on purpose", surroundings::descriptors),
+        case("descriptors that dockerd did not pass", surroundings::descriptors_of_docker),
+        case("a root directory with nothing in it", surroundings::empty_root)
+            .needs(&[Need::Program("chroot")]),
+        case("the launcher in lists of processes", surroundings::launcher_in_lists),
     ])
 }
