@@ -23,10 +23,9 @@ fn main() -> ExitCode {
     if let Some(code) = roles::played() {
         return code;
     }
-    let threads = &[Need::Program("prlimit"), Need::Program("setpriv")];
     let wiring = &[Need::Root, Need::Program("ip")];
     let case = |name: &str, body: fn()| Case::new(name, body).needs(wiring);
-    suite::run(vec![
+    let mut cases = vec![
         case("a backend is killed, and started again", backends::killed),
         case("a backend that accepts and never reads", backends::hung),
         case("clients that never read", backends::slow_clients),
@@ -66,6 +65,15 @@ fn main() -> ExitCode {
         case("a terminal that is held gets the log", process::terminal_held),
         case("the log's disk is full", process::log_full),
         case("there is no standard error", process::log_closed),
+    ];
+    cases.extend(of_surroundings());
+    suite::run(cases)
+}
+
+fn of_surroundings() -> Vec<Case> {
+    let case = |name: &str, body: fn()| Case::new(name, body).needs(&[Need::Root]);
+    let threads = &[Need::Program("prlimit"), Need::Program("setpriv")];
+    vec![
         case("no thread is to be had", surroundings::no_threads).needs(threads),
         case("no thread is to be had, and mappings change", surroundings::no_threads_to_manage)
             .needs(threads),
@@ -82,5 +90,5 @@ fn main() -> ExitCode {
         case("a root directory with nothing in it", surroundings::empty_root)
             .needs(&[Need::Program("chroot")]),
         case("the launcher in lists of processes", surroundings::launcher_in_lists),
-    ])
+    ]
 }
