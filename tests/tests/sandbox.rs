@@ -7,18 +7,23 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream, UdpSocket};
+use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::thread;
+use std::time::Duration;
 
+use nix::libc;
 use nix::sys::ptrace;
+use nix::sys::socket::{setsockopt, sockopt};
 use nix::unistd::Pid;
 use rproxy::addr::{BackendAddr, HostAddr, Protocol};
 use rproxy::mapping::Forward;
 use rproxy::sandbox::{self, Changes, Mode, Needs};
 use serde_json::json;
+use socket2::{Domain, Socket, TcpKeepalive, Type};
 
 use rproxy_tests::backend::{self, TcpBackend};
 use rproxy_tests::client;
@@ -29,6 +34,8 @@ use rproxy_tests::require::{self, Need};
 use rproxy_tests::rproxy::{self as program, Standalone};
 use rproxy_tests::suite::{self, Case};
 use rproxy_tests::udp;
+
+const SECOND: Duration = Duration::from_secs(1);
 
 /// The argument of a process that confines itself and tries what it must not be able to do.
 const FLAG: &str = "--confined";
@@ -83,11 +90,12 @@ fn try_everything(changes: bool, port: u16, dir: &Path) -> ExitCode {
     let changes = changes.then_some(Changes { socket: Some(&socket), configuration: Some(&own) });
     let other = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let executable = fs::File::open("/bin/true").unwrap();
+    let (stream, datagrams) = (new_socket(Type::STREAM), new_socket(Type::DGRAM));
     sandbox::confine(Mode::Strict, &Needs { changes, ..Needs::to_serve([&forward]) }).unwrap();
 
     let loopback = Ipv4Addr::LOCALHOST;
     let errno = |result: nix::Result<()>| result.map_err(io::Error::from);
-    let tried = BTreeMap::from([
+    let mut tried = BTreeMap::from([
         ("open", outcome(fs::File::open("/etc/passwd"))),
         ("open its own", outcome(fs::File::open(&own))),
         ("create", outcome(fs::File::create(own_dir.join("new")))),
@@ -110,13 +118,90 @@ fn try_everything(changes: bool, port: u16, dir: &Path) -> ExitCode {
             outcome(thread::Builder::new().name("named".to_owned()).spawn(|| ()).map(|thread| thread.join())),
         ),
         ("a datagram socket's buffer", outcome(UdpSocket::bind((loopback, 0)))),
-        ("a raw socket", outcome(socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::RAW, None))),
+        ("a raw socket", outcome(Socket::new(Domain::IPV4, Type::RAW, None))),
         ("a local socket", outcome(UnixStream::connect(&socket))),
         ("a namespace", outcome(errno(nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWUSER)))),
         ("mount", outcome(errno(nix::mount::umount("/proc")))),
     ]);
+    tried.extend(options_in_use(&stream, &datagrams));
+    tried.extend(other_options(&stream, &datagrams));
     println!("{}", json!(tried));
     ExitCode::SUCCESS
+}
+
+/// A socket of this kind that knows options of both families.
+fn new_socket(kind: Type) -> Socket {
+    Socket::new(Domain::IPV6, kind, None).unwrap()
+}
+
+fn options_in_use(stream: &Socket, datagrams: &Socket) -> [(&'static str, String); 3] {
+    [
+        ("the options of a connection", outcome(set_options_of_a_connection(stream))),
+        ("the options of a flow", outcome(set_options_of_a_flow(datagrams))),
+        ("the options of a listener", outcome(set_options_of_a_listener(datagrams))),
+    ]
+}
+
+fn set_options_of_a_connection(socket: &Socket) -> io::Result<()> {
+    socket.set_linger(Some(Duration::ZERO))?;
+    socket.set_tcp_nodelay(true)?;
+    socket.set_tcp_quickack(true)?;
+    socket.set_out_of_band_inline(true)?;
+    socket.set_recv_buffer_size(65_536)?;
+    socket.set_send_buffer_size(65_536)?;
+    rproxy_sys::socket::set_receive_low_watermark(socket.as_fd(), 2)?;
+    socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(SECOND).with_interval(SECOND))
+}
+
+fn set_options_of_a_flow(socket: &Socket) -> io::Result<()> {
+    rproxy_sys::udp::set_buffers(socket.as_fd(), 65_536, 65_536)?;
+    rproxy_sys::udp::receive_trains(socket.as_fd())
+}
+
+fn set_options_of_a_listener(socket: &Socket) -> io::Result<()> {
+    socket.set_only_v6(false)?;
+    rproxy_sys::udp::report_local_addr(socket.as_fd(), true)
+}
+
+/// Options that serving does not need, and that mark packets, lead them elsewhere, change how they are filtered, or
+/// take a connection apart.
+fn other_options(stream: &Socket, datagrams: &Socket) -> BTreeMap<&'static str, String> {
+    let all = [libc::sock_filter { code: 6, jt: 0, jf: 0, k: u32::MAX }];
+    let group = (Ipv4Addr::new(224, 0, 0, 251), Ipv4Addr::LOCALHOST);
+    let nix = |result: nix::Result<()>| outcome(result.map_err(io::Error::from));
+    BTreeMap::from([
+        (
+            "option SO_ATTACH_FILTER",
+            outcome(stream.attach_filter(&[socket2::SockFilter::new(6, 0, 0, u32::MAX)])),
+        ),
+        ("option SO_DETACH_FILTER", outcome(stream.detach_filter())),
+        ("option SO_ATTACH_REUSEPORT_CBPF", {
+            let program = libc::sock_fprog { len: 1, filter: all.as_ptr().cast_mut() };
+            nix(setsockopt(datagrams, sockopt::AttachReusePortCbpf, &program))
+        }),
+        ("option SO_BINDTODEVICE", outcome(datagrams.bind_device(Some(b"lo")))),
+        ("option SO_MARK", outcome(stream.set_mark(1))),
+        ("option SO_PRIORITY", outcome(stream.set_priority(1))),
+        ("option SO_BROADCAST", outcome(datagrams.set_broadcast(true))),
+        ("option SO_REUSEPORT", outcome(datagrams.set_reuse_port(true))),
+        ("option SO_DONTROUTE", nix(setsockopt(datagrams, sockopt::DontRoute, &true))),
+        ("option SO_BUSY_POLL", outcome(datagrams.set_busy_poll(1))),
+        ("option SO_INCOMING_CPU", outcome(stream.set_cpu_affinity(0))),
+        ("option TCP_REPAIR", nix(setsockopt(stream, sockopt::TcpRepair, &1))),
+        ("option TCP_ULP", nix(setsockopt(stream, sockopt::TcpUlp::default(), b"tls"))),
+        ("option TCP_CONGESTION", outcome(stream.set_tcp_congestion(b"reno"))),
+        ("option TCP_CORK", outcome(stream.set_tcp_cork(true))),
+        ("option TCP_MAXSEG", outcome(stream.set_tcp_mss(500))),
+        ("option TCP_USER_TIMEOUT", outcome(stream.set_tcp_user_timeout(Some(SECOND)))),
+        ("option TCP_FASTOPEN_CONNECT", nix(setsockopt(stream, sockopt::TcpFastOpenConnect, &true))),
+        ("option UDP_SEGMENT", nix(setsockopt(datagrams, sockopt::UdpGsoSegment, &1000))),
+        ("option IP_TTL", outcome(stream.set_ttl_v4(1))),
+        ("option IP_TRANSPARENT", outcome(stream.set_ip_transparent_v4(true))),
+        ("option IP_FREEBIND", outcome(stream.set_freebind_v4(true))),
+        ("option IP_ADD_MEMBERSHIP", outcome(datagrams.join_multicast_v4(&group.0, &group.1))),
+        ("option IPV6_TRANSPARENT", outcome(stream.set_ip_transparent_v6(true))),
+        ("option IPV6_UNICAST_HOPS", outcome(stream.set_unicast_hops_v6(1))),
+    ])
 }
 
 /// What a process can do that is confined in this way.
@@ -130,13 +215,15 @@ fn possible(changes: &str) -> Vec<String> {
     assert!(report.len() > 10, "{report:?}");
     let refused = |outcome: &str| ["ENOSYS", "EACCES", "EPERM"].iter().any(|name| outcome.contains(name));
     for (what, outcome) in &report {
+        // By the filter, and not for another reason.
+        assert!(!what.starts_with("option ") || outcome.contains("ENOSYS"), "{what}: {outcome}");
         assert!(outcome == "possible" || refused(outcome), "{what}: {outcome}");
     }
     report.into_iter().filter(|(_what, outcome)| outcome == "possible").map(|(what, _)| what).collect()
 }
 
 fn inside() {
-    assert_eq!(possible("none"), ["a thread", "connect to the backend"]);
+    assert_eq!(possible("none"), ["a thread", "connect to the backend", "the options of a connection"]);
 }
 
 fn inside_with_changes() {
@@ -147,6 +234,9 @@ fn inside_with_changes() {
         "connect to the backend",
         "listen",
         "open its own",
+        "the options of a connection",
+        "the options of a flow",
+        "the options of a listener",
     ];
     assert_eq!(possible("changes"), more);
 }

@@ -139,7 +139,7 @@ fn conditional(needs: &Needs<'_>) -> Result<Rules, seccompiler::BackendError> {
         (libc::SYS_prctl, vec![rule([is(0, libc::PR_SET_NAME)])?]),
         // Limits are read: there is no pointer to a new one.
         (libc::SYS_prlimit64, vec![rule([SeccompCondition::new(2, Qword, SeccompCmpOp::Eq, 0)])?]),
-        (libc::SYS_setsockopt, options()?),
+        (libc::SYS_setsockopt, options(needs)?),
         (libc::SYS_socket, sockets(needs)?),
         // abort(3), of this process alone.
         (libc::SYS_tgkill, vec![rule([is(0, this_process)])?]),
@@ -172,19 +172,54 @@ fn sockets(needs: &Needs<'_>) -> Result<Vec<SeccompRule>, seccompiler::BackendEr
     Ok(sockets)
 }
 
-/// Options of sockets: none that marks packets or changes how they are filtered, as `CAP_NET_ADMIN` would
-/// allow.
-fn options() -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
-    // The last of those that are in use; behind it are SO_MARK and SO_ATTACH_BPF.
-    let last = u64::from(libc::SO_RCVBUFFORCE.unsigned_abs());
-    Ok(vec![
-        rule([is(1, libc::SOL_TCP)])?,
-        rule([is(1, libc::SOL_SOCKET), SeccompCondition::new(2, Dword, SeccompCmpOp::Le, last)])?,
-        rule([is(1, libc::SOL_UDP)])?,
-        rule([is(1, libc::SOL_IP), is(2, libc::IP_PKTINFO)])?,
-        rule([is(1, libc::SOL_IPV6), is(2, libc::IPV6_RECVPKTINFO)])?,
-        rule([is(1, libc::SOL_IPV6), is(2, libc::IPV6_V6ONLY)])?,
-    ])
+/// Options of one level, from the first number to the last.
+type Options = (i32, i32, i32);
+
+/// Those that connections are given: buffers, keepalive and urgent bytes in their place (the numbers from
+/// `SO_SNDBUF` to `SO_OOBINLINE` are these), how they end and when they wake us.
+const OF_TCP: &[Options] = &[
+    (libc::SOL_SOCKET, libc::SO_REUSEADDR, libc::SO_REUSEADDR),
+    (libc::SOL_SOCKET, libc::SO_SNDBUF, libc::SO_OOBINLINE),
+    (libc::SOL_SOCKET, libc::SO_LINGER, libc::SO_LINGER),
+    (libc::SOL_SOCKET, libc::SO_RCVLOWAT, libc::SO_RCVLOWAT),
+    (libc::SOL_TCP, libc::TCP_NODELAY, libc::TCP_NODELAY),
+    (libc::SOL_TCP, libc::TCP_KEEPIDLE, libc::TCP_KEEPINTVL),
+    (libc::SOL_TCP, libc::TCP_QUICKACK, libc::TCP_QUICKACK),
+];
+
+/// Those that flows are given: buffers, and trains of datagrams.
+const OF_UDP: &[Options] = &[
+    (libc::SOL_SOCKET, libc::SO_SNDBUF, libc::SO_RCVBUF),
+    (libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, libc::SO_RCVBUFFORCE),
+    (libc::SOL_UDP, libc::UDP_GRO, libc::UDP_GRO),
+];
+
+/// Those of listeners that come later, and of connection tracking.
+const OF_CHANGES: &[Options] = &[
+    (libc::SOL_SOCKET, libc::SO_RCVTIMEO, libc::SO_RCVTIMEO),
+    (libc::SOL_IP, libc::IP_PKTINFO, libc::IP_PKTINFO),
+    (libc::SOL_IPV6, libc::IPV6_RECVPKTINFO, libc::IPV6_RECVPKTINFO),
+    (libc::SOL_IPV6, libc::IPV6_V6ONLY, libc::IPV6_V6ONLY),
+];
+
+/// Options of sockets: those that are set here and no others, some of which mark packets, lead them elsewhere,
+/// change how they are filtered, or take a connection apart.
+fn options(needs: &Needs<'_>) -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
+    let changes = needs.changes.is_some();
+    let served = [(OF_TCP, changes || needs.tcp()), (OF_UDP, changes || needs.udp), (OF_CHANGES, changes)];
+    let allowed =
+        served.into_iter().filter(|(_options, is_served)| *is_served).flat_map(|(options, _)| options);
+    allowed
+        .map(|(level, first, last)| {
+            let name = |operator, value: i32| {
+                SeccompCondition::new(2, Dword, operator, u64::from(value.cast_unsigned()))
+            };
+            if first == last {
+                return rule([is(1, *level), is(2, *first)]);
+            }
+            rule([is(1, *level), name(SeccompCmpOp::Ge, *first), name(SeccompCmpOp::Le, *last)])
+        })
+        .collect()
 }
 
 /// All of `conditions` hold.

@@ -68,6 +68,11 @@ impl<'a> Needs<'a> {
         let tcp_backends = tcp.iter().map(|forward| forward.backend.socket_addr().port()).collect();
         Self { user: None, udp: !udp.is_empty(), tcp_backends, abstract_sockets: false, changes: None }
     }
+
+    /// Whether TCP is relayed.
+    fn tcp(&self) -> bool {
+        !self.tcp_backends.is_empty()
+    }
 }
 
 /// What it takes to serve something else than at the start. Any address may be bound, and any backend be

@@ -14,7 +14,7 @@ use super::{Needs, SandboxError, User};
 pub(super) fn needed(needs: &Needs<'_>) -> CapabilitySet {
     let mut needed = CapabilitySet::empty();
     // Pipes beyond `fs.pipe-user-pages-soft`, which all bulk transfers of a user share (pipe(7)).
-    let tcp = !needs.tcp_backends.is_empty() || needs.changes.is_some();
+    let tcp = needs.tcp() || needs.changes.is_some();
     needed.set(CapabilitySet::SYS_RESOURCE, tcp);
     // Buffers of flows beyond `net.core.rmem_max` (socket(7), `SO_RCVBUFFORCE`); for changes, also to forget
     // stale UDP flows.
