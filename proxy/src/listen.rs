@@ -15,7 +15,7 @@ use crate::mapping::{Forward, Mapping};
 use crate::ports::PortRange;
 
 /// The pending-connection queue asked for; the kernel cuts it to `net.core.somaxconn` (listen(2)).
-const BACKLOG: i32 = i32::MAX;
+pub(crate) const BACKLOG: i32 = i32::MAX;
 
 /// What the kernel may queue on a UDP listener, in bytes: a burst of all clients.
 const UDP_RECEIVE_BUFFER: usize = 8 * 1024 * 1024;

@@ -102,6 +102,14 @@ impl Port {
         Ok(self.set.epoll().modify(&self.socket, &mut self.event(flags))?)
     }
 
+    /// Reports nothing more about the socket, not even that it has failed, which epoll(7) does unasked.
+    ///
+    /// # Errors
+    /// Those of epoll_ctl(2).
+    pub(crate) fn unwatch(&self) -> io::Result<()> {
+        Ok(self.set.epoll().delete(&self.socket)?)
+    }
+
     fn event(&self, flags: EpollFlags) -> EpollEvent {
         EpollEvent::new(flags, PORT | u64::from(self.number))
     }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use socket2::SockRef;
 use tokio::runtime::Handle;
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::oneshot;
 use tracing::{info, warn};
 
 use crate::addr::Protocol;
@@ -23,9 +23,10 @@ use crate::listen::Listener;
 use crate::name::Name;
 use crate::poll::Port;
 use crate::registry::{Registry, Served};
-use crate::service::{Assignment, Live, Route, Service};
+use crate::service::{Assignment, Capacity, Live, Route, Service};
 use crate::task::{FlowOrder, ListenerTask};
 use crate::tcp::accept::Acceptor;
+use crate::tcp::reactor;
 use crate::udp::LiveFlow;
 use crate::udp::relay::UdpRelay;
 use crate::worker::Workers;
@@ -35,8 +36,8 @@ use crate::worker::Workers;
 pub struct Server {
     runtime: Handle,
     workers: Arc<Workers>,
-    /// Told when a mapping has room again that was full.
-    room: Arc<Notify>,
+    /// What connections and flows give back when they end.
+    capacity: Arc<Capacity>,
     tasks: Tasks,
     pub(crate) registry: Registry,
     /// Sockets of no mapping that has a name.
@@ -106,9 +107,9 @@ impl Server {
     fn new() -> Self {
         let runtime = Handle::current();
         Self {
-            workers: Arc::new(Workers::new(runtime.clone())),
+            workers: Arc::new(Workers::new(runtime.clone(), reactor::prepare)),
             runtime,
-            room: Arc::default(),
+            capacity: Arc::default(),
             tasks: Tasks::default(),
             registry: Registry::default(),
             nameless: Vec::new(),
@@ -128,7 +129,7 @@ impl Server {
     }
 
     pub(crate) fn new_service(&self, limits: Limits) -> Arc<Service> {
-        Arc::new(Service { limits, live: Arc::new(Live::new(self.room.clone())) })
+        Arc::new(Service { limits, live: Arc::new(Live::new(self.capacity.clone())) })
     }
 
     /// Makes a bound port one of the listeners, to be served later.
@@ -150,7 +151,7 @@ impl Server {
             Protocol::Tcp => match &mut self.tasks.tcp {
                 Some(task) => Ok(task),
                 none => Ok(none.insert(ListenerTask::spawn(|poll, orders| {
-                    Acceptor::new(poll, orders, self.room.clone(), self.workers.clone()).run()
+                    Acceptor::new(poll, orders, self.capacity.clone(), self.workers.clone()).run()
                 })?)),
             },
             Protocol::Udp => match &mut self.tasks.udp {

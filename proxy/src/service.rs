@@ -49,14 +49,41 @@ pub(crate) struct Live {
     is_full: AtomicBool,
     /// Whether it has been told that it is full, and it has not been half empty since.
     told_full: AtomicBool,
-    /// Told when one has ended that someone waited for.
-    room: Arc<Notify>,
+    /// Notified when one has ended that someone waited for.
+    capacity: Arc<Capacity>,
+}
+
+/// What connections and flows of a process take of what is limited, as descriptors are, and give back when they end.
+#[derive(Debug, Default)]
+pub(crate) struct Capacity {
+    freed: Notify,
+    is_awaited: AtomicBool,
+}
+
+impl Capacity {
+    /// Asks to be notified of the next connection or flow that ends. Returns whether that was asked before: if not,
+    /// one may have ended in between, so that the caller has to look again.
+    pub(crate) fn request(&self) -> bool {
+        self.is_awaited.swap(true, Ordering::SeqCst)
+    }
+
+    /// Waits for a notification.
+    pub(crate) async fn freed(&self) {
+        self.freed.notified().await;
+    }
+
+    /// One has ended, and its descriptors are closed.
+    fn free(&self) {
+        if self.is_awaited.load(Ordering::SeqCst) && self.is_awaited.swap(false, Ordering::SeqCst) {
+            self.freed.notify_one();
+        }
+    }
 }
 
 impl Live {
-    /// A mapping without connections; `room` is told when connections end that others wait for.
-    pub(crate) fn new(room: Arc<Notify>) -> Self {
-        Self { room, ..Self::default() }
+    /// A mapping without connections; `capacity` is notified when connections end that others wait for.
+    pub(crate) fn new(capacity: Arc<Capacity>) -> Self {
+        Self { capacity, ..Self::default() }
     }
 
     /// Whether it is to be told that it is full: it was not, since it was half empty.
@@ -84,7 +111,7 @@ impl Service {
             }
             return true;
         }
-        // First the wish to be told, then another look: an end in between is seen or told.
+        // Set the flag, then recheck: a connection that ends in between is seen or notifies.
         is_full.store(true, Ordering::SeqCst);
         let has_room = connections.load(Ordering::SeqCst) < most;
         if has_room {
@@ -99,7 +126,7 @@ impl Service {
     }
 }
 
-/// A connection's place in its mapping, given up when dropped.
+/// A connection's place in its mapping, given up when dropped, which has to be after its sockets were closed.
 #[derive(Debug)]
 pub(crate) struct Place(Arc<Route>);
 
@@ -135,12 +162,13 @@ impl Drop for Place {
         live.stats.connections.sub_one();
         live.connections.fetch_sub(1, Ordering::SeqCst);
         if live.is_full.swap(false, Ordering::SeqCst) {
-            live.room.notify_one();
+            live.capacity.freed.notify_one();
         }
+        live.capacity.free();
     }
 }
 
-/// A flow's place in its mapping, given up when dropped.
+/// A flow's place in its mapping, given up when dropped, which has to be after its socket was closed.
 #[derive(Debug)]
 pub(crate) struct FlowPlace(Arc<Route>);
 
@@ -161,7 +189,9 @@ impl FlowPlace {
 
 impl Drop for FlowPlace {
     fn drop(&mut self) {
-        self.0.service.live.stats.flows.sub_one();
+        let live = &self.0.service.live;
+        live.stats.flows.sub_one();
+        live.capacity.free();
     }
 }
 
@@ -170,27 +200,42 @@ mod tests {
     use super::*;
     use crate::addr::Protocol;
 
-    fn route(max_connections: usize, room: Arc<Notify>) -> Arc<Route> {
+    fn route(max_connections: usize, capacity: Arc<Capacity>) -> Arc<Route> {
         let backend = "192.0.2.1:80".parse().unwrap();
         let host = "127.0.0.1:80".parse().unwrap();
         let forward = Forward { protocol: Protocol::Tcp, host, backend, v6only: false };
         let limits = Limits { max_connections: Some(max_connections), ..Limits::default() };
-        let service = Arc::new(Service { limits, live: Arc::new(Live::new(room)) });
+        let service = Arc::new(Service { limits, live: Arc::new(Live::new(capacity)) });
         Arc::new(Route { forward, service })
+    }
+
+    fn block_on(future: impl Future<Output = ()>) {
+        tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(future);
     }
 
     #[test]
     fn a_full_mapping_tells_when_there_is_room_again() {
-        let room = Arc::new(Notify::new());
-        let route = route(2, room.clone());
+        let capacity = Arc::new(Capacity::default());
+        let route = route(2, capacity.clone());
         let Service { live, .. } = &*route.service;
 
         let places = [Place::take(&route), Place::take(&route)];
         assert!(!route.service.has_room() && live.is_full());
         drop(places);
         assert!(!live.is_full() && route.service.has_room());
-        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-        runtime.block_on(room.notified());
+        block_on(capacity.freed());
         assert_eq!([live.stats.connections.get(), live.stats.connections_total.get()], [0, 2]);
+    }
+
+    #[test]
+    fn the_end_of_a_connection_or_flow_is_notified_to_whoever_lacks_what_it_held() {
+        let capacity = Arc::new(Capacity::default());
+        let route = route(2, capacity.clone());
+        for take in [|route| drop(Place::take(route)), |route: &Arc<Route>| drop(FlowPlace::take(route))] {
+            assert!(!capacity.request(), "nobody has asked since the last notification");
+            assert!(capacity.request());
+            take(&route);
+            block_on(capacity.freed());
+        }
     }
 }

@@ -25,10 +25,15 @@ const STACK_SIZE: usize = 256 * 1024;
 /// each connection would pay.
 const RETRY: Duration = Duration::from_secs(5);
 
+/// Takes what the connections of a worker share, before there are any: called inside its runtime, on whatever thread.
+/// What it returns is run first on the worker's own thread.
+pub(crate) type Prepare = fn() -> io::Result<Box<dyn FnOnce() + Send>>;
+
 /// The workers of a process.
 #[derive(Debug)]
 pub(crate) struct Workers {
     running: Mutex<Running>,
+    prepare: Prepare,
     /// Notified when a worker has served its last connection.
     idle: Arc<Notify>,
     /// One worker per processor that the process may use (sched_getaffinity(2), and the quota of its cgroup).
@@ -55,18 +60,25 @@ impl Worker {
         Self { runtime, seats: Arc::default(), _stop: stop }
     }
 
-    fn start(number: usize) -> io::Result<Self> {
+    fn start(number: usize, prepare: Prepare) -> io::Result<Self> {
         let runtime = new_runtime()?;
         let handle = runtime.handle().clone();
         let (stop, stopped) = oneshot::channel::<()>();
-        let serve = |runtime: Runtime| drop(runtime.block_on(stopped));
+        let prepared = {
+            let _entered = handle.enter();
+            prepare()
+        };
+        let begin = match prepared {
+            Ok(begin) => begin,
+            Err(error) => return Err(discard(runtime, error)),
+        };
+        let serve = |runtime: Runtime| {
+            begin();
+            drop(runtime.block_on(stopped));
+        };
         match start_thread(&format!("rproxy-{number}"), STACK_SIZE, runtime, serve) {
             Ok(()) => Ok(Self::new(handle, Some(stop))),
-            Err((error, runtime)) => {
-                // This is inside another runtime, where none may be dropped that waits for its threads.
-                runtime.shutdown_background();
-                Err(error)
-            }
+            Err((error, runtime)) => Err(discard(runtime, error)),
         }
     }
 
@@ -75,10 +87,18 @@ impl Worker {
     }
 }
 
+/// Drops a runtime inside another one, where none may be dropped that waits for its threads.
+fn discard(runtime: Runtime, error: io::Error) -> io::Error {
+    runtime.shutdown_background();
+    error
+}
+
 impl Workers {
-    /// Makes the runtime of the calling thread the first worker.
-    pub(crate) fn new(first: Handle) -> Self {
+    /// Makes the runtime of the calling thread the first worker, which is prepared by then or prepares itself.
+    /// `prepare` is for the others.
+    pub(crate) fn new(first: Handle, prepare: Prepare) -> Self {
         Self {
+            prepare,
             running: Mutex::new(Running { workers: vec![Worker::new(first, None)], failed: None }),
             idle: Arc::default(),
             most: OnceLock::new(),
@@ -120,7 +140,7 @@ impl Workers {
         if workers.len() >= self.most() || failed.is_some_and(|at| at.elapsed() < RETRY) {
             return;
         }
-        match Worker::start(workers.len()) {
+        match Worker::start(workers.len(), self.prepare) {
             Ok(worker) => {
                 *failed = None;
                 workers.push(worker);
@@ -193,7 +213,7 @@ mod tests {
     #[test]
     fn connections_spread_over_workers_that_start_on_demand() {
         let runtime = new_runtime().unwrap();
-        let workers = Workers::new(runtime.handle().clone());
+        let workers = Workers::new(runtime.handle().clone(), || Ok(Box::new(|| ())));
         let most = thread::available_parallelism().map_or(1, usize::from);
         let running = || workers.running.lock().unwrap().workers.len();
 

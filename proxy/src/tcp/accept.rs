@@ -1,8 +1,8 @@
 //! Taking connections from listeners: one task for all of them.
 //!
 //! Each turn takes a bounded burst from each listener that has something, and hands the connections
-//! over to workers. A listener whose mapping is full, or on which accepting fails, is left alone until
-//! that is over; what arrives meanwhile waits in its backlog.
+//! over to workers. A listener whose mapping is full is left alone until that is over, and all of them are while
+//! there are no descriptors; what arrives meanwhile waits in the backlog.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -13,19 +13,18 @@ use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 use rproxy_sys::socket;
 use socket2::{SockRef, Socket};
-use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, error, warn};
 
-use super::{Accepted, dial, serve};
-use crate::addr::canonical;
+use super::{Accepted, dial, reactor, serve};
+use crate::addr::{BackendAddr, HostAddr, canonical};
 use crate::backoff::Backoff;
 use crate::limits::OnLimit;
-use crate::listen::set_stream_options;
+use crate::listen::{BACKLOG, set_stream_options};
 use crate::log_limit::LogLimit;
 use crate::mapping::Forward;
 use crate::poll::{PORT, Poll, Port};
-use crate::service::{Assignment, Place};
+use crate::service::{Assignment, Capacity, Place};
 use crate::task::{Order, Orders};
 use crate::worker::{Seat, Workers};
 
@@ -42,47 +41,42 @@ const LONGEST_BACKLOG: usize = 4096;
 pub(crate) struct Acceptor {
     poll: Poll,
     orders: Orders,
-    /// Told when a mapping has room again that was full.
-    room: Arc<Notify>,
+    /// What connections and flows give back when they end.
+    capacity: Arc<Capacity>,
     workers: Arc<Workers>,
     /// By the number of their port.
     listeners: Vec<Option<Assignment>>,
     /// The numbers of those whose mapping is full.
     full: Vec<usize>,
-    failures: Failures,
+    backends: BackendSockets,
+    pause: Pause,
 }
 
-/// The listeners on which accepting failed, and when they are tried again.
-struct Failures {
-    listeners: Vec<usize>,
-    /// Clients for whom there is no socket to reach the backend with: one for each of the listeners, at the
-    /// most.
-    clients: Vec<Accepted>,
+/// Whether no connection is accepted for want of descriptors, and when that is tried again.
+struct Pause {
+    is_on: bool,
     backoff: Backoff,
-    retry: Instant,
+    until: Instant,
 }
 
 impl Acceptor {
     /// A task without listeners. It ends when all senders of `orders` are gone.
-    pub(crate) fn new(poll: Poll, orders: Orders, room: Arc<Notify>, workers: Arc<Workers>) -> Self {
-        let failures = Failures {
-            listeners: Vec::new(),
-            clients: Vec::new(),
-            backoff: Backoff::default(),
-            retry: Instant::now(),
-        };
-        Self { poll, orders, room, workers, listeners: Vec::new(), full: Vec::new(), failures }
+    pub(crate) fn new(poll: Poll, orders: Orders, capacity: Arc<Capacity>, workers: Arc<Workers>) -> Self {
+        let pause = Pause { is_on: false, backoff: Backoff::default(), until: Instant::now() };
+        let (listeners, full, backends) = (Vec::new(), Vec::new(), BackendSockets::default());
+        Self { poll, orders, capacity, workers, listeners, full, backends, pause }
     }
 
     /// Accepts connections until nobody can give orders any more. What is pending by then is still
     /// accepted: its client has been told that it is connected.
     ///
     /// # Errors
-    /// What epoll_wait(2) answered; nothing is accepted any more then.
+    /// What epoll_wait(2) answered, or what became of the last listener that could be served; nothing is
+    /// accepted any more then.
     pub(crate) async fn run(mut self) -> io::Result<()> {
         let mut events = [EpollEvent::empty(); EVENTS];
-        let room = self.room.clone();
-        let mut retry = pin!(sleep_until(self.failures.retry));
+        let capacity = self.capacity.clone();
+        let mut retry = pin!(sleep_until(self.pause.until));
         loop {
             tokio::select! {
                 // Orders first: a listener may be reported before it is known here.
@@ -91,14 +85,17 @@ impl Acceptor {
                     Some(order) => self.obey(order),
                     None => break,
                 },
-                () = room.notified() => self.resume_full(),
-                () = &mut retry, if !self.failures.listeners.is_empty() => self.resume_failed(),
-                count = self.poll.wait(&mut events) => {
-                    if self.turn(&events[..count?]) {
+                () = capacity.freed() => {
+                    self.pause.is_on = false;
+                    self.resume_full();
+                }
+                () = &mut retry, if self.pause.is_on => self.pause.is_on = false,
+                count = self.poll.wait(&mut events), if !self.pause.is_on => {
+                    if self.turn(&events[..count?])? {
                         // Under a flood there is always another connection.
                         tokio::task::yield_now().await;
                     }
-                    retry.as_mut().reset(self.failures.retry);
+                    retry.as_mut().reset(self.pause.until);
                 }
             }
         }
@@ -141,38 +138,82 @@ impl Acceptor {
                 continue;
             };
             // On an error there is nothing more to be had.
-            drop(accept_some(&listener, LONGEST_BACKLOG, &mut ready, &mut self.failures.clients));
+            drop(accept_some(&listener, LONGEST_BACKLOG, &mut self.backends, &mut ready));
             debug!(mapping = %listener.route.forward, "listener closed");
         }
         hand_over(ready, &self.workers);
-        let is_known = |number: &usize| self.listeners.get(*number).is_some_and(Option::is_some);
-        self.full.retain(is_known);
-        self.failures.listeners.retain(is_known);
+        self.full.retain(|number| self.listeners.get(*number).is_some_and(Option::is_some));
     }
 
-    /// Looks after each listener that has something once. Gives whether one of them may have more.
-    fn turn(&mut self, events: &[EpollEvent]) -> bool {
+    /// Services each listener that has something once. Returns whether one of them may have more.
+    ///
+    /// # Errors
+    /// The last listener cannot be served any more.
+    fn turn(&mut self, events: &[EpollEvent]) -> io::Result<bool> {
         let mut ready = Vec::new();
         let mut more = false;
         for event in events {
             let number = usize::try_from(event.data() & !PORT).unwrap_or(usize::MAX);
             let Some(Some(listener)) = self.listeners.get(number) else { continue };
-            match accept_some(listener, BURST, &mut ready, &mut self.failures.clients) {
+            if event.events().intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR) {
+                self.revive(number)?;
+                continue;
+            }
+            match accept_some(listener, BURST, &mut self.backends, &mut ready) {
                 Ok(Stop::Burst) => more = true,
-                Ok(Stop::Empty) => self.failures.backoff.reset(),
+                Ok(Stop::Empty) => self.pause.backoff.reset(),
                 Ok(Stop::Full) => {
                     watch(listener, EpollFlags::empty());
                     self.full.push(number);
                 }
                 Err(error) => {
-                    watch(listener, EpollFlags::empty());
                     log_failure(&listener.route.forward, &error);
-                    self.failures.add(number);
+                    // Unless it was asked before, a connection may have ended in between.
+                    if !is_exhaustion(&error) || self.capacity.request() {
+                        self.pause.begin();
+                        break;
+                    }
+                    more = true;
                 }
             }
         }
         hand_over(ready, &self.workers);
-        more
+        Ok(more)
+    }
+
+    /// Listens again on a socket that somebody who has it open, too, has shut down, or that the machine's
+    /// administrator has destroyed (`ss --kill`). If that cannot be, it is watched no more.
+    ///
+    /// # Errors
+    /// It cannot be, and no other listener is left.
+    fn revive(&mut self, number: usize) -> io::Result<()> {
+        static REVIVED: LogLimit = LogLimit::new();
+
+        let Some(Some(Assignment { port, route })) = self.listeners.get(number) else { return Ok(()) };
+        let socket = SockRef::from(port.as_ref());
+        // As long as it is there, it is reported.
+        drop(socket.take_error());
+        let mapping = &route.forward;
+        match listen_again(&socket, mapping.host) {
+            Ok(()) => {
+                if let Some(suppressed) = REVIVED.permit() {
+                    warn!(%mapping, suppressed, "the listener was shut down from outside; it listens again");
+                }
+                Ok(())
+            }
+            Err(source) => {
+                let reason = "the listener was shut down from outside, and cannot listen again";
+                error!(%mapping, error = %source, "{reason}; its clients are refused");
+                if let Err(error) = port.unwatch() {
+                    error!(%mapping, %error, "cannot stop to watch a listener");
+                }
+                self.listeners[number] = None;
+                match self.listeners.iter().any(Option::is_some) {
+                    true => Ok(()),
+                    false => Err(io::Error::new(source.kind(), format!("{reason}: {source}"))),
+                }
+            }
+        }
     }
 
     /// Goes on with all listeners whose mapping was full, which may find that it still is.
@@ -195,39 +236,45 @@ impl Acceptor {
             known => known.is_some_and(Option::is_some),
         });
     }
+}
 
-    /// Tries the listeners again on which accepting failed, once the clients that were accepted before are
-    /// on their way.
-    fn resume_failed(&mut self) {
-        let mut ready = Vec::new();
-        while let Some(client) = self.failures.clients.pop() {
-            match dial::open(client.place.forward().backend) {
-                Err(error) if is_exhaustion(&error) => {
-                    self.failures.clients.push(client);
-                    self.failures.retry = Instant::now() + self.failures.backoff.next_delay();
-                    break;
-                }
-                backend => ready.push((client, backend)),
-            }
-        }
-        hand_over(ready, &self.workers);
-        if !self.failures.clients.is_empty() {
-            return;
-        }
-        for number in self.failures.listeners.drain(..) {
-            if let Some(Some(listener)) = self.listeners.get(number) {
-                watch(listener, EpollFlags::EPOLLIN);
-            }
-        }
+impl Pause {
+    fn begin(&mut self) {
+        self.is_on = true;
+        self.until = Instant::now() + self.backoff.next_delay();
     }
 }
 
-impl Failures {
-    fn add(&mut self, listener: usize) {
-        if self.listeners.is_empty() {
-            self.retry = Instant::now() + self.backoff.next_delay();
+/// Sockets to reach backends with that are open before there is a connection for them, one for each family at the
+/// most: a client that is accepted can be served.
+#[derive(Default)]
+struct BackendSockets {
+    v4: Option<Socket>,
+    v6: Option<Socket>,
+}
+
+impl BackendSockets {
+    /// One for `backend`, or why there cannot be one.
+    ///
+    /// # Errors
+    /// There is none at the moment, for want of something that others may give back.
+    fn take(&mut self, backend: BackendAddr) -> io::Result<io::Result<Socket>> {
+        if let Some(socket) = self.of(backend).take() {
+            return Ok(Ok(socket));
         }
-        self.listeners.push(listener);
+        match dial::open(backend) {
+            Err(error) if is_exhaustion(&error) => Err(error),
+            opened => Ok(opened),
+        }
+    }
+
+    /// Keeps what was not needed for `backend`.
+    fn keep(&mut self, backend: BackendAddr, socket: io::Result<Socket>) {
+        *self.of(backend) = socket.ok();
+    }
+
+    fn of(&mut self, backend: BackendAddr) -> &mut Option<Socket> {
+        if backend.socket_addr().is_ipv4() { &mut self.v4 } else { &mut self.v6 }
     }
 }
 
@@ -244,27 +291,37 @@ enum Stop {
     Full,
 }
 
-/// Accepts up to `most` connections, and resets those that are not to be served. On an error, there may be
-/// one more in `waiting`, for whom there is no second socket.
+/// Accepts up to `most` connections, and resets those that are not to be served.
+///
+/// # Errors
+/// Why accepting failed; the clients wait in the backlog.
 fn accept_some(
     listener: &Assignment,
     most: usize,
+    backends: &mut BackendSockets,
     ready: &mut Vec<Ready>,
-    waiting: &mut Vec<Accepted>,
 ) -> io::Result<Stop> {
     let Assignment { port, route } = listener;
-    let service = &route.service;
+    let (service, addr) = (&route.service, route.forward.backend);
+    // Of the worker that accepts: the others have theirs from their start.
+    reactor::start()?;
     for _ in 0..most {
         let has_room = service.has_room();
         if !has_room && service.limits.on_limit == OnLimit::Wait {
             route.is_full();
             return Ok(Stop::Full);
         }
+        let backend = backends.take(addr)?;
         let (client, peer) = match socket::accept(port.as_fd()) {
             Ok((client, peer)) => (client, canonical(peer)),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Stop::Empty),
-            Err(error) if is_the_clients(&error) => continue,
-            Err(error) => return Err(error),
+            Err(error) => {
+                backends.keep(addr, backend);
+                match error {
+                    error if error.kind() == io::ErrorKind::WouldBlock => return Ok(Stop::Empty),
+                    error if is_the_clients(&error) => continue,
+                    error => return Err(error),
+                }
+            }
         };
         if port.is_mptcp()
             && let Err(error) = set_stream_options(&SockRef::from(&client))
@@ -273,19 +330,12 @@ fn accept_some(
         }
         // Those that are dropped here are reset, as their listener was told (`set_stream_options`).
         if !route.admits(peer) {
-            continue;
-        }
-        if !has_room {
+            backends.keep(addr, backend);
+        } else if !has_room {
+            backends.keep(addr, backend);
             route.is_over_limit(peer);
-            continue;
-        }
-        let accepted = Accepted { client, peer, place: Place::take(route) };
-        match dial::open(route.forward.backend) {
-            Err(error) if is_exhaustion(&error) => {
-                waiting.push(accepted);
-                return Err(error);
-            }
-            backend => ready.push((accepted, backend)),
+        } else {
+            ready.push((Accepted { client, peer, place: Place::take(route) }, backend));
         }
     }
     Ok(Stop::Burst)
@@ -301,6 +351,17 @@ fn is_the_clients(error: &io::Error) -> bool {
 fn is_exhaustion(error: &io::Error) -> bool {
     let errno = Errno::from_raw(error.raw_os_error().unwrap_or(0));
     matches!(errno, Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM)
+}
+
+/// Makes a socket that listened at `host` do so again.
+fn listen_again(socket: &SockRef<'_>, host: HostAddr) -> io::Result<()> {
+    let host = host.socket_addr();
+    let bound = socket.local_addr()?.as_socket().map(|addr| addr.port());
+    if bound != Some(host.port()) {
+        // One that the kernel chose is lost with the end of listening (tcp_set_state in net/ipv4/tcp.c).
+        socket.bind(&host.into())?;
+    }
+    socket.listen(BACKLOG)
 }
 
 fn watch(listener: &Assignment, flags: EpollFlags) {

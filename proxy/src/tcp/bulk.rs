@@ -12,7 +12,7 @@ use rproxy_sys::socket::set_receive_low_watermark;
 use tokio::task::coop::consume_budget;
 use tokio::time::timeout;
 
-use super::half::{Direction, End, is_transient, writable};
+use super::half::{Direction, End, flush, is_transient, writable};
 use super::pipe::{self, Pipe};
 use super::stream::Stream;
 
@@ -30,7 +30,8 @@ const FIRST_WATERMARK: u32 = 256 * 1024;
 /// The highest watermark: what a full-sized pipe takes in one call.
 const LAST_WATERMARK: u32 = 1024 * 1024;
 
-/// Splices from the source to the sink until the source is quiet for a tick. The pipe goes back to its pool.
+/// Splices from the source to the sink until the source is quiet for a tick, or something comes up that only
+/// copying can deal with: an end of the stream, urgent data, a refusal of splice(2). The pipe goes back to its pool.
 ///
 /// # Errors
 /// The [`End`] of the direction, when it came to one.
@@ -41,13 +42,18 @@ pub(super) async fn splice(mut pipe: Pipe, direction: &Direction<'_>) -> Result<
     let result = loop {
         // As in `half::pump`.
         consume_budget().await;
+        if source.has_urgent_data() {
+            break Ok(());
+        }
         match pipe.fill(source) {
-            Ok(0) => break Err(End::Eof),
-            Ok(_) => {
-                if let Err(end) = empty(&mut pipe, direction).await {
-                    break Err(end);
-                }
-            }
+            // The end of the stream, or an urgent byte before it (tcp_splice_read in net/ipv4/tcp.c): a read tells.
+            Ok(0) => break Ok(()),
+            Ok(_) => match empty(&mut pipe, direction).await {
+                Ok(Emptied::Spliced) => {}
+                Ok(Emptied::Copied) => break Ok(()),
+                Err(end) => break Err(end),
+            },
+            Err(error) if pipe::is_refused(&error) => break Ok(()),
             Err(error) if is_transient(&error) => {
                 if meter.moved() - start >= SUSTAINED {
                     watermark.raise();
@@ -63,17 +69,29 @@ pub(super) async fn splice(mut pipe: Pipe, direction: &Direction<'_>) -> Result<
     result
 }
 
+/// How the pipe was emptied.
+enum Emptied {
+    Spliced,
+    /// Through a buffer, as splice(2) was refused.
+    Copied,
+}
+
 /// Empties the pipe into the sink, as it takes it.
-async fn empty(pipe: &mut Pipe, direction: &Direction<'_>) -> Result<(), End> {
+async fn empty(pipe: &mut Pipe, direction: &Direction<'_>) -> Result<Emptied, End> {
     let Direction { source, sink, meter } = direction;
     while !pipe.is_empty() {
         match pipe.drain(sink) {
             Ok(drained) => meter.add(drained),
             Err(error) if is_transient(&error) => writable(source, sink).await?,
+            Err(error) if pipe::is_refused(&error) => {
+                let held = pipe.read_all().map_err(End::SinkFailed)?;
+                flush(&held, direction).await?;
+                return Ok(Emptied::Copied);
+            }
             Err(error) => return Err(End::SinkFailed(error)),
         }
     }
-    Ok(())
+    Ok(Emptied::Spliced)
 }
 
 /// The `SO_RCVLOWAT` of a source. Dropping it puts the default back, and then the kernel reports at

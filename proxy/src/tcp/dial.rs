@@ -16,7 +16,7 @@ use crate::addr::BackendAddr;
 use crate::listen::set_stream_options;
 
 /// Connects `socket`, as [`open`] gave it, to `backend` within `limit`; without one, as long as the kernel
-/// tries.
+/// tries. It is given up when `client` is reset meanwhile.
 ///
 /// The last segment of the handshake is held back: it saves one if it can go with the client's first
 /// bytes. If there are none yet, [`Stream::acknowledge`] sends it, without which the backend would
@@ -25,25 +25,35 @@ pub(super) async fn dial(
     socket: io::Result<Socket>,
     backend: BackendAddr,
     limit: Option<Duration>,
+    client: &Stream,
 ) -> Result<Stream, DialError> {
     let addr = backend.socket_addr();
     let socket = socket.map_err(|source| DialError::Open { addr, source })?;
     let connected = async {
-        let stream = start(socket, addr)?;
-        stream.writable().await;
-        let failure = match stream.has_failed() {
-            true => Some(stream.take_failure()),
-            false => is_connected_to_itself(&stream, addr).then(|| io::ErrorKind::ConnectionRefused.into()),
-        };
-        match failure {
-            None => Ok(stream),
-            Some(source) => Err(DialError::Connect { addr, source }),
+        tokio::select! {
+            biased;
+            connected = connect(socket, addr) => connected,
+            () = client.failed() => Err(DialError::ClientReset { addr }),
         }
     };
     match limit {
         None => connected.await,
         Some(limit) => timeout(limit, connected).await.unwrap_or(Err(DialError::Timeout { addr, limit })),
     }
+}
+
+async fn connect(socket: Socket, addr: SocketAddr) -> Result<Stream, DialError> {
+    let failure = |source| DialError::Connect { addr, source };
+    let stream = start(socket, addr)?;
+    stream.writable().await;
+    if stream.has_failed() {
+        // A backend may answer and reset before we come to look; its answer counts.
+        stream.take_failure_if_first().map_err(failure)?;
+    }
+    if is_connected_to_itself(&stream, addr) {
+        return Err(failure(io::ErrorKind::ConnectionRefused.into()));
+    }
+    Ok(stream)
 }
 
 /// A socket to connect to `backend` with.
@@ -86,6 +96,9 @@ pub(super) enum DialError {
     Connect { addr: SocketAddr, source: io::Error },
     #[error("{addr} did not answer within {limit:?}")]
     Timeout { addr: SocketAddr, limit: Duration },
+    /// There is nobody to connect for any more.
+    #[error("the client reset before {addr} answered")]
+    ClientReset { addr: SocketAddr },
 }
 
 /// The kernel's answer, in clearer words where it is misleading.

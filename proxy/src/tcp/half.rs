@@ -8,7 +8,7 @@ use std::task::{Context, Poll, ready};
 use tokio::task::coop::consume_budget;
 
 use super::meter::Meter;
-use super::stream::{RESET_GRACE, Stream};
+use super::stream::{Stream, while_taking};
 use super::{bulk, pipe};
 
 /// The size of the worker's copy buffer. Larger ones gain nothing over splicing, which takes over.
@@ -30,7 +30,7 @@ pub(super) enum End {
     Eof,
     /// The source was reset, or failed in another way.
     SourceFailed(io::Error),
-    /// The same, and the sink has not taken what came before it for [`RESET_GRACE`].
+    /// The same, and the sink's peer no longer takes what came before it.
     SourceFailedStalled(io::Error),
     /// The sink was reset, or failed in another way.
     SinkFailed(io::Error),
@@ -134,7 +134,7 @@ fn copy_once(direction: &Direction<'_>, buf: &mut [u8]) -> Step {
 }
 
 /// Writes all of `rest`, as the sink takes it.
-async fn flush(mut rest: &[u8], direction: &Direction<'_>) -> Result<(), End> {
+pub(super) async fn flush(mut rest: &[u8], direction: &Direction<'_>) -> Result<(), End> {
     let Direction { source, sink, meter } = direction;
     while !rest.is_empty() {
         match sink.write(rest) {
@@ -150,16 +150,14 @@ async fn flush(mut rest: &[u8], direction: &Direction<'_>) -> Result<(), End> {
 }
 
 /// Waits until `sink` takes bytes again. Should `source` be reset meanwhile, what it sent before is
-/// still delivered, but only while the sink goes on taking: a reset must not wait for a stalled peer.
+/// still delivered, but only while the sink's peer goes on taking: a reset must not wait for a stalled peer.
 pub(super) async fn writable(source: &Stream, sink: &Stream) -> Result<(), End> {
     tokio::select! {
         biased;
         () = sink.writable() => Ok(()),
         () = source.failed() => {
-            match tokio::time::timeout(RESET_GRACE, sink.writable()).await {
-                Ok(()) => Ok(()),
-                Err(_elapsed) => Err(End::SourceFailedStalled(source.take_failure())),
-            }
+            let writable = while_taking(sink, sink.writable()).await;
+            writable.ok_or_else(|| End::SourceFailedStalled(source.take_failure()))
         }
     }
 }

@@ -1,17 +1,13 @@
 //! What moves in one direction of a connection.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
 
 use crate::stats::Counter;
-
-/// Looks per idle timeout: a connection is cut at most a fourth of it late.
-const LOOKS: u32 = 4;
 
 /// Counts the bytes that one direction of a connection has moved, for the connection and its mapping.
 #[derive(Debug)]
 pub(super) struct Meter<'a> {
-    /// Written by the direction alone, and read by [`until_idle`].
+    /// Written by the direction alone, and read by whoever looks whether it is idle.
     moved: AtomicU64,
     total: &'a Counter,
 }
@@ -31,18 +27,5 @@ impl<'a> Meter<'a> {
     /// The bytes of this connection.
     pub(super) fn moved(&self) -> u64 {
         self.moved.load(Ordering::Relaxed)
-    }
-}
-
-/// Waits until nothing has moved for `limit`. It looks from time to time, so that what moves need not
-/// say when.
-pub(super) async fn until_idle(limit: Duration, meters: [&Meter<'_>; 2]) {
-    let look = || meters.map(Meter::moved);
-    let (mut seen, mut quiet) = (look(), 0);
-    while quiet < LOOKS {
-        tokio::time::sleep(limit / LOOKS).await;
-        let now = look();
-        quiet = if now == seen { quiet + 1 } else { 0 };
-        seen = now;
     }
 }

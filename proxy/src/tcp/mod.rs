@@ -11,7 +11,7 @@ mod dial;
 mod half;
 mod meter;
 mod pipe;
-mod reactor;
+pub(crate) mod reactor;
 mod relay;
 mod stream;
 
@@ -36,11 +36,12 @@ struct Accepted {
     place: Place,
 }
 
-/// Serves a connection to its end. `backend` is the socket to reach the backend with. The place and `seat`
+/// Serves a connection to its end. `backend` is the socket to reach the backend with. The place and the seat
 /// are given up when it is over.
-async fn serve(accepted: Accepted, backend: io::Result<Socket>, seat: Seat) {
+async fn serve(accepted: Accepted, backend: io::Result<Socket>, _seat: Seat) {
     static FAILED_DIALS: LogLimit = LogLimit::new();
 
+    // The place is given up after the sockets, which are dropped first, as others may wait for their descriptors.
     let Accepted { client, peer, place } = accepted;
     let client = match Stream::new(client) {
         Ok(client) => client,
@@ -48,7 +49,7 @@ async fn serve(accepted: Accepted, backend: io::Result<Socket>, seat: Seat) {
     };
     // On the heap, so that its timer takes no room once the connection is there.
     let dialled =
-        Box::pin(dial::dial(backend, place.forward().backend, place.limits().connect_timeout)).await;
+        Box::pin(dial::dial(backend, place.forward().backend, place.limits().connect_timeout, &client)).await;
     match dialled {
         Ok(backend) => {
             if !client.is_readable() {
@@ -57,15 +58,18 @@ async fn serve(accepted: Accepted, backend: io::Result<Socket>, seat: Seat) {
             let outcome = relay::relay(&client, &backend, &place).await;
             debug!(%peer, mapping = %place.forward(), %outcome, "connection ended");
         }
+        Err(error @ DialError::ClientReset { .. }) => {
+            place.stats().count(trouble(&error));
+            debug!(%peer, mapping = %place.forward(), %error, "connection ended");
+        }
         Err(error) => {
             place.stats().count(trouble(&error));
             if let Some(suppressed) = FAILED_DIALS.permit() {
                 // Dropped before it came to an end, it is reset.
-                warn!(%peer, %error, suppressed, "connection reset: no backend");
+                warn!(%peer, mapping = %place.forward(), %error, suppressed, "connection reset: no backend");
             }
         }
     }
-    drop((place, seat));
 }
 
 fn trouble(error: &DialError) -> Trouble {
@@ -75,6 +79,7 @@ fn trouble(error: &DialError) -> Trouble {
             Trouble::Refused
         }
         DialError::Connect { .. } | DialError::Open { .. } => Trouble::ConnectFailed,
+        DialError::ClientReset { .. } => Trouble::Broken,
     }
 }
 
@@ -95,7 +100,7 @@ mod tests {
     #[test]
     fn a_connection_takes_little_room() {
         let runtime = new_runtime().unwrap();
-        let workers = Workers::new(runtime.handle().clone());
+        let workers = Workers::new(runtime.handle().clone(), reactor::prepare);
         let localhost = IpAddr::from([127, 0, 0, 1]);
         let forward = Forward {
             protocol: Protocol::Tcp,

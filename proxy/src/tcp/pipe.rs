@@ -7,11 +7,12 @@
 use std::cell::RefCell;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Once;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
-use nix::unistd::pipe2;
+use nix::unistd::{pipe2, read};
 
 use super::stream::Stream;
 
@@ -76,7 +77,8 @@ impl Pipe {
         self.held == 0
     }
 
-    /// Moves what `source` has queued into the pipe, which must be empty; 0 at the end of the stream.
+    /// Moves what `source` has queued into the pipe, which must be empty; 0 at the end of the stream, or before an
+    /// urgent byte that the end of the stream is behind.
     ///
     /// # Errors
     /// `EAGAIN` if nothing is queued; what made `source` fail.
@@ -97,6 +99,41 @@ impl Pipe {
         self.held -= drained;
         Ok(drained)
     }
+
+    /// Reads everything out of the pipe.
+    ///
+    /// # Errors
+    /// Those of read(2).
+    pub(super) fn read_all(&mut self) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; self.held];
+        while self.held > 0 {
+            let start = bytes.len() - self.held;
+            match read(&self.read_end, &mut bytes[start..]) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(count) => self.held -= count,
+                Err(Errno::EINTR) => {}
+                Err(errno) => return Err(errno.into()),
+            }
+        }
+        Ok(bytes)
+    }
+}
+
+/// Whether splice(2) itself was refused, by a filter of system calls, a security module or for want of memory, while
+/// nothing is wrong with the sockets. Says so, once.
+pub(super) fn is_refused(error: &io::Error) -> bool {
+    static REFUSED: Once = Once::new();
+
+    let errno = Errno::from_raw(error.raw_os_error().unwrap_or(0));
+    let refused = matches!(
+        errno,
+        Errno::EPERM | Errno::EACCES | Errno::ENOSYS | Errno::EINVAL | Errno::EOPNOTSUPP | Errno::ENOMEM
+    );
+    if refused {
+        REFUSED
+            .call_once(|| tracing::warn!(%error, "splice(2) is refused; bulk transfers are copied instead"));
+    }
+    refused
 }
 
 /// One of the [`MOST`] pipes that may exist.

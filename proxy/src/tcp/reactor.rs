@@ -9,20 +9,27 @@
 
 use std::cell::RefCell;
 use std::io;
+use std::mem::MaybeUninit;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 
-use nix::errno::Errno;
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
+use nix::sys::epoll::EpollFlags;
 use rproxy_sys::watch::Watched;
+use rustix::event::Timespec;
+use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
+use rustix::io::Errno;
 use tokio::io::Interest;
 
 /// Events taken from the kernel in one go.
 const EVENTS: usize = 128;
 
 /// What a socket is watched for. Edge-triggered: each is reported when it comes about, and not again.
-const WATCHED: EpollFlags =
-    EpollFlags::EPOLLIN.union(EpollFlags::EPOLLOUT).union(EpollFlags::EPOLLRDHUP).union(EpollFlags::EPOLLET);
+const WATCHED: EpollFlags = EpollFlags::EPOLLIN
+    .union(EpollFlags::EPOLLOUT)
+    .union(EpollFlags::EPOLLPRI)
+    .union(EpollFlags::EPOLLRDHUP)
+    .union(EpollFlags::EPOLLET);
 
 thread_local! {
     /// The reactor of this worker, from its first connection to the end of its runtime.
@@ -38,15 +45,15 @@ pub(super) struct Key {
 }
 
 impl Key {
-    fn from_event(event: &EpollEvent) -> Self {
-        let [a, b, c, d, e, f, g, h] = event.data().to_ne_bytes();
+    fn from_data(data: EventData) -> Self {
+        let [a, b, c, d, e, f, g, h] = data.u64().to_ne_bytes();
         Self { index: u32::from_ne_bytes([a, b, c, d]), generation: u32::from_ne_bytes([e, f, g, h]) }
     }
 
-    fn event(self) -> EpollEvent {
+    fn data(self) -> EventData {
         let [a, b, c, d] = self.index.to_ne_bytes();
         let [e, f, g, h] = self.generation.to_ne_bytes();
-        EpollEvent::new(WATCHED, u64::from_ne_bytes([a, b, c, d, e, f, g, h]))
+        EventData::new_u64(u64::from_ne_bytes([a, b, c, d, e, f, g, h]))
     }
 }
 
@@ -58,13 +65,38 @@ impl Key {
 /// # Panics
 /// Outside a tokio runtime.
 pub(super) fn watch(socket: impl AsFd) -> io::Result<Key> {
-    REACTOR.with_borrow_mut(|reactor| {
-        let reactor = match reactor {
-            Some(reactor) => reactor,
-            None => reactor.insert(Reactor::start()?),
-        };
-        reactor.watch(socket)
-    })
+    REACTOR.with_borrow_mut(|reactor| started(reactor)?.watch(socket))
+}
+
+/// Starts the reactor of this worker, unless it runs: from then on, watching a socket takes no descriptor.
+///
+/// # Errors
+/// Those of epoll_create1(2) and epoll_ctl(2).
+///
+/// # Panics
+/// Outside a tokio runtime.
+pub(super) fn start() -> io::Result<()> {
+    REACTOR.with_borrow_mut(|reactor| started(reactor).map(drop))
+}
+
+/// Makes the reactor of a worker, inside the runtime of which this is called. What it returns puts it in its place, on
+/// the thread of that worker.
+///
+/// # Errors
+/// Those of epoll_create1(2) and epoll_ctl(2).
+///
+/// # Panics
+/// Outside a tokio runtime.
+pub(crate) fn prepare() -> io::Result<Box<dyn FnOnce() + Send>> {
+    let reactor = Reactor::start()?;
+    Ok(Box::new(|| REACTOR.set(Some(reactor))))
+}
+
+fn started(reactor: &mut Option<Reactor>) -> io::Result<&mut Reactor> {
+    match reactor {
+        Some(reactor) => Ok(reactor),
+        none => Ok(none.insert(Reactor::start()?)),
+    }
 }
 
 /// Ends what [`watch`] began; the socket is to be closed next.
@@ -98,6 +130,15 @@ pub(super) fn not_ready(key: Key, what: EpollFlags) {
     with_source(key, |source| source.ready.remove(what));
 }
 
+/// As [`not_ready`], unless the socket is ready for `unless`.
+pub(super) fn not_ready_unless(key: Key, what: EpollFlags, unless: EpollFlags) {
+    with_source(key, |source| {
+        if !source.ready.intersects(unless) {
+            source.ready.remove(what);
+        }
+    });
+}
+
 /// `None` once the runtime of this worker has ended.
 fn with_source<R>(key: Key, act: impl FnOnce(&mut Source) -> R) -> Option<R> {
     REACTOR.with_borrow_mut(|reactor| reactor.as_mut()?.source(key).map(act))
@@ -106,7 +147,8 @@ fn with_source<R>(key: Key, act: impl FnOnce(&mut Source) -> R) -> Option<R> {
 /// What is known about the sockets of a worker.
 #[derive(Debug)]
 struct Reactor {
-    epoll: Epoll,
+    /// An epoll instance, shared with the task that drives this.
+    epoll: Arc<Watched>,
     sources: Vec<Source>,
     /// The indices that no socket has.
     free: Vec<u32>,
@@ -123,11 +165,10 @@ struct Source {
 }
 
 impl Reactor {
-    /// A reactor for this thread, driven by its runtime.
+    /// A reactor, driven by the current runtime.
     fn start() -> io::Result<Self> {
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        let watched = Watched::new(epoll.0.try_clone()?, Interest::READABLE)?;
-        tokio::spawn(drive(watched));
+        let epoll = Arc::new(Watched::new(epoll::create(CreateFlags::CLOEXEC)?, Interest::READABLE)?);
+        tokio::spawn(drive(epoll.clone()));
         Ok(Self { epoll, sources: Vec::new(), free: Vec::new() })
     }
 
@@ -137,7 +178,8 @@ impl Reactor {
             u32::try_from(self.sources.len() - 1).expect("a process has fewer descriptors")
         });
         let key = Key { index, generation: self.sources[index as usize].generation };
-        if let Err(errno) = self.epoll.add(socket, key.event()) {
+        let wanted = EventFlags::from_bits_retain(WATCHED.bits().cast_unsigned());
+        if let Err(errno) = epoll::add(&*self.epoll, socket, key.data(), wanted) {
             self.free.push(index);
             return Err(errno.into());
         }
@@ -160,15 +202,16 @@ impl Reactor {
     /// Takes what has happened from the kernel and wakes the tasks concerned. Gives whether there may
     /// be more.
     fn turn(&mut self) -> bool {
-        let mut events = [EpollEvent::empty(); EVENTS];
-        let count = match self.epoll.wait(&mut events, EpollTimeout::ZERO) {
-            Ok(count) => count,
-            Err(Errno::EINTR) => return true,
+        let mut room = [MaybeUninit::uninit(); EVENTS];
+        let events = match epoll::wait(&*self.epoll, &mut room, Some(&Timespec::default())) {
+            Ok((events, _room)) => &*events,
+            Err(Errno::INTR) => return true,
             Err(errno) => unreachable!("epoll_wait(2) refuses nothing but wrong arguments: {errno}"),
         };
-        for event in &events[..count] {
-            if let Some(source) = self.source(Key::from_event(event)) {
-                source.ready |= event.events();
+        let count = events.len();
+        for &Event { flags, data, .. } in events {
+            if let Some(source) = self.source(Key::from_data(data)) {
+                source.ready |= EpollFlags::from_bits_retain(flags.bits().cast_signed());
                 if let Some(waker) = &source.waker {
                     waker.wake_by_ref();
                 }
@@ -179,7 +222,7 @@ impl Reactor {
 }
 
 /// Keeps the reactor of this thread going, to the end of the runtime.
-async fn drive(watched: Watched) {
+async fn drive(watched: Arc<Watched>) {
     let _end = TakeOnDrop;
     let turn = || REACTOR.with_borrow_mut(|reactor| reactor.as_mut().is_some_and(Reactor::turn));
     // Fewer events than asked for were all of them: the call that would say so is not made.

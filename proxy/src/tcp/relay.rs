@@ -9,10 +9,13 @@ use std::time::Duration;
 use socket2::SockRef;
 
 use super::half::{Direction, End, pump};
-use super::meter::{Meter, until_idle};
+use super::meter::Meter;
 use super::stream::{Stream, close_in_order, deliver_then_reset, reset_on_close};
 use crate::service::Place;
 use crate::stats::Trouble;
+
+/// Looks per idle timeout: a connection is cut at most a fourth of it late.
+const LOOKS: u32 = 4;
 
 /// How a connection ended, and what it carried.
 #[derive(Debug)]
@@ -64,11 +67,24 @@ async fn both_ways_unless_idle(
     tokio::select! {
         biased;
         failure = both_ways(up, down) => failure,
-        () = until_idle(limit, [&up.meter, &down.meter]) => {
+        () = until_idle(limit, [up, down]) => {
             reset_on_close(up.source);
             reset_on_close(up.sink);
             Some(io::Error::new(io::ErrorKind::TimedOut, format!("idle for {limit:?}")))
         }
+    }
+}
+
+/// Waits until there has been no progress for `limit`: nothing was moved, and no peer took what was written to it
+/// before. It looks from time to time, so that what moves need not say when.
+async fn until_idle(limit: Duration, directions: [&Direction<'_>; 2]) {
+    let look = || directions.map(|direction| (direction.meter.moved(), direction.sink.unacknowledged()));
+    let (mut seen, mut quiet) = (look(), 0);
+    while quiet < LOOKS {
+        tokio::time::sleep(limit / LOOKS).await;
+        let now = look();
+        quiet = if now == seen { quiet + 1 } else { 0 };
+        seen = now;
     }
 }
 
@@ -110,7 +126,7 @@ async fn pass_failure_on(end: End, source: &Stream, sink: &Stream) -> Option<io:
             deliver_then_reset(sink).await;
             Some(error)
         }
-        // It had its time.
+        // What came before it is given up.
         End::SourceFailedStalled(error) => {
             reset_on_close(sink);
             Some(error)

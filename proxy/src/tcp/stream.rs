@@ -3,24 +3,33 @@
 use std::future::poll_fn;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::pin::pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use nix::sys::epoll::EpollFlags;
 use rproxy_sys::socket;
+use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 use socket2::SockRef;
+use tokio::time::{Instant, sleep, timeout};
 
 use super::reactor::{self, Key};
 
-/// How long a reset waits for data that the other side's peer has not taken yet.
-pub(super) const RESET_GRACE: Duration = Duration::from_secs(1);
+/// How long a reset waits for a peer that has not taken everything and takes nothing more.
+const RESET_GRACE: Duration = Duration::from_secs(1);
 
-/// How often [`deliver_then_reset`] looks whether the peer has taken everything.
-const DELIVERY_POLL: Duration = Duration::from_millis(5);
+/// The first pause between two looks at what a peer has taken; each is twice as long as the one before.
+const FIRST_LOOK: Duration = Duration::from_millis(5);
+
+/// The longest of these pauses: a reset comes at most this late.
+const LONGEST_LOOK: Duration = Duration::from_millis(80);
 
 /// What a socket that has failed is ready for.
 const FAILED: EpollFlags = EpollFlags::EPOLLERR;
+
+/// What a socket with urgent data is ready for, from the arrival of the urgent byte on (tcp(7)).
+const URGENT: EpollFlags = EpollFlags::EPOLLPRI;
 
 /// A socket of a connection, for the task that serves it. No call waits, and none is made that is
 /// known to be in vain.
@@ -42,7 +51,7 @@ impl Use {
     fn flags(self) -> EpollFlags {
         let ended = EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR;
         match self {
-            Self::Read => EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | ended,
+            Self::Read => EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | URGENT | ended,
             Self::Write => EpollFlags::EPOLLOUT | ended,
         }
     }
@@ -53,6 +62,15 @@ impl Use {
         match self {
             Self::Read => EpollFlags::EPOLLIN,
             Self::Write => EpollFlags::EPOLLOUT,
+        }
+    }
+
+    /// What makes a call move less than it could though there is more: a read stops before an urgent byte,
+    /// even if that is kept inline (tcp_recvmsg_locked in net/ipv4/tcp.c).
+    fn stopped_by(self) -> EpollFlags {
+        match self {
+            Self::Read => URGENT,
+            Self::Write => EpollFlags::empty(),
         }
     }
 }
@@ -71,7 +89,7 @@ impl Stream {
     /// Reads what is there into `buf`; 0 at the end of the stream.
     ///
     /// A short read has emptied the socket (epoll(7), edge-triggered use), so the next wait does not
-    /// begin with a read that can only return `EAGAIN`.
+    /// begin with a read that can only return `EAGAIN`. While there is urgent data it has not.
     pub(super) fn read(&self, buf: &mut [u8]) -> io::Result<usize> {
         let wanted = buf.len();
         self.attempt(Use::Read, wanted, |socket| Ok(recv(socket, buf, RecvFlags::empty())?.0))
@@ -121,7 +139,7 @@ impl Stream {
         match call(self.as_fd()) {
             Ok(moved) => {
                 if moved > 0 && moved < wanted {
-                    reactor::not_ready(self.key, kind.data());
+                    reactor::not_ready_unless(self.key, kind.data(), kind.stopped_by());
                 }
                 Ok(moved)
             }
@@ -151,6 +169,11 @@ impl Stream {
         reactor::is_ready(self.key, end) && !reactor::is_ready(self.key, Use::Read.flags() & !end)
     }
 
+    /// Whether there may be an urgent byte among what is queued.
+    pub(super) fn has_urgent_data(&self) -> bool {
+        reactor::is_ready(self.key, URGENT)
+    }
+
     /// As [`Self::poll_readable`].
     pub(super) async fn readable(&self) {
         poll_fn(|cx| self.poll_readable(cx)).await;
@@ -170,6 +193,23 @@ impl Stream {
     /// the data that came before it.
     pub(super) async fn failed(&self) {
         poll_fn(|cx| reactor::poll(self.key, FAILED, cx)).await;
+    }
+
+    /// Takes the failure off a socket that has failed, unless there is something to read before it.
+    ///
+    /// # Errors
+    /// The failure.
+    pub(super) fn take_failure_if_first(&self) -> io::Result<()> {
+        match recv(self, &mut [0], RecvFlags::PEEK) {
+            Ok(_) | Err(Errno::AGAIN) => Ok(()),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// How many bytes written to it the peer has not acknowledged yet.
+    pub(super) fn unacknowledged(&self) -> usize {
+        // It cannot fail on a connected socket.
+        socket::unacknowledged(self.as_fd()).unwrap_or(0)
     }
 
     /// Sends what [`Self::write_last`] held back (`TCP_NODELAY`, tcp(7): to set it is to flush).
@@ -223,18 +263,47 @@ pub(super) fn reset_on_close(stream: &Stream) {
     }
 }
 
-/// Lets the peer take what was written to `stream`, for [`RESET_GRACE`] at the most, and then makes
-/// its close a reset. A reset at once would discard what waits in the send queue.
+/// Lets the peer take what was written to `stream`, as long as it goes on taking, and then makes its close a
+/// reset. A reset at once would discard what waits in the send queue.
 pub(super) async fn deliver_then_reset(stream: &Stream) {
     // What was written as the last may still wait for an end of stream that does not come.
     stream.push();
     let delivered = async {
-        while socket::unacknowledged(stream.as_fd()).is_ok_and(|bytes| bytes > 0) {
-            tokio::time::sleep(DELIVERY_POLL).await;
+        tokio::select! {
+            () = until_acknowledged(stream) => {}
+            () = stream.failed() => {}
         }
     };
-    if tokio::time::timeout(RESET_GRACE, delivered).await.is_err() {
+    if while_taking(stream, delivered).await.is_none() {
         tracing::debug!("the peer did not take everything that preceded a reset");
     }
     reset_on_close(stream);
+}
+
+async fn until_acknowledged(stream: &Stream) {
+    let mut pause = FIRST_LOOK;
+    while stream.unacknowledged() > 0 {
+        sleep(pause).await;
+        pause = (pause * 2).min(LONGEST_LOOK);
+    }
+}
+
+/// Waits for `awaited`, but gives up with `None` once the peer of `stream` has taken nothing for [`RESET_GRACE`].
+/// A slow peer acknowledges what it takes long before the socket counts as writable again.
+pub(super) async fn while_taking<T>(stream: &Stream, awaited: impl Future<Output = T>) -> Option<T> {
+    let mut awaited = pin!(awaited);
+    let (mut left, mut progressed) = (stream.unacknowledged(), Instant::now());
+    let mut pause = FIRST_LOOK;
+    loop {
+        if let Ok(result) = timeout(pause, &mut awaited).await {
+            return Some(result);
+        }
+        let now = stream.unacknowledged();
+        if now != left {
+            (left, progressed) = (now, Instant::now());
+        } else if progressed.elapsed() >= RESET_GRACE {
+            return None;
+        }
+        pause = (pause * 2).min(LONGEST_LOOK);
+    }
 }

@@ -7,11 +7,13 @@
 mod backends;
 mod flows;
 mod limits;
+mod listeners;
 mod loops;
 mod network;
 mod process;
 mod roles;
 mod scene;
+mod streams;
 mod surroundings;
 
 use std::process::ExitCode;
@@ -23,9 +25,17 @@ fn main() -> ExitCode {
     if let Some(code) = roles::played() {
         return code;
     }
-    let wiring = &[Need::Root, Need::Program("ip")];
-    let case = |name: &str, body: fn()| Case::new(name, body).needs(wiring);
-    let mut cases = vec![
+    let networks = [of_backends_and_networks(), of_limits(), of_loops()];
+    let others = [of_streams(), of_flows(), of_processes(), of_surroundings()];
+    suite::run(networks.into_iter().chain(others).flatten().collect())
+}
+
+fn case(name: &str, body: fn()) -> Case {
+    Case::new(name, body).needs(&[Need::Root, Need::Program("ip")])
+}
+
+fn of_backends_and_networks() -> Vec<Case> {
+    vec![
         case("a backend is killed, and started again", backends::killed),
         case("a backend that accepts and never reads", backends::hung),
         case("clients that never read", backends::slow_clients),
@@ -36,6 +46,11 @@ fn main() -> ExitCode {
         case("a link goes down, and up", network::link_down),
         case("the path gets a smaller MTU", network::smaller_mtu),
         case("SYN bursts beyond the backlog", network::syn_burst).needs(&[Need::Program("sysctl")]),
+    ]
+}
+
+fn of_limits() -> Vec<Case> {
+    vec![
         case("all local ports are taken", limits::ports_exhausted).needs(&[Need::Program("sysctl")]),
         case("no descriptor is left in the process", limits::no_descriptors)
             .needs(&[Need::Program("prlimit")]),
@@ -43,6 +58,16 @@ fn main() -> ExitCode {
         case("no buffer is left for datagrams", limits::no_buffers).needs(&[Need::Program("strace")]),
         case("no pipe is left to the user", limits::no_pipes).needs(&[Need::Program("setpriv")]),
         case("10,000 clients that say nothing", limits::silent_clients),
+        case("a listener that is shut down ends a process without others", listeners::dead_ends_process),
+        case("a listener that is shut down listens again", listeners::dead_listens_again),
+        case("a listener that is shut down beside others", listeners::dead_beside_others),
+        case("few descriptors make clients wait", listeners::few_descriptors)
+            .needs(&[Need::Program("prlimit")]),
+    ]
+}
+
+fn of_loops() -> Vec<Case> {
+    vec![
         case("loops: a mapping that leads to itself does not start", loops::at_the_start)
             .needs(&[Need::Program("sysctl")]),
         case("loops: nor does one for dockerd", loops::in_docker_mode),
@@ -50,6 +75,23 @@ fn main() -> ExitCode {
         case("loops: nor does a socket that was passed", loops::by_a_passed_socket),
         case("loops: nor does an upgrade", loops::by_an_upgrade),
         case("loops: another program on this host is a backend", loops::to_another_program),
+    ]
+}
+
+fn of_streams() -> Vec<Case> {
+    vec![
+        case("urgent bytes stay in their place", streams::urgent_bytes),
+        case("urgent bytes stay in their place in bulk", streams::urgent_bytes_in_bulk),
+        case("a reset behind what a slow reader still takes", streams::reset_behind_slow_reader),
+        case("a slow reader is not idle", streams::slow_reader_is_not_idle),
+        case("an answer before a reset", streams::answer_before_reset).needs(&[Need::Program("strace")]),
+        case("splice(2) is refused", streams::splice_refused).needs(&[Need::Program("strace")]),
+        case("a client that resets ends its dial", streams::reset_ends_dial),
+    ]
+}
+
+fn of_flows() -> Vec<Case> {
+    vec![
         case("a flow's port has been nobody else's for a while", flows::ports_in_turn),
         case("a burst of clients beyond the cap", flows::burst_at_the_cap),
         case("datagrams that are refused", flows::refused_datagrams).needs(&[Need::Program("nft")]),
@@ -57,6 +99,11 @@ fn main() -> ExitCode {
         case("flows follow a change", flows::changes_are_followed),
         case("each mapping has its own limits of flows", flows::limits_of_each_mapping),
         case("thousands of flows end at once", flows::many_end_at_once),
+    ]
+}
+
+fn of_processes() -> Vec<Case> {
+    vec![
         case("SIGSTOP and SIGCONT", process::stopped),
         case("SIGKILL resets both sides and frees the port", process::killed),
         case("what a drain cuts is reset", process::cut),
@@ -65,9 +112,7 @@ fn main() -> ExitCode {
         case("a terminal that is held gets the log", process::terminal_held),
         case("the log's disk is full", process::log_full),
         case("there is no standard error", process::log_closed),
-    ];
-    cases.extend(of_surroundings());
-    suite::run(cases)
+    ]
 }
 
 fn of_surroundings() -> Vec<Case> {

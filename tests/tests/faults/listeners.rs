@@ -1,0 +1,147 @@
+//! Listeners that somebody else shuts down, and processes that lack descriptors from the start.
+
+use std::net::{Shutdown, SocketAddr, TcpListener};
+use std::process::Command;
+use std::thread;
+
+use socket2::SockRef;
+
+use rproxy_tests::backend::{self, TcpBackend};
+use rproxy_tests::client;
+use rproxy_tests::docker_proxy::{self, DockerProxy, Status};
+use rproxy_tests::holdings::wait_until_idle;
+use rproxy_tests::process::{self, Process, Stream};
+use rproxy_tests::require;
+use rproxy_tests::rproxy::{Standalone, rproxy};
+use rproxy_tests::systemd::Systemd;
+
+fn own_listener() -> (TcpListener, SocketAddr) {
+    let listener = TcpListener::bind((client::own_loopback(), 0)).unwrap();
+    let address = listener.local_addr().unwrap();
+    (listener, address)
+}
+
+fn shut_down(listener: &TcpListener) {
+    SockRef::from(listener).shutdown(Shutdown::Both).unwrap();
+}
+
+/// Checks that a process which was passed `listener` serves it, and shuts it down then.
+fn serve_and_shut_down(listener: &TcpListener) {
+    let address = listener.local_addr().unwrap();
+    assert_eq!(client::ask(address, b"hello").unwrap(), b"hello");
+    shut_down(listener);
+}
+
+/// Without a right to listen a process can only say so and end; whoever started it may start another one.
+pub(crate) fn dead_ends_process() {
+    let backend = TcpBackend::local(backend::echo);
+    let (listener, address) = own_listener();
+    let systemd = Systemd::new();
+    let arguments = ["--host", &address.to_string(), "--to", &backend.address().to_string()];
+    let sockets = vec![("web", listener.try_clone().unwrap().into())];
+    let proxy = Process::spawn(systemd.command_with_sockets(&arguments, sockets));
+    assert_eq!(systemd.told(), ["READY=1"]);
+    serve_and_shut_down(&listener);
+    let output = proxy.into_output();
+    assert_eq!(output.status.code(), Some(1));
+    let said = output.stderr.lines().filter(|line| line.contains("its clients are refused")).count();
+    assert_eq!(said, 1, "{}", output.stderr);
+
+    let (listener, address) = own_listener();
+    let arguments = docker_proxy::mapping("tcp", address, backend.address());
+    let arguments = [arguments, vec!["-use-listen-fd".to_owned()]].concat();
+    let mut proxy = DockerProxy::start(rproxy(), &arguments, Some(listener.try_clone().unwrap().into()));
+    assert_eq!(proxy.status(), Status::Ready);
+    serve_and_shut_down(&listener);
+    assert_eq!(proxy.process.wait().code(), Some(1));
+}
+
+/// A process that may listen does so again: nobody else has the address.
+pub(crate) fn dead_listens_again() {
+    // A port that was chosen by whoever bound it, and one that the kernel chose, which it forgets.
+    for address in [client::own_address(), (client::own_loopback(), 0).into()] {
+        shut_down_again_and_again(address);
+    }
+}
+
+fn shut_down_again_and_again(address: SocketAddr) {
+    let backend = TcpBackend::local(backend::echo);
+    let listener = TcpListener::bind(address).unwrap();
+    let address = listener.local_addr().unwrap();
+    let systemd = Systemd::new();
+    let directory = tempfile::tempdir().unwrap();
+    let control = directory.path().join("control");
+    let arguments = [
+        "--control",
+        control.to_str().unwrap(),
+        "--host",
+        &address.to_string(),
+        "--to",
+        &backend.address().to_string(),
+    ];
+    let sockets = vec![("web", listener.try_clone().unwrap().into())];
+    let proxy = Process::spawn(systemd.command_with_sockets(&arguments, sockets));
+    assert_eq!(systemd.told(), ["READY=1"]);
+    for round in 1..=3 {
+        serve_and_shut_down(&listener);
+        proxy.wait_for_lines(Stream::Stderr, round, |line| line.contains("listens again"));
+    }
+    assert_eq!(client::ask(address, b"hello").unwrap(), b"hello");
+    wait_until_idle(proxy.pid());
+}
+
+/// Other mappings of the process are served on.
+pub(crate) fn dead_beside_others() {
+    let backend = TcpBackend::local(backend::echo);
+    let ((dead, dead_address), (alive, alive_address)) = (own_listener(), own_listener());
+    let systemd = Systemd::new();
+    let to = backend.address().to_string();
+    let hosts = [dead_address.to_string(), alive_address.to_string()];
+    let arguments = ["--host", &hosts[0], "--to", &to, "--host", &hosts[1], "--to", &to];
+    let sockets = vec![("one", dead.try_clone().unwrap().into()), ("other", alive.into())];
+    let proxy = Process::spawn(systemd.command_with_sockets(&arguments, sockets));
+    assert_eq!(systemd.told(), ["READY=1"]);
+    serve_and_shut_down(&dead);
+    proxy.wait_for_line(Stream::Stderr, |line| line.contains("its clients are refused"));
+    for _ in 0..3 {
+        assert_eq!(client::ask(alive_address, b"hello").unwrap(), b"hello");
+    }
+    wait_until_idle(proxy.pid());
+}
+
+/// How many descriptors an idle process of one mapping has open.
+fn descriptors_of_idle(to: &str) -> usize {
+    let proxy = Standalone::start(&["--host", "127.0.0.1:0", "--to", to]);
+    wait_until_idle(proxy.process.pid());
+    proxy.process.descriptors()
+}
+
+pub(crate) fn few_descriptors() {
+    const CLIENTS: usize = 6;
+
+    let backend = TcpBackend::local(backend::echo);
+    let to = backend.address().to_string();
+    let idle = descriptors_of_idle(&to);
+    // One connection takes two, and the first one of a worker a third. The last is for all of the clients at once.
+    for more in 3..=4 * CLIENTS {
+        let proxy = Standalone::start(&["--host", "127.0.0.1:0", "--to", &to]);
+        wait_until_idle(proxy.process.pid());
+        limit_descriptors(&proxy, idle + more);
+        let address = proxy.address();
+        thread::scope(|scope| {
+            let ask = || client::ask(address, b"hello");
+            let clients: Vec<_> = (0..CLIENTS).map(|_| scope.spawn(ask)).collect();
+            for client in clients {
+                let answer = client.join().unwrap();
+                assert_eq!(answer.expect("nobody is reset"), b"hello", "{more} more descriptors");
+            }
+        });
+        wait_until_idle(proxy.process.pid());
+    }
+}
+
+fn limit_descriptors(proxy: &Standalone, most: usize) {
+    let mut prlimit: Command = require::command("prlimit");
+    prlimit.args([format!("--pid={}", proxy.process.pid()), format!("--nofile={most}:")]);
+    process::run(prlimit).success();
+}
