@@ -499,7 +499,11 @@ fn wrong_start() {
     let taken = TcpListener::bind((client::own_loopback(), 80)).unwrap();
     let taken = taken.local_addr().unwrap();
     for (text, code, says) in [
-        ("[[mapping]]\nhots = 1\n", 1, "rproxy.toml:2:1: unknown field `hots`"),
+        (
+            "[[mapping]]\nhots = 1\nto = \"127.0.0.1:9\"\n",
+            1,
+            "rproxy.toml:2:1: unknown key `hots`; did you mean `host`?",
+        ),
         (&table(taken, to, ""), 1, &format!("rproxy.toml: {taken}: the port is taken by another program")),
     ] {
         let output = run_with(text, &["--config", "FILE"]);
@@ -518,9 +522,10 @@ fn check_config() {
         run_with("[[mapping]]\nhost = \"a\"\n[[mapping]]\nhost = \"b\"\n", &["check-config", "FILE"]);
     assert_eq!(output.status.code(), Some(1));
     let lines: Vec<_> = output.stderr.lines().collect();
-    assert_eq!(lines.len(), 2, "one for each mistake: {lines:#?}");
+    assert_eq!(lines.len(), 4, "one for each mistake: {lines:#?}");
     assert!(lines.iter().all(|line| line.starts_with("rproxy: ")), "{lines:#?}");
-    assert!(lines[0].contains(":2:8: ") && lines[1].contains(":4:8: "), "{lines:#?}");
+    let places = [":1:1: to: it is missing", ":2:8: host: ", ":3:1: to: it is missing", ":4:8: host: "];
+    assert!(lines.iter().zip(places).all(|(line, place)| line.contains(place)), "{lines:#?}");
 }
 
 fn printed() {

@@ -1,14 +1,17 @@
 //! The keys of a `[[mapping]]` table.
 
+use std::fmt::Display;
 use std::ops::Range;
 use std::str::FromStr;
 
-use serde::Deserialize;
 use toml::Spanned;
+use toml::de::DeTable;
 
+use super::hints::{meant_key, unknown_key};
 use super::mistake::Found;
-use crate::addr::AddrError;
-use crate::control::wire::{FieldError, WireLimits, WireMapping};
+use super::values;
+use crate::addr::{AddrError, ScopedIp};
+use crate::control::wire::{FieldErrors, WireLimits, WireMapping};
 use crate::endpoint::{BackendSpec, HostSpec};
 use crate::mapping::Mapping;
 
@@ -17,8 +20,7 @@ type Count = Option<Spanned<usize>>;
 type Texts = Option<Spanned<Vec<String>>>;
 
 /// What a table says, and where. That of `[defaults]` has the same keys.
-#[derive(Clone, Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Keys {
     name: Text,
     host: Text,
@@ -34,6 +36,8 @@ pub(super) struct Keys {
     udp_max_flows_per_source: Count,
     allow: Texts,
     deny: Texts,
+    /// Those that are there, but cannot be read, or are misspelt.
+    unread: Vec<String>,
 }
 
 /// Calls a macro with the names of all keys.
@@ -58,52 +62,110 @@ macro_rules! with_keys {
     };
 }
 
+macro_rules! names {
+    ($($key:ident),*) => { [$(stringify!($key)),*] };
+}
+
+/// All of them.
+pub(super) const KEYS: [&str; 14] = with_keys!(names);
+
 impl Keys {
+    /// What `table` says, as far as it can be read.
+    pub(super) fn read(table: &DeTable<'_>, found: &mut Vec<Found>) -> Self {
+        let mut keys = Self::default();
+        for (key, value) in table {
+            let (place, key) = (key.span(), key.get_ref().as_ref());
+            let before = found.len();
+            macro_rules! read {
+                ($($known:ident),*) => {
+                    match key {
+                        $(stringify!($known) => keys.$known = values::read(key, value, found),)*
+                        unknown => found.push(Found::at(place, unknown_key(unknown))),
+                    }
+                };
+            }
+            with_keys!(read);
+            if found.len() > before {
+                keys.unread.push(meant_key(key).unwrap_or(key).to_owned());
+            }
+        }
+        keys
+    }
+
     /// What this table says, and what `defaults` says where it says nothing.
-    pub(super) fn or(&self, defaults: &Self) -> Self {
+    fn or(&self, defaults: &Self) -> Self {
+        let unread = self.unread.clone();
         macro_rules! or {
-            ($($key:ident),*) => { Self { $($key: self.$key.clone().or_else(|| defaults.$key.clone())),* } };
+            ($($key:ident),*) => { Self { unread, $($key: self.$key.clone().or_else(|| defaults.$key.clone())),* } };
         }
         with_keys!(or)
     }
 
-    /// Refuses, in `[defaults]`, what no two mappings can have in common.
-    pub(super) fn refuse_those_of_one(&self) -> Vec<Found> {
+    /// What is wrong in this table, which is `[defaults]`.
+    pub(super) fn mistakes_of_defaults(&self) -> Vec<Found> {
         let keys = [("name", &self.name), ("host", &self.host), ("to", &self.to)];
-        let found = |(key, value): (&str, &Text)| {
+        let of_one = |(key, value): (&str, &Text)| {
             let place = value.as_ref()?.span();
             Some(Found::at(place, format!("{key}: it is for one mapping, and these hold for all")))
         };
-        keys.into_iter().filter_map(found).collect()
+        let mut found: Vec<Found> = keys.into_iter().filter_map(of_one).collect();
+        let mut wrong = FieldErrors::default();
+        self.wire().read_values(&mut wrong);
+        found.extend(self.located(wrong, 0..0));
+        found
     }
 
-    /// The mapping that the table at `table` says.
-    pub(super) fn mapping(&self, table: Range<usize>) -> Result<Mapping, Found> {
-        self.read().map_err(|error| {
-            let key = match error.field {
-                "host_ports" => "host",
-                "to_ports" => "to",
-                key => key.trim_start_matches("limits."),
-            };
-            Found::at(self.place_of(key, table), format!("{key}: {}", error.message))
-        })
+    /// The mapping that this table, at `place`, says together with `defaults`.
+    pub(super) fn mapping(
+        &self,
+        defaults: &Self,
+        place: Range<usize>,
+        found: &mut Vec<Found>,
+    ) -> Option<Mapping> {
+        let mut wrong = FieldErrors::default();
+        let host: Option<HostSpec> =
+            self.endpoint("host", &self.host, "listen on, as in \"[::]:80\"", &mut wrong);
+        let to: Option<BackendSpec> =
+            self.endpoint("to", &self.to, "forward to, as in \"172.17.0.2:80\"", &mut wrong);
+        let mut all = self.or(defaults);
+        if self.v6only.is_none() && host.is_some_and(|host| host.ip != ScopedIp::ANY) {
+            // What holds for all mappings holds for those for which it means something.
+            all.v6only = None;
+        }
+        let (host, to) = (host.map(|host| (host.ip, host.ports)), to.map(|to| (to.ip, to.ports)));
+        let mapping = all.wire().read_between(host, to, &mut wrong);
+        let is_wrong = !wrong.0.is_empty() || !self.unread.is_empty();
+        found.extend(all.located(wrong, place));
+        mapping.filter(|_mapping| !is_wrong)
     }
 
-    fn read(&self) -> Result<Mapping, FieldError> {
-        let host: HostSpec = endpoint("host", self.host.as_ref(), "listen on, as in \"[::]:80\"")?;
-        let to: BackendSpec = endpoint("to", self.to.as_ref(), "forward to, as in \"172.17.0.2:80\"")?;
-        let wire = WireMapping {
+    /// The value of `key`, `ADDRESS:PORTS`.
+    fn endpoint<T: FromStr<Err = AddrError>>(
+        &self,
+        key: &'static str,
+        value: &Text,
+        purpose: &str,
+        wrong: &mut FieldErrors,
+    ) -> Option<T> {
+        match value {
+            Some(value) => wrong.note(key, value.get_ref().parse()),
+            None if self.unread.iter().any(|unread| unread == key) => None,
+            None => {
+                let missing = format!("it is missing; write the address and port to {purpose}");
+                wrong.note(key, Err::<T, &dyn Display>(&missing))
+            }
+        }
+    }
+
+    /// All but where it listens and leads to.
+    fn wire(&self) -> WireMapping {
+        WireMapping {
             name: text(&self.name),
-            host: Some(host.ip.to_string()),
-            host_ports: host.ports.map(|ports| ports.to_string()),
-            to: to.ip.to_string(),
-            to_ports: to.ports.to_string(),
             proto: text(&self.proto),
             v6only: self.v6only.as_ref().is_some_and(|value| *value.get_ref()),
             limits: self.limits(),
-            bound: None,
-        };
-        wire.read()
+            ..WireMapping::default()
+        }
     }
 
     fn limits(&self) -> WireLimits {
@@ -122,6 +184,17 @@ impl Keys {
         }
     }
 
+    /// Mistakes in fields, where their keys are in a table at `place`.
+    fn located(&self, wrong: FieldErrors, place: Range<usize>) -> impl Iterator<Item = Found> {
+        wrong.0.into_iter().map(move |error| {
+            let key = match error.field {
+                "host_ports" => "host",
+                key => key.trim_start_matches("limits."),
+            };
+            Found::at(self.place_of(key, place.clone()), format!("{key}: {}", error.message))
+        })
+    }
+
     /// Where the value of `key` is, or else the table.
     pub(super) fn place_of(&self, key: &str, table: Range<usize>) -> Range<usize> {
         macro_rules! places {
@@ -133,15 +206,4 @@ impl Keys {
 
 fn text(value: &Text) -> Option<String> {
     value.as_ref().map(|value| value.get_ref().clone())
-}
-
-/// Parses `ADDRESS:PORTS`.
-fn endpoint<T: FromStr<Err = AddrError>>(
-    field: &'static str,
-    value: Option<&Spanned<String>>,
-    purpose: &str,
-) -> Result<T, FieldError> {
-    let missing = || format!("it is missing; write the address and port to {purpose}");
-    let value = value.ok_or_else(|| FieldError::new(field, missing()))?;
-    value.get_ref().parse().map_err(|error| FieldError::new(field, error))
 }

@@ -16,6 +16,13 @@ impl Found {
     }
 }
 
+impl Found {
+    /// Where it starts, in bytes.
+    pub(super) fn start(&self) -> usize {
+        self.place.start
+    }
+}
+
 impl From<toml::de::Error> for Found {
     fn from(error: toml::de::Error) -> Self {
         Self::at(error.span().unwrap_or_default(), error.message().replace('\n', "; "))
@@ -55,7 +62,11 @@ impl<'a> Lines<'a> {
     /// The mistakes in the order of their places.
     pub(super) fn locate(&self, mut found: Vec<Found>) -> Vec<Mistake> {
         found.sort_by_key(|found| found.place.start);
-        found.into_iter().map(|Found { place, message }| self.mistake(place.start, message)).collect()
+        let mistakes = found.into_iter().map(|Found { place, message }| self.mistake(place.start, message));
+        let mut mistakes: Vec<Mistake> = mistakes.collect();
+        // One in `[defaults]` is one of each mapping.
+        mistakes.dedup();
+        mistakes
     }
 
     fn mistake(&self, at: usize, message: String) -> Mistake {

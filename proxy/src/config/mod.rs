@@ -3,18 +3,21 @@
 //! It is read as a whole or not at all, and every mistake is reported with its place.
 
 mod file;
+mod hints;
 mod keys;
 mod mistake;
 mod print;
+mod values;
 
 use std::collections::HashSet;
+use std::fmt;
 use std::fs;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use rproxy_sys::memory::release_unused;
-use serde::Deserialize;
-use toml::Spanned;
+use toml::de::{DeTable, DeValue};
 
 pub use self::file::{descriptor, open};
 use self::keys::Keys;
@@ -24,17 +27,6 @@ pub use self::print::print;
 use crate::loops::refuse_loops_among;
 use crate::mapping::Mapping;
 use crate::overlap::{Overlap, OverlapError, overlaps};
-
-/// A whole file.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct File {
-    /// What holds for each mapping that does not say otherwise.
-    #[serde(default)]
-    defaults: Keys,
-    #[serde(default)]
-    mapping: Vec<Spanned<Keys>>,
-}
 
 /// Reads the mappings of a file, or of a pipe.
 ///
@@ -88,60 +80,121 @@ pub fn parse(path: &Path, text: &str) -> Result<Vec<Mapping>, ConfigError> {
 }
 
 fn find_mappings(text: &str) -> Result<Vec<Mapping>, Vec<Found>> {
-    let file: File = toml::from_str(text).map_err(|error| vec![Found::from(error)])?;
-    let wrong_defaults = file.defaults.refuse_those_of_one();
-    let (mut mappings, mut found) = (Vec::with_capacity(file.mapping.len()), wrong_defaults);
-    for table in &file.mapping {
-        match table.get_ref().or(&file.defaults).mapping(table.span()) {
-            Ok(mapping) => mappings.push(mapping),
-            Err(wrong) => found.push(wrong),
+    let (document, errors) = DeTable::parse_recoverable(text);
+    let mut found = Vec::new();
+    let file = File::read(document.get_ref(), &mut found);
+    found.extend(file.defaults.mistakes_of_defaults());
+    let mut read = Vec::with_capacity(file.tables.len());
+    for (place, keys) in &file.tables {
+        if let Some(mapping) = keys.mapping(&file.defaults, place.clone(), &mut found) {
+            read.push((Table { place, keys }, mapping));
         }
     }
-    if found.is_empty() && mappings.is_empty() {
+    if !errors.is_empty() {
+        return Err(hints::beside_errors(text, &errors, found));
+    }
+    if found.is_empty() && read.is_empty() {
         // A file that is being written would end everything.
         found.push(Found::at(0..0, "there is no [[mapping]] in it"));
     }
+    let (tables, mappings): (Vec<Table<'_>>, Vec<Mapping>) = read.into_iter().unzip();
+    found.extend(same_names(&tables, &mappings));
+    found.extend(same_ports(&tables, &mappings));
     if found.is_empty() {
-        found.extend(same_names(&file.mapping, &mappings));
-        found.extend(same_ports(&file.mapping, &mappings));
-    }
-    if found.is_empty() {
-        found.extend(loops(&file.mapping, &mappings));
+        found.extend(loops(&tables, &mappings));
     }
     if found.is_empty() { Ok(mappings) } else { Err(found) }
 }
 
+/// A whole file.
+#[derive(Default)]
+struct File {
+    /// What holds for each mapping that does not say otherwise.
+    defaults: Keys,
+    /// The mappings, and where they are.
+    tables: Vec<(Range<usize>, Keys)>,
+}
+
+impl File {
+    fn read(document: &DeTable<'_>, found: &mut Vec<Found>) -> Self {
+        let mut file = Self::default();
+        for (key, value) in document {
+            let (name, place) = (key.get_ref().as_ref(), value.span());
+            match (name, value.get_ref()) {
+                ("defaults", DeValue::Table(table)) => file.defaults = Keys::read(table, found),
+                ("mapping", DeValue::Array(tables)) => {
+                    for table in tables.iter() {
+                        match table.get_ref() {
+                            DeValue::Table(keys) => file.tables.push((table.span(), Keys::read(keys, found))),
+                            _ => {
+                                found.push(Found::at(table.span(), "a mapping is a table; write [[mapping]]"))
+                            }
+                        }
+                    }
+                }
+                ("mapping", DeValue::Table(keys)) => {
+                    found.push(Found::at(
+                        place.clone(),
+                        "[mapping] is one table, not one of several; write [[mapping]]",
+                    ));
+                    file.tables.push((place, Keys::read(keys, found)));
+                }
+                ("mapping", _) => {
+                    found.push(Found::at(key.span(), "a mapping is a table; write [[mapping]]"))
+                }
+                ("defaults", _) => {
+                    found.push(Found::at(key.span(), "there is one table of defaults; write [defaults]"))
+                }
+                (_, DeValue::Table(_) | DeValue::Array(_)) => {
+                    found.push(Found::at(key.span(), hints::unknown_table(name, true)));
+                }
+                _ => found.push(Found::at(key.span(), hints::unknown_table(name, false))),
+            }
+        }
+        file
+    }
+}
+
+/// A `[[mapping]]`, and where it is.
+struct Table<'a> {
+    place: &'a Range<usize>,
+    keys: &'a Keys,
+}
+
+impl Table<'_> {
+    /// A mistake in the value of `key`.
+    fn mistake(&self, key: &str, problem: &dyn fmt::Display) -> Found {
+        Found::at(self.keys.place_of(key, self.place.clone()), format!("{key}: {problem}"))
+    }
+}
+
 /// Mappings that have the name of an earlier one.
-fn same_names(tables: &[Spanned<Keys>], mappings: &[Mapping]) -> Vec<Found> {
+fn same_names(tables: &[Table<'_>], mappings: &[Mapping]) -> Vec<Found> {
     let mut seen = HashSet::with_capacity(mappings.len());
     let mut found = Vec::new();
     for (table, mapping) in tables.iter().zip(mappings) {
         let name = mapping.name();
         if !seen.insert(name.clone()) {
-            let message = format!("name: {name} is the name of another mapping; give it one of its own");
-            found.push(Found::at(table.get_ref().place_of("name", table.span()), message));
+            let problem =
+                format_args!("{name} is the name of another mapping; give it one of its own").to_string();
+            found.push(table.mistake("name", &problem));
         }
     }
     found
 }
 
 /// Mappings that want a port of an earlier one.
-fn same_ports(tables: &[Spanned<Keys>], mappings: &[Mapping]) -> Vec<Found> {
-    let error = |overlap: Overlap| {
-        let (mapping, other) = (&mappings[overlap.second], &mappings[overlap.first]);
-        let error =
-            OverlapError { mapping: mapping.clone().into(), other: other.clone().into(), port: overlap.port };
-        let table = &tables[overlap.second];
-        Found::at(table.get_ref().place_of("host", table.span()), format!("host: {error}"))
+fn same_ports(tables: &[Table<'_>], mappings: &[Mapping]) -> Vec<Found> {
+    let error = |Overlap { first, second, port }: Overlap| {
+        tables[second].mistake("host", &OverlapError::new(&mappings[second], &mappings[first], port))
     };
     overlaps(mappings).into_iter().map(error).collect()
 }
 
 /// A mapping that leads back to itself.
-fn loops(tables: &[Spanned<Keys>], mappings: &[Mapping]) -> Option<Found> {
+fn loops(tables: &[Table<'_>], mappings: &[Mapping]) -> Option<Found> {
     let error = refuse_loops_among(mappings).err()?;
-    let table = &tables[error.mapping];
-    Some(Found::at(table.get_ref().place_of("to", table.span()), format!("to: {error}")))
+    Some(tables[error.mapping].mistake("to", &error))
 }
 
 /// Why there are no mappings in a file; one line for each mistake.
@@ -231,13 +284,25 @@ mod tests {
         for (text, expected) in [
             ("", "1:1: there is no [[mapping]] in it"),
             ("[[mapping]\n", "1:11: "),
-            ("[[mapping]]\nhots = 1", "2:1: unknown field `hots`"),
-            ("[mapping]\nhost = \"1\"", "1:1: invalid type: map, expected a sequence"),
-            ("[[mapping]]\nhost = 80", "2:8: invalid type: integer `80`, expected a string"),
-            ("[[mapping]]\nhost = \"a\"\nhost = \"b\"", "3:1: duplicate key"),
-            ("[[mapping]]\nmax_connections = -1", "2:19: invalid value: integer `-1`"),
+            ("[[mapping]]\nhots = 1", "1:1: to: it is missing"),
+            ("[mapping]\nhost = \"1\"", "1:1: [mapping] is one table, not one of several; write [[mapping]]"),
+            (
+                "[[mapping]]\nhost = 80\nto = 1",
+                "2:8: host: a text in quotes is wanted; write host = \"[::]:80\"",
+            ),
+            ("[[mapping]]\nhost = \"[::]:80\"\nhost = \"[::]:81\"", "3:1: duplicate key; leave one"),
             ("[[mapping]]", &format!("1:1: {missing}")),
             ("[[mapping]]\nhost = \"[::]:80\"", "1:1: to: it is missing"),
+            ("[[mappings]]\nhost = \"[::]:80\"", "1:3: unknown table `mappings`; did you mean [[mapping]]?"),
+            ("[default]\nproto = \"udp\"", "1:2: unknown table `default`; did you mean [defaults]?"),
+            ("[servers]", "1:2: unknown table `servers`; the tables are [[mapping]] and [defaults]"),
+            ("[[defaults]]", "1:3: there is one table of defaults; write [defaults]"),
+            ("host = \"[::]:80\"", "1:1: `host` is in no table; write [[mapping]] in a line before host"),
+            (
+                "[mapping]\n[mapping]",
+                "2:1: [mapping] is one table, and there is one already; write [[mapping]] for each",
+            ),
+            ("mapping = 1", "1:1: a mapping is a table; write [[mapping]]"),
             ("[defaults]\nname = \"x\"", "2:8: name: it is for one mapping"),
         ] {
             assert_found(text, expected);
@@ -256,7 +321,7 @@ mod tests {
             ("[::]:80", "10.0.0.1:80", "proto = 'sctp'", "4:9: proto: 'sctp' is not a protocol"),
             ("1.2.3.4:80", "10.0.0.1:80", "v6only = true", "4:10: v6only: 1.2.3.4 has no IPv4 clients"),
             ("[::]:80", "10.0.0.1:80", "idle_timeout = 'soon'", "4:16: idle_timeout: not a duration"),
-            ("[::]:80", "10.0.0.1:80", "allow = ['lan']", "4:9: allow: not a network"),
+            ("[::]:80", "10.0.0.1:80", "allow = ['lan']", "4:9: allow: 'lan': not a network"),
             ("[::]:80", "10.0.0.1:80", "name = 'a b'", "4:8: name: \"a b\" is not a name"),
         ] {
             assert_found(&format!("[[mapping]]\nhost = \"{host}\"\nto = \"{to}\"\n{more}\n"), expected);
@@ -272,6 +337,121 @@ mod tests {
         let found = mistakes(&text.repeat(3));
         assert!(found[0].starts_with("4:1: name: 80/tcp is the name of another mapping"), "{found:?}");
         assert!(found.iter().any(|mistake| mistake.starts_with("5:8: host: port 80 is taken")), "{found:?}");
+    }
+
+    const GOOD: &str = "[[mapping]]\nhost = \"[::]:80\"\nto = \"10.0.0.1:80\"\n";
+
+    /// Lines of which a mapping can have one, and what is to be written in their place.
+    const MEANT: &[(&str, &str)] = &[
+        ("host = [::]:80", "host = \"[::]:80\""),
+        ("host = 0.0.0.0:80 # all", "host = \"0.0.0.0:80\""),
+        ("host = 0.0.0.0:80-90", "host = \"0.0.0.0:80-90\""),
+        ("host = “[::]:80”", "host = \"[::]:80\""),
+        ("host = \"[::]:80", "host = \"[::]:80\""),
+        ("host: [::]:80", "host = \"[::]:80\""),
+        ("host =", "host = \"[::]:80\""),
+        ("host = 8080", "host = \"[::]:8080\""),
+        ("host = [\"[::]:80\"]", "host = \"[::]:80\""),
+        ("to = 172.17.0.2:80", "to = \"172.17.0.2:80\""),
+        ("to = 8080", "to = \"172.17.0.2:8080\""),
+        ("name = web", "name = \"web\""),
+        ("name = 7", "name = \"7\""),
+        ("proto = udp", "proto = \"udp\""),
+        ("proto = 17", "proto = \"tcp\""),
+        ("idle_timeout = 60", "idle_timeout = \"60s\""),
+        ("idle_timeout = 60s", "idle_timeout = \"60s\""),
+        ("idle_timeout = 1.5", "idle_timeout = \"90s\""),
+        ("idle_timeout = false", "idle_timeout = \"unlimited\""),
+        ("connect_timeout = 0", "connect_timeout = \"90s\""),
+        ("udp_timeout = 07:30:00", "udp_timeout = \"90s\""),
+        ("on_limit = reset", "on_limit = \"reset\""),
+        ("max_connections = \"100\"", "max_connections = 100"),
+        ("max_connections = -1", "max_connections = 1000"),
+        ("max_connections = 1k", "max_connections = 1000"),
+        ("v6only = \"yes\"", "v6only = true"),
+        ("v6only = no", "v6only = false"),
+        ("allow = \"10.0.0.0/8\"", "allow = [\"10.0.0.0/8\"]"),
+        ("allow = [10.0.0.0/8, fd00::/8]", "allow = [\"10.0.0.0/8\", \"fd00::/8\"]"),
+        ("deny = [7]", "deny = [\"10.0.0.0/8\"]"),
+    ];
+
+    #[test]
+    fn what_is_meant_by_a_line_is_suggested_and_accepted() {
+        for (line, meant) in MEANT {
+            let key = line.split([' ', ':']).next().unwrap();
+            let others = GOOD.lines().filter(|other| !other.starts_with(key));
+            let others: Vec<&str> = others.collect();
+            let file = |line: &str| [&others[..], &[line]].concat().join("\n");
+            let found = mistakes(&file(line));
+            let [mistake] = &found[..] else { panic!("{line}: {found:?}") };
+            assert!(mistake.contains(&format!("; write {meant}")), "{line}: {mistake}");
+            assert!(mistake.starts_with(&format!("{}:", others.len() + 1)), "{line}: {mistake}");
+            assert!(find_mappings(&file(meant)).is_ok(), "{line}: {mistake}");
+        }
+    }
+
+    #[test]
+    fn keys_that_there_are_not_get_a_hint() {
+        for (key, meant) in [
+            ("too", "to"),
+            ("hots", "host"),
+            ("Host", "host"),
+            ("idle-timeout", "idle_timeout"),
+            ("idletimeout", "idle_timeout"),
+            ("max_conections", "max_connections"),
+            ("protocol", "proto"),
+            ("v6-only", "v6only"),
+            ("listen", "host"),
+            ("backend", "to"),
+            ("denied", "deny"),
+        ] {
+            let found = mistakes(&format!("{GOOD}{key} = \"x\"\n"));
+            assert_eq!(found, [format!("4:1: unknown key `{key}`; did you mean `{meant}`?")]);
+        }
+        let found = mistakes(&format!("{GOOD}colour = \"x\"\n"));
+        assert!(
+            found[0].starts_with("4:1: unknown key `colour`; the keys are name, host, to, "),
+            "{found:?}"
+        );
+        // The key that is meant is not missing, too.
+        let found = mistakes("[[mapping]]\nhost = \"[::]:80\"\ntoo = \"10.0.0.1:80\"\n");
+        assert_eq!(found, ["3:1: unknown key `too`; did you mean `to`?"]);
+    }
+
+    #[test]
+    fn all_mistakes_of_a_mapping_are_found_at_once() {
+        let text = "[defaults]\nidle_timeout = \"soon\"\nproto = 6\n[[mapping]]\nhost = \"x:80\"\nto = \"10.0.0.1\"\n\
+                    allow = [\"lan\"]\nname = \"a b\"\nhots = 1\nmax_connections = 0\n[[mapping]]\nto = \"10.0.0.2:80\"\n";
+        let found = mistakes(text);
+        let places: Vec<_> =
+            found.iter().map(|mistake| mistake.split(": ").take(2).collect::<Vec<_>>().join(" ")).collect();
+        let expected = [
+            "2:16 idle_timeout",
+            "3:9 proto",
+            "5:8 host",
+            "6:6 to",
+            "7:9 allow",
+            "8:8 name",
+            "9:1 unknown key `hots`; did you mean `host`?",
+            "10:19 max_connections",
+            "11:1 host",
+        ];
+        assert_eq!(places, expected, "{found:#?}");
+        // Also beside lines that are no TOML, as far as these leave anything to be said.
+        let found = mistakes(
+            "[[mapping]]\nhost = [::]:80\ntoo = 1\nallow = \"10.0.0.0/8\"\nidle_timeout = \"soon\"\n",
+        );
+        let lines: Vec<_> = found.iter().map(|mistake| mistake.split(':').next().unwrap()).collect();
+        assert_eq!(lines, ["2", "3", "4", "5"], "{found:#?}");
+    }
+
+    #[test]
+    fn defaults_hold_for_those_mappings_for_which_they_mean_something() {
+        let text = format!(
+            "[defaults]\nv6only = true\n{GOOD}[[mapping]]\nhost = \"0.0.0.0:80\"\nto = \"10.0.0.1:80\"\n"
+        );
+        let v6only: Vec<_> = find_mappings(&text).unwrap().iter().map(Mapping::is_v6only).collect();
+        assert_eq!(v6only, [true, false]);
     }
 
     proptest! {

@@ -2,15 +2,19 @@
 //!
 //! What `list` shows can be added again. Whatever is left out has its default.
 
-use std::fmt::Display;
+use std::error::Error;
+use std::fmt::{self, Display};
 use std::time::Duration;
 
+use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
 use crate::access::{AccessList, parse_network};
-use crate::duration::{format_limit, parse_optional_limit};
+use crate::addr::{Protocols, ScopedIp};
+use crate::duration::{UNLIMITED, format_limit, parse_limit, parse_optional_limit};
 use crate::limits::{Limits, OnLimit};
 use crate::mapping::{HostPorts, Mapping, MappingError};
+use crate::ports::PortRange;
 
 /// A mapping, in JSON.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -90,22 +94,42 @@ impl WireMapping {
     /// The mapping that is written here.
     ///
     /// # Errors
-    /// [`FieldError`]
-    pub fn read(&self) -> Result<Mapping, FieldError> {
-        let host = field("host", self.host.as_deref().unwrap_or("[::]").parse())?;
-        let host_ports = self.host_ports.as_deref().map(str::parse).transpose();
-        let host_ports = field("host_ports", host_ports)?;
-        let to = field("to", self.to.parse())?;
-        let to_ports = field("to_ports", self.to_ports.parse())?;
-        let protocols = field("proto", self.proto.as_deref().unwrap_or("tcp").parse())?;
-        let mut mapping = Mapping::new(protocols, (host, host_ports), (to, to_ports))?;
+    /// [`FieldErrors`]: all that is wrong.
+    pub fn read(&self) -> Result<Mapping, FieldErrors> {
+        let mut wrong = FieldErrors::default();
+        let host = wrong.note("host", self.host.as_deref().unwrap_or("[::]").parse());
+        let host_ports = wrong.note("host_ports", self.host_ports.as_deref().map(str::parse).transpose());
+        let to = wrong.note("to", self.to.parse());
+        let to_ports = wrong.note("to_ports", self.to_ports.parse());
+        let mapping = self.read_between(host.zip(host_ports), to.zip(to_ports), &mut wrong);
+        mapping.filter(|_mapping| wrong.0.is_empty()).ok_or(wrong)
+    }
+
+    /// The mapping that is written here, but for where it listens and leads to, as far as that is known. All that
+    /// is wrong is added to `wrong`.
+    pub(crate) fn read_between(
+        &self,
+        host: Option<(ScopedIp, Option<PortRange>)>,
+        to: Option<(ScopedIp, PortRange)>,
+        wrong: &mut FieldErrors,
+    ) -> Option<Mapping> {
+        let name = wrong.note("name", self.name.as_deref().map(str::parse).transpose());
+        let (protocols, limits) = self.read_values(wrong);
+        let mut mapping = Mapping::new(protocols?, host?, to?);
         if self.v6only {
-            mapping = mapping.v6only()?;
+            mapping = mapping.and_then(Mapping::v6only);
         }
-        if let Some(name) = &self.name {
-            mapping = mapping.named(field("name", name.parse())?);
-        }
-        Ok(mapping.limited(self.limits.read()?))
+        let mapping = mapping.map_err(|error| wrong.0.push(error.into())).ok()?.limited(limits?);
+        Some(match name? {
+            Some(name) => mapping.named(name),
+            None => mapping,
+        })
+    }
+
+    /// What several mappings can have in common.
+    pub(crate) fn read_values(&self, wrong: &mut FieldErrors) -> (Option<Protocols>, Option<Limits>) {
+        let protocols = wrong.note("proto", self.proto.as_deref().unwrap_or("tcp").parse());
+        (protocols, self.limits.read(wrong))
     }
 }
 
@@ -119,7 +143,7 @@ impl WireLimits {
         let duration = |limit: Option<Duration>, default: Option<Duration>| {
             (limit != default).then(|| format_limit(limit))
         };
-        let networks = |networks: &[ipnet::IpNet]| networks.iter().map(ToString::to_string).collect();
+        let networks = |networks: &[IpNet]| networks.iter().map(ToString::to_string).collect();
         Self {
             connect_timeout: duration(limits.connect_timeout, default.connect_timeout),
             idle_timeout: duration(limits.idle_timeout, default.idle_timeout),
@@ -133,58 +157,78 @@ impl WireLimits {
         }
     }
 
-    fn read(&self) -> Result<Limits, FieldError> {
+    fn read(&self, wrong: &mut FieldErrors) -> Option<Limits> {
         let default = Limits::default();
-        let networks = |name, texts: &[String]| {
-            field(name, texts.iter().map(|text| parse_network(text)).collect::<Result<Vec<_>, _>>())
-        };
+        let connect_timeout = read_limit("limits.connect_timeout", self.connect_timeout.as_deref(), wrong);
+        let idle_timeout = read_limit("limits.idle_timeout", self.idle_timeout.as_deref(), wrong);
+        let max_connections = read_count("limits.max_connections", self.max_connections, wrong);
         let on_limit = match self.on_limit.as_deref() {
-            None | Some("wait") => OnLimit::Wait,
-            Some("reset") => OnLimit::Reset,
-            Some(_) => return Err(FieldError::new("limits.on_limit", "write \"wait\" or \"reset\"")),
+            None | Some("wait") => Ok(OnLimit::Wait),
+            Some("reset") => Ok(OnLimit::Reset),
+            Some(_) => Err("write \"wait\" or \"reset\""),
         };
-        let udp_timeout = read_limit("limits.udp_timeout", self.udp_timeout.as_deref())?;
-        Ok(Limits {
-            connect_timeout: read_limit("limits.connect_timeout", self.connect_timeout.as_deref())?
-                .unwrap_or(default.connect_timeout),
-            idle_timeout: read_limit("limits.idle_timeout", self.idle_timeout.as_deref())?
-                .unwrap_or(default.idle_timeout),
-            max_connections: read_count("limits.max_connections", self.max_connections)?,
-            on_limit,
-            udp_timeout: match udp_timeout {
-                None => default.udp_timeout,
-                Some(Some(timeout)) => timeout,
-                Some(None) => {
-                    return Err(FieldError::new("limits.udp_timeout", "flows need one, such as \"90s\""));
-                }
-            },
-            udp_max_flows: read_count("limits.udp_max_flows", self.udp_max_flows)?,
-            udp_max_flows_per_source: read_count(
-                "limits.udp_max_flows_per_source",
-                self.udp_max_flows_per_source,
-            )?,
-            access: AccessList {
-                allow: networks("limits.allow", &self.allow)?,
-                deny: networks("limits.deny", &self.deny)?,
-            },
+        let on_limit = wrong.note("limits.on_limit", on_limit);
+        let udp_timeout = self.udp_timeout.as_deref().map(|text| match text {
+            UNLIMITED => Err("flows need one, such as \"90s\"".to_owned()),
+            text => parse_limit(text),
+        });
+        let udp_timeout = wrong.note("limits.udp_timeout", udp_timeout.transpose());
+        let udp_max_flows = read_count("limits.udp_max_flows", self.udp_max_flows, wrong);
+        let per_source = self.udp_max_flows_per_source;
+        let per_source = read_count("limits.udp_max_flows_per_source", per_source, wrong);
+        let (allow, deny) = (read_networks(&self.allow), read_networks(&self.deny));
+        let (allow, deny) = (wrong.note("limits.allow", allow), wrong.note("limits.deny", deny));
+        Some(Limits {
+            connect_timeout: connect_timeout?.unwrap_or(default.connect_timeout),
+            idle_timeout: idle_timeout?.unwrap_or(default.idle_timeout),
+            max_connections: max_connections?,
+            on_limit: on_limit?,
+            udp_timeout: udp_timeout?.unwrap_or(default.udp_timeout),
+            udp_max_flows: udp_max_flows?,
+            udp_max_flows_per_source: per_source?,
+            access: AccessList { allow: allow?, deny: deny? },
         })
     }
 }
 
 /// Reads a limit on time, if one is written.
-fn read_limit(name: &'static str, text: Option<&str>) -> Result<Option<Option<Duration>>, FieldError> {
-    field(name, text.map(parse_optional_limit).transpose())
+fn read_limit(
+    name: &'static str,
+    text: Option<&str>,
+    wrong: &mut FieldErrors,
+) -> Option<Option<Option<Duration>>> {
+    wrong.note(name, text.map(parse_optional_limit).transpose())
 }
 
-fn read_count(name: &'static str, count: Option<usize>) -> Result<Option<usize>, FieldError> {
-    if count == Some(0) {
-        return Err(FieldError::new(name, "write a number from 1 up, or leave it out"));
+fn read_count(name: &'static str, count: Option<usize>, wrong: &mut FieldErrors) -> Option<Option<usize>> {
+    let is_zero = count == Some(0);
+    wrong.note(name, if is_zero { Err("write a number from 1 up, or leave it out") } else { Ok(count) })
+}
+
+fn read_networks(texts: &[String]) -> Result<Vec<IpNet>, String> {
+    let read =
+        |text: &String| parse_network(text).map_err(|error| format!("'{}': {error}", text.escape_debug()));
+    texts.iter().map(read).collect()
+}
+
+/// All that is wrong with a mapping that was written.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FieldErrors(pub(crate) Vec<FieldError>);
+
+impl FieldErrors {
+    /// The value of `field`, or `None` if it is wrong, which is noted then.
+    pub(crate) fn note<T, E: Display>(&mut self, field: &'static str, result: Result<T, E>) -> Option<T> {
+        result.map_err(|error| self.0.push(FieldError::new(field, error))).ok()
     }
-    Ok(count)
 }
 
-fn field<T, E: Display>(name: &'static str, result: Result<T, E>) -> Result<T, FieldError> {
-    result.map_err(|error| FieldError::new(name, error))
+impl Error for FieldErrors {}
+
+impl Display for FieldErrors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let errors: Vec<String> = self.0.iter().map(ToString::to_string).collect();
+        f.write_str(&errors.join("; "))
+    }
 }
 
 /// What is wrong with a mapping that was written; its text names the field.
@@ -256,7 +300,7 @@ mod tests {
             (r#"{"to":"172.17.0.2","to_ports":"80","limits":{"max_connections":0}}"#, "from 1 up"),
             (
                 r#"{"to":"172.17.0.2","to_ports":"80","limits":{"deny":["lan"]}}"#,
-                "limits.deny: not a network",
+                "limits.deny: 'lan': not a network",
             ),
         ] {
             let message = read(json).expect_err(json);

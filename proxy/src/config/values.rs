@@ -1,0 +1,117 @@
+//! The values of keys: of which type each has to be, and what is meant where it is of another one.
+
+use std::ops::Range;
+
+use toml::Spanned;
+use toml::de::DeValue;
+
+use super::mistake::Found;
+
+/// A type that the value of a key can have.
+pub(super) trait Value: Sized {
+    /// What it is called.
+    const NAME: &'static str;
+
+    /// The value, or a better place for the mistake than all of it.
+    fn read(value: &DeValue<'_>) -> Result<Self, Option<Range<usize>>>;
+
+    /// How `value`, which is of another type, is meant for `key`: as it is written in a file.
+    fn meant(key: &str, value: &DeValue<'_>) -> String;
+}
+
+/// The value of `key`, unless it is of the wrong type.
+pub(super) fn read<T: Value>(
+    key: &str,
+    value: &Spanned<DeValue<'_>>,
+    found: &mut Vec<Found>,
+) -> Option<Spanned<T>> {
+    let (place, value) = (value.span(), value.get_ref());
+    match T::read(value) {
+        Ok(read) => Some(Spanned::new(place, read)),
+        Err(better) => {
+            let (name, meant) = (T::NAME, T::meant(key, value));
+            let message = format!("{key}: {name} is wanted; write {key} = {meant}");
+            found.push(Found::at(better.unwrap_or(place), message));
+            None
+        }
+    }
+}
+
+impl Value for String {
+    const NAME: &'static str = "a text in quotes";
+
+    fn read(value: &DeValue<'_>) -> Result<Self, Option<Range<usize>>> {
+        value.as_str().map(ToOwned::to_owned).ok_or(None)
+    }
+
+    fn meant(key: &str, value: &DeValue<'_>) -> String {
+        let number = value.as_integer().filter(|number| number.radix() == 10).map(|number| number.as_str());
+        let number = number.filter(|digits| digits.parse::<u16>().is_ok_and(|number| number > 0));
+        let is_optional = matches!(key, "connect_timeout" | "idle_timeout");
+        match (key, number) {
+            ("host", Some(port)) => format!("\"[::]:{port}\""),
+            ("to", Some(port)) => format!("\"172.17.0.2:{port}\""),
+            ("name", Some(name)) => format!("\"{name}\""),
+            (_, Some(seconds)) if key.ends_with("timeout") => format!("\"{seconds}s\""),
+            _ if is_optional && value.as_bool() == Some(false) => "\"unlimited\"".to_owned(),
+            _ => example(key).to_owned(),
+        }
+    }
+}
+
+impl Value for usize {
+    const NAME: &'static str = "a number from 1 up";
+
+    fn read(value: &DeValue<'_>) -> Result<Self, Option<Range<usize>>> {
+        let number = value.as_integer().ok_or(None)?;
+        Self::from_str_radix(number.as_str(), number.radix()).map_err(|_negative_or_huge| None)
+    }
+
+    fn meant(key: &str, value: &DeValue<'_>) -> String {
+        let number = value.as_str().filter(|text| text.parse::<Self>().is_ok_and(|number| number > 0));
+        number.unwrap_or(example(key)).to_owned()
+    }
+}
+
+impl Value for bool {
+    const NAME: &'static str = "true or false";
+
+    fn read(value: &DeValue<'_>) -> Result<Self, Option<Range<usize>>> {
+        value.as_bool().ok_or(None)
+    }
+
+    fn meant(_key: &str, value: &DeValue<'_>) -> String {
+        let text = value.as_str().map(str::to_ascii_lowercase);
+        let is_off = matches!(text.as_deref(), Some("false" | "no" | "off"))
+            || value.as_integer().is_some_and(|number| number.as_str() == "0");
+        if is_off { "false" } else { "true" }.to_owned()
+    }
+}
+
+impl Value for Vec<String> {
+    const NAME: &'static str = "a list of texts in quotes";
+
+    fn read(value: &DeValue<'_>) -> Result<Self, Option<Range<usize>>> {
+        let array = value.as_array().ok_or(None)?;
+        array.iter().map(|item| String::read(item.get_ref()).map_err(|_better| Some(item.span()))).collect()
+    }
+
+    fn meant(key: &str, value: &DeValue<'_>) -> String {
+        value.as_str().map_or_else(|| example(key).to_owned(), |network| format!("[\"{network}\"]"))
+    }
+}
+
+/// A value that `key` may have.
+pub(super) fn example(key: &str) -> &'static str {
+    match key {
+        "host" => "\"[::]:80\"",
+        "to" => "\"172.17.0.2:80\"",
+        "name" => "\"web\"",
+        "proto" => "\"tcp\"",
+        "on_limit" => "\"wait\"",
+        "v6only" => "true",
+        "allow" | "deny" => "[\"10.0.0.0/8\"]",
+        key if key.ends_with("timeout") => "\"90s\"",
+        _ => "1000",
+    }
+}
