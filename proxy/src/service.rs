@@ -150,6 +150,11 @@ impl Place {
         &self.0.service.limits
     }
 
+    /// What goes on in its mapping.
+    pub(crate) fn live(&self) -> &Arc<Live> {
+        &self.0.service.live
+    }
+
     /// What it is counted in.
     pub(crate) fn stats(&self) -> &Stats {
         &self.0.service.live.stats

@@ -157,6 +157,12 @@ impl Workers {
         }
     }
 
+    /// The runtimes of all workers that run.
+    pub(crate) fn runtimes(&self) -> Vec<Handle> {
+        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        running.workers.iter().map(|worker| worker.runtime.clone()).collect()
+    }
+
     /// The number of connections being served.
     pub(crate) fn connections(&self) -> usize {
         let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);

@@ -35,6 +35,7 @@ fn main() -> ExitCode {
         case("a higher limit lets those in who wait", limit_raised),
         case("idle connections are cut", idle),
         case("clients that are not let in", denied),
+        case("clients that are denied from now on are cut", denied_later),
         case("what failed is counted by kind", troubles),
     ])
 }
@@ -99,6 +100,42 @@ fn retarget_udp() {
     assert_eq!(letter_of(&old, address), b'b');
     eventually("the old flow is over", || proxy.stats("dns")["flows"] == 2);
     assert_eq!(proxy.stats("dns")["flows_total"], 3);
+}
+
+fn denied_later() {
+    let backend = echo();
+    let (proxy, address) = (Controlled::start(&[]), own_address());
+    let other = SocketAddr::new(client::own_loopback().into(), 80);
+    let with = |limits: Value| {
+        let other = mapping("other", "tcp", other, backend.address());
+        [limited(web(address, &backend), limits), other]
+    };
+    let from = |ip: IpAddr, to: SocketAddr| {
+        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        socket.bind(&SocketAddr::new(ip, 0).into()).unwrap();
+        socket.connect(&to.into()).unwrap();
+        client::patient(socket.into())
+    };
+    let [friend, attacker]: [IpAddr; 2] = [client::own_loopback().into(), client::own_loopback().into()];
+    for limits in
+        [json!({ "deny": [attacker.to_string()] }), json!({ "allow": [format!("{friend}"), "192.0.2.0/24"] })]
+    {
+        proxy.apply(&with(json!({}))).success();
+        // So many that all workers have some.
+        let friends: Vec<_> = (0..4).map(|_| from(friend, address)).collect();
+        let attackers: Vec<_> = (0..4).map(|_| from(attacker, address)).collect();
+        let elsewhere = from(attacker, other);
+        friends.iter().chain(&attackers).chain([&elsewhere]).for_each(exchange);
+        let before = proxy.stats("web")["errors"]["denied"].as_u64().unwrap_or(0);
+        proxy.apply(&with(limits)).success();
+        for attacker in &attackers {
+            assert_eq!(client::read_to_end(attacker), (vec![], End::Reset));
+        }
+        friends.iter().chain([&elsewhere]).for_each(exchange);
+        assert_eq!(proxy.stats("web")["errors"]["denied"], before + 4);
+        drop((friends, elsewhere));
+        eventually("nobody is left", || proxy.stats("web")["connections"] == 0);
+    }
 }
 
 fn remove_tcp() {

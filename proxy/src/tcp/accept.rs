@@ -16,7 +16,7 @@ use socket2::{SockRef, Socket};
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, error, warn};
 
-use super::{Accepted, dial, reactor, serve};
+use super::{Accepted, connections, dial, reactor, serve};
 use crate::addr::{BackendAddr, HostAddr, canonical};
 use crate::backoff::Backoff;
 use crate::limits::OnLimit;
@@ -24,7 +24,7 @@ use crate::listen::{BACKLOG, set_stream_options};
 use crate::log_limit::LogLimit;
 use crate::mapping::Forward;
 use crate::poll::{PORT, Poll, Port};
-use crate::service::{Assignment, Capacity, Place};
+use crate::service::{Assignment, Capacity, Place, Service};
 use crate::task::{Order, Orders};
 use crate::worker::{Seat, Workers};
 
@@ -108,11 +108,7 @@ impl Acceptor {
         match order {
             Order::Serve(assignments) => {
                 for assignment in assignments {
-                    let number = assignment.port.number();
-                    if self.listeners.len() <= number {
-                        self.listeners.resize_with(number + 1, || None);
-                    }
-                    self.listeners[number] = Some(assignment);
+                    self.assign(assignment);
                 }
                 // There may be other limits now.
                 self.resume_all_full();
@@ -127,6 +123,27 @@ impl Acceptor {
             // What is pending there is not ours any more.
             Order::Leave => self.listeners.clear(),
             Order::Flows(_) => {}
+        }
+    }
+
+    fn assign(&mut self, assignment: Assignment) {
+        let number = assignment.port.number();
+        if self.listeners.len() <= number {
+            self.listeners.resize_with(number + 1, || None);
+        }
+        let service = assignment.route.service.clone();
+        let previous = self.listeners[number].replace(assignment);
+        let previous = previous.filter(|previous| Arc::ptr_eq(&previous.route.service.live, &service.live));
+        if previous.is_some_and(|previous| previous.route.service.limits.access != service.limits.access) {
+            self.cut_denied(&service);
+        }
+    }
+
+    /// Resets connections whose clients are denied from now on. All that were accepted before are on their workers.
+    fn cut_denied(&self, service: &Arc<Service>) {
+        for runtime in self.workers.runtimes() {
+            let service = service.clone();
+            runtime.spawn(async move { connections::cut_denied(&service) });
         }
     }
 
@@ -380,7 +397,8 @@ fn hand_over(ready: Vec<Ready>, workers: &Workers) {
         let group = seated.split_off(first);
         runtime.spawn(async move {
             for (seat, (accepted, backend)) in group {
-                tokio::spawn(serve(accepted, backend, seat));
+                let (client, mapping) = (accepted.peer.ip(), accepted.place.live().clone());
+                connections::spawn(client, &mapping, serve(accepted, backend, seat));
             }
         });
     }

@@ -5,15 +5,20 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::errno::Errno;
 use socket2::{Domain, SockRef, Socket, Type};
-use tokio::time::timeout;
+use tokio::sync::Mutex;
+use tokio::time::{sleep, timeout};
+use tracing::warn;
 
 use super::stream::Stream;
 use crate::addr::BackendAddr;
+use crate::backoff::Backoff;
 use crate::listen::set_stream_options;
+use crate::log_limit::LogLimit;
 
 /// Connects `socket`, as [`open`] gave it, to `backend` within `limit`; without one, as long as the kernel
 /// tries. It is given up when `client` is reset meanwhile.
@@ -29,22 +34,33 @@ pub(super) async fn dial(
 ) -> Result<Stream, DialError> {
     let addr = backend.socket_addr();
     let socket = socket.map_err(|source| DialError::Open { addr, source })?;
+    let has_port = AtomicBool::new(true);
     let connected = async {
         tokio::select! {
             biased;
-            connected = connect(socket, addr) => connected,
+            connected = connect(socket, addr, &has_port) => connected,
             () = client.failed() => Err(DialError::ClientReset { addr }),
         }
     };
-    match limit {
-        None => connected.await,
-        Some(limit) => timeout(limit, connected).await.unwrap_or(Err(DialError::Timeout { addr, limit })),
-    }
+    let Some(limit) = limit else { return connected.await };
+    timeout(limit, connected).await.unwrap_or_else(|_late| match has_port.load(Ordering::Relaxed) {
+        true => Err(DialError::Timeout { addr, limit }),
+        false => Err(DialError::Connect { addr, source: io::ErrorKind::AddrNotAvailable.into() }),
+    })
 }
 
-async fn connect(socket: Socket, addr: SocketAddr) -> Result<Stream, DialError> {
+/// Connects `socket`; `has_port` says whether it has a local port by then.
+async fn connect(socket: Socket, addr: SocketAddr, has_port: &AtomicBool) -> Result<Stream, DialError> {
     let failure = |source| DialError::Connect { addr, source };
-    let stream = start(socket, addr)?;
+    match start(&socket, addr) {
+        Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {
+            has_port.store(false, Ordering::Relaxed);
+            start_with_next_port(&socket, addr).await.map_err(failure)?;
+            has_port.store(true, Ordering::Relaxed);
+        }
+        started => started.map_err(failure)?,
+    }
+    let stream = Stream::new(socket).map_err(|source| DialError::Open { addr, source })?;
     stream.writable().await;
     if stream.has_failed() {
         // A backend may answer and reset before we come to look; its answer counts.
@@ -64,19 +80,42 @@ pub(super) fn open(backend: BackendAddr) -> io::Result<Socket> {
     let domain = Domain::for_address(backend.socket_addr());
     let socket = Socket::new(domain, Type::STREAM.nonblocking(), None)?;
     set_stream_options(&SockRef::from(&socket))?;
+    // The local port that it gets does not stand in the way of a mapping that wants to listen there (socket(7)).
+    socket.set_reuse_address(true)?;
     // Before the connect, it holds its acknowledgement back (tcp(7)); afterwards all is as usual.
     socket.set_tcp_quickack(false)?;
     Ok(socket)
 }
 
 /// Begins to connect to `addr`. The end of that is reported as [`Stream::writable`].
-fn start(socket: Socket, addr: SocketAddr) -> Result<Stream, DialError> {
-    if let Err(source) = socket.connect(&addr.into())
-        && source.raw_os_error() != Some(Errno::EINPROGRESS as i32)
-    {
-        return Err(DialError::Connect { addr, source });
+fn start(socket: &Socket, addr: SocketAddr) -> io::Result<()> {
+    match socket.connect(&addr.into()) {
+        Err(error) if error.raw_os_error() != Some(Errno::EINPROGRESS as i32) => Err(error),
+        _ => Ok(()),
     }
-    Stream::new(socket).map_err(|source| DialError::Open { addr, source })
+}
+
+/// Begins to connect to `addr` as soon as there is a local port again, which is one that a connection to the same
+/// backend has given back. Clients get theirs in the order in which they came, and one at a time looks for one: an
+/// attempt walks through all ports that there are.
+async fn start_with_next_port(socket: &Socket, addr: SocketAddr) -> io::Result<()> {
+    static NO_PORTS: LogLimit = LogLimit::new();
+    static TURN: Mutex<()> = Mutex::const_new(());
+
+    if let Some(suppressed) = NO_PORTS.permit() {
+        let error = explain(&io::ErrorKind::AddrNotAvailable.into());
+        warn!(backend = %addr, %error, suppressed, "clients wait for a local port");
+    }
+    let _turn = TURN.lock().await;
+    let mut backoff = Backoff::default();
+    loop {
+        match start(socket, addr) {
+            Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {
+                sleep(backoff.next_delay()).await;
+            }
+            started => return started,
+        }
+    }
 }
 
 /// A socket that finds nobody at a local port may be given that same port, and is then connected to
@@ -105,7 +144,7 @@ pub(super) enum DialError {
 fn explain(error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::AddrNotAvailable => {
-            "all local ports towards it are in use (net.ipv4.ip_local_port_range)".to_owned()
+            "all local ports towards it are in use; widen net.ipv4.ip_local_port_range".to_owned()
         }
         _ => error.to_string(),
     }

@@ -7,6 +7,7 @@
 
 pub(crate) mod accept;
 mod bulk;
+mod connections;
 mod dial;
 mod half;
 mod meter;

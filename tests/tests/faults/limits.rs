@@ -12,6 +12,7 @@ use serde_json::json;
 
 use rproxy_tests::backend::{self, TcpBackend};
 use rproxy_tests::client::{self, End};
+use rproxy_tests::controlled::{Controlled, mapping};
 use rproxy_tests::eventually;
 use rproxy_tests::holdings::{Holdings, private_memory};
 use rproxy_tests::process::{self, Stream};
@@ -32,51 +33,64 @@ fn echo_at(scene: &Scene, address: SocketAddr) -> TcpBackend {
 }
 
 pub(crate) fn ports_exhausted() {
-    let scene = Scene::new(json!({}));
+    const PORTS: usize = 32;
+
+    let scene = Scene::new(json!({ "connect_timeout": "5s" }));
     let backends = [echo_at(&scene, BACK), echo_at(&scene, SECOND_BACK)];
-    scene.proxy.json(&[
-        "add",
-        "--name",
-        "second",
-        "--host",
-        &SECOND_FRONT.to_string(),
-        "--to",
-        &SECOND_BACK.to_string(),
-    ]);
+    let [host, to] = [SECOND_FRONT, SECOND_BACK].map(|address| address.to_string());
+    scene.proxy.json(&["add", "--name", "second", "--host", &host, "--to", &to]);
     // Not beside the other clients, each of which would want a port, too.
     scene.topology.host.run(|| fs::write("/proc/sys/net/ipv4/ip_local_port_range", "50000 50031").unwrap());
     {
-        let connect = |front| scene.topology.client.run(|| TcpStream::connect(front).map(client::patient));
-        let mut taken = Vec::new();
-        let mut refused = 0;
-        // Twice the range: the last ones cannot have one.
-        for _ in 0..64 {
-            // The reset may come before the client has noticed that it is connected.
-            let answered = connect(FRONT).and_then(|mut client| {
-                client.write_all(b"x")?;
-                client.read_exact(&mut [0])?;
-                Ok(client)
-            });
-            match answered {
-                Ok(client) => taken.push(client),
-                Err(error) => {
-                    let resets = [ErrorKind::ConnectionReset, ErrorKind::BrokenPipe];
-                    assert!(resets.contains(&error.kind()), "{error}");
-                    refused += 1;
-                }
-            }
-        }
-        assert_eq!((taken.len(), refused), (32, 32));
+        let connect = |front| scene.topology.client.run(|| client::connect(front));
+        let mut taken: Vec<_> = (0..PORTS).map(|_| connect(FRONT)).collect();
+        taken.iter().for_each(|client| exchange(client, 1, 100));
+        // There are no more, and they wait.
+        let waiting: Vec<_> = (0..PORTS).map(|_| connect(FRONT)).collect();
+        let no_ports = |line: &str| line.contains("clients wait for a local port");
+        scene.proxy.process.wait_for_line(Stream::Stderr, no_ports);
         // Towards another address they are all free: no port is taken before it is known where it leads to.
-        let others: Vec<_> = (0..32).map(|_| connect(SECOND_FRONT).unwrap()).collect();
-        others.iter().for_each(|client| exchange(client, 1, 100));
-        taken.iter().for_each(|client| exchange(client, 2, 100));
-        taken.into_iter().chain(others).for_each(client::reset);
+        let others: Vec<_> = (0..PORTS).map(|_| connect(SECOND_FRONT)).collect();
+        others.iter().for_each(|client| exchange(client, 2, 100));
+        // Each port that comes back is for one of them; the others are reset when their time is over.
+        taken.drain(..PORTS / 2).for_each(client::reset);
+        let answered = thread::scope(|scope| {
+            let ask = |mut client: &TcpStream| {
+                client
+                    .write_all(b"x")
+                    .and_then(|()| client.read_exact(&mut [0]))
+                    .map_err(|error| error.kind())
+            };
+            let clients: Vec<_> = waiting.iter().map(|client| scope.spawn(move || ask(client))).collect();
+            clients.into_iter().map(|client| client.join().unwrap()).collect::<Vec<_>>()
+        });
+        let served = answered.iter().filter(|answer| answer.is_ok()).count();
+        let resets = [Err(ErrorKind::ConnectionReset), Err(ErrorKind::BrokenPipe)];
+        let reset = answered.iter().filter(|answer| resets.contains(answer)).count();
+        assert_eq!((served, reset), (PORTS / 2, PORTS / 2), "{answered:?}");
+        taken.iter().for_each(|client| exchange(client, 3, 100));
+        taken.into_iter().chain(waiting).chain(others).for_each(client::reset);
     }
     scene.proxy.process.wait_for_line(Stream::Stderr, |line| line.contains("ip_local_port_range"));
     drop(backends);
-    assert_eq!(scene.stats()["errors"]["connect_failed"], 32);
+    assert_eq!(scene.stats()["errors"]["connect_failed"], PORTS / 2);
     scene.proxy.ctl(&["remove", "second"]).success();
+}
+
+/// The port that a connection of `rproxy` has towards a backend can be published.
+pub(crate) fn own_port_published() {
+    let (proxy, address) = (Controlled::start(&[]), client::own_address());
+    let backend = TcpListener::bind((client::own_loopback(), 0)).unwrap();
+    let to = backend.local_addr().unwrap();
+    proxy.apply(&[mapping("web", "tcp", address, to)]).success();
+    let client = client::connect(address);
+    let (server, ours) = backend.accept().unwrap();
+    for host in [ours.to_string(), format!("[::]:{}", ours.port())] {
+        proxy.ctl(&["add", "--name", "own", "--host", &host, "--to", &to.to_string()]).success();
+        let _published = client::connect(ours);
+        proxy.ctl(&["remove", "own"]).success();
+    }
+    drop((client, server));
 }
 
 fn limit_descriptors(pid: Pid, most: usize) {

@@ -52,6 +52,7 @@ fn of_backends_and_networks() -> Vec<Case> {
 fn of_limits() -> Vec<Case> {
     vec![
         case("all local ports are taken", limits::ports_exhausted).needs(&[Need::Program("sysctl")]),
+        case("the local port of a connection can be published", limits::own_port_published),
         case("no descriptor is left in the process", limits::no_descriptors)
             .needs(&[Need::Program("prlimit")]),
         case("no descriptor is left in the machine", limits::no_files).needs(&[Need::Program("strace")]),

@@ -1,0 +1,133 @@
+//! The connections that a worker serves, so that those of clients who are denied from now on can be cut.
+//!
+//! Nothing here is shared between threads: a connection is listed and looked for on the worker that serves it.
+
+use std::cell::RefCell;
+use std::net::IpAddr;
+use std::sync::Arc;
+
+use tokio::task::AbortHandle;
+use tracing::info;
+
+use crate::service::{Live, Service};
+use crate::stats::Trouble;
+
+thread_local! {
+    static SERVED: RefCell<Served> = const { RefCell::new(Served { slots: Vec::new(), free: Vec::new() }) };
+}
+
+/// The connections of a worker.
+struct Served {
+    slots: Vec<Option<Connection>>,
+    /// The indices of empty slots.
+    free: Vec<usize>,
+}
+
+struct Connection {
+    client: IpAddr,
+    /// Which mapping it is of, by the address of what it keeps alive.
+    mapping: *const Live,
+    task: AbortHandle,
+}
+
+/// Serves a connection of a mapping to its end, on this worker.
+///
+/// # Panics
+/// Outside a tokio runtime.
+pub(super) fn spawn(client: IpAddr, mapping: &Arc<Live>, serve: impl Future<Output = ()> + Send + 'static) {
+    let slot = SERVED.with_borrow_mut(|served| {
+        served.free.pop().unwrap_or_else(|| {
+            served.slots.push(None);
+            served.slots.len() - 1
+        })
+    });
+    let entry = Entry(slot);
+    let task = tokio::spawn(async move {
+        serve.await;
+        drop(entry);
+    });
+    let connection = Connection { client, mapping: Arc::as_ptr(mapping), task: task.abort_handle() };
+    SERVED.with_borrow_mut(|served| served.slots[slot] = Some(connection));
+}
+
+/// Resets the connections of this worker whose clients the mapping of `service` denies.
+pub(super) fn cut_denied(service: &Service) {
+    let access = &service.limits.access;
+    let mapping = Arc::as_ptr(&service.live);
+    let is_denied =
+        |connection: &&Connection| connection.mapping == mapping && !access.admits(connection.client);
+    let denied: Vec<AbortHandle> = SERVED.with_borrow(|served| {
+        let connections = served.slots.iter().flatten();
+        connections.filter(is_denied).map(|connection| connection.task.clone()).collect()
+    });
+    if denied.is_empty() {
+        return;
+    }
+    info!(connections = denied.len(), "resetting connections of clients that are denied now");
+    for task in denied {
+        service.live.stats.count(Trouble::Denied);
+        // Its sockets are closed with it, which is a reset before they have come to their end.
+        task.abort();
+    }
+}
+
+/// A slot of this worker, emptied when dropped.
+struct Entry(usize);
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        // At the end of a thread the list may be gone.
+        let emptied = SERVED.try_with(|served| {
+            let mut served = served.borrow_mut();
+            served.free.push(self.0);
+            served.slots[self.0].take()
+        });
+        drop(emptied);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::IpAddr;
+
+    use super::*;
+    use crate::access::{AccessList, parse_network};
+    use crate::limits::Limits;
+    use crate::runtime::new_runtime;
+
+    #[test]
+    fn connections_of_denied_clients_are_cut_and_no_others() {
+        let [one, other] = [Arc::<Live>::default(), Arc::default()];
+        let [denied, admitted]: [IpAddr; 2] = ["192.0.2.7", "192.0.2.8"].map(|ip| ip.parse().unwrap());
+        let access = AccessList { deny: vec![parse_network("192.0.2.7").unwrap()], ..AccessList::default() };
+        let service = Service { limits: Limits { access, ..Limits::default() }, live: one.clone() };
+        new_runtime().unwrap().block_on(async {
+            let (ended, mut ends) = tokio::sync::mpsc::unbounded_channel();
+            for (name, client, mapping) in
+                [("cut", denied, &one), ("admitted", admitted, &one), ("elsewhere", denied, &other)]
+            {
+                let guard = OnDrop(name, ended.clone());
+                spawn(client, mapping, async move {
+                    std::future::pending::<()>().await;
+                    drop(guard);
+                });
+            }
+            tokio::task::yield_now().await;
+            cut_denied(&service);
+            assert_eq!(ends.recv().await, Some("cut"));
+            ends.try_recv().unwrap_err();
+            assert_eq!(one.stats.trouble(Trouble::Denied), 1);
+            let free =
+                SERVED.with_borrow(|served| (served.slots.iter().flatten().count(), served.free.len()));
+            assert_eq!(free, (2, 1));
+        });
+    }
+
+    struct OnDrop(&'static str, tokio::sync::mpsc::UnboundedSender<&'static str>);
+
+    impl Drop for OnDrop {
+        fn drop(&mut self) {
+            self.1.send(self.0).ok();
+        }
+    }
+}
