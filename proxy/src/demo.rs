@@ -11,9 +11,10 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 
-use crate::addr::{AddrError, BackendAddr, HostAddr, Protocol, ScopedIp};
+use crate::addr::{AddrError, BackendAddr, HostAddr, Protocol};
 use crate::bound::BoundPort;
 use crate::console;
+use crate::family::{everywhere, has_ipv6, has_ipv6_loopback};
 use crate::limits::Limits;
 use crate::listen::{self, BindError};
 use crate::mapping::Forward;
@@ -64,11 +65,13 @@ async fn run(once: bool) -> Result<(), DemoError> {
     let server =
         Server::start_ports([(bound, Limits::default())]).map_err(DemoError::step("serve the mapping"))?;
     server.look_at_processors();
+    let clients = clients(addr);
     sandbox::confine(Mode::Auto, &needs)?;
     console::out(&format_args!("backend    a built-in web server on {backend}"));
-    console::out(&format_args!("mapping    {}/tcp -> {addr}", backend.port()));
+    let note = if has_ipv6() { "" } else { " (this machine has no IPv6)" };
+    console::out(&format_args!("mapping    {}/tcp -> {addr}{note}", backend.port()));
 
-    for client in clients(addr) {
+    for client in clients {
         let length = timeout(PATIENCE, fetch(client))
             .await
             .unwrap_or_else(|_elapsed| Err(io::ErrorKind::TimedOut.into()))
@@ -90,31 +93,26 @@ fn say_what_next(addr: SocketAddr) {
 Serving until Ctrl-C. Try it:
   curl http://127.0.0.1:{port}/
 Publish a container's port:
-  rproxy --host '[::]:8080' --to 172.17.0.2:80
+  rproxy --host '{}:8080' --to 172.17.0.2:80
 Let dockerd use it, in /etc/docker/daemon.json:
-  {{ \"userland-proxy-path\": \"/usr/local/bin/rproxy\" }}"
+  {{ \"userland-proxy-path\": \"/usr/local/bin/rproxy\" }}",
+        everywhere()
     ));
 }
 
-/// Binds a free port for IPv4 and IPv6, or for IPv4 alone on a machine without IPv6.
+/// Binds a free port for IPv4 and IPv6, or for IPv4 alone on a machine without IPv6 sockets.
 fn publish(backend: SocketAddr) -> Result<BoundPort, DemoError> {
-    let forward = |host: ScopedIp| -> Result<Forward, DemoError> {
-        let backend = BackendAddr::try_from(backend)?;
-        Ok(Forward { protocol: Protocol::Tcp, host: HostAddr::new(host, 0), backend, v6only: false })
-    };
-    match BoundPort::bind(forward(ScopedIp::ANY)?) {
-        Ok(bound) => Ok(bound),
-        Err(_no_ipv6) => Ok(BoundPort::bind(forward(ScopedIp::ANY_V4)?)?),
-    }
+    let (host, backend) = (HostAddr::new(everywhere(), 0), BackendAddr::try_from(backend)?);
+    Ok(BoundPort::bind(Forward { protocol: Protocol::Tcp, host, backend, v6only: false })?)
 }
 
-/// The addresses to fetch from: loopback in each family that the mapping serves.
+/// The addresses to fetch from: loopback in each family that the mapping serves, and the machine has.
 fn clients(published: SocketAddr) -> Vec<SocketAddr> {
     let v4 = SocketAddr::from((Ipv4Addr::LOCALHOST, published.port()));
     let v6 = SocketAddr::from((Ipv6Addr::LOCALHOST, published.port()));
     match published {
-        SocketAddr::V4(_) => vec![v4],
-        SocketAddr::V6(_) => vec![v4, v6],
+        SocketAddr::V6(_) if has_ipv6_loopback() => vec![v4, v6],
+        _ => vec![v4],
     }
 }
 

@@ -17,6 +17,7 @@ pub mod demo;
 pub mod docker;
 pub mod duration;
 pub mod endpoint;
+pub mod family;
 pub mod limits;
 pub mod listen;
 mod log_limit;

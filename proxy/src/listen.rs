@@ -1,7 +1,7 @@
 //! Listening sockets: bound by us, or bound by the runtime that started us.
 
 use std::io;
-use std::net::{SocketAddr, TcpListener, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Once;
 use std::time::Duration;
@@ -247,9 +247,13 @@ impl BindError {
              use a port above"
                     .to_owned()
             }
-            _ if source.raw_os_error() == Some(libc::EAFNOSUPPORT) => {
-                "this machine has no IPv6; use an IPv4 address".to_owned()
-            }
+            _ if source.raw_os_error() == Some(libc::EAFNOSUPPORT) => match addr {
+                SocketAddr::V6(addr) if addr.ip().is_unspecified() => {
+                    let all = SocketAddr::from((Ipv4Addr::UNSPECIFIED, addr.port()));
+                    format!("this machine has no IPv6; write {all} for all of its IPv4 addresses")
+                }
+                _ => "this machine has no IPv6; use an IPv4 address".to_owned(),
+            },
             _ => source.to_string(),
         }
     }

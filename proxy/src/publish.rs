@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::addr::{AddrError, Protocol, ProtocolError, Protocols, ScopedIp};
+use crate::family::everywhere;
 use crate::mapping::{Mapping, MappingError};
 use crate::ports::{PortError, PortRange};
 
@@ -14,7 +15,7 @@ use crate::ports::{PortError, PortRange};
 /// with `/udp`, `/tcp+udp` or the older `:udp`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PublishSpec {
-    /// The address that clients connect to; every address unless there is one.
+    /// The address that clients connect to; [`everywhere`] unless there is one.
     pub host: ScopedIp,
     /// The ports that clients connect to; random ones unless there are some.
     pub host_ports: Option<PortRange>,
@@ -64,7 +65,7 @@ impl FromStr for PublishSpec {
             return Err(SpecError::NoHostPort { address, ports: ports.to_owned() });
         }
         Ok(Self {
-            host: address.map_or(Ok(ScopedIp::ANY), str::parse)?,
+            host: address.map_or_else(|| Ok(everywhere()), str::parse)?,
             // Docker takes 0 for a random one, too.
             host_ports: if matches!(host_ports, "" | "0") { None } else { Some(host_ports.parse()?) },
             ports: ports.parse()?,
@@ -86,7 +87,7 @@ impl ExposedPorts {
     /// Publishes them at random ports of every address.
     pub fn at_random(self) -> PublishSpec {
         let Self { ports, protocols } = self;
-        PublishSpec { host: ScopedIp::ANY, host_ports: None, ports, protocols }
+        PublishSpec { host: everywhere(), host_ports: None, ports, protocols }
     }
 }
 

@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use nix::sys::signal::Signal;
 use rproxy_sys::fd::claim_inherited;
 use tokio::runtime::Runtime;
+use tracing::info;
 
 use crate::activation::{Passed, PassedError};
 use crate::addr::HostAddr;
@@ -19,6 +20,7 @@ use crate::config::{self, ConfigError};
 use crate::console::Output;
 use crate::control::manager::{Drain, Manager, Reload};
 use crate::control::socket::{ControlSocket, SocketError};
+use crate::family::{NO_IPV6, has_ipv6};
 use crate::listen::BindError;
 use crate::loops::LoopError;
 use crate::mapping::{Forward, HostPorts, Mapping};
@@ -140,6 +142,9 @@ fn start(
         }
         None => bind(mappings, inherited.sockets?, options)?,
     };
+    if !has_ipv6() && options.mappings.is_everywhere() {
+        info!("{NO_IPV6}");
+    }
     let ready = ready_lines(&bound);
     let needs = needs(options, &bound);
     let server = Server::prepared(bound, may_change).map_err(setup("watch the listeners"))?;

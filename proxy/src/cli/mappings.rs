@@ -13,6 +13,7 @@ use crate::access::{AccessList, parse_network};
 use crate::addr::{AddrError, HostAddr, Protocol, Protocols, ScopedIp};
 use crate::duration::parse_limit;
 use crate::endpoint::{BackendSpec, HostSpec};
+use crate::family::everywhere;
 use crate::limits::{Limits, OnLimit};
 use crate::loops::refuse_loops_among;
 use crate::mapping::{Mapping, MappingError};
@@ -173,6 +174,11 @@ impl MappingArgs {
             }
         }
         Ok(mappings)
+    }
+
+    /// Whether all addresses are asked for, by not saying which.
+    pub fn is_everywhere(&self) -> bool {
+        self.publish_all || self.publish.iter().any(|spec| spec.host == everywhere())
     }
 
     /// Which words of the command line ask to listen at `host`, for messages.

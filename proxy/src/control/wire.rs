@@ -8,10 +8,12 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
+use tracing::info;
 
 use crate::access::{AccessList, parse_network};
 use crate::addr::{Protocols, ScopedIp};
 use crate::duration::{UNLIMITED, format_limit, parse_limit, parse_optional_limit};
+use crate::family::{NO_IPV6, everywhere, has_ipv6};
 use crate::limits::{Limits, OnLimit};
 use crate::mapping::{HostPorts, Mapping, MappingError};
 use crate::ports::PortRange;
@@ -23,7 +25,7 @@ pub struct WireMapping {
     /// Its name; by default one that follows from its ports.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// The address that clients connect to, by default `[::]`.
+    /// The address that clients connect to, by default `[::]`; `0.0.0.0` on a machine without IPv6.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host: Option<String>,
     /// The ports that clients connect to; random ones by default.
@@ -97,12 +99,27 @@ impl WireMapping {
     /// [`FieldErrors`]: all that is wrong.
     pub fn read(&self) -> Result<Mapping, FieldErrors> {
         let mut wrong = FieldErrors::default();
-        let host = wrong.note("host", self.host.as_deref().unwrap_or("[::]").parse());
+        let host = match &self.host {
+            Some(host) => wrong.note("host", host.parse()),
+            None => Some(self.default_host()),
+        };
         let host_ports = wrong.note("host_ports", self.host_ports.as_deref().map(str::parse).transpose());
         let to = wrong.note("to", self.to.parse());
         let to_ports = wrong.note("to_ports", self.to_ports.parse());
         let mapping = self.read_between(host.zip(host_ports), to.zip(to_ports), &mut wrong);
         mapping.filter(|_mapping| wrong.0.is_empty()).ok_or(wrong)
+    }
+
+    /// Where it listens if it does not say so.
+    fn default_host(&self) -> ScopedIp {
+        // Where there is no IPv6, this cannot be had, which is for the bind to say.
+        if self.v6only {
+            return ScopedIp::ANY;
+        }
+        if !has_ipv6() {
+            info!("{NO_IPV6}");
+        }
+        everywhere()
     }
 
     /// The mapping that is written here, but for where it listens and leads to, as far as that is known. All that

@@ -5,6 +5,7 @@
 #![expect(clippy::unwrap_used, reason = "a failed step ends the test")]
 
 mod backends;
+mod families;
 mod flows;
 mod limits;
 mod listeners;
@@ -105,6 +106,9 @@ fn of_flows() -> Vec<Case> {
 
 fn of_processes() -> Vec<Case> {
     vec![
+        case("a machine without IPv6", families::no_sockets),
+        case("changes and an upgrade without IPv6", families::changes_without_sockets),
+        case("a machine without IPv6 addresses", families::no_addresses).needs(&[Need::Program("sysctl")]),
         case("SIGSTOP and SIGCONT", process::stopped),
         case("SIGKILL resets both sides and frees the port", process::killed),
         case("what a drain cuts is reset", process::cut),

@@ -2,9 +2,11 @@
 
 use std::io::{self, Write};
 use std::net::{SocketAddr, TcpListener};
+use std::os::unix::process::CommandExt;
 use std::process::{Command, ExitCode};
 use std::thread;
 
+use nix::libc;
 use rproxy_tests::backend;
 use rproxy_tests::netns::Namespace;
 use rproxy_tests::process::{Process, Stream};
@@ -40,9 +42,32 @@ pub(crate) fn played() -> Option<ExitCode> {
         [FLAG, "echo", address] => echo(address.parse().unwrap()),
         [FLAG, "silent", address] => silent(address.parse().unwrap()),
         [FLAG, "pipes"] => pipes(),
+        [FLAG, "without-ipv6", program, ref arguments @ ..] => without_ipv6(program, arguments),
         _ => return None,
     }
     Some(ExitCode::SUCCESS)
+}
+
+/// Becomes a program for which the kernel has no IPv6 sockets, as one that was started with `ipv6.disable=1`.
+fn without_ipv6(program: &str, arguments: &[&str]) {
+    let step =
+        |code: u32, k: u32, jt, jf| libc::sock_filter { code: u16::try_from(code).unwrap(), jt, jf, k };
+    let load = |offset| step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, offset, 0, 0);
+    let unless = |k, skipped| step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, k, 0, skipped);
+    let answer = |k| step(libc::BPF_RET | libc::BPF_K, k, 0, 0);
+    // The offsets of `nr` and of the first argument in struct seccomp_data (seccomp(2)).
+    let filter = [
+        load(0),
+        unless(u32::try_from(libc::SYS_socket).unwrap(), 3),
+        load(16),
+        unless(libc::AF_INET6.unsigned_abs(), 1),
+        answer(libc::SECCOMP_RET_ERRNO | libc::EAFNOSUPPORT.unsigned_abs()),
+        answer(libc::SECCOMP_RET_ALLOW),
+    ];
+    nix::sys::prctl::set_no_new_privs().unwrap();
+    rproxy_sys::seccomp::install(&filter).unwrap();
+    let error = Command::new(program).args(arguments).exec();
+    panic!("cannot execute {program}: {error}");
 }
 
 /// Sends back what each client says.
