@@ -90,10 +90,11 @@ impl Mapping {
         Ok(self)
     }
 
-    /// Gives the mapping a name in place of the one that follows from its ports.
+    /// Gives the mapping a name in place of the one that follows from its ports. One that does follow is none: a
+    /// mapping that was listed is the same one.
     #[must_use]
     pub fn named(mut self, name: Name) -> Self {
-        self.name = Some(name);
+        self.name = Some(name).filter(|name| *name != Name::of(&self));
         self
     }
 

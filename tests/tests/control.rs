@@ -3,10 +3,12 @@
 #![expect(clippy::unwrap_used, reason = "a failed step ends the test")]
 
 use std::fs;
-use std::net::{Ipv4Addr, SocketAddr, TcpListener};
+use std::io::Write;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::UnixStream;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::ExitCode;
+use std::thread;
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -29,6 +31,7 @@ fn main() -> ExitCode {
         case("add, list and remove", add_list_remove),
         case("tables for people", tables),
         case("what is listed can be applied", listed_can_be_applied),
+        case("what is listed as TOML can be applied and started with", listed_as_toml),
         case("mistakes exit with 2, refusals with 1", mistakes),
         case("the protocol's answers", answers),
         case("a range is one mapping", range),
@@ -110,6 +113,38 @@ fn listed_can_be_applied() {
     assert_echoes(address);
 }
 
+fn listed_as_toml() {
+    let proxy = Controlled::start(&[]);
+    let host = client::own_loopback();
+    let to = "192.0.2.1:80-89";
+    let ports = format!("{host}:8000-8009");
+    let limits =
+        ["--idle-timeout", "1m", "--deny", "192.0.2.0/24", "--max-connections", "7", "--name", "range"];
+    proxy
+        .ctl(&[&["add", "--host", &ports, "--to", to, "--proto", "tcp+udp"], &limits[..]].concat())
+        .success();
+    // One whose name follows from its ports.
+    proxy.ctl(&["add", "--host", &format!("{host}:80"), "--to", "192.0.2.1:80"]).success();
+    let text = proxy.ctl(&["list", "--toml"]).success();
+    let file = proxy.file("saved.toml", &text);
+    let saved = file.to_str().unwrap();
+    let unchanged = json!({ "added": 0, "changed": 0, "removed": 0, "unchanged": 2 });
+    assert_eq!(proxy.json(&["apply", saved]), unchanged, "{text}");
+    let json = proxy.file("saved.json", &proxy.json(&["list"]).to_string());
+    for input in [saved, json.to_str().unwrap()] {
+        let mut command = require::command("sh");
+        command.args(["-c", "\"$1\" ctl --json --control \"$2\" apply - < \"$3\"", "sh"]);
+        command.arg(rproxy::rproxy()).arg(proxy.socket()).arg(input);
+        let answer: Value = serde_json::from_str(&process::run(command).success()).unwrap();
+        assert_eq!(answer, unchanged, "{input}");
+    }
+    let list = proxy.json(&["list"]);
+    proxy.apply(&[]).success();
+    let is_free = || UdpSocket::bind((host, 8000)).is_ok();
+    eventually("the ports are free", is_free);
+    assert_eq!(Controlled::start(&["--config", saved]).json(&["list"]), list);
+}
+
 fn mistakes() {
     let backend = echo();
     let (proxy, address) = (Controlled::start(&[]), own_address());
@@ -132,6 +167,8 @@ fn mistakes() {
         (&["add", "--host", "192.0.2.1:80", "--to", &to], 1, "this machine has no such address"),
         (&["apply", &missing], 1, "No such file"),
         (&["apply", &not_json], 1, "not.json:1:1"),
+        (&["apply", "-"], 1, "standard input:1:1: there is no [[mapping]] in it"),
+        (&["list", "--toml", "--json"], 2, "cannot be used with"),
     ] {
         let output = proxy.ctl(arguments);
         assert_eq!(output.status.code(), Some(code), "{arguments:?}: {output:#?}");
@@ -142,6 +179,13 @@ fn mistakes() {
     let nobody = process::run(rproxy::command(&["ctl", "--control", &missing, "list"]));
     assert_eq!(nobody.status.code(), Some(1));
     assert!(nobody.stderr.contains("no rproxy listens there"), "{nobody:#?}");
+    let foreign = proxy.socket().with_file_name("foreign");
+    let listener = UnixListener::bind(&foreign).unwrap();
+    let answering =
+        thread::spawn(move || listener.accept().unwrap().0.write_all(b"HTTP/1.1 400 Bad Request\r\n"));
+    let output = process::run(rproxy::command(&["ctl", "--control", foreign.to_str().unwrap(), "list"]));
+    answering.join().unwrap().unwrap();
+    assert!(output.stderr.contains("what listens there is no rproxy"), "{output:#?}");
 }
 
 fn answers() {
@@ -323,10 +367,17 @@ fn strangers() {
         process::run(command)
     };
     let output = list_as_nobody();
-    assert!(output.stderr.contains("Permission denied"), "{output:#?}");
+    assert_eq!((output.status.code(), output.stderr.lines().count()), (Some(1), 1), "{output:#?}");
+    assert!(output.stderr.contains("permission denied: the socket belongs to root; use sudo"), "{output:#?}");
+    let directory = proxy.socket().parent().unwrap().to_owned();
+    let set_mode = |mode: u32| fs::set_permissions(&directory, fs::Permissions::from_mode(mode)).unwrap();
+    set_mode(0o700);
+    let output = list_as_nobody();
+    let closed = format!("the directory {} belongs to root; use sudo", directory.display());
+    assert!(output.stderr.contains(&closed), "{output:#?}");
+    set_mode(0o755);
     // Even if someone opens the file for all: the process itself looks at who asks.
     fs::set_permissions(proxy.socket(), fs::Permissions::from_mode(0o666)).unwrap();
-    fs::set_permissions(proxy.socket().parent().unwrap(), fs::Permissions::from_mode(0o755)).unwrap();
     let output = list_as_nobody();
     assert_eq!(output.status.code(), Some(1));
     assert!(output.stderr.contains("user 65534 may not control this process"), "{output:#?}");

@@ -43,8 +43,16 @@ pub(super) fn unknown_table(written: &str, is_table: bool) -> String {
 /// All that is to be said about a file with lines that are no TOML: these, and what was `found` in other lines. What
 /// is missing may be in the former.
 pub(super) fn beside_errors(text: &str, errors: &[toml::de::Error], found: Vec<Found>) -> Vec<Found> {
-    let broken: Vec<usize> = errors.iter().map(|error| line_start(text, place(text, error))).collect();
-    let mut all: Vec<Found> = errors.iter().map(|error| explain(text, error)).collect();
+    let mut broken: Vec<usize> = Vec::new();
+    let mut all: Vec<Found> = Vec::new();
+    for error in errors {
+        let line = line_start(text, place(text, error));
+        // What follows in the same line follows from it.
+        if !broken.contains(&line) {
+            broken.push(line);
+            all.push(explain(text, error));
+        }
+    }
     // Behind a heading that cannot be read, everything is another table's.
     if !broken.iter().any(|start| is_heading(&text[*start..])) {
         all.extend(found.into_iter().filter(|found| {

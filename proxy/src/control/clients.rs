@@ -103,7 +103,10 @@ fn check_peer(client: &UnixStream) -> Result<(), Refusal> {
     if peer.uid() == 0 || peer.uid() == geteuid().as_raw() {
         return Ok(());
     }
-    Err(denied(format!("user {} may not control this process", peer.uid())))
+    let (user, own) = (peer.uid(), geteuid());
+    Err(denied(format!(
+        "user {user} may not control this process; its own user ({own}) and root may: use sudo"
+    )))
 }
 
 /// Tells a client why it is not served, if it listens.

@@ -1,6 +1,6 @@
 //! `rproxy ctl`: a client of the control socket, for people and scripts.
 
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -13,15 +13,20 @@ use serde_json::Value;
 use super::protocol::{self, Request};
 use super::socket::DEFAULT_PATH;
 use super::table;
+use super::unreachable;
 use super::wire::WireMapping;
 use crate::cli::{MappingArgs, UsageError};
 use crate::config::{self, ConfigError};
 use crate::console;
 use crate::endpoint::BackendSpec;
+use crate::mapping::Mapping;
 use crate::name::Name;
 
 /// How long an answer may take: binding ten thousand sockets takes far less.
 const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What is read of standard input, in bytes: more than a request may have.
+const LONGEST_INPUT: u64 = 16 * 1024 * 1024;
 
 /// The command line of `rproxy ctl`.
 #[derive(Args, Debug)]
@@ -40,7 +45,11 @@ pub struct Ctl {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Show the mappings
-    List,
+    List {
+        /// Print the mappings as a configuration, for `--config` and `ctl apply`; not those that drain
+        #[arg(long, conflicts_with = "json")]
+        toml: bool,
+    },
     /// Serve more mappings: all of those given, or none
     Add(Box<MappingArgs>),
     /// Serve a mapping no more; its connections and flows go on
@@ -58,7 +67,7 @@ enum Command {
     },
     /// Serve exactly what a file says: all of it, or nothing changes
     Apply {
-        /// A configuration file, or mappings as `list --json` prints them
+        /// A configuration file, or mappings as `list --json` prints them; - for standard input
         file: PathBuf,
     },
     /// Take no new clients, let those that are there finish, and end
@@ -91,6 +100,8 @@ fn run(ctl: &Ctl) -> Result<(), CtlError> {
         let answer = connection.ask(request.clone())?;
         if ctl.json {
             console::out(&answer);
+        } else if let Command::List { toml: true } = ctl.command {
+            console::out(&configuration(answer)?.trim_end());
         } else {
             show(&ctl.command, &answer);
         }
@@ -106,7 +117,7 @@ fn run(ctl: &Ctl) -> Result<(), CtlError> {
 
 fn request(command: &Command) -> Result<Request, CtlError> {
     Ok(match command {
-        Command::List => Request::List,
+        Command::List { .. } => Request::List,
         Command::Stats { .. } => Request::Stats,
         Command::Drain => Request::Drain,
         Command::Remove { name } => Request::Remove { name: name.to_string() },
@@ -119,10 +130,26 @@ fn request(command: &Command) -> Result<Request, CtlError> {
     })
 }
 
+/// The mappings of an answer to `list`, as a configuration.
+fn configuration(mut answer: Value) -> Result<String, CtlError> {
+    let not_understood =
+        |error: String| CtlError::Conversation(io::Error::new(io::ErrorKind::InvalidData, error));
+    let mappings: Vec<WireMapping> = serde_json::from_value(answer["mappings"].take())
+        .map_err(|error| not_understood(error.to_string()))?;
+    let mappings: Result<Vec<Mapping>, _> = mappings.iter().map(WireMapping::read).collect();
+    Ok(config::print(&mappings.map_err(|error| not_understood(error.to_string()))?))
+}
+
 /// Reads the mappings of a file, in TOML or in JSON.
 fn read_file(path: &Path) -> Result<Vec<WireMapping>, CtlError> {
+    let (path, text) = if path == Path::new("-") {
+        let path = Path::new("standard input");
+        let read = io::read_to_string(io::stdin().take(LONGEST_INPUT));
+        (path, read.map_err(|source| CtlError::File { path: path.to_owned(), reason: source.to_string() })?)
+    } else {
+        (path, config::read_text(path)?)
+    };
     let error = |reason: String| CtlError::File { path: path.to_owned(), reason };
-    let text = config::read_text(path)?;
     if !text.trim_start().starts_with('{') {
         let mappings = config::parse(path, &text)?;
         return Ok(mappings.iter().map(WireMapping::of).collect());
@@ -144,7 +171,7 @@ fn show(command: &Command, answer: &Value) {
         ));
     };
     match command {
-        Command::List => console::out(&table::list(answer)),
+        Command::List { .. } => console::out(&table::list(answer)),
         Command::Stats { .. } => console::out(&table::stats(answer)),
         Command::Add(_) => answer["mappings"].as_array().into_iter().flatten().for_each(ports),
         Command::Apply { .. } => console::out(&format_args!(
@@ -158,6 +185,7 @@ fn show(command: &Command, answer: &Value) {
 /// A connection to the running rproxy.
 struct Connection {
     stream: BufReader<UnixStream>,
+    path: PathBuf,
 }
 
 impl Connection {
@@ -168,7 +196,7 @@ impl Connection {
             Ok(stream)
         });
         let stream = connected.map_err(|source| CtlError::Connect { path: path.to_owned(), source })?;
-        Ok(Self { stream: BufReader::new(stream) })
+        Ok(Self { stream: BufReader::new(stream), path: path.to_owned() })
     }
 
     fn ask(&mut self, request: Request) -> Result<Value, CtlError> {
@@ -182,8 +210,8 @@ impl Connection {
             let source = sent.and(read).err().unwrap_or_else(ended);
             return Err(CtlError::Conversation(source));
         }
-        let mut answer: Value =
-            serde_json::from_str(&answer).map_err(|error| CtlError::Conversation(error.into()))?;
+        let answer = serde_json::from_str(&answer).ok().filter(|answer: &Value| answer["v"].is_number());
+        let mut answer = answer.ok_or_else(|| CtlError::Foreign(self.path.clone()))?;
         match answer["error"]["message"].as_str() {
             Some(message) => Err(CtlError::Refused(message.to_owned())),
             None => Ok(answer["ok"].take()),
@@ -204,8 +232,11 @@ enum CtlError {
     #[error("{}: {reason}", path.display())]
     File { path: PathBuf, reason: String },
     /// Nobody is there.
-    #[error("--control {}: no rproxy listens there: {source}; start one with --control", path.display())]
+    #[error("--control {}: {}", path.display(), unreachable::explain(path, source))]
     Connect { path: PathBuf, source: io::Error },
+    /// Something else listens there.
+    #[error("--control {}: what listens there is no rproxy; give the path that rproxy was started with", .0.display())]
+    Foreign(PathBuf),
     /// The conversation broke off.
     #[error("the running rproxy did not answer: {0}")]
     Conversation(#[source] io::Error),

@@ -9,4 +9,5 @@ pub mod manager;
 pub mod protocol;
 pub mod socket;
 mod table;
+mod unreachable;
 pub mod wire;
