@@ -55,9 +55,12 @@ pub(crate) fn prepare(log: LogConfig) {
     if let Err(error) = closed {
         warn!(%error, "cannot close what was not passed on purpose");
     }
-    // A log that has reached `RLIMIT_FSIZE` is one more that takes no lines: setrlimit(2).
-    if let Err(error) = ignore(Signal::SIGXFSZ) {
-        warn!(%error, "cannot ignore SIGXFSZ");
+    // A line that is not taken is lost, and nobody ends or stops for it: neither at `RLIMIT_FSIZE` (setrlimit(2)), nor in
+    // the background of a terminal that does not want it (`TOSTOP`, termios(3)).
+    for signal in [Signal::SIGXFSZ, Signal::SIGTTOU] {
+        if let Err(error) = ignore(signal) {
+            warn!(%error, %signal, "cannot ignore a signal");
+        }
     }
 }
 
