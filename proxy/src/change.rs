@@ -267,7 +267,7 @@ impl Server {
                 ports.push(match prepared.spare.remove(&place).or_else(|| self.leaving.get(&place)) {
                     Some(port) => Assignment { port, route: route(forward, &service) },
                     None => {
-                        let bound = BoundPort::bind(forward);
+                        let bound = self.bind(forward).await;
                         let bound =
                             bound.map_err(|source| self.bind_error(name, &mapping, source, prepared))?;
                         self.assign(bound, &service).map_err(watch_error)?
@@ -283,6 +283,19 @@ impl Server {
             }
         }
         Ok(Served { mapping, service, ports })
+    }
+
+    /// Binds a port. Flows that use it towards their backends give way.
+    async fn bind(&self, forward: Forward) -> Result<BoundPort, BindError> {
+        match BoundPort::bind(forward) {
+            Err(error)
+                if forward.protocol == Protocol::Udp && error.source.kind() == io::ErrorKind::AddrInUse =>
+            {
+                self.give_way(vec![forward.host.socket_addr().port()]).await;
+                BoundPort::bind(forward)
+            }
+            bound => bound,
+        }
     }
 
     /// Why a mapping cannot be bound; it may be because of another one, served or of the same change.

@@ -159,7 +159,7 @@ impl Server {
                 none => {
                     let beside_tcp = self.beside_tcp;
                     Ok(none.insert(ListenerTask::spawn(|poll, orders| {
-                        UdpRelay::new(poll, orders, beside_tcp).run()
+                        UdpRelay::new(poll, orders, beside_tcp, self.workers.datagrams()).run()
                     })?))
                 }
             },
@@ -226,6 +226,15 @@ impl Server {
         udp.flows(FlowOrder::Pause(flows));
         // If the task is gone, so are its flows.
         given.await.unwrap_or_default()
+    }
+
+    /// Ends flows that use one of these local ports, which are to be bound.
+    pub(crate) async fn give_way(&self, ports: Vec<u16>) {
+        let Some(udp) = &self.tasks.udp else { return };
+        let (done, is_done) = oneshot::channel();
+        udp.flows(FlowOrder::GiveWay(ports, done));
+        // If the task is gone, so are its flows.
+        drop(is_done.await);
     }
 
     /// Goes on after [`Server::pause`].

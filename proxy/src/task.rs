@@ -39,6 +39,8 @@ pub(crate) enum FlowOrder {
     Resume,
     /// Serve these flows, too, of listeners that are served already.
     Adopt(Vec<LiveFlow>),
+    /// End the flows that use these local ports. The sender is told when the ports are free.
+    GiveWay(Vec<u16>, oneshot::Sender<()>),
 }
 
 /// The orders of a task; at the end of them it is to come to its own.

@@ -6,7 +6,7 @@
 //! that serves one client at a time, stays a process with one thread.
 
 use std::io;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -36,6 +36,8 @@ pub(crate) struct Workers {
     prepare: Prepare,
     /// Notified when a worker has served its last connection.
     idle: Arc<Notify>,
+    /// Whether the first one relays datagrams, which is as much as serving a connection.
+    datagrams: Arc<AtomicBool>,
     /// One worker per processor that the process may use (sched_getaffinity(2), and the quota of its cgroup).
     most: OnceLock<usize>,
 }
@@ -101,8 +103,14 @@ impl Workers {
             prepare,
             running: Mutex::new(Running { workers: vec![Worker::new(first, None)], failed: None }),
             idle: Arc::default(),
+            datagrams: Arc::default(),
             most: OnceLock::new(),
         }
+    }
+
+    /// To say whether datagrams are relayed.
+    pub(crate) fn datagrams(&self) -> Arc<AtomicBool> {
+        self.datagrams.clone()
     }
 
     /// Looks how many workers there may be, before the files that say so cannot be read any more.
@@ -117,7 +125,9 @@ impl Workers {
     /// A place for one more connection, on the worker that serves the fewest.
     pub(crate) fn seat(&self) -> Seat {
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-        if running.workers.iter().all(|worker| worker.load() > 0) {
+        let datagrams = usize::from(self.datagrams.load(Ordering::Relaxed));
+        let load = |number: usize, worker: &Worker| worker.load() + if number == 0 { datagrams } else { 0 };
+        if running.workers.iter().enumerate().all(|(number, worker)| load(number, worker) > 0) {
             self.grow(&mut running);
         }
         // Of equals the last: the first one also accepts connections and relays datagrams.
@@ -126,7 +136,7 @@ impl Workers {
             .iter()
             .enumerate()
             .rev()
-            .min_by_key(|(_number, worker)| worker.load())
+            .min_by_key(|(number, worker)| load(*number, worker))
             .expect("the first worker is always there");
         idlest.seats.fetch_add(1, Ordering::Relaxed);
         Seat { worker, runtime: idlest.runtime.clone(), taken: idlest.seats.clone(), idle: self.idle.clone() }
@@ -215,6 +225,19 @@ impl Drop for Seat {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_connection_does_not_go_where_datagrams_are_relayed() {
+        let runtime = new_runtime().unwrap();
+        let workers = Workers::new(runtime.handle().clone(), || Ok(Box::new(|| ())));
+        let most = thread::available_parallelism().map_or(1, usize::from);
+        workers.datagrams().store(true, Ordering::Relaxed);
+        assert_eq!(workers.seat().worker(), 1.min(most - 1));
+        assert_eq!(workers.connections(), 0);
+        workers.datagrams().store(false, Ordering::Relaxed);
+        let seats: Vec<_> = (0..most).map(|_| workers.seat()).collect();
+        assert!(seats.iter().any(|seat| seat.worker() == 0));
+    }
 
     #[test]
     fn connections_spread_over_workers_that_start_on_demand() {

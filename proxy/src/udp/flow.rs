@@ -199,8 +199,11 @@ impl Flow {
 /// Binds `socket` to one of `ports`, of any local address: connect(2) chooses that.
 fn bind(socket: &Socket, to: SocketAddr, ports: &mut LocalPorts, now: Instant) -> io::Result<u16> {
     let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-    for _ in 0..PORT_TRIES {
-        let Some(port) = ports.candidate(now) else { break };
+    let mut tried = 0;
+    while tried < PORT_TRIES
+        && let Some(port) = ports.candidate(now)
+    {
+        tried += 1;
         match socket.bind(&SocketAddr::new(any, port).into()) {
             Ok(()) => return Ok(port),
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => ports.others_have(),
@@ -208,6 +211,9 @@ fn bind(socket: &Socket, to: SocketAddr, ports: &mut LocalPorts, now: Instant) -
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => ports.forbidden(port),
             Err(error) => return Err(error),
         }
+    }
+    if tried == PORT_TRIES {
+        ports.exhausted(now);
     }
     Err(io::Error::new(
         io::ErrorKind::AddrNotAvailable,

@@ -25,6 +25,9 @@ const LEFT_TO_OTHERS: usize = 4;
 /// Ports that one process may have, however many the others have.
 const LEAST: usize = 64;
 
+/// When others have all ports that were tried, none is tried for this long: each try costs a system call.
+const PAUSE: Duration = Duration::from_millis(100);
+
 /// Where the kernel tells which ports are for sockets that do not choose one (ip(7)).
 const SETTINGS: &str = "/proc/sys/net/ipv4";
 
@@ -32,7 +35,10 @@ const SETTINGS: &str = "/proc/sys/net/ipv4";
 const DEFAULT_RANGE: (u16, u16) = (32_768, 60_999);
 
 /// What one try more or less says about how many ports others have: as much as this many before it.
-const MEMORY: u32 = 64;
+const MEMORY: u32 = 256;
+
+/// Rounds after which the order of the ports looks random.
+const ROUNDS: usize = 4;
 
 /// Bits that the place of a port in the range takes.
 const PLACE_BITS: u32 = 16;
@@ -49,19 +55,21 @@ pub(super) struct LocalPorts {
     reserved: Vec<(u16, u16)>,
     /// Made for the first flow: an idle mapping does without.
     order: Option<Order>,
-    /// In use here.
-    in_use: usize,
-    /// How likely others have a port that this process has not, in parts of [`CERTAIN`].
+    /// Others had all that were tried: until then, none is.
+    paused_until: Option<Instant>,
+    /// How likely others have the port whose turn it is, in parts of [`CERTAIN`].
     others: u32,
 }
 
 /// The order in which ports are tried, and which are not to be.
 #[derive(Debug)]
 struct Order {
-    /// The place in the range that is next, from 0.
-    next: usize,
-    /// From one place to the next; it has no divisor in common with the size of the range.
-    stride: usize,
+    /// How many ports there are.
+    size: usize,
+    /// Whose turn is next, from 0.
+    turn: usize,
+    /// What makes the order another one in each process.
+    keys: [u64; ROUNDS],
     /// One bit for each port: whether it is in use here, held back, or never to be used.
     unavailable: Vec<u64>,
     /// How many are.
@@ -80,7 +88,7 @@ impl LocalPorts {
     }
 
     fn new((first, last): (u16, u16), reserved: Vec<(u16, u16)>) -> Self {
-        Self { first, last, reserved, order: None, in_use: 0, others: 0 }
+        Self { first, last, reserved, order: None, paused_until: None, others: 0 }
     }
 
     /// How many ports there are, whoever has them.
@@ -91,12 +99,16 @@ impl LocalPorts {
     /// How many of them this process may use at a time, as far as it is known what others have.
     pub(super) fn room(&self) -> usize {
         let count = self.count();
-        let others = (count - self.in_use.min(count)) * self.others as usize / CERTAIN as usize;
+        let others = count * self.others as usize / CERTAIN as usize;
         (count - count / LEFT_TO_OTHERS).saturating_sub(others).max(LEAST.min(count))
     }
 
-    /// The port to try next, unless all are in use here or held back. Then say what became of it.
+    /// The port to try next, unless all are in use here or held back, or others had all of them a moment
+    /// ago. Then say what became of it.
     pub(super) fn candidate(&mut self, now: Instant) -> Option<u16> {
+        if self.paused_until.is_some_and(|until| now < until) {
+            return None;
+        }
         let count = self.count();
         let order = self.order.get_or_insert_with(|| Order::new(self.first, self.last, &self.reserved));
         order.release(now);
@@ -104,19 +116,19 @@ impl LocalPorts {
             return None;
         }
         loop {
-            let place = order.next;
-            order.next = (place + order.stride) % count;
+            let place = order.place_of(order.turn);
+            order.turn = (order.turn + 1) % count;
             if !order.is_unavailable(place) {
                 return u16::try_from(place).ok().map(|place| self.first + place);
             }
+            self.others -= self.others.div_ceil(MEMORY);
         }
     }
 
     /// The candidate is in use by a flow from now on.
     pub(super) fn taken(&mut self, port: u16) {
-        if self.set_unavailable(port) {
-            self.in_use += 1;
-        }
+        self.set_unavailable(port);
+        self.paused_until = None;
         self.others -= self.others.div_ceil(MEMORY);
     }
 
@@ -130,11 +142,14 @@ impl LocalPorts {
         self.set_unavailable(port);
     }
 
+    /// Others had all candidates that were tried.
+    pub(super) fn exhausted(&mut self, now: Instant) {
+        self.paused_until = Some(now + PAUSE);
+    }
+
     /// A flow goes on with a port that another process chose.
     pub(super) fn adopted(&mut self, port: u16) {
-        if self.set_unavailable(port) {
-            self.in_use += 1;
-        }
+        self.set_unavailable(port);
     }
 
     /// A port is in use no more, and had its last datagram at `last_active`.
@@ -142,35 +157,53 @@ impl LocalPorts {
         if (self.first..=self.last).contains(&port)
             && let Some(order) = &mut self.order
         {
-            self.in_use = self.in_use.saturating_sub(1);
             order.hold_back(usize::from(port - self.first), last_active + HELD_BACK);
         }
     }
 
-    fn set_unavailable(&mut self, port: u16) -> bool {
-        if !(self.first..=self.last).contains(&port) {
-            return false;
+    fn set_unavailable(&mut self, port: u16) {
+        if (self.first..=self.last).contains(&port) {
+            let order = self.order.get_or_insert_with(|| Order::new(self.first, self.last, &self.reserved));
+            order.set(usize::from(port - self.first), true);
         }
-        let order = self.order.get_or_insert_with(|| Order::new(self.first, self.last, &self.reserved));
-        order.set(usize::from(port - self.first), true)
     }
 }
 
 impl Order {
     fn new(first: u16, last: u16, reserved: &[(u16, u16)]) -> Self {
-        let count = usize::from(last - first) + 1;
-        let random = |what: u8| usize::try_from(RandomState::new().hash_one(what) >> 33).unwrap_or(0) % count;
-        let coprime = |stride: &usize| greatest_common_divisor(*stride, count) == 1;
-        let stride = (random(0)..).find(coprime).unwrap_or(1);
-        let unavailable = vec![0; count.div_ceil(64)];
+        let size = usize::from(last - first) + 1;
+        let random = RandomState::new();
+        let keys = std::array::from_fn(|round| random.hash_one(round));
+        let unavailable = vec![0; size.div_ceil(64)];
         let (held_back, start) = (BinaryHeap::new(), Instant::now());
-        let mut order = Self { next: random(1), stride, unavailable, count: 0, held_back, start };
+        let mut order = Self { size, turn: 0, keys, unavailable, count: 0, held_back, start };
         for (low, high) in reserved {
             for port in (*low).max(first)..=(*high).min(last) {
                 order.set(usize::from(port - first), true);
             }
         }
         order
+    }
+
+    /// The place in the range whose turn it is: a permutation of all, which looks random.
+    ///
+    /// It is a Feistel network over as many bits as a place has, or one more, walked until it is back in the range (Black and Rogaway, Ciphers
+    /// with Arbitrary Finite Domains, 2002).
+    fn place_of(&self, turn: usize) -> usize {
+        let half = (usize::BITS - (self.size - 1).leading_zeros()).div_ceil(2);
+        let mask = (1 << half) - 1;
+        let mut place = turn;
+        loop {
+            let (mut left, mut right) = (place >> half, place & mask);
+            for key in self.keys {
+                let mixed = (right as u64 ^ key).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 48;
+                (left, right) = (right, left ^ usize::try_from(mixed).unwrap_or(0) & mask);
+            }
+            place = left << half | right;
+            if place < self.size {
+                return place;
+            }
+        }
     }
 
     fn hold_back(&mut self, place: usize, until: Instant) {
@@ -198,10 +231,9 @@ impl Order {
         self.unavailable[place / 64] & (1 << (place % 64)) != 0
     }
 
-    /// Gives whether that is a change.
-    fn set(&mut self, place: usize, unavailable: bool) -> bool {
+    fn set(&mut self, place: usize, unavailable: bool) {
         if self.is_unavailable(place) == unavailable {
-            return false;
+            return;
         }
         self.unavailable[place / 64] ^= 1 << (place % 64);
         if unavailable {
@@ -209,12 +241,7 @@ impl Order {
         } else {
             self.count -= 1;
         }
-        true
     }
-}
-
-fn greatest_common_divisor(a: usize, b: usize) -> usize {
-    if a == 0 { b } else { greatest_common_divisor(b % a, a) }
 }
 
 /// Two ports, the first and the last one.
@@ -237,7 +264,7 @@ fn parse_list(text: &str) -> Vec<(u16, u16)> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::HashSet;
+    use std::collections::{HashSet, VecDeque};
 
     use super::*;
 
@@ -290,22 +317,59 @@ mod tests {
         let now = Instant::now();
         assert_eq!(ports.room(), 30_000);
         let tries = |ports: &mut LocalPorts, others: usize| {
-            for number in 0..1000 {
+            for number in 0..4000 {
                 let port = ports.candidate(now).unwrap();
                 if number % 4 < others {
                     ports.others_have();
                 } else {
                     ports.taken(port);
-                    ports.given_back(port, now);
+                    ports.given_back(port, now - HELD_BACK);
                 }
             }
         };
         tries(&mut ports, 2);
-        assert!((7_000..13_000).contains(&ports.room()), "half is taken: {}", ports.room());
+        assert!((9_000..11_000).contains(&ports.room()), "half is taken: {}", ports.room());
         tries(&mut ports, 3);
-        assert!(ports.room() < 3_000, "three quarters are taken: {}", ports.room());
+        assert!(ports.room() < 1_000, "three quarters are taken: {}", ports.room());
         tries(&mut ports, 0);
         assert_eq!(ports.room(), 30_000);
+    }
+
+    /// Flows come and go without a pause, and those that went hold their ports back.
+    #[test]
+    fn a_process_beside_another_leaves_a_quarter_of_the_ports() {
+        let mut ports = LocalPorts::new((20_000, 59_999), Vec::new());
+        let now = Instant::now();
+        let others: HashSet<u16> = take_all(&mut LocalPorts::new((20_000, 59_999), Vec::new()), 20_000);
+        let (mut own, mut most) = (VecDeque::new(), 0);
+        for _ in 0..30_000 {
+            if own.len() >= ports.room() {
+                own.pop_front().into_iter().for_each(|port| ports.given_back(port, now));
+            }
+            let Some(port) = ports.candidate(now) else { break };
+            if others.contains(&port) {
+                ports.others_have();
+            } else {
+                ports.taken(port);
+                own.push_back(port);
+            }
+            most = most.max(own.len());
+        }
+        assert!((9_000..12_000).contains(&most), "{most} of 10,000");
+    }
+
+    fn take_all(ports: &mut LocalPorts, count: usize) -> HashSet<u16> {
+        let now = Instant::now();
+        (0..count).map_while(|_| take(ports, now)).collect()
+    }
+
+    #[test]
+    fn when_others_have_all_ports_none_is_tried_for_a_moment() {
+        let mut ports = LocalPorts::new((50_000, 50_009), Vec::new());
+        let now = Instant::now();
+        ports.exhausted(now);
+        assert_eq!(ports.candidate(now), None);
+        assert!(ports.candidate(now + PAUSE).is_some());
     }
 
     #[test]

@@ -10,6 +10,7 @@ use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use arrayvec::ArrayVec;
@@ -65,13 +66,15 @@ pub(crate) struct UdpRelay {
     /// Which flow the datagram in each slot of the batch belongs to.
     slots: Vec<(FlowId, usize)>,
     turn: Turn,
+    /// Tells whether there are flows, so that connections go to other workers.
+    has_flows: Arc<AtomicBool>,
     draining: bool,
 }
 
 impl UdpRelay {
-    /// A relay without mappings. `beside_tcp` says whether connections need descriptors too. It ends when
-    /// nobody can give `orders` any more.
-    pub(crate) fn new(poll: Poll, orders: Orders, beside_tcp: bool) -> Self {
+    /// A relay without mappings. `beside_tcp` says whether connections need descriptors too; `has_flows` is
+    /// told whether there are flows. It ends when nobody can give `orders` any more.
+    pub(crate) fn new(poll: Poll, orders: Orders, beside_tcp: bool, has_flows: Arc<AtomicBool>) -> Self {
         let capacity = Capacity::of_this_host(beside_tcp);
         Self {
             poll,
@@ -83,6 +86,7 @@ impl UdpRelay {
             batch: None,
             slots: Vec::new(),
             turn: Turn::default(),
+            has_flows,
             draining: false,
         }
     }
@@ -109,6 +113,10 @@ impl UdpRelay {
             }
             self.serve(&mut events);
             self.end_some(Instant::now());
+            let has_flows = self.table.len() > 0;
+            if has_flows != self.has_flows.load(Ordering::Relaxed) {
+                self.has_flows.store(has_flows, Ordering::Relaxed);
+            }
             if self.has_deadline() {
                 let deadline = tokio::time::Instant::from_std(self.next_deadline());
                 if alarm.is_elapsed() || deadline < alarm.deadline() {
@@ -139,6 +147,11 @@ impl UdpRelay {
             Order::Flows(FlowOrder::Pause(tell)) => drop(tell.send(self.pause())),
             Order::Flows(FlowOrder::Resume) => self.resume(),
             Order::Flows(FlowOrder::Adopt(flows)) => self.adopt(flows),
+            Order::Flows(FlowOrder::GiveWay(ports, done)) => {
+                self.give_way(&ports);
+                // Whoever asked may not wait for it.
+                done.send(()).ok();
+            }
         }
     }
 
@@ -429,12 +442,29 @@ impl UdpRelay {
         Ok(id)
     }
 
-    /// Takes flows out until there is room for another one.
+    /// Takes a flow out so that there is room for another one; and one more if there are fewer places than
+    /// before. All at once would be too many, for what others leave is an estimate.
     pub(super) fn make_room(&mut self, bounds: &Bounds, key: &FlowKey) {
-        while let Some(ended) = self.table.make_room(bounds, key.client.ip()) {
+        for _ in 0..2 {
+            let Some(ended) = self.table.make_room(bounds, key.client.ip()) else { break };
             self.displace(ended);
         }
         self.close_ended(2);
+    }
+
+    /// Ends flows at some local ports, which somebody else is to have.
+    fn give_way(&mut self, ports: &[u16]) {
+        let Self { table, .. } = self;
+        let theirs = table.iter().filter_map(|(id, _key, _at)| Some((id, table.get(id)?.1.port)));
+        let theirs: Vec<FlowId> =
+            theirs.filter(|(_id, port)| ports.contains(port)).map(|(id, _port)| id).collect();
+        for id in theirs {
+            if let Some(ended) = self.table.remove(id) {
+                self.displace(ended);
+            }
+        }
+        // One of them may have ended before.
+        self.close_ended(self.ended.len());
     }
 
     /// Receives what the backend answered into the batch, whose first `replies` slots hold answers

@@ -94,6 +94,25 @@ pub(crate) fn ports_in_turn() {
     assert!(udp::is_silent(&backend));
 }
 
+/// A port that a flow uses towards its backend can be published: the flow's client gets another one.
+pub(crate) fn flows_give_way() {
+    let stage = Stage::new(json!({}));
+    let _backend = Backend::naming(stage.backend(5300));
+    let client = stage.client();
+    let flow = flow_of(&client, FRONT);
+    let front = SocketAddr::from((HOST_V4, flow.port()));
+    // By all addresses, among them the one that the flow comes from.
+    let (host, to) = (format!("0.0.0.0:{}", flow.port()), BACK.to_string());
+    stage.proxy.ctl(&["add", "--proto", "udp", "--host", &host, "--to", &to]).success();
+    assert_ne!(flow_of(&client, FRONT), flow);
+    flow_of(&client, front);
+    // Another program does not.
+    let taken = stage.net.host.run(|| UdpSocket::bind("0.0.0.0:5353").unwrap());
+    let refused = stage.proxy.ctl(&["add", "--proto", "udp", "--host", "0.0.0.0:5353", "--to", &to]);
+    assert!(!refused.status.success(), "{refused:?}");
+    drop(taken);
+}
+
 /// What a flow sent before it had to go was sent, and nothing is lost without a trace.
 pub(crate) fn burst_at_the_cap() {
     let stage = Stage::new(json!({ "udp_max_flows": 8, "udp_max_flows_per_source": 8 }));
