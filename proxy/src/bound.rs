@@ -118,8 +118,13 @@ impl Bound {
     pub fn bind_all(mappings: Vec<Mapping>, mut passed: Passed) -> Result<Vec<Self>, BoundError> {
         let mut turns: Vec<(usize, Mapping)> = mappings.into_iter().enumerate().collect();
         turns.sort_by_key(|(_index, mapping)| mapping.host_ports().freedom());
-        let mut bind =
-            |(index, mapping)| Self::take_or_bind(mapping, &mut passed).map(|bound| (index, bound));
+        let mut missing: usize = turns.iter().map(|(_index, mapping)| mapping.sockets()).sum();
+        let mut bind = |(index, mapping): (usize, Mapping)| {
+            let sockets = mapping.sockets();
+            let bound = Self::take_or_bind(mapping, &mut passed).map_err(|error| error.of(missing))?;
+            missing -= sockets;
+            Ok::<_, BoundError>((index, bound))
+        };
         let mut bound: Vec<_> = turns.into_iter().map(&mut bind).collect::<Result<_, _>>()?;
         bound.sort_by_key(|(index, _bound)| *index);
         let bound: Vec<Self> = bound.into_iter().map(|(_index, bound)| bound).collect();
@@ -193,6 +198,16 @@ pub enum BoundError {
     /// A mapping leads back to itself.
     #[error(transparent)]
     Loop(#[from] LoopError),
+}
+
+impl BoundError {
+    /// The same where `more` sockets were to be bound, the one at fault among them.
+    fn of(self, more: usize) -> Self {
+        match self {
+            Self::Bind(error) => Self::Bind(error.of(more)),
+            other => other,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -191,12 +191,14 @@ impl Server {
         let changed = changed.collect::<Result<_, _>>()?;
         let spare = self.sockets_of(&plan.remove);
         let added = Vec::with_capacity(plan.add.len());
-        let mut prepared = Prepared { added, changed, removed: plan.remove, spare };
         let mut add = plan.add;
+        let missing = add.iter().map(|(_name, mapping)| mapping.sockets()).sum();
+        let mut prepared = Prepared { added, changed, removed: plan.remove, spare, missing };
         // Those that may choose choose last.
         add.sort_by_key(|(_name, mapping)| mapping.host_ports().freedom());
         for (name, mapping) in add {
             let served = self.prepare_new(&name, mapping, &mut prepared).await?;
+            prepared.missing -= served.ports.len();
             prepared.added.push((name, served));
         }
         self.refuse_loops_of_chosen(&prepared)?;
@@ -312,7 +314,7 @@ impl Server {
                 ChangeError::StillBound { name: name.clone(), other: other.clone(), port }
             }
             Some((port, _name, other)) => OverlapError::new(mapping, other, port).into(),
-            None => ChangeError::Bind { name: name.clone(), source },
+            None => ChangeError::Bind { name: name.clone(), source: source.of(prepared.missing) },
         }
     }
 
@@ -337,7 +339,7 @@ impl Server {
 
     /// Does what was prepared.
     async fn commit(&mut self, prepared: Prepared) {
-        let Prepared { added, changed, removed, spare } = prepared;
+        let Prepared { added, changed, removed, spare, .. } = prepared;
         let ports = |set: &[(Name, Served)]| -> Vec<Assignment> {
             set.iter().flat_map(|(_name, served)| served.ports.clone()).collect()
         };
@@ -391,6 +393,8 @@ struct Prepared {
     removed: Vec<Name>,
     /// Sockets of removed mappings that no added one uses.
     spare: Spare,
+    /// How many sockets are still to be bound, or taken over.
+    missing: usize,
 }
 
 type Spare = HashMap<Place, Arc<Port>>;

@@ -14,6 +14,7 @@ pub mod config;
 pub mod console;
 pub mod control;
 pub mod demo;
+mod descriptors;
 pub mod docker;
 pub mod duration;
 pub mod endpoint;

@@ -11,6 +11,7 @@ use rproxy_sys::udp;
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 
 use crate::addr::Protocol;
+use crate::descriptors::explain;
 use crate::mapping::{Forward, Mapping};
 use crate::ports::PortRange;
 
@@ -47,7 +48,7 @@ impl Listener {
             Protocol::Tcp => bind_tcp(addr, mapping.v6only).map(Self::Tcp),
             Protocol::Udp => bind_udp(addr, mapping.v6only).map(Self::Udp),
         };
-        bound.map_err(|source| BindError { protocol: mapping.protocol, addr, among: None, source })
+        bound.map_err(|source| BindError { protocol: mapping.protocol, addr, among: None, more: 1, source })
     }
 
     /// Adopts a socket that was bound for us, whatever it is of the two.
@@ -208,11 +209,18 @@ pub struct BindError {
     pub addr: SocketAddr,
     /// The ports of which one would have done, if it was not this one alone.
     pub among: Option<PortRange>,
+    /// How many sockets there were to bind, this one among them.
+    pub(crate) more: usize,
     /// What the kernel answered.
     pub source: io::Error,
 }
 
 impl BindError {
+    /// The same where `more` sockets were to be bound, this one among them.
+    pub(crate) fn of(self, more: usize) -> Self {
+        Self { more, ..self }
+    }
+
     /// No port that `mapping` could have is free, `last` being why the last one tried is not.
     pub(crate) fn all_taken(mapping: &Mapping, last: Option<Self>) -> Self {
         let range = mapping.host_ports().range().unwrap_or(PortRange::EPHEMERAL);
@@ -222,6 +230,7 @@ impl BindError {
             protocol,
             addr: mapping.host().at(range.first()),
             among: Some(range),
+            more: 1,
             source: last.map_or_else(in_use, |error| error.source),
         }
     }
@@ -254,7 +263,7 @@ impl BindError {
                 }
                 _ => "this machine has no IPv6; use an IPv4 address".to_owned(),
             },
-            _ => source.to_string(),
+            _ => explain(source, self.more),
         }
     }
 }

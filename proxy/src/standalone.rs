@@ -20,6 +20,7 @@ use crate::config::{self, ConfigError};
 use crate::console::Output;
 use crate::control::manager::{Drain, Manager, Reload};
 use crate::control::socket::{ControlSocket, SocketError};
+use crate::descriptors::explain;
 use crate::family::{NO_IPV6, has_ipv6};
 use crate::listen::BindError;
 use crate::loops::LoopError;
@@ -254,6 +255,6 @@ enum StartError {
     Upgrade(#[from] UpgradeError),
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
-    #[error("cannot {step}: {source}")]
+    #[error("cannot {step}: {}", explain(source, 1))]
     Setup { step: &'static str, source: io::Error },
 }

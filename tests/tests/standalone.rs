@@ -5,7 +5,7 @@
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 use std::thread;
 use std::time::Duration;
 
@@ -15,6 +15,7 @@ use socket2::{Domain, Socket, Type};
 
 use rproxy_tests::backend::{self, TcpBackend};
 use rproxy_tests::client::{self, End, own_address};
+use rproxy_tests::controlled::Controlled;
 use rproxy_tests::netns::Namespace;
 use rproxy_tests::process::{self, Output, Process, Stream};
 use rproxy_tests::require::{self, Need};
@@ -61,6 +62,7 @@ fn main() -> ExitCode {
         case("JSON log", json_log),
         case("log levels", log_levels),
         case("out of descriptors", out_of_descriptors).needs(&[Need::Program("prlimit")]),
+        case("too few descriptors for the mappings", too_few_descriptors).needs(&[Need::Program("prlimit")]),
     ])
 }
 
@@ -440,6 +442,40 @@ fn limit_descriptors(pid: Pid, limit: usize) {
     let mut command = require::command("prlimit");
     command.args([format!("--pid={pid}"), format!("--nofile={limit}:")]);
     process::run(command).success();
+}
+
+/// `rproxy` with a limit of descriptors.
+fn limited(most: usize, arguments: &[&str]) -> Command {
+    let mut command = require::command("prlimit");
+    command.arg(format!("--nofile={most}:{most}")).arg(rproxy::rproxy()).args(arguments);
+    command
+}
+
+/// The limit that a message suggests.
+#[track_caller]
+fn suggested_limit(message: &str) -> usize {
+    assert!(message.contains("descriptors are needed, and the limit is 64; set LimitNOFILE="), "{message}");
+    assert!(message.contains("--ulimit nofile="), "{message}");
+    let number = message.split("`ulimit -n ").nth(1).and_then(|rest| rest.split('`').next());
+    number.unwrap().parse().unwrap()
+}
+
+fn too_few_descriptors() {
+    let host = format!("{}:8000-8099", client::own_loopback());
+    let arguments = ["--host", &host, "--to", "192.0.2.1:8000-8099"];
+    let output = process::run(limited(64, &arguments));
+    assert_fails(&output, 1, &["--host", "too many open files: 164 descriptors are needed"]);
+    let enough = suggested_limit(&output.stderr);
+    Process::spawn(limited(enough, &arguments)).wait_for_line(Stream::Stdout, |line| line.contains(" -> "));
+    // The same for one that is told later.
+    let proxy = Controlled::start_by(&[], |command| {
+        let arguments: Vec<_> = command.get_args().map(|argument| argument.to_str().unwrap()).collect();
+        Process::spawn(limited(64, &arguments))
+    });
+    let refused = proxy.ctl(&[&["add", "--name", "many"], &arguments[..]].concat());
+    assert_fails(&refused, 1, &["many: cannot listen on "]);
+    suggested_limit(&refused.stderr);
+    assert_eq!(proxy.json(&["list"])["mappings"], serde_json::json!([]));
 }
 
 fn out_of_descriptors() {

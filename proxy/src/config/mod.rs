@@ -24,6 +24,7 @@ use self::keys::Keys;
 pub use self::mistake::Mistake;
 use self::mistake::{Found, Lines};
 pub use self::print::print;
+use crate::descriptors::explain;
 use crate::loops::refuse_loops_among;
 use crate::mapping::Mapping;
 use crate::overlap::{Overlap, OverlapError, overlaps};
@@ -201,7 +202,7 @@ fn loops(tables: &[Table<'_>], mappings: &[Mapping]) -> Option<Found> {
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// It cannot be read.
-    #[error("{}: {source}", path.display())]
+    #[error("{}: {}", path.display(), explain(source, 1))]
     Read {
         /// The file.
         path: PathBuf,

@@ -20,6 +20,7 @@ use tokio::time::timeout;
 use tracing::{debug, warn};
 
 use super::protocol::{self, LONGEST_LINE, Refusal, Request};
+use crate::descriptors::explain;
 use crate::log_limit::LogLimit;
 
 /// Clients at a time. One more is told so and sent away.
@@ -68,7 +69,7 @@ pub(super) async fn serve(listener: StdListener, calls: mpsc::Sender<Call>) -> i
             Ok((client, _address)) => client,
             Err(error) => {
                 if let Some(suppressed) = FAILED.permit() {
-                    warn!(%error, suppressed, "cannot accept a control client");
+                    warn!(error = explain(&error, 1), suppressed, "cannot accept a control client");
                 }
                 tokio::time::sleep(PAUSE).await;
                 continue;

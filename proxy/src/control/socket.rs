@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use nix::sys::stat::{Mode, fchmod};
 use socket2::{Domain, SockAddr, Socket, Type};
 
+use crate::descriptors::explain;
+
 /// Where the socket is unless a path is given.
 pub const DEFAULT_PATH: &str = "/run/rproxy.sock";
 
@@ -152,7 +154,7 @@ pub enum SocketError {
         reason: String,
     },
     /// The kernel refused.
-    #[error("--control {}: cannot listen there: {source}", path.display())]
+    #[error("--control {}: cannot listen there: {}", path.display(), explain(source, 1))]
     Bind {
         /// The path.
         path: PathBuf,

@@ -19,6 +19,7 @@ use tracing::{debug, error, warn};
 use super::{Accepted, connections, dial, reactor, serve};
 use crate::addr::{BackendAddr, HostAddr, canonical};
 use crate::backoff::Backoff;
+use crate::descriptors::explain;
 use crate::limits::OnLimit;
 use crate::listen::{BACKLOG, set_stream_options};
 use crate::log_limit::LogLimit;
@@ -408,15 +409,6 @@ fn log_failure(forward: &Forward, error: &io::Error) {
     static FAILED: LogLimit = LogLimit::new();
 
     if let Some(suppressed) = FAILED.permit() {
-        warn!(mapping = %forward, error = %explain(error), suppressed, "cannot accept a connection");
-    }
-}
-
-/// The kernel's answer, with a way out where there is one.
-fn explain(error: &io::Error) -> String {
-    match error.raw_os_error() {
-        Some(nix::libc::EMFILE) => format!("{error}; raise this process's limit (`ulimit -n`)"),
-        Some(nix::libc::ENFILE) => format!("{error}; raise the machine's limit (fs.file-max)"),
-        _ => error.to_string(),
+        warn!(mapping = %forward, error = %explain(error, 2), suppressed, "cannot accept a connection");
     }
 }

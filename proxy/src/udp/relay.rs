@@ -26,6 +26,7 @@ use super::table::{Bounds, Ended, FlowId, FlowTable, MappingId, Side};
 use super::tally::{Tally, Towards};
 use super::turn::{Events, Turn, slots_for};
 use crate::addr::canonical;
+use crate::descriptors::explain;
 use crate::log_limit::LogLimit;
 use crate::poll::{PORT, Poll};
 use crate::service::{Assignment, Route};
@@ -396,7 +397,7 @@ impl UdpRelay {
             Err(error) => {
                 stats.count(Trouble::FlowFailed);
                 if let Some(suppressed) = FAILED.permit() {
-                    warn!(mapping = %route.forward, client = %canonical(key.client), %error, suppressed, "cannot open a flow");
+                    warn!(mapping = %route.forward, client = %canonical(key.client), error = explain(&error, 1), suppressed, "cannot open a flow");
                 }
                 None
             }

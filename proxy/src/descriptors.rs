@@ -1,0 +1,49 @@
+//! What to say when there are no descriptors left.
+
+use std::io;
+
+use nix::libc;
+use nix::sys::resource::{Resource, getrlimit};
+
+/// What an error means: what would help if it is the lack of descriptors, of which at least `more` are needed.
+pub(crate) fn explain(error: &io::Error, more: usize) -> String {
+    match error.raw_os_error() {
+        Some(libc::EMFILE) => {
+            let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(0, |(soft, _hard)| soft);
+            too_many(limit, u64::try_from(more).unwrap_or(u64::MAX))
+        }
+        Some(libc::ENFILE) => {
+            format!("{error}: all files that the machine may have open are; raise fs.file-max with sysctl")
+        }
+        _ => error.to_string(),
+    }
+}
+
+/// `limit` descriptors are open, and `more` are needed.
+fn too_many(limit: u64, more: u64) -> String {
+    let needed = limit.saturating_add(more);
+    // Connections take some, too.
+    let enough = needed.saturating_mul(2).next_power_of_two();
+    format!(
+        "too many open files: {needed} descriptors are needed, and the limit is {limit}; set LimitNOFILE={enough} in \
+         the unit, `ulimit -n {enough}` before the start, or --ulimit nofile={enough} for docker"
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn need_limit_and_remedy_are_named() {
+        let message = explain(&io::Error::from_raw_os_error(libc::EMFILE), 1);
+        let limit = getrlimit(Resource::RLIMIT_NOFILE).unwrap().0;
+        assert!(
+            message.contains(&format!("{} descriptors are needed, and the limit is {limit};", limit + 1)),
+            "{message}"
+        );
+        assert!(too_many(1024, 9000).contains("LimitNOFILE=32768"), "{}", too_many(1024, 9000));
+        assert!(explain(&io::Error::from_raw_os_error(libc::ENFILE), 1).contains("fs.file-max"));
+        assert!(!explain(&io::Error::from_raw_os_error(libc::EINVAL), 1).contains("limit"));
+    }
+}
