@@ -64,11 +64,17 @@ impl Upgrade {
     pub(crate) async fn open_configuration(&mut self) -> Result<io::Result<File>, UpgradeError> {
         let launcher = self.launcher.as_ref().map_err(|reason| UpgradeError::NoLauncher(reason.clone()))?;
         let asked = launcher.ask().map_err(UpgradeError::talk("ask for the configuration"))?;
-        let opened = answer(asked.open()).await;
-        if let Err(UpgradeError::NoLauncher(reason)) = &opened {
-            self.launcher = Err(reason.clone());
-        }
-        opened
+        let gone = match timeout(LAUNCHER_PATIENCE, asked.open()).await {
+            Ok(Ok(opened)) => return Ok(opened),
+            Ok(Err(error)) => Err(error),
+            // It waits for a file system that does not answer. This process must not.
+            Err(late) => Ok(Err(io::Error::from(late))),
+        };
+        // An answer that comes late after all would be taken for that to another question.
+        let no_answer = "it does not answer".to_owned();
+        let reason = gone.as_ref().err().map_or(no_answer, ToString::to_string);
+        self.launcher = Err(reason.clone());
+        gone.map_err(|_gone| UpgradeError::NoLauncher(reason))
     }
 
     /// Lets a new process serve in place of this one. Gives whether it does; if not, or if this is dropped
