@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
+use socket2::SockRef;
 
 use rproxy_tests::PATIENCE;
 use rproxy_tests::client::{self, End};
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         case("what is sent just before a close arrives", sent_before_close_arrives),
         case("an end that comes with the last bytes", end_with_last_bytes),
         case("a half-closed connection goes on", half_closed_goes_on),
+        case("an urgent byte keeps its place", urgent_byte_keeps_its_place),
         case("a reset is passed on as a reset", reset_is_passed_on),
         case("a reset reaches a reader that stalls", reset_reaches_stalled_reader),
         case("a reset during a stall is still a reset", reset_during_stall),
@@ -233,7 +235,7 @@ impl Flow {
                     assert!(buffer[..len] == expected[..len], "other bytes from {received} on");
                     received += len;
                 }
-                Err(error) if error.kind() == ErrorKind::ConnectionReset => return (received, End::Reset),
+                Err(error) if is_reset(error.kind()) => return (received, End::Reset),
                 Err(error) => panic!("after {received} of {} bytes: {error}", self.len),
             }
         }
@@ -402,6 +404,25 @@ fn reset_is_passed_on() {
             assert!(told, "no reset: read {received} bytes and {end:?}, wrote {write:?}");
         });
     });
+}
+
+/// Over Multipath TCP a reset is told once, which may be to a write, and then that nobody is connected.
+fn is_reset(kind: ErrorKind) -> bool {
+    let is_told_before = TRANSPORT.get() == Transport::Mptcp && kind == ErrorKind::NotConnected;
+    is_told_before || kind == ErrorKind::ConnectionReset
+}
+
+/// An urgent byte is a byte of the stream (RFC 6093), wherever the connection comes in.
+fn urgent_byte_keeps_its_place() {
+    let relay = Relay::start();
+    for side in SIDES {
+        let (mut sender, reader) = relay.connect().by_actor(side);
+        sender.write_all(b"ab").unwrap();
+        SockRef::from(&sender).send_out_of_band(b"c").unwrap();
+        sender.write_all(b"d").unwrap();
+        sender.shutdown(Shutdown::Write).unwrap();
+        assert_eq!(client::read_to_end(&reader), (b"abcd".to_vec(), End::Eof));
+    }
 }
 
 fn was_reset(result: &std::io::Result<()>) -> bool {
