@@ -225,7 +225,7 @@ impl Server {
             names.push(name);
         }
         let gone = remove.iter().chain(change.iter().map(|(name, _mapping)| name)).collect();
-        let refused = refuse_loops(&hops, self.hops_without(&gone), &mut Whereabouts::default());
+        let refused = refuse_loops(&hops, self.hops_without(&gone, &hops), &mut Whereabouts::default());
         refused.map_err(|source| ChangeError::Loop { name: names[source.mapping].clone(), source })
     }
 
@@ -238,17 +238,30 @@ impl Server {
             let some = added.iter().enumerate().filter(move |(_index, (_name, served))| are(served));
             some.flat_map(|(index, (_name, served))| hops_of(index, served))
         };
-        let chosen: Vec<Hop<'_>> = hops(true).collect();
+        let mut known: Vec<Hop<'_>> = hops(true).collect();
+        let chosen = known.len();
+        if chosen == 0 {
+            return Ok(());
+        }
+        known.extend(hops(false).chain(changed.iter().flat_map(|(_name, served)| hops_of(0, served))));
         let gone = removed.iter().chain(changed.iter().map(|(name, _served)| name)).collect();
-        let others = hops(false).chain(changed.iter().flat_map(|(_name, served)| hops_of(0, served)));
-        let others = others.chain(self.hops_without(&gone));
-        let refused = refuse_loops(&chosen, others, &mut Whereabouts::default());
+        let kept = self.hops_without(&gone, &known);
+        let (chosen, others) = known.split_at(chosen);
+        let others = others.iter().copied().chain(kept);
+        let refused = refuse_loops(chosen, others, &mut Whereabouts::default());
         refused.map_err(|source| ChangeError::Loop { name: added[source.mapping].0.clone(), source })
     }
 
-    /// Where the mappings lead that are served, but for those that are `gone`.
-    fn hops_without<'a>(&'a self, gone: &'a HashSet<&Name>) -> impl Iterator<Item = Hop<'a>> {
-        let kept = self.registry.iter().filter(|(name, _served)| !gone.contains(name));
+    /// Where the mappings lead that are served, but for those that are `gone`; none if nothing in `from` leads to a
+    /// port of theirs, which is soon found out.
+    fn hops_without<'a>(
+        &'a self,
+        gone: &'a HashSet<&Name>,
+        from: &[Hop<'_>],
+    ) -> impl Iterator<Item = Hop<'a>> {
+        let is_reached = from.iter().any(|hop| self.registry.listens_on(hop.protocol, hop.backend_ports));
+        let served = is_reached.then(|| self.registry.iter()).into_iter().flatten();
+        let kept = served.filter(|(name, _served)| !gone.contains(name));
         kept.flat_map(|(_name, served)| hops_of(0, served))
     }
 

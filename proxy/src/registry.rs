@@ -1,12 +1,14 @@
 //! Which mappings are served: each under a name of its own.
 
-use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap, btree_map};
 use std::sync::Arc;
 
+use crate::addr::Protocol;
 use crate::mapping::Mapping;
 use crate::name::Name;
 use crate::poll::Port;
+use crate::ports::PortRange;
 use crate::service::{Assignment, Live, Service};
 use crate::stats::Stats;
 use crate::sweep::Sweep;
@@ -50,6 +52,7 @@ struct Departed {
 #[derive(Debug, Default)]
 pub struct Registry {
     served: BTreeMap<Name, Served>,
+    ports: Ports,
     /// Some of them may be over.
     departed: Vec<Departed>,
     sweep: Sweep,
@@ -76,6 +79,11 @@ impl Registry {
         self.served.iter()
     }
 
+    /// Whether some mapping listens on one of `ports`, at whatever address.
+    pub(crate) fn listens_on(&self, protocol: Protocol, ports: PortRange) -> bool {
+        ports.iter().any(|port| self.ports.0.contains_key(&(protocol, port)))
+    }
+
     /// The mappings that are not served any more, but whose connections and flows go on.
     pub fn draining(&self) -> impl Iterator<Item = (&Name, &Stats)> {
         let draining = self.departed.iter().filter(|departed| is_in_use(&departed.live));
@@ -84,10 +92,12 @@ impl Registry {
 
     /// Adds a mapping, or puts it in the place of the one that has its name.
     pub(crate) fn put(&mut self, name: Name, served: Served) {
+        self.ports.add(&served);
         match self.served.entry(name) {
-            Entry::Vacant(entry) => drop(entry.insert(served)),
-            Entry::Occupied(mut entry) => {
+            btree_map::Entry::Vacant(entry) => drop(entry.insert(served)),
+            btree_map::Entry::Occupied(mut entry) => {
                 let replaced = entry.insert(served);
+                self.ports.remove(&replaced);
                 let same = Arc::ptr_eq(&replaced.service.live, &entry.get().service.live);
                 if !same {
                     let name = entry.key().clone();
@@ -100,6 +110,7 @@ impl Registry {
     /// Takes the mapping called `name` out. What goes on in it is still shown.
     pub(crate) fn take(&mut self, name: &Name) -> Option<Vec<Arc<Port>>> {
         let (name, mut served) = self.served.remove_entry(name)?;
+        self.ports.remove(&served);
         let ports = served.ports.drain(..).map(|assignment| assignment.port).collect();
         self.depart(name, served);
         Some(ports)
@@ -112,6 +123,34 @@ impl Registry {
             self.sweep.done(self.departed.len());
         }
     }
+}
+
+/// How many sockets there are at each port.
+#[derive(Debug, Default)]
+struct Ports(HashMap<(Protocol, u16), u32>);
+
+impl Ports {
+    fn add(&mut self, served: &Served) {
+        for port in ports_of(served) {
+            *self.0.entry(port).or_default() += 1;
+        }
+    }
+
+    fn remove(&mut self, served: &Served) {
+        for port in ports_of(served) {
+            if let Entry::Occupied(mut count) = self.0.entry(port) {
+                *count.get_mut() -= 1;
+                if *count.get() == 0 {
+                    count.remove();
+                }
+            }
+        }
+    }
+}
+
+fn ports_of(served: &Served) -> impl Iterator<Item = (Protocol, u16)> {
+    let forwards = served.ports.iter().map(|assignment| &assignment.route.forward);
+    forwards.map(|forward| (forward.protocol, forward.host.socket_addr().port()))
 }
 
 fn is_in_use(live: &Live) -> bool {
