@@ -1,24 +1,29 @@
 //! UDP flows that connection tracking would keep to a translation that no longer holds.
 
 use std::io;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use nix::errno::Errno;
-use rproxy_sys::conntrack::{Family, delete_udp};
+use rproxy_sys::conntrack::{Direction, Family, delete_udp};
+use rproxy_sys::udp::is_local;
 
 use crate::publish::HostAddr;
 
-/// Makes the kernel forget the UDP flows whose first packet was sent to `port` on `host`.
+/// Makes the kernel forget the UDP flows whose first packet was sent to `port` on `host`, or came from there: a late
+/// answer of whoever served the port makes such an entry.
 ///
-/// The *original* destination is compared: an entry that was translated carries the container's port in its reply
+/// The *original* direction is compared: an entry that was translated carries the container's port in its reply
 /// direction only. For a wildcard the address is not compared, because the entry has the concrete one.
 ///
 /// # Errors
 /// When the kernel refuses; a kernel without connection tracking has nothing to forget.
 pub fn forget_udp(host: HostAddr, port: u16) -> io::Result<()> {
     for family in [Family::V4, Family::V6] {
-        let is_stale =
-            |destination: std::net::SocketAddr| destination.port() == port && matches(host, destination.ip());
+        let is_meant = |addr: SocketAddr| addr.port() == port && matches(host, addr.ip());
+        // Others may send from ports of the same number.
+        let is_stale = |entry: Direction| {
+            is_meant(entry.destination) || is_meant(entry.source) && is_local(entry.source)
+        };
         match delete_udp(family, is_stale) {
             Err(error) if error.raw_os_error() == Some(Errno::EPROTONOSUPPORT as i32) => return Ok(()),
             other => drop(other?),

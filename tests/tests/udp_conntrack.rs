@@ -41,6 +41,8 @@ fn main() -> ExitCode {
             .needs(pinned),
         case("--v6only leaves a pinned IPv4 flow alone", pinned_flow_of_others).needs(pinned),
         case("flows to the host addresses are forgotten, and no others", forgets_its_own).needs(conntrack),
+        case("a flow that began at the port is forgotten, if it began here", begun_at_the_port)
+            .needs(conntrack),
         case("without the privilege it serves all the same", unprivileged)
             .needs(conntrack)
             .needs(&[Need::Program("setpriv")]),
@@ -179,6 +181,23 @@ fn forgets_its_own() {
     let namespace = host_with_flows();
     let _proxy = Standalone::start_in(&namespace, &["--host", "0.0.0.0:5300", "--to", "172.17.0.2:53"]);
     assert_eq!(forgotten(&namespace), NOTHING, "a mapping for TCP");
+}
+
+/// A late answer of whoever had the port makes an entry that begins there. One that begins at the same port of
+/// another host is none of ours.
+fn begun_at_the_port() {
+    let namespace = host_with_flows();
+    for source in ["10.0.0.11", "192.0.2.9"] {
+        let entry = format!("-s {source} -d 192.0.2.1 -p udp --sport {PORT} --dport 4444 --timeout 600");
+        namespace.command(&format!("conntrack -I {entry}")).success();
+    }
+    let remembered = || {
+        let list = namespace.command("conntrack -L -p udp --orig-port-src 5300").success();
+        ["src=10.0.0.11 dst=192.0.2.1", "src=192.0.2.9 dst=192.0.2.1"].map(|entry| list.contains(entry))
+    };
+    assert_eq!(remembered(), [true, true]);
+    let _proxy = relay_in(&namespace, "0.0.0.0:5300", (CONTAINER_V4, PORT), &[]);
+    assert_eq!(remembered(), [false, true]);
 }
 
 fn published_live() {

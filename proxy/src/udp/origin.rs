@@ -1,7 +1,9 @@
 //! Datagrams that no client has sent: answering one would only make it go round.
 
 use std::collections::BTreeSet;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use rproxy_sys::udp::is_local;
 
 use crate::mapping::Forward;
 
@@ -50,17 +52,6 @@ fn places(forward: &Forward) -> impl Iterator<Item = (u16, IpAddr)> {
     let serves_both = ip == Ipv6Addr::UNSPECIFIED && !forward.v6only;
     let v4 = serves_both.then_some(Ipv4Addr::UNSPECIFIED.into());
     [ip].into_iter().chain(v4).map(move |ip| (host.port(), ip))
-}
-
-/// Whether `addr` is this host's: then what is sent there would come from there. What cannot be told
-/// is not.
-fn is_local(addr: SocketAddr) -> bool {
-    let source_towards = || -> std::io::Result<SocketAddr> {
-        let socket = UdpSocket::bind((any_of(addr.ip()), 0))?;
-        socket.connect(addr)?;
-        socket.local_addr()
-    };
-    source_towards().is_ok_and(|local| local.ip() == addr.ip())
 }
 
 #[cfg(test)]

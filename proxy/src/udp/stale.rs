@@ -5,14 +5,19 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::{Mutex, PoisonError};
 
-use rproxy_sys::conntrack::{Family, delete_udp};
+use rproxy_sys::conntrack::{Direction, Family, delete_udp};
+use rproxy_sys::udp::is_local;
 use tracing::debug;
 
 use crate::addr::Protocol;
 use crate::mapping::Forward;
 
-/// Makes the kernel forget flows to the UDP ports among `published`, which have to be bound already;
+/// Held by whoever looks through the kernel's table.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// Makes the kernel forget flows to, and from, the UDP ports among `published`, which have to be bound already;
 /// an IPv6 wildcard stands for IPv4 too unless it is `v6only`. Best effort: it needs `CAP_NET_ADMIN`,
 /// and most hosts have nothing to forget. A runtime that publishes by several means does this itself.
 pub(crate) fn forget_flows_to<'a>(published: impl IntoIterator<Item = &'a Forward>) {
@@ -21,8 +26,12 @@ pub(crate) fn forget_flows_to<'a>(published: impl IntoIterator<Item = &'a Forwar
     if published.0.is_empty() {
         return;
     }
+    // One at a time, however many changes follow each other.
+    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut own = HashMap::new();
+    let mut is_own = |addr: SocketAddr| *own.entry(addr.ip()).or_insert_with(|| is_local(addr));
     for family in [Family::V4, Family::V6] {
-        match delete_udp(family, |destination| published.contains(destination)) {
+        match delete_udp(family, |entry| published.is_stale(entry, &mut is_own)) {
             Ok(deleted) => debug!(?family, deleted, "stale UDP flows forgotten"),
             Err(error) => debug!(?family, %error, "stale UDP flows not forgotten"),
         }
@@ -41,6 +50,13 @@ impl Published {
         Self(by_port)
     }
 
+    /// Whether an entry keeps datagrams for one of them from it: it leads there, or began there, with a late
+    /// answer of whoever had the port before. `is_own` says whether an address is this host's: others may
+    /// send from ports of the same number.
+    fn is_stale(&self, entry: Direction, is_own: &mut dyn FnMut(SocketAddr) -> bool) -> bool {
+        self.contains(entry.destination) || self.contains(entry.source) && is_own(entry.source)
+    }
+
     /// Whether a datagram to `destination` is for one of them.
     fn contains(&self, destination: SocketAddr) -> bool {
         let is_for = |(host, v6only): &(IpAddr, bool)| match host {
@@ -55,6 +71,20 @@ impl Published {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_entry_that_began_at_the_port_is_stale_if_this_host_began_it() {
+        let addr = |text: &str| text.parse::<SocketAddr>().unwrap();
+        let published = Published::new([(addr("0.0.0.0:53"), false)]);
+        let is_stale = |source, destination| {
+            let entry = Direction { source: addr(source), destination: addr(destination) };
+            published.is_stale(entry, &mut |addr| addr.ip().to_string() == "10.0.0.11")
+        };
+        assert!(is_stale("192.0.2.1:4444", "10.0.0.11:53"));
+        assert!(is_stale("10.0.0.11:53", "192.0.2.1:4444"));
+        assert!(!is_stale("192.0.2.1:53", "192.0.2.2:4444"));
+        assert!(!is_stale("10.0.0.11:54", "192.0.2.1:4444"));
+    }
 
     #[test]
     fn a_wildcard_stands_for_all_addresses_and_others_for_themselves() {

@@ -46,44 +46,63 @@ impl From<Family> for NetfilterProtoFamily {
     }
 }
 
-/// Deletes the UDP entries whose *original* destination `is_stale` says so of, and gives their number.
+/// Where the original direction of an entry comes from, and where it leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Direction {
+    /// Who sent the first datagram.
+    pub source: SocketAddr,
+    /// To whom.
+    pub destination: SocketAddr,
+}
+
+/// Deletes the UDP entries whose *original* direction `is_stale` says so of, and gives their number.
 /// The original one, because the reply direction of a translated entry has the backend's address and
-/// port, which may be that of many.
+/// port, which may be that of many. Entries are looked at one by one, as the kernel lists them: it takes
+/// no more memory the more there are.
 ///
 /// # Errors
 /// `EPERM` without `CAP_NET_ADMIN`; `EPROTONOSUPPORT` if the kernel does not track connections.
-pub fn delete_udp(family: Family, is_stale: impl Fn(SocketAddr) -> bool) -> io::Result<usize> {
-    let client = Client::open()?;
-    let entries = client.dump(family)?;
+pub fn delete_udp(family: Family, mut is_stale: impl FnMut(Direction) -> bool) -> io::Result<usize> {
+    let (lister, deleter) = (Client::open()?, Client::open()?);
     let mut deleted = 0;
-    for tuple in entries.into_iter().filter(|tuple| udp_destination(tuple).is_some_and(&is_stale)) {
-        deleted += usize::from(client.delete(family, tuple)?);
-    }
+    lister.list(family, |tuple| {
+        if udp_direction(&tuple).is_some_and(&mut is_stale) {
+            deleted += usize::from(deleter.delete(family, tuple)?);
+        }
+        Ok(())
+    })?;
     Ok(deleted)
 }
 
-/// Where one direction of an entry leads, if it is UDP.
-fn udp_destination(tuple: &[Tuple]) -> Option<SocketAddr> {
-    let (mut ip, mut port, mut is_udp) = (None, None, false);
+/// Where one direction of an entry comes from and leads, if it is UDP.
+fn udp_direction(tuple: &[Tuple]) -> Option<Direction> {
+    let (mut ips, mut ports, mut is_udp) = ([None; 2], [None; 2], false);
     for part in tuple {
         match part {
             Tuple::Ip(parts) => {
-                ip = parts.iter().find_map(|part| match part {
-                    IPTuple::DestinationAddress(ip) => Some(*ip),
-                    _ => None,
-                });
+                for part in parts {
+                    match part {
+                        IPTuple::SourceAddress(ip) => ips[0] = Some(*ip),
+                        IPTuple::DestinationAddress(ip) => ips[1] = Some(*ip),
+                        _ => {}
+                    }
+                }
             }
             Tuple::Proto(parts) => {
                 is_udp = parts.contains(&ProtoTuple::Protocol(Protocol::Udp));
-                port = parts.iter().find_map(|part| match part {
-                    ProtoTuple::DestinationPort(port) => Some(*port),
-                    _ => None,
-                });
+                for part in parts {
+                    match part {
+                        ProtoTuple::SourcePort(port) => ports[0] = Some(*port),
+                        ProtoTuple::DestinationPort(port) => ports[1] = Some(*port),
+                        _ => {}
+                    }
+                }
             }
             _ => {}
         }
     }
-    is_udp.then_some(SocketAddr::new(ip?, port?))
+    let [source, destination] = [0, 1].map(|end| Some(SocketAddr::new(ips[end]?, ports[end]?)));
+    is_udp.then_some(Direction { source: source?, destination: destination? })
 }
 
 /// A netlink socket to the connection tracking.
@@ -133,19 +152,22 @@ impl Client {
         }
     }
 
-    /// The original directions of all entries.
-    fn dump(&self, family: Family) -> io::Result<Vec<Vec<Tuple>>> {
+    /// Passes the original directions of all entries to `take`. After a failure of it, the rest is read
+    /// and passed over: the kernel has begun to list.
+    fn list(&self, family: Family, mut take: impl FnMut(Vec<Tuple>) -> io::Result<()>) -> io::Result<()> {
         self.send(family, ConntrackMessage::Get(Vec::new()), NLM_F_DUMP)?;
-        let mut tuples = Vec::new();
+        let mut result = Ok(());
         self.receive(|payload| match payload {
             NetlinkPayload::Done(_) => Some(()),
             NetlinkPayload::InnerMessage(message) => {
-                tuples.extend(original(message));
+                if let (Ok(()), Some(tuple)) = (&result, original(message)) {
+                    result = take(tuple);
+                }
                 None
             }
             _ => None,
         })?;
-        Ok(tuples)
+        result
     }
 
     /// Deletes one entry; `false` if it was over by then.
@@ -184,7 +206,9 @@ mod tests {
     fn destinations(datagram: &[u8]) -> Vec<SocketAddr> {
         netlink::messages(datagram)
             .filter_map(|message| match message.ok()?.payload {
-                NetlinkPayload::InnerMessage(message) => udp_destination(&original(message)?),
+                NetlinkPayload::InnerMessage(message) => {
+                    Some(udp_direction(&original(message)?)?.destination)
+                }
                 _ => None,
             })
             .collect()
@@ -223,12 +247,12 @@ mod tests {
     }
 
     #[test]
-    fn the_destination_of_a_udp_entry_is_found() {
-        let destination = |tuple: &[Tuple]| udp_destination(tuple).map(|addr| addr.to_string());
+    fn both_ends_of_a_udp_entry_are_found() {
         let udp = tuple(Protocol::Udp, "10.0.0.11", 53);
-        assert_eq!(destination(&udp).as_deref(), Some("10.0.0.11:53"));
-        assert_eq!(destination(&tuple(Protocol::Tcp, "10.0.0.11", 53)), None);
-        assert_eq!(destination(&udp[..1]), None);
-        assert_eq!(destination(&udp[1..]), None);
+        let [source, destination] = ["10.0.0.9:5353", "10.0.0.11:53"].map(|addr| addr.parse().unwrap());
+        assert_eq!(udp_direction(&udp), Some(Direction { source, destination }));
+        assert_eq!(udp_direction(&tuple(Protocol::Tcp, "10.0.0.11", 53)), None);
+        assert_eq!(udp_direction(&udp[..1]), None);
+        assert_eq!(udp_direction(&udp[1..]), None);
     }
 }

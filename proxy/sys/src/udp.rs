@@ -3,7 +3,7 @@
 
 use std::io::{self, IoSlice};
 use std::mem::{MaybeUninit, zeroed};
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr, UdpSocket};
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
@@ -271,6 +271,17 @@ pub fn set_buffers(socket: BorrowedFd<'_>, receive: usize, send: usize) -> io::R
     set(libc::SO_SNDBUFFORCE, libc::SO_SNDBUF, send)
 }
 
+/// Whether `addr` is this host's: what is sent there would come from there. What cannot be told is not.
+pub fn is_local(addr: SocketAddr) -> bool {
+    let any = if addr.is_ipv4() { IpAddr::from([0; 4]) } else { IpAddr::from([0; 16]) };
+    let source_towards = || -> io::Result<SocketAddr> {
+        let socket = UdpSocket::bind((any, 0))?;
+        socket.connect(addr)?;
+        socket.local_addr()
+    };
+    source_towards().is_ok_and(|local| local.ip() == addr.ip())
+}
+
 /// The size of a socket's receive buffer in bytes, as it was set; the kernel doubles that for its own
 /// bookkeeping.
 ///
@@ -282,7 +293,6 @@ pub fn receive_buffer(socket: BorrowedFd<'_>) -> io::Result<usize> {
 
 #[cfg(test)]
 mod tests {
-    use std::net::UdpSocket;
     use std::os::fd::AsFd;
 
     use super::*;
@@ -316,7 +326,7 @@ mod tests {
                 for slot in 1..=3 {
                     assert_eq!(batch.sender(slot), Some(a.local_addr().unwrap()));
                     let local = batch.control(slot).local.unwrap();
-                    assert_eq!(local.ip, ip.parse::<std::net::IpAddr>().unwrap());
+                    assert_eq!(local.ip, ip.parse::<IpAddr>().unwrap());
                 }
             }
             let none = batch.recv(b.as_fd(), 0, BATCH, true).unwrap_err();
@@ -383,6 +393,13 @@ mod tests {
             let message = Transmit { to: batch.sender(0), source: Some(local), ..transmit(&payload) };
             send(server.as_fd(), &message).unwrap();
             assert_eq!(client.recv_from(&mut [0; 9]).unwrap().1.ip(), local.ip);
+        }
+    }
+
+    #[test]
+    fn the_addresses_of_this_host_are_its_own() {
+        for (addr, is_own) in [("127.0.0.1:9", true), ("127.9.9.9:9", true), ("192.0.2.1:9", false)] {
+            assert_eq!(is_local(addr.parse().unwrap()), is_own, "{addr}");
         }
     }
 
