@@ -3,7 +3,7 @@
 
 use std::io::{self, IoSlice};
 use std::mem::{MaybeUninit, zeroed};
-use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::ops::Range;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
@@ -271,15 +271,28 @@ pub fn set_buffers(socket: BorrowedFd<'_>, receive: usize, send: usize) -> io::R
     set(libc::SO_SNDBUFFORCE, libc::SO_SNDBUF, send)
 }
 
-/// Whether `addr` is this host's: what is sent there would come from there. What cannot be told is not.
+/// Whether `addr` is this host's. What cannot be told is not.
+///
+/// What is sent to an address of one's own comes from there, unless it is a secondary one of an interface. It can be
+/// bound, too; but where `ip_nonlocal_bind` is set (ip(7)), so can one that is for documentation alone (RFC 5737, RFC
+/// 3849), and then that says nothing.
 pub fn is_local(addr: SocketAddr) -> bool {
-    let any = if addr.is_ipv4() { IpAddr::from([0; 4]) } else { IpAddr::from([0; 16]) };
+    let (any, nobodys): (IpAddr, IpAddr) = match addr {
+        SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED.into(), Ipv4Addr::new(192, 0, 2, 1).into()),
+        SocketAddr::V6(_) => {
+            (Ipv6Addr::UNSPECIFIED.into(), Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into())
+        }
+    };
     let source_towards = || -> io::Result<SocketAddr> {
         let socket = UdpSocket::bind((any, 0))?;
         socket.connect(addr)?;
         socket.local_addr()
     };
+    let mut own = addr;
+    own.set_port(0);
+    let can_be_bound = |addr: SocketAddr| UdpSocket::bind(addr).is_ok();
     source_towards().is_ok_and(|local| local.ip() == addr.ip())
+        || can_be_bound(own) && !can_be_bound(SocketAddr::new(nobodys, 0))
 }
 
 /// The size of a socket's receive buffer in bytes, as it was set; the kernel doubles that for its own
