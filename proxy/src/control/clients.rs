@@ -5,15 +5,18 @@
 //! thread that relays.
 
 use std::io;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener as StdListener;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use nix::libc;
 use nix::unistd::geteuid;
 use rproxy_sys::memory::release_unused;
 use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
-use tokio::net::unix::OwnedReadHalf;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
@@ -60,6 +63,7 @@ pub(super) async fn serve(listener: StdListener, calls: mpsc::Sender<Call>) -> i
 
     let listener = UnixListener::from_std(listener)?;
     let places = Arc::new(Semaphore::new(CLIENTS));
+    let spare = Spare::of(&listener);
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -67,6 +71,7 @@ pub(super) async fn serve(listener: StdListener, calls: mpsc::Sender<Call>) -> i
         };
         let client = match accepted {
             Ok((client, _address)) => client,
+            Err(error) if is_exhausted(&error) && spare.take().is_some() => continue,
             Err(error) => {
                 if let Some(suppressed) = FAILED.permit() {
                     warn!(error = explain(&error, 1), suppressed, "cannot accept a control client");
@@ -81,11 +86,13 @@ pub(super) async fn serve(listener: StdListener, calls: mpsc::Sender<Call>) -> i
         }
         match places.clone().try_acquire_owned() {
             Ok(place) => {
-                let calls = calls.clone();
+                let (calls, spare) = (calls.clone(), spare.clone());
                 tokio::spawn(async move {
-                    if let Err(error) = converse(client, &calls).await {
+                    let (mut reader, mut writer) = client.into_split();
+                    if let Err(error) = converse(&mut reader, &mut writer, &calls).await {
                         debug!(%error, "control client gone");
                     }
+                    spare.keep(reader, writer);
                     drop(place);
                 });
             }
@@ -121,9 +128,44 @@ fn send_away(client: &UnixStream, refusal: Refusal) {
     drop(client.try_write(line.as_bytes()));
 }
 
+/// A descriptor that is open to be closed for a client, when there is none to be had: that is when control is needed.
+#[derive(Clone)]
+struct Spare(Arc<Mutex<Option<OwnedFd>>>);
+
+impl Spare {
+    fn of(socket: &UnixListener) -> Self {
+        Self(Arc::new(Mutex::new(socket.as_fd().try_clone_to_owned().ok())))
+    }
+
+    /// Gives it up, if it is there.
+    fn take(&self) -> Option<OwnedFd> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Ends the conversation with a client, whose descriptor takes the place of one that was given up: closed, it would
+    /// be somebody else's.
+    fn keep(&self, reader: OwnedReadHalf, writer: OwnedWriteHalf) {
+        let mut spare = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let client = reader.reunite(writer).ok().and_then(|client| client.into_std().ok());
+        if let (None, Some(client)) = (&*spare, client)
+            && client.shutdown(Shutdown::Both).is_ok()
+        {
+            *spare = Some(client.into());
+        }
+    }
+}
+
+/// Whether descriptors are lacking, of the process or of the machine.
+fn is_exhausted(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
+}
+
 /// Answers the requests of a client, one after the other.
-async fn converse(client: UnixStream, calls: &mpsc::Sender<Call>) -> io::Result<()> {
-    let (reader, mut writer) = client.into_split();
+async fn converse(
+    reader: &mut OwnedReadHalf,
+    writer: &mut OwnedWriteHalf,
+    calls: &mpsc::Sender<Call>,
+) -> io::Result<()> {
     let mut reader = BufReader::new(reader);
     loop {
         let answer = match timeout(PATIENCE, read_line(&mut reader)).await? {
@@ -170,7 +212,7 @@ async fn respond(line: Vec<u8>, calls: &mpsc::Sender<Call>) -> Answer {
 }
 
 /// Reads a line, without its end; `None` at the end of what the client says.
-async fn read_line(reader: &mut BufReader<OwnedReadHalf>) -> io::Result<Option<Vec<u8>>> {
+async fn read_line(reader: &mut BufReader<&mut OwnedReadHalf>) -> io::Result<Option<Vec<u8>>> {
     let mut line = Vec::new();
     let most = LONGEST_LINE as u64 + 1;
     reader.take(most).read_until(b'\n', &mut line).await?;

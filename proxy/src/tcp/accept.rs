@@ -12,6 +12,7 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 use rproxy_sys::socket;
+use rustix::net::connect_unspec;
 use socket2::{SockRef, Socket};
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, error, warn};
@@ -108,9 +109,19 @@ impl Acceptor {
     fn obey(&mut self, order: Order) {
         match order {
             Order::Serve(assignments) => {
+                let mut stricter: Vec<Arc<Service>> = Vec::new();
                 for assignment in assignments {
-                    self.assign(assignment);
+                    let changed = self.assign(assignment);
+                    // The ports of a mapping follow each other.
+                    if !changed
+                        .as_ref()
+                        .zip(stricter.last())
+                        .is_some_and(|(new, last)| Arc::ptr_eq(new, last))
+                    {
+                        stricter.extend(changed);
+                    }
                 }
+                stricter.iter().for_each(|service| self.cut_denied(service));
                 // There may be other limits now.
                 self.resume_all_full();
             }
@@ -127,17 +138,16 @@ impl Acceptor {
         }
     }
 
-    fn assign(&mut self, assignment: Assignment) {
+    /// Serves a listener so from now on. Returns the policy of its mapping if that lets other clients in than before.
+    fn assign(&mut self, assignment: Assignment) -> Option<Arc<Service>> {
         let number = assignment.port.number();
         if self.listeners.len() <= number {
             self.listeners.resize_with(number + 1, || None);
         }
         let service = assignment.route.service.clone();
-        let previous = self.listeners[number].replace(assignment);
-        let previous = previous.filter(|previous| Arc::ptr_eq(&previous.route.service.live, &service.live));
-        if previous.is_some_and(|previous| previous.route.service.limits.access != service.limits.access) {
-            self.cut_denied(&service);
-        }
+        let previous = self.listeners[number].replace(assignment)?.route.service.clone();
+        let is_same = Arc::ptr_eq(&previous.live, &service.live);
+        (is_same && previous.limits.access != service.limits.access).then_some(service)
     }
 
     /// Resets connections whose clients are denied from now on. All that were accepted before are on their workers.
@@ -208,11 +218,10 @@ impl Acceptor {
         static REVIVED: LogLimit = LogLimit::new();
 
         let Some(Some(Assignment { port, route })) = self.listeners.get(number) else { return Ok(()) };
-        let socket = SockRef::from(port.as_ref());
         // As long as it is there, it is reported.
-        drop(socket.take_error());
+        drop(SockRef::from(port.as_ref()).take_error());
         let mapping = &route.forward;
-        match listen_again(&socket, mapping.host) {
+        match listen_again(port, mapping.host) {
             Ok(()) => {
                 if let Some(suppressed) = REVIVED.permit() {
                     warn!(%mapping, suppressed, "the listener was shut down from outside; it listens again");
@@ -372,8 +381,10 @@ fn is_exhaustion(error: &io::Error) -> bool {
 }
 
 /// Makes a socket that listened at `host` do so again.
-fn listen_again(socket: &SockRef<'_>, host: HostAddr) -> io::Result<()> {
-    let host = host.socket_addr();
+fn listen_again(port: &Port, host: HostAddr) -> io::Result<()> {
+    let (socket, host) = (SockRef::from(port), host.socket_addr());
+    // One that was destroyed has ended both directions, and so would all that it accepts (tcp_done in net/ipv4/tcp.c).
+    connect_unspec(port)?;
     let bound = socket.local_addr()?.as_socket().map(|addr| addr.port());
     if bound != Some(host.port()) {
         // One that the kernel chose is lost with the end of listening (tcp_set_state in net/ipv4/tcp.c).

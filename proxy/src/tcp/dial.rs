@@ -10,13 +10,12 @@ use std::time::Duration;
 
 use nix::errno::Errno;
 use socket2::{Domain, SockRef, Socket, Type};
-use tokio::sync::Mutex;
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 use tracing::warn;
 
+use super::local_ports;
 use super::stream::Stream;
 use crate::addr::BackendAddr;
-use crate::backoff::Backoff;
 use crate::listen::set_stream_options;
 use crate::log_limit::LogLimit;
 
@@ -52,14 +51,23 @@ pub(super) async fn dial(
 /// Connects `socket`; `has_port` says whether it has a local port by then.
 async fn connect(socket: Socket, addr: SocketAddr, has_port: &AtomicBool) -> Result<Stream, DialError> {
     let failure = |source| DialError::Connect { addr, source };
-    match start(&socket, addr) {
-        Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {
+    let attempt = || match start(&socket, addr) {
+        Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => None,
+        started => Some(started),
+    };
+    // Not before those who wait already.
+    let first = if local_ports::is_awaited(addr) { None } else { attempt() };
+    let started = match first {
+        Some(started) => started,
+        None => {
+            log_out_of_ports(addr);
             has_port.store(false, Ordering::Relaxed);
-            start_with_next_port(&socket, addr).await.map_err(failure)?;
+            let started = local_ports::wait(addr, attempt).await;
             has_port.store(true, Ordering::Relaxed);
+            started
         }
-        started => started.map_err(failure)?,
-    }
+    };
+    started.map_err(failure)?;
     let stream = Stream::new(socket).map_err(|source| DialError::Open { addr, source })?;
     stream.writable().await;
     if stream.has_failed() {
@@ -95,26 +103,13 @@ fn start(socket: &Socket, addr: SocketAddr) -> io::Result<()> {
     }
 }
 
-/// Begins to connect to `addr` as soon as there is a local port again, which is one that a connection to the same
-/// backend has given back. Clients get theirs in the order in which they came, and one at a time looks for one: an
-/// attempt walks through all ports that there are.
-async fn start_with_next_port(socket: &Socket, addr: SocketAddr) -> io::Result<()> {
-    static NO_PORTS: LogLimit = LogLimit::new();
-    static TURN: Mutex<()> = Mutex::const_new(());
+/// Says that clients wait for one of the local ports, which are all in use.
+fn log_out_of_ports(addr: SocketAddr) {
+    static OUT_OF_PORTS: LogLimit = LogLimit::new();
 
-    if let Some(suppressed) = NO_PORTS.permit() {
+    if let Some(suppressed) = OUT_OF_PORTS.permit() {
         let error = explain(&io::ErrorKind::AddrNotAvailable.into());
         warn!(backend = %addr, %error, suppressed, "clients wait for a local port");
-    }
-    let _turn = TURN.lock().await;
-    let mut backoff = Backoff::default();
-    loop {
-        match start(socket, addr) {
-            Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => {
-                sleep(backoff.next_delay()).await;
-            }
-            started => return started,
-        }
     }
 }
 

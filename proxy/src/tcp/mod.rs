@@ -10,6 +10,7 @@ mod bulk;
 mod connections;
 mod dial;
 mod half;
+mod local_ports;
 mod meter;
 mod pipe;
 pub(crate) mod reactor;
@@ -58,6 +59,8 @@ async fn serve(accepted: Accepted, backend: io::Result<Socket>, _seat: Seat) {
             }
             let outcome = relay::relay(&client, &backend, &place).await;
             debug!(%peer, mapping = %place.forward(), %outcome, "connection ended");
+            drop(backend);
+            local_ports::freed(place.forward().backend.socket_addr());
         }
         Err(error @ DialError::ClientReset { .. }) => {
             place.stats().count(trouble(&error));

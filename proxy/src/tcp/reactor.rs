@@ -130,6 +130,11 @@ pub(super) fn not_ready(key: Key, what: EpollFlags) {
     with_source(key, |source| source.ready.remove(what));
 }
 
+/// Notes that a call found the socket ready for `what`, for the task that made it: it is not woken.
+pub(super) fn ready(key: Key, what: EpollFlags) {
+    with_source(key, |source| source.ready.insert(what));
+}
+
 /// As [`not_ready`], unless the socket is ready for `unless`.
 pub(super) fn not_ready_unless(key: Key, what: EpollFlags, unless: EpollFlags) {
     with_source(key, |source| {

@@ -47,7 +47,7 @@ enum Use {
 }
 
 impl Use {
-    /// What makes a call worth while. It is all over when the call would wait.
+    /// What makes a call worth while.
     fn flags(self) -> EpollFlags {
         let ended = EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR;
         match self {
@@ -56,7 +56,7 @@ impl Use {
         }
     }
 
-    /// What is over when a call has moved less than it could. The end of a stream is not: it may have
+    /// What is over when a call has moved less than it could, or would wait. The end of a stream is not: it may have
     /// been reported, and that happens once.
     fn data(self) -> EpollFlags {
         match self {
@@ -144,11 +144,24 @@ impl Stream {
                 Ok(moved)
             }
             Err(error) => {
-                if error.kind() == io::ErrorKind::WouldBlock {
-                    reactor::not_ready(self.key, kind.flags());
+                match error.kind() {
+                    io::ErrorKind::WouldBlock => self.note_would_block(kind),
+                    io::ErrorKind::Interrupted => {}
+                    // This call may have taken the error off the socket, which is then reported no more.
+                    _ => reactor::ready(self.key, FAILED),
                 }
                 Err(error)
             }
+        }
+    }
+
+    /// Notes that a call found nothing to do. An end or a failure that was reported stays: each is reported once. With
+    /// urgent data, a signal may be why (tcp_recvmsg_locked in net/ipv4/tcp.c): then the next call tells.
+    fn note_would_block(&self, kind: Use) {
+        if matches!(kind, Use::Read) && self.has_urgent_data() {
+            reactor::not_ready(self.key, URGENT);
+        } else {
+            reactor::not_ready(self.key, kind.data());
         }
     }
 
@@ -305,5 +318,53 @@ pub(super) async fn while_taking<T>(stream: &Stream, awaited: impl Future<Output
             return None;
         }
         pause = (pause * 2).min(LONGEST_LOOK);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::net::{TcpListener, TcpStream};
+
+    use super::*;
+    use crate::runtime::new_runtime;
+
+    fn pair() -> (Stream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let peer = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (socket, _) = socket::accept(listener.as_fd()).unwrap();
+        SockRef::from(&socket).set_out_of_band_inline(true).unwrap();
+        (Stream::new(socket).unwrap(), peer)
+    }
+
+    fn interrupted(stream: &Stream) {
+        let error = stream.read_by(|_socket| Err(nix::errno::Errno::EAGAIN)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn a_read_that_a_signal_ends_before_an_urgent_byte_is_tried_again() {
+        new_runtime().unwrap().block_on(async {
+            let (stream, mut peer) = pair();
+            SockRef::from(&peer).send_out_of_band(b"X").unwrap();
+            peer.flush().unwrap();
+            poll_fn(|cx| reactor::poll(stream.key, URGENT, cx)).await;
+            interrupted(&stream);
+            stream.readable().await;
+            assert_eq!(stream.read(&mut [0; 9]).unwrap(), 1);
+            interrupted(&stream);
+            assert!(!stream.is_readable(), "nothing is left");
+        });
+    }
+
+    #[test]
+    fn a_failure_that_a_call_took_off_the_socket_is_still_known() {
+        new_runtime().unwrap().block_on(async {
+            let (stream, _peer) = pair();
+            stream.writable().await;
+            let error = stream.write_by(|_socket| Err(nix::errno::Errno::ECONNRESET)).unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+            stream.failed().await;
+        });
     }
 }

@@ -113,6 +113,10 @@ pub(crate) fn no_descriptors() {
         client.write_all(b"ping").unwrap();
     }
     scene.proxy.process.wait_for_line(Stream::Stderr, |line| line.contains("ulimit"));
+    // Above all now the process has to be looked at.
+    for _ in 0..3 {
+        assert!(scene.stats()["connections"].as_u64().unwrap() >= 24);
+    }
     // Those that have a place keep it, and each that leaves makes room for another.
     clients.iter().for_each(|client| exchange(client, 2, 100));
     drop(clients);

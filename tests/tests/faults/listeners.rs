@@ -1,6 +1,6 @@
 //! Listeners that somebody else shuts down, and processes that lack descriptors from the start.
 
-use std::net::{Shutdown, SocketAddr, TcpListener};
+use std::net::{Ipv6Addr, Shutdown, SocketAddr, TcpListener};
 use std::process::Command;
 use std::thread;
 
@@ -88,6 +88,40 @@ fn shut_down_again_and_again(address: SocketAddr) {
     }
     assert_eq!(client::ask(address, b"hello").unwrap(), b"hello");
     wait_until_idle(proxy.pid());
+}
+
+/// One that is destroyed (`SOCK_DESTROY`, sock_diag(7)) would pass an end of stream on to all that it accepts.
+pub(crate) fn destroyed_listens_again() {
+    let backend = TcpBackend::local(backend::echo);
+    let to = backend.address().to_string();
+    let directory = tempfile::tempdir().unwrap();
+    let control = directory.path().join("control");
+    let (ipv4, ipv6) = (client::own_address(), format!("[::1]:{}", client::free_port(Ipv6Addr::LOCALHOST)));
+    let hosts = [ipv4.to_string(), ipv6];
+    let control = control.to_str().unwrap();
+    let proxy = Standalone::start(&[
+        "--control",
+        control,
+        "--host",
+        &hosts[0],
+        "--to",
+        &to,
+        "--host",
+        &hosts[1],
+        "--to",
+        &to,
+    ]);
+    for (index, host) in hosts.iter().enumerate() {
+        let mut ss = require::command("ss");
+        ss.args(["--kill", "--listening", "--tcp", "--numeric", "src", host]);
+        let killed = process::run(ss).success();
+        assert!(killed.contains(host.as_str()), "this kernel cannot destroy sockets: {killed}");
+        proxy.process.wait_for_lines(Stream::Stderr, index + 1, |line| line.contains("listens again"));
+        for _ in 0..3 {
+            assert_eq!(client::ask(host.parse().unwrap(), b"hello").unwrap(), b"hello");
+        }
+    }
+    wait_until_idle(proxy.process.pid());
 }
 
 /// Other mappings of the process are served on.

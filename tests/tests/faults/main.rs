@@ -62,6 +62,8 @@ fn of_limits() -> Vec<Case> {
         case("10,000 clients that say nothing", limits::silent_clients),
         case("a listener that is shut down ends a process without others", listeners::dead_ends_process),
         case("a listener that is shut down listens again", listeners::dead_listens_again),
+        case("a listener that is destroyed listens again", listeners::destroyed_listens_again)
+            .needs(&[Need::Program("ss")]),
         case("a listener that is shut down beside others", listeners::dead_beside_others),
         case("few descriptors make clients wait", listeners::few_descriptors)
             .needs(&[Need::Program("prlimit")]),
@@ -85,6 +87,7 @@ fn of_streams() -> Vec<Case> {
         case("urgent bytes stay in their place", streams::urgent_bytes),
         case("urgent bytes stay in their place in bulk", streams::urgent_bytes_in_bulk),
         case("a reset behind what a slow reader still takes", streams::reset_behind_slow_reader),
+        case("a reset between peers that do not read", streams::reset_between_stalled_peers),
         case("a slow reader is not idle", streams::slow_reader_is_not_idle),
         case("an answer before a reset", streams::answer_before_reset).needs(&[Need::Program("strace")]),
         case("splice(2) is refused", streams::splice_refused).needs(&[Need::Program("strace")]),

@@ -164,6 +164,47 @@ pub(crate) fn slow_reader_is_not_idle() {
     }
 }
 
+/// A peer that writes until nobody takes anything, as one that does not read either.
+fn write_until_stuck(mut stream: &TcpStream) {
+    stream.set_nonblocking(true).unwrap();
+    let bytes = vec![7; 256 * 1024];
+    let mut stuck = 0;
+    // The relay may still be about to take some.
+    while stuck < 50 {
+        match stream.write(&bytes) {
+            Ok(_) => stuck = 0,
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                stuck += 1;
+                thread::sleep(Duration::from_millis(2));
+            }
+            Err(error) => panic!("{error}"),
+        }
+    }
+    stream.set_nonblocking(false).unwrap();
+}
+
+/// Whichever call meets the reset, a read, a write or none, the other side hears of it.
+pub(crate) fn reset_between_stalled_peers() {
+    const CONNECTIONS: usize = 20;
+
+    let relay = Relay::start(&[]);
+    for client_acts in [true, false] {
+        let pairs: Vec<_> = (0..CONNECTIONS).map(|_| relay.connect(client_acts)).collect();
+        thread::scope(|scope| {
+            for (one, other) in &pairs {
+                scope.spawn(|| write_until_stuck(one));
+                scope.spawn(|| write_until_stuck(other));
+            }
+        });
+        let (resetting, stalled): (Vec<_>, Vec<_>) = pairs.into_iter().unzip();
+        resetting.into_iter().for_each(client::reset);
+        for stalled in stalled {
+            let failure = || stalled.take_error().unwrap();
+            eventually("the reset reaches the other side", || failure().is_some());
+        }
+    }
+}
+
 /// `command` under strace(1), which does something with some system calls: see "Tampering" there.
 fn tampered(tampering: &str) -> impl FnOnce(Command) -> Command {
     let (call, _) = tampering.split_once(':').unwrap();

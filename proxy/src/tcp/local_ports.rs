@@ -1,0 +1,130 @@
+//! Clients that wait for a local port towards their backend, while connections have all of them.
+//!
+//! They wait by backend, as a port that is taken towards one is free towards others, and get theirs in the order in
+//! which they came: one that comes later looks for none as long as others wait. Only the first one looks, since each
+//! attempt walks through all ports that there are, and it does so whenever a connection to the backend has ended.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+
+use tokio::sync::Notify;
+use tokio::time::timeout;
+
+use crate::backoff::Backoff;
+
+/// How many wait, whatever for: nobody looks at [`QUEUES`] as long as nobody does.
+static WAITING: AtomicUsize = AtomicUsize::new(0);
+
+static QUEUES: LazyLock<Mutex<HashMap<SocketAddr, Arc<Queue>>>> = LazyLock::new(Mutex::default);
+
+/// Those who wait for a port towards one backend.
+#[derive(Default)]
+struct Queue {
+    /// Held by the first one.
+    turn: tokio::sync::Mutex<()>,
+    /// Notified when a connection to the backend has ended.
+    freed: Notify,
+}
+
+/// Whether somebody waits for a port towards `backend`.
+pub(super) fn is_awaited(backend: SocketAddr) -> bool {
+    WAITING.load(Ordering::SeqCst) > 0 && queues().contains_key(&backend)
+}
+
+/// A connection to `backend` has ended: its port may be free.
+pub(super) fn freed(backend: SocketAddr) {
+    if WAITING.load(Ordering::SeqCst) > 0
+        && let Some(queue) = queues().get(&backend)
+    {
+        queue.freed.notify_one();
+    }
+}
+
+/// Calls `attempt` when it is this client's turn, and again until it finds a port, which it says by something else than
+/// `None`.
+pub(super) async fn wait<T>(backend: SocketAddr, mut attempt: impl FnMut() -> Option<T>) -> T {
+    let waiting = Waiting::new(backend);
+    let _turn = waiting.queue.turn.lock().await;
+    let mut backoff = Backoff::default();
+    loop {
+        if let Some(found) = attempt() {
+            // The next one may find another.
+            waiting.queue.freed.notify_one();
+            return found;
+        }
+        // Others have ports that nobody tells of.
+        timeout(backoff.next_delay(), waiting.queue.freed.notified()).await.ok();
+    }
+}
+
+fn queues() -> MutexGuard<'static, HashMap<SocketAddr, Arc<Queue>>> {
+    QUEUES.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A place in a queue, given up when dropped.
+struct Waiting {
+    backend: SocketAddr,
+    queue: Arc<Queue>,
+}
+
+impl Waiting {
+    fn new(backend: SocketAddr) -> Self {
+        WAITING.fetch_add(1, Ordering::SeqCst);
+        let queue = queues().entry(backend).or_default().clone();
+        Self { backend, queue }
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        WAITING.fetch_sub(1, Ordering::SeqCst);
+        let mut queues = queues();
+        // The map's, and this one.
+        if Arc::strong_count(&self.queue) == 2 {
+            queues.remove(&self.backend);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicU32;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::runtime::new_runtime;
+
+    #[test]
+    fn ports_are_given_in_order_and_towards_each_backend_apart() {
+        new_runtime().unwrap().block_on(async {
+            let [one, other]: [SocketAddr; 2] =
+                ["192.0.2.1:80", "192.0.2.2:80"].map(|addr| addr.parse().unwrap());
+            let free = Arc::new(AtomicU32::new(0));
+            let (got, mut gets) = tokio::sync::mpsc::unbounded_channel();
+            let take = |free: &AtomicU32| {
+                free.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |free| free.checked_sub(1)).ok()
+            };
+            for client in 0..3 {
+                let (free, got) = (free.clone(), got.clone());
+                tokio::spawn(async move {
+                    wait(one, || take(&free)).await;
+                    got.send(client).unwrap();
+                });
+                tokio::task::yield_now().await;
+            }
+            assert!(is_awaited(one) && !is_awaited(other));
+            timeout(Duration::from_secs(9), wait(other, || Some(())))
+                .await
+                .expect("nobody else waits for it");
+            for client in 0..3 {
+                free.store(1, Ordering::SeqCst);
+                freed(one);
+                assert_eq!(gets.recv().await, Some(client));
+            }
+            tokio::task::yield_now().await;
+            assert!(!is_awaited(one) && queues().is_empty() && WAITING.load(Ordering::SeqCst) == 0);
+        });
+    }
+}
