@@ -85,7 +85,8 @@ impl ListenerTask {
         let ports: Vec<_> = assignments.iter().map(|assignment| assignment.port.clone()).collect();
         self.tell(Order::Serve(assignments));
         for port in ports {
-            if let Err(error) = port.watch(EpollFlags::EPOLLIN) {
+            // That nothing more is received would else look like a datagram that is never there.
+            if let Err(error) = port.watch(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP) {
                 error!(%error, "cannot watch a listener");
             }
         }

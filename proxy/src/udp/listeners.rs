@@ -160,6 +160,14 @@ impl Listeners {
         served.filter(|(_number, listener)| !listener.is_closing())
     }
 
+    /// Closes one. Its flows have to be gone.
+    pub(super) fn close_one(&mut self, number: usize) {
+        self.closing.remove(&number);
+        if let Some(listener) = self.slots[number].take() {
+            self.own_ports.remove(&listener.route.forward);
+        }
+    }
+
     /// Closes those that are served. Their flows have to be gone.
     pub(super) fn close_served(&mut self) {
         let Self { slots, own_ports, .. } = self;

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 use arrayvec::ArrayVec;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use rproxy_sys::udp::{BATCH, RecvBatch, Transmit};
+use socket2::SockRef;
 use tracing::{debug, error, warn};
 
 use super::capacity::{Capacity, has_run_out};
@@ -23,7 +24,7 @@ use super::flow::{Flow, FlowKey, Wanted};
 use super::listeners::Listeners;
 use super::payload::{Part, Payload};
 use super::table::{Bounds, Ended, FlowId, FlowTable, MappingId, Side};
-use super::tally::{Tally, Towards};
+use super::tally::{Tally, Towards, is_lost_peer};
 use super::turn::{Events, Turn, slots_for};
 use crate::addr::canonical;
 use crate::descriptors::explain;
@@ -70,6 +71,8 @@ pub(crate) struct UdpRelay {
     /// Tells whether there are flows, so that connections go to other workers.
     has_flows: Arc<AtomicBool>,
     draining: bool,
+    /// Why no listener is left, if that is so.
+    failed: Option<io::Error>,
 }
 
 impl UdpRelay {
@@ -89,13 +92,14 @@ impl UdpRelay {
             turn: Turn::default(),
             has_flows,
             draining: false,
+            failed: None,
         }
     }
 
     /// Relays until nobody can give orders any more, and then until the flows are quiet.
     ///
     /// # Errors
-    /// What epoll_wait(2) answered; nothing is served any more then.
+    /// What epoll_wait(2) answered, or what became of the last listener; nothing is served any more then.
     pub(crate) async fn run(mut self) -> io::Result<()> {
         let mut events = Events::new();
         let mut alarm = pin!(tokio::time::sleep(Duration::ZERO));
@@ -113,6 +117,9 @@ impl UdpRelay {
                 () = &mut alarm, if self.has_deadline() => {}
             }
             self.serve(&mut events);
+            if let Some(error) = self.failed.take() {
+                return Err(error);
+            }
             self.end_some(Instant::now());
             let has_flows = self.table.len() > 0;
             if has_flows != self.has_flows.load(Ordering::Relaxed) {
@@ -296,6 +303,9 @@ impl UdpRelay {
             // It was reported before the order came that says what it is for.
             return;
         }
+        if ready.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLRDHUP) {
+            return self.give_up(index);
+        }
         if ready.contains(EpollFlags::EPOLLOUT) {
             self.serve_waiting(index, batch, now);
         }
@@ -315,6 +325,21 @@ impl UdpRelay {
                 }
                 Err(error) => return self.note_error(index, error, Towards::Clients),
             }
+        }
+    }
+
+    /// Closes a listener that somebody who has it open, too, has shut down, which cannot be undone: it would be reported
+    /// for ever.
+    fn give_up(&mut self, index: usize) {
+        let reason = "the listener was shut down from outside";
+        let listener = &self.listeners[index];
+        error!(mapping = %listener.route.forward, "{reason}; its clients are not served any more");
+        // Others may have it open, and then closing it does not end the reports.
+        self.poll.epoll().delete(listener.as_fd()).ok();
+        self.end_flows(|_listeners, key| key.listener as usize == index);
+        self.listeners.close_one(index);
+        if self.listeners.iter_served().next().is_none() {
+            self.failed = Some(io::Error::other(reason));
         }
     }
 
@@ -363,10 +388,28 @@ impl UdpRelay {
                 interest(self.poll.epoll(), flow.as_fd(), Token::Flow(id), flow.wanted());
             }
         }
+        if tally.has_lost_peer() {
+            self.end_disconnected();
+        }
         self.slots.clear();
         let listener = &mut self.listeners[listener];
         listener.last_active = now;
         tally.settle(&listener.route, Towards::Backend);
+    }
+
+    /// Ends flows of the slots whose sockets have no peer any more: the next datagram opens others.
+    #[cold]
+    fn end_disconnected(&mut self) {
+        let ids: HashSet<FlowId> = self.slots.iter().map(|(id, _slot)| *id).collect();
+        for id in ids {
+            let is_connected = self
+                .table
+                .get(id)
+                .is_some_and(|(_key, flow)| SockRef::from(&flow.as_fd()).peer_addr().is_ok());
+            if !is_connected && let Some(ended) = self.table.remove(id) {
+                self.end(ended);
+            }
+        }
     }
 
     /// The flow with `key`, opened if it is not there. What is in the slots may be sent first.
@@ -565,7 +608,13 @@ impl UdpRelay {
             // Nothing, or the error of a datagram that found no one: the next one may.
             Err(error) => {
                 let listener = key.listener as usize;
-                self.note_error(listener, error, Towards::Backend);
+                if is_lost_peer(&error)
+                    && let Some(ended) = self.table.remove(id)
+                {
+                    self.end(ended);
+                } else {
+                    self.note_error(listener, error, Towards::Backend);
+                }
                 return false;
             }
         };
@@ -694,5 +743,6 @@ pub(super) fn event(token: Token, wanted: Wanted) -> EpollEvent {
     let mut flags = EpollFlags::empty();
     flags.set(EpollFlags::EPOLLIN, wanted.receive);
     flags.set(EpollFlags::EPOLLOUT, wanted.send);
+    flags.set(EpollFlags::EPOLLRDHUP, matches!(token, Token::Listener(_)));
     EpollEvent::new(flags, token.to_u64())
 }

@@ -67,6 +67,11 @@ impl Tally {
         self.too_large += 1;
     }
 
+    /// Whether one of them met a socket that has lost its peer.
+    pub(super) fn has_lost_peer(&self) -> bool {
+        self.error.as_ref().is_some_and(is_lost_peer)
+    }
+
     fn lost(&self) -> [(Trouble, u64); 3] {
         [
             (Trouble::DatagramRefused, self.refused),
@@ -105,6 +110,12 @@ impl Tally {
             warn!(mapping = %route.forward, to, refused, no_buffer, too_large, %error, suppressed, "datagrams lost");
         }
     }
+}
+
+/// Whether an error is that of a connected socket that was destroyed (`SOCK_DESTROY`, sock_diag(7)), as by `ss --kill`:
+/// it goes on without a peer, and would take datagrams of anybody.
+pub(super) fn is_lost_peer(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::ECONNABORTED | libc::EDESTADDRREQ))
 }
 
 /// Which way datagrams go.

@@ -9,6 +9,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use rproxy_tests::controlled::{Controlled, mapping};
+use rproxy_tests::require;
 use rproxy_tests::topology::{CLIENT_V4, CONTAINER_V4, HOST_V4, Topology};
 use rproxy_tests::udp::{self, Backend, bind_in, flow_of};
 use rproxy_tests::{eventually, eventually_equal};
@@ -145,6 +146,25 @@ pub(crate) fn refused_datagrams() {
 }
 
 /// A datagram that comes from the backend would come back to it for ever.
+/// `ss --kill` takes the peer away from a flow, which would then take datagrams of anybody.
+pub(crate) fn destroyed() {
+    let stage = Stage::new(json!({}));
+    let backend = stage.backend(5300);
+    let client = stage.client();
+    for flows in 1..=3 {
+        client.send_to(b"question", FRONT).unwrap();
+        let (_question, flow) = udp::receive(&backend);
+        backend.send_to(b"answer", flow).unwrap();
+        assert_eq!(udp::receive(&client), (b"answer".to_vec(), FRONT));
+        assert_eq!(stage.counter("flows_total"), flows);
+        let mut ss = require::command("ss");
+        ss.args(["--kill", "--udp", "--numeric", "src", &flow.to_string()]);
+        let killed = stage.net.host.spawn(ss).into_output().success();
+        assert!(killed.contains(&flow.to_string()), "this kernel cannot destroy sockets: {killed}");
+        eventually("the flow is over", || stage.counter("flows") == 0);
+    }
+}
+
 pub(crate) fn from_the_backend() {
     let stage = Stage::new(json!({}));
     let backend = stage.backend(5300);

@@ -1,6 +1,6 @@
 //! Listeners that somebody else shuts down, and processes that lack descriptors from the start.
 
-use std::net::{Ipv6Addr, Shutdown, SocketAddr, TcpListener};
+use std::net::{Ipv6Addr, Shutdown, SocketAddr, TcpListener, UdpSocket};
 use std::process::Command;
 use std::thread;
 
@@ -14,6 +14,7 @@ use rproxy_tests::process::{self, Process, Stream};
 use rproxy_tests::require;
 use rproxy_tests::rproxy::{Standalone, rproxy};
 use rproxy_tests::systemd::Systemd;
+use rproxy_tests::udp;
 
 fn own_listener() -> (TcpListener, SocketAddr) {
     let listener = TcpListener::bind((client::own_loopback(), 0)).unwrap();
@@ -54,6 +55,27 @@ pub(crate) fn dead_ends_process() {
     assert_eq!(proxy.status(), Status::Ready);
     serve_and_shut_down(&listener);
     assert_eq!(proxy.process.wait().code(), Some(1));
+}
+
+/// For datagrams nothing can be done about it.
+pub(crate) fn dead_udp() {
+    let backend = udp::Backend::echo(udp::client([127, 0, 0, 1]));
+    let to = backend.address().to_string();
+    let sockets = [0; 2].map(|_| UdpSocket::bind((client::own_loopback(), 0)).unwrap());
+    let hosts = sockets.each_ref().map(|socket| socket.local_addr().unwrap());
+    let texts = hosts.map(|host| host.to_string());
+    let arguments = ["--proto", "udp", "--host", &texts[0], "--to", &to, "--host", &texts[1], "--to", &to];
+    let systemd = Systemd::new();
+    let passed = sockets.each_ref().map(|socket| ("dns", socket.try_clone().unwrap().into()));
+    let proxy = Process::spawn(systemd.command_with_sockets(&arguments, passed.into()));
+    assert_eq!(systemd.told(), ["READY=1"]);
+    for (socket, served) in [(&sockets[0], &hosts[..]), (&sockets[1], &hosts[1..])] {
+        served.iter().for_each(|host| udp::assert_all_echo(&udp::client(host.ip()), *host, [0, 1400]));
+        // It says that it is not connected, and shuts down all the same (inet_shutdown in net/ipv4/af_inet.c).
+        SockRef::from(socket).shutdown(Shutdown::Both).unwrap_err();
+        proxy.wait_for_line(Stream::Stderr, |line| line.contains("are not served any more"));
+    }
+    assert_eq!(proxy.wait().code(), Some(1));
 }
 
 /// A process that may listen does so again: nobody else has the address.

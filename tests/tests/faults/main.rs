@@ -64,6 +64,7 @@ fn of_limits() -> Vec<Case> {
         case("a listener that is shut down listens again", listeners::dead_listens_again),
         case("a listener that is destroyed listens again", listeners::destroyed_listens_again)
             .needs(&[Need::Program("ss")]),
+        case("a listener for datagrams that is shut down", listeners::dead_udp),
         case("a listener that is shut down beside others", listeners::dead_beside_others),
         case("few descriptors make clients wait", listeners::few_descriptors)
             .needs(&[Need::Program("prlimit")]),
@@ -102,6 +103,7 @@ fn of_flows() -> Vec<Case> {
         case("a burst of clients beyond the cap", flows::burst_at_the_cap),
         case("datagrams that are refused", flows::refused_datagrams).needs(&[Need::Program("nft")]),
         case("a datagram from the backend", flows::from_the_backend),
+        case("a flow's socket is destroyed", flows::destroyed).needs(&[Need::Program("ss")]),
         case("flows follow a change", flows::changes_are_followed),
         case("each mapping has its own limits of flows", flows::limits_of_each_mapping),
         case("thousands of flows end at once", flows::many_end_at_once),
