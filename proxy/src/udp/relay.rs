@@ -50,6 +50,12 @@ const TURNS_IN_A_ROW: u32 = 2;
 /// When draining, flows are over once none had traffic for this long.
 const QUIET: Duration = Duration::from_secs(1);
 
+/// Memory of the batch that is kept for what comes next.
+const KEPT_BYTES: usize = 64 * 1024;
+
+/// More than that is given back when less was received within this time.
+const IN_USE: Duration = Duration::from_secs(1);
+
 /// Flows that expire, and sockets of ended ones that are closed, in one turn: thousands may end at a
 /// time, and closing a socket takes some microseconds.
 const ENDS_PER_TURN: usize = 64;
@@ -65,6 +71,10 @@ pub(crate) struct UdpRelay {
     ended: VecDeque<Ended<Flow>>,
     /// Made when the first datagram arrives: an idle mapping has no buffers.
     batch: Option<Box<RecvBatch>>,
+    /// Bytes received since the batch was looked at last, about.
+    taken: usize,
+    /// When the batch is looked at next, if it has more memory than is kept.
+    next_look: Option<Instant>,
     /// Which flow the datagram in each slot of the batch belongs to.
     slots: Vec<(FlowId, usize)>,
     turn: Turn,
@@ -88,6 +98,8 @@ impl UdpRelay {
             capacity,
             ended: VecDeque::new(),
             batch: None,
+            taken: 0,
+            next_look: None,
             slots: Vec::new(),
             turn: Turn::default(),
             has_flows,
@@ -120,7 +132,9 @@ impl UdpRelay {
             if let Some(error) = self.failed.take() {
                 return Err(error);
             }
-            self.end_some(Instant::now());
+            let now = Instant::now();
+            self.end_some(now);
+            self.give_back(now);
             let has_flows = self.table.len() > 0;
             if has_flows != self.has_flows.load(Ordering::Relaxed) {
                 self.has_flows.store(has_flows, Ordering::Relaxed);
@@ -257,20 +271,33 @@ impl UdpRelay {
         }
     }
 
+    /// Gives the memory back that a burst left in the batch, unless bursts go on.
+    fn give_back(&mut self, now: Instant) {
+        if self.next_look.is_some_and(|at| now < at) {
+            return;
+        }
+        let Some(batch) = self.batch.as_mut().filter(|batch| batch.memory() > KEPT_BYTES) else { return };
+        if self.next_look.is_some() && self.taken < batch.memory() {
+            batch.give_back();
+        }
+        self.next_look = (batch.memory() > KEPT_BYTES).then(|| now + IN_USE);
+        self.taken = 0;
+    }
+
     fn is_quiet(&self, now: Instant) -> bool {
         self.table.last_active().is_none_or(|at| now.saturating_duration_since(at) >= QUIET)
     }
 
     /// Whether there is something to do without any datagram.
     fn has_deadline(&self) -> bool {
-        self.table.len() > 0 || self.listeners.are_closing()
+        self.table.len() > 0 || self.listeners.are_closing() || self.next_look.is_some()
     }
 
     /// When there is. Traffic only moves it further away, and a new flow nearer.
     fn next_deadline(&self) -> Instant {
         let quiet = self.table.last_active().filter(|_| self.draining).map(|at| at + QUIET);
         let closing = self.listeners.are_closing().then(|| Instant::now() + QUIET);
-        let next = [self.table.next_expiry(), quiet, closing].into_iter().flatten().min();
+        let next = [self.table.next_expiry(), quiet, closing, self.next_look].into_iter().flatten().min();
         next.unwrap_or_else(Instant::now)
     }
 
@@ -296,6 +323,7 @@ impl UdpRelay {
         }
         self.send_replies(&batch, &mut replies);
         self.batch = Some(batch);
+        self.taken = self.taken.saturating_add(self.turn.taken());
     }
 
     fn serve_listener(&mut self, index: usize, ready: EpollFlags, batch: &mut RecvBatch, now: Instant) {

@@ -45,6 +45,11 @@ impl Turn {
         self.left == 0
     }
 
+    /// How many bytes were taken, about.
+    pub(super) fn taken(&self) -> usize {
+        BYTES - self.left
+    }
+
     /// Counts what was received in some slots of `batch`. Gives the usual size of what comes from there,
     /// which was `usual` before: a large size is believed at once, and forgotten by halves.
     pub(super) fn take(&mut self, batch: &RecvBatch, slots: Range<usize>, usual: usize) -> usize {

@@ -22,6 +22,9 @@ pub const BATCH: usize = 64;
 /// line keeps the starts of the slots from sharing one set of the processor's caches.
 const SLOT: usize = 65_536 + 64;
 
+/// The size of a page on most machines, and the smallest on all.
+const SMALL_PAGE: usize = 4096;
+
 /// Datagrams of one train at the most (`UDP_MAX_SEGMENTS`, include/linux/udp.h; 128 since Linux 6.9).
 pub const TRAIN_LEN: usize = 64;
 
@@ -35,6 +38,10 @@ pub struct RecvBatch {
     names: Vec<SockAddrStorage>,
     controls: Vec<[u8; cmsg::SPACE]>,
     payloads: Vec<u8>,
+    /// How many bytes from the start of each slot have been written, in whole pages.
+    reached: [usize; BATCH],
+    /// The sum of these.
+    memory: usize,
 }
 
 // SAFETY: the raw pointers in the headers and iovecs are written before each call, which is the only
@@ -63,6 +70,8 @@ impl RecvBatch {
             names: (0..BATCH).map(|_| SockAddrStorage::zeroed()).collect(),
             controls: vec![[0; cmsg::SPACE]; BATCH],
             payloads: vec![0; BATCH * SLOT],
+            reached: [0; BATCH],
+            memory: 0,
         }
     }
 
@@ -90,7 +99,38 @@ impl RecvBatch {
         let received = check(unsafe {
             libc::recvmmsg(socket.as_raw_fd(), headers.as_mut_ptr(), count, flags, ptr::null_mut())
         })?;
-        Ok(received.unsigned_abs() as usize)
+        let received = received.unsigned_abs() as usize;
+        for (header, reached) in self.headers[first..].iter().zip(&mut self.reached[first..]).take(received) {
+            let pages = (header.msg_len as usize).next_multiple_of(SMALL_PAGE);
+            if pages > *reached {
+                self.memory += pages - *reached;
+                *reached = pages;
+            }
+        }
+        Ok(received)
+    }
+
+    /// How many bytes of memory the payloads take, about: the pages that datagrams have reached.
+    pub fn memory(&self) -> usize {
+        self.memory
+    }
+
+    /// Gives the memory of the payloads back (madvise(2) `MADV_DONTNEED`). What was received is gone; the
+    /// room is there as before.
+    pub fn give_back(&mut self) {
+        // SAFETY: it takes no pointer, and only reads a number.
+        let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
+        let page = usize::try_from(page).unwrap_or(SMALL_PAGE);
+        let before = self.payloads.as_ptr().addr().next_multiple_of(page) - self.payloads.as_ptr().addr();
+        let whole = self.payloads.get_mut(before..).unwrap_or_default();
+        let len = whole.len() / page * page;
+        // SAFETY: these are whole pages of private memory that this batch owns, borrowed mutably. They read as
+        // zeros afterwards, which are valid bytes.
+        let done = unsafe { libc::madvise(whole.as_mut_ptr().cast(), len, libc::MADV_DONTNEED) };
+        if done == 0 {
+            (self.reached, self.memory) = ([0; BATCH], 0);
+            self.headers.iter_mut().for_each(|header| header.msg_len = 0);
+        }
     }
 
     /// Points the headers of some slots to their room. The lengths too: the kernel wrote those of the
@@ -375,6 +415,27 @@ mod tests {
         let mut batch = RecvBatch::new();
         assert_eq!(batch.recv(b.as_fd(), 63, 9, true).unwrap(), 1);
         assert_eq!(batch.payload(63), Some(&bytes[..]));
+    }
+
+    #[test]
+    fn memory_is_given_back_and_used_again() {
+        let (a, b) = pair("127.0.0.1");
+        let bytes = vec![7; 65_507];
+        let mut batch = RecvBatch::new();
+        assert_eq!(batch.memory(), 0);
+        for _ in 0..2 {
+            for (slot, size) in [(0, 65_507), (31, 1), (31, 5000)] {
+                a.send(&bytes[..size]).unwrap();
+                assert_eq!(batch.recv(b.as_fd(), slot, 1, true).unwrap(), 1);
+                assert_eq!(batch.payload(slot), Some(&bytes[..size]));
+            }
+            assert_eq!(batch.memory(), 18 * SMALL_PAGE);
+            batch.give_back();
+            assert_eq!(batch.memory(), 0);
+            assert_eq!(batch.payload(0), Some(&[][..]));
+            // The first page may have begun before the room did.
+            assert!(batch.payloads[65_536..].iter().all(|byte| *byte == 0));
+        }
     }
 
     #[test]

@@ -9,6 +9,7 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use rproxy_tests::controlled::{Controlled, mapping};
+use rproxy_tests::holdings::{private_memory, wait_until_idle};
 use rproxy_tests::require;
 use rproxy_tests::topology::{CLIENT_V4, CONTAINER_V4, HOST_V4, Topology};
 use rproxy_tests::udp::{self, Backend, bind_in, flow_of};
@@ -16,6 +17,9 @@ use rproxy_tests::{eventually, eventually_equal};
 
 const FRONT: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(HOST_V4), 5300);
 const BACK: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(CONTAINER_V4), 5300);
+
+/// Datagrams of a burst that the default buffers hold, large as they are.
+const LARGE: usize = 20;
 
 /// A proxy on the host with mappings to the container.
 struct Stage {
@@ -264,4 +268,25 @@ pub(crate) fn many_end_at_once() {
     // Those of the control socket come and go.
     eventually("their sockets are closed", || stage.proxy.process.descriptors() < before + 10);
     assert_eq!(stage.proxy.stats("steady")["flows_total"], 1);
+}
+
+/// What a burst needed is given back while its flow is still there, and each later one's.
+pub(crate) fn burst_of_large_ones() {
+    let stage = Stage::new(json!({}));
+    let backend = Backend::echo(stage.backend(5300));
+    let client = stage.client();
+    udp::assert_echoes(&client, FRONT, b"before");
+    let pid = stage.proxy.process.pid();
+    wait_until_idle(pid);
+    let before = private_memory(pid);
+    for burst in 1..=2 {
+        stage.proxy.process.signal(Signal::SIGSTOP);
+        for _ in 0..LARGE {
+            client.send_to(&[7; 60_000], FRONT).unwrap();
+        }
+        stage.proxy.process.signal(Signal::SIGCONT);
+        backend.wait_for(1 + burst * LARGE);
+        eventually("the memory is given back", || private_memory(pid) < before + 200);
+    }
+    assert_eq!((stage.counter("flows"), stage.counter("flows_total")), (1, 1));
 }
