@@ -1,14 +1,18 @@
-//! How many flows a process may have, as far as it knows.
+//! How many flows a process may have, as far as it knows, and what they share.
 
 use std::io;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::libc;
 use nix::sys::resource::{Resource, getrlimit};
 
+use super::flow::Flow;
 use super::local_ports::LocalPorts;
+use super::send::Room;
 use super::table::{Bounds, MappingId};
 use crate::limits::Limits;
+use crate::service::Route;
 
 /// Descriptors kept for other things than flows.
 const RESERVED_DESCRIPTORS: usize = 64;
@@ -16,10 +20,12 @@ const RESERVED_DESCRIPTORS: usize = 64;
 /// When descriptors have run out, what there was then is the most for this long.
 const LEARNT_FOR: Duration = Duration::from_secs(1);
 
-/// What flows need that there is not enough of: descriptors and local ports.
+/// What flows need that there is not enough of: descriptors, local ports and memory.
 #[derive(Debug)]
 pub(super) struct Capacity {
     pub(super) ports: LocalPorts,
+    /// For what waits for slow backends.
+    pub(super) room: Arc<Room>,
     /// Descriptors that flows may take, unless more are asked for.
     descriptors: usize,
     /// The most that a mapping asks for.
@@ -35,7 +41,21 @@ impl Capacity {
         let descriptors = usize::try_from(descriptors).unwrap_or(usize::MAX);
         let share =
             if beside_tcp { descriptors / 2 } else { descriptors.saturating_sub(RESERVED_DESCRIPTORS) };
-        Self { ports: LocalPorts::of_this_host(), descriptors: share, asked: 0, learnt: None }
+        Self {
+            ports: LocalPorts::of_this_host(),
+            room: Arc::default(),
+            descriptors: share,
+            asked: 0,
+            learnt: None,
+        }
+    }
+
+    /// Opens a flow to the backend of `route`.
+    ///
+    /// # Errors
+    /// Those of [`Flow::open`].
+    pub(super) fn open(&mut self, route: &Arc<Route>, now: Instant) -> io::Result<Flow> {
+        Flow::open(route, &mut self.ports, &self.room, now)
     }
 
     /// Takes note of what a mapping asks for.

@@ -12,7 +12,7 @@ use socket2::{Domain, SockRef, Socket, Type};
 
 use super::local_ports::LocalPorts;
 use super::payload::{Part, Payload};
-use super::send::Backlog;
+use super::send::{Backlog, Room};
 use super::table::FlowId;
 use super::tally::Tally;
 use crate::service::{FlowPlace, Route};
@@ -110,11 +110,16 @@ impl Wanted {
 }
 
 impl Flow {
-    /// Opens a socket on one of `ports` that is connected to the backend of `route`.
+    /// Opens a socket on one of `ports` that is connected to the backend of `route`. What waits for it shares `room`.
     ///
     /// # Errors
     /// Those of socket(2), bind(2) and connect(2); the last if there is no route.
-    pub(super) fn open(route: &Arc<Route>, ports: &mut LocalPorts, now: Instant) -> io::Result<Self> {
+    pub(super) fn open(
+        route: &Arc<Route>,
+        ports: &mut LocalPorts,
+        room: &Arc<Room>,
+        now: Instant,
+    ) -> io::Result<Self> {
         let addr = route.forward.backend.socket_addr();
         let socket = Socket::new(Domain::for_address(addr), Type::DGRAM.nonblocking(), None)?;
         let port = bind(&socket, addr, ports, now)?;
@@ -124,11 +129,11 @@ impl Flow {
         drop(set_buffers(socket.as_fd(), RECEIVE_BUFFER, SEND_BUFFER));
         drop(receive_trains(socket.as_fd()));
         drain(&socket);
-        Ok(Self::adopt(Arc::new(socket.into()), port, route))
+        Ok(Self::adopt(Arc::new(socket.into()), port, route, room))
     }
 
     /// Goes on with a flow whose socket is connected, from this local port.
-    pub(super) fn adopt(socket: Arc<OwnedFd>, port: u16, route: &Arc<Route>) -> Self {
+    pub(super) fn adopt(socket: Arc<OwnedFd>, port: u16, route: &Arc<Route>, room: &Arc<Room>) -> Self {
         Self {
             socket,
             trains_in: true,
@@ -137,7 +142,7 @@ impl Flow {
             is_shared: false,
             port,
             usual_size: 0,
-            backlog: Backlog::default(),
+            backlog: Backlog::new(room.clone()),
             place: FlowPlace::take(route),
         }
     }

@@ -84,7 +84,7 @@ impl UdpRelay {
             return Ok(());
         }
         let port = address(connected.local_addr())?.map_or(0, |addr| addr.port());
-        let flow = Flow::adopt(socket, port, &route);
+        let flow = Flow::adopt(socket, port, &route, &self.capacity.room);
         let bounds = self.capacity.bounds(mapping_of(&route), &route.service.limits, now);
         self.make_room(&bounds, &key);
         let id = self.table.next_id();

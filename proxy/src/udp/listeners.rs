@@ -13,7 +13,7 @@ use rproxy_sys::udp::Transmit;
 
 use super::flow::Wanted;
 use super::origin::OwnPorts;
-use super::send::Backlog;
+use super::send::{Backlog, Room};
 use super::table::FlowId;
 use super::tally::Tally;
 use crate::poll::Port;
@@ -87,6 +87,8 @@ pub(super) struct Listeners {
     closing: HashSet<usize>,
     /// Where they are.
     pub(super) own_ports: OwnPorts,
+    /// For answers that wait.
+    room: Arc<Room>,
 }
 
 impl Listeners {
@@ -112,7 +114,7 @@ impl Listeners {
                     is_paused: false,
                     last_active: now,
                     usual_size: 0,
-                    backlog: Backlog::default(),
+                    backlog: Backlog::new(self.room.clone()),
                     waiting: VecDeque::new(),
                 });
                 None
@@ -138,7 +140,7 @@ impl Listeners {
     /// Closes those on their way out whose flows have been quiet for as long as `quiet`, or that have
     /// been for too long; gives their numbers.
     pub(super) fn close(&mut self, now: Instant, quiet: Duration) -> Vec<usize> {
-        let Self { slots, closing, own_ports } = self;
+        let Self { slots, closing, own_ports, .. } = self;
         let is_over = |number: &usize| {
             let Some(listener) = &slots[*number] else { return true };
             let is_quiet = now.saturating_duration_since(listener.last_active) >= quiet;

@@ -491,7 +491,7 @@ impl UdpRelay {
             self.send_to_backend(key.listener as usize, batch, now);
             self.make_room(&bounds, key);
         }
-        let flow = match Flow::open(route, &mut self.capacity.ports, now) {
+        let flow = match self.capacity.open(route, now) {
             Err(error) if has_run_out(&error) => {
                 self.capacity.learn(self.table.len(), now);
                 self.send_to_backend(key.listener as usize, batch, now);
@@ -500,7 +500,7 @@ impl UdpRelay {
                 }
                 // More may have ended that are still open.
                 self.close_ended(ENDS_PER_TURN);
-                Flow::open(route, &mut self.capacity.ports, now)?
+                self.capacity.open(route, now)?
             }
             opened => opened?,
         };

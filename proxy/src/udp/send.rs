@@ -4,6 +4,8 @@ use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use arrayvec::ArrayVec;
 use nix::libc;
@@ -153,14 +155,55 @@ fn remedy(error: io::Error, is_train: bool) -> Remedy {
 /// room for a whole batch: a listener that is full gets no other answers until this one is gone.
 const BACKLOG_BYTES: usize = BATCH * (TRAIN_BYTES + TRAIN_LEN * OVERHEAD);
 
-/// Each waiting datagram counts for this much more, so that empty ones are bounded too.
-const OVERHEAD: usize = 64;
+/// Bytes that wait for all sockets of a [`Room`] together.
+const ROOM_BYTES: usize = 2 * BACKLOG_BYTES;
+
+/// Each waiting datagram counts for this much more, so that empty ones are bounded too: its place in a queue that
+/// grows by doubling, and what the allocator adds.
+const OVERHEAD: usize = 2 * size_of::<Waiting>() + 2 * size_of::<usize>();
+
+/// Room that backlogs share. Each may be as large as what is left is (dynamic thresholds, Choudhury and Hahne 1998):
+/// one alone gets all it may have, of many each gets the same, and there is always some for one more.
+#[derive(Debug)]
+pub(super) struct Room {
+    /// One task uses it; which thread runs that may change.
+    left: AtomicUsize,
+}
+
+impl Default for Room {
+    fn default() -> Self {
+        Self { left: AtomicUsize::new(ROOM_BYTES) }
+    }
+}
+
+impl Room {
+    /// Takes `cost` bytes for a backlog of `bytes`, unless that is more than its share.
+    fn take(&self, cost: usize, bytes: usize) -> bool {
+        let left = self.left.load(Ordering::Relaxed).saturating_sub(cost);
+        let has_room = bytes + cost <= left.min(BACKLOG_BYTES);
+        if has_room {
+            self.left.store(left, Ordering::Relaxed);
+        }
+        has_room
+    }
+
+    fn give_back(&self, bytes: usize) {
+        self.left.fetch_add(bytes, Ordering::Relaxed);
+    }
+}
 
 /// Datagrams that wait until a socket has room again.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(super) struct Backlog {
     waiting: VecDeque<Waiting>,
     bytes: usize,
+    room: Arc<Room>,
+}
+
+impl Drop for Backlog {
+    fn drop(&mut self) {
+        self.room.give_back(self.bytes);
+    }
 }
 
 #[derive(Debug)]
@@ -171,6 +214,11 @@ struct Waiting {
 }
 
 impl Backlog {
+    /// An empty one that shares `room` with others.
+    pub(super) fn new(room: Arc<Room>) -> Self {
+        Self { waiting: VecDeque::new(), bytes: 0, room }
+    }
+
     /// Whether nothing waits.
     pub(super) fn is_empty(&self) -> bool {
         self.waiting.is_empty()
@@ -203,7 +251,7 @@ impl Backlog {
         tally.relayed -= amount_of(message);
         for bytes in datagrams(message) {
             let cost = bytes.len() + OVERHEAD;
-            if self.bytes + cost > BACKLOG_BYTES {
+            if !self.room.take(cost, self.bytes) {
                 tally.overflow(1);
                 continue;
             }
@@ -221,9 +269,10 @@ impl Backlog {
     pub(super) fn flush(&mut self, socket: BorrowedFd<'_>, tally: &mut Tally) -> bool {
         while !self.waiting.is_empty() {
             let (gone, all) = self.send_front(socket, tally);
-            for waiting in self.waiting.drain(..gone) {
-                self.bytes -= waiting.bytes.len() + OVERHEAD;
-            }
+            let cost = |waiting: Waiting| waiting.bytes.len() + OVERHEAD;
+            let gone: usize = self.waiting.drain(..gone).map(cost).sum();
+            self.bytes -= gone;
+            self.room.give_back(gone);
             if !all {
                 return false;
             }
@@ -382,7 +431,7 @@ mod tests {
 
     #[test]
     fn a_full_backlog_says_what_it_lost() {
-        let mut backlog = Backlog::default();
+        let mut backlog = Backlog::new(Arc::default());
         let big = vec![0; 60_000];
         let payload = [IoSlice::new(&big)];
         let kept = BACKLOG_BYTES / (big.len() + OVERHEAD);
@@ -397,11 +446,34 @@ mod tests {
         assert_eq!(format!("{tally:?}"), format!("{wanted:?}"));
     }
 
+    #[test]
+    fn many_backlogs_share_the_room_alike() {
+        let room = Arc::<Room>::default();
+        let left = || room.left.load(Ordering::Relaxed);
+        let mut backlogs: Vec<_> = (0..200).map(|_| Backlog::new(room.clone())).collect();
+        let payload = [IoSlice::new(&[0; 1200])];
+        let mut tally = Tally::default();
+        for _ in 0..100 {
+            for backlog in &mut backlogs {
+                tally.relayed += amount_of(&transmit(&payload, None));
+                backlog.keep(&transmit(&payload, None), &mut tally);
+            }
+        }
+        let kept: Vec<usize> = backlogs.iter().map(Backlog::len).collect();
+        let (least, most) = (kept.iter().min().unwrap(), kept.iter().max().unwrap());
+        assert!(*least > 0 && most - least <= 1, "{kept:?}");
+        assert_eq!(left() + backlogs.iter().map(|backlog| backlog.bytes).sum::<usize>(), ROOM_BYTES);
+        let (a, _b) = pair();
+        assert!(backlogs[0].flush(a.as_fd(), &mut tally));
+        backlogs.truncate(1);
+        assert_eq!(left(), ROOM_BYTES);
+    }
+
     proptest! {
         #[test]
         fn what_waits_leaves_in_order_and_whole(sizes in prop::collection::vec(0..1000_usize, 1..80)) {
             let (a, b) = pair();
-            let mut backlog = Backlog::default();
+            let mut backlog = Backlog::new(Arc::default());
             let bytes: Vec<u8> = (0..1000).map(|i| (i % 251) as u8).collect();
             let mut tally = Tally::default();
             for size in &sizes {

@@ -290,3 +290,24 @@ pub(crate) fn burst_of_large_ones() {
     }
     assert_eq!((stage.counter("flows"), stage.counter("flows_total")), (1, 1));
 }
+
+/// What waits for a slow backend has one sum, of which each flow gets some.
+pub(crate) fn slow_backend() {
+    const MOST: usize = 18 * 1024;
+    let stage = Stage::new(json!({}));
+    let _backend = stage.backend(5300);
+    stage.net.host.command("tc qdisc add dev veth0002 root tbf rate 1mbit burst 10kb limit 100mb").success();
+    let clients: Vec<_> = (0..40).map(|_| stage.client()).collect();
+    let pid = stage.proxy.process.pid();
+    let before = private_memory(pid);
+    let lost = || stage.errors()["no_buffer"].as_u64().unwrap_or(0);
+    eventually("no flow has room", || {
+        for client in clients.iter().cycle().take(10 * clients.len()) {
+            client.send_to(&[7; 8_000], FRONT).unwrap();
+        }
+        let taken = private_memory(pid) - before;
+        assert!(taken < MOST, "{taken} kB");
+        lost() > 4_000
+    });
+    assert_eq!(stage.counter("flows"), 40);
+}
