@@ -76,6 +76,7 @@ const ALWAYS: &[libc::c_long] = &[
     libc::SYS_sched_yield,
     libc::SYS_set_robust_list,
     libc::SYS_sigaltstack,
+    libc::SYS_sysinfo,
 ];
 
 /// Calls that flows need: each has a port of its own, which is not left to the kernel.

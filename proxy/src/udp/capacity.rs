@@ -10,6 +10,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use super::flow::Flow;
 use super::local_ports::LocalPorts;
 use super::send::Room;
+use super::shares::Shares;
 use super::table::{Bounds, MappingId};
 use crate::limits::Limits;
 use crate::service::Route;
@@ -24,6 +25,8 @@ const LEARNT_FOR: Duration = Duration::from_secs(1);
 #[derive(Debug)]
 pub(super) struct Capacity {
     pub(super) ports: LocalPorts,
+    /// What the kernel may queue for each flow.
+    pub(super) shares: Shares,
     /// For what waits for slow backends.
     pub(super) room: Arc<Room>,
     /// Descriptors that flows may take, unless more are asked for.
@@ -43,6 +46,7 @@ impl Capacity {
             if beside_tcp { descriptors / 2 } else { descriptors.saturating_sub(RESERVED_DESCRIPTORS) };
         Self {
             ports: LocalPorts::of_this_host(),
+            shares: Shares::of_this_host(),
             room: Arc::default(),
             descriptors: share,
             asked: 0,

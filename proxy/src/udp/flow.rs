@@ -24,10 +24,6 @@ const PORT_TRIES: usize = 32;
 /// connected.
 const MOST_STRAYS: usize = 4096;
 
-/// Bytes that the kernel may queue for a flow: a burst of answers to one client, all the more while
-/// that client's side is slower.
-const RECEIVE_BUFFER: usize = 4 * 1024 * 1024;
-
 /// Bytes that it may queue towards the backend.
 const SEND_BUFFER: usize = 1024 * 1024;
 
@@ -75,6 +71,8 @@ pub(super) struct Flow {
     pub(super) port: u16,
     /// How large answers were lately, in bytes: each of them, or each train.
     pub(super) usual_size: usize,
+    /// The size that its receive buffer was set to.
+    share: usize,
     /// What waits for room on the socket.
     backlog: Backlog,
     place: FlowPlace,
@@ -125,8 +123,7 @@ impl Flow {
         let port = bind(&socket, addr, ports, now)?;
         socket.connect(&addr.into())?;
         ports.taken(port);
-        // Neither is needed for a flow to work, only for it to work well.
-        drop(set_buffers(socket.as_fd(), RECEIVE_BUFFER, SEND_BUFFER));
+        // It is not needed for a flow to work, only for it to work well.
         drop(receive_trains(socket.as_fd()));
         drain(&socket);
         Ok(Self::adopt(Arc::new(socket.into()), port, route, room))
@@ -142,8 +139,18 @@ impl Flow {
             is_shared: false,
             port,
             usual_size: 0,
+            share: 0,
             backlog: Backlog::new(room.clone()),
             place: FlowPlace::take(route),
+        }
+    }
+
+    /// Lets the kernel queue this many bytes for it.
+    pub(super) fn set_share(&mut self, share: usize) {
+        if share != self.share {
+            self.share = share;
+            // It is not needed for a flow to work, only for it to work well.
+            drop(set_buffers(self.socket.as_fd(), share, SEND_BUFFER.min(share)));
         }
     }
 

@@ -84,12 +84,13 @@ impl UdpRelay {
             return Ok(());
         }
         let port = address(connected.local_addr())?.map_or(0, |addr| addr.port());
-        let flow = Flow::adopt(socket, port, &route, &self.capacity.room);
+        let mut flow = Flow::adopt(socket, port, &route, &self.capacity.room);
         let bounds = self.capacity.bounds(mapping_of(&route), &route.service.limits, now);
         self.make_room(&bounds, &key);
         let id = self.table.next_id();
         self.poll.epoll().add(&flow, event(Token::Flow(id), Wanted::RECEIVE))?;
         self.capacity.ports.adopted(port);
+        flow.set_share(self.capacity.shares.each());
         self.table.insert(key, (&bounds, client.ip()), flow, now);
         if is_established {
             self.table.establish(id, now);

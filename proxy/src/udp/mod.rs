@@ -17,6 +17,7 @@ mod payload;
 pub(crate) mod relay;
 mod scopes;
 mod send;
+mod shares;
 pub(crate) mod stale;
 mod table;
 mod tally;

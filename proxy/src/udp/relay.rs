@@ -23,6 +23,7 @@ use super::capacity::{Capacity, has_run_out};
 use super::flow::{Flow, FlowKey, Wanted};
 use super::listeners::Listeners;
 use super::payload::{Part, Payload};
+use super::shares::AT_A_TIME;
 use super::table::{Bounds, Ended, FlowId, FlowTable, MappingId, Side};
 use super::tally::{Tally, Towards, is_lost_peer};
 use super::turn::{Events, Turn, slots_for};
@@ -67,6 +68,8 @@ pub(crate) struct UdpRelay {
     pub(super) listeners: Listeners,
     pub(super) table: FlowTable<FlowKey, Flow>,
     pub(super) capacity: Capacity,
+    /// Where the flows begin that are yet to get another share of the kernel's memory, if there are any.
+    next_share: Option<usize>,
     /// Flows that are over, whose sockets are yet to be closed.
     ended: VecDeque<Ended<Flow>>,
     /// Made when the first datagram arrives: an idle mapping has no buffers.
@@ -96,6 +99,7 @@ impl UdpRelay {
             listeners: Listeners::default(),
             table: FlowTable::new(capacity.most(Instant::now())),
             capacity,
+            next_share: None,
             ended: VecDeque::new(),
             batch: None,
             taken: 0,
@@ -134,6 +138,7 @@ impl UdpRelay {
             }
             let now = Instant::now();
             self.end_some(now);
+            self.share_out();
             self.give_back(now);
             let has_flows = self.table.len() > 0;
             if has_flows != self.has_flows.load(Ordering::Relaxed) {
@@ -243,6 +248,18 @@ impl UdpRelay {
         tally.overflow(ended.flow.unsent() as u64);
         tally.settle(ended.flow.route(), Towards::Backend);
         self.ended.push_back(ended);
+    }
+
+    /// Gives flows their share of the kernel's memory when there are more or fewer than before: some in each turn.
+    fn share_out(&mut self) {
+        let shares = &mut self.capacity.shares;
+        if shares.set_flows(self.table.len()) {
+            self.next_share = Some(0);
+        }
+        let Some(first) = self.next_share else { return };
+        let (some, next) = self.table.some_from(first, AT_A_TIME);
+        some.for_each(|flow| flow.set_share(shares.each()));
+        self.next_share = next;
     }
 
     /// Ends flows whose time is over, and closes sockets of ended ones: as many as do not hold up others.
@@ -491,7 +508,7 @@ impl UdpRelay {
             self.send_to_backend(key.listener as usize, batch, now);
             self.make_room(&bounds, key);
         }
-        let flow = match self.capacity.open(route, now) {
+        let mut flow = match self.capacity.open(route, now) {
             Err(error) if has_run_out(&error) => {
                 self.capacity.learn(self.table.len(), now);
                 self.send_to_backend(key.listener as usize, batch, now);
@@ -510,6 +527,7 @@ impl UdpRelay {
             self.capacity.ports.given_back(port, now);
             return Err(error.into());
         }
+        flow.set_share(self.capacity.shares.each());
         self.table.insert(*key, (&bounds, source), flow, now);
         Ok(id)
     }

@@ -180,6 +180,19 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
         Some((&used.key, &mut used.flow))
     }
 
+    /// Some of the flows, `count` at the most: those from the place `first` on. None is behind them if it gives no next
+    /// place.
+    pub(super) fn some_from(
+        &mut self,
+        first: usize,
+        count: usize,
+    ) -> (impl Iterator<Item = &mut F>, Option<usize>) {
+        let all = self.slots.len();
+        let places = first.min(all)..first.saturating_add(count).min(all);
+        let next = (places.end < all).then_some(places.end);
+        (self.slots[places].iter_mut().filter_map(|slot| Some(&mut slot.used.as_mut()?.flow)), next)
+    }
+
     fn used(&self, id: FlowId) -> Option<&Used<K, F>> {
         let slot = self.slots.get(id.slot as usize)?;
         slot.used.as_ref().filter(|_| slot.generation == id.generation)

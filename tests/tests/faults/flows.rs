@@ -6,6 +6,7 @@ use std::fs;
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 
 use nix::sys::signal::Signal;
+use nix::unistd::{SysconfVar, sysconf};
 use serde_json::{Value, json};
 
 use rproxy_tests::controlled::{Controlled, mapping};
@@ -310,4 +311,45 @@ pub(crate) fn slow_backend() {
         lost() > 4_000
     });
     assert_eq!(stage.counter("flows"), 40);
+}
+
+/// What the kernel may queue for all flows has one sum, and those that are left get more again.
+pub(crate) fn shares_of_the_kernel() {
+    const FLOWS: usize = 2_000;
+    let limits = json!({ "udp_max_flows": FLOWS, "udp_max_flows_per_source": FLOWS, "udp_timeout": "1h" });
+    let stage = Stage::new(limits.clone());
+    let _backend = Backend::echo(stage.backend(5300));
+    let room = || {
+        let mut ss = require::command("ss");
+        ss.args(["--udp", "--numeric", "--memory", "--no-header", "dst", &BACK.to_string()]);
+        let sockets = stage.net.host.spawn(ss).into_output().success();
+        let of = |line: &str| {
+            line.split(",rb").nth(1).map(|rest| rest.split(',').next().unwrap().parse().unwrap())
+        };
+        sockets.lines().filter_map(of).collect::<Vec<usize>>()
+    };
+    let first = stage.client();
+    udp::assert_echoes(&first, FRONT, b"question");
+    let alone = room();
+    assert_eq!(alone.len(), 1);
+    for _ in 1..FLOWS {
+        udp::assert_echoes(&stage.client(), FRONT, b"question");
+    }
+    // Some clients got the port of one before. An eighth of what the kernel has for all, which is at most a fifth of the memory; or 16 kB each.
+    let memory =
+        sysconf(SysconfVar::_PHYS_PAGES).unwrap().unwrap() * sysconf(SysconfVar::PAGE_SIZE).unwrap().unwrap();
+    let most = (usize::try_from(memory).unwrap() / 40).max(FLOWS * 16 * 1024);
+    eventually("all have their share", || {
+        udp::assert_echoes(&first, FRONT, b"question");
+        let room = room();
+        room.len() > FLOWS / 2 && room.iter().sum::<usize>() <= most
+    });
+    let mut fewer = mapping("front", "udp", FRONT, BACK);
+    fewer["limits"] = limits;
+    fewer["limits"]["udp_max_flows"] = 1.into();
+    stage.proxy.apply(&[fewer]).success();
+    eventually("the last one has more", || {
+        udp::assert_echoes(&first, FRONT, b"question");
+        room() == alone
+    });
 }

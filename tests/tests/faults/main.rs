@@ -108,6 +108,7 @@ fn of_flows() -> Vec<Case> {
         case("each mapping has its own limits of flows", flows::limits_of_each_mapping),
         case("thousands of flows end at once", flows::many_end_at_once),
         case("a burst of large datagrams is over", flows::burst_of_large_ones),
+        case("the kernel's memory for many flows", flows::shares_of_the_kernel).needs(&[Need::Program("ss")]),
         case("many flows to a slow backend", flows::slow_backend).needs(&[Need::Program("tc")]),
     ]
 }
