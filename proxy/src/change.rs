@@ -363,12 +363,16 @@ impl Server {
             info!(%name, "serving no more");
             drop(self.registry.take(name));
         }
+        let mut names = Vec::with_capacity(added.len() + changed.len());
         for (name, served) in added.into_iter().chain(changed) {
-            info!(%name, mapping = %served.mapping, backend = %served.mapping.backend(), "serving");
+            names.push(name.clone());
             self.registry.put(name, served);
         }
         self.change_routes(other);
         self.serve(new);
+        for name in &names {
+            self.registry.get(name).into_iter().for_each(|served| served.announce(name));
+        }
         self.leaving.add(&spare);
         self.release(spare.into_iter().map(|(place, port)| (place.protocol, port)).collect()).await;
     }

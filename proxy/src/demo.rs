@@ -67,6 +67,7 @@ async fn run(once: bool) -> Result<(), DemoError> {
     server.look_at_processors();
     let clients = clients(addr);
     sandbox::confine(Mode::Auto, &needs)?;
+    server.announce();
     console::out(&format_args!("backend    a built-in web server on {backend}"));
     let note = if has_ipv6() { "" } else { " (this machine has no IPv6)" };
     console::out(&format_args!("mapping    {}/tcp -> {addr}{note}", backend.port()));

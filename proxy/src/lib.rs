@@ -21,6 +21,7 @@ pub mod endpoint;
 pub mod family;
 pub mod limits;
 pub mod listen;
+mod listening;
 mod log_limit;
 mod log_writer;
 pub mod loops;

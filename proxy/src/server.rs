@@ -68,7 +68,6 @@ impl Server {
         let mut ports = mappings.iter().flat_map(|bound| &bound.ports);
         server.beside_tcp = may_change || ports.any(|port| port.forward.protocol == Protocol::Tcp);
         for Bound { mapping, ports } in mappings {
-            info!(name = %mapping.name(), %mapping, "serving");
             let service = server.new_service(mapping.limits().clone());
             let ports =
                 ports.into_iter().map(|port| server.assign(port, &service)).collect::<Result<_, _>>()?;
@@ -85,6 +84,14 @@ impl Server {
         }
     }
 
+    /// Says in the log what is served, and where; to be called once clients are.
+    pub fn announce(&self) {
+        self.registry.iter().for_each(|(name, served)| served.announce(name));
+        for Assignment { route, .. } in &self.nameless {
+            info!(mapping = %route.forward, "serving");
+        }
+    }
+
     /// Starts to serve bound ports, each under its own limits, on the runtime of the calling thread.
     ///
     /// # Errors
@@ -95,7 +102,6 @@ impl Server {
     pub fn start_ports(ports: impl IntoIterator<Item = (BoundPort, Limits)>) -> io::Result<Self> {
         let mut server = Self::new();
         for (port, limits) in ports {
-            info!(mapping = %port.forward, "serving");
             let service = server.new_service(limits);
             let assignment = server.assign(port, &service)?;
             server.nameless.push(assignment);

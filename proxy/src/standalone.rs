@@ -163,6 +163,7 @@ fn start(
             output.write(runtime.handle(), &ready);
         }
     }
+    server.announce();
     systemd::ready();
     let drain = Drain { timeout: options.drain_timeout, after_upgrade: options.upgrade_drain_timeout() };
     let watchdog = systemd::watchdog_interval();

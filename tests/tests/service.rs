@@ -16,7 +16,7 @@ use rproxy_tests::backend::{self, TcpBackend};
 use rproxy_tests::client;
 use rproxy_tests::docker_proxy::{self, DockerProxy, Status};
 use rproxy_tests::process::{self, Process, Stream};
-use rproxy_tests::rproxy::rproxy;
+use rproxy_tests::rproxy::{self, rproxy};
 use rproxy_tests::suite::{self, Case};
 use rproxy_tests::systemd::Systemd;
 use rproxy_tests::udp;
@@ -152,13 +152,32 @@ fn sockets_by_name() {
     let (backend, systemd) = (echo(), Systemd::new());
     let (listener, address) = own_listener();
     let to = backend.address().to_string();
-    let command = systemd
-        .command_with_sockets(&["--host", "0.0.0.0:8080", "--to", &to], vec![("8080/tcp", listener.into())]);
+    let dir = tempfile::tempdir().unwrap();
+    let control = dir.path().join("control").to_str().unwrap().to_owned();
+    let arguments = ["--host", "0.0.0.0:8080", "--to", &to, "--control", &control];
+    let command = systemd.command_with_sockets(&arguments, vec![("8080/tcp", listener.into())]);
     let proxy = Process::spawn(command);
     assert_eq!(systemd.told(), ["READY=1"]);
     assert_echoes(address);
     let ready = proxy.wait_for_line(Stream::Stdout, |_| true);
     assert_eq!(ready, format!("{}/tcp -> {address}", backend.address().port()), "where it really listens");
+    let serving =
+        format!("name=8080/tcp mapping={address}:{}/tcp backend=127.0.0.1", backend.address().port());
+    proxy.wait_for_line(Stream::Stderr, |line| line.contains(&serving));
+    let ctl = |arguments: &[&str]| {
+        let words = ["ctl", "--control", &control];
+        process::run(rproxy::command(&[&words[..], arguments].concat())).success()
+    };
+    let list = ctl(&["list"]);
+    assert!(list.contains(&format!("{address}/tcp")), "{list}");
+    let json = ctl(&["list", "--json"]);
+    assert!(json.contains(&format!("\"bound_host\":\"{}\"", address.ip())), "{json}");
+    let file = dir.path().join("list.json");
+    fs::write(&file, json).unwrap();
+    assert_eq!(
+        ctl(&["apply", file.to_str().unwrap()]).trim(),
+        "0 added, 0 changed, 0 removed, 1 not touched"
+    );
 }
 
 fn sockets_of_others() {

@@ -12,7 +12,7 @@ pub fn print<'a>(mappings: impl IntoIterator<Item = &'a Mapping>) -> String {
 }
 
 fn table(mapping: &Mapping) -> String {
-    let WireMapping { name, host, host_ports, to, to_ports, proto, v6only, limits, bound: _ } =
+    let WireMapping { name, host, host_ports, to, to_ports, proto, v6only, limits, bound: _, bound_host: _ } =
         WireMapping::of(mapping);
     let WireLimits {
         connect_timeout,

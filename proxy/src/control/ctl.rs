@@ -52,12 +52,12 @@ enum Command {
     },
     /// Serve more mappings: all of those given, or none
     Add(Box<MappingArgs>),
-    /// Serve a mapping no more; its connections and flows go on
+    /// Serve a mapping no more; its connections go on, its UDP flows until they are quiet, 10 s at most
     Remove {
         /// The mapping, as `list` shows it
         name: Name,
     },
-    /// Send new clients of a mapping to another backend; those that it has go on
+    /// Send new connections and all datagrams of a mapping to another backend; connections that it has go on
     Retarget {
         /// The mapping, as `list` shows it
         name: Name,
@@ -166,7 +166,7 @@ fn show(command: &Command, answer: &Value) {
             text("name"),
             text("to_ports"),
             text("proto"),
-            text("host"),
+            table::bound_host(mapping),
             text("bound")
         ));
     };

@@ -153,9 +153,10 @@ pub fn show(registry: &Registry, names: &[Name]) -> Value {
 fn shown(served: &Served) -> Value {
     let mut mapping = serde_json::to_value(WireMapping::of(served.mapping())).unwrap_or_default();
     mapping["name"] = served.mapping().name().to_string().into();
-    // UDP has the same ports as TCP.
-    let ports = served.host_ports().take(served.mapping().backend_ports().count());
-    mapping["bound"] = ports_text(ports).into();
+    mapping["bound"] = served.bound_ports().into();
+    if let Some(host) = served.bound_host() {
+        mapping["bound_host"] = host.into();
+    }
     mapping
 }
 
@@ -194,22 +195,6 @@ fn counters(name: &str, stats: &Stats) -> Value {
     })
 }
 
-/// Ports in their order, rows of them as ranges: `8080`, `8000-8010`,
-/// `49160,50001-50003`.
-fn ports_text(ports: impl Iterator<Item = u16>) -> String {
-    let mut rows: Vec<(u16, u16)> = Vec::new();
-    for port in ports {
-        match rows.last_mut() {
-            Some((_first, last)) if last.checked_add(1) == Some(port) => *last = port,
-            _ => rows.push((port, port)),
-        }
-    }
-    let text = |(first, last): &(u16, u16)| {
-        if first == last { first.to_string() } else { format!("{first}-{last}") }
-    };
-    rows.iter().map(text).collect::<Vec<_>>().join(",")
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -244,18 +229,6 @@ mod tests {
             assert_eq!(refusal.kind, kind, "{line}");
             assert!(refusal.message.contains(part), "{line}: {}", refusal.message);
             assert_eq!(id, line.contains('7').then_some(7), "{line}");
-        }
-    }
-
-    #[test]
-    fn ports_are_written_as_ranges() {
-        for (ports, text) in [
-            (vec![80], "80"),
-            (vec![80, 81, 82], "80-82"),
-            (vec![50_001, 50_002, 49_160], "50001-50002,49160"),
-            (vec![u16::MAX, 1], "65535,1"),
-        ] {
-            assert_eq!(ports_text(ports.into_iter()), text);
         }
     }
 

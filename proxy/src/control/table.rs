@@ -19,7 +19,7 @@ fn table(header: &[&str], rows: &[Vec<String>]) -> String {
 pub(super) fn list(answer: &Value) -> String {
     let served = each(answer, "mappings").map(|mapping| {
         let text = |key: &str| text(&mapping[key]);
-        let listens = format!("{}:{}/{}", text("host"), text("bound"), text("proto"));
+        let listens = format!("{}:{}/{}", bound_host(mapping), text("bound"), text("proto"));
         vec![text("name"), listens, format!("{}:{}", text("to"), text("to_ports")), String::new()]
     });
     let draining = each(answer, "draining").map(|mapping| {
@@ -57,6 +57,11 @@ fn each<'a>(answer: &'a Value, key: &str) -> impl Iterator<Item = &'a Value> {
     answer[key].as_array().into_iter().flatten()
 }
 
+/// Where a mapping really listens.
+pub(super) fn bound_host(mapping: &Value) -> String {
+    text(mapping.get("bound_host").unwrap_or(&mapping["host"]))
+}
+
 fn text(value: &Value) -> String {
     value.as_str().unwrap_or_default().to_owned()
 }
@@ -88,13 +93,15 @@ mod tests {
         let answer = json!({
             "mappings": [
                 { "name": "web", "host": "[::]", "bound": "8080", "proto": "tcp", "to": "172.17.0.2", "to_ports": "80" },
+                { "name": "own", "host": "[::]", "bound_host": "127.0.0.1", "bound": "8", "proto": "udp", "to": "[::1]", "to_ports": "9" },
             ],
             "draining": [{ "name": "old", "connections": 2, "flows": 0 }],
         });
         let expected = "\
-NAME  LISTENS        BACKEND
-web   [::]:8080/tcp  172.17.0.2:80
-old   -              -              draining: 2 connections, 0 flows";
+NAME  LISTENS          BACKEND
+web   [::]:8080/tcp    172.17.0.2:80
+own   127.0.0.1:8/udp  [::1]:9
+old   -                -              draining: 2 connections, 0 flows";
         assert_eq!(list(&answer), expected);
     }
 

@@ -47,6 +47,9 @@ pub struct WireMapping {
     /// What `list` says about the ports that are bound. It asks for nothing.
     #[serde(default, skip_serializing)]
     pub bound: Option<String>,
+    /// What `list` says about the addresses that are bound, if they are not `host`. It asks for nothing.
+    #[serde(default, skip_serializing)]
+    pub bound_host: Option<String>,
 }
 
 /// Limits, in JSON: those that are not the default.
@@ -90,6 +93,7 @@ impl WireMapping {
             v6only: mapping.is_v6only(),
             limits: WireLimits::of(mapping.limits()),
             bound: None,
+            bound_host: None,
         }
     }
 

@@ -76,6 +76,7 @@ pub fn main(args: &[OsString]) -> ExitCode {
     {
         warn!(%error, "not confined");
     }
+    server.announce();
     let ended = runtime.block_on(async {
         tokio::select! {
             signal = stop.next() => Ok(signal),
