@@ -280,6 +280,9 @@ pub enum AddrError {
     /// There are ports to listen on but no address.
     #[error("the address is missing; write 0.0.0.0:{0}, or [::]:{0} for IPv6 too")]
     NoHostAddress(String),
+    /// A star for all addresses.
+    #[error("'*' is not an IP address; for all addresses write 0.0.0.0:{0}, or [::]:{0} for IPv6 too")]
+    Star(String),
     /// There are ports of a backend but no address.
     #[error("the address is missing; write the backend's too, as in 172.17.0.2:{0}")]
     NoBackendAddress(PortRange),

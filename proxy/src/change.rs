@@ -36,7 +36,7 @@ const STACK_SIZE: usize = 256 * 1024;
 #[derive(Debug, thiserror::Error)]
 pub enum ChangeError {
     /// Another mapping has the name.
-    #[error("the name {0} is taken by another mapping; choose another, or remove that one first")]
+    #[error("the name {0} is taken by another mapping; choose another (--name), or remove that one first")]
     NameTaken(Name),
     /// No mapping has the name.
     #[error("there is no mapping {0}; `rproxy ctl list` shows which there are")]
@@ -66,7 +66,7 @@ pub enum ChangeError {
         source: LoopError,
     },
     /// A host port cannot be bound.
-    #[error("{name}: {source}")]
+    #[error("{}{source}", prefix(name, source))]
     Bind {
         /// The mapping.
         name: Name,
@@ -91,6 +91,12 @@ pub enum ChangeError {
     },
 }
 
+/// The name of a mapping before why it cannot be bound, unless that says as much.
+fn prefix(name: &Name, error: &BindError) -> String {
+    let place = format!("{}/{}", error.addr, error.protocol);
+    if name.as_str() == place { String::new() } else { format!("{name}: ") }
+}
+
 /// What a change came to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Changed {
@@ -113,7 +119,12 @@ impl Server {
         let mut names = HashSet::with_capacity(mappings.len());
         for mapping in &mappings {
             let name = mapping.name();
-            if self.registry.get(&name).is_some() || !names.insert(name.clone()) {
+            let served = self.registry.get(&name);
+            if let (Some(served), None) = (served, mapping.given_name()) {
+                // Nobody chose the name: what is in the way may be the port that it follows from.
+                refuse_overlap(&[served.mapping.clone(), mapping.clone()])?;
+            }
+            if served.is_some() || !names.insert(name.clone()) {
                 return Err(ChangeError::NameTaken(name));
             }
         }

@@ -36,6 +36,11 @@ impl FromStr for HostSpec {
     type Err = AddrError;
 
     fn from_str(text: &str) -> Result<Self, AddrError> {
+        if let Some(rest) = text.strip_prefix('*') {
+            let ports = rest.strip_prefix(':').filter(|ports| !ports.is_empty()).unwrap_or("80");
+            parse_host_ports(ports)?;
+            return Err(AddrError::Star(ports.to_owned()));
+        }
         let (ip, ports) = match Parts::of(text)? {
             Parts::Both(ip, ports) => (ip, ports),
             Parts::Address(ip) => return Err(AddrError::MissingPort(ip)),

@@ -237,7 +237,7 @@ impl BindError {
 
     /// What the kernel's answer means here, and what would work.
     pub fn reason(&self) -> String {
-        let Self { addr, source, .. } = self;
+        let Self { protocol, addr, source, .. } = self;
         let wildcard = if addr.is_ipv4() { "0.0.0.0" } else { "[::]" };
         match source.kind() {
             io::ErrorKind::AddrInUse if self.among.is_some_and(|among| !among.is_single()) => {
@@ -245,7 +245,9 @@ impl BindError {
                 format!("none of its ports is free ({among}); `ss -lntup` shows who has them")
             }
             io::ErrorKind::AddrInUse => format!(
-                "the port is taken by another program; `ss -lnp 'sport = :{}'` shows which, port 0 takes a free one",
+                "the {protocol} port is taken by another program; `ss -ln{}p 'sport = :{}'` shows which, port 0 takes \
+                 a free one",
+                if *protocol == Protocol::Tcp { "t" } else { "u" },
                 addr.port()
             ),
             io::ErrorKind::AddrNotAvailable => format!(

@@ -156,6 +156,13 @@ pub struct LoopError {
 pub enum LoopReason {
     /// Its steps come back to where they began: where each one listens, the first one again at the end.
     Ring(Vec<String>),
+    /// It leads to where it listens itself.
+    Itself {
+        /// Where it listens.
+        listens: String,
+        /// The address of the backend, if it is another one of this machine's.
+        own: Option<ScopedIp>,
+    },
     /// Nobody answers there alone.
     Many(ScopedIp),
 }
@@ -163,9 +170,12 @@ pub enum LoopReason {
 impl fmt::Display for LoopReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Ring(steps) if steps.len() <= 2 => {
-                let itself = steps.first().map_or("it", String::as_str);
-                write!(f, "{itself} would forward to itself; choose another port or another backend")
+            Self::Itself { listens, own } => {
+                write!(f, "{listens} would forward to itself")?;
+                if let Some(ip) = own {
+                    write!(f, ", since {ip} is an address of this machine")?;
+                }
+                f.write_str("; choose another port or another backend")
             }
             Self::Ring(steps) => {
                 match steps.len().saturating_sub(SHOWN) {
@@ -230,8 +240,8 @@ fn refuse<'a>(
             }
             // An address that may come here later (`net.ipv4.ip_nonlocal_bind`).
             Destination::Elsewhere if hop.is_own_backend() => {
-                let itself = hop.at(hop.host_ports.first());
-                return Err(LoopError { mapping, reason: LoopReason::Ring(vec![itself]) });
+                let listens = hop.at(hop.host_ports.first());
+                return Err(LoopError { mapping, reason: LoopReason::Itself { listens, own: None } });
             }
             Destination::Elsewhere => {}
         }
@@ -331,9 +341,15 @@ impl<'a> Listeners<'a> {
         let begin = path.iter().position(|step| *step == back_at).unwrap_or(0);
         let ring = &path[begin..];
         let (at_fault, _port) = *ring.iter().find(|(hop, _port)| *hop < new).unwrap_or(&path[0]);
+        let mapping = self.hops[at_fault].mapping;
+        if let [(hop, port)] = ring {
+            let hop = &self.hops[*hop];
+            let own = Some(hop.backend).filter(|backend| *backend != hop.host);
+            return LoopError { mapping, reason: LoopReason::Itself { listens: hop.at(*port), own } };
+        }
         let mut steps: Vec<String> = ring.iter().map(|(hop, port)| self.hops[*hop].at(*port)).collect();
         steps.extend(steps.first().cloned());
-        LoopError { mapping: self.hops[at_fault].mapping, reason: LoopReason::Ring(steps) }
+        LoopError { mapping, reason: LoopReason::Ring(steps) }
     }
 }
 
@@ -392,7 +408,16 @@ mod tests {
             "10.0.0.7:80/tcp 10.0.0.7:80",
         ] {
             let message = refused(&[itself], &[]).expect(itself);
-            assert!(message.contains("would forward to itself; choose another port"), "{message}");
+            // Where it is not plain to see why, the reason is given.
+            let (host, backend) = itself.rsplit_once(' ').unwrap();
+            let (ip, _ports) = backend.rsplit_once(':').unwrap();
+            let why = if host.starts_with(ip) {
+                ""
+            } else {
+                &format!(", since {ip} is an address of this machine")
+            };
+            let words = format!("would forward to itself{why}; choose another port");
+            assert!(message.contains(&words), "{message}");
         }
     }
 

@@ -1,8 +1,9 @@
 //! What the sockets and connections of a mapping share.
 
 use std::net::IpAddr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
@@ -39,6 +40,9 @@ pub(crate) struct Service {
     pub(crate) live: Arc<Live>,
 }
 
+/// How long it is not told again that a mapping is full.
+const TOLD_FULL: Duration = Duration::from_secs(60);
+
 /// What goes on in a mapping.
 #[derive(Debug, Default)]
 pub(crate) struct Live {
@@ -49,6 +53,8 @@ pub(crate) struct Live {
     is_full: AtomicBool,
     /// Whether it has been told that it is full, and it has not been half empty since.
     told_full: AtomicBool,
+    /// When it was told last.
+    told_full_at: Mutex<Option<Instant>>,
     /// Notified when one has ended that someone waited for.
     capacity: Arc<Capacity>,
 }
@@ -86,9 +92,22 @@ impl Live {
         Self { capacity, ..Self::default() }
     }
 
-    /// Whether it is to be told that it is full: it was not, since it was half empty.
+    /// Whether it is to be told that it is full: it was not, since it was half empty, and for [`TOLD_FULL`]. A small
+    /// mapping is half empty whenever a connection ends.
     pub(crate) fn tell_full(&self) -> bool {
-        !self.told_full.swap(true, Ordering::Relaxed)
+        self.tell_full_at(Instant::now())
+    }
+
+    fn tell_full_at(&self, now: Instant) -> bool {
+        if self.told_full.swap(true, Ordering::Relaxed) {
+            return false;
+        }
+        let mut last = self.told_full_at.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_due = last.is_none_or(|last| now.duration_since(last) >= TOLD_FULL);
+        if is_due {
+            *last = Some(now);
+        }
+        is_due
     }
 
     /// Whether someone waits for a connection to end that has not ended yet.
@@ -230,6 +249,22 @@ mod tests {
         assert!(!live.is_full() && route.service.has_room());
         block_on(capacity.freed());
         assert_eq!([live.stats.connections.get(), live.stats.connections_total.get()], [0, 2]);
+    }
+
+    #[test]
+    fn that_a_small_mapping_is_full_is_told_once_a_minute() {
+        let route = route(2, Arc::default());
+        let Service { live, .. } = &*route.service;
+        let start = Instant::now();
+        let told = [0, 1, 59, 60, 61].map(|seconds| {
+            let places = [Place::take(&route), Place::take(&route)];
+            assert!(!route.service.has_room());
+            let told = live.tell_full_at(start + Duration::from_secs(seconds));
+            drop(places);
+            assert!(route.service.has_room(), "and it is half empty");
+            told
+        });
+        assert_eq!(told, [true, false, false, true, false]);
     }
 
     #[test]

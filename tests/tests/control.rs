@@ -82,6 +82,14 @@ fn add_list_remove() {
     assert!(is_free(address), "removing returns when the port is free");
     proxy.ctl(&["add", "--host", &host, "--to", &to]).success();
     assert_echoes(address);
+    // Nobody chose its name, which the port is in.
+    let again = proxy.ctl(&["add", "--host", &host, "--to", &to]);
+    assert!(again.stderr.contains(&format!("port 80 is taken by the mapping {host}/tcp")), "{again:#?}");
+    let random = ["add", "--host", "127.0.0.1:0", "--to", &to];
+    proxy.ctl(&random).success();
+    let again = proxy.ctl(&random);
+    assert!(again.stderr.contains("choose another (--name)"), "{again:#?}");
+    proxy.ctl(&["remove", &format!("127.0.0.1:random:{}/tcp", backend.address().port())]).success();
     assert_eq!(names(&proxy.json(&["list"])), [format!("{host}/tcp")]);
 }
 
@@ -164,7 +172,11 @@ fn mistakes() {
         (&["retarget", "web", "--to", &host], 1, "would forward to itself"),
         (&["add", "--host", &host, "--to", &to], 1, "port 80 is taken by the mapping web"),
         (&["add", "--host", "127.0.0.1:0", "--to", &to, "--name", "web"], 1, "the name web is taken"),
-        (&["add", "--host", "192.0.2.1:80", "--to", &to], 1, "this machine has no such address"),
+        (
+            &["add", "--host", "192.0.2.1:80", "--to", &to],
+            1,
+            "rproxy: cannot listen on 192.0.2.1:80/tcp: this machine has no such address",
+        ),
         (&["apply", &missing], 1, "No such file"),
         (&["apply", &not_json], 1, "not.json:1:1"),
         (&["apply", "-"], 1, "standard input:1:1: there is no [[mapping]] in it"),

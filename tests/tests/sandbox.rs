@@ -339,7 +339,7 @@ fn docker() {
     let backend = TcpBackend::local(backend::echo);
     let front = (client::own_loopback(), 8080).into();
     let arguments = docker_proxy::mapping("tcp", front, backend.address());
-    for mode in ["auto", "strict"] {
+    for mode in ["auto", "strict", "lots"] {
         let mut proxy = DockerProxy::start_by(
             program::rproxy(),
             &arguments,
@@ -354,6 +354,10 @@ fn docker() {
         // By the time that it serves.
         assert_eq!(client::ask(front, b"hello").unwrap(), b"hello");
         assert_confined(proxy.process.pid(), SYS_RESOURCE);
+        if mode == "lots" {
+            let is_it = |line: &str| line.contains("RPROXY_SANDBOX does not count: 'lots' is none of auto");
+            proxy.process.wait_for_line(Stream::Stderr, is_it);
+        }
         assert!(proxy.stop().success());
     }
 }
@@ -385,6 +389,7 @@ fn impossible_user() {
     setpriv.args(["--reuid=64123", "--regid=64123", "--clear-groups"]).arg(program::rproxy());
     setpriv.args(["--host", "127.0.0.1:0", "--to", "127.0.0.1:9", "--user", "nobody"]);
     let output = process::run(setpriv);
+    assert!(!output.stderr.contains("serving"), "nobody was served: {output:#?}");
     assert_eq!((output.status.code(), output.stdout.as_str()), (Some(1), ""));
     assert!(output.stderr.lines().last().unwrap().starts_with("rproxy: --user nobody: "), "{output:?}");
     let output = process::run(program::command(&[

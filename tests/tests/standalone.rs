@@ -237,6 +237,10 @@ fn usage_errors() {
     for (arguments, words) in USAGE_ERRORS {
         assert_fails(&run(arguments), 2, words);
     }
+    let mut command = rproxy::command(&["--host", "127.0.0.1:0", "--to", "127.0.0.1:80"]);
+    command.env("RPROXY_SANDBOX", "lots");
+    let output = process::run(command);
+    assert_fails(&output, 2, &["'lots' for RPROXY_SANDBOX", "auto, strict, off"]);
 }
 
 fn help_and_version() {

@@ -37,7 +37,7 @@ pub struct MappingArgs {
     #[arg(short = 'p', visible_alias = "publish", value_name = "SPEC", help = PUBLISH_HELP)]
     publish: Vec<PublishSpec>,
     /// Publish each --expose that no -p publishes, at random ports
-    #[arg(short = 'P', visible_alias = "publish-all", requires = "expose")]
+    #[arg(short = 'P', visible_alias = "publish-all")]
     publish_all: bool,
     /// A port or range of the backend, for -P
     #[arg(long, value_name = "PORT[/PROTOCOL]", requires = "publish_all")]
@@ -269,6 +269,9 @@ impl MappingArgs {
                 ));
             }
         };
+        if self.publish_all && self.expose.is_empty() {
+            return Err(wrong("-P", &"which ports? no image says so here; give --expose PORT for each"));
+        }
         let exposed = self.expose.iter().filter(|_| self.publish_all).map(|exposed| exposed.at_random());
         let exposed = exposed.filter(|exposed| !self.publish.iter().any(|spec| covers(spec, exposed)));
         let exposed = exposed.map(|spec| (format!("--expose {}/{}", spec.ports, spec.protocols), spec));

@@ -131,8 +131,17 @@ pub fn parse(args: &[OsString]) -> Result<Cli, Unparsed> {
     Cli::try_parse_from(words).map_err(|error| match (one_dash(args), error.kind()) {
         (Some(mistake), _) => Unparsed::Wrong(mistake),
         (None, ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => Unparsed::Asked(error.to_string()),
-        _ => Unparsed::Wrong(one_line(&error, &help_for(args))),
+        _ => Unparsed::Wrong(blame_environment(one_line(&error, &help_for(args)), args)),
     })
+}
+
+/// Names the variable in a message about the option that it stands for, if that is not in `args`.
+fn blame_environment(UsageError(message): UsageError, args: &[OsString]) -> UsageError {
+    let is_given = args.iter().filter_map(|arg| arg.to_str()).any(|arg| arg.starts_with("--sandbox"));
+    if is_given {
+        return UsageError(message);
+    }
+    UsageError(message.replace("'--sandbox <SANDBOX>'", sandbox::MODE_VARIABLE))
 }
 
 /// `-host` is not `-h`, which would show the help, as if that had been asked for.
@@ -301,8 +310,9 @@ mod tests {
             ("-p 80:80 --to 127.0.0.1", "-p [::]:80:80/tcp: 80/tcp would forward to itself"),
             ("-p 80 --proto udp --to 10.0.0.1", "--proto: it is for --host; write -p PORT/PROTOCOL"),
             ("-p 80 -p 81 --name web --to 10.0.0.1", "--name web: it is for one mapping"),
-            ("-P --to 10.0.0.1", "--expose"),
+            ("-P --to 10.0.0.1", "-P: which ports? no image says so here; give --expose PORT"),
             ("--expose 80 --to 10.0.0.1", "-P"),
+            ("--host *:8080 --to 10.0.0.1:80", "write 0.0.0.0:8080, or [::]:8080 for IPv6 too"),
         ] {
             assert_wrong(line, part);
         }

@@ -318,7 +318,12 @@ mod tests {
             ("[::]:80-x", "10.0.0.1:80", "", "2:8: host: 'x' is not a port"),
             ("[::]:80-82", "10.0.0.1:80-81", "", "2:8: host: 3 host ports"),
             ("[::]:80", "10.0.0.1", "", "3:6: to: the port is missing"),
-            ("[::]:80", "127.0.0.1:80", "", "3:6: to: 80/tcp would forward to itself"),
+            (
+                "[::]:80",
+                "127.0.0.1:80",
+                "",
+                "3:6: to: 80/tcp would forward to itself, since 127.0.0.1 is an address of this machine",
+            ),
             ("[::]:80", "10.0.0.1:80", "proto = 'sctp'", "4:9: proto: 'sctp' is not a protocol"),
             ("1.2.3.4:80", "10.0.0.1:80", "v6only = true", "4:10: v6only: 1.2.3.4 has no IPv4 clients"),
             ("[::]:80", "10.0.0.1:80", "idle_timeout = 'soon'", "4:16: idle_timeout: not a duration"),

@@ -18,7 +18,7 @@ pub const LONGEST_LINE: usize = 4 * 1024 * 1024;
 
 /// A request, as one line holds it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object with v and do")]
 pub struct Envelope {
     /// The version of the protocol that it is written in.
     pub v: u32,
@@ -102,6 +102,7 @@ impl From<ChangeError> for Refusal {
 pub fn decode(line: &[u8]) -> (Option<u64>, Result<Request, Refusal>) {
     /// What can be read of any version.
     #[derive(Deserialize)]
+    #[serde(expecting = "an object with v and do")]
     struct Any {
         v: Option<u32>,
         id: Option<u64>,
@@ -213,7 +214,12 @@ mod tests {
     fn wrong_requests_are_refused_with_their_number() {
         for (line, kind, part) in [
             ("", "bad_request", "EOF"),
-            ("[]", "bad_request", "not a request"),
+            ("[]", "bad_request", "not a request: invalid length 0, expected an object with v and do"),
+            (
+                r#"{"v":1,"do":{"add":{"mappings":[5]}}}"#,
+                "bad_request",
+                "expected an object that describes a mapping",
+            ),
             (r#"{"id":7}"#, "version", "speaks version 1"),
             (r#"{"v":2,"id":7,"do":{"fly":{}}}"#, "version", "speaks version 1"),
             (r#"{"v":1,"id":7,"do":"fly"}"#, "bad_request", "unknown variant `fly`"),

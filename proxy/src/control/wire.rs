@@ -20,7 +20,7 @@ use crate::ports::PortRange;
 
 /// A mapping, in JSON.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "an object that describes a mapping")]
 pub struct WireMapping {
     /// Its name; by default one that follows from its ports.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -54,7 +54,7 @@ pub struct WireMapping {
 
 /// Limits, in JSON: those that are not the default.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields, default, expecting = "an object with limits")]
 pub struct WireLimits {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) connect_timeout: Option<String>,

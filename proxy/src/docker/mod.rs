@@ -152,7 +152,12 @@ fn forward(flags: &Flags) -> Result<Forward, StartError> {
         "udp" => Protocol::Udp,
         other => return Err(StartError::Protocol(other.to_owned())),
     };
-    let port = |flag, port: i64| u16::try_from(port).map_err(|_err| StartError::Port { flag, port });
+    let port = |flag, port: i64| {
+        u16::try_from(port).map_err(|_err| match port {
+            -1 => StartError::MissingPort(flag),
+            _ => StartError::Port { flag, port },
+        })
+    };
     let host_port = port("-host-port", flags.host_port)?;
     let container_port = port("-container-port", flags.container_port)?;
     let backend = BackendAddr::new(flags.container_ip, container_port).map_err(StartError::Container)?;
@@ -172,12 +177,15 @@ enum StartError {
     /// A protocol that is not relayed.
     #[error("-proto {0}: this protocol is not supported; tcp and udp are")]
     Protocol(String),
-    /// A port that is missing or no port.
+    /// A port that is missing; Go's default is -1.
+    #[error("{0} is missing; give the port, as in {0} 80")]
+    MissingPort(&'static str),
+    /// A number that is no port.
     #[error("{flag} {port}: ports are numbers from 0 to 65535")]
     Port {
         /// The flag at fault.
         flag: &'static str,
-        /// Its value; -1 if it was not given.
+        /// Its value.
         port: i64,
     },
     /// The container's address cannot be connected to.

@@ -15,11 +15,13 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
+use nix::libc;
 use rproxy_sys::memory::release_unused;
-use tracing::info;
+use tracing::{info, warn};
 
 pub use self::user::User;
 use crate::addr::Protocol;
+use crate::descriptors::explain;
 use crate::mapping::Forward;
 
 /// The variable that sets the mode where there is no command line for it.
@@ -38,10 +40,20 @@ pub enum Mode {
 }
 
 impl Mode {
-    /// What [`MODE_VARIABLE`] says, and if that makes no sense, the default.
+    /// What [`MODE_VARIABLE`] says; if that makes no sense, which is told in the log, or is empty, the default.
     pub fn from_env() -> Self {
-        let value = std::env::var(MODE_VARIABLE).ok();
-        value.and_then(|text| Self::from_str(&text, true).ok()).unwrap_or_default()
+        let value = std::env::var_os(MODE_VARIABLE).unwrap_or_default();
+        if value.is_empty() {
+            return Self::default();
+        }
+        let mode = value.to_str().and_then(|text| Self::from_str(text, true).ok());
+        if mode.is_none() {
+            let value = value.display();
+            warn!(
+                "{MODE_VARIABLE} does not count: '{value}' is none of auto, strict and off; it is taken for auto"
+            );
+        }
+        mode.unwrap_or_default()
     }
 }
 
@@ -107,26 +119,45 @@ pub fn confine(mode: Mode, needs: &Needs<'_>) -> Result<(), SandboxError> {
     let landlock = Layer::new("landlock", reach::restrict(needs, strict), strict)?;
     let seccomp = Layer::new("seccomp", calls::restrict(needs), strict)?;
     info!(%capabilities, %no_new_privs, %landlock, %seccomp, "confined");
+    [&capabilities, &no_new_privs, &landlock, &seccomp].into_iter().for_each(Layer::warn);
     // Compiling a filter takes more memory than an idle mapping.
     release_unused();
     Ok(())
 }
 
 /// What became of a part of the confinement.
-struct Layer(Result<String, io::Error>);
+struct Layer {
+    name: &'static str,
+    result: io::Result<String>,
+}
 
 impl Layer {
     fn new(name: &'static str, result: io::Result<String>, strict: bool) -> Result<Self, SandboxError> {
         match result {
             Err(source) if strict => Err(SandboxError::Unavailable { name, source }),
-            result => Ok(Self(result)),
+            result => Ok(Self { name, result }),
         }
+    }
+
+    /// Warns if it cannot be had for another reason than that this kernel does not have it.
+    fn warn(&self) {
+        if let Some(reason) = self.failure() {
+            warn!(layer = self.name, reason, "not confined as far as this kernel could");
+        }
+    }
+
+    /// Why it cannot be had, and what would help, unless this kernel does not have it.
+    fn failure(&self) -> Option<String> {
+        let error = self.result.as_ref().err()?;
+        let is_lacking = error.kind() == io::ErrorKind::Unsupported
+            || matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EOPNOTSUPP));
+        (!is_lacking).then(|| explain(error, 1))
     }
 }
 
 impl fmt::Display for Layer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.0 {
+        match &self.result {
             Ok(state) => f.write_str(state),
             Err(error) => write!(f, "unavailable: {error}"),
         }
@@ -137,7 +168,10 @@ impl fmt::Display for Layer {
 #[derive(Debug, thiserror::Error)]
 pub enum SandboxError {
     /// Something that strict confinement has to have.
-    #[error("--sandbox strict: no {name} here: {source}; --sandbox auto goes without what is missing")]
+    #[error(
+        "--sandbox strict: no {name} here: {}; --sandbox auto goes without what is missing",
+        explain(source, 1)
+    )]
     Unavailable {
         /// What is missing.
         name: &'static str,
@@ -162,4 +196,21 @@ pub enum SandboxError {
         /// Why.
         source: io::Error,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_layer_that_the_kernel_has_and_that_cannot_be_had_is_worth_a_warning() {
+        let failure = |error: io::Error| Layer::new("landlock", Err(error), false).unwrap().failure();
+        for lacking in [libc::ENOSYS, libc::EOPNOTSUPP] {
+            assert_eq!(failure(io::Error::from_raw_os_error(lacking)), None);
+        }
+        let reason = failure(io::Error::from_raw_os_error(libc::EMFILE)).unwrap();
+        assert!(reason.contains("ulimit -n"), "{reason}");
+        assert!(failure(io::Error::from_raw_os_error(libc::EPERM)).is_some());
+        assert_eq!(Layer::new("landlock", Ok("enforced".to_owned()), false).unwrap().failure(), None);
+    }
 }

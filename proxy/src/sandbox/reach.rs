@@ -1,5 +1,6 @@
 //! The files and ports that can be reached (Landlock, landlock(7)).
 
+use std::error::Error;
 use std::io;
 use std::path::Path;
 
@@ -21,12 +22,24 @@ const NETWORK_SETTINGS: &str = "/proc/sys/net/ipv4";
 /// Restricts the process to what it needs; says how far that is enforced.
 pub(super) fn restrict(needs: &Needs<'_>, strict: bool) -> io::Result<String> {
     let level = if strict { CompatLevel::HardRequirement } else { CompatLevel::BestEffort };
-    let status = rules(needs, level).and_then(RulesetCreated::restrict_self).map_err(io::Error::other)?;
+    let status = rules(needs, level).and_then(RulesetCreated::restrict_self).map_err(kernels_answer)?;
     match status.ruleset {
         RulesetStatus::FullyEnforced => Ok("enforced".to_owned()),
         RulesetStatus::PartiallyEnforced => Ok("enforced in part, as far as this kernel goes".to_owned()),
-        RulesetStatus::NotEnforced => Err(io::Error::other("the kernel does not have it, or it is off")),
+        RulesetStatus::NotEnforced => {
+            Err(io::Error::new(io::ErrorKind::Unsupported, "the kernel does not have it, or it is off"))
+        }
     }
+}
+
+/// What the kernel answered, as far as it is the cause.
+fn kernels_answer(error: RulesetError) -> io::Error {
+    let (mut answer, mut cause) = (None, error.source());
+    while let Some(error) = cause {
+        answer = error.downcast_ref::<io::Error>().and_then(io::Error::raw_os_error).or(answer);
+        cause = error.source();
+    }
+    answer.map_or_else(|| io::Error::other(error), io::Error::from_raw_os_error)
 }
 
 fn rules(needs: &Needs<'_>, level: CompatLevel) -> Result<RulesetCreated, RulesetError> {
