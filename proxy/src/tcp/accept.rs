@@ -59,12 +59,15 @@ struct Pause {
     is_on: bool,
     backoff: Backoff,
     until: Instant,
+    /// Whether the log says so, since all who waited were served last.
+    is_logged: bool,
 }
 
 impl Acceptor {
     /// A task without listeners. It ends when all senders of `orders` are gone.
     pub(crate) fn new(poll: Poll, orders: Orders, capacity: Arc<Capacity>, workers: Arc<Workers>) -> Self {
-        let pause = Pause { is_on: false, backoff: Backoff::default(), until: Instant::now() };
+        let pause =
+            Pause { is_on: false, backoff: Backoff::default(), until: Instant::now(), is_logged: false };
         let (listeners, full, backends) = (Vec::new(), Vec::new(), BackendSockets::default());
         Self { poll, orders, capacity, workers, listeners, full, backends, pause }
     }
@@ -189,13 +192,15 @@ impl Acceptor {
             }
             match accept_some(listener, BURST, &mut self.backends, &mut ready) {
                 Ok(Stop::Burst) => more = true,
-                Ok(Stop::Empty) => self.pause.backoff.reset(),
+                Ok(Stop::Empty) => self.pause.end(),
                 Ok(Stop::Full) => {
                     watch(listener, EpollFlags::empty());
                     self.full.push(number);
                 }
                 Err(error) => {
-                    log_failure(&listener.route.forward, &error);
+                    if !std::mem::replace(&mut self.pause.is_logged, true) {
+                        log_failure(&listener.route.forward, &error);
+                    }
                     // Unless it was asked before, a connection may have ended in between.
                     if !is_exhaustion(&error) || self.capacity.request() {
                         self.pause.begin();
@@ -269,6 +274,12 @@ impl Pause {
     fn begin(&mut self) {
         self.is_on = true;
         self.until = Instant::now() + self.backoff.next_delay();
+    }
+
+    /// Nobody waits any more.
+    fn end(&mut self) {
+        self.backoff.reset();
+        self.is_logged = false;
     }
 }
 
