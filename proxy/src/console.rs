@@ -1,10 +1,11 @@
 //! Lines for the person or program that started us. They may have closed their end by now, which
-//! changes nothing for the clients: errors are ignored.
+//! changes nothing for the clients: a process that serves ignores errors.
 
 use std::fmt::Display;
 use std::io::{self, Write};
 use std::os::fd::BorrowedFd;
 use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
 
 use rproxy_sys::watch::Watched;
 use tokio::io::Interest;
@@ -12,9 +13,24 @@ use tokio::runtime::Handle;
 
 use crate::sink::Sink;
 
+/// Why a line could not be written to standard output, unless nobody wanted it.
+static UNWRITTEN: Mutex<Option<io::Error>> = Mutex::new(None);
+
 /// Writes a line to standard output.
 pub fn out(line: &impl Display) {
-    drop(writeln!(io::stdout().lock(), "{line}"));
+    if let Err(error) = writeln!(io::stdout().lock(), "{line}")
+        && error.kind() != io::ErrorKind::BrokenPipe
+    {
+        *UNWRITTEN.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+    }
+}
+
+/// The status to end with, of a command whose output is what it was called for: `status`, unless some of it is lost.
+pub fn finish(status: ExitCode) -> ExitCode {
+    match UNWRITTEN.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        None => status,
+        Some(error) => fail(&format_args!("standard output: {error}")),
+    }
 }
 
 /// Standard output of a process that serves.
@@ -56,6 +72,10 @@ async fn write_rest(sink: &Sink, mut rest: &[u8]) -> io::Result<()> {
 
 /// Writes a line to standard error.
 pub fn err(line: &impl Display) {
+    // What was given to us may have characters that a terminal obeys.
+    let plain =
+        |c: char| if c.is_control() && c != '\n' { c.escape_default().to_string() } else { c.to_string() };
+    let line: String = line.to_string().chars().map(plain).collect();
     drop(writeln!(io::stderr().lock(), "{line}"));
 }
 

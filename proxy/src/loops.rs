@@ -280,8 +280,10 @@ impl<'a> Listeners<'a> {
         new: usize,
         mut whereabouts: impl FnMut(ScopedIp) -> Destination,
     ) -> Result<(), LoopError> {
+        let in_circle = self.in_circles(&mut whereabouts);
         let mut seen: HashMap<Step, usize> = HashMap::new();
-        let starts = (0..new).flat_map(|hop| self.steps_on(hop).map(move |port| (hop, port)));
+        let starts = (0..new).filter(|hop| in_circle[*hop]);
+        let starts = starts.flat_map(|hop| self.steps_on(hop).map(move |port| (hop, port)));
         for (walk, start) in starts.enumerate() {
             let (mut path, mut next) = (Vec::new(), Some(start));
             while let Some(step) = next {
@@ -298,8 +300,46 @@ impl<'a> Listeners<'a> {
         Ok(())
     }
 
+    /// Which hops can be part of a ring, or lead to one, whatever their ports: those that do not come to an end. A walk
+    /// through all ports is for these alone, as a range has many.
+    fn in_circles(&self, mut whereabouts: impl FnMut(ScopedIp) -> Destination) -> Vec<bool> {
+        let mut leads_to = vec![0_usize; self.hops.len()];
+        let mut led_to_by: Vec<Vec<usize>> = vec![Vec::new(); self.hops.len()];
+        for (hop, leads_to) in leads_to.iter_mut().enumerate() {
+            if whereabouts(self.hops[hop].backend) != Destination::Here {
+                continue;
+            }
+            for (_range, next) in self.ranges_reached(hop) {
+                *leads_to += 1;
+                led_to_by[next].push(hop);
+            }
+        }
+        let mut in_circle = vec![true; self.hops.len()];
+        let mut ends: Vec<usize> = (0..self.hops.len()).filter(|hop| leads_to[*hop] == 0).collect();
+        while let Some(end) = ends.pop() {
+            in_circle[end] = false;
+            for before in &led_to_by[end] {
+                leads_to[*before] -= 1;
+                if leads_to[*before] == 0 {
+                    ends.push(*before);
+                }
+            }
+        }
+        in_circle
+    }
+
     /// The ports of a hop that lead to a port that someone listens on who may be reached.
     fn steps_on(&self, hop: usize) -> impl Iterator<Item = u16> {
+        let from = self.hops[hop];
+        self.ranges_reached(hop).flat_map(move |(range, _next)| {
+            let first = range.first().max(from.backend_ports.first());
+            let last = range.last().min(from.backend_ports.last());
+            (first..=last).map(move |port| from.host_port(port))
+        })
+    }
+
+    /// Who listens where a hop leads to, and may be reached: their ports, and their hops.
+    fn ranges_reached(&self, hop: usize) -> impl Iterator<Item = (PortRange, usize)> {
         let hop = self.hops[hop];
         let ranges = Place::reached_by(hop.backend).into_iter().filter_map(move |place| {
             let ranges = self.at.get(&(hop.protocol, place))?;
@@ -308,11 +348,7 @@ impl<'a> Listeners<'a> {
             let ranges = &ranges[begin.saturating_sub(1)..];
             Some(ranges.iter().take_while(move |(range, _)| range.first() <= hop.backend_ports.last()))
         });
-        ranges.flatten().flat_map(move |(range, _)| {
-            let first = range.first().max(hop.backend_ports.first());
-            let last = range.last().min(hop.backend_ports.last());
-            (first..=last).map(move |port| hop.host_port(port))
-        })
+        ranges.flatten().copied().filter(move |(range, _)| range.overlaps(hop.backend_ports))
     }
 
     /// Where a port leads, if one of these listens there.

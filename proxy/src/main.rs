@@ -3,9 +3,10 @@
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-use rproxy::{docker, standalone};
+use rproxy::{console, docker, standalone};
 
 fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().skip(1).collect();
-    if docker::is_docker_proxy_command(&args) { docker::main(&args) } else { standalone::main(&args) }
+    let is_docker_proxy = docker::is_docker_proxy_command(&args);
+    console::finish(if is_docker_proxy { docker::main(&args) } else { standalone::main(&args) })
 }

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
 
 use rproxy_sys::socket::ipv6_mtu;
@@ -40,7 +40,8 @@ impl Whereabouts {
     pub fn of(&mut self, ip: ScopedIp) -> Destination {
         *self.0.entry(ip).or_insert_with(|| match ip.ip() {
             // What connects to no address in particular reaches this machine.
-            address if address.is_unspecified() || address.is_loopback() => Destination::Here,
+            address if address.is_unspecified() => Destination::Here,
+            IpAddr::V4(Ipv4Addr::LOCALHOST) | IpAddr::V6(Ipv6Addr::LOCALHOST) => Destination::Here,
             IpAddr::V4(Ipv4Addr::BROADCAST) => Destination::Broadcast,
             address => {
                 let found = if address.is_ipv4() { find_v4(ip) } else { find_v6(ip) };
@@ -97,6 +98,7 @@ mod tests {
             ("0.0.0.0", Destination::Here),
             ("[::]", Destination::Here),
             ("255.255.255.255", Destination::Broadcast),
+            ("127.255.255.255", Destination::Broadcast),
             // For documentation, and to be discarded (RFC 5737, RFC 6666).
             ("192.0.2.1", Destination::Elsewhere),
             ("[100::1]", Destination::Elsewhere),

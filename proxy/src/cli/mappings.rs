@@ -15,7 +15,7 @@ use crate::duration::parse_limit;
 use crate::endpoint::{BackendSpec, HostSpec};
 use crate::family::everywhere;
 use crate::limits::{Limits, OnLimit};
-use crate::loops::refuse_loops_among;
+use crate::loops::{LoopReason, refuse_loops_among};
 use crate::mapping::{Mapping, MappingError};
 use crate::name::Name;
 use crate::overlap::refuse_overlap;
@@ -161,7 +161,10 @@ impl MappingArgs {
             let words = asked.iter().rfind(|asked| asked.mapping == *error.mapping);
             wrong(words.map_or("", |asked| &asked.words), &error)
         })?;
-        refuse_loops_among(&mappings).map_err(|error| wrong(&asked[error.mapping].words, &error))?;
+        refuse_loops_among(&mappings).map_err(|error| match &error.reason {
+            LoopReason::Many(to) => wrong(&format!("--to {to}"), &error),
+            LoopReason::Ring(_) => wrong(&asked[error.mapping].words, &error),
+        })?;
         tell_apart(&mut mappings);
         match (&self.name, &mut mappings[..]) {
             (None, _) => {}
