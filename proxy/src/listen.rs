@@ -82,7 +82,8 @@ impl Listener {
                 return Err(AdoptError::NotListening);
             }
             Protocol::Tcp => set_stream_options(&SockRef::from(&socket)),
-            Protocol::Udp => set_datagram_options(&socket, domain == Domain::IPV6),
+            Protocol::Udp => udp::queue_no_errors(socket.as_fd(), domain == Domain::IPV6)
+                .and_then(|()| set_datagram_options(&socket, domain == Domain::IPV6)),
         }
         .map_err(AdoptError::Setup)?;
         Ok(match protocol {
@@ -291,6 +292,8 @@ pub enum AdoptError {
 mod tests {
     use std::os::unix::net::UnixStream;
 
+    use nix::sys::socket::{getsockopt, setsockopt, sockopt};
+
     use super::*;
 
     fn adopt(fd: impl Into<OwnedFd>, protocol: Protocol) -> Result<Listener, AdoptError> {
@@ -317,7 +320,11 @@ mod tests {
     fn a_udp_socket_is_adopted_for_udp() {
         let udp = UdpSocket::bind("[::1]:0").unwrap();
         let addr = udp.local_addr().unwrap();
-        assert_eq!(adopt(udp, Protocol::Udp).unwrap().local_addr().unwrap(), addr);
+        // Whoever bound it may have wanted errors in a queue, which nobody here reads.
+        setsockopt(&udp, sockopt::Ipv6RecvErr, &true).unwrap();
+        let Listener::Udp(adopted) = adopt(udp, Protocol::Udp).unwrap() else { panic!("it is one for UDP") };
+        assert_eq!(adopted.local_addr().unwrap(), addr);
+        assert!(!getsockopt(&adopted, sockopt::Ipv6RecvErr).unwrap());
         let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
         assert!(matches!(adopt(tcp, Protocol::Udp), Err(AdoptError::WrongKind(Protocol::Udp))));
     }

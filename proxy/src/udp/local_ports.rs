@@ -53,6 +53,8 @@ pub(super) struct LocalPorts {
     last: u16,
     /// Ports that nobody is given unasked (`ip_local_reserved_ports`).
     reserved: Vec<(u16, u16)>,
+    /// How many of the range are never to be used: reserved, or forbidden to this process.
+    never: usize,
     /// Made for the first flow: an idle mapping does without.
     order: Option<Order>,
     /// Others had all that were tried: until then, none is.
@@ -88,11 +90,19 @@ impl LocalPorts {
     }
 
     fn new((first, last): (u16, u16), reserved: Vec<(u16, u16)>) -> Self {
-        Self { first, last, reserved, order: None, paused_until: None, others: 0 }
+        let in_range = |(low, high): &(u16, u16)| {
+            (usize::from((*high).min(last)) + 1).saturating_sub(usize::from((*low).max(first)))
+        };
+        let never = reserved.iter().map(in_range).sum();
+        Self { first, last, reserved, never, order: None, paused_until: None, others: 0 }
     }
 
-    /// How many ports there are, whoever has them.
+    /// How many ports can be used, whoever has them.
     pub(super) fn count(&self) -> usize {
+        self.size().saturating_sub(self.never)
+    }
+
+    fn size(&self) -> usize {
         usize::from(self.last - self.first) + 1
     }
 
@@ -109,7 +119,7 @@ impl LocalPorts {
         if self.paused_until.is_some_and(|until| now < until) {
             return None;
         }
-        let count = self.count();
+        let count = self.size();
         let order = self.order.get_or_insert_with(|| Order::new(self.first, self.last, &self.reserved));
         order.release(now);
         if order.count == count {
@@ -140,6 +150,7 @@ impl LocalPorts {
     /// The candidate cannot be used by this process, now or later.
     pub(super) fn forbidden(&mut self, port: u16) {
         self.set_unavailable(port);
+        self.never += 1;
     }
 
     /// Others had all candidates that were tried.
@@ -272,6 +283,16 @@ mod tests {
         let port = ports.candidate(now)?;
         ports.taken(port);
         Some(port)
+    }
+
+    #[test]
+    fn ports_that_are_never_used_are_nobodys_share() {
+        let mut ports = LocalPorts::new((1000, 1999), vec![(900, 1099), (1200, 1299), (1950, 3000)]);
+        assert_eq!((ports.count(), ports.room()), (750, 563));
+        let forbidden = ports.candidate(Instant::now()).unwrap();
+        ports.forbidden(forbidden);
+        assert_eq!(ports.count(), 749);
+        assert_eq!(LocalPorts::new((1000, 1001), vec![(1, 65_535)]).count(), 0);
     }
 
     #[test]

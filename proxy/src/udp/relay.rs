@@ -409,7 +409,11 @@ impl UdpRelay {
                 Some((same, id)) if same == key => id,
                 _ => match self.find_or_open(&key, batch, now) {
                     Some(id) => id,
-                    None => continue,
+                    None => {
+                        // Its flow may have had to go for this one.
+                        previous = None;
+                        continue;
+                    }
                 },
             };
             previous = Some((key, id));

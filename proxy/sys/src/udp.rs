@@ -287,6 +287,18 @@ pub fn report_local_addr(socket: BorrowedFd<'_>, ipv6: bool) -> io::Result<()> {
     crate::socket::set_int(socket, libc::IPPROTO_IP, libc::IP_PKTINFO, 1)
 }
 
+/// Keeps errors of datagrams out of a queue of their own (`IP_RECVERR`, ip(7)), which would have to be read: until then,
+/// a socket is reported to have failed.
+///
+/// # Errors
+/// Those of setsockopt(2).
+pub fn queue_no_errors(socket: BorrowedFd<'_>, ipv6: bool) -> io::Result<()> {
+    if ipv6 {
+        crate::socket::set_int(socket, libc::IPPROTO_IPV6, libc::IPV6_RECVERR, 0)?;
+    }
+    crate::socket::set_int(socket, libc::IPPROTO_IP, libc::IP_RECVERR, 0)
+}
+
 /// Lets the kernel hand over trains of datagrams that arrived as one (`UDP_GRO`, udp(7)).
 ///
 /// # Errors
