@@ -14,7 +14,7 @@ use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
 use nix::unistd::{pipe2, read};
 
-use super::stream::Stream;
+use super::stream::{Stream, is_refusal};
 
 /// The size asked for: the most that an unprivileged process may set (`fs.pipe-max-size`).
 const WANTED_SIZE: i32 = 1024 * 1024;
@@ -119,21 +119,16 @@ impl Pipe {
     }
 }
 
-/// Whether splice(2) itself was refused, by a filter of system calls, a security module or for want of memory, while
-/// nothing is wrong with the sockets. Says so, once.
+/// Whether splice(2) itself was refused, which is said once.
 pub(super) fn is_refused(error: &io::Error) -> bool {
     static REFUSED: Once = Once::new();
 
-    let errno = Errno::from_raw(error.raw_os_error().unwrap_or(0));
-    let refused = matches!(
-        errno,
-        Errno::EPERM | Errno::EACCES | Errno::ENOSYS | Errno::EINVAL | Errno::EOPNOTSUPP | Errno::ENOMEM
-    );
-    if refused {
+    let is_refused = is_refusal(error);
+    if is_refused {
         REFUSED
             .call_once(|| tracing::warn!(%error, "splice(2) is refused; bulk transfers are copied instead"));
     }
-    refused
+    is_refused
 }
 
 /// One of the [`MOST`] pipes that may exist.

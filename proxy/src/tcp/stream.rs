@@ -147,6 +147,7 @@ impl Stream {
                 match error.kind() {
                     io::ErrorKind::WouldBlock => self.note_would_block(kind),
                     io::ErrorKind::Interrupted => {}
+                    _ if is_refusal(&error) => {}
                     // This call may have taken the error off the socket, which is then reported no more.
                     _ => reactor::ready(self.key, FAILED),
                 }
@@ -247,6 +248,14 @@ impl Stream {
             Err(error) => error,
         }
     }
+}
+
+/// Whether a call was refused, by a filter of system calls, a security module or for want of memory, while nothing is
+/// wrong with the socket.
+pub(super) fn is_refusal(error: &io::Error) -> bool {
+    let errno = Errno::from_io_error(error);
+    let refusals = [Errno::PERM, Errno::ACCESS, Errno::NOSYS, Errno::INVAL, Errno::OPNOTSUPP, Errno::NOMEM];
+    errno.is_some_and(|errno| refusals.contains(&errno))
 }
 
 impl AsFd for Stream {
@@ -362,6 +371,8 @@ mod tests {
         new_runtime().unwrap().block_on(async {
             let (stream, _peer) = pair();
             stream.writable().await;
+            stream.write_by(|_socket| Err(nix::errno::Errno::EPERM)).unwrap_err();
+            assert!(!stream.has_failed(), "it is the call that was refused");
             let error = stream.write_by(|_socket| Err(nix::errno::Errno::ECONNRESET)).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
             stream.failed().await;
