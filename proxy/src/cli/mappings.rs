@@ -163,7 +163,7 @@ impl MappingArgs {
         })?;
         refuse_loops_among(&mappings).map_err(|error| match &error.reason {
             LoopReason::Many(to) => wrong(&format!("--to {to}"), &error),
-            LoopReason::Ring(_) => wrong(&asked[error.mapping].words, &error),
+            LoopReason::Ring(_) | LoopReason::Itself { .. } => wrong(&asked[error.mapping].words, &error),
         })?;
         tell_apart(&mut mappings);
         match (&self.name, &mut mappings[..]) {
