@@ -320,7 +320,7 @@ fn no_file() {
         (&|| mkfifo(file, Mode::S_IRWXU).unwrap(), "it is a pipe"),
         (&|| fs::create_dir(file).unwrap(), "it is a directory"),
         (&|| symlink("/dev/zero", file).unwrap(), "it is a device"),
-        (&|| fs::File::create(file).unwrap().set_len(200 << 20).unwrap(), "longer than 8 MiB"),
+        (&|| fs::File::create(file).unwrap().set_len(200 << 20).unwrap(), "longer than 2 MiB"),
         (&|| fs::write(file, b"\xff\xfe").unwrap(), "no text"),
     ];
     for (make, reason) in kinds {
@@ -362,7 +362,7 @@ fn from_a_pipe() {
     let wrong = with_pipe(&["check-config"], &text.replace("host", "hots")).into_output();
     assert!(wrong.stderr.contains("/dev/fd/63:3:1"), "{wrong:#?}");
     let endless = with_pipe(&["check-config"], &"x".repeat(17 << 20)).into_output();
-    assert!(endless.stderr.contains("longer than 8 MiB"), "{}", endless.stderr);
+    assert!(endless.stderr.contains("longer than 2 MiB"), "{}", endless.stderr);
     let proxy = with_pipe(&["--config"], &text);
     proxy.wait_for_line(Stream::Stdout, |line| line.contains(" -> "));
     assert_eq!(client::connect_lettered(address).1, b'a');

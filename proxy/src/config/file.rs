@@ -12,8 +12,9 @@ use std::path::Path;
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-/// The longest configuration, in bytes: a hundred thousand mappings. Reading one takes forty times as much memory.
-const LONGEST: u64 = 8 * 1024 * 1024;
+/// The longest configuration, in bytes: tens of thousands of mappings. Reading one takes fifty times as much memory, and one
+/// with a mistake every few bytes twice that.
+pub(super) const LONGEST: u64 = 2 * 1024 * 1024;
 
 /// How long a pipe may say nothing, in milliseconds.
 const PATIENCE: u16 = 60_000;
@@ -67,7 +68,7 @@ pub(super) fn text(mut file: File, first: bool) -> io::Result<String> {
     String::from_utf8(bytes).or_else(|_error| refuse("it is no text (UTF-8)"))
 }
 
-const TOO_LONG: &str = "it is longer than 8 MiB, which no configuration is";
+const TOO_LONG: &str = "it is longer than 2 MiB, which no configuration is";
 
 /// Refuses what was read at the start.
 ///
@@ -128,7 +129,7 @@ mod tests {
         assert!(refused(reader, false).contains("a pipe, which can be read once"));
         writer.join().unwrap();
         let (reader, writer) = pipe(&[b'#'; 17 * 1024 * 1024]);
-        assert!(refused(reader, true).contains("longer than 8 MiB"));
+        assert!(refused(reader, true).contains("longer than 2 MiB"));
         writer.join().unwrap();
     }
 
@@ -144,7 +145,7 @@ mod tests {
         let file =
             File::from(nix::sys::memfd::memfd_create(c"x", nix::sys::memfd::MFdFlags::empty()).unwrap());
         file.set_len(1 << 40).unwrap();
-        assert!(refused(file.try_clone().unwrap(), false).contains("longer than 8 MiB"));
+        assert!(refused(file.try_clone().unwrap(), false).contains("longer than 2 MiB"));
         file.set_len(0).unwrap();
         (&file).write_all(b"\xff").unwrap();
         io::Seek::rewind(&mut &file).unwrap();

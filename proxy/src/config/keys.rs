@@ -5,10 +5,10 @@ use std::ops::Range;
 use std::str::FromStr;
 
 use toml::Spanned;
-use toml::de::DeTable;
+use toml::de::{DeString, DeTable, DeValue};
 
 use super::hints::{meant_key, unknown_key};
-use super::mistake::Found;
+use super::mistake::{Found, Mistakes};
 use super::values;
 use crate::addr::{AddrError, ScopedIp};
 use crate::control::wire::{FieldErrors, WireLimits, WireMapping};
@@ -71,21 +71,21 @@ pub(super) const KEYS: [&str; 14] = with_keys!(names);
 
 impl Keys {
     /// What `table` says, as far as it can be read.
-    pub(super) fn read(table: &DeTable<'_>, found: &mut Vec<Found>) -> Self {
+    pub(super) fn read(table: &DeTable<'_>, found: &mut Mistakes) -> Self {
         let mut keys = Self::default();
-        for (key, value) in table {
+        for (key, value) in by_place(table) {
             let (place, key) = (key.span(), key.get_ref().as_ref());
-            let before = found.len();
+            let before = found.seen();
             macro_rules! read {
                 ($($known:ident),*) => {
                     match key {
                         $(stringify!($known) => keys.$known = values::read(key, value, found),)*
-                        unknown => found.push(Found::at(place, unknown_key(unknown))),
+                        unknown => found.push_with(place.start, || Found::at(place, unknown_key(unknown))),
                     }
                 };
             }
             with_keys!(read);
-            if found.len() > before {
+            if found.seen() > before {
                 keys.unread.push(meant_key(key).unwrap_or(key).to_owned());
             }
         }
@@ -99,6 +99,24 @@ impl Keys {
             ($($key:ident),*) => { Self { unread, $($key: self.$key.clone().or_else(|| defaults.$key.clone())),* } };
         }
         with_keys!(or)
+    }
+
+    /// Whether the value of `key` is one that a mapping can have, whatever its other keys say.
+    pub(super) fn are_accepted(mut self, key: &str) -> bool {
+        let text = |text: &str| Some(Spanned::new(0..0, text.to_owned()));
+        match (key, &self.host, &self.to) {
+            ("host", Some(host), _) => return host.get_ref().parse::<HostSpec>().is_ok(),
+            ("to", _, Some(to)) => return to.get_ref().parse::<BackendSpec>().is_ok(),
+            _ => (self.host, self.to) = (text("[::]:80"), text("172.17.0.2:80")),
+        }
+        let mut found = Mistakes::default();
+        self.mapping(&Self::default(), 0..0, &mut found).is_some() && found.is_empty()
+    }
+
+    /// How many networks are listed.
+    pub(super) fn networks(&self) -> usize {
+        let count = |list: &Texts| list.as_ref().map_or(0, |list| list.get_ref().len());
+        count(&self.allow) + count(&self.deny)
     }
 
     /// What is wrong in this table, which is `[defaults]`.
@@ -120,7 +138,7 @@ impl Keys {
         &self,
         defaults: &Self,
         place: Range<usize>,
-        found: &mut Vec<Found>,
+        found: &mut Mistakes,
     ) -> Option<Mapping> {
         let mut wrong = FieldErrors::default();
         let host: Option<HostSpec> =
@@ -202,6 +220,15 @@ impl Keys {
         }
         with_keys!(places).unwrap_or(table)
     }
+}
+
+/// The keys and values of a table in the order in which they are written.
+pub(super) fn by_place<'a, 'i>(
+    table: &'a DeTable<'i>,
+) -> Vec<(&'a Spanned<DeString<'i>>, &'a Spanned<DeValue<'i>>)> {
+    let mut entries: Vec<_> = table.iter().collect();
+    entries.sort_unstable_by_key(|(key, _value)| key.span().start);
+    entries
 }
 
 fn text(value: &Text) -> Option<String> {

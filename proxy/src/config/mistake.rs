@@ -1,31 +1,108 @@
 //! What is wrong in a file, and where.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::ops::Range;
 
+/// The most mistakes that are reported. Whoever has that many made one of another kind, as to name the wrong file.
+pub(super) const MOST: usize = 50;
+
+/// The longest message, in characters: a value that it quotes may be the whole file.
+const LONGEST_MESSAGE: usize = 400;
+
 /// What is wrong at a place that is known by its bytes.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Found {
-    place: Range<usize>,
+    start: usize,
     message: String,
 }
 
 impl Found {
+    /// What `message` says about the bytes of `place`. It is one line, and not a long one.
     pub(super) fn at(place: Range<usize>, message: impl Into<String>) -> Self {
-        Self { place, message: message.into() }
+        let mut message: String = message.into();
+        if let Some((cut, _char)) = message.char_indices().nth(LONGEST_MESSAGE) {
+            message.truncate(cut);
+            message.push('…');
+        }
+        if message.contains(char::is_control) {
+            let shown =
+                |char: char| if char.is_control() { char.escape_default().to_string() } else { char.into() };
+            message = message.chars().map(shown).collect();
+        }
+        Self { start: place.start, message }
     }
-}
 
-impl Found {
     /// Where it starts, in bytes.
     pub(super) fn start(&self) -> usize {
-        self.place.start
+        self.start
     }
 }
 
 impl From<toml::de::Error> for Found {
     fn from(error: toml::de::Error) -> Self {
         Self::at(error.span().unwrap_or_default(), error.message().replace('\n', "; "))
+    }
+}
+
+/// The first mistakes of a file by their places, [`MOST`] of them, each once: one in `[defaults]` is one of each
+/// mapping.
+#[derive(Debug, Default)]
+pub(super) struct Mistakes {
+    first: BTreeSet<Found>,
+    seen: usize,
+    /// Whether there are more than these.
+    pub(super) more: bool,
+}
+
+impl Mistakes {
+    /// None so far, or some `more` than will be put in.
+    pub(super) fn with_more(more: bool) -> Self {
+        Self { more, ..Self::default() }
+    }
+
+    /// Takes one, and leaves out the last one if that is one too many.
+    pub(super) fn push(&mut self, found: Found) {
+        self.seen += 1;
+        self.first.insert(found);
+        if self.first.len() > MOST {
+            self.first.pop_last();
+            self.more = true;
+        }
+    }
+
+    /// Takes one at `start` whose message takes a while to make up: only if it is one of the first.
+    pub(super) fn push_with(&mut self, start: usize, found: impl FnOnce() -> Found) {
+        if self.first.len() == MOST && self.first.last().is_some_and(|last| last.start < start) {
+            self.seen += 1;
+            self.more = true;
+        } else {
+            self.push(found());
+        }
+    }
+
+    /// How many there were so far, also those that were left out.
+    pub(super) fn seen(&self) -> usize {
+        self.seen
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.seen == 0
+    }
+}
+
+impl Extend<Found> for Mistakes {
+    fn extend<T: IntoIterator<Item = Found>>(&mut self, found: T) {
+        found.into_iter().for_each(|found| self.push(found));
+    }
+}
+
+impl IntoIterator for Mistakes {
+    type Item = Found;
+    type IntoIter = std::collections::btree_set::IntoIter<Found>;
+
+    fn into_iter(self) -> Self::IntoIter {
+        self.first.into_iter()
     }
 }
 
@@ -59,19 +136,47 @@ impl<'a> Lines<'a> {
         Self { text, starts: [0].into_iter().chain(ends.map(|(at, _byte)| at + 1)).collect() }
     }
 
+    /// Where the line begins that has `at`.
+    pub(super) fn start_of(&self, at: usize) -> usize {
+        self.starts[self.starts.partition_point(|start| *start <= at) - 1]
+    }
+
     /// The mistakes in the order of their places.
-    pub(super) fn locate(&self, mut found: Vec<Found>) -> Vec<Mistake> {
-        found.sort_by_key(|found| found.place.start);
-        let mistakes = found.into_iter().map(|Found { place, message }| self.mistake(place.start, message));
-        let mut mistakes: Vec<Mistake> = mistakes.collect();
-        // One in `[defaults]` is one of each mapping.
-        mistakes.dedup();
-        mistakes
+    pub(super) fn locate(&self, found: Mistakes) -> Vec<Mistake> {
+        found.into_iter().map(|Found { start, message }| self.mistake(start, message)).collect()
     }
 
     fn mistake(&self, at: usize, message: String) -> Mistake {
         let line = self.starts.partition_point(|start| *start <= at);
         let before = self.text.get(self.starts[line - 1]..at).unwrap_or_default();
         Mistake { line, column: before.chars().count() + 1, message }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_mistakes_are_kept_in_the_order_of_their_places() {
+        let mut mistakes = Mistakes::default();
+        for at in (0..10_000).rev() {
+            mistakes.push(Found::at(at..at, "x"));
+            mistakes.push(Found::at(at..at, "x"));
+        }
+        assert!(mistakes.more && mistakes.seen() == 20_000);
+        mistakes.push_with(MOST, || panic!("it is not one of the first"));
+        let starts: Vec<usize> = mistakes.into_iter().map(|found| found.start()).collect();
+        assert_eq!(starts, (0..MOST).collect::<Vec<_>>());
+        let mut few = Mistakes::default();
+        few.extend((0..MOST).map(|at| Found::at(at..at, "x")));
+        assert!(!few.more);
+    }
+
+    #[test]
+    fn a_message_is_one_short_line() {
+        let found = Found::at(0..0, "a\nb".repeat(1_000_000));
+        assert!(found.message.starts_with("a\\nba") && found.message.ends_with('…'), "{}", found.message);
+        assert!(found.message.len() < 3 * LONGEST_MESSAGE);
     }
 }

@@ -1,6 +1,6 @@
 //! The configuration file: `[[mapping]]` tables in TOML, described in `docs/configuration.md`.
 //!
-//! It is read as a whole or not at all, and every mistake is reported with its place.
+//! It is read as a whole or not at all, and its first mistakes are reported with their places.
 
 mod file;
 mod hints;
@@ -20,9 +20,9 @@ use rproxy_sys::memory::release_unused;
 use toml::de::{DeTable, DeValue};
 
 pub use self::file::{descriptor, open};
-use self::keys::Keys;
+use self::keys::{Keys, by_place};
 pub use self::mistake::Mistake;
-use self::mistake::{Found, Lines};
+use self::mistake::{Found, Lines, Mistakes};
 pub use self::print::print;
 use crate::descriptors::explain;
 use crate::loops::refuse_loops_among;
@@ -72,61 +72,76 @@ fn mappings(path: &Path, text: String) -> Result<Vec<Mapping>, ConfigError> {
 /// Reads mappings from the `text` of the file at `path`.
 ///
 /// # Errors
-/// [`ConfigError::Wrong`] with all mistakes that are in it.
+/// [`ConfigError::Wrong`] with the mistakes that are in it.
 pub fn parse(path: &Path, text: &str) -> Result<Vec<Mapping>, ConfigError> {
     find_mappings(text).map_err(|found| {
+        let more = found.more;
         let mistakes = Lines::of(text).locate(found);
-        ConfigError::Wrong { path: path.to_owned(), mistakes }
+        ConfigError::Wrong { path: path.to_owned(), mistakes, more }
     })
 }
 
-fn find_mappings(text: &str) -> Result<Vec<Mapping>, Vec<Found>> {
+fn find_mappings(text: &str) -> Result<Vec<Mapping>, Mistakes> {
+    let (text, is_cut) = hints::before_too_many_errors(text);
     let (document, errors) = DeTable::parse_recoverable(text);
-    let mut found = Vec::new();
-    let file = File::read(document.get_ref(), &mut found);
-    found.extend(file.defaults.mistakes_of_defaults());
-    let mut read = Vec::with_capacity(file.tables.len());
-    for (place, keys) in &file.tables {
+    let mut found = Mistakes::with_more(is_cut);
+    let mut file = File::read(document.get_ref(), &mut found);
+    let of_defaults = file.defaults.mistakes_of_defaults();
+    let of_defaults: Vec<Found> = of_defaults.into_iter().chain(file.too_many_networks()).collect();
+    let has_defaults = of_defaults.is_empty();
+    if !has_defaults {
+        // Each mapping would have them again.
+        found.extend(of_defaults);
+        file.defaults = Keys::default();
+    }
+    let mut read = Vec::new();
+    for (place, table) in file.tables {
+        let keys = Keys::read(table, &mut found);
         if let Some(mapping) = keys.mapping(&file.defaults, place.clone(), &mut found) {
             read.push((Table { place, keys }, mapping));
         }
     }
-    if !errors.is_empty() {
+    if !errors.is_empty() || is_cut {
         return Err(hints::beside_errors(text, &errors, found));
     }
     if found.is_empty() && read.is_empty() {
         // A file that is being written would end everything.
         found.push(Found::at(0..0, "there is no [[mapping]] in it"));
     }
-    let (tables, mappings): (Vec<Table<'_>>, Vec<Mapping>) = read.into_iter().unzip();
-    found.extend(same_names(&tables, &mappings));
-    found.extend(same_ports(&tables, &mappings));
+    let (tables, mappings): (Vec<Table>, Vec<Mapping>) = read.into_iter().unzip();
+    if has_defaults {
+        found.extend(same_names(&tables, &mappings));
+        found.extend(same_ports(&tables, &mappings));
+    }
     if found.is_empty() {
         found.extend(loops(&tables, &mappings));
     }
     if found.is_empty() { Ok(mappings) } else { Err(found) }
 }
 
+/// The most networks that all mappings together may get from `[defaults]`.
+const MOST_NETWORKS: usize = 1_000_000;
+
 /// A whole file.
 #[derive(Default)]
-struct File {
+struct File<'a, 'i> {
     /// What holds for each mapping that does not say otherwise.
     defaults: Keys,
     /// The mappings, and where they are.
-    tables: Vec<(Range<usize>, Keys)>,
+    tables: Vec<(Range<usize>, &'a DeTable<'i>)>,
 }
 
-impl File {
-    fn read(document: &DeTable<'_>, found: &mut Vec<Found>) -> Self {
+impl<'a, 'i> File<'a, 'i> {
+    fn read(document: &'a DeTable<'i>, found: &mut Mistakes) -> Self {
         let mut file = Self::default();
-        for (key, value) in document {
+        for (key, value) in by_place(document) {
             let (name, place) = (key.get_ref().as_ref(), value.span());
             match (name, value.get_ref()) {
                 ("defaults", DeValue::Table(table)) => file.defaults = Keys::read(table, found),
                 ("mapping", DeValue::Array(tables)) => {
                     for table in tables.iter() {
                         match table.get_ref() {
-                            DeValue::Table(keys) => file.tables.push((table.span(), Keys::read(keys, found))),
+                            DeValue::Table(keys) => file.tables.push((table.span(), keys)),
                             _ => {
                                 found.push(Found::at(table.span(), "a mapping is a table; write [[mapping]]"))
                             }
@@ -138,7 +153,7 @@ impl File {
                         place.clone(),
                         "[mapping] is one table, not one of several; write [[mapping]]",
                     ));
-                    file.tables.push((place, Keys::read(keys, found)));
+                    file.tables.push((place, keys));
                 }
                 ("mapping", _) => {
                     found.push(Found::at(key.span(), "a mapping is a table; write [[mapping]]"))
@@ -147,22 +162,38 @@ impl File {
                     found.push(Found::at(key.span(), "there is one table of defaults; write [defaults]"))
                 }
                 (_, DeValue::Table(_) | DeValue::Array(_)) => {
-                    found.push(Found::at(key.span(), hints::unknown_table(name, true)));
+                    let place = key.span();
+                    found.push_with(place.start, || Found::at(place, hints::unknown_table(name, true)));
                 }
-                _ => found.push(Found::at(key.span(), hints::unknown_table(name, false))),
+                _ => {
+                    let place = key.span();
+                    found.push_with(place.start, || Found::at(place, hints::unknown_table(name, false)));
+                }
             }
         }
         file
     }
+
+    /// What is wrong if each mapping gets so many networks from `[defaults]` that together they take too much memory.
+    fn too_many_networks(&self) -> Option<Found> {
+        let (mappings, networks) = (self.tables.len(), self.defaults.networks());
+        (mappings.saturating_mul(networks) > MOST_NETWORKS).then(|| {
+            let key = if self.defaults.place_of("allow", 0..0).is_empty() { "deny" } else { "allow" };
+            let problem = format!(
+                "{key}: {networks} networks for each of {mappings} mappings are more than {MOST_NETWORKS}; write wider networks"
+            );
+            Found::at(self.defaults.place_of(key, 0..0), problem)
+        })
+    }
 }
 
 /// A `[[mapping]]`, and where it is.
-struct Table<'a> {
-    place: &'a Range<usize>,
-    keys: &'a Keys,
+struct Table {
+    place: Range<usize>,
+    keys: Keys,
 }
 
-impl Table<'_> {
+impl Table {
     /// A mistake in the value of `key`.
     fn mistake(&self, key: &str, problem: &dyn fmt::Display) -> Found {
         Found::at(self.keys.place_of(key, self.place.clone()), format!("{key}: {problem}"))
@@ -170,7 +201,7 @@ impl Table<'_> {
 }
 
 /// Mappings that have the name of an earlier one.
-fn same_names(tables: &[Table<'_>], mappings: &[Mapping]) -> Vec<Found> {
+fn same_names(tables: &[Table], mappings: &[Mapping]) -> Vec<Found> {
     let mut seen = HashSet::with_capacity(mappings.len());
     let mut found = Vec::new();
     for (table, mapping) in tables.iter().zip(mappings) {
@@ -185,7 +216,7 @@ fn same_names(tables: &[Table<'_>], mappings: &[Mapping]) -> Vec<Found> {
 }
 
 /// Mappings that want a port of an earlier one.
-fn same_ports(tables: &[Table<'_>], mappings: &[Mapping]) -> Vec<Found> {
+fn same_ports(tables: &[Table], mappings: &[Mapping]) -> Vec<Found> {
     let error = |Overlap { first, second, port }: Overlap| {
         tables[second].mistake("host", &OverlapError::new(&mappings[second], &mappings[first], port))
     };
@@ -193,7 +224,7 @@ fn same_ports(tables: &[Table<'_>], mappings: &[Mapping]) -> Vec<Found> {
 }
 
 /// A mapping that leads back to itself.
-fn loops(tables: &[Table<'_>], mappings: &[Mapping]) -> Option<Found> {
+fn loops(tables: &[Table], mappings: &[Mapping]) -> Option<Found> {
     let error = refuse_loops_among(mappings).err()?;
     Some(tables[error.mapping].mistake("to", &error))
 }
@@ -210,13 +241,21 @@ pub enum ConfigError {
         source: io::Error,
     },
     /// What it says makes no sense.
-    #[error("{}", mistakes.iter().map(|mistake| format!("{}:{mistake}", path.display())).collect::<Vec<_>>().join("\n"))]
+    #[error("{}", lines(path, mistakes, *more).join("\n"))]
     Wrong {
         /// The file.
         path: PathBuf,
-        /// What is wrong in it.
+        /// What is wrong in it: the first mistakes, by their places.
         mistakes: Vec<Mistake>,
+        /// Whether there are more.
+        more: bool,
     },
+}
+
+fn lines(path: &Path, mistakes: &[Mistake], more: bool) -> Vec<String> {
+    let lines = mistakes.iter().map(|mistake| format!("{}:{mistake}", path.display()));
+    let rest = more.then(|| format!("{}: there are more mistakes than these", path.display()));
+    lines.chain(rest).collect()
 }
 
 #[cfg(test)]
@@ -343,6 +382,44 @@ mod tests {
         let found = mistakes(&text.repeat(3));
         assert!(found[0].starts_with("4:1: name: 80/tcp is the name of another mapping"), "{found:?}");
         assert!(found.iter().any(|mistake| mistake.starts_with("5:8: host: port 80 is taken")), "{found:?}");
+    }
+
+    #[test]
+    fn a_file_of_nothing_but_mistakes_has_a_short_answer() {
+        let longest = usize::try_from(file::LONGEST).unwrap();
+        let mapping = "[[mapping]]\nhost = \"[::]:80\"\nto = \"10.0.0.1:80\"\n";
+        for junk in [
+            "x\n",
+            "=\n",
+            "[[mapping]]\n",
+            "[a]\n",
+            "x = 1\n",
+            "\\q",
+            "{}, ",
+            "[",
+            "a.",
+            mapping,
+            "[[mapping]]\nhost = x\n",
+            "[[mapping]]\nhots = 1\n",
+        ] {
+            for start in ["", "x = \"", "mapping = [", "[defaults]\nproto = \"y\"\n"] {
+                let text = format!("{start}{}", junk.repeat(longest / junk.len()));
+                let error = parse(Path::new("file"), &text).unwrap_err().to_string();
+                assert!(error.lines().count() <= mistake::MOST + 1, "{start}{junk}");
+                assert!(error.len() < 50_000, "{start}{junk}: {}", error.len());
+            }
+        }
+        let text = "[[mapping]]\nhots = 1\n".repeat(100);
+        let error = parse(Path::new("file"), &text).unwrap_err().to_string();
+        assert!(error.ends_with("\nfile: there are more mistakes than these"), "{error}");
+    }
+
+    #[test]
+    fn defaults_do_not_multiply() {
+        let networks = vec!["\"10.0.0.0/8\""; 10_001].join(",");
+        let text = format!("[defaults]\ndeny = [{networks}]\n{}", GOOD.repeat(100));
+        let expected = "2:8: deny: 10001 networks for each of 100 mappings are more than 1000000";
+        assert_found(&text, expected);
     }
 
     const GOOD: &str = "[[mapping]]\nhost = \"[::]:80\"\nto = \"10.0.0.1:80\"\n";

@@ -5,7 +5,8 @@ use std::ops::Range;
 use toml::Spanned;
 use toml::de::DeValue;
 
-use super::mistake::Found;
+use super::hints::is_accepted;
+use super::mistake::{Found, Mistakes};
 
 /// A type that the value of a key can have.
 pub(super) trait Value: Sized {
@@ -23,15 +24,18 @@ pub(super) trait Value: Sized {
 pub(super) fn read<T: Value>(
     key: &str,
     value: &Spanned<DeValue<'_>>,
-    found: &mut Vec<Found>,
+    found: &mut Mistakes,
 ) -> Option<Spanned<T>> {
     let (place, value) = (value.span(), value.get_ref());
     match T::read(value) {
         Ok(read) => Some(Spanned::new(place, read)),
         Err(better) => {
-            let (name, meant) = (T::NAME, T::meant(key, value));
-            let message = format!("{key}: {name} is wanted; write {key} = {meant}");
-            found.push(Found::at(better.unwrap_or(place), message));
+            let place = better.unwrap_or(place);
+            found.push_with(place.start, || {
+                let meant = T::meant(key, value);
+                let meant = if is_accepted(key, &meant) { &meant } else { example(key) };
+                Found::at(place, format!("{key}: {} is wanted; write {key} = {meant}", T::NAME))
+            });
             None
         }
     }
