@@ -421,7 +421,7 @@ fn hand_over(ready: Vec<Ready>, workers: &Workers) {
         runtime.spawn(async move {
             for (seat, (accepted, backend)) in group {
                 let (client, mapping) = (accepted.peer.ip(), accepted.place.live().clone());
-                connections::spawn(client, &mapping, serve(accepted, backend, seat));
+                connections::spawn(client, &mapping, |entry| serve(accepted, backend, seat, entry));
             }
         });
     }

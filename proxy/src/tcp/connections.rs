@@ -20,7 +20,7 @@ thread_local! {
 struct Served {
     slots: Vec<Option<Connection>>,
     /// The indices of empty slots.
-    free: Vec<usize>,
+    free: Vec<u32>,
 }
 
 struct Connection {
@@ -30,24 +30,24 @@ struct Connection {
     task: AbortHandle,
 }
 
-/// Serves a connection of a mapping to its end, on this worker.
+/// Serves a connection of a mapping to its end, on this worker. What `serve` makes of its entry keeps that until then:
+/// around another future, it would take as much room once more.
 ///
 /// # Panics
 /// Outside a tokio runtime.
-pub(super) fn spawn(client: IpAddr, mapping: &Arc<Live>, serve: impl Future<Output = ()> + Send + 'static) {
+pub(super) fn spawn<F>(client: IpAddr, mapping: &Arc<Live>, serve: impl FnOnce(Entry) -> F)
+where
+    F: Future<Output = ()> + Send + 'static,
+{
     let slot = SERVED.with_borrow_mut(|served| {
         served.free.pop().unwrap_or_else(|| {
             served.slots.push(None);
-            served.slots.len() - 1
+            u32::try_from(served.slots.len() - 1).expect("a process has fewer descriptors")
         })
     });
-    let entry = Entry(slot);
-    let task = tokio::spawn(async move {
-        serve.await;
-        drop(entry);
-    });
+    let task = tokio::spawn(serve(Entry(slot)));
     let connection = Connection { client, mapping: Arc::as_ptr(mapping), task: task.abort_handle() };
-    SERVED.with_borrow_mut(|served| served.slots[slot] = Some(connection));
+    SERVED.with_borrow_mut(|served| served.slots[slot as usize] = Some(connection));
 }
 
 /// Resets the connections of this worker whose clients the mapping of `service` denies.
@@ -71,8 +71,9 @@ pub(super) fn cut_denied(service: &Service) {
     }
 }
 
-/// A slot of this worker, emptied when dropped.
-struct Entry(usize);
+/// A connection's slot in the list of its worker, emptied when dropped.
+#[derive(Debug)]
+pub(super) struct Entry(u32);
 
 impl Drop for Entry {
     fn drop(&mut self) {
@@ -80,7 +81,7 @@ impl Drop for Entry {
         let emptied = SERVED.try_with(|served| {
             let mut served = served.borrow_mut();
             served.free.push(self.0);
-            served.slots[self.0].take()
+            served.slots[self.0 as usize].take()
         });
         drop(emptied);
     }
@@ -107,9 +108,9 @@ mod tests {
                 [("cut", denied, &one), ("admitted", admitted, &one), ("elsewhere", denied, &other)]
             {
                 let guard = OnDrop(name, ended.clone());
-                spawn(client, mapping, async move {
+                spawn(client, mapping, |entry| async move {
                     std::future::pending::<()>().await;
-                    drop(guard);
+                    drop((guard, entry));
                 });
             }
             tokio::task::yield_now().await;

@@ -24,6 +24,7 @@ use std::os::fd::OwnedFd;
 use socket2::Socket;
 use tracing::{debug, warn};
 
+use self::connections::Entry;
 use self::dial::DialError;
 use self::stream::Stream;
 use crate::log_limit::LogLimit;
@@ -38,9 +39,9 @@ struct Accepted {
     place: Place,
 }
 
-/// Serves a connection to its end. `backend` is the socket to reach the backend with. The place and the seat
-/// are given up when it is over.
-async fn serve(accepted: Accepted, backend: io::Result<Socket>, _seat: Seat) {
+/// Serves a connection to its end. `backend` is the socket to reach the backend with. The place, the seat
+/// and the entry are given up when it is over.
+async fn serve(accepted: Accepted, backend: io::Result<Socket>, _seat: Seat, _entry: Entry) {
     static FAILED_DIALS: LogLimit = LogLimit::new();
 
     // The place is given up after the sockets, which are dropped first, as others may wait for their descriptors.
@@ -117,8 +118,14 @@ mod tests {
         let fd = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().into();
         let peer = SocketAddr::from(([127, 0, 0, 1], 1));
         let backend = dial::open(place.forward().backend);
-        let future = serve(Accepted { client: fd, peer, place }, backend, workers.seat());
-        let size = size_of_val(&future);
-        assert!(size <= 624, "{size} bytes");
+        let mut size = 0;
+        let mapping = place.live().clone();
+        let _entered = runtime.enter();
+        connections::spawn(peer.ip(), &mapping, |entry| {
+            let future = serve(Accepted { client: fd, peer, place }, backend, workers.seat(), entry);
+            size = size_of_val(&future);
+            future
+        });
+        assert!(size <= 640, "{size} bytes");
     }
 }
