@@ -215,9 +215,7 @@ fn refusals_are_told() {
     let denying =
         rproxy::Standalone::start(&["--host", "[::]:0", "--to", &to, "--deny", "::ffff:127.0.0.0/104"]);
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, denying.address().port()));
-    let client = client::connect(address);
-    let from = client.local_addr().unwrap();
-    assert_eq!(client::read_to_end(&client), (vec![], End::Reset));
+    let (from, _client) = attempt(address);
     let line = denying.process.wait_for_line(Stream::Stderr, |line| line.contains("client refused"));
     let words =
         format!("mapping={}/tcp -> {to} client={from} reason=\"deny has it\"", denying.ready[0].address);
@@ -247,16 +245,25 @@ fn refusals_are_told() {
             &["--max-connections", "1", "--on-limit", on_limit],
         );
         let (served, _letter) = client::connect_lettered(full.address());
-        let more: Vec<_> = (0..3).map(|_| client::connect(full.address())).collect();
+        let more: Vec<_> = (0..3).map(|_| attempt(full.address())).collect();
         let line = full.process.wait_for_line(Stream::Stderr, |line| line.contains(words));
         assert!(line.contains(&format!("mapping={}/tcp", full.address())), "{line}");
         assert!(line.contains("max_connections=1"), "{line}");
-        let is_first = line.contains(&format!("client={}", more[0].local_addr().unwrap()));
+        let is_first = line.contains(&format!("client={}", more[0].0));
         assert_eq!(is_first, on_limit == "reset", "one that waits was not accepted: {line}");
         let told = full.process.captured(Stream::Stderr).matches(words).count();
         assert!(on_limit == "reset" || told == 1, "it is full once, and told so {told} times");
         drop((served, more));
     }
+}
+
+/// Connects from an address that is known by then, and may be reset before it notices that it is connected.
+fn attempt(to: SocketAddr) -> (SocketAddr, socket2::Socket) {
+    let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    socket.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()).unwrap();
+    let from = socket.local_addr().unwrap().as_socket().unwrap();
+    socket.connect(&to.into()).ok();
+    (from, socket)
 }
 
 fn reload() {
