@@ -243,11 +243,11 @@ impl BindError {
         match source.kind() {
             io::ErrorKind::AddrInUse if self.among.is_some_and(|among| !among.is_single()) => {
                 let among = self.among.map_or_else(String::new, |among| among.to_string());
-                format!("none of its ports is free ({among}); `ss -lntup` shows who has them")
+                format!("none of its ports is free ({among}); `ss -antup` shows who has them")
             }
             io::ErrorKind::AddrInUse => format!(
-                "the {protocol} port is taken by another program; `ss -ln{}p 'sport = :{}'` shows which, port 0 takes \
-                 a free one",
+                "the {protocol} port is taken by another program; `ss -an{}p 'sport = :{}'` shows which, port 0 takes \
+                 a free one, and net.ipv4.ip_local_reserved_ports keeps one for listening",
                 if *protocol == Protocol::Tcp { "t" } else { "u" },
                 addr.port()
             ),
