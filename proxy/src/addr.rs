@@ -7,7 +7,6 @@ use std::str::FromStr;
 use rustix::net::netdevice::name_to_index;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
-use crate::endpoint::{BackendSpec, HostSpec};
 use crate::ports::{PortError, PortRange};
 
 /// The transport protocol of a mapping.
@@ -181,16 +180,6 @@ impl fmt::Display for HostAddr {
     }
 }
 
-impl FromStr for HostAddr {
-    type Err = AddrError;
-
-    fn from_str(text: &str) -> Result<Self, AddrError> {
-        let HostSpec { ip, ports } = text.parse()?;
-        let port = ports.map_or(Ok(0), PortRange::one)?;
-        Ok(Self::new(ip, port))
-    }
-}
-
 /// The address and port that connections and datagrams are forwarded to, the container's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct BackendAddr(SocketAddr);
@@ -256,15 +245,6 @@ impl TryFrom<SocketAddr> for BackendAddr {
 impl fmt::Display for BackendAddr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
-    }
-}
-
-impl FromStr for BackendAddr {
-    type Err = AddrError;
-
-    fn from_str(text: &str) -> Result<Self, AddrError> {
-        let BackendSpec { ip, ports } = text.parse()?;
-        Self::new(ip, ports.one()?)
     }
 }
 
@@ -386,16 +366,6 @@ pub(crate) fn canonical(addr: SocketAddr) -> SocketAddr {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn an_address_is_that_of_one_port() {
-        let host = |text: &str| text.parse::<HostAddr>().map(|addr| addr.to_string());
-        assert_eq!(host("[::ffff:10.0.0.1]:80").as_deref(), Ok("10.0.0.1:80"));
-        assert_eq!(host("127.0.0.1:0").as_deref(), Ok("127.0.0.1:0"));
-        assert!(host("127.0.0.1:80-90").unwrap_err().to_string().contains("one port is wanted"));
-        assert_eq!("10.0.0.1:0".parse::<BackendAddr>(), Err(AddrError::ZeroPort));
-        "10.0.0.1:80-90".parse::<BackendAddr>().unwrap_err();
-    }
 
     #[test]
     fn the_interface_that_is_suggested_is_there() {

@@ -4,7 +4,7 @@ use std::fmt;
 use std::net::Ipv6Addr;
 use std::str::FromStr;
 
-use crate::addr::{AddrError, BackendAddr, ScopedIp};
+use crate::addr::{AddrError, BackendAddr, HostAddr, ScopedIp};
 use crate::ports::PortRange;
 
 /// Where a mapping listens: `0.0.0.0:80`, `[::]:8000-8010`, netstat's `:::80`; random ports as `127.0.0.1:0`.
@@ -57,6 +57,16 @@ fn parse_host_ports(text: &str) -> Result<Option<PortRange>, AddrError> {
     if text == "0" { Ok(None) } else { Ok(Some(text.parse()?)) }
 }
 
+impl FromStr for HostAddr {
+    type Err = AddrError;
+
+    fn from_str(text: &str) -> Result<Self, AddrError> {
+        let HostSpec { ip, ports } = text.parse()?;
+        let port = ports.map_or(Ok(0), PortRange::one)?;
+        Ok(Self::new(ip, port))
+    }
+}
+
 /// Where a mapping leads to: `172.17.0.2:80`, `[fd00::2]:8000-8010`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BackendSpec {
@@ -91,6 +101,15 @@ impl FromStr for BackendSpec {
 
 fn parse_backend_ports(text: &str) -> Result<PortRange, AddrError> {
     if text == "0" { Err(AddrError::ZeroPort) } else { Ok(text.parse()?) }
+}
+
+impl FromStr for BackendAddr {
+    type Err = AddrError;
+
+    fn from_str(text: &str) -> Result<Self, AddrError> {
+        let BackendSpec { ip, ports } = text.parse()?;
+        Self::new(ip, ports.one()?)
+    }
 }
 
 /// What a text consists of; the ports are still to be parsed.
@@ -222,5 +241,15 @@ mod tests {
             let message = backend(text).expect_err(text);
             assert!(message.contains(part), "{text}: {message}");
         }
+    }
+
+    #[test]
+    fn an_address_is_that_of_one_port() {
+        let host = |text: &str| text.parse::<HostAddr>().map(|addr| addr.to_string());
+        assert_eq!(host("[::ffff:10.0.0.1]:80").as_deref(), Ok("10.0.0.1:80"));
+        assert_eq!(host("127.0.0.1:0").as_deref(), Ok("127.0.0.1:0"));
+        assert!(host("127.0.0.1:80-90").unwrap_err().to_string().contains("one port is wanted"));
+        assert_eq!("10.0.0.1:0".parse::<BackendAddr>(), Err(AddrError::ZeroPort));
+        "10.0.0.1:80-90".parse::<BackendAddr>().unwrap_err();
     }
 }

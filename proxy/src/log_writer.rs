@@ -7,7 +7,16 @@ use std::time::SystemTime;
 use serde_json::json;
 
 use crate::sink::Sink;
-use crate::telemetry::Format;
+
+/// How log lines are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Format {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object per line, for programs.
+    Json,
+}
 
 /// Writes each buffer as a line of its own, or loses it.
 #[derive(Debug)]

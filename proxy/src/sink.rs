@@ -45,11 +45,7 @@ impl Sink {
     /// # Errors
     /// Those of write(2), if nothing was written for another reason than that there is no room.
     pub(crate) fn write_now(&self, text: &[u8]) -> io::Result<usize> {
-        match self {
-            Self::Terminal(terminal) => write_now(terminal.as_fd(), text),
-            Self::Out => write_now(io::stdout().as_fd(), text),
-            Self::Err => write_now(io::stderr().as_fd(), text),
-        }
+        self.with_fd(|fd| write_now(fd, text))
     }
 
     /// The descriptor that is written to.

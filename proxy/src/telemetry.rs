@@ -10,18 +10,9 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{Layer, fmt};
 
+pub use crate::log_writer::Format;
 use crate::log_writer::LogWriter;
 use crate::spanless::Spanless;
-
-/// How log lines are written.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
-pub enum Format {
-    /// For people.
-    #[default]
-    Text,
-    /// One JSON object per line, for programs.
-    Json,
-}
 
 /// What is logged and how.
 #[derive(Clone, Debug)]

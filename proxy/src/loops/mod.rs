@@ -4,142 +4,21 @@
 //! What decides is who listens where a backend is. That is one of ours if its address is this machine's, and one
 //! of our sockets is bound to it, or to all of its family. Where another program listens, nothing is known.
 
+mod hop;
+
 use std::collections::HashMap;
-use std::fmt::{self, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::fmt;
 
 use crate::addr::{AddrError, Protocol, ScopedIp};
-use crate::mapping::{Forward, HostPorts, Mapping};
-use crate::name::Name;
+use crate::mapping::{Forward, Mapping};
 use crate::overlap::Place;
 use crate::ports::PortRange;
 use crate::whereabouts::{Destination, Whereabouts};
 
+pub use self::hop::Hop;
+
 /// The most steps of a ring that a message shows.
 const SHOWN: usize = 8;
-
-/// Ports in a row of one protocol, of one mapping, that lead to ports in a row.
-#[derive(Clone, Copy, Debug)]
-pub struct Hop<'a> {
-    /// The mapping's place in whatever the caller has.
-    pub mapping: usize,
-    /// The name that was given to it.
-    pub name: Option<&'a Name>,
-    /// What is spoken on both sides.
-    pub protocol: Protocol,
-    /// Where clients connect.
-    pub host: ScopedIp,
-    /// Whether an IPv6 wildcard leaves IPv4 clients out.
-    pub v6only: bool,
-    /// The ports that clients connect to.
-    pub host_ports: PortRange,
-    /// Where they end up.
-    pub backend: ScopedIp,
-    /// The ports that they end up at, as many.
-    pub backend_ports: PortRange,
-}
-
-impl<'a> Hop<'a> {
-    /// Those of `mapping` whose ports are not yet to be chosen.
-    pub fn of(index: usize, mapping: &'a Mapping) -> impl Iterator<Item = Self> {
-        let exactly = match mapping.host_ports() {
-            HostPorts::Exactly(range) => Some(range),
-            HostPorts::FirstFree(_) | HostPorts::Random => None,
-        };
-        exactly.into_iter().flat_map(move |host_ports| {
-            mapping.protocols().iter().map(move |protocol| Self {
-                mapping: index,
-                name: mapping.given_name(),
-                protocol,
-                host: mapping.host(),
-                v6only: mapping.is_v6only(),
-                host_ports,
-                backend: mapping.backend(),
-                backend_ports: mapping.backend_ports(),
-            })
-        })
-    }
-
-    /// Those of the sockets that serve `mapping`, wherever they listen.
-    pub fn of_sockets(
-        index: usize,
-        mapping: &'a Mapping,
-        sockets: impl IntoIterator<Item = Forward>,
-    ) -> Vec<Self> {
-        let mut hops: Vec<Self> = Vec::new();
-        for socket in sockets {
-            let Some(next) = Self::of_socket(index, mapping.given_name(), &socket) else { continue };
-            match hops.last_mut().and_then(|last| last.joined(&next).map(|joined| (last, joined))) {
-                Some((last, joined)) => *last = joined,
-                None => hops.push(next),
-            }
-        }
-        hops
-    }
-
-    /// That of one socket. One without a port, which there is none of, leads nowhere.
-    pub fn of_socket(index: usize, name: Option<&'a Name>, socket: &Forward) -> Option<Self> {
-        let (host, backend) = (socket.host.socket_addr(), socket.backend.socket_addr());
-        // What connects to no address in particular reaches this machine (docker-proxy takes such a backend).
-        let to = match backend.ip() {
-            IpAddr::V4(Ipv4Addr::UNSPECIFIED) => IpAddr::from(Ipv4Addr::LOCALHOST).into(),
-            IpAddr::V6(Ipv6Addr::UNSPECIFIED) => IpAddr::from(Ipv6Addr::LOCALHOST).into(),
-            _ => backend.into(),
-        };
-        Some(Self {
-            mapping: index,
-            name,
-            protocol: socket.protocol,
-            host: host.into(),
-            v6only: socket.v6only,
-            host_ports: PortRange::single(host.port()).ok()?,
-            backend: to,
-            backend_ports: PortRange::single(backend.port()).ok()?,
-        })
-    }
-
-    /// Both as one, if `next` goes on where this one ends.
-    fn joined(&self, next: &Self) -> Option<Self> {
-        let same = |hop: &Self| (hop.mapping, hop.protocol, hop.host, hop.v6only, hop.backend);
-        let join = |a: PortRange, b: PortRange| {
-            let follows = a.last().checked_add(1) == Some(b.first());
-            if follows { PortRange::new(a.first(), b.last()).ok() } else { None }
-        };
-        let host_ports = join(self.host_ports, next.host_ports)?;
-        let backend_ports = join(self.backend_ports, next.backend_ports)?;
-        (same(self) == same(next)).then_some(Self { host_ports, backend_ports, ..*self })
-    }
-
-    /// Whether it listens at just where it leads.
-    fn is_own_backend(&self) -> bool {
-        self.host == self.backend && self.host_ports.first() == self.backend_ports.first()
-    }
-
-    /// The port of the backend that `host_port` leads to.
-    fn backend_port(&self, host_port: u16) -> u16 {
-        self.backend_ports.first() + (host_port - self.host_ports.first())
-    }
-
-    /// The host port that leads to `backend_port`.
-    fn host_port(&self, backend_port: u16) -> u16 {
-        self.host_ports.first() + (backend_port - self.backend_ports.first())
-    }
-
-    /// Where one of its ports listens, for people.
-    fn at(&self, port: u16) -> String {
-        let Self { host, protocol, .. } = self;
-        let mut text = if host.is_wildcard() && !self.v6only {
-            format!("{port}/{protocol}")
-        } else {
-            format!("{host}:{port}/{protocol}")
-        };
-        if let Some(name) = self.name {
-            // Writing to a string does not fail.
-            write!(text, " ({name})").ok();
-        }
-        text
-    }
-}
 
 /// Why mappings cannot be served.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
