@@ -9,8 +9,10 @@ use socket2::{SockAddr, SockRef};
 use tracing::warn;
 
 use super::flow::{Flow, FlowKey, LiveFlow, Wanted};
-use super::relay::{Token, UdpRelay, event, interest, mapping_of};
+use super::flows::mapping_of;
+use super::relay::UdpRelay;
 use super::table::FlowId;
+use super::token::{Token, event, interest};
 use crate::addr::canonical;
 use crate::log_limit::LogLimit;
 

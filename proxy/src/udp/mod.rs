@@ -7,20 +7,26 @@
 //! [`train`] groups datagrams so that one call sends many; [`send`] deals with what the kernel
 //! refuses.
 
+mod answers;
+mod batch;
 mod capacity;
+mod commands;
 mod flow;
+mod flows;
 mod handover;
 mod listeners;
 mod local_ports;
 mod origin;
 mod payload;
 pub(crate) mod relay;
+mod requests;
 mod scopes;
 mod send;
 mod shares;
 pub(crate) mod stale;
 mod table;
 mod tally;
+mod token;
 mod train;
 mod turn;
 

@@ -1,0 +1,182 @@
+//! From backends to clients.
+//!
+//! The flows of a listener share its way out: while that is full, answers stay in the sockets of their
+//! flows, each of which gets the same share of it, in turn.
+
+use arrayvec::ArrayVec;
+use nix::sys::epoll::EpollFlags;
+use rproxy_sys::udp::{BATCH, Transmit};
+use std::os::fd::AsFd;
+
+use super::batch::Batch;
+use super::payload::{Part, Payload};
+use super::relay::UdpRelay;
+use super::requests::LISTENER_BATCHES;
+use super::table::{FlowId, Side};
+use super::tally::{Tally, Towards, is_lost_peer};
+use super::token::{Token, interest};
+use super::turn::slots_for;
+
+/// Datagrams, or trains of them, taken from a flow in one turn.
+const FLOW_BATCH: usize = BATCH / 2;
+
+/// The same from each flow that waits for its listener: what is taken has to leave before others get
+/// their turn.
+const WAITING_BATCH: usize = 4;
+
+impl UdpRelay {
+    /// Receives what the backend of a flow answered, behind the answers that `batch` holds already.
+    pub(super) fn serve_flow(&mut self, id: FlowId, ready: EpollFlags, batch: &mut Batch) {
+        if batch.slots.len() == BATCH {
+            self.send_answers(batch);
+        }
+        let Some((key, flow)) = self.table.get_mut(id) else { return };
+        let listener = &mut self.listeners[key.listener as usize];
+        let wanted = flow.wanted();
+        let mut tally = Tally::default();
+        if ready.contains(EpollFlags::EPOLLOUT) {
+            flow.flush(&mut tally);
+        }
+        if flow.is_waiting {
+            // Not asked for answers, but an error is told nevertheless, until it is taken.
+            flow.take_error(&mut tally);
+        } else if listener.is_crowded() {
+            flow.is_waiting = true;
+            listener.waiting.push_back(id);
+        }
+        tally.settle(&listener.route, Towards::Backend);
+        let is_waiting = flow.is_waiting;
+        if flow.wanted() != wanted {
+            interest(self.poll.epoll(), flow.as_fd(), Token::Flow(id), flow.wanted());
+        }
+        if !is_waiting {
+            self.receive_answers(id, FLOW_BATCH, batch);
+        } else if listener.waiting.len() > 2 * self.table.len() + BATCH {
+            // A flood may bring many flows that are over before it is their turn.
+            listener.waiting.retain(|id| self.table.get(*id).is_some());
+        }
+    }
+
+    /// Serves the flows that wait for a listener, as far as it has room.
+    pub(super) fn serve_waiting(&mut self, index: usize, batch: &mut Batch) {
+        for _ in 0..LISTENER_BATCHES {
+            let mut tally = Tally::default();
+            let listener = &mut self.listeners[index];
+            let is_empty = listener.flush(&mut tally);
+            tally.settle(&listener.route, Towards::Clients);
+            if !is_empty {
+                break;
+            }
+            for _ in 0..self.listeners[index].waiting.len() {
+                if batch.slots.len() == BATCH {
+                    break;
+                }
+                self.serve_next_in_turn(index, batch);
+            }
+            self.send_answers(batch);
+        }
+        let listener = &self.listeners[index];
+        interest(self.poll.epoll(), listener.as_fd(), Token::Listener(index), listener.wanted());
+    }
+
+    /// Receives the share of the flow that is next in turn. It waits on if there may be more.
+    fn serve_next_in_turn(&mut self, listener: usize, batch: &mut Batch) {
+        let Some(id) = self.listeners[listener].waiting.pop_front() else { return };
+        if self.receive_answers(id, WAITING_BATCH, batch) {
+            self.listeners[listener].waiting.push_back(id);
+        } else if let Some((_key, flow)) = self.table.get_mut(id) {
+            flow.is_waiting = false;
+            interest(self.poll.epoll(), flow.as_fd(), Token::Flow(id), flow.wanted());
+        }
+    }
+
+    /// Receives up to `most` answers of a flow into `batch`, behind those that are there. Gives whether
+    /// there may be more.
+    fn receive_answers(&mut self, id: FlowId, most: usize, batch: &mut Batch) -> bool {
+        let Some((key, flow)) = self.table.get_mut(id) else { return false };
+        let first = batch.slots.len();
+        let most = most.min(slots_for(flow.usual_size)).min(BATCH - first);
+        let count = match batch.received.recv(flow.as_fd(), first, most, false) {
+            Ok(count) => count,
+            // Nothing, or the error of a datagram that found no one: the next one may.
+            Err(error) => {
+                let listener = key.listener as usize;
+                if is_lost_peer(&error)
+                    && let Some(ended) = self.table.remove(id)
+                {
+                    self.end(ended);
+                } else {
+                    self.note_error(listener, error, Towards::Backend);
+                }
+                return false;
+            }
+        };
+        flow.usual_size = self.turn.take(&batch.received, first..first + count, flow.usual_size);
+        self.table.touch(id, Side::Backend, self.turn.start());
+        batch.slots.extend((first..first + count).map(|slot| (id, slot)));
+        count == most
+    }
+
+    /// Sends the answers in `batch` to the clients.
+    pub(super) fn send_answers(&mut self, batch: &mut Batch) {
+        let listener_of = |(id, _slot): &(FlowId, usize)| Some(self.table.get(*id)?.0.listener);
+        let runs: ArrayVec<_, BATCH> = batch
+            .slots
+            .chunk_by(|a, b| listener_of(a) == listener_of(b))
+            .filter_map(|run| Some((listener_of(run.first()?)?, run)))
+            .collect();
+        for (listener, run) in runs {
+            self.send_to_clients(listener as usize, batch, run);
+        }
+        batch.slots.clear();
+    }
+
+    /// Sends answers of flows that share a listener.
+    fn send_to_clients(&mut self, listener: usize, batch: &Batch, datagrams: &[(FlowId, usize)]) {
+        let mut payload = Payload::new();
+        let mut answers: ArrayVec<Answer, BATCH> = ArrayVec::new();
+        let mut tally = Tally::default();
+        for datagrams in datagrams.chunk_by(|a, b| a.0 == b.0) {
+            let id = datagrams[0].0;
+            let trains = self.table.get(id).is_some_and(|(_key, flow)| flow.trains_out);
+            let mut part = |part| answers.push(Answer { id, trains, part });
+            payload.add(&batch.received, datagrams, trains, &mut tally, &mut part);
+        }
+        let was_crowded = self.listeners[listener].is_crowded();
+        for answers in answers.chunk_by(|a, b| a.trains == b.trains) {
+            self.send_alike(listener, &payload, answers, &mut tally);
+        }
+        let listening = &mut self.listeners[listener];
+        listening.last_active = self.turn.start();
+        tally.settle(&listening.route, Towards::Clients);
+        if listening.is_crowded() && !was_crowded {
+            interest(self.poll.epoll(), listening.as_fd(), Token::Listener(listener), listening.wanted());
+        }
+    }
+
+    /// Sends answers that all may, or all may not, go as trains.
+    fn send_alike(&mut self, listener: usize, payload: &Payload<'_>, answers: &[Answer], tally: &mut Tally) {
+        let message = |answer: &Answer| {
+            let (key, _flow) = self.table.get(answer.id)?;
+            Some(Transmit { to: Some(key.client), source: key.local, ..answer.part.message(payload) })
+        };
+        let messages: ArrayVec<Transmit<'_>, BATCH> = answers.iter().filter_map(message).collect();
+        let mut refused: ArrayVec<FlowId, BATCH> = ArrayVec::new();
+        let trains = answers.first().is_some_and(|answer| answer.trains);
+        let mut refuse = |index: usize| refused.push(answers[index].id);
+        self.listeners[listener].send(&messages, trains, tally, &mut refuse);
+        for id in refused {
+            if let Some((_key, flow)) = self.table.get_mut(id) {
+                flow.trains_out = false;
+            }
+        }
+    }
+}
+
+/// A message to a client.
+struct Answer {
+    id: FlowId,
+    /// Whether it may be a train.
+    trains: bool,
+    part: Part,
+}

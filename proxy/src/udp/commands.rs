@@ -1,0 +1,112 @@
+//! What the relay is told: which listeners to serve, and how.
+
+use std::collections::{HashMap, HashSet};
+use std::io;
+use std::os::fd::AsFd;
+use std::time::Instant;
+
+use tracing::error;
+
+use super::flows::mapping_of;
+use super::relay::{QUIET, UdpRelay};
+use super::table::FlowId;
+use crate::service::Assignment;
+use crate::task::{FlowOrder, Order};
+
+impl UdpRelay {
+    /// Does what it is told.
+    pub(super) fn obey(&mut self, order: Order) {
+        match order {
+            Order::Serve(assignments) => self.assign(assignments),
+            Order::Release(ports, done) => {
+                let now = Instant::now();
+                ports.iter().for_each(|port| self.listeners.release(port.number(), now));
+                drop(ports);
+                self.close_listeners(now);
+                // Whoever asked may not wait for it.
+                done.send(()).ok();
+            }
+            Order::Leave => self.leave(),
+            Order::Flows(FlowOrder::Pause(tell)) => drop(tell.send(self.pause())),
+            Order::Flows(FlowOrder::Resume) => self.resume(),
+            Order::Flows(FlowOrder::Adopt(flows)) => self.adopt(flows),
+            Order::Flows(FlowOrder::GiveWay(ports, done)) => {
+                self.give_way(&ports);
+                // Whoever asked may not wait for it.
+                done.send(()).ok();
+            }
+        }
+    }
+
+    /// Serves listeners so from now on. Flows that are not served so any more end: clients that go on get
+    /// others. Those that are get the new bounds.
+    fn assign(&mut self, assignments: Vec<Assignment>) {
+        let now = Instant::now();
+        let (mut theirs, mut access) = (HashSet::new(), HashSet::new());
+        let mut limits = HashMap::new();
+        for assignment in assignments {
+            let (number, new) = (assignment.port.number(), assignment.route.clone());
+            self.capacity.ask(&new.service.limits);
+            let Some(old) = self.listeners.assign(assignment, now) else { continue };
+            if mapping_of(&old) != mapping_of(&new) || old.forward.backend != new.forward.backend {
+                theirs.insert(number);
+            } else if old.service.limits.access != new.service.limits.access {
+                access.insert(number);
+            }
+            if old.service.limits != new.service.limits {
+                limits.insert(mapping_of(&new), new);
+            }
+        }
+        self.end_flows(|listeners, key| {
+            let number = key.listener as usize;
+            theirs.contains(&number)
+                || access.contains(&number) && !listeners[number].route.service.would_admit(key.client.ip())
+        });
+        self.table.set_most(self.capacity.most(now));
+        for (mapping, route) in limits {
+            let bounds = self.capacity.bounds(mapping, &route.service.limits, now);
+            self.table.rebound(&bounds, now);
+            while let Some(ended) = self.table.surplus(&bounds) {
+                self.displace(ended);
+            }
+        }
+    }
+
+    /// Closes the released listeners whose flows are quiet.
+    pub(super) fn close_listeners(&mut self, now: Instant) {
+        let closed: HashSet<usize> = self.listeners.close(now, QUIET).into_iter().collect();
+        if !closed.is_empty() {
+            self.end_flows(|_listeners, key| closed.contains(&(key.listener as usize)));
+        }
+    }
+
+    /// Closes a listener that somebody who has it open, too, has shut down, which cannot be undone: it would be reported
+    /// for ever.
+    pub(super) fn give_up(&mut self, index: usize) {
+        let reason = "the listener was shut down from outside";
+        let listener = &self.listeners[index];
+        error!(mapping = %listener.route.forward, "{reason}; its clients are not served any more");
+        // Others may have it open, and then closing it does not end the reports.
+        self.poll.epoll().delete(listener.as_fd()).ok();
+        self.end_flows(|_listeners, key| key.listener as usize == index);
+        self.listeners.close_one(index);
+        if self.listeners.iter_served().next().is_none() {
+            self.failed = Some(io::Error::other(reason));
+        }
+    }
+
+    /// Ends flows at some local ports, which somebody else is to have.
+    fn give_way(&mut self, ports: &[u16]) {
+        let Self { table, .. } = self;
+        let theirs = table.iter().filter_map(|(id, _key, _at)| Some((id, table.get(id)?.1.port)));
+        let theirs: Vec<FlowId> =
+            theirs.filter(|(_id, port)| ports.contains(port)).map(|(id, _port)| id).collect();
+        for id in theirs {
+            if let Some(ended) = self.table.remove(id) {
+                self.displace(ended);
+            }
+        }
+        // One of them may have ended before.
+        self.close_ended(self.ended.len());
+    }
+}

@@ -1,0 +1,117 @@
+//! How flows end, and what they share.
+
+use std::collections::HashSet;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::Instant;
+
+use socket2::SockRef;
+
+use super::flow::{Flow, FlowKey};
+use super::listeners::Listeners;
+use super::relay::UdpRelay;
+use super::shares::AT_A_TIME;
+use super::table::{Bounds, Ended, FlowId, MappingId};
+use super::tally::{Tally, Towards};
+use crate::service::Route;
+use crate::stats::Trouble;
+
+/// Flows that expire, and sockets of ended ones that are closed, in one turn: thousands may end at a
+/// time, and closing a socket takes some microseconds.
+pub(super) const ENDS_PER_TURN: usize = 64;
+
+impl UdpRelay {
+    /// Ends some flows. They are gone at once; their sockets are closed by and by.
+    pub(super) fn end_flows(&mut self, are_over: impl Fn(&Listeners, &FlowKey) -> bool) {
+        let Self { table, listeners, .. } = self;
+        let over = table.iter().filter(|(_id, key, _at)| are_over(listeners, key));
+        let over: Vec<FlowId> = over.map(|(id, _key, _at)| id).collect();
+        for id in over {
+            if let Some(ended) = self.table.remove(id) {
+                self.end(ended);
+            }
+        }
+    }
+
+    /// A flow had to go because there was no room for all.
+    pub(super) fn displace(&mut self, ended: Ended<Flow>) {
+        ended.flow.route().service.live.stats.count(Trouble::FlowDisplaced);
+        self.end(ended);
+    }
+
+    /// A flow is over.
+    pub(super) fn end(&mut self, ended: Ended<Flow>) {
+        let mut tally = Tally::default();
+        tally.overflow(ended.flow.unsent() as u64);
+        tally.settle(ended.flow.route(), Towards::Backend);
+        self.ended.push_back(ended);
+    }
+
+    /// Gives flows their share of the kernel's memory when there are more or fewer than before: some in each turn.
+    pub(super) fn share_out(&mut self) {
+        let shares = &mut self.capacity.shares;
+        if shares.set_flows(self.table.len()) {
+            self.next_share = Some(0);
+        }
+        let Some(first) = self.next_share else { return };
+        let (some, next) = self.table.some_from(first, AT_A_TIME);
+        some.for_each(|flow| flow.set_share(shares.each()));
+        self.next_share = next;
+    }
+
+    /// Ends flows whose time is over, and closes sockets of ended ones: as many as do not hold up others.
+    pub(super) fn end_some(&mut self, now: Instant) {
+        if self.listeners.are_closing() {
+            self.close_listeners(now);
+        }
+        for _ in 0..ENDS_PER_TURN {
+            let Some(ended) = self.table.expire(now) else { break };
+            self.end(ended);
+        }
+        self.close_ended(ENDS_PER_TURN);
+    }
+
+    pub(super) fn close_ended(&mut self, most: usize) {
+        for _ in 0..most {
+            let Some(Ended { flow, last_active }) = self.ended.pop_front() else { return };
+            if flow.is_shared {
+                // The other process has the socket open, and then closing it does not end the reports.
+                self.poll.epoll().delete(flow.as_fd()).ok();
+            }
+            self.capacity.ports.given_back(flow.port, last_active);
+        }
+        if self.ended.is_empty() {
+            self.ended.shrink_to_fit();
+        }
+    }
+
+    /// Ends flows of the slots whose sockets have no peer any more: the next datagram opens others.
+    #[cold]
+    pub(super) fn end_disconnected(&mut self, slots: &[(FlowId, usize)]) {
+        let ids: HashSet<FlowId> = slots.iter().map(|(id, _slot)| *id).collect();
+        for id in ids {
+            let is_connected = self
+                .table
+                .get(id)
+                .is_some_and(|(_key, flow)| SockRef::from(&flow.as_fd()).peer_addr().is_ok());
+            if !is_connected && let Some(ended) = self.table.remove(id) {
+                self.end(ended);
+            }
+        }
+    }
+
+    /// Takes a flow out so that there is room for another one; and one more if there are fewer places than
+    /// before. All at once would be too many, for what others leave is an estimate.
+    pub(super) fn make_room(&mut self, bounds: &Bounds, key: &FlowKey) {
+        for _ in 0..2 {
+            let Some(ended) = self.table.make_room(bounds, key.client.ip()) else { break };
+            self.displace(ended);
+        }
+        self.close_ended(2);
+    }
+}
+
+/// Which mapping a route is one of: what goes on in it is at one place for as long as it is served.
+pub(super) fn mapping_of(route: &Route) -> MappingId {
+    MappingId(Arc::as_ptr(&route.service.live).addr())
+}

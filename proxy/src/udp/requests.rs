@@ -1,0 +1,196 @@
+//! From clients to backends.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use nix::sys::epoll::EpollFlags;
+use rproxy_sys::udp::BATCH;
+use tracing::warn;
+
+use super::batch::Batch;
+use super::capacity::has_run_out;
+use super::flow::{FlowKey, Wanted};
+use super::flows::{ENDS_PER_TURN, mapping_of};
+use super::relay::UdpRelay;
+use super::table::{FlowId, Side};
+use super::tally::{Tally, Towards};
+use super::token::{Token, event, interest};
+use super::turn::slots_for;
+use crate::addr::canonical;
+use crate::descriptors::explain;
+use crate::log_limit::LogLimit;
+use crate::service::Route;
+use crate::stats::Trouble;
+
+/// Batches taken from a listener in one turn, before flows get theirs.
+pub(super) const LISTENER_BATCHES: usize = 4;
+
+impl UdpRelay {
+    /// Receives what clients sent to a listener, and passes it on.
+    pub(super) fn serve_listener(&mut self, index: usize, ready: EpollFlags, batch: &mut Batch) {
+        if self.listeners.get_mut(index).is_none() {
+            // It was reported before the order came that says what it is for.
+            return;
+        }
+        if ready.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLRDHUP) {
+            return self.give_up(index);
+        }
+        if ready.contains(EpollFlags::EPOLLOUT) {
+            self.serve_waiting(index, batch);
+        }
+        if self.listeners[index].is_paused {
+            return;
+        }
+        for _ in 0..LISTENER_BATCHES {
+            let listener = &mut self.listeners[index];
+            let most = slots_for(listener.usual_size).min(BATCH);
+            match batch.received.recv(listener.as_fd(), 0, most, true) {
+                Ok(count) => {
+                    listener.usual_size = self.turn.take(&batch.received, 0..count, listener.usual_size);
+                    self.forward(index, batch, count);
+                    if count < most || self.turn.is_over() {
+                        return;
+                    }
+                }
+                Err(error) => return self.note_error(index, error, Towards::Clients),
+            }
+        }
+    }
+
+    /// Receiving met an error, which is one of a datagram that left before; or there is nothing.
+    pub(super) fn note_error(&self, listener: usize, error: io::Error, to: Towards) {
+        if error.kind() != io::ErrorKind::WouldBlock {
+            let mut tally = Tally::default();
+            tally.lose(1, error);
+            tally.settle(&self.listeners[listener].route, to);
+        }
+    }
+
+    /// Sends the `count` datagrams in `batch` to the backend, each through its flow.
+    fn forward(&mut self, listener: usize, batch: &mut Batch, count: usize) {
+        let number = u32::try_from(listener).unwrap_or(u32::MAX);
+        let mut previous: Option<(FlowKey, FlowId)> = None;
+        for slot in 0..count {
+            let Some(client) = batch.received.sender(slot) else { continue };
+            let key = FlowKey::new(number, client, batch.received.control(slot).local);
+            let id = match previous {
+                Some((same, id)) if same == key => id,
+                _ => match self.find_or_open(&key, batch) {
+                    Some(id) => id,
+                    None => {
+                        // Its flow may have had to go for this one.
+                        previous = None;
+                        continue;
+                    }
+                },
+            };
+            previous = Some((key, id));
+            batch.slots.push((id, slot));
+        }
+        self.send_to_backend(listener, batch);
+    }
+
+    /// Sends the datagrams in the slots to the backend.
+    fn send_to_backend(&mut self, listener: usize, batch: &mut Batch) {
+        if batch.slots.is_empty() {
+            return;
+        }
+        // A flow's datagrams stay in order: the sort is stable.
+        batch.slots.sort_by_key(|(id, _slot)| id.to_u64());
+        let mut tally = Tally::default();
+        for datagrams in batch.slots.chunk_by(|a, b| a.0 == b.0) {
+            let id = datagrams[0].0;
+            let Some((_key, flow)) = self.table.get_mut(id) else { continue };
+            if flow.send(&batch.received, datagrams, &mut tally) {
+                interest(self.poll.epoll(), flow.as_fd(), Token::Flow(id), flow.wanted());
+            }
+        }
+        if tally.has_lost_peer() {
+            self.end_disconnected(&batch.slots);
+        }
+        batch.slots.clear();
+        let listener = &mut self.listeners[listener];
+        listener.last_active = self.turn.start();
+        tally.settle(&listener.route, Towards::Backend);
+    }
+
+    /// The flow with `key`, opened if it is not there. What is in the slots may be sent first.
+    fn find_or_open(&mut self, key: &FlowKey, batch: &mut Batch) -> Option<FlowId> {
+        static FAILED: LogLimit = LogLimit::new();
+
+        if let Some(id) = self.table.find(key) {
+            self.table.touch(id, Side::Client, self.turn.start());
+            return Some(id);
+        }
+        let index = key.listener as usize;
+        let route = self.listeners[index].route.clone();
+        let stats = &route.service.live.stats;
+        if self.draining || self.listeners[index].is_closing() {
+            stats.count(Trouble::FlowFailed);
+            return None;
+        }
+        if self.listeners.own_ports.is_forged(key.client, &route.forward) {
+            stats.count(Trouble::Forged);
+            log_forged(&route, key);
+            return None;
+        }
+        if !route.admits(key.client) {
+            return None;
+        }
+        match self.open(key, &route, batch) {
+            Ok(id) => Some(id),
+            Err(error) => {
+                stats.count(Trouble::FlowFailed);
+                if let Some(suppressed) = FAILED.permit() {
+                    warn!(mapping = %route.forward, client = %canonical(key.client), error = explain(&error, 1), suppressed, "cannot open a flow");
+                }
+                None
+            }
+        }
+    }
+
+    /// Opens a flow, for which others may have to go.
+    fn open(&mut self, key: &FlowKey, route: &Arc<Route>, batch: &mut Batch) -> io::Result<FlowId> {
+        let now = self.turn.start();
+        let source = key.client.ip();
+        self.table.set_most(self.capacity.most(now));
+        let bounds = self.capacity.bounds(mapping_of(route), &route.service.limits, now);
+        if self.table.is_full(&bounds, source) {
+            // A flow that goes has sent what came for it.
+            self.send_to_backend(key.listener as usize, batch);
+            self.make_room(&bounds, key);
+        }
+        let mut flow = match self.capacity.open(route, now) {
+            Err(error) if has_run_out(&error) => {
+                self.capacity.learn(self.table.len(), now);
+                self.send_to_backend(key.listener as usize, batch);
+                if let Some(ended) = self.table.evict() {
+                    self.displace(ended);
+                }
+                // More may have ended that are still open.
+                self.close_ended(ENDS_PER_TURN);
+                self.capacity.open(route, now)?
+            }
+            opened => opened?,
+        };
+        let port = flow.port;
+        let id = self.table.next_id();
+        if let Err(error) = self.poll.epoll().add(&flow, event(Token::Flow(id), Wanted::RECEIVE)) {
+            self.capacity.ports.given_back(port, now);
+            return Err(error.into());
+        }
+        flow.set_share(self.capacity.shares.each());
+        self.table.insert(*key, (&bounds, source), flow, now);
+        Ok(id)
+    }
+}
+
+/// Says that a datagram was dropped because no client can have sent it.
+fn log_forged(route: &Route, key: &FlowKey) {
+    static FORGED: LogLimit = LogLimit::new();
+    if let Some(suppressed) = FORGED.permit() {
+        let source = canonical(key.client);
+        warn!(mapping = %route.forward, %source, suppressed, "datagram dropped: its source is no client's");
+    }
+}

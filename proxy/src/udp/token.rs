@@ -1,0 +1,48 @@
+//! Which socket an event of the relay's epoll instance is about, and what it is watched for.
+
+use std::os::fd::BorrowedFd;
+
+use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
+use tracing::error;
+
+use super::flow::Wanted;
+use super::table::FlowId;
+use crate::poll::PORT;
+
+/// Which socket an event of the epoll instance is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Token {
+    Listener(usize),
+    Flow(FlowId),
+}
+
+impl Token {
+    fn to_u64(self) -> u64 {
+        match self {
+            Self::Listener(index) => PORT | index as u64,
+            Self::Flow(id) => id.to_u64(),
+        }
+    }
+
+    pub(super) fn from_u64(number: u64) -> Self {
+        if number & PORT == 0 {
+            return Self::Flow(FlowId::from_u64(number));
+        }
+        Self::Listener(usize::try_from(number & !PORT).unwrap_or(usize::MAX))
+    }
+}
+
+/// Changes what a socket is watched for.
+pub(super) fn interest(epoll: &Epoll, socket: BorrowedFd<'_>, token: Token, wanted: Wanted) {
+    if let Err(error) = epoll.modify(socket, &mut event(token, wanted)) {
+        error!(%error, ?token, "cannot change what a UDP socket is watched for");
+    }
+}
+
+pub(super) fn event(token: Token, wanted: Wanted) -> EpollEvent {
+    let mut flags = EpollFlags::empty();
+    flags.set(EpollFlags::EPOLLIN, wanted.receive);
+    flags.set(EpollFlags::EPOLLOUT, wanted.send);
+    flags.set(EpollFlags::EPOLLRDHUP, matches!(token, Token::Listener(_)));
+    EpollEvent::new(flags, token.to_u64())
+}
