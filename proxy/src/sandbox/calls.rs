@@ -188,8 +188,11 @@ const OF_TCP: &[Options] = &[
     (libc::SOL_TCP, libc::TCP_QUICKACK, libc::TCP_QUICKACK),
 ];
 
-/// Those that flows are given: buffers, and trains of datagrams.
+/// Those that flows are given: buffers, trains of datagrams, and a port beside their listener's socket.
 const OF_UDP: &[Options] = &[
+    (libc::SOL_SOCKET, libc::SO_REUSEADDR, libc::SO_REUSEADDR),
+    (libc::SOL_SOCKET, libc::SO_REUSEPORT, libc::SO_REUSEPORT),
+    (libc::SOL_IPV6, libc::IPV6_V6ONLY, libc::IPV6_V6ONLY),
     (libc::SOL_SOCKET, libc::SO_SNDBUF, libc::SO_RCVBUF),
     (libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, libc::SO_RCVBUFFORCE),
     (libc::SOL_UDP, libc::UDP_GRO, libc::UDP_GRO),

@@ -64,6 +64,8 @@ pub struct Needs<'a> {
     pub user: Option<&'a User>,
     /// Whether UDP is relayed.
     pub udp: bool,
+    /// Whether that is so for a port below 1024: more sockets may be bound to it later.
+    pub low_udp_ports: bool,
     /// The ports of backends that are reached over TCP.
     pub tcp_backends: Vec<u16>,
     /// Whether what listens on an abstract socket is told what goes on: a service manager.
@@ -72,13 +74,23 @@ pub struct Needs<'a> {
     pub changes: Option<Changes<'a>>,
 }
 
+/// The first port that anybody can bind (`ip_unprivileged_port_start`, ip(7)), unless it is set otherwise.
+const FIRST_UNPRIVILEGED: u16 = 1024;
+
 impl<'a> Needs<'a> {
     /// What it takes to serve these ports, and never anything else.
     pub fn to_serve<'f>(ports: impl IntoIterator<Item = &'f Forward>) -> Self {
         let (udp, tcp): (Vec<&Forward>, Vec<&Forward>) =
             ports.into_iter().partition(|forward| forward.protocol == Protocol::Udp);
         let tcp_backends = tcp.iter().map(|forward| forward.backend.socket_addr().port()).collect();
-        Self { user: None, udp: !udp.is_empty(), tcp_backends, abstract_sockets: false, changes: None }
+        Self {
+            user: None,
+            udp: !udp.is_empty(),
+            low_udp_ports: udp.iter().any(|forward| forward.host.socket_addr().port() < FIRST_UNPRIVILEGED),
+            tcp_backends,
+            abstract_sockets: false,
+            changes: None,
+        }
     }
 
     /// Whether TCP is relayed.

@@ -19,8 +19,8 @@ pub(super) fn needed(needs: &Needs<'_>) -> CapabilitySet {
     // Buffers of flows beyond `net.core.rmem_max` (socket(7), `SO_RCVBUFFORCE`); for changes, also to forget
     // stale UDP flows.
     needed.set(CapabilitySet::NET_ADMIN, needs.udp || needs.changes.is_some());
-    // Ports below 1024 that come later.
-    needed.set(CapabilitySet::NET_BIND_SERVICE, needs.changes.is_some());
+    // Ports below 1024 that come later, and sockets of flows beside those that there are.
+    needed.set(CapabilitySet::NET_BIND_SERVICE, needs.low_udp_ports || needs.changes.is_some());
     needed
 }
 
@@ -73,6 +73,8 @@ mod tests {
         let needs = |udp, tcp_backends| Needs { udp, tcp_backends, ..Needs::to_serve([]) };
         assert_eq!(needed(&needs(false, vec![80])), CapabilitySet::SYS_RESOURCE);
         assert_eq!(needed(&needs(true, vec![])), CapabilitySet::NET_ADMIN);
+        let low = Needs { low_udp_ports: true, ..needs(true, vec![]) };
+        assert_eq!(needed(&low), CapabilitySet::NET_ADMIN | CapabilitySet::NET_BIND_SERVICE);
         let changes = Needs { changes: Some(super::super::Changes::default()), ..needs(false, vec![]) };
         let all = CapabilitySet::SYS_RESOURCE | CapabilitySet::NET_ADMIN | CapabilitySet::NET_BIND_SERVICE;
         assert_eq!(needed(&changes), all);

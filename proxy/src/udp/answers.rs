@@ -4,6 +4,7 @@
 //! flows, each of which gets the same share of it, in turn.
 
 use arrayvec::ArrayVec;
+use nix::libc;
 use nix::sys::epoll::EpollFlags;
 use rproxy_sys::udp::{BATCH, Transmit};
 use std::os::fd::AsFd;
@@ -30,6 +31,9 @@ impl UdpRelay {
         if batch.slots.len() == BATCH {
             self.send_answers(batch);
         }
+        if ready.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLRDHUP) {
+            return self.end_shut_down(id);
+        }
         let Some((key, flow)) = self.table.get_mut(id) else { return };
         let listener = &mut self.listeners[key.listener as usize];
         let wanted = flow.wanted();
@@ -40,18 +44,30 @@ impl UdpRelay {
         if flow.is_waiting {
             // Not asked for answers, but an error is told nevertheless, until it is taken.
             flow.take_error(&mut tally);
-        } else if listener.is_crowded() {
-            flow.is_waiting = true;
-            listener.waiting.push_back(id);
         }
         tally.settle(&listener.route, Towards::Backend);
-        let is_waiting = flow.is_waiting;
         if flow.wanted() != wanted {
             interest(self.poll.epoll(), flow.as_fd(), Token::Flow(id), flow.wanted());
         }
-        if !is_waiting {
+        if flow.is_waiting {
+            return;
+        }
+        let is_crowded = flow.client_socket.is_none() && listener.is_crowded();
+        if is_crowded && !self.give_client_socket(id) {
+            self.wait_in_turn(id);
+        } else {
             self.receive_answers(id, FLOW_BATCH, batch);
-        } else if listener.waiting.len() > 2 * self.table.len() + BATCH {
+        }
+    }
+
+    /// Leaves the answers of a flow where they are until it is its turn to use the listener.
+    fn wait_in_turn(&mut self, id: FlowId) {
+        let Some((key, flow)) = self.table.get_mut(id) else { return };
+        let listener = &mut self.listeners[key.listener as usize];
+        flow.is_waiting = true;
+        interest(self.poll.epoll(), flow.as_fd(), Token::Flow(id), flow.wanted());
+        listener.waiting.push_back(id);
+        if listener.waiting.len() > 2 * self.table.len() + BATCH {
             // A flood may bring many flows that are over before it is their turn.
             listener.waiting.retain(|id| self.table.get(*id).is_some());
         }
@@ -82,6 +98,10 @@ impl UdpRelay {
     /// Receives the share of the flow that is next in turn. It waits on if there may be more.
     fn serve_next_in_turn(&mut self, listener: usize, batch: &mut Batch) {
         let Some(id) = self.listeners[listener].waiting.pop_front() else { return };
+        if self.table.get(id).is_none_or(|(_key, flow)| flow.client_socket.is_some()) {
+            // It is over, or needs the listener no more.
+            return;
+        }
         if self.receive_answers(id, WAITING_BATCH, batch) {
             self.listeners[listener].waiting.push_back(id);
         } else if let Some((_key, flow)) = self.table.get_mut(id) {
@@ -138,18 +158,31 @@ impl UdpRelay {
         let mut tally = Tally::default();
         for datagrams in datagrams.chunk_by(|a, b| a.0 == b.0) {
             let id = datagrams[0].0;
-            let trains = self.table.get(id).is_some_and(|(_key, flow)| flow.trains_out);
+            let Some((_key, flow)) = self.table.get(id) else { continue };
+            if flow.client_socket.is_some() {
+                self.send_by_client_socket(id, batch, datagrams);
+                continue;
+            }
+            let trains = flow.trains_out;
             let mut part = |part| answers.push(Answer { id, trains, part });
             payload.add(&batch.received, datagrams, trains, &mut tally, &mut part);
         }
-        let was_crowded = self.listeners[listener].is_crowded();
+        let wanted = self.listeners[listener].wanted();
         for answers in answers.chunk_by(|a, b| a.trains == b.trains) {
             self.send_alike(listener, &payload, answers, &mut tally);
         }
+        let is_shut_down = tally.met(libc::EPIPE);
         let listening = &mut self.listeners[listener];
         listening.last_active = self.turn.start();
         tally.settle(&listening.route, Towards::Clients);
-        if listening.is_crowded() && !was_crowded {
+        if is_shut_down {
+            self.shut_down.push(listener);
+        }
+        if listening.is_crowded() {
+            self.relieve(listener);
+        }
+        let listening = &self.listeners[listener];
+        if listening.wanted() != wanted {
             interest(self.poll.epoll(), listening.as_fd(), Token::Listener(listener), listening.wanted());
         }
     }

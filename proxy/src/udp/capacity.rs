@@ -54,6 +54,11 @@ impl Capacity {
         }
     }
 
+    /// Descriptors that flows may take.
+    pub(super) fn descriptors(&self) -> usize {
+        self.descriptors
+    }
+
     /// Opens a flow to the backend of `route`.
     ///
     /// # Errors

@@ -72,11 +72,12 @@ impl UdpRelay {
         }
     }
 
-    /// Closes the released listeners whose flows are quiet.
+    /// Closes the released listeners whose flows are quiet, once nothing waits for their clients any more.
     pub(super) fn close_listeners(&mut self, now: Instant) {
-        let closed: HashSet<usize> = self.listeners.close(now, QUIET).into_iter().collect();
-        if !closed.is_empty() {
-            self.end_flows(|_listeners, key| closed.contains(&(key.listener as usize)));
+        let quiet = self.listeners.quiet(now, QUIET);
+        if !quiet.is_empty() {
+            self.end_flows(|_listeners, key| quiet.contains(&(key.listener as usize)));
+            self.listeners.close(&quiet, now);
         }
     }
 
@@ -84,7 +85,7 @@ impl UdpRelay {
     /// for ever.
     pub(super) fn give_up(&mut self, index: usize) {
         let reason = "the listener was shut down from outside";
-        let listener = &self.listeners[index];
+        let Some(listener) = self.listeners.get_mut(index) else { return };
         error!(mapping = %listener.route.forward, "{reason}; its clients are not served any more");
         // Others may have it open, and then closing it does not end the reports.
         self.poll.epoll().delete(listener.as_fd()).ok();

@@ -7,22 +7,19 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use arrayvec::ArrayVec;
-use rproxy_sys::udp::{BATCH, LocalAddr, RecvBatch, Transmit, receive_trains, set_buffers};
+use rproxy_sys::udp::{BATCH, LocalAddr, RecvBatch, Transmit, discard, receive_trains, set_buffers};
 use socket2::{Domain, SockRef, Socket, Type};
 
+use super::client_socket::ClientSocket;
 use super::local_ports::LocalPorts;
 use super::payload::{Part, Payload};
-use super::send::{Backlog, Room};
+use super::send::{Room, SendQueue};
 use super::table::FlowId;
 use super::tally::Tally;
 use crate::service::{FlowPlace, Route};
 
 /// Ports that are tried for a flow until one is free.
 const PORT_TRIES: usize = 32;
-
-/// Datagrams of strangers that are taken off a new socket at the most. It gets no more once it is
-/// connected.
-const MOST_STRAYS: usize = 4096;
 
 /// Bytes that it may queue towards the backend.
 const SEND_BUFFER: usize = 1024 * 1024;
@@ -63,7 +60,8 @@ pub(super) struct Flow {
     trains_in: bool,
     /// Whether trains may be tried towards the client.
     pub(super) trains_out: bool,
-    /// Whether answers are left where they are until it is this flow's turn to use the listener.
+    /// Whether answers are left where they are until it is this flow's turn to use the listener, or its client's
+    /// socket has room.
     pub(super) is_waiting: bool,
     /// Whether another process has the socket open too, or is about to.
     pub(super) is_shared: bool,
@@ -73,8 +71,10 @@ pub(super) struct Flow {
     pub(super) usual_size: usize,
     /// The size that its receive buffer was set to.
     share: usize,
+    /// Where answers go, if not by way of the listener.
+    pub(super) client_socket: Option<Box<ClientSocket>>,
     /// What waits for room on the socket.
-    backlog: Backlog,
+    queue: SendQueue,
     place: FlowPlace,
 }
 
@@ -103,7 +103,7 @@ pub(super) struct Wanted {
 }
 
 impl Wanted {
-    /// What a socket without a backlog is watched for.
+    /// What a socket without anything that waits is watched for.
     pub(super) const RECEIVE: Self = Self { receive: true, send: false };
 }
 
@@ -125,7 +125,9 @@ impl Flow {
         ports.taken(port);
         // It is not needed for a flow to work, only for it to work well.
         drop(receive_trains(socket.as_fd()));
-        drain(&socket);
+        // What strangers sent before the socket was connected, and answers to whoever had the port before: nobody
+        // has asked anything yet.
+        discard(socket.as_fd());
         Ok(Self::adopt(Arc::new(socket.into()), port, route, room))
     }
 
@@ -140,7 +142,8 @@ impl Flow {
             port,
             usual_size: 0,
             share: 0,
-            backlog: Backlog::new(room.clone()),
+            client_socket: None,
+            queue: SendQueue::new(room.clone()),
             place: FlowPlace::take(route),
         }
     }
@@ -161,7 +164,7 @@ impl Flow {
 
     /// How many datagrams wait for room.
     pub(super) fn unsent(&self) -> usize {
-        self.backlog.len()
+        self.queue.len()
     }
 
     /// Its socket, to be passed on.
@@ -177,26 +180,27 @@ impl Flow {
         datagrams: &[(FlowId, usize)],
         tally: &mut Tally,
     ) -> bool {
-        let mut payload = Payload::new();
-        let mut parts: ArrayVec<Part, BATCH> = ArrayVec::new();
-        payload.add(batch, datagrams, self.trains_in, tally, &mut |part| parts.push(part));
-        let messages: ArrayVec<Transmit<'_>, BATCH> =
-            parts.iter().map(|part| part.message(&payload)).collect();
-        let (waited, trains) = (!self.backlog.is_empty(), self.trains_in);
-        let trains_in = &mut self.trains_in;
-        let mut refused = |_index| *trains_in = false;
-        self.backlog.send(self.socket.as_fd(), &messages, trains, tally, &mut refused);
-        !waited && !self.backlog.is_empty()
+        let Self { socket, queue, trains_in, .. } = self;
+        send(socket.as_fd(), queue, trains_in, batch, datagrams, tally)
+    }
+
+    /// Sends the answers in some slots of `batch` by the socket towards the client, if there is one.
+    pub(super) fn answer(&mut self, batch: &RecvBatch, datagrams: &[(FlowId, usize)], tally: &mut Tally) {
+        let Self { client_socket, trains_out, .. } = self;
+        let Some(client) = client_socket else { return };
+        client.was_used = true;
+        let (socket, queue) = client.parts();
+        send(socket, queue, trains_out, batch, datagrams, tally);
     }
 
     /// Sends what waits, as far as there is room.
     pub(super) fn flush(&mut self, tally: &mut Tally) {
-        self.backlog.flush(self.socket.as_fd(), tally);
+        self.queue.flush(self.socket.as_fd(), tally);
     }
 
     /// What its socket has to be watched for now.
     pub(super) fn wanted(&self) -> Wanted {
-        Wanted { receive: !self.is_waiting, send: !self.backlog.is_empty() }
+        Wanted { receive: !self.is_waiting, send: !self.queue.is_empty() }
     }
 
     /// Takes the error of an earlier datagram off the socket. It tells nothing that the next one
@@ -206,6 +210,25 @@ impl Flow {
             tally.lose(1, error);
         }
     }
+}
+
+/// Sends the datagrams in some slots of `batch` by a connected socket, behind what waits in `queue`; in trains if
+/// the path takes `trains`. Gives `true` if from now on some wait for room.
+fn send(
+    socket: BorrowedFd<'_>,
+    queue: &mut SendQueue,
+    trains: &mut bool,
+    batch: &RecvBatch,
+    datagrams: &[(FlowId, usize)],
+    tally: &mut Tally,
+) -> bool {
+    let mut payload = Payload::new();
+    let mut parts: ArrayVec<Part, BATCH> = ArrayVec::new();
+    payload.add(batch, datagrams, *trains, tally, &mut |part| parts.push(part));
+    let messages: ArrayVec<Transmit<'_>, BATCH> = parts.iter().map(|part| part.message(&payload)).collect();
+    let (waited, joined) = (!queue.is_empty(), *trains);
+    queue.send(socket, &messages, joined, tally, &mut |_index| *trains = false);
+    !waited && !queue.is_empty()
 }
 
 /// Binds `socket` to one of `ports`, of any local address: connect(2) chooses that.
@@ -231,17 +254,6 @@ fn bind(socket: &Socket, to: SocketAddr, ports: &mut LocalPorts, now: Instant) -
         io::ErrorKind::AddrNotAvailable,
         "local ports are in use or were a moment ago (net.ipv4.ip_local_port_range; `ss -anp` shows by whom)",
     ))
-}
-
-/// Throws away what strangers sent to the port before the socket was connected, and answers to whoever
-/// had the port before: nobody has asked anything yet.
-fn drain(socket: &Socket) {
-    for _ in 0..MOST_STRAYS {
-        // An error is one that a datagram of the port's last user met.
-        if socket.recv(&mut []).is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock) {
-            return;
-        }
-    }
 }
 
 impl AsFd for Flow {

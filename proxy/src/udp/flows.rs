@@ -5,13 +5,14 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Instant;
 
+use rproxy_sys::udp::discard;
 use socket2::SockRef;
 
 use super::flow::{Flow, FlowKey};
 use super::listeners::Listeners;
 use super::relay::UdpRelay;
 use super::shares::AT_A_TIME;
-use super::table::{Bounds, Ended, FlowId, MappingId};
+use super::table::{Bounds, Ended, FlowId, MappingId, Side};
 use super::tally::{Tally, Towards};
 use crate::service::Route;
 use crate::stats::Trouble;
@@ -39,8 +40,11 @@ impl UdpRelay {
         self.end(ended);
     }
 
-    /// A flow is over.
-    pub(super) fn end(&mut self, ended: Ended<Flow>) {
+    /// A flow is over. Answers that wait for its client are sent yet.
+    pub(super) fn end(&mut self, mut ended: Ended<Flow>) {
+        if let Some(socket) = ended.flow.client_socket.take() {
+            self.retire(*socket);
+        }
         let mut tally = Tally::default();
         tally.overflow(ended.flow.unsent() as u64);
         tally.settle(ended.flow.route(), Towards::Backend);
@@ -65,8 +69,13 @@ impl UdpRelay {
             self.close_listeners(now);
         }
         for _ in 0..ENDS_PER_TURN {
-            let Some(ended) = self.table.expire(now) else { break };
-            self.end(ended);
+            let Some(id) = self.table.expired(now) else { break };
+            if self.table.get(id).is_some_and(|(_key, flow)| flow.is_waiting) {
+                // There may be answers that nobody has looked at yet.
+                self.table.touch(id, Side::Backend, now);
+            } else if let Some(ended) = self.table.remove(id) {
+                self.end(ended);
+            }
         }
         self.close_ended(ENDS_PER_TURN);
     }
@@ -77,11 +86,24 @@ impl UdpRelay {
             if flow.is_shared {
                 // The other process has the socket open, and then closing it does not end the reports.
                 self.poll.epoll().delete(flow.as_fd()).ok();
+            } else {
+                let mut tally = Tally::default();
+                tally.discard(discard(flow.as_fd()));
+                tally.settle(flow.route(), Towards::Clients);
             }
             self.capacity.ports.given_back(flow.port, last_active);
         }
         if self.ended.is_empty() {
             self.ended.shrink_to_fit();
+        }
+    }
+
+    /// Ends a flow whose socket another process has shut down, which cannot be undone: it would be reported for ever.
+    #[cold]
+    pub(super) fn end_shut_down(&mut self, id: FlowId) {
+        if let Some(mut ended) = self.table.remove(id) {
+            ended.flow.is_shared = true;
+            self.end(ended);
         }
     }
 

@@ -20,6 +20,8 @@ impl UdpRelay {
     /// Leaves all datagrams in the kernel, and gives the flows there are, as they are from now on. Listeners
     /// on their way out, and their flows, go on. So does what waits for room to be sent.
     pub(super) fn pause(&mut self) -> Vec<LiveFlow> {
+        self.retire_all();
+        self.close_retired();
         self.pause_listeners(true);
         let flows = self.paused_flows().into_iter().filter_map(|id| {
             let is_established = self.table.is_established(id);
@@ -51,7 +53,9 @@ impl UdpRelay {
             ended.flow.is_shared = true;
             self.end(ended);
         }
-        self.listeners.close_served();
+        // Those on their way out hold ports that the other process may want.
+        self.end_flows(|_listeners, _key| true);
+        self.listeners.close_all(Instant::now());
     }
 
     /// Serves flows that another process served before. One that cannot be is as one that is new: its

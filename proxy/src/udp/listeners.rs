@@ -13,9 +13,9 @@ use rproxy_sys::udp::Transmit;
 
 use super::flow::Wanted;
 use super::origin::OwnPorts;
-use super::send::{Backlog, Room};
+use super::send::{Room, SendQueue};
 use super::table::FlowId;
-use super::tally::Tally;
+use super::tally::{Tally, Towards};
 use crate::poll::Port;
 use crate::service::{Assignment, Route};
 
@@ -35,7 +35,9 @@ pub(super) struct Listener {
     pub(super) last_active: Instant,
     /// How large datagrams were lately, in bytes: each of them, or each train.
     pub(super) usual_size: usize,
-    backlog: Backlog,
+    pub(super) queue: SendQueue,
+    /// Until when its flows do without sockets towards their clients, because one could not be opened.
+    pub(super) shared_until: Option<Instant>,
     /// Flows whose answers wait until there is room, next in turn first; some may be over.
     pub(super) waiting: VecDeque<FlowId>,
 }
@@ -48,10 +50,22 @@ impl Listener {
 
     /// Whether answers have to wait for others.
     pub(super) fn is_crowded(&self) -> bool {
-        !self.backlog.is_empty() || !self.waiting.is_empty()
+        !self.queue.is_empty() || !self.waiting.is_empty()
     }
 
-    /// Sends answers, or keeps those that there is no room for; see [`Backlog::send`].
+    /// Whether it has been on its way out for too long.
+    fn has_to_go(&self, now: Instant) -> bool {
+        self.closing.is_none_or(|deadline| now >= deadline)
+    }
+
+    /// What waits is lost with it.
+    fn lose_waiting(self) {
+        let mut tally = Tally::default();
+        tally.overflow(self.queue.len() as u64);
+        tally.settle(&self.route, Towards::Clients);
+    }
+
+    /// Sends answers, or keeps those that there is no room for; see [`SendQueue::send`].
     pub(super) fn send(
         &mut self,
         messages: &[Transmit<'_>],
@@ -59,12 +73,12 @@ impl Listener {
         tally: &mut Tally,
         refused: &mut dyn FnMut(usize),
     ) {
-        self.backlog.send(self.port.as_fd(), messages, trains, tally, refused);
+        self.queue.send(self.port.as_fd(), messages, trains, tally, refused);
     }
 
     /// Sends what was kept, as far as there is room. Gives whether that is all.
     pub(super) fn flush(&mut self, tally: &mut Tally) -> bool {
-        self.backlog.flush(self.port.as_fd(), tally)
+        self.queue.flush(self.port.as_fd(), tally)
     }
 
     /// What its socket has to be watched for now.
@@ -88,7 +102,7 @@ pub(super) struct Listeners {
     /// Where they are.
     pub(super) own_ports: OwnPorts,
     /// For answers that wait.
-    room: Arc<Room>,
+    pub(super) room: Arc<Room>,
 }
 
 impl Listeners {
@@ -114,7 +128,8 @@ impl Listeners {
                     is_paused: false,
                     last_active: now,
                     usual_size: 0,
-                    backlog: Backlog::new(self.room.clone()),
+                    queue: SendQueue::new(self.room.clone()),
+                    shared_until: None,
                     waiting: VecDeque::new(),
                 });
                 None
@@ -137,22 +152,25 @@ impl Listeners {
         !self.closing.is_empty()
     }
 
-    /// Closes those on their way out whose flows have been quiet for as long as `quiet`, or that have
-    /// been for too long; gives their numbers.
-    pub(super) fn close(&mut self, now: Instant, quiet: Duration) -> Vec<usize> {
-        let Self { slots, closing, own_ports, .. } = self;
-        let is_over = |number: &usize| {
-            let Some(listener) = &slots[*number] else { return true };
-            let is_quiet = now.saturating_duration_since(listener.last_active) >= quiet;
-            is_quiet || listener.closing.is_none_or(|deadline| now >= deadline)
+    /// Those on their way out whose flows have been quiet for as long as `quiet`, or that have been for too
+    /// long.
+    pub(super) fn quiet(&self, now: Instant, quiet: Duration) -> HashSet<usize> {
+        let is_quiet = |number: &usize| {
+            let Some(listener) = &self.slots[*number] else { return true };
+            let idle = now.saturating_duration_since(listener.last_active);
+            idle >= quiet || listener.has_to_go(now)
         };
-        let over: Vec<usize> = closing.extract_if(is_over).collect();
-        for number in &over {
-            if let Some(listener) = slots[*number].take() {
-                own_ports.remove(&listener.route.forward);
+        self.closing.iter().copied().filter(is_quiet).collect()
+    }
+
+    /// Closes those of `numbers` for which nothing waits, or that have been on their way out for too long.
+    pub(super) fn close(&mut self, numbers: &HashSet<usize>, now: Instant) {
+        for number in numbers {
+            let waits = |listener: &Listener| !listener.queue.is_empty() && !listener.has_to_go(now);
+            if !self.slots[*number].as_ref().is_some_and(waits) {
+                self.close_one(*number);
             }
         }
-        over
     }
 
     /// All that are served, with their numbers: not those on their way out.
@@ -167,15 +185,20 @@ impl Listeners {
         self.closing.remove(&number);
         if let Some(listener) = self.slots[number].take() {
             self.own_ports.remove(&listener.route.forward);
+            listener.lose_waiting();
         }
     }
 
-    /// Closes those that are served. Their flows have to be gone.
-    pub(super) fn close_served(&mut self) {
-        let Self { slots, own_ports, .. } = self;
-        for slot in slots {
-            if let Some(listener) = slot.take_if(|listener| !listener.is_closing()) {
-                own_ports.remove(&listener.route.forward);
+    /// Closes all. Their flows have to be gone. Those for which something waits do nothing but send that.
+    pub(super) fn close_all(&mut self, now: Instant) {
+        for number in 0..self.slots.len() {
+            match &mut self.slots[number] {
+                Some(listener) if !listener.queue.is_empty() => {
+                    listener.is_paused = true;
+                    listener.waiting.clear();
+                    self.release(number, now);
+                }
+                _ => self.close_one(number),
             }
         }
     }

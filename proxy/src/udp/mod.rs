@@ -5,12 +5,14 @@
 //! serves all flows of a process from one task. The [`table`] finds flows and bounds their number, and
 //! [`local_ports`] gives each one a port that no other had a moment ago;
 //! [`train`] groups datagrams so that one call sends many; [`send`] deals with what the kernel
-//! refuses.
+//! refuses, and [`congestion`] with a way out that is full.
 
 mod answers;
 mod batch;
 mod capacity;
+mod client_socket;
 mod commands;
+mod congestion;
 mod flow;
 mod flows;
 mod handover;

@@ -16,6 +16,7 @@ use tracing::debug;
 
 use super::batch::Buffers;
 use super::capacity::Capacity;
+use super::congestion::ClientSockets;
 use super::flow::{Flow, FlowKey};
 use super::listeners::Listeners;
 use super::table::{Ended, FlowTable};
@@ -37,15 +38,18 @@ pub(crate) struct UdpRelay {
     pub(super) listeners: Listeners,
     pub(super) table: FlowTable<FlowKey, Flow>,
     pub(super) capacity: Capacity,
+    pub(super) client_sockets: ClientSockets,
     /// Where the flows begin that are yet to get another share of the kernel's memory, if there are any.
     pub(super) next_share: Option<usize>,
     /// Flows that are over, whose sockets are yet to be closed.
     pub(super) ended: VecDeque<Ended<Flow>>,
-    buffers: Buffers,
+    pub(super) buffers: Buffers,
     pub(super) turn: Turn,
     /// Tells whether there are flows, so that connections go to other workers.
     has_flows: Arc<AtomicBool>,
     pub(super) draining: bool,
+    /// Listeners that were shut down from outside, which are yet to be given up.
+    pub(super) shut_down: Vec<usize>,
     /// Why no listener is left, if that is so.
     pub(super) failed: Option<io::Error>,
 }
@@ -60,6 +64,7 @@ impl UdpRelay {
             orders,
             listeners: Listeners::default(),
             table: FlowTable::new(capacity.most(Instant::now())),
+            client_sockets: ClientSockets::new(capacity.descriptors()),
             capacity,
             next_share: None,
             ended: VecDeque::new(),
@@ -67,6 +72,7 @@ impl UdpRelay {
             turn: Turn::default(),
             has_flows,
             draining: false,
+            shut_down: Vec::new(),
             failed: None,
         }
     }
@@ -92,10 +98,10 @@ impl UdpRelay {
                 () = &mut alarm, if self.has_deadline() => {}
             }
             self.serve(&mut events);
+            self.keep_house();
             if let Some(error) = self.failed.take() {
                 return Err(error);
             }
-            self.keep_house();
             if self.has_deadline() {
                 let deadline = tokio::time::Instant::from_std(self.next_deadline());
                 if alarm.is_elapsed() || deadline < alarm.deadline() {
@@ -127,6 +133,10 @@ impl UdpRelay {
                     self.serve_listener(index, event.events(), &mut batch);
                 }
                 Token::Flow(id) => self.serve_flow(id, event.events(), &mut batch),
+                Token::Client(id) => {
+                    self.send_answers(&mut batch);
+                    self.serve_client_socket(id, event.events(), &mut batch);
+                }
             }
         }
         self.send_answers(&mut batch);
@@ -136,7 +146,11 @@ impl UdpRelay {
     /// What is to be done after each turn, whatever it brought.
     fn keep_house(&mut self) {
         let now = Instant::now();
+        while let Some(index) = self.shut_down.pop() {
+            self.give_up(index);
+        }
         self.end_some(now);
+        self.close_retired();
         self.share_out();
         self.buffers.give_back(now);
         let has_flows = self.table.len() > 0;
@@ -145,8 +159,10 @@ impl UdpRelay {
         }
     }
 
+    /// Whether no flow has had traffic lately, and nothing waits to be sent.
     fn is_quiet(&self, now: Instant) -> bool {
-        self.table.last_active().is_none_or(|at| now.saturating_duration_since(at) >= QUIET)
+        let waits = !self.listeners.room.is_unused() || !self.capacity.room.is_unused();
+        !waits && self.table.last_active().is_none_or(|at| now.saturating_duration_since(at) >= QUIET)
     }
 
     /// Whether there is something to do without any datagram.

@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use nix::sys::epoll::EpollFlags;
-use rproxy_sys::udp::BATCH;
+use rproxy_sys::udp::{BATCH, LocalAddr};
 use tracing::warn;
 
 use super::batch::Batch;
@@ -34,7 +34,7 @@ impl UdpRelay {
             return;
         }
         if ready.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLRDHUP) {
-            return self.give_up(index);
+            return self.shut_down.push(index);
         }
         if ready.contains(EpollFlags::EPOLLOUT) {
             self.serve_waiting(index, batch);
@@ -48,7 +48,7 @@ impl UdpRelay {
             match batch.received.recv(listener.as_fd(), 0, most, true) {
                 Ok(count) => {
                     listener.usual_size = self.turn.take(&batch.received, 0..count, listener.usual_size);
-                    self.forward(index, batch, count);
+                    self.forward(index, None, batch, count);
                     if count < most || self.turn.is_over() {
                         return;
                     }
@@ -67,13 +67,20 @@ impl UdpRelay {
         }
     }
 
-    /// Sends the `count` datagrams in `batch` to the backend, each through its flow.
-    fn forward(&mut self, listener: usize, batch: &mut Batch, count: usize) {
+    /// Sends the `count` datagrams in `batch` to the backend, each through its flow. They were sent to `local`
+    /// if they do not say themselves to which of our addresses.
+    pub(super) fn forward(
+        &mut self,
+        listener: usize,
+        local: Option<LocalAddr>,
+        batch: &mut Batch,
+        count: usize,
+    ) {
         let number = u32::try_from(listener).unwrap_or(u32::MAX);
         let mut previous: Option<(FlowKey, FlowId)> = None;
         for slot in 0..count {
             let Some(client) = batch.received.sender(slot) else { continue };
-            let key = FlowKey::new(number, client, batch.received.control(slot).local);
+            let key = FlowKey::new(number, client, batch.received.control(slot).local.or(local));
             let id = match previous {
                 Some((same, id)) if same == key => id,
                 _ => match self.find_or_open(&key, batch) {

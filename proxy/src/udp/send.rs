@@ -153,16 +153,16 @@ fn remedy(error: io::Error, is_train: bool) -> Remedy {
 
 /// Bytes that wait for one socket at the most; what comes then is lost, as in any full queue. There is
 /// room for a whole batch: a listener that is full gets no other answers until this one is gone.
-const BACKLOG_BYTES: usize = BATCH * (TRAIN_BYTES + TRAIN_LEN * OVERHEAD);
+const QUEUE_BYTES: usize = BATCH * (TRAIN_BYTES + TRAIN_LEN * OVERHEAD);
 
 /// Bytes that wait for all sockets of a [`Room`] together.
-const ROOM_BYTES: usize = 2 * BACKLOG_BYTES;
+const ROOM_BYTES: usize = 2 * QUEUE_BYTES;
 
 /// Each waiting datagram counts for this much more, so that empty ones are bounded too: its place in a queue that
 /// grows by doubling, and what the allocator adds.
 const OVERHEAD: usize = 2 * size_of::<Waiting>() + 2 * size_of::<usize>();
 
-/// Room that backlogs share. Each may be as large as what is left is (dynamic thresholds, Choudhury and Hahne 1998):
+/// Room that queues share. Each may be as large as what is left is (dynamic thresholds, Choudhury and Hahne 1998):
 /// one alone gets all it may have, of many each gets the same, and there is always some for one more.
 #[derive(Debug)]
 pub(super) struct Room {
@@ -177,43 +177,60 @@ impl Default for Room {
 }
 
 impl Room {
-    /// Takes `cost` bytes for a backlog of `bytes`, unless that is more than its share.
+    /// Takes `cost` bytes for a queue of `bytes`, unless that is more than its share.
     fn take(&self, cost: usize, bytes: usize) -> bool {
         let left = self.left.load(Ordering::Relaxed).saturating_sub(cost);
-        let has_room = bytes + cost <= left.min(BACKLOG_BYTES);
+        let has_room = bytes + cost <= left.min(QUEUE_BYTES);
         if has_room {
             self.left.store(left, Ordering::Relaxed);
         }
         has_room
     }
 
+    /// Takes `cost` bytes that were given back a moment ago.
+    fn take_again(&self, cost: usize) {
+        self.left.fetch_sub(cost, Ordering::Relaxed);
+    }
+
     fn give_back(&self, bytes: usize) {
         self.left.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Whether nothing waits anywhere.
+    pub(super) fn is_unused(&self) -> bool {
+        self.left.load(Ordering::Relaxed) == ROOM_BYTES
     }
 }
 
 /// Datagrams that wait until a socket has room again.
 #[derive(Debug)]
-pub(super) struct Backlog {
+pub(super) struct SendQueue {
     waiting: VecDeque<Waiting>,
     bytes: usize,
     room: Arc<Room>,
 }
 
-impl Drop for Backlog {
+impl Drop for SendQueue {
     fn drop(&mut self) {
         self.room.give_back(self.bytes);
     }
 }
 
+/// A datagram that waits.
 #[derive(Debug)]
-struct Waiting {
-    to: Option<SocketAddr>,
-    source: Option<LocalAddr>,
+pub(super) struct Waiting {
+    pub(super) to: Option<SocketAddr>,
+    pub(super) source: Option<LocalAddr>,
     bytes: Box<[u8]>,
 }
 
-impl Backlog {
+impl Waiting {
+    fn cost(&self) -> usize {
+        self.bytes.len() + OVERHEAD
+    }
+}
+
+impl SendQueue {
     /// An empty one that shares `room` with others.
     pub(super) fn new(room: Arc<Room>) -> Self {
         Self { waiting: VecDeque::new(), bytes: 0, room }
@@ -260,6 +277,21 @@ impl Backlog {
         }
     }
 
+    /// Takes the first one out, for another queue that shares the room.
+    pub(super) fn pop(&mut self) -> Option<Waiting> {
+        let waiting = self.waiting.pop_front()?;
+        self.bytes -= waiting.cost();
+        self.room.give_back(waiting.cost());
+        Some(waiting)
+    }
+
+    /// Adds one that waited in another queue that shares the room.
+    pub(super) fn push(&mut self, waiting: Waiting) {
+        self.bytes += waiting.cost();
+        self.room.take_again(waiting.cost());
+        self.waiting.push_back(waiting);
+    }
+
     /// How many datagrams wait.
     pub(super) fn len(&self) -> usize {
         self.waiting.len()
@@ -269,8 +301,7 @@ impl Backlog {
     pub(super) fn flush(&mut self, socket: BorrowedFd<'_>, tally: &mut Tally) -> bool {
         while !self.waiting.is_empty() {
             let (gone, all) = self.send_front(socket, tally);
-            let cost = |waiting: Waiting| waiting.bytes.len() + OVERHEAD;
-            let gone: usize = self.waiting.drain(..gone).map(cost).sum();
+            let gone: usize = self.waiting.drain(..gone).map(|waiting| waiting.cost()).sum();
             self.bytes -= gone;
             self.room.give_back(gone);
             if !all {
@@ -430,42 +461,42 @@ mod tests {
     }
 
     #[test]
-    fn a_full_backlog_says_what_it_lost() {
-        let mut backlog = Backlog::new(Arc::default());
+    fn a_full_queue_says_what_it_lost() {
+        let mut queue = SendQueue::new(Arc::default());
         let big = vec![0; 60_000];
         let payload = [IoSlice::new(&big)];
-        let kept = BACKLOG_BYTES / (big.len() + OVERHEAD);
+        let kept = QUEUE_BYTES / (big.len() + OVERHEAD);
         let mut tally = Tally::default();
         for _ in 0..=kept {
             tally.relayed += amount_of(&transmit(&payload, None));
-            backlog.keep(&transmit(&payload, None), &mut tally);
+            queue.keep(&transmit(&payload, None), &mut tally);
         }
-        assert_eq!(backlog.len(), kept);
+        assert_eq!(queue.len(), kept);
         let mut wanted = Tally::default();
         wanted.overflow(1);
         assert_eq!(format!("{tally:?}"), format!("{wanted:?}"));
     }
 
     #[test]
-    fn many_backlogs_share_the_room_alike() {
+    fn many_queues_share_the_room_alike() {
         let room = Arc::<Room>::default();
         let left = || room.left.load(Ordering::Relaxed);
-        let mut backlogs: Vec<_> = (0..200).map(|_| Backlog::new(room.clone())).collect();
+        let mut queues: Vec<_> = (0..200).map(|_| SendQueue::new(room.clone())).collect();
         let payload = [IoSlice::new(&[0; 1200])];
         let mut tally = Tally::default();
         for _ in 0..100 {
-            for backlog in &mut backlogs {
+            for queue in &mut queues {
                 tally.relayed += amount_of(&transmit(&payload, None));
-                backlog.keep(&transmit(&payload, None), &mut tally);
+                queue.keep(&transmit(&payload, None), &mut tally);
             }
         }
-        let kept: Vec<usize> = backlogs.iter().map(Backlog::len).collect();
+        let kept: Vec<usize> = queues.iter().map(SendQueue::len).collect();
         let (least, most) = (kept.iter().min().unwrap(), kept.iter().max().unwrap());
         assert!(*least > 0 && most - least <= 1, "{kept:?}");
-        assert_eq!(left() + backlogs.iter().map(|backlog| backlog.bytes).sum::<usize>(), ROOM_BYTES);
+        assert_eq!(left() + queues.iter().map(|queue| queue.bytes).sum::<usize>(), ROOM_BYTES);
         let (a, _b) = pair();
-        assert!(backlogs[0].flush(a.as_fd(), &mut tally));
-        backlogs.truncate(1);
+        assert!(queues[0].flush(a.as_fd(), &mut tally));
+        queues.truncate(1);
         assert_eq!(left(), ROOM_BYTES);
     }
 
@@ -473,18 +504,18 @@ mod tests {
         #[test]
         fn what_waits_leaves_in_order_and_whole(sizes in prop::collection::vec(0..1000_usize, 1..80)) {
             let (a, b) = pair();
-            let mut backlog = Backlog::new(Arc::default());
+            let mut queue = SendQueue::new(Arc::default());
             let bytes: Vec<u8> = (0..1000).map(|i| (i % 251) as u8).collect();
             let mut tally = Tally::default();
             for size in &sizes {
                 let payload = [IoSlice::new(&bytes[..*size])];
                 tally.relayed += amount_of(&transmit(&payload, None));
-                backlog.keep(&transmit(&payload, None), &mut tally);
+                queue.keep(&transmit(&payload, None), &mut tally);
             }
             prop_assert_eq!(tally.relayed, Amount::default());
-            prop_assert!(backlog.flush(a.as_fd(), &mut tally));
+            prop_assert!(queue.flush(a.as_fd(), &mut tally));
             prop_assert_eq!(tally.relayed.datagrams, sizes.len() as u64);
-            prop_assert_eq!(backlog.bytes, 0);
+            prop_assert_eq!(queue.bytes, 0);
             let mut buf = [0; 1001];
             for size in sizes {
                 prop_assert_eq!(b.recv(&mut buf).unwrap(), size);

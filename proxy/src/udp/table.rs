@@ -38,8 +38,8 @@ pub(super) struct FlowId {
 }
 
 impl FlowId {
-    /// Generations of a slot before they repeat. The highest bit of [`Self::to_u64`] stays clear.
-    const GENERATIONS: u32 = 1 << 31;
+    /// Generations of a slot before they repeat. The two highest bits of [`Self::to_u64`] stay clear.
+    const GENERATIONS: u32 = 1 << 30;
 
     /// As one number, for the event loop.
     pub(super) fn to_u64(self) -> u64 {
@@ -355,13 +355,13 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
         slot.map(|slot| self.remove_slot(slot))
     }
 
-    /// Takes a flow out that has been idle for too long at `now`; call it until it gives `None`.
-    pub(super) fn expire(&mut self, now: Instant) -> Option<Ended<F>> {
+    /// A flow that has been idle for too long at `now`.
+    pub(super) fn expired(&self, now: Instant) -> Option<FlowId> {
         let over = |(idle, slot): &(Duration, u32)| {
             self.active_at(*slot).is_some_and(|at| now.saturating_duration_since(at) >= *idle)
         };
         let (_idle, slot) = self.oldest().find(over)?;
-        Some(self.remove_slot(slot))
+        Some(FlowId { slot, generation: self.slots[slot as usize].generation })
     }
 
     /// All flows, by name, with the time of their last traffic.
@@ -468,6 +468,14 @@ mod tests {
         table: Table,
         bounds: Bounds,
         now: Instant,
+    }
+
+    impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
+        /// Takes a flow out that has been idle for too long.
+        fn expire(&mut self, now: Instant) -> Option<Ended<F>> {
+            let id = self.expired(now)?;
+            self.remove(id)
+        }
     }
 
     impl Scene {

@@ -62,9 +62,22 @@ impl Tally {
         self.no_buffer += datagrams;
     }
 
+    /// Some datagrams waited for a flow that is over.
+    pub(super) fn discard(&mut self, datagrams: u64) {
+        if datagrams > 0 {
+            self.no_buffer += datagrams;
+            self.error = Some(io::Error::other("their flow is over"));
+        }
+    }
+
     /// A datagram was cut when it was received.
     pub(super) fn cut(&mut self) {
         self.too_large += 1;
+    }
+
+    /// Whether the error that one of them met is this one.
+    pub(super) fn met(&self, errno: i32) -> bool {
+        self.error.as_ref().is_some_and(|error| error.raw_os_error() == Some(errno))
     }
 
     /// Whether one of them met a socket that has lost its peer.
@@ -113,9 +126,9 @@ impl Tally {
 }
 
 /// Whether an error is that of a connected socket that was destroyed (`SOCK_DESTROY`, sock_diag(7)), as by `ss --kill`:
-/// it goes on without a peer, and would take datagrams of anybody.
+/// it goes on without a peer, and would take datagrams of anybody. Or of one that whoever has it open, too, has shut down.
 pub(super) fn is_lost_peer(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::ECONNABORTED | libc::EDESTADDRREQ))
+    matches!(error.raw_os_error(), Some(libc::ECONNABORTED | libc::EDESTADDRREQ | libc::EPIPE))
 }
 
 /// Which way datagrams go.

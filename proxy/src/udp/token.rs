@@ -13,22 +13,30 @@ use crate::poll::PORT;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Token {
     Listener(usize),
+    /// The socket of a flow towards the backend.
     Flow(FlowId),
+    /// That towards the client.
+    Client(FlowId),
 }
+
+/// Set in the number of [`Token::Client`]; ids of flows leave it clear.
+const CLIENT: u64 = 1 << 62;
 
 impl Token {
     fn to_u64(self) -> u64 {
         match self {
             Self::Listener(index) => PORT | index as u64,
             Self::Flow(id) => id.to_u64(),
+            Self::Client(id) => CLIENT | id.to_u64(),
         }
     }
 
     pub(super) fn from_u64(number: u64) -> Self {
-        if number & PORT == 0 {
-            return Self::Flow(FlowId::from_u64(number));
+        match (number & PORT, number & CLIENT) {
+            (0, 0) => Self::Flow(FlowId::from_u64(number)),
+            (0, _) => Self::Client(FlowId::from_u64(number & !CLIENT)),
+            _ => Self::Listener(usize::try_from(number & !PORT).unwrap_or(usize::MAX)),
         }
-        Self::Listener(usize::try_from(number & !PORT).unwrap_or(usize::MAX))
     }
 }
 
@@ -43,6 +51,6 @@ pub(super) fn event(token: Token, wanted: Wanted) -> EpollEvent {
     let mut flags = EpollFlags::empty();
     flags.set(EpollFlags::EPOLLIN, wanted.receive);
     flags.set(EpollFlags::EPOLLOUT, wanted.send);
-    flags.set(EpollFlags::EPOLLRDHUP, matches!(token, Token::Listener(_)));
+    flags.insert(EpollFlags::EPOLLRDHUP);
     EpollEvent::new(flags, token.to_u64())
 }

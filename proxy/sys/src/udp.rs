@@ -31,6 +31,9 @@ pub const TRAIN_LEN: usize = 64;
 /// Payload bytes of one train at the most: those of an IPv4 packet.
 pub const TRAIN_BYTES: usize = 65_507;
 
+/// Datagrams that [`discard`] takes off a socket at the most.
+const MOST_DISCARDED: usize = 4096;
+
 /// Room to receive a batch of datagrams into, to be used again and again.
 pub struct RecvBatch {
     headers: Vec<libc::mmsghdr>,
@@ -321,6 +324,22 @@ pub fn set_buffers(socket: BorrowedFd<'_>, receive: usize, send: usize) -> io::R
     };
     set(libc::SO_RCVBUFFORCE, libc::SO_RCVBUF, receive)?;
     set(libc::SO_SNDBUFFORCE, libc::SO_SNDBUF, send)
+}
+
+/// Throws away what is queued for a socket. Gives how many datagrams that were; several
+/// that the kernel would hand over as one count as one.
+pub fn discard(socket: BorrowedFd<'_>) -> u64 {
+    let socket = socket2::SockRef::from(&socket);
+    let mut count = 0;
+    for _ in 0..MOST_DISCARDED {
+        match socket.recv_with_flags(&mut [], libc::MSG_DONTWAIT) {
+            Ok(_) => count += 1,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+            // One that an earlier datagram met, which is off the socket now.
+            Err(_) => {}
+        }
+    }
+    count
 }
 
 /// Whether `addr` is this host's. What cannot be told is not.

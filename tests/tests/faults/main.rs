@@ -5,6 +5,7 @@
 #![expect(clippy::unwrap_used, reason = "a failed step ends the test")]
 
 mod backends;
+mod congestion;
 mod families;
 mod flows;
 mod limits;
@@ -27,7 +28,7 @@ fn main() -> ExitCode {
         return code;
     }
     let networks = [of_backends_and_networks(), of_limits(), of_loops()];
-    let others = [of_streams(), of_flows(), of_processes(), of_surroundings()];
+    let others = [of_streams(), of_flows(), of_congestion(), of_processes(), of_surroundings()];
     suite::run(networks.into_iter().chain(others).flatten().collect())
 }
 
@@ -110,6 +111,20 @@ fn of_flows() -> Vec<Case> {
         case("a burst of large datagrams is over", flows::burst_of_large_ones),
         case("the kernel's memory for many flows", flows::shares_of_the_kernel).needs(&[Need::Program("ss")]),
         case("many flows to a slow backend", flows::slow_backend).needs(&[Need::Program("tc")]),
+    ]
+}
+
+fn of_congestion() -> Vec<Case> {
+    let case = |name: &str, body: fn()| case(name, body).needs(&[Need::Program("ss"), Need::Program("tc")]);
+    vec![
+        case("clients that are not there wait alone", congestion::absent_neighbours),
+        case("so they do where IPv6 serves IPv4", congestion::absent_neighbours_dual_stack),
+        case("so they do over IPv6", congestion::absent_neighbours_v6),
+        case("a client behind a slow link waits alone", congestion::slow_link),
+        case("answers that wait survive their mapping", congestion::removal),
+        case("answers that wait survive the order to end", congestion::end_of_the_process),
+        case("answers that wait survive an upgrade", congestion::upgrade),
+        case("answers that wait are accounted for when flows end", congestion::retarget),
     ]
 }
 
