@@ -16,6 +16,7 @@ pub mod control;
 pub mod demo;
 mod descriptors;
 pub mod docker;
+pub mod dscp;
 pub mod duration;
 pub mod endpoint;
 pub mod family;

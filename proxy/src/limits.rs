@@ -1,10 +1,11 @@
-//! What bounds the connections and flows of a mapping.
+//! What bounds the connections and flows of a mapping, and how they are served.
 
 use std::time::Duration;
 
 use crate::access::AccessList;
+use crate::dscp::Dscp;
 
-/// What bounds the connections and flows of a mapping, and who may have some.
+/// What bounds the connections and flows of a mapping, who may have some, and what else holds for them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
     /// How long the backend may take to answer a connection attempt; `None` leaves it to the kernel
@@ -23,6 +24,12 @@ pub struct Limits {
     /// UDP flows at a time from one source, an IPv4 address or the /64 of an IPv6 one; `None` for
     /// three quarters of all.
     pub udp_max_flows_per_source: Option<usize>,
+    /// Whether answers come from any port of the backend's address, as those of TFTP servers do (RFC 1350, section 4).
+    /// What follows goes to the port that answered last.
+    pub udp_any_port: bool,
+    /// The code point of what is sent, both ways; `None` passes on that of datagrams, and leaves connections the
+    /// default one.
+    pub dscp: Option<Dscp>,
     /// The clients that are served. Others are reset, and their datagrams dropped.
     pub access: AccessList,
 }
@@ -38,6 +45,8 @@ impl Default for Limits {
             udp_timeout: Duration::from_secs(90),
             udp_max_flows: None,
             udp_max_flows_per_source: None,
+            udp_any_port: false,
+            dscp: None,
             access: AccessList::default(),
         }
     }

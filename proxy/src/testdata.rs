@@ -38,15 +38,19 @@ fn any_limits() -> impl Strategy<Value = Limits> {
     let count = || proptest::option::of(1..100_000_usize);
     let optional = || proptest::option::of(limit());
     let times = (optional(), optional(), limit());
-    (times, any::<bool>(), (count(), count(), count()), networks(), networks()).prop_map(
-        |((connect_timeout, idle_timeout, udp_timeout), reset, counts, allow, deny)| Limits {
+    let dscp = proptest::option::of((0..64_u8).prop_map(|bits| bits.to_string().parse().unwrap()));
+    let switches = (any::<bool>(), any::<bool>());
+    (times, switches, (count(), count(), count()), dscp, networks(), networks()).prop_map(
+        |((connect_timeout, idle_timeout, udp_timeout), is_on, counts, dscp, allow, deny)| Limits {
             connect_timeout,
             idle_timeout,
             max_connections: counts.0,
-            on_limit: if reset { OnLimit::Reset } else { OnLimit::Wait },
+            on_limit: if is_on.0 { OnLimit::Reset } else { OnLimit::Wait },
             udp_timeout,
             udp_max_flows: counts.1,
             udp_max_flows_per_source: counts.2,
+            udp_any_port: is_on.1,
+            dscp,
             access: AccessList { allow, deny },
         },
     )

@@ -564,6 +564,9 @@ fn printed() {
         "reset",
         "--connect-timeout",
         "unlimited",
+        "--dscp",
+        "46",
+        "--udp-any-port",
     ];
     let text = process::run(rproxy::command(&[&["--print-config"], &asked[..]].concat())).success();
     assert_eq!(run_with(&text, &["--config", "FILE", "--print-config"]).success(), text);

@@ -114,6 +114,8 @@ fn listed_can_be_applied() {
     let (proxy, address) = (Controlled::start(&[]), own_address());
     let mut web = mapping("web", "tcp", address, backend.address());
     web["limits"] = json!({ "idle_timeout": "1m", "deny": ["192.0.2.0/24"], "on_limit": "reset" });
+    web["limits"]["dscp"] = "0x2e".into();
+    web["limits"]["udp_any_port"] = true.into();
     proxy.apply(&[web]).success();
     let file = proxy.file("saved.json", &proxy.json(&["list"]).to_string());
     let again = proxy.json(&["apply", file.to_str().unwrap()]);

@@ -11,6 +11,7 @@ use super::UsageError;
 use super::values::{Limit, To, parse_count};
 use crate::access::{AccessList, parse_network};
 use crate::addr::{AddrError, HostAddr, Protocol, Protocols, ScopedIp};
+use crate::dscp::Dscp;
 use crate::duration::parse_limit;
 use crate::endpoint::{BackendSpec, HostSpec};
 use crate::family::everywhere;
@@ -54,9 +55,9 @@ pub struct MappingArgs {
     limits: LimitArgs,
 }
 
-/// What bounds each mapping.
+/// What bounds each mapping, and how it is served.
 #[derive(Args, Debug)]
-#[command(next_help_heading = "Limits of each mapping")]
+#[command(next_help_heading = "How each mapping is served")]
 struct LimitArgs {
     /// How long a backend may take to answer before its client is reset, or 'unlimited'
     #[arg(long, value_name = "DURATION", default_value = "10s", allow_hyphen_values = true)]
@@ -85,6 +86,14 @@ struct LimitArgs {
     /// UDP flows at a time from one IPv4 address or IPv6 /64 [default: 3/4 of --udp-max-flows]
     #[arg(long, value_name = "COUNT", value_parser = parse_count, allow_hyphen_values = true)]
     udp_max_flows_per_source: Option<usize>,
+    /// Take UDP answers from any port of the backend's address, as TFTP servers need, and send what follows to the
+    /// port that answered last
+    #[arg(long)]
+    udp_any_port: bool,
+    /// The code point (DSCP) of what is sent, both ways, instead of the one that came [default: UDP passes it on; TCP
+    /// has 0]
+    #[arg(long, value_name = "CODE_POINT", allow_hyphen_values = true)]
+    dscp: Option<Dscp>,
 }
 
 impl LimitArgs {
@@ -97,6 +106,8 @@ impl LimitArgs {
             udp_timeout: self.udp_timeout,
             udp_max_flows: self.udp_max_flows,
             udp_max_flows_per_source: self.udp_max_flows_per_source,
+            udp_any_port: self.udp_any_port,
+            dscp: self.dscp,
             access: AccessList { allow: self.allow.clone(), deny: self.deny.clone() },
         }
     }
@@ -110,7 +121,7 @@ struct Asked {
 
 impl MappingArgs {
     /// The options here, as clap knows them: a file says all that they say.
-    pub(super) const IDS: [&str; 17] = [
+    pub(super) const IDS: [&str; 19] = [
         "host",
         "to",
         "publish",
@@ -128,6 +139,8 @@ impl MappingArgs {
         "udp_timeout",
         "udp_max_flows",
         "udp_max_flows_per_source",
+        "udp_any_port",
+        "dscp",
     ];
 
     /// Whether no mapping is asked for.

@@ -223,6 +223,7 @@ fn one_line(error: &clap::Error, help: &str) -> UsageError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::Limits;
 
     fn wrong(line: &str) -> String {
         let args: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();
@@ -271,6 +272,19 @@ mod tests {
         let mappings = parse(&args).unwrap().serve.mappings().unwrap();
         let names: Vec<_> = mappings.iter().map(|mapping| mapping.name().to_string()).collect();
         assert_eq!(names, ["random:80/tcp", "random:80/tcp#2", "81/tcp", "random:80/tcp#3"]);
+    }
+
+    #[test]
+    fn options_hold_for_each_mapping() {
+        let limits = |line: &str| {
+            let args: Vec<OsString> = line.split(' ').map(Into::into).collect();
+            let mappings = parse(&args).expect(line).serve.mappings().expect(line);
+            mappings.iter().map(|mapping| mapping.limits().clone()).collect::<Vec<_>>()
+        };
+        assert_eq!(limits("--to 10.0.0.1 -p 80"), [Limits::default()]);
+        let of_each = Limits { dscp: "EF".parse().ok(), udp_any_port: true, ..Limits::default() };
+        let line = "--to 10.0.0.1 -p 80 -p 69:69/udp --dscp 0x2e --udp-any-port";
+        assert_eq!(limits(line), [of_each.clone(), of_each]);
     }
 
     #[test]
@@ -376,6 +390,9 @@ mod tests {
             ("--drain-timeout -1s", "--drain-timeout -1s: not a duration; write one such as 10s"),
             ("--idle-timeout -5", "--idle-timeout -5: not a duration"),
             ("--max-connections -1", "--max-connections -1: not a number from 1 up"),
+            ("--dscp AF5", "--dscp AF5: not a code point; write a number from 0 to 63 or a name such as EF"),
+            ("--dscp -1", "--dscp -1: not a code point"),
+            ("--dscp 184", "looks like a whole traffic class byte, whose code point is 46; write 46"),
             (
                 "--host 10.0.0.11:80-82 --to 10.0.0.1:80-81",
                 "--host 10.0.0.11:80-82: 3 host ports (80-82) do not fit 2",
@@ -440,6 +457,7 @@ mod tests {
         ("--host 127.0.0.1:0 --to 10.0.0.1:80 --udp-timeout {}", &["soon", "0", "-1s", "1 week ago"]),
         ("--host 127.0.0.1:0 --to 10.0.0.1:80 --drain-timeout {}", &["soon", "-1s"]),
         ("--host 127.0.0.1:0 --to 10.0.0.1:80 --allow {}", &["10.0.0.1/8", "::ffff:10.0.0.1/104", "lan"]),
+        ("--host 127.0.0.1:0 --to 10.0.0.1:80 --dscp {}", &["64", "0xb8", "-1", "AF5", "best", ""]),
     ];
 
     #[test]

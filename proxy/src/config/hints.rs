@@ -35,6 +35,9 @@ pub(super) fn meant_key(written: &str) -> Option<&'static str> {
     match &*plain {
         "listen" | "bind" | "address" => return Some("host"),
         "backend" | "target" | "upstream" | "forward" => return Some("to"),
+        "tos" | "traffic_class" => return Some("dscp"),
+        // It has the letters of `dscp`, and means something else.
+        "desc" | "description" => return None,
         _ => {}
     }
     let score = |key: &str| strsim::jaro_winkler(&plain, key);

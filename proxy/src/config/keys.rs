@@ -9,7 +9,7 @@ use toml::de::{DeString, DeTable, DeValue};
 
 use super::hints::{meant_key, unknown_key};
 use super::mistake::{Found, Mistakes};
-use super::values;
+use super::values::{self, NumberOrText};
 use crate::addr::{AddrError, ScopedIp};
 use crate::control::wire::{FieldErrors, WireLimits, WireMapping};
 use crate::endpoint::{BackendSpec, HostSpec};
@@ -17,6 +17,7 @@ use crate::mapping::Mapping;
 
 type Text = Option<Spanned<String>>;
 type Count = Option<Spanned<usize>>;
+type Switch = Option<Spanned<bool>>;
 type Texts = Option<Spanned<Vec<String>>>;
 
 /// What a table says, and where. That of `[defaults]` has the same keys.
@@ -26,7 +27,7 @@ pub(super) struct Keys {
     host: Text,
     to: Text,
     proto: Text,
-    v6only: Option<Spanned<bool>>,
+    v6only: Switch,
     connect_timeout: Text,
     idle_timeout: Text,
     max_connections: Count,
@@ -34,6 +35,8 @@ pub(super) struct Keys {
     udp_timeout: Text,
     udp_max_flows: Count,
     udp_max_flows_per_source: Count,
+    udp_any_port: Switch,
+    dscp: Option<Spanned<NumberOrText>>,
     allow: Texts,
     deny: Texts,
     /// Those that are there, but cannot be read, or are misspelt.
@@ -56,6 +59,8 @@ macro_rules! with_keys {
             udp_timeout,
             udp_max_flows,
             udp_max_flows_per_source,
+            udp_any_port,
+            dscp,
             allow,
             deny
         )
@@ -67,7 +72,7 @@ macro_rules! names {
 }
 
 /// All of them.
-pub(super) const KEYS: [&str; 14] = with_keys!(names);
+pub(super) const KEYS: [&str; 16] = with_keys!(names);
 
 impl Keys {
     /// What `table` says, as far as it can be read.
@@ -180,7 +185,7 @@ impl Keys {
         WireMapping {
             name: text(&self.name),
             proto: text(&self.proto),
-            v6only: self.v6only.as_ref().is_some_and(|value| *value.get_ref()),
+            v6only: is_on(&self.v6only),
             limits: self.limits(),
             ..WireMapping::default()
         }
@@ -197,6 +202,8 @@ impl Keys {
             udp_timeout: text(&self.udp_timeout),
             udp_max_flows: count(&self.udp_max_flows),
             udp_max_flows_per_source: count(&self.udp_max_flows_per_source),
+            udp_any_port: is_on(&self.udp_any_port),
+            dscp: self.dscp.as_ref().map(|value| value.get_ref().0.clone()),
             allow: texts(&self.allow),
             deny: texts(&self.deny),
         }
@@ -233,4 +240,8 @@ pub(super) fn by_place<'a, 'i>(
 
 fn text(value: &Text) -> Option<String> {
     value.as_ref().map(|value| value.get_ref().clone())
+}
+
+fn is_on(value: &Switch) -> bool {
+    value.as_ref().is_some_and(|value| *value.get_ref())
 }

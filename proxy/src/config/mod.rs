@@ -263,6 +263,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::dscp::Dscp;
     use crate::testdata::any_mapping;
 
     fn mistakes(text: &str) -> Vec<String> {
@@ -366,6 +367,8 @@ mod tests {
             ("[::]:80", "10.0.0.1:80", "proto = 'sctp'", "4:9: proto: 'sctp' is not a protocol"),
             ("1.2.3.4:80", "10.0.0.1:80", "v6only = true", "4:10: v6only: 1.2.3.4 has no IPv4 clients"),
             ("[::]:80", "10.0.0.1:80", "idle_timeout = 'soon'", "4:16: idle_timeout: not a duration"),
+            ("[::]:80", "10.0.0.1:80", "dscp = 'AF5'", "4:8: dscp: not a code point; write a number from"),
+            ("[::]:80", "10.0.0.1:80", "dscp = 0xb8", "4:8: dscp: more than 63; it looks like a whole"),
             ("[::]:80", "10.0.0.1:80", "allow = ['lan']", "4:9: allow: 'lan': not a network"),
             ("[::]:80", "10.0.0.1:80", "name = 'a b'", "4:8: name: \"a b\" is not a name"),
         ] {
@@ -453,6 +456,11 @@ mod tests {
         ("max_connections = 1k", "max_connections = 1000"),
         ("v6only = \"yes\"", "v6only = true"),
         ("v6only = no", "v6only = false"),
+        ("udp_any_port = 1", "udp_any_port = true"),
+        ("udp_any_port = off", "udp_any_port = false"),
+        ("dscp = EF", "dscp = \"EF\""),
+        ("dscp = -1", "dscp = \"AF41\""),
+        ("dscp = [46]", "dscp = \"AF41\""),
         ("allow = \"10.0.0.0/8\"", "allow = [\"10.0.0.0/8\"]"),
         ("allow = [10.0.0.0/8, fd00::/8]", "allow = [\"10.0.0.0/8\", \"fd00::/8\"]"),
         ("deny = [7]", "deny = [\"10.0.0.0/8\"]"),
@@ -487,15 +495,17 @@ mod tests {
             ("listen", "host"),
             ("backend", "to"),
             ("denied", "deny"),
+            ("tos", "dscp"),
+            ("udp-any-port", "udp_any_port"),
         ] {
             let found = mistakes(&format!("{GOOD}{key} = \"x\"\n"));
             assert_eq!(found, [format!("4:1: unknown key `{key}`; did you mean `{meant}`?")]);
         }
-        let found = mistakes(&format!("{GOOD}colour = \"x\"\n"));
-        assert!(
-            found[0].starts_with("4:1: unknown key `colour`; the keys are name, host, to, "),
-            "{found:?}"
-        );
+        for key in ["colour", "description"] {
+            let found = mistakes(&format!("{GOOD}{key} = \"x\"\n"));
+            let expected = format!("4:1: unknown key `{key}`; the keys are name, host, to, ");
+            assert!(found[0].starts_with(&expected), "{found:?}");
+        }
         // The key that is meant is not missing, too.
         let found = mistakes("[[mapping]]\nhost = \"[::]:80\"\ntoo = \"10.0.0.1:80\"\n");
         assert_eq!(found, ["3:1: unknown key `too`; did you mean `to`?"]);
@@ -535,6 +545,21 @@ mod tests {
         );
         let v6only: Vec<_> = find_mappings(&text).unwrap().iter().map(Mapping::is_v6only).collect();
         assert_eq!(v6only, [true, false]);
+    }
+
+    #[test]
+    fn code_points_are_numbers_or_names() {
+        let read = |value: &str| {
+            let mappings = find_mappings(&format!("{GOOD}dscp = {value}\n")).expect(value);
+            mappings[0].limits().dscp.map(Dscp::bits)
+        };
+        for value in ["46", "0x2e", "0o56", "\"46\"", "\"0x2E\"", "\"EF\"", "'ef'"] {
+            assert_eq!(read(value), Some(46), "{value}");
+        }
+        assert_eq!(read("0"), Some(0));
+        let of_all = format!("[defaults]\ndscp = 8\nudp_any_port = true\n{GOOD}udp_any_port = false\n");
+        let limits = find_mappings(&of_all).unwrap()[0].limits().clone();
+        assert_eq!((limits.dscp.map(Dscp::bits), limits.udp_any_port), (Some(8), false));
     }
 
     proptest! {

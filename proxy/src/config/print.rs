@@ -22,6 +22,8 @@ fn table(mapping: &Mapping) -> String {
         udp_timeout,
         udp_max_flows,
         udp_max_flows_per_source,
+        udp_any_port,
+        dscp,
         allow,
         deny,
     } = limits;
@@ -34,6 +36,7 @@ fn table(mapping: &Mapping) -> String {
         }
     };
     let quoted = |text: Option<String>| text.map(|text| format!("\"{text}\""));
+    let is_on = |value: bool| value.then(|| "true".to_owned());
     let list = |texts: Vec<String>| (!texts.is_empty()).then(|| format!("{texts:?}"));
     let proto = proto.filter(|proto| proto != "tcp");
     for (key, value) in [
@@ -41,7 +44,7 @@ fn table(mapping: &Mapping) -> String {
         ("host", quoted(Some(host))),
         ("to", quoted(Some(format!("{to}:{to_ports}")))),
         ("proto", quoted(proto)),
-        ("v6only", v6only.then(|| "true".to_owned())),
+        ("v6only", is_on(v6only)),
         ("connect_timeout", quoted(connect_timeout)),
         ("idle_timeout", quoted(idle_timeout)),
         ("max_connections", max_connections.map(|count| count.to_string())),
@@ -51,6 +54,8 @@ fn table(mapping: &Mapping) -> String {
         ("udp_timeout", quoted(udp_timeout)),
         ("udp_max_flows", udp_max_flows.map(|count| count.to_string())),
         ("udp_max_flows_per_source", udp_max_flows_per_source.map(|count| count.to_string())),
+        ("udp_any_port", is_on(udp_any_port)),
+        ("dscp", quoted(dscp)),
     ] {
         line(key, value.as_ref().map(|value| value as &dyn Display));
     }

@@ -77,6 +77,22 @@ impl Value for usize {
     }
 }
 
+/// A text in quotes, or a number that stands for one.
+#[derive(Clone, Debug)]
+pub(super) struct NumberOrText(pub(super) String);
+
+impl Value for NumberOrText {
+    const NAME: &'static str = "a number or a text in quotes";
+
+    fn read(value: &DeValue<'_>) -> Result<Self, Option<Range<usize>>> {
+        String::read(value).or_else(|_no_text| usize::read(value).map(|number| number.to_string())).map(Self)
+    }
+
+    fn meant(key: &str, _value: &DeValue<'_>) -> String {
+        example(key).to_owned()
+    }
+}
+
 impl Value for bool {
     const NAME: &'static str = "true or false";
 
@@ -113,7 +129,8 @@ pub(super) fn example(key: &str) -> &'static str {
         "name" => "\"web\"",
         "proto" => "\"tcp\"",
         "on_limit" => "\"wait\"",
-        "v6only" => "true",
+        "v6only" | "udp_any_port" => "true",
+        "dscp" => "\"AF41\"",
         "allow" | "deny" => "[\"10.0.0.0/8\"]",
         key if key.ends_with("timeout") => "\"90s\"",
         _ => "1000",

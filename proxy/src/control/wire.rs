@@ -41,7 +41,7 @@ pub struct WireMapping {
     /// Whether `[::]` leaves IPv4 clients out.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub v6only: bool,
-    /// What bounds it.
+    /// What bounds it, and how it is served.
     #[serde(default, skip_serializing_if = "WireLimits::is_default")]
     pub limits: WireLimits,
     /// What `list` says about the ports that are bound. It asks for nothing.
@@ -70,6 +70,10 @@ pub struct WireLimits {
     pub(crate) udp_max_flows: Option<usize>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) udp_max_flows_per_source: Option<usize>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) udp_any_port: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) dscp: Option<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub(crate) allow: Vec<String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
@@ -173,6 +177,8 @@ impl WireLimits {
             udp_timeout: duration(Some(limits.udp_timeout), Some(default.udp_timeout)),
             udp_max_flows: limits.udp_max_flows,
             udp_max_flows_per_source: limits.udp_max_flows_per_source,
+            udp_any_port: limits.udp_any_port,
+            dscp: limits.dscp.map(|dscp| dscp.to_string()),
             allow: networks(&limits.access.allow),
             deny: networks(&limits.access.deny),
         }
@@ -197,6 +203,7 @@ impl WireLimits {
         let udp_max_flows = read_count("limits.udp_max_flows", self.udp_max_flows, wrong);
         let per_source = self.udp_max_flows_per_source;
         let per_source = read_count("limits.udp_max_flows_per_source", per_source, wrong);
+        let dscp = wrong.note("limits.dscp", self.dscp.as_deref().map(str::parse).transpose());
         let (allow, deny) = (read_networks(&self.allow), read_networks(&self.deny));
         let (allow, deny) = (wrong.note("limits.allow", allow), wrong.note("limits.deny", deny));
         Some(Limits {
@@ -207,6 +214,8 @@ impl WireLimits {
             udp_timeout: udp_timeout?.unwrap_or(default.udp_timeout),
             udp_max_flows: udp_max_flows?,
             udp_max_flows_per_source: per_source?,
+            udp_any_port: self.udp_any_port,
+            dscp: dscp?,
             access: AccessList { allow: allow?, deny: deny? },
         })
     }
@@ -297,7 +306,7 @@ mod tests {
             r#"{"host_ports":"1000-1009","to":"172.17.0.2","to_ports":"2000-2009","proto":"tcp+udp","v6only":true}"#,
             r#"{"to":"172.17.0.2","to_ports":"80","limits":{"connect_timeout":"unlimited","idle_timeout":"1m",
                 "max_connections":9,"on_limit":"reset","udp_timeout":"5s","udp_max_flows":7,
-                "udp_max_flows_per_source":3,"allow":["10.0.0.0/8"],"deny":["fd00::/8"]}}"#,
+                "udp_max_flows_per_source":3,"udp_any_port":true,"dscp":"ef","allow":["10.0.0.0/8"],"deny":["fd00::/8"]}}"#,
         ] {
             let mapping = read(json).expect(json);
             assert_eq!(WireMapping::of(&mapping).read(), Ok(mapping), "{json}");
@@ -319,6 +328,11 @@ mod tests {
             ),
             (r#"{"to":"172.17.0.2","to_ports":"80","limits":{"udp_timeout":"unlimited"}}"#, "flows need one"),
             (r#"{"to":"172.17.0.2","to_ports":"80","limits":{"max_connections":0}}"#, "from 1 up"),
+            (
+                r#"{"to":"172.17.0.2","to_ports":"80","limits":{"dscp":"AF5"}}"#,
+                "limits.dscp: not a code point",
+            ),
+            (r#"{"to":"172.17.0.2","to_ports":"80","limits":{"dscp":"184"}}"#, "whose code point is 46"),
             (
                 r#"{"to":"172.17.0.2","to_ports":"80","limits":{"deny":["lan"]}}"#,
                 "limits.deny: 'lan': not a network",
