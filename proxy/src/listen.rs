@@ -184,6 +184,7 @@ fn set_datagram_options(socket: &Socket, ipv6: bool) -> io::Result<()> {
     static SMALL: Once = Once::new();
 
     udp::report_local_addr(socket.as_fd(), ipv6)?;
+    udp::report_class_and_drops(socket.as_fd(), ipv6)?;
     if let Err(error) = udp::receive_trains(socket.as_fd()) {
         tracing::debug!(%error, "this kernel does not hand over trains of datagrams");
     }

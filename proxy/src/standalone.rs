@@ -195,6 +195,7 @@ fn needs<'a>(options: &'a Serve, bound: &[Bound]) -> Needs<'a> {
         user: options.user.as_ref(),
         abstract_sockets: systemd::is_abstract(),
         changes,
+        dscp: bound.iter().any(|bound| bound.mapping.limits().dscp.is_some()),
         ..Needs::to_serve(ports)
     }
 }

@@ -79,8 +79,9 @@ const ALWAYS: &[libc::c_long] = &[
     libc::SYS_sysinfo,
 ];
 
-/// Calls that flows need: each has a port of its own, which is not left to the kernel.
-const FOR_DATAGRAMS: &[libc::c_long] = &[libc::SYS_bind];
+/// Calls that flows need: each has a port of its own, which is not left to the kernel; the settings that say which
+/// there are stay open, and are read again.
+const FOR_DATAGRAMS: &[libc::c_long] = &[libc::SYS_bind, libc::SYS_pread64];
 
 /// Calls that serve something else: other listeners, files that Landlock lets pass.
 const FOR_CHANGES: &[libc::c_long] = &[
@@ -188,15 +189,23 @@ const OF_TCP: &[Options] = &[
     (libc::SOL_TCP, libc::TCP_QUICKACK, libc::TCP_QUICKACK),
 ];
 
-/// Those that flows are given: buffers, trains of datagrams, and a port beside their listener's socket.
+/// Those that flows are given: buffers, trains of datagrams, what is reported of each, and a port beside their
+/// listener's socket.
 const OF_UDP: &[Options] = &[
     (libc::SOL_SOCKET, libc::SO_REUSEADDR, libc::SO_REUSEADDR),
     (libc::SOL_SOCKET, libc::SO_REUSEPORT, libc::SO_REUSEPORT),
+    (libc::SOL_SOCKET, libc::SO_RXQ_OVFL, libc::SO_RXQ_OVFL),
+    (libc::SOL_IP, libc::IP_RECVTOS, libc::IP_RECVTOS),
+    (libc::SOL_IPV6, libc::IPV6_RECVTCLASS, libc::IPV6_RECVTCLASS),
     (libc::SOL_IPV6, libc::IPV6_V6ONLY, libc::IPV6_V6ONLY),
     (libc::SOL_SOCKET, libc::SO_SNDBUF, libc::SO_RCVBUF),
     (libc::SOL_SOCKET, libc::SO_SNDBUFFORCE, libc::SO_RCVBUFFORCE),
     (libc::SOL_UDP, libc::UDP_GRO, libc::UDP_GRO),
 ];
+
+/// The code point of connections.
+const OF_MARKS: &[Options] =
+    &[(libc::SOL_IP, libc::IP_TOS, libc::IP_TOS), (libc::SOL_IPV6, libc::IPV6_TCLASS, libc::IPV6_TCLASS)];
 
 /// Those of listeners that come later, and of connection tracking.
 const OF_CHANGES: &[Options] = &[
@@ -210,7 +219,12 @@ const OF_CHANGES: &[Options] = &[
 /// change how they are filtered, or take a connection apart.
 fn options(needs: &Needs<'_>) -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
     let changes = needs.changes.is_some();
-    let served = [(OF_TCP, changes || needs.tcp()), (OF_UDP, changes || needs.udp), (OF_CHANGES, changes)];
+    let served = [
+        (OF_TCP, changes || needs.tcp()),
+        (OF_UDP, changes || needs.udp),
+        (OF_MARKS, changes || needs.dscp),
+        (OF_CHANGES, changes),
+    ];
     let allowed =
         served.into_iter().filter(|(_options, is_served)| *is_served).flat_map(|(options, _)| options);
     allowed

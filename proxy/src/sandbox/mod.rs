@@ -66,6 +66,8 @@ pub struct Needs<'a> {
     pub udp: bool,
     /// Whether that is so for a port below 1024: more sockets may be bound to it later.
     pub low_udp_ports: bool,
+    /// Whether what is sent over TCP gets a code point.
+    pub dscp: bool,
     /// The ports of backends that are reached over TCP.
     pub tcp_backends: Vec<u16>,
     /// Whether what listens on an abstract socket is told what goes on: a service manager.
@@ -87,6 +89,7 @@ impl<'a> Needs<'a> {
             user: None,
             udp: !udp.is_empty(),
             low_udp_ports: udp.iter().any(|forward| forward.host.socket_addr().port() < FIRST_UNPRIVILEGED),
+            dscp: false,
             tcp_backends,
             abstract_sockets: false,
             changes: None,

@@ -19,14 +19,16 @@ mod stream;
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 
+use rproxy_sys::socket::set_traffic_class;
 use socket2::Socket;
 use tracing::{debug, warn};
 
 use self::connections::Entry;
 use self::dial::DialError;
 use self::stream::Stream;
+use crate::dscp::Dscp;
 use crate::log_limit::LogLimit;
 use crate::service::Place;
 use crate::stats::Trouble;
@@ -50,6 +52,12 @@ async fn serve(accepted: Accepted, backend: io::Result<Socket>, _seat: Seat, _en
         Ok(client) => client,
         Err(error) => return warn!(%peer, %error, "cannot watch an accepted connection"),
     };
+    if let Some(dscp) = place.limits().dscp {
+        mark(&client, peer.is_ipv6(), dscp);
+        backend
+            .iter()
+            .for_each(|backend| mark(backend, place.forward().backend.socket_addr().is_ipv6(), dscp));
+    }
     // On the heap, so that its timer takes no room once the connection is there.
     let dialled =
         Box::pin(dial::dial(backend, place.forward().backend, place.limits().connect_timeout, &client)).await;
@@ -74,6 +82,13 @@ async fn serve(accepted: Accepted, backend: io::Result<Socket>, _seat: Seat, _en
                 warn!(%peer, mapping = %place.forward(), %error, suppressed, "connection reset: no backend");
             }
         }
+    }
+}
+
+/// Marks what is sent by `socket`.
+fn mark(socket: &impl AsFd, ipv6: bool, dscp: Dscp) {
+    if let Err(error) = set_traffic_class(socket.as_fd(), ipv6, dscp.bits() << 2) {
+        debug!(%error, "a connection goes without its code point");
     }
 }
 

@@ -3,13 +3,16 @@
 //! The flows of a listener share its way out: while that is full, answers stay in the sockets of their
 //! flows, each of which gets the same share of it, in turn.
 
+use std::ops::Range;
+use std::os::fd::AsFd;
+
 use arrayvec::ArrayVec;
 use nix::libc;
 use nix::sys::epoll::EpollFlags;
-use rproxy_sys::udp::{BATCH, Transmit};
-use std::os::fd::AsFd;
+use rproxy_sys::udp::{BATCH, RecvBatch, Transmit};
 
 use super::batch::Batch;
+use super::flow::Flow;
 use super::payload::{Part, Payload};
 use super::relay::UdpRelay;
 use super::requests::LISTENER_BATCHES;
@@ -17,6 +20,7 @@ use super::table::{FlowId, Side};
 use super::tally::{Tally, Towards, is_lost_peer};
 use super::token::{Token, interest};
 use super::turn::slots_for;
+use crate::stats::Trouble;
 
 /// Datagrams, or trains of them, taken from a flow in one turn.
 const FLOW_BATCH: usize = BATCH / 2;
@@ -28,7 +32,7 @@ const WAITING_BATCH: usize = 4;
 impl UdpRelay {
     /// Receives what the backend of a flow answered, behind the answers that `batch` holds already.
     pub(super) fn serve_flow(&mut self, id: FlowId, ready: EpollFlags, batch: &mut Batch) {
-        if batch.slots.len() == BATCH {
+        if batch.next_slot() == BATCH {
             self.send_answers(batch);
         }
         if ready.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLRDHUP) {
@@ -84,7 +88,7 @@ impl UdpRelay {
                 break;
             }
             for _ in 0..self.listeners[index].waiting.len() {
-                if batch.slots.len() == BATCH {
+                if batch.next_slot() == BATCH {
                     break;
                 }
                 self.serve_next_in_turn(index, batch);
@@ -114,9 +118,9 @@ impl UdpRelay {
     /// there may be more.
     fn receive_answers(&mut self, id: FlowId, most: usize, batch: &mut Batch) -> bool {
         let Some((key, flow)) = self.table.get_mut(id) else { return false };
-        let first = batch.slots.len();
+        let first = batch.next_slot();
         let most = most.min(slots_for(flow.usual_size)).min(BATCH - first);
-        let count = match batch.received.recv(flow.as_fd(), first, most, false) {
+        let count = match batch.received.recv(flow.as_fd(), first, most, flow.peer.is_some()) {
             Ok(count) => count,
             // Nothing, or the error of a datagram that found no one: the next one may.
             Err(error) => {
@@ -131,9 +135,14 @@ impl UdpRelay {
                 return false;
             }
         };
-        flow.usual_size = self.turn.take(&batch.received, first..first + count, flow.usual_size);
+        let slots = first..first + count;
+        flow.usual_size = self.turn.take(&batch.received, slots.clone(), flow.usual_size);
+        note_dropped(&batch.received, &slots, flow);
+        match flow.peer {
+            None => batch.slots.extend(slots.map(|slot| (id, slot))),
+            Some(_) => take_from_backend(id, flow, batch, slots),
+        }
         self.table.touch(id, Side::Backend, self.turn.start());
-        batch.slots.extend((first..first + count).map(|slot| (id, slot)));
         count == most
     }
 
@@ -153,7 +162,7 @@ impl UdpRelay {
 
     /// Sends answers of flows that share a listener.
     fn send_to_clients(&mut self, listener: usize, batch: &Batch, datagrams: &[(FlowId, usize)]) {
-        let mut payload = Payload::new();
+        let mut payload = Payload::new(self.listeners[listener].route.service.limits.dscp);
         let mut answers: ArrayVec<Answer, BATCH> = ArrayVec::new();
         let mut tally = Tally::default();
         for datagrams in datagrams.chunk_by(|a, b| a.0 == b.0) {
@@ -191,7 +200,7 @@ impl UdpRelay {
     fn send_alike(&mut self, listener: usize, payload: &Payload<'_>, answers: &[Answer], tally: &mut Tally) {
         let message = |answer: &Answer| {
             let (key, _flow) = self.table.get(answer.id)?;
-            Some(Transmit { to: Some(key.client), source: key.local, ..answer.part.message(payload) })
+            Some(Transmit { to: Some(key.client), source: key.local, ..answer.part.message(payload, None) })
         };
         let messages: ArrayVec<Transmit<'_>, BATCH> = answers.iter().filter_map(message).collect();
         let mut refused: ArrayVec<FlowId, BATCH> = ArrayVec::new();
@@ -202,6 +211,32 @@ impl UdpRelay {
             if let Some((_key, flow)) = self.table.get_mut(id) {
                 flow.trains_out = false;
             }
+        }
+    }
+}
+
+/// Counts the answers that the kernel has had no room for, as the last one of those in `slots` says.
+fn note_dropped(received: &RecvBatch, slots: &Range<usize>, flow: &mut Flow) {
+    let Some(last) = slots.clone().next_back() else { return };
+    let dropped = received.control(last).dropped;
+    if dropped != 0 && dropped != flow.dropped {
+        let mut tally = Tally::default();
+        tally.dropped(dropped, &mut flow.dropped);
+        tally.settle(flow.route(), Towards::Clients);
+    }
+}
+
+/// Keeps those datagrams in `slots` that come from the backend, whatever its port: the flow goes on with the last one.
+/// What strangers send to a socket that is not connected is dropped.
+fn take_from_backend(id: FlowId, flow: &mut Flow, batch: &mut Batch, slots: Range<usize>) {
+    let backend = flow.route().forward.backend.socket_addr().ip();
+    for slot in slots {
+        match batch.received.sender(slot) {
+            Some(sender) if sender.ip() == backend => {
+                flow.peer = Some(sender);
+                batch.slots.push((id, slot));
+            }
+            _ => flow.route().service.live.stats.count(Trouble::Forged),
         }
     }
 }

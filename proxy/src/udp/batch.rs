@@ -21,6 +21,13 @@ pub(super) struct Batch {
     pub(super) slots: Vec<(FlowId, usize)>,
 }
 
+impl Batch {
+    /// The first slot behind those that are to be sent.
+    pub(super) fn next_slot(&self) -> usize {
+        self.slots.last().map_or(0, |(_id, slot)| slot + 1)
+    }
+}
+
 /// The one batch of a relay, while it has one: an idle mapping has no buffers.
 #[derive(Debug, Default)]
 pub(super) struct Buffers {

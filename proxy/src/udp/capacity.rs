@@ -32,7 +32,7 @@ pub(super) struct Capacity {
     /// Descriptors that flows may take, unless more are asked for.
     descriptors: usize,
     /// The most that a mapping asks for.
-    asked: usize,
+    pub(super) asked: usize,
     /// How many there were when no more could be opened, and until when that counts.
     learnt: Option<(usize, Instant)>,
 }
@@ -64,12 +64,8 @@ impl Capacity {
     /// # Errors
     /// Those of [`Flow::open`].
     pub(super) fn open(&mut self, route: &Arc<Route>, now: Instant) -> io::Result<Flow> {
+        self.ports.refresh(now);
         Flow::open(route, &mut self.ports, &self.room, now)
-    }
-
-    /// Takes note of what a mapping asks for.
-    pub(super) fn ask(&mut self, limits: &Limits) {
-        self.asked = self.asked.max(limits.udp_max_flows.unwrap_or(0));
     }
 
     /// Flows that there may be at `now`, at least 1: what was asked for, or half of the ports; but what

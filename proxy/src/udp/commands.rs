@@ -46,9 +46,11 @@ impl UdpRelay {
         let mut limits = HashMap::new();
         for assignment in assignments {
             let (number, new) = (assignment.port.number(), assignment.route.clone());
-            self.capacity.ask(&new.service.limits);
             let Some(old) = self.listeners.assign(assignment, now) else { continue };
-            if mapping_of(&old) != mapping_of(&new) || old.forward.backend != new.forward.backend {
+            if mapping_of(&old) != mapping_of(&new)
+                || old.forward.backend != new.forward.backend
+                || old.service.limits.udp_any_port != new.service.limits.udp_any_port
+            {
                 theirs.insert(number);
             } else if old.service.limits.access != new.service.limits.access {
                 access.insert(number);
@@ -62,11 +64,12 @@ impl UdpRelay {
             theirs.contains(&number)
                 || access.contains(&number) && !listeners[number].route.service.would_admit(key.client.ip())
         });
+        self.capacity.asked = self.listeners.most_asked();
         self.table.set_most(self.capacity.most(now));
         for (mapping, route) in limits {
             let bounds = self.capacity.bounds(mapping, &route.service.limits, now);
             self.table.rebound(&bounds, now);
-            while let Some(ended) = self.table.surplus(&bounds) {
+            for ended in self.table.take_surplus(&bounds) {
                 self.displace(ended);
             }
         }
@@ -78,6 +81,7 @@ impl UdpRelay {
         if !quiet.is_empty() {
             self.end_flows(|_listeners, key| quiet.contains(&(key.listener as usize)));
             self.listeners.close(&quiet, now);
+            self.capacity.asked = self.listeners.most_asked();
         }
     }
 

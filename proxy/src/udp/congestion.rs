@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use std::time::Duration;
 
 use nix::sys::epoll::EpollFlags;
+use rproxy_sys::udp::dropped;
 use tracing::debug;
 
 use super::batch::Batch;
@@ -145,8 +146,9 @@ impl UdpRelay {
     pub(super) fn send_by_client_socket(&mut self, id: FlowId, batch: &Batch, datagrams: &[(FlowId, usize)]) {
         let Some((key, flow)) = self.table.get_mut(id) else { return };
         let listener = key.listener as usize;
+        let dscp = self.listeners[listener].route.service.limits.dscp;
         let mut tally = Tally::default();
-        flow.answer(&batch.received, datagrams, &mut tally);
+        flow.answer(&batch.received, datagrams, dscp, &mut tally);
         self.settle_answers(id, listener, tally);
     }
 
@@ -216,6 +218,9 @@ impl UdpRelay {
         self.client_sockets.open -= 1;
         let index = socket.key.listener as usize;
         let Some(listener) = self.listeners.get_mut(index) else { return };
+        let mut tally = Tally::default();
+        tally.dropped(dropped(socket.as_fd()).unwrap_or_default(), &mut 0);
+        tally.settle(&listener.route, Towards::Backend);
         let was_empty = listener.queue.is_empty();
         while let Some(mut waiting) = socket.queue.pop() {
             (waiting.to, waiting.source) = (Some(socket.key.client), socket.key.local);

@@ -7,7 +7,10 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use arrayvec::ArrayVec;
-use rproxy_sys::udp::{BATCH, LocalAddr, RecvBatch, Transmit, discard, receive_trains, set_buffers};
+use rproxy_sys::udp::{
+    BATCH, LocalAddr, RecvBatch, Transmit, discard, receive_trains, report_class_and_drops, set_buffers,
+    source_towards,
+};
 use socket2::{Domain, SockRef, Socket, Type};
 
 use super::client_socket::ClientSocket;
@@ -16,6 +19,7 @@ use super::payload::{Part, Payload};
 use super::send::{Room, SendQueue};
 use super::table::FlowId;
 use super::tally::Tally;
+use crate::dscp::Dscp;
 use crate::service::{FlowPlace, Route};
 
 /// Ports that are tried for a flow until one is free.
@@ -67,6 +71,10 @@ pub(super) struct Flow {
     pub(super) is_shared: bool,
     /// Its local port.
     pub(super) port: u16,
+    /// Where its datagrams go, if its socket is not connected: answers come from any port of that address then.
+    pub(super) peer: Option<SocketAddr>,
+    /// How many answers the kernel has had no room for, as far as they are counted.
+    pub(super) dropped: u32,
     /// How large answers were lately, in bytes: each of them, or each train.
     pub(super) usual_size: usize,
     /// The size that its receive buffer was set to.
@@ -89,7 +97,9 @@ pub(crate) struct LiveFlow {
     pub(crate) local: Option<LocalAddr>,
     /// Whether the client has gone on after an answer.
     pub(crate) is_established: bool,
-    /// Connected to the backend.
+    /// Where its datagrams go, if its socket is not connected.
+    pub(crate) peer: Option<SocketAddr>,
+    /// Its socket towards the backend.
     pub(crate) socket: Arc<OwnedFd>,
 }
 
@@ -108,7 +118,8 @@ impl Wanted {
 }
 
 impl Flow {
-    /// Opens a socket on one of `ports` that is connected to the backend of `route`. What waits for it shares `room`.
+    /// Opens a socket on one of `ports` that is connected to the backend of `route`; or one that is not, if answers may
+    /// come from any of the backend's ports. What waits for it shares `room`.
     ///
     /// # Errors
     /// Those of socket(2), bind(2) and connect(2); the last if there is no route.
@@ -120,20 +131,34 @@ impl Flow {
     ) -> io::Result<Self> {
         let addr = route.forward.backend.socket_addr();
         let socket = Socket::new(Domain::for_address(addr), Type::DGRAM.nonblocking(), None)?;
-        let port = bind(&socket, addr, ports, now)?;
-        socket.connect(&addr.into())?;
+        let peer = route.service.limits.udp_any_port.then_some(addr);
+        // Else it is of any local address: connect(2) chooses that.
+        let ip = if peer.is_some() { source_towards(addr)? } else { unspecified(addr) };
+        let port = bind(&socket, ip, ports, now)?;
+        if peer.is_none() {
+            socket.connect(&addr.into())?;
+        }
         ports.taken(port);
-        // It is not needed for a flow to work, only for it to work well.
+        // Neither is needed for a flow to work, only for it to work well.
         drop(receive_trains(socket.as_fd()));
+        drop(report_class_and_drops(socket.as_fd(), addr.is_ipv6()));
         // What strangers sent before the socket was connected, and answers to whoever had the port before: nobody
         // has asked anything yet.
         discard(socket.as_fd());
-        Ok(Self::adopt(Arc::new(socket.into()), port, route, room))
+        Ok(Self::adopt(Arc::new(socket.into()), peer, port, route, room))
     }
 
-    /// Goes on with a flow whose socket is connected, from this local port.
-    pub(super) fn adopt(socket: Arc<OwnedFd>, port: u16, route: &Arc<Route>, room: &Arc<Room>) -> Self {
+    /// Goes on with a flow whose socket is connected, or sends to `peer`, from this local port.
+    pub(super) fn adopt(
+        socket: Arc<OwnedFd>,
+        peer: Option<SocketAddr>,
+        port: u16,
+        route: &Arc<Route>,
+        room: &Arc<Room>,
+    ) -> Self {
         Self {
+            peer,
+            dropped: 0,
             socket,
             trains_in: true,
             trains_out: true,
@@ -178,19 +203,30 @@ impl Flow {
         &mut self,
         batch: &RecvBatch,
         datagrams: &[(FlowId, usize)],
+        dscp: Option<Dscp>,
         tally: &mut Tally,
     ) -> bool {
-        let Self { socket, queue, trains_in, .. } = self;
-        send(socket.as_fd(), queue, trains_in, batch, datagrams, tally)
+        let Self { socket, queue, trains_in, peer, .. } = self;
+        let mut payload = Payload::new(dscp);
+        let parts = parts(&mut payload, batch, datagrams, *trains_in, tally);
+        send(socket.as_fd(), *peer, queue, trains_in, (&payload, &parts), tally)
     }
 
     /// Sends the answers in some slots of `batch` by the socket towards the client, if there is one.
-    pub(super) fn answer(&mut self, batch: &RecvBatch, datagrams: &[(FlowId, usize)], tally: &mut Tally) {
+    pub(super) fn answer(
+        &mut self,
+        batch: &RecvBatch,
+        datagrams: &[(FlowId, usize)],
+        dscp: Option<Dscp>,
+        tally: &mut Tally,
+    ) {
         let Self { client_socket, trains_out, .. } = self;
         let Some(client) = client_socket else { return };
         client.was_used = true;
         let (socket, queue) = client.parts();
-        send(socket, queue, trains_out, batch, datagrams, tally);
+        let mut payload = Payload::new(dscp);
+        let parts = parts(&mut payload, batch, datagrams, *trains_out, tally);
+        send(socket, None, queue, trains_out, (&payload, &parts), tally);
     }
 
     /// Sends what waits, as far as there is room.
@@ -212,34 +248,48 @@ impl Flow {
     }
 }
 
-/// Sends the datagrams in some slots of `batch` by a connected socket, behind what waits in `queue`; in trains if
-/// the path takes `trains`. Gives `true` if from now on some wait for room.
+/// The messages that the datagrams in some slots of `batch` make.
+fn parts<'a>(
+    payload: &mut Payload<'a>,
+    batch: &'a RecvBatch,
+    datagrams: &[(FlowId, usize)],
+    join: bool,
+    tally: &mut Tally,
+) -> ArrayVec<Part, BATCH> {
+    let mut parts = ArrayVec::new();
+    payload.add(batch, datagrams, join, tally, &mut |part| parts.push(part));
+    parts
+}
+
+/// Sends messages by a socket, behind what waits in `queue`; in trains if the path takes `trains`. Gives `true` if from
+/// now on some wait for room.
 fn send(
     socket: BorrowedFd<'_>,
+    to: Option<SocketAddr>,
     queue: &mut SendQueue,
     trains: &mut bool,
-    batch: &RecvBatch,
-    datagrams: &[(FlowId, usize)],
+    (payload, parts): (&Payload<'_>, &[Part]),
     tally: &mut Tally,
 ) -> bool {
-    let mut payload = Payload::new();
-    let mut parts: ArrayVec<Part, BATCH> = ArrayVec::new();
-    payload.add(batch, datagrams, *trains, tally, &mut |part| parts.push(part));
-    let messages: ArrayVec<Transmit<'_>, BATCH> = parts.iter().map(|part| part.message(&payload)).collect();
+    let messages: ArrayVec<Transmit<'_>, BATCH> =
+        parts.iter().map(|part| part.message(payload, to)).collect();
     let (waited, joined) = (!queue.is_empty(), *trains);
     queue.send(socket, &messages, joined, tally, &mut |_index| *trains = false);
     !waited && !queue.is_empty()
 }
 
-/// Binds `socket` to one of `ports`, of any local address: connect(2) chooses that.
-fn bind(socket: &Socket, to: SocketAddr, ports: &mut LocalPorts, now: Instant) -> io::Result<u16> {
-    let any: IpAddr = if to.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+fn unspecified(like: SocketAddr) -> IpAddr {
+    if like.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() }
+}
+
+/// Binds `socket` to one of `ports` of `ip`.
+fn bind(socket: &Socket, ip: IpAddr, ports: &mut LocalPorts, now: Instant) -> io::Result<u16> {
     let mut tried = 0;
     while tried < PORT_TRIES
         && let Some(port) = ports.candidate(now)
     {
         tried += 1;
-        match socket.bind(&SocketAddr::new(any, port).into()) {
+        match socket.bind(&SocketAddr::new(ip, port).into()) {
             Ok(()) => return Ok(port),
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => ports.others_have(),
             // Below `ip_unprivileged_port_start`.

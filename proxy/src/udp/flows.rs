@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use rproxy_sys::udp::discard;
+use rproxy_sys::udp::{discard, dropped, source_towards};
 use socket2::SockRef;
 
 use super::flow::{Flow, FlowKey};
@@ -82,13 +82,15 @@ impl UdpRelay {
 
     pub(super) fn close_ended(&mut self, most: usize) {
         for _ in 0..most {
-            let Some(Ended { flow, last_active }) = self.ended.pop_front() else { return };
+            let Some(Ended { mut flow, last_active }) = self.ended.pop_front() else { return };
             if flow.is_shared {
                 // The other process has the socket open, and then closing it does not end the reports.
                 self.poll.epoll().delete(flow.as_fd()).ok();
             } else {
                 let mut tally = Tally::default();
                 tally.discard(discard(flow.as_fd()));
+                let counted = flow.dropped;
+                tally.dropped(dropped(flow.as_fd()).unwrap_or(counted), &mut flow.dropped);
                 tally.settle(flow.route(), Towards::Clients);
             }
             self.capacity.ports.given_back(flow.port, last_active);
@@ -104,6 +106,22 @@ impl UdpRelay {
         if let Some(mut ended) = self.table.remove(id) {
             ended.flow.is_shared = true;
             self.end(ended);
+        }
+    }
+
+    /// Ends flows of the slots whose local address is not the one any more that leads to their backend: it may be gone
+    /// from this host, and then nothing can be sent from it.
+    #[cold]
+    pub(super) fn end_misplaced(&mut self, slots: &[(FlowId, usize)]) {
+        let ids: HashSet<FlowId> = slots.iter().map(|(id, _slot)| *id).collect();
+        for id in ids {
+            let Some((_key, flow)) = self.table.get(id) else { continue };
+            let source = source_towards(flow.route().forward.backend.socket_addr());
+            let local = SockRef::from(&flow.as_fd()).local_addr().ok().and_then(|addr| addr.as_socket());
+            let is_misplaced = source.is_ok_and(|source| local.is_some_and(|local| local.ip() != source));
+            if is_misplaced && let Some(ended) = self.table.remove(id) {
+                self.end(ended);
+            }
         }
     }
 

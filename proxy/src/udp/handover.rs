@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::time::Instant;
 
+use rproxy_sys::udp::dropped;
 use socket2::{SockAddr, SockRef};
 use tracing::warn;
 
@@ -30,8 +31,8 @@ impl UdpRelay {
             flow.is_waiting = true;
             interest(self.poll.epoll(), flow.as_fd(), Token::Flow(id), flow.wanted());
             let FlowKey { listener, client, local } = *key;
-            let listener = listener as usize;
-            Some(LiveFlow { listener, client, local, is_established, socket: flow.socket() })
+            let (listener, peer) = (listener as usize, flow.peer);
+            Some(LiveFlow { listener, client, local, is_established, peer, socket: flow.socket() })
         });
         flows.collect()
     }
@@ -75,7 +76,7 @@ impl UdpRelay {
     }
 
     fn adopt_one(&mut self, flow: LiveFlow, now: Instant) -> io::Result<()> {
-        let LiveFlow { listener, client, local, is_established, socket } = flow;
+        let LiveFlow { listener, client, local, is_established, peer, socket } = flow;
         let number = u32::try_from(listener).unwrap_or(u32::MAX);
         let key = FlowKey::new(number, client, local);
         let Some(listener) = self.listeners.get_mut(listener) else { return Ok(()) };
@@ -85,12 +86,18 @@ impl UdpRelay {
         }
         let address = |address: io::Result<SockAddr>| Ok::<_, io::Error>(address?.as_socket());
         let connected = SockRef::from(&socket);
-        if address(connected.peer_addr())? != Some(route.forward.backend.socket_addr()) {
+        let backend = route.forward.backend.socket_addr();
+        let leads_there = match peer {
+            Some(peer) => peer.ip() == backend.ip(),
+            None => address(connected.peer_addr())? == Some(backend),
+        };
+        if !leads_there || peer.is_some() != route.service.limits.udp_any_port {
             // It leads to where the mapping led before.
             return Ok(());
         }
         let port = address(connected.local_addr())?.map_or(0, |addr| addr.port());
-        let mut flow = Flow::adopt(socket, port, &route, &self.capacity.room);
+        let mut flow = Flow::adopt(socket, peer, port, &route, &self.capacity.room);
+        flow.dropped = dropped(flow.as_fd()).unwrap_or_default();
         let bounds = self.capacity.bounds(mapping_of(&route), &route.service.limits, now);
         self.make_room(&bounds, &key);
         let id = self.table.next_id();

@@ -3,13 +3,14 @@
 //! A listener that is released takes no new flows. It stays until those that it has are quiet, since
 //! their answers leave through its socket, or until another mapping wants that.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::ops::{Index, IndexMut};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rproxy_sys::udp::Transmit;
+use rproxy_sys::udp::{Transmit, dropped};
 
 use super::flow::Wanted;
 use super::origin::OwnPorts;
@@ -35,6 +36,8 @@ pub(super) struct Listener {
     pub(super) last_active: Instant,
     /// How large datagrams were lately, in bytes: each of them, or each train.
     pub(super) usual_size: usize,
+    /// How many the kernel has had no room for, as far as they are counted.
+    pub(super) dropped: u32,
     pub(super) queue: SendQueue,
     /// Until when its flows do without sockets towards their clients, because one could not be opened.
     pub(super) shared_until: Option<Instant>,
@@ -101,6 +104,8 @@ pub(super) struct Listeners {
     closing: HashSet<usize>,
     /// Where they are.
     pub(super) own_ports: OwnPorts,
+    /// How many flows their mappings ask for, and how many listeners do so.
+    asked: BTreeMap<usize, usize>,
     /// For answers that wait.
     pub(super) room: Arc<Room>,
 }
@@ -115,13 +120,18 @@ impl Listeners {
         }
         self.closing.remove(&number);
         self.own_ports.add(&route.forward);
+        *self.asked.entry(asked_by(&route)).or_default() += 1;
         match &mut self.slots[number] {
             Some(listener) => {
                 listener.closing = None;
-                Some(std::mem::replace(&mut listener.route, route))
+                let old = std::mem::replace(&mut listener.route, route);
+                self.forget_asked(&old);
+                Some(old)
             }
             none => {
                 *none = Some(Listener {
+                    // Another process may have had it before.
+                    dropped: dropped(port.as_fd()).unwrap_or_default(),
                     port,
                     route,
                     closing: None,
@@ -133,6 +143,20 @@ impl Listeners {
                     waiting: VecDeque::new(),
                 });
                 None
+            }
+        }
+    }
+
+    /// The most flows that a mapping asks for; 0 if none does.
+    pub(super) fn most_asked(&self) -> usize {
+        self.asked.last_key_value().map_or(0, |(asked, _listeners)| *asked)
+    }
+
+    fn forget_asked(&mut self, route: &Route) {
+        if let Entry::Occupied(mut listeners) = self.asked.entry(asked_by(route)) {
+            *listeners.get_mut() -= 1;
+            if *listeners.get() == 0 {
+                listeners.remove();
             }
         }
     }
@@ -185,6 +209,7 @@ impl Listeners {
         self.closing.remove(&number);
         if let Some(listener) = self.slots[number].take() {
             self.own_ports.remove(&listener.route.forward);
+            self.forget_asked(&listener.route);
             listener.lose_waiting();
         }
     }
@@ -207,6 +232,10 @@ impl Listeners {
     pub(super) fn get_mut(&mut self, number: usize) -> Option<&mut Listener> {
         self.slots.get_mut(number)?.as_mut()
     }
+}
+
+fn asked_by(route: &Route) -> usize {
+    route.service.limits.udp_max_flows.unwrap_or(0)
 }
 
 /// For the listener of a flow: it is there for as long as the flow is.

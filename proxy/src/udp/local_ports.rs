@@ -10,10 +10,10 @@
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
-use std::fs;
 use std::hash::{BuildHasher, RandomState};
-use std::path::Path;
 use std::time::{Duration, Instant};
+
+use super::port_settings::{PortRange, Settings};
 
 /// A port is not used again this soon after its last datagram. It is how long a resolver waits for an
 /// answer (resolv.conf(5), `timeout`).
@@ -28,14 +28,11 @@ const LEAST: usize = 64;
 /// When others have all ports that were tried, none is tried for this long: each try costs a system call.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Where the kernel tells which ports are for sockets that do not choose one (ip(7)).
-const SETTINGS: &str = "/proc/sys/net/ipv4";
-
-/// The kernel's default range.
-const DEFAULT_RANGE: (u16, u16) = (32_768, 60_999);
-
 /// What one try more or less says about how many ports others have: as much as this many before it.
 const MEMORY: u32 = 256;
+
+/// The settings are read again after this long: whoever reserves a port is not to restart every relay.
+const READ_AGAIN: Duration = Duration::from_secs(5);
 
 /// Rounds after which the order of the ports looks random.
 const ROUNDS: usize = 4;
@@ -43,15 +40,21 @@ const ROUNDS: usize = 4;
 /// Bits that the place of a port in the range takes.
 const PLACE_BITS: u32 = 16;
 
+/// These bits.
+const PLACE_MASK: u64 = (1 << PLACE_BITS) - 1;
+
 /// How sure it is that others have a port, in parts of this.
 const CERTAIN: u32 = 1 << 16;
 
 /// The ports of the range.
 #[derive(Debug)]
 pub(super) struct LocalPorts {
+    settings: Option<Settings>,
+    /// When they are read again.
+    read_again: Option<Instant>,
     first: u16,
     last: u16,
-    /// Ports that nobody is given unasked (`ip_local_reserved_ports`).
+    /// Ports that nobody is given unasked.
     reserved: Vec<(u16, u16)>,
     /// How many of the range are never to be used: reserved, or forbidden to this process.
     never: usize,
@@ -85,16 +88,55 @@ struct Order {
 impl LocalPorts {
     /// The ports of this network namespace, as its settings are now.
     pub(super) fn of_this_host() -> Self {
-        let read = |name: &str| fs::read_to_string(Path::new(SETTINGS).join(name)).unwrap_or_default();
-        Self::new(parse_range(&read("ip_local_port_range")), parse_list(&read("ip_local_reserved_ports")))
+        let settings = Settings::open();
+        let PortRange { range, reserved } = settings.read();
+        Self { settings: Some(settings), ..Self::new(range, reserved) }
     }
 
     fn new((first, last): (u16, u16), reserved: Vec<(u16, u16)>) -> Self {
-        let in_range = |(low, high): &(u16, u16)| {
-            (usize::from((*high).min(last)) + 1).saturating_sub(usize::from((*low).max(first)))
-        };
-        let never = reserved.iter().map(in_range).sum();
-        Self { first, last, reserved, never, order: None, paused_until: None, others: 0 }
+        let never = never_used((first, last), &reserved);
+        let (settings, read_again, order) = (None, None, None);
+        Self { settings, read_again, first, last, reserved, never, order, paused_until: None, others: 0 }
+    }
+
+    /// Follows the settings, which may have changed.
+    pub(super) fn refresh(&mut self, now: Instant) {
+        if self.read_again.is_some_and(|at| now < at) {
+            return;
+        }
+        self.read_again = Some(now + READ_AGAIN);
+        let Some(settings) = &self.settings else { return };
+        let PortRange { range, reserved } = settings.read();
+        if (range, &reserved) != ((self.first, self.last), &self.reserved) {
+            self.change(range, reserved);
+        }
+    }
+
+    /// Has another range from now on. Ports that are in use or held back stay so.
+    fn change(&mut self, (first, last): (u16, u16), reserved: Vec<(u16, u16)>) {
+        let (old_first, old_reserved) = (self.first, std::mem::replace(&mut self.reserved, reserved));
+        (self.first, self.last) = (first, last);
+        self.never = never_used((first, last), &self.reserved);
+        let Some(old) = self.order.take() else { return };
+        let mut order = Order::new(first, last, &self.reserved);
+        let is_ours = |port: u16| (first..=last).contains(&port) && !is_among(&self.reserved, port);
+        let place_of = |port: u16| is_ours(port).then(|| usize::from(port - first));
+        for port in old.unavailable_ports(old_first).filter(|port| !is_among(&old_reserved, *port)) {
+            if let Some(place) = place_of(port) {
+                order.set(place, true);
+            }
+        }
+        order.start = old.start;
+        order.held_back = old
+            .held_back
+            .into_iter()
+            .filter_map(|Reverse(held)| {
+                let port = usize::from(old_first) + usize::try_from(held & PLACE_MASK).unwrap_or(0);
+                let place = place_of(u16::try_from(port).ok()?)?;
+                Some(Reverse(held & !PLACE_MASK | place as u64))
+            })
+            .collect();
+        self.order = Some(order);
     }
 
     /// How many ports can be used, whoever has them.
@@ -166,6 +208,7 @@ impl LocalPorts {
     /// A port is in use no more, and had its last datagram at `last_active`.
     pub(super) fn given_back(&mut self, port: u16, last_active: Instant) {
         if (self.first..=self.last).contains(&port)
+            && !is_among(&self.reserved, port)
             && let Some(order) = &mut self.order
         {
             order.hold_back(usize::from(port - self.first), last_active + HELD_BACK);
@@ -178,6 +221,18 @@ impl LocalPorts {
             order.set(usize::from(port - self.first), true);
         }
     }
+}
+
+fn is_among(ranges: &[(u16, u16)], port: u16) -> bool {
+    ranges.iter().any(|(low, high)| (*low..=*high).contains(&port))
+}
+
+/// How many ports of a range are reserved.
+fn never_used((first, last): (u16, u16), reserved: &[(u16, u16)]) -> usize {
+    let in_range = |(low, high): &(u16, u16)| {
+        (usize::from((*high).min(last)) + 1).saturating_sub(usize::from((*low).max(first)))
+    };
+    reserved.iter().map(in_range).sum()
 }
 
 impl Order {
@@ -217,6 +272,12 @@ impl Order {
         }
     }
 
+    /// The ports that are in use, held back or never to be used, where the range begins with `first`.
+    fn unavailable_ports(&self, first: u16) -> impl Iterator<Item = u16> {
+        let places = (0..self.size).filter(|place| self.is_unavailable(*place));
+        places.filter_map(move |place| u16::try_from(usize::from(first) + place).ok())
+    }
+
     fn hold_back(&mut self, place: usize, until: Instant) {
         let millis = until.saturating_duration_since(self.start).as_millis();
         let millis = u64::try_from(millis).unwrap_or(u64::MAX);
@@ -230,7 +291,7 @@ impl Order {
             && first >> PLACE_BITS <= millis
         {
             self.held_back.pop();
-            let place = first & ((1 << PLACE_BITS) - 1);
+            let place = first & PLACE_MASK;
             self.set(usize::try_from(place).unwrap_or(0), false);
             if self.held_back.is_empty() {
                 self.held_back.shrink_to_fit();
@@ -253,24 +314,6 @@ impl Order {
             self.count -= 1;
         }
     }
-}
-
-/// Two ports, the first and the last one.
-fn parse_range(text: &str) -> (u16, u16) {
-    let bounds: Vec<u16> = text.split_whitespace().filter_map(|port| port.parse().ok()).collect();
-    match bounds[..] {
-        [first, last] if 0 < first && first <= last => (first, last),
-        _ => DEFAULT_RANGE,
-    }
-}
-
-/// Ports and ranges, separated by commas: `8080,9148-9150`.
-fn parse_list(text: &str) -> Vec<(u16, u16)> {
-    let parse_one = |text: &str| {
-        let (first, last) = text.split_once('-').unwrap_or((text, text));
-        Some((first.trim().parse().ok()?, last.trim().parse().ok()?))
-    };
-    text.split(',').filter_map(parse_one).collect()
 }
 
 #[cfg(test)]
@@ -326,10 +369,32 @@ mod tests {
 
     #[test]
     fn reserved_ports_are_left_alone() {
-        let mut ports = LocalPorts::new((50_000, 50_009), parse_list("8080,50001-50008\n"));
+        let mut ports = LocalPorts::new((50_000, 50_009), vec![(8080, 8080), (50_001, 50_008)]);
         let now = Instant::now();
         let taken: HashSet<u16> = std::iter::from_fn(|| take(&mut ports, now)).collect();
         assert_eq!(taken, HashSet::from([50_000, 50_009]));
+    }
+
+    #[test]
+    fn another_range_is_followed_and_nothing_of_the_old_one_forgotten() {
+        let mut ports = LocalPorts::new((50_000, 50_003), vec![(50_003, 50_003)]);
+        let now = Instant::now();
+        let used: HashSet<u16> = std::iter::from_fn(|| take(&mut ports, now)).collect();
+        assert_eq!(used, HashSet::from([50_000, 50_001, 50_002]));
+        ports.given_back(50_001, now);
+        ports.change((50_001, 50_005), vec![(50_005, 50_005)]);
+        assert_eq!((ports.count(), ports.size()), (4, 5));
+        let new: HashSet<u16> = std::iter::from_fn(|| take(&mut ports, now)).collect();
+        assert_eq!(new, HashSet::from([50_003, 50_004]));
+        assert_eq!(take(&mut ports, now + HELD_BACK), Some(50_001));
+        assert_eq!(take(&mut ports, now + HELD_BACK), None, "{ports:?}");
+        // One that was in use when it was reserved is not free after that.
+        ports.change((50_001, 50_005), vec![(50_002, 50_002), (50_005, 50_005)]);
+        for port in [50_000, 50_002, 50_003] {
+            ports.given_back(port, now - HELD_BACK);
+        }
+        let free: Vec<u16> = std::iter::from_fn(|| take(&mut ports, now + HELD_BACK)).collect();
+        assert_eq!(free, [50_003]);
     }
 
     #[test]
@@ -391,14 +456,5 @@ mod tests {
         ports.exhausted(now);
         assert_eq!(ports.candidate(now), None);
         assert!(ports.candidate(now + PAUSE).is_some());
-    }
-
-    #[test]
-    fn the_settings_are_read_as_the_kernel_writes_them() {
-        assert_eq!(parse_range("32768\t60999\n"), (32_768, 60_999));
-        assert_eq!(parse_range(""), DEFAULT_RANGE);
-        assert_eq!(parse_range("9 8"), DEFAULT_RANGE);
-        assert_eq!(parse_list("\n"), []);
-        assert_eq!(parse_list("8080,9148-9150\n"), [(8080, 8080), (9148, 9150)]);
     }
 }

@@ -20,6 +20,7 @@ mod listeners;
 mod local_ports;
 mod origin;
 mod payload;
+mod port_settings;
 pub(crate) mod relay;
 mod requests;
 mod scopes;

@@ -1,6 +1,7 @@
 //! From the slots of a received batch to messages that can be sent: nothing is copied.
 
 use std::io::IoSlice;
+use std::net::SocketAddr;
 use std::ops::Range;
 
 use arrayvec::ArrayVec;
@@ -9,21 +10,29 @@ use rproxy_sys::udp::{BATCH, RecvBatch, Transmit};
 use super::table::FlowId;
 use super::tally::{Amount, Tally};
 use super::train::{Chunk, trains};
+use crate::dscp::Dscp;
+
+/// The bits of a traffic class that are for congestion (RFC 3168, section 5).
+const ECN: u8 = 0b11;
 
 /// The payloads of some slots, in the order in which they are to be sent.
 pub(super) struct Payload<'a> {
     pieces: ArrayVec<IoSlice<'a>, BATCH>,
+    dscp: Option<Dscp>,
 }
 
 /// The pieces of a [`Payload`] that make one message.
 pub(super) struct Part {
     pieces: Range<usize>,
     segment: Option<u16>,
+    class: u8,
 }
 
 impl<'a> Payload<'a> {
-    pub(super) fn new() -> Self {
-        Self { pieces: ArrayVec::new() }
+    /// One that is to be sent with the code point `dscp`, or with those that its datagrams came with. What they say of
+    /// congestion is passed on either way.
+    pub(super) fn new(dscp: Option<Dscp>) -> Self {
+        Self { pieces: ArrayVec::new(), dscp }
     }
 
     /// Adds what was received in the slots of `datagrams`, all of one flow, and passes the messages
@@ -44,16 +53,18 @@ impl<'a> Payload<'a> {
                 tally.cut();
                 continue;
             };
-            chunks.push(Chunk { len: bytes.len(), segment: batch.control(*slot).segment });
+            let control = batch.control(*slot);
+            let class = self.dscp.map_or(control.class, |dscp| dscp.bits() << 2 | control.class & ECN);
+            chunks.push(Chunk { len: bytes.len(), segment: control.segment, class });
             self.pieces.push(IoSlice::new(bytes));
         }
-        let mut add = |chunks: Range<usize>, segment| {
-            part(Part { pieces: start + chunks.start..start + chunks.end, segment });
+        let mut add = |chunks: Range<usize>, segment, class| {
+            part(Part { pieces: start + chunks.start..start + chunks.end, segment, class });
         };
         if join {
-            trains(&chunks).for_each(|train| add(train.chunks, train.segment));
+            trains(&chunks).for_each(|train| add(train.chunks, train.segment, train.class));
         } else {
-            chunks.iter().enumerate().for_each(|(i, chunk)| add(i..i + 1, chunk.segment));
+            chunks.iter().enumerate().for_each(|(i, chunk)| add(i..i + 1, chunk.segment, chunk.class));
         }
         tally.relayed += amount_of(&chunks);
     }
@@ -67,9 +78,9 @@ fn amount_of(chunks: &[Chunk]) -> Amount {
 }
 
 impl Part {
-    /// The message, for a connected socket.
-    pub(super) fn message<'a>(&self, payload: &'a Payload<'_>) -> Transmit<'a> {
+    /// The message, to `to` or, on a connected socket, to its peer.
+    pub(super) fn message<'a>(&self, payload: &'a Payload<'_>, to: Option<SocketAddr>) -> Transmit<'a> {
         let payload = &payload.pieces[self.pieces.clone()];
-        Transmit { payload, to: None, source: None, segment: self.segment }
+        Transmit { payload, to, source: None, segment: self.segment, class: self.class }
     }
 }

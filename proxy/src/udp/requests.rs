@@ -4,14 +4,16 @@ use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
+use nix::libc;
 use nix::sys::epoll::EpollFlags;
-use rproxy_sys::udp::{BATCH, LocalAddr};
+use rproxy_sys::udp::{BATCH, LocalAddr, RecvBatch};
 use tracing::warn;
 
 use super::batch::Batch;
 use super::capacity::has_run_out;
 use super::flow::{FlowKey, Wanted};
 use super::flows::{ENDS_PER_TURN, mapping_of};
+use super::listeners::Listener;
 use super::relay::UdpRelay;
 use super::table::{FlowId, Side};
 use super::tally::{Tally, Towards};
@@ -48,6 +50,7 @@ impl UdpRelay {
             match batch.received.recv(listener.as_fd(), 0, most, true) {
                 Ok(count) => {
                     listener.usual_size = self.turn.take(&batch.received, 0..count, listener.usual_size);
+                    note_dropped(&batch.received, count, listener);
                     self.forward(index, None, batch, count);
                     if count < most || self.turn.is_over() {
                         return;
@@ -105,16 +108,27 @@ impl UdpRelay {
         }
         // A flow's datagrams stay in order: the sort is stable.
         batch.slots.sort_by_key(|(id, _slot)| id.to_u64());
+        let dscp = self.listeners[listener].route.service.limits.dscp;
         let mut tally = Tally::default();
+        let mut shut_down = None;
         for datagrams in batch.slots.chunk_by(|a, b| a.0 == b.0) {
             let id = datagrams[0].0;
             let Some((_key, flow)) = self.table.get_mut(id) else { continue };
-            if flow.send(&batch.received, datagrams, &mut tally) {
+            if flow.send(&batch.received, datagrams, dscp, &mut tally) {
                 interest(self.poll.epoll(), flow.as_fd(), Token::Flow(id), flow.wanted());
             }
+            if tally.met(libc::EPIPE) {
+                shut_down.get_or_insert(id);
+            }
+        }
+        if let Some(id) = shut_down {
+            self.end_shut_down(id);
         }
         if tally.has_lost_peer() {
             self.end_disconnected(&batch.slots);
+        }
+        if [libc::ENETUNREACH, libc::EINVAL, libc::EADDRNOTAVAIL].into_iter().any(|errno| tally.met(errno)) {
+            self.end_misplaced(&batch.slots);
         }
         batch.slots.clear();
         let listener = &mut self.listeners[listener];
@@ -190,6 +204,17 @@ impl UdpRelay {
         flow.set_share(self.capacity.shares.each());
         self.table.insert(*key, (&bounds, source), flow, now);
         Ok(id)
+    }
+}
+
+/// Counts the datagrams that the kernel has had no room for, as the last one of `count` says.
+fn note_dropped(received: &RecvBatch, count: usize, listener: &mut Listener) {
+    let Some(last) = count.checked_sub(1) else { return };
+    let dropped = received.control(last).dropped;
+    if dropped != 0 && dropped != listener.dropped {
+        let mut tally = Tally::default();
+        tally.dropped(dropped, &mut listener.dropped);
+        tally.settle(&listener.route, Towards::Backend);
     }
 }
 

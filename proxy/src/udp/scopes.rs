@@ -203,6 +203,11 @@ impl Scopes {
         self.index.get(key).map(|&scope| self.at(scope))
     }
 
+    /// What all of them have in common each.
+    pub(super) fn keys(&self) -> impl Iterator<Item = ScopeKey> {
+        self.slots.iter().flatten().map(|scope| scope.key)
+    }
+
     pub(super) fn at(&self, scope: u32) -> &Scope {
         self.slots[scope as usize].as_ref().expect("a scope is there as long as its flows")
     }

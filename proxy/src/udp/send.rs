@@ -221,6 +221,7 @@ impl Drop for SendQueue {
 pub(super) struct Waiting {
     pub(super) to: Option<SocketAddr>,
     pub(super) source: Option<LocalAddr>,
+    class: u8,
     bytes: Box<[u8]>,
 }
 
@@ -273,7 +274,8 @@ impl SendQueue {
                 continue;
             }
             self.bytes += cost;
-            self.waiting.push_back(Waiting { to: message.to, source: message.source, bytes: bytes.into() });
+            let Transmit { to, source, class, .. } = *message;
+            self.waiting.push_back(Waiting { to, source, class, bytes: bytes.into() });
         }
     }
 
@@ -320,11 +322,12 @@ impl SendQueue {
         let messages: ArrayVec<Transmit<'_>, BATCH> = payloads
             .iter()
             .zip(front())
-            .map(|(payload, Waiting { to, source, .. })| Transmit {
+            .map(|(payload, Waiting { to, source, class, .. })| Transmit {
                 payload,
                 to: *to,
                 source: *source,
                 segment: None,
+                class: *class,
             })
             .collect();
         messages.iter().for_each(|message| tally.relayed += amount_of(message));
@@ -374,7 +377,7 @@ mod tests {
     }
 
     fn transmit<'a>(payload: &'a [IoSlice<'a>], segment: Option<u16>) -> Transmit<'a> {
-        Transmit { payload, to: None, source: None, segment }
+        Transmit { payload, to: None, source: None, segment, class: 0 }
     }
 
     #[test]

@@ -343,16 +343,27 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
         }
     }
 
-    /// Takes a flow out that is more than its mapping, or all of them, may have; call it until it gives
-    /// `None`.
-    pub(super) fn surplus(&mut self, bounds: &Bounds) -> Option<Ended<F>> {
-        let scope = self.scopes.find(&ScopeKey::Mapping(bounds.mapping))?;
-        let slot = if scope.len() > bounds.flows {
-            scope.first_to_go()
-        } else {
-            (self.len() > self.most).then(|| self.first_to_go()).flatten()
-        };
-        slot.map(|slot| self.remove_slot(slot))
+    /// Takes the flows out that are more than one of the sources, the mapping, or all of them may have.
+    pub(super) fn take_surplus(&mut self, bounds: &Bounds) -> Vec<Ended<F>> {
+        let shared = (!bounds.shares_sources).then_some(bounds.mapping);
+        let sources =
+            self.scopes.keys().filter(|key| matches!(key, ScopeKey::Source(of, _) if *of == shared));
+        let limits = sources.map(|key| (key, bounds.flows_per_source));
+        let limits: Vec<_> = limits.chain([(ScopeKey::Mapping(bounds.mapping), bounds.flows)]).collect();
+        let mut surplus = Vec::new();
+        for (key, most) in limits {
+            while let Some(scope) = self.scopes.find(&key).filter(|scope| scope.len() > most)
+                && let Some(slot) = scope.first_to_go()
+            {
+                surplus.push(self.remove_slot(slot));
+            }
+        }
+        while self.len() > self.most
+            && let Some(slot) = self.first_to_go()
+        {
+            surplus.push(self.remove_slot(slot));
+        }
+        surplus
     }
 
     /// A flow that has been idle for too long at `now`.
@@ -643,10 +654,26 @@ mod tests {
         scene.open(1, 4);
         let short = Bounds { flows: 2, idle: IDLE / 2, ..scene.bounds };
         scene.table.rebound(&short, scene.now);
-        let surplus: Vec<u16> = std::iter::from_fn(|| Some(scene.table.surplus(&short)?.flow)).collect();
-        assert_eq!(surplus, [1, 2], "the established ones over their share first");
+        let mut surplus = |bounds: &Bounds| -> Vec<u16> {
+            scene.table.take_surplus(bounds).into_iter().map(|ended| ended.flow).collect()
+        };
+        assert_eq!(surplus(&short), [1, 2], "the established ones over their share first");
         assert_eq!(scene.table.next_expiry(), Some(scene.now + IDLE / 2));
         assert_eq!(scene.table.scopes.count(), 3);
+    }
+
+    #[test]
+    fn fewer_flows_of_a_source_apply_to_those_that_there_are() {
+        let mut scene = Scene::new(9, 9);
+        for (source, port) in [(1, 1), (2, 2), (1, 3), (1, 4), (3, 5), (3, 6)] {
+            scene.open(source, port);
+        }
+        let one = Bounds { flows_per_source: 1, ..scene.bounds };
+        scene.table.rebound(&one, scene.now);
+        let mut surplus: Vec<u16> =
+            scene.table.take_surplus(&one).into_iter().map(|ended| ended.flow).collect();
+        surplus.sort_unstable();
+        assert_eq!(surplus, [1, 3, 5]);
     }
 
     #[test]

@@ -62,6 +62,15 @@ impl Tally {
         self.no_buffer += datagrams;
     }
 
+    /// The kernel has had no room for `dropped` datagrams of a socket by now, of which `counted` are counted already.
+    pub(super) fn dropped(&mut self, dropped: u32, counted: &mut u32) {
+        let more = dropped.wrapping_sub(std::mem::replace(counted, dropped));
+        if more > 0 {
+            self.no_buffer += u64::from(more);
+            self.error = Some(io::Error::other("the receive buffer was full"));
+        }
+    }
+
     /// Some datagrams waited for a flow that is over.
     pub(super) fn discard(&mut self, datagrams: u64) {
         if datagrams > 0 {

@@ -14,6 +14,8 @@ pub(super) struct Chunk {
     pub(super) len: usize,
     /// The size of each datagram but the last; `None` for a single one.
     pub(super) segment: Option<u16>,
+    /// The traffic class of all of them.
+    pub(super) class: u8,
 }
 
 impl Chunk {
@@ -46,6 +48,8 @@ pub(super) struct Train {
     pub(super) chunks: Range<usize>,
     /// The size to cut into; `None` for a single datagram.
     pub(super) segment: Option<u16>,
+    /// The traffic class of all of them.
+    pub(super) class: u8,
 }
 
 /// Splits a sequence of chunks into trains, in order.
@@ -67,6 +71,7 @@ fn first_train(chunks: &[Chunk]) -> Option<Train> {
     let mut len = 1;
     for chunk in &chunks[1..] {
         let fits = is_open
+            && chunk.class == first.class
             && chunk.len > 0
             && (chunk.size() == size || chunk.count() == 1 && chunk.len < size)
             && bytes + chunk.len <= TRAIN_BYTES
@@ -80,7 +85,7 @@ fn first_train(chunks: &[Chunk]) -> Option<Train> {
         len += 1;
     }
     let segment = u16::try_from(size).ok().filter(|_| count > 1);
-    Some(Train { chunks: 0..len, segment })
+    Some(Train { chunks: 0..len, segment, class: first.class })
 }
 
 #[cfg(test)]
@@ -98,7 +103,7 @@ mod tests {
     }
 
     fn single(len: usize) -> Chunk {
-        Chunk { len, segment: None }
+        Chunk { len, segment: None, class: 0 }
     }
 
     fn lens(sequence: &[usize]) -> Vec<(usize, Option<u16>)> {
@@ -130,13 +135,20 @@ mod tests {
 
     #[test]
     fn trains_that_arrived_as_one_are_joined_and_not_cut() {
-        let even = Chunk { len: 300, segment: Some(100) };
-        let odd = Chunk { len: 250, segment: Some(100) };
-        let result: Vec<_> = trains(&[even, odd, single(100)]).collect();
-        assert_eq!(
-            result,
-            [Train { chunks: 0..2, segment: Some(100) }, Train { chunks: 2..3, segment: None }]
-        );
+        let even = Chunk { len: 300, segment: Some(100), class: 0 };
+        let odd = Chunk { len: 250, ..even };
+        let result: Vec<_> =
+            trains(&[even, odd, single(100)]).map(|train| (train.chunks, train.segment)).collect();
+        assert_eq!(result, [(0..2, Some(100)), (2..3, None)]);
+    }
+
+    #[test]
+    fn a_train_is_of_one_class() {
+        let [plain, marked] = [0, 3].map(|class| Chunk { class, ..single(64) });
+        let result: Vec<_> = trains(&[plain, plain, marked, marked, plain])
+            .map(|train| (train.chunks.len(), train.segment, train.class))
+            .collect();
+        assert_eq!(result, [(2, Some(64), 0), (2, Some(64), 3), (1, None, 0)]);
     }
 
     /// What the kernel makes of a train: datagram sizes.
@@ -144,7 +156,8 @@ mod tests {
         let bytes: usize = chunks[train.chunks.clone()].iter().map(|chunk| chunk.len).sum();
         let segment = train.segment.map_or(bytes.max(1), usize::from);
         assert!(bytes <= TRAIN_BYTES || train.chunks.len() == 1);
-        let whole = Chunk { len: bytes, segment: Some(u16::try_from(segment).unwrap()) };
+        let whole = Chunk { len: bytes, segment: Some(u16::try_from(segment).unwrap()), class: 0 };
+        assert!(chunks[train.chunks.clone()].iter().all(|chunk| chunk.class == train.class));
         assert!(whole.count() <= TRAIN_LEN || train.chunks.len() == 1);
         whole.datagrams().map(|range| range.len()).collect()
     }
@@ -153,9 +166,11 @@ mod tests {
         let size = prop_oneof![Just(0), Just(1), Just(64), Just(1400), 0..3000_usize, 60_000..65_508_usize];
         let train = (1..200_u16, 1..64_usize, 0..200_usize).prop_map(|(size, count, short)| {
             let len = usize::from(size) * count - short.min(usize::from(size) - 1);
-            Chunk { len, segment: Some(size) }
+            Chunk { len, segment: Some(size), class: 0 }
         });
-        prop_oneof![4 => size.prop_map(single), 1 => train]
+        let chunk = prop_oneof![4 => size.prop_map(single), 1 => train];
+        let class = prop_oneof![9 => Just(0), 1 => any::<u8>()];
+        (chunk, class).prop_map(|(chunk, class)| Chunk { class, ..chunk })
     }
 
     proptest! {

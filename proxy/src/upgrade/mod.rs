@@ -67,6 +67,9 @@ struct OfferedFlow {
     /// The address that the client asked, and its interface.
     local: Option<(IpAddr, u32)>,
     established: bool,
+    /// Where its datagrams go, if its socket is not connected.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    peer: Option<SocketAddr>,
 }
 
 impl OfferedFlow {

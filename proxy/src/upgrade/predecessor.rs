@@ -169,17 +169,17 @@ fn live(
 ) -> Result<LiveFlow, UpgradeError> {
     let listener = listeners.get(offered.socket).copied().flatten();
     let listener = listener.ok_or_else(|| refuse("a flow of no UDP socket"))?;
-    refuse_unconnected(&socket)
+    refuse_others_than_flows(&socket, offered.peer.is_none())
         .map_err(|error| refuse(format!("the flow of {}: {error}", offered.client)))?;
-    let OfferedFlow { client, established: is_established, .. } = *offered;
-    Ok(LiveFlow { listener, client, local: offered.local(), is_established, socket: Arc::new(socket) })
+    let OfferedFlow { client, established: is_established, peer, .. } = *offered;
+    Ok(LiveFlow { listener, client, local: offered.local(), is_established, peer, socket: Arc::new(socket) })
 }
 
-/// Refuses what is no non-blocking UDP socket with a peer.
-fn refuse_unconnected(socket: &OwnedFd) -> io::Result<()> {
+/// Refuses what is no non-blocking UDP socket, with a peer if it is one that `is_connected`.
+fn refuse_others_than_flows(socket: &OwnedFd, is_connected: bool) -> io::Result<()> {
     let flags = OFlag::from_bits_retain(fcntl(socket, F_GETFL)?);
     let socket = SockRef::from(socket);
-    let peer = socket.peer_addr()?;
+    let peer = if is_connected { socket.peer_addr()? } else { socket.local_addr()? };
     let is_one = socket.r#type()? == Type::DGRAM
         && matches!(peer.domain(), Domain::IPV4 | Domain::IPV6)
         && flags.contains(OFlag::O_NONBLOCK);
@@ -240,10 +240,12 @@ mod tests {
         let connected = UdpSocket::bind("127.0.0.1:0").unwrap();
         connected.connect(socket.local_addr().unwrap()).unwrap();
         let blocking = OwnedFd::from(connected.try_clone().unwrap());
-        refuse_unconnected(&blocking).unwrap_err();
+        refuse_others_than_flows(&blocking, true).unwrap_err();
         connected.set_nonblocking(true).unwrap();
-        refuse_unconnected(&connected.into()).unwrap();
+        refuse_others_than_flows(&connected.into(), true).unwrap();
         socket.set_nonblocking(true).unwrap();
-        refuse_unconnected(&socket.into()).unwrap_err();
+        let socket = OwnedFd::from(socket);
+        refuse_others_than_flows(&socket, true).unwrap_err();
+        refuse_others_than_flows(&socket, false).unwrap();
     }
 }

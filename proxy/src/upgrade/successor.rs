@@ -197,10 +197,11 @@ impl Successor {
 
 /// A flow of one of the sockets offered, whose numbers are found by those of listeners.
 fn offered<'a>(flow: &'a LiveFlow, numbers: &HashMap<usize, usize>) -> Option<(OfferedFlow, BorrowedFd<'a>)> {
-    let LiveFlow { listener, client, local, is_established, socket } = flow;
+    let LiveFlow { listener, client, local, is_established, peer, socket } = flow;
     let local = local.map(|local| (local.ip, local.interface));
     let socket_number = *numbers.get(listener)?;
-    let offered = OfferedFlow { socket: socket_number, client: *client, local, established: *is_established };
+    let (client, established, peer) = (*client, *is_established, *peer);
+    let offered = OfferedFlow { socket: socket_number, client, local, established, peer };
     Some((offered, socket.as_fd()))
 }
 

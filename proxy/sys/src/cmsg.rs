@@ -1,17 +1,26 @@
 //! Control messages of UDP sockets: which local address a datagram was sent to or is to be sent from
-//! (ip(7) `IP_PKTINFO`, ipv6(7) `IPV6_PKTINFO`), and the segment size of a train of datagrams (udp(7)
-//! `UDP_GRO` and `UDP_SEGMENT`).
+//! (ip(7) `IP_PKTINFO`, ipv6(7) `IPV6_PKTINFO`), its traffic class (ip(7) `IP_TOS`, RFC 3542 `IPV6_TCLASS`), the
+//! segment size of a train of datagrams (udp(7) `UDP_GRO` and `UDP_SEGMENT`), and how many the socket had no room
+//! for (socket(7) `SO_RXQ_OVFL`).
 //!
 //! The layout is that of cmsg(3): a header with length, level and type, then the data, each aligned
 //! to a word. It is read and written as plain bytes.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use nix::libc::{IP_PKTINFO, IPPROTO_IP, IPPROTO_IPV6, IPV6_PKTINFO, SOL_UDP, UDP_GRO, UDP_SEGMENT};
+use nix::libc::{
+    IP_PKTINFO, IP_TOS, IPPROTO_IP, IPPROTO_IPV6, IPV6_PKTINFO, IPV6_TCLASS, SO_RXQ_OVFL, SOL_SOCKET,
+    SOL_UDP, UDP_GRO, UDP_SEGMENT,
+};
 
-/// Bytes that all control messages of one datagram take at the most, either way: both kinds of
-/// packet information and a segment size, each with its header, rounded up.
-pub(crate) const SPACE: usize = 128;
+/// Bytes for all control messages of a datagram that is received: both kinds of packet information (32 and 40 with
+/// their headers), both of traffic class, a segment size and a count (24 each); and for what whoever passed the socket
+/// may have asked for besides, such as a time.
+pub(crate) const SPACE: usize = 256;
+
+/// Bytes that those of a datagram to be sent take at the most: one kind of packet information, both of traffic class,
+/// and a segment size.
+const SENT_SPACE: usize = 128;
 
 const WORD: usize = size_of::<usize>();
 /// Length, level and type.
@@ -34,6 +43,11 @@ pub struct Received {
     /// The size in bytes of each of several datagrams that were received as one, except the last,
     /// which may be shorter. `None` for a single datagram.
     pub segment: Option<u16>,
+    /// Its traffic class, which was the type of service: the code point (RFC 2474) in the upper six bits, and
+    /// congestion (ECN, RFC 3168) in the lower two. 0 if the socket does not report it.
+    pub class: u8,
+    /// How many datagrams the socket has had no room for since it was opened, if any; it wraps round.
+    pub dropped: u32,
 }
 
 /// Decodes the control messages in `bytes`. What is unknown, damaged or cut off is passed over.
@@ -44,7 +58,15 @@ pub(crate) fn decode(mut bytes: &[u8]) -> Received {
             (IPPROTO_IP, IP_PKTINFO) => received.local = pktinfo_v4(data),
             // Of IPv4 datagrams an IPv6 socket has both, and this has a broadcast address as it is.
             (IPPROTO_IPV6, IPV6_PKTINFO) => received.local = received.local.or_else(|| pktinfo_v6(data)),
+            (IPPROTO_IP, IP_TOS) => received.class = data.first().copied().unwrap_or_default(),
+            (IPPROTO_IPV6, IPV6_TCLASS) => {
+                received.class =
+                    read_i32(data).and_then(|class| u8::try_from(class).ok()).unwrap_or_default();
+            }
             (SOL_UDP, UDP_GRO) => received.segment = segment(data),
+            (SOL_SOCKET, SO_RXQ_OVFL) => {
+                received.dropped = read_i32(data).unwrap_or_default().cast_unsigned()
+            }
             _ => {}
         }
         bytes = rest;
@@ -98,14 +120,15 @@ fn segment(data: &[u8]) -> Option<u16> {
 /// Control messages for a datagram, or a train of them, to be sent.
 #[derive(Debug)]
 pub(crate) struct Encoder {
-    bytes: [u8; SPACE],
+    bytes: [u8; SENT_SPACE],
     len: usize,
 }
 
 impl Encoder {
-    /// Says from which local address to send, and into segments of which size to cut the payload.
-    pub(crate) fn new(source: Option<LocalAddr>, segment: Option<u16>) -> Self {
-        let mut encoder = Self { bytes: [0; SPACE], len: 0 };
+    /// Says from which local address to send, into segments of which size to cut the payload, and of which traffic
+    /// class it is: for either family, as the kernel takes what fits where it goes.
+    pub(crate) fn new(source: Option<LocalAddr>, segment: Option<u16>, class: u8) -> Self {
+        let mut encoder = Self { bytes: [0; SENT_SPACE], len: 0 };
         match source {
             Some(LocalAddr { ip: IpAddr::V4(ip), interface }) => encoder.push_pktinfo_v4(ip, interface),
             Some(LocalAddr { ip: IpAddr::V6(ip), interface }) => encoder.push_pktinfo_v6(ip, interface),
@@ -113,6 +136,11 @@ impl Encoder {
         }
         if let Some(segment) = segment {
             encoder.push(SOL_UDP, UDP_SEGMENT, &segment.to_ne_bytes());
+        }
+        if class != 0 {
+            let class = i32::from(class).to_ne_bytes();
+            encoder.push(IPPROTO_IP, IP_TOS, &class);
+            encoder.push(IPPROTO_IPV6, IPV6_TCLASS, &class);
         }
         encoder
     }
@@ -160,15 +188,17 @@ mod tests {
     #[test]
     fn what_is_encoded_is_decoded() {
         for source in [local("10.0.0.11", 0), local("fe80::1", 7), local("::ffff:10.0.0.11", 0)] {
-            let encoder = Encoder::new(Some(source), None);
-            assert_eq!(decode(encoder.bytes()).local, Some(source));
+            for class in [0, 0b1011_1001, u8::MAX] {
+                let received = decode(Encoder::new(Some(source), None, class).bytes());
+                assert_eq!((received.local, received.class), (Some(source), class));
+            }
         }
-        assert!(Encoder::new(None, None).bytes().is_empty());
+        assert!(Encoder::new(None, None, 0).bytes().is_empty());
     }
 
     #[test]
     fn the_layout_is_the_kernels() {
-        let encoder = Encoder::new(Some(local("10.0.0.11", 2)), Some(1400));
+        let encoder = Encoder::new(Some(local("10.0.0.11", 2)), Some(1400), 0);
         let mut wanted = Vec::new();
         wanted.extend(28_usize.to_ne_bytes());
         wanted.extend([IPPROTO_IP, IP_PKTINFO, 2].map(i32::to_ne_bytes).concat());
@@ -183,17 +213,39 @@ mod tests {
     #[test]
     fn addresses_that_nothing_can_be_sent_from_are_left_out() {
         for ip in ["0.0.0.0", "::", "224.0.0.251", "ff02::1", "::ffff:224.0.0.1"] {
-            let encoder = Encoder::new(Some(local(ip, 1)), None);
+            let encoder = Encoder::new(Some(local(ip, 1)), None, 0);
             assert_eq!(decode(encoder.bytes()), Received::default(), "{ip}");
         }
     }
 
     #[test]
     fn the_segment_size_of_a_train_is_read() {
-        let mut bytes = Encoder::new(Some(local("::1", 1)), None);
+        let mut bytes = Encoder::new(Some(local("::1", 1)), None, 0);
         bytes.push(SOL_UDP, UDP_GRO, &1200_i32.to_ne_bytes());
         let received = decode(bytes.bytes());
-        assert_eq!(received, Received { local: Some(local("::1", 1)), segment: Some(1200) });
+        assert_eq!(
+            received,
+            Received { local: Some(local("::1", 1)), segment: Some(1200), ..Received::default() }
+        );
+    }
+
+    #[test]
+    fn the_class_of_ipv4_is_a_byte_and_that_of_ipv6_an_int() {
+        let mut bytes = Encoder::new(None, None, 0);
+        bytes.push(IPPROTO_IP, IP_TOS, &[0xb9]);
+        bytes.push(SOL_SOCKET, SO_RXQ_OVFL, &u32::MAX.to_ne_bytes());
+        assert_eq!(decode(bytes.bytes()), Received { class: 0xb9, dropped: u32::MAX, ..Received::default() });
+        for (class, read) in [(0xb9, 0xb9), (-1, 0), (256, 0)] {
+            let mut bytes = Encoder::new(None, None, 0);
+            bytes.push(IPPROTO_IPV6, IPV6_TCLASS, &i32::to_ne_bytes(class));
+            assert_eq!(decode(bytes.bytes()).class, read);
+        }
+    }
+
+    #[test]
+    fn all_that_can_be_sent_fits() {
+        let most = Encoder::new(Some(local("fe80::1", 1)), Some(1400), 1);
+        assert!(most.bytes().len() <= SENT_SPACE);
     }
 
     proptest! {
@@ -205,7 +257,7 @@ mod tests {
         #[test]
         fn damage_behind_a_message_does_not_reach_it(tail in prop::collection::vec(any::<u8>(), 0..15)) {
             let source = local("10.0.0.11", 3);
-            let mut bytes = Encoder::new(Some(source), None).bytes().to_vec();
+            let mut bytes = Encoder::new(Some(source), None, 0).bytes().to_vec();
             bytes.extend(tail);
             prop_assert_eq!(decode(&bytes).local, Some(source));
         }

@@ -43,6 +43,18 @@ pub fn set_receive_low_watermark(socket: BorrowedFd<'_>, bytes: u32) -> io::Resu
     set_int(socket, libc::SOL_SOCKET, libc::SO_RCVLOWAT, value)
 }
 
+/// Sets the traffic class of all that is sent, for either family of a socket that may be of `ipv6` (ip(7) `IP_TOS`,
+/// RFC 3542 `IPV6_TCLASS`). TCP keeps the two bits that are for congestion to itself.
+///
+/// # Errors
+/// Those of setsockopt(2).
+pub fn set_traffic_class(socket: BorrowedFd<'_>, ipv6: bool, class: u8) -> io::Result<()> {
+    if ipv6 {
+        set_int(socket, libc::IPPROTO_IPV6, libc::IPV6_TCLASS, class.into())?;
+    }
+    set_int(socket, libc::IPPROTO_IP, libc::IP_TOS, class.into())
+}
+
 /// Sets an option that takes an int.
 pub(crate) fn set_int(socket: BorrowedFd<'_>, level: c_int, name: c_int, value: c_int) -> io::Result<()> {
     let pointer = (&raw const value).cast();

@@ -157,10 +157,10 @@ impl RecvBatch {
 
     /// The payload in a slot that was received into: one datagram, or a train as
     /// [`Received::segment`] says. `None` if the kernel had to cut it, which the size of a slot rules
-    /// out for everything but IPv6 jumbograms.
+    /// out for everything but IPv6 jumbograms; or what it says of it, such as where a train is to be cut.
     pub fn payload(&self, slot: usize) -> Option<&[u8]> {
         let header = &self.headers[slot];
-        let whole = header.msg_hdr.msg_flags & libc::MSG_TRUNC == 0;
+        let whole = header.msg_hdr.msg_flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) == 0;
         let start = slot * SLOT;
         whole.then(|| &self.payloads[start..start + header.msg_len as usize])
     }
@@ -207,6 +207,8 @@ pub struct Transmit<'a> {
     /// The size of the datagrams to cut the payload into, for a train: at most [`TRAIN_LEN`] of them
     /// and [`TRAIN_BYTES`] together.
     pub segment: Option<u16>,
+    /// The traffic class, as in [`Received::class`]; 0 leaves it to the socket.
+    pub class: u8,
 }
 
 /// Sends `messages`, up to [`BATCH`] of them, without waiting. Gives the number sent, at least one;
@@ -255,7 +257,8 @@ struct Prepared {
 
 impl Prepared {
     fn new(message: &Transmit<'_>) -> Self {
-        Self { to: message.to.map(SockAddr::from), control: Encoder::new(message.source, message.segment) }
+        let control = Encoder::new(message.source, message.segment, message.class);
+        Self { to: message.to.map(SockAddr::from), control }
     }
 
     /// The header of `message`; it points to `self` and to the message's payload.
@@ -278,7 +281,7 @@ impl Prepared {
     }
 }
 
-/// Asks a socket for what [`Received`] tells. `ipv6` is the family of the socket; one of IPv6 that
+/// Asks a socket for the local address of each datagram. `ipv6` is the family of the socket; one of IPv6 that
 /// serves IPv4 too reports both, of which the IPv4 one names an address to answer a broadcast from.
 ///
 /// # Errors
@@ -288,6 +291,18 @@ pub fn report_local_addr(socket: BorrowedFd<'_>, ipv6: bool) -> io::Result<()> {
         crate::socket::set_int(socket, libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO, 1)?;
     }
     crate::socket::set_int(socket, libc::IPPROTO_IP, libc::IP_PKTINFO, 1)
+}
+
+/// Asks a socket for the traffic class of each datagram, and for how many it had no room.
+///
+/// # Errors
+/// Those of setsockopt(2).
+pub fn report_class_and_drops(socket: BorrowedFd<'_>, ipv6: bool) -> io::Result<()> {
+    if ipv6 {
+        crate::socket::set_int(socket, libc::IPPROTO_IPV6, libc::IPV6_RECVTCLASS, 1)?;
+    }
+    crate::socket::set_int(socket, libc::IPPROTO_IP, libc::IP_RECVTOS, 1)?;
+    crate::socket::set_int(socket, libc::SOL_SOCKET, libc::SO_RXQ_OVFL, 1)
 }
 
 /// Keeps errors of datagrams out of a queue of their own (`IP_RECVERR`, ip(7)), which would have to be read: until then,
@@ -326,6 +341,28 @@ pub fn set_buffers(socket: BorrowedFd<'_>, receive: usize, send: usize) -> io::R
     set(libc::SO_SNDBUFFORCE, libc::SO_SNDBUF, send)
 }
 
+/// How many datagrams a socket has had no room for since it was opened; it wraps round (`SO_MEMINFO`; `SK_MEMINFO_DROPS`,
+/// include/uapi/linux/sock_diag.h).
+///
+/// # Errors
+/// Those of getsockopt(2): `ENOPROTOOPT` before Linux 4.12.
+pub fn dropped(socket: BorrowedFd<'_>) -> io::Result<u32> {
+    const DROPS: usize = 8;
+    let mut values = [0_u32; DROPS + 1];
+    let mut len = u32::try_from(size_of_val(&values)).unwrap_or(0);
+    // SAFETY: the kernel writes at most `len` bytes into `values`, which are that long, and any bytes are numbers.
+    check(unsafe {
+        libc::getsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_MEMINFO,
+            values.as_mut_ptr().cast(),
+            &raw mut len,
+        )
+    })?;
+    Ok(values[DROPS])
+}
+
 /// Throws away what is queued for a socket. Gives how many datagrams that were; several
 /// that the kernel would hand over as one count as one.
 pub fn discard(socket: BorrowedFd<'_>) -> u64 {
@@ -348,22 +385,28 @@ pub fn discard(socket: BorrowedFd<'_>) -> u64 {
 /// bound, too; but where `ip_nonlocal_bind` is set (ip(7)), so can one that is for documentation alone (RFC 5737, RFC
 /// 3849), and then that says nothing.
 pub fn is_local(addr: SocketAddr) -> bool {
-    let (any, nobodys): (IpAddr, IpAddr) = match addr {
-        SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED.into(), Ipv4Addr::new(192, 0, 2, 1).into()),
-        SocketAddr::V6(_) => {
-            (Ipv6Addr::UNSPECIFIED.into(), Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into())
-        }
-    };
-    let source_towards = || -> io::Result<SocketAddr> {
-        let socket = UdpSocket::bind((any, 0))?;
-        socket.connect(addr)?;
-        socket.local_addr()
+    let nobodys: IpAddr = match addr {
+        SocketAddr::V4(_) => Ipv4Addr::new(192, 0, 2, 1).into(),
+        SocketAddr::V6(_) => Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1).into(),
     };
     let mut own = addr;
     own.set_port(0);
     let can_be_bound = |addr: SocketAddr| UdpSocket::bind(addr).is_ok();
-    source_towards().is_ok_and(|local| local.ip() == addr.ip())
+    source_towards(addr).is_ok_and(|source| source == addr.ip())
         || can_be_bound(own) && !can_be_bound(SocketAddr::new(nobodys, 0))
+}
+
+/// The local address that a datagram to `addr` would come from, as the routing table and the addresses of this host
+/// are now.
+///
+/// # Errors
+/// Those of socket(2), bind(2) and connect(2), such as `ENETUNREACH`.
+pub fn source_towards(addr: SocketAddr) -> io::Result<IpAddr> {
+    let any: IpAddr =
+        if addr.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
+    let socket = UdpSocket::bind((any, 0))?;
+    socket.connect(addr)?;
+    Ok(socket.local_addr()?.ip())
 }
 
 /// The size of a socket's receive buffer in bytes, as it was set; the kernel doubles that for its own
@@ -389,7 +432,7 @@ mod tests {
     }
 
     fn transmit<'a>(payload: &'a [IoSlice<'a>]) -> Transmit<'a> {
-        Transmit { payload, to: None, source: None, segment: None }
+        Transmit { payload, to: None, source: None, segment: None, class: 0 }
     }
 
     #[test]

@@ -3,17 +3,23 @@
 
 use std::collections::HashSet;
 use std::fs;
-use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, UdpSocket};
+use std::thread;
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use nix::unistd::{SysconfVar, sysconf};
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, pidfd_getfd, pidfd_open};
 use serde_json::{Value, json};
+use socket2::SockRef;
 
 use rproxy_tests::controlled::{Controlled, mapping};
 use rproxy_tests::holdings::{private_memory, wait_until_idle};
+use rproxy_tests::process::{Process, Stream};
 use rproxy_tests::require;
-use rproxy_tests::topology::{CLIENT_V4, CONTAINER_V4, HOST_V4, Topology};
+use rproxy_tests::topology::{BRIDGE_V4, CLIENT_V4, CONTAINER_V4, HOST_V4, Topology};
 use rproxy_tests::udp::{self, Backend, bind_in, flow_of};
+use rproxy_tests::upgradable::Program;
 use rproxy_tests::{eventually, eventually_equal};
 
 const FRONT: SocketAddr = SocketAddr::new(std::net::IpAddr::V4(HOST_V4), 5300);
@@ -354,5 +360,161 @@ pub(crate) fn shares_of_the_kernel() {
     eventually("the last one has more", || {
         udp::assert_echoes(&first, FRONT, b"question");
         room() == alone
+    });
+}
+
+/// Answers of one flow come from other ports of the backend's address, and what follows goes where the last one came
+/// from. Nobody else can answer, nor can the backend itself if it is not asked for.
+pub(crate) fn any_port() {
+    let stage = Stage::new(json!({ "udp_any_port": true }));
+    let [backend, other] = [5300, 6300].map(|port| stage.backend(port));
+    let stranger = bind_in(&stage.net.host, (BRIDGE_V4, 5300));
+    let client = stage.client();
+    client.send_to(b"question", FRONT).unwrap();
+    let flow = udp::receive(&backend).1;
+    stranger.send_to(b"forged", flow).unwrap();
+    eventually_equal("what was dropped", &json!({ "forged": 1 }), || stage.errors());
+    other.send_to(b"answer", flow).unwrap();
+    assert_eq!(udp::receive(&client), (b"answer".to_vec(), FRONT));
+    client.send_to(b"go on", FRONT).unwrap();
+    assert_eq!(udp::receive(&other), (b"go on".to_vec(), flow));
+    backend.send_to(b"end", flow).unwrap();
+    assert_eq!(udp::receive(&client), (b"end".to_vec(), FRONT));
+    client.send_to(b"thanks", FRONT).unwrap();
+    assert_eq!(udp::receive(&backend), (b"thanks".to_vec(), flow));
+    // Without it, the client gets a new flow, and that takes answers from where it asked alone.
+    stage.apply(json!({}), BACK);
+    client.send_to(b"question", FRONT).unwrap();
+    let connected = udp::receive(&backend).1;
+    assert_ne!(connected, flow);
+    other.send_to(b"refused", connected).unwrap();
+    backend.send_to(b"answer", connected).unwrap();
+    assert_eq!(udp::receive(&client), (b"answer".to_vec(), FRONT));
+}
+
+pub(crate) fn any_port_upgraded() {
+    let net = Topology::new();
+    let program = Program::new();
+    let to = BACK.to_string();
+    let arguments = ["--proto", "udp", "--host", "0.0.0.0:5300", "--to", &to, "--udp-any-port"];
+    let old = net.host.spawn(program.command(&arguments));
+    old.wait_for_line(Stream::Stderr, |line| line.contains("confined"));
+    let [backend, other] = [5300, 6300].map(|port| bind_in(&net.container, (CONTAINER_V4, port)));
+    let client = bind_in(&net.client, (CLIENT_V4, 0));
+    client.send_to(b"question", FRONT).unwrap();
+    let flow = udp::receive(&backend).1;
+    other.send_to(b"answer", flow).unwrap();
+    assert_eq!(udp::receive(&client), (b"answer".to_vec(), FRONT));
+    old.signal(Signal::SIGUSR2);
+    assert!(old.wait().success());
+    client.send_to(b"go on", FRONT).unwrap();
+    assert_eq!(udp::receive(&other), (b"go on".to_vec(), flow));
+    backend.send_to(b"end", flow).unwrap();
+    assert_eq!(udp::receive(&client), (b"end".to_vec(), FRONT));
+}
+
+/// The address that a flow sends from is taken away from the host, which has got another one.
+pub(crate) fn source_changes() {
+    for limits in [json!({}), json!({ "udp_any_port": true })] {
+        let stage = Stage::new(limits);
+        let _backend = Backend::naming(stage.backend(5300));
+        let client = stage.client();
+        let before = flow_of(&client, FRONT);
+        assert_eq!(before.ip(), BRIDGE_V4);
+        stage.net.host.ip("address add 172.17.0.9/16 dev docker0");
+        stage.net.host.ip(&format!("address delete {BRIDGE_V4}/16 dev docker0"));
+        stage.net.host.ip("address replace 172.17.0.9/16 dev docker0");
+        // The first one finds out.
+        client.send_to(b"lost", FRONT).unwrap();
+        eventually("the flow is over", || stage.counter("flows") == 0 || stage.counter("flows_total") == 2);
+        let after = flow_of(&client, FRONT);
+        assert_eq!(after.ip().to_string(), "172.17.0.9");
+    }
+}
+
+/// Shuts down the socket of a process that is at a local port, as another process could that has it open.
+fn shut_down_at(process: &Process, port: u16, how: Shutdown) {
+    let pid = rustix::process::Pid::from_raw(process.pid().as_raw()).unwrap();
+    let pidfd = pidfd_open(pid, PidfdFlags::empty()).unwrap();
+    for entry in fs::read_dir(format!("/proc/{}/fd", process.pid())).unwrap() {
+        let number = entry.unwrap().file_name().into_string().unwrap().parse().unwrap();
+        let Ok(socket) = pidfd_getfd(&pidfd, number, PidfdGetfdFlags::empty()) else { continue };
+        let address = SockRef::from(&socket).local_addr().ok().and_then(|address| address.as_socket());
+        if address.is_some_and(|address| address.port() == port) {
+            return SockRef::from(&socket).shutdown(how).unwrap();
+        }
+    }
+    panic!("no socket is at port {port}");
+}
+
+pub(crate) fn shut_down() {
+    let stage = Stage::new(json!({}));
+    let _backend = Backend::naming(stage.backend(5300));
+    let client = stage.client();
+    for (flows, how) in (1..).zip([Shutdown::Read, Shutdown::Write, Shutdown::Both]) {
+        let flow = flow_of(&client, FRONT);
+        assert_eq!(stage.counter("flows_total"), flows);
+        shut_down_at(&stage.proxy.process, flow.port(), how);
+        if how == Shutdown::Write {
+            // The next datagram finds out.
+            client.send_to(b"lost", FRONT).unwrap();
+        }
+        eventually("the flow is over", || stage.counter("flows") == 0);
+    }
+    flow_of(&client, FRONT);
+    wait_until_idle(stage.proxy.process.pid());
+}
+
+/// More datagrams than the kernel queues for a process that is not there to take them, both ways.
+pub(crate) fn overflows_are_counted() {
+    const BURST: u64 = 20_000;
+    let stage = Stage::new(json!({}));
+    let (backend, client) = (stage.backend(5300), stage.client());
+    client.send_to(b"hello", FRONT).unwrap();
+    let flow = udp::receive(&backend).1;
+    stage.proxy.process.pause();
+    for _ in 0..BURST {
+        client.send_to(&[0; 1_200], FRONT).unwrap();
+        backend.send_to(&[0; 1_200], flow).unwrap();
+    }
+    stage.proxy.process.resume();
+    let sum = |name: &str| stage.counter(name) + stage.errors()["no_buffer"].as_u64().unwrap_or(0);
+    eventually("some arrive", || stage.counter("datagrams_in") > 1 && stage.counter("datagrams_out") > 0);
+    // How many there was no room for, the next ones say.
+    let count = |name: &str| stage.counter(name);
+    eventually("all are relayed or counted", || {
+        client.send_to(b"", FRONT).unwrap();
+        backend.send_to(b"", flow).unwrap();
+        sum("datagrams_in") + count("datagrams_out") >= 2 * BURST
+    });
+    assert!(stage.errors()["no_buffer"].as_u64().unwrap() > BURST / 2, "{}", stage.errors());
+}
+
+/// Whoever reserves ports need not restart the proxy.
+pub(crate) fn reserved_later() {
+    let set = |name: &str, value: &str| fs::write(format!("/proc/sys/net/ipv4/{name}"), value).unwrap();
+    let net = Topology::new();
+    net.host.run(|| set("ip_local_port_range", "50000 50999"));
+    let _backend = Backend::naming(bind_in(&net.container, (CONTAINER_V4, 5300)));
+    let proxy = Controlled::start_in(&net.host, &["--sandbox", "strict"]);
+    proxy.apply(&[mapping("front", "udp", FRONT, BACK)]).success();
+    let port = || flow_of(&bind_in(&net.client, (CLIENT_V4, 0)), FRONT).port();
+    assert!((50_000..51_000).contains(&port()));
+    net.host.run(|| set("ip_local_reserved_ports", "50100-50999"));
+    // It looks now and then. Each flow keeps its port, so that there are not many to try.
+    let is_left_alone = || {
+        thread::sleep(Duration::from_millis(250));
+        let ports: Vec<u16> = (0..10).map(|_| port()).collect();
+        ports.iter().all(|port| (50_000..50_100).contains(port))
+    };
+    eventually("reserved ports are left alone", is_left_alone);
+    for _ in 0..10 {
+        let port = port();
+        assert!((50_000..50_100).contains(&port), "{port} is reserved");
+    }
+    net.host.run(|| set("ip_local_port_range", "51000 51999"));
+    eventually("the new range is used", || {
+        thread::sleep(Duration::from_millis(250));
+        (51_000..52_000).contains(&port())
     });
 }

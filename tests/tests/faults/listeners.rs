@@ -69,10 +69,13 @@ pub(crate) fn dead_udp() {
     let passed = sockets.each_ref().map(|socket| ("dns", socket.try_clone().unwrap().into()));
     let proxy = Process::spawn(systemd.command_with_sockets(&arguments, passed.into()));
     assert_eq!(systemd.told(), ["READY=1"]);
-    for (socket, served) in [(&sockets[0], &hosts[..]), (&sockets[1], &hosts[1..])] {
+    let ends = [(&sockets[0], &hosts[..], Shutdown::Both), (&sockets[1], &hosts[1..], Shutdown::Write)];
+    for (socket, served, end) in ends {
         served.iter().for_each(|host| udp::assert_all_echo(&udp::client(host.ip()), *host, [0, 1400]));
         // It says that it is not connected, and shuts down all the same (inet_shutdown in net/ipv4/af_inet.c).
-        SockRef::from(socket).shutdown(Shutdown::Both).unwrap_err();
+        SockRef::from(socket).shutdown(end).unwrap_err();
+        // That nothing can be sent any more, the next answer shows.
+        udp::client(served[0].ip()).send_to(b"question", served[0]).unwrap();
         proxy.wait_for_line(Stream::Stderr, |line| line.contains("are not served any more"));
     }
     assert_eq!(proxy.wait().code(), Some(1));

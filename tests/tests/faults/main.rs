@@ -106,6 +106,13 @@ fn of_flows() -> Vec<Case> {
         case("a datagram from the backend", flows::from_the_backend),
         case("a flow's socket is destroyed", flows::destroyed).needs(&[Need::Program("ss")]),
         case("flows follow a change", flows::changes_are_followed),
+        case("answers from any port of a backend", flows::any_port),
+        case("a flow with any port goes over in an upgrade", flows::any_port_upgraded),
+        case("the host's address towards a backend changes", flows::source_changes)
+            .needs(&[Need::Program("sysctl")]),
+        case("a flow's socket is shut down", flows::shut_down),
+        case("what there is no room for is counted", flows::overflows_are_counted),
+        case("ports are reserved while flows come and go", flows::reserved_later),
         case("each mapping has its own limits of flows", flows::limits_of_each_mapping),
         case("thousands of flows end at once", flows::many_end_at_once),
         case("a burst of large datagrams is over", flows::burst_of_large_ones),

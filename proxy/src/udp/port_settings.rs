@@ -1,0 +1,98 @@
+//! Which local ports the kernel lends, as the settings of the network namespace say (ip(7)).
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+
+/// Where the settings are.
+const SETTINGS: &str = "/proc/sys/net/ipv4";
+
+/// The kernel's default range.
+const DEFAULT_RANGE: (u16, u16) = (32_768, 60_999);
+
+/// More than a list of ports takes: the kernel merges ranges, so that no two of them touch.
+const MOST_BYTES: usize = 512 * 1024;
+
+/// The ports of a namespace that sockets get which do not choose one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct PortRange {
+    /// The first and the last one (`ip_local_port_range`).
+    pub(super) range: (u16, u16),
+    /// Those that nobody is given unasked, as ranges (`ip_local_reserved_ports`).
+    pub(super) reserved: Vec<(u16, u16)>,
+}
+
+/// The files with the settings, which stay open: a confined process cannot open them.
+#[derive(Debug)]
+pub(super) struct Settings {
+    range: Option<File>,
+    reserved: Option<File>,
+}
+
+impl Settings {
+    /// Those of the network namespace that this thread is in.
+    pub(super) fn open() -> Self {
+        let open = |name: &str| File::open(Path::new(SETTINGS).join(name)).ok();
+        Self { range: open("ip_local_port_range"), reserved: open("ip_local_reserved_ports") }
+    }
+
+    /// What they say now; the kernel's defaults where that cannot be had.
+    pub(super) fn read(&self) -> PortRange {
+        let text = |file: &Option<File>| file.as_ref().map(whole).unwrap_or_default();
+        PortRange { range: parse_range(&text(&self.range)), reserved: parse_list(&text(&self.reserved)) }
+    }
+}
+
+/// The text of a file of proc(5), which is to be read with one call.
+fn whole(file: &File) -> String {
+    let mut bytes = vec![0; 4096];
+    loop {
+        let len = file.read_at(&mut bytes, 0).unwrap_or_default();
+        if len < bytes.len() || len >= MOST_BYTES {
+            bytes.truncate(len);
+            return String::from_utf8_lossy(&bytes).into_owned();
+        }
+        bytes.resize(len * 4, 0);
+    }
+}
+
+/// Two ports, the first and the last one.
+fn parse_range(text: &str) -> (u16, u16) {
+    let bounds: Vec<u16> = text.split_whitespace().filter_map(|port| port.parse().ok()).collect();
+    match bounds[..] {
+        [first, last] if 0 < first && first <= last => (first, last),
+        _ => DEFAULT_RANGE,
+    }
+}
+
+/// Ports and ranges, separated by commas: `8080,9148-9150`.
+fn parse_list(text: &str) -> Vec<(u16, u16)> {
+    let parse_one = |text: &str| {
+        let (first, last) = text.split_once('-').unwrap_or((text, text));
+        Some((first.trim().parse().ok()?, last.trim().parse().ok()?))
+    };
+    text.split(',').filter_map(parse_one).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn settings_are_read_as_the_kernel_writes_them() {
+        assert_eq!(parse_range("32768\t60999\n"), (32_768, 60_999));
+        for text in ["", "0 9", "9 8", "1", "1 2 3", "a b"] {
+            assert_eq!(parse_range(text), DEFAULT_RANGE, "{text}");
+        }
+        assert_eq!(parse_list("8080,9148-9150\n"), [(8080, 8080), (9148, 9150)]);
+        assert_eq!(parse_list("\n"), []);
+    }
+
+    #[test]
+    fn what_there_is_can_be_read_again() {
+        let settings = Settings::open();
+        let first = settings.read();
+        assert!(first.range.0 <= first.range.1);
+        assert_eq!(settings.read(), first);
+    }
+}
