@@ -27,7 +27,7 @@ use crate::service::{Assignment, Capacity, Live, Route, Service};
 use crate::task::{FlowOrder, ListenerTask};
 use crate::tcp::accept::Acceptor;
 use crate::tcp::reactor;
-use crate::udp::LiveFlow;
+use crate::udp::LiveFlows;
 use crate::udp::relay::UdpRelay;
 use crate::worker::Workers;
 
@@ -77,9 +77,9 @@ impl Server {
     }
 
     /// Starts to serve all that it is prepared for, and `flows` that another process served before.
-    pub(crate) fn serve_all(&self, flows: Vec<LiveFlow>) {
+    pub(crate) fn serve_all(&self, flows: LiveFlows) {
         self.serve(self.assignments().cloned().collect());
-        if let Some(udp) = self.tasks.udp.as_ref().filter(|_udp| !flows.is_empty()) {
+        if let Some(udp) = &self.tasks.udp {
             udp.flows(FlowOrder::Adopt(flows));
         }
     }
@@ -226,8 +226,8 @@ impl Server {
     }
 
     /// Leaves all datagrams where they are until [`Server::resume`], and gives the flows that there are.
-    pub(crate) async fn pause(&self) -> Vec<LiveFlow> {
-        let Some(udp) = &self.tasks.udp else { return Vec::new() };
+    pub(crate) async fn pause(&self) -> LiveFlows {
+        let Some(udp) = &self.tasks.udp else { return LiveFlows::default() };
         let (flows, given) = oneshot::channel();
         udp.flows(FlowOrder::Pause(flows));
         // If the task is gone, so are its flows.

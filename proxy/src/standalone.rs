@@ -30,7 +30,7 @@ use crate::sandbox::{self, Changes, Needs, SandboxError};
 use crate::server::Server;
 use crate::signals::StopSignals;
 use crate::systemd::{self, ActivationError};
-use crate::udp::stale;
+use crate::udp::{LiveFlows, stale};
 use crate::upgrade::{self, Launcher, Sockets, Upgrade, UpgradeError, take_over};
 use crate::{console, control, demo};
 
@@ -159,7 +159,7 @@ fn start(
             control.iter_mut().for_each(ControlSocket::own);
         }
         None => {
-            server.serve_all(Vec::new());
+            server.serve_all(LiveFlows::default());
             output.write(runtime.handle(), &ready);
         }
     }

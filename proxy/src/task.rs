@@ -14,7 +14,7 @@ use tracing::error;
 
 use crate::poll::{Poll, PollSet, Port};
 use crate::service::Assignment;
-use crate::udp::LiveFlow;
+use crate::udp::LiveFlows;
 
 /// What a task is told.
 #[derive(Debug)]
@@ -34,11 +34,11 @@ pub(crate) enum Order {
 #[derive(Debug)]
 pub(crate) enum FlowOrder {
     /// Take no datagrams, and say which flows there are.
-    Pause(oneshot::Sender<Vec<LiveFlow>>),
+    Pause(oneshot::Sender<LiveFlows>),
     /// Go on after a pause.
     Resume,
     /// Serve these flows, too, of listeners that are served already.
-    Adopt(Vec<LiveFlow>),
+    Adopt(LiveFlows),
     /// End the flows that use these local ports. The sender is told when the ports are free.
     GiveWay(Vec<u16>, oneshot::Sender<()>),
 }

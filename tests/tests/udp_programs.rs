@@ -2,7 +2,10 @@
 
 #![expect(clippy::unwrap_used, reason = "a failed step ends the test")]
 
+use std::fs;
 use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 use std::process::ExitCode;
 
 use nix::sys::signal::Signal;
@@ -14,6 +17,7 @@ use rproxy_tests::require::{self, Need};
 use rproxy_tests::rproxy::Standalone;
 use rproxy_tests::suite::{self, Case};
 use rproxy_tests::topology::{CLIENT_V4, CONTAINER_V4, HOST_V4, HOST_V6, Topology};
+use rproxy_tests::udp;
 
 const WIRING: &[Need] = &[Need::Root, Need::Ipv6, Need::Program("ip")];
 
@@ -25,6 +29,8 @@ fn main() -> ExitCode {
         case("dig asks dnsmasq, over both families and both protocols", dig_asks_dnsmasq).needs(dns),
         case("a thousand questions are answered", thousand_questions).needs(dns),
         case("a client that keeps its port finds dnsmasq restarted", dnsmasq_restarts).needs(dns),
+        case("curl reads a file from dnsmasq over TFTP", tftp)
+            .needs(&[Need::Program("dnsmasq"), Need::Program("curl")]),
         case("iperf3 sends datagrams", || iperf3_loses_nothing("")).needs(iperf),
         case("iperf3 receives datagrams", || iperf3_loses_nothing("--reverse")).needs(iperf),
         case("iperf3 at full speed, both ways at once", iperf3_at_full_speed).needs(iperf),
@@ -94,6 +100,46 @@ fn thousand_questions() {
     }
     let answers = dns.dig(&format!("@{HOST_V4} +short -f {}", file.path().display()));
     assert_eq!(answers, "172.17.0.2\n".repeat(QUESTIONS));
+}
+
+/// A TFTP server answers from a port of its own for each transfer (RFC 1350), to which the client's acknowledgements go.
+/// dnsmasq does, as all do; several transfers go on at a time.
+fn tftp() {
+    let net = Topology::new();
+    let dir = tempfile::tempdir().unwrap();
+    fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
+    let file: Vec<u8> = (0..300_000_u32).flat_map(u32::to_ne_bytes).collect();
+    fs::write(dir.path().join("image"), &file).unwrap();
+    let mut dnsmasq = require::command("dnsmasq");
+    dnsmasq.args(["--keep-in-foreground", "--port=0", "--conf-file=/dev/null", "--pid-file="]);
+    dnsmasq.args(["--log-facility=-", "--user=root", "--enable-tftp", "--tftp-root"]).arg(dir.path());
+    let dnsmasq = net.container.spawn(dnsmasq);
+    dnsmasq.wait_for_line(Stream::Stderr, |line| line.contains("TFTP root"));
+    let _proxy = udp::relay_in(&net.host, "[::]:69", (CONTAINER_V4, 69), &["--udp-any-port"]);
+    let curl = |host: &str, to: &Path| {
+        let mut curl = require::command("curl");
+        curl.args([
+            "--silent",
+            "--show-error",
+            "--max-time",
+            "60",
+            &format!("tftp://{host}/image"),
+            "--output",
+        ]);
+        curl.arg(to);
+        net.client.spawn(curl)
+    };
+    let transfers: Vec<_> = (0..6)
+        .map(|number| {
+            let host = if number % 2 == 0 { HOST_V4.to_string() } else { format!("[{HOST_V6}]") };
+            let to = dir.path().join(format!("copy-{number}"));
+            (curl(&host, &to), to)
+        })
+        .collect();
+    for (curl, to) in transfers {
+        curl.into_output().success();
+        assert!(fs::read(to).unwrap() == file, "another file");
+    }
 }
 
 /// dig keeps to one port, and so to one flow, which the end of the first server leaves with an error.

@@ -14,7 +14,7 @@ use rproxy_sys::udp::{
 use socket2::{Domain, SockRef, Socket, Type};
 
 use super::client_socket::ClientSocket;
-use super::local_ports::LocalPorts;
+use super::local_ports::{LocalPorts, PortTurn};
 use super::payload::{Part, Payload};
 use super::send::{Room, SendQueue};
 use super::table::FlowId;
@@ -84,6 +84,14 @@ pub(super) struct Flow {
     /// What waits for room on the socket.
     queue: SendQueue,
     place: FlowPlace,
+}
+
+/// The flows of a process on their way to another one.
+#[derive(Debug, Default)]
+pub(crate) struct LiveFlows {
+    pub(crate) flows: Vec<LiveFlow>,
+    /// Which local port is next.
+    pub(crate) ports: Option<PortTurn>,
 }
 
 /// A flow on its way from one process to another, which is served by neither at the moment.

@@ -9,7 +9,7 @@ use rproxy_sys::udp::dropped;
 use socket2::{SockAddr, SockRef};
 use tracing::warn;
 
-use super::flow::{Flow, FlowKey, LiveFlow, Wanted};
+use super::flow::{Flow, FlowKey, LiveFlow, LiveFlows, Wanted};
 use super::flows::mapping_of;
 use super::relay::UdpRelay;
 use super::table::FlowId;
@@ -20,7 +20,7 @@ use crate::log_limit::LogLimit;
 impl UdpRelay {
     /// Leaves all datagrams in the kernel, and gives the flows there are, as they are from now on. Listeners
     /// on their way out, and their flows, go on. So does what waits for room to be sent.
-    pub(super) fn pause(&mut self) -> Vec<LiveFlow> {
+    pub(super) fn pause(&mut self) -> LiveFlows {
         self.retire_all();
         self.close_retired();
         self.pause_listeners(true);
@@ -34,7 +34,7 @@ impl UdpRelay {
             let (listener, peer) = (listener as usize, flow.peer);
             Some(LiveFlow { listener, client, local, is_established, peer, socket: flow.socket() })
         });
-        flows.collect()
+        LiveFlows { flows: flows.collect(), ports: self.capacity.ports.turn() }
     }
 
     /// Goes on as if nothing had been.
@@ -61,10 +61,13 @@ impl UdpRelay {
 
     /// Serves flows that another process served before. One that cannot be is as one that is new: its
     /// client's next datagram opens it.
-    pub(super) fn adopt(&mut self, flows: Vec<LiveFlow>) {
+    pub(super) fn adopt(&mut self, LiveFlows { flows, ports }: LiveFlows) {
         static FAILED: LogLimit = LogLimit::new();
 
         let now = Instant::now();
+        if let Some(turn) = ports {
+            self.capacity.ports.go_on(turn);
+        }
         for flow in flows {
             let client = flow.client;
             if let Err(error) = self.adopt_one(flow, now)

@@ -13,6 +13,9 @@ use std::collections::BinaryHeap;
 use std::hash::{BuildHasher, RandomState};
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+use tracing::debug;
+
 use super::port_settings::{PortRange, Settings};
 
 /// A port is not used again this soon after its last datagram. It is how long a resolver waits for an
@@ -66,6 +69,15 @@ pub(super) struct LocalPorts {
     others: u32,
 }
 
+/// Which port of which order is next: another process that goes on there comes to those used last after all others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct PortTurn {
+    range: (u16, u16),
+    turn: usize,
+    keys: [u64; ROUNDS],
+}
+
 /// The order in which ports are tried, and which are not to be.
 #[derive(Debug)]
 struct Order {
@@ -108,6 +120,7 @@ impl LocalPorts {
         let Some(settings) = &self.settings else { return };
         let PortRange { range, reserved } = settings.read();
         if (range, &reserved) != ((self.first, self.last), &self.reserved) {
+            debug!(?range, ?reserved, "other local ports than before");
             self.change(range, reserved);
         }
     }
@@ -137,6 +150,20 @@ impl LocalPorts {
             })
             .collect();
         self.order = Some(order);
+    }
+
+    /// Whose turn is next, for another process; `None` if no flow has been opened.
+    pub(super) fn turn(&self) -> Option<PortTurn> {
+        let Order { turn, keys, .. } = *self.order.as_ref()?;
+        Some(PortTurn { range: (self.first, self.last), turn, keys })
+    }
+
+    /// Goes on where another process was, if it had the same range.
+    pub(super) fn go_on(&mut self, PortTurn { range, turn, keys }: PortTurn) {
+        if range == (self.first, self.last) {
+            let order = self.order.get_or_insert_with(|| Order::new(range.0, range.1, &self.reserved));
+            (order.turn, order.keys) = (turn % order.size, keys);
+        }
     }
 
     /// How many ports can be used, whoever has them.
@@ -351,6 +378,21 @@ mod tests {
             }
             assert!(seen.contains(&take(&mut ports, now).unwrap()));
         }
+    }
+
+    #[test]
+    fn another_process_goes_on_in_turn() {
+        let (mut old, mut new) =
+            (LocalPorts::new((1000, 1099), vec![]), LocalPorts::new((1000, 1099), vec![]));
+        let now = Instant::now();
+        assert_eq!(old.turn(), None);
+        let used: HashSet<u16> = (0..60).map(|_| take(&mut old, now).unwrap()).collect();
+        new.go_on(old.turn().unwrap());
+        let rest: HashSet<u16> = (0..40).map(|_| take(&mut new, now).unwrap()).collect();
+        assert!(used.is_disjoint(&rest));
+        let mut other = LocalPorts::new((1000, 1100), vec![]);
+        other.go_on(old.turn().unwrap());
+        assert_eq!(other.turn(), None, "that is another range");
     }
 
     #[test]

@@ -33,4 +33,5 @@ mod token;
 mod train;
 mod turn;
 
-pub(crate) use self::flow::LiveFlow;
+pub(crate) use self::flow::{LiveFlow, LiveFlows};
+pub(crate) use self::local_ports::PortTurn;

@@ -35,9 +35,10 @@ pub use self::launcher::Launcher;
 pub use self::predecessor::{Predecessor, Sockets, claim, take_over};
 pub use self::successor::Upgrade;
 use crate::control::wire::WireMapping;
+use crate::udp::PortTurn;
 
 /// The version of what is said. A process that is offered another one refuses.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// The first value, whatever the version.
 #[derive(Debug, Serialize, Deserialize)]
@@ -54,9 +55,14 @@ struct Offer {
     mappings: Vec<WireMapping>,
 }
 
-/// Some UDP flows, whose descriptors follow.
-#[derive(Debug, Serialize, Deserialize)]
-struct Flows(Vec<OfferedFlow>);
+/// Some UDP flows, whose descriptors follow. There are no more behind an empty list, which says whose turn is next of the
+/// local ports.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Flows {
+    flows: Vec<OfferedFlow>,
+    ports: Option<PortTurn>,
+}
 
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

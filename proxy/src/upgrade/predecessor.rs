@@ -19,7 +19,7 @@ use crate::listen::Listener;
 use crate::mapping::{Forward, Mapping};
 use crate::name::Name;
 use crate::server::Server;
-use crate::udp::LiveFlow;
+use crate::udp::{LiveFlow, LiveFlows};
 
 /// How long the old process may take for its next step. It gives us no more in all.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -140,18 +140,19 @@ impl Predecessor {
         let Self { channel, names } = self;
         in_time(channel.send(&Word::Prepared)).await?;
         let listeners = server.udp_listeners_of(&names);
-        let mut flows = Vec::new();
+        let mut live_flows = LiveFlows::default();
         loop {
-            let Flows(some) = in_time(channel.receive()).await?;
+            let Flows { flows: some, ports } = in_time(channel.receive()).await?;
             if some.is_empty() {
+                live_flows.ports = ports;
                 break;
             }
             let sockets = in_time(channel.receive_descriptors(some.len())).await?;
             for (offered, socket) in some.into_iter().zip(sockets) {
-                flows.push(live(&offered, socket, &listeners)?);
+                live_flows.flows.push(live(&offered, socket, &listeners)?);
             }
         }
-        server.serve_all(flows);
+        server.serve_all(live_flows);
         server.until_responsive().await;
         in_time(channel.send(&Word::Serving)).await?;
         match in_time(channel.receive()).await? {

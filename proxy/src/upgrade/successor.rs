@@ -18,7 +18,7 @@ use crate::control::wire::WireMapping;
 use crate::server::Server;
 use crate::signals::Signals;
 use crate::systemd;
-use crate::udp::LiveFlow;
+use crate::udp::{LiveFlow, LiveFlows};
 
 /// How long the new process may take until it is prepared.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -164,15 +164,15 @@ impl Successor {
         self.expect(Word::Prepared).await
     }
 
-    async fn pass_on(&self, server: &Server, flows: &[LiveFlow]) -> io::Result<()> {
+    async fn pass_on(&self, server: &Server, live: &LiveFlows) -> io::Result<()> {
         let numbers: HashMap<usize, usize> = server.udp_listeners().collect();
-        let offered: Vec<_> = flows.iter().filter_map(|flow| offered(flow, &numbers)).collect();
+        let offered: Vec<_> = live.flows.iter().filter_map(|flow| offered(flow, &numbers)).collect();
         for some in offered.chunks(MOST) {
             let (flows, descriptors): (Vec<_>, Vec<_>) = some.iter().copied().unzip();
-            self.channel.send(&Flows(flows)).await?;
+            self.channel.send(&Flows { flows, ports: None }).await?;
             self.channel.send_descriptors(&descriptors).await?;
         }
-        self.channel.send(&Flows(Vec::new())).await?;
+        self.channel.send(&Flows { flows: Vec::new(), ports: live.ports }).await?;
         self.expect(Word::Serving).await
     }
 

@@ -86,7 +86,7 @@ pub(crate) fn ports_in_turn() {
         fs::write("/proc/sys/net/ipv4/ip_local_reserved_ports", "50010-50029").unwrap();
         fs::write("/proc/sys/net/ipv4/ip_local_port_range", "50000 50119").unwrap();
     });
-    // The range is looked at when the first mapping is served.
+    // Those are of the range there was when it began.
     let proxy = Controlled::start_in(&stage.net.host, &[]);
     let front = SocketAddr::from((HOST_V4, 5301));
     let mut mapping = mapping("front", "udp", front, BACK);
@@ -94,16 +94,41 @@ pub(crate) fn ports_in_turn() {
     proxy.apply(&[mapping]).success();
     let backend = stage.backend(5300);
     let mut seen = HashSet::new();
-    for _ in 0..100 {
-        stage.client().send_to(b"question", front).unwrap();
+    // All are kept, so that no two have the same port.
+    let clients: Vec<_> = (0..101).map(|_| stage.client()).collect();
+    for client in &clients[..100] {
+        client.send_to(b"question", front).unwrap();
         let port = udp::receive(&backend).1.port();
         assert!((50_000..50_010).contains(&port) || (50_030..50_120).contains(&port), "{port} is reserved");
         assert!(seen.insert(port), "{port} is another client's already");
     }
     // All had their turn, and answers may come to each of them.
-    stage.client().send_to(b"question", front).unwrap();
+    clients[100].send_to(b"question", front).unwrap();
     eventually("the datagram is counted", || proxy.stats("front")["errors"]["flow_failed"] == 1);
     assert!(udp::is_silent(&backend));
+}
+
+pub(crate) fn ports_in_turn_over_an_upgrade() {
+    let net = Topology::new();
+    net.host.run(|| fs::write("/proc/sys/net/ipv4/ip_local_port_range", "50000 50059").unwrap());
+    let backend = bind_in(&net.container, (CONTAINER_V4, 5300));
+    let program = Program::new();
+    let to = BACK.to_string();
+    let arguments = ["--proto", "udp", "--host", "0.0.0.0:5300", "--to", &to, "--udp-max-flows", "1"];
+    let old = net.host.spawn(program.command(&arguments));
+    old.wait_for_line(Stream::Stderr, |line| line.contains("confined"));
+    // All are kept, so that no two have the same port.
+    let clients: Vec<_> = (0..60).map(|_| bind_in(&net.client, (CLIENT_V4, 0))).collect();
+    let mut seen = HashSet::new();
+    for (number, client) in clients.iter().enumerate() {
+        if number == 30 {
+            old.signal(Signal::SIGUSR2);
+            assert!(old.wait().success());
+        }
+        client.send_to(b"question", FRONT).unwrap();
+        let port = udp::receive(&backend).1.port();
+        assert!(seen.insert(port), "{port} is another client's already");
+    }
 }
 
 /// A port that a flow uses towards its backend can be published: the flow's client gets another one.
@@ -498,16 +523,20 @@ pub(crate) fn reserved_later() {
     let _backend = Backend::naming(bind_in(&net.container, (CONTAINER_V4, 5300)));
     let proxy = Controlled::start_in(&net.host, &["--sandbox", "strict"]);
     proxy.apply(&[mapping("front", "udp", FRONT, BACK)]).success();
-    let port = || flow_of(&bind_in(&net.client, (CLIENT_V4, 0)), FRONT).port();
+    let mut clients = Vec::new();
+    let mut port = || {
+        // All are kept, so that no two have the same port.
+        clients.push(bind_in(&net.client, (CLIENT_V4, 0)));
+        flow_of(&clients[clients.len() - 1], FRONT).port()
+    };
     assert!((50_000..51_000).contains(&port()));
     net.host.run(|| set("ip_local_reserved_ports", "50100-50999"));
     // It looks now and then. Each flow keeps its port, so that there are not many to try.
-    let is_left_alone = || {
+    eventually("reserved ports are left alone", || {
         thread::sleep(Duration::from_millis(250));
         let ports: Vec<u16> = (0..10).map(|_| port()).collect();
         ports.iter().all(|port| (50_000..50_100).contains(port))
-    };
-    eventually("reserved ports are left alone", is_left_alone);
+    });
     for _ in 0..10 {
         let port = port();
         assert!((50_000..50_100).contains(&port), "{port} is reserved");

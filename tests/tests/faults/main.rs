@@ -100,6 +100,7 @@ fn of_streams() -> Vec<Case> {
 fn of_flows() -> Vec<Case> {
     vec![
         case("a flow's port has been nobody else's for a while", flows::ports_in_turn),
+        case("so it has when another process takes over", flows::ports_in_turn_over_an_upgrade),
         case("a flow's port is published", flows::flows_give_way),
         case("a burst of clients beyond the cap", flows::burst_at_the_cap),
         case("datagrams that are refused", flows::refused_datagrams).needs(&[Need::Program("nft")]),
