@@ -213,6 +213,12 @@ impl Server {
         self.assignments().map(|assignment| assignment.port.as_fd())
     }
 
+    /// Those for UDP.
+    pub(crate) fn udp_sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let udp = self.assignments().filter(|assignment| udp_number(assignment).is_some());
+        udp.map(|assignment| assignment.port.as_fd())
+    }
+
     /// The numbers of the UDP listeners, and their places among [`Server::sockets`].
     pub(crate) fn udp_listeners(&self) -> impl Iterator<Item = (usize, usize)> {
         let numbered = self.assignments().enumerate();

@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use nix::sys::signal::Signal;
 use rproxy_sys::fd::claim_inherited;
 use tokio::runtime::Runtime;
-use tracing::info;
+use tracing::{debug, info};
 
 use crate::activation::{Passed, PassedError};
 use crate::addr::HostAddr;
@@ -151,6 +151,11 @@ fn start(
     let server = Server::prepared(bound, may_change).map_err(setup("watch the listeners"))?;
     drop(entered);
     server.look_at_processors();
+    if let Some(user) = &options.user
+        && let Err(error) = server.udp_sockets().try_for_each(|socket| user.own(socket))
+    {
+        debug!(%error, "clients share the send buffers of UDP listeners");
+    }
     let output = Output::open();
     sandbox::confine(options.sandbox, &needs)?;
     match predecessor {

@@ -2,9 +2,11 @@
 
 use std::fmt;
 use std::fs;
+use std::io;
+use std::os::fd::BorrowedFd;
 use std::str::FromStr;
 
-use nix::unistd::{Gid, Uid};
+use nix::unistd::{Gid, Uid, fchown};
 
 /// A user and a group that exist, or have numbers.
 ///
@@ -24,6 +26,14 @@ impl User {
 
     pub(super) fn gid(&self) -> Gid {
         self.gid
+    }
+
+    /// Makes this user the owner of a socket. Sockets of one user alone can share a port (socket(7), `SO_REUSEPORT`).
+    ///
+    /// # Errors
+    /// Those of fchown(2).
+    pub fn own(&self, socket: BorrowedFd<'_>) -> io::Result<()> {
+        Ok(fchown(socket, Some(self.uid), Some(self.gid))?)
     }
 
     fn find(text: &str, passwd: &str, group: &str) -> Result<Self, String> {

@@ -76,10 +76,15 @@ fn client_sockets(net: &Topology) -> usize {
     net.host.spawn(ss).into_output().success().lines().count()
 }
 
-fn assert_absent_ones_wait_alone(listening: &str, asked: SocketAddr, addresses: impl Fn(u16) -> IpAddr) {
+fn assert_absent_ones_wait_alone(
+    listening: &str,
+    more: &[&str],
+    asked: SocketAddr,
+    addresses: impl Fn(u16) -> IpAddr,
+) {
     let net = Topology::new();
     let _backend = Backend::echo(bind_in(&net.container, (CONTAINER_V4, PORT)));
-    let proxy = relay_in(&net.host, listening, (CONTAINER_V4, PORT), &[]);
+    let proxy = relay_in(&net.host, listening, (CONTAINER_V4, PORT), more);
     let own: IpAddr = if asked.is_ipv4() { CLIENT_V4.into() } else { CLIENT_V6.into() };
     let client = bind_in(&net.client, (own, 0));
     let sockets: Vec<_> =
@@ -103,18 +108,23 @@ fn absent_v4(number: u16) -> IpAddr {
 
 /// Their answers wait for ARP in the kernel.
 pub(crate) fn absent_neighbours() {
-    assert_absent_ones_wait_alone("0.0.0.0:5300", FRONT, absent_v4);
+    assert_absent_ones_wait_alone("0.0.0.0:5300", &["--sandbox", "strict"], FRONT, absent_v4);
+}
+
+/// The process goes on as another user than the one who opened the listener.
+pub(crate) fn absent_neighbours_of_a_user() {
+    assert_absent_ones_wait_alone("0.0.0.0:5300", &["--user", "nobody"], FRONT, absent_v4);
 }
 
 /// As the listener sees them, they are of its family.
 pub(crate) fn absent_neighbours_dual_stack() {
-    assert_absent_ones_wait_alone("[::]:5300", FRONT, absent_v4);
+    assert_absent_ones_wait_alone("[::]:5300", &[], FRONT, absent_v4);
 }
 
 /// Their answers wait for neighbour discovery.
 pub(crate) fn absent_neighbours_v6() {
     let address = |number| Ipv6Addr::new(0xfd00, 0x10, 0, 0, 0, 0, 1, number).into();
-    assert_absent_ones_wait_alone("[::]:5300", (HOST_V6, PORT).into(), address);
+    assert_absent_ones_wait_alone("[::]:5300", &[], (HOST_V6, PORT).into(), address);
 }
 
 /// What leaves for this address of the client's leaves slowly, by a queue of its own.

@@ -128,6 +128,7 @@ fn of_congestion() -> Vec<Case> {
         case("clients that are not there wait alone", congestion::absent_neighbours),
         case("so they do where IPv6 serves IPv4", congestion::absent_neighbours_dual_stack),
         case("so they do over IPv6", congestion::absent_neighbours_v6),
+        case("so they do as another user", congestion::absent_neighbours_of_a_user),
         case("a client behind a slow link waits alone", congestion::slow_link),
         case("answers that wait survive their mapping", congestion::removal),
         case("answers that wait survive the order to end", congestion::end_of_the_process),
