@@ -5,7 +5,8 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use crate::addr::{Cidr, Mac};
-use crate::model::{CONTAINER_INTERFACE, MappingKey, NETNS_DIR, RelayProcess};
+use crate::model::{MappingKey, NETNS_DIR, RelayProcess};
+use crate::name::CONTAINER_INTERFACE;
 use crate::name::{IfName, Name};
 use crate::publish::{HostAddr, Proto};
 

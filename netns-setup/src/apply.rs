@@ -1,41 +1,11 @@
 //! Carrying out a plan, and taking it back when a step fails.
 
-use std::collections::BTreeMap;
 use std::fmt;
 
-use nix::sys::signal::Signal;
-
 use crate::action::Action;
-use crate::kernel::ActionError;
-use crate::model::{MappingKey, RelayProcess};
+use crate::executor::{ActionError, Executor};
 use crate::plan::Plan;
-use crate::publish::{HostAddr, Proto};
-use crate::reserve::ReserveError;
 use crate::state::StateError;
-
-/// What carries out actions: the kernel, or a test's stand-in for it.
-pub trait Backend {
-    /// Carries out one action.
-    ///
-    /// # Errors
-    /// When it fails; nothing of it has happened then.
-    fn run(&mut self, action: &Action) -> Result<(), ActionError>;
-
-    /// Binds a port of the host, 0 for any, and holds it until it is handed to a relay; returns the port.
-    ///
-    /// # Errors
-    /// When it is in use, or the address is not one of this host.
-    fn reserve(&mut self, proto: Proto, host: HostAddr, port: u16) -> Result<u16, ReserveError>;
-
-    /// The relays that [`Backend::run`] has started and not stopped.
-    fn relays(&self) -> &BTreeMap<MappingKey, RelayProcess>;
-
-    /// The signal that asks this program to end, if one has come. From the first call on, it is left to the caller
-    /// to end.
-    fn interrupted(&mut self) -> Option<Signal> {
-        None
-    }
-}
 
 /// An action that failed.
 #[derive(Debug)]
@@ -101,31 +71,31 @@ impl std::error::Error for ApplyError {
 /// When a step or `save` fails, or a signal comes.
 pub fn apply(
     plan: &Plan,
-    backend: &mut dyn Backend,
-    save: impl FnOnce(&dyn Backend) -> Result<(), StateError>,
+    executor: &mut dyn Executor,
+    save: impl FnOnce(&dyn Executor) -> Result<(), StateError>,
 ) -> Result<(), Box<ApplyError>> {
     for (done, step) in plan.steps.iter().enumerate() {
-        let result = match backend.interrupted() {
+        let result = match executor.interrupted() {
             Some(signal) => Err(ActionError::Interrupted(signal)),
-            None => backend.run(&step.action),
+            None => executor.run(&step.action),
         };
         if let Err(source) = result {
             let failed = Failure::new(&step.action, source);
-            return Err(Box::new(ApplyError { failed, left: undo(plan, done, backend), unsaved: None }));
+            return Err(Box::new(ApplyError { failed, left: undo(plan, done, executor), unsaved: None }));
         }
     }
-    save(backend).map_err(|error| {
+    save(executor).map_err(|error| {
         let failed = Failure { command: "write down what is there".to_owned(), source: error.into() };
-        Box::new(ApplyError { failed, left: undo(plan, plan.steps.len(), backend), unsaved: None })
+        Box::new(ApplyError { failed, left: undo(plan, plan.steps.len(), executor), unsaved: None })
     })
 }
 
 /// Takes back the first `done` steps, last first; returns what could not be taken back.
-fn undo(plan: &Plan, done: usize, backend: &mut dyn Backend) -> Vec<Failure> {
+fn undo(plan: &Plan, done: usize, executor: &mut dyn Executor) -> Vec<Failure> {
     let mut left = Vec::new();
     for step in plan.steps[..done].iter().rev() {
         for action in &step.undo {
-            if let Err(source) = backend.run(action) {
+            if let Err(source) = executor.run(action) {
                 left.push(Failure::new(action, source));
             }
         }
@@ -135,9 +105,16 @@ fn undo(plan: &Plan, done: usize, backend: &mut dyn Backend) -> Vec<Failure> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+
+    use nix::sys::signal::Signal;
+
     use super::*;
+    use crate::model::{MappingKey, RelayProcess};
     use crate::name::Name;
     use crate::plan::Step;
+    use crate::publish::{HostAddr, Proto};
+    use crate::reserve::ReserveError;
 
     /// Writes down what it is asked to do, and fails where it is told to.
     #[derive(Default)]
@@ -148,7 +125,7 @@ mod tests {
         signal_after: Option<usize>,
     }
 
-    impl Backend for Recording {
+    impl Executor for Recording {
         fn run(&mut self, action: &Action) -> Result<(), ActionError> {
             let command = action.to_string();
             let fails = self.fail.contains(&command.as_str());
@@ -182,33 +159,33 @@ mod tests {
 
     #[test]
     fn steps_run_in_order() {
-        let mut backend = Recording::default();
-        apply(&plan(&["a", "b"]), &mut backend, |_| Ok(())).unwrap();
-        assert_eq!(backend.log, ["ip netns add a", "ip netns add b"]);
+        let mut executor = Recording::default();
+        apply(&plan(&["a", "b"]), &mut executor, |_| Ok(())).unwrap();
+        assert_eq!(executor.log, ["ip netns add a", "ip netns add b"]);
     }
 
     #[test]
     fn what_cannot_be_written_down_is_undone() {
-        let mut backend = Recording::default();
-        let save = |_: &dyn Backend| Err(StateError::Exposed("/nonexistent".into()));
-        let error = apply(&plan(&["a", "b"]), &mut backend, save).unwrap_err();
-        assert_eq!(backend.log[2..], ["ip netns delete b", "ip netns delete a"]);
+        let mut executor = Recording::default();
+        let save = |_: &dyn Executor| Err(StateError::Exposed("/nonexistent".into()));
+        let error = apply(&plan(&["a", "b"]), &mut executor, save).unwrap_err();
+        assert_eq!(executor.log[2..], ["ip netns delete b", "ip netns delete a"]);
         assert!(error.to_string().contains("/nonexistent"), "{error}");
     }
 
     #[test]
     fn a_signal_ends_it_before_the_next_step() {
-        let mut backend = Recording { signal_after: Some(1), ..Recording::default() };
-        let error = apply(&plan(&["a", "b"]), &mut backend, |_| Ok(())).unwrap_err();
-        assert_eq!(backend.log, ["ip netns add a", "ip netns delete a"]);
+        let mut executor = Recording { signal_after: Some(1), ..Recording::default() };
+        let error = apply(&plan(&["a", "b"]), &mut executor, |_| Ok(())).unwrap_err();
+        assert_eq!(executor.log, ["ip netns add a", "ip netns delete a"]);
         assert!(error.to_string().starts_with("ended by SIGINT"), "{error}");
     }
 
     #[test]
     fn what_was_done_is_undone_last_first() {
-        let mut backend = Recording { fail: vec!["ip netns add c"], ..Recording::default() };
-        let error = apply(&plan(&["a", "b", "c", "d"]), &mut backend, |_| Ok(())).unwrap_err();
-        assert_eq!(backend.log[3..], ["ip netns delete b", "ip netns delete a"]);
+        let mut executor = Recording { fail: vec!["ip netns add c"], ..Recording::default() };
+        let error = apply(&plan(&["a", "b", "c", "d"]), &mut executor, |_| Ok(())).unwrap_err();
+        assert_eq!(executor.log[3..], ["ip netns delete b", "ip netns delete a"]);
         assert!(error.left.is_empty());
         assert!(error.to_string().ends_with("nothing was changed"), "{error}");
     }
@@ -216,9 +193,9 @@ mod tests {
     #[test]
     fn undoing_goes_on_and_reports_everything() {
         let fail = vec!["ip netns add c", "ip netns delete b"];
-        let mut backend = Recording { fail, ..Recording::default() };
-        let error = apply(&plan(&["a", "b", "c"]), &mut backend, |_| Ok(())).unwrap_err();
-        assert_eq!(backend.log.last().unwrap(), "ip netns delete a");
+        let mut executor = Recording { fail, ..Recording::default() };
+        let error = apply(&plan(&["a", "b", "c"]), &mut executor, |_| Ok(())).unwrap_err();
+        assert_eq!(executor.log.last().unwrap(), "ip netns delete a");
         assert_eq!(error.left.len(), 1);
         assert!(error.to_string().contains("repair"), "{error}");
     }

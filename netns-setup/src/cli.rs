@@ -9,10 +9,10 @@ use clap::{Args, Parser, Subcommand};
 use serde_json::json;
 
 use crate::addr::{Subnet4, Subnet6};
-use crate::apply::Backend;
 use crate::commands::{self, Attach, Command, NetnsChoice, Options, Publish, Report, Unpublish, Up};
 use crate::demo;
 use crate::error::Error;
+use crate::executor::Executor;
 use crate::firewall::detect::Choice;
 use crate::model::Via;
 use crate::name::{IfName, Name};
@@ -175,7 +175,7 @@ impl Cli {
     /// When the command fails, or its output cannot be written.
     pub fn run(
         self,
-        backend: &mut dyn Backend,
+        executor: &mut dyn Executor,
         out: &mut dyn Write,
         log: &mut dyn Write,
     ) -> Result<(), Error> {
@@ -187,7 +187,7 @@ impl Cli {
             }
             return demo::run(options.firewall, options.rproxy, out);
         };
-        let report = match commands::run(&command, &options, backend) {
+        let report = match commands::run(&command, &options, executor) {
             Err(error @ (Error::Differs(_) | Error::Unmendable(_))) => {
                 write_differences(out, json, error.differences()).map_err(Error::Output)?;
                 return Err(error);

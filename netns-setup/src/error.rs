@@ -6,9 +6,9 @@ use nix::sys::signal::Signal;
 
 use crate::action::{Action, LinkChange, Place};
 use crate::apply::ApplyError;
+use crate::executor::ActionError;
 use crate::firewall::detect::DetectError;
 use crate::ipam::IpamError;
-use crate::kernel::ActionError;
 use crate::model::{Firewall, MappingKey, Via};
 use crate::name::Name;
 use crate::netns::NetnsError;

@@ -1,8 +1,6 @@
 //! Carrying out actions for real.
 
 use std::collections::BTreeMap;
-use std::io;
-use std::path::PathBuf;
 
 use netlink_sys::protocols::NETLINK_ROUTE;
 use nix::errno::Errno;
@@ -10,62 +8,16 @@ use nix::sys::signal::Signal;
 use socket2::Socket;
 
 use crate::action::{Action, Place, RelayCommand};
-use crate::apply::Backend;
-use crate::firewall::tool::{self, ToolError};
+use crate::executor::{ActionError, Executor};
+use crate::firewall::tool::{self};
 use crate::model::{MappingKey, Netns, RelayProcess};
 use crate::netlink::{Client, NetlinkError, address, link, route};
-use crate::netns::{self, Handle, NetnsError};
+use crate::netns::{self, Handle};
 use crate::publish::{HostAddr, Proto};
 use crate::relay::{self, RelayError};
 use crate::reserve::{self, ReserveError};
 use crate::signals::Signals;
-use crate::state::StateError;
 use crate::{persist, stale, sysctl};
-
-/// Why an action failed.
-#[derive(Debug, thiserror::Error)]
-pub enum ActionError {
-    /// The kernel refused a change of an interface, address or route.
-    #[error(transparent)]
-    Netlink(#[from] NetlinkError),
-    /// A namespace could not be made, entered or removed.
-    #[error(transparent)]
-    Netns(#[from] NetnsError),
-    /// A program that loads rules failed.
-    #[error(transparent)]
-    Tool(#[from] ToolError),
-    /// A relay could not be started or stopped.
-    #[error(transparent)]
-    Relay(#[from] RelayError),
-    /// A host port could not be bound.
-    #[error(transparent)]
-    Reserve(#[from] ReserveError),
-    /// A kernel parameter could not be set.
-    #[error("cannot set {key}: {source}")]
-    Sysctl {
-        /// Which.
-        key: String,
-        /// Why.
-        source: io::Error,
-    },
-    /// The state could not be written.
-    #[error(transparent)]
-    State(#[from] StateError),
-    /// A signal asked this program to end.
-    #[error("ended by {0}")]
-    Interrupted(Signal),
-    /// Connection tracking did not forget a flow.
-    #[error("cannot forget UDP flows (conntrack): {0}")]
-    Conntrack(#[source] io::Error),
-    /// A file could not be written or removed.
-    #[error("cannot change {}: {source}", path.display())]
-    File {
-        /// Which.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-}
 
 /// The system itself, as seen from the network namespace of the calling thread.
 #[derive(Debug, Default)]
@@ -76,7 +28,7 @@ pub struct Kernel {
     signals: Option<Signals>,
 }
 
-impl Backend for Kernel {
+impl Executor for Kernel {
     fn run(&mut self, action: &Action) -> Result<(), ActionError> {
         match action {
             Action::AddNetns(name) => Ok(netns::add(name)?),
@@ -189,6 +141,17 @@ fn request(action: &Action) -> Result<(), NetlinkError> {
         Action::DeleteAddress { name, address, .. } => address::delete(client, name.as_str(), *address),
         Action::AddDefaultRoute { gateway, .. } => route::add_default(client, *gateway),
         Action::DeleteDefaultRoute { gateway, .. } => route::delete_default(client, *gateway),
-        _ => Ok(()),
+        // These are nothing of the routing protocol, and do not come here.
+        Action::AddNetns(_)
+        | Action::DeleteNetns(_)
+        | Action::SetSysctl { .. }
+        | Action::WriteFile { .. }
+        | Action::RemoveFile(_)
+        | Action::Nft(_)
+        | Action::Iptables { .. }
+        | Action::StartRelay(_)
+        | Action::StopRelay { .. }
+        | Action::FlushConntrack { .. }
+        | Action::AddVeth(_) => Ok(()),
     }
 }

@@ -13,6 +13,7 @@ pub mod cli;
 pub mod commands;
 pub mod demo;
 pub mod error;
+pub mod executor;
 pub mod firewall;
 pub mod ipam;
 pub mod kernel;

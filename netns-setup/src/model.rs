@@ -10,9 +10,6 @@ use crate::addr::{Cidr, Mac, Subnet4, Subnet6};
 use crate::name::{Id, IfName, Name};
 use crate::publish::{HostAddr, PortRequest, Proto};
 
-/// The interface of a container, under the name that Docker gives it.
-pub const CONTAINER_INTERFACE: &str = "eth0";
-
 /// Where named network namespaces are found, by `ip netns` and by this program.
 pub const NETNS_DIR: &str = "/run/netns";
 

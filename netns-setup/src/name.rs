@@ -6,7 +6,9 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 use crate::addr::{Mac, serde_as_text};
-use crate::model::CONTAINER_INTERFACE;
+
+/// The interface of a container, under the name that Docker gives it.
+pub const CONTAINER_INTERFACE: &str = "eth0";
 
 /// Why a text cannot be a name.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]

@@ -13,7 +13,7 @@ use std::process::ExitCode;
 use clap::CommandFactory;
 use clap_complete::Shell;
 use rproxy::cli::Cli;
-use rproxy::console;
+use rproxy::log::console;
 
 /// What the command line does not say (man-pages(7)), in roff.
 const SECTIONS: &str = r#"

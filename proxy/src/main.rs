@@ -3,7 +3,8 @@
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-use rproxy::{console, docker, standalone};
+use rproxy::log::console;
+use rproxy::{docker, standalone};
 
 fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().skip(1).collect();

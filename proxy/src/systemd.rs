@@ -16,8 +16,8 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::time::sleep;
 use tracing::warn;
 
-use crate::activation::{Passed, PassedSocket};
-use crate::listen::{AdoptError, Listener};
+use crate::bind::activation::{Passed, PassedSocket};
+use crate::bind::listen::{AdoptError, Listener};
 
 /// After how long the service manager is told again what it had no room for.
 const RETRY: Duration = Duration::from_secs(1);

@@ -7,8 +7,8 @@ use serde_json::json;
 
 use super::change::Held;
 use super::{Options, Report, show, up};
-use crate::apply::Backend;
 use crate::error::Error;
+use crate::executor::Executor;
 use crate::model::{Endpoint, Netns};
 use crate::name::Name;
 use crate::plan::Scope;
@@ -40,7 +40,7 @@ pub struct Attach {
 }
 
 impl Attach {
-    pub(super) fn run(&self, options: &Options, backend: &mut dyn Backend) -> Result<Report, Error> {
+    pub(super) fn run(&self, options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
         let mut held = Held::open_settled(options)?;
         let network = held.network()?;
         if held.state.current.endpoints.contains_key(&self.name) {
@@ -65,7 +65,7 @@ impl Attach {
             network.last_ip = Some(ip);
         }
         desired.endpoints.insert(self.name.clone(), endpoint);
-        let plan = held.change(desired, &Scope::one(&self.name), options, backend)?;
+        let plan = held.change(desired, &Scope::one(&self.name), options, executor)?;
         Ok(Report::of(&plan.steps, vec![ip.to_string()], result))
     }
 
@@ -82,11 +82,11 @@ impl Attach {
 }
 
 /// Removes a container, with what it publishes.
-pub(super) fn detach(name: &Name, options: &Options, backend: &mut dyn Backend) -> Result<Report, Error> {
+pub(super) fn detach(name: &Name, options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
     let mut held = Held::open_settled(options)?;
     held.endpoint(name)?;
     let mut desired = held.state.current.clone();
     desired.endpoints.remove(name);
-    let plan = held.change(desired, &Scope::one(name), options, backend)?;
+    let plan = held.change(desired, &Scope::one(name), options, executor)?;
     Ok(Report::of(&plan.steps, vec![format!("{name} is detached")], serde_json::Value::Null))
 }

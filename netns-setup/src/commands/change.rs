@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 
 use super::Options;
-use crate::apply::{self, Backend};
+use crate::apply;
 use crate::error::Error;
+use crate::executor::Executor;
 use crate::firewall::detect::Choice;
 use crate::model::{Firewall, Network, Topology};
 use crate::name::Name;
@@ -73,7 +74,7 @@ impl Held {
         desired: Topology,
         scope: &Scope,
         options: &Options,
-        backend: &mut dyn Backend,
+        executor: &mut dyn Executor,
     ) -> Result<Plan, Error> {
         let owned = self.state.owned();
         let observed = observe(&owned, &desired, scope)?;
@@ -90,7 +91,7 @@ impl Held {
         let settled = self.state.pending.is_none() && self.state.current == desired;
         let nothing_to_do = settled && plan.is_empty();
         if !(options.dry_run || nothing_to_do) {
-            self.carry_out(&plan, desired, &observed, backend)?;
+            self.carry_out(&plan, desired, &observed, executor)?;
         }
         Ok(plan)
     }
@@ -100,23 +101,23 @@ impl Held {
         plan: &Plan,
         desired: Topology,
         observed: &Observed,
-        backend: &mut dyn Backend,
+        executor: &mut dyn Executor,
     ) -> Result<(), Error> {
-        if let Some(signal) = backend.interrupted() {
+        if let Some(signal) = executor.interrupted() {
             return Err(Error::Interrupted(signal));
         }
         let before = self.state.clone();
         self.save(State { current: before.current.clone(), pending: Some(desired.clone()) })?;
-        let save = |backend: &dyn Backend| {
+        let save = |executor: &dyn Executor| {
             let mut current = desired.clone();
-            note_relays(&mut current, observed, backend);
+            note_relays(&mut current, observed, executor);
             self.save(State { current, pending: None })
         };
-        let Err(mut error) = apply::apply(plan, backend, save) else { return Ok(()) };
+        let Err(mut error) = apply::apply(plan, executor, save) else { return Ok(()) };
         // What could not be undone has to stay known; what was undone may run in new processes.
         let pending = if error.left.is_empty() { before.pending } else { Some(desired) };
         let mut current = before.current;
-        note_relays(&mut current, observed, backend);
+        note_relays(&mut current, observed, executor);
         error.unsaved = self.save(State { current, pending }).err();
         Err(error.into())
     }
@@ -130,8 +131,8 @@ impl Held {
     }
 }
 
-fn note_relays(topology: &mut Topology, observed: &Observed, backend: &dyn Backend) {
-    let started = backend.relays();
+fn note_relays(topology: &mut Topology, observed: &Observed, executor: &dyn Executor) {
+    let started = executor.relays();
     for mapping in topology.endpoints.values_mut().flat_map(|endpoint| &mut endpoint.mappings) {
         let key = mapping.key();
         let known = started.get(&key).or_else(|| observed.relays.get(&key));

@@ -6,8 +6,8 @@ use serde_json::json;
 
 use super::change::Held;
 use super::{Options, Report};
-use crate::apply::Backend;
 use crate::error::{Error, finding};
+use crate::executor::Executor;
 use crate::firewall::detect;
 use crate::model::Topology;
 use crate::observe::observe;
@@ -47,10 +47,10 @@ fn taken_ports(topology: &Topology) -> impl Iterator<Item = String> {
 }
 
 /// Mends what differs, and finishes what was interrupted.
-pub(super) fn repair(options: &Options, backend: &mut dyn Backend) -> Result<Report, Error> {
+pub(super) fn repair(options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
     let mut held = Held::open(options)?;
     let desired = held.state.pending.clone().unwrap_or_else(|| held.state.current.clone());
-    let plan = held.change(desired, &Scope::All, options, backend)?;
+    let plan = held.change(desired, &Scope::All, options, executor)?;
     let problems: Vec<_> = plan.problems.iter().cloned().chain(taken_ports(&held.state.current)).collect();
     if !problems.is_empty() {
         return Err(Error::Unmendable(problems));

@@ -15,8 +15,8 @@ pub use attach::{Attach, NetnsChoice};
 pub use publish::{Publish, Unpublish};
 pub use up::Up;
 
-use crate::apply::Backend;
 use crate::error::Error;
+use crate::executor::Executor;
 use crate::firewall::detect::Choice;
 use crate::name::Name;
 use crate::plan::Step;
@@ -101,17 +101,17 @@ impl Report {
 ///
 /// # Errors
 /// When it cannot be done; nothing has been changed then, unless the error says so.
-pub fn run(command: &Command, options: &Options, backend: &mut dyn Backend) -> Result<Report, Error> {
+pub fn run(command: &Command, options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
     match command {
-        Command::Up(up) => up.run(options, backend),
-        Command::Down => up::down(options, backend),
-        Command::Attach(attach) => attach.run(options, backend),
-        Command::Detach(name) => attach::detach(name, options, backend),
-        Command::Publish(publish) => publish.run(options, backend),
-        Command::Unpublish(unpublish) => unpublish.run(options, backend),
+        Command::Up(up) => up.run(options, executor),
+        Command::Down => up::down(options, executor),
+        Command::Attach(attach) => attach.run(options, executor),
+        Command::Detach(name) => attach::detach(name, options, executor),
+        Command::Publish(publish) => publish.run(options, executor),
+        Command::Unpublish(unpublish) => unpublish.run(options, executor),
         Command::List => show::list(options),
         Command::Inspect(name) => show::inspect(name.as_ref(), options),
         Command::Check => check::check(options),
-        Command::Repair => check::repair(options, backend),
+        Command::Repair => check::repair(options, executor),
     }
 }

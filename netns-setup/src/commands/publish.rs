@@ -4,8 +4,8 @@ use serde_json::json;
 
 use super::change::Held;
 use super::{Options, Report};
-use crate::apply::Backend;
 use crate::error::Error;
+use crate::executor::Executor;
 use crate::model::{Firewall, Mapping, MappingKey, Network, Topology, Via};
 use crate::name::Name;
 use crate::plan::Scope;
@@ -29,7 +29,7 @@ pub struct Publish {
 }
 
 impl Publish {
-    pub(super) fn run(&self, options: &Options, backend: &mut dyn Backend) -> Result<Report, Error> {
+    pub(super) fn run(&self, options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
         let mut held = Held::open_settled(options)?;
         let network = held.network()?;
         let (via, warnings) = self.usable_via(network)?;
@@ -42,7 +42,7 @@ impl Publish {
                     return Err(Error::OtherVia(mapping.key(), mapping.via));
                 }
                 Some(mapping) => mapping,
-                None => claim(&desired, &request, via, backend)?,
+                None => claim(&desired, &request, via, executor)?,
             };
             let known = desired.endpoints.get_mut(&self.name).map(|endpoint| &mut endpoint.mappings);
             if let Some(known) = known.filter(|known| !known.iter().any(|known| known.key() == mapping.key()))
@@ -58,7 +58,7 @@ impl Publish {
             published.iter().map(|mapping| format!("{} -> {ip}:{}", mapping.key(), mapping.container_port));
         let result = json!({ "mappings": published });
         let lines = lines.collect();
-        let plan = held.change(desired, &Scope::one(&self.name), options, backend)?;
+        let plan = held.change(desired, &Scope::one(&self.name), options, executor)?;
         Ok(Report { warnings, ..Report::of(&plan.steps, lines, result) })
     }
 
@@ -117,11 +117,11 @@ fn claim(
     topology: &Topology,
     request: &PortRequest,
     via: Via,
-    backend: &mut dyn Backend,
+    executor: &mut dyn Executor,
 ) -> Result<Mapping, Error> {
     let PortRequest { proto, host, host_port, container_port } = *request;
     let random = host_port == HostPort::Random;
-    let mut reserve = |port| reserve(topology, MappingKey { proto, host, port }, backend);
+    let mut reserve = |port| reserve(topology, MappingKey { proto, host, port }, executor);
     let host_port = match host_port {
         HostPort::Exactly(port) => reserve(port)?,
         HostPort::Random => {
@@ -157,7 +157,7 @@ fn first_free(
     ))
 }
 
-fn reserve(topology: &Topology, key: MappingKey, backend: &mut dyn Backend) -> Result<u16, Error> {
+fn reserve(topology: &Topology, key: MappingKey, executor: &mut dyn Executor) -> Result<u16, Error> {
     let owner_of = |key: MappingKey| {
         let taken = topology.mappings().find(|(_, _, mapping)| mapping.conflicts(key));
         taken.map(|(owner, _, _)| Error::PortTaken { key, owner: owner.clone() })
@@ -166,7 +166,7 @@ fn reserve(topology: &Topology, key: MappingKey, backend: &mut dyn Backend) -> R
     if let Some(error) = owner_of(key) {
         return Err(error);
     }
-    let port = backend.reserve(key.proto, key.host, key.port)?;
+    let port = executor.reserve(key.proto, key.host, key.port)?;
     owner_of(MappingKey { port, ..key }).map_or(Ok(port), Err)
 }
 
@@ -180,7 +180,7 @@ pub struct Unpublish {
 }
 
 impl Unpublish {
-    pub(super) fn run(&self, options: &Options, backend: &mut dyn Backend) -> Result<Report, Error> {
+    pub(super) fn run(&self, options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
         let mut held = Held::open_settled(options)?;
         let mappings = &held.endpoint(&self.name)?.mappings;
         let requests: Vec<_> = self.specs.iter().flat_map(|spec| spec.requests()).collect();
@@ -198,7 +198,7 @@ impl Unpublish {
         if let Some(endpoint) = desired.endpoints.get_mut(&self.name) {
             endpoint.mappings.retain(|mapping| !goes(mapping));
         }
-        let plan = held.change(desired, &Scope::one(&self.name), options, backend)?;
+        let plan = held.change(desired, &Scope::one(&self.name), options, executor)?;
         let lines = gone.iter().map(|mapping| format!("{} is no longer published", mapping.key())).collect();
         Ok(Report::of(&plan.steps, lines, json!({ "mappings": gone })))
     }

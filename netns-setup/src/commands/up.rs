@@ -5,8 +5,8 @@ use serde_json::json;
 use super::change::Held;
 use super::{Options, Report};
 use crate::addr::{Subnet4, Subnet6};
-use crate::apply::Backend;
 use crate::error::Error;
+use crate::executor::Executor;
 use crate::firewall::detect::{self, Choice};
 use crate::model::{Network, SysctlChange, Topology};
 use crate::name::{Id, IfName};
@@ -31,7 +31,7 @@ pub struct Up {
 }
 
 impl Up {
-    pub(super) fn run(&self, options: &Options, backend: &mut dyn Backend) -> Result<Report, Error> {
+    pub(super) fn run(&self, options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
         let mut held = Held::open_settled(options)?;
         let mut desired = held.state.current.clone();
         let network = match desired.network.take() {
@@ -46,7 +46,7 @@ impl Up {
         }
         let result = json!({ "network": network });
         desired.network = Some(network);
-        let plan = held.change(desired, &Scope::All, options, backend)?;
+        let plan = held.change(desired, &Scope::All, options, executor)?;
         warnings.extend(plan.problems);
         Ok(Report { warnings, ..Report::of(&plan.steps, lines, result) })
     }
@@ -80,9 +80,9 @@ impl Up {
 }
 
 /// Takes everything down that is ours.
-pub(super) fn down(options: &Options, backend: &mut dyn Backend) -> Result<Report, Error> {
+pub(super) fn down(options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
     let mut held = Held::open(options)?;
-    let plan = held.change(Topology::default(), &Scope::All, options, backend)?;
+    let plan = held.change(Topology::default(), &Scope::All, options, executor)?;
     let line = if plan.is_empty() { "nothing was up" } else { "everything of ours is gone" };
     Ok(Report::of(&plan.steps, vec![line.to_owned()], json!(null)))
 }

@@ -13,9 +13,9 @@ use nix::sched::{CloneFlags, unshare};
 
 use crate::action::{Action, LinkChange, Place, VethPair};
 use crate::addr::{Cidr, Mac};
-use crate::apply::Backend;
 use crate::commands::{self, Attach, Command, NetnsChoice, Options, Publish, Up};
 use crate::error::Error;
+use crate::executor::Executor;
 use crate::firewall::detect::Choice;
 use crate::firewall::tool;
 use crate::kernel::Kernel;

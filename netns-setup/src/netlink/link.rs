@@ -13,7 +13,7 @@ use nix::errno::Errno;
 use super::{Client, NetlinkError};
 use crate::action::{LinkChange, OffloadSizes, VethPair};
 use crate::addr::Mac;
-use crate::model::CONTAINER_INTERFACE;
+use crate::name::CONTAINER_INTERFACE;
 use crate::name::IfName;
 use crate::observed::Link;
 

@@ -10,7 +10,7 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
 use super::{Client, NetlinkError, link};
 use crate::addr::Cidr;
-use crate::model::CONTAINER_INTERFACE;
+use crate::name::CONTAINER_INTERFACE;
 use crate::observed::Route;
 
 /// Lists the unicast routes of the main table, both families.

@@ -4,7 +4,8 @@ use std::net::IpAddr;
 
 use super::{Inputs, LinkWish, OffloadLimits, Plan, PlanError, Step, network, untouched_offload};
 use crate::action::{Action, LinkChange, Place, VethPair};
-use crate::model::{CONTAINER_INTERFACE, Endpoint, Network};
+use crate::model::{Endpoint, Network};
+use crate::name::CONTAINER_INTERFACE;
 use crate::name::{IfName, Name};
 use crate::observed::Side;
 

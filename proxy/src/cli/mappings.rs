@@ -9,18 +9,18 @@ use ipnet::IpNet;
 
 use super::UsageError;
 use super::values::{Limit, To, parse_count};
-use crate::access::{AccessList, parse_network};
-use crate::addr::{AddrError, HostAddr, Protocol, Protocols, ScopedIp};
-use crate::dscp::Dscp;
-use crate::duration::parse_limit;
-use crate::endpoint::{BackendSpec, HostSpec};
-use crate::family::everywhere;
-use crate::limits::{Limits, OnLimit};
 use crate::loops::{LoopReason, refuse_loops_among};
+use crate::mapping::access::{AccessList, parse_network};
+use crate::mapping::addr::{AddrError, HostAddr, Protocol, Protocols, ScopedIp};
+use crate::mapping::dscp::Dscp;
+use crate::mapping::duration::parse_limit;
+use crate::mapping::endpoint::{BackendSpec, HostSpec};
+use crate::mapping::family::everywhere;
+use crate::mapping::limits::{Limits, OnLimit};
+use crate::mapping::name::Name;
+use crate::mapping::overlap::refuse_overlap;
+use crate::mapping::publish::{ExposedPorts, PublishSpec};
 use crate::mapping::{Mapping, MappingError};
-use crate::name::Name;
-use crate::overlap::refuse_overlap;
-use crate::publish::{ExposedPorts, PublishSpec};
 
 const HOST_HELP: &str =
     "Address and ports to listen on, such as [::]:80, 127.0.0.1:0 or 0.0.0.0:8000-8010; goes with a --to";

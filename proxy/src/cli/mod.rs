@@ -1,5 +1,6 @@
 //! The command line of standalone use.
 
+pub(crate) mod ctl;
 mod mappings;
 mod values;
 
@@ -12,14 +13,14 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use tracing_subscriber::filter::Targets;
 
+use self::ctl::Ctl;
 pub use self::mappings::MappingArgs;
 use self::values::DrainLimit;
-use crate::control::ctl;
 use crate::control::socket::DEFAULT_PATH;
-use crate::duration;
+use crate::log::{self, Format, LogConfig};
 use crate::mapping::Mapping;
+use crate::mapping::duration;
 use crate::sandbox::{self, User};
-use crate::telemetry::{self, Format, LogConfig};
 
 /// A TCP and UDP relay that publishes container ports: it listens on host addresses and forwards to backends.
 ///
@@ -54,7 +55,7 @@ pub enum Command {
         once: bool,
     },
     /// Look after a running rproxy that was started with --control
-    Ctl(ctl::Ctl),
+    Ctl(Ctl),
     /// Say what is wrong in a configuration file, or 'ok'
     CheckConfig {
         /// The file
@@ -93,7 +94,7 @@ pub struct Serve {
     #[arg(long, value_enum, default_value_t)]
     log_format: Format,
     /// What is logged: a level, or a list such as 'warn,rproxy::tcp=debug' [default: RUST_LOG, or info]
-    #[arg(long, value_name = "LEVEL", value_parser = telemetry::parse_filter)]
+    #[arg(long, value_name = "LEVEL", value_parser = log::parse_filter)]
     log_level: Option<Targets>,
 }
 
@@ -223,7 +224,7 @@ fn one_line(error: &clap::Error, help: &str) -> UsageError {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::limits::Limits;
+    use crate::mapping::limits::Limits;
 
     fn wrong(line: &str) -> String {
         let args: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();

@@ -3,9 +3,9 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-use crate::addr::{AddrError, ScopedIp};
-use crate::duration::{UNLIMITED, parse, parse_optional_limit};
-use crate::endpoint::BackendSpec;
+use crate::mapping::addr::{AddrError, ScopedIp};
+use crate::mapping::duration::{UNLIMITED, parse, parse_optional_limit};
+use crate::mapping::endpoint::BackendSpec;
 
 /// Where `--to` leads.
 #[derive(Clone, Debug)]

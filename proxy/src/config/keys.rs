@@ -7,13 +7,13 @@ use std::str::FromStr;
 use toml::Spanned;
 use toml::de::{DeString, DeTable, DeValue};
 
-use super::hints::{meant_key, unknown_key};
 use super::mistake::{Found, Mistakes};
+use super::names::{meant_key, unknown_key, with_keys};
 use super::values::{self, NumberOrText};
-use crate::addr::{AddrError, ScopedIp};
-use crate::control::wire::{FieldErrors, WireLimits, WireMapping};
-use crate::endpoint::{BackendSpec, HostSpec};
 use crate::mapping::Mapping;
+use crate::mapping::addr::{AddrError, ScopedIp};
+use crate::mapping::endpoint::{BackendSpec, HostSpec};
+use crate::mapping::wire::{FieldErrors, WireLimits, WireMapping};
 
 type Text = Option<Spanned<String>>;
 type Count = Option<Spanned<usize>>;
@@ -43,36 +43,8 @@ pub(super) struct Keys {
     unread: Vec<String>,
 }
 
-/// Calls a macro with the names of all keys.
-macro_rules! with_keys {
-    ($macro:ident) => {
-        $macro!(
-            name,
-            host,
-            to,
-            proto,
-            v6only,
-            connect_timeout,
-            idle_timeout,
-            max_connections,
-            on_limit,
-            udp_timeout,
-            udp_max_flows,
-            udp_max_flows_per_source,
-            udp_any_port,
-            dscp,
-            allow,
-            deny
-        )
-    };
-}
-
-macro_rules! names {
-    ($($key:ident),*) => { [$(stringify!($key)),*] };
-}
-
-/// All of them.
-pub(super) const KEYS: [&str; 16] = with_keys!(names);
+/// The longest value about which something is suggested, in bytes.
+pub(super) const LONGEST_VALUE: usize = 256;
 
 impl Keys {
     /// What `table` says, as far as it can be read.
@@ -84,7 +56,7 @@ impl Keys {
             macro_rules! read {
                 ($($known:ident),*) => {
                     match key {
-                        $(stringify!($known) => keys.$known = values::read(key, value, found),)*
+                        $(stringify!($known) => keys.$known = values::read(key, value, is_accepted, found),)*
                         unknown => found.push_with(place.start, || Found::at(place, unknown_key(unknown))),
                     }
                 };
@@ -227,6 +199,18 @@ impl Keys {
         }
         with_keys!(places).unwrap_or(table)
     }
+}
+
+/// Whether `value`, as it is written in a file, is one that `key` can have.
+pub(super) fn is_accepted(key: &str, value: &str) -> bool {
+    let line = format!("{key} = {value}");
+    if value.len() > LONGEST_VALUE || value.contains('\n') {
+        return false;
+    }
+    let Ok(table) = DeTable::parse(&line) else { return false };
+    let mut found = Mistakes::default();
+    let keys = Keys::read(table.get_ref(), &mut found);
+    found.is_empty() && table.get_ref().len() == 1 && keys.are_accepted(key)
 }
 
 /// The keys and values of a table in the order in which they are written.

@@ -3,10 +3,11 @@
 //! It is read as a whole or not at all, and its first mistakes are reported with their places.
 
 mod file;
-mod hints;
 mod keys;
 mod mistake;
+mod names;
 mod print;
+mod syntax;
 mod values;
 
 use std::collections::HashSet;
@@ -24,10 +25,10 @@ use self::keys::{Keys, by_place};
 pub use self::mistake::Mistake;
 use self::mistake::{Found, Lines, Mistakes};
 pub use self::print::print;
-use crate::descriptors::explain;
 use crate::loops::refuse_loops_among;
 use crate::mapping::Mapping;
-use crate::overlap::{Overlap, OverlapError, overlaps};
+use crate::mapping::overlap::{Overlap, OverlapError, overlaps};
+use crate::runtime::descriptors::explain;
 
 /// Reads the mappings of a file, or of a pipe.
 ///
@@ -82,7 +83,7 @@ pub fn parse(path: &Path, text: &str) -> Result<Vec<Mapping>, ConfigError> {
 }
 
 fn find_mappings(text: &str) -> Result<Vec<Mapping>, Mistakes> {
-    let (text, is_cut) = hints::before_too_many_errors(text);
+    let (text, is_cut) = syntax::before_too_many_errors(text);
     let (document, errors) = DeTable::parse_recoverable(text);
     let mut found = Mistakes::with_more(is_cut);
     let mut file = File::read(document.get_ref(), &mut found);
@@ -102,7 +103,7 @@ fn find_mappings(text: &str) -> Result<Vec<Mapping>, Mistakes> {
         }
     }
     if !errors.is_empty() || is_cut {
-        return Err(hints::beside_errors(text, &errors, found));
+        return Err(syntax::beside_errors(text, &errors, found));
     }
     if found.is_empty() && read.is_empty() {
         // A file that is being written would end everything.
@@ -163,11 +164,11 @@ impl<'a, 'i> File<'a, 'i> {
                 }
                 (_, DeValue::Table(_) | DeValue::Array(_)) => {
                     let place = key.span();
-                    found.push_with(place.start, || Found::at(place, hints::unknown_table(name, true)));
+                    found.push_with(place.start, || Found::at(place, names::unknown_table(name, true)));
                 }
                 _ => {
                     let place = key.span();
-                    found.push_with(place.start, || Found::at(place, hints::unknown_table(name, false)));
+                    found.push_with(place.start, || Found::at(place, names::unknown_table(name, false)));
                 }
             }
         }
@@ -263,8 +264,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::dscp::Dscp;
-    use crate::testdata::any_mapping;
+    use crate::mapping::dscp::Dscp;
+    use crate::mapping::testdata::any_mapping;
 
     fn mistakes(text: &str) -> Vec<String> {
         let found = find_mappings(text).expect_err(text);

@@ -2,8 +2,8 @@
 
 use std::fmt::{Display, Write};
 
-use crate::control::wire::{WireLimits, WireMapping};
 use crate::mapping::Mapping;
+use crate::mapping::wire::{WireLimits, WireMapping};
 
 /// The text of a file from which [`read`](super::read) reads `mappings`.
 pub fn print<'a>(mappings: impl IntoIterator<Item = &'a Mapping>) -> String {

@@ -5,7 +5,6 @@ use std::ops::Range;
 use toml::Spanned;
 use toml::de::DeValue;
 
-use super::hints::is_accepted;
 use super::mistake::{Found, Mistakes};
 
 /// A type that the value of a key can have.
@@ -20,10 +19,11 @@ pub(super) trait Value: Sized {
     fn meant(key: &str, value: &DeValue<'_>) -> String;
 }
 
-/// The value of `key`, unless it is of the wrong type.
+/// The value of `key`, unless it is of the wrong type. What is suggested then is one that `is_accepted`.
 pub(super) fn read<T: Value>(
     key: &str,
     value: &Spanned<DeValue<'_>>,
+    is_accepted: fn(&str, &str) -> bool,
     found: &mut Mistakes,
 ) -> Option<Spanned<T>> {
     let (place, value) = (value.span(), value.get_ref());

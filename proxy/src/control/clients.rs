@@ -23,8 +23,8 @@ use tokio::time::timeout;
 use tracing::{debug, warn};
 
 use super::protocol::{self, LONGEST_LINE, Refusal, Request};
-use crate::descriptors::explain;
-use crate::log_limit::LogLimit;
+use crate::log::limit::LogLimit;
+use crate::runtime::descriptors::explain;
 
 /// Clients at a time. One more is told so and sent away.
 const CLIENTS: usize = 16;
@@ -41,24 +41,24 @@ const LARGE: usize = 64 * 1024;
 
 /// A request, and where its answer goes.
 #[derive(Debug)]
-pub(super) struct Call {
-    pub(super) request: Request,
-    pub(super) answer: oneshot::Sender<Reply>,
+pub(crate) struct Call {
+    pub(crate) request: Request,
+    pub(crate) answer: oneshot::Sender<Reply>,
 }
 
 /// What comes of a request.
 #[derive(Debug)]
-pub(super) struct Reply {
-    pub(super) result: Result<Value, Refusal>,
+pub(crate) struct Reply {
+    pub(crate) result: Result<Value, Refusal>,
     /// Dropped once the client has been told, or is gone.
-    pub(super) until_told: oneshot::Sender<()>,
+    pub(crate) until_told: oneshot::Sender<()>,
 }
 
 /// Serves the clients of `listener`, whose requests go to `calls`, until nobody receives these.
 ///
 /// # Errors
 /// Those of epoll_ctl(2).
-pub(super) async fn serve(listener: StdListener, calls: mpsc::Sender<Call>) -> io::Result<()> {
+pub(crate) async fn serve(listener: StdListener, calls: mpsc::Sender<Call>) -> io::Result<()> {
     static FAILED: LogLimit = LogLimit::new();
 
     let listener = UnixListener::from_std(listener)?;

@@ -1,13 +1,9 @@
-//! Live control: a process that is told what to serve while it serves.
+//! Live control: clients of a Unix [`socket`] say what is to be served, while it is served.
 //!
-//! [`manager`] owns the server. It is told by signals, and by the clients of a Unix [`socket`], who
-//! speak the [`protocol`] in which mappings are written as [`wire`] says. [`ctl`] is such a client.
+//! They speak the [`protocol`], in which mappings are written as JSON ([`mapping::wire`](crate::mapping::wire)); what they ask
+//! for is done to the server (`requests`).
 
-mod clients;
-pub mod ctl;
-pub mod manager;
+pub(crate) mod clients;
 pub mod protocol;
+pub(crate) mod requests;
 pub mod socket;
-mod table;
-mod unreachable;
-pub mod wire;

@@ -4,11 +4,11 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use super::wire::WireMapping;
-use crate::change::{ChangeError, Changed};
-use crate::name::Name;
-use crate::registry::{Registry, Served};
-use crate::stats::{Stats, Trouble};
+use crate::engine::change::{ChangeError, Changed};
+use crate::engine::registry::{Registry, Served};
+use crate::mapping::name::Name;
+use crate::mapping::wire::WireMapping;
+use crate::state::stats::{Stats, Trouble};
 
 /// The version spoken here.
 pub const VERSION: u32 = 1;

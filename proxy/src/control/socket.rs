@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use nix::sys::stat::{Mode, fchmod};
 use socket2::{Domain, SockAddr, Socket, Type};
 
-use crate::descriptors::explain;
+use crate::runtime::descriptors::explain;
 
 /// Where the socket is unless a path is given.
 pub const DEFAULT_PATH: &str = "/run/rproxy.sock";
@@ -28,7 +28,7 @@ pub struct ControlSocket {
 /// The file of a socket. Dropping it removes it, which has to be before the socket is closed: as long
 /// as somebody listens, nobody takes its place.
 #[derive(Debug)]
-pub(super) struct SocketFile {
+pub(crate) struct SocketFile {
     path: PathBuf,
     /// Device and inode: somebody may have removed the file and put another one at the path. `None` as long
     /// as it is another process's.
@@ -88,14 +88,14 @@ impl ControlSocket {
     }
 
     /// The listener, and the file that goes with it.
-    pub(super) fn into_parts(self) -> (UnixListener, SocketFile) {
+    pub(crate) fn into_parts(self) -> (UnixListener, SocketFile) {
         (self.listener, self.file)
     }
 }
 
 impl SocketFile {
     /// Leaves the file to another process.
-    pub(super) fn leave(mut self) {
+    pub(crate) fn leave(mut self) {
         self.identity = None;
     }
 }

@@ -20,19 +20,19 @@ use tracing::{error, info, warn};
 
 pub use self::flags::{Flags, UsageError, is_docker_proxy_command};
 use self::status::StatusPipe;
-use crate::addr::{AddrError, BackendAddr, HostAddr, Protocol};
-use crate::bound::BoundPort;
-use crate::console;
-use crate::limits::Limits;
-use crate::listen::{AdoptError, BindError, Listener};
+use crate::bind::BoundPort;
+use crate::bind::listen::{AdoptError, BindError, Listener};
+use crate::engine::Server;
+use crate::log::LogConfig;
+use crate::log::console;
+use crate::loops::whereabouts::Whereabouts;
 use crate::loops::{LoopError, refuse_loop};
 use crate::mapping::Forward;
+use crate::mapping::addr::{AddrError, BackendAddr, HostAddr, Protocol};
+use crate::mapping::limits::Limits;
+use crate::runtime::signals::StopSignals;
 use crate::runtime::{new_runtime, prepare, raise_descriptor_limit};
 use crate::sandbox::{self, Mode, Needs, SandboxError};
-use crate::server::Server;
-use crate::signals::StopSignals;
-use crate::telemetry::LogConfig;
-use crate::whereabouts::Whereabouts;
 
 /// The descriptor of the listener that `-use-listen-fd` speaks of.
 const LISTENER_FD: i32 = 4;

@@ -3,10 +3,10 @@
 use std::fmt::Write;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use crate::addr::{Protocol, ScopedIp};
+use crate::mapping::addr::{Protocol, ScopedIp};
+use crate::mapping::name::Name;
+use crate::mapping::ports::PortRange;
 use crate::mapping::{Forward, HostPorts, Mapping};
-use crate::name::Name;
-use crate::ports::PortRange;
 
 /// Ports in a row of one protocol, of one mapping, that lead to ports in a row.
 #[derive(Clone, Copy, Debug)]

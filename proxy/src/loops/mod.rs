@@ -5,15 +5,16 @@
 //! of our sockets is bound to it, or to all of its family. Where another program listens, nothing is known.
 
 mod hop;
+pub mod whereabouts;
 
 use std::collections::HashMap;
 use std::fmt;
 
-use crate::addr::{AddrError, Protocol, ScopedIp};
+use crate::loops::whereabouts::{Destination, Whereabouts};
+use crate::mapping::addr::{AddrError, Protocol, ScopedIp};
+use crate::mapping::overlap::Place;
+use crate::mapping::ports::PortRange;
 use crate::mapping::{Forward, Mapping};
-use crate::overlap::Place;
-use crate::ports::PortRange;
-use crate::whereabouts::{Destination, Whereabouts};
 
 pub use self::hop::Hop;
 
@@ -273,7 +274,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::overlap::overlaps;
+    use crate::mapping::overlap::overlaps;
 
     /// `HOST:PORTS/PROTOCOL BACKEND:PORTS`, with `only ` in front of a `[::]` without IPv4 clients.
     fn mapping(text: &str) -> Mapping {

@@ -20,9 +20,9 @@ use rproxy_sys::memory::release_unused;
 use tracing::{info, warn};
 
 pub use self::user::User;
-use crate::addr::Protocol;
-use crate::descriptors::explain;
 use crate::mapping::Forward;
+use crate::mapping::addr::Protocol;
+use crate::runtime::descriptors::explain;
 
 /// The variable that sets the mode where there is no command line for it.
 pub const MODE_VARIABLE: &str = "RPROXY_SANDBOX";

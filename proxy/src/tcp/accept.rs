@@ -18,17 +18,17 @@ use tokio::time::{Instant, sleep_until};
 use tracing::{debug, error, warn};
 
 use super::{Accepted, connections, dial, reactor, serve};
-use crate::addr::{BackendAddr, HostAddr, canonical};
-use crate::backoff::Backoff;
-use crate::descriptors::explain;
-use crate::limits::OnLimit;
-use crate::listen::{BACKLOG, set_stream_options};
-use crate::log_limit::LogLimit;
+use crate::bind::listen::{BACKLOG, set_stream_options};
+use crate::log::limit::LogLimit;
 use crate::mapping::Forward;
-use crate::poll::{PORT, Poll, Port};
-use crate::service::{Assignment, Capacity, Place, Service};
-use crate::task::{Order, Orders};
-use crate::worker::{Seat, Workers};
+use crate::mapping::addr::{BackendAddr, HostAddr, canonical};
+use crate::mapping::limits::OnLimit;
+use crate::runtime::descriptors::explain;
+use crate::runtime::poll::{PORT, Poll, Port};
+use crate::runtime::worker::{Seat, Workers};
+use crate::state::task::{Order, Orders};
+use crate::state::{Assignment, Capacity, Place, Service};
+use crate::tcp::backoff::Backoff;
 
 /// Listeners looked after in one turn.
 const EVENTS: usize = 64;

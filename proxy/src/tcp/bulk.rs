@@ -12,7 +12,7 @@ use rproxy_sys::socket::set_receive_low_watermark;
 use tokio::task::coop::consume_budget;
 use tokio::time::timeout;
 
-use super::half::{Direction, End, flush, is_transient, writable};
+use super::direction::{Direction, End, flush, is_transient, writable};
 use super::pipe::{self, Pipe};
 use super::stream::Stream;
 

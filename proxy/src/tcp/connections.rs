@@ -9,8 +9,8 @@ use std::sync::Arc;
 use tokio::task::AbortHandle;
 use tracing::info;
 
-use crate::service::{Live, Service};
-use crate::stats::Trouble;
+use crate::state::stats::Trouble;
+use crate::state::{Live, Service};
 
 thread_local! {
     static SERVED: RefCell<Served> = const { RefCell::new(Served { slots: Vec::new(), free: Vec::new() }) };
@@ -92,8 +92,8 @@ mod tests {
     use std::net::IpAddr;
 
     use super::*;
-    use crate::access::{AccessList, parse_network};
-    use crate::limits::Limits;
+    use crate::mapping::access::{AccessList, parse_network};
+    use crate::mapping::limits::Limits;
     use crate::runtime::new_runtime;
 
     #[test]

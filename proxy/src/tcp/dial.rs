@@ -15,9 +15,9 @@ use tracing::warn;
 
 use super::local_ports;
 use super::stream::Stream;
-use crate::addr::BackendAddr;
-use crate::listen::set_stream_options;
-use crate::log_limit::LogLimit;
+use crate::bind::listen::set_stream_options;
+use crate::log::limit::LogLimit;
+use crate::mapping::addr::BackendAddr;
 
 /// Connects `socket`, as [`open`] gave it, to `backend` within `limit`; without one, as long as the kernel
 /// tries. It is given up when `client` is reset meanwhile.

@@ -1,14 +1,12 @@
-//! One direction of a connection.
+//! How one direction of a connection is pumped: by copying, and by splicing while much flows.
 
 use std::cell::RefCell;
 use std::future::poll_fn;
-use std::io;
 use std::task::{Context, Poll, ready};
 
 use tokio::task::coop::consume_budget;
 
-use super::meter::Meter;
-use super::stream::{Stream, while_taking};
+use super::direction::{Direction, End, flush, is_transient};
 use super::{bulk, pipe};
 
 /// The size of the worker's copy buffer. Larger ones gain nothing over splicing, which takes over.
@@ -21,30 +19,6 @@ thread_local! {
     /// The buffer that all connections of this worker copy through: none of them keeps one while it
     /// waits.
     static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER_SIZE].into_boxed_slice());
-}
-
-/// How a direction ended. In each case what was read before was written, as far as the sink took it.
-#[derive(Debug)]
-pub(super) enum End {
-    /// The source sent its last byte. The sink may hold data back until it is told so.
-    Eof,
-    /// The source was reset, or failed in another way.
-    SourceFailed(io::Error),
-    /// The same, and the sink's peer no longer takes what came before it.
-    SourceFailedStalled(io::Error),
-    /// The sink was reset, or failed in another way.
-    SinkFailed(io::Error),
-}
-
-/// One way through a connection.
-#[derive(Debug)]
-pub(super) struct Direction<'a> {
-    /// Where bytes are read.
-    pub(super) source: &'a Stream,
-    /// Where they are written.
-    pub(super) sink: &'a Stream,
-    /// Counts those that the sink took.
-    pub(super) meter: Meter<'a>,
 }
 
 /// Moves bytes from the source to the sink until one of them ends.
@@ -131,38 +105,4 @@ fn copy_once(direction: &Direction<'_>, buf: &mut [u8]) -> Step {
         return Step::Stop(Copied::Ended(End::Eof));
     }
     Step::Moved { full: read == buf.len() }
-}
-
-/// Writes all of `rest`, as the sink takes it.
-pub(super) async fn flush(mut rest: &[u8], direction: &Direction<'_>) -> Result<(), End> {
-    let Direction { source, sink, meter } = direction;
-    while !rest.is_empty() {
-        match sink.write(rest) {
-            Ok(written) => {
-                meter.add(written);
-                rest = &rest[written..];
-            }
-            Err(error) if is_transient(&error) => writable(source, sink).await?,
-            Err(error) => return Err(End::SinkFailed(error)),
-        }
-    }
-    Ok(())
-}
-
-/// Waits until `sink` takes bytes again. Should `source` be reset meanwhile, what it sent before is
-/// still delivered, but only while the sink's peer goes on taking: a reset must not wait for a stalled peer.
-pub(super) async fn writable(source: &Stream, sink: &Stream) -> Result<(), End> {
-    tokio::select! {
-        biased;
-        () = sink.writable() => Ok(()),
-        () = source.failed() => {
-            let writable = while_taking(sink, sink.writable()).await;
-            writable.ok_or_else(|| End::SourceFailedStalled(source.take_failure()))
-        }
-    }
-}
-
-/// Whether a call is to be repeated once the stream is ready again.
-pub(super) fn is_transient(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
 }

@@ -12,7 +12,7 @@ use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 use tokio::time::timeout;
 
-use crate::backoff::Backoff;
+use crate::tcp::backoff::Backoff;
 
 /// How many wait, whatever for: nobody looks at [`QUEUES`] as long as nobody does.
 static WAITING: AtomicUsize = AtomicUsize::new(0);

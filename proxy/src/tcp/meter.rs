@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use crate::stats::Counter;
+use crate::state::stats::Counter;
 
 /// Counts the bytes that one direction of a connection has moved, for the connection and its mapping.
 #[derive(Debug)]

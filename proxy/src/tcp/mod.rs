@@ -6,9 +6,11 @@
 //! a pooled [`pipe`] while much flows.
 
 pub(crate) mod accept;
+mod backoff;
 mod bulk;
 mod connections;
 mod dial;
+mod direction;
 mod half;
 mod local_ports;
 mod meter;
@@ -28,11 +30,11 @@ use tracing::{debug, warn};
 use self::connections::Entry;
 use self::dial::DialError;
 use self::stream::Stream;
-use crate::dscp::Dscp;
-use crate::log_limit::LogLimit;
-use crate::service::Place;
-use crate::stats::Trouble;
-use crate::worker::Seat;
+use crate::log::limit::LogLimit;
+use crate::mapping::dscp::Dscp;
+use crate::runtime::worker::Seat;
+use crate::state::Place;
+use crate::state::stats::Trouble;
 
 /// A connection that was accepted.
 struct Accepted {
@@ -109,12 +111,12 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::addr::{BackendAddr, HostAddr, Protocol};
-    use crate::limits::Limits;
     use crate::mapping::Forward;
+    use crate::mapping::addr::{BackendAddr, HostAddr, Protocol};
+    use crate::mapping::limits::Limits;
     use crate::runtime::new_runtime;
-    use crate::service::{Route, Service};
-    use crate::worker::Workers;
+    use crate::runtime::worker::Workers;
+    use crate::state::{Route, Service};
 
     /// An idle connection is this future, its task, and what the runtime keeps for two sockets.
     #[test]

@@ -8,11 +8,12 @@ use std::time::Duration;
 
 use socket2::SockRef;
 
-use super::half::{Direction, End, pump};
+use super::direction::{Direction, End};
+use super::half::pump;
 use super::meter::Meter;
 use super::stream::{Stream, close_in_order, deliver_then_reset, reset_on_close};
-use crate::service::Place;
-use crate::stats::Trouble;
+use crate::state::Place;
+use crate::state::stats::Trouble;
 
 /// Looks per idle timeout: a connection is cut at most a fourth of it late.
 const LOOKS: u32 = 4;

@@ -15,12 +15,11 @@ use super::batch::Batch;
 use super::flow::Flow;
 use super::payload::{Part, Payload};
 use super::relay::UdpRelay;
-use super::requests::LISTENER_BATCHES;
 use super::table::{FlowId, Side};
 use super::tally::{Tally, Towards, is_lost_peer};
 use super::token::{Token, interest};
-use super::turn::slots_for;
-use crate::stats::Trouble;
+use super::turn::{LISTENER_BATCHES, slots_for};
+use crate::state::stats::Trouble;
 
 /// Datagrams, or trains of them, taken from a flow in one turn.
 const FLOW_BATCH: usize = BATCH / 2;

@@ -12,8 +12,8 @@ use super::local_ports::LocalPorts;
 use super::send::Room;
 use super::shares::Shares;
 use super::table::{Bounds, MappingId};
-use crate::limits::Limits;
-use crate::service::Route;
+use crate::mapping::limits::Limits;
+use crate::state::Route;
 
 /// Descriptors kept for other things than flows.
 const RESERVED_DESCRIPTORS: usize = 64;

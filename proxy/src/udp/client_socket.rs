@@ -17,8 +17,9 @@ use std::sync::Arc;
 use rproxy_sys::udp::{receive_trains, report_class_and_drops, set_buffers};
 use socket2::{Domain, SockRef, Socket, Type};
 
-use super::flow::{FlowKey, Wanted};
+use super::key::FlowKey;
 use super::send::{Room, SendQueue};
+use super::token::Wanted;
 
 /// Bytes that the client may have on their way at the most.
 const SEND_BUFFER: usize = 128 * 1024;

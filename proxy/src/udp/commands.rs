@@ -10,8 +10,8 @@ use tracing::error;
 use super::flows::mapping_of;
 use super::relay::{QUIET, UdpRelay};
 use super::table::FlowId;
-use crate::service::Assignment;
-use crate::task::{FlowOrder, Order};
+use crate::state::Assignment;
+use crate::state::task::{FlowOrder, Order};
 
 impl UdpRelay {
     /// Does what it is told.

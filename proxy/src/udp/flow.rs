@@ -1,4 +1,4 @@
-//! A flow: who it belongs to, and its socket towards the backend.
+//! A flow: its socket towards the backend, and what is known of its path.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -8,52 +8,25 @@ use std::time::Instant;
 
 use arrayvec::ArrayVec;
 use rproxy_sys::udp::{
-    BATCH, LocalAddr, RecvBatch, Transmit, discard, receive_trains, report_class_and_drops, set_buffers,
-    source_towards,
+    BATCH, RecvBatch, Transmit, discard, receive_trains, report_class_and_drops, set_buffers, source_towards,
 };
 use socket2::{Domain, SockRef, Socket, Type};
 
 use super::client_socket::ClientSocket;
-use super::local_ports::{LocalPorts, PortTurn};
+use super::local_ports::LocalPorts;
 use super::payload::{Part, Payload};
 use super::send::{Room, SendQueue};
 use super::table::FlowId;
 use super::tally::Tally;
-use crate::dscp::Dscp;
-use crate::service::{FlowPlace, Route};
+use super::token::Wanted;
+use crate::mapping::dscp::Dscp;
+use crate::state::{FlowPlace, Route};
 
 /// Ports that are tried for a flow until one is free.
 const PORT_TRIES: usize = 32;
 
 /// Bytes that it may queue towards the backend.
 const SEND_BUFFER: usize = 1024 * 1024;
-
-/// What tells flows apart. docker-proxy looks at the client alone; but answers have to come from the
-/// address that was asked, and a client may ask several.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct FlowKey {
-    /// Which listener received it.
-    pub(super) listener: u32,
-    /// Who sent it, in the family of the listener's socket.
-    pub(super) client: SocketAddr,
-    /// Which of our addresses it was sent to, if the socket reports it.
-    pub(super) local: Option<LocalAddr>,
-}
-
-impl FlowKey {
-    pub(super) fn new(listener: u32, client: SocketAddr, local: Option<LocalAddr>) -> Self {
-        Self { listener, client, local: local.map(forget_interface) }
-    }
-}
-
-/// Answers take the route that the table gives, which need not be the way that the question came.
-/// Only a link-local address means nothing without its interface.
-fn forget_interface(local: LocalAddr) -> LocalAddr {
-    match local.ip {
-        IpAddr::V6(ip) if ip.is_unicast_link_local() => local,
-        _ => LocalAddr { interface: 0, ..local },
-    }
-}
 
 /// A flow's socket and what is known of its path.
 #[derive(Debug)]
@@ -84,45 +57,6 @@ pub(super) struct Flow {
     /// What waits for room on the socket.
     queue: SendQueue,
     place: FlowPlace,
-}
-
-/// The flows of a process on their way to another one.
-#[derive(Debug, Default)]
-pub(crate) struct LiveFlows {
-    pub(crate) flows: Vec<LiveFlow>,
-    /// Which local port is next.
-    pub(crate) ports: Option<PortTurn>,
-}
-
-/// A flow on its way from one process to another, which is served by neither at the moment.
-#[derive(Debug)]
-pub(crate) struct LiveFlow {
-    /// The number of its listener.
-    pub(crate) listener: usize,
-    /// Who sends to it.
-    pub(crate) client: SocketAddr,
-    /// Which of our addresses it sends to, if that is known.
-    pub(crate) local: Option<LocalAddr>,
-    /// Whether the client has gone on after an answer.
-    pub(crate) is_established: bool,
-    /// Where its datagrams go, if its socket is not connected.
-    pub(crate) peer: Option<SocketAddr>,
-    /// Its socket towards the backend.
-    pub(crate) socket: Arc<OwnedFd>,
-}
-
-/// What a socket is watched for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Wanted {
-    /// Datagrams.
-    pub(super) receive: bool,
-    /// Room, because something waits.
-    pub(super) send: bool,
-}
-
-impl Wanted {
-    /// What a socket without anything that waits is watched for.
-    pub(super) const RECEIVE: Self = Self { receive: true, send: false };
 }
 
 impl Flow {
@@ -317,21 +251,5 @@ fn bind(socket: &Socket, ip: IpAddr, ports: &mut LocalPorts, now: Instant) -> io
 impl AsFd for Flow {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_interface_matters_only_to_link_local_addresses() {
-        let client = "[fe80::2]:1".parse().unwrap();
-        let key = |ip: &str, interface| {
-            FlowKey::new(0, client, Some(LocalAddr { ip: ip.parse().unwrap(), interface }))
-        };
-        assert_eq!(key("10.0.0.1", 1), key("10.0.0.1", 2));
-        assert_eq!(key("2001:db8::1", 1), key("2001:db8::1", 2));
-        assert_ne!(key("fe80::1", 1), key("fe80::1", 2));
     }
 }

@@ -8,14 +8,15 @@ use std::time::Instant;
 use rproxy_sys::udp::{discard, dropped, source_towards};
 use socket2::SockRef;
 
-use super::flow::{Flow, FlowKey};
+use super::flow::Flow;
+use super::key::FlowKey;
 use super::listeners::Listeners;
 use super::relay::UdpRelay;
 use super::shares::AT_A_TIME;
 use super::table::{Bounds, Ended, FlowId, MappingId, Side};
 use super::tally::{Tally, Towards};
-use crate::service::Route;
-use crate::stats::Trouble;
+use crate::state::Route;
+use crate::state::stats::Trouble;
 
 /// Flows that expire, and sockets of ended ones that are closed, in one turn: thousands may end at a
 /// time, and closing a socket takes some microseconds.

@@ -9,13 +9,16 @@ use rproxy_sys::udp::dropped;
 use socket2::{SockAddr, SockRef};
 use tracing::warn;
 
-use super::flow::{Flow, FlowKey, LiveFlow, LiveFlows, Wanted};
+use super::flow::Flow;
 use super::flows::mapping_of;
+use super::key::FlowKey;
 use super::relay::UdpRelay;
 use super::table::FlowId;
+use super::token::Wanted;
 use super::token::{Token, event, interest};
-use crate::addr::canonical;
-use crate::log_limit::LogLimit;
+use crate::log::limit::LogLimit;
+use crate::mapping::addr::canonical;
+use crate::state::task::{LiveFlow, LiveFlows};
 
 impl UdpRelay {
     /// Leaves all datagrams in the kernel, and gives the flows there are, as they are from now on. Listeners

@@ -12,13 +12,13 @@ use std::time::{Duration, Instant};
 
 use rproxy_sys::udp::{Transmit, dropped};
 
-use super::flow::Wanted;
 use super::origin::OwnPorts;
 use super::send::{Room, SendQueue};
 use super::table::FlowId;
 use super::tally::{Tally, Towards};
-use crate::poll::Port;
-use crate::service::{Assignment, Route};
+use super::token::Wanted;
+use crate::runtime::poll::Port;
+use crate::state::{Assignment, Route};
 
 /// A released listener is closed after this long, however much its clients go on to send.
 const LONGEST_FAREWELL: Duration = Duration::from_secs(10);

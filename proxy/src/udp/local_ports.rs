@@ -13,10 +13,10 @@ use std::collections::BinaryHeap;
 use std::hash::{BuildHasher, RandomState};
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
 use tracing::debug;
 
 use super::port_settings::{PortRange, Settings};
+use crate::state::task::{PortTurn, ROUNDS};
 
 /// A port is not used again this soon after its last datagram. It is how long a resolver waits for an
 /// answer (resolv.conf(5), `timeout`).
@@ -36,9 +36,6 @@ const MEMORY: u32 = 256;
 
 /// The settings are read again after this long: whoever reserves a port is not to restart every relay.
 const READ_AGAIN: Duration = Duration::from_secs(5);
-
-/// Rounds after which the order of the ports looks random.
-const ROUNDS: usize = 4;
 
 /// Bits that the place of a port in the range takes.
 const PLACE_BITS: u32 = 16;
@@ -67,15 +64,6 @@ pub(super) struct LocalPorts {
     paused_until: Option<Instant>,
     /// How likely others have the port whose turn it is, in parts of [`CERTAIN`].
     others: u32,
-}
-
-/// Which port of which order is next: another process that goes on there comes to those used last after all others.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(crate) struct PortTurn {
-    range: (u16, u16),
-    turn: usize,
-    keys: [u64; ROUNDS],
 }
 
 /// The order in which ports are tried, and which are not to be.

@@ -57,7 +57,7 @@ fn places(forward: &Forward) -> impl Iterator<Item = (u16, IpAddr)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::addr::Protocol;
+    use crate::mapping::addr::Protocol;
 
     fn forward(host: &str, backend: &str) -> Forward {
         let (host, backend) = (host.parse().unwrap(), backend.parse().unwrap());

@@ -10,7 +10,7 @@ use rproxy_sys::udp::{BATCH, RecvBatch, Transmit};
 use super::table::FlowId;
 use super::tally::{Amount, Tally};
 use super::train::{Chunk, trains};
-use crate::dscp::Dscp;
+use crate::mapping::dscp::Dscp;
 
 /// The bits of a traffic class that are for congestion (RFC 3168, section 5).
 const ECN: u8 = 0b11;

@@ -16,14 +16,15 @@ use tracing::debug;
 
 use super::batch::Buffers;
 use super::capacity::Capacity;
-use super::congestion::ClientSockets;
-use super::flow::{Flow, FlowKey};
+use super::client_sockets::ClientSockets;
+use super::flow::Flow;
+use super::key::FlowKey;
 use super::listeners::Listeners;
 use super::table::{Ended, FlowTable};
 use super::token::Token;
 use super::turn::{Events, Turn};
-use crate::poll::Poll;
-use crate::task::Orders;
+use crate::runtime::poll::Poll;
+use crate::state::task::Orders;
 
 /// Turns after which other tasks of the worker get theirs, however much there is to do here.
 const TURNS_IN_A_ROW: u32 = 2;

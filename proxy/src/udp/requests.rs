@@ -11,22 +11,20 @@ use tracing::warn;
 
 use super::batch::Batch;
 use super::capacity::has_run_out;
-use super::flow::{FlowKey, Wanted};
 use super::flows::{ENDS_PER_TURN, mapping_of};
+use super::key::FlowKey;
 use super::listeners::Listener;
 use super::relay::UdpRelay;
 use super::table::{FlowId, Side};
 use super::tally::{Tally, Towards};
+use super::token::Wanted;
 use super::token::{Token, event, interest};
-use super::turn::slots_for;
-use crate::addr::canonical;
-use crate::descriptors::explain;
-use crate::log_limit::LogLimit;
-use crate::service::Route;
-use crate::stats::Trouble;
-
-/// Batches taken from a listener in one turn, before flows get theirs.
-pub(super) const LISTENER_BATCHES: usize = 4;
+use super::turn::{LISTENER_BATCHES, slots_for};
+use crate::log::limit::LogLimit;
+use crate::mapping::addr::canonical;
+use crate::runtime::descriptors::explain;
+use crate::state::Route;
+use crate::state::stats::Trouble;
 
 impl UdpRelay {
     /// Receives what clients sent to a listener, and passes it on.

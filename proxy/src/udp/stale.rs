@@ -11,8 +11,8 @@ use rproxy_sys::conntrack::{Direction, Family, delete_udp};
 use rproxy_sys::udp::is_local;
 use tracing::debug;
 
-use crate::addr::Protocol;
 use crate::mapping::Forward;
+use crate::mapping::addr::Protocol;
 
 /// Held by whoever looks through the kernel's table.
 static TURN: Mutex<()> = Mutex::new(());

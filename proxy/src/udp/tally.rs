@@ -6,9 +6,9 @@ use std::ops::{AddAssign, SubAssign};
 use nix::libc;
 use tracing::warn;
 
-use crate::log_limit::LogLimit;
-use crate::service::Route;
-use crate::stats::Trouble;
+use crate::log::limit::LogLimit;
+use crate::state::Route;
+use crate::state::stats::Trouble;
 
 /// How much some datagrams are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

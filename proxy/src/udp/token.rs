@@ -5,9 +5,8 @@ use std::os::fd::BorrowedFd;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use tracing::error;
 
-use super::flow::Wanted;
 use super::table::FlowId;
-use crate::poll::PORT;
+use crate::runtime::poll::PORT;
 
 /// Which socket an event of the epoll instance is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -38,6 +37,20 @@ impl Token {
             _ => Self::Listener(usize::try_from(number & !PORT).unwrap_or(usize::MAX)),
         }
     }
+}
+
+/// What a socket is watched for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Wanted {
+    /// Datagrams.
+    pub(super) receive: bool,
+    /// Room, because something waits.
+    pub(super) send: bool,
+}
+
+impl Wanted {
+    /// What a socket without anything that waits is watched for.
+    pub(super) const RECEIVE: Self = Self { receive: true, send: false };
 }
 
 /// Changes what a socket is watched for.

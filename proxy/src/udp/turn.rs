@@ -21,6 +21,9 @@ const OVERHEAD: usize = 256;
 /// The fewest that one receive asks for, of the largest.
 const LEAST_SLOTS: usize = 4;
 
+/// Batches taken from a listener in one turn, before flows get theirs.
+pub(super) const LISTENER_BATCHES: usize = 4;
+
 /// A turn of the relay.
 #[derive(Debug)]
 pub(super) struct Turn {

@@ -34,8 +34,8 @@ use serde::{Deserialize, Serialize};
 pub use self::launcher::Launcher;
 pub use self::predecessor::{Predecessor, Sockets, claim, take_over};
 pub use self::successor::Upgrade;
-use crate::control::wire::WireMapping;
-use crate::udp::PortTurn;
+use crate::mapping::wire::WireMapping;
+use crate::state::task::PortTurn;
 
 /// The version of what is said. A process that is offered another one refuses.
 const VERSION: u32 = 2;

@@ -13,13 +13,13 @@ use tokio::time::timeout;
 use super::channel::Channel;
 use super::launcher::claim_channel;
 use super::{Flows, Hello, Offer, OfferedFlow, UpgradeError, VERSION, Word};
-use crate::bound::{Bound, BoundPort};
+use crate::bind::listen::Listener;
+use crate::bind::{Bound, BoundPort};
 use crate::control::socket::ControlSocket;
-use crate::listen::Listener;
+use crate::engine::Server;
+use crate::mapping::name::Name;
 use crate::mapping::{Forward, Mapping};
-use crate::name::Name;
-use crate::server::Server;
-use crate::udp::{LiveFlow, LiveFlows};
+use crate::state::task::{LiveFlow, LiveFlows};
 
 /// How long the old process may take for its next step. It gives us no more in all.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -198,7 +198,7 @@ mod tests {
     use std::net::{TcpListener, UdpSocket};
 
     use super::*;
-    use crate::control::wire::WireMapping;
+    use crate::mapping::wire::WireMapping;
 
     fn mapping(json: &str) -> Mapping {
         serde_json::from_str::<WireMapping>(json).unwrap().read().unwrap()

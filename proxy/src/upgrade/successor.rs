@@ -14,11 +14,11 @@ use tracing::{error, info, warn};
 use super::channel::Channel;
 use super::launcher::{Asked, Launcher};
 use super::{Flows, Hello, Offer, OfferedFlow, UpgradeError, VERSION, Word};
-use crate::control::wire::WireMapping;
-use crate::server::Server;
-use crate::signals::Signals;
+use crate::engine::Server;
+use crate::mapping::wire::WireMapping;
+use crate::runtime::signals::Signals;
+use crate::state::task::{LiveFlow, LiveFlows};
 use crate::systemd;
-use crate::udp::{LiveFlow, LiveFlows};
 
 /// How long the new process may take until it is prepared.
 const PATIENCE: Duration = Duration::from_secs(10);

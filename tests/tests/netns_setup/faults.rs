@@ -9,10 +9,10 @@ use std::process::{Command, ExitCode};
 
 use clap::Parser;
 use netns_setup::action::Action;
-use netns_setup::apply::Backend as Apply;
 use netns_setup::cli::Cli;
 use netns_setup::error::Error;
-use netns_setup::kernel::{ActionError, Kernel};
+use netns_setup::executor::{ActionError, Executor};
+use netns_setup::kernel::Kernel;
 use netns_setup::model::{MappingKey, RelayProcess};
 use netns_setup::publish::{HostAddr, Proto};
 use netns_setup::reserve::ReserveError;
@@ -82,7 +82,7 @@ fn blocker(state_dir: &Path) -> PathBuf {
     state_dir.join("state.json.new")
 }
 
-impl Apply for Failing {
+impl Executor for Failing {
     fn run(&mut self, action: &Action) -> Result<(), ActionError> {
         if self.is_next() {
             // Only this one fails: what undoes the others has to work.

@@ -1,0 +1,149 @@
+//! Sockets that were bound for us, and the mappings that they are for.
+//!
+//! A socket that has the name of a mapping is that mapping's, wherever it listens: whoever bound it
+//! knew why. The others go to the mappings that would have bound their addresses themselves.
+
+use std::net::SocketAddr;
+
+use tracing::warn;
+
+use crate::bind::BoundPort;
+use crate::bind::listen::Listener;
+use crate::mapping::addr::{HostAddr, Protocol, canonical};
+use crate::mapping::name::Name;
+use crate::mapping::{Forward, Mapping};
+
+/// Sockets that are for mappings, as long as no mapping has taken them.
+#[derive(Debug, Default)]
+pub struct Passed(Vec<PassedSocket>);
+
+/// A socket that was bound for us.
+#[derive(Debug)]
+pub struct PassedSocket {
+    /// The name given to it (`FileDescriptorName=` in systemd.socket(5)).
+    pub name: String,
+    /// The socket.
+    pub listener: Listener,
+}
+
+impl Passed {
+    /// These, in this order.
+    pub fn new(sockets: Vec<PassedSocket>) -> Self {
+        Self(sockets)
+    }
+
+    /// Takes the sockets that have the name of `mapping`, if there are any.
+    ///
+    /// # Errors
+    /// [`PassedError`] if they are too few or too many for its ports.
+    pub(crate) fn take_named(&mut self, mapping: &Mapping) -> Result<Option<Vec<BoundPort>>, PassedError> {
+        let name = mapping.name();
+        let named: Vec<_> = self.0.extract_if(.., |socket| socket.name == name.as_str()).collect();
+        if named.is_empty() {
+            return Ok(None);
+        }
+        let (tcp, udp): (Vec<_>, Vec<_>) =
+            named.into_iter().partition(|socket| socket.listener.protocol() == Protocol::Tcp);
+        for (protocol, sockets) in [(Protocol::Tcp, &tcp), (Protocol::Udp, &udp)] {
+            let is_served = mapping.protocols().iter().any(|served| served == protocol);
+            let wanted = if is_served { mapping.backend_ports().count() } else { 0 };
+            if sockets.len() != wanted {
+                return Err(PassedError { name, protocol, wanted, passed: sockets.len() });
+            }
+        }
+        let sockets = mapping.forwards().zip(tcp.into_iter().chain(udp));
+        Ok(Some(sockets.map(|(forward, socket)| BoundPort::adopt(forward, socket.listener)).collect()))
+    }
+
+    /// Takes the socket that listens where `forward` wants to.
+    pub(crate) fn take_at(&mut self, forward: &Forward) -> Option<BoundPort> {
+        let is_there = |socket: &PassedSocket| {
+            let is_same = |addr: SocketAddr| HostAddr::new(addr, addr.port()) == forward.host;
+            socket.listener.protocol() == forward.protocol && socket.listener.local_addr().is_ok_and(is_same)
+        };
+        let index = self.0.iter().position(is_there)?;
+        Some(BoundPort::adopt(*forward, self.0.swap_remove(index).listener))
+    }
+}
+
+impl Drop for Passed {
+    fn drop(&mut self) {
+        for PassedSocket { name, listener } in &self.0 {
+            let (protocol, address) = (listener.protocol(), listener.local_addr());
+            let address =
+                address.map_or_else(|error| error.to_string(), |address| canonical(address).to_string());
+            warn!(name, %address, %protocol, "a socket was passed that no mapping is for; it is closed");
+        }
+    }
+}
+
+/// Sockets that do not fit the mapping whose name they have.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+#[error(
+    "{passed} {protocol} sockets named {name} were passed, and the mapping {name} wants {wanted}; \
+     name as many in the .socket unit, or give the mapping another name"
+)]
+pub struct PassedError {
+    name: Name,
+    protocol: Protocol,
+    wanted: usize,
+    passed: usize,
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, UdpSocket};
+
+    use super::*;
+
+    fn socket(name: &str, listener: Listener) -> PassedSocket {
+        PassedSocket { name: name.to_owned(), listener }
+    }
+
+    fn tcp() -> Listener {
+        Listener::Tcp(TcpListener::bind("127.0.0.1:0").unwrap())
+    }
+
+    fn udp() -> Listener {
+        Listener::Udp(UdpSocket::bind("127.0.0.1:0").unwrap())
+    }
+
+    fn mapping(name: &str, protocols: &str, host_port: u16) -> Mapping {
+        let host = ("127.0.0.1".parse().unwrap(), host_port.to_string().parse().ok());
+        let backend = ("192.0.2.1".parse().unwrap(), "80".parse().unwrap());
+        Mapping::new(protocols.parse().unwrap(), host, backend).unwrap().named(name.parse().unwrap())
+    }
+
+    #[test]
+    fn a_name_decides_wherever_the_socket_listens() {
+        let mut passed = Passed::new(vec![socket("dns", udp()), socket("web", tcp()), socket("dns", tcp())]);
+        let addresses: Vec<_> =
+            [2, 0].iter().map(|index| passed.0[*index].listener.local_addr().unwrap()).collect();
+        let ports = passed.take_named(&mapping("dns", "tcp+udp", 53)).unwrap().unwrap();
+        let hosts: Vec<_> = ports.iter().map(|port| port.forward.host.socket_addr()).collect();
+        assert_eq!(hosts, addresses, "TCP first");
+        assert!(passed.take_named(&mapping("dns", "tcp+udp", 53)).unwrap().is_none());
+        assert_eq!(passed.0.len(), 1);
+    }
+
+    #[test]
+    fn a_name_with_too_few_or_too_many_sockets_is_refused() {
+        for sockets in [vec![tcp()], vec![tcp(), udp(), udp()], vec![udp()]] {
+            let sockets = sockets.into_iter().map(|listener| socket("dns", listener)).collect();
+            let refused = Passed::new(sockets).take_named(&mapping("dns", "tcp+udp", 53)).unwrap_err();
+            assert!(refused.to_string().contains("sockets named dns were passed"), "{refused}");
+        }
+    }
+
+    #[test]
+    fn otherwise_the_address_decides() {
+        let (one, other) = (tcp(), tcp());
+        let port = other.local_addr().unwrap().port();
+        let mut passed = Passed::new(vec![socket("rproxy.socket", one), socket("rproxy.socket", other)]);
+        let forward = |protocols| mapping("web", protocols, port).forwards().next().unwrap();
+        assert!(passed.take_at(&forward("udp")).is_none());
+        let bound = passed.take_at(&forward("tcp")).unwrap();
+        assert_eq!(bound.local_addr().unwrap().port(), port);
+        assert!(passed.take_at(&forward("tcp")).is_none());
+    }
+}

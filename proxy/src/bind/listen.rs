@@ -1,0 +1,332 @@
+//! Listening sockets: bound by us, or bound by the runtime that started us.
+
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Once;
+use std::time::Duration;
+
+use nix::libc;
+use rproxy_sys::udp;
+use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
+
+use crate::mapping::addr::Protocol;
+use crate::mapping::ports::PortRange;
+use crate::mapping::{Forward, Mapping};
+use crate::runtime::descriptors::explain;
+
+/// The pending-connection queue asked for; the kernel cuts it to `net.core.somaxconn` (listen(2)).
+pub(crate) const BACKLOG: i32 = i32::MAX;
+
+/// What the kernel may queue on a UDP listener, in bytes: a burst of all clients.
+const UDP_RECEIVE_BUFFER: usize = 8 * 1024 * 1024;
+
+/// What it may queue of answers, in bytes. All clients share it, so it is no longer than it has to be:
+/// behind a device that is slower than the backends, everyone waits until it is sent.
+const UDP_SEND_BUFFER: usize = 1024 * 1024;
+
+/// Idle time before the first keepalive probe and between probes, as Go's net package sets them.
+const KEEPALIVE: Duration = Duration::from_secs(15);
+
+/// A socket that clients reach a mapping through; non-blocking.
+#[derive(Debug)]
+pub enum Listener {
+    /// Listening for connections.
+    Tcp(TcpListener),
+    /// Bound, and told to report the local address of each datagram.
+    Udp(UdpSocket),
+}
+
+impl Listener {
+    /// Binds the host address of `mapping`.
+    ///
+    /// # Errors
+    /// [`BindError`], whose message says what would work.
+    pub fn bind(mapping: &Forward) -> Result<Self, BindError> {
+        let addr = mapping.host.socket_addr();
+        let bound = match mapping.protocol {
+            Protocol::Tcp => bind_tcp(addr, mapping.v6only).map(Self::Tcp),
+            Protocol::Udp => bind_udp(addr, mapping.v6only).map(Self::Udp),
+        };
+        bound.map_err(|source| BindError { protocol: mapping.protocol, addr, among: None, more: 1, source })
+    }
+
+    /// Adopts a socket that was bound for us, whatever it is of the two.
+    ///
+    /// # Errors
+    /// [`AdoptError`] if it is something else.
+    pub fn adopt_any(fd: OwnedFd) -> Result<Self, AdoptError> {
+        let kind = SockRef::from(&fd).r#type().map_err(AdoptError::NotASocket)?;
+        Self::adopt(fd, if kind == Type::STREAM { Protocol::Tcp } else { Protocol::Udp })
+    }
+
+    /// Adopts a socket that the parent process bound, and for TCP listens on (moby's
+    /// `-use-listen-fd`).
+    ///
+    /// # Errors
+    /// [`AdoptError`] if it is something else.
+    pub fn adopt(fd: OwnedFd, protocol: Protocol) -> Result<Self, AdoptError> {
+        let socket = Socket::from(fd);
+        let kind = socket.r#type().map_err(AdoptError::NotASocket)?;
+        let domain = socket.domain().map_err(AdoptError::NotASocket)?;
+        let wanted = match protocol {
+            Protocol::Tcp => Type::STREAM,
+            Protocol::Udp => Type::DGRAM,
+        };
+        if kind != wanted || !matches!(domain, Domain::IPV4 | Domain::IPV6) {
+            return Err(AdoptError::WrongKind(protocol));
+        }
+        socket.set_nonblocking(true).map_err(AdoptError::Setup)?;
+        match protocol {
+            Protocol::Tcp if !socket.is_listener().map_err(AdoptError::Setup)? => {
+                return Err(AdoptError::NotListening);
+            }
+            Protocol::Tcp => set_stream_options(&SockRef::from(&socket)),
+            Protocol::Udp => udp::queue_no_errors(socket.as_fd(), domain == Domain::IPV6)
+                .and_then(|()| set_datagram_options(&socket, domain == Domain::IPV6)),
+        }
+        .map_err(AdoptError::Setup)?;
+        Ok(match protocol {
+            Protocol::Tcp => Self::Tcp(socket.into()),
+            Protocol::Udp => Self::Udp(socket.into()),
+        })
+    }
+
+    /// What is spoken there.
+    pub fn protocol(&self) -> Protocol {
+        match self {
+            Self::Tcp(_) => Protocol::Tcp,
+            Self::Udp(_) => Protocol::Udp,
+        }
+    }
+
+    /// Whether IPv4 clients are left out (`IPV6_V6ONLY`, ipv6(7)).
+    ///
+    /// # Errors
+    /// Those of getsockopt(2).
+    pub fn is_v6only(&self) -> io::Result<bool> {
+        if self.local_addr()?.is_ipv4() {
+            return Ok(false);
+        }
+        match self {
+            Self::Tcp(listener) => SockRef::from(listener).only_v6(),
+            Self::Udp(socket) => SockRef::from(socket).only_v6(),
+        }
+    }
+
+    /// The address that clients send to, with the real port.
+    ///
+    /// # Errors
+    /// Those of getsockname(2).
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        match self {
+            Self::Tcp(listener) => listener.local_addr(),
+            Self::Udp(socket) => socket.local_addr(),
+        }
+    }
+}
+
+/// A socket of the family of `addr`; IPv6 alone or with IPv4, which otherwise depends on a sysctl
+/// (net.ipv6.bindv6only).
+fn new_socket(addr: SocketAddr, kind: Type, v6only: bool) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(addr), kind.nonblocking(), None)?;
+    if addr.is_ipv6() {
+        socket.set_only_v6(v6only)?;
+    }
+    Ok(socket)
+}
+
+/// A TCP socket listening on `addr`.
+pub(crate) fn bind_tcp(addr: SocketAddr, v6only: bool) -> io::Result<TcpListener> {
+    let socket = new_socket(addr, Type::STREAM, v6only)?;
+    // Connections of an earlier run may still be in TIME_WAIT on this port.
+    socket.set_reuse_address(true)?;
+    socket.bind(&addr.into())?;
+    set_stream_options(&SockRef::from(&socket))?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+fn bind_udp(addr: SocketAddr, v6only: bool) -> io::Result<UdpSocket> {
+    let socket = new_socket(addr, Type::DGRAM, v6only)?;
+    // Before the first datagram can arrive.
+    set_datagram_options(&socket, addr.is_ipv6())?;
+    socket.bind(&addr.into())?;
+    Ok(socket.into())
+}
+
+/// Sets on a TCP socket what both sides of a connection have: no Nagle delay, keepalive probes, and an
+/// end by reset, whatever brings it about. A connection that comes to its end in order takes the last
+/// one back; one that is cut, be it by the death of this process, must not look as if it had.
+///
+/// Sockets accepted from a listener inherit all of it, which saves five calls per connection. An MPTCP socket does
+/// not know them all, and neither do some of its kernels hand them down; what it does not know is left out
+/// (mptcp(7); include/net/mptcp.h). It keeps urgent bytes in their place anyway.
+pub(crate) fn set_stream_options(socket: &SockRef<'_>) -> io::Result<()> {
+    if_known(socket.set_linger(Some(Duration::ZERO)))?;
+    if_known(socket.set_tcp_nodelay(true))?;
+    // An urgent byte is a byte of the stream (RFC 6093): kept in its place, it ends no read early.
+    if_known(socket.set_out_of_band_inline(true))?;
+    let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE);
+    if_known(socket.set_tcp_keepalive(&keepalive))
+}
+
+/// The result of setting an option, but for that the socket does not know it.
+fn if_known(result: io::Result<()>) -> io::Result<()> {
+    match result {
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOPROTOOPT)) => Ok(()),
+        result => result,
+    }
+}
+
+/// Sets on a UDP listener: reports of the address asked, trains, and room for bursts.
+fn set_datagram_options(socket: &Socket, ipv6: bool) -> io::Result<()> {
+    static SMALL: Once = Once::new();
+
+    udp::report_local_addr(socket.as_fd(), ipv6)?;
+    udp::report_class_and_drops(socket.as_fd(), ipv6)?;
+    if let Err(error) = udp::receive_trains(socket.as_fd()) {
+        tracing::debug!(%error, "this kernel does not hand over trains of datagrams");
+    }
+    udp::set_buffers(socket.as_fd(), UDP_RECEIVE_BUFFER, UDP_SEND_BUFFER)?;
+    let size = udp::receive_buffer(socket.as_fd())?;
+    if size < UDP_RECEIVE_BUFFER {
+        SMALL.call_once(|| {
+            tracing::info!(
+                bytes = size,
+                "UDP buffers are limited by net.core.rmem_max and wmem_max; bursts over that are lost"
+            );
+        });
+    }
+    Ok(())
+}
+
+/// Why a host address could not be bound.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot listen on {addr}/{protocol}: {}", self.reason())]
+pub struct BindError {
+    /// The protocol of the socket.
+    pub protocol: Protocol,
+    /// The address that was asked for.
+    pub addr: SocketAddr,
+    /// The ports of which one would have done, if it was not this one alone.
+    pub among: Option<PortRange>,
+    /// How many sockets there were to bind, this one among them.
+    pub(crate) more: usize,
+    /// What the kernel answered.
+    pub source: io::Error,
+}
+
+impl BindError {
+    /// The same where `more` sockets were to be bound, this one among them.
+    pub(crate) fn of(self, more: usize) -> Self {
+        Self { more, ..self }
+    }
+
+    /// No port that `mapping` could have is free, `last` being why the last one tried is not.
+    pub(crate) fn all_taken(mapping: &Mapping, last: Option<Self>) -> Self {
+        let range = mapping.host_ports().range().unwrap_or(PortRange::EPHEMERAL);
+        let in_use = || io::Error::from(io::ErrorKind::AddrInUse);
+        let protocol = mapping.protocols().iter().next().unwrap_or(Protocol::Tcp);
+        Self {
+            protocol,
+            addr: mapping.host().at(range.first()),
+            among: Some(range),
+            more: 1,
+            source: last.map_or_else(in_use, |error| error.source),
+        }
+    }
+
+    /// What the kernel's answer means here, and what would work.
+    pub fn reason(&self) -> String {
+        let Self { protocol, addr, source, .. } = self;
+        let wildcard = if addr.is_ipv4() { "0.0.0.0" } else { "[::]" };
+        match source.kind() {
+            io::ErrorKind::AddrInUse if self.among.is_some_and(|among| !among.is_single()) => {
+                let among = self.among.map_or_else(String::new, |among| among.to_string());
+                format!("none of its ports is free ({among}); `ss -antup` shows who has them")
+            }
+            io::ErrorKind::AddrInUse => format!(
+                "the {protocol} port is taken by another program; `ss -an{}p 'sport = :{}'` shows which, port 0 takes \
+                 a free one, and net.ipv4.ip_local_reserved_ports keeps one for listening",
+                if *protocol == Protocol::Tcp { "t" } else { "u" },
+                addr.port()
+            ),
+            io::ErrorKind::AddrNotAvailable => format!(
+                "this machine has no such address; `ip address` lists those it has, {wildcard} stands for all"
+            ),
+            io::ErrorKind::PermissionDenied => {
+                "ports below net.ipv4.ip_unprivileged_port_start (1024) need root or CAP_NET_BIND_SERVICE; \
+             use a port above"
+                    .to_owned()
+            }
+            _ if source.raw_os_error() == Some(libc::EAFNOSUPPORT) => match addr {
+                SocketAddr::V6(addr) if addr.ip().is_unspecified() => {
+                    let all = SocketAddr::from((Ipv4Addr::UNSPECIFIED, addr.port()));
+                    format!("this machine has no IPv6; write {all} for all of its IPv4 addresses")
+                }
+                _ => "this machine has no IPv6; use an IPv4 address".to_owned(),
+            },
+            _ => explain(source, self.more),
+        }
+    }
+}
+
+/// Why an inherited descriptor cannot serve as the listener.
+#[derive(Debug, thiserror::Error)]
+pub enum AdoptError {
+    /// Nothing is open there, or it is no socket.
+    #[error("it is not a socket: {0}")]
+    NotASocket(#[source] io::Error),
+    /// A socket of another kind.
+    #[error("it is not a {0} socket over IPv4 or IPv6")]
+    WrongKind(Protocol),
+    /// A TCP socket on which `listen` was not called.
+    #[error("it is a TCP socket that does not listen")]
+    NotListening,
+    /// An option could not be set.
+    #[error("its options cannot be set: {0}")]
+    Setup(#[source] io::Error),
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use nix::sys::socket::{getsockopt, setsockopt, sockopt};
+
+    use super::*;
+
+    fn adopt(fd: impl Into<OwnedFd>, protocol: Protocol) -> Result<Listener, AdoptError> {
+        Listener::adopt(fd.into(), protocol)
+    }
+
+    #[test]
+    fn only_a_listening_tcp_socket_is_adopted_for_tcp() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let addr = listener.local_addr().unwrap();
+        assert_eq!(adopt(listener, Protocol::Tcp).unwrap().local_addr().unwrap(), addr);
+
+        let file = std::fs::File::open("/dev/null").unwrap();
+        assert!(matches!(adopt(file, Protocol::Tcp), Err(AdoptError::NotASocket(_))));
+        let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
+        assert!(matches!(adopt(udp, Protocol::Tcp), Err(AdoptError::WrongKind(Protocol::Tcp))));
+        let (unix, _other) = UnixStream::pair().unwrap();
+        assert!(matches!(adopt(unix, Protocol::Tcp), Err(AdoptError::WrongKind(Protocol::Tcp))));
+        let idle = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        assert!(matches!(adopt(idle, Protocol::Tcp), Err(AdoptError::NotListening)));
+    }
+
+    #[test]
+    fn a_udp_socket_is_adopted_for_udp() {
+        let udp = UdpSocket::bind("[::1]:0").unwrap();
+        let addr = udp.local_addr().unwrap();
+        // Whoever bound it may have wanted errors in a queue, which nobody here reads.
+        setsockopt(&udp, sockopt::Ipv6RecvErr, &true).unwrap();
+        let Listener::Udp(adopted) = adopt(udp, Protocol::Udp).unwrap() else { panic!("it is one for UDP") };
+        assert_eq!(adopted.local_addr().unwrap(), addr);
+        assert!(!getsockopt(&adopted, sockopt::Ipv6RecvErr).unwrap());
+        let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
+        assert!(matches!(adopt(tcp, Protocol::Udp), Err(AdoptError::WrongKind(Protocol::Udp))));
+    }
+}

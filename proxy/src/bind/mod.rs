@@ -1,0 +1,266 @@
+//! Mappings whose host ports are bound: all of a set, or none.
+//!
+//! A port is chosen by binding it. Looking first which one is free would lose a race.
+
+pub mod activation;
+pub mod listen;
+
+use std::hash::{BuildHasher, RandomState};
+use std::io;
+use std::net::SocketAddr;
+use std::ops::ControlFlow;
+
+use crate::bind::activation::{Passed, PassedError};
+use crate::bind::listen::{BindError, Listener};
+use crate::loops::whereabouts::Whereabouts;
+use crate::loops::{Hop, LoopError, refuse_loop, refuse_loops};
+use crate::mapping::addr::{HostAddr, Protocol};
+use crate::mapping::ports::PortRange;
+use crate::mapping::{Forward, HostPorts, Mapping};
+
+/// A mapping whose host ports are bound: from here on, clients can connect.
+#[derive(Debug)]
+pub struct Bound {
+    /// The mapping as it was asked for.
+    pub mapping: Mapping,
+    /// Its sockets, TCP first, each in the order of ports.
+    pub ports: Vec<BoundPort>,
+}
+
+/// One bound port.
+#[derive(Debug)]
+pub struct BoundPort {
+    /// The port, with the real host port in place of one that was yet to be chosen.
+    pub forward: Forward,
+    /// The socket.
+    pub listener: Listener,
+}
+
+impl BoundPort {
+    /// Binds the host address of `forward`; port 0 takes the kernel's choice.
+    ///
+    /// # Errors
+    /// [`BindError`]
+    pub fn bind(forward: Forward) -> Result<Self, BindError> {
+        let listener = Listener::bind(&forward)?;
+        Ok(Self { forward, listener }.with_real_port())
+    }
+
+    /// Uses `listener` for `forward`; where it listens is the business of whoever bound it, and is what counts.
+    pub fn adopt(forward: Forward, listener: Listener) -> Self {
+        let host = listener.local_addr().map_or(forward.host, HostAddr::from);
+        let v6only = listener.is_v6only().unwrap_or(forward.v6only);
+        Self { forward: Forward { host, v6only, ..forward }, listener }
+    }
+
+    /// The address that clients connect to, with the real port.
+    ///
+    /// # Errors
+    /// Those of getsockname(2).
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    fn with_real_port(mut self) -> Self {
+        if self.forward.host.socket_addr().port() == 0
+            && let Ok(addr) = self.listener.local_addr()
+        {
+            self.forward.host = HostAddr::new(addr, addr.port());
+        }
+        self
+    }
+}
+
+impl Bound {
+    /// Binds one mapping.
+    ///
+    /// # Errors
+    /// [`BindError`] for the port that cannot be bound; none of the others stays bound.
+    pub fn bind(mapping: Mapping) -> Result<Self, BindError> {
+        Self::bind_by(mapping, BoundPort::bind)
+    }
+
+    /// Whether it listens where it was asked to, and not where a socket that was passed does.
+    pub fn is_where_asked(&self) -> bool {
+        let asked = self.mapping.forwards().map(|forward| forward.host);
+        asked.eq(self.ports.iter().map(|port| port.forward.host))
+    }
+
+    /// Binds one mapping, except for the ports that sockets were `passed` for.
+    fn take_or_bind(mapping: Mapping, passed: &mut Passed) -> Result<Self, BoundError> {
+        if let Some(ports) = passed.take_named(&mapping)? {
+            return Ok(Self { mapping, ports });
+        }
+        let take_or_bind = |forward| passed.take_at(&forward).map_or_else(|| BoundPort::bind(forward), Ok);
+        Ok(Self::bind_by(mapping, take_or_bind)?)
+    }
+
+    /// Gets the ports that `mapping` asks for from `bind`.
+    fn bind_by(
+        mapping: Mapping,
+        bind: impl FnMut(Forward) -> Result<BoundPort, BindError>,
+    ) -> Result<Self, BindError> {
+        let ports = match mapping.host_ports() {
+            HostPorts::Exactly(_) => mapping.forwards().map(bind).collect::<Result<_, _>>()?,
+            HostPorts::FirstFree(range) => {
+                let backend_port = mapping.backend_ports().first();
+                bind_one_of(&mapping, range.iter(), backend_port)?
+            }
+            HostPorts::Random => bind_random(&mapping)?,
+        };
+        Ok(Self { mapping, ports })
+    }
+
+    /// Binds all mappings and gives them in the same order. Those whose ports are yet to be chosen are
+    /// bound last, so that they take no port that another one asks for. What was `passed` need not be
+    /// bound; what nobody takes of it is closed.
+    ///
+    /// # Errors
+    /// [`BoundError`] for the first port that cannot be bound, or leads back to itself where it is bound; none of
+    /// the others stays bound.
+    pub fn bind_all(mappings: Vec<Mapping>, mut passed: Passed) -> Result<Vec<Self>, BoundError> {
+        let mut turns: Vec<(usize, Mapping)> = mappings.into_iter().enumerate().collect();
+        turns.sort_by_key(|(_index, mapping)| mapping.host_ports().freedom());
+        let mut missing: usize = turns.iter().map(|(_index, mapping)| mapping.sockets()).sum();
+        let mut bind = |(index, mapping): (usize, Mapping)| {
+            let sockets = mapping.sockets();
+            let bound = Self::take_or_bind(mapping, &mut passed).map_err(|error| error.of(missing))?;
+            missing -= sockets;
+            Ok::<_, BoundError>((index, bound))
+        };
+        let mut bound: Vec<_> = turns.into_iter().map(&mut bind).collect::<Result<_, _>>()?;
+        bound.sort_by_key(|(index, _bound)| *index);
+        let bound: Vec<Self> = bound.into_iter().map(|(_index, bound)| bound).collect();
+        Self::refuse_loops(&bound)?;
+        Ok(bound)
+    }
+
+    /// Refuses mappings one of which leads back to itself, where they are bound.
+    ///
+    /// # Errors
+    /// [`LoopError`], with the index of the mapping.
+    pub fn refuse_loops(bound: &[Self]) -> Result<(), LoopError> {
+        let hops = bound.iter().enumerate().flat_map(|(index, bound)| {
+            Hop::of_sockets(index, &bound.mapping, bound.ports.iter().map(|port| port.forward))
+        });
+        refuse_loops(&hops.collect::<Vec<_>>(), [], &mut Whereabouts::default())
+    }
+}
+
+/// Binds a random port for each port of the backend; TCP and UDP get the same.
+fn bind_random(mapping: &Mapping) -> Result<Vec<BoundPort>, BindError> {
+    let range = PortRange::EPHEMERAL;
+    let start = usize::try_from(RandomState::new().hash_one(()) >> 32).unwrap_or(0) % range.count();
+    let mut ports = range.iter().cycle().skip(start);
+    let mut bound = Vec::with_capacity(mapping.sockets());
+    for backend_port in mapping.backend_ports().iter() {
+        // One turn at most, and on from where the last one was found.
+        bound.extend(bind_one_of(mapping, ports.by_ref().take(range.count()), backend_port)?);
+    }
+    bound.sort_by_key(|port| port.forward.protocol == Protocol::Udp);
+    Ok(bound)
+}
+
+/// Binds the first port that is free for all protocols of the mapping.
+fn bind_one_of(
+    mapping: &Mapping,
+    candidates: impl Iterator<Item = u16>,
+    backend_port: u16,
+) -> Result<Vec<BoundPort>, BindError> {
+    let bind = |port: u16| -> Result<Vec<BoundPort>, BindError> {
+        let forwards =
+            mapping.protocols().iter().map(|protocol| mapping.forward(protocol, port, backend_port));
+        forwards.map(BoundPort::bind).collect()
+    };
+    let mut whereabouts = Whereabouts::default();
+    let mut reaches_itself = |port: &u16| {
+        let socket = mapping.forward(Protocol::Tcp, *port, backend_port);
+        *port == backend_port && refuse_loop(&socket, &mut whereabouts).is_err()
+    };
+    let mut candidates = candidates.filter(|port| !reaches_itself(port));
+    let tried = candidates.try_fold(None, |_taken, port| match bind(port) {
+        Ok(bound) => ControlFlow::Break(Ok(bound)),
+        Err(error) if error.source.kind() == io::ErrorKind::AddrInUse => ControlFlow::Continue(Some(error)),
+        Err(error) => ControlFlow::Break(Err(error)),
+    });
+    match tried {
+        ControlFlow::Break(result) => result,
+        ControlFlow::Continue(last) => Err(BindError::all_taken(mapping, last)),
+    }
+}
+
+/// Why a set of mappings has no sockets.
+#[derive(Debug, thiserror::Error)]
+pub enum BoundError {
+    /// A port cannot be bound.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// The sockets that were passed do not fit.
+    #[error(transparent)]
+    Passed(#[from] PassedError),
+    /// A mapping leads back to itself.
+    #[error(transparent)]
+    Loop(#[from] LoopError),
+}
+
+impl BoundError {
+    /// The same where `more` sockets were to be bound, the one at fault among them.
+    fn of(self, more: usize) -> Self {
+        match self {
+            Self::Bind(error) => Self::Bind(error.of(more)),
+            other => other,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, UdpSocket};
+
+    use super::*;
+
+    fn bind(ports: Option<PortRange>, proto: &str, backend_ports: &str) -> Result<Bound, BindError> {
+        let host = ("127.0.0.1".parse().unwrap(), ports);
+        let backend = ("192.0.2.1".parse().unwrap(), backend_ports.parse().unwrap());
+        let mapping = Mapping::new(proto.parse().unwrap(), host, backend).unwrap();
+        Bound::bind(mapping)
+    }
+
+    fn host_ports(bound: &Bound) -> Vec<u16> {
+        bound.ports.iter().map(|port| port.forward.host.socket_addr().port()).collect()
+    }
+
+    #[test]
+    fn random_ports_are_ephemeral_and_the_same_for_both_protocols() {
+        let bound = bind(None, "tcp+udp", "80-83").unwrap();
+        let ports = host_ports(&bound);
+        assert_eq!(ports[..4], ports[4..]);
+        assert!(ports.iter().all(|port| PortRange::EPHEMERAL.contains(*port)), "{ports:?}");
+        for port in bound.ports {
+            assert_eq!(port.local_addr().unwrap(), port.forward.host.socket_addr());
+        }
+    }
+
+    /// Two ports in a row that nobody has, and the sockets that take the first.
+    fn taken_and_free() -> (TcpListener, PortRange) {
+        (1..)
+            .find_map(|_| {
+                let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+                let port = taken.local_addr().unwrap().port();
+                let next = port.checked_add(1)?;
+                TcpListener::bind(("127.0.0.1", next)).ok()?;
+                UdpSocket::bind(("127.0.0.1", next)).ok()?;
+                Some((taken, PortRange::new(port, next).unwrap()))
+            })
+            .unwrap()
+    }
+
+    #[test]
+    fn the_first_port_that_is_free_for_both_protocols_is_taken() {
+        let (_taken, range) = taken_and_free();
+        let bound = bind(Some(range), "tcp+udp", "80").unwrap();
+        assert_eq!(host_ports(&bound), [range.last(), range.last()]);
+        let message = bind(Some(range), "tcp", "80").unwrap_err().to_string();
+        assert!(message.contains("none of its ports is free"), "{message}");
+    }
+}

@@ -1,0 +1,82 @@
+//! The names of the keys of a mapping, and what is meant by those that there are not.
+
+/// Calls a macro with the names of all keys.
+macro_rules! with_keys {
+    ($macro:ident) => {
+        $macro!(
+            name,
+            host,
+            to,
+            proto,
+            v6only,
+            connect_timeout,
+            idle_timeout,
+            max_connections,
+            on_limit,
+            udp_timeout,
+            udp_max_flows,
+            udp_max_flows_per_source,
+            udp_any_port,
+            dscp,
+            allow,
+            deny
+        )
+    };
+}
+
+macro_rules! names {
+    ($($key:ident),*) => { [$(stringify!($key)),*] };
+}
+
+/// All of them.
+pub(super) const KEYS: [&str; 16] = with_keys!(names);
+
+pub(super) use with_keys;
+
+/// The longest word that may be a slip of a key, in bytes.
+const LONGEST_KEY: usize = 64;
+
+/// How similar two words have to be for one to be a slip of the other, by Jaro and Winkler.
+const SIMILAR: f64 = 0.8;
+
+/// The key of a mapping that `written` is meant to be, if it resembles one.
+pub(super) fn meant_key(written: &str) -> Option<&'static str> {
+    if written.len() > LONGEST_KEY {
+        return None;
+    }
+    let plain = written.to_lowercase().replace('-', "_");
+    match &*plain {
+        "listen" | "bind" | "address" => return Some("host"),
+        "backend" | "target" | "upstream" | "forward" => return Some("to"),
+        "tos" | "traffic_class" => return Some("dscp"),
+        // It has the letters of `dscp`, and means something else.
+        "desc" | "description" => return None,
+        _ => {}
+    }
+    let score = |key: &str| strsim::jaro_winkler(&plain, key);
+    let best = KEYS.into_iter().max_by(|a, b| score(a).total_cmp(&score(b)))?;
+    (score(best) >= SIMILAR).then_some(best)
+}
+
+/// What to say about a key of a mapping that there is not.
+pub(super) fn unknown_key(written: &str) -> String {
+    match meant_key(written) {
+        Some(key) => format!("unknown key `{written}`; did you mean `{key}`?"),
+        None if written.len() > LONGEST_KEY => format!("unknown key; the keys are {}", KEYS.join(", ")),
+        None => format!("unknown key `{written}`; the keys are {}", KEYS.join(", ")),
+    }
+}
+
+/// What to say about a key that is in no table, or about a table that there is not.
+pub(super) fn unknown_table(written: &str, is_table: bool) -> String {
+    let resembles = |table: &str| {
+        written.len() <= LONGEST_KEY && strsim::jaro_winkler(&written.to_lowercase(), table) >= SIMILAR
+    };
+    match (is_table, meant_key(written)) {
+        (true, _) if resembles("mapping") => format!("unknown table `{written}`; did you mean [[mapping]]?"),
+        (true, _) if resembles("defaults") => format!("unknown table `{written}`; did you mean [defaults]?"),
+        (true, _) => format!("unknown table `{written}`; the tables are [[mapping]] and [defaults]"),
+        (false, Some(key)) => format!("`{written}` is in no table; write [[mapping]] in a line before {key}"),
+        (false, None) => format!("unknown key `{written}`; a file has the tables [[mapping]] and [defaults]"),
+    }
+}

@@ -1,0 +1,215 @@
+//! What is meant by lines that are no TOML.
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+
+use toml_parser::parser::{Event, EventKind, RecursionGuard, ValidateWhitespace, parse_document};
+use toml_parser::{ParseError, Source};
+
+use super::keys::{LONGEST_VALUE, is_accepted};
+use super::mistake::{Found, Lines, MOST, Mistakes};
+use super::names::meant_key;
+use super::values::example;
+
+/// The most errors that the parser may keep.
+const MOST_ERRORS: usize = 100_000;
+
+/// How deep arrays and tables may be in each other, as in the parser of `toml`.
+const DEEPEST: u32 = 80;
+
+/// As much of a text as there is something to be said about: up to the first line that is no TOML behind [`MOST`] others.
+/// And whether that is less than all of it.
+///
+/// The parser keeps every error, so that what it is given must not have too many of them.
+pub(super) fn before_too_many_errors(text: &str) -> (&str, bool) {
+    let lines = Lines::of(text);
+    let mut broken: BTreeSet<usize> = BTreeSet::new();
+    let (mut seen, mut end) = (0, None);
+    each_error(text, |error| {
+        let at = error.unexpected().map_or(0, |place| place.start()).min(text.len());
+        broken.insert(lines.start_of(at));
+        if broken.len() > MOST + 1 {
+            broken.pop_last();
+        }
+        seen += 1;
+        if seen == MOST_ERRORS {
+            end = (0..=at).rev().find(|at| text.is_char_boundary(*at));
+        }
+    });
+    let line = broken.last().copied().filter(|_line| broken.len() > MOST);
+    match line.into_iter().chain(end).min() {
+        Some(end) => (&text[..end], true),
+        None => (text, false),
+    }
+}
+
+/// Hands over what is no TOML, as the parser finds it and without keeping any of it.
+fn each_error(text: &str, note: impl FnMut(ParseError)) {
+    let note = RefCell::new(note);
+    let source = Source::new(text);
+    let tokens = source.lex().into_vec();
+    let mut decode = |event: Event| {
+        let Some(raw) = source.get(event) else { return };
+        let mut note = |error| note.borrow_mut()(error);
+        match event.kind() {
+            EventKind::SimpleKey => raw.decode_key(&mut (), &mut note),
+            EventKind::Scalar => drop(raw.decode_scalar(&mut (), &mut note)),
+            _ => {}
+        }
+    };
+    let mut whitespace = ValidateWhitespace::new(&mut decode, source);
+    let mut receiver = RecursionGuard::new(&mut whitespace, DEEPEST);
+    parse_document(&tokens, &mut receiver, &mut |error| note.borrow_mut()(error));
+}
+
+/// All that is to be said about a file with lines that are no TOML: these, and what was `found` in other lines. What
+/// is missing may be in the former.
+pub(super) fn beside_errors(text: &str, errors: &[toml::de::Error], found: Mistakes) -> Mistakes {
+    let lines = Lines::of(text);
+    let mut broken: BTreeMap<usize, &toml::de::Error> = BTreeMap::new();
+    for error in errors {
+        // What follows in the same line follows from it.
+        broken.entry(lines.start_of(place(text, error))).or_insert(error);
+    }
+    let mut all = Mistakes::with_more(broken.len() > MOST || found.more);
+    all.extend(broken.iter().take(MOST).map(|(start, error)| explain(text, *start, error)));
+    // Behind a heading that cannot be read, everything is another table's.
+    if !broken.keys().any(|start| is_heading(&text[*start..])) {
+        all.extend(found.into_iter().filter(|found| {
+            let start = lines.start_of(found.start());
+            !broken.contains_key(&start) && !is_heading(&text[start..])
+        }));
+    }
+    all
+}
+
+fn is_heading(rest: &str) -> bool {
+    rest.trim_start_matches([' ', '\t']).starts_with('[')
+}
+
+/// Where an error is: not behind the end of its line, where it was noticed.
+fn place(text: &str, error: &toml::de::Error) -> usize {
+    let at = error.span().unwrap_or_default().start.min(text.len());
+    let is_behind = at > 0 && text.as_bytes()[at - 1] == b'\n' && at == text.len();
+    if is_behind { at - 1 } else { at }
+}
+
+/// What the parser says about the line from `start` that is no TOML, or what is meant by it.
+fn explain(text: &str, start: usize, error: &toml::de::Error) -> Found {
+    let line = text[start..].lines().next().unwrap_or_default();
+    if line.trim_start().starts_with("[mapping]") {
+        return Found::at(
+            start..start,
+            "[mapping] is one table, and there is one already; write [[mapping]] for each",
+        );
+    }
+    if error.message() == "duplicate key" {
+        let place = error.span().unwrap_or_default();
+        return Found::at(place, "duplicate key; leave one of the two out");
+    }
+    match meant_line(line) {
+        Some((column, message)) => Found::at(start + column..start + line.len(), message),
+        None => Found::from(error.clone()),
+    }
+}
+
+/// What is meant by a line with a key whose value is no TOML, and where the value is.
+fn meant_line(line: &str) -> Option<(usize, String)> {
+    let separator = line.find(['=', ':'])?;
+    let key = meant_key(line[..separator].trim())?;
+    let value = line[separator + 1..].split('#').next().unwrap_or_default();
+    let column = separator + 1 + (value.len() - value.trim_start().len());
+    let no_value = format!("{key}: this is no value in TOML");
+    let message = match meant_value(key, value.trim()) {
+        Some(meant) => format!("{no_value}; write {key} = {meant}"),
+        None => {
+            format!("{no_value}; write one key and its value in each line, as in {key} = {}", example(key))
+        }
+    };
+    Some((column, message))
+}
+
+/// The value of `key` that is meant by `value`, which is no TOML: one that is accepted, if there is one.
+fn meant_value(key: &str, value: &str) -> Option<String> {
+    if value.len() > LONGEST_VALUE {
+        return None;
+    }
+    let is_quote = |c: char| matches!(c, '"' | '\'' | '“' | '”' | '„' | '‘' | '’');
+    let bare = |text: &str| text.trim().trim_matches(is_quote).replace(['"', '\\'], "");
+    let is_off = ["no", "off", "false"].contains(&&*bare(value).to_lowercase());
+    let meant = |value: &str| match (example(key).chars().next(), bare(value)) {
+        (_, value) if value.is_empty() => example(key).to_owned(),
+        (Some('"'), value) => format!("\"{value}\""),
+        (Some('['), _) => {
+            let items = value.trim_matches(['[', ']']).split([',', ' ', '\t']).map(bare);
+            let items: Vec<String> =
+                items.filter(|item| !item.is_empty()).map(|item| format!("\"{item}\"")).collect();
+            format!("[{}]", items.join(", "))
+        }
+        (Some('t'), _) if is_off => "false".to_owned(),
+        _ => example(key).to_owned(),
+    };
+    // What comes behind a value in other languages, and is none of it.
+    let before_comment = value.split("//").next().unwrap_or_default().trim_end();
+    let candidates = [value, value.trim_end_matches([',', ';']), before_comment];
+    candidates.into_iter().map(meant).find(|meant| is_accepted(key, meant))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::names::KEYS;
+    use super::*;
+
+    #[test]
+    fn every_example_is_accepted() {
+        for key in KEYS {
+            assert!(is_accepted(key, example(key)), "{key}");
+        }
+    }
+
+    #[test]
+    fn the_parser_is_given_few_errors() {
+        for junk in ["x\n", "=\n", "# \u{1}\n", "x = \"\\q\"\n", "x = 1__1\n", "# \u{1}", "\\q", "ü\u{1}"] {
+            let text = format!("# é\n{}", junk.repeat(300_000));
+            let (start, is_cut) = before_too_many_errors(&text);
+            let mut errors = 0;
+            each_error(start, |_error| errors += 1);
+            assert!(errors <= MOST_ERRORS + 1, "{junk:?}: {errors}");
+            assert!(is_cut == (start.len() < text.len()));
+            let is_a_line = !junk.ends_with('\n');
+            assert!(is_a_line || start.lines().count() == 1 + MOST, "{junk:?}: {}", start.lines().count());
+        }
+        assert_eq!(before_too_many_errors("x\n[[mapping]]\n"), ("x\n[[mapping]]\n", false));
+    }
+
+    #[test]
+    fn what_is_suggested_is_accepted() {
+        for (line, meant) in [
+            ("host = \"127.0.0.1:80\",", Some("\"127.0.0.1:80\"")),
+            ("host = 127.0.0.1:80;", Some("\"127.0.0.1:80\"")),
+            ("host = 127.0.0.1:80 // web", Some("\"127.0.0.1:80\"")),
+            ("host = \"[::]:80\"; to = \"10.0.0.1:80\"", None),
+            ("host = 127.0.0.1", None),
+            ("to = web:80", None),
+            ("name = my web", None),
+            ("proto = tcp udp", None),
+            ("proto = tcp,udp", None),
+            ("idle_timeout = soon", None),
+            ("on_limit = refuse", None),
+            ("allow = [\"10.0.0.0/8\" \"fd00::/8\"]", Some("[\"10.0.0.0/8\", \"fd00::/8\"]")),
+            ("allow = lan", None),
+            ("deny = [10.0.0.0/8; fd00::/8]", None),
+        ] {
+            let (_column, message) = meant_line(line).unwrap();
+            let key = line.split(' ').next().unwrap();
+            match meant {
+                Some(meant) => {
+                    assert!(message.ends_with(&format!("; write {key} = {meant}")), "{line}: {message}")
+                }
+                None => {
+                    assert!(message.contains("write one key and its value in each line"), "{line}: {message}")
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,83 @@
+//! What clients ask for: it is done to the server, and answered.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::sync::oneshot;
+use tokio::time::timeout;
+use tracing::info;
+
+use super::clients::{Call, Reply};
+use super::protocol::{self, Refusal, Request};
+use crate::engine::Server;
+use crate::engine::change::Changed;
+use crate::mapping::Mapping;
+use crate::mapping::addr::AddrError;
+use crate::mapping::endpoint::BackendSpec;
+use crate::mapping::name::{Name, NameError};
+use crate::mapping::ports::PortRange;
+use crate::mapping::wire::WireMapping;
+
+/// How long the client may take for its answer that ends the process.
+const LAST_ANSWER: Duration = Duration::from_secs(1);
+
+/// Does what a client asks for, and tells it. Gives whether that ends the process; the client knows by then.
+pub(crate) async fn answer(Call { request, answer }: Call, server: &mut Server) -> bool {
+    let is_last = request == Request::Drain;
+    let (until_told, told) = oneshot::channel();
+    let result = handle(request, server).await;
+    // The client may be gone.
+    answer.send(Reply { result, until_told }).ok();
+    if is_last {
+        // One that does not take its answer is not waited for.
+        timeout(LAST_ANSWER, told).await.ok();
+        info!("ending, as a control client asks");
+    }
+    is_last
+}
+
+async fn handle(request: Request, server: &mut Server) -> Result<Value, Refusal> {
+    let changed = match request {
+        Request::List => return Ok(protocol::list(server.registry())),
+        Request::Stats => return Ok(protocol::stats(server.registry())),
+        Request::Drain => return Ok(json!({})),
+        Request::Add { mappings } => {
+            let mappings = read(&mappings)?;
+            let names: Vec<Name> = mappings.iter().map(Mapping::name).collect();
+            let changed = server.add(mappings).await?;
+            let mut answer = protocol::changed(changed);
+            answer["mappings"] = protocol::show(server.registry(), &names);
+            return Ok(answer);
+        }
+        Request::Apply { mappings } => server.apply(read(&mappings)?).await?,
+        Request::Remove { name } => server.remove(&parse_name(&name)?).await?,
+        Request::Retarget { name, to } => retarget(server, &parse_name(&name)?, &to).await?,
+    };
+    Ok(protocol::changed(changed))
+}
+
+fn read(mappings: &[WireMapping]) -> Result<Vec<Mapping>, Refusal> {
+    let read = |mapping: &WireMapping| {
+        mapping.read().map_err(|error| match &mapping.name {
+            Some(name) => Refusal::bad_request(format!("mapping {}: {error}", name.escape_debug())),
+            None => Refusal::bad_request(error.to_string()),
+        })
+    };
+    mappings.iter().map(read).collect()
+}
+
+fn parse_name(name: &str) -> Result<Name, Refusal> {
+    name.parse().map_err(|error: NameError| Refusal::bad_request(error.to_string()))
+}
+
+async fn retarget(server: &mut Server, name: &Name, to: &str) -> Result<Changed, Refusal> {
+    let wrong = |error: &dyn std::fmt::Display| Refusal::bad_request(format!("to {to}: {error}"));
+    let BackendSpec { ip, ports } = to.parse().map_err(|error: AddrError| wrong(&error))?;
+    // An unknown name is for the server to refuse.
+    let count = server.registry().get(name).map_or(1, |served| served.mapping().backend_ports().count());
+    let Ok(first) = ports.one() else { return Ok(server.retarget(name, ip, ports).await?) };
+    let last = u16::try_from(count - 1).ok().and_then(|more| first.checked_add(more));
+    let last = last.ok_or_else(|| wrong(&format_args!("there are no {count} ports from there on")))?;
+    let ports = PortRange::new(first, last).map_err(|error| wrong(&error))?;
+    Ok(server.retarget(name, ip, ports).await?)
+}

@@ -1,0 +1,504 @@
+//! Changing what a running server serves.
+//!
+//! A change is prepared first: everything that can fail, above all binding, happens on sockets that
+//! nobody is served on yet. Then it is committed, which cannot fail; or dropped, and nothing has
+//! changed. Sockets go over from a mapping that goes to one that comes, if both listen there.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::io;
+use std::sync::{Arc, Weak};
+
+use tokio::task::consume_budget;
+use tracing::info;
+
+use crate::bind::listen::BindError;
+use crate::bind::{Bound, BoundPort};
+use crate::engine::Server;
+use crate::engine::plan::{Plan, plan};
+use crate::engine::registry::Served;
+use crate::engine::sweep::Sweep;
+use crate::loops::whereabouts::Whereabouts;
+use crate::loops::{Hop, LoopError, refuse_loops};
+use crate::mapping::addr::{HostAddr, Protocol, ScopedIp};
+use crate::mapping::name::Name;
+use crate::mapping::overlap::{OverlapError, exclude_each_other, refuse_overlap};
+use crate::mapping::ports::PortRange;
+use crate::mapping::{Forward, HostPorts, Mapping, MappingError};
+use crate::runtime::poll::Port;
+use crate::runtime::start_thread;
+use crate::state::{Assignment, Route, Service};
+use crate::udp::stale;
+
+/// Stack of the thread that looks through the table of connections.
+const STACK_SIZE: usize = 256 * 1024;
+
+/// Why a change was not made; nothing has changed then.
+#[derive(Debug, thiserror::Error)]
+pub enum ChangeError {
+    /// Another mapping has the name.
+    #[error("the name {0} is taken by another mapping; choose another (--name), or remove that one first")]
+    NameTaken(Name),
+    /// No mapping has the name.
+    #[error("there is no mapping {0}; `rproxy ctl list` shows which there are")]
+    Unknown(Name),
+    /// Two mappings want the same port.
+    #[error("{}: {_0}", .0.mapping.name())]
+    Overlap(#[from] OverlapError),
+    /// A port that a mapping of another address has, which goes.
+    #[error(
+        "{name}: port {port} is still bound by the mapping {other}, which this change removes; a port cannot move \
+         between one address and all of them in one step: remove {other} first"
+    )]
+    StillBound {
+        /// The mapping.
+        name: Name,
+        /// The one that goes; it may be the same one, at its old address.
+        other: Name,
+        /// The port.
+        port: u16,
+    },
+    /// It would lead back to itself.
+    #[error("{name}: {source}")]
+    Loop {
+        /// The mapping.
+        name: Name,
+        /// How.
+        source: LoopError,
+    },
+    /// A host port cannot be bound.
+    #[error("{}{source}", prefix(name, source))]
+    Bind {
+        /// The mapping.
+        name: Name,
+        /// Why.
+        source: BindError,
+    },
+    /// The new backend does not fit.
+    #[error("{name}: {source}")]
+    Mapping {
+        /// The mapping.
+        name: Name,
+        /// Why.
+        source: MappingError,
+    },
+    /// The kernel refused to watch a socket.
+    #[error("{name}: cannot watch a listener: {source}")]
+    Watch {
+        /// The mapping.
+        name: Name,
+        /// What epoll_ctl(2) answered.
+        source: io::Error,
+    },
+}
+
+/// The name of a mapping before why it cannot be bound, unless that says as much.
+fn prefix(name: &Name, error: &BindError) -> String {
+    let place = format!("{}/{}", error.addr, error.protocol);
+    if name.as_str() == place { String::new() } else { format!("{name}: ") }
+}
+
+/// What a change came to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Changed {
+    /// Mappings that are served since.
+    pub added: usize,
+    /// Mappings that lead elsewhere since, or have other limits.
+    pub changed: usize,
+    /// Mappings that are not served since.
+    pub removed: usize,
+    /// Mappings that were not touched.
+    pub unchanged: usize,
+}
+
+impl Server {
+    /// Serves more mappings, or none of them.
+    ///
+    /// # Errors
+    /// [`ChangeError`]
+    pub async fn add(&mut self, mappings: Vec<Mapping>) -> Result<Changed, ChangeError> {
+        let mut names = HashSet::with_capacity(mappings.len());
+        for mapping in &mappings {
+            let name = mapping.name();
+            let served = self.registry.get(&name);
+            if let (Some(served), None) = (served, mapping.given_name()) {
+                // Nobody chose the name: what is in the way may be the port that it follows from.
+                refuse_overlap(&[served.mapping.clone(), mapping.clone()])?;
+            }
+            if served.is_some() || !names.insert(name.clone()) {
+                return Err(ChangeError::NameTaken(name));
+            }
+        }
+        refuse_overlap(&mappings)?;
+        let add = mappings.into_iter().map(|mapping| (mapping.name(), mapping)).collect();
+        self.carry_out(Plan { add, unchanged: self.registry.len(), ..Plan::default() }).await
+    }
+
+    /// Serves a mapping no more. Its connections and flows go on.
+    ///
+    /// # Errors
+    /// [`ChangeError::Unknown`]
+    pub async fn remove(&mut self, name: &Name) -> Result<Changed, ChangeError> {
+        if self.registry.get(name).is_none() {
+            return Err(ChangeError::Unknown(name.clone()));
+        }
+        let unchanged = self.registry.len() - 1;
+        self.carry_out(Plan { remove: vec![name.clone()], unchanged, ..Plan::default() }).await
+    }
+
+    /// Makes new connections of a mapping, and all datagrams, go to another backend. Connections that it has go on.
+    ///
+    /// # Errors
+    /// [`ChangeError::Unknown`], or [`ChangeError::Mapping`] if the ports do not fit.
+    pub async fn retarget(
+        &mut self,
+        name: &Name,
+        backend: ScopedIp,
+        ports: PortRange,
+    ) -> Result<Changed, ChangeError> {
+        let Some(served) = self.registry.get(name) else {
+            return Err(ChangeError::Unknown(name.clone()));
+        };
+        let wrong = |source| ChangeError::Mapping { name: name.clone(), source };
+        let old = served.mapping.backend_ports();
+        if old.count() != ports.count() {
+            return Err(wrong(MappingError::Lengths { host: old, backend: ports }));
+        }
+        let mut mapping = served.mapping.retargeted(backend, ports).map_err(wrong)?;
+        if mapping.name() != *name {
+            // The default name of a random port has the backend's in it.
+            mapping = mapping.named(name.clone());
+        }
+        let unchanged = self.registry.len() - 1;
+        self.carry_out(Plan { change: vec![(name.clone(), mapping)], unchanged, ..Plan::default() }).await
+    }
+
+    /// Serves exactly these mappings from now on. What did not change is not touched.
+    ///
+    /// # Errors
+    /// [`ChangeError`]
+    pub async fn apply(&mut self, wanted: Vec<Mapping>) -> Result<Changed, ChangeError> {
+        refuse_overlap(&wanted)?;
+        let served = self.registry.iter().map(|(name, served)| (name, &served.mapping));
+        let plan = plan(served, wanted).map_err(ChangeError::NameTaken)?;
+        self.carry_out(plan).await
+    }
+
+    async fn carry_out(&mut self, plan: Plan) -> Result<Changed, ChangeError> {
+        let changed = Changed {
+            added: plan.add.len(),
+            changed: plan.change.len(),
+            removed: plan.remove.len(),
+            unchanged: plan.unchanged,
+        };
+        let prepared = Box::pin(self.prepare(plan)).await?;
+        self.commit(prepared).await;
+        Ok(changed)
+    }
+
+    /// Everything that can fail. It may be given up at any point, and nothing has changed then.
+    async fn prepare(&mut self, plan: Plan) -> Result<Prepared, ChangeError> {
+        self.refuse_loops(&plan)?;
+        let changed = plan.change.into_iter().map(|(name, mapping)| self.prepare_change(name, mapping));
+        let changed = changed.collect::<Result<_, _>>()?;
+        let spare = self.sockets_of(&plan.remove);
+        let added = Vec::with_capacity(plan.add.len());
+        let mut add = plan.add;
+        let missing = add.iter().map(|(_name, mapping)| mapping.sockets()).sum();
+        let mut prepared = Prepared { added, changed, removed: plan.remove, spare, missing };
+        // Those that may choose choose last.
+        add.sort_by_key(|(_name, mapping)| mapping.host_ports().freedom());
+        for (name, mapping) in add {
+            let served = self.prepare_new(&name, mapping, &mut prepared).await?;
+            prepared.missing -= served.ports.len();
+            prepared.added.push((name, served));
+        }
+        self.refuse_loops_of_chosen(&prepared)?;
+        Ok(prepared)
+    }
+
+    /// The sockets of some mappings.
+    fn sockets_of(&self, names: &[Name]) -> Spare {
+        let served = names.iter().filter_map(|name| self.registry.get(name));
+        let ports = served.flat_map(|served| &served.ports);
+        ports.map(|Assignment { port, route }| (Place::of(&route.forward), port.clone())).collect()
+    }
+
+    /// Refuses what would lead back to itself, as far as its ports are known.
+    fn refuse_loops(&self, Plan { add, change, remove, .. }: &Plan) -> Result<(), ChangeError> {
+        let (mut names, mut hops) = (Vec::new(), Vec::new());
+        for (name, mapping) in add {
+            hops.extend(Hop::of(names.len(), mapping));
+            names.push(name);
+        }
+        for (name, mapping) in change {
+            let served = self.registry.get(name).map_or(&[][..], |served| &served.ports);
+            hops.extend(Hop::of_sockets(names.len(), mapping, on_sockets(served, mapping)));
+            names.push(name);
+        }
+        let gone = remove.iter().chain(change.iter().map(|(name, _mapping)| name)).collect();
+        let refused = refuse_loops(&hops, self.hops_without(&gone, &hops), &mut Whereabouts::default());
+        refused.map_err(|source| ChangeError::Loop { name: names[source.mapping].clone(), source })
+    }
+
+    /// The same for those that have chosen their ports.
+    fn refuse_loops_of_chosen(&self, prepared: &Prepared) -> Result<(), ChangeError> {
+        let Prepared { added, changed, removed, .. } = prepared;
+        let hops = |chosen: bool| {
+            let are =
+                move |served: &Served| chosen != matches!(served.mapping.host_ports(), HostPorts::Exactly(_));
+            let some = added.iter().enumerate().filter(move |(_index, (_name, served))| are(served));
+            some.flat_map(|(index, (_name, served))| hops_of(index, served))
+        };
+        let mut known: Vec<Hop<'_>> = hops(true).collect();
+        let chosen = known.len();
+        if chosen == 0 {
+            return Ok(());
+        }
+        known.extend(hops(false).chain(changed.iter().flat_map(|(_name, served)| hops_of(0, served))));
+        let gone = removed.iter().chain(changed.iter().map(|(name, _served)| name)).collect();
+        let kept = self.hops_without(&gone, &known);
+        let (chosen, others) = known.split_at(chosen);
+        let others = others.iter().copied().chain(kept);
+        let refused = refuse_loops(chosen, others, &mut Whereabouts::default());
+        refused.map_err(|source| ChangeError::Loop { name: added[source.mapping].0.clone(), source })
+    }
+
+    /// Where the mappings lead that are served, but for those that are `gone`; none if nothing in `from` leads to a
+    /// port of theirs, which is soon found out.
+    fn hops_without<'a>(
+        &'a self,
+        gone: &'a HashSet<&Name>,
+        from: &[Hop<'_>],
+    ) -> impl Iterator<Item = Hop<'a>> {
+        let is_reached = from.iter().any(|hop| self.registry.listens_on(hop.protocol, hop.backend_ports));
+        let served = is_reached.then(|| self.registry.iter()).into_iter().flatten();
+        let kept = served.filter(|(name, _served)| !gone.contains(name));
+        kept.flat_map(|(_name, served)| hops_of(0, served))
+    }
+
+    async fn prepare_new(
+        &mut self,
+        name: &Name,
+        mapping: Mapping,
+        prepared: &mut Prepared,
+    ) -> Result<Served, ChangeError> {
+        let watch_error = |source| ChangeError::Watch { name: name.clone(), source };
+        let service = self.new_service(mapping.limits().clone());
+        let mut ports = Vec::with_capacity(mapping.sockets());
+        if let HostPorts::Exactly(_) = mapping.host_ports() {
+            for forward in mapping.forwards() {
+                // Whoever waits for signals beside this gets a turn.
+                consume_budget().await;
+                let place = Place::of(&forward);
+                ports.push(match prepared.spare.remove(&place).or_else(|| self.leaving.get(&place)) {
+                    Some(port) => Assignment { port, route: route(forward, &service) },
+                    None => {
+                        let bound = self.bind(forward).await;
+                        let bound =
+                            bound.map_err(|source| self.bind_error(name, &mapping, source, prepared))?;
+                        self.assign(bound, &service).map_err(watch_error)?
+                    }
+                });
+            }
+        } else {
+            consume_budget().await;
+            let bound = Bound::bind(mapping.clone());
+            let bound = bound.map_err(|source| self.bind_error(name, &mapping, source, prepared))?;
+            for port in bound.ports {
+                ports.push(self.assign(port, &service).map_err(watch_error)?);
+            }
+        }
+        Ok(Served { mapping, service, ports })
+    }
+
+    /// Binds a port. Flows that use it towards their backends give way.
+    async fn bind(&self, forward: Forward) -> Result<BoundPort, BindError> {
+        match BoundPort::bind(forward) {
+            Err(error)
+                if forward.protocol == Protocol::Udp && error.source.kind() == io::ErrorKind::AddrInUse =>
+            {
+                self.give_way(vec![forward.host.socket_addr().port()]).await;
+                BoundPort::bind(forward)
+            }
+            bound => bound,
+        }
+    }
+
+    /// Why a mapping cannot be bound; it may be because of another one, served or of the same change.
+    fn bind_error(
+        &self,
+        name: &Name,
+        mapping: &Mapping,
+        source: BindError,
+        prepared: &Prepared,
+    ) -> ChangeError {
+        let served = self.registry.iter().chain(prepared.added.iter().map(|(name, served)| (name, served)));
+        match source.taken_by(mapping, served) {
+            Some((port, other, _mapping)) if prepared.removed.contains(other) => {
+                ChangeError::StillBound { name: name.clone(), other: other.clone(), port }
+            }
+            Some((port, _name, other)) => OverlapError::new(mapping, other, port).into(),
+            None => ChangeError::Bind { name: name.clone(), source: source.of(prepared.missing) },
+        }
+    }
+
+    /// A mapping on the sockets that it has, otherwise served.
+    fn prepare_change(&self, name: Name, mapping: Mapping) -> Result<(Name, Served), ChangeError> {
+        let Some(old) = self.registry.get(&name) else {
+            return Err(ChangeError::Unknown(name));
+        };
+        let service = if *mapping.limits() == old.service.limits {
+            old.service.clone()
+        } else {
+            Arc::new(Service { limits: mapping.limits().clone(), live: old.service.live.clone() })
+        };
+        let sockets = old.ports.iter().zip(on_sockets(&old.ports, &mapping));
+        let assign = |(old, forward): (&Assignment, Forward)| Assignment {
+            port: old.port.clone(),
+            route: route(forward, &service),
+        };
+        let ports = sockets.map(assign).collect();
+        Ok((name, Served { mapping, service, ports }))
+    }
+
+    /// Does what was prepared.
+    async fn commit(&mut self, prepared: Prepared) {
+        let Prepared { added, changed, removed, spare, .. } = prepared;
+        let ports = |set: &[(Name, Served)]| -> Vec<Assignment> {
+            set.iter().flat_map(|(_name, served)| served.ports.clone()).collect()
+        };
+        let (new, other) = (ports(&added), ports(&changed));
+        new.iter().for_each(|new| self.leaving.forget(&Place::of(&new.route.forward)));
+        forget_stale_flows(&new);
+        for name in &removed {
+            info!(%name, "serving no more");
+            drop(self.registry.take(name));
+        }
+        let mut names = Vec::with_capacity(added.len() + changed.len());
+        for (name, served) in added.into_iter().chain(changed) {
+            names.push(name.clone());
+            self.registry.put(name, served);
+        }
+        self.change_routes(other);
+        self.serve(new);
+        for name in &names {
+            self.registry.get(name).into_iter().for_each(|served| served.announce(name));
+        }
+        self.leaving.add(&spare);
+        self.release(spare.into_iter().map(|(place, port)| (place.protocol, port)).collect()).await;
+    }
+}
+
+/// What `mapping` says of sockets that are there already, wherever they listen.
+fn on_sockets(sockets: &[Assignment], mapping: &Mapping) -> impl Iterator<Item = Forward> {
+    sockets.iter().zip(mapping.forwards()).map(|(old, new)| {
+        let Forward { host, v6only, .. } = old.route.forward;
+        Forward { host, v6only, ..new }
+    })
+}
+
+fn hops_of(index: usize, served: &Served) -> Vec<Hop<'_>> {
+    Hop::of_sockets(index, &served.mapping, served.ports.iter().map(|port| port.route.forward))
+}
+
+/// Makes the kernel forget flows to new ports, without waiting for it: looking through the table of
+/// connections takes 20 ms, however few there are. Without a thread to be had, that is waited for.
+fn forget_stale_flows(new: &[Assignment]) {
+    let udp = new.iter().map(|new| new.route.forward).filter(|forward| forward.protocol == Protocol::Udp);
+    let udp: Vec<Forward> = udp.collect();
+    if !udp.is_empty() {
+        let forget = |udp: Vec<Forward>| stale::forget_flows_to(&udp);
+        if let Err((_error, udp)) = start_thread("rproxy-stale", STACK_SIZE, udp, forget) {
+            forget(udp);
+        }
+    }
+}
+
+/// A change of which everything that can fail is done.
+struct Prepared {
+    added: Vec<(Name, Served)>,
+    changed: Vec<(Name, Served)>,
+    removed: Vec<Name>,
+    /// Sockets of removed mappings that no added one uses.
+    spare: Spare,
+    /// How many sockets are still to be bound, or taken over.
+    missing: usize,
+}
+
+type Spare = HashMap<Place, Arc<Port>>;
+
+impl BindError {
+    /// The lowest of the ports, and the one among the `served` mappings that has it, if each port that would have
+    /// done is taken by one of them.
+    fn taken_by<'a>(
+        &self,
+        mapping: &Mapping,
+        served: impl Iterator<Item = (&'a Name, &'a Served)>,
+    ) -> Option<(u16, &'a Name, &'a Mapping)> {
+        if self.source.kind() != io::ErrorKind::AddrInUse {
+            return None;
+        }
+        let wanted = self.among.or(PortRange::single(self.addr.port()).ok())?;
+        let mut taken = BTreeMap::new();
+        for (name, other) in served {
+            for Assignment { route, .. } in &other.ports {
+                let (there, port) = (&route.forward, route.forward.host.socket_addr().port());
+                let here = mapping.forward(there.protocol, port, mapping.backend_ports().first());
+                let is_in_the_way = wanted.contains(port)
+                    && mapping.protocols().contains(there.protocol)
+                    && exclude_each_other(&here, there);
+                if is_in_the_way {
+                    taken.entry(port).or_insert((name, &other.mapping));
+                }
+            }
+        }
+        let (port, (name, other)) = taken.first_key_value()?;
+        (taken.len() == wanted.count()).then_some((*port, *name, *other))
+    }
+}
+
+/// Sockets that were released, as long as they are open: those of UDP stay until their flows are
+/// quiet.
+#[derive(Debug, Default)]
+pub(crate) struct Leaving {
+    sockets: HashMap<Place, Weak<Port>>,
+    sweep: Sweep,
+}
+
+impl Leaving {
+    fn add(&mut self, sockets: &Spare) {
+        self.sockets.extend(sockets.iter().map(|(place, port)| (*place, Arc::downgrade(port))));
+        if self.sweep.is_due(self.sockets.len()) {
+            self.sockets.retain(|_place, port| port.strong_count() > 0);
+            self.sweep.done(self.sockets.len());
+        }
+    }
+
+    /// The one at `place`, if it is open.
+    fn get(&self, place: &Place) -> Option<Arc<Port>> {
+        self.sockets.get(place)?.upgrade()
+    }
+
+    /// Notes that what is at `place` is served again.
+    fn forget(&mut self, place: &Place) {
+        self.sockets.remove(place);
+    }
+}
+
+/// What a socket is bound to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Place {
+    protocol: Protocol,
+    host: HostAddr,
+    v6only: bool,
+}
+
+impl Place {
+    fn of(forward: &Forward) -> Self {
+        Self { protocol: forward.protocol, host: forward.host, v6only: forward.v6only }
+    }
+}
+
+fn route(forward: Forward, service: &Arc<Service>) -> Arc<Route> {
+    Arc::new(Route { forward, service: service.clone() })
+}

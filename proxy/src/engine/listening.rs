@@ -1,0 +1,73 @@
+//! Where the sockets of a mapping really listen, as text: at the ports that were chosen, and at the addresses of
+//! sockets that were passed.
+
+use tracing::info;
+
+use crate::engine::registry::Served;
+use crate::mapping::addr::ScopedIp;
+use crate::mapping::name::Name;
+
+impl Served {
+    /// The host ports that are bound, TCP's before UDP's if these are others: `49160,50001-50003`.
+    pub fn bound_ports(&self) -> String {
+        let ports: Vec<u16> = self.host_ports().collect();
+        let (tcp, udp) = ports.split_at(ports.len().min(self.mapping.backend_ports().count()));
+        ports_text(if tcp == udp { tcp } else { &ports })
+    }
+
+    /// The host addresses that are bound, if it is not the one that was asked for: a socket that was passed listens
+    /// where whoever bound it wanted.
+    pub fn bound_host(&self) -> Option<String> {
+        let mut hosts: Vec<ScopedIp> = Vec::new();
+        for assignment in &self.ports {
+            let host = assignment.route.forward.host.socket_addr().into();
+            if !hosts.contains(&host) {
+                hosts.push(host);
+            }
+        }
+        let is_as_asked = hosts == [self.mapping.host()];
+        (!is_as_asked).then(|| hosts.iter().map(ToString::to_string).collect::<Vec<_>>().join(","))
+    }
+
+    /// Says in the log that it is served, and where.
+    pub(crate) fn announce(&self, name: &Name) {
+        let mapping = &self.mapping;
+        let host = self.bound_host().unwrap_or_else(|| mapping.host().to_string());
+        let (ports, to, protocols) = (self.bound_ports(), mapping.backend_ports(), mapping.protocols());
+        let mapping = format_args!("{host}:{ports}:{to}/{protocols}");
+        info!(%name, %mapping, backend = %self.mapping.backend(), "serving");
+    }
+}
+
+/// Ports in their order, rows of them as ranges: `8080`, `8000-8010`,
+/// `49160,50001-50003`.
+fn ports_text(ports: &[u16]) -> String {
+    let mut rows: Vec<(u16, u16)> = Vec::new();
+    for &port in ports {
+        match rows.last_mut() {
+            Some((_first, last)) if last.checked_add(1) == Some(port) => *last = port,
+            _ => rows.push((port, port)),
+        }
+    }
+    let text = |(first, last): &(u16, u16)| {
+        if first == last { first.to_string() } else { format!("{first}-{last}") }
+    };
+    rows.iter().map(text).collect::<Vec<_>>().join(",")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ports_are_written_as_ranges() {
+        for (ports, text) in [
+            (vec![80], "80"),
+            (vec![80, 81, 82], "80-82"),
+            (vec![50_001, 50_002, 49_160], "50001-50002,49160"),
+            (vec![u16::MAX, 1], "65535,1"),
+        ] {
+            assert_eq!(ports_text(&ports), text);
+        }
+    }
+}

@@ -1,0 +1,366 @@
+//! The engine: the tasks that serve mappings, which mappings these are, and how they end.
+//!
+//! A server can be told what to serve from any thread ([`change`]), while its tasks run on the runtime
+//! that it was started on.
+//!
+//! [`change`]: crate::engine::change
+
+pub mod change;
+mod listening;
+pub mod plan;
+pub mod registry;
+mod sweep;
+
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::Arc;
+
+use socket2::SockRef;
+use tokio::runtime::Handle;
+use tokio::sync::oneshot;
+use tracing::{info, warn};
+
+use crate::bind::listen::Listener;
+use crate::bind::{Bound, BoundPort};
+use crate::engine::change::Leaving;
+use crate::engine::registry::{Registry, Served};
+use crate::mapping::addr::Protocol;
+use crate::mapping::limits::Limits;
+use crate::mapping::name::Name;
+use crate::runtime::poll::Port;
+use crate::runtime::worker::Workers;
+use crate::state::task::LiveFlows;
+use crate::state::task::{FlowOrder, ListenerTask};
+use crate::state::{Assignment, Capacity, Live, Route, Service};
+use crate::tcp::accept::Acceptor;
+use crate::tcp::reactor;
+use crate::udp::relay::UdpRelay;
+
+/// A running set of mappings.
+#[derive(Debug)]
+pub struct Server {
+    runtime: Handle,
+    workers: Arc<Workers>,
+    /// What connections and flows give back when they end.
+    capacity: Arc<Capacity>,
+    tasks: Tasks,
+    pub(crate) registry: Registry,
+    /// Sockets of no mapping that has a name.
+    nameless: Vec<Assignment>,
+    /// Whether connections need descriptors beside flows, now or later.
+    beside_tcp: bool,
+    pub(crate) leaving: Leaving,
+}
+
+/// The tasks that serve listeners, each started with its first one.
+#[derive(Debug, Default)]
+struct Tasks {
+    tcp: Option<ListenerTask>,
+    udp: Option<ListenerTask>,
+}
+
+impl Server {
+    /// Prepares to serve `mappings` on the runtime of the calling thread, and on others when needed, so that
+    /// serving all of them cannot fail. If they `may_change`, there may be TCP mappings later.
+    ///
+    /// # Errors
+    /// What epoll_ctl(2) answered for a listener.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn prepared(mappings: Vec<Bound>, may_change: bool) -> io::Result<Self> {
+        let mut server = Self::new();
+        let mut ports = mappings.iter().flat_map(|bound| &bound.ports);
+        server.beside_tcp = may_change || ports.any(|port| port.forward.protocol == Protocol::Tcp);
+        for Bound { mapping, ports } in mappings {
+            let service = server.new_service(mapping.limits().clone());
+            let ports =
+                ports.into_iter().map(|port| server.assign(port, &service)).collect::<Result<_, _>>()?;
+            server.registry.put(mapping.name(), Served { mapping, service, ports });
+        }
+        Ok(server)
+    }
+
+    /// Starts to serve all that it is prepared for, and `flows` that another process served before.
+    pub(crate) fn serve_all(&self, flows: LiveFlows) {
+        self.serve(self.assignments().cloned().collect());
+        if let Some(udp) = &self.tasks.udp {
+            udp.flows(FlowOrder::Adopt(flows));
+        }
+    }
+
+    /// Says in the log what is served, and where; to be called once clients are.
+    pub fn announce(&self) {
+        self.registry.iter().for_each(|(name, served)| served.announce(name));
+        for Assignment { route, .. } in &self.nameless {
+            info!(mapping = %route.forward, "serving");
+        }
+    }
+
+    /// Starts to serve bound ports, each under its own limits, on the runtime of the calling thread.
+    ///
+    /// # Errors
+    /// What epoll_ctl(2) answered for a listener.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn start_ports(ports: impl IntoIterator<Item = (BoundPort, Limits)>) -> io::Result<Self> {
+        let mut server = Self::new();
+        for (port, limits) in ports {
+            let service = server.new_service(limits);
+            let assignment = server.assign(port, &service)?;
+            server.nameless.push(assignment);
+        }
+        server.serve(server.nameless.clone());
+        Ok(server)
+    }
+
+    fn new() -> Self {
+        let runtime = Handle::current();
+        Self {
+            workers: Arc::new(Workers::new(runtime.clone(), reactor::prepare)),
+            runtime,
+            capacity: Arc::default(),
+            tasks: Tasks::default(),
+            registry: Registry::default(),
+            nameless: Vec::new(),
+            beside_tcp: false,
+            leaving: Leaving::default(),
+        }
+    }
+
+    /// Looks how many processors there are for workers, while the files can be read that say so.
+    pub fn look_at_processors(&self) {
+        self.workers.look_at_processors();
+    }
+
+    /// The mappings that are served.
+    pub fn registry(&self) -> &Registry {
+        &self.registry
+    }
+
+    pub(crate) fn new_service(&self, limits: Limits) -> Arc<Service> {
+        Arc::new(Service { limits, live: Arc::new(Live::new(self.capacity.clone())) })
+    }
+
+    /// Makes a bound port one of the listeners, to be served later.
+    pub(crate) fn assign(&mut self, port: BoundPort, service: &Arc<Service>) -> io::Result<Assignment> {
+        let BoundPort { forward, listener } = port;
+        let task = self.task(forward.protocol)?;
+        let port = match listener {
+            Listener::Tcp(listener) => task.add(listener)?,
+            Listener::Udp(socket) => task.add(socket)?,
+        };
+        let route = Arc::new(Route { forward, service: service.clone() });
+        Ok(Assignment { port, route })
+    }
+
+    /// The task for `protocol`, started if this is the first time that it is needed.
+    fn task(&mut self, protocol: Protocol) -> io::Result<&ListenerTask> {
+        let _entered = self.runtime.enter();
+        match protocol {
+            Protocol::Tcp => match &mut self.tasks.tcp {
+                Some(task) => Ok(task),
+                none => Ok(none.insert(ListenerTask::spawn(|poll, orders| {
+                    Acceptor::new(poll, orders, self.capacity.clone(), self.workers.clone()).run()
+                })?)),
+            },
+            Protocol::Udp => match &mut self.tasks.udp {
+                Some(task) => Ok(task),
+                none => {
+                    let beside_tcp = self.beside_tcp;
+                    Ok(none.insert(ListenerTask::spawn(|poll, orders| {
+                        UdpRelay::new(poll, orders, beside_tcp, self.workers.datagrams()).run()
+                    })?))
+                }
+            },
+        }
+    }
+
+    /// Starts to serve listeners that were assigned.
+    pub(crate) fn serve(&self, assignments: Vec<Assignment>) {
+        for (task, assignments) in self.by_task(assignments, protocol_of) {
+            task.serve(assignments);
+        }
+    }
+
+    /// Serves listeners otherwise from now on.
+    pub(crate) fn change_routes(&self, assignments: Vec<Assignment>) {
+        for (task, assignments) in self.by_task(assignments, protocol_of) {
+            task.change(assignments);
+        }
+    }
+
+    /// Takes nothing new from listeners, and closes them in the end. Returns when the former is so.
+    pub(crate) async fn release(&self, ports: Vec<(Protocol, Arc<Port>)>) {
+        for (task, ports) in self.by_task(ports, |(protocol, _port)| *protocol) {
+            let released = task.release(ports.into_iter().map(|(_protocol, port)| port).collect());
+            // If the task is gone, so are its listeners.
+            drop(released.await);
+        }
+    }
+
+    /// Waits until the tasks that serve listeners have come to listen to orders.
+    pub(crate) async fn until_responsive(&self) {
+        for task in [&self.tasks.tcp, &self.tasks.udp].into_iter().flatten() {
+            // If the task is gone, `failed` tells.
+            drop(task.release(Vec::new()).await);
+        }
+    }
+
+    /// All sockets: mapping by mapping, as [`Registry::iter`] gives them.
+    fn assignments(&self) -> impl Iterator<Item = &Assignment> {
+        self.registry.iter().flat_map(|(_name, served)| &served.ports)
+    }
+
+    /// The descriptors of all sockets.
+    pub(crate) fn sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.assignments().map(|assignment| assignment.port.as_fd())
+    }
+
+    /// Those for UDP.
+    pub(crate) fn udp_sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let udp = self.assignments().filter(|assignment| udp_number(assignment).is_some());
+        udp.map(|assignment| assignment.port.as_fd())
+    }
+
+    /// The numbers of the UDP listeners, and their places among [`Server::sockets`].
+    pub(crate) fn udp_listeners(&self) -> impl Iterator<Item = (usize, usize)> {
+        let numbered = self.assignments().enumerate();
+        numbered.filter_map(|(place, assignment)| Some((udp_number(assignment)?, place)))
+    }
+
+    /// The numbers of the listeners of some mappings, as far as they are for UDP.
+    pub(crate) fn udp_listeners_of(&self, names: &[Name]) -> Vec<Option<usize>> {
+        let served = names.iter().filter_map(|name| self.registry.get(name));
+        served.flat_map(|served| &served.ports).map(udp_number).collect()
+    }
+
+    /// Leaves all datagrams where they are until [`Server::resume`], and gives the flows that there are.
+    pub(crate) async fn pause(&self) -> LiveFlows {
+        let Some(udp) = &self.tasks.udp else { return LiveFlows::default() };
+        let (flows, given) = oneshot::channel();
+        udp.flows(FlowOrder::Pause(flows));
+        // If the task is gone, so are its flows.
+        given.await.unwrap_or_default()
+    }
+
+    /// Ends flows that use one of these local ports, which are to be bound.
+    pub(crate) async fn give_way(&self, ports: Vec<u16>) {
+        let Some(udp) = &self.tasks.udp else { return };
+        let (done, is_done) = oneshot::channel();
+        udp.flows(FlowOrder::GiveWay(ports, done));
+        // If the task is gone, so are its flows.
+        drop(is_done.await);
+    }
+
+    /// Goes on after [`Server::pause`].
+    pub(crate) fn resume(&self) {
+        self.tasks.udp.iter().for_each(|udp| udp.flows(FlowOrder::Resume));
+    }
+
+    /// Leaves all sockets, and the flows that are paused, to another process that serves them already.
+    /// Connections go on.
+    pub(crate) fn leave(&self) {
+        [&self.tasks.tcp, &self.tasks.udp].into_iter().flatten().for_each(ListenerTask::leave);
+    }
+
+    fn by_task<T>(
+        &self,
+        items: Vec<T>,
+        protocol: impl Fn(&T) -> Protocol,
+    ) -> impl Iterator<Item = (&ListenerTask, Vec<T>)> {
+        let (tcp, udp) = items.into_iter().partition::<Vec<T>, _>(|item| protocol(item) == Protocol::Tcp);
+        let tasks = [(&self.tasks.tcp, tcp), (&self.tasks.udp, udp)];
+        tasks
+            .into_iter()
+            .filter(|(_task, items)| !items.is_empty())
+            .filter_map(|(task, items)| Some((task.as_ref()?, items)))
+    }
+
+    /// Waits for what must not happen: that a task serves no more, though nobody asked for it to end.
+    pub async fn failed(&mut self) -> ServeError {
+        async fn ended(task: &mut Option<ListenerTask>) -> Option<io::Error> {
+            match task {
+                Some(task) => task.ended().await.err(),
+                None => std::future::pending().await,
+            }
+        }
+        tokio::select! {
+            error = ended(&mut self.tasks.tcp) => ServeError::new(Protocol::Tcp, error),
+            error = ended(&mut self.tasks.udp) => ServeError::new(Protocol::Udp, error),
+        }
+    }
+
+    /// Stops accepting, and lets the connections and flows end by themselves, until `enough` says why it is.
+    pub async fn drain(self, enough: impl Future<Output = &'static str>) {
+        let Self { workers, tasks: Tasks { tcp, udp }, registry, nameless, .. } = self;
+        // They hold sockets, which the tasks are to close.
+        drop((registry, nameless));
+        let (tcp, udp) = (tcp.map(ListenerTask::finish), udp.map(ListenerTask::finish));
+        if let Some(tcp) = tcp {
+            // A failure there has been reported, and stops nothing here.
+            drop(tcp.await);
+        }
+        info!(connections = workers.connections(), "draining");
+        let ended = async {
+            workers.until_idle().await;
+            if let Some(udp) = udp {
+                drop(udp.await);
+            }
+        };
+        tokio::select! {
+            biased;
+            () = ended => {}
+            reason = enough => {
+                warn!(connections = workers.connections(), "{reason}: cutting what is left");
+            }
+        }
+    }
+
+    /// Ends at once. The listeners stop to listen even if another process has them open too (a
+    /// runtime that bound them for us): no client is left waiting for someone to accept it.
+    pub fn abandon(self) {
+        let tcp = self.nameless.iter().filter(|listener| listener.route.forward.protocol == Protocol::Tcp);
+        for listener in tcp {
+            if let Err(error) = SockRef::from(listener.port.as_ref()).shutdown(Shutdown::Both) {
+                warn!(%error, "cannot shut a listener down");
+            }
+        }
+    }
+}
+
+/// The number of a listener, if it is one for UDP.
+fn udp_number(assignment: &Assignment) -> Option<usize> {
+    (protocol_of(assignment) == Protocol::Udp).then(|| assignment.port.number())
+}
+
+fn protocol_of(assignment: &Assignment) -> Protocol {
+    assignment.route.forward.protocol
+}
+
+/// Why a server cannot go on.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// Waiting for connections or datagrams failed.
+    #[error("cannot wait for {protocol} clients: {source}")]
+    Wait {
+        /// Whose clients.
+        protocol: Protocol,
+        /// What epoll_wait(2) answered.
+        source: io::Error,
+    },
+    /// The task that serves a protocol is gone.
+    #[error("the {0} relay ended by itself")]
+    Ended(Protocol),
+}
+
+impl ServeError {
+    fn new(protocol: Protocol, error: Option<io::Error>) -> Self {
+        match error {
+            Some(source) => Self::Wait { protocol, source },
+            None => Self::Ended(protocol),
+        }
+    }
+}

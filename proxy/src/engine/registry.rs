@@ -1,0 +1,158 @@
+//! Which mappings are served: each under a name of its own.
+
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap, btree_map};
+use std::sync::Arc;
+
+use crate::engine::sweep::Sweep;
+use crate::mapping::Mapping;
+use crate::mapping::addr::Protocol;
+use crate::mapping::name::Name;
+use crate::mapping::ports::PortRange;
+use crate::runtime::poll::Port;
+use crate::state::stats::Stats;
+use crate::state::{Assignment, Live, Service};
+
+/// A mapping that is served, and its sockets.
+#[derive(Debug)]
+pub struct Served {
+    /// The mapping as it was asked for.
+    pub(crate) mapping: Mapping,
+    /// How its clients are served.
+    pub(crate) service: Arc<Service>,
+    /// Its sockets, TCP first, each in the order of ports.
+    pub(crate) ports: Vec<Assignment>,
+}
+
+impl Served {
+    /// The mapping as it was asked for.
+    pub fn mapping(&self) -> &Mapping {
+        &self.mapping
+    }
+
+    /// What goes on in it.
+    pub fn stats(&self) -> &Stats {
+        &self.service.live.stats
+    }
+
+    /// The host port of each socket, in order: what was chosen where there was a choice.
+    pub fn host_ports(&self) -> impl Iterator<Item = u16> {
+        self.ports.iter().map(|assignment| assignment.route.forward.host.socket_addr().port())
+    }
+}
+
+/// A mapping that is not served any more.
+#[derive(Debug)]
+struct Departed {
+    name: Name,
+    live: Arc<Live>,
+}
+
+/// All mappings, by name.
+#[derive(Debug, Default)]
+pub struct Registry {
+    served: BTreeMap<Name, Served>,
+    ports: Ports,
+    /// Some of them may be over.
+    departed: Vec<Departed>,
+    sweep: Sweep,
+}
+
+impl Registry {
+    /// How many mappings are served.
+    pub fn len(&self) -> usize {
+        self.served.len()
+    }
+
+    /// Whether none is served.
+    pub fn is_empty(&self) -> bool {
+        self.served.is_empty()
+    }
+
+    /// The mapping called `name`.
+    pub fn get(&self, name: &Name) -> Option<&Served> {
+        self.served.get(name)
+    }
+
+    /// All mappings, ordered by name.
+    pub fn iter(&self) -> impl Iterator<Item = (&Name, &Served)> {
+        self.served.iter()
+    }
+
+    /// Whether some mapping listens on one of `ports`, at whatever address.
+    pub(crate) fn listens_on(&self, protocol: Protocol, ports: PortRange) -> bool {
+        ports.iter().any(|port| self.ports.0.contains_key(&(protocol, port)))
+    }
+
+    /// The mappings that are not served any more, but whose connections and flows go on.
+    pub fn draining(&self) -> impl Iterator<Item = (&Name, &Stats)> {
+        let draining = self.departed.iter().filter(|departed| is_in_use(&departed.live));
+        draining.map(|departed| (&departed.name, &departed.live.stats))
+    }
+
+    /// Adds a mapping, or puts it in the place of the one that has its name.
+    pub(crate) fn put(&mut self, name: Name, served: Served) {
+        self.ports.add(&served);
+        match self.served.entry(name) {
+            btree_map::Entry::Vacant(entry) => drop(entry.insert(served)),
+            btree_map::Entry::Occupied(mut entry) => {
+                let replaced = entry.insert(served);
+                self.ports.remove(&replaced);
+                let same = Arc::ptr_eq(&replaced.service.live, &entry.get().service.live);
+                if !same {
+                    let name = entry.key().clone();
+                    self.depart(name, replaced);
+                }
+            }
+        }
+    }
+
+    /// Takes the mapping called `name` out. What goes on in it is still shown.
+    pub(crate) fn take(&mut self, name: &Name) -> Option<Vec<Arc<Port>>> {
+        let (name, mut served) = self.served.remove_entry(name)?;
+        self.ports.remove(&served);
+        let ports = served.ports.drain(..).map(|assignment| assignment.port).collect();
+        self.depart(name, served);
+        Some(ports)
+    }
+
+    fn depart(&mut self, name: Name, served: Served) {
+        self.departed.push(Departed { name, live: served.service.live.clone() });
+        if self.sweep.is_due(self.departed.len()) {
+            self.departed.retain(|departed| is_in_use(&departed.live));
+            self.sweep.done(self.departed.len());
+        }
+    }
+}
+
+/// How many sockets there are at each port.
+#[derive(Debug, Default)]
+struct Ports(HashMap<(Protocol, u16), u32>);
+
+impl Ports {
+    fn add(&mut self, served: &Served) {
+        for port in ports_of(served) {
+            *self.0.entry(port).or_default() += 1;
+        }
+    }
+
+    fn remove(&mut self, served: &Served) {
+        for port in ports_of(served) {
+            if let Entry::Occupied(mut count) = self.0.entry(port) {
+                *count.get_mut() -= 1;
+                if *count.get() == 0 {
+                    count.remove();
+                }
+            }
+        }
+    }
+}
+
+fn ports_of(served: &Served) -> impl Iterator<Item = (Protocol, u16)> {
+    let forwards = served.ports.iter().map(|assignment| &assignment.route.forward);
+    forwards.map(|forward| (forward.protocol, forward.host.socket_addr().port()))
+}
+
+fn is_in_use(live: &Live) -> bool {
+    live.stats.connections.get() + live.stats.flows.get() > 0
+}

@@ -1,0 +1,116 @@
+//! Lines for the person or program that started us. They may have closed their end by now, which
+//! changes nothing for the clients: a process that serves ignores errors.
+
+use std::fmt::Display;
+use std::io::{self, Write};
+use std::os::fd::BorrowedFd;
+use std::process::ExitCode;
+use std::sync::{Mutex, PoisonError};
+
+use rproxy_sys::watch::Watched;
+use tokio::io::Interest;
+use tokio::runtime::Handle;
+
+use crate::log::sink::Sink;
+
+/// Why a line could not be written to standard output, unless nobody wanted it.
+static UNWRITTEN: Mutex<Option<io::Error>> = Mutex::new(None);
+
+/// Writes a line to standard output.
+pub fn out(line: &impl Display) {
+    if let Err(error) = writeln!(io::stdout().lock(), "{line}")
+        && error.kind() != io::ErrorKind::BrokenPipe
+    {
+        *UNWRITTEN.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+    }
+}
+
+/// The status to end with, of a command whose output is what it was called for: `status`, unless some of it is lost.
+pub fn finish(status: ExitCode) -> ExitCode {
+    match UNWRITTEN.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        None => status,
+        Some(error) => fail(&format_args!("standard output: {error}")),
+    }
+}
+
+/// Standard output of a process that serves.
+#[derive(Debug)]
+pub struct Output(Sink);
+
+impl Output {
+    /// Opens a file if standard output is a terminal; to be called before that cannot be done any more.
+    pub fn open() -> Self {
+        Self(Sink::out())
+    }
+
+    /// Writes lines without waiting for whoever reads them: what there is no room for now is written on `runtime` as room
+    /// comes, if it comes.
+    pub fn write(self, runtime: &Handle, lines: &[String]) {
+        let Self(sink) = self;
+        let text: String = lines.iter().flat_map(|line| [line.as_str(), "\n"]).collect();
+        // Nobody reads it if it fails.
+        let Ok(written) = sink.write_now(text.as_bytes()) else { return };
+        if written < text.len() {
+            let rest = text.as_bytes()[written..].to_vec();
+            runtime.spawn(async move { drop(write_rest(&sink, &rest).await) });
+        }
+    }
+}
+
+async fn write_rest(sink: &Sink, mut rest: &[u8]) -> io::Result<()> {
+    let watched = Watched::new(sink.with_fd(|fd| fd.try_clone_to_owned())?, Interest::WRITABLE)?;
+    while !rest.is_empty() {
+        let write = |_fd: BorrowedFd<'_>| match sink.write_now(rest)? {
+            0 => Err(io::ErrorKind::WouldBlock.into()),
+            written => Ok(written),
+        };
+        let written = watched.io(Interest::WRITABLE, write).await?;
+        rest = &rest[written..];
+    }
+    Ok(())
+}
+
+/// Writes a line to standard error.
+pub fn err(line: &impl Display) {
+    // What was given to us may have characters that a terminal obeys.
+    let plain =
+        |c: char| if c.is_control() && c != '\n' { c.escape_default().to_string() } else { c.to_string() };
+    let line: String = line.to_string().chars().map(plain).collect();
+    drop(writeln!(io::stderr().lock(), "{line}"));
+}
+
+/// Says why nothing came of it, on standard error, and gives the status to end with.
+pub fn fail(error: &impl Display) -> ExitCode {
+    for line in error.to_string().lines() {
+        err(&format_args!("rproxy: {line}"));
+    }
+    ExitCode::FAILURE
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::AsFd;
+
+    use nix::pty::{OpenptyResult, openpty};
+
+    use super::*;
+    use crate::log::sink::open_anew;
+    use crate::runtime::new_runtime;
+
+    #[test]
+    fn what_there_is_no_room_for_is_written_as_it_is_read() {
+        let OpenptyResult { master, slave } = openpty(None, None).unwrap();
+        let sink = Sink::Terminal(open_anew(slave.as_fd()).unwrap());
+        let text = "line\n".repeat(100_000);
+        let length = text.len();
+        let reader = std::thread::spawn(move || {
+            // A terminal sends a carriage return before each end of line.
+            let mut read = vec![0; length + length / 5];
+            io::Read::read_exact(&mut File::from(master), &mut read).unwrap();
+            String::from_utf8(read).unwrap().replace('\r', "")
+        });
+        new_runtime().unwrap().block_on(write_rest(&sink, text.as_bytes())).unwrap();
+        assert_eq!(reader.join().unwrap(), text);
+    }
+}

@@ -1,0 +1,135 @@
+//! Standard error as the log sees it: no line ever waits for whoever reads it. One that there is no room for is lost
+//! instead, and counted.
+
+use std::io::{self, Write};
+use std::time::SystemTime;
+
+use serde_json::json;
+
+use crate::log::sink::Sink;
+
+/// How log lines are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Format {
+    /// For people.
+    #[default]
+    Text,
+    /// One JSON object per line, for programs.
+    Json,
+}
+
+/// Writes each buffer as a line of its own, or loses it.
+#[derive(Debug)]
+pub(crate) struct LogWriter {
+    format: Format,
+    sink: Sink,
+    /// The end of a line that there was no room for: it is next.
+    rest: Vec<u8>,
+    /// Lines lost since the last that was not.
+    lost: u64,
+}
+
+impl LogWriter {
+    /// Opens a file if standard error is a terminal.
+    pub(crate) fn new(format: Format) -> Self {
+        Self { format, sink: Sink::err(), rest: Vec::new(), lost: 0 }
+    }
+
+    /// Writes `text` if there is room for its beginning, and keeps what there is no room for.
+    fn put(&mut self, text: &[u8]) -> bool {
+        let written = self.sink.write_now(text).unwrap_or(0);
+        if written > 0 {
+            self.rest = text[written..].to_vec();
+        }
+        written > 0
+    }
+
+    /// Writes the end of a line that was begun. Gives whether there is nothing left of it.
+    fn finish(&mut self) -> bool {
+        let rest = std::mem::take(&mut self.rest);
+        if !rest.is_empty() && !self.put(&rest) {
+            self.rest = rest;
+        }
+        self.rest.is_empty()
+    }
+
+    /// What stands in the place of lines that were lost.
+    fn note(&self) -> String {
+        const MESSAGE: &str = "lines of the log are lost: nobody took them";
+        let now = humantime::format_rfc3339_micros(SystemTime::now());
+        let lost = self.lost;
+        match self.format {
+            Format::Text => format!("{now}  WARN {MESSAGE} lines={lost}\n"),
+            Format::Json => {
+                let fields = json!({ "message": MESSAGE, "lines": lost });
+                let note = json!({ "timestamp": now.to_string(), "level": "WARN", "fields": fields });
+                format!("{note}\n")
+            }
+        }
+    }
+}
+
+impl Write for LogWriter {
+    /// Never fails: there is nobody to tell.
+    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let is_written = self.finish()
+            && match self.lost {
+                0 => self.put(line),
+                // Together, as there may be room for one write.
+                _ => self.put(&[self.note().as_bytes(), line].concat()),
+            };
+        self.lost = if is_written { 0 } else { self.lost + 1 };
+        Ok(line.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::{BufRead, BufReader};
+    use std::os::fd::AsFd;
+    use std::thread;
+
+    use nix::pty::{OpenptyResult, openpty};
+
+    use super::*;
+    use crate::log::sink::open_anew;
+
+    #[test]
+    fn lines_are_whole_or_missing_and_what_is_missing_is_told() {
+        let OpenptyResult { master, slave } = openpty(None, None).unwrap();
+        let sink = Sink::Terminal(open_anew(slave.as_fd()).unwrap());
+        let mut log = LogWriter { format: Format::Text, sink, rest: Vec::new(), lost: 0 };
+        let line = format!("{}\n", "x".repeat(149));
+        let mut lines = 0;
+        while log.lost < 5 {
+            log.write_all(line.as_bytes()).unwrap();
+            lines += 1;
+        }
+        assert!(!log.rest.is_empty(), "a terminal takes part of a line");
+        let reader = thread::spawn(move || {
+            let lines = BufReader::new(File::from(master)).lines().map(Result::unwrap);
+            lines.take_while(|line| line != "end").collect::<Vec<_>>()
+        });
+        while log.lost > 0 {
+            log.write_all(line.as_bytes()).unwrap();
+            lines += 1;
+        }
+        while !log.finish() {}
+        log.write_all(b"end\n").unwrap();
+        while !log.finish() {}
+        let (whole, others): (Vec<_>, Vec<_>) =
+            reader.join().unwrap().into_iter().partition(|read| *read == line.trim_end());
+        // More than one if the terminal made room by itself in between.
+        let told = |note: &String| {
+            let lost = note.split_once(" WARN lines of the log are lost: nobody took them lines=");
+            lost.and_then(|(_time, lines)| lines.parse::<usize>().ok()).unwrap_or_else(|| panic!("{note}"))
+        };
+        assert_eq!(others.iter().map(told).sum::<usize>(), lines - whole.len());
+        assert!(!others.is_empty());
+    }
+}

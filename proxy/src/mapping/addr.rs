@@ -1,0 +1,377 @@
+//! Addresses by role: where a mapping listens and where it forwards to.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
+use std::str::FromStr;
+
+use rustix::net::netdevice::name_to_index;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+
+use crate::mapping::ports::{PortError, PortRange};
+
+/// The transport protocol of a mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Protocol {
+    /// TCP: a byte stream per connection.
+    Tcp,
+    /// UDP: datagrams, grouped into flows.
+    Udp,
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+        })
+    }
+}
+
+/// The transport protocols of a mapping: one, or both at the same ports.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Protocols {
+    /// One of them.
+    One(Protocol),
+    /// TCP and UDP, written `tcp+udp`, as a DNS server wants it.
+    Both,
+}
+
+impl Protocols {
+    /// The protocols one by one.
+    pub fn iter(self) -> impl Iterator<Item = Protocol> {
+        [Protocol::Tcp, Protocol::Udp].into_iter().filter(move |protocol| self.contains(*protocol))
+    }
+
+    /// Whether `protocol` is among them.
+    pub fn contains(self, protocol: Protocol) -> bool {
+        self == Self::Both || self == Self::One(protocol)
+    }
+}
+
+impl fmt::Display for Protocols {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::One(protocol) => protocol.fmt(f),
+            Self::Both => f.write_str("tcp+udp"),
+        }
+    }
+}
+
+impl FromStr for Protocols {
+    type Err = ProtocolError;
+
+    fn from_str(text: &str) -> Result<Self, ProtocolError> {
+        match text {
+            "tcp" => Ok(Self::One(Protocol::Tcp)),
+            "udp" => Ok(Self::One(Protocol::Udp)),
+            "tcp+udp" | "udp+tcp" => Ok(Self::Both),
+            _ => Err(ProtocolError(text.to_owned())),
+        }
+    }
+}
+
+/// A protocol that is not relayed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("'{0}' is not a protocol that is relayed; write tcp, udp or tcp+udp")]
+pub struct ProtocolError(String);
+
+/// An IP address; a link-local IPv6 one with the interface that it is on (its zone, RFC 4007).
+///
+/// Its text forms are `10.0.0.11`, `[fd00::1]`, `fd00::1` and `[fe80::1%eth0]`. An IPv4-mapped IPv6
+/// address becomes the IPv4 address that it stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ScopedIp {
+    ip: IpAddr,
+    zone: u32,
+}
+
+impl ScopedIp {
+    /// Every address of the machine, IPv4 and IPv6: what one dual-stack socket listens on.
+    pub const ANY: Self = Self { ip: IpAddr::V6(Ipv6Addr::UNSPECIFIED), zone: 0 };
+    /// Every IPv4 address of the machine.
+    pub const ANY_V4: Self = Self { ip: IpAddr::V4(Ipv4Addr::UNSPECIFIED), zone: 0 };
+
+    /// The address without its zone.
+    pub fn ip(self) -> IpAddr {
+        self.ip
+    }
+
+    /// This address at `port`.
+    pub fn at(self, port: u16) -> SocketAddr {
+        match self.ip {
+            IpAddr::V4(ip) => (ip, port).into(),
+            IpAddr::V6(ip) => SocketAddrV6::new(ip, port, 0, self.zone).into(),
+        }
+    }
+
+    /// Whether it stands for all addresses of its family, or of both.
+    pub fn is_wildcard(self) -> bool {
+        self.ip.is_unspecified()
+    }
+}
+
+impl From<IpAddr> for ScopedIp {
+    fn from(ip: IpAddr) -> Self {
+        SocketAddr::new(ip, 0).into()
+    }
+}
+
+impl From<SocketAddr> for ScopedIp {
+    fn from(addr: SocketAddr) -> Self {
+        let addr = canonical(addr);
+        let zone = match addr {
+            SocketAddr::V4(_) => 0,
+            SocketAddr::V6(addr) => addr.scope_id(),
+        };
+        Self { ip: addr.ip(), zone }
+    }
+}
+
+impl fmt::Display for ScopedIp {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self { ip: IpAddr::V4(ip), .. } => ip.fmt(f),
+            Self { ip: IpAddr::V6(ip), zone: 0 } => write!(f, "[{ip}]"),
+            Self { ip: IpAddr::V6(ip), zone } => write!(f, "[{ip}%{zone}]"),
+        }
+    }
+}
+
+impl FromStr for ScopedIp {
+    type Err = AddrError;
+
+    fn from_str(text: &str) -> Result<Self, AddrError> {
+        let bare = match text.strip_prefix('[') {
+            Some(rest) => rest.strip_suffix(']').ok_or_else(|| AddrError::BadAddress(text.to_owned()))?,
+            None => text,
+        };
+        parse_ip(bare).map(Self::from)
+    }
+}
+
+/// The address and port that clients connect to; port 0 asks the kernel for a free one.
+///
+/// Its text forms are `0.0.0.0:80`, `[::]:80`, and netstat's `:::80`. An IPv4-mapped IPv6 address
+/// becomes the IPv4 address that it stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct HostAddr(SocketAddr);
+
+impl HostAddr {
+    /// The host address made of `ip` and `port`.
+    pub fn new(ip: impl Into<ScopedIp>, port: u16) -> Self {
+        Self(ip.into().at(port))
+    }
+
+    /// The socket address to bind.
+    pub fn socket_addr(self) -> SocketAddr {
+        self.0
+    }
+}
+
+impl From<SocketAddr> for HostAddr {
+    fn from(addr: SocketAddr) -> Self {
+        Self(canonical(addr))
+    }
+}
+
+impl fmt::Display for HostAddr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// The address and port that connections and datagrams are forwarded to, the container's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct BackendAddr(SocketAddr);
+
+impl BackendAddr {
+    /// The backend address made of `ip` and `port`.
+    ///
+    /// # Errors
+    /// [`AddrError::ZeroPort`]: nothing can be reached on port 0.
+    pub fn new(ip: impl Into<ScopedIp>, port: u16) -> Result<Self, AddrError> {
+        Self::try_from(ip.into().at(port))
+    }
+
+    /// The backend at `addr`, which has to be the address of one machine.
+    ///
+    /// # Errors
+    /// [`AddrError::NoOne`] for an address that stands for all of a machine's, and those of
+    /// [`BackendAddr::new`] and [`BackendAddr::of_one`].
+    pub fn reachable(addr: SocketAddr) -> Result<Self, AddrError> {
+        let backend = Self::try_from(addr)?.of_one()?;
+        match backend.0.ip() {
+            IpAddr::V4(ip) if ip.is_unspecified() => Err(AddrError::NoOne("0.0.0.0", "127.0.0.1")),
+            IpAddr::V6(ip) if ip.is_unspecified() => Err(AddrError::NoOne("[::]", "[::1]")),
+            _ => Ok(backend),
+        }
+    }
+
+    /// This one, unless its address is that of many machines. No answer would ever come from it: members of a
+    /// group answer from their own addresses, which a connected socket does not hear.
+    ///
+    /// # Errors
+    /// [`AddrError::Broadcast`] and [`AddrError::Group`]
+    pub fn of_one(self) -> Result<Self, AddrError> {
+        match self.0.ip() {
+            IpAddr::V4(Ipv4Addr::BROADCAST) => Err(AddrError::Broadcast(self.host())),
+            ip if ip.is_multicast() => Err(AddrError::Group(self.host())),
+            _ => Ok(self),
+        }
+    }
+
+    /// The address without the port.
+    pub fn host(self) -> ScopedIp {
+        self.0.into()
+    }
+
+    /// The socket address to connect to.
+    pub fn socket_addr(self) -> SocketAddr {
+        self.0
+    }
+}
+
+impl TryFrom<SocketAddr> for BackendAddr {
+    type Error = AddrError;
+
+    fn try_from(addr: SocketAddr) -> Result<Self, AddrError> {
+        if addr.port() == 0 {
+            return Err(AddrError::ZeroPort);
+        }
+        Ok(Self(canonical(addr)))
+    }
+}
+
+impl fmt::Display for BackendAddr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Why a text is not an address and port; the message says what would work.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum AddrError {
+    /// There is nothing at all.
+    #[error("it is empty; write an address and a port, as in 172.17.0.2:80")]
+    Empty,
+    /// There is an address but no port.
+    #[error("the port is missing; write it as {0}:80")]
+    MissingPort(ScopedIp),
+    /// There are ports to listen on but no address.
+    #[error("the address is missing; write 0.0.0.0:{0}, or [::]:{0} for IPv6 too")]
+    NoHostAddress(String),
+    /// A star for all addresses.
+    #[error("'*' is not an IP address; for all addresses write 0.0.0.0:{0}, or [::]:{0} for IPv6 too")]
+    Star(String),
+    /// There are ports of a backend but no address.
+    #[error("the address is missing; write the backend's too, as in 172.17.0.2:{0}")]
+    NoBackendAddress(PortRange),
+    /// The ports are none.
+    #[error(transparent)]
+    Port(#[from] PortError),
+    /// Port 0 where a real one is needed.
+    #[error("port 0 cannot be forwarded to; write the port that the backend listens on")]
+    ZeroPort,
+    /// The host part is no IP address.
+    #[error("'{0}' is not an IP address; write one in its place, such as 127.0.0.1 or [::1]")]
+    BadAddress(String),
+    /// An IPv6 address without brackets, which may or may not end in a port.
+    #[error("an IPv6 address needs brackets before its port; write {ip}:{ports}")]
+    Unbracketed {
+        /// The address, if the last group is the port.
+        ip: ScopedIp,
+        /// The last group.
+        ports: String,
+    },
+    /// A link-local address, of which each interface may have one.
+    #[error("{ip} is a link-local address: on which interface? write {example}; `ip link` lists them")]
+    NoZone {
+        /// The address.
+        ip: Ipv6Addr,
+        /// How it is written with an interface that this machine has.
+        example: String,
+    },
+    /// An address that stands for many where one is needed.
+    #[error(
+        "{0} is where one listens, not the address of a backend; write {1} in its place, for this machine"
+    )]
+    NoOne(&'static str, &'static str),
+    /// The address of all machines of a network.
+    #[error("{0} is a broadcast address, from which no answer comes; write that of one machine")]
+    Broadcast(ScopedIp),
+    /// A multicast address.
+    #[error(
+        "{0} is the address of a group (multicast), from which no answer comes; write that of one machine"
+    )]
+    Group(ScopedIp),
+    /// The part after `%` names no interface.
+    #[error("'{0}' is not a network interface of this machine; `ip link` lists them")]
+    NoSuchInterface(String),
+}
+
+impl AddrError {
+    /// The same about an address that `ports` follow.
+    pub(crate) fn before_ports(self, ports: &str) -> Self {
+        match self {
+            Self::NoZone { ip, example } => Self::NoZone { ip, example: format!("{example}:{ports}") },
+            other => other,
+        }
+    }
+}
+
+/// Parses an address without brackets, for IPv6 link-local addresses with its `%interface`.
+fn parse_ip(address: &str) -> Result<SocketAddr, AddrError> {
+    let bad_address = || AddrError::BadAddress(address.to_owned());
+    let Some((ip, interface)) = address.split_once('%') else {
+        let ip = address.parse().map_err(|_err| bad_address())?;
+        return match ip {
+            IpAddr::V6(ip) if ip.is_unicast_link_local() => {
+                Err(AddrError::NoZone { ip, example: format!("[{ip}%{}]", an_interface()) })
+            }
+            ip => Ok(SocketAddr::new(ip, 0)),
+        };
+    };
+    let ip: Ipv6Addr = ip.parse().map_err(|_err| bad_address())?;
+    let number = interface.parse().ok().or_else(|| interface_index(interface).ok());
+    let scope = number.filter(|number| *number > 0);
+    let scope = scope.ok_or_else(|| AddrError::NoSuchInterface(interface.to_owned()))?;
+    Ok(SocketAddrV6::new(ip, 0, 0, scope).into())
+}
+
+/// The name of an interface of this machine, if possible one that leads somewhere.
+fn an_interface() -> String {
+    let all = nix::net::if_::if_nameindex();
+    let mut names = all.iter().flatten().filter_map(|interface| interface.name().to_str().ok());
+    let loopback = "lo";
+    let found = names.find(|name| *name != loopback).or(all.is_ok().then_some(loopback));
+    found.unwrap_or("eth0").to_owned()
+}
+
+/// The number of an interface. Confined as well: if_nametoindex(3) of the C library takes a socket of another family.
+fn interface_index(name: &str) -> rustix::io::Result<u32> {
+    let socket = |family| socket_with(family, SocketType::DGRAM, SocketFlags::CLOEXEC, None);
+    let any = socket(AddressFamily::INET).or_else(|_no_ipv4| socket(AddressFamily::INET6))?;
+    name_to_index(any, name)
+}
+
+/// IPv4-mapped addresses as IPv4: an IPv6 socket with `IPV6_V6ONLY` cannot bind or reach them, and people know the
+/// IPv4 clients of a dual-stack socket by their own addresses.
+pub(crate) fn canonical(addr: SocketAddr) -> SocketAddr {
+    match addr.ip().to_canonical() {
+        IpAddr::V4(ip) => SocketAddr::new(ip.into(), addr.port()),
+        IpAddr::V6(_) => addr,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_interface_that_is_suggested_is_there() {
+        for text in ["fe80::1", "[fe80::1]", "febf::1"] {
+            let Err(AddrError::NoZone { example, .. }) = text.parse::<ScopedIp>() else { panic!("{text}") };
+            assert!(example.parse::<ScopedIp>().is_ok(), "{example}");
+        }
+    }
+}

@@ -1,0 +1,255 @@
+//! `ADDRESS:PORTS`, as people write where a mapping listens and where it leads to.
+
+use std::fmt;
+use std::net::Ipv6Addr;
+use std::str::FromStr;
+
+use crate::mapping::addr::{AddrError, BackendAddr, HostAddr, ScopedIp};
+use crate::mapping::ports::PortRange;
+
+/// Where a mapping listens: `0.0.0.0:80`, `[::]:8000-8010`, netstat's `:::80`; random ports as `127.0.0.1:0`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct HostSpec {
+    /// The address that clients connect to.
+    pub ip: ScopedIp,
+    /// The ports that clients connect to; random ones unless there are some.
+    pub ports: Option<PortRange>,
+}
+
+impl HostSpec {
+    /// Whether it asks for `port` of `ip`.
+    pub fn contains(&self, ip: ScopedIp, port: u16) -> bool {
+        self.ip == ip && self.ports.is_none_or(|ports| ports.contains(port))
+    }
+}
+
+impl fmt::Display for HostSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.ports {
+            Some(ports) => write!(f, "{}:{ports}", self.ip),
+            None => write!(f, "{}:0", self.ip),
+        }
+    }
+}
+
+impl FromStr for HostSpec {
+    type Err = AddrError;
+
+    fn from_str(text: &str) -> Result<Self, AddrError> {
+        if let Some(rest) = text.strip_prefix('*') {
+            let ports = rest.strip_prefix(':').filter(|ports| !ports.is_empty()).unwrap_or("80");
+            parse_host_ports(ports)?;
+            return Err(AddrError::Star(ports.to_owned()));
+        }
+        let (ip, ports) = match Parts::of(text)? {
+            Parts::Both(ip, ports) => (ip, ports),
+            Parts::Address(ip) => return Err(AddrError::MissingPort(ip)),
+            Parts::Ports(ports) => {
+                parse_host_ports(ports)?;
+                return Err(AddrError::NoHostAddress(ports.to_owned()));
+            }
+        };
+        Ok(Self { ip, ports: parse_host_ports(ports)? })
+    }
+}
+
+fn parse_host_ports(text: &str) -> Result<Option<PortRange>, AddrError> {
+    if text == "0" { Ok(None) } else { Ok(Some(text.parse()?)) }
+}
+
+impl FromStr for HostAddr {
+    type Err = AddrError;
+
+    fn from_str(text: &str) -> Result<Self, AddrError> {
+        let HostSpec { ip, ports } = text.parse()?;
+        let port = ports.map_or(Ok(0), PortRange::one)?;
+        Ok(Self::new(ip, port))
+    }
+}
+
+/// Where a mapping leads to: `172.17.0.2:80`, `[fd00::2]:8000-8010`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BackendSpec {
+    /// The address of the backend.
+    pub ip: ScopedIp,
+    /// The ports of the backend.
+    pub ports: PortRange,
+}
+
+impl fmt::Display for BackendSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}:{}", self.ip, self.ports)
+    }
+}
+
+impl FromStr for BackendSpec {
+    type Err = AddrError;
+
+    fn from_str(text: &str) -> Result<Self, AddrError> {
+        let (ip, ports) = match Parts::of(text)? {
+            Parts::Both(ip, ports) => (ip, parse_backend_ports(ports)?),
+            Parts::Address(ip) => {
+                BackendAddr::reachable(ip.at(80))?;
+                return Err(AddrError::MissingPort(ip));
+            }
+            Parts::Ports(ports) => return Err(AddrError::NoBackendAddress(parse_backend_ports(ports)?)),
+        };
+        BackendAddr::reachable(ip.at(ports.first()))?;
+        Ok(Self { ip, ports })
+    }
+}
+
+fn parse_backend_ports(text: &str) -> Result<PortRange, AddrError> {
+    if text == "0" { Err(AddrError::ZeroPort) } else { Ok(text.parse()?) }
+}
+
+impl FromStr for BackendAddr {
+    type Err = AddrError;
+
+    fn from_str(text: &str) -> Result<Self, AddrError> {
+        let BackendSpec { ip, ports } = text.parse()?;
+        Self::new(ip, ports.one()?)
+    }
+}
+
+/// What a text consists of; the ports are still to be parsed.
+enum Parts<'a> {
+    Both(ScopedIp, &'a str),
+    Address(ScopedIp),
+    Ports(&'a str),
+}
+
+impl<'a> Parts<'a> {
+    fn of(text: &'a str) -> Result<Self, AddrError> {
+        let (address, ports) = if text.starts_with('[') { split_brackets(text) } else { split_bare(text) };
+        let is_port = |byte: u8| byte.is_ascii_digit() || byte == b'-';
+        match (address, ports) {
+            ("", None | Some("")) => Err(AddrError::Empty),
+            ("", Some(ports)) => Ok(Self::Ports(ports)),
+            (ports, None) if ports.bytes().all(is_port) => Ok(Self::Ports(ports)),
+            (address, None | Some("")) => Ok(Self::Address(parse_address(address, "80")?)),
+            (address, Some(ports)) => {
+                let ip = parse_address(address, ports)?;
+                // Without brackets, an IPv6 address may or may not end in a port.
+                let is_ambiguous = text.parse::<Ipv6Addr>().is_ok();
+                if is_ambiguous {
+                    Err(AddrError::Unbracketed { ip, ports: ports.to_owned() })
+                } else {
+                    Ok(Self::Both(ip, ports))
+                }
+            }
+        }
+    }
+}
+
+fn parse_address(text: &str, ports: &str) -> Result<ScopedIp, AddrError> {
+    text.parse().map_err(|error: AddrError| error.before_ports(ports))
+}
+
+/// Splits `[ADDRESS]:PORTS`; the brackets stay.
+fn split_brackets(text: &str) -> (&str, Option<&str>) {
+    match text.find(']') {
+        Some(end) => (&text[..=end], text[end + 1..].strip_prefix(':')),
+        None => (text, None),
+    }
+}
+
+/// Splits `ADDRESS:PORTS` without brackets. netstat's `:::80` is unmistakable, `::80` an address.
+fn split_bare(text: &str) -> (&str, Option<&str>) {
+    match text.rsplit_once(':') {
+        Some((address, _last))
+            if text.parse::<Ipv6Addr>().is_ok() && address.parse::<Ipv6Addr>().is_err() =>
+        {
+            (text, None)
+        }
+        Some((address, ports)) => (address, Some(ports)),
+        None => (text, None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn host(text: &str) -> Result<String, String> {
+        text.parse::<HostSpec>().map(|host| host.to_string()).map_err(|error| error.to_string())
+    }
+
+    fn backend(text: &str) -> Result<String, String> {
+        text.parse::<BackendSpec>().map(|backend| backend.to_string()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_forms_that_people_write_are_understood() {
+        for (text, expected) in [
+            ("0.0.0.0:80", "0.0.0.0:80"),
+            ("127.0.0.1:0", "127.0.0.1:0"),
+            ("[::]:80", "[::]:80"),
+            (":::80", "[::]:80"),
+            ("[::1]:8080-8090", "[::1]:8080-8090"),
+            ("10.0.0.1:7000-7005", "10.0.0.1:7000-7005"),
+            ("1:2:3:4:5:6:7:8:80", "[1:2:3:4:5:6:7:8]:80"),
+            ("[fe80::1%lo]:80", "[fe80::1%1]:80"),
+            ("[fe80::1%1]:80", "[fe80::1%1]:80"),
+            ("[::ffff:10.0.0.1]:80", "10.0.0.1:80"),
+        ] {
+            assert_eq!(host(text).as_deref(), Ok(expected), "{text}");
+        }
+        assert_eq!(backend("10.0.0.1:7000-7005").as_deref(), Ok("10.0.0.1:7000-7005"));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_with_a_way_out() {
+        for (text, part) in [
+            ("", "it is empty"),
+            (":", "it is empty"),
+            ("0.0.0.0", "write it as 0.0.0.0:80"),
+            ("0.0.0.0:", "write it as 0.0.0.0:80"),
+            ("80", "write 0.0.0.0:80"),
+            ("0", "write 0.0.0.0:0"),
+            (":80", "write 0.0.0.0:80"),
+            ("80-90", "write 0.0.0.0:80-90"),
+            ("70000", "'70000' is not a port"),
+            ("[::]", "write it as [::]:80"),
+            ("[::1", "'[::1' is not an IP address"),
+            ("::1:80", "write [::1]:80"),
+            ("::1", "write it as [::1]:80"),
+            ("fe80::1", "on which interface? write [fe80::1%"),
+            ("[fe80::1]:80", "]:80"),
+            ("localhost", "'localhost' is not an IP address"),
+            ("localhost:80", "'localhost' is not an IP address"),
+            ("0.0.0.0:http", "'http' is not a port"),
+            ("0.0.0.0:65536", "'65536' is not a port"),
+            ("0.0.0.0:-1", "'' is not a port"),
+            ("0.0.0.0:90-80", "write 80-90"),
+            ("[fe80::1%nosuchif]:80", "'nosuchif' is not a network interface"),
+            ("[fe80::1%0]:80", "'0' is not a network interface"),
+        ] {
+            let message = host(text).expect_err(text);
+            assert!(message.contains(part), "{text}: {message}");
+        }
+        for (text, part) in [
+            ("18000", "write the backend's too, as in 172.17.0.2:18000"),
+            (":18000", "write the backend's too, as in 172.17.0.2:18000"),
+            ("0", "port 0 cannot"),
+            ("10.0.0.1:0", "port 0 cannot"),
+            ("10.0.0.1", "write it as 10.0.0.1:80"),
+            ("0.0.0.0", "write 127.0.0.1 in its place"),
+            ("[::]:80", "write [::1] in its place"),
+            ("fe80::1:80", "on which interface? write [fe80::1%"),
+        ] {
+            let message = backend(text).expect_err(text);
+            assert!(message.contains(part), "{text}: {message}");
+        }
+    }
+
+    #[test]
+    fn an_address_is_that_of_one_port() {
+        let host = |text: &str| text.parse::<HostAddr>().map(|addr| addr.to_string());
+        assert_eq!(host("[::ffff:10.0.0.1]:80").as_deref(), Ok("10.0.0.1:80"));
+        assert_eq!(host("127.0.0.1:0").as_deref(), Ok("127.0.0.1:0"));
+        assert!(host("127.0.0.1:80-90").unwrap_err().to_string().contains("one port is wanted"));
+        assert_eq!("10.0.0.1:0".parse::<BackendAddr>(), Err(AddrError::ZeroPort));
+        "10.0.0.1:80-90".parse::<BackendAddr>().unwrap_err();
+    }
+}

@@ -1,0 +1,315 @@
+//! A mapping: host ports, and the backend ports that they stand for.
+//!
+//! A range of ports is one mapping, with one name and one set of limits. [`Mapping::forwards`] shows
+//! it port by port, as [`Forward`]s.
+
+pub mod access;
+pub mod addr;
+pub mod dscp;
+pub mod duration;
+pub mod endpoint;
+pub mod family;
+pub mod limits;
+pub mod name;
+pub mod overlap;
+pub mod ports;
+pub mod publish;
+#[cfg(test)]
+pub(crate) mod testdata;
+pub mod wire;
+
+use std::fmt;
+
+use crate::mapping::addr::{AddrError, BackendAddr, HostAddr, Protocol, Protocols, ScopedIp};
+use crate::mapping::limits::Limits;
+use crate::mapping::name::Name;
+use crate::mapping::ports::PortRange;
+
+/// What is published where.
+///
+/// Its text form is that of `-p`, with everything written out: `[::]:8080:80/tcp`. The address of the
+/// backend is no part of it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mapping {
+    name: Option<Name>,
+    protocols: Protocols,
+    host: ScopedIp,
+    host_ports: HostPorts,
+    backend: ScopedIp,
+    backend_ports: PortRange,
+    v6only: bool,
+    limits: Limits,
+}
+
+/// The host ports of a mapping, as they were asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum HostPorts {
+    /// These, one for each port of the backend, in order.
+    Exactly(PortRange),
+    /// The first of these that is free, for the one port of the backend.
+    FirstFree(PortRange),
+    /// For each port of the backend a random one of [`PortRange::EPHEMERAL`].
+    Random,
+}
+
+impl HostPorts {
+    /// The ports asked for, if any are.
+    pub fn range(self) -> Option<PortRange> {
+        match self {
+            Self::Exactly(range) | Self::FirstFree(range) => Some(range),
+            Self::Random => None,
+        }
+    }
+
+    /// How much choice there is, for ordering: what has less is bound first, so that its ports are still free.
+    pub(crate) fn freedom(self) -> u8 {
+        match self {
+            Self::Exactly(_) => 0,
+            Self::FirstFree(_) => 1,
+            Self::Random => 2,
+        }
+    }
+}
+
+impl Mapping {
+    /// Maps `host_ports` of `host` to `backend_ports` of `backend`; without host ports, random ones.
+    /// Several host ports for one port of the backend are those that the first free one is taken from.
+    ///
+    /// # Errors
+    /// [`MappingError`] if the ranges do not fit, or if no one answers at the address of the backend.
+    pub fn new(
+        protocols: Protocols,
+        (host, host_ports): (ScopedIp, Option<PortRange>),
+        (backend, backend_ports): (ScopedIp, PortRange),
+    ) -> Result<Self, MappingError> {
+        let host_ports = match host_ports {
+            None => HostPorts::Random,
+            Some(range) if range.count() == backend_ports.count() => HostPorts::Exactly(range),
+            Some(range) if backend_ports.is_single() => HostPorts::FirstFree(range),
+            Some(range) => return Err(MappingError::Lengths { host: range, backend: backend_ports }),
+        };
+        BackendAddr::reachable(backend.at(backend_ports.first()))?;
+        let limits = Limits::default();
+        Ok(Self { name: None, protocols, host, host_ports, backend, backend_ports, v6only: false, limits })
+    }
+
+    /// Leaves IPv4 clients out of an IPv6 wildcard (`IPV6_V6ONLY`, ipv6(7)).
+    ///
+    /// # Errors
+    /// [`MappingError::V6Only`] on any other host address, which has either no IPv4 clients or no others.
+    pub fn v6only(mut self) -> Result<Self, MappingError> {
+        if self.host != ScopedIp::ANY {
+            return Err(MappingError::V6Only(self.host));
+        }
+        self.v6only = true;
+        Ok(self)
+    }
+
+    /// Gives the mapping a name in place of the one that follows from its ports. One that does follow is none: a
+    /// mapping that was listed is the same one.
+    #[must_use]
+    pub fn named(mut self, name: Name) -> Self {
+        self.name = Some(name).filter(|name| *name != Name::of(&self));
+        self
+    }
+
+    /// Gives the mapping limits in place of the default ones.
+    #[must_use]
+    pub fn limited(mut self, limits: Limits) -> Self {
+        self.limits = limits;
+        self
+    }
+
+    /// The same mapping to another backend.
+    ///
+    /// # Errors
+    /// Those of [`Mapping::new`].
+    pub fn retargeted(&self, backend: ScopedIp, backend_ports: PortRange) -> Result<Self, MappingError> {
+        let host = (self.host, self.host_ports.range());
+        let retargeted = Self::new(self.protocols, host, (backend, backend_ports))?;
+        Ok(Self { name: self.name.clone(), v6only: self.v6only, limits: self.limits.clone(), ..retargeted })
+    }
+
+    /// The name given to it, or else its [default name](Name::of).
+    pub fn name(&self) -> Name {
+        self.name.clone().unwrap_or_else(|| Name::of(self))
+    }
+
+    /// The name given to it.
+    pub fn given_name(&self) -> Option<&Name> {
+        self.name.as_ref()
+    }
+
+    /// The transport protocols, the same on both sides.
+    pub fn protocols(&self) -> Protocols {
+        self.protocols
+    }
+
+    /// The address that clients connect to.
+    pub fn host(&self) -> ScopedIp {
+        self.host
+    }
+
+    /// The ports that clients connect to.
+    pub fn host_ports(&self) -> HostPorts {
+        self.host_ports
+    }
+
+    /// The address that clients end up at.
+    pub fn backend(&self) -> ScopedIp {
+        self.backend
+    }
+
+    /// The ports that clients end up at.
+    pub fn backend_ports(&self) -> PortRange {
+        self.backend_ports
+    }
+
+    /// Whether an IPv6 wildcard leaves IPv4 clients out.
+    pub fn is_v6only(&self) -> bool {
+        self.v6only
+    }
+
+    /// What bounds its connections and flows.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// How many sockets it listens on.
+    pub fn sockets(&self) -> usize {
+        self.backend_ports.count() * self.protocols.iter().count()
+    }
+
+    /// Its ports one by one, TCP first. The host port is 0 where it is yet to be chosen.
+    pub fn forwards(&self) -> impl Iterator<Item = Forward> {
+        self.protocols.iter().flat_map(move |protocol| {
+            let ports = self.backend_ports.iter().enumerate();
+            ports.map(move |(index, port)| self.forward(protocol, self.exact_port(index), port))
+        })
+    }
+
+    /// One port of it: `host_port`, whichever was chosen, to `backend_port`.
+    pub(crate) fn forward(&self, protocol: Protocol, host_port: u16, backend_port: u16) -> Forward {
+        Forward {
+            protocol,
+            host: HostAddr::new(self.host, host_port),
+            backend: BackendAddr::new(self.backend, backend_port).expect("a range is without port 0"),
+            v6only: self.v6only,
+        }
+    }
+
+    /// The host port for the port of the backend at `index`, or 0 if it is yet to be chosen.
+    fn exact_port(&self, index: usize) -> u16 {
+        match self.host_ports {
+            HostPorts::Exactly(range) => range.iter().nth(index).unwrap_or(0),
+            HostPorts::FirstFree(_) | HostPorts::Random => 0,
+        }
+    }
+}
+
+impl fmt::Display for Mapping {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { host, host_ports, backend_ports, protocols, .. } = self;
+        match host_ports.range() {
+            Some(range) => write!(f, "{host}:{range}:{backend_ports}/{protocols}"),
+            None => write!(f, "{host}::{backend_ports}/{protocols}"),
+        }
+    }
+}
+
+/// Why there is no such mapping; the message says what would work.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum MappingError {
+    /// Ranges of different lengths.
+    #[error(
+        "{} host ports ({host}) do not fit {} backend ports ({backend}); make both ranges equally long",
+        host.count(), backend.count()
+    )]
+    Lengths {
+        /// The host ports.
+        host: PortRange,
+        /// The backend ports.
+        backend: PortRange,
+    },
+    /// The backend has no address that can be connected to.
+    #[error(transparent)]
+    Backend(#[from] AddrError),
+    /// `v6only` where it means nothing.
+    #[error("{0} has no IPv4 clients to leave out; v6only is for [::]")]
+    V6Only(ScopedIp),
+}
+
+/// One port of a mapping, as one socket serves it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Forward {
+    /// The transport protocol, the same on both sides.
+    pub protocol: Protocol,
+    /// Where clients connect.
+    pub host: HostAddr,
+    /// Where they end up.
+    pub backend: BackendAddr,
+    /// Whether an IPv6 wildcard leaves IPv4 clients out (`IPV6_V6ONLY`, ipv6(7)).
+    pub v6only: bool,
+}
+
+impl fmt::Display for Forward {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{} -> {}", self.host, self.protocol, self.backend)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn mapping(host: &str, host_ports: &str, backend: &str, ports: &str) -> Result<Mapping, MappingError> {
+        let host_ports = (!host_ports.is_empty()).then(|| host_ports.parse().unwrap());
+        let backend = (backend.parse().unwrap(), ports.parse().unwrap());
+        Mapping::new(Protocols::Both, (host.parse().unwrap(), host_ports), backend)
+    }
+
+    fn refused(host: &str, host_ports: &str, backend: &str, ports: &str) -> String {
+        mapping(host, host_ports, backend, ports).expect_err(host).to_string()
+    }
+
+    #[test]
+    fn a_range_pairs_up_port_by_port_for_each_protocol() {
+        let range = mapping("[::]", "8000-8002", "10.0.0.1", "80-82").unwrap();
+        let forwards: Vec<_> = range.forwards().map(|forward| forward.to_string()).collect();
+        assert_eq!(range.sockets(), forwards.len());
+        assert_eq!(forwards[0], "[::]:8000/tcp -> 10.0.0.1:80");
+        assert_eq!(forwards[5], "[::]:8002/udp -> 10.0.0.1:82");
+        assert_eq!(range.to_string(), "[::]:8000-8002:80-82/tcp+udp");
+    }
+
+    #[test]
+    fn ports_that_are_yet_to_be_chosen_are_zero() {
+        for host_ports in ["", "8000-8010"] {
+            let mapping = mapping("10.0.0.11", host_ports, "10.0.0.1", "80").unwrap();
+            assert!(mapping.forwards().all(|forward| forward.host.socket_addr().port() == 0));
+            assert_eq!(mapping.sockets(), 2);
+        }
+    }
+
+    #[test]
+    fn a_retargeted_mapping_keeps_all_but_its_backend() {
+        let before = mapping("[::]", "80", "10.0.0.1", "80").unwrap().v6only().unwrap();
+        let before = before.named("web".parse().unwrap());
+        let after = before.retargeted("10.0.0.2".parse().unwrap(), "8080".parse().unwrap()).unwrap();
+        assert_eq!(after.to_string(), "[::]:80:8080/tcp+udp");
+        assert_eq!(after.name().to_string(), "web");
+        assert!(after.is_v6only());
+    }
+
+    #[test]
+    fn what_cannot_work_is_refused() {
+        assert!(refused("[::]", "80-81", "10.0.0.1", "80-82").contains("2 host ports (80-81) do not fit 3"));
+        assert!(refused("[::]", "80", "0.0.0.0", "80").contains("write 127.0.0.1"));
+        assert!(refused("[::]", "80", "255.255.255.255", "80").contains("is a broadcast address"));
+        for group in ["224.0.0.251", "ff02::fb"] {
+            assert!(refused("[::]", "80", group, "80").contains("is the address of a group"));
+        }
+        let v4 = mapping("0.0.0.0", "80", "10.0.0.1", "80").unwrap();
+        assert!(v4.v6only().unwrap_err().to_string().contains("v6only is for [::]"));
+    }
+}

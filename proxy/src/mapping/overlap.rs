@@ -1,0 +1,267 @@
+//! Mappings that want the same port of the same address.
+
+use std::collections::HashMap;
+use std::fmt;
+
+use crate::mapping::addr::{Protocol, Protocols, ScopedIp};
+use crate::mapping::ports::PortRange;
+use crate::mapping::{Forward, HostPorts, Mapping};
+
+/// Two mappings of one set that cannot both be bound.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Overlap {
+    /// The index of the one that comes first.
+    pub first: usize,
+    /// The index of the one that is in its way.
+    pub second: usize,
+    /// The lowest port that both want.
+    pub port: u16,
+}
+
+/// The overlaps within a set of mappings, by their indices, at least one for each mapping that takes
+/// part in some. Ports that are yet to be chosen overlap nothing.
+///
+/// The time is that of sorting, since a set has tens of thousands of mappings, at as many addresses.
+pub fn overlaps<'a>(mappings: impl IntoIterator<Item = &'a Mapping>) -> Vec<Overlap> {
+    let mut taken: HashMap<(Protocol, Place), Vec<Wanted>> = HashMap::new();
+    for (index, mapping) in mappings.into_iter().enumerate() {
+        let HostPorts::Exactly(range) = mapping.host_ports() else {
+            continue;
+        };
+        for protocol in mapping.protocols().iter() {
+            let place = Place::of(mapping.host(), mapping.is_v6only());
+            taken.entry((protocol, place)).or_default().push((range, index));
+        }
+    }
+    let mut found = Vec::new();
+    for wanted in taken.values_mut() {
+        sort(wanted);
+        within(wanted, &mut found);
+    }
+    for protocol in Protocols::Both.iter() {
+        for wide in [Place::All, Place::AllV4, Place::AllV6] {
+            let Some(others) = taken.get(&(protocol, wide)) else { continue };
+            let covered = taken
+                .iter()
+                .filter(|((of, place), _wanted)| *of == protocol && place.covered_by().contains(&wide));
+            let mut covered: Vec<Wanted> = covered.flat_map(|(_place, wanted)| wanted).copied().collect();
+            sort(&mut covered);
+            between(&covered, others, &mut found);
+            between(others, &covered, &mut found);
+        }
+    }
+    found.sort_by_key(|overlap| (overlap.second, overlap.first));
+    found.dedup_by_key(|overlap| (overlap.second, overlap.first));
+    found
+}
+
+/// Whether two ports, of one number and protocol, cannot both be bound.
+pub(crate) fn exclude_each_other(one: &Forward, other: &Forward) -> bool {
+    let place = |forward: &Forward| Place::of(forward.host.socket_addr().into(), forward.v6only);
+    let (one, other) = (place(one), place(other));
+    one == other || one.covered_by().contains(&other) || other.covered_by().contains(&one)
+}
+
+/// Ports, and the index of the mapping that wants them.
+type Wanted = (PortRange, usize);
+
+fn sort(wanted: &mut [Wanted]) {
+    wanted.sort_by_key(|(range, index)| (range.first(), *index));
+}
+
+/// Where a mapping listens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Place {
+    /// Every address.
+    All,
+    /// Every IPv4 address.
+    AllV4,
+    /// Every IPv6 address, and no IPv4 address.
+    AllV6,
+    /// One address.
+    One(ScopedIp),
+}
+
+impl Place {
+    /// That of a socket at `host`, which may leave IPv4 clients out.
+    pub(crate) fn of(host: ScopedIp, v6only: bool) -> Self {
+        match host {
+            ScopedIp::ANY if v6only => Self::AllV6,
+            ScopedIp::ANY => Self::All,
+            ScopedIp::ANY_V4 => Self::AllV4,
+            ip => Self::One(ip),
+        }
+    }
+
+    /// Where a client may have come to that asked `ip`, of this machine: that one before all others.
+    pub(crate) fn reached_by(ip: ScopedIp) -> [Self; 3] {
+        [Self::One(ip), Self::All, if ip.ip().is_ipv4() { Self::AllV4 } else { Self::AllV6 }]
+    }
+
+    /// The other places that take a port away from this one.
+    fn covered_by(self) -> &'static [Self] {
+        match self {
+            Self::All => &[],
+            Self::AllV4 | Self::AllV6 => &[Self::All],
+            Self::One(ip) if ip.ip().is_ipv4() => &[Self::All, Self::AllV4],
+            Self::One(_) => &[Self::All, Self::AllV6],
+        }
+    }
+}
+
+/// Overlaps among ranges of one place, which are sorted by their first port.
+fn within(ranges: &[Wanted], found: &mut Vec<Overlap>) {
+    for (widest, range) in widest_so_far(ranges).zip(ranges.iter().skip(1)) {
+        found.extend(overlap(&widest, range));
+    }
+}
+
+/// Overlaps of ranges of one place with ranges of another, both sorted by their first port: one for each of the
+/// former that has some.
+fn between(ones: &[Wanted], others: &[Wanted], found: &mut Vec<Overlap>) {
+    let widest: Vec<Wanted> = widest_so_far(others).collect();
+    for one in ones {
+        // Of those that start before this one ends, the one that ends last.
+        let starting = others.partition_point(|(range, _index)| range.first() <= one.0.last());
+        let other = starting.checked_sub(1).and_then(|last| widest.get(last));
+        found.extend(other.and_then(|other| overlap(one, other)));
+    }
+}
+
+/// For each range, in their order, the one that ends last among it and those before.
+fn widest_so_far(ranges: &[Wanted]) -> impl Iterator<Item = Wanted> {
+    ranges.iter().scan(None, |widest: &mut Option<Wanted>, range| {
+        let is_wider = widest.is_none_or(|widest| range.0.last() > widest.0.last());
+        if is_wider {
+            *widest = Some(*range);
+        }
+        *widest
+    })
+}
+
+fn overlap(a: &Wanted, b: &Wanted) -> Option<Overlap> {
+    let port = a.0.first().max(b.0.first());
+    let (first, second) = (a.1.min(b.1), a.1.max(b.1));
+    a.0.overlaps(b.0).then_some(Overlap { first, second, port })
+}
+
+/// Two mappings that cannot both be bound, for people.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub struct OverlapError {
+    /// The mapping that comes second.
+    pub mapping: Box<Mapping>,
+    /// The one that is in its way.
+    pub other: Box<Mapping>,
+    /// The lowest port that both want.
+    pub port: u16,
+}
+
+impl OverlapError {
+    /// `mapping` cannot have `port`, since `other` has it.
+    pub(crate) fn new(mapping: &Mapping, other: &Mapping, port: u16) -> Self {
+        Self { mapping: mapping.clone().into(), other: other.clone().into(), port }
+    }
+}
+
+impl fmt::Display for OverlapError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { mapping, other, port } = self;
+        write!(f, "port {port} is taken by the mapping {} ({other})", other.name())?;
+        match (mapping.host(), other.host()) {
+            (ScopedIp::ANY, ip) | (ip, ScopedIp::ANY) if ip.ip().is_ipv4() => {
+                f.write_str("; [::] serves IPv4 clients too, unless v6only is set")
+            }
+            (a, b) if a == b => f.write_str("; choose another port"),
+            (a, b) => {
+                let wide = if a.is_wildcard() { a } else { b };
+                write!(f, "; {wide} stands for all addresses: choose another port, or one address")
+            }
+        }
+    }
+}
+
+/// Refuses a set of mappings of which two want the same port.
+///
+/// # Errors
+/// [`OverlapError`] for the first one.
+pub fn refuse_overlap(mappings: &[Mapping]) -> Result<(), OverlapError> {
+    match overlaps(mappings).first() {
+        None => Ok(()),
+        Some(Overlap { first, second, port }) => {
+            Err(OverlapError::new(&mappings[*second], &mappings[*first], *port))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn mapping(text: &str) -> Mapping {
+        let (host, rest) = text.rsplit_once(':').unwrap();
+        let (ports, proto) = rest.split_once('/').unwrap();
+        let ports: PortRange = ports.parse().unwrap();
+        let (host, v6only) = host.strip_prefix("only ").map_or((host, false), |host| (host, true));
+        let host = (host.parse().unwrap(), Some(ports));
+        let backend = ("192.0.2.1".parse().unwrap(), ports);
+        let mapping = Mapping::new(proto.parse().unwrap(), host, backend).unwrap();
+        if v6only { mapping.v6only().unwrap() } else { mapping }
+    }
+
+    fn overlap(a: &str, b: &str) -> bool {
+        let (a, b) = (mapping(a), mapping(b));
+        let found = !overlaps([&a, &b]).is_empty();
+        assert_eq!(found, !overlaps([&b, &a]).is_empty(), "{a} {b}: it depends on the order");
+        found
+    }
+
+    #[test]
+    fn mappings_overlap_when_one_packet_fits_both() {
+        assert!(overlap("10.0.0.11:80/tcp", "10.0.0.11:80/tcp"));
+        assert!(overlap("10.0.0.11:80-90/tcp", "10.0.0.11:90-99/tcp"));
+        assert!(overlap("0.0.0.0:80/tcp", "[::]:80/tcp"));
+        assert!(overlap("127.0.0.1:80/tcp", "[::]:80/tcp"));
+        assert!(overlap("[::1]:80/tcp", "only [::]:80/tcp"));
+        assert!(overlap("127.0.0.1:80/tcp", "0.0.0.0:80/tcp+udp"));
+        assert!(!overlap("0.0.0.0:80/tcp", "only [::]:80/tcp"));
+        assert!(!overlap("127.0.0.1:80/tcp", "only [::]:80/tcp"));
+        assert!(!overlap("0.0.0.0:80/tcp", "0.0.0.0:80/udp"));
+        assert!(!overlap("[::1]:80/tcp", "0.0.0.0:80/tcp"));
+        assert!(!overlap("10.0.0.11:80/tcp", "10.0.0.12:80/tcp"));
+        assert!(!overlap("0.0.0.0:80-89/tcp", "0.0.0.0:90-99/tcp"));
+    }
+
+    #[test]
+    fn the_other_mapping_is_named_with_a_way_out() {
+        let set = [mapping("0.0.0.0:80/tcp"), mapping("[::]:80/tcp")];
+        let message = refuse_overlap(&set).unwrap_err().to_string();
+        assert!(message.contains("port 80 is taken by the mapping 80/tcp (0.0.0.0:80:80/tcp)"), "{message}");
+        assert!(message.contains("unless v6only"), "{message}");
+        let set = [mapping("10.0.0.1:80/tcp"), mapping("0.0.0.0:80/tcp")];
+        assert!(refuse_overlap(&set).unwrap_err().to_string().contains("0.0.0.0 stands for all"));
+    }
+
+    fn any_mapping() -> impl Strategy<Value = Mapping> {
+        let host =
+            proptest::sample::select(vec!["only [::]", "[::]", "0.0.0.0", "10.0.0.1", "10.0.0.2", "[::1]"]);
+        let proto = proptest::sample::select(vec!["tcp", "udp", "tcp+udp"]);
+        (host, 1..30_u16, 0..6_u16, proto).prop_map(|(host, first, more, proto)| {
+            mapping(&format!("{host}:{first}-{}/{proto}", first + more))
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn a_set_has_overlaps_exactly_if_a_pair_does(
+            set in proptest::collection::vec(any_mapping(), 0..8)
+        ) {
+            let pairs = (0..set.len()).flat_map(|b| (0..b).map(move |a| (a, b)));
+            let by_pair: Vec<_> = pairs.filter(|(a, b)| !overlaps([&set[*a], &set[*b]]).is_empty()).collect();
+            let by_set: Vec<_> = overlaps(&set).iter().map(|o| (o.first, o.second)).collect();
+            prop_assert_eq!(by_set.is_empty(), by_pair.is_empty());
+            prop_assert!(by_set.iter().all(|pair| by_pair.contains(pair)), "{:?} {:?}", by_set, by_pair);
+        }
+    }
+}

@@ -1,0 +1,274 @@
+//! What `-p` says, as Docker's command line has it: `[[ADDRESS:][HOST_PORTS]:]PORTS[/PROTOCOL]`.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::mapping::addr::{AddrError, Protocol, ProtocolError, Protocols, ScopedIp};
+use crate::mapping::family::everywhere;
+use crate::mapping::ports::{PortError, PortRange};
+use crate::mapping::{Mapping, MappingError};
+
+/// Ports of a backend, and where on this machine they are published.
+///
+/// The forms are those of `docker run --publish` (docker/go-connections, `nat/parse.go`): `80`,
+/// `8080:80`, `10.0.0.11:8080:80`, `10.0.0.11::80`, `[::1]:8080:80`, each port also as a range, each form
+/// with `/udp`, `/tcp+udp` or the older `:udp`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PublishSpec {
+    /// The address that clients connect to; [`everywhere`] unless there is one.
+    pub host: ScopedIp,
+    /// The ports that clients connect to; random ones unless there are some.
+    pub host_ports: Option<PortRange>,
+    /// The ports of the backend.
+    pub ports: PortRange,
+    /// The transport protocols, the same on both sides.
+    pub protocols: Protocols,
+}
+
+impl PublishSpec {
+    /// The mapping of these ports to `backend`.
+    ///
+    /// # Errors
+    /// Those of [`Mapping::new`].
+    pub fn to(self, backend: ScopedIp) -> Result<Mapping, MappingError> {
+        Mapping::new(self.protocols, (self.host, self.host_ports), (backend, self.ports))
+    }
+}
+
+/// With everything written out, so that it can be read again.
+impl fmt::Display for PublishSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { host, host_ports, ports, protocols } = self;
+        write!(f, "{host}:")?;
+        if let Some(host_ports) = host_ports {
+            host_ports.fmt(f)?;
+        }
+        write!(f, ":{ports}/{protocols}")
+    }
+}
+
+impl FromStr for PublishSpec {
+    type Err = SpecError;
+
+    fn from_str(spec: &str) -> Result<Self, SpecError> {
+        let (rest, protocols) = split_protocols(spec)?;
+        let (address, rest) = split_address(rest)?;
+        let (host_ports, ports) = match (rest.rsplit_once(':'), address) {
+            (Some((host_ports, ports)), _) => (host_ports, ports),
+            (None, None) => ("", rest),
+            (None, Some(address)) => {
+                return Err(SpecError::NoHostPort { address: address.to_owned(), ports: rest.to_owned() });
+            }
+        };
+        if let (None, Ok(_ip)) = (address, host_ports.parse::<ScopedIp>()) {
+            let address = host_ports.to_owned();
+            return Err(SpecError::NoHostPort { address, ports: ports.to_owned() });
+        }
+        Ok(Self {
+            host: address.map_or_else(|| Ok(everywhere()), str::parse)?,
+            // Docker takes 0 for a random one, too.
+            host_ports: if matches!(host_ports, "" | "0") { None } else { Some(host_ports.parse()?) },
+            ports: ports.parse()?,
+            protocols,
+        })
+    }
+}
+
+/// A port of a backend that `-P` publishes: `80`, `53/udp`, `8000-8010/tcp`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ExposedPorts {
+    /// The ports.
+    pub ports: PortRange,
+    /// Their transport protocols.
+    pub protocols: Protocols,
+}
+
+impl ExposedPorts {
+    /// Publishes them at random ports of every address.
+    pub fn at_random(self) -> PublishSpec {
+        let Self { ports, protocols } = self;
+        PublishSpec { host: everywhere(), host_ports: None, ports, protocols }
+    }
+}
+
+impl FromStr for ExposedPorts {
+    type Err = SpecError;
+
+    fn from_str(text: &str) -> Result<Self, SpecError> {
+        let (ports, protocols) = split_protocols(text)?;
+        Ok(Self { ports: ports.parse()?, protocols })
+    }
+}
+
+/// Takes the protocol off: after the last slash, or after the last colon if it is a word.
+fn split_protocols(spec: &str) -> Result<(&str, Protocols), SpecError> {
+    let is_word = |text: &str| text.starts_with(|first: char| first.is_ascii_alphabetic());
+    let (spec, slashed) = spec.rsplit_once('/').map_or((spec, None), |(rest, word)| (rest, Some(word)));
+    let coloned = spec.rsplit_once(':').filter(|(_rest, word)| is_word(word) && !word.ends_with(']'));
+    let (spec, coloned) = coloned.map_or((spec, None), |(rest, word)| (rest, Some(word)));
+    let parse = |word: &str| word.to_ascii_lowercase().parse::<Protocols>();
+    let protocols = match (slashed.map(parse).transpose()?, coloned.map(parse).transpose()?) {
+        (Some(one), Some(other)) if one != other => return Err(SpecError::TwoProtocols(other, one)),
+        (one, other) => one.or(other).unwrap_or(Protocols::One(Protocol::Tcp)),
+    };
+    Ok((spec, protocols))
+}
+
+/// Takes a leading address off: in brackets, or the first of three parts.
+fn split_address(spec: &str) -> Result<(Option<&str>, &str), SpecError> {
+    if spec.starts_with('[') {
+        let end = spec.find(']').ok_or_else(|| SpecError::NoBracket(spec.to_owned()))?;
+        let (address, rest) = spec.split_at(end + 1);
+        let rest = rest.strip_prefix(':').filter(|rest| !rest.is_empty());
+        return Ok((Some(address), rest.ok_or(SpecError::Shape)?));
+    }
+    match spec.matches(':').count() {
+        0 | 1 => Ok((None, spec)),
+        2 => Ok(spec.split_once(':').map_or((None, spec), |(address, rest)| (Some(address), rest))),
+        _ => Err(SpecError::Unbracketed),
+    }
+}
+
+/// Why a text does not say what to publish; the message says what would work.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum SpecError {
+    /// A part is no port.
+    #[error(transparent)]
+    Port(#[from] PortError),
+    /// A part is no address.
+    #[error(transparent)]
+    Address(#[from] AddrError),
+    /// The last part is no protocol.
+    #[error(transparent)]
+    Protocol(#[from] ProtocolError),
+    /// It says one protocol after a colon and another one after a slash.
+    #[error("it says both {0} and {1}; write one of them, or tcp+udp")]
+    TwoProtocols(Protocols, Protocols),
+    /// An address and one port, which could be that of either side.
+    #[error(
+        "{address} is an address, so there are three parts; \
+         write {address}::{ports} for a random host port, {address}:{ports}:{ports} for the same one"
+    )]
+    NoHostPort {
+        /// The address.
+        address: String,
+        /// The port after it.
+        ports: String,
+    },
+    /// The bracket that opens an IPv6 address is never closed.
+    #[error("'{0}' has no closing bracket; write an IPv6 address as in [::1]:8080:80")]
+    NoBracket(String),
+    /// More colons than parts.
+    #[error("too many parts; an IPv6 address needs brackets, as in [::1]:8080:80")]
+    Unbracketed,
+    /// Something else.
+    #[error("not something to publish; write [[ADDRESS:][HOST_PORT]:]PORT[/PROTOCOL], as in 8080:80/tcp")]
+    Shape,
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn spec(text: &str) -> Result<String, String> {
+        text.parse::<PublishSpec>().map(|spec| spec.to_string()).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn every_form_is_read() {
+        for (text, expected) in [
+            ("80", "[::]::80/tcp"),
+            (":80", "[::]::80/tcp"),
+            ("0:80", "[::]::80/tcp"),
+            ("80/udp", "[::]::80/udp"),
+            ("80:udp", "[::]::80/udp"),
+            ("8080:80", "[::]:8080:80/tcp"),
+            ("8080:80/tcp", "[::]:8080:80/tcp"),
+            ("8080:80/UDP", "[::]:8080:80/udp"),
+            ("53:53:udp", "[::]:53:53/udp"),
+            ("53:53:udp/udp", "[::]:53:53/udp"),
+            ("53:53/tcp+udp", "[::]:53:53/tcp+udp"),
+            ("10.0.0.11:8080:80", "10.0.0.11:8080:80/tcp"),
+            ("10.0.0.11::80", "10.0.0.11::80/tcp"),
+            ("10.0.0.11:0:80", "10.0.0.11::80/tcp"),
+            ("10.0.0.11::80:udp", "10.0.0.11::80/udp"),
+            ("0.0.0.0:81:80:udp", "0.0.0.0:81:80/udp"),
+            ("[::1]:8080:80", "[::1]:8080:80/tcp"),
+            ("[::ffff:10.0.0.11]:8080:80", "10.0.0.11:8080:80/tcp"),
+            ("[fe80::1%lo]::80/udp", "[fe80::1%1]::80/udp"),
+            ("8000-8010:80-90", "[::]:8000-8010:80-90/tcp"),
+            ("8000-8010:80", "[::]:8000-8010:80/tcp"),
+            ("8000-8010", "[::]::8000-8010/tcp"),
+        ] {
+            assert_eq!(spec(text).as_deref(), Ok(expected), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_with_a_way_out() {
+        for (text, part) in [
+            ("", "'' is not a port"),
+            ("http:80", "'http' is not a port"),
+            ("80:", "'' is not a port"),
+            ("80:0", "'0' is not a port"),
+            ("80:65536", "'65536' is not a port"),
+            ("+80:80", "'+80' is not a port"),
+            ("90-80:90-80", "write 80-90"),
+            ("80/", "'' is not a protocol"),
+            ("80/sctp", "'sctp' is not a protocol that is relayed"),
+            ("80:80:sctp", "'sctp' is not a protocol"),
+            ("80:80:tcp/udp", "both tcp and udp; write one of them, or tcp+udp"),
+            ("10.0.0.11:80", "write 10.0.0.11::80 for a random host port"),
+            ("[::1]:80", "write [::1]::80 for a random host port"),
+            ("10.0.0.256:80:80", "'10.0.0.256' is not an IP address"),
+            ("localhost:80:80", "'localhost' is not an IP address"),
+            ("[zz]:80:80", "'zz' is not an IP address"),
+            ("[::1:80:80", "no closing bracket"),
+            ("[::1]80", "write [[ADDRESS:]"),
+            ("[::1]:", "write [[ADDRESS:]"),
+            ("::1:80:80", "needs brackets"),
+        ] {
+            let message = spec(text).expect_err(text);
+            assert!(message.contains(part), "{text}: {message}");
+        }
+    }
+
+    #[test]
+    fn what_is_exposed_has_no_host_port() {
+        let spec = |text: &str| text.parse::<ExposedPorts>().map(|exposed| exposed.at_random().to_string());
+        assert_eq!(spec("80"), Ok("[::]::80/tcp".to_owned()));
+        assert_eq!(spec("8000-8010/udp"), Ok("[::]::8000-8010/udp".to_owned()));
+        assert!(spec("8080:80").unwrap_err().to_string().contains("'8080:80' is not a port"));
+    }
+
+    fn any_spec() -> impl Strategy<Value = PublishSpec> {
+        let host = proptest::sample::select(vec!["[::]", "0.0.0.0", "10.0.0.11", "[::1]", "[fe80::1%1]"]);
+        let range = (1..=u16::MAX, 0..20_u16)
+            .prop_map(|(first, more)| PortRange::new(first, first.saturating_add(more)).unwrap());
+        let protocols = proptest::sample::select(vec!["tcp", "udp", "tcp+udp"]);
+        (host, proptest::option::of(range.clone()), range, protocols).prop_map(
+            |(host, host_ports, ports, protocols)| PublishSpec {
+                host: host.parse().unwrap(),
+                host_ports,
+                ports,
+                protocols: protocols.parse().unwrap(),
+            },
+        )
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_written_can_be_read_again(spec in any_spec()) {
+            prop_assert_eq!(spec.to_string().parse(), Ok(spec));
+        }
+
+        #[test]
+        fn no_text_does_harm(text in "[0-9a-z:/\\[\\].%+*-]{0,24}") {
+            if let Ok(spec) = text.parse::<PublishSpec>() {
+                prop_assert_eq!(spec.to_string().parse(), Ok(spec));
+            }
+        }
+    }
+}

@@ -1,0 +1,57 @@
+//! Mappings for property tests.
+
+use std::time::Duration;
+
+use proptest::prelude::*;
+
+use crate::mapping::Mapping;
+use crate::mapping::access::{AccessList, parse_network};
+use crate::mapping::limits::{Limits, OnLimit};
+use crate::mapping::ports::PortRange;
+
+/// Any mapping, with limits or without.
+pub(crate) fn any_mapping() -> impl Strategy<Value = Mapping> {
+    let host = proptest::sample::select(vec!["[::]", "0.0.0.0", "10.0.0.11", "[::1]", "[fe80::1%1]"]);
+    let proto = proptest::sample::select(vec!["tcp", "udp", "tcp+udp"]);
+    let name = proptest::option::of("[a-z0-9_./:+%#@][a-z0-9_./:+%#@\\[\\]-]{0,20}");
+    let ports = (1..60_000_u16, 1..60_000_u16, 0..20_u16, any::<bool>());
+    (host, ports, proto, name, any::<bool>(), any_limits()).prop_map(
+        |(host, (host_port, port, more, random), proto, name, v6only, limits)| {
+            let range = |first: u16| PortRange::new(first, first + more).unwrap();
+            let host = (host.parse().unwrap(), (!random).then(|| range(host_port)));
+            let backend = ("192.0.2.1".parse().unwrap(), range(port));
+            let mapping = Mapping::new(proto.parse().unwrap(), host, backend).unwrap().limited(limits);
+            let mapping = if v6only { mapping.clone().v6only().unwrap_or(mapping) } else { mapping };
+            match name {
+                Some(name) => mapping.named(name.parse().unwrap()),
+                None => mapping,
+            }
+        },
+    )
+}
+
+fn any_limits() -> impl Strategy<Value = Limits> {
+    let limit = || (1..10_000_000_u64).prop_map(Duration::from_millis);
+    let network = || proptest::sample::select(vec!["10.0.0.0/8", "fd00::/8", "192.0.2.7"]);
+    let networks =
+        || proptest::collection::vec(network().prop_map(|text| parse_network(text).unwrap()), 0..3);
+    let count = || proptest::option::of(1..100_000_usize);
+    let optional = || proptest::option::of(limit());
+    let times = (optional(), optional(), limit());
+    let dscp = proptest::option::of((0..64_u8).prop_map(|bits| bits.to_string().parse().unwrap()));
+    let switches = (any::<bool>(), any::<bool>());
+    (times, switches, (count(), count(), count()), dscp, networks(), networks()).prop_map(
+        |((connect_timeout, idle_timeout, udp_timeout), is_on, counts, dscp, allow, deny)| Limits {
+            connect_timeout,
+            idle_timeout,
+            max_connections: counts.0,
+            on_limit: if is_on.0 { OnLimit::Reset } else { OnLimit::Wait },
+            udp_timeout,
+            udp_max_flows: counts.1,
+            udp_max_flows_per_source: counts.2,
+            udp_any_port: is_on.1,
+            dscp,
+            access: AccessList { allow, deny },
+        },
+    )
+}

@@ -1,0 +1,345 @@
+//! Mappings as the control protocol writes them.
+//!
+//! What `list` shows can be added again. Whatever is left out has its default.
+
+use std::error::Error;
+use std::fmt::{self, Display};
+use std::time::Duration;
+
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
+use tracing::info;
+
+use crate::mapping::access::{AccessList, parse_network};
+use crate::mapping::addr::{Protocols, ScopedIp};
+use crate::mapping::duration::{UNLIMITED, format_limit, parse_limit, parse_optional_limit};
+use crate::mapping::family::{NO_IPV6, everywhere, has_ipv6};
+use crate::mapping::limits::{Limits, OnLimit};
+use crate::mapping::ports::PortRange;
+use crate::mapping::{HostPorts, Mapping, MappingError};
+
+/// A mapping, in JSON.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, expecting = "an object that describes a mapping")]
+pub struct WireMapping {
+    /// Its name; by default one that follows from its ports.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// The address that clients connect to, by default `[::]`; `0.0.0.0` on a machine without IPv6.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<String>,
+    /// The ports that clients connect to; random ones by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_ports: Option<String>,
+    /// The address of the backend.
+    pub to: String,
+    /// The ports of the backend.
+    pub to_ports: String,
+    /// `tcp`, which is the default, `udp` or `tcp+udp`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub proto: Option<String>,
+    /// Whether `[::]` leaves IPv4 clients out.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub v6only: bool,
+    /// What bounds it, and how it is served.
+    #[serde(default, skip_serializing_if = "WireLimits::is_default")]
+    pub limits: WireLimits,
+    /// What `list` says about the ports that are bound. It asks for nothing.
+    #[serde(default, skip_serializing)]
+    pub bound: Option<String>,
+    /// What `list` says about the addresses that are bound, if they are not `host`. It asks for nothing.
+    #[serde(default, skip_serializing)]
+    pub bound_host: Option<String>,
+}
+
+/// Limits, in JSON: those that are not the default.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default, expecting = "an object with limits")]
+pub struct WireLimits {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) connect_timeout: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) idle_timeout: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) max_connections: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) on_limit: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) udp_timeout: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) udp_max_flows: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) udp_max_flows_per_source: Option<usize>,
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub(crate) udp_any_port: bool,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) dscp: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) allow: Vec<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub(crate) deny: Vec<String>,
+}
+
+impl WireMapping {
+    /// How `mapping` is written.
+    pub fn of(mapping: &Mapping) -> Self {
+        let ports = match mapping.host_ports() {
+            HostPorts::Exactly(range) | HostPorts::FirstFree(range) => Some(range.to_string()),
+            HostPorts::Random => None,
+        };
+        Self {
+            name: mapping.given_name().map(ToString::to_string),
+            host: Some(mapping.host().to_string()),
+            host_ports: ports,
+            to: mapping.backend().to_string(),
+            to_ports: mapping.backend_ports().to_string(),
+            proto: Some(mapping.protocols().to_string()),
+            v6only: mapping.is_v6only(),
+            limits: WireLimits::of(mapping.limits()),
+            bound: None,
+            bound_host: None,
+        }
+    }
+
+    /// The mapping that is written here.
+    ///
+    /// # Errors
+    /// [`FieldErrors`]: all that is wrong.
+    pub fn read(&self) -> Result<Mapping, FieldErrors> {
+        let mut wrong = FieldErrors::default();
+        let host = match &self.host {
+            Some(host) => wrong.note("host", host.parse()),
+            None => Some(self.default_host()),
+        };
+        let host_ports = wrong.note("host_ports", self.host_ports.as_deref().map(str::parse).transpose());
+        let to = wrong.note("to", self.to.parse());
+        let to_ports = wrong.note("to_ports", self.to_ports.parse());
+        let mapping = self.read_between(host.zip(host_ports), to.zip(to_ports), &mut wrong);
+        mapping.filter(|_mapping| wrong.0.is_empty()).ok_or(wrong)
+    }
+
+    /// Where it listens if it does not say so.
+    fn default_host(&self) -> ScopedIp {
+        // Where there is no IPv6, this cannot be had, which is for the bind to say.
+        if self.v6only {
+            return ScopedIp::ANY;
+        }
+        if !has_ipv6() {
+            info!("{NO_IPV6}");
+        }
+        everywhere()
+    }
+
+    /// The mapping that is written here, but for where it listens and leads to, as far as that is known. All that
+    /// is wrong is added to `wrong`.
+    pub(crate) fn read_between(
+        &self,
+        host: Option<(ScopedIp, Option<PortRange>)>,
+        to: Option<(ScopedIp, PortRange)>,
+        wrong: &mut FieldErrors,
+    ) -> Option<Mapping> {
+        let name = wrong.note("name", self.name.as_deref().map(str::parse).transpose());
+        let (protocols, limits) = self.read_values(wrong);
+        let mut mapping = Mapping::new(protocols?, host?, to?);
+        if self.v6only {
+            mapping = mapping.and_then(Mapping::v6only);
+        }
+        let mapping = mapping.map_err(|error| wrong.0.push(error.into())).ok()?.limited(limits?);
+        Some(match name? {
+            Some(name) => mapping.named(name),
+            None => mapping,
+        })
+    }
+
+    /// What several mappings can have in common.
+    pub(crate) fn read_values(&self, wrong: &mut FieldErrors) -> (Option<Protocols>, Option<Limits>) {
+        let protocols = wrong.note("proto", self.proto.as_deref().unwrap_or("tcp").parse());
+        (protocols, self.limits.read(wrong))
+    }
+}
+
+impl WireLimits {
+    fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+
+    fn of(limits: &Limits) -> Self {
+        let default = Limits::default();
+        let duration = |limit: Option<Duration>, default: Option<Duration>| {
+            (limit != default).then(|| format_limit(limit))
+        };
+        let networks = |networks: &[IpNet]| networks.iter().map(ToString::to_string).collect();
+        Self {
+            connect_timeout: duration(limits.connect_timeout, default.connect_timeout),
+            idle_timeout: duration(limits.idle_timeout, default.idle_timeout),
+            max_connections: limits.max_connections,
+            on_limit: (limits.on_limit == OnLimit::Reset).then(|| "reset".to_owned()),
+            udp_timeout: duration(Some(limits.udp_timeout), Some(default.udp_timeout)),
+            udp_max_flows: limits.udp_max_flows,
+            udp_max_flows_per_source: limits.udp_max_flows_per_source,
+            udp_any_port: limits.udp_any_port,
+            dscp: limits.dscp.map(|dscp| dscp.to_string()),
+            allow: networks(&limits.access.allow),
+            deny: networks(&limits.access.deny),
+        }
+    }
+
+    fn read(&self, wrong: &mut FieldErrors) -> Option<Limits> {
+        let default = Limits::default();
+        let connect_timeout = read_limit("limits.connect_timeout", self.connect_timeout.as_deref(), wrong);
+        let idle_timeout = read_limit("limits.idle_timeout", self.idle_timeout.as_deref(), wrong);
+        let max_connections = read_count("limits.max_connections", self.max_connections, wrong);
+        let on_limit = match self.on_limit.as_deref() {
+            None | Some("wait") => Ok(OnLimit::Wait),
+            Some("reset") => Ok(OnLimit::Reset),
+            Some(_) => Err("write \"wait\" or \"reset\""),
+        };
+        let on_limit = wrong.note("limits.on_limit", on_limit);
+        let udp_timeout = self.udp_timeout.as_deref().map(|text| match text {
+            UNLIMITED => Err("flows need one, such as \"90s\"".to_owned()),
+            text => parse_limit(text),
+        });
+        let udp_timeout = wrong.note("limits.udp_timeout", udp_timeout.transpose());
+        let udp_max_flows = read_count("limits.udp_max_flows", self.udp_max_flows, wrong);
+        let per_source = self.udp_max_flows_per_source;
+        let per_source = read_count("limits.udp_max_flows_per_source", per_source, wrong);
+        let dscp = wrong.note("limits.dscp", self.dscp.as_deref().map(str::parse).transpose());
+        let (allow, deny) = (read_networks(&self.allow), read_networks(&self.deny));
+        let (allow, deny) = (wrong.note("limits.allow", allow), wrong.note("limits.deny", deny));
+        Some(Limits {
+            connect_timeout: connect_timeout?.unwrap_or(default.connect_timeout),
+            idle_timeout: idle_timeout?.unwrap_or(default.idle_timeout),
+            max_connections: max_connections?,
+            on_limit: on_limit?,
+            udp_timeout: udp_timeout?.unwrap_or(default.udp_timeout),
+            udp_max_flows: udp_max_flows?,
+            udp_max_flows_per_source: per_source?,
+            udp_any_port: self.udp_any_port,
+            dscp: dscp?,
+            access: AccessList { allow: allow?, deny: deny? },
+        })
+    }
+}
+
+/// Reads a limit on time, if one is written.
+fn read_limit(
+    name: &'static str,
+    text: Option<&str>,
+    wrong: &mut FieldErrors,
+) -> Option<Option<Option<Duration>>> {
+    wrong.note(name, text.map(parse_optional_limit).transpose())
+}
+
+fn read_count(name: &'static str, count: Option<usize>, wrong: &mut FieldErrors) -> Option<Option<usize>> {
+    let is_zero = count == Some(0);
+    wrong.note(name, if is_zero { Err("write a number from 1 up, or leave it out") } else { Ok(count) })
+}
+
+fn read_networks(texts: &[String]) -> Result<Vec<IpNet>, String> {
+    let read =
+        |text: &String| parse_network(text).map_err(|error| format!("'{}': {error}", text.escape_debug()));
+    texts.iter().map(read).collect()
+}
+
+/// All that is wrong with a mapping that was written.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct FieldErrors(pub(crate) Vec<FieldError>);
+
+impl FieldErrors {
+    /// The value of `field`, or `None` if it is wrong, which is noted then.
+    pub(crate) fn note<T, E: Display>(&mut self, field: &'static str, result: Result<T, E>) -> Option<T> {
+        result.map_err(|error| self.0.push(FieldError::new(field, error))).ok()
+    }
+}
+
+impl Error for FieldErrors {}
+
+impl Display for FieldErrors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let errors: Vec<String> = self.0.iter().map(ToString::to_string).collect();
+        f.write_str(&errors.join("; "))
+    }
+}
+
+/// What is wrong with a mapping that was written; its text names the field.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{field}: {message}")]
+pub struct FieldError {
+    /// The field at fault; one of the limits as `limits.idle_timeout`.
+    pub field: &'static str,
+    /// What is wrong with it, and what would work.
+    pub message: String,
+}
+
+impl FieldError {
+    /// The mistake in `field` that `message` describes.
+    pub fn new(field: &'static str, message: impl Display) -> Self {
+        Self { field, message: message.to_string() }
+    }
+}
+
+impl From<MappingError> for FieldError {
+    fn from(error: MappingError) -> Self {
+        let field = match error {
+            MappingError::Lengths { .. } => "host_ports",
+            MappingError::Backend(_) => "to",
+            MappingError::V6Only(_) => "v6only",
+        };
+        Self::new(field, error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(json: &str) -> Result<Mapping, String> {
+        let wire: WireMapping = serde_json::from_str(json).map_err(|error| error.to_string())?;
+        wire.read().map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn what_is_written_can_be_read_again() {
+        for json in [
+            r#"{"to":"172.17.0.2","to_ports":"80"}"#,
+            r#"{"name":"web","host":"10.0.0.11","host_ports":"8000-8010","to":"[fd00::2]","to_ports":"80"}"#,
+            r#"{"host_ports":"1000-1009","to":"172.17.0.2","to_ports":"2000-2009","proto":"tcp+udp","v6only":true}"#,
+            r#"{"to":"172.17.0.2","to_ports":"80","limits":{"connect_timeout":"unlimited","idle_timeout":"1m",
+                "max_connections":9,"on_limit":"reset","udp_timeout":"5s","udp_max_flows":7,
+                "udp_max_flows_per_source":3,"udp_any_port":true,"dscp":"ef","allow":["10.0.0.0/8"],"deny":["fd00::/8"]}}"#,
+        ] {
+            let mapping = read(json).expect(json);
+            assert_eq!(WireMapping::of(&mapping).read(), Ok(mapping), "{json}");
+        }
+    }
+
+    #[test]
+    fn mistakes_name_their_field() {
+        for (json, part) in [
+            (r#"{"to_ports":"80"}"#, "missing field `to`"),
+            (r#"{"to":"x","to_ports":"80","name":"web"}"#, "to: 'x'"),
+            (r#"{"to":"172.17.0.2","to_ports":"80","port":1}"#, "unknown field `port`"),
+            (r#"{"to":"172.17.0.2","to_ports":"0"}"#, "to_ports: '0' is not a port"),
+            (r#"{"to":"172.17.0.2","to_ports":"80","proto":"sctp"}"#, "proto: 'sctp'"),
+            (r#"{"to":"172.17.0.2","to_ports":"80","name":"a b"}"#, "name: \"a b\" is not a name"),
+            (
+                r#"{"to":"172.17.0.2","to_ports":"80","limits":{"idle_timeout":"soon"}}"#,
+                "limits.idle_timeout",
+            ),
+            (r#"{"to":"172.17.0.2","to_ports":"80","limits":{"udp_timeout":"unlimited"}}"#, "flows need one"),
+            (r#"{"to":"172.17.0.2","to_ports":"80","limits":{"max_connections":0}}"#, "from 1 up"),
+            (
+                r#"{"to":"172.17.0.2","to_ports":"80","limits":{"dscp":"AF5"}}"#,
+                "limits.dscp: not a code point",
+            ),
+            (r#"{"to":"172.17.0.2","to_ports":"80","limits":{"dscp":"184"}}"#, "whose code point is 46"),
+            (
+                r#"{"to":"172.17.0.2","to_ports":"80","limits":{"deny":["lan"]}}"#,
+                "limits.deny: 'lan': not a network",
+            ),
+        ] {
+            let message = read(json).expect_err(json);
+            assert!(message.contains(part), "{json}: {message}");
+        }
+    }
+}

@@ -1,0 +1,80 @@
+//! What a process sets up before it serves.
+
+pub(crate) mod descriptors;
+pub(crate) mod poll;
+pub mod signals;
+pub(crate) mod worker;
+
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+use nix::sys::signal::Signal;
+use rproxy_sys::fd::close_unclaimed;
+use rproxy_sys::process::ignore;
+use tokio::runtime::{Builder, Runtime};
+use tracing::warn;
+
+use crate::log::{self, LogConfig};
+
+/// A runtime for one thread, with sockets, timers and signals.
+///
+/// # Errors
+/// What epoll_create1(2) or eventfd(2) answered.
+pub fn new_runtime() -> io::Result<Runtime> {
+    // Sockets are in epoll instances of their own, so that few events are the runtime's: little room will do.
+    Builder::new_current_thread().enable_io().enable_time().max_io_events_per_tick(64).build()
+}
+
+/// Runs `body` with `state` on a thread of its own, which has `stack` bytes.
+///
+/// # Errors
+/// What clone(2) answered, and `state`: its owner may have to go on without the thread. `EAGAIN` is the limit of
+/// tasks (`RLIMIT_NPROC`, or the `pids.max` of a cgroup), `ENOMEM` that of memory.
+pub(crate) fn start_thread<T: Send + 'static>(
+    name: &str,
+    stack: usize,
+    state: T,
+    body: impl FnOnce(T) + Send + 'static,
+) -> Result<(), (io::Error, T)> {
+    let slot = Arc::new(Mutex::new(Some(state)));
+    let of_thread = slot.clone();
+    let take = |slot: &Mutex<Option<T>>| slot.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let started = thread::Builder::new()
+        .name(name.to_owned())
+        .stack_size(stack)
+        .spawn(move || take(&of_thread).map(body));
+    match started {
+        Ok(_thread) => Ok(()),
+        // Without a thread nobody else has taken it.
+        Err(error) => Err((error, take(&slot).expect("only a thread takes the state"))),
+    }
+}
+
+/// Makes this process one that serves. To be called once what was passed to it is claimed, and before anything else
+/// opens a file.
+pub(crate) fn prepare(log: LogConfig) {
+    let closed = close_unclaimed();
+    log::init(log);
+    if let Err(error) = closed {
+        warn!(%error, "cannot close what was not passed on purpose");
+    }
+    // A line that is not taken is lost, and nobody ends or stops for it: neither at `RLIMIT_FSIZE` (setrlimit(2)), nor in
+    // the background of a terminal that does not want it (`TOSTOP`, termios(3)).
+    for signal in [Signal::SIGXFSZ, Signal::SIGTTOU] {
+        if let Err(error) = ignore(signal) {
+            warn!(%error, %signal, "cannot ignore a signal");
+        }
+    }
+}
+
+/// Raises the soft limit of descriptors to the hard one: a connection takes two. Services are often
+/// started with 1024, which only programs that use select(2) need (getrlimit(2)).
+pub fn raise_descriptor_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_soft, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));
+    if let Err(error) = raised {
+        warn!(%error, "cannot raise the limit of descriptors");
+    }
+}

@@ -1,0 +1,264 @@
+//! Workers: one thread with a runtime of its own each, started as connections ask for them.
+//!
+//! A connection is served by one worker from accept to close, so nothing on the data path is shared
+//! between threads. The first worker is the main thread. Another starts when a connection arrives
+//! and all the running ones are serving some, up to one per processor: a mapping that is idle, or
+//! that serves one client at a time, stays a process with one thread.
+
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use tokio::runtime::{Handle, Runtime};
+use tokio::sync::{Notify, oneshot};
+use tracing::warn;
+
+use crate::log::limit::LogLimit;
+use crate::runtime::{new_runtime, start_thread};
+
+/// Stack of a worker's thread. The deepest calls are those of the log; connections are on the heap.
+const STACK_SIZE: usize = 256 * 1024;
+
+/// How long no other worker is tried to be started when one could not be. An attempt costs ten system calls, which
+/// each connection would pay.
+const RETRY: Duration = Duration::from_secs(5);
+
+/// Takes what the connections of a worker share, before there are any: called inside its runtime, on whatever thread.
+/// What it returns is run first on the worker's own thread.
+pub(crate) type Prepare = fn() -> io::Result<Box<dyn FnOnce() + Send>>;
+
+/// The workers of a process.
+#[derive(Debug)]
+pub(crate) struct Workers {
+    running: Mutex<Running>,
+    prepare: Prepare,
+    /// Notified when a worker has served its last connection.
+    idle: Arc<Notify>,
+    /// Whether the first one relays datagrams, which is as much as serving a connection.
+    datagrams: Arc<AtomicBool>,
+    /// One worker per processor that the process may use (sched_getaffinity(2), and the quota of its cgroup).
+    most: OnceLock<usize>,
+}
+
+#[derive(Debug)]
+struct Running {
+    workers: Vec<Worker>,
+    /// When the last one could not be started, if that is so.
+    failed: Option<Instant>,
+}
+
+#[derive(Debug)]
+struct Worker {
+    runtime: Handle,
+    seats: Arc<AtomicUsize>,
+    /// Dropping it ends the thread, if the worker has one of its own.
+    _stop: Option<oneshot::Sender<()>>,
+}
+
+impl Worker {
+    fn new(runtime: Handle, stop: Option<oneshot::Sender<()>>) -> Self {
+        Self { runtime, seats: Arc::default(), _stop: stop }
+    }
+
+    fn start(number: usize, prepare: Prepare) -> io::Result<Self> {
+        let runtime = new_runtime()?;
+        let handle = runtime.handle().clone();
+        let (stop, stopped) = oneshot::channel::<()>();
+        let prepared = {
+            let _entered = handle.enter();
+            prepare()
+        };
+        let begin = match prepared {
+            Ok(begin) => begin,
+            Err(error) => return Err(discard(runtime, error)),
+        };
+        let serve = |runtime: Runtime| {
+            begin();
+            drop(runtime.block_on(stopped));
+        };
+        match start_thread(&format!("rproxy-{number}"), STACK_SIZE, runtime, serve) {
+            Ok(()) => Ok(Self::new(handle, Some(stop))),
+            Err((error, runtime)) => Err(discard(runtime, error)),
+        }
+    }
+
+    fn load(&self) -> usize {
+        self.seats.load(Ordering::Relaxed)
+    }
+}
+
+/// Drops a runtime inside another one, where none may be dropped that waits for its threads.
+fn discard(runtime: Runtime, error: io::Error) -> io::Error {
+    runtime.shutdown_background();
+    error
+}
+
+impl Workers {
+    /// Makes the runtime of the calling thread the first worker, which is prepared by then or prepares itself.
+    /// `prepare` is for the others.
+    pub(crate) fn new(first: Handle, prepare: Prepare) -> Self {
+        Self {
+            prepare,
+            running: Mutex::new(Running { workers: vec![Worker::new(first, None)], failed: None }),
+            idle: Arc::default(),
+            datagrams: Arc::default(),
+            most: OnceLock::new(),
+        }
+    }
+
+    /// To say whether datagrams are relayed.
+    pub(crate) fn datagrams(&self) -> Arc<AtomicBool> {
+        self.datagrams.clone()
+    }
+
+    /// Looks how many workers there may be, before the files that say so cannot be read any more.
+    pub(crate) fn look_at_processors(&self) {
+        self.most();
+    }
+
+    fn most(&self) -> usize {
+        *self.most.get_or_init(|| thread::available_parallelism().map_or(1, usize::from))
+    }
+
+    /// A place for one more connection, on the worker that serves the fewest.
+    pub(crate) fn seat(&self) -> Seat {
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let datagrams = usize::from(self.datagrams.load(Ordering::Relaxed));
+        let load = |number: usize, worker: &Worker| worker.load() + if number == 0 { datagrams } else { 0 };
+        if running.workers.iter().enumerate().all(|(number, worker)| load(number, worker) > 0) {
+            self.grow(&mut running);
+        }
+        // Of equals the last: the first one also accepts connections and relays datagrams.
+        let (worker, idlest) = running
+            .workers
+            .iter()
+            .enumerate()
+            .rev()
+            .min_by_key(|(number, worker)| load(*number, worker))
+            .expect("the first worker is always there");
+        idlest.seats.fetch_add(1, Ordering::Relaxed);
+        Seat { worker, runtime: idlest.runtime.clone(), taken: idlest.seats.clone(), idle: self.idle.clone() }
+    }
+
+    /// Starts another worker, if there is a processor for it. If it cannot be, those that run serve all, and it is
+    /// tried again later.
+    fn grow(&self, Running { workers, failed }: &mut Running) {
+        static FAILED: LogLimit = LogLimit::new();
+
+        if workers.len() >= self.most() || failed.is_some_and(|at| at.elapsed() < RETRY) {
+            return;
+        }
+        match Worker::start(workers.len(), self.prepare) {
+            Ok(worker) => {
+                *failed = None;
+                workers.push(worker);
+            }
+            Err(error) => {
+                // Later ones say nothing new.
+                if failed.replace(Instant::now()).is_none()
+                    && let Some(suppressed) = FAILED.permit()
+                {
+                    let running = workers.len();
+                    warn!(%error, suppressed, running, "cannot start another worker; the running ones serve all");
+                }
+            }
+        }
+    }
+
+    /// The runtimes of all workers that run.
+    pub(crate) fn runtimes(&self) -> Vec<Handle> {
+        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        running.workers.iter().map(|worker| worker.runtime.clone()).collect()
+    }
+
+    /// The number of connections being served.
+    pub(crate) fn connections(&self) -> usize {
+        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        running.workers.iter().map(Worker::load).sum()
+    }
+
+    /// Waits until no connection is being served.
+    pub(crate) async fn until_idle(&self) {
+        loop {
+            let mut notified = std::pin::pin!(self.idle.notified());
+            // From here on no notification is missed.
+            notified.as_mut().enable();
+            if self.connections() == 0 {
+                return;
+            }
+            notified.await;
+        }
+    }
+}
+
+/// A connection's place on a worker, given up when dropped.
+#[derive(Debug)]
+pub(crate) struct Seat {
+    worker: usize,
+    runtime: Handle,
+    taken: Arc<AtomicUsize>,
+    idle: Arc<Notify>,
+}
+
+impl Seat {
+    /// The number of the worker.
+    pub(crate) fn worker(&self) -> usize {
+        self.worker
+    }
+
+    /// The runtime that is to serve the connection.
+    pub(crate) fn runtime(&self) -> Handle {
+        self.runtime.clone()
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        if self.taken.fetch_sub(1, Ordering::Release) == 1 {
+            self.idle.notify_waiters();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_connection_does_not_go_where_datagrams_are_relayed() {
+        let runtime = new_runtime().unwrap();
+        let workers = Workers::new(runtime.handle().clone(), || Ok(Box::new(|| ())));
+        let most = thread::available_parallelism().map_or(1, usize::from);
+        workers.datagrams().store(true, Ordering::Relaxed);
+        assert_eq!(workers.seat().worker(), 1.min(most - 1));
+        assert_eq!(workers.connections(), 0);
+        workers.datagrams().store(false, Ordering::Relaxed);
+        let seats: Vec<_> = (0..most).map(|_| workers.seat()).collect();
+        assert!(seats.iter().any(|seat| seat.worker() == 0));
+    }
+
+    #[test]
+    fn connections_spread_over_workers_that_start_on_demand() {
+        let runtime = new_runtime().unwrap();
+        let workers = Workers::new(runtime.handle().clone(), || Ok(Box::new(|| ())));
+        let most = thread::available_parallelism().map_or(1, usize::from);
+        let running = || workers.running.lock().unwrap().workers.len();
+
+        drop(workers.seat());
+        drop(workers.seat());
+        assert_eq!(running(), 1, "one connection at a time needs one worker");
+
+        let seats: Vec<_> = (0..most * 3).map(|_| workers.seat()).collect();
+        assert_eq!(running(), most);
+        assert_eq!(workers.connections(), most * 3);
+        for worker in &workers.running.lock().unwrap().workers {
+            assert_eq!(worker.load(), 3);
+        }
+        let other = thread::spawn(move || drop(seats));
+        runtime.block_on(workers.until_idle());
+        other.join().unwrap();
+        assert_eq!(workers.connections(), 0);
+    }
+}

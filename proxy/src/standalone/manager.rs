@@ -1,0 +1,329 @@
+//! The manager: the one owner of the server, who carries out what signals and clients ask for.
+//!
+//! It has a thread of its own if there is anything to manage, so that binding ten thousand sockets or
+//! reading a long configuration delays no byte. Without a thread to be had, it runs on that of the first worker.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::pin::pin;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use rproxy_sys::memory::release_unused;
+use tokio::runtime::Runtime;
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::{Interval, sleep};
+use tracing::{debug, error, info, warn};
+
+use crate::config;
+use crate::control::clients::{self, Call};
+use crate::control::requests::answer;
+use crate::control::socket::{ControlSocket, SocketFile};
+use crate::engine::change::Changed;
+use crate::engine::{ServeError, Server};
+use crate::runtime::signals::{Signals, StopSignals};
+use crate::runtime::{new_runtime, start_thread};
+use crate::systemd;
+use crate::upgrade::Upgrade;
+
+/// Requests that may wait to be carried out.
+const CALLS: usize = 4;
+
+/// Stack of the manager's thread: parsers recurse.
+const STACK_SIZE: usize = 1024 * 1024;
+
+/// A configuration file that is read anew at `SIGHUP`.
+pub struct Reload {
+    signal: Signals,
+    file: PathBuf,
+}
+
+impl Reload {
+    /// Starts to catch the signal; to be called before the file is read for the first time, so that no
+    /// change is missed.
+    ///
+    /// # Errors
+    /// Those of [`Signals::catch`].
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub fn of_file(file: PathBuf) -> io::Result<Self> {
+        Ok(Self { signal: Signals::catch([Signal::SIGHUP])?, file })
+    }
+}
+
+/// How long connections may go on once no new ones are let in.
+#[derive(Clone, Copy, Debug)]
+pub struct Drain {
+    /// After a signal, or when a client asks for the end.
+    pub timeout: Duration,
+    /// After an upgrade, if there is a limit at all.
+    pub after_upgrade: Option<Duration>,
+}
+
+/// What a manager has to look after.
+pub struct Manager {
+    /// What is managed.
+    pub server: Server,
+    /// What ends it.
+    pub stop: StopSignals,
+    /// How long connections may go on then.
+    pub drain: Drain,
+    /// Where clients connect, if they may.
+    pub control: Option<ControlSocket>,
+    /// Where mappings come from, if they can change.
+    pub reload: Option<Reload>,
+    /// How often the service manager is told that all is well, if it wants to know.
+    pub watchdog: Option<Duration>,
+    /// What lets another process take its place.
+    pub upgrade: Upgrade,
+}
+
+impl Manager {
+    /// Manages until a signal or a client ends it, on a thread of its own if there is more to do than
+    /// waiting for that, and if there is one to be had.
+    ///
+    /// # Errors
+    /// [`ServeError`]
+    pub async fn run(self) -> Result<(), ManageError> {
+        if self.control.is_none() && self.reload.is_none() {
+            return self.manage().await;
+        }
+        let runtime = match new_runtime() {
+            Ok(runtime) => runtime,
+            Err(error) => return self.manage_beside_clients(&error).await,
+        };
+        let (ended, end) = oneshot::channel();
+        let manage = move |(runtime, manager): (Runtime, Self)| {
+            // Whoever waits for it may have ended.
+            ended.send(runtime.block_on(manager.manage())).ok();
+        };
+        if let Err((error, (runtime, manager))) =
+            start_thread("rproxy-control", STACK_SIZE, (runtime, self), manage)
+        {
+            // Where none may be dropped that waits for its threads.
+            runtime.shutdown_background();
+            return manager.manage_beside_clients(&error).await;
+        }
+        // A panic there has been reported.
+        end.await.unwrap_or(Err(ManageError::Gone))
+    }
+
+    /// Manages on the thread of the first worker, whose clients wait for long changes then.
+    async fn manage_beside_clients(self, error: &io::Error) -> Result<(), ManageError> {
+        warn!(%error, "cannot start the control thread; the first worker does its work, and large changes delay its clients");
+        self.manage().await
+    }
+
+    async fn manage(self) -> Result<(), ManageError> {
+        let Self { mut server, mut stop, drain, control, mut reload, watchdog, mut upgrade } = self;
+        let mut watchdog = watchdog.map(tokio::time::interval);
+        let (calls, mut called) = mpsc::channel(CALLS);
+        let file = control.map(|control| {
+            let (listener, file) = control.into_parts();
+            tokio::spawn(serve_clients(listener, calls));
+            file
+        });
+        let succeeded = loop {
+            tokio::select! {
+                biased;
+                signal = stop.next() => {
+                    info!(signal, "ending; once more ends at once");
+                    break false;
+                }
+                error = server.failed() => return Err(error.into()),
+                () = hung_up(&mut reload) => {
+                    let reread = Box::pin(reread(reload.as_ref(), &mut upgrade, &mut server));
+                    let Some(()) = or_stopped(reread, &mut stop).await else { break false };
+                }
+                () = upgrade.asked() => {
+                    let attempt = upgrade.carry_out(&server, file.as_ref().map(AsFd::as_fd));
+                    match unless_stopped(attempt, &server, &mut stop, &mut watchdog).await {
+                        Attempt::Failed => {}
+                        Attempt::Succeeded => break true,
+                        Attempt::Stopped => break false,
+                    }
+                }
+                () = tick(&mut watchdog) => tell_alive(&server).await,
+                never = systemd::resend() => never,
+                Some(call) = called.recv() => {
+                    let answer = Box::pin(answer(call, &mut server));
+                    let Some(false) = or_stopped(answer, &mut stop).await else { break false };
+                }
+            }
+        };
+        if succeeded {
+            server.leave();
+            file.into_iter().for_each(SocketFile::leave);
+        } else {
+            systemd::stopping();
+            drop(file);
+        }
+        // Nobody else is let in from here on.
+        drop(called);
+        finish(server, &mut stop, drain, succeeded).await;
+        Ok(())
+    }
+}
+
+/// Lets connections and flows come to their end, within limits.
+async fn finish(server: Server, stop: &mut StopSignals, drain: Drain, succeeded: bool) {
+    tokio::select! {
+        () = server.drain(enough(drain, stop, succeeded)) => {}
+        never = systemd::resend() => never,
+    }
+    if succeeded {
+        // Until it hears of the other process, the service manager takes the end of this one for that of the service,
+        // and ends all of it.
+        tokio::select! {
+            () = systemd::until_told() => {}
+            signal = stop.next() => info!(signal, "ending, and the service manager knows of no other process"),
+        }
+    }
+}
+
+/// When a drain has lasted long enough; says why. The end of a process that another one `succeeded` was not asked for by
+/// a signal, so that the first one asks for what is under way, but within the usual limit.
+async fn enough(drain: Drain, stop: &mut StopSignals, succeeded: bool) -> &'static str {
+    const LATE: &str = "drain timeout";
+
+    if succeeded {
+        tokio::select! {
+            () = passed(drain.after_upgrade) => return LATE,
+            signal = stop.next() => info!(signal, "ending; once more ends at once"),
+        }
+    }
+    tokio::select! {
+        () = sleep(drain.timeout) => LATE,
+        signal = stop.next() => {
+            info!(signal, "ending at once");
+            "asked for"
+        }
+    }
+}
+
+/// Waits for a limit, if there is one.
+async fn passed(limit: Option<Duration>) {
+    match limit {
+        Some(limit) => sleep(limit).await,
+        None => std::future::pending().await,
+    }
+}
+
+async fn serve_clients(listener: UnixListener, calls: mpsc::Sender<Call>) {
+    if let Err(error) = clients::serve(listener, calls).await {
+        error!(%error, "the control socket is not served any more");
+    }
+}
+
+/// What a change comes to, or `None` if a signal ends this process before. Nothing has changed then, or all of it
+/// has, which makes no difference any more.
+async fn or_stopped<T>(change: impl Future<Output = T>, stop: &mut StopSignals) -> Option<T> {
+    tokio::select! {
+        biased;
+        signal = stop.next() => {
+            info!(signal, "ending, and not changed; once more ends at once");
+            None
+        }
+        result = change => Some(result),
+    }
+}
+
+/// What came of an upgrade.
+enum Attempt {
+    /// This process serves on.
+    Failed,
+    /// Another process has taken its place.
+    Succeeded,
+    /// A signal ends this process before.
+    Stopped,
+}
+
+/// Waits for what comes of an upgrade.
+async fn unless_stopped(
+    attempt: impl Future<Output = bool>,
+    server: &Server,
+    stop: &mut StopSignals,
+    watchdog: &mut Option<Interval>,
+) -> Attempt {
+    let mut attempt = pin!(attempt);
+    loop {
+        tokio::select! {
+            biased;
+            succeeded = &mut attempt => return if succeeded { Attempt::Succeeded } else { Attempt::Failed },
+            signal = stop.next() => {
+                info!(signal, "ending, and not upgraded; once more ends at once");
+                return Attempt::Stopped;
+            }
+            () = tick(watchdog) => tell_alive(server).await,
+        }
+    }
+}
+
+/// Tells the service manager that all is well, once it is.
+async fn tell_alive(server: &Server) {
+    server.until_responsive().await;
+    systemd::alive();
+}
+
+async fn hung_up(reload: &mut Option<Reload>) {
+    match reload {
+        Some(reload) => {
+            if let Err(error) = reload.signal.next().await {
+                error!(%error, "cannot read signals; nothing is reloaded any more");
+                std::future::pending().await
+            }
+        }
+        None => std::future::pending().await,
+    }
+}
+
+async fn tick(interval: &mut Option<Interval>) {
+    match interval {
+        Some(interval) => drop(interval.tick().await),
+        None => std::future::pending().await,
+    }
+}
+
+/// Serves what the file says now; an error changes nothing.
+async fn reread(reload: Option<&Reload>, upgrade: &mut Upgrade, server: &mut Server) {
+    let Some(Reload { file, .. }) = reload else { return };
+    systemd::reloading();
+    let opened = match upgrade.open_configuration().await {
+        Ok(opened) => opened,
+        Err(error) => {
+            debug!(%error, "the configuration is opened by this process itself");
+            config::open(file)
+        }
+    };
+    let applied = match config::read_again(file, opened) {
+        Ok(mappings) => server.apply(mappings).await.map_err(|error| error.to_string()),
+        Err(error) => Err(error.to_string()),
+    };
+    // What planning took, too, is needed no more.
+    release_unused();
+    match applied {
+        Ok(Changed { added, changed, removed, unchanged }) => {
+            info!(added, changed, removed, unchanged, "configuration reloaded");
+        }
+        Err(errors) => {
+            for error in errors.lines() {
+                error!(error, "not reloaded; nothing has changed");
+            }
+        }
+    }
+    systemd::ready();
+}
+
+/// Why managing ended.
+#[derive(Debug, thiserror::Error)]
+pub enum ManageError {
+    /// The server cannot go on.
+    #[error(transparent)]
+    Serve(#[from] ServeError),
+    /// The manager is gone.
+    #[error("the control thread ended by itself")]
+    Gone,
+}

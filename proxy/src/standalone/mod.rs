@@ -1,0 +1,272 @@
+//! The front end for people: mappings from the command line, readiness on standard output.
+
+pub mod demo;
+pub mod manager;
+
+use std::ffi::OsString;
+use std::fmt;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::process::ExitCode;
+
+use nix::sys::signal::Signal;
+use rproxy_sys::fd::claim_inherited;
+use tokio::runtime::Runtime;
+use tracing::{debug, info};
+
+use self::manager::{Drain, Manager, Reload};
+use crate::bind::activation::{Passed, PassedError};
+use crate::bind::listen::BindError;
+use crate::bind::{Bound, BoundError, BoundPort};
+use crate::cli::{self, Cli, Command, Serve, Unparsed};
+use crate::config::{self, ConfigError};
+use crate::control::socket::{ControlSocket, SocketError};
+use crate::ctl;
+use crate::engine::Server;
+use crate::log::console;
+use crate::log::console::Output;
+use crate::loops::LoopError;
+use crate::mapping::addr::HostAddr;
+use crate::mapping::family::{NO_IPV6, has_ipv6};
+use crate::mapping::{Forward, HostPorts, Mapping};
+use crate::runtime::descriptors::explain;
+use crate::runtime::signals::StopSignals;
+use crate::runtime::{new_runtime, prepare, raise_descriptor_limit};
+use crate::sandbox::{self, Changes, Needs, SandboxError};
+use crate::state::task::LiveFlows;
+use crate::systemd::{self, ActivationError};
+use crate::udp::stale;
+use crate::upgrade::{self, Launcher, Sockets, Upgrade, UpgradeError, take_over};
+
+/// Runs what the command line asks for, until a signal ends it. `args` are those after the program's
+/// name.
+pub fn main(args: &[OsString]) -> ExitCode {
+    let cli = match cli::parse(args) {
+        Ok(cli) => cli,
+        Err(Unparsed::Asked(text)) => {
+            console::out(&text.trim_end());
+            return ExitCode::SUCCESS;
+        }
+        Err(Unparsed::Wrong(usage)) => return refuse(&usage),
+    };
+    match cli {
+        Cli { command: Some(Command::Demo { once }), .. } => demo::main(once),
+        Cli { command: Some(Command::Ctl(ctl)), .. } => ctl::main(&ctl),
+        Cli { command: Some(Command::CheckConfig { file }), .. } => check_config(&file),
+        Cli { command: None, serve } if serve.print_config => print_config(&serve),
+        Cli { command: None, serve } => serve_mappings(&serve),
+    }
+}
+
+fn refuse(usage: &impl fmt::Display) -> ExitCode {
+    console::err(usage);
+    ExitCode::from(2)
+}
+
+fn check_config(file: &Path) -> ExitCode {
+    match config::read(file) {
+        Ok(_mappings) => {
+            console::out(&"ok");
+            ExitCode::SUCCESS
+        }
+        Err(error) => console::fail(&error),
+    }
+}
+
+fn print_config(options: &Serve) -> ExitCode {
+    let mappings = match &options.config {
+        Some(file) => config::read(file),
+        None => match options.mappings() {
+            Ok(mappings) => Ok(mappings),
+            Err(usage) => return refuse(&usage),
+        },
+    };
+    match mappings {
+        Ok(mappings) => {
+            console::out(&config::print(&mappings).trim_end());
+            ExitCode::SUCCESS
+        }
+        Err(error) => console::fail(&error),
+    }
+}
+
+fn serve_mappings(options: &Serve) -> ExitCode {
+    let mappings = match options.mappings() {
+        Ok(mappings) => mappings,
+        Err(usage) => return refuse(&usage),
+    };
+    // Before anything else opens a file.
+    let configuration = options.config.as_deref();
+    let inherited = Inherited {
+        sockets: systemd::passed_sockets(),
+        predecessor: upgrade::claim(),
+        // If it is the path of none, reading it says so.
+        _configuration: configuration.and_then(config::descriptor).and_then(|fd| claim_inherited(fd).ok()),
+    };
+    prepare(options.log());
+    systemd::open();
+    // Before there is anything that a new process should not have.
+    let launcher = Launcher::start(configuration);
+    raise_descriptor_limit();
+    let started = start(mappings, inherited, launcher, options);
+    let (runtime, manager) = match started {
+        Ok(started) => started,
+        Err(error) => return console::fail(&error),
+    };
+    match runtime.block_on(manager.run()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => console::fail(&error),
+    }
+}
+
+/// Everything that has to be there before clients are told: all host addresses bound, or none.
+fn start(
+    mappings: Vec<Mapping>,
+    inherited: Inherited,
+    launcher: io::Result<Launcher>,
+    options: &Serve,
+) -> Result<(Runtime, Manager), StartError> {
+    let setup = |step| move |source| StartError::Setup { step, source };
+    let runtime = new_runtime().map_err(setup("create the event loop"))?;
+    let entered = runtime.enter();
+    let upgrade = Upgrade::catch(launcher).map_err(setup("catch signals"))?;
+    let reload = options.config.clone().map(Reload::of_file).transpose().map_err(setup("catch signals"))?;
+    let mappings = match (&inherited.predecessor, &options.config) {
+        (Ok(None), Some(file)) => config::read(file)?,
+        _ => mappings,
+    };
+    // Only now: whoever writes to a pipe may take long, and what ends this process meanwhile ends it at once.
+    let hang_up = if reload.is_none() { &[Signal::SIGHUP][..] } else { &[] };
+    let meaningless = [hang_up, &[Signal::SIGUSR1, Signal::SIGALRM]].concat();
+    let stop = StopSignals::catch(&meaningless).map_err(setup("catch signals"))?;
+    let may_change = options.control.is_some() || reload.is_some();
+    let Sockets { bound, mut control, predecessor } = match inherited.predecessor? {
+        Some(channel) => {
+            let fixed = (!may_change).then_some(&mappings[..]);
+            runtime.block_on(take_over(channel, fixed, options.control.as_deref()))?
+        }
+        None => bind(mappings, inherited.sockets?, options)?,
+    };
+    if !has_ipv6() && options.mappings.is_everywhere() {
+        info!("{NO_IPV6}");
+    }
+    let ready = ready_lines(&bound);
+    let needs = needs(options, &bound);
+    let server = Server::prepared(bound, may_change).map_err(setup("watch the listeners"))?;
+    drop(entered);
+    server.look_at_processors();
+    if let Some(user) = &options.user
+        && let Err(error) = server.udp_sockets().try_for_each(|socket| user.own(socket))
+    {
+        debug!(%error, "clients share the send buffers of UDP listeners");
+    }
+    let output = Output::open();
+    sandbox::confine(options.sandbox, &needs)?;
+    match predecessor {
+        Some(predecessor) => {
+            runtime.block_on(predecessor.serve(&server))?;
+            control.iter_mut().for_each(ControlSocket::own);
+        }
+        None => {
+            server.serve_all(LiveFlows::default());
+            output.write(runtime.handle(), &ready);
+        }
+    }
+    server.announce();
+    systemd::ready();
+    let drain = Drain { timeout: options.drain_timeout, after_upgrade: options.upgrade_drain_timeout() };
+    let watchdog = systemd::watchdog_interval();
+    Ok((runtime, Manager { server, stop, drain, control, reload, watchdog, upgrade }))
+}
+
+/// What another process opened for this one, or why it cannot be used.
+struct Inherited {
+    sockets: Result<Passed, ActivationError>,
+    predecessor: Result<Option<OwnedFd>, UpgradeError>,
+    /// Open as long as it may be read by its path.
+    _configuration: Option<OwnedFd>,
+}
+
+/// Binds the mappings.
+fn bind(mappings: Vec<Mapping>, passed: Passed, options: &Serve) -> Result<Sockets, StartError> {
+    let control = options.control.as_deref().map(ControlSocket::bind).transpose()?;
+    let bound = Bound::bind_all(mappings, passed).map_err(|error| bind_error(error, options))?;
+    stale::forget_flows_to(bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.forward));
+    Ok(Sockets { bound, control, predecessor: None })
+}
+
+/// What serving `bound`, and what may come later, takes.
+fn needs<'a>(options: &'a Serve, bound: &[Bound]) -> Needs<'a> {
+    let (socket, configuration) = (options.control.as_deref(), options.config.as_deref());
+    let changes = (socket.is_some() || configuration.is_some()).then_some(Changes { socket, configuration });
+    let ports = bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.forward);
+    Needs {
+        user: options.user.as_ref(),
+        abstract_sockets: systemd::is_abstract(),
+        changes,
+        dscp: bound.iter().any(|bound| bound.mapping.limits().dscp.is_some()),
+        ..Needs::to_serve(ports)
+    }
+}
+
+/// What `docker port` prints: `80/tcp -> 0.0.0.0:49153`, and for a range `80-90/tcp -> 0.0.0.0:8000-8010`.
+fn ready_lines(bound: &[Bound]) -> Vec<String> {
+    bound.iter().flat_map(ready_lines_of).collect()
+}
+
+fn ready_lines_of(bound: &Bound) -> Vec<String> {
+    let mapping = &bound.mapping;
+    match mapping.host_ports() {
+        HostPorts::Exactly(range) if bound.is_where_asked() => {
+            let (host, backend_ports) = (mapping.host(), mapping.backend_ports());
+            let line = |protocol| format!("{backend_ports}/{protocol} -> {host}:{range}");
+            mapping.protocols().iter().map(line).collect()
+        }
+        _ => {
+            let line = |port: &BoundPort| {
+                let Forward { backend, protocol, host, .. } = port.forward;
+                format!("{}/{protocol} -> {host}", backend.socket_addr().port())
+            };
+            bound.ports.iter().map(line).collect()
+        }
+    }
+}
+
+/// Says which words of the command line a port that cannot be bound comes from.
+fn bind_error(error: BoundError, options: &Serve) -> StartError {
+    match error {
+        BoundError::Passed(source) => StartError::Passed(source),
+        BoundError::Loop(source) => StartError::Loop(source),
+        BoundError::Bind(source) => {
+            let asked = match &options.config {
+                Some(file) => format!("--config {}:", file.display()),
+                None => options.mappings.words_for(HostAddr::from(source.addr)).to_owned(),
+            };
+            StartError::Bind { asked, source }
+        }
+    }
+}
+
+/// Why serving could not start.
+#[derive(Debug, thiserror::Error)]
+enum StartError {
+    #[error("{asked} {}: {}", source.addr, source.reason())]
+    Bind { asked: String, source: BindError },
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Passed(PassedError),
+    #[error(transparent)]
+    Loop(LoopError),
+    #[error(transparent)]
+    Activation(#[from] ActivationError),
+    #[error(transparent)]
+    Control(#[from] SocketError),
+    #[error(transparent)]
+    Upgrade(#[from] UpgradeError),
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
+    #[error("cannot {step}: {}", explain(source, 1))]
+    Setup { step: &'static str, source: io::Error },
+}

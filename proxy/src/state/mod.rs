@@ -1,0 +1,285 @@
+//! What the sockets and connections of a mapping share.
+
+mod refusals;
+pub mod stats;
+pub(crate) mod task;
+
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::Notify;
+
+use crate::mapping::Forward;
+use crate::mapping::limits::Limits;
+use crate::runtime::poll::Port;
+use crate::state::stats::Stats;
+
+/// A listening socket and what it stands for.
+#[derive(Clone, Debug)]
+pub(crate) struct Assignment {
+    /// The socket.
+    pub(crate) port: Arc<Port>,
+    /// Where its clients end up, and how.
+    pub(crate) route: Arc<Route>,
+}
+
+/// Where the clients of one port of a mapping end up, and how they are served.
+#[derive(Debug)]
+pub(crate) struct Route {
+    /// Which port of the mapping it is, and of the backend.
+    pub(crate) forward: Forward,
+    /// What it shares with the other ports.
+    pub(crate) service: Arc<Service>,
+}
+
+/// How new connections and flows of a mapping are served. Other limits make another one, and what
+/// goes on already keeps the one that it started with.
+#[derive(Debug)]
+pub(crate) struct Service {
+    /// What bounds connections and flows.
+    pub(crate) limits: Limits,
+    /// What goes on in the mapping, before and after the change.
+    pub(crate) live: Arc<Live>,
+}
+
+/// How long it is not told again that a mapping is full.
+const TOLD_FULL: Duration = Duration::from_secs(60);
+
+/// What goes on in a mapping.
+#[derive(Debug, Default)]
+pub(crate) struct Live {
+    pub(crate) stats: Stats,
+    /// Connections that count against the limit.
+    connections: AtomicUsize,
+    /// Whether someone waits for one of them to end.
+    is_full: AtomicBool,
+    /// Whether it has been told that it is full, and it has not been half empty since.
+    told_full: AtomicBool,
+    /// When it was told last.
+    told_full_at: Mutex<Option<Instant>>,
+    /// Notified when one has ended that someone waited for.
+    capacity: Arc<Capacity>,
+}
+
+/// What connections and flows of a process take of what is limited, as descriptors are, and give back when they end.
+#[derive(Debug, Default)]
+pub(crate) struct Capacity {
+    freed: Notify,
+    is_awaited: AtomicBool,
+}
+
+impl Capacity {
+    /// Asks to be notified of the next connection or flow that ends. Returns whether that was asked before: if not,
+    /// one may have ended in between, so that the caller has to look again.
+    pub(crate) fn request(&self) -> bool {
+        self.is_awaited.swap(true, Ordering::SeqCst)
+    }
+
+    /// Waits for a notification.
+    pub(crate) async fn freed(&self) {
+        self.freed.notified().await;
+    }
+
+    /// One has ended, and its descriptors are closed.
+    fn free(&self) {
+        if self.is_awaited.load(Ordering::SeqCst) && self.is_awaited.swap(false, Ordering::SeqCst) {
+            self.freed.notify_one();
+        }
+    }
+}
+
+impl Live {
+    /// A mapping without connections; `capacity` is notified when connections end that others wait for.
+    pub(crate) fn new(capacity: Arc<Capacity>) -> Self {
+        Self { capacity, ..Self::default() }
+    }
+
+    /// Whether it is to be told that it is full: it was not, since it was half empty, and for [`TOLD_FULL`]. A small
+    /// mapping is half empty whenever a connection ends.
+    pub(crate) fn tell_full(&self) -> bool {
+        self.tell_full_at(Instant::now())
+    }
+
+    fn tell_full_at(&self, now: Instant) -> bool {
+        if self.told_full.swap(true, Ordering::Relaxed) {
+            return false;
+        }
+        let mut last = self.told_full_at.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_due = last.is_none_or(|last| now.duration_since(last) >= TOLD_FULL);
+        if is_due {
+            *last = Some(now);
+        }
+        is_due
+    }
+
+    /// Whether someone waits for a connection to end that has not ended yet.
+    pub(crate) fn is_full(&self) -> bool {
+        self.is_full.load(Ordering::SeqCst)
+    }
+}
+
+impl Service {
+    /// Whether the limits allow one more connection. If not, the end of one is going to be told.
+    pub(crate) fn has_room(&self) -> bool {
+        let Some(most) = self.limits.max_connections else {
+            return true;
+        };
+        let Live { connections, is_full, .. } = &*self.live;
+        let now = connections.load(Ordering::SeqCst);
+        if now < most {
+            if now <= most / 2 && self.live.told_full.load(Ordering::Relaxed) {
+                self.live.told_full.store(false, Ordering::Relaxed);
+            }
+            return true;
+        }
+        // Set the flag, then recheck: a connection that ends in between is seen or notifies.
+        is_full.store(true, Ordering::SeqCst);
+        let has_room = connections.load(Ordering::SeqCst) < most;
+        if has_room {
+            is_full.store(false, Ordering::SeqCst);
+        }
+        has_room
+    }
+
+    /// Whether a client at `ip` is served.
+    pub(crate) fn would_admit(&self, ip: IpAddr) -> bool {
+        self.limits.access.refusal(ip).is_none()
+    }
+}
+
+/// A connection's place in its mapping, given up when dropped, which has to be after its sockets were closed.
+#[derive(Debug)]
+pub(crate) struct Place(Arc<Route>);
+
+impl Place {
+    /// A place for one more connection.
+    pub(crate) fn take(route: &Arc<Route>) -> Self {
+        let live = &route.service.live;
+        live.connections.fetch_add(1, Ordering::SeqCst);
+        live.stats.connections.add(1);
+        live.stats.connections_total.add(1);
+        Self(route.clone())
+    }
+
+    /// Where the connection ends up.
+    pub(crate) fn forward(&self) -> &Forward {
+        &self.0.forward
+    }
+
+    /// What bounds it.
+    pub(crate) fn limits(&self) -> &Limits {
+        &self.0.service.limits
+    }
+
+    /// What goes on in its mapping.
+    pub(crate) fn live(&self) -> &Arc<Live> {
+        &self.0.service.live
+    }
+
+    /// What it is counted in.
+    pub(crate) fn stats(&self) -> &Stats {
+        &self.0.service.live.stats
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let live = &self.0.service.live;
+        live.stats.connections.sub_one();
+        live.connections.fetch_sub(1, Ordering::SeqCst);
+        if live.is_full.swap(false, Ordering::SeqCst) {
+            live.capacity.freed.notify_one();
+        }
+        live.capacity.free();
+    }
+}
+
+/// A flow's place in its mapping, given up when dropped, which has to be after its socket was closed.
+#[derive(Debug)]
+pub(crate) struct FlowPlace(Arc<Route>);
+
+impl FlowPlace {
+    /// A place for one more flow.
+    pub(crate) fn take(route: &Arc<Route>) -> Self {
+        let stats = &route.service.live.stats;
+        stats.flows.add(1);
+        stats.flows_total.add(1);
+        Self(route.clone())
+    }
+
+    /// Where the flow ends up, and how it is served.
+    pub(crate) fn route(&self) -> &Arc<Route> {
+        &self.0
+    }
+}
+
+impl Drop for FlowPlace {
+    fn drop(&mut self) {
+        let live = &self.0.service.live;
+        live.stats.flows.sub_one();
+        live.capacity.free();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::mapping::addr::Protocol;
+
+    fn route(max_connections: usize, capacity: Arc<Capacity>) -> Arc<Route> {
+        let backend = "192.0.2.1:80".parse().unwrap();
+        let host = "127.0.0.1:80".parse().unwrap();
+        let forward = Forward { protocol: Protocol::Tcp, host, backend, v6only: false };
+        let limits = Limits { max_connections: Some(max_connections), ..Limits::default() };
+        let service = Arc::new(Service { limits, live: Arc::new(Live::new(capacity)) });
+        Arc::new(Route { forward, service })
+    }
+
+    fn block_on(future: impl Future<Output = ()>) {
+        tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(future);
+    }
+
+    #[test]
+    fn a_full_mapping_tells_when_there_is_room_again() {
+        let capacity = Arc::new(Capacity::default());
+        let route = route(2, capacity.clone());
+        let Service { live, .. } = &*route.service;
+
+        let places = [Place::take(&route), Place::take(&route)];
+        assert!(!route.service.has_room() && live.is_full());
+        drop(places);
+        assert!(!live.is_full() && route.service.has_room());
+        block_on(capacity.freed());
+        assert_eq!([live.stats.connections.get(), live.stats.connections_total.get()], [0, 2]);
+    }
+
+    #[test]
+    fn that_a_small_mapping_is_full_is_told_once_a_minute() {
+        let route = route(2, Arc::default());
+        let Service { live, .. } = &*route.service;
+        let start = Instant::now();
+        let told = [0, 1, 59, 60, 61].map(|seconds| {
+            let places = [Place::take(&route), Place::take(&route)];
+            assert!(!route.service.has_room());
+            let told = live.tell_full_at(start + Duration::from_secs(seconds));
+            drop(places);
+            assert!(route.service.has_room(), "and it is half empty");
+            told
+        });
+        assert_eq!(told, [true, false, false, true, false]);
+    }
+
+    #[test]
+    fn the_end_of_a_connection_or_flow_is_notified_to_whoever_lacks_what_it_held() {
+        let capacity = Arc::new(Capacity::default());
+        let route = route(2, capacity.clone());
+        for take in [|route| drop(Place::take(route)), |route: &Arc<Route>| drop(FlowPlace::take(route))] {
+            assert!(!capacity.request(), "nobody has asked since the last notification");
+            assert!(capacity.request());
+            take(&route);
+            block_on(capacity.freed());
+        }
+    }
+}

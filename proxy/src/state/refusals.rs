@@ -1,0 +1,48 @@
+//! Clients that a mapping does not serve: they are counted, and told in the log.
+
+use std::net::SocketAddr;
+
+use tracing::info;
+
+use crate::log::limit::LogLimit;
+use crate::mapping::addr::canonical;
+use crate::state::Route;
+use crate::state::stats::Trouble;
+
+impl Route {
+    /// Whether `client`, a peer of the mapping's socket, is served.
+    pub(crate) fn admits(&self, client: SocketAddr) -> bool {
+        static DENIED: LogLimit = LogLimit::new();
+
+        let Some(reason) = self.service.limits.access.refusal(client.ip()) else { return true };
+        self.service.live.stats.count(Trouble::Denied);
+        if let Some(suppressed) = DENIED.permit() {
+            info!(mapping = %self.forward, client = %canonical(client), reason, suppressed, "client refused");
+        }
+        false
+    }
+
+    /// Notes that `client` is reset because there are as many connections as there may be.
+    pub(crate) fn is_over_limit(&self, client: SocketAddr) {
+        static OVER: LogLimit = LogLimit::new();
+
+        self.service.live.stats.count(Trouble::OverLimit);
+        if let Some(suppressed) = OVER.permit() {
+            let (mapping, client) = (&self.forward, canonical(client));
+            let limit = self.service.limits.max_connections;
+            info!(%mapping, %client, max_connections = limit, suppressed, "client reset: the mapping is full");
+        }
+    }
+
+    /// Notes that clients wait because there are as many connections as there may be.
+    pub(crate) fn is_full(&self) {
+        static FULL: LogLimit = LogLimit::new();
+
+        if self.service.live.tell_full()
+            && let Some(suppressed) = FULL.permit()
+        {
+            let (mapping, limit) = (&self.forward, self.service.limits.max_connections);
+            info!(%mapping, max_connections = limit, suppressed, "the mapping is full: more clients wait in its backlog");
+        }
+    }
+}

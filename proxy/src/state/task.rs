@@ -1,0 +1,179 @@
+//! The tasks that serve listeners, as seen by whoever tells them what to serve.
+//!
+//! There is one for TCP and one for UDP. They are told by messages, so that nothing on the data path
+//! is locked, and so that they can be told from any thread.
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use nix::sys::epoll::EpollFlags;
+use rproxy_sys::udp::LocalAddr;
+use serde::{Deserialize, Serialize};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::JoinHandle;
+use tracing::error;
+
+use crate::runtime::poll::{Poll, PollSet, Port};
+use crate::state::Assignment;
+
+/// What a task is told.
+#[derive(Debug)]
+pub(crate) enum Order {
+    /// Serve these listeners so from now on, whether they are new or not.
+    Serve(Vec<Assignment>),
+    /// Let what goes on with these listeners come to its end, take nothing new, and close them. The
+    /// sender is told when nothing new is taken any more.
+    Release(Vec<Arc<Port>>, oneshot::Sender<()>),
+    /// Close all listeners that are served: another process serves them, and the flows that are paused.
+    Leave,
+    /// Do something with all flows, if you have any.
+    Flows(FlowOrder),
+}
+
+/// What the UDP task is told when it gets or gives its flows.
+#[derive(Debug)]
+pub(crate) enum FlowOrder {
+    /// Take no datagrams, and say which flows there are.
+    Pause(oneshot::Sender<LiveFlows>),
+    /// Go on after a pause.
+    Resume,
+    /// Serve these flows, too, of listeners that are served already.
+    Adopt(LiveFlows),
+    /// End the flows that use these local ports. The sender is told when the ports are free.
+    GiveWay(Vec<u16>, oneshot::Sender<()>),
+}
+
+/// The flows of a process on their way to another one.
+#[derive(Debug, Default)]
+pub(crate) struct LiveFlows {
+    pub(crate) flows: Vec<LiveFlow>,
+    /// Which local port is next.
+    pub(crate) ports: Option<PortTurn>,
+}
+
+/// A flow on its way from one process to another, which is served by neither at the moment.
+#[derive(Debug)]
+pub(crate) struct LiveFlow {
+    /// The number of its listener.
+    pub(crate) listener: usize,
+    /// Who sends to it.
+    pub(crate) client: SocketAddr,
+    /// Which of our addresses it sends to, if that is known.
+    pub(crate) local: Option<LocalAddr>,
+    /// Whether the client has gone on after an answer.
+    pub(crate) is_established: bool,
+    /// Where its datagrams go, if its socket is not connected.
+    pub(crate) peer: Option<SocketAddr>,
+    /// Its socket towards the backend.
+    pub(crate) socket: Arc<OwnedFd>,
+}
+
+/// Rounds after which the order of the local ports looks random.
+pub(crate) const ROUNDS: usize = 4;
+
+/// Which port of which order is next: another process that goes on there comes to those used last after all others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct PortTurn {
+    /// The first and the last port.
+    pub(crate) range: (u16, u16),
+    /// Whose turn it is, from 0.
+    pub(crate) turn: usize,
+    /// What makes the order another one in each process.
+    pub(crate) keys: [u64; ROUNDS],
+}
+
+/// The orders of a task; at the end of them it is to come to its own.
+pub(crate) type Orders = mpsc::UnboundedReceiver<Order>;
+
+/// A task that serves listeners.
+#[derive(Debug)]
+pub(crate) struct ListenerTask {
+    set: PollSet,
+    orders: mpsc::UnboundedSender<Order>,
+    task: JoinHandle<io::Result<()>>,
+}
+
+impl ListenerTask {
+    /// Starts what `task` makes of its listeners and its orders.
+    ///
+    /// # Errors
+    /// Those of epoll_create1(2) and epoll_ctl(2).
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub(crate) fn spawn<T>(task: impl FnOnce(Poll, Orders) -> T) -> io::Result<Self>
+    where
+        T: Future<Output = io::Result<()>> + Send + 'static,
+    {
+        let set = PollSet::new()?;
+        let (sender, orders) = mpsc::unbounded_channel();
+        let task = tokio::spawn(task(Poll::new(set.clone())?, orders));
+        Ok(Self { set, orders: sender, task })
+    }
+
+    /// Makes `socket` one of its listeners. Nothing happens with it before [`Self::serve`].
+    ///
+    /// # Errors
+    /// Those of epoll_ctl(2).
+    pub(crate) fn add(&self, socket: impl Into<OwnedFd>) -> io::Result<Arc<Port>> {
+        self.set.add(socket).map(Arc::new)
+    }
+
+    /// Serves listeners that were added, so from now on.
+    pub(crate) fn serve(&self, assignments: Vec<Assignment>) {
+        let ports: Vec<_> = assignments.iter().map(|assignment| assignment.port.clone()).collect();
+        self.tell(Order::Serve(assignments));
+        for port in ports {
+            // That nothing more is received would else look like a datagram that is never there.
+            if let Err(error) = port.watch(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP) {
+                error!(%error, "cannot watch a listener");
+            }
+        }
+    }
+
+    /// Serves listeners otherwise from now on, which are served already.
+    pub(crate) fn change(&self, assignments: Vec<Assignment>) {
+        self.tell(Order::Serve(assignments));
+    }
+
+    /// Takes nothing new from listeners, and closes them in the end. The receiver is told when the
+    /// former is so.
+    pub(crate) fn release(&self, ports: Vec<Arc<Port>>) -> oneshot::Receiver<()> {
+        let (done, is_done) = oneshot::channel();
+        self.tell(Order::Release(ports, done));
+        is_done
+    }
+
+    /// Closes all listeners, and gives up the flows that are paused.
+    pub(crate) fn leave(&self) {
+        self.tell(Order::Leave);
+    }
+
+    /// Tells a UDP task what to do with its flows.
+    pub(crate) fn flows(&self, order: FlowOrder) {
+        self.tell(Order::Flows(order));
+    }
+
+    /// Waits until the task has ended, which it does by itself only if it failed.
+    ///
+    /// # Errors
+    /// Those of epoll_wait(2).
+    pub(crate) async fn ended(&mut self) -> io::Result<()> {
+        // A panic has been reported where it happened.
+        (&mut self.task).await.unwrap_or(Ok(()))
+    }
+
+    /// Lets the task come to its end; what goes on with its listeners still does.
+    pub(crate) fn finish(self) -> JoinHandle<io::Result<()>> {
+        self.task
+    }
+
+    fn tell(&self, order: Order) {
+        if self.orders.send(order).is_err() {
+            error!("the task that serves listeners is gone");
+        }
+    }
+}
