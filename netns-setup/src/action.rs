@@ -8,18 +8,18 @@ use crate::addr::{Cidr, Mac};
 use crate::model::{MappingKey, NETNS_DIR, RelayProcess};
 use crate::name::CONTAINER_INTERFACE;
 use crate::name::{IfName, Name};
-use crate::publish::{HostAddr, Proto};
+use crate::publish::{HostIp, Proto};
 
 /// In which network namespace an action takes place.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Place {
+pub enum NetnsRef {
     /// The one this program was started in.
     Host,
     /// A container's, found at this path.
     Container(PathBuf),
 }
 
-impl Place {
+impl NetnsRef {
     /// How a command of `ip` begins in this place.
     fn ip(&self) -> String {
         match self {
@@ -121,8 +121,8 @@ impl RelayCommand {
     #[must_use]
     pub fn args(&self) -> Vec<String> {
         let host_ip = match self.key.host {
-            HostAddr::Any => "::".to_owned(),
-            HostAddr::Ip(ip) => ip.to_string(),
+            HostIp::Any => "::".to_owned(),
+            HostIp::Ip(ip) => ip.to_string(),
         };
         let pairs = [
             ("-proto", self.key.proto.to_string()),
@@ -188,7 +188,7 @@ pub enum Action {
     /// Changes a property of an interface.
     SetLink {
         /// Where it is.
-        place: Place,
+        place: NetnsRef,
         /// Its name.
         name: IfName,
         /// What changes.
@@ -197,7 +197,7 @@ pub enum Action {
     /// Gives an interface an address.
     AddAddress {
         /// Where it is.
-        place: Place,
+        place: NetnsRef,
         /// Its name.
         name: IfName,
         /// The address.
@@ -206,7 +206,7 @@ pub enum Action {
     /// Takes an address away.
     DeleteAddress {
         /// Where the interface is.
-        place: Place,
+        place: NetnsRef,
         /// Its name.
         name: IfName,
         /// The address.
@@ -215,14 +215,14 @@ pub enum Action {
     /// Adds a container's default route.
     AddDefaultRoute {
         /// Which container.
-        place: Place,
+        place: NetnsRef,
         /// The router.
         gateway: IpAddr,
     },
     /// Removes it.
     DeleteDefaultRoute {
         /// Which container.
-        place: Place,
+        place: NetnsRef,
         /// The router.
         gateway: IpAddr,
     },
@@ -263,7 +263,7 @@ pub enum Action {
     /// Forgets the UDP flows that came in at a host port: they would keep to their old translation.
     FlushConntrack {
         /// The addresses of the host.
-        host: HostAddr,
+        host: HostIp,
         /// The port.
         port: u16,
     },
@@ -322,7 +322,7 @@ fn fmt_veth(f: &mut fmt::Formatter<'_>, pair: &VethPair) -> fmt::Result {
     write!(f, "peer name {CONTAINER_INTERFACE} address {container_mac} mtu {mtu} netns {netns}")
 }
 
-fn fmt_link(f: &mut fmt::Formatter<'_>, place: &Place, name: &IfName, change: &LinkChange) -> fmt::Result {
+fn fmt_link(f: &mut fmt::Formatter<'_>, place: &NetnsRef, name: &IfName, change: &LinkChange) -> fmt::Result {
     if let LinkChange::Hairpin(on) = change {
         let state = if *on { "on" } else { "off" };
         return write!(f, "{}bridge link set dev {name} hairpin {state}", place.exec());
@@ -342,22 +342,27 @@ fn fmt_link(f: &mut fmt::Formatter<'_>, place: &Place, name: &IfName, change: &L
     }
 }
 
-fn fmt_add_address(f: &mut fmt::Formatter<'_>, place: &Place, name: &IfName, address: Cidr) -> fmt::Result {
+fn fmt_add_address(
+    f: &mut fmt::Formatter<'_>,
+    place: &NetnsRef,
+    name: &IfName,
+    address: Cidr,
+) -> fmt::Result {
     write!(f, "{} address add {address}", place.ip())?;
     // An address that only this program gives out needs no duplicate detection, and is usable at once without.
     f.write_str(if address.ip.is_ipv4() { " broadcast +" } else { " nodad" })?;
     write!(f, " dev {name}")
 }
 
-fn fmt_route(f: &mut fmt::Formatter<'_>, place: &Place, verb: &str, gateway: IpAddr) -> fmt::Result {
+fn fmt_route(f: &mut fmt::Formatter<'_>, place: &NetnsRef, verb: &str, gateway: IpAddr) -> fmt::Result {
     let family = if gateway.is_ipv6() { " -6" } else { "" };
     write!(f, "{}{family} route {verb} default via {gateway} dev {CONTAINER_INTERFACE}", place.ip())
 }
 
-fn fmt_flush(f: &mut fmt::Formatter<'_>, host: HostAddr, port: u16) -> fmt::Result {
+fn fmt_flush(f: &mut fmt::Formatter<'_>, host: HostIp, port: u16) -> fmt::Result {
     write!(f, "conntrack -D -p {}", Proto::Udp)?;
     match host {
-        HostAddr::Ip(ip) if !ip.is_unspecified() => write!(f, " --orig-dst {ip}")?,
+        HostIp::Ip(ip) if !ip.is_unspecified() => write!(f, " --orig-dst {ip}")?,
         _ => {}
     }
     write!(f, " --orig-port-dst {port}")
@@ -367,30 +372,30 @@ fn fmt_flush(f: &mut fmt::Formatter<'_>, host: HostAddr, port: u16) -> fmt::Resu
 mod tests {
     use super::*;
 
-    fn web() -> Place {
-        Place::Container("/run/netns/web".into())
+    fn web() -> NetnsRef {
+        NetnsRef::Container("/run/netns/web".into())
     }
 
     fn name(text: &str) -> IfName {
         text.parse().unwrap()
     }
 
-    fn set(place: Place, change: LinkChange) -> String {
+    fn set(place: NetnsRef, change: LinkChange) -> String {
         Action::SetLink { place, name: name("eth0"), change }.to_string()
     }
 
     #[test]
     fn a_change_of_a_link_reads_as_its_command() {
-        let elsewhere = Place::Container("/proc/7/ns/net".into());
+        let elsewhere = NetnsRef::Container("/proc/7/ns/net".into());
         let sizes = OffloadSizes { gso: Some(524_280), gro: None, gso_ipv4: Some(1), gro_ipv4: None };
-        let offload = set(Place::Host, LinkChange::Offload(sizes));
+        let offload = set(NetnsRef::Host, LinkChange::Offload(sizes));
         assert_eq!(set(web(), LinkChange::Up(true)), "ip -n web link set dev eth0 up");
         assert_eq!(
             set(elsewhere, LinkChange::Up(false)),
             "nsenter --net=/proc/7/ns/net ip link set dev eth0 down"
         );
-        assert_eq!(set(Place::Host, LinkChange::Master(None)), "ip link set dev eth0 nomaster");
-        assert_eq!(set(Place::Host, LinkChange::Hairpin(true)), "bridge link set dev eth0 hairpin on");
+        assert_eq!(set(NetnsRef::Host, LinkChange::Master(None)), "ip link set dev eth0 nomaster");
+        assert_eq!(set(NetnsRef::Host, LinkChange::Hairpin(true)), "bridge link set dev eth0 hairpin on");
         assert_eq!(offload, "ip link set dev eth0 gso_max_size 524280 gso_ipv4_max_size 1");
     }
 
@@ -416,7 +421,7 @@ mod tests {
 
     #[test]
     fn the_relay_is_started_by_docker_s_contract() {
-        let key = MappingKey { proto: Proto::Tcp, host: HostAddr::Any, port: 80 };
+        let key = MappingKey { proto: Proto::Tcp, host: HostIp::Any, port: 80 };
         let relay = RelayCommand {
             program: "/usr/bin/rproxy".into(),
             key,

@@ -113,7 +113,7 @@ mod tests {
     use crate::model::{MappingKey, RelayProcess};
     use crate::name::Name;
     use crate::plan::Step;
-    use crate::publish::{HostAddr, Proto};
+    use crate::publish::{HostIp, Proto};
     use crate::reserve::ReserveError;
 
     /// Writes down what it is asked to do, and fails where it is told to.
@@ -137,7 +137,7 @@ mod tests {
             }
         }
 
-        fn reserve(&mut self, _: Proto, _: HostAddr, port: u16) -> Result<u16, ReserveError> {
+        fn reserve(&mut self, _: Proto, _: HostIp, port: u16) -> Result<u16, ReserveError> {
             Ok(port)
         }
 

@@ -4,7 +4,7 @@ use std::io;
 
 use nix::sys::signal::Signal;
 
-use crate::action::{Action, LinkChange, Place};
+use crate::action::{Action, LinkChange, NetnsRef};
 use crate::apply::ApplyError;
 use crate::executor::ActionError;
 use crate::firewall::detect::DetectError;
@@ -207,9 +207,9 @@ fn link_finding(link: &str, change: &LinkChange) -> String {
     }
 }
 
-fn inside(place: &Place) -> String {
+fn inside(place: &NetnsRef) -> String {
     match place {
-        Place::Host => String::new(),
-        Place::Container(path) => format!(" in {}", path.display()),
+        NetnsRef::Host => String::new(),
+        NetnsRef::Container(path) => format!(" in {}", path.display()),
     }
 }

@@ -11,7 +11,7 @@ use crate::firewall::tool::ToolError;
 use crate::model::{MappingKey, RelayProcess};
 use crate::netlink::NetlinkError;
 use crate::netns::NetnsError;
-use crate::publish::{HostAddr, Proto};
+use crate::publish::{HostIp, Proto};
 use crate::relay::RelayError;
 use crate::reserve::ReserveError;
 use crate::state::StateError;
@@ -28,7 +28,7 @@ pub trait Executor {
     ///
     /// # Errors
     /// When it is in use, or the address is not one of this host.
-    fn reserve(&mut self, proto: Proto, host: HostAddr, port: u16) -> Result<u16, ReserveError>;
+    fn reserve(&mut self, proto: Proto, host: HostIp, port: u16) -> Result<u16, ReserveError>;
 
     /// The relays that [`Executor::run`] has started and not stopped.
     fn relays(&self) -> &BTreeMap<MappingKey, RelayProcess>;

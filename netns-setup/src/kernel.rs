@@ -7,13 +7,13 @@ use nix::errno::Errno;
 use nix::sys::signal::Signal;
 use socket2::Socket;
 
-use crate::action::{Action, Place, RelayCommand};
+use crate::action::{Action, NetnsRef, RelayCommand};
 use crate::executor::{ActionError, Executor};
 use crate::firewall::tool::{self};
 use crate::model::{MappingKey, Netns, RelayProcess};
 use crate::netlink::{Client, NetlinkError, address, link, route};
 use crate::netns::{self, Handle};
-use crate::publish::{HostAddr, Proto};
+use crate::publish::{HostIp, Proto};
 use crate::relay::{self, RelayError};
 use crate::reserve::{self, ReserveError};
 use crate::signals::Signals;
@@ -62,7 +62,7 @@ impl Executor for Kernel {
         }
     }
 
-    fn reserve(&mut self, proto: Proto, host: HostAddr, port: u16) -> Result<u16, ReserveError> {
+    fn reserve(&mut self, proto: Proto, host: HostIp, port: u16) -> Result<u16, ReserveError> {
         let (socket, port) = reserve::bind(proto, host, port)?;
         self.reserved.insert(MappingKey { proto, host, port }, socket);
         Ok(port)
@@ -110,11 +110,11 @@ impl Kernel {
 /// Carries out an action of the routing protocol in the namespace that it is for.
 fn in_place(action: &Action) -> Result<(), ActionError> {
     match action {
-        Action::SetLink { place: Place::Container(path), .. }
-        | Action::AddAddress { place: Place::Container(path), .. }
-        | Action::DeleteAddress { place: Place::Container(path), .. }
-        | Action::AddDefaultRoute { place: Place::Container(path), .. }
-        | Action::DeleteDefaultRoute { place: Place::Container(path), .. } => {
+        Action::SetLink { place: NetnsRef::Container(path), .. }
+        | Action::AddAddress { place: NetnsRef::Container(path), .. }
+        | Action::DeleteAddress { place: NetnsRef::Container(path), .. }
+        | Action::AddDefaultRoute { place: NetnsRef::Container(path), .. }
+        | Action::DeleteDefaultRoute { place: NetnsRef::Container(path), .. } => {
             Ok(Handle::open_path(path)?.run(|| request(action))??)
         }
         Action::AddVeth(pair) => {

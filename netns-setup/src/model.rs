@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::addr::{Cidr, Mac, Subnet4, Subnet6};
 use crate::name::{Id, IfName, Name};
-use crate::publish::{HostAddr, PortRequest, Proto};
+use crate::publish::{HostIp, PortRequest, Proto};
 
 /// Where named network namespaces are found, by `ip netns` and by this program.
 pub const NETNS_DIR: &str = "/run/netns";
@@ -256,7 +256,7 @@ pub struct MappingKey {
     /// The transport protocol.
     pub proto: Proto,
     /// The addresses.
-    pub host: HostAddr,
+    pub host: HostIp,
     /// The port.
     pub port: u16,
 }
@@ -273,7 +273,7 @@ pub struct Mapping {
     /// The transport protocol.
     pub proto: Proto,
     /// The addresses of the host.
-    pub host: HostAddr,
+    pub host: HostIp,
     /// The port of the host.
     pub host_port: u16,
     /// Whether any free port of the host would have done.

@@ -72,14 +72,14 @@ impl FromStr for Proto {
 
 /// The addresses of the host on which a port is published.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum HostAddr {
+pub enum HostIp {
     /// Every address, IPv4 and IPv6.
     Any,
     /// One address; an unspecified one means every address of its family.
     Ip(IpAddr),
 }
 
-impl HostAddr {
+impl HostIp {
     /// Whether one packet could be meant for both.
     #[must_use]
     pub fn overlaps(self, other: Self) -> bool {
@@ -92,7 +92,7 @@ impl HostAddr {
     }
 }
 
-impl fmt::Display for HostAddr {
+impl fmt::Display for HostIp {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Any => f.write_str("*"),
@@ -102,7 +102,7 @@ impl fmt::Display for HostAddr {
     }
 }
 
-impl FromStr for HostAddr {
+impl FromStr for HostIp {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -115,7 +115,7 @@ impl FromStr for HostAddr {
 }
 
 serde_as_text!(Proto);
-serde_as_text!(HostAddr);
+serde_as_text!(HostIp);
 
 /// Ports from `first` to `last`, both included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -172,7 +172,7 @@ pub struct PortRequest {
     /// The transport protocol.
     pub proto: Proto,
     /// Where on the host.
-    pub host: HostAddr,
+    pub host: HostIp,
     /// At which port there.
     pub host_port: HostPort,
     /// The port in the container.
@@ -183,7 +183,7 @@ pub struct PortRequest {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PublishSpec {
     proto: Proto,
-    host: HostAddr,
+    host: HostIp,
     host_ports: Option<PortRange>,
     container_ports: PortRange,
 }
@@ -224,7 +224,7 @@ fn parse(spec: &str) -> Result<PublishSpec, Problem> {
         (Some(a), Some(b)) if a != b => return Err(Problem::TwoProtocols(a, b)),
         (a, b) => a.or(b).unwrap_or(Proto::Tcp),
     };
-    let host = address.map_or(Ok(HostAddr::Any), parse_address)?;
+    let host = address.map_or(Ok(HostIp::Any), parse_address)?;
     let (host_ports, container_ports) = match (ports.split_once(':'), address) {
         (Some(("", container)), Some(_)) => (None, parse_range(container)?),
         (Some(("", _)), None) => return Err(Problem::EmptyHostPort),
@@ -271,7 +271,7 @@ fn parse_proto(text: &str) -> Result<Proto, Problem> {
     text.parse().map_err(|_ignored| Problem::Protocol(text.to_owned()))
 }
 
-fn parse_address(text: &str) -> Result<HostAddr, Problem> {
+fn parse_address(text: &str) -> Result<HostIp, Problem> {
     let ip: IpAddr = text.parse().map_err(|_ignored| Problem::Address(text.to_owned()))?;
     if ip.is_multicast() {
         return Err(Problem::Nowhere(ip, "a multicast"));
@@ -279,7 +279,7 @@ fn parse_address(text: &str) -> Result<HostAddr, Problem> {
     if ip == IpAddr::V4(Ipv4Addr::BROADCAST) {
         return Err(Problem::Nowhere(ip, "the broadcast"));
     }
-    Ok(HostAddr::Ip(ip))
+    Ok(HostIp::Ip(ip))
 }
 
 fn parse_host_range(text: &str) -> Result<PortRange, Problem> {
@@ -384,7 +384,7 @@ mod tests {
 
     #[test]
     fn addresses_overlap_when_one_packet_fits_both() {
-        let addr = |text: &str| text.parse::<HostAddr>().unwrap();
+        let addr = |text: &str| text.parse::<HostIp>().unwrap();
         assert!(addr("*").overlaps(addr("[::1]")));
         assert!(addr("0.0.0.0").overlaps(addr("10.0.0.11")));
         assert!(!addr("0.0.0.0").overlaps(addr("[::]")));

@@ -224,7 +224,7 @@ fn stat(pid: u32) -> Option<(String, u64)> {
 mod tests {
     use super::*;
     use crate::model::MappingKey;
-    use crate::publish::{HostAddr, Proto};
+    use crate::publish::{HostIp, Proto};
     use crate::reserve;
 
     /// A relay that is this shell script.
@@ -234,7 +234,7 @@ mod tests {
         let program = dir.path().join("rproxy-stand-in");
         fs::write(&program, format!("#!/bin/sh\n{text}\n")).unwrap();
         fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).unwrap();
-        let host: HostAddr = "127.0.0.1".parse().unwrap();
+        let host: HostIp = "127.0.0.1".parse().unwrap();
         let (socket, port) = reserve::bind(Proto::Tcp, host, 0).unwrap();
         let key = MappingKey { proto: Proto::Tcp, host, port };
         let command = RelayCommand { program, key, container_ip: [172, 17, 0, 2].into(), container_port: 80 };

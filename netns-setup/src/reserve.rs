@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use nix::sys::socket::{setsockopt, sockopt};
 use socket2::{Domain, SockFilter, Socket, Type};
 
-use crate::publish::{HostAddr, Proto};
+use crate::publish::{HostIp, Proto};
 
 /// A host port that cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -17,20 +17,20 @@ pub enum ReserveError {
         /// The protocol.
         proto: Proto,
         /// Where.
-        host: HostAddr,
+        host: HostIp,
         /// Which.
         port: u16,
     },
     /// No interface has the address.
     #[error("{0} is not an address of this host")]
-    NotLocal(HostAddr),
+    NotLocal(HostIp),
     /// Anything else.
     #[error("cannot bind host port {port}/{proto} on {host}: {source}")]
     Bind {
         /// The protocol.
         proto: Proto,
         /// Where.
-        host: HostAddr,
+        host: HostIp,
         /// Which.
         port: u16,
         /// Why.
@@ -45,10 +45,10 @@ pub enum ReserveError {
 ///
 /// # Errors
 /// When it is in use, or the address is not one of this host.
-pub fn bind(proto: Proto, host: HostAddr, port: u16) -> Result<(Socket, u16), ReserveError> {
+pub fn bind(proto: Proto, host: HostIp, port: u16) -> Result<(Socket, u16), ReserveError> {
     let bound = match host {
-        HostAddr::Any => bind_dual_stack(proto, port),
-        HostAddr::Ip(ip) => bind_one(proto, ip, port, true),
+        HostIp::Any => bind_dual_stack(proto, port),
+        HostIp::Ip(ip) => bind_one(proto, ip, port, true),
     };
     bound.map_err(|source| match source.kind() {
         io::ErrorKind::AddrInUse => ReserveError::InUse { proto, host, port },
@@ -109,7 +109,7 @@ mod tests {
 
     use super::*;
 
-    fn addr(text: &str) -> HostAddr {
+    fn addr(text: &str) -> HostIp {
         text.parse().unwrap()
     }
 
@@ -128,7 +128,7 @@ mod tests {
     fn every_address_means_both_families() {
         let taken = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = taken.local_addr().unwrap().port();
-        assert!(matches!(bind(Proto::Tcp, HostAddr::Any, port), Err(ReserveError::InUse { .. })));
+        assert!(matches!(bind(Proto::Tcp, HostIp::Any, port), Err(ReserveError::InUse { .. })));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use rproxy_sys::conntrack::{Direction, Family, delete_udp};
 use rproxy_sys::udp::is_local;
 
-use crate::publish::HostAddr;
+use crate::publish::HostIp;
 
 /// Makes the kernel forget the UDP flows whose first packet was sent to `port` on `host`, or came from there: a late
 /// answer of whoever served the port makes such an entry.
@@ -17,7 +17,7 @@ use crate::publish::HostAddr;
 ///
 /// # Errors
 /// When the kernel refuses; a kernel without connection tracking has nothing to forget.
-pub fn forget_udp(host: HostAddr, port: u16) -> io::Result<()> {
+pub fn forget_udp(host: HostIp, port: u16) -> io::Result<()> {
     for family in [Family::V4, Family::V6] {
         let is_meant = |addr: SocketAddr| addr.port() == port && matches(host, addr.ip());
         // Others may send from ports of the same number.
@@ -32,11 +32,11 @@ pub fn forget_udp(host: HostAddr, port: u16) -> io::Result<()> {
     Ok(())
 }
 
-fn matches(host: HostAddr, ip: IpAddr) -> bool {
+fn matches(host: HostIp, ip: IpAddr) -> bool {
     match host {
-        HostAddr::Any => true,
-        HostAddr::Ip(wanted) if wanted.is_unspecified() => wanted.is_ipv4() == ip.is_ipv4(),
-        HostAddr::Ip(wanted) => wanted == ip,
+        HostIp::Any => true,
+        HostIp::Ip(wanted) if wanted.is_unspecified() => wanted.is_ipv4() == ip.is_ipv4(),
+        HostIp::Ip(wanted) => wanted == ip,
     }
 }
 
@@ -47,7 +47,7 @@ mod tests {
     #[test]
     fn only_that_address_is_meant() {
         let ip: IpAddr = "10.0.0.11".parse().unwrap();
-        let host = |text: &str| text.parse::<HostAddr>().unwrap();
+        let host = |text: &str| text.parse::<HostIp>().unwrap();
         for same in ["*", "10.0.0.11", "0.0.0.0"] {
             assert!(matches(host(same), ip), "{same}");
         }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::model::{Endpoint, Firewall, Mapping, Netns, Network, Topology, Via};
 use crate::name::{Id, Name};
-use crate::publish::{HostAddr, Proto};
+use crate::publish::{HostIp, Proto};
 
 /// Compares `actual` with a file of `testdata/`, or writes the file when `UPDATE_GOLDEN` is set.
 pub(crate) fn golden(file: &str, actual: &str) {
@@ -45,7 +45,7 @@ pub(crate) fn endpoint(name: &str, last: u8) -> (Name, Endpoint) {
 }
 
 pub(crate) fn mapping(proto: Proto, host: &str, host_port: u16, container_port: u16, via: Via) -> Mapping {
-    let host: HostAddr = host.parse().unwrap();
+    let host: HostIp = host.parse().unwrap();
     Mapping { proto, host, host_port, random: false, container_port, via, relay: None }
 }
 

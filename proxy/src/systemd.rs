@@ -16,7 +16,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use tokio::time::sleep;
 use tracing::warn;
 
-use crate::bind::activation::{Passed, PassedSocket};
+use crate::bind::activation::{InheritedSockets, PassedSocket};
 use crate::bind::listen::{AdoptError, Listener};
 
 /// After how long the service manager is told again what it had no room for.
@@ -31,10 +31,10 @@ static MANAGER: OnceLock<Mutex<ServiceManager>> = OnceLock::new();
 ///
 /// # Errors
 /// [`ActivationError`]: then the unit is wrong, and serving without some sockets would hide it.
-pub fn passed_sockets() -> Result<Passed, ActivationError> {
+pub fn passed_sockets() -> Result<InheritedSockets, ActivationError> {
     // Names without sockets would be an error, though both may be for a process that started this one.
     if sd_notify::listen_fds().map_err(ActivationError::Environment)?.len() == 0 {
-        return Ok(Passed::default());
+        return Ok(InheritedSockets::default());
     }
     let passed = sd_notify::listen_fds_with_names().map_err(ActivationError::Environment)?;
     let adopt = |(number, name): (i32, String)| -> Result<PassedSocket, ActivationError> {
@@ -45,7 +45,7 @@ pub fn passed_sockets() -> Result<Passed, ActivationError> {
             Err(source) => Err(ActivationError::Unusable { number, name, source }),
         }
     };
-    passed.map(adopt).collect::<Result<Vec<_>, _>>().map(Passed::new)
+    passed.map(adopt).collect::<Result<Vec<_>, _>>().map(InheritedSockets::new)
 }
 
 /// Opens the socket on which the service manager is told from now on, if it wants to be (`NOTIFY_SOCKET`).

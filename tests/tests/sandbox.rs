@@ -19,8 +19,8 @@ use nix::libc;
 use nix::sys::ptrace;
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::unistd::Pid;
-use rproxy::mapping::Forward;
-use rproxy::mapping::addr::{BackendAddr, HostAddr, Protocol};
+use rproxy::mapping::PortMapping;
+use rproxy::mapping::addr::{BackendAddr, HostSocketAddr, Protocol};
 use rproxy::sandbox::{self, Changes, Mode, Needs};
 use serde_json::json;
 use socket2::{Domain, Socket, TcpKeepalive, Type};
@@ -78,9 +78,9 @@ fn outcome<T>(result: io::Result<T>) -> String {
 #[expect(clippy::print_stdout, reason = "the report")]
 fn try_everything(changes: bool, port: u16, dir: &Path) -> ExitCode {
     let localhost = IpAddr::from(Ipv4Addr::LOCALHOST);
-    let host = HostAddr::new(localhost, 0);
+    let host = HostSocketAddr::new(localhost, 0);
     let backend = BackendAddr::new(localhost, port).unwrap();
-    let forward = Forward { protocol: Protocol::Tcp, host, backend, v6only: false };
+    let forward = PortMapping { protocol: Protocol::Tcp, host, backend, v6only: false };
     let own_dir = dir.join("own");
     fs::create_dir(&own_dir).unwrap();
     let (socket, own, others) = (own_dir.join("socket"), own_dir.join("configuration"), dir.join("others"));
@@ -155,7 +155,7 @@ fn set_options_of_a_connection(socket: &Socket) -> io::Result<()> {
 
 fn set_options_of_a_flow(socket: &Socket) -> io::Result<()> {
     rproxy_sys::udp::set_buffers(socket.as_fd(), 65_536, 65_536)?;
-    rproxy_sys::udp::receive_trains(socket.as_fd())
+    rproxy_sys::udp::enable_gro(socket.as_fd())
 }
 
 fn set_options_of_a_listener(socket: &Socket) -> io::Result<()> {

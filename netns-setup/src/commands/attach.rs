@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde_json::json;
 
-use super::change::Held;
+use super::change::LockedState;
 use super::{Options, Report, show, up};
 use crate::error::Error;
 use crate::executor::Executor;
@@ -41,12 +41,12 @@ pub struct Attach {
 
 impl Attach {
     pub(super) fn run(&self, options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
-        let mut held = Held::open_settled(options)?;
-        let network = held.network()?;
-        if held.state.current.endpoints.contains_key(&self.name) {
+        let mut locked = LockedState::open_settled(options)?;
+        let network = locked.network()?;
+        if locked.state.current.endpoints.contains_key(&self.name) {
             return Err(Error::NameTaken(self.name.clone()));
         }
-        let used = held.state.current.addresses();
+        let used = locked.state.current.addresses();
         let ip = match self.ip {
             Some(ip) => ipam::claim(network.subnet, &used, ip)?,
             None => ipam::next_free(network.subnet, &used, network.last_ip)?,
@@ -60,12 +60,12 @@ impl Attach {
             mappings: Vec::new(),
         };
         let result = json!(show::Inspected::new(network, &self.name, &endpoint));
-        let mut desired = held.state.current.clone();
+        let mut desired = locked.state.current.clone();
         if let (Some(network), None) = (&mut desired.network, self.ip) {
             network.last_ip = Some(ip);
         }
         desired.endpoints.insert(self.name.clone(), endpoint);
-        let plan = held.change(desired, &Scope::one(&self.name), options, executor)?;
+        let plan = locked.change(desired, &Scope::one(&self.name), options, executor)?;
         Ok(Report::of(&plan.steps, vec![ip.to_string()], result))
     }
 
@@ -83,10 +83,10 @@ impl Attach {
 
 /// Removes a container, with what it publishes.
 pub(super) fn detach(name: &Name, options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
-    let mut held = Held::open_settled(options)?;
-    held.endpoint(name)?;
-    let mut desired = held.state.current.clone();
+    let mut locked = LockedState::open_settled(options)?;
+    locked.endpoint(name)?;
+    let mut desired = locked.state.current.clone();
     desired.endpoints.remove(name);
-    let plan = held.change(desired, &Scope::one(name), options, executor)?;
+    let plan = locked.change(desired, &Scope::one(name), options, executor)?;
     Ok(Report::of(&plan.steps, vec![format!("{name} is detached")], serde_json::Value::Null))
 }

@@ -16,13 +16,13 @@ use crate::state::{State, StateDir, StateError};
 use crate::{model, relay};
 
 /// The state, held so that no other command changes it.
-pub(super) struct Held {
+pub(super) struct LockedState {
     /// `None` when nothing may be written and there is no directory.
     dir: Option<StateDir>,
     pub(super) state: State,
 }
 
-impl Held {
+impl LockedState {
     /// Opens the state to change it.
     pub(super) fn open(options: &Options) -> Result<Self, Error> {
         if !nix::unistd::geteuid().is_root() {
@@ -43,16 +43,16 @@ impl Held {
         Ok(Self { dir, state })
     }
 
-    /// As [`Held::open`], for commands that build on what is there.
+    /// As [`LockedState::open`], for commands that build on what is there.
     pub(super) fn open_settled(options: &Options) -> Result<Self, Error> {
-        let held = Self::open(options)?;
-        if held.state.pending.is_some() {
+        let locked = Self::open(options)?;
+        if locked.state.pending.is_some() {
             return Err(Error::Unfinished);
         }
-        if let (Some(choice), Some(network)) = (options.firewall, &held.state.current.network) {
+        if let (Some(choice), Some(network)) = (options.firewall, &locked.state.current.network) {
             check_firewall(choice, network)?;
         }
-        Ok(held)
+        Ok(locked)
     }
 
     /// The network, which must be up.
@@ -91,12 +91,12 @@ impl Held {
         let settled = self.state.pending.is_none() && self.state.current == desired;
         let nothing_to_do = settled && plan.is_empty();
         if !(options.dry_run || nothing_to_do) {
-            self.carry_out(&plan, desired, &observed, executor)?;
+            self.execute(&plan, desired, &observed, executor)?;
         }
         Ok(plan)
     }
 
-    fn carry_out(
+    fn execute(
         &mut self,
         plan: &Plan,
         desired: Topology,

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::change::Held;
+use super::change::LockedState;
 use super::{Options, Report};
 use crate::error::{Error, finding};
 use crate::executor::Executor;
@@ -17,17 +17,17 @@ use crate::reserve;
 /// Says what differs.
 pub(super) fn check(options: &Options) -> Result<Report, Error> {
     let dry = Options { dry_run: true, ..options.clone() };
-    let held = Held::open(&dry)?;
-    let owned = held.state.owned();
-    let desired = held.state.pending.as_ref().unwrap_or(&held.state.current);
+    let locked = LockedState::open(&dry)?;
+    let owned = locked.state.owned();
+    let desired = locked.state.pending.as_ref().unwrap_or(&locked.state.current);
     let observed = observe(&owned, desired, &Scope::All)?;
     let rproxy = Path::new("rproxy");
     let inputs = Inputs { owned: &owned, desired, observed: &observed, scope: &Scope::All, rproxy };
     let plan = plan::plan(inputs)?;
-    let interrupted = held.state.pending.iter().map(|_| "an earlier command was interrupted".to_owned());
+    let interrupted = locked.state.pending.iter().map(|_| "an earlier command was interrupted".to_owned());
     let found = plan.steps.iter().map(|step| finding(&step.action));
     let differences: Vec<_> =
-        interrupted.chain(found).chain(plan.problems).chain(taken_ports(&held.state.current)).collect();
+        interrupted.chain(found).chain(plan.problems).chain(taken_ports(&locked.state.current)).collect();
     if !differences.is_empty() {
         return Err(Error::Differs(differences));
     }
@@ -48,10 +48,10 @@ fn taken_ports(topology: &Topology) -> impl Iterator<Item = String> {
 
 /// Mends what differs, and finishes what was interrupted.
 pub(super) fn repair(options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
-    let mut held = Held::open(options)?;
-    let desired = held.state.pending.clone().unwrap_or_else(|| held.state.current.clone());
-    let plan = held.change(desired, &Scope::All, options, executor)?;
-    let problems: Vec<_> = plan.problems.iter().cloned().chain(taken_ports(&held.state.current)).collect();
+    let mut locked = LockedState::open(options)?;
+    let desired = locked.state.pending.clone().unwrap_or_else(|| locked.state.current.clone());
+    let plan = locked.change(desired, &Scope::All, options, executor)?;
+    let problems: Vec<_> = plan.problems.iter().cloned().chain(taken_ports(&locked.state.current)).collect();
     if !problems.is_empty() {
         return Err(Error::Unmendable(problems));
     }

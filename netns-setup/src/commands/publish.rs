@@ -2,14 +2,14 @@
 
 use serde_json::json;
 
-use super::change::Held;
+use super::change::LockedState;
 use super::{Options, Report};
 use crate::error::Error;
 use crate::executor::Executor;
 use crate::model::{Firewall, Mapping, MappingKey, Network, Topology, Via};
 use crate::name::Name;
 use crate::plan::Scope;
-use crate::publish::{HostAddr, HostPort, PortRequest, PublishSpec};
+use crate::publish::{HostIp, HostPort, PortRequest, PublishSpec};
 use crate::reserve::ReserveError;
 
 /// A random port that turns out to be translated already is tried again this often.
@@ -30,12 +30,12 @@ pub struct Publish {
 
 impl Publish {
     pub(super) fn run(&self, options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
-        let mut held = Held::open_settled(options)?;
-        let network = held.network()?;
+        let mut locked = LockedState::open_settled(options)?;
+        let network = locked.network()?;
         let (via, warnings) = self.usable_via(network)?;
-        let mut desired = held.state.current.clone();
+        let mut desired = locked.state.current.clone();
         let mut published = Vec::new();
-        for request in self.requests(&held)? {
+        for request in self.requests(&locked)? {
             check_family(network, via, &request)?;
             let mapping = match fulfilled(&desired, &self.name, &request) {
                 Some(mapping) if mapping.via != via => {
@@ -53,18 +53,18 @@ impl Publish {
                 published.push(mapping);
             }
         }
-        let ip = held.endpoint(&self.name)?.ip;
+        let ip = locked.endpoint(&self.name)?.ip;
         let lines =
             published.iter().map(|mapping| format!("{} -> {ip}:{}", mapping.key(), mapping.container_port));
         let result = json!({ "mappings": published });
         let lines = lines.collect();
-        let plan = held.change(desired, &Scope::one(&self.name), options, executor)?;
+        let plan = locked.change(desired, &Scope::one(&self.name), options, executor)?;
         Ok(Report { warnings, ..Report::of(&plan.steps, lines, result) })
     }
 
     /// Every port that is asked for.
-    fn requests(&self, held: &Held) -> Result<Vec<PortRequest>, Error> {
-        let endpoint = held.endpoint(&self.name)?;
+    fn requests(&self, locked: &LockedState) -> Result<Vec<PortRequest>, Error> {
+        let endpoint = locked.endpoint(&self.name)?;
         let mut requests: Vec<_> = self.specs.iter().flat_map(|spec| spec.requests()).collect();
         if self.all_exposed {
             if endpoint.exposed.is_empty() {
@@ -72,7 +72,7 @@ impl Publish {
             }
             requests.extend(endpoint.exposed.iter().map(|(container_port, proto)| PortRequest {
                 proto: *proto,
-                host: HostAddr::Any,
+                host: HostIp::Any,
                 host_port: HostPort::Random,
                 container_port: *container_port,
             }));
@@ -97,7 +97,7 @@ impl Publish {
 
 /// The kernel cannot translate IPv6 to IPv4.
 fn check_family(network: &Network, via: Via, request: &PortRequest) -> Result<(), Error> {
-    let v6 = matches!(request.host, HostAddr::Ip(ip) if ip.is_ipv6());
+    let v6 = matches!(request.host, HostIp::Ip(ip) if ip.is_ipv6());
     if v6 && via == Via::Dnat && network.subnet6.is_none() {
         let host = request.host;
         return Err(Error::Usage(format!(
@@ -181,8 +181,8 @@ pub struct Unpublish {
 
 impl Unpublish {
     pub(super) fn run(&self, options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
-        let mut held = Held::open_settled(options)?;
-        let mappings = &held.endpoint(&self.name)?.mappings;
+        let mut locked = LockedState::open_settled(options)?;
+        let mappings = &locked.endpoint(&self.name)?.mappings;
         let requests: Vec<_> = self.specs.iter().flat_map(|spec| spec.requests()).collect();
         if let Some(request) =
             requests.iter().find(|request| !mappings.iter().any(|mapping| mapping.fulfils(request)))
@@ -194,11 +194,11 @@ impl Unpublish {
             requests.is_empty() || requests.iter().any(|request| mapping.fulfils(request))
         };
         let gone: Vec<_> = mappings.iter().filter(|mapping| goes(mapping)).cloned().collect();
-        let mut desired = held.state.current.clone();
+        let mut desired = locked.state.current.clone();
         if let Some(endpoint) = desired.endpoints.get_mut(&self.name) {
             endpoint.mappings.retain(|mapping| !goes(mapping));
         }
-        let plan = held.change(desired, &Scope::one(&self.name), options, executor)?;
+        let plan = locked.change(desired, &Scope::one(&self.name), options, executor)?;
         let lines = gone.iter().map(|mapping| format!("{} is no longer published", mapping.key())).collect();
         Ok(Report::of(&plan.steps, lines, json!({ "mappings": gone })))
     }

@@ -7,17 +7,17 @@ use std::path::Path;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::change::Held;
+use super::change::LockedState;
 use super::{Options, Report};
 use crate::error::Error;
 use crate::model::{Endpoint, Mapping, Network};
 use crate::name::{Id, Name};
-use crate::publish::HostAddr;
+use crate::publish::HostIp;
 
 /// Lists the containers.
 pub(super) fn list(options: &Options) -> Result<Report, Error> {
-    let held = Held::open_to_read(options)?;
-    let topology = &held.state.current;
+    let locked = LockedState::open_to_read(options)?;
+    let topology = &locked.state.current;
     let mut lines = vec![format!("{:<16} {:<16} {:<12} {}", "NAME", "ADDRESS", "VETH", "PORTS")];
     let mut result = Vec::new();
     for (name, endpoint) in &topology.endpoints {
@@ -32,13 +32,13 @@ pub(super) fn list(options: &Options) -> Result<Report, Error> {
             "netns": endpoint.netns.path, "mappings": endpoint.mappings,
         }));
     }
-    let warnings = interrupted(&held);
+    let warnings = interrupted(&locked);
     let shown = Some(format!("{:#}", json!(result)));
     Ok(Report { lines, warnings, shown, ..Report::default() })
 }
 
-fn interrupted(held: &Held) -> Vec<String> {
-    let pending = held.state.pending.iter();
+fn interrupted(locked: &LockedState) -> Vec<String> {
+    let pending = locked.state.pending.iter();
     pending.map(|_| Error::Unfinished.to_string()).collect()
 }
 
@@ -51,18 +51,18 @@ fn port(mapping: &Mapping) -> String {
 
 /// Shows one container, or all.
 pub(super) fn inspect(name: Option<&Name>, options: &Options) -> Result<Report, Error> {
-    let held = Held::open_to_read(options)?;
-    let shown = match (name, &held.state.current.network) {
-        (Some(name), _) => vec![Inspected::new(held.network()?, name, held.endpoint(name)?)],
+    let locked = LockedState::open_to_read(options)?;
+    let shown = match (name, &locked.state.current.network) {
+        (Some(name), _) => vec![Inspected::new(locked.network()?, name, locked.endpoint(name)?)],
         (None, Some(network)) => {
-            let all = held.state.current.endpoints.iter();
+            let all = locked.state.current.endpoints.iter();
             all.map(|(name, endpoint)| Inspected::new(network, name, endpoint)).collect()
         }
         (None, None) => Vec::new(),
     };
     // Written from the types, not by way of a `Value`: that would sort the keys.
     let text = serde_json::to_string_pretty(&shown).map_err(|error| Error::Output(error.into()))?;
-    let warnings = interrupted(&held);
+    let warnings = interrupted(&locked);
     Ok(Report { lines: vec![text.clone()], warnings, shown: Some(text), ..Report::default() })
 }
 
@@ -161,8 +161,8 @@ fn ports(endpoint: &Endpoint) -> BTreeMap<String, Option<Vec<Binding>>> {
     for mapping in &endpoint.mappings {
         let bindings = ports.entry(format!("{}/{}", mapping.container_port, mapping.proto)).or_default();
         let addresses = match mapping.host {
-            HostAddr::Any => vec![Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()],
-            HostAddr::Ip(ip) => vec![ip],
+            HostIp::Any => vec![Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()],
+            HostIp::Ip(ip) => vec![ip],
         };
         let binding = |host_ip| Binding { host_ip, host_port: mapping.host_port.to_string() };
         bindings.get_or_insert_default().extend(addresses.into_iter().map(binding));

@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use super::change::Held;
+use super::change::LockedState;
 use super::{Options, Report};
 use crate::addr::{Subnet4, Subnet6};
 use crate::error::Error;
@@ -32,8 +32,8 @@ pub struct Up {
 
 impl Up {
     pub(super) fn run(&self, options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
-        let mut held = Held::open_settled(options)?;
-        let mut desired = held.state.current.clone();
+        let mut locked = LockedState::open_settled(options)?;
+        let mut desired = locked.state.current.clone();
         let network = match desired.network.take() {
             Some(network) => self.keep(network)?,
             None => self.create(options)?,
@@ -46,7 +46,7 @@ impl Up {
         }
         let result = json!({ "network": network });
         desired.network = Some(network);
-        let plan = held.change(desired, &Scope::All, options, executor)?;
+        let plan = locked.change(desired, &Scope::All, options, executor)?;
         warnings.extend(plan.problems);
         Ok(Report { warnings, ..Report::of(&plan.steps, lines, result) })
     }
@@ -81,8 +81,8 @@ impl Up {
 
 /// Takes everything down that is ours.
 pub(super) fn down(options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
-    let mut held = Held::open(options)?;
-    let plan = held.change(Topology::default(), &Scope::All, options, executor)?;
+    let mut locked = LockedState::open(options)?;
+    let plan = locked.change(Topology::default(), &Scope::All, options, executor)?;
     let line = if plan.is_empty() { "nothing was up" } else { "everything of ours is gone" };
     Ok(Report::of(&plan.steps, vec![line.to_owned()], json!(null)))
 }

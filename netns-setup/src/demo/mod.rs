@@ -11,7 +11,7 @@ use std::thread;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
 
-use crate::action::{Action, LinkChange, Place, VethPair};
+use crate::action::{Action, LinkChange, NetnsRef, VethPair};
 use crate::addr::{Cidr, Mac};
 use crate::commands::{self, Attach, Command, NetnsChoice, Options, Publish, Up};
 use crate::error::Error;
@@ -122,26 +122,26 @@ impl Demo {
     fn outside(&mut self) -> Result<Handle, Error> {
         let (uplink, lo, eth0): (IfName, _, _) = (parse("uplink0")?, IfName::loopback(), IfName::container());
         let netns = Path::new(NETNS_DIR).join("outside");
-        let there = Place::Container(netns.clone());
+        let there = NetnsRef::Container(netns.clone());
         let (host_mac, container_mac) = (Mac::for_container(HOST_V4), Mac::for_container(OUTSIDE_V4));
         let pair = VethPair { host: uplink.clone(), host_mac, container_mac, mtu: 1500, netns };
-        let up = |place: &Place, name: &IfName| Action::SetLink {
+        let up = |place: &NetnsRef, name: &IfName| Action::SetLink {
             place: place.clone(),
             name: name.clone(),
             change: LinkChange::Up(true),
         };
-        let address = |place: &Place, name: &IfName, ip: IpAddr| Action::AddAddress {
+        let address = |place: &NetnsRef, name: &IfName, ip: IpAddr| Action::AddAddress {
             place: place.clone(),
             name: name.clone(),
             address: Cidr { ip, prefix: if ip.is_ipv4() { 24 } else { 64 } },
         };
         let actions = [
-            up(&Place::Host, &lo),
+            up(&NetnsRef::Host, &lo),
             Action::AddNetns(name("outside")?),
             Action::AddVeth(pair),
-            address(&Place::Host, &uplink, HOST_V4.into()),
-            address(&Place::Host, &uplink, HOST_V6.into()),
-            up(&Place::Host, &uplink),
+            address(&NetnsRef::Host, &uplink, HOST_V4.into()),
+            address(&NetnsRef::Host, &uplink, HOST_V6.into()),
+            up(&NetnsRef::Host, &uplink),
             address(&there, &eth0, OUTSIDE_V4.into()),
             address(&there, &eth0, OUTSIDE_V6.into()),
             up(&there, &eth0),

@@ -8,7 +8,7 @@ pub mod tool;
 use std::net::IpAddr;
 
 use crate::model::{Endpoint, Mapping, Network, Topology, Via};
-use crate::publish::{HostAddr, Proto};
+use crate::publish::{HostIp, Proto};
 
 /// A published port as the rules of one address family see it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -37,10 +37,10 @@ fn translation(network: &Network, endpoint: &Endpoint, mapping: &Mapping, ipv6: 
     }
     let container = if ipv6 { IpAddr::V6(endpoint.ip6(network)?) } else { IpAddr::V4(endpoint.ip) };
     let host = match mapping.host {
-        HostAddr::Any => None,
-        HostAddr::Ip(ip) if ip.is_ipv6() != ipv6 => return None,
-        HostAddr::Ip(ip) if ip.is_unspecified() => None,
-        HostAddr::Ip(ip) => Some(ip),
+        HostIp::Any => None,
+        HostIp::Ip(ip) if ip.is_ipv6() != ipv6 => return None,
+        HostIp::Ip(ip) if ip.is_unspecified() => None,
+        HostIp::Ip(ip) => Some(ip),
     };
     let direct = mapping.via == Via::Dnat;
     // Loopback belongs to the relay where there is one; packets for ::1 cannot leave the loopback interface at all.
@@ -58,7 +58,7 @@ fn translation(network: &Network, endpoint: &Endpoint, mapping: &Mapping, ipv6: 
 /// Ports published on an IPv4 loopback address: packets from elsewhere that claim to be for it are dropped.
 pub(crate) fn loopback_ports(topology: &Topology) -> Vec<(IpAddr, Proto, u16)> {
     let ports = topology.mappings().filter_map(|(_, _, mapping)| match mapping.host {
-        HostAddr::Ip(ip @ IpAddr::V4(v4)) if v4.is_loopback() => Some((ip, mapping.proto, mapping.host_port)),
+        HostIp::Ip(ip @ IpAddr::V4(v4)) if v4.is_loopback() => Some((ip, mapping.proto, mapping.host_port)),
         _ => None,
     });
     ports.collect()

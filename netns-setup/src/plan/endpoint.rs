@@ -3,7 +3,7 @@
 use std::net::IpAddr;
 
 use super::{Inputs, LinkWish, OffloadLimits, Plan, PlanError, Step, network, untouched_offload};
-use crate::action::{Action, LinkChange, Place, VethPair};
+use crate::action::{Action, LinkChange, NetnsRef, VethPair};
 use crate::model::{Endpoint, Network};
 use crate::name::CONTAINER_INTERFACE;
 use crate::name::{IfName, Name};
@@ -125,11 +125,11 @@ fn start_over(
     Ok(())
 }
 
-fn place(endpoint: &Endpoint) -> Place {
-    Place::Container(endpoint.netns.path.clone())
+fn place(endpoint: &Endpoint) -> NetnsRef {
+    NetnsRef::Container(endpoint.netns.path.clone())
 }
 
-fn loopback_up(place: Place) -> Action {
+fn loopback_up(place: NetnsRef) -> Action {
     let name = IfName::loopback();
     Action::SetLink { place, name, change: LinkChange::Up(true) }
 }
@@ -156,7 +156,7 @@ fn connect(inputs: Inputs<'_>, network: &Network, endpoint: &Endpoint) -> Plan {
         netns: endpoint.netns.path.clone(),
     };
     plan.push(Step::new(Action::AddVeth(pair), [Action::DeleteLink(host_end.clone())]));
-    let host = LinkWish { place: Place::Host, name: &host_end, is: None };
+    let host = LinkWish { place: NetnsRef::Host, name: &host_end, is: None };
     let container = LinkWish { place: inside, name: &eth0, is: None };
     host.change(&mut plan, |_| None, LinkChange::Master(Some(network.bridge.clone())));
     if endpoint.needs_hairpin() {
@@ -210,7 +210,7 @@ fn mend(inputs: Inputs<'_>, network: &Network, endpoint: &Endpoint, side: &Side,
     let (host_end, inside, eth0) = (endpoint.id.veth(), place(endpoint), IfName::container());
     let host = &inputs.observed.host;
     let (host_link, link) = (host.link(host_end.as_str()), side.link(CONTAINER_INTERFACE));
-    let outer = LinkWish { place: Place::Host, name: &host_end, is: host_link };
+    let outer = LinkWish { place: NetnsRef::Host, name: &host_end, is: host_link };
     let inner = LinkWish { place: inside.clone(), name: &eth0, is: link };
     let bridge = host.link(network.bridge.as_str()).map(|link| link.index);
     // A port of a bridge that is made anew has to join that one too.
@@ -250,8 +250,8 @@ fn mend_inside(network: &Network, endpoint: &Endpoint, side: &Side, inner: &Link
 }
 
 /// The container's address that a relay on a socket of the host connects to.
-pub(crate) fn relay_target(network: &Network, endpoint: &Endpoint, host: crate::publish::HostAddr) -> IpAddr {
-    let v6_only = matches!(host, crate::publish::HostAddr::Ip(ip) if ip.is_ipv6());
+pub(crate) fn relay_target(network: &Network, endpoint: &Endpoint, host: crate::publish::HostIp) -> IpAddr {
+    let v6_only = matches!(host, crate::publish::HostIp::Ip(ip) if ip.is_ipv6());
     match endpoint.ip6(network) {
         Some(ip) if v6_only => ip.into(),
         _ => endpoint.ip.into(),

@@ -12,7 +12,7 @@ use std::path::Path;
 pub(crate) use endpoint::relay_target;
 pub(crate) use rules::backend;
 
-use crate::action::{Action, LinkChange, OffloadSizes, Place};
+use crate::action::{Action, LinkChange, NetnsRef, OffloadSizes};
 use crate::model::Topology;
 use crate::name::{IfName, Name};
 use crate::observed::{Link, Observed};
@@ -173,7 +173,7 @@ impl Plan {
 
 /// The steps that give an interface the properties it should have.
 struct LinkWish<'a> {
-    place: Place,
+    place: NetnsRef,
     name: &'a IfName,
     /// What is there; `None` for one that an earlier step makes.
     is: Option<&'a Link>,

@@ -1,7 +1,7 @@
 //! The bridge, its addresses and the kernel's settings.
 
 use super::{Inputs, LinkWish, OffloadLimits, Plan, PlanError, Step, untouched_offload};
-use crate::action::{Action, LinkChange, Place};
+use crate::action::{Action, LinkChange, NetnsRef};
 use crate::firewall::needs_route_localnet;
 use crate::model::{Network, Topology};
 use crate::observed::{Link, Observed};
@@ -114,21 +114,21 @@ fn create(network: &Network, plan: &mut Plan) {
     let add = Action::AddBridge { name: name.clone(), mac: network.mac(), mtu: network.mtu };
     plan.push(Step::new(add, [Action::DeleteLink(name.clone())]));
     for address in network.addresses() {
-        plan.push(Step::on_fresh(Action::AddAddress { place: Place::Host, name: name.clone(), address }));
+        plan.push(Step::on_fresh(Action::AddAddress { place: NetnsRef::Host, name: name.clone(), address }));
     }
 }
 
 fn bring_up(network: &Network, is: Option<&Link>, plan: &mut Plan) {
-    LinkWish { place: Place::Host, name: &network.bridge, is }.up(plan);
+    LinkWish { place: NetnsRef::Host, name: &network.bridge, is }.up(plan);
 }
 
 fn mend(network: &Network, link: &Link, inputs: Inputs<'_>, plan: &mut Plan) {
-    let wish = LinkWish { place: Place::Host, name: &network.bridge, is: Some(link) };
+    let wish = LinkWish { place: NetnsRef::Host, name: &network.bridge, is: Some(link) };
     wish.mac(plan, network.mac());
     wish.mtu(plan, network.mtu);
     for address in network.addresses() {
         if !inputs.observed.host.has_address(link, address) {
-            let (place, name) = (Place::Host, network.bridge.clone());
+            let (place, name) = (NetnsRef::Host, network.bridge.clone());
             let add = Action::AddAddress { place: place.clone(), name: name.clone(), address };
             plan.push(Step::new(add, [Action::DeleteAddress { place, name, address }]));
         }
@@ -139,7 +139,7 @@ fn mend(network: &Network, link: &Link, inputs: Inputs<'_>, plan: &mut Plan) {
 pub(super) fn restored_offload(network: &Network, observed: &Observed) -> Option<Action> {
     let link = observed.host.link(network.bridge.as_str()).filter(|_| network.gso_max_size > 0)?;
     let change = LinkChange::Offload(link.offload);
-    Some(Action::SetLink { place: Place::Host, name: network.bridge.clone(), change })
+    Some(Action::SetLink { place: NetnsRef::Host, name: network.bridge.clone(), change })
 }
 
 fn adds_port(action: &Action) -> bool {
@@ -160,7 +160,7 @@ pub(super) fn tune(inputs: Inputs<'_>, plan: &mut Plan) {
             Some(limit) if !plan.steps.iter().any(|step| adds_port(&step.action)) => limit,
             _ => u32::MAX,
         };
-        let wish = LinkWish { place: Place::Host, name: &network.bridge, is: link };
+        let wish = LinkWish { place: NetnsRef::Host, name: &network.bridge, is: link };
         let limits = OffloadLimits::sending(limit);
         wish.offload(plan, network.gso_max_size, limits, untouched_offload(inputs.observed));
     }

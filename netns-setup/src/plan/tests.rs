@@ -103,7 +103,7 @@ fn packet_sizes_are_raised_as_far_as_they_go_and_never_lowered() {
     let wish = |is: OffloadSizes, limit| {
         let link = Link { offload: is, tso_max_size: Some(limit), ..link(3, "x", None) };
         let (name, mut plan) = ("x".parse().unwrap(), Plan::default());
-        let wish = LinkWish { place: Place::Host, name: &name, is: Some(&link) };
+        let wish = LinkWish { place: NetnsRef::Host, name: &name, is: Some(&link) };
         wish.offload(&mut plan, 100_000, OffloadLimits::of_driver(wish.is), OffloadSizes::default());
         commands(&plan).pop()
     };

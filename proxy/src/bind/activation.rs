@@ -9,13 +9,13 @@ use tracing::warn;
 
 use crate::bind::BoundPort;
 use crate::bind::listen::Listener;
-use crate::mapping::addr::{HostAddr, Protocol, canonical};
+use crate::mapping::addr::{HostSocketAddr, Protocol, canonical};
 use crate::mapping::name::Name;
-use crate::mapping::{Forward, Mapping};
+use crate::mapping::{Mapping, PortMapping};
 
 /// Sockets that are for mappings, as long as no mapping has taken them.
 #[derive(Debug, Default)]
-pub struct Passed(Vec<PassedSocket>);
+pub struct InheritedSockets(Vec<PassedSocket>);
 
 /// A socket that was bound for us.
 #[derive(Debug)]
@@ -26,7 +26,7 @@ pub struct PassedSocket {
     pub listener: Listener,
 }
 
-impl Passed {
+impl InheritedSockets {
     /// These, in this order.
     pub fn new(sockets: Vec<PassedSocket>) -> Self {
         Self(sockets)
@@ -35,8 +35,8 @@ impl Passed {
     /// Takes the sockets that have the name of `mapping`, if there are any.
     ///
     /// # Errors
-    /// [`PassedError`] if they are too few or too many for its ports.
-    pub(crate) fn take_named(&mut self, mapping: &Mapping) -> Result<Option<Vec<BoundPort>>, PassedError> {
+    /// [`InheritedError`] if they are too few or too many for its ports.
+    pub(crate) fn take_named(&mut self, mapping: &Mapping) -> Result<Option<Vec<BoundPort>>, InheritedError> {
         let name = mapping.name();
         let named: Vec<_> = self.0.extract_if(.., |socket| socket.name == name.as_str()).collect();
         if named.is_empty() {
@@ -48,25 +48,28 @@ impl Passed {
             let is_served = mapping.protocols().iter().any(|served| served == protocol);
             let wanted = if is_served { mapping.backend_ports().count() } else { 0 };
             if sockets.len() != wanted {
-                return Err(PassedError { name, protocol, wanted, passed: sockets.len() });
+                return Err(InheritedError { name, protocol, wanted, passed: sockets.len() });
             }
         }
-        let sockets = mapping.forwards().zip(tcp.into_iter().chain(udp));
-        Ok(Some(sockets.map(|(forward, socket)| BoundPort::adopt(forward, socket.listener)).collect()))
+        let sockets = mapping.port_mappings().zip(tcp.into_iter().chain(udp));
+        Ok(Some(
+            sockets.map(|(port_mapping, socket)| BoundPort::adopt(port_mapping, socket.listener)).collect(),
+        ))
     }
 
     /// Takes the socket that listens where `forward` wants to.
-    pub(crate) fn take_at(&mut self, forward: &Forward) -> Option<BoundPort> {
+    pub(crate) fn take_at(&mut self, port_mapping: &PortMapping) -> Option<BoundPort> {
         let is_there = |socket: &PassedSocket| {
-            let is_same = |addr: SocketAddr| HostAddr::new(addr, addr.port()) == forward.host;
-            socket.listener.protocol() == forward.protocol && socket.listener.local_addr().is_ok_and(is_same)
+            let is_same = |addr: SocketAddr| HostSocketAddr::new(addr, addr.port()) == port_mapping.host;
+            socket.listener.protocol() == port_mapping.protocol
+                && socket.listener.local_addr().is_ok_and(is_same)
         };
         let index = self.0.iter().position(is_there)?;
-        Some(BoundPort::adopt(*forward, self.0.swap_remove(index).listener))
+        Some(BoundPort::adopt(*port_mapping, self.0.swap_remove(index).listener))
     }
 }
 
-impl Drop for Passed {
+impl Drop for InheritedSockets {
     fn drop(&mut self) {
         for PassedSocket { name, listener } in &self.0 {
             let (protocol, address) = (listener.protocol(), listener.local_addr());
@@ -83,7 +86,7 @@ impl Drop for Passed {
     "{passed} {protocol} sockets named {name} were passed, and the mapping {name} wants {wanted}; \
      name as many in the .socket unit, or give the mapping another name"
 )]
-pub struct PassedError {
+pub struct InheritedError {
     name: Name,
     protocol: Protocol,
     wanted: usize,
@@ -116,11 +119,12 @@ mod tests {
 
     #[test]
     fn a_name_decides_wherever_the_socket_listens() {
-        let mut passed = Passed::new(vec![socket("dns", udp()), socket("web", tcp()), socket("dns", tcp())]);
+        let mut passed =
+            InheritedSockets::new(vec![socket("dns", udp()), socket("web", tcp()), socket("dns", tcp())]);
         let addresses: Vec<_> =
             [2, 0].iter().map(|index| passed.0[*index].listener.local_addr().unwrap()).collect();
         let ports = passed.take_named(&mapping("dns", "tcp+udp", 53)).unwrap().unwrap();
-        let hosts: Vec<_> = ports.iter().map(|port| port.forward.host.socket_addr()).collect();
+        let hosts: Vec<_> = ports.iter().map(|port| port.port_mapping.host.socket_addr()).collect();
         assert_eq!(hosts, addresses, "TCP first");
         assert!(passed.take_named(&mapping("dns", "tcp+udp", 53)).unwrap().is_none());
         assert_eq!(passed.0.len(), 1);
@@ -130,7 +134,8 @@ mod tests {
     fn a_name_with_too_few_or_too_many_sockets_is_refused() {
         for sockets in [vec![tcp()], vec![tcp(), udp(), udp()], vec![udp()]] {
             let sockets = sockets.into_iter().map(|listener| socket("dns", listener)).collect();
-            let refused = Passed::new(sockets).take_named(&mapping("dns", "tcp+udp", 53)).unwrap_err();
+            let refused =
+                InheritedSockets::new(sockets).take_named(&mapping("dns", "tcp+udp", 53)).unwrap_err();
             assert!(refused.to_string().contains("sockets named dns were passed"), "{refused}");
         }
     }
@@ -139,11 +144,12 @@ mod tests {
     fn otherwise_the_address_decides() {
         let (one, other) = (tcp(), tcp());
         let port = other.local_addr().unwrap().port();
-        let mut passed = Passed::new(vec![socket("rproxy.socket", one), socket("rproxy.socket", other)]);
-        let forward = |protocols| mapping("web", protocols, port).forwards().next().unwrap();
-        assert!(passed.take_at(&forward("udp")).is_none());
-        let bound = passed.take_at(&forward("tcp")).unwrap();
+        let mut passed =
+            InheritedSockets::new(vec![socket("rproxy.socket", one), socket("rproxy.socket", other)]);
+        let port_mapping = |protocols| mapping("web", protocols, port).port_mappings().next().unwrap();
+        assert!(passed.take_at(&port_mapping("udp")).is_none());
+        let bound = passed.take_at(&port_mapping("tcp")).unwrap();
         assert_eq!(bound.local_addr().unwrap().port(), port);
-        assert!(passed.take_at(&forward("tcp")).is_none());
+        assert!(passed.take_at(&port_mapping("tcp")).is_none());
     }
 }

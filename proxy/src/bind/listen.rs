@@ -12,7 +12,7 @@ use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 
 use crate::mapping::addr::Protocol;
 use crate::mapping::ports::PortRange;
-use crate::mapping::{Forward, Mapping};
+use crate::mapping::{Mapping, PortMapping};
 use crate::runtime::descriptors::explain;
 
 /// The pending-connection queue asked for; the kernel cuts it to `net.core.somaxconn` (listen(2)).
@@ -42,7 +42,7 @@ impl Listener {
     ///
     /// # Errors
     /// [`BindError`], whose message says what would work.
-    pub fn bind(mapping: &Forward) -> Result<Self, BindError> {
+    pub fn bind(mapping: &PortMapping) -> Result<Self, BindError> {
         let addr = mapping.host.socket_addr();
         let bound = match mapping.protocol {
             Protocol::Tcp => bind_tcp(addr, mapping.v6only).map(Self::Tcp),
@@ -179,13 +179,13 @@ fn if_known(result: io::Result<()>) -> io::Result<()> {
     }
 }
 
-/// Sets on a UDP listener: reports of the address asked, trains, and room for bursts.
+/// Sets on a UDP listener: reports of the address asked, GSO batches, and room for bursts.
 fn set_datagram_options(socket: &Socket, ipv6: bool) -> io::Result<()> {
     static SMALL: Once = Once::new();
 
     udp::report_local_addr(socket.as_fd(), ipv6)?;
     udp::report_class_and_drops(socket.as_fd(), ipv6)?;
-    if let Err(error) = udp::receive_trains(socket.as_fd()) {
+    if let Err(error) = udp::enable_gro(socket.as_fd()) {
         tracing::debug!(%error, "this kernel does not hand over trains of datagrams");
     }
     udp::set_buffers(socket.as_fd(), UDP_RECEIVE_BUFFER, UDP_SEND_BUFFER)?;

@@ -10,13 +10,13 @@ use std::io;
 use std::net::SocketAddr;
 use std::ops::ControlFlow;
 
-use crate::bind::activation::{Passed, PassedError};
+use crate::bind::activation::{InheritedError, InheritedSockets};
 use crate::bind::listen::{BindError, Listener};
 use crate::loops::whereabouts::Whereabouts;
 use crate::loops::{Hop, LoopError, refuse_loop, refuse_loops};
-use crate::mapping::addr::{HostAddr, Protocol};
+use crate::mapping::addr::{HostSocketAddr, Protocol};
 use crate::mapping::ports::PortRange;
-use crate::mapping::{Forward, HostPorts, Mapping};
+use crate::mapping::{HostPorts, Mapping, PortMapping};
 
 /// A mapping whose host ports are bound: from here on, clients can connect.
 #[derive(Debug)]
@@ -31,7 +31,7 @@ pub struct Bound {
 #[derive(Debug)]
 pub struct BoundPort {
     /// The port, with the real host port in place of one that was yet to be chosen.
-    pub forward: Forward,
+    pub port_mapping: PortMapping,
     /// The socket.
     pub listener: Listener,
 }
@@ -41,16 +41,16 @@ impl BoundPort {
     ///
     /// # Errors
     /// [`BindError`]
-    pub fn bind(forward: Forward) -> Result<Self, BindError> {
-        let listener = Listener::bind(&forward)?;
-        Ok(Self { forward, listener }.with_real_port())
+    pub fn bind(port_mapping: PortMapping) -> Result<Self, BindError> {
+        let listener = Listener::bind(&port_mapping)?;
+        Ok(Self { port_mapping, listener }.with_real_port())
     }
 
     /// Uses `listener` for `forward`; where it listens is the business of whoever bound it, and is what counts.
-    pub fn adopt(forward: Forward, listener: Listener) -> Self {
-        let host = listener.local_addr().map_or(forward.host, HostAddr::from);
-        let v6only = listener.is_v6only().unwrap_or(forward.v6only);
-        Self { forward: Forward { host, v6only, ..forward }, listener }
+    pub fn adopt(port_mapping: PortMapping, listener: Listener) -> Self {
+        let host = listener.local_addr().map_or(port_mapping.host, HostSocketAddr::from);
+        let v6only = listener.is_v6only().unwrap_or(port_mapping.v6only);
+        Self { port_mapping: PortMapping { host, v6only, ..port_mapping }, listener }
     }
 
     /// The address that clients connect to, with the real port.
@@ -62,10 +62,10 @@ impl BoundPort {
     }
 
     fn with_real_port(mut self) -> Self {
-        if self.forward.host.socket_addr().port() == 0
+        if self.port_mapping.host.socket_addr().port() == 0
             && let Ok(addr) = self.listener.local_addr()
         {
-            self.forward.host = HostAddr::new(addr, addr.port());
+            self.port_mapping.host = HostSocketAddr::new(addr, addr.port());
         }
         self
     }
@@ -82,26 +82,27 @@ impl Bound {
 
     /// Whether it listens where it was asked to, and not where a socket that was passed does.
     pub fn is_where_asked(&self) -> bool {
-        let asked = self.mapping.forwards().map(|forward| forward.host);
-        asked.eq(self.ports.iter().map(|port| port.forward.host))
+        let asked = self.mapping.port_mappings().map(|port_mapping| port_mapping.host);
+        asked.eq(self.ports.iter().map(|port| port.port_mapping.host))
     }
 
     /// Binds one mapping, except for the ports that sockets were `passed` for.
-    fn take_or_bind(mapping: Mapping, passed: &mut Passed) -> Result<Self, BoundError> {
+    fn take_or_bind(mapping: Mapping, passed: &mut InheritedSockets) -> Result<Self, BoundError> {
         if let Some(ports) = passed.take_named(&mapping)? {
             return Ok(Self { mapping, ports });
         }
-        let take_or_bind = |forward| passed.take_at(&forward).map_or_else(|| BoundPort::bind(forward), Ok);
+        let take_or_bind =
+            |port_mapping| passed.take_at(&port_mapping).map_or_else(|| BoundPort::bind(port_mapping), Ok);
         Ok(Self::bind_by(mapping, take_or_bind)?)
     }
 
     /// Gets the ports that `mapping` asks for from `bind`.
     fn bind_by(
         mapping: Mapping,
-        bind: impl FnMut(Forward) -> Result<BoundPort, BindError>,
+        bind: impl FnMut(PortMapping) -> Result<BoundPort, BindError>,
     ) -> Result<Self, BindError> {
         let ports = match mapping.host_ports() {
-            HostPorts::Exactly(_) => mapping.forwards().map(bind).collect::<Result<_, _>>()?,
+            HostPorts::Exactly(_) => mapping.port_mappings().map(bind).collect::<Result<_, _>>()?,
             HostPorts::FirstFree(range) => {
                 let backend_port = mapping.backend_ports().first();
                 bind_one_of(&mapping, range.iter(), backend_port)?
@@ -118,7 +119,7 @@ impl Bound {
     /// # Errors
     /// [`BoundError`] for the first port that cannot be bound, or leads back to itself where it is bound; none of
     /// the others stays bound.
-    pub fn bind_all(mappings: Vec<Mapping>, mut passed: Passed) -> Result<Vec<Self>, BoundError> {
+    pub fn bind_all(mappings: Vec<Mapping>, mut passed: InheritedSockets) -> Result<Vec<Self>, BoundError> {
         let mut turns: Vec<(usize, Mapping)> = mappings.into_iter().enumerate().collect();
         turns.sort_by_key(|(_index, mapping)| mapping.host_ports().freedom());
         let mut missing: usize = turns.iter().map(|(_index, mapping)| mapping.sockets()).sum();
@@ -141,7 +142,7 @@ impl Bound {
     /// [`LoopError`], with the index of the mapping.
     pub fn refuse_loops(bound: &[Self]) -> Result<(), LoopError> {
         let hops = bound.iter().enumerate().flat_map(|(index, bound)| {
-            Hop::of_sockets(index, &bound.mapping, bound.ports.iter().map(|port| port.forward))
+            Hop::of_sockets(index, &bound.mapping, bound.ports.iter().map(|port| port.port_mapping))
         });
         refuse_loops(&hops.collect::<Vec<_>>(), [], &mut Whereabouts::default())
     }
@@ -157,7 +158,7 @@ fn bind_random(mapping: &Mapping) -> Result<Vec<BoundPort>, BindError> {
         // One turn at most, and on from where the last one was found.
         bound.extend(bind_one_of(mapping, ports.by_ref().take(range.count()), backend_port)?);
     }
-    bound.sort_by_key(|port| port.forward.protocol == Protocol::Udp);
+    bound.sort_by_key(|port| port.port_mapping.protocol == Protocol::Udp);
     Ok(bound)
 }
 
@@ -168,13 +169,13 @@ fn bind_one_of(
     backend_port: u16,
 ) -> Result<Vec<BoundPort>, BindError> {
     let bind = |port: u16| -> Result<Vec<BoundPort>, BindError> {
-        let forwards =
-            mapping.protocols().iter().map(|protocol| mapping.forward(protocol, port, backend_port));
-        forwards.map(BoundPort::bind).collect()
+        let port_mappings =
+            mapping.protocols().iter().map(|protocol| mapping.port_mapping(protocol, port, backend_port));
+        port_mappings.map(BoundPort::bind).collect()
     };
     let mut whereabouts = Whereabouts::default();
     let mut reaches_itself = |port: &u16| {
-        let socket = mapping.forward(Protocol::Tcp, *port, backend_port);
+        let socket = mapping.port_mapping(Protocol::Tcp, *port, backend_port);
         *port == backend_port && refuse_loop(&socket, &mut whereabouts).is_err()
     };
     let mut candidates = candidates.filter(|port| !reaches_itself(port));
@@ -197,7 +198,7 @@ pub enum BoundError {
     Bind(#[from] BindError),
     /// The sockets that were passed do not fit.
     #[error(transparent)]
-    Passed(#[from] PassedError),
+    InheritedSockets(#[from] InheritedError),
     /// A mapping leads back to itself.
     #[error(transparent)]
     Loop(#[from] LoopError),
@@ -227,7 +228,7 @@ mod tests {
     }
 
     fn host_ports(bound: &Bound) -> Vec<u16> {
-        bound.ports.iter().map(|port| port.forward.host.socket_addr().port()).collect()
+        bound.ports.iter().map(|port| port.port_mapping.host.socket_addr().port()).collect()
     }
 
     #[test]
@@ -237,7 +238,7 @@ mod tests {
         assert_eq!(ports[..4], ports[4..]);
         assert!(ports.iter().all(|port| PortRange::EPHEMERAL.contains(*port)), "{ports:?}");
         for port in bound.ports {
-            assert_eq!(port.local_addr().unwrap(), port.forward.host.socket_addr());
+            assert_eq!(port.local_addr().unwrap(), port.port_mapping.host.socket_addr());
         }
     }
 

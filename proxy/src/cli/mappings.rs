@@ -11,7 +11,7 @@ use super::UsageError;
 use super::values::{Limit, To, parse_count};
 use crate::loops::{LoopReason, refuse_loops_among};
 use crate::mapping::access::{AccessList, parse_network};
-use crate::mapping::addr::{AddrError, HostAddr, Protocol, Protocols, ScopedIp};
+use crate::mapping::addr::{AddrError, HostSocketAddr, Protocol, Protocols, ScopedIp};
 use crate::mapping::dscp::Dscp;
 use crate::mapping::duration::parse_limit;
 use crate::mapping::endpoint::{BackendSpec, HostSpec};
@@ -198,7 +198,7 @@ impl MappingArgs {
     }
 
     /// Which words of the command line ask to listen at `host`, for messages.
-    pub fn words_for(&self, host: HostAddr) -> &'static str {
+    pub fn words_for(&self, host: HostSocketAddr) -> &'static str {
         let addr = host.socket_addr();
         let is_asked = self.host.iter().any(|asked| asked.contains(addr.into(), addr.port()));
         if !self.publishes() || is_asked { "--host" } else { "-p" }

@@ -17,7 +17,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 pub(super) const LONGEST: u64 = 2 * 1024 * 1024;
 
 /// How long a pipe may say nothing, in milliseconds.
-const PATIENCE: u16 = 60_000;
+const READ_TIMEOUT: u16 = 60_000;
 
 /// Opens what is at `path` now, without waiting for anybody.
 ///
@@ -88,7 +88,7 @@ fn read_pipe(pipe: &mut File, bytes: &mut Vec<u8>) -> io::Result<()> {
     while u64::try_from(bytes.len()).is_ok_and(|length| length <= LONGEST) {
         // One that nobody has opened yet to write is at its end for read(2), and not for poll(2).
         let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut fds, PollTimeout::from(PATIENCE)) {
+        match poll(&mut fds, PollTimeout::from(READ_TIMEOUT)) {
             Ok(0) => return refuse("it is a pipe that nobody has written to for a minute; give a file"),
             Ok(_ready) => {}
             Err(nix::errno::Errno::EINTR) => continue,

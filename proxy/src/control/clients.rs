@@ -31,7 +31,7 @@ const CLIENTS: usize = 16;
 
 /// How long a client may take for its next request, from the first byte or the last answer on, and
 /// for taking an answer.
-const PATIENCE: Duration = Duration::from_secs(10);
+const CLIENT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A pause after a failure to accept, mostly for want of descriptors.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -168,17 +168,17 @@ async fn converse(
 ) -> io::Result<()> {
     let mut reader = BufReader::new(reader);
     loop {
-        let answer = match timeout(PATIENCE, read_line(&mut reader)).await? {
+        let answer = match timeout(CLIENT_TIMEOUT, read_line(&mut reader)).await? {
             Ok(None) => return Ok(()),
             Ok(Some(line)) => respond(line, calls).await,
             Err(error) if error.kind() == io::ErrorKind::InvalidData => {
                 let line = protocol::answer(None, Err(Refusal::bad_request(error.to_string()))) + "\n";
-                timeout(PATIENCE, writer.write_all(line.as_bytes())).await??;
+                timeout(CLIENT_TIMEOUT, writer.write_all(line.as_bytes())).await??;
                 return Ok(());
             }
             Err(error) => return Err(error),
         };
-        timeout(PATIENCE, writer.write_all(answer.text.as_bytes())).await??;
+        timeout(CLIENT_TIMEOUT, writer.write_all(answer.text.as_bytes())).await??;
         if answer.is_large {
             drop(answer);
             release_unused();

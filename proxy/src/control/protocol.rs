@@ -8,7 +8,7 @@ use crate::engine::change::{ChangeError, Changed};
 use crate::engine::registry::{Registry, Served};
 use crate::mapping::name::Name;
 use crate::mapping::wire::WireMapping;
-use crate::state::stats::{Stats, Trouble};
+use crate::state::stats::{FailureKind, Stats};
 
 /// The version spoken here.
 pub const VERSION: u32 = 1;
@@ -179,7 +179,9 @@ pub fn stats(registry: &Registry) -> Value {
 }
 
 fn counters(name: &str, stats: &Stats) -> Value {
-    let errors = Trouble::ALL.into_iter().map(|trouble| (trouble.as_str(), stats.trouble(trouble)));
+    let errors = FailureKind::ALL
+        .into_iter()
+        .map(|failure_kind| (failure_kind.as_str(), stats.failure_kind(failure_kind)));
     let errors: Map<String, Value> =
         errors.filter(|(_, count)| *count > 0).map(|(kind, count)| (kind.into(), count.into())).collect();
     json!({

@@ -21,7 +21,7 @@ use crate::mapping::Mapping;
 use crate::mapping::wire::WireMapping;
 
 /// How long an answer may take: binding ten thousand sockets takes far less.
-const PATIENCE: Duration = Duration::from_secs(60);
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What is read of standard input, in bytes: more than a request may have.
 const LONGEST_INPUT: u64 = 16 * 1024 * 1024;
@@ -136,8 +136,8 @@ struct Connection {
 impl Connection {
     fn open(path: &Path) -> Result<Self, CtlError> {
         let connected = UnixStream::connect(path).and_then(|stream| {
-            stream.set_read_timeout(Some(PATIENCE))?;
-            stream.set_write_timeout(Some(PATIENCE))?;
+            stream.set_read_timeout(Some(ANSWER_TIMEOUT))?;
+            stream.set_write_timeout(Some(ANSWER_TIMEOUT))?;
             Ok(stream)
         });
         let stream = connected.map_err(|source| CtlError::Connect { path: path.to_owned(), source })?;

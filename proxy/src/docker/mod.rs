@@ -27,8 +27,8 @@ use crate::log::LogConfig;
 use crate::log::console;
 use crate::loops::whereabouts::Whereabouts;
 use crate::loops::{LoopError, refuse_loop};
-use crate::mapping::Forward;
-use crate::mapping::addr::{AddrError, BackendAddr, HostAddr, Protocol};
+use crate::mapping::PortMapping;
+use crate::mapping::addr::{AddrError, BackendAddr, HostSocketAddr, Protocol};
 use crate::mapping::limits::Limits;
 use crate::runtime::signals::StopSignals;
 use crate::runtime::{new_runtime, prepare, raise_descriptor_limit};
@@ -106,7 +106,7 @@ struct Started {
 fn start(flags: &Flags, inherited: Option<io::Result<OwnedFd>>, mode: Mode) -> Result<Started, StartError> {
     let setup = |step| move |source| StartError::Setup { step, source };
     let bound = bind(flags, inherited)?;
-    let needs = Needs::to_serve([&bound.forward]);
+    let needs = Needs::to_serve([&bound.port_mapping]);
     let runtime = new_runtime().map_err(setup("create the event loop"))?;
     let entered = runtime.enter();
     let stop = StopSignals::catch(&MEANINGLESS).map_err(setup("catch signals"))?;
@@ -133,20 +133,20 @@ fn report(written: io::Result<()>) {
 
 /// Binds what the flags ask for, or adopts the listener that came with them.
 fn bind(flags: &Flags, inherited: Option<io::Result<OwnedFd>>) -> Result<BoundPort, StartError> {
-    let forward = forward(flags)?;
+    let port_mapping = port_mapping(flags)?;
     let bound = match inherited {
-        None => BoundPort::bind(forward)?,
+        None => BoundPort::bind(port_mapping)?,
         Some(listener) => {
             let fd = listener.map_err(StartError::NoListener)?;
-            let listener = Listener::adopt(fd, forward.protocol).map_err(StartError::Listener)?;
-            BoundPort::adopt(forward, listener)
+            let listener = Listener::adopt(fd, port_mapping.protocol).map_err(StartError::Listener)?;
+            BoundPort::adopt(port_mapping, listener)
         }
     };
-    refuse_loop(&bound.forward, &mut Whereabouts::default())?;
+    refuse_loop(&bound.port_mapping, &mut Whereabouts::default())?;
     Ok(bound)
 }
 
-fn forward(flags: &Flags) -> Result<Forward, StartError> {
+fn port_mapping(flags: &Flags) -> Result<PortMapping, StartError> {
     let protocol = match flags.proto.as_str() {
         "tcp" => Protocol::Tcp,
         "udp" => Protocol::Udp,
@@ -161,14 +161,14 @@ fn forward(flags: &Flags) -> Result<Forward, StartError> {
     let host_port = port("-host-port", flags.host_port)?;
     let container_port = port("-container-port", flags.container_port)?;
     let backend = BackendAddr::new(flags.container_ip, container_port).map_err(StartError::Container)?;
-    let forward = Forward {
+    let port_mapping = PortMapping {
         protocol,
-        host: HostAddr::new(flags.host_ip, host_port),
+        host: HostSocketAddr::new(flags.host_ip, host_port),
         backend: backend.of_one().map_err(StartError::ContainerIp)?,
         // As Go's "tcp6": the runtime starts another proxy for IPv4.
         v6only: true,
     };
-    Ok(forward)
+    Ok(port_mapping)
 }
 
 /// Why the proxy could not start; the runtime shows it to the user.

@@ -19,14 +19,14 @@ use crate::engine::registry::Served;
 use crate::engine::sweep::Sweep;
 use crate::loops::whereabouts::Whereabouts;
 use crate::loops::{Hop, LoopError, refuse_loops};
-use crate::mapping::addr::{HostAddr, Protocol, ScopedIp};
+use crate::mapping::addr::{HostSocketAddr, Protocol, ScopedIp};
 use crate::mapping::name::Name;
 use crate::mapping::overlap::{OverlapError, exclude_each_other, refuse_overlap};
 use crate::mapping::ports::PortRange;
-use crate::mapping::{Forward, HostPorts, Mapping, MappingError};
-use crate::runtime::poll::Port;
+use crate::mapping::{HostPorts, Mapping, MappingError, PortMapping};
+use crate::runtime::poll::WatchedListener;
 use crate::runtime::start_thread;
-use crate::state::{Assignment, Route, Service};
+use crate::state::{Binding, MappingPolicy, Target};
 use crate::udp::stale;
 
 /// Stack of the thread that looks through the table of connections.
@@ -130,7 +130,7 @@ impl Server {
         }
         refuse_overlap(&mappings)?;
         let add = mappings.into_iter().map(|mapping| (mapping.name(), mapping)).collect();
-        self.carry_out(Plan { add, unchanged: self.registry.len(), ..Plan::default() }).await
+        self.execute(Plan { add, unchanged: self.registry.len(), ..Plan::default() }).await
     }
 
     /// Serves a mapping no more. Its connections and flows go on.
@@ -142,7 +142,7 @@ impl Server {
             return Err(ChangeError::Unknown(name.clone()));
         }
         let unchanged = self.registry.len() - 1;
-        self.carry_out(Plan { remove: vec![name.clone()], unchanged, ..Plan::default() }).await
+        self.execute(Plan { remove: vec![name.clone()], unchanged, ..Plan::default() }).await
     }
 
     /// Makes new connections of a mapping, and all datagrams, go to another backend. Connections that it has go on.
@@ -169,7 +169,7 @@ impl Server {
             mapping = mapping.named(name.clone());
         }
         let unchanged = self.registry.len() - 1;
-        self.carry_out(Plan { change: vec![(name.clone(), mapping)], unchanged, ..Plan::default() }).await
+        self.execute(Plan { change: vec![(name.clone(), mapping)], unchanged, ..Plan::default() }).await
     }
 
     /// Serves exactly these mappings from now on. What did not change is not touched.
@@ -180,10 +180,10 @@ impl Server {
         refuse_overlap(&wanted)?;
         let served = self.registry.iter().map(|(name, served)| (name, &served.mapping));
         let plan = plan(served, wanted).map_err(ChangeError::NameTaken)?;
-        self.carry_out(plan).await
+        self.execute(plan).await
     }
 
-    async fn carry_out(&mut self, plan: Plan) -> Result<Changed, ChangeError> {
+    async fn execute(&mut self, plan: Plan) -> Result<Changed, ChangeError> {
         let changed = Changed {
             added: plan.add.len(),
             changed: plan.change.len(),
@@ -220,7 +220,7 @@ impl Server {
     fn sockets_of(&self, names: &[Name]) -> Spare {
         let served = names.iter().filter_map(|name| self.registry.get(name));
         let ports = served.flat_map(|served| &served.ports);
-        ports.map(|Assignment { port, route }| (Place::of(&route.forward), port.clone())).collect()
+        ports.map(|Binding { port, target }| (BindKey::of(&target.port_mapping), port.clone())).collect()
     }
 
     /// Refuses what would lead back to itself, as far as its ports are known.
@@ -283,20 +283,20 @@ impl Server {
         prepared: &mut Prepared,
     ) -> Result<Served, ChangeError> {
         let watch_error = |source| ChangeError::Watch { name: name.clone(), source };
-        let service = self.new_service(mapping.limits().clone());
+        let policy = self.new_policy(mapping.limits().clone());
         let mut ports = Vec::with_capacity(mapping.sockets());
         if let HostPorts::Exactly(_) = mapping.host_ports() {
-            for forward in mapping.forwards() {
+            for port_mapping in mapping.port_mappings() {
                 // Whoever waits for signals beside this gets a turn.
                 consume_budget().await;
-                let place = Place::of(&forward);
+                let place = BindKey::of(&port_mapping);
                 ports.push(match prepared.spare.remove(&place).or_else(|| self.leaving.get(&place)) {
-                    Some(port) => Assignment { port, route: route(forward, &service) },
+                    Some(port) => Binding { port, target: target(port_mapping, &policy) },
                     None => {
-                        let bound = self.bind(forward).await;
+                        let bound = self.bind(port_mapping).await;
                         let bound =
                             bound.map_err(|source| self.bind_error(name, &mapping, source, prepared))?;
-                        self.assign(bound, &service).map_err(watch_error)?
+                        self.assign(bound, &policy).map_err(watch_error)?
                     }
                 });
             }
@@ -305,20 +305,21 @@ impl Server {
             let bound = Bound::bind(mapping.clone());
             let bound = bound.map_err(|source| self.bind_error(name, &mapping, source, prepared))?;
             for port in bound.ports {
-                ports.push(self.assign(port, &service).map_err(watch_error)?);
+                ports.push(self.assign(port, &policy).map_err(watch_error)?);
             }
         }
-        Ok(Served { mapping, service, ports })
+        Ok(Served { mapping, policy, ports })
     }
 
     /// Binds a port. Flows that use it towards their backends give way.
-    async fn bind(&self, forward: Forward) -> Result<BoundPort, BindError> {
-        match BoundPort::bind(forward) {
+    async fn bind(&self, port_mapping: PortMapping) -> Result<BoundPort, BindError> {
+        match BoundPort::bind(port_mapping) {
             Err(error)
-                if forward.protocol == Protocol::Udp && error.source.kind() == io::ErrorKind::AddrInUse =>
+                if port_mapping.protocol == Protocol::Udp
+                    && error.source.kind() == io::ErrorKind::AddrInUse =>
             {
-                self.give_way(vec![forward.host.socket_addr().port()]).await;
-                BoundPort::bind(forward)
+                self.give_way(vec![port_mapping.host.socket_addr().port()]).await;
+                BoundPort::bind(port_mapping)
             }
             bound => bound,
         }
@@ -347,28 +348,28 @@ impl Server {
         let Some(old) = self.registry.get(&name) else {
             return Err(ChangeError::Unknown(name));
         };
-        let service = if *mapping.limits() == old.service.limits {
-            old.service.clone()
+        let policy = if *mapping.limits() == old.policy.limits {
+            old.policy.clone()
         } else {
-            Arc::new(Service { limits: mapping.limits().clone(), live: old.service.live.clone() })
+            Arc::new(MappingPolicy { limits: mapping.limits().clone(), state: old.policy.state.clone() })
         };
         let sockets = old.ports.iter().zip(on_sockets(&old.ports, &mapping));
-        let assign = |(old, forward): (&Assignment, Forward)| Assignment {
+        let assign = |(old, port_mapping): (&Binding, PortMapping)| Binding {
             port: old.port.clone(),
-            route: route(forward, &service),
+            target: target(port_mapping, &policy),
         };
         let ports = sockets.map(assign).collect();
-        Ok((name, Served { mapping, service, ports }))
+        Ok((name, Served { mapping, policy, ports }))
     }
 
     /// Does what was prepared.
     async fn commit(&mut self, prepared: Prepared) {
         let Prepared { added, changed, removed, spare, .. } = prepared;
-        let ports = |set: &[(Name, Served)]| -> Vec<Assignment> {
+        let ports = |set: &[(Name, Served)]| -> Vec<Binding> {
             set.iter().flat_map(|(_name, served)| served.ports.clone()).collect()
         };
         let (new, other) = (ports(&added), ports(&changed));
-        new.iter().for_each(|new| self.leaving.forget(&Place::of(&new.route.forward)));
+        new.iter().for_each(|new| self.leaving.forget(&BindKey::of(&new.target.port_mapping)));
         forget_stale_flows(&new);
         for name in &removed {
             info!(%name, "serving no more");
@@ -390,24 +391,27 @@ impl Server {
 }
 
 /// What `mapping` says of sockets that are there already, wherever they listen.
-fn on_sockets(sockets: &[Assignment], mapping: &Mapping) -> impl Iterator<Item = Forward> {
-    sockets.iter().zip(mapping.forwards()).map(|(old, new)| {
-        let Forward { host, v6only, .. } = old.route.forward;
-        Forward { host, v6only, ..new }
+fn on_sockets(sockets: &[Binding], mapping: &Mapping) -> impl Iterator<Item = PortMapping> {
+    sockets.iter().zip(mapping.port_mappings()).map(|(old, new)| {
+        let PortMapping { host, v6only, .. } = old.target.port_mapping;
+        PortMapping { host, v6only, ..new }
     })
 }
 
 fn hops_of(index: usize, served: &Served) -> Vec<Hop<'_>> {
-    Hop::of_sockets(index, &served.mapping, served.ports.iter().map(|port| port.route.forward))
+    Hop::of_sockets(index, &served.mapping, served.ports.iter().map(|port| port.target.port_mapping))
 }
 
 /// Makes the kernel forget flows to new ports, without waiting for it: looking through the table of
 /// connections takes 20 ms, however few there are. Without a thread to be had, that is waited for.
-fn forget_stale_flows(new: &[Assignment]) {
-    let udp = new.iter().map(|new| new.route.forward).filter(|forward| forward.protocol == Protocol::Udp);
-    let udp: Vec<Forward> = udp.collect();
+fn forget_stale_flows(new: &[Binding]) {
+    let udp = new
+        .iter()
+        .map(|new| new.target.port_mapping)
+        .filter(|port_mapping| port_mapping.protocol == Protocol::Udp);
+    let udp: Vec<PortMapping> = udp.collect();
     if !udp.is_empty() {
-        let forget = |udp: Vec<Forward>| stale::forget_flows_to(&udp);
+        let forget = |udp: Vec<PortMapping>| stale::forget_flows_to(&udp);
         if let Err((_error, udp)) = start_thread("rproxy-stale", STACK_SIZE, udp, forget) {
             forget(udp);
         }
@@ -425,7 +429,7 @@ struct Prepared {
     missing: usize,
 }
 
-type Spare = HashMap<Place, Arc<Port>>;
+type Spare = HashMap<BindKey, Arc<WatchedListener>>;
 
 impl BindError {
     /// The lowest of the ports, and the one among the `served` mappings that has it, if each port that would have
@@ -441,9 +445,9 @@ impl BindError {
         let wanted = self.among.or(PortRange::single(self.addr.port()).ok())?;
         let mut taken = BTreeMap::new();
         for (name, other) in served {
-            for Assignment { route, .. } in &other.ports {
-                let (there, port) = (&route.forward, route.forward.host.socket_addr().port());
-                let here = mapping.forward(there.protocol, port, mapping.backend_ports().first());
+            for Binding { target, .. } in &other.ports {
+                let (there, port) = (&target.port_mapping, target.port_mapping.host.socket_addr().port());
+                let here = mapping.port_mapping(there.protocol, port, mapping.backend_ports().first());
                 let is_in_the_way = wanted.contains(port)
                     && mapping.protocols().contains(there.protocol)
                     && exclude_each_other(&here, there);
@@ -461,7 +465,7 @@ impl BindError {
 /// quiet.
 #[derive(Debug, Default)]
 pub(crate) struct Leaving {
-    sockets: HashMap<Place, Weak<Port>>,
+    sockets: HashMap<BindKey, Weak<WatchedListener>>,
     sweep: Sweep,
 }
 
@@ -475,30 +479,30 @@ impl Leaving {
     }
 
     /// The one at `place`, if it is open.
-    fn get(&self, place: &Place) -> Option<Arc<Port>> {
+    fn get(&self, place: &BindKey) -> Option<Arc<WatchedListener>> {
         self.sockets.get(place)?.upgrade()
     }
 
     /// Notes that what is at `place` is served again.
-    fn forget(&mut self, place: &Place) {
+    fn forget(&mut self, place: &BindKey) {
         self.sockets.remove(place);
     }
 }
 
 /// What a socket is bound to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct Place {
+struct BindKey {
     protocol: Protocol,
-    host: HostAddr,
+    host: HostSocketAddr,
     v6only: bool,
 }
 
-impl Place {
-    fn of(forward: &Forward) -> Self {
-        Self { protocol: forward.protocol, host: forward.host, v6only: forward.v6only }
+impl BindKey {
+    fn of(port_mapping: &PortMapping) -> Self {
+        Self { protocol: port_mapping.protocol, host: port_mapping.host, v6only: port_mapping.v6only }
     }
 }
 
-fn route(forward: Forward, service: &Arc<Service>) -> Arc<Route> {
-    Arc::new(Route { forward, service: service.clone() })
+fn target(port_mapping: PortMapping, policy: &Arc<MappingPolicy>) -> Arc<Target> {
+    Arc::new(Target { port_mapping, policy: policy.clone() })
 }

@@ -19,8 +19,8 @@ impl Served {
     /// where whoever bound it wanted.
     pub fn bound_host(&self) -> Option<String> {
         let mut hosts: Vec<ScopedIp> = Vec::new();
-        for assignment in &self.ports {
-            let host = assignment.route.forward.host.socket_addr().into();
+        for binding in &self.ports {
+            let host = binding.target.port_mapping.host.socket_addr().into();
             if !hosts.contains(&host) {
                 hosts.push(host);
             }

@@ -28,11 +28,11 @@ use crate::engine::registry::{Registry, Served};
 use crate::mapping::addr::Protocol;
 use crate::mapping::limits::Limits;
 use crate::mapping::name::Name;
-use crate::runtime::poll::Port;
+use crate::runtime::poll::WatchedListener;
 use crate::runtime::worker::Workers;
 use crate::state::task::LiveFlows;
-use crate::state::task::{FlowOrder, ListenerTask};
-use crate::state::{Assignment, Capacity, Live, Route, Service};
+use crate::state::task::{FlowCommand, ListenerTask};
+use crate::state::{Binding, Capacity, MappingPolicy, MappingState, Target};
 use crate::tcp::accept::Acceptor;
 use crate::tcp::reactor;
 use crate::udp::relay::UdpRelay;
@@ -47,7 +47,7 @@ pub struct Server {
     tasks: Tasks,
     pub(crate) registry: Registry,
     /// Sockets of no mapping that has a name.
-    nameless: Vec<Assignment>,
+    nameless: Vec<Binding>,
     /// Whether connections need descriptors beside flows, now or later.
     beside_tcp: bool,
     pub(crate) leaving: Leaving,
@@ -72,29 +72,29 @@ impl Server {
     pub fn prepared(mappings: Vec<Bound>, may_change: bool) -> io::Result<Self> {
         let mut server = Self::new();
         let mut ports = mappings.iter().flat_map(|bound| &bound.ports);
-        server.beside_tcp = may_change || ports.any(|port| port.forward.protocol == Protocol::Tcp);
+        server.beside_tcp = may_change || ports.any(|port| port.port_mapping.protocol == Protocol::Tcp);
         for Bound { mapping, ports } in mappings {
-            let service = server.new_service(mapping.limits().clone());
+            let policy = server.new_policy(mapping.limits().clone());
             let ports =
-                ports.into_iter().map(|port| server.assign(port, &service)).collect::<Result<_, _>>()?;
-            server.registry.put(mapping.name(), Served { mapping, service, ports });
+                ports.into_iter().map(|port| server.assign(port, &policy)).collect::<Result<_, _>>()?;
+            server.registry.put(mapping.name(), Served { mapping, policy, ports });
         }
         Ok(server)
     }
 
     /// Starts to serve all that it is prepared for, and `flows` that another process served before.
     pub(crate) fn serve_all(&self, flows: LiveFlows) {
-        self.serve(self.assignments().cloned().collect());
+        self.serve(self.bindings().cloned().collect());
         if let Some(udp) = &self.tasks.udp {
-            udp.flows(FlowOrder::Adopt(flows));
+            udp.flows(FlowCommand::Adopt(flows));
         }
     }
 
     /// Says in the log what is served, and where; to be called once clients are.
     pub fn announce(&self) {
         self.registry.iter().for_each(|(name, served)| served.announce(name));
-        for Assignment { route, .. } in &self.nameless {
-            info!(mapping = %route.forward, "serving");
+        for Binding { target, .. } in &self.nameless {
+            info!(mapping = %target.port_mapping, "serving");
         }
     }
 
@@ -108,9 +108,9 @@ impl Server {
     pub fn start_ports(ports: impl IntoIterator<Item = (BoundPort, Limits)>) -> io::Result<Self> {
         let mut server = Self::new();
         for (port, limits) in ports {
-            let service = server.new_service(limits);
-            let assignment = server.assign(port, &service)?;
-            server.nameless.push(assignment);
+            let policy = server.new_policy(limits);
+            let binding = server.assign(port, &policy)?;
+            server.nameless.push(binding);
         }
         server.serve(server.nameless.clone());
         Ok(server)
@@ -140,20 +140,20 @@ impl Server {
         &self.registry
     }
 
-    pub(crate) fn new_service(&self, limits: Limits) -> Arc<Service> {
-        Arc::new(Service { limits, live: Arc::new(Live::new(self.capacity.clone())) })
+    pub(crate) fn new_policy(&self, limits: Limits) -> Arc<MappingPolicy> {
+        Arc::new(MappingPolicy { limits, state: Arc::new(MappingState::new(self.capacity.clone())) })
     }
 
     /// Makes a bound port one of the listeners, to be served later.
-    pub(crate) fn assign(&mut self, port: BoundPort, service: &Arc<Service>) -> io::Result<Assignment> {
-        let BoundPort { forward, listener } = port;
-        let task = self.task(forward.protocol)?;
+    pub(crate) fn assign(&mut self, port: BoundPort, policy: &Arc<MappingPolicy>) -> io::Result<Binding> {
+        let BoundPort { port_mapping, listener } = port;
+        let task = self.task(port_mapping.protocol)?;
         let port = match listener {
             Listener::Tcp(listener) => task.add(listener)?,
             Listener::Udp(socket) => task.add(socket)?,
         };
-        let route = Arc::new(Route { forward, service: service.clone() });
-        Ok(Assignment { port, route })
+        let target = Arc::new(Target { port_mapping, policy: policy.clone() });
+        Ok(Binding { port, target })
     }
 
     /// The task for `protocol`, started if this is the first time that it is needed.
@@ -162,16 +162,16 @@ impl Server {
         match protocol {
             Protocol::Tcp => match &mut self.tasks.tcp {
                 Some(task) => Ok(task),
-                none => Ok(none.insert(ListenerTask::spawn(|poll, orders| {
-                    Acceptor::new(poll, orders, self.capacity.clone(), self.workers.clone()).run()
+                none => Ok(none.insert(ListenerTask::spawn(|poll, commands| {
+                    Acceptor::new(poll, commands, self.capacity.clone(), self.workers.clone()).run()
                 })?)),
             },
             Protocol::Udp => match &mut self.tasks.udp {
                 Some(task) => Ok(task),
                 none => {
                     let beside_tcp = self.beside_tcp;
-                    Ok(none.insert(ListenerTask::spawn(|poll, orders| {
-                        UdpRelay::new(poll, orders, beside_tcp, self.workers.datagrams()).run()
+                    Ok(none.insert(ListenerTask::spawn(|poll, commands| {
+                        UdpRelay::new(poll, commands, beside_tcp, self.workers.datagrams()).run()
                     })?))
                 }
             },
@@ -179,21 +179,21 @@ impl Server {
     }
 
     /// Starts to serve listeners that were assigned.
-    pub(crate) fn serve(&self, assignments: Vec<Assignment>) {
-        for (task, assignments) in self.by_task(assignments, protocol_of) {
-            task.serve(assignments);
+    pub(crate) fn serve(&self, bindings: Vec<Binding>) {
+        for (task, bindings) in self.by_task(bindings, protocol_of) {
+            task.serve(bindings);
         }
     }
 
     /// Serves listeners otherwise from now on.
-    pub(crate) fn change_routes(&self, assignments: Vec<Assignment>) {
-        for (task, assignments) in self.by_task(assignments, protocol_of) {
-            task.change(assignments);
+    pub(crate) fn change_routes(&self, bindings: Vec<Binding>) {
+        for (task, bindings) in self.by_task(bindings, protocol_of) {
+            task.change(bindings);
         }
     }
 
     /// Takes nothing new from listeners, and closes them in the end. Returns when the former is so.
-    pub(crate) async fn release(&self, ports: Vec<(Protocol, Arc<Port>)>) {
+    pub(crate) async fn release(&self, ports: Vec<(Protocol, Arc<WatchedListener>)>) {
         for (task, ports) in self.by_task(ports, |(protocol, _port)| *protocol) {
             let released = task.release(ports.into_iter().map(|(_protocol, port)| port).collect());
             // If the task is gone, so are its listeners.
@@ -210,25 +210,25 @@ impl Server {
     }
 
     /// All sockets: mapping by mapping, as [`Registry::iter`] gives them.
-    fn assignments(&self) -> impl Iterator<Item = &Assignment> {
+    fn bindings(&self) -> impl Iterator<Item = &Binding> {
         self.registry.iter().flat_map(|(_name, served)| &served.ports)
     }
 
     /// The descriptors of all sockets.
     pub(crate) fn sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.assignments().map(|assignment| assignment.port.as_fd())
+        self.bindings().map(|binding| binding.port.as_fd())
     }
 
     /// Those for UDP.
     pub(crate) fn udp_sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        let udp = self.assignments().filter(|assignment| udp_number(assignment).is_some());
-        udp.map(|assignment| assignment.port.as_fd())
+        let udp = self.bindings().filter(|binding| udp_number(binding).is_some());
+        udp.map(|binding| binding.port.as_fd())
     }
 
     /// The numbers of the UDP listeners, and their places among [`Server::sockets`].
     pub(crate) fn udp_listeners(&self) -> impl Iterator<Item = (usize, usize)> {
-        let numbered = self.assignments().enumerate();
-        numbered.filter_map(|(place, assignment)| Some((udp_number(assignment)?, place)))
+        let numbered = self.bindings().enumerate();
+        numbered.filter_map(|(place, binding)| Some((udp_number(binding)?, place)))
     }
 
     /// The numbers of the listeners of some mappings, as far as they are for UDP.
@@ -241,7 +241,7 @@ impl Server {
     pub(crate) async fn pause(&self) -> LiveFlows {
         let Some(udp) = &self.tasks.udp else { return LiveFlows::default() };
         let (flows, given) = oneshot::channel();
-        udp.flows(FlowOrder::Pause(flows));
+        udp.flows(FlowCommand::Pause(flows));
         // If the task is gone, so are its flows.
         given.await.unwrap_or_default()
     }
@@ -250,14 +250,14 @@ impl Server {
     pub(crate) async fn give_way(&self, ports: Vec<u16>) {
         let Some(udp) = &self.tasks.udp else { return };
         let (done, is_done) = oneshot::channel();
-        udp.flows(FlowOrder::GiveWay(ports, done));
+        udp.flows(FlowCommand::GiveWay(ports, done));
         // If the task is gone, so are its flows.
         drop(is_done.await);
     }
 
     /// Goes on after [`Server::pause`].
     pub(crate) fn resume(&self) {
-        self.tasks.udp.iter().for_each(|udp| udp.flows(FlowOrder::Resume));
+        self.tasks.udp.iter().for_each(|udp| udp.flows(FlowCommand::Resume));
     }
 
     /// Leaves all sockets, and the flows that are paused, to another process that serves them already.
@@ -322,7 +322,8 @@ impl Server {
     /// Ends at once. The listeners stop to listen even if another process has them open too (a
     /// runtime that bound them for us): no client is left waiting for someone to accept it.
     pub fn abandon(self) {
-        let tcp = self.nameless.iter().filter(|listener| listener.route.forward.protocol == Protocol::Tcp);
+        let tcp =
+            self.nameless.iter().filter(|listener| listener.target.port_mapping.protocol == Protocol::Tcp);
         for listener in tcp {
             if let Err(error) = SockRef::from(listener.port.as_ref()).shutdown(Shutdown::Both) {
                 warn!(%error, "cannot shut a listener down");
@@ -332,12 +333,12 @@ impl Server {
 }
 
 /// The number of a listener, if it is one for UDP.
-fn udp_number(assignment: &Assignment) -> Option<usize> {
-    (protocol_of(assignment) == Protocol::Udp).then(|| assignment.port.number())
+fn udp_number(binding: &Binding) -> Option<usize> {
+    (protocol_of(binding) == Protocol::Udp).then(|| binding.port.number())
 }
 
-fn protocol_of(assignment: &Assignment) -> Protocol {
-    assignment.route.forward.protocol
+fn protocol_of(binding: &Binding) -> Protocol {
+    binding.target.port_mapping.protocol
 }
 
 /// Why a server cannot go on.

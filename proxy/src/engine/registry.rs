@@ -9,9 +9,9 @@ use crate::mapping::Mapping;
 use crate::mapping::addr::Protocol;
 use crate::mapping::name::Name;
 use crate::mapping::ports::PortRange;
-use crate::runtime::poll::Port;
+use crate::runtime::poll::WatchedListener;
 use crate::state::stats::Stats;
-use crate::state::{Assignment, Live, Service};
+use crate::state::{Binding, MappingPolicy, MappingState};
 
 /// A mapping that is served, and its sockets.
 #[derive(Debug)]
@@ -19,9 +19,9 @@ pub struct Served {
     /// The mapping as it was asked for.
     pub(crate) mapping: Mapping,
     /// How its clients are served.
-    pub(crate) service: Arc<Service>,
+    pub(crate) policy: Arc<MappingPolicy>,
     /// Its sockets, TCP first, each in the order of ports.
-    pub(crate) ports: Vec<Assignment>,
+    pub(crate) ports: Vec<Binding>,
 }
 
 impl Served {
@@ -32,12 +32,12 @@ impl Served {
 
     /// What goes on in it.
     pub fn stats(&self) -> &Stats {
-        &self.service.live.stats
+        &self.policy.state.stats
     }
 
     /// The host port of each socket, in order: what was chosen where there was a choice.
     pub fn host_ports(&self) -> impl Iterator<Item = u16> {
-        self.ports.iter().map(|assignment| assignment.route.forward.host.socket_addr().port())
+        self.ports.iter().map(|binding| binding.target.port_mapping.host.socket_addr().port())
     }
 }
 
@@ -45,7 +45,7 @@ impl Served {
 #[derive(Debug)]
 struct Departed {
     name: Name,
-    live: Arc<Live>,
+    state: Arc<MappingState>,
 }
 
 /// All mappings, by name.
@@ -86,8 +86,8 @@ impl Registry {
 
     /// The mappings that are not served any more, but whose connections and flows go on.
     pub fn draining(&self) -> impl Iterator<Item = (&Name, &Stats)> {
-        let draining = self.departed.iter().filter(|departed| is_in_use(&departed.live));
-        draining.map(|departed| (&departed.name, &departed.live.stats))
+        let draining = self.departed.iter().filter(|departed| is_in_use(&departed.state));
+        draining.map(|departed| (&departed.name, &departed.state.stats))
     }
 
     /// Adds a mapping, or puts it in the place of the one that has its name.
@@ -98,7 +98,7 @@ impl Registry {
             btree_map::Entry::Occupied(mut entry) => {
                 let replaced = entry.insert(served);
                 self.ports.remove(&replaced);
-                let same = Arc::ptr_eq(&replaced.service.live, &entry.get().service.live);
+                let same = Arc::ptr_eq(&replaced.policy.state, &entry.get().policy.state);
                 if !same {
                     let name = entry.key().clone();
                     self.depart(name, replaced);
@@ -108,18 +108,18 @@ impl Registry {
     }
 
     /// Takes the mapping called `name` out. What goes on in it is still shown.
-    pub(crate) fn take(&mut self, name: &Name) -> Option<Vec<Arc<Port>>> {
+    pub(crate) fn take(&mut self, name: &Name) -> Option<Vec<Arc<WatchedListener>>> {
         let (name, mut served) = self.served.remove_entry(name)?;
         self.ports.remove(&served);
-        let ports = served.ports.drain(..).map(|assignment| assignment.port).collect();
+        let ports = served.ports.drain(..).map(|binding| binding.port).collect();
         self.depart(name, served);
         Some(ports)
     }
 
     fn depart(&mut self, name: Name, served: Served) {
-        self.departed.push(Departed { name, live: served.service.live.clone() });
+        self.departed.push(Departed { name, state: served.policy.state.clone() });
         if self.sweep.is_due(self.departed.len()) {
-            self.departed.retain(|departed| is_in_use(&departed.live));
+            self.departed.retain(|departed| is_in_use(&departed.state));
             self.sweep.done(self.departed.len());
         }
     }
@@ -149,10 +149,10 @@ impl Ports {
 }
 
 fn ports_of(served: &Served) -> impl Iterator<Item = (Protocol, u16)> {
-    let forwards = served.ports.iter().map(|assignment| &assignment.route.forward);
-    forwards.map(|forward| (forward.protocol, forward.host.socket_addr().port()))
+    let port_mappings = served.ports.iter().map(|binding| &binding.target.port_mapping);
+    port_mappings.map(|port_mapping| (port_mapping.protocol, port_mapping.host.socket_addr().port()))
 }
 
-fn is_in_use(live: &Live) -> bool {
-    live.stats.connections.get() + live.stats.flows.get() > 0
+fn is_in_use(state: &MappingState) -> bool {
+    state.stats.connections.get() + state.stats.flows.get() > 0
 }

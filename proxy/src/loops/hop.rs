@@ -6,7 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use crate::mapping::addr::{Protocol, ScopedIp};
 use crate::mapping::name::Name;
 use crate::mapping::ports::PortRange;
-use crate::mapping::{Forward, HostPorts, Mapping};
+use crate::mapping::{HostPorts, Mapping, PortMapping};
 
 /// Ports in a row of one protocol, of one mapping, that lead to ports in a row.
 #[derive(Clone, Copy, Debug)]
@@ -54,7 +54,7 @@ impl<'a> Hop<'a> {
     pub fn of_sockets(
         index: usize,
         mapping: &'a Mapping,
-        sockets: impl IntoIterator<Item = Forward>,
+        sockets: impl IntoIterator<Item = PortMapping>,
     ) -> Vec<Self> {
         let mut hops: Vec<Self> = Vec::new();
         for socket in sockets {
@@ -68,7 +68,7 @@ impl<'a> Hop<'a> {
     }
 
     /// That of one socket. One without a port, which there is none of, leads nowhere.
-    pub fn of_socket(index: usize, name: Option<&'a Name>, socket: &Forward) -> Option<Self> {
+    pub fn of_socket(index: usize, name: Option<&'a Name>, socket: &PortMapping) -> Option<Self> {
         let (host, backend) = (socket.host.socket_addr(), socket.backend.socket_addr());
         // What connects to no address in particular reaches this machine (docker-proxy takes such a backend).
         let to = match backend.ip() {

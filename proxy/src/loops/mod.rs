@@ -12,9 +12,9 @@ use std::fmt;
 
 use crate::loops::whereabouts::{Destination, Whereabouts};
 use crate::mapping::addr::{AddrError, Protocol, ScopedIp};
-use crate::mapping::overlap::Place;
+use crate::mapping::overlap::BindScope;
 use crate::mapping::ports::PortRange;
-use crate::mapping::{Forward, Mapping};
+use crate::mapping::{Mapping, PortMapping};
 
 pub use self::hop::Hop;
 
@@ -100,7 +100,7 @@ pub fn refuse_loops_among<'a>(mappings: impl IntoIterator<Item = &'a Mapping>) -
 ///
 /// # Errors
 /// [`LoopError`]
-pub fn refuse_loop(socket: &Forward, whereabouts: &mut Whereabouts) -> Result<(), LoopError> {
+pub fn refuse_loop(socket: &PortMapping, whereabouts: &mut Whereabouts) -> Result<(), LoopError> {
     let hop = Hop::of_socket(0, None, socket);
     refuse_loops(hop.as_slice(), [], whereabouts)
 }
@@ -139,14 +139,14 @@ type Step = (usize, u16);
 struct Listeners<'a> {
     hops: Vec<Hop<'a>>,
     /// The hops at each place, by their first port.
-    at: HashMap<(Protocol, Place), Vec<(PortRange, usize)>>,
+    at: HashMap<(Protocol, BindScope), Vec<(PortRange, usize)>>,
 }
 
 impl<'a> Listeners<'a> {
     fn new(hops: Vec<Hop<'a>>) -> Self {
         let mut at: HashMap<_, Vec<(PortRange, usize)>> = HashMap::new();
         for (index, hop) in hops.iter().enumerate() {
-            let place = Place::of(hop.host, hop.v6only);
+            let place = BindScope::of(hop.host, hop.v6only);
             at.entry((hop.protocol, place)).or_default().push((hop.host_ports, index));
         }
         at.values_mut().for_each(|ranges| ranges.sort_by_key(|(range, index)| (range.first(), *index)));
@@ -221,7 +221,7 @@ impl<'a> Listeners<'a> {
     /// Who listens where a hop leads to, and may be reached: their ports, and their hops.
     fn ranges_reached(&self, hop: usize) -> impl Iterator<Item = (PortRange, usize)> {
         let hop = self.hops[hop];
-        let ranges = Place::reached_by(hop.backend).into_iter().filter_map(move |place| {
+        let ranges = BindScope::reached_by(hop.backend).into_iter().filter_map(move |place| {
             let ranges = self.at.get(&(hop.protocol, place))?;
             // One that begins before may reach into it: ranges of one place do not overlap.
             let begin = ranges.partition_point(|(range, _)| range.first() <= hop.backend_ports.first());
@@ -239,12 +239,12 @@ impl<'a> Listeners<'a> {
     ) -> Option<Step> {
         let hop = &self.hops[hop];
         let port = hop.backend_port(port);
-        let mut places = Place::reached_by(hop.backend).into_iter();
+        let mut places = BindScope::reached_by(hop.backend).into_iter();
         let found = places.find_map(|place| self.listening(hop.protocol, place, port))?;
         (whereabouts(hop.backend) == Destination::Here).then_some((found, port))
     }
 
-    fn listening(&self, protocol: Protocol, place: Place, port: u16) -> Option<usize> {
+    fn listening(&self, protocol: Protocol, place: BindScope, port: u16) -> Option<usize> {
         let ranges = self.at.get(&(protocol, place))?;
         let before = ranges.partition_point(|(range, _)| range.first() <= port).checked_sub(1)?;
         let (range, hop) = ranges[before];
@@ -379,10 +379,10 @@ mod tests {
     #[test]
     fn ports_of_sockets_are_put_together() {
         let one = mapping("0.0.0.0:8000-8019/tcp+udp 127.0.0.1:9000-9019");
-        let hops = Hop::of_sockets(0, &one, one.forwards());
+        let hops = Hop::of_sockets(0, &one, one.port_mappings());
         let of_mapping: Vec<_> = Hop::of(0, &one).collect();
         assert_eq!(format!("{hops:?}"), format!("{of_mapping:?}"));
-        let others = one.forwards().step_by(2);
+        let others = one.port_mappings().step_by(2);
         assert_eq!(Hop::of_sockets(0, &one, others).len(), 20);
     }
 
@@ -410,7 +410,7 @@ mod tests {
     }
 
     /// Whether packets that a backend gets come to this socket.
-    fn is_reached(socket: &Forward, from: &Forward) -> bool {
+    fn is_reached(socket: &PortMapping, from: &PortMapping) -> bool {
         let (host, to) = (socket.host.socket_addr(), from.backend.socket_addr());
         let takes = match (ScopedIp::from(host), to.is_ipv4()) {
             (ScopedIp::ANY, is_v4) => !(is_v4 && socket.v6only),
@@ -423,9 +423,9 @@ mod tests {
     }
 
     /// Whether one of some sockets leads back to itself: follows each for as many steps as there are sockets.
-    fn has_ring(sockets: &[Forward]) -> bool {
+    fn has_ring(sockets: &[PortMapping]) -> bool {
         sockets.iter().any(|start| {
-            let step = |at: &&Forward| sockets.iter().find(|socket| is_reached(socket, at));
+            let step = |at: &&PortMapping| sockets.iter().find(|socket| is_reached(socket, at));
             std::iter::successors(Some(start), step).nth(sockets.len()).is_some()
         })
     }
@@ -440,14 +440,14 @@ mod tests {
             while let Some(overlap) = overlaps(&set).first() {
                 set.remove(overlap.second);
             }
-            let sockets: Vec<Forward> = set.iter().flat_map(Mapping::forwards).collect();
+            let sockets: Vec<PortMapping> = set.iter().flat_map(Mapping::port_mappings).collect();
             let hops: Vec<_> = set.iter().enumerate().flat_map(|(index, one)| Hop::of(index, one)).collect();
             let whole = refuse(&hops, [], whereabouts);
             prop_assert_eq!(whole.is_err(), has_ring(&sockets), "{}: {:?}", set.iter().map(|one| format!("{one} to {}; ", one.backend())).collect::<String>(), whole);
 
             // In two steps, of which the first one was allowed.
             let (old, new) = set.split_at(known.min(set.len()));
-            let old_sockets: Vec<Forward> = old.iter().flat_map(Mapping::forwards).collect();
+            let old_sockets: Vec<PortMapping> = old.iter().flat_map(Mapping::port_mappings).collect();
             if !has_ring(&old_sockets) {
                 let new: Vec<_> = new.iter().enumerate().flat_map(|(index, one)| Hop::of(index, one)).collect();
                 let later = refuse(&new, old.iter().flat_map(|old| Hop::of(0, old)), whereabouts);

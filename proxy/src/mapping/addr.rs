@@ -154,9 +154,9 @@ impl FromStr for ScopedIp {
 /// Its text forms are `0.0.0.0:80`, `[::]:80`, and netstat's `:::80`. An IPv4-mapped IPv6 address
 /// becomes the IPv4 address that it stands for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct HostAddr(SocketAddr);
+pub struct HostSocketAddr(SocketAddr);
 
-impl HostAddr {
+impl HostSocketAddr {
     /// The host address made of `ip` and `port`.
     pub fn new(ip: impl Into<ScopedIp>, port: u16) -> Self {
         Self(ip.into().at(port))
@@ -168,13 +168,13 @@ impl HostAddr {
     }
 }
 
-impl From<SocketAddr> for HostAddr {
+impl From<SocketAddr> for HostSocketAddr {
     fn from(addr: SocketAddr) -> Self {
         Self(canonical(addr))
     }
 }
 
-impl fmt::Display for HostAddr {
+impl fmt::Display for HostSocketAddr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)
     }

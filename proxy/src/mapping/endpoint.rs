@@ -4,7 +4,7 @@ use std::fmt;
 use std::net::Ipv6Addr;
 use std::str::FromStr;
 
-use crate::mapping::addr::{AddrError, BackendAddr, HostAddr, ScopedIp};
+use crate::mapping::addr::{AddrError, BackendAddr, HostSocketAddr, ScopedIp};
 use crate::mapping::ports::PortRange;
 
 /// Where a mapping listens: `0.0.0.0:80`, `[::]:8000-8010`, netstat's `:::80`; random ports as `127.0.0.1:0`.
@@ -57,7 +57,7 @@ fn parse_host_ports(text: &str) -> Result<Option<PortRange>, AddrError> {
     if text == "0" { Ok(None) } else { Ok(Some(text.parse()?)) }
 }
 
-impl FromStr for HostAddr {
+impl FromStr for HostSocketAddr {
     type Err = AddrError;
 
     fn from_str(text: &str) -> Result<Self, AddrError> {
@@ -245,7 +245,7 @@ mod tests {
 
     #[test]
     fn an_address_is_that_of_one_port() {
-        let host = |text: &str| text.parse::<HostAddr>().map(|addr| addr.to_string());
+        let host = |text: &str| text.parse::<HostSocketAddr>().map(|addr| addr.to_string());
         assert_eq!(host("[::ffff:10.0.0.1]:80").as_deref(), Ok("10.0.0.1:80"));
         assert_eq!(host("127.0.0.1:0").as_deref(), Ok("127.0.0.1:0"));
         assert!(host("127.0.0.1:80-90").unwrap_err().to_string().contains("one port is wanted"));

@@ -1,7 +1,7 @@
 //! A mapping: host ports, and the backend ports that they stand for.
 //!
-//! A range of ports is one mapping, with one name and one set of limits. [`Mapping::forwards`] shows
-//! it port by port, as [`Forward`]s.
+//! A range of ports is one mapping, with one name and one set of limits. [`Mapping::port_mappings`] shows
+//! it port by port, as [`PortMapping`]s.
 
 pub mod access;
 pub mod addr;
@@ -20,7 +20,7 @@ pub mod wire;
 
 use std::fmt;
 
-use crate::mapping::addr::{AddrError, BackendAddr, HostAddr, Protocol, Protocols, ScopedIp};
+use crate::mapping::addr::{AddrError, BackendAddr, HostSocketAddr, Protocol, Protocols, ScopedIp};
 use crate::mapping::limits::Limits;
 use crate::mapping::name::Name;
 use crate::mapping::ports::PortRange;
@@ -181,18 +181,18 @@ impl Mapping {
     }
 
     /// Its ports one by one, TCP first. The host port is 0 where it is yet to be chosen.
-    pub fn forwards(&self) -> impl Iterator<Item = Forward> {
+    pub fn port_mappings(&self) -> impl Iterator<Item = PortMapping> {
         self.protocols.iter().flat_map(move |protocol| {
             let ports = self.backend_ports.iter().enumerate();
-            ports.map(move |(index, port)| self.forward(protocol, self.exact_port(index), port))
+            ports.map(move |(index, port)| self.port_mapping(protocol, self.exact_port(index), port))
         })
     }
 
     /// One port of it: `host_port`, whichever was chosen, to `backend_port`.
-    pub(crate) fn forward(&self, protocol: Protocol, host_port: u16, backend_port: u16) -> Forward {
-        Forward {
+    pub(crate) fn port_mapping(&self, protocol: Protocol, host_port: u16, backend_port: u16) -> PortMapping {
+        PortMapping {
             protocol,
-            host: HostAddr::new(self.host, host_port),
+            host: HostSocketAddr::new(self.host, host_port),
             backend: BackendAddr::new(self.backend, backend_port).expect("a range is without port 0"),
             v6only: self.v6only,
         }
@@ -241,18 +241,18 @@ pub enum MappingError {
 
 /// One port of a mapping, as one socket serves it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Forward {
+pub struct PortMapping {
     /// The transport protocol, the same on both sides.
     pub protocol: Protocol,
     /// Where clients connect.
-    pub host: HostAddr,
+    pub host: HostSocketAddr,
     /// Where they end up.
     pub backend: BackendAddr,
     /// Whether an IPv6 wildcard leaves IPv4 clients out (`IPV6_V6ONLY`, ipv6(7)).
     pub v6only: bool,
 }
 
-impl fmt::Display for Forward {
+impl fmt::Display for PortMapping {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{} -> {}", self.host, self.protocol, self.backend)
     }
@@ -275,10 +275,11 @@ mod tests {
     #[test]
     fn a_range_pairs_up_port_by_port_for_each_protocol() {
         let range = mapping("[::]", "8000-8002", "10.0.0.1", "80-82").unwrap();
-        let forwards: Vec<_> = range.forwards().map(|forward| forward.to_string()).collect();
-        assert_eq!(range.sockets(), forwards.len());
-        assert_eq!(forwards[0], "[::]:8000/tcp -> 10.0.0.1:80");
-        assert_eq!(forwards[5], "[::]:8002/udp -> 10.0.0.1:82");
+        let port_mappings: Vec<_> =
+            range.port_mappings().map(|port_mapping| port_mapping.to_string()).collect();
+        assert_eq!(range.sockets(), port_mappings.len());
+        assert_eq!(port_mappings[0], "[::]:8000/tcp -> 10.0.0.1:80");
+        assert_eq!(port_mappings[5], "[::]:8002/udp -> 10.0.0.1:82");
         assert_eq!(range.to_string(), "[::]:8000-8002:80-82/tcp+udp");
     }
 
@@ -286,7 +287,7 @@ mod tests {
     fn ports_that_are_yet_to_be_chosen_are_zero() {
         for host_ports in ["", "8000-8010"] {
             let mapping = mapping("10.0.0.11", host_ports, "10.0.0.1", "80").unwrap();
-            assert!(mapping.forwards().all(|forward| forward.host.socket_addr().port() == 0));
+            assert!(mapping.port_mappings().all(|port_mapping| port_mapping.host.socket_addr().port() == 0));
             assert_eq!(mapping.sockets(), 2);
         }
     }

@@ -5,7 +5,7 @@ use std::fmt;
 
 use crate::mapping::addr::{Protocol, Protocols, ScopedIp};
 use crate::mapping::ports::PortRange;
-use crate::mapping::{Forward, HostPorts, Mapping};
+use crate::mapping::{HostPorts, Mapping, PortMapping};
 
 /// Two mappings of one set that cannot both be bound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,13 +23,13 @@ pub struct Overlap {
 ///
 /// The time is that of sorting, since a set has tens of thousands of mappings, at as many addresses.
 pub fn overlaps<'a>(mappings: impl IntoIterator<Item = &'a Mapping>) -> Vec<Overlap> {
-    let mut taken: HashMap<(Protocol, Place), Vec<Wanted>> = HashMap::new();
+    let mut taken: HashMap<(Protocol, BindScope), Vec<Wanted>> = HashMap::new();
     for (index, mapping) in mappings.into_iter().enumerate() {
         let HostPorts::Exactly(range) = mapping.host_ports() else {
             continue;
         };
         for protocol in mapping.protocols().iter() {
-            let place = Place::of(mapping.host(), mapping.is_v6only());
+            let place = BindScope::of(mapping.host(), mapping.is_v6only());
             taken.entry((protocol, place)).or_default().push((range, index));
         }
     }
@@ -39,7 +39,7 @@ pub fn overlaps<'a>(mappings: impl IntoIterator<Item = &'a Mapping>) -> Vec<Over
         within(wanted, &mut found);
     }
     for protocol in Protocols::Both.iter() {
-        for wide in [Place::All, Place::AllV4, Place::AllV6] {
+        for wide in [BindScope::All, BindScope::AllV4, BindScope::AllV6] {
             let Some(others) = taken.get(&(protocol, wide)) else { continue };
             let covered = taken
                 .iter()
@@ -56,8 +56,10 @@ pub fn overlaps<'a>(mappings: impl IntoIterator<Item = &'a Mapping>) -> Vec<Over
 }
 
 /// Whether two ports, of one number and protocol, cannot both be bound.
-pub(crate) fn exclude_each_other(one: &Forward, other: &Forward) -> bool {
-    let place = |forward: &Forward| Place::of(forward.host.socket_addr().into(), forward.v6only);
+pub(crate) fn exclude_each_other(one: &PortMapping, other: &PortMapping) -> bool {
+    let place = |port_mapping: &PortMapping| {
+        BindScope::of(port_mapping.host.socket_addr().into(), port_mapping.v6only)
+    };
     let (one, other) = (place(one), place(other));
     one == other || one.covered_by().contains(&other) || other.covered_by().contains(&one)
 }
@@ -71,7 +73,7 @@ fn sort(wanted: &mut [Wanted]) {
 
 /// Where a mapping listens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Place {
+pub(crate) enum BindScope {
     /// Every address.
     All,
     /// Every IPv4 address.
@@ -82,7 +84,7 @@ pub(crate) enum Place {
     One(ScopedIp),
 }
 
-impl Place {
+impl BindScope {
     /// That of a socket at `host`, which may leave IPv4 clients out.
     pub(crate) fn of(host: ScopedIp, v6only: bool) -> Self {
         match host {

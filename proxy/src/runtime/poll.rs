@@ -1,7 +1,7 @@
 //! Sets of listening sockets that one task serves, and that other threads add to and take from.
 //!
 //! One epoll instance watches all of them, and the event loop watches that: an idle listener costs an
-//! entry in a list, not a task. A [`Port`] can be added before its task knows what to do with it, so
+//! entry in a list, not a task. A [`WatchedListener`] can be added before its task knows what to do with it, so
 //! that everything which can fail is over before anything changes.
 
 use std::io;
@@ -14,9 +14,9 @@ use rproxy_sys::watch::Watched;
 use socket2::{Protocol, SockRef};
 use tokio::io::Interest;
 
-/// Set in the data of events that are about a [`Port`], whose number is in the other bits. A task that
+/// Set in the data of events that are about a [`WatchedListener`], whose number is in the other bits. A task that
 /// watches other sockets too leaves it clear for these.
-pub(crate) const PORT: u64 = 1 << 63;
+pub(crate) const LISTENER: u64 = 1 << 63;
 
 /// The set: a handle for whoever adds to it.
 #[derive(Clone, Debug)]
@@ -45,11 +45,11 @@ impl PollSet {
         Ok(Self(Arc::new(Shared { epoll, numbers: Mutex::default() })))
     }
 
-    /// Adds `socket`, which has to be non-blocking. Nothing is reported about it before [`Port::watch`].
+    /// Adds `socket`, which has to be non-blocking. Nothing is reported about it before [`WatchedListener::watch`].
     ///
     /// # Errors
     /// Those of epoll_ctl(2): `ENOSPC` at the limit of `fs.epoll.max_user_watches`.
-    pub(crate) fn add(&self, socket: impl Into<OwnedFd>) -> io::Result<Port> {
+    pub(crate) fn add(&self, socket: impl Into<OwnedFd>) -> io::Result<WatchedListener> {
         let socket = socket.into();
         let number = {
             let mut numbers = self.numbers();
@@ -59,7 +59,7 @@ impl PollSet {
             })
         };
         let is_mptcp = SockRef::from(&socket).protocol().is_ok_and(|known| known == Some(Protocol::MPTCP));
-        let port = Port { socket, number, is_mptcp, set: self.clone() };
+        let port = WatchedListener { socket, number, is_mptcp, set: self.clone() };
         self.epoll().add(&port.socket, port.event(EpollFlags::empty()))?;
         Ok(port)
     }
@@ -76,14 +76,14 @@ impl PollSet {
 
 /// A listening socket in a [`PollSet`]. Dropping it closes the socket.
 #[derive(Debug)]
-pub(crate) struct Port {
+pub(crate) struct WatchedListener {
     socket: OwnedFd,
     number: u32,
     is_mptcp: bool,
     set: PollSet,
 }
 
-impl Port {
+impl WatchedListener {
     /// Its number in the set: no other has it while this exists.
     pub(crate) fn number(&self) -> usize {
         self.number as usize
@@ -111,17 +111,17 @@ impl Port {
     }
 
     fn event(&self, flags: EpollFlags) -> EpollEvent {
-        EpollEvent::new(flags, PORT | u64::from(self.number))
+        EpollEvent::new(flags, LISTENER | u64::from(self.number))
     }
 }
 
-impl AsFd for Port {
+impl AsFd for WatchedListener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
 }
 
-impl Drop for Port {
+impl Drop for WatchedListener {
     fn drop(&mut self) {
         // Another process may have the socket open too, and then closing it would not end the reports.
         if let Err(error) = self.set.epoll().delete(&self.socket) {
@@ -133,12 +133,12 @@ impl Drop for Port {
 
 /// The side of the task that serves a [`PollSet`].
 #[derive(Debug)]
-pub(crate) struct Poll {
+pub(crate) struct EventSource {
     watched: Watched,
     set: PollSet,
 }
 
-impl Poll {
+impl EventSource {
     /// Makes the event loop of the current runtime watch `set`.
     ///
     /// # Errors
@@ -184,7 +184,7 @@ mod tests {
     use super::*;
     use crate::runtime::new_runtime;
 
-    fn port(set: &PollSet) -> (Port, std::net::SocketAddr) {
+    fn port(set: &PollSet) -> (WatchedListener, std::net::SocketAddr) {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let addr = listener.local_addr().unwrap();
         (set.add(listener).unwrap(), addr)
@@ -195,7 +195,7 @@ mod tests {
         let runtime = new_runtime().unwrap();
         let _entered = runtime.enter();
         let set = PollSet::new().unwrap();
-        let poll = Poll::new(set.clone()).unwrap();
+        let poll = EventSource::new(set.clone()).unwrap();
         let mut events = [EpollEvent::empty(); 4];
         let (_quiet, _) = port(&set);
         let (port, addr) = port(&set);
@@ -206,7 +206,7 @@ mod tests {
         assert_eq!(poll.look(&mut events).unwrap_err().kind(), io::ErrorKind::WouldBlock);
         port.watch(EpollFlags::EPOLLIN).unwrap();
         assert_eq!(runtime.block_on(poll.wait(&mut events)).unwrap(), 1);
-        assert_eq!(events[0].data(), PORT | port.number() as u64);
+        assert_eq!(events[0].data(), LISTENER | port.number() as u64);
         drop(port);
         assert_eq!(poll.look(&mut events).unwrap_err().kind(), io::ErrorKind::WouldBlock);
     }

@@ -52,14 +52,14 @@ struct Running {
 #[derive(Debug)]
 struct Worker {
     runtime: Handle,
-    seats: Arc<AtomicUsize>,
+    slots: Arc<AtomicUsize>,
     /// Dropping it ends the thread, if the worker has one of its own.
     _stop: Option<oneshot::Sender<()>>,
 }
 
 impl Worker {
     fn new(runtime: Handle, stop: Option<oneshot::Sender<()>>) -> Self {
-        Self { runtime, seats: Arc::default(), _stop: stop }
+        Self { runtime, slots: Arc::default(), _stop: stop }
     }
 
     fn start(number: usize, prepare: Prepare) -> io::Result<Self> {
@@ -85,7 +85,7 @@ impl Worker {
     }
 
     fn load(&self) -> usize {
-        self.seats.load(Ordering::Relaxed)
+        self.slots.load(Ordering::Relaxed)
     }
 }
 
@@ -123,7 +123,7 @@ impl Workers {
     }
 
     /// A place for one more connection, on the worker that serves the fewest.
-    pub(crate) fn seat(&self) -> Seat {
+    pub(crate) fn slot(&self) -> WorkerSlot {
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         let datagrams = usize::from(self.datagrams.load(Ordering::Relaxed));
         let load = |number: usize, worker: &Worker| worker.load() + if number == 0 { datagrams } else { 0 };
@@ -138,8 +138,13 @@ impl Workers {
             .rev()
             .min_by_key(|(number, worker)| load(*number, worker))
             .expect("the first worker is always there");
-        idlest.seats.fetch_add(1, Ordering::Relaxed);
-        Seat { worker, runtime: idlest.runtime.clone(), taken: idlest.seats.clone(), idle: self.idle.clone() }
+        idlest.slots.fetch_add(1, Ordering::Relaxed);
+        WorkerSlot {
+            worker,
+            runtime: idlest.runtime.clone(),
+            taken: idlest.slots.clone(),
+            idle: self.idle.clone(),
+        }
     }
 
     /// Starts another worker, if there is a processor for it. If it cannot be, those that run serve all, and it is
@@ -195,14 +200,14 @@ impl Workers {
 
 /// A connection's place on a worker, given up when dropped.
 #[derive(Debug)]
-pub(crate) struct Seat {
+pub(crate) struct WorkerSlot {
     worker: usize,
     runtime: Handle,
     taken: Arc<AtomicUsize>,
     idle: Arc<Notify>,
 }
 
-impl Seat {
+impl WorkerSlot {
     /// The number of the worker.
     pub(crate) fn worker(&self) -> usize {
         self.worker
@@ -214,7 +219,7 @@ impl Seat {
     }
 }
 
-impl Drop for Seat {
+impl Drop for WorkerSlot {
     fn drop(&mut self) {
         if self.taken.fetch_sub(1, Ordering::Release) == 1 {
             self.idle.notify_waiters();
@@ -232,11 +237,11 @@ mod tests {
         let workers = Workers::new(runtime.handle().clone(), || Ok(Box::new(|| ())));
         let most = thread::available_parallelism().map_or(1, usize::from);
         workers.datagrams().store(true, Ordering::Relaxed);
-        assert_eq!(workers.seat().worker(), 1.min(most - 1));
+        assert_eq!(workers.slot().worker(), 1.min(most - 1));
         assert_eq!(workers.connections(), 0);
         workers.datagrams().store(false, Ordering::Relaxed);
-        let seats: Vec<_> = (0..most).map(|_| workers.seat()).collect();
-        assert!(seats.iter().any(|seat| seat.worker() == 0));
+        let slots: Vec<_> = (0..most).map(|_| workers.slot()).collect();
+        assert!(slots.iter().any(|slot| slot.worker() == 0));
     }
 
     #[test]
@@ -246,17 +251,17 @@ mod tests {
         let most = thread::available_parallelism().map_or(1, usize::from);
         let running = || workers.running.lock().unwrap().workers.len();
 
-        drop(workers.seat());
-        drop(workers.seat());
+        drop(workers.slot());
+        drop(workers.slot());
         assert_eq!(running(), 1, "one connection at a time needs one worker");
 
-        let seats: Vec<_> = (0..most * 3).map(|_| workers.seat()).collect();
+        let slots: Vec<_> = (0..most * 3).map(|_| workers.slot()).collect();
         assert_eq!(running(), most);
         assert_eq!(workers.connections(), most * 3);
         for worker in &workers.running.lock().unwrap().workers {
             assert_eq!(worker.load(), 3);
         }
-        let other = thread::spawn(move || drop(seats));
+        let other = thread::spawn(move || drop(slots));
         runtime.block_on(workers.until_idle());
         other.join().unwrap();
         assert_eq!(workers.connections(), 0);

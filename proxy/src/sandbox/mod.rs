@@ -20,7 +20,7 @@ use rproxy_sys::memory::release_unused;
 use tracing::{info, warn};
 
 pub use self::user::User;
-use crate::mapping::Forward;
+use crate::mapping::PortMapping;
 use crate::mapping::addr::Protocol;
 use crate::runtime::descriptors::explain;
 
@@ -81,14 +81,16 @@ const FIRST_UNPRIVILEGED: u16 = 1024;
 
 impl<'a> Needs<'a> {
     /// What it takes to serve these ports, and never anything else.
-    pub fn to_serve<'f>(ports: impl IntoIterator<Item = &'f Forward>) -> Self {
-        let (udp, tcp): (Vec<&Forward>, Vec<&Forward>) =
-            ports.into_iter().partition(|forward| forward.protocol == Protocol::Udp);
-        let tcp_backends = tcp.iter().map(|forward| forward.backend.socket_addr().port()).collect();
+    pub fn to_serve<'f>(ports: impl IntoIterator<Item = &'f PortMapping>) -> Self {
+        let (udp, tcp): (Vec<&PortMapping>, Vec<&PortMapping>) =
+            ports.into_iter().partition(|port_mapping| port_mapping.protocol == Protocol::Udp);
+        let tcp_backends = tcp.iter().map(|port_mapping| port_mapping.backend.socket_addr().port()).collect();
         Self {
             user: None,
             udp: !udp.is_empty(),
-            low_udp_ports: udp.iter().any(|forward| forward.host.socket_addr().port() < FIRST_UNPRIVILEGED),
+            low_udp_ports: udp
+                .iter()
+                .any(|port_mapping| port_mapping.host.socket_addr().port() < FIRST_UNPRIVILEGED),
             dscp: false,
             tcp_backends,
             abstract_sockets: false,

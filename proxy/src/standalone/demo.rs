@@ -15,8 +15,8 @@ use crate::bind::BoundPort;
 use crate::bind::listen::{self, BindError};
 use crate::engine::Server;
 use crate::log::console;
-use crate::mapping::Forward;
-use crate::mapping::addr::{AddrError, BackendAddr, HostAddr, Protocol};
+use crate::mapping::PortMapping;
+use crate::mapping::addr::{AddrError, BackendAddr, HostSocketAddr, Protocol};
 use crate::mapping::family::{everywhere, has_ipv6, has_ipv6_loopback};
 use crate::mapping::limits::Limits;
 use crate::runtime::new_runtime;
@@ -33,7 +33,7 @@ const PAGE: &str = "\
 ";
 
 /// How long a request may take. On loopback it takes well under a millisecond.
-const PATIENCE: Duration = Duration::from_secs(5);
+const FETCH_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// The longest request or answer of the demo, in bytes.
 const LONGEST: u64 = 16 * 1024;
@@ -59,7 +59,7 @@ async fn run(once: bool) -> Result<(), DemoError> {
     let backend = start_backend()?;
     let bound = publish(backend)?;
     let addr = bound.local_addr().map_err(DemoError::step("ask for the published address"))?;
-    let mut needs = Needs::to_serve([&bound.forward]);
+    let mut needs = Needs::to_serve([&bound.port_mapping]);
     // It is its own client, too.
     needs.tcp_backends.push(addr.port());
     let server =
@@ -73,7 +73,7 @@ async fn run(once: bool) -> Result<(), DemoError> {
     console::out(&format_args!("mapping    {}/tcp -> {addr}{note}", backend.port()));
 
     for client in clients {
-        let length = timeout(PATIENCE, fetch(client))
+        let length = timeout(FETCH_TIMEOUT, fetch(client))
             .await
             .unwrap_or_else(|_elapsed| Err(io::ErrorKind::TimedOut.into()))
             .map_err(DemoError::step("fetch the page through the mapping"))?;
@@ -103,8 +103,8 @@ Let dockerd use it, in /etc/docker/daemon.json:
 
 /// Binds a free port for IPv4 and IPv6, or for IPv4 alone on a machine without IPv6 sockets.
 fn publish(backend: SocketAddr) -> Result<BoundPort, DemoError> {
-    let (host, backend) = (HostAddr::new(everywhere(), 0), BackendAddr::try_from(backend)?);
-    Ok(BoundPort::bind(Forward { protocol: Protocol::Tcp, host, backend, v6only: false })?)
+    let (host, backend) = (HostSocketAddr::new(everywhere(), 0), BackendAddr::try_from(backend)?);
+    Ok(BoundPort::bind(PortMapping { protocol: Protocol::Tcp, host, backend, v6only: false })?)
 }
 
 /// The addresses to fetch from: loopback in each family that the mapping serves, and the machine has.
@@ -145,7 +145,7 @@ fn start_backend() -> Result<SocketAddr, DemoError> {
     let addr = listener.local_addr().map_err(DemoError::step("start the backend"))?;
     tokio::spawn(async move {
         while let Ok((client, _peer)) = listener.accept().await {
-            tokio::spawn(timeout(PATIENCE, answer(client)));
+            tokio::spawn(timeout(FETCH_TIMEOUT, answer(client)));
         }
     });
     Ok(addr)

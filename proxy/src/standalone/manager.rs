@@ -139,7 +139,7 @@ impl Manager {
                     let Some(()) = or_stopped(reread, &mut stop).await else { break false };
                 }
                 () = upgrade.asked() => {
-                    let attempt = upgrade.carry_out(&server, file.as_ref().map(AsFd::as_fd));
+                    let attempt = upgrade.attempt(&server, file.as_ref().map(AsFd::as_fd));
                     match unless_stopped(attempt, &server, &mut stop, &mut watchdog).await {
                         Attempt::Failed => {}
                         Attempt::Succeeded => break true,

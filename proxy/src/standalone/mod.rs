@@ -16,7 +16,7 @@ use tokio::runtime::Runtime;
 use tracing::{debug, info};
 
 use self::manager::{Drain, Manager, Reload};
-use crate::bind::activation::{Passed, PassedError};
+use crate::bind::activation::{InheritedError, InheritedSockets};
 use crate::bind::listen::BindError;
 use crate::bind::{Bound, BoundError, BoundPort};
 use crate::cli::{self, Cli, Command, Serve, Unparsed};
@@ -27,9 +27,9 @@ use crate::engine::Server;
 use crate::log::console;
 use crate::log::console::Output;
 use crate::loops::LoopError;
-use crate::mapping::addr::HostAddr;
+use crate::mapping::addr::HostSocketAddr;
 use crate::mapping::family::{NO_IPV6, has_ipv6};
-use crate::mapping::{Forward, HostPorts, Mapping};
+use crate::mapping::{HostPorts, Mapping, PortMapping};
 use crate::runtime::descriptors::explain;
 use crate::runtime::signals::StopSignals;
 use crate::runtime::{new_runtime, prepare, raise_descriptor_limit};
@@ -100,7 +100,7 @@ fn serve_mappings(options: &Serve) -> ExitCode {
     let configuration = options.config.as_deref();
     let inherited = Inherited {
         sockets: systemd::passed_sockets(),
-        predecessor: upgrade::claim(),
+        old: upgrade::claim(),
         // If it is the path of none, reading it says so.
         _configuration: configuration.and_then(config::descriptor).and_then(|fd| claim_inherited(fd).ok()),
     };
@@ -132,7 +132,7 @@ fn start(
     let entered = runtime.enter();
     let upgrade = Upgrade::catch(launcher).map_err(setup("catch signals"))?;
     let reload = options.config.clone().map(Reload::of_file).transpose().map_err(setup("catch signals"))?;
-    let mappings = match (&inherited.predecessor, &options.config) {
+    let mappings = match (&inherited.old, &options.config) {
         (Ok(None), Some(file)) => config::read(file)?,
         _ => mappings,
     };
@@ -141,7 +141,7 @@ fn start(
     let meaningless = [hang_up, &[Signal::SIGUSR1, Signal::SIGALRM]].concat();
     let stop = StopSignals::catch(&meaningless).map_err(setup("catch signals"))?;
     let may_change = options.control.is_some() || reload.is_some();
-    let Sockets { bound, mut control, predecessor } = match inherited.predecessor? {
+    let Sockets { bound, mut control, old } = match inherited.old? {
         Some(channel) => {
             let fixed = (!may_change).then_some(&mappings[..]);
             runtime.block_on(take_over(channel, fixed, options.control.as_deref()))?
@@ -163,9 +163,9 @@ fn start(
     }
     let output = Output::open();
     sandbox::confine(options.sandbox, &needs)?;
-    match predecessor {
-        Some(predecessor) => {
-            runtime.block_on(predecessor.serve(&server))?;
+    match old {
+        Some(old) => {
+            runtime.block_on(old.serve(&server))?;
             control.iter_mut().for_each(ControlSocket::own);
         }
         None => {
@@ -182,25 +182,25 @@ fn start(
 
 /// What another process opened for this one, or why it cannot be used.
 struct Inherited {
-    sockets: Result<Passed, ActivationError>,
-    predecessor: Result<Option<OwnedFd>, UpgradeError>,
+    sockets: Result<InheritedSockets, ActivationError>,
+    old: Result<Option<OwnedFd>, UpgradeError>,
     /// Open as long as it may be read by its path.
     _configuration: Option<OwnedFd>,
 }
 
 /// Binds the mappings.
-fn bind(mappings: Vec<Mapping>, passed: Passed, options: &Serve) -> Result<Sockets, StartError> {
+fn bind(mappings: Vec<Mapping>, passed: InheritedSockets, options: &Serve) -> Result<Sockets, StartError> {
     let control = options.control.as_deref().map(ControlSocket::bind).transpose()?;
     let bound = Bound::bind_all(mappings, passed).map_err(|error| bind_error(error, options))?;
-    stale::forget_flows_to(bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.forward));
-    Ok(Sockets { bound, control, predecessor: None })
+    stale::forget_flows_to(bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.port_mapping));
+    Ok(Sockets { bound, control, old: None })
 }
 
 /// What serving `bound`, and what may come later, takes.
 fn needs<'a>(options: &'a Serve, bound: &[Bound]) -> Needs<'a> {
     let (socket, configuration) = (options.control.as_deref(), options.config.as_deref());
     let changes = (socket.is_some() || configuration.is_some()).then_some(Changes { socket, configuration });
-    let ports = bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.forward);
+    let ports = bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.port_mapping);
     Needs {
         user: options.user.as_ref(),
         abstract_sockets: systemd::is_abstract(),
@@ -225,7 +225,7 @@ fn ready_lines_of(bound: &Bound) -> Vec<String> {
         }
         _ => {
             let line = |port: &BoundPort| {
-                let Forward { backend, protocol, host, .. } = port.forward;
+                let PortMapping { backend, protocol, host, .. } = port.port_mapping;
                 format!("{}/{protocol} -> {host}", backend.socket_addr().port())
             };
             bound.ports.iter().map(line).collect()
@@ -236,12 +236,12 @@ fn ready_lines_of(bound: &Bound) -> Vec<String> {
 /// Says which words of the command line a port that cannot be bound comes from.
 fn bind_error(error: BoundError, options: &Serve) -> StartError {
     match error {
-        BoundError::Passed(source) => StartError::Passed(source),
+        BoundError::InheritedSockets(source) => StartError::InheritedSockets(source),
         BoundError::Loop(source) => StartError::Loop(source),
         BoundError::Bind(source) => {
             let asked = match &options.config {
                 Some(file) => format!("--config {}:", file.display()),
-                None => options.mappings.words_for(HostAddr::from(source.addr)).to_owned(),
+                None => options.mappings.words_for(HostSocketAddr::from(source.addr)).to_owned(),
             };
             StartError::Bind { asked, source }
         }
@@ -256,7 +256,7 @@ enum StartError {
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(transparent)]
-    Passed(PassedError),
+    InheritedSockets(InheritedError),
     #[error(transparent)]
     Loop(LoopError),
     #[error(transparent)]

@@ -11,37 +11,37 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
-use crate::mapping::Forward;
+use crate::mapping::PortMapping;
 use crate::mapping::limits::Limits;
-use crate::runtime::poll::Port;
+use crate::runtime::poll::WatchedListener;
 use crate::state::stats::Stats;
 
 /// A listening socket and what it stands for.
 #[derive(Clone, Debug)]
-pub(crate) struct Assignment {
+pub(crate) struct Binding {
     /// The socket.
-    pub(crate) port: Arc<Port>,
+    pub(crate) port: Arc<WatchedListener>,
     /// Where its clients end up, and how.
-    pub(crate) route: Arc<Route>,
+    pub(crate) target: Arc<Target>,
 }
 
 /// Where the clients of one port of a mapping end up, and how they are served.
 #[derive(Debug)]
-pub(crate) struct Route {
+pub(crate) struct Target {
     /// Which port of the mapping it is, and of the backend.
-    pub(crate) forward: Forward,
+    pub(crate) port_mapping: PortMapping,
     /// What it shares with the other ports.
-    pub(crate) service: Arc<Service>,
+    pub(crate) policy: Arc<MappingPolicy>,
 }
 
 /// How new connections and flows of a mapping are served. Other limits make another one, and what
 /// goes on already keeps the one that it started with.
 #[derive(Debug)]
-pub(crate) struct Service {
+pub(crate) struct MappingPolicy {
     /// What bounds connections and flows.
     pub(crate) limits: Limits,
     /// What goes on in the mapping, before and after the change.
-    pub(crate) live: Arc<Live>,
+    pub(crate) state: Arc<MappingState>,
 }
 
 /// How long it is not told again that a mapping is full.
@@ -49,7 +49,7 @@ const TOLD_FULL: Duration = Duration::from_secs(60);
 
 /// What goes on in a mapping.
 #[derive(Debug, Default)]
-pub(crate) struct Live {
+pub(crate) struct MappingState {
     pub(crate) stats: Stats,
     /// Connections that count against the limit.
     connections: AtomicUsize,
@@ -90,7 +90,7 @@ impl Capacity {
     }
 }
 
-impl Live {
+impl MappingState {
     /// A mapping without connections; `capacity` is notified when connections end that others wait for.
     pub(crate) fn new(capacity: Arc<Capacity>) -> Self {
         Self { capacity, ..Self::default() }
@@ -120,17 +120,17 @@ impl Live {
     }
 }
 
-impl Service {
+impl MappingPolicy {
     /// Whether the limits allow one more connection. If not, the end of one is going to be told.
     pub(crate) fn has_room(&self) -> bool {
         let Some(most) = self.limits.max_connections else {
             return true;
         };
-        let Live { connections, is_full, .. } = &*self.live;
+        let MappingState { connections, is_full, .. } = &*self.state;
         let now = connections.load(Ordering::SeqCst);
         if now < most {
-            if now <= most / 2 && self.live.told_full.load(Ordering::Relaxed) {
-                self.live.told_full.store(false, Ordering::Relaxed);
+            if now <= most / 2 && self.state.told_full.load(Ordering::Relaxed) {
+                self.state.told_full.store(false, Ordering::Relaxed);
             }
             return true;
         }
@@ -151,75 +151,75 @@ impl Service {
 
 /// A connection's place in its mapping, given up when dropped, which has to be after its sockets were closed.
 #[derive(Debug)]
-pub(crate) struct Place(Arc<Route>);
+pub(crate) struct ConnectionGuard(Arc<Target>);
 
-impl Place {
+impl ConnectionGuard {
     /// A place for one more connection.
-    pub(crate) fn take(route: &Arc<Route>) -> Self {
-        let live = &route.service.live;
-        live.connections.fetch_add(1, Ordering::SeqCst);
-        live.stats.connections.add(1);
-        live.stats.connections_total.add(1);
-        Self(route.clone())
+    pub(crate) fn take(target: &Arc<Target>) -> Self {
+        let state = &target.policy.state;
+        state.connections.fetch_add(1, Ordering::SeqCst);
+        state.stats.connections.add(1);
+        state.stats.connections_total.add(1);
+        Self(target.clone())
     }
 
     /// Where the connection ends up.
-    pub(crate) fn forward(&self) -> &Forward {
-        &self.0.forward
+    pub(crate) fn port_mapping(&self) -> &PortMapping {
+        &self.0.port_mapping
     }
 
     /// What bounds it.
     pub(crate) fn limits(&self) -> &Limits {
-        &self.0.service.limits
+        &self.0.policy.limits
     }
 
     /// What goes on in its mapping.
-    pub(crate) fn live(&self) -> &Arc<Live> {
-        &self.0.service.live
+    pub(crate) fn state(&self) -> &Arc<MappingState> {
+        &self.0.policy.state
     }
 
     /// What it is counted in.
     pub(crate) fn stats(&self) -> &Stats {
-        &self.0.service.live.stats
+        &self.0.policy.state.stats
     }
 }
 
-impl Drop for Place {
+impl Drop for ConnectionGuard {
     fn drop(&mut self) {
-        let live = &self.0.service.live;
-        live.stats.connections.sub_one();
-        live.connections.fetch_sub(1, Ordering::SeqCst);
-        if live.is_full.swap(false, Ordering::SeqCst) {
-            live.capacity.freed.notify_one();
+        let state = &self.0.policy.state;
+        state.stats.connections.sub_one();
+        state.connections.fetch_sub(1, Ordering::SeqCst);
+        if state.is_full.swap(false, Ordering::SeqCst) {
+            state.capacity.freed.notify_one();
         }
-        live.capacity.free();
+        state.capacity.free();
     }
 }
 
 /// A flow's place in its mapping, given up when dropped, which has to be after its socket was closed.
 #[derive(Debug)]
-pub(crate) struct FlowPlace(Arc<Route>);
+pub(crate) struct FlowGuard(Arc<Target>);
 
-impl FlowPlace {
+impl FlowGuard {
     /// A place for one more flow.
-    pub(crate) fn take(route: &Arc<Route>) -> Self {
-        let stats = &route.service.live.stats;
+    pub(crate) fn take(target: &Arc<Target>) -> Self {
+        let stats = &target.policy.state.stats;
         stats.flows.add(1);
         stats.flows_total.add(1);
-        Self(route.clone())
+        Self(target.clone())
     }
 
     /// Where the flow ends up, and how it is served.
-    pub(crate) fn route(&self) -> &Arc<Route> {
+    pub(crate) fn target(&self) -> &Arc<Target> {
         &self.0
     }
 }
 
-impl Drop for FlowPlace {
+impl Drop for FlowGuard {
     fn drop(&mut self) {
-        let live = &self.0.service.live;
-        live.stats.flows.sub_one();
-        live.capacity.free();
+        let state = &self.0.policy.state;
+        state.stats.flows.sub_one();
+        state.capacity.free();
     }
 }
 
@@ -228,13 +228,13 @@ mod tests {
     use super::*;
     use crate::mapping::addr::Protocol;
 
-    fn route(max_connections: usize, capacity: Arc<Capacity>) -> Arc<Route> {
+    fn target(max_connections: usize, capacity: Arc<Capacity>) -> Arc<Target> {
         let backend = "192.0.2.1:80".parse().unwrap();
         let host = "127.0.0.1:80".parse().unwrap();
-        let forward = Forward { protocol: Protocol::Tcp, host, backend, v6only: false };
+        let port_mapping = PortMapping { protocol: Protocol::Tcp, host, backend, v6only: false };
         let limits = Limits { max_connections: Some(max_connections), ..Limits::default() };
-        let service = Arc::new(Service { limits, live: Arc::new(Live::new(capacity)) });
-        Arc::new(Route { forward, service })
+        let policy = Arc::new(MappingPolicy { limits, state: Arc::new(MappingState::new(capacity)) });
+        Arc::new(Target { port_mapping, policy })
     }
 
     fn block_on(future: impl Future<Output = ()>) {
@@ -244,28 +244,28 @@ mod tests {
     #[test]
     fn a_full_mapping_tells_when_there_is_room_again() {
         let capacity = Arc::new(Capacity::default());
-        let route = route(2, capacity.clone());
-        let Service { live, .. } = &*route.service;
+        let target = target(2, capacity.clone());
+        let MappingPolicy { state, .. } = &*target.policy;
 
-        let places = [Place::take(&route), Place::take(&route)];
-        assert!(!route.service.has_room() && live.is_full());
+        let places = [ConnectionGuard::take(&target), ConnectionGuard::take(&target)];
+        assert!(!target.policy.has_room() && state.is_full());
         drop(places);
-        assert!(!live.is_full() && route.service.has_room());
+        assert!(!state.is_full() && target.policy.has_room());
         block_on(capacity.freed());
-        assert_eq!([live.stats.connections.get(), live.stats.connections_total.get()], [0, 2]);
+        assert_eq!([state.stats.connections.get(), state.stats.connections_total.get()], [0, 2]);
     }
 
     #[test]
     fn that_a_small_mapping_is_full_is_told_once_a_minute() {
-        let route = route(2, Arc::default());
-        let Service { live, .. } = &*route.service;
+        let target = target(2, Arc::default());
+        let MappingPolicy { state, .. } = &*target.policy;
         let start = Instant::now();
         let told = [0, 1, 59, 60, 61].map(|seconds| {
-            let places = [Place::take(&route), Place::take(&route)];
-            assert!(!route.service.has_room());
-            let told = live.tell_full_at(start + Duration::from_secs(seconds));
+            let places = [ConnectionGuard::take(&target), ConnectionGuard::take(&target)];
+            assert!(!target.policy.has_room());
+            let told = state.tell_full_at(start + Duration::from_secs(seconds));
             drop(places);
-            assert!(route.service.has_room(), "and it is half empty");
+            assert!(target.policy.has_room(), "and it is half empty");
             told
         });
         assert_eq!(told, [true, false, false, true, false]);
@@ -274,11 +274,14 @@ mod tests {
     #[test]
     fn the_end_of_a_connection_or_flow_is_notified_to_whoever_lacks_what_it_held() {
         let capacity = Arc::new(Capacity::default());
-        let route = route(2, capacity.clone());
-        for take in [|route| drop(Place::take(route)), |route: &Arc<Route>| drop(FlowPlace::take(route))] {
+        let target = target(2, capacity.clone());
+        for take in [
+            |target| drop(ConnectionGuard::take(target)),
+            |target: &Arc<Target>| drop(FlowGuard::take(target)),
+        ] {
             assert!(!capacity.request(), "nobody has asked since the last notification");
             assert!(capacity.request());
-            take(&route);
+            take(&target);
             block_on(capacity.freed());
         }
     }

@@ -6,18 +6,18 @@ use tracing::info;
 
 use crate::log::limit::LogLimit;
 use crate::mapping::addr::canonical;
-use crate::state::Route;
-use crate::state::stats::Trouble;
+use crate::state::Target;
+use crate::state::stats::FailureKind;
 
-impl Route {
+impl Target {
     /// Whether `client`, a peer of the mapping's socket, is served.
     pub(crate) fn admits(&self, client: SocketAddr) -> bool {
         static DENIED: LogLimit = LogLimit::new();
 
-        let Some(reason) = self.service.limits.access.refusal(client.ip()) else { return true };
-        self.service.live.stats.count(Trouble::Denied);
+        let Some(reason) = self.policy.limits.access.refusal(client.ip()) else { return true };
+        self.policy.state.stats.count(FailureKind::Denied);
         if let Some(suppressed) = DENIED.permit() {
-            info!(mapping = %self.forward, client = %canonical(client), reason, suppressed, "client refused");
+            info!(mapping = %self.port_mapping, client = %canonical(client), reason, suppressed, "client refused");
         }
         false
     }
@@ -26,10 +26,10 @@ impl Route {
     pub(crate) fn is_over_limit(&self, client: SocketAddr) {
         static OVER: LogLimit = LogLimit::new();
 
-        self.service.live.stats.count(Trouble::OverLimit);
+        self.policy.state.stats.count(FailureKind::OverLimit);
         if let Some(suppressed) = OVER.permit() {
-            let (mapping, client) = (&self.forward, canonical(client));
-            let limit = self.service.limits.max_connections;
+            let (mapping, client) = (&self.port_mapping, canonical(client));
+            let limit = self.policy.limits.max_connections;
             info!(%mapping, %client, max_connections = limit, suppressed, "client reset: the mapping is full");
         }
     }
@@ -38,10 +38,10 @@ impl Route {
     pub(crate) fn is_full(&self) {
         static FULL: LogLimit = LogLimit::new();
 
-        if self.service.live.tell_full()
+        if self.policy.state.tell_full()
             && let Some(suppressed) = FULL.permit()
         {
-            let (mapping, limit) = (&self.forward, self.service.limits.max_connections);
+            let (mapping, limit) = (&self.port_mapping, self.policy.limits.max_connections);
             info!(%mapping, max_connections = limit, suppressed, "the mapping is full: more clients wait in its backlog");
         }
     }

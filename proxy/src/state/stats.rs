@@ -28,7 +28,7 @@ impl Counter {
 
 /// Why something that a client wanted did not come about, or did not come to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Trouble {
+pub enum FailureKind {
     /// The backend refused a connection.
     Refused,
     /// The backend did not answer a connection attempt in time.
@@ -58,7 +58,7 @@ pub enum Trouble {
     Forged,
 }
 
-impl Trouble {
+impl FailureKind {
     /// All of them, in the order in which they are shown.
     pub const ALL: [Self; 13] = [
         Self::Refused,
@@ -115,23 +115,23 @@ pub struct Stats {
     pub datagrams_in: Counter,
     /// Datagrams for clients.
     pub datagrams_out: Counter,
-    troubles: [Counter; Trouble::ALL.len()],
+    troubles: [Counter; FailureKind::ALL.len()],
 }
 
 impl Stats {
     /// How often `trouble` occurred.
-    pub fn trouble(&self, trouble: Trouble) -> u64 {
-        self.troubles[trouble as usize].get()
+    pub fn failure_kind(&self, failure_kind: FailureKind) -> u64 {
+        self.troubles[failure_kind as usize].get()
     }
 
     /// Counts an occurrence of `trouble`.
-    pub(crate) fn count(&self, trouble: Trouble) {
-        self.count_many(trouble, 1);
+    pub(crate) fn count(&self, failure_kind: FailureKind) {
+        self.count_many(failure_kind, 1);
     }
 
     /// Counts `count` occurrences of `trouble`.
-    pub(crate) fn count_many(&self, trouble: Trouble, count: u64) {
-        self.troubles[trouble as usize].add(count);
+    pub(crate) fn count_many(&self, failure_kind: FailureKind, count: u64) {
+        self.troubles[failure_kind as usize].add(count);
     }
 }
 
@@ -142,11 +142,11 @@ mod tests {
     #[test]
     fn each_trouble_has_a_place_and_a_name_of_its_own() {
         let stats = Stats::default();
-        for (index, trouble) in Trouble::ALL.into_iter().enumerate() {
-            assert_eq!(trouble as usize, index);
-            stats.count(trouble);
-            assert_eq!(stats.trouble(trouble), 1);
-            let same_name = Trouble::ALL.iter().filter(|other| other.as_str() == trouble.as_str());
+        for (index, failure_kind) in FailureKind::ALL.into_iter().enumerate() {
+            assert_eq!(failure_kind as usize, index);
+            stats.count(failure_kind);
+            assert_eq!(stats.failure_kind(failure_kind), 1);
+            let same_name = FailureKind::ALL.iter().filter(|other| other.as_str() == failure_kind.as_str());
             assert_eq!(same_name.count(), 1);
         }
     }

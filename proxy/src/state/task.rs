@@ -15,26 +15,26 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tracing::error;
 
-use crate::runtime::poll::{Poll, PollSet, Port};
-use crate::state::Assignment;
+use crate::runtime::poll::{EventSource, PollSet, WatchedListener};
+use crate::state::Binding;
 
 /// What a task is told.
 #[derive(Debug)]
-pub(crate) enum Order {
+pub(crate) enum Command {
     /// Serve these listeners so from now on, whether they are new or not.
-    Serve(Vec<Assignment>),
+    Serve(Vec<Binding>),
     /// Let what goes on with these listeners come to its end, take nothing new, and close them. The
     /// sender is told when nothing new is taken any more.
-    Release(Vec<Arc<Port>>, oneshot::Sender<()>),
+    Release(Vec<Arc<WatchedListener>>, oneshot::Sender<()>),
     /// Close all listeners that are served: another process serves them, and the flows that are paused.
     Leave,
     /// Do something with all flows, if you have any.
-    Flows(FlowOrder),
+    Flows(FlowCommand),
 }
 
 /// What the UDP task is told when it gets or gives its flows.
 #[derive(Debug)]
-pub(crate) enum FlowOrder {
+pub(crate) enum FlowCommand {
     /// Take no datagrams, and say which flows there are.
     Pause(oneshot::Sender<LiveFlows>),
     /// Go on after a pause.
@@ -86,13 +86,13 @@ pub(crate) struct PortTurn {
 }
 
 /// The orders of a task; at the end of them it is to come to its own.
-pub(crate) type Orders = mpsc::UnboundedReceiver<Order>;
+pub(crate) type Commands = mpsc::UnboundedReceiver<Command>;
 
 /// A task that serves listeners.
 #[derive(Debug)]
 pub(crate) struct ListenerTask {
     set: PollSet,
-    orders: mpsc::UnboundedSender<Order>,
+    commands: mpsc::UnboundedSender<Command>,
     task: JoinHandle<io::Result<()>>,
 }
 
@@ -104,28 +104,28 @@ impl ListenerTask {
     ///
     /// # Panics
     /// Outside a tokio runtime.
-    pub(crate) fn spawn<T>(task: impl FnOnce(Poll, Orders) -> T) -> io::Result<Self>
+    pub(crate) fn spawn<T>(task: impl FnOnce(EventSource, Commands) -> T) -> io::Result<Self>
     where
         T: Future<Output = io::Result<()>> + Send + 'static,
     {
         let set = PollSet::new()?;
-        let (sender, orders) = mpsc::unbounded_channel();
-        let task = tokio::spawn(task(Poll::new(set.clone())?, orders));
-        Ok(Self { set, orders: sender, task })
+        let (sender, commands) = mpsc::unbounded_channel();
+        let task = tokio::spawn(task(EventSource::new(set.clone())?, commands));
+        Ok(Self { set, commands: sender, task })
     }
 
     /// Makes `socket` one of its listeners. Nothing happens with it before [`Self::serve`].
     ///
     /// # Errors
     /// Those of epoll_ctl(2).
-    pub(crate) fn add(&self, socket: impl Into<OwnedFd>) -> io::Result<Arc<Port>> {
+    pub(crate) fn add(&self, socket: impl Into<OwnedFd>) -> io::Result<Arc<WatchedListener>> {
         self.set.add(socket).map(Arc::new)
     }
 
     /// Serves listeners that were added, so from now on.
-    pub(crate) fn serve(&self, assignments: Vec<Assignment>) {
-        let ports: Vec<_> = assignments.iter().map(|assignment| assignment.port.clone()).collect();
-        self.tell(Order::Serve(assignments));
+    pub(crate) fn serve(&self, bindings: Vec<Binding>) {
+        let ports: Vec<_> = bindings.iter().map(|binding| binding.port.clone()).collect();
+        self.tell(Command::Serve(bindings));
         for port in ports {
             // That nothing more is received would else look like a datagram that is never there.
             if let Err(error) = port.watch(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP) {
@@ -135,26 +135,26 @@ impl ListenerTask {
     }
 
     /// Serves listeners otherwise from now on, which are served already.
-    pub(crate) fn change(&self, assignments: Vec<Assignment>) {
-        self.tell(Order::Serve(assignments));
+    pub(crate) fn change(&self, bindings: Vec<Binding>) {
+        self.tell(Command::Serve(bindings));
     }
 
     /// Takes nothing new from listeners, and closes them in the end. The receiver is told when the
     /// former is so.
-    pub(crate) fn release(&self, ports: Vec<Arc<Port>>) -> oneshot::Receiver<()> {
+    pub(crate) fn release(&self, ports: Vec<Arc<WatchedListener>>) -> oneshot::Receiver<()> {
         let (done, is_done) = oneshot::channel();
-        self.tell(Order::Release(ports, done));
+        self.tell(Command::Release(ports, done));
         is_done
     }
 
     /// Closes all listeners, and gives up the flows that are paused.
     pub(crate) fn leave(&self) {
-        self.tell(Order::Leave);
+        self.tell(Command::Leave);
     }
 
     /// Tells a UDP task what to do with its flows.
-    pub(crate) fn flows(&self, order: FlowOrder) {
-        self.tell(Order::Flows(order));
+    pub(crate) fn flows(&self, command: FlowCommand) {
+        self.tell(Command::Flows(command));
     }
 
     /// Waits until the task has ended, which it does by itself only if it failed.
@@ -171,8 +171,8 @@ impl ListenerTask {
         self.task
     }
 
-    fn tell(&self, order: Order) {
-        if self.orders.send(order).is_err() {
+    fn tell(&self, command: Command) {
+        if self.commands.send(command).is_err() {
             error!("the task that serves listeners is gone");
         }
     }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
-use rproxy_sys::socket;
+use rproxy_sys::socket::{self, set_traffic_class};
 use rustix::net::connect_unspec;
 use socket2::{SockRef, Socket};
 use tokio::time::{Instant, sleep_until};
@@ -20,14 +20,15 @@ use tracing::{debug, error, warn};
 use super::{Accepted, connections, dial, reactor, serve};
 use crate::bind::listen::{BACKLOG, set_stream_options};
 use crate::log::limit::LogLimit;
-use crate::mapping::Forward;
-use crate::mapping::addr::{BackendAddr, HostAddr, canonical};
+use crate::mapping::PortMapping;
+use crate::mapping::addr::{BackendAddr, HostSocketAddr, canonical};
+use crate::mapping::dscp::Dscp;
 use crate::mapping::limits::OnLimit;
 use crate::runtime::descriptors::explain;
-use crate::runtime::poll::{PORT, Poll, Port};
-use crate::runtime::worker::{Seat, Workers};
-use crate::state::task::{Order, Orders};
-use crate::state::{Assignment, Capacity, Place, Service};
+use crate::runtime::poll::{EventSource, LISTENER, WatchedListener};
+use crate::runtime::worker::{WorkerSlot, Workers};
+use crate::state::task::{Command, Commands};
+use crate::state::{Binding, Capacity, ConnectionGuard, MappingPolicy};
 use crate::tcp::backoff::Backoff;
 
 /// Listeners looked after in one turn.
@@ -41,13 +42,13 @@ const LONGEST_BACKLOG: usize = 4096;
 
 /// The task that accepts the connections of all TCP mappings of a process.
 pub(crate) struct Acceptor {
-    poll: Poll,
-    orders: Orders,
+    poll: EventSource,
+    commands: Commands,
     /// What connections and flows give back when they end.
     capacity: Arc<Capacity>,
     workers: Arc<Workers>,
     /// By the number of their port.
-    listeners: Vec<Option<Assignment>>,
+    listeners: Vec<Option<Binding>>,
     /// The numbers of those whose mapping is full.
     full: Vec<usize>,
     backends: BackendSockets,
@@ -65,11 +66,16 @@ struct Pause {
 
 impl Acceptor {
     /// A task without listeners. It ends when all senders of `orders` are gone.
-    pub(crate) fn new(poll: Poll, orders: Orders, capacity: Arc<Capacity>, workers: Arc<Workers>) -> Self {
+    pub(crate) fn new(
+        poll: EventSource,
+        commands: Commands,
+        capacity: Arc<Capacity>,
+        workers: Arc<Workers>,
+    ) -> Self {
         let pause =
             Pause { is_on: false, backoff: Backoff::default(), until: Instant::now(), is_logged: false };
         let (listeners, full, backends) = (Vec::new(), Vec::new(), BackendSockets::default());
-        Self { poll, orders, capacity, workers, listeners, full, backends, pause }
+        Self { poll, commands, capacity, workers, listeners, full, backends, pause }
     }
 
     /// Accepts connections until nobody can give orders any more. What is pending by then is still
@@ -86,8 +92,8 @@ impl Acceptor {
             tokio::select! {
                 // Orders first: a listener may be reported before it is known here.
                 biased;
-                order = self.orders.recv() => match order {
-                    Some(order) => self.obey(order),
+                command = self.commands.recv() => match command {
+                    Some(command) => self.handle(command),
                     None => break,
                 },
                 () = capacity.freed() => {
@@ -109,12 +115,12 @@ impl Acceptor {
         Ok(())
     }
 
-    fn obey(&mut self, order: Order) {
-        match order {
-            Order::Serve(assignments) => {
-                let mut stricter: Vec<Arc<Service>> = Vec::new();
-                for assignment in assignments {
-                    let changed = self.assign(assignment);
+    fn handle(&mut self, command: Command) {
+        match command {
+            Command::Serve(bindings) => {
+                let mut stricter: Vec<Arc<MappingPolicy>> = Vec::new();
+                for binding in bindings {
+                    let changed = self.assign(binding);
                     // The ports of a mapping follow each other.
                     if !changed
                         .as_ref()
@@ -124,11 +130,11 @@ impl Acceptor {
                         stricter.extend(changed);
                     }
                 }
-                stricter.iter().for_each(|service| self.cut_denied(service));
+                stricter.iter().for_each(|policy| self.cut_denied(policy));
                 // There may be other limits now.
                 self.resume_all_full();
             }
-            Order::Release(ports, done) => {
+            Command::Release(ports, done) => {
                 self.release(&ports);
                 // Closed before anyone hears of it.
                 drop(ports);
@@ -136,33 +142,33 @@ impl Acceptor {
                 done.send(()).ok();
             }
             // What is pending there is not ours any more.
-            Order::Leave => self.listeners.clear(),
-            Order::Flows(_) => {}
+            Command::Leave => self.listeners.clear(),
+            Command::Flows(_) => {}
         }
     }
 
     /// Serves a listener so from now on. Returns the policy of its mapping if that lets other clients in than before.
-    fn assign(&mut self, assignment: Assignment) -> Option<Arc<Service>> {
-        let number = assignment.port.number();
+    fn assign(&mut self, binding: Binding) -> Option<Arc<MappingPolicy>> {
+        let number = binding.port.number();
         if self.listeners.len() <= number {
             self.listeners.resize_with(number + 1, || None);
         }
-        let service = assignment.route.service.clone();
-        let previous = self.listeners[number].replace(assignment)?.route.service.clone();
-        let is_same = Arc::ptr_eq(&previous.live, &service.live);
-        (is_same && previous.limits.access != service.limits.access).then_some(service)
+        let policy = binding.target.policy.clone();
+        let previous = self.listeners[number].replace(binding)?.target.policy.clone();
+        let is_same = Arc::ptr_eq(&previous.state, &policy.state);
+        (is_same && previous.limits.access != policy.limits.access).then_some(policy)
     }
 
     /// Resets connections whose clients are denied from now on. All that were accepted before are on their workers.
-    fn cut_denied(&self, service: &Arc<Service>) {
+    fn cut_denied(&self, policy: &Arc<MappingPolicy>) {
         for runtime in self.workers.runtimes() {
-            let service = service.clone();
-            runtime.spawn(async move { connections::cut_denied(&service) });
+            let policy = policy.clone();
+            runtime.spawn(async move { connections::cut_denied(&policy) });
         }
     }
 
     /// Accepts what is pending on some listeners, as far as the limits allow, and forgets them.
-    fn release(&mut self, ports: &[Arc<Port>]) {
+    fn release(&mut self, ports: &[Arc<WatchedListener>]) {
         let mut ready = Vec::new();
         for port in ports {
             let Some(listener) = self.listeners.get_mut(port.number()).and_then(Option::take) else {
@@ -170,7 +176,7 @@ impl Acceptor {
             };
             // On an error there is nothing more to be had.
             drop(accept_some(&listener, LONGEST_BACKLOG, &mut self.backends, &mut ready));
-            debug!(mapping = %listener.route.forward, "listener closed");
+            debug!(mapping = %listener.target.port_mapping, "listener closed");
         }
         hand_over(ready, &self.workers);
         self.full.retain(|number| self.listeners.get(*number).is_some_and(Option::is_some));
@@ -184,7 +190,7 @@ impl Acceptor {
         let mut ready = Vec::new();
         let mut more = false;
         for event in events {
-            let number = usize::try_from(event.data() & !PORT).unwrap_or(usize::MAX);
+            let number = usize::try_from(event.data() & !LISTENER).unwrap_or(usize::MAX);
             let Some(Some(listener)) = self.listeners.get(number) else { continue };
             if event.events().intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR) {
                 self.revive(number)?;
@@ -199,7 +205,7 @@ impl Acceptor {
                 }
                 Err(error) => {
                     if !std::mem::replace(&mut self.pause.is_logged, true) {
-                        log_failure(&listener.route.forward, &error);
+                        log_failure(&listener.target.port_mapping, &error);
                     }
                     // Unless it was asked before, a connection may have ended in between.
                     if !is_exhaustion(&error) || self.capacity.request() {
@@ -222,10 +228,10 @@ impl Acceptor {
     fn revive(&mut self, number: usize) -> io::Result<()> {
         static REVIVED: LogLimit = LogLimit::new();
 
-        let Some(Some(Assignment { port, route })) = self.listeners.get(number) else { return Ok(()) };
+        let Some(Some(Binding { port, target })) = self.listeners.get(number) else { return Ok(()) };
         // As long as it is there, it is reported.
         drop(SockRef::from(port.as_ref()).take_error());
-        let mapping = &route.forward;
+        let mapping = &target.port_mapping;
         match listen_again(port, mapping.host) {
             Ok(()) => {
                 if let Some(suppressed) = REVIVED.permit() {
@@ -261,7 +267,7 @@ impl Acceptor {
     fn resume_full(&mut self) {
         let listeners = &self.listeners;
         self.full.retain(|number| match listeners.get(*number) {
-            Some(Some(listener)) if !listener.route.service.live.is_full() => {
+            Some(Some(listener)) if !listener.target.policy.state.is_full() => {
                 watch(listener, EpollFlags::EPOLLIN);
                 false
             }
@@ -334,19 +340,19 @@ enum Stop {
 /// # Errors
 /// Why accepting failed; the clients wait in the backlog.
 fn accept_some(
-    listener: &Assignment,
+    listener: &Binding,
     most: usize,
     backends: &mut BackendSockets,
     ready: &mut Vec<Ready>,
 ) -> io::Result<Stop> {
-    let Assignment { port, route } = listener;
-    let (service, addr) = (&route.service, route.forward.backend);
+    let Binding { port, target } = listener;
+    let (policy, addr) = (&target.policy, target.port_mapping.backend);
     // Of the worker that accepts: the others have theirs from their start.
     reactor::start()?;
     for _ in 0..most {
-        let has_room = service.has_room();
-        if !has_room && service.limits.on_limit == OnLimit::Wait {
-            route.is_full();
+        let has_room = policy.has_room();
+        if !has_room && policy.limits.on_limit == OnLimit::Wait {
+            target.is_full();
             return Ok(Stop::Full);
         }
         let backend = backends.take(addr)?;
@@ -364,19 +370,30 @@ fn accept_some(
         if port.is_mptcp()
             && let Err(error) = set_stream_options(&SockRef::from(&client))
         {
-            debug!(mapping = %route.forward, %error, "an accepted connection lacks an option");
+            debug!(mapping = %target.port_mapping, %error, "an accepted connection lacks an option");
         }
         // Those that are dropped here are reset, as their listener was told (`set_stream_options`).
-        if !route.admits(peer) {
+        if !target.admits(peer) {
             backends.keep(addr, backend);
         } else if !has_room {
             backends.keep(addr, backend);
-            route.is_over_limit(peer);
+            target.is_over_limit(peer);
         } else {
-            ready.push((Accepted { client, peer, place: Place::take(route) }, backend));
+            if let Some(dscp) = policy.limits.dscp {
+                mark(&client, peer.is_ipv6(), dscp);
+                backend.iter().for_each(|backend| mark(backend, addr.socket_addr().is_ipv6(), dscp));
+            }
+            ready.push((Accepted { client, peer, guard: ConnectionGuard::take(target) }, backend));
         }
     }
     Ok(Stop::Burst)
+}
+
+/// Marks what is sent by `socket`.
+fn mark(socket: &impl AsFd, ipv6: bool, dscp: Dscp) {
+    if let Err(error) = set_traffic_class(socket.as_fd(), ipv6, dscp.bits() << 2) {
+        debug!(%error, "a connection goes without its code point");
+    }
 }
 
 /// Whether it is one connection that failed, not the listener (accept(2), "Error handling").
@@ -392,7 +409,7 @@ fn is_exhaustion(error: &io::Error) -> bool {
 }
 
 /// Makes a socket that listened at `host` do so again.
-fn listen_again(port: &Port, host: HostAddr) -> io::Result<()> {
+fn listen_again(port: &WatchedListener, host: HostSocketAddr) -> io::Result<()> {
     let (socket, host) = (SockRef::from(port), host.socket_addr());
     // One that was destroyed has ended both directions, and so would all that it accepts (tcp_done in net/ipv4/tcp.c).
     connect_unspec(port)?;
@@ -404,33 +421,34 @@ fn listen_again(port: &Port, host: HostAddr) -> io::Result<()> {
     socket.listen(BACKLOG)
 }
 
-fn watch(listener: &Assignment, flags: EpollFlags) {
+fn watch(listener: &Binding, flags: EpollFlags) {
     if let Err(error) = listener.port.watch(flags) {
-        error!(mapping = %listener.route.forward, %error, "cannot change what a listener is watched for");
+        error!(mapping = %listener.target.port_mapping, %error, "cannot change what a listener is watched for");
     }
 }
 
-/// Gives connections to workers, each of which is woken once for all that it gets.
+/// Returns connections to workers, each of which is woken once for all that it gets.
 fn hand_over(ready: Vec<Ready>, workers: &Workers) {
-    let mut seated: Vec<(Seat, Ready)> = ready.into_iter().map(|client| (workers.seat(), client)).collect();
-    seated.sort_by_key(|(seat, _client)| seat.worker());
-    while let Some((seat, _client)) = seated.last() {
-        let (worker, runtime) = (seat.worker(), seat.runtime());
-        let first = seated.partition_point(|(seat, _client)| seat.worker() < worker);
-        let group = seated.split_off(first);
+    let mut assigned: Vec<(WorkerSlot, Ready)> =
+        ready.into_iter().map(|client| (workers.slot(), client)).collect();
+    assigned.sort_by_key(|(slot, _client)| slot.worker());
+    while let Some((slot, _client)) = assigned.last() {
+        let (worker, runtime) = (slot.worker(), slot.runtime());
+        let first = assigned.partition_point(|(slot, _client)| slot.worker() < worker);
+        let group = assigned.split_off(first);
         runtime.spawn(async move {
-            for (seat, (accepted, backend)) in group {
-                let (client, mapping) = (accepted.peer.ip(), accepted.place.live().clone());
-                connections::spawn(client, &mapping, |entry| serve(accepted, backend, seat, entry));
+            for (slot, (accepted, backend)) in group {
+                let (client, mapping) = (accepted.peer.ip(), accepted.guard.state().clone());
+                connections::spawn(client, &mapping, |entry| serve(accepted, backend, slot, entry));
             }
         });
     }
 }
 
-fn log_failure(forward: &Forward, error: &io::Error) {
+fn log_failure(port_mapping: &PortMapping, error: &io::Error) {
     static FAILED: LogLimit = LogLimit::new();
 
     if let Some(suppressed) = FAILED.permit() {
-        warn!(mapping = %forward, error = %explain(error, 2), suppressed, "cannot accept a connection");
+        warn!(mapping = %port_mapping, error = %explain(error, 2), suppressed, "cannot accept a connection");
     }
 }

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use tokio::task::AbortHandle;
 use tracing::info;
 
-use crate::state::stats::Trouble;
-use crate::state::{Live, Service};
+use crate::state::stats::FailureKind;
+use crate::state::{MappingPolicy, MappingState};
 
 thread_local! {
     static SERVED: RefCell<Served> = const { RefCell::new(Served { slots: Vec::new(), free: Vec::new() }) };
@@ -26,7 +26,7 @@ struct Served {
 struct Connection {
     client: IpAddr,
     /// Which mapping it is of, by the address of what it keeps alive.
-    mapping: *const Live,
+    mapping: *const MappingState,
     task: AbortHandle,
 }
 
@@ -35,7 +35,7 @@ struct Connection {
 ///
 /// # Panics
 /// Outside a tokio runtime.
-pub(super) fn spawn<F>(client: IpAddr, mapping: &Arc<Live>, serve: impl FnOnce(Entry) -> F)
+pub(super) fn spawn<F>(client: IpAddr, mapping: &Arc<MappingState>, serve: impl FnOnce(Entry) -> F)
 where
     F: Future<Output = ()> + Send + 'static,
 {
@@ -51,9 +51,9 @@ where
 }
 
 /// Resets the connections of this worker whose clients the mapping of `service` denies.
-pub(super) fn cut_denied(service: &Service) {
-    let access = &service.limits.access;
-    let mapping = Arc::as_ptr(&service.live);
+pub(super) fn cut_denied(policy: &MappingPolicy) {
+    let access = &policy.limits.access;
+    let mapping = Arc::as_ptr(&policy.state);
     let is_denied =
         |connection: &&Connection| connection.mapping == mapping && !access.admits(connection.client);
     let denied: Vec<AbortHandle> = SERVED.with_borrow(|served| {
@@ -65,7 +65,7 @@ pub(super) fn cut_denied(service: &Service) {
     }
     info!(connections = denied.len(), "resetting connections of clients that are denied now");
     for task in denied {
-        service.live.stats.count(Trouble::Denied);
+        policy.state.stats.count(FailureKind::Denied);
         // Its sockets are closed with it, which is a reset before they have come to their end.
         task.abort();
     }
@@ -98,10 +98,10 @@ mod tests {
 
     #[test]
     fn connections_of_denied_clients_are_cut_and_no_others() {
-        let [one, other] = [Arc::<Live>::default(), Arc::default()];
+        let [one, other] = [Arc::<MappingState>::default(), Arc::default()];
         let [denied, admitted]: [IpAddr; 2] = ["192.0.2.7", "192.0.2.8"].map(|ip| ip.parse().unwrap());
         let access = AccessList { deny: vec![parse_network("192.0.2.7").unwrap()], ..AccessList::default() };
-        let service = Service { limits: Limits { access, ..Limits::default() }, live: one.clone() };
+        let policy = MappingPolicy { limits: Limits { access, ..Limits::default() }, state: one.clone() };
         new_runtime().unwrap().block_on(async {
             let (ended, mut ends) = tokio::sync::mpsc::unbounded_channel();
             for (name, client, mapping) in
@@ -114,10 +114,10 @@ mod tests {
                 });
             }
             tokio::task::yield_now().await;
-            cut_denied(&service);
+            cut_denied(&policy);
             assert_eq!(ends.recv().await, Some("cut"));
             ends.try_recv().unwrap_err();
-            assert_eq!(one.stats.trouble(Trouble::Denied), 1);
+            assert_eq!(one.stats.failure_kind(FailureKind::Denied), 1);
             let free =
                 SERVED.with_borrow(|served| (served.slots.iter().flatten().count(), served.free.len()));
             assert_eq!(free, (2, 1));

@@ -12,8 +12,8 @@ use super::direction::{Direction, End};
 use super::half::pump;
 use super::meter::Meter;
 use super::stream::{Stream, close_in_order, deliver_then_reset, reset_on_close};
-use crate::state::Place;
-use crate::state::stats::Trouble;
+use crate::state::ConnectionGuard;
+use crate::state::stats::FailureKind;
 
 /// Looks per idle timeout: a connection is cut at most a fourth of it late.
 const LOOKS: u32 = 4;
@@ -44,18 +44,18 @@ impl fmt::Display for Outcome {
 ///
 /// The end of a stream is passed on as a half-close, and the other direction goes on. A reset is
 /// passed on as a reset: when this returns with a failure, closing the streams resets both.
-pub(super) async fn relay(client: &Stream, backend: &Stream, place: &Place) -> Outcome {
-    let stats = place.stats();
+pub(super) async fn relay(client: &Stream, backend: &Stream, guard: &ConnectionGuard) -> Outcome {
+    let stats = guard.stats();
     let up = Direction { source: client, sink: backend, meter: Meter::new(&stats.bytes_in) };
     let down = Direction { source: backend, sink: client, meter: Meter::new(&stats.bytes_out) };
-    let failure = match place.limits().idle_timeout {
+    let failure = match guard.limits().idle_timeout {
         None => both_ways(&up, &down).await,
         // On the heap: few mappings have such a limit.
         Some(limit) => Box::pin(both_ways_unless_idle(&up, &down, limit)).await,
     };
     if let Some(error) = &failure {
         let is_idle = error.kind() == io::ErrorKind::TimedOut && error.raw_os_error().is_none();
-        place.stats().count(if is_idle { Trouble::Idle } else { Trouble::Broken });
+        guard.stats().count(if is_idle { FailureKind::Idle } else { FailureKind::Broken });
     }
     Outcome { to_backend: up.meter.moved(), to_client: down.meter.moved(), failure }
 }

@@ -19,9 +19,9 @@ use super::table::{FlowId, Side};
 use super::tally::{Tally, Towards, is_lost_peer};
 use super::token::{Token, interest};
 use super::turn::{LISTENER_BATCHES, slots_for};
-use crate::state::stats::Trouble;
+use crate::state::stats::FailureKind;
 
-/// Datagrams, or trains of them, taken from a flow in one turn.
+/// Datagrams, or GSO batches of them, taken from a flow in one turn.
 const FLOW_BATCH: usize = BATCH / 2;
 
 /// The same from each flow that waits for its listener: what is taken has to leave before others get
@@ -48,7 +48,7 @@ impl UdpRelay {
             // Not asked for answers, but an error is told nevertheless, until it is taken.
             flow.take_error(&mut tally);
         }
-        tally.settle(&listener.route, Towards::Backend);
+        tally.settle(&listener.target, Towards::Backend);
         if flow.wanted() != wanted {
             interest(self.poll.epoll(), flow.as_fd(), Token::Flow(id), flow.wanted());
         }
@@ -82,7 +82,7 @@ impl UdpRelay {
             let mut tally = Tally::default();
             let listener = &mut self.listeners[index];
             let is_empty = listener.flush(&mut tally);
-            tally.settle(&listener.route, Towards::Clients);
+            tally.settle(&listener.target, Towards::Clients);
             if !is_empty {
                 break;
             }
@@ -161,7 +161,7 @@ impl UdpRelay {
 
     /// Sends answers of flows that share a listener.
     fn send_to_clients(&mut self, listener: usize, batch: &Batch, datagrams: &[(FlowId, usize)]) {
-        let mut payload = Payload::new(self.listeners[listener].route.service.limits.dscp);
+        let mut payload = Payload::new(self.listeners[listener].target.policy.limits.dscp);
         let mut answers: ArrayVec<Answer, BATCH> = ArrayVec::new();
         let mut tally = Tally::default();
         for datagrams in datagrams.chunk_by(|a, b| a.0 == b.0) {
@@ -171,18 +171,18 @@ impl UdpRelay {
                 self.send_by_client_socket(id, batch, datagrams);
                 continue;
             }
-            let trains = flow.trains_out;
-            let mut part = |part| answers.push(Answer { id, trains, part });
-            payload.add(&batch.received, datagrams, trains, &mut tally, &mut part);
+            let gso = flow.gso_to_client;
+            let mut part = |part| answers.push(Answer { id, gso, part });
+            payload.add(&batch.received, datagrams, gso, &mut tally, &mut part);
         }
         let wanted = self.listeners[listener].wanted();
-        for answers in answers.chunk_by(|a, b| a.trains == b.trains) {
+        for answers in answers.chunk_by(|a, b| a.gso == b.gso) {
             self.send_alike(listener, &payload, answers, &mut tally);
         }
         let is_shut_down = tally.met(libc::EPIPE);
         let listening = &mut self.listeners[listener];
         listening.last_active = self.turn.start();
-        tally.settle(&listening.route, Towards::Clients);
+        tally.settle(&listening.target, Towards::Clients);
         if is_shut_down {
             self.shut_down.push(listener);
         }
@@ -195,7 +195,7 @@ impl UdpRelay {
         }
     }
 
-    /// Sends answers that all may, or all may not, go as trains.
+    /// Sends answers that all may, or all may not, go as GSO batches.
     fn send_alike(&mut self, listener: usize, payload: &Payload<'_>, answers: &[Answer], tally: &mut Tally) {
         let message = |answer: &Answer| {
             let (key, _flow) = self.table.get(answer.id)?;
@@ -203,12 +203,12 @@ impl UdpRelay {
         };
         let messages: ArrayVec<Transmit<'_>, BATCH> = answers.iter().filter_map(message).collect();
         let mut refused: ArrayVec<FlowId, BATCH> = ArrayVec::new();
-        let trains = answers.first().is_some_and(|answer| answer.trains);
+        let gso = answers.first().is_some_and(|answer| answer.gso);
         let mut refuse = |index: usize| refused.push(answers[index].id);
-        self.listeners[listener].send(&messages, trains, tally, &mut refuse);
+        self.listeners[listener].send(&messages, gso, tally, &mut refuse);
         for id in refused {
             if let Some((_key, flow)) = self.table.get_mut(id) {
-                flow.trains_out = false;
+                flow.gso_to_client = false;
             }
         }
     }
@@ -221,21 +221,21 @@ fn note_dropped(received: &RecvBatch, slots: &Range<usize>, flow: &mut Flow) {
     if dropped != 0 && dropped != flow.dropped {
         let mut tally = Tally::default();
         tally.dropped(dropped, &mut flow.dropped);
-        tally.settle(flow.route(), Towards::Clients);
+        tally.settle(flow.target(), Towards::Clients);
     }
 }
 
 /// Keeps those datagrams in `slots` that come from the backend, whatever its port: the flow goes on with the last one.
 /// What strangers send to a socket that is not connected is dropped.
 fn take_from_backend(id: FlowId, flow: &mut Flow, batch: &mut Batch, slots: Range<usize>) {
-    let backend = flow.route().forward.backend.socket_addr().ip();
+    let backend = flow.target().port_mapping.backend.socket_addr().ip();
     for slot in slots {
         match batch.received.sender(slot) {
             Some(sender) if sender.ip() == backend => {
                 flow.peer = Some(sender);
                 batch.slots.push((id, slot));
             }
-            _ => flow.route().service.live.stats.count(Trouble::Forged),
+            _ => flow.target().policy.state.stats.count(FailureKind::Forged),
         }
     }
 }
@@ -243,7 +243,7 @@ fn take_from_backend(id: FlowId, flow: &mut Flow, batch: &mut Batch, slots: Rang
 /// A message to a client.
 struct Answer {
     id: FlowId,
-    /// Whether it may be a train.
-    trains: bool,
+    /// Whether it may be a GSO batch.
+    gso: bool,
     part: Part,
 }

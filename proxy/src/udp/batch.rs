@@ -12,7 +12,7 @@ const KEPT_BYTES: usize = 64 * 1024;
 /// More than that is given back when less was received within this time.
 const IN_USE: Duration = Duration::from_secs(1);
 
-/// Datagrams that were received, or trains of them, and the flows that they belong to.
+/// Datagrams that were received, or GSO batches of them, and the flows that they belong to.
 #[derive(Debug, Default)]
 pub(super) struct Batch {
     /// Where they are.

@@ -13,7 +13,7 @@ use super::send::Room;
 use super::shares::Shares;
 use super::table::{Bounds, MappingId};
 use crate::mapping::limits::Limits;
-use crate::state::Route;
+use crate::state::Target;
 
 /// Descriptors kept for other things than flows.
 const RESERVED_DESCRIPTORS: usize = 64;
@@ -63,9 +63,9 @@ impl Capacity {
     ///
     /// # Errors
     /// Those of [`Flow::open`].
-    pub(super) fn open(&mut self, route: &Arc<Route>, now: Instant) -> io::Result<Flow> {
+    pub(super) fn open(&mut self, target: &Arc<Target>, now: Instant) -> io::Result<Flow> {
         self.ports.refresh(now);
-        Flow::open(route, &mut self.ports, &self.room, now)
+        Flow::open(target, &mut self.ports, &self.room, now)
     }
 
     /// Flows that there may be at `now`, at least 1: what was asked for, or half of the ports; but what

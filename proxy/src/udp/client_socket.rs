@@ -14,7 +14,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
-use rproxy_sys::udp::{receive_trains, report_class_and_drops, set_buffers};
+use rproxy_sys::udp::{enable_gro, report_class_and_drops, set_buffers};
 use socket2::{Domain, SockRef, Socket, Type};
 
 use super::key::FlowKey;
@@ -61,7 +61,7 @@ impl ClientSocket {
         bind_beside(&socket, &listener, local)?;
         socket.connect(&key.client.into())?;
         // None of this is needed for it to work, only for it to work well.
-        drop(receive_trains(socket.as_fd()));
+        drop(enable_gro(socket.as_fd()));
         drop(report_class_and_drops(socket.as_fd(), local.is_ipv6()));
         drop(set_buffers(socket.as_fd(), RECEIVE_BUFFER, SEND_BUFFER));
         Ok(Self { key, socket, queue: SendQueue::new(room.clone()), was_used: true })

@@ -10,15 +10,15 @@ use tracing::error;
 use super::flows::mapping_of;
 use super::relay::{QUIET, UdpRelay};
 use super::table::FlowId;
-use crate::state::Assignment;
-use crate::state::task::{FlowOrder, Order};
+use crate::state::Binding;
+use crate::state::task::{Command, FlowCommand};
 
 impl UdpRelay {
     /// Does what it is told.
-    pub(super) fn obey(&mut self, order: Order) {
-        match order {
-            Order::Serve(assignments) => self.assign(assignments),
-            Order::Release(ports, done) => {
+    pub(super) fn handle(&mut self, command: Command) {
+        match command {
+            Command::Serve(bindings) => self.assign(bindings),
+            Command::Release(ports, done) => {
                 let now = Instant::now();
                 ports.iter().for_each(|port| self.listeners.release(port.number(), now));
                 drop(ports);
@@ -26,11 +26,11 @@ impl UdpRelay {
                 // Whoever asked may not wait for it.
                 done.send(()).ok();
             }
-            Order::Leave => self.leave(),
-            Order::Flows(FlowOrder::Pause(tell)) => drop(tell.send(self.pause())),
-            Order::Flows(FlowOrder::Resume) => self.resume(),
-            Order::Flows(FlowOrder::Adopt(flows)) => self.adopt(flows),
-            Order::Flows(FlowOrder::GiveWay(ports, done)) => {
+            Command::Leave => self.leave(),
+            Command::Flows(FlowCommand::Pause(tell)) => drop(tell.send(self.pause())),
+            Command::Flows(FlowCommand::Resume) => self.resume(),
+            Command::Flows(FlowCommand::Adopt(flows)) => self.adopt(flows),
+            Command::Flows(FlowCommand::GiveWay(ports, done)) => {
                 self.give_way(&ports);
                 // Whoever asked may not wait for it.
                 done.send(()).ok();
@@ -40,34 +40,34 @@ impl UdpRelay {
 
     /// Serves listeners so from now on. Flows that are not served so any more end: clients that go on get
     /// others. Those that are get the new bounds.
-    fn assign(&mut self, assignments: Vec<Assignment>) {
+    fn assign(&mut self, bindings: Vec<Binding>) {
         let now = Instant::now();
         let (mut theirs, mut access) = (HashSet::new(), HashSet::new());
         let mut limits = HashMap::new();
-        for assignment in assignments {
-            let (number, new) = (assignment.port.number(), assignment.route.clone());
-            let Some(old) = self.listeners.assign(assignment, now) else { continue };
+        for binding in bindings {
+            let (number, new) = (binding.port.number(), binding.target.clone());
+            let Some(old) = self.listeners.assign(binding, now) else { continue };
             if mapping_of(&old) != mapping_of(&new)
-                || old.forward.backend != new.forward.backend
-                || old.service.limits.udp_any_port != new.service.limits.udp_any_port
+                || old.port_mapping.backend != new.port_mapping.backend
+                || old.policy.limits.udp_any_port != new.policy.limits.udp_any_port
             {
                 theirs.insert(number);
-            } else if old.service.limits.access != new.service.limits.access {
+            } else if old.policy.limits.access != new.policy.limits.access {
                 access.insert(number);
             }
-            if old.service.limits != new.service.limits {
+            if old.policy.limits != new.policy.limits {
                 limits.insert(mapping_of(&new), new);
             }
         }
         self.end_flows(|listeners, key| {
             let number = key.listener as usize;
             theirs.contains(&number)
-                || access.contains(&number) && !listeners[number].route.service.would_admit(key.client.ip())
+                || access.contains(&number) && !listeners[number].target.policy.would_admit(key.client.ip())
         });
         self.capacity.asked = self.listeners.most_asked();
         self.table.set_most(self.capacity.most(now));
-        for (mapping, route) in limits {
-            let bounds = self.capacity.bounds(mapping, &route.service.limits, now);
+        for (mapping, target) in limits {
+            let bounds = self.capacity.bounds(mapping, &target.policy.limits, now);
             self.table.rebound(&bounds, now);
             for ended in self.table.take_surplus(&bounds) {
                 self.displace(ended);
@@ -90,7 +90,7 @@ impl UdpRelay {
     pub(super) fn give_up(&mut self, index: usize) {
         let reason = "the listener was shut down from outside";
         let Some(listener) = self.listeners.get_mut(index) else { return };
-        error!(mapping = %listener.route.forward, "{reason}; its clients are not served any more");
+        error!(mapping = %listener.target.port_mapping, "{reason}; its clients are not served any more");
         // Others may have it open, and then closing it does not end the reports.
         self.poll.epoll().delete(listener.as_fd()).ok();
         self.end_flows(|_listeners, key| key.listener as usize == index);

@@ -90,7 +90,7 @@ impl UdpRelay {
     pub(super) fn send_by_client_socket(&mut self, id: FlowId, batch: &Batch, datagrams: &[(FlowId, usize)]) {
         let Some((key, flow)) = self.table.get_mut(id) else { return };
         let listener = key.listener as usize;
-        let dscp = self.listeners[listener].route.service.limits.dscp;
+        let dscp = self.listeners[listener].target.policy.limits.dscp;
         let mut tally = Tally::default();
         flow.answer(&batch.received, datagrams, dscp, &mut tally);
         self.settle_answers(id, listener, tally);
@@ -110,7 +110,7 @@ impl UdpRelay {
     /// Counts what became of answers, and lets the flow wait for as long as some of them do.
     fn settle_answers(&mut self, id: FlowId, listener: usize, tally: Tally) {
         let has_lost_peer = tally.has_lost_peer();
-        tally.settle(&self.listeners[listener].route, Towards::Clients);
+        tally.settle(&self.listeners[listener].target, Towards::Clients);
         let Some((_key, flow)) = self.table.get_mut(id) else { return };
         if has_lost_peer {
             let socket = flow.client_socket.take();
@@ -139,7 +139,7 @@ impl UdpRelay {
             match batch.received.recv(client.as_fd(), 0, most, true) {
                 Ok(count) => {
                     listener.usual_size = self.turn.take(&batch.received, 0..count, listener.usual_size);
-                    self.forward(key.listener as usize, key.local, batch, count);
+                    self.relay_requests(key.listener as usize, key.local, batch, count);
                     if count < most || self.turn.is_over() {
                         return;
                     }
@@ -164,7 +164,7 @@ impl UdpRelay {
         let Some(listener) = self.listeners.get_mut(index) else { return };
         let mut tally = Tally::default();
         tally.dropped(dropped(socket.as_fd()).unwrap_or_default(), &mut 0);
-        tally.settle(&listener.route, Towards::Backend);
+        tally.settle(&listener.target, Towards::Backend);
         let was_empty = listener.queue.is_empty();
         while let Some(mut waiting) = socket.queue.pop() {
             (waiting.to, waiting.source) = (Some(socket.key.client), socket.key.local);
@@ -211,7 +211,7 @@ impl UdpRelay {
             while self.listeners.get_mut(listener).is_some()
                 && let Ok(count) = batch.received.recv(socket.as_fd(), 0, slots_for(0), true)
             {
-                self.forward(listener, local, &mut batch, count);
+                self.relay_requests(listener, local, &mut batch, count);
             }
         }
         self.buffers.put_back(batch, 0);

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use arrayvec::ArrayVec;
 use rproxy_sys::udp::{
-    BATCH, RecvBatch, Transmit, discard, receive_trains, report_class_and_drops, set_buffers, source_towards,
+    BATCH, RecvBatch, Transmit, discard, enable_gro, report_class_and_drops, set_buffers, source_towards,
 };
 use socket2::{Domain, SockRef, Socket, Type};
 
@@ -20,7 +20,7 @@ use super::table::FlowId;
 use super::tally::Tally;
 use super::token::Wanted;
 use crate::mapping::dscp::Dscp;
-use crate::state::{FlowPlace, Route};
+use crate::state::{FlowGuard, Target};
 
 /// Ports that are tried for a flow until one is free.
 const PORT_TRIES: usize = 32;
@@ -33,10 +33,10 @@ const SEND_BUFFER: usize = 1024 * 1024;
 pub(super) struct Flow {
     /// Shared with whoever passes it on to another process.
     socket: Arc<OwnedFd>,
-    /// Whether trains may be tried towards the backend.
-    trains_in: bool,
-    /// Whether trains may be tried towards the client.
-    pub(super) trains_out: bool,
+    /// Whether GSO batches may be tried towards the backend.
+    gso_to_backend: bool,
+    /// Whether GSO batches may be tried towards the client.
+    pub(super) gso_to_client: bool,
     /// Whether answers are left where they are until it is this flow's turn to use the listener, or its client's
     /// socket has room.
     pub(super) is_waiting: bool,
@@ -48,7 +48,7 @@ pub(super) struct Flow {
     pub(super) peer: Option<SocketAddr>,
     /// How many answers the kernel has had no room for, as far as they are counted.
     pub(super) dropped: u32,
-    /// How large answers were lately, in bytes: each of them, or each train.
+    /// How large answers were lately, in bytes: each of them, or each GSO batch.
     pub(super) usual_size: usize,
     /// The size that its receive buffer was set to.
     share: usize,
@@ -56,7 +56,7 @@ pub(super) struct Flow {
     pub(super) client_socket: Option<Box<ClientSocket>>,
     /// What waits for room on the socket.
     queue: SendQueue,
-    place: FlowPlace,
+    guard: FlowGuard,
 }
 
 impl Flow {
@@ -66,14 +66,14 @@ impl Flow {
     /// # Errors
     /// Those of socket(2), bind(2) and connect(2); the last if there is no route.
     pub(super) fn open(
-        route: &Arc<Route>,
+        target: &Arc<Target>,
         ports: &mut LocalPorts,
         room: &Arc<Room>,
         now: Instant,
     ) -> io::Result<Self> {
-        let addr = route.forward.backend.socket_addr();
+        let addr = target.port_mapping.backend.socket_addr();
         let socket = Socket::new(Domain::for_address(addr), Type::DGRAM.nonblocking(), None)?;
-        let peer = route.service.limits.udp_any_port.then_some(addr);
+        let peer = target.policy.limits.udp_any_port.then_some(addr);
         // Else it is of any local address: connect(2) chooses that.
         let ip = if peer.is_some() { source_towards(addr)? } else { unspecified(addr) };
         let port = bind(&socket, ip, ports, now)?;
@@ -82,12 +82,12 @@ impl Flow {
         }
         ports.taken(port);
         // Neither is needed for a flow to work, only for it to work well.
-        drop(receive_trains(socket.as_fd()));
+        drop(enable_gro(socket.as_fd()));
         drop(report_class_and_drops(socket.as_fd(), addr.is_ipv6()));
         // What strangers sent before the socket was connected, and answers to whoever had the port before: nobody
         // has asked anything yet.
         discard(socket.as_fd());
-        Ok(Self::adopt(Arc::new(socket.into()), peer, port, route, room))
+        Ok(Self::adopt(Arc::new(socket.into()), peer, port, target, room))
     }
 
     /// Goes on with a flow whose socket is connected, or sends to `peer`, from this local port.
@@ -95,15 +95,15 @@ impl Flow {
         socket: Arc<OwnedFd>,
         peer: Option<SocketAddr>,
         port: u16,
-        route: &Arc<Route>,
+        target: &Arc<Target>,
         room: &Arc<Room>,
     ) -> Self {
         Self {
             peer,
             dropped: 0,
             socket,
-            trains_in: true,
-            trains_out: true,
+            gso_to_backend: true,
+            gso_to_client: true,
             is_waiting: false,
             is_shared: false,
             port,
@@ -111,7 +111,7 @@ impl Flow {
             share: 0,
             client_socket: None,
             queue: SendQueue::new(room.clone()),
-            place: FlowPlace::take(route),
+            guard: FlowGuard::take(target),
         }
     }
 
@@ -125,8 +125,8 @@ impl Flow {
     }
 
     /// What it was opened for.
-    pub(super) fn route(&self) -> &Arc<Route> {
-        self.place.route()
+    pub(super) fn target(&self) -> &Arc<Target> {
+        self.guard.target()
     }
 
     /// How many datagrams wait for room.
@@ -148,10 +148,10 @@ impl Flow {
         dscp: Option<Dscp>,
         tally: &mut Tally,
     ) -> bool {
-        let Self { socket, queue, trains_in, peer, .. } = self;
+        let Self { socket, queue, gso_to_backend, peer, .. } = self;
         let mut payload = Payload::new(dscp);
-        let parts = parts(&mut payload, batch, datagrams, *trains_in, tally);
-        send(socket.as_fd(), *peer, queue, trains_in, (&payload, &parts), tally)
+        let parts = parts(&mut payload, batch, datagrams, *gso_to_backend, tally);
+        send(socket.as_fd(), *peer, queue, gso_to_backend, (&payload, &parts), tally)
     }
 
     /// Sends the answers in some slots of `batch` by the socket towards the client, if there is one.
@@ -162,13 +162,13 @@ impl Flow {
         dscp: Option<Dscp>,
         tally: &mut Tally,
     ) {
-        let Self { client_socket, trains_out, .. } = self;
+        let Self { client_socket, gso_to_client, .. } = self;
         let Some(client) = client_socket else { return };
         client.was_used = true;
         let (socket, queue) = client.parts();
         let mut payload = Payload::new(dscp);
-        let parts = parts(&mut payload, batch, datagrams, *trains_out, tally);
-        send(socket, None, queue, trains_out, (&payload, &parts), tally);
+        let parts = parts(&mut payload, batch, datagrams, *gso_to_client, tally);
+        send(socket, None, queue, gso_to_client, (&payload, &parts), tally);
     }
 
     /// Sends what waits, as far as there is room.
@@ -203,20 +203,20 @@ fn parts<'a>(
     parts
 }
 
-/// Sends messages by a socket, behind what waits in `queue`; in trains if the path takes `trains`. Gives `true` if from
+/// Sends messages by a socket, behind what waits in `queue`; in GSO batches if the path takes `GSO batches`. Gives `true` if from
 /// now on some wait for room.
 fn send(
     socket: BorrowedFd<'_>,
     to: Option<SocketAddr>,
     queue: &mut SendQueue,
-    trains: &mut bool,
+    gso: &mut bool,
     (payload, parts): (&Payload<'_>, &[Part]),
     tally: &mut Tally,
 ) -> bool {
     let messages: ArrayVec<Transmit<'_>, BATCH> =
         parts.iter().map(|part| part.message(payload, to)).collect();
-    let (waited, joined) = (!queue.is_empty(), *trains);
-    queue.send(socket, &messages, joined, tally, &mut |_index| *trains = false);
+    let (waited, joined) = (!queue.is_empty(), *gso);
+    queue.send(socket, &messages, joined, tally, &mut |_index| *gso = false);
     !waited && !queue.is_empty()
 }
 

@@ -15,8 +15,8 @@ use super::relay::UdpRelay;
 use super::shares::AT_A_TIME;
 use super::table::{Bounds, Ended, FlowId, MappingId, Side};
 use super::tally::{Tally, Towards};
-use crate::state::Route;
-use crate::state::stats::Trouble;
+use crate::state::Target;
+use crate::state::stats::FailureKind;
 
 /// Flows that expire, and sockets of ended ones that are closed, in one turn: thousands may end at a
 /// time, and closing a socket takes some microseconds.
@@ -37,7 +37,7 @@ impl UdpRelay {
 
     /// A flow had to go because there was no room for all.
     pub(super) fn displace(&mut self, ended: Ended<Flow>) {
-        ended.flow.route().service.live.stats.count(Trouble::FlowDisplaced);
+        ended.flow.target().policy.state.stats.count(FailureKind::FlowDisplaced);
         self.end(ended);
     }
 
@@ -48,7 +48,7 @@ impl UdpRelay {
         }
         let mut tally = Tally::default();
         tally.overflow(ended.flow.unsent() as u64);
-        tally.settle(ended.flow.route(), Towards::Backend);
+        tally.settle(ended.flow.target(), Towards::Backend);
         self.ended.push_back(ended);
     }
 
@@ -92,7 +92,7 @@ impl UdpRelay {
                 tally.discard(discard(flow.as_fd()));
                 let counted = flow.dropped;
                 tally.dropped(dropped(flow.as_fd()).unwrap_or(counted), &mut flow.dropped);
-                tally.settle(flow.route(), Towards::Clients);
+                tally.settle(flow.target(), Towards::Clients);
             }
             self.capacity.ports.given_back(flow.port, last_active);
         }
@@ -117,7 +117,7 @@ impl UdpRelay {
         let ids: HashSet<FlowId> = slots.iter().map(|(id, _slot)| *id).collect();
         for id in ids {
             let Some((_key, flow)) = self.table.get(id) else { continue };
-            let source = source_towards(flow.route().forward.backend.socket_addr());
+            let source = source_towards(flow.target().port_mapping.backend.socket_addr());
             let local = SockRef::from(&flow.as_fd()).local_addr().ok().and_then(|addr| addr.as_socket());
             let is_misplaced = source.is_ok_and(|source| local.is_some_and(|local| local.ip() != source));
             if is_misplaced && let Some(ended) = self.table.remove(id) {
@@ -153,6 +153,6 @@ impl UdpRelay {
 }
 
 /// Which mapping a route is one of: what goes on in it is at one place for as long as it is served.
-pub(super) fn mapping_of(route: &Route) -> MappingId {
-    MappingId(Arc::as_ptr(&route.service.live).addr())
+pub(super) fn mapping_of(target: &Target) -> MappingId {
+    MappingId(Arc::as_ptr(&target.policy.state).addr())
 }

@@ -86,25 +86,25 @@ impl UdpRelay {
         let number = u32::try_from(listener).unwrap_or(u32::MAX);
         let key = FlowKey::new(number, client, local);
         let Some(listener) = self.listeners.get_mut(listener) else { return Ok(()) };
-        let route = listener.route.clone();
-        if self.table.find(&key).is_some() || !route.service.would_admit(client.ip()) {
+        let target = listener.target.clone();
+        if self.table.find(&key).is_some() || !target.policy.would_admit(client.ip()) {
             return Ok(());
         }
         let address = |address: io::Result<SockAddr>| Ok::<_, io::Error>(address?.as_socket());
         let connected = SockRef::from(&socket);
-        let backend = route.forward.backend.socket_addr();
+        let backend = target.port_mapping.backend.socket_addr();
         let leads_there = match peer {
             Some(peer) => peer.ip() == backend.ip(),
             None => address(connected.peer_addr())? == Some(backend),
         };
-        if !leads_there || peer.is_some() != route.service.limits.udp_any_port {
+        if !leads_there || peer.is_some() != target.policy.limits.udp_any_port {
             // It leads to where the mapping led before.
             return Ok(());
         }
         let port = address(connected.local_addr())?.map_or(0, |addr| addr.port());
-        let mut flow = Flow::adopt(socket, peer, port, &route, &self.capacity.room);
+        let mut flow = Flow::adopt(socket, peer, port, &target, &self.capacity.room);
         flow.dropped = dropped(flow.as_fd()).unwrap_or_default();
-        let bounds = self.capacity.bounds(mapping_of(&route), &route.service.limits, now);
+        let bounds = self.capacity.bounds(mapping_of(&target), &target.policy.limits, now);
         self.make_room(&bounds, &key);
         let id = self.table.next_id();
         self.poll.epoll().add(&flow, event(Token::Flow(id), Wanted::RECEIVE))?;

@@ -17,24 +17,24 @@ use super::send::{Room, SendQueue};
 use super::table::FlowId;
 use super::tally::{Tally, Towards};
 use super::token::Wanted;
-use crate::runtime::poll::Port;
-use crate::state::{Assignment, Route};
+use crate::runtime::poll::WatchedListener;
+use crate::state::{Binding, Target};
 
 /// A released listener is closed after this long, however much its clients go on to send.
 const LONGEST_FAREWELL: Duration = Duration::from_secs(10);
 
 /// A socket that clients send to.
 pub(super) struct Listener {
-    port: Arc<Port>,
+    port: Arc<WatchedListener>,
     /// Where new flows lead to.
-    pub(super) route: Arc<Route>,
+    pub(super) target: Arc<Target>,
     /// When it is closed, if it was released.
     closing: Option<Instant>,
     /// Whether its datagrams are left to another process, or to later.
     pub(super) is_paused: bool,
     /// When a flow of it had traffic last.
     pub(super) last_active: Instant,
-    /// How large datagrams were lately, in bytes: each of them, or each train.
+    /// How large datagrams were lately, in bytes: each of them, or each GSO batch.
     pub(super) usual_size: usize,
     /// How many the kernel has had no room for, as far as they are counted.
     pub(super) dropped: u32,
@@ -65,18 +65,18 @@ impl Listener {
     fn lose_waiting(self) {
         let mut tally = Tally::default();
         tally.overflow(self.queue.len() as u64);
-        tally.settle(&self.route, Towards::Clients);
+        tally.settle(&self.target, Towards::Clients);
     }
 
     /// Sends answers, or keeps those that there is no room for; see [`SendQueue::send`].
     pub(super) fn send(
         &mut self,
         messages: &[Transmit<'_>],
-        trains: bool,
+        gso: bool,
         tally: &mut Tally,
         refused: &mut dyn FnMut(usize),
     ) {
-        self.queue.send(self.port.as_fd(), messages, trains, tally, refused);
+        self.queue.send(self.port.as_fd(), messages, gso, tally, refused);
     }
 
     /// Sends what was kept, as far as there is room. Gives whether that is all.
@@ -112,19 +112,19 @@ pub(super) struct Listeners {
 
 impl Listeners {
     /// Serves a listener as `assignment` says. Gives how it was served before, if it was.
-    pub(super) fn assign(&mut self, assignment: Assignment, now: Instant) -> Option<Arc<Route>> {
-        let Assignment { port, route } = assignment;
+    pub(super) fn assign(&mut self, binding: Binding, now: Instant) -> Option<Arc<Target>> {
+        let Binding { port, target } = binding;
         let number = port.number();
         if self.slots.len() <= number {
             self.slots.resize_with(number + 1, || None);
         }
         self.closing.remove(&number);
-        self.own_ports.add(&route.forward);
-        *self.asked.entry(asked_by(&route)).or_default() += 1;
+        self.own_ports.add(&target.port_mapping);
+        *self.asked.entry(asked_by(&target)).or_default() += 1;
         match &mut self.slots[number] {
             Some(listener) => {
                 listener.closing = None;
-                let old = std::mem::replace(&mut listener.route, route);
+                let old = std::mem::replace(&mut listener.target, target);
                 self.forget_asked(&old);
                 Some(old)
             }
@@ -133,7 +133,7 @@ impl Listeners {
                     // Another process may have had it before.
                     dropped: dropped(port.as_fd()).unwrap_or_default(),
                     port,
-                    route,
+                    target,
                     closing: None,
                     is_paused: false,
                     last_active: now,
@@ -152,8 +152,8 @@ impl Listeners {
         self.asked.last_key_value().map_or(0, |(asked, _listeners)| *asked)
     }
 
-    fn forget_asked(&mut self, route: &Route) {
-        if let Entry::Occupied(mut listeners) = self.asked.entry(asked_by(route)) {
+    fn forget_asked(&mut self, target: &Target) {
+        if let Entry::Occupied(mut listeners) = self.asked.entry(asked_by(target)) {
             *listeners.get_mut() -= 1;
             if *listeners.get() == 0 {
                 listeners.remove();
@@ -208,8 +208,8 @@ impl Listeners {
     pub(super) fn close_one(&mut self, number: usize) {
         self.closing.remove(&number);
         if let Some(listener) = self.slots[number].take() {
-            self.own_ports.remove(&listener.route.forward);
-            self.forget_asked(&listener.route);
+            self.own_ports.remove(&listener.target.port_mapping);
+            self.forget_asked(&listener.target);
             listener.lose_waiting();
         }
     }
@@ -234,8 +234,8 @@ impl Listeners {
     }
 }
 
-fn asked_by(route: &Route) -> usize {
-    route.service.limits.udp_max_flows.unwrap_or(0)
+fn asked_by(target: &Target) -> usize {
+    target.policy.limits.udp_max_flows.unwrap_or(0)
 }
 
 /// For the listener of a flow: it is there for as long as the flow is.

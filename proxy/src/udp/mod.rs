@@ -1,10 +1,10 @@
-//! The UDP relay: flows, batches, and trains.
+//! The UDP relay: flows, batches, and GSO batches.
 //!
 //! A flow is what one client sends to one local address of ours, and the answers. It has a socket of
 //! its own that is connected to the backend, and nothing else: buffers belong to the [`relay`], which
 //! serves all flows of a process from one task. The [`table`] finds flows and bounds their number, and
 //! [`local_ports`] gives each one a port that no other had a moment ago;
-//! [`train`] groups datagrams so that one call sends many; [`send`] deals with what the kernel
+//! [`GSO batch`] groups datagrams so that one call sends many; [`send`] deals with what the kernel
 //! refuses, and [`congestion`] with a way out that is full.
 
 mod answers;
@@ -16,6 +16,7 @@ mod commands;
 mod congestion;
 mod flow;
 mod flows;
+mod gso;
 mod handover;
 mod key;
 mod listeners;
@@ -32,5 +33,4 @@ pub(crate) mod stale;
 mod table;
 mod tally;
 mod token;
-mod train;
 mod turn;

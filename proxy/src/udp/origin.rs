@@ -5,7 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use rproxy_sys::udp::is_local;
 
-use crate::mapping::Forward;
+use crate::mapping::PortMapping;
 
 /// Where the listeners of this process are, by port.
 #[derive(Debug, Default)]
@@ -13,25 +13,25 @@ pub(super) struct OwnPorts(BTreeSet<(u16, IpAddr)>);
 
 impl OwnPorts {
     /// Takes note of a listener.
-    pub(super) fn add(&mut self, forward: &Forward) {
-        self.0.extend(places(forward));
+    pub(super) fn add(&mut self, port_mapping: &PortMapping) {
+        self.0.extend(places(port_mapping));
     }
 
     /// Forgets a listener.
-    pub(super) fn remove(&mut self, forward: &Forward) {
-        for place in places(forward) {
+    pub(super) fn remove(&mut self, port_mapping: &PortMapping) {
+        for place in places(port_mapping) {
             self.0.remove(&place);
         }
     }
 
     /// Whether a datagram for `forward` cannot come from a client: its `source` is the backend, a
     /// listener of this process, or no address of anybody (RFC 1122, section 3.2.1.3).
-    pub(super) fn is_forged(&self, source: SocketAddr, forward: &Forward) -> bool {
+    pub(super) fn is_forged(&self, source: SocketAddr, port_mapping: &PortMapping) -> bool {
         let (ip, port) = (source.ip().to_canonical(), source.port());
         if port == 0 || ip.is_unspecified() || ip.is_multicast() {
             return true;
         }
-        let backend = forward.backend.socket_addr();
+        let backend = port_mapping.backend.socket_addr();
         if port == backend.port() && ip == backend.ip().to_canonical() {
             return true;
         }
@@ -46,10 +46,10 @@ fn any_of(ip: IpAddr) -> IpAddr {
 }
 
 /// Where a listener is: in both families, if it serves both.
-fn places(forward: &Forward) -> impl Iterator<Item = (u16, IpAddr)> {
-    let host = forward.host.socket_addr();
+fn places(port_mapping: &PortMapping) -> impl Iterator<Item = (u16, IpAddr)> {
+    let host = port_mapping.host.socket_addr();
     let ip = host.ip().to_canonical();
-    let serves_both = ip == Ipv6Addr::UNSPECIFIED && !forward.v6only;
+    let serves_both = ip == Ipv6Addr::UNSPECIFIED && !port_mapping.v6only;
     let v4 = serves_both.then_some(Ipv4Addr::UNSPECIFIED.into());
     [ip].into_iter().chain(v4).map(move |ip| (host.port(), ip))
 }
@@ -59,18 +59,18 @@ mod tests {
     use super::*;
     use crate::mapping::addr::Protocol;
 
-    fn forward(host: &str, backend: &str) -> Forward {
+    fn port_mapping(host: &str, backend: &str) -> PortMapping {
         let (host, backend) = (host.parse().unwrap(), backend.parse().unwrap());
-        Forward { protocol: Protocol::Udp, host, backend, v6only: false }
+        PortMapping { protocol: Protocol::Udp, host, backend, v6only: false }
     }
 
     #[test]
     fn what_comes_from_the_backend_a_listener_or_nobody_is_forged() {
-        let first = forward("0.0.0.0:9000", "192.0.2.1:53");
+        let first = port_mapping("0.0.0.0:9000", "192.0.2.1:53");
         let mut own = OwnPorts::default();
-        [first, forward("192.0.2.9:9001", "192.0.2.1:53"), forward("[::]:9002", "192.0.2.1:53")]
+        [first, port_mapping("192.0.2.9:9001", "192.0.2.1:53"), port_mapping("[::]:9002", "192.0.2.1:53")]
             .iter()
-            .for_each(|forward| own.add(forward));
+            .for_each(|port_mapping| own.add(port_mapping));
         let is_forged = |source: &str| own.is_forged(source.parse().unwrap(), &first);
         for forged in [
             "192.0.2.1:53",

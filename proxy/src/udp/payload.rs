@@ -7,9 +7,9 @@ use std::ops::Range;
 use arrayvec::ArrayVec;
 use rproxy_sys::udp::{BATCH, RecvBatch, Transmit};
 
+use super::gso::{Chunk, gso};
 use super::table::FlowId;
 use super::tally::{Amount, Tally};
-use super::train::{Chunk, trains};
 use crate::mapping::dscp::Dscp;
 
 /// The bits of a traffic class that are for congestion (RFC 3168, section 5).
@@ -36,7 +36,7 @@ impl<'a> Payload<'a> {
     }
 
     /// Adds what was received in the slots of `datagrams`, all of one flow, and passes the messages
-    /// that come of it to `part`: joined into trains if the path takes them. In `tally` they count as
+    /// that come of it to `part`: joined into GSO batches if the path takes them. In `tally` they count as
     /// relayed, unless they are taken out again.
     pub(super) fn add(
         &mut self,
@@ -62,7 +62,7 @@ impl<'a> Payload<'a> {
             part(Part { pieces: start + chunks.start..start + chunks.end, segment, class });
         };
         if join {
-            trains(&chunks).for_each(|train| add(train.chunks, train.segment, train.class));
+            gso(&chunks).for_each(|batch_of| add(batch_of.chunks, batch_of.segment, batch_of.class));
         } else {
             chunks.iter().enumerate().for_each(|(i, chunk)| add(i..i + 1, chunk.segment, chunk.class));
         }

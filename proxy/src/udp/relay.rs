@@ -23,8 +23,8 @@ use super::listeners::Listeners;
 use super::table::{Ended, FlowTable};
 use super::token::Token;
 use super::turn::{Events, Turn};
-use crate::runtime::poll::Poll;
-use crate::state::task::Orders;
+use crate::runtime::poll::EventSource;
+use crate::state::task::Commands;
 
 /// Turns after which other tasks of the worker get theirs, however much there is to do here.
 const TURNS_IN_A_ROW: u32 = 2;
@@ -34,8 +34,8 @@ pub(super) const QUIET: Duration = Duration::from_secs(1);
 
 /// All UDP mappings of a process.
 pub(crate) struct UdpRelay {
-    pub(super) poll: Poll,
-    orders: Orders,
+    pub(super) poll: EventSource,
+    commands: Commands,
     pub(super) listeners: Listeners,
     pub(super) table: FlowTable<FlowKey, Flow>,
     pub(super) capacity: Capacity,
@@ -58,11 +58,16 @@ pub(crate) struct UdpRelay {
 impl UdpRelay {
     /// A relay without mappings. `beside_tcp` says whether connections need descriptors too; `has_flows` is
     /// told whether there are flows. It ends when nobody can give `orders` any more.
-    pub(crate) fn new(poll: Poll, orders: Orders, beside_tcp: bool, has_flows: Arc<AtomicBool>) -> Self {
+    pub(crate) fn new(
+        poll: EventSource,
+        commands: Commands,
+        beside_tcp: bool,
+        has_flows: Arc<AtomicBool>,
+    ) -> Self {
         let capacity = Capacity::of_this_host(beside_tcp);
         Self {
             poll,
-            orders,
+            commands,
             listeners: Listeners::default(),
             table: FlowTable::new(capacity.most(Instant::now())),
             client_sockets: ClientSockets::new(capacity.descriptors()),
@@ -90,8 +95,8 @@ impl UdpRelay {
             tokio::select! {
                 // Orders first: under a flood there is always another datagram.
                 biased;
-                order = self.orders.recv(), if !self.draining => match order {
-                    Some(order) => self.obey(order),
+                command = self.commands.recv(), if !self.draining => match command {
+                    Some(command) => self.handle(command),
                     None => self.draining = true,
                 },
                 count = self.poll.wait(events.room()), if events.is_over() => events.refill(count?),

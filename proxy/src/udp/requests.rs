@@ -23,8 +23,8 @@ use super::turn::{LISTENER_BATCHES, slots_for};
 use crate::log::limit::LogLimit;
 use crate::mapping::addr::canonical;
 use crate::runtime::descriptors::explain;
-use crate::state::Route;
-use crate::state::stats::Trouble;
+use crate::state::Target;
+use crate::state::stats::FailureKind;
 
 impl UdpRelay {
     /// Receives what clients sent to a listener, and passes it on.
@@ -49,7 +49,7 @@ impl UdpRelay {
                 Ok(count) => {
                     listener.usual_size = self.turn.take(&batch.received, 0..count, listener.usual_size);
                     note_dropped(&batch.received, count, listener);
-                    self.forward(index, None, batch, count);
+                    self.relay_requests(index, None, batch, count);
                     if count < most || self.turn.is_over() {
                         return;
                     }
@@ -64,13 +64,13 @@ impl UdpRelay {
         if error.kind() != io::ErrorKind::WouldBlock {
             let mut tally = Tally::default();
             tally.lose(1, error);
-            tally.settle(&self.listeners[listener].route, to);
+            tally.settle(&self.listeners[listener].target, to);
         }
     }
 
     /// Sends the `count` datagrams in `batch` to the backend, each through its flow. They were sent to `local`
     /// if they do not say themselves to which of our addresses.
-    pub(super) fn forward(
+    pub(super) fn relay_requests(
         &mut self,
         listener: usize,
         local: Option<LocalAddr>,
@@ -106,7 +106,7 @@ impl UdpRelay {
         }
         // A flow's datagrams stay in order: the sort is stable.
         batch.slots.sort_by_key(|(id, _slot)| id.to_u64());
-        let dscp = self.listeners[listener].route.service.limits.dscp;
+        let dscp = self.listeners[listener].target.policy.limits.dscp;
         let mut tally = Tally::default();
         let mut shut_down = None;
         for datagrams in batch.slots.chunk_by(|a, b| a.0 == b.0) {
@@ -131,7 +131,7 @@ impl UdpRelay {
         batch.slots.clear();
         let listener = &mut self.listeners[listener];
         listener.last_active = self.turn.start();
-        tally.settle(&listener.route, Towards::Backend);
+        tally.settle(&listener.target, Towards::Backend);
     }
 
     /// The flow with `key`, opened if it is not there. What is in the slots may be sent first.
@@ -143,26 +143,26 @@ impl UdpRelay {
             return Some(id);
         }
         let index = key.listener as usize;
-        let route = self.listeners[index].route.clone();
-        let stats = &route.service.live.stats;
+        let target = self.listeners[index].target.clone();
+        let stats = &target.policy.state.stats;
         if self.draining || self.listeners[index].is_closing() {
-            stats.count(Trouble::FlowFailed);
+            stats.count(FailureKind::FlowFailed);
             return None;
         }
-        if self.listeners.own_ports.is_forged(key.client, &route.forward) {
-            stats.count(Trouble::Forged);
-            log_forged(&route, key);
+        if self.listeners.own_ports.is_forged(key.client, &target.port_mapping) {
+            stats.count(FailureKind::Forged);
+            log_forged(&target, key);
             return None;
         }
-        if !route.admits(key.client) {
+        if !target.admits(key.client) {
             return None;
         }
-        match self.open(key, &route, batch) {
+        match self.open(key, &target, batch) {
             Ok(id) => Some(id),
             Err(error) => {
-                stats.count(Trouble::FlowFailed);
+                stats.count(FailureKind::FlowFailed);
                 if let Some(suppressed) = FAILED.permit() {
-                    warn!(mapping = %route.forward, client = %canonical(key.client), error = explain(&error, 1), suppressed, "cannot open a flow");
+                    warn!(mapping = %target.port_mapping, client = %canonical(key.client), error = explain(&error, 1), suppressed, "cannot open a flow");
                 }
                 None
             }
@@ -170,17 +170,17 @@ impl UdpRelay {
     }
 
     /// Opens a flow, for which others may have to go.
-    fn open(&mut self, key: &FlowKey, route: &Arc<Route>, batch: &mut Batch) -> io::Result<FlowId> {
+    fn open(&mut self, key: &FlowKey, target: &Arc<Target>, batch: &mut Batch) -> io::Result<FlowId> {
         let now = self.turn.start();
         let source = key.client.ip();
         self.table.set_most(self.capacity.most(now));
-        let bounds = self.capacity.bounds(mapping_of(route), &route.service.limits, now);
+        let bounds = self.capacity.bounds(mapping_of(target), &target.policy.limits, now);
         if self.table.is_full(&bounds, source) {
             // A flow that goes has sent what came for it.
             self.send_to_backend(key.listener as usize, batch);
             self.make_room(&bounds, key);
         }
-        let mut flow = match self.capacity.open(route, now) {
+        let mut flow = match self.capacity.open(target, now) {
             Err(error) if has_run_out(&error) => {
                 self.capacity.learn(self.table.len(), now);
                 self.send_to_backend(key.listener as usize, batch);
@@ -189,7 +189,7 @@ impl UdpRelay {
                 }
                 // More may have ended that are still open.
                 self.close_ended(ENDS_PER_TURN);
-                self.capacity.open(route, now)?
+                self.capacity.open(target, now)?
             }
             opened => opened?,
         };
@@ -212,15 +212,15 @@ fn note_dropped(received: &RecvBatch, count: usize, listener: &mut Listener) {
     if dropped != 0 && dropped != listener.dropped {
         let mut tally = Tally::default();
         tally.dropped(dropped, &mut listener.dropped);
-        tally.settle(&listener.route, Towards::Backend);
+        tally.settle(&listener.target, Towards::Backend);
     }
 }
 
 /// Says that a datagram was dropped because no client can have sent it.
-fn log_forged(route: &Route, key: &FlowKey) {
+fn log_forged(target: &Target, key: &FlowKey) {
     static FORGED: LogLimit = LogLimit::new();
     if let Some(suppressed) = FORGED.permit() {
         let source = canonical(key.client);
-        warn!(mapping = %route.forward, %source, suppressed, "datagram dropped: its source is no client's");
+        warn!(mapping = %target.port_mapping, %source, suppressed, "datagram dropped: its source is no client's");
     }
 }

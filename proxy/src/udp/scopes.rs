@@ -34,7 +34,7 @@ impl Source {
 
 /// How much there has been of a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Standing {
+pub(super) enum FlowState {
     New,
     Established,
 }
@@ -50,26 +50,26 @@ pub(super) enum ScopeKey {
     Source(Option<MappingId>, Source),
 }
 
-/// A slot's place in the list of a scope.
+/// The neighbours of a slot in the list of a scope.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Place {
+pub(super) struct Links {
     /// Which scope.
     pub(super) scope: u32,
     older: Option<u32>,
     newer: Option<u32>,
 }
 
-impl Place {
-    /// A place in no list yet.
+impl Links {
+    /// Links of a slot in no list yet.
     pub(super) const fn outside(scope: u32) -> Self {
         Self { scope, older: None, newer: None }
     }
 }
 
-/// Whoever has the places of all slots.
-pub(super) trait Places {
-    /// The place of `slot`, which is in use, in its scope number `which`.
-    fn place(&mut self, slot: u32, which: usize) -> &mut Place;
+/// Whoever has the links of all slots.
+pub(super) trait LinkStore {
+    /// The links of `slot`, which is in use, in its scope number `which`.
+    fn links(&mut self, slot: u32, which: usize) -> &mut Links;
 }
 
 /// A list through the slots.
@@ -84,11 +84,11 @@ impl List {
     const EMPTY: Self = Self { oldest: None, newest: None, len: 0 };
 
     /// Adds `slot` at the newest end.
-    fn push(&mut self, places: &mut impl Places, slot: u32, which: usize) {
-        let place = places.place(slot, which);
-        (place.older, place.newer) = (self.newest, None);
+    fn push(&mut self, store: &mut impl LinkStore, slot: u32, which: usize) {
+        let links = store.links(slot, which);
+        (links.older, links.newer) = (self.newest, None);
         match self.newest {
-            Some(newest) => places.place(newest, which).newer = Some(slot),
+            Some(newest) => store.links(newest, which).newer = Some(slot),
             None => self.oldest = Some(slot),
         }
         self.newest = Some(slot);
@@ -96,15 +96,15 @@ impl List {
     }
 
     /// Takes `slot` out, wherever it is.
-    fn unlink(&mut self, places: &mut impl Places, slot: u32, which: usize) {
-        let place = places.place(slot, which);
-        let (older, newer) = (place.older.take(), place.newer.take());
+    fn unlink(&mut self, store: &mut impl LinkStore, slot: u32, which: usize) {
+        let links = store.links(slot, which);
+        let (older, newer) = (links.older.take(), links.newer.take());
         match older {
-            Some(older) => places.place(older, which).newer = newer,
+            Some(older) => store.links(older, which).newer = newer,
             None => self.oldest = newer,
         }
         match newer {
-            Some(newer) => places.place(newer, which).older = older,
+            Some(newer) => store.links(newer, which).older = older,
             None => self.newest = older,
         }
         self.len -= 1;
@@ -122,10 +122,10 @@ pub(super) struct Scope {
 }
 
 impl Scope {
-    fn list(&mut self, standing: Standing) -> &mut List {
-        match standing {
-            Standing::New => &mut self.new,
-            Standing::Established => &mut self.established,
+    fn list(&mut self, state: FlowState) -> &mut List {
+        match state {
+            FlowState::New => &mut self.new,
+            FlowState::Established => &mut self.established,
         }
     }
 
@@ -227,23 +227,23 @@ impl Scopes {
     /// Adds `slot` at the newest end of a list of `scope`, which is its number `which`.
     pub(super) fn push(
         &mut self,
-        places: &mut impl Places,
+        store: &mut impl LinkStore,
         slot: u32,
         (which, scope): (usize, u32),
-        to: Standing,
+        to: FlowState,
     ) {
-        self.at_mut(scope).list(to).push(places, slot, which);
+        self.at_mut(scope).list(to).push(store, slot, which);
     }
 
     /// Takes `slot` out of a list of `scope`, which is its number `which`.
     pub(super) fn unlink(
         &mut self,
-        places: &mut impl Places,
+        store: &mut impl LinkStore,
         slot: u32,
         (which, scope): (usize, u32),
-        of: Standing,
+        of: FlowState,
     ) {
-        self.at_mut(scope).list(of).unlink(places, slot, which);
+        self.at_mut(scope).list(of).unlink(store, slot, which);
     }
 
     /// Forgets `scope` if it has no flows.

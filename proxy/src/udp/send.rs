@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use arrayvec::ArrayVec;
 use nix::libc;
-use rproxy_sys::udp::{BATCH, LocalAddr, TRAIN_BYTES, TRAIN_LEN, Transmit, send_batch};
+use rproxy_sys::udp::{BATCH, GSO_BYTES, GSO_SEGMENTS, LocalAddr, Transmit, send_batch};
 
 use super::tally::{Amount, Tally};
 
@@ -19,9 +19,9 @@ const RETRIES: usize = 3;
 
 /// What happened to a message, or to the one at an index, that did not simply leave.
 #[derive(Debug)]
-pub(super) enum Trouble<'m, 'a> {
-    /// The path takes no trains: the one at this index went as single datagrams, as others should.
-    TrainRefused(usize),
+pub(super) enum SendOutcome<'m, 'a> {
+    /// The path takes no GSO batches: the one at this index went as single datagrams, as others should.
+    GsoRefused(usize),
     /// The socket is full: this message, and all that are reported after it, wait for room.
     Full(&'m Transmit<'a>),
     /// This message is lost: the network does not take it.
@@ -30,28 +30,28 @@ pub(super) enum Trouble<'m, 'a> {
     Earlier(io::Error),
 }
 
-/// Sends `messages` in order, without waiting; trains as single datagrams unless the path takes
-/// `trains`, as far as is known. Gives `false` if the socket became full.
+/// Sends `messages` in order, without waiting; GSO batches as single datagrams unless the path takes
+/// `GSO batches`, as far as is known. Gives `false` if the socket became full.
 pub(super) fn send_all(
     socket: BorrowedFd<'_>,
     messages: &[Transmit<'_>],
-    trains: bool,
-    report: &mut dyn FnMut(Trouble<'_, '_>),
+    gso: bool,
+    report: &mut dyn FnMut(SendOutcome<'_, '_>),
 ) -> bool {
     let mut next = 0;
     let mut errors: ArrayVec<io::Error, { RETRIES }> = ArrayVec::new();
     while let Some(message) = messages.get(next) {
-        let is_train = message.segment.is_some();
-        let remedy = if is_train && !trains {
+        let is_gso = message.segment.is_some();
+        let remedy = if is_gso && !gso {
             Remedy::Single
         } else {
-            match send_batch(socket, up_to_train(&messages[next..], trains)) {
+            match send_batch(socket, up_to_gso(&messages[next..], gso)) {
                 Ok(sent) => {
-                    errors.drain(..).for_each(|error| report(Trouble::Earlier(error)));
+                    errors.drain(..).for_each(|error| report(SendOutcome::Earlier(error)));
                     next += sent;
                     continue;
                 }
-                Err(error) => remedy(error, is_train),
+                Err(error) => remedy(error, is_gso),
             }
         };
         match remedy {
@@ -60,19 +60,19 @@ pub(super) fn send_all(
                 continue;
             }
             Remedy::Wait => {
-                messages[next..].iter().for_each(|message| report(Trouble::Full(message)));
+                messages[next..].iter().for_each(|message| report(SendOutcome::Full(message)));
                 return false;
             }
             Remedy::Single => {
-                if trains {
-                    report(Trouble::TrainRefused(next));
+                if gso {
+                    report(SendOutcome::GsoRefused(next));
                 }
                 if !send_singly(socket, message, report) {
-                    messages[next + 1..].iter().for_each(|message| report(Trouble::Full(message)));
+                    messages[next + 1..].iter().for_each(|message| report(SendOutcome::Full(message)));
                     return false;
                 }
             }
-            Remedy::Again(error) => report(Trouble::Lost(message, error)),
+            Remedy::Again(error) => report(SendOutcome::Lost(message, error)),
         }
         errors.clear();
         next += 1;
@@ -80,28 +80,32 @@ pub(super) fn send_all(
     true
 }
 
-/// What of `messages` can be sent as it is: all if the path takes trains, else those before the first.
-fn up_to_train<'m, 'a>(messages: &'m [Transmit<'a>], trains: bool) -> &'m [Transmit<'a>] {
-    let first = messages.iter().position(|message| !trains && message.segment.is_some());
+/// What of `messages` can be sent as it is: all if the path takes GSO batches, else those before the first.
+fn up_to_gso<'m, 'a>(messages: &'m [Transmit<'a>], gso: bool) -> &'m [Transmit<'a>] {
+    let first = messages.iter().position(|message| !gso && message.segment.is_some());
     &messages[..first.unwrap_or(messages.len())]
 }
 
-/// Sends the datagrams of a train one by one.
+/// Sends the datagrams of a GSO batch one by one.
 fn send_singly(
     socket: BorrowedFd<'_>,
-    train: &Transmit<'_>,
-    report: &mut dyn FnMut(Trouble<'_, '_>),
+    batch_of: &Transmit<'_>,
+    report: &mut dyn FnMut(SendOutcome<'_, '_>),
 ) -> bool {
-    // The kernel may hand over longer trains than it takes from us, hence in batches.
-    let mut rest = datagrams(train).peekable();
+    // The kernel may hand over longer GSO batches than it takes from us, hence in batches.
+    let mut rest = datagrams(batch_of).peekable();
     while rest.peek().is_some() {
         let payloads: ArrayVec<[IoSlice<'_>; 1], BATCH> =
             rest.by_ref().take(BATCH).map(|bytes| [IoSlice::new(bytes)]).collect();
         let messages: ArrayVec<Transmit<'_>, BATCH> =
-            payloads.iter().map(|payload| Transmit { payload, segment: None, ..*train }).collect();
+            payloads.iter().map(|payload| Transmit { payload, segment: None, ..*batch_of }).collect();
         if !send_all(socket, &messages, false, report) {
             for bytes in rest {
-                report(Trouble::Full(&Transmit { payload: &[IoSlice::new(bytes)], segment: None, ..*train }));
+                report(SendOutcome::Full(&Transmit {
+                    payload: &[IoSlice::new(bytes)],
+                    segment: None,
+                    ..*batch_of
+                }));
             }
             return false;
         }
@@ -109,7 +113,7 @@ fn send_singly(
     true
 }
 
-/// The datagrams that a message consists of. The pieces of a train are whole datagrams each.
+/// The datagrams that a message consists of. The pieces of a GSO batch are whole datagrams each.
 fn datagrams<'a>(message: &Transmit<'a>) -> impl Iterator<Item = &'a [u8]> {
     let payload: &'a [IoSlice<'a>] = message.payload;
     let size = message.segment.map_or(usize::MAX, usize::from);
@@ -136,24 +140,24 @@ enum Remedy {
     Again(io::Error),
     /// Sending later.
     Wait,
-    /// Sending the datagrams of the train one by one.
+    /// Sending the datagrams of the GSO batch one by one.
     Single,
 }
 
-fn remedy(error: io::Error, is_train: bool) -> Remedy {
+fn remedy(error: io::Error, is_gso: bool) -> Remedy {
     match error.raw_os_error() {
         Some(libc::EAGAIN) => Remedy::Wait,
         // No checksum offload on the device; segments over its MTU; over the path's.
-        Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE) if is_train => Remedy::Single,
+        Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE) if is_gso => Remedy::Single,
         // Before Linux 4.18 there are none.
-        Some(libc::ENOPROTOOPT | libc::EOPNOTSUPP) if is_train => Remedy::Single,
+        Some(libc::ENOPROTOOPT | libc::EOPNOTSUPP) if is_gso => Remedy::Single,
         _ => Remedy::Again(error),
     }
 }
 
 /// Bytes that wait for one socket at the most; what comes then is lost, as in any full queue. There is
 /// room for a whole batch: a listener that is full gets no other answers until this one is gone.
-const QUEUE_BYTES: usize = BATCH * (TRAIN_BYTES + TRAIN_LEN * OVERHEAD);
+const QUEUE_BYTES: usize = BATCH * (GSO_BYTES + GSO_SEGMENTS * OVERHEAD);
 
 /// Bytes that wait for all sockets of a [`Room`] together.
 const ROOM_BYTES: usize = 2 * QUEUE_BYTES;
@@ -243,24 +247,24 @@ impl SendQueue {
     }
 
     /// Sends `messages` in order, behind what waits already, and keeps what there is no room for. Of what
-    /// counts as relayed in `tally`, it takes out what is not. `trains` says whether the path takes them,
+    /// counts as relayed in `tally`, it takes out what is not. `GSO batches` says whether the path takes them,
     /// as far as is known; `refused` gets the index of one that it does not take.
     pub(super) fn send(
         &mut self,
         socket: BorrowedFd<'_>,
         messages: &[Transmit<'_>],
-        trains: bool,
+        gso: bool,
         tally: &mut Tally,
         refused: &mut dyn FnMut(usize),
     ) {
         if !self.waiting.is_empty() {
             return messages.iter().for_each(|message| self.keep(message, tally));
         }
-        send_all(socket, messages, trains, &mut |trouble| match trouble {
-            Trouble::TrainRefused(index) => refused(index),
-            Trouble::Full(message) => self.keep(message, tally),
-            Trouble::Lost(message, error) => lose(message, error, tally),
-            Trouble::Earlier(error) => tally.lose(1, error),
+        send_all(socket, messages, gso, &mut |outcome| match outcome {
+            SendOutcome::GsoRefused(index) => refused(index),
+            SendOutcome::Full(message) => self.keep(message, tally),
+            SendOutcome::Lost(message, error) => lose(message, error, tally),
+            SendOutcome::Earlier(error) => tally.lose(1, error),
         });
     }
 
@@ -332,14 +336,14 @@ impl SendQueue {
             .collect();
         messages.iter().for_each(|message| tally.relayed += amount_of(message));
         let mut left = 0;
-        let all = send_all(socket, &messages, false, &mut |trouble| match trouble {
-            Trouble::Full(message) => {
+        let all = send_all(socket, &messages, false, &mut |outcome| match outcome {
+            SendOutcome::Full(message) => {
                 tally.relayed -= amount_of(message);
                 left += 1;
             }
-            Trouble::Lost(message, error) => lose(message, error, tally),
-            Trouble::Earlier(error) => tally.lose(1, error),
-            Trouble::TrainRefused(_) => {}
+            SendOutcome::Lost(message, error) => lose(message, error, tally),
+            SendOutcome::Earlier(error) => tally.lose(1, error),
+            SendOutcome::GsoRefused(_) => {}
         });
         (messages.len() - left, all)
     }
@@ -372,8 +376,8 @@ mod tests {
         (a, b)
     }
 
-    fn no_trouble(trouble: Trouble<'_, '_>) {
-        panic!("{trouble:?}");
+    fn no_outcome(outcome: SendOutcome<'_, '_>) {
+        panic!("{outcome:?}");
     }
 
     fn transmit<'a>(payload: &'a [IoSlice<'a>], segment: Option<u16>) -> Transmit<'a> {
@@ -386,13 +390,13 @@ mod tests {
         let addr = b.local_addr().unwrap();
         drop(b);
         let payload = [IoSlice::new(b"first")];
-        assert!(send_all(a.as_fd(), &[transmit(&payload, None)], true, &mut no_trouble));
+        assert!(send_all(a.as_fd(), &[transmit(&payload, None)], true, &mut no_outcome));
         let b = UdpSocket::bind(addr).unwrap();
         b.set_read_timeout(Some(PATIENCE)).unwrap();
         let payload = [IoSlice::new(b"second")];
         let mut earlier = 0;
-        assert!(send_all(a.as_fd(), &[transmit(&payload, None)], true, &mut |trouble| match trouble {
-            Trouble::Earlier(_) => earlier += 1,
+        assert!(send_all(a.as_fd(), &[transmit(&payload, None)], true, &mut |outcome| match outcome {
+            SendOutcome::Earlier(_) => earlier += 1,
             other => panic!("{other:?}"),
         }));
         assert_eq!(earlier, 1);
@@ -413,9 +417,9 @@ mod tests {
             a.as_fd(),
             &[Transmit { segment: Some(30_000), ..too_long }],
             true,
-            &mut |trouble| {
-                match trouble {
-                    Trouble::TrainRefused(index) => refused = Some(index),
+            &mut |outcome| {
+                match outcome {
+                    SendOutcome::GsoRefused(index) => refused = Some(index),
                     other => panic!("{other:?}"),
                 }
             }
@@ -424,7 +428,7 @@ mod tests {
         for wanted in [30_000, 30_000, 7] {
             assert_eq!(b.recv(&mut buf).unwrap(), wanted);
         }
-        // Whether the device took the train is its business; what arrives is the same.
+        // Whether the device took the GSO batch is its business; what arrives is the same.
         assert!(matches!(refused, None | Some(0)));
     }
 
@@ -433,7 +437,7 @@ mod tests {
         let (a, b) = pair();
         let bytes = vec![5; 10 * (BATCH + 36)];
         let payload = [IoSlice::new(&bytes)];
-        assert!(send_singly(a.as_fd(), &transmit(&payload, Some(10)), &mut no_trouble));
+        assert!(send_singly(a.as_fd(), &transmit(&payload, Some(10)), &mut no_outcome));
         for _ in 0..BATCH + 36 {
             assert_eq!(b.recv(&mut [0; 20]).unwrap(), 10);
         }
@@ -442,10 +446,10 @@ mod tests {
     #[test]
     fn a_path_that_refused_a_train_is_not_asked_again() {
         let (a, b) = pair();
-        let train = [IoSlice::new(&[1; 10]), IoSlice::new(&[2; 10])];
+        let batch_of = [IoSlice::new(&[1; 10]), IoSlice::new(&[2; 10])];
         let single = [IoSlice::new(b"behind")];
-        let messages = [transmit(&single, None), transmit(&train, Some(10)), transmit(&single, None)];
-        assert!(send_all(a.as_fd(), &messages, false, &mut no_trouble));
+        let messages = [transmit(&single, None), transmit(&batch_of, Some(10)), transmit(&single, None)];
+        assert!(send_all(a.as_fd(), &messages, false, &mut no_outcome));
         for wanted in [6, 10, 10, 6] {
             assert_eq!(b.recv(&mut [0; 30]).unwrap(), wanted);
         }
@@ -453,7 +457,7 @@ mod tests {
 
     #[test]
     fn errors_have_their_remedies() {
-        let of = |errno, is_train| remedy(io::Error::from_raw_os_error(errno), is_train);
+        let of = |errno, is_gso| remedy(io::Error::from_raw_os_error(errno), is_gso);
         assert!(matches!(of(libc::ECONNREFUSED, false), Remedy::Again(_)));
         assert!(matches!(of(libc::EAGAIN, true), Remedy::Wait));
         for errno in [libc::EIO, libc::EINVAL, libc::EMSGSIZE] {
@@ -532,8 +536,8 @@ mod tests {
             let tail = vec![8; last.min(usize::from(size))];
             let mut pieces: Vec<_> = (0..count).map(|_| IoSlice::new(&whole)).collect();
             pieces.push(IoSlice::new(&tail));
-            let train = transmit(&pieces, Some(size));
-            let lens: Vec<_> = datagrams(&train).map(<[u8]>::len).collect();
+            let batch_of = transmit(&pieces, Some(size));
+            let lens: Vec<_> = datagrams(&batch_of).map(<[u8]>::len).collect();
             let mut wanted = vec![usize::from(size); count];
             wanted.push(tail.len());
             prop_assert_eq!(lens, wanted);

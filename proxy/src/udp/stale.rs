@@ -11,7 +11,7 @@ use rproxy_sys::conntrack::{Direction, Family, delete_udp};
 use rproxy_sys::udp::is_local;
 use tracing::debug;
 
-use crate::mapping::Forward;
+use crate::mapping::PortMapping;
 use crate::mapping::addr::Protocol;
 
 /// Held by whoever looks through the kernel's table.
@@ -20,9 +20,10 @@ static TURN: Mutex<()> = Mutex::new(());
 /// Makes the kernel forget flows to, and from, the UDP ports among `published`, which have to be bound already;
 /// an IPv6 wildcard stands for IPv4 too unless it is `v6only`. Best effort: it needs `CAP_NET_ADMIN`,
 /// and most hosts have nothing to forget. A runtime that publishes by several means does this itself.
-pub(crate) fn forget_flows_to<'a>(published: impl IntoIterator<Item = &'a Forward>) {
-    let udp = published.into_iter().filter(|forward| forward.protocol == Protocol::Udp);
-    let published = Published::new(udp.map(|forward| (forward.host.socket_addr(), forward.v6only)));
+pub(crate) fn forget_flows_to<'a>(published: impl IntoIterator<Item = &'a PortMapping>) {
+    let udp = published.into_iter().filter(|port_mapping| port_mapping.protocol == Protocol::Udp);
+    let published =
+        Published::new(udp.map(|port_mapping| (port_mapping.host.socket_addr(), port_mapping.v6only)));
     if published.0.is_empty() {
         return;
     }

@@ -20,7 +20,7 @@ use std::time::{Duration, Instant};
 
 pub(super) use super::scopes::MappingId;
 use super::scopes::{
-    Place, Places, SCOPES, ScopeKey, Scopes, Source, Standing, first_to_go, most_established,
+    FlowState, LinkStore, Links, SCOPES, ScopeKey, Scopes, Source, first_to_go, most_established,
 };
 
 /// A client that still sends after this long means it, even if nobody answers (syslog, metrics).
@@ -118,23 +118,23 @@ struct Used<K, F> {
     opened: Instant,
     last_active: Instant,
     is_answered: bool,
-    standing: Standing,
-    places: [Place; SCOPES],
+    state: FlowState,
+    links: [Links; SCOPES],
 }
 
 impl<K, F> Used<K, F> {
     /// Whether a datagram from this side makes the flow one that is established, if there is room.
-    fn earns_standing(&self, from: Side, now: Instant) -> bool {
-        self.standing == Standing::New
+    fn is_established_by(&self, from: Side, now: Instant) -> bool {
+        self.state == FlowState::New
             && from == Side::Client
             && (self.is_answered || now.saturating_duration_since(self.opened) >= LASTING)
     }
 }
 
-impl<K, F> Places for Vec<Slot<K, F>> {
-    fn place(&mut self, slot: u32, which: usize) -> &mut Place {
+impl<K, F> LinkStore for Vec<Slot<K, F>> {
+    fn links(&mut self, slot: u32, which: usize) -> &mut Links {
         let used = self[slot as usize].used.as_mut();
-        &mut used.expect("only slots in use are in the lists").places[which]
+        &mut used.expect("only slots in use are in the lists").links[which]
     }
 }
 
@@ -188,9 +188,9 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
         count: usize,
     ) -> (impl Iterator<Item = &mut F>, Option<usize>) {
         let all = self.slots.len();
-        let places = first.min(all)..first.saturating_add(count).min(all);
-        let next = (places.end < all).then_some(places.end);
-        (self.slots[places].iter_mut().filter_map(|slot| Some(&mut slot.used.as_mut()?.flow)), next)
+        let links = first.min(all)..first.saturating_add(count).min(all);
+        let next = (links.end < all).then_some(links.end);
+        (self.slots[links].iter_mut().filter_map(|slot| Some(&mut slot.used.as_mut()?.flow)), next)
     }
 
     fn used(&self, id: FlowId) -> Option<&Used<K, F>> {
@@ -227,8 +227,8 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
 
     /// The slot of the flow that goes when one of all has to.
     fn first_to_go(&self) -> Option<u32> {
-        let oldest = |standing: usize| {
-            let slots = self.scopes.idles().filter_map(|(_idle, scope)| scope.oldest()[standing]);
+        let oldest = |state: usize| {
+            let slots = self.scopes.idles().filter_map(|(_idle, scope)| scope.oldest()[state]);
             slots.min_by_key(|slot| self.active_at(*slot))
         };
         first_to_go([oldest(0), oldest(1)], self.established, self.most)
@@ -264,27 +264,27 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
             opened: now,
             last_active: now,
             is_answered: false,
-            standing: Standing::New,
-            places: self.enter(bounds, source),
+            state: FlowState::New,
+            links: self.enter(bounds, source),
         });
         self.link(slot);
         id
     }
 
     /// The scopes of a flow, which it is not in yet.
-    fn enter(&mut self, bounds: &Bounds, source: IpAddr) -> [Place; SCOPES] {
+    fn enter(&mut self, bounds: &Bounds, source: IpAddr) -> [Links; SCOPES] {
         let scopes = [
             (ScopeKey::Idle(bounds.idle), usize::MAX),
             (ScopeKey::Mapping(bounds.mapping), bounds.flows),
             (bounds.source_key(source), bounds.flows_per_source),
         ];
-        scopes.map(|(key, most)| Place::outside(self.scopes.enter(key, most)))
+        scopes.map(|(key, most)| Links::outside(self.scopes.enter(key, most)))
     }
 
     /// Notes traffic: the flow is now the one idle for the shortest time.
     pub(super) fn touch(&mut self, id: FlowId, from: Side, now: Instant) {
         let Some(used) = self.used(id) else { return };
-        let rises = used.earns_standing(from, now) && self.has_room_for_established(&used.places);
+        let rises = used.is_established_by(from, now) && self.has_room_for_established(&used.links);
         let is_news = now.saturating_duration_since(used.last_active) >= GRAIN;
         if rises || is_news {
             self.unlink(id.slot);
@@ -292,7 +292,7 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
         let Some(used) = &mut self.slots[id.slot as usize].used else { return };
         used.is_answered |= from == Side::Backend;
         if rises {
-            used.standing = Standing::Established;
+            used.state = FlowState::Established;
         }
         if rises || is_news {
             used.last_active = now;
@@ -300,17 +300,17 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
         }
     }
 
-    fn has_room_for_established(&self, places: &[Place; SCOPES]) -> bool {
-        let has_room = |place: &Place| {
-            let scope = self.scopes.at(place.scope);
+    fn has_room_for_established(&self, links: &[Links; SCOPES]) -> bool {
+        let has_room = |links: &Links| {
+            let scope = self.scopes.at(links.scope);
             scope.established() < most_established(scope.most)
         };
-        self.established < most_established(self.most) && places.iter().all(has_room)
+        self.established < most_established(self.most) && links.iter().all(has_room)
     }
 
     /// Whether the flow `id` is there and established.
     pub(super) fn is_established(&self, id: FlowId) -> bool {
-        self.used(id).is_some_and(|used| used.standing == Standing::Established)
+        self.used(id).is_some_and(|used| used.state == FlowState::Established)
     }
 
     /// Makes the flow `id` established, as if its client had gone on after an answer.
@@ -325,7 +325,7 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
         if self.scopes.find(&mapping).is_none() {
             return;
         }
-        let is_theirs = |used: &Used<K, F>| self.scopes.at(used.places[MAPPING].scope).key == mapping;
+        let is_theirs = |used: &Used<K, F>| self.scopes.at(used.links[MAPPING].scope).key == mapping;
         let used = (0..).zip(&self.slots).filter_map(|(slot, used)| Some((slot, used.used.as_ref()?)));
         let theirs = used.filter(|(_slot, used)| is_theirs(used));
         let mut theirs: Vec<(Instant, u32)> = theirs.map(|(slot, used)| (used.last_active, slot)).collect();
@@ -333,13 +333,13 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
         for (_at, slot) in theirs {
             self.unlink(slot);
             let Some(used) = &self.slots[slot as usize].used else { continue };
-            let (source, old) = (used.source, used.places);
-            let places = self.enter(bounds, source);
+            let (source, old) = (used.source, used.links);
+            let links = self.enter(bounds, source);
             if let Some(used) = &mut self.slots[slot as usize].used {
-                (used.places, used.last_active) = (places, now);
+                (used.links, used.last_active) = (links, now);
             }
             self.link(slot);
-            old.iter().for_each(|place| self.scopes.leave(place.scope));
+            old.iter().for_each(|links| self.scopes.leave(links.scope));
         }
     }
 
@@ -414,34 +414,34 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
 
     /// Puts a slot in use at the newest end of its lists.
     fn link(&mut self, slot: u32) {
-        let Some((places, standing)) = self.places_of(slot) else { return };
-        self.established += usize::from(standing == Standing::Established);
-        for (which, place) in places.iter().enumerate() {
-            self.scopes.push(&mut self.slots, slot, (which, place.scope), standing);
+        let Some((links, state)) = self.links_of(slot) else { return };
+        self.established += usize::from(state == FlowState::Established);
+        for (which, links) in links.iter().enumerate() {
+            self.scopes.push(&mut self.slots, slot, (which, links.scope), state);
         }
     }
 
     /// Takes a slot in use out of its lists.
     fn unlink(&mut self, slot: u32) {
-        let Some((places, standing)) = self.places_of(slot) else { return };
-        self.established -= usize::from(standing == Standing::Established);
-        for (which, place) in places.iter().enumerate() {
-            self.scopes.unlink(&mut self.slots, slot, (which, place.scope), standing);
+        let Some((links, state)) = self.links_of(slot) else { return };
+        self.established -= usize::from(state == FlowState::Established);
+        for (which, links) in links.iter().enumerate() {
+            self.scopes.unlink(&mut self.slots, slot, (which, links.scope), state);
         }
     }
 
-    fn places_of(&self, slot: u32) -> Option<([Place; SCOPES], Standing)> {
-        self.slots[slot as usize].used.as_ref().map(|used| (used.places, used.standing))
+    fn links_of(&self, slot: u32) -> Option<([Links; SCOPES], FlowState)> {
+        self.slots[slot as usize].used.as_ref().map(|used| (used.links, used.state))
     }
 
     fn remove_slot(&mut self, slot: u32) -> Ended<F> {
         self.unlink(slot);
         let emptied = &mut self.slots[slot as usize];
         emptied.generation = (emptied.generation + 1) % FlowId::GENERATIONS;
-        let Used { key, flow, last_active, places, .. } =
+        let Used { key, flow, last_active, links, .. } =
             emptied.used.take().expect("only slots in use are in the lists");
         self.index.remove(&key);
-        places.iter().for_each(|place| self.scopes.leave(place.scope));
+        links.iter().for_each(|links| self.scopes.leave(links.scope));
         self.free.push(slot);
         Ended { flow, last_active }
     }

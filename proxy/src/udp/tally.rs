@@ -7,8 +7,8 @@ use nix::libc;
 use tracing::warn;
 
 use crate::log::limit::LogLimit;
-use crate::state::Route;
-use crate::state::stats::Trouble;
+use crate::state::Target;
+use crate::state::stats::FailureKind;
 
 /// How much some datagrams are.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -94,17 +94,17 @@ impl Tally {
         self.error.as_ref().is_some_and(is_lost_peer)
     }
 
-    fn lost(&self) -> [(Trouble, u64); 3] {
+    fn lost(&self) -> [(FailureKind, u64); 3] {
         [
-            (Trouble::DatagramRefused, self.refused),
-            (Trouble::NoBuffer, self.no_buffer),
-            (Trouble::TooLarge, self.too_large),
+            (FailureKind::DatagramRefused, self.refused),
+            (FailureKind::NoBuffer, self.no_buffer),
+            (FailureKind::TooLarge, self.too_large),
         ]
     }
 
     /// Counts it for the mapping of `route`: on the way to the backend, or to clients.
-    pub(super) fn settle(self, route: &Route, to: Towards) {
-        let stats = &route.service.live.stats;
+    pub(super) fn settle(self, target: &Target, to: Towards) {
+        let stats = &target.policy.state.stats;
         if self.relayed != Amount::default() {
             let (datagrams, bytes) = match to {
                 Towards::Backend => (&stats.datagrams_in, &stats.bytes_in),
@@ -114,22 +114,22 @@ impl Tally {
             bytes.add(self.relayed.bytes);
         }
         if self.lost().iter().any(|(_trouble, count)| *count > 0) {
-            self.tell_lost(route, to);
+            self.tell_lost(target, to);
         }
     }
 
     #[cold]
-    fn tell_lost(self, route: &Route, to: Towards) {
+    fn tell_lost(self, target: &Target, to: Towards) {
         static LOST: LogLimit = LogLimit::new();
 
-        let stats = &route.service.live.stats;
-        self.lost().iter().for_each(|(trouble, count)| stats.count_many(*trouble, *count));
+        let stats = &target.policy.state.stats;
+        self.lost().iter().for_each(|(failure_kind, count)| stats.count_many(*failure_kind, *count));
         if let Some(suppressed) = LOST.permit() {
             let Self { refused, no_buffer, too_large, error, .. } = self;
             let error =
                 error.map_or_else(|| "too many wait for a socket".to_owned(), |error| error.to_string());
             let to = to.as_str();
-            warn!(mapping = %route.forward, to, refused, no_buffer, too_large, %error, suppressed, "datagrams lost");
+            warn!(mapping = %target.port_mapping, to, refused, no_buffer, too_large, %error, suppressed, "datagrams lost");
         }
     }
 }

@@ -6,7 +6,7 @@ use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use tracing::error;
 
 use super::table::FlowId;
-use crate::runtime::poll::PORT;
+use crate::runtime::poll::LISTENER;
 
 /// Which socket an event of the epoll instance is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,17 +24,17 @@ const CLIENT: u64 = 1 << 62;
 impl Token {
     fn to_u64(self) -> u64 {
         match self {
-            Self::Listener(index) => PORT | index as u64,
+            Self::Listener(index) => LISTENER | index as u64,
             Self::Flow(id) => id.to_u64(),
             Self::Client(id) => CLIENT | id.to_u64(),
         }
     }
 
     pub(super) fn from_u64(number: u64) -> Self {
-        match (number & PORT, number & CLIENT) {
+        match (number & LISTENER, number & CLIENT) {
             (0, 0) => Self::Flow(FlowId::from_u64(number)),
             (0, _) => Self::Client(FlowId::from_u64(number & !CLIENT)),
-            _ => Self::Listener(usize::try_from(number & !PORT).unwrap_or(usize::MAX)),
+            _ => Self::Listener(usize::try_from(number & !LISTENER).unwrap_or(usize::MAX)),
         }
     }
 }

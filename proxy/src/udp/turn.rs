@@ -1,6 +1,6 @@
 //! What is done before others get their turn: bounded in bytes as well as in datagrams.
 //!
-//! A datagram may be 64 kB, and so may a train that the kernel hands over as one: a few hundred of them
+//! A datagram may be 64 kB, and so may a GSO batch that the kernel hands over as one: a few hundred of them
 //! take as long as all other work of the process.
 
 use std::ops::Range;
@@ -15,7 +15,7 @@ const EVENTS: usize = 256;
 /// Bytes that are taken before others get their turn: it takes a fraction of a millisecond to relay them.
 const BYTES: usize = 256 * 1024;
 
-/// Each datagram, or train, counts for this many bytes more.
+/// Each datagram, or GSO batch, counts for this many bytes more.
 const OVERHEAD: usize = 256;
 
 /// The fewest that one receive asks for, of the largest.
@@ -63,7 +63,7 @@ impl Turn {
     }
 }
 
-/// How many datagrams, or trains, of a usual size are received at once.
+/// How many datagrams, or GSO batches, of a usual size are received at once.
 pub(super) fn slots_for(usual_size: usize) -> usize {
     (BYTES / usual_size.max(1)).clamp(LEAST_SLOTS, BATCH)
 }

@@ -19,9 +19,9 @@
 
 mod channel;
 mod launcher;
-mod predecessor;
+mod new;
+mod old;
 mod program;
-mod successor;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -32,8 +32,8 @@ use rproxy_sys::udp::LocalAddr;
 use serde::{Deserialize, Serialize};
 
 pub use self::launcher::Launcher;
-pub use self::predecessor::{Predecessor, Sockets, claim, take_over};
-pub use self::successor::Upgrade;
+pub use self::new::{OldProcess, Sockets, claim, take_over};
+pub use self::old::Upgrade;
 use crate::mapping::wire::WireMapping;
 use crate::state::task::PortTurn;
 

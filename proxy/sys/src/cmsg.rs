@@ -1,6 +1,6 @@
 //! Control messages of UDP sockets: which local address a datagram was sent to or is to be sent from
 //! (ip(7) `IP_PKTINFO`, ipv6(7) `IPV6_PKTINFO`), its traffic class (ip(7) `IP_TOS`, RFC 3542 `IPV6_TCLASS`), the
-//! segment size of a train of datagrams (udp(7) `UDP_GRO` and `UDP_SEGMENT`), and how many the socket had no room
+//! segment size of a GSO batch (udp(7) `UDP_GRO` and `UDP_SEGMENT`), and how many the socket had no room
 //! for (socket(7) `SO_RXQ_OVFL`).
 //!
 //! The layout is that of cmsg(3): a header with length, level and type, then the data, each aligned
@@ -117,7 +117,7 @@ fn segment(data: &[u8]) -> Option<u16> {
     read_i32(data).and_then(|size| u16::try_from(size).ok()).filter(|size| *size > 0)
 }
 
-/// Control messages for a datagram, or a train of them, to be sent.
+/// Control messages for a datagram, or a GSO batch, to be sent.
 #[derive(Debug)]
 pub(crate) struct Encoder {
     bytes: [u8; SENT_SPACE],

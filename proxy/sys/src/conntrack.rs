@@ -23,7 +23,7 @@ use nix::sys::time::TimeVal;
 use crate::netlink;
 
 /// The kernel answers at once; should it not, this is no reason to hang.
-const PATIENCE: TimeVal = TimeVal::new(2, 0);
+const REPLY_TIMEOUT: TimeVal = TimeVal::new(2, 0);
 
 /// The kernel puts at most this much into one message of a dump (NLMSG_GOODSIZE is less).
 const BUFFER_SIZE: usize = 64 * 1024;
@@ -116,7 +116,7 @@ impl Client {
             SockFlag::SOCK_CLOEXEC,
             SockProtocol::NetlinkNetFilter,
         )?;
-        setsockopt(&socket, sockopt::ReceiveTimeout, &PATIENCE)?;
+        setsockopt(&socket, sockopt::ReceiveTimeout, &REPLY_TIMEOUT)?;
         Ok(Self(socket))
     }
 

@@ -1,4 +1,4 @@
-//! Batches of datagrams: recvmmsg(2), sendmmsg(2), and trains of equal-sized ones (udp(7)).
+//! Batches of datagrams: recvmmsg(2), sendmmsg(2), and GSO batches of equal-sized ones (udp(7)).
 #![expect(unsafe_code, reason = "the message headers of these calls hold raw pointers")]
 
 use std::io::{self, IoSlice};
@@ -15,21 +15,21 @@ use crate::check;
 use crate::cmsg::{self, Encoder};
 pub use crate::cmsg::{LocalAddr, Received};
 
-/// Datagrams, or trains of them, that one call moves at the most.
+/// Datagrams, or GSO batches of them, that one call moves at the most.
 pub const BATCH: usize = 64;
 
-/// Room for the largest datagram, 65,527 bytes over IPv6, and for the largest train. The odd cache
+/// Room for the largest datagram, 65,527 bytes over IPv6, and for the largest GSO batch. The odd cache
 /// line keeps the starts of the slots from sharing one set of the processor's caches.
 const SLOT: usize = 65_536 + 64;
 
 /// The size of a page on most machines, and the smallest on all.
 const SMALL_PAGE: usize = 4096;
 
-/// Datagrams of one train at the most (`UDP_MAX_SEGMENTS`, include/linux/udp.h; 128 since Linux 6.9).
-pub const TRAIN_LEN: usize = 64;
+/// Datagrams of one GSO batch at the most (`UDP_MAX_SEGMENTS`, include/linux/udp.h; 128 since Linux 6.9).
+pub const GSO_SEGMENTS: usize = 64;
 
-/// Payload bytes of one train at the most: those of an IPv4 packet.
-pub const TRAIN_BYTES: usize = 65_507;
+/// Payload bytes of one GSO batch at the most: those of an IPv4 packet.
+pub const GSO_BYTES: usize = 65_507;
 
 /// Datagrams that [`discard`] takes off a socket at the most.
 const MOST_DISCARDED: usize = 4096;
@@ -155,9 +155,9 @@ impl RecvBatch {
         }
     }
 
-    /// The payload in a slot that was received into: one datagram, or a train as
+    /// The payload in a slot that was received into: one datagram, or a GSO batch as
     /// [`Received::segment`] says. `None` if the kernel had to cut it, which the size of a slot rules
-    /// out for everything but IPv6 jumbograms; or what it says of it, such as where a train is to be cut.
+    /// out for everything but IPv6 jumbograms; or what it says of it, such as where a GSO batch is to be cut.
     pub fn payload(&self, slot: usize) -> Option<&[u8]> {
         let header = &self.headers[slot];
         let whole = header.msg_hdr.msg_flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) == 0;
@@ -195,7 +195,7 @@ fn empty_header() -> libc::mmsghdr {
     unsafe { zeroed() }
 }
 
-/// A datagram to be sent, or a train of them.
+/// A datagram to be sent, or a GSO batch.
 #[derive(Clone, Copy, Debug)]
 pub struct Transmit<'a> {
     /// The bytes, in pieces that are sent as one.
@@ -204,8 +204,8 @@ pub struct Transmit<'a> {
     pub to: Option<SocketAddr>,
     /// From which local address; `None` leaves the choice to the kernel.
     pub source: Option<LocalAddr>,
-    /// The size of the datagrams to cut the payload into, for a train: at most [`TRAIN_LEN`] of them
-    /// and [`TRAIN_BYTES`] together.
+    /// The size of the datagrams to cut the payload into, for a GSO batch: at most [`GSO_SEGMENTS`] of them
+    /// and [`GSO_BYTES`] together.
     pub segment: Option<u16>,
     /// The traffic class, as in [`Received::class`]; 0 leaves it to the socket.
     pub class: u8,
@@ -317,11 +317,11 @@ pub fn queue_no_errors(socket: BorrowedFd<'_>, ipv6: bool) -> io::Result<()> {
     crate::socket::set_int(socket, libc::IPPROTO_IP, libc::IP_RECVERR, 0)
 }
 
-/// Lets the kernel hand over trains of datagrams that arrived as one (`UDP_GRO`, udp(7)).
+/// Lets the kernel hand over GSO batches that arrived as one (`UDP_GRO`, udp(7)).
 ///
 /// # Errors
 /// Those of setsockopt(2): `ENOPROTOOPT` before Linux 5.0.
-pub fn receive_trains(socket: BorrowedFd<'_>) -> io::Result<()> {
+pub fn enable_gro(socket: BorrowedFd<'_>) -> io::Result<()> {
     crate::socket::set_int(socket, libc::SOL_UDP, libc::UDP_GRO, 1)
 }
 
@@ -464,8 +464,8 @@ mod tests {
     #[test]
     fn a_train_is_cut_on_the_way_and_may_arrive_as_one() {
         let (a, b) = pair("127.0.0.1");
-        let train = [IoSlice::new(&[1; 100]), IoSlice::new(&[2; 100]), IoSlice::new(&[3; 50])];
-        let message = Transmit { segment: Some(100), ..transmit(&train) };
+        let batch_of = [IoSlice::new(&[1; 100]), IoSlice::new(&[2; 100]), IoSlice::new(&[3; 50])];
+        let message = Transmit { segment: Some(100), ..transmit(&batch_of) };
         let mut batch = RecvBatch::new();
 
         send(a.as_fd(), &message).unwrap();
@@ -474,7 +474,7 @@ mod tests {
         assert_eq!(batch.control(2).segment, None);
         assert_eq!(batch.sender(2), None);
 
-        receive_trains(b.as_fd()).unwrap();
+        enable_gro(b.as_fd()).unwrap();
         send(a.as_fd(), &message).unwrap();
         assert_eq!(batch.recv(b.as_fd(), 0, BATCH, false).unwrap(), 1);
         assert_eq!(batch.payload(0).map(<[u8]>::len), Some(250));

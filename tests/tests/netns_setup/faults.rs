@@ -14,7 +14,7 @@ use netns_setup::error::Error;
 use netns_setup::executor::{ActionError, Executor};
 use netns_setup::kernel::Kernel;
 use netns_setup::model::{MappingKey, RelayProcess};
-use netns_setup::publish::{HostAddr, Proto};
+use netns_setup::publish::{HostIp, Proto};
 use netns_setup::reserve::ReserveError;
 use nix::sys::signal::{Signal, raise};
 use rproxy_tests::rproxy::rproxy;
@@ -91,7 +91,7 @@ impl Executor for Failing {
         self.kernel.run(action)
     }
 
-    fn reserve(&mut self, proto: Proto, host: HostAddr, port: u16) -> Result<u16, ReserveError> {
+    fn reserve(&mut self, proto: Proto, host: HostIp, port: u16) -> Result<u16, ReserveError> {
         self.kernel.reserve(proto, host, port)
     }
 

@@ -112,13 +112,13 @@ fn port_in_use(stage: &Stage) {
     // A port that only the kernel serves has no socket to tell; the state does.
     stage.ok("publish web -p 90:80 --via dnat");
     refused(stage, "publish db -p 90:80", 1, "published by web already");
-    let held = stage.host.run(|| TcpListener::bind("0.0.0.0:90").unwrap());
+    let locked = stage.host.run(|| TcpListener::bind("0.0.0.0:90").unwrap());
     let output = stage.run("check");
     assert_eq!(output.status.code(), Some(1), "{output:#?}");
     assert!(output.stdout.contains("*:90/tcp of web: host port 90/tcp on * is in use"), "{output:#?}");
     let output = stage.run("repair");
     assert!(output.stderr.contains("only you can mend"), "{output:#?}");
-    drop(held);
+    drop(locked);
     assert_eq!(stage.ok("check"), "everything is as it should be\n");
 }
 

@@ -18,14 +18,14 @@ use crate::bind::{Bound, BoundPort};
 use crate::control::socket::ControlSocket;
 use crate::engine::Server;
 use crate::mapping::name::Name;
-use crate::mapping::{Forward, Mapping};
+use crate::mapping::{Mapping, PortMapping};
 use crate::state::task::{LiveFlow, LiveFlows};
 
 /// How long the old process may take for its next step. It gives us no more in all.
-const PATIENCE: Duration = Duration::from_secs(15);
+const NEXT_WORD: Duration = Duration::from_secs(15);
 
-/// The process that served before. It serves on if this is dropped before [`Predecessor::serve`] is done.
-pub struct Predecessor {
+/// The process that served before. It serves on if this is dropped before [`OldProcess::serve`] is done.
+pub struct OldProcess {
     channel: Channel,
     /// Those of the mappings, in the order of the offer.
     names: Vec<Name>,
@@ -38,7 +38,7 @@ pub struct Sockets {
     /// The control socket.
     pub control: Option<ControlSocket>,
     /// The process that has them too, if there is one.
-    pub predecessor: Option<Predecessor>,
+    pub old: Option<OldProcess>,
 }
 
 /// The socket to the process that this one was started to take over from, if it was. To be called before
@@ -91,7 +91,7 @@ pub async fn take_over(
     let bound: Vec<Bound> =
         mappings.into_iter().map(|mapping| adopt(mapping, &mut sockets)).collect::<Result<_, _>>()?;
     Bound::refuse_loops(&bound).map_err(refuse)?;
-    Ok(Sockets { bound, control, predecessor: Some(Predecessor { channel, names }) })
+    Ok(Sockets { bound, control, old: Some(OldProcess { channel, names }) })
 }
 
 fn refuse(reason: impl ToString) -> UpgradeError {
@@ -120,17 +120,17 @@ fn distinct_names(mappings: &[Mapping]) -> Result<Vec<Name>, UpgradeError> {
 
 /// The mapping on its sockets, which may listen elsewhere than it asks for: see `activation`.
 fn adopt(mapping: Mapping, sockets: impl Iterator<Item = OwnedFd>) -> Result<Bound, UpgradeError> {
-    let adopt = |(forward, socket): (Forward, OwnedFd)| {
-        let wrong = |error: &dyn std::fmt::Display| refuse(format!("the socket of {forward}: {error}"));
-        let listener = Listener::adopt(socket, forward.protocol).map_err(|error| wrong(&error))?;
-        Ok(BoundPort::adopt(forward, listener))
+    let adopt = |(port_mapping, socket): (PortMapping, OwnedFd)| {
+        let wrong = |error: &dyn std::fmt::Display| refuse(format!("the socket of {port_mapping}: {error}"));
+        let listener = Listener::adopt(socket, port_mapping.protocol).map_err(|error| wrong(&error))?;
+        Ok(BoundPort::adopt(port_mapping, listener))
     };
     // First the ports: `zip` takes a socket only if there is one for it.
-    let ports = mapping.forwards().zip(sockets).map(adopt).collect::<Result<_, UpgradeError>>()?;
+    let ports = mapping.port_mappings().zip(sockets).map(adopt).collect::<Result<_, UpgradeError>>()?;
     Ok(Bound { mapping, ports })
 }
 
-impl Predecessor {
+impl OldProcess {
     /// Says that all is prepared, and serves what `server` was prepared for. The old process does so no more
     /// when this returns.
     ///
@@ -149,7 +149,7 @@ impl Predecessor {
             }
             let sockets = in_time(channel.receive_descriptors(some.len())).await?;
             for (offered, socket) in some.into_iter().zip(sockets) {
-                live_flows.flows.push(live(&offered, socket, &listeners)?);
+                live_flows.flows.push(state(&offered, socket, &listeners)?);
             }
         }
         server.serve_all(live_flows);
@@ -163,7 +163,7 @@ impl Predecessor {
 }
 
 /// A flow of one of the `listeners`, which are in the order of the offer.
-fn live(
+fn state(
     offered: &OfferedFlow,
     socket: OwnedFd,
     listeners: &[Option<usize>],
@@ -189,7 +189,7 @@ fn refuse_others_than_flows(socket: &OwnedFd, is_connected: bool) -> io::Result<
 
 /// What the old process says, if it goes on to do so.
 async fn in_time<T>(step: impl Future<Output = io::Result<T>>) -> Result<T, UpgradeError> {
-    let talked = timeout(PATIENCE, step).await.unwrap_or_else(|late| Err(late.into()));
+    let talked = timeout(NEXT_WORD, step).await.unwrap_or_else(|late| Err(late.into()));
     talked.map_err(UpgradeError::talk("talk to the old process"))
 }
 

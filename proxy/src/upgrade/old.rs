@@ -21,7 +21,7 @@ use crate::state::task::{LiveFlow, LiveFlows};
 use crate::systemd;
 
 /// How long the new process may take until it is prepared.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PREPARATION: Duration = Duration::from_secs(10);
 
 /// How long it may take to serve then, while datagrams wait. Nothing is left that could take long.
 const PAUSE: Duration = Duration::from_secs(2);
@@ -79,7 +79,7 @@ impl Upgrade {
 
     /// Lets a new process serve in place of this one. Gives whether it does; if not, or if this is dropped
     /// before, this process serves as it did.
-    pub(crate) async fn carry_out(&mut self, server: &Server, control: Option<BorrowedFd<'_>>) -> bool {
+    pub(crate) async fn attempt(&mut self, server: &Server, control: Option<BorrowedFd<'_>>) -> bool {
         let Self { asked, launcher } = self;
         // Needed rarely, and long.
         let mut attempt = Box::pin(attempt(launcher, server, control));
@@ -111,10 +111,10 @@ async fn attempt(
     }
     let there = launcher.as_ref().map_err(|reason| UpgradeError::NoLauncher(reason.clone()))?;
     let asked = there.ask().map_err(UpgradeError::talk("ask for a new process"))?;
-    let result = match Successor::start(asked).await {
-        Ok(successor) => match successor.take_over(server, control).await {
-            Ok(()) => Ok(successor.process),
-            Err(error) => Err(successor.end(error).await),
+    let result = match NewProcess::start(asked).await {
+        Ok(new) => match new.hand_over(server, control).await {
+            Ok(()) => Ok(new.process),
+            Err(error) => Err(new.end(error).await),
         },
         Err(error) => Err(error),
     };
@@ -126,13 +126,13 @@ async fn attempt(
 }
 
 /// A new process that has not taken over yet.
-struct Successor {
+struct NewProcess {
     process: u32,
     channel: Channel,
     launcher: Asked,
 }
 
-impl Successor {
+impl NewProcess {
     async fn start(asked: Asked) -> Result<Self, UpgradeError> {
         let started = answer(asked.start()).await?;
         let (process, socket) =
@@ -142,8 +142,8 @@ impl Successor {
     }
 
     /// Everything until this process may stop to serve.
-    async fn take_over(&self, server: &Server, control: Option<BorrowedFd<'_>>) -> Result<(), UpgradeError> {
-        in_time(PATIENCE, "prepare itself", self.offer(server, control)).await?;
+    async fn hand_over(&self, server: &Server, control: Option<BorrowedFd<'_>>) -> Result<(), UpgradeError> {
+        in_time(PREPARATION, "prepare itself", self.offer(server, control)).await?;
         let paused = Paused(server);
         let flows = server.pause().await;
         in_time(PAUSE, "serve", self.pass_on(server, &flows)).await?;
@@ -164,15 +164,15 @@ impl Successor {
         self.expect(Word::Prepared).await
     }
 
-    async fn pass_on(&self, server: &Server, live: &LiveFlows) -> io::Result<()> {
+    async fn pass_on(&self, server: &Server, state: &LiveFlows) -> io::Result<()> {
         let numbers: HashMap<usize, usize> = server.udp_listeners().collect();
-        let offered: Vec<_> = live.flows.iter().filter_map(|flow| offered(flow, &numbers)).collect();
+        let offered: Vec<_> = state.flows.iter().filter_map(|flow| offered(flow, &numbers)).collect();
         for some in offered.chunks(MOST) {
             let (flows, descriptors): (Vec<_>, Vec<_>) = some.iter().copied().unzip();
             self.channel.send(&Flows { flows, ports: None }).await?;
             self.channel.send_descriptors(&descriptors).await?;
         }
-        self.channel.send(&Flows { flows: Vec::new(), ports: live.ports }).await?;
+        self.channel.send(&Flows { flows: Vec::new(), ports: state.ports }).await?;
         self.expect(Word::Serving).await
     }
 

@@ -1,13 +1,13 @@
-//! Grouping datagrams of one flow into trains: what can leave with one call (udp(7) `UDP_SEGMENT`).
+//! Grouping datagrams of one flow into GSO batches: what can leave with one call (udp(7) `UDP_SEGMENT`).
 //!
-//! A train is cut by the kernel into datagrams of equal size, the last of which may be shorter.
+//! A GSO batch is cut by the kernel into datagrams of equal size, the last of which may be shorter.
 //! Nothing is merged or split that was not sent so: the boundaries come out as they went in.
 
 use std::ops::Range;
 
-use rproxy_sys::udp::{TRAIN_BYTES, TRAIN_LEN};
+use rproxy_sys::udp::{GSO_BYTES, GSO_SEGMENTS};
 
-/// What one receive brought of a flow: a datagram, or a train of them.
+/// What one receive brought of a flow: a datagram, or a GSO batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Chunk {
     /// Bytes in all.
@@ -43,7 +43,7 @@ impl Chunk {
 
 /// Consecutive chunks that leave together.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Train {
+pub(super) struct GsoBatch {
     /// Which chunks, by their place in the sequence.
     pub(super) chunks: Range<usize>,
     /// The size to cut into; `None` for a single datagram.
@@ -52,19 +52,19 @@ pub(super) struct Train {
     pub(super) class: u8,
 }
 
-/// Splits a sequence of chunks into trains, in order.
-pub(super) fn trains(chunks: &[Chunk]) -> impl Iterator<Item = Train> {
+/// Splits a sequence of chunks into GSO batches, in order.
+pub(super) fn gso(chunks: &[Chunk]) -> impl Iterator<Item = GsoBatch> {
     let mut next = 0;
     std::iter::from_fn(move || {
-        let train = first_train(chunks.get(next..)?)?;
-        let chunks = next..next + train.chunks.len();
+        let batch_of = first_batch(chunks.get(next..)?)?;
+        let chunks = next..next + batch_of.chunks.len();
         next = chunks.end;
-        Some(Train { chunks, ..train })
+        Some(GsoBatch { chunks, ..batch_of })
     })
 }
 
-/// The longest train at the start of `chunks`.
-fn first_train(chunks: &[Chunk]) -> Option<Train> {
+/// The longest GSO batch at the start of `chunks`.
+fn first_batch(chunks: &[Chunk]) -> Option<GsoBatch> {
     let first = *chunks.first()?;
     let size = first.size();
     let (mut bytes, mut count, mut is_open) = (first.len, first.count(), first.is_even());
@@ -74,8 +74,8 @@ fn first_train(chunks: &[Chunk]) -> Option<Train> {
             && chunk.class == first.class
             && chunk.len > 0
             && (chunk.size() == size || chunk.count() == 1 && chunk.len < size)
-            && bytes + chunk.len <= TRAIN_BYTES
-            && count + chunk.count() <= TRAIN_LEN;
+            && bytes + chunk.len <= GSO_BYTES
+            && count + chunk.count() <= GSO_SEGMENTS;
         if !fits {
             break;
         }
@@ -85,7 +85,7 @@ fn first_train(chunks: &[Chunk]) -> Option<Train> {
         len += 1;
     }
     let segment = u16::try_from(size).ok().filter(|_| count > 1);
-    Some(Train { chunks: 0..len, segment, class: first.class })
+    Some(GsoBatch { chunks: 0..len, segment, class: first.class })
 }
 
 #[cfg(test)]
@@ -108,7 +108,7 @@ mod tests {
 
     fn lens(sequence: &[usize]) -> Vec<(usize, Option<u16>)> {
         let chunks: Vec<_> = sequence.iter().map(|len| single(*len)).collect();
-        trains(&chunks).map(|train| (train.chunks.len(), train.segment)).collect()
+        gso(&chunks).map(|batch_of| (batch_of.chunks.len(), batch_of.segment)).collect()
     }
 
     #[test]
@@ -138,37 +138,37 @@ mod tests {
         let even = Chunk { len: 300, segment: Some(100), class: 0 };
         let odd = Chunk { len: 250, ..even };
         let result: Vec<_> =
-            trains(&[even, odd, single(100)]).map(|train| (train.chunks, train.segment)).collect();
+            gso(&[even, odd, single(100)]).map(|batch_of| (batch_of.chunks, batch_of.segment)).collect();
         assert_eq!(result, [(0..2, Some(100)), (2..3, None)]);
     }
 
     #[test]
     fn a_train_is_of_one_class() {
         let [plain, marked] = [0, 3].map(|class| Chunk { class, ..single(64) });
-        let result: Vec<_> = trains(&[plain, plain, marked, marked, plain])
-            .map(|train| (train.chunks.len(), train.segment, train.class))
+        let result: Vec<_> = gso(&[plain, plain, marked, marked, plain])
+            .map(|batch_of| (batch_of.chunks.len(), batch_of.segment, batch_of.class))
             .collect();
         assert_eq!(result, [(2, Some(64), 0), (2, Some(64), 3), (1, None, 0)]);
     }
 
-    /// What the kernel makes of a train: datagram sizes.
-    fn cut(chunks: &[Chunk], train: &Train) -> Vec<usize> {
-        let bytes: usize = chunks[train.chunks.clone()].iter().map(|chunk| chunk.len).sum();
-        let segment = train.segment.map_or(bytes.max(1), usize::from);
-        assert!(bytes <= TRAIN_BYTES || train.chunks.len() == 1);
+    /// What the kernel makes of a GSO batch: datagram sizes.
+    fn cut(chunks: &[Chunk], batch_of: &GsoBatch) -> Vec<usize> {
+        let bytes: usize = chunks[batch_of.chunks.clone()].iter().map(|chunk| chunk.len).sum();
+        let segment = batch_of.segment.map_or(bytes.max(1), usize::from);
+        assert!(bytes <= GSO_BYTES || batch_of.chunks.len() == 1);
         let whole = Chunk { len: bytes, segment: Some(u16::try_from(segment).unwrap()), class: 0 };
-        assert!(chunks[train.chunks.clone()].iter().all(|chunk| chunk.class == train.class));
-        assert!(whole.count() <= TRAIN_LEN || train.chunks.len() == 1);
+        assert!(chunks[batch_of.chunks.clone()].iter().all(|chunk| chunk.class == batch_of.class));
+        assert!(whole.count() <= GSO_SEGMENTS || batch_of.chunks.len() == 1);
         whole.datagrams().map(|range| range.len()).collect()
     }
 
     fn chunk() -> impl Strategy<Value = Chunk> {
         let size = prop_oneof![Just(0), Just(1), Just(64), Just(1400), 0..3000_usize, 60_000..65_508_usize];
-        let train = (1..200_u16, 1..64_usize, 0..200_usize).prop_map(|(size, count, short)| {
+        let batch_of = (1..200_u16, 1..64_usize, 0..200_usize).prop_map(|(size, count, short)| {
             let len = usize::from(size) * count - short.min(usize::from(size) - 1);
             Chunk { len, segment: Some(size), class: 0 }
         });
-        let chunk = prop_oneof![4 => size.prop_map(single), 1 => train];
+        let chunk = prop_oneof![4 => size.prop_map(single), 1 => batch_of];
         let class = prop_oneof![9 => Just(0), 1 => any::<u8>()];
         (chunk, class).prop_map(|(chunk, class)| Chunk { class, ..chunk })
     }
@@ -177,13 +177,13 @@ mod tests {
         #[test]
         fn what_goes_in_comes_out_in_order(chunks in prop::collection::vec(chunk(), 0..80)) {
             let wanted: Vec<usize> = chunks.iter().flat_map(|chunk| chunk.datagrams()).map(|r| r.len()).collect();
-            let trains: Vec<_> = trains(&chunks).collect();
-            let sent: Vec<usize> = trains.iter().flat_map(|train| cut(&chunks, train)).collect();
+            let gso: Vec<_> = gso(&chunks).collect();
+            let sent: Vec<usize> = gso.iter().flat_map(|batch_of| cut(&chunks, batch_of)).collect();
             prop_assert_eq!(sent, wanted);
             let mut next = 0;
-            for train in trains {
-                prop_assert_eq!(train.chunks.start, next);
-                next = train.chunks.end;
+            for batch_of in gso {
+                prop_assert_eq!(batch_of.chunks.start, next);
+                next = batch_of.chunks.end;
             }
             prop_assert_eq!(next, chunks.len());
         }
