@@ -45,7 +45,7 @@ pub(crate) fn unless_blocked<T>(result: nix::Result<T>) -> io::Result<Option<T>>
     }
 }
 
-/// Gives a UDP socket room for bursts; the forced form is not limited by the system, but needs root.
+/// Returns a UDP socket room for bursts; the forced form is not limited by the system, but needs root.
 pub(crate) fn enlarge_udp_buffers(socket: &impl AsFd) {
     if setsockopt(socket, sockopt::RcvBufForce, &UDP_BUFFER).is_err() {
         // As much as there is to be had will do: loss shows in the result.

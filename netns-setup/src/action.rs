@@ -194,7 +194,7 @@ pub enum Action {
         /// What changes.
         change: LinkChange,
     },
-    /// Gives an interface an address.
+    /// Returns an interface an address.
     AddAddress {
         /// Where it is.
         place: NetnsRef,

@@ -56,7 +56,7 @@ impl Systemd {
         Self { socket, name, _dir: dir }
     }
 
-    /// Lets no more messages in until some are read. Gives how many there are.
+    /// Lets no more messages in until some are read. Returns how many there are.
     pub fn fill(&self) -> usize {
         let sender = UnixDatagram::unbound().unwrap();
         sender.set_nonblocking(true).unwrap();

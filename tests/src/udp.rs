@@ -111,6 +111,11 @@ pub fn is_silent(socket: &UdpSocket) -> bool {
     result.is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
 }
 
+/// Takes all that has arrived, and arrives until nothing does for a moment.
+pub fn receive_all(socket: &UdpSocket) {
+    while !is_silent(socket) {}
+}
+
 /// Sends a datagram and waits for an answer.
 #[track_caller]
 pub fn ask(socket: &UdpSocket, to: SocketAddr, request: &[u8]) -> (Vec<u8>, SocketAddr) {

@@ -144,7 +144,7 @@ pub fn wait_for_end(pid: Pid) {
 }
 
 /// Asks `server` to let a new process take over. `first` captures the output of all of them, since they
-/// inherit it, and `earlier` counts those that took over before. Gives the new one.
+/// inherit it, and `earlier` counts those that took over before. Returns the new one.
 #[track_caller]
 pub fn upgrade(first: &Process, earlier: usize, server: Pid) -> Pid {
     kill(server, Signal::SIGUSR2).unwrap();

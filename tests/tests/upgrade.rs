@@ -593,7 +593,7 @@ fn frame(text: &str) -> Vec<u8> {
     [&length.to_be_bytes()[..], text.as_bytes()].concat()
 }
 
-/// Starts a process that is to take over from this one, which says `bytes`. Gives what it came to.
+/// Starts a process that is to take over from this one, which says `bytes`. Returns what it came to.
 fn offered(parent: Pid, bytes: &[u8]) -> process::Output {
     let (mut own, its) = UnixStream::pair().unwrap();
     let mut command = rproxy_tests::rproxy::command(&["--host", "127.0.0.1:0", "--to", "192.0.2.1:80"]);
@@ -606,13 +606,13 @@ fn offered(parent: Pid, bytes: &[u8]) -> process::Output {
 }
 
 fn false_offers() {
-    let hello = frame(r#"{"version":1}"#);
+    let hello = frame(r#"{"version":2}"#);
     let offer = |text: &str| [hello.clone(), frame(text)].concat();
     let own = r#"{"host":"127.0.0.1","to":"192.0.2.1","to_ports":"80"}"#;
     for (bytes, part) in [
         (vec![], "unexpected end of file"),
         (b"GET / HTTP/1.1\r\n\r\n".to_vec(), "cannot talk to the old process: file too large"),
-        (frame(r#"{"version":2}"#), "it hands over as in version 2, and this program knows 1"),
+        (frame(r#"{"version":1}"#), "it hands over as in version 1, and this program knows 2"),
         (offer(r#"{"control":false,"mappings":[],"more":1}"#), "unknown field `more`"),
         (offer(r#"{"control":false,"mappings":[]}"#), "does not serve all of the command line"),
         (offer(r#"{"control":true,"mappings":[]}"#), "does not serve all of the command line"),

@@ -205,7 +205,7 @@ impl Flow {
         more
     }
 
-    /// Gives up what has been under way for too long, and sends anew if `more` is to be sent. Returns how
+    /// Returns up what has been under way for too long, and sends anew if `more` is to be sent. Returns how
     /// many datagrams are under way.
     fn sweep(
         &mut self,

@@ -49,7 +49,7 @@ pub fn run(firewall: Option<Choice>, rproxy: Option<PathBuf>, out: &mut dyn Writ
     let thread = thread::Builder::new().name("demo".to_owned());
     let play = thread.spawn(move || Demo { options, kernel: Kernel::default(), lines }.play());
     let play = play.map_err(|error| Error::Demo(format!("cannot start a thread: {error}")))?;
-    // Whether or not anyone listens, the play comes to its end, which clears up.
+    // Whether or not anyone listens, the demo finishes, which cleans up.
     let written = received.iter().try_for_each(|line| writeln!(out, "{line}"));
     drop(received);
     match play.join() {
@@ -216,7 +216,7 @@ impl Demo {
     }
 }
 
-/// Gives the thread a network and a `/run` of its own.
+/// Returns the thread a network and a `/run` of its own.
 fn own_namespaces() -> io::Result<()> {
     unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS)?;
     let none = None::<&str>;

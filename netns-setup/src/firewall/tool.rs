@@ -52,7 +52,7 @@ pub fn run(program: &'static str, args: &[&str], input: &str) -> Result<String, 
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
-        // A signal from the terminal is meant for this program, which lets the step come to its end.
+        // A signal from the terminal is meant for this program, which lets the step finish.
         .process_group(0)
         .spawn()
         .map_err(failed)?;

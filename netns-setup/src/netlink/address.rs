@@ -36,7 +36,7 @@ pub(super) fn read(message: &AddressMessage) -> Option<(u32, Cidr)> {
     Some((message.header.index, Cidr { ip, prefix: message.header.prefix_len }))
 }
 
-/// Gives an interface an address.
+/// Returns an interface an address.
 ///
 /// # Errors
 /// When the kernel refuses.

@@ -21,9 +21,10 @@ pub(crate) const BACKLOG: i32 = i32::MAX;
 /// What the kernel may queue on a UDP listener, in bytes: a burst of all clients.
 const UDP_RECEIVE_BUFFER: usize = 8 * 1024 * 1024;
 
-/// What it may queue of answers, in bytes. All clients share it, so it is no longer than it has to be:
-/// behind a device that is slower than the backends, everyone waits until it is sent.
-const UDP_SEND_BUFFER: usize = 1024 * 1024;
+/// What a UDP listener may have on its way, in bytes, as set. The kernel allows twice that, in which full-sized packets
+/// count for 2,304 bytes: these are half of what the queue of a device takes by default (`txqueuelen`, 1,000 packets).
+/// What does not fit there is lost, and nobody is told.
+const UDP_SEND_BUFFER: usize = 512 * 1024;
 
 /// Idle time before the first keepalive probe and between probes, as Go's net package sets them.
 const KEEPALIVE: Duration = Duration::from_secs(15);
@@ -156,7 +157,7 @@ fn bind_udp(addr: SocketAddr, v6only: bool) -> io::Result<UdpSocket> {
 }
 
 /// Sets on a TCP socket what both sides of a connection have: no Nagle delay, keepalive probes, and an
-/// end by reset, whatever brings it about. A connection that comes to its end in order takes the last
+/// end by reset, whatever brings it about. A connection that ends in order takes the last
 /// one back; one that is cut, be it by the death of this process, must not look as if it had.
 ///
 /// Sockets accepted from a listener inherit all of it, which saves five calls per connection. An MPTCP socket does
@@ -179,7 +180,8 @@ fn if_known(result: io::Result<()>) -> io::Result<()> {
     }
 }
 
-/// Sets on a UDP listener: reports of the address asked, GSO batches, and room for bursts.
+/// Sets on a UDP listener: reports of the address asked, of traffic classes and of drops, GSO batches, and room for
+/// bursts.
 fn set_datagram_options(socket: &Socket, ipv6: bool) -> io::Result<()> {
     static SMALL: Once = Once::new();
 

@@ -326,7 +326,7 @@ fn publish(words: String, spec: PublishSpec, to: ScopedIp) -> Result<Asked, Usag
     }
 }
 
-/// Gives a name to each mapping whose default name an earlier one has, as those of random ports may: the second
+/// Returns a name to each mapping whose default name an earlier one has, as those of random ports may: the second
 /// `random:80/tcp` is `random:80/tcp#2`.
 fn tell_apart(mappings: &mut [Mapping]) {
     let mut seen: HashMap<Name, usize> = HashMap::new();

@@ -137,7 +137,7 @@ impl Spare {
         Self(Arc::new(Mutex::new(socket.as_fd().try_clone_to_owned().ok())))
     }
 
-    /// Gives it up, if it is there.
+    /// Returns it up, if it is there.
     fn take(&self) -> Option<OwnedFd> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }

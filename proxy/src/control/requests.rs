@@ -21,7 +21,7 @@ use crate::mapping::wire::WireMapping;
 /// How long the client may take for its answer that ends the process.
 const LAST_ANSWER: Duration = Duration::from_secs(1);
 
-/// Does what a client asks for, and tells it. Gives whether that ends the process; the client knows by then.
+/// Does what a client asks for, and tells it. Returns whether that ends the process; the client knows by then.
 pub(crate) async fn answer(Call { request, answer }: Call, server: &mut Server) -> bool {
     let is_last = request == Request::Drain;
     let (until_told, told) = oneshot::channel();

@@ -118,7 +118,7 @@ fn start(flags: &Flags, inherited: Option<io::Result<OwnedFd>>, mode: Mode) -> R
     Ok(Started { runtime, server, stop, needs })
 }
 
-/// Gives up what serving does not need. What files say is asked before.
+/// Returns up what serving does not need. What files say is asked before.
 fn confine(mode: Mode, needs: &Needs<'_>, server: &Server) -> Result<(), SandboxError> {
     server.look_at_processors();
     sandbox::confine(mode, needs)

@@ -40,7 +40,7 @@ impl Sink {
         terminal.map(Self::Terminal)
     }
 
-    /// Writes as much of `text` as is sure not to wait. Gives how many bytes that is.
+    /// Writes as much of `text` as is sure not to wait. Returns how many bytes that is.
     ///
     /// # Errors
     /// Those of write(2), if nothing was written for another reason than that there is no room.

@@ -44,7 +44,7 @@ impl LogWriter {
         written > 0
     }
 
-    /// Writes the end of a line that was begun. Gives whether there is nothing left of it.
+    /// Writes the end of a line that was begun. Returns whether there is nothing left of it.
     fn finish(&mut self) -> bool {
         let rest = std::mem::take(&mut self.rest);
         if !rest.is_empty() && !self.put(&rest) {

@@ -19,7 +19,7 @@ pub struct Limits {
     pub on_limit: OnLimit,
     /// A UDP flow is over when neither side has sent anything for this long.
     pub udp_timeout: Duration,
-    /// UDP flows at a time; `None` for as many as descriptors allow, one each.
+    /// UDP flows at a time; `None` for as many as descriptors allow: one each, and one more while the listener is full.
     pub udp_max_flows: Option<usize>,
     /// UDP flows at a time from one source, an IPv4 address or the /64 of an IPv6 one; `None` for
     /// three quarters of all.

@@ -105,7 +105,7 @@ impl Mapping {
         Ok(self)
     }
 
-    /// Gives the mapping a name in place of the one that follows from its ports. One that does follow is none: a
+    /// Returns the mapping a name in place of the one that follows from its ports. One that does follow is none: a
     /// mapping that was listed is the same one.
     #[must_use]
     pub fn named(mut self, name: Name) -> Self {
@@ -113,7 +113,7 @@ impl Mapping {
         self
     }
 
-    /// Gives the mapping limits in place of the default ones.
+    /// Returns the mapping limits in place of the default ones.
     #[must_use]
     pub fn limited(mut self, limits: Limits) -> Self {
         self.limits = limits;

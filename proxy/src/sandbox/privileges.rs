@@ -38,7 +38,7 @@ pub(super) fn change_user(user: Option<&User>, kept: CapabilitySet) -> Result<()
     change().map_err(|source| SandboxError::User { user: user.to_string(), source })
 }
 
-/// Gives `path` to `user`.
+/// Returns `path` to `user`.
 pub(super) fn give_to(user: &User, path: &std::path::Path) -> Result<(), SandboxError> {
     lchown(path, Some(user.uid().as_raw()), Some(user.gid().as_raw())).map_err(|source| SandboxError::Owner {
         user: user.to_string(),
@@ -47,7 +47,7 @@ pub(super) fn give_to(user: &User, path: &std::path::Path) -> Result<(), Sandbox
     })
 }
 
-/// Gives up all capabilities but `kept`; says which are left.
+/// Returns up all capabilities but `kept`; says which are left.
 pub(super) fn keep(kept: CapabilitySet) -> io::Result<String> {
     let left = capabilities(None)?.permitted & kept;
     set_capabilities(

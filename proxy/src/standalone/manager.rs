@@ -168,7 +168,7 @@ impl Manager {
     }
 }
 
-/// Lets connections and flows come to their end, within limits.
+/// Lets connections and flows finish, within limits.
 async fn finish(server: Server, stop: &mut StopSignals, drain: Drain, succeeded: bool) {
     tokio::select! {
         () = server.drain(enough(drain, stop, succeeded)) => {}

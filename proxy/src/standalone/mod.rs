@@ -156,10 +156,10 @@ fn start(
     let server = Server::prepared(bound, may_change).map_err(setup("watch the listeners"))?;
     drop(entered);
     server.look_at_processors();
-    if let Some(user) = &options.user
-        && let Err(error) = server.udp_sockets().try_for_each(|socket| user.own(socket))
-    {
-        debug!(%error, "clients share the send buffers of UDP listeners");
+    if let Some(user) = &options.user {
+        for error in server.udp_sockets().filter_map(|socket| user.own(socket).err()) {
+            debug!(%error, %user, "cannot make the user own a UDP listener, whose clients share its send buffer");
+        }
     }
     let output = Output::open();
     sandbox::confine(options.sandbox, &needs)?;

@@ -26,7 +26,7 @@ impl Counter {
     }
 }
 
-/// Why something that a client wanted did not come about, or did not come to its end.
+/// Why something that a client wanted did not happen, or did not finish.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FailureKind {
     /// The backend refused a connection.
@@ -49,12 +49,13 @@ pub enum FailureKind {
     FlowDisplaced,
     /// A datagram was lost because the network refused it, at once or later (ICMP).
     DatagramRefused,
-    /// A datagram was lost because there was no room for it.
+    /// A datagram was lost because there was no room for it, here or in the receive buffer of a socket, or because its flow
+    /// ended while it waited.
     NoBuffer,
     /// A datagram was lost because it was larger than the way takes.
     TooLarge,
-    /// A datagram was dropped because no client can have sent it: its source is the backend, a
-    /// listener here, or nobody.
+    /// A datagram was dropped because of its source: no client can have sent it, as that is the backend, a listener here, or
+    /// nobody; or it is an answer to a flow that takes them from any port, and comes from another address.
     Forged,
 }
 

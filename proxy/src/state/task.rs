@@ -23,7 +23,7 @@ use crate::state::Binding;
 pub(crate) enum Command {
     /// Serve these listeners so from now on, whether they are new or not.
     Serve(Vec<Binding>),
-    /// Let what goes on with these listeners come to its end, take nothing new, and close them. The
+    /// Let what goes on with these listeners finish, take nothing new, and close them. The
     /// sender is told when nothing new is taken any more.
     Release(Vec<Arc<WatchedListener>>, oneshot::Sender<()>),
     /// Close all listeners that are served: another process serves them, and the flows that are paused.
@@ -49,6 +49,8 @@ pub(crate) enum FlowCommand {
 #[derive(Debug, Default)]
 pub(crate) struct LiveFlows {
     pub(crate) flows: Vec<LiveFlow>,
+    /// For how many datagrams listeners have had no room: their numbers, and what is counted already.
+    pub(crate) dropped: Vec<(usize, u32)>,
     /// Which local port is next.
     pub(crate) ports: Option<PortTurn>,
 }
@@ -66,6 +68,8 @@ pub(crate) struct LiveFlow {
     pub(crate) is_established: bool,
     /// Where its datagrams go, if its socket is not connected.
     pub(crate) peer: Option<SocketAddr>,
+    /// For how many answers its socket has had no room, as far as they are counted.
+    pub(crate) dropped: u32,
     /// Its socket towards the backend.
     pub(crate) socket: Arc<OwnedFd>,
 }
@@ -166,7 +170,7 @@ impl ListenerTask {
         (&mut self.task).await.unwrap_or(Ok(()))
     }
 
-    /// Lets the task come to its end; what goes on with its listeners still does.
+    /// Lets the task finish; what goes on with its listeners still does.
     pub(crate) fn finish(self) -> JoinHandle<io::Result<()>> {
         self.task
     }

@@ -66,7 +66,7 @@ pub(super) fn cut_denied(policy: &MappingPolicy) {
     info!(connections = denied.len(), "resetting connections of clients that are denied now");
     for task in denied {
         policy.state.stats.count(FailureKind::Denied);
-        // Its sockets are closed with it, which is a reset before they have come to their end.
+        // Its sockets are closed with it, which is a reset before they have finished.
         task.abort();
     }
 }

@@ -204,7 +204,7 @@ impl Reactor {
         self.sources.get_mut(key.index as usize).filter(|source| source.generation == key.generation)
     }
 
-    /// Takes what has happened from the kernel and wakes the tasks concerned. Gives whether there may
+    /// Takes what has happened from the kernel and wakes the tasks concerned. Returns whether there may
     /// be more.
     fn turn(&mut self) -> bool {
         let mut room = [MaybeUninit::uninit(); EVENTS];

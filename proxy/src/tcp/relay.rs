@@ -118,7 +118,7 @@ async fn finish(end: End, direction: &Direction<'_>, other: impl Future<Output =
     }
 }
 
-/// Resets the side that has not failed, at the `end` of the direction from `source` to `sink`. Gives what
+/// Resets the side that has not failed, at the `end` of the direction from `source` to `sink`. Returns what
 /// broke it off; `None` if nothing did.
 async fn pass_failure_on(end: End, source: &Stream, sink: &Stream) -> Option<io::Error> {
     match end {

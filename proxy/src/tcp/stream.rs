@@ -193,7 +193,7 @@ impl Stream {
         poll_fn(|cx| self.poll_readable(cx)).await;
     }
 
-    /// Waits until a write gets somewhere, or a connect has come to its end.
+    /// Waits until a write gets somewhere, or a connect has finished.
     pub(super) async fn writable(&self) {
         poll_fn(|cx| reactor::poll(self.key, Use::Write.flags(), cx)).await;
     }

@@ -3,20 +3,21 @@
 //! The flows of a listener share its way out: while that is full, answers stay in the sockets of their
 //! flows, each of which gets the same share of it, in turn.
 
+use std::net::SocketAddr;
 use std::ops::Range;
 use std::os::fd::AsFd;
 
 use arrayvec::ArrayVec;
 use nix::libc;
 use nix::sys::epoll::EpollFlags;
-use rproxy_sys::udp::{BATCH, RecvBatch, Transmit};
+use rproxy_sys::udp::{BATCH, Transmit};
 
 use super::batch::Batch;
 use super::flow::Flow;
 use super::payload::{Part, Payload};
 use super::relay::UdpRelay;
 use super::table::{FlowId, Side};
-use super::tally::{Tally, Towards, is_lost_peer};
+use super::tally::{Tally, Towards, is_lost_peer, last_dropped};
 use super::token::{Token, interest};
 use super::turn::{LISTENER_BATCHES, slots_for};
 use crate::state::stats::FailureKind;
@@ -35,7 +36,7 @@ impl UdpRelay {
             self.send_answers(batch);
         }
         if ready.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLRDHUP) {
-            return self.end_shut_down(id);
+            return self.end_without_peer(id);
         }
         let Some((key, flow)) = self.table.get_mut(id) else { return };
         let listener = &mut self.listeners[key.listener as usize];
@@ -48,19 +49,26 @@ impl UdpRelay {
             // Not asked for answers, but an error is told nevertheless, until it is taken.
             flow.take_error(&mut tally);
         }
+        let has_lost_peer = tally.has_lost_peer();
         tally.settle(&listener.target, Towards::Backend);
+        if has_lost_peer {
+            return self.end_without_peer(id);
+        }
         if flow.wanted() != wanted {
             interest(self.poll.epoll(), flow.as_fd(), Token::Flow(id), flow.wanted());
         }
         if flow.is_waiting {
             return;
         }
-        let is_crowded = flow.client_socket.is_none() && listener.is_crowded();
-        if is_crowded && !self.give_client_socket(id) {
-            self.wait_in_turn(id);
-        } else {
-            self.receive_answers(id, FLOW_BATCH, batch);
+        let index = key.listener as usize;
+        if flow.client_socket.is_none() && listener.is_crowded() {
+            if !self.give_client_socket(id) {
+                return self.wait_in_turn(id);
+            }
+            // Some of its answers may wait for the listener, and come first.
+            self.relieve(index);
         }
+        self.receive_answers(id, FLOW_BATCH, batch);
     }
 
     /// Leaves the answers of a flow where they are until it is its turn to use the listener.
@@ -113,7 +121,7 @@ impl UdpRelay {
         }
     }
 
-    /// Receives up to `most` answers of a flow into `batch`, behind those that are there. Gives whether
+    /// Receives up to `most` answers of a flow into `batch`, behind those that are there. Returns whether
     /// there may be more.
     fn receive_answers(&mut self, id: FlowId, most: usize, batch: &mut Batch) -> bool {
         let Some((key, flow)) = self.table.get_mut(id) else { return false };
@@ -124,10 +132,8 @@ impl UdpRelay {
             // Nothing, or the error of a datagram that found no one: the next one may.
             Err(error) => {
                 let listener = key.listener as usize;
-                if is_lost_peer(&error)
-                    && let Some(ended) = self.table.remove(id)
-                {
-                    self.end(ended);
+                if is_lost_peer(&error) {
+                    self.end_without_peer(id);
                 } else {
                     self.note_error(listener, error, Towards::Backend);
                 }
@@ -136,12 +142,20 @@ impl UdpRelay {
         };
         let slots = first..first + count;
         flow.usual_size = self.turn.take(&batch.received, slots.clone(), flow.usual_size);
-        note_dropped(&batch.received, &slots, flow);
+        let dropped = last_dropped(&batch.received, slots.clone());
+        if dropped != 0 {
+            let mut tally = Tally::default();
+            tally.dropped(dropped, &mut flow.dropped);
+            tally.settle(flow.target(), Towards::Clients);
+        }
+        let before = batch.slots.len();
         match flow.peer {
             None => batch.slots.extend(slots.map(|slot| (id, slot))),
             Some(_) => take_from_backend(id, flow, batch, slots),
         }
-        self.table.touch(id, Side::Backend, self.turn.start());
+        if batch.slots.len() > before {
+            self.table.touch(id, Side::Backend, self.turn.start());
+        }
         count == most
     }
 
@@ -175,7 +189,7 @@ impl UdpRelay {
             let mut part = |part| answers.push(Answer { id, gso, part });
             payload.add(&batch.received, datagrams, gso, &mut tally, &mut part);
         }
-        let wanted = self.listeners[listener].wanted();
+        let (wanted, waiting) = (self.listeners[listener].wanted(), self.listeners[listener].queue.len());
         for answers in answers.chunk_by(|a, b| a.gso == b.gso) {
             self.send_alike(listener, &payload, answers, &mut tally);
         }
@@ -186,7 +200,7 @@ impl UdpRelay {
         if is_shut_down {
             self.shut_down.push(listener);
         }
-        if listening.is_crowded() {
+        if listening.queue.len() > waiting {
             self.relieve(listener);
         }
         let listening = &self.listeners[listener];
@@ -214,29 +228,30 @@ impl UdpRelay {
     }
 }
 
-/// Counts the answers that the kernel has had no room for, as the last one of those in `slots` says.
-fn note_dropped(received: &RecvBatch, slots: &Range<usize>, flow: &mut Flow) {
-    let Some(last) = slots.clone().next_back() else { return };
-    let dropped = received.control(last).dropped;
-    if dropped != 0 && dropped != flow.dropped {
-        let mut tally = Tally::default();
-        tally.dropped(dropped, &mut flow.dropped);
-        tally.settle(flow.target(), Towards::Clients);
-    }
-}
-
 /// Keeps those datagrams in `slots` that come from the backend, whatever its port: the flow goes on with the last one.
 /// What strangers send to a socket that is not connected is dropped.
 fn take_from_backend(id: FlowId, flow: &mut Flow, batch: &mut Batch, slots: Range<usize>) {
-    let backend = flow.target().port_mapping.backend.socket_addr().ip();
+    let backend = flow.target().port_mapping.backend.socket_addr();
     for slot in slots {
         match batch.received.sender(slot) {
-            Some(sender) if sender.ip() == backend => {
+            Some(sender) if is_from(sender, backend) => {
                 flow.peer = Some(sender);
                 batch.slots.push((id, slot));
             }
             _ => flow.target().policy.state.stats.count(FailureKind::Forged),
         }
+    }
+}
+
+/// Whether a datagram comes from the address of `backend`; a link-local one is another one on each interface.
+fn is_from(sender: SocketAddr, backend: SocketAddr) -> bool {
+    let mut backend = backend;
+    backend.set_port(sender.port());
+    match (sender, backend) {
+        (SocketAddr::V6(sender), SocketAddr::V6(backend)) if !backend.ip().is_unicast_link_local() => {
+            sender.ip() == backend.ip()
+        }
+        _ => sender == backend,
     }
 }
 

@@ -50,7 +50,7 @@ impl Buffers {
         self.taken = self.taken.saturating_add(taken);
     }
 
-    /// Gives the memory back that a burst left in the batch, unless bursts go on.
+    /// Returns the memory back that a burst left in the batch, unless bursts go on.
     pub(super) fn give_back(&mut self, now: Instant) {
         if self.next_look.is_some_and(|at| now < at) {
             return;

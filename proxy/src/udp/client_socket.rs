@@ -13,7 +13,9 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
+use std::time::Instant;
 
+use nix::libc;
 use rproxy_sys::udp::{enable_gro, report_class_and_drops, set_buffers};
 use socket2::{Domain, SockRef, Socket, Type};
 
@@ -21,11 +23,12 @@ use super::key::FlowKey;
 use super::send::{Room, SendQueue};
 use super::token::Wanted;
 
-/// Bytes that the client may have on their way at the most.
-const SEND_BUFFER: usize = 128 * 1024;
+/// Bytes that the client may have on their way, as set: a few datagrams, so that those of many clients fit the queue of a
+/// link that they share. What does not fit there is lost, and nobody is told.
+const SEND_BUFFER: usize = 4 * 1024;
 
-/// Bytes that the kernel may queue for us.
-const RECEIVE_BUFFER: usize = 128 * 1024;
+/// Bytes of the client's datagrams that the kernel may queue at the most.
+const RECEIVE_BUFFER: usize = 1024 * 1024;
 
 /// A socket that is connected to a client.
 #[derive(Debug)]
@@ -37,15 +40,24 @@ pub(super) struct ClientSocket {
     pub(super) queue: SendQueue,
     /// Whether something was sent since that was asked last.
     pub(super) was_used: bool,
+    /// Since when there is no room on it, if that is so.
+    pub(super) full_at: Option<Instant>,
 }
 
 impl ClientSocket {
-    /// Opens one for the client of `key`, which sends to `listener`. What waits for it shares `room`.
+    /// Opens one for the client of `key`, which sends to `listener`; the kernel may queue `share` bytes. What waits for
+    /// it shares `room`. From now on it gets datagrams, until it is connected those of any client.
     ///
     /// # Errors
-    /// Those of socket(2), setsockopt(2), bind(2) and connect(2): `EACCES` for a port below 1024 without
-    /// `CAP_NET_BIND_SERVICE`; `EADDRINUSE` if another user has opened the listener.
-    pub(super) fn open(key: FlowKey, listener: BorrowedFd<'_>, room: &Arc<Room>) -> io::Result<Self> {
+    /// Those of socket(2), setsockopt(2) and bind(2): `EACCES` for a port below 1024 without `CAP_NET_BIND_SERVICE`;
+    /// `EADDRINUSE` if another user has opened the listener; `EOPNOTSUPP` if whoever passed that has set what would send
+    /// answers another way than those of another socket.
+    pub(super) fn bind(
+        key: FlowKey,
+        listener: BorrowedFd<'_>,
+        share: usize,
+        room: &Arc<Room>,
+    ) -> io::Result<Self> {
         let listener = SockRef::from(&listener);
         let mut local = listener
             .local_addr()?
@@ -58,13 +70,23 @@ impl ClientSocket {
         if local.is_ipv6() {
             socket.set_only_v6(false)?;
         }
-        bind_beside(&socket, &listener, local)?;
-        socket.connect(&key.client.into())?;
+        if way(&listener)? != way(&socket)? {
+            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+        }
         // None of this is needed for it to work, only for it to work well.
         drop(enable_gro(socket.as_fd()));
         drop(report_class_and_drops(socket.as_fd(), local.is_ipv6()));
-        drop(set_buffers(socket.as_fd(), RECEIVE_BUFFER, SEND_BUFFER));
-        Ok(Self { key, socket, queue: SendQueue::new(room.clone()), was_used: true })
+        drop(set_buffers(socket.as_fd(), share.min(RECEIVE_BUFFER), SEND_BUFFER));
+        bind_beside(&socket, &listener, local)?;
+        Ok(Self { key, socket, queue: SendQueue::new(room.clone()), was_used: true, full_at: None })
+    }
+
+    /// Leaves what others send to the listener.
+    ///
+    /// # Errors
+    /// Those of connect(2).
+    pub(super) fn connect(&self) -> io::Result<()> {
+        self.socket.connect(&self.key.client.into())
     }
 
     /// The socket, and what waits for it.
@@ -92,15 +114,24 @@ impl AsFd for ClientSocket {
     }
 }
 
+/// What decides which way the datagrams of a socket leave, and how.
+fn way(socket: &Socket) -> io::Result<impl PartialEq + use<>> {
+    let bound = (socket.device()?, socket.freebind_v4()?, socket.ip_transparent_v4()?);
+    Ok((bound, socket.mark()?, socket.priority()?, socket.ttl_v4()?, socket.tos_v4()?))
+}
+
 /// Binds `socket` to an address that `listener` has already. Sockets of one user that have both set `SO_REUSEPORT`
-/// may share a port (socket(7)), which these have for no longer than this takes: nobody else can have the port.
-/// `SO_REUSEADDR` lets sockets of this kind share it with each other; the listener does not have it.
+/// may share a port (socket(7)), which these have for no longer than this takes: no other user can have the port, and no
+/// other program keeps it by chance.
+/// `SO_REUSEADDR` lets sockets of this kind share it with each other; the listener does not have it. Whoever passed the
+/// listener may have set `SO_REUSEPORT` for good.
 fn bind_beside(socket: &Socket, listener: &SockRef<'_>, local: SocketAddr) -> io::Result<()> {
     socket.set_reuse_address(true)?;
     socket.set_reuse_port(true)?;
+    let is_shared = listener.reuse_port()?;
     listener.set_reuse_port(true)?;
     let bound = socket.bind(&local.into());
-    listener.set_reuse_port(false)?;
+    listener.set_reuse_port(is_shared)?;
     socket.set_reuse_port(false)?;
     bound
 }
@@ -147,7 +178,8 @@ mod tests {
         let (_len, client) = listener.recv_from(&mut [0; 9]).unwrap();
         let local = Some(LocalAddr { ip: asked.ip(), interface: 0 });
         let key = FlowKey::new(0, client, local);
-        let own = ClientSocket::open(key, listener.as_fd(), &Arc::default()).unwrap();
+        let own = ClientSocket::bind(key, listener.as_fd(), RECEIVE_BUFFER, &Arc::default()).unwrap();
+        own.connect().unwrap();
         (listener, own, clients)
     }
 
@@ -172,12 +204,8 @@ mod tests {
                 assert_eq!(receive(&own), 4, "{listening}");
                 assert_eq!(listener.recv(&mut bytes).unwrap(), 6, "{listening}");
             }
-            let second = ClientSocket::open(
-                FlowKey { client: listener_view(&other, own.key.client), ..own.key },
-                listener.as_fd(),
-                &Arc::default(),
-            );
-            drop(second.unwrap());
+            let key = FlowKey { client: listener_view(&other, own.key.client), ..own.key };
+            drop(ClientSocket::bind(key, listener.as_fd(), RECEIVE_BUFFER, &Arc::default()).unwrap());
             own.disconnect().unwrap();
             client.send(b"again").unwrap();
             assert_eq!(listener.recv(&mut bytes).unwrap(), 5, "{listening}");
@@ -207,6 +235,11 @@ mod tests {
             assert_eq!(bound.unwrap_err().kind(), io::ErrorKind::AddrInUse, "{ip}, SO_REUSEPORT: {port_too}");
         }
         drop(own);
+        let shared = SockRef::from(&listener);
+        shared.set_reuse_port(true).unwrap();
+        let key = FlowKey::new(0, SocketAddr::from((own_ip, 9)), None);
+        drop(ClientSocket::bind(key, listener.as_fd(), RECEIVE_BUFFER, &Arc::default()).unwrap());
+        assert!(shared.reuse_port().unwrap(), "whoever passed it wants that");
     }
 
     #[test]

@@ -91,9 +91,11 @@ impl UdpRelay {
         let reason = "the listener was shut down from outside";
         let Some(listener) = self.listeners.get_mut(index) else { return };
         error!(mapping = %listener.target.port_mapping, "{reason}; its clients are not served any more");
-        // Others may have it open, and then closing it does not end the reports.
-        self.poll.epoll().delete(listener.as_fd()).ok();
         self.end_flows(|_listeners, key| key.listener as usize == index);
+        if let Some(listener) = self.listeners.get_mut(index) {
+            // Others may have it open, and then closing it does not end the reports.
+            self.poll.epoll().delete(listener.as_fd()).ok();
+        }
         self.listeners.close_one(index);
         if self.listeners.iter_served().next().is_none() {
             self.failed = Some(io::Error::other(reason));
@@ -112,6 +114,8 @@ impl UdpRelay {
             }
         }
         // One of them may have ended before.
-        self.close_ended(self.ended.len());
+        while !self.ended.is_empty() {
+            self.close_ended(self.ended.len());
+        }
     }
 }

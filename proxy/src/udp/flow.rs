@@ -4,7 +4,7 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use arrayvec::ArrayVec;
 use rproxy_sys::udp::{
@@ -54,9 +54,18 @@ pub(super) struct Flow {
     share: usize,
     /// Where answers go, if not by way of the listener.
     pub(super) client_socket: Option<Box<ClientSocket>>,
+    /// If its client has been what blocks.
+    pub(super) blocked: Option<Blocked>,
     /// What waits for room on the socket.
     queue: SendQueue,
     guard: FlowGuard,
+}
+
+/// How long a flow does without a socket towards its client.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Blocked {
+    pub(super) until: Instant,
+    pub(super) length: Duration,
 }
 
 impl Flow {
@@ -110,6 +119,7 @@ impl Flow {
             usual_size: 0,
             share: 0,
             client_socket: None,
+            blocked: None,
             queue: SendQueue::new(room.clone()),
             guard: FlowGuard::take(target),
         }
@@ -139,7 +149,7 @@ impl Flow {
         self.socket.clone()
     }
 
-    /// Sends the datagrams in some slots of `batch` to the backend. Gives `true` if from now on
+    /// Sends the datagrams in some slots of `batch` to the backend. Returns `true` if from now on
     /// some wait for room, which [`Self::wanted`] says too; adds to `tally` what becomes of them.
     pub(super) fn send(
         &mut self,
@@ -203,7 +213,7 @@ fn parts<'a>(
     parts
 }
 
-/// Sends messages by a socket, behind what waits in `queue`; in GSO batches if the path takes `GSO batches`. Gives `true` if from
+/// Sends messages by a socket, behind what waits in `queue`; in GSO batches if the path takes `GSO batches`. Returns `true` if from
 /// now on some wait for room.
 fn send(
     socket: BorrowedFd<'_>,

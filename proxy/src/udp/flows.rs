@@ -5,7 +5,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use rproxy_sys::udp::{discard, dropped, source_towards};
+use rproxy_sys::udp::{MOST_DISCARDED, discard, dropped, source_towards};
 use socket2::SockRef;
 
 use super::flow::Flow;
@@ -13,7 +13,7 @@ use super::key::FlowKey;
 use super::listeners::Listeners;
 use super::relay::UdpRelay;
 use super::shares::AT_A_TIME;
-use super::table::{Bounds, Ended, FlowId, MappingId, Side};
+use super::table::{Bounds, Ended, FlowId, MappingId};
 use super::tally::{Tally, Towards};
 use crate::state::Target;
 use crate::state::stats::FailureKind;
@@ -52,7 +52,7 @@ impl UdpRelay {
         self.ended.push_back(ended);
     }
 
-    /// Gives flows their share of the kernel's memory when there are more or fewer than before: some in each turn.
+    /// Returns flows their share of the kernel's memory when there are more or fewer than before: some in each turn.
     pub(super) fn share_out(&mut self) {
         let shares = &mut self.capacity.shares;
         if shares.set_flows(self.table.len()) {
@@ -73,7 +73,7 @@ impl UdpRelay {
             let Some(id) = self.table.expired(now) else { break };
             if self.table.get(id).is_some_and(|(_key, flow)| flow.is_waiting) {
                 // There may be answers that nobody has looked at yet.
-                self.table.touch(id, Side::Backend, now);
+                self.table.postpone(id, now);
             } else if let Some(ended) = self.table.remove(id) {
                 self.end(ended);
             }
@@ -81,6 +81,7 @@ impl UdpRelay {
         self.close_ended(ENDS_PER_TURN);
     }
 
+    /// Closes sockets of ended flows, `most` at the most. What they have got, and nobody looked at, is counted.
     pub(super) fn close_ended(&mut self, most: usize) {
         for _ in 0..most {
             let Some(Ended { mut flow, last_active }) = self.ended.pop_front() else { return };
@@ -89,10 +90,15 @@ impl UdpRelay {
                 self.poll.epoll().delete(flow.as_fd()).ok();
             } else {
                 let mut tally = Tally::default();
-                tally.discard(discard(flow.as_fd()));
+                let unread = discard(flow.as_fd());
+                tally.discard(unread as u64);
                 let counted = flow.dropped;
                 tally.dropped(dropped(flow.as_fd()).unwrap_or(counted), &mut flow.dropped);
                 tally.settle(flow.target(), Towards::Clients);
+                if unread == MOST_DISCARDED {
+                    // There may be more, which others do not wait for.
+                    return self.ended.push_front(Ended { flow, last_active });
+                }
             }
             self.capacity.ports.given_back(flow.port, last_active);
         }
@@ -101,10 +107,11 @@ impl UdpRelay {
         }
     }
 
-    /// Ends a flow whose socket another process has shut down, which cannot be undone: it would be reported for ever.
+    /// Ends a flow whose socket has lost its peer, or can send or receive no more: the next datagram opens another one.
     #[cold]
-    pub(super) fn end_shut_down(&mut self, id: FlowId) {
+    pub(super) fn end_without_peer(&mut self, id: FlowId) {
         if let Some(mut ended) = self.table.remove(id) {
+            // If another process has it open, which may have shut it down, closing it does not end the reports.
             ended.flow.is_shared = true;
             self.end(ended);
         }
@@ -121,21 +128,6 @@ impl UdpRelay {
             let local = SockRef::from(&flow.as_fd()).local_addr().ok().and_then(|addr| addr.as_socket());
             let is_misplaced = source.is_ok_and(|source| local.is_some_and(|local| local.ip() != source));
             if is_misplaced && let Some(ended) = self.table.remove(id) {
-                self.end(ended);
-            }
-        }
-    }
-
-    /// Ends flows of the slots whose sockets have no peer any more: the next datagram opens others.
-    #[cold]
-    pub(super) fn end_disconnected(&mut self, slots: &[(FlowId, usize)]) {
-        let ids: HashSet<FlowId> = slots.iter().map(|(id, _slot)| *id).collect();
-        for id in ids {
-            let is_connected = self
-                .table
-                .get(id)
-                .is_some_and(|(_key, flow)| SockRef::from(&flow.as_fd()).peer_addr().is_ok());
-            if !is_connected && let Some(ended) = self.table.remove(id) {
                 self.end(ended);
             }
         }

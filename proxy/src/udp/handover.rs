@@ -5,7 +5,6 @@ use std::io;
 use std::os::fd::AsFd;
 use std::time::Instant;
 
-use rproxy_sys::udp::dropped;
 use socket2::{SockAddr, SockRef};
 use tracing::warn;
 
@@ -25,7 +24,6 @@ impl UdpRelay {
     /// on their way out, and their flows, go on. So does what waits for room to be sent.
     pub(super) fn pause(&mut self) -> LiveFlows {
         self.retire_all();
-        self.close_retired();
         self.pause_listeners(true);
         let flows = self.paused_flows().into_iter().filter_map(|id| {
             let is_established = self.table.is_established(id);
@@ -34,10 +32,14 @@ impl UdpRelay {
             flow.is_waiting = true;
             interest(self.poll.epoll(), flow.as_fd(), Token::Flow(id), flow.wanted());
             let FlowKey { listener, client, local } = *key;
-            let (listener, peer) = (listener as usize, flow.peer);
-            Some(LiveFlow { listener, client, local, is_established, peer, socket: flow.socket() })
+            let (listener, peer, dropped) = (listener as usize, flow.peer, flow.dropped);
+            Some(LiveFlow { listener, client, local, is_established, peer, dropped, socket: flow.socket() })
         });
-        LiveFlows { flows: flows.collect(), ports: self.capacity.ports.turn() }
+        let flows = flows.collect();
+        let listeners = self.listeners.iter_served();
+        let dropped = listeners.map(|(number, listener)| (number, listener.dropped));
+        let dropped = dropped.filter(|(_number, dropped)| *dropped != 0).collect();
+        LiveFlows { flows, dropped, ports: self.capacity.ports.turn() }
     }
 
     /// Goes on as if nothing had been.
@@ -50,7 +52,7 @@ impl UdpRelay {
         self.pause_listeners(false);
     }
 
-    /// Gives up what is paused.
+    /// Returns up what is paused.
     pub(super) fn leave(&mut self) {
         for id in self.paused_flows() {
             let Some(mut ended) = self.table.remove(id) else { continue };
@@ -64,12 +66,17 @@ impl UdpRelay {
 
     /// Serves flows that another process served before. One that cannot be is as one that is new: its
     /// client's next datagram opens it.
-    pub(super) fn adopt(&mut self, LiveFlows { flows, ports }: LiveFlows) {
+    pub(super) fn adopt(&mut self, LiveFlows { flows, dropped, ports }: LiveFlows) {
         static FAILED: LogLimit = LogLimit::new();
 
         let now = Instant::now();
         if let Some(turn) = ports {
             self.capacity.ports.go_on(turn);
+        }
+        for (number, dropped) in dropped {
+            if let Some(listener) = self.listeners.get_mut(number) {
+                listener.dropped = dropped;
+            }
         }
         for flow in flows {
             let client = flow.client;
@@ -82,9 +89,8 @@ impl UdpRelay {
     }
 
     fn adopt_one(&mut self, flow: LiveFlow, now: Instant) -> io::Result<()> {
-        let LiveFlow { listener, client, local, is_established, peer, socket } = flow;
-        let number = u32::try_from(listener).unwrap_or(u32::MAX);
-        let key = FlowKey::new(number, client, local);
+        let LiveFlow { listener, client, local, is_established, peer, dropped, socket } = flow;
+        let key = FlowKey::new(listener, client, local);
         let Some(listener) = self.listeners.get_mut(listener) else { return Ok(()) };
         let target = listener.target.clone();
         if self.table.find(&key).is_some() || !target.policy.would_admit(client.ip()) {
@@ -103,7 +109,7 @@ impl UdpRelay {
         }
         let port = address(connected.local_addr())?.map_or(0, |addr| addr.port());
         let mut flow = Flow::adopt(socket, peer, port, &target, &self.capacity.room);
-        flow.dropped = dropped(flow.as_fd()).unwrap_or_default();
+        flow.dropped = dropped;
         let bounds = self.capacity.bounds(mapping_of(&target), &target.policy.limits, now);
         self.make_room(&bounds, &key);
         let id = self.table.next_id();

@@ -17,7 +17,8 @@ pub(super) struct FlowKey {
 }
 
 impl FlowKey {
-    pub(super) fn new(listener: u32, client: SocketAddr, local: Option<LocalAddr>) -> Self {
+    pub(super) fn new(listener: usize, client: SocketAddr, local: Option<LocalAddr>) -> Self {
+        let listener = u32::try_from(listener).expect("descriptors run out before listeners do");
         Self { listener, client, local: local.map(forget_interface) }
     }
 }

@@ -41,6 +41,8 @@ pub(super) struct Listener {
     pub(super) queue: SendQueue,
     /// Until when its flows do without sockets towards their clients, because one could not be opened.
     pub(super) shared_until: Option<Instant>,
+    /// When there was no room for an answer last.
+    pub(super) full_at: Option<Instant>,
     /// Flows whose answers wait until there is room, next in turn first; some may be over.
     pub(super) waiting: VecDeque<FlowId>,
 }
@@ -61,8 +63,13 @@ impl Listener {
         self.closing.is_none_or(|deadline| now >= deadline)
     }
 
-    /// What waits is lost with it.
-    fn lose_waiting(self) {
+    /// What waits is lost with it. What it had no room for is counted, unless another process goes on with it.
+    fn count_lost(mut self) {
+        if !self.is_paused {
+            let mut tally = Tally::default();
+            tally.dropped(dropped(self.as_fd()).unwrap_or_default(), &mut self.dropped);
+            tally.settle(&self.target, Towards::Backend);
+        }
         let mut tally = Tally::default();
         tally.overflow(self.queue.len() as u64);
         tally.settle(&self.target, Towards::Clients);
@@ -79,7 +86,7 @@ impl Listener {
         self.queue.send(self.port.as_fd(), messages, gso, tally, refused);
     }
 
-    /// Sends what was kept, as far as there is room. Gives whether that is all.
+    /// Sends what was kept, as far as there is room. Returns whether that is all.
     pub(super) fn flush(&mut self, tally: &mut Tally) -> bool {
         self.queue.flush(self.port.as_fd(), tally)
     }
@@ -111,7 +118,7 @@ pub(super) struct Listeners {
 }
 
 impl Listeners {
-    /// Serves a listener as `assignment` says. Gives how it was served before, if it was.
+    /// Serves a listener as `assignment` says. Returns how it was served before, if it was.
     pub(super) fn assign(&mut self, binding: Binding, now: Instant) -> Option<Arc<Target>> {
         let Binding { port, target } = binding;
         let number = port.number();
@@ -130,8 +137,7 @@ impl Listeners {
             }
             none => {
                 *none = Some(Listener {
-                    // Another process may have had it before.
-                    dropped: dropped(port.as_fd()).unwrap_or_default(),
+                    dropped: 0,
                     port,
                     target,
                     closing: None,
@@ -140,6 +146,7 @@ impl Listeners {
                     usual_size: 0,
                     queue: SendQueue::new(self.room.clone()),
                     shared_until: None,
+                    full_at: None,
                     waiting: VecDeque::new(),
                 });
                 None
@@ -210,7 +217,7 @@ impl Listeners {
         if let Some(listener) = self.slots[number].take() {
             self.own_ports.remove(&listener.target.port_mapping);
             self.forget_asked(&listener.target);
-            listener.lose_waiting();
+            listener.count_lost();
         }
     }
 

@@ -89,7 +89,7 @@ impl LocalPorts {
     /// The ports of this network namespace, as its settings are now.
     pub(super) fn of_this_host() -> Self {
         let settings = Settings::open();
-        let PortRange { range, reserved } = settings.read();
+        let PortRange { range, reserved } = settings.read().unwrap_or_default();
         Self { settings: Some(settings), ..Self::new(range, reserved) }
     }
 
@@ -105,8 +105,9 @@ impl LocalPorts {
             return;
         }
         self.read_again = Some(now + READ_AGAIN);
-        let Some(settings) = &self.settings else { return };
-        let PortRange { range, reserved } = settings.read();
+        let Some(PortRange { range, reserved }) = self.settings.as_ref().and_then(Settings::read) else {
+            return;
+        };
         if (range, &reserved) != ((self.first, self.last), &self.reserved) {
             debug!(?range, ?reserved, "other local ports than before");
             self.change(range, reserved);
@@ -294,6 +295,8 @@ impl Order {
     }
 
     fn hold_back(&mut self, place: usize, until: Instant) {
+        // It may have been reserved when it was taken, and not be any more.
+        self.set(place, true);
         let millis = until.saturating_duration_since(self.start).as_millis();
         let millis = u64::try_from(millis).unwrap_or(u64::MAX);
         self.held_back.push(Reverse(millis << PLACE_BITS | place as u64));
@@ -378,6 +381,10 @@ mod tests {
         new.go_on(old.turn().unwrap());
         let rest: HashSet<u16> = (0..40).map(|_| take(&mut new, now).unwrap()).collect();
         assert!(used.is_disjoint(&rest));
+        // It comes from another process, which may have any number.
+        let wrong = PortTurn { turn: usize::MAX, ..old.turn().unwrap() };
+        new.go_on(wrong);
+        assert!(take(&mut new, now).is_some());
         let mut other = LocalPorts::new((1000, 1100), vec![]);
         other.go_on(old.turn().unwrap());
         assert_eq!(other.turn(), None, "that is another range");

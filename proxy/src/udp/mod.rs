@@ -1,11 +1,12 @@
 //! The UDP relay: flows, batches, and GSO batches.
 //!
-//! A flow is what one client sends to one local address of ours, and the answers. It has a socket of
-//! its own that is connected to the backend, and nothing else: buffers belong to the [`relay`], which
-//! serves all flows of a process from one task. The [`table`] finds flows and bounds their number, and
-//! [`local_ports`] gives each one a port that no other had a moment ago;
-//! [`GSO batch`] groups datagrams so that one call sends many; [`send`] deals with what the kernel
-//! refuses, and [`congestion`] with a way out that is full.
+//! A flow is what one client sends to one local address of ours, and the answers. It has a socket of its own towards
+//! the backend. The [`relay`] serves all flows of a process from one task, in turns, with one [`batch`] of buffers:
+//! [`requests`] go to backends, [`answers`] to clients, and [`commands`] come from the engine.
+//!
+//! The [`table`] finds flows and bounds their number, and [`local_ports`] gives each one a port that no other had a
+//! moment ago. [`gso`] groups datagrams so that one call sends many. [`send`] deals with what the kernel refuses, and
+//! [`congestion`] with a listener whose send buffer is full.
 
 mod answers;
 mod batch;

@@ -22,6 +22,12 @@ pub(super) struct PortRange {
     pub(super) reserved: Vec<(u16, u16)>,
 }
 
+impl Default for PortRange {
+    fn default() -> Self {
+        Self { range: DEFAULT_RANGE, reserved: Vec::new() }
+    }
+}
+
 /// The files with the settings, which stay open: a confined process cannot open them.
 #[derive(Debug)]
 pub(super) struct Settings {
@@ -36,21 +42,22 @@ impl Settings {
         Self { range: open("ip_local_port_range"), reserved: open("ip_local_reserved_ports") }
     }
 
-    /// What they say now; the kernel's defaults where that cannot be had.
-    pub(super) fn read(&self) -> PortRange {
-        let text = |file: &Option<File>| file.as_ref().map(whole).unwrap_or_default();
-        PortRange { range: parse_range(&text(&self.range)), reserved: parse_list(&text(&self.reserved)) }
+    /// What they say now; the kernel's defaults where a file is not there. `None` if one cannot be read.
+    pub(super) fn read(&self) -> Option<PortRange> {
+        let text = |file: &Option<File>| file.as_ref().map_or(Some(String::new()), whole);
+        let (range, reserved) = (text(&self.range)?, text(&self.reserved)?);
+        Some(PortRange { range: parse_range(&range), reserved: parse_list(&reserved) })
     }
 }
 
 /// The text of a file of proc(5), which is to be read with one call.
-fn whole(file: &File) -> String {
+fn whole(file: &File) -> Option<String> {
     let mut bytes = vec![0; 4096];
     loop {
-        let len = file.read_at(&mut bytes, 0).unwrap_or_default();
+        let len = file.read_at(&mut bytes, 0).ok()?;
         if len < bytes.len() || len >= MOST_BYTES {
             bytes.truncate(len);
-            return String::from_utf8_lossy(&bytes).into_owned();
+            return Some(String::from_utf8_lossy(&bytes).into_owned());
         }
         bytes.resize(len * 4, 0);
     }
@@ -91,8 +98,8 @@ mod tests {
     #[test]
     fn what_there_is_can_be_read_again() {
         let settings = Settings::open();
-        let first = settings.read();
+        let first = settings.read().unwrap();
         assert!(first.range.0 <= first.range.1);
-        assert_eq!(settings.read(), first);
+        assert_eq!(settings.read(), Some(first));
     }
 }

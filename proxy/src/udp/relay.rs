@@ -156,7 +156,8 @@ impl UdpRelay {
             self.give_up(index);
         }
         self.end_some(now);
-        self.close_retired();
+        self.retire_unneeded(now);
+        self.close_retired(Some(now));
         self.share_out();
         self.buffers.give_back(now);
         let has_flows = self.table.len() > 0;
@@ -167,20 +168,36 @@ impl UdpRelay {
 
     /// Whether no flow has had traffic lately, and nothing waits to be sent.
     fn is_quiet(&self, now: Instant) -> bool {
-        let waits = !self.listeners.room.is_unused() || !self.capacity.room.is_unused();
-        !waits && self.table.last_active().is_none_or(|at| now.saturating_duration_since(at) >= QUIET)
+        !self.has_waiting()
+            && self.table.last_active().is_none_or(|at| now.saturating_duration_since(at) >= QUIET)
+    }
+
+    /// Whether datagrams wait until a socket has room.
+    fn has_waiting(&self) -> bool {
+        !self.listeners.room.is_unused() || !self.capacity.room.is_unused()
     }
 
     /// Whether there is something to do without any datagram.
     fn has_deadline(&self) -> bool {
-        self.table.len() > 0 || self.listeners.are_closing() || self.buffers.next_look.is_some()
+        self.table.len() > 0
+            || self.listeners.are_closing()
+            || self.buffers.next_look.is_some()
+            || self.client_sockets.deadline().is_some()
     }
 
     /// When there is. Traffic only moves it further away, and a new flow nearer.
     fn next_deadline(&self) -> Instant {
-        let quiet = self.table.last_active().filter(|_| self.draining).map(|at| at + QUIET);
+        // While something waits, whatever makes room wakes us.
+        let may_end = self.draining && !self.has_waiting();
+        let quiet = self.table.last_active().filter(|_| may_end).map(|at| at + QUIET);
         let closing = self.listeners.are_closing().then(|| Instant::now() + QUIET);
-        let next = [self.table.next_expiry(), quiet, closing, self.buffers.next_look];
+        let next = [
+            self.table.next_expiry(),
+            quiet,
+            closing,
+            self.buffers.next_look,
+            self.client_sockets.deadline(),
+        ];
         next.into_iter().flatten().min().unwrap_or_else(Instant::now)
     }
 }

@@ -6,17 +6,16 @@ use std::sync::Arc;
 
 use nix::libc;
 use nix::sys::epoll::EpollFlags;
-use rproxy_sys::udp::{BATCH, LocalAddr, RecvBatch};
+use rproxy_sys::udp::{BATCH, LocalAddr};
 use tracing::warn;
 
 use super::batch::Batch;
 use super::capacity::has_run_out;
 use super::flows::{ENDS_PER_TURN, mapping_of};
 use super::key::FlowKey;
-use super::listeners::Listener;
 use super::relay::UdpRelay;
 use super::table::{FlowId, Side};
-use super::tally::{Tally, Towards};
+use super::tally::{Tally, Towards, last_dropped};
 use super::token::Wanted;
 use super::token::{Token, event, interest};
 use super::turn::{LISTENER_BATCHES, slots_for};
@@ -48,7 +47,12 @@ impl UdpRelay {
             match batch.received.recv(listener.as_fd(), 0, most, true) {
                 Ok(count) => {
                     listener.usual_size = self.turn.take(&batch.received, 0..count, listener.usual_size);
-                    note_dropped(&batch.received, count, listener);
+                    let dropped = last_dropped(&batch.received, 0..count);
+                    if dropped != 0 {
+                        let mut tally = Tally::default();
+                        tally.dropped(dropped, &mut listener.dropped);
+                        tally.settle(&listener.target, Towards::Backend);
+                    }
                     self.relay_requests(index, None, batch, count);
                     if count < most || self.turn.is_over() {
                         return;
@@ -77,11 +81,10 @@ impl UdpRelay {
         batch: &mut Batch,
         count: usize,
     ) {
-        let number = u32::try_from(listener).unwrap_or(u32::MAX);
         let mut previous: Option<(FlowKey, FlowId)> = None;
         for slot in 0..count {
             let Some(client) = batch.received.sender(slot) else { continue };
-            let key = FlowKey::new(number, client, batch.received.control(slot).local.or(local));
+            let key = FlowKey::new(listener, client, batch.received.control(slot).local.or(local));
             let id = match previous {
                 Some((same, id)) if same == key => id,
                 _ => match self.find_or_open(&key, batch) {
@@ -108,22 +111,20 @@ impl UdpRelay {
         batch.slots.sort_by_key(|(id, _slot)| id.to_u64());
         let dscp = self.listeners[listener].target.policy.limits.dscp;
         let mut tally = Tally::default();
-        let mut shut_down = None;
+        let mut lost_peer = None;
         for datagrams in batch.slots.chunk_by(|a, b| a.0 == b.0) {
             let id = datagrams[0].0;
             let Some((_key, flow)) = self.table.get_mut(id) else { continue };
             if flow.send(&batch.received, datagrams, dscp, &mut tally) {
                 interest(self.poll.epoll(), flow.as_fd(), Token::Flow(id), flow.wanted());
             }
-            if tally.met(libc::EPIPE) {
-                shut_down.get_or_insert(id);
+            if tally.has_lost_peer() {
+                // Of others of the batch, the next datagram tells.
+                lost_peer.get_or_insert(id);
             }
         }
-        if let Some(id) = shut_down {
-            self.end_shut_down(id);
-        }
-        if tally.has_lost_peer() {
-            self.end_disconnected(&batch.slots);
+        if let Some(id) = lost_peer {
+            self.end_without_peer(id);
         }
         if [libc::ENETUNREACH, libc::EINVAL, libc::EADDRNOTAVAIL].into_iter().any(|errno| tally.met(errno)) {
             self.end_misplaced(&batch.slots);
@@ -202,17 +203,6 @@ impl UdpRelay {
         flow.set_share(self.capacity.shares.each());
         self.table.insert(*key, (&bounds, source), flow, now);
         Ok(id)
-    }
-}
-
-/// Counts the datagrams that the kernel has had no room for, as the last one of `count` says.
-fn note_dropped(received: &RecvBatch, count: usize, listener: &mut Listener) {
-    let Some(last) = count.checked_sub(1) else { return };
-    let dropped = received.control(last).dropped;
-    if dropped != 0 && dropped != listener.dropped {
-        let mut tally = Tally::default();
-        tally.dropped(dropped, &mut listener.dropped);
-        tally.settle(&listener.target, Towards::Backend);
     }
 }
 

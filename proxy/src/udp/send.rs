@@ -31,7 +31,7 @@ pub(super) enum SendOutcome<'m, 'a> {
 }
 
 /// Sends `messages` in order, without waiting; GSO batches as single datagrams unless the path takes
-/// `GSO batches`, as far as is known. Gives `false` if the socket became full.
+/// `GSO batches`, as far as is known. Returns `false` if the socket became full.
 pub(super) fn send_all(
     socket: BorrowedFd<'_>,
     messages: &[Transmit<'_>],
@@ -303,7 +303,7 @@ impl SendQueue {
         self.waiting.len()
     }
 
-    /// Sends what waits, as far as `socket` takes it. Gives `true` if nothing waits any more.
+    /// Sends what waits, as far as `socket` takes it. Returns `true` if nothing waits any more.
     pub(super) fn flush(&mut self, socket: BorrowedFd<'_>, tally: &mut Tally) -> bool {
         while !self.waiting.is_empty() {
             let (gone, all) = self.send_front(socket, tally);

@@ -43,7 +43,7 @@ impl Shares {
         Self { bytes, flows: 1 }
     }
 
-    /// Takes note of how many flows there are. Gives whether that changes what each has.
+    /// Takes note of how many flows there are. Returns whether that changes what each has.
     pub(super) fn set_flows(&mut self, flows: usize) -> bool {
         let before = self.each();
         if flows > self.flows || flows < self.flows / 4 {

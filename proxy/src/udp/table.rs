@@ -300,6 +300,18 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
         }
     }
 
+    /// Lets the timeout of the flow `id` begin anew, as if there had been traffic.
+    pub(super) fn postpone(&mut self, id: FlowId, now: Instant) {
+        if self.used(id).is_none() {
+            return;
+        }
+        self.unlink(id.slot);
+        if let Some(used) = &mut self.slots[id.slot as usize].used {
+            used.last_active = now;
+        }
+        self.link(id.slot);
+    }
+
     fn has_room_for_established(&self, links: &[Links; SCOPES]) -> bool {
         let has_room = |links: &Links| {
             let scope = self.scopes.at(links.scope);
@@ -499,7 +511,7 @@ mod tests {
             self.now += time;
         }
 
-        /// Gives the flow that had to go.
+        /// Returns the flow that had to go.
         fn open(&mut self, source: u8, port: u16) -> Option<u16> {
             self.open_in(self.bounds, source, port)
         }

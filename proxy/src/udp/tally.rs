@@ -1,9 +1,10 @@
 //! What became of the datagrams of a batch: how many were relayed, and how many were lost and why.
 
 use std::io;
-use std::ops::{AddAssign, SubAssign};
+use std::ops::{AddAssign, Range, SubAssign};
 
 use nix::libc;
+use rproxy_sys::udp::RecvBatch;
 use tracing::warn;
 
 use crate::log::limit::LogLimit;
@@ -38,7 +39,7 @@ pub(super) struct Tally {
     pub(super) relayed: Amount,
     /// Datagrams that the network refused, at once or later.
     refused: u64,
-    /// Datagrams that there was no room for.
+    /// Datagrams that there was no room for, or whose flow ended while they waited.
     no_buffer: u64,
     /// Datagrams that are larger than the way takes.
     too_large: u64,
@@ -64,10 +65,12 @@ impl Tally {
 
     /// The kernel has had no room for `dropped` datagrams of a socket by now, of which `counted` are counted already.
     pub(super) fn dropped(&mut self, dropped: u32, counted: &mut u32) {
-        let more = dropped.wrapping_sub(std::mem::replace(counted, dropped));
+        // A datagram says how many there were when it was queued, which may be before they were counted.
+        let more = dropped.wrapping_sub(*counted).cast_signed();
         if more > 0 {
-            self.no_buffer += u64::from(more);
-            self.error = Some(io::Error::other("the receive buffer was full"));
+            *counted = dropped;
+            self.no_buffer += u64::from(more.unsigned_abs());
+            self.error = Some(io::Error::other("the receive buffer of a socket was full"));
         }
     }
 
@@ -134,6 +137,12 @@ impl Tally {
     }
 }
 
+/// How many datagrams a socket has had no room for, as the last one of those in `slots` says. Mostly there have been
+/// none, ever.
+pub(super) fn last_dropped(received: &RecvBatch, slots: Range<usize>) -> u32 {
+    slots.last().map_or(0, |last| received.control(last).dropped)
+}
+
 /// Whether an error is that of a connected socket that was destroyed (`SOCK_DESTROY`, sock_diag(7)), as by `ss --kill`:
 /// it goes on without a peer, and would take datagrams of anybody. Or of one that whoever has it open, too, has shut down.
 pub(super) fn is_lost_peer(error: &io::Error) -> bool {
@@ -159,6 +168,18 @@ impl Towards {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_the_kernel_dropped_counts_once() {
+        let lost = |reports: &[u32], mut counted: u32| {
+            let mut tally = Tally::default();
+            reports.iter().for_each(|dropped| tally.dropped(*dropped, &mut counted));
+            tally.lost()[1].1
+        };
+        assert_eq!(lost(&[3, 3, 5], 0), 5);
+        assert_eq!(lost(&[41, 82, 83], 82), 1, "what was queued before it was counted");
+        assert_eq!(lost(&[2], u32::MAX), 3, "it wraps round");
+    }
 
     #[test]
     fn what_is_lost_has_a_reason() {

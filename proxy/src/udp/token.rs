@@ -67,3 +67,20 @@ pub(super) fn event(token: Token, wanted: Wanted) -> EpollEvent {
     flags.insert(EpollFlags::EPOLLRDHUP);
     EpollEvent::new(flags, token.to_u64())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_survives_its_number() {
+        let largest = FlowId::from_u64(CLIENT - 1);
+        let tokens =
+            [Token::Listener(0), Token::Listener(1 << 31), Token::Flow(largest), Token::Client(largest)];
+        for token in
+            tokens.into_iter().chain([Token::Flow(FlowId::from_u64(0)), Token::Client(FlowId::from_u64(7))])
+        {
+            assert_eq!(Token::from_u64(token.to_u64()), token);
+        }
+    }
+}

@@ -53,7 +53,7 @@ impl Turn {
         BYTES - self.left
     }
 
-    /// Counts what was received in some slots of `batch`. Gives the usual size of what comes from there,
+    /// Counts what was received in some slots of `batch`. Returns the usual size of what comes from there,
     /// which was `usual` before: a large size is believed at once, and forgotten by halves.
     pub(super) fn take(&mut self, batch: &RecvBatch, slots: Range<usize>, usual: usize) -> usize {
         let count = slots.len().max(1);

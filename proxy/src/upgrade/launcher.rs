@@ -89,7 +89,7 @@ impl Launcher {
 pub(super) struct Asked(Channel);
 
 impl Asked {
-    /// Starts a new process. Gives its id and the socket whose other end it has; or its program, and what execve(2)
+    /// Starts a new process. Returns its id and the socket whose other end it has; or its program, and what execve(2)
     /// answered.
     ///
     /// # Errors
@@ -224,7 +224,7 @@ fn tell(socket: &mut UnixStream, number: i32) -> io::Result<()> {
     socket.write_all(&number.to_ne_bytes())
 }
 
-/// Starts the program as it was started before, with one end of a channel. Gives the other end.
+/// Starts the program as it was started before, with one end of a channel. Returns the other end.
 fn spawn(program: &Path, work: &Work) -> io::Result<(Child, UnixStream)> {
     let (own, its) = UnixStream::pair()?;
     fcntl(&its, F_SETFD(FdFlag::empty()))?;

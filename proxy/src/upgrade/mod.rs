@@ -4,7 +4,7 @@
 //! sockets and the control socket. The new one prepares everything that can fail, and says so. Then the
 //! old one takes no datagrams any more and passes its flows on, and the new one serves, and says that too.
 //! Datagrams wait in the kernel meanwhile, and connections are accepted by either. Should anything fail up to
-//! here, or take too long, the old process serves on; if not, it lets its connections come to their end.
+//! here, or take too long, the old process serves on; if not, it lets its connections finish.
 //!
 //! | old process | new process |
 //! |---|---|
@@ -56,12 +56,13 @@ struct Offer {
 }
 
 /// Some UDP flows, whose descriptors follow. There are no more behind an empty list, which says whose turn is next of the
-/// local ports.
+/// local ports, and for how many datagrams the sockets offered have had no room, as far as they are counted.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Flows {
     flows: Vec<OfferedFlow>,
     ports: Option<PortTurn>,
+    dropped: Vec<(usize, u32)>,
 }
 
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
@@ -76,6 +77,8 @@ struct OfferedFlow {
     /// Where its datagrams go, if its socket is not connected.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     peer: Option<SocketAddr>,
+    /// For how many answers its socket has had no room, as far as they are counted.
+    dropped: u32,
 }
 
 impl OfferedFlow {

@@ -142,14 +142,17 @@ impl OldProcess {
         let listeners = server.udp_listeners_of(&names);
         let mut live_flows = LiveFlows::default();
         loop {
-            let Flows { flows: some, ports } = in_time(channel.receive()).await?;
+            let Flows { flows: some, ports, dropped } = in_time(channel.receive()).await?;
             if some.is_empty() {
-                live_flows.ports = ports;
+                let number = |socket: usize| listeners.get(socket).copied().flatten();
+                let dropped =
+                    dropped.into_iter().filter_map(|(socket, count)| Some((number(socket)?, count)));
+                (live_flows.ports, live_flows.dropped) = (ports, dropped.collect());
                 break;
             }
             let sockets = in_time(channel.receive_descriptors(some.len())).await?;
             for (offered, socket) in some.into_iter().zip(sockets) {
-                live_flows.flows.push(state(&offered, socket, &listeners)?);
+                live_flows.flows.push(live_flow(&offered, socket, &listeners)?);
             }
         }
         server.serve_all(live_flows);
@@ -163,7 +166,7 @@ impl OldProcess {
 }
 
 /// A flow of one of the `listeners`, which are in the order of the offer.
-fn state(
+fn live_flow(
     offered: &OfferedFlow,
     socket: OwnedFd,
     listeners: &[Option<usize>],
@@ -172,17 +175,18 @@ fn state(
     let listener = listener.ok_or_else(|| refuse("a flow of no UDP socket"))?;
     refuse_others_than_flows(&socket, offered.peer.is_none())
         .map_err(|error| refuse(format!("the flow of {}: {error}", offered.client)))?;
-    let OfferedFlow { client, established: is_established, peer, .. } = *offered;
-    Ok(LiveFlow { listener, client, local: offered.local(), is_established, peer, socket: Arc::new(socket) })
+    let OfferedFlow { client, established: is_established, peer, dropped, .. } = *offered;
+    let (local, socket) = (offered.local(), Arc::new(socket));
+    Ok(LiveFlow { listener, client, local, is_established, peer, dropped, socket })
 }
 
 /// Refuses what is no non-blocking UDP socket, with a peer if it is one that `is_connected`.
 fn refuse_others_than_flows(socket: &OwnedFd, is_connected: bool) -> io::Result<()> {
     let flags = OFlag::from_bits_retain(fcntl(socket, F_GETFL)?);
     let socket = SockRef::from(socket);
-    let peer = if is_connected { socket.peer_addr()? } else { socket.local_addr()? };
+    let address = if is_connected { socket.peer_addr()? } else { socket.local_addr()? };
     let is_one = socket.r#type()? == Type::DGRAM
-        && matches!(peer.domain(), Domain::IPV4 | Domain::IPV6)
+        && matches!(address.domain(), Domain::IPV4 | Domain::IPV6)
         && flags.contains(OFlag::O_NONBLOCK);
     if is_one { Ok(()) } else { Err(io::Error::other("not a socket of a flow")) }
 }

@@ -77,7 +77,7 @@ impl Upgrade {
         gone.map_err(|_gone| UpgradeError::NoLauncher(reason))
     }
 
-    /// Lets a new process serve in place of this one. Gives whether it does; if not, or if this is dropped
+    /// Lets a new process serve in place of this one. Returns whether it does; if not, or if this is dropped
     /// before, this process serves as it did.
     pub(crate) async fn attempt(&mut self, server: &Server, control: Option<BorrowedFd<'_>>) -> bool {
         let Self { asked, launcher } = self;
@@ -164,15 +164,17 @@ impl NewProcess {
         self.expect(Word::Prepared).await
     }
 
-    async fn pass_on(&self, server: &Server, state: &LiveFlows) -> io::Result<()> {
+    async fn pass_on(&self, server: &Server, live: &LiveFlows) -> io::Result<()> {
         let numbers: HashMap<usize, usize> = server.udp_listeners().collect();
-        let offered: Vec<_> = state.flows.iter().filter_map(|flow| offered(flow, &numbers)).collect();
+        let offered: Vec<_> = live.flows.iter().filter_map(|flow| offered(flow, &numbers)).collect();
         for some in offered.chunks(MOST) {
             let (flows, descriptors): (Vec<_>, Vec<_>) = some.iter().copied().unzip();
-            self.channel.send(&Flows { flows, ports: None }).await?;
+            self.channel.send(&Flows { flows, ..Flows::default() }).await?;
             self.channel.send_descriptors(&descriptors).await?;
         }
-        self.channel.send(&Flows { flows: Vec::new(), ports: state.ports }).await?;
+        let dropped = live.dropped.iter().filter_map(|(number, count)| Some((*numbers.get(number)?, *count)));
+        let dropped = dropped.collect();
+        self.channel.send(&Flows { flows: Vec::new(), ports: live.ports, dropped }).await?;
         self.expect(Word::Serving).await
     }
 
@@ -197,11 +199,11 @@ impl NewProcess {
 
 /// A flow of one of the sockets offered, whose numbers are found by those of listeners.
 fn offered<'a>(flow: &'a LiveFlow, numbers: &HashMap<usize, usize>) -> Option<(OfferedFlow, BorrowedFd<'a>)> {
-    let LiveFlow { listener, client, local, is_established, peer, socket } = flow;
+    let LiveFlow { listener, client, local, is_established, peer, dropped, socket } = flow;
     let local = local.map(|local| (local.ip, local.interface));
     let socket_number = *numbers.get(listener)?;
-    let (client, established, peer) = (*client, *is_established, *peer);
-    let offered = OfferedFlow { socket: socket_number, client, local, established, peer };
+    let (client, established, peer, dropped) = (*client, *is_established, *peer, *dropped);
+    let offered = OfferedFlow { socket: socket_number, client, local, established, peer, dropped };
     Some((offered, socket.as_fd()))
 }
 

@@ -243,6 +243,17 @@ mod tests {
     }
 
     #[test]
+    fn the_class_is_said_for_either_family() {
+        let mut wanted = Vec::new();
+        for (level, kind) in [(IPPROTO_IP, IP_TOS), (IPPROTO_IPV6, IPV6_TCLASS)] {
+            wanted.extend(20_usize.to_ne_bytes());
+            wanted.extend([level, kind, 0xb9].map(i32::to_ne_bytes).concat());
+            wanted.extend([0; 4]);
+        }
+        assert_eq!(Encoder::new(None, None, 0xb9).bytes(), wanted);
+    }
+
+    #[test]
     fn all_that_can_be_sent_fits() {
         let most = Encoder::new(Some(local("fe80::1", 1)), Some(1400), 1);
         assert!(most.bytes().len() <= SENT_SPACE);

@@ -4,7 +4,7 @@
 #[cfg(target_env = "gnu")]
 use nix::libc;
 
-/// Gives memory that was freed back to the system, where the C library keeps it (`malloc_trim(3)`, glibc).
+/// Returns memory that was freed back to the system, where the C library keeps it (`malloc_trim(3)`, glibc).
 pub fn release_unused() {
     #[cfg(target_env = "gnu")]
     // SAFETY: it touches nothing but free memory, under the allocator's own locks.

@@ -49,10 +49,9 @@ pub fn set_receive_low_watermark(socket: BorrowedFd<'_>, bytes: u32) -> io::Resu
 /// # Errors
 /// Those of setsockopt(2).
 pub fn set_traffic_class(socket: BorrowedFd<'_>, ipv6: bool, class: u8) -> io::Result<()> {
-    if ipv6 {
-        set_int(socket, libc::IPPROTO_IPV6, libc::IPV6_TCLASS, class.into())?;
-    }
-    set_int(socket, libc::IPPROTO_IP, libc::IP_TOS, class.into())
+    let v6 = if ipv6 { set_int(socket, libc::IPPROTO_IPV6, libc::IPV6_TCLASS, class.into()) } else { Ok(()) };
+    // A socket of a protocol that knows one of them may still know the other.
+    set_int(socket, libc::IPPROTO_IP, libc::IP_TOS, class.into()).and(v6)
 }
 
 /// Sets an option that takes an int.

@@ -32,7 +32,7 @@ pub const GSO_SEGMENTS: usize = 64;
 pub const GSO_BYTES: usize = 65_507;
 
 /// Datagrams that [`discard`] takes off a socket at the most.
-const MOST_DISCARDED: usize = 4096;
+pub const MOST_DISCARDED: usize = 1024;
 
 /// Room to receive a batch of datagrams into, to be used again and again.
 pub struct RecvBatch {
@@ -79,7 +79,7 @@ impl RecvBatch {
     }
 
     /// Receives datagrams into the slots from `first` on, `most` of them or up to the last slot,
-    /// without waiting. Gives the number received. `senders` says whether their addresses are asked
+    /// without waiting. Returns the number received. `senders` says whether their addresses are asked
     /// for; a connected socket knows.
     ///
     /// # Errors
@@ -118,7 +118,7 @@ impl RecvBatch {
         self.memory
     }
 
-    /// Gives the memory of the payloads back (madvise(2) `MADV_DONTNEED`). What was received is gone; the
+    /// Returns the memory of the payloads back (madvise(2) `MADV_DONTNEED`). What was received is gone; the
     /// room is there as before.
     pub fn give_back(&mut self) {
         // SAFETY: it takes no pointer, and only reads a number.
@@ -211,7 +211,7 @@ pub struct Transmit<'a> {
     pub class: u8,
 }
 
-/// Sends `messages`, up to [`BATCH`] of them, without waiting. Gives the number sent, at least one;
+/// Sends `messages`, up to [`BATCH`] of them, without waiting. Returns the number sent, at least one;
 /// the message behind these failed, and how is told when it is sent first.
 ///
 /// # Errors
@@ -293,7 +293,8 @@ pub fn report_local_addr(socket: BorrowedFd<'_>, ipv6: bool) -> io::Result<()> {
     crate::socket::set_int(socket, libc::IPPROTO_IP, libc::IP_PKTINFO, 1)
 }
 
-/// Asks a socket for the traffic class of each datagram, and for how many it had no room.
+/// Asks a socket for the traffic class of each datagram, and for how many it has dropped (socket(7) `SO_RXQ_OVFL`): for
+/// want of room, mostly; those with a wrong checksum count, too. `ipv6` is the family of the socket.
 ///
 /// # Errors
 /// Those of setsockopt(2).
@@ -363,9 +364,10 @@ pub fn dropped(socket: BorrowedFd<'_>) -> io::Result<u32> {
     Ok(values[DROPS])
 }
 
-/// Throws away what is queued for a socket. Gives how many datagrams that were; several
+/// Throws away what is queued for a socket. Returns how many datagrams that were; several
 /// that the kernel would hand over as one count as one.
-pub fn discard(socket: BorrowedFd<'_>) -> u64 {
+/// There may be more if it gives [`MOST_DISCARDED`].
+pub fn discard(socket: BorrowedFd<'_>) -> usize {
     let socket = socket2::SockRef::from(&socket);
     let mut count = 0;
     for _ in 0..MOST_DISCARDED {

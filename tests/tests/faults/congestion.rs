@@ -11,12 +11,13 @@ use serde_json::json;
 use socket2::{Domain, Socket, Type};
 
 use rproxy_tests::controlled::{Controlled, mapping};
-use rproxy_tests::eventually;
+use rproxy_tests::holdings::wait_until_idle;
 use rproxy_tests::process::{Process, Stream};
 use rproxy_tests::require;
 use rproxy_tests::topology::{CLIENT_V4, CLIENT_V6, CONTAINER_V4, HOST_V4, HOST_V6, Topology};
 use rproxy_tests::udp::{self, Backend, assert_echoes, bind_in, relay_in};
 use rproxy_tests::upgradable::Program;
+use rproxy_tests::{eventually, eventually_equal};
 
 const PORT: u16 = 5300;
 const FRONT: SocketAddr = SocketAddr::new(IpAddr::V4(HOST_V4), PORT);
@@ -72,7 +73,9 @@ fn absent(net: &Topology, address: IpAddr, to: SocketAddr) -> UdpSocket {
 /// Sockets towards single clients that the proxy has.
 fn client_sockets(net: &Topology) -> usize {
     let mut ss = require::command("ss");
+    // Those that are about to be closed are connected to themselves.
     ss.args(["--udp", "--numeric", "--no-header", "state", "established", "sport", "=", ":5300"]);
+    ss.args(["and", "not", "dport", "=", ":5300"]);
     net.host.spawn(ss).into_output().success().lines().count()
 }
 
@@ -127,6 +130,15 @@ pub(crate) fn absent_neighbours_v6() {
     assert_absent_ones_wait_alone("[::]:5300", &[], (HOST_V6, PORT).into(), address);
 }
 
+/// Whether the proxy's way out is full: its sockets for clients have sent more than a few datagrams that are still here.
+fn is_full(net: &Topology) -> bool {
+    let mut ss = require::command("ss");
+    ss.args(["--udp", "--all", "--numeric", "--no-header", "sport", "=", ":5300"]);
+    let listed = net.host.spawn(ss).into_output().success();
+    let sent = listed.lines().filter_map(|line| line.split_whitespace().nth(2)?.parse::<usize>().ok());
+    sent.sum::<usize>() > 500_000
+}
+
 /// What leaves for this address of the client's leaves slowly, by a queue of its own.
 const SLOW: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 13);
 
@@ -156,7 +168,7 @@ pub(crate) fn slow_link() {
     let flood = backend.try_clone().unwrap();
     let answer = |_number| drop(flood.send_to(&[0; 1_200], to_slow));
     beside(answer, |sent| {
-        eventually("the slow client has a socket of its own", || client_sockets(&net) > 0);
+        eventually("the way out is full", || is_full(&net));
         let before = sent.load(Ordering::Relaxed);
         for number in 0..ROUNDS {
             for (asking, flow) in [(&client, to_client), (&slow, to_slow)] {
@@ -184,7 +196,7 @@ fn assert_all_come(net: &Topology, change: impl FnOnce()) {
     for number in 0..ANSWERS {
         backend.send_to(&udp::pattern(number, 1_200), flow).unwrap();
     }
-    eventually("the slow client has a socket of its own", || client_sockets(net) > 0);
+    eventually("the way out is full", || is_full(net));
     change();
     for number in 0..ANSWERS {
         let (answer, from) = udp::receive(&slow);
@@ -210,6 +222,84 @@ pub(crate) fn end_of_the_process() {
     assert_survive(|proxy| proxy.process.signal(Signal::SIGTERM));
 }
 
+/// All clients share the link that is full, and ask for as much as each other: they get as much.
+pub(crate) fn shared_link() {
+    const CLIENTS: usize = 30;
+    const EACH: usize = 200;
+    let net = Topology::new();
+    net.host.command("tc qdisc add dev eth0 root handle 1: htb default 1").success();
+    net.host.command("tc class add dev eth0 parent 1: classid 1:1 htb rate 20mbit").success();
+    // As many packets as the queue of a device has by default.
+    net.host.command("tc qdisc add dev eth0 parent 1:1 handle 10: pfifo limit 1000").success();
+    let backend = bind_in(&net.container, (CONTAINER_V4, PORT));
+    let _proxy = relay_in(&net.host, "0.0.0.0:5300", (CONTAINER_V4, PORT), &[]);
+    let clients: Vec<_> = (0..CLIENTS).map(|_| bind_in(&net.client, (CLIENT_V4, 0))).collect();
+    let flows: Vec<_> = clients
+        .iter()
+        .map(|client| {
+            client.send_to(b"hello", FRONT).unwrap();
+            udp::receive(&backend).1
+        })
+        .collect();
+    for _ in 0..EACH {
+        for flow in &flows {
+            backend.send_to(&[0; 1_400], flow).unwrap();
+        }
+    }
+    let got = |client: &UdpSocket| {
+        client.set_nonblocking(true).unwrap();
+        std::iter::from_fn(|| client.recv(&mut [0]).ok()).count()
+    };
+    let mut sums = vec![0; CLIENTS];
+    let mut total = || {
+        sums.iter_mut().zip(&clients).for_each(|(sum, client)| *sum += got(client));
+        (sums.iter().sum::<usize>(), sums.iter().min().copied(), sums.iter().max().copied())
+    };
+    // Half of it: from then on, some have all.
+    let mut shares = (0, None, None);
+    eventually("half of the answers arrive", || {
+        shares = total();
+        shares.0 >= CLIENTS * EACH / 2
+    });
+    let (_sum, least, most) = shares;
+    assert!(least.unwrap() * 2 >= most.unwrap(), "one has {least:?} answers, and another one {most:?}");
+    eventually("nearly all arrive: what is sent fits the queue", || total().0 >= CLIENTS * EACH * 9 / 10);
+}
+
+/// A socket towards a client is destroyed while answers wait for it: they go by way of the listener.
+pub(crate) fn destroyed() {
+    let net = Topology::new();
+    let proxy = relay_in(&net.host, "0.0.0.0:5300", (CONTAINER_V4, PORT), &[]);
+    let destroy = || {
+        let mut ss = require::command("ss");
+        ss.args([
+            "--kill",
+            "--udp",
+            "--numeric",
+            "--no-header",
+            "state",
+            "established",
+            "sport",
+            "=",
+            ":5300",
+        ]);
+        net.host.spawn(ss).into_output().success();
+    };
+    assert_all_come(&net, || (0..20).for_each(|_| destroy()));
+    assert!(proxy.process.is_running());
+}
+
+/// Once the way out is free, there is nothing but the listener again, and an idle process is idle.
+pub(crate) fn over() {
+    let net = Topology::new();
+    let proxy = relay_in(&net.host, "0.0.0.0:5300", (CONTAINER_V4, PORT), &[]);
+    let before = proxy.process.descriptors();
+    assert_all_come(&net, || ());
+    eventually("there are no sockets towards clients", || client_sockets(&net) == 0);
+    eventually_equal("its descriptors, with one for the flow", &(before + 1), || proxy.process.descriptors());
+    wait_until_idle(proxy.process.pid());
+}
+
 /// Of a process that another one takes over from.
 pub(crate) fn upgrade() {
     let net = Topology::new();
@@ -233,7 +323,7 @@ pub(crate) fn retarget() {
     for _ in 0..ANSWERS {
         backend.send_to(&[0; 1_200], flow).unwrap();
     }
-    eventually("the slow client has a socket of its own", || client_sockets(&net) > 0);
+    eventually("the way out is full", || is_full(&net));
     proxy.apply(&[mapping("front", "udp", FRONT, (CONTAINER_V4, PORT + 1).into())]).success();
     let all = || {
         let stats = proxy.stats("front");

@@ -113,6 +113,7 @@ fn of_flows() -> Vec<Case> {
             .needs(&[Need::Program("sysctl")]),
         case("a flow's socket is shut down", flows::shut_down),
         case("what there is no room for is counted", flows::overflows_are_counted),
+        case("so it is across an upgrade", flows::overflows_across_an_upgrade),
         case("ports are reserved while flows come and go", flows::reserved_later),
         case("each mapping has its own limits of flows", flows::limits_of_each_mapping),
         case("thousands of flows end at once", flows::many_end_at_once),
@@ -130,9 +131,12 @@ fn of_congestion() -> Vec<Case> {
         case("so they do over IPv6", congestion::absent_neighbours_v6),
         case("so they do as another user", congestion::absent_neighbours_of_a_user),
         case("a client behind a slow link waits alone", congestion::slow_link),
+        case("clients behind one slow link share it", congestion::shared_link),
         case("answers that wait survive their mapping", congestion::removal),
         case("answers that wait survive the order to end", congestion::end_of_the_process),
+        case("answers that wait survive the end of their socket", congestion::destroyed),
         case("answers that wait survive an upgrade", congestion::upgrade),
+        case("nothing is left of a way out that was full", congestion::over),
         case("answers that wait are accounted for when flows end", congestion::retarget),
     ]
 }

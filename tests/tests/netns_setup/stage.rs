@@ -339,7 +339,7 @@ pub(crate) fn assert_out_of_reach(from: &Namespace, ip: impl Into<IpAddr>, port:
     assert!(!reaches_udp(from, address, SILENCE), "a datagram to {address} got through");
 }
 
-/// Gives the calling thread mounts of its own, with an empty `/run` and an empty `/etc/sysctl.d`.
+/// Returns the calling thread mounts of its own, with an empty `/run` and an empty `/etc/sysctl.d`.
 fn own_mounts() {
     unshare(CloneFlags::CLONE_NEWNS).unwrap();
     let none = None::<&str>;
