@@ -114,6 +114,12 @@ pub(crate) fn absent_neighbours() {
     assert_absent_ones_wait_alone("0.0.0.0:5300", &["--sandbox", "strict"], FRONT, absent_v4);
 }
 
+/// There are fewer flows than of them, so that each displaces another one, whatever is known of that.
+pub(crate) fn absent_neighbours_that_change() {
+    let caps = ["--udp-max-flows", "60", "--udp-max-flows-per-source", "60"];
+    assert_absent_ones_wait_alone("0.0.0.0:5300", &caps, FRONT, absent_v4);
+}
+
 /// The process goes on as another user than the one who opened the listener.
 pub(crate) fn absent_neighbours_of_a_user() {
     assert_absent_ones_wait_alone("0.0.0.0:5300", &["--user", "nobody"], FRONT, absent_v4);

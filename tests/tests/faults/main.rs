@@ -130,6 +130,7 @@ fn of_congestion() -> Vec<Case> {
         case("so they do where IPv6 serves IPv4", congestion::absent_neighbours_dual_stack),
         case("so they do over IPv6", congestion::absent_neighbours_v6),
         case("so they do as another user", congestion::absent_neighbours_of_a_user),
+        case("so they do when flows come and go", congestion::absent_neighbours_that_change),
         case("a client behind a slow link waits alone", congestion::slow_link),
         case("clients behind one slow link share it", congestion::shared_link),
         case("answers that wait survive their mapping", congestion::removal),
