@@ -65,8 +65,9 @@ impl UdpRelay {
             if !self.give_client_socket(id) {
                 return self.wait_in_turn(id);
             }
-            // Some of its answers may wait for the listener, and come first.
-            self.relieve(index);
+            if self.take_has_queued(id) {
+                self.relieve(index);
+            }
         }
         self.receive_answers(id, FLOW_BATCH, batch);
     }
@@ -75,7 +76,7 @@ impl UdpRelay {
     fn wait_in_turn(&mut self, id: FlowId) {
         let Some((key, flow)) = self.table.get_mut(id) else { return };
         let listener = &mut self.listeners[key.listener as usize];
-        flow.is_waiting = true;
+        (flow.is_waiting, flow.has_queued) = (true, true);
         interest(self.poll.epoll(), flow.as_fd(), Token::Flow(id), flow.wanted());
         listener.waiting.push_back(id);
         if listener.waiting.len() > 2 * self.table.len() + BATCH {

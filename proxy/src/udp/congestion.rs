@@ -65,9 +65,19 @@ impl UdpRelay {
                 _ => self.listeners[index].queue.push(waiting),
             }
         }
+        for id in stay {
+            if let Some((_key, flow)) = self.table.get_mut(id) {
+                flow.has_queued = true;
+            }
+        }
         for id in moved {
             self.flush_client_socket(id);
         }
+    }
+
+    /// Whether answers of a flow may wait on the queue of its listener. That is about to be seen to.
+    pub(super) fn take_has_queued(&mut self, id: FlowId) -> bool {
+        self.table.get_mut(id).is_some_and(|(_key, flow)| std::mem::take(&mut flow.has_queued))
     }
 
     /// Whether flows of a listener may have sockets of their own now.
@@ -204,6 +214,7 @@ impl UdpRelay {
     pub(super) fn take_client_socket(&mut self, id: FlowId) {
         let Some((_key, flow)) = self.table.get_mut(id) else { return };
         let Some(socket) = flow.client_socket.take() else { return };
+        flow.has_queued |= !socket.queue.is_empty();
         if std::mem::take(&mut flow.is_waiting) {
             interest(self.poll.epoll(), flow.as_fd(), Token::Flow(id), flow.wanted());
         }
@@ -264,20 +275,19 @@ impl UdpRelay {
 
     /// Gives sockets of their own to flows that wait for a listener in turn, as far as there are some again.
     fn relieve_waiting(&mut self, index: usize) {
-        let mut has_relieved = false;
+        let mut must_move = false;
         for _ in 0..self.listeners[index].waiting.len().min(MOST_RELIEVED) {
             let Some(id) = self.listeners[index].waiting.pop_front() else { break };
             if self.table.get(id).is_none_or(|(_key, flow)| !flow.is_waiting) {
                 continue;
             }
             if self.give_client_socket(id) {
-                has_relieved = true;
+                must_move |= self.take_has_queued(id);
             } else {
                 self.listeners[index].waiting.push_back(id);
             }
         }
-        if has_relieved {
-            // Some of their answers may be on the queue, and come first.
+        if must_move {
             self.relieve(index);
         }
     }

@@ -54,6 +54,8 @@ pub(super) struct Flow {
     share: usize,
     /// Where answers go, if not by way of the listener.
     pub(super) client_socket: Option<Box<ClientSocket>>,
+    /// Whether answers may wait on the queue of the listener, which those that follow must not overtake.
+    pub(super) has_queued: bool,
     /// If its client has been what blocks.
     pub(super) blocked: Option<Blocked>,
     /// What waits for room on the socket.
@@ -119,6 +121,7 @@ impl Flow {
             usual_size: 0,
             share: 0,
             client_socket: None,
+            has_queued: false,
             blocked: None,
             queue: SendQueue::new(room.clone()),
             guard: FlowGuard::take(target),
