@@ -181,7 +181,7 @@ fn backend_restarts() {
     let client = bind_in(&net.client, (CLIENT_V4, 0));
     let mut flows = HashSet::new();
     for round in 1..=5 {
-        // Each longer than the one before, for the misses are counted per train, and trains are of a size.
+        // Each longer than the one before, for the misses are counted per GSO batch, and the datagrams of one are of a size.
         for size in 1..=20 {
             client.send_to(&vec![0; size], ASKED).unwrap();
         }
@@ -477,7 +477,7 @@ fn backlog_of_answers() {
     });
     proxy.process.pause();
     for number in 0..BACKLOG {
-        // Of different sizes, lest they come as one train.
+        // Of different sizes, lest they come as one GSO batch.
         backend.send_to(&udp::pattern(number, number), busy.1).unwrap();
     }
     backend.send_to(b"the other", other.1).unwrap();

@@ -330,7 +330,7 @@ const FAR: [IpAddr; 2] =
     [IpAddr::V4(Ipv4Addr::new(10, 9, 0, 2)), IpAddr::V6(Ipv6Addr::new(0xfd00, 9, 0, 0, 0, 0, 0, 2))];
 
 /// The host learns of the MTU from the first datagram that is too large, which is lost, as it is for any
-/// sender. It has to be alone, since a train is too large as a whole if one of its datagrams is.
+/// sender. It has to be alone, since a GSO batch is too large as a whole if one of its datagrams is.
 #[track_caller]
 fn learn_mtu(host: &Namespace, far: IpAddr, from: &UdpSocket, to: SocketAddr) {
     from.send_to(&[0; 1_400], to).unwrap();
@@ -376,7 +376,7 @@ fn smaller_mtu_before_the_host() {
 }
 
 /// What `ethtool -K` takes away. Where segmentation, checksums or scattered pages are not to be had from a
-/// device, kernels refuse trains at different points, or cut them in software.
+/// device, kernels refuse GSO batches at different points, or cut them in software.
 const WITHOUT: &[&str] = &["tx off", "tso off gso off", "sg off", "tx off sg off tso off gso off gro off"];
 
 fn no_offloads() {
@@ -390,7 +390,7 @@ fn no_offloads() {
         assert!(features.contains("tx-checksumming: off") || !without.contains("tx off"), "{features}");
         for (family, proxy) in &start_both(&net) {
             let line = line(&net, proxy, *family);
-            // In trains; one at a time; in trains whose datagrams are larger than the MTU.
+            // In GSO batches; one at a time; in GSO batches whose datagrams are larger than the MTU.
             for sizes in [vec![1_200; 200], vec![1; 200], vec![1_472; 70], vec![3_000; 70]] {
                 line.burst_up(&sizes);
                 line.burst_down(&sizes);

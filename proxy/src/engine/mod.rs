@@ -201,7 +201,7 @@ impl Server {
         }
     }
 
-    /// Waits until the tasks that serve listeners have come to listen to orders.
+    /// Waits until the tasks that serve listeners have handled the commands before this.
     pub(crate) async fn until_responsive(&self) {
         for task in [&self.tasks.tcp, &self.tasks.udp].into_iter().flatten() {
             // If the task is gone, `failed` tells.

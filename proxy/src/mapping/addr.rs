@@ -347,6 +347,11 @@ fn an_interface() -> String {
     found.unwrap_or("eth0").to_owned()
 }
 
+/// The wildcard of an address's family.
+pub(crate) fn wildcard_of(ip: IpAddr) -> IpAddr {
+    if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() }
+}
+
 /// The number of an interface. Confined as well: if_nametoindex(3) of the C library takes a socket of another family.
 fn interface_index(name: &str) -> rustix::io::Result<u32> {
     let socket = |family| socket_with(family, SocketType::DGRAM, SocketFlags::CLOEXEC, None);

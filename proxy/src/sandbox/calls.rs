@@ -189,7 +189,7 @@ const OF_TCP: &[Options] = &[
     (libc::SOL_TCP, libc::TCP_QUICKACK, libc::TCP_QUICKACK),
 ];
 
-/// Those that flows are given: buffers, trains of datagrams, what is reported of each, and a port beside their
+/// Those that flows are given: buffers, GSO batches, what is reported of each, and a port beside their
 /// listener's socket.
 const OF_UDP: &[Options] = &[
     (libc::SOL_SOCKET, libc::SO_REUSEADDR, libc::SO_REUSEADDR),

@@ -18,7 +18,7 @@ use tracing::error;
 use crate::runtime::poll::{EventSource, PollSet, WatchedListener};
 use crate::state::Binding;
 
-/// What a task is told.
+/// A command to a task.
 #[derive(Debug)]
 pub(crate) enum Command {
     /// Serve these listeners so from now on, whether they are new or not.
@@ -32,7 +32,7 @@ pub(crate) enum Command {
     Flows(FlowCommand),
 }
 
-/// What the UDP task is told when it gets or gives its flows.
+/// A command to the UDP task about its flows.
 #[derive(Debug)]
 pub(crate) enum FlowCommand {
     /// Take no datagrams, and say which flows there are.
@@ -77,7 +77,7 @@ pub(crate) struct LiveFlow {
 /// Rounds after which the order of the local ports looks random.
 pub(crate) const ROUNDS: usize = 4;
 
-/// Which port of which order is next: another process that goes on there comes to those used last after all others.
+/// Whose turn is next among the local ports. A process that continues there uses the most recent ones last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct PortTurn {
@@ -89,7 +89,7 @@ pub(crate) struct PortTurn {
     pub(crate) keys: [u64; ROUNDS],
 }
 
-/// The orders of a task; at the end of them it is to come to its own.
+/// The commands to a task, which drains when all senders are gone.
 pub(crate) type Commands = mpsc::UnboundedReceiver<Command>;
 
 /// A task that serves listeners.
@@ -101,7 +101,7 @@ pub(crate) struct ListenerTask {
 }
 
 impl ListenerTask {
-    /// Starts what `task` makes of its listeners and its orders.
+    /// Starts what `task` makes of its listeners and its commands.
     ///
     /// # Errors
     /// Those of epoll_create1(2) and epoll_ctl(2).

@@ -65,7 +65,7 @@ struct Pause {
 }
 
 impl Acceptor {
-    /// A task without listeners. It ends when all senders of `orders` are gone.
+    /// A task without listeners. It ends when all senders of `commands` are gone.
     pub(crate) fn new(
         poll: EventSource,
         commands: Commands,
@@ -78,7 +78,7 @@ impl Acceptor {
         Self { poll, commands, capacity, workers, listeners, full, backends, pause }
     }
 
-    /// Accepts connections until nobody can give orders any more. What is pending by then is still
+    /// Accepts connections until nobody can send commands any more. What is pending by then is still
     /// accepted: its client has been told that it is connected.
     ///
     /// # Errors
@@ -90,7 +90,7 @@ impl Acceptor {
         let mut retry = pin!(sleep_until(self.pause.until));
         loop {
             tokio::select! {
-                // Orders first: a listener may be reported before it is known here.
+                // Commands first: a listener may be reported before it is known here.
                 biased;
                 command = self.commands.recv() => match command {
                     Some(command) => self.handle(command),

@@ -40,7 +40,7 @@ impl fmt::Display for Outcome {
 }
 
 /// Relays between two connected streams until both directions have ended, or nothing has moved for
-/// as long as the limits of `place` say. What happens is counted there.
+/// as long as the limits of `guard` say. What happens is counted there.
 ///
 /// The end of a stream is passed on as a half-close, and the other direction goes on. A reset is
 /// passed on as a reset: when this returns with a failure, closing the streams resets both.

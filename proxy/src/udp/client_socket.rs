@@ -3,7 +3,8 @@
 //! The answers to all clients of a listener share the send buffer of its socket, and the kernel keeps in it
 //! what waits for the address of a neighbour (arp(7)) or for a slow link: one client that cannot be reached
 //! would hold up all others. A flow that finds the buffer full gets a socket of its own, bound to the address
-//! that was asked and connected to the client. What waits there waits alone.
+//! that was asked and connected to the client: it passes those that block. If it blocks itself, it goes back to the
+//! listener ([`congestion`](super::congestion)).
 //!
 //! The kernel hands over to a connected socket what its peer sends, so that it is received from, too. Before it is
 //! closed, it is connected to itself: from then on the listener has the client's datagrams, and none is lost with

@@ -75,7 +75,7 @@ impl UdpRelay {
         }
     }
 
-    /// Whether answers of a flow may wait on the queue of its listener. That is about to be seen to.
+    /// Whether answers of a flow may wait on the queue of its listener; the caller moves them.
     pub(super) fn take_has_queued(&mut self, id: FlowId) -> bool {
         self.table.get_mut(id).is_some_and(|(_key, flow)| std::mem::take(&mut flow.has_queued))
     }

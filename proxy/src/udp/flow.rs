@@ -1,7 +1,7 @@
 //! A flow: its socket towards the backend, and what is known of its path.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -19,6 +19,7 @@ use super::send::{Room, SendQueue};
 use super::table::FlowId;
 use super::tally::Tally;
 use super::token::Wanted;
+use crate::mapping::addr::wildcard_of;
 use crate::mapping::dscp::Dscp;
 use crate::state::{FlowGuard, Target};
 
@@ -86,7 +87,7 @@ impl Flow {
         let socket = Socket::new(Domain::for_address(addr), Type::DGRAM.nonblocking(), None)?;
         let peer = target.policy.limits.udp_any_port.then_some(addr);
         // Else it is of any local address: connect(2) chooses that.
-        let ip = if peer.is_some() { source_towards(addr)? } else { unspecified(addr) };
+        let ip = if peer.is_some() { source_towards(addr)? } else { wildcard_of(addr.ip()) };
         let port = bind(&socket, ip, ports, now)?;
         if peer.is_none() {
             socket.connect(&addr.into())?;
@@ -216,8 +217,8 @@ fn parts<'a>(
     parts
 }
 
-/// Sends messages by a socket, behind what waits in `queue`; in GSO batches if the path takes `GSO batches`. Returns `true` if from
-/// now on some wait for room.
+/// Sends messages by a socket, behind what waits in `queue`; in GSO batches unless the path has refused one, which is
+/// noted in `gso`. Returns `true` if from now on some wait for room.
 fn send(
     socket: BorrowedFd<'_>,
     to: Option<SocketAddr>,
@@ -231,10 +232,6 @@ fn send(
     let (waited, joined) = (!queue.is_empty(), *gso);
     queue.send(socket, &messages, joined, tally, &mut |_index| *gso = false);
     !waited && !queue.is_empty()
-}
-
-fn unspecified(like: SocketAddr) -> IpAddr {
-    if like.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() }
 }
 
 /// Binds `socket` to one of `ports` of `ip`.

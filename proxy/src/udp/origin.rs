@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use rproxy_sys::udp::is_local;
 
 use crate::mapping::PortMapping;
+use crate::mapping::addr::wildcard_of;
 
 /// Where the listeners of this process are, by port.
 #[derive(Debug, Default)]
@@ -36,13 +37,8 @@ impl OwnPorts {
             return true;
         }
         let has = |host: IpAddr| self.0.contains(&(port, host));
-        has(ip) || has(any_of(ip)) && is_local(source)
+        has(ip) || has(wildcard_of(ip)) && is_local(source)
     }
-}
-
-/// The wildcard of an address's family.
-fn any_of(ip: IpAddr) -> IpAddr {
-    if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() }
 }
 
 /// Where a listener is: in both families, if it serves both.

@@ -57,7 +57,7 @@ pub(crate) struct UdpRelay {
 
 impl UdpRelay {
     /// A relay without mappings. `beside_tcp` says whether connections need descriptors too; `has_flows` is
-    /// told whether there are flows. It ends when nobody can give `orders` any more.
+    /// told whether there are flows. It ends when nobody can send `commands` any more.
     pub(crate) fn new(
         poll: EventSource,
         commands: Commands,
@@ -83,7 +83,7 @@ impl UdpRelay {
         }
     }
 
-    /// Relays until nobody can give orders any more, and then until the flows are quiet.
+    /// Relays until nobody can send commands any more, and then until the flows are quiet.
     ///
     /// # Errors
     /// What epoll_wait(2) answered, or what became of the last listener; nothing is served any more then.
@@ -93,7 +93,7 @@ impl UdpRelay {
         let mut turns = 0_u32;
         while !(self.draining && self.is_quiet(Instant::now())) {
             tokio::select! {
-                // Orders first: under a flood there is always another datagram.
+                // Commands first: under a flood there is always another datagram.
                 biased;
                 command = self.commands.recv(), if !self.draining => match command {
                     Some(command) => self.handle(command),

@@ -31,7 +31,7 @@ pub(super) enum SendOutcome<'m, 'a> {
 }
 
 /// Sends `messages` in order, without waiting; GSO batches as single datagrams unless the path takes
-/// `GSO batches`, as far as is known. Returns `false` if the socket became full.
+/// `gso`, as far as is known. Returns `false` if the socket became full.
 pub(super) fn send_all(
     socket: BorrowedFd<'_>,
     messages: &[Transmit<'_>],
@@ -247,7 +247,7 @@ impl SendQueue {
     }
 
     /// Sends `messages` in order, behind what waits already, and keeps what there is no room for. Of what
-    /// counts as relayed in `tally`, it takes out what is not. `GSO batches` says whether the path takes them,
+    /// counts as relayed in `tally`, it takes out what is not. `gso` says whether the path takes them,
     /// as far as is known; `refused` gets the index of one that it does not take.
     pub(super) fn send(
         &mut self,

@@ -505,18 +505,23 @@ pub(crate) fn overflows_are_counted() {
     stage.proxy.process.resume();
     eventually("some arrive", || stage.counter("datagrams_in") > 1 && stage.counter("datagrams_out") > 0);
     // How many there was no room for, the next ones say.
-    udp::receive_all(&backend);
-    udp::receive_all(&client);
-    for number in 0..3 {
-        client.send_to(&[number], FRONT).unwrap();
-        assert_eq!(udp::receive(&backend).0, [number]);
-        backend.send_to(&[number], flow).unwrap();
-        assert_eq!(udp::receive(&client).0, [number]);
-    }
+    assert_in_use(&client, &backend, flow);
     let lost = || stage.errors()["no_buffer"].as_u64().unwrap_or(0);
     let sum = || stage.counter("datagrams_in") + stage.counter("datagrams_out") + lost();
     eventually_equal("each is relayed or counted, once", &(1 + 2 * BURST + 2 * 3), sum);
     assert!(lost() > BURST / 2, "{}", stage.errors());
+}
+
+/// Takes what has arrived at both sides of a flow, and checks that it still passes datagrams both ways.
+fn assert_in_use(client: &UdpSocket, backend: &UdpSocket, flow: SocketAddr) {
+    udp::receive_all(backend);
+    udp::receive_all(client);
+    for number in 0..3 {
+        client.send_to(&[number], FRONT).unwrap();
+        assert_eq!(udp::receive(backend).0, [number]);
+        backend.send_to(&[number], flow).unwrap();
+        assert_eq!(udp::receive(client).0, [number]);
+    }
 }
 
 /// The buffers overflow, once before an upgrade, and again while neither process reads.
@@ -555,14 +560,7 @@ pub(crate) fn overflows_across_an_upgrade() {
     old.signal(Signal::SIGUSR2);
     old.resume();
     assert!(old.wait().success());
-    udp::receive_all(&backend);
-    udp::receive_all(&client);
-    for number in 0..3 {
-        client.send_to(&[number], FRONT).unwrap();
-        assert_eq!(udp::receive(&backend).0, [number]);
-        backend.send_to(&[number], flow).unwrap();
-        assert_eq!(udp::receive(&client).0, [number]);
-    }
+    assert_in_use(&client, &backend, flow);
     let lost = errors()["errors"]["no_buffer"].as_u64().unwrap_or(0);
     assert!(lost <= 2 * BURST as u64, "{lost} are more than there were");
 }
