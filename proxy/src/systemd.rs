@@ -1,7 +1,8 @@
-//! What a service manager is told, and the sockets that it passes (sd_notify(3), sd_listen_fds(3)).
+//! Notifications to the service manager, and the sockets that it passes (sd_notify(3), sd_listen_fds(3)).
 //!
-//! Nothing here does anything unless the environment asks for it, and docker mode does not look: the
-//! descriptors 3 and 4 are dockerd's there.
+//! All of this is inactive unless the environment asks for it. docker mode does not use it, because its
+//! descriptors 3 and
+//! 4 are dockerd's.
 
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -19,20 +20,21 @@ use tracing::warn;
 use crate::bind::activation::{InheritedSockets, PassedSocket};
 use crate::bind::listen::{AdoptError, Listener};
 
-/// After how long the service manager is told again what it had no room for.
+/// How long to wait before repeating a notification that the service manager had no room for.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// The service manager, if there is one that wants to be told.
+/// The service manager, if there is one that wants notifications.
 static MANAGER: OnceLock<Mutex<ServiceManager>> = OnceLock::new();
 
-/// Takes the sockets that were passed to this process, and to no other (`LISTEN_PID`).
+/// Returns the sockets that were passed to this process, and to no other (`LISTEN_PID`).
 ///
 /// Call it before anything else opens a file.
 ///
 /// # Errors
-/// [`ActivationError`]: then the unit is wrong, and serving without some sockets would hide it.
+/// [`ActivationError`]: the unit is wrong, and serving without some of its sockets would hide that.
 pub fn passed_sockets() -> Result<InheritedSockets, ActivationError> {
-    // Names without sockets would be an error, though both may be for a process that started this one.
+    // Names without sockets would be an error, although both may be meant for a process that started this
+    // one.
     if sd_notify::listen_fds().map_err(ActivationError::Environment)?.len() == 0 {
         return Ok(InheritedSockets::default());
     }
@@ -48,8 +50,9 @@ pub fn passed_sockets() -> Result<InheritedSockets, ActivationError> {
     passed.map(adopt).collect::<Result<Vec<_>, _>>().map(InheritedSockets::new)
 }
 
-/// Opens the socket on which the service manager is told from now on, if it wants to be (`NOTIFY_SOCKET`).
-/// To be called before the process is confined, and while descriptors are to be had.
+/// Opens the socket for notifications, if the service manager wants them (`NOTIFY_SOCKET`). Call it before
+/// the process is
+/// confined, and while descriptors are available.
 pub fn open() {
     let Some(name) = std::env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty()) else { return };
     match ServiceManager::at(Path::new(&name)) {
@@ -61,43 +64,43 @@ pub fn open() {
     }
 }
 
-/// Whether the service manager listens on an abstract socket (unix(7)), which confinement has to let pass.
+/// Whether the service manager listens on an abstract socket (unix(7)), which confinement has to permit.
 pub fn is_abstract() -> bool {
     MANAGER.get().is_some_and(|manager| lock(manager).address.as_abstract_namespace().is_some())
 }
 
-/// Clients are served.
+/// Notifies that clients are served.
 pub fn ready() {
     tell(&State::Ready);
 }
 
-/// The configuration is being read anew; [`ready`] is next.
+/// Notifies that the configuration is being reloaded; [`ready`] follows.
 pub fn reloading() {
     tell(&State::Reloading);
 }
 
-/// No new clients are let in any more.
+/// Notifies that no new clients are accepted.
 pub fn stopping() {
     tell(&State::Stopping);
 }
 
-/// Another process is the service from now on, and will be the one to tell.
+/// Notifies that another process is the service from now on; it sends the following notifications.
 pub fn main_process(pid: u32) {
     tell(&State::MainProcess(pid));
 }
 
-/// All is well.
+/// Resets the watchdog.
 pub fn alive() {
     tell(&State::Alive);
 }
 
-/// Tells the service manager again, and again, what it had no room for. Never ends.
+/// Repeats notifications that the service manager had no room for. Never returns.
 pub async fn resend() -> ! {
     until_told().await;
     std::future::pending().await
 }
 
-/// As [`resend`], until it has been told all.
+/// Like [`resend`], but returns when all notifications are sent.
 pub async fn until_told() {
     while let Some(manager) = MANAGER.get()
         && !lock(manager).untold.is_empty()
@@ -107,8 +110,8 @@ pub async fn until_told() {
     }
 }
 
-/// How often [`alive`] has to be said, if at all: half of the time after which the service manager
-/// would act (sd_watchdog_enabled(3)).
+/// How often to call [`alive`], if at all: half of the time after which the service manager would act
+/// (sd_watchdog_enabled(3)).
 pub fn watchdog_interval() -> Option<Duration> {
     sd_notify::watchdog_enabled().map(|limit| limit / 2).filter(|interval| !interval.is_zero())
 }
@@ -123,7 +126,7 @@ fn lock(manager: &Mutex<ServiceManager>) -> std::sync::MutexGuard<'_, ServiceMan
     manager.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What can be told.
+/// The states that can be notified.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
     Ready,
@@ -134,7 +137,7 @@ enum State {
 }
 
 impl State {
-    /// Whether it says all that `earlier` says, which need not be told any more then.
+    /// Whether this notification makes `earlier` unnecessary.
     fn replaces(self, earlier: Self) -> bool {
         match self {
             Self::Ready => earlier == Self::Ready,
@@ -144,14 +147,14 @@ impl State {
     }
 }
 
-/// Where the service manager listens, and what it has had no room for yet. Nobody ever waits for it.
+/// The address of the service manager, and the notifications it had no room for. Sending never blocks.
 #[derive(Debug)]
 struct ServiceManager {
     socket: Socket,
     address: SockAddr,
-    /// States with what they are in words, in their order. A few at the most, as they replace each other.
+    /// States with their text, in order. There are only a few, because newer ones replace older ones.
     untold: Vec<(State, String)>,
-    /// Whether the last attempt failed, which has been logged then.
+    /// Whether the last attempt failed, which was then logged.
     failed: bool,
 }
 
@@ -181,7 +184,7 @@ impl ServiceManager {
         self.untold.retain(|(state, _words)| *state != State::Alive);
     }
 
-    /// Tells as much as there is room for, in the order in which it came about.
+    /// Sends pending notifications in order, as far as there is room.
     fn tell_the_rest(&mut self) {
         while let Some((_state, words)) = self.untold.first() {
             let flags = MSG_DONTWAIT | MSG_NOSIGNAL;
@@ -204,7 +207,7 @@ impl ServiceManager {
     }
 }
 
-/// Whether the other side has to read first (`EAGAIN`), or memory is short (send(2)).
+/// Whether the receiver's queue is full (`EAGAIN`), or memory is short (send(2)).
 fn has_no_room(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::WouldBlock || error.raw_os_error() == Some(nix::libc::ENOBUFS)
 }
@@ -220,13 +223,13 @@ fn words(state: State) -> io::Result<String> {
     })
 }
 
-/// Why sockets that were passed cannot be used.
+/// Why passed sockets cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ActivationError {
     /// The variables contradict each other.
     #[error("LISTEN_FDS: the environment makes no sense: {0}; start rproxy from its unit")]
     Environment(#[source] io::Error),
-    /// Nothing is open there.
+    /// Nothing is open at the descriptor.
     #[error("LISTEN_FDS: no socket {name} was passed at descriptor {number}: {source}")]
     Missing {
         /// The descriptor.
@@ -236,7 +239,7 @@ pub enum ActivationError {
         /// What fcntl(2) answered.
         source: io::Error,
     },
-    /// It is something else.
+    /// The descriptor is something else.
     #[error("LISTEN_FDS: the socket {name} at descriptor {number} cannot be used: {source}")]
     Unusable {
         /// The descriptor.
@@ -255,7 +258,7 @@ mod tests {
 
     use super::*;
 
-    /// A service manager at an abstract name, and what is told to it.
+    /// A service manager at an abstract name, and the socket that receives its notifications.
     fn pair(name: &str) -> (UnixDatagram, ServiceManager) {
         let name = format!("rproxy-test-{name}-{}", std::process::id());
         let socket = UnixDatagram::bind_addr(&SocketAddr::from_abstract_name(&name).unwrap()).unwrap();
@@ -263,7 +266,7 @@ mod tests {
         (socket, ServiceManager::at(Path::new(&format!("@{name}"))).unwrap())
     }
 
-    /// All that was told, the first lines of it.
+    /// The first line of each notification received.
     fn told(socket: &UnixDatagram) -> Vec<String> {
         let mut message = [0; 256];
         let next = || socket.recv(&mut message).ok().map(|len| message[..len].to_vec());
@@ -276,7 +279,7 @@ mod tests {
         let (socket, mut manager) = pair("full");
         manager.tell(&State::Ready);
         assert_eq!(told(&socket), ["READY=1"]);
-        // Until nothing more fits; none of these is told again.
+        // Until the queue is full; none of these is repeated.
         while !manager.failed {
             manager.tell(&State::Alive);
         }

@@ -1,5 +1,6 @@
-//! Lines for the person or program that started us. They may have closed their end by now, which
-//! changes nothing for the clients: a process that serves ignores errors.
+//! Output for the user or program that started the process. The reader may have closed its end, which must
+//! not
+//! affect clients: a serving process ignores write errors.
 
 use std::fmt::Display;
 use std::io::{self, Write};
@@ -13,7 +14,7 @@ use tokio::runtime::Handle;
 
 use crate::log::sink::Sink;
 
-/// Why a line could not be written to standard output, unless nobody wanted it.
+/// The last error of [`out`], except that the reader closed the pipe.
 static UNWRITTEN: Mutex<Option<io::Error>> = Mutex::new(None);
 
 /// Writes a line to standard output.
@@ -25,7 +26,7 @@ pub fn out(line: &impl Display) {
     }
 }
 
-/// The status to end with, of a command whose output is what it was called for: `status`, unless some of it is lost.
+/// Returns the exit status of a command whose purpose is its output: `status`, or failure if output was lost.
 pub fn finish(status: ExitCode) -> ExitCode {
     match UNWRITTEN.lock().unwrap_or_else(PoisonError::into_inner).take() {
         None => status,
@@ -33,22 +34,23 @@ pub fn finish(status: ExitCode) -> ExitCode {
     }
 }
 
-/// Standard output of a process that serves.
+/// Standard output of a serving process.
 #[derive(Debug)]
 pub struct Output(Sink);
 
 impl Output {
-    /// Opens a file if standard output is a terminal; to be called before that cannot be done any more.
+    /// Opens a file if standard output is a terminal; call it before confinement forbids that.
     pub fn open() -> Self {
         Self(Sink::out())
     }
 
-    /// Writes lines without waiting for whoever reads them: what there is no room for now is written on `runtime` as room
-    /// comes, if it comes.
+    /// Writes lines without blocking. What standard output does not accept now is written by a task on
+    /// `runtime`
+    /// when there is room.
     pub fn write(self, runtime: &Handle, lines: &[String]) {
         let Self(sink) = self;
         let text: String = lines.iter().flat_map(|line| [line.as_str(), "\n"]).collect();
-        // Nobody reads it if it fails.
+        // On failure, nobody reads the lines.
         let Ok(written) = sink.write_now(text.as_bytes()) else { return };
         if written < text.len() {
             let rest = text.as_bytes()[written..].to_vec();
@@ -72,14 +74,14 @@ async fn write_rest(sink: &Sink, mut rest: &[u8]) -> io::Result<()> {
 
 /// Writes a line to standard error.
 pub fn err(line: &impl Display) {
-    // What was given to us may have characters that a terminal obeys.
+    // User input may contain control characters that a terminal interprets.
     let plain =
         |c: char| if c.is_control() && c != '\n' { c.escape_default().to_string() } else { c.to_string() };
     let line: String = line.to_string().chars().map(plain).collect();
     drop(writeln!(io::stderr().lock(), "{line}"));
 }
 
-/// Says why nothing came of it, on standard error, and gives the status to end with.
+/// Prints an error to standard error and returns the exit status for failure.
 pub fn fail(error: &impl Display) -> ExitCode {
     for line in error.to_string().lines() {
         err(&format_args!("rproxy: {line}"));

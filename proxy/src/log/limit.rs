@@ -1,14 +1,14 @@
-//! Bounds how often a place in the data path writes to the log.
+//! Rate limits for log lines on the data path.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-/// Lines that one place may write within [`WINDOW`].
+/// Lines that one call site may write within [`WINDOW`].
 const BURST: u32 = 5;
 
 const WINDOW: Duration = Duration::from_secs(1);
 
-/// The limit of one place in the code, kept in a `static` there.
+/// The limit of one call site, kept in a `static` there.
 #[derive(Debug)]
 pub(crate) struct LogLimit(Mutex<State>);
 
@@ -20,12 +20,13 @@ struct State {
 }
 
 impl LogLimit {
-    /// A limit that nothing has been counted against.
+    /// A limit that has not been used yet.
     pub(crate) const fn new() -> Self {
         Self(Mutex::new(State { window_start: None, written: 0, suppressed: 0 }))
     }
 
-    /// Asks for a line: `Some` with the number of lines suppressed since the last one, or `None`.
+    /// Requests a line: returns the number of lines suppressed since the last one, or `None` if this one is
+    /// suppressed.
     pub(crate) fn permit(&self) -> Option<u64> {
         self.permit_at(Instant::now())
     }

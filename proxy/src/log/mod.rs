@@ -25,13 +25,14 @@ use crate::log::writer::LogWriter;
 pub struct LogConfig {
     /// The format of the lines.
     pub format: Format,
-    /// Which lines are written; `None` leaves it to `RUST_LOG`, which was set for other programs, too: what
-    /// makes no sense there is told and does not count.
+    /// Which lines are written. With `None`, `RUST_LOG` decides. It may be meant for other programs, so an
+    /// invalid value
+    /// is only a warning.
     pub filter: Option<Targets>,
 }
 
 impl LogConfig {
-    /// The log of the docker-proxy front end: nothing but `RUST_LOG` can ask for another.
+    /// The log of the docker-proxy front end, which is configured by `RUST_LOG` alone.
     pub fn from_env() -> Self {
         Self { format: Format::Text, filter: None }
     }
@@ -42,10 +43,10 @@ pub fn default_filter() -> Targets {
     Targets::new().with_default(Level::INFO)
 }
 
-/// Parses `info`, or a list such as `warn,rproxy::tcp=debug`; nothing at all is the default.
+/// Parses `info`, or a list such as `warn,rproxy::tcp=debug`; an empty text is the default filter.
 ///
 /// # Errors
-/// A message that says what would work.
+/// A message that suggests a valid value.
 pub fn parse_filter(text: &str) -> Result<Targets, String> {
     if text.is_empty() {
         return Ok(default_filter());
@@ -61,8 +62,9 @@ pub fn parse_filter(text: &str) -> Result<Targets, String> {
     Targets::from_str(text).map_err(|error| error.to_string())
 }
 
-/// Makes `config` the log of the process. A second call changes nothing. Opens a file if standard error is a
-/// terminal.
+/// Installs the log of the process as `config` says. A second call changes nothing. Opens a file if standard
+/// error is
+/// a terminal.
 pub fn init(config: LogConfig) {
     let from_env = || parse_filter(&std::env::var("RUST_LOG").unwrap_or_default());
     let filter = config.filter.map_or_else(from_env, Ok);

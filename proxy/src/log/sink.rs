@@ -1,8 +1,10 @@
-//! A standard stream that is written to without waiting for whoever reads it.
+//! Non-blocking writes to a standard stream.
 //!
-//! A pipe whose reader has stopped, or a terminal that is held, would block the thread that writes, and with it
-//! everything that it relays. The descriptor may be shared with the program that started us, so that its `O_NONBLOCK`
-//! is not ours to set.
+//! A pipe whose reader has stopped, or a terminal stopped with Ctrl-S, would block the thread that writes and
+//! everything
+//! it relays. The open file description may be shared with the program that started us, so we must not set
+//! its
+//! `O_NONBLOCK`.
 
 use std::fs::File;
 use std::io::{self, IsTerminal};
@@ -16,11 +18,11 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 /// A standard stream.
 #[derive(Debug)]
 pub(crate) enum Sink {
-    /// A terminal, opened once more.
+    /// A terminal, reopened.
     Terminal(File),
-    /// Standard output, if it is no terminal.
+    /// Standard output, if it is not a terminal.
     Out,
-    /// Standard error, if it is no terminal.
+    /// Standard error, if it is not a terminal.
     Err,
 }
 
@@ -40,15 +42,15 @@ impl Sink {
         terminal.map(Self::Terminal)
     }
 
-    /// Writes as much of `text` as is sure not to wait. Returns how many bytes that is.
+    /// Writes as much of `text` as is certain not to block, and returns the number of bytes written.
     ///
     /// # Errors
-    /// Those of write(2), if nothing was written for another reason than that there is no room.
+    /// Those of write(2), if nothing was written. A full stream is not an error.
     pub(crate) fn write_now(&self, text: &[u8]) -> io::Result<usize> {
         self.with_fd(|fd| write_now(fd, text))
     }
 
-    /// The descriptor that is written to.
+    /// Calls `use_fd` with the descriptor of the stream.
     pub(crate) fn with_fd<R>(&self, use_fd: impl FnOnce(BorrowedFd<'_>) -> R) -> R {
         match self {
             Self::Terminal(terminal) => use_fd(terminal.as_fd()),
@@ -58,16 +60,18 @@ impl Sink {
     }
 }
 
-/// A terminal that has room at all takes a byte without waiting, and how many more it does not tell. Opened anew it
-/// can be written to without waiting, and nobody else notices. One that belongs to another user (su(1)) cannot be
-/// opened: its last bit of room is waited for then.
+/// Reopens a terminal with a non-blocking file description of its own. This is necessary because a writable
+/// terminal
+/// only guarantees room for one byte. A terminal of another user (su(1)) cannot be reopened; a write that
+/// does not fit then
+/// blocks.
 pub(crate) fn open_anew(terminal: BorrowedFd<'_>) -> Option<File> {
     let flags = (OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits();
     let path = format!("/proc/self/fd/{}", terminal.as_raw_fd());
     File::options().write(true).custom_flags(flags).open(path).ok()
 }
 
-/// A pipe that has room at all takes [`PIPE_BUF`] bytes (pipe(7)).
+/// Writes in chunks of [`PIPE_BUF`] bytes, which a writable pipe always accepts (pipe(7)).
 fn write_now(fd: BorrowedFd<'_>, text: &[u8]) -> io::Result<usize> {
     let mut written = 0;
     for chunk in text.chunks(PIPE_BUF) {

@@ -1,5 +1,5 @@
-//! Standard error as the log sees it: no line ever waits for whoever reads it. One that there is no room for is lost
-//! instead, and counted.
+//! Standard error as the log writes to it: a log line never blocks. If there is no room for it, it is lost
+//! and counted.
 
 use std::io::{self, Write};
 use std::time::SystemTime;
@@ -18,14 +18,14 @@ pub enum Format {
     Json,
 }
 
-/// Writes each buffer as a line of its own, or loses it.
+/// Writes each buffer as one line, or loses it.
 #[derive(Debug)]
 pub(crate) struct LogWriter {
     format: Format,
     sink: Sink,
-    /// The end of a line that there was no room for: it is next.
+    /// The unwritten end of the last line, written first.
     rest: Vec<u8>,
-    /// Lines lost since the last that was not.
+    /// Lines lost since the last one that was written.
     lost: u64,
 }
 
@@ -35,7 +35,7 @@ impl LogWriter {
         Self { format, sink: Sink::err(), rest: Vec::new(), lost: 0 }
     }
 
-    /// Writes `text` if there is room for its beginning, and keeps what there is no room for.
+    /// Writes `text` and keeps what does not fit. Returns whether any of it was written.
     fn put(&mut self, text: &[u8]) -> bool {
         let written = self.sink.write_now(text).unwrap_or(0);
         if written > 0 {
@@ -44,7 +44,7 @@ impl LogWriter {
         written > 0
     }
 
-    /// Writes the end of a line that was begun. Returns whether there is nothing left of it.
+    /// Writes the rest of the last line. Returns whether it is complete.
     fn finish(&mut self) -> bool {
         let rest = std::mem::take(&mut self.rest);
         if !rest.is_empty() && !self.put(&rest) {
@@ -53,7 +53,7 @@ impl LogWriter {
         self.rest.is_empty()
     }
 
-    /// What stands in the place of lines that were lost.
+    /// The line that reports lost lines.
     fn note(&self) -> String {
         const MESSAGE: &str = "lines of the log are lost: nobody took them";
         let now = humantime::format_rfc3339_micros(SystemTime::now());
@@ -70,12 +70,12 @@ impl LogWriter {
 }
 
 impl Write for LogWriter {
-    /// Never fails: there is nobody to tell.
+    /// Never fails: there is nowhere to report it.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
         let is_written = self.finish()
             && match self.lost {
                 0 => self.put(line),
-                // Together, as there may be room for one write.
+                // In one write, because there may be room for only one.
                 _ => self.put(&[self.note().as_bytes(), line].concat()),
             };
         self.lost = if is_written { 0 } else { self.lost + 1 };
@@ -124,7 +124,7 @@ mod tests {
         while !log.finish() {}
         let (whole, others): (Vec<_>, Vec<_>) =
             reader.join().unwrap().into_iter().partition(|read| *read == line.trim_end());
-        // More than one if the terminal made room by itself in between.
+        // More than one if the terminal made room in between.
         let told = |note: &String| {
             let lost = note.split_once(" WARN lines of the log are lost: nobody took them lines=");
             lost.and_then(|(_time, lines)| lines.parse::<usize>().ok()).unwrap_or_else(|| panic!("{note}"))

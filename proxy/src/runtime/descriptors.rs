@@ -1,11 +1,12 @@
-//! What to say when there are no descriptors left.
+//! Error messages for when descriptors run out.
 
 use std::io;
 
 use nix::libc;
 use nix::sys::resource::{Resource, getrlimit};
 
-/// What an error means: what would help if it is the lack of descriptors, of which at least `more` are needed.
+/// Formats `error`. If it is a lack of descriptors, of which at least `more` are needed, the message says how
+/// to raise the limit.
 pub(crate) fn explain(error: &io::Error, more: usize) -> String {
     match error.raw_os_error() {
         Some(libc::EMFILE) => {
@@ -19,10 +20,10 @@ pub(crate) fn explain(error: &io::Error, more: usize) -> String {
     }
 }
 
-/// `limit` descriptors are open, and `more` are needed.
+/// The message for when `limit` descriptors are open and `more` are needed.
 fn too_many(limit: u64, more: u64) -> String {
     let needed = limit.saturating_add(more);
-    // Connections take some, too.
+    // Connections need descriptors, too.
     let enough = needed.saturating_mul(2).next_power_of_two();
     format!(
         "too many open files: {needed} descriptors are needed, and the limit is {limit}; set LimitNOFILE={enough} in \

@@ -1,4 +1,4 @@
-//! What a process sets up before it serves.
+//! Process setup and runtimes.
 
 pub(crate) mod descriptors;
 pub(crate) mod poll;
@@ -18,20 +18,21 @@ use tracing::warn;
 
 use crate::log::{self, LogConfig};
 
-/// A runtime for one thread, with sockets, timers and signals.
+/// Creates a single-threaded runtime with sockets, timers and signals.
 ///
 /// # Errors
-/// What epoll_create1(2) or eventfd(2) answered.
+/// Those of epoll_create1(2) and eventfd(2).
 pub fn new_runtime() -> io::Result<Runtime> {
-    // Sockets are in epoll instances of their own, so that few events are the runtime's: little room will do.
+    // Sockets are in separate epoll instances, so the runtime itself sees few events.
     Builder::new_current_thread().enable_io().enable_time().max_io_events_per_tick(64).build()
 }
 
-/// Runs `body` with `state` on a thread of its own, which has `stack` bytes.
+/// Runs `body` with `state` on a new thread with a stack of `stack` bytes.
 ///
 /// # Errors
-/// What clone(2) answered, and `state`: its owner may have to go on without the thread. `EAGAIN` is the limit of
-/// tasks (`RLIMIT_NPROC`, or the `pids.max` of a cgroup), `ENOMEM` that of memory.
+/// The error of clone(2), and `state`, so that the caller can go on without the thread. `EAGAIN` is the limit
+/// of tasks
+/// (`RLIMIT_NPROC`, or the `pids.max` of a cgroup), `ENOMEM` a lack of memory.
 pub(crate) fn start_thread<T: Send + 'static>(
     name: &str,
     stack: usize,
@@ -47,21 +48,23 @@ pub(crate) fn start_thread<T: Send + 'static>(
         .spawn(move || take(&of_thread).map(body));
     match started {
         Ok(_thread) => Ok(()),
-        // Without a thread nobody else has taken it.
+        // If no thread was started, the state is still there.
         Err(error) => Err((error, take(&slot).expect("only a thread takes the state"))),
     }
 }
 
-/// Makes this process one that serves. To be called once what was passed to it is claimed, and before anything else
-/// opens a file.
+/// Sets up a serving process: closes unclaimed descriptors and starts the log. Call it once, after claiming
+/// what was
+/// passed and before opening any other file.
 pub(crate) fn prepare(log: LogConfig) {
     let closed = close_unclaimed();
     log::init(log);
     if let Err(error) = closed {
         warn!(%error, "cannot close what was not passed on purpose");
     }
-    // A line that is not taken is lost, and nobody ends or stops for it: neither at `RLIMIT_FSIZE` (setrlimit(2)), nor in
-    // the background of a terminal that does not want it (`TOSTOP`, termios(3)).
+    // A log line that cannot be written is lost. It must neither end the process, as at `RLIMIT_FSIZE`
+    // (setrlimit(2)), nor
+    // stop it, as in the background of a terminal with `TOSTOP` (termios(3)).
     for signal in [Signal::SIGXFSZ, Signal::SIGTTOU] {
         if let Err(error) = ignore(signal) {
             warn!(%error, %signal, "cannot ignore a signal");
@@ -69,8 +72,9 @@ pub(crate) fn prepare(log: LogConfig) {
     }
 }
 
-/// Raises the soft limit of descriptors to the hard one: a connection takes two. Services are often
-/// started with 1024, which only programs that use select(2) need (getrlimit(2)).
+/// Raises the soft limit of descriptors to the hard limit, because a connection takes two. Services are often
+/// started
+/// with a limit of 1024, which only programs that use select(2) need (getrlimit(2)).
 pub fn raise_descriptor_limit() {
     let raised = getrlimit(Resource::RLIMIT_NOFILE)
         .and_then(|(_soft, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));

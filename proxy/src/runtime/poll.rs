@@ -1,8 +1,10 @@
-//! Sets of listening sockets that one task serves, and that other threads add to and take from.
+//! Sets of listening sockets that one task services. Other threads add and remove sockets.
 //!
-//! One epoll instance watches all of them, and the event loop watches that: an idle listener costs an
-//! entry in a list, not a task. A [`WatchedListener`] can be added before its task knows what to do with it, so
-//! that everything which can fail is over before anything changes.
+//! One epoll instance watches the sockets, and the event loop watches the epoll instance: an idle listener
+//! costs an entry
+//! in a list, not a task. A [`WatchedListener`] can be added before its task has a target for it, so that
+//! every step that
+//! can fail precedes the change.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -14,11 +16,12 @@ use rproxy_sys::watch::Watched;
 use socket2::{Protocol, SockRef};
 use tokio::io::Interest;
 
-/// Set in the data of events that are about a [`WatchedListener`], whose number is in the other bits. A task that
-/// watches other sockets too leaves it clear for these.
+/// Set in the data of events of a [`WatchedListener`], whose number is in the other bits. A task that also
+/// watches other
+/// sockets leaves this bit clear for them.
 pub(crate) const LISTENER: u64 = 1 << 63;
 
-/// The set: a handle for whoever adds to it.
+/// The set, as a handle for adding sockets.
 #[derive(Clone, Debug)]
 pub(crate) struct PollSet(Arc<Shared>);
 
@@ -28,7 +31,7 @@ struct Shared {
     numbers: Mutex<Numbers>,
 }
 
-/// The numbers that ports have. The lowest are given out first and again, so that they can be indices.
+/// The numbers of listeners. The lowest free number is used first, so that numbers can serve as indices.
 #[derive(Debug, Default)]
 struct Numbers {
     free: Vec<u32>,
@@ -45,10 +48,10 @@ impl PollSet {
         Ok(Self(Arc::new(Shared { epoll, numbers: Mutex::default() })))
     }
 
-    /// Adds `socket`, which has to be non-blocking. Nothing is reported about it before [`WatchedListener::watch`].
+    /// Adds `socket`, which must be non-blocking. Events are not reported before [`WatchedListener::watch`].
     ///
     /// # Errors
-    /// Those of epoll_ctl(2): `ENOSPC` at the limit of `fs.epoll.max_user_watches`.
+    /// Those of epoll_ctl(2); `ENOSPC` is the limit of `fs.epoll.max_user_watches`.
     pub(crate) fn add(&self, socket: impl Into<OwnedFd>) -> io::Result<WatchedListener> {
         let socket = socket.into();
         let number = {
@@ -64,7 +67,7 @@ impl PollSet {
         Ok(port)
     }
 
-    /// The epoll instance, for other sockets of the task.
+    /// The epoll instance, to which the task may add other sockets.
     pub(crate) fn epoll(&self) -> &Epoll {
         &self.0.epoll
     }
@@ -84,17 +87,17 @@ pub(crate) struct WatchedListener {
 }
 
 impl WatchedListener {
-    /// Its number in the set: no other has it while this exists.
+    /// Its number in the set, unique while this exists.
     pub(crate) fn number(&self) -> usize {
         self.number as usize
     }
 
-    /// Whether it speaks Multipath TCP (RFC 8684). Then what it accepts does not have all of its options.
+    /// Whether it uses Multipath TCP (RFC 8684). Accepted sockets then do not inherit all of its options.
     pub(crate) fn is_mptcp(&self) -> bool {
         self.is_mptcp
     }
 
-    /// Reports from now on whether the socket is ready for one of `flags`.
+    /// Starts to report readiness for `flags`.
     ///
     /// # Errors
     /// Those of epoll_ctl(2).
@@ -102,7 +105,7 @@ impl WatchedListener {
         Ok(self.set.epoll().modify(&self.socket, &mut self.event(flags))?)
     }
 
-    /// Reports nothing more about the socket, not even that it has failed, which epoll(7) does unasked.
+    /// Stops all reports, even errors, which epoll(7) reports regardless of the flags.
     ///
     /// # Errors
     /// Those of epoll_ctl(2).
@@ -123,7 +126,8 @@ impl AsFd for WatchedListener {
 
 impl Drop for WatchedListener {
     fn drop(&mut self) {
-        // Another process may have the socket open too, and then closing it would not end the reports.
+        // Another process may have the socket open too, in which case closing it here would not remove it
+        // from the set.
         if let Err(error) = self.set.epoll().delete(&self.socket) {
             tracing::debug!(%error, "a listener was not watched");
         }
@@ -131,7 +135,7 @@ impl Drop for WatchedListener {
     }
 }
 
-/// The side of the task that serves a [`PollSet`].
+/// The side of the task that services a [`PollSet`].
 #[derive(Debug)]
 pub(crate) struct EventSource {
     watched: Watched,
@@ -151,7 +155,7 @@ impl EventSource {
         Ok(Self { watched, set })
     }
 
-    /// Waits until sockets have something, and says how many are in `events`.
+    /// Waits for events, writes them to `events`, and returns their number.
     ///
     /// # Errors
     /// Those of epoll_wait(2).
@@ -159,10 +163,10 @@ impl EventSource {
         self.watched.io(Interest::READABLE, |_epoll| self.look(events)).await
     }
 
-    /// As [`Self::wait`], without waiting.
+    /// Like [`Self::wait`], without waiting.
     ///
     /// # Errors
-    /// `EAGAIN` if no socket has anything; those of epoll_wait(2).
+    /// `EAGAIN` if there are no events; those of epoll_wait(2).
     pub(crate) fn look(&self, events: &mut [EpollEvent]) -> io::Result<usize> {
         match self.epoll().wait(events, EpollTimeout::ZERO) {
             Ok(0) | Err(Errno::EINTR) => Err(io::ErrorKind::WouldBlock.into()),
@@ -171,7 +175,7 @@ impl EventSource {
         }
     }
 
-    /// The epoll instance, for other sockets of the task.
+    /// The epoll instance, to which the task may add other sockets.
     pub(crate) fn epoll(&self) -> &Epoll {
         self.set.epoll()
     }
@@ -199,7 +203,7 @@ mod tests {
         let mut events = [EpollEvent::empty(); 4];
         let (_quiet, _) = port(&set);
         let (port, addr) = port(&set);
-        // As another process would have it, after a handover.
+        // As after a handover, when another process has the socket open.
         let _elsewhere = port.as_fd().try_clone_to_owned().unwrap();
 
         let _client = TcpStream::connect(addr).unwrap();

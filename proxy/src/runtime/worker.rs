@@ -1,9 +1,11 @@
-//! Workers: one thread with a runtime of its own each, started as connections ask for them.
+//! Workers: threads with a single-threaded runtime each, started on demand.
 //!
-//! A connection is served by one worker from accept to close, so nothing on the data path is shared
-//! between threads. The first worker is the main thread. Another starts when a connection arrives
-//! and all the running ones are serving some, up to one per processor: a mapping that is idle, or
-//! that serves one client at a time, stays a process with one thread.
+//! A connection is served by one worker from accept to close, so threads share nothing on the data path. The
+//! main thread
+//! is the first worker. Another worker is started when a connection arrives and all running workers are
+//! serving one, up to
+//! one worker per processor. A mapping that is idle, or serves one client at a time, therefore needs one
+//! thread.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -21,12 +23,14 @@ use crate::runtime::{new_runtime, start_thread};
 /// Stack of a worker's thread. The deepest calls are those of the log; connections are on the heap.
 const STACK_SIZE: usize = 256 * 1024;
 
-/// How long no other worker is tried to be started when one could not be. An attempt costs ten system calls, which
-/// each connection would pay.
+/// How long to wait before trying again to start a worker. A failed attempt costs ten system calls, which
+/// every
+/// connection would otherwise pay.
 const RETRY: Duration = Duration::from_secs(5);
 
-/// Takes what the connections of a worker share, before there are any: called inside its runtime, on whatever thread.
-/// What it returns is run first on the worker's own thread.
+/// Allocates what the connections of a worker share. Called inside the worker's runtime, but on any thread.
+/// The returned
+/// closure runs first on the worker's own thread.
 pub(crate) type Prepare = fn() -> io::Result<Box<dyn FnOnce() + Send>>;
 
 /// The workers of a process.
@@ -36,16 +40,17 @@ pub(crate) struct Workers {
     prepare: Prepare,
     /// Notified when a worker has served its last connection.
     idle: Arc<Notify>,
-    /// Whether the first one relays datagrams, which is as much as serving a connection.
+    /// Whether the first worker relays datagrams, which counts as one connection.
     datagrams: Arc<AtomicBool>,
-    /// One worker per processor that the process may use (sched_getaffinity(2), and the quota of its cgroup).
+    /// The maximum: one worker per processor available to the process (sched_getaffinity(2), and its cgroup's
+    /// quota).
     most: OnceLock<usize>,
 }
 
 #[derive(Debug)]
 struct Running {
     workers: Vec<Worker>,
-    /// When the last one could not be started, if that is so.
+    /// When the last attempt to start a worker failed, if it did.
     failed: Option<Instant>,
 }
 
@@ -53,7 +58,7 @@ struct Running {
 struct Worker {
     runtime: Handle,
     slots: Arc<AtomicUsize>,
-    /// Dropping it ends the thread, if the worker has one of its own.
+    /// Dropping it ends the worker's own thread, if it has one.
     _stop: Option<oneshot::Sender<()>>,
 }
 
@@ -89,15 +94,15 @@ impl Worker {
     }
 }
 
-/// Drops a runtime inside another one, where none may be dropped that waits for its threads.
+/// Drops a runtime inside another one, where a blocking shutdown would panic.
 fn discard(runtime: Runtime, error: io::Error) -> io::Error {
     runtime.shutdown_background();
     error
 }
 
 impl Workers {
-    /// Makes the runtime of the calling thread the first worker, which is prepared by then or prepares itself.
-    /// `prepare` is for the others.
+    /// Makes the runtime of the calling thread the first worker. The caller prepares it; `prepare` is for the
+    /// others.
     pub(crate) fn new(first: Handle, prepare: Prepare) -> Self {
         Self {
             prepare,
@@ -108,12 +113,12 @@ impl Workers {
         }
     }
 
-    /// To say whether datagrams are relayed.
+    /// The flag that says whether the first worker relays datagrams.
     pub(crate) fn datagrams(&self) -> Arc<AtomicBool> {
         self.datagrams.clone()
     }
 
-    /// Looks how many workers there may be, before the files that say so cannot be read any more.
+    /// Counts the processors before confinement blocks the files with the quota.
     pub(crate) fn look_at_processors(&self) {
         self.most();
     }
@@ -122,7 +127,7 @@ impl Workers {
         *self.most.get_or_init(|| thread::available_parallelism().map_or(1, usize::from))
     }
 
-    /// A place for one more connection, on the worker that serves the fewest.
+    /// Reserves a slot for a connection on the worker with the fewest.
     pub(crate) fn slot(&self) -> WorkerSlot {
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         let datagrams = usize::from(self.datagrams.load(Ordering::Relaxed));
@@ -130,7 +135,7 @@ impl Workers {
         if running.workers.iter().enumerate().all(|(number, worker)| load(number, worker) > 0) {
             self.grow(&mut running);
         }
-        // Of equals the last: the first one also accepts connections and relays datagrams.
+        // Of equals the last one, because the first also accepts connections and relays datagrams.
         let (worker, idlest) = running
             .workers
             .iter()
@@ -147,8 +152,9 @@ impl Workers {
         }
     }
 
-    /// Starts another worker, if there is a processor for it. If it cannot be, those that run serve all, and it is
-    /// tried again later.
+    /// Starts another worker if there is a processor for it. If that fails, the running workers serve
+    /// everything, and it
+    /// is tried again later.
     fn grow(&self, Running { workers, failed }: &mut Running) {
         static FAILED: LogLimit = LogLimit::new();
 
@@ -161,7 +167,7 @@ impl Workers {
                 workers.push(worker);
             }
             Err(error) => {
-                // Later ones say nothing new.
+                // Repeated failures say nothing new.
                 if failed.replace(Instant::now()).is_none()
                     && let Some(suppressed) = FAILED.permit()
                 {
@@ -172,7 +178,7 @@ impl Workers {
         }
     }
 
-    /// The runtimes of all workers that run.
+    /// The runtimes of all running workers.
     pub(crate) fn runtimes(&self) -> Vec<Handle> {
         let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
         running.workers.iter().map(|worker| worker.runtime.clone()).collect()
@@ -198,7 +204,7 @@ impl Workers {
     }
 }
 
-/// A connection's place on a worker, given up when dropped.
+/// A connection's slot on a worker, released when dropped.
 #[derive(Debug)]
 pub(crate) struct WorkerSlot {
     worker: usize,
@@ -213,7 +219,7 @@ impl WorkerSlot {
         self.worker
     }
 
-    /// The runtime that is to serve the connection.
+    /// The runtime that serves the connection.
     pub(crate) fn runtime(&self) -> Handle {
         self.runtime.clone()
     }

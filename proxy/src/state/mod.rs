@@ -1,4 +1,4 @@
-//! What the sockets and connections of a mapping share.
+//! The state that the sockets and connections of a mapping share.
 
 mod refusals;
 pub mod stats;
@@ -16,54 +16,55 @@ use crate::mapping::limits::Limits;
 use crate::runtime::poll::WatchedListener;
 use crate::state::stats::Stats;
 
-/// A listening socket and what it stands for.
+/// A listening socket and its target.
 #[derive(Clone, Debug)]
 pub(crate) struct Binding {
     /// The socket.
     pub(crate) port: Arc<WatchedListener>,
-    /// Where its clients end up, and how.
+    /// Where its clients are relayed to, and how.
     pub(crate) target: Arc<Target>,
 }
 
-/// Where the clients of one port of a mapping end up, and how they are served.
+/// Where the clients of one port of a mapping are relayed to, and how they are served.
 #[derive(Debug)]
 pub(crate) struct Target {
-    /// Which port of the mapping it is, and of the backend.
+    /// The port of the mapping and of the backend.
     pub(crate) port_mapping: PortMapping,
-    /// What it shares with the other ports.
+    /// The policy, shared with the other ports.
     pub(crate) policy: Arc<MappingPolicy>,
 }
 
-/// How new connections and flows of a mapping are served. Other limits make another one, and what
-/// goes on already keeps the one that it started with.
+/// How new connections and flows of a mapping are served. A change of the limits creates a new policy;
+/// existing
+/// connections keep the one they started with.
 #[derive(Debug)]
 pub(crate) struct MappingPolicy {
-    /// What bounds connections and flows.
+    /// The limits of connections and flows.
     pub(crate) limits: Limits,
-    /// What goes on in the mapping, before and after the change.
+    /// The state of the mapping, which survives a change of the policy.
     pub(crate) state: Arc<MappingState>,
 }
 
-/// How long it is not told again that a mapping is full.
+/// The minimum time between two log lines saying that a mapping is full.
 const TOLD_FULL: Duration = Duration::from_secs(60);
 
-/// What goes on in a mapping.
+/// The state of a mapping.
 #[derive(Debug, Default)]
 pub(crate) struct MappingState {
     pub(crate) stats: Stats,
-    /// Connections that count against the limit.
+    /// Connections that count towards the limit.
     connections: AtomicUsize,
-    /// Whether someone waits for one of them to end.
+    /// Whether a client waits for a connection to end.
     is_full: AtomicBool,
-    /// Whether it has been told that it is full, and it has not been half empty since.
+    /// Set once a log line said that the mapping is full; cleared when it is half empty.
     told_full: AtomicBool,
-    /// When it was told last.
+    /// When that was logged last.
     told_full_at: Mutex<Option<Instant>>,
-    /// Notified when one has ended that someone waited for.
+    /// Notified when a connection has ended that a client waited for.
     capacity: Arc<Capacity>,
 }
 
-/// What connections and flows of a process take of what is limited, as descriptors are, and give back when they end.
+/// A limited resource of the process, such as descriptors, that connections and flows release when they end.
 #[derive(Debug, Default)]
 pub(crate) struct Capacity {
     freed: Notify,
@@ -71,8 +72,9 @@ pub(crate) struct Capacity {
 }
 
 impl Capacity {
-    /// Asks to be notified of the next connection or flow that ends. Returns whether that was asked before: if not,
-    /// one may have ended in between, so that the caller has to look again.
+    /// Requests a notification when the next connection or flow ends. Returns whether one was already
+    /// requested. If not,
+    /// one may have ended in between, so the caller has to recheck.
     pub(crate) fn request(&self) -> bool {
         self.is_awaited.swap(true, Ordering::SeqCst)
     }
@@ -82,7 +84,7 @@ impl Capacity {
         self.freed.notified().await;
     }
 
-    /// One has ended, and its descriptors are closed.
+    /// Notifies that a connection or flow has ended and its descriptors are closed.
     fn free(&self) {
         if self.is_awaited.load(Ordering::SeqCst) && self.is_awaited.swap(false, Ordering::SeqCst) {
             self.freed.notify_one();
@@ -91,13 +93,15 @@ impl Capacity {
 }
 
 impl MappingState {
-    /// A mapping without connections; `capacity` is notified when connections end that others wait for.
+    /// The state of a mapping without connections. `capacity` is notified when a connection ends that a
+    /// client waits for.
     pub(crate) fn new(capacity: Arc<Capacity>) -> Self {
         Self { capacity, ..Self::default() }
     }
 
-    /// Whether it is to be told that it is full: it was not, since it was half empty, and for [`TOLD_FULL`]. A small
-    /// mapping is half empty whenever a connection ends.
+    /// Whether to log that the mapping is full: not if it was already full and has not been half empty since,
+    /// and not within
+    /// [`TOLD_FULL`] of the last line. A small mapping becomes half empty whenever a connection ends.
     pub(crate) fn tell_full(&self) -> bool {
         self.tell_full_at(Instant::now())
     }
@@ -114,14 +118,14 @@ impl MappingState {
         is_due
     }
 
-    /// Whether someone waits for a connection to end that has not ended yet.
+    /// Whether a client waits for a connection to end, and none has ended yet.
     pub(crate) fn is_full(&self) -> bool {
         self.is_full.load(Ordering::SeqCst)
     }
 }
 
 impl MappingPolicy {
-    /// Whether the limits allow one more connection. If not, the end of one is going to be told.
+    /// Whether the limits allow another connection. If not, the end of one will be notified.
     pub(crate) fn has_room(&self) -> bool {
         let Some(most) = self.limits.max_connections else {
             return true;
@@ -149,12 +153,12 @@ impl MappingPolicy {
     }
 }
 
-/// A connection's place in its mapping, given up when dropped, which has to be after its sockets were closed.
+/// Counts a connection of a mapping until dropped, which must be after its sockets are closed.
 #[derive(Debug)]
 pub(crate) struct ConnectionGuard(Arc<Target>);
 
 impl ConnectionGuard {
-    /// A place for one more connection.
+    /// Counts another connection.
     pub(crate) fn take(target: &Arc<Target>) -> Self {
         let state = &target.policy.state;
         state.connections.fetch_add(1, Ordering::SeqCst);
@@ -163,22 +167,22 @@ impl ConnectionGuard {
         Self(target.clone())
     }
 
-    /// Where the connection ends up.
+    /// The port that the connection belongs to.
     pub(crate) fn port_mapping(&self) -> &PortMapping {
         &self.0.port_mapping
     }
 
-    /// What bounds it.
+    /// The limits of the connection.
     pub(crate) fn limits(&self) -> &Limits {
         &self.0.policy.limits
     }
 
-    /// What goes on in its mapping.
+    /// The state of the connection's mapping.
     pub(crate) fn state(&self) -> &Arc<MappingState> {
         &self.0.policy.state
     }
 
-    /// What it is counted in.
+    /// The counters of the connection's mapping.
     pub(crate) fn stats(&self) -> &Stats {
         &self.0.policy.state.stats
     }
@@ -196,12 +200,12 @@ impl Drop for ConnectionGuard {
     }
 }
 
-/// A flow's place in its mapping, given up when dropped, which has to be after its socket was closed.
+/// Counts a flow of a mapping until dropped, which must be after its socket is closed.
 #[derive(Debug)]
 pub(crate) struct FlowGuard(Arc<Target>);
 
 impl FlowGuard {
-    /// A place for one more flow.
+    /// Counts another flow.
     pub(crate) fn take(target: &Arc<Target>) -> Self {
         let stats = &target.policy.state.stats;
         stats.flows.add(1);
@@ -209,7 +213,7 @@ impl FlowGuard {
         Self(target.clone())
     }
 
-    /// Where the flow ends up, and how it is served.
+    /// Where the flow is relayed to, and how it is served.
     pub(crate) fn target(&self) -> &Arc<Target> {
         &self.0
     }

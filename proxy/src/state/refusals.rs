@@ -1,4 +1,4 @@
-//! Clients that a mapping does not serve: they are counted, and told in the log.
+//! Clients that a mapping does not serve are counted and logged.
 
 use std::net::SocketAddr;
 
@@ -22,7 +22,7 @@ impl Target {
         false
     }
 
-    /// Notes that `client` is reset because there are as many connections as there may be.
+    /// Counts and logs that `client` is reset because `max_connections` is reached.
     pub(crate) fn is_over_limit(&self, client: SocketAddr) {
         static OVER: LogLimit = LogLimit::new();
 
@@ -34,7 +34,7 @@ impl Target {
         }
     }
 
-    /// Notes that clients wait because there are as many connections as there may be.
+    /// Logs that clients wait because `max_connections` is reached.
     pub(crate) fn is_full(&self) {
         static FULL: LogLimit = LogLimit::new();
 

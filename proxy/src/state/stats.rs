@@ -1,7 +1,8 @@
-//! What a mapping is doing, and what it has done.
+//! Counters of a mapping.
 //!
-//! The data path adds to these counters once per wake-up or batch, without ordering: a reader sees
-//! each of them as it was a moment ago, not all of them as they were at one moment.
+//! The data path updates them once per wake-up or batch, with relaxed ordering. A reader sees a recent value
+//! of each
+//! counter, but not a consistent snapshot of all.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -15,7 +16,7 @@ impl Counter {
         self.0.fetch_add(count, Ordering::Relaxed);
     }
 
-    /// Takes one off what was added before.
+    /// Subtracts one.
     pub(crate) fn sub_one(&self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }
@@ -26,41 +27,45 @@ impl Counter {
     }
 }
 
-/// Why something that a client wanted did not happen, or did not finish.
+/// Why a client's request failed or was cut short.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FailureKind {
     /// The backend refused a connection.
     Refused,
-    /// The backend did not answer a connection attempt in time.
+    /// The backend did not accept a connection in time.
     ConnectTimeout,
     /// No connection to the backend for another reason: no route, no descriptor.
     ConnectFailed,
     /// A connection was reset by either side.
     Broken,
-    /// A connection was cut because it was idle for too long.
+    /// A connection was reset because it was idle for too long.
     Idle,
-    /// A client was not let in, or a datagram of one.
+    /// A client, or a datagram of one, was refused by `allow` or `deny`.
     Denied,
-    /// A connection was reset because there were too many.
+    /// A connection was reset because `max_connections` was reached.
     OverLimit,
     /// A flow could not be opened, and a datagram was lost.
     FlowFailed,
-    /// A flow ended before its time, for there was no room for all.
+    /// A flow was evicted to make room for another one.
     FlowDisplaced,
     /// A datagram was lost because the network refused it, at once or later (ICMP).
     DatagramRefused,
-    /// A datagram was lost because there was no room for it, here or in the receive buffer of a socket, or because its flow
-    /// ended while it waited.
+    /// A datagram was lost because a queue here or a socket's receive buffer was full, or because its flow
+    /// ended while it
+    /// was queued.
     NoBuffer,
-    /// A datagram was lost because it was larger than the way takes.
+    /// A datagram was lost because it is larger than the path allows.
     TooLarge,
-    /// A datagram was dropped because of its source: no client can have sent it, as that is the backend, a listener here, or
-    /// nobody; or it is an answer to a flow that takes them from any port, and comes from another address.
+    /// A datagram was dropped because of its source. Either no client can have sent it (the source is the
+    /// backend, a
+    /// listener of this process, or not a valid address), or it is a reply to a flow that accepts any port,
+    /// but from another
+    /// address.
     Forged,
 }
 
 impl FailureKind {
-    /// All of them, in the order in which they are shown.
+    /// All kinds, in display order.
     pub const ALL: [Self; 13] = [
         Self::Refused,
         Self::ConnectTimeout,
@@ -100,37 +105,37 @@ impl FailureKind {
 /// The counters of a mapping.
 #[derive(Debug, Default)]
 pub struct Stats {
-    /// TCP connections there are now.
+    /// Current TCP connections.
     pub connections: Counter,
-    /// TCP connections there have been.
+    /// TCP connections since the mapping was added.
     pub connections_total: Counter,
-    /// UDP flows there are now.
+    /// Current UDP flows.
     pub flows: Counter,
-    /// UDP flows there have been.
+    /// UDP flows since the mapping was added.
     pub flows_total: Counter,
-    /// Bytes that backends took, over TCP and UDP.
+    /// Bytes that backends accepted, over TCP and UDP.
     pub bytes_in: Counter,
-    /// Bytes that clients took, over TCP and UDP.
+    /// Bytes that clients accepted, over TCP and UDP.
     pub bytes_out: Counter,
-    /// Datagrams for backends.
+    /// Datagrams to backends.
     pub datagrams_in: Counter,
-    /// Datagrams for clients.
+    /// Datagrams to clients.
     pub datagrams_out: Counter,
     troubles: [Counter; FailureKind::ALL.len()],
 }
 
 impl Stats {
-    /// How often `trouble` occurred.
+    /// How often `failure_kind` occurred.
     pub fn failure_kind(&self, failure_kind: FailureKind) -> u64 {
         self.troubles[failure_kind as usize].get()
     }
 
-    /// Counts an occurrence of `trouble`.
+    /// Counts an occurrence of `failure_kind`.
     pub(crate) fn count(&self, failure_kind: FailureKind) {
         self.count_many(failure_kind, 1);
     }
 
-    /// Counts `count` occurrences of `trouble`.
+    /// Counts `count` occurrences of `failure_kind`.
     pub(crate) fn count_many(&self, failure_kind: FailureKind, count: u64) {
         self.troubles[failure_kind as usize].add(count);
     }

@@ -1,7 +1,8 @@
-//! The tasks that serve listeners, as seen by whoever tells them what to serve.
+//! The tasks that service listeners, as seen by their owner.
 //!
-//! There is one for TCP and one for UDP. They are told by messages, so that nothing on the data path
-//! is locked, and so that they can be told from any thread.
+//! There is one task for TCP and one for UDP. They receive commands as messages, so that the data path needs
+//! no locks and
+//! any thread can send them.
 
 use std::io;
 use std::net::SocketAddr;
@@ -21,78 +22,81 @@ use crate::state::Binding;
 /// A command to a task.
 #[derive(Debug)]
 pub(crate) enum Command {
-    /// Serve these listeners so from now on, whether they are new or not.
+    /// Serve these listeners like this from now on, whether they are new or not.
     Serve(Vec<Binding>),
-    /// Let what goes on with these listeners finish, take nothing new, and close them. The
-    /// sender is told when nothing new is taken any more.
+    /// Accept nothing new from these listeners, let existing connections and flows finish, and close the
+    /// listeners. The
+    /// sender is notified once nothing new is accepted.
     Release(Vec<Arc<WatchedListener>>, oneshot::Sender<()>),
-    /// Close all listeners that are served: another process serves them, and the flows that are paused.
+    /// Close all listeners, because another process serves them and the paused flows.
     Leave,
-    /// Do something with all flows, if you have any.
+    /// A command about all flows; a task without flows ignores it.
     Flows(FlowCommand),
 }
 
 /// A command to the UDP task about its flows.
 #[derive(Debug)]
 pub(crate) enum FlowCommand {
-    /// Take no datagrams, and say which flows there are.
+    /// Stop receiving datagrams, and return the flows.
     Pause(oneshot::Sender<LiveFlows>),
-    /// Go on after a pause.
+    /// Resume after a pause.
     Resume,
-    /// Serve these flows, too, of listeners that are served already.
+    /// Also serve these flows, of listeners that are already served.
     Adopt(LiveFlows),
-    /// End the flows that use these local ports. The sender is told when the ports are free.
+    /// End the flows that use these local ports. The sender is notified once the ports are free.
     GiveWay(Vec<u16>, oneshot::Sender<()>),
 }
 
-/// The flows of a process on their way to another one.
+/// The flows of a process, during their handover to another one.
 #[derive(Debug, Default)]
 pub(crate) struct LiveFlows {
     pub(crate) flows: Vec<LiveFlow>,
-    /// For how many datagrams listeners have had no room: their numbers, and what is counted already.
+    /// How many datagrams the kernel has dropped at each listener, as far as counted: number of the listener,
+    /// and count.
     pub(crate) dropped: Vec<(usize, u32)>,
-    /// Which local port is next.
+    /// The position in the rotation of local ports.
     pub(crate) ports: Option<PortTurn>,
 }
 
-/// A flow on its way from one process to another, which is served by neither at the moment.
+/// A flow during its handover from one process to another. Neither serves it at the moment.
 #[derive(Debug)]
 pub(crate) struct LiveFlow {
     /// The number of its listener.
     pub(crate) listener: usize,
-    /// Who sends to it.
+    /// The address of its client.
     pub(crate) client: SocketAddr,
-    /// Which of our addresses it sends to, if that is known.
+    /// The local address that the client sends to, if known.
     pub(crate) local: Option<LocalAddr>,
-    /// Whether the client has gone on after an answer.
+    /// Whether the client has sent something after a reply.
     pub(crate) is_established: bool,
-    /// Where its datagrams go, if its socket is not connected.
+    /// Where its datagrams are sent, if its socket is not connected.
     pub(crate) peer: Option<SocketAddr>,
-    /// For how many answers its socket has had no room, as far as they are counted.
+    /// How many replies the kernel has dropped at its socket, as far as counted.
     pub(crate) dropped: u32,
     /// Its socket towards the backend.
     pub(crate) socket: Arc<OwnedFd>,
 }
 
-/// Rounds after which the order of the local ports looks random.
+/// Rounds of the permutation, after which the order of the local ports looks random.
 pub(crate) const ROUNDS: usize = 4;
 
-/// Whose turn is next among the local ports. A process that continues there uses the most recent ones last.
+/// The position in the rotation of local ports. A process that continues from it uses the most recently used
+/// ports last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct PortTurn {
     /// The first and the last port.
     pub(crate) range: (u16, u16),
-    /// Whose turn it is, from 0.
+    /// The index of the next port in the rotation.
     pub(crate) turn: usize,
-    /// What makes the order another one in each process.
+    /// The keys of the permutation, different in each process.
     pub(crate) keys: [u64; ROUNDS],
 }
 
-/// The commands to a task, which drains when all senders are gone.
+/// The commands to a task. The task drains when all senders are gone.
 pub(crate) type Commands = mpsc::UnboundedReceiver<Command>;
 
-/// A task that serves listeners.
+/// A task that services listeners.
 #[derive(Debug)]
 pub(crate) struct ListenerTask {
     set: PollSet,
@@ -101,7 +105,7 @@ pub(crate) struct ListenerTask {
 }
 
 impl ListenerTask {
-    /// Starts what `task` makes of its listeners and its commands.
+    /// Spawns the future that `task` returns for its listeners and commands.
     ///
     /// # Errors
     /// Those of epoll_create1(2) and epoll_ctl(2).
@@ -118,7 +122,7 @@ impl ListenerTask {
         Ok(Self { set, commands: sender, task })
     }
 
-    /// Makes `socket` one of its listeners. Nothing happens with it before [`Self::serve`].
+    /// Adds `socket` to the task's listeners. It is not serviced before [`Self::serve`].
     ///
     /// # Errors
     /// Those of epoll_ctl(2).
@@ -126,42 +130,44 @@ impl ListenerTask {
         self.set.add(socket).map(Arc::new)
     }
 
-    /// Serves listeners that were added, so from now on.
+    /// Starts to serve listeners that were added.
     pub(crate) fn serve(&self, bindings: Vec<Binding>) {
         let ports: Vec<_> = bindings.iter().map(|binding| binding.port.clone()).collect();
         self.tell(Command::Serve(bindings));
         for port in ports {
-            // That nothing more is received would else look like a datagram that is never there.
+            // Without EPOLLRDHUP, a listener that was shut down would be readable without ever returning a
+            // datagram.
             if let Err(error) = port.watch(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP) {
                 error!(%error, "cannot watch a listener");
             }
         }
     }
 
-    /// Serves listeners otherwise from now on, which are served already.
+    /// Changes how listeners are served that are already served.
     pub(crate) fn change(&self, bindings: Vec<Binding>) {
         self.tell(Command::Serve(bindings));
     }
 
-    /// Takes nothing new from listeners, and closes them in the end. The receiver is told when the
-    /// former is so.
+    /// Accepts nothing new from listeners, and closes them once they are drained. The receiver is notified
+    /// when nothing new
+    /// is accepted.
     pub(crate) fn release(&self, ports: Vec<Arc<WatchedListener>>) -> oneshot::Receiver<()> {
         let (done, is_done) = oneshot::channel();
         self.tell(Command::Release(ports, done));
         is_done
     }
 
-    /// Closes all listeners, and gives up the flows that are paused.
+    /// Closes all listeners and drops the paused flows.
     pub(crate) fn leave(&self) {
         self.tell(Command::Leave);
     }
 
-    /// Tells a UDP task what to do with its flows.
+    /// Sends a command about its flows to a UDP task.
     pub(crate) fn flows(&self, command: FlowCommand) {
         self.tell(Command::Flows(command));
     }
 
-    /// Waits until the task has ended, which it does by itself only if it failed.
+    /// Waits until the task has ended, which it only does on its own if it failed.
     ///
     /// # Errors
     /// Those of epoll_wait(2).
@@ -170,7 +176,7 @@ impl ListenerTask {
         (&mut self.task).await.unwrap_or(Ok(()))
     }
 
-    /// Lets the task finish; what goes on with its listeners still does.
+    /// Closes the command channel, so that the task drains its listeners and ends.
     pub(crate) fn finish(self) -> JoinHandle<io::Result<()>> {
         self.task
     }
