@@ -1,8 +1,7 @@
 //! Notifications to the service manager, and the sockets that it passes (sd_notify(3), sd_listen_fds(3)).
 //!
 //! All of this is inactive unless the environment asks for it. docker mode does not use it, because its
-//! descriptors 3 and
-//! 4 are dockerd's.
+//! descriptors 3 and 4 are dockerd's.
 
 use std::io;
 use std::os::unix::ffi::OsStrExt;
@@ -51,8 +50,7 @@ pub fn passed_sockets() -> Result<InheritedSockets, ActivationError> {
 }
 
 /// Opens the socket for notifications, if the service manager wants them (`NOTIFY_SOCKET`). Call it before
-/// the process is
-/// confined, and while descriptors are available.
+/// the process is confined, and while descriptors are available.
 pub fn open() {
     let Some(name) = std::env::var_os("NOTIFY_SOCKET").filter(|name| !name.is_empty()) else { return };
     match ServiceManager::at(Path::new(&name)) {

@@ -1,7 +1,7 @@
-//! Sockets that were bound for us, and the mappings that they are for.
+//! Inherited sockets, and which mapping each belongs to.
 //!
-//! A socket that has the name of a mapping is that mapping's, wherever it listens: whoever bound it
-//! knew why. The others go to the mappings that would have bound their addresses themselves.
+//! A socket with the name of a mapping belongs to that mapping, wherever it listens: that was the choice of
+//! whoever bound it. Each other socket belongs to the mapping that would otherwise have bound its address.
 
 use std::net::SocketAddr;
 
@@ -13,29 +13,29 @@ use crate::mapping::addr::{HostSocketAddr, Protocol, canonical};
 use crate::mapping::name::Name;
 use crate::mapping::{Mapping, PortMapping};
 
-/// Sockets that are for mappings, as long as no mapping has taken them.
+/// Inherited sockets that no mapping has taken yet.
 #[derive(Debug, Default)]
 pub struct InheritedSockets(Vec<PassedSocket>);
 
-/// A socket that was bound for us.
+/// A socket that another process bound for this one.
 #[derive(Debug)]
 pub struct PassedSocket {
-    /// The name given to it (`FileDescriptorName=` in systemd.socket(5)).
+    /// Its name (`FileDescriptorName=` in systemd.socket(5)).
     pub name: String,
     /// The socket.
     pub listener: Listener,
 }
 
 impl InheritedSockets {
-    /// These, in this order.
+    /// These sockets, in this order.
     pub fn new(sockets: Vec<PassedSocket>) -> Self {
         Self(sockets)
     }
 
-    /// Takes the sockets that have the name of `mapping`, if there are any.
+    /// Removes and returns the sockets with the name of `mapping`, if there are any.
     ///
     /// # Errors
-    /// [`InheritedError`] if they are too few or too many for its ports.
+    /// [`InheritedError`] if their number does not match the mapping's ports.
     pub(crate) fn take_named(&mut self, mapping: &Mapping) -> Result<Option<Vec<BoundPort>>, InheritedError> {
         let name = mapping.name();
         let named: Vec<_> = self.0.extract_if(.., |socket| socket.name == name.as_str()).collect();
@@ -57,7 +57,7 @@ impl InheritedSockets {
         ))
     }
 
-    /// Takes the socket that listens where `forward` wants to.
+    /// Removes and returns the socket that listens on the host address of `port_mapping`.
     pub(crate) fn take_at(&mut self, port_mapping: &PortMapping) -> Option<BoundPort> {
         let is_there = |socket: &PassedSocket| {
             let is_same = |addr: SocketAddr| HostSocketAddr::new(addr, addr.port()) == port_mapping.host;
@@ -80,7 +80,7 @@ impl Drop for InheritedSockets {
     }
 }
 
-/// Sockets that do not fit the mapping whose name they have.
+/// The number of sockets does not match the mapping of that name.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
     "{passed} {protocol} sockets named {name} were passed, and the mapping {name} wants {wanted}; \

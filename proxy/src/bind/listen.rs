@@ -1,4 +1,4 @@
-//! Listening sockets: bound by us, or bound by the runtime that started us.
+//! Listening sockets, bound here or inherited.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
@@ -15,26 +15,26 @@ use crate::mapping::ports::PortRange;
 use crate::mapping::{Mapping, PortMapping};
 use crate::runtime::descriptors::explain;
 
-/// The pending-connection queue asked for; the kernel cuts it to `net.core.somaxconn` (listen(2)).
+/// The requested length of the accept queue; the kernel limits it to `net.core.somaxconn` (listen(2)).
 pub(crate) const BACKLOG: i32 = i32::MAX;
 
-/// What the kernel may queue on a UDP listener, in bytes: a burst of all clients.
+/// The receive buffer of a UDP listener, in bytes: room for a burst of all clients.
 const UDP_RECEIVE_BUFFER: usize = 8 * 1024 * 1024;
 
-/// What a UDP listener may have on its way, in bytes, as set. The kernel allows twice that, in which full-sized packets
-/// count for 2,304 bytes: these are half of what the queue of a device takes by default (`txqueuelen`, 1,000 packets).
-/// What does not fit there is lost, and nobody is told.
+/// The send buffer of a UDP listener, in bytes, as set. The kernel doubles it, and charges 2,304 bytes for a
+/// full-sized packet. The packets that fit are half of a device queue's default length (`txqueuelen`, 1,000
+/// packets). Packets that do not fit the device queue are lost without an error.
 const UDP_SEND_BUFFER: usize = 512 * 1024;
 
 /// Idle time before the first keepalive probe and between probes, as Go's net package sets them.
 const KEEPALIVE: Duration = Duration::from_secs(15);
 
-/// A socket that clients reach a mapping through; non-blocking.
+/// A non-blocking socket that clients of a mapping connect or send to.
 #[derive(Debug)]
 pub enum Listener {
-    /// Listening for connections.
+    /// A listening TCP socket.
     Tcp(TcpListener),
-    /// Bound, and told to report the local address of each datagram.
+    /// A bound UDP socket that reports the local address of each datagram.
     Udp(UdpSocket),
 }
 
@@ -42,7 +42,7 @@ impl Listener {
     /// Binds the host address of `mapping`.
     ///
     /// # Errors
-    /// [`BindError`], whose message says what would work.
+    /// [`BindError`], whose message suggests what would work.
     pub fn bind(mapping: &PortMapping) -> Result<Self, BindError> {
         let addr = mapping.host.socket_addr();
         let bound = match mapping.protocol {
@@ -52,7 +52,7 @@ impl Listener {
         bound.map_err(|source| BindError { protocol: mapping.protocol, addr, among: None, more: 1, source })
     }
 
-    /// Adopts a socket that was bound for us, whatever it is of the two.
+    /// Adopts an inherited socket, TCP or UDP.
     ///
     /// # Errors
     /// [`AdoptError`] if it is something else.
@@ -61,8 +61,7 @@ impl Listener {
         Self::adopt(fd, if kind == Type::STREAM { Protocol::Tcp } else { Protocol::Udp })
     }
 
-    /// Adopts a socket that the parent process bound, and for TCP listens on (moby's
-    /// `-use-listen-fd`).
+    /// Adopts an inherited socket. A TCP socket must be listening (moby's `-use-listen-fd`).
     ///
     /// # Errors
     /// [`AdoptError`] if it is something else.
@@ -93,7 +92,7 @@ impl Listener {
         })
     }
 
-    /// What is spoken there.
+    /// The protocol of the socket.
     pub fn protocol(&self) -> Protocol {
         match self {
             Self::Tcp(_) => Protocol::Tcp,
@@ -101,7 +100,7 @@ impl Listener {
         }
     }
 
-    /// Whether IPv4 clients are left out (`IPV6_V6ONLY`, ipv6(7)).
+    /// Whether IPv4 clients are excluded (`IPV6_V6ONLY`, ipv6(7)).
     ///
     /// # Errors
     /// Those of getsockopt(2).
@@ -115,7 +114,7 @@ impl Listener {
         }
     }
 
-    /// The address that clients send to, with the real port.
+    /// The address that clients send to, with the actual port.
     ///
     /// # Errors
     /// Those of getsockname(2).
@@ -127,8 +126,8 @@ impl Listener {
     }
 }
 
-/// A socket of the family of `addr`; IPv6 alone or with IPv4, which otherwise depends on a sysctl
-/// (net.ipv6.bindv6only).
+/// Creates a socket for the family of `addr`. Whether an IPv6 socket also accepts IPv4 is set explicitly,
+/// because the default depends on a sysctl (net.ipv6.bindv6only).
 fn new_socket(addr: SocketAddr, kind: Type, v6only: bool) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(addr), kind.nonblocking(), None)?;
     if addr.is_ipv6() {
@@ -137,7 +136,7 @@ fn new_socket(addr: SocketAddr, kind: Type, v6only: bool) -> io::Result<Socket> 
     Ok(socket)
 }
 
-/// A TCP socket listening on `addr`.
+/// Binds a TCP socket that listens on `addr`.
 pub(crate) fn bind_tcp(addr: SocketAddr, v6only: bool) -> io::Result<TcpListener> {
     let socket = new_socket(addr, Type::STREAM, v6only)?;
     // Connections of an earlier run may still be in TIME_WAIT on this port.
@@ -156,23 +155,23 @@ fn bind_udp(addr: SocketAddr, v6only: bool) -> io::Result<UdpSocket> {
     Ok(socket.into())
 }
 
-/// Sets on a TCP socket what both sides of a connection have: no Nagle delay, keepalive probes, and an
-/// end by reset, whatever brings it about. A connection that ends in order takes the last
-/// one back; one that is cut, be it by the death of this process, must not look as if it had.
+/// Sets the options that both sides of a connection have: no Nagle delay, keepalive probes, and a reset on
+/// close. An orderly end disables the reset again. A connection that is cut, even by the death of this
+/// process, must not look complete.
 ///
-/// Sockets accepted from a listener inherit all of it, which saves five calls per connection. An MPTCP socket does
-/// not know them all, and neither do some of its kernels hand them down; what it does not know is left out
-/// (mptcp(7); include/net/mptcp.h). It keeps urgent bytes in their place anyway.
+/// Accepted sockets inherit all options from their listener, which saves five calls per connection. MPTCP
+/// sockets do not support all of them, and some kernels do not pass them on to accepted MPTCP sockets;
+/// unsupported ones are skipped (mptcp(7); include/net/mptcp.h). MPTCP keeps urgent bytes inline anyway.
 pub(crate) fn set_stream_options(socket: &SockRef<'_>) -> io::Result<()> {
     if_known(socket.set_linger(Some(Duration::ZERO)))?;
     if_known(socket.set_tcp_nodelay(true))?;
-    // An urgent byte is a byte of the stream (RFC 6093): kept in its place, it ends no read early.
+    // An urgent byte is a byte of the stream (RFC 6093). Kept inline, it does not end a read early.
     if_known(socket.set_out_of_band_inline(true))?;
     let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE);
     if_known(socket.set_tcp_keepalive(&keepalive))
 }
 
-/// The result of setting an option, but for that the socket does not know it.
+/// Ignores that the socket does not support an option.
 fn if_known(result: io::Result<()>) -> io::Result<()> {
     match result {
         Err(error) if matches!(error.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOPROTOOPT)) => Ok(()),
@@ -180,8 +179,8 @@ fn if_known(result: io::Result<()>) -> io::Result<()> {
     }
 }
 
-/// Sets on a UDP listener: reports of the address asked, of traffic classes and of drops, GSO batches, and room for
-/// bursts.
+/// Sets the options of a UDP listener: reports of the local address, the traffic class and drops, GRO, and
+/// buffers for bursts.
 fn set_datagram_options(socket: &Socket, ipv6: bool) -> io::Result<()> {
     static SMALL: Once = Once::new();
 
@@ -209,23 +208,23 @@ fn set_datagram_options(socket: &Socket, ipv6: bool) -> io::Result<()> {
 pub struct BindError {
     /// The protocol of the socket.
     pub protocol: Protocol,
-    /// The address that was asked for.
+    /// The requested address.
     pub addr: SocketAddr,
-    /// The ports of which one would have done, if it was not this one alone.
+    /// The candidate ports, if there was more than one.
     pub among: Option<PortRange>,
-    /// How many sockets there were to bind, this one among them.
+    /// The number of sockets still to be bound, including this one.
     pub(crate) more: usize,
-    /// What the kernel answered.
+    /// The error of the kernel.
     pub source: io::Error,
 }
 
 impl BindError {
-    /// The same where `more` sockets were to be bound, this one among them.
+    /// Sets the number of sockets still to be bound, including this one.
     pub(crate) fn of(self, more: usize) -> Self {
         Self { more, ..self }
     }
 
-    /// No port that `mapping` could have is free, `last` being why the last one tried is not.
+    /// None of the candidate ports of `mapping` is free; `last` is the error of the last one tried.
     pub(crate) fn all_taken(mapping: &Mapping, last: Option<Self>) -> Self {
         let range = mapping.host_ports().range().unwrap_or(PortRange::EPHEMERAL);
         let in_use = || io::Error::from(io::ErrorKind::AddrInUse);
@@ -239,7 +238,7 @@ impl BindError {
         }
     }
 
-    /// What the kernel's answer means here, and what would work.
+    /// What the error means here, and what would work.
     pub fn reason(&self) -> String {
         let Self { protocol, addr, source, .. } = self;
         let wildcard = if addr.is_ipv4() { "0.0.0.0" } else { "[::]" };
@@ -274,10 +273,10 @@ impl BindError {
     }
 }
 
-/// Why an inherited descriptor cannot serve as the listener.
+/// Why an inherited descriptor cannot be used as a listener.
 #[derive(Debug, thiserror::Error)]
 pub enum AdoptError {
-    /// Nothing is open there, or it is no socket.
+    /// Nothing is open at the descriptor, or it is not a socket.
     #[error("it is not a socket: {0}")]
     NotASocket(#[source] io::Error),
     /// A socket of another kind.
@@ -323,7 +322,7 @@ mod tests {
     fn a_udp_socket_is_adopted_for_udp() {
         let udp = UdpSocket::bind("[::1]:0").unwrap();
         let addr = udp.local_addr().unwrap();
-        // Whoever bound it may have wanted errors in a queue, which nobody here reads.
+        // Whoever bound it may have enabled the error queue, which is never read here.
         setsockopt(&udp, sockopt::Ipv6RecvErr, &true).unwrap();
         let Listener::Udp(adopted) = adopt(udp, Protocol::Udp).unwrap() else { panic!("it is one for UDP") };
         assert_eq!(adopted.local_addr().unwrap(), addr);

@@ -1,6 +1,6 @@
-//! Mappings whose host ports are bound: all of a set, or none.
+//! Binding the host ports of mappings: all of a set, or none.
 //!
-//! A port is chosen by binding it. Looking first which one is free would lose a race.
+//! A free port is found by binding it. Checking first whether it is free would be a race.
 
 pub mod activation;
 pub mod listen;
@@ -18,26 +18,26 @@ use crate::mapping::addr::{HostSocketAddr, Protocol};
 use crate::mapping::ports::PortRange;
 use crate::mapping::{HostPorts, Mapping, PortMapping};
 
-/// A mapping whose host ports are bound: from here on, clients can connect.
+/// A mapping whose host ports are bound: clients can connect from now on.
 #[derive(Debug)]
 pub struct Bound {
-    /// The mapping as it was asked for.
+    /// The mapping as requested.
     pub mapping: Mapping,
-    /// Its sockets, TCP first, each in the order of ports.
+    /// Its sockets, TCP first, each in port order.
     pub ports: Vec<BoundPort>,
 }
 
 /// One bound port.
 #[derive(Debug)]
 pub struct BoundPort {
-    /// The port, with the real host port in place of one that was yet to be chosen.
+    /// The port mapping, with the actual host port.
     pub port_mapping: PortMapping,
     /// The socket.
     pub listener: Listener,
 }
 
 impl BoundPort {
-    /// Binds the host address of `forward`; port 0 takes the kernel's choice.
+    /// Binds the host address of `port_mapping`; the kernel chooses a port for 0.
     ///
     /// # Errors
     /// [`BindError`]
@@ -46,14 +46,14 @@ impl BoundPort {
         Ok(Self { port_mapping, listener }.with_real_port())
     }
 
-    /// Uses `listener` for `forward`; where it listens is the business of whoever bound it, and is what counts.
+    /// Uses `listener` for `port_mapping`. The address where it listens replaces the host address.
     pub fn adopt(port_mapping: PortMapping, listener: Listener) -> Self {
         let host = listener.local_addr().map_or(port_mapping.host, HostSocketAddr::from);
         let v6only = listener.is_v6only().unwrap_or(port_mapping.v6only);
         Self { port_mapping: PortMapping { host, v6only, ..port_mapping }, listener }
     }
 
-    /// The address that clients connect to, with the real port.
+    /// The address that clients connect to, with the actual port.
     ///
     /// # Errors
     /// Those of getsockname(2).
@@ -75,18 +75,18 @@ impl Bound {
     /// Binds one mapping.
     ///
     /// # Errors
-    /// [`BindError`] for the port that cannot be bound; none of the others stays bound.
+    /// [`BindError`] for the port that cannot be bound; the others are closed.
     pub fn bind(mapping: Mapping) -> Result<Self, BindError> {
         Self::bind_by(mapping, BoundPort::bind)
     }
 
-    /// Whether it listens where it was asked to, and not where a socket that was passed does.
+    /// Whether it listens where requested, rather than where an inherited socket does.
     pub fn is_where_asked(&self) -> bool {
         let asked = self.mapping.port_mappings().map(|port_mapping| port_mapping.host);
         asked.eq(self.ports.iter().map(|port| port.port_mapping.host))
     }
 
-    /// Binds one mapping, except for the ports that sockets were `passed` for.
+    /// Binds one mapping, or uses inherited sockets from `passed` for it.
     fn take_or_bind(mapping: Mapping, passed: &mut InheritedSockets) -> Result<Self, BoundError> {
         if let Some(ports) = passed.take_named(&mapping)? {
             return Ok(Self { mapping, ports });
@@ -96,7 +96,7 @@ impl Bound {
         Ok(Self::bind_by(mapping, take_or_bind)?)
     }
 
-    /// Gets the ports that `mapping` asks for from `bind`.
+    /// Binds the host ports of `mapping` with `bind`.
     fn bind_by(
         mapping: Mapping,
         bind: impl FnMut(PortMapping) -> Result<BoundPort, BindError>,
@@ -112,13 +112,13 @@ impl Bound {
         Ok(Self { mapping, ports })
     }
 
-    /// Binds all mappings and gives them in the same order. Those whose ports are yet to be chosen are
-    /// bound last, so that they take no port that another one asks for. What was `passed` need not be
-    /// bound; what nobody takes of it is closed.
+    /// Binds all mappings and returns them in the same order. Mappings with several candidate ports are bound
+    /// last, so that they do not take a port that another one needs. Sockets in `passed` are used instead of
+    /// binding; those that no mapping takes are closed.
     ///
     /// # Errors
-    /// [`BoundError`] for the first port that cannot be bound, or leads back to itself where it is bound; none of
-    /// the others stays bound.
+    /// [`BoundError`] for the first port that cannot be bound, or that would lead back to itself; all others
+    /// are closed.
     pub fn bind_all(mappings: Vec<Mapping>, mut passed: InheritedSockets) -> Result<Vec<Self>, BoundError> {
         let mut turns: Vec<(usize, Mapping)> = mappings.into_iter().enumerate().collect();
         turns.sort_by_key(|(_index, mapping)| mapping.host_ports().freedom());
@@ -136,10 +136,10 @@ impl Bound {
         Ok(bound)
     }
 
-    /// Refuses mappings one of which leads back to itself, where they are bound.
+    /// Refuses a set of bound mappings if one of them leads back to itself.
     ///
     /// # Errors
-    /// [`LoopError`], with the index of the mapping.
+    /// [`LoopError`] with the index of the mapping.
     pub fn refuse_loops(bound: &[Self]) -> Result<(), LoopError> {
         let hops = bound.iter().enumerate().flat_map(|(index, bound)| {
             Hop::of_sockets(index, &bound.mapping, bound.ports.iter().map(|port| port.port_mapping))
@@ -148,14 +148,14 @@ impl Bound {
     }
 }
 
-/// Binds a random port for each port of the backend; TCP and UDP get the same.
+/// Binds a random port for each port of the backend, the same for TCP and UDP.
 fn bind_random(mapping: &Mapping) -> Result<Vec<BoundPort>, BindError> {
     let range = PortRange::EPHEMERAL;
     let start = usize::try_from(RandomState::new().hash_one(()) >> 32).unwrap_or(0) % range.count();
     let mut ports = range.iter().cycle().skip(start);
     let mut bound = Vec::with_capacity(mapping.sockets());
     for backend_port in mapping.backend_ports().iter() {
-        // One turn at most, and on from where the last one was found.
+        // At most the whole range once, continuing after the last port found.
         bound.extend(bind_one_of(mapping, ports.by_ref().take(range.count()), backend_port)?);
     }
     bound.sort_by_key(|port| port.port_mapping.protocol == Protocol::Udp);
@@ -190,13 +190,13 @@ fn bind_one_of(
     }
 }
 
-/// Why a set of mappings has no sockets.
+/// Why a set of mappings cannot be bound.
 #[derive(Debug, thiserror::Error)]
 pub enum BoundError {
     /// A port cannot be bound.
     #[error(transparent)]
     Bind(#[from] BindError),
-    /// The sockets that were passed do not fit.
+    /// The number of inherited sockets does not match.
     #[error(transparent)]
     InheritedSockets(#[from] InheritedError),
     /// A mapping leads back to itself.
@@ -205,7 +205,7 @@ pub enum BoundError {
 }
 
 impl BoundError {
-    /// The same where `more` sockets were to be bound, the one at fault among them.
+    /// Sets the number of sockets still to be bound, including the one that failed.
     fn of(self, more: usize) -> Self {
         match self {
             Self::Bind(error) => Self::Bind(error.of(more)),
@@ -242,7 +242,7 @@ mod tests {
         }
     }
 
-    /// Two ports in a row that nobody has, and the sockets that take the first.
+    /// Two consecutive free ports, and the socket that occupies the first.
     fn taken_and_free() -> (TcpListener, PortRange) {
         (1..)
             .find_map(|_| {

@@ -1,6 +1,5 @@
 //! Output for the user or program that started the process. The reader may have closed its end, which must
-//! not
-//! affect clients: a serving process ignores write errors.
+//! not affect clients: a serving process ignores write errors.
 
 use std::fmt::Display;
 use std::io::{self, Write};
@@ -45,8 +44,7 @@ impl Output {
     }
 
     /// Writes lines without blocking. What standard output does not accept now is written by a task on
-    /// `runtime`
-    /// when there is room.
+    /// `runtime` when there is room.
     pub fn write(self, runtime: &Handle, lines: &[String]) {
         let Self(sink) = self;
         let text: String = lines.iter().flat_map(|line| [line.as_str(), "\n"]).collect();

@@ -26,8 +26,7 @@ pub struct LogConfig {
     /// The format of the lines.
     pub format: Format,
     /// Which lines are written. With `None`, `RUST_LOG` decides. It may be meant for other programs, so an
-    /// invalid value
-    /// is only a warning.
+    /// invalid value is only a warning.
     pub filter: Option<Targets>,
 }
 
@@ -63,8 +62,7 @@ pub fn parse_filter(text: &str) -> Result<Targets, String> {
 }
 
 /// Installs the log of the process as `config` says. A second call changes nothing. Opens a file if standard
-/// error is
-/// a terminal.
+/// error is a terminal.
 pub fn init(config: LogConfig) {
     let from_env = || parse_filter(&std::env::var("RUST_LOG").unwrap_or_default());
     let filter = config.filter.map_or_else(from_env, Ok);

@@ -1,10 +1,8 @@
 //! Non-blocking writes to a standard stream.
 //!
 //! A pipe whose reader has stopped, or a terminal stopped with Ctrl-S, would block the thread that writes and
-//! everything
-//! it relays. The open file description may be shared with the program that started us, so we must not set
-//! its
-//! `O_NONBLOCK`.
+//! everything it relays. The open file description may be shared with the program that started us, so we must
+//! not set its `O_NONBLOCK`.
 
 use std::fs::File;
 use std::io::{self, IsTerminal};
@@ -61,10 +59,8 @@ impl Sink {
 }
 
 /// Reopens a terminal with a non-blocking file description of its own. This is necessary because a writable
-/// terminal
-/// only guarantees room for one byte. A terminal of another user (su(1)) cannot be reopened; a write that
-/// does not fit then
-/// blocks.
+/// terminal only guarantees room for one byte. A terminal of another user (su(1)) cannot be reopened; a write
+/// that does not fit then blocks.
 pub(crate) fn open_anew(terminal: BorrowedFd<'_>) -> Option<File> {
     let flags = (OFlag::O_NONBLOCK | OFlag::O_NOCTTY).bits();
     let path = format!("/proc/self/fd/{}", terminal.as_raw_fd());

@@ -1,8 +1,7 @@
 //! A subscriber for a log without spans.
 //!
 //! `tracing_subscriber`'s registry keeps spans in a table for 4096 threads. The table alone takes 32 kB, a
-//! fifth of the
-//! memory of a process with one idle mapping.
+//! fifth of the memory of a process with one idle mapping.
 
 use tracing::span::{Attributes, Id, Record};
 use tracing::{Event, Metadata, Subscriber};

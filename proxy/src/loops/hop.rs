@@ -1,4 +1,4 @@
-//! Where clients connect, and where that leads.
+//! The edges of the forwarding graph: where clients connect, and where they are forwarded.
 
 use std::fmt::Write;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -8,29 +8,29 @@ use crate::mapping::name::Name;
 use crate::mapping::ports::PortRange;
 use crate::mapping::{HostPorts, Mapping, PortMapping};
 
-/// Ports in a row of one protocol, of one mapping, that lead to ports in a row.
+/// A range of ports of one mapping and protocol, and the equally long range of backend ports.
 #[derive(Clone, Copy, Debug)]
 pub struct Hop<'a> {
-    /// The mapping's place in whatever the caller has.
+    /// The index of the mapping, as used by the caller.
     pub mapping: usize,
-    /// The name that was given to it.
+    /// The explicit name of the mapping, if it has one.
     pub name: Option<&'a Name>,
-    /// What is spoken on both sides.
+    /// The protocol of both sides.
     pub protocol: Protocol,
-    /// Where clients connect.
+    /// The address that clients connect to.
     pub host: ScopedIp,
-    /// Whether an IPv6 wildcard leaves IPv4 clients out.
+    /// Whether an IPv6 wildcard excludes IPv4 clients.
     pub v6only: bool,
     /// The ports that clients connect to.
     pub host_ports: PortRange,
-    /// Where they end up.
+    /// The address of the backend.
     pub backend: ScopedIp,
-    /// The ports that they end up at, as many.
+    /// The ports of the backend, as many as host ports.
     pub backend_ports: PortRange,
 }
 
 impl<'a> Hop<'a> {
-    /// Those of `mapping` whose ports are not yet to be chosen.
+    /// The hops of `mapping`, except for ports that are not chosen yet.
     pub fn of(index: usize, mapping: &'a Mapping) -> impl Iterator<Item = Self> {
         let exactly = match mapping.host_ports() {
             HostPorts::Exactly(range) => Some(range),
@@ -50,7 +50,7 @@ impl<'a> Hop<'a> {
         })
     }
 
-    /// Those of the sockets that serve `mapping`, wherever they listen.
+    /// The hops of the sockets that serve `mapping`, wherever they listen.
     pub fn of_sockets(
         index: usize,
         mapping: &'a Mapping,
@@ -67,10 +67,10 @@ impl<'a> Hop<'a> {
         hops
     }
 
-    /// That of one socket. One without a port, which there is none of, leads nowhere.
+    /// The hop of one socket, or `None` if a port is 0.
     pub fn of_socket(index: usize, name: Option<&'a Name>, socket: &PortMapping) -> Option<Self> {
         let (host, backend) = (socket.host.socket_addr(), socket.backend.socket_addr());
-        // What connects to no address in particular reaches this machine (docker-proxy takes such a backend).
+        // A connect to the unspecified address reaches this machine (docker-proxy accepts such a backend).
         let to = match backend.ip() {
             IpAddr::V4(Ipv4Addr::UNSPECIFIED) => IpAddr::from(Ipv4Addr::LOCALHOST).into(),
             IpAddr::V6(Ipv6Addr::UNSPECIFIED) => IpAddr::from(Ipv6Addr::LOCALHOST).into(),
@@ -88,7 +88,7 @@ impl<'a> Hop<'a> {
         })
     }
 
-    /// Both as one, if `next` goes on where this one ends.
+    /// Both hops as one, if `next` continues this one's ranges.
     fn joined(&self, next: &Self) -> Option<Self> {
         let same = |hop: &Self| (hop.mapping, hop.protocol, hop.host, hop.v6only, hop.backend);
         let join = |a: PortRange, b: PortRange| {
@@ -100,22 +100,22 @@ impl<'a> Hop<'a> {
         (same(self) == same(next)).then_some(Self { host_ports, backend_ports, ..*self })
     }
 
-    /// Whether it listens at just where it leads.
+    /// Whether it forwards to its own address and port.
     pub(super) fn is_own_backend(&self) -> bool {
         self.host == self.backend && self.host_ports.first() == self.backend_ports.first()
     }
 
-    /// The port of the backend that `host_port` leads to.
+    /// The port of the backend that `host_port` is forwarded to.
     pub(super) fn backend_port(&self, host_port: u16) -> u16 {
         self.backend_ports.first() + (host_port - self.host_ports.first())
     }
 
-    /// The host port that leads to `backend_port`.
+    /// The host port that is forwarded to `backend_port`.
     pub(super) fn host_port(&self, backend_port: u16) -> u16 {
         self.host_ports.first() + (backend_port - self.backend_ports.first())
     }
 
-    /// Where one of its ports listens, for people.
+    /// The name of one of its ports in messages.
     pub(super) fn at(&self, port: u16) -> String {
         let Self { host, protocol, .. } = self;
         let mut text = if host.is_wildcard() && !self.v6only {

@@ -1,8 +1,8 @@
-//! Mappings that lead back to themselves, directly or through others: each connection would open another one,
-//! and each datagram another flow, until nothing is left to open.
+//! Detects mappings that lead back to themselves, directly or through others. There, each connection would
+//! open another one, and each datagram another flow, until resources run out.
 //!
-//! What decides is who listens where a backend is. That is one of ours if its address is this machine's, and one
-//! of our sockets is bound to it, or to all of its family. Where another program listens, nothing is known.
+//! A backend leads back to this process if its address belongs to this machine and one of our sockets is
+//! bound to that address or to the wildcard of its family. Sockets of other programs are unknown.
 
 mod hop;
 pub mod whereabouts;
@@ -18,32 +18,32 @@ use crate::mapping::{Mapping, PortMapping};
 
 pub use self::hop::Hop;
 
-/// The most steps of a ring that a message shows.
+/// The maximum number of steps of a loop that a message shows.
 const SHOWN: usize = 8;
 
 /// Why mappings cannot be served.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{reason}")]
 pub struct LoopError {
-    /// [`Hop::mapping`] of the one that is at fault.
+    /// [`Hop::mapping`] of the mapping at fault.
     pub mapping: usize,
     /// What is wrong.
     pub reason: LoopReason,
 }
 
-/// What is wrong with a mapping because of where its backend is.
+/// What is wrong with the backend of a mapping.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LoopReason {
-    /// Its steps come back to where they began: where each one listens, the first one again at the end.
+    /// The steps form a loop. Each is given by where it listens; the first is repeated at the end.
     Ring(Vec<String>),
-    /// It leads to where it listens itself.
+    /// It leads to its own socket.
     Itself {
         /// Where it listens.
         listens: String,
-        /// The address of the backend, if it is another one of this machine's.
+        /// The address of the backend, if it is another address of this machine.
         own: Option<ScopedIp>,
     },
-    /// Nobody answers there alone.
+    /// A broadcast address cannot be a backend.
     Many(ScopedIp),
 }
 
@@ -72,12 +72,12 @@ impl fmt::Display for LoopReason {
     }
 }
 
-/// Refuses mappings that were not served before, `new`, if one of them leads back to itself, through them or
-/// through those in `others`, which are looked at only if one could. Those that choose their ports are looked at
-/// when they have.
+/// Refuses the mappings in `new` if one of them leads back to itself, through them or through `others`, which
+/// are already served. `others` is only iterated if a loop is possible. Mappings whose ports are not chosen
+/// yet are checked when they are.
 ///
 /// # Errors
-/// [`LoopError`] for the first one.
+/// [`LoopError`] for the first such mapping.
 pub fn refuse_loops<'a>(
     new: &[Hop<'a>],
     others: impl IntoIterator<Item = Hop<'a>>,
@@ -86,7 +86,7 @@ pub fn refuse_loops<'a>(
     refuse(new, others, |ip| whereabouts.of(ip))
 }
 
-/// [`refuse_loops`] for a whole set, before any of it is bound.
+/// [`refuse_loops`] for a whole set, before it is bound.
 ///
 /// # Errors
 /// [`LoopError`]
@@ -96,7 +96,7 @@ pub fn refuse_loops_among<'a>(mappings: impl IntoIterator<Item = &'a Mapping>) -
     refuse_loops(&hops, [], &mut Whereabouts::default())
 }
 
-/// [`refuse_loops`] for one socket that is served alone.
+/// [`refuse_loops`] for a single socket.
 ///
 /// # Errors
 /// [`LoopError`]
@@ -118,7 +118,7 @@ fn refuse<'a>(
             Destination::Broadcast => {
                 return Err(LoopError { mapping, reason: LoopReason::Many(hop.backend) });
             }
-            // An address that may come here later (`net.ipv4.ip_nonlocal_bind`).
+            // The machine may get this address later (`net.ipv4.ip_nonlocal_bind`).
             Destination::Elsewhere if hop.is_own_backend() => {
                 let listens = hop.at(hop.host_ports.first());
                 return Err(LoopError { mapping, reason: LoopReason::Itself { listens, own: None } });
@@ -135,10 +135,10 @@ fn refuse<'a>(
 /// One port of a hop.
 type Step = (usize, u16);
 
-/// Who listens where.
+/// Which hop listens on which port.
 struct Listeners<'a> {
     hops: Vec<Hop<'a>>,
-    /// The hops at each place, by their first port.
+    /// The hops by where they listen, sorted by their first port.
     at: HashMap<(Protocol, BindScope), Vec<(PortRange, usize)>>,
 }
 
@@ -153,8 +153,8 @@ impl<'a> Listeners<'a> {
         Self { hops, at }
     }
 
-    /// Looks for a ring that one of the first `new` hops is part of. Each port leads to one other at the most, so
-    /// that each is looked at once.
+    /// Searches for a loop that one of the first `new` hops leads to. Each port leads to at most one other,
+    /// so each is visited once.
     fn find_ring(
         &self,
         new: usize,
@@ -180,8 +180,8 @@ impl<'a> Listeners<'a> {
         Ok(())
     }
 
-    /// Which hops can be part of a ring, or lead to one, whatever their ports: those that do not come to an end. A walk
-    /// through all ports is for these alone, as a range has many.
+    /// Which hops can be part of a loop, or lead to one, regardless of the ports. Only these need the walk
+    /// through all ports of their ranges.
     fn in_circles(&self, mut whereabouts: impl FnMut(ScopedIp) -> Destination) -> Vec<bool> {
         let mut leads_to = vec![0_usize; self.hops.len()];
         let mut led_to_by: Vec<Vec<usize>> = vec![Vec::new(); self.hops.len()];
@@ -208,7 +208,7 @@ impl<'a> Listeners<'a> {
         in_circle
     }
 
-    /// The ports of a hop that lead to a port that someone listens on who may be reached.
+    /// The ports of a hop that are forwarded to a port on which one of these hops may listen.
     fn steps_on(&self, hop: usize) -> impl Iterator<Item = u16> {
         let from = self.hops[hop];
         self.ranges_reached(hop).flat_map(move |(range, _next)| {
@@ -218,12 +218,12 @@ impl<'a> Listeners<'a> {
         })
     }
 
-    /// Who listens where a hop leads to, and may be reached: their ports, and their hops.
+    /// The listeners that a hop may lead to: their ports, and their hops.
     fn ranges_reached(&self, hop: usize) -> impl Iterator<Item = (PortRange, usize)> {
         let hop = self.hops[hop];
         let ranges = BindScope::reached_by(hop.backend).into_iter().filter_map(move |place| {
             let ranges = self.at.get(&(hop.protocol, place))?;
-            // One that begins before may reach into it: ranges of one place do not overlap.
+            // A range that begins earlier may overlap it. The ranges of one scope do not overlap each other.
             let begin = ranges.partition_point(|(range, _)| range.first() <= hop.backend_ports.first());
             let ranges = &ranges[begin.saturating_sub(1)..];
             Some(ranges.iter().take_while(move |(range, _)| range.first() <= hop.backend_ports.last()))
@@ -231,7 +231,7 @@ impl<'a> Listeners<'a> {
         ranges.flatten().copied().filter(move |(range, _)| range.overlaps(hop.backend_ports))
     }
 
-    /// Where a port leads, if one of these listens there.
+    /// The next step after a port, if one of these hops listens there.
     fn step_on(
         &self,
         (hop, port): Step,
@@ -251,8 +251,8 @@ impl<'a> Listeners<'a> {
         range.contains(port).then_some(hop)
     }
 
-    /// The ring at the end of `path`, whose last step leads to `back_at`. At fault is a new mapping, which are the
-    /// first `new` ones: one in the ring if there is one, or else that which leads to it.
+    /// The loop at the end of `path`, whose last step leads to `back_at`. The mapping at fault is one of the
+    /// first `new`: one in the loop if there is one, otherwise the one that leads to it.
     fn ring(&self, path: &[Step], back_at: Step, new: usize) -> LoopError {
         let begin = path.iter().position(|step| *step == back_at).unwrap_or(0);
         let ring = &path[begin..];
@@ -289,7 +289,7 @@ mod tests {
         if v6only { mapping.v6only().unwrap() } else { mapping }
     }
 
-    /// A machine with an address of each family beside loopback, and on a network of its own.
+    /// A machine with loopback and one address of each family, on a network with a broadcast address.
     fn whereabouts(ip: ScopedIp) -> Destination {
         match ip.to_string().as_str() {
             "10.0.0.1" | "[fd00::1]" | "127.0.0.1" | "127.0.0.2" | "[::1]" => Destination::Here,
@@ -320,11 +320,11 @@ mod tests {
             "only [::]:80/tcp [fd00::1]:80",
             "0.0.0.0:80/tcp 10.0.0.1:80",
             "10.0.0.1:80-90/tcp+udp 10.0.0.1:80-90",
-            // An address that is not here yet.
+            // An address that the machine does not have yet.
             "10.0.0.7:80/tcp 10.0.0.7:80",
         ] {
             let message = refused(&[itself], &[]).expect(itself);
-            // Where it is not plain to see why, the reason is given.
+            // The message gives the reason if it is not obvious.
             let (host, backend) = itself.rsplit_once(' ').unwrap();
             let (ip, _ports) = backend.rsplit_once(':').unwrap();
             let why = if host.starts_with(ip) {
@@ -345,9 +345,9 @@ mod tests {
         assert_served(&["10.0.0.1:80/tcp 127.0.0.1:80"]);
         assert_served(&["0.0.0.0:80/tcp 172.17.0.2:80"]);
         assert_served(&["[::]:8000-8010/tcp 127.0.0.1:8011-8021"]);
-        // TCP leads to UDP's port, and UDP to nobody.
+        // TCP leads to a UDP port, and UDP to a port without a listener.
         assert_served(&["0.0.0.0:80/tcp 127.0.0.1:81", "0.0.0.0:81/udp 127.0.0.1:80"]);
-        // A chain that ends.
+        // A chain without a loop.
         assert_served(&["0.0.0.0:80/tcp 127.0.0.1:81", "0.0.0.0:81/tcp 127.0.0.1:82"]);
         assert_served(&["[::]:8000-8010/tcp 127.0.0.1:8001-8011"]);
     }
@@ -409,7 +409,7 @@ mod tests {
         }
     }
 
-    /// Whether packets that a backend gets come to this socket.
+    /// Whether datagrams or connections to a backend reach this socket.
     fn is_reached(socket: &PortMapping, from: &PortMapping) -> bool {
         let (host, to) = (socket.host.socket_addr(), from.backend.socket_addr());
         let takes = match (ScopedIp::from(host), to.is_ipv4()) {
@@ -422,7 +422,7 @@ mod tests {
         socket.protocol == from.protocol && host.port() == to.port() && takes && here
     }
 
-    /// Whether one of some sockets leads back to itself: follows each for as many steps as there are sockets.
+    /// Whether one of the sockets leads back to itself: follows each for as many steps as there are sockets.
     fn has_ring(sockets: &[PortMapping]) -> bool {
         sockets.iter().any(|start| {
             let step = |at: &&PortMapping| sockets.iter().find(|socket| is_reached(socket, at));
@@ -445,7 +445,7 @@ mod tests {
             let whole = refuse(&hops, [], whereabouts);
             prop_assert_eq!(whole.is_err(), has_ring(&sockets), "{}: {:?}", set.iter().map(|one| format!("{one} to {}; ", one.backend())).collect::<String>(), whole);
 
-            // In two steps, of which the first one was allowed.
+            // In two steps, of which the first was allowed.
             let (old, new) = set.split_at(known.min(set.len()));
             let old_sockets: Vec<PortMapping> = old.iter().flat_map(Mapping::port_mappings).collect();
             if !has_ring(&old_sockets) {

@@ -1,7 +1,7 @@
-//! Which addresses are this machine's: in this network namespace, by whatever interface or route.
+//! Which addresses belong to this machine: in this network namespace, on any interface or by any route.
 //!
-//! The kernel is asked by sockets that send nothing. rtnetlink(7) would say it in one word, but a confined process
-//! that keeps `CAP_NET_ADMIN` must have no way to change interfaces and routes.
+//! Found with sockets that send nothing. rtnetlink(7) would answer directly, but a confined process that
+//! keeps `CAP_NET_ADMIN` must not be able to change interfaces and routes.
 
 use std::collections::HashMap;
 use std::io;
@@ -14,32 +14,32 @@ use tracing::debug;
 
 use crate::mapping::addr::ScopedIp;
 
-/// Any will do, since nothing is sent there.
+/// Any port will do, because nothing is sent.
 const PORT: u16 = 9;
 
-/// No network has packets of this size; the loopback interface does (`IPV6_MTU`, ipv6(7)).
+/// Only the loopback interface has an MTU this large (`IPV6_MTU`, ipv6(7)).
 const LOOPBACK_MTU: u32 = 65_536;
 
-/// Where packets to an address end up.
+/// Where packets to an address arrive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Destination {
-    /// At this machine: it has the address, or a route of type `local` to it (ip-route(8)).
+    /// This machine: it has the address, or a route of type `local` to it (ip-route(8)).
     Here,
-    /// At all machines of a network.
+    /// All machines of a network.
     Broadcast,
-    /// At another machine, or nowhere.
+    /// Another machine, or none.
     Elsewhere,
 }
 
-/// What is known about addresses. Each is asked for once.
+/// A cache of the destinations of addresses.
 #[derive(Debug, Default)]
 pub struct Whereabouts(HashMap<ScopedIp, Destination>);
 
 impl Whereabouts {
-    /// Where packets to `ip` end up. Only what holds everywhere is known if the kernel does not say.
+    /// Where packets to `ip` arrive. If the kernel cannot tell, only the well-known addresses are recognised.
     pub fn of(&mut self, ip: ScopedIp) -> Destination {
         *self.0.entry(ip).or_insert_with(|| match ip.ip() {
-            // What connects to no address in particular reaches this machine.
+            // A connect to the unspecified address reaches this machine.
             address if address.is_unspecified() => Destination::Here,
             IpAddr::V4(Ipv4Addr::LOCALHOST) | IpAddr::V6(Ipv6Addr::LOCALHOST) => Destination::Here,
             IpAddr::V4(Ipv4Addr::BROADCAST) => Destination::Broadcast,
@@ -54,13 +54,13 @@ impl Whereabouts {
     }
 }
 
-/// An address of this machine can be bound. With `net.ipv4.ip_nonlocal_bind` others can be, too, but lead nowhere;
-/// broadcast addresses can always be, and no one may send there (`SO_BROADCAST`).
+/// An address of this machine can be bound. So can other addresses with `net.ipv4.ip_nonlocal_bind`, which
+/// then have no route, and broadcast addresses, to which sending is not permitted (`SO_BROADCAST`).
 fn find_v4(ip: ScopedIp) -> io::Result<Destination> {
     let socket = Socket::new(Domain::IPV4, Type::DGRAM, None)?;
     match socket.bind(&ip.at(0).into()) {
         Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => return Ok(Destination::Elsewhere),
-        // It has no free port for us.
+        // It belongs to this machine, but has no free port.
         Err(error) if error.kind() == io::ErrorKind::AddrInUse => return Ok(Destination::Here),
         bound => bound?,
     }
@@ -71,8 +71,8 @@ fn find_v4(ip: ScopedIp) -> io::Result<Destination> {
     }
 }
 
-/// This machine sends to its own address from that (RFC 6724, section 5, rule 1), and by the loopback interface to
-/// what a route says is its own.
+/// This machine uses its own address as the source of packets to it (RFC 6724, section 5, rule 1), and the
+/// loopback interface for addresses with a local route.
 fn find_v6(ip: ScopedIp) -> io::Result<Destination> {
     let socket = Socket::new(Domain::IPV6, Type::DGRAM, None)?;
     if socket.connect(&ip.at(PORT).into()).is_err() {
@@ -105,7 +105,7 @@ mod tests {
         ] {
             assert_eq!(whereabouts.of(ip.parse().unwrap()), expected, "{ip}");
         }
-        // Those of every machine, asked for.
+        // Addresses of every machine that the kernel is asked about.
         assert_eq!(find_v4("127.1.2.3".parse().unwrap()).unwrap(), Destination::Here);
         assert_eq!(find_v6("[::1]".parse().unwrap()).unwrap(), Destination::Here);
     }

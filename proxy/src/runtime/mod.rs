@@ -31,8 +31,7 @@ pub fn new_runtime() -> io::Result<Runtime> {
 ///
 /// # Errors
 /// The error of clone(2), and `state`, so that the caller can go on without the thread. `EAGAIN` is the limit
-/// of tasks
-/// (`RLIMIT_NPROC`, or the `pids.max` of a cgroup), `ENOMEM` a lack of memory.
+/// of tasks (`RLIMIT_NPROC`, or the `pids.max` of a cgroup), `ENOMEM` a lack of memory.
 pub(crate) fn start_thread<T: Send + 'static>(
     name: &str,
     stack: usize,
@@ -54,8 +53,7 @@ pub(crate) fn start_thread<T: Send + 'static>(
 }
 
 /// Sets up a serving process: closes unclaimed descriptors and starts the log. Call it once, after claiming
-/// what was
-/// passed and before opening any other file.
+/// what was passed and before opening any other file.
 pub(crate) fn prepare(log: LogConfig) {
     let closed = close_unclaimed();
     log::init(log);
@@ -63,8 +61,7 @@ pub(crate) fn prepare(log: LogConfig) {
         warn!(%error, "cannot close what was not passed on purpose");
     }
     // A log line that cannot be written is lost. It must neither end the process, as at `RLIMIT_FSIZE`
-    // (setrlimit(2)), nor
-    // stop it, as in the background of a terminal with `TOSTOP` (termios(3)).
+    // (setrlimit(2)), nor stop it, as in the background of a terminal with `TOSTOP` (termios(3)).
     for signal in [Signal::SIGXFSZ, Signal::SIGTTOU] {
         if let Err(error) = ignore(signal) {
             warn!(%error, %signal, "cannot ignore a signal");
@@ -73,8 +70,7 @@ pub(crate) fn prepare(log: LogConfig) {
 }
 
 /// Raises the soft limit of descriptors to the hard limit, because a connection takes two. Services are often
-/// started
-/// with a limit of 1024, which only programs that use select(2) need (getrlimit(2)).
+/// started with a limit of 1024, which only programs that use select(2) need (getrlimit(2)).
 pub fn raise_descriptor_limit() {
     let raised = getrlimit(Resource::RLIMIT_NOFILE)
         .and_then(|(_soft, hard)| setrlimit(Resource::RLIMIT_NOFILE, hard, hard));

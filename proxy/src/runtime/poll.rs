@@ -1,10 +1,8 @@
 //! Sets of listening sockets that one task services. Other threads add and remove sockets.
 //!
 //! One epoll instance watches the sockets, and the event loop watches the epoll instance: an idle listener
-//! costs an entry
-//! in a list, not a task. A [`WatchedListener`] can be added before its task has a target for it, so that
-//! every step that
-//! can fail precedes the change.
+//! costs an entry in a list, not a task. A [`WatchedListener`] can be added before its task has a target for
+//! it, so that every step that can fail precedes the change.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -17,8 +15,7 @@ use socket2::{Protocol, SockRef};
 use tokio::io::Interest;
 
 /// Set in the data of events of a [`WatchedListener`], whose number is in the other bits. A task that also
-/// watches other
-/// sockets leaves this bit clear for them.
+/// watches other sockets leaves this bit clear for them.
 pub(crate) const LISTENER: u64 = 1 << 63;
 
 /// The set, as a handle for adding sockets.

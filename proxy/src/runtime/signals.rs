@@ -1,6 +1,5 @@
 //! Signals, read from a signalfd(2). One descriptor serves several signals; a handler for each would take as
-//! much memory
-//! as a small mapping.
+//! much memory as a small mapping.
 
 use std::io;
 use std::mem::size_of;
@@ -19,8 +18,7 @@ pub struct Signals(Watched);
 
 impl Signals {
     /// Blocks `signals` and queues them. Call it before the process has other threads: a thread that does not
-    /// block them
-    /// would be killed by them.
+    /// block them would be killed by them.
     ///
     /// # Errors
     /// Those of sigprocmask(2), signalfd(2) and epoll_ctl(2).
@@ -49,8 +47,7 @@ impl Signals {
 }
 
 /// `SIGTERM`, `SIGINT` and `SIGQUIT`, which ask the process to end, and signals without a meaning to it. By
-/// default, the
-/// latter would also end the process, without a drain.
+/// default, the latter would also end the process, without a drain.
 #[derive(Debug)]
 pub struct StopSignals(Signals);
 

@@ -1,11 +1,9 @@
 //! Workers: threads with a single-threaded runtime each, started on demand.
 //!
 //! A connection is served by one worker from accept to close, so threads share nothing on the data path. The
-//! main thread
-//! is the first worker. Another worker is started when a connection arrives and all running workers are
-//! serving one, up to
-//! one worker per processor. A mapping that is idle, or serves one client at a time, therefore needs one
-//! thread.
+//! main thread is the first worker. Another worker is started when a connection arrives and all running
+//! workers are serving one, up to one worker per processor. A mapping that is idle, or serves one client at a
+//! time, therefore needs one thread.
 
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -24,13 +22,11 @@ use crate::runtime::{new_runtime, start_thread};
 const STACK_SIZE: usize = 256 * 1024;
 
 /// How long to wait before trying again to start a worker. A failed attempt costs ten system calls, which
-/// every
-/// connection would otherwise pay.
+/// every connection would otherwise pay.
 const RETRY: Duration = Duration::from_secs(5);
 
 /// Allocates what the connections of a worker share. Called inside the worker's runtime, but on any thread.
-/// The returned
-/// closure runs first on the worker's own thread.
+/// The returned closure runs first on the worker's own thread.
 pub(crate) type Prepare = fn() -> io::Result<Box<dyn FnOnce() + Send>>;
 
 /// The workers of a process.
@@ -153,8 +149,7 @@ impl Workers {
     }
 
     /// Starts another worker if there is a processor for it. If that fails, the running workers serve
-    /// everything, and it
-    /// is tried again later.
+    /// everything, and it is tried again later.
     fn grow(&self, Running { workers, failed }: &mut Running) {
         static FAILED: LogLimit = LogLimit::new();
 

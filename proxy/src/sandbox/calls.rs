@@ -1,8 +1,8 @@
-//! The system calls that can be made (seccomp(2)).
+//! The permitted system calls (seccomp(2)).
 //!
-//! Others answer `ENOSYS`, as if the kernel had none of them: the C library then falls back to what it has
-//! (clone3(2), whose arguments a filter cannot see, to clone(2)). Those without conditions cost next to
-//! nothing: since Linux 5.11 the kernel keeps them in a table, and runs no filter for them.
+//! Others fail with `ENOSYS`, as on a kernel without them, so that the C library falls back: from clone3(2),
+//! whose arguments a filter cannot inspect, to clone(2), for example. Unconditional calls cost next to
+//! nothing, because since Linux 5.11 the kernel caches them in a bitmap and does not run the filter.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -16,7 +16,7 @@ use seccompiler::{
 
 use super::Needs;
 
-/// Calls of the data path, of the event loop and of memory management, and of threads.
+/// Calls for the data path, the event loop, memory management and threads.
 const ALWAYS: &[libc::c_long] = &[
     // Connections and datagrams.
     libc::SYS_accept4,
@@ -79,11 +79,11 @@ const ALWAYS: &[libc::c_long] = &[
     libc::SYS_sysinfo,
 ];
 
-/// Calls that flows need: each has a port of its own, which is not left to the kernel; the settings that say which
-/// there are stay open, and are read again.
+/// Calls for UDP flows: each binds its own local port. The files that say which ports there are stay open and
+/// are reread.
 const FOR_DATAGRAMS: &[libc::c_long] = &[libc::SYS_bind, libc::SYS_pread64];
 
-/// Calls that serve something else: other listeners, files that Landlock lets pass.
+/// Calls for changes: new listeners, and files that Landlock permits.
 const FOR_CHANGES: &[libc::c_long] = &[
     libc::SYS_getcwd,
     libc::SYS_listen,
@@ -99,7 +99,7 @@ const FOR_CHANGES: &[libc::c_long] = &[
     libc::SYS_unlink,
 ];
 
-/// Restricts the process, for good.
+/// Installs the filter, irrevocably.
 pub(super) fn restrict(needs: &Needs<'_>) -> io::Result<String> {
     let program = filter(needs).map_err(io::Error::other)?;
     let instructions: Vec<_> = program
@@ -123,32 +123,32 @@ fn filter(needs: &Needs<'_>) -> Result<BpfProgram, seccompiler::BackendError> {
 type Rules = Vec<(libc::c_long, Vec<SeccompRule>)>;
 type Condition = Result<SeccompCondition, seccompiler::BackendError>;
 
-/// Calls that some arguments make harmful.
+/// Calls that are only harmless with some arguments.
 fn conditional(needs: &Needs<'_>) -> Result<Rules, seccompiler::BackendError> {
     let this_process = std::process::id().cast_signed();
     Ok(vec![
-        // Threads, and no processes.
+        // Threads, but not processes.
         (libc::SYS_clone, vec![rule([bits(0, libc::CLONE_THREAD, libc::CLONE_THREAD)])?]),
-        // How much is not acknowledged yet; whether to wait; the numbers of interfaces, by their names.
+        // Unacknowledged bytes; non-blocking mode; the index of an interface by name.
         (
             libc::SYS_ioctl,
             vec![rule([is(1, TIOCOUTQ)])?, rule([is(1, FIONBIO)])?, rule([is(1, SIOCGIFINDEX)])?],
         ),
-        // Nothing that was written can be run.
+        // No new executable memory.
         (libc::SYS_mmap, vec![rule([bits(2, libc::PROT_EXEC, 0)])?]),
         (libc::SYS_mprotect, vec![rule([bits(2, libc::PROT_EXEC, 0)])?]),
-        // The names of threads.
+        // Thread names.
         (libc::SYS_prctl, vec![rule([is(0, libc::PR_SET_NAME)])?]),
-        // Limits are read: there is no pointer to a new one.
+        // Limits can be read, but not set: the pointer to a new limit must be null.
         (libc::SYS_prlimit64, vec![rule([SeccompCondition::new(2, Qword, SeccompCmpOp::Eq, 0)])?]),
         (libc::SYS_setsockopt, options(needs)?),
         (libc::SYS_socket, sockets(needs)?),
-        // abort(3), of this process alone.
+        // abort(3), for this process only.
         (libc::SYS_tgkill, vec![rule([is(0, this_process)])?]),
     ])
 }
 
-/// Of netdevice(7).
+/// From netdevice(7).
 const SIOCGIFINDEX: i32 = 0x8933;
 
 /// For `FIONBIO` and `TIOCOUTQ` see ioctl_tty(2); the latter is `SIOCOUTQ` of tcp(7).
@@ -168,17 +168,17 @@ fn sockets(needs: &Needs<'_>) -> Result<Vec<SeccompRule>, seccompiler::BackendEr
         rule([is(0, libc::AF_INET6), datagram()])?,
     ];
     if needs.changes.is_some() {
-        // Connection tracking.
+        // conntrack.
         sockets.push(rule([is(0, libc::AF_NETLINK), is(2, libc::NETLINK_NETFILTER)])?);
     }
     Ok(sockets)
 }
 
-/// Options of one level, from the first number to the last.
+/// A range of options of one level: level, first option, last option.
 type Options = (i32, i32, i32);
 
-/// Those that connections are given: buffers, keepalive and urgent bytes in their place (the numbers from
-/// `SO_SNDBUF` to `SO_OOBINLINE` are these), how they end and when they wake us.
+/// Options of connections: buffers, keepalive and inline urgent data (numbers `SO_SNDBUF` to `SO_OOBINLINE`
+/// are exactly these), how they close and when they become readable.
 const OF_TCP: &[Options] = &[
     (libc::SOL_SOCKET, libc::SO_REUSEADDR, libc::SO_REUSEADDR),
     (libc::SOL_SOCKET, libc::SO_SNDBUF, libc::SO_OOBINLINE),
@@ -189,8 +189,7 @@ const OF_TCP: &[Options] = &[
     (libc::SOL_TCP, libc::TCP_QUICKACK, libc::TCP_QUICKACK),
 ];
 
-/// Those that flows are given: buffers, GSO batches, what is reported of each, and a port beside their
-/// listener's socket.
+/// Options of flows: buffers, GSO and GRO, ancillary data, and sharing the listener's port.
 const OF_UDP: &[Options] = &[
     (libc::SOL_SOCKET, libc::SO_REUSEADDR, libc::SO_REUSEADDR),
     (libc::SOL_SOCKET, libc::SO_REUSEPORT, libc::SO_REUSEPORT),
@@ -207,7 +206,7 @@ const OF_UDP: &[Options] = &[
 const OF_MARKS: &[Options] =
     &[(libc::SOL_IP, libc::IP_TOS, libc::IP_TOS), (libc::SOL_IPV6, libc::IPV6_TCLASS, libc::IPV6_TCLASS)];
 
-/// Those of listeners that come later, and of connection tracking.
+/// Options of new listeners, and of the conntrack socket.
 const OF_CHANGES: &[Options] = &[
     (libc::SOL_SOCKET, libc::SO_RCVTIMEO, libc::SO_RCVTIMEO),
     (libc::SOL_IP, libc::IP_PKTINFO, libc::IP_PKTINFO),
@@ -215,8 +214,8 @@ const OF_CHANGES: &[Options] = &[
     (libc::SOL_IPV6, libc::IPV6_V6ONLY, libc::IPV6_V6ONLY),
 ];
 
-/// Options of sockets: those that are set here and no others, some of which mark packets, lead them elsewhere,
-/// change how they are filtered, or take a connection apart.
+/// The socket options in use. All others are refused, because some of them mark packets, redirect or filter
+/// them, or put a connection into repair mode.
 fn options(needs: &Needs<'_>) -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
     let changes = needs.changes.is_some();
     let served = [
@@ -240,17 +239,17 @@ fn options(needs: &Needs<'_>) -> Result<Vec<SeccompRule>, seccompiler::BackendEr
         .collect()
 }
 
-/// All of `conditions` hold.
+/// Requires all `conditions`.
 fn rule<const N: usize>(conditions: [Condition; N]) -> Result<SeccompRule, seccompiler::BackendError> {
     SeccompRule::new(conditions.into_iter().collect::<Result<_, _>>()?)
 }
 
-/// An int argument is `value`. The kernel, too, looks at 32 bits of it.
+/// Requires an int argument to be `value`. Like the kernel, it compares 32 bits.
 fn is(argument: u8, value: i32) -> Condition {
     SeccompCondition::new(argument, Dword, SeccompCmpOp::Eq, u64::from(value.cast_unsigned()))
 }
 
-/// Those bits of an argument that are in `mask` are as in `value`.
+/// Requires the bits of an argument selected by `mask` to equal `value`.
 fn bits(argument: u8, mask: i32, value: i32) -> Condition {
     let [mask, value] = [mask, value].map(|bits| u64::from(bits.cast_unsigned()));
     SeccompCondition::new(argument, Qword, SeccompCmpOp::MaskedEq(mask), value)

@@ -1,9 +1,9 @@
-//! What the process may still do once it serves: as little as the data path needs.
+//! Confines a serving process to what the data path needs.
 //!
-//! Everything is in place by then, so that a mistake in what handles strangers' bytes cannot become more
-//! than that. In order: another user, if one is given (`user`); no capability that is not needed
-//! (`privileges`); no new privileges; no files, and no other ports (Landlock, `reach`); no other system
-//! calls (seccomp, `calls`). Threads that start later have all of it, too.
+//! A bug in code that handles untrusted bytes then has limited consequences. The layers, in order: another
+//! user, if one is given (`user`); no unneeded capabilities (`privileges`); no new privileges; no files and
+//! no other ports (Landlock, `reach`); no other system calls (seccomp, `calls`). Threads that start later
+//! inherit all of them.
 
 mod calls;
 mod privileges;
@@ -24,13 +24,13 @@ use crate::mapping::PortMapping;
 use crate::mapping::addr::Protocol;
 use crate::runtime::descriptors::explain;
 
-/// The variable that sets the mode where there is no command line for it.
+/// The environment variable with the mode, for processes without a command line for it.
 pub const MODE_VARIABLE: &str = "RPROXY_SANDBOX";
 
-/// How much confinement there has to be.
+/// How much confinement is required.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Mode {
-    /// As much as the kernel has.
+    /// As much as the kernel supports.
     #[default]
     Auto,
     /// All of it, or the start fails.
@@ -40,7 +40,7 @@ pub enum Mode {
 }
 
 impl Mode {
-    /// What [`MODE_VARIABLE`] says; if that makes no sense, which is told in the log, or is empty, the default.
+    /// The value of [`MODE_VARIABLE`]. If it is empty, or invalid, which is logged, the default.
     pub fn from_env() -> Self {
         let value = std::env::var_os(MODE_VARIABLE).unwrap_or_default();
         if value.is_empty() {
@@ -57,30 +57,30 @@ impl Mode {
     }
 }
 
-/// What the process has to be able to do once it is confined.
+/// What the process has to be able to do after confinement.
 #[derive(Debug)]
 pub struct Needs<'a> {
-    /// The user to go on as.
+    /// The user to change to.
     pub user: Option<&'a User>,
     /// Whether UDP is relayed.
     pub udp: bool,
-    /// Whether that is so for a port below 1024: more sockets may be bound to it later.
+    /// Whether UDP is relayed from a port below 1024: client sockets may be bound to it later.
     pub low_udp_ports: bool,
-    /// Whether what is sent over TCP gets a code point.
+    /// Whether TCP connections set a code point.
     pub dscp: bool,
-    /// The ports of backends that are reached over TCP.
+    /// The ports of TCP backends.
     pub tcp_backends: Vec<u16>,
-    /// Whether what listens on an abstract socket is told what goes on: a service manager.
+    /// Whether the service manager is notified through an abstract socket.
     pub abstract_sockets: bool,
-    /// What changes need, if there can be any.
+    /// What changes at run time need, if they are possible.
     pub changes: Option<Changes<'a>>,
 }
 
-/// The first port that anybody can bind (`ip_unprivileged_port_start`, ip(7)), unless it is set otherwise.
+/// The first port that an unprivileged process can bind (`ip_unprivileged_port_start`, ip(7)) by default.
 const FIRST_UNPRIVILEGED: u16 = 1024;
 
 impl<'a> Needs<'a> {
-    /// What it takes to serve these ports, and never anything else.
+    /// What serving exactly these ports needs.
     pub fn to_serve<'f>(ports: impl IntoIterator<Item = &'f PortMapping>) -> Self {
         let (udp, tcp): (Vec<&PortMapping>, Vec<&PortMapping>) =
             ports.into_iter().partition(|port_mapping| port_mapping.protocol == Protocol::Udp);
@@ -104,21 +104,20 @@ impl<'a> Needs<'a> {
     }
 }
 
-/// What it takes to serve something else than at the start. Any address may be bound, and any backend be
-/// reached.
+/// What changes at run time need, in addition to binding any address and connecting to any backend.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Changes<'a> {
-    /// The control socket, to be removed in the end.
+    /// The control socket, which is removed on exit.
     pub socket: Option<&'a Path>,
-    /// The configuration, to be read again; by way of its directory, as another file may take its place.
+    /// The configuration. Its whole directory is permitted, because another file may replace it.
     pub configuration: Option<&'a Path>,
 }
 
-/// Confines the process as far as `mode` asks for and the kernel allows, and says so in the log. To be
-/// called before other threads are started.
+/// Confines the process as far as `mode` requires and the kernel supports, and logs the result. Call it
+/// before other threads are started.
 ///
 /// # Errors
-/// [`SandboxError`]: for [`Mode::Strict`] whatever cannot be had; else only a user that cannot be changed to.
+/// [`SandboxError`]: for [`Mode::Strict`] any missing layer; otherwise only a failed change of the user.
 pub fn confine(mode: Mode, needs: &Needs<'_>) -> Result<(), SandboxError> {
     let strict = mode == Mode::Strict;
     let kept = privileges::needed(needs);
@@ -137,12 +136,12 @@ pub fn confine(mode: Mode, needs: &Needs<'_>) -> Result<(), SandboxError> {
     let seccomp = Layer::new("seccomp", calls::restrict(needs), strict)?;
     info!(%capabilities, %no_new_privs, %landlock, %seccomp, "confined");
     [&capabilities, &no_new_privs, &landlock, &seccomp].into_iter().for_each(Layer::warn);
-    // Compiling a filter takes more memory than an idle mapping.
+    // Compiling a filter takes more memory than an idle mapping has.
     release_unused();
     Ok(())
 }
 
-/// What became of a part of the confinement.
+/// The result of one layer.
 struct Layer {
     name: &'static str,
     result: io::Result<String>,
@@ -156,14 +155,14 @@ impl Layer {
         }
     }
 
-    /// Warns if it cannot be had for another reason than that this kernel does not have it.
+    /// Warns about a failure, unless this kernel lacks the layer.
     fn warn(&self) {
         if let Some(reason) = self.failure() {
             warn!(layer = self.name, reason, "not confined as far as this kernel could");
         }
     }
 
-    /// Why it cannot be had, and what would help, unless this kernel does not have it.
+    /// The reason of a failure and how to fix it, unless this kernel lacks the layer.
     fn failure(&self) -> Option<String> {
         let error = self.result.as_ref().err()?;
         let is_lacking = error.kind() == io::ErrorKind::Unsupported
@@ -184,13 +183,13 @@ impl fmt::Display for Layer {
 /// Why the process cannot be confined.
 #[derive(Debug, thiserror::Error)]
 pub enum SandboxError {
-    /// Something that strict confinement has to have.
+    /// A layer that strict confinement requires failed.
     #[error(
         "--sandbox strict: no {name} here: {}; --sandbox auto goes without what is missing",
         explain(source, 1)
     )]
     Unavailable {
-        /// What is missing.
+        /// The name of the layer.
         name: &'static str,
         /// Why.
         source: io::Error,
@@ -203,7 +202,7 @@ pub enum SandboxError {
         /// Why.
         source: io::Error,
     },
-    /// A file cannot be given to the user.
+    /// The owner of a file cannot be changed to the user.
     #[error("--user {user}: cannot make it the owner of {}: {source}", path.display())]
     Owner {
         /// The user, as it was given.

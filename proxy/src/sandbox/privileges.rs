@@ -10,25 +10,25 @@ use rustix::thread::{
 
 use super::{Needs, SandboxError, User};
 
-/// The capabilities that are of use once the process serves.
+/// The capabilities that serving needs.
 pub(super) fn needed(needs: &Needs<'_>) -> CapabilitySet {
     let mut needed = CapabilitySet::empty();
-    // Pipes beyond `fs.pipe-user-pages-soft`, which all bulk transfers of a user share (pipe(7)).
+    // For pipes beyond `fs.pipe-user-pages-soft`, a budget that all bulk transfers of a user share (pipe(7)).
     let tcp = needs.tcp() || needs.changes.is_some();
     needed.set(CapabilitySet::SYS_RESOURCE, tcp);
-    // Buffers of flows beyond `net.core.rmem_max` (socket(7), `SO_RCVBUFFORCE`); for changes, also to forget
-    // stale UDP flows.
+    // For receive buffers beyond `net.core.rmem_max` (socket(7), `SO_RCVBUFFORCE`), and for changes also to
+    // delete stale conntrack entries.
     needed.set(CapabilitySet::NET_ADMIN, needs.udp || needs.changes.is_some());
-    // Ports below 1024 that come later, and sockets of flows beside those that there are.
+    // For new ports below 1024, and for client sockets on them.
     needed.set(CapabilitySet::NET_BIND_SERVICE, needs.low_udp_ports || needs.changes.is_some());
     needed
 }
 
-/// Goes on as `user`, with those of the capabilities `kept` that there are.
+/// Changes to `user` and keeps those of the capabilities `kept` that the process has.
 pub(super) fn change_user(user: Option<&User>, kept: CapabilitySet) -> Result<(), SandboxError> {
     let Some(user) = user else { return Ok(()) };
     let change = || -> io::Result<()> {
-        // Without it, they are lost with the user; see capabilities(7) on SECBIT_KEEP_CAPS.
+        // Otherwise they are lost with the change; see capabilities(7) on SECBIT_KEEP_CAPS.
         set_keep_capabilities(true)?;
         setgroups(&[user.gid()])?;
         setgid(user.gid())?;
@@ -38,7 +38,7 @@ pub(super) fn change_user(user: Option<&User>, kept: CapabilitySet) -> Result<()
     change().map_err(|source| SandboxError::User { user: user.to_string(), source })
 }
 
-/// Returns `path` to `user`.
+/// Makes `user` the owner of `path`.
 pub(super) fn give_to(user: &User, path: &std::path::Path) -> Result<(), SandboxError> {
     lchown(path, Some(user.uid().as_raw()), Some(user.gid().as_raw())).map_err(|source| SandboxError::Owner {
         user: user.to_string(),
@@ -47,7 +47,7 @@ pub(super) fn give_to(user: &User, path: &std::path::Path) -> Result<(), Sandbox
     })
 }
 
-/// Returns up all capabilities but `kept`; says which are left.
+/// Drops all capabilities except `kept`, and returns the names of those that remain.
 pub(super) fn keep(kept: CapabilitySet) -> io::Result<String> {
     let left = capabilities(None)?.permitted & kept;
     set_capabilities(
@@ -58,7 +58,7 @@ pub(super) fn keep(kept: CapabilitySet) -> io::Result<String> {
     Ok(if names.is_empty() { "none".to_owned() } else { names.join(",") })
 }
 
-/// Programs that are executed get no more privileges than this one has, which filters of calls require.
+/// Prevents executed programs from gaining privileges. Unprivileged seccomp filters require this.
 pub(super) fn refuse_new() -> io::Result<String> {
     set_no_new_privs(true)?;
     Ok("set".to_owned())

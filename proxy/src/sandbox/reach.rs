@@ -1,4 +1,4 @@
-//! The files and ports that can be reached (Landlock, landlock(7)).
+//! The files and ports that can be accessed (Landlock, landlock(7)).
 
 use std::error::Error;
 use std::io;
@@ -11,15 +11,15 @@ use landlock::{
 
 use super::{Changes, Needs};
 
-/// What strict confinement asks for: ports (Linux 6.7). Signals and abstract sockets (6.12) are restricted
-/// where they can be.
+/// What strict confinement requires: ports (Linux 6.7). Signals and abstract sockets (6.12) are restricted if
+/// the kernel supports it.
 const NEEDED: ABI = ABI::V4;
 const WANTED: ABI = ABI::V6;
 
-/// Bounds for changes, which are read when the first UDP mapping comes.
+/// The network settings, which the first UDP mapping reads when it is added.
 const NETWORK_SETTINGS: &str = "/proc/sys/net/ipv4";
 
-/// Restricts the process to what it needs; says how far that is enforced.
+/// Restricts the process to what it needs, and returns how far that is enforced.
 pub(super) fn restrict(needs: &Needs<'_>, strict: bool) -> io::Result<String> {
     let level = if strict { CompatLevel::HardRequirement } else { CompatLevel::BestEffort };
     let status = rules(needs, level).and_then(RulesetCreated::restrict_self).map_err(kernels_answer)?;
@@ -32,7 +32,7 @@ pub(super) fn restrict(needs: &Needs<'_>, strict: bool) -> io::Result<String> {
     }
 }
 
-/// What the kernel answered, as far as it is the cause.
+/// The kernel's error, if it is the cause.
 fn kernels_answer(error: RulesetError) -> io::Error {
     let (mut answer, mut cause) = (None, error.source());
     while let Some(error) = cause {
@@ -53,7 +53,7 @@ fn rules(needs: &Needs<'_>, level: CompatLevel) -> Result<RulesetCreated, Rulese
     let created = ruleset.create()?;
     match &needs.changes {
         Some(changes) => allow_changes(created, changes),
-        // No address can be bound any more. (A connect takes its local port without.)
+        // Binding is refused for all ports. (A connect does not need it for its local port.)
         None => created
             .add_rules(needs.tcp_backends.iter().map(|port| Ok(NetPort::new(*port, AccessNet::ConnectTcp)))),
     }
@@ -69,9 +69,9 @@ fn allow_changes(created: RulesetCreated, changes: &Changes<'_>) -> Result<Rules
     ];
     let rules = allowed.into_iter().filter_map(|(path, access)| {
         let path = path?;
-        // The parent of a mere name is the directory that we are in.
+        // The parent of a bare file name is the current directory.
         let path = if path.as_os_str().is_empty() { ".".into() } else { path };
-        // What is not there cannot be reached.
+        // A path that does not exist needs no rule.
         let fd = PathFd::new(path).ok()?;
         Some(Ok(PathBeneath::new(fd, access)))
     });

@@ -1,4 +1,4 @@
-//! The user to go on as: `USER[:GROUP]`, by name or number.
+//! The user to change to: `USER[:GROUP]`, by name or number.
 
 use std::fmt;
 use std::fs;
@@ -8,9 +8,9 @@ use std::str::FromStr;
 
 use nix::unistd::{Gid, Uid, fchown};
 
-/// A user and a group that exist, or have numbers.
+/// A user and a group.
 ///
-/// Names are looked up in `/etc/passwd` and `/etc/group` alone: other sources would take shared libraries,
+/// Names are only looked up in `/etc/passwd` and `/etc/group`: other sources would need shared libraries,
 /// which a static program does not have.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct User {
@@ -28,7 +28,8 @@ impl User {
         self.gid
     }
 
-    /// Makes this user the owner of a socket. Sockets of one user alone can share a port (socket(7), `SO_REUSEPORT`).
+    /// Makes this user the owner of a socket. Only sockets of the same user can share a port (socket(7),
+    /// `SO_REUSEPORT`).
     ///
     /// # Errors
     /// Those of fchown(2).
@@ -63,12 +64,12 @@ impl User {
     }
 }
 
-/// The line of `name` in a file of colon-separated fields (passwd(5), group(5)).
+/// Returns the line of `name` in a file of colon-separated fields (passwd(5), group(5)).
 fn find<'a>(file: &'a str, name: &str) -> Option<&'a str> {
     file.lines().find(|line| line.split(':').next() == Some(name) && !name.is_empty())
 }
 
-/// A field of a line, which has to be a number.
+/// Parses a field of a line as a number.
 fn number(line: &str, field: usize) -> Option<u32> {
     line.split(':').nth(field)?.parse().ok()
 }

@@ -35,8 +35,7 @@ pub(crate) struct Target {
 }
 
 /// How new connections and flows of a mapping are served. A change of the limits creates a new policy;
-/// existing
-/// connections keep the one they started with.
+/// existing connections keep the one they started with.
 #[derive(Debug)]
 pub(crate) struct MappingPolicy {
     /// The limits of connections and flows.
@@ -73,8 +72,7 @@ pub(crate) struct Capacity {
 
 impl Capacity {
     /// Requests a notification when the next connection or flow ends. Returns whether one was already
-    /// requested. If not,
-    /// one may have ended in between, so the caller has to recheck.
+    /// requested. If not, one may have ended in between, so the caller has to recheck.
     pub(crate) fn request(&self) -> bool {
         self.is_awaited.swap(true, Ordering::SeqCst)
     }
@@ -100,8 +98,8 @@ impl MappingState {
     }
 
     /// Whether to log that the mapping is full: not if it was already full and has not been half empty since,
-    /// and not within
-    /// [`TOLD_FULL`] of the last line. A small mapping becomes half empty whenever a connection ends.
+    /// and not within [`TOLD_FULL`] of the last line. A small mapping becomes half empty whenever a
+    /// connection ends.
     pub(crate) fn tell_full(&self) -> bool {
         self.tell_full_at(Instant::now())
     }

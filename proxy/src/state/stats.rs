@@ -1,8 +1,7 @@
 //! Counters of a mapping.
 //!
 //! The data path updates them once per wake-up or batch, with relaxed ordering. A reader sees a recent value
-//! of each
-//! counter, but not a consistent snapshot of all.
+//! of each counter, but not a consistent snapshot of all.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -51,16 +50,13 @@ pub enum FailureKind {
     /// A datagram was lost because the network refused it, at once or later (ICMP).
     DatagramRefused,
     /// A datagram was lost because a queue here or a socket's receive buffer was full, or because its flow
-    /// ended while it
-    /// was queued.
+    /// ended while it was queued.
     NoBuffer,
     /// A datagram was lost because it is larger than the path allows.
     TooLarge,
     /// A datagram was dropped because of its source. Either no client can have sent it (the source is the
-    /// backend, a
-    /// listener of this process, or not a valid address), or it is a reply to a flow that accepts any port,
-    /// but from another
-    /// address.
+    /// backend, a listener of this process, or not a valid address), or it is a reply to a flow that accepts
+    /// any port, but from another address.
     Forged,
 }
 

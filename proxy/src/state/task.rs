@@ -1,8 +1,7 @@
 //! The tasks that service listeners, as seen by their owner.
 //!
 //! There is one task for TCP and one for UDP. They receive commands as messages, so that the data path needs
-//! no locks and
-//! any thread can send them.
+//! no locks and any thread can send them.
 
 use std::io;
 use std::net::SocketAddr;
@@ -25,8 +24,7 @@ pub(crate) enum Command {
     /// Serve these listeners like this from now on, whether they are new or not.
     Serve(Vec<Binding>),
     /// Accept nothing new from these listeners, let existing connections and flows finish, and close the
-    /// listeners. The
-    /// sender is notified once nothing new is accepted.
+    /// listeners. The sender is notified once nothing new is accepted.
     Release(Vec<Arc<WatchedListener>>, oneshot::Sender<()>),
     /// Close all listeners, because another process serves them and the paused flows.
     Leave,
@@ -149,8 +147,7 @@ impl ListenerTask {
     }
 
     /// Accepts nothing new from listeners, and closes them once they are drained. The receiver is notified
-    /// when nothing new
-    /// is accepted.
+    /// when nothing new is accepted.
     pub(crate) fn release(&self, ports: Vec<Arc<WatchedListener>>) -> oneshot::Receiver<()> {
         let (done, is_done) = oneshot::channel();
         self.tell(Command::Release(ports, done));
