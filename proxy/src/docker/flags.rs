@@ -1,21 +1,21 @@
 //! The flags of docker-proxy, in the syntax of Go's `flag` package.
 //!
-//! Parsed here and not by clap: a flag takes one dash or two, its value follows `=` or a blank,
-//! parsing stops at the first other argument, and a process per port should start in no time.
+//! They are not parsed by clap: a flag has one dash or two, its value follows `=` or a space, parsing stops
+//! at the first positional argument, and a process per port has to start quickly.
 
 use std::ffi::OsString;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
 
-/// The flags that only docker-proxy has; with one dash or two they choose this front end.
+/// Flags that only docker-proxy has. With one dash or two, they select this front end.
 const DISTINCTIVE: [&str; 6] =
     ["host-ip", "host-port", "container-ip", "container-port", "use-listen-fd", "v"];
 
-/// Flags that standalone use spells with two dashes; with one dash they choose this front end.
+/// Flags that the standalone front end spells with two dashes. With one dash, they select this front end.
 const ONE_DASH: [&str; 2] = ["proto", "version"];
 
-/// Whether `args`, without the program's name, are those of docker-proxy: the first is a flag, as
-/// Go's parser wants it, and one of them is a flag that only docker-proxy has.
+/// Whether `args`, without the program's name, are those of docker-proxy: the first argument is a flag, as
+/// Go's parser requires, and at least one flag only exists in docker-proxy.
 pub fn is_docker_proxy_command(args: &[OsString]) -> bool {
     let starts_with_flag =
         args.first().and_then(|arg| arg.to_str()).is_some_and(|arg| flag_of(arg).is_some());
@@ -24,7 +24,7 @@ pub fn is_docker_proxy_command(args: &[OsString]) -> bool {
     starts_with_flag && words().any(is_ours) && !words().any(is_standalone)
 }
 
-/// Whether a word of the command line is a flag that standalone use does not have.
+/// Whether an argument is a flag that the standalone front end does not have.
 fn is_ours(word: &str) -> bool {
     let Some(flag) = word.strip_prefix('-') else {
         return false;
@@ -94,7 +94,7 @@ impl Flags {
         Ok(flags)
     }
 
-    /// Sets one flag, from the value after its `=` or else, unless it is a boolean, from `next`.
+    /// Sets one flag from the value after its `=`, or, unless it is a boolean, from `next`.
     fn set<'a>(
         &mut self,
         name: &str,
@@ -117,7 +117,7 @@ impl Flags {
     }
 }
 
-/// The flag that `arg` is, without its dashes; `None` where Go's parser stops.
+/// Returns the flag in `arg` without its dashes, or `None` where Go's parser stops.
 fn flag_of(arg: &str) -> Option<&str> {
     let one = arg.strip_prefix('-').filter(|flag| !flag.is_empty())?;
     match one.strip_prefix('-') {
@@ -135,7 +135,7 @@ fn parse_ip(name: &str, value: &str) -> Result<IpAddr, UsageError> {
     value.parse().map_err(|_err| invalid(name, value, "an IP address"))
 }
 
-/// A decimal number, or one with Go's prefix for another base.
+/// Parses a decimal number, or one with Go's prefix for another base.
 fn parse_int(name: &str, value: &str) -> Result<i64, UsageError> {
     let (sign, digits) = match value.strip_prefix('-') {
         Some(digits) => (-1, digits),
@@ -155,7 +155,7 @@ fn parse_int(name: &str, value: &str) -> Result<i64, UsageError> {
         .ok_or_else(|| invalid(name, value, "a number"))
 }
 
-/// A flag without a value is true; with one, the words of Go's `strconv.ParseBool`.
+/// Parses a boolean. A flag without a value is true; a value is one of those of Go's `strconv.ParseBool`.
 fn parse_bool(name: &str, inline: Option<&str>) -> Result<bool, UsageError> {
     match inline {
         None | Some("1" | "t" | "T" | "true" | "TRUE" | "True") => Ok(true),
@@ -164,22 +164,22 @@ fn parse_bool(name: &str, inline: Option<&str>) -> Result<bool, UsageError> {
     }
 }
 
-/// A command line that is not docker-proxy's; its message ends with the usage.
+/// An invalid command line; the message ends with the usage.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum UsageError {
-    /// `-h`: not wrong, but answered the same way.
+    /// `-h`: not an error, but the output is the same.
     Help,
     /// A flag that does not exist.
     Unknown(String),
-    /// A flag at the end without its value.
+    /// The last flag lacks its value.
     MissingValue(String),
-    /// A value of the wrong kind.
+    /// A value of the wrong type.
     Invalid {
         /// The flag.
         name: String,
         /// What was given.
         value: String,
-        /// What it takes.
+        /// The expected type.
         wanted: &'static str,
     },
 }

@@ -1,8 +1,8 @@
 //! The front end for container runtimes: the command line and the descriptors of docker-proxy.
 //!
-//! The contract is that of moby's `cmd/docker-proxy/main_linux.go` and of its caller,
-//! `daemon/libnetwork/portmapper/proxy_linux.go`: Go flags; a status pipe at descriptor 3; and, with
-//! `-use-listen-fd`, the listener at descriptor 4. The runtime stops us with a signal and waits
+//! The interface is defined by moby's `cmd/docker-proxy/main_linux.go` and its caller,
+//! `daemon/libnetwork/portmapper/proxy_linux.go`: Go flags, a status pipe at descriptor 3, and, with
+//! `-use-listen-fd`, the listener at descriptor 4. The runtime stops the proxy with a signal and waits
 //! without a limit, so nothing is drained.
 
 mod flags;
@@ -34,21 +34,21 @@ use crate::runtime::signals::StopSignals;
 use crate::runtime::{new_runtime, prepare, raise_descriptor_limit};
 use crate::sandbox::{self, Mode, Needs, SandboxError};
 
-/// The descriptor of the listener that `-use-listen-fd` speaks of.
+/// The descriptor of the listener for `-use-listen-fd`.
 const LISTENER_FD: i32 = 4;
 
-/// What a proxy of dockerd does not die of. They reach it with the process group of a dockerd in the foreground,
-/// which goes on as well: it reads its configuration again at `SIGHUP`.
+/// Signals that dockerd's proxies ignore. A dockerd in the foreground shares its process group with them, and
+/// survives these signals as well: it reloads its configuration on `SIGHUP`.
 const MEANINGLESS: [Signal; 4] = [Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGUSR2, Signal::SIGALRM];
 
-/// Runs as docker-proxy until a signal ends it. `args` are those after the program's name.
+/// Runs as docker-proxy until a signal ends it. `args` exclude the program's name.
 pub fn main(args: &[OsString]) -> ExitCode {
     let status = StatusPipe::claim();
     let flags = match Flags::parse(args) {
         Ok(flags) => flags,
         Err(usage) => {
             console::err(&usage);
-            // As Go's flag package: asking for help is no mistake.
+            // As in Go's flag package, a request for help is not an error.
             return if usage == UsageError::Help { ExitCode::SUCCESS } else { ExitCode::from(2) };
         }
     };
@@ -70,7 +70,7 @@ pub fn main(args: &[OsString]) -> ExitCode {
         }
     };
     report(status.ready());
-    // Only now, so that the runtime need not wait for it. Nobody has been served yet.
+    // After readiness, so that the runtime need not wait for it, but before any client is served.
     if mode != Mode::Strict
         && let Err(error) = confine(mode, &needs, &server)
     {
@@ -94,7 +94,7 @@ pub fn main(args: &[OsString]) -> ExitCode {
     ExitCode::SUCCESS
 }
 
-/// What serves.
+/// What a started proxy owns.
 struct Started {
     runtime: Runtime,
     server: Server,
@@ -102,7 +102,7 @@ struct Started {
     needs: Needs<'static>,
 }
 
-/// Everything that has to be there before the runtime is told that clients are served.
+/// Completes every step that has to precede readiness.
 fn start(flags: &Flags, inherited: Option<io::Result<OwnedFd>>, mode: Mode) -> Result<Started, StartError> {
     let setup = |step| move |source| StartError::Setup { step, source };
     let bound = bind(flags, inherited)?;
@@ -118,20 +118,20 @@ fn start(flags: &Flags, inherited: Option<io::Result<OwnedFd>>, mode: Mode) -> R
     Ok(Started { runtime, server, stop, needs })
 }
 
-/// Returns up what serving does not need. What files say is asked before.
+/// Confines the process, after counting the CPUs, whose files it can no longer read then.
 fn confine(mode: Mode, needs: &Needs<'_>, server: &Server) -> Result<(), SandboxError> {
     server.look_at_processors();
     sandbox::confine(mode, needs)
 }
 
-/// A runtime that went away does not read its pipe any more; its signal is on its way.
+/// Logs a failed report. If the runtime is gone, nobody reads the pipe, and a signal will follow.
 fn report(written: io::Result<()>) {
     if let Err(error) = written {
         warn!(%error, "cannot write to the status pipe");
     }
 }
 
-/// Binds what the flags ask for, or adopts the listener that came with them.
+/// Binds the host address of the flags, or adopts the passed listener.
 fn bind(flags: &Flags, inherited: Option<io::Result<OwnedFd>>) -> Result<BoundPort, StartError> {
     let port_mapping = port_mapping(flags)?;
     let bound = match inherited {
@@ -165,22 +165,22 @@ fn port_mapping(flags: &Flags) -> Result<PortMapping, StartError> {
         protocol,
         host: HostSocketAddr::new(flags.host_ip, host_port),
         backend: backend.of_one().map_err(StartError::ContainerIp)?,
-        // As Go's "tcp6": the runtime starts another proxy for IPv4.
+        // As Go's "tcp6": the runtime starts a separate proxy for IPv4.
         v6only: true,
     };
     Ok(port_mapping)
 }
 
-/// Why the proxy could not start; the runtime shows it to the user.
+/// Why the proxy could not start; the runtime shows the message to the user.
 #[derive(Debug, thiserror::Error)]
 enum StartError {
-    /// A protocol that is not relayed.
+    /// An unsupported protocol.
     #[error("-proto {0}: this protocol is not supported; tcp and udp are")]
     Protocol(String),
     /// A port that is missing; Go's default is -1.
     #[error("{0} is missing; give the port, as in {0} 80")]
     MissingPort(&'static str),
-    /// A number that is no port.
+    /// A number that is not a port.
     #[error("{flag} {port}: ports are numbers from 0 to 65535")]
     Port {
         /// The flag at fault.
@@ -191,7 +191,7 @@ enum StartError {
     /// The container's address cannot be connected to.
     #[error("-container-port: {0}")]
     Container(#[source] AddrError),
-    /// The container's address is that of many.
+    /// The container's address is a broadcast or multicast address.
     #[error("-container-ip: {0}")]
     ContainerIp(#[source] AddrError),
     /// The mapping leads to itself.

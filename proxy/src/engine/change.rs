@@ -1,8 +1,8 @@
-//! Changing what a running server serves.
+//! Changes of what a running server serves.
 //!
-//! A change is prepared first: everything that can fail, above all binding, happens on sockets that
-//! nobody is served on yet. Then it is committed, which cannot fail; or dropped, and nothing has
-//! changed. Sockets go over from a mapping that goes to one that comes, if both listen there.
+//! A change is first prepared: every step that can fail, binding above all, uses sockets on which no client
+//! is served yet. Then it is committed, which cannot fail, or dropped, and nothing has changed. An added
+//! mapping reuses the socket of a removed one if both listen on the same address and port.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
@@ -29,10 +29,10 @@ use crate::runtime::start_thread;
 use crate::state::{Binding, MappingPolicy, Target};
 use crate::udp::stale;
 
-/// Stack of the thread that looks through the table of connections.
+/// Stack size of the thread that searches the conntrack table.
 const STACK_SIZE: usize = 256 * 1024;
 
-/// Why a change was not made; nothing has changed then.
+/// Why a change failed; nothing has changed then.
 #[derive(Debug, thiserror::Error)]
 pub enum ChangeError {
     /// Another mapping has the name.
@@ -44,7 +44,7 @@ pub enum ChangeError {
     /// Two mappings want the same port.
     #[error("{}: {_0}", .0.mapping.name())]
     Overlap(#[from] OverlapError),
-    /// A port that a mapping of another address has, which goes.
+    /// The port is bound at another address, by a mapping that this change removes.
     #[error(
         "{name}: port {port} is still bound by the mapping {other}, which this change removes; a port cannot move \
          between one address and all of them in one step: remove {other} first"
@@ -52,7 +52,7 @@ pub enum ChangeError {
     StillBound {
         /// The mapping.
         name: Name,
-        /// The one that goes; it may be the same one, at its old address.
+        /// The removed mapping; it may be the same mapping at its old address.
         other: Name,
         /// The port.
         port: u16,
@@ -73,7 +73,7 @@ pub enum ChangeError {
         /// Why.
         source: BindError,
     },
-    /// The new backend does not fit.
+    /// The new backend does not fit the mapping.
     #[error("{name}: {source}")]
     Mapping {
         /// The mapping.
@@ -86,32 +86,32 @@ pub enum ChangeError {
     Watch {
         /// The mapping.
         name: Name,
-        /// What epoll_ctl(2) answered.
+        /// The error of epoll_ctl(2).
         source: io::Error,
     },
 }
 
-/// The name of a mapping before why it cannot be bound, unless that says as much.
+/// The name of a mapping as a prefix to why it cannot be bound, unless the reason contains it.
 fn prefix(name: &Name, error: &BindError) -> String {
     let place = format!("{}/{}", error.addr, error.protocol);
     if name.as_str() == place { String::new() } else { format!("{name}: ") }
 }
 
-/// What a change came to.
+/// The result of a change.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Changed {
-    /// Mappings that are served since.
+    /// Mappings that were added.
     pub added: usize,
-    /// Mappings that lead elsewhere since, or have other limits.
+    /// Mappings that got another backend or other limits.
     pub changed: usize,
-    /// Mappings that are not served since.
+    /// Mappings that were removed.
     pub removed: usize,
     /// Mappings that were not touched.
     pub unchanged: usize,
 }
 
 impl Server {
-    /// Serves more mappings, or none of them.
+    /// Adds all of these mappings, or none.
     ///
     /// # Errors
     /// [`ChangeError`]
@@ -121,7 +121,7 @@ impl Server {
             let name = mapping.name();
             let served = self.registry.get(&name);
             if let (Some(served), None) = (served, mapping.given_name()) {
-                // Nobody chose the name: what is in the way may be the port that it follows from.
+                // The name is a default name, so the conflict may be about the port that it is derived from.
                 refuse_overlap(&[served.mapping.clone(), mapping.clone()])?;
             }
             if served.is_some() || !names.insert(name.clone()) {
@@ -133,7 +133,7 @@ impl Server {
         self.execute(Plan { add, unchanged: self.registry.len(), ..Plan::default() }).await
     }
 
-    /// Serves a mapping no more. Its connections and flows go on.
+    /// Removes a mapping. Its connections and flows continue.
     ///
     /// # Errors
     /// [`ChangeError::Unknown`]
@@ -145,10 +145,11 @@ impl Server {
         self.execute(Plan { remove: vec![name.clone()], unchanged, ..Plan::default() }).await
     }
 
-    /// Makes new connections of a mapping, and all datagrams, go to another backend. Connections that it has go on.
+    /// Sends new connections and all datagrams of a mapping to another backend. Existing connections
+    /// continue.
     ///
     /// # Errors
-    /// [`ChangeError::Unknown`], or [`ChangeError::Mapping`] if the ports do not fit.
+    /// [`ChangeError::Unknown`], or [`ChangeError::Mapping`] if the number of ports differs.
     pub async fn retarget(
         &mut self,
         name: &Name,
@@ -165,14 +166,14 @@ impl Server {
         }
         let mut mapping = served.mapping.retargeted(backend, ports).map_err(wrong)?;
         if mapping.name() != *name {
-            // The default name of a random port has the backend's in it.
+            // The default name of a random port contains the backend's port.
             mapping = mapping.named(name.clone());
         }
         let unchanged = self.registry.len() - 1;
         self.execute(Plan { change: vec![(name.clone(), mapping)], unchanged, ..Plan::default() }).await
     }
 
-    /// Serves exactly these mappings from now on. What did not change is not touched.
+    /// Serves exactly these mappings from now on. Unchanged ones are not touched.
     ///
     /// # Errors
     /// [`ChangeError`]
@@ -195,7 +196,7 @@ impl Server {
         Ok(changed)
     }
 
-    /// Everything that can fail. It may be given up at any point, and nothing has changed then.
+    /// Completes every step that can fail. Dropped at any point, it has changed nothing.
     async fn prepare(&mut self, plan: Plan) -> Result<Prepared, ChangeError> {
         self.refuse_loops(&plan)?;
         let changed = plan.change.into_iter().map(|(name, mapping)| self.prepare_change(name, mapping));
@@ -205,7 +206,7 @@ impl Server {
         let mut add = plan.add;
         let missing = add.iter().map(|(_name, mapping)| mapping.sockets()).sum();
         let mut prepared = Prepared { added, changed, removed: plan.remove, spare, missing };
-        // Those that may choose choose last.
+        // Mappings with a choice of ports are bound last.
         add.sort_by_key(|(_name, mapping)| mapping.host_ports().freedom());
         for (name, mapping) in add {
             let served = self.prepare_new(&name, mapping, &mut prepared).await?;
@@ -223,7 +224,7 @@ impl Server {
         ports.map(|Binding { port, target }| (BindKey::of(&target.port_mapping), port.clone())).collect()
     }
 
-    /// Refuses what would lead back to itself, as far as its ports are known.
+    /// Refuses mappings that lead back to themselves, as far as their ports are known.
     fn refuse_loops(&self, Plan { add, change, remove, .. }: &Plan) -> Result<(), ChangeError> {
         let (mut names, mut hops) = (Vec::new(), Vec::new());
         for (name, mapping) in add {
@@ -240,7 +241,7 @@ impl Server {
         refused.map_err(|source| ChangeError::Loop { name: names[source.mapping].clone(), source })
     }
 
-    /// The same for those that have chosen their ports.
+    /// The same check for mappings whose ports have been chosen by now.
     fn refuse_loops_of_chosen(&self, prepared: &Prepared) -> Result<(), ChangeError> {
         let Prepared { added, changed, removed, .. } = prepared;
         let hops = |chosen: bool| {
@@ -263,8 +264,8 @@ impl Server {
         refused.map_err(|source| ChangeError::Loop { name: added[source.mapping].0.clone(), source })
     }
 
-    /// Where the mappings lead that are served, but for those that are `gone`; none if nothing in `from` leads to a
-    /// port of theirs, which is soon found out.
+    /// The hops of the served mappings, except for those in `gone`. Returns none if nothing in `from` leads
+    /// to a port of theirs, which is cheap to determine.
     fn hops_without<'a>(
         &'a self,
         gone: &'a HashSet<&Name>,
@@ -287,7 +288,7 @@ impl Server {
         let mut ports = Vec::with_capacity(mapping.sockets());
         if let HostPorts::Exactly(_) = mapping.host_ports() {
             for port_mapping in mapping.port_mappings() {
-                // Whoever waits for signals beside this gets a turn.
+                // Yields, so that the caller can also handle signals.
                 consume_budget().await;
                 let place = BindKey::of(&port_mapping);
                 ports.push(match prepared.spare.remove(&place).or_else(|| self.leaving.get(&place)) {
@@ -311,7 +312,7 @@ impl Server {
         Ok(Served { mapping, policy, ports })
     }
 
-    /// Binds a port. Flows that use it towards their backends give way.
+    /// Binds a port. If flows use it as their local port, they release it.
     async fn bind(&self, port_mapping: PortMapping) -> Result<BoundPort, BindError> {
         match BoundPort::bind(port_mapping) {
             Err(error)
@@ -325,7 +326,7 @@ impl Server {
         }
     }
 
-    /// Why a mapping cannot be bound; it may be because of another one, served or of the same change.
+    /// Why a mapping cannot be bound. Another mapping may be the cause, served or part of the same change.
     fn bind_error(
         &self,
         name: &Name,
@@ -343,7 +344,7 @@ impl Server {
         }
     }
 
-    /// A mapping on the sockets that it has, otherwise served.
+    /// A mapping with a new policy on its existing sockets.
     fn prepare_change(&self, name: Name, mapping: Mapping) -> Result<(Name, Served), ChangeError> {
         let Some(old) = self.registry.get(&name) else {
             return Err(ChangeError::Unknown(name));
@@ -362,7 +363,7 @@ impl Server {
         Ok((name, Served { mapping, policy, ports }))
     }
 
-    /// Does what was prepared.
+    /// Applies what was prepared.
     async fn commit(&mut self, prepared: Prepared) {
         let Prepared { added, changed, removed, spare, .. } = prepared;
         let ports = |set: &[(Name, Served)]| -> Vec<Binding> {
@@ -390,7 +391,7 @@ impl Server {
     }
 }
 
-/// What `mapping` says of sockets that are there already, wherever they listen.
+/// The port mappings of `mapping` for existing sockets, at the addresses where they listen.
 fn on_sockets(sockets: &[Binding], mapping: &Mapping) -> impl Iterator<Item = PortMapping> {
     sockets.iter().zip(mapping.port_mappings()).map(|(old, new)| {
         let PortMapping { host, v6only, .. } = old.target.port_mapping;
@@ -402,8 +403,8 @@ fn hops_of(index: usize, served: &Served) -> Vec<Hop<'_>> {
     Hop::of_sockets(index, &served.mapping, served.ports.iter().map(|port| port.target.port_mapping))
 }
 
-/// Makes the kernel forget flows to new ports, without waiting for it: looking through the table of
-/// connections takes 20 ms, however few there are. Without a thread to be had, that is waited for.
+/// Deletes stale conntrack entries of new ports in the background: searching the table takes 20 ms, however
+/// few entries it has. Without a thread for it, the caller waits.
 fn forget_stale_flows(new: &[Binding]) {
     let udp = new
         .iter()
@@ -418,22 +419,21 @@ fn forget_stale_flows(new: &[Binding]) {
     }
 }
 
-/// A change of which everything that can fail is done.
+/// A change whose failing steps are all done.
 struct Prepared {
     added: Vec<(Name, Served)>,
     changed: Vec<(Name, Served)>,
     removed: Vec<Name>,
     /// Sockets of removed mappings that no added one uses.
     spare: Spare,
-    /// How many sockets are still to be bound, or taken over.
+    /// The number of sockets still to be bound or reused.
     missing: usize,
 }
 
 type Spare = HashMap<BindKey, Arc<WatchedListener>>;
 
 impl BindError {
-    /// The lowest of the ports, and the one among the `served` mappings that has it, if each port that would have
-    /// done is taken by one of them.
+    /// If served mappings occupy each candidate port, returns the lowest port and the mapping that has it.
     fn taken_by<'a>(
         &self,
         mapping: &Mapping,
@@ -461,8 +461,7 @@ impl BindError {
     }
 }
 
-/// Sockets that were released, as long as they are open: those of UDP stay until their flows are
-/// quiet.
+/// Released sockets that are still open. UDP sockets stay open until their flows are quiet.
 #[derive(Debug, Default)]
 pub(crate) struct Leaving {
     sockets: HashMap<BindKey, Weak<WatchedListener>>,
@@ -478,12 +477,12 @@ impl Leaving {
         }
     }
 
-    /// The one at `place`, if it is open.
+    /// The socket with this key, if it is still open.
     fn get(&self, place: &BindKey) -> Option<Arc<WatchedListener>> {
         self.sockets.get(place)?.upgrade()
     }
 
-    /// Notes that what is at `place` is served again.
+    /// Records that the socket with this key is served again.
     fn forget(&mut self, place: &BindKey) {
         self.sockets.remove(place);
     }

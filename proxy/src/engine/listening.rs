@@ -1,5 +1,5 @@
-//! Where the sockets of a mapping really listen, as text: at the ports that were chosen, and at the addresses of
-//! sockets that were passed.
+//! Formats where the sockets of a mapping actually listen, including ports that were chosen and addresses of
+//! inherited sockets.
 
 use tracing::info;
 
@@ -8,15 +8,15 @@ use crate::mapping::addr::ScopedIp;
 use crate::mapping::name::Name;
 
 impl Served {
-    /// The host ports that are bound, TCP's before UDP's if these are others: `49160,50001-50003`.
+    /// The bound host ports, as in `49160,50001-50003`. If UDP's differ from TCP's, they follow these.
     pub fn bound_ports(&self) -> String {
         let ports: Vec<u16> = self.host_ports().collect();
         let (tcp, udp) = ports.split_at(ports.len().min(self.mapping.backend_ports().count()));
         ports_text(if tcp == udp { tcp } else { &ports })
     }
 
-    /// The host addresses that are bound, if it is not the one that was asked for: a socket that was passed listens
-    /// where whoever bound it wanted.
+    /// The bound host addresses, if they differ from the requested one. An inherited socket listens wherever
+    /// it was bound.
     pub fn bound_host(&self) -> Option<String> {
         let mut hosts: Vec<ScopedIp> = Vec::new();
         for binding in &self.ports {
@@ -29,7 +29,7 @@ impl Served {
         (!is_as_asked).then(|| hosts.iter().map(ToString::to_string).collect::<Vec<_>>().join(","))
     }
 
-    /// Says in the log that it is served, and where.
+    /// Logs that the mapping is served, and where.
     pub(crate) fn announce(&self, name: &Name) {
         let mapping = &self.mapping;
         let host = self.bound_host().unwrap_or_else(|| mapping.host().to_string());
@@ -39,8 +39,7 @@ impl Served {
     }
 }
 
-/// Ports in their order, rows of them as ranges: `8080`, `8000-8010`,
-/// `49160,50001-50003`.
+/// Formats ports in order, consecutive ones as ranges: `8080`, `8000-8010`, `49160,50001-50003`.
 fn ports_text(ports: &[u16]) -> String {
     let mut rows: Vec<(u16, u16)> = Vec::new();
     for &port in ports {

@@ -1,7 +1,7 @@
-//! The engine: the tasks that serve mappings, which mappings these are, and how they end.
+//! The engine: the served mappings, the tasks that service them, and how they end.
 //!
-//! A server can be told what to serve from any thread ([`change`]), while its tasks run on the runtime
-//! that it was started on.
+//! Any thread can change what a server serves ([`change`]), while its tasks stay on the runtime it was
+//! started on.
 //!
 //! [`change`]: crate::engine::change
 
@@ -42,18 +42,18 @@ use crate::udp::relay::UdpRelay;
 pub struct Server {
     runtime: Handle,
     workers: Arc<Workers>,
-    /// What connections and flows give back when they end.
+    /// Notified when connections and flows end.
     capacity: Arc<Capacity>,
     tasks: Tasks,
     pub(crate) registry: Registry,
-    /// Sockets of no mapping that has a name.
+    /// Sockets that do not belong to a named mapping.
     nameless: Vec<Binding>,
-    /// Whether connections need descriptors beside flows, now or later.
+    /// Whether TCP connections need descriptors beside flows, now or later.
     beside_tcp: bool,
     pub(crate) leaving: Leaving,
 }
 
-/// The tasks that serve listeners, each started with its first one.
+/// The tasks that service listeners. Each is started with its first listener.
 #[derive(Debug, Default)]
 struct Tasks {
     tcp: Option<ListenerTask>,
@@ -61,11 +61,11 @@ struct Tasks {
 }
 
 impl Server {
-    /// Prepares to serve `mappings` on the runtime of the calling thread, and on others when needed, so that
-    /// serving all of them cannot fail. If they `may_change`, there may be TCP mappings later.
+    /// Prepares to serve `mappings` on the runtime of the calling thread, and on further ones when needed, so
+    /// that `serve_all` cannot fail. With `may_change`, TCP mappings may be added later.
     ///
     /// # Errors
-    /// What epoll_ctl(2) answered for a listener.
+    /// Those of epoll_ctl(2).
     ///
     /// # Panics
     /// Outside a tokio runtime.
@@ -82,7 +82,7 @@ impl Server {
         Ok(server)
     }
 
-    /// Starts to serve all that it is prepared for, and `flows` that another process served before.
+    /// Starts to serve what was prepared, and the `flows` that another process served before.
     pub(crate) fn serve_all(&self, flows: LiveFlows) {
         self.serve(self.bindings().cloned().collect());
         if let Some(udp) = &self.tasks.udp {
@@ -90,7 +90,7 @@ impl Server {
         }
     }
 
-    /// Says in the log what is served, and where; to be called once clients are.
+    /// Logs what is served, and where. Call it once clients are served.
     pub fn announce(&self) {
         self.registry.iter().for_each(|(name, served)| served.announce(name));
         for Binding { target, .. } in &self.nameless {
@@ -98,10 +98,10 @@ impl Server {
         }
     }
 
-    /// Starts to serve bound ports, each under its own limits, on the runtime of the calling thread.
+    /// Starts to serve bound ports, each with its own limits, on the runtime of the calling thread.
     ///
     /// # Errors
-    /// What epoll_ctl(2) answered for a listener.
+    /// Those of epoll_ctl(2).
     ///
     /// # Panics
     /// Outside a tokio runtime.
@@ -130,12 +130,12 @@ impl Server {
         }
     }
 
-    /// Looks how many processors there are for workers, while the files can be read that say so.
+    /// Counts the processors available to workers before confinement blocks the files with the quota.
     pub fn look_at_processors(&self) {
         self.workers.look_at_processors();
     }
 
-    /// The mappings that are served.
+    /// The served mappings.
     pub fn registry(&self) -> &Registry {
         &self.registry
     }
@@ -144,7 +144,7 @@ impl Server {
         Arc::new(MappingPolicy { limits, state: Arc::new(MappingState::new(self.capacity.clone())) })
     }
 
-    /// Makes a bound port one of the listeners, to be served later.
+    /// Adds a bound port to the listeners, to be served later.
     pub(crate) fn assign(&mut self, port: BoundPort, policy: &Arc<MappingPolicy>) -> io::Result<Binding> {
         let BoundPort { port_mapping, listener } = port;
         let task = self.task(port_mapping.protocol)?;
@@ -156,7 +156,7 @@ impl Server {
         Ok(Binding { port, target })
     }
 
-    /// The task for `protocol`, started if this is the first time that it is needed.
+    /// The task for `protocol`, which is started on first use.
     fn task(&mut self, protocol: Protocol) -> io::Result<&ListenerTask> {
         let _entered = self.runtime.enter();
         match protocol {
@@ -185,14 +185,15 @@ impl Server {
         }
     }
 
-    /// Serves listeners otherwise from now on.
+    /// Changes how listeners are served.
     pub(crate) fn change_routes(&self, bindings: Vec<Binding>) {
         for (task, bindings) in self.by_task(bindings, protocol_of) {
             task.change(bindings);
         }
     }
 
-    /// Takes nothing new from listeners, and closes them in the end. Returns when the former is so.
+    /// Accepts nothing new from listeners, and closes them once they are drained. Returns when nothing new is
+    /// accepted.
     pub(crate) async fn release(&self, ports: Vec<(Protocol, Arc<WatchedListener>)>) {
         for (task, ports) in self.by_task(ports, |(protocol, _port)| *protocol) {
             let released = task.release(ports.into_iter().map(|(_protocol, port)| port).collect());
@@ -201,15 +202,15 @@ impl Server {
         }
     }
 
-    /// Waits until the tasks that serve listeners have handled the commands before this.
+    /// Waits until the tasks have handled all earlier commands.
     pub(crate) async fn until_responsive(&self) {
         for task in [&self.tasks.tcp, &self.tasks.udp].into_iter().flatten() {
-            // If the task is gone, `failed` tells.
+            // If the task is gone, `failed` reports it.
             drop(task.release(Vec::new()).await);
         }
     }
 
-    /// All sockets: mapping by mapping, as [`Registry::iter`] gives them.
+    /// All sockets, in the order of mappings of [`Registry::iter`].
     fn bindings(&self) -> impl Iterator<Item = &Binding> {
         self.registry.iter().flat_map(|(_name, served)| &served.ports)
     }
@@ -219,25 +220,25 @@ impl Server {
         self.bindings().map(|binding| binding.port.as_fd())
     }
 
-    /// Those for UDP.
+    /// The descriptors of the UDP sockets.
     pub(crate) fn udp_sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let udp = self.bindings().filter(|binding| udp_number(binding).is_some());
         udp.map(|binding| binding.port.as_fd())
     }
 
-    /// The numbers of the UDP listeners, and their places among [`Server::sockets`].
+    /// The numbers of the UDP listeners, and their indices in [`Server::sockets`].
     pub(crate) fn udp_listeners(&self) -> impl Iterator<Item = (usize, usize)> {
         let numbered = self.bindings().enumerate();
         numbered.filter_map(|(place, binding)| Some((udp_number(binding)?, place)))
     }
 
-    /// The numbers of the listeners of some mappings, as far as they are for UDP.
+    /// The numbers of the listeners of some mappings, or `None` for TCP.
     pub(crate) fn udp_listeners_of(&self, names: &[Name]) -> Vec<Option<usize>> {
         let served = names.iter().filter_map(|name| self.registry.get(name));
         served.flat_map(|served| &served.ports).map(udp_number).collect()
     }
 
-    /// Leaves all datagrams where they are until [`Server::resume`], and gives the flows that there are.
+    /// Leaves all datagrams in the kernel until [`Server::resume`], and returns the flows.
     pub(crate) async fn pause(&self) -> LiveFlows {
         let Some(udp) = &self.tasks.udp else { return LiveFlows::default() };
         let (flows, given) = oneshot::channel();
@@ -246,7 +247,7 @@ impl Server {
         given.await.unwrap_or_default()
     }
 
-    /// Ends flows that use one of these local ports, which are to be bound.
+    /// Ends flows that use one of these local ports, so that it can be bound.
     pub(crate) async fn give_way(&self, ports: Vec<u16>) {
         let Some(udp) = &self.tasks.udp else { return };
         let (done, is_done) = oneshot::channel();
@@ -255,13 +256,13 @@ impl Server {
         drop(is_done.await);
     }
 
-    /// Goes on after [`Server::pause`].
+    /// Resumes after [`Server::pause`].
     pub(crate) fn resume(&self) {
         self.tasks.udp.iter().for_each(|udp| udp.flows(FlowCommand::Resume));
     }
 
-    /// Leaves all sockets, and the flows that are paused, to another process that serves them already.
-    /// Connections go on.
+    /// Leaves all sockets and the paused flows to another process that already serves them. Connections
+    /// continue.
     pub(crate) fn leave(&self) {
         [&self.tasks.tcp, &self.tasks.udp].into_iter().flatten().for_each(ListenerTask::leave);
     }
@@ -279,7 +280,7 @@ impl Server {
             .filter_map(|(task, items)| Some((task.as_ref()?, items)))
     }
 
-    /// Waits for what must not happen: that a task serves no more, though nobody asked for it to end.
+    /// Waits until a task has ended although it was not asked to, and returns why.
     pub async fn failed(&mut self) -> ServeError {
         async fn ended(task: &mut Option<ListenerTask>) -> Option<io::Error> {
             match task {
@@ -293,14 +294,15 @@ impl Server {
         }
     }
 
-    /// Stops accepting, and lets the connections and flows end by themselves, until `enough` says why it is.
+    /// Stops accepting, and lets connections and flows finish until `enough` returns a reason to stop
+    /// waiting.
     pub async fn drain(self, enough: impl Future<Output = &'static str>) {
         let Self { workers, tasks: Tasks { tcp, udp }, registry, nameless, .. } = self;
         // They hold sockets, which the tasks are to close.
         drop((registry, nameless));
         let (tcp, udp) = (tcp.map(ListenerTask::finish), udp.map(ListenerTask::finish));
         if let Some(tcp) = tcp {
-            // A failure there has been reported, and stops nothing here.
+            // A failure has been reported already, and does not matter here.
             drop(tcp.await);
         }
         info!(connections = workers.connections(), "draining");
@@ -319,8 +321,8 @@ impl Server {
         }
     }
 
-    /// Ends at once. The listeners stop to listen even if another process has them open too (a
-    /// runtime that bound them for us): no client is left waiting for someone to accept it.
+    /// Ends at once. The listeners are shut down, because another process may have them open too (a runtime
+    /// that bound them for us), and no client may be left in a backlog that nobody services.
     pub fn abandon(self) {
         let tcp =
             self.nameless.iter().filter(|listener| listener.target.port_mapping.protocol == Protocol::Tcp);
@@ -332,7 +334,7 @@ impl Server {
     }
 }
 
-/// The number of a listener, if it is one for UDP.
+/// The number of a listener, if it is UDP.
 fn udp_number(binding: &Binding) -> Option<usize> {
     (protocol_of(binding) == Protocol::Udp).then(|| binding.port.number())
 }
@@ -341,18 +343,18 @@ fn protocol_of(binding: &Binding) -> Protocol {
     binding.target.port_mapping.protocol
 }
 
-/// Why a server cannot go on.
+/// Why a server cannot continue.
 #[derive(Debug, thiserror::Error)]
 pub enum ServeError {
     /// Waiting for connections or datagrams failed.
     #[error("cannot wait for {protocol} clients: {source}")]
     Wait {
-        /// Whose clients.
+        /// The protocol of the clients.
         protocol: Protocol,
-        /// What epoll_wait(2) answered.
+        /// The error of epoll_wait(2).
         source: io::Error,
     },
-    /// The task that serves a protocol is gone.
+    /// The task of a protocol has ended.
     #[error("the {0} relay ended by itself")]
     Ended(Protocol),
 }

@@ -1,7 +1,7 @@
-//! What leads from the mappings that are served to those that are wanted.
+//! Computes the difference between served and wanted mappings.
 //!
-//! It is a pure function, used by `apply` and by the reload of a configuration alike. Mappings are
-//! told apart by their names. One that did not change is not touched.
+//! A pure function, used by `apply` and by a reload of the configuration. Mappings are identified by their
+//! names. An unchanged mapping is not touched.
 
 use std::collections::HashMap;
 
@@ -11,13 +11,13 @@ use crate::mapping::name::Name;
 /// The steps from one set of mappings to another.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Plan {
-    /// Mappings to serve that are not served yet, under their names.
+    /// Mappings to add, with their names.
     pub add: Vec<(Name, Mapping)>,
-    /// Mappings that keep their sockets, but lead elsewhere or have other limits, under their names.
+    /// Mappings that keep their sockets but have another backend or other limits, with their names.
     pub change: Vec<(Name, Mapping)>,
-    /// Mappings to serve no more. One that has to listen elsewhere is among these and among `add`.
+    /// Mappings to remove. A mapping that has to listen elsewhere is listed here and in `add`.
     pub remove: Vec<Name>,
-    /// How many mappings stay as they are.
+    /// The number of mappings that do not change.
     pub unchanged: usize,
 }
 
@@ -28,10 +28,10 @@ impl Plan {
     }
 }
 
-/// The steps from the mappings in `served` to those in `wanted`.
+/// Computes the steps from the mappings in `served` to those in `wanted`.
 ///
 /// # Errors
-/// The name that two of the wanted mappings have.
+/// The name that two of the wanted mappings share.
 pub fn plan<'a>(
     served: impl IntoIterator<Item = (&'a Name, &'a Mapping)>,
     wanted: impl IntoIterator<Item = Mapping>,
@@ -59,7 +59,7 @@ pub fn plan<'a>(
     Ok(plan)
 }
 
-/// Whether both listen on the same sockets.
+/// Whether both mappings listen on the same sockets.
 fn keeps_sockets(old: &Mapping, new: &Mapping) -> bool {
     let sockets = |mapping: &Mapping| {
         let count = mapping.backend_ports().count();

@@ -1,4 +1,4 @@
-//! Which mappings are served: each under a name of its own.
+//! The mappings that are served, by name.
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, btree_map};
@@ -16,32 +16,32 @@ use crate::state::{Binding, MappingPolicy, MappingState};
 /// A mapping that is served, and its sockets.
 #[derive(Debug)]
 pub struct Served {
-    /// The mapping as it was asked for.
+    /// The mapping as requested.
     pub(crate) mapping: Mapping,
     /// How its clients are served.
     pub(crate) policy: Arc<MappingPolicy>,
-    /// Its sockets, TCP first, each in the order of ports.
+    /// Its sockets, TCP first, each in port order.
     pub(crate) ports: Vec<Binding>,
 }
 
 impl Served {
-    /// The mapping as it was asked for.
+    /// The mapping as requested.
     pub fn mapping(&self) -> &Mapping {
         &self.mapping
     }
 
-    /// What goes on in it.
+    /// Its counters.
     pub fn stats(&self) -> &Stats {
         &self.policy.state.stats
     }
 
-    /// The host port of each socket, in order: what was chosen where there was a choice.
+    /// The host port of each socket, in order; the actual port where there was a choice.
     pub fn host_ports(&self) -> impl Iterator<Item = u16> {
         self.ports.iter().map(|binding| binding.target.port_mapping.host.socket_addr().port())
     }
 }
 
-/// A mapping that is not served any more.
+/// A removed mapping.
 #[derive(Debug)]
 struct Departed {
     name: Name,
@@ -53,7 +53,7 @@ struct Departed {
 pub struct Registry {
     served: BTreeMap<Name, Served>,
     ports: Ports,
-    /// Some of them may be over.
+    /// Removed mappings, some of which may have finished.
     departed: Vec<Departed>,
     sweep: Sweep,
 }
@@ -64,7 +64,7 @@ impl Registry {
         self.served.len()
     }
 
-    /// Whether none is served.
+    /// Whether no mapping is served.
     pub fn is_empty(&self) -> bool {
         self.served.is_empty()
     }
@@ -79,18 +79,18 @@ impl Registry {
         self.served.iter()
     }
 
-    /// Whether some mapping listens on one of `ports`, at whatever address.
+    /// Whether a mapping listens on one of `ports`, on any address.
     pub(crate) fn listens_on(&self, protocol: Protocol, ports: PortRange) -> bool {
         ports.iter().any(|port| self.ports.0.contains_key(&(protocol, port)))
     }
 
-    /// The mappings that are not served any more, but whose connections and flows go on.
+    /// The removed mappings that still have connections or flows.
     pub fn draining(&self) -> impl Iterator<Item = (&Name, &Stats)> {
         let draining = self.departed.iter().filter(|departed| is_in_use(&departed.state));
         draining.map(|departed| (&departed.name, &departed.state.stats))
     }
 
-    /// Adds a mapping, or puts it in the place of the one that has its name.
+    /// Adds a mapping, or replaces the one with the same name.
     pub(crate) fn put(&mut self, name: Name, served: Served) {
         self.ports.add(&served);
         match self.served.entry(name) {
@@ -107,7 +107,7 @@ impl Registry {
         }
     }
 
-    /// Takes the mapping called `name` out. What goes on in it is still shown.
+    /// Removes the mapping called `name` and returns its listeners. It is listed as draining while in use.
     pub(crate) fn take(&mut self, name: &Name) -> Option<Vec<Arc<WatchedListener>>> {
         let (name, mut served) = self.served.remove_entry(name)?;
         self.ports.remove(&served);
@@ -125,7 +125,7 @@ impl Registry {
     }
 }
 
-/// How many sockets there are at each port.
+/// The number of sockets at each port.
 #[derive(Debug, Default)]
 struct Ports(HashMap<(Protocol, u16), u32>);
 

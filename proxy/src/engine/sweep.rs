@@ -1,10 +1,10 @@
-//! When to sweep out of a collection what is over.
+//! Decides when to sweep finished entries out of a collection.
 
-/// The fewest entries that are worth a look.
+/// Smaller collections are not swept.
 const LEAST: usize = 64;
 
-/// Makes sweeps so rare that each entry costs a constant time: the next one is due when the collection has grown
-/// to twice what the last one left.
+/// Makes the amortised cost of sweeping constant per entry: the next sweep is due when the collection has
+/// doubled in size since the last one.
 #[derive(Debug)]
 pub(crate) struct Sweep {
     due_at: usize,
@@ -17,12 +17,12 @@ impl Default for Sweep {
 }
 
 impl Sweep {
-    /// Whether a collection of `len` entries is to be swept.
+    /// Whether a collection of `len` entries is due for a sweep.
     pub(crate) fn is_due(&self, len: usize) -> bool {
         len >= self.due_at
     }
 
-    /// Notes that a sweep left `len` entries.
+    /// Records that a sweep left `len` entries.
     pub(crate) fn done(&mut self, len: usize) {
         self.due_at = LEAST.max(2 * len);
     }

@@ -1,7 +1,8 @@
-//! What two processes talk over: values as JSON, and descriptors.
+//! The channel between two processes: JSON values and descriptors.
 //!
-//! A value is four bytes of length and that many of JSON. Descriptors come with one byte each time, and are
-//! announced by a value. Nothing is read ahead, as a descriptor is lost if its byte is read alone.
+//! A value is sent as a length of four bytes and that many bytes of JSON. Descriptors are announced by a
+//! value and accompany single bytes. Reads never go past the current value, because reading such a byte with
+//! read(2) would lose its descriptor.
 
 use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -14,14 +15,14 @@ use serde::de::DeserializeOwned;
 use socket2::SockRef;
 use tokio::io::Interest;
 
-/// The longest value, in bytes: a hundred thousand mappings.
+/// The maximum length of a value, in bytes: a hundred thousand mappings.
 const LONGEST: usize = 16 * 1024 * 1024;
 
-/// One side of the conversation. Deadlines are the caller's business.
+/// One end of the channel. The caller sets deadlines.
 pub(super) struct Channel(Watched);
 
 impl Channel {
-    /// Talks over a stream socket, on the runtime of the calling thread.
+    /// Wraps a stream socket, on the runtime of the calling thread.
     ///
     /// # Errors
     /// Those of fcntl(2), if it is no descriptor, and of epoll_ctl(2).
@@ -39,21 +40,21 @@ impl Channel {
         self.write(&frame(value)?).await
     }
 
-    /// Sends a short value at once, or not at all.
+    /// Sends a short value without blocking, completely or not at all.
     ///
     /// # Errors
-    /// `EAGAIN` if there is no room, which means that the other side reads nothing.
+    /// `EAGAIN` if the socket is full, which means that the other side does not read.
     pub(super) fn send_at_once(&self, value: &impl Serialize) -> io::Result<()> {
         self.write_at_once(&frame(value)?)
     }
 
-    /// As [`Channel::send_at_once`], for bytes that are no value.
+    /// Like [`Channel::send_at_once`], for raw bytes.
     pub(super) fn write_at_once(&self, bytes: &[u8]) -> io::Result<()> {
         let written = write(&self.0, bytes)?;
         if written == bytes.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
     }
 
-    /// Receives a value of this kind.
+    /// Receives a value of type `T`.
     pub(super) async fn receive<T: DeserializeOwned>(&self) -> io::Result<T> {
         let mut length = [0; 4];
         self.read(&mut length).await?;
@@ -63,7 +64,7 @@ impl Channel {
         Ok(serde_json::from_slice(&text)?)
     }
 
-    /// Sends descriptors, as many as it may be.
+    /// Sends any number of descriptors.
     pub(super) async fn send_descriptors(&self, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
         for some in descriptors.chunks(MOST) {
             self.0.io(Interest::WRITABLE, |socket| send_descriptors(socket, some)).await?;
@@ -71,7 +72,7 @@ impl Channel {
         Ok(())
     }
 
-    /// Receives `count` descriptors, which were sent in one go.
+    /// Receives `count` descriptors, which were sent with one call.
     pub(super) async fn receive_descriptors(&self, count: usize) -> io::Result<Vec<OwnedFd>> {
         let mut descriptors = Vec::new();
         while descriptors.len() < count {
@@ -93,7 +94,7 @@ impl Channel {
         Ok(())
     }
 
-    /// Receives as many bytes as there is room for.
+    /// Receives bytes until `bytes` is full.
     pub(super) async fn read(&self, bytes: &mut [u8]) -> io::Result<()> {
         let mut filled = 0;
         while filled < bytes.len() {
@@ -132,7 +133,7 @@ mod tests {
         let (one, other) = UnixStream::pair().unwrap();
         let (one, other) = (Channel::new(one).unwrap(), Channel::new(other).unwrap());
         let file = File::open("/dev/null").unwrap();
-        // More than the sockets hold at a time.
+        // Longer than the socket buffers.
         let long = "long".repeat(1_000_000);
         let send = async {
             one.send(&600).await.unwrap();

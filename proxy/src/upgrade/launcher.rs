@@ -1,9 +1,9 @@
-//! The launcher: a small process beside a confined one, which can do for it what that has to give up: start its
-//! program anew, and open its configuration.
+//! The launcher: a small process beside a confined one, which does what the confined process no longer can:
+//! start its program again, and open its configuration.
 //!
-//! It is forked first of all, and so keeps the arguments, environment, directory, user and limits that the
-//! program was started with. It takes no signals: it ends when the process that it serves does, however that
-//! comes about, and a new process that was not kept by then goes with it.
+//! It is forked first, and so keeps the arguments, environment, directory, user and limits that the program
+//! was started with. It ignores signals and ends when the process it serves ends, for whatever reason. It
+//! then also ends a new process that was not kept.
 
 use std::env;
 use std::ffi::OsString;
@@ -27,40 +27,40 @@ use super::channel::Channel;
 use super::program::{Program, absolute};
 use crate::config;
 
-/// Tells a process that is to take over which process started it, and the descriptor of its channel: as
-/// `4711:3`. It means nothing to one with another parent, which may have inherited it.
+/// Set for a new process, to the id of the process that started it and the descriptor of its channel, as in
+/// `4711:3`. A process with another parent may have inherited the variable and ignores it.
 const VARIABLE: &str = "RPROXY_TAKE_OVER";
 
-/// What systemd says about the process that it started itself.
+/// Variables that systemd sets for the process it started only.
 const OF_ONE_PROCESS: [&str; 4] = ["LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES", "WATCHDOG_PID"];
 
-/// What lists of processes show in the place of its command line.
+/// The command line that lists of processes show.
 const TITLE: &str = "rproxy: launcher";
 
-/// The name of the process in lists; 15 bytes at the most (`PR_SET_NAME`, prctl(2)).
+/// The name of the process; at most 15 bytes (`PR_SET_NAME`, prctl(2)).
 const NAME: &std::ffi::CStr = c"rproxy-launcher";
 
-/// The longest path that is told, in bytes (`PATH_MAX`, limits.h).
+/// The longest path that is transferred, in bytes (`PATH_MAX`, limits.h).
 const LONGEST_PATH: usize = 4096;
 
-/// How long a process that was given up may take to end by itself, which tells more than a kill.
+/// How long a process may take to exit by itself, with an exit status that says why, before it is killed.
 const GRACE: Duration = Duration::from_secs(1);
 
-/// What is asked for, as one byte.
+/// The requests, one byte each.
 const OPEN: u8 = b'o';
 const START: u8 = b's';
 const KEEP: u8 = b'k';
 const END: u8 = b'e';
 
-/// The launcher, as the process sees it that it serves.
+/// The launcher, as seen by the process it serves.
 #[derive(Debug)]
 pub struct Launcher {
     socket: UnixStream,
 }
 
 impl Launcher {
-    /// Forks the launcher, which is to open the file at `configuration`, and no other. To be called before this
-    /// process has threads or anything that a child should not have.
+    /// Forks the launcher, which may only open the file at `configuration`. Call it before this process has
+    /// threads or anything that a child must not inherit.
     ///
     /// # Errors
     /// Those of readlink(2) for `/proc/self/exe`, socketpair(2) and fork(2).
@@ -68,7 +68,7 @@ impl Launcher {
         let work = Work {
             program: Program::running()?,
             arguments: env::args_os().skip(1).collect(),
-            // The directory may be removed, and made again.
+            // Absolute, because the current directory may be removed and created again.
             configuration: configuration.map(absolute),
         };
         let (socket, its) = UnixStream::pair()?;
@@ -76,7 +76,7 @@ impl Launcher {
         Ok(Self { socket })
     }
 
-    /// A way to ask it for something.
+    /// A channel for requests.
     ///
     /// # Errors
     /// Those of dup(2) and epoll_ctl(2).
@@ -85,12 +85,12 @@ impl Launcher {
     }
 }
 
-/// The launcher, as it is asked.
+/// The channel for requests to the launcher.
 pub(super) struct Asked(Channel);
 
 impl Asked {
-    /// Starts a new process. Returns its id and the socket whose other end it has; or its program, and what execve(2)
-    /// answered.
+    /// Starts a new process. Returns its id and our end of its channel, or the program's path and the error
+    /// of execve(2).
     ///
     /// # Errors
     /// The launcher is gone.
@@ -111,7 +111,7 @@ impl Asked {
         }
     }
 
-    /// Opens the configuration, or gives what open(2) answered.
+    /// Opens the configuration, or returns the error of open(2).
     ///
     /// # Errors
     /// The launcher is gone.
@@ -128,7 +128,7 @@ impl Asked {
         Ok(descriptor.ok_or(io::ErrorKind::InvalidData)?)
     }
 
-    /// Lets the new process live. The launcher is not needed any more, and ends.
+    /// Keeps the new process running. The launcher is no longer needed, and ends.
     ///
     /// # Errors
     /// The launcher is gone.
@@ -136,7 +136,7 @@ impl Asked {
         self.0.write_at_once(&[KEEP])
     }
 
-    /// Ends the new process, unless it ends by itself in a moment. Says how it has ended.
+    /// Ends the new process unless it exits within a second, and returns its exit status.
     ///
     /// # Errors
     /// The launcher is gone.
@@ -152,17 +152,17 @@ impl Asked {
     }
 }
 
-/// What the launcher may do.
+/// What the launcher is able to do.
 struct Work {
     program: Program,
-    /// Those of the process, without its name.
+    /// The arguments of the process, without its name.
     arguments: Vec<OsString>,
     configuration: Option<PathBuf>,
 }
 
-/// Does what it is asked to until the other side ends.
+/// Serves requests until the other side closes the socket.
 fn serve(mut socket: UnixStream, work: &Work) {
-    // These help people, and nothing else.
+    // For readers of process lists only, so errors do not matter.
     rustix::thread::set_name(NAME).ok();
     set_title(TITLE).ok();
     let mut started = Started(None);
@@ -172,7 +172,7 @@ fn serve(mut socket: UnixStream, work: &Work) {
             OPEN => open(work, &mut socket),
             START => start(work, &mut started, &mut socket),
             KEEP => {
-                // It belongs to whoever adopts orphans, as any service does.
+                // It is reparented to whichever process adopts orphans, like any service.
                 started.0 = None;
                 return;
             }
@@ -224,7 +224,7 @@ fn tell(socket: &mut UnixStream, number: i32) -> io::Result<()> {
     socket.write_all(&number.to_ne_bytes())
 }
 
-/// Starts the program as it was started before, with one end of a channel. Returns the other end.
+/// Starts the program with its original arguments and one end of a channel. Returns the other end.
 fn spawn(program: &Path, work: &Work) -> io::Result<(Child, UnixStream)> {
     let (own, its) = UnixStream::pair()?;
     fcntl(&its, F_SETFD(FdFlag::empty()))?;
@@ -237,8 +237,8 @@ fn spawn(program: &Path, work: &Work) -> io::Result<(Child, UnixStream)> {
     Ok((command.spawn()?, own))
 }
 
-/// The channel to the process that this one is to take over from, if it was started for that. To be called
-/// before anything else opens a file.
+/// Claims the channel to the old process, if this process was started to take over. Call it before anything
+/// else opens a file.
 pub(super) fn claim_channel() -> Option<io::Result<OwnedFd>> {
     let value = env::var(VARIABLE).ok()?;
     let (parent, descriptor) = value.split_once(':')?;
@@ -246,7 +246,7 @@ pub(super) fn claim_channel() -> Option<io::Result<OwnedFd>> {
     is_for_this.then(|| claim_inherited(descriptor.parse().unwrap_or(-1)))
 }
 
-/// A process that was started, and not kept yet. Dropping this ends it.
+/// A started process that is not kept yet. Dropping this ends it.
 struct Started(Option<Child>);
 
 impl Started {
@@ -259,7 +259,7 @@ impl Started {
             }
             thread::sleep(Duration::from_millis(10));
         }
-        // It may be faster.
+        // It may have exited already.
         drop(child.kill());
         child.wait().ok()
     }

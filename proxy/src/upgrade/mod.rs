@@ -1,21 +1,21 @@
-//! An upgrade: a new process, of a program that may be newer, takes over all that clients can see.
+//! Upgrades: a new process, possibly of a newer program, takes over everything that clients can see.
 //!
-//! On `SIGUSR2` the old process has its launcher start the new one, and offers it its mappings, their
-//! sockets and the control socket. The new one prepares everything that can fail, and says so. Then the
-//! old one takes no datagrams any more and passes its flows on, and the new one serves, and says that too.
-//! Datagrams wait in the kernel meanwhile, and connections are accepted by either. Should anything fail up to
-//! here, or take too long, the old process serves on; if not, it lets its connections finish.
+//! On `SIGUSR2`, the old process has its launcher start the new one, and offers it the mappings, their
+//! sockets and the control socket. The new process completes every step that can fail, and sends `Prepared`.
+//! The old one then pauses UDP and sends its flows; the new one serves, and confirms that. Meanwhile
+//! datagrams wait in the kernel, and both accept connections. If a step up to here fails or takes too long,
+//! the old process continues to serve. Otherwise it lets its connections finish.
 //!
 //! | old process | new process |
 //! |---|---|
 //! | `Hello`, `Offer`, descriptors | |
 //! | | `Prepared` |
-//! | `Flows` and descriptors, again and again; an empty one | |
+//! | `Flows` and descriptors, repeatedly; the last one is empty | |
 //! | | `Serving` |
 //! | `Yours` | |
 //!
-//! The new process believes the old one no more than a client of the control socket: mappings are read as
-//! that reads them, and if they cannot be changed while it runs, they have to be those of its command line.
+//! The new process trusts the old one no more than a control client. It parses mappings in the same way, and
+//! if they cannot change at run time, they must equal those of its command line.
 
 mod channel;
 mod launcher;
@@ -37,17 +37,17 @@ pub use self::old::Upgrade;
 use crate::mapping::wire::WireMapping;
 use crate::state::task::PortTurn;
 
-/// The version of what is said. A process that is offered another one refuses.
+/// The version of the protocol. A process refuses any other version.
 const VERSION: u32 = 2;
 
-/// The first value, whatever the version.
+/// The first value, in every version.
 #[derive(Debug, Serialize, Deserialize)]
 struct Hello {
     version: u32,
 }
 
-/// What the old process has. The descriptors follow in the same order: of the control socket, then of the
-/// sockets of each mapping, TCP first, each in the order of ports.
+/// What the old process has. The descriptors follow in the same order: the control socket, then the sockets
+/// of each mapping, TCP first, each in port order.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Offer {
@@ -55,8 +55,9 @@ struct Offer {
     mappings: Vec<WireMapping>,
 }
 
-/// Some UDP flows, whose descriptors follow. There are no more behind an empty list, which says whose turn is next of the
-/// local ports, and for how many datagrams the sockets offered have had no room, as far as they are counted.
+/// Some UDP flows, whose descriptors follow. An empty list ends the transfer; it has the position in the
+/// rotation of local ports, and how many datagrams the kernel has dropped at each offered socket, as far as
+/// counted.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Flows {
@@ -68,16 +69,16 @@ struct Flows {
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct OfferedFlow {
-    /// Which of all the sockets offered the client sends to, counted from 0.
+    /// The socket that the client sends to, as an index into all offered sockets.
     socket: usize,
     client: SocketAddr,
-    /// The address that the client asked, and its interface.
+    /// The local address that the client sends to, and its interface.
     local: Option<(IpAddr, u32)>,
     established: bool,
-    /// Where its datagrams go, if its socket is not connected.
+    /// Where its datagrams are sent, if its socket is not connected.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     peer: Option<SocketAddr>,
-    /// For how many answers its socket has had no room, as far as they are counted.
+    /// How many replies the kernel has dropped at its socket, as far as counted.
     dropped: u32,
 }
 
@@ -87,54 +88,54 @@ impl OfferedFlow {
     }
 }
 
-/// What is said without anything more, each once, in this order.
+/// Messages without content, each sent once, in this order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Word {
-    /// By the new process: all that can fail is done.
+    /// From the new process: every step that can fail is done.
     Prepared,
-    /// By the new process: clients are served.
+    /// From the new process: clients are served.
     Serving,
-    /// By the old process: I serve no more. Until this is heard, the new process ends if the old one is gone.
+    /// From the old process: it no longer serves. Until then, the new process exits if the old one does.
     Yours,
 }
 
-/// Why an upgrade did not come about.
+/// Why an upgrade failed.
 #[derive(Debug, thiserror::Error)]
 pub enum UpgradeError {
-    /// The end of this process would be that of all others.
+    /// The end of this process would end all others.
     #[error("this is the first process of a container, which ends with it; start rproxy under an init")]
     Init,
-    /// There is none, or none any more.
+    /// The launcher is not running.
     #[error("the process that starts new ones is not there: {0}")]
     NoLauncher(String),
-    /// There is no new process.
+    /// The new process could not be started.
     #[error("cannot start {}: {source}", program.display())]
     Start {
-        /// Its program.
+        /// The path of its program.
         program: PathBuf,
-        /// What execve(2) answered.
+        /// The error of execve(2).
         source: io::Error,
     },
-    /// The new process has ended.
+    /// The new process exited.
     #[error("the new process ended ({0}); what it said is above")]
     Ended(ExitStatus),
-    /// The new process takes too long.
+    /// The new process took too long.
     #[error("the new process did not {step} within {seconds} seconds, and was ended")]
     Late {
-        /// What it was to do.
+        /// The step that it did not complete.
         step: &'static str,
-        /// How long it was given.
+        /// The time limit.
         seconds: u64,
     },
-    /// The conversation broke off.
+    /// Communication failed.
     #[error("cannot {step}: {source}")]
     Talk {
-        /// What was tried.
+        /// The step that failed.
         step: &'static str,
-        /// What came of it.
+        /// The cause.
         source: io::Error,
     },
-    /// What was offered cannot be used.
+    /// The offer cannot be used.
     #[error("cannot take over from the old process: {0}")]
     Offer(String),
 }

@@ -21,37 +21,37 @@ use crate::mapping::name::Name;
 use crate::mapping::{Mapping, PortMapping};
 use crate::state::task::{LiveFlow, LiveFlows};
 
-/// How long the old process may take for its next step. It gives us no more in all.
+/// How long the old process may take for its next step. It does not wait longer for this one either.
 const NEXT_WORD: Duration = Duration::from_secs(15);
 
-/// The process that served before. It serves on if this is dropped before [`OldProcess::serve`] is done.
+/// The old process. It continues to serve if this is dropped before [`OldProcess::serve`] has returned.
 pub struct OldProcess {
     channel: Channel,
-    /// Those of the mappings, in the order of the offer.
+    /// The names of the mappings, in the order of the offer.
     names: Vec<Name>,
 }
 
-/// What a process serves, before it does.
+/// What a process is going to serve.
 pub struct Sockets {
-    /// The mappings, with their sockets.
+    /// The mappings and their sockets.
     pub bound: Vec<Bound>,
     /// The control socket.
     pub control: Option<ControlSocket>,
-    /// The process that has them too, if there is one.
+    /// The old process, which also has these sockets, if there is one.
     pub old: Option<OldProcess>,
 }
 
-/// The socket to the process that this one was started to take over from, if it was. To be called before
-/// anything else opens a file.
+/// Returns the socket to the old process, if this one was started to take over. Call it before anything else
+/// opens a file.
 ///
 /// # Errors
-/// [`UpgradeError`]: it was, but there is none.
+/// [`UpgradeError`]: the process was started to take over, but has no such socket.
 pub fn claim() -> Result<Option<OwnedFd>, UpgradeError> {
     claim_channel().transpose().map_err(UpgradeError::talk("find the old process"))
 }
 
-/// Receives what the process at the other end of `socket` serves. `fixed` are the mappings that it has to be,
-/// if no others may be served, and `control` is where the control socket has to be.
+/// Receives what the old process at the other end of `socket` serves. If the mappings cannot change, they
+/// must equal `fixed`. The control socket must be bound to `control`.
 ///
 /// # Errors
 /// [`UpgradeError`]
@@ -98,7 +98,7 @@ fn refuse(reason: impl ToString) -> UpgradeError {
     UpgradeError::Offer(reason.to_string())
 }
 
-/// Refuses mappings that the command line does not ask for.
+/// Refuses mappings other than those of the command line.
 fn refuse_others(offered: &[Mapping], fixed: &[Mapping]) -> Result<(), UpgradeError> {
     let other = offered.iter().find(|mapping| !fixed.contains(mapping));
     match other {
@@ -118,24 +118,24 @@ fn distinct_names(mappings: &[Mapping]) -> Result<Vec<Name>, UpgradeError> {
     }
 }
 
-/// The mapping on its sockets, which may listen elsewhere than it asks for: see `activation`.
+/// Pairs a mapping with its sockets, which may listen at other addresses than it requests: see `activation`.
 fn adopt(mapping: Mapping, sockets: impl Iterator<Item = OwnedFd>) -> Result<Bound, UpgradeError> {
     let adopt = |(port_mapping, socket): (PortMapping, OwnedFd)| {
         let wrong = |error: &dyn std::fmt::Display| refuse(format!("the socket of {port_mapping}: {error}"));
         let listener = Listener::adopt(socket, port_mapping.protocol).map_err(|error| wrong(&error))?;
         Ok(BoundPort::adopt(port_mapping, listener))
     };
-    // First the ports: `zip` takes a socket only if there is one for it.
+    // The ports come first in the zip, which then takes a socket only if there is a port for it.
     let ports = mapping.port_mappings().zip(sockets).map(adopt).collect::<Result<_, UpgradeError>>()?;
     Ok(Bound { mapping, ports })
 }
 
 impl OldProcess {
-    /// Says that all is prepared, and serves what `server` was prepared for. The old process does so no more
-    /// when this returns.
+    /// Reports that everything is prepared, and serves what `server` was prepared for. When this returns, the
+    /// old process no longer serves.
     ///
     /// # Errors
-    /// [`UpgradeError`]; then the old process serves on, and this one must not.
+    /// [`UpgradeError`]: the old process continues to serve, and this one must exit.
     pub async fn serve(self, server: &Server) -> Result<(), UpgradeError> {
         let Self { channel, names } = self;
         in_time(channel.send(&Word::Prepared)).await?;
@@ -165,7 +165,7 @@ impl OldProcess {
     }
 }
 
-/// A flow of one of the `listeners`, which are in the order of the offer.
+/// Converts a flow of one of the `listeners`, which are in the order of the offer.
 fn live_flow(
     offered: &OfferedFlow,
     socket: OwnedFd,
@@ -180,7 +180,7 @@ fn live_flow(
     Ok(LiveFlow { listener, client, local, is_established, peer, dropped, socket })
 }
 
-/// Refuses what is no non-blocking UDP socket, with a peer if it is one that `is_connected`.
+/// Refuses anything but a non-blocking UDP socket, connected if `is_connected`.
 fn refuse_others_than_flows(socket: &OwnedFd, is_connected: bool) -> io::Result<()> {
     let flags = OFlag::from_bits_retain(fcntl(socket, F_GETFL)?);
     let socket = SockRef::from(socket);
@@ -191,7 +191,7 @@ fn refuse_others_than_flows(socket: &OwnedFd, is_connected: bool) -> io::Result<
     if is_one { Ok(()) } else { Err(io::Error::other("not a socket of a flow")) }
 }
 
-/// What the old process says, if it goes on to do so.
+/// Waits for the next message of the old process, for a limited time.
 async fn in_time<T>(step: impl Future<Output = io::Result<T>>) -> Result<T, UpgradeError> {
     let talked = timeout(NEXT_WORD, step).await.unwrap_or_else(|late| Err(late.into()));
     talked.map_err(UpgradeError::talk("talk to the old process"))
@@ -231,7 +231,7 @@ mod tests {
         for sockets in [vec![udp(), tcp()], vec![std::fs::File::open("/dev/null").unwrap().into()]] {
             adopt(both(), sockets.into_iter()).unwrap_err();
         }
-        // Where it really listens, it would lead to itself.
+        // At its actual address, it would lead back to itself.
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let to_itself = mapping(&format!(r#"{{"to":"127.0.0.1","to_ports":"{port}"}}"#));

@@ -20,16 +20,16 @@ use crate::runtime::signals::Signals;
 use crate::state::task::{LiveFlow, LiveFlows};
 use crate::systemd;
 
-/// How long the new process may take until it is prepared.
+/// How long the new process may take to prepare.
 const PREPARATION: Duration = Duration::from_secs(10);
 
-/// How long it may take to serve then, while datagrams wait. Nothing is left that could take long.
+/// How long it may then take to serve, while datagrams wait. No remaining step takes long.
 const PAUSE: Duration = Duration::from_secs(2);
 
-/// How long the launcher may take for an answer; it gives a process a second to end.
+/// How long the launcher may take to respond; it gives a process one second to exit.
 const LAUNCHER_PATIENCE: Duration = Duration::from_secs(5);
 
-/// What it takes to be upgraded.
+/// Handles upgrade requests.
 #[derive(Debug)]
 pub struct Upgrade {
     asked: Signals,
@@ -57,31 +57,31 @@ impl Upgrade {
         }
     }
 
-    /// Opens the configuration as it could be opened at the start, whatever this process has given up since.
+    /// Opens the configuration with the user and directory of the start, despite confinement.
     ///
     /// # Errors
-    /// [`UpgradeError::NoLauncher`]; without one, only this process is left to open it.
+    /// [`UpgradeError::NoLauncher`]: without a launcher, only this process itself can try to open it.
     pub(crate) async fn open_configuration(&mut self) -> Result<io::Result<File>, UpgradeError> {
         let launcher = self.launcher.as_ref().map_err(|reason| UpgradeError::NoLauncher(reason.clone()))?;
         let asked = launcher.ask().map_err(UpgradeError::talk("ask for the configuration"))?;
         let gone = match timeout(LAUNCHER_PATIENCE, asked.open()).await {
             Ok(Ok(opened)) => return Ok(opened),
             Ok(Err(error)) => Err(error),
-            // It waits for a file system that does not answer. This process must not.
+            // The launcher waits for a file system that does not respond. This process must not.
             Err(late) => Ok(Err(io::Error::from(late))),
         };
-        // An answer that comes late after all would be taken for that to another question.
+        // A late response would be mistaken for that to another request.
         let no_answer = "it does not answer".to_owned();
         let reason = gone.as_ref().err().map_or(no_answer, ToString::to_string);
         self.launcher = Err(reason.clone());
         gone.map_err(|_gone| UpgradeError::NoLauncher(reason))
     }
 
-    /// Lets a new process serve in place of this one. Returns whether it does; if not, or if this is dropped
-    /// before, this process serves as it did.
+    /// Lets a new process take over. Returns whether it did. If not, or if this is dropped before, this
+    /// process continues to serve.
     pub(crate) async fn attempt(&mut self, server: &Server, control: Option<BorrowedFd<'_>>) -> bool {
         let Self { asked, launcher } = self;
-        // Needed rarely, and long.
+        // On the heap, because it is large and rarely needed.
         let mut attempt = Box::pin(attempt(launcher, server, control));
         loop {
             tokio::select! {
@@ -119,7 +119,7 @@ async fn attempt(
         Err(error) => Err(error),
     };
     if let Err(UpgradeError::NoLauncher(reason)) = &result {
-        // An answer that comes late after all would be taken for that to another question.
+        // A late response would be mistaken for that to another request.
         *launcher = Err(reason.clone());
     }
     result
@@ -141,14 +141,15 @@ impl NewProcess {
         Ok(Self { process, channel, launcher: asked })
     }
 
-    /// Everything until this process may stop to serve.
+    /// All steps up to the point where this process may stop serving.
     async fn hand_over(&self, server: &Server, control: Option<BorrowedFd<'_>>) -> Result<(), UpgradeError> {
         in_time(PREPARATION, "prepare itself", self.offer(server, control)).await?;
         let paused = Paused(server);
         let flows = server.pause().await;
         in_time(PAUSE, "serve", self.pass_on(server, &flows)).await?;
         std::mem::forget(paused);
-        // From here on nothing waits, so that nothing can come between. Whatever fails, the new process serves.
+        // No step from here on waits, so the sequence cannot be interrupted. The new process serves even if
+        // one fails.
         drop(self.launcher.keep());
         systemd::main_process(self.process);
         drop(self.channel.send_at_once(&Word::Yours));
@@ -184,10 +185,10 @@ impl NewProcess {
         if word == expected { Ok(()) } else { Err(unexpected()) }
     }
 
-    /// Ends the new process because of `error`, or says why it ended itself.
+    /// Ends the new process because of `error`. If it has already exited by itself, returns how.
     async fn end(self, error: UpgradeError) -> UpgradeError {
         let Self { channel, launcher, .. } = self;
-        // To a process that waits for us, this is reason enough.
+        // This ends a process that waits for us.
         drop(channel);
         match (answer(launcher.end()).await, is_gone(&error)) {
             (Ok(status), true) => UpgradeError::Ended(status),
@@ -197,7 +198,7 @@ impl NewProcess {
     }
 }
 
-/// A flow of one of the sockets offered, whose numbers are found by those of listeners.
+/// Converts a flow for the offer. `numbers` maps numbers of listeners to indices of offered sockets.
 fn offered<'a>(flow: &'a LiveFlow, numbers: &HashMap<usize, usize>) -> Option<(OfferedFlow, BorrowedFd<'a>)> {
     let LiveFlow { listener, client, local, is_established, peer, dropped, socket } = flow;
     let local = local.map(|local| (local.ip, local.interface));
@@ -216,13 +217,13 @@ impl Drop for Paused<'_> {
     }
 }
 
-/// The answer of the launcher.
+/// Waits for a response of the launcher, for a limited time.
 async fn answer<T>(asked: impl Future<Output = io::Result<T>>) -> Result<T, UpgradeError> {
     let answer = timeout(LAUNCHER_PATIENCE, asked).await.unwrap_or_else(|late| Err(late.into()));
     answer.map_err(|error| UpgradeError::NoLauncher(error.to_string()))
 }
 
-/// What the new process does, for `patience` at the most.
+/// Waits for a step of the new process, for `patience` at most.
 async fn in_time(
     patience: Duration,
     step: &'static str,
@@ -233,7 +234,7 @@ async fn in_time(
     talked.map_err(UpgradeError::talk("talk to the new process"))
 }
 
-/// Whether the other side has closed the channel, which it does by ending.
+/// Whether the other side has closed the channel by exiting.
 fn is_gone(error: &UpgradeError) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
     matches!(error, UpgradeError::Talk { source, .. }

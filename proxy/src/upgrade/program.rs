@@ -1,5 +1,5 @@
-//! Which program a name means: at an upgrade it is looked up as it was at the start, so that a link that leads elsewhere
-//! by now, or another directory of `PATH`, is what counts.
+//! Looks up the program to start at an upgrade. The lookup is the same as at the start, so a changed link or
+//! another directory in `PATH` takes effect.
 
 use std::env;
 use std::ffi::{OsStr, OsString};
@@ -11,14 +11,15 @@ use std::path::{self, Path, PathBuf};
 
 use nix::unistd::{AccessFlags, access};
 
-/// The program that runs, as it was started.
+/// The running program, as it was started.
 #[derive(Debug)]
 pub(super) struct Program {
-    /// What it was called (`argv[0]`).
+    /// The name it was started by (`argv[0]`).
     pub(super) name: OsString,
-    /// What is looked up, if the name leads to the program at all. Whoever starts a program may call it anything.
+    /// The name to look up, if it leads to the running program. Whoever starts a program may pass any
+    /// `argv[0]`.
     looked_up: Option<PathBuf>,
-    /// Where the file is that runs, all links resolved.
+    /// The path of the running file, with links resolved.
     path: PathBuf,
 }
 
@@ -39,19 +40,19 @@ impl Program {
         Ok(Self { name, looked_up, path })
     }
 
-    /// What its name means now. If it means nothing, the path at which it was.
+    /// The path that the name resolves to now, or else the path of the running file.
     pub(super) fn now(&self) -> PathBuf {
         let found = self.looked_up.as_deref().and_then(|name| find(name, env::var_os("PATH").as_deref()));
         found.unwrap_or_else(|| self.path.clone())
     }
 }
 
-/// `path` with the directory before it that this process is in, if that exists.
+/// Makes `path` absolute, if the current directory exists.
 pub(super) fn absolute(path: &Path) -> PathBuf {
     path::absolute(path).unwrap_or_else(|_no_directory| path.to_owned())
 }
 
-/// The path without what the kernel puts behind that of a file that was removed or replaced.
+/// Removes the mark that the kernel appends to the path of a file that was removed or replaced.
 fn without_mark(running: PathBuf) -> PathBuf {
     let is_replaced = running.to_str().and_then(|path| path.strip_suffix(" (deleted)"));
     is_replaced.map_or_else(|| running.clone(), PathBuf::from)
@@ -61,12 +62,12 @@ fn identity(metadata: fs::Metadata) -> (u64, u64) {
     (metadata.dev(), metadata.ino())
 }
 
-/// Whether a name is not looked up in `PATH`.
+/// Whether a name is used as a path and not searched in `PATH`.
 fn is_path(name: &OsStr) -> bool {
     name.as_bytes().contains(&b'/')
 }
 
-/// The file that a shell would run for `name` ("Command Search and Execution" in POSIX).
+/// Returns the file that a shell would run for `name` ("Command Search and Execution" in POSIX).
 fn find(name: &Path, directories: Option<&OsStr>) -> Option<PathBuf> {
     let is_program = |file: &PathBuf| {
         fs::metadata(file).is_ok_and(|metadata| metadata.is_file()) && access(file, AccessFlags::X_OK).is_ok()
@@ -77,7 +78,7 @@ fn find(name: &Path, directories: Option<&OsStr>) -> Option<PathBuf> {
     if is_path(name.as_os_str()) {
         return Some(name.to_owned()).filter(is_program);
     }
-    // No directory means the one that this process is in.
+    // An empty entry means the current directory.
     let file = |directory: PathBuf| {
         if directory.as_os_str().is_empty() { Path::new(".").join(name) } else { directory.join(name) }
     };
@@ -100,7 +101,7 @@ mod tests {
         let find = |name: &str, path: &str| find(Path::new(name), Some(OsStr::new(path)));
         assert_eq!(find("sh", "/nowhere:/etc:/bin").unwrap(), Path::new("/bin/sh"));
         assert_eq!(find("/bin/sh", "").unwrap(), Path::new("/bin/sh"));
-        // Neither directories nor files that cannot be run.
+        // Directories and non-executable files do not count.
         for (name, path) in [("passwd", "/etc"), ("bin", "/"), ("", "/bin"), ("sh", "/etc"), ("./sh", "/bin")]
         {
             assert_eq!(find(name, path), None, "{name} in {path}");
@@ -118,7 +119,7 @@ mod tests {
             assert_eq!(program(looked_up).now(), Path::new("/opt/rproxy"));
         }
         assert_eq!(program(Some("/bin/sh")).now(), Path::new("/bin/sh"));
-        // Tests have their path as their name, as most programs.
+        // Tests are started by their path, like most programs.
         let own = Program::running().unwrap();
         assert!(own.looked_up.is_some() && own.now().is_absolute(), "{own:?}");
     }
