@@ -1,8 +1,8 @@
-//! Writes the manual pages of `rproxy` and its commands, and completions for shells, into a directory:
-//! `cargo run --release -p rproxy --example manual -- DIRECTORY`.
+//! Writes the manual pages of `rproxy` and its commands, and shell completions, into a directory: `cargo run
+//! --release -p rproxy --example manual -- DIRECTORY`.
 //!
-//! They follow from the definition of the command line. They are not part of the program, as they would take
-//! memory in each process.
+//! They are generated from the definition of the command line. The program itself does not contain the
+//! generator, which would take memory in each process.
 
 use std::env;
 use std::fs::{self, File};
@@ -15,33 +15,33 @@ use clap_complete::Shell;
 use rproxy::cli::Cli;
 use rproxy::log::console;
 
-/// What the command line does not say (man-pages(7)), in roff.
+/// Sections that cannot be derived from the command line (man-pages(7)), in roff.
 const SECTIONS: &str = r#"
 .SH SIGNALS
 .TP
 .BR SIGTERM ", " SIGINT ", " SIGQUIT
-Take no new clients, let connections finish for \-\-drain\-timeout, and end. A second one ends at once.
+Accept no new clients, let connections finish for up to \-\-drain\-timeout, and exit. A second signal exits at once.
 .TP
 .B SIGHUP
-With \-\-config: read the file again, and change what differs. A mistake changes nothing. Otherwise ignored.
+With \-\-config: reload the file and apply the differences. If it has errors, nothing changes. Otherwise ignored.
 .TP
 .B SIGUSR2
-Let the program that is now called as this one take over its sockets and flows. Connections finish, for
-\-\-upgrade\-drain\-timeout if that is given.
+Look up the program again by its name, start it, and hand over the sockets and flows. Connections finish, for up to
+\-\-upgrade\-drain\-timeout if given.
 .SH FILES
 .TP
 .I /etc/rproxy.toml
-The configuration that the service of contrib/systemd serves; \-\-config names it.
+The configuration of the service in contrib/systemd, passed with \-\-config.
 .TP
 .I /run/rproxy.sock
-The control socket, unless \-\-control names another one.
+The default path of the control socket; see \-\-control.
 .TP
 .I /etc/docker/daemon.json
-Has dockerd use rproxy, by \(dquserland\-proxy\-path\(dq.
+Makes dockerd use rproxy, with \(dquserland\-proxy\-path\(dq.
 .SH EXIT STATUS
 .TP
 .B 0
-It ended as it was asked to, or did what was asked.
+Success, or ended by a signal or a request.
 .TP
 .B 1
 The start failed, serving failed, the configuration is wrong, or the running rproxy refused. Standard error says why.

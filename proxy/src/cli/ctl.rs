@@ -15,47 +15,47 @@ pub struct Ctl {
     /// The control socket of the running rproxy
     #[arg(long, value_name = "PATH", default_value = DEFAULT_PATH, global = true)]
     pub(crate) control: PathBuf,
-    /// Print the answer as JSON, for programs
+    /// Print the response as JSON, for programs
     #[arg(long, global = true)]
     pub(crate) json: bool,
     #[command(subcommand)]
     pub(crate) command: Command,
 }
 
-/// What to do with the running rproxy.
+/// The commands for a running rproxy.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
-    /// Show the mappings
+    /// List the mappings
     List {
-        /// Print the mappings as a configuration, for `--config` and `ctl apply`; not those that drain
+        /// Print the mappings as a configuration, for `--config` and `ctl apply`; without those that drain
         #[arg(long, conflicts_with = "json")]
         toml: bool,
     },
-    /// Serve more mappings: all of those given, or none
+    /// Add mappings: all that are given, or none
     Add(Box<MappingArgs>),
-    /// Serve a mapping no more; its connections go on, its UDP flows until they are quiet, 10 s at most
+    /// Remove a mapping; its connections continue, its UDP flows until they are quiet, at most 10 s
     Remove {
-        /// The mapping, as `list` shows it
+        /// The name of the mapping, as in `list`
         name: Name,
     },
-    /// Send new connections and all datagrams of a mapping to another backend; connections that it has go on
+    /// Send new connections and all datagrams of a mapping to another backend; existing connections continue
     Retarget {
-        /// The mapping, as `list` shows it
+        /// The name of the mapping, as in `list`
         name: Name,
-        /// The new backend; for a range all ports, or the first one
+        /// The new backend; for a range all ports, or only the first
         #[arg(long, value_name = "ADDRESS:PORTS")]
         to: BackendSpec,
     },
-    /// Serve exactly what a file says: all of it, or nothing changes
+    /// Replace all mappings with those of a file; if that fails, nothing changes
     Apply {
-        /// A configuration file, or mappings as `list --json` prints them; - for standard input
+        /// A configuration file, or mappings as printed by `list --json`; - for standard input
         file: PathBuf,
     },
-    /// Take no new clients, let those that are there finish, and end
+    /// Accept no new clients, let existing ones finish, and exit
     Drain,
     /// Show connections, flows, bytes and errors of each mapping
     Stats {
-        /// Again and again, after so many seconds
+        /// Repeat every so many seconds
         #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1",
               allow_negative_numbers = true, value_parser = clap::value_parser!(u64).range(1..=5))]
         watch: Option<u64>,

@@ -23,75 +23,76 @@ use crate::mapping::publish::{ExposedPorts, PublishSpec};
 use crate::mapping::{Mapping, MappingError};
 
 const HOST_HELP: &str =
-    "Address and ports to listen on, such as [::]:80, 127.0.0.1:0 or 0.0.0.0:8000-8010; goes with a --to";
-const PUBLISH_HELP: &str = "What to publish: [[ADDRESS:][HOST_PORT]:]PORT[/PROTOCOL], ports also as ranges";
+    "Address and ports to listen on, such as [::]:80, 127.0.0.1:0 or 0.0.0.0:8000-8010; needs a --to";
+const PUBLISH_HELP: &str = "Ports to publish: [[ADDRESS:][HOST_PORT]:]PORT[/PROTOCOL]; ports may be ranges";
 
-/// Which mappings, and what bounds them.
+/// The mappings and their limits.
 #[derive(Args, Debug)]
 pub struct MappingArgs {
-    // Brackets in a doc comment would be links.
+    // Not doc comments, because rustdoc would take the brackets for links.
     #[arg(long, value_name = "ADDRESS:PORTS", help = HOST_HELP)]
     host: Vec<HostSpec>,
-    /// Address and ports to forward to, for the --host at the same place; or the address for -p and -P
+    /// Address and ports to forward to, for the --host in the same position; or the address for -p and -P
     #[arg(long, value_name = "ADDRESS[:PORTS]")]
     to: Vec<To>,
     #[arg(short = 'p', visible_alias = "publish", value_name = "SPEC", help = PUBLISH_HELP)]
     publish: Vec<PublishSpec>,
-    /// Publish each --expose that no -p publishes, at random ports
+    /// Publish each --expose that no -p publishes, on random ports
     #[arg(short = 'P', visible_alias = "publish-all")]
     publish_all: bool,
     /// A port or range of the backend, for -P
     #[arg(long, value_name = "PORT[/PROTOCOL]", requires = "publish_all")]
     expose: Vec<ExposedPorts>,
-    /// tcp, udp or tcp+udp: once for every --host, or once for each [default: tcp]
+    /// tcp, udp or tcp+udp: once for all --host, or once for each [default: tcp]
     #[arg(long, value_name = "PROTOCOL")]
     proto: Vec<Protocols>,
-    #[arg(long, help = "Leave IPv4 clients out of each [::]")]
+    #[arg(long, help = "Do not accept IPv4 clients on [::]")]
     v6only: bool,
-    /// A name for the mapping, if it is one [default: one that follows from its ports]
+    /// The name of the mapping, if there is only one [default: derived from its ports]
     #[arg(long)]
     name: Option<Name>,
     #[command(flatten)]
     limits: LimitArgs,
 }
 
-/// What bounds each mapping, and how it is served.
+/// The limits of each mapping, and how it is served.
 #[derive(Args, Debug)]
 #[command(next_help_heading = "How each mapping is served")]
 struct LimitArgs {
-    /// How long a backend may take to answer before its client is reset, or 'unlimited'
+    /// How long a backend may take to accept a connection before the client is reset, or 'unlimited'
     #[arg(long, value_name = "DURATION", default_value = "10s", allow_hyphen_values = true)]
     connect_timeout: Limit,
-    /// A TCP connection is reset when nothing has moved for this long, or 'unlimited'
+    /// Reset a TCP connection after this long without data in either direction, or 'unlimited'
     #[arg(long, value_name = "DURATION", default_value = "unlimited", allow_hyphen_values = true)]
     idle_timeout: Limit,
-    /// TCP connections of a mapping at a time [default: as descriptors allow]
+    /// Concurrent TCP connections of a mapping [default: as descriptors allow]
     #[arg(long, value_name = "COUNT", value_parser = parse_count, allow_hyphen_values = true)]
     max_connections: Option<usize>,
-    /// Whether connections beyond --max-connections wait in the backlog, or are reset
+    /// Whether clients beyond --max-connections wait in the backlog or are reset
     #[arg(long, value_enum, default_value_t)]
     on_limit: OnLimit,
-    /// Networks whose clients are served, and no others, such as 10.0.0.0/8,fd00::/8
+    /// Serve only clients in these networks, such as 10.0.0.0/8,fd00::/8
     #[arg(long, value_name = "NETWORK", value_delimiter = ',', value_parser = parse_network)]
     allow: Vec<IpNet>,
-    /// Networks whose clients are not served, whatever --allow says
+    /// Refuse clients in these networks, even if --allow includes them
     #[arg(long, value_name = "NETWORK", value_delimiter = ',', value_parser = parse_network)]
     deny: Vec<IpNet>,
-    /// A UDP flow ends when neither side has sent anything for this long
+    /// A UDP flow expires when neither side has sent a datagram for this long
     #[arg(long, value_name = "DURATION", default_value = "90s", value_parser = parse_limit, allow_hyphen_values = true)]
     udp_timeout: Duration,
-    /// UDP flows at a time; at the cap the longest idle one goes [default: as descriptors and ports allow]
+    /// Concurrent UDP flows; at the limit, the longest idle new flow is evicted [default: as descriptors and
+    /// ports allow]
     #[arg(long, value_name = "COUNT", value_parser = parse_count, allow_hyphen_values = true)]
     udp_max_flows: Option<usize>,
-    /// UDP flows at a time from one IPv4 address or IPv6 /64 [default: 3/4 of --udp-max-flows]
+    /// Concurrent UDP flows from one IPv4 address or IPv6 /64 [default: 3/4 of --udp-max-flows]
     #[arg(long, value_name = "COUNT", value_parser = parse_count, allow_hyphen_values = true)]
     udp_max_flows_per_source: Option<usize>,
-    /// Take UDP answers from any port of the backend's address, as TFTP servers need, and send what follows to the
-    /// port that answered last
+    /// Accept UDP replies from any port of the backend's address, as TFTP servers need, and send the client's
+    /// next datagrams to the port that replied last
     #[arg(long)]
     udp_any_port: bool,
-    /// The code point (DSCP) of what is sent, both ways, instead of the one that came [default: UDP passes it on; TCP
-    /// has 0]
+    /// The code point (DSCP) to send with in both directions, instead of the received one [default: UDP as
+    /// received; TCP 0]
     #[arg(long, value_name = "CODE_POINT", allow_hyphen_values = true)]
     dscp: Option<Dscp>,
 }
@@ -113,14 +114,14 @@ impl LimitArgs {
     }
 }
 
-/// A mapping, and the words of the command line that ask for it.
+/// A mapping, and the arguments that request it.
 struct Asked {
     words: String,
     mapping: Mapping,
 }
 
 impl MappingArgs {
-    /// The options here, as clap knows them: a file says all that they say.
+    /// The ids of these options in clap. All of them can be expressed in a file.
     pub(super) const IDS: [&str; 19] = [
         "host",
         "to",
@@ -143,7 +144,7 @@ impl MappingArgs {
         "dscp",
     ];
 
-    /// Whether no mapping is asked for.
+    /// Whether no mapping is requested.
     pub(super) fn is_empty(&self) -> bool {
         self.host.is_empty() && self.to.is_empty() && !self.publishes()
     }
@@ -152,10 +153,10 @@ impl MappingArgs {
         !self.publish.is_empty() || self.publish_all
     }
 
-    /// The mappings asked for: those of `--host` in order, then those of `-p`, then those of `-P`.
+    /// The requested mappings: those of `--host` in order, then those of `-p`, then those of `-P`.
     ///
     /// # Errors
-    /// [`UsageError`]: a part without its counterpart, none at all, a loop, or two that want one port.
+    /// [`UsageError`]: an unpaired option, no mapping, a loop, or two mappings for one port.
     pub fn mappings(&self) -> Result<Vec<Mapping>, UsageError> {
         if self.is_empty() {
             return Err(UsageError::new(
@@ -192,12 +193,12 @@ impl MappingArgs {
         Ok(mappings)
     }
 
-    /// Whether all addresses are asked for, by not saying which.
+    /// Whether a mapping listens on all addresses because none was given.
     pub fn is_everywhere(&self) -> bool {
         self.publish_all || self.publish.iter().any(|spec| spec.host == everywhere())
     }
 
-    /// Which words of the command line ask to listen at `host`, for messages.
+    /// The option that requests to listen on `host`, for messages.
     pub fn words_for(&self, host: HostSocketAddr) -> &'static str {
         let addr = host.socket_addr();
         let is_asked = self.host.iter().any(|asked| asked.contains(addr.into(), addr.port()));
@@ -215,7 +216,7 @@ impl MappingArgs {
         split
     }
 
-    /// The mappings of `--host`, each with the `--to` at the same place.
+    /// The mappings of `--host`, each with the `--to` in the same position.
     fn paired(
         &self,
         backends: &[BackendSpec],
@@ -259,7 +260,7 @@ impl MappingArgs {
         }
     }
 
-    /// The mappings of `-p` and `-P`, all to one address.
+    /// The mappings of `-p` and `-P`, which have one backend address.
     fn published(
         &self,
         backends: &[BackendSpec],
@@ -295,7 +296,7 @@ impl MappingArgs {
         specs.map(|(words, spec)| publish(words, spec, to)).collect()
     }
 
-    /// What holds for all mappings.
+    /// Applies the options that hold for all mappings.
     fn finish(&self, Asked { words, mapping }: Asked) -> Result<Asked, UsageError> {
         let mapping = if self.v6only && mapping.host() == ScopedIp::ANY {
             mapping.v6only().map_err(|error| wrong(&words, &error))?
@@ -306,7 +307,7 @@ impl MappingArgs {
     }
 }
 
-/// One `--host` and its `--to`.
+/// The mapping of one `--host` and its `--to`.
 fn pair(host: HostSpec, to: BackendSpec, protocols: Protocols) -> Result<Asked, UsageError> {
     let mapping = Mapping::new(protocols, (host.ip, host.ports), (to.ip, to.ports));
     let words = format!("--host {host}");
@@ -317,7 +318,7 @@ fn pair(host: HostSpec, to: BackendSpec, protocols: Protocols) -> Result<Asked, 
     Ok(Asked { words, mapping })
 }
 
-/// One `-p` or `--expose`.
+/// The mapping of one `-p` or `--expose`.
 fn publish(words: String, spec: PublishSpec, to: ScopedIp) -> Result<Asked, UsageError> {
     match spec.to(to) {
         Ok(mapping) => Ok(Asked { words, mapping }),
@@ -326,8 +327,8 @@ fn publish(words: String, spec: PublishSpec, to: ScopedIp) -> Result<Asked, Usag
     }
 }
 
-/// Returns a name to each mapping whose default name an earlier one has, as those of random ports may: the second
-/// `random:80/tcp` is `random:80/tcp#2`.
+/// Names each mapping whose default name is taken by an earlier one, which is possible with random ports: the
+/// second `random:80/tcp` becomes `random:80/tcp#2`.
 fn tell_apart(mappings: &mut [Mapping]) {
     let mut seen: HashMap<Name, usize> = HashMap::new();
     for mapping in mappings {

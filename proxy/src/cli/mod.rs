@@ -1,4 +1,4 @@
-//! The command line of standalone use.
+//! The command line of the standalone front end.
 
 pub(crate) mod ctl;
 mod mappings;
@@ -31,11 +31,11 @@ use crate::sandbox::{self, User};
 Examples:
   rproxy --host 0.0.0.0:80 --to 172.17.0.2:80     publish a port on all IPv4 addresses
   rproxy --host [::]:80 --to 172.17.0.2:80        the same, for IPv4 and IPv6 clients
-  rproxy --host 127.0.0.1:0 --to 172.17.0.2:80    on a free port, which is printed
+  rproxy --host 127.0.0.1:0 --to 172.17.0.2:80    on a free port, printed at the start
   rproxy --to 172.17.0.2 -p 80:80 -p 443:443      the same as docker run
   rproxy --proto udp --host 0.0.0.0:53 --to 172.17.0.2:53
-  rproxy --config /etc/rproxy.toml                what a file says; SIGHUP reads it again
-  rproxy demo                                     see it work, without root or containers")]
+  rproxy --config /etc/rproxy.toml                mappings from a file; SIGHUP reloads it
+  rproxy demo                                     a demonstration, without root or containers")]
 pub struct Cli {
     /// What to do instead of serving mappings.
     #[command(subcommand)]
@@ -54,40 +54,41 @@ pub enum Command {
         #[arg(long)]
         once: bool,
     },
-    /// Look after a running rproxy that was started with --control
+    /// Control a running rproxy that was started with --control
     Ctl(Ctl),
-    /// Say what is wrong in a configuration file, or 'ok'
+    /// Check a configuration file: print its errors, or 'ok'
     CheckConfig {
         /// The file
         file: PathBuf,
     },
 }
 
-/// The options of serving.
+/// The options for serving.
 #[derive(Args, Debug)]
 pub struct Serve {
     /// The mappings.
     #[command(flatten)]
     pub mappings: MappingArgs,
-    /// Take the mappings from a file, and again from it at SIGHUP
+    /// Read the mappings from a file; SIGHUP reloads it
     #[arg(long, value_name = "FILE", conflicts_with_all = MappingArgs::IDS)]
     pub config: Option<PathBuf>,
-    /// Print the mappings asked for as a configuration file, and end
+    /// Print the requested mappings as a configuration file, and exit
     #[arg(long)]
     pub print_config: bool,
-    /// How long connections may go on after SIGTERM or SIGINT; 0 cuts them at once
+    /// How long connections may continue after SIGTERM or SIGINT; 0 resets them at once
     #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = duration::parse, allow_hyphen_values = true)]
     pub drain_timeout: Duration,
-    /// How long connections may go on in the old process after an upgrade (SIGUSR2), or 'unlimited'
+    /// How long the old process's connections may continue after an upgrade (SIGUSR2), or 'unlimited'
     #[arg(long, value_name = "DURATION", default_value = duration::UNLIMITED, allow_hyphen_values = true)]
     upgrade_drain_timeout: DrainLimit,
     /// Listen for `rproxy ctl` on a Unix socket, for this user and root [default path: /run/rproxy.sock]
     #[arg(long, value_name = "PATH", num_args = 0..=1, default_missing_value = DEFAULT_PATH)]
     pub control: Option<PathBuf>,
-    /// Go on as another user once everything is bound; by name or number
+    /// Change to another user, by name or number, once everything is bound
     #[arg(long, value_name = "USER[:GROUP]")]
     pub user: Option<User>,
-    /// Confinement of the process once it serves: as far as the kernel goes, all of it or no start, or none
+    /// Confine the serving process: as far as the kernel supports it, completely or refuse to start, or not
+    /// at all
     #[arg(long, value_enum, default_value_t, env = sandbox::MODE_VARIABLE)]
     pub sandbox: sandbox::Mode,
     /// Format of the log on standard error
@@ -99,7 +100,7 @@ pub struct Serve {
 }
 
 impl Serve {
-    /// The mappings of the command line, in order; none is a mistake unless they come from elsewhere.
+    /// The mappings of the command line, in order. None is an error unless there is another source.
     ///
     /// # Errors
     /// Those of [`MappingArgs::mappings`].
@@ -111,12 +112,12 @@ impl Serve {
         self.mappings.mappings()
     }
 
-    /// How long connections may go on in a process that another one took over from, if there is a limit.
+    /// The time limit for connections in a process that another one has taken over from, if there is one.
     pub fn upgrade_drain_timeout(&self) -> Option<Duration> {
         self.upgrade_drain_timeout.0
     }
 
-    /// The log asked for.
+    /// The requested log.
     pub fn log(&self) -> LogConfig {
         LogConfig { format: self.log_format, filter: self.log_level.clone() }
     }
@@ -125,8 +126,7 @@ impl Serve {
 /// Parses the command line, without the program's name.
 ///
 /// # Errors
-/// [`clap::Error`] for `--help` and `--version`, whose text goes to standard output, and
-/// [`UsageError`] inside [`Unparsed`] for what is wrong.
+/// [`Unparsed`]: the text of `--help` and `--version`, which is for standard output, or a [`UsageError`].
 pub fn parse(args: &[OsString]) -> Result<Cli, Unparsed> {
     let words = std::iter::once("rproxy".into()).chain(args.iter().cloned());
     Cli::try_parse_from(words).map_err(|error| match (one_dash(args), error.kind()) {
@@ -136,7 +136,7 @@ pub fn parse(args: &[OsString]) -> Result<Cli, Unparsed> {
     })
 }
 
-/// Names the variable in a message about the option that it stands for, if that is not in `args`.
+/// Names the environment variable in a message about its option, if the option is not in `args`.
 fn blame_environment(UsageError(message): UsageError, args: &[OsString]) -> UsageError {
     let is_given = args.iter().filter_map(|arg| arg.to_str()).any(|arg| arg.starts_with("--sandbox"));
     if is_given {
@@ -145,7 +145,7 @@ fn blame_environment(UsageError(message): UsageError, args: &[OsString]) -> Usag
     UsageError(message.replace("'--sandbox <SANDBOX>'", sandbox::MODE_VARIABLE))
 }
 
-/// `-host` is not `-h`, which would show the help, as if that had been asked for.
+/// Detects `-host` and the like. Otherwise, clap would parse it as `-h` and show the help.
 fn one_dash(args: &[OsString]) -> Option<UsageError> {
     let mut command = Cli::command();
     command.build();
@@ -162,28 +162,28 @@ fn one_dash(args: &[OsString]) -> Option<UsageError> {
     Some(UsageError(format!("-{name}: options have two dashes here; write --{name}")))
 }
 
-/// A command line that does not lead to serving.
+/// Why a command line was not parsed.
 #[derive(Debug)]
 pub enum Unparsed {
-    /// Help or version: the text that was asked for.
+    /// The requested text of the help or version.
     Asked(String),
-    /// A mistake.
+    /// An error.
     Wrong(UsageError),
 }
 
-/// A mistake on the command line, in one line.
+/// A usage error, in one line.
 #[derive(Debug, thiserror::Error)]
 #[error("rproxy: {0}")]
 pub struct UsageError(String);
 
 impl UsageError {
-    /// The mistake that `message` describes.
+    /// An error with the text `message`.
     pub fn new(message: impl Into<String>) -> Self {
         Self(message.into())
     }
 }
 
-/// The command that shows the options which `args` can have.
+/// The command that shows the options available for `args`.
 fn help_for(args: &[OsString]) -> String {
     let command = Cli::command();
     let (mut command, mut words) = (&command, "rproxy".to_owned());
@@ -195,7 +195,7 @@ fn help_for(args: &[OsString]) -> String {
     format!("{words} --help")
 }
 
-/// clap's message without its paragraphs: the argument, what is wrong with it, what would work, as `help` says.
+/// clap's message in one line: the argument, what is wrong with it, and what would work, as `help` shows.
 fn one_line(error: &clap::Error, help: &str) -> UsageError {
     let context = |kind| match error.get(kind) {
         Some(ContextValue::String(text)) => Some(text.as_str()),
@@ -413,7 +413,7 @@ mod tests {
         }
     }
 
-    /// The values that a message suggests: they follow certain words, and are no words themselves.
+    /// The values that a message suggests: they follow certain words, and are not words themselves.
     fn suggestions(message: &str) -> Vec<String> {
         let words: Vec<&str> = message.split_whitespace().collect();
         let bare = |word: &str| word.trim_end_matches([',', ';']).trim_matches(['`', '\'']).to_owned();
@@ -422,7 +422,7 @@ mod tests {
         suggested.filter(|word| word.contains(|c: char| c.is_ascii_digit() || "+[".contains(c))).collect()
     }
 
-    /// Command lines, and what is wrong in the place of `{}`.
+    /// Command lines, and invalid values for `{}`.
     const WRONG: &[(&str, &[&str])] = &[
         (
             "--host {} --to 10.0.0.1:80",

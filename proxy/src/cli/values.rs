@@ -1,4 +1,4 @@
-//! Values of options that are no type of their own elsewhere.
+//! Types of option values that are only used here.
 
 use std::str::FromStr;
 use std::time::Duration;
@@ -7,12 +7,12 @@ use crate::mapping::addr::{AddrError, ScopedIp};
 use crate::mapping::duration::{UNLIMITED, parse, parse_optional_limit};
 use crate::mapping::endpoint::BackendSpec;
 
-/// Where `--to` leads.
+/// The value of `--to`.
 #[derive(Clone, Debug)]
 pub(super) enum To {
-    /// To some ports, for a `--host`.
+    /// Address and ports, for a `--host`.
     Backend(BackendSpec),
-    /// To an address, whose ports `-p` and `-P` say; and why that is too little for a `--host`.
+    /// An address for `-p` and `-P`, and why it is not enough for a `--host`.
     Address(ScopedIp, AddrError),
 }
 
@@ -27,7 +27,7 @@ impl FromStr for To {
     }
 }
 
-/// A bound on time, or none.
+/// A time limit, or none.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limit(pub(super) Option<Duration>);
 
@@ -56,7 +56,7 @@ impl FromStr for DrainLimit {
     }
 }
 
-/// Parses a number from 1 up.
+/// Parses a number of at least 1.
 pub(super) fn parse_count(text: &str) -> Result<usize, String> {
     text.parse().ok().filter(|count| *count > 0).ok_or_else(|| "not a number from 1 up".to_owned())
 }

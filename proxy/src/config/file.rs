@@ -1,7 +1,8 @@
-//! The file of a configuration: a regular one, and at the start also a pipe, as a shell makes it of `<(…)`.
+//! Reading configuration files: regular files and, at the start, also pipes, such as those of a shell's
+//! `<(…)`.
 //!
-//! Nothing here waits for ever or takes what does not end: whoever can change what is at the path could have the process
-//! stop otherwise.
+//! No read blocks forever or is unbounded. Otherwise, whoever can change what is at the path could stop the
+//! process.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read};
@@ -12,34 +13,34 @@ use std::path::Path;
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
-/// The longest configuration, in bytes: tens of thousands of mappings. Reading one takes fifty times as much memory, and one
-/// with a mistake every few bytes twice that.
+/// The maximum length of a configuration, in bytes: tens of thousands of mappings. Reading one takes fifty
+/// times as much memory, or a hundred times if there is an error every few bytes.
 pub(super) const LONGEST: u64 = 2 * 1024 * 1024;
 
-/// How long a pipe may say nothing, in milliseconds.
+/// How long to wait for data from a pipe, in milliseconds.
 const READ_TIMEOUT: u16 = 60_000;
 
-/// Opens what is at `path` now, without waiting for anybody.
+/// Opens the file at `path` without blocking.
 ///
 /// # Errors
 /// Those of open(2).
 pub fn open(path: &Path) -> io::Result<File> {
-    // The other end of a FIFO may not be open, and a terminal is not to become ours.
+    // The other end of a FIFO may not be open, and a terminal must not become the controlling terminal.
     let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
     OpenOptions::new().read(true).custom_flags(flags.bits()).open(path)
 }
 
-/// The descriptor that `path` stands for, if it does, as `/dev/fd/63`.
+/// The number of the descriptor that `path` refers to, as in `/dev/fd/63`.
 pub fn descriptor(path: &Path) -> Option<RawFd> {
     let parent = path.parent()?;
     let is_list = ["/dev/fd", "/proc/self/fd"].iter().any(|list| parent == Path::new(list));
     path.file_name().filter(|_number| is_list)?.to_str()?.parse().ok()
 }
 
-/// Reads all of a file as text. A pipe may be read only if it is for the `first` time: it is empty then.
+/// Reads a whole file as text. A pipe can only be read the `first` time; it is empty after that.
 ///
 /// # Errors
-/// Those of read(2), and why the file is none of a configuration.
+/// Those of read(2), or why the file cannot be a configuration.
 pub(super) fn text(mut file: File, first: bool) -> io::Result<String> {
     let metadata = file.metadata()?;
     let kind = metadata.file_type();
@@ -59,7 +60,7 @@ pub(super) fn text(mut file: File, first: bool) -> io::Result<String> {
     if kind.is_fifo() {
         read_pipe(&mut file, &mut bytes)?;
     } else {
-        // It may grow, and those of proc(5) do not tell.
+        // It may grow, and files of proc(5) have no size.
         file.take(LONGEST + 1).read_to_end(&mut bytes)?;
     }
     if u64::try_from(bytes.len()).is_ok_and(|length| length > LONGEST) {
@@ -70,7 +71,7 @@ pub(super) fn text(mut file: File, first: bool) -> io::Result<String> {
 
 const TOO_LONG: &str = "it is longer than 2 MiB, which no configuration is";
 
-/// Refuses what was read at the start.
+/// The error for a file that could only be read at the start.
 ///
 /// # Errors
 /// Always.
@@ -82,11 +83,11 @@ fn refuse<T>(reason: &str) -> io::Result<T> {
     Err(io::Error::other(reason))
 }
 
-/// Reads until those who write are gone, or have said too much, or nothing for too long.
+/// Reads until all writers are gone, the maximum is exceeded, or no data arrives in time.
 fn read_pipe(pipe: &mut File, bytes: &mut Vec<u8>) -> io::Result<()> {
     let mut some = [0; 16 * 1024];
     while u64::try_from(bytes.len()).is_ok_and(|length| length <= LONGEST) {
-        // One that nobody has opened yet to write is at its end for read(2), and not for poll(2).
+        // Before a writer opens a FIFO, read(2) returns 0, but poll(2) waits.
         let mut fds = [PollFd::new(pipe.as_fd(), PollFlags::POLLIN)];
         match poll(&mut fds, PollTimeout::from(READ_TIMEOUT)) {
             Ok(0) => return refuse("it is a pipe that nobody has written to for a minute; give a file"),
@@ -141,7 +142,7 @@ mod tests {
             let reason_given = refused(open(Path::new(path)).unwrap(), true);
             assert!(reason_given.contains(reason), "{path}: {reason_given}");
         }
-        // A file with a hole, of a size that no memory has.
+        // A sparse file larger than any memory.
         let file =
             File::from(nix::sys::memfd::memfd_create(c"x", nix::sys::memfd::MFdFlags::empty()).unwrap());
         file.set_len(1 << 40).unwrap();

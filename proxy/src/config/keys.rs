@@ -20,7 +20,7 @@ type Count = Option<Spanned<usize>>;
 type Switch = Option<Spanned<bool>>;
 type Texts = Option<Spanned<Vec<String>>>;
 
-/// What a table says, and where. That of `[defaults]` has the same keys.
+/// The values of a table and their positions. `[defaults]` has the same keys.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Keys {
     name: Text,
@@ -39,15 +39,15 @@ pub(super) struct Keys {
     dscp: Option<Spanned<NumberOrText>>,
     allow: Texts,
     deny: Texts,
-    /// Those that are there, but cannot be read, or are misspelt.
+    /// Keys that are present but unreadable or misspelt.
     unread: Vec<String>,
 }
 
-/// The longest value about which something is suggested, in bytes.
+/// The longest value for which a correction is suggested, in bytes.
 pub(super) const LONGEST_VALUE: usize = 256;
 
 impl Keys {
-    /// What `table` says, as far as it can be read.
+    /// Reads what is readable in `table`.
     pub(super) fn read(table: &DeTable<'_>, found: &mut Mistakes) -> Self {
         let mut keys = Self::default();
         for (key, value) in by_place(table) {
@@ -69,7 +69,7 @@ impl Keys {
         keys
     }
 
-    /// What this table says, and what `defaults` says where it says nothing.
+    /// The values of this table, with those of `defaults` where it has none.
     fn or(&self, defaults: &Self) -> Self {
         let unread = self.unread.clone();
         macro_rules! or {
@@ -78,7 +78,7 @@ impl Keys {
         with_keys!(or)
     }
 
-    /// Whether the value of `key` is one that a mapping can have, whatever its other keys say.
+    /// Whether a mapping can have this value of `key`, independent of its other keys.
     pub(super) fn are_accepted(mut self, key: &str) -> bool {
         let text = |text: &str| Some(Spanned::new(0..0, text.to_owned()));
         match (key, &self.host, &self.to) {
@@ -90,13 +90,13 @@ impl Keys {
         self.mapping(&Self::default(), 0..0, &mut found).is_some() && found.is_empty()
     }
 
-    /// How many networks are listed.
+    /// The number of networks in `allow` and `deny`.
     pub(super) fn networks(&self) -> usize {
         let count = |list: &Texts| list.as_ref().map_or(0, |list| list.get_ref().len());
         count(&self.allow) + count(&self.deny)
     }
 
-    /// What is wrong in this table, which is `[defaults]`.
+    /// The errors in this table if it is `[defaults]`.
     pub(super) fn mistakes_of_defaults(&self) -> Vec<Found> {
         let keys = [("name", &self.name), ("host", &self.host), ("to", &self.to)];
         let of_one = |(key, value): (&str, &Text)| {
@@ -110,7 +110,7 @@ impl Keys {
         found
     }
 
-    /// The mapping that this table, at `place`, says together with `defaults`.
+    /// The mapping of this table, at `place`, combined with `defaults`.
     pub(super) fn mapping(
         &self,
         defaults: &Self,
@@ -124,7 +124,7 @@ impl Keys {
             self.endpoint("to", &self.to, "forward to, as in \"172.17.0.2:80\"", &mut wrong);
         let mut all = self.or(defaults);
         if self.v6only.is_none() && host.is_some_and(|host| host.ip != ScopedIp::ANY) {
-            // What holds for all mappings holds for those for which it means something.
+            // `v6only` in `[defaults]` only applies to mappings for which it makes sense.
             all.v6only = None;
         }
         let (host, to) = (host.map(|host| (host.ip, host.ports)), to.map(|to| (to.ip, to.ports)));
@@ -134,7 +134,7 @@ impl Keys {
         mapping.filter(|_mapping| !is_wrong)
     }
 
-    /// The value of `key`, `ADDRESS:PORTS`.
+    /// Parses the value of `key` as `ADDRESS:PORTS`.
     fn endpoint<T: FromStr<Err = AddrError>>(
         &self,
         key: &'static str,
@@ -152,7 +152,7 @@ impl Keys {
         }
     }
 
-    /// All but where it listens and leads to.
+    /// Everything except host and backend.
     fn wire(&self) -> WireMapping {
         WireMapping {
             name: text(&self.name),
@@ -181,7 +181,7 @@ impl Keys {
         }
     }
 
-    /// Mistakes in fields, where their keys are in a table at `place`.
+    /// Converts errors in fields to errors at the positions of their keys, or at `place` of the table.
     fn located(&self, wrong: FieldErrors, place: Range<usize>) -> impl Iterator<Item = Found> {
         wrong.0.into_iter().map(move |error| {
             let key = match error.field {
@@ -192,7 +192,7 @@ impl Keys {
         })
     }
 
-    /// Where the value of `key` is, or else the table.
+    /// The position of the value of `key`, or else of the table.
     pub(super) fn place_of(&self, key: &str, table: Range<usize>) -> Range<usize> {
         macro_rules! places {
             ($($key:ident),*) => { match key { $(stringify!($key) => self.$key.as_ref().map(Spanned::span),)* _ => None } };
@@ -201,7 +201,7 @@ impl Keys {
     }
 }
 
-/// Whether `value`, as it is written in a file, is one that `key` can have.
+/// Whether `key` accepts `value`, written as in a file.
 pub(super) fn is_accepted(key: &str, value: &str) -> bool {
     let line = format!("{key} = {value}");
     if value.len() > LONGEST_VALUE || value.contains('\n') {
@@ -213,7 +213,7 @@ pub(super) fn is_accepted(key: &str, value: &str) -> bool {
     found.is_empty() && table.get_ref().len() == 1 && keys.are_accepted(key)
 }
 
-/// The keys and values of a table in the order in which they are written.
+/// The keys and values of a table in file order.
 pub(super) fn by_place<'a, 'i>(
     table: &'a DeTable<'i>,
 ) -> Vec<(&'a Spanned<DeString<'i>>, &'a Spanned<DeValue<'i>>)> {

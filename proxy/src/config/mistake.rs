@@ -1,16 +1,17 @@
-//! What is wrong in a file, and where.
+//! Errors in a file, and their positions.
 
 use std::collections::BTreeSet;
 use std::fmt;
 use std::ops::Range;
 
-/// The most mistakes that are reported. Whoever has that many made one of another kind, as to name the wrong file.
+/// The maximum number of errors that are reported. With more, the cause is probably another one, such as the
+/// wrong file.
 pub(super) const MOST: usize = 50;
 
-/// The longest message, in characters: a value that it quotes may be the whole file.
+/// The maximum length of a message, in characters, because the value it quotes may be as long as the file.
 const LONGEST_MESSAGE: usize = 400;
 
-/// What is wrong at a place that is known by its bytes.
+/// An error at a position in bytes.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Found {
     start: usize,
@@ -18,7 +19,7 @@ pub(super) struct Found {
 }
 
 impl Found {
-    /// What `message` says about the bytes of `place`. It is one line, and not a long one.
+    /// An error at `place`. The message is shortened to one line of limited length.
     pub(super) fn at(place: Range<usize>, message: impl Into<String>) -> Self {
         let mut message: String = message.into();
         if let Some((cut, _char)) = message.char_indices().nth(LONGEST_MESSAGE) {
@@ -33,7 +34,7 @@ impl Found {
         Self { start: place.start, message }
     }
 
-    /// Where it starts, in bytes.
+    /// The start position, in bytes.
     pub(super) fn start(&self) -> usize {
         self.start
     }
@@ -45,8 +46,8 @@ impl From<toml::de::Error> for Found {
     }
 }
 
-/// The first mistakes of a file by their places, [`MOST`] of them, each once: one in `[defaults]` is one of each
-/// mapping.
+/// The first [`MOST`] errors of a file, in order and without duplicates: an error in `[defaults]` is found
+/// once for each mapping.
 #[derive(Debug, Default)]
 pub(super) struct Mistakes {
     first: BTreeSet<Found>,
@@ -56,12 +57,12 @@ pub(super) struct Mistakes {
 }
 
 impl Mistakes {
-    /// None so far, or some `more` than will be put in.
+    /// An empty collection. With `more`, there are further errors that will not be added.
     pub(super) fn with_more(more: bool) -> Self {
         Self { more, ..Self::default() }
     }
 
-    /// Takes one, and leaves out the last one if that is one too many.
+    /// Adds an error, and drops the last one if that exceeds the limit.
     pub(super) fn push(&mut self, found: Found) {
         self.seen += 1;
         self.first.insert(found);
@@ -71,7 +72,7 @@ impl Mistakes {
         }
     }
 
-    /// Takes one at `start` whose message takes a while to make up: only if it is one of the first.
+    /// Adds an error at `start` whose message is expensive to build, only if it is one of the first.
     pub(super) fn push_with(&mut self, start: usize, found: impl FnOnce() -> Found) {
         if self.first.len() == MOST && self.first.last().is_some_and(|last| last.start < start) {
             self.seen += 1;
@@ -81,7 +82,7 @@ impl Mistakes {
         }
     }
 
-    /// How many there were so far, also those that were left out.
+    /// The number of errors so far, including those that were dropped.
     pub(super) fn seen(&self) -> usize {
         self.seen
     }
@@ -106,7 +107,7 @@ impl IntoIterator for Mistakes {
     }
 }
 
-/// A mistake in a file. Its text starts with line and column, as compilers write them.
+/// An error in a file. Its text starts with line and column, like those of compilers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mistake {
     /// The line, from 1.
@@ -136,12 +137,12 @@ impl<'a> Lines<'a> {
         Self { text, starts: [0].into_iter().chain(ends.map(|(at, _byte)| at + 1)).collect() }
     }
 
-    /// Where the line begins that has `at`.
+    /// The start of the line that contains `at`.
     pub(super) fn start_of(&self, at: usize) -> usize {
         self.starts[self.starts.partition_point(|start| *start <= at) - 1]
     }
 
-    /// The mistakes in the order of their places.
+    /// Converts errors to line and column, in order.
     pub(super) fn locate(&self, found: Mistakes) -> Vec<Mistake> {
         found.into_iter().map(|Found { start, message }| self.mistake(start, message)).collect()
     }

@@ -1,6 +1,6 @@
 //! The configuration file: `[[mapping]]` tables in TOML, described in `docs/configuration.md`.
 //!
-//! It is read as a whole or not at all, and its first mistakes are reported with their places.
+//! A file is accepted as a whole or not at all. Its first errors are reported with their positions.
 
 mod file;
 mod keys;
@@ -30,7 +30,7 @@ use crate::mapping::Mapping;
 use crate::mapping::overlap::{Overlap, OverlapError, overlaps};
 use crate::runtime::descriptors::explain;
 
-/// Reads the mappings of a file, or of a pipe.
+/// Reads the mappings from a file or pipe.
 ///
 /// # Errors
 /// [`ConfigError`]
@@ -39,7 +39,7 @@ pub fn read(path: &Path) -> Result<Vec<Mapping>, ConfigError> {
     mappings(path, text)
 }
 
-/// Reads the text of a file, or of a pipe.
+/// Reads the text of a file or pipe.
 ///
 /// # Errors
 /// [`ConfigError::Read`]
@@ -47,12 +47,12 @@ pub fn read_text(path: &Path) -> Result<String, ConfigError> {
     open(path).and_then(|opened| file::text(opened, true)).map_err(not_read(path))
 }
 
-/// Reads the mappings of the file at `path` again, which has been `opened`.
+/// Reads the mappings for a reload from the file at `path`, which was `opened` for it.
 ///
 /// # Errors
 /// [`ConfigError`]
 pub fn read_again(path: &Path, opened: io::Result<fs::File>) -> Result<Vec<Mapping>, ConfigError> {
-    // One that a shell passed is closed by now.
+    // A descriptor that a shell passed is closed by now.
     let opened = if descriptor(path).is_some_and(|number| number > 2) { file::once() } else { opened };
     let text = opened.and_then(|opened| file::text(opened, false)).map_err(not_read(path))?;
     mappings(path, text)
@@ -65,15 +65,15 @@ fn not_read(path: &Path) -> impl FnOnce(io::Error) -> ConfigError {
 fn mappings(path: &Path, text: String) -> Result<Vec<Mapping>, ConfigError> {
     let mappings = parse(path, &text);
     drop(text);
-    // What reading took is many times what the mappings take.
+    // Reading needs many times the memory of the mappings.
     release_unused();
     mappings
 }
 
-/// Reads mappings from the `text` of the file at `path`.
+/// Parses the `text` of the file at `path`.
 ///
 /// # Errors
-/// [`ConfigError::Wrong`] with the mistakes that are in it.
+/// [`ConfigError::Wrong`] with the errors found.
 pub fn parse(path: &Path, text: &str) -> Result<Vec<Mapping>, ConfigError> {
     find_mappings(text).map_err(|found| {
         let more = found.more;
@@ -91,7 +91,7 @@ fn find_mappings(text: &str) -> Result<Vec<Mapping>, Mistakes> {
     let of_defaults: Vec<Found> = of_defaults.into_iter().chain(file.too_many_networks()).collect();
     let has_defaults = of_defaults.is_empty();
     if !has_defaults {
-        // Each mapping would have them again.
+        // Otherwise each mapping would report them again.
         found.extend(of_defaults);
         file.defaults = Keys::default();
     }
@@ -106,7 +106,7 @@ fn find_mappings(text: &str) -> Result<Vec<Mapping>, Mistakes> {
         return Err(syntax::beside_errors(text, &errors, found));
     }
     if found.is_empty() && read.is_empty() {
-        // A file that is being written would end everything.
+        // Without this, a file that is being written could remove all mappings.
         found.push(Found::at(0..0, "there is no [[mapping]] in it"));
     }
     let (tables, mappings): (Vec<Table>, Vec<Mapping>) = read.into_iter().unzip();
@@ -120,15 +120,15 @@ fn find_mappings(text: &str) -> Result<Vec<Mapping>, Mistakes> {
     if found.is_empty() { Ok(mappings) } else { Err(found) }
 }
 
-/// The most networks that all mappings together may get from `[defaults]`.
+/// The maximum number of networks that all mappings together may get from `[defaults]`.
 const MOST_NETWORKS: usize = 1_000_000;
 
-/// A whole file.
+/// A parsed file.
 #[derive(Default)]
 struct File<'a, 'i> {
-    /// What holds for each mapping that does not say otherwise.
+    /// The values for mappings that do not override them.
     defaults: Keys,
-    /// The mappings, and where they are.
+    /// The mappings and their positions.
     tables: Vec<(Range<usize>, &'a DeTable<'i>)>,
 }
 
@@ -175,7 +175,7 @@ impl<'a, 'i> File<'a, 'i> {
         file
     }
 
-    /// What is wrong if each mapping gets so many networks from `[defaults]` that together they take too much memory.
+    /// An error if the networks of `[defaults]`, repeated for each mapping, would take too much memory.
     fn too_many_networks(&self) -> Option<Found> {
         let (mappings, networks) = (self.tables.len(), self.defaults.networks());
         (mappings.saturating_mul(networks) > MOST_NETWORKS).then(|| {
@@ -188,20 +188,20 @@ impl<'a, 'i> File<'a, 'i> {
     }
 }
 
-/// A `[[mapping]]`, and where it is.
+/// A `[[mapping]]` and its position.
 struct Table {
     place: Range<usize>,
     keys: Keys,
 }
 
 impl Table {
-    /// A mistake in the value of `key`.
+    /// An error in the value of `key`.
     fn mistake(&self, key: &str, problem: &dyn fmt::Display) -> Found {
         Found::at(self.keys.place_of(key, self.place.clone()), format!("{key}: {problem}"))
     }
 }
 
-/// Mappings that have the name of an earlier one.
+/// Errors for mappings that have the name of an earlier one.
 fn same_names(tables: &[Table], mappings: &[Mapping]) -> Vec<Found> {
     let mut seen = HashSet::with_capacity(mappings.len());
     let mut found = Vec::new();
@@ -216,7 +216,7 @@ fn same_names(tables: &[Table], mappings: &[Mapping]) -> Vec<Found> {
     found
 }
 
-/// Mappings that want a port of an earlier one.
+/// Errors for mappings that want the same port as an earlier one.
 fn same_ports(tables: &[Table], mappings: &[Mapping]) -> Vec<Found> {
     let error = |Overlap { first, second, port }: Overlap| {
         tables[second].mistake("host", &OverlapError::new(&mappings[second], &mappings[first], port))
@@ -224,31 +224,31 @@ fn same_ports(tables: &[Table], mappings: &[Mapping]) -> Vec<Found> {
     overlaps(mappings).into_iter().map(error).collect()
 }
 
-/// A mapping that leads back to itself.
+/// An error for a mapping that leads back to itself.
 fn loops(tables: &[Table], mappings: &[Mapping]) -> Option<Found> {
     let error = refuse_loops_among(mappings).err()?;
     Some(tables[error.mapping].mistake("to", &error))
 }
 
-/// Why there are no mappings in a file; one line for each mistake.
+/// Why a file has no usable mappings; one line for each error.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
-    /// It cannot be read.
+    /// The file cannot be read.
     #[error("{}: {}", path.display(), explain(source, 1))]
     Read {
         /// The file.
         path: PathBuf,
-        /// What the kernel answered, or that it is no text.
+        /// The error of the kernel, or that the file is not text.
         source: io::Error,
     },
-    /// What it says makes no sense.
+    /// The content is invalid.
     #[error("{}", lines(path, mistakes, *more).join("\n"))]
     Wrong {
         /// The file.
         path: PathBuf,
-        /// What is wrong in it: the first mistakes, by their places.
+        /// The first errors, in order.
         mistakes: Vec<Mistake>,
-        /// Whether there are more.
+        /// Whether there are further errors.
         more: bool,
     },
 }
@@ -428,7 +428,7 @@ mod tests {
 
     const GOOD: &str = "[[mapping]]\nhost = \"[::]:80\"\nto = \"10.0.0.1:80\"\n";
 
-    /// Lines of which a mapping can have one, and what is to be written in their place.
+    /// Lines with an obvious mistake, and the suggested correction.
     const MEANT: &[(&str, &str)] = &[
         ("host = [::]:80", "host = \"[::]:80\""),
         ("host = 0.0.0.0:80 # all", "host = \"0.0.0.0:80\""),
@@ -507,7 +507,7 @@ mod tests {
             let expected = format!("4:1: unknown key `{key}`; the keys are name, host, to, ");
             assert!(found[0].starts_with(&expected), "{found:?}");
         }
-        // The key that is meant is not missing, too.
+        // The key that is meant is not also reported as missing.
         let found = mistakes("[[mapping]]\nhost = \"[::]:80\"\ntoo = \"10.0.0.1:80\"\n");
         assert_eq!(found, ["3:1: unknown key `too`; did you mean `to`?"]);
     }
@@ -531,7 +531,7 @@ mod tests {
             "11:1 host",
         ];
         assert_eq!(places, expected, "{found:#?}");
-        // Also beside lines that are no TOML, as far as these leave anything to be said.
+        // Also together with lines that are not TOML, as far as those do not hide them.
         let found = mistakes(
             "[[mapping]]\nhost = [::]:80\ntoo = 1\nallow = \"10.0.0.0/8\"\nidle_timeout = \"soon\"\n",
         );

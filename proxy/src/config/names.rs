@@ -1,4 +1,4 @@
-//! The names of the keys of a mapping, and what is meant by those that there are not.
+//! The names of the keys of a mapping, and corrections for unknown ones.
 
 /// Calls a macro with the names of all keys.
 macro_rules! with_keys {
@@ -28,18 +28,18 @@ macro_rules! names {
     ($($key:ident),*) => { [$(stringify!($key)),*] };
 }
 
-/// All of them.
+/// All keys.
 pub(super) const KEYS: [&str; 16] = with_keys!(names);
 
 pub(super) use with_keys;
 
-/// The longest word that may be a slip of a key, in bytes.
+/// The longest word that is considered a misspelt key, in bytes.
 const LONGEST_KEY: usize = 64;
 
-/// How similar two words have to be for one to be a slip of the other, by Jaro and Winkler.
+/// The minimum Jaro-Winkler similarity for a word to be considered a misspelling of another.
 const SIMILAR: f64 = 0.8;
 
-/// The key of a mapping that `written` is meant to be, if it resembles one.
+/// The key that `written` probably means, if it resembles one.
 pub(super) fn meant_key(written: &str) -> Option<&'static str> {
     if written.len() > LONGEST_KEY {
         return None;
@@ -49,7 +49,7 @@ pub(super) fn meant_key(written: &str) -> Option<&'static str> {
         "listen" | "bind" | "address" => return Some("host"),
         "backend" | "target" | "upstream" | "forward" => return Some("to"),
         "tos" | "traffic_class" => return Some("dscp"),
-        // It has the letters of `dscp`, and means something else.
+        // Its letters resemble `dscp`, but it means something else.
         "desc" | "description" => return None,
         _ => {}
     }
@@ -58,7 +58,7 @@ pub(super) fn meant_key(written: &str) -> Option<&'static str> {
     (score(best) >= SIMILAR).then_some(best)
 }
 
-/// What to say about a key of a mapping that there is not.
+/// The message for an unknown key of a mapping.
 pub(super) fn unknown_key(written: &str) -> String {
     match meant_key(written) {
         Some(key) => format!("unknown key `{written}`; did you mean `{key}`?"),
@@ -67,7 +67,7 @@ pub(super) fn unknown_key(written: &str) -> String {
     }
 }
 
-/// What to say about a key that is in no table, or about a table that there is not.
+/// The message for a key outside a table, or for an unknown table.
 pub(super) fn unknown_table(written: &str, is_table: bool) -> String {
     let resembles = |table: &str| {
         written.len() <= LONGEST_KEY && strsim::jaro_winkler(&written.to_lowercase(), table) >= SIMILAR

@@ -1,11 +1,11 @@
-//! Mappings as a configuration file has them.
+//! Prints mappings as a configuration file.
 
 use std::fmt::{Display, Write};
 
 use crate::mapping::Mapping;
 use crate::mapping::wire::{WireLimits, WireMapping};
 
-/// The text of a file from which [`read`](super::read) reads `mappings`.
+/// The text of a file from which [`read`](super::read) returns `mappings`.
 pub fn print<'a>(mappings: impl IntoIterator<Item = &'a Mapping>) -> String {
     let tables: Vec<String> = mappings.into_iter().map(table).collect();
     tables.join("\n")
@@ -29,7 +29,7 @@ fn table(mapping: &Mapping) -> String {
     } = limits;
     let host = format!("{}:{}", host.unwrap_or_default(), host_ports.as_deref().unwrap_or("0"));
     let mut table = "[[mapping]]\n".to_owned();
-    // No value has a character that a TOML string would need to escape.
+    // No value contains a character that must be escaped in a TOML string.
     let mut line = |key: &str, value: Option<&dyn Display>| {
         if let Some(value) = value {
             writeln!(table, "{key} = {value}").expect("a string takes everything");

@@ -1,4 +1,4 @@
-//! What is meant by lines that are no TOML.
+//! Explains lines that are not valid TOML.
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
@@ -11,16 +11,16 @@ use super::mistake::{Found, Lines, MOST, Mistakes};
 use super::names::meant_key;
 use super::values::example;
 
-/// The most errors that the parser may keep.
+/// The maximum number of errors that the parser is given.
 const MOST_ERRORS: usize = 100_000;
 
-/// How deep arrays and tables may be in each other, as in the parser of `toml`.
+/// The maximum nesting of arrays and tables, the same as in the parser of `toml`.
 const DEEPEST: u32 = 80;
 
-/// As much of a text as there is something to be said about: up to the first line that is no TOML behind [`MOST`] others.
-/// And whether that is less than all of it.
+/// Returns the part of a text that is worth parsing, up to the first invalid line after [`MOST`] others, and
+/// whether that is less than all of it.
 ///
-/// The parser keeps every error, so that what it is given must not have too many of them.
+/// The parser stores every error, so its input must not have too many.
 pub(super) fn before_too_many_errors(text: &str) -> (&str, bool) {
     let lines = Lines::of(text);
     let mut broken: BTreeSet<usize> = BTreeSet::new();
@@ -43,7 +43,7 @@ pub(super) fn before_too_many_errors(text: &str) -> (&str, bool) {
     }
 }
 
-/// Hands over what is no TOML, as the parser finds it and without keeping any of it.
+/// Calls `note` for each syntax error, without storing any.
 fn each_error(text: &str, note: impl FnMut(ParseError)) {
     let note = RefCell::new(note);
     let source = Source::new(text);
@@ -62,18 +62,18 @@ fn each_error(text: &str, note: impl FnMut(ParseError)) {
     parse_document(&tokens, &mut receiver, &mut |error| note.borrow_mut()(error));
 }
 
-/// All that is to be said about a file with lines that are no TOML: these, and what was `found` in other lines. What
-/// is missing may be in the former.
+/// Combines the syntax errors of a file with what was `found` in its other lines. Errors about missing keys
+/// are left out if the key may be in an invalid line.
 pub(super) fn beside_errors(text: &str, errors: &[toml::de::Error], found: Mistakes) -> Mistakes {
     let lines = Lines::of(text);
     let mut broken: BTreeMap<usize, &toml::de::Error> = BTreeMap::new();
     for error in errors {
-        // What follows in the same line follows from it.
+        // Further errors in the same line are consequences of the first.
         broken.entry(lines.start_of(place(text, error))).or_insert(error);
     }
     let mut all = Mistakes::with_more(broken.len() > MOST || found.more);
     all.extend(broken.iter().take(MOST).map(|(start, error)| explain(text, *start, error)));
-    // Behind a heading that cannot be read, everything is another table's.
+    // After an invalid heading, keys are attributed to the wrong table.
     if !broken.keys().any(|start| is_heading(&text[*start..])) {
         all.extend(found.into_iter().filter(|found| {
             let start = lines.start_of(found.start());
@@ -87,14 +87,14 @@ fn is_heading(rest: &str) -> bool {
     rest.trim_start_matches([' ', '\t']).starts_with('[')
 }
 
-/// Where an error is: not behind the end of its line, where it was noticed.
+/// The position of an error: at most the end of its line, even if it was detected after that.
 fn place(text: &str, error: &toml::de::Error) -> usize {
     let at = error.span().unwrap_or_default().start.min(text.len());
     let is_behind = at > 0 && text.as_bytes()[at - 1] == b'\n' && at == text.len();
     if is_behind { at - 1 } else { at }
 }
 
-/// What the parser says about the line from `start` that is no TOML, or what is meant by it.
+/// The parser's message for the invalid line at `start`, or a suggestion of what it should be.
 fn explain(text: &str, start: usize, error: &toml::de::Error) -> Found {
     let line = text[start..].lines().next().unwrap_or_default();
     if line.trim_start().starts_with("[mapping]") {
@@ -113,7 +113,7 @@ fn explain(text: &str, start: usize, error: &toml::de::Error) -> Found {
     }
 }
 
-/// What is meant by a line with a key whose value is no TOML, and where the value is.
+/// A suggestion for a line with a known key and an invalid value, and the column of the value.
 fn meant_line(line: &str) -> Option<(usize, String)> {
     let separator = line.find(['=', ':'])?;
     let key = meant_key(line[..separator].trim())?;
@@ -129,7 +129,7 @@ fn meant_line(line: &str) -> Option<(usize, String)> {
     Some((column, message))
 }
 
-/// The value of `key` that is meant by `value`, which is no TOML: one that is accepted, if there is one.
+/// The accepted value of `key` that the invalid `value` probably means, if there is one.
 fn meant_value(key: &str, value: &str) -> Option<String> {
     if value.len() > LONGEST_VALUE {
         return None;
@@ -149,7 +149,7 @@ fn meant_value(key: &str, value: &str) -> Option<String> {
         (Some('t'), _) if is_off => "false".to_owned(),
         _ => example(key).to_owned(),
     };
-    // What comes behind a value in other languages, and is none of it.
+    // Removes what follows a value in other languages.
     let before_comment = value.split("//").next().unwrap_or_default().trim_end();
     let candidates = [value, value.trim_end_matches([',', ';']), before_comment];
     candidates.into_iter().map(meant).find(|meant| is_accepted(key, meant))

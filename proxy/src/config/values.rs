@@ -1,4 +1,4 @@
-//! The values of keys: of which type each has to be, and what is meant where it is of another one.
+//! The types of values, and suggestions for values of the wrong type.
 
 use std::ops::Range;
 
@@ -7,19 +7,19 @@ use toml::de::DeValue;
 
 use super::mistake::{Found, Mistakes};
 
-/// A type that the value of a key can have.
+/// A type of values.
 pub(super) trait Value: Sized {
-    /// What it is called.
+    /// Its name in messages.
     const NAME: &'static str;
 
-    /// The value, or a better place for the mistake than all of it.
+    /// Returns the value, or the position of a wrong element if that is more precise than the whole value.
     fn read(value: &DeValue<'_>) -> Result<Self, Option<Range<usize>>>;
 
-    /// How `value`, which is of another type, is meant for `key`: as it is written in a file.
+    /// What `value`, which has another type, probably means for `key`, written as in a file.
     fn meant(key: &str, value: &DeValue<'_>) -> String;
 }
 
-/// The value of `key`, unless it is of the wrong type. What is suggested then is one that `is_accepted`.
+/// Reads the value of `key`. If the type is wrong, the error suggests a value for which `is_accepted` holds.
 pub(super) fn read<T: Value>(
     key: &str,
     value: &Spanned<DeValue<'_>>,
@@ -77,7 +77,7 @@ impl Value for usize {
     }
 }
 
-/// A text in quotes, or a number that stands for one.
+/// A quoted string, or a number in its place.
 #[derive(Clone, Debug)]
 pub(super) struct NumberOrText(pub(super) String);
 
@@ -121,7 +121,7 @@ impl Value for Vec<String> {
     }
 }
 
-/// A value that `key` may have.
+/// An example value of `key`.
 pub(super) fn example(key: &str) -> &'static str {
     match key {
         "host" => "\"[::]:80\"",
