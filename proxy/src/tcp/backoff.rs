@@ -1,14 +1,14 @@
-//! Waiting between attempts that fail for a reason outside our control.
+//! Delays between attempts that fail for an external reason.
 
 use std::time::Duration;
 
-/// The first delay; net/http of Go starts with the same.
+/// The first delay, the same as in Go's net/http.
 const FIRST: Duration = Duration::from_millis(5);
 
-/// No delay is longer than this, so that a relay is back soon after descriptors are.
+/// The longest delay, so that a relay resumes soon after the cause is gone.
 const LONGEST: Duration = Duration::from_secs(1);
 
-/// Delays that double with each failure in a row.
+/// A delay that doubles with each consecutive failure.
 #[derive(Debug, Default)]
 pub(crate) struct Backoff {
     failures: u32,
@@ -22,7 +22,7 @@ impl Backoff {
         delay.min(LONGEST)
     }
 
-    /// An attempt succeeded: the next failure starts anew.
+    /// Resets the delay after a success.
     pub(crate) fn reset(&mut self) {
         self.failures = 0;
     }

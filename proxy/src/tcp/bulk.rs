@@ -1,9 +1,9 @@
-//! The bulk mode of a direction: splicing, with few wake-ups.
+//! The bulk mode of a direction: splicing with few wake-ups.
 //!
-//! Bytes go from socket to pipe to socket without passing through user space (splice(2)). A transfer
-//! that lasts also raises `SO_RCVLOWAT` on its source, so that it is woken once per megabyte instead
-//! of once per segment. A tick bounds what that costs: bytes that have waited for one are taken, and
-//! the direction goes back to copying.
+//! splice(2) moves bytes from socket to pipe to socket, without a copy through user space. A sustained
+//! transfer also raises `SO_RCVLOWAT` on its source, and is then woken once per megabyte instead of once per
+//! segment. To bound the added latency, a direction that gets no event within a tick reads the bytes below
+//! the watermark and returns to copying.
 
 use std::os::fd::AsFd;
 use std::time::Duration;
@@ -16,25 +16,26 @@ use super::direction::{Direction, End, flush, is_transient, writable};
 use super::pipe::{self, Pipe};
 use super::stream::Stream;
 
-/// How long a source may be quiet before bulk mode ends. The runtime's timer has a resolution of
-/// 1 ms and rounds up, so no byte waits longer than 2 ms below the watermark.
+/// How long a source may be quiet before bulk mode ends. The runtime's timer has a resolution of 1 ms and
+/// rounds up, so no byte waits below the watermark for more than 2 ms.
 const TICK: Duration = Duration::from_millis(1);
 
-/// Bytes spliced in one go of bulk mode before the watermark is raised: shorter transfers end
-/// without the tick's delay in them.
+/// Bytes to splice in bulk mode before the watermark is raised, so that shorter transfers do not end with the
+/// delay of a tick.
 const SUSTAINED: u64 = 4 * 1024 * 1024;
 
-/// The first watermark, in bytes. It doubles each time that the source reaches it within a tick.
+/// The first watermark, in bytes. It doubles whenever the source reaches it within a tick.
 const FIRST_WATERMARK: u32 = 256 * 1024;
 
-/// The highest watermark: what a full-sized pipe takes in one call.
+/// The highest watermark: the capacity of a full-sized pipe.
 const LAST_WATERMARK: u32 = 1024 * 1024;
 
-/// Splices from the source to the sink until the source is quiet for a tick, or something comes up that only
-/// copying can deal with: an end of the stream, urgent data, a refusal of splice(2). The pipe goes back to its pool.
+/// Splices from the source to the sink until the source is quiet for a tick, or until only a read can
+/// proceed: at the end of the stream, at urgent data, or if splice(2) is refused. The pipe is returned to its
+/// pool.
 ///
 /// # Errors
-/// The [`End`] of the direction, when it came to one.
+/// The [`End`] of the direction, if it has ended.
 pub(super) async fn splice(mut pipe: Pipe, direction: &Direction<'_>) -> Result<(), End> {
     let Direction { source, meter, .. } = direction;
     let mut watermark = Watermark::new(source);
@@ -46,7 +47,8 @@ pub(super) async fn splice(mut pipe: Pipe, direction: &Direction<'_>) -> Result<
             break Ok(());
         }
         match pipe.fill(source) {
-            // The end of the stream, or an urgent byte before it (tcp_splice_read in net/ipv4/tcp.c): a read tells.
+            // The end of the stream, or an urgent byte before it (tcp_splice_read in net/ipv4/tcp.c). A read
+            // will tell.
             Ok(0) => break Ok(()),
             Ok(_) => match empty(&mut pipe, direction).await {
                 Ok(Emptied::Spliced) => {}
@@ -69,14 +71,14 @@ pub(super) async fn splice(mut pipe: Pipe, direction: &Direction<'_>) -> Result<
     result
 }
 
-/// How the pipe was emptied.
+/// How the pipe was drained.
 enum Emptied {
     Spliced,
-    /// Through a buffer, as splice(2) was refused.
+    /// Through a buffer, because splice(2) was refused.
     Copied,
 }
 
-/// Empties the pipe into the sink, as it takes it.
+/// Drains the pipe into the sink, waiting for it as necessary.
 async fn empty(pipe: &mut Pipe, direction: &Direction<'_>) -> Result<Emptied, End> {
     let Direction { source, sink, meter } = direction;
     while !pipe.is_empty() {
@@ -94,8 +96,8 @@ async fn empty(pipe: &mut Pipe, direction: &Direction<'_>) -> Result<Emptied, En
     Ok(Emptied::Spliced)
 }
 
-/// The `SO_RCVLOWAT` of a source. Dropping it puts the default back, and then the kernel reports at
-/// once what is already queued.
+/// The `SO_RCVLOWAT` of a source. Dropping it restores the default, upon which the kernel reports what is
+/// already queued.
 struct Watermark<'a> {
     source: &'a Stream,
     bytes: u32,

@@ -1,6 +1,6 @@
-//! The connections that a worker serves, so that those of clients who are denied from now on can be cut.
+//! The connections of each worker, so that those of clients that become denied can be reset.
 //!
-//! Nothing here is shared between threads: a connection is listed and looked for on the worker that serves it.
+//! Threads share nothing here: a connection is listed and searched on the worker that serves it.
 
 use std::cell::RefCell;
 use std::net::IpAddr;
@@ -25,13 +25,13 @@ struct Served {
 
 struct Connection {
     client: IpAddr,
-    /// Which mapping it is of, by the address of what it keeps alive.
+    /// Its mapping, identified by the address of the state, which the connection keeps alive.
     mapping: *const MappingState,
     task: AbortHandle,
 }
 
-/// Serves a connection of a mapping to its end, on this worker. What `serve` makes of its entry keeps that until then:
-/// around another future, it would take as much room once more.
+/// Serves a connection of a mapping to its end, on this worker. The future that `serve` returns owns the
+/// entry; wrapping it in another future would double its size.
 ///
 /// # Panics
 /// Outside a tokio runtime.
@@ -50,7 +50,7 @@ where
     SERVED.with_borrow_mut(|served| served.slots[slot as usize] = Some(connection));
 }
 
-/// Resets the connections of this worker whose clients the mapping of `service` denies.
+/// Resets the connections of this worker whose clients `policy` denies.
 pub(super) fn cut_denied(policy: &MappingPolicy) {
     let access = &policy.limits.access;
     let mapping = Arc::as_ptr(&policy.state);
@@ -66,18 +66,18 @@ pub(super) fn cut_denied(policy: &MappingPolicy) {
     info!(connections = denied.len(), "resetting connections of clients that are denied now");
     for task in denied {
         policy.state.stats.count(FailureKind::Denied);
-        // Its sockets are closed with it, which is a reset before they have finished.
+        // This closes its sockets, which resets an unfinished connection.
         task.abort();
     }
 }
 
-/// A connection's slot in the list of its worker, emptied when dropped.
+/// The slot of a connection in its worker's list, emptied when dropped.
 #[derive(Debug)]
 pub(super) struct Entry(u32);
 
 impl Drop for Entry {
     fn drop(&mut self) {
-        // At the end of a thread the list may be gone.
+        // When a thread ends, the list may already be gone.
         let emptied = SERVED.try_with(|served| {
             let mut served = served.borrow_mut();
             served.free.push(self.0);

@@ -1,7 +1,7 @@
-//! Connecting to backends. This is the one place that does: a policy for source addresses goes here.
+//! Connects to backends. This is the only place that does; a policy for source addresses would go here.
 //!
-//! The socket is there before a connection is handed over to a worker, so that a client for whom none
-//! can be had is not given up, but waits.
+//! The socket is opened before a connection is sent to a worker, so that clients wait if no socket can be
+//! opened, and are not dropped.
 
 use std::io;
 use std::net::SocketAddr;
@@ -19,12 +19,12 @@ use crate::bind::listen::set_stream_options;
 use crate::log::limit::LogLimit;
 use crate::mapping::addr::BackendAddr;
 
-/// Connects `socket`, as [`open`] gave it, to `backend` within `limit`; without one, as long as the kernel
-/// tries. It is given up when `client` is reset meanwhile.
+/// Connects `socket`, as returned by [`open`], to `backend` within `limit`, or else for as long as the kernel
+/// tries. Stops if `client` is reset meanwhile.
 ///
-/// The last segment of the handshake is held back: it saves one if it can go with the client's first
-/// bytes. If there are none yet, [`Stream::acknowledge`] sends it, without which the backend would
-/// learn of the connection up to 200 ms late.
+/// The final ACK of the handshake is delayed. It saves a segment if it can be sent with the client's first
+/// bytes. If there are none yet, [`Stream::acknowledge`] sends it; otherwise the backend would see the
+/// connection up to 200 ms later.
 pub(super) async fn dial(
     socket: io::Result<Socket>,
     backend: BackendAddr,
@@ -48,14 +48,14 @@ pub(super) async fn dial(
     })
 }
 
-/// Connects `socket`; `has_port` says whether it has a local port by then.
+/// Connects `socket`, and sets `has_port` according to whether it has a local port.
 async fn connect(socket: Socket, addr: SocketAddr, has_port: &AtomicBool) -> Result<Stream, DialError> {
     let failure = |source| DialError::Connect { addr, source };
     let attempt = || match start(&socket, addr) {
         Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => None,
         started => Some(started),
     };
-    // Not before those who wait already.
+    // Clients that already wait for a port come first.
     let first = if local_ports::is_awaited(addr) { None } else { attempt() };
     let started = match first {
         Some(started) => started,
@@ -71,7 +71,7 @@ async fn connect(socket: Socket, addr: SocketAddr, has_port: &AtomicBool) -> Res
     let stream = Stream::new(socket).map_err(|source| DialError::Open { addr, source })?;
     stream.writable().await;
     if stream.has_failed() {
-        // A backend may answer and reset before we come to look; its answer counts.
+        // A backend may reply and reset before this task runs; its reply is still relayed.
         stream.take_failure_if_first().map_err(failure)?;
     }
     if is_connected_to_itself(&stream, addr) {
@@ -80,7 +80,7 @@ async fn connect(socket: Socket, addr: SocketAddr, has_port: &AtomicBool) -> Res
     Ok(stream)
 }
 
-/// A socket to connect to `backend` with.
+/// Opens a socket for a connection to `backend`.
 ///
 /// # Errors
 /// Those of socket(2) and setsockopt(2).
@@ -88,14 +88,14 @@ pub(super) fn open(backend: BackendAddr) -> io::Result<Socket> {
     let domain = Domain::for_address(backend.socket_addr());
     let socket = Socket::new(domain, Type::STREAM.nonblocking(), None)?;
     set_stream_options(&SockRef::from(&socket))?;
-    // The local port that it gets does not stand in the way of a mapping that wants to listen there (socket(7)).
+    // Lets a mapping listen on the socket's local port (socket(7)).
     socket.set_reuse_address(true)?;
-    // Before the connect, it holds its acknowledgement back (tcp(7)); afterwards all is as usual.
+    // Set before the connect, this delays the ACK of the handshake (tcp(7)), and nothing later.
     socket.set_tcp_quickack(false)?;
     Ok(socket)
 }
 
-/// Begins to connect to `addr`. The end of that is reported as [`Stream::writable`].
+/// Starts to connect to `addr`. [`Stream::writable`] reports completion.
 fn start(socket: &Socket, addr: SocketAddr) -> io::Result<()> {
     match socket.connect(&addr.into()) {
         Err(error) if error.raw_os_error() != Some(Errno::EINPROGRESS as i32) => Err(error),
@@ -103,7 +103,7 @@ fn start(socket: &Socket, addr: SocketAddr) -> io::Result<()> {
     }
 }
 
-/// Says that clients wait for one of the local ports, which are all in use.
+/// Logs that clients wait for a local port, because all are in use.
 fn log_out_of_ports(addr: SocketAddr) {
     static OUT_OF_PORTS: LogLimit = LogLimit::new();
 
@@ -113,29 +113,29 @@ fn log_out_of_ports(addr: SocketAddr) {
     }
 }
 
-/// A socket that finds nobody at a local port may be given that same port, and is then connected to
-/// itself by a simultaneous open (RFC 9293, 3.5): it would echo, although nobody listens there.
+/// A connect to a local port without a listener may get that same port, and then connects to itself by
+/// simultaneous open (RFC 9293, 3.5). It would echo, although nothing listens there.
 fn is_connected_to_itself(stream: &Stream, dialled: SocketAddr) -> bool {
     let local = SockRef::from(stream).local_addr().ok().and_then(|local| local.as_socket());
     local.is_some_and(|local| (local.ip(), local.port()) == (dialled.ip(), dialled.port()))
 }
 
-/// Why a backend could not be reached.
+/// Why the backend could not be reached.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum DialError {
-    /// No socket to connect with.
+    /// No socket could be opened.
     #[error("cannot open a socket for {addr}: {source}")]
     Open { addr: SocketAddr, source: io::Error },
     #[error("cannot connect to {addr}: {}", explain(source))]
     Connect { addr: SocketAddr, source: io::Error },
     #[error("{addr} did not answer within {limit:?}")]
     Timeout { addr: SocketAddr, limit: Duration },
-    /// There is nobody to connect for any more.
+    /// There is no client to connect for any more.
     #[error("the client reset before {addr} answered")]
     ClientReset { addr: SocketAddr },
 }
 
-/// The kernel's answer, in clearer words where it is misleading.
+/// The kernel's error, reworded where it is misleading.
 fn explain(error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::AddrNotAvailable => {

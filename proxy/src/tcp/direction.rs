@@ -1,35 +1,36 @@
-//! One direction of a connection: from where to where, how it ends, and the steps that copying and splicing share.
+//! One direction of a connection, how it ends, and the steps that copying and splicing share.
 
 use std::io;
 
 use super::meter::Meter;
 use super::stream::{Stream, while_taking};
 
-/// How a direction ended. In each case what was read before was written, as far as the sink took it.
+/// How a direction ended. In each case, what was read before has been written, as far as the sink accepted
+/// it.
 #[derive(Debug)]
 pub(super) enum End {
-    /// The source sent its last byte. The sink may hold data back until it is told so.
+    /// The source has reached the end of its stream. The sink may hold data back until it is shut down.
     Eof,
     /// The source was reset, or failed in another way.
     SourceFailed(io::Error),
-    /// The same, and the sink's peer no longer takes what came before it.
+    /// As `SourceFailed`, and the sink's peer has stopped accepting the data before the failure.
     SourceFailedStalled(io::Error),
     /// The sink was reset, or failed in another way.
     SinkFailed(io::Error),
 }
 
-/// One way through a connection.
+/// One direction of a connection.
 #[derive(Debug)]
 pub(super) struct Direction<'a> {
-    /// Where bytes are read.
+    /// The stream that is read.
     pub(super) source: &'a Stream,
-    /// Where they are written.
+    /// The stream that is written.
     pub(super) sink: &'a Stream,
-    /// Counts those that the sink took.
+    /// Counts the bytes that the sink accepted.
     pub(super) meter: Meter<'a>,
 }
 
-/// Writes all of `rest`, as the sink takes it.
+/// Writes all of `rest`, waiting for the sink as necessary.
 pub(super) async fn flush(mut rest: &[u8], direction: &Direction<'_>) -> Result<(), End> {
     let Direction { source, sink, meter } = direction;
     while !rest.is_empty() {
@@ -45,8 +46,8 @@ pub(super) async fn flush(mut rest: &[u8], direction: &Direction<'_>) -> Result<
     Ok(())
 }
 
-/// Waits until `sink` takes bytes again. Should `source` be reset meanwhile, what it sent before is
-/// still delivered, but only while the sink's peer goes on taking: a reset must not wait for a stalled peer.
+/// Waits until `sink` is writable. If `source` is reset meanwhile, the data before the reset is still
+/// delivered, but only while the sink's peer keeps accepting: a reset must not wait for a stalled peer.
 pub(super) async fn writable(source: &Stream, sink: &Stream) -> Result<(), End> {
     tokio::select! {
         biased;
@@ -58,7 +59,7 @@ pub(super) async fn writable(source: &Stream, sink: &Stream) -> Result<(), End> 
     }
 }
 
-/// Whether a call is to be repeated once the stream is ready again.
+/// Whether to repeat a call once the stream is ready again.
 pub(super) fn is_transient(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted)
 }

@@ -1,4 +1,4 @@
-//! How one direction of a connection is pumped: by copying, and by splicing while much flows.
+//! Pumps one direction of a connection: copies, and splices during bulk transfers.
 
 use std::cell::RefCell;
 use std::future::poll_fn;
@@ -9,26 +9,25 @@ use tokio::task::coop::consume_budget;
 use super::direction::{Direction, End, flush, is_transient};
 use super::{bulk, pipe};
 
-/// The size of the worker's copy buffer. Larger ones gain nothing over splicing, which takes over.
+/// The size of the worker's copy buffer. Larger transfers are spliced, so a larger buffer gains nothing.
 const BUFFER_SIZE: usize = 64 * 1024;
 
-/// A half that fills the buffer this many times in a row is a bulk transfer.
+/// A direction that fills the buffer this many times in a row is a bulk transfer.
 const BULK_AFTER: u32 = 4;
 
 thread_local! {
-    /// The buffer that all connections of this worker copy through: none of them keeps one while it
-    /// waits.
+    /// The copy buffer shared by all connections of this worker. A waiting connection owns no buffer.
     static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER_SIZE].into_boxed_slice());
 }
 
 /// Moves bytes from the source to the sink until one of them ends.
 pub(super) async fn pump(direction: &Direction<'_>) -> End {
     loop {
-        // While both sides keep up, nothing here waits: other tasks of the worker get their turn.
+        // While both sides keep up, nothing here waits, so yield to other tasks of the worker.
         consume_budget().await;
         let result = match poll_fn(|cx| copy(direction, cx)).await {
-            // On the heap, as most connections wait for requests, most of the time: these states would
-            // take room in each of them.
+            // On the heap, because most connections are idle most of the time, and these states would enlarge
+            // the future of each.
             Copied::Blocked(rest) => Box::pin(flush(&rest, direction)).await,
             Copied::Bulk => match pipe::take() {
                 Some(pipe) => Box::pin(bulk::splice(pipe, direction)).await,
@@ -44,14 +43,14 @@ pub(super) async fn pump(direction: &Direction<'_>) -> End {
 
 /// Why copying stopped.
 enum Copied {
-    /// The sink took less than was read: this remains.
+    /// The sink accepted less than was read; this is the rest.
     Blocked(Box<[u8]>),
-    /// So much flows that splicing is cheaper.
+    /// The transfer is large enough for splicing to be cheaper.
     Bulk,
     Ended(End),
 }
 
-/// Copies through the worker's buffer as long as there is something to read and the sink takes it.
+/// Copies through the worker's buffer until the source has no data or the sink does not accept more.
 fn copy(direction: &Direction<'_>, cx: &mut Context<'_>) -> Poll<Copied> {
     let mut full_reads = 0;
     loop {
@@ -69,18 +68,18 @@ fn copy(direction: &Direction<'_>, cx: &mut Context<'_>) -> Poll<Copied> {
     }
 }
 
-/// What one read and one write came to.
+/// The result of one read and one write.
 enum Step {
-    /// All that was read was written; `full` if the read filled the buffer.
+    /// Everything that was read was written; `full` if the read filled the buffer.
     Moved {
         full: bool,
     },
-    /// There was nothing to read after all.
+    /// There was nothing to read.
     NotReady,
     Stop(Copied),
 }
 
-/// One read and, if it brought something, one write.
+/// One read and, if it returned data, one write.
 fn copy_once(direction: &Direction<'_>, buf: &mut [u8]) -> Step {
     let Direction { source, sink, meter } = direction;
     let read = match source.read(buf) {

@@ -1,8 +1,8 @@
-//! Clients that wait for a local port towards their backend, while connections have all of them.
+//! Clients that wait for a local port towards their backend while connections use all of them.
 //!
-//! They wait by backend, as a port that is taken towards one is free towards others, and get theirs in the order in
-//! which they came: one that comes later looks for none as long as others wait. Only the first one looks, since each
-//! attempt walks through all ports that there are, and it does so whenever a connection to the backend has ended.
+//! There is a queue per backend, because a port in use towards one backend is free towards others. It is
+//! served in order: new clients do not look for a port while others wait. Only the first client retries,
+//! whenever a connection to the backend has ended, because each attempt makes the kernel search all ports.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -14,26 +14,26 @@ use tokio::time::timeout;
 
 use crate::tcp::backoff::Backoff;
 
-/// How many wait, whatever for: nobody looks at [`QUEUES`] as long as nobody does.
+/// The number of waiting clients. While it is 0, nobody needs to lock [`QUEUES`].
 static WAITING: AtomicUsize = AtomicUsize::new(0);
 
 static QUEUES: LazyLock<Mutex<HashMap<SocketAddr, Arc<Queue>>>> = LazyLock::new(Mutex::default);
 
-/// Those who wait for a port towards one backend.
+/// The clients that wait for a port towards one backend.
 #[derive(Default)]
 struct Queue {
-    /// Held by the first one.
+    /// Held by the first client in the queue.
     turn: tokio::sync::Mutex<()>,
     /// Notified when a connection to the backend has ended.
     freed: Notify,
 }
 
-/// Whether somebody waits for a port towards `backend`.
+/// Whether a client waits for a port towards `backend`.
 pub(super) fn is_awaited(backend: SocketAddr) -> bool {
     WAITING.load(Ordering::SeqCst) > 0 && queues().contains_key(&backend)
 }
 
-/// A connection to `backend` has ended: its port may be free.
+/// A connection to `backend` has ended, so its port may be free.
 pub(super) fn freed(backend: SocketAddr) {
     if WAITING.load(Ordering::SeqCst) > 0
         && let Some(queue) = queues().get(&backend)
@@ -42,19 +42,19 @@ pub(super) fn freed(backend: SocketAddr) {
     }
 }
 
-/// Calls `attempt` when it is this client's turn, and again until it finds a port, which it says by something else than
-/// `None`.
+/// Calls `attempt` when it is this client's turn, and repeats it until it returns `Some`, which means that it
+/// has found a port.
 pub(super) async fn wait<T>(backend: SocketAddr, mut attempt: impl FnMut() -> Option<T>) -> T {
     let waiting = Waiting::new(backend);
     let _turn = waiting.queue.turn.lock().await;
     let mut backoff = Backoff::default();
     loop {
         if let Some(found) = attempt() {
-            // The next one may find another.
+            // The next client may find another port.
             waiting.queue.freed.notify_one();
             return found;
         }
-        // Others have ports that nobody tells of.
+        // Other programs use ports, too, and do not notify us when they release one.
         timeout(backoff.next_delay(), waiting.queue.freed.notified()).await.ok();
     }
 }
@@ -63,7 +63,7 @@ fn queues() -> MutexGuard<'static, HashMap<SocketAddr, Arc<Queue>>> {
     QUEUES.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A place in a queue, given up when dropped.
+/// A place in a queue, released when dropped.
 struct Waiting {
     backend: SocketAddr,
     queue: Arc<Queue>,
@@ -81,7 +81,7 @@ impl Drop for Waiting {
     fn drop(&mut self) {
         WAITING.fetch_sub(1, Ordering::SeqCst);
         let mut queues = queues();
-        // The map's, and this one.
+        // The references of the map and of this value.
         if Arc::strong_count(&self.queue) == 2 {
             queues.remove(&self.backend);
         }

@@ -1,4 +1,4 @@
-//! What moves in one direction of a connection.
+//! Byte counts of one direction of a connection.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -7,18 +7,18 @@ use crate::state::stats::Counter;
 /// Counts the bytes that one direction of a connection has moved, for the connection and its mapping.
 #[derive(Debug)]
 pub(super) struct Meter<'a> {
-    /// Written by the direction alone, and read by whoever looks whether it is idle.
+    /// Written only by the direction, and read by the idle check.
     moved: AtomicU64,
     total: &'a Counter,
 }
 
 impl<'a> Meter<'a> {
-    /// A direction that has moved nothing yet, and counts towards `total`.
+    /// A meter at 0, which also adds to `total`.
     pub(super) fn new(total: &'a Counter) -> Self {
         Self { moved: AtomicU64::new(0), total }
     }
 
-    /// Counts bytes that the sink took.
+    /// Counts bytes that the sink accepted.
     pub(super) fn add(&self, bytes: usize) {
         self.moved.store(self.moved() + bytes as u64, Ordering::Relaxed);
         self.total.add(bytes as u64);

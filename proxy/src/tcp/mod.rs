@@ -1,9 +1,9 @@
-//! The TCP relay: accept, dial, and move bytes both ways.
+//! The TCP relay: accept, dial, and move bytes in both directions.
 //!
-//! A connection lives on one worker from accept to close. [`accept`] takes it from the listener and
-//! gives it a worker; [`serve`] there dials the backend ([`dial`]) and relays until both directions
-//! have ended ([`relay`]). Each direction is a [`half`], which copies, or splices ([`bulk`]) through
-//! a pooled [`pipe`] while much flows.
+//! A connection stays on one worker from accept to close. [`accept`] takes it from the listener and assigns
+//! it to a worker. There, [`serve`] dials the backend ([`dial`]) and relays until both directions have ended
+//! ([`relay`]). Each direction is a [`half`], which copies, or splices ([`bulk`]) through a pooled [`pipe`]
+//! during bulk transfers.
 
 pub(crate) mod accept;
 mod backoff;
@@ -34,25 +34,25 @@ use crate::runtime::worker::WorkerSlot;
 use crate::state::ConnectionGuard;
 use crate::state::stats::FailureKind;
 
-/// A connection that was accepted.
+/// An accepted connection.
 struct Accepted {
     client: OwnedFd,
     peer: SocketAddr,
     guard: ConnectionGuard,
 }
 
-/// Serves a connection to its end. `backend` is the socket to reach the backend with. The guard, the slot
-/// and the entry are given up when it is over.
+/// Serves a connection to its end. `backend` is the socket for the backend. The guard, the slot and the entry
+/// are released at the end.
 async fn serve(accepted: Accepted, backend: io::Result<Socket>, _seat: WorkerSlot, _entry: Entry) {
     static FAILED_DIALS: LogLimit = LogLimit::new();
 
-    // The guard is given up after the sockets, which are dropped first, as others may wait for their descriptors.
+    // Dropped after the sockets, which are declared later: its drop notifies others that descriptors are free.
     let Accepted { client, peer, guard } = accepted;
     let client = match Stream::new(client) {
         Ok(client) => client,
         Err(error) => return warn!(%peer, %error, "cannot watch an accepted connection"),
     };
-    // On the heap, so that its timer takes no room once the connection is there.
+    // On the heap, so that its timer does not enlarge the future of the connection.
     let dialled =
         Box::pin(dial::dial(backend, guard.port_mapping().backend, guard.limits().connect_timeout, &client))
             .await;
@@ -73,7 +73,7 @@ async fn serve(accepted: Accepted, backend: io::Result<Socket>, _seat: WorkerSlo
         Err(error) => {
             guard.stats().count(failure_kind(&error));
             if let Some(suppressed) = FAILED_DIALS.permit() {
-                // Dropped before it came to an end, it is reset.
+                // It is reset when dropped, because it has not ended in order.
                 warn!(%peer, mapping = %guard.port_mapping(), %error, suppressed, "connection reset: no backend");
             }
         }
@@ -104,7 +104,7 @@ mod tests {
     use crate::runtime::worker::Workers;
     use crate::state::{MappingPolicy, Target};
 
-    /// An idle connection is this future, its task, and what the runtime keeps for two sockets.
+    /// An idle connection costs this future, its task, and the runtime's state of two sockets.
     #[test]
     fn a_connection_takes_little_room() {
         let runtime = new_runtime().unwrap();

@@ -1,8 +1,8 @@
-//! Pipes for splicing, pooled by worker.
+//! Pipes for splicing, pooled per worker.
 //!
-//! The kernel accounts pipe buffers per user (`fs.pipe-user-pages-soft`, pipe(7)): an unprivileged
-//! process gets a few dozen of full size, then tiny ones. A pipe that cannot be had, or not in a
-//! useful size, means copying.
+//! The kernel accounts pipe buffers per user (`fs.pipe-user-pages-soft`, pipe(7)): an unprivileged process
+//! gets a few dozen full-sized pipes, then tiny ones. If no pipe of a useful size can be opened, the transfer
+//! is copied.
 
 use std::cell::RefCell;
 use std::io;
@@ -16,31 +16,32 @@ use nix::unistd::{pipe2, read};
 
 use super::stream::{Stream, is_refusal};
 
-/// The size asked for: the most that an unprivileged process may set (`fs.pipe-max-size`).
+/// The requested size: the maximum for an unprivileged process (`fs.pipe-max-size`).
 const WANTED_SIZE: i32 = 1024 * 1024;
 
-/// Below this, splicing moves less per call than copying does.
+/// With a smaller pipe, splicing moves less per call than copying does.
 const USEFUL_SIZE: usize = 64 * 1024;
 
-/// Pipes that a worker keeps for the next bulk transfer. Empty ones hold no data, only descriptors.
+/// The number of pipes that a worker keeps for reuse. Empty pipes use descriptors, but no memory for data.
 const KEPT_BY_WORKER: usize = 4;
 
-/// Pipes of the whole process, which bounds the kernel memory that stalled bulk transfers can hold.
+/// The maximum number of pipes in the process, which bounds the kernel memory that stalled bulk transfers
+/// hold.
 const MOST: usize = 256;
 
-/// Pipes in existence, in use or kept.
+/// The number of pipes, in use or pooled.
 static OPEN: AtomicUsize = AtomicUsize::new(0);
 
 thread_local! {
     static KEPT: RefCell<Vec<Pipe>> = const { RefCell::new(Vec::new()) };
 }
 
-/// Takes an empty pipe from the pool of this worker, or opens one; `None` if there is none to be had.
+/// Takes an empty pipe from this worker's pool, or opens one. Returns `None` if that fails.
 pub(super) fn take() -> Option<Pipe> {
     KEPT.with_borrow_mut(Vec::pop).or_else(Pipe::open)
 }
 
-/// Puts a pipe into the pool of this worker, if it is empty and the pool has room; else closes it.
+/// Returns a pipe to this worker's pool if it is empty and the pool has room; otherwise closes it.
 pub(super) fn give_back(pipe: Pipe) {
     KEPT.with_borrow_mut(|kept| {
         if pipe.is_empty() && kept.len() < KEPT_BY_WORKER {
@@ -49,13 +50,13 @@ pub(super) fn give_back(pipe: Pipe) {
     });
 }
 
-/// A pipe and how much it holds.
+/// A pipe and the number of bytes in it.
 pub(super) struct Pipe {
     read_end: OwnedFd,
     write_end: OwnedFd,
     size: usize,
-    /// Bytes in the pipe. Counted here, because `EAGAIN` from splice(2) does not say whether the
-    /// pipe or the socket was the reason.
+    /// Bytes in the pipe. Counted here, because `EAGAIN` from splice(2) does not say whether the pipe or the
+    /// socket caused it.
     held: usize,
     _permit: Permit,
 }
@@ -64,7 +65,7 @@ impl Pipe {
     fn open() -> Option<Self> {
         let permit = Permit::take()?;
         let (read_end, write_end) = pipe2(OFlag::O_NONBLOCK | OFlag::O_CLOEXEC).ok()?;
-        // Over budget, the size stays what it was, which may be a page or two.
+        // Over budget, the pipe keeps its size, which may be a page or two.
         let size = fcntl(&write_end, FcntlArg::F_SETPIPE_SZ(WANTED_SIZE))
             .or_else(|_errno| fcntl(&write_end, FcntlArg::F_GETPIPE_SZ))
             .ok()?;
@@ -72,16 +73,16 @@ impl Pipe {
         (size >= USEFUL_SIZE).then_some(Self { read_end, write_end, size, held: 0, _permit: permit })
     }
 
-    /// Whether nothing is in the pipe.
+    /// Whether the pipe is empty.
     pub(super) fn is_empty(&self) -> bool {
         self.held == 0
     }
 
-    /// Moves what `source` has queued into the pipe, which must be empty; 0 at the end of the stream, or before an
-    /// urgent byte that the end of the stream is behind.
+    /// Splices queued data from `source` into the pipe, which must be empty. Returns 0 at the end of the
+    /// stream, or before an urgent byte that is followed by the end of the stream.
     ///
     /// # Errors
-    /// `EAGAIN` if nothing is queued; what made `source` fail.
+    /// `EAGAIN` if no data is queued; the error of `source`.
     pub(super) fn fill(&mut self, source: &Stream) -> io::Result<usize> {
         debug_assert!(self.is_empty(), "only then EAGAIN speaks of the source");
         let filled = source.read_by(|source| splice_some(source, &self.write_end, self.size))?;
@@ -89,10 +90,10 @@ impl Pipe {
         Ok(filled)
     }
 
-    /// Moves what `sink` takes out of the pipe, which must not be empty.
+    /// Splices data from the pipe, which must not be empty, into `sink`.
     ///
     /// # Errors
-    /// `EAGAIN` if it takes nothing now; what made `sink` fail.
+    /// `EAGAIN` if `sink` is not writable; the error of `sink`.
     pub(super) fn drain(&mut self, sink: &Stream) -> io::Result<usize> {
         debug_assert!(!self.is_empty(), "only then EAGAIN speaks of the sink");
         let drained = sink.write_by(|sink| splice_some(&self.read_end, sink, self.held))?;
@@ -100,7 +101,7 @@ impl Pipe {
         Ok(drained)
     }
 
-    /// Reads everything out of the pipe.
+    /// Reads everything in the pipe.
     ///
     /// # Errors
     /// Those of read(2).
@@ -119,7 +120,7 @@ impl Pipe {
     }
 }
 
-/// Whether splice(2) itself was refused, which is said once.
+/// Whether splice(2) itself was refused, which is logged once.
 pub(super) fn is_refused(error: &io::Error) -> bool {
     static REFUSED: Once = Once::new();
 
@@ -131,13 +132,13 @@ pub(super) fn is_refused(error: &io::Error) -> bool {
     is_refused
 }
 
-/// One of the [`MOST`] pipes that may exist.
+/// Permission for one of [`MOST`] pipes.
 struct Permit;
 
 impl Permit {
     fn take() -> Option<Self> {
         let taken = OPEN.fetch_add(1, Ordering::Relaxed);
-        // Made even if it is one too many: its drop corrects the count.
+        // Created even if the limit is exceeded: its drop corrects the count.
         let permit = Self;
         (taken < MOST).then_some(permit)
     }
@@ -149,7 +150,7 @@ impl Drop for Permit {
     }
 }
 
-/// splice(2) without waiting; repeats it when a signal interrupts it.
+/// Calls splice(2) without blocking, and repeats it if a signal interrupts it.
 fn splice_some(from: impl AsFd, to: impl AsFd, len: usize) -> nix::Result<usize> {
     loop {
         match splice(&from, None, &to, None, len, SpliceFFlags::SPLICE_F_NONBLOCK) {

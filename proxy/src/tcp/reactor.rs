@@ -1,11 +1,11 @@
-//! Which sockets of a worker's connections can be read or written.
+//! Readiness of the sockets of a worker's connections.
 //!
-//! Each worker has one epoll instance for all of them, and the event loop watches that. An idle
-//! socket then takes an entry of a table, a tenth of what the event loop would keep for it, and a
-//! close needs no epoll_ctl(2), as it ends the watch by itself (epoll(7)). The price is a second
-//! epoll_wait(2) for whatever has happened at a time.
+//! Each worker has one epoll instance for all of them, which the event loop watches. An idle socket then
+//! costs a table entry, a tenth of the event loop's own state for a socket. Closing a socket needs no
+//! epoll_ctl(2), because it ends the watch by itself (epoll(7)). The price is a second epoll_wait(2) per
+//! wake-up.
 //!
-//! Nothing here is shared between threads: a socket is watched, polled and forgotten on one of them.
+//! Threads share nothing here: a socket is watched, polled and forgotten on the same thread.
 
 use std::cell::RefCell;
 use std::io;
@@ -21,10 +21,10 @@ use rustix::event::epoll::{self, CreateFlags, Event, EventData, EventFlags};
 use rustix::io::Errno;
 use tokio::io::Interest;
 
-/// Events taken from the kernel in one go.
+/// Events per epoll_wait(2).
 const EVENTS: usize = 128;
 
-/// What a socket is watched for. Edge-triggered: each is reported when it comes about, and not again.
+/// The events that a socket is watched for. Edge-triggered: each is reported once, when it occurs.
 const WATCHED: EpollFlags = EpollFlags::EPOLLIN
     .union(EpollFlags::EPOLLOUT)
     .union(EpollFlags::EPOLLPRI)
@@ -36,11 +36,11 @@ thread_local! {
     static REACTOR: RefCell<Option<Reactor>> = const { RefCell::new(None) };
 }
 
-/// Names a socket that is watched.
+/// Identifies a watched socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Key {
     index: u32,
-    /// Tells events of this socket from late ones of an earlier socket with the same index.
+    /// Distinguishes events of this socket from late ones of an earlier socket with the same index.
     generation: u32,
 }
 
@@ -57,7 +57,7 @@ impl Key {
     }
 }
 
-/// Begins to watch `socket`, which has to be non-blocking. What it is ready for by now is reported, too.
+/// Starts to watch `socket`, which must be non-blocking. Its current readiness is also reported.
 ///
 /// # Errors
 /// Those of epoll_ctl(2); for the first socket of a worker also those of epoll_create1(2).
@@ -68,7 +68,7 @@ pub(super) fn watch(socket: impl AsFd) -> io::Result<Key> {
     REACTOR.with_borrow_mut(|reactor| started(reactor)?.watch(socket))
 }
 
-/// Starts the reactor of this worker, unless it runs: from then on, watching a socket takes no descriptor.
+/// Starts the reactor of this worker if necessary. After that, watching a socket needs no descriptor.
 ///
 /// # Errors
 /// Those of epoll_create1(2) and epoll_ctl(2).
@@ -79,8 +79,8 @@ pub(super) fn start() -> io::Result<()> {
     REACTOR.with_borrow_mut(|reactor| started(reactor).map(drop))
 }
 
-/// Makes the reactor of a worker, inside the runtime of which this is called. What it returns puts it in its place, on
-/// the thread of that worker.
+/// Creates the reactor of a worker inside the current runtime. The returned closure installs it on the
+/// worker's thread.
 ///
 /// # Errors
 /// Those of epoll_create1(2) and epoll_ctl(2).
@@ -99,13 +99,13 @@ fn started(reactor: &mut Option<Reactor>) -> io::Result<&mut Reactor> {
     }
 }
 
-/// Ends what [`watch`] began; the socket is to be closed next.
+/// Stops watching a socket, which must be closed next.
 pub(super) fn forget(key: Key) {
-    // Dropped after the reactor is free again: the waker may be the last that is left of a task.
+    // Dropped after the borrow ends, because the waker may be the last reference to a task.
     let _waker = REACTOR.with_borrow_mut(|reactor| reactor.as_mut()?.forget(key));
 }
 
-/// Waits until the socket is ready for one of `wanted`, on behalf of the only task that waits for it.
+/// Waits until the socket is ready for one of `wanted`. Only one task may wait for a socket.
 pub(super) fn poll(key: Key, wanted: EpollFlags, cx: &Context<'_>) -> Poll<()> {
     with_source(key, |source| {
         if source.ready.intersects(wanted) {
@@ -120,22 +120,22 @@ pub(super) fn poll(key: Key, wanted: EpollFlags, cx: &Context<'_>) -> Poll<()> {
     .unwrap_or(Poll::Pending)
 }
 
-/// Whether the socket is ready for one of `wanted`, as far as has been reported.
+/// Whether the socket is ready for one of `wanted`, as far as reported.
 pub(super) fn is_ready(key: Key, wanted: EpollFlags) -> bool {
     with_source(key, |source| source.ready.intersects(wanted)) == Some(true)
 }
 
-/// Notes that a call found the socket not ready for `what`; it will be reported when it is again.
+/// Records that a call found the socket not ready for `what`. The next edge sets it again.
 pub(super) fn not_ready(key: Key, what: EpollFlags) {
     with_source(key, |source| source.ready.remove(what));
 }
 
-/// Notes that a call found the socket ready for `what`, for the task that made it: it is not woken.
+/// Records that a call found the socket ready for `what`, on behalf of the calling task, which is not woken.
 pub(super) fn ready(key: Key, what: EpollFlags) {
     with_source(key, |source| source.ready.insert(what));
 }
 
-/// As [`not_ready`], unless the socket is ready for `unless`.
+/// Like [`not_ready`], unless the socket is ready for `unless`.
 pub(super) fn not_ready_unless(key: Key, what: EpollFlags, unless: EpollFlags) {
     with_source(key, |source| {
         if !source.ready.intersects(unless) {
@@ -149,28 +149,28 @@ fn with_source<R>(key: Key, act: impl FnOnce(&mut Source) -> R) -> Option<R> {
     REACTOR.with_borrow_mut(|reactor| reactor.as_mut()?.source(key).map(act))
 }
 
-/// What is known about the sockets of a worker.
+/// The sockets of a worker and their readiness.
 #[derive(Debug)]
 struct Reactor {
-    /// An epoll instance, shared with the task that drives this.
+    /// The epoll instance, shared with the task that drives the reactor.
     epoll: Arc<Watched>,
     sources: Vec<Source>,
-    /// The indices that no socket has.
+    /// The unused indices.
     free: Vec<u32>,
 }
 
-/// What is known about a socket.
+/// The state of a socket.
 #[derive(Debug)]
 struct Source {
     generation: u32,
-    /// What it was reported to be ready for and has not been found not to be.
+    /// Reported readiness that no call has contradicted since.
     ready: EpollFlags,
-    /// The task that waits for it.
+    /// The task that waits for the socket.
     waker: Option<Waker>,
 }
 
 impl Reactor {
-    /// A reactor, driven by the current runtime.
+    /// Starts a reactor that the current runtime drives.
     fn start() -> io::Result<Self> {
         let epoll = Arc::new(Watched::new(epoll::create(CreateFlags::CLOEXEC)?, Interest::READABLE)?);
         tokio::spawn(drive(epoll.clone()));
@@ -204,8 +204,7 @@ impl Reactor {
         self.sources.get_mut(key.index as usize).filter(|source| source.generation == key.generation)
     }
 
-    /// Takes what has happened from the kernel and wakes the tasks concerned. Returns whether there may
-    /// be more.
+    /// Fetches events from the kernel and wakes the tasks concerned. Returns whether there may be more.
     fn turn(&mut self) -> bool {
         let mut room = [MaybeUninit::uninit(); EVENTS];
         let events = match epoll::wait(&*self.epoll, &mut room, Some(&Timespec::default())) {
@@ -226,11 +225,11 @@ impl Reactor {
     }
 }
 
-/// Keeps the reactor of this thread going, to the end of the runtime.
+/// Drives the reactor of this thread until the runtime ends.
 async fn drive(watched: Arc<Watched>) {
     let _end = TakeOnDrop;
     let turn = || REACTOR.with_borrow_mut(|reactor| reactor.as_mut().is_some_and(Reactor::turn));
-    // Fewer events than asked for were all of them: the call that would say so is not made.
+    // Fewer events than requested means that there are no more, so another epoll_wait(2) is not needed.
     let turn = |_epoll: std::os::fd::BorrowedFd<'_>| match turn() {
         true => Ok(()),
         false => Err(io::ErrorKind::WouldBlock.into()),
@@ -240,7 +239,7 @@ async fn drive(watched: Arc<Watched>) {
     }
 }
 
-/// Leaves the thread without a reactor, so that another runtime starts its own.
+/// Removes the reactor from the thread when dropped, so that another runtime starts its own.
 struct TakeOnDrop;
 
 impl Drop for TakeOnDrop {
@@ -308,7 +307,7 @@ mod tests {
             let key = watch(&watched).unwrap();
             other.write_all(b"x").unwrap();
             ready(key, EpollFlags::EPOLLIN).await;
-            // As after a fork, which leaves the file open elsewhere and so its events coming.
+            // As after a fork, when the file stays open elsewhere and its events keep coming.
             let _elsewhere = watched.try_clone().unwrap();
             forget(key);
             drop(watched);

@@ -15,17 +15,17 @@ use super::stream::{Stream, close_in_order, deliver_then_reset, reset_on_close};
 use crate::state::ConnectionGuard;
 use crate::state::stats::FailureKind;
 
-/// Looks per idle timeout: a connection is cut at most a fourth of it late.
+/// Idle checks per timeout: a connection is reset at most a quarter of it late.
 const LOOKS: u32 = 4;
 
-/// How a connection ended, and what it carried.
+/// How a connection ended, and how much it transferred.
 #[derive(Debug)]
 pub(super) struct Outcome {
-    /// Bytes that the backend took.
+    /// Bytes that the backend accepted.
     to_backend: u64,
-    /// Bytes that the client took.
+    /// Bytes that the client accepted.
     to_client: u64,
-    /// What broke the connection off; `None` if both sides said that they were done.
+    /// What broke the connection; `None` if both sides ended in order.
     failure: Option<io::Error>,
 }
 
@@ -39,18 +39,18 @@ impl fmt::Display for Outcome {
     }
 }
 
-/// Relays between two connected streams until both directions have ended, or nothing has moved for
-/// as long as the limits of `guard` say. What happens is counted there.
+/// Relays between two connected streams until both directions have ended, or until the idle timeout of
+/// `guard` has expired. Counts in the statistics of `guard`.
 ///
-/// The end of a stream is passed on as a half-close, and the other direction goes on. A reset is
-/// passed on as a reset: when this returns with a failure, closing the streams resets both.
+/// An end of stream is propagated as a half-close, and the other direction continues. A reset is propagated
+/// as a reset: when this returns with a failure, closing the streams resets both.
 pub(super) async fn relay(client: &Stream, backend: &Stream, guard: &ConnectionGuard) -> Outcome {
     let stats = guard.stats();
     let up = Direction { source: client, sink: backend, meter: Meter::new(&stats.bytes_in) };
     let down = Direction { source: backend, sink: client, meter: Meter::new(&stats.bytes_out) };
     let failure = match guard.limits().idle_timeout {
         None => both_ways(&up, &down).await,
-        // On the heap: few mappings have such a limit.
+        // On the heap, because few mappings have a timeout.
         Some(limit) => Box::pin(both_ways_unless_idle(&up, &down, limit)).await,
     };
     if let Some(error) = &failure {
@@ -76,8 +76,8 @@ async fn both_ways_unless_idle(
     }
 }
 
-/// Waits until there has been no progress for `limit`: nothing was moved, and no peer took what was written to it
-/// before. It looks from time to time, so that what moves need not say when.
+/// Waits until there has been no progress for `limit`: no bytes were moved, and no peer acknowledged bytes
+/// written before. It polls, so that the data path need not record times.
 async fn until_idle(limit: Duration, directions: [&Direction<'_>; 2]) {
     let look = || directions.map(|direction| (direction.meter.moved(), direction.sink.unacknowledged()));
     let (mut seen, mut quiet) = (look(), 0);
@@ -89,26 +89,26 @@ async fn until_idle(limit: Duration, directions: [&Direction<'_>; 2]) {
     }
 }
 
-/// Relays until both directions have ended; gives what broke them off.
+/// Relays until both directions have ended, and returns what broke them.
 async fn both_ways(up: &Direction<'_>, down: &Direction<'_>) -> Option<io::Error> {
     let mut upstream = pin!(pump(up));
     let mut downstream = pin!(pump(down));
     tokio::select! {
         biased;
-        // On the heap: while both directions run, it would only take room.
+        // On the heap, because it is not needed while both directions run.
         end = &mut upstream => Box::pin(finish(end, up, downstream)).await,
         end = &mut downstream => Box::pin(finish(end, down, upstream)).await,
     }
 }
 
-/// Carries on after a direction came to its `end`: `other` is the way back.
+/// Continues after a direction has reached its `end`; `other` is the opposite direction.
 async fn finish(end: End, direction: &Direction<'_>, other: impl Future<Output = End>) -> Option<io::Error> {
     let Direction { source, sink, .. } = direction;
     match end {
         End::Eof => finish_after_eof(source, sink, other).await,
         End::SinkFailed(error) => {
-            // The sink may have answered before it was reset, as a server does that refuses an
-            // upload: its answer is still in our receive queue, and goes first.
+            // The sink may have replied before its reset, like a server that refuses an upload. The reply is
+            // still in our receive queue, and is delivered first.
             if !matches!(other.await, End::SourceFailedStalled(_)) {
                 deliver_then_reset(source).await;
             }
@@ -118,8 +118,8 @@ async fn finish(end: End, direction: &Direction<'_>, other: impl Future<Output =
     }
 }
 
-/// Resets the side that has not failed, at the `end` of the direction from `source` to `sink`. Returns what
-/// broke it off; `None` if nothing did.
+/// After the `end` of the direction from `source` to `sink`, resets the side that has not failed. Returns
+/// what broke the direction; `None` if nothing did.
 async fn pass_failure_on(end: End, source: &Stream, sink: &Stream) -> Option<io::Error> {
     match end {
         End::Eof => None,
@@ -127,7 +127,7 @@ async fn pass_failure_on(end: End, source: &Stream, sink: &Stream) -> Option<io:
             deliver_then_reset(sink).await;
             Some(error)
         }
-        // What came before it is given up.
+        // The data before the failure is discarded.
         End::SourceFailedStalled(error) => {
             reset_on_close(sink);
             Some(error)
@@ -139,15 +139,15 @@ async fn pass_failure_on(end: End, source: &Stream, sink: &Stream) -> Option<io:
     }
 }
 
-/// Passes the end of `source` on and lets the way back run. A `source` that is reset after its end
-/// is noticed even if the other side says nothing.
+/// Propagates the end of `source`, and continues with the opposite direction. A reset of `source` after its
+/// end is noticed even if the other side sends nothing.
 async fn finish_after_eof(
     source: &Stream,
     sink: &Stream,
     other: impl Future<Output = End>,
 ) -> Option<io::Error> {
     if let Err(error) = SockRef::from(sink).shutdown(Shutdown::Write) {
-        // The sink is gone already, which the way back is about to find out.
+        // The sink has failed already, which the opposite direction will detect.
         tracing::trace!(%error, "half-close not passed on");
     }
     close_in_order(sink);
@@ -158,7 +158,7 @@ async fn finish_after_eof(
                 // Closing the sockets sends the second end of stream.
                 close_in_order(source);
             }
-            // On the way back, what was the sink is the source.
+            // In the opposite direction, the sink is the source.
             pass_failure_on(end, sink, source).await
         }
         () = source.failed() => {

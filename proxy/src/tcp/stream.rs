@@ -16,30 +16,30 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::reactor::{self, Key};
 
-/// How long a reset waits for a peer that has not taken everything and takes nothing more.
+/// How long a reset waits for a peer that has unacknowledged data and makes no progress.
 const RESET_GRACE: Duration = Duration::from_secs(1);
 
-/// The first pause between two looks at what a peer has taken; each is twice as long as the one before.
+/// The first delay between two checks of the peer's progress; each is twice as long as the one before.
 const FIRST_LOOK: Duration = Duration::from_millis(5);
 
-/// The longest of these pauses: a reset comes at most this late.
+/// The longest of these delays, which bounds how late a reset is sent.
 const LONGEST_LOOK: Duration = Duration::from_millis(80);
 
-/// What a socket that has failed is ready for.
+/// The readiness of a socket that has failed.
 const FAILED: EpollFlags = EpollFlags::EPOLLERR;
 
-/// What a socket with urgent data is ready for, from the arrival of the urgent byte on (tcp(7)).
+/// The readiness of a socket with urgent data, from the arrival of the urgent byte on (tcp(7)).
 const URGENT: EpollFlags = EpollFlags::EPOLLPRI;
 
-/// A socket of a connection, for the task that serves it. No call waits, and none is made that is
-/// known to be in vain.
+/// A socket of a connection, used by the task that serves it. No call blocks, and calls that are known to
+/// fail with `EAGAIN` are skipped.
 #[derive(Debug)]
 pub(super) struct Stream {
     socket: OwnedFd,
     key: Key,
 }
 
-/// A way of using a socket.
+/// What a socket is used for.
 #[derive(Clone, Copy, Debug)]
 enum Use {
     Read,
@@ -47,7 +47,7 @@ enum Use {
 }
 
 impl Use {
-    /// What makes a call worth while.
+    /// The readiness that makes a call worthwhile.
     fn flags(self) -> EpollFlags {
         let ended = EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR;
         match self {
@@ -56,8 +56,8 @@ impl Use {
         }
     }
 
-    /// What is over when a call has moved less than it could, or would wait. The end of a stream is not: it may have
-    /// been reported, and that happens once.
+    /// The readiness that is used up when a call has moved less than requested, or would block. The end of a
+    /// stream is not part of it, because it may already have been reported, which happens only once.
     fn data(self) -> EpollFlags {
         match self {
             Self::Read => EpollFlags::EPOLLIN,
@@ -65,8 +65,8 @@ impl Use {
         }
     }
 
-    /// What makes a call move less than it could though there is more: a read stops before an urgent byte,
-    /// even if that is kept inline (tcp_recvmsg_locked in net/ipv4/tcp.c).
+    /// The readiness with which a call may move less than is available: a read stops before an urgent byte,
+    /// even if that is inline (tcp_recvmsg_locked in net/ipv4/tcp.c).
     fn stopped_by(self) -> EpollFlags {
         match self {
             Self::Read => URGENT,
@@ -76,7 +76,7 @@ impl Use {
 }
 
 impl Stream {
-    /// Watches `socket`, which has to be non-blocking, on this worker.
+    /// Watches `socket`, which must be non-blocking, on this worker.
     ///
     /// # Errors
     /// Those of [`reactor::watch`].
@@ -86,22 +86,22 @@ impl Stream {
         Ok(Self { socket, key })
     }
 
-    /// Reads what is there into `buf`; 0 at the end of the stream.
+    /// Reads into `buf`. Returns 0 at the end of the stream.
     ///
-    /// A short read has emptied the socket (epoll(7), edge-triggered use), so the next wait does not
-    /// begin with a read that can only return `EAGAIN`. While there is urgent data it has not.
+    /// A short read has emptied the socket (epoll(7), edge-triggered use), so the next wait does not start
+    /// with a read that can only fail with `EAGAIN`. This does not hold while there is urgent data.
     pub(super) fn read(&self, buf: &mut [u8]) -> io::Result<usize> {
         let wanted = buf.len();
         self.attempt(Use::Read, wanted, |socket| Ok(recv(socket, buf, RecvFlags::empty())?.0))
     }
 
-    /// Writes what the socket takes of `data`, with the same treatment of short writes.
+    /// Writes as much of `data` as the socket accepts. Short writes are treated like short reads.
     pub(super) fn write(&self, data: &[u8]) -> io::Result<usize> {
         self.send(data, SendFlags::empty())
     }
 
-    /// As [`Self::write`], of data that a half-close or a close is to follow at once: one segment carries the
-    /// end of both the data and the stream.
+    /// Like [`Self::write`], for data that is immediately followed by a half-close or a close: one segment
+    /// carries the end of the data and the FIN.
     pub(super) fn write_last(&self, data: &[u8]) -> io::Result<usize> {
         self.send(data, SendFlags::MORE)
     }
@@ -110,7 +110,7 @@ impl Stream {
         self.attempt(Use::Write, data.len(), |socket| Ok(send(socket, data, flags | SendFlags::NOSIGNAL)?))
     }
 
-    /// Makes a call that reads as much as it likes.
+    /// Makes a call that reads any amount.
     pub(super) fn read_by(
         &self,
         call: impl FnOnce(BorrowedFd<'_>) -> nix::Result<usize>,
@@ -118,7 +118,7 @@ impl Stream {
         self.attempt(Use::Read, 0, |socket| Ok(call(socket)?))
     }
 
-    /// Makes a call that writes as much as it likes.
+    /// Makes a call that writes any amount.
     pub(super) fn write_by(
         &self,
         call: impl FnOnce(BorrowedFd<'_>) -> nix::Result<usize>,
@@ -126,7 +126,7 @@ impl Stream {
         self.attempt(Use::Write, 0, |socket| Ok(call(socket)?))
     }
 
-    /// Makes `call`, and notes what it tells of the socket if it moves less than `wanted` bytes.
+    /// Makes `call`, and records the readiness of the socket if it moves less than `wanted` bytes.
     fn attempt(
         &self,
         kind: Use,
@@ -148,7 +148,7 @@ impl Stream {
                     io::ErrorKind::WouldBlock => self.note_would_block(kind),
                     io::ErrorKind::Interrupted => {}
                     _ if is_refusal(&error) => {}
-                    // This call may have taken the error off the socket, which is then reported no more.
+                    // The call may have cleared the socket's error, which is then not reported again.
                     _ => reactor::ready(self.key, FAILED),
                 }
                 Err(error)
@@ -156,8 +156,9 @@ impl Stream {
         }
     }
 
-    /// Notes that a call found nothing to do. An end or a failure that was reported stays: each is reported once. With
-    /// urgent data, a signal may be why (tcp_recvmsg_locked in net/ipv4/tcp.c): then the next call tells.
+    /// Records that a call would block. A reported end or failure is kept, because each is reported only
+    /// once. With urgent data, a signal may be the cause (tcp_recvmsg_locked in net/ipv4/tcp.c), so the call
+    /// is repeated once.
     fn note_would_block(&self, kind: Use) {
         if matches!(kind, Use::Read) && self.has_urgent_data() {
             reactor::not_ready(self.key, URGENT);
@@ -166,50 +167,50 @@ impl Stream {
         }
     }
 
-    /// Waits until a read gets somewhere.
+    /// Waits until a read can make progress.
     pub(super) fn poll_readable(&self, cx: &Context<'_>) -> Poll<()> {
         reactor::poll(self.key, Use::Read.flags(), cx)
     }
 
-    /// Whether a read gets somewhere, as far as has been reported.
+    /// Whether a read can make progress, as far as reported.
     pub(super) fn is_readable(&self) -> bool {
         reactor::is_ready(self.key, Use::Read.flags())
     }
 
-    /// Whether the last byte has been read, as far as has been reported: the end of the stream was, and
-    /// then a read came short. To read on would give 0.
+    /// Whether the last byte has been read, as far as reported: the end of the stream was reported, and then
+    /// a read was short. Another read would return 0.
     pub(super) fn is_at_end(&self) -> bool {
         let end = EpollFlags::EPOLLRDHUP;
         reactor::is_ready(self.key, end) && !reactor::is_ready(self.key, Use::Read.flags() & !end)
     }
 
-    /// Whether there may be an urgent byte among what is queued.
+    /// Whether the receive queue may contain an urgent byte.
     pub(super) fn has_urgent_data(&self) -> bool {
         reactor::is_ready(self.key, URGENT)
     }
 
-    /// As [`Self::poll_readable`].
+    /// Like [`Self::poll_readable`].
     pub(super) async fn readable(&self) {
         poll_fn(|cx| self.poll_readable(cx)).await;
     }
 
-    /// Waits until a write gets somewhere, or a connect has finished.
+    /// Waits until a write can make progress, or a connect has completed.
     pub(super) async fn writable(&self) {
         poll_fn(|cx| reactor::poll(self.key, Use::Write.flags(), cx)).await;
     }
 
-    /// Whether the socket has failed, as far as has been reported.
+    /// Whether the socket has failed, as far as reported.
     pub(super) fn has_failed(&self) -> bool {
         reactor::is_ready(self.key, FAILED)
     }
 
-    /// Waits until the socket has failed. The error stays with it: whoever reads on meets it behind
-    /// the data that came before it.
+    /// Waits until the socket has failed. The error is not cleared: a read returns it after the data that
+    /// preceded it.
     pub(super) async fn failed(&self) {
         poll_fn(|cx| reactor::poll(self.key, FAILED, cx)).await;
     }
 
-    /// Takes the failure off a socket that has failed, unless there is something to read before it.
+    /// Returns and clears the error of a failed socket, unless there is data to read before it.
     ///
     /// # Errors
     /// The failure.
@@ -220,28 +221,28 @@ impl Stream {
         }
     }
 
-    /// How many bytes written to it the peer has not acknowledged yet.
+    /// The number of written bytes that the peer has not acknowledged yet.
     pub(super) fn unacknowledged(&self) -> usize {
-        // It cannot fail on a connected socket.
+        // This cannot fail on a connected socket.
         socket::unacknowledged(self.as_fd()).unwrap_or(0)
     }
 
-    /// Sends what [`Self::write_last`] held back (`TCP_NODELAY`, tcp(7): to set it is to flush).
+    /// Sends what [`Self::write_last`] held back (setting `TCP_NODELAY` flushes, tcp(7)).
     fn push(&self) {
         if let Err(error) = SockRef::from(self).set_tcp_nodelay(true) {
             tracing::debug!(%error, "the last bytes are sent late");
         }
     }
 
-    /// Sends an acknowledgement that is being held back (`TCP_QUICKACK`, tcp(7)).
+    /// Sends a delayed acknowledgement (`TCP_QUICKACK`, tcp(7)).
     pub(super) fn acknowledge(&self) {
         if let Err(error) = SockRef::from(self).set_tcp_quickack(true) {
             tracing::debug!(%error, "an acknowledgement is sent late");
         }
     }
 
-    /// How a socket failed that did, taken off it: a read would now see an orderly end. If a read or a
-    /// write has taken it before, it was a reset.
+    /// Returns and clears the error of a failed socket, after which a read would see an orderly end. If a
+    /// read or write has already cleared it, it was a reset.
     pub(super) fn take_failure(&self) -> io::Error {
         match SockRef::from(self).take_error() {
             Ok(error) => error.unwrap_or_else(|| io::ErrorKind::ConnectionReset.into()),
@@ -250,8 +251,8 @@ impl Stream {
     }
 }
 
-/// Whether a call was refused, by a filter of system calls, a security module or for want of memory, while nothing is
-/// wrong with the socket.
+/// Whether a call was refused by a system call filter or a security module, or for lack of memory, while the
+/// socket itself is fine.
 pub(super) fn is_refusal(error: &io::Error) -> bool {
     let errno = Errno::from_io_error(error);
     let refusals = [Errno::PERM, Errno::ACCESS, Errno::NOSYS, Errno::INVAL, Errno::OPNOTSUPP, Errno::NOMEM];
@@ -270,25 +271,25 @@ impl Drop for Stream {
     }
 }
 
-/// Makes the close of `stream` an end of stream. It is a reset from the start (`set_stream_options`), until
-/// the peer has got, or is about to get, everything.
+/// Makes closing `stream` send a FIN. Otherwise it sends a reset (`set_stream_options`); this is called once
+/// the peer has received, or is about to receive, everything.
 pub(super) fn close_in_order(stream: &Stream) {
     if let Err(error) = SockRef::from(stream).set_linger(None) {
         tracing::debug!(%error, "cannot close a connection in order");
     }
 }
 
-/// Makes the close of `stream` a reset again.
+/// Makes closing `stream` send a reset again.
 pub(super) fn reset_on_close(stream: &Stream) {
     if let Err(error) = SockRef::from(stream).set_linger(Some(Duration::ZERO)) {
         tracing::debug!(%error, "cannot turn the close of a connection into a reset");
     }
 }
 
-/// Lets the peer take what was written to `stream`, as long as it goes on taking, and then makes its close a
-/// reset. A reset at once would discard what waits in the send queue.
+/// Waits while the peer acknowledges what was written to `stream`, then makes closing it send a reset. An
+/// immediate reset would discard the send queue.
 pub(super) async fn deliver_then_reset(stream: &Stream) {
-    // What was written as the last may still wait for an end of stream that does not come.
+    // The last bytes may still be held back for a FIN that will not follow.
     stream.push();
     let delivered = async {
         tokio::select! {
@@ -310,8 +311,8 @@ async fn until_acknowledged(stream: &Stream) {
     }
 }
 
-/// Waits for `awaited`, but gives up with `None` once the peer of `stream` has taken nothing for [`RESET_GRACE`].
-/// A slow peer acknowledges what it takes long before the socket counts as writable again.
+/// Waits for `awaited`. Returns `None` once the peer of `stream` has acknowledged nothing for
+/// [`RESET_GRACE`]. A slow peer acknowledges data long before the socket becomes writable again.
 pub(super) async fn while_taking<T>(stream: &Stream, awaited: impl Future<Output = T>) -> Option<T> {
     let mut awaited = pin!(awaited);
     let (mut left, mut progressed) = (stream.unacknowledged(), Instant::now());
