@@ -1,10 +1,10 @@
-//! Control messages of UDP sockets: which local address a datagram was sent to or is to be sent from
-//! (ip(7) `IP_PKTINFO`, ipv6(7) `IPV6_PKTINFO`), its traffic class (ip(7) `IP_TOS`, RFC 3542 `IPV6_TCLASS`), the
-//! segment size of a GSO batch (udp(7) `UDP_GRO` and `UDP_SEGMENT`), and how many the socket had no room
-//! for (socket(7) `SO_RXQ_OVFL`).
+//! Control messages of UDP sockets: the local address that a datagram was sent to or is sent from (ip(7)
+//! `IP_PKTINFO`, ipv6(7) `IPV6_PKTINFO`), its traffic class (ip(7) `IP_TOS`, RFC 3542 `IPV6_TCLASS`), the
+//! segment size of a GSO batch (udp(7) `UDP_GRO` and `UDP_SEGMENT`), and the number of dropped datagrams
+//! (socket(7) `SO_RXQ_OVFL`).
 //!
-//! The layout is that of cmsg(3): a header with length, level and type, then the data, each aligned
-//! to a word. It is read and written as plain bytes.
+//! The layout is that of cmsg(3): a header with length, level and type, then the data, each aligned to a
+//! word. It is read and written as plain bytes.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
@@ -13,50 +13,50 @@ use nix::libc::{
     SOL_UDP, UDP_GRO, UDP_SEGMENT,
 };
 
-/// Bytes for all control messages of a datagram that is received: both kinds of packet information (32 and 40 with
-/// their headers), both of traffic class, a segment size and a count (24 each); and for what whoever passed the socket
-/// may have asked for besides, such as a time.
+/// Room for all control messages of a received datagram: both kinds of packet information (32 and 40 bytes
+/// with their headers), both kinds of traffic class, a segment size and a drop count (24 each), and further
+/// messages, such as timestamps, that whoever passed the socket may have enabled.
 pub(crate) const SPACE: usize = 256;
 
-/// Bytes that those of a datagram to be sent take at the most: one kind of packet information, both of traffic class,
-/// and a segment size.
+/// Room for those of a datagram to send: one kind of packet information, both kinds of traffic class, and a
+/// segment size.
 const SENT_SPACE: usize = 128;
 
 const WORD: usize = size_of::<usize>();
 /// Length, level and type.
 const HEADER: usize = WORD + 2 * size_of::<i32>();
 
-/// A local address, as the kernel tells it of a datagram received or takes it for one to be sent.
+/// A local address, as the kernel reports it for a received datagram or accepts it for one to send.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct LocalAddr {
-    /// The address, in the family of the datagram, which may not be that of the socket.
+    /// The address, in the family of the datagram, which may differ from that of the socket.
     pub ip: IpAddr,
-    /// The interface's index. When sending, 0 leaves the choice to the routing table.
+    /// The index of the interface. When sending, 0 leaves the choice to the routing table.
     pub interface: u32,
 }
 
-/// What the control messages of a received datagram say.
+/// The decoded control messages of a received datagram.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Received {
-    /// The address that it was sent to; `None` if the socket does not report it.
+    /// The address it was sent to; `None` if the socket does not report it.
     pub local: Option<LocalAddr>,
-    /// The size in bytes of each of several datagrams that were received as one, except the last,
-    /// which may be shorter. `None` for a single datagram.
+    /// The size in bytes of the datagrams of a GSO batch, of which the last may be shorter. `None` for a
+    /// single datagram.
     pub segment: Option<u16>,
-    /// Its traffic class, which was the type of service: the code point (RFC 2474) in the upper six bits, and
-    /// congestion (ECN, RFC 3168) in the lower two. 0 if the socket does not report it.
+    /// The traffic class (IPv4: type of service): the code point (RFC 2474) in the upper six bits, and ECN
+    /// (RFC 3168) in the lower two. 0 if the socket does not report it.
     pub class: u8,
-    /// How many datagrams the socket has had no room for since it was opened, if any; it wraps round.
+    /// How many datagrams the socket has dropped since it was opened, if reported; the counter wraps.
     pub dropped: u32,
 }
 
-/// Decodes the control messages in `bytes`. What is unknown, damaged or cut off is passed over.
+/// Decodes the control messages in `bytes`. Unknown, damaged or truncated ones are skipped.
 pub(crate) fn decode(mut bytes: &[u8]) -> Received {
     let mut received = Received::default();
     while let Some((level, kind, data, rest)) = next(bytes) {
         match (level, kind) {
             (IPPROTO_IP, IP_PKTINFO) => received.local = pktinfo_v4(data),
-            // Of IPv4 datagrams an IPv6 socket has both, and this has a broadcast address as it is.
+            // An IPv6 socket reports both for IPv4 datagrams. This one does not replace broadcast addresses.
             (IPPROTO_IPV6, IPV6_PKTINFO) => received.local = received.local.or_else(|| pktinfo_v6(data)),
             (IPPROTO_IP, IP_TOS) => received.class = data.first().copied().unwrap_or_default(),
             (IPPROTO_IPV6, IPV6_TCLASS) => {
@@ -74,7 +74,7 @@ pub(crate) fn decode(mut bytes: &[u8]) -> Received {
     received
 }
 
-/// Splits the first control message off: its level, type and data, and what follows.
+/// Splits off the first control message. Returns its level, type and data, and the rest.
 fn next(bytes: &[u8]) -> Option<(i32, i32, &[u8], &[u8])> {
     let (header, _) = bytes.split_at_checked(HEADER)?;
     let (len, level_and_kind) = header.split_at(WORD);
@@ -89,35 +89,35 @@ fn read_i32(bytes: &[u8]) -> Option<i32> {
     Some(i32::from_ne_bytes(*bytes.first_chunk()?))
 }
 
-/// `struct in_pktinfo`: interface, the local address, the header's destination. The second is the one
-/// to answer from, also when the third is a broadcast address.
+/// `struct in_pktinfo`: interface, local address, destination in the header. Replies are sent from the
+/// second, because the third may be a broadcast address.
 fn pktinfo_v4(data: &[u8]) -> Option<LocalAddr> {
     let interface = read_i32(data)?.unsigned_abs();
     let ip = Ipv4Addr::from(*data.get(4..)?.first_chunk::<4>()?);
     usable(ip.into(), interface)
 }
 
-/// `struct in6_pktinfo`: the header's destination, interface.
+/// `struct in6_pktinfo`: destination in the header, interface.
 fn pktinfo_v6(data: &[u8]) -> Option<LocalAddr> {
     let ip = Ipv6Addr::from(*data.first_chunk::<16>()?);
     let interface = read_i32(data.get(16..)?)?.unsigned_abs();
     usable(ip.into(), interface)
 }
 
-/// An address that can be answered from: not one of a group, nor the blank of a datagram that was
-/// queued before the socket was asked to report addresses.
+/// Accepts addresses from which a reply can be sent: not multicast addresses, nor the unspecified address of
+/// a datagram that was queued before the socket was set to report addresses.
 fn usable(ip: IpAddr, interface: u32) -> Option<LocalAddr> {
     let canonical = ip.to_canonical();
     let answerable = !canonical.is_multicast() && !canonical.is_unspecified();
     answerable.then_some(LocalAddr { ip, interface })
 }
 
-/// The kernel writes an int; a size that does not fit a datagram is none.
+/// The kernel writes an int. A size too large for a datagram is ignored.
 fn segment(data: &[u8]) -> Option<u16> {
     read_i32(data).and_then(|size| u16::try_from(size).ok()).filter(|size| *size > 0)
 }
 
-/// Control messages for a datagram, or a GSO batch, to be sent.
+/// Encodes the control messages of a datagram or GSO batch to send.
 #[derive(Debug)]
 pub(crate) struct Encoder {
     bytes: [u8; SENT_SPACE],
@@ -125,8 +125,8 @@ pub(crate) struct Encoder {
 }
 
 impl Encoder {
-    /// Says from which local address to send, into segments of which size to cut the payload, and of which traffic
-    /// class it is: for either family, as the kernel takes what fits where it goes.
+    /// Encodes the source address, the segment size and the traffic class. The class is encoded for both
+    /// families; the kernel uses the one that fits the destination.
     pub(crate) fn new(source: Option<LocalAddr>, segment: Option<u16>, class: u8) -> Self {
         let mut encoder = Self { bytes: [0; SENT_SPACE], len: 0 };
         match source {

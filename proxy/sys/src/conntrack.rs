@@ -1,5 +1,5 @@
-//! The kernel's connection tracking: forgetting UDP flows that would keep to a translation, or to the
-//! lack of one, from before a port was published (ctnetlink; `conntrack -D -p udp --orig-port-dst`).
+//! Deletes conntrack entries of UDP flows that predate the publication of a port. They would keep an outdated
+//! translation, or the lack of one (ctnetlink; `conntrack -D -p udp --orig-port-dst`).
 
 use std::io;
 use std::net::SocketAddr;
@@ -22,13 +22,13 @@ use nix::sys::time::TimeVal;
 
 use crate::netlink;
 
-/// The kernel answers at once; should it not, this is no reason to hang.
+/// The kernel responds at once. If it does not, this must not hang.
 const REPLY_TIMEOUT: TimeVal = TimeVal::new(2, 0);
 
-/// The kernel puts at most this much into one message of a dump (NLMSG_GOODSIZE is less).
+/// The maximum size of a message in a dump (NLMSG_GOODSIZE is less).
 const BUFFER_SIZE: usize = 64 * 1024;
 
-/// Which table of entries.
+/// The family of conntrack entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Family {
     /// IPv4
@@ -46,19 +46,19 @@ impl From<Family> for NetfilterProtoFamily {
     }
 }
 
-/// Where the original direction of an entry comes from, and where it leads.
+/// The source and destination of the original direction of an entry.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Direction {
-    /// Who sent the first datagram.
+    /// The sender of the first datagram.
     pub source: SocketAddr,
-    /// To whom.
+    /// Its destination.
     pub destination: SocketAddr,
 }
 
-/// Deletes the UDP entries whose *original* direction `is_stale` says so of, and gives their number.
-/// The original one, because the reply direction of a translated entry has the backend's address and
-/// port, which may be that of many. Entries are looked at one by one, as the kernel lists them: it takes
-/// no more memory the more there are.
+/// Deletes the UDP entries for whose *original* direction `is_stale` returns `true`, and returns their
+/// number. The reply direction is not used, because that of a translated entry has the backend's address and
+/// port, which other entries may share. Entries are processed as the kernel lists them, so memory use does
+/// not depend on their number.
 ///
 /// # Errors
 /// `EPERM` without `CAP_NET_ADMIN`; `EPROTONOSUPPORT` if the kernel does not track connections.
@@ -74,7 +74,7 @@ pub fn delete_udp(family: Family, mut is_stale: impl FnMut(Direction) -> bool) -
     Ok(deleted)
 }
 
-/// Where one direction of an entry comes from and leads, if it is UDP.
+/// The source and destination of one direction of an entry, if it is UDP.
 fn udp_direction(tuple: &[Tuple]) -> Option<Direction> {
     let (mut ips, mut ports, mut is_udp) = ([None; 2], [None; 2], false);
     for part in tuple {
@@ -105,7 +105,7 @@ fn udp_direction(tuple: &[Tuple]) -> Option<Direction> {
     is_udp.then_some(Direction { source: source?, destination: destination? })
 }
 
-/// A netlink socket to the connection tracking.
+/// A netlink socket to conntrack.
 struct Client(OwnedFd);
 
 impl Client {
@@ -131,7 +131,7 @@ impl Client {
         Ok(())
     }
 
-    /// Receives answers and passes each to `take`, until it gives a result or the kernel an error.
+    /// Receives responses and calls `take` for each, until that returns a result or the kernel an error.
     fn receive<R>(
         &self,
         mut take: impl FnMut(NetlinkPayload<NetfilterMessage>) -> Option<R>,
@@ -152,8 +152,8 @@ impl Client {
         }
     }
 
-    /// Passes the original directions of all entries to `take`. After a failure of it, the rest is read
-    /// and passed over: the kernel has begun to list.
+    /// Calls `take` with the original direction of each entry. If it fails, the remaining entries are read
+    /// and ignored, because the kernel has started the dump.
     fn list(&self, family: Family, mut take: impl FnMut(Vec<Tuple>) -> io::Result<()>) -> io::Result<()> {
         self.send(family, ConntrackMessage::Get(Vec::new()), NLM_F_DUMP)?;
         let mut result = Ok(());
@@ -170,7 +170,7 @@ impl Client {
         result
     }
 
-    /// Deletes one entry; `false` if it was over by then.
+    /// Deletes one entry; returns `false` if it had already expired.
     fn delete(&self, family: Family, tuple: Vec<Tuple>) -> io::Result<bool> {
         let message = ConntrackMessage::Delete(vec![ConntrackAttribute::CtaTupleOrig(tuple)]);
         self.send(family, message, NLM_F_ACK)?;
@@ -200,7 +200,7 @@ mod tests {
 
     use super::*;
 
-    /// What the kernel answered: a connection, and a datagram to 127.0.0.1:5300 that was redirected.
+    /// A dump from the kernel: a connection, and a datagram to 127.0.0.1:5300 that was redirected.
     const DUMP: &[u8] = include_bytes!("../testdata/conntrack.bin");
 
     fn destinations(datagram: &[u8]) -> Vec<SocketAddr> {

@@ -1,4 +1,4 @@
-//! Descriptors that a parent process left open for us at known numbers.
+//! Descriptors that a parent process left open at known numbers.
 #![expect(unsafe_code, reason = "numbers become owned descriptors here, or are closed")]
 
 use std::io;
@@ -8,35 +8,35 @@ use std::sync::Mutex;
 use nix::fcntl::{F_GETFD, F_SETFD, FdFlag, fcntl};
 use nix::libc;
 
-/// The numbers handed out so far: an [`OwnedFd`] must be the only owner of its number.
+/// The claimed numbers: an [`OwnedFd`] must be the only owner of its number.
 static CLAIMED: Mutex<Vec<RawFd>> = Mutex::new(Vec::new());
 
-/// Takes ownership of a descriptor inherited at number `fd`, and sets close-on-exec on it.
+/// Takes ownership of the inherited descriptor `fd`, and sets close-on-exec on it.
 ///
-/// Call it at the start of `main`, before anything else opens a file: later, the number may belong
-/// to something that this process opened itself.
+/// Call it at the start of `main`, before anything else opens a file. Later, the number may belong to a file
+/// that this process opened itself.
 ///
 /// # Errors
-/// `EBADF` if nothing is open at `fd`; `EEXIST` if `fd` is one of 0, 1 and 2, which the standard
-/// library owns, or was claimed before.
+/// `EBADF` if nothing is open at `fd`; `EEXIST` if `fd` is 0, 1 or 2, which the standard library owns, or was
+/// already claimed.
 pub fn claim_inherited(fd: RawFd) -> io::Result<OwnedFd> {
     let mut claimed = CLAIMED.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     if fd <= 2 || claimed.contains(&fd) {
         return Err(io::Error::from_raw_os_error(libc::EEXIST));
     }
-    // SAFETY: the borrow ends with this function, and `fcntl` only reads the number: if nothing is
-    // open there it answers EBADF.
+    // SAFETY: the borrow ends with this function, and `fcntl` only reads the number. If nothing is open
+    // there, it fails with EBADF.
     let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
     let flags = FdFlag::from_bits_retain(fcntl(borrowed, F_GETFD)?);
     fcntl(borrowed, F_SETFD(flags | FdFlag::FD_CLOEXEC))?;
     claimed.push(fd);
-    // SAFETY: `fd` is open (just asked), is none of the standard library's, and `CLAIMED` lets each
-    // number through once, so this is its only owner.
+    // SAFETY: `fd` is open (just checked), does not belong to the standard library, and `CLAIMED` admits each
+    // number once, so this is its only owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Closes all descriptors from 3 up that were not claimed: whoever started this process left them open without meaning
-/// to, and would find a lock held, a pipe that does not end, or a port that is taken.
+/// Closes all descriptors from 3 up that were not claimed. Whoever started this process left them open by
+/// accident, and could otherwise find a lock held, a pipe without an end, or a port in use.
 ///
 /// Call it at the start of `main`, before anything else opens a file.
 ///
@@ -47,7 +47,7 @@ pub fn close_unclaimed() -> io::Result<()> {
     close_others(&claimed)
 }
 
-/// Closes all descriptors from 3 up but `kept`.
+/// Closes all descriptors from 3 up except `kept`.
 pub(crate) fn close_others(kept: &[RawFd]) -> io::Result<()> {
     let mut kept: Vec<u32> = kept.iter().filter_map(|fd| u32::try_from(*fd).ok()).collect();
     kept.extend([2, u32::MAX]);
@@ -62,13 +62,13 @@ pub(crate) fn close_others(kept: &[RawFd]) -> io::Result<()> {
 }
 
 fn close_range(first: u32, last: u32) -> io::Result<()> {
-    // SAFETY: the callers say that nothing in this process owns these descriptors, or will use them.
+    // SAFETY: the callers guarantee that nothing in this process owns or will use these descriptors.
     let result = unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
     if result == 0 {
         return Ok(());
     }
     let error = io::Error::last_os_error();
-    // Before Linux 5.9, or as a filter of a container runtime has it that does not know it.
+    // Before Linux 5.9, or with a container runtime's filter that does not know the call.
     if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EPERM)) {
         close_listed(first, last)
     } else {
@@ -76,28 +76,28 @@ fn close_range(first: u32, last: u32) -> io::Result<()> {
     }
 }
 
-/// As [`close_range`], one by one.
+/// Like [`close_range`], one by one.
 fn close_listed(first: u32, last: u32) -> io::Result<()> {
     let number = |entry: io::Result<std::fs::DirEntry>| entry.ok()?.file_name().to_str()?.parse::<u32>().ok();
     let open: Vec<u32> = std::fs::read_dir("/proc/self/fd")?.filter_map(number).collect();
     for fd in open.into_iter().filter(|fd| (first..=last).contains(fd)) {
-        // SAFETY: as above. That of the directory is closed by now, which is no more than `EBADF`.
+        // SAFETY: as above. The descriptor of the directory is already closed, which only causes `EBADF`.
         unsafe { libc::close(fd.cast_signed()) };
     }
     Ok(())
 }
 
-/// Opens what is closed of the descriptors 0, 1 and 2, so that no other file gets their numbers.
+/// Opens those of the descriptors 0, 1 and 2 that are closed, so that no other file gets their numbers.
 ///
-/// The standard library does so with `/dev/null`, and aborts where there is none, as in a bare chroot(2). There, a directory
-/// does as well: it can be neither read nor written like a file, and such errors are ignored for these three. This runs
-/// before the standard library, which calls `main`.
+/// The standard library does this with `/dev/null`, and aborts if that is missing, as in a bare chroot(2). In
+/// that case a directory is used: it cannot be read or written, but the standard library ignores such errors
+/// for these descriptors. This runs before the standard library's start-up code, which calls `main`.
 extern "C" fn open_standard_streams() {
     for fd in 0..3 {
-        // SAFETY: it only reads the number.
+        // SAFETY: the call only reads the number.
         if unsafe { libc::fcntl(fd, libc::F_GETFD) } == -1 {
-            // The lowest number that is free is `fd`.
-            // SAFETY: the path is a string with its NUL.
+            // The lowest free number is `fd`.
+            // SAFETY: the path is NUL-terminated.
             let opened = unsafe { libc::open(c"/dev/null".as_ptr(), libc::O_RDWR) };
             if opened == -1 {
                 // SAFETY: as above.
@@ -107,9 +107,10 @@ extern "C" fn open_standard_streams() {
     }
 }
 
-/// What the loader calls before `main` (`DT_INIT_ARRAY` of the System V ABI).
+/// Called by the loader before `main` (`DT_INIT_ARRAY` of the System V ABI).
 #[used]
-// SAFETY: the section holds addresses of functions with this signature or a longer one, whose arguments are not looked at.
+// SAFETY: the section holds addresses of functions with this signature or a longer one, whose arguments are
+// ignored.
 #[unsafe(link_section = ".init_array")]
 static BEFORE_MAIN: extern "C" fn() = open_standard_streams;
 

@@ -1,7 +1,7 @@
-//! The system calls of `rproxy` that no safe library offers as they are needed.
+//! The system calls of `rproxy` that no safe library wraps as needed.
 //!
-//! This is the only crate of the workspace that contains `unsafe`. Its functions take borrowed
-//! descriptors and plain values, return [`std::io::Result`], and hold neither policy nor logging.
+//! This is the only crate of the workspace that contains `unsafe`. Its functions take borrowed descriptors
+//! and plain values, return [`std::io::Result`], and contain neither policy nor logging.
 
 mod cmsg;
 pub mod conntrack;
@@ -17,7 +17,7 @@ pub mod watch;
 
 use std::io;
 
-/// The result of a system call: -1 means that `errno` says why.
+/// Converts the result of a system call: -1 becomes the error in `errno`.
 fn check(result: i32) -> io::Result<i32> {
     if result == -1 {
         return Err(io::Error::last_os_error());

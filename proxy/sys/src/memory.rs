@@ -4,10 +4,10 @@
 #[cfg(target_env = "gnu")]
 use nix::libc;
 
-/// Returns memory that was freed back to the system, where the C library keeps it (`malloc_trim(3)`, glibc).
+/// Returns freed memory to the system if the C library keeps it (`malloc_trim(3)`, glibc).
 pub fn release_unused() {
     #[cfg(target_env = "gnu")]
-    // SAFETY: it touches nothing but free memory, under the allocator's own locks.
+    // SAFETY: it only touches free memory, under the allocator's own locks.
     unsafe {
         libc::malloc_trim(0);
     }

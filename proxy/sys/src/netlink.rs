@@ -1,8 +1,8 @@
-//! Netlink datagrams (netlink(7)).
+//! Parsing netlink datagrams (netlink(7)).
 
 use netlink_packet_core::{DecodeError, NetlinkDeserializable, NetlinkMessage};
 
-/// The messages in a datagram of the kernel, in order. One that cannot be read is the last.
+/// The messages in a datagram from the kernel, in order. Parsing stops after one that is invalid.
 pub fn messages<M: NetlinkDeserializable>(
     datagram: &[u8],
 ) -> impl Iterator<Item = Result<NetlinkMessage<M>, DecodeError>> {
@@ -20,8 +20,8 @@ pub fn messages<M: NetlinkDeserializable>(
     })
 }
 
-/// Where the message behind one of `length` bytes begins: on the next four (`NLMSG_ALIGN`), and never at
-/// the same place.
+/// The distance from a message of `length` bytes to the next one: aligned to four bytes (`NLMSG_ALIGN`), and
+/// never 0.
 fn padded(length: u32) -> usize {
     (length as usize).next_multiple_of(4).max(4)
 }

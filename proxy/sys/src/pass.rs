@@ -1,4 +1,4 @@
-//! Descriptors that one process passes to another (`SCM_RIGHTS`, unix(7)).
+//! Passing descriptors between processes (`SCM_RIGHTS`, unix(7)).
 #![expect(unsafe_code, reason = "numbers that the kernel made become owned descriptors here")]
 
 use std::io::{self, IoSlice, IoSliceMut};
@@ -6,13 +6,13 @@ use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
 
-/// The most descriptors of one message (`SCM_MAX_FD` in include/net/scm.h).
+/// The maximum number of descriptors per message (`SCM_MAX_FD` in include/net/scm.h).
 pub const MOST: usize = 253;
 
-/// Sends up to [`MOST`] descriptors along with one byte of a stream.
+/// Sends up to [`MOST`] descriptors with one byte of a stream.
 ///
 /// # Errors
-/// Those of sendmsg(2): `ETOOMANYREFS` if too many are under way.
+/// Those of sendmsg(2); `ETOOMANYREFS` if too many are in flight.
 pub fn send_descriptors(socket: BorrowedFd<'_>, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
     let numbers: Vec<RawFd> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
     let rights = [ControlMessage::ScmRights(&numbers)];
@@ -21,11 +21,12 @@ pub fn send_descriptors(socket: BorrowedFd<'_>, descriptors: &[BorrowedFd<'_>]) 
     Ok(())
 }
 
-/// Receives what [`send_descriptors`] sent, close-on-exec. Nothing may be left unread before it.
+/// Receives the descriptors of one [`send_descriptors`], close-on-exec. All earlier bytes must have been
+/// read.
 ///
 /// # Errors
 /// Those of recvmsg(2); `EOF` if the other side is gone; `InvalidData` if not all descriptors could be
-/// had, mostly because there are too many open.
+/// received, mostly because too many are open.
 pub fn receive_descriptors(socket: BorrowedFd<'_>) -> io::Result<Vec<OwnedFd>> {
     let mut byte = [0];
     let mut data = [IoSliceMut::new(&mut byte)];
@@ -36,7 +37,7 @@ pub fn receive_descriptors(socket: BorrowedFd<'_>) -> io::Result<Vec<OwnedFd>> {
         ControlMessageOwned::ScmRights(numbers) => numbers,
         _ => Vec::new(),
     });
-    // SAFETY: the kernel has just opened these descriptors for this process, and nobody else knows them.
+    // SAFETY: the kernel has just opened these descriptors for this process, and nothing else knows them.
     let descriptors = numbers.map(|number| unsafe { OwnedFd::from_raw_fd(number) }).collect();
     if message.bytes == 0 {
         return Err(io::ErrorKind::UnexpectedEof.into());

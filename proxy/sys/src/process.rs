@@ -1,4 +1,4 @@
-//! Processes that are forked without running another program.
+//! Forking processes that do not execute another program.
 #![expect(
     unsafe_code,
     reason = "fork, close_range, _exit, and what the arguments are overwritten with have no safe form"
@@ -14,7 +14,7 @@ use nix::unistd::{ForkResult, fork};
 
 use crate::fd::close_others;
 
-/// What terminals, service managers and people send.
+/// Signals that terminals, service managers and users send.
 const CAUGHT: [Signal; 9] = [
     Signal::SIGHUP,
     Signal::SIGINT,
@@ -27,23 +27,24 @@ const CAUGHT: [Signal; 9] = [
     Signal::SIGTTOU,
 ];
 
-/// Where the addresses of the arguments are among the fields of `/proc/PID/stat`, counted from 1 (proc(5)).
+/// The index of the start of the arguments among the fields of `/proc/PID/stat`, counted from 1 (proc(5)).
 const ARG_START: usize = 48;
 
-/// Runs `body` in a new process, which ends with it. That process has no descriptors but the standard ones
-/// and `kept`, which this one has no more, and does nothing on signals: they are caught, and so are at their
-/// default again in programs that it starts. Only `SIGUSR2` is ignored there, until they want it.
+/// Runs `body` in a new process, which then exits. The new process only has the standard descriptors and
+/// `kept`, which the calling process no longer has. Signals do nothing there: they have an empty handler, so
+/// that they revert to their default in programs that it executes. Only `SIGUSR2` is ignored, also in these
+/// programs until they change that.
 ///
-/// This process does not hear of the other one's end: it ignores `SIGCHLD` from here on.
+/// The calling process is not notified of the new one's end: it ignores `SIGCHLD` from now on.
 ///
 /// # Errors
-/// Those of fork(2); `EBUSY` if this process has other threads, whose locks a child would inherit, or
-/// if `/proc` does not tell.
+/// Those of fork(2); `EBUSY` if this process has other threads, whose locks a child would inherit, or if
+/// `/proc` cannot be read.
 pub fn fork_alone(kept: OwnedFd, body: impl FnOnce(OwnedFd)) -> io::Result<()> {
     if std::fs::read_dir("/proc/self/task").map_or(0, Iterator::count) != 1 {
         return Err(io::Error::from_raw_os_error(libc::EBUSY));
     }
-    // SAFETY: no other thread holds a lock that the child would find locked for ever.
+    // SAFETY: no other thread holds a lock that would stay locked in the child forever.
     match unsafe { fork() }? {
         ForkResult::Parent { .. } => {
             // SAFETY: no handler is installed.
@@ -51,40 +52,41 @@ pub fn fork_alone(kept: OwnedFd, body: impl FnOnce(OwnedFd)) -> io::Result<()> {
             Ok(())
         }
         ForkResult::Child => {
-            // Unwinding further would lead back into the program of the parent.
+            // Unwinding further would return into the parent's program.
             drop(catch_unwind(AssertUnwindSafe(|| {
                 settle(&kept);
                 body(kept);
             })));
-            // SAFETY: it ends the process, and runs nothing that the parent has left for its own end.
+            // SAFETY: this ends the process, and runs no exit handlers of the parent.
             unsafe { libc::_exit(0) }
         }
     }
 }
 
-/// What is done first in a new process.
+/// The first steps of a new process.
 fn settle(kept: &OwnedFd) {
-    // None of this is essential, and a process that was forked has nobody to tell.
+    // None of them is essential, and a forked process cannot report errors.
     for signal in CAUGHT {
         // SAFETY: the handler does nothing.
         if let Ok(previous) = unsafe { sigaction(signal, &on(SigHandler::Handler(do_nothing))) }
             && matches!(previous.handler(), SigHandler::SigIgn)
         {
-            // As nohup(1) wants it, also for programs that are started.
+            // Keeps the effect of nohup(1), also for programs that are executed.
             // SAFETY: no handler is installed.
             unsafe { sigaction(signal, &previous) }.ok();
         }
     }
     // SAFETY: no handler is installed.
     unsafe { sigaction(Signal::SIGUSR2, &on(SigHandler::SigIgn)) }.ok();
-    // Whoever started the parent may have ignored it, and then nobody learns how a child has ended (wait(2)).
+    // The parent may have been started with it ignored, in which case wait(2) would not return exit statuses.
     // SAFETY: no handler is installed.
     unsafe { sigaction(Signal::SIGCHLD, &on(SigHandler::SigDfl)) }.ok();
-    // What owned the others in the parent is neither used nor dropped here, as the process ends without returning to it.
+    // Their owners in the parent's memory are neither used nor dropped here, because the process exits
+    // without returning.
     close_others(&[kept.as_raw_fd()]).ok();
 }
 
-/// Ignores a signal from here on, in this process.
+/// Ignores a signal in this process from now on.
 ///
 /// # Errors
 /// Those of sigaction(2).
@@ -94,15 +96,15 @@ pub fn ignore(signal: Signal) -> io::Result<()> {
     Ok(())
 }
 
-/// Shows `title` in the place of the arguments of this process (`/proc/PID/cmdline`, proc(5)), as far as they are long
-/// enough. [`std::env::args_os`] does not give them any more from here on.
+/// Replaces the arguments that are shown for this process (`/proc/PID/cmdline`, proc(5)) by `title`, as far
+/// as there is room. [`std::env::args_os`] does not return them any more.
 ///
 /// # Errors
-/// Those of reading `/proc/self/stat`; `InvalidData` if that does not say where the arguments are.
+/// Those of reading `/proc/self/stat`; `InvalidData` if it does not contain the address of the arguments.
 pub fn set_title(title: &str) -> io::Result<()> {
     let unknown = || io::Error::new(io::ErrorKind::InvalidData, "the place of the arguments is not known");
     let stat = std::fs::read_to_string("/proc/self/stat")?;
-    // The name, the second of all fields, is in parentheses and may hold anything.
+    // The name, which is the second field, is in parentheses and may contain anything.
     let mut fields =
         stat.rsplit_once(") ").ok_or_else(unknown)?.1.split_ascii_whitespace().skip(ARG_START - 3);
     let mut address = || fields.next()?.parse::<usize>().ok().filter(|address| *address != 0);
@@ -112,13 +114,13 @@ pub fn set_title(title: &str) -> io::Result<()> {
     let shown = title.len().min(length - 1);
     text[..shown].copy_from_slice(&title.as_bytes()[..shown]);
     if shown + 1 < length {
-        // The end of the arguments that is no NUL says that one text is in their place, which ends before
-        // (`get_mm_cmdline` in fs/proc/base.c).
+        // If the last byte of the arguments is not NUL, the kernel treats the area as a single text, which
+        // ends at the first NUL (`get_mm_cmdline` in fs/proc/base.c).
         text[length - 1] = b' ';
     }
     let arguments = std::ptr::with_exposed_provenance_mut::<u8>(start);
-    // SAFETY: the kernel put the arguments there, on the stack, which is writable and outlives all else. The last byte
-    // that belongs to them is at `end - 1`. Nothing borrows them: the standard library copies them each time.
+    // SAFETY: the kernel put the arguments there, on the stack, which is writable and is never freed. Their
+    // last byte is at `end - 1`. Nothing borrows them: the standard library copies them each time.
     unsafe { std::ptr::copy_nonoverlapping(text.as_ptr(), arguments, length) };
     Ok(())
 }

@@ -1,18 +1,18 @@
-//! Filters of system calls (seccomp(2)).
+//! System call filters (seccomp(2)).
 #![expect(unsafe_code, reason = "the kernel takes the filter by a raw pointer")]
 
 use std::io;
 
 use nix::libc;
 
-/// Lets only those system calls of the calling thread, and of threads that it starts, pass that `filter` lets
-/// pass, for good. It needs `no_new_privs` (prctl(2)).
+/// Restricts the calling thread, and threads that it starts, to the system calls that `filter` allows,
+/// irrevocably. Requires `no_new_privs` (prctl(2)).
 ///
-/// Mitigations of speculation that the kernel ties to filters before 5.16 stay as they are
-/// (`SECCOMP_FILTER_FLAG_SPEC_ALLOW`): they protect programs that run code of others, and cost much.
+/// Speculation mitigations, which kernels before 5.16 enable together with a filter, stay unchanged
+/// (`SECCOMP_FILTER_FLAG_SPEC_ALLOW`): they protect programs that run foreign code, and are expensive.
 ///
 /// # Errors
-/// Those of seccomp(2): `EINVAL` for a filter that is none, or a kernel without `CONFIG_SECCOMP_FILTER`.
+/// Those of seccomp(2); `EINVAL` for an invalid filter, or a kernel without `CONFIG_SECCOMP_FILTER`.
 pub fn install(filter: &[libc::sock_filter]) -> io::Result<()> {
     let len = u16::try_from(filter.len()).map_err(|_err| io::ErrorKind::InvalidInput)?;
     // The kernel only reads the filter.

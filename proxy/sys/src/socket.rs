@@ -11,13 +11,13 @@ use socket2::{SockAddr, SockAddrStorage};
 
 use crate::check;
 
-/// The size of an int, as setsockopt(2) takes it.
+/// The size of an int for setsockopt(2).
 const INT_SIZE: libc::socklen_t = c_int::BITS / 8;
 
 /// Accepts a connection as a non-blocking, close-on-exec socket in one call (accept4(2)).
 ///
 /// # Errors
-/// Those of accept4(2), among them `EAGAIN` when none is pending on a non-blocking listener.
+/// Those of accept4(2), including `EAGAIN` if no connection is pending on a non-blocking listener.
 pub fn accept(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, SocketAddr)> {
     let flags = libc::SOCK_NONBLOCK | libc::SOCK_CLOEXEC;
     let mut storage = SockAddrStorage::zeroed();
@@ -27,14 +27,14 @@ pub fn accept(listener: BorrowedFd<'_>) -> io::Result<(OwnedFd, SocketAddr)> {
     let fd = check(unsafe { libc::accept4(listener.as_raw_fd(), address, &raw mut len, flags) })?;
     // SAFETY: accept4 wrote an address of `len` bytes into the storage.
     let peer = unsafe { SockAddr::new(storage, len) };
-    // SAFETY: accept4 returned this descriptor, new and owned by nobody else.
+    // SAFETY: accept4 returned this new descriptor, which nothing else owns.
     let socket = unsafe { OwnedFd::from_raw_fd(fd) };
     let peer = peer.as_socket().ok_or(io::ErrorKind::InvalidInput)?;
     Ok((socket, peer))
 }
 
-/// Sets `SO_RCVLOWAT` (socket(7)): poll reports a socket readable from `bytes` queued bytes on, or
-/// at the end of the stream or an error. When as many are queued already, the kernel reports it anew.
+/// Sets `SO_RCVLOWAT` (socket(7)): poll reports the socket readable once `bytes` are queued, at the end of
+/// the stream, or on an error. If enough bytes are already queued, the kernel reports it again.
 ///
 /// # Errors
 /// Those of setsockopt(2).
@@ -43,14 +43,14 @@ pub fn set_receive_low_watermark(socket: BorrowedFd<'_>, bytes: u32) -> io::Resu
     set_int(socket, libc::SOL_SOCKET, libc::SO_RCVLOWAT, value)
 }
 
-/// Sets the traffic class of all that is sent, for either family of a socket that may be of `ipv6` (ip(7) `IP_TOS`,
-/// RFC 3542 `IPV6_TCLASS`). TCP keeps the two bits that are for congestion to itself.
+/// Sets the traffic class of everything that is sent, for both families if the socket is `ipv6` (ip(7)
+/// `IP_TOS`, RFC 3542 `IPV6_TCLASS`). TCP controls the two ECN bits itself.
 ///
 /// # Errors
 /// Those of setsockopt(2).
 pub fn set_traffic_class(socket: BorrowedFd<'_>, ipv6: bool, class: u8) -> io::Result<()> {
     let v6 = if ipv6 { set_int(socket, libc::IPPROTO_IPV6, libc::IPV6_TCLASS, class.into()) } else { Ok(()) };
-    // A socket of a protocol that knows one of them may still know the other.
+    // If a socket does not support one option, it may still support the other.
     set_int(socket, libc::IPPROTO_IP, libc::IP_TOS, class.into()).and(v6)
 }
 
@@ -61,10 +61,10 @@ pub(crate) fn set_int(socket: BorrowedFd<'_>, level: c_int, name: c_int, value: 
     check(unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, pointer, INT_SIZE) }).map(drop)
 }
 
-/// The largest packet, in bytes, that the way to the peer of a connected IPv6 socket takes (`IPV6_MTU`, ipv6(7)).
+/// The MTU of the path to the peer of a connected IPv6 socket, in bytes (`IPV6_MTU`, ipv6(7)).
 ///
 /// # Errors
-/// Those of getsockopt(2), among them `ENOTCONN`.
+/// Those of getsockopt(2), including `ENOTCONN`.
 pub fn ipv6_mtu(socket: BorrowedFd<'_>) -> io::Result<u32> {
     let (mut mtu, mut len): (c_int, _) = (0, INT_SIZE);
     let (fd, pointer) = (socket.as_raw_fd(), (&raw mut mtu).cast());
@@ -73,7 +73,7 @@ pub fn ipv6_mtu(socket: BorrowedFd<'_>) -> io::Result<u32> {
     Ok(mtu.unsigned_abs())
 }
 
-/// How many bytes written to a TCP socket its peer has not acknowledged yet (`SIOCOUTQ`, tcp(7)).
+/// The number of bytes written to a TCP socket that the peer has not acknowledged yet (`SIOCOUTQ`, tcp(7)).
 ///
 /// # Errors
 /// Those of ioctl(2).

@@ -1,4 +1,4 @@
-//! Batches of datagrams: recvmmsg(2), sendmmsg(2), and GSO batches of equal-sized ones (udp(7)).
+//! Batches of datagrams: recvmmsg(2), sendmmsg(2), and GSO batches of equal-sized datagrams (udp(7)).
 #![expect(unsafe_code, reason = "the message headers of these calls hold raw pointers")]
 
 use std::io::{self, IoSlice};
@@ -15,40 +15,41 @@ use crate::check;
 use crate::cmsg::{self, Encoder};
 pub use crate::cmsg::{LocalAddr, Received};
 
-/// Datagrams, or GSO batches of them, that one call moves at the most.
+/// The maximum number of datagrams, or GSO batches of them, per call.
 pub const BATCH: usize = 64;
 
-/// Room for the largest datagram, 65,527 bytes over IPv6, and for the largest GSO batch. The odd cache
-/// line keeps the starts of the slots from sharing one set of the processor's caches.
+/// Room for the largest datagram, 65,527 bytes over IPv6, and for the largest GSO batch. The additional cache
+/// line avoids cache set conflicts between the beginnings of the slots.
 const SLOT: usize = 65_536 + 64;
 
-/// The size of a page on most machines, and the smallest on all.
+/// The smallest page size of any machine.
 const SMALL_PAGE: usize = 4096;
 
-/// Datagrams of one GSO batch at the most (`UDP_MAX_SEGMENTS`, include/linux/udp.h; 128 since Linux 6.9).
+/// The maximum number of datagrams in a GSO batch (`UDP_MAX_SEGMENTS`, include/linux/udp.h; 128 since Linux
+/// 6.9).
 pub const GSO_SEGMENTS: usize = 64;
 
-/// Payload bytes of one GSO batch at the most: those of an IPv4 packet.
+/// The maximum payload of a GSO batch, in bytes: that of an IPv4 packet.
 pub const GSO_BYTES: usize = 65_507;
 
-/// Datagrams that [`discard`] takes off a socket at the most.
+/// The maximum number of datagrams that [`discard`] removes.
 pub const MOST_DISCARDED: usize = 1024;
 
-/// Room to receive a batch of datagrams into, to be used again and again.
+/// A reusable buffer for receiving a batch of datagrams.
 pub struct RecvBatch {
     headers: Vec<libc::mmsghdr>,
     iovecs: Vec<libc::iovec>,
     names: Vec<SockAddrStorage>,
     controls: Vec<[u8; cmsg::SPACE]>,
     payloads: Vec<u8>,
-    /// How many bytes from the start of each slot have been written, in whole pages.
+    /// How many bytes of each slot have been written, in whole pages.
     reached: [usize; BATCH],
-    /// The sum of these.
+    /// The sum of `reached`.
     memory: usize,
 }
 
-// SAFETY: the raw pointers in the headers and iovecs are written before each call, which is the only
-// one to follow them.
+// SAFETY: the raw pointers in the headers and iovecs are written before each call, and only the call follows
+// them.
 unsafe impl Send for RecvBatch {}
 
 impl std::fmt::Debug for RecvBatch {
@@ -64,7 +65,7 @@ impl Default for RecvBatch {
 }
 
 impl RecvBatch {
-    /// Room for [`BATCH`] datagrams. Pages of it that no datagram has reached take no memory.
+    /// A buffer for [`BATCH`] datagrams. Pages that no datagram has reached take no memory.
     pub fn new() -> Self {
         let iovec = libc::iovec { iov_base: ptr::null_mut(), iov_len: SLOT };
         Self {
@@ -78,13 +79,13 @@ impl RecvBatch {
         }
     }
 
-    /// Receives datagrams into the slots from `first` on, `most` of them or up to the last slot,
-    /// without waiting. Returns the number received. `senders` says whether their addresses are asked
-    /// for; a connected socket knows.
+    /// Receives datagrams without waiting, into the slots from `first` on: at most `most`, and at most up to
+    /// the last slot. Returns the number received. Sender addresses are only stored with `senders`; a
+    /// connected socket does not need them.
     ///
     /// # Errors
-    /// Those of recvmmsg(2), among them `EAGAIN` if nothing is queued and errors that an earlier
-    /// datagram from this socket met.
+    /// Those of recvmmsg(2), including `EAGAIN` if nothing is queued, and errors of datagrams sent earlier
+    /// from this socket.
     pub fn recv(
         &mut self,
         socket: BorrowedFd<'_>,
@@ -97,8 +98,8 @@ impl RecvBatch {
         let headers = &mut self.headers[first..last];
         let count = u32::try_from(headers.len()).unwrap_or(0);
         let flags = libc::MSG_DONTWAIT;
-        // SAFETY: `count` headers are there, whose pointers were just made to lead to this batch's own
-        // memory, of the sizes that they say; the mutable borrow keeps everything else away from it.
+        // SAFETY: there are `count` headers, whose pointers have just been set to this batch's own memory and
+        // its sizes; the mutable borrow excludes other accesses.
         let received = check(unsafe {
             libc::recvmmsg(socket.as_raw_fd(), headers.as_mut_ptr(), count, flags, ptr::null_mut())
         })?;
@@ -113,15 +114,15 @@ impl RecvBatch {
         Ok(received)
     }
 
-    /// How many bytes of memory the payloads take, about: the pages that datagrams have reached.
+    /// The approximate memory use of the payloads, in bytes: the pages that datagrams have reached.
     pub fn memory(&self) -> usize {
         self.memory
     }
 
-    /// Returns the memory of the payloads back (madvise(2) `MADV_DONTNEED`). What was received is gone; the
-    /// room is there as before.
+    /// Returns the memory of the payloads to the system (madvise(2) `MADV_DONTNEED`). Received data is lost;
+    /// the buffer remains usable.
     pub fn give_back(&mut self) {
-        // SAFETY: it takes no pointer, and only reads a number.
+        // SAFETY: the call takes no pointers.
         let page = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };
         let page = usize::try_from(page).unwrap_or(SMALL_PAGE);
         let before = self.payloads.as_ptr().addr().next_multiple_of(page) - self.payloads.as_ptr().addr();
@@ -136,8 +137,8 @@ impl RecvBatch {
         }
     }
 
-    /// Points the headers of some slots to their room. The lengths too: the kernel wrote those of the
-    /// previous datagrams there.
+    /// Points the headers of some slots at their buffers, and resets the lengths, which the kernel has
+    /// overwritten.
     fn prepare(&mut self, slots: Range<usize>, senders: bool) {
         let name_len = if senders { size_of::<SockAddrStorage>() } else { 0 };
         let payloads = self.payloads.chunks_exact_mut(SLOT);
@@ -155,9 +156,9 @@ impl RecvBatch {
         }
     }
 
-    /// The payload in a slot that was received into: one datagram, or a GSO batch as
-    /// [`Received::segment`] says. `None` if the kernel had to cut it, which the size of a slot rules
-    /// out for everything but IPv6 jumbograms; or what it says of it, such as where a GSO batch is to be cut.
+    /// The payload received into a slot: one datagram, or a GSO batch according to [`Received::segment`].
+    /// `None` if the kernel truncated the payload, which only happens to IPv6 jumbograms because of the size
+    /// of a slot, or the control messages, which say where to cut a GSO batch.
     pub fn payload(&self, slot: usize) -> Option<&[u8]> {
         let header = &self.headers[slot];
         let whole = header.msg_hdr.msg_flags & (libc::MSG_TRUNC | libc::MSG_CTRUNC) == 0;
@@ -165,18 +166,18 @@ impl RecvBatch {
         whole.then(|| &self.payloads[start..start + header.msg_len as usize])
     }
 
-    /// How many bytes of payload were received into some slots.
+    /// The number of payload bytes received into some slots.
     pub fn bytes(&self, slots: Range<usize>) -> usize {
         self.headers[slots].iter().map(|header| header.msg_len as usize).sum()
     }
 
-    /// What the control messages of the datagram in `slot` said.
+    /// The control messages of the datagram in `slot`, decoded.
     pub fn control(&self, slot: usize) -> Received {
         let len = self.headers[slot].msg_hdr.msg_controllen;
         cmsg::decode(&self.controls[slot][..len.min(cmsg::SPACE)])
     }
 
-    /// Who sent the datagram in `slot`, if that was asked for.
+    /// The sender of the datagram in `slot`, if it was requested.
     pub fn sender(&self, slot: usize) -> Option<SocketAddr> {
         let len = self.headers[slot].msg_hdr.msg_namelen;
         if len == 0 {
@@ -191,28 +192,28 @@ impl RecvBatch {
 
 /// A header with null pointers and no lengths.
 fn empty_header() -> libc::mmsghdr {
-    // SAFETY: zeros are valid for each of its fields.
+    // SAFETY: zeros are valid for all fields.
     unsafe { zeroed() }
 }
 
-/// A datagram to be sent, or a GSO batch.
+/// A datagram or GSO batch to send.
 #[derive(Clone, Copy, Debug)]
 pub struct Transmit<'a> {
-    /// The bytes, in pieces that are sent as one.
+    /// The payload, in pieces that are sent as one.
     pub payload: &'a [IoSlice<'a>],
-    /// Where to; `None` on a connected socket.
+    /// The destination; `None` on a connected socket.
     pub to: Option<SocketAddr>,
-    /// From which local address; `None` leaves the choice to the kernel.
+    /// The local address to send from; `None` leaves the choice to the kernel.
     pub source: Option<LocalAddr>,
-    /// The size of the datagrams to cut the payload into, for a GSO batch: at most [`GSO_SEGMENTS`] of them
-    /// and [`GSO_BYTES`] together.
+    /// For a GSO batch, the size of the datagrams to cut the payload into: at most [`GSO_SEGMENTS`] datagrams
+    /// and [`GSO_BYTES`] in total.
     pub segment: Option<u16>,
-    /// The traffic class, as in [`Received::class`]; 0 leaves it to the socket.
+    /// The traffic class, as in [`Received::class`]; 0 uses that of the socket.
     pub class: u8,
 }
 
-/// Sends `messages`, up to [`BATCH`] of them, without waiting. Returns the number sent, at least one;
-/// the message behind these failed, and how is told when it is sent first.
+/// Sends up to [`BATCH`] of `messages` without waiting. Returns the number sent, at least one. If that is not
+/// all, the next one failed; sending it first returns its error.
 ///
 /// # Errors
 /// Those of sendmmsg(2) for the first message.
@@ -225,8 +226,8 @@ pub fn send_batch(socket: BorrowedFd<'_>, messages: &[Transmit<'_>]) -> io::Resu
         count += 1;
     }
     let first = headers.as_mut_ptr().cast();
-    // SAFETY: `count` headers were written, and their pointers lead to `prepared` and to the payloads
-    // borrowed by `messages`, which both outlive the call; sendmmsg only reads them.
+    // SAFETY: `count` headers were written. Their pointers lead to `prepared` and to the payloads borrowed by
+    // `messages`, which both outlive the call, and sendmmsg only reads them.
     let sent = check(unsafe { libc::sendmmsg(socket.as_raw_fd(), first, count, SEND_FLAGS) })?;
     Ok(sent.unsigned_abs() as usize)
 }
@@ -249,7 +250,7 @@ pub fn send(socket: BorrowedFd<'_>, message: &Transmit<'_>) -> io::Result<()> {
 
 const SEND_FLAGS: libc::c_int = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
 
-/// What the header of a message points to.
+/// The memory that the header of a message points to.
 struct Prepared {
     to: Option<SockAddr>,
     control: Encoder,
@@ -261,7 +262,7 @@ impl Prepared {
         Self { to: message.to.map(SockAddr::from), control }
     }
 
-    /// The header of `message`; it points to `self` and to the message's payload.
+    /// The header of `message`, which points to `self` and to the message's payload.
     fn header(&self, message: &Transmit<'_>) -> libc::mmsghdr {
         let mut header = empty_header();
         let hdr = &mut header.msg_hdr;
@@ -281,8 +282,9 @@ impl Prepared {
     }
 }
 
-/// Asks a socket for the local address of each datagram. `ipv6` is the family of the socket; one of IPv6 that
-/// serves IPv4 too reports both, of which the IPv4 one names an address to answer a broadcast from.
+/// Makes a socket report the local address of each datagram. `ipv6` is the family of the socket. A dual-stack
+/// socket reports both kinds for IPv4 datagrams; the IPv4 kind has an address from which a broadcast can be
+/// answered.
 ///
 /// # Errors
 /// Those of setsockopt(2).
@@ -293,8 +295,9 @@ pub fn report_local_addr(socket: BorrowedFd<'_>, ipv6: bool) -> io::Result<()> {
     crate::socket::set_int(socket, libc::IPPROTO_IP, libc::IP_PKTINFO, 1)
 }
 
-/// Asks a socket for the traffic class of each datagram, and for how many it has dropped (socket(7) `SO_RXQ_OVFL`): for
-/// want of room, mostly; those with a wrong checksum count, too. `ipv6` is the family of the socket.
+/// Makes a socket report the traffic class of each datagram, and how many datagrams it has dropped (socket(7)
+/// `SO_RXQ_OVFL`), mostly because its buffer was full; wrong checksums count, too. `ipv6` is the family of
+/// the socket.
 ///
 /// # Errors
 /// Those of setsockopt(2).
@@ -306,8 +309,8 @@ pub fn report_class_and_drops(socket: BorrowedFd<'_>, ipv6: bool) -> io::Result<
     crate::socket::set_int(socket, libc::SOL_SOCKET, libc::SO_RXQ_OVFL, 1)
 }
 
-/// Keeps errors of datagrams out of a queue of their own (`IP_RECVERR`, ip(7)), which would have to be read: until then,
-/// a socket is reported to have failed.
+/// Disables the error queue (`IP_RECVERR`, ip(7)), which would have to be read: until then, the socket is
+/// reported to have failed.
 ///
 /// # Errors
 /// Those of setsockopt(2).
@@ -318,7 +321,7 @@ pub fn queue_no_errors(socket: BorrowedFd<'_>, ipv6: bool) -> io::Result<()> {
     crate::socket::set_int(socket, libc::IPPROTO_IP, libc::IP_RECVERR, 0)
 }
 
-/// Lets the kernel hand over GSO batches that arrived as one (`UDP_GRO`, udp(7)).
+/// Lets the kernel return coalesced datagrams as one GSO batch (`UDP_GRO`, udp(7)).
 ///
 /// # Errors
 /// Those of setsockopt(2): `ENOPROTOOPT` before Linux 5.0.
@@ -326,9 +329,8 @@ pub fn enable_gro(socket: BorrowedFd<'_>) -> io::Result<()> {
     crate::socket::set_int(socket, libc::SOL_UDP, libc::UDP_GRO, 1)
 }
 
-/// Sets the sizes of a socket's receive and send buffers, in bytes: past the limits of
-/// `net.core.rmem_max` and `wmem_max` with `CAP_NET_ADMIN` (socket(7) `SO_RCVBUFFORCE`), else up to
-/// them.
+/// Sets the sizes of a socket's receive and send buffers, in bytes. With `CAP_NET_ADMIN`, they can exceed
+/// `net.core.rmem_max` and `wmem_max` (socket(7) `SO_RCVBUFFORCE`); otherwise these are the limits.
 ///
 /// # Errors
 /// Those of setsockopt(2).
@@ -342,8 +344,8 @@ pub fn set_buffers(socket: BorrowedFd<'_>, receive: usize, send: usize) -> io::R
     set(libc::SO_SNDBUFFORCE, libc::SO_SNDBUF, send)
 }
 
-/// How many datagrams a socket has had no room for since it was opened; it wraps round (`SO_MEMINFO`; `SK_MEMINFO_DROPS`,
-/// include/uapi/linux/sock_diag.h).
+/// How many datagrams a socket has dropped since it was opened; the counter wraps (`SO_MEMINFO`;
+/// `SK_MEMINFO_DROPS`, include/uapi/linux/sock_diag.h).
 ///
 /// # Errors
 /// Those of getsockopt(2): `ENOPROTOOPT` before Linux 4.12.
@@ -351,7 +353,8 @@ pub fn dropped(socket: BorrowedFd<'_>) -> io::Result<u32> {
     const DROPS: usize = 8;
     let mut values = [0_u32; DROPS + 1];
     let mut len = u32::try_from(size_of_val(&values)).unwrap_or(0);
-    // SAFETY: the kernel writes at most `len` bytes into `values`, which are that long, and any bytes are numbers.
+    // SAFETY: the kernel writes at most `len` bytes into `values`, which has that size, and any bytes are
+    // valid integers.
     check(unsafe {
         libc::getsockopt(
             socket.as_raw_fd(),
@@ -364,9 +367,8 @@ pub fn dropped(socket: BorrowedFd<'_>) -> io::Result<u32> {
     Ok(values[DROPS])
 }
 
-/// Throws away what is queued for a socket. Returns how many datagrams that were; several
-/// that the kernel would hand over as one count as one.
-/// There may be more if it gives [`MOST_DISCARDED`].
+/// Discards what is queued for a socket. Returns the number of datagrams, where coalesced ones count as one.
+/// If that is [`MOST_DISCARDED`], there may be more.
 pub fn discard(socket: BorrowedFd<'_>) -> usize {
     let socket = socket2::SockRef::from(&socket);
     let mut count = 0;
@@ -374,18 +376,18 @@ pub fn discard(socket: BorrowedFd<'_>) -> usize {
         match socket.recv_with_flags(&mut [], libc::MSG_DONTWAIT) {
             Ok(_) => count += 1,
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-            // One that an earlier datagram met, which is off the socket now.
+            // The error of an earlier datagram, which this call has cleared.
             Err(_) => {}
         }
     }
     count
 }
 
-/// Whether `addr` is this host's. What cannot be told is not.
+/// Whether `addr` belongs to this host. Returns `false` if that is unknown.
 ///
-/// What is sent to an address of one's own comes from there, unless it is a secondary one of an interface. It can be
-/// bound, too; but where `ip_nonlocal_bind` is set (ip(7)), so can one that is for documentation alone (RFC 5737, RFC
-/// 3849), and then that says nothing.
+/// Packets to a host's own address have that address as their source, unless it is a secondary address of an
+/// interface. An own address can also be bound. But with `ip_nonlocal_bind` (ip(7)), so can any other
+/// address, including the documentation addresses (RFC 5737, RFC 3849), in which case that proves nothing.
 pub fn is_local(addr: SocketAddr) -> bool {
     let nobodys: IpAddr = match addr {
         SocketAddr::V4(_) => Ipv4Addr::new(192, 0, 2, 1).into(),
@@ -398,8 +400,8 @@ pub fn is_local(addr: SocketAddr) -> bool {
         || can_be_bound(own) && !can_be_bound(SocketAddr::new(nobodys, 0))
 }
 
-/// The local address that a datagram to `addr` would come from, as the routing table and the addresses of this host
-/// are now.
+/// The source address of a datagram to `addr`, according to the current routing table and addresses of this
+/// host.
 ///
 /// # Errors
 /// Those of socket(2), bind(2) and connect(2), such as `ENETUNREACH`.
@@ -411,8 +413,7 @@ pub fn source_towards(addr: SocketAddr) -> io::Result<IpAddr> {
     Ok(socket.local_addr()?.ip())
 }
 
-/// The size of a socket's receive buffer in bytes, as it was set; the kernel doubles that for its own
-/// bookkeeping.
+/// The size of a socket's receive buffer in bytes, as set; the kernel doubles it for its own bookkeeping.
 ///
 /// # Errors
 /// Those of getsockopt(2).
@@ -509,7 +510,7 @@ mod tests {
             batch.give_back();
             assert_eq!(batch.memory(), 0);
             assert_eq!(batch.payload(0), Some(&[][..]));
-            // The first page may have begun before the room did.
+            // The first page may also contain memory before the buffer.
             assert!(batch.payloads[65_536..].iter().all(|byte| *byte == 0));
         }
     }

@@ -9,13 +9,12 @@ use tokio::io::unix::AsyncFd;
 
 /// A non-blocking descriptor registered with the event loop of the current thread.
 ///
-/// It owns the descriptor and never gives it away, so that it stays open for as long as the event
-/// loop knows it.
+/// It owns the descriptor and never gives it away, so that it stays open while it is registered.
 #[derive(Debug)]
 pub struct Watched(AsyncFd<OwnedFd>);
 
 impl Watched {
-    /// Registers `fd`, which has to be non-blocking.
+    /// Registers `fd`, which must be non-blocking.
     ///
     /// # Errors
     /// Those of epoll_ctl(2).
@@ -29,7 +28,7 @@ impl Watched {
         Ok(Self(watched.map_err(io::Error::from)?))
     }
 
-    /// Repeats `call` until it returns something else than `EAGAIN`, waiting in between.
+    /// Repeats `call` until it returns something other than `EAGAIN`, and waits in between.
     ///
     /// # Errors
     /// Those of `call`.
@@ -41,11 +40,11 @@ impl Watched {
         self.0.async_io(interest, |fd| call(fd.as_fd())).await
     }
 
-    /// Waits until the descriptor is ready, and then repeats `call` until it returns `EAGAIN`, or
-    /// `most` times. The last `EAGAIN` is what the next wait goes by: it costs no call of its own.
+    /// Waits until the descriptor is ready, then repeats `call` until it returns `EAGAIN`, at most `most`
+    /// times. That `EAGAIN` clears the readiness, so the next wait needs no call of its own to find out.
     ///
     /// # Errors
-    /// The first other error of `call`, which may come after calls that succeeded.
+    /// The first other error of `call`, which may follow successful calls.
     pub async fn repeat(
         &self,
         interest: Interest,
