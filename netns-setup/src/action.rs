@@ -1,4 +1,4 @@
-//! The changes that this program can make, each printable as the command that it equals.
+//! The changes that this program can make. Each can be printed as the equivalent command.
 
 use std::fmt;
 use std::net::IpAddr;
@@ -10,17 +10,17 @@ use crate::name::CONTAINER_INTERFACE;
 use crate::name::{IfName, Name};
 use crate::publish::{HostIp, Proto};
 
-/// In which network namespace an action takes place.
+/// The network namespace of an action.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NetnsRef {
-    /// The one this program was started in.
+    /// The one that this program runs in.
     Host,
     /// A container's, found at this path.
     Container(PathBuf),
 }
 
 impl NetnsRef {
-    /// How a command of `ip` begins in this place.
+    /// The prefix of an `ip` command in this namespace.
     fn ip(&self) -> String {
         match self {
             Self::Host => "ip".to_owned(),
@@ -31,7 +31,7 @@ impl NetnsRef {
         }
     }
 
-    /// How any other command begins in this place.
+    /// The prefix of any other command in this namespace.
     fn exec(&self) -> String {
         match self {
             Self::Host => String::new(),
@@ -52,17 +52,18 @@ pub enum LinkChange {
     Up(bool),
     /// The hardware address.
     Address(Mac),
-    /// The largest packet on the wire.
+    /// The MTU.
     Mtu(u32),
     /// The bridge that it is a port of.
     Master(Option<IfName>),
-    /// Whether a bridge port sends a frame back where it came from.
+    /// Hairpin mode: whether a bridge port sends frames back to where they came from.
     Hairpin(bool),
     /// The largest packets inside the host.
     Offload(OffloadSizes),
 }
 
-/// The largest packets that a device takes from (GSO) and gives to (GRO) the stack, before segmentation.
+/// The largest packets that a device accepts from the stack (GSO) and passes to it (GRO), before
+/// segmentation.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct OffloadSizes {
     /// Sent, IPv6.
@@ -97,22 +98,22 @@ pub struct VethPair {
     pub host_mac: Mac,
     /// The hardware address of the container's end.
     pub container_mac: Mac,
-    /// The largest packet on the wire, both ends.
+    /// The MTU of both ends.
     pub mtu: u32,
     /// The container's namespace.
     pub netns: PathBuf,
 }
 
-/// How one `rproxy` is started: the contract of docker-proxy.
+/// The command line of an `rproxy`, as for docker-proxy.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct RelayCommand {
     /// The program.
     pub program: PathBuf,
     /// The mapping that it serves.
     pub key: MappingKey,
-    /// Where it sends what it receives.
+    /// The backend's address.
     pub container_ip: IpAddr,
-    /// At which port.
+    /// The backend's port.
     pub container_port: u16,
 }
 
@@ -136,7 +137,7 @@ impl RelayCommand {
     }
 }
 
-/// One of the two tools of iptables.
+/// One of the two programs of iptables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Family {
     /// `iptables`.
@@ -168,11 +169,11 @@ impl Family {
 /// A change.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
-    /// Makes a named network namespace.
+    /// Creates a named network namespace.
     AddNetns(Name),
-    /// Removes one.
+    /// Deletes one.
     DeleteNetns(Name),
-    /// Makes a bridge.
+    /// Creates a bridge.
     AddBridge {
         /// Its name.
         name: IfName,
@@ -181,31 +182,31 @@ pub enum Action {
         /// Its MTU.
         mtu: u32,
     },
-    /// Makes a veth pair, the container's end in its namespace from the start.
+    /// Creates a veth pair, with the container's end directly in its namespace.
     AddVeth(VethPair),
-    /// Removes an interface of the host.
+    /// Deletes an interface of the host.
     DeleteLink(IfName),
     /// Changes a property of an interface.
     SetLink {
-        /// Where it is.
+        /// Its namespace.
         place: NetnsRef,
         /// Its name.
         name: IfName,
         /// What changes.
         change: LinkChange,
     },
-    /// Returns an interface an address.
+    /// Adds an address to an interface.
     AddAddress {
-        /// Where it is.
+        /// Its namespace.
         place: NetnsRef,
         /// Its name.
         name: IfName,
         /// The address.
         address: Cidr,
     },
-    /// Takes an address away.
+    /// Removes an address.
     DeleteAddress {
-        /// Where the interface is.
+        /// The namespace of the interface.
         place: NetnsRef,
         /// Its name.
         name: IfName,
@@ -214,14 +215,14 @@ pub enum Action {
     },
     /// Adds a container's default route.
     AddDefaultRoute {
-        /// Which container.
+        /// The namespace of the container.
         place: NetnsRef,
         /// The router.
         gateway: IpAddr,
     },
-    /// Removes it.
+    /// Removes a container's default route.
     DeleteDefaultRoute {
-        /// Which container.
+        /// The namespace of the container.
         place: NetnsRef,
         /// The router.
         gateway: IpAddr,
@@ -235,25 +236,25 @@ pub enum Action {
     },
     /// Writes a whole file.
     WriteFile {
-        /// Where.
+        /// Its path.
         path: PathBuf,
-        /// What.
+        /// Its content.
         text: String,
     },
     /// Removes a file.
     RemoveFile(PathBuf),
-    /// Hands a script to `nft`: one transaction.
+    /// Runs a script with `nft`, as one transaction.
     Nft(String),
-    /// Hands a script to `iptables-restore`: one transaction per table.
+    /// Runs a script with `iptables-restore`, as one transaction per table.
     Iptables {
-        /// Which tool.
+        /// The program.
         family: Family,
         /// The script.
         script: String,
     },
-    /// Starts an `rproxy` on a socket that is bound already.
+    /// Starts an `rproxy` on a socket that is already bound.
     StartRelay(RelayCommand),
-    /// Stops one and waits until it is gone.
+    /// Stops one and waits until it has exited.
     StopRelay {
         /// How it was started.
         relay: RelayCommand,

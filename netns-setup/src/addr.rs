@@ -1,4 +1,4 @@
-//! Addresses as this program uses them: interface addresses, subnets and the MAC that follows from them.
+//! Address types: interface addresses, subnets and the MAC addresses derived from them.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -11,17 +11,18 @@ use serde::{Deserialize, Serialize};
 pub struct Mac(pub [u8; 6]);
 
 impl Mac {
-    /// The address that Docker derives for a container: `02:42`, then the four bytes of its IPv4 address.
+    /// The MAC address that Docker derives for a container: `02:42`, then the four bytes of its IPv4 address.
     ///
-    /// It is stable for as long as the address is, so a neighbour's ARP cache stays right when a container is
-    /// replaced by another at the same address.
+    /// It only depends on the address, so a neighbour's ARP cache stays valid when a container is replaced by
+    /// another one with the same address.
     #[must_use]
     pub fn for_container(ip: Ipv4Addr) -> Self {
         let [a, b, c, d] = ip.octets();
         Self([0x02, 0x42, a, b, c, d])
     }
 
-    /// A locally administered unicast address made of `bytes` (IEEE 802, the two low bits of the first byte).
+    /// A locally administered unicast address with the bits of `bytes` (IEEE 802, the two low bits of the
+    /// first byte).
     #[must_use]
     pub fn local([first, rest @ ..]: [u8; 6]) -> Self {
         let [b, c, d, e, f] = rest;
@@ -36,36 +37,36 @@ impl fmt::Display for Mac {
     }
 }
 
-/// Why a text is no subnet.
+/// Why a text is not a valid subnet.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum SubnetError {
-    /// It does not read as an address and a prefix length.
+    /// The text is not an address and a prefix length.
     #[error("{0:?} is not a subnet: write it as ADDRESS/PREFIX, such as {1}")]
     Syntax(String, &'static str),
-    /// Bits are set beyond the prefix, so it is unclear which network is meant.
+    /// Bits beyond the prefix are set, so it is unclear which network is meant.
     #[error("{given} has host bits set: the network is {network}")]
     HostBits {
-        /// What was given.
+        /// The given network.
         given: String,
-        /// The network it lies in.
+        /// The network that contains it.
         network: String,
     },
-    /// Too small for a gateway and one container, or too large to be meant.
+    /// Too small for a gateway and one container, or implausibly large.
     #[error("the prefix length of {0} must be from {1} to {2}")]
     Prefix(String, u8, u8),
-    /// Its addresses are no host's, or cannot be reached through a router.
+    /// The network is reserved, or cannot be reached through a router.
     #[error("{given} has {purpose} addresses: choose a private network, such as {example}")]
     Special {
-        /// What was given.
+        /// The given network.
         given: String,
-        /// What its addresses are for.
+        /// The purpose of its addresses.
         purpose: &'static str,
-        /// One that would do.
+        /// A valid example.
         example: &'static str,
     },
 }
 
-/// Networks whose addresses containers cannot have, and what they are for (the registries of RFC 6890).
+/// Networks that containers cannot use, and their purposes (the registries of RFC 6890).
 const SPECIAL: [(&str, u8, &str); 9] = [
     ("0.0.0.0", 8, "unspecified"),
     ("127.0.0.0", 8, "loopback"),
@@ -78,7 +79,7 @@ const SPECIAL: [(&str, u8, &str); 9] = [
     ("ff00::", 8, "multicast"),
 ];
 
-/// Refuses a network that contains special addresses, or lies among them.
+/// Refuses a network that overlaps a special one.
 fn refuse_special(network: Cidr, example: &'static str) -> Result<(), SubnetError> {
     let hit = SPECIAL
         .into_iter()
@@ -89,11 +90,11 @@ fn refuse_special(network: Cidr, example: &'static str) -> Result<(), SubnetErro
     }
 }
 
-/// What is shown to those who wrote something else.
+/// An example for error messages.
 const EXAMPLE4: &str = "172.17.0.0/16";
 const EXAMPLE6: &str = "fd00:d0c::/64";
 
-/// An IPv4 network: the pool that containers get their addresses from.
+/// An IPv4 network: the address pool of the containers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Subnet4 {
     network: Ipv4Addr,
@@ -101,34 +102,34 @@ pub struct Subnet4 {
 }
 
 impl Subnet4 {
-    /// A /30 holds a gateway and one container; anything wider than a /8 is a mistake.
+    /// A /30 has room for a gateway and one container; anything larger than a /8 is a mistake.
     const PREFIXES: (u8, u8) = (8, 30);
 
-    /// The length of the network part.
+    /// The prefix length.
     #[must_use]
     pub fn prefix(self) -> u8 {
         self.prefix
     }
 
-    /// The first address of the pool, which the bridge takes.
+    /// The first address of the pool, which the bridge uses.
     #[must_use]
     pub fn gateway(self) -> Ipv4Addr {
         Ipv4Addr::from_bits(self.network.to_bits() + 1)
     }
 
-    /// The address that reaches every host of the network.
+    /// The broadcast address.
     #[must_use]
     pub fn broadcast(self) -> Ipv4Addr {
         Ipv4Addr::from_bits(self.network.to_bits() | self.host_mask())
     }
 
-    /// Whether a container may have `ip`: inside, and none of network, gateway and broadcast address.
+    /// Whether a container may have `ip`: in the network, and not its network, gateway or broadcast address.
     #[must_use]
     pub fn is_assignable(self, ip: Ipv4Addr) -> bool {
         ip > self.gateway() && ip < self.broadcast()
     }
 
-    /// How many addresses containers can have.
+    /// The number of addresses for containers.
     #[must_use]
     pub fn capacity(self) -> u32 {
         self.host_mask() - 2
@@ -140,7 +141,7 @@ impl Subnet4 {
         ip.to_bits() & self.host_mask()
     }
 
-    /// The address `offset` places after the network address.
+    /// The address at `offset` from the network address.
     #[must_use]
     pub fn nth(self, offset: u32) -> Ipv4Addr {
         Ipv4Addr::from_bits(self.network.to_bits() | (offset & self.host_mask()))
@@ -185,7 +186,7 @@ impl fmt::Display for Subnet4 {
     }
 }
 
-/// An IPv6 network: a container's address in it has the same offset as its IPv4 address.
+/// An IPv6 network. A container's address has the same offset as its IPv4 address.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Subnet6 {
     network: Ipv6Addr,
@@ -193,22 +194,22 @@ pub struct Subnet6 {
 }
 
 impl Subnet6 {
-    /// 24 host bits hold every offset that the largest IPv4 pool can give.
+    /// 24 host bits are enough for every offset in the largest IPv4 pool.
     const PREFIXES: (u8, u8) = (16, 104);
 
-    /// The length of the network part.
+    /// The prefix length.
     #[must_use]
     pub fn prefix(self) -> u8 {
         self.prefix
     }
 
-    /// The address `offset` places after the network address.
+    /// The address at `offset` from the network address.
     #[must_use]
     pub fn nth(self, offset: u32) -> Ipv6Addr {
         Ipv6Addr::from_bits(self.network.to_bits() | u128::from(offset))
     }
 
-    /// The first address, which the bridge takes.
+    /// The first address, which the bridge uses.
     #[must_use]
     pub fn gateway(self) -> Ipv6Addr {
         self.nth(1)
@@ -249,17 +250,17 @@ impl fmt::Display for Subnet6 {
     }
 }
 
-/// An address with the length of its network part: an interface address, or the destination of a route.
+/// An address with a prefix length: an interface address, or the destination of a route.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Cidr {
     /// The address.
     pub ip: IpAddr,
-    /// How many leading bits name the network.
+    /// The prefix length.
     pub prefix: u8,
 }
 
 impl Cidr {
-    /// Whether any address lies in both networks.
+    /// Whether the networks overlap.
     #[must_use]
     pub fn overlaps(&self, other: &Self) -> bool {
         let shorter = self.prefix.min(other.prefix);
@@ -281,7 +282,7 @@ impl fmt::Display for Cidr {
     }
 }
 
-/// Serialises a type through its text form, so that the state file reads as the command line does.
+/// Serialises a type as text, so that the state file uses the same syntax as the command line.
 macro_rules! serde_as_text {
     ($type:ty) => {
         impl Serialize for $type {

@@ -1,4 +1,4 @@
-//! Carrying out a plan, and taking it back when a step fails.
+//! Applies a plan, and undoes it if a step fails.
 
 use std::fmt;
 
@@ -10,9 +10,9 @@ use crate::state::StateError;
 /// An action that failed.
 #[derive(Debug)]
 pub struct Failure {
-    /// The command that it equals.
+    /// The equivalent command.
     pub command: String,
-    /// Why.
+    /// The cause.
     pub source: ActionError,
 }
 
@@ -24,18 +24,18 @@ impl Failure {
 
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // A script is many lines; its first one names the tool.
+        // A script has many lines; the first one names the tool.
         let command = self.command.lines().next().unwrap_or_default();
         write!(f, "{} (step: {command})", self.source)
     }
 }
 
-/// A plan that could not be carried out.
+/// A plan that could not be applied.
 #[derive(Debug)]
 pub struct ApplyError {
     /// The step that failed.
     pub failed: Failure,
-    /// What then could not be taken back.
+    /// What then could not be undone.
     pub left: Vec<Failure>,
     /// Why the state could not be written after that.
     pub unsaved: Option<StateError>,
@@ -63,12 +63,11 @@ impl std::error::Error for ApplyError {
     }
 }
 
-/// Carries out every step, and then `save`, which writes down that they are done: unless someone knows of it, nothing
-/// is. When one of them fails, or a signal comes, takes back those before it, last first, and goes on doing so
-/// whatever fails then.
+/// Applies every step, and then calls `save`, which records that they are done. If a step or `save` fails, or
+/// a signal arrives, undoes the previous steps in reverse order, even if some of that fails.
 ///
 /// # Errors
-/// When a step or `save` fails, or a signal comes.
+/// If a step or `save` fails, or a signal arrives.
 pub fn apply(
     plan: &Plan,
     executor: &mut dyn Executor,
@@ -90,7 +89,7 @@ pub fn apply(
     })
 }
 
-/// Takes back the first `done` steps, last first; returns what could not be taken back.
+/// Undoes the first `done` steps in reverse order; returns what could not be undone.
 fn undo(plan: &Plan, done: usize, executor: &mut dyn Executor) -> Vec<Failure> {
     let mut left = Vec::new();
     for step in plan.steps[..done].iter().rev() {
@@ -116,7 +115,7 @@ mod tests {
     use crate::publish::{HostIp, Proto};
     use crate::reserve::ReserveError;
 
-    /// Writes down what it is asked to do, and fails where it is told to.
+    /// Records the actions, and fails where it is told to.
     #[derive(Default)]
     struct Recording {
         log: Vec<String>,

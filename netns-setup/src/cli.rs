@@ -22,7 +22,8 @@ use crate::state;
 /// The kernel's largest value for the four sizes (GSO_MAX_SIZE of include/linux/netdevice.h, eight times 65,535).
 const LARGEST_GSO: u32 = 524_280;
 
-/// Wires what rproxy serves: a bridge, veth pairs into containers, addresses, published ports and the firewall.
+/// Sets up the container network for rproxy: a bridge, veth pairs, addresses, published ports and the
+/// firewall.
 #[derive(Debug, Parser)]
 #[command(name = "netns-setup", version, max_term_width = 100)]
 pub struct Cli {
@@ -40,10 +41,10 @@ struct Global {
     /// Print JSON.
     #[arg(long, global = true)]
     json: bool,
-    /// Where to keep what is in place.
+    /// The directory for the state.
     #[arg(long, global = true, value_name = "DIR", default_value = state::DEFAULT_DIR)]
     state_dir: PathBuf,
-    /// What the rules are written with.
+    /// The firewall to use.
     #[arg(long, global = true, value_enum)]
     firewall: Option<Choice>,
     /// The rproxy to start; by default the one beside this program, or in PATH.
@@ -55,7 +56,7 @@ struct Global {
 enum Sub {
     /// Bring up the bridge, forwarding and the rules.
     Up(UpArgs),
-    /// Take down everything that is ours, and nothing else.
+    /// Remove everything that netns-setup created, and nothing else.
     Down,
     /// Put a container on the network and print its address.
     Attach(AttachArgs),
@@ -66,11 +67,11 @@ enum Sub {
     },
     /// Publish ports of a container.
     Publish(PublishArgs),
-    /// Publish them no longer.
+    /// Unpublish ports of a container.
     Unpublish {
         /// The container.
         name: Name,
-        /// What is published, written as for `publish`; everything when left out.
+        /// The ports, written as for `publish`; all if omitted.
         #[arg(short = 'p', long = "publish", value_name = "SPEC")]
         specs: Vec<PublishSpec>,
     },
@@ -81,11 +82,11 @@ enum Sub {
         /// The container.
         name: Option<Name>,
     },
-    /// Compare what is there with the state; exit with 1 when it differs.
+    /// Compare the system with the state; exit with 1 if it differs.
     Check,
-    /// Mend what differs, and finish what was interrupted.
+    /// Repair what differs, and finish an interrupted command.
     Repair,
-    /// Play the whole story in namespaces of its own: every step, the rules, the traffic.
+    /// Demonstrate everything in namespaces of its own: every step, the rules, the traffic.
     Demo,
 }
 
@@ -94,20 +95,20 @@ struct UpArgs {
     /// The name of the bridge.
     #[arg(long, value_name = "NAME", default_value = "docker0")]
     bridge: IfName,
-    /// The addresses of containers; the bridge takes the first.
+    /// The subnet of the containers; the bridge gets the first address.
     #[arg(long, value_name = "CIDR", default_value = "172.17.0.0/16")]
     subnet: Subnet4,
-    /// Their IPv6 addresses.
+    /// The IPv6 subnet.
     #[arg(long, value_name = "CIDR")]
     subnet6: Option<Subnet6>,
-    /// The largest packet on the wire.
-    // 1280 is the least that IPv6 works with (RFC 8200, section 5), 65535 the most that a veth takes.
+    /// The MTU.
+    // 1280 is the minimum for IPv6 (RFC 8200, section 5), 65535 the maximum for a veth.
     #[arg(long, default_value_t = 1500, value_parser = clap::value_parser!(u32).range(1280..=65535))]
     mtu: u32,
-    /// The largest packet inside the host (BIG TCP), as far as the kernel goes; 0 leaves the kernel's value.
+    /// The largest packet inside the host (BIG TCP), if the kernel supports it; 0 keeps the kernel's value.
     #[arg(long, value_name = "BYTES", default_value_t = LARGEST_GSO, value_parser = clap::value_parser!(u32).range(0..=i64::from(LARGEST_GSO)))]
     gso_max_size: u32,
-    /// Keep forwarding on after a reboot, by a file in /etc/sysctl.d.
+    /// Keep forwarding enabled after a reboot, with a file in /etc/sysctl.d.
     #[arg(long)]
     persist: bool,
 }
@@ -116,13 +117,13 @@ struct UpArgs {
 struct AttachArgs {
     /// The container's name.
     name: Name,
-    /// Its network namespace; without this and --pid, one is made under its name.
+    /// Its network namespace; without this and --pid, one with its name is created.
     #[arg(long, value_name = "PATH", conflicts_with = "pid")]
     netns: Option<PathBuf>,
     /// A process in its network namespace.
     #[arg(long)]
     pid: Option<u32>,
-    /// The address that it is to have; the next free one when left out.
+    /// Its address; the next free one if omitted.
     #[arg(long, value_name = "ADDRESS")]
     ip: Option<Ipv4Addr>,
     /// A port that `publish -P` publishes, such as 80 or 53/udp.
@@ -134,23 +135,23 @@ struct AttachArgs {
 struct PublishArgs {
     /// The container.
     name: Name,
-    /// What to publish: `[[IP:][HOST_PORT]:]CONTAINER_PORT[/udp]`, each port also as a range.
+    /// What to publish: `[[IP:][HOST_PORT]:]CONTAINER_PORT[/udp]`; ports may be ranges.
     #[arg(short = 'p', long = "publish", value_name = "SPEC", required_unless_present = "all_exposed")]
     specs: Vec<PublishSpec>,
     /// Publish everything that the container exposes, each at a random port.
     #[arg(short = 'P', long = "publish-all")]
     all_exposed: bool,
-    /// What carries the traffic: rproxy, the kernel, or each where it does best.
+    /// What relays the traffic: rproxy, the kernel, or both as Docker does.
     #[arg(long, value_enum, default_value = "both")]
     via: Via,
 }
 
-/// A command line that does not lead to a command.
+/// Why a command line was not parsed.
 #[derive(Debug)]
 pub enum Unparsed {
-    /// Help or version: the text that was asked for.
+    /// The requested text of the help or version.
     Asked(String),
-    /// A mistake, in one line.
+    /// An error, in one line.
     Wrong(String),
 }
 
@@ -158,7 +159,7 @@ impl Cli {
     /// Parses the command line of this process.
     ///
     /// # Errors
-    /// When it asks for help, or is no good.
+    /// [`Unparsed`]: help was requested, or the command line is invalid.
     pub fn from_command_line() -> Result<Self, Unparsed> {
         Self::try_parse().map_err(|error| match error.kind() {
             ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => Unparsed::Asked(error.to_string()),
@@ -169,10 +170,10 @@ impl Cli {
         })
     }
 
-    /// Runs the command and writes what it has to say to `out`; warnings go to `log`.
+    /// Runs the command. Its output goes to `out`, warnings to `log`.
     ///
     /// # Errors
-    /// When the command fails, or its output cannot be written.
+    /// If the command fails, or its output cannot be written.
     pub fn run(
         self,
         executor: &mut dyn Executor,
@@ -199,7 +200,7 @@ impl Cli {
 }
 
 impl Sub {
-    /// The command, unless it is the demonstration, which is made of commands.
+    /// Converts to a command; `None` for the demonstration, which runs several.
     fn into_command(self) -> Option<Command> {
         Some(match self {
             Self::Up(args) => Command::Up(args.into()),
@@ -234,7 +235,7 @@ impl From<AttachArgs> for Attach {
     }
 }
 
-/// clap's message without its paragraphs.
+/// clap's message in one line.
 fn one_line(error: &clap::Error) -> String {
     let text = error.to_string();
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty());

@@ -1,4 +1,4 @@
-//! What a command can fail with, as one line for the user.
+//! The errors of commands, as one line for the user.
 
 use std::io;
 
@@ -17,7 +17,7 @@ use crate::plan::PlanError;
 use crate::reserve::ReserveError;
 use crate::state::StateError;
 
-/// Why a command did not do what was asked.
+/// Why a command failed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Only the administrator can change interfaces and rules.
@@ -29,15 +29,15 @@ pub enum Error {
     /// There is no network yet.
     #[error("there is no network: run `netns-setup up` first")]
     NoNetwork,
-    /// The network is there, but another one was asked for.
+    /// Another network is up than the one requested.
     #[error("the network is up with {is}, not {wanted}: run `netns-setup down` first")]
     OtherNetwork {
-        /// What it has.
+        /// Its properties.
         is: String,
-        /// What was asked for.
+        /// The requested properties.
         wanted: String,
     },
-    /// Another firewall was asked for than the network has.
+    /// Another firewall is in use than the one requested.
     #[error("the network is up with --firewall {0}: run `netns-setup down` first to change it")]
     OtherFirewall(Firewall),
     /// An earlier command did not finish.
@@ -45,16 +45,16 @@ pub enum Error {
         "an earlier command was interrupted: run `netns-setup repair` to finish it, or `netns-setup down`"
     )]
     Unfinished,
-    /// A signal came before anything was done.
+    /// A signal arrived before any change.
     #[error("ended by {0}; nothing was changed")]
     Interrupted(Signal),
     /// No such container.
     #[error("there is no container {0}: `netns-setup list` shows them")]
     NoContainer(Name),
-    /// The name has a container already.
+    /// Another container has the name.
     #[error("the name {0} is taken: choose another, or detach it first")]
     NameTaken(Name),
-    /// Two containers cannot have one host port.
+    /// Two containers cannot use the same host port.
     #[error("host port {key} is published by {owner} already: unpublish it there, or choose another")]
     PortTaken {
         /// The port.
@@ -62,7 +62,7 @@ pub enum Error {
         /// The container that has it.
         owner: Name,
     },
-    /// The same port, carried in another way.
+    /// The port is published with another `--via`.
     #[error("{0} is published with --via {1} already: unpublish it first to change that")]
     OtherVia(MappingKey, Via),
     /// None of the ports of a range is free.
@@ -82,21 +82,21 @@ pub enum Error {
     /// The relay's program is missing.
     #[error("rproxy is neither beside netns-setup nor in PATH: name it with --rproxy, or use --via dnat")]
     NoRelay,
-    /// What is there differs from the state.
+    /// The system differs from the state.
     #[error("{} found: run `netns-setup repair`", differences(.0.len()))]
     Differs(Vec<String>),
-    /// What differs is not ours to change.
+    /// Some differences cannot be repaired by this program.
     #[error("{} found that only you can mend, as the lines above say", differences(.0.len()))]
     Unmendable(Vec<String>),
     /// A kernel parameter could not be read.
     #[error("cannot read {key}: {source}")]
     Sysctl {
-        /// Which.
+        /// The parameter.
         key: String,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
-    /// The kernel does not have what is asked of it.
+    /// The kernel lacks a required parameter.
     #[error("this kernel has no {0}: leave out --subnet6, or enable IPv6")]
     NoSysctl(String),
     /// No random bits.
@@ -114,19 +114,19 @@ pub enum Error {
     /// The plan could not be carried out.
     #[error(transparent)]
     Apply(#[from] Box<ApplyError>),
-    /// The system could not be looked at.
+    /// The system could not be observed.
     #[error(transparent)]
     Observe(#[from] ObserveError),
     /// The state could not be read or written.
     #[error(transparent)]
     State(#[from] StateError),
-    /// There is no address to give.
+    /// No address is available.
     #[error(transparent)]
     Ipam(#[from] IpamError),
-    /// There is no firewall to use.
+    /// No firewall is available.
     #[error(transparent)]
     Detect(#[from] DetectError),
-    /// A namespace that was given is no good.
+    /// The given namespace cannot be used.
     #[error(transparent)]
     Netns(#[from] NetnsError),
     /// A host port could not be bound.
@@ -135,7 +135,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// What was found to differ, if that is the error.
+    /// The differences, if that is the error.
     #[must_use]
     pub fn differences(&self) -> &[String] {
         match self {
@@ -144,11 +144,11 @@ impl Error {
         }
     }
 
-    /// The status that the process ends with: 2 for a mistake in the arguments, 128 and the number of a signal that
-    /// came, 1 for everything else.
+    /// The exit status: 2 for a mistake in the arguments, 128 plus the number of a signal, 1 for everything
+    /// else.
     #[must_use]
     pub fn exit_code(&self) -> u8 {
-        // As a shell reports the end by a signal.
+        // As a shell reports it.
         let ended_by = |signal: Signal| u8::try_from(128 + signal as i32).unwrap_or(1);
         match self {
             Self::Usage(_) => 2,
@@ -166,7 +166,7 @@ fn differences(count: usize) -> String {
     if count == 1 { "1 difference".to_owned() } else { format!("{count} differences") }
 }
 
-/// Says what is wrong when `action` is what would mend it.
+/// Describes the difference that `action` would repair.
 #[must_use]
 pub fn finding(action: &Action) -> String {
     match action {

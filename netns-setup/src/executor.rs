@@ -1,4 +1,4 @@
-//! What executes the actions of a plan, and why one of them fails.
+//! Executes the actions of a plan.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -16,25 +16,25 @@ use crate::relay::RelayError;
 use crate::reserve::ReserveError;
 use crate::state::StateError;
 
-/// What carries out actions: the kernel, or a test's stand-in for it.
+/// Executes actions: the kernel, or a test double.
 pub trait Executor {
-    /// Carries out one action.
+    /// Executes one action.
     ///
     /// # Errors
-    /// When it fails; nothing of it has happened then.
+    /// If it fails, in which case it has had no effect.
     fn run(&mut self, action: &Action) -> Result<(), ActionError>;
 
-    /// Binds a port of the host, 0 for any, and holds it until it is handed to a relay; returns the port.
+    /// Binds a port of the host, 0 for any, and holds it until it is passed to a relay; returns the port.
     ///
     /// # Errors
-    /// When it is in use, or the address is not one of this host.
+    /// If it is in use, or the address does not belong to this host.
     fn reserve(&mut self, proto: Proto, host: HostIp, port: u16) -> Result<u16, ReserveError>;
 
     /// The relays that [`Executor::run`] has started and not stopped.
     fn relays(&self) -> &BTreeMap<MappingKey, RelayProcess>;
 
-    /// The signal that asks this program to end, if one has come. From the first call on, it is left to the caller
-    /// to end.
+    /// The signal that asks this program to end, if one has arrived. From the first call on, signals no
+    /// longer end the program by themselves.
     fn interrupted(&mut self) -> Option<Signal> {
         None
     }
@@ -72,7 +72,7 @@ pub enum ActionError {
     /// A signal asked this program to end.
     #[error("ended by {0}")]
     Interrupted(Signal),
-    /// Connection tracking did not forget a flow.
+    /// A stale conntrack entry could not be deleted.
     #[error("cannot forget UDP flows (conntrack): {0}")]
     Conntrack(#[source] io::Error),
     /// A file could not be written or removed.

@@ -1,20 +1,20 @@
-//! Handing out addresses in order.
+//! Address allocation.
 
 use std::collections::BTreeSet;
 use std::net::Ipv4Addr;
 
 use crate::addr::Subnet4;
 
-/// Why there is no address to give.
+/// Why no address can be allocated.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum IpamError {
     /// Every address of the pool has a container.
     #[error("no free address in {0}: detach a container, or use a larger --subnet")]
     Exhausted(Subnet4),
-    /// The address asked for is not one that a container of this network can have.
+    /// The requested address cannot be a container's.
     #[error("{ip} cannot be given in {subnet}: choose from {first} to {last}")]
     NotAssignable {
-        /// The address asked for.
+        /// The requested address.
         ip: Ipv4Addr,
         /// The pool.
         subnet: Subnet4,
@@ -23,17 +23,19 @@ pub enum IpamError {
         /// Its last one.
         last: Ipv4Addr,
     },
-    /// Another container has it.
+    /// Another container has the address.
     #[error("address {0} is in use: leave out --ip, or choose another")]
     InUse(Ipv4Addr),
 }
 
-/// The next free address after `last`, the one given most recently, starting over at the end of the pool.
+/// The next free address after `last`, the most recently allocated one, wrapping around at the end of the
+/// pool.
 ///
-/// A freed address is met again only after the whole pool was walked, so that a client which still has it
-/// cached does not talk to a new container.
+/// A freed address is reused only after the whole pool, so that a client which still has it cached does not
+/// reach a new container.
 ///
 /// # Errors
+/// If every address is used.
 /// When every address is used.
 pub fn next_free(
     subnet: Subnet4,
@@ -44,7 +46,7 @@ pub fn next_free(
     const FIRST: u32 = 2;
     let capacity = subnet.capacity();
     let start = last.filter(|ip| subnet.is_assignable(*ip)).map_or(0, |ip| subnet.offset(ip) - FIRST + 1);
-    // At most one more candidate than there are used addresses has to be looked at.
+    // At most one more candidate than there are used addresses has to be checked.
     (0..capacity)
         .map(|step| subnet.nth(FIRST + (start + step) % capacity))
         .find(|ip| !used.contains(ip))
@@ -54,7 +56,7 @@ pub fn next_free(
 /// Checks that a container can have `ip`.
 ///
 /// # Errors
-/// When it is outside of the pool or in use.
+/// If it is outside of the pool or in use.
 pub fn claim(subnet: Subnet4, used: &BTreeSet<Ipv4Addr>, ip: Ipv4Addr) -> Result<Ipv4Addr, IpamError> {
     if !subnet.is_assignable(ip) {
         let last = subnet.nth(subnet.capacity() + 1);

@@ -1,4 +1,4 @@
-//! Carrying out actions for real.
+//! Executes actions on the real system.
 
 use std::collections::BTreeMap;
 
@@ -19,12 +19,12 @@ use crate::reserve::{self, ReserveError};
 use crate::signals::Signals;
 use crate::{persist, stale, sysctl};
 
-/// The system itself, as seen from the network namespace of the calling thread.
+/// The system, as seen from the network namespace of the calling thread.
 #[derive(Debug, Default)]
 pub struct Kernel {
     reserved: BTreeMap<MappingKey, Socket>,
     relays: BTreeMap<MappingKey, RelayProcess>,
-    /// Set up when it is first asked for.
+    /// Created on first use.
     signals: Option<Signals>,
 }
 
@@ -78,7 +78,7 @@ impl Executor for Kernel {
 }
 
 impl Kernel {
-    /// Forgets a signal that has come, to take back what the command did that it ended.
+    /// Clears a received signal, so that the command that it interrupted can be undone.
     pub fn forget_signal(&mut self) {
         if let Some(signals) = &self.signals {
             signals.forget();
@@ -107,7 +107,7 @@ impl Kernel {
     }
 }
 
-/// Carries out an action of the routing protocol in the namespace that it is for.
+/// Executes a netlink action in its namespace.
 fn in_place(action: &Action) -> Result<(), ActionError> {
     match action {
         Action::SetLink { place: NetnsRef::Container(path), .. }
@@ -132,7 +132,7 @@ fn request(action: &Action) -> Result<(), NetlinkError> {
     match action {
         Action::AddBridge { name, mac, mtu } => link::add_bridge(client, name, *mac, *mtu),
         Action::DeleteLink(name) => match link::delete(client, name) {
-            // The other end may have gone first, with its namespace.
+            // The peer may be gone already, with its namespace.
             Err(error) if error.is(Errno::ENODEV) => Ok(()),
             other => other,
         },
@@ -141,7 +141,7 @@ fn request(action: &Action) -> Result<(), NetlinkError> {
         Action::DeleteAddress { name, address, .. } => address::delete(client, name.as_str(), *address),
         Action::AddDefaultRoute { gateway, .. } => route::add_default(client, *gateway),
         Action::DeleteDefaultRoute { gateway, .. } => route::delete_default(client, *gateway),
-        // These are nothing of the routing protocol, and do not come here.
+        // Not netlink actions, so they are not passed here.
         Action::AddNetns(_)
         | Action::DeleteNetns(_)
         | Action::SetSysctl { .. }

@@ -1,8 +1,10 @@
-//! `netns-setup` wires what `rproxy` serves: a bridge, veth pairs into containers, addresses, and the firewall.
+//! `netns-setup` sets up the container network around `rproxy`: a bridge, veth pairs, addresses and the
+//! firewall.
 //!
-//! What is wanted ([`model`]) and what is there ([`observed`]) go into a pure [`plan`]: an ordered list of steps,
-//! each printable as the command that it equals ([`action`]), appliable, and undoable ([`apply`]). The intent is
-//! written to the state directory before the first change and confirmed after the last ([`state`]).
+//! A pure function ([`plan`]) compares the wanted state ([`model`]) with the observed one ([`observed`]) and
+//! returns an ordered list of steps. Each step can be printed as the equivalent command ([`action`]),
+//! applied, and undone ([`apply`]). The intent is written to the state directory before the first change and
+//! confirmed after the last ([`state`]).
 
 #![forbid(unsafe_code)]
 

@@ -1,4 +1,4 @@
-//! `netns-setup` wires the bridge, veths, addresses and firewall that `rproxy` serves.
+//! `netns-setup` sets up the bridge, veths, addresses and firewall around `rproxy`.
 
 #![forbid(unsafe_code)]
 
@@ -10,7 +10,7 @@ use netns_setup::kernel::Kernel;
 
 fn main() -> ExitCode {
     let (mut out, mut log) = (io::stdout().lock(), io::stderr().lock());
-    // A closed stream is nobody's loss.
+    // Write errors are ignored: there is nowhere to report them.
     let cli = match Cli::from_command_line() {
         Ok(cli) => cli,
         Err(Unparsed::Asked(text)) => {

@@ -1,4 +1,4 @@
-//! What is wanted: a network, its containers and their published ports.
+//! The wanted state: a network, its containers and their published ports.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -10,10 +10,10 @@ use crate::addr::{Cidr, Mac, Subnet4, Subnet6};
 use crate::name::{Id, IfName, Name};
 use crate::publish::{HostIp, PortRequest, Proto};
 
-/// Where named network namespaces are found, by `ip netns` and by this program.
+/// The directory of named network namespaces, shared with `ip netns`.
 pub const NETNS_DIR: &str = "/run/netns";
 
-/// Everything that this program is to keep in place.
+/// Everything that this program maintains.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Topology {
     /// The network, once `up` has run.
@@ -30,14 +30,14 @@ impl Topology {
         self.endpoints.values().map(|endpoint| endpoint.ip).collect()
     }
 
-    /// Every mapping with the container it leads to, containers in order of their names.
+    /// All mappings with their containers, ordered by the containers' names.
     pub fn mappings(&self) -> impl Iterator<Item = (&Name, &Endpoint, &Mapping)> {
         self.endpoints.iter().flat_map(|(name, endpoint)| {
             endpoint.mappings.iter().map(move |mapping| (name, endpoint, mapping))
         })
     }
 
-    /// This topology with everything of `other` that it does not have: what belongs to either.
+    /// This topology, with everything of `other` that it lacks.
     #[must_use]
     pub fn union(&self, other: &Self) -> Self {
         let mut all = self.clone();
@@ -57,15 +57,15 @@ impl Topology {
     }
 }
 
-/// Which program the rules are handed to.
+/// The program that installs the rules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Firewall {
-    /// One table of our own, through `nft`.
+    /// One separate table, with `nft`.
     Nft,
-    /// Docker's chains, through `iptables-restore`.
+    /// Docker's chains, with `iptables-restore`.
     Iptables,
-    /// No rules: somebody else writes them.
+    /// No rules: they are managed elsewhere.
     None,
 }
 
@@ -79,10 +79,10 @@ impl std::fmt::Display for Firewall {
     }
 }
 
-/// A kernel setting that `up` makes, with what it was before.
+/// A kernel parameter that `up` changed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SysctlChange {
-    /// The setting, as `sysctl` names it.
+    /// The name of the parameter, as in `sysctl`.
     pub key: String,
     /// Its value before `up`.
     pub before: String,
@@ -101,22 +101,22 @@ pub struct Network {
     pub subnet: Subnet4,
     /// The pool of IPv6 addresses.
     pub subnet6: Option<Subnet6>,
-    /// The largest packet on the wire, for the bridge and the veth pairs.
+    /// The MTU of the bridge and the veth pairs.
     pub mtu: u32,
-    /// The largest packet inside the host (BIG TCP), 0 to leave the kernel's.
+    /// The largest packet inside the host (BIG TCP); 0 keeps the kernel's value.
     pub gso_max_size: u32,
-    /// Who filters and translates.
+    /// The firewall in use.
     pub firewall: Firewall,
-    /// Kernel settings that had to change.
+    /// Kernel parameters that were changed.
     pub sysctls: Vec<SysctlChange>,
-    /// The file that makes them permanent.
+    /// The file that makes them persistent.
     pub persist: Option<PathBuf>,
-    /// The address handed out most recently.
+    /// The most recently allocated address.
     pub last_ip: Option<Ipv4Addr>,
 }
 
 impl Network {
-    /// The bridge's MAC. Set by hand, because a bridge without one changes it with its ports.
+    /// The bridge's MAC address. It is set explicitly, because otherwise it changes with the bridge's ports.
     #[must_use]
     pub fn mac(&self) -> Mac {
         Mac::for_container(self.subnet.gateway())
@@ -125,8 +125,9 @@ impl Network {
     /// The bridge's own addresses.
     #[must_use]
     pub fn addresses(&self) -> Vec<Cidr> {
-        // The kernel asks for a neighbour from a link-local address, and the one it makes itself is not usable
-        // until duplicate detection is over: for two seconds no container would be reached from outside.
+        // The kernel sends neighbour solicitations from a link-local address. The one it generates is
+        // unusable until duplicate address detection has finished: for two seconds, no container would be
+        // reachable from outside.
         const LINK_LOCAL: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 1);
         let v4 = Cidr { ip: self.subnet.gateway().into(), prefix: self.subnet.prefix() };
         let v6 = self.subnet6.map(|subnet| {
@@ -147,21 +148,21 @@ impl Network {
 /// A container's network namespace.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Netns {
-    /// Where it is found.
+    /// The path of the namespace.
     pub path: PathBuf,
-    /// Device and inode of a namespace that was given to us. A PID can be recycled, and so can a path:
-    /// another namespace at the same place must not be touched.
+    /// Device and inode of a namespace that the user passed. PIDs and paths can be reused, and another
+    /// namespace at the same path must not be changed.
     pub identity: Option<(u64, u64)>,
 }
 
 impl Netns {
-    /// The namespace that `attach` makes for a container.
+    /// The namespace that `attach` creates for a container.
     #[must_use]
     pub fn made(name: &Name) -> Self {
         Self { path: Path::new(NETNS_DIR).join(name.as_str()), identity: None }
     }
 
-    /// Whether this program made it, and so removes it.
+    /// Whether this program created it, and therefore deletes it.
     #[must_use]
     pub fn is_ours(&self) -> bool {
         self.identity.is_none()
@@ -175,7 +176,7 @@ pub struct Endpoint {
     pub id: Id,
     /// Its address.
     pub ip: Ipv4Addr,
-    /// Whether that address was asked for.
+    /// Whether the user requested that address.
     pub ip_requested: bool,
     /// Its namespace.
     pub netns: Netns,
@@ -207,14 +208,15 @@ impl Endpoint {
         std::iter::once(v4).chain(v6).collect()
     }
 
-    /// Whether the kernel alone carries some mapping, so that a packet may have to leave by the port it came in.
+    /// Whether the kernel alone relays a mapping, so that the bridge may have to send a packet back to the
+    /// port it came from.
     #[must_use]
     pub fn needs_hairpin(&self) -> bool {
         self.mappings.iter().any(|mapping| mapping.via == Via::Dnat)
     }
 }
 
-/// What carries the traffic of a published port.
+/// What relays the traffic of a published port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Via {
@@ -222,7 +224,7 @@ pub enum Via {
     Proxy,
     /// The kernel alone.
     Dnat,
-    /// As Docker does: the kernel for what comes from outside, `rproxy` for the rest.
+    /// As Docker does: the kernel for traffic from outside, `rproxy` for the rest.
     Both,
 }
 
@@ -243,14 +245,14 @@ impl Via {
         self != Self::Dnat
     }
 
-    /// Whether packets are translated.
+    /// Whether the kernel translates packets.
     #[must_use]
     pub fn has_dnat(self) -> bool {
         self != Self::Proxy
     }
 }
 
-/// The host's side of a mapping: no two mappings share one.
+/// The host side of a mapping, unique among mappings.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct MappingKey {
     /// The transport protocol.
@@ -276,11 +278,11 @@ pub struct Mapping {
     pub host: HostIp,
     /// The port of the host.
     pub host_port: u16,
-    /// Whether any free port of the host would have done.
+    /// Whether the port was chosen at random.
     pub random: bool,
     /// The port in the container.
     pub container_port: u16,
-    /// What carries the traffic.
+    /// What relays the traffic.
     pub via: Via,
     /// The `rproxy` that serves it.
     pub relay: Option<RelayProcess>,
@@ -293,13 +295,13 @@ impl Mapping {
         MappingKey { proto: self.proto, host: self.host, port: self.host_port }
     }
 
-    /// Whether both mean the same, whichever process serves them.
+    /// Whether both are equal, ignoring the relay process.
     #[must_use]
     pub fn is_same(&self, other: &Self) -> bool {
         self.key() == other.key() && self.container_port == other.container_port && self.via == other.via
     }
 
-    /// Whether this mapping is what `request` asks for.
+    /// Whether this mapping satisfies `request`.
     #[must_use]
     pub fn fulfils(&self, request: &PortRequest) -> bool {
         self.proto == request.proto
@@ -308,14 +310,14 @@ impl Mapping {
             && request.host_port.admits(self.host_port, self.random)
     }
 
-    /// Whether both cannot be published at once.
+    /// Whether this mapping and `key` exclude each other.
     #[must_use]
     pub fn conflicts(&self, key: MappingKey) -> bool {
         self.proto == key.proto && self.host_port == key.port && self.host.overlaps(key.host)
     }
 }
 
-/// A process, told apart from a later one with the same PID by when it started.
+/// A process, distinguished by its start time from a later one with the same PID.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RelayProcess {
     /// The process ID.

@@ -1,4 +1,4 @@
-//! Names that become file names, interface names or rule text, valid by construction.
+//! Names that become file names, interface names or rule text; valid by construction.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,13 +7,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::addr::{Mac, serde_as_text};
 
-/// The interface of a container, under the name that Docker gives it.
+/// The interface of a container, named as by Docker.
 pub const CONTAINER_INTERFACE: &str = "eth0";
 
-/// Why a text cannot be a name.
+/// Why a text is not a valid name.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum NameError {
-    /// A container's name names a file under `/run/netns` too.
+    /// A container's name is also the name of a file under `/run/netns`.
     #[error(
         "{0:?} is not a container name: use up to 64 letters, digits, '_', '.', '-', the first a letter or digit"
     )]
@@ -36,7 +36,7 @@ pub struct Name(String);
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct IfName(String);
 
-/// An identifier as Docker writes them: 256 random bits in hex.
+/// An identifier in Docker's format: 256 random bits in hex.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Id(String);
 
@@ -55,7 +55,7 @@ impl IfName {
         Self("lo".to_owned())
     }
 
-    /// The interface of a container, under the name that Docker gives it.
+    /// The interface of a container, named as by Docker.
     #[must_use]
     pub fn container() -> Self {
         Self(CONTAINER_INTERFACE.to_owned())
@@ -69,7 +69,7 @@ impl IfName {
 }
 
 impl Id {
-    /// The identifier made of `bytes`.
+    /// The identifier with these bytes.
     #[must_use]
     pub fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
@@ -81,13 +81,13 @@ impl Id {
         &self.0
     }
 
-    /// The name of the host's end of an endpoint's veth pair: `veth` and seven digits, as Docker's look.
+    /// The name of the host end of an endpoint's veth pair: `veth` and seven digits, as in Docker.
     #[must_use]
     pub fn veth(&self) -> IfName {
         IfName(format!("veth{}", &self.0[..7]))
     }
 
-    /// An address for the host's end, fixed by the identifier so that a repaired pair looks like the first.
+    /// A MAC address for the host end, derived from the identifier so that a repaired pair has the same one.
     #[must_use]
     pub fn veth_mac(&self) -> Mac {
         let byte = |at: usize| u8::from_str_radix(&self.0[at..at + 2], 16).unwrap_or_default();
@@ -99,7 +99,7 @@ impl FromStr for Name {
     type Err = NameError;
 
     fn from_str(text: &str) -> Result<Self, NameError> {
-        // Docker allows longer names; a file under /run/netns and a line of `list` are better with fewer.
+        // Docker allows longer names, which would be impractical as file names and in `list`.
         const LONGEST: usize = 64;
         if is_plain(text, LONGEST) {
             Ok(Self(text.to_owned()))
@@ -115,7 +115,7 @@ impl FromStr for IfName {
     fn from_str(text: &str) -> Result<Self, NameError> {
         // IFNAMSIZ of linux/if.h is 16 and counts the terminating NUL.
         const LONGEST: usize = 15;
-        // Not interfaces but settings of all of them, under net.ipv4.conf of sysctl.
+        // Not interfaces, but parameters for all of them, under net.ipv4.conf of sysctl.
         const SETTINGS: [&str; 2] = ["all", "default"];
         if is_plain(text, LONGEST) && !SETTINGS.contains(&text) {
             Ok(Self(text.to_owned()))

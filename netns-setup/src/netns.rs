@@ -1,4 +1,4 @@
-//! Network namespaces. A thread is in one of them, so entering one is done by a thread of its own.
+//! Network namespaces. The namespace is a property of the thread, so a separate thread enters one.
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
@@ -14,47 +14,47 @@ use nix::sched::{CloneFlags, setns, unshare};
 use crate::model::{NETNS_DIR, Netns};
 use crate::name::Name;
 
-/// What went wrong with a namespace.
+/// An error with a namespace.
 #[derive(Debug, thiserror::Error)]
 pub enum NetnsError {
-    /// It could not be opened.
+    /// The namespace could not be opened.
     #[error("cannot open the network namespace {}: {source}", path.display())]
     Open {
-        /// Where it was looked for.
+        /// Its path.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
-    /// The file is something else.
+    /// The file is not a network namespace.
     #[error("{} is not a network namespace", .0.display())]
     NotOne(PathBuf),
-    /// It is the namespace this program runs in.
+    /// It is the namespace that this program runs in.
     #[error("{} is the host's own network namespace: name a container's", .0.display())]
     HostsOwn(PathBuf),
-    /// Another one is at the same place now.
+    /// The path refers to another namespace now.
     #[error("{} is another network namespace than the one that was attached: detach the container", .0.display())]
     Replaced(PathBuf),
-    /// It could not be entered.
+    /// The namespace could not be entered.
     #[error("cannot enter the network namespace {}: {source}", path.display())]
     Enter {
-        /// Which.
+        /// Its path.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
-    /// It could not be made or removed.
+    /// The namespace could not be created or deleted.
     #[error("cannot {step} {}: {source}", path.display())]
     Mount {
-        /// What was tried.
+        /// The failed operation.
         step: &'static str,
-        /// With what.
+        /// Its path.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
 }
 
-/// A namespace that is held open.
+/// An open namespace.
 #[derive(Debug)]
 pub struct Handle {
     file: File,
@@ -65,7 +65,7 @@ impl Handle {
     /// Opens the namespace of a container.
     ///
     /// # Errors
-    /// When it is gone, or is another one than it was.
+    /// If it is gone, or the path refers to another one.
     pub fn open(netns: &Netns) -> Result<Self, NetnsError> {
         let handle = Self::open_path(&netns.path)?;
         match netns.identity {
@@ -74,10 +74,10 @@ impl Handle {
         }
     }
 
-    /// Opens whatever namespace is at `path`.
+    /// Opens the namespace at `path`.
     ///
     /// # Errors
-    /// When there is none.
+    /// If there is none.
     pub fn open_path(path: &Path) -> Result<Self, NetnsError> {
         let open = || {
             OpenOptions::new().read(true).custom_flags(nix::libc::O_NOCTTY | nix::libc::O_NONBLOCK).open(path)
@@ -86,10 +86,10 @@ impl Handle {
         Ok(Self { file, path: path.to_owned() })
     }
 
-    /// Device and inode, which tell one namespace from another.
+    /// Device and inode, which identify a namespace.
     ///
     /// # Errors
-    /// When the file system does not say.
+    /// If fstat(2) fails.
     pub fn identity(&self) -> Result<(u64, u64), NetnsError> {
         let failed = |source| NetnsError::Open { path: self.path.clone(), source };
         self.file.metadata().map(|meta| (meta.dev(), meta.ino())).map_err(failed)
@@ -98,7 +98,7 @@ impl Handle {
     /// Runs `work` in the namespace.
     ///
     /// # Errors
-    /// When it cannot be entered.
+    /// If it cannot be entered.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> Result<T, NetnsError> {
         let enter = || setns(&self.file, CloneFlags::CLONE_NEWNET);
         in_thread(enter, work).map_err(|source| match source.raw_os_error() {
@@ -114,14 +114,14 @@ impl AsFd for Handle {
     }
 }
 
-/// Checks a namespace that was given to us and remembers which one it is.
+/// Checks a namespace that the user passed, and records its identity.
 ///
 /// # Errors
-/// When it is not a network namespace, or the host's own.
+/// If it is not a network namespace, or is the host's own.
 pub fn adopt(path: &Path) -> Result<Netns, NetnsError> {
     let handle = Handle::open_path(path)?;
     let identity = handle.identity()?;
-    // Entering it is the one sure way to know that it is one.
+    // Entering it is the only reliable check.
     handle.run(|| ())?;
     if identity == Handle::open_path(Path::new("/proc/thread-self/ns/net"))?.identity()? {
         return Err(NetnsError::HostsOwn(path.to_owned()));
@@ -129,10 +129,10 @@ pub fn adopt(path: &Path) -> Result<Netns, NetnsError> {
     Ok(Netns { path: path.to_owned(), identity: Some(identity) })
 }
 
-/// Runs `work` in a namespace that exists only for that.
+/// Runs `work` in a temporary namespace.
 ///
 /// # Errors
-/// When no namespace could be made.
+/// If no namespace could be created.
 pub fn scratch<T: Send>(work: impl FnOnce() -> T + Send) -> Result<T, io::Error> {
     in_thread(|| unshare(CloneFlags::CLONE_NEWNET), work)
 }
@@ -151,10 +151,10 @@ fn in_thread<T: Send>(
     })
 }
 
-/// Makes the namespace `name` where `ip netns` looks for it.
+/// Creates the namespace `name` where `ip netns` expects it.
 ///
 /// # Errors
-/// When the name is taken or a mount fails; nothing is left behind then.
+/// If the name is taken or a mount fails; nothing is left behind.
 pub fn add(name: &Name) -> Result<(), NetnsError> {
     prepare_dir()?;
     let path = Path::new(NETNS_DIR).join(name.as_str());
@@ -163,11 +163,11 @@ pub fn add(name: &Name) -> Result<(), NetnsError> {
         move |source| NetnsError::Mount { step, path, source }
     };
     match OpenOptions::new().write(true).create_new(true).mode(0o444).open(&path) {
-        // Left by a run that was killed before it could mount anything.
+        // Left behind by a run that was killed before the mount.
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists && is_leftover(&path) => {}
         other => other.map(drop).map_err(failed("create"))?,
     }
-    // A new namespace lives as long as its thread, unless a mount keeps it.
+    // A new namespace only lives as long as its thread, unless it is mounted.
     let mounted = scratch(|| {
         let own = Path::new("/proc/thread-self/ns/net");
         mount(Some(own), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(io::Error::from)
@@ -183,21 +183,21 @@ pub fn add(name: &Name) -> Result<(), NetnsError> {
     })
 }
 
-/// Whether the file is an empty one that no namespace is mounted on.
+/// Whether the file is empty and no namespace is mounted on it.
 fn is_leftover(path: &Path) -> bool {
     let is_empty = std::fs::symlink_metadata(path).is_ok_and(|meta| meta.is_file() && meta.len() == 0);
     is_empty
         && matches!(Handle::open_path(path).and_then(|handle| handle.run(|| ())), Err(NetnsError::NotOne(_)))
 }
 
-/// Removes the namespace `name`; it ends when the last process in it does.
+/// Deletes the namespace `name`; it ends when its last process does.
 ///
 /// # Errors
-/// When it cannot be unmounted.
+/// If it cannot be unmounted.
 pub fn delete(name: &Name) -> Result<(), NetnsError> {
     let path = Path::new(NETNS_DIR).join(name.as_str());
     match umount2(&path, MntFlags::MNT_DETACH) {
-        // Made, but not mounted yet, when its making was interrupted.
+        // If its creation was interrupted, it is not mounted yet.
         Ok(()) | Err(Errno::EINVAL) => {}
         Err(errno) => {
             return Err(NetnsError::Mount { step: "unmount", path, source: errno.into() });
@@ -206,8 +206,8 @@ pub fn delete(name: &Name) -> Result<(), NetnsError> {
     std::fs::remove_file(&path).map_err(|source| NetnsError::Mount { step: "remove", path, source })
 }
 
-/// Makes `/run/netns` as `ip netns` does: a shared mount, so that a namespace made here is seen, and can be
-/// removed, from every mount namespace that shares it.
+/// Creates `/run/netns` like `ip netns`: as a shared mount, so that all mount namespaces that share it see
+/// namespaces created here and can delete them.
 fn prepare_dir() -> Result<(), NetnsError> {
     let dir = Path::new(NETNS_DIR);
     let failed = |step: &'static str| move |source| NetnsError::Mount { step, path: dir.to_owned(), source };

@@ -1,4 +1,4 @@
-//! Looking at what is there, without changing anything.
+//! Observes the state of the system, without changing anything.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
@@ -16,7 +16,7 @@ use crate::observed::{Observed, Rules, Side};
 use crate::plan::{self, Scope};
 use crate::{persist, relay, sysctl};
 
-/// Why something could not be looked at.
+/// Why the state could not be observed.
 #[derive(Debug, thiserror::Error)]
 pub enum ObserveError {
     /// The interfaces, addresses and routes of the host.
@@ -30,21 +30,21 @@ pub enum ObserveError {
         /// Why.
         source: NetlinkError,
     },
-    /// A namespace that is there but cannot be entered.
+    /// A namespace exists but cannot be entered.
     #[error(transparent)]
     Netns(#[from] NetnsError),
     /// The rules.
     #[error(transparent)]
     Tool(#[from] ToolError),
-    /// No namespace to try rules in.
+    /// No temporary namespace for comparing the rules.
     #[error("cannot make a network namespace to compare the rules in: {0}")]
     Scratch(#[source] io::Error),
     /// A kernel parameter.
     #[error("cannot read {key}: {source}")]
     Sysctl {
-        /// Which.
+        /// The parameter.
         key: String,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
     /// A file.
@@ -57,12 +57,12 @@ pub enum ObserveError {
     },
 }
 
-/// Looks at everything that a plan from `owned` to `desired` depends on.
+/// Observes everything that a plan from `owned` to `desired` depends on.
 ///
-/// With [`Scope::All`] the rules are compared too; otherwise they are taken to be as they were left.
+/// Rules are only compared with [`Scope::All`]; otherwise they are assumed to be unchanged.
 ///
 /// # Errors
-/// When something that is there cannot be read.
+/// If something that exists cannot be read.
 pub fn observe(owned: &Topology, desired: &Topology, scope: &Scope) -> Result<Observed, ObserveError> {
     let both = desired.union(owned);
     Ok(Observed {
@@ -79,7 +79,7 @@ pub fn observe(owned: &Topology, desired: &Topology, scope: &Scope) -> Result<Ob
 /// The interfaces, addresses and routes of the calling thread's namespace.
 ///
 /// # Errors
-/// When the kernel refuses.
+/// If the kernel refuses.
 pub fn side() -> Result<Side, NetlinkError> {
     let mut client = Client::open(NETLINK_ROUTE)?;
     Ok(Side {
@@ -96,7 +96,7 @@ fn containers(
     let mut found = BTreeMap::new();
     for (name, endpoint) in topology.endpoints.iter().filter(|(name, _)| scope.contains(name)) {
         let handle = match Handle::open(&endpoint.netns) {
-            // Gone, or another one by now: not ours to look at.
+            // It is gone, or is another one by now, which must not be inspected.
             Err(NetnsError::Open { .. } | NetnsError::Replaced(_)) => {
                 found.insert(name.clone(), None);
                 continue;
@@ -104,7 +104,7 @@ fn containers(
             other => other?,
         };
         let side = match handle.run(side) {
-            // The file is there, but nothing is mounted on it.
+            // The file exists, but nothing is mounted on it.
             Err(NetnsError::NotOne(_)) => None,
             Err(error) => return Err(error.into()),
             Ok(side) => Some(side.map_err(|source| {
@@ -157,7 +157,7 @@ fn rules(
             let saved = families.into_iter().flatten().map(|family| Ok((family, detect::saved(family)?)));
             Ok(Rules::Iptables(saved.collect::<Result<_, ToolError>>()?))
         }
-        // What is taken to be as it was left, and is to stay so, need not be listed.
+        // Rules that are assumed to be unchanged, and stay so, need not be listed.
         Firewall::Nft if *scope != Scope::All && nft::render(owned) == nft::render(desired) => {
             Ok(Rules::None)
         }
@@ -174,7 +174,7 @@ fn rules(
     }
 }
 
-/// Our table as it is, without counters and other state; `None` when it does not exist.
+/// The current table of this program, without counters and other state; `None` if it does not exist.
 fn list_table(table: &str) -> Result<Option<String>, ToolError> {
     match tool::run("nft", &["-s", "list", "table", "inet", table], "") {
         Ok(listing) => Ok(Some(listing)),
@@ -183,8 +183,8 @@ fn list_table(table: &str) -> Result<Option<String>, ToolError> {
     }
 }
 
-/// What the wanted table looks like when this very nft lists it. Every version has its own way of writing, so the
-/// rules are loaded into a namespace that exists only for that, and listed there.
+/// How the installed version of `nft` lists the wanted table. Versions differ in their output, so the rules
+/// are loaded into a temporary namespace and listed there.
 fn reference(table: &str, body: &str) -> Result<String, ObserveError> {
     let listing = netns::scratch(|| {
         tool::run("nft", &["-f", "-"], body)?;

@@ -1,4 +1,4 @@
-//! What is there: the answer of a read-only look at the kernel, as plain data.
+//! The observed state of the kernel, as plain data.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::IpAddr;
@@ -21,24 +21,24 @@ pub struct Link {
     pub kind: Option<String>,
     /// Its hardware address.
     pub mac: Option<Mac>,
-    /// The largest packet on the wire.
+    /// The MTU.
     pub mtu: u32,
     /// Whether it is administratively up.
     pub up: bool,
     /// The index of the bridge that it is a port of.
     pub master: Option<u32>,
-    /// Whether a bridge port sends frames back.
+    /// Whether it has hairpin mode, in which a bridge port sends frames back.
     pub hairpin: bool,
-    /// The packet sizes inside the host, as far as this kernel knows them.
+    /// The packet sizes inside the host, as far as this kernel supports them.
     pub offload: OffloadSizes,
-    /// The largest packet that the driver takes.
+    /// The largest packet that the driver accepts.
     pub tso_max_size: Option<u32>,
 }
 
 /// A route of the main table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Route {
-    /// Where it leads; `None` for a default route.
+    /// The destination; `None` for a default route.
     pub destination: Option<Cidr>,
     /// The router.
     pub gateway: Option<IpAddr>,
@@ -70,7 +70,7 @@ impl Side {
         self.addresses.contains(&(link.index, address))
     }
 
-    /// Whether there is a default route through that router.
+    /// Whether there is a default route through `gateway`.
     #[must_use]
     pub fn has_default_route(&self, gateway: IpAddr) -> bool {
         self.routes.iter().any(|route| route.destination.is_none() && route.gateway == Some(gateway))
@@ -83,32 +83,32 @@ pub enum Rules {
     /// There is no backend.
     #[default]
     None,
-    /// Our table, as `nft` lists it.
+    /// The table of this program, as `nft` lists it.
     Nft {
-        /// The listing; `None` when there is no such table.
+        /// The listing; `None` if there is no such table.
         listing: Option<String>,
-        /// Whether it is what the wanted rules look like when listed; `None` when that was not looked into.
+        /// Whether the listing equals that of the wanted rules; `None` if not compared.
         as_wanted: Option<bool>,
     },
     /// The tables of both families, as `iptables-save` lists them.
     Iptables(BTreeMap<Family, SavedTables>),
 }
 
-/// Everything that was looked at.
+/// Everything that was observed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Observed {
-    /// The namespace this program was started in.
+    /// The namespace that this program runs in.
     pub host: Side,
-    /// The containers' namespaces; `None` when one is gone.
+    /// The containers' namespaces; `None` for one that is gone.
     pub containers: BTreeMap<Name, Option<Side>>,
-    /// The containers at whose namespace's place there is a file, be it one or not.
+    /// The containers for whose namespace a file exists, whether or not it is one.
     pub namespace_files: BTreeSet<Name>,
-    /// The kernel parameters that matter; one that the kernel does not have is left out.
+    /// The relevant kernel parameters, without those that the kernel lacks.
     pub sysctls: BTreeMap<String, String>,
     /// The rules.
     pub rules: Rules,
-    /// The relays that run.
+    /// The running relays.
     pub relays: BTreeMap<MappingKey, RelayProcess>,
-    /// The content of files of ours; `None` when one does not exist.
+    /// The content of this program's files; `None` for one that does not exist.
     pub files: BTreeMap<PathBuf, Option<String>>,
 }

@@ -1,4 +1,4 @@
-//! Making kernel settings permanent: a file of our own that `sysctl --system` reads at boot.
+//! Persists kernel parameters in a file that `sysctl --system` reads at boot.
 
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 
 use crate::model::Network;
 
-/// The file. The number puts it after the distribution's and before an administrator's own.
+/// The file. Its number sorts it after the distribution's files and before an administrator's.
 pub const FILE: &str = "/etc/sysctl.d/60-netns-setup.conf";
 
-/// What the file says for a network: forwarding, whatever it was before.
+/// The content for a network: forwarding, regardless of its previous value.
 #[must_use]
 pub fn text(network: &Network) -> String {
     let mut text = format!(
@@ -22,10 +22,10 @@ pub fn text(network: &Network) -> String {
     text
 }
 
-/// Replaces a file in one step. A symbolic link in its place is replaced, not followed.
+/// Replaces a file atomically. A symbolic link in its place is replaced, not followed.
 ///
 /// # Errors
-/// When the directory is missing or cannot be written.
+/// If the directory is missing or cannot be written.
 pub fn write(path: &Path, text: &str) -> io::Result<()> {
     let new = PathBuf::from(format!("{}.new", path.display()));
     match std::fs::remove_file(&new) {
@@ -38,10 +38,10 @@ pub fn write(path: &Path, text: &str) -> io::Result<()> {
     std::fs::rename(&new, path)
 }
 
-/// Reads a file; `None` when it does not exist.
+/// Reads a file; `None` if it does not exist.
 ///
 /// # Errors
-/// When it is there but cannot be read.
+/// If it exists but cannot be read.
 pub fn read(path: &Path) -> io::Result<Option<String>> {
     match std::fs::read_to_string(path) {
         Ok(text) => Ok(Some(text)),

@@ -1,4 +1,4 @@
-//! Starting and stopping `rproxy` as dockerd starts and stops docker-proxy.
+//! Starts and stops `rproxy` as dockerd starts and stops docker-proxy.
 
 use std::fs;
 use std::io::{self, Read};
@@ -19,17 +19,17 @@ use crate::action::RelayCommand;
 use crate::firewall::tool;
 use crate::model::RelayProcess;
 
-/// dockerd gives a proxy this long to say that it is ready.
+/// The time that dockerd gives a proxy to report readiness.
 const READY_LIMIT: Duration = Duration::from_secs(16);
 
-/// dockerd waits for ever after SIGINT. A relay in this mode ends at once; one that does not is broken.
+/// dockerd waits forever after SIGINT. A relay in this mode ends at once, unless it is broken.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 
-/// The descriptors of the contract.
+/// The descriptors that docker-proxy expects.
 const STATUS_FD: i32 = 3;
 const LISTEN_FD: i32 = 4;
 
-/// What went wrong with a relay.
+/// An error of a relay.
 #[derive(Debug, thiserror::Error)]
 pub enum RelayError {
     /// The program could not be run.
@@ -40,15 +40,15 @@ pub enum RelayError {
         /// Why.
         source: io::Error,
     },
-    /// It said what is wrong.
+    /// It reported an error.
     #[error("{} could not start: {message}", program.display())]
     Refused {
         /// The program.
         program: PathBuf,
-        /// What it said.
+        /// The message.
         message: String,
     },
-    /// It ended without a word.
+    /// It exited without reporting.
     #[error("{} ended without reporting: it has to know -use-listen-fd", .0.display())]
     Silent(PathBuf),
     /// It took too long.
@@ -67,7 +67,7 @@ pub enum RelayError {
     },
 }
 
-/// Where `rproxy` is: where the user says, beside this program, or in `PATH`.
+/// Finds `rproxy`: at the given path, beside this program, or in `PATH`.
 #[must_use]
 pub fn program(given: Option<&Path>) -> Option<PathBuf> {
     let beside =
@@ -78,7 +78,7 @@ pub fn program(given: Option<&Path>) -> Option<PathBuf> {
 /// Starts a relay on `socket` and waits until it is ready.
 ///
 /// # Errors
-/// When it cannot be run or is not ready in time; no process is left behind then.
+/// If it cannot be run or is not ready in time; no process is left behind.
 pub fn start(command: &RelayCommand, socket: Socket) -> Result<RelayProcess, RelayError> {
     let program = command.program.clone();
     let failed = |source| RelayError::Run { program: command.program.clone(), source };
@@ -89,7 +89,7 @@ pub fn start(command: &RelayCommand, socket: Socket) -> Result<RelayProcess, Rel
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
-        // A signal from the terminal is meant for this program, not for what goes on running after it.
+        // The terminal's signals are meant for this program, not for the relay, which outlives it.
         .process_group(0)
         .fd_mappings(vec![
             FdMapping { parent_fd: writer.into(), child_fd: STATUS_FD },
@@ -97,7 +97,7 @@ pub fn start(command: &RelayCommand, socket: Socket) -> Result<RelayProcess, Rel
         ])
         .map_err(|error| failed(io::Error::other(error)))?;
     let mut child = process.spawn().map_err(failed)?;
-    // The copies of the descriptors that the child got are its own; ours must go for end of file to be seen.
+    // The child has its own copies of the descriptors; ours must be closed so that end of file is detected.
     drop(process);
     let ready = wait_ready(reader, &program).and_then(|()| {
         let gone = || RelayError::Silent(program.clone());
@@ -105,7 +105,7 @@ pub fn start(command: &RelayCommand, socket: Socket) -> Result<RelayProcess, Rel
         Ok(RelayProcess { pid: child.id(), started })
     });
     if ready.is_err() {
-        // It is no use any more; that it may have ended already is no error.
+        // It is of no use any more, and may have exited already.
         drop(child.kill());
         drop(child.wait());
     }
@@ -144,10 +144,10 @@ fn wait_readable(fd: impl AsFd, limit: Duration) -> io::Result<bool> {
     }
 }
 
-/// Stops a relay and waits until it is gone. One that is gone already is no error.
+/// Stops a relay and waits until it has exited. If it already has, that is not an error.
 ///
 /// # Errors
-/// When it cannot be signalled or does not end.
+/// If it cannot be signalled or does not exit.
 pub fn stop(process: RelayProcess) -> Result<(), RelayError> {
     let pid = process.pid;
     let failed = |source: io::Error| RelayError::Stop { pid, source };
@@ -158,7 +158,7 @@ pub fn stop(process: RelayProcess) -> Result<(), RelayError> {
         Err(rustix::io::Errno::SRCH) => return Ok(()),
         other => other.map_err(|errno| failed(errno.into()))?,
     };
-    // The descriptor pins the process; if it is the right one now, it stays the right one.
+    // The pidfd pins the process: if it is the right one now, it stays the right one.
     if !is_alive(process) {
         return Ok(());
     }
@@ -171,19 +171,19 @@ pub fn stop(process: RelayProcess) -> Result<(), RelayError> {
             break;
         }
     }
-    // Ours to reap only when this run started it; otherwise init does.
+    // It is only a child of this process if this run started it; otherwise init reaps it.
     let _reaped = waitpid(nix::unistd::Pid::from_raw(raw.as_raw_nonzero().get()), Some(WaitPidFlag::WNOHANG));
     if is_alive(process) { Err(failed(io::ErrorKind::TimedOut.into())) } else { Ok(()) }
 }
 
-/// Whether that very process still runs.
+/// Whether this very process is still running.
 #[must_use]
 pub fn is_alive(process: RelayProcess) -> bool {
     stat(process.pid).is_some_and(|(state, started)| state != "Z" && started == process.started)
 }
 
-/// Looks for a relay that was started as `command` says, in the caller's network namespace: an interrupted run may
-/// have started one without having written down its PID.
+/// Finds a relay with the arguments of `command` in the caller's network namespace. An interrupted run may
+/// have started one without recording its PID.
 #[must_use]
 pub fn find(command: &RelayCommand) -> Option<RelayProcess> {
     let args = command.args();
@@ -210,10 +210,10 @@ fn namespace(path: &Path) -> Option<(u64, u64)> {
     fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()))
 }
 
-/// State and start time of a process (proc_pid_stat(5), fields 3 and 22).
+/// The state and start time of a process (proc_pid_stat(5), fields 3 and 22).
 fn stat(pid: u32) -> Option<(String, u64)> {
     let text = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The second field is the program's name in parentheses, which may hold anything.
+    // The second field is the program's name in parentheses, which may contain anything.
     let (_, rest) = text.rsplit_once(')')?;
     let mut fields = rest.split_whitespace();
     let state = fields.next()?.to_owned();
@@ -277,7 +277,8 @@ mod tests {
     #[test]
     fn a_relay_is_found_by_what_it_was_asked_to_do() {
         let (_dir, command, socket) = script("echo 0 >&3; while :; do sleep 600 & wait; done");
-        // The interpreter shows the script's name as its first argument, so nothing must be found by that.
+        // The interpreter has the script's name as its first argument, so that must not be what it is found
+        // by.
         let process = start(&command, socket).unwrap();
         let found = find(&command);
         stop(process).unwrap();

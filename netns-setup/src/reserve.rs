@@ -1,4 +1,4 @@
-//! Host ports, claimed by binding them before anything else is done.
+//! Reserves host ports by binding them before anything else is done.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -8,10 +8,10 @@ use socket2::{Domain, SockFilter, Socket, Type};
 
 use crate::publish::{HostIp, Proto};
 
-/// A host port that cannot be had.
+/// Why a host port could not be reserved.
 #[derive(Debug, thiserror::Error)]
 pub enum ReserveError {
-    /// Somebody has it.
+    /// It is in use.
     #[error("host port {port}/{proto} on {host} is in use: stop what holds it, or choose another")]
     InUse {
         /// The protocol.
@@ -21,7 +21,7 @@ pub enum ReserveError {
         /// Which.
         port: u16,
     },
-    /// No interface has the address.
+    /// The address does not belong to this host.
     #[error("{0} is not an address of this host")]
     NotLocal(HostIp),
     /// Anything else.
@@ -38,13 +38,13 @@ pub enum ReserveError {
     },
 }
 
-/// Binds a port, 0 for any that is free, and returns the socket with the port that it has.
+/// Binds a port, 0 for any free one, and returns the socket and its port.
 ///
-/// Until [`open`] is called, the socket takes nothing in: what arrives before the rules are in place would be
-/// served by another way than what arrives after.
+/// Until [`open`] is called, the socket receives nothing. Traffic that arrives before the rules are installed
+/// would take another path than later traffic.
 ///
 /// # Errors
-/// When it is in use, or the address is not one of this host.
+/// If the port is in use, or the address does not belong to this host.
 pub fn bind(proto: Proto, host: HostIp, port: u16) -> Result<(Socket, u16), ReserveError> {
     let bound = match host {
         HostIp::Any => bind_dual_stack(proto, port),
@@ -57,7 +57,7 @@ pub fn bind(proto: Proto, host: HostIp, port: u16) -> Result<(Socket, u16), Rese
     })
 }
 
-/// One socket for both families, `:::80`; IPv4 alone on a host that has no IPv6.
+/// Binds one socket for both families, `:::80`, or for IPv4 alone on a host without IPv6.
 fn bind_dual_stack(proto: Proto, port: u16) -> io::Result<(Socket, u16)> {
     match bind_one(proto, Ipv6Addr::UNSPECIFIED.into(), port, false) {
         Err(error) if error.raw_os_error() == Some(nix::libc::EAFNOSUPPORT) => {
@@ -78,9 +78,9 @@ fn bind_one(proto: Proto, ip: IpAddr, port: u16, v6_only: bool) -> io::Result<(S
         socket.set_only_v6(v6_only)?;
     }
     match proto {
-        // A container that comes back at once meets its predecessor's connections in TIME_WAIT.
+        // Connections of a previous container may still be in TIME_WAIT.
         Proto::Tcp => socket.set_reuse_address(true)?,
-        // The relay answers from the address that was asked.
+        // The relay replies from the address that the client sent to.
         Proto::Udp if ip.is_ipv6() => setsockopt(&socket, sockopt::Ipv6RecvPacketInfo, &true)?,
         Proto::Udp => setsockopt(&socket, sockopt::Ipv4PacketInfo, &true)?,
     }
@@ -88,17 +88,18 @@ fn bind_one(proto: Proto, ip: IpAddr, port: u16, v6_only: bool) -> io::Result<(S
     socket.attach_filter(&[SockFilter::new(0x06, 0, 0, 0)])?;
     socket.bind(&address.into())?;
     if proto == Proto::Tcp {
-        // Two sockets with SO_REUSEADDR can share a port until one listens. The kernel cuts this to somaxconn.
+        // Two sockets with SO_REUSEADDR can share a port until one listens. The kernel limits this to
+        // somaxconn.
         socket.listen(i32::from(u16::MAX))?;
     }
     let port = socket.local_addr()?.as_socket().map_or(port, |address| address.port());
     Ok((socket, port))
 }
 
-/// Lets the socket take in what arrives.
+/// Lets the socket receive.
 ///
 /// # Errors
-/// When the kernel refuses.
+/// If the kernel refuses.
 pub fn open(socket: &Socket) -> io::Result<()> {
     socket.detach_filter()
 }

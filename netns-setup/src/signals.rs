@@ -1,23 +1,23 @@
-//! Signals that ask this program to end. What it has begun by then, it takes back.
+//! Signals that ask this program to end. It then undoes what it has begun.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nix::sys::signal::Signal;
 
-/// What a terminal, a service manager and a shell that goes away send.
+/// Signals of a terminal, a service manager, and a shell that exits.
 const SIGNALS: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
 
 /// No signal has this number.
 const NONE: usize = 0;
 
-/// The signals of this process, caught instead of ending it.
+/// Catches signals, so that they do not end the process.
 #[derive(Debug)]
 pub struct Signals(Arc<AtomicUsize>);
 
 impl Signals {
-    /// Catches them from here on. One that cannot be caught ends the process as before, and what it has begun is for
-    /// `repair`.
+    /// Catches them from now on. A signal that cannot be caught ends the process, and `repair` has to finish
+    /// what it began.
     #[must_use]
     pub fn catch() -> Self {
         let caught = Arc::new(AtomicUsize::new(NONE));
@@ -29,14 +29,14 @@ impl Signals {
         Self(caught)
     }
 
-    /// The last one that came.
+    /// The last signal that arrived.
     #[must_use]
     pub fn caught(&self) -> Option<Signal> {
         let number = i32::try_from(self.0.load(Ordering::SeqCst)).ok()?;
         Signal::try_from(number).ok()
     }
 
-    /// Forgets that one came.
+    /// Clears the received signal.
     pub fn forget(&self) {
         self.0.store(NONE, Ordering::SeqCst);
     }

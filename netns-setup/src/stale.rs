@@ -1,4 +1,4 @@
-//! UDP flows that connection tracking would keep to a translation that no longer holds.
+//! Deletes conntrack entries of UDP flows whose translation is outdated.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -9,18 +9,19 @@ use rproxy_sys::udp::is_local;
 
 use crate::publish::HostIp;
 
-/// Makes the kernel forget the UDP flows whose first packet was sent to `port` on `host`, or came from there: a late
-/// answer of whoever served the port makes such an entry.
+/// Deletes the conntrack entries of UDP flows whose first packet was sent to or from `port` on `host`. The
+/// latter are created by late replies of whoever served the port before.
 ///
-/// The *original* direction is compared: an entry that was translated carries the container's port in its reply
-/// direction only. For a wildcard the address is not compared, because the entry has the concrete one.
+/// The *original* direction is compared, because a translated entry has the container's port only in its
+/// reply direction. For a wildcard, the address is not compared, because the entry has the concrete one.
 ///
 /// # Errors
+/// If the kernel refuses. A kernel without conntrack has no entries to delete.
 /// When the kernel refuses; a kernel without connection tracking has nothing to forget.
 pub fn forget_udp(host: HostIp, port: u16) -> io::Result<()> {
     for family in [Family::V4, Family::V6] {
         let is_meant = |addr: SocketAddr| addr.port() == port && matches(host, addr.ip());
-        // Others may send from ports of the same number.
+        // Other hosts may send from the same port number.
         let is_stale = |entry: Direction| {
             is_meant(entry.destination) || is_meant(entry.source) && is_local(entry.source)
         };

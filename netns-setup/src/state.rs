@@ -1,4 +1,4 @@
-//! The state directory: what this program keeps in place, and what it was about to change.
+//! The state directory: what this program maintains, and the change in progress.
 
 use std::fs::{DirBuilder, File};
 use std::io::{self, Read, Write};
@@ -14,25 +14,26 @@ use serde::{Deserialize, Serialize};
 
 use crate::model::Topology;
 
-/// Where the state is unless `--state-dir` says otherwise. `/run` is emptied by a reboot, as the network is.
+/// The default of `--state-dir`. `/run` is emptied by a reboot, like the network.
 pub const DEFAULT_DIR: &str = "/run/netns-setup";
 
 const FILE: &str = "state.json";
 const NEW_FILE: &str = "state.json.new";
 
-/// What the state file says.
+/// The content of the state file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct State {
     /// What is in place.
     pub current: Topology,
-    /// What a command was changing it to. It is written before the first change and cleared after the last, so
-    /// that it is still there when the command was killed in between.
+    /// The target of the change in progress. It is written before the first change and cleared after the
+    /// last, so it remains if the command is killed in between.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pending: Option<Topology>,
 }
 
 impl State {
-    /// Everything that may be in place and is ours: an interrupted command may or may not have got to it.
+    /// Everything that may exist and belongs to this program: an interrupted command may or may not have
+    /// completed a step.
     #[must_use]
     pub fn owned(&self) -> Topology {
         match &self.pending {
@@ -42,10 +43,10 @@ impl State {
     }
 }
 
-/// What went wrong with the state directory.
+/// An error with the state directory.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
-    /// It could not be made.
+    /// The directory could not be created.
     #[error("cannot make the state directory {}: {source}; choose another with --state-dir", dir.display())]
     Create {
         /// The directory.
@@ -53,7 +54,7 @@ pub enum StateError {
         /// Why.
         source: io::Error,
     },
-    /// It could not be opened; a symbolic link is not followed.
+    /// The directory could not be opened; symbolic links are not followed.
     #[error("cannot open the state directory {}: {source}", dir.display())]
     Open {
         /// The directory.
@@ -61,7 +62,7 @@ pub enum StateError {
         /// Why.
         source: Errno,
     },
-    /// Somebody else could plant a state file there.
+    /// Other users could replace the state file.
     #[error("the state directory {} can be changed by other users: choose one that only its owner can write", .0.display())]
     Exposed(PathBuf),
     /// The lock could not be taken.
@@ -82,7 +83,7 @@ pub enum StateError {
         /// Why.
         source: io::Error,
     },
-    /// The file is not ours, or a later version's.
+    /// The file has another format, possibly that of a later version.
     #[error("{} is not a state file of this version: {source}; remove what it lists by hand, then the file", file.display())]
     Syntax {
         /// The file.
@@ -100,10 +101,10 @@ pub struct StateDir {
 }
 
 impl StateDir {
-    /// Opens `path` and waits until no other command holds it; `None` when it does not exist.
+    /// Opens `path` and waits for the lock; returns `None` if the directory does not exist.
     ///
     /// # Errors
-    /// When it is no directory, is writable by others, or cannot be locked.
+    /// If it is not a directory, is writable by others, or cannot be locked.
     pub fn open(path: &Path) -> Result<Option<Self>, StateError> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let fd = match nix::fcntl::open(path, flags, Mode::empty()) {
@@ -118,26 +119,27 @@ impl StateDir {
         if writable_by_others || stat.st_uid != geteuid().as_raw() {
             return Err(StateError::Exposed(path.to_owned()));
         }
-        // The directory itself is the lock: there is no lock file that could be removed under a waiting command.
+        // The directory itself is locked, because a separate lock file could be removed while a command waits
+        // for it.
         let dir = Flock::lock(fd, FlockArg::LockExclusive)
             .map_err(|(_fd, source)| StateError::Lock { dir: path.to_owned(), source })?;
         Ok(Some(Self { dir, path: path.to_owned() }))
     }
 
-    /// As [`StateDir::open`], making the directory if it does not exist.
+    /// Like [`StateDir::open`], but creates the directory if it does not exist.
     ///
     /// # Errors
-    /// As [`StateDir::open`], or when it cannot be made.
+    /// Those of [`StateDir::open`], or if it cannot be created.
     pub fn create(path: &Path) -> Result<Self, StateError> {
         let failed = |source| StateError::Create { dir: path.to_owned(), source };
         DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed)?;
         Self::open(path)?.ok_or_else(|| failed(io::ErrorKind::NotFound.into()))
     }
 
-    /// Reads the state; an empty one when there is no file.
+    /// Reads the state; empty if there is no file.
     ///
     /// # Errors
-    /// When the file cannot be read or is not a state.
+    /// If the file cannot be read or parsed.
     pub fn load(&self) -> Result<State, StateError> {
         let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let fd = match openat(&*self.dir, FILE, flags, Mode::empty()) {
@@ -151,10 +153,10 @@ impl StateDir {
             .map_err(|source| StateError::Syntax { file: self.path.join(FILE), source })
     }
 
-    /// Replaces the state in one step: a reader, or a crash, meets the old file or the new one.
+    /// Replaces the state atomically: readers, and a restart after a crash, see the old file or the new one.
     ///
     /// # Errors
-    /// When the file cannot be written.
+    /// If the file cannot be written.
     pub fn save(&self, state: &State) -> Result<(), StateError> {
         if *state == State::default() {
             return self.clear();
@@ -274,7 +276,7 @@ mod tests {
         let first = StateDir::create(temp.path()).unwrap();
         let path = temp.path().to_owned();
         let second = std::thread::spawn(move || StateDir::open(&path).unwrap().unwrap().load().unwrap());
-        // Whenever the other thread gets there, it can only go on after this was saved.
+        // Whenever the other thread gets here, it can only continue after this save.
         first.save(&state_with("web")).unwrap();
         drop(first);
         assert_eq!(second.join().unwrap(), state_with("web"));

@@ -3,16 +3,16 @@
 use std::io;
 use std::path::PathBuf;
 
-/// The parameter of an interface. A dot of its name is written as a slash, as `sysctl` wants it.
+/// The parameter of an interface. A dot in its name is written as a slash, as `sysctl` does.
 #[must_use]
 pub fn of_interface(family: &str, interface: &str, parameter: &str) -> String {
     format!("net.{family}.conf.{}.{parameter}", interface.replace('.', "/"))
 }
 
-/// Reads a parameter; `None` when this kernel does not have it.
+/// Reads a parameter; `None` if this kernel lacks it.
 ///
 /// # Errors
-/// When it is there but cannot be read.
+/// If it exists but cannot be read.
 pub fn read(key: &str) -> io::Result<Option<String>> {
     match std::fs::read_to_string(path(key)) {
         Ok(text) => Ok(Some(text.trim().to_owned())),
@@ -24,7 +24,7 @@ pub fn read(key: &str) -> io::Result<Option<String>> {
 /// Sets a parameter.
 ///
 /// # Errors
-/// When the kernel refuses.
+/// If the kernel refuses.
 pub fn write(key: &str, value: &str) -> io::Result<()> {
     std::fs::write(path(key), value)
 }

@@ -49,7 +49,7 @@ pub(crate) fn mapping(proto: Proto, host: &str, host_port: u16, container_port: 
     Mapping { proto, host, host_port, random: false, container_port, via, relay: None }
 }
 
-/// The well-known story: one container, port 80 published everywhere.
+/// A simple topology: one container, with port 80 published on all addresses.
 pub(crate) fn story() -> Topology {
     let (name, mut web) = endpoint("web", 2);
     web.mappings.push(mapping(Proto::Tcp, "*", 80, 80, Via::Both));

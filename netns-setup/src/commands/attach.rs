@@ -1,4 +1,4 @@
-//! `attach` and `detach`: a container's place on the network.
+//! `attach` and `detach`: adding containers to the network, and removing them.
 
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
@@ -15,10 +15,10 @@ use crate::plan::Scope;
 use crate::publish::Proto;
 use crate::{ipam, netns};
 
-/// Which namespace a container has.
+/// The namespace of a container.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum NetnsChoice {
-    /// A new one, under the container's name.
+    /// A new one, with the container's name.
     New,
     /// The one at a path.
     Path(PathBuf),
@@ -33,7 +33,7 @@ pub struct Attach {
     pub name: Name,
     /// Its namespace.
     pub netns: NetnsChoice,
-    /// The address that it is to have.
+    /// The requested address.
     pub ip: Option<Ipv4Addr>,
     /// The ports that `publish -P` publishes.
     pub expose: Vec<(u16, Proto)>,
@@ -81,7 +81,7 @@ impl Attach {
     }
 }
 
-/// Removes a container, with what it publishes.
+/// Removes a container and its published ports.
 pub(super) fn detach(name: &Name, options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
     let mut locked = LockedState::open_settled(options)?;
     locked.endpoint(name)?;

@@ -1,4 +1,4 @@
-//! From the state that is to the state that is wanted, surviving failure and death on the way.
+//! Changes the system from the current to the wanted state, tolerating failures and crashes.
 
 use std::path::PathBuf;
 
@@ -15,15 +15,15 @@ use crate::plan::{self, Inputs, Plan, Scope};
 use crate::state::{State, StateDir, StateError};
 use crate::{model, relay};
 
-/// The state, held so that no other command changes it.
+/// The state, locked against other commands.
 pub(super) struct LockedState {
-    /// `None` when nothing may be written and there is no directory.
+    /// `None` if nothing may be written and there is no directory.
     dir: Option<StateDir>,
     pub(super) state: State,
 }
 
 impl LockedState {
-    /// Opens the state to change it.
+    /// Opens the state for a change.
     pub(super) fn open(options: &Options) -> Result<Self, Error> {
         if !nix::unistd::geteuid().is_root() {
             return Err(Error::NotRoot);
@@ -36,14 +36,14 @@ impl LockedState {
         Ok(Self { dir: Some(dir), state })
     }
 
-    /// Opens the state to look at it; a directory that does not exist holds an empty one.
+    /// Opens the state for reading; if the directory does not exist, the state is empty.
     pub(super) fn open_to_read(options: &Options) -> Result<Self, Error> {
         let dir = StateDir::open(&options.state_dir)?;
         let state = dir.as_ref().map(StateDir::load).transpose()?.unwrap_or_default();
         Ok(Self { dir, state })
     }
 
-    /// As [`LockedState::open`], for commands that build on what is there.
+    /// Like [`LockedState::open`], for commands that require a completed previous one.
     pub(super) fn open_settled(options: &Options) -> Result<Self, Error> {
         let locked = Self::open(options)?;
         if locked.state.pending.is_some() {
@@ -55,20 +55,21 @@ impl LockedState {
         Ok(locked)
     }
 
-    /// The network, which must be up.
+    /// The network; fails if it is not up.
     pub(super) fn network(&self) -> Result<&Network, Error> {
         self.state.current.network.as_ref().ok_or(Error::NoNetwork)
     }
 
-    /// A container, which must exist.
+    /// A container; fails if it does not exist.
     pub(super) fn endpoint(&self, name: &Name) -> Result<&model::Endpoint, Error> {
         self.state.current.endpoints.get(name).ok_or_else(|| Error::NoContainer(name.clone()))
     }
 
-    /// Changes the system from the state to `desired`, or only says how with `--dry-run`.
+    /// Changes the system from the state to `desired`, or only prints how with `--dry-run`.
     ///
-    /// The intent is written before the first step. When a step fails, what was done is undone and the state is as
-    /// before; when this program dies on the way, both states are in the file, and `repair` or `down` takes over.
+    /// The intent is written before the first step. If a step fails, the previous steps are undone and the
+    /// state is as before. If this program is killed, both states are in the file, and `repair` or `down`
+    /// continues.
     pub(super) fn change(
         &mut self,
         desired: Topology,
@@ -114,7 +115,7 @@ impl LockedState {
             self.save(State { current, pending: None })
         };
         let Err(mut error) = apply::apply(plan, executor, save) else { return Ok(()) };
-        // What could not be undone has to stay known; what was undone may run in new processes.
+        // Record what could not be undone; relays that were restarted have new PIDs.
         let pending = if error.left.is_empty() { before.pending } else { Some(desired) };
         let mut current = before.current;
         note_relays(&mut current, observed, executor);

@@ -1,4 +1,4 @@
-//! `check` and `repair`: the state against what is there.
+//! `check` and `repair`: compare the state with the system.
 
 use std::path::Path;
 
@@ -14,7 +14,7 @@ use crate::observe::observe;
 use crate::plan::{self, Inputs, Scope};
 use crate::reserve;
 
-/// Says what differs.
+/// Reports the differences.
 pub(super) fn check(options: &Options) -> Result<Report, Error> {
     let dry = Options { dry_run: true, ..options.clone() };
     let locked = LockedState::open(&dry)?;
@@ -36,8 +36,9 @@ pub(super) fn check(options: &Options) -> Result<Report, Error> {
     Ok(Report { lines, warnings, result: json!({ "differences": [] }), ..Report::default() })
 }
 
-/// Ports that only the kernel serves, and that another program listens on: nothing holds them for us, and from
-/// outside nobody reaches that program. Each is bound for a moment; by what comes from outside it is not seen.
+/// Warns about ports that only the kernel serves and on which another program listens. Nothing keeps them
+/// bound, and traffic from outside does not reach that program. Each port is bound for a moment, which
+/// traffic from outside does not notice.
 fn taken_ports(topology: &Topology) -> impl Iterator<Item = String> {
     let unheld = topology.mappings().filter(|(_, _, mapping)| !mapping.via.has_relay());
     unheld.filter_map(|(name, _, mapping)| {
@@ -46,7 +47,7 @@ fn taken_ports(topology: &Topology) -> impl Iterator<Item = String> {
     })
 }
 
-/// Mends what differs, and finishes what was interrupted.
+/// Repairs what differs, and finishes an interrupted command.
 pub(super) fn repair(options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
     let mut locked = LockedState::open(options)?;
     let desired = locked.state.pending.clone().unwrap_or_else(|| locked.state.current.clone());

@@ -1,4 +1,4 @@
-//! The commands: each says what is wanted, and leaves it to `change` to get there.
+//! The commands. Each defines a wanted state, and `change` applies it.
 
 mod attach;
 mod change;
@@ -21,16 +21,16 @@ use crate::firewall::detect::Choice;
 use crate::name::Name;
 use crate::plan::Step;
 
-/// What every command takes.
+/// The options of all commands.
 #[derive(Debug, Clone)]
 pub struct Options {
-    /// Where the state is.
+    /// The state directory.
     pub state_dir: PathBuf,
-    /// Whether to say what would be done instead of doing it.
+    /// Whether to print the steps instead of taking them.
     pub dry_run: bool,
-    /// Which firewall; `None` for whichever the network has.
+    /// The firewall; `None` for the one in use.
     pub firewall: Option<Choice>,
-    /// The relay's program; `None` to look for it.
+    /// The path of `rproxy`; `None` to search for it.
     pub rproxy: Option<PathBuf>,
 }
 
@@ -39,38 +39,38 @@ pub struct Options {
 pub enum Command {
     /// Brings the network up.
     Up(Up),
-    /// Takes everything down.
+    /// Takes the network down.
     Down,
     /// Adds a container.
     Attach(Attach),
-    /// Removes one.
+    /// Removes a container.
     Detach(Name),
     /// Publishes ports.
     Publish(Publish),
-    /// Takes that back.
+    /// Unpublishes ports.
     Unpublish(Unpublish),
     /// Lists the containers.
     List,
     /// Shows one container, or all, as `docker inspect` does.
     Inspect(Option<Name>),
-    /// Compares what is there with the state.
+    /// Compares the system with the state.
     Check,
-    /// Mends what differs.
+    /// Repairs what differs.
     Repair,
 }
 
-/// What a command has to say.
+/// The output of a command.
 #[derive(Debug, Clone, Default)]
 pub struct Report {
-    /// The steps that were done, or would be.
+    /// The steps that were taken, or would be.
     pub steps: Vec<String>,
-    /// What the user should know.
+    /// Warnings for the user.
     pub warnings: Vec<String>,
-    /// The result for people.
+    /// The result as text.
     pub lines: Vec<String>,
-    /// The result for programs.
+    /// The result as JSON.
     pub result: Value,
-    /// The JSON output as a whole, of a command that only shows something.
+    /// The whole JSON output, of a command that only shows something.
     pub shown: Option<String>,
 }
 
@@ -100,7 +100,7 @@ impl Report {
 /// Runs a command.
 ///
 /// # Errors
-/// When it cannot be done; nothing has been changed then, unless the error says so.
+/// If it fails, nothing has changed, unless the error says so.
 pub fn run(command: &Command, options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
     match command {
         Command::Up(up) => up.run(options, executor),

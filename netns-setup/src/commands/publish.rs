@@ -1,4 +1,4 @@
-//! `publish` and `unpublish`: ports of the host that lead into containers.
+//! `publish` and `unpublish`: mapping ports of the host to containers.
 
 use serde_json::json;
 
@@ -12,7 +12,7 @@ use crate::plan::Scope;
 use crate::publish::{HostIp, HostPort, PortRequest, PublishSpec};
 use crate::reserve::ReserveError;
 
-/// A random port that turns out to be translated already is tried again this often.
+/// How often to try another random port if one is already translated.
 const RANDOM_ATTEMPTS: usize = 100;
 
 /// The arguments of `publish`.
@@ -20,11 +20,11 @@ const RANDOM_ATTEMPTS: usize = 100;
 pub struct Publish {
     /// The container.
     pub name: Name,
-    /// What is published.
+    /// The ports to publish.
     pub specs: Vec<PublishSpec>,
-    /// Whether everything that it exposes is published too, each at a random port.
+    /// Whether to publish all exposed ports as well, each on a random port.
     pub all_exposed: bool,
-    /// What carries the traffic.
+    /// What relays the traffic.
     pub via: Via,
 }
 
@@ -62,7 +62,7 @@ impl Publish {
         Ok(Report { warnings, ..Report::of(&plan.steps, lines, result) })
     }
 
-    /// Every port that is asked for.
+    /// All requested ports.
     fn requests(&self, locked: &LockedState) -> Result<Vec<PortRequest>, Error> {
         let endpoint = locked.endpoint(&self.name)?;
         let mut requests: Vec<_> = self.specs.iter().flat_map(|spec| spec.requests()).collect();
@@ -80,7 +80,7 @@ impl Publish {
         Ok(requests)
     }
 
-    /// Without rules of ours nothing is translated, so a relay has to do it all.
+    /// Without rules there is no translation, so a relay has to do everything.
     fn usable_via(&self, network: &Network) -> Result<(Via, Vec<String>), Error> {
         match (network.firewall, self.via) {
             (Firewall::None, Via::Dnat) => Err(Error::Usage(
@@ -107,12 +107,12 @@ fn check_family(network: &Network, via: Via, request: &PortRequest) -> Result<()
     Ok(())
 }
 
-/// The mapping that is what `request` asks for, if there is one already.
+/// The existing mapping that satisfies `request`, if there is one.
 fn fulfilled(topology: &Topology, name: &Name, request: &PortRequest) -> Option<Mapping> {
     topology.endpoints.get(name)?.mappings.iter().find(|mapping| mapping.fulfils(request)).cloned()
 }
 
-/// Finds a host port for `request` and binds it, so that nobody else can have it from here on.
+/// Finds a host port for `request` and binds it, so that no other program can take it.
 fn claim(
     topology: &Topology,
     request: &PortRequest,
@@ -162,7 +162,7 @@ fn reserve(topology: &Topology, key: MappingKey, executor: &mut dyn Executor) ->
         let taken = topology.mappings().find(|(_, _, mapping)| mapping.conflicts(key));
         taken.map(|(owner, _, _)| Error::PortTaken { key, owner: owner.clone() })
     };
-    // A port that only the kernel serves has no socket that would be in the way.
+    // A port that only the kernel serves has no socket that would make the bind fail.
     if let Some(error) = owner_of(key) {
         return Err(error);
     }
@@ -175,7 +175,7 @@ fn reserve(topology: &Topology, key: MappingKey, executor: &mut dyn Executor) ->
 pub struct Unpublish {
     /// The container.
     pub name: Name,
-    /// What is no longer published; everything when there is none.
+    /// The ports to unpublish; all if empty.
     pub specs: Vec<PublishSpec>,
 }
 

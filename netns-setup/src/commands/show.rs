@@ -1,4 +1,4 @@
-//! `list` and `inspect`: what the state says, in the shapes that Docker made known.
+//! `list` and `inspect`: show the state in Docker's formats.
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -42,7 +42,7 @@ fn interrupted(locked: &LockedState) -> Vec<String> {
     pending.map(|_| Error::Unfinished.to_string()).collect()
 }
 
-/// A mapping as `docker ps` shows it, with what carries it.
+/// A mapping as in `docker ps`, with what relays it.
 fn port(mapping: &Mapping) -> String {
     let via = serde_json::to_value(mapping.via).ok();
     let via = via.as_ref().and_then(Value::as_str).unwrap_or_default();
@@ -60,13 +60,13 @@ pub(super) fn inspect(name: Option<&Name>, options: &Options) -> Result<Report, 
         }
         (None, None) => Vec::new(),
     };
-    // Written from the types, not by way of a `Value`: that would sort the keys.
+    // Serialised from types, because a `Value` would sort the keys.
     let text = serde_json::to_string_pretty(&shown).map_err(|error| Error::Output(error.into()))?;
     let warnings = interrupted(&locked);
     Ok(Report { lines: vec![text.clone()], warnings, shown: Some(text), ..Report::default() })
 }
 
-/// A container in the shape of `docker inspect`, the part about networks.
+/// The network section of a container in `docker inspect`.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "PascalCase")]
 pub(super) struct Inspected<'a> {
@@ -95,7 +95,7 @@ struct Binding {
     host_port: String,
 }
 
-/// S12, with its names and in its order.
+/// Docker's `NetworkSettings.Networks` entry, with its names and in its order.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "PascalCase")]
 struct Attachment<'a> {
@@ -152,7 +152,7 @@ impl<'a> Attachment<'a> {
     }
 }
 
-/// Ports by container port; those that are only exposed have `null`, as with Docker.
+/// Ports by container port; those that are only exposed have `null`, as in Docker.
 fn ports(endpoint: &Endpoint) -> BTreeMap<String, Option<Vec<Binding>>> {
     let mut ports: BTreeMap<String, Option<Vec<Binding>>> = BTreeMap::new();
     for (port, proto) in &endpoint.exposed {

@@ -1,4 +1,4 @@
-//! `up` and `down`: the bridge, forwarding, and the rules that everything else rests on.
+//! `up` and `down`: the bridge, forwarding, and the basic rules.
 
 use serde_json::json;
 
@@ -22,11 +22,11 @@ pub struct Up {
     pub subnet: Subnet4,
     /// The pool of IPv6 addresses.
     pub subnet6: Option<Subnet6>,
-    /// The largest packet on the wire.
+    /// The MTU.
     pub mtu: u32,
-    /// The largest packet inside the host, 0 to leave the kernel's.
+    /// The largest packet inside the host; 0 keeps the kernel's value.
     pub gso_max_size: u32,
-    /// Whether forwarding is to survive a reboot.
+    /// Whether to persist forwarding across reboots.
     pub persist: bool,
 }
 
@@ -51,7 +51,7 @@ impl Up {
         Ok(Report { warnings, ..Report::of(&plan.steps, lines, result) })
     }
 
-    /// The network that is up, which has to be the one that is asked for.
+    /// The network that is up, which must match the requested one.
     fn keep(&self, network: Network) -> Result<Network, Error> {
         let is =
             describe(&network.bridge, network.subnet, network.subnet6, network.mtu, network.gso_max_size);
@@ -79,7 +79,7 @@ impl Up {
     }
 }
 
-/// Takes everything down that is ours.
+/// Removes everything that this program created.
 pub(super) fn down(options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
     let mut locked = LockedState::open(options)?;
     let plan = locked.change(Topology::default(), &Scope::All, options, executor)?;
@@ -107,12 +107,13 @@ fn describe(bridge: &IfName, subnet: Subnet4, subnet6: Option<Subnet6>, mtu: u32
     format!("--bridge {bridge} --subnet {subnet}{subnet6} --mtu {mtu} --gso-max-size {gso}")
 }
 
-/// The settings that make the host a router, as far as they are not made already.
+/// The parameters that make the host a router and are not set yet.
 fn forwarding(ipv6: bool) -> Result<Vec<SysctlChange>, Error> {
     const V4: &str = "net.ipv4.ip_forward";
     const V6: &str = "net.ipv6.conf.all.forwarding";
-    // Switching IPv4 forwarding changes this setting in passing (inet_forward_change() of net/ipv4/devinet.c), to a
-    // fixed value in each direction. So its own value is kept, and put back after forwarding is off again.
+    // Changing IPv4 forwarding also sets this parameter to a fixed value (inet_forward_change() in
+    // net/ipv4/devinet.c). Its own value is therefore recorded, and restored after forwarding is switched off
+    // again.
     const REDIRECTS: &str = "net.ipv4.conf.all.accept_redirects";
     let mut changes = Vec::new();
     if let Some(before) = current(V4)?.filter(|before| before != "1") {
@@ -134,7 +135,7 @@ fn current(key: &str) -> Result<Option<String>, Error> {
     sysctl::read(key).map_err(|source| Error::Sysctl { key: key.to_owned(), source })
 }
 
-/// A router ignores router advertisements unless told otherwise: the host may lose its own way out over IPv6.
+/// Routers ignore router advertisements by default, so the host may lose its own default route for IPv6.
 fn router_advertisements(network: &Network) -> Result<Vec<String>, Error> {
     let turns_router = network.sysctls.iter().any(|change| change.key.starts_with("net.ipv6."));
     if !turns_router {

@@ -1,18 +1,18 @@
-//! The least of HTTP that the demonstration needs: a page to serve, and a way to fetch it.
+//! A minimal HTTP server and client for the demonstration.
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::thread;
 use std::time::Duration;
 
-/// Longer than any answer in one machine takes; only what is dropped on purpose is waited for this long.
+/// Longer than any response on one machine takes; only waited for when packets are dropped on purpose.
 const LIMIT: Duration = Duration::from_secs(2);
 
-/// Answers every request with `text` and who asked, until the process ends.
+/// Responds to every request with `text` and the client's address, until the process ends.
 pub(super) fn serve(listener: TcpListener, text: &'static str) {
     thread::spawn(move || {
         for stream in listener.incoming().flatten() {
-            // A client that goes away early has only itself to blame.
+            // Errors of a client that disconnects early are ignored.
             drop(answer(stream, text));
         }
     });
@@ -30,7 +30,7 @@ fn answer(mut stream: TcpStream, text: &str) -> io::Result<()> {
     write!(stream, "HTTP/1.0 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len())
 }
 
-/// Fetches the page at `address`; returns its status line and its text.
+/// Fetches the page at `address`; returns its status line and body.
 pub(super) fn fetch(address: SocketAddr) -> io::Result<String> {
     let mut stream = TcpStream::connect_timeout(&address, LIMIT)?;
     stream.set_read_timeout(Some(LIMIT))?;

@@ -1,4 +1,5 @@
-//! The whole story in one command: a host, its container and an outside neighbour, in namespaces that end with it.
+//! Demonstrates everything in one command: a host, a container and an outside neighbour, in temporary
+//! namespaces.
 
 mod http;
 
@@ -24,32 +25,32 @@ use crate::name::{IfName, Name};
 use crate::netns::Handle;
 use crate::state;
 
-/// The host's address on the outside network, as in the story.
+/// The host's address on the outside network.
 const HOST_V4: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 11);
 /// The same over IPv6.
 const HOST_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x10, 0, 0, 0, 0, 0, 0x11);
-/// The outside neighbour.
+/// The outside neighbour's address.
 const OUTSIDE_V4: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 12);
 /// The same over IPv6.
 const OUTSIDE_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x10, 0, 0, 0, 0, 0, 0x12);
-/// The container, the first one.
+/// The address of the first container.
 const WEB_V4: Ipv4Addr = Ipv4Addr::new(172, 17, 0, 2);
 
-/// Plays the story and writes what happens to `out`.
+/// Runs the demonstration and writes what happens to `out`.
 ///
 /// # Errors
-/// When a step fails or an answer is not the expected one. Everything is gone afterwards in any case.
+/// If a step fails or a response is not the expected one. Everything is cleaned up in any case.
 pub fn run(firewall: Option<Choice>, rproxy: Option<PathBuf>, out: &mut dyn Write) -> Result<(), Error> {
     if !nix::unistd::geteuid().is_root() {
         return Err(Error::NotRoot);
     }
     let options = Options { state_dir: state::DEFAULT_DIR.into(), dry_run: false, firewall, rproxy };
     let (lines, received) = mpsc::channel();
-    // A thread of its own: its namespaces are nobody else's, and are gone with it.
+    // A thread with namespaces of its own, which end with it.
     let thread = thread::Builder::new().name("demo".to_owned());
     let play = thread.spawn(move || Demo { options, kernel: Kernel::default(), lines }.play());
     let play = play.map_err(|error| Error::Demo(format!("cannot start a thread: {error}")))?;
-    // Whether or not anyone listens, the demo finishes, which cleans up.
+    // The demo continues even if nobody reads the output, so that it cleans up.
     let written = received.iter().try_for_each(|line| writeln!(out, "{line}"));
     drop(received);
     match play.join() {
@@ -69,14 +70,14 @@ impl Demo {
         own_namespaces().map_err(|error| Error::Demo(format!("cannot make namespaces: {error}")))?;
         let result = self.story();
         self.kernel.forget_signal();
-        // Also after a failure: a relay would go on running in namespaces that nobody can reach.
+        // Also after a failure, because otherwise a relay would keep running in unreachable namespaces.
         self.title("down: everything of ours goes, and the namespaces with it");
         let down = self.command("down", &Command::Down);
         result.and(down)
     }
 
     fn say(&self, line: impl Into<String>) {
-        // Nobody listening is nobody to tell.
+        // Write errors are ignored: there is nowhere to report them.
         drop(self.lines.send(line.into()));
     }
 
@@ -105,7 +106,7 @@ impl Demo {
         self.traffic(&web, &outside)
     }
 
-    /// Runs one of our own commands and shows what it says.
+    /// Runs one of our own commands and shows its output.
     fn command(&mut self, text: &str, command: &Command) -> Result<(), Error> {
         self.say(format!("$ netns-setup {text}"));
         let report = commands::run(command, &self.options, &mut self.kernel)?;
@@ -118,7 +119,7 @@ impl Demo {
         Ok(())
     }
 
-    /// Makes the outside neighbour.
+    /// Creates the outside neighbour.
     fn outside(&mut self) -> Result<Handle, Error> {
         let (uplink, lo, eth0): (IfName, _, _) = (parse("uplink0")?, IfName::loopback(), IfName::container());
         let netns = Path::new(NETNS_DIR).join("outside");
@@ -145,7 +146,7 @@ impl Demo {
             address(&there, &eth0, OUTSIDE_V4.into()),
             address(&there, &eth0, OUTSIDE_V6.into()),
             up(&there, &eth0),
-            // It knows the way to the containers, as an intruder would.
+            // It has a route to the containers, as an intruder would.
             Action::AddDefaultRoute { place: there, gateway: HOST_V4.into() },
         ];
         for action in &actions {
@@ -171,7 +172,7 @@ impl Demo {
         Ok(())
     }
 
-    /// Every way in, the way out, and the way that must be closed.
+    /// Every way in, the way out, and the way that must be blocked.
     fn traffic(&mut self, web: &Handle, outside: &Handle) -> Result<(), Error> {
         self.title("traffic");
         let at = |ip: IpAddr| SocketAddr::new(ip, 80);
@@ -187,7 +188,7 @@ impl Demo {
         self.go_on()
     }
 
-    /// Ends the play when a signal has come.
+    /// Ends the demonstration if a signal has arrived.
     fn go_on(&mut self) -> Result<(), Error> {
         self.kernel.interrupted().map_or(Ok(()), |signal| Err(Error::Interrupted(signal)))
     }
@@ -216,7 +217,7 @@ impl Demo {
     }
 }
 
-/// Returns the thread a network and a `/run` of its own.
+/// Gives the thread its own network namespace and `/run`.
 fn own_namespaces() -> io::Result<()> {
     unshare(CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWNS)?;
     let none = None::<&str>;
@@ -240,7 +241,7 @@ fn name(text: &str) -> Result<Name, Error> {
     parse(text)
 }
 
-/// Reads a value that this file itself spells out.
+/// Parses a value that is a literal in this file.
 fn parse<T: std::str::FromStr<Err: std::fmt::Display>>(text: &str) -> Result<T, Error> {
     text.parse().map_err(|error| Error::Demo(format!("{text}: {error}")))
 }

@@ -1,16 +1,16 @@
-//! Which firewall to use, and what the others hold that interferes.
+//! Selects a firewall, and detects rules of others that interfere.
 
 use super::iptables::SavedTables;
 use super::tool::{self, ToolError};
 use crate::action::Family;
 use crate::model::{Firewall, Network};
 
-/// What `--firewall` says.
+/// The value of `--firewall`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Choice {
-    /// Whatever fits the host.
+    /// Whichever fits the host.
     Auto,
-    /// One table of our own.
+    /// One separate table.
     Nft,
     /// Docker's chains.
     Iptables,
@@ -18,23 +18,23 @@ pub enum Choice {
     None,
 }
 
-/// Why no firewall can be used.
+/// Why no firewall is available.
 #[derive(Debug, thiserror::Error)]
 pub enum DetectError {
-    /// Neither program is there.
+    /// Neither program is installed.
     #[error(
         "neither nft nor iptables is installed: install one, or use --firewall none and close the containers yourself"
     )]
     Nothing,
-    /// The one asked for is missing or does not work.
+    /// The requested program is missing or does not work.
     #[error(transparent)]
     Tool(#[from] ToolError),
 }
 
-/// Turns the choice into a backend that works here.
+/// Selects a backend that works on this host.
 ///
 /// # Errors
-/// When the program asked for, or each of them, is missing.
+/// If the requested program, or each of them, is missing.
 pub fn choose(choice: Choice) -> Result<Firewall, DetectError> {
     match choice {
         Choice::None => Ok(Firewall::None),
@@ -44,8 +44,8 @@ pub fn choose(choice: Choice) -> Result<Firewall, DetectError> {
     }
 }
 
-/// A FORWARD policy of DROP holds whatever other tables accept, so there the accepting rules have to be in iptables,
-/// unless Docker is there, whose chains are not ours. Everywhere else nft is the better one.
+/// A FORWARD policy of DROP in iptables overrides other tables, so the accepting rules must be in iptables,
+/// unless Docker is running, which owns the chains. Everywhere else, nft is preferred.
 fn automatic() -> Result<Firewall, DetectError> {
     let iptables = saved(Family::V4).ok();
     let closed =
@@ -62,12 +62,12 @@ fn automatic() -> Result<Firewall, DetectError> {
 /// The tables of one family.
 ///
 /// # Errors
-/// When they cannot be listed.
+/// If they cannot be listed.
 pub fn saved(family: Family) -> Result<SavedTables, ToolError> {
     tool::run(family.save(), &[], "").map(|text| SavedTables::parse(&text))
 }
 
-/// What in the rules of others keeps the network from working.
+/// Describes rules of others that keep the network from working.
 #[must_use]
 pub fn interference(network: &Network) -> Vec<String> {
     match network.firewall {
@@ -81,7 +81,7 @@ fn from_iptables(network: &Network) -> Vec<String> {
     let families = [Some(Family::V4), network.subnet6.map(|_| Family::V6)];
     let mut found = Vec::new();
     for family in families.into_iter().flatten() {
-        // Without iptables there is nothing of iptables in the way.
+        // Without iptables, no rules of iptables interfere.
         let Ok(saved) = saved(family) else { continue };
         let tool = family.save().trim_end_matches("-save");
         if forward_drops(&saved) {
@@ -100,7 +100,7 @@ fn from_iptables(network: &Network) -> Vec<String> {
     found
 }
 
-/// Chains of other nft tables that drop what they do not know. The tables `filter` belong to iptables-nft itself.
+/// Chains of other nft tables with a policy of drop. The `filter` tables belong to iptables-nft itself.
 fn from_nft() -> Vec<String> {
     let Ok(listing) = tool::run("nft", &["list", "chains"], "") else {
         return Vec::new();

@@ -1,7 +1,8 @@
-//! The iptables backend: the rules that Docker writes, in the chains that Docker uses.
+//! The iptables backend, with the same rules and chains as Docker.
 //!
-//! A rule is kept in the form in which `iptables-save` prints it, so that what is there can be compared with what
-//! is wanted. A change is one `iptables-restore --noflush`, which the kernel takes or refuses table by table.
+//! Rules have the form in which `iptables-save` prints them, so that the existing ones can be compared with
+//! the wanted ones. A change is one `iptables-restore --noflush`, which the kernel applies atomically per
+//! table.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
@@ -15,8 +16,8 @@ const PUBLISHED: &str = "DOCKER";
 const DIRECT: &str = "DOCKER-DIRECT";
 const FORWARD: &str = "DOCKER-FORWARD";
 
-/// The tables in which rules are kept, in the order in which a script changes them: a container is closed
-/// before anything is translated to it.
+/// The tables with rules, in the order in which a script changes them: a container is closed before anything
+/// is translated to it.
 const TABLES: [&str; 3] = ["raw", "filter", "nat"];
 
 /// A chain as `iptables-save` lists it.
@@ -28,12 +29,12 @@ pub struct SavedChain {
     pub rules: Vec<String>,
 }
 
-/// What `iptables-save` lists: chains by table and name.
+/// The output of `iptables-save`: chains by table and name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct SavedTables(BTreeMap<String, BTreeMap<String, SavedChain>>);
 
 impl SavedTables {
-    /// Reads the output of `iptables-save`.
+    /// Parses the output of `iptables-save`.
     #[must_use]
     pub fn parse(text: &str) -> Self {
         let mut tables = Self::default();
@@ -67,11 +68,11 @@ impl SavedTables {
     }
 }
 
-/// A rule of ours in a built-in chain.
+/// A rule in a built-in chain.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct BuiltinRule {
     chain: &'static str,
-    /// Whether it has to come before everybody else's.
+    /// Whether it must precede all other rules.
     first: bool,
     rule: String,
 }
@@ -101,7 +102,7 @@ impl TableRules {
 pub struct Ruleset(BTreeMap<&'static str, TableRules>);
 
 impl Ruleset {
-    /// The chains of our own, with their tables.
+    /// This program's chains, with their tables.
     pub fn chains(&self) -> impl Iterator<Item = (&'static str, &'static str)> {
         self.0.iter().flat_map(|(table, rules)| rules.chains.keys().map(move |chain| (*table, *chain)))
     }
@@ -126,7 +127,7 @@ pub fn render(topology: &Topology, family: Family) -> Ruleset {
     ]))
 }
 
-/// Before connection tracking: nothing reaches a container or a loopback port by being routed straight to it.
+/// Precedes connection tracking: no packet may reach a container or a loopback port by direct routing.
 fn raw(network: &Network, topology: &Topology, family: Family, ports: &[Translation]) -> TableRules {
     let bridge = &network.bridge;
     let mut table = TableRules::default();
@@ -166,7 +167,7 @@ fn filter(network: &Network, ports: &[Translation]) -> TableRules {
     ];
     TableRules {
         chains: BTreeMap::from([(PUBLISHED, accept.chain([drop]).collect()), (FORWARD, forward)]),
-        // Before a firewall's own final DROP or REJECT, which would close what is published.
+        // Precedes a firewall's own final DROP or REJECT, which would block published ports.
         builtin: vec![BuiltinRule { chain: "FORWARD", first: true, rule: format!("-j {FORWARD}") }],
     }
 }
@@ -187,7 +188,7 @@ fn nat(network: &Network, subnet: Cidr, loopback: &str, ports: &[Translation]) -
         nat_direct(&mut table, network, subnet, loopback);
         table.chains.insert(DIRECT, direct.into_iter().map(|port| dnat(port, "")).collect());
     }
-    // S11's rule for a container that reaches itself through a host port.
+    // For a container that reaches itself through a host port.
     let mut seen = BTreeSet::new();
     for Translation { container, proto, container_port, .. } in ports {
         if seen.insert((container, proto, container_port)) {
@@ -200,7 +201,7 @@ fn nat(network: &Network, subnet: Cidr, loopback: &str, ports: &[Translation]) -
     table
 }
 
-/// What it takes to serve loopback and containers without a relay.
+/// The rules for serving loopback and containers without a relay.
 fn nat_direct(table: &mut TableRules, network: &Network, subnet: Cidr, loopback: &str) {
     let bridge = &network.bridge;
     let local = format!("-m addrtype --dst-type LOCAL -j {DIRECT}");
@@ -228,18 +229,18 @@ fn host(ip: IpAddr) -> Cidr {
     Cidr { ip, prefix: if ip.is_ipv4() { 32 } else { 128 } }
 }
 
-/// The script that turns what is there into what is wanted, and the script that turns it back.
+/// The script that changes the existing rules to the wanted ones, and the script that reverts it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Transition {
-    /// There.
+    /// The change.
     pub script: String,
-    /// And back.
+    /// The reversal.
     pub undo: String,
 }
 
-/// Compares `saved` with `wanted` and says what it takes; `None` when nothing differs.
+/// Compares `saved` with `wanted`; returns the change, or `None` if nothing differs.
 ///
-/// Only rules of `owned` and `wanted` are looked at, and only chains of ours are emptied.
+/// Only rules of `owned` and `wanted` are considered, and only this program's chains are emptied.
 #[must_use]
 pub fn transition(saved: &SavedTables, owned: &Ruleset, wanted: &Ruleset) -> Option<Transition> {
     let (mut script, mut undo) = (String::new(), String::new());
@@ -257,11 +258,11 @@ pub fn transition(saved: &SavedTables, owned: &Ruleset, wanted: &Ruleset) -> Opt
     (!script.is_empty()).then_some(Transition { script, undo })
 }
 
-/// The lines of one table, in the order in which they must come.
+/// The lines of one table, in the required order.
 #[derive(Default)]
 struct Lines(Vec<(Rank, String)>);
 
-/// A chain is declared before a rule leads to it, and removed after the last one that did.
+/// A chain is declared before the first rule that jumps to it, and deleted after the last one is removed.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Rank {
     Declare,
@@ -276,13 +277,13 @@ impl Lines {
         self.0.push((rank, line));
     }
 
-    /// Makes `rules` the only content of one of our chains, or removes the chain.
+    /// Replaces the content of one of this program's chains with `rules`, or deletes the chain.
     fn chain(&mut self, name: &str, rules: Option<&[String]>) {
         let Some(rules) = rules else {
             self.push(Rank::Flush, format!("-F {name}"));
             return self.push(Rank::Remove, format!("-X {name}"));
         };
-        // With --noflush, declaring a chain that exists empties it.
+        // With --noflush, declaring an existing chain empties it.
         self.push(Rank::Declare, format!(":{name} - [0:0]"));
         for rule in rules {
             self.push(Rank::Fill, format!("-A {name} {rule}"));
@@ -346,7 +347,7 @@ fn builtin_lines(
             gone.insert((rule.chain, position), rule);
         }
     }
-    // In the order of their positions each one finds the rules before it in place already.
+    // In the order of their positions, so that each one is inserted after those before it.
     for ((chain, position), rule) in gone {
         back.push(Rank::Fill, format!("-I {chain} {position} {}", rule.rule));
     }
@@ -361,7 +362,7 @@ mod tests {
         transition(&SavedTables::default(), &Ruleset::default(), &render(topology, family)).unwrap()
     }
 
-    /// What `iptables-save` would list after a script that only adds.
+    /// The output of `iptables-save` after a script that only adds rules.
     fn saved_after(script: &str) -> SavedTables {
         SavedTables::parse(&script.replace("-I FORWARD", "-A FORWARD"))
     }

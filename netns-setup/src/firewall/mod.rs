@@ -1,4 +1,4 @@
-//! The rules that keep containers closed, except where a port is published.
+//! The rules that keep containers closed except for published ports.
 
 pub mod detect;
 pub mod iptables;
@@ -10,20 +10,20 @@ use std::net::IpAddr;
 use crate::model::{Endpoint, Mapping, Network, Topology, Via};
 use crate::publish::{HostIp, Proto};
 
-/// A published port as the rules of one address family see it.
+/// A published port, for the rules of one address family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Translation {
     pub(crate) proto: Proto,
-    /// The address of the host; `None` means every local one.
+    /// The address of the host; `None` for all local ones.
     pub(crate) host: Option<IpAddr>,
     pub(crate) host_port: u16,
     pub(crate) container: IpAddr,
     pub(crate) container_port: u16,
-    /// Whether the kernel serves loopback and containers too, because no relay does.
+    /// Whether the kernel also serves loopback and containers, because there is no relay.
     pub(crate) direct: bool,
 }
 
-/// What the kernel is to translate, for one address family.
+/// The ports that the kernel translates, for one address family.
 pub(crate) fn translations(network: &Network, topology: &Topology, ipv6: bool) -> Vec<Translation> {
     topology
         .mappings()
@@ -43,7 +43,7 @@ fn translation(network: &Network, endpoint: &Endpoint, mapping: &Mapping, ipv6: 
         HostIp::Ip(ip) => Some(ip),
     };
     let direct = mapping.via == Via::Dnat;
-    // Loopback belongs to the relay where there is one; packets for ::1 cannot leave the loopback interface at all.
+    // If there is a relay, it serves loopback. Packets for ::1 can never leave the loopback interface.
     let for_relay = host.is_some_and(|ip| ip.is_loopback() && (!direct || ipv6));
     (!for_relay).then_some(Translation {
         proto: mapping.proto,
@@ -55,7 +55,7 @@ fn translation(network: &Network, endpoint: &Endpoint, mapping: &Mapping, ipv6: 
     })
 }
 
-/// Ports published on an IPv4 loopback address: packets from elsewhere that claim to be for it are dropped.
+/// Ports published on an IPv4 loopback address; packets to them from other hosts are dropped.
 pub(crate) fn loopback_ports(topology: &Topology) -> Vec<(IpAddr, Proto, u16)> {
     let ports = topology.mappings().filter_map(|(_, _, mapping)| match mapping.host {
         HostIp::Ip(ip @ IpAddr::V4(v4)) if v4.is_loopback() => Some((ip, mapping.proto, mapping.host_port)),
@@ -64,7 +64,7 @@ pub(crate) fn loopback_ports(topology: &Topology) -> Vec<(IpAddr, Proto, u16)> {
     ports.collect()
 }
 
-/// Whether the kernel is to carry loopback connections into the bridge.
+/// Whether the kernel routes loopback connections to the bridge.
 #[must_use]
 pub fn needs_route_localnet(topology: &Topology) -> bool {
     topology.mappings().any(|(_, _, mapping)| mapping.via == Via::Dnat)

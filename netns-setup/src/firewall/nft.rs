@@ -1,7 +1,8 @@
-//! The nftables backend: one table of our own, loaded as one transaction.
+//! The nftables backend: one separate table, loaded as one transaction.
 //!
-//! Published ports are elements of maps, so the number of rules a packet meets does not depend on how many there
-//! are. Each change replaces the whole table: what is in place never depends on what was there before.
+//! Published ports are map elements, so the number of rules that a packet traverses does not depend on the
+//! number of ports. Each change replaces the whole table, so the result never depends on its previous
+//! content.
 
 use std::fmt::Write;
 
@@ -9,16 +10,16 @@ use super::{Translation, loopback_ports, translations};
 use crate::addr::Cidr;
 use crate::model::{Network, Topology};
 
-/// The table of a network. It is named after the bridge, so that two networks do not meet.
+/// The table of a network, named after the bridge, so that networks have separate tables.
 #[must_use]
 pub fn table_name(network: &Network) -> String {
     format!("netns-setup-{}", network.bridge)
 }
 
-/// The script that makes `body` the table's only content, or removes the table when there is none.
+/// The script that replaces the table's content with `body`, or deletes the table if there is none.
 #[must_use]
 pub fn replace(table: &str, body: Option<&str>) -> String {
-    // Adding first makes the deletion succeed when there is no such table; all of it is one transaction.
+    // Adding it first makes the deletion succeed if there is no such table; it is all one transaction.
     let body = body.unwrap_or_default();
     format!("add table inet {table}\ndelete table inet {table}\n{body}")
 }
@@ -45,7 +46,7 @@ pub fn render(topology: &Topology) -> Option<String> {
     Some(text)
 }
 
-/// What differs between IPv4 and IPv6.
+/// The differences between IPv4 and IPv6.
 struct Family {
     /// `ip` or `ip6`, as in `ip daddr`.
     ip: &'static str,
@@ -57,7 +58,7 @@ struct Family {
     subnet: Cidr,
     gateway: std::net::IpAddr,
     translations: Vec<Translation>,
-    /// Only IPv4 has addresses that a packet from outside could still claim.
+    /// Loopback addresses that a packet from outside could still have, which only IPv4 has.
     loopback_ports: Option<Vec<String>>,
 }
 
@@ -139,7 +140,7 @@ fn write_set(text: &mut String, kind: &str, name: &str, key: &str, mut elements:
     text.push_str("\t}\n");
 }
 
-/// Before connection tracking: nothing reaches a container or a loopback port by being routed straight to it.
+/// Precedes connection tracking: no packet may reach a container or a loopback port by direct routing.
 fn raw(families: &[Family], bridge: &str) -> String {
     let mut rules = Vec::new();
     for Family { ip, subnet, gateway, digit, loopback, loopback_ports, .. } in families {
@@ -171,7 +172,7 @@ fn to_containers(families: &[Family], bridge: &str) -> String {
     chain("to-containers", None, &rules)
 }
 
-/// From a container to a published port: the relay's, unless the mapping has none.
+/// From a container to a published port: served by the relay, if the mapping has one.
 fn nat_prerouting(_families: &[Family], bridge: &str) -> String {
     let rules = [
         "fib daddr type local jump direct".to_owned(),
@@ -180,11 +181,11 @@ fn nat_prerouting(_families: &[Family], bridge: &str) -> String {
     chain("nat-prerouting", Some("type nat hook prerouting priority dstnat; policy accept;"), &rules)
 }
 
-/// From the host itself: loopback is the relay's, unless the mapping has none.
+/// From the host itself: loopback is served by the relay, if the mapping has one.
 fn nat_output(families: &[Family], _bridge: &str) -> String {
     let mut rules = Vec::new();
     for Family { ip, digit, loopback, .. } in families {
-        // IPv6 knows no way for ::1 to leave the loopback interface.
+        // In IPv6, packets for ::1 cannot leave the loopback interface.
         let direct = if *digit == '6' {
             format!("{ip} daddr != {loopback}")
         } else {
@@ -193,7 +194,7 @@ fn nat_output(families: &[Family], _bridge: &str) -> String {
         rules.push(format!("{direct} fib daddr type local jump direct"));
         rules.push(format!("{ip} daddr != {loopback} fib daddr type local jump published"));
     }
-    // nft 1.0.6 takes the name `dstnat` in prerouting only; -100 is its value.
+    // nft 1.0.6 accepts the name `dstnat` in prerouting only; -100 is its value.
     chain("nat-output", Some("type nat hook output priority -100; policy accept;"), &rules)
 }
 
@@ -206,7 +207,7 @@ fn translate(families: &[Family], name: &str, map: &str) -> String {
     chain(name, None, &rules)
 }
 
-/// A container that reaches another through a host port has to see the answers come from the host.
+/// A container that reaches another one through a host port must get the replies from the host.
 fn postrouting(families: &[Family], bridge: &str) -> String {
     let mut rules = Vec::new();
     for Family { ip, subnet, digit, loopback, .. } in families {
@@ -228,7 +229,7 @@ fn chain(name: &str, hook: Option<&str>, rules: &[String]) -> String {
     text
 }
 
-/// A listing in a form that does not depend on the order in which the kernel keeps elements.
+/// Normalises a listing, because the kernel does not keep elements in order.
 #[must_use]
 pub fn normalise(listing: &str) -> String {
     let mut text = String::new();

@@ -1,11 +1,11 @@
-//! Running the programs that own the rules.
+//! Runs the programs that manage rules.
 
 use std::io::{self, Write};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
 
-/// Why a program did not do what was asked.
+/// Why a program failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ToolError {
     /// There is no such program.
@@ -19,31 +19,31 @@ pub enum ToolError {
         /// Why.
         source: io::Error,
     },
-    /// It refused.
+    /// It exited with a failure.
     #[error("{program} failed ({status}): {message}")]
     Failed {
         /// The program.
         program: &'static str,
         /// How it ended.
         status: ExitStatus,
-        /// What it said.
+        /// Its output on standard error.
         message: String,
     },
 }
 
-/// Where `program` is found.
+/// Finds the path of `program`.
 #[must_use]
 pub fn find(program: &str) -> Option<PathBuf> {
-    // Users' PATH often lacks the directories where these programs are.
+    // Users' PATH often lacks the directories of these programs.
     let path = std::env::var_os("PATH").unwrap_or_default();
     let usual = ["/usr/sbin", "/sbin"].map(PathBuf::from);
     std::env::split_paths(&path).chain(usual).map(|dir| dir.join(program)).find(|file| file.is_file())
 }
 
-/// Runs `program` with `input` and returns what it printed.
+/// Runs `program` with `input` and returns its output.
 ///
 /// # Errors
-/// When it is missing, cannot be run, or exits with a failure.
+/// If it is missing, cannot be run, or exits with a failure.
 pub fn run(program: &'static str, args: &[&str], input: &str) -> Result<String, ToolError> {
     let file = find(program).ok_or(ToolError::Missing(program))?;
     let failed = |source| ToolError::Run { program, source };
@@ -52,13 +52,13 @@ pub fn run(program: &'static str, args: &[&str], input: &str) -> Result<String, 
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
-        // A signal from the terminal is meant for this program, which lets the step finish.
+        // The terminal's signals are meant for this program, which lets the current step finish.
         .process_group(0)
         .spawn()
         .map_err(failed)?;
     if let Some(mut stdin) = child.stdin.take() {
         match stdin.write_all(input.as_bytes()) {
-            // It has seen enough to refuse; its status and words say why.
+            // It has refused the input before reading all of it; its status and message say why.
             Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
             other => other.map_err(failed)?,
         }

@@ -9,10 +9,10 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use super::{Client, NetlinkError, link};
 use crate::addr::Cidr;
 
-/// Lists the addresses with the index of their interface.
+/// Lists the addresses with the indices of their interfaces.
 ///
 /// # Errors
-/// When the kernel refuses.
+/// If the kernel refuses.
 pub fn list(client: &mut Client) -> Result<Vec<(u32, Cidr)>, NetlinkError> {
     let messages = client.dump(&RouteNetlinkMessage::GetAddress(AddressMessage::default()))?;
     let addresses = messages.into_iter().filter_map(|message| match message {
@@ -23,7 +23,8 @@ pub fn list(client: &mut Client) -> Result<Vec<(u32, Cidr)>, NetlinkError> {
 }
 
 pub(super) fn read(message: &AddressMessage) -> Option<(u32, Cidr)> {
-    // IFA_LOCAL is the interface's own address where there is one; IFA_ADDRESS is the peer's on a point-to-point link.
+    // IFA_LOCAL is the interface's own address, if present; IFA_ADDRESS is the peer's on a point-to-point
+    // link.
     let local = message.attributes.iter().find_map(|attribute| match attribute {
         AddressAttribute::Local(ip) => Some(*ip),
         _ => None,
@@ -36,10 +37,10 @@ pub(super) fn read(message: &AddressMessage) -> Option<(u32, Cidr)> {
     Some((message.header.index, Cidr { ip, prefix: message.header.prefix_len }))
 }
 
-/// Returns an interface an address.
+/// Adds an address to an interface.
 ///
 /// # Errors
-/// When the kernel refuses.
+/// If the kernel refuses.
 pub fn add(client: &mut Client, name: &str, address: Cidr) -> Result<(), NetlinkError> {
     let mut message = message(client, name, address)?;
     match address.ip {
@@ -52,10 +53,10 @@ pub fn add(client: &mut Client, name: &str, address: Cidr) -> Result<(), Netlink
     client.change(RouteNetlinkMessage::NewAddress(message), NLM_F_CREATE | NLM_F_EXCL)
 }
 
-/// Takes an address away.
+/// Removes an address.
 ///
 /// # Errors
-/// When the kernel refuses.
+/// If the kernel refuses.
 pub fn delete(client: &mut Client, name: &str, address: Cidr) -> Result<(), NetlinkError> {
     let message = message(client, name, address)?;
     client.change(RouteNetlinkMessage::DelAddress(message), 0)

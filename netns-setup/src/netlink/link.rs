@@ -20,7 +20,7 @@ use crate::observed::Link;
 /// Lists the interfaces.
 ///
 /// # Errors
-/// When the kernel refuses.
+/// If the kernel refuses.
 pub fn list(client: &mut Client) -> Result<Vec<Link>, NetlinkError> {
     let messages = client.dump(&RouteNetlinkMessage::GetLink(LinkMessage::default()))?;
     let links = messages.into_iter().filter_map(|message| match message {
@@ -69,7 +69,7 @@ fn read_info(link: &mut Link, infos: Vec<LinkInfo>) {
 /// The index of an interface.
 ///
 /// # Errors
-/// When there is none of that name.
+/// If there is none of that name.
 pub fn index(client: &mut Client, name: &str) -> Result<u32, NetlinkError> {
     get(client, name).map(|link| link.index)
 }
@@ -84,10 +84,10 @@ fn get(client: &mut Client, name: &str) -> Result<Link, NetlinkError> {
     }
 }
 
-/// Makes a bridge without spanning tree.
+/// Creates a bridge without spanning tree.
 ///
 /// # Errors
-/// When the kernel refuses, for one when the name is taken.
+/// If the kernel refuses, for example because the name is taken.
 pub fn add_bridge(client: &mut Client, name: &IfName, mac: Mac, mtu: u32) -> Result<(), NetlinkError> {
     let mut message = LinkMessage::default();
     message.attributes = vec![
@@ -102,10 +102,10 @@ pub fn add_bridge(client: &mut Client, name: &IfName, mac: Mac, mtu: u32) -> Res
     client.change(RouteNetlinkMessage::NewLink(message), NLM_F_CREATE | NLM_F_EXCL)
 }
 
-/// Makes a veth pair whose container end begins its life in `netns`.
+/// Creates a veth pair, with the container's end directly in `netns`.
 ///
 /// # Errors
-/// When the kernel refuses, for one when either name is taken.
+/// If the kernel refuses, for example because either name is taken.
 pub fn add_veth(client: &mut Client, pair: &VethPair, netns: BorrowedFd<'_>) -> Result<(), NetlinkError> {
     let mut peer = LinkMessage::default();
     peer.attributes = vec![
@@ -127,10 +127,10 @@ pub fn add_veth(client: &mut Client, pair: &VethPair, netns: BorrowedFd<'_>) -> 
     client.change(RouteNetlinkMessage::NewLink(message), NLM_F_CREATE | NLM_F_EXCL)
 }
 
-/// Removes an interface.
+/// Deletes an interface.
 ///
 /// # Errors
-/// When the kernel refuses.
+/// If the kernel refuses.
 pub fn delete(client: &mut Client, name: &IfName) -> Result<(), NetlinkError> {
     let mut message = LinkMessage::default();
     message.attributes.push(LinkAttribute::IfName(name.to_string()));
@@ -140,7 +140,7 @@ pub fn delete(client: &mut Client, name: &IfName) -> Result<(), NetlinkError> {
 /// Changes a property of an interface.
 ///
 /// # Errors
-/// When the kernel refuses.
+/// If the kernel refuses.
 pub fn set(client: &mut Client, name: &str, change: &LinkChange) -> Result<(), NetlinkError> {
     let mut message = LinkMessage::default();
     message.attributes.push(LinkAttribute::IfName(name.to_owned()));
@@ -165,13 +165,13 @@ pub fn set(client: &mut Client, name: &str, change: &LinkChange) -> Result<(), N
     }
     message.header.interface_family = AddressFamily::Unspec;
     match change {
-        // What belongs to a kind of link is changed by a new link of the same name only.
+        // Properties of a link's kind can only be changed with RTM_NEWLINK for the same name.
         LinkChange::Hairpin(_) => client.change(RouteNetlinkMessage::NewLink(message), 0),
         _ => client.change(RouteNetlinkMessage::SetLink(message), 0),
     }
 }
 
-/// Sets the sizes as far as this device goes: what it cannot do it is not asked for, because a packet size is an
+/// Sets the sizes within the device's limits. Larger ones are not requested, because packet sizes are an
 /// optimisation that nothing depends on.
 fn set_offload(client: &mut Client, name: &str, wanted: OffloadSizes) -> Result<(), NetlinkError> {
     let link = get(client, name)?;
@@ -181,7 +181,8 @@ fn set_offload(client: &mut Client, name: &str, wanted: OffloadSizes) -> Result<
     };
     let mut message = LinkMessage::default();
     message.attributes.push(LinkAttribute::IfName(name.to_owned()));
-    // The kernel drags the IPv4 size along with the other one while it is small, so the IPv4 one comes last.
+    // The kernel also changes the IPv4 size with the other one while that is small, so the IPv4 size is set
+    // last.
     message.attributes.extend(within(wanted.gso, link.offload.gso).map(LinkAttribute::GsoMaxSize));
     message
         .attributes

@@ -1,4 +1,4 @@
-//! A small synchronous netlink client: a request and its answer at a time.
+//! A minimal synchronous netlink client: one request and its response at a time.
 
 pub mod address;
 pub mod link;
@@ -13,22 +13,22 @@ use netlink_packet_core::{
 use netlink_sys::{Socket, SocketAddr};
 use rproxy_sys::netlink::messages;
 
-/// A table that keeps changing while it is read is read this many times before giving up.
+/// The maximum number of attempts to read a table that changes meanwhile.
 const DUMP_ATTEMPTS: usize = 10;
 
-/// Why the kernel gave no answer, or a bad one.
+/// A netlink error.
 #[derive(Debug, thiserror::Error)]
 pub enum NetlinkError {
-    /// No socket could be had, or it failed.
+    /// The socket could not be opened, or failed.
     #[error("netlink socket: {0}")]
     Socket(#[source] io::Error),
     /// The kernel refused the request.
     #[error("{0}")]
     Refused(#[source] io::Error),
-    /// The answer could not be read.
+    /// The response could not be parsed.
     #[error("cannot read the kernel's answer: {0}")]
     Decode(String),
-    /// The table changed each time that it was read.
+    /// The table changed during each attempt to read it.
     #[error("the kernel's tables change faster than they can be read: try again")]
     Unsettled,
     /// There is no such interface.
@@ -50,7 +50,7 @@ impl From<DecodeError> for NetlinkError {
     }
 }
 
-/// A connection to the kernel in the network namespace of the thread that opened it.
+/// A netlink socket in the network namespace of the thread that opened it.
 #[derive(Debug)]
 pub struct Client {
     socket: Socket,
@@ -61,7 +61,7 @@ impl Client {
     /// Opens a connection for `protocol`, such as `NETLINK_ROUTE`.
     ///
     /// # Errors
-    /// When the kernel has no such protocol.
+    /// If the kernel lacks the protocol.
     pub fn open(protocol: isize) -> Result<Self, NetlinkError> {
         let mut socket = Socket::new(protocol).map_err(NetlinkError::Socket)?;
         socket.bind_auto().map_err(NetlinkError::Socket)?;
@@ -69,10 +69,10 @@ impl Client {
         Ok(Self { socket, sequence: 0 })
     }
 
-    /// Asks for a change and waits until it is made.
+    /// Requests a change and waits until it is made.
     ///
     /// # Errors
-    /// When the kernel refuses it.
+    /// If the kernel refuses.
     pub fn change<M>(&mut self, message: M, flags: u16) -> Result<(), NetlinkError>
     where
         M: NetlinkSerializable + NetlinkDeserializable,
@@ -93,7 +93,7 @@ impl Client {
     /// Reads one object.
     ///
     /// # Errors
-    /// When the kernel refuses, for one because there is no such object.
+    /// If the kernel refuses, for example because there is no such object.
     pub fn get<M>(&mut self, message: M) -> Result<M, NetlinkError>
     where
         M: NetlinkSerializable + NetlinkDeserializable,
@@ -115,7 +115,7 @@ impl Client {
     /// Reads a whole table.
     ///
     /// # Errors
-    /// When the kernel refuses, or the table never stays the same while it is read.
+    /// If the kernel refuses, or the table changes during each attempt.
     pub fn dump<M>(&mut self, message: &M) -> Result<Vec<M>, NetlinkError>
     where
         M: NetlinkSerializable + NetlinkDeserializable + Clone,
@@ -171,7 +171,7 @@ impl Client {
         self.socket.send(&buffer, 0).map(drop).map_err(NetlinkError::Socket)
     }
 
-    /// Hands each answer to the last request to `each` until that returns false.
+    /// Calls `each` with each response to the last request until it returns false.
     fn receive<M: NetlinkDeserializable>(
         &self,
         mut each: impl FnMut(NetlinkPayload<M>, &NetlinkHeader) -> bool,
@@ -197,7 +197,7 @@ mod tests {
 
     use super::*;
 
-    /// Answers of the kernel about a namespace with a bridge, a veth pair and routes, and a refusal.
+    /// Responses of the kernel about a namespace with a bridge, a veth pair and routes, and an error.
     const ANSWERS: [&[u8]; 5] = [
         include_bytes!("../../testdata/netlink/links.bin"),
         include_bytes!("../../testdata/netlink/addresses.bin"),
@@ -206,7 +206,7 @@ mod tests {
         include_bytes!("../../testdata/netlink/refusal.bin"),
     ];
 
-    /// Reads a datagram as the commands do, and writes down what was found.
+    /// Parses a datagram like the commands do, and records the result.
     fn found(datagram: &[u8]) -> Vec<String> {
         let read = |message: Result<NetlinkMessage<_>, _>| match message?.payload {
             NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(message)) => {

@@ -13,10 +13,10 @@ use crate::addr::Cidr;
 use crate::name::CONTAINER_INTERFACE;
 use crate::observed::Route;
 
-/// Lists the unicast routes of the main table, both families.
+/// Lists the unicast routes of the main table, for both families.
 ///
 /// # Errors
-/// When the kernel refuses.
+/// If the kernel refuses.
 pub fn list(client: &mut Client) -> Result<Vec<Route>, NetlinkError> {
     let mut routes = Vec::new();
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
@@ -61,16 +61,16 @@ fn ip(address: &RouteAddress) -> Option<IpAddr> {
 /// Adds the default route of a container.
 ///
 /// # Errors
-/// When the kernel refuses.
+/// If the kernel refuses.
 pub fn add_default(client: &mut Client, gateway: IpAddr) -> Result<(), NetlinkError> {
     let message = default_route(client, gateway)?;
     client.change(RouteNetlinkMessage::NewRoute(message), NLM_F_CREATE | NLM_F_EXCL)
 }
 
-/// Removes it.
+/// Removes the default route of a container.
 ///
 /// # Errors
-/// When the kernel refuses.
+/// If the kernel refuses.
 pub fn delete_default(client: &mut Client, gateway: IpAddr) -> Result<(), NetlinkError> {
     let message = default_route(client, gateway)?;
     client.change(RouteNetlinkMessage::DelRoute(message), 0)

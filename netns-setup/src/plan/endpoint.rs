@@ -9,10 +9,11 @@ use crate::name::CONTAINER_INTERFACE;
 use crate::name::{IfName, Name};
 use crate::observed::Side;
 
-/// The largest IPv6 packet, in bytes, that needs no jumbo payload option (GSO_LEGACY_MAX_SIZE of linux/netdevice.h).
+/// The largest IPv6 packet, in bytes, without a jumbo payload option (GSO_LEGACY_MAX_SIZE of
+/// linux/netdevice.h).
 const LARGEST_FORWARDED_IPV6: u32 = 65_536;
 
-/// Removes the veth pairs of containers that are no longer wanted.
+/// Deletes the veth pairs of containers that are no longer wanted.
 pub(super) fn remove(inputs: Inputs<'_>, plan: &mut Plan) {
     for (name, endpoint) in unwanted(inputs) {
         let host_end = endpoint.id.veth();
@@ -21,7 +22,7 @@ pub(super) fn remove(inputs: Inputs<'_>, plan: &mut Plan) {
         }
         let side = inputs.observed.containers.get(name).and_then(Option::as_ref);
         let again: Vec<Action> = match (&inputs.owned.network, side) {
-            // A namespace that is gone took its end of the pair along: there is nothing to come back to.
+            // If the namespace is gone, so is its end of the pair, and the deletion cannot be undone.
             (Some(network), Some(_)) => {
                 let steps = connect(inputs, network, endpoint).steps.into_iter().map(|step| step.action);
                 steps.chain(network::restored_offload(network, inputs.observed)).collect()
@@ -32,7 +33,7 @@ pub(super) fn remove(inputs: Inputs<'_>, plan: &mut Plan) {
     }
 }
 
-/// Removes the namespaces that were made for such containers.
+/// Deletes the namespaces that were created for such containers.
 pub(super) fn remove_namespaces(inputs: Inputs<'_>, plan: &mut Plan) {
     for (name, endpoint) in unwanted(inputs) {
         if endpoint.netns.is_ours() && inputs.observed.namespace_files.contains(name) {
@@ -50,7 +51,7 @@ fn unwanted(inputs: Inputs<'_>) -> impl Iterator<Item = (&Name, &Endpoint)> {
         .filter(move |(name, _)| inputs.scope.contains(name) && !inputs.desired.endpoints.contains_key(*name))
 }
 
-/// Makes the wanted containers' connections, or mends them.
+/// Creates or repairs the connections of the wanted containers.
 pub(super) fn build(inputs: Inputs<'_>, plan: &mut Plan) -> Result<(), PlanError> {
     let Some(network) = &inputs.desired.network else {
         return Ok(());
@@ -100,7 +101,7 @@ fn build_one(
     Ok(())
 }
 
-/// The namespace is not there: ours is made, one that was given cannot be.
+/// The namespace is missing: one of ours is created; one that the user passed cannot be.
 fn start_over(
     inputs: Inputs<'_>,
     network: &Network,
@@ -144,7 +145,7 @@ fn mend_loopback(endpoint: &Endpoint, side: &Side, plan: &mut Plan) {
     }
 }
 
-/// The steps from nothing to a connected container, in a namespace that is there.
+/// The steps from nothing to a connected container, in an existing namespace.
 fn connect(inputs: Inputs<'_>, network: &Network, endpoint: &Endpoint) -> Plan {
     let mut plan = Plan::default();
     let (host_end, inside, eth0) = (endpoint.id.veth(), place(endpoint), IfName::container());
@@ -170,9 +171,10 @@ fn connect(inputs: Inputs<'_>, network: &Network, endpoint: &Endpoint) -> Plan {
 
 /// Raises the packet sizes of both ends of a pair, except for IPv6 out of the container.
 ///
-/// An IPv6 packet of more than 64 KiB has a jumbo payload option (RFC 2675). The host does not forward one that has to be
-/// cut to the MTU, counts it in `Ip6FragFails`, and TCP has to find its way by retransmission. What comes from a
-/// container may have to be forwarded; IPv4 has no such option and gets through.
+/// An IPv6 packet of more than 64 KiB has a jumbo payload option (RFC 2675). The host does not forward one
+/// that has to be segmented to the MTU, but counts it in `Ip6FragFails`, and TCP recovers only by
+/// retransmission. Packets from a container may have to be forwarded. IPv4 has no such option and is not
+/// affected.
 fn enlarge_packets(
     inputs: Inputs<'_>,
     network: &Network,
@@ -213,7 +215,7 @@ fn mend(inputs: Inputs<'_>, network: &Network, endpoint: &Endpoint, side: &Side,
     let outer = LinkWish { place: NetnsRef::Host, name: &host_end, is: host_link };
     let inner = LinkWish { place: inside.clone(), name: &eth0, is: link };
     let bridge = host.link(network.bridge.as_str()).map(|link| link.index);
-    // A port of a bridge that is made anew has to join that one too.
+    // A port of a bridge that is created again has to join it, too.
     let joined = |master: Option<u32>| bridge.is_some() && master == bridge;
     let left = |link: &crate::observed::Link| (!joined(link.master)).then_some(LinkChange::Master(None));
     outer.change(plan, left, LinkChange::Master(Some(network.bridge.clone())));
@@ -239,7 +241,7 @@ fn mend_inside(network: &Network, endpoint: &Endpoint, side: &Side, inner: &Link
             plan.push(Step::new(add, [delete]));
         }
     }
-    // Taking an interface down takes its routes away, so one that is brought up again lacks them.
+    // Setting an interface down removes its routes, so they have to be added again.
     for gateway in network.gateways() {
         if !side.has_default_route(gateway) {
             let back = inner.is.filter(|link| link.up || gateway.is_ipv4());
@@ -249,7 +251,7 @@ fn mend_inside(network: &Network, endpoint: &Endpoint, side: &Side, inner: &Link
     }
 }
 
-/// The container's address that a relay on a socket of the host connects to.
+/// The container's address that a relay on a host socket connects to.
 pub(crate) fn relay_target(network: &Network, endpoint: &Endpoint, host: crate::publish::HostIp) -> IpAddr {
     let v6_only = matches!(host, crate::publish::HostIp::Ip(ip) if ip.is_ipv6());
     match endpoint.ip6(network) {

@@ -1,4 +1,4 @@
-//! From what is wanted and what is there to an ordered list of steps. Nothing here touches the system.
+//! Plans the ordered steps from the observed to the wanted state, without touching the system.
 
 mod endpoint;
 mod network;
@@ -17,12 +17,12 @@ use crate::model::Topology;
 use crate::name::{IfName, Name};
 use crate::observed::{Link, Observed};
 
-/// An action, and the actions that take it back.
+/// An action and its undo actions.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Step {
-    /// What is done.
+    /// The action.
     pub action: Action,
-    /// What undoes it, in this order; nothing when undoing an earlier step does.
+    /// What undoes it, in this order; empty if undoing an earlier step does.
     pub undo: Vec<Action>,
 }
 
@@ -31,7 +31,7 @@ impl Step {
         Self { action, undo: undo.into_iter().collect() }
     }
 
-    /// A step on something that an earlier step made, and that vanishes with it.
+    /// A step on something that an earlier step created, and that disappears with it.
     fn on_fresh(action: Action) -> Self {
         Self::new(action, [])
     }
@@ -43,24 +43,24 @@ impl fmt::Display for Step {
     }
 }
 
-/// What has to be done, in order.
+/// The steps to take, in order.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Plan {
     /// The steps.
     pub steps: Vec<Step>,
-    /// What no step can mend.
+    /// What no step can repair.
     pub problems: Vec<String>,
 }
 
-/// Why there is no plan.
+/// Why planning failed.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum PlanError {
-    /// The bridge's name belongs to something else.
+    /// The bridge's name is used by something else.
     #[error(
         "the interface {0} exists already and is not ours: choose another name with --bridge, or remove it"
     )]
     BridgeTaken(IfName),
-    /// The pool of addresses is in use elsewhere.
+    /// The address pool is in use elsewhere.
     #[error("the subnet {subnet} overlaps the route to {route} by {dev}: choose another with --{option}")]
     Overlap {
         /// The pool.
@@ -72,7 +72,7 @@ pub enum PlanError {
         /// The option that names the pool.
         option: &'static str,
     },
-    /// A chain's name belongs to somebody else.
+    /// A chain's name is used by something else.
     #[error(
         "the chain {chain} of the iptables table {table} exists already, so Docker seems to run here: use --firewall nft"
     )]
@@ -87,15 +87,15 @@ pub enum PlanError {
         "the network namespace {0} exists already: choose another name, or attach it with --netns /run/netns/{0}"
     )]
     NetnsTaken(Name),
-    /// The namespace has an interface of that name.
+    /// The namespace already has an interface of that name.
     #[error("the namespace of {0} has an interface eth0 already: remove it first")]
     InterfaceTaken(Name),
-    /// It cannot be reached.
+    /// The namespace cannot be opened.
     #[error("the namespace of {0} is gone")]
     NetnsGone(Name),
 }
 
-/// Which containers a plan is about: looking at two hundred to change one would be waste.
+/// Which containers a plan covers: inspecting two hundred to change one would be wasteful.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Scope {
     /// Everything.
@@ -111,7 +111,7 @@ impl Scope {
         Self::Only(BTreeSet::from([name.clone()]))
     }
 
-    /// Whether the container belongs to it.
+    /// Whether the plan covers the container.
     #[must_use]
     pub fn contains(&self, name: &Name) -> bool {
         match self {
@@ -121,25 +121,26 @@ impl Scope {
     }
 }
 
-/// Everything that a plan follows from.
+/// The input of a plan.
 #[derive(Debug, Clone, Copy)]
 pub struct Inputs<'a> {
-    /// What may be in place and is ours.
+    /// What may exist and belongs to this program.
     pub owned: &'a Topology,
-    /// What is wanted.
+    /// The wanted state.
     pub desired: &'a Topology,
-    /// What is there.
+    /// The observed state.
     pub observed: &'a Observed,
-    /// Which containers it is about.
+    /// Which containers it covers.
     pub scope: &'a Scope,
-    /// The program that relays.
+    /// The path of `rproxy`.
     pub rproxy: &'a Path,
 }
 
-/// Orders the steps so that nothing is open that should be closed while they run: relays stop and links go before
-/// the rules that guard them change, and links come and forwarding starts after.
+/// Orders the steps so that nothing is temporarily open that should be closed: relays stop and links are
+/// removed before the rules that guard them change; links are added and forwarding is enabled afterwards.
 ///
 /// # Errors
+/// If something that does not belong to this program is in the way; nothing has changed then.
 /// When something that is not ours is in the way; nothing has been changed then.
 pub fn plan(inputs: Inputs<'_>) -> Result<Plan, PlanError> {
     network::check(inputs)?;
@@ -154,7 +155,7 @@ pub fn plan(inputs: Inputs<'_>) -> Result<Plan, PlanError> {
     network::tune(inputs, &mut plan);
     relays::start(inputs, &mut plan);
     relays::flush(inputs, &mut plan);
-    // An emptied namespace cannot be brought back with what ran in it, so it goes when all else has succeeded.
+    // Last, because undoing it cannot restore the processes that ran in the namespace.
     endpoint::remove_namespaces(inputs, &mut plan);
     Ok(plan)
 }
@@ -171,11 +172,11 @@ impl Plan {
     }
 }
 
-/// The steps that give an interface the properties it should have.
+/// The steps that set the properties of an interface.
 struct LinkWish<'a> {
     place: NetnsRef,
     name: &'a IfName,
-    /// What is there; `None` for one that an earlier step makes.
+    /// The current properties; `None` for one that an earlier step creates.
     is: Option<&'a Link>,
 }
 
@@ -205,8 +206,8 @@ impl LinkWish<'_> {
         }
     }
 
-    /// Raises the packet sizes inside the host, as far as this kernel and `limits` go; never lowers one. `known` are
-    /// the sizes of an interface that an earlier step makes.
+    /// Raises the packet sizes inside the host, within the limits of this kernel and `limits`; never lowers
+    /// one. `known` are the sizes of an interface that an earlier step creates.
     fn offload(&self, plan: &mut Plan, wanted: u32, limits: OffloadLimits, known: OffloadSizes) {
         let is = self.is.map_or(known, |link| link.offload);
         let raise = |current: Option<u32>, limit: u32| {
@@ -231,7 +232,7 @@ impl LinkWish<'_> {
     }
 }
 
-/// How far packet sizes may be raised, in bytes. Large IPv4 packets that are received need no limit.
+/// Limits for packet sizes, in bytes. Received IPv4 packets need none.
 #[derive(Debug, Clone, Copy)]
 struct OffloadLimits {
     /// Sent, IPv6.
@@ -243,18 +244,18 @@ struct OffloadLimits {
 }
 
 impl OffloadLimits {
-    /// Those of an interface that can send packets of `size`.
+    /// The limits of an interface that can send packets of `size`.
     fn sending(size: u32) -> Self {
         Self { gso: size, gro: u32::MAX, gso_ipv4: size }
     }
 
-    /// Those of an interface's driver.
+    /// The limits of an interface's driver.
     fn of_driver(link: Option<&Link>) -> Self {
         Self::sending(link.and_then(|link| link.tso_max_size).unwrap_or(u32::MAX))
     }
 }
 
-/// The packet sizes of a device that nobody changed: the loopback interface is always there.
+/// The default packet sizes of a device, taken from the loopback interface, which always exists.
 fn untouched_offload(observed: &Observed) -> OffloadSizes {
     observed.host.link("lo").map(|link| link.offload).unwrap_or_default()
 }

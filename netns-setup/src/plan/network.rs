@@ -1,4 +1,4 @@
-//! The bridge, its addresses and the kernel's settings.
+//! The bridge, its addresses and kernel parameters.
 
 use super::{Inputs, LinkWish, OffloadLimits, Plan, PlanError, Step, untouched_offload};
 use crate::action::{Action, LinkChange, NetnsRef};
@@ -8,7 +8,7 @@ use crate::observed::{Link, Observed};
 use crate::persist;
 use crate::sysctl;
 
-/// Makes sure that the bridge's name and the subnets are free, or ours already.
+/// Checks that the bridge's name and the subnets are free, or belong to this program.
 pub(super) fn check(inputs: Inputs<'_>) -> Result<(), PlanError> {
     let Some(network) = &inputs.desired.network else {
         return Ok(());
@@ -41,7 +41,7 @@ fn is_ours(owned: &Topology, network: &Network) -> bool {
     owned.network.as_ref().is_some_and(|owned| owned.bridge == network.bridge)
 }
 
-/// Takes the bridge and the settings away when they are no longer wanted.
+/// Removes the bridge and restores the parameters when they are no longer wanted.
 pub(super) fn remove(inputs: Inputs<'_>, plan: &mut Plan) {
     let (Some(network), None) = (&inputs.owned.network, &inputs.desired.network) else {
         return;
@@ -56,10 +56,10 @@ pub(super) fn remove(inputs: Inputs<'_>, plan: &mut Plan) {
         let again = again.chain(restored_offload(network, inputs.observed));
         plan.push(Step::new(Action::DeleteLink(network.bridge.clone()), again));
     }
-    // Last set, first put back: switching forwarding off changes other settings in passing.
+    // In reverse order, because switching forwarding off changes other parameters.
     for change in network.sysctls.iter().rev() {
         let is = inputs.observed.sysctls.get(&change.key);
-        // Whoever changed it since then knows better.
+        // If it was changed since, that value is kept.
         if is == Some(&change.after) {
             let set = |value: &String| Action::SetSysctl { key: change.key.clone(), value: value.clone() };
             plan.push(Step::new(set(&change.before), [set(&change.after)]));
@@ -75,7 +75,7 @@ pub(super) fn remove(inputs: Inputs<'_>, plan: &mut Plan) {
     }
 }
 
-/// Makes the bridge, or mends it.
+/// Creates or repairs the bridge.
 pub(super) fn build(inputs: Inputs<'_>, plan: &mut Plan) {
     let Some(network) = &inputs.desired.network else {
         return;
@@ -89,7 +89,7 @@ pub(super) fn build(inputs: Inputs<'_>, plan: &mut Plan) {
     let fresh = inputs.owned.network.is_none();
     for change in &network.sysctls {
         let is = inputs.observed.sysctls.get(&change.key);
-        // The first time each one is set even if it seems right, because setting another may change it in passing.
+        // At first, each is set even if it already has the value, because setting another one may change it.
         if fresh || is.is_some_and(|is| *is != change.after) {
             let set = |value: &String| Action::SetSysctl { key: change.key.clone(), value: value.clone() };
             let before = if fresh { Some(&change.before) } else { is };
@@ -135,7 +135,7 @@ fn mend(network: &Network, link: &Link, inputs: Inputs<'_>, plan: &mut Plan) {
     }
 }
 
-/// The packet sizes that the bridge has now. It loses them with its last port, and takes them back with the first.
+/// The current packet sizes of the bridge. It loses them with its last port, and adopts the first port's.
 pub(super) fn restored_offload(network: &Network, observed: &Observed) -> Option<Action> {
     let link = observed.host.link(network.bridge.as_str()).filter(|_| network.gso_max_size > 0)?;
     let change = LinkChange::Offload(link.offload);
@@ -146,7 +146,8 @@ fn adds_port(action: &Action) -> bool {
     matches!(action, Action::AddVeth(_) | Action::SetLink { change: LinkChange::Master(Some(_)), .. })
 }
 
-/// What depends on the containers: the packet sizes, which a bridge has from its ports, and loopback routing.
+/// What depends on the containers: the bridge's packet sizes, which it adopts from its ports, and loopback
+/// routing.
 pub(super) fn tune(inputs: Inputs<'_>, plan: &mut Plan) {
     let Some(network) = &inputs.desired.network else {
         return;
@@ -154,8 +155,8 @@ pub(super) fn tune(inputs: Inputs<'_>, plan: &mut Plan) {
     let link = inputs.observed.host.link(network.bridge.as_str());
     if network.gso_max_size > 0 {
         let limit = match link.and_then(|link| link.tso_max_size) {
-            // A bridge sends what its ports can send, and without any the kernel's idea of its limit depends on
-            // whether it ever had one.
+            // A bridge sends what its ports can send. Without ports, the kernel's limit depends on whether it
+            // ever had one.
             _ if inputs.desired.endpoints.is_empty() => 0,
             Some(limit) if !plan.steps.iter().any(|step| adds_port(&step.action)) => limit,
             _ => u32::MAX,

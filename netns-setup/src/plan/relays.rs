@@ -1,4 +1,4 @@
-//! The processes that relay, and the flows that would miss a change of them.
+//! Relay processes, and conntrack entries that would bypass a change of them.
 
 use super::{Inputs, Plan, Step, endpoint};
 use crate::action::{Action, RelayCommand};
@@ -6,7 +6,7 @@ use crate::model::{Endpoint, Mapping, Topology};
 use crate::name::Name;
 use crate::publish::Proto;
 
-/// How the relay of a mapping is started.
+/// The command line of a mapping's relay.
 fn command(
     inputs: Inputs<'_>,
     topology: &Topology,
@@ -22,7 +22,7 @@ fn command(
     })
 }
 
-/// The mappings of one topology that the plan is about and that the other one does not have.
+/// The mappings in the plan's scope that one topology has and the other does not.
 fn only_in<'a>(
     inputs: Inputs<'a>,
     one: &'a Topology,
@@ -46,7 +46,7 @@ pub(super) fn stop(inputs: Inputs<'_>, plan: &mut Plan) {
     }
 }
 
-/// Starts the relays that are wanted and do not run.
+/// Starts the wanted relays that are not running.
 pub(super) fn start(inputs: Inputs<'_>, plan: &mut Plan) {
     for (name, endpoint, mapping) in inputs.desired.mappings() {
         let runs = inputs.observed.relays.contains_key(&mapping.key());
@@ -60,7 +60,8 @@ pub(super) fn start(inputs: Inputs<'_>, plan: &mut Plan) {
     }
 }
 
-/// Forgets UDP flows that were set up by other rules: the kernel would keep to those while packets keep coming.
+/// Deletes conntrack entries that were created under other rules: the kernel would keep using them while
+/// packets arrive.
 pub(super) fn flush(inputs: Inputs<'_>, plan: &mut Plan) {
     let gone = only_in(inputs, inputs.owned, inputs.desired);
     let come = only_in(inputs, inputs.desired, inputs.owned);

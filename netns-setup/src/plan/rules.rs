@@ -1,4 +1,4 @@
-//! The change of rules: one step per backend and address family.
+//! Changes of the rules: one step per backend and address family.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +9,7 @@ use crate::firewall::nft;
 use crate::model::{Firewall, Topology};
 use crate::observed::Rules;
 
-/// Makes sure that the chains are free, or ours already.
+/// Checks that the chains are free, or belong to this program.
 pub(super) fn check(inputs: Inputs<'_>) -> Result<(), PlanError> {
     let Rules::Iptables(saved) = &inputs.observed.rules else {
         return Ok(());
@@ -18,7 +18,8 @@ pub(super) fn check(inputs: Inputs<'_>) -> Result<(), PlanError> {
         let ours = iptables::render(inputs.owned, *family);
         for (table, chain) in iptables::render(inputs.desired, *family).chains() {
             let known = ours.chains().any(|known| known == (table, chain));
-            // `DOCKER-DIRECT` comes with the first mapping that needs it, when `DOCKER` is ours already.
+            // `DOCKER-DIRECT` is created for the first mapping that needs it, when `DOCKER` already belongs
+            // to this program.
             let with_ours = ours.chains().next().is_some();
             if saved.chain(table, chain).is_some() && !known && !with_ours {
                 return Err(PlanError::ChainTaken { table, chain });
@@ -28,7 +29,7 @@ pub(super) fn check(inputs: Inputs<'_>) -> Result<(), PlanError> {
     Ok(())
 }
 
-/// The steps that make the rules the wanted ones.
+/// The steps that change the rules to the wanted ones.
 pub(super) fn change(inputs: Inputs<'_>, plan: &mut Plan) {
     match &inputs.observed.rules {
         Rules::None => {}
@@ -64,7 +65,7 @@ fn change_iptables(inputs: Inputs<'_>, saved: &BTreeMap<Family, SavedTables>, pl
     }
 }
 
-/// The backend that a topology uses.
+/// The backend of a topology.
 #[must_use]
 pub(crate) fn backend(topology: &Topology) -> Firewall {
     topology.network.as_ref().map_or(Firewall::None, |network| network.firewall)

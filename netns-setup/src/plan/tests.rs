@@ -10,7 +10,7 @@ fn link(index: u32, name: &str, kind: Option<&str>) -> Link {
     Link { index, name: name.to_owned(), kind, mtu: 1500, up: true, ..Link::default() }
 }
 
-/// A host with nothing of ours on it.
+/// A host without anything of ours.
 fn bare() -> Observed {
     let host = Side { links: vec![link(1, "lo", None), link(2, "eth0", None)], ..Side::default() };
     Observed { host, rules: Rules::Nft { listing: None, as_wanted: None }, ..Observed::default() }
@@ -21,7 +21,7 @@ fn plan_for(owned: &Topology, desired: &Topology, observed: &Observed) -> Result
     plan(Inputs { owned, desired, observed, scope: &Scope::All, rproxy })
 }
 
-/// The commands of a plan, a script cut to its first line.
+/// The commands of a plan, with scripts cut to their first line.
 fn commands(plan: &Plan) -> Vec<String> {
     let first_line = |step: &Step| step.to_string().lines().next().unwrap().to_owned();
     plan.steps.iter().map(first_line).collect()
