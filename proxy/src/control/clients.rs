@@ -14,7 +14,6 @@ use std::time::Duration;
 use nix::libc;
 use nix::unistd::geteuid;
 use rproxy_sys::memory::release_unused;
-use serde_json::Value;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
@@ -22,7 +21,8 @@ use tokio::sync::{Semaphore, mpsc, oneshot};
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
-use super::protocol::{self, LONGEST_LINE, Refusal, Request};
+use super::answers::Response;
+use super::protocol::{self, LONGEST_LINE, Refusal, RefusalKind, Request};
 use crate::log::limit::LogLimit;
 use crate::runtime::descriptors::explain;
 
@@ -49,7 +49,7 @@ pub(crate) struct Call {
 /// What comes of a request.
 #[derive(Debug)]
 pub(crate) struct Reply {
-    pub(crate) result: Result<Value, Refusal>,
+    pub(crate) result: Result<Response, Refusal>,
     /// Dropped once the client has been told, or is gone.
     pub(crate) until_told: oneshot::Sender<()>,
 }
@@ -98,7 +98,7 @@ pub(crate) async fn serve(listener: StdListener, calls: mpsc::Sender<Call>) -> i
             }
             Err(_full) => {
                 let message = format!("{CLIENTS} clients are connected already; try again");
-                send_away(&client, Refusal { kind: "busy", message });
+                send_away(&client, Refusal { kind: RefusalKind::Busy, message });
             }
         }
     }
@@ -106,7 +106,7 @@ pub(crate) async fn serve(listener: StdListener, calls: mpsc::Sender<Call>) -> i
 
 /// Whether the process at the other end is ours or root's (`SO_PEERCRED`, unix(7)).
 fn check_peer(client: &UnixStream) -> Result<(), Refusal> {
-    let denied = |message| Refusal { kind: "denied", message };
+    let denied = |message| Refusal { kind: RefusalKind::Denied, message };
     let peer = client.peer_cred().map_err(|error| denied(format!("cannot tell who asks: {error}")))?;
     if peer.uid() == 0 || peer.uid() == geteuid().as_raw() {
         return Ok(());
@@ -228,7 +228,7 @@ async fn read_line(reader: &mut BufReader<&mut OwnedReadHalf>) -> io::Result<Opt
 }
 
 async fn call(request: Request, calls: &mpsc::Sender<Call>) -> Result<Reply, Refusal> {
-    let ending = || Refusal { kind: "failed", message: "rproxy is ending".to_owned() };
+    let ending = || Refusal { kind: RefusalKind::Failed, message: "rproxy is ending".to_owned() };
     let (answer, answered) = oneshot::channel();
     calls.send(Call { request, answer }).await.map_err(|_gone| ending())?;
     answered.await.map_err(|_gone| ending())

@@ -2,19 +2,22 @@
 //! It is described in `docs/control.md`.
 
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 
-use crate::engine::change::{ChangeError, Changed};
-use crate::engine::registry::{Registry, Served};
-use crate::mapping::name::Name;
+use super::answers::Response;
+use crate::engine::change::ChangeError;
 use crate::mapping::wire::WireMapping;
-use crate::state::stats::{FailureKind, Stats};
 
 /// The version spoken here.
 pub const VERSION: u32 = 1;
 
 /// The longest request, in bytes: some ten thousand mappings in one `apply`.
 pub const LONGEST_LINE: usize = 4 * 1024 * 1024;
+
+/// The longest answer that a client reads, in bytes, with the end of its line. The longest one that a single
+/// configuration leads to is a `list` of the million networks that its `[defaults]` may give to all mappings together,
+/// each of 46 bytes at most; this is more than twice as much.
+pub const LONGEST_ANSWER: u64 = 128 * 1024 * 1024;
 
 /// A request, as one line holds it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,32 +67,69 @@ pub enum Request {
     Drain,
 }
 
+/// The mappings of a file in JSON, or of an answer to [`Request::List`], as they are asked for. One that says what is not
+/// known here is refused: it would not be the mapping that is meant.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
+pub struct Mappings {
+    /// These.
+    pub mappings: Vec<WireMapping>,
+}
+
 /// Why a request was not carried out.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refusal {
     /// What is wrong, for programs.
-    pub kind: &'static str,
+    pub kind: RefusalKind,
     /// What is wrong, for people.
     pub message: String,
+}
+
+/// What is wrong with a request, for programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RefusalKind {
+    /// The line, or something in it, makes no sense.
+    BadRequest,
+    /// Another version is spoken here.
+    Version,
+    /// No mapping has the name.
+    UnknownName,
+    /// Another mapping has the name.
+    NameTaken,
+    /// Two mappings want one port.
+    Overlap,
+    /// A mapping would lead back to itself.
+    Loop,
+    /// A port cannot be bound.
+    Bind,
+    /// The client is neither the process's user nor root.
+    Denied,
+    /// All places are taken.
+    Busy,
+    /// The kernel refused something else, or the process ends.
+    Failed,
+    /// One that only a newer server knows.
+    #[serde(other, skip_serializing)]
+    Other,
 }
 
 impl Refusal {
     /// The request makes no sense.
     pub fn bad_request(message: impl Into<String>) -> Self {
-        Self { kind: "bad_request", message: message.into() }
+        Self { kind: RefusalKind::BadRequest, message: message.into() }
     }
 }
 
 impl From<ChangeError> for Refusal {
     fn from(error: ChangeError) -> Self {
         let kind = match error {
-            ChangeError::Unknown(_) => "unknown_name",
-            ChangeError::NameTaken(_) => "name_taken",
-            ChangeError::Overlap(_) | ChangeError::StillBound { .. } => "overlap",
-            ChangeError::Loop { .. } => "loop",
-            ChangeError::Bind { .. } => "bind",
-            ChangeError::Mapping { .. } => "bad_request",
-            ChangeError::Watch { .. } => "failed",
+            ChangeError::Unknown(_) => RefusalKind::UnknownName,
+            ChangeError::NameTaken(_) => RefusalKind::NameTaken,
+            ChangeError::Overlap(_) | ChangeError::StillBound { .. } => RefusalKind::Overlap,
+            ChangeError::Loop { .. } => RefusalKind::Loop,
+            ChangeError::Bind { .. } => RefusalKind::Bind,
+            ChangeError::Mapping { .. } => RefusalKind::BadRequest,
+            ChangeError::Watch { .. } => RefusalKind::Failed,
         };
         Self { kind, message: error.to_string() }
     }
@@ -115,7 +155,10 @@ pub fn decode(line: &[u8]) -> (Option<u64>, Result<Request, Refusal>) {
         Some(VERSION) => serde_json::from_slice::<Envelope>(line)
             .map(|envelope| envelope.request)
             .map_err(|error| Refusal::bad_request(format!("not a request: {error}"))),
-        _ => Err(Refusal { kind: "version", message: format!("this rproxy speaks version {VERSION}") }),
+        _ => Err(Refusal {
+            kind: RefusalKind::Version,
+            message: format!("this rproxy speaks version {VERSION}"),
+        }),
     };
     (any.id, request)
 }
@@ -126,76 +169,40 @@ pub fn encode(request: Request) -> String {
     serde_json::to_string(&envelope).expect("a request has no keys but strings")
 }
 
-/// Writes an answer, as a line without its end.
-pub fn answer(id: Option<u64>, result: Result<Value, Refusal>) -> String {
-    let mut answer = Map::new();
-    answer.insert("v".into(), VERSION.into());
-    answer.extend(id.map(|id| ("id".into(), id.into())));
-    match result {
-        Ok(value) => answer.insert("ok".into(), value),
-        Err(Refusal { kind, message }) => {
-            answer.insert("error".into(), json!({ "kind": kind, "message": message }))
-        }
+/// An answer, as one line holds it: `ok` or `error`.
+#[derive(Serialize, Deserialize)]
+struct Answer<T> {
+    /// The version of the protocol that it is written in.
+    v: u32,
+    /// That of the request.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ok: Option<T>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<Refusal>,
+}
+
+/// Writes an answer, as a line without its end. Its keys are in the order of the alphabet, on each level.
+///
+/// # Panics
+/// Never: all keys are strings.
+pub fn answer(id: Option<u64>, result: Result<Response, Refusal>) -> String {
+    let (ok, error) = match result {
+        Ok(response) => (Some(response), None),
+        Err(refusal) => (None, Some(refusal)),
     };
-    Value::Object(answer).to_string()
+    // A map that is sorted, where text would have the order in which structs are declared.
+    let answer = serde_json::to_value(Answer { v: VERSION, id, ok, error });
+    answer.expect("an answer has no keys but strings").to_string()
 }
 
-/// The answer to a change.
-pub fn changed(changed: Changed) -> Value {
-    let Changed { added, changed, removed, unchanged } = changed;
-    json!({ "added": added, "changed": changed, "removed": removed, "unchanged": unchanged })
-}
-
-/// Some of the mappings, as [`list`] shows them.
-pub fn show(registry: &Registry, names: &[Name]) -> Value {
-    names.iter().filter_map(|name| registry.get(name)).map(shown).collect()
-}
-
-fn shown(served: &Served) -> Value {
-    let mut mapping = serde_json::to_value(WireMapping::of(served.mapping())).unwrap_or_default();
-    mapping["name"] = served.mapping().name().to_string().into();
-    mapping["bound"] = served.bound_ports().into();
-    if let Some(host) = served.bound_host() {
-        mapping["bound_host"] = host.into();
+/// Reads an answer. What is in the result depends on the request. `None` if it is no answer at all.
+pub fn read_answer(line: &str) -> Option<Result<Value, Refusal>> {
+    match serde_json::from_str(line).ok()? {
+        Answer { error: Some(refusal), .. } => Some(Err(refusal)),
+        Answer { ok, error: None, .. } => ok.map(Ok),
     }
-    mapping
-}
-
-/// The answer to [`Request::List`].
-pub fn list(registry: &Registry) -> Value {
-    let mappings: Vec<Value> = registry.iter().map(|(_name, served)| shown(served)).collect();
-    let draining = |(name, stats): (&Name, &Stats)| json!({ "name": name.as_str(), "connections": stats.connections.get(), "flows": stats.flows.get() });
-    let draining: Vec<Value> = registry.draining().map(draining).collect();
-    json!({ "mappings": mappings, "draining": draining })
-}
-
-/// The answer to [`Request::Stats`].
-pub fn stats(registry: &Registry) -> Value {
-    let served = registry.iter().map(|(name, served)| counters(name.as_str(), served.stats()));
-    let mappings: Vec<Value> = served.collect();
-    let draining = registry.draining().map(|(name, stats)| counters(name.as_str(), stats));
-    let draining: Vec<Value> = draining.collect();
-    json!({ "mappings": mappings, "draining": draining })
-}
-
-fn counters(name: &str, stats: &Stats) -> Value {
-    let errors = FailureKind::ALL
-        .into_iter()
-        .map(|failure_kind| (failure_kind.as_str(), stats.failure_kind(failure_kind)));
-    let errors: Map<String, Value> =
-        errors.filter(|(_, count)| *count > 0).map(|(kind, count)| (kind.into(), count.into())).collect();
-    json!({
-        "name": name,
-        "connections": stats.connections.get(),
-        "connections_total": stats.connections_total.get(),
-        "flows": stats.flows.get(),
-        "flows_total": stats.flows_total.get(),
-        "bytes_in": stats.bytes_in.get(),
-        "bytes_out": stats.bytes_out.get(),
-        "datagrams_in": stats.datagrams_in.get(),
-        "datagrams_out": stats.datagrams_out.get(),
-        "errors": errors,
-    })
 }
 
 #[cfg(test)]
@@ -234,9 +241,56 @@ mod tests {
         ] {
             let (id, request) = decode(line.as_bytes());
             let refusal = request.expect_err(line);
-            assert_eq!(refusal.kind, kind, "{line}");
+            assert_eq!(serde_json::to_value(refusal.kind).unwrap(), kind, "{line}");
             assert!(refusal.message.contains(part), "{line}: {}", refusal.message);
             assert_eq!(id, line.contains('7').then_some(7), "{line}");
+        }
+    }
+
+    #[test]
+    fn requests_are_written_as_the_protocol_has_them() {
+        let mappings = || {
+            vec![WireMapping {
+                to: "172.17.0.2".to_owned(),
+                to_ports: "80".to_owned(),
+                ..WireMapping::default()
+            }]
+        };
+        let name = || "web".to_owned();
+        let list = r#"{"mappings":[{"to":"172.17.0.2","to_ports":"80"}]}"#;
+        for (request, text) in [
+            (Request::List, r#""list""#),
+            (Request::Stats, r#""stats""#),
+            (Request::Drain, r#""drain""#),
+            (Request::Add { mappings: mappings() }, &format!(r#"{{"add":{list}}}"#)),
+            (Request::Apply { mappings: mappings() }, &format!(r#"{{"apply":{list}}}"#)),
+            (Request::Remove { name: name() }, r#"{"remove":{"name":"web"}}"#),
+            (
+                Request::Retarget { name: name(), to: "172.17.0.3:80".to_owned() },
+                r#"{"retarget":{"name":"web","to":"172.17.0.3:80"}}"#,
+            ),
+        ] {
+            assert_eq!(encode(request), format!(r#"{{"v":1,"do":{text}}}"#));
+        }
+    }
+
+    #[test]
+    fn answers_are_read_and_nothing_else_is() {
+        assert_eq!(read_answer(r#"{"v":1,"ok":{"added":1}}"#), Some(Ok(serde_json::json!({ "added": 1 }))));
+        let refused =
+            read_answer(r#"{"v":1,"id":7,"error":{"kind":"tired","message":"no","more":1},"more":2}"#);
+        let refusal = Refusal { kind: RefusalKind::Other, message: "no".to_owned() };
+        assert_eq!(refused, Some(Err(refusal)));
+        for line in [
+            "",
+            "HTTP/1.1 400 Bad Request",
+            "{}",
+            r#"{"ok":{}}"#,
+            r#"{"v":1}"#,
+            r#"{"v":"x","ok":{}}"#,
+            "[1]",
+        ] {
+            assert_eq!(read_answer(line), None, "{line}");
         }
     }
 

@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use serde_json::{Value, json};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 use tracing::info;
 
+use super::answers::{Added, List, Response, StatsList};
 use super::clients::{Call, Reply};
-use super::protocol::{self, Refusal, Request};
+use super::protocol::{Refusal, Request};
 use crate::engine::Server;
 use crate::engine::change::Changed;
 use crate::mapping::Mapping;
@@ -36,24 +36,22 @@ pub(crate) async fn answer(Call { request, answer }: Call, server: &mut Server) 
     is_last
 }
 
-async fn handle(request: Request, server: &mut Server) -> Result<Value, Refusal> {
+async fn handle(request: Request, server: &mut Server) -> Result<Response, Refusal> {
     let changed = match request {
-        Request::List => return Ok(protocol::list(server.registry())),
-        Request::Stats => return Ok(protocol::stats(server.registry())),
-        Request::Drain => return Ok(json!({})),
+        Request::List => return Ok(Response::List(List::of(server.registry()))),
+        Request::Stats => return Ok(Response::Stats(StatsList::of(server.registry()))),
+        Request::Drain => return Ok(Response::Drain {}),
         Request::Add { mappings } => {
             let mappings = read(&mappings)?;
             let names: Vec<Name> = mappings.iter().map(Mapping::name).collect();
             let changed = server.add(mappings).await?;
-            let mut answer = protocol::changed(changed);
-            answer["mappings"] = protocol::show(server.registry(), &names);
-            return Ok(answer);
+            return Ok(Response::Added(Added::of(changed, server.registry(), &names)));
         }
         Request::Apply { mappings } => server.apply(read(&mappings)?).await?,
         Request::Remove { name } => server.remove(&parse_name(&name)?).await?,
         Request::Retarget { name, to } => retarget(server, &parse_name(&name)?, &to).await?,
     };
-    Ok(protocol::changed(changed))
+    Ok(changed.into())
 }
 
 fn read(mappings: &[WireMapping]) -> Result<Vec<Mapping>, Refusal> {

@@ -10,12 +10,14 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::cli::UsageError;
 use crate::cli::ctl::{Command, Ctl};
 use crate::config::{self, ConfigError};
-use crate::control::protocol::{self, Request};
+use crate::control::answers::{Added, ChangeCounts};
+use crate::control::protocol::{self, LONGEST_ANSWER, Mappings, Request};
 use crate::log::console;
 use crate::mapping::Mapping;
 use crate::mapping::wire::WireMapping;
@@ -48,7 +50,7 @@ fn run(ctl: &Ctl) -> Result<(), CtlError> {
         } else if let Command::List { toml: true } = ctl.command {
             console::out(&configuration(answer)?.trim_end());
         } else {
-            show(&ctl.command, &answer);
+            show(&ctl.command, answer)?;
         }
         match ctl.command {
             Command::Stats { watch: Some(seconds) } => thread::sleep(Duration::from_secs(seconds)),
@@ -76,13 +78,15 @@ fn request(command: &Command) -> Result<Request, CtlError> {
 }
 
 /// The mappings of an answer to `list`, as a configuration.
-fn configuration(mut answer: Value) -> Result<String, CtlError> {
-    let not_understood =
-        |error: String| CtlError::Conversation(io::Error::new(io::ErrorKind::InvalidData, error));
-    let mappings: Vec<WireMapping> = serde_json::from_value(answer["mappings"].take())
-        .map_err(|error| not_understood(error.to_string()))?;
+fn configuration(answer: Value) -> Result<String, CtlError> {
+    let Mappings { mappings } = result(answer)?;
     let mappings: Result<Vec<Mapping>, _> = mappings.iter().map(WireMapping::read).collect();
-    Ok(config::print(&mappings.map_err(|error| not_understood(error.to_string()))?))
+    Ok(config::print(&mappings.map_err(|error| CtlError::NotUnderstood(error.to_string()))?))
+}
+
+/// What a request came to. Keys that are not known here are a newer server's, and are passed over.
+fn result<T: DeserializeOwned>(answer: Value) -> Result<T, CtlError> {
+    serde_json::from_value(answer).map_err(|error| CtlError::NotUnderstood(error.to_string()))
 }
 
 /// Reads the mappings of a file, in TOML or in JSON.
@@ -99,32 +103,27 @@ fn read_file(path: &Path) -> Result<Vec<WireMapping>, CtlError> {
         let mappings = config::parse(path, &text)?;
         return Ok(mappings.iter().map(WireMapping::of).collect());
     }
-    let mut file: Value = serde_json::from_str(&text).map_err(|source| error(source.to_string()))?;
-    serde_json::from_value(file["mappings"].take()).map_err(|source| error(source.to_string()))
+    let file: Result<Mappings, _> = serde_json::from_str::<Value>(&text).and_then(serde_json::from_value);
+    Ok(file.map_err(|source| error(source.to_string()))?.mappings)
 }
 
-fn show(command: &Command, answer: &Value) {
-    let ports = |mapping: &Value| {
-        let text = |key: &str| mapping[key].as_str().unwrap_or_default().to_owned();
-        console::out(&format_args!(
-            "{}: {}/{} -> {}:{}",
-            text("name"),
-            text("to_ports"),
-            text("proto"),
-            table::bound_host(mapping),
-            text("bound")
-        ));
-    };
+fn show(command: &Command, answer: Value) -> Result<(), CtlError> {
     match command {
-        Command::List { .. } => console::out(&table::list(answer)),
-        Command::Stats { .. } => console::out(&table::stats(answer)),
-        Command::Add(_) => answer["mappings"].as_array().into_iter().flatten().for_each(ports),
-        Command::Apply { .. } => console::out(&format_args!(
-            "{} added, {} changed, {} removed, {} not touched",
-            answer["added"], answer["changed"], answer["removed"], answer["unchanged"]
-        )),
+        Command::List { .. } => console::out(&table::list(&result(answer)?)),
+        Command::Stats { .. } => console::out(&table::stats(&result(answer)?)),
+        Command::Add(_) => {
+            let Added { mappings, .. } = result(answer)?;
+            mappings.iter().for_each(|mapping| console::out(&table::ready_line(mapping)));
+        }
+        Command::Apply { .. } => {
+            let ChangeCounts { added, changed, removed, unchanged } = result(answer)?;
+            console::out(&format_args!(
+                "{added} added, {changed} changed, {removed} removed, {unchanged} not touched"
+            ));
+        }
         Command::Remove { .. } | Command::Retarget { .. } | Command::Drain => {}
     }
+    Ok(())
 }
 
 /// A connection to the running rproxy.
@@ -149,18 +148,17 @@ impl Connection {
         // One that is sent away closes without reading, but says why.
         let sent = self.stream.get_mut().write_all(line.as_bytes());
         let mut answer = String::new();
-        let read = self.stream.read_line(&mut answer);
+        let read = (&mut self.stream).take(LONGEST_ANSWER + 1).read_line(&mut answer);
         if answer.is_empty() {
             let ended = || io::Error::from(io::ErrorKind::UnexpectedEof);
             let source = sent.and(read).err().unwrap_or_else(ended);
             return Err(CtlError::Conversation(source));
         }
-        let answer = serde_json::from_str(&answer).ok().filter(|answer: &Value| answer["v"].is_number());
-        let mut answer = answer.ok_or_else(|| CtlError::Foreign(self.path.clone()))?;
-        match answer["error"]["message"].as_str() {
-            Some(message) => Err(CtlError::Refused(message.to_owned())),
-            None => Ok(answer["ok"].take()),
+        if u64::try_from(answer.len()).is_ok_and(|length| length > LONGEST_ANSWER) {
+            return Err(CtlError::TooLong(self.path.clone()));
         }
+        let answer = protocol::read_answer(&answer).ok_or_else(|| CtlError::Foreign(self.path.clone()))?;
+        answer.map_err(|refusal| CtlError::Refused(refusal.message))
     }
 }
 
@@ -182,10 +180,154 @@ enum CtlError {
     /// Something else listens there.
     #[error("--control {}: what listens there is no rproxy; give the path that rproxy was started with", .0.display())]
     Foreign(PathBuf),
+    /// It says more than any rproxy does.
+    #[error(
+        "--control {}: the answer is longer than {} MiB, which none of rproxy is; give the path that rproxy was started \
+         with",
+        .0.display(), LONGEST_ANSWER >> 20
+    )]
+    TooLong(PathBuf),
+    /// The answer lacks something, or has something that may not be left out.
+    #[error(
+        "the answer of the running rproxy makes no sense here: {0}; use the `rproxy ctl` that it came with"
+    )]
+    NotUnderstood(String),
     /// The conversation broke off.
     #[error("the running rproxy did not answer: {0}")]
     Conversation(#[source] io::Error),
     /// The running rproxy says no.
     #[error("{0}")]
     Refused(String),
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use serde_json::json;
+
+    use super::*;
+    use crate::control::answers::{BoundMapping, Draining, List, MappingStats, Response, StatsList};
+    use crate::control::protocol::{Refusal, RefusalKind};
+
+    /// Asks a server that says `line` to whatever it is asked.
+    fn ask(line: String) -> Result<Value, CtlError> {
+        let (client, stream) = UnixStream::pair().unwrap();
+        let server = thread::spawn(move || {
+            let mut stream = BufReader::new(stream);
+            stream.read_line(&mut String::new()).unwrap();
+            // A client that has read enough is gone.
+            stream.get_mut().write_all(line.as_bytes()).ok();
+        });
+        let mut connection = Connection { stream: BufReader::new(client), path: "control".into() };
+        let answer = connection.ask(Request::List);
+        // As when the program ends.
+        drop(connection);
+        server.join().unwrap();
+        answer
+    }
+
+    /// What is read of what the server writes.
+    fn said(response: Response) -> Value {
+        ask(protocol::answer(None, Ok(response)) + "\n").unwrap()
+    }
+
+    fn web() -> BoundMapping {
+        let text = r#"{"name":"web","host":"[::]","host_ports":"8080","to":"172.17.0.2","to_ports":"80","proto":"tcp",
+            "limits":{"max_connections":7}}"#;
+        let mapping = serde_json::from_str(text).unwrap();
+        BoundMapping { mapping, bound: "8080".to_owned(), bound_host: None }
+    }
+
+    const COUNTS: ChangeCounts = ChangeCounts { added: 1, changed: 2, removed: 3, unchanged: 4 };
+
+    fn counters() -> MappingStats {
+        MappingStats {
+            name: "web".to_owned(),
+            connections: 1,
+            connections_total: 2,
+            flows: 3,
+            flows_total: 4,
+            bytes_in: 5,
+            bytes_out: 6,
+            datagrams_in: 7,
+            datagrams_out: 8,
+            errors: BTreeMap::from([("denied".to_owned(), 9)]),
+        }
+    }
+
+    #[test]
+    fn what_the_server_writes_is_read_and_shown() {
+        let draining = vec![Draining { name: "old".to_owned(), connections: 2, flows: 1 }];
+        let list = List { mappings: vec![web()], draining };
+        let answer = said(Response::List(list.clone()));
+        assert_eq!(result::<List>(answer.clone()).unwrap(), list);
+        assert_eq!(
+            table::list(&result(answer.clone()).unwrap()),
+            "NAME  LISTENS        BACKEND\n\
+             web   [::]:8080/tcp  172.17.0.2:80\n\
+             old   -              -              draining: 2 connections, 1 flows"
+        );
+        let configuration = configuration(answer).unwrap();
+        assert!(configuration.contains("max_connections = 7"), "{configuration}");
+
+        let stats = StatsList { mappings: vec![counters()], draining: vec![counters()] };
+        let answer = said(Response::Stats(stats.clone()));
+        assert_eq!(result::<StatsList>(answer.clone()).unwrap(), stats);
+        assert_eq!(
+            table::stats(&result(answer).unwrap()),
+            "NAME            CONNS  FLOWS  BYTES IN  OUT  DATAGRAMS IN  OUT  ERRORS\n\
+             web             1/2    3/4    5         6    7             8    denied 9\n\
+             web (draining)  1/2    3/4    5         6    7             8    denied 9"
+        );
+
+        let added = Added { counts: COUNTS, mappings: vec![web()] };
+        let answer = said(Response::Added(added.clone()));
+        assert_eq!(result::<Added>(answer.clone()).unwrap(), added);
+        let Added { mappings, .. } = result(answer).unwrap();
+        assert_eq!(table::ready_line(&mappings[0]), "web: 80/tcp -> [::]:8080");
+        assert_eq!(result::<ChangeCounts>(said(Response::Changed(COUNTS))).unwrap(), COUNTS);
+        assert_eq!(said(Response::Drain {}), json!({}));
+        let refusal = Refusal { kind: RefusalKind::Bind, message: "taken".to_owned() };
+        let refused = ask(protocol::answer(None, Err(refusal)) + "\n").unwrap_err();
+        assert_eq!(refused.to_string(), "taken");
+    }
+
+    #[test]
+    fn what_only_a_newer_server_says_is_passed_over() {
+        let mut answer = said(Response::List(List { mappings: vec![web()], draining: Vec::new() }));
+        answer["weather"] = "fine".into();
+        answer["mappings"][0]["colour"] = "red".into();
+        answer["mappings"][0]["limits"]["max_colours"] = 7.into();
+        assert!(table::list(&result(answer.clone()).unwrap()).contains("[::]:8080/tcp"));
+        // A configuration that leaves some of it out would not be what is served.
+        let error = configuration(answer).unwrap_err().to_string();
+        assert!(error.contains("unknown field"), "{error}");
+        let mut answer =
+            said(Response::Stats(StatsList { mappings: vec![counters()], draining: Vec::new() }));
+        answer["mappings"][0]["packets"] = 1.into();
+        answer["mappings"][0]["errors"]["tired"] = 3.into();
+        assert!(table::stats(&result(answer).unwrap()).ends_with("denied 9, tired 3"));
+    }
+
+    #[test]
+    fn an_answer_that_lacks_something_is_not_shown_without_it() {
+        let mut answer = said(Response::List(List { mappings: vec![web()], draining: Vec::new() }));
+        answer["mappings"][0].as_object_mut().unwrap().remove("bound");
+        let error = result::<List<table::Shown>>(answer).unwrap_err().to_string();
+        assert!(error.contains("missing field `bound`"), "{error}");
+    }
+
+    #[test]
+    fn what_is_no_answer_is_not_read_for_ever() {
+        let length = usize::try_from(LONGEST_ANSWER).unwrap() + 1;
+        let error = ask("x".repeat(length)).unwrap_err();
+        assert!(matches!(error, CtlError::TooLong(_)), "{error}");
+        assert!(error.to_string().contains(": the answer is longer than 128 MiB"), "{error}");
+        for line in ["HTTP/1.1 400 Bad Request\r\n", "{\"v\":1}\n"] {
+            let error = ask(line.to_owned()).unwrap_err();
+            assert!(matches!(error, CtlError::Foreign(_)), "{line}: {error}");
+        }
+        assert!(matches!(ask(String::new()), Err(CtlError::Conversation(_))));
+    }
 }

@@ -1,6 +1,18 @@
 //! Answers as tables, for people.
 
-use serde_json::Value;
+use serde::Deserialize;
+
+use crate::control::answers::{BoundMapping, List, MappingStats, StatsList};
+
+/// What is shown of a mapping. The rest, as its limits, is not read: a newer server may have others.
+#[derive(Debug, Deserialize)]
+pub(super) struct Shown {
+    name: String,
+    host: String,
+    to: String,
+    to_ports: String,
+    proto: String,
+}
 
 /// Columns as wide as they have to be, two spaces apart; no line ends in spaces.
 fn table(header: &[&str], rows: &[Vec<String>]) -> String {
@@ -16,54 +28,49 @@ fn table(header: &[&str], rows: &[Vec<String>]) -> String {
 }
 
 /// The answer to `list`.
-pub(super) fn list(answer: &Value) -> String {
-    let served = each(answer, "mappings").map(|mapping| {
-        let text = |key: &str| text(&mapping[key]);
-        let listens = format!("{}:{}/{}", bound_host(mapping), text("bound"), text("proto"));
-        vec![text("name"), listens, format!("{}:{}", text("to"), text("to_ports")), String::new()]
+pub(super) fn list(List { mappings, draining }: &List<Shown>) -> String {
+    let served = mappings.iter().map(|bound| {
+        let Shown { name, to, to_ports, proto, .. } = &bound.mapping;
+        let listens = format!("{}:{}/{proto}", bound_host(bound), bound.bound);
+        vec![name.clone(), listens, format!("{to}:{to_ports}"), String::new()]
     });
-    let draining = each(answer, "draining").map(|mapping| {
-        let state = format!("draining: {} connections, {} flows", mapping["connections"], mapping["flows"]);
-        vec![text(&mapping["name"]), "-".to_owned(), "-".to_owned(), state]
+    let draining = draining.iter().map(|mapping| {
+        let state = format!("draining: {} connections, {} flows", mapping.connections, mapping.flows);
+        vec![mapping.name.clone(), "-".to_owned(), "-".to_owned(), state]
     });
     table(&["NAME", "LISTENS", "BACKEND", ""], &served.chain(draining).collect::<Vec<_>>())
 }
 
+/// A mapping of the answer to `add`: `web: 80/tcp -> [::]:8080`.
+pub(super) fn ready_line(bound: &BoundMapping<Shown>) -> String {
+    let Shown { name, to_ports, proto, .. } = &bound.mapping;
+    format!("{name}: {to_ports}/{proto} -> {}:{}", bound_host(bound), bound.bound)
+}
+
 /// The answer to `stats`.
-pub(super) fn stats(answer: &Value) -> String {
-    let row = |mapping: &Value, state: &str| {
-        let of = |now: &str, total: &str| format!("{}/{}", mapping[now], mapping[total]);
-        let bytes = |key: &str| human(mapping[key].as_u64().unwrap_or(0));
-        let errors = mapping["errors"].as_object().into_iter().flatten();
-        let errors: Vec<String> = errors.map(|(kind, count)| format!("{kind} {count}")).collect();
+pub(super) fn stats(StatsList { mappings, draining }: &StatsList) -> String {
+    let row = |stats: &MappingStats, state: &str| {
+        let errors = stats.errors.iter().map(|(kind, count)| format!("{kind} {count}"));
         vec![
-            text(&mapping["name"]) + state,
-            of("connections", "connections_total"),
-            of("flows", "flows_total"),
-            bytes("bytes_in"),
-            bytes("bytes_out"),
-            mapping["datagrams_in"].to_string(),
-            mapping["datagrams_out"].to_string(),
-            errors.join(", "),
+            format!("{}{state}", stats.name),
+            format!("{}/{}", stats.connections, stats.connections_total),
+            format!("{}/{}", stats.flows, stats.flows_total),
+            human(stats.bytes_in),
+            human(stats.bytes_out),
+            stats.datagrams_in.to_string(),
+            stats.datagrams_out.to_string(),
+            errors.collect::<Vec<_>>().join(", "),
         ]
     };
-    let served = each(answer, "mappings").map(|mapping| row(mapping, ""));
-    let draining = each(answer, "draining").map(|mapping| row(mapping, " (draining)"));
+    let served = mappings.iter().map(|stats| row(stats, ""));
+    let draining = draining.iter().map(|stats| row(stats, " (draining)"));
     let header = ["NAME", "CONNS", "FLOWS", "BYTES IN", "OUT", "DATAGRAMS IN", "OUT", "ERRORS"];
     table(&header, &served.chain(draining).collect::<Vec<_>>())
 }
 
-fn each<'a>(answer: &'a Value, key: &str) -> impl Iterator<Item = &'a Value> {
-    answer[key].as_array().into_iter().flatten()
-}
-
 /// Where a mapping really listens.
-pub(super) fn bound_host(mapping: &Value) -> String {
-    text(mapping.get("bound_host").unwrap_or(&mapping["host"]))
-}
-
-fn text(value: &Value) -> String {
-    value.as_str().unwrap_or_default().to_owned()
+fn bound_host(bound: &BoundMapping<Shown>) -> &str {
+    bound.bound_host.as_deref().unwrap_or(&bound.mapping.host)
 }
 
 /// `999`, `1.2k`, `34.5G`.
@@ -102,7 +109,7 @@ NAME  LISTENS          BACKEND
 web   [::]:8080/tcp    172.17.0.2:80
 own   127.0.0.1:8/udp  [::1]:9
 old   -                -              draining: 2 connections, 0 flows";
-        assert_eq!(list(&answer), expected);
+        assert_eq!(list(&serde_json::from_value(answer).unwrap()), expected);
     }
 
     #[test]

@@ -1,0 +1,286 @@
+//! What the answers of the control protocol hold: written by the server, read by `rproxy ctl`.
+//!
+//! A key has its name here and nowhere else. Whoever reads takes no notice of keys that are not here: a newer server may
+//! say more.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use crate::engine::change::Changed;
+use crate::engine::registry::{Registry, Served};
+use crate::mapping::name::Name;
+use crate::mapping::wire::WireMapping;
+use crate::state::stats::{FailureKind, Stats};
+
+/// The result of a request. Which one it is follows from the request.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub enum Response {
+    /// That of `list`.
+    List(List),
+    /// That of `stats`.
+    Stats(StatsList),
+    /// That of `add`.
+    Added(Added),
+    /// That of the other changes.
+    Changed(ChangeCounts),
+    /// That of `drain`.
+    Drain {},
+}
+
+/// The mappings. `M` is what is read of each; the server writes all of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct List<M = WireMapping> {
+    /// Those that are served, by name.
+    pub mappings: Vec<BoundMapping<M>>,
+    /// Those that are not any more, but whose connections or flows go on.
+    pub draining: Vec<Draining>,
+}
+
+/// A mapping that is served, and where.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BoundMapping<M = WireMapping> {
+    /// As it was asked for, under the name that it has got.
+    #[serde(flatten)]
+    pub mapping: M,
+    /// The host ports that are bound: `49160,50001-50003`.
+    pub bound: String,
+    /// The addresses that are bound, if they are not those asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub bound_host: Option<String>,
+}
+
+/// A mapping that is not served any more.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Draining {
+    /// The name that it had.
+    pub name: String,
+    /// Its TCP connections now.
+    pub connections: u64,
+    /// Its UDP flows now.
+    pub flows: u64,
+}
+
+/// The counters of all mappings.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StatsList {
+    /// Those that are served, by name.
+    pub mappings: Vec<MappingStats>,
+    /// Those that are not any more, but whose connections or flows go on.
+    pub draining: Vec<MappingStats>,
+}
+
+/// The counters of a mapping, as [`Stats`] describes them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[expect(missing_docs, reason = "they are those of `Stats`")]
+pub struct MappingStats {
+    pub name: String,
+    pub connections: u64,
+    pub connections_total: u64,
+    pub flows: u64,
+    pub flows_total: u64,
+    pub bytes_in: u64,
+    pub bytes_out: u64,
+    pub datagrams_in: u64,
+    pub datagrams_out: u64,
+    /// Those that are not 0, by [`FailureKind::as_str`].
+    pub errors: BTreeMap<String, u64>,
+}
+
+/// What has been added.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Added<M = WireMapping> {
+    /// How many mappings that is.
+    #[serde(flatten)]
+    pub counts: ChangeCounts,
+    /// These mappings, in the order in which they were asked for.
+    pub mappings: Vec<BoundMapping<M>>,
+}
+
+/// What a change came to, in mappings.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ChangeCounts {
+    /// Those that are served since.
+    pub added: usize,
+    /// Those that lead elsewhere since, or have other limits.
+    pub changed: usize,
+    /// Those that are not served since.
+    pub removed: usize,
+    /// Those that were not touched.
+    pub unchanged: usize,
+}
+
+impl List {
+    /// The mappings of `registry`.
+    pub fn of(registry: &Registry) -> Self {
+        Self {
+            mappings: registry.iter().map(|(_name, served)| BoundMapping::of(served)).collect(),
+            draining: registry.draining().map(|(name, stats)| Draining::of(name, stats)).collect(),
+        }
+    }
+}
+
+impl BoundMapping {
+    fn of(served: &Served) -> Self {
+        let mapping = served.mapping();
+        Self {
+            mapping: WireMapping { name: Some(mapping.name().to_string()), ..WireMapping::of(mapping) },
+            bound: served.bound_ports(),
+            bound_host: served.bound_host(),
+        }
+    }
+}
+
+impl Draining {
+    fn of(name: &Name, stats: &Stats) -> Self {
+        let (connections, flows) = (stats.connections.get(), stats.flows.get());
+        Self { name: name.to_string(), connections, flows }
+    }
+}
+
+impl StatsList {
+    /// The counters of the mappings of `registry`.
+    pub fn of(registry: &Registry) -> Self {
+        let served = registry.iter().map(|(name, served)| MappingStats::of(name, served.stats()));
+        let draining = registry.draining().map(|(name, stats)| MappingStats::of(name, stats));
+        Self { mappings: served.collect(), draining: draining.collect() }
+    }
+}
+
+impl MappingStats {
+    fn of(name: &Name, stats: &Stats) -> Self {
+        let errors = FailureKind::ALL.into_iter().map(|kind| (kind.as_str(), stats.failure_kind(kind)));
+        let errors = errors.filter(|(_kind, count)| *count > 0);
+        Self {
+            name: name.to_string(),
+            connections: stats.connections.get(),
+            connections_total: stats.connections_total.get(),
+            flows: stats.flows.get(),
+            flows_total: stats.flows_total.get(),
+            bytes_in: stats.bytes_in.get(),
+            bytes_out: stats.bytes_out.get(),
+            datagrams_in: stats.datagrams_in.get(),
+            datagrams_out: stats.datagrams_out.get(),
+            errors: errors.map(|(kind, count)| (kind.to_owned(), count)).collect(),
+        }
+    }
+}
+
+impl Added {
+    /// The mappings of `registry` that are called `names`, which are those that `changed` has added.
+    pub fn of(changed: Changed, registry: &Registry, names: &[Name]) -> Self {
+        let served = names.iter().filter_map(|name| registry.get(name));
+        Self { counts: changed.into(), mappings: served.map(BoundMapping::of).collect() }
+    }
+}
+
+impl From<Changed> for ChangeCounts {
+    fn from(Changed { added, changed, removed, unchanged }: Changed) -> Self {
+        Self { added, changed, removed, unchanged }
+    }
+}
+
+impl From<Changed> for Response {
+    fn from(changed: Changed) -> Self {
+        Self::Changed(changed.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::protocol::{Refusal, RefusalKind, answer};
+    use super::*;
+
+    fn web() -> BoundMapping {
+        let text = r#"{"name":"web","host":"[::]","host_ports":"8000-8010","to":"172.17.0.2","to_ports":"80",
+            "proto":"tcp","v6only":true,"limits":{"max_connections":7,"deny":["10.0.0.0/8"]}}"#;
+        let mapping = serde_json::from_str(text).unwrap();
+        BoundMapping { mapping, bound: "8003".to_owned(), bound_host: None }
+    }
+
+    fn counters(name: &str) -> MappingStats {
+        let stats = Stats::default();
+        for (counter, value) in [
+            (&stats.connections, 1),
+            (&stats.connections_total, 2),
+            (&stats.flows, 3),
+            (&stats.flows_total, 4),
+            (&stats.bytes_in, 5),
+            (&stats.bytes_out, 6),
+            (&stats.datagrams_in, 7),
+            (&stats.datagrams_out, 8),
+        ] {
+            counter.add(value);
+        }
+        stats.count(FailureKind::Refused);
+        stats.count(FailureKind::Denied);
+        stats.count(FailureKind::Denied);
+        MappingStats::of(&name.parse().unwrap(), &stats)
+    }
+
+    const COUNTS: ChangeCounts = ChangeCounts { added: 1, changed: 2, removed: 3, unchanged: 4 };
+
+    const WEB: &str = r#"{"bound":"8003","host":"[::]","host_ports":"8000-8010","limits":{"deny":["10.0.0.0/8"],"max_connections":7},"name":"web","proto":"tcp","to":"172.17.0.2","to_ports":"80","v6only":true}"#;
+
+    const COUNTERS: &str = r#""bytes_in":5,"bytes_out":6,"connections":1,"connections_total":2,"datagrams_in":7,"datagrams_out":8,"errors":{"connect_refused":1,"denied":2},"flows":3,"flows_total":4,"name""#;
+
+    #[track_caller]
+    fn assert_written(response: impl Into<Option<Response>>, expected: &str) {
+        let refusal = Refusal { kind: RefusalKind::UnknownName, message: "no \"web\"".to_owned() };
+        assert_eq!(answer(Some(7), response.into().ok_or(refusal)), expected);
+    }
+
+    #[test]
+    fn answers_are_written_as_the_protocol_has_them() {
+        let draining = Draining { name: "old".to_owned(), connections: 2, flows: 1 };
+        let elsewhere = BoundMapping { bound_host: Some("127.0.0.1".to_owned()), ..web() };
+        let list = List { mappings: vec![web(), elsewhere], draining: vec![draining] };
+        let elsewhere = WEB.replace(r#""host":"#, r#""bound_host":"127.0.0.1","host":"#);
+        let draining = r#"[{"connections":2,"flows":1,"name":"old"}]"#;
+        assert_written(
+            Response::List(list),
+            &format!(r#"{{"id":7,"ok":{{"draining":{draining},"mappings":[{WEB},{elsewhere}]}},"v":1}}"#),
+        );
+        let stats = StatsList { mappings: vec![counters("web")], draining: vec![counters("old")] };
+        assert_written(
+            Response::Stats(stats),
+            &format!(
+                r#"{{"id":7,"ok":{{"draining":[{{{COUNTERS}:"old"}}],"mappings":[{{{COUNTERS}:"web"}}]}},"v":1}}"#
+            ),
+        );
+        assert_written(
+            Response::Added(Added { counts: COUNTS, mappings: vec![web()] }),
+            &format!(
+                r#"{{"id":7,"ok":{{"added":1,"changed":2,"mappings":[{WEB}],"removed":3,"unchanged":4}},"v":1}}"#
+            ),
+        );
+        assert_written(
+            Response::Changed(COUNTS),
+            r#"{"id":7,"ok":{"added":1,"changed":2,"removed":3,"unchanged":4},"v":1}"#,
+        );
+        assert_written(Response::Drain {}, r#"{"id":7,"ok":{},"v":1}"#);
+        assert_written(None, r#"{"error":{"kind":"unknown_name","message":"no \"web\""},"id":7,"v":1}"#);
+        assert_eq!(answer(None, Ok(Response::Drain {})), r#"{"ok":{},"v":1}"#);
+    }
+
+    #[test]
+    fn kinds_of_refusals_are_those_of_the_documentation() {
+        for (kind, text) in [
+            (RefusalKind::BadRequest, "bad_request"),
+            (RefusalKind::Version, "version"),
+            (RefusalKind::UnknownName, "unknown_name"),
+            (RefusalKind::NameTaken, "name_taken"),
+            (RefusalKind::Overlap, "overlap"),
+            (RefusalKind::Loop, "loop"),
+            (RefusalKind::Bind, "bind"),
+            (RefusalKind::Denied, "denied"),
+            (RefusalKind::Busy, "busy"),
+            (RefusalKind::Failed, "failed"),
+        ] {
+            assert_eq!(serde_json::to_value(kind).unwrap(), text);
+            assert_eq!(serde_json::from_value::<RefusalKind>(text.into()).unwrap(), kind);
+        }
+        assert_eq!(serde_json::from_str::<RefusalKind>("\"tired\"").unwrap(), RefusalKind::Other);
+    }
+}
