@@ -5,7 +5,8 @@
 //! there are no descriptors; what arrives meanwhile waits in the backlog.
 
 use std::io;
-use std::os::fd::AsFd;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
 use std::pin::pin;
 use std::sync::Arc;
 
@@ -17,7 +18,8 @@ use socket2::{SockRef, Socket};
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, error, warn};
 
-use super::{Accepted, connections, dial, reactor, serve};
+use super::dial::DialError;
+use super::{Accepted, connections, dial, dial_and_relay, reactor, report_failed_dial};
 use crate::bind::listen::{BACKLOG, set_stream_options};
 use crate::log::limit::LogLimit;
 use crate::mapping::PortMapping;
@@ -322,9 +324,6 @@ impl BackendSockets {
     }
 }
 
-/// A connection on its way to a worker, and the socket to reach its backend with.
-type Ready = (Accepted, io::Result<Socket>);
-
 /// Why no more connections were accepted from a listener.
 enum Stop {
     /// There was none.
@@ -343,7 +342,7 @@ fn accept_some(
     listener: &Binding,
     most: usize,
     backends: &mut BackendSockets,
-    ready: &mut Vec<Ready>,
+    ready: &mut Vec<Accepted>,
 ) -> io::Result<Stop> {
     let Binding { port, target } = listener;
     let (policy, addr) = (&target.policy, target.port_mapping.backend);
@@ -383,10 +382,21 @@ fn accept_some(
                 mark(&client, peer.is_ipv6(), dscp);
                 backend.iter().for_each(|backend| mark(backend, addr.socket_addr().is_ipv6(), dscp));
             }
-            ready.push((Accepted { client, peer, guard: ConnectionGuard::take(target) }, backend));
+            let guard = ConnectionGuard::take(target);
+            match backend {
+                Ok(backend) => ready.push(Accepted { client, backend, peer, guard }),
+                Err(error) => reset_without_backend(client, peer, &guard, error),
+            }
         }
     }
     Ok(Stop::Burst)
+}
+
+/// Resets a connection for which no socket towards its backend can be opened.
+fn reset_without_backend(client: OwnedFd, peer: SocketAddr, guard: &ConnectionGuard, source: io::Error) {
+    let addr = guard.port_mapping().backend.socket_addr();
+    report_failed_dial(peer, guard, &DialError::Open { addr, source });
+    drop(client);
 }
 
 /// Marks what is sent by `socket`.
@@ -428,8 +438,8 @@ fn watch(listener: &Binding, flags: EpollFlags) {
 }
 
 /// Returns connections to workers, each of which is woken once for all that it gets.
-fn hand_over(ready: Vec<Ready>, workers: &Workers) {
-    let mut assigned: Vec<(WorkerSlot, Ready)> =
+fn hand_over(ready: Vec<Accepted>, workers: &Workers) {
+    let mut assigned: Vec<(WorkerSlot, Accepted)> =
         ready.into_iter().map(|client| (workers.slot(), client)).collect();
     assigned.sort_by_key(|(slot, _client)| slot.worker());
     while let Some((slot, _client)) = assigned.last() {
@@ -437,9 +447,9 @@ fn hand_over(ready: Vec<Ready>, workers: &Workers) {
         let first = assigned.partition_point(|(slot, _client)| slot.worker() < worker);
         let group = assigned.split_off(first);
         runtime.spawn(async move {
-            for (slot, (accepted, backend)) in group {
+            for (slot, accepted) in group {
                 let (client, mapping) = (accepted.peer.ip(), accepted.guard.state().clone());
-                connections::spawn(client, &mapping, |entry| serve(accepted, backend, slot, entry));
+                connections::spawn(client, &mapping, |entry| dial_and_relay(accepted, slot, entry));
             }
         });
     }

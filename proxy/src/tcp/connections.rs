@@ -30,12 +30,12 @@ struct Connection {
     task: AbortHandle,
 }
 
-/// Serves a connection of a mapping to its end, on this worker. The future that `serve` returns owns the
-/// entry; wrapping it in another future would double its size.
+/// Runs the future that `task` returns for a connection of a mapping, on this worker. It owns the entry; wrapping it
+/// in another future would double its size.
 ///
 /// # Panics
 /// Outside a tokio runtime.
-pub(super) fn spawn<F>(client: IpAddr, mapping: &Arc<MappingState>, serve: impl FnOnce(Entry) -> F)
+pub(super) fn spawn<F>(client: IpAddr, mapping: &Arc<MappingState>, task: impl FnOnce(Entry) -> F)
 where
     F: Future<Output = ()> + Send + 'static,
 {
@@ -45,7 +45,7 @@ where
             u32::try_from(served.slots.len() - 1).expect("a process has fewer descriptors")
         })
     });
-    let task = tokio::spawn(serve(Entry(slot)));
+    let task = tokio::spawn(task(Entry(slot)));
     let connection = Connection { client, mapping: Arc::as_ptr(mapping), task: task.abort_handle() };
     SERVED.with_borrow_mut(|served| served.slots[slot as usize] = Some(connection));
 }

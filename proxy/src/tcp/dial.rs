@@ -26,13 +26,12 @@ use crate::mapping::addr::BackendAddr;
 /// bytes. If there are none yet, [`Stream::acknowledge`] sends it; otherwise the backend would see the
 /// connection up to 200 ms later.
 pub(super) async fn dial(
-    socket: io::Result<Socket>,
+    socket: Socket,
     backend: BackendAddr,
     limit: Option<Duration>,
     client: &Stream,
 ) -> Result<Stream, DialError> {
     let addr = backend.socket_addr();
-    let socket = socket.map_err(|source| DialError::Open { addr, source })?;
     let has_port = AtomicBool::new(true);
     let connected = async {
         tokio::select! {

@@ -1,9 +1,9 @@
 //! The TCP relay: accept, dial, and move bytes in both directions.
 //!
 //! A connection stays on one worker from accept to close. [`accept`] takes it from the listener and assigns
-//! it to a worker. There, [`serve`] dials the backend ([`dial`]) and relays until both directions have ended
-//! ([`relay`]). Each direction is a [`half`], which copies, or splices ([`bulk`]) through a pooled [`pipe`]
-//! during bulk transfers.
+//! it to a worker. There, [`dial_and_relay`] dials the backend ([`dial`]) and relays until both directions have
+//! ended ([`relay`]). Each direction is a [`half`], which copies, or splices ([`bulk`]) through a pooled
+//! [`pipe`] during bulk transfers.
 
 pub(crate) mod accept;
 mod backoff;
@@ -34,20 +34,20 @@ use crate::runtime::worker::WorkerSlot;
 use crate::state::ConnectionGuard;
 use crate::state::stats::FailureKind;
 
-/// An accepted connection.
+/// An accepted connection. Its guard is dropped last: its drop notifies others that descriptors are free.
 struct Accepted {
     client: OwnedFd,
+    /// The socket to connect to the backend with.
+    backend: Socket,
     peer: SocketAddr,
     guard: ConnectionGuard,
 }
 
-/// Serves a connection to its end. `backend` is the socket for the backend. The guard, the slot and the entry
+/// Dials the backend of a connection, and relays until both directions have ended. The guard, the slot and the entry
 /// are released at the end.
-async fn serve(accepted: Accepted, backend: io::Result<Socket>, _seat: WorkerSlot, _entry: Entry) {
-    static FAILED_DIALS: LogLimit = LogLimit::new();
-
-    // Dropped after the sockets, which are declared later: its drop notifies others that descriptors are free.
-    let Accepted { client, peer, guard } = accepted;
+async fn dial_and_relay(accepted: Accepted, _slot: WorkerSlot, _entry: Entry) {
+    // In this order the guard is dropped after the sockets.
+    let Accepted { guard, peer, backend, client } = accepted;
     let client = match Stream::new(client) {
         Ok(client) => client,
         Err(error) => return warn!(%peer, %error, "cannot watch an accepted connection"),
@@ -66,17 +66,20 @@ async fn serve(accepted: Accepted, backend: io::Result<Socket>, _seat: WorkerSlo
             drop(backend);
             local_ports::freed(guard.port_mapping().backend.socket_addr());
         }
-        Err(error @ DialError::ClientReset { .. }) => {
-            guard.stats().count(failure_kind(&error));
-            debug!(%peer, mapping = %guard.port_mapping(), %error, "connection ended");
-        }
-        Err(error) => {
-            guard.stats().count(failure_kind(&error));
-            if let Some(suppressed) = FAILED_DIALS.permit() {
-                // It is reset when dropped, because it has not ended in order.
-                warn!(%peer, mapping = %guard.port_mapping(), %error, suppressed, "connection reset: no backend");
-            }
-        }
+        Err(error) => report_failed_dial(peer, &guard, &error),
+    }
+}
+
+/// Counts and logs that a connection has no backend. Its client is reset when its socket is dropped, because the
+/// connection has not ended in order.
+fn report_failed_dial(peer: SocketAddr, guard: &ConnectionGuard, error: &DialError) {
+    static FAILED_DIALS: LogLimit = LogLimit::new();
+
+    guard.stats().count(failure_kind(error));
+    if let DialError::ClientReset { .. } = error {
+        debug!(%peer, mapping = %guard.port_mapping(), %error, "connection ended");
+    } else if let Some(suppressed) = FAILED_DIALS.permit() {
+        warn!(%peer, mapping = %guard.port_mapping(), %error, suppressed, "connection reset: no backend");
     }
 }
 
@@ -120,12 +123,12 @@ mod tests {
         let guard = ConnectionGuard::take(&Arc::new(Target { port_mapping, policy }));
         let fd = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().into();
         let peer = SocketAddr::from(([127, 0, 0, 1], 1));
-        let backend = dial::open(guard.port_mapping().backend);
+        let backend = dial::open(guard.port_mapping().backend).unwrap();
         let mut size = 0;
         let mapping = guard.state().clone();
         let _entered = runtime.enter();
         connections::spawn(peer.ip(), &mapping, |entry| {
-            let future = serve(Accepted { client: fd, peer, guard }, backend, workers.slot(), entry);
+            let future = dial_and_relay(Accepted { client: fd, backend, peer, guard }, workers.slot(), entry);
             size = size_of_val(&future);
             future
         });
