@@ -381,8 +381,8 @@ impl Server {
             names.push(name.clone());
             self.registry.put(name, served);
         }
-        self.change_routes(other);
-        self.serve(new);
+        self.change_targets(other);
+        self.watch(new);
         for name in &names {
             self.registry.get(name).into_iter().for_each(|served| served.announce(name));
         }

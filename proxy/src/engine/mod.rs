@@ -62,7 +62,7 @@ struct Tasks {
 
 impl Server {
     /// Prepares to serve `mappings` on the runtime of the calling thread, and on further ones when needed, so
-    /// that `serve_all` cannot fail. With `may_change`, TCP mappings may be added later.
+    /// that `start` cannot fail. With `may_change`, TCP mappings may be added later.
     ///
     /// # Errors
     /// Those of epoll_ctl(2).
@@ -83,8 +83,8 @@ impl Server {
     }
 
     /// Starts to serve what was prepared, and the `flows` that another process served before.
-    pub(crate) fn serve_all(&self, flows: LiveFlows) {
-        self.serve(self.bindings().cloned().collect());
+    pub(crate) fn start(&self, flows: LiveFlows) {
+        self.watch(self.bindings().cloned().collect());
         if let Some(udp) = &self.tasks.udp {
             udp.flows(FlowCommand::Adopt(flows));
         }
@@ -112,7 +112,7 @@ impl Server {
             let binding = server.assign(port, &policy)?;
             server.nameless.push(binding);
         }
-        server.serve(server.nameless.clone());
+        server.watch(server.nameless.clone());
         Ok(server)
     }
 
@@ -179,16 +179,16 @@ impl Server {
     }
 
     /// Starts to serve listeners that were assigned.
-    pub(crate) fn serve(&self, bindings: Vec<Binding>) {
+    pub(crate) fn watch(&self, bindings: Vec<Binding>) {
         for (task, bindings) in self.by_task(bindings, protocol_of) {
-            task.serve(bindings);
+            task.watch(bindings);
         }
     }
 
     /// Changes how listeners are served.
-    pub(crate) fn change_routes(&self, bindings: Vec<Binding>) {
+    pub(crate) fn change_targets(&self, bindings: Vec<Binding>) {
         for (task, bindings) in self.by_task(bindings, protocol_of) {
-            task.change(bindings);
+            task.change_targets(bindings);
         }
     }
 
@@ -210,7 +210,7 @@ impl Server {
         }
     }
 
-    /// All sockets, in the order of mappings of [`Registry::iter`].
+    /// The sockets of named mappings, in the order of [`Registry::iter`].
     fn bindings(&self) -> impl Iterator<Item = &Binding> {
         self.registry.iter().flat_map(|(_name, served)| &served.ports)
     }
@@ -324,9 +324,8 @@ impl Server {
     /// Ends at once. The listeners are shut down, because another process may have them open too (a runtime
     /// that bound them for us), and no client may be left in a backlog that nobody services.
     pub fn abandon(self) {
-        let tcp =
-            self.nameless.iter().filter(|listener| listener.target.port_mapping.protocol == Protocol::Tcp);
-        for listener in tcp {
+        let all = self.bindings().chain(&self.nameless);
+        for listener in all.filter(|binding| protocol_of(binding) == Protocol::Tcp) {
             if let Err(error) = SockRef::from(listener.port.as_ref()).shutdown(Shutdown::Both) {
                 warn!(%error, "cannot shut a listener down");
             }
@@ -365,5 +364,46 @@ impl ServeError {
             Some(source) => Self::Wait { protocol, source },
             None => Self::Ended(protocol),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpStream;
+    use std::os::fd::OwnedFd;
+
+    use super::*;
+    use crate::mapping::Mapping;
+    use crate::mapping::wire::WireMapping;
+    use crate::runtime::new_runtime;
+
+    fn mapping(name: &str) -> Mapping {
+        let json = format!(r#"{{"name":"{name}","host":"127.0.0.1","to":"192.0.2.1","to_ports":"80"}}"#);
+        serde_json::from_str::<WireMapping>(&json).unwrap().read().unwrap()
+    }
+
+    fn is_listening(socket: &OwnedFd) -> bool {
+        SockRef::from(socket).is_listener().unwrap()
+    }
+
+    #[test]
+    fn an_abandoned_server_listens_nowhere_even_if_another_process_has_the_sockets() {
+        let runtime = new_runtime().unwrap();
+        let _entered = runtime.enter();
+        let named = Bound::bind(mapping("web")).unwrap();
+        let nameless = Bound::bind(mapping("other")).unwrap().ports.pop().unwrap();
+        let addr = named.ports[0].local_addr().unwrap();
+        let mut server = Server::prepared(vec![named], false).unwrap();
+        let policy = server.new_policy(Limits::default());
+        let binding = server.assign(nameless, &policy).unwrap();
+        server.nameless.push(binding);
+        let all = server.bindings().chain(&server.nameless);
+        // As a runtime keeps them that has bound them.
+        let kept: Vec<OwnedFd> =
+            all.map(|binding| binding.port.as_fd().try_clone_to_owned().unwrap()).collect();
+        assert!(kept.len() == 2 && kept.iter().all(is_listening));
+        server.abandon();
+        assert!(!kept.iter().any(is_listening));
+        TcpStream::connect(addr).unwrap_err();
     }
 }

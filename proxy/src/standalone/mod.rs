@@ -97,19 +97,18 @@ fn serve_mappings(options: &Serve) -> ExitCode {
         Err(usage) => return refuse(&usage),
     };
     // Before anything else opens a file.
+    let origin = Origin::claim();
     let configuration = options.config.as_deref();
-    let inherited = Inherited {
-        sockets: systemd::passed_sockets(),
-        old: upgrade::claim(),
-        // If it is the path of none, reading it says so.
-        _configuration: configuration.and_then(config::descriptor).and_then(|fd| claim_inherited(fd).ok()),
-    };
+    // If it is the path of none, reading it says so.
+    let passed_file = configuration.and_then(config::descriptor).and_then(|fd| claim_inherited(fd).ok());
     prepare(options.log());
     systemd::open();
     // Before there is anything that a new process should not have.
     let launcher = Launcher::start(configuration);
     raise_descriptor_limit();
-    let started = start(mappings, inherited, launcher, options);
+    let started = start(mappings, origin, launcher, options);
+    // It had to be open for as long as it might be read by its path.
+    drop(passed_file);
     let (runtime, manager) = match started {
         Ok(started) => started,
         Err(error) => return console::fail(&error),
@@ -120,59 +119,45 @@ fn serve_mappings(options: &Serve) -> ExitCode {
     }
 }
 
+/// Where the listening sockets of this process come from.
+enum Origin {
+    /// It binds them itself, but for those that a service manager passed.
+    Fresh(InheritedSockets),
+    /// An upgrade: the process that serves still passes them over this socket.
+    OldProcess(OwnedFd),
+}
+
+impl Origin {
+    /// Claims the descriptors that were passed to this process.
+    ///
+    /// # Errors
+    /// Why they cannot be used.
+    fn claim() -> Result<Self, StartError> {
+        let passed = systemd::passed_sockets();
+        match upgrade::claim()? {
+            Some(channel) => Ok(Self::OldProcess(channel)),
+            None => Ok(Self::Fresh(passed?)),
+        }
+    }
+}
+
 /// Everything that has to be there before clients are told: all host addresses bound, or none.
 fn start(
     mappings: Vec<Mapping>,
-    inherited: Inherited,
+    origin: Result<Origin, StartError>,
     launcher: io::Result<Launcher>,
     options: &Serve,
 ) -> Result<(Runtime, Manager), StartError> {
-    let setup = |step| move |source| StartError::Setup { step, source };
+    let origin = origin?;
     let runtime = new_runtime().map_err(setup("create the event loop"))?;
     let entered = runtime.enter();
     let upgrade = Upgrade::catch(launcher).map_err(setup("catch signals"))?;
     let reload = options.config.clone().map(Reload::of_file).transpose().map_err(setup("catch signals"))?;
-    let mappings = match (&inherited.old, &options.config) {
-        (Ok(None), Some(file)) => config::read(file)?,
-        _ => mappings,
-    };
-    // Only now: whoever writes to a pipe may take long, and what ends this process meanwhile ends it at once.
-    let hang_up = if reload.is_none() { &[Signal::SIGHUP][..] } else { &[] };
-    let meaningless = [hang_up, &[Signal::SIGUSR1, Signal::SIGALRM]].concat();
-    let stop = StopSignals::catch(&meaningless).map_err(setup("catch signals"))?;
-    let may_change = options.control.is_some() || reload.is_some();
-    let Sockets { bound, mut control, old } = match inherited.old? {
-        Some(channel) => {
-            let fixed = (!may_change).then_some(&mappings[..]);
-            runtime.block_on(take_over(channel, fixed, options.control.as_deref()))?
-        }
-        None => bind(mappings, inherited.sockets?, options)?,
-    };
-    if !has_ipv6() && options.mappings.is_everywhere() {
-        info!("{NO_IPV6}");
-    }
-    let ready = ready_lines(&bound);
-    let needs = needs(options, &bound);
-    let server = Server::prepared(bound, may_change).map_err(setup("watch the listeners"))?;
     drop(entered);
-    server.look_at_processors();
-    if let Some(user) = &options.user {
-        for error in server.udp_sockets().filter_map(|socket| user.own(socket).err()) {
-            debug!(%error, %user, "cannot make the user own a UDP listener, whose clients share its send buffer");
-        }
-    }
-    let output = Output::open();
-    sandbox::confine(options.sandbox, &needs)?;
-    match old {
-        Some(old) => {
-            runtime.block_on(old.serve(&server))?;
-            control.iter_mut().for_each(ControlSocket::own);
-        }
-        None => {
-            server.serve_all(LiveFlows::default());
-            output.write(runtime.handle(), &ready);
-        }
-    }
+    let Started { server, control, stop } = match origin {
+        Origin::Fresh(passed) => start_fresh(&runtime, mappings, passed, options)?,
+        Origin::OldProcess(channel) => start_upgraded(&runtime, &mappings, channel, options)?,
+    };
     server.announce();
     systemd::ready();
     let drain = Drain { timeout: options.drain_timeout, after_upgrade: options.upgrade_drain_timeout() };
@@ -180,26 +165,95 @@ fn start(
     Ok((runtime, Manager { server, stop, drain, control, reload, watchdog, upgrade }))
 }
 
-/// What another process opened for this one, or why it cannot be used.
-struct Inherited {
-    sockets: Result<InheritedSockets, ActivationError>,
-    old: Result<Option<OwnedFd>, UpgradeError>,
-    /// Open as long as it may be read by its path.
-    _configuration: Option<OwnedFd>,
+/// What serves.
+struct Started {
+    server: Server,
+    control: Option<ControlSocket>,
+    stop: StopSignals,
 }
 
-/// Binds the mappings.
-fn bind(mappings: Vec<Mapping>, passed: InheritedSockets, options: &Serve) -> Result<Sockets, StartError> {
+/// Binds the mappings, of the configuration if there is one, and prints where they listen.
+fn start_fresh(
+    runtime: &Runtime,
+    mappings: Vec<Mapping>,
+    passed: InheritedSockets,
+    options: &Serve,
+) -> Result<Started, StartError> {
+    let _entered = runtime.enter();
+    let mappings = match &options.config {
+        Some(file) => config::read(file)?,
+        None => mappings,
+    };
+    // Only now: whoever writes to a pipe may take long, and what ends this process meanwhile ends it at once.
+    let stop = catch_stop_signals(options)?;
     let control = options.control.as_deref().map(ControlSocket::bind).transpose()?;
     let bound = Bound::bind_all(mappings, passed).map_err(|error| bind_error(error, options))?;
     stale::forget_flows_to(bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.port_mapping));
-    Ok(Sockets { bound, control, old: None })
+    let ready = ready_lines(&bound);
+    // Before it is confined, as it may be a terminal that has to be opened.
+    let output = Output::open();
+    let server = prepare_server(bound, options)?;
+    server.start(LiveFlows::default());
+    output.write(runtime.handle(), &ready);
+    Ok(Started { server, control, stop })
+}
+
+/// Takes over what the process at the other end of `channel` serves: its mappings, sockets and flows. It serves on if this
+/// fails.
+fn start_upgraded(
+    runtime: &Runtime,
+    mappings: &[Mapping],
+    channel: OwnedFd,
+    options: &Serve,
+) -> Result<Started, StartError> {
+    let entered = runtime.enter();
+    let stop = catch_stop_signals(options)?;
+    let fixed = (!may_change(options)).then_some(mappings);
+    let Sockets { bound, mut control, old } =
+        runtime.block_on(take_over(channel, fixed, options.control.as_deref()))?;
+    let server = prepare_server(bound, options)?;
+    drop(entered);
+    runtime.block_on(old.hand_over_to(&server))?;
+    control.iter_mut().for_each(ControlSocket::own);
+    Ok(Started { server, control, stop })
+}
+
+fn catch_stop_signals(options: &Serve) -> Result<StopSignals, StartError> {
+    let hang_up = if options.config.is_none() { &[Signal::SIGHUP][..] } else { &[] };
+    let meaningless = [hang_up, &[Signal::SIGUSR1, Signal::SIGALRM]].concat();
+    StopSignals::catch(&meaningless).map_err(setup("catch signals"))
+}
+
+/// Whether other mappings may be served later.
+fn may_change(options: &Serve) -> bool {
+    options.control.is_some() || options.config.is_some()
+}
+
+/// Does all that can fail before `bound` is served, and confines the process.
+fn prepare_server(bound: Vec<Bound>, options: &Serve) -> Result<Server, StartError> {
+    if !has_ipv6() && options.mappings.is_everywhere() {
+        info!("{NO_IPV6}");
+    }
+    let needs = needs(options, &bound);
+    let server = Server::prepared(bound, may_change(options)).map_err(setup("watch the listeners"))?;
+    server.look_at_processors();
+    if let Some(user) = &options.user {
+        for error in server.udp_sockets().filter_map(|socket| user.own(socket).err()) {
+            debug!(%error, %user, "cannot make the user own a UDP listener, whose clients share its send buffer");
+        }
+    }
+    sandbox::confine(options.sandbox, &needs)?;
+    Ok(server)
+}
+
+fn setup(step: &'static str) -> impl FnOnce(io::Error) -> StartError {
+    move |source| StartError::Setup { step, source }
 }
 
 /// What serving `bound`, and what may come later, takes.
 fn needs<'a>(options: &'a Serve, bound: &[Bound]) -> Needs<'a> {
     let (socket, configuration) = (options.control.as_deref(), options.config.as_deref());
-    let changes = (socket.is_some() || configuration.is_some()).then_some(Changes { socket, configuration });
+    let changes = may_change(options).then_some(Changes { socket, configuration });
     let ports = bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.port_mapping);
     Needs {
         user: options.user.as_ref(),

@@ -120,7 +120,7 @@ impl ListenerTask {
         Ok(Self { set, commands: sender, task })
     }
 
-    /// Adds `socket` to the task's listeners. It is not serviced before [`Self::serve`].
+    /// Adds `socket` to the task's listeners. It is not serviced before [`Self::watch`].
     ///
     /// # Errors
     /// Those of epoll_ctl(2).
@@ -129,7 +129,7 @@ impl ListenerTask {
     }
 
     /// Starts to serve listeners that were added.
-    pub(crate) fn serve(&self, bindings: Vec<Binding>) {
+    pub(crate) fn watch(&self, bindings: Vec<Binding>) {
         let ports: Vec<_> = bindings.iter().map(|binding| binding.port.clone()).collect();
         self.tell(Command::Serve(bindings));
         for port in ports {
@@ -142,7 +142,7 @@ impl ListenerTask {
     }
 
     /// Changes how listeners are served that are already served.
-    pub(crate) fn change(&self, bindings: Vec<Binding>) {
+    pub(crate) fn change_targets(&self, bindings: Vec<Binding>) {
         self.tell(Command::Serve(bindings));
     }
 

@@ -24,21 +24,21 @@ use crate::state::task::{LiveFlow, LiveFlows};
 /// How long the old process may take for its next step. It does not wait longer for this one either.
 const NEXT_WORD: Duration = Duration::from_secs(15);
 
-/// The old process. It continues to serve if this is dropped before [`OldProcess::serve`] has returned.
+/// The old process. It continues to serve if this is dropped before [`OldProcess::hand_over_to`] has returned.
 pub struct OldProcess {
     channel: Channel,
     /// The names of the mappings, in the order of the offer.
     names: Vec<Name>,
 }
 
-/// What a process is going to serve.
+/// What the old process passes.
 pub struct Sockets {
     /// The mappings and their sockets.
     pub bound: Vec<Bound>,
     /// The control socket.
     pub control: Option<ControlSocket>,
-    /// The old process, which also has these sockets, if there is one.
-    pub old: Option<OldProcess>,
+    /// The old process, which also has these sockets.
+    pub old: OldProcess,
 }
 
 /// Returns the socket to the old process, if this one was started to take over. Call it before anything else
@@ -91,7 +91,7 @@ pub async fn take_over(
     let bound: Vec<Bound> =
         mappings.into_iter().map(|mapping| adopt(mapping, &mut sockets)).collect::<Result<_, _>>()?;
     Bound::refuse_loops(&bound).map_err(refuse)?;
-    Ok(Sockets { bound, control, old: Some(OldProcess { channel, names }) })
+    Ok(Sockets { bound, control, old: OldProcess { channel, names } })
 }
 
 fn refuse(reason: impl ToString) -> UpgradeError {
@@ -136,7 +136,7 @@ impl OldProcess {
     ///
     /// # Errors
     /// [`UpgradeError`]: the old process continues to serve, and this one must exit.
-    pub async fn serve(self, server: &Server) -> Result<(), UpgradeError> {
+    pub async fn hand_over_to(self, server: &Server) -> Result<(), UpgradeError> {
         let Self { channel, names } = self;
         in_time(channel.send(&Word::Prepared)).await?;
         let listeners = server.udp_listeners_of(&names);
@@ -155,7 +155,7 @@ impl OldProcess {
                 live_flows.flows.push(live_flow(&offered, socket, &listeners)?);
             }
         }
-        server.serve_all(live_flows);
+        server.start(live_flows);
         server.until_responsive().await;
         in_time(channel.send(&Word::Serving)).await?;
         match in_time(channel.receive()).await? {
