@@ -1,5 +1,5 @@
-//! What processes use, from /proc and their CPU clocks. Descendants count: nginx has workers, and socat
-//! makes a process for each connection.
+//! Resource use of processes, from /proc and their CPU clocks. Descendants are included, because nginx has
+//! workers, and socat starts a process for each connection.
 
 use std::collections::HashMap;
 use std::fs;
@@ -11,18 +11,18 @@ use nix::unistd::Pid;
 /// The unit of times in /proc (`USER_HZ`), which is the same on every machine that Rust supports.
 const TICK: Duration = Duration::from_millis(10);
 
-/// Some processes and all that descend from them.
+/// Some processes and all their descendants.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Family {
     roots: Vec<Pid>,
 }
 
-/// What a family takes when it does nothing.
+/// The resource use of a family while idle.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Footprint {
-    /// Memory that no other process shares, in kB.
+    /// Private memory, in kB.
     pub(crate) private: f64,
-    /// Memory, with what is shared divided among those who share it, in kB.
+    /// Memory with shared pages counted in proportion, in kB.
     pub(crate) pss: f64,
     /// Threads.
     pub(crate) threads: f64,
@@ -31,17 +31,17 @@ pub(crate) struct Footprint {
 }
 
 impl Family {
-    /// The family of these processes.
+    /// A family with these processes as its roots.
     pub(crate) fn of(roots: Vec<Pid>) -> Self {
         Self { roots }
     }
 
-    /// CPU time used so far, to the nanosecond for what lives and in ticks for children that have ended.
+    /// The CPU time used so far: exact for living processes, in ticks for children that have exited.
     pub(crate) fn cpu(&self) -> Duration {
         self.members().into_iter().map(|pid| own_cpu(pid) + cpu_of_ended_children(pid)).sum()
     }
 
-    /// Memory, threads and descriptors. A process that ends meanwhile counts as nothing.
+    /// Memory, threads and descriptors. Processes that exit meanwhile are not counted.
     pub(crate) fn footprint(&self) -> Footprint {
         let mut sum = Footprint::default();
         for pid in self.members() {
@@ -54,7 +54,7 @@ impl Family {
         sum
     }
 
-    /// The processes that live.
+    /// The living processes.
     pub(crate) fn members(&self) -> Vec<Pid> {
         let mut children: HashMap<Pid, Vec<Pid>> = HashMap::new();
         for (pid, parent) in processes() {
@@ -87,7 +87,7 @@ fn cpu_of_ended_children(pid: Pid) -> Duration {
     TICK * u32::try_from(ticks).unwrap_or(0)
 }
 
-/// A field of /proc/PID/stat by its number in proc(5), of those after the name of the program.
+/// A field of /proc/PID/stat by its number in proc(5), which must follow the name of the program.
 fn stat(pid: Pid, field: usize) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let (_name, fields) = stat.rsplit_once(") ")?;

@@ -1,4 +1,4 @@
-//! Many datagrams in one system call.
+//! Batches of datagrams.
 
 use std::array;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -9,13 +9,13 @@ use nix::sys::socket::{MsgFlags, MultiHeaders, SockaddrIn, recvmmsg, sendmmsg};
 
 use crate::sock::unless_blocked;
 
-/// Datagrams in a batch, at the most.
+/// The maximum number of datagrams in a batch.
 pub(crate) const BATCH: usize = 32;
 
-/// The longest datagram that the workloads use, with room to see one that has grown.
+/// The longest datagram of any workload, with room to detect one that has grown.
 const LONGEST: usize = 2048;
 
-/// Up to [`BATCH`] datagrams: received together, changed in place, and sent together.
+/// Up to [`BATCH`] datagrams that are received together, changed in place, and sent together.
 pub(crate) struct Batch {
     buffers: Box<[[u8; LONGEST]; BATCH]>,
     lens: [usize; BATCH],
@@ -26,7 +26,7 @@ pub(crate) struct Batch {
 }
 
 impl Batch {
-    /// An empty one.
+    /// An empty batch.
     pub(crate) fn new() -> Self {
         Self {
             buffers: Box::new([[0; LONGEST]; BATCH]),
@@ -38,8 +38,8 @@ impl Batch {
         }
     }
 
-    /// Replaces the batch by what `socket` has, up to `limit` datagrams. It waits for the first one as
-    /// `socket` is set up to, and for no other.
+    /// Replaces the batch with datagrams from `socket`, up to `limit`. Waits for the first one if `socket` is
+    /// blocking, and never for others.
     pub(crate) fn receive(&mut self, socket: &UdpSocket, limit: usize) -> io::Result<()> {
         self.count = 0;
         let mut slices = self.buffers.each_mut().map(|buffer| [IoSliceMut::new(buffer)]);
@@ -68,7 +68,7 @@ impl Batch {
         self.count = 0;
     }
 
-    /// Adds a datagram of `len` bytes to send on a connected socket, and returns it to be written.
+    /// Adds a datagram of `len` bytes for a connected socket, and returns it to be written.
     pub(crate) fn push(&mut self, len: usize) -> &mut [u8] {
         let index = self.count;
         (self.lens[index], self.addresses[index]) = (len, None);
@@ -76,7 +76,7 @@ impl Batch {
         &mut self.buffers[index][..len]
     }
 
-    /// Keeps the datagrams that `keep` wants, and lets it change them.
+    /// Retains the datagrams for which `keep` returns true; it may change them.
     pub(crate) fn retain(&mut self, mut keep: impl FnMut(&mut [u8]) -> bool) {
         let mut kept = 0;
         for index in 0..self.count {
@@ -93,7 +93,7 @@ impl Batch {
         self.count = kept;
     }
 
-    /// Sends the datagrams, to where they came from or on a connected socket; returns how many went out.
+    /// Sends the datagrams back to their senders, or on a connected socket; returns how many were sent.
     pub(crate) fn send(&mut self, socket: &UdpSocket) -> io::Result<usize> {
         let slices: [_; BATCH] =
             array::from_fn(|index| [IoSlice::new(&self.buffers[index][..self.lens[index]])]);

@@ -1,9 +1,9 @@
-//! Runs the harness in a PID namespace of its own, so that whatever it starts ends with it.
+//! Runs the harness in a PID namespace of its own, so that everything it starts ends with it.
 //!
-//! The process that the user started keeps nothing but the end of a pipe; the one that does the work
-//! is the namespace's first. When the former ends, however that comes about (Ctrl-C, SIGKILL), the
-//! pipe closes and the latter exits; and when the first process of a namespace ends, the kernel
-//! kills all others in it. Network namespaces and interfaces go with their last process.
+//! The process that the user started only holds the end of a pipe; the process that does the work is the
+//! first one in the namespace. When the former ends, for whatever reason (Ctrl-C, SIGKILL), the pipe closes
+//! and the latter exits. When the first process of a namespace exits, the kernel kills all others in it.
+//! Network namespaces and interfaces are removed with their last process.
 
 use std::env;
 use std::io::{self, Read, Write};
@@ -16,25 +16,25 @@ use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::unistd::{Uid, getpid};
 
-/// Set for the process inside; its value is of no matter.
+/// Set for the process in the namespace; the value does not matter.
 const INSIDE: &str = "RPROXY_BENCHES_INSIDE";
 
-/// The program that runs, even if its file has been replaced by a newer build since.
+/// The running program, even if its file has been replaced by a newer build.
 pub(crate) const OWN_PROGRAM: &str = "/proc/self/exe";
 
-/// What a harness that was told to end by its user exits with; a shell reports the same.
+/// The exit status after the user has interrupted the harness, as in a shell.
 const INTERRUPTED: i32 = 130;
 
-/// The harness cannot be run in namespaces of its own.
+/// The harness cannot run in namespaces of its own.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CageError {
-    /// It takes root.
+    /// Root is required.
     #[error("this needs root: it builds network namespaces and starts the peers in them")]
     NotRoot,
     /// A system call failed.
     #[error("cannot {step}: {source}")]
     Step {
-        /// What it was for.
+        /// The purpose of the call.
         step: &'static str,
         /// Its error.
         source: io::Error,
@@ -45,7 +45,7 @@ fn failed<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> CageError
     move |error| CageError::Step { step, source: error.into() }
 }
 
-/// Runs `task` in namespaces of its own, by starting this program again with the same arguments.
+/// Runs `task` in new namespaces, by starting this program again with the same arguments.
 ///
 /// # Errors
 /// [`CageError`]
@@ -57,7 +57,7 @@ pub(crate) fn run(task: impl FnOnce() -> ExitCode) -> Result<ExitCode, CageError
     if !Uid::effective().is_root() {
         return Err(CageError::NotRoot);
     }
-    // Of the children only: this process stays where it is.
+    // Only for children: this process stays where it is.
     unshare(CloneFlags::CLONE_NEWPID).map_err(failed("create a PID namespace"))?;
     let mut command = Command::new(OWN_PROGRAM);
     command.args(env::args_os().skip(1)).env(INSIDE, "1").stdin(Stdio::piped());
@@ -76,11 +76,11 @@ fn code(status: ExitStatus) -> ExitCode {
     status.code().and_then(|code| u8::try_from(code).ok()).map_or(ExitCode::FAILURE, ExitCode::from)
 }
 
-/// Sets the first process of the namespace up.
+/// Sets up the first process of the namespace.
 fn settle() -> Result<(), CageError> {
     let lifeline = io::stdin();
     let watch = move || {
-        // Nothing is ever written, so this returns at the end of the process that holds the other end.
+        // Nothing is ever written, so this returns when the process at the other end ends.
         drop(lifeline.lock().read(&mut [0]));
         abandon();
     };
@@ -89,7 +89,7 @@ fn settle() -> Result<(), CageError> {
     let nothing = None::<&str>;
     mount(nothing, "/", nothing, MsFlags::MS_REC | MsFlags::MS_PRIVATE, nothing)
         .map_err(failed("keep mounts to itself"))?;
-    // So that process ids in it are those of this namespace.
+    // Shows the process ids of this namespace.
     mount(Some("proc"), "/proc", Some("proc"), MsFlags::empty(), nothing).map_err(failed("mount /proc"))?;
     // 8,000 connections of a relay are 16,000 descriptors.
     getrlimit(Resource::RLIMIT_NOFILE)
@@ -99,7 +99,7 @@ fn settle() -> Result<(), CageError> {
 
 #[expect(clippy::exit, reason = "the whole harness ends, whatever its threads are at")]
 fn abandon() -> ! {
-    // Leaves the progress line; nobody may be there to read it.
+    // Ends the progress line; errors are ignored, because nobody may be reading.
     drop(io::stderr().write_all(b"\n"));
     exit(INTERRUPTED)
 }

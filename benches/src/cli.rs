@@ -24,12 +24,12 @@ pub(crate) enum Command {
     Load(Load),
     /// Run the backend
     Serve {
-        /// Where it listens, for TCP and UDP
+        /// The address to listen on, for TCP and UDP
         address: SocketAddrV4,
     },
-    /// Show the workloads and peers
+    /// List the workloads and peers
     List,
-    /// Time starts; `compare` calls it
+    /// Measure start times; used by `compare`
     #[command(hide = true)]
     StartTimes(StartTimes),
 }
@@ -39,13 +39,13 @@ pub(crate) struct Compare {
     /// Workloads or groups of them, such as tcp-bulk,udp-rr-64x8-64B [default: all]
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     pub(crate) only: Vec<String>,
-    /// Peers; NAME=PATH adds a program that is started as dockerd starts docker-proxy [default: all]
+    /// Peers; NAME=PATH adds a program with docker-proxy's command line [default: all]
     #[arg(long, value_name = "NAMES", value_delimiter = ',')]
     pub(crate) peers: Vec<String>,
-    /// How often every workload is run on every peer
+    /// Rounds, in each of which every workload runs on every peer
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub(crate) rounds: u32,
-    /// For how long each time
+    /// The duration of a measurement
     #[arg(long, default_value = "2s", value_parser = duration)]
     pub(crate) duration: Duration,
     /// Starts of each program in all rounds of `start`
@@ -64,12 +64,12 @@ pub(crate) struct Compare {
 
 #[derive(Args, Debug)]
 pub(crate) struct Load {
-    /// Such as tcp-rr-64; any numbers will do
+    /// Such as tcp-rr-64; other numbers are possible
     pub(crate) workload: Workload,
-    /// Where clients connect to
+    /// The address to connect to
     #[arg(long, value_name = "ADDRESS:PORT")]
     pub(crate) to: SocketAddr,
-    /// For how long
+    /// The duration
     #[arg(long, default_value = "5s", value_parser = duration)]
     pub(crate) duration: Duration,
     /// Threads [default: one per core]
@@ -85,7 +85,7 @@ pub(crate) struct Load {
 
 #[derive(Args, Debug)]
 pub(crate) struct StartTimes {
-    /// How often each program is started
+    /// Starts per program
     #[arg(long)]
     pub(crate) times: usize,
     /// The backend of the mapping
@@ -98,7 +98,7 @@ pub(crate) struct StartTimes {
     pub(crate) programs: Vec<PathBuf>,
 }
 
-/// `200ms`, `2s`: at least long enough for a measurement to mean anything, and no more than ten minutes.
+/// `200ms`, `2s`: long enough for a meaningful measurement, and at most ten minutes.
 fn duration(text: &str) -> Result<Duration, String> {
     let duration = humantime::parse_duration(text).map_err(|error| error.to_string())?;
     let sensible = Duration::from_millis(50)..=Duration::from_secs(600);

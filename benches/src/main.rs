@@ -35,7 +35,7 @@ use cli::{Cli, Command, Load, StartTimes};
 use load::Target;
 use workload::Workload;
 
-/// What a run exits with that found wrong data, or in which `rproxy` failed.
+/// The exit status of a run that found wrong data, or in which `rproxy` failed.
 const FAILED: u8 = 1;
 
 fn main() -> ExitCode {

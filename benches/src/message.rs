@@ -7,24 +7,24 @@
 
 use crate::pattern::{self, Wrong};
 
-/// Bytes before the pattern, and so the shortest message.
+/// Bytes before the pattern, which is also the minimum length of a message.
 pub(crate) const HEADER: usize = 16;
 
-/// What the first byte of a connection or a datagram asks the backend for.
+/// The service that the first byte of a connection or datagram selects.
 pub(crate) mod service {
-    /// Everything, this byte included, comes back.
+    /// Everything is echoed, including this byte.
     pub(crate) const ECHO: u8 = b'E';
-    /// One message comes back, and then the end of the stream.
+    /// One message is echoed, followed by the end of the stream.
     pub(crate) const ONCE: u8 = b'C';
-    /// The backend takes a stream, and says whether it was right.
+    /// The backend receives a stream, and reports whether it was correct.
     pub(crate) const SINK: u8 = b'S';
     /// The backend sends a stream.
     pub(crate) const SOURCE: u8 = b'G';
-    /// The backend says how many datagrams of this flow it took.
+    /// The backend reports how many datagrams of this flow it has received.
     pub(crate) const COUNT: u8 = b'Q';
 }
 
-/// The opening of a connection to [`service::SINK`] or [`service::SOURCE`], which wants a duration in
+/// The first bytes of a connection to [`service::SINK`] or [`service::SOURCE`], which takes a duration in
 /// milliseconds.
 pub(crate) fn hello(service: u8, argument: u32) -> [u8; 8] {
     let [a, b, c, d] = argument.to_le_bytes();
@@ -36,14 +36,14 @@ pub(crate) fn argument(message: &[u8]) -> u32 {
     u32::from_le_bytes([message[4], message[5], message[6], message[7]])
 }
 
-/// The number of a message that is at least [`HEADER`] long.
+/// The number of a message, which must be at least [`HEADER`] long.
 pub(crate) fn number(message: &[u8]) -> u64 {
     let mut number = [0; 8];
     number.copy_from_slice(&message[8..HEADER]);
     u64::from_le_bytes(number)
 }
 
-/// Makes `message` the one with these fields; its length stays.
+/// Fills `message` with these fields; its length stays the same.
 pub(crate) fn write(message: &mut [u8], service: u8, argument: u32, number: u64) {
     message[..8].copy_from_slice(&hello(service, argument));
     message[8..HEADER].copy_from_slice(&number.to_le_bytes());
@@ -51,7 +51,7 @@ pub(crate) fn write(message: &mut [u8], service: u8, argument: u32, number: u64)
     message[HEADER..].copy_from_slice(filler);
 }
 
-/// Checks that `message` is the one that [`write()`] makes from these fields.
+/// Checks that `message` equals what [`write()`] produces for these fields.
 pub(crate) fn check(message: &[u8], service: u8, argument: u32, number: u64) -> Result<(), Wrong> {
     let right = message.len() >= HEADER
         && message[..8] == hello(service, argument)

@@ -1,9 +1,9 @@
-//! What is measured, and how it is shown.
+//! Metrics and their formatting.
 
-/// The values of one measurement, the most telling first.
+/// The values of one measurement, the most important first.
 pub(crate) type Values = Vec<(Metric, f64)>;
 
-/// A measured quantity with its unit.
+/// A metric with its unit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Metric {
     /// Payload, in Gbit/s.
@@ -12,7 +12,7 @@ pub(crate) enum Metric {
     Requests,
     /// Replies per second.
     Replies,
-    /// Datagrams per second that arrived.
+    /// Received datagrams per second.
     Datagrams,
     /// CPU seconds of the peer for each GB (10⁹ bytes) of payload.
     CpuPerGb,
@@ -20,7 +20,7 @@ pub(crate) enum Metric {
     CpuPerRequest,
     /// CPU time of the peer for each round trip of a datagram, in µs.
     CpuPerReply,
-    /// CPU time of the peer for each datagram that arrived, in µs.
+    /// CPU time of the peer for each received datagram, in µs.
     CpuPerDatagram,
     /// Median latency, in µs.
     P50,
@@ -45,7 +45,7 @@ pub(crate) enum Metric {
 }
 
 impl Metric {
-    /// The heading of its column.
+    /// The column heading.
     pub(crate) fn heading(self) -> &'static str {
         match self {
             Self::Throughput => "Gbit/s",
@@ -94,17 +94,17 @@ impl Metric {
         name.into()
     }
 
-    /// Whether more of it is better.
+    /// Whether higher is better.
     pub(crate) fn more_is_better(self) -> bool {
         matches!(self, Self::Throughput | Self::Requests | Self::Replies | Self::Datagrams)
     }
 
-    /// Whether a ratio of it says something: shares of datagrams and counts speak for themselves.
+    /// Whether a ratio is meaningful; shares of datagrams and counts are not shown as ratios.
     pub(crate) fn has_ratio(self) -> bool {
         !matches!(self, Self::Loss | Self::Threads | Self::FdsPerConnection)
     }
 
-    /// A value with as many digits as it deserves.
+    /// Formats a value with a suitable number of digits.
     pub(crate) fn show(self, value: f64) -> String {
         match value.abs() {
             0.0 => "0".into(),

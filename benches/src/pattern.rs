@@ -1,29 +1,29 @@
-//! The bytes that travel, made so that the receiver can tell a wrong one without having been sent a copy.
+//! The stream data, which the receiver can verify without a copy.
 //!
-//! A stream is a position-dependent pattern followed by a trailer with the length of the pattern. The
-//! pattern repeats after a prime number of words: bytes that are lost, doubled or moved shift what
-//! follows, unless their number is a multiple of that period, and then the trailer gives them away.
+//! A stream is a position-dependent pattern followed by a trailer with the length of the pattern. The pattern
+//! repeats after a prime number of words. Bytes that are lost, duplicated or reordered shift what follows,
+//! unless their number is a multiple of that period, which the trailer reveals.
 
 use std::io;
 use std::sync::LazyLock;
 
-/// Length of the pattern in bytes: small enough to stay in the second-level cache, so that making data
-/// costs the sender next to nothing, and no multiple of a page, a segment or a pipe.
+/// The length of the pattern in bytes: small enough for the second-level cache, so that generating data is
+/// cheap, and not a multiple of a page, a segment or a pipe.
 const PERIOD: usize = 16_381 * 8;
 
-/// Bytes after the pattern: [`MAGIC`] and the number of bytes before it.
+/// The length of the trailer: [`MAGIC`] and the number of bytes before it.
 const TRAILER: usize = 16;
 
 const MAGIC: u64 = 0x5eed_0f70_7261_696c;
 
-/// One read in so many is compared in full; of the others, only both ends. A shift shows at an end, so
-/// this loses only what changes bytes in place, and that is caught as soon as it happens often.
+/// One read out of this many is compared completely; of the others, only both ends. A shift shows at an end,
+/// so this only misses bytes changed in place, which are detected if they occur often.
 const FULL_CHECK: u32 = 16;
 
 /// Twice the period, so that a period starting anywhere is one slice.
 static PATTERN: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let word = |index: u64| {
-        // The finaliser of splitmix64: neighbouring words share nothing.
+        // The finaliser of splitmix64, which makes neighbouring words independent.
         let mut x = index.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
         x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -32,14 +32,14 @@ static PATTERN: LazyLock<Vec<u8>> = LazyLock::new(|| {
     (0..PERIOD as u64 / 8).flat_map(word).collect::<Vec<_>>().repeat(2)
 });
 
-/// `len` bytes of the pattern from `offset` on; `len` is a period at the most.
+/// `len` bytes of the pattern starting at `offset`; `len` is at most a period.
 pub(crate) fn at(offset: u64, len: usize) -> &'static [u8] {
     // The remainder is below PERIOD, so it fits.
     let start = usize::try_from(offset % PERIOD as u64).unwrap_or_default();
     &PATTERN[start..start + len]
 }
 
-/// What differs from what was sent. It fails the run.
+/// A difference from what was sent. It fails the run.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("{0}")]
 pub(crate) struct Wrong(pub(crate) String);
@@ -48,12 +48,12 @@ pub(crate) struct Wrong(pub(crate) String);
 #[derive(Debug, Default)]
 pub(crate) struct Outgoing {
     sent: u64,
-    /// The trailer and how much of it was sent, once there is to be no more data.
+    /// The trailer and how much of it was sent, after the end of the data.
     trailer: Option<([u8; TRAILER], usize)>,
 }
 
 impl Outgoing {
-    /// What to send next; empty when all is sent.
+    /// What to send next; empty if everything is sent.
     pub(crate) fn chunk(&self) -> &[u8] {
         match &self.trailer {
             None => at(self.sent, PERIOD),
@@ -61,7 +61,7 @@ impl Outgoing {
         }
     }
 
-    /// Notes that `count` bytes of the chunk were sent.
+    /// Records that `count` bytes of the chunk were sent.
     pub(crate) fn advance(&mut self, count: usize) {
         match &mut self.trailer {
             None => self.sent += count as u64,
@@ -69,7 +69,7 @@ impl Outgoing {
         }
     }
 
-    /// Ends the data: what is left to send is the trailer.
+    /// Ends the data: only the trailer remains to be sent.
     pub(crate) fn finish(&mut self) {
         let mut trailer = [0; TRAILER];
         trailer[..8].copy_from_slice(&MAGIC.to_le_bytes());
@@ -77,12 +77,12 @@ impl Outgoing {
         self.trailer.get_or_insert((trailer, 0));
     }
 
-    /// Whether the trailer is out.
+    /// Whether the trailer is sent.
     pub(crate) fn is_done(&self) -> bool {
         self.trailer.is_some() && self.chunk().is_empty()
     }
 
-    /// Bytes of pattern sent.
+    /// The number of pattern bytes sent.
     pub(crate) fn sent(&self) -> u64 {
         self.sent
     }
@@ -93,25 +93,25 @@ impl Outgoing {
 pub(crate) struct Incoming {
     checked: u64,
     reads: u32,
-    /// The last bytes read: they may be the trailer, which only the end of the stream tells.
+    /// The last bytes read, which are the trailer if the stream ends here.
     tail: [u8; TRAILER],
     tail_len: usize,
 }
 
-/// What became of a read.
+/// The result of a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Pulled {
-    /// Nothing was there.
+    /// No data was available.
     Nothing,
-    /// Data, and it was right.
+    /// Data, which was correct.
     Data,
-    /// The end; all that was sent came, this many bytes of pattern.
+    /// The end: everything has arrived, this many bytes of pattern.
     End(u64),
 }
 
 impl Incoming {
-    /// Calls `read` with room in `buffer`, and checks what it brings. `Ok(None)` from `read` means that
-    /// nothing is there yet.
+    /// Calls `read` with space in `buffer`, and checks the data. `Ok(None)` from `read` means that no data is
+    /// available.
     pub(crate) fn pull(
         &mut self,
         buffer: &mut [u8],
@@ -170,7 +170,7 @@ impl Incoming {
 mod tests {
     use super::*;
 
-    /// Streams `total` bytes in reads of `step`, after `damage` has been at them.
+    /// Streams `total` bytes in reads of `step`, after `damage` has modified them.
     fn transfer(total: usize, step: usize, damage: impl FnOnce(&mut Vec<u8>)) -> Result<u64, Wrong> {
         let mut outgoing = Outgoing::default();
         let mut wire = Vec::new();

@@ -1,13 +1,12 @@
-//! What a run says about itself while it goes on: a line that is rewritten on a terminal, and a line for
-//! each workload elsewhere.
+//! Progress output: a line that is rewritten on a terminal, or a line for each workload otherwise.
 
 use std::io::{IsTerminal, Write, stderr};
 use std::time::{Duration, Instant};
 
-/// Goes to the start of the line and clears it.
+/// Moves to the start of the line and clears it.
 const REWRITE: &str = "\r\x1b[K";
 
-/// How far a run is.
+/// The progress of a run.
 pub(crate) struct Progress {
     start: Instant,
     steps: usize,
@@ -23,7 +22,7 @@ impl Progress {
         Self { start: Instant::now(), steps, done: 0, terminal, last_heading: String::new() }
     }
 
-    /// A step begins.
+    /// Starts a step.
     pub(crate) fn step(&mut self, heading: &str, detail: &str) {
         let line = format!("[{}/{}] {heading}", self.done + 1, self.steps);
         if self.terminal {
@@ -35,19 +34,19 @@ impl Progress {
         self.done += 1;
     }
 
-    /// Something to keep on the screen.
+    /// Prints a line that stays on the screen.
     pub(crate) fn note(&self, text: &str) {
         write(&format!("{}{text}\n", if self.terminal { REWRITE } else { "" }));
     }
 
-    /// Makes room for the result.
+    /// Clears the progress line before the result.
     pub(crate) fn finish(&self) {
         if self.terminal {
             write(REWRITE);
         }
     }
 
-    /// How long it will take, judged by how long it has taken so far.
+    /// The estimated remaining time, based on the time so far.
     fn left(&self) -> String {
         let Some(done) = u32::try_from(self.done).ok().filter(|done| *done > 0) else { return String::new() };
         let remaining = u32::try_from(self.steps - self.done).unwrap_or(u32::MAX);
@@ -57,6 +56,6 @@ impl Progress {
 }
 
 fn write(text: &str) {
-    // If nobody listens, the run goes on.
+    // If nobody reads the output, the run continues.
     drop(stderr().write_all(text.as_bytes()));
 }

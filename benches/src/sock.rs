@@ -1,7 +1,6 @@
-//! Socket calls that never wait, and the one that does: epoll_wait(2).
+//! Non-blocking socket calls, and epoll_wait(2).
 //!
-//! Level-triggered, because then one read for an event is enough, and a read that can only return
-//! `EAGAIN` is never made.
+//! Level-triggered, so that one read per event is enough and no read is made that can only return `EAGAIN`.
 
 use std::io;
 use std::net::TcpStream;
@@ -14,21 +13,21 @@ use nix::sys::socket::{MsgFlags, recv, send, setsockopt, sockopt};
 
 pub(crate) use nix::sys::epoll::EpollFlags as Interest;
 
-/// Receive buffer of UDP sockets, in bytes: what is lost should be lost by the peer under test.
+/// Receive buffer of UDP sockets, in bytes, large enough that only the peer under test loses datagrams.
 const UDP_BUFFER: usize = 8 << 20;
 
-/// Reads what is there, without waiting; `None` if nothing is.
+/// Reads without waiting; `None` if no data is available.
 pub(crate) fn receive(socket: &impl AsRawFd, buffer: &mut [u8]) -> io::Result<Option<usize>> {
     unless_blocked(recv(socket.as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT))
 }
 
-/// Writes what fits, without waiting; `None` if nothing does.
+/// Writes without waiting; `None` if there is no room.
 pub(crate) fn transmit(socket: &impl AsRawFd, data: &[u8]) -> io::Result<Option<usize>> {
     let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL;
     unless_blocked(send(socket.as_raw_fd(), data, flags))
 }
 
-/// Writes a small message, which an idle connection has room for.
+/// Writes a small message, for which an idle connection has room.
 pub(crate) fn transmit_all(stream: &TcpStream, data: &[u8]) -> io::Result<()> {
     match transmit(stream, data)? {
         Some(sent) if sent == data.len() => Ok(()),
@@ -45,19 +44,19 @@ pub(crate) fn unless_blocked<T>(result: nix::Result<T>) -> io::Result<Option<T>>
     }
 }
 
-/// Returns a UDP socket room for bursts; the forced form is not limited by the system, but needs root.
+/// Enlarges the buffers of a UDP socket; the forced option exceeds the system's limit, but requires root.
 pub(crate) fn enlarge_udp_buffers(socket: &impl AsFd) {
     if setsockopt(socket, sockopt::RcvBufForce, &UDP_BUFFER).is_err() {
-        // As much as there is to be had will do: loss shows in the result.
+        // As large as possible is enough: loss is visible in the result.
         setsockopt(socket, sockopt::RcvBuf, &UDP_BUFFER).ok();
     }
 }
 
-/// An epoll instance that can be shared: another thread may add a socket to it.
+/// An epoll instance that can be shared: another thread may add sockets to it.
 pub(crate) struct Poll(Epoll);
 
 impl Poll {
-    /// A new, empty one.
+    /// Creates an empty one.
     pub(crate) fn new() -> io::Result<Self> {
         Ok(Self(Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?))
     }
@@ -67,7 +66,7 @@ impl Poll {
         Ok(self.0.add(socket, EpollEvent::new(interest, token as u64))?)
     }
 
-    /// Watches `socket` for something else.
+    /// Changes the events that `socket` is watched for.
     pub(crate) fn modify(&self, socket: &impl AsFd, interest: Interest, token: usize) -> io::Result<()> {
         Ok(self.0.modify(socket, &mut EpollEvent::new(interest, token as u64))?)
     }
@@ -77,7 +76,7 @@ impl Poll {
         Ok(self.0.delete(socket)?)
     }
 
-    /// Waits for events, for at most `timeout`.
+    /// Waits for events, at most for `timeout`.
     pub(crate) fn wait<'a>(
         &self,
         events: &'a mut Events,
@@ -88,18 +87,18 @@ impl Poll {
             Err(Errno::EINTR) => 0,
             result => result?,
         };
-        // A token was a `usize` when it was added.
+        // Tokens are converted from `usize` when added.
         Ok(events.0[..count]
             .iter()
             .map(|event| (usize::try_from(event.data()).unwrap_or(usize::MAX), event.events())))
     }
 }
 
-/// Room for the events of one wait.
+/// The buffer for the events of one wait.
 pub(crate) struct Events(Vec<EpollEvent>);
 
 impl Events {
-    /// Room for as many as a busy thread handles before it looks at the clock.
+    /// As many events as a busy thread handles before it checks the clock.
     pub(crate) fn new() -> Self {
         Self(vec![EpollEvent::empty(); 256])
     }

@@ -1,5 +1,5 @@
-//! Times from exec to ready, taken in a process of its own: small, with one thread, and with nothing
-//! between vfork(2) and exec, so that the harness's size is not measured along.
+//! Measures the times from exec to ready in a separate process. It is small and single-threaded, and executes
+//! nothing between vfork(2) and exec, so that the size of the harness does not affect the result.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -16,7 +16,7 @@ use rproxy_tests::docker_proxy::{STATUS_FD, mapping};
 
 use crate::cli::StartTimes;
 
-/// The most that a start may take, in milliseconds, before it is no slow one but a failure.
+/// The maximum duration of a start, in milliseconds. Beyond that, it has failed.
 const PATIENCE_MS: u16 = 10_000;
 
 /// The times of one program, in nanoseconds.
@@ -31,7 +31,7 @@ pub(crate) enum StartError {
     NotReady { program: PathBuf, said: String },
 }
 
-/// Starts the programs in turn, so that all see the same machine.
+/// Starts the programs in rotation, so that all run under the same conditions.
 ///
 /// # Errors
 /// [`StartError`]
@@ -68,8 +68,8 @@ fn time_start(program: &Path, port: u16, backend: SocketAddrV4) -> Result<Durati
     }
 }
 
-/// A pipe whose writing end has the number that the contract wants, and is inherited. Placed there by
-/// closing and duplicating, which needs that nothing else in this process opens files meanwhile.
+/// A pipe whose writing end has the descriptor that docker-proxy expects, and is inherited. It is put there
+/// by closing and duplicating, so nothing else in this process may open files meanwhile.
 fn status_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     let holder = File::open("/dev/null")?;
     let (reading, writing) = pipe2(OFlag::O_CLOEXEC)?;
@@ -77,12 +77,12 @@ fn status_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
         return Err(io::Error::other("descriptor 3 is taken"));
     }
     drop(holder);
-    // The lowest number that is free, without close-on-exec.
+    // The lowest free number, without close-on-exec.
     let inherited = dup(&writing)?;
     Ok((reading, inherited))
 }
 
-/// Ends it, however that is: docker-proxy 20.10 may miss a signal that comes right after it is ready.
+/// Kills the process, because docker-proxy 20.10 may miss a signal that arrives right after it is ready.
 fn end(child: &mut Child) -> io::Result<()> {
     child.kill()?;
     child.wait().map(drop)

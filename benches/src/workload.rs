@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-/// Which way the data of a bulk transfer goes.
+/// The direction of a bulk transfer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Direction {
     /// From the client to the backend.
@@ -15,45 +15,45 @@ pub(crate) enum Direction {
 /// A workload; `benches/README.md` describes each.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Workload {
-    /// Streams that send all they can.
+    /// Streams at full speed.
     TcpBulk {
         /// Connections.
         streams: usize,
-        /// Which way.
+        /// The direction.
         direction: Direction,
     },
-    /// A small request and its response, over and over.
+    /// Small requests and responses on the same connections.
     TcpRr {
-        /// Connections, each with one request at a time.
+        /// Connections, each with one request in flight.
         connections: usize,
     },
-    /// The same with a new connection for each request.
+    /// Like `TcpRr`, with a new connection for each request.
     TcpCrr {
         /// Connections at a time.
         connections: usize,
     },
-    /// Connections that have said something and are quiet.
+    /// Connections that are idle after one exchange.
     TcpIdle {
         /// Connections.
         connections: usize,
     },
-    /// Datagrams that come back.
+    /// Datagrams that are echoed.
     UdpRr {
         /// Sockets of the client.
         flows: usize,
-        /// Datagrams of each under way.
+        /// Datagrams in flight per socket.
         window: usize,
         /// Bytes of a datagram.
         size: usize,
     },
-    /// Datagrams one way, as fast as the client can send.
+    /// Datagrams in one direction, as fast as the client can send.
     UdpBulk {
         /// Bytes of a datagram.
         size: usize,
     },
     /// From exec to ready.
     Start,
-    /// What idle mappings take.
+    /// The resource use of idle mappings.
     Footprint,
     /// `tcp-rr-64` beside idle connections.
     ScaleTcp {
@@ -75,7 +75,7 @@ pub(crate) enum Workload {
 use Direction::{Down, Up};
 
 impl Workload {
-    /// What a run without `--only` does.
+    /// The workloads of a run without `--only`.
     pub(crate) fn all() -> Vec<Self> {
         let bulk = |streams| [Up, Down].map(|direction| Self::TcpBulk { streams, direction });
         let udp_rr = |(flows, window)| [64, 1400].map(|size| Self::UdpRr { flows, window, size });
@@ -93,7 +93,7 @@ impl Workload {
         all
     }
 
-    /// The workloads that an item of `--only` names: one, or a group such as `tcp-bulk`.
+    /// The workloads that an item of `--only` selects: one, or a group such as `tcp-bulk`.
     ///
     /// # Errors
     /// [`UnknownWorkload`]
@@ -110,12 +110,12 @@ impl Workload {
         }
     }
 
-    /// Whether it goes over UDP.
+    /// Whether it uses UDP.
     pub(crate) fn is_udp(self) -> bool {
         matches!(self, Self::UdpRr { .. } | Self::UdpBulk { .. } | Self::ScaleUdp { .. })
     }
 
-    /// The member of its curve that the others are compared with.
+    /// The first point of its curve, which is the reference for the others.
     pub(crate) fn base(self) -> Option<Self> {
         match self {
             Self::ScaleTcp { .. } => Some(Self::ScaleTcp { idle: 0 }),
@@ -153,7 +153,7 @@ pub(crate) struct UnknownWorkload(String);
 impl FromStr for Workload {
     type Err = UnknownWorkload;
 
-    /// Any numbers will do, also those that [`Workload::all`] does not use.
+    /// Accepts any numbers, not only those in [`Workload::all`].
     fn from_str(name: &str) -> Result<Self, UnknownWorkload> {
         let known = match name.split('-').collect::<Vec<_>>()[..] {
             ["tcp", "bulk", n, "up"] => number(n).map(|streams| Self::TcpBulk { streams, direction: Up }),
@@ -178,7 +178,7 @@ fn number(text: &str) -> Option<usize> {
     text.parse().ok().filter(|number| *number > 0)
 }
 
-/// `64B`: from the shortest message to what fits into a packet.
+/// `64B`: at least the shortest message, and at most what fits into a packet.
 fn size(text: &str) -> Option<usize> {
     number(text.strip_suffix('B')?).filter(|size| (crate::message::HEADER..=1472).contains(size))
 }

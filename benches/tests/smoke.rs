@@ -1,5 +1,5 @@
-//! A short comparison with every peer: what comes through them is right, and nothing is left behind.
-//! How fast it comes is not looked at.
+//! A short comparison with every peer: the relayed data is correct, and nothing is left behind. Performance
+//! is not checked.
 
 #![expect(clippy::unwrap_used, reason = "a failed step ends the test")]
 
@@ -12,7 +12,7 @@ use rproxy_tests::process::{Process, Stream, run};
 use rproxy_tests::require::Need;
 use rproxy_tests::suite::{self, Case};
 
-/// Every kind of workload, at the sizes that take longest to go wrong.
+/// Every kind of workload, in the sizes that are most likely to fail.
 const WORKLOADS: &str = "tcp-bulk-8-up,tcp-bulk-8-down,tcp-rr-64,tcp-crr-64,tcp-idle-200,udp-rr-64x8-64B,\
                          udp-rr-1x64-1400B,udp-bulk-1400B,start,footprint,scale-tcp-500,scale-udp-500,\
                          scale-mappings-100";
@@ -59,7 +59,7 @@ fn nothing_is_wrong() {
 }
 
 fn wrong_answers_are_found() {
-    // A peer that answers with zeros, and more of them than it was asked for.
+    // A peer that replies with zeros, and more of them than requested.
     let zeros = rproxy_tests::backend::TcpBackend::local(|mut stream| {
         use std::io::{Read, Write};
         let mut buffer = [0; 1024];
@@ -83,12 +83,12 @@ fn killed_run_leaves_nothing() {
     process.wait_for_line(Stream::Stderr, |line| line.starts_with("[1/"));
     let before = descendants(process.pid().as_raw());
     assert!(before.len() > 3, "the harness and its peers: {before:?}");
-    // Kills it, and returns when it is gone; the others follow as the kernel gets to it.
+    // Kills it, and returns when it is gone; the kernel then ends the others.
     drop(process);
     while before.iter().any(|pid| Path::new(&format!("/proc/{pid}")).exists()) {}
 }
 
-/// The processes below one, by what /proc says of their parents.
+/// The descendants of a process, according to /proc.
 fn descendants(root: i32) -> Vec<i32> {
     let mut found = vec![root];
     let mut next = 0;

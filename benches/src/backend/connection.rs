@@ -1,4 +1,4 @@
-//! What the backend does on one connection.
+//! The backend's side of one connection.
 
 use std::io;
 use std::net::{Shutdown, TcpStream};
@@ -8,35 +8,35 @@ use crate::message::{self, HEADER, service};
 use crate::pattern::{Incoming, Outgoing, Pulled};
 use crate::sock::{Interest, receive, transmit, transmit_all};
 
-/// Bytes read at once. Larger reads fall out of the second-level cache before they are checked.
+/// Bytes per read. With larger reads, data drops out of the second-level cache before it is checked.
 pub(crate) const BUFFER: usize = 256 * 1024;
 
-/// Chunks written before other connections get their turn.
+/// Chunks written before other connections are serviced.
 const TURN: usize = 4;
 
-/// A connection and the part that it plays.
+/// A connection and its role.
 pub(super) struct Connection {
     stream: TcpStream,
     role: Role,
 }
 
 enum Role {
-    /// It has not said what it wants, beyond these bytes.
+    /// The role is not known yet; these bytes have been received.
     New(Vec<u8>),
-    /// Sends back what comes; this much is waiting to be sent.
+    /// Echoes everything; this many bytes are pending.
     Echo(Vec<u8>),
     Sink(Incoming),
     Source(Outgoing, Instant),
 }
 
-/// What becomes of a connection after a step.
+/// The result of a step.
 #[derive(Clone, Copy)]
 pub(super) enum Next {
-    /// It goes on as before.
+    /// The connection continues unchanged.
     Stay,
-    /// It goes on when this has happened.
+    /// The connection continues once this event occurs.
     Wait(Interest),
-    /// It is over.
+    /// The connection has ended.
     Close,
 }
 
@@ -49,7 +49,7 @@ impl Connection {
         &self.stream
     }
 
-    /// Does what an event asks for, with `buffer` to read into.
+    /// Handles an event, with `buffer` for reading.
     pub(super) fn step(&mut self, readiness: Interest, buffer: &mut [u8]) -> io::Result<Next> {
         let Self { stream, role } = self;
         match role {
@@ -65,7 +65,7 @@ impl Connection {
         }
     }
 
-    /// Reads until the client has said what it wants.
+    /// Reads until the role is known.
     fn open(&mut self, buffer: &mut [u8]) -> io::Result<Next> {
         let Self { stream, role: Role::New(head) } = self else { return Ok(Next::Close) };
         let count = match receive(stream, buffer)? {
@@ -83,7 +83,7 @@ impl Connection {
             }
             _ if head.len() < HEADER / 2 => Ok(Next::Stay),
             service::ONCE if head.len() < message::argument(head) as usize => Ok(Next::Stay),
-            // The close that follows is the end of the stream that the client waits for.
+            // The following close sends the FIN that the client waits for.
             service::ONCE => transmit_all(stream, head).map(|()| Next::Close),
             service::SINK => {
                 let mut incoming = Incoming::default();
@@ -123,7 +123,7 @@ fn flush(stream: &TcpStream, waiting: &mut Vec<u8>) -> io::Result<Next> {
     Ok(if waiting.is_empty() { Next::Wait(Interest::EPOLLIN) } else { Next::Stay })
 }
 
-/// Takes a stream; at its end, says whether it was right: a byte, and how long it was.
+/// Receives a stream; at its end, sends the verdict (one byte) and its length.
 fn sink(stream: &TcpStream, incoming: &mut Incoming, buffer: &mut [u8]) -> io::Result<Next> {
     let (right, total) = match incoming.pull(buffer, |room| receive(stream, room))? {
         Ok(Pulled::Nothing | Pulled::Data) => return Ok(Next::Stay),
@@ -133,7 +133,8 @@ fn sink(stream: &TcpStream, incoming: &mut Incoming, buffer: &mut [u8]) -> io::R
     let mut verdict = [right; 9];
     verdict[1..].copy_from_slice(&u64::to_le_bytes(total));
     transmit_all(stream, &verdict)?;
-    // After a wrong byte there may be more to read, and a close would overtake the verdict.
+    // After wrong data there may be unread data, with which a close would send a reset and discard the
+    // verdict.
     stream.shutdown(Shutdown::Write)?;
     Ok(if right == 1 { Next::Close } else { Next::Wait(Interest::empty()) })
 }

@@ -1,6 +1,6 @@
-//! The backend: a thread per core for TCP and one for UDP, all on one port.
+//! The backend: a TCP thread per core and one UDP thread, all on one port.
 //!
-//! What a client wants is in the first byte that it sends; see [`crate::message::service`].
+//! The first byte that a client sends selects the service; see [`crate::message::service`].
 
 mod connection;
 mod tcp;
@@ -17,13 +17,13 @@ pub(crate) use connection::BUFFER;
 use socket2::{Domain, Protocol, Socket, Type};
 pub(crate) use udp::WRONG;
 
-/// How often a thread without work looks whether it is to stop.
+/// How often an idle thread checks whether to stop.
 const STOP_POLL: Duration = Duration::from_millis(200);
 
-/// Connections that may wait to be accepted: more than any workload opens at once.
+/// The length of the accept queue: more than any workload opens at once.
 const BACKLOG: i32 = 16_384;
 
-/// A running backend. Dropping it ends its threads.
+/// A running backend. Dropping it stops its threads.
 pub(crate) struct Backend {
     address: SocketAddrV4,
     stop: Arc<AtomicBool>,
@@ -53,7 +53,7 @@ impl Backend {
         Ok(Self { address, stop, threads })
     }
 
-    /// Where it serves.
+    /// The address that it serves.
     pub(crate) fn address(&self) -> SocketAddrV4 {
         self.address
     }
@@ -61,7 +61,7 @@ impl Backend {
     /// Serves until the process ends.
     pub(crate) fn serve(mut self) {
         for thread in self.threads.drain(..) {
-            // A panic has been reported where it happened.
+            // A panic has been reported already.
             drop(thread.join());
         }
     }
@@ -77,7 +77,7 @@ impl Drop for Backend {
     }
 }
 
-/// The threads that a side of the load gets: one for each core.
+/// The number of threads for each side of the load: one per core.
 pub(crate) fn cores() -> usize {
     thread::available_parallelism().map_or(1, usize::from)
 }

@@ -1,4 +1,4 @@
-//! TCP: connections are dealt out to the threads in turn, and stay where they are put.
+//! The TCP backend: connections are assigned to the threads in rotation, and stay there.
 
 use std::collections::HashMap;
 use std::io;
@@ -15,8 +15,8 @@ use crate::sock::{Events, Interest, Poll};
 /// The token of the listener; no descriptor has this number.
 const LISTENER: usize = usize::MAX;
 
-/// A thread's connections, as the thread that accepts sees them. It adds a connection to the epoll
-/// instance of the thread that is to have it, so that no wake-up is needed besides its first data.
+/// A thread's connections, as seen by the accepting thread, which adds a connection directly to the other
+/// thread's epoll instance. No wake-up is needed before its first data.
 struct Shard {
     poll: Poll,
     arrived: Mutex<Vec<TcpStream>>,
@@ -60,7 +60,7 @@ fn accept(listener: &TcpListener, shards: &[Shard], accepted: &mut usize) {
         let shard = &shards[*accepted % shards.len()];
         *accepted += 1;
         let token = token(&stream);
-        // A response is one write: waiting for more to send could only delay it.
+        // A response is written with one call, so Nagle's algorithm could only delay it.
         let nodelay = stream.set_nodelay(true);
         let mut arrived = shard.arrived.lock().unwrap_or_else(PoisonError::into_inner);
         if nodelay.is_ok() && shard.poll.add(&stream, Interest::EPOLLIN, token).is_ok() {
@@ -75,8 +75,7 @@ struct Worker<'a> {
 }
 
 impl Worker<'_> {
-    /// Lets a connection do what it can; one that fails or ends is closed, which is all there is to
-    /// tell its client.
+    /// Services a connection. If it fails or ends, it is closed, which is all that its client is told.
     fn step(&mut self, token: usize, readiness: Interest, buffer: &mut [u8]) {
         if !self.connections.contains_key(&token) {
             let mut arrived = self.shard.arrived.lock().unwrap_or_else(PoisonError::into_inner);

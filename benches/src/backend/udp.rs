@@ -1,4 +1,4 @@
-//! UDP: a socket for each thread; the kernel deals the flows out among them.
+//! The UDP backend: one socket per thread, among which the kernel distributes the flows.
 
 use std::collections::HashMap;
 use std::io;
@@ -41,7 +41,7 @@ fn serve(socket: &UdpSocket, stop: &AtomicBool) {
     let mut batch = Batch::new();
     let mut taken = HashMap::new();
     while !stop.load(Ordering::Relaxed) {
-        // An error is an ICMP answer to an earlier reply, whose client is gone.
+        // An ICMP error for an earlier reply, whose client is gone.
         if batch.receive(socket, BATCH).is_err() {
             continue;
         }
@@ -50,7 +50,7 @@ fn serve(socket: &UdpSocket, stop: &AtomicBool) {
     }
 }
 
-/// Makes a datagram into its reply; returns whether there is one.
+/// Turns a datagram into its reply; returns whether there is one.
 fn answer(datagram: &mut [u8], taken: &mut HashMap<u32, u64>) -> bool {
     if datagram.len() < HEADER {
         return true;
@@ -58,7 +58,7 @@ fn answer(datagram: &mut [u8], taken: &mut HashMap<u32, u64>) -> bool {
     let (flow, number) = (message::argument(datagram), message::number(datagram));
     match datagram[0] {
         service::SINK => {
-            // A wrong one is as good as lost, except that the sum will not hide it.
+            // A wrong datagram is not counted, and marks the sum as invalid.
             let right = message::check(datagram, service::SINK, flow, number).is_ok();
             let count = taken.entry(flow).or_insert(0);
             *count = if right { count.saturating_add(1) } else { WRONG };
@@ -73,5 +73,5 @@ fn answer(datagram: &mut [u8], taken: &mut HashMap<u32, u64>) -> bool {
     }
 }
 
-/// The count of a flow in which a datagram was not what its sender made; it stays, for adding saturates.
+/// The count of a flow in which a datagram was wrong. It stays, because additions saturate.
 pub(crate) const WRONG: u64 = u64::MAX;

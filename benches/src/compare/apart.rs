@@ -1,4 +1,4 @@
-//! Measurements on processes of their own, since what the running ones have been through would show.
+//! Measurements on fresh processes, because the history of the running ones would affect them.
 
 use std::io::{BufRead, BufReader};
 use std::process::{Child, ChildStdout, Command, Stdio};
@@ -17,13 +17,13 @@ use crate::report::Failure;
 use crate::start_times::Nanoseconds;
 use crate::wiring::Wiring;
 
-/// The first port of peers that are started for a measurement, below those of the others.
+/// The first port for peers that are started for a measurement, below those of the others.
 const FIRST_PORT: u16 = 10_000;
 
-/// Mappings of `footprint`.
+/// The number of mappings in `footprint`.
 const MAPPINGS: u16 = 100;
 
-/// What a process gets to come to rest.
+/// How long a process may take to become idle.
 const REST: Duration = Duration::from_millis(200);
 
 /// Starts a peer with `count` mappings.
@@ -41,7 +41,7 @@ pub(super) fn start(
     Ok(running)
 }
 
-/// Memory and descriptors that idle connections add to a peer.
+/// The memory and descriptors that idle connections add to a peer.
 pub(super) fn idle(
     wiring: &Wiring,
     peer: &Peer,
@@ -64,9 +64,9 @@ pub(super) fn idle(
     ])
 }
 
-/// What a mapping takes that nobody uses.
+/// The resource use of an unused mapping.
 pub(super) fn footprint(wiring: &Wiring, peer: &Peer) -> Result<Values, PeerError> {
-    // The one that was asked whether it answers is not idle: it is one of a hundred.
+    // The mapping that was probed for readiness is not idle, but only one of a hundred.
     let running = start(wiring, peer, Protocol::Tcp, MAPPINGS)?;
     let all = running.family().footprint();
     let each = |sum: f64| sum / f64::from(MAPPINGS);
@@ -77,7 +77,7 @@ pub(super) fn footprint(wiring: &Wiring, peer: &Peer) -> Result<Values, PeerErro
     ])
 }
 
-/// Times from exec to ready, of peers that are started in turn.
+/// Times from exec to ready, of peers that are started in rotation.
 pub(super) fn start_times(wiring: &Wiring, peers: &[&Peer], times: usize) -> Result<Vec<Values>, Failure> {
     let mut command = Command::new(OWN_PROGRAM);
     command.args(["start-times", "--times", &times.to_string(), "--port", &FIRST_PORT.to_string()]);
@@ -99,7 +99,7 @@ pub(super) fn start_times(wiring: &Wiring, peers: &[&Peer], times: usize) -> Res
     Ok(times.into_iter().map(median).collect())
 }
 
-/// Time from exec until one process serves many mappings, and the memory that it takes then.
+/// The time from exec until one process serves many mappings, and its memory then.
 pub(super) fn many_mappings(wiring: &Wiring, count: usize) -> Result<Values, Failure> {
     let mut command = Command::new(rproxy());
     command.args(["--log-level", "warn"]).stdout(Stdio::piped()).stderr(Stdio::null());
@@ -120,17 +120,17 @@ pub(super) fn many_mappings(wiring: &Wiring, count: usize) -> Result<Values, Fai
     Ok(vec![(Metric::Start, took.as_secs_f64() * 1e3), (Metric::Private, footprint.private)])
 }
 
-/// Reads until there were `count` lines, or the process has ended.
+/// Reads `count` lines, or until the process exits.
 fn read_lines(stdout: ChildStdout, count: usize) -> usize {
     BufReader::new(stdout).lines().map_while(Result::ok).take(count).count()
 }
 
-/// A process that is ended when this is dropped.
+/// A process that is killed when this is dropped.
 struct Ended(Child);
 
 impl Drop for Ended {
     fn drop(&mut self) {
-        // It may have ended by itself.
+        // It may have exited already.
         self.0.kill().ok();
         self.0.wait().ok();
     }

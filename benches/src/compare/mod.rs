@@ -1,7 +1,7 @@
-//! Runs every workload on every peer, round by round.
+//! Runs every workload on every peer, in rounds.
 //!
-//! Within a round, the peers take turns with each workload, and every round begins with another peer:
-//! a machine that gets faster or slower meanwhile does so for all of them.
+//! Within a round, each workload runs on all peers in turn, and every round starts with another peer. A
+//! machine that becomes faster or slower meanwhile therefore does so for all of them.
 
 mod apart;
 mod plan;
@@ -22,16 +22,16 @@ use crate::wiring::{Wiring, WiringError};
 use crate::workload::Workload;
 use plan::{Plan, PlanError};
 
-/// The first peer listens here, each other one on the next port.
+/// The port of the first peer; the others use the following ones.
 const FIRST_PORT: u16 = 30_000;
 
-/// A peer that has used less CPU time than this in [`QUIET`] has finished with what came before.
+/// A peer that uses less CPU time than this within [`QUIET`] has finished its previous work.
 const LITTLE: Duration = Duration::from_millis(1);
 const QUIET: Duration = Duration::from_millis(20);
-/// How long it may take.
+/// The time limit for that.
 const SETTLE: Duration = Duration::from_secs(3);
 
-/// Why there is no result at all.
+/// Why there is no result.
 #[derive(Debug, thiserror::Error)]
 enum CompareError {
     #[error(transparent)]
@@ -51,7 +51,7 @@ pub(crate) fn main(options: &Compare) -> ExitCode {
     }
 }
 
-/// Returns whether all went well: no wrong data from anyone, and no failure of `rproxy`.
+/// Returns whether everything went well: no wrong data from any peer, and no failure of `rproxy`.
 fn compare(options: &Compare) -> Result<bool, CompareError> {
     let plan = Plan::new(options)?;
     plan.announce();
@@ -84,7 +84,7 @@ impl Run<'_> {
         samples
     }
 
-    /// Starts all peers for a round. What cannot be started fails in every workload.
+    /// Starts all peers for a round. A peer that cannot be started fails in every workload.
     fn start_peers(&self, round: u32, samples: &mut Vec<Sample>) -> Vec<Running> {
         let mut running = Vec::new();
         for (peer, port) in self.plan.peers.iter().zip(FIRST_PORT..) {
@@ -134,7 +134,8 @@ impl Run<'_> {
             Workload::TcpIdle { connections } => apart::idle(&self.wiring, peer, connections, cores()),
             Workload::Footprint => apart::footprint(&self.wiring, peer).map_err(of_peer),
             Workload::ScaleMappings { count } => apart::many_mappings(&self.wiring, count),
-            // What is idle beside it goes with its processes, and takes up nobody's ports.
+            // Idle connections or flows end with the peer's processes, so they do not occupy ports of other
+            // peers.
             Workload::ScaleTcp { .. } | Workload::ScaleUdp { .. } => {
                 let fresh = apart::start(&self.wiring, peer, protocol(workload), 1).map_err(of_peer)?;
                 self.load(workload, &fresh)
@@ -192,8 +193,7 @@ fn put_load(workload: Workload, target: Target<'_>) -> Result<Values, LoadError>
     }
 }
 
-/// Waits until the peer is done with the connections that were closed, so that the next peer has the
-/// machine to itself.
+/// Waits until the peer has finished closing connections, so that the next peer has the machine to itself.
 fn settle(target: Target<'_>) {
     let deadline = Instant::now() + SETTLE;
     loop {

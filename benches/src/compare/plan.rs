@@ -1,4 +1,4 @@
-//! What a comparison is going to do.
+//! The plan of a comparison.
 
 use std::process::exit;
 use std::thread;
@@ -8,8 +8,8 @@ use crate::cli::Compare;
 use crate::peers::{self, Kind, Peer, PeerError};
 use crate::workload::{UnknownWorkload, Workload};
 
-/// The time that a measurement may take besides its duration, before the run is ended as one that hangs:
-/// the connections of the largest workloads are made in a fraction of it.
+/// How long a measurement may take beyond its duration before the run is aborted as hanging. Even the largest
+/// workloads need only a fraction of it for opening connections.
 const SLACK: Duration = Duration::from_secs(30);
 
 /// Workloads and the peers to run them on.
@@ -34,7 +34,7 @@ pub(crate) enum PlanError {
 }
 
 impl Plan {
-    /// Reads the options. A peer that is not installed is left out.
+    /// Parses the options. Peers that are not installed are left out.
     pub(crate) fn new(options: &Compare) -> Result<Self, PlanError> {
         let mut workloads = Vec::new();
         for name in &options.only {
@@ -62,7 +62,7 @@ impl Plan {
         Ok(Self { workloads, peers, missing, steps, rounds: options.rounds, duration: options.duration })
     }
 
-    /// Says what is going to be done, and what is not.
+    /// Prints what will be done, and what will not.
     pub(crate) fn announce(&self) {
         let names: Vec<_> = self.peers.iter().map(|peer| peer.name.as_str()).collect();
         eprintln!(
@@ -77,13 +77,13 @@ impl Plan {
         }
     }
 
-    /// Measurements in all rounds.
+    /// The number of measurements in all rounds.
     pub(crate) fn steps(&self) -> usize {
         self.steps as usize
     }
 
-    /// Ends the program, and with it all that it started, if it takes far longer than it can: what hangs
-    /// cannot be asked to end.
+    /// Exits, and thereby ends all other processes, if the run takes far too long: a hanging process cannot
+    /// be asked to end.
     pub(crate) fn watch(&self) {
         let limit = (self.duration + SLACK) * (self.steps + self.rounds);
         thread::spawn(move || {
@@ -102,19 +102,19 @@ fn steps_of_round(workloads: &[Workload], peers: &[Peer]) -> u32 {
     u32::try_from(steps.sum::<usize>()).unwrap_or(u32::MAX)
 }
 
-/// Whether a workload says anything about a peer.
+/// Whether a workload is meaningful for a peer.
 pub(crate) fn applies(workload: Workload, peer: &Peer) -> bool {
     match workload {
-        // It relays TCP only.
+        // Only relays TCP.
         _ if workload.is_udp() && peer.kind == Kind::Haproxy => false,
-        // With more than one flow, it hands datagrams of one client to the process of another.
+        // With more than one flow, it passes datagrams of one client to the process of another.
         _ if workload.is_udp() && peer.kind == Kind::Socat => {
             matches!(workload, Workload::UdpRr { flows: 1, .. })
         }
         Workload::Start => matches!(peer.kind, Kind::Docker(_)),
         Workload::ScaleMappings { .. } => peer.kind == Kind::Standalone,
         Workload::TcpIdle { .. } | Workload::Footprint => peer.has_processes(),
-        // A process for each idle connection is another curve.
+        // With a process per idle connection, the curve would not be comparable.
         Workload::ScaleTcp { .. } | Workload::ScaleUdp { .. } => {
             peer.has_processes() && peer.kind != Kind::Socat
         }

@@ -1,4 +1,4 @@
-//! TCP streams that send all they can.
+//! TCP streams at full speed.
 
 use std::net::{Shutdown, TcpStream};
 use std::time::{Duration, Instant};
@@ -11,11 +11,11 @@ use crate::pattern::{Incoming, Outgoing, Pulled, Wrong};
 use crate::sock::{Events, Interest, Poll, receive, transmit, transmit_all};
 use crate::workload::Direction;
 
-/// Chunks written before other streams get their turn.
+/// Chunks written before other streams are serviced.
 const TURN: usize = 4;
 
-/// Measures the throughput of `streams` connections: all that was sent, over the time until the
-/// receiver has confirmed all of it.
+/// Measures the throughput of `streams` connections: all bytes sent, divided by the time until the receiver
+/// has confirmed all of them.
 pub(crate) fn bulk(target: Target<'_>, streams: usize, direction: Direction) -> Result<Values, LoadError> {
     let connections = connect(target, streams)?;
     let drive = |share| Driver::new(share, direction, target.duration)?.run();
@@ -41,7 +41,7 @@ struct Stream {
 
 enum Role {
     Send(Outgoing),
-    /// All is sent: the verdict of the backend is what is left, and this is what it must count.
+    /// Everything is sent. The backend's verdict is outstanding, and must report this count.
     Await(u64, Vec<u8>),
     Receive(Incoming),
 }
@@ -69,7 +69,7 @@ impl Driver {
         Ok(Self { streams, poll, end: Instant::now() + duration })
     }
 
-    /// Drives the streams to their end; returns how many bytes went through.
+    /// Drives the streams to their end; returns the number of bytes transferred.
     fn run(mut self) -> Result<u64, LoadError> {
         let (mut events, mut buffer) = (Events::new(), vec![0; BUFFER]);
         let (mut open, mut total) = (self.streams.len(), 0);
@@ -92,7 +92,7 @@ impl Driver {
 }
 
 impl Stream {
-    /// Moves what can be moved; returns the number of bytes when the stream has come to its end.
+    /// Transfers what it can; returns the number of bytes once the stream has ended.
     fn step(
         &mut self,
         over: bool,
@@ -148,7 +148,7 @@ fn send(socket: &TcpStream, outgoing: &mut Outgoing) -> Result<(), LoadError> {
     Ok(())
 }
 
-/// Reads the verdict; returns whether it is complete and good.
+/// Reads the verdict; returns whether it is complete and positive.
 fn hear(socket: &TcpStream, verdict: &mut Vec<u8>, buffer: &mut [u8], sent: u64) -> Result<bool, LoadError> {
     match receive(socket, buffer).map_err(LoadError::io("receive a verdict"))? {
         Some(0) => return Err(Wrong("the connection ended before the backend's verdict".into()).into()),

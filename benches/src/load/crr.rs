@@ -1,5 +1,5 @@
-//! A new connection for each request. The backend closes first, as an HTTP server does that was asked
-//! to: so the client's ports are free again at once.
+//! A new connection for each request. The backend closes first, like an HTTP server that was asked to, so
+//! that the client's ports are free again at once.
 
 use std::io;
 use std::net::{SocketAddr, TcpStream};
@@ -15,7 +15,7 @@ use crate::metric::{Metric, Values};
 use crate::pattern::Wrong;
 use crate::sock::{Events, Interest, Poll, receive, transmit_all};
 
-/// Measures connect, request, response and end of stream, `connections` at a time.
+/// Measures connect, request, response and end of stream, with `connections` connections at a time.
 pub(crate) fn crr(target: Target<'_>, connections: usize) -> Result<Values, LoadError> {
     let shares = shares(connections, target.threads);
     let (tallies, span) = measure(target, shares, |share| drive(target, share.len()))?;
@@ -45,7 +45,7 @@ fn drive(target: Target<'_>, count: usize) -> Result<Histogram<u64>, LoadError> 
             }
             let now = Instant::now();
             record(&mut tally, now - attempt.started);
-            // The old connection is closed by being replaced.
+            // Replacing the old connection closes it.
             attempts[token] = (now < end).then(|| open(token)).transpose()?;
             left -= usize::from(attempts[token].is_none());
         }
@@ -70,13 +70,13 @@ impl Attempt {
     fn start(address: SocketAddr, number: u64, poll: &Poll, token: usize) -> Result<Self, LoadError> {
         let started = Instant::now();
         let stream = dial(address).map_err(LoadError::io("connect"))?;
-        // Edge-triggered, for once: all that is awaited is asked for in one call.
+        // Edge-triggered, because all expected events are registered with one call.
         let interest = Interest::EPOLLIN | Interest::EPOLLOUT | Interest::EPOLLRDHUP | Interest::EPOLLET;
         poll.add(&stream, interest, token).map_err(LoadError::io("watch a connection"))?;
         Ok(Self { stream, number, started, requested: false, response: [0; MESSAGE], received: 0 })
     }
 
-    /// Does what an event allows; returns whether the response is complete and the connection has ended.
+    /// Handles an event; returns whether the response is complete and the connection has ended.
     fn step(&mut self, readiness: Interest) -> Result<bool, LoadError> {
         if !self.requested && readiness.contains(Interest::EPOLLOUT) {
             self.request()?;
@@ -84,7 +84,8 @@ impl Attempt {
         if !readiness.intersects(Interest::EPOLLIN | Interest::EPOLLERR | Interest::EPOLLHUP) {
             return Ok(false);
         }
-        // One byte more than wanted, so that a surplus is seen and a short read means that all is read.
+        // One byte more than expected, so that surplus data is detected and a short read means that the
+        // socket is empty.
         let mut buffer = [0; MESSAGE + 1];
         loop {
             match receive(&self.stream, &mut buffer).map_err(LoadError::io("receive a response"))? {
@@ -92,14 +93,14 @@ impl Attempt {
                 Some(0) => return self.check().map(|()| true),
                 Some(count) => self.take(&buffer[..count])?,
             }
-            // What an event reports as ended, and has been read to the last byte, has ended.
+            // The stream has ended if the event says so and everything has been read.
             if self.received == MESSAGE && readiness.contains(Interest::EPOLLRDHUP) {
                 return Ok(true);
             }
         }
     }
 
-    /// Adds to the response, and checks it when it is complete.
+    /// Appends to the response, and checks it when it is complete.
     fn take(&mut self, data: &[u8]) -> Result<(), LoadError> {
         let room = self.response.get_mut(self.received..self.received + data.len());
         room.ok_or_else(|| Wrong("more came than the response".into()))?.copy_from_slice(data);
@@ -121,7 +122,7 @@ impl Attempt {
     }
 }
 
-/// The length that the backend is told to wait for.
+/// The length that the backend has to wait for.
 #[expect(clippy::cast_possible_truncation, reason = "a small constant")]
 const MESSAGE_LEN: u32 = MESSAGE as u32;
 

@@ -1,4 +1,4 @@
-//! Connections and flows that are there, and quiet.
+//! Idle connections and flows.
 
 use std::net::UdpSocket;
 
@@ -9,13 +9,13 @@ use crate::message::{self, service};
 /// Bytes of the datagrams that open a flow.
 const OPENING: usize = 64;
 
-/// Connections that each thread makes before it waits for their first responses.
+/// Connections that each thread opens before it waits for their first responses.
 const AT_ONCE: usize = 50;
 
 /// How often a datagram that opens a flow is sent.
 const ATTEMPTS: u32 = 5;
 
-/// Open connections, each of which has carried a request and its response.
+/// Open connections, each of which has completed one request.
 pub(crate) struct Idle(#[expect(dead_code, reason = "held open")] Vec<Vec<Connection>>);
 
 impl Idle {
@@ -25,7 +25,7 @@ impl Idle {
     }
 }
 
-/// Opens connections a few at a time, so that no queue of connections to be accepted runs over.
+/// Opens connections in small groups, so that no accept queue overflows.
 fn open_all(target: Target<'_>, count: usize) -> Result<Vec<Connection>, LoadError> {
     let mut open = Vec::with_capacity(count);
     while open.len() < count {
@@ -38,7 +38,7 @@ fn open_all(target: Target<'_>, count: usize) -> Result<Vec<Connection>, LoadErr
     Ok(open)
 }
 
-/// Sockets, each of which has sent a datagram and got its reply.
+/// Sockets, each of which has sent a datagram and received its reply.
 pub(crate) struct IdleFlows(#[expect(dead_code, reason = "held open")] Vec<Vec<UdpSocket>>);
 
 impl IdleFlows {

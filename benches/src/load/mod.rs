@@ -1,6 +1,6 @@
 //! The load generator: a thread per core, each with its share of the connections or flows.
 //!
-//! Connections are made first; what is measured begins when all of them are there.
+//! All connections are opened before the measurement begins.
 
 mod bulk;
 mod crr;
@@ -27,63 +27,63 @@ pub(crate) use rr::rr;
 pub(crate) use udp_bulk::udp_bulk;
 pub(crate) use udp_rr::{Shape, udp_rr};
 
-/// How long after its end a workload may take to come to rest. What does not answer by then never will.
+/// How long a workload may take to finish after its end. Responses that have not arrived by then are lost.
 const GRACE: Duration = Duration::from_secs(10);
 
-/// How long a connection may take to be made.
+/// How long connecting may take.
 const CONNECT: Duration = Duration::from_secs(10);
 
-/// How often a thread looks at the clock at least.
+/// How often a thread checks the clock at least.
 const TICK: Duration = Duration::from_millis(50);
 
-/// Bytes of a request and of its response: a small HTTP request.
+/// The size of a request and of its response, in bytes: a small HTTP request.
 pub(crate) const MESSAGE: usize = 128;
 
-/// Where a load goes, for how long, and whose CPU time it costs.
+/// The target of a load, its duration, and whose CPU time to measure.
 #[derive(Clone, Copy)]
 pub(crate) struct Target<'a> {
     /// The address that clients connect to.
     pub(crate) address: SocketAddr,
-    /// For how long load is put on it.
+    /// The duration of the load.
     pub(crate) duration: Duration,
     /// Threads of the load generator.
     pub(crate) threads: usize,
-    /// The CPU time that whatever is at the address has used so far, where that can be known.
+    /// The CPU time used so far by the relay at the address, if known.
     pub(crate) cpu: &'a (dyn Fn() -> Option<Duration> + Sync),
 }
 
 /// Why a load failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LoadError {
-    /// A system call did.
+    /// A system call failed.
     #[error("cannot {step}: {source}")]
     Io {
-        /// What it was for.
+        /// The purpose of the call.
         step: &'static str,
         /// Its error.
         source: io::Error,
     },
-    /// Something other came than what was sent.
+    /// The received data differs from the sent data.
     #[error("wrong data: {0}")]
     Wrong(#[from] Wrong),
-    /// No answer came.
+    /// There was no response.
     #[error("no answer for {GRACE:?}: {0}")]
     Stalled(String),
 }
 
 impl LoadError {
-    /// Makes the error of the call that `step` describes.
+    /// An error of the call that `step` describes.
     pub(crate) fn io(step: &'static str) -> impl Fn(io::Error) -> Self {
         move |source| Self::Io { step, source }
     }
 
-    /// Whether the answer was wrong, rather than missing.
+    /// Whether the data was wrong, rather than missing.
     pub(crate) fn is_wrong(&self) -> bool {
         matches!(self, Self::Wrong(_))
     }
 }
 
-/// Runs one workload that is nothing but load.
+/// Runs one workload that only consists of load.
 ///
 /// # Errors
 /// [`LoadError`]
@@ -100,7 +100,7 @@ pub(crate) fn run(workload: Workload, target: Target<'_>) -> Result<Values, Load
     }
 }
 
-/// Time that a load took, and what it cost.
+/// The duration of a load, and its cost.
 #[derive(Clone, Copy, Debug)]
 struct Span {
     elapsed: Duration,
@@ -112,18 +112,18 @@ impl Span {
         count as f64 / self.elapsed.as_secs_f64()
     }
 
-    /// CPU seconds for each of `units`; nothing where the CPU time is not known.
+    /// CPU seconds for each of `units`; empty if the CPU time is not known.
     fn cost(self, units: f64) -> Option<f64> {
         self.cpu.filter(|_| units > 0.0).map(|cpu| cpu.as_secs_f64() / units)
     }
 
-    /// The CPU time for each of `count` small things, as a value of `metric`.
+    /// The CPU time for each of `count` operations, as a value of `metric`.
     fn cost_in_micros(self, metric: Metric, count: u64) -> Option<(Metric, f64)> {
         self.cost(count as f64).map(|seconds| (metric, seconds * 1e6))
     }
 }
 
-/// Runs `drive` on a thread for each share, and measures how long all of them take.
+/// Runs `drive` on a thread for each share, and measures the total time.
 fn measure<C: Send, R: Send>(
     target: Target<'_>,
     shares: Vec<C>,
@@ -150,7 +150,7 @@ fn in_threads<C: Send, R: Send>(
     })
 }
 
-/// Makes `count` connections, on several threads, and returns them in shares.
+/// Opens `count` connections on several threads, and returns them in shares.
 fn connect(target: Target<'_>, count: usize) -> Result<Vec<Vec<TcpStream>>, LoadError> {
     in_threads(shares(count, target.threads), |share| {
         share.into_iter().map(|_| connect_one(target.address)).collect()
@@ -163,7 +163,7 @@ fn connect_one(address: SocketAddr) -> Result<TcpStream, LoadError> {
     Ok(stream)
 }
 
-/// Deals out the numbers below `count` to `threads` shares, none of which is empty.
+/// Distributes the numbers below `count` to `threads` shares, none of which is empty.
 fn shares(count: usize, threads: usize) -> Vec<Vec<usize>> {
     let threads = threads.clamp(1, count.max(1));
     (0..threads).map(|thread| (thread..count).step_by(threads).collect()).collect()
@@ -183,7 +183,7 @@ fn record(histogram: &mut Histogram<u64>, latency: Duration) {
 fn quantiles(histograms: impl IntoIterator<Item = Histogram<u64>>) -> Values {
     let mut all = latencies();
     for histogram in histograms {
-        // Made by the same function, so the ranges agree.
+        // They were created by the same function, so the ranges agree.
         all.add(histogram).unwrap_or_else(|_| unreachable!("equal bounds"));
     }
     [(Metric::P50, 0.5), (Metric::P99, 0.99), (Metric::P999, 0.999)]

@@ -1,4 +1,4 @@
-//! A small request and its response, over and over on the same connections.
+//! Small requests and responses, repeated on the same connections.
 
 use std::net::TcpStream;
 use std::time::{Duration, Instant};
@@ -11,12 +11,12 @@ use crate::metric::{Metric, Values};
 use crate::pattern::Wrong;
 use crate::sock::{Events, Interest, Poll, receive, transmit_all};
 
-/// Measures how many requests `connections` connections complete, each with one under way at a time.
+/// Measures how many requests `connections` connections complete, each with one in flight.
 pub(crate) fn rr(target: Target<'_>, connections: usize) -> Result<Values, LoadError> {
     let mut shares = Vec::new();
     for share in connect(target, connections)? {
         let mut share: Vec<_> = share.into_iter().map(Connection::new).collect();
-        // The first exchange makes sure that the far half of each connection is there, too.
+        // The first exchange ensures that the relay's connection to the backend is open, too.
         for connection in &mut share {
             connection.exchange()?;
         }
@@ -63,12 +63,12 @@ fn drive(mut share: Vec<Connection>, duration: Duration) -> Result<Histogram<u64
     Ok(tally)
 }
 
-/// A connection with at most one request under way.
+/// A connection with at most one request in flight.
 pub(super) struct Connection {
     stream: TcpStream,
     number: u64,
     sent: Instant,
-    /// The beginning of a response that comes in pieces.
+    /// The part of a fragmented response that has arrived.
     partial: Vec<u8>,
 }
 

@@ -1,4 +1,4 @@
-//! Datagrams one way, as fast as the client can send them.
+//! Datagrams in one direction, as fast as the client can send them.
 
 use std::net::UdpSocket;
 use std::time::{Duration, Instant, SystemTime};
@@ -11,11 +11,11 @@ use crate::message::{self, HEADER, service};
 use crate::metric::{Metric, Values};
 use crate::pattern::Wrong;
 
-/// How long the backend may take to say what it got, and how often it is asked.
+/// How long the backend may take to report its count, and how often it is asked.
 const ANSWER: Duration = Duration::from_millis(300);
 const QUESTIONS: u32 = 20;
 
-/// Measures how many datagrams arrive, of one flow for each thread.
+/// Measures how many datagrams arrive, with one flow per thread.
 pub(crate) fn udp_bulk(target: Target<'_>, size: usize) -> Result<Values, LoadError> {
     let mut flows = Vec::new();
     for share in shares(target.threads, target.threads) {
@@ -35,7 +35,7 @@ pub(crate) fn udp_bulk(target: Target<'_>, size: usize) -> Result<Values, LoadEr
     Ok(values)
 }
 
-/// A name that no earlier flow has had, so that the backend counts from zero.
+/// A flow number that has not been used before, so that the backend counts from zero.
 fn name(index: usize) -> u32 {
     let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
     // The low bits are those that change.
@@ -63,7 +63,7 @@ impl Flow {
         Ok(self)
     }
 
-    /// How many datagrams of this flow the backend has taken. The question queues up behind them.
+    /// Asks the backend how many datagrams of this flow it has received. The request is queued behind them.
     fn ask(&self) -> Result<u64, LoadError> {
         self.socket.set_read_timeout(Some(ANSWER)).map_err(LoadError::io("set a timeout"))?;
         let (mut question, mut answer) = ([0; HEADER], [0; HEADER + 1]);

@@ -1,4 +1,4 @@
-//! Datagrams that come back: a number of flows, each with a number of datagrams under way.
+//! Datagrams that are echoed: a number of flows, each with a number of datagrams in flight.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::time::{Duration, Instant};
@@ -12,21 +12,21 @@ use crate::metric::{Metric, Values};
 use crate::pattern::Wrong;
 use crate::sock::{Events, Interest, Poll, enlarge_udp_buffers};
 
-/// A datagram without a reply for so long is lost, and another takes its place.
+/// A datagram without a reply within this time is lost, and is replaced by another one.
 const LOST: Duration = Duration::from_millis(250);
 
-/// What is under way at a time.
+/// The datagrams in flight.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shape {
-    /// Sockets.
+    /// The number of sockets.
     pub(crate) flows: usize,
-    /// Datagrams of each.
+    /// Datagrams in flight per socket.
     pub(crate) window: usize,
-    /// Bytes of each.
+    /// Bytes per datagram.
     pub(crate) size: usize,
 }
 
-/// Measures how many datagrams come back, and that they are the ones that were sent.
+/// Measures how many datagrams are echoed, and that they equal those sent.
 pub(crate) fn udp_rr(target: Target<'_>, shape: Shape) -> Result<Values, LoadError> {
     let mut drivers = Vec::new();
     for share in shares(shape.flows, target.threads) {
@@ -42,7 +42,7 @@ pub(crate) fn udp_rr(target: Target<'_>, shape: Shape) -> Result<Values, LoadErr
     Ok(values)
 }
 
-/// A socket that is connected to `address` and has room for bursts.
+/// A socket connected to `address`, with buffers for bursts.
 pub(super) fn socket(address: SocketAddr) -> Result<UdpSocket, LoadError> {
     let any: SocketAddr = match address {
         SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
@@ -69,16 +69,16 @@ struct Tally {
 
 struct Flow {
     socket: UdpSocket,
-    /// Which flow it is, so that a reply that went to another one is noticed.
+    /// The number of the flow, which detects a reply to another flow.
     name: u32,
     slots: Vec<Slot>,
 }
 
-/// A datagram under way. Those of slot `i` have the numbers `i`, `i + window`, `i + 2 × window`…
+/// A datagram in flight. Those of slot `i` have the numbers `i`, `i + window`, `i + 2 × window`…
 struct Slot {
     number: u64,
     sent: Instant,
-    /// Neither answered nor given up.
+    /// Neither answered nor timed out.
     under_way: bool,
 }
 
@@ -138,7 +138,7 @@ impl Flow {
         Ok(())
     }
 
-    /// Takes replies, and sends as many datagrams if there is time left.
+    /// Receives replies, and sends as many datagrams if there is time left.
     fn answer(
         &mut self,
         batch: &mut Batch,
@@ -164,7 +164,7 @@ impl Flow {
         }
     }
 
-    /// Checks a reply; returns its slot, unless it comes after it was given up.
+    /// Checks a reply; returns its slot, unless it has timed out.
     fn take(
         &mut self,
         reply: &[u8],
@@ -184,8 +184,8 @@ impl Flow {
             record(&mut tally.latencies, now - slot.sent);
             return Ok(Some(index));
         }
-        // A datagram that was given up has come after all: late, which counts as lost. But one that
-        // has been answered before is there twice.
+        // A datagram that has timed out counts as lost even if it still arrives. But one that has already
+        // been answered is a duplicate.
         let given_up = number < slot.number || !slot.under_way;
         match given_up && tally.lost > 0 {
             true => Ok(None),
@@ -193,7 +193,7 @@ impl Flow {
         }
     }
 
-    /// Makes `datagram` the next one of a slot; returns whether it is to be sent.
+    /// Assigns the next datagram of a slot; returns whether to send it.
     fn reuse(&mut self, slot: usize, datagram: &mut [u8], now: Instant, more: bool) -> bool {
         let window = self.slots.len() as u64;
         let slot = &mut self.slots[slot];
@@ -205,8 +205,8 @@ impl Flow {
         more
     }
 
-    /// Returns up what has been under way for too long, and sends anew if `more` is to be sent. Returns how
-    /// many datagrams are under way.
+    /// Times out datagrams, and sends new ones if `more` are to be sent. Returns the number of datagrams in
+    /// flight.
     fn sweep(
         &mut self,
         batch: &mut Batch,
@@ -238,6 +238,6 @@ impl Flow {
 }
 
 fn send(batch: &mut Batch, socket: &UdpSocket) -> Result<(), LoadError> {
-    // What does not go out is noticed as lost.
+    // If sending fails, the datagram times out.
     batch.send(socket).map(drop).map_err(LoadError::io("send a datagram"))
 }

@@ -1,4 +1,4 @@
-//! Configuration files of peers: as plain as they can be, with what their manuals advise for a relay.
+//! Configuration files of peers: minimal, with what their manuals recommend for a relay.
 
 use std::fmt::Write as _;
 use std::net::SocketAddrV4;
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::{Mapping, PeerError, Protocol};
 
-/// Where distributions keep nginx's stream module.
+/// Where distributions install nginx's stream module.
 const STREAM_MODULES: [&str; 3] = [
     "/usr/lib/nginx/modules/ngx_stream_module.so",
     "/usr/lib64/nginx/modules/ngx_stream_module.so",
@@ -39,7 +39,7 @@ pub(super) fn nginx(module: &Path, mappings: &[Mapping], backend: SocketAddrV4) 
         module.display()
     );
     for Mapping { protocol, port } in mappings {
-        // Without `reuseport`, the workers would take each other's datagrams.
+        // Without `reuseport`, the workers would receive each other's datagrams.
         let udp = if *protocol == Protocol::Udp { " udp reuseport" } else { " backlog=16384" };
         writeln!(text, "  server {{ listen 0.0.0.0:{port}{udp}; proxy_pass {backend}; }}").ok();
     }

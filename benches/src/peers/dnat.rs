@@ -1,4 +1,4 @@
-//! Address translation by the kernel: what Docker sets up besides its proxy.
+//! Address translation in the kernel, as Docker sets it up besides its proxy.
 
 use std::fmt::Write as _;
 use std::net::SocketAddrV4;
@@ -7,17 +7,17 @@ use rproxy_tests::netns::Namespace;
 
 use super::Mapping;
 
-/// The table that the rules are in.
+/// The table of the rules.
 const TABLE: &str = "ip bench";
 
-/// Rules that are in place until this is dropped.
+/// Rules that are installed until this is dropped.
 pub(crate) struct Active<'a>(&'a Namespace);
 
 impl<'a> Active<'a> {
-    /// Sends `mappings` to `backend`.
+    /// Translates `mappings` to `backend`.
     ///
     /// # Panics
-    /// When nft(8) fails.
+    /// If nft(8) fails.
     pub(super) fn new(host: &'a Namespace, mappings: &[Mapping], backend: SocketAddrV4) -> Self {
         let mut rules = format!(
             "add table {TABLE} ; add chain {TABLE} prerouting {{ type nat hook prerouting priority -100 ; }}"
@@ -32,7 +32,7 @@ impl<'a> Active<'a> {
 
 impl Drop for Active<'_> {
     fn drop(&mut self) {
-        // What is left goes with the namespace.
+        // Anything that remains is deleted with the namespace.
         self.0.command(&format!("nft delete table {TABLE}"));
     }
 }

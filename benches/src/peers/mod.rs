@@ -1,4 +1,4 @@
-//! The peers that are compared: how each is started for a set of mappings, and what of it can be measured.
+//! The peers: how each is started for a set of mappings, and what can be measured on it.
 
 mod config;
 mod dnat;
@@ -25,34 +25,34 @@ use crate::message::{self, service};
 use crate::wiring::Wiring;
 pub(crate) use dnat::Active;
 
-/// How long a peer may take to be ready.
+/// How long a peer may take until it is ready.
 const READY: Duration = Duration::from_secs(10);
 
-/// How often it is asked.
+/// How often it is probed.
 const ASK: Duration = Duration::from_millis(5);
 
-/// Something that gets clients to the backend.
+/// A peer that relays clients to the backend.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Peer {
-    /// What the user calls it.
+    /// The name that the user gives it.
     pub(crate) name: String,
-    /// What it is.
+    /// Its kind.
     pub(crate) kind: Kind,
 }
 
 /// The kinds of peers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// A process for each mapping, started by dockerd's contract.
+    /// A process for each mapping, with docker-proxy's command line.
     Docker(PathBuf),
     /// One `rproxy` for all mappings, started from its command line.
     Standalone,
     Haproxy,
     Nginx,
     Socat,
-    /// Address translation by the host's kernel.
+    /// Address translation in the host's kernel.
     Dnat,
-    /// The container's own address, through the host's routing.
+    /// The container's own address, routed by the host.
     Direct,
 }
 
@@ -63,7 +63,7 @@ pub(crate) enum Protocol {
     Udp,
 }
 
-/// A port of the host that leads to the backend.
+/// A port of the host that is mapped to the backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Mapping {
     pub(crate) protocol: Protocol,
@@ -91,7 +91,7 @@ pub(crate) enum PeerError {
 pub(crate) const NAMES: [&str; 8] =
     ["rproxy", "rproxy-standalone", "docker-proxy", "haproxy", "nginx", "socat", "dnat", "none"];
 
-/// The peer that the others are compared with.
+/// The reference peer.
 pub(crate) const REFERENCE: &str = "docker-proxy";
 
 impl Protocol {
@@ -110,7 +110,7 @@ impl fmt::Display for Protocol {
 }
 
 impl Peer {
-    /// Finds a peer by its name, or takes `NAME=PATH` for another docker-proxy.
+    /// Finds a peer by its name; `NAME=PATH` is another docker-proxy.
     ///
     /// # Errors
     /// [`PeerError`], also when it is not installed.
@@ -135,7 +135,7 @@ impl Peer {
         Ok(Self { name: name.into(), kind })
     }
 
-    /// Whether it is ours: then a failure is our failure.
+    /// Whether it is rproxy, so that a failure is ours.
     pub(crate) fn is_ours(&self) -> bool {
         self.name.starts_with("rproxy")
     }
@@ -181,23 +181,23 @@ fn installed(program: &str) -> Result<PathBuf, PeerError> {
     require::find(program).ok_or_else(|| PeerError::Missing(program.into()))
 }
 
-/// A peer that serves. Dropping it ends all of its processes.
+/// A running peer. Dropping it ends all of its processes.
 pub(crate) struct Running {
     peer: Peer,
     processes: Vec<Started>,
-    /// What the kernel is told to translate, while it is measured.
+    /// The rules that the kernel has while it is measured.
     rules: Vec<Mapping>,
-    /// Where clients reach the first mapping of each protocol.
+    /// The address of the first mapping of each protocol.
     tcp: Option<SocketAddr>,
     udp: Option<SocketAddr>,
-    /// Protocols that it would not serve, and why.
+    /// Protocols that it does not serve, and why.
     refused: Vec<(Protocol, String)>,
     /// Configuration and run-time files.
     directory: Option<TempDir>,
     host: Ipv4Addr,
 }
 
-/// A process and, for a docker-proxy, the pipe that comes with it.
+/// A process and, for a docker-proxy, its status pipe.
 enum Started {
     Docker(DockerProxy),
     Plain(Process),
@@ -226,12 +226,12 @@ impl Running {
         }
     }
 
-    /// Which peer it is.
+    /// The peer.
     pub(crate) fn peer(&self) -> &Peer {
         &self.peer
     }
 
-    /// Where clients reach it over `protocol`.
+    /// The address for clients over `protocol`.
     ///
     /// # Errors
     /// [`PeerError::Refused`] if it does not serve the protocol.
@@ -252,8 +252,8 @@ impl Running {
         Family::of(self.processes.iter().map(|started| started.process().pid()).collect())
     }
 
-    /// Puts kernel rules in place, which are there only while they are measured: the connection tracking
-    /// that comes with them would slow everybody down.
+    /// Installs kernel rules, which only exist while they are measured, because their connection tracking
+    /// would slow the other peers down.
     pub(crate) fn activate<'a>(&self, wiring: &'a Wiring) -> Option<Active<'a>> {
         let active = || Active::new(wiring.host(), &self.rules, wiring.backend());
         (!self.rules.is_empty()).then(active)
@@ -348,7 +348,7 @@ impl Running {
                 format!("TCP4-LISTEN:{port},fork,reuseaddr,backlog=4096,nodelay"),
                 format!("TCP4:{backend},nodelay"),
             ]),
-            // The time-out ends the process of a flow, for nothing else does.
+            // Only the timeout ends the process of a flow.
             Protocol::Udp => command.args([
                 "-T3".into(),
                 format!("UDP4-LISTEN:{port},fork,reuseaddr"),
@@ -366,7 +366,7 @@ impl Running {
         Ok(path)
     }
 
-    /// Finds out where the first mapping of each protocol is, and waits until it answers.
+    /// Determines the address of the first mapping of each protocol, and waits until it responds.
     fn note(&mut self, wiring: &Wiring, mappings: &[Mapping]) -> Result<(), PeerError> {
         let deadline = Instant::now() + READY;
         let _active = self.activate(wiring);
@@ -408,7 +408,7 @@ impl Drop for Running {
     fn drop(&mut self) {
         let roots: Vec<_> = self.processes.iter().map(|started| started.process().pid()).collect();
         let family = Family::of(roots.clone());
-        // A root that is killed first can neither start nor restart others.
+        // The root is killed first, so that it cannot start or restart others.
         let members = family.members();
         self.processes.clear();
         for pid in members.into_iter().filter(|pid| !roots.contains(pid)) {
@@ -417,16 +417,15 @@ impl Drop for Running {
     }
 }
 
-/// Ends a process whose parent is gone, so that it is ours now: the harness is the first process of its
-/// namespace.
+/// Ends a process whose parent is gone. The harness has adopted it, as the first process of its namespace.
 fn end_orphan(pid: Pid) {
-    // It may have ended by itself.
+    // It may have exited already.
     if kill(pid, Signal::SIGKILL).is_ok() {
         nix::sys::wait::waitpid(pid, None).ok();
     }
 }
 
-/// Whether a mapping works, from end to end.
+/// Whether a mapping works end to end.
 fn answers(protocol: Protocol, address: SocketAddr) -> bool {
     let mut message = [0; message::HEADER];
     message::write(&mut message, service::ECHO, 0, 0);

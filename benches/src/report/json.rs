@@ -1,4 +1,4 @@
-//! The result for other programs: every value of every round.
+//! The result as JSON: every value of every round.
 
 use serde_json::{Map, Value, json};
 

@@ -32,23 +32,22 @@ pub(crate) struct Sample {
 #[derive(Clone, Debug)]
 pub(crate) struct Failure {
     message: String,
-    /// Whether the run has failed with it.
+    /// Whether this fails the run.
     fatal: bool,
 }
 
 impl Failure {
-    /// A load did not succeed: for wrong data, whoever it was, or for anything else if it was us, the run
-    /// fails.
+    /// A load failed. This fails the run if data was wrong, with any peer, or if the peer is `rproxy`.
     pub(crate) fn of_load(error: &LoadError, peer: &Peer) -> Self {
         Self { message: error.to_string(), fatal: error.is_wrong() || peer.is_ours() }
     }
 
-    /// A peer did not start, or does not do this.
+    /// A peer did not start, or does not support this.
     pub(crate) fn of_peer(error: &PeerError) -> Self {
         Self { message: error.to_string(), fatal: !matches!(error, PeerError::Refused { .. }) }
     }
 
-    /// Something of ours.
+    /// The harness itself failed.
     pub(crate) fn failed(reason: &impl fmt::Display) -> Self {
         Self { message: reason.to_string(), fatal: true }
     }
@@ -93,7 +92,7 @@ impl Report {
         }
     }
 
-    /// Whether nothing went wrong that must not.
+    /// Whether nothing has failed the run.
     pub(crate) fn is_good(&self) -> bool {
         !self.failures().any(|(_, failure)| failure.fatal)
     }
@@ -103,7 +102,7 @@ impl Report {
         print!("{}", table::render(self));
     }
 
-    /// Writes what was asked for.
+    /// Writes the requested files.
     ///
     /// # Errors
     /// [`WriteError`]
@@ -120,7 +119,7 @@ impl Report {
         self.samples.iter().filter_map(|sample| Some((sample, sample.result.as_ref().err()?)))
     }
 
-    /// The metrics that a workload has values of, in their order.
+    /// The metrics of a workload, in display order.
     fn metrics(&self, workload: Workload) -> Vec<Metric> {
         let of_workload = self.samples.iter().filter(|sample| sample.workload == workload);
         let longest =
@@ -128,7 +127,7 @@ impl Report {
         longest.into_iter().flatten().map(|(metric, _)| *metric).collect()
     }
 
-    /// The values of all rounds together, if there is one.
+    /// The values of all rounds, if there is one.
     fn summary(&self, workload: Workload, peer: &str, metric: Metric) -> Option<Summary> {
         let (base, base_peer) = match workload.base() {
             Some(base) => (base, peer),

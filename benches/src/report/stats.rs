@@ -1,4 +1,4 @@
-//! Rounds in one figure.
+//! Statistics over rounds.
 
 /// The values of a metric over the rounds.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -9,12 +9,13 @@ pub(super) struct Summary {
     pub(super) min: f64,
     /// The largest.
     pub(super) max: f64,
-    /// Median of the ratios to the reference in the same round: what disturbs a round disturbs both.
+    /// Median of the ratios to the reference in the same round, because a disturbance in a round affects
+    /// both.
     pub(super) ratio: Option<f64>,
 }
 
 impl Summary {
-    /// Sums up the values of the rounds and those of the reference in the same rounds.
+    /// Summarises the values and those of the reference in the same rounds.
     pub(super) fn new(
         values: impl Iterator<Item = Option<f64>>,
         reference: impl Iterator<Item = Option<f64>>,

@@ -1,4 +1,4 @@
-//! Charts: for each workload, bars for its throughput and for what it costs.
+//! Charts: for each workload, bars for its throughput and its cost.
 
 use std::fmt::Write as _;
 
@@ -12,17 +12,17 @@ const WIDTH: f64 = 860.0;
 const MARGIN: f64 = 16.0;
 const LABELS: f64 = 130.0;
 const PANEL: f64 = (WIDTH - 2.0 * MARGIN - LABELS) / 2.0;
-/// Room in a panel, right of the longest bar, for its value.
+/// Space in a panel to the right of the longest bar, for its value.
 const VALUES: f64 = 110.0;
 const ROW: f64 = 20.0;
 const BAR: f64 = 12.0;
 const TITLE: f64 = 44.0;
 const GAP: f64 = 18.0;
 
-/// Panels of a workload: what it is about, and what it costs.
+/// The panels of a workload: its main metric, and its cost.
 const PANELS: usize = 2;
 
-/// The page behind is light or dark, and shows through.
+/// The background is transparent, so the page may be light or dark.
 const STYLE: &str = "text{font:12px system-ui,-apple-system,'Segoe UI',sans-serif;fill:#1f2328}\
 .title{font-weight:600;font-size:13px}.unit,.ratio{fill:#656d76}\
 .bar{fill:#afb8c1}.ours{fill:#0969da}.spread{stroke:#1f2328;stroke-opacity:.55}\
@@ -41,7 +41,7 @@ pub(super) fn render(report: &Report) -> String {
     )
 }
 
-/// Draws a workload from `top` on; returns the height that it took.
+/// Draws a workload from `top` on; returns its height.
 fn chart(report: &Report, workload: Workload, top: f64, body: &mut String) -> f64 {
     let metrics = report.metrics(workload);
     let has_values =
@@ -86,11 +86,11 @@ fn panel(
     }
 }
 
-/// A bar for the median, and a line from the least to the most.
+/// A bar for the median, and a line from the minimum to the maximum.
 fn bar(body: &mut String, left: f64, top: f64, scale: f64, class: &str, summary: &Summary) {
     let (width, middle) = (summary.median * scale, top + BAR / 2.0);
     let (from, to) = (left + summary.min * scale, left + summary.max * scale);
-    // Writing into a string does not fail.
+    // Writing to a string does not fail.
     writeln!(
         body,
         "<rect class=\"{class}\" x=\"{left:.1}\" y=\"{top:.1}\" width=\"{width:.1}\" height=\"{BAR}\" rx=\"2\"/>\
@@ -105,7 +105,7 @@ fn text(body: &mut String, class: &str, x: f64, y: f64, content: &str) {
     writeln!(body, "<text class=\"{class}\" x=\"{x:.1}\" y=\"{y:.1}\">{content}</text>").ok();
 }
 
-/// Where the text of a row stands.
+/// The position of the text of a row.
 fn baseline(top: f64, row: usize) -> f64 {
     top + TITLE + ROW * row as f64 + 10.0
 }
