@@ -17,8 +17,8 @@ pub struct TcpBackend {
 }
 
 impl TcpBackend {
-    /// Serves what `listener` accepts. A connection closes when its handler returns; what it returns is
-    /// ignored, since a test that cares how a connection ended has the handler report it.
+    /// Serves the connections that `listener` accepts. A connection closes when its handler returns. The
+    /// handler's result is ignored; a test that checks how a connection ended has the handler report it.
     pub fn serve(
         listener: TcpListener,
         handler: impl Fn(&TcpStream) -> io::Result<()> + Send + Sync + 'static,
@@ -38,7 +38,7 @@ impl TcpBackend {
         Self::serve(TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap(), handler)
     }
 
-    /// As [`Self::local`]: it says a letter to each client, and then echoes.
+    /// Like [`Self::local`], but sends a letter to each client before it echoes.
     pub fn lettered(letter: u8) -> Self {
         Self::local(move |mut stream| {
             stream.write_all(&[letter])?;
@@ -46,7 +46,7 @@ impl TcpBackend {
         })
     }
 
-    /// Where it listens.
+    /// The address that it listens on.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
@@ -54,7 +54,7 @@ impl TcpBackend {
 
 impl Drop for TcpBackend {
     fn drop(&mut self) {
-        // Wakes `accept`, which then fails; closing the file descriptor would not.
+        // Wakes `accept`, which then fails. Closing the file descriptor would not.
         SockRef::from(&*self.listener).shutdown(Shutdown::Both).ok();
         if let Some(acceptor) = self.acceptor.take() {
             acceptor.join().ok();
@@ -78,19 +78,19 @@ fn accept(
     }
 }
 
-/// Sends back what it reads, as it comes, and closes after the client.
+/// Echoes data as it arrives, and closes after the client.
 pub fn echo(mut stream: &TcpStream) -> io::Result<()> {
     io::copy(&mut { stream }, &mut stream).map(drop)
 }
 
-/// Reads to the end of what the client says, and only then sends all of it back.
+/// Reads until the client's end of stream, and only then echoes everything.
 pub fn answer_at_eof(mut stream: &TcpStream) -> io::Result<()> {
     let mut request = Vec::new();
     stream.read_to_end(&mut request)?;
     stream.write_all(&request)
 }
 
-/// A UDP server that sends every datagram back to where it came from.
+/// A UDP server that echoes every datagram.
 pub struct UdpEcho {
     socket: Arc<UdpSocket>,
     stopped: Arc<AtomicBool>,
@@ -98,7 +98,7 @@ pub struct UdpEcho {
 }
 
 impl UdpEcho {
-    /// Serves what `socket` receives.
+    /// Serves the datagrams that `socket` receives.
     pub fn serve(socket: UdpSocket) -> Self {
         let socket = Arc::new(socket);
         let stopped = Arc::new(AtomicBool::new(false));
@@ -114,7 +114,7 @@ impl UdpEcho {
         Self::serve(UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap())
     }
 
-    /// Where it listens.
+    /// The address that it is bound to.
     pub fn address(&self) -> SocketAddr {
         self.socket.local_addr().unwrap()
     }
@@ -123,7 +123,7 @@ impl UdpEcho {
 impl Drop for UdpEcho {
     fn drop(&mut self) {
         self.stopped.store(true, Ordering::Relaxed);
-        // Reports that the socket is not connected, and still wakes the thread that reads it.
+        // Fails because the socket is not connected, but still wakes the thread that reads it.
         SockRef::from(&*self.socket).shutdown(Shutdown::Both).ok();
         if let Some(thread) = self.thread.take() {
             thread.join().ok();
@@ -132,9 +132,9 @@ impl Drop for UdpEcho {
 }
 
 fn echo_datagrams(socket: &UdpSocket, stopped: &AtomicBool) {
-    // The largest datagram there is.
+    // The size of the largest datagram.
     let mut buffer = vec![0; 65_535];
-    // Peeks first, since `recv_from` cannot cope with the nothing from nowhere that a shutdown returns.
+    // Peeks first, because `recv_from` panics on the empty result without an address that a shutdown causes.
     while socket.peek(&mut []).is_ok() && !stopped.load(Ordering::Relaxed) {
         if let Ok((len, client)) = socket.recv_from(&mut buffer) {
             socket.send_to(&buffer[..len], client).ok();

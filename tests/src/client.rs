@@ -10,10 +10,11 @@ use socket2::SockRef;
 
 use crate::PATIENCE;
 
-/// Connects, with [`PATIENCE`] on every operation: one that would hang fails with `WouldBlock`.
+/// Connects, and sets [`PATIENCE`] as the timeout of all operations: instead of hanging, they fail with
+/// `WouldBlock`.
 ///
 /// # Panics
-/// When the connection is not made.
+/// If the connection fails.
 #[track_caller]
 pub fn connect(address: SocketAddr) -> TcpStream {
     match TcpStream::connect_timeout(&address, PATIENCE) {
@@ -31,14 +32,14 @@ pub fn connect_lettered(address: SocketAddr) -> (TcpStream, u8) {
     (client, letter[0])
 }
 
-/// Puts [`PATIENCE`] on every operation of a stream.
+/// Sets [`PATIENCE`] as the timeout of all operations of a stream.
 pub fn patient(stream: TcpStream) -> TcpStream {
     stream.set_read_timeout(Some(PATIENCE)).unwrap();
     stream.set_write_timeout(Some(PATIENCE)).unwrap();
     stream
 }
 
-/// Sends `request` on a new connection, half-closes it, and returns all that comes back.
+/// Sends `request` on a new connection, half-closes it, and returns the whole response.
 pub fn ask(address: SocketAddr, request: &[u8]) -> io::Result<Vec<u8>> {
     let mut stream = connect(address);
     stream.write_all(request)?;
@@ -51,16 +52,16 @@ pub fn ask(address: SocketAddr, request: &[u8]) -> io::Result<Vec<u8>> {
 /// How a peer ended a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// In order: it had nothing more to say.
+    /// With an orderly end of stream.
     Eof,
-    /// By a reset.
+    /// With a reset.
     Reset,
 }
 
-/// Reads until the peer ends the connection; returns what it said and how it ended.
+/// Reads until the peer ends the connection; returns the data and how it ended.
 ///
 /// # Panics
-/// When it does neither for [`PATIENCE`].
+/// If it does not end within [`PATIENCE`].
 #[track_caller]
 pub fn read_to_end(mut stream: &TcpStream) -> (Vec<u8>, End) {
     let mut received = Vec::new();
@@ -71,13 +72,13 @@ pub fn read_to_end(mut stream: &TcpStream) -> (Vec<u8>, End) {
     }
 }
 
-/// Closes a connection by a reset, whatever is still on its way.
+/// Closes a connection with a reset, discarding unsent data.
 pub fn reset(stream: TcpStream) {
     SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
 }
 
-/// Connects and reads until the peer ends the connection, as [`read_to_end`]. A peer that resets at once
-/// may be faster than the connect, which then fails: that is a reset, too.
+/// Connects and reads until the peer ends the connection, like [`read_to_end`]. If the peer resets at once,
+/// the connect itself may fail, which also counts as a reset.
 #[track_caller]
 pub fn end_of(address: SocketAddr) -> (Vec<u8>, End) {
     match TcpStream::connect_timeout(&address, PATIENCE) {
@@ -91,7 +92,7 @@ pub fn end_of(address: SocketAddr) -> (Vec<u8>, End) {
 pub fn own_loopback() -> Ipv4Addr {
     static NEXT: AtomicU16 = AtomicU16::new(1);
     let [high, low] = NEXT.fetch_add(1, Ordering::Relaxed).to_be_bytes();
-    // 127.0 stays out of use, for 127.0.0.1 is everyone's.
+    // 127.0 is not used, because 127.0.0.1 is shared by all.
     let suite = u8::try_from(process::id() % 255).unwrap() + 1;
     Ipv4Addr::new(127, suite, high, low)
 }
@@ -101,7 +102,7 @@ pub fn own_address() -> SocketAddr {
     (own_loopback(), 80).into()
 }
 
-/// A port of `ip` that was free a moment ago; where it can be had, [`own_loopback`] is safer.
+/// A port of `ip` that was free a moment ago. [`own_loopback`] is safer where it can be used.
 pub fn free_port(ip: impl Into<IpAddr>) -> u16 {
     let listener = TcpListener::bind((ip.into(), 0)).unwrap();
     listener.local_addr().unwrap().port()

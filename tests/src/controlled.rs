@@ -1,4 +1,4 @@
-//! An `rproxy` with a control socket, and what can be asked of it.
+//! An `rproxy` with a control socket, and a client for it.
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
@@ -13,7 +13,7 @@ use crate::netns::Namespace;
 use crate::process::{self, Output, Process};
 use crate::{PATIENCE, eventually, rproxy};
 
-/// A running `rproxy` without mappings of its own, which is told what to serve.
+/// A running `rproxy` without initial mappings.
 pub struct Controlled {
     /// The process.
     pub process: Process,
@@ -21,19 +21,19 @@ pub struct Controlled {
 }
 
 impl Controlled {
-    /// Starts one, and waits until its control socket is served.
+    /// Starts one, and waits until it listens on its control socket.
     #[track_caller]
     pub fn start(more_arguments: &[&str]) -> Self {
         Self::start_by(more_arguments, Process::spawn)
     }
 
-    /// As [`Controlled::start`], inside a namespace.
+    /// Like [`Controlled::start`], inside a namespace.
     #[track_caller]
     pub fn start_in(namespace: &Namespace, more_arguments: &[&str]) -> Self {
         Self::start_by(more_arguments, |command| namespace.spawn(command))
     }
 
-    /// As [`Controlled::start`], by way of `spawn`, which may choose a namespace or wrap the command.
+    /// Like [`Controlled::start`], using `spawn`, which may choose a namespace or wrap the command.
     #[track_caller]
     pub fn start_by(more_arguments: &[&str], spawn: impl FnOnce(Command) -> Process) -> Self {
         let dir = tempfile::tempdir().unwrap();
@@ -42,7 +42,7 @@ impl Controlled {
         let process = spawn(rproxy::command(&[&["--control", socket_text], more_arguments].concat()));
         let controlled = Self { process, dir };
         eventually("the control socket is there", || UnixStream::connect(&socket).is_ok());
-        // Connections are taken before the start is over, and answered after it.
+        // Connections are accepted during the start, and served afterwards.
         controlled.ctl(&["list"]).success();
         controlled
     }
@@ -66,7 +66,7 @@ impl Controlled {
         process::run(rproxy::command(&[&["ctl", "--control", socket.to_str().unwrap()], arguments].concat()))
     }
 
-    /// Runs `rproxy ctl --json`, which has to succeed.
+    /// Runs `rproxy ctl --json`, which must succeed.
     #[track_caller]
     pub fn json(&self, arguments: &[&str]) -> Value {
         let output = self.ctl(&[arguments, &["--json"]].concat()).success();
@@ -86,7 +86,7 @@ impl Controlled {
         Conversation::open(&self.socket())
     }
 
-    /// The counters of a mapping; those of one that is not served any more, too.
+    /// The counters of a mapping, which may be one that drains.
     #[track_caller]
     pub fn stats(&self, name: &str) -> Value {
         let stats = self.json(&["stats"]);
@@ -95,7 +95,7 @@ impl Controlled {
     }
 }
 
-/// A mapping from one address to another, called `name`, as the protocol writes it.
+/// A mapping from one address to another, called `name`, in the syntax of the protocol.
 pub fn mapping(name: &str, proto: &str, host: SocketAddr, to: SocketAddr) -> Value {
     json!({
         "name": name, "proto": proto,
@@ -115,12 +115,12 @@ impl Conversation {
         Self(BufReader::new(stream))
     }
 
-    /// Sends bytes, which need not be a request.
+    /// Sends raw bytes, which need not be a request.
     pub fn send(&mut self, bytes: &[u8]) -> std::io::Result<()> {
         self.0.get_mut().write_all(bytes)
     }
 
-    /// Reads an answer; `None` if there is none any more.
+    /// Reads a response; `None` at the end of the stream.
     pub fn answer(&mut self) -> Option<Value> {
         let mut line = String::new();
         match self.0.read_line(&mut line) {
@@ -129,7 +129,7 @@ impl Conversation {
         }
     }
 
-    /// Sends a request, and returns its answer.
+    /// Sends a request, and returns the response.
     #[track_caller]
     pub fn ask(&mut self, request: &Value) -> Value {
         self.send(format!("{request}\n").as_bytes()).unwrap();

@@ -1,7 +1,7 @@
-//! Starts a program as dockerd starts its userland proxy, and reads its answer as dockerd does.
+//! Starts a program like dockerd starts its userland proxy, and reads its status like dockerd does.
 //!
-//! The contract is that of moby's `daemon/libnetwork/portmapper/proxy_linux.go`: mapping in flags, a
-//! status pipe at file descriptor 3, optionally a bound and listening socket at 4.
+//! The interface is that of moby's `daemon/libnetwork/portmapper/proxy_linux.go`: the mapping in flags, a
+//! status pipe at descriptor 3, optionally a bound and listening socket at 4.
 
 use std::fs::File;
 use std::io::Read;
@@ -17,23 +17,23 @@ use nix::unistd::pipe2;
 
 use crate::process::Process;
 
-/// Where the status pipe is.
+/// The descriptor of the status pipe.
 pub const STATUS_FD: i32 = 3;
-/// Where the listening socket is, with `-use-listen-fd`.
+/// The descriptor of the listening socket, with `-use-listen-fd`.
 pub const LISTEN_FD: i32 = 4;
 
-/// What a proxy said on its status pipe.
+/// What a proxy has written to its status pipe.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Status {
     /// `0\n`: it serves the mapping.
     Ready,
     /// `1\n` and a message, which dockerd shows to its user.
     Failed(String),
-    /// The pipe closed without a word, or with something else.
+    /// The pipe was closed without a status, or with something else.
     Other(String),
 }
 
-/// A proxy that was started by the contract. Dropping it kills it.
+/// A proxy started like by dockerd. Dropping it kills it.
 pub struct DockerProxy {
     /// The running proxy.
     pub process: Process,
@@ -47,14 +47,14 @@ impl DockerProxy {
         Self::start_by(program, arguments, listener, OFlag::empty(), Process::spawn)
     }
 
-    /// As [`DockerProxy::start`], with a status pipe that keeps the boundaries of writes: each read of
+    /// Like [`DockerProxy::start`], with a status pipe that preserves the boundaries of writes: each
     /// [`DockerProxy::read_status_packet`] returns one write.
     #[track_caller]
     pub fn start_with_packet_pipe(program: &Path, arguments: &[String]) -> Self {
         Self::start_by(program, arguments, None, OFlag::O_DIRECT, Process::spawn)
     }
 
-    /// Starts a proxy by way of `spawn`, which may choose a namespace.
+    /// Starts a proxy with `spawn`, which may choose a namespace.
     #[track_caller]
     pub fn start_by(
         program: &Path,
@@ -71,7 +71,7 @@ impl DockerProxy {
         Self { process: spawn(command), status: status.into() }
     }
 
-    /// Waits for the status: one read of two bytes, as dockerd does it, then the rest if it is no success.
+    /// Waits for the status: one read of two bytes, like dockerd, then the rest unless it is success.
     pub fn status(&mut self) -> Status {
         let mut start = [0; 2];
         let len = self.status.read(&mut start).unwrap();
@@ -86,7 +86,7 @@ impl DockerProxy {
         }
     }
 
-    /// Waits for the next write to a packet pipe; `None` is its end.
+    /// Waits for the next write to a packet pipe; `None` at its end.
     pub fn read_status_packet(&mut self) -> Option<Vec<u8>> {
         let mut packet = vec![0; 4096];
         let len = self.status.read(&mut packet).unwrap();
@@ -94,7 +94,7 @@ impl DockerProxy {
         (len > 0).then_some(packet)
     }
 
-    /// Stops it as dockerd does: SIGINT, then a wait for its end.
+    /// Stops it like dockerd does: SIGINT, then a wait for its exit.
     #[track_caller]
     pub fn stop(&self) -> ExitStatus {
         self.process.signal(Signal::SIGINT);

@@ -1,4 +1,4 @@
-//! What a process holds and spends, read from `/proc`: to be the same after a fault as before it.
+//! The resources that a process holds and uses, from `/proc`. They must be the same before and after a fault.
 
 use std::fs;
 use std::thread;
@@ -8,16 +8,16 @@ use nix::unistd::Pid;
 
 use crate::eventually;
 
-/// Between two looks at the time that a process has spent. One that spins spends some of it, however busy
-/// the machine.
+/// The time between two samples of a process's CPU time. A process that spins uses some of it, however busy
+/// the machine is.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// What a process holds.
+/// The resources that a process holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Holdings {
     /// Descriptors of sockets.
     pub sockets: usize,
-    /// Descriptors of pipes: two for each.
+    /// Descriptors of pipes: two per pipe.
     pub pipes: usize,
     /// Other descriptors.
     pub others: usize,
@@ -26,10 +26,10 @@ pub struct Holdings {
 }
 
 impl Holdings {
-    /// What process `pid` holds now.
+    /// The current resources of process `pid`.
     ///
     /// # Panics
-    /// When it has ended.
+    /// If it has exited.
     #[track_caller]
     pub fn of(pid: Pid) -> Self {
         let mut holdings = Self { threads: tasks(pid).len(), ..Self::default() };
@@ -49,7 +49,7 @@ impl Holdings {
     }
 }
 
-/// The memory that no other process has, in kB (proc(5), `smaps_rollup`).
+/// The private memory of a process, in kB (proc(5), `smaps_rollup`).
 #[track_caller]
 pub fn private_memory(pid: Pid) -> usize {
     let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
@@ -57,7 +57,7 @@ pub fn private_memory(pid: Pid) -> usize {
     private.map(|line| line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap()).sum()
 }
 
-/// Waits until a process spends no processor time at all between two looks.
+/// Waits until a process uses no CPU time at all between two samples.
 #[track_caller]
 pub fn wait_until_idle(pid: Pid) {
     eventually(&format!("process {pid} is idle"), || {
@@ -67,7 +67,7 @@ pub fn wait_until_idle(pid: Pid) {
     });
 }
 
-/// Nanoseconds that all threads have run (Documentation/scheduler/sched-stats.rst).
+/// The run time of all threads in nanoseconds (Documentation/scheduler/sched-stats.rst).
 fn processor_time(pid: Pid) -> u64 {
     let of_task = |task: &String| -> u64 {
         let stat = fs::read_to_string(format!("/proc/{pid}/task/{task}/schedstat")).unwrap_or_default();

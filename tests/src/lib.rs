@@ -1,16 +1,16 @@
-//! What the test suites of rproxy share: namespaces, processes, backends, and the programs under test.
+//! The library of rproxy's test suites: namespaces, processes, backends, and the programs under test.
 //!
-//! A suite is a `harness = false` binary: it lists its [`suite::Case`]s and hands them to
-//! [`suite::run`]. Suites send traffic only over loopback or inside [`netns::Namespace`]s that they
-//! create, and everything they start ends with the value that owns it.
+//! A suite is a `harness = false` binary: it lists its [`suite::Case`]s and passes them to [`suite::run`].
+//! Suites send traffic only over loopback or inside [`netns::Namespace`]s that they create, and everything
+//! they start ends with the value that owns it.
 //!
-//! The harness panics when its own set-up fails, with the reason and what the processes involved
-//! printed: a test can do nothing better with such an error. What a test decides on (an exit status,
-//! a status message, a line of output) is returned as a value.
+//! The library panics if its own set-up fails, and prints the reason and the output of the processes
+//! involved: a test cannot handle such an error better. What a test checks (an exit status, a status message,
+//! a line of output) is returned as a value.
 //!
-//! Nothing here sleeps. Waiting means waiting for an event, for at most [`PATIENCE`]; that bound
-//! only turns a hang into a failure and is no statement about how fast the event should be. What
-//! the kernel tells only when it is asked, [`eventually`] asks for.
+//! There are no sleeps. Waiting means waiting for an event, for at most [`PATIENCE`]. That limit only turns a
+//! hang into a failure, and says nothing about how soon the event should occur. Kernel state without events
+//! is polled with [`eventually`].
 
 #![expect(
     clippy::unwrap_used,
@@ -38,22 +38,22 @@ pub mod topology;
 pub mod udp;
 pub mod upgradable;
 
-/// How long the harness waits for an event that is certain to come if the program under test works.
+/// How long to wait for an event that is certain to occur if the program under test works.
 pub const PATIENCE: Duration = Duration::from_secs(20);
 
-/// Waits until a condition holds that nothing signals, such as a number in `/proc`.
+/// Polls until a condition holds for which there is no event, such as a number in `/proc`.
 ///
 /// # Panics
-/// When it does not for [`PATIENCE`].
+/// If it does not hold within [`PATIENCE`].
 #[track_caller]
 pub fn eventually(what: &str, holds: impl FnMut() -> bool) {
     eventually_within(PATIENCE, what, holds);
 }
 
-/// Waits until something has a value.
+/// Polls until a value equals the expected one.
 ///
 /// # Panics
-/// When it does not have it for [`PATIENCE`].
+/// If it does not within [`PATIENCE`].
 #[track_caller]
 pub fn eventually_equal<T: PartialEq + std::fmt::Debug>(
     what: &str,
@@ -71,13 +71,13 @@ pub fn eventually_equal<T: PartialEq + std::fmt::Debug>(
     }
 }
 
-/// As [`eventually`], for what may rightly take longer.
+/// Like [`eventually`], for conditions that may take longer.
 #[track_caller]
 pub fn eventually_within(patience: Duration, what: &str, mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + patience;
     while !holds() {
         assert!(Instant::now() < deadline, "not after {patience:?}: {what}");
-        // Between two looks, the processor is for those that are to bring it about.
+        // Between two checks, yields to the processes that are to fulfil the condition.
         thread::sleep(Duration::from_millis(5));
     }
 }

@@ -1,4 +1,4 @@
-//! Multipath TCP (RFC 8684): what Go listens with by default, and systemd with `SocketProtocol=mptcp`.
+//! Multipath TCP (RFC 8684), which Go's listeners use by default, and systemd with `SocketProtocol=mptcp`.
 
 use std::io;
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -12,12 +12,12 @@ fn socket(address: SocketAddr) -> io::Result<Socket> {
     Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::MPTCP))
 }
 
-/// Whether the kernel knows it, and lets us use it.
+/// Whether the kernel supports it and permits us to use it.
 pub fn is_there() -> bool {
     socket(([127, 0, 0, 1], 0).into()).is_ok()
 }
 
-/// A listener at `address`; at an IPv6 wildcard for IPv4 clients, too.
+/// A listener at `address`. An IPv6 wildcard accepts IPv4 clients, too.
 #[track_caller]
 pub fn listen(address: SocketAddr) -> TcpListener {
     let socket = socket(address).unwrap();
@@ -29,7 +29,7 @@ pub fn listen(address: SocketAddr) -> TcpListener {
     socket.into()
 }
 
-/// Connects as [`crate::client::connect`] does, and checks that the other side speaks it as well.
+/// Connects like [`crate::client::connect`], and checks that the other side uses Multipath TCP as well.
 #[track_caller]
 pub fn connect(address: SocketAddr) -> TcpStream {
     let socket = socket(address).unwrap();

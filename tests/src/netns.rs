@@ -1,4 +1,4 @@
-//! Network namespaces without names: they exist while a [`Namespace`], or a process in them, does.
+//! Unnamed network namespaces, which exist while a [`Namespace`], or a process in them, does.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
@@ -11,10 +11,10 @@ use nix::sched::{CloneFlags, setns, unshare};
 use crate::process::{Output, Process};
 use crate::require;
 
-/// A network namespace, kept alive by this value's file descriptor alone, so that not even a suite that
-/// crashes leaves one behind.
+/// A network namespace, kept alive only by this value's file descriptor, so that even a suite that crashes
+/// does not leave one behind.
 ///
-/// Only threads made for the purpose enter it: what a test's own thread does stays where it was.
+/// Only dedicated threads enter it; a test's own thread stays in its namespace.
 /// ```no_run
 /// # use rproxy_tests::netns::Namespace;
 /// let (left, right) = (Namespace::new(), Namespace::new());
@@ -28,10 +28,10 @@ pub struct Namespace {
 }
 
 impl Namespace {
-    /// A new namespace in which nothing but `lo` exists, and is up.
+    /// Creates a namespace whose only interface, `lo`, is up.
     ///
     /// # Panics
-    /// When this process may not create one; a case says so with [`require::Need::Root`].
+    /// If this process may not create one; a case declares that with [`require::Need::Root`].
     pub fn new() -> Self {
         let file = on_new_thread(|| {
             unshare(CloneFlags::CLONE_NEWNET).expect("cannot create a network namespace");
@@ -42,10 +42,10 @@ impl Namespace {
         namespace
     }
 
-    /// The namespace that a path of the form `/proc/…/ns/net` names.
+    /// Opens the namespace at a path of the form `/proc/…/ns/net`.
     ///
     /// # Panics
-    /// When there is none.
+    /// If there is none.
     #[track_caller]
     pub fn open(path: &str) -> Self {
         match File::open(path) {
@@ -54,8 +54,8 @@ impl Namespace {
         }
     }
 
-    /// Runs `task` on a thread inside the namespace. Sockets that it opens belong there for good, also
-    /// when the caller uses them elsewhere.
+    /// Runs `task` on a thread inside the namespace. Sockets that it opens stay in the namespace, even if the
+    /// caller uses them elsewhere.
     pub fn run<T: Send>(&self, task: impl FnOnce() -> T + Send) -> T {
         on_new_thread(|| {
             setns(&self.file, CloneFlags::CLONE_NEWNET).expect("cannot enter a network namespace");
@@ -63,16 +63,16 @@ impl Namespace {
         })
     }
 
-    /// Starts a process that is born inside the namespace.
+    /// Starts a process inside the namespace.
     #[track_caller]
     pub fn spawn(&self, command: Command) -> Process {
         Process::spawn_by(command, |command| self.run(|| command.spawn()))
     }
 
-    /// Runs a program with blank-separated arguments to its end, inside the namespace.
+    /// Runs a program with space-separated arguments to its end, inside the namespace.
     ///
     /// # Panics
-    /// When it is not installed.
+    /// If it is not installed.
     #[track_caller]
     pub fn command(&self, line: &str) -> Output {
         let mut words = line.split_whitespace();
@@ -81,16 +81,16 @@ impl Namespace {
         self.spawn(command).into_output()
     }
 
-    /// Runs `ip` with blank-separated arguments inside the namespace and returns what it prints.
+    /// Runs `ip` with space-separated arguments inside the namespace and returns its output.
     ///
     /// # Panics
-    /// When `ip` fails.
+    /// If `ip` fails.
     #[track_caller]
     pub fn ip(&self, arguments: &str) -> String {
         self.command(&format!("ip {arguments}")).success()
     }
 
-    /// Joins this namespace to another with a pair of interfaces, both up.
+    /// Connects this namespace to another with a pair of interfaces, both up.
     #[track_caller]
     pub fn veth(&self, name: &str, peer: &Self, peer_name: &str) {
         let peer_path = peer.path();
@@ -102,15 +102,16 @@ impl Namespace {
         peer.ip(&format!("link set dev {peer_name} up"));
     }
 
-    /// Adds an address with its prefix length. It can be used at once: duplicate address detection, which
-    /// would keep an IPv6 address unusable for a second, has nothing to find in a namespace.
+    /// Adds an address with a prefix length. It is usable at once: duplicate address detection, which would
+    /// delay an IPv6 address by a second, is not needed in a namespace.
     #[track_caller]
     pub fn address(&self, interface: &str, address: &str) {
         let nodad = if address.contains(':') { "nodad" } else { "" };
         self.ip(&format!("address add {address} dev {interface} {nodad}"));
     }
 
-    /// A path that names the namespace to other processes, as `ip … netns PATH` and `nsenter --net=PATH`
+    /// A path by which other processes can refer to the namespace while this value lives, as in `ip … netns
+    /// PATH` and `nsenter --net=PATH`.
     /// take it, while this value lives.
     pub fn path(&self) -> PathBuf {
         format!("/proc/{}/fd/{}", std::process::id(), self.file.as_raw_fd()).into()
@@ -123,8 +124,8 @@ impl Default for Namespace {
     }
 }
 
-/// Runs `task` on a thread that ends with it, since a thread that changed its namespace must not go on
-/// to do other work. A panic goes on in the caller.
+/// Runs `task` on a thread that ends afterwards, because a thread that has changed its namespace must not be
+/// reused. A panic is propagated to the caller.
 fn on_new_thread<T: Send>(task: impl FnOnce() -> T + Send) -> T {
     thread::scope(|scope| match scope.spawn(task).join() {
         Ok(value) => value,

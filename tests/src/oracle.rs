@@ -1,5 +1,5 @@
-//! The same cases against `rproxy` and, as the oracle, against the `docker-proxy` of Debian's docker.io
-//! (20.10), both started as dockerd starts them.
+//! Runs the same cases against `rproxy` and, as the oracle, against the `docker-proxy` of Debian's docker.io
+//! (20.10), both started like by dockerd.
 
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -17,7 +17,7 @@ use crate::require::{self, Need};
 use crate::rproxy::rproxy;
 use crate::suite::Case;
 
-/// Long enough for a program that ends when it is asked to.
+/// Long enough for a program that exits when asked to.
 pub const AT_ONCE: Duration = Duration::from_secs(5);
 
 /// A program under test.
@@ -29,21 +29,21 @@ pub enum Subject {
     Oracle,
 }
 
-/// For which programs a case holds.
+/// The programs for which a case holds.
 #[derive(Clone, Copy, Debug)]
 pub enum Holds {
-    /// For both alike.
+    /// For both.
     ForBoth,
-    /// For each of them in its own way, on purpose, for this reason.
+    /// For each in its own way, intentionally, for this reason.
     Differently(&'static str),
-    /// For `rproxy`; the oracle cannot pass it, for this reason.
+    /// Only for `rproxy`; the oracle cannot pass it, for this reason.
     ForRproxy(&'static str),
 }
 
-/// Its name, for which programs it holds, and what it does.
+/// The name of a case, the programs for which it holds, and its body.
 pub type Row = (&'static str, Holds, fn(Subject));
 
-/// The cases that a row stands for.
+/// The cases of a row.
 pub fn cases((name, holds, body): &'static Row) -> Vec<Case> {
     let case = |title, subject| Case::new(title, move || body(subject)).needs(&[Need::Ipv6]);
     let ours = |title| case(title, Subject::Rproxy);
@@ -81,21 +81,21 @@ impl Subject {
         proxy
     }
 
-    /// Starts it so that it is to adopt `listener`.
+    /// Starts it with `listener`, which it has to adopt.
     #[track_caller]
     pub fn adopt(self, protocol: &str, listener: impl Into<OwnedFd>, container: SocketAddr) -> DockerProxy {
-        // The daemon names the address of the socket it passes on; the socket decides.
+        // dockerd passes the address of the socket; the socket takes precedence.
         let mut arguments = mapping(protocol, client::own_address(), container);
         arguments.push("-use-listen-fd".into());
         DockerProxy::start(&self.program(), &arguments, Some(listener.into()))
     }
 
-    /// Ends it by a signal, as dockerd does.
+    /// Ends it with a signal, like dockerd does.
     #[track_caller]
     pub fn stop(self, proxy: &DockerProxy, signal: Signal) -> ExitStatus {
         proxy.process.signal(signal);
         if self == Self::Oracle {
-            // 20.10 now and then does not end, which is not for us to say.
+            // 20.10 sometimes does not exit, which is not our concern.
             let deadline = Instant::now() + AT_ONCE;
             while proxy.process.is_running() && Instant::now() < deadline {
                 thread::sleep(Duration::from_millis(10));
@@ -105,16 +105,16 @@ impl Subject {
         proxy.process.wait_within(AT_ONCE)
     }
 
-    /// Checks that a signal ended it in order.
+    /// Checks that it exited in order after a signal.
     #[track_caller]
     pub fn assert_ended(self, status: ExitStatus) {
-        // docker-proxy 20.10 says that it is ready before it is for signals, which then end it unasked.
+        // docker-proxy 20.10 reports readiness before it handles signals, and is then killed by them.
         if self == Self::Rproxy || status.signal().is_none() {
             assert_eq!(status.code(), Some(0));
         }
     }
 
-    /// Starts it with arguments that it has to report failure for; returns its message.
+    /// Starts it with arguments for which it has to report failure; returns its message.
     #[track_caller]
     pub fn failure(self, arguments: &[String]) -> String {
         failure_of(self.start(arguments))

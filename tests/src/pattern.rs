@@ -2,14 +2,14 @@
 
 use std::io::{self, Read};
 
-/// An endless stream of bytes that repeat nowhere, so that loss, duplication and reordering all show. It
-/// is made again where it arrives, so that nothing large is kept.
+/// An endless byte stream without repetitions, so that loss, duplication and reordering are detected. The
+/// receiver generates it again, so that nothing large is stored.
 pub struct Pattern(u64);
 
 impl Pattern {
-    /// The same stream for the same seed.
+    /// Returns the same stream for the same seed.
     pub fn new(seed: u64) -> Self {
-        // Xorshift needs a state that is not zero.
+        // The state of Xorshift must not be zero.
         Self(seed | 1 << 63)
     }
 

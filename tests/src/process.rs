@@ -15,7 +15,7 @@ use nix::unistd::Pid;
 
 use crate::{PATIENCE, eventually};
 
-/// Every process that has not been reaped yet, for [`kill_all`].
+/// All processes that have not been reaped yet, for [`kill_all`].
 static RUNNING: Mutex<BTreeMap<Pid, Weak<Shared>>> = Mutex::new(BTreeMap::new());
 
 /// One of the two captured outputs of a process.
@@ -29,7 +29,7 @@ pub enum Stream {
 
 /// A running child. Its output is captured; dropping it kills and reaps it.
 ///
-/// When it is dropped by a panic, its output is printed: it usually says why.
+/// If it is dropped during a panic, its output is printed, which usually shows the cause.
 pub struct Process {
     name: String,
     pid: Pid,
@@ -51,7 +51,7 @@ impl Output {
     /// Its standard output.
     ///
     /// # Panics
-    /// When it failed.
+    /// If it failed.
     #[track_caller]
     pub fn success(self) -> String {
         assert!(self.status.success(), "{self:#?}");
@@ -75,13 +75,13 @@ pub fn kill_all() {
 impl Process {
     /// Starts a command with its output captured and no input.
     ///
-    /// The command is consumed, so that file descriptors it passes on close on this side.
+    /// The command is consumed, so that descriptors it passes on are closed in this process.
     #[track_caller]
     pub fn spawn(command: Command) -> Self {
         Self::spawn_by(command, Command::spawn)
     }
 
-    /// As [`Process::spawn`], with `spawn` choosing the thread that forks, and so the namespaces.
+    /// Like [`Process::spawn`], using `spawn`, which chooses the thread that forks, and so the namespaces.
     #[track_caller]
     pub fn spawn_by(mut command: Command, spawn: impl FnOnce(&mut Command) -> io::Result<Child>) -> Self {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -97,30 +97,30 @@ impl Process {
         Self { name, pid, shared }
     }
 
-    /// Its process id, which stays its own until this value is dropped or [`Process::wait`] returns.
+    /// Its process id, which is not reused until this value is dropped or [`Process::wait`] returns.
     pub fn pid(&self) -> Pid {
         self.pid
     }
 
-    /// Sends a signal; does nothing if the process has ended.
+    /// Sends a signal; does nothing if the process has exited.
     pub fn signal(&self, signal: Signal) {
         self.shared.signal(signal);
     }
 
-    /// Waits until the process has ended and all of its output is in.
+    /// Waits until the process has exited and all of its output has been read.
     #[track_caller]
     pub fn wait(&self) -> ExitStatus {
         self.wait_within(PATIENCE)
     }
 
-    /// As [`Process::wait`], for a process that may rightly run for longer.
+    /// Like [`Process::wait`], for a process that may run for longer.
     #[track_caller]
     pub fn wait_within(&self, patience: Duration) -> ExitStatus {
         let status = self.shared.wait_for(patience, |state| state.status);
         let Some(status) = status else {
             panic!("{} has not ended after {patience:?}{}", self.name, self.transcript())
         };
-        // A grandchild may hold the pipes for longer than the process lives; then what is there counts.
+        // A grandchild may keep the pipes open after the process exits; the output so far is used then.
         self.shared.wait_for(Duration::from_secs(1), |state| (state.open_streams() == 0).then_some(()));
         status
     }
@@ -130,10 +130,10 @@ impl Process {
         self.shared.lock().status.is_none()
     }
 
-    /// How many descriptors it has open.
+    /// The number of its open descriptors.
     ///
     /// # Panics
-    /// When it has ended.
+    /// If it has exited.
     #[track_caller]
     pub fn descriptors(&self) -> usize {
         match fs::read_dir(format!("/proc/{}/fd", self.pid)) {
@@ -142,23 +142,23 @@ impl Process {
         }
     }
 
-    /// Stops the process until [`Process::resume`]: what is sent to it meanwhile, it finds all at once.
+    /// Stops the process until [`Process::resume`], so that it finds everything sent meanwhile at once.
     #[track_caller]
     pub fn pause(&self) {
         self.signal(Signal::SIGSTOP);
         eventually(&format!("{} is stopped", self.name), || {
             let stat = fs::read_to_string(format!("/proc/{}/stat", self.pid)).unwrap();
-            // The state is what follows the name, which is in parentheses.
+            // The state follows the name, which is in parentheses.
             stat.rsplit_once(") ").unwrap().1.starts_with('T')
         });
     }
 
-    /// Lets it go on after [`Process::pause`].
+    /// Resumes it after [`Process::pause`].
     pub fn resume(&self) {
         self.signal(Signal::SIGCONT);
     }
 
-    /// Waits for the end and returns everything about it.
+    /// Waits for its exit and returns its status and output.
     #[track_caller]
     pub fn into_output(self) -> Output {
         let status = self.wait();
@@ -170,7 +170,7 @@ impl Process {
         self.shared.lock().text(stream)
     }
 
-    /// Waits for the first line that `wanted` accepts, among those written already and those to come.
+    /// Waits for the first line that `wanted` accepts, including lines already written.
     #[track_caller]
     pub fn wait_for_line(&self, stream: Stream, wanted: impl Fn(&str) -> bool) -> String {
         self.wait_for_lines(stream, 1, wanted).remove(0)
@@ -209,13 +209,13 @@ impl Drop for Process {
             eprintln!("{}", self.transcript());
         }
         self.signal(Signal::SIGKILL);
-        // No panic here, it would abort: a process that survives SIGKILL hangs in the kernel.
+        // Not a panic, which would abort: a process that survives SIGKILL hangs in the kernel.
         self.shared.wait_for(PATIENCE, |state| state.status);
     }
 }
 
-/// What the threads that follow a process report, and the lock that makes signalling it safe: a pid is
-/// reaped and its status stored under this lock, so a signal never goes to a reused pid.
+/// What the threads that watch the process report, and the lock that makes signalling safe. A process is
+/// reaped and its status stored under this lock, so that a signal never reaches a reused pid.
 #[derive(Default)]
 struct Shared {
     state: Mutex<State>,
@@ -283,7 +283,7 @@ impl Shared {
     }
 
     fn reap(&self, pid: Pid, mut child: Child) {
-        // Leaves the pid taken, so that it cannot be reused before the lock is held.
+        // Does not reap, so that the pid cannot be reused before the lock is held.
         waitid(Id::Pid(pid), WaitPidFlag::WEXITED | WaitPidFlag::WNOWAIT).unwrap();
         self.update(|state| {
             state.status = Some(child.wait().unwrap());
@@ -298,7 +298,7 @@ impl Shared {
         }
     }
 
-    /// Waits until `ready` returns something, for at most `patience`.
+    /// Waits until `ready` returns `Some`, for at most `patience`.
     fn wait_for<T>(&self, patience: Duration, ready: impl Fn(&State) -> Option<T>) -> Option<T> {
         let deadline = Instant::now() + patience;
         let mut state = self.lock();

@@ -1,4 +1,4 @@
-//! What a case needs from the machine it runs on, and where programs are found.
+//! The requirements of cases, and where programs are found.
 
 use std::env;
 use std::fmt;
@@ -11,27 +11,27 @@ use nix::unistd::Uid;
 
 use crate::mptcp;
 
-/// Set to `1` where every case must run, as in CI: an unmet [`Need`] then fails instead of ignoring.
+/// Set to `1` if every case must run, as in CI: an unmet [`Need`] then fails the case instead of ignoring it.
 pub const STRICT: &str = "RPROXY_REQUIRE_ROOT_TESTS";
 
-/// Where Debian keeps daemons; the `PATH` of a user, and of some root shells, leaves these out.
+/// Where Debian installs daemons. The `PATH` of users, and of some root shells, lacks these directories.
 const SYSTEM_DIRS: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
 
-/// Something that a case cannot run without.
+/// A requirement of a case.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Need {
     /// The privilege to create namespaces and to change the user.
     Root,
-    /// A program, by the name of its file.
+    /// A program, by file name.
     Program(&'static str),
     /// An IPv6 loopback address.
     Ipv6,
-    /// Multipath TCP in the kernel, and not switched off (`net.mptcp.enabled`).
+    /// Multipath TCP in the kernel, enabled (`net.mptcp.enabled`).
     Mptcp,
 }
 
 impl Need {
-    /// Whether this machine has it.
+    /// Whether this machine fulfils it.
     pub fn is_met(self) -> bool {
         match self {
             Self::Root => Uid::effective().is_root(),
@@ -70,7 +70,7 @@ pub fn find(program: &str) -> Option<PathBuf> {
 /// A command for a program that [`find`] finds.
 ///
 /// # Panics
-/// When the program is not installed.
+/// If the program is not installed.
 #[track_caller]
 pub fn command(program: &str) -> Command {
     match find(program) {

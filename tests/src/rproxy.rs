@@ -1,4 +1,4 @@
-//! The programs of this workspace, built as they ship, and `rproxy` running standalone.
+//! The programs of this workspace in their release builds, and a standalone `rproxy`.
 
 use std::env;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -21,18 +21,18 @@ pub fn netns_setup() -> &'static Path {
     PATH.get_or_init(|| release_dir().join("netns-setup"))
 }
 
-/// Builds the release binaries, once, and returns where they are. Built here, since cargo builds the
-/// binaries of a package only for that package's own tests.
+/// Builds the release binaries once, and returns their directory. Cargo itself builds the binaries of a
+/// package only for that package's own tests.
 fn release_dir() -> &'static Path {
     static DIR: OnceLock<PathBuf> = OnceLock::new();
     DIR.get_or_init(|| {
-        // This binary is at TARGET/PROFILE/deps/NAME or, if it is no test, at TARGET/PROFILE/NAME,
-        // wherever the target directory was put.
+        // This binary is at TARGET/PROFILE/deps/NAME or, if it is not a test, at TARGET/PROFILE/NAME,
+        // wherever the target directory is.
         let own_path = env::current_exe().unwrap();
         let mut dirs = own_path.ancestors().skip(1).skip_while(|dir| dir.ends_with("deps"));
         let target = dirs.nth(1).unwrap();
-        // The whole workspace, as `cargo build --release` would: the packages of one build share the
-        // features of their dependencies, so that building fewer would build them anew.
+        // The whole workspace, like `cargo build --release`: the packages of one build share the features of
+        // their dependencies, so building fewer packages would rebuild them.
         let status = Command::new(env!("CARGO"))
             .args(["build", "--quiet", "--release", "--locked", "--workspace", "--bins", "--target-dir"])
             .arg(target)
@@ -44,7 +44,7 @@ fn release_dir() -> &'static Path {
     })
 }
 
-/// `rproxy` with the given arguments, not started yet.
+/// A command for `rproxy` with the given arguments.
 pub fn command(arguments: &[&str]) -> Command {
     let mut command = Command::new(rproxy());
     command.args(arguments);
@@ -55,7 +55,7 @@ pub fn command(arguments: &[&str]) -> Command {
 pub struct Standalone {
     /// The running proxy.
     pub process: Process,
-    /// What it printed about each mapping, in its order.
+    /// What it printed about each mapping, in order.
     pub ready: Vec<Ready>,
 }
 
@@ -66,7 +66,7 @@ pub struct Ready {
     pub container_port: u16,
     /// `tcp` or `udp`.
     pub protocol: String,
-    /// Where the mapping listens.
+    /// The address that the mapping listens on.
     pub address: SocketAddr,
 }
 
@@ -77,7 +77,7 @@ impl Standalone {
         Self::ready(Process::spawn(command(arguments)), arguments)
     }
 
-    /// As [`Standalone::start`], inside a namespace.
+    /// Like [`Standalone::start`], inside a namespace.
     #[track_caller]
     pub fn start_in(namespace: &Namespace, arguments: &[&str]) -> Self {
         Self::ready(namespace.spawn(command(arguments)), arguments)
@@ -91,7 +91,7 @@ impl Standalone {
         Self::start(&[&pair, more_arguments].concat())
     }
 
-    /// Waits for the lines of an `rproxy` that was started with `arguments`.
+    /// Waits for the output of an `rproxy` that was started with `arguments`.
     #[track_caller]
     pub fn ready(process: Process, arguments: &[&str]) -> Self {
         let mappings = arguments.iter().filter(|argument| argument.starts_with("--host")).count();
@@ -103,14 +103,15 @@ impl Standalone {
         Self { process, ready }
     }
 
-    /// Where a client in the same namespace reaches the first mapping.
+    /// The address of the first mapping for a client in the same namespace.
     pub fn address(&self) -> SocketAddr {
         self.ready[0].reachable()
     }
 }
 
 impl Ready {
-    /// Reads a line; `:::80`, as Docker printed before it wrote `[::]:80`, is an address too.
+    /// Parses a line. Docker formerly printed `:::80` instead of `[::]:80`, so that is accepted as an
+    /// address, too.
     pub fn parse(line: &str) -> Option<Self> {
         let (container, address) = line.split_once(" -> ")?;
         let (container_port, protocol) = container.split_once('/')?;
@@ -123,7 +124,7 @@ impl Ready {
         })
     }
 
-    /// The address that a client can connect to: loopback in place of a wildcard.
+    /// The address that a client can connect to: loopback for a wildcard.
     pub fn reachable(&self) -> SocketAddr {
         let host = match self.address.ip() {
             IpAddr::V4(Ipv4Addr::UNSPECIFIED) => Ipv4Addr::LOCALHOST.into(),

@@ -1,4 +1,4 @@
-//! Runs the cases of a suite: those whose needs are met, each under a deadline.
+//! Runs the cases of a suite whose needs are met, each with a deadline.
 
 use std::process::{ExitCode, exit};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
@@ -11,10 +11,10 @@ use crate::process;
 use crate::require::{self, Need};
 use crate::rproxy;
 
-/// For cases that name no other: far beyond what any of them takes, short enough to wait for.
+/// The default deadline: far longer than any case takes, but short enough to wait for.
 const DEADLINE: Duration = Duration::from_secs(60);
 
-/// What an overdue case gets to fail and clean up, once its processes have been ended.
+/// How long an overdue case may take to fail and clean up after its processes have been killed.
 const GRACE: Duration = Duration::from_secs(15);
 
 /// One test: a name, what it needs, and a body that panics to fail.
@@ -26,19 +26,19 @@ pub struct Case {
 }
 
 impl Case {
-    /// A case without needs, under the common deadline.
+    /// A case without needs, with the default deadline.
     pub fn new(name: impl Into<String>, body: impl FnOnce() + Send + 'static) -> Self {
         Self { name: name.into(), needs: Vec::new(), deadline: DEADLINE, body: Box::new(body) }
     }
 
-    /// Adds what the case cannot run without.
+    /// Adds requirements of the case.
     #[must_use]
     pub fn needs(mut self, needs: &[Need]) -> Self {
         self.needs.extend_from_slice(needs);
         self
     }
 
-    /// Replaces the common deadline.
+    /// Replaces the default deadline.
     #[must_use]
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
@@ -49,7 +49,7 @@ impl Case {
         let missing: Vec<String> =
             self.needs.iter().filter(|need| !need.is_met()).map(ToString::to_string).collect();
         if missing.is_empty() {
-            // Before the deadline starts: the first build takes longer than any case.
+            // Before the deadline starts, because the first build takes longer than any case.
             rproxy::rproxy();
             let watchdog = Watchdog::start(self.name, self.deadline);
             (self.body)();
@@ -64,7 +64,7 @@ impl Case {
     }
 }
 
-/// Runs the cases that the command line selects, as `cargo test` would.
+/// Runs the cases that the command line selects, like `cargo test`.
 pub fn run(cases: Vec<Case>) -> ExitCode {
     let strict = require::strict();
     let trials = cases
@@ -98,7 +98,7 @@ impl Watchdog {
     }
 }
 
-/// Returns whether the case ended in time. A case that panics ends by dropping its `done`.
+/// Returns whether the case ended in time. A case that panics drops its `done`, which counts as ended.
 #[expect(clippy::print_stderr, reason = "the suite's own report")]
 #[expect(clippy::exit, reason = "a thread that hangs can be ended in no other way")]
 fn watch(case: &str, deadline: Duration, is_done: &Receiver<()>) -> bool {

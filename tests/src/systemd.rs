@@ -1,4 +1,4 @@
-//! A stand-in for systemd: what it passes to a service, and what it is told (sd_notify(3),
+//! A substitute for systemd: passes sockets to a service and receives its notifications (sd_notify(3),
 //! sd_listen_fds(3)).
 
 use std::ffi::OsString;
@@ -16,13 +16,13 @@ use tempfile::TempDir;
 use crate::PATIENCE;
 use crate::rproxy::rproxy;
 
-/// Where passed sockets begin.
+/// The first descriptor of passed sockets.
 const LISTEN_FDS_START: i32 = 3;
 
 /// The service manager of one service.
 pub struct Systemd {
     socket: UnixDatagram,
-    /// What `NOTIFY_SOCKET` says.
+    /// The value of `NOTIFY_SOCKET`.
     name: OsString,
     _dir: Option<TempDir>,
 }
@@ -34,17 +34,17 @@ impl Default for Systemd {
 }
 
 impl Systemd {
-    /// One that listens to what it is told.
+    /// One that receives notifications.
     pub fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("notify");
         Self::at(UnixDatagram::bind(&path).unwrap(), path.into(), Some(dir))
     }
 
-    /// One that listens on an abstract socket (unix(7)).
+    /// One that receives notifications on an abstract socket (unix(7)).
     pub fn abstract_socket() -> Self {
         let socket = UnixDatagram::unbound().unwrap();
-        // The kernel chooses a name for one without any.
+        // The kernel chooses a name for a socket without one.
         bind(socket.as_raw_fd(), &UnixAddr::new_unnamed()).unwrap();
         let address = socket.local_addr().unwrap();
         let name = [b"@", address.as_abstract_name().unwrap()].concat();
@@ -56,7 +56,7 @@ impl Systemd {
         Self { socket, name, _dir: dir }
     }
 
-    /// Lets no more messages in until some are read. Returns how many there are.
+    /// Fills the queue of messages. Returns how many it took.
     pub fn fill(&self) -> usize {
         let sender = UnixDatagram::unbound().unwrap();
         sender.set_nonblocking(true).unwrap();
@@ -64,7 +64,7 @@ impl Systemd {
         std::iter::from_fn(|| sender.send_to_addr(b"FILLER", &address).ok()).count()
     }
 
-    /// Reads what [`Systemd::fill`] has sent, and whatever came before.
+    /// Reads what [`Systemd::fill`] has sent, and anything before that.
     #[track_caller]
     pub fn empty(&self, count: usize) -> Vec<Vec<String>> {
         let mut others = Vec::new();
@@ -76,23 +76,22 @@ impl Systemd {
         others
     }
 
-    /// `rproxy` as a service with these arguments, not started yet.
+    /// A command for `rproxy` as a service with these arguments.
     pub fn command(&self, arguments: &[&str]) -> Command {
         self.command_with_sockets(arguments, Vec::new())
     }
 
-    /// The same with sockets that are passed under names.
+    /// The same, with named sockets passed to it.
     pub fn command_with_sockets(&self, arguments: &[&str], sockets: Vec<(&str, OwnedFd)>) -> Command {
         self.command_for("$$", arguments, sockets)
     }
 
-    /// The same with sockets that are passed to the process `pid`: a word for the shell, in which `$$`
-    /// is the process itself.
+    /// The same, with sockets passed to the process `pid`, a word for the shell; `$$` is the process itself.
     pub fn command_for(&self, pid: &str, arguments: &[&str], sockets: Vec<(&str, OwnedFd)>) -> Command {
         self.command_of(rproxy(), pid, arguments, sockets)
     }
 
-    /// The same with a program at another path.
+    /// The same, with a program at another path.
     pub fn command_of(
         &self,
         program: &Path,
@@ -101,7 +100,7 @@ impl Systemd {
         sockets: Vec<(&str, OwnedFd)>,
     ) -> Command {
         let mut command = Command::new("/bin/sh");
-        // Its own process id is known to nobody before it runs.
+        // Its process id is not known before it runs.
         command.args(["-c", &format!(r#"LISTEN_PID={pid} exec "$0" "$@""#)]).arg(program).args(arguments);
         command.env("NOTIFY_SOCKET", &self.name);
         if sockets.is_empty() {
@@ -115,7 +114,7 @@ impl Systemd {
         command
     }
 
-    /// Waits for the next message, and gives its lines.
+    /// Waits for the next message, and returns its lines.
     #[track_caller]
     pub fn told(&self) -> Vec<String> {
         let mut message = [0; 4096];
@@ -123,7 +122,7 @@ impl Systemd {
         String::from_utf8_lossy(&message[..len]).lines().map(String::from).collect()
     }
 
-    /// Whether nothing more was said.
+    /// Whether no further message has arrived.
     pub fn has_heard_all(&self) -> bool {
         self.socket.set_nonblocking(true).unwrap();
         let is_empty = self.socket.recv(&mut [0; 4096]).is_err();

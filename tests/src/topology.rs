@@ -1,24 +1,24 @@
-//! The network that the project's story plays in: an outside client, a host, and containers on its bridge.
+//! The test network: an outside client, a host, and containers on its bridge.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 
 use crate::netns::Namespace;
 
-/// The outside client, on the host's network.
+/// The outside client, on the host's network (IPv4).
 pub const CLIENT_V4: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 12);
-/// The outside client.
+/// The outside client (IPv6).
 pub const CLIENT_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x10, 0, 0, 0, 0, 0, 0x12);
-/// The host, as the client sees it.
+/// The host, as seen by the client (IPv4).
 pub const HOST_V4: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 11);
-/// The host, as the client sees it.
+/// The host, as seen by the client (IPv6).
 pub const HOST_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x10, 0, 0, 0, 0, 0, 0x11);
-/// The host's bridge, the gateway of the containers.
+/// The host's bridge, the gateway of the containers (IPv4).
 pub const BRIDGE_V4: Ipv4Addr = Ipv4Addr::new(172, 17, 0, 1);
-/// The host's bridge, the gateway of the containers.
+/// The host's bridge, the gateway of the containers (IPv6).
 pub const BRIDGE_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x172, 0x17, 0, 0, 0, 0, 1);
-/// The first container.
+/// The first container (IPv4).
 pub const CONTAINER_V4: Ipv4Addr = Ipv4Addr::new(172, 17, 0, 2);
-/// The first container.
+/// The first container (IPv6).
 pub const CONTAINER_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x172, 0x17, 0, 0, 0, 0, 2);
 
 /// The name of the bridge in the host's namespace.
@@ -28,18 +28,18 @@ pub const BRIDGE: &str = "docker0";
 /// client ── eth0 10.0.0.12 ──── 10.0.0.11 eth0 ── host ── docker0 172.17.0.1 ──── 172.17.0.2 eth0 ── container
 /// ```
 /// with the same over IPv6 (`fd00:10::/64`, `fd00:172:17::/64`). The host forwards nothing and there are no
-/// firewall rules: what the client reaches in the container, it reaches through a proxy on the host.
+/// firewall rules: the client can only reach the container through a proxy on the host.
 pub struct Topology {
-    /// Where outside clients run.
+    /// The namespace of outside clients.
     pub client: Namespace,
-    /// Where the proxy runs.
+    /// The namespace of the proxy.
     pub host: Namespace,
-    /// Where the backend runs.
+    /// The namespace of the backend.
     pub container: Namespace,
 }
 
 impl Topology {
-    /// Builds the three namespaces and joins them.
+    /// Creates the three namespaces and connects them.
     pub fn new() -> Self {
         let (client, host) = (Namespace::new(), Namespace::new());
         host.veth("eth0", &client, "eth0");
@@ -63,8 +63,8 @@ impl Default for Topology {
     }
 }
 
-/// Attaches a new container to the bridge of `host`, with these addresses and the hardware address that
-/// Docker derives from the IPv4 one.
+/// Attaches a new container to the bridge of `host`, with these addresses and the MAC address that Docker
+/// derives from the IPv4 address.
 pub fn add_container(host: &Namespace, v4: Ipv4Addr, v6: Ipv6Addr) -> Namespace {
     let container = Namespace::new();
     let [a, b, c, d] = v4.octets();

@@ -1,5 +1,5 @@
-//! UDP clients and backends, none of which waits for ever, and none of which sends faster than a socket
-//! buffer of the usual size takes: what is lost in a test, the program under test has lost.
+//! UDP clients and backends. None waits forever, and none sends more than a default-sized socket buffer
+//! holds, so any loss is the fault of the program under test.
 
 use std::collections::VecDeque;
 use std::io::ErrorKind;
@@ -18,24 +18,25 @@ use crate::process::Process;
 use crate::rproxy::Standalone;
 use crate::{PATIENCE, eventually};
 
-/// The largest datagram that IPv4 carries: 64 KiB less a byte and the headers.
+/// The largest IPv4 datagram: 64 KiB minus one byte and the headers.
 pub const LARGEST_V4: usize = 65_507;
-/// The largest datagram that IPv6 carries, whose length leaves its own header out.
+/// The largest IPv6 datagram; the length field of IPv6 does not include its own header.
 pub const LARGEST_V6: usize = 65_527;
 
-/// What [`assert_all_echo`] lets be under way, by [`cost`]: well below `net.core.rmem_default` (212,992).
+/// The datagrams that [`assert_all_echo`] keeps in flight, by [`cost`]: well below `net.core.rmem_default`
+/// (212,992).
 const WINDOW: usize = 96 * 1024;
 
-/// What a socket asks for; it gets what `net.core.rmem_max` allows, or all of it with the privilege.
+/// The requested buffer size. The result is limited by `net.core.rmem_max`, unless the process is privileged.
 const BUFFER: usize = 4 * 1024 * 1024;
 
-/// A socket on a free port of `ip` with [`PATIENCE`] on its receives.
+/// A socket on a free port of `ip`, with [`PATIENCE`] as its receive timeout.
 #[track_caller]
 pub fn client(ip: impl Into<IpAddr>) -> UdpSocket {
     bind(SocketAddr::new(ip.into(), 0))
 }
 
-/// A socket on `address` with [`PATIENCE`] on its receives.
+/// A socket on `address`, with [`PATIENCE`] as its receive timeout.
 #[track_caller]
 pub fn bind(address: SocketAddr) -> UdpSocket {
     match UdpSocket::bind(address) {
@@ -44,7 +45,7 @@ pub fn bind(address: SocketAddr) -> UdpSocket {
     }
 }
 
-/// As [`bind`], inside a namespace.
+/// Like [`bind`], inside a namespace.
 #[track_caller]
 pub fn bind_in(namespace: &Namespace, address: impl Into<SocketAddr>) -> UdpSocket {
     let address = address.into();
@@ -64,7 +65,7 @@ pub fn relay_in(
     Standalone::start_in(namespace, &[&mapping, more_arguments].concat())
 }
 
-/// As [`relay_in`], where the suite is, and on a free port.
+/// Like [`relay_in`], in the current namespace and on a free port.
 #[track_caller]
 pub fn relay(host: impl Into<IpAddr>, backend: SocketAddr, more_arguments: &[&str]) -> Standalone {
     let (host, backend) = (SocketAddr::new(host.into(), 0).to_string(), backend.to_string());
@@ -72,7 +73,7 @@ pub fn relay(host: impl Into<IpAddr>, backend: SocketAddr, more_arguments: &[&st
     Standalone::start(&[&mapping, more_arguments].concat())
 }
 
-/// Puts [`PATIENCE`] on the receives of a socket.
+/// Sets [`PATIENCE`] as the receive timeout of a socket.
 pub fn patient(socket: UdpSocket) -> UdpSocket {
     socket.set_read_timeout(Some(PATIENCE)).unwrap();
     if setsockopt(&socket, sockopt::RcvBufForce, &BUFFER).is_err() {
@@ -86,7 +87,7 @@ pub fn local_port(socket: &UdpSocket) -> u16 {
     socket.local_addr().unwrap().port()
 }
 
-/// Waits for a datagram; returns it and who sent it.
+/// Waits for a datagram; returns it and its sender.
 #[track_caller]
 pub fn receive(socket: &UdpSocket) -> (Vec<u8>, SocketAddr) {
     let mut buffer = vec![0; 65_536];
@@ -96,7 +97,7 @@ pub fn receive(socket: &UdpSocket) -> (Vec<u8>, SocketAddr) {
                 buffer.truncate(len);
                 return (buffer, from);
             }
-            // A receive with a timeout is not taken up again when the process has been suspended.
+            // A receive with a timeout is not restarted after the process was suspended.
             Err(error) if error.kind() == ErrorKind::Interrupted => {}
             Err(error) => panic!("no datagram: {error}"),
         }
@@ -111,19 +112,19 @@ pub fn is_silent(socket: &UdpSocket) -> bool {
     result.is_err_and(|error| error.kind() == ErrorKind::WouldBlock)
 }
 
-/// Takes all that has arrived, and arrives until nothing does for a moment.
+/// Receives everything until nothing arrives for a moment.
 pub fn receive_all(socket: &UdpSocket) {
     while !is_silent(socket) {}
 }
 
-/// Sends a datagram and waits for an answer.
+/// Sends a datagram and waits for a reply.
 #[track_caller]
 pub fn ask(socket: &UdpSocket, to: SocketAddr, request: &[u8]) -> (Vec<u8>, SocketAddr) {
     socket.send_to(request, to).unwrap();
     receive(socket)
 }
 
-/// Checks that a datagram comes back, unchanged, from where it was sent to.
+/// Checks that a datagram is echoed unchanged by the address that it was sent to.
 #[track_caller]
 pub fn assert_echoes(socket: &UdpSocket, to: SocketAddr, request: &[u8]) {
     let (answer, from) = ask(socket, to, request);
@@ -132,7 +133,7 @@ pub fn assert_echoes(socket: &UdpSocket, to: SocketAddr, request: &[u8]) {
     assert!(answer == request, "{} other bytes", request.len());
 }
 
-/// Asks a [`Backend::naming`] behind a proxy who the client is to it: the address of its flow.
+/// Asks a [`Backend::naming`] behind a proxy for the client's address there, which is that of its flow.
 #[track_caller]
 pub fn flow_of(socket: &UdpSocket, to: SocketAddr) -> SocketAddr {
     let (answer, from) = ask(socket, to, b"who am I?");
@@ -140,8 +141,9 @@ pub fn flow_of(socket: &UdpSocket, to: SocketAddr) -> SocketAddr {
     String::from_utf8(answer).unwrap().parse().unwrap()
 }
 
-/// Sends a datagram of each size, with what [`pattern`] makes of its number, and checks that all come back
-/// unchanged and in order. Several are under way at a time, as far as socket buffers are sure to hold them.
+/// Sends a datagram of each size, with the content that [`pattern`] returns for its number, and checks that
+/// all are echoed unchanged and in order. Several are in flight at a time, as many as socket buffers are
+/// certain to hold.
 #[track_caller]
 pub fn assert_all_echo(socket: &UdpSocket, to: SocketAddr, sizes: impl IntoIterator<Item = usize>) {
     let mut waiting = VecDeque::new();
@@ -172,7 +174,7 @@ fn assert_comes(socket: &UdpSocket, from: SocketAddr, number: usize, size: usize
     assert!(bytes == pattern(number, size), "datagram {number} of {size} bytes has changed");
 }
 
-/// What a datagram may take of a receive buffer, which counts the kernel's own structures.
+/// The space that a datagram takes in a receive buffer, including the kernel's own structures.
 fn cost(size: usize) -> usize {
     2 * size + 1024
 }
@@ -184,14 +186,14 @@ pub fn pattern(number: usize, size: usize) -> Vec<u8> {
     bytes
 }
 
-/// Both ends of a relayed flow, in the hands of the test.
+/// Both ends of a relayed flow, controlled by the test.
 pub struct Line<'a> {
     proxy: &'a Process,
     client: UdpSocket,
-    /// Where the client sends to.
+    /// The address that the client sends to.
     asked: SocketAddr,
     backend: UdpSocket,
-    /// Where the backend sends to.
+    /// The address that the backend sends to.
     flow: SocketAddr,
 }
 
@@ -204,14 +206,14 @@ impl<'a> Line<'a> {
         Self { proxy, client, asked, backend, flow }
     }
 
-    /// Has the proxy find datagrams of these sizes, sent by the client, all at once, and checks that each
-    /// reaches the backend, in order. Over a socket's buffer in sum, some would rightly be lost.
+    /// Lets the proxy find datagrams of these sizes from the client all at once, and checks that each reaches
+    /// the backend, in order. Their sum must fit a socket buffer, or some would legitimately be lost.
     #[track_caller]
     pub fn burst_up(&self, sizes: &[usize]) {
         self.burst(&self.client, self.asked, sizes, &self.backend, self.flow);
     }
 
-    /// As [`Line::burst_up`], from the backend to the client.
+    /// Like [`Line::burst_up`], from the backend to the client.
     #[track_caller]
     pub fn burst_down(&self, sizes: &[usize]) {
         self.burst(&self.backend, self.flow, sizes, &self.client, self.asked);
@@ -231,7 +233,7 @@ impl<'a> Line<'a> {
     }
 }
 
-/// A UDP server with a thread of its own.
+/// A UDP server with its own thread.
 pub struct Backend {
     socket: Arc<UdpSocket>,
     received: Arc<AtomicUsize>,
@@ -240,20 +242,21 @@ pub struct Backend {
 }
 
 impl Backend {
-    /// Calls `handler` for each datagram, with the socket, the bytes and who sent them.
+    /// Calls `handler` for each datagram, with the socket, the bytes and the sender.
     pub fn serve(
         socket: UdpSocket,
         mut handler: impl FnMut(&UdpSocket, &[u8], SocketAddr) + Send + 'static,
     ) -> Self {
         let socket = Arc::new(socket);
-        // One that waits for its end does not need to wake up before.
+        // A server that is only stopped by a shutdown need not wake up before.
         socket.set_read_timeout(None).unwrap();
         let (received, stopped) = (Arc::new(AtomicUsize::new(0)), Arc::new(AtomicBool::new(false)));
         let thread = {
             let (socket, received, stopped) = (socket.clone(), received.clone(), stopped.clone());
             thread::spawn(move || {
                 let mut buffer = vec![0; 65_536];
-                // Peeks first: `recv_from` panics at the nothing from nowhere that a shutdown returns.
+                // Peeks first: `recv_from` panics on the empty result without an address that a shutdown
+                // causes.
                 while socket.peek(&mut []).is_ok() && !stopped.load(Ordering::Relaxed) {
                     if let Ok((len, from)) = socket.recv_from(&mut buffer) {
                         received.fetch_add(1, Ordering::Release);
@@ -265,21 +268,21 @@ impl Backend {
         Self { socket, received, stopped, thread: Some(thread) }
     }
 
-    /// Sends every datagram back.
+    /// Echoes every datagram.
     pub fn echo(socket: UdpSocket) -> Self {
         Self::serve(socket, |socket, bytes, from| {
             socket.send_to(bytes, from).ok();
         })
     }
 
-    /// Answers with the address that a datagram came from; for [`flow_of`].
+    /// Replies with the sender's address; for [`flow_of`].
     pub fn naming(socket: UdpSocket) -> Self {
         Self::serve(socket, |socket, _bytes, from| {
             socket.send_to(from.to_string().as_bytes(), from).ok();
         })
     }
 
-    /// Where it listens.
+    /// The address that it is bound to.
     pub fn address(&self) -> SocketAddr {
         self.socket.local_addr().unwrap()
     }
@@ -299,7 +302,7 @@ impl Backend {
 impl Drop for Backend {
     fn drop(&mut self) {
         self.stopped.store(true, Ordering::Relaxed);
-        // Reports that the socket is not connected, and still wakes the thread that reads it.
+        // Fails because the socket is not connected, but still wakes the thread that reads it.
         SockRef::from(&*self.socket).shutdown(Shutdown::Both).ok();
         if let Some(thread) = self.thread.take() {
             thread.join().ok();

@@ -1,4 +1,4 @@
-//! An `rproxy` whose program can be replaced while it runs, and the processes that take over from it.
+//! An `rproxy` whose program file can be replaced while it runs, and the processes that take over.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -16,7 +16,7 @@ use crate::eventually;
 use crate::process::{self, Process, Stream};
 use crate::rproxy::rproxy;
 
-/// A program file of its own, which is removed at the end, and before it all processes that run it.
+/// A separate program file. Dropping it ends all processes that run it, then removes it.
 pub struct Program {
     dir: TempDir,
 }
@@ -28,14 +28,15 @@ impl Default for Program {
 }
 
 impl Program {
-    /// The release build of `rproxy`, under another path.
+    /// The release build of `rproxy`, at another path.
     pub fn new() -> Self {
         static REAPER: Once = Once::new();
 
-        // Those that have taken over are nobody's children otherwise, and cannot be waited for.
+        // Otherwise, processes that have taken over are not children of the suite, and cannot be waited for.
         REAPER.call_once(|| set_child_subreaper(true).unwrap());
-        // On one file system, so that a link does. A copy would have to be written, and a process that another
-        // case forks meanwhile would have it open, and it could not be run (ETXTBSY).
+        // On the same file system, so that a link is possible. A copy would have to be written, and if
+        // another case forks meanwhile, that process would have it open for writing, so that it could not be
+        // run (ETXTBSY).
         let dir = tempfile::tempdir_in(rproxy().parent().unwrap()).unwrap();
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
         let program = Self { dir };
@@ -43,12 +44,12 @@ impl Program {
         program
     }
 
-    /// Where it is.
+    /// Its path.
     pub fn path(&self) -> PathBuf {
         self.dir.path().join("rproxy")
     }
 
-    /// Where its control socket is, if it gets one.
+    /// The path of its control socket, if it gets one.
     pub fn control(&self) -> PathBuf {
         self.dir.path().join("control")
     }
@@ -60,7 +61,7 @@ impl Program {
         command
     }
 
-    /// Starts it with these arguments, and waits until it is confined: then it is about to serve.
+    /// Starts it with these arguments, and waits until it is confined, which is just before it serves.
     #[track_caller]
     pub fn start(&self, arguments: &[&str]) -> Process {
         let process = Process::spawn(self.command(arguments));
@@ -76,17 +77,17 @@ impl Program {
         process::run(command)
     }
 
-    /// Puts a shell script in its place.
+    /// Replaces it with a shell script.
     #[track_caller]
     pub fn replace(&self, script: &str) {
-        // By another process, see above.
+        // In another process; see above.
         let write = r#"printf '#!/bin/sh\n%s\n' "$0" >"$1.new" && chmod 755 "$1.new" && mv "$1.new" "$1""#;
         let mut shell = Command::new("/bin/sh");
         shell.args(["-c", write, script]).arg(self.path());
         process::run(shell).success();
     }
 
-    /// Puts the working program in its place.
+    /// Restores the working program.
     #[track_caller]
     pub fn repair(&self) {
         let new = self.dir.path().join("new");
@@ -99,7 +100,7 @@ impl Program {
     /// Ends all processes that run it.
     pub fn end(&self) {
         for pid in running(self.dir.path()) {
-            // It may have ended.
+            // It may have exited.
             kill(pid, Signal::SIGKILL).ok();
             waitpid(pid, None).ok();
         }
@@ -120,13 +121,13 @@ fn running(dir: &Path) -> Vec<Pid> {
         .collect()
 }
 
-/// The children of a process that its main thread has started.
+/// The children that a process's main thread has started.
 pub fn children(pid: Pid) -> Vec<Pid> {
     let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap_or_default();
     children.split_whitespace().map(|child| Pid::from_raw(child.parse().unwrap())).collect()
 }
 
-/// The only child of a server: its launcher.
+/// The only child of a server, which is its launcher.
 #[track_caller]
 pub fn launcher(pid: Pid) -> Pid {
     let children = children(pid);
@@ -134,7 +135,7 @@ pub fn launcher(pid: Pid) -> Pid {
     children[0]
 }
 
-/// Waits until a process that is not a child of the suite has ended, or one that has become its child.
+/// Waits until a process that is not a child of the suite, or has become one, has exited.
 #[track_caller]
 pub fn wait_for_end(pid: Pid) {
     eventually(&format!("process {pid} is gone"), || {
@@ -143,8 +144,8 @@ pub fn wait_for_end(pid: Pid) {
     });
 }
 
-/// Asks `server` to let a new process take over. `first` captures the output of all of them, since they
-/// inherit it, and `earlier` counts those that took over before. Returns the new one.
+/// Makes `server` hand over to a new process, which is returned. `first` captures the output of all of them,
+/// because they inherit it, and `earlier` is the number of processes that took over before.
 #[track_caller]
 pub fn upgrade(first: &Process, earlier: usize, server: Pid) -> Pid {
     kill(server, Signal::SIGUSR2).unwrap();
