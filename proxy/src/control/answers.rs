@@ -1,7 +1,6 @@
-//! What the answers of the control protocol hold: written by the server, read by `rproxy ctl`.
+//! The contents of the responses of the control protocol, written by the server and read by `rproxy ctl`.
 //!
-//! A key has its name here and nowhere else. Whoever reads takes no notice of keys that are not here: a newer server may
-//! say more.
+//! Keys are defined only here. Readers ignore unknown keys, because a newer server may send more.
 
 use std::collections::BTreeMap;
 
@@ -13,65 +12,65 @@ use crate::mapping::name::Name;
 use crate::mapping::wire::WireMapping;
 use crate::state::stats::{FailureKind, Stats};
 
-/// The result of a request. Which one it is follows from the request.
+/// The result of a request. Its variant follows from the request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
 pub enum Response {
-    /// That of `list`.
+    /// The result of `list`.
     List(List),
-    /// That of `stats`.
+    /// The result of `stats`.
     Stats(StatsList),
-    /// That of `add`.
+    /// The result of `add`.
     Added(Added),
-    /// That of the other changes.
+    /// The result of other changes.
     Changed(ChangeCounts),
-    /// That of `drain`.
+    /// The result of `drain`.
     Drain {},
 }
 
-/// The mappings. `M` is what is read of each; the server writes all of it.
+/// The mappings. `M` is the part of each that is read; the server writes all of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct List<M = WireMapping> {
-    /// Those that are served, by name.
+    /// The served mappings, by name.
     pub mappings: Vec<BoundMapping<M>>,
-    /// Those that are not any more, but whose connections or flows go on.
+    /// Removed mappings whose connections or flows continue.
     pub draining: Vec<Draining>,
 }
 
-/// A mapping that is served, and where.
+/// A served mapping, and where it listens.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BoundMapping<M = WireMapping> {
-    /// As it was asked for, under the name that it has got.
+    /// The mapping as requested, with its name.
     #[serde(flatten)]
     pub mapping: M,
-    /// The host ports that are bound: `49160,50001-50003`.
+    /// The bound host ports: `49160,50001-50003`.
     pub bound: String,
-    /// The addresses that are bound, if they are not those asked for.
+    /// The bound addresses, if they differ from the requested one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bound_host: Option<String>,
 }
 
-/// A mapping that is not served any more.
+/// A mapping that drains.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Draining {
-    /// The name that it had.
+    /// Its former name.
     pub name: String,
-    /// Its TCP connections now.
+    /// Its current TCP connections.
     pub connections: u64,
-    /// Its UDP flows now.
+    /// Its current UDP flows.
     pub flows: u64,
 }
 
 /// The counters of all mappings.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StatsList {
-    /// Those that are served, by name.
+    /// Those of the served mappings, by name.
     pub mappings: Vec<MappingStats>,
-    /// Those that are not any more, but whose connections or flows go on.
+    /// Those of removed mappings whose connections or flows continue.
     pub draining: Vec<MappingStats>,
 }
 
-/// The counters of a mapping, as [`Stats`] describes them.
+/// The counters of a mapping; see [`Stats`].
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[expect(missing_docs, reason = "they are those of `Stats`")]
 pub struct MappingStats {
@@ -84,30 +83,30 @@ pub struct MappingStats {
     pub bytes_out: u64,
     pub datagrams_in: u64,
     pub datagrams_out: u64,
-    /// Those that are not 0, by [`FailureKind::as_str`].
+    /// The errors that are not 0, by [`FailureKind::as_str`].
     pub errors: BTreeMap<String, u64>,
 }
 
-/// What has been added.
+/// The result of adding mappings.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Added<M = WireMapping> {
-    /// How many mappings that is.
+    /// The number of mappings.
     #[serde(flatten)]
     pub counts: ChangeCounts,
-    /// These mappings, in the order in which they were asked for.
+    /// The added mappings, in the order of the request.
     pub mappings: Vec<BoundMapping<M>>,
 }
 
-/// What a change came to, in mappings.
+/// The numbers of mappings that a change affected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChangeCounts {
-    /// Those that are served since.
+    /// Mappings that were added.
     pub added: usize,
-    /// Those that lead elsewhere since, or have other limits.
+    /// Mappings with another backend or other limits.
     pub changed: usize,
-    /// Those that are not served since.
+    /// Mappings that were removed.
     pub removed: usize,
-    /// Those that were not touched.
+    /// Mappings that were not touched.
     pub unchanged: usize,
 }
 
@@ -168,7 +167,7 @@ impl MappingStats {
 }
 
 impl Added {
-    /// The mappings of `registry` that are called `names`, which are those that `changed` has added.
+    /// The result of `changed`, which has added the mappings called `names` to `registry`.
     pub fn of(changed: Changed, registry: &Registry, names: &[Name]) -> Self {
         let served = names.iter().filter_map(|name| registry.get(name));
         Self { counts: changed.into(), mappings: served.map(BoundMapping::of).collect() }

@@ -1,8 +1,7 @@
-//! The clients of the control socket: few, known, and kept from doing harm.
+//! The clients of the control socket, which are limited in number, time and bytes.
 //!
-//! A client is the same user as this process, or root. Each has a task, which reads one request at a
-//! time, passes it on, and writes the answer; all of that under deadlines. None of it happens on a
-//! thread that relays.
+//! A client runs as the user of this process, or as root. Each has a task that reads one request at a time,
+//! forwards it and writes the response, with deadlines. No thread that relays runs these tasks.
 
 use std::io;
 use std::net::Shutdown;
@@ -26,35 +25,36 @@ use super::protocol::{self, LONGEST_LINE, Refusal, RefusalKind, Request};
 use crate::log::limit::LogLimit;
 use crate::runtime::descriptors::explain;
 
-/// Clients at a time. One more is told so and sent away.
+/// The maximum number of clients. Another one is refused with an error.
 const CLIENTS: usize = 16;
 
-/// How long a client may take for its next request, from the first byte or the last answer on, and
-/// for taking an answer.
+/// How long a client may take to send its next request, from the first byte or the last response on, and to
+/// read a response.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A pause after a failure to accept, mostly for want of descriptors.
+/// The delay after a failed accept, mostly because descriptors are exhausted.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Lines of so many bytes hold hundreds of mappings, and take many times their own memory.
+/// The size in bytes from which a line is considered large: it holds hundreds of mappings, and takes many
+/// times its own memory.
 const LARGE: usize = 64 * 1024;
 
-/// A request, and where its answer goes.
+/// A request, and the channel for its reply.
 #[derive(Debug)]
 pub(crate) struct Call {
     pub(crate) request: Request,
     pub(crate) answer: oneshot::Sender<Reply>,
 }
 
-/// What comes of a request.
+/// The outcome of a request.
 #[derive(Debug)]
 pub(crate) struct Reply {
     pub(crate) result: Result<Response, Refusal>,
-    /// Dropped once the client has been told, or is gone.
+    /// Dropped once the response is sent or the client is gone.
     pub(crate) until_told: oneshot::Sender<()>,
 }
 
-/// Serves the clients of `listener`, whose requests go to `calls`, until nobody receives these.
+/// Serves the clients of `listener` and sends their requests to `calls`, until the receiver is dropped.
 ///
 /// # Errors
 /// Those of epoll_ctl(2).
@@ -104,7 +104,7 @@ pub(crate) async fn serve(listener: StdListener, calls: mpsc::Sender<Call>) -> i
     }
 }
 
-/// Whether the process at the other end is ours or root's (`SO_PEERCRED`, unix(7)).
+/// Checks that the peer runs as our user or root (`SO_PEERCRED`, unix(7)).
 fn check_peer(client: &UnixStream) -> Result<(), Refusal> {
     let denied = |message| Refusal { kind: RefusalKind::Denied, message };
     let peer = client.peer_cred().map_err(|error| denied(format!("cannot tell who asks: {error}")))?;
@@ -117,7 +117,7 @@ fn check_peer(client: &UnixStream) -> Result<(), Refusal> {
     )))
 }
 
-/// Tells a client why it is not served, if it listens.
+/// Sends a refusal without waiting.
 fn send_away(client: &UnixStream, refusal: Refusal) {
     static REFUSED: LogLimit = LogLimit::new();
 
@@ -128,7 +128,7 @@ fn send_away(client: &UnixStream, refusal: Refusal) {
     drop(client.try_write(line.as_bytes()));
 }
 
-/// A descriptor that is open to be closed for a client, when there is none to be had: that is when control is needed.
+/// A descriptor held in reserve for a client when none is available, which is when control is needed most.
 #[derive(Clone)]
 struct Spare(Arc<Mutex<Option<OwnedFd>>>);
 
@@ -137,13 +137,13 @@ impl Spare {
         Self(Arc::new(Mutex::new(socket.as_fd().try_clone_to_owned().ok())))
     }
 
-    /// Returns it up, if it is there.
+    /// Releases the descriptor, if it is there.
     fn take(&self) -> Option<OwnedFd> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
-    /// Ends the conversation with a client, whose descriptor takes the place of one that was given up: closed, it would
-    /// be somebody else's.
+    /// Ends a client's connection, and keeps its descriptor as the reserve if that was used. A closed
+    /// descriptor would be taken by something else.
     fn keep(&self, reader: OwnedReadHalf, writer: OwnedWriteHalf) {
         let mut spare = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let client = reader.reunite(writer).ok().and_then(|client| client.into_std().ok());
@@ -155,12 +155,12 @@ impl Spare {
     }
 }
 
-/// Whether descriptors are lacking, of the process or of the machine.
+/// Whether descriptors are exhausted, in the process or the machine.
 fn is_exhausted(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
 }
 
-/// Answers the requests of a client, one after the other.
+/// Responds to the requests of a client, one after the other.
 async fn converse(
     reader: &mut OwnedReadHalf,
     writer: &mut OwnedWriteHalf,
@@ -186,12 +186,12 @@ async fn converse(
     }
 }
 
-/// What a client is told.
+/// A response to a client.
 struct Answer {
     text: String,
     /// Whether it, or its request, took more memory than the process should keep.
     is_large: bool,
-    /// As in [`Reply`].
+    /// See [`Reply`].
     _until_told: Option<oneshot::Sender<()>>,
 }
 
@@ -211,7 +211,7 @@ async fn respond(line: Vec<u8>, calls: &mpsc::Sender<Call>) -> Answer {
     Answer { is_large: asked.max(text.len()) > LARGE, text, _until_told: until_told }
 }
 
-/// Reads a line, without its end; `None` at the end of what the client says.
+/// Reads a line without its newline; `None` at the end of the stream.
 async fn read_line(reader: &mut BufReader<&mut OwnedReadHalf>) -> io::Result<Option<Vec<u8>>> {
     let mut line = Vec::new();
     let most = LONGEST_LINE as u64 + 1;

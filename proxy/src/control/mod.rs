@@ -1,7 +1,7 @@
-//! Live control: clients of a Unix [`socket`] say what is to be served, while it is served.
+//! Live control: clients of a Unix [`socket`] change what is served.
 //!
-//! They speak the [`protocol`], in which mappings are written as JSON ([`mapping::wire`](crate::mapping::wire)), and get
-//! [`answers`]; what they ask for is done to the server (`requests`).
+//! They use the [`protocol`], with mappings in JSON ([`mapping::wire`](crate::mapping::wire)), and receive
+//! [`answers`]; `requests` executes their requests on the server.
 
 pub mod answers;
 pub(crate) mod clients;

@@ -1,5 +1,4 @@
-//! The control protocol: one JSON object per line, requests one way and as many answers the other.
-//! It is described in `docs/control.md`.
+//! The control protocol: one JSON object per line, and one response per request. See `docs/control.md`.
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -8,54 +7,54 @@ use super::answers::Response;
 use crate::engine::change::ChangeError;
 use crate::mapping::wire::WireMapping;
 
-/// The version spoken here.
+/// The version of the protocol.
 pub const VERSION: u32 = 1;
 
-/// The longest request, in bytes: some ten thousand mappings in one `apply`.
+/// The maximum length of a request, in bytes: some ten thousand mappings in one `apply`.
 pub const LONGEST_LINE: usize = 4 * 1024 * 1024;
 
-/// The longest answer that a client reads, in bytes, with the end of its line. The longest one that a single
-/// configuration leads to is a `list` of the million networks that its `[defaults]` may give to all mappings together,
-/// each of 46 bytes at most; this is more than twice as much.
+/// The maximum length of a response that a client reads, in bytes, including the newline. The longest one
+/// that a single configuration can cause is a `list` of the million networks that its `[defaults]` may add to
+/// all mappings together, at most 46 bytes each; this limit is more than twice as much.
 pub const LONGEST_ANSWER: u64 = 128 * 1024 * 1024;
 
-/// A request, as one line holds it.
+/// A request, as one line.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "an object with v and do")]
 pub struct Envelope {
-    /// The version of the protocol that it is written in.
+    /// The version of the protocol.
     pub v: u32,
-    /// Comes back in the answer.
+    /// Repeated in the response.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<u64>,
-    /// What is asked for.
+    /// The request itself.
     #[serde(rename = "do")]
     pub request: Request,
 }
 
-/// What can be asked for.
+/// The requests.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum Request {
-    /// The mappings.
+    /// Return the mappings.
     List,
-    /// Their counters.
+    /// Return their counters.
     Stats,
-    /// Serve more mappings, or none of them.
+    /// Add all of these mappings, or none.
     Add {
         /// The mappings.
         mappings: Vec<WireMapping>,
     },
-    /// Serve a mapping no more.
+    /// Remove a mapping.
     Remove {
         /// Its name.
         name: String,
     },
-    /// Let new clients of a mapping go elsewhere.
+    /// Send new clients of a mapping to another backend.
     Retarget {
         /// Its name.
         name: String,
-        /// The address and ports of the new backend; for a range the first port will do.
+        /// The address and ports of the new backend; for a range, the first port is enough.
         to: String,
     },
     /// Serve exactly these mappings.
@@ -63,40 +62,40 @@ pub enum Request {
         /// The mappings.
         mappings: Vec<WireMapping>,
     },
-    /// Take no new clients, let those that are there finish, and end the process.
+    /// Accept no new clients, let existing ones finish, and end the process.
     Drain,
 }
 
-/// The mappings of a file in JSON, or of an answer to [`Request::List`], as they are asked for. One that says what is not
-/// known here is refused: it would not be the mapping that is meant.
+/// The mappings of a JSON file, or of a response to [`Request::List`], as requested. Unknown keys are
+/// refused, because ignoring them would change the meaning of a mapping.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 pub struct Mappings {
-    /// These.
+    /// The mappings.
     pub mappings: Vec<WireMapping>,
 }
 
-/// Why a request was not carried out.
+/// Why a request was refused.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Refusal {
-    /// What is wrong, for programs.
+    /// The kind of error, for programs.
     pub kind: RefusalKind,
-    /// What is wrong, for people.
+    /// The error message, for users.
     pub message: String,
 }
 
-/// What is wrong with a request, for programs.
+/// The kinds of errors, for programs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RefusalKind {
-    /// The line, or something in it, makes no sense.
+    /// The line, or something in it, is invalid.
     BadRequest,
-    /// Another version is spoken here.
+    /// The server uses another version.
     Version,
     /// No mapping has the name.
     UnknownName,
     /// Another mapping has the name.
     NameTaken,
-    /// Two mappings want one port.
+    /// Two mappings want the same port.
     Overlap,
     /// A mapping would lead back to itself.
     Loop,
@@ -104,17 +103,17 @@ pub enum RefusalKind {
     Bind,
     /// The client is neither the process's user nor root.
     Denied,
-    /// All places are taken.
+    /// Too many clients are connected.
     Busy,
-    /// The kernel refused something else, or the process ends.
+    /// The kernel refused something else, or the process is ending.
     Failed,
-    /// One that only a newer server knows.
+    /// A kind that only a newer server knows.
     #[serde(other, skip_serializing)]
     Other,
 }
 
 impl Refusal {
-    /// The request makes no sense.
+    /// The request is invalid.
     pub fn bad_request(message: impl Into<String>) -> Self {
         Self { kind: RefusalKind::BadRequest, message: message.into() }
     }
@@ -135,12 +134,12 @@ impl From<ChangeError> for Refusal {
     }
 }
 
-/// Reads a request; gives its number, which an answer to a wrong one has too.
+/// Decodes a request. Also returns its id, which is repeated in the response even if the request is invalid.
 ///
 /// # Errors
 /// [`Refusal`]
 pub fn decode(line: &[u8]) -> (Option<u64>, Result<Request, Refusal>) {
-    /// What can be read of any version.
+    /// The part that can be decoded in any version.
     #[derive(Deserialize)]
     #[serde(expecting = "an object with v and do")]
     struct Any {
@@ -163,18 +162,18 @@ pub fn decode(line: &[u8]) -> (Option<u64>, Result<Request, Refusal>) {
     (any.id, request)
 }
 
-/// Writes a request, as a line without its end.
+/// Encodes a request as a line, without the newline.
 pub fn encode(request: Request) -> String {
     let envelope = Envelope { v: VERSION, id: None, request };
     serde_json::to_string(&envelope).expect("a request has no keys but strings")
 }
 
-/// An answer, as one line holds it: `ok` or `error`.
+/// A response, as one line: `ok` or `error`.
 #[derive(Serialize, Deserialize)]
 struct Answer<T> {
-    /// The version of the protocol that it is written in.
+    /// The version of the protocol.
     v: u32,
-    /// That of the request.
+    /// The id of the request.
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -183,7 +182,7 @@ struct Answer<T> {
     error: Option<Refusal>,
 }
 
-/// Writes an answer, as a line without its end. Its keys are in the order of the alphabet, on each level.
+/// Encodes a response as a line, without the newline. Keys are sorted on each level.
 ///
 /// # Panics
 /// Never: all keys are strings.
@@ -192,12 +191,12 @@ pub fn answer(id: Option<u64>, result: Result<Response, Refusal>) -> String {
         Ok(response) => (Some(response), None),
         Err(refusal) => (None, Some(refusal)),
     };
-    // A map that is sorted, where text would have the order in which structs are declared.
+    // A map is sorted, whereas direct serialisation would keep the order of the struct's fields.
     let answer = serde_json::to_value(Answer { v: VERSION, id, ok, error });
     answer.expect("an answer has no keys but strings").to_string()
 }
 
-/// Reads an answer. What is in the result depends on the request. `None` if it is no answer at all.
+/// Decodes a response. The type of the result depends on the request. Returns `None` if it is not a response.
 pub fn read_answer(line: &str) -> Option<Result<Value, Refusal>> {
     match serde_json::from_str(line).ok()? {
         Answer { error: Some(refusal), .. } => Some(Err(refusal)),

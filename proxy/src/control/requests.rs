@@ -1,4 +1,4 @@
-//! What clients ask for: it is done to the server, and answered.
+//! Executes the requests of clients.
 
 use std::time::Duration;
 
@@ -18,10 +18,11 @@ use crate::mapping::name::{Name, NameError};
 use crate::mapping::ports::PortRange;
 use crate::mapping::wire::WireMapping;
 
-/// How long the client may take for its answer that ends the process.
+/// How long the client that ends the process may take to read its response.
 const LAST_ANSWER: Duration = Duration::from_secs(1);
 
-/// Does what a client asks for, and tells it. Returns whether that ends the process; the client knows by then.
+/// Executes a request and replies. Returns whether it ends the process, once the client has received the
+/// response.
 pub(crate) async fn answer(Call { request, answer }: Call, server: &mut Server) -> bool {
     let is_last = request == Request::Drain;
     let (until_told, told) = oneshot::channel();
@@ -29,7 +30,7 @@ pub(crate) async fn answer(Call { request, answer }: Call, server: &mut Server) 
     // The client may be gone.
     answer.send(Reply { result, until_told }).ok();
     if is_last {
-        // One that does not take its answer is not waited for.
+        // A client that does not read its response is not waited for any longer.
         timeout(LAST_ANSWER, told).await.ok();
         info!("ending, as a control client asks");
     }
@@ -71,7 +72,7 @@ fn parse_name(name: &str) -> Result<Name, Refusal> {
 async fn retarget(server: &mut Server, name: &Name, to: &str) -> Result<Changed, Refusal> {
     let wrong = |error: &dyn std::fmt::Display| Refusal::bad_request(format!("to {to}: {error}"));
     let BackendSpec { ip, ports } = to.parse().map_err(|error: AddrError| wrong(&error))?;
-    // An unknown name is for the server to refuse.
+    // The server refuses an unknown name.
     let count = server.registry().get(name).map_or(1, |served| served.mapping().backend_ports().count());
     let Ok(first) = ports.one() else { return Ok(server.retarget(name, ip, ports).await?) };
     let last = u16::try_from(count - 1).ok().and_then(|more| first.checked_add(more));

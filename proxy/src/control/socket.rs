@@ -1,4 +1,4 @@
-//! The control socket in the file system: bound for its owner alone, and removed at the end.
+//! The control socket's file: accessible to its owner only, and removed on exit.
 
 use std::fs;
 use std::io;
@@ -12,10 +12,10 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::runtime::descriptors::explain;
 
-/// Where the socket is unless a path is given.
+/// The default path of the socket.
 pub const DEFAULT_PATH: &str = "/run/rproxy.sock";
 
-/// Clients that may wait to be accepted.
+/// The length of the accept queue.
 const BACKLOG: i32 = 16;
 
 /// A bound control socket. Dropping it removes its file.
@@ -25,20 +25,19 @@ pub struct ControlSocket {
     listener: UnixListener,
 }
 
-/// The file of a socket. Dropping it removes it, which has to be before the socket is closed: as long
-/// as somebody listens, nobody takes its place.
+/// The file of a socket. Dropping it removes the file, which has to happen before the socket is closed: while
+/// a process listens, no other one replaces its file.
 #[derive(Debug)]
 pub(crate) struct SocketFile {
     path: PathBuf,
-    /// Device and inode: somebody may have removed the file and put another one at the path. `None` as long
-    /// as it is another process's.
+    /// Device and inode, because the file may have been replaced. `None` while it belongs to another process.
     identity: Option<(u64, u64)>,
-    /// The socket itself, to be passed on.
+    /// The socket itself, for passing it to another process.
     socket: OwnedFd,
 }
 
 impl ControlSocket {
-    /// Binds `path`, in place of a socket that nobody listens on any more.
+    /// Binds `path`. Replaces a socket on which no process listens.
     ///
     /// # Errors
     /// [`SocketError`]
@@ -47,8 +46,8 @@ impl ControlSocket {
         let addr = SockAddr::unix(path).map_err(error)?;
         remove_stale(path)?;
         let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None).map_err(error)?;
-        // The file gets the mode that the socket has (unix_bind in net/unix/af_unix.c): at no moment
-        // can anyone else connect.
+        // The file gets the mode of the socket (unix_bind in net/unix/af_unix.c), so that nobody else can
+        // ever connect.
         fchmod(socket.as_fd(), Mode::S_IRUSR | Mode::S_IWUSR).map_err(|errno| error(errno.into()))?;
         socket.bind(&addr).map_err(error)?;
         let another = socket.try_clone().map_err(error)?;
@@ -57,7 +56,7 @@ impl ControlSocket {
         Ok(Self { listener: socket.into(), file })
     }
 
-    /// Takes over a socket that another process bound to `path`. Its file stays that process's until
+    /// Adopts a socket that another process bound to `path`. The file belongs to that process until
     /// [`ControlSocket::own`].
     ///
     /// # Errors
@@ -82,12 +81,12 @@ impl ControlSocket {
         })
     }
 
-    /// Makes the file this process's.
+    /// Makes this process the owner of the file, which it then removes on exit.
     pub fn own(&mut self) {
         self.file.identity = identity(&self.file.path);
     }
 
-    /// The listener, and the file that goes with it.
+    /// Splits into the listener and its file.
     pub(crate) fn into_parts(self) -> (UnixListener, SocketFile) {
         (self.listener, self.file)
     }
@@ -109,7 +108,7 @@ impl AsFd for SocketFile {
 impl Drop for SocketFile {
     fn drop(&mut self) {
         if self.identity.is_some() && identity(&self.path) == self.identity {
-            // At worst it is left there, and the next one replaces it.
+            // If this fails, the file remains, and the next process replaces it.
             drop(fs::remove_file(&self.path));
         }
     }
@@ -139,13 +138,13 @@ fn remove_stale(path: &Path) -> Result<(), SocketError> {
 /// Why the control socket cannot be bound.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
-    /// A process listens there.
+    /// Another process listens on it.
     #[error("--control {}: another process listens there; give this one another path", .0.display())]
     InUse(PathBuf),
-    /// There is something, and it is no socket.
+    /// The path exists, but is not a socket.
     #[error("--control {}: there is a file which is not a socket; give another path", .0.display())]
     NotASocket(PathBuf),
-    /// What another process passed is not this socket.
+    /// The passed socket is not the control socket.
     #[error("--control {}: the socket that was passed cannot be used: {reason}", path.display())]
     NotPassed {
         /// The path.
@@ -158,7 +157,7 @@ pub enum SocketError {
     Bind {
         /// The path.
         path: PathBuf,
-        /// The kernel's answer.
+        /// The error of the kernel.
         source: io::Error,
     },
 }

@@ -1,4 +1,4 @@
-//! `rproxy ctl`: a client of the control socket, for people and scripts.
+//! `rproxy ctl`: a client of the control socket, for users and scripts.
 
 mod table;
 mod unreachable;
@@ -22,13 +22,13 @@ use crate::log::console;
 use crate::mapping::Mapping;
 use crate::mapping::wire::WireMapping;
 
-/// How long an answer may take: binding ten thousand sockets takes far less.
+/// The timeout for a response: binding ten thousand sockets takes far less.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 
-/// What is read of standard input, in bytes: more than a request may have.
+/// The maximum input from standard input, in bytes: more than the limit of a request.
 const LONGEST_INPUT: u64 = 16 * 1024 * 1024;
 
-/// Asks the running rproxy for what the command line says.
+/// Sends the command to the running rproxy.
 pub fn main(ctl: &Ctl) -> ExitCode {
     match run(ctl) {
         Ok(()) => ExitCode::SUCCESS,
@@ -77,19 +77,19 @@ fn request(command: &Command) -> Result<Request, CtlError> {
     })
 }
 
-/// The mappings of an answer to `list`, as a configuration.
+/// Converts the response to `list` to a configuration.
 fn configuration(answer: Value) -> Result<String, CtlError> {
     let Mappings { mappings } = result(answer)?;
     let mappings: Result<Vec<Mapping>, _> = mappings.iter().map(WireMapping::read).collect();
     Ok(config::print(&mappings.map_err(|error| CtlError::NotUnderstood(error.to_string()))?))
 }
 
-/// What a request came to. Keys that are not known here are a newer server's, and are passed over.
+/// Decodes the result of a request. Unknown keys are ignored, because a newer server may send more.
 fn result<T: DeserializeOwned>(answer: Value) -> Result<T, CtlError> {
     serde_json::from_value(answer).map_err(|error| CtlError::NotUnderstood(error.to_string()))
 }
 
-/// Reads the mappings of a file, in TOML or in JSON.
+/// Reads the mappings of a file, in TOML or JSON.
 fn read_file(path: &Path) -> Result<Vec<WireMapping>, CtlError> {
     let (path, text) = if path == Path::new("-") {
         let path = Path::new("standard input");
@@ -145,7 +145,7 @@ impl Connection {
 
     fn ask(&mut self, request: Request) -> Result<Value, CtlError> {
         let line = protocol::encode(request) + "\n";
-        // One that is sent away closes without reading, but says why.
+        // A refused client's connection is closed without reading the request, but after an error message.
         let sent = self.stream.get_mut().write_all(line.as_bytes());
         let mut answer = String::new();
         let read = (&mut self.stream).take(LONGEST_ANSWER + 1).read_line(&mut answer);
@@ -162,7 +162,7 @@ impl Connection {
     }
 }
 
-/// Why nothing came of it.
+/// Why the command failed.
 #[derive(Debug, thiserror::Error)]
 enum CtlError {
     /// The command line is wrong.
@@ -171,31 +171,31 @@ enum CtlError {
     /// A configuration file is wrong.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// A file cannot be used.
+    /// A file cannot be read or parsed.
     #[error("{}: {reason}", path.display())]
     File { path: PathBuf, reason: String },
-    /// Nobody is there.
+    /// No process listens on the socket.
     #[error("--control {}: {}", path.display(), unreachable::explain(path, source))]
     Connect { path: PathBuf, source: io::Error },
-    /// Something else listens there.
+    /// Another program listens on the socket.
     #[error("--control {}: what listens there is no rproxy; give the path that rproxy was started with", .0.display())]
     Foreign(PathBuf),
-    /// It says more than any rproxy does.
+    /// The response is longer than any of rproxy's.
     #[error(
         "--control {}: the answer is longer than {} MiB, which none of rproxy is; give the path that rproxy was started \
          with",
         .0.display(), LONGEST_ANSWER >> 20
     )]
     TooLong(PathBuf),
-    /// The answer lacks something, or has something that may not be left out.
+    /// The response lacks a key, or has an unknown one that must not be ignored.
     #[error(
         "the answer of the running rproxy makes no sense here: {0}; use the `rproxy ctl` that it came with"
     )]
     NotUnderstood(String),
-    /// The conversation broke off.
+    /// Communication failed.
     #[error("the running rproxy did not answer: {0}")]
     Conversation(#[source] io::Error),
-    /// The running rproxy says no.
+    /// The running rproxy refused the request.
     #[error("{0}")]
     Refused(String),
 }
@@ -210,24 +210,24 @@ mod tests {
     use crate::control::answers::{BoundMapping, Draining, List, MappingStats, Response, StatsList};
     use crate::control::protocol::{Refusal, RefusalKind};
 
-    /// Asks a server that says `line` to whatever it is asked.
+    /// Sends a request to a server that always responds with `line`.
     fn ask(line: String) -> Result<Value, CtlError> {
         let (client, stream) = UnixStream::pair().unwrap();
         let server = thread::spawn(move || {
             let mut stream = BufReader::new(stream);
             stream.read_line(&mut String::new()).unwrap();
-            // A client that has read enough is gone.
+            // The client disconnects once it has read enough.
             stream.get_mut().write_all(line.as_bytes()).ok();
         });
         let mut connection = Connection { stream: BufReader::new(client), path: "control".into() };
         let answer = connection.ask(Request::List);
-        // As when the program ends.
+        // As at the exit of the program.
         drop(connection);
         server.join().unwrap();
         answer
     }
 
-    /// What is read of what the server writes.
+    /// Reads what the server writes.
     fn said(response: Response) -> Value {
         ask(protocol::answer(None, Ok(response)) + "\n").unwrap()
     }
@@ -300,7 +300,7 @@ mod tests {
         answer["mappings"][0]["colour"] = "red".into();
         answer["mappings"][0]["limits"]["max_colours"] = 7.into();
         assert!(table::list(&result(answer.clone()).unwrap()).contains("[::]:8080/tcp"));
-        // A configuration that leaves some of it out would not be what is served.
+        // A configuration that omits part of it would differ from what is served.
         let error = configuration(answer).unwrap_err().to_string();
         assert!(error.contains("unknown field"), "{error}");
         let mut answer =

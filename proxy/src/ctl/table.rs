@@ -1,10 +1,11 @@
-//! Answers as tables, for people.
+//! Formats responses as tables.
 
 use serde::Deserialize;
 
 use crate::control::answers::{BoundMapping, List, MappingStats, StatsList};
 
-/// What is shown of a mapping. The rest, as its limits, is not read: a newer server may have others.
+/// The parts of a mapping that are shown. Others, such as its limits, are not parsed, because a newer server
+/// may have more.
 #[derive(Debug, Deserialize)]
 pub(super) struct Shown {
     name: String,
@@ -14,7 +15,7 @@ pub(super) struct Shown {
     proto: String,
 }
 
-/// Columns as wide as they have to be, two spaces apart; no line ends in spaces.
+/// Formats columns as wide as necessary, separated by two spaces, without trailing spaces.
 fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     let header: Vec<String> = header.iter().map(ToString::to_string).collect();
     let lines = || std::iter::once(&header).chain(rows);
@@ -27,7 +28,7 @@ fn table(header: &[&str], rows: &[Vec<String>]) -> String {
     lines().map(render).collect::<Vec<_>>().join("\n")
 }
 
-/// The answer to `list`.
+/// Formats the response to `list`.
 pub(super) fn list(List { mappings, draining }: &List<Shown>) -> String {
     let served = mappings.iter().map(|bound| {
         let Shown { name, to, to_ports, proto, .. } = &bound.mapping;
@@ -41,13 +42,13 @@ pub(super) fn list(List { mappings, draining }: &List<Shown>) -> String {
     table(&["NAME", "LISTENS", "BACKEND", ""], &served.chain(draining).collect::<Vec<_>>())
 }
 
-/// A mapping of the answer to `add`: `web: 80/tcp -> [::]:8080`.
+/// Formats a mapping of the response to `add`: `web: 80/tcp -> [::]:8080`.
 pub(super) fn ready_line(bound: &BoundMapping<Shown>) -> String {
     let Shown { name, to_ports, proto, .. } = &bound.mapping;
     format!("{name}: {to_ports}/{proto} -> {}:{}", bound_host(bound), bound.bound)
 }
 
-/// The answer to `stats`.
+/// Formats the response to `stats`.
 pub(super) fn stats(StatsList { mappings, draining }: &StatsList) -> String {
     let row = |stats: &MappingStats, state: &str| {
         let errors = stats.errors.iter().map(|(kind, count)| format!("{kind} {count}"));
@@ -68,7 +69,7 @@ pub(super) fn stats(StatsList { mappings, draining }: &StatsList) -> String {
     table(&header, &served.chain(draining).collect::<Vec<_>>())
 }
 
-/// Where a mapping really listens.
+/// The address that a mapping actually listens on.
 fn bound_host(bound: &BoundMapping<Shown>) -> &str {
     bound.bound_host.as_deref().unwrap_or(&bound.mapping.host)
 }

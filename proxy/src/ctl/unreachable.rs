@@ -1,4 +1,4 @@
-//! Why nobody answers at the path of a control socket, and what would help.
+//! Explains why no process can be reached through the control socket, and suggests a remedy.
 
 use std::fs;
 use std::io;
@@ -7,7 +7,7 @@ use std::path::Path;
 
 use nix::libc;
 
-/// What a failure to connect to `path` comes from.
+/// The cause of a failure to connect to `path`.
 pub(super) fn explain(path: &Path, error: &io::Error) -> String {
     let shown = path.display();
     let start = format!("start one with --control {shown}, or give the path of the one that runs");
@@ -44,11 +44,11 @@ pub(super) fn explain(path: &Path, error: &io::Error) -> String {
     }
 }
 
-/// Whose the socket is, or the directory that cannot be looked into.
+/// The owner of the socket, or of the directory that cannot be searched.
 fn denied(path: &Path) -> String {
     let is_hidden =
         |path: &Path| fs::metadata(path).is_err_and(|error| error.kind() == io::ErrorKind::PermissionDenied);
-    // The root directory first: what comes after the one that cannot be looked into is hidden.
+    // From the root downwards, because everything below an inaccessible directory appears to be missing.
     let all: Vec<&Path> = path.ancestors().collect();
     let closed = all.iter().rev().find(|path| is_hidden(path)).and_then(|hidden| hidden.parent());
     let (what, object) = match closed {
@@ -65,7 +65,7 @@ fn denied(path: &Path) -> String {
     }
 }
 
-/// The name of a user, as `/etc/passwd` has it, or `#` and the number, as sudo(8) takes it.
+/// The name of a user from `/etc/passwd`, or else `#` and the number, which sudo(8) accepts.
 pub(super) fn user_name(uid: u32) -> String {
     let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
     let is_it = |line: &&str| line.split(':').nth(2) == Some(&*uid.to_string());

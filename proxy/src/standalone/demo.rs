@@ -32,15 +32,15 @@ const PAGE: &str = "\
 </html>
 ";
 
-/// How long a request may take. On loopback it takes well under a millisecond.
+/// The timeout of a request, which takes well under a millisecond on loopback.
 const FETCH_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// The longest request or answer of the demo, in bytes.
+/// The maximum length of a request or response, in bytes.
 const LONGEST: u64 = 16 * 1024;
 
-/// Runs the demo; with `once`, ends after the fetches instead of serving until a signal.
+/// Runs the demo; with `once`, exits after the fetches instead of serving until a signal.
 pub fn main(once: bool) -> ExitCode {
-    // They do no harm to a demo.
+    // A failure does not matter for a demo.
     close_unclaimed().ok();
     let result = new_runtime()
         .map_err(|error| DemoError::step("create the event loop")(error))
@@ -60,7 +60,7 @@ async fn run(once: bool) -> Result<(), DemoError> {
     let bound = publish(backend)?;
     let addr = bound.local_addr().map_err(DemoError::step("ask for the published address"))?;
     let mut needs = Needs::to_serve([&bound.port_mapping]);
-    // It is its own client, too.
+    // The process is its own client, too.
     needs.tcp_backends.push(addr.port());
     let server =
         Server::start_ports([(bound, Limits::default())]).map_err(DemoError::step("serve the mapping"))?;
@@ -107,7 +107,7 @@ fn publish(backend: SocketAddr) -> Result<BoundPort, DemoError> {
     Ok(BoundPort::bind(PortMapping { protocol: Protocol::Tcp, host, backend, v6only: false })?)
 }
 
-/// The addresses to fetch from: loopback in each family that the mapping serves, and the machine has.
+/// The addresses to fetch from: loopback in each family that the mapping serves and the machine supports.
 fn clients(published: SocketAddr) -> Vec<SocketAddr> {
     let v4 = SocketAddr::from((Ipv4Addr::LOCALHOST, published.port()));
     let v6 = SocketAddr::from((Ipv6Addr::LOCALHOST, published.port()));
@@ -117,7 +117,7 @@ fn clients(published: SocketAddr) -> Vec<SocketAddr> {
     }
 }
 
-/// Gets `/` from `addr` as a browser would; the length of the page.
+/// Fetches `/` from `addr` like a browser; returns the length of the page.
 async fn fetch(addr: SocketAddr) -> io::Result<usize> {
     let mut stream = TcpStream::connect(addr).await?;
     let request = format!("GET / HTTP/1.1\r\nHost: {addr}\r\nConnection: close\r\n\r\n");
@@ -138,7 +138,7 @@ async fn fetch(addr: SocketAddr) -> io::Result<usize> {
 fn start_backend() -> Result<SocketAddr, DemoError> {
     let any_port = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
     let listener = listen::bind_tcp(any_port, true)
-        // Its connections end when they are closed, as those of other web servers do.
+        // Closing its connections ends them in order, as with other web servers.
         .and_then(|listener| SockRef::from(&listener).set_linger(None).map(|()| listener))
         .and_then(TcpListener::from_std)
         .map_err(DemoError::step("start the backend"))?;
@@ -151,7 +151,7 @@ fn start_backend() -> Result<SocketAddr, DemoError> {
     Ok(addr)
 }
 
-/// Reads one request and answers with the page.
+/// Reads one request and responds with the page.
 async fn answer(mut client: TcpStream) -> io::Result<()> {
     let mut request = Vec::new();
     let mut reader = (&mut client).take(LONGEST);
@@ -172,7 +172,7 @@ async fn answer(mut client: TcpStream) -> io::Result<()> {
     client.shutdown().await
 }
 
-/// Why the demo could not run.
+/// Why the demo failed.
 #[derive(Debug, thiserror::Error)]
 enum DemoError {
     #[error(transparent)]

@@ -1,7 +1,8 @@
-//! The manager: the one owner of the server, who carries out what signals and clients ask for.
+//! The manager owns the server, and handles signals and the requests of control clients.
 //!
-//! It has a thread of its own if there is anything to manage, so that binding ten thousand sockets or
-//! reading a long configuration delays no byte. Without a thread to be had, it runs on that of the first worker.
+//! It has its own thread if there is anything to manage, so that binding ten thousand sockets or parsing a
+//! long configuration does not delay traffic. If no thread can be created, it runs on that of the first
+//! worker.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -28,21 +29,21 @@ use crate::runtime::{new_runtime, start_thread};
 use crate::systemd;
 use crate::upgrade::Upgrade;
 
-/// Requests that may wait to be carried out.
+/// The maximum number of queued requests.
 const CALLS: usize = 4;
 
-/// Stack of the manager's thread: parsers recurse.
+/// Stack size of the manager's thread, which parses recursively.
 const STACK_SIZE: usize = 1024 * 1024;
 
-/// A configuration file that is read anew at `SIGHUP`.
+/// A configuration file that `SIGHUP` reloads.
 pub struct Reload {
     signal: Signals,
     file: PathBuf,
 }
 
 impl Reload {
-    /// Starts to catch the signal; to be called before the file is read for the first time, so that no
-    /// change is missed.
+    /// Starts to catch the signal. Call it before the file is read for the first time, so that no change is
+    /// missed.
     ///
     /// # Errors
     /// Those of [`Signals::catch`].
@@ -54,36 +55,36 @@ impl Reload {
     }
 }
 
-/// How long connections may go on once no new ones are let in.
+/// How long connections may continue once no new ones are accepted.
 #[derive(Clone, Copy, Debug)]
 pub struct Drain {
-    /// After a signal, or when a client asks for the end.
+    /// After a signal, or at a client's request.
     pub timeout: Duration,
-    /// After an upgrade, if there is a limit at all.
+    /// After an upgrade, if there is a limit.
     pub after_upgrade: Option<Duration>,
 }
 
-/// What a manager has to look after.
+/// What a manager owns.
 pub struct Manager {
-    /// What is managed.
+    /// The server.
     pub server: Server,
-    /// What ends it.
+    /// The signals that end it.
     pub stop: StopSignals,
-    /// How long connections may go on then.
+    /// The limits of the drain that follows.
     pub drain: Drain,
-    /// Where clients connect, if they may.
+    /// The control socket, if there is one.
     pub control: Option<ControlSocket>,
-    /// Where mappings come from, if they can change.
+    /// The source of reloads, if there is one.
     pub reload: Option<Reload>,
-    /// How often the service manager is told that all is well, if it wants to know.
+    /// How often to notify the watchdog of the service manager, if enabled.
     pub watchdog: Option<Duration>,
-    /// What lets another process take its place.
+    /// Handles upgrades.
     pub upgrade: Upgrade,
 }
 
 impl Manager {
-    /// Manages until a signal or a client ends it, on a thread of its own if there is more to do than
-    /// waiting for that, and if there is one to be had.
+    /// Runs until a signal or a client ends it. If there is more to do than waiting for signals, it runs on
+    /// its own thread if one can be created.
     ///
     /// # Errors
     /// [`ServeError`]
@@ -97,21 +98,21 @@ impl Manager {
         };
         let (ended, end) = oneshot::channel();
         let manage = move |(runtime, manager): (Runtime, Self)| {
-            // Whoever waits for it may have ended.
+            // The receiver may be gone.
             ended.send(runtime.block_on(manager.manage())).ok();
         };
         if let Err((error, (runtime, manager))) =
             start_thread("rproxy-control", STACK_SIZE, (runtime, self), manage)
         {
-            // Where none may be dropped that waits for its threads.
+            // A blocking shutdown would panic here.
             runtime.shutdown_background();
             return manager.manage_beside_clients(&error).await;
         }
-        // A panic there has been reported.
+        // A panic has been reported already.
         end.await.unwrap_or(Err(ManageError::Gone))
     }
 
-    /// Manages on the thread of the first worker, whose clients wait for long changes then.
+    /// Manages on the thread of the first worker, whose clients are delayed by large changes.
     async fn manage_beside_clients(self, error: &io::Error) -> Result<(), ManageError> {
         warn!(%error, "cannot start the control thread; the first worker does its work, and large changes delay its clients");
         self.manage().await
@@ -161,7 +162,7 @@ impl Manager {
             systemd::stopping();
             drop(file);
         }
-        // Nobody else is let in from here on.
+        // No client is admitted from here on.
         drop(called);
         finish(server, &mut stop, drain, succeeded).await;
         Ok(())
@@ -175,8 +176,8 @@ async fn finish(server: Server, stop: &mut StopSignals, drain: Drain, succeeded:
         never = systemd::resend() => never,
     }
     if succeeded {
-        // Until it hears of the other process, the service manager takes the end of this one for that of the service,
-        // and ends all of it.
+        // Until it is notified of the other process, the service manager takes the end of this one for the
+        // end of the service, and would kill all of its processes.
         tokio::select! {
             () = systemd::until_told() => {}
             signal = stop.next() => info!(signal, "ending, and the service manager knows of no other process"),
@@ -184,8 +185,8 @@ async fn finish(server: Server, stop: &mut StopSignals, drain: Drain, succeeded:
     }
 }
 
-/// When a drain has lasted long enough; says why. The end of a process that another one `succeeded` was not asked for by
-/// a signal, so that the first one asks for what is under way, but within the usual limit.
+/// Waits until a drain has to end, and returns the reason. If another process has `succeeded` this one, no
+/// signal has asked for the drain. The first signal then limits it to the usual timeout.
 async fn enough(drain: Drain, stop: &mut StopSignals, succeeded: bool) -> &'static str {
     const LATE: &str = "drain timeout";
 
@@ -204,7 +205,7 @@ async fn enough(drain: Drain, stop: &mut StopSignals, succeeded: bool) -> &'stat
     }
 }
 
-/// Waits for a limit, if there is one.
+/// Waits for a limit; forever if there is none.
 async fn passed(limit: Option<Duration>) {
     match limit {
         Some(limit) => sleep(limit).await,
@@ -218,8 +219,8 @@ async fn serve_clients(listener: UnixListener, calls: mpsc::Sender<Call>) {
     }
 }
 
-/// What a change comes to, or `None` if a signal ends this process before. Nothing has changed then, or all of it
-/// has, which makes no difference any more.
+/// Waits for a change, or returns `None` if a signal ends this process first. The change is then either not
+/// made at all or complete, which no longer matters.
 async fn or_stopped<T>(change: impl Future<Output = T>, stop: &mut StopSignals) -> Option<T> {
     tokio::select! {
         biased;
@@ -231,17 +232,17 @@ async fn or_stopped<T>(change: impl Future<Output = T>, stop: &mut StopSignals) 
     }
 }
 
-/// What came of an upgrade.
+/// The outcome of an upgrade.
 enum Attempt {
-    /// This process serves on.
+    /// This process continues to serve.
     Failed,
-    /// Another process has taken its place.
+    /// Another process has taken over.
     Succeeded,
-    /// A signal ends this process before.
+    /// A signal ends this process first.
     Stopped,
 }
 
-/// Waits for what comes of an upgrade.
+/// Waits for the outcome of an upgrade.
 async fn unless_stopped(
     attempt: impl Future<Output = bool>,
     server: &Server,
@@ -262,7 +263,7 @@ async fn unless_stopped(
     }
 }
 
-/// Tells the service manager that all is well, once it is.
+/// Notifies the watchdog once the server responds.
 async fn tell_alive(server: &Server) {
     server.until_responsive().await;
     systemd::alive();
@@ -287,7 +288,7 @@ async fn tick(interval: &mut Option<Interval>) {
     }
 }
 
-/// Serves what the file says now; an error changes nothing.
+/// Reloads the file; an error changes nothing.
 async fn reread(reload: Option<&Reload>, upgrade: &mut Upgrade, server: &mut Server) {
     let Some(Reload { file, .. }) = reload else { return };
     systemd::reloading();
@@ -302,7 +303,7 @@ async fn reread(reload: Option<&Reload>, upgrade: &mut Upgrade, server: &mut Ser
         Ok(mappings) => server.apply(mappings).await.map_err(|error| error.to_string()),
         Err(error) => Err(error.to_string()),
     };
-    // What planning took, too, is needed no more.
+    // The memory that planning needed is not needed any more.
     release_unused();
     match applied {
         Ok(Changed { added, changed, removed, unchanged }) => {
@@ -317,13 +318,13 @@ async fn reread(reload: Option<&Reload>, upgrade: &mut Upgrade, server: &mut Ser
     systemd::ready();
 }
 
-/// Why managing ended.
+/// Why the manager ended.
 #[derive(Debug, thiserror::Error)]
 pub enum ManageError {
-    /// The server cannot go on.
+    /// The server cannot continue.
     #[error(transparent)]
     Serve(#[from] ServeError),
-    /// The manager is gone.
+    /// The manager's thread is gone.
     #[error("the control thread ended by itself")]
     Gone,
 }

@@ -1,4 +1,4 @@
-//! The front end for people: mappings from the command line, readiness on standard output.
+//! The standalone front end: mappings from the command line, readiness on standard output.
 
 pub mod demo;
 pub mod manager;
@@ -39,8 +39,7 @@ use crate::systemd::{self, ActivationError};
 use crate::udp::stale;
 use crate::upgrade::{self, Launcher, Sockets, Upgrade, UpgradeError, take_over};
 
-/// Runs what the command line asks for, until a signal ends it. `args` are those after the program's
-/// name.
+/// Runs the command line until a signal ends it. `args` exclude the program's name.
 pub fn main(args: &[OsString]) -> ExitCode {
     let cli = match cli::parse(args) {
         Ok(cli) => cli,
@@ -99,15 +98,15 @@ fn serve_mappings(options: &Serve) -> ExitCode {
     // Before anything else opens a file.
     let origin = Origin::claim();
     let configuration = options.config.as_deref();
-    // If it is the path of none, reading it says so.
+    // A failure is ignored here, because reading the file reports it.
     let passed_file = configuration.and_then(config::descriptor).and_then(|fd| claim_inherited(fd).ok());
     prepare(options.log());
     systemd::open();
-    // Before there is anything that a new process should not have.
+    // Before there is anything that a new process must not inherit.
     let launcher = Launcher::start(configuration);
     raise_descriptor_limit();
     let started = start(mappings, origin, launcher, options);
-    // It had to be open for as long as it might be read by its path.
+    // It had to stay open while it might be opened by its path.
     drop(passed_file);
     let (runtime, manager) = match started {
         Ok(started) => started,
@@ -119,11 +118,11 @@ fn serve_mappings(options: &Serve) -> ExitCode {
     }
 }
 
-/// Where the listening sockets of this process come from.
+/// The source of this process's listening sockets.
 enum Origin {
-    /// It binds them itself, but for those that a service manager passed.
+    /// It binds them itself, except for those passed by a service manager.
     Fresh(InheritedSockets),
-    /// An upgrade: the process that serves still passes them over this socket.
+    /// An upgrade: the process that still serves passes them over this socket.
     OldProcess(OwnedFd),
 }
 
@@ -141,7 +140,7 @@ impl Origin {
     }
 }
 
-/// Everything that has to be there before clients are told: all host addresses bound, or none.
+/// Completes every step that has to precede readiness: binds all host addresses, or none.
 fn start(
     mappings: Vec<Mapping>,
     origin: Result<Origin, StartError>,
@@ -165,7 +164,7 @@ fn start(
     Ok((runtime, Manager { server, stop, drain, control, reload, watchdog, upgrade }))
 }
 
-/// What serves.
+/// What a started process owns.
 struct Started {
     server: Server,
     control: Option<ControlSocket>,
@@ -184,13 +183,13 @@ fn start_fresh(
         Some(file) => config::read(file)?,
         None => mappings,
     };
-    // Only now: whoever writes to a pipe may take long, and what ends this process meanwhile ends it at once.
+    // Only now: reading a pipe may take long, and until then signals end this process at once.
     let stop = catch_stop_signals(options)?;
     let control = options.control.as_deref().map(ControlSocket::bind).transpose()?;
     let bound = Bound::bind_all(mappings, passed).map_err(|error| bind_error(error, options))?;
     stale::forget_flows_to(bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.port_mapping));
     let ready = ready_lines(&bound);
-    // Before it is confined, as it may be a terminal that has to be opened.
+    // Before confinement, because a terminal has to be reopened.
     let output = Output::open();
     let server = prepare_server(bound, options)?;
     server.start(LiveFlows::default());
@@ -198,8 +197,8 @@ fn start_fresh(
     Ok(Started { server, control, stop })
 }
 
-/// Takes over what the process at the other end of `channel` serves: its mappings, sockets and flows. It serves on if this
-/// fails.
+/// Takes over the mappings, sockets and flows of the process at the other end of `channel`, which continues
+/// to serve if this fails.
 fn start_upgraded(
     runtime: &Runtime,
     mappings: &[Mapping],
@@ -224,12 +223,12 @@ fn catch_stop_signals(options: &Serve) -> Result<StopSignals, StartError> {
     StopSignals::catch(&meaningless).map_err(setup("catch signals"))
 }
 
-/// Whether other mappings may be served later.
+/// Whether mappings may be added or changed later.
 fn may_change(options: &Serve) -> bool {
     options.control.is_some() || options.config.is_some()
 }
 
-/// Does all that can fail before `bound` is served, and confines the process.
+/// Completes every step that can fail before `bound` is served, and confines the process.
 fn prepare_server(bound: Vec<Bound>, options: &Serve) -> Result<Server, StartError> {
     if !has_ipv6() && options.mappings.is_everywhere() {
         info!("{NO_IPV6}");
@@ -250,7 +249,7 @@ fn setup(step: &'static str) -> impl FnOnce(io::Error) -> StartError {
     move |source| StartError::Setup { step, source }
 }
 
-/// What serving `bound`, and what may come later, takes.
+/// What serving `bound`, and possible changes, need after confinement.
 fn needs<'a>(options: &'a Serve, bound: &[Bound]) -> Needs<'a> {
     let (socket, configuration) = (options.control.as_deref(), options.config.as_deref());
     let changes = may_change(options).then_some(Changes { socket, configuration });
@@ -264,7 +263,8 @@ fn needs<'a>(options: &'a Serve, bound: &[Bound]) -> Needs<'a> {
     }
 }
 
-/// What `docker port` prints: `80/tcp -> 0.0.0.0:49153`, and for a range `80-90/tcp -> 0.0.0.0:8000-8010`.
+/// The output for `bound` in the format of `docker port`: `80/tcp -> 0.0.0.0:49153`, and for a range
+/// `80-90/tcp -> 0.0.0.0:8000-8010`.
 fn ready_lines(bound: &[Bound]) -> Vec<String> {
     bound.iter().flat_map(ready_lines_of).collect()
 }
@@ -287,7 +287,7 @@ fn ready_lines_of(bound: &Bound) -> Vec<String> {
     }
 }
 
-/// Says which words of the command line a port that cannot be bound comes from.
+/// Names the command-line option of a port that cannot be bound.
 fn bind_error(error: BoundError, options: &Serve) -> StartError {
     match error {
         BoundError::InheritedSockets(source) => StartError::InheritedSockets(source),
@@ -302,7 +302,7 @@ fn bind_error(error: BoundError, options: &Serve) -> StartError {
     }
 }
 
-/// Why serving could not start.
+/// Why the start failed.
 #[derive(Debug, thiserror::Error)]
 enum StartError {
     #[error("{asked} {}: {}", source.addr, source.reason())]

@@ -1,8 +1,8 @@
-//! Taking connections from listeners: one task for all of them.
+//! Accepts connections: one task for all TCP listeners.
 //!
-//! Each turn takes a bounded burst from each listener that has something, and hands the connections
-//! over to workers. A listener whose mapping is full is left alone until that is over, and all of them are while
-//! there are no descriptors; what arrives meanwhile waits in the backlog.
+//! Each turn accepts a bounded burst from each ready listener, and sends the connections to workers. A
+//! listener whose mapping is full is not watched until a connection ends. While descriptors are exhausted,
+//! nothing is accepted. Clients wait in the backlog meanwhile.
 
 use std::io;
 use std::net::SocketAddr;
@@ -33,41 +33,42 @@ use crate::state::task::{Command, Commands};
 use crate::state::{Binding, Capacity, ConnectionGuard, MappingPolicy};
 use crate::tcp::backoff::Backoff;
 
-/// Listeners looked after in one turn.
+/// Listeners serviced in one turn.
 const EVENTS: usize = 64;
 
 /// Connections accepted from a listener in one turn.
 const BURST: usize = 64;
 
-/// Pending connections at the end; the usual net.core.somaxconn. Under a flood there is always another.
+/// Pending connections to accept at the end; the usual net.core.somaxconn. Bounded, because under a flood
+/// there is always another one.
 const LONGEST_BACKLOG: usize = 4096;
 
-/// The task that accepts the connections of all TCP mappings of a process.
+/// The task that accepts the connections of all TCP mappings.
 pub(crate) struct Acceptor {
     poll: EventSource,
     commands: Commands,
-    /// What connections and flows give back when they end.
+    /// Notified when connections and flows end.
     capacity: Arc<Capacity>,
     workers: Arc<Workers>,
-    /// By the number of their port.
+    /// Indexed by the number of the listener.
     listeners: Vec<Option<Binding>>,
-    /// The numbers of those whose mapping is full.
+    /// The numbers of listeners whose mapping is full.
     full: Vec<usize>,
     backends: BackendSockets,
     pause: Pause,
 }
 
-/// Whether no connection is accepted for want of descriptors, and when that is tried again.
+/// Whether accepting is suspended because descriptors are exhausted, and when it is retried.
 struct Pause {
     is_on: bool,
     backoff: Backoff,
     until: Instant,
-    /// Whether the log says so, since all who waited were served last.
+    /// Whether this was logged since the last time that no client was left waiting.
     is_logged: bool,
 }
 
 impl Acceptor {
-    /// A task without listeners. It ends when all senders of `commands` are gone.
+    /// A task without listeners. It ends when all senders of `commands` are dropped.
     pub(crate) fn new(
         poll: EventSource,
         commands: Commands,
@@ -80,19 +81,18 @@ impl Acceptor {
         Self { poll, commands, capacity, workers, listeners, full, backends, pause }
     }
 
-    /// Accepts connections until nobody can send commands any more. What is pending by then is still
-    /// accepted: its client has been told that it is connected.
+    /// Accepts connections until all senders of commands are dropped. Connections that are pending then are
+    /// still accepted, because their clients consider them established.
     ///
     /// # Errors
-    /// What epoll_wait(2) answered, or what became of the last listener that could be served; nothing is
-    /// accepted any more then.
+    /// Those of epoll_wait(2), or the failure of the last usable listener; nothing is accepted any more then.
     pub(crate) async fn run(mut self) -> io::Result<()> {
         let mut events = [EpollEvent::empty(); EVENTS];
         let capacity = self.capacity.clone();
         let mut retry = pin!(sleep_until(self.pause.until));
         loop {
             tokio::select! {
-                // Commands first: a listener may be reported before it is known here.
+                // Commands first: a listener may become ready before its command is handled.
                 biased;
                 command = self.commands.recv() => match command {
                     Some(command) => self.handle(command),
@@ -123,7 +123,7 @@ impl Acceptor {
                 let mut stricter: Vec<Arc<MappingPolicy>> = Vec::new();
                 for binding in bindings {
                     let changed = self.assign(binding);
-                    // The ports of a mapping follow each other.
+                    // The ports of a mapping are adjacent.
                     if !changed
                         .as_ref()
                         .zip(stricter.last())
@@ -133,23 +133,24 @@ impl Acceptor {
                     }
                 }
                 stricter.iter().for_each(|policy| self.cut_denied(policy));
-                // There may be other limits now.
+                // The limits may have changed.
                 self.resume_all_full();
             }
             Command::Release(ports, done) => {
                 self.release(&ports);
-                // Closed before anyone hears of it.
+                // Closed before the sender is notified.
                 drop(ports);
-                // Whoever asked may not wait for it.
+                // The sender may not be waiting.
                 done.send(()).ok();
             }
-            // What is pending there is not ours any more.
+            // Pending connections belong to the other process now.
             Command::Leave => self.listeners.clear(),
             Command::Flows(_) => {}
         }
     }
 
-    /// Serves a listener so from now on. Returns the policy of its mapping if that lets other clients in than before.
+    /// Serves a listener like this from now on. Returns the policy of its mapping if other clients are
+    /// admitted than before.
     fn assign(&mut self, binding: Binding) -> Option<Arc<MappingPolicy>> {
         let number = binding.port.number();
         if self.listeners.len() <= number {
@@ -161,7 +162,7 @@ impl Acceptor {
         (is_same && previous.limits.access != policy.limits.access).then_some(policy)
     }
 
-    /// Resets connections whose clients are denied from now on. All that were accepted before are on their workers.
+    /// Resets connections whose clients are denied now. All that were accepted before are on their workers.
     fn cut_denied(&self, policy: &Arc<MappingPolicy>) {
         for runtime in self.workers.runtimes() {
             let policy = policy.clone();
@@ -169,14 +170,14 @@ impl Acceptor {
         }
     }
 
-    /// Accepts what is pending on some listeners, as far as the limits allow, and forgets them.
+    /// Accepts what is pending on some listeners, within their limits, and removes the listeners.
     fn release(&mut self, ports: &[Arc<WatchedListener>]) {
         let mut ready = Vec::new();
         for port in ports {
             let Some(listener) = self.listeners.get_mut(port.number()).and_then(Option::take) else {
                 continue;
             };
-            // On an error there is nothing more to be had.
+            // After an error, nothing more can be accepted.
             drop(accept_some(&listener, LONGEST_BACKLOG, &mut self.backends, &mut ready));
             debug!(mapping = %listener.target.port_mapping, "listener closed");
         }
@@ -184,10 +185,10 @@ impl Acceptor {
         self.full.retain(|number| self.listeners.get(*number).is_some_and(Option::is_some));
     }
 
-    /// Services each listener that has something once. Returns whether one of them may have more.
+    /// Services each ready listener once. Returns whether one of them may have more connections.
     ///
     /// # Errors
-    /// The last listener cannot be served any more.
+    /// The last listener has failed.
     fn turn(&mut self, events: &[EpollEvent]) -> io::Result<bool> {
         let mut ready = Vec::new();
         let mut more = false;
@@ -209,7 +210,7 @@ impl Acceptor {
                     if !std::mem::replace(&mut self.pause.is_logged, true) {
                         log_failure(&listener.target.port_mapping, &error);
                     }
-                    // Unless it was asked before, a connection may have ended in between.
+                    // If the request is new, a connection may have ended just before, so try again.
                     if !is_exhaustion(&error) || self.capacity.request() {
                         self.pause.begin();
                         break;
@@ -222,16 +223,16 @@ impl Acceptor {
         Ok(more)
     }
 
-    /// Listens again on a socket that somebody who has it open, too, has shut down, or that the machine's
-    /// administrator has destroyed (`ss --kill`). If that cannot be, it is watched no more.
+    /// Makes a socket listen again that another process with access to it has shut down, or that the
+    /// administrator has destroyed (`ss --kill`). If that fails, it is no longer watched.
     ///
     /// # Errors
-    /// It cannot be, and no other listener is left.
+    /// It has failed, and no other listener is left.
     fn revive(&mut self, number: usize) -> io::Result<()> {
         static REVIVED: LogLimit = LogLimit::new();
 
         let Some(Some(Binding { port, target })) = self.listeners.get(number) else { return Ok(()) };
-        // As long as it is there, it is reported.
+        // A pending error would be reported again and again.
         drop(SockRef::from(port.as_ref()).take_error());
         let mapping = &target.port_mapping;
         match listen_again(port, mapping.host) {
@@ -256,7 +257,7 @@ impl Acceptor {
         }
     }
 
-    /// Goes on with all listeners whose mapping was full, which may find that it still is.
+    /// Resumes all listeners whose mapping was full, even if it still is.
     fn resume_all_full(&mut self) {
         for number in self.full.drain(..) {
             if let Some(Some(listener)) = self.listeners.get(number) {
@@ -265,7 +266,7 @@ impl Acceptor {
         }
     }
 
-    /// Goes on with the listeners whose mapping is not full any more.
+    /// Resumes the listeners whose mapping is no longer full.
     fn resume_full(&mut self) {
         let listeners = &self.listeners;
         self.full.retain(|number| match listeners.get(*number) {
@@ -284,15 +285,15 @@ impl Pause {
         self.until = Instant::now() + self.backoff.next_delay();
     }
 
-    /// Nobody waits any more.
+    /// No client is waiting any more.
     fn end(&mut self) {
         self.backoff.reset();
         self.is_logged = false;
     }
 }
 
-/// Sockets to reach backends with that are open before there is a connection for them, one for each family at the
-/// most: a client that is accepted can be served.
+/// Sockets for connections to backends, opened before there is a client, at most one per family. An accepted
+/// client can then always be served.
 #[derive(Default)]
 struct BackendSockets {
     v4: Option<Socket>,
@@ -300,10 +301,10 @@ struct BackendSockets {
 }
 
 impl BackendSockets {
-    /// One for `backend`, or why there cannot be one.
+    /// Returns a socket for `backend`, or why none can be opened.
     ///
     /// # Errors
-    /// There is none at the moment, for want of something that others may give back.
+    /// None can be opened now, because a resource is exhausted that others may release.
     fn take(&mut self, backend: BackendAddr) -> io::Result<io::Result<Socket>> {
         if let Some(socket) = self.of(backend).take() {
             return Ok(Ok(socket));
@@ -314,7 +315,7 @@ impl BackendSockets {
         }
     }
 
-    /// Keeps what was not needed for `backend`.
+    /// Keeps a socket for `backend` that was not needed.
     fn keep(&mut self, backend: BackendAddr, socket: io::Result<Socket>) {
         *self.of(backend) = socket.ok();
     }
@@ -324,20 +325,20 @@ impl BackendSockets {
     }
 }
 
-/// Why no more connections were accepted from a listener.
+/// Why accepting from a listener stopped.
 enum Stop {
-    /// There was none.
+    /// No connection was pending.
     Empty,
-    /// It was enough for one turn.
+    /// The burst for this turn is complete.
     Burst,
-    /// The mapping has as many as it may have.
+    /// The mapping has reached `max_connections`.
     Full,
 }
 
-/// Accepts up to `most` connections, and resets those that are not to be served.
+/// Accepts up to `most` connections, and resets those that must not be served.
 ///
 /// # Errors
-/// Why accepting failed; the clients wait in the backlog.
+/// Why accepting failed; clients wait in the backlog.
 fn accept_some(
     listener: &Binding,
     most: usize,
@@ -346,7 +347,7 @@ fn accept_some(
 ) -> io::Result<Stop> {
     let Binding { port, target } = listener;
     let (policy, addr) = (&target.policy, target.port_mapping.backend);
-    // Of the worker that accepts: the others have theirs from their start.
+    // For the accepting worker; the others start theirs when they start.
     reactor::start()?;
     for _ in 0..most {
         let has_room = policy.has_room();
@@ -371,7 +372,8 @@ fn accept_some(
         {
             debug!(mapping = %target.port_mapping, %error, "an accepted connection lacks an option");
         }
-        // Those that are dropped here are reset, as their listener was told (`set_stream_options`).
+        // Dropping a connection here resets it, because of the options inherited from its listener
+        // (`set_stream_options`).
         if !target.admits(peer) {
             backends.keep(addr, backend);
         } else if !has_room {
@@ -392,40 +394,41 @@ fn accept_some(
     Ok(Stop::Burst)
 }
 
-/// Resets a connection for which no socket towards its backend can be opened.
+/// Resets a connection because no socket for its backend can be opened.
 fn reset_without_backend(client: OwnedFd, peer: SocketAddr, guard: &ConnectionGuard, source: io::Error) {
     let addr = guard.port_mapping().backend.socket_addr();
     report_failed_dial(peer, guard, &DialError::Open { addr, source });
     drop(client);
 }
 
-/// Marks what is sent by `socket`.
+/// Sets the code point of what `socket` sends.
 fn mark(socket: &impl AsFd, ipv6: bool, dscp: Dscp) {
     if let Err(error) = set_traffic_class(socket.as_fd(), ipv6, dscp.bits() << 2) {
         debug!(%error, "a connection goes without its code point");
     }
 }
 
-/// Whether it is one connection that failed, not the listener (accept(2), "Error handling").
+/// Whether the error concerns a single connection, not the listener (accept(2), "Error handling").
 fn is_the_clients(error: &io::Error) -> bool {
     let errno = Errno::from_raw(error.raw_os_error().unwrap_or(0));
     matches!(errno, Errno::ECONNABORTED | Errno::EINTR | Errno::EPROTO | Errno::EPERM)
 }
 
-/// Whether there is a lack of something that others may give back, as of descriptors.
+/// Whether a resource is exhausted that others may release, such as descriptors.
 fn is_exhaustion(error: &io::Error) -> bool {
     let errno = Errno::from_raw(error.raw_os_error().unwrap_or(0));
     matches!(errno, Errno::EMFILE | Errno::ENFILE | Errno::ENOBUFS | Errno::ENOMEM)
 }
 
-/// Makes a socket that listened at `host` do so again.
+/// Makes a socket that listened at `host` listen again.
 fn listen_again(port: &WatchedListener, host: HostSocketAddr) -> io::Result<()> {
     let (socket, host) = (SockRef::from(port), host.socket_addr());
-    // One that was destroyed has ended both directions, and so would all that it accepts (tcp_done in net/ipv4/tcp.c).
+    // A destroyed socket has both directions shut down, as would all connections it accepts (tcp_done in
+    // net/ipv4/tcp.c).
     connect_unspec(port)?;
     let bound = socket.local_addr()?.as_socket().map(|addr| addr.port());
     if bound != Some(host.port()) {
-        // One that the kernel chose is lost with the end of listening (tcp_set_state in net/ipv4/tcp.c).
+        // A port that the kernel chose is lost when listening ends (tcp_set_state in net/ipv4/tcp.c).
         socket.bind(&host.into())?;
     }
     socket.listen(BACKLOG)
@@ -437,7 +440,7 @@ fn watch(listener: &Binding, flags: EpollFlags) {
     }
 }
 
-/// Returns connections to workers, each of which is woken once for all that it gets.
+/// Sends connections to workers, each of which is woken once for all it gets.
 fn hand_over(ready: Vec<Accepted>, workers: &Workers) {
     let mut assigned: Vec<(WorkerSlot, Accepted)> =
         ready.into_iter().map(|client| (workers.slot(), client)).collect();
