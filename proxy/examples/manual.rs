@@ -28,6 +28,8 @@ With \-\-config: reload the file and apply the differences. If it has errors, no
 .B SIGUSR2
 Look up the program again by its name, start it, and hand over the sockets and flows. Connections finish, for up to
 \-\-upgrade\-drain\-timeout if given.
+.PP
+SIGHUP and SIGUSR2 are ignored while connections finish.
 .SH FILES
 .TP
 .I /etc/rproxy.toml

@@ -18,6 +18,7 @@ use tracing::warn;
 
 use crate::bind::activation::{InheritedSockets, PassedSocket};
 use crate::bind::listen::{AdoptError, Listener};
+use crate::log::escape::escaped;
 
 /// How long to wait before repeating a notification that the service manager had no room for.
 const RETRY: Duration = Duration::from_secs(1);
@@ -57,7 +58,7 @@ pub fn open() {
         // A second call changes nothing.
         Ok(manager) => drop(MANAGER.set(Mutex::new(manager))),
         Err(error) => {
-            warn!(%error, socket = %Path::new(&name).display(), "cannot tell the service manager (NOTIFY_SOCKET)");
+            warn!(%error, socket = %escaped(&name), "cannot tell the service manager (NOTIFY_SOCKET)");
         }
     }
 }
@@ -228,7 +229,7 @@ pub enum ActivationError {
     #[error("LISTEN_FDS: the environment makes no sense: {0}; start rproxy from its unit")]
     Environment(#[source] io::Error),
     /// Nothing is open at the descriptor.
-    #[error("LISTEN_FDS: no socket {name} was passed at descriptor {number}: {source}")]
+    #[error("LISTEN_FDS: no socket {} was passed at descriptor {number}: {source}", escaped(name))]
     Missing {
         /// The descriptor.
         number: i32,
@@ -238,7 +239,7 @@ pub enum ActivationError {
         source: io::Error,
     },
     /// The descriptor is something else.
-    #[error("LISTEN_FDS: the socket {name} at descriptor {number} cannot be used: {source}")]
+    #[error("LISTEN_FDS: the socket {} at descriptor {number} cannot be used: {source}", escaped(name))]
     Unusable {
         /// The descriptor.
         number: i32,

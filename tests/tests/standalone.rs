@@ -41,6 +41,8 @@ fn main() -> ExitCode {
         case("--v6only leaves IPv4 out", v6_only).needs(ipv6),
         case("host and container family differ", families_differ).needs(ipv6),
         case("usage errors", usage_errors),
+        case("names stay on their line of a message", names_with_line_ends),
+        case("names stay on their line also for dockerd", names_with_line_ends_for_docker),
         case("help and version", help_and_version),
         case("a taken port", taken_port),
         case("an address of no machine here", foreign_address),
@@ -241,6 +243,66 @@ fn usage_errors() {
     command.env("RPROXY_SANDBOX", "lots");
     let output = process::run(command);
     assert_fails(&output, 2, &["'lots' for RPROXY_SANDBOX", "auto, strict, off"]);
+}
+
+/// Whoever chooses a name must not be able to write lines of their own among ours.
+fn names_with_line_ends() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+    let (missing, wrong) = (path("a\nb"), path("wrong\nb"));
+    let (in_missing, here) = (path("a\nb/c"), &["--host", "127.0.0.1:0", "--to", "127.0.0.1:80"][..]);
+    fs::write(&wrong, "hots = 1").unwrap();
+    let failed: &[&[&str]] = &[
+        &["--config", &missing],
+        &["--config", &missing, "--print-config"],
+        &["--config", &wrong],
+        &["check-config", &missing],
+        &["check-config", &wrong],
+        &[here, &["--control", &in_missing]].concat(),
+        &[here, &["--control", &wrong]].concat(),
+        &["ctl", "--control", &missing, "list"],
+        &["ctl", "--control", &in_missing, "list"],
+        &["ctl", "--control", &wrong, "list"],
+        &["ctl", "apply", &missing],
+        &["ctl", "apply", &wrong],
+    ];
+    let misused: &[&[&str]] = &[
+        &["a\nb"],
+        &["--a\nb"],
+        &["--host", "a\nb:80", "--to", "127.0.0.1:80"],
+        &["--host", "127.0.0.1:0", "--to", "a\nb"],
+        &["--to", "127.0.0.1", "-p", "a\nb"],
+        &[here, &["--proto", "a\nb"]].concat(),
+        &[here, &["--name", "a\nb"]].concat(),
+        &[here, &["--user", "a\nb"]].concat(),
+        &[here, &["--allow", "a\nb"]].concat(),
+        &[here, &["--sandbox", "a\nb"]].concat(),
+        &[here, &["--drain-timeout", "a\nb"]].concat(),
+        &[here, &["--log-level", "a\nb"]].concat(),
+        &["ctl", "remove", "a\nb"],
+        &["ctl", "a\nb"],
+    ];
+    for (code, all) in [(1, failed), (2, misused)] {
+        for arguments in all {
+            let output = run(arguments);
+            assert_fails(&output, code, &["\\nb"]);
+        }
+    }
+}
+
+/// What is said in the place of docker-proxy ends with its usage, or is a line of the log.
+fn names_with_line_ends_for_docker() {
+    for arguments in [
+        &["-host-port", "a\nb"][..],
+        &["-host-ip=a\nb"],
+        &["-use-listen-fd=a\nb"],
+        &["-container-ip", "1.1.1.1", "-x\nb"],
+    ] {
+        let output = run(arguments);
+        assert!(output.stderr.lines().next().unwrap().contains("\\nb"), "{output:#?}");
+    }
+    let output = run(&["-proto", "a\nb", "-host-port", "80", "-container-port", "80"]);
+    assert!(output.stderr.contains("-proto a\\nb: ") && !output.stderr.contains("\nb"), "{output:#?}");
 }
 
 fn help_and_version() {

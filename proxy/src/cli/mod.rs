@@ -17,6 +17,7 @@ use self::ctl::Ctl;
 pub use self::mappings::MappingArgs;
 use self::values::DrainLimit;
 use crate::control::socket::DEFAULT_PATH;
+use crate::log::escape::escaped;
 use crate::log::{self, Format, LogConfig};
 use crate::mapping::Mapping;
 use crate::mapping::duration;
@@ -128,12 +129,22 @@ impl Serve {
 /// # Errors
 /// [`Unparsed`]: the text of `--help` and `--version`, which is for standard output, or a [`UsageError`].
 pub fn parse(args: &[OsString]) -> Result<Cli, Unparsed> {
-    let words = std::iter::once("rproxy".into()).chain(args.iter().cloned());
-    Cli::try_parse_from(words).map_err(|error| match (one_dash(args), error.kind()) {
+    parse_words(args.iter().cloned()).map_err(|error| match (one_dash(args), error.kind()) {
         (Some(mistake), _) => Unparsed::Wrong(mistake),
         (None, ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) => Unparsed::Asked(error.to_string()),
-        _ => Unparsed::Wrong(blame_environment(one_line(&error, &help_for(args)), args)),
+        _ => Unparsed::Wrong(blame_environment(one_line(&quoted(error, args), &help_for(args)), args)),
     })
+}
+
+fn parse_words(args: impl Iterator<Item = OsString>) -> Result<Cli, clap::Error> {
+    Cli::try_parse_from(std::iter::once("rproxy".into()).chain(args))
+}
+
+/// The same error with the arguments as a message quotes them: lines of an argument are not lines of the message.
+fn quoted(error: clap::Error, args: &[OsString]) -> clap::Error {
+    let escaped = args.iter().map(|arg| escaped(arg).to_string().into());
+    let again = parse_words(escaped).err();
+    again.filter(|again| again.kind() == error.kind()).unwrap_or(error)
 }
 
 /// Names the environment variable in a message about its option, if the option is not in `args`.
@@ -173,7 +184,7 @@ pub enum Unparsed {
 
 /// A usage error, in one line.
 #[derive(Debug, thiserror::Error)]
-#[error("rproxy: {0}")]
+#[error("rproxy: {}", escaped(.0))]
 pub struct UsageError(String);
 
 impl UsageError {

@@ -4,6 +4,8 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::ops::Range;
 
+use crate::log::escape::escaped;
+
 /// The maximum number of errors that are reported. With more, the cause is probably another one, such as the
 /// wrong file.
 pub(super) const MOST: usize = 50;
@@ -26,12 +28,7 @@ impl Found {
             message.truncate(cut);
             message.push('…');
         }
-        if message.contains(char::is_control) {
-            let shown =
-                |char: char| if char.is_control() { char.escape_default().to_string() } else { char.into() };
-            message = message.chars().map(shown).collect();
-        }
-        Self { start: place.start, message }
+        Self { start: place.start, message: escaped(&message).to_string() }
     }
 
     /// The start position, in bytes.

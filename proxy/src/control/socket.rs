@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use nix::sys::stat::{Mode, fchmod};
 use socket2::{Domain, SockAddr, Socket, Type};
 
+use crate::log::escape::escaped;
 use crate::runtime::descriptors::explain;
 
 /// The default path of the socket.
@@ -139,13 +140,13 @@ fn remove_stale(path: &Path) -> Result<(), SocketError> {
 #[derive(Debug, thiserror::Error)]
 pub enum SocketError {
     /// Another process listens on it.
-    #[error("--control {}: another process listens there; give this one another path", .0.display())]
+    #[error("--control {}: another process listens there; give this one another path", escaped(.0))]
     InUse(PathBuf),
     /// The path exists, but is not a socket.
-    #[error("--control {}: there is a file which is not a socket; give another path", .0.display())]
+    #[error("--control {}: there is a file which is not a socket; give another path", escaped(.0))]
     NotASocket(PathBuf),
     /// The passed socket is not the control socket.
-    #[error("--control {}: the socket that was passed cannot be used: {reason}", path.display())]
+    #[error("--control {}: the socket that was passed cannot be used: {reason}", escaped(path))]
     NotPassed {
         /// The path.
         path: PathBuf,
@@ -153,7 +154,7 @@ pub enum SocketError {
         reason: String,
     },
     /// The kernel refused.
-    #[error("--control {}: cannot listen there: {}", path.display(), explain(source, 1))]
+    #[error("--control {}: cannot listen there: {}", escaped(path), explain(source, 1))]
     Bind {
         /// The path.
         path: PathBuf,

@@ -19,6 +19,7 @@ use crate::config::{self, ConfigError};
 use crate::control::answers::{Added, ChangeCounts};
 use crate::control::protocol::{self, LONGEST_ANSWER, Mappings, Request};
 use crate::log::console;
+use crate::log::escape::escaped;
 use crate::mapping::Mapping;
 use crate::mapping::wire::WireMapping;
 
@@ -172,31 +173,32 @@ enum CtlError {
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// A file cannot be read or parsed.
-    #[error("{}: {reason}", path.display())]
+    #[error("{}: {}", escaped(path), escaped(reason))]
     File { path: PathBuf, reason: String },
     /// No process listens on the socket.
-    #[error("--control {}: {}", path.display(), unreachable::explain(path, source))]
+    #[error("--control {}: {}", escaped(path), unreachable::explain(path, source))]
     Connect { path: PathBuf, source: io::Error },
     /// Another program listens on the socket.
-    #[error("--control {}: what listens there is no rproxy; give the path that rproxy was started with", .0.display())]
+    #[error("--control {}: what listens there is no rproxy; give the path that rproxy was started with", escaped(.0))]
     Foreign(PathBuf),
     /// The response is longer than any of rproxy's.
     #[error(
         "--control {}: the answer is longer than {} MiB, which none of rproxy is; give the path that rproxy was started \
          with",
-        .0.display(), LONGEST_ANSWER >> 20
+        escaped(.0), LONGEST_ANSWER >> 20
     )]
     TooLong(PathBuf),
     /// The response lacks a key, or has an unknown one that must not be ignored.
     #[error(
-        "the answer of the running rproxy makes no sense here: {0}; use the `rproxy ctl` that it came with"
+        "the answer of the running rproxy makes no sense here: {}; use the `rproxy ctl` that it came with",
+        escaped(.0)
     )]
     NotUnderstood(String),
     /// Communication failed.
     #[error("the running rproxy did not answer: {0}")]
     Conversation(#[source] io::Error),
     /// The running rproxy refused the request.
-    #[error("{0}")]
+    #[error("{}", escaped(.0))]
     Refused(String),
 }
 

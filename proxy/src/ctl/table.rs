@@ -3,6 +3,7 @@
 use serde::Deserialize;
 
 use crate::control::answers::{BoundMapping, List, MappingStats, StatsList};
+use crate::log::escape::escaped;
 
 /// The parts of a mapping that are shown. Others, such as its limits, are not parsed, because a newer server
 /// may have more.
@@ -16,9 +17,11 @@ pub(super) struct Shown {
 }
 
 /// Formats columns as wide as necessary, separated by two spaces, without trailing spaces.
-fn table(header: &[&str], rows: &[Vec<String>]) -> String {
+fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
     let header: Vec<String> = header.iter().map(ToString::to_string).collect();
-    let lines = || std::iter::once(&header).chain(rows);
+    let shown = |row: Vec<String>| row.iter().map(|cell| escaped(cell).to_string()).collect();
+    let rows: Vec<Vec<String>> = rows.map(shown).collect();
+    let lines = || std::iter::once(&header).chain(&rows);
     let width = |column: usize| lines().map(|line| line[column].chars().count()).max().unwrap_or(0);
     let widths: Vec<usize> = (0..header.len()).map(width).collect();
     let render = |line: &Vec<String>| {
@@ -39,13 +42,14 @@ pub(super) fn list(List { mappings, draining }: &List<Shown>) -> String {
         let state = format!("draining: {} connections, {} flows", mapping.connections, mapping.flows);
         vec![mapping.name.clone(), "-".to_owned(), "-".to_owned(), state]
     });
-    table(&["NAME", "LISTENS", "BACKEND", ""], &served.chain(draining).collect::<Vec<_>>())
+    table(&["NAME", "LISTENS", "BACKEND", ""], served.chain(draining))
 }
 
 /// Formats a mapping of the response to `add`: `web: 80/tcp -> [::]:8080`.
 pub(super) fn ready_line(bound: &BoundMapping<Shown>) -> String {
     let Shown { name, to_ports, proto, .. } = &bound.mapping;
-    format!("{name}: {to_ports}/{proto} -> {}:{}", bound_host(bound), bound.bound)
+    let line = format!("{name}: {to_ports}/{proto} -> {}:{}", bound_host(bound), bound.bound);
+    escaped(&line).to_string()
 }
 
 /// Formats the response to `stats`.
@@ -66,7 +70,7 @@ pub(super) fn stats(StatsList { mappings, draining }: &StatsList) -> String {
     let served = mappings.iter().map(|stats| row(stats, ""));
     let draining = draining.iter().map(|stats| row(stats, " (draining)"));
     let header = ["NAME", "CONNS", "FLOWS", "BYTES IN", "OUT", "DATAGRAMS IN", "OUT", "ERRORS"];
-    table(&header, &served.chain(draining).collect::<Vec<_>>())
+    table(&header, served.chain(draining))
 }
 
 /// The address that a mapping actually listens on.

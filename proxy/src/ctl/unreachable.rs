@@ -7,16 +7,18 @@ use std::path::Path;
 
 use nix::libc;
 
+use crate::log::escape::escaped;
+
 /// The cause of a failure to connect to `path`.
 pub(super) fn explain(path: &Path, error: &io::Error) -> String {
-    let shown = path.display();
+    let shown = escaped(path);
     let start = format!("start one with --control {shown}, or give the path of the one that runs");
     match error.raw_os_error() {
         Some(libc::EACCES | libc::EPERM) => denied(path),
         Some(libc::ENOENT) => {
             match path.parent().filter(|parent| !parent.as_os_str().is_empty() && !parent.exists()) {
                 Some(parent) => {
-                    format!("no rproxy listens there: there is no directory {}; {start}", parent.display())
+                    format!("no rproxy listens there: there is no directory {}; {start}", escaped(parent))
                 }
                 None => format!("no rproxy listens there: there is no such file; {start}"),
             }
@@ -24,7 +26,7 @@ pub(super) fn explain(path: &Path, error: &io::Error) -> String {
         Some(libc::ENOTDIR) => {
             let parents = path.ancestors().skip(1);
             let file = parents.filter(|parent| parent.exists()).find(|parent| !parent.is_dir());
-            let file = file.unwrap_or(path).display();
+            let file = escaped(file.unwrap_or(path));
             format!("no rproxy listens there: {file} is no directory; {start}")
         }
         Some(libc::ECONNREFUSED) => match fs::metadata(path) {
@@ -52,7 +54,7 @@ fn denied(path: &Path) -> String {
     let all: Vec<&Path> = path.ancestors().collect();
     let closed = all.iter().rev().find(|path| is_hidden(path)).and_then(|hidden| hidden.parent());
     let (what, object) = match closed {
-        Some(directory) => (format!("the directory {}", directory.display()), directory),
+        Some(directory) => (format!("the directory {}", escaped(directory)), directory),
         None => ("the socket".to_owned(), path),
     };
     match fs::metadata(object).map(|metadata| metadata.uid()) {

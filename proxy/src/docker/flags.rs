@@ -7,6 +7,8 @@ use std::ffi::OsString;
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr};
 
+use crate::log::escape::escaped;
+
 /// Flags that only docker-proxy has. With one dash or two, they select this front end.
 const DISTINCTIVE: [&str; 6] =
     ["host-ip", "host-port", "container-ip", "container-port", "use-listen-fd", "v"];
@@ -190,10 +192,10 @@ impl fmt::Display for UsageError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Help => Ok(()),
-            Self::Unknown(name) => writeln!(f, "rproxy: -{name}: there is no such flag"),
-            Self::MissingValue(name) => writeln!(f, "rproxy: -{name}: its value is missing"),
+            Self::Unknown(name) => writeln!(f, "rproxy: -{}: there is no such flag", escaped(name)),
+            Self::MissingValue(name) => writeln!(f, "rproxy: -{}: its value is missing", escaped(name)),
             Self::Invalid { name, value, wanted } => {
-                writeln!(f, "rproxy: -{name} {value}: not {wanted}")
+                writeln!(f, "rproxy: -{} {}: not {wanted}", escaped(name), escaped(value))
             }
         }?;
         f.write_str(USAGE)

@@ -25,6 +25,7 @@ use crate::bind::listen::{AdoptError, BindError, Listener};
 use crate::engine::Server;
 use crate::log::LogConfig;
 use crate::log::console;
+use crate::log::escape::escaped;
 use crate::loops::whereabouts::Whereabouts;
 use crate::loops::{LoopError, refuse_loop};
 use crate::mapping::PortMapping;
@@ -175,7 +176,7 @@ fn port_mapping(flags: &Flags) -> Result<PortMapping, StartError> {
 #[derive(Debug, thiserror::Error)]
 enum StartError {
     /// An unsupported protocol.
-    #[error("-proto {0}: this protocol is not supported; tcp and udp are")]
+    #[error("-proto {}: this protocol is not supported; tcp and udp are", escaped(.0))]
     Protocol(String),
     /// A port that is missing; Go's default is -1.
     #[error("{0} is missing; give the port, as in {0} 80")]

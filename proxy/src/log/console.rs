@@ -11,6 +11,7 @@ use rproxy_sys::watch::Watched;
 use tokio::io::Interest;
 use tokio::runtime::Handle;
 
+use crate::log::escape::escaped;
 use crate::log::sink::Sink;
 
 /// The last error of [`out`], except that the reader closed the pipe.
@@ -73,10 +74,9 @@ async fn write_rest(sink: &Sink, mut rest: &[u8]) -> io::Result<()> {
 /// Writes a line to standard error.
 pub fn err(line: &impl Display) {
     // User input may contain control characters that a terminal interprets.
-    let plain =
-        |c: char| if c.is_control() && c != '\n' { c.escape_default().to_string() } else { c.to_string() };
-    let line: String = line.to_string().chars().map(plain).collect();
-    drop(writeln!(io::stderr().lock(), "{line}"));
+    let text = line.to_string();
+    let lines: Vec<String> = text.split('\n').map(|line| escaped(line).to_string()).collect();
+    drop(writeln!(io::stderr().lock(), "{}", lines.join("\n")));
 }
 
 /// Prints an error to standard error and returns the exit status for failure.

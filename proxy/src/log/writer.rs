@@ -1,11 +1,13 @@
 //! Standard error as the log writes to it: a log line never blocks. If there is no room for it, it is lost
 //! and counted.
 
+use std::borrow::Cow;
 use std::io::{self, Write};
 use std::time::SystemTime;
 
 use serde_json::json;
 
+use crate::log::escape::{escaped, is_plain};
 use crate::log::sink::Sink;
 
 /// How log lines are written.
@@ -69,14 +71,25 @@ impl LogWriter {
     }
 }
 
+/// A line without control characters but its end. Values in it may come from the command line or the network.
+fn shown(line: &[u8]) -> Cow<'_, [u8]> {
+    let text = String::from_utf8_lossy(line);
+    let body = text.strip_suffix('\n').unwrap_or(&text);
+    match body.chars().all(is_plain) {
+        true => line.into(),
+        false => format!("{}\n", escaped(body)).into_bytes().into(),
+    }
+}
+
 impl Write for LogWriter {
     /// Never fails: there is nowhere to report it.
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
+        let shown = shown(line);
         let is_written = self.finish()
             && match self.lost {
-                0 => self.put(line),
+                0 => self.put(&shown),
                 // In one write, because there may be room for only one.
-                _ => self.put(&[self.note().as_bytes(), line].concat()),
+                _ => self.put(&[self.note().as_bytes(), &shown].concat()),
             };
         self.lost = if is_written { 0 } else { self.lost + 1 };
         Ok(line.len())
@@ -98,6 +111,13 @@ mod tests {
 
     use super::*;
     use crate::log::sink::open_anew;
+
+    #[test]
+    fn a_line_stays_one_line() {
+        assert_eq!(*shown(b"INFO serving name=\"web\"\n"), *b"INFO serving name=\"web\"\n");
+        let forged = b"WARN not reloaded: /etc/a\n2026-01-01 INFO b\x1b[2J\n";
+        assert_eq!(*shown(forged), *b"WARN not reloaded: /etc/a\\n2026-01-01 INFO b\\u{1b}[2J\n");
+    }
 
     #[test]
     fn lines_are_whole_or_missing_and_what_is_missing_is_told() {

@@ -20,6 +20,7 @@ use rproxy_sys::memory::release_unused;
 use tracing::{info, warn};
 
 pub use self::user::User;
+use crate::log::escape::escaped;
 use crate::mapping::PortMapping;
 use crate::mapping::addr::Protocol;
 use crate::runtime::descriptors::explain;
@@ -48,7 +49,7 @@ impl Mode {
         }
         let mode = value.to_str().and_then(|text| Self::from_str(text, true).ok());
         if mode.is_none() {
-            let value = value.display();
+            let value = escaped(&value);
             warn!(
                 "{MODE_VARIABLE} does not count: '{value}' is none of auto, strict and off; it is taken for auto"
             );
@@ -203,7 +204,7 @@ pub enum SandboxError {
         source: io::Error,
     },
     /// The owner of a file cannot be changed to the user.
-    #[error("--user {user}: cannot make it the owner of {}: {source}", path.display())]
+    #[error("--user {user}: cannot make it the owner of {}: {source}", escaped(path))]
     Owner {
         /// The user, as it was given.
         user: String,

@@ -164,16 +164,36 @@ impl Manager {
         }
         // No client is admitted from here on.
         drop(called);
-        finish(server, &mut stop, drain, succeeded).await;
+        // On the heap, as it would make the future larger than all that comes before.
+        Box::pin(finish(server, stop, drain, succeeded, reload, upgrade)).await;
         Ok(())
     }
 }
 
+/// Logs that signals which ask for a change come too late. Never returns.
+async fn ignore_changes(reload: &mut Option<Reload>, upgrade: &mut Upgrade) -> ! {
+    loop {
+        let signal = tokio::select! {
+            () = hung_up(reload) => Signal::SIGHUP,
+            () = upgrade.asked() => Signal::SIGUSR2,
+        };
+        warn!("{signal} is ignored: this process is draining");
+    }
+}
+
 /// Lets connections and flows finish, within limits.
-async fn finish(server: Server, stop: &mut StopSignals, drain: Drain, succeeded: bool) {
+async fn finish(
+    server: Server,
+    mut stop: StopSignals,
+    drain: Drain,
+    succeeded: bool,
+    mut reload: Option<Reload>,
+    mut upgrade: Upgrade,
+) {
     tokio::select! {
-        () = server.drain(enough(drain, stop, succeeded)) => {}
+        () = server.drain(enough(drain, &mut stop, succeeded)) => {}
         never = systemd::resend() => never,
+        never = ignore_changes(&mut reload, &mut upgrade) => never,
     }
     if succeeded {
         // Until it is notified of the other process, the service manager takes the end of this one for the

@@ -26,6 +26,7 @@ use crate::ctl;
 use crate::engine::Server;
 use crate::log::console;
 use crate::log::console::Output;
+use crate::log::escape::escaped;
 use crate::loops::LoopError;
 use crate::mapping::addr::HostSocketAddr;
 use crate::mapping::family::{NO_IPV6, has_ipv6};
@@ -294,7 +295,7 @@ fn bind_error(error: BoundError, options: &Serve) -> StartError {
         BoundError::Loop(source) => StartError::Loop(source),
         BoundError::Bind(source) => {
             let asked = match &options.config {
-                Some(file) => format!("--config {}:", file.display()),
+                Some(file) => format!("--config {}:", escaped(file)),
                 None => options.mappings.words_for(HostSocketAddr::from(source.addr)).to_owned(),
             };
             StartError::Bind { asked, source }

@@ -34,6 +34,7 @@ use serde::{Deserialize, Serialize};
 pub use self::launcher::Launcher;
 pub use self::new::{OldProcess, Sockets, claim, take_over};
 pub use self::old::Upgrade;
+use crate::log::escape::escaped;
 use crate::mapping::wire::WireMapping;
 use crate::state::task::PortTurn;
 
@@ -109,7 +110,7 @@ pub enum UpgradeError {
     #[error("the process that starts new ones is not there: {0}")]
     NoLauncher(String),
     /// The new process could not be started.
-    #[error("cannot start {}: {source}", program.display())]
+    #[error("cannot start {}: {source}", escaped(program))]
     Start {
         /// The path of its program.
         program: PathBuf,

@@ -233,6 +233,25 @@ pub(crate) fn signals() {
     // As SIGTERM, it lets connections come to their end.
     proxy.signal(Signal::SIGQUIT);
     proxy.wait_for_line(Stream::Stderr, |line| line.contains("draining"));
+    proxy.signal(Signal::SIGUSR2);
+    proxy.wait_for_line(Stream::Stderr, |line| line.contains("SIGUSR2 is ignored: this process is draining"));
+    exchange(&client, 2, 1000);
+    drop(client);
+    assert_eq!(proxy.wait().code(), Some(0));
+
+    let (dir, address) = (open_dir(), own_address());
+    let (file, to) = (dir.path().join("rproxy.toml"), backend.address());
+    fs::write(&file, format!("[[mapping]]\nhost = \"{address}\"\nto = \"{to}\"\n")).unwrap();
+    let proxy = Standalone::start(&["--config", file.to_str().unwrap()]).process;
+    let client = client::connect(address);
+    exchange(&client, 1, 1000);
+    proxy.signal(Signal::SIGTERM);
+    proxy.wait_for_line(Stream::Stderr, |line| line.contains("draining"));
+    for signal in [Signal::SIGHUP, Signal::SIGUSR2, Signal::SIGHUP] {
+        proxy.signal(signal);
+        let ignored = format!("{signal} is ignored: this process is draining");
+        proxy.wait_for_line(Stream::Stderr, |line| line.contains(&ignored));
+    }
     exchange(&client, 2, 1000);
     drop(client);
     assert_eq!(proxy.wait().code(), Some(0));
