@@ -1,9 +1,9 @@
 //! The names of the keys of a mapping, and corrections for unknown ones.
 
-/// Calls a macro with the names of all keys.
+/// Calls a macro with the names of all keys, in the order in which a mapping is printed.
 macro_rules! with_keys {
     ($macro:ident) => {
-        $macro!(
+        $macro! {
             name,
             host,
             to,
@@ -13,14 +13,14 @@ macro_rules! with_keys {
             idle_timeout,
             max_connections,
             on_limit,
+            allow,
+            deny,
             udp_timeout,
             udp_max_flows,
             udp_max_flows_per_source,
             udp_any_port,
-            dscp,
-            allow,
-            deny
-        )
+            dscp
+        }
     };
 }
 

@@ -1,8 +1,15 @@
 //! Prints mappings as a configuration file.
 
-use std::fmt::{Display, Write};
+use std::fmt::Write;
+use std::net::SocketAddr;
 
+use rustix::net::netdevice::index_to_name;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+
+use super::names::with_keys;
+use crate::log::escape::is_plain;
 use crate::mapping::Mapping;
+use crate::mapping::addr::ScopedIp;
 use crate::mapping::wire::{WireLimits, WireMapping};
 
 /// The text of a file from which [`read`](super::read) returns `mappings`.
@@ -11,9 +18,44 @@ pub fn print<'a>(mappings: impl IntoIterator<Item = &'a Mapping>) -> String {
     tables.join("\n")
 }
 
+macro_rules! values {
+    ($($key:ident),*) => {
+        /// The values of the keys of a mapping in TOML, `None` where it is the default.
+        struct Values { $($key: Option<String>),* }
+
+        impl Values {
+            /// The keys and values in the order of [`KEYS`](super::names::KEYS).
+            fn lines(self) -> impl Iterator<Item = (&'static str, String)> {
+                let lines = [$((stringify!($key), self.$key)),*];
+                lines.into_iter().filter_map(|(key, value)| Some((key, value?)))
+            }
+        }
+    };
+}
+
+with_keys!(values);
+
 fn table(mapping: &Mapping) -> String {
-    let WireMapping { name, host, host_ports, to, to_ports, proto, v6only, limits, bound: _, bound_host: _ } =
-        WireMapping::of(mapping);
+    let mut table = "[[mapping]]\n".to_owned();
+    for (key, value) in values_of(mapping).lines() {
+        writeln!(table, "{key} = {value}").expect("a string takes everything");
+    }
+    table
+}
+
+fn values_of(mapping: &Mapping) -> Values {
+    let WireMapping {
+        name,
+        host: _,
+        host_ports,
+        to: _,
+        to_ports,
+        proto,
+        v6only,
+        limits,
+        bound: _,
+        bound_host: _,
+    } = WireMapping::of(mapping);
     let WireLimits {
         connect_timeout,
         idle_timeout,
@@ -27,37 +69,70 @@ fn table(mapping: &Mapping) -> String {
         allow,
         deny,
     } = limits;
-    let host = format!("{}:{}", host.unwrap_or_default(), host_ports.as_deref().unwrap_or("0"));
-    let mut table = "[[mapping]]\n".to_owned();
     // No value contains a character that must be escaped in a TOML string.
-    let mut line = |key: &str, value: Option<&dyn Display>| {
-        if let Some(value) = value {
-            writeln!(table, "{key} = {value}").expect("a string takes everything");
-        }
-    };
+    let (host, to) = (with_interface_name(mapping.host()), with_interface_name(mapping.backend()));
+    let host = format!("{host}:{}", host_ports.as_deref().unwrap_or("0"));
     let quoted = |text: Option<String>| text.map(|text| format!("\"{text}\""));
     let is_on = |value: bool| value.then(|| "true".to_owned());
+    let number = |number: Option<usize>| number.map(|number| number.to_string());
     let list = |texts: Vec<String>| (!texts.is_empty()).then(|| format!("{texts:?}"));
-    let proto = proto.filter(|proto| proto != "tcp");
-    for (key, value) in [
-        ("name", quoted(name)),
-        ("host", quoted(Some(host))),
-        ("to", quoted(Some(format!("{to}:{to_ports}")))),
-        ("proto", quoted(proto)),
-        ("v6only", is_on(v6only)),
-        ("connect_timeout", quoted(connect_timeout)),
-        ("idle_timeout", quoted(idle_timeout)),
-        ("max_connections", max_connections.map(|count| count.to_string())),
-        ("on_limit", quoted(on_limit)),
-        ("allow", list(allow)),
-        ("deny", list(deny)),
-        ("udp_timeout", quoted(udp_timeout)),
-        ("udp_max_flows", udp_max_flows.map(|count| count.to_string())),
-        ("udp_max_flows_per_source", udp_max_flows_per_source.map(|count| count.to_string())),
-        ("udp_any_port", is_on(udp_any_port)),
-        ("dscp", quoted(dscp)),
-    ] {
-        line(key, value.as_ref().map(|value| value as &dyn Display));
+    Values {
+        name: quoted(name),
+        host: quoted(Some(host)),
+        to: quoted(Some(format!("{to}:{to_ports}"))),
+        proto: quoted(proto.filter(|proto| proto != "tcp")),
+        v6only: is_on(v6only),
+        connect_timeout: quoted(connect_timeout),
+        idle_timeout: quoted(idle_timeout),
+        max_connections: number(max_connections),
+        on_limit: quoted(on_limit),
+        allow: list(allow),
+        deny: list(deny),
+        udp_timeout: quoted(udp_timeout),
+        udp_max_flows: number(udp_max_flows),
+        udp_max_flows_per_source: number(udp_max_flows_per_source),
+        udp_any_port: is_on(udp_any_port),
+        dscp: quoted(dscp),
     }
-    table
+}
+
+/// An address, whose interface is written by its name if it has one: numbers change when the machine starts anew.
+fn with_interface_name(ip: ScopedIp) -> String {
+    let name = match ip.at(0) {
+        SocketAddr::V6(addr) if addr.scope_id() != 0 => interface_name(addr.scope_id()),
+        _ => None,
+    };
+    // An interface can be called what a TOML string would have to escape, or what is read as a number.
+    let named = name.map(|name| format!("[{}%{name}]", ip.ip()));
+    let needs_no_escapes = |text: &String| !text.contains(['"', '\\']) && text.chars().all(is_plain);
+    let is_same = |text: &String| text.parse() == Ok(ip);
+    named.filter(|text| needs_no_escapes(text) && is_same(text)).unwrap_or_else(|| ip.to_string())
+}
+
+/// What the interface with this number is called (netdevice(7), `SIOCGIFNAME`).
+fn interface_name(number: u32) -> Option<String> {
+    let socket = |family| socket_with(family, SocketType::DGRAM, SocketFlags::CLOEXEC, None);
+    let any = socket(AddressFamily::INET).or_else(|_no_ipv4| socket(AddressFamily::INET6)).ok()?;
+    index_to_name(any, number).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn interfaces_are_written_by_their_names() {
+        for (address, printed) in [
+            // The loopback interface is the first one of each network namespace.
+            ("fe80::1%1", "[fe80::1%lo]"),
+            ("fe80::1%lo", "[fe80::1%lo]"),
+            ("fe80::1%4000000000", "[fe80::1%4000000000]"),
+            ("fd00::1", "[fd00::1]"),
+            ("10.0.0.11", "10.0.0.11"),
+        ] {
+            let ip: ScopedIp = address.parse().unwrap();
+            assert_eq!(with_interface_name(ip), printed);
+            assert_eq!(printed.parse(), Ok(ip));
+        }
+    }
 }

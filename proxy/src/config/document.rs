@@ -1,0 +1,466 @@
+//! The content of a file: its `[defaults]`, its `[[mapping]]` tables, and what the mappings must not have in common.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::ops::Range;
+
+use toml::de::{DeTable, DeValue};
+
+use super::keys::{Keys, by_place};
+use super::mistake::{Found, Mistakes};
+use super::{names, syntax};
+use crate::loops::refuse_loops_among;
+use crate::mapping::Mapping;
+use crate::mapping::overlap::{Overlap, OverlapError, overlaps};
+
+/// The mappings in the text of a file.
+///
+/// # Errors
+/// The errors in it.
+pub(super) fn find_mappings(text: &str) -> Result<Vec<Mapping>, Mistakes> {
+    let (text, is_cut) = syntax::before_too_many_errors(text);
+    let (document, errors) = DeTable::parse_recoverable(text);
+    let mut found = Mistakes::with_more(is_cut);
+    let mut file = File::read(document.get_ref(), &mut found);
+    let of_defaults = file.defaults.mistakes_of_defaults();
+    let of_defaults: Vec<Found> = of_defaults.into_iter().chain(file.too_many_networks()).collect();
+    let are_defaults_right = of_defaults.is_empty();
+    if !are_defaults_right {
+        // Otherwise each mapping would report them again.
+        found.extend(of_defaults);
+        file.defaults = Keys::default();
+    }
+    let mut read = Vec::new();
+    for (place, table) in file.tables {
+        let keys = Keys::read(table, &mut found);
+        if let Some(mapping) = keys.mapping(&file.defaults, place.clone(), &mut found) {
+            read.push((Table { place, keys }, mapping));
+        }
+    }
+    if !errors.is_empty() || is_cut {
+        return Err(syntax::beside_errors(text, &errors, found));
+    }
+    if found.is_empty() && read.is_empty() {
+        // Without this, a file that is being written could remove all mappings.
+        found.push(Found::at(0..0, "there is no [[mapping]] in it"));
+    }
+    let (tables, mappings): (Vec<Table>, Vec<Mapping>) = read.into_iter().unzip();
+    if are_defaults_right {
+        found.extend(same_names(&tables, &mappings));
+        found.extend(same_ports(&tables, &mappings));
+    }
+    if found.is_empty() {
+        found.extend(loops(&tables, &mappings));
+    }
+    if found.is_empty() { Ok(mappings) } else { Err(found) }
+}
+
+/// The maximum number of networks that all mappings together may get from `[defaults]`.
+const MOST_NETWORKS: usize = 1_000_000;
+
+/// A parsed file.
+#[derive(Default)]
+struct File<'a, 'i> {
+    /// The values for mappings that do not override them.
+    defaults: Keys,
+    /// The mappings and their positions.
+    tables: Vec<(Range<usize>, &'a DeTable<'i>)>,
+}
+
+impl<'a, 'i> File<'a, 'i> {
+    fn read(document: &'a DeTable<'i>, found: &mut Mistakes) -> Self {
+        let mut file = Self::default();
+        for (key, value) in by_place(document) {
+            let (name, place) = (key.get_ref().as_ref(), value.span());
+            match (name, value.get_ref()) {
+                ("defaults", DeValue::Table(table)) => file.defaults = Keys::read(table, found),
+                ("mapping", DeValue::Array(tables)) => {
+                    for table in tables.iter() {
+                        match table.get_ref() {
+                            DeValue::Table(keys) => file.tables.push((table.span(), keys)),
+                            _ => {
+                                found.push(Found::at(table.span(), "a mapping is a table; write [[mapping]]"))
+                            }
+                        }
+                    }
+                }
+                ("mapping", DeValue::Table(keys)) => {
+                    found.push(Found::at(
+                        place.clone(),
+                        "[mapping] is one table, not one of several; write [[mapping]]",
+                    ));
+                    file.tables.push((place, keys));
+                }
+                ("mapping", _) => {
+                    found.push(Found::at(key.span(), "a mapping is a table; write [[mapping]]"))
+                }
+                ("defaults", _) => {
+                    found.push(Found::at(key.span(), "there is one table of defaults; write [defaults]"))
+                }
+                (_, DeValue::Table(_) | DeValue::Array(_)) => {
+                    let place = key.span();
+                    found.push_with(place.start, || Found::at(place, names::unknown_table(name, true)));
+                }
+                _ => {
+                    let place = key.span();
+                    found.push_with(place.start, || Found::at(place, names::unknown_table(name, false)));
+                }
+            }
+        }
+        file
+    }
+
+    /// An error if the networks of `[defaults]`, repeated for each mapping, would take too much memory.
+    fn too_many_networks(&self) -> Option<Found> {
+        let (mappings, networks) = (self.tables.len(), self.defaults.networks());
+        (mappings.saturating_mul(networks) > MOST_NETWORKS).then(|| {
+            let key = if self.defaults.place_of("allow", 0..0).is_empty() { "deny" } else { "allow" };
+            let problem = format!(
+                "{key}: {networks} networks for each of {mappings} mappings are more than {MOST_NETWORKS}; write wider networks"
+            );
+            Found::at(self.defaults.place_of(key, 0..0), problem)
+        })
+    }
+}
+
+/// A `[[mapping]]` and its position.
+struct Table {
+    place: Range<usize>,
+    keys: Keys,
+}
+
+impl Table {
+    /// An error in the value of `key`.
+    fn mistake(&self, key: &str, problem: &dyn fmt::Display) -> Found {
+        Found::at(self.keys.place_of(key, self.place.clone()), format!("{key}: {problem}"))
+    }
+}
+
+/// Errors for mappings that have the name of an earlier one.
+fn same_names(tables: &[Table], mappings: &[Mapping]) -> Vec<Found> {
+    let mut seen = HashSet::with_capacity(mappings.len());
+    let mut found = Vec::new();
+    for (table, mapping) in tables.iter().zip(mappings) {
+        let name = mapping.name();
+        if !seen.insert(name.clone()) {
+            let problem =
+                format_args!("{name} is the name of another mapping; give it one of its own").to_string();
+            found.push(table.mistake("name", &problem));
+        }
+    }
+    found
+}
+
+/// Errors for mappings that want the same port as an earlier one.
+fn same_ports(tables: &[Table], mappings: &[Mapping]) -> Vec<Found> {
+    let error = |Overlap { first, second, port }: Overlap| {
+        tables[second].mistake("host", &OverlapError::new(&mappings[second], &mappings[first], port))
+    };
+    overlaps(mappings).into_iter().map(error).collect()
+}
+
+/// An error for a mapping that leads back to itself.
+fn loops(tables: &[Table], mappings: &[Mapping]) -> Option<Found> {
+    let error = refuse_loops_among(mappings).err()?;
+    Some(tables[error.mapping].mistake("to", &error))
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::mistake::Lines;
+    use super::super::print::print;
+    use super::*;
+    use crate::mapping::dscp::Dscp;
+    use crate::mapping::testdata::any_mapping;
+
+    fn mistakes(text: &str) -> Vec<String> {
+        let found = find_mappings(text).expect_err(text);
+        Lines::of(text).locate(found).iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn a_file_is_read() {
+        let text = r#"
+            # What holds for all.
+            [defaults]
+            idle_timeout = "1h"
+            deny = ["192.0.2.0/24"]
+
+            [[mapping]]
+            host = "[::]:8080"
+            to = "172.17.0.2:80"
+
+            [[mapping]]
+            name = "many"
+            host = "10.0.0.11:8000-8010"
+            to = "[fd00::2]:80-90"
+            proto = "tcp+udp"
+            idle_timeout = "unlimited"
+            max_connections = 100
+
+            [[mapping]]
+            host = "127.0.0.1:0"
+            to = "172.17.0.2:81"
+        "#;
+        let mappings = find_mappings(text).unwrap();
+        let shown: Vec<_> = mappings.iter().map(|mapping| format!("{} {mapping}", mapping.name())).collect();
+        assert_eq!(
+            shown,
+            [
+                "8080/tcp [::]:8080:80/tcp",
+                "many 10.0.0.11:8000-8010:80-90/tcp+udp",
+                "127.0.0.1:random:81/tcp 127.0.0.1::81/tcp"
+            ]
+        );
+        let idle: Vec<_> = mappings.iter().map(|mapping| mapping.limits().idle_timeout).collect();
+        let hour = Some(std::time::Duration::from_secs(3600));
+        assert_eq!(idle, [hour, None, hour]);
+        assert!(mappings.iter().all(|mapping| mapping.limits().access.deny.len() == 1));
+        assert_eq!(mappings[1].limits().max_connections, Some(100));
+    }
+
+    #[track_caller]
+    fn assert_found(text: &str, expected: &str) {
+        let found = mistakes(text);
+        assert!(found[0].starts_with(expected), "{text}: {found:?}");
+        assert!(!found[0].contains('\n'), "{text}: {found:?}");
+    }
+
+    #[test]
+    fn mistakes_in_tables_have_a_place() {
+        let missing = "host: it is missing; write the address and port to listen on, as in \"[::]:80\"";
+        for (text, expected) in [
+            ("", "1:1: there is no [[mapping]] in it"),
+            ("[[mapping]\n", "1:11: "),
+            ("[[mapping]]\nhots = 1", "1:1: to: it is missing"),
+            ("[mapping]\nhost = \"1\"", "1:1: [mapping] is one table, not one of several; write [[mapping]]"),
+            (
+                "[[mapping]]\nhost = 80\nto = 1",
+                "2:8: host: a text in quotes is wanted; write host = \"[::]:80\"",
+            ),
+            ("[[mapping]]\nhost = \"[::]:80\"\nhost = \"[::]:81\"", "3:1: duplicate key; leave one"),
+            ("[[mapping]]", &format!("1:1: {missing}")),
+            ("[[mapping]]\nhost = \"[::]:80\"", "1:1: to: it is missing"),
+            ("[[mappings]]\nhost = \"[::]:80\"", "1:3: unknown table `mappings`; did you mean [[mapping]]?"),
+            ("[default]\nproto = \"udp\"", "1:2: unknown table `default`; did you mean [defaults]?"),
+            ("[servers]", "1:2: unknown table `servers`; the tables are [[mapping]] and [defaults]"),
+            ("[[defaults]]", "1:3: there is one table of defaults; write [defaults]"),
+            ("host = \"[::]:80\"", "1:1: `host` is in no table; write [[mapping]] in a line before host"),
+            (
+                "[mapping]\n[mapping]",
+                "2:1: [mapping] is one table, and there is one already; write [[mapping]] for each",
+            ),
+            ("mapping = 1", "1:1: a mapping is a table; write [[mapping]]"),
+            ("[defaults]\nname = \"x\"", "2:8: name: it is for one mapping"),
+        ] {
+            assert_found(text, expected);
+        }
+    }
+
+    #[test]
+    fn mistakes_in_values_have_a_place_and_a_way_out() {
+        for (host, to, more, expected) in [
+            ("0.0.0.0", "10.0.0.1:80", "", "2:8: host: the port is missing; write it as 0.0.0.0:80"),
+            ("10.0.0.256:80", "10.0.0.1:80", "", "2:8: host: '10.0.0.256' is not an IP address"),
+            ("[::]:80-x", "10.0.0.1:80", "", "2:8: host: 'x' is not a port"),
+            ("[::]:80-82", "10.0.0.1:80-81", "", "2:8: host: 3 host ports"),
+            ("[::]:80", "10.0.0.1", "", "3:6: to: the port is missing"),
+            (
+                "[::]:80",
+                "127.0.0.1:80",
+                "",
+                "3:6: to: 80/tcp would forward to itself, since 127.0.0.1 is an address of this machine",
+            ),
+            ("[::]:80", "10.0.0.1:80", "proto = 'sctp'", "4:9: proto: 'sctp' is not a protocol"),
+            ("1.2.3.4:80", "10.0.0.1:80", "v6only = true", "4:10: v6only: 1.2.3.4 has no IPv4 clients"),
+            ("[::]:80", "10.0.0.1:80", "idle_timeout = 'soon'", "4:16: idle_timeout: not a duration"),
+            ("[::]:80", "10.0.0.1:80", "dscp = 'AF5'", "4:8: dscp: not a code point; write a number from"),
+            ("[::]:80", "10.0.0.1:80", "dscp = 0xb8", "4:8: dscp: more than 63; it looks like a whole"),
+            ("[::]:80", "10.0.0.1:80", "allow = ['lan']", "4:9: allow: 'lan': not a network"),
+            ("[::]:80", "10.0.0.1:80", "name = 'a b'", "4:8: name: \"a b\" is not a name"),
+        ] {
+            assert_found(&format!("[[mapping]]\nhost = \"{host}\"\nto = \"{to}\"\n{more}\n"), expected);
+        }
+    }
+
+    #[test]
+    fn all_mistakes_are_found_at_once() {
+        let text =
+            "[[mapping]]\nhost = \"x\"\nto = \"10.0.0.1:80\"\n[[mapping]]\nhost = \"[::]:80\"\nto = \"y\"\n";
+        assert_eq!(mistakes(text).len(), 2);
+        let text = "[[mapping]]\nhost = \"[::]:80\"\nto = \"10.0.0.1:80\"\n";
+        let found = mistakes(&text.repeat(3));
+        assert!(found[0].starts_with("4:1: name: 80/tcp is the name of another mapping"), "{found:?}");
+        assert!(found.iter().any(|mistake| mistake.starts_with("5:8: host: port 80 is taken")), "{found:?}");
+    }
+
+    #[test]
+    fn defaults_do_not_multiply() {
+        let networks = vec!["\"10.0.0.0/8\""; 10_001].join(",");
+        let text = format!("[defaults]\ndeny = [{networks}]\n{}", GOOD.repeat(100));
+        let expected = "2:8: deny: 10001 networks for each of 100 mappings are more than 1000000";
+        assert_found(&text, expected);
+    }
+
+    const GOOD: &str = "[[mapping]]\nhost = \"[::]:80\"\nto = \"10.0.0.1:80\"\n";
+
+    /// Lines with an obvious mistake, and the suggested correction.
+    const MEANT: &[(&str, &str)] = &[
+        ("host = [::]:80", "host = \"[::]:80\""),
+        ("host = 0.0.0.0:80 # all", "host = \"0.0.0.0:80\""),
+        ("host = 0.0.0.0:80-90", "host = \"0.0.0.0:80-90\""),
+        ("host = “[::]:80”", "host = \"[::]:80\""),
+        ("host = \"[::]:80", "host = \"[::]:80\""),
+        ("host: [::]:80", "host = \"[::]:80\""),
+        ("host =", "host = \"[::]:80\""),
+        ("host = 8080", "host = \"[::]:8080\""),
+        ("host = [\"[::]:80\"]", "host = \"[::]:80\""),
+        ("to = 172.17.0.2:80", "to = \"172.17.0.2:80\""),
+        ("to = 8080", "to = \"172.17.0.2:8080\""),
+        ("name = web", "name = \"web\""),
+        ("name = 7", "name = \"7\""),
+        ("proto = udp", "proto = \"udp\""),
+        ("proto = 17", "proto = \"tcp\""),
+        ("idle_timeout = 60", "idle_timeout = \"60s\""),
+        ("idle_timeout = 60s", "idle_timeout = \"60s\""),
+        ("idle_timeout = 1.5", "idle_timeout = \"90s\""),
+        ("idle_timeout = false", "idle_timeout = \"unlimited\""),
+        ("connect_timeout = 0", "connect_timeout = \"90s\""),
+        ("udp_timeout = 07:30:00", "udp_timeout = \"90s\""),
+        ("on_limit = reset", "on_limit = \"reset\""),
+        ("max_connections = \"100\"", "max_connections = 100"),
+        ("max_connections = -1", "max_connections = 1000"),
+        ("max_connections = 1k", "max_connections = 1000"),
+        ("v6only = \"yes\"", "v6only = true"),
+        ("v6only = no", "v6only = false"),
+        ("udp_any_port = 1", "udp_any_port = true"),
+        ("udp_any_port = off", "udp_any_port = false"),
+        ("dscp = EF", "dscp = \"EF\""),
+        ("dscp = -1", "dscp = \"AF41\""),
+        ("dscp = [46]", "dscp = \"AF41\""),
+        ("allow = \"10.0.0.0/8\"", "allow = [\"10.0.0.0/8\"]"),
+        ("allow = [10.0.0.0/8, fd00::/8]", "allow = [\"10.0.0.0/8\", \"fd00::/8\"]"),
+        ("deny = [7]", "deny = [\"10.0.0.0/8\"]"),
+    ];
+
+    #[test]
+    fn what_is_meant_by_a_line_is_suggested_and_accepted() {
+        for (line, meant) in MEANT {
+            let key = line.split([' ', ':']).next().unwrap();
+            let others = GOOD.lines().filter(|other| !other.starts_with(key));
+            let others: Vec<&str> = others.collect();
+            let file = |line: &str| [&others[..], &[line]].concat().join("\n");
+            let found = mistakes(&file(line));
+            let [mistake] = &found[..] else { panic!("{line}: {found:?}") };
+            assert!(mistake.contains(&format!("; write {meant}")), "{line}: {mistake}");
+            assert!(mistake.starts_with(&format!("{}:", others.len() + 1)), "{line}: {mistake}");
+            assert!(find_mappings(&file(meant)).is_ok(), "{line}: {mistake}");
+        }
+    }
+
+    #[test]
+    fn keys_that_there_are_not_get_a_hint() {
+        for (key, meant) in [
+            ("too", "to"),
+            ("hots", "host"),
+            ("Host", "host"),
+            ("idle-timeout", "idle_timeout"),
+            ("idletimeout", "idle_timeout"),
+            ("max_conections", "max_connections"),
+            ("protocol", "proto"),
+            ("v6-only", "v6only"),
+            ("listen", "host"),
+            ("backend", "to"),
+            ("denied", "deny"),
+            ("tos", "dscp"),
+            ("udp-any-port", "udp_any_port"),
+        ] {
+            let found = mistakes(&format!("{GOOD}{key} = \"x\"\n"));
+            assert_eq!(found, [format!("4:1: unknown key `{key}`; did you mean `{meant}`?")]);
+        }
+        for key in ["colour", "description"] {
+            let found = mistakes(&format!("{GOOD}{key} = \"x\"\n"));
+            let expected = format!("4:1: unknown key `{key}`; the keys are name, host, to, ");
+            assert!(found[0].starts_with(&expected), "{found:?}");
+        }
+        // The key that is meant is not also reported as missing.
+        let found = mistakes("[[mapping]]\nhost = \"[::]:80\"\ntoo = \"10.0.0.1:80\"\n");
+        assert_eq!(found, ["3:1: unknown key `too`; did you mean `to`?"]);
+    }
+
+    #[test]
+    fn all_mistakes_of_a_mapping_are_found_at_once() {
+        let text = "[defaults]\nidle_timeout = \"soon\"\nproto = 6\n[[mapping]]\nhost = \"x:80\"\nto = \"10.0.0.1\"\n\
+                    allow = [\"lan\"]\nname = \"a b\"\nhots = 1\nmax_connections = 0\n[[mapping]]\nto = \"10.0.0.2:80\"\n";
+        let found = mistakes(text);
+        let places: Vec<_> =
+            found.iter().map(|mistake| mistake.split(": ").take(2).collect::<Vec<_>>().join(" ")).collect();
+        let expected = [
+            "2:16 idle_timeout",
+            "3:9 proto",
+            "5:8 host",
+            "6:6 to",
+            "7:9 allow",
+            "8:8 name",
+            "9:1 unknown key `hots`; did you mean `host`?",
+            "10:19 max_connections",
+            "11:1 host",
+        ];
+        assert_eq!(places, expected, "{found:#?}");
+        // Also together with lines that are not TOML, as far as those do not hide them.
+        let found = mistakes(
+            "[[mapping]]\nhost = [::]:80\ntoo = 1\nallow = \"10.0.0.0/8\"\nidle_timeout = \"soon\"\n",
+        );
+        let lines: Vec<_> = found.iter().map(|mistake| mistake.split(':').next().unwrap()).collect();
+        assert_eq!(lines, ["2", "3", "4", "5"], "{found:#?}");
+    }
+
+    #[test]
+    fn defaults_hold_for_those_mappings_for_which_they_mean_something() {
+        let text = format!(
+            "[defaults]\nv6only = true\n{GOOD}[[mapping]]\nhost = \"0.0.0.0:80\"\nto = \"10.0.0.1:80\"\n"
+        );
+        let v6only: Vec<_> = find_mappings(&text).unwrap().iter().map(Mapping::is_v6only).collect();
+        assert_eq!(v6only, [true, false]);
+    }
+
+    #[test]
+    fn code_points_are_numbers_or_names() {
+        let read = |value: &str| {
+            let mappings = find_mappings(&format!("{GOOD}dscp = {value}\n")).expect(value);
+            mappings[0].limits().dscp.map(Dscp::bits)
+        };
+        for value in ["46", "0x2e", "0o56", "\"46\"", "\"0x2E\"", "\"EF\"", "'ef'"] {
+            assert_eq!(read(value), Some(46), "{value}");
+        }
+        assert_eq!(read("0"), Some(0));
+        let of_all = format!("[defaults]\ndscp = 8\nudp_any_port = true\n{GOOD}udp_any_port = false\n");
+        let limits = find_mappings(&of_all).unwrap()[0].limits().clone();
+        assert_eq!((limits.dscp.map(Dscp::bits), limits.udp_any_port), (Some(8), false));
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_printed_can_be_read_again(mapping in any_mapping()) {
+            let text = print([&mapping]);
+            prop_assert_eq!(find_mappings(&text).ok(), Some(vec![mapping]), "{}", text);
+        }
+
+        #[test]
+        fn no_damage_to_a_file_does_harm(
+            mapping in any_mapping(), at in any::<prop::sample::Index>(), junk in ".{0,4}", skip in 0..8_usize,
+        ) {
+            let text = print([&mapping]);
+            let mut chars: Vec<char> = text.chars().collect();
+            let at = at.index(chars.len());
+            let end = chars.len().min(at + skip);
+            chars.splice(at..end, junk.chars());
+            let text: String = chars.into_iter().collect();
+            if let Err(found) = find_mappings(&text) {
+                prop_assert!(!Lines::of(&text).locate(found).is_empty());
+            }
+        }
+    }
+}
