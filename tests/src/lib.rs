@@ -35,6 +35,7 @@ pub mod rproxy;
 pub mod suite;
 pub mod systemd;
 pub mod topology;
+pub mod trace;
 pub mod udp;
 pub mod upgradable;
 
