@@ -225,6 +225,7 @@ fn mend(inputs: Inputs<'_>, network: &Network, endpoint: &Endpoint, side: &Side,
     outer.change(plan, before, LinkChange::Hairpin(hairpin));
     outer.mtu(plan, network.mtu);
     inner.mtu(plan, network.mtu);
+    outer.mac(plan, endpoint.id.veth_mac());
     inner.mac(plan, endpoint.mac());
     enlarge_packets(inputs, network, &outer, &inner, plan);
     outer.up(plan);

@@ -1,7 +1,8 @@
 use std::path::Path;
 
 use super::*;
-use crate::model::Topology;
+use crate::addr::Mac;
+use crate::model::{RelayProcess, Topology};
 use crate::observed::{Link, Route, Rules, Side};
 use crate::testdata;
 
@@ -121,4 +122,186 @@ fn packet_sizes_are_raised_as_far_as_they_go_and_never_lowered() {
     // A kernel before 6.3 has no sizes for IPv4.
     let old = OffloadSizes { gso_ipv4: None, gro_ipv4: None, ..all(65_536) };
     assert_eq!(wish(old, 524_280).unwrap(), "ip link set dev x gso_max_size 100000 gro_max_size 100000");
+}
+
+/// A host and containers on which all of `topology` is in place.
+fn in_place(topology: &Topology) -> Observed {
+    const BRIDGE: u32 = 10;
+    let mut observed = bare();
+    let network = topology.network.as_ref().unwrap();
+    let bridge = link(BRIDGE, network.bridge.as_str(), Some("bridge"));
+    observed.host.links.push(Link { mac: Some(network.mac()), ..bridge });
+    observed.host.addresses = network.addresses().into_iter().map(|address| (BRIDGE, address)).collect();
+    observed.rules = Rules::Nft { listing: Some("table".to_owned()), as_wanted: Some(true) };
+    for ((name, endpoint), index) in topology.endpoints.iter().zip(20..) {
+        let host_end = link(index, endpoint.id.veth().as_str(), Some("veth"));
+        let hairpin = endpoint.needs_hairpin();
+        let mac = Some(endpoint.id.veth_mac());
+        observed.host.links.push(Link { mac, master: Some(BRIDGE), hairpin, ..host_end });
+        let eth0 = Link { mac: Some(endpoint.mac()), ..link(2, "eth0", Some("veth")) };
+        let default = |gateway| Route { destination: None, gateway: Some(gateway), oif: Some(2) };
+        let side = Side {
+            links: vec![link(1, "lo", None), eth0],
+            addresses: endpoint.addresses(network).into_iter().map(|address| (2, address)).collect(),
+            routes: network.gateways().into_iter().map(default).collect(),
+        };
+        observed.containers.insert(name.clone(), Some(side));
+    }
+    for (_name, _endpoint, mapping) in topology.mappings() {
+        observed.relays.insert(mapping.key(), RelayProcess { pid: 7, started: 7 });
+    }
+    let routes = if crate::firewall::needs_route_localnet(topology) { "1" } else { "0" };
+    let key = crate::sysctl::of_interface("ipv4", network.bridge.as_str(), "route_localnet");
+    observed.sysctls.insert(key, routes.to_owned());
+    observed
+}
+
+/// Each step of the plan that mends what somebody did to an interface, and what takes the step back.
+fn mended(topology: &Topology, spoil: impl FnOnce(&mut Observed)) -> Vec<(String, Vec<String>)> {
+    let mut observed = in_place(topology);
+    spoil(&mut observed);
+    let plan = plan_for(topology, topology, &observed).unwrap();
+    assert_eq!(plan.problems, Vec::<String>::new());
+    let texts = |step: Step| (step.to_string(), step.undo.iter().map(ToString::to_string).collect());
+    plan.steps.into_iter().map(texts).collect()
+}
+
+fn of_host<'a>(observed: &'a mut Observed, name: &str) -> &'a mut Link {
+    observed.host.links.iter_mut().find(|link| link.name == name).unwrap()
+}
+
+fn of_web(observed: &mut Observed) -> &mut Side {
+    observed.containers.get_mut(&"web".parse().unwrap()).unwrap().as_mut().unwrap()
+}
+
+#[test]
+fn what_is_in_place_is_left_alone() {
+    for topology in [testdata::story(), testdata::everything()] {
+        assert_eq!(mended(&topology, |_observed| ()), []);
+    }
+}
+
+/// What somebody does to an interface, the only step that mends it, and what takes that back.
+type Case = (fn(&mut Observed), &'static str, &'static str);
+
+const OTHER: Mac = Mac([2, 0, 0, 0, 0, 9]);
+
+#[track_caller]
+fn assert_mended<const N: usize>(cases: [Case; N]) {
+    for (spoil, step, undo) in cases {
+        assert_eq!(mended(&testdata::story(), spoil), [(step.to_owned(), vec![undo.to_owned()])]);
+    }
+}
+
+#[test]
+fn each_property_of_the_bridge_is_mended_alone_and_can_be_put_back() {
+    fn bridge(observed: &mut Observed) -> &mut Link {
+        of_host(observed, "docker0")
+    }
+    assert_mended([
+        (
+            |observed| bridge(observed).mtu = 9000,
+            "ip link set dev docker0 mtu 1500",
+            "ip link set dev docker0 mtu 9000",
+        ),
+        (
+            |observed| bridge(observed).mac = Some(OTHER),
+            "ip link set dev docker0 address 02:42:ac:11:00:01",
+            "ip link set dev docker0 address 02:00:00:00:00:09",
+        ),
+        (
+            |observed| bridge(observed).up = false,
+            "ip link set dev docker0 up",
+            "ip link set dev docker0 down",
+        ),
+        (
+            |observed| observed.host.addresses.clear(),
+            "ip address add 172.17.0.1/16 broadcast + dev docker0",
+            "ip address delete 172.17.0.1/16 dev docker0",
+        ),
+    ]);
+}
+
+#[test]
+fn each_property_of_a_port_of_the_bridge_is_mended_alone_and_can_be_put_back() {
+    fn port(observed: &mut Observed) -> &mut Link {
+        of_host(observed, "veth0202020")
+    }
+    let (join, leave) =
+        ("ip link set dev veth0202020 master docker0", "ip link set dev veth0202020 nomaster");
+    assert_mended([
+        (
+            |observed| port(observed).mtu = 1400,
+            "ip link set dev veth0202020 mtu 1500",
+            "ip link set dev veth0202020 mtu 1400",
+        ),
+        (
+            |observed| port(observed).mac = Some(OTHER),
+            "ip link set dev veth0202020 address 02:02:02:02:02:02",
+            "ip link set dev veth0202020 address 02:00:00:00:00:09",
+        ),
+        (|observed| port(observed).master = None, join, leave),
+        (|observed| port(observed).master = Some(2), join, leave),
+        (
+            |observed| port(observed).hairpin = true,
+            "bridge link set dev veth0202020 hairpin off",
+            "bridge link set dev veth0202020 hairpin on",
+        ),
+        (
+            |observed| port(observed).up = false,
+            "ip link set dev veth0202020 up",
+            "ip link set dev veth0202020 down",
+        ),
+    ]);
+}
+
+#[test]
+fn each_property_of_a_container_is_mended_alone_and_can_be_put_back() {
+    fn eth0(observed: &mut Observed) -> &mut Link {
+        &mut of_web(observed).links[1]
+    }
+    assert_mended([
+        (
+            |observed| eth0(observed).mtu = 1400,
+            "ip -n web link set dev eth0 mtu 1500",
+            "ip -n web link set dev eth0 mtu 1400",
+        ),
+        (
+            |observed| eth0(observed).mac = Some(OTHER),
+            "ip -n web link set dev eth0 address 02:42:ac:11:00:02",
+            "ip -n web link set dev eth0 address 02:00:00:00:00:09",
+        ),
+        (
+            |observed| of_web(observed).addresses.clear(),
+            "ip -n web address add 172.17.0.2/16 broadcast + dev eth0",
+            "ip -n web address delete 172.17.0.2/16 dev eth0",
+        ),
+        (
+            |observed| of_web(observed).routes.clear(),
+            "ip -n web route add default via 172.17.0.1 dev eth0",
+            "ip -n web route delete default via 172.17.0.1 dev eth0",
+        ),
+        (
+            |observed| of_web(observed).links[0].up = false,
+            "ip -n web link set dev lo up",
+            "ip -n web link set dev lo down",
+        ),
+    ]);
+}
+
+#[test]
+fn an_interface_that_is_down_gets_its_routes_again() {
+    let steps = mended(&testdata::everything(), |observed| {
+        let web = of_web(observed);
+        web.links[1].up = false;
+        web.routes.clear();
+    });
+    let steps: Vec<_> = steps.iter().map(|(step, undo)| (step.as_str(), undo.len())).collect();
+    // What was down had no route of IPv6 to be taken away again.
+    let wanted = [
+        ("ip -n web link set dev eth0 up", 1),
+        ("ip -n web route add default via 172.17.0.1 dev eth0", 1),
+        ("ip -n web -6 route add default via fd00:d0c::1 dev eth0", 0),
+    ];
+    assert_eq!(steps, wanted);
 }
