@@ -201,3 +201,6 @@ impl UdpRelay {
         next.into_iter().flatten().min().unwrap_or_else(Instant::now)
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,416 @@
+//! The relay as a whole, in this process. The test makes each of its turns, so that nothing depends on time, and a socket
+//! that would be reported for ever is found.
+
+use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixDatagram;
+
+use nix::sys::epoll::EpollFlags;
+use socket2::SockRef;
+use tokio::runtime::Runtime;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+
+use super::*;
+use crate::mapping::PortMapping;
+use crate::mapping::addr::Protocol;
+use crate::mapping::limits::Limits;
+use crate::runtime::new_runtime;
+use crate::runtime::poll::{PollSet, WatchedListener};
+use crate::state::stats::{FailureKind, Stats};
+use crate::state::task::{Command, LiveFlow, LiveFlows};
+use crate::state::{Binding, MappingPolicy, Target};
+use crate::udp::table::{FlowId, Side};
+use crate::udp::tally::Towards;
+use crate::udp::token::{Wanted, event};
+
+/// Without it, what does not happen would hang the test.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Reports of sockets, many more than any test takes: one that nothing is done about does not end.
+const MOST_REPORTS: usize = 10_000;
+
+/// A relay with one listener, and a backend in the hands of the test.
+struct Scene {
+    relay: UdpRelay,
+    events: Events,
+    port: Arc<WatchedListener>,
+    target: Arc<Target>,
+    /// Where clients send to.
+    front: SocketAddr,
+    backend: UdpSocket,
+    _commands: mpsc::UnboundedSender<Command>,
+    runtime: Runtime,
+}
+
+fn socket() -> UdpSocket {
+    let socket = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    socket
+}
+
+fn address(socket: &UdpSocket) -> SocketAddr {
+    socket.local_addr().unwrap()
+}
+
+impl Scene {
+    fn new(limits: Limits) -> Self {
+        let runtime = new_runtime().unwrap();
+        let entered = runtime.enter();
+        let set = PollSet::new().unwrap();
+        let (commands, receiver) = mpsc::unbounded_channel();
+        let source = EventSource::new(set.clone()).unwrap();
+        let relay = UdpRelay::new(source, receiver, false, Arc::default());
+        drop(entered);
+        let (listener, backend) = (socket(), socket());
+        let front = address(&listener);
+        let (host, to) = (front.to_string().parse().unwrap(), address(&backend).to_string().parse().unwrap());
+        let port_mapping = PortMapping { protocol: Protocol::Udp, host, backend: to, v6only: false };
+        let policy = Arc::new(MappingPolicy { limits, state: Arc::default() });
+        let target = Arc::new(Target { port_mapping, policy });
+        let port = Arc::new(set.add(listener).unwrap());
+        let events = Events::new();
+        let mut scene = Self { relay, events, port, target, front, backend, _commands: commands, runtime };
+        let binding = Binding { port: scene.port.clone(), target: scene.target.clone() };
+        scene.relay.handle(Command::Serve(vec![binding]));
+        scene.port.watch(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP).unwrap();
+        scene
+    }
+
+    fn stats(&self) -> &Stats {
+        &self.target.policy.state.stats
+    }
+
+    fn failures(&self, kind: FailureKind) -> u64 {
+        self.stats().failure_kind(kind)
+    }
+
+    /// A client that sends to the listener.
+    fn client(&self) -> UdpSocket {
+        let client = socket();
+        client.connect(self.front).unwrap();
+        client
+    }
+
+    /// The flow of `client`.
+    fn flow(&self, client: &UdpSocket) -> Option<FlowId> {
+        self.relay.table.find(&FlowKey::new(self.port.number(), address(client), None))
+    }
+
+    /// Serves what is reported, until `done`.
+    #[track_caller]
+    fn serve_until(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> bool) {
+        for _ in 0..MOST_REPORTS {
+            if done(self) {
+                return;
+            }
+            let report = async { timeout(PATIENCE, self.relay.poll.wait(self.events.room())).await };
+            let count = self.runtime.block_on(report);
+            self.serve(count.unwrap_or_else(|_late| panic!("nothing is reported until {what}")).unwrap());
+        }
+        panic!("not after {MOST_REPORTS} reports: {what}");
+    }
+
+    /// Serves what is reported by now, which has to come to an end.
+    #[track_caller]
+    fn settle(&mut self) {
+        for _ in 0..MOST_REPORTS {
+            match self.relay.poll.look(self.events.room()) {
+                Ok(count) => self.serve(count),
+                Err(_nothing) => return,
+            }
+        }
+        panic!("something is reported for ever");
+    }
+
+    fn serve(&mut self, count: usize) {
+        self.events.refill(count);
+        while !self.events.is_over() {
+            self.relay.serve(&mut self.events);
+        }
+        self.relay.keep_house();
+    }
+
+    /// Waits until the backend has a datagram; returns it and the flow that it comes from.
+    #[track_caller]
+    fn at_backend(&mut self) -> (Vec<u8>, SocketAddr) {
+        let mut buffer = [0; 2000];
+        let mut received = None;
+        self.serve_until("a datagram is at the backend", |scene| {
+            received = scene.backend.recv_from(&mut buffer).ok();
+            received.is_some()
+        });
+        let (len, from) = received.unwrap();
+        (buffer[..len].to_vec(), from)
+    }
+
+    /// Waits until a client has a datagram.
+    #[track_caller]
+    fn at_client(&mut self, client: &UdpSocket) -> Vec<u8> {
+        let mut buffer = [0; 2000];
+        let mut len = None;
+        self.serve_until("a datagram is at the client", |_scene| {
+            len = client.recv(&mut buffer).ok();
+            len.is_some()
+        });
+        buffer[..len.unwrap()].to_vec()
+    }
+
+    /// Gives `client` a flow whose backend is the socket that is returned. Its buffers fill up, as those of loopback never
+    /// do.
+    fn flow_to_reader(&mut self, client: &UdpSocket) -> (FlowId, UnixDatagram) {
+        let (socket, backend) = UnixDatagram::pair().unwrap();
+        SockRef::from(&socket).set_send_buffer_size(8 * 1024).unwrap();
+        for end in [&socket, &backend] {
+            end.set_nonblocking(true).unwrap();
+        }
+        let (relay, now) = (&mut self.relay, Instant::now());
+        let flow = Flow::adopt(Arc::new(OwnedFd::from(socket)), None, 0, &self.target, &relay.capacity.room);
+        let mapping = crate::udp::flows::mapping_of(&self.target);
+        let bounds = relay.capacity.bounds(mapping, &self.target.policy.limits, now);
+        let id = relay.table.next_id();
+        relay.poll.epoll().add(&flow, event(Token::Flow(id), Wanted::RECEIVE)).unwrap();
+        let key = FlowKey::new(self.port.number(), address(client), None);
+        relay.table.insert(key, (&bounds, address(client).ip()), flow, now);
+        (id, backend)
+    }
+
+    fn unsent(&self, id: FlowId) -> usize {
+        self.relay.table.get(id).unwrap().1.unsent()
+    }
+
+    /// Datagrams that have left for the backend, and those of a flow that wait.
+    fn sent_and_unsent(&self, id: FlowId) -> usize {
+        usize::try_from(self.stats().datagrams_in.get()).unwrap() + self.unsent(id)
+    }
+}
+
+#[test]
+fn datagrams_go_both_ways_and_are_counted() {
+    let mut scene = Scene::new(Limits::default());
+    let client = scene.client();
+    client.send(b"question").unwrap();
+    let (question, flow) = scene.at_backend();
+    assert_eq!(question, b"question");
+    scene.backend.send_to(b"an answer", flow).unwrap();
+    assert_eq!(scene.at_client(&client), b"an answer");
+    scene.settle();
+    let stats = scene.stats();
+    assert_eq!([stats.datagrams_in.get(), stats.bytes_in.get()], [1, 8]);
+    assert_eq!([stats.datagrams_out.get(), stats.bytes_out.get()], [1, 9]);
+    assert_eq!([stats.flows.get(), stats.flows_total.get()], [1, 1]);
+    assert!(scene.relay.has_flows.load(Ordering::Relaxed));
+    assert!(FailureKind::ALL.iter().all(|kind| scene.failures(*kind) == 0));
+}
+
+#[test]
+fn what_waits_for_a_backend_leaves_once_that_reads() {
+    let mut scene = Scene::new(Limits::default());
+    let client = scene.client();
+    let (id, backend) = scene.flow_to_reader(&client);
+    let (mut sent, mut received) = (0, 0);
+    for _round in 0..3 {
+        while scene.unsent(id) < 3 {
+            sent += 1;
+            // Of those that get larger, none are joined.
+            client.send(&vec![7; 1000 + sent]).unwrap();
+            scene.serve_until("it has left, or waits", |scene| scene.sent_and_unsent(id) == sent);
+        }
+        // Nothing is done while the backend does not read.
+        scene.settle();
+        assert!(scene.unsent(id) >= 3);
+        scene.serve_until("all are at the backend", |_scene| {
+            while let Ok(len) = backend.recv(&mut [0; 2000]) {
+                received += 1;
+                assert_eq!(len, 1000 + received, "they are in order");
+            }
+            received == sent
+        });
+        assert_eq!(scene.unsent(id), 0);
+        // That there is room is reported no more.
+        scene.settle();
+    }
+    assert_eq!(scene.stats().datagrams_in.get(), sent as u64);
+}
+
+#[test]
+fn answers_come_while_a_backend_does_not_read() {
+    let mut scene = Scene::new(Limits::default());
+    let client = scene.client();
+    let (id, backend) = scene.flow_to_reader(&client);
+    let mut size = 1000;
+    while scene.unsent(id) == 0 {
+        size += 1;
+        client.send(&vec![7; size]).unwrap();
+        scene.serve_until("it is taken", |scene| scene.sent_and_unsent(id) == size - 1000);
+    }
+    backend.send(b"an answer").unwrap();
+    assert_eq!(scene.at_client(&client), b"an answer");
+    assert!(scene.unsent(id) > 0);
+}
+
+#[test]
+fn an_error_of_an_earlier_datagram_is_counted_and_costs_no_other() {
+    let mut scene = Scene::new(Limits::default());
+    let client = scene.client();
+    let backend = address(&scene.backend);
+    scene.backend = socket();
+    client.send(b"to nobody").unwrap();
+    scene.serve_until("that is known", |scene| scene.failures(FailureKind::DatagramRefused) == 1);
+    scene.settle();
+    assert_eq!(scene.failures(FailureKind::DatagramRefused), 1, "once");
+    scene.backend = UdpSocket::bind(backend).unwrap();
+    scene.backend.set_nonblocking(true).unwrap();
+    client.send(b"again").unwrap();
+    assert_eq!(scene.at_backend().0, b"again");
+}
+
+#[test]
+fn an_error_is_counted_on_its_way_and_nothing_is_when_there_is_none() {
+    let scene = Scene::new(Limits::default());
+    let number = scene.port.number();
+    scene.relay.note_error(number, io::ErrorKind::WouldBlock.into(), Towards::Clients);
+    assert_eq!(scene.failures(FailureKind::DatagramRefused), 0);
+    scene.relay.note_error(number, io::Error::from_raw_os_error(nix::libc::EHOSTUNREACH), Towards::Clients);
+    assert_eq!(scene.failures(FailureKind::DatagramRefused), 1);
+}
+
+#[test]
+fn flows_are_handed_over_as_they_are() {
+    let mut scene = Scene::new(Limits::default());
+    let [established, new] = [scene.client(), scene.client()];
+    for client in [&established, &new] {
+        client.send(b"hello").unwrap();
+        scene.at_backend();
+    }
+    let id = scene.flow(&established).unwrap();
+    scene.relay.table.establish(id, Instant::now());
+    let LiveFlows { flows, .. } = scene.relay.pause();
+    let of = |client: &UdpSocket| {
+        let known: Vec<_> = flows.iter().filter(|flow| flow.client == address(client)).collect();
+        assert_eq!(known.len(), 1);
+        known[0].is_established
+    };
+    assert_eq!([of(&established), of(&new)], [true, false]);
+
+    // Paused, datagrams stay where they are; afterwards all is as before.
+    established.send(b"meanwhile").unwrap();
+    scene.settle();
+    assert!(scene.backend.recv(&mut [0; 20]).is_err());
+    scene.relay.resume();
+    let (bytes, flow) = scene.at_backend();
+    assert_eq!(bytes, b"meanwhile");
+    scene.backend.send_to(b"an answer", flow).unwrap();
+    assert_eq!(scene.at_client(&established), b"an answer");
+}
+
+#[test]
+fn flows_are_taken_over_as_they_are() {
+    let mut scene = Scene::new(Limits::default());
+    let number = scene.port.number();
+    let clients = [scene.client(), scene.client()];
+    let mut sockets = Vec::new();
+    let flows = clients.iter().zip([true, false]).map(|(client, is_established)| {
+        let socket = socket();
+        socket.connect(address(&scene.backend)).unwrap();
+        sockets.push(socket.local_addr().unwrap());
+        let (client, socket) = (address(client), Arc::new(socket.into()));
+        LiveFlow { listener: number, client, local: None, is_established, peer: None, dropped: 3, socket }
+    });
+    let flows = LiveFlows { flows: flows.collect(), dropped: vec![(number, 7)], ports: None };
+    scene.relay.adopt(flows);
+    for ((client, socket), is_established) in clients.iter().zip(sockets).zip([true, false]) {
+        let id = scene.flow(client).unwrap();
+        assert_eq!(scene.relay.table.is_established(id), is_established);
+        let (_key, flow) = scene.relay.table.get(id).unwrap();
+        assert_eq!((flow.dropped, flow.port), (3, socket.port()));
+        client.send(b"goes on").unwrap();
+        assert_eq!(scene.at_backend(), (b"goes on".to_vec(), socket));
+        scene.backend.send_to(b"an answer", socket).unwrap();
+        assert_eq!(scene.at_client(client), b"an answer");
+    }
+    assert_eq!(scene.relay.listeners[number].dropped, 7);
+    assert_eq!(scene.stats().flows_total.get(), 2, "no other flow was opened");
+}
+
+#[test]
+fn a_flow_that_leads_elsewhere_is_not_taken_over() {
+    let mut scene = Scene::new(Limits::default());
+    let (client, other) = (scene.client(), socket());
+    let socket = socket();
+    socket.connect(address(&other)).unwrap();
+    let listener = scene.port.number();
+    let (client_addr, socket) = (address(&client), Arc::new(socket.into()));
+    let flow = LiveFlow {
+        listener,
+        client: client_addr,
+        local: None,
+        is_established: true,
+        peer: None,
+        dropped: 0,
+        socket,
+    };
+    scene.relay.adopt(LiveFlows { flows: vec![flow], ..LiveFlows::default() });
+    assert!(scene.flow(&client).is_none());
+    client.send(b"hello").unwrap();
+    assert_eq!(scene.at_backend().0, b"hello");
+}
+
+#[test]
+fn answers_of_any_port_are_those_of_the_backend() {
+    let mut scene = Scene::new(Limits { udp_any_port: true, ..Limits::default() });
+    let client = scene.client();
+    client.send(b"read").unwrap();
+    let (_question, flow) = scene.at_backend();
+    let transfer = socket();
+    transfer.send_to(b"first block", flow).unwrap();
+    assert_eq!(scene.at_client(&client), b"first block");
+    client.send(b"acknowledged").unwrap();
+    let mut received = None;
+    scene.serve_until("it goes on there", |_scene| {
+        received = transfer.recv(&mut [0; 20]).ok();
+        received.is_some()
+    });
+    let stranger = UdpSocket::bind("127.0.0.2:0").unwrap();
+    stranger.send_to(b"forged", flow).unwrap();
+    scene.serve_until("it is dropped", |scene| scene.failures(FailureKind::Forged) == 1);
+    assert!(client.recv(&mut [0; 20]).is_err());
+}
+
+#[test]
+fn a_flow_ends_when_its_time_is_over() {
+    let mut scene = Scene::new(Limits { udp_timeout: Duration::from_secs(60), ..Limits::default() });
+    let client = scene.client();
+    client.send(b"hello").unwrap();
+    scene.at_backend();
+    let id = scene.flow(&client).unwrap();
+    let start = Instant::now();
+    assert!(scene.relay.has_deadline());
+    assert!(scene.relay.next_deadline() > start + Duration::from_secs(50));
+    scene.relay.end_some(start + Duration::from_secs(59));
+    assert!(scene.relay.table.get(id).is_some());
+    // What waits for its turn has not been looked at.
+    scene.relay.table.get_mut(id).unwrap().1.is_waiting = true;
+    scene.relay.end_some(start + Duration::from_secs(61));
+    assert!(scene.relay.table.get(id).is_some());
+    scene.relay.table.get_mut(id).unwrap().1.is_waiting = false;
+    scene.relay.end_some(start + Duration::from_secs(122));
+    assert!(scene.relay.table.get(id).is_none());
+    assert_eq!(scene.stats().flows.get(), 0, "its socket is closed");
+    scene.relay.keep_house();
+    assert!(!scene.relay.has_flows.load(Ordering::Relaxed));
+}
+
+#[test]
+fn a_flow_is_not_over_while_there_is_traffic() {
+    let mut scene = Scene::new(Limits::default());
+    let client = scene.client();
+    client.send(b"hello").unwrap();
+    let (_bytes, flow) = scene.at_backend();
+    let id = scene.flow(&client).unwrap();
+    assert!(!scene.relay.table.is_established(id));
+    scene.backend.send_to(b"an answer", flow).unwrap();
+    scene.at_client(&client);
+    scene.relay.table.touch(id, Side::Client, Instant::now());
+    assert!(scene.relay.table.is_established(id), "the answer was noted");
+}
