@@ -54,10 +54,23 @@ pub(super) async fn relay(client: &Stream, backend: &Stream, guard: &ConnectionG
         Some(limit) => Box::pin(both_ways_unless_idle(&up, &down, limit)).await,
     };
     if let Some(error) = &failure {
-        let is_idle = error.kind() == io::ErrorKind::TimedOut && error.raw_os_error().is_none();
-        guard.stats().count(if is_idle { FailureKind::Idle } else { FailureKind::Broken });
+        guard.stats().count(failure_kind(error));
     }
     Outcome { to_backend: up.meter.moved(), to_client: down.meter.moved(), failure }
+}
+
+/// What an error that broke a connection counts as. A timeout of the kernel (`ETIMEDOUT`: no acknowledgement, or no
+/// reply to keepalives) has an error number; [`idle_error`] has none.
+fn failure_kind(error: &io::Error) -> FailureKind {
+    match error.raw_os_error() {
+        None if error.kind() == io::ErrorKind::TimedOut => FailureKind::Idle,
+        _ => FailureKind::Broken,
+    }
+}
+
+/// The error of a connection that was idle for `limit`.
+fn idle_error(limit: Duration) -> io::Error {
+    io::Error::new(io::ErrorKind::TimedOut, format!("idle for {limit:?}"))
 }
 
 async fn both_ways_unless_idle(
@@ -71,7 +84,7 @@ async fn both_ways_unless_idle(
         () = until_idle(limit, [up, down]) => {
             reset_on_close(up.source);
             reset_on_close(up.sink);
-            Some(io::Error::new(io::ErrorKind::TimedOut, format!("idle for {limit:?}")))
+            Some(idle_error(limit))
         }
     }
 }
@@ -167,3 +180,6 @@ async fn finish_after_eof(
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,231 @@
+//! Whole connections, between peers on threads of their own.
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread;
+
+use nix::libc;
+use rproxy_sys::socket::accept;
+
+use super::*;
+use crate::bind::listen::set_stream_options;
+use crate::mapping::PortMapping;
+use crate::mapping::addr::Protocol;
+use crate::mapping::limits::Limits;
+use crate::runtime::new_runtime;
+use crate::state::stats::Stats;
+use crate::state::{MappingPolicy, Target};
+use crate::tcp::dial;
+
+/// Without it, a relay that spins or waits in vain would hang the test.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Attempts to write in vain, this far apart, after which all buffers are full.
+const ATTEMPTS: usize = 20;
+const PAUSE: Duration = Duration::from_millis(5);
+
+fn listener() -> TcpListener {
+    TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap()
+}
+
+fn patient(stream: TcpStream) -> TcpStream {
+    stream.set_read_timeout(Some(PATIENCE)).unwrap();
+    stream.set_write_timeout(Some(PATIENCE)).unwrap();
+    stream
+}
+
+/// What became of a connection, and the counters of its mapping.
+struct Relayed {
+    outcome: Outcome,
+    target: Arc<Target>,
+}
+
+impl Relayed {
+    fn stats(&self) -> &Stats {
+        &self.target.policy.state.stats
+    }
+
+    #[track_caller]
+    fn assert_only_failure(&self, only: FailureKind) {
+        for kind in FailureKind::ALL {
+            assert_eq!(self.stats().failure_kind(kind), u64::from(kind == only), "{kind:?}");
+        }
+        assert!(self.outcome.failure.is_some());
+    }
+}
+
+/// Relays one connection. The client has its connection from the start; the relay accepts it once `play` has
+/// taken what the client's part returned, and the backend's part begins then.
+fn relayed(
+    limits: Limits,
+    client: impl FnOnce(TcpStream) -> TcpStream,
+    play: impl FnOnce(TcpStream, TcpStream) + Send + 'static,
+) -> Relayed {
+    let (front, back) = (listener(), listener());
+    set_stream_options(&SockRef::from(&front)).unwrap();
+    let address = back.local_addr().unwrap().to_string();
+    let host = front.local_addr().unwrap().to_string().parse().unwrap();
+    let port_mapping =
+        PortMapping { protocol: Protocol::Tcp, host, backend: address.parse().unwrap(), v6only: false };
+    let policy = Arc::new(MappingPolicy { limits, state: Arc::default() });
+    let target = Arc::new(Target { port_mapping, policy });
+    let client = client(patient(TcpStream::connect(front.local_addr().unwrap()).unwrap()));
+    let (done, is_done) = mpsc::channel();
+    let of_relay = target.clone();
+    // Not joined: one that goes on for ever must not hang the test.
+    thread::spawn(move || {
+        let outcome = new_runtime().unwrap().block_on(serve(&front, &of_relay));
+        done.send(outcome).unwrap();
+    });
+    let peers = thread::spawn(move || play(client, patient(back.accept().unwrap().0)));
+    let outcome = is_done.recv_timeout(PATIENCE).expect("the relay ends");
+    peers.join().unwrap();
+    Relayed { outcome, target }
+}
+
+async fn serve(front: &TcpListener, target: &Arc<Target>) -> Outcome {
+    let guard = ConnectionGuard::take(target);
+    let client = Stream::new(accept(front.as_fd()).unwrap().0).unwrap();
+    let backend = target.port_mapping.backend;
+    let backend = dial::dial(dial::open(backend).unwrap(), backend, None, &client).await.unwrap();
+    backend.acknowledge();
+    relay(&client, &backend, &guard).await
+}
+
+/// Writes until nothing more is taken.
+fn fill(mut stream: &TcpStream) {
+    stream.set_nonblocking(true).unwrap();
+    let mut in_vain = 0;
+    while in_vain < ATTEMPTS {
+        // How much of it is taken in part does not matter.
+        let Err(error) = stream.write_all(&[7; 64 * 1024]) else {
+            in_vain = 0;
+            continue;
+        };
+        assert_eq!(error.kind(), ErrorKind::WouldBlock);
+        in_vain += 1;
+        thread::sleep(PAUSE);
+    }
+    stream.set_nonblocking(false).unwrap();
+}
+
+fn reset(stream: TcpStream) {
+    SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
+    drop(stream);
+}
+
+/// Takes what a peer has sent until it ends with a reset.
+#[track_caller]
+fn assert_reset(mut stream: &TcpStream) {
+    let error = io::copy(&mut stream, &mut io::sink()).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+}
+
+#[test]
+fn both_directions_end_in_order_and_each_byte_is_counted() {
+    let relayed = relayed(
+        Limits::default(),
+        |client| client,
+        |mut client, mut backend| {
+            client.write_all(b"request").unwrap();
+            client.shutdown(Shutdown::Write).unwrap();
+            let mut request = Vec::new();
+            backend.read_to_end(&mut request).unwrap();
+            assert_eq!(request, b"request");
+            backend.write_all(b"an answer").unwrap();
+            drop(backend);
+            let mut answer = Vec::new();
+            client.read_to_end(&mut answer).unwrap();
+            assert_eq!(answer, b"an answer");
+        },
+    );
+    let Outcome { to_backend, to_client, failure } = &relayed.outcome;
+    assert_eq!((*to_backend, *to_client), (7, 9));
+    assert!(failure.is_none(), "{failure:?}");
+    assert_eq!([relayed.stats().bytes_in.get(), relayed.stats().bytes_out.get()], [7, 9]);
+    assert!(FailureKind::ALL.iter().all(|kind| relayed.stats().failure_kind(*kind) == 0));
+    assert_eq!(relayed.outcome.to_string(), "7 bytes in, 9 bytes out, closed");
+}
+
+#[test]
+fn a_backend_that_resets_while_bytes_wait_for_it_resets_the_client() {
+    // Copied, and spliced if there is a lot from the start.
+    for is_filled in [false, true] {
+        let prepare = move |client: TcpStream| {
+            if is_filled {
+                fill(&client);
+            }
+            client
+        };
+        let relayed = relayed(Limits::default(), prepare, |client, backend| {
+            fill(&client);
+            reset(backend);
+            assert_reset(&client);
+        });
+        relayed.assert_only_failure(FailureKind::Broken);
+    }
+}
+
+#[test]
+fn a_client_that_resets_while_bytes_wait_for_it_resets_the_backend() {
+    let relayed = relayed(
+        Limits::default(),
+        |client| client,
+        |client, backend| {
+            fill(&backend);
+            reset(client);
+            assert_reset(&backend);
+        },
+    );
+    relayed.assert_only_failure(FailureKind::Broken);
+}
+
+#[test]
+fn a_client_that_resets_while_its_own_bytes_wait_resets_the_backend() {
+    for is_filled in [false, true] {
+        let prepare = move |client: TcpStream| {
+            if is_filled {
+                fill(&client);
+            }
+            client
+        };
+        let relayed = relayed(Limits::default(), prepare, |client, backend| {
+            fill(&client);
+            reset(client);
+            // It does not read before: nothing more can be delivered.
+            let failed = || SockRef::from(&backend).take_error().unwrap().is_some();
+            for _ in 0..PATIENCE.as_millis() / PAUSE.as_millis() {
+                if failed() {
+                    return;
+                }
+                thread::sleep(PAUSE);
+            }
+            panic!("the backend is not reset");
+        });
+        relayed.assert_only_failure(FailureKind::Broken);
+    }
+}
+
+#[test]
+fn an_idle_connection_is_reset_on_both_sides() {
+    let limits = Limits { idle_timeout: Some(Duration::from_millis(100)), ..Limits::default() };
+    let relayed = relayed(
+        limits,
+        |client| client,
+        |client, backend| {
+            assert_reset(&client);
+            assert_reset(&backend);
+        },
+    );
+    relayed.assert_only_failure(FailureKind::Idle);
+}
+
+#[test]
+fn a_timeout_of_the_kernel_is_no_idle_timeout() {
+    assert_eq!(failure_kind(&io::Error::from_raw_os_error(libc::ETIMEDOUT)), FailureKind::Broken);
+    assert_eq!(failure_kind(&io::Error::from_raw_os_error(libc::ECONNRESET)), FailureKind::Broken);
+    assert_eq!(failure_kind(&idle_error(Duration::from_secs(1))), FailureKind::Idle);
+}
