@@ -369,7 +369,7 @@ impl ServeError {
 
 #[cfg(test)]
 mod tests {
-    use std::net::TcpStream;
+    use std::net::{TcpListener, TcpStream};
     use std::os::fd::OwnedFd;
 
     use super::*;
@@ -405,5 +405,28 @@ mod tests {
         server.abandon();
         assert!(!kept.iter().any(is_listening));
         TcpStream::connect(addr).unwrap_err();
+    }
+
+    #[test]
+    fn a_change_that_fails_leaves_no_socket_and_no_name() {
+        new_runtime().unwrap().block_on(async {
+            let mut server = Server::prepared(Vec::new(), true).unwrap();
+            // An address that no other test binds.
+            let [free, taken] = [(); 2].map(|()| TcpListener::bind("127.0.0.77:0").unwrap());
+            let [free_port, taken_port] = [&free, &taken].map(|socket| socket.local_addr().unwrap().port());
+            drop(free);
+            let at = |name: &str, port: u16| {
+                let json = format!(
+                    r#"{{"name":"{name}","host":"127.0.0.77","host_ports":"{port}","to":"192.0.2.1","to_ports":"80"}}"#
+                );
+                serde_json::from_str::<WireMapping>(&json).unwrap().read().unwrap()
+            };
+            let wanted = || vec![at("free", free_port), at("taken", taken_port)];
+            server.add(wanted()).await.unwrap_err();
+            server.apply(wanted()).await.unwrap_err();
+            TcpListener::bind(("127.0.0.77", free_port)).unwrap();
+            assert!(server.registry.is_empty() && server.registry.draining().next().is_none());
+            assert_eq!(server.add(vec![at("free", free_port)]).await.unwrap().added, 1);
+        });
     }
 }

@@ -465,3 +465,42 @@ fn log_failure(port_mapping: &PortMapping, error: &io::Error) {
         warn!(mapping = %port_mapping, error = %explain(error, 2), suppressed, "cannot accept a connection");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::net::{IpAddr, Ipv4Addr, TcpStream};
+
+    use super::*;
+    use crate::bind::BoundPort;
+    use crate::bind::listen::Listener;
+    use crate::mapping::addr::Protocol;
+    use crate::mapping::limits::Limits;
+    use crate::state::Target;
+    use crate::state::stats::FailureKind;
+
+    #[test]
+    fn a_client_without_a_backend_socket_is_reset_and_counted() {
+        let localhost = IpAddr::from(Ipv4Addr::LOCALHOST);
+        let port_mapping = PortMapping {
+            protocol: Protocol::Tcp,
+            host: HostSocketAddr::new(localhost, 0),
+            backend: BackendAddr::new(localhost, 80).unwrap(),
+            v6only: false,
+        };
+        let bound = BoundPort::bind(port_mapping).unwrap();
+        let Listener::Tcp(listener) = &bound.listener else { panic!("not a TCP listener") };
+        let policy = Arc::new(MappingPolicy { limits: Limits::default(), state: Arc::default() });
+        let guard = ConnectionGuard::take(&Arc::new(Target { port_mapping, policy }));
+
+        let mut stream = TcpStream::connect(bound.local_addr().unwrap()).unwrap();
+        // It is not blocking, and the connection is there.
+        let (client, peer) = listener.accept().unwrap();
+        let refused = io::Error::from_raw_os_error(Errno::EAFNOSUPPORT as i32);
+        reset_without_backend(client.into(), peer, &guard, refused);
+        let error = stream.read(&mut [0]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
+        assert_eq!(guard.stats().failure_kind(FailureKind::ConnectFailed), 1);
+        assert_eq!(guard.stats().connections_total.get(), 1);
+    }
+}
