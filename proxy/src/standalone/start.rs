@@ -1,0 +1,238 @@
+//! The start: binds the sockets or takes them over from an old process, and confines the process before it serves.
+
+use std::io;
+use std::os::fd::OwnedFd;
+
+use nix::sys::signal::Signal;
+use tokio::runtime::Runtime;
+use tracing::{debug, info};
+
+use super::manager::{Drain, Manager, Reload};
+use crate::bind::activation::{InheritedError, InheritedSockets};
+use crate::bind::listen::BindError;
+use crate::bind::{Bound, BoundError, BoundPort};
+use crate::cli::Serve;
+use crate::config::{self, ConfigError};
+use crate::control::socket::{ControlSocket, SocketError};
+use crate::engine::Server;
+use crate::log::console::Output;
+use crate::log::escape::escaped;
+use crate::loops::LoopError;
+use crate::mapping::addr::HostSocketAddr;
+use crate::mapping::family::{NO_IPV6, has_ipv6};
+use crate::mapping::{HostPorts, Mapping, PortMapping};
+use crate::runtime::descriptors::explain;
+use crate::runtime::new_runtime;
+use crate::runtime::signals::StopSignals;
+use crate::sandbox::{self, Changes, Needs, SandboxError};
+use crate::state::task::LiveFlows;
+use crate::systemd::{self, ActivationError};
+use crate::udp::stale;
+use crate::upgrade::{self, Launcher, Sockets, Upgrade, UpgradeError, take_over};
+
+/// The source of this process's listening sockets.
+pub(super) enum Origin {
+    /// It binds them itself, except for those passed by a service manager.
+    Fresh(InheritedSockets),
+    /// An upgrade: the process that still serves passes them over this socket.
+    OldProcess(OwnedFd),
+}
+
+impl Origin {
+    /// Claims the descriptors that were passed to this process.
+    ///
+    /// # Errors
+    /// Why they cannot be used.
+    pub(super) fn claim() -> Result<Self, StartError> {
+        let passed = systemd::passed_sockets();
+        match upgrade::claim()? {
+            Some(channel) => Ok(Self::OldProcess(channel)),
+            None => Ok(Self::Fresh(passed?)),
+        }
+    }
+}
+
+/// Completes every step that has to precede readiness: binds all host addresses, or none.
+pub(super) fn start(
+    mappings: Vec<Mapping>,
+    origin: Result<Origin, StartError>,
+    launcher: io::Result<Launcher>,
+    options: &Serve,
+) -> Result<(Runtime, Manager), StartError> {
+    let origin = origin?;
+    let runtime = new_runtime().map_err(setup("create the event loop"))?;
+    let entered = runtime.enter();
+    let upgrade = Upgrade::catch(launcher).map_err(setup("catch signals"))?;
+    let reload = options.config.clone().map(Reload::of_file).transpose().map_err(setup("catch signals"))?;
+    drop(entered);
+    let Started { server, control, stop } = match origin {
+        Origin::Fresh(passed) => start_fresh(&runtime, mappings, passed, options)?,
+        Origin::OldProcess(channel) => start_upgraded(&runtime, &mappings, channel, options)?,
+    };
+    server.announce();
+    systemd::ready();
+    let drain = Drain { timeout: options.drain_timeout, after_upgrade: options.upgrade_drain_timeout() };
+    let watchdog = systemd::watchdog_interval();
+    Ok((runtime, Manager { server, stop, drain, control, reload, watchdog, upgrade }))
+}
+
+/// What a started process owns.
+struct Started {
+    server: Server,
+    control: Option<ControlSocket>,
+    stop: StopSignals,
+}
+
+/// Binds the mappings, of the configuration if there is one, and prints where they listen.
+fn start_fresh(
+    runtime: &Runtime,
+    mappings: Vec<Mapping>,
+    passed: InheritedSockets,
+    options: &Serve,
+) -> Result<Started, StartError> {
+    let _entered = runtime.enter();
+    let mappings = match &options.config {
+        Some(file) => config::read(file)?,
+        None => mappings,
+    };
+    // Only now: reading a pipe may take long, and until then signals end this process at once.
+    let stop = catch_stop_signals(options)?;
+    let control = options.control.as_deref().map(ControlSocket::bind).transpose()?;
+    let bound = Bound::bind_all(mappings, passed).map_err(|error| bind_error(error, options))?;
+    stale::forget_flows_to(bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.port_mapping));
+    let ready = ready_lines(&bound);
+    // Before confinement, because a terminal has to be reopened.
+    let output = Output::open();
+    let server = prepare_server(bound, options)?;
+    server.start(LiveFlows::default());
+    output.write(runtime.handle(), &ready);
+    Ok(Started { server, control, stop })
+}
+
+/// Takes over the mappings, sockets and flows of the process at the other end of `channel`, which continues
+/// to serve if this fails.
+fn start_upgraded(
+    runtime: &Runtime,
+    mappings: &[Mapping],
+    channel: OwnedFd,
+    options: &Serve,
+) -> Result<Started, StartError> {
+    let entered = runtime.enter();
+    let stop = catch_stop_signals(options)?;
+    let fixed = (!may_change(options)).then_some(mappings);
+    let Sockets { bound, mut control, old } =
+        runtime.block_on(take_over(channel, fixed, options.control.as_deref()))?;
+    let server = prepare_server(bound, options)?;
+    drop(entered);
+    runtime.block_on(old.hand_over_to(&server))?;
+    control.iter_mut().for_each(ControlSocket::own);
+    Ok(Started { server, control, stop })
+}
+
+fn catch_stop_signals(options: &Serve) -> Result<StopSignals, StartError> {
+    let hang_up = if options.config.is_none() { &[Signal::SIGHUP][..] } else { &[] };
+    let meaningless = [hang_up, &[Signal::SIGUSR1, Signal::SIGALRM]].concat();
+    StopSignals::catch(&meaningless).map_err(setup("catch signals"))
+}
+
+/// Whether mappings may be added or changed later.
+fn may_change(options: &Serve) -> bool {
+    options.control.is_some() || options.config.is_some()
+}
+
+/// Completes every step that can fail before `bound` is served, and confines the process.
+fn prepare_server(bound: Vec<Bound>, options: &Serve) -> Result<Server, StartError> {
+    if !has_ipv6() && options.mappings.is_everywhere() {
+        info!("{NO_IPV6}");
+    }
+    let needs = needs(options, &bound);
+    let server = Server::prepared(bound, may_change(options)).map_err(setup("watch the listeners"))?;
+    server.look_at_processors();
+    if let Some(user) = &options.user {
+        for error in server.udp_sockets().filter_map(|socket| user.own(socket).err()) {
+            debug!(%error, %user, "cannot make the user own a UDP listener, whose clients share its send buffer");
+        }
+    }
+    sandbox::confine(options.sandbox, &needs)?;
+    Ok(server)
+}
+
+fn setup(step: &'static str) -> impl FnOnce(io::Error) -> StartError {
+    move |source| StartError::Setup { step, source }
+}
+
+/// What serving `bound`, and possible changes, need after confinement.
+fn needs<'a>(options: &'a Serve, bound: &[Bound]) -> Needs<'a> {
+    let (socket, configuration) = (options.control.as_deref(), options.config.as_deref());
+    let changes = may_change(options).then_some(Changes { socket, configuration });
+    let ports = bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.port_mapping);
+    Needs {
+        user: options.user.as_ref(),
+        abstract_sockets: systemd::is_abstract(),
+        changes,
+        dscp: bound.iter().any(|bound| bound.mapping.limits().dscp.is_some()),
+        ..Needs::to_serve(ports)
+    }
+}
+
+/// The output for `bound` in the format of `docker port`: `80/tcp -> 0.0.0.0:49153`, and for a range
+/// `80-90/tcp -> 0.0.0.0:8000-8010`.
+fn ready_lines(bound: &[Bound]) -> Vec<String> {
+    bound.iter().flat_map(ready_lines_of).collect()
+}
+
+fn ready_lines_of(bound: &Bound) -> Vec<String> {
+    let mapping = &bound.mapping;
+    match mapping.host_ports() {
+        HostPorts::Exactly(range) if bound.is_where_asked() => {
+            let (host, backend_ports) = (mapping.host(), mapping.backend_ports());
+            let line = |protocol| format!("{backend_ports}/{protocol} -> {host}:{range}");
+            mapping.protocols().iter().map(line).collect()
+        }
+        _ => {
+            let line = |port: &BoundPort| {
+                let PortMapping { backend, protocol, host, .. } = port.port_mapping;
+                format!("{}/{protocol} -> {host}", backend.socket_addr().port())
+            };
+            bound.ports.iter().map(line).collect()
+        }
+    }
+}
+
+/// Names the command-line option of a port that cannot be bound.
+fn bind_error(error: BoundError, options: &Serve) -> StartError {
+    match error {
+        BoundError::InheritedSockets(source) => StartError::InheritedSockets(source),
+        BoundError::Loop(source) => StartError::Loop(source),
+        BoundError::Bind(source) => {
+            let asked = match &options.config {
+                Some(file) => format!("--config {}:", escaped(file)),
+                None => options.mappings.words_for(HostSocketAddr::from(source.addr)).to_owned(),
+            };
+            StartError::Bind { asked, source }
+        }
+    }
+}
+
+/// Why the start failed.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum StartError {
+    #[error("{asked} {}: {}", source.addr, source.reason())]
+    Bind { asked: String, source: BindError },
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    InheritedSockets(InheritedError),
+    #[error(transparent)]
+    Loop(LoopError),
+    #[error(transparent)]
+    Activation(#[from] ActivationError),
+    #[error(transparent)]
+    Control(#[from] SocketError),
+    #[error(transparent)]
+    Upgrade(#[from] UpgradeError),
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
+    #[error("cannot {step}: {}", explain(source, 1))]
+    Setup { step: &'static str, source: io::Error },
+}
