@@ -263,3 +263,20 @@ struct Answer {
     gso: bool,
     part: Part,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_backend_answers_from_its_address_whatever_the_port() {
+        let comes = |sender: &str, backend: &str| is_from(sender.parse().unwrap(), backend.parse().unwrap());
+        assert!(comes("192.0.2.1:7", "192.0.2.1:69"));
+        assert!(!comes("192.0.2.2:69", "192.0.2.1:69"));
+        assert!(comes("[fd00::1]:7", "[fd00::1]:69"));
+        assert!(comes("[fd00::1%2]:7", "[fd00::1]:69"), "an interface means nothing to it");
+        assert!(!comes("[fd00::2]:69", "[fd00::1]:69"));
+        assert!(comes("[fe80::1%2]:7", "[fe80::1%2]:69"));
+        assert!(!comes("[fe80::1%3]:69", "[fe80::1%2]:69"), "another host on another link");
+    }
+}

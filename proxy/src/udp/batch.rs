@@ -67,3 +67,71 @@ impl Buffers {
         self.taken = 0;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::UdpSocket;
+    use std::os::fd::AsFd;
+
+    use super::*;
+
+    /// Receives this many datagrams, each of which takes most of a slot.
+    fn receive_large(buffers: &mut Buffers, count: usize) -> usize {
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        socket.connect(socket.local_addr().unwrap()).unwrap();
+        let mut batch = buffers.take();
+        for slot in 0..count {
+            socket.send(&[7; 60_000]).unwrap();
+            // Waits for it.
+            assert_eq!(socket.peek(&mut [0]).unwrap(), 1);
+            assert_eq!(batch.received.recv(socket.as_fd(), slot, 1, false).unwrap(), 1);
+        }
+        let memory = batch.received.memory();
+        buffers.put_back(batch, memory);
+        memory
+    }
+
+    fn memory(buffers: &mut Buffers) -> usize {
+        let batch = buffers.take();
+        let memory = batch.received.memory();
+        buffers.put_back(batch, 0);
+        memory
+    }
+
+    #[test]
+    fn what_a_burst_took_is_given_back_when_it_is_over() {
+        let mut buffers = Buffers::default();
+        let start = Instant::now();
+        let took = receive_large(&mut buffers, 3);
+        assert!(took >= 3 * 60_000);
+        buffers.give_back(start);
+        assert_eq!(buffers.next_look, Some(start + IN_USE));
+        // It goes on.
+        receive_large(&mut buffers, 4);
+        buffers.give_back(start + IN_USE / 2);
+        assert_eq!(buffers.next_look, Some(start + IN_USE), "it is not looked at before");
+        buffers.give_back(start + IN_USE);
+        assert!(memory(&mut buffers) > took);
+        assert_eq!(buffers.next_look, Some(start + 2 * IN_USE));
+        buffers.give_back(start + 2 * IN_USE);
+        assert_eq!((memory(&mut buffers), buffers.next_look), (0, None));
+    }
+
+    #[test]
+    fn a_little_is_kept() {
+        let mut buffers = Buffers::default();
+        let start = Instant::now();
+        let took = receive_large(&mut buffers, 1);
+        assert!(took <= KEPT_BYTES);
+        buffers.give_back(start);
+        assert_eq!((memory(&mut buffers), buffers.next_look), (took, None));
+    }
+
+    #[test]
+    fn the_next_slot_is_behind_those_in_use() {
+        let mut batch = Batch::default();
+        assert_eq!(batch.next_slot(), 0);
+        batch.slots.push((FlowId::from_u64(1), 4));
+        assert_eq!(batch.next_slot(), 5);
+    }
+}

@@ -456,6 +456,26 @@ mod tests {
     }
 
     #[test]
+    fn an_error_that_lasts_costs_the_message_that_meets_it_and_no_other() {
+        let (a, b) = pair();
+        // No datagram of IPv4 is as large, however often it is tried.
+        let too_large = vec![1; GSO_BYTES + 1];
+        let [large, small] = [[IoSlice::new(&too_large)], [IoSlice::new(b"small")]];
+        let messages = [&small, &large, &small].map(|payload| transmit(payload, None));
+        let mut lost = Vec::new();
+        assert!(send_all(a.as_fd(), &messages, true, &mut |outcome| match outcome {
+            SendOutcome::Lost(message, error) => lost.push((amount_of(message).bytes, error.raw_os_error())),
+            other => panic!("{other:?}"),
+        }));
+        assert_eq!(lost, [(GSO_BYTES as u64 + 1, Some(libc::EMSGSIZE))]);
+        for _ in 0..2 {
+            assert_eq!(b.recv(&mut [0; 9]).unwrap(), 5);
+        }
+        b.set_nonblocking(true).unwrap();
+        b.recv(&mut [0; 9]).unwrap_err();
+    }
+
+    #[test]
     fn errors_have_their_remedies() {
         let of = |errno, is_gso| remedy(io::Error::from_raw_os_error(errno), is_gso);
         assert!(matches!(of(libc::ECONNREFUSED, false), Remedy::Again(_)));
@@ -505,6 +525,33 @@ mod tests {
         assert!(queues[0].flush(a.as_fd(), &mut tally));
         queues.truncate(1);
         assert_eq!(left(), ROOM_BYTES);
+    }
+
+    #[test]
+    fn what_waits_moves_to_another_queue_with_the_room_that_it_takes() {
+        let room = Arc::<Room>::default();
+        let mut queues = [(); 2].map(|()| SendQueue::new(room.clone()));
+        let mut tally = Tally::default();
+        let bytes = [7; 3];
+        for size in 1..=3 {
+            let payload = [IoSlice::new(&bytes[..size])];
+            tally.relayed += amount_of(&transmit(&payload, None));
+            queues[0].keep(&transmit(&payload, None), &mut tally);
+        }
+        let taken = ROOM_BYTES - room.left.load(Ordering::Relaxed);
+        assert!(!room.is_unused());
+        let [from, to] = &mut queues;
+        while let Some(waiting) = from.pop() {
+            to.push(waiting);
+        }
+        assert_eq!((from.len(), from.bytes, to.len(), to.bytes), (0, 0, 3, taken));
+        assert_eq!(ROOM_BYTES - room.left.load(Ordering::Relaxed), taken);
+        let (a, b) = pair();
+        assert!(to.flush(a.as_fd(), &mut tally));
+        for size in 1..=3 {
+            assert_eq!(b.recv(&mut [0; 9]).unwrap(), size);
+        }
+        assert!(room.is_unused());
     }
 
     proptest! {

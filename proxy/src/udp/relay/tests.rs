@@ -13,6 +13,7 @@ use tokio::time::timeout;
 
 use super::*;
 use crate::mapping::PortMapping;
+use crate::mapping::access::parse_network;
 use crate::mapping::addr::Protocol;
 use crate::mapping::limits::Limits;
 use crate::runtime::new_runtime;
@@ -32,6 +33,7 @@ const MOST_REPORTS: usize = 10_000;
 
 /// A relay with one listener, and a backend in the hands of the test.
 struct Scene {
+    set: PollSet,
     relay: UdpRelay,
     events: Events,
     port: Arc<WatchedListener>,
@@ -70,11 +72,26 @@ impl Scene {
         let target = Arc::new(Target { port_mapping, policy });
         let port = Arc::new(set.add(listener).unwrap());
         let events = Events::new();
-        let mut scene = Self { relay, events, port, target, front, backend, _commands: commands, runtime };
-        let binding = Binding { port: scene.port.clone(), target: scene.target.clone() };
-        scene.relay.handle(Command::Serve(vec![binding]));
-        scene.port.watch(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP).unwrap();
+        let mut scene = Self {
+            set,
+            relay,
+            events,
+            port: port.clone(),
+            target: target.clone(),
+            front,
+            backend,
+            _commands: commands,
+            runtime,
+        };
+        scene.serve_port(&port, &target);
         scene
+    }
+
+    /// Serves a listener so from now on.
+    fn serve_port(&mut self, port: &Arc<WatchedListener>, target: &Arc<Target>) {
+        let binding = Binding { port: port.clone(), target: target.clone() };
+        self.relay.handle(Command::Serve(vec![binding]));
+        port.watch(EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP).unwrap();
     }
 
     fn stats(&self) -> &Stats {
@@ -413,4 +430,201 @@ fn a_flow_is_not_over_while_there_is_traffic() {
     scene.at_client(&client);
     scene.relay.table.touch(id, Side::Client, Instant::now());
     assert!(scene.relay.table.is_established(id), "the answer was noted");
+}
+
+#[test]
+fn an_error_is_taken_off_a_flow_that_waits() {
+    let mut scene = Scene::new(Limits::default());
+    let client = scene.client();
+    client.send(b"hello").unwrap();
+    scene.at_backend();
+    let id = scene.flow(&client).unwrap();
+    scene.relay.pause();
+    scene.backend = socket();
+    let flow = scene.relay.table.get(id).unwrap().1.socket();
+    SockRef::from(&flow).send(b"to nobody").unwrap();
+    scene.serve_until("that is known", |scene| scene.failures(FailureKind::DatagramRefused) == 1);
+    scene.settle();
+    assert!(scene.relay.table.get(id).unwrap().1.is_waiting);
+}
+
+#[test]
+fn answers_of_several_listeners_each_leave_by_their_own() {
+    let mut scene = Scene::new(Limits::default());
+    let other = socket();
+    let front = address(&other);
+    let port = Arc::new(scene.set.add(other).unwrap());
+    scene.serve_port(&port, &scene.target.clone());
+    let clients: Vec<_> = (0..6)
+        .map(|number| {
+            let client = socket();
+            client.connect(if number % 2 == 0 { scene.front } else { front }).unwrap();
+            client.send(b"question").unwrap();
+            (client, scene.at_backend().1)
+        })
+        .collect();
+    // Found all at once.
+    for (_client, flow) in &clients {
+        scene.backend.send_to(b"an answer", flow).unwrap();
+    }
+    // A client takes nothing from another address than the one it asked.
+    for (client, _flow) in &clients {
+        assert_eq!(scene.at_client(client), b"an answer");
+    }
+}
+
+#[test]
+fn a_change_ends_those_flows_that_it_concerns() {
+    let change = |change: &dyn Fn(&mut PortMapping, &mut Limits)| {
+        let mut scene = Scene::new(Limits::default());
+        let client = scene.client();
+        client.send(b"hello").unwrap();
+        scene.at_backend();
+        let mut port_mapping = scene.target.port_mapping;
+        let mut limits = scene.target.policy.limits.clone();
+        change(&mut port_mapping, &mut limits);
+        let policy = Arc::new(MappingPolicy { limits, state: scene.target.policy.state.clone() });
+        let port = scene.port.clone();
+        scene.serve_port(&port, &Arc::new(Target { port_mapping, policy }));
+        scene.flow(&client).is_some()
+    };
+    assert!(change(&|_, _| ()), "nothing has changed for it");
+    assert!(change(&|_, limits| limits.udp_timeout *= 2));
+    assert!(change(&|_, limits| limits.access.deny = vec![parse_network("192.0.2.7").unwrap()]));
+    assert!(!change(&|_, limits| limits.access.deny = vec![parse_network("127.0.0.0/8").unwrap()]));
+    assert!(!change(&|_, limits| limits.udp_any_port = true));
+    assert!(!change(&|port_mapping, _| port_mapping.backend = "127.0.0.1:9".parse().unwrap()));
+}
+
+#[test]
+fn another_mapping_at_the_same_port_has_its_own_flows() {
+    let mut scene = Scene::new(Limits::default());
+    let client = scene.client();
+    client.send(b"hello").unwrap();
+    scene.at_backend();
+    let policy = Arc::new(MappingPolicy { limits: Limits::default(), state: Arc::default() });
+    let target = Arc::new(Target { port_mapping: scene.target.port_mapping, policy });
+    let port = scene.port.clone();
+    scene.serve_port(&port, &target);
+    assert!(scene.flow(&client).is_none());
+    client.send(b"hello").unwrap();
+    scene.at_backend();
+    assert_eq!([scene.stats().flows_total.get(), target.policy.state.stats.flows_total.get()], [1, 1]);
+}
+
+#[test]
+fn the_most_flows_that_a_mapping_asks_for_count_while_it_is_served() {
+    let mut scene = Scene::new(Limits { udp_max_flows: Some(700), ..Limits::default() });
+    assert_eq!(scene.relay.capacity.asked, 700);
+    let port = Arc::new(scene.set.add(socket()).unwrap());
+    let of = |udp_max_flows| {
+        let limits = Limits { udp_max_flows, ..Limits::default() };
+        let policy = Arc::new(MappingPolicy { limits, state: Arc::default() });
+        Arc::new(Target { port_mapping: scene.target.port_mapping, policy })
+    };
+    let [more, less, none] = [Some(900), Some(800), None].map(of);
+    for (target, asked) in [(&more, 900), (&less, 800), (&none, 700), (&less, 800)] {
+        scene.serve_port(&port, target);
+        assert_eq!(scene.relay.capacity.asked, asked);
+    }
+    scene.relay.listeners.close_one(port.number());
+    assert_eq!(scene.relay.listeners.most_asked(), 700);
+}
+
+#[test]
+fn a_flow_has_a_socket_towards_its_client_while_it_needs_that() {
+    let mut scene = Scene::new(Limits::default());
+    let client = scene.client();
+    client.send(b"hello").unwrap();
+    let (_hello, flow) = scene.at_backend();
+    let id = scene.flow(&client).unwrap();
+    let socket_of = |scene: &Scene| scene.relay.table.get(id).unwrap().1.client_socket.is_some();
+    assert!(scene.relay.give_client_socket(id) && socket_of(&scene));
+    assert!(scene.relay.give_client_socket(id), "it has one");
+    // Both ways go by that socket now, and the client sees no difference.
+    client.send(b"question").unwrap();
+    assert_eq!(scene.at_backend(), (b"question".to_vec(), flow));
+    scene.backend.send_to(b"an answer", flow).unwrap();
+    assert_eq!(scene.at_client(&client), b"an answer");
+    assert_eq!(scene.stats().flows_total.get(), 1);
+
+    // The listener is not full: it is not needed when it is looked at.
+    let now = Instant::now();
+    scene.relay.retire_unneeded(now);
+    assert!(socket_of(&scene), "it is not looked at yet");
+    scene.relay.retire_unneeded(now + Duration::from_secs(2));
+    assert!(!socket_of(&scene));
+    assert_eq!(scene.relay.client_sockets.retired.len(), 1);
+    // What arrives there before it is closed is passed on, as what arrives at the listener is.
+    client.send(b"again").unwrap();
+    assert_eq!(scene.at_backend(), (b"again".to_vec(), flow));
+    scene.relay.close_retired(Some(Instant::now() + Duration::from_secs(1)));
+    assert!(scene.relay.client_sockets.retired.is_empty());
+    scene.backend.send_to(b"the last", flow).unwrap();
+    assert_eq!(scene.at_client(&client), b"the last");
+}
+
+#[test]
+fn a_flow_whose_client_blocks_does_without_a_socket_of_its_own_for_longer_each_time() {
+    let mut scene = Scene::new(Limits::default());
+    let client = scene.client();
+    client.send(b"hello").unwrap();
+    scene.at_backend();
+    let id = scene.flow(&client).unwrap();
+    for seconds in [4, 8, 16] {
+        assert!(scene.relay.give_client_socket(id));
+        let (_key, flow) = scene.relay.table.get_mut(id).unwrap();
+        let now = Instant::now();
+        flow.client_socket.as_mut().unwrap().full_at = Some(now);
+        scene.relay.retire_unneeded(now + Duration::from_secs(2));
+        let (_key, flow) = scene.relay.table.get_mut(id).unwrap();
+        assert!(flow.client_socket.is_none());
+        let blocked = flow.blocked.unwrap();
+        assert_eq!(blocked.length, Duration::from_secs(seconds));
+        assert!(!scene.relay.give_client_socket(id), "not until that is over");
+        let (_key, flow) = scene.relay.table.get_mut(id).unwrap();
+        flow.blocked.as_mut().unwrap().until = scene.relay.turn.start();
+    }
+}
+
+#[test]
+fn a_relay_that_drains_ends_when_its_flows_are_quiet() {
+    let mut scene = Scene::new(Limits::default());
+    let now = Instant::now();
+    assert!(scene.relay.is_quiet(now), "there is none");
+    let client = scene.client();
+    client.send(b"hello").unwrap();
+    scene.at_backend();
+    let now = Instant::now();
+    assert!(!scene.relay.is_quiet(now));
+    assert!(scene.relay.is_quiet(now + QUIET));
+    assert!(scene.relay.next_deadline() > now + 2 * QUIET, "it is not asked to");
+    scene.relay.draining = true;
+    assert!(scene.relay.next_deadline() <= now + QUIET);
+    // No other flow is opened, and this one goes on.
+    let other = scene.client();
+    other.send(b"too late").unwrap();
+    scene.serve_until("it is refused", |scene| scene.failures(FailureKind::FlowFailed) == 1);
+    client.send(b"goes on").unwrap();
+    assert_eq!(scene.at_backend().0, b"goes on");
+}
+
+#[test]
+fn a_drain_waits_for_what_waits_for_a_backend() {
+    let mut scene = Scene::new(Limits::default());
+    let client = scene.client();
+    let (id, backend) = scene.flow_to_reader(&client);
+    let mut size = 1000;
+    while scene.unsent(id) == 0 {
+        size += 1;
+        client.send(&vec![7; size]).unwrap();
+        scene.serve_until("it is taken", |scene| scene.sent_and_unsent(id) == size - 1000);
+    }
+    let long_after = Instant::now() + 10 * QUIET;
+    assert!(!scene.relay.is_quiet(long_after));
+    scene.serve_until("all is at the backend", |scene| {
+        while backend.recv(&mut [0; 2000]).is_ok() {}
+        scene.unsent(id) == 0
+    });
+    assert!(scene.relay.is_quiet(long_after));
 }
