@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use nix::fcntl::OFlag;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::{dup, pipe2};
-use rproxy_tests::docker_proxy::{STATUS_FD, mapping};
+use testkit::docker_proxy::{STATUS_FD, mapping};
 
 use crate::cli::StartTimes;
 

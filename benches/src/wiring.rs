@@ -4,8 +4,8 @@ use std::fs;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4};
 
-use rproxy_tests::netns::Namespace;
-use rproxy_tests::topology::{CONTAINER_V4, HOST_V4, Topology};
+use testkit::netns::Namespace;
+use testkit::topology::{CONTAINER_V4, HOST_V4, Topology};
 
 use crate::backend::{Backend, BackendError};
 

@@ -8,9 +8,9 @@ use std::path::Path;
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
-use rproxy_tests::process::{Process, Stream, run};
-use rproxy_tests::require::Need;
-use rproxy_tests::suite::{self, Case};
+use testkit::process::{Process, Stream, run};
+use testkit::require::Need;
+use testkit::suite::{self, Case};
 
 /// Every kind of workload, in the sizes that are most likely to fail.
 const WORKLOADS: &str = "tcp-bulk-8-up,tcp-bulk-8-down,tcp-rr-64,tcp-crr-64,tcp-idle-200,udp-rr-64x8-64B,\
@@ -60,7 +60,7 @@ fn nothing_is_wrong() {
 
 fn wrong_answers_are_found() {
     // A peer that replies with zeros, and more of them than requested.
-    let zeros = rproxy_tests::backend::TcpBackend::local(|mut stream| {
+    let zeros = testkit::backend::TcpBackend::local(|mut stream| {
         use std::io::{Read, Write};
         let mut buffer = [0; 1024];
         while let len @ 1.. = stream.read(&mut buffer)? {

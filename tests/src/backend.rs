@@ -1,12 +1,13 @@
-//! Servers for a proxy to relay to, inside the test's own process.
+//! TCP servers for a proxy to relay to, inside the test's own process.
 
 use std::io::{self, Read, Write};
-use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, ToSocketAddrs};
 use std::sync::{Arc, Mutex, Weak};
 use std::thread::{self, JoinHandle};
 
 use socket2::SockRef;
+
+use crate::netns::Namespace;
 
 /// A TCP server with a thread for each connection. Dropping it closes every connection.
 pub struct TcpBackend {
@@ -36,6 +37,26 @@ impl TcpBackend {
     /// Serves on a free port of the IPv4 loopback address.
     pub fn local(handler: impl Fn(&TcpStream) -> io::Result<()> + Send + Sync + 'static) -> Self {
         Self::serve(TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap(), handler)
+    }
+
+    /// Sends back what it reads, on a free port of the IPv4 loopback address.
+    pub fn echo() -> Self {
+        Self::echo_at((Ipv4Addr::LOCALHOST, 0))
+    }
+
+    /// As [`Self::echo`], at another address.
+    ///
+    /// # Panics
+    /// When it cannot listen there.
+    #[track_caller]
+    pub fn echo_at(address: impl ToSocketAddrs) -> Self {
+        Self::serve(TcpListener::bind(address).unwrap(), echo)
+    }
+
+    /// As [`Self::echo_at`], inside a namespace.
+    #[track_caller]
+    pub fn echo_in(namespace: &Namespace, address: impl ToSocketAddrs + Send) -> Self {
+        namespace.run(|| Self::echo_at(address))
     }
 
     /// Like [`Self::local`], but sends a letter to each client before it echoes.
@@ -88,56 +109,4 @@ pub fn answer_at_eof(mut stream: &TcpStream) -> io::Result<()> {
     let mut request = Vec::new();
     stream.read_to_end(&mut request)?;
     stream.write_all(&request)
-}
-
-/// A UDP server that echoes every datagram.
-pub struct UdpEcho {
-    socket: Arc<UdpSocket>,
-    stopped: Arc<AtomicBool>,
-    thread: Option<JoinHandle<()>>,
-}
-
-impl UdpEcho {
-    /// Serves the datagrams that `socket` receives.
-    pub fn serve(socket: UdpSocket) -> Self {
-        let socket = Arc::new(socket);
-        let stopped = Arc::new(AtomicBool::new(false));
-        let thread = {
-            let (socket, stopped) = (Arc::clone(&socket), Arc::clone(&stopped));
-            thread::spawn(move || echo_datagrams(&socket, &stopped))
-        };
-        Self { socket, stopped, thread: Some(thread) }
-    }
-
-    /// Serves on a free port of the IPv4 loopback address.
-    pub fn local() -> Self {
-        Self::serve(UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).unwrap())
-    }
-
-    /// The address that it is bound to.
-    pub fn address(&self) -> SocketAddr {
-        self.socket.local_addr().unwrap()
-    }
-}
-
-impl Drop for UdpEcho {
-    fn drop(&mut self) {
-        self.stopped.store(true, Ordering::Relaxed);
-        // Fails because the socket is not connected, but still wakes the thread that reads it.
-        SockRef::from(&*self.socket).shutdown(Shutdown::Both).ok();
-        if let Some(thread) = self.thread.take() {
-            thread.join().ok();
-        }
-    }
-}
-
-fn echo_datagrams(socket: &UdpSocket, stopped: &AtomicBool) {
-    // The size of the largest datagram.
-    let mut buffer = vec![0; 65_535];
-    // Peeks first, because `recv_from` panics on the empty result without an address that a shutdown causes.
-    while socket.peek(&mut []).is_ok() && !stopped.load(Ordering::Relaxed) {
-        if let Ok((len, client)) = socket.recv_from(&mut buffer) {
-            socket.send_to(&buffer[..len], client).ok();
-        }
-    }
 }

@@ -1,6 +1,7 @@
 //! The library of rproxy's test suites: namespaces, processes, backends, and the programs under test.
 //!
-//! A suite is a `harness = false` binary: it lists its [`suite::Case`]s and passes them to [`suite::run`].
+//! A suite is a module that lists its [`suite::Case`]s. The `main` of a `harness = false` binary passes those of all
+//! suites to [`suite::run`].
 //! Suites send traffic only over loopback or inside [`netns::Namespace`]s that they create, and everything
 //! they start ends with the value that owns it.
 //!
@@ -25,12 +26,14 @@ pub mod client;
 pub mod controlled;
 pub mod docker_proxy;
 pub mod holdings;
+pub mod load;
 pub mod mptcp;
 pub mod netns;
 pub mod oracle;
 pub mod pattern;
 pub mod process;
 pub mod require;
+pub mod role;
 pub mod rproxy;
 pub mod suite;
 pub mod systemd;

@@ -16,7 +16,7 @@ use crate::require;
 ///
 /// Only dedicated threads enter it; a test's own thread stays in its namespace.
 /// ```no_run
-/// # use rproxy_tests::netns::Namespace;
+/// # use testkit::netns::Namespace;
 /// let (left, right) = (Namespace::new(), Namespace::new());
 /// left.veth("a", &right, "b");
 /// left.ip("address add 10.0.0.1/24 dev a");

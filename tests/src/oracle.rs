@@ -105,6 +105,24 @@ impl Subject {
         proxy.process.wait_within(AT_ONCE)
     }
 
+    /// Checks that it says that it is ready with one write, and nothing after it.
+    #[track_caller]
+    pub fn assert_ready_is_one_write(self, protocol: &str) {
+        let arguments = mapping(protocol, client::own_address(), client::own_address());
+        let mut proxy = DockerProxy::start_with_packet_pipe(&self.program(), &arguments);
+        assert_eq!(proxy.read_status_packet().as_deref(), Some(&b"0\n"[..]));
+        assert_eq!(proxy.read_status_packet(), None, "more than the status");
+        assert!(proxy.process.is_running());
+    }
+
+    /// Starts it where it cannot listen; returns its message, which names the address.
+    #[track_caller]
+    pub fn failure_at(self, protocol: &str, address: SocketAddr) -> String {
+        let message = self.failure(&mapping(protocol, address, client::own_address()));
+        assert!(message.contains(&address.to_string()), "{message:?}");
+        message
+    }
+
     /// Checks that it exited in order after a signal.
     #[track_caller]
     pub fn assert_ended(self, status: ExitStatus) {

@@ -13,7 +13,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::Pid;
 
-use crate::{PATIENCE, eventually};
+use crate::{PATIENCE, eventually, require};
 
 /// All processes that have not been reaped yet, for [`kill_all`].
 static RUNNING: Mutex<BTreeMap<Pid, Weak<Shared>>> = Mutex::new(BTreeMap::new());
@@ -64,7 +64,26 @@ pub fn run(command: Command) -> Output {
     Process::spawn(command).into_output()
 }
 
-/// Kills every process that this harness started and has not reaped.
+/// `prefix`, which runs the command that its last arguments are: the words of `command`, with its environment.
+pub fn prefixed(mut prefix: Command, command: &Command) -> Command {
+    prefix.arg(command.get_program()).args(command.get_args());
+    for (name, value) in command.get_envs() {
+        match value {
+            Some(value) => prefix.env(name, value),
+            None => prefix.env_remove(name),
+        };
+    }
+    prefix
+}
+
+/// A shell that runs `script`, in which `"$0" "$@"` is `command`.
+pub fn in_shell(script: &str, command: &Command) -> Command {
+    let mut shell = require::command("sh");
+    shell.args(["-c", script]);
+    prefixed(shell, command)
+}
+
+/// Kills every process that this one started and has not reaped.
 pub fn kill_all() {
     let running: Vec<_> = RUNNING.lock().unwrap().values().cloned().collect();
     for shared in running.iter().filter_map(Weak::upgrade) {
@@ -140,6 +159,14 @@ impl Process {
             Ok(entries) => entries.count(),
             Err(error) => panic!("cannot list the descriptors: {error}{}", self.transcript()),
         }
+    }
+
+    /// Sets the most descriptors that it may have open, its soft limit; by prlimit(1).
+    #[track_caller]
+    pub fn limit_descriptors(&self, most: usize) {
+        let mut prlimit = require::command("prlimit");
+        prlimit.args([format!("--pid={}", self.pid), format!("--nofile={most}:")]);
+        run(prlimit).success();
     }
 
     /// Stops the process until [`Process::resume`], so that it finds everything sent meanwhile at once.

@@ -4,7 +4,7 @@ use std::env;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::OnceLock;
+use std::sync::{Once, OnceLock};
 
 use crate::netns::Namespace;
 use crate::process::{Process, Stream};
@@ -21,27 +21,36 @@ pub fn netns_setup() -> &'static Path {
     PATH.get_or_init(|| release_dir().join("netns-setup"))
 }
 
+/// Done once the release binaries are up to date.
+static BUILT: Once = Once::new();
+
+/// Makes this process use the release binaries as they are, since the one that started it has built them.
+pub(crate) fn trust_build() {
+    BUILT.call_once(|| ());
+}
+
 /// Builds the release binaries once, and returns their directory. Cargo itself builds the binaries of a
 /// package only for that package's own tests.
-fn release_dir() -> &'static Path {
-    static DIR: OnceLock<PathBuf> = OnceLock::new();
-    DIR.get_or_init(|| {
-        // This binary is at TARGET/PROFILE/deps/NAME or, if it is not a test, at TARGET/PROFILE/NAME,
-        // wherever the target directory is.
-        let own_path = env::current_exe().unwrap();
-        let mut dirs = own_path.ancestors().skip(1).skip_while(|dir| dir.ends_with("deps"));
-        let target = dirs.nth(1).unwrap();
-        // The whole workspace, like `cargo build --release`: the packages of one build share the features of
-        // their dependencies, so building fewer packages would rebuild them.
-        let status = Command::new(env!("CARGO"))
-            .args(["build", "--quiet", "--release", "--locked", "--workspace", "--bins", "--target-dir"])
-            .arg(target)
-            .current_dir(env!("CARGO_MANIFEST_DIR"))
-            .status()
-            .expect("cannot run cargo");
-        assert!(status.success(), "cannot build the release binaries: {status}");
-        target.join("release")
-    })
+fn release_dir() -> PathBuf {
+    // This binary is at TARGET/PROFILE/deps/NAME or, if it is not a test, at TARGET/PROFILE/NAME, wherever the
+    // target directory is.
+    let own_path = env::current_exe().unwrap();
+    let mut dirs = own_path.ancestors().skip(1).skip_while(|dir| dir.ends_with("deps"));
+    let target = dirs.nth(1).unwrap();
+    BUILT.call_once(|| build(target));
+    target.join("release")
+}
+
+fn build(target: &Path) {
+    // The whole workspace, like `cargo build --release`: the packages of one build share the features of
+    // their dependencies, so building fewer packages would rebuild them.
+    let status = Command::new(env!("CARGO"))
+        .args(["build", "--quiet", "--release", "--locked", "--workspace", "--bins", "--target-dir"])
+        .arg(target)
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .status()
+        .expect("cannot run cargo");
+    assert!(status.success(), "cannot build the release binaries: {status}");
 }
 
 /// A command for `rproxy` with the given arguments.

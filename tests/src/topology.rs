@@ -41,13 +41,7 @@ pub struct Topology {
 impl Topology {
     /// Creates the three namespaces and connects them.
     pub fn new() -> Self {
-        let (client, host) = (Namespace::new(), Namespace::new());
-        host.veth("eth0", &client, "eth0");
-        host.address("eth0", &format!("{HOST_V4}/24"));
-        host.address("eth0", &format!("{HOST_V6}/64"));
-        client.address("eth0", &format!("{CLIENT_V4}/24"));
-        client.address("eth0", &format!("{CLIENT_V6}/64"));
-
+        let (client, host) = client_and_host();
         host.ip(&format!("link add name {BRIDGE} type bridge stp_state 0"));
         host.address(BRIDGE, &format!("{BRIDGE_V4}/16"));
         host.address(BRIDGE, &format!("{BRIDGE_V6}/64"));
@@ -61,6 +55,17 @@ impl Default for Topology {
     fn default() -> Self {
         Self::new()
     }
+}
+
+/// The outside client and the host, on one network.
+pub fn client_and_host() -> (Namespace, Namespace) {
+    let (client, host) = (Namespace::new(), Namespace::new());
+    host.veth("eth0", &client, "eth0");
+    host.address("eth0", &format!("{HOST_V4}/24"));
+    host.address("eth0", &format!("{HOST_V6}/64"));
+    client.address("eth0", &format!("{CLIENT_V4}/24"));
+    client.address("eth0", &format!("{CLIENT_V6}/64"));
+    (client, host)
 }
 
 /// Attaches a new container to the bridge of `host`, with these addresses and the MAC address that Docker

@@ -3,7 +3,7 @@
 
 use std::collections::VecDeque;
 use std::io::ErrorKind;
-use std::net::{IpAddr, Shutdown, SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
@@ -82,9 +82,20 @@ pub fn patient(socket: UdpSocket) -> UdpSocket {
     socket
 }
 
+/// As [`client`], on the IPv4 loopback address.
+#[track_caller]
+pub fn local() -> UdpSocket {
+    client(Ipv4Addr::LOCALHOST)
+}
+
+/// The address of a socket.
+pub fn address(socket: &UdpSocket) -> SocketAddr {
+    socket.local_addr().unwrap()
+}
+
 /// The port of a socket.
 pub fn local_port(socket: &UdpSocket) -> u16 {
-    socket.local_addr().unwrap().port()
+    address(socket).port()
 }
 
 /// Waits for a datagram; returns it and its sender.

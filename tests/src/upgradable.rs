@@ -35,7 +35,7 @@ impl Program {
         // Otherwise, processes that have taken over are not children of the suite, and cannot be waited for.
         REAPER.call_once(|| set_child_subreaper(true).unwrap());
         // On the same file system, so that a link is possible. A copy would have to be written, and if
-        // another case forks meanwhile, that process would have it open for writing, so that it could not be
+        // another thread forks meanwhile, that process would have it open for writing, so that it could not be
         // run (ETXTBSY).
         let dir = tempfile::tempdir_in(rproxy().parent().unwrap()).unwrap();
         fs::set_permissions(dir.path(), fs::Permissions::from_mode(0o755)).unwrap();

@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::unistd::Pid;
-use rproxy_tests::rproxy::rproxy;
+use testkit::rproxy::rproxy;
 
 use crate::account::Family;
 use crate::cage::OWN_PROGRAM;

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::net::SocketAddrV4;
 
-use rproxy_tests::netns::Namespace;
+use testkit::netns::Namespace;
 
 use super::Mapping;
 

@@ -14,11 +14,11 @@ use std::time::{Duration, Instant};
 use nix::fcntl::OFlag;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use rproxy_tests::docker_proxy::{self, DockerProxy, Status};
-use rproxy_tests::process::{Process, Stream};
-use rproxy_tests::require;
-use rproxy_tests::rproxy::rproxy;
 use tempfile::TempDir;
+use testkit::docker_proxy::{self, DockerProxy, Status};
+use testkit::process::{Process, Stream};
+use testkit::require;
+use testkit::rproxy::rproxy;
 
 use crate::account::Family;
 use crate::message::{self, service};

@@ -1,0 +1,65 @@
+//! All suites of the project, a module each: what the programs do, seen from outside.
+//!
+//! Each case runs in a process of its own, see [`testkit::suite`].
+
+#![expect(clippy::unwrap_used, reason = "a failed step ends the test")]
+
+mod config;
+mod control;
+mod docker;
+mod faults;
+mod harness;
+mod hostile;
+mod live;
+mod netns_setup;
+mod nginx;
+mod promises;
+mod relay;
+mod sandbox;
+mod service;
+mod soak;
+mod standalone;
+mod system_calls;
+mod traffic_class;
+mod udp;
+mod upgrade;
+
+use std::process::ExitCode;
+
+use testkit::{role, suite};
+
+fn main() -> ExitCode {
+    if let Some(code) = played() {
+        return code;
+    }
+    suite::run(testkit::modules![
+        harness,
+        standalone,
+        relay,
+        docker,
+        udp,
+        traffic_class,
+        nginx,
+        config,
+        control,
+        live,
+        service,
+        upgrade,
+        sandbox,
+        hostile,
+        faults,
+        netns_setup,
+        system_calls,
+        promises,
+        soak,
+    ])
+}
+
+/// Plays a role of a suite to its end, if this process was started to play one.
+fn played() -> Option<ExitCode> {
+    let words = role::asked()?;
+    let role: Vec<&str> = words.iter().map(String::as_str).collect();
+    [harness::play, faults::roles::play, netns_setup::faults::play, sandbox::play]
+        .iter()
+        .find_map(|play| play(&role))
+}

@@ -1,0 +1,265 @@
+//! Whatever goes wrong: a step that fails leaves everything as it was, and sudden death leaves what `repair` or
+//! `down` puts right.
+
+use std::cell::Cell;
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::Parser;
+use netns_setup::action::Action;
+use netns_setup::cli::Cli;
+use netns_setup::error::Error;
+use netns_setup::executor::{ActionError, Executor};
+use netns_setup::kernel::Kernel;
+use netns_setup::model::{MappingKey, RelayProcess};
+use netns_setup::publish::{HostIp, Proto};
+use netns_setup::reserve::ReserveError;
+use nix::sys::signal::{Signal, raise};
+use testkit::role;
+use testkit::rproxy::rproxy;
+use testkit::suite::Case;
+
+use super::stage::{Backend, Stage, assert_same, for_each_firewall};
+
+/// The role of a process that runs a command of `netns-setup` and dies before its N-th step.
+const DIE: &str = "die-before-step";
+
+/// That of one whose N-th step fails; after the last one, that is to write down the state.
+const FAIL: &str = "fail-step";
+
+/// That of one that is interrupted in its N-th step.
+const INTERRUPT: &str = "interrupt-step";
+
+pub(crate) fn cases() -> Vec<Case> {
+    let deadline = std::time::Duration::from_secs(900);
+    let failing = for_each_firewall("a step that fails leaves everything as it was", failing);
+    let dying = for_each_firewall("sudden death is repaired or taken down", dying);
+    failing.into_iter().chain(dying).map(|case| case.deadline(deadline)).collect()
+}
+
+/// The commands that a case breaks, each with what has to be done before.
+fn commands(backend: Backend) -> Vec<(Vec<String>, String)> {
+    let up = format!("up --subnet6 fd00:d0c::/64 --persist {}", backend.option());
+    let web = "attach web".to_owned();
+    let publish = "publish web -p 80:80 -p 127.0.0.1:81:80 -p 82:80 --via both".to_owned();
+    let direct = "publish web -p 90:80 -p 53:53/udp --via dnat".to_owned();
+    let before = |commands: &[&String]| commands.iter().map(|command| (*command).clone()).collect();
+    vec![
+        (vec![], up.clone()),
+        (before(&[&up]), web.clone()),
+        (before(&[&up, &web]), publish.clone()),
+        (before(&[&up, &web]), direct.clone()),
+        (before(&[&up, &web, &publish, &direct]), "unpublish web".to_owned()),
+        (before(&[&up, &web, &publish]), "detach web".to_owned()),
+        (before(&[&up, &web, &publish]), "down".to_owned()),
+    ]
+}
+
+/// The kernel, until its N-th action.
+struct Failing {
+    kernel: Kernel,
+    left: Cell<usize>,
+    then: fn() -> Result<(), ActionError>,
+    state_dir: PathBuf,
+}
+
+impl Failing {
+    /// Whether what is asked for next is the one that something happens to.
+    fn is_next(&self) -> bool {
+        let left = self.left.get();
+        self.left.set(left.saturating_sub(1));
+        left == 1
+    }
+
+    /// What is in the way when the state is to be written.
+    fn block_state(&self) {
+        std::fs::create_dir_all(blocker(&self.state_dir)).unwrap();
+    }
+}
+
+fn blocker(state_dir: &Path) -> PathBuf {
+    state_dir.join("state.json.new")
+}
+
+impl Executor for Failing {
+    fn run(&mut self, action: &Action) -> Result<(), ActionError> {
+        if self.is_next() {
+            // Only this one fails: what undoes the others has to work.
+            (self.then)()?;
+        }
+        self.kernel.run(action)
+    }
+
+    fn reserve(&mut self, proto: Proto, host: HostIp, port: u16) -> Result<u16, ReserveError> {
+        self.kernel.reserve(proto, host, port)
+    }
+
+    /// Asked for when all steps are done, before that is written down.
+    fn relays(&self) -> &BTreeMap<MappingKey, RelayProcess> {
+        if self.is_next() && (self.then)().is_err() {
+            self.block_state();
+        }
+        self.kernel.relays()
+    }
+
+    fn interrupted(&mut self) -> Option<Signal> {
+        self.kernel.interrupted()
+    }
+}
+
+fn injected() -> Result<(), ActionError> {
+    Err(ActionError::Sysctl { key: "injected".to_owned(), source: std::io::ErrorKind::Other.into() })
+}
+
+fn die() -> Result<(), ActionError> {
+    raise(Signal::SIGKILL).unwrap();
+    injected()
+}
+
+fn interrupt() -> Result<(), ActionError> {
+    raise(Signal::SIGINT).unwrap();
+    Ok(())
+}
+
+/// Runs a command that goes wrong, if the role is one of these.
+pub(crate) fn play(role: &[&str]) -> Option<ExitCode> {
+    let [what, step, command @ ..] = role else { return None };
+    let then = match *what {
+        DIE => die,
+        FAIL => injected,
+        INTERRUPT => interrupt,
+        _ => return None,
+    };
+    Some(match broken(command, step.parse().unwrap(), then) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            std::io::stderr().write_all(error.to_string().as_bytes()).unwrap();
+            ExitCode::from(error.exit_code())
+        }
+    })
+}
+
+/// Runs a command whose N-th action does not happen.
+fn broken(command: &[&str], step: usize, then: fn() -> Result<(), ActionError>) -> Result<(), Error> {
+    let words = std::iter::once("netns-setup").chain(command.iter().copied());
+    let cli = Cli::try_parse_from(words).unwrap();
+    let state_dir = command.iter().skip_while(|word| **word != "--state-dir").nth(1).unwrap().into();
+    let mut backend = Failing { kernel: Kernel::default(), left: Cell::new(step), then, state_dir };
+    cli.run(&mut backend, &mut std::io::sink(), &mut std::io::sink())
+}
+
+fn words(stage: &Stage, command: &str) -> Vec<String> {
+    let mut words: Vec<String> = command.split_whitespace().map(str::to_owned).collect();
+    words.extend(["--state-dir".to_owned(), stage.state_dir().display().to_string()]);
+    words.extend(["--rproxy".to_owned(), rproxy().display().to_string()]);
+    words
+}
+
+/// How many steps a command has.
+fn steps(stage: &Stage, command: &str) -> usize {
+    let report: serde_json::Value =
+        serde_json::from_str(&stage.ok(&format!("{command} --dry-run --json"))).unwrap();
+    report["steps"].as_array().unwrap().len()
+}
+
+/// Runs a command in a process of its own, in which nothing but the command can go wrong.
+fn run_broken(stage: &Stage, role: &str, command: &str, step: usize) -> testkit::process::Output {
+    let mut process = role::command(&[role, &step.to_string()]);
+    process.args(words(stage, command));
+    stage.with_path(&mut process);
+    stage.host.spawn(process).into_output()
+}
+
+fn failing(stage: &Stage, backend: Backend) {
+    for (before, command) in commands(backend) {
+        for earlier in &before {
+            stage.ok(earlier);
+        }
+        let (intact, listed) = (stage.dump(), relays(stage));
+        let count = steps(stage, &command);
+        assert!(count > 0, "{command}");
+        for step in 1..=count {
+            let output = run_broken(stage, FAIL, &command, step);
+            assert_eq!(output.status.code(), Some(1), "{command}, step {step}: {output:#?}");
+            let error = output.stderr;
+            assert!(
+                error.contains("injected") && error.ends_with("nothing was changed"),
+                "{command}: {error}"
+            );
+            assert_same(&stage.dump(), &intact, &format!("{command}, step {step} of {count}"));
+            assert_eq!(relays(stage), listed, "{command}, step {step} of {count}");
+            if !before.is_empty() {
+                assert_eq!(stage.ok("check"), "everything is as it should be\n", "{command}, step {step}");
+            }
+        }
+        let output = run_broken(stage, INTERRUPT, &command, count.div_ceil(2));
+        let is_whole = count == 1;
+        assert_eq!(output.status.code(), Some(if is_whole { 0 } else { 130 }), "{command}: {output:#?}");
+        if is_whole {
+            stage.ok("down");
+            before.iter().for_each(|earlier| drop(stage.ok(earlier)));
+        } else {
+            assert!(output.stderr.starts_with("ended by SIGINT"), "{command}: {output:#?}");
+            assert!(output.stderr.ends_with("nothing was changed"), "{command}: {output:#?}");
+        }
+        assert_same(&stage.dump(), &intact, &format!("{command}, interrupted"));
+        assert_eq!(relays(stage), listed, "{command}, interrupted");
+
+        // After `down` there is nothing to write down.
+        if command != "down" {
+            unsaved(stage, &command, count);
+            assert_same(&stage.dump(), &intact, &format!("{command}, unsaved"));
+            assert_eq!(relays(stage), listed, "{command}, unsaved");
+        }
+        stage.ok("down");
+    }
+}
+
+/// A command that does all of its `count` steps, and cannot write down that it did.
+fn unsaved(stage: &Stage, command: &str, count: usize) {
+    let output = run_broken(stage, FAIL, command, count + 1);
+    assert_eq!(output.status.code(), Some(1), "{command}, unsaved: {output:#?}");
+    assert!(output.stderr.contains("(step: write down what is there)"), "{command}: {output:#?}");
+    // To write down that there is nothing takes no new file.
+    let end = if command.starts_with("up ") { "nothing was changed" } else { "or `netns-setup down`" };
+    assert!(output.stderr.ends_with(end), "{command}: {output:#?}");
+    std::fs::remove_dir(blocker(&stage.state_dir())).unwrap();
+}
+
+/// The sockets of relays.
+fn relays(stage: &Stage) -> String {
+    let shown = stage.host("ss -Hlnt");
+    let mut addresses: Vec<&str> = shown.lines().filter_map(|line| line.split_whitespace().nth(3)).collect();
+    addresses.sort_unstable();
+    addresses.join(" ")
+}
+
+fn dying(stage: &Stage, backend: Backend) {
+    // The tools leave empty tables behind the first time.
+    let bare = stage.dump();
+    for (before, command) in commands(backend) {
+        let count = {
+            before.iter().for_each(|earlier| drop(stage.ok(earlier)));
+            let count = steps(stage, &command);
+            stage.ok("down");
+            count
+        };
+        for step in 1..=count + 1 {
+            for mend in ["repair", "down"] {
+                before.iter().for_each(|earlier| drop(stage.ok(earlier)));
+                let output = run_broken(stage, DIE, &command, step);
+                assert_eq!(output.status.code(), None, "{command} should have died: {output:#?}");
+                let what = format!("{command}, dead before step {step} of {count}, then {mend}");
+                stage.ok(mend);
+                if mend == "repair" {
+                    assert_eq!(stage.ok("check"), "everything is as it should be\n", "{what}");
+                    stage.ok("down");
+                }
+                assert_same(&stage.dump(), &bare, &what);
+                assert_eq!(relays(stage), "", "{what}");
+            }
+        }
+    }
+}

@@ -1,0 +1,133 @@
+//! What gets through, and what does not: each way to publish, each backend, both protocols and families.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use testkit::suite::Case;
+use testkit::topology::{BRIDGE_V4, CLIENT_V4, CLIENT_V6, CONTAINER_V4, HOST_V4, HOST_V6};
+
+use super::stage::{
+    Backend, Stage, assert_out_of_reach, assert_reaches, assert_reaches_udp, for_each_firewall, serve,
+};
+
+const WEB_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xd0c, 0, 0, 0, 0, 0, 2);
+
+pub(crate) fn cases() -> Vec<Case> {
+    let mut cases = Vec::new();
+    for (via, play) in [
+        ("both", (|stage, backend| published(stage, backend, "both")) as fn(&Stage, Backend)),
+        ("proxy", |stage, backend| published(stage, backend, "proxy")),
+        ("dnat", |stage, backend| published(stage, backend, "dnat")),
+    ] {
+        cases.extend(for_each_firewall(&format!("a port published via {via}"), play));
+    }
+    cases.extend(for_each_firewall("one address of the host", one_address));
+    cases.extend(for_each_firewall("stale UDP flows are forgotten", stale_flows));
+    cases
+}
+
+fn published(stage: &Stage, backend: Backend, via: &str) {
+    stage.ok(&format!("up --subnet6 fd00:d0c::/64 {}", backend.option()));
+    let (web, db) = (stage.attach("web"), stage.attach("db"));
+    let _servers = [serve(&web, 80), serve(&web, 81)];
+    stage.ok(&format!("publish web -p 80:80 -p 80:80/udp --via {via}"));
+
+    // From outside: what is published, nothing else, and not by the container's own address.
+    for host in [IpAddr::V4(HOST_V4), IpAddr::V6(HOST_V6)] {
+        assert_reaches(&stage.client, host, 80);
+        assert_reaches_udp(&stage.client, host, 80);
+        assert_out_of_reach(&stage.client, host, 81);
+    }
+    for container in [IpAddr::V4(CONTAINER_V4), IpAddr::V6(WEB_V6)] {
+        assert_out_of_reach(&stage.client, container, 80);
+        assert_reaches(&stage.host, container, 81);
+        assert_reaches(&db, container, 81);
+        assert_reaches_udp(&db, container, 81);
+    }
+    // From the host itself.
+    assert_reaches(&stage.host, Ipv4Addr::LOCALHOST, 80);
+    assert_reaches_udp(&stage.host, Ipv4Addr::LOCALHOST, 80);
+    assert_reaches(&stage.host, HOST_V4, 80);
+    assert_reaches(&stage.host, HOST_V6, 80);
+    if via != "dnat" {
+        // The kernel alone cannot lead ::1 anywhere.
+        assert_reaches(&stage.host, Ipv6Addr::LOCALHOST, 80);
+    }
+    // From containers, the published one included, and from all of them out.
+    for container in [&web, &db] {
+        for host in [IpAddr::V4(HOST_V4), IpAddr::V4(BRIDGE_V4), IpAddr::V6(HOST_V6)] {
+            assert_reaches(container, host, 80);
+            assert_reaches_udp(container, host, 80);
+        }
+    }
+    let _outside = serve(&stage.client, 9000);
+    for outside in [IpAddr::V4(CLIENT_V4), IpAddr::V6(CLIENT_V6)] {
+        assert_reaches(&web, outside, 9000);
+        assert_reaches_udp(&web, outside, 9000);
+    }
+    stage.ok("unpublish web");
+    assert_out_of_reach(&stage.client, HOST_V4, 80);
+}
+
+fn one_address(stage: &Stage, backend: Backend) {
+    stage.ok(&format!("up {}", backend.option()));
+    let web = stage.attach("web");
+    let _server = serve(&web, 80);
+    stage.ok("publish web -p 127.0.0.1:80:80");
+    stage.ok("publish web -p 127.0.0.1:81:80 --via dnat");
+    stage.ok("publish web -p 10.0.0.11:82:80");
+    for port in [80, 81] {
+        assert_reaches(&stage.host, Ipv4Addr::LOCALHOST, port);
+        assert_out_of_reach(&stage.client, HOST_V4, port);
+    }
+    assert_reaches(&stage.client, HOST_V4, 82);
+    assert_out_of_reach(&stage.host, Ipv4Addr::LOCALHOST, 82);
+    // A neighbour that routes the host's loopback addresses to the host gets nowhere.
+    stage.client.ip("route add 127.0.0.1/32 via 10.0.0.11 table 100");
+    stage.client.ip("rule add pref 0 to 127.0.0.1 lookup 100");
+    stage.client.command("sysctl -w net.ipv4.conf.all.route_localnet=1").success();
+    stage.host("sysctl -w net.ipv4.conf.all.route_localnet=1");
+    for port in [80, 81] {
+        assert_out_of_reach(&stage.client, Ipv4Addr::LOCALHOST, port);
+    }
+    stage.host("sysctl -w net.ipv4.conf.all.route_localnet=0");
+}
+
+/// A client that keeps its source port keeps its flow: after a change of rules it has to reach the new target.
+fn stale_flows(stage: &Stage, backend: Backend) {
+    use std::net::UdpSocket;
+    stage.ok(&format!("up {}", backend.option()));
+    let (old, new) = (stage.attach("old"), stage.attach("new"));
+    let answering = |namespace: &testkit::netns::Namespace, text: &'static [u8]| {
+        let socket = namespace.run(|| UdpSocket::bind("0.0.0.0:53").unwrap());
+        std::thread::spawn(move || {
+            let mut buffer = [0; 64];
+            while let Ok((_, client)) = socket.recv_from(&mut buffer) {
+                if &buffer[..4] == b"stop" {
+                    return;
+                }
+                socket.send_to(text, client).unwrap();
+            }
+        })
+    };
+    let servers = [answering(&old, b"old"), answering(&new, b"new")];
+    let client = stage.client.run(|| UdpSocket::bind("0.0.0.0:5000").unwrap());
+    client.set_read_timeout(Some(testkit::PATIENCE)).unwrap();
+    let ask = || {
+        let mut buffer = [0; 8];
+        client.send_to(b"question", (HOST_V4, 53)).unwrap();
+        let (len, _) = client.recv_from(&mut buffer).unwrap();
+        String::from_utf8_lossy(&buffer[..len]).into_owned()
+    };
+    stage.ok("publish old -p 53:53/udp --via dnat");
+    assert_eq!(ask(), "old");
+    stage.ok("unpublish old");
+    stage.ok("publish new -p 53:53/udp --via dnat");
+    assert_eq!(ask(), "new");
+    for (ip, server) in [2_u8, 3].into_iter().zip(servers) {
+        stage.host.run(|| {
+            let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+            socket.send_to(b"stop", (Ipv4Addr::new(172, 17, 0, ip), 53)).unwrap();
+        });
+        server.join().unwrap();
+    }
+}

@@ -1,0 +1,264 @@
+//! Bad input: one clear line, the right exit status, and nothing changed.
+
+use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
+
+use testkit::netns::Namespace;
+use testkit::require;
+use testkit::rproxy::netns_setup;
+use testkit::suite::Case;
+
+use super::stage::{Backend, Stage, assert_same, case, for_each_firewall};
+
+pub(crate) fn cases() -> Vec<Case> {
+    let mut cases = for_each_firewall("a dry run prints commands that do the same", printed_commands);
+    cases.extend([
+        case("bad input changes nothing", bad_input),
+        case("a name that is taken", taken),
+        case("a subnet that is in use", overlap),
+        case("a host port that is in use", port_in_use),
+        case("a foreign bridge and foreign chains", foreign),
+        case("a firewall that is not installed", no_firewall),
+        case("only root may", not_root),
+        case("a dry run changes nothing", dry_run),
+        case("rules of others that interfere are named", interference),
+        case("two runs at once are serialised", at_once),
+    ]);
+    cases
+}
+
+/// Expects a failure with exactly one line, and no change.
+#[track_caller]
+fn refused(stage: &Stage, arguments: &str, expected: i32, part: &str) {
+    let before = stage.dump();
+    let (code, message) = stage.fails(arguments);
+    assert_eq!(code, expected, "{arguments}: {message}");
+    assert!(message.contains(part), "{arguments}: {message}");
+    assert_eq!(message.lines().count(), 1, "{arguments}: {message}");
+    assert_same(&stage.dump(), &before, arguments);
+}
+
+fn bad_input(stage: &Stage) {
+    refused(stage, "attach web", 1, "run `netns-setup up` first");
+    refused(stage, "publish web -p 80", 1, "run `netns-setup up` first");
+    refused(stage, "attach ../web", 2, "not a container name");
+    refused(stage, "up --subnet 172.17.0.1/16", 2, "the network is 172.17.0.0/16");
+    refused(stage, "up --mtu 70000", 2, "65535");
+    refused(stage, "up --subnet 127.0.0.0/8", 2, "has loopback addresses");
+    refused(stage, "up --subnet6 ff00::/64", 2, "has multicast addresses");
+    refused(stage, "up --bridge all", 2, "not an interface name");
+    refused(stage, "up --frobnicate", 2, "unexpected argument '--frobnicate' found");
+    stage.ok("up");
+    refused(stage, "publish web -p 80", 1, "there is no container web");
+    refused(stage, "detach web", 1, "there is no container web");
+    refused(stage, "attach web --ip 10.1.1.1", 1, "choose from 172.17.0.2 to 172.17.255.254");
+    refused(stage, "attach web --netns /nonexistent", 1, "cannot open the network namespace /nonexistent");
+    refused(stage, "attach web --netns /etc/hostname", 1, "/etc/hostname is not a network namespace");
+    refused(stage, "attach web --netns /proc/self/ns/net", 1, "the host's own");
+    refused(stage, "up --subnet 172.18.0.0/16", 1, "run `netns-setup down` first");
+    refused(stage, "attach web --firewall iptables", 1, "--firewall nft");
+    stage.ok("attach web");
+    refused(stage, "publish web -p 80:80/sctp", 2, "\"sctp\" is not relayed");
+    refused(stage, "publish web -P", 1, "exposes no ports");
+    refused(stage, "publish web -p 255.255.255.255:80:80", 2, "the broadcast address");
+    refused(stage, "publish web -p [ff02::1]:80:80", 2, "a multicast address");
+    refused(stage, "publish web -p 192.0.2.1:80:80", 1, "not an address of this host");
+    refused(stage, "publish web -p [::1]:80:80 --via dnat", 2, "--subnet6");
+    refused(stage, "unpublish web -p 80:80", 1, "web does not publish");
+    refused(stage, "publish web -p 80:80 --rproxy /nonexistent", 1, "/nonexistent");
+    assert_eq!(stage.ok("publish web -p 80:80 -p 80:80"), "*:80/tcp -> 172.17.0.2:80\n");
+    assert_eq!(stage.ok("publish web -p 80:80"), "*:80/tcp -> 172.17.0.2:80\n");
+    refused(stage, "publish web -p 80:80 --via dnat", 1, "published with --via both already");
+}
+
+fn taken(stage: &Stage) {
+    stage.ok("up");
+    stage.ok("attach web");
+    refused(stage, "attach web", 1, "the name web is taken");
+    stage.host("ip netns add other");
+    refused(stage, "attach other", 1, "the network namespace other exists already");
+    let used = Namespace::new();
+    used.ip("link add eth0 type bridge");
+    refused(
+        stage,
+        &format!("attach third --netns {}", used.path().display()),
+        1,
+        "has an interface eth0 already",
+    );
+    refused(stage, "attach third --ip 172.17.0.2", 1, "172.17.0.2 is in use");
+    stage.ok("detach web");
+    stage.ok("attach web");
+    stage.host("ip netns delete other");
+}
+
+fn overlap(stage: &Stage) {
+    stage.host.ip("route add 172.17.4.0/24 via 10.0.0.12");
+    refused(stage, "up", 1, "overlaps the route to 172.17.4.0/24 by eth0");
+    refused(stage, "up --subnet 10.0.0.0/24", 1, "overlaps the route to 10.0.0.0/24 by eth0");
+    refused(stage, "up --subnet 172.20.0.0/16 --subnet6 fd00:10::/64", 1, "choose another with --subnet6");
+    stage.ok("up --subnet 172.20.0.0/16");
+}
+
+fn port_in_use(stage: &Stage) {
+    stage.ok("up");
+    stage.ok("attach web");
+    stage.ok("attach db");
+    let _taken = stage.host.run(|| TcpListener::bind("127.0.0.1:80").unwrap());
+    refused(stage, "publish web -p 80:80", 1, "host port 80/tcp on * is in use");
+    refused(stage, "publish web -p 80:80 --via dnat", 1, "host port 80/tcp on * is in use");
+    assert_eq!(stage.ok("publish web -p 80-82:80"), "*:81/tcp -> 172.17.0.2:80\n");
+    refused(stage, "publish db -p 81:80", 1, "published by web already");
+    refused(stage, "publish db -p 127.0.0.1:81:80 --via dnat", 1, "published by web already");
+    // A port that only the kernel serves has no socket to tell; the state does.
+    stage.ok("publish web -p 90:80 --via dnat");
+    refused(stage, "publish db -p 90:80", 1, "published by web already");
+    let locked = stage.host.run(|| TcpListener::bind("0.0.0.0:90").unwrap());
+    let output = stage.run("check");
+    assert_eq!(output.status.code(), Some(1), "{output:#?}");
+    assert!(output.stdout.contains("*:90/tcp of web: host port 90/tcp on * is in use"), "{output:#?}");
+    let output = stage.run("repair");
+    assert!(output.stderr.contains("only you can mend"), "{output:#?}");
+    drop(locked);
+    assert_eq!(stage.ok("check"), "everything is as it should be\n");
+}
+
+fn foreign(stage: &Stage) {
+    stage.host.ip("link add docker0 type bridge");
+    refused(stage, "up", 1, "docker0 exists already and is not ours");
+    stage.host.ip("link delete docker0");
+    stage.host("iptables -t nat -N DOCKER");
+    refused(stage, "up --firewall iptables", 1, "use --firewall nft");
+    stage.host("iptables -t nat -X DOCKER");
+}
+
+fn no_firewall(stage: &Stage) {
+    // Programs are looked for in the usual directories too, so those have to be empty.
+    let script = "mount -t tmpfs none /usr/sbin; PATH=/nonexistent exec \"$@\"";
+    let run = |firewall: &str| {
+        let mut command = require::command("unshare");
+        command.args(["--mount", "/bin/sh", "-c", script, "sh"]).arg(netns_setup());
+        command.args(["up", "--firewall", firewall, "--state-dir"]).arg(stage.state_dir());
+        stage.host.spawn(command).into_output()
+    };
+    let before = stage.dump();
+    for (firewall, part) in [
+        ("nft", "nft is not installed"),
+        ("iptables", "iptables-save is not installed"),
+        ("auto", "neither nft nor iptables is installed"),
+    ] {
+        let output = run(firewall);
+        assert_eq!(output.status.code(), Some(1), "{output:#?}");
+        assert!(output.stderr.contains(part), "{output:#?}");
+        assert_eq!(output.stderr.lines().count(), 1, "{output:#?}");
+    }
+    assert_same(&stage.dump(), &before, "after all");
+    assert!(run("none").status.success());
+}
+
+fn not_root(stage: &Stage) {
+    // A copy that others can get at.
+    let copy = tempfile::Builder::new().permissions(PermissionsExt::from_mode(0o755)).tempdir().unwrap();
+    let program = copy.path().join("netns-setup");
+    std::fs::copy(netns_setup(), &program).unwrap();
+    let mut command = require::command("setpriv");
+    command.args(["--reuid", "65534", "--clear-groups"]).arg(program).arg("up");
+    let output = stage.host.spawn(command).into_output();
+    assert_eq!(output.status.code(), Some(1), "{output:#?}");
+    assert!(output.stderr.contains("needs root"), "{output:#?}");
+}
+
+fn dry_run(stage: &Stage) {
+    let before = stage.dump();
+    let plan = stage.ok("up --dry-run");
+    assert!(plan.contains("ip link add name docker0"), "{plan}");
+    assert_same(&stage.dump(), &before, "after all");
+    assert!(!stage.state_dir().exists());
+    stage.ok("up");
+    let before = stage.dump();
+    assert!(stage.ok("attach web --dry-run").contains("ip netns add web"));
+    assert!(stage.ok("down --dry-run").contains("ip link delete dev docker0"));
+    assert_same(&stage.dump(), &before, "after all");
+}
+
+fn interference(stage: &Stage) {
+    stage.host("iptables -P FORWARD DROP");
+    let output = stage.run("up --firewall nft");
+    assert!(output.stderr.contains("the FORWARD policy of iptables is DROP"), "{output:#?}");
+    stage.ok("down");
+    let chosen: serde_json::Value = serde_json::from_str(&stage.ok("up --firewall auto --json")).unwrap();
+    assert_eq!(chosen["result"]["network"]["firewall"], "iptables");
+    stage.ok("down");
+    stage.host("iptables -P FORWARD ACCEPT");
+    stage.host("iptables -t nat -N DOCKER");
+    let output = stage.run("up --firewall auto");
+    assert!(output.stderr.contains("holds Docker's chains"), "{output:#?}");
+    assert!(output.status.success(), "{output:#?}");
+    stage.ok("down");
+    stage.host("iptables -t nat -X DOCKER");
+}
+
+fn at_once(stage: &Stage) {
+    stage.ok("up");
+    let runs: Vec<_> = (0..8)
+        .map(|number| {
+            let mut command = std::process::Command::new(netns_setup());
+            command.args(["attach", &format!("c{number}"), "--state-dir"]).arg(stage.state_dir());
+            stage.host.spawn(command)
+        })
+        .collect();
+    let mut given: Vec<String> = runs.into_iter().map(|run| run.into_output().success()).collect();
+    given.sort();
+    let expected: Vec<_> = (2..10).map(|last| format!("172.17.0.{last}\n")).collect();
+    assert_eq!(given, expected);
+    assert_eq!(stage.ok("check"), "everything is as it should be\n");
+}
+
+/// What `--dry-run` prints is run by a shell, and has to come to what the command itself comes to.
+fn printed_commands(stage: &Stage, backend: Backend) {
+    let commands = [
+        format!("up --subnet6 fd00:d0c::/64 --persist --gso-max-size 0 {}", backend.option()),
+        "attach web".to_owned(),
+        "publish web -p 80:80 -p 10.0.0.11:53:53/udp --via dnat".to_owned(),
+        "unpublish web -p 80:80".to_owned(),
+        "detach web".to_owned(),
+        "down".to_owned(),
+    ];
+    for (at, command) in commands.iter().enumerate() {
+        stage.ok(command);
+        let by_itself = without_random(&stage.dump());
+        let mut by_hand = String::new();
+        Stage::play(backend == Backend::Legacy, |other| {
+            commands[..at].iter().for_each(|earlier| drop(other.ok(earlier)));
+            let mut shell = require::command("sh");
+            // Deleting no flow is a failure to `conntrack`, and there are none.
+            let script = other.ok(&format!("{command} --dry-run"));
+            let script: Vec<&str> = script.lines().filter(|line| !line.starts_with("conntrack ")).collect();
+            shell.args([
+                "-e",
+                "-c",
+                &script.join(
+                    "
+",
+                ),
+            ]);
+            other.with_path(&mut shell);
+            other.host.spawn(shell).into_output().success();
+            by_hand = without_random(&other.dump());
+        });
+        assert_same(&by_hand, &by_itself, command);
+    }
+}
+
+/// A dump without what is drawn by lot: names of veths and the addresses of those that have no number of ours.
+fn without_random(dump: &str) -> String {
+    let is_mac = |word: &str| word.len() == 19 && word.matches(':').count() == 5 && !word.contains("02:42:");
+    let plain = |word: &str| match word {
+        word if word.starts_with("ifname=\"veth") => "ifname=veth".to_owned(),
+        word if word.strip_prefix("address=").is_some_and(is_mac) => "address=random".to_owned(),
+        word => word.to_owned(),
+    };
+    let line = |line: &str| line.split(' ').map(plain).collect::<Vec<_>>().join(" ") + "\n";
+    let mut lines: Vec<String> = dump.lines().map(line).collect();
+    lines.sort();
+    lines.concat()
+}

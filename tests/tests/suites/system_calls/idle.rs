@@ -1,0 +1,62 @@
+//! Nothing is done while there is nothing to do.
+
+use std::thread;
+use std::time::Duration;
+
+use testkit::backend::TcpBackend;
+use testkit::controlled::{Controlled, mapping};
+use testkit::docker_proxy::{self, DockerProxy, Status};
+use testkit::process::Process;
+use testkit::suite::Case;
+use testkit::trace::Trace;
+use testkit::{client, eventually, rproxy, udp};
+
+use super::case;
+
+/// How long nothing is asked of the process. Who looks for something more often than that is found.
+const QUIET: Duration = Duration::from_secs(2);
+
+pub(crate) fn cases() -> Vec<Case> {
+    vec![
+        case("who is idle makes no call", makes_none),
+        case("a proxy of dockerd that is idle makes no call", of_dockerd_makes_none),
+    ]
+}
+
+/// Waits until a process makes no call for some time: what was done before may have left something to do.
+#[track_caller]
+fn assert_makes_none(process: &Process) {
+    eventually("no system call is made", || {
+        let trace = Trace::attach(process);
+        thread::sleep(QUIET);
+        trace.finish().is_empty()
+    });
+}
+
+fn makes_none() {
+    let backend = TcpBackend::echo();
+    let echo = udp::Backend::echo(udp::local());
+    let proxy = Controlled::start(&[]);
+    let front = client::own_address();
+    let web = mapping("web", "tcp", front, backend.address());
+    proxy.apply(&[web, mapping("dns", "udp", front, echo.address())]).success();
+    let clients: Vec<_> = (0..10).map(|_| client::connect(front)).collect();
+    for client in &clients {
+        client::ping(client);
+    }
+    let asking = udp::client(front.ip());
+    udp::assert_echoes(&asking, front, b"question");
+    assert_makes_none(&proxy.process);
+    clients.iter().for_each(|client| client::ping(client));
+    udp::assert_echoes(&asking, front, b"still served");
+}
+
+fn of_dockerd_makes_none() {
+    let backend = TcpBackend::echo();
+    let front = client::own_address();
+    let arguments = docker_proxy::mapping("tcp", front, backend.address());
+    let mut proxy = DockerProxy::start(rproxy::rproxy(), &arguments, None);
+    assert_eq!(proxy.status(), Status::Ready);
+    assert_makes_none(&proxy.process);
+    assert_eq!(client::ask(front, b"hello").unwrap(), b"hello");
+}
