@@ -1,14 +1,16 @@
 //! The changes that this program can make. Each can be printed as the equivalent command.
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
+use rproxy_mapping::addr::Protocol;
+
 use crate::addr::{Cidr, Mac};
+use crate::host_ip::HostIp;
 use crate::model::{MappingKey, NETNS_DIR, RelayProcess};
 use crate::name::CONTAINER_INTERFACE;
 use crate::name::{IfName, Name};
-use crate::publish::{HostIp, Proto};
 
 /// The network namespace of an action.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -121,10 +123,7 @@ impl RelayCommand {
     /// The arguments after the program's name.
     #[must_use]
     pub fn args(&self) -> Vec<String> {
-        let host_ip = match self.key.host {
-            HostIp::Any => "::".to_owned(),
-            HostIp::Ip(ip) => ip.to_string(),
-        };
+        let host_ip = self.key.host.ip().unwrap_or(Ipv6Addr::UNSPECIFIED.into()).to_string();
         let pairs = [
             ("-proto", self.key.proto.to_string()),
             ("-host-ip", host_ip),
@@ -361,10 +360,9 @@ fn fmt_route(f: &mut fmt::Formatter<'_>, place: &NetnsRef, verb: &str, gateway: 
 }
 
 fn fmt_flush(f: &mut fmt::Formatter<'_>, host: HostIp, port: u16) -> fmt::Result {
-    write!(f, "conntrack -D -p {}", Proto::Udp)?;
-    match host {
-        HostIp::Ip(ip) if !ip.is_unspecified() => write!(f, " --orig-dst {ip}")?,
-        _ => {}
+    write!(f, "conntrack -D -p {}", Protocol::Udp)?;
+    if let Some(ip) = host.ip().filter(|ip| !ip.is_unspecified()) {
+        write!(f, " --orig-dst {ip}")?;
     }
     write!(f, " --orig-port-dst {port}")
 }
@@ -422,7 +420,7 @@ mod tests {
 
     #[test]
     fn the_relay_is_started_by_docker_s_contract() {
-        let key = MappingKey { proto: Proto::Tcp, host: HostIp::Any, port: 80 };
+        let key = MappingKey { proto: Protocol::Tcp, host: HostIp::Any, port: 80 };
         let relay = RelayCommand {
             program: "/usr/bin/rproxy".into(),
             key,

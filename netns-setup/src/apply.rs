@@ -107,12 +107,13 @@ mod tests {
     use std::collections::BTreeMap;
 
     use nix::sys::signal::Signal;
+    use rproxy_mapping::addr::Protocol;
 
     use super::*;
+    use crate::host_ip::HostIp;
     use crate::model::{MappingKey, RelayProcess};
     use crate::name::Name;
     use crate::plan::Step;
-    use crate::publish::{HostIp, Proto};
     use crate::reserve::ReserveError;
 
     /// Records the actions, and fails where it is told to.
@@ -136,7 +137,7 @@ mod tests {
             }
         }
 
-        fn reserve(&mut self, _: Proto, _: HostIp, port: u16) -> Result<u16, ReserveError> {
+        fn reserve(&mut self, _: Protocol, _: HostIp, port: u16) -> Result<u16, ReserveError> {
             Ok(port)
         }
 

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
+use rproxy_mapping::publish::ExposedPorts;
 use serde_json::json;
 
 use crate::addr::{Subnet4, Subnet6};
@@ -16,7 +17,7 @@ use crate::executor::Executor;
 use crate::firewall::detect::Choice;
 use crate::model::Via;
 use crate::name::{IfName, Name};
-use crate::publish::{Proto, PublishSpec};
+use crate::publish::{Publication, exposed};
 use crate::state;
 
 /// The kernel's largest value for the four sizes (GSO_MAX_SIZE of include/linux/netdevice.h, eight times 65,535).
@@ -73,7 +74,7 @@ enum Sub {
         name: Name,
         /// The ports, written as for `publish`; all if omitted.
         #[arg(short = 'p', long = "publish", value_name = "SPEC")]
-        specs: Vec<PublishSpec>,
+        specs: Vec<Publication>,
     },
     /// List the containers and what they publish.
     List,
@@ -126,9 +127,9 @@ struct AttachArgs {
     /// Its address; the next free one if omitted.
     #[arg(long, value_name = "ADDRESS")]
     ip: Option<Ipv4Addr>,
-    /// A port that `publish -P` publishes, such as 80 or 53/udp.
-    #[arg(long, value_name = "PORT[/PROTO]", value_parser = exposed_port)]
-    expose: Vec<(u16, Proto)>,
+    /// A port or range that `publish -P` publishes, such as 80 or 53/udp.
+    #[arg(long, value_name = "PORT[/PROTOCOL]")]
+    expose: Vec<ExposedPorts>,
 }
 
 #[derive(Debug, Args)]
@@ -137,7 +138,7 @@ struct PublishArgs {
     name: Name,
     /// What to publish: `[[IP:][HOST_PORT]:]CONTAINER_PORT[/udp]`; ports may be ranges.
     #[arg(short = 'p', long = "publish", value_name = "SPEC", required_unless_present = "all_exposed")]
-    specs: Vec<PublishSpec>,
+    specs: Vec<Publication>,
     /// Publish everything that the container exposes, each at a random port.
     #[arg(short = 'P', long = "publish-all")]
     all_exposed: bool,
@@ -231,6 +232,7 @@ impl From<AttachArgs> for Attach {
     fn from(args: AttachArgs) -> Self {
         let AttachArgs { name, netns, pid, ip, expose } = args;
         let netns = netns.map(NetnsChoice::Path).or(pid.map(NetnsChoice::Pid)).unwrap_or(NetnsChoice::New);
+        let expose = expose.into_iter().flat_map(exposed).collect();
         Self { name, netns, ip, expose }
     }
 }
@@ -244,13 +246,6 @@ fn one_line(error: &clap::Error) -> String {
     let said: Vec<_> =
         said.map(|line| line.trim_start_matches("error: ").trim_start_matches("tip: ")).collect();
     said.join("; ")
-}
-
-fn exposed_port(text: &str) -> Result<(u16, Proto), String> {
-    let (port, proto) = text.split_once('/').unwrap_or((text, "tcp"));
-    let port = port.parse().ok().filter(|port| *port > 0);
-    let port = port.ok_or_else(|| format!("{text:?} is not a port: write 80 or 53/udp"))?;
-    Ok((port, proto.parse()?))
 }
 
 fn write_report(
@@ -307,12 +302,12 @@ mod tests {
     #[test]
     fn bad_input_is_a_usage_error() {
         assert!(usage_error(&["attach", "../web"]).contains("not a container name"));
-        assert!(usage_error(&["publish", "web", "-p", "0:80"]).contains("not a port"));
+        assert!(usage_error(&["publish", "web", "-p", "80:0"]).contains("not a port"));
         assert!(usage_error(&["publish", "web"]).contains("--publish"));
         assert!(usage_error(&["up", "--subnet", "172.17.0.1/16"]).contains("172.17.0.0/16"));
         assert!(usage_error(&["up", "--subnet", "127.0.0.0/8"]).contains("has loopback addresses"));
         assert!(usage_error(&["up", "--subnet6", "ff00::/64"]).contains("has multicast addresses"));
-        assert!(usage_error(&["publish", "web", "-p", "224.0.0.1:80:80"]).contains("nobody can connect to"));
+        assert!(usage_error(&["publish", "web", "-p", "224.0.0.1:80:80"]).contains("no client can connect"));
         assert!(usage_error(&["frobnicate"]).contains("unrecognized subcommand 'frobnicate'"));
         assert!(usage_error(&["up", "--mtu", "100"]).contains("1280"));
         assert!(usage_error(&["up", "--bridge", "a/b"]).contains("not an interface name"));

@@ -5,13 +5,14 @@ use std::io;
 use std::path::PathBuf;
 
 use nix::sys::signal::Signal;
+use rproxy_mapping::addr::Protocol;
 
 use crate::action::Action;
 use crate::firewall::tool::ToolError;
+use crate::host_ip::HostIp;
 use crate::model::{MappingKey, RelayProcess};
 use crate::netlink::NetlinkError;
 use crate::netns::NetnsError;
-use crate::publish::{HostIp, Proto};
 use crate::relay::RelayError;
 use crate::reserve::ReserveError;
 use crate::state::StateError;
@@ -28,7 +29,7 @@ pub trait Executor {
     ///
     /// # Errors
     /// If it is in use, or the address does not belong to this host.
-    fn reserve(&mut self, proto: Proto, host: HostIp, port: u16) -> Result<u16, ReserveError>;
+    fn reserve(&mut self, proto: Protocol, host: HostIp, port: u16) -> Result<u16, ReserveError>;
 
     /// The relays that [`Executor::run`] has started and not stopped.
     fn relays(&self) -> &BTreeMap<MappingKey, RelayProcess>;

@@ -5,15 +5,16 @@ use std::collections::BTreeMap;
 use netlink_sys::protocols::NETLINK_ROUTE;
 use nix::errno::Errno;
 use nix::sys::signal::Signal;
+use rproxy_mapping::addr::Protocol;
 use socket2::Socket;
 
 use crate::action::{Action, NetnsRef, RelayCommand};
 use crate::executor::{ActionError, Executor};
 use crate::firewall::tool::{self};
+use crate::host_ip::HostIp;
 use crate::model::{MappingKey, Netns, RelayProcess};
 use crate::netlink::{Client, NetlinkError, address, link, route};
 use crate::netns::{self, Handle};
-use crate::publish::{HostIp, Proto};
 use crate::relay::{self, RelayError};
 use crate::reserve::{self, ReserveError};
 use crate::signals::Signals;
@@ -62,7 +63,7 @@ impl Executor for Kernel {
         }
     }
 
-    fn reserve(&mut self, proto: Proto, host: HostIp, port: u16) -> Result<u16, ReserveError> {
+    fn reserve(&mut self, proto: Protocol, host: HostIp, port: u16) -> Result<u16, ReserveError> {
         let (socket, port) = reserve::bind(proto, host, port)?;
         self.reserved.insert(MappingKey { proto, host, port }, socket);
         Ok(port)

@@ -17,6 +17,8 @@ pub mod demo;
 pub mod error;
 pub mod executor;
 pub mod firewall;
+pub mod host_ip;
+pub mod interfaces;
 pub mod ipam;
 pub mod kernel;
 pub mod model;

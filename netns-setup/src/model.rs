@@ -4,11 +4,13 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 
+use rproxy_mapping::addr::Protocol;
 use serde::{Deserialize, Serialize};
 
 use crate::addr::{Cidr, Mac, Subnet4, Subnet6};
+use crate::host_ip::HostIp;
 use crate::name::{Id, IfName, Name};
-use crate::publish::{HostIp, PortRequest, Proto};
+use crate::publish::PortRequest;
 
 /// The directory of named network namespaces, shared with `ip netns`.
 pub const NETNS_DIR: &str = "/run/netns";
@@ -181,7 +183,7 @@ pub struct Endpoint {
     /// Its namespace.
     pub netns: Netns,
     /// The ports that `-P` publishes.
-    pub exposed: Vec<(u16, Proto)>,
+    pub exposed: Vec<(u16, Protocol)>,
     /// The ports that are published.
     pub mappings: Vec<Mapping>,
 }
@@ -256,7 +258,7 @@ impl Via {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct MappingKey {
     /// The transport protocol.
-    pub proto: Proto,
+    pub proto: Protocol,
     /// The addresses.
     pub host: HostIp,
     /// The port.
@@ -273,7 +275,7 @@ impl std::fmt::Display for MappingKey {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Mapping {
     /// The transport protocol.
-    pub proto: Proto,
+    pub proto: Protocol,
     /// The addresses of the host.
     pub host: HostIp,
     /// The port of the host.

@@ -3,12 +3,16 @@
 use std::fmt;
 use std::str::FromStr;
 
+use arrayvec::ArrayString;
 use serde::{Deserialize, Serialize};
 
 use crate::addr::{Mac, serde_as_text};
 
 /// The interface of a container, named as by Docker.
 pub const CONTAINER_INTERFACE: &str = "eth0";
+
+/// IFNAMSIZ of linux/if.h is 16 and counts the terminating NUL.
+const LONGEST_INTERFACE: usize = 15;
 
 /// Why a text is not a valid name.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
@@ -33,8 +37,8 @@ pub enum NameError {
 pub struct Name(String);
 
 /// The name of a network interface.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct IfName(String);
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct IfName(ArrayString<LONGEST_INTERFACE>);
 
 /// An identifier in Docker's format: 256 random bits in hex.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -49,16 +53,20 @@ impl Name {
 }
 
 impl IfName {
+    fn short(text: &str) -> Self {
+        Self(ArrayString::from(text).expect("it is no longer than names may be"))
+    }
+
     /// The interface that every namespace has.
     #[must_use]
     pub fn loopback() -> Self {
-        Self("lo".to_owned())
+        Self::short("lo")
     }
 
     /// The interface of a container, named as by Docker.
     #[must_use]
     pub fn container() -> Self {
-        Self(CONTAINER_INTERFACE.to_owned())
+        Self::short(CONTAINER_INTERFACE)
     }
 
     /// The name as text.
@@ -84,7 +92,7 @@ impl Id {
     /// The name of the host end of an endpoint's veth pair: `veth` and seven digits, as in Docker.
     #[must_use]
     pub fn veth(&self) -> IfName {
-        IfName(format!("veth{}", &self.0[..7]))
+        IfName::short(&format!("veth{}", &self.0[..7]))
     }
 
     /// A MAC address for the host end, derived from the identifier so that a repaired pair has the same one.
@@ -113,15 +121,11 @@ impl FromStr for IfName {
     type Err = NameError;
 
     fn from_str(text: &str) -> Result<Self, NameError> {
-        // IFNAMSIZ of linux/if.h is 16 and counts the terminating NUL.
-        const LONGEST: usize = 15;
         // Not interfaces, but parameters for all of them, under net.ipv4.conf of sysctl.
         const SETTINGS: [&str; 2] = ["all", "default"];
-        if is_plain(text, LONGEST) && !SETTINGS.contains(&text) {
-            Ok(Self(text.to_owned()))
-        } else {
-            Err(NameError::Interface(text.to_owned()))
-        }
+        let name = ArrayString::from(text).ok();
+        let name = name.filter(|name| is_plain(name, LONGEST_INTERFACE) && !SETTINGS.contains(&text));
+        name.map(Self).ok_or_else(|| NameError::Interface(text.to_owned()))
     }
 }
 

@@ -222,9 +222,11 @@ fn stat(pid: u32) -> Option<(String, u64)> {
 
 #[cfg(test)]
 mod tests {
+    use rproxy_mapping::addr::Protocol;
+
     use super::*;
+    use crate::host_ip::HostIp;
     use crate::model::MappingKey;
-    use crate::publish::{HostIp, Proto};
     use crate::reserve;
 
     /// A relay that is this shell script.
@@ -235,8 +237,8 @@ mod tests {
         fs::write(&program, format!("#!/bin/sh\n{text}\n")).unwrap();
         fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).unwrap();
         let host: HostIp = "127.0.0.1".parse().unwrap();
-        let (socket, port) = reserve::bind(Proto::Tcp, host, 0).unwrap();
-        let key = MappingKey { proto: Proto::Tcp, host, port };
+        let (socket, port) = reserve::bind(Protocol::Tcp, host, 0).unwrap();
+        let key = MappingKey { proto: Protocol::Tcp, host, port };
         let command = RelayCommand { program, key, container_ip: [172, 17, 0, 2].into(), container_port: 80 };
         (dir, command, socket)
     }

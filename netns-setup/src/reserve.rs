@@ -1,12 +1,15 @@
 //! Reserves host ports by binding them before anything else is done.
 
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 
 use nix::sys::socket::{setsockopt, sockopt};
+use rproxy_mapping::addr::Protocol;
+use rproxy_mapping::interfaces::Interfaces;
 use socket2::{Domain, SockFilter, Socket, Type};
 
-use crate::publish::{HostIp, Proto};
+use crate::host_ip::HostIp;
+use crate::interfaces::HostInterfaces;
 
 /// Why a host port could not be reserved.
 #[derive(Debug, thiserror::Error)]
@@ -15,7 +18,7 @@ pub enum ReserveError {
     #[error("host port {port}/{proto} on {host} is in use: stop what holds it, or choose another")]
     InUse {
         /// The protocol.
-        proto: Proto,
+        proto: Protocol,
         /// Where.
         host: HostIp,
         /// Which.
@@ -28,7 +31,7 @@ pub enum ReserveError {
     #[error("cannot bind host port {port}/{proto} on {host}: {source}")]
     Bind {
         /// The protocol.
-        proto: Proto,
+        proto: Protocol,
         /// Where.
         host: HostIp,
         /// Which.
@@ -45,10 +48,14 @@ pub enum ReserveError {
 ///
 /// # Errors
 /// If the port is in use, or the address does not belong to this host.
-pub fn bind(proto: Proto, host: HostIp, port: u16) -> Result<(Socket, u16), ReserveError> {
+pub fn bind(proto: Protocol, host: HostIp, port: u16) -> Result<(Socket, u16), ReserveError> {
     let bound = match host {
         HostIp::Any => bind_dual_stack(proto, port),
-        HostIp::Ip(ip) => bind_one(proto, ip, port, true),
+        HostIp::Ip(ip) => bind_one(proto, SocketAddr::new(ip, port), true),
+        HostIp::Scoped(ip, interface) => match HostInterfaces.index_of(interface.as_str()) {
+            Some(index) => bind_one(proto, SocketAddrV6::new(ip, port, 0, index).into(), true),
+            None => Err(io::ErrorKind::AddrNotAvailable.into()),
+        },
     };
     bound.map_err(|source| match source.kind() {
         io::ErrorKind::AddrInUse => ReserveError::InUse { proto, host, port },
@@ -58,41 +65,40 @@ pub fn bind(proto: Proto, host: HostIp, port: u16) -> Result<(Socket, u16), Rese
 }
 
 /// Binds one socket for both families, `:::80`, or for IPv4 alone on a host without IPv6.
-fn bind_dual_stack(proto: Proto, port: u16) -> io::Result<(Socket, u16)> {
-    match bind_one(proto, Ipv6Addr::UNSPECIFIED.into(), port, false) {
+fn bind_dual_stack(proto: Protocol, port: u16) -> io::Result<(Socket, u16)> {
+    match bind_one(proto, (Ipv6Addr::UNSPECIFIED, port).into(), false) {
         Err(error) if error.raw_os_error() == Some(nix::libc::EAFNOSUPPORT) => {
-            bind_one(proto, Ipv4Addr::UNSPECIFIED.into(), port, true)
+            bind_one(proto, (Ipv4Addr::UNSPECIFIED, port).into(), true)
         }
         other => other,
     }
 }
 
-fn bind_one(proto: Proto, ip: IpAddr, port: u16, v6_only: bool) -> io::Result<(Socket, u16)> {
+fn bind_one(proto: Protocol, address: SocketAddr, v6_only: bool) -> io::Result<(Socket, u16)> {
     let kind = match proto {
-        Proto::Tcp => Type::STREAM,
-        Proto::Udp => Type::DGRAM,
+        Protocol::Tcp => Type::STREAM,
+        Protocol::Udp => Type::DGRAM,
     };
-    let address = SocketAddr::new(ip, port);
     let socket = Socket::new(Domain::for_address(address), kind.cloexec(), None)?;
-    if ip.is_ipv6() {
+    if address.is_ipv6() {
         socket.set_only_v6(v6_only)?;
     }
     match proto {
         // Connections of a previous container may still be in TIME_WAIT.
-        Proto::Tcp => socket.set_reuse_address(true)?,
+        Protocol::Tcp => socket.set_reuse_address(true)?,
         // The relay replies from the address that the client sent to.
-        Proto::Udp if ip.is_ipv6() => setsockopt(&socket, sockopt::Ipv6RecvPacketInfo, &true)?,
-        Proto::Udp => setsockopt(&socket, sockopt::Ipv4PacketInfo, &true)?,
+        Protocol::Udp if address.is_ipv6() => setsockopt(&socket, sockopt::Ipv6RecvPacketInfo, &true)?,
+        Protocol::Udp => setsockopt(&socket, sockopt::Ipv4PacketInfo, &true)?,
     }
     // BPF_RET | BPF_K with 0 bytes to keep (linux/bpf_common.h): drop everything.
     socket.attach_filter(&[SockFilter::new(0x06, 0, 0, 0)])?;
     socket.bind(&address.into())?;
-    if proto == Proto::Tcp {
+    if proto == Protocol::Tcp {
         // Two sockets with SO_REUSEADDR can share a port until one listens. The kernel limits this to
         // somaxconn.
         socket.listen(i32::from(u16::MAX))?;
     }
-    let port = socket.local_addr()?.as_socket().map_or(port, |address| address.port());
+    let port = socket.local_addr()?.as_socket().map_or(address.port(), |address| address.port());
     Ok((socket, port))
 }
 
@@ -116,7 +122,7 @@ mod tests {
 
     #[test]
     fn a_port_can_be_had_once() {
-        for proto in [Proto::Tcp, Proto::Udp] {
+        for proto in [Protocol::Tcp, Protocol::Udp] {
             let (_first, port) = bind(proto, addr("127.0.0.1"), 0).unwrap();
             assert_ne!(port, 0);
             let error = bind(proto, addr("127.0.0.1"), port).unwrap_err();
@@ -129,13 +135,13 @@ mod tests {
     fn every_address_means_both_families() {
         let taken = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = taken.local_addr().unwrap().port();
-        assert!(matches!(bind(Proto::Tcp, HostIp::Any, port), Err(ReserveError::InUse { .. })));
+        assert!(matches!(bind(Protocol::Tcp, HostIp::Any, port), Err(ReserveError::InUse { .. })));
     }
 
     #[test]
     fn an_address_of_another_host_is_refused() {
         // RFC 5737: never an address of this host.
-        let error = bind(Proto::Tcp, addr("192.0.2.1"), 0).unwrap_err();
+        let error = bind(Protocol::Tcp, addr("192.0.2.1"), 0).unwrap_err();
         assert_eq!(error.to_string(), "192.0.2.1 is not an address of this host");
     }
 }

@@ -7,7 +7,7 @@ use nix::errno::Errno;
 use rproxy_sys::conntrack::{Direction, Family, delete_udp};
 use rproxy_sys::udp::is_local;
 
-use crate::publish::HostIp;
+use crate::host_ip::HostIp;
 
 /// Deletes the conntrack entries of UDP flows whose first packet was sent to or from `port` on `host`. The
 /// latter are created by late replies of whoever served the port before.
@@ -34,10 +34,10 @@ pub fn forget_udp(host: HostIp, port: u16) -> io::Result<()> {
 }
 
 fn matches(host: HostIp, ip: IpAddr) -> bool {
-    match host {
-        HostIp::Any => true,
-        HostIp::Ip(wanted) if wanted.is_unspecified() => wanted.is_ipv4() == ip.is_ipv4(),
-        HostIp::Ip(wanted) => wanted == ip,
+    match host.ip() {
+        None => true,
+        Some(wanted) if wanted.is_unspecified() => wanted.is_ipv4() == ip.is_ipv4(),
+        Some(wanted) => wanted == ip,
     }
 }
 

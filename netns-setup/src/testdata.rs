@@ -2,9 +2,11 @@
 
 use std::path::Path;
 
+use rproxy_mapping::addr::Protocol;
+
+use crate::host_ip::HostIp;
 use crate::model::{Endpoint, Firewall, Mapping, Netns, Network, Topology, Via};
 use crate::name::{Id, Name};
-use crate::publish::{HostIp, Proto};
 
 /// Compares `actual` with a file of `testdata/`, or writes the file when `UPDATE_GOLDEN` is set.
 pub(crate) fn golden(file: &str, actual: &str) {
@@ -44,7 +46,7 @@ pub(crate) fn endpoint(name: &str, last: u8) -> (Name, Endpoint) {
     (name, endpoint)
 }
 
-pub(crate) fn mapping(proto: Proto, host: &str, host_port: u16, container_port: u16, via: Via) -> Mapping {
+pub(crate) fn mapping(proto: Protocol, host: &str, host_port: u16, container_port: u16, via: Via) -> Mapping {
     let host: HostIp = host.parse().unwrap();
     Mapping { proto, host, host_port, random: false, container_port, via, relay: None }
 }
@@ -52,13 +54,13 @@ pub(crate) fn mapping(proto: Proto, host: &str, host_port: u16, container_port: 
 /// A simple topology: one container, with port 80 published on all addresses.
 pub(crate) fn story() -> Topology {
     let (name, mut web) = endpoint("web", 2);
-    web.mappings.push(mapping(Proto::Tcp, "*", 80, 80, Via::Both));
+    web.mappings.push(mapping(Protocol::Tcp, "*", 80, 80, Via::Both));
     Topology { network: Some(network()), endpoints: [(name, web)].into() }
 }
 
 /// Both families, both protocols, every way to publish and every kind of address.
 pub(crate) fn everything() -> Topology {
-    use Proto::{Tcp, Udp};
+    use Protocol::{Tcp, Udp};
     let mut topology = story();
     topology.network = Some(Network { subnet6: Some("fd00:d0c::/64".parse().unwrap()), ..network() });
     let (name, mut dns) = endpoint("dns", 3);
@@ -79,6 +81,6 @@ pub(crate) fn everything() -> Topology {
 /// One container with that many ports.
 pub(crate) fn with_ports(count: u16) -> Topology {
     let (name, mut web) = endpoint("web", 2);
-    web.mappings = (0..count).map(|port| mapping(Proto::Tcp, "*", 1000 + port, 80, Via::Dnat)).collect();
+    web.mappings = (0..count).map(|port| mapping(Protocol::Tcp, "*", 1000 + port, 80, Via::Dnat)).collect();
     Topology { network: Some(network()), endpoints: [(name, web)].into() }
 }

@@ -26,4 +26,3 @@ pub mod systemd;
 
 pub mod log;
 pub mod loops;
-pub mod mapping;

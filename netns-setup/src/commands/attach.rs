@@ -3,6 +3,7 @@
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
+use rproxy_mapping::addr::Protocol;
 use serde_json::json;
 
 use super::change::LockedState;
@@ -12,7 +13,6 @@ use crate::executor::Executor;
 use crate::model::{Endpoint, Netns};
 use crate::name::Name;
 use crate::plan::Scope;
-use crate::publish::Proto;
 use crate::{ipam, netns};
 
 /// The namespace of a container.
@@ -36,7 +36,7 @@ pub struct Attach {
     /// The requested address.
     pub ip: Option<Ipv4Addr>,
     /// The ports that `publish -P` publishes.
-    pub expose: Vec<(u16, Proto)>,
+    pub expose: Vec<(u16, Protocol)>,
 }
 
 impl Attach {

@@ -6,10 +6,11 @@ use super::change::LockedState;
 use super::{Options, Report};
 use crate::error::Error;
 use crate::executor::Executor;
+use crate::host_ip::HostIp;
 use crate::model::{Firewall, Mapping, MappingKey, Network, Topology, Via};
 use crate::name::Name;
 use crate::plan::Scope;
-use crate::publish::{HostIp, HostPort, PortRequest, PublishSpec};
+use crate::publish::{HostPort, PortRequest, Publication};
 use crate::reserve::ReserveError;
 
 /// How often to try another random port if one is already translated.
@@ -21,7 +22,7 @@ pub struct Publish {
     /// The container.
     pub name: Name,
     /// The ports to publish.
-    pub specs: Vec<PublishSpec>,
+    pub specs: Vec<Publication>,
     /// Whether to publish all exposed ports as well, each on a random port.
     pub all_exposed: bool,
     /// What relays the traffic.
@@ -97,9 +98,15 @@ impl Publish {
 
 /// The kernel cannot translate IPv6 to IPv4.
 fn check_family(network: &Network, via: Via, request: &PortRequest) -> Result<(), Error> {
-    let v6 = matches!(request.host, HostIp::Ip(ip) if ip.is_ipv6());
-    if v6 && via == Via::Dnat && network.subnet6.is_none() {
-        let host = request.host;
+    let host = request.host;
+    if via == Via::Dnat && matches!(host, HostIp::Scoped(..)) {
+        // RFC 4291, section 2.5.6: routers do not forward packets with link-local addresses.
+        return Err(Error::Usage(format!(
+            "--via dnat cannot lead {host} to a container: the kernel forwards nothing that link-local addresses \
+             send; use --via both"
+        )));
+    }
+    if host.is_ipv6() && via == Via::Dnat && network.subnet6.is_none() {
         return Err(Error::Usage(format!(
             "--via dnat cannot lead {host} to an IPv4 container: use --via both, or a network with --subnet6"
         )));
@@ -134,7 +141,7 @@ fn claim(
             }
             last?
         }
-        HostPort::FirstFreeOf(range) => first_free(range.ports(), reserve)?,
+        HostPort::FirstFreeOf(range) => first_free(range.iter(), reserve)?,
     };
     Ok(Mapping { proto, host, host_port, random, container_port, via, relay: None })
 }
@@ -176,7 +183,7 @@ pub struct Unpublish {
     /// The container.
     pub name: Name,
     /// The ports to unpublish; all if empty.
-    pub specs: Vec<PublishSpec>,
+    pub specs: Vec<Publication>,
 }
 
 impl Unpublish {

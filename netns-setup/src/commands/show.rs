@@ -12,7 +12,6 @@ use super::{Options, Report};
 use crate::error::Error;
 use crate::model::{Endpoint, Mapping, Network};
 use crate::name::{Id, Name};
-use crate::publish::HostIp;
 
 /// Lists the containers.
 pub(super) fn list(options: &Options) -> Result<Report, Error> {
@@ -160,10 +159,8 @@ fn ports(endpoint: &Endpoint) -> BTreeMap<String, Option<Vec<Binding>>> {
     }
     for mapping in &endpoint.mappings {
         let bindings = ports.entry(format!("{}/{}", mapping.container_port, mapping.proto)).or_default();
-        let addresses = match mapping.host {
-            HostIp::Any => vec![Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()],
-            HostIp::Ip(ip) => vec![ip],
-        };
+        let every = || vec![Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
+        let addresses = mapping.host.ip().map_or_else(every, |ip| vec![ip]);
         let binding = |host_ip| Binding { host_ip, host_port: mapping.host_port.to_string() };
         bindings.get_or_insert_default().extend(addresses.into_iter().map(binding));
     }

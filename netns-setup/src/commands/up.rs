@@ -66,7 +66,7 @@ impl Up {
     fn create(&self, options: &Options) -> Result<Network, Error> {
         Ok(Network {
             id: random_id()?,
-            bridge: self.bridge.clone(),
+            bridge: self.bridge,
             subnet: self.subnet,
             subnet6: self.subnet6,
             mtu: self.mtu,

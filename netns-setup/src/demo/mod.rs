@@ -125,15 +125,15 @@ impl Demo {
         let netns = Path::new(NETNS_DIR).join("outside");
         let there = NetnsRef::Container(netns.clone());
         let (host_mac, container_mac) = (Mac::for_container(HOST_V4), Mac::for_container(OUTSIDE_V4));
-        let pair = VethPair { host: uplink.clone(), host_mac, container_mac, mtu: 1500, netns };
+        let pair = VethPair { host: uplink, host_mac, container_mac, mtu: 1500, netns };
         let up = |place: &NetnsRef, name: &IfName| Action::SetLink {
             place: place.clone(),
-            name: name.clone(),
+            name: *name,
             change: LinkChange::Up(true),
         };
         let address = |place: &NetnsRef, name: &IfName, ip: IpAddr| Action::AddAddress {
             place: place.clone(),
-            name: name.clone(),
+            name: *name,
             address: Cidr { ip, prefix: if ip.is_ipv4() { 24 } else { 64 } },
         };
         let actions = [

@@ -7,13 +7,15 @@ pub mod tool;
 
 use std::net::IpAddr;
 
+use rproxy_mapping::addr::Protocol;
+
+use crate::host_ip::HostIp;
 use crate::model::{Endpoint, Mapping, Network, Topology, Via};
-use crate::publish::{HostIp, Proto};
 
 /// A published port, for the rules of one address family.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct Translation {
-    pub(crate) proto: Proto,
+    pub(crate) proto: Protocol,
     /// The address of the host; `None` for all local ones.
     pub(crate) host: Option<IpAddr>,
     pub(crate) host_port: u16,
@@ -38,6 +40,8 @@ fn translation(network: &Network, endpoint: &Endpoint, mapping: &Mapping, ipv6: 
     let container = if ipv6 { IpAddr::V6(endpoint.ip6(network)?) } else { IpAddr::V4(endpoint.ip) };
     let host = match mapping.host {
         HostIp::Any => None,
+        // The kernel forwards nothing that link-local addresses send: the relay serves them.
+        HostIp::Scoped(..) => return None,
         HostIp::Ip(ip) if ip.is_ipv6() != ipv6 => return None,
         HostIp::Ip(ip) if ip.is_unspecified() => None,
         HostIp::Ip(ip) => Some(ip),
@@ -56,7 +60,7 @@ fn translation(network: &Network, endpoint: &Endpoint, mapping: &Mapping, ipv6: 
 }
 
 /// Ports published on an IPv4 loopback address; packets to them from other hosts are dropped.
-pub(crate) fn loopback_ports(topology: &Topology) -> Vec<(IpAddr, Proto, u16)> {
+pub(crate) fn loopback_ports(topology: &Topology) -> Vec<(IpAddr, Protocol, u16)> {
     let ports = topology.mappings().filter_map(|(_, _, mapping)| match mapping.host {
         HostIp::Ip(ip @ IpAddr::V4(v4)) if v4.is_loopback() => Some((ip, mapping.proto, mapping.host_port)),
         _ => None,

@@ -4,6 +4,7 @@ use std::net::IpAddr;
 
 use super::{Inputs, LinkWish, OffloadLimits, Plan, PlanError, Step, network, untouched_offload};
 use crate::action::{Action, LinkChange, NetnsRef, VethPair};
+use crate::host_ip::HostIp;
 use crate::model::{Endpoint, Network};
 use crate::name::CONTAINER_INTERFACE;
 use crate::name::{IfName, Name};
@@ -150,16 +151,16 @@ fn connect(inputs: Inputs<'_>, network: &Network, endpoint: &Endpoint) -> Plan {
     let mut plan = Plan::default();
     let (host_end, inside, eth0) = (endpoint.id.veth(), place(endpoint), IfName::container());
     let pair = VethPair {
-        host: host_end.clone(),
+        host: host_end,
         host_mac: endpoint.id.veth_mac(),
         container_mac: endpoint.mac(),
         mtu: network.mtu,
         netns: endpoint.netns.path.clone(),
     };
-    plan.push(Step::new(Action::AddVeth(pair), [Action::DeleteLink(host_end.clone())]));
+    plan.push(Step::new(Action::AddVeth(pair), [Action::DeleteLink(host_end)]));
     let host = LinkWish { place: NetnsRef::Host, name: &host_end, is: None };
     let container = LinkWish { place: inside, name: &eth0, is: None };
-    host.change(&mut plan, |_| None, LinkChange::Master(Some(network.bridge.clone())));
+    host.change(&mut plan, |_| None, LinkChange::Master(Some(network.bridge)));
     if endpoint.needs_hairpin() {
         host.change(&mut plan, |_| None, LinkChange::Hairpin(true));
     }
@@ -196,11 +197,7 @@ fn enlarge_packets(
 fn connect_inside(network: &Network, endpoint: &Endpoint, container: &LinkWish<'_>, plan: &mut Plan) {
     let LinkWish { place, name, .. } = container;
     for address in endpoint.addresses(network) {
-        plan.push(Step::on_fresh(Action::AddAddress {
-            place: place.clone(),
-            name: (*name).clone(),
-            address,
-        }));
+        plan.push(Step::on_fresh(Action::AddAddress { place: place.clone(), name: *(*name), address }));
     }
     container.up(plan);
     for gateway in network.gateways() {
@@ -218,7 +215,7 @@ fn mend(inputs: Inputs<'_>, network: &Network, endpoint: &Endpoint, side: &Side,
     // A port of a bridge that is created again has to join it, too.
     let joined = |master: Option<u32>| bridge.is_some() && master == bridge;
     let left = |link: &crate::observed::Link| (!joined(link.master)).then_some(LinkChange::Master(None));
-    outer.change(plan, left, LinkChange::Master(Some(network.bridge.clone())));
+    outer.change(plan, left, LinkChange::Master(Some(network.bridge)));
     let hairpin = endpoint.needs_hairpin();
     let before =
         |link: &crate::observed::Link| (link.hairpin != hairpin).then_some(LinkChange::Hairpin(!hairpin));
@@ -233,12 +230,12 @@ fn mend(inputs: Inputs<'_>, network: &Network, endpoint: &Endpoint, side: &Side,
 }
 
 fn mend_inside(network: &Network, endpoint: &Endpoint, side: &Side, inner: &LinkWish<'_>, plan: &mut Plan) {
-    let (place, name) = (inner.place.clone(), inner.name.clone());
+    let (place, name) = (inner.place.clone(), *inner.name);
     inner.up(plan);
     for address in endpoint.addresses(network) {
         if !inner.is.is_some_and(|link| side.has_address(link, address)) {
-            let add = Action::AddAddress { place: place.clone(), name: name.clone(), address };
-            let delete = Action::DeleteAddress { place: place.clone(), name: name.clone(), address };
+            let add = Action::AddAddress { place: place.clone(), name, address };
+            let delete = Action::DeleteAddress { place: place.clone(), name, address };
             plan.push(Step::new(add, [delete]));
         }
     }
@@ -253,10 +250,9 @@ fn mend_inside(network: &Network, endpoint: &Endpoint, side: &Side, inner: &Link
 }
 
 /// The container's address that a relay on a host socket connects to.
-pub(crate) fn relay_target(network: &Network, endpoint: &Endpoint, host: crate::publish::HostIp) -> IpAddr {
-    let v6_only = matches!(host, crate::publish::HostIp::Ip(ip) if ip.is_ipv6());
+pub(crate) fn relay_target(network: &Network, endpoint: &Endpoint, host: HostIp) -> IpAddr {
     match endpoint.ip6(network) {
-        Some(ip) if v6_only => ip.into(),
+        Some(ip) if host.is_ipv6() => ip.into(),
         _ => endpoint.ip.into(),
     }
 }

@@ -182,7 +182,7 @@ struct LinkWish<'a> {
 
 impl LinkWish<'_> {
     fn change(&self, plan: &mut Plan, differs: impl Fn(&Link) -> Option<LinkChange>, wanted: LinkChange) {
-        let set = |change| Action::SetLink { place: self.place.clone(), name: self.name.clone(), change };
+        let set = |change| Action::SetLink { place: self.place.clone(), name: *self.name, change };
         match self.is.map(differs) {
             None => plan.push(Step::on_fresh(set(wanted))),
             Some(Some(before)) => plan.push(Step::new(set(wanted), [set(before)])),

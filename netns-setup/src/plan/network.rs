@@ -17,7 +17,7 @@ pub(super) fn check(inputs: Inputs<'_>) -> Result<(), PlanError> {
     let bridge = host.link(network.bridge.as_str());
     let is_bridge = bridge.is_some_and(|link| link.kind.as_deref() == Some("bridge"));
     if bridge.is_some() && !(is_bridge && is_ours(inputs.owned, network)) {
-        return Err(PlanError::BridgeTaken(network.bridge.clone()));
+        return Err(PlanError::BridgeTaken(network.bridge));
     }
     let bridge = bridge.map(|link| link.index);
     let pools =
@@ -54,7 +54,7 @@ pub(super) fn remove(inputs: Inputs<'_>, plan: &mut Plan) {
         }
         let again = again.steps.into_iter().map(|step| step.action);
         let again = again.chain(restored_offload(network, inputs.observed));
-        plan.push(Step::new(Action::DeleteLink(network.bridge.clone()), again));
+        plan.push(Step::new(Action::DeleteLink(network.bridge), again));
     }
     // In reverse order, because switching forwarding off changes other parameters.
     for change in network.sysctls.iter().rev() {
@@ -110,11 +110,11 @@ pub(super) fn build(inputs: Inputs<'_>, plan: &mut Plan) {
 }
 
 fn create(network: &Network, plan: &mut Plan) {
-    let name = network.bridge.clone();
-    let add = Action::AddBridge { name: name.clone(), mac: network.mac(), mtu: network.mtu };
-    plan.push(Step::new(add, [Action::DeleteLink(name.clone())]));
+    let name = network.bridge;
+    let add = Action::AddBridge { name, mac: network.mac(), mtu: network.mtu };
+    plan.push(Step::new(add, [Action::DeleteLink(name)]));
     for address in network.addresses() {
-        plan.push(Step::on_fresh(Action::AddAddress { place: NetnsRef::Host, name: name.clone(), address }));
+        plan.push(Step::on_fresh(Action::AddAddress { place: NetnsRef::Host, name, address }));
     }
 }
 
@@ -128,8 +128,8 @@ fn mend(network: &Network, link: &Link, inputs: Inputs<'_>, plan: &mut Plan) {
     wish.mtu(plan, network.mtu);
     for address in network.addresses() {
         if !inputs.observed.host.has_address(link, address) {
-            let (place, name) = (NetnsRef::Host, network.bridge.clone());
-            let add = Action::AddAddress { place: place.clone(), name: name.clone(), address };
+            let (place, name) = (NetnsRef::Host, network.bridge);
+            let add = Action::AddAddress { place: place.clone(), name, address };
             plan.push(Step::new(add, [Action::DeleteAddress { place, name, address }]));
         }
     }
@@ -139,7 +139,7 @@ fn mend(network: &Network, link: &Link, inputs: Inputs<'_>, plan: &mut Plan) {
 pub(super) fn restored_offload(network: &Network, observed: &Observed) -> Option<Action> {
     let link = observed.host.link(network.bridge.as_str()).filter(|_| network.gso_max_size > 0)?;
     let change = LinkChange::Offload(link.offload);
-    Some(Action::SetLink { place: NetnsRef::Host, name: network.bridge.clone(), change })
+    Some(Action::SetLink { place: NetnsRef::Host, name: network.bridge, change })
 }
 
 fn adds_port(action: &Action) -> bool {

@@ -1,10 +1,11 @@
 //! Relay processes, and conntrack entries that would bypass a change of them.
 
+use rproxy_mapping::addr::Protocol;
+
 use super::{Inputs, Plan, Step, endpoint};
 use crate::action::{Action, RelayCommand};
 use crate::model::{Endpoint, Mapping, Topology};
 use crate::name::Name;
-use crate::publish::Proto;
 
 /// The command line of a mapping's relay.
 fn command(
@@ -65,7 +66,7 @@ pub(super) fn start(inputs: Inputs<'_>, plan: &mut Plan) {
 pub(super) fn flush(inputs: Inputs<'_>, plan: &mut Plan) {
     let gone = only_in(inputs, inputs.owned, inputs.desired);
     let come = only_in(inputs, inputs.desired, inputs.owned);
-    for (_, _, mapping) in gone.chain(come).filter(|(_, _, mapping)| mapping.proto == Proto::Udp) {
+    for (_, _, mapping) in gone.chain(come).filter(|(_, _, mapping)| mapping.proto == Protocol::Udp) {
         plan.push(Step::on_fresh(Action::FlushConntrack { host: mapping.host, port: mapping.host_port }));
     }
 }

@@ -5,13 +5,13 @@
 
 use std::net::SocketAddr;
 
+use rproxy_mapping::addr::{HostSocketAddr, Protocol, canonical};
+use rproxy_mapping::name::Name;
+use rproxy_mapping::{Mapping, PortMapping};
 use tracing::warn;
 
 use crate::bind::BoundPort;
 use crate::bind::listen::Listener;
-use crate::mapping::addr::{HostSocketAddr, Protocol, canonical};
-use crate::mapping::name::Name;
-use crate::mapping::{Mapping, PortMapping};
 
 /// Inherited sockets that no mapping has taken yet.
 #[derive(Debug, Default)]

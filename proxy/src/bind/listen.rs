@@ -7,12 +7,12 @@ use std::sync::Once;
 use std::time::Duration;
 
 use nix::libc;
+use rproxy_mapping::addr::Protocol;
+use rproxy_mapping::ports::PortRange;
+use rproxy_mapping::{Mapping, PortMapping};
 use rproxy_sys::udp;
 use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 
-use crate::mapping::addr::Protocol;
-use crate::mapping::ports::PortRange;
-use crate::mapping::{Mapping, PortMapping};
 use crate::runtime::descriptors::explain;
 
 /// The requested length of the accept queue; the kernel limits it to `net.core.somaxconn` (listen(2)).

@@ -3,6 +3,8 @@
 //! A free port is found by binding it. Checking first whether it is free would be a race.
 
 pub mod activation;
+pub mod family;
+pub mod interfaces;
 pub mod listen;
 
 use std::hash::{BuildHasher, RandomState};
@@ -10,13 +12,14 @@ use std::io;
 use std::net::SocketAddr;
 use std::ops::ControlFlow;
 
+use rproxy_mapping::addr::{HostSocketAddr, Protocol};
+use rproxy_mapping::ports::PortRange;
+use rproxy_mapping::{HostPorts, Mapping, PortMapping};
+
 use crate::bind::activation::{InheritedError, InheritedSockets};
 use crate::bind::listen::{BindError, Listener};
 use crate::loops::whereabouts::Whereabouts;
 use crate::loops::{Hop, LoopError, refuse_loop, refuse_loops};
-use crate::mapping::addr::{HostSocketAddr, Protocol};
-use crate::mapping::ports::PortRange;
-use crate::mapping::{HostPorts, Mapping, PortMapping};
 
 /// A mapping whose host ports are bound: clients can connect from now on.
 #[derive(Debug)]

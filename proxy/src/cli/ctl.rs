@@ -3,11 +3,12 @@
 use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
+use rproxy_mapping::endpoint::BackendSpec;
+use rproxy_mapping::name::Name;
 
 use super::MappingArgs;
+use super::values::parse_backend;
 use crate::control::socket::DEFAULT_PATH;
-use crate::mapping::endpoint::BackendSpec;
-use crate::mapping::name::Name;
 
 /// The command line of `rproxy ctl`.
 #[derive(Args, Debug)]
@@ -43,7 +44,7 @@ pub(crate) enum Command {
         /// The name of the mapping, as in `list`
         name: Name,
         /// The new backend; for a range all ports, or only the first
-        #[arg(long, value_name = "ADDRESS:PORTS")]
+        #[arg(long, value_name = "ADDRESS:PORTS", value_parser = parse_backend)]
         to: BackendSpec,
     },
     /// Replace all mappings with those of a file; if that fails, nothing changes

@@ -6,21 +6,21 @@ use std::time::Duration;
 
 use clap::Args;
 use ipnet::IpNet;
+use rproxy_mapping::access::{AccessList, parse_network};
+use rproxy_mapping::addr::{AddrError, HostSocketAddr, Protocol, Protocols, ScopedIp};
+use rproxy_mapping::dscp::Dscp;
+use rproxy_mapping::duration::parse_limit;
+use rproxy_mapping::endpoint::{BackendSpec, HostSpec};
+use rproxy_mapping::limits::{Limits, OnLimit};
+use rproxy_mapping::name::Name;
+use rproxy_mapping::overlap::refuse_overlap;
+use rproxy_mapping::publish::{ExposedPorts, PublishSpec};
+use rproxy_mapping::{Mapping, MappingError};
 
 use super::UsageError;
-use super::values::{Limit, To, parse_count};
+use super::values::{Limit, To, on_limit, parse_count, parse_host, parse_publish};
+use crate::bind::family::everywhere;
 use crate::loops::{LoopReason, refuse_loops_among};
-use crate::mapping::access::{AccessList, parse_network};
-use crate::mapping::addr::{AddrError, HostSocketAddr, Protocol, Protocols, ScopedIp};
-use crate::mapping::dscp::Dscp;
-use crate::mapping::duration::parse_limit;
-use crate::mapping::endpoint::{BackendSpec, HostSpec};
-use crate::mapping::family::everywhere;
-use crate::mapping::limits::{Limits, OnLimit};
-use crate::mapping::name::Name;
-use crate::mapping::overlap::refuse_overlap;
-use crate::mapping::publish::{ExposedPorts, PublishSpec};
-use crate::mapping::{Mapping, MappingError};
 
 const HOST_HELP: &str =
     "Address and ports to listen on, such as [::]:80, 127.0.0.1:0 or 0.0.0.0:8000-8010; needs a --to";
@@ -30,12 +30,12 @@ const PUBLISH_HELP: &str = "Ports to publish: [[ADDRESS:][HOST_PORT]:]PORT[/PROT
 #[derive(Args, Debug)]
 pub struct MappingArgs {
     // Not doc comments, because rustdoc would take the brackets for links.
-    #[arg(long, value_name = "ADDRESS:PORTS", help = HOST_HELP)]
+    #[arg(long, value_name = "ADDRESS:PORTS", help = HOST_HELP, value_parser = parse_host)]
     host: Vec<HostSpec>,
     /// Address and ports to forward to, for the --host in the same position; or the address for -p and -P
     #[arg(long, value_name = "ADDRESS[:PORTS]")]
     to: Vec<To>,
-    #[arg(short = 'p', visible_alias = "publish", value_name = "SPEC", help = PUBLISH_HELP)]
+    #[arg(short = 'p', visible_alias = "publish", value_name = "SPEC", help = PUBLISH_HELP, value_parser = parse_publish)]
     publish: Vec<PublishSpec>,
     /// Publish each --expose that no -p publishes, on random ports
     #[arg(short = 'P', visible_alias = "publish-all")]
@@ -69,7 +69,7 @@ struct LimitArgs {
     #[arg(long, value_name = "COUNT", value_parser = parse_count, allow_hyphen_values = true)]
     max_connections: Option<usize>,
     /// Whether clients beyond --max-connections wait in the backlog or are reset
-    #[arg(long, value_enum, default_value_t)]
+    #[arg(long, value_parser = on_limit(), default_value_t)]
     on_limit: OnLimit,
     /// Serve only clients in these networks, such as 10.0.0.0/8,fd00::/8
     #[arg(long, value_name = "NETWORK", value_delimiter = ',', value_parser = parse_network)]
@@ -195,7 +195,7 @@ impl MappingArgs {
 
     /// Whether a mapping listens on all addresses because none was given.
     pub fn is_everywhere(&self) -> bool {
-        self.publish_all || self.publish.iter().any(|spec| spec.host == everywhere())
+        self.publish_all || self.publish.iter().any(|spec| spec.host.is_none())
     }
 
     /// The option that requests to listen on `host`, for messages.
@@ -320,7 +320,7 @@ fn pair(host: HostSpec, to: BackendSpec, protocols: Protocols) -> Result<Asked, 
 
 /// The mapping of one `-p` or `--expose`.
 fn publish(words: String, spec: PublishSpec, to: ScopedIp) -> Result<Asked, UsageError> {
-    match spec.to(to) {
+    match spec.to(to, everywhere()) {
         Ok(mapping) => Ok(Asked { words, mapping }),
         Err(MappingError::Backend(error)) => Err(wrong(&format!("--to {to}"), &error)),
         Err(error) => Err(wrong(&words, &error)),

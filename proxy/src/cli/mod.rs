@@ -19,9 +19,9 @@ use self::values::DrainLimit;
 use crate::control::socket::DEFAULT_PATH;
 use crate::log::escape::escaped;
 use crate::log::{self, Format, LogConfig};
-use crate::mapping::Mapping;
-use crate::mapping::duration;
 use crate::sandbox::{self, User};
+use rproxy_mapping::Mapping;
+use rproxy_mapping::duration;
 
 /// A TCP and UDP relay that publishes container ports: it listens on host addresses and forwards to backends.
 ///
@@ -234,8 +234,9 @@ fn one_line(error: &clap::Error, help: &str) -> UsageError {
 
 #[cfg(test)]
 mod tests {
+    use rproxy_mapping::limits::Limits;
+
     use super::*;
-    use crate::mapping::limits::Limits;
 
     fn wrong(line: &str) -> String {
         let args: Vec<OsString> = line.split_whitespace().map(OsString::from).collect();
@@ -331,9 +332,9 @@ mod tests {
             ("-p 80 --host :::1 --to 10.0.0.1:80", "-p: its --to ADDRESS is missing"),
             ("-p 80 --to 10.0.0.1 --to 10.0.0.2", "--to 10.0.0.2: all -p go to one address"),
             ("-p 80 --to 0.0.0.0", "--to 0.0.0.0: 0.0.0.0 is where one listens"),
-            ("-p 80:80 -p 80:81 --to 10.0.0.1", "-p [::]:80:81/tcp: port 80 is taken by the mapping 80/tcp"),
-            ("-p 80-82:80-81 --to 10.0.0.1", "-p [::]:80-82:80-81/tcp: 3 host ports (80-82) do not fit 2"),
-            ("-p 80:80 --to 127.0.0.1", "-p [::]:80:80/tcp: 80/tcp would forward to itself"),
+            ("-p 80:80 -p 80:81 --to 10.0.0.1", "-p 80:81/tcp: port 80 is taken by the mapping 80/tcp"),
+            ("-p 80-82:80-81 --to 10.0.0.1", "-p 80-82:80-81: 3 host ports (80-82) do not fit 2"),
+            ("-p 80:80 --to 127.0.0.1", "-p 80:80/tcp: 80/tcp would forward to itself"),
             ("-p 80 --proto udp --to 10.0.0.1", "--proto: it is for --host; write -p PORT/PROTOCOL"),
             ("-p 80 -p 81 --name web --to 10.0.0.1", "--name web: it is for one mapping"),
             ("-P --to 10.0.0.1", "-P: which ports? no image says so here; give --expose PORT"),
@@ -461,8 +462,11 @@ mod tests {
         ("--host 127.0.0.1:0 --to {}:80", &["localhost", "0.0.0.0", "[::]"]),
         ("--host 127.0.0.1:{} --to 10.0.0.1:80", &["90-80", "http", "65536"]),
         ("--host 127.0.0.1:0 --to 10.0.0.1:{}", &["http", "65536"]),
-        ("--to 10.0.0.1 -p {}", &["10.0.0.11:80", "[::1]:80", "::1:80:80"]),
-        ("--to 10.0.0.1 -p {}:80:80", &["localhost", "[fe80::1]", "10.0.0.256"]),
+        (
+            "--to 10.0.0.1 -p {}",
+            &["10.0.0.11:80", "[::1]:80", "::1:80:80", "[fe80::1]:80:80", "[fe80::1]::80/udp"],
+        ),
+        ("--to 10.0.0.1 -p {}:80:80", &["localhost", "10.0.0.256"]),
         ("--to {} -p 80", &["0.0.0.0", "[::]", "localhost"]),
         ("--host 127.0.0.1:0 --to 10.0.0.1:80 --proto {}", &["icmp", "sctp", "TCP"]),
         ("--host 127.0.0.1:0 --to 10.0.0.1:80 --idle-timeout {}", &["soon", "0", "-1s", "1 week ago"]),

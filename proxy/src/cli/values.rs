@@ -3,9 +3,14 @@
 use std::str::FromStr;
 use std::time::Duration;
 
-use crate::mapping::addr::{AddrError, ScopedIp};
-use crate::mapping::duration::{UNLIMITED, parse, parse_optional_limit};
-use crate::mapping::endpoint::BackendSpec;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
+use rproxy_mapping::addr::{AddrError, ScopedIp};
+use rproxy_mapping::duration::{UNLIMITED, parse, parse_optional_limit};
+use rproxy_mapping::endpoint::{BackendSpec, HostSpec};
+use rproxy_mapping::limits::OnLimit;
+use rproxy_mapping::publish::{PublishSpec, SpecError};
+
+use crate::bind::interfaces::HostInterfaces;
 
 /// The value of `--to`.
 #[derive(Clone, Debug)]
@@ -20,11 +25,31 @@ impl FromStr for To {
     type Err = AddrError;
 
     fn from_str(text: &str) -> Result<Self, AddrError> {
-        text.parse().map(Self::Backend).or_else(|error| match text.parse() {
+        parse_backend(text).map(Self::Backend).or_else(|error| match ScopedIp::parse(text, &HostInterfaces) {
             Ok(address) => Ok(Self::Address(address, error)),
             Err(_) => Err(error),
         })
     }
+}
+
+/// Parses where to listen, with interfaces of this machine.
+pub(super) fn parse_host(text: &str) -> Result<HostSpec, AddrError> {
+    HostSpec::parse(text, &HostInterfaces)
+}
+
+/// Parses where to forward to, with interfaces of this machine.
+pub(super) fn parse_backend(text: &str) -> Result<BackendSpec, AddrError> {
+    BackendSpec::parse(text, &HostInterfaces)
+}
+
+/// Parses what to publish, with interfaces of this machine.
+pub(super) fn parse_publish(text: &str) -> Result<PublishSpec, SpecError> {
+    PublishSpec::parse(text, &HostInterfaces)
+}
+
+/// Parses one of the values that the help lists.
+pub(super) fn on_limit() -> impl TypedValueParser<Value = OnLimit> {
+    PossibleValuesParser::new(["wait", "reset"]).try_map(|text| text.parse::<OnLimit>())
 }
 
 /// A time limit, or none.

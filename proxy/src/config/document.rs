@@ -4,14 +4,14 @@ use std::collections::HashSet;
 use std::fmt;
 use std::ops::Range;
 
+use rproxy_mapping::Mapping;
+use rproxy_mapping::overlap::{Overlap, OverlapError, overlaps};
 use toml::de::{DeTable, DeValue};
 
 use super::keys::{Keys, by_place};
 use super::mistake::{Found, Mistakes};
 use super::{names, syntax};
 use crate::loops::refuse_loops_among;
-use crate::mapping::Mapping;
-use crate::mapping::overlap::{Overlap, OverlapError, overlaps};
 
 /// The mappings in the text of a file.
 ///
@@ -168,12 +168,12 @@ fn loops(tables: &[Table], mappings: &[Mapping]) -> Option<Found> {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use rproxy_mapping::dscp::Dscp;
+    use rproxy_mapping::testdata::any_mapping;
 
     use super::super::mistake::Lines;
     use super::super::print::print;
     use super::*;
-    use crate::mapping::dscp::Dscp;
-    use crate::mapping::testdata::any_mapping;
 
     fn mistakes(text: &str) -> Vec<String> {
         let found = find_mappings(text).expect_err(text);

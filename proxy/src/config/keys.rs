@@ -2,18 +2,19 @@
 
 use std::fmt::Display;
 use std::ops::Range;
-use std::str::FromStr;
 
+use rproxy_mapping::Mapping;
+use rproxy_mapping::addr::{AddrError, ScopedIp};
+use rproxy_mapping::endpoint::{BackendSpec, HostSpec};
+use rproxy_mapping::interfaces::Interfaces;
+use rproxy_mapping::wire::{FieldErrors, WireLimits, WireMapping};
 use toml::Spanned;
 use toml::de::{DeString, DeTable, DeValue};
 
 use super::mistake::{Found, Mistakes};
 use super::names::{meant_key, unknown_key, with_keys};
 use super::values::{self, NumberOrText};
-use crate::mapping::Mapping;
-use crate::mapping::addr::{AddrError, ScopedIp};
-use crate::mapping::endpoint::{BackendSpec, HostSpec};
-use crate::mapping::wire::{FieldErrors, WireLimits, WireMapping};
+use crate::bind::interfaces::HostInterfaces;
 
 type Text = Option<Spanned<String>>;
 type Count = Option<Spanned<usize>>;
@@ -82,8 +83,8 @@ impl Keys {
     pub(super) fn are_accepted(mut self, key: &str) -> bool {
         let text = |text: &str| Some(Spanned::new(0..0, text.to_owned()));
         match (key, &self.host, &self.to) {
-            ("host", Some(host), _) => return host.get_ref().parse::<HostSpec>().is_ok(),
-            ("to", _, Some(to)) => return to.get_ref().parse::<BackendSpec>().is_ok(),
+            ("host", Some(host), _) => return HostSpec::parse(host.get_ref(), &HostInterfaces).is_ok(),
+            ("to", _, Some(to)) => return BackendSpec::parse(to.get_ref(), &HostInterfaces).is_ok(),
             _ => (self.host, self.to) = (text("[::]:80"), text("172.17.0.2:80")),
         }
         let mut found = Mistakes::default();
@@ -118,10 +119,10 @@ impl Keys {
         found: &mut Mistakes,
     ) -> Option<Mapping> {
         let mut wrong = FieldErrors::default();
-        let host: Option<HostSpec> =
-            self.endpoint("host", &self.host, "listen on, as in \"[::]:80\"", &mut wrong);
-        let to: Option<BackendSpec> =
-            self.endpoint("to", &self.to, "forward to, as in \"172.17.0.2:80\"", &mut wrong);
+        let purpose = "listen on, as in \"[::]:80\"";
+        let host = self.endpoint("host", &self.host, HostSpec::parse, purpose, &mut wrong);
+        let purpose = "forward to, as in \"172.17.0.2:80\"";
+        let to = self.endpoint("to", &self.to, BackendSpec::parse, purpose, &mut wrong);
         let mut all = self.or(defaults);
         if self.v6only.is_none() && host.is_some_and(|host| host.ip != ScopedIp::ANY) {
             // `v6only` in `[defaults]` only applies to mappings for which it makes sense.
@@ -135,15 +136,16 @@ impl Keys {
     }
 
     /// Parses the value of `key` as `ADDRESS:PORTS`.
-    fn endpoint<T: FromStr<Err = AddrError>>(
+    fn endpoint<T>(
         &self,
         key: &'static str,
         value: &Text,
+        parse: fn(&str, &dyn Interfaces) -> Result<T, AddrError>,
         purpose: &str,
         wrong: &mut FieldErrors,
     ) -> Option<T> {
         match value {
-            Some(value) => wrong.note(key, value.get_ref().parse()),
+            Some(value) => wrong.note(key, parse(value.get_ref(), &HostInterfaces)),
             None if self.unread.iter().any(|unread| unread == key) => None,
             None => {
                 let missing = format!("it is missing; write the address and port to {purpose}");

@@ -15,6 +15,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use rproxy_mapping::Mapping;
 use rproxy_sys::memory::release_unused;
 
 use self::document::find_mappings;
@@ -23,7 +24,6 @@ use self::mistake::Lines;
 pub use self::mistake::Mistake;
 pub use self::print::print;
 use crate::log::escape::escaped;
-use crate::mapping::Mapping;
 use crate::runtime::descriptors::explain;
 
 /// Reads the mappings from a file or pipe.

@@ -1,16 +1,14 @@
 //! Prints mappings as a configuration file.
 
 use std::fmt::Write;
-use std::net::SocketAddr;
 
-use rustix::net::netdevice::index_to_name;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+use rproxy_mapping::Mapping;
+use rproxy_mapping::addr::ScopedIp;
+use rproxy_mapping::wire::{WireLimits, WireMapping};
 
 use super::names::with_keys;
+use crate::bind::interfaces::HostInterfaces;
 use crate::log::escape::is_plain;
-use crate::mapping::Mapping;
-use crate::mapping::addr::ScopedIp;
-use crate::mapping::wire::{WireLimits, WireMapping};
 
 /// The text of a file from which [`read`](super::read) returns `mappings`.
 pub fn print<'a>(mappings: impl IntoIterator<Item = &'a Mapping>) -> String {
@@ -98,22 +96,11 @@ fn values_of(mapping: &Mapping) -> Values {
 
 /// An address, whose interface is written by its name if it has one: numbers change when the machine starts anew.
 fn with_interface_name(ip: ScopedIp) -> String {
-    let name = match ip.at(0) {
-        SocketAddr::V6(addr) if addr.scope_id() != 0 => interface_name(addr.scope_id()),
-        _ => None,
-    };
     // An interface can be called what a TOML string would have to escape, or what is read as a number.
-    let named = name.map(|name| format!("[{}%{name}]", ip.ip()));
+    let named = HostInterfaces.name_of(ip.zone()).map(|name| format!("[{}%{name}]", ip.ip()));
     let needs_no_escapes = |text: &String| !text.contains(['"', '\\']) && text.chars().all(is_plain);
-    let is_same = |text: &String| text.parse() == Ok(ip);
+    let is_same = |text: &String| ScopedIp::parse(text, &HostInterfaces) == Ok(ip);
     named.filter(|text| needs_no_escapes(text) && is_same(text)).unwrap_or_else(|| ip.to_string())
-}
-
-/// What the interface with this number is called (netdevice(7), `SIOCGIFNAME`).
-fn interface_name(number: u32) -> Option<String> {
-    let socket = |family| socket_with(family, SocketType::DGRAM, SocketFlags::CLOEXEC, None);
-    let any = socket(AddressFamily::INET).or_else(|_no_ipv4| socket(AddressFamily::INET6)).ok()?;
-    index_to_name(any, number).ok()
 }
 
 #[cfg(test)]
@@ -130,9 +117,9 @@ mod tests {
             ("fd00::1", "[fd00::1]"),
             ("10.0.0.11", "10.0.0.11"),
         ] {
-            let ip: ScopedIp = address.parse().unwrap();
+            let ip = ScopedIp::parse(address, &HostInterfaces).unwrap();
             assert_eq!(with_interface_name(ip), printed);
-            assert_eq!(printed.parse(), Ok(ip));
+            assert_eq!(ScopedIp::parse(printed, &HostInterfaces), Ok(ip));
         }
     }
 }

@@ -4,12 +4,12 @@
 
 use std::collections::BTreeMap;
 
+use rproxy_mapping::name::Name;
+use rproxy_mapping::wire::WireMapping;
 use serde::{Deserialize, Serialize};
 
 use crate::engine::change::Changed;
 use crate::engine::registry::{Registry, Served};
-use crate::mapping::name::Name;
-use crate::mapping::wire::WireMapping;
 use crate::state::stats::{FailureKind, Stats};
 
 /// The result of a request. Its variant follows from the request.

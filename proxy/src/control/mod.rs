@@ -1,6 +1,6 @@
 //! Live control: clients of a Unix [`socket`] change what is served.
 //!
-//! They use the [`protocol`], with mappings in JSON ([`mapping::wire`](crate::mapping::wire)), and receive
+//! They use the [`protocol`], with mappings in JSON ([`mapping::wire`](rproxy_mapping::wire)), and receive
 //! [`answers`]; `requests` executes their requests on the server.
 
 pub mod answers;

@@ -1,11 +1,11 @@
 //! The control protocol: one JSON object per line, and one response per request. See `docs/control.md`.
 
+use rproxy_mapping::wire::WireMapping;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::answers::Response;
 use crate::engine::change::ChangeError;
-use crate::mapping::wire::WireMapping;
 
 /// The version of the protocol.
 pub const VERSION: u32 = 1;
@@ -207,6 +207,8 @@ pub fn read_answer(line: &str) -> Option<Result<Value, Refusal>> {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use rproxy_mapping::addr::ScopedIp;
+    use rproxy_mapping::interfaces::NoInterfaces;
 
     use super::*;
 
@@ -335,7 +337,7 @@ mod tests {
             let at = at.index(line.len());
             if cut { line.truncate(at) } else { line[at] = byte }
             if let (_id, Ok(Request::Add { mappings } | Request::Apply { mappings })) = decode(&line) {
-                mappings.iter().for_each(|mapping| drop(mapping.read()));
+                mappings.iter().for_each(|mapping| drop(mapping.read(&NoInterfaces, ScopedIp::ANY)));
             }
         }
     }

@@ -2,6 +2,11 @@
 
 use std::time::Duration;
 
+use rproxy_mapping::Mapping;
+use rproxy_mapping::endpoint::BackendSpec;
+use rproxy_mapping::name::{Name, NameError};
+use rproxy_mapping::ports::PortRange;
+use rproxy_mapping::wire::WireMapping;
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 use tracing::info;
@@ -9,14 +14,10 @@ use tracing::info;
 use super::answers::{Added, List, Response, StatsList};
 use super::clients::{Call, Reply};
 use super::protocol::{Refusal, Request};
+use crate::bind::family::{NO_IPV6, everywhere, has_ipv6};
+use crate::bind::interfaces::HostInterfaces;
 use crate::engine::Server;
 use crate::engine::change::Changed;
-use crate::mapping::Mapping;
-use crate::mapping::addr::AddrError;
-use crate::mapping::endpoint::BackendSpec;
-use crate::mapping::name::{Name, NameError};
-use crate::mapping::ports::PortRange;
-use crate::mapping::wire::WireMapping;
 
 /// How long the client that ends the process may take to read its response.
 const LAST_ANSWER: Duration = Duration::from_secs(1);
@@ -56,8 +57,11 @@ async fn handle(request: Request, server: &mut Server) -> Result<Response, Refus
 }
 
 fn read(mappings: &[WireMapping]) -> Result<Vec<Mapping>, Refusal> {
+    if !has_ipv6() && mappings.iter().any(|mapping| mapping.host.is_none() && !mapping.v6only) {
+        info!("{NO_IPV6}");
+    }
     let read = |mapping: &WireMapping| {
-        mapping.read().map_err(|error| match &mapping.name {
+        mapping.read(&HostInterfaces, everywhere()).map_err(|error| match &mapping.name {
             Some(name) => Refusal::bad_request(format!("mapping {}: {error}", name.escape_debug())),
             None => Refusal::bad_request(error.to_string()),
         })
@@ -71,7 +75,7 @@ fn parse_name(name: &str) -> Result<Name, Refusal> {
 
 async fn retarget(server: &mut Server, name: &Name, to: &str) -> Result<Changed, Refusal> {
     let wrong = |error: &dyn std::fmt::Display| Refusal::bad_request(format!("to {to}: {error}"));
-    let BackendSpec { ip, ports } = to.parse().map_err(|error: AddrError| wrong(&error))?;
+    let BackendSpec { ip, ports } = BackendSpec::parse(to, &HostInterfaces).map_err(|error| wrong(&error))?;
     // The server refuses an unknown name.
     let count = server.registry().get(name).map_or(1, |served| served.mapping().backend_ports().count());
     let Ok(first) = ports.one() else { return Ok(server.retarget(name, ip, ports).await?) };

@@ -10,6 +10,10 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
+use rproxy_mapping::Mapping;
+use rproxy_mapping::addr::ScopedIp;
+use rproxy_mapping::interfaces::NoInterfaces;
+use rproxy_mapping::wire::WireMapping;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
@@ -20,8 +24,6 @@ use crate::control::answers::{Added, ChangeCounts};
 use crate::control::protocol::{self, LONGEST_ANSWER, Mappings, Request};
 use crate::log::console;
 use crate::log::escape::escaped;
-use crate::mapping::Mapping;
-use crate::mapping::wire::WireMapping;
 
 /// The timeout for a response: binding ten thousand sockets takes far less.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
@@ -81,7 +83,8 @@ fn request(command: &Command) -> Result<Request, CtlError> {
 /// Converts the response to `list` to a configuration.
 fn configuration(answer: Value) -> Result<String, CtlError> {
     let Mappings { mappings } = result(answer)?;
-    let mappings: Result<Vec<Mapping>, _> = mappings.iter().map(WireMapping::read).collect();
+    let mappings: Result<Vec<Mapping>, _> =
+        mappings.iter().map(|mapping| mapping.read(&NoInterfaces, ScopedIp::ANY)).collect();
     Ok(config::print(&mappings.map_err(|error| CtlError::NotUnderstood(error.to_string()))?))
 }
 

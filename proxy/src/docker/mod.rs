@@ -28,12 +28,12 @@ use crate::log::console;
 use crate::log::escape::escaped;
 use crate::loops::whereabouts::Whereabouts;
 use crate::loops::{LoopError, refuse_loop};
-use crate::mapping::PortMapping;
-use crate::mapping::addr::{AddrError, BackendAddr, HostSocketAddr, Protocol};
-use crate::mapping::limits::Limits;
 use crate::runtime::signals::StopSignals;
 use crate::runtime::{new_runtime, prepare, raise_descriptor_limit};
 use crate::sandbox::{self, Mode, Needs, SandboxError};
+use rproxy_mapping::PortMapping;
+use rproxy_mapping::addr::{AddrError, BackendAddr, HostSocketAddr, Protocol};
+use rproxy_mapping::limits::Limits;
 
 /// The descriptor of the listener for `-use-listen-fd`.
 const LISTENER_FD: i32 = 4;

@@ -8,6 +8,11 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
 use std::sync::{Arc, Weak};
 
+use rproxy_mapping::addr::{HostSocketAddr, Protocol, ScopedIp};
+use rproxy_mapping::name::Name;
+use rproxy_mapping::overlap::{OverlapError, exclude_each_other, refuse_overlap};
+use rproxy_mapping::ports::PortRange;
+use rproxy_mapping::{HostPorts, Mapping, MappingError, PortMapping};
 use tokio::task::consume_budget;
 use tracing::info;
 
@@ -19,11 +24,6 @@ use crate::engine::registry::Served;
 use crate::engine::sweep::Sweep;
 use crate::loops::whereabouts::Whereabouts;
 use crate::loops::{Hop, LoopError, refuse_loops};
-use crate::mapping::addr::{HostSocketAddr, Protocol, ScopedIp};
-use crate::mapping::name::Name;
-use crate::mapping::overlap::{OverlapError, exclude_each_other, refuse_overlap};
-use crate::mapping::ports::PortRange;
-use crate::mapping::{HostPorts, Mapping, MappingError, PortMapping};
 use crate::runtime::poll::WatchedListener;
 use crate::runtime::start_thread;
 use crate::state::{Binding, MappingPolicy, Target};

@@ -1,11 +1,11 @@
 //! Formats where the sockets of a mapping actually listen, including ports that were chosen and addresses of
 //! inherited sockets.
 
+use rproxy_mapping::addr::ScopedIp;
+use rproxy_mapping::name::Name;
 use tracing::info;
 
 use crate::engine::registry::Served;
-use crate::mapping::addr::ScopedIp;
-use crate::mapping::name::Name;
 
 impl Served {
     /// The bound host ports, as in `49160,50001-50003`. If UDP's differ from TCP's, they follow these.

@@ -16,6 +16,9 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
+use rproxy_mapping::addr::Protocol;
+use rproxy_mapping::limits::Limits;
+use rproxy_mapping::name::Name;
 use socket2::SockRef;
 use tokio::runtime::Handle;
 use tokio::sync::oneshot;
@@ -25,9 +28,6 @@ use crate::bind::listen::Listener;
 use crate::bind::{Bound, BoundPort};
 use crate::engine::change::Leaving;
 use crate::engine::registry::{Registry, Served};
-use crate::mapping::addr::Protocol;
-use crate::mapping::limits::Limits;
-use crate::mapping::name::Name;
 use crate::runtime::poll::WatchedListener;
 use crate::runtime::worker::Workers;
 use crate::state::task::LiveFlows;
@@ -372,14 +372,17 @@ mod tests {
     use std::net::{TcpListener, TcpStream};
     use std::os::fd::OwnedFd;
 
+    use rproxy_mapping::Mapping;
+    use rproxy_mapping::addr::ScopedIp;
+    use rproxy_mapping::interfaces::NoInterfaces;
+    use rproxy_mapping::wire::WireMapping;
+
     use super::*;
-    use crate::mapping::Mapping;
-    use crate::mapping::wire::WireMapping;
     use crate::runtime::new_runtime;
 
     fn mapping(name: &str) -> Mapping {
         let json = format!(r#"{{"name":"{name}","host":"127.0.0.1","to":"192.0.2.1","to_ports":"80"}}"#);
-        serde_json::from_str::<WireMapping>(&json).unwrap().read().unwrap()
+        serde_json::from_str::<WireMapping>(&json).unwrap().read(&NoInterfaces, ScopedIp::ANY).unwrap()
     }
 
     fn is_listening(socket: &OwnedFd) -> bool {
@@ -419,7 +422,7 @@ mod tests {
                 let json = format!(
                     r#"{{"name":"{name}","host":"127.0.0.77","host_ports":"{port}","to":"192.0.2.1","to_ports":"80"}}"#
                 );
-                serde_json::from_str::<WireMapping>(&json).unwrap().read().unwrap()
+                serde_json::from_str::<WireMapping>(&json).unwrap().read(&NoInterfaces, ScopedIp::ANY).unwrap()
             };
             let wanted = || vec![at("free", free_port), at("taken", taken_port)];
             server.add(wanted()).await.unwrap_err();

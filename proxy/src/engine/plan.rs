@@ -5,8 +5,8 @@
 
 use std::collections::HashMap;
 
-use crate::mapping::Mapping;
-use crate::mapping::name::Name;
+use rproxy_mapping::Mapping;
+use rproxy_mapping::name::Name;
 
 /// The steps from one set of mappings to another.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -74,10 +74,10 @@ mod tests {
     use std::time::Duration;
 
     use proptest::prelude::*;
+    use rproxy_mapping::addr::{Protocol, Protocols};
+    use rproxy_mapping::limits::Limits;
 
     use super::*;
-    use crate::mapping::addr::{Protocol, Protocols};
-    use crate::mapping::limits::Limits;
 
     fn mapping(name: u8, host_port: u16, backend: u8, limit: Option<u64>) -> Mapping {
         let range = |port: u16| Some(format!("{port}").parse().unwrap());

@@ -4,11 +4,12 @@ use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, btree_map};
 use std::sync::Arc;
 
+use rproxy_mapping::Mapping;
+use rproxy_mapping::addr::Protocol;
+use rproxy_mapping::name::Name;
+use rproxy_mapping::ports::PortRange;
+
 use crate::engine::sweep::Sweep;
-use crate::mapping::Mapping;
-use crate::mapping::addr::Protocol;
-use crate::mapping::name::Name;
-use crate::mapping::ports::PortRange;
 use crate::runtime::poll::WatchedListener;
 use crate::state::stats::Stats;
 use crate::state::{Binding, MappingPolicy, MappingState};

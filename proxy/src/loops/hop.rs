@@ -3,10 +3,10 @@
 use std::fmt::Write;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
-use crate::mapping::addr::{Protocol, ScopedIp};
-use crate::mapping::name::Name;
-use crate::mapping::ports::PortRange;
-use crate::mapping::{HostPorts, Mapping, PortMapping};
+use rproxy_mapping::addr::{Protocol, ScopedIp};
+use rproxy_mapping::name::Name;
+use rproxy_mapping::ports::PortRange;
+use rproxy_mapping::{HostPorts, Mapping, PortMapping};
 
 /// A range of ports of one mapping and protocol, and the equally long range of backend ports.
 #[derive(Clone, Copy, Debug)]

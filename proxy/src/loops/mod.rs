@@ -11,10 +11,10 @@ use std::collections::HashMap;
 use std::fmt;
 
 use crate::loops::whereabouts::{Destination, Whereabouts};
-use crate::mapping::addr::{AddrError, Protocol, ScopedIp};
-use crate::mapping::overlap::BindScope;
-use crate::mapping::ports::PortRange;
-use crate::mapping::{Mapping, PortMapping};
+use rproxy_mapping::addr::{AddrError, Protocol, ScopedIp};
+use rproxy_mapping::overlap::BindScope;
+use rproxy_mapping::ports::PortRange;
+use rproxy_mapping::{Mapping, PortMapping};
 
 pub use self::hop::Hop;
 
@@ -272,9 +272,9 @@ impl<'a> Listeners<'a> {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use rproxy_mapping::overlap::overlaps;
 
     use super::*;
-    use crate::mapping::overlap::overlaps;
 
     /// `HOST:PORTS/PROTOCOL BACKEND:PORTS`, with `only ` in front of a `[::]` without IPv4 clients.
     fn mapping(text: &str) -> Mapping {

@@ -8,11 +8,10 @@ use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::os::fd::AsFd;
 
+use rproxy_mapping::addr::ScopedIp;
 use rproxy_sys::socket::ipv6_mtu;
 use socket2::{Domain, Socket, Type};
 use tracing::debug;
-
-use crate::mapping::addr::ScopedIp;
 
 /// Any port will do, because nothing is sent.
 const PORT: u16 = 9;

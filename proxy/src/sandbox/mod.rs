@@ -21,9 +21,9 @@ use tracing::{info, warn};
 
 pub use self::user::User;
 use crate::log::escape::escaped;
-use crate::mapping::PortMapping;
-use crate::mapping::addr::Protocol;
 use crate::runtime::descriptors::explain;
+use rproxy_mapping::PortMapping;
+use rproxy_mapping::addr::Protocol;
 
 /// The environment variable with the mode, for processes without a command line for it.
 pub const MODE_VARIABLE: &str = "RPROXY_SANDBOX";

@@ -5,6 +5,9 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::process::ExitCode;
 use std::time::Duration;
 
+use rproxy_mapping::PortMapping;
+use rproxy_mapping::addr::{AddrError, BackendAddr, HostSocketAddr, Protocol};
+use rproxy_mapping::limits::Limits;
 use rproxy_sys::fd::close_unclaimed;
 use socket2::SockRef;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -12,13 +15,10 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 
 use crate::bind::BoundPort;
+use crate::bind::family::{everywhere, has_ipv6, has_ipv6_loopback};
 use crate::bind::listen::{self, BindError};
 use crate::engine::Server;
 use crate::log::console;
-use crate::mapping::PortMapping;
-use crate::mapping::addr::{AddrError, BackendAddr, HostSocketAddr, Protocol};
-use crate::mapping::family::{everywhere, has_ipv6, has_ipv6_loopback};
-use crate::mapping::limits::Limits;
 use crate::runtime::new_runtime;
 use crate::runtime::signals::StopSignals;
 use crate::sandbox::{self, Mode, Needs, SandboxError};

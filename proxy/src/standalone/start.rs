@@ -4,11 +4,14 @@ use std::io;
 use std::os::fd::OwnedFd;
 
 use nix::sys::signal::Signal;
+use rproxy_mapping::addr::HostSocketAddr;
+use rproxy_mapping::{HostPorts, Mapping, PortMapping};
 use tokio::runtime::Runtime;
 use tracing::{debug, info};
 
 use super::manager::{Drain, Manager, Reload};
 use crate::bind::activation::{InheritedError, InheritedSockets};
+use crate::bind::family::{NO_IPV6, has_ipv6};
 use crate::bind::listen::BindError;
 use crate::bind::{Bound, BoundError, BoundPort};
 use crate::cli::Serve;
@@ -18,9 +21,6 @@ use crate::engine::Server;
 use crate::log::console::Output;
 use crate::log::escape::escaped;
 use crate::loops::LoopError;
-use crate::mapping::addr::HostSocketAddr;
-use crate::mapping::family::{NO_IPV6, has_ipv6};
-use crate::mapping::{HostPorts, Mapping, PortMapping};
 use crate::runtime::descriptors::explain;
 use crate::runtime::new_runtime;
 use crate::runtime::signals::StopSignals;

@@ -9,10 +9,10 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use rproxy_mapping::PortMapping;
+use rproxy_mapping::limits::Limits;
 use tokio::sync::Notify;
 
-use crate::mapping::PortMapping;
-use crate::mapping::limits::Limits;
 use crate::runtime::poll::WatchedListener;
 use crate::state::stats::Stats;
 
@@ -227,8 +227,9 @@ impl Drop for FlowGuard {
 
 #[cfg(test)]
 mod tests {
+    use rproxy_mapping::addr::Protocol;
+
     use super::*;
-    use crate::mapping::addr::Protocol;
 
     fn target(max_connections: usize, capacity: Arc<Capacity>) -> Arc<Target> {
         let backend = "192.0.2.1:80".parse().unwrap();

@@ -2,10 +2,10 @@
 
 use std::net::SocketAddr;
 
+use rproxy_mapping::addr::canonical;
 use tracing::info;
 
 use crate::log::limit::LogLimit;
-use crate::mapping::addr::canonical;
 use crate::state::Target;
 use crate::state::stats::FailureKind;
 

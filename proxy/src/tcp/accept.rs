@@ -12,6 +12,10 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
+use rproxy_mapping::PortMapping;
+use rproxy_mapping::addr::{BackendAddr, HostSocketAddr, canonical};
+use rproxy_mapping::dscp::Dscp;
+use rproxy_mapping::limits::OnLimit;
 use rproxy_sys::socket::{self, set_traffic_class};
 use rustix::net::connect_unspec;
 use socket2::{SockRef, Socket};
@@ -22,10 +26,6 @@ use super::dial::DialError;
 use super::{Accepted, connections, dial, dial_and_relay, reactor, report_failed_dial};
 use crate::bind::listen::{BACKLOG, set_stream_options};
 use crate::log::limit::LogLimit;
-use crate::mapping::PortMapping;
-use crate::mapping::addr::{BackendAddr, HostSocketAddr, canonical};
-use crate::mapping::dscp::Dscp;
-use crate::mapping::limits::OnLimit;
 use crate::runtime::descriptors::explain;
 use crate::runtime::poll::{EventSource, LISTENER, WatchedListener};
 use crate::runtime::worker::{WorkerSlot, Workers};
@@ -471,11 +471,12 @@ mod tests {
     use std::io::Read;
     use std::net::{IpAddr, Ipv4Addr, TcpStream};
 
+    use rproxy_mapping::addr::Protocol;
+    use rproxy_mapping::limits::Limits;
+
     use super::*;
     use crate::bind::BoundPort;
     use crate::bind::listen::Listener;
-    use crate::mapping::addr::Protocol;
-    use crate::mapping::limits::Limits;
     use crate::state::Target;
     use crate::state::stats::FailureKind;
 

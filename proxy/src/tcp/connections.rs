@@ -91,9 +91,10 @@ impl Drop for Entry {
 mod tests {
     use std::net::IpAddr;
 
+    use rproxy_mapping::access::{AccessList, parse_network};
+    use rproxy_mapping::limits::Limits;
+
     use super::*;
-    use crate::mapping::access::{AccessList, parse_network};
-    use crate::mapping::limits::Limits;
     use crate::runtime::new_runtime;
 
     #[test]

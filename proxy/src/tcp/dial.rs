@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::errno::Errno;
+use rproxy_mapping::addr::BackendAddr;
 use socket2::{Domain, SockRef, Socket, Type};
 use tokio::time::timeout;
 use tracing::warn;
@@ -17,7 +18,6 @@ use super::local_ports;
 use super::stream::Stream;
 use crate::bind::listen::set_stream_options;
 use crate::log::limit::LogLimit;
-use crate::mapping::addr::BackendAddr;
 
 /// Connects `socket`, as returned by [`open`], to `backend` within `limit`, or else for as long as the kernel
 /// tries. Stops if `client` is reset meanwhile.

@@ -99,10 +99,11 @@ mod tests {
     use std::net::IpAddr;
     use std::sync::Arc;
 
+    use rproxy_mapping::PortMapping;
+    use rproxy_mapping::addr::{BackendAddr, HostSocketAddr, Protocol};
+    use rproxy_mapping::limits::Limits;
+
     use super::*;
-    use crate::mapping::PortMapping;
-    use crate::mapping::addr::{BackendAddr, HostSocketAddr, Protocol};
-    use crate::mapping::limits::Limits;
     use crate::runtime::new_runtime;
     use crate::runtime::worker::Workers;
     use crate::state::{MappingPolicy, Target};

@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 
 use nix::libc;
 use nix::sys::resource::{Resource, getrlimit};
+use rproxy_mapping::limits::Limits;
 
 use super::flow::Flow;
 use super::local_ports::LocalPorts;
 use super::send::Room;
 use super::shares::Shares;
 use super::table::{Bounds, MappingId};
-use crate::mapping::limits::Limits;
 use crate::state::Target;
 
 /// Descriptors kept for other things than flows.

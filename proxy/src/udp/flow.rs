@@ -7,6 +7,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arrayvec::ArrayVec;
+use rproxy_mapping::addr::wildcard_of;
+use rproxy_mapping::dscp::Dscp;
 use rproxy_sys::udp::{
     BATCH, RecvBatch, Transmit, discard, enable_gro, report_class_and_drops, set_buffers, source_towards,
 };
@@ -19,8 +21,6 @@ use super::send::{Room, SendQueue};
 use super::table::FlowId;
 use super::tally::Tally;
 use super::token::Wanted;
-use crate::mapping::addr::wildcard_of;
-use crate::mapping::dscp::Dscp;
 use crate::state::{FlowGuard, Target};
 
 /// Ports that are tried for a flow until one is free.

@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::time::Instant;
 
+use rproxy_mapping::addr::canonical;
 use socket2::{SockAddr, SockRef};
 use tracing::warn;
 
@@ -16,7 +17,6 @@ use super::table::FlowId;
 use super::token::Wanted;
 use super::token::{Token, event, interest};
 use crate::log::limit::LogLimit;
-use crate::mapping::addr::canonical;
 use crate::state::task::{LiveFlow, LiveFlows};
 
 impl UdpRelay {

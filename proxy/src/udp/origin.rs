@@ -3,10 +3,9 @@
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
+use rproxy_mapping::PortMapping;
+use rproxy_mapping::addr::wildcard_of;
 use rproxy_sys::udp::is_local;
-
-use crate::mapping::PortMapping;
-use crate::mapping::addr::wildcard_of;
 
 /// Where the listeners of this process are, by port.
 #[derive(Debug, Default)]
@@ -52,8 +51,9 @@ fn places(port_mapping: &PortMapping) -> impl Iterator<Item = (u16, IpAddr)> {
 
 #[cfg(test)]
 mod tests {
+    use rproxy_mapping::addr::Protocol;
+
     use super::*;
-    use crate::mapping::addr::Protocol;
 
     fn port_mapping(host: &str, backend: &str) -> PortMapping {
         let (host, backend) = (host.parse().unwrap(), backend.parse().unwrap());

@@ -5,12 +5,12 @@ use std::net::SocketAddr;
 use std::ops::Range;
 
 use arrayvec::ArrayVec;
+use rproxy_mapping::dscp::Dscp;
 use rproxy_sys::udp::{BATCH, RecvBatch, Transmit};
 
 use super::gso::{Chunk, gso};
 use super::table::FlowId;
 use super::tally::{Amount, Tally};
-use crate::mapping::dscp::Dscp;
 
 /// The bits of a traffic class that are for congestion (RFC 3168, section 5).
 const ECN: u8 = 0b11;

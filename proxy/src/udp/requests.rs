@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use nix::libc;
 use nix::sys::epoll::EpollFlags;
+use rproxy_mapping::addr::canonical;
 use rproxy_sys::udp::{BATCH, LocalAddr};
 use tracing::warn;
 
@@ -20,7 +21,6 @@ use super::token::Wanted;
 use super::token::{Token, event, interest};
 use super::turn::{LISTENER_BATCHES, slots_for};
 use crate::log::limit::LogLimit;
-use crate::mapping::addr::canonical;
 use crate::runtime::descriptors::explain;
 use crate::state::Target;
 use crate::state::stats::FailureKind;

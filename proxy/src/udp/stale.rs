@@ -7,12 +7,11 @@ use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Mutex, PoisonError};
 
+use rproxy_mapping::PortMapping;
+use rproxy_mapping::addr::Protocol;
 use rproxy_sys::conntrack::{Direction, Family, delete_udp};
 use rproxy_sys::udp::is_local;
 use tracing::debug;
-
-use crate::mapping::PortMapping;
-use crate::mapping::addr::Protocol;
 
 /// Held by whoever looks through the kernel's table.
 static TURN: Mutex<()> = Mutex::new(());

@@ -35,8 +35,8 @@ pub use self::launcher::Launcher;
 pub use self::new::{OldProcess, Sockets, claim, take_over};
 pub use self::old::Upgrade;
 use crate::log::escape::escaped;
-use crate::mapping::wire::WireMapping;
 use crate::state::task::PortTurn;
+use rproxy_mapping::wire::WireMapping;
 
 /// The version of the protocol. A process refuses any other version.
 const VERSION: u32 = 2;

@@ -7,6 +7,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::fcntl::{F_GETFL, OFlag, fcntl};
+use rproxy_mapping::addr::ScopedIp;
+use rproxy_mapping::interfaces::NoInterfaces;
+use rproxy_mapping::name::Name;
+use rproxy_mapping::{Mapping, PortMapping};
 use socket2::{Domain, SockRef, Type};
 use tokio::time::timeout;
 
@@ -17,8 +21,6 @@ use crate::bind::listen::Listener;
 use crate::bind::{Bound, BoundPort};
 use crate::control::socket::ControlSocket;
 use crate::engine::Server;
-use crate::mapping::name::Name;
-use crate::mapping::{Mapping, PortMapping};
 use crate::state::task::{LiveFlow, LiveFlows};
 
 /// How long the old process may take for its next step. It does not wait longer for this one either.
@@ -70,7 +72,7 @@ pub async fn take_over(
         return Err(UpgradeError::Offer(reason));
     }
     let Offer { control: has_control, mappings } = in_time(channel.receive()).await?;
-    let read = mappings.iter().map(|mapping| mapping.read().map_err(refuse));
+    let read = mappings.iter().map(|mapping| mapping.read(&NoInterfaces, ScopedIp::ANY).map_err(refuse));
     let mappings: Vec<Mapping> = read.collect::<Result<_, _>>()?;
     if let Some(fixed) = fixed {
         refuse_others(&mappings, fixed)?;
@@ -201,11 +203,12 @@ async fn in_time<T>(step: impl Future<Output = io::Result<T>>) -> Result<T, Upgr
 mod tests {
     use std::net::{TcpListener, UdpSocket};
 
+    use rproxy_mapping::wire::WireMapping;
+
     use super::*;
-    use crate::mapping::wire::WireMapping;
 
     fn mapping(json: &str) -> Mapping {
-        serde_json::from_str::<WireMapping>(json).unwrap().read().unwrap()
+        serde_json::from_str::<WireMapping>(json).unwrap().read(&NoInterfaces, ScopedIp::ANY).unwrap()
     }
 
     #[test]

@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
+use rproxy_mapping::wire::WireMapping;
 use rproxy_sys::pass::MOST;
 use tokio::time::timeout;
 use tracing::{error, info, warn};
@@ -15,7 +16,6 @@ use super::channel::Channel;
 use super::launcher::{Asked, Launcher};
 use super::{Flows, Hello, Offer, OfferedFlow, UpgradeError, VERSION, Word};
 use crate::engine::Server;
-use crate::mapping::wire::WireMapping;
 use crate::runtime::signals::Signals;
 use crate::state::task::{LiveFlow, LiveFlows};
 use crate::systemd;

@@ -17,9 +17,9 @@ use nix::libc;
 use nix::sys::ptrace;
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::unistd::Pid;
-use rproxy::mapping::PortMapping;
-use rproxy::mapping::addr::{BackendAddr, HostSocketAddr, Protocol};
 use rproxy::sandbox::{self, Changes, Mode, Needs};
+use rproxy_mapping::PortMapping;
+use rproxy_mapping::addr::{BackendAddr, HostSocketAddr, Protocol};
 use serde_json::json;
 use socket2::{Domain, Socket, TcpKeepalive, Type};
 

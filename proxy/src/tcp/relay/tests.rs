@@ -8,13 +8,13 @@ use std::sync::mpsc;
 use std::thread;
 
 use nix::libc;
+use rproxy_mapping::PortMapping;
+use rproxy_mapping::addr::Protocol;
+use rproxy_mapping::limits::Limits;
 use rproxy_sys::socket::accept;
 
 use super::*;
 use crate::bind::listen::set_stream_options;
-use crate::mapping::PortMapping;
-use crate::mapping::addr::Protocol;
-use crate::mapping::limits::Limits;
 use crate::runtime::new_runtime;
 use crate::state::stats::Stats;
 use crate::state::{MappingPolicy, Target};

@@ -6,16 +6,16 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixDatagram;
 
 use nix::sys::epoll::EpollFlags;
+use rproxy_mapping::PortMapping;
+use rproxy_mapping::access::parse_network;
+use rproxy_mapping::addr::Protocol;
+use rproxy_mapping::limits::Limits;
 use socket2::SockRef;
 use tokio::runtime::Runtime;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::*;
-use crate::mapping::PortMapping;
-use crate::mapping::access::parse_network;
-use crate::mapping::addr::Protocol;
-use crate::mapping::limits::Limits;
 use crate::runtime::new_runtime;
 use crate::runtime::poll::{PollSet, WatchedListener};
 use crate::state::stats::{FailureKind, Stats};

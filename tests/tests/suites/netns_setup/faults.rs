@@ -12,11 +12,12 @@ use netns_setup::action::Action;
 use netns_setup::cli::Cli;
 use netns_setup::error::Error;
 use netns_setup::executor::{ActionError, Executor};
+use netns_setup::host_ip::HostIp;
 use netns_setup::kernel::Kernel;
 use netns_setup::model::{MappingKey, RelayProcess};
-use netns_setup::publish::{HostIp, Proto};
 use netns_setup::reserve::ReserveError;
 use nix::sys::signal::{Signal, raise};
+use rproxy_mapping::addr::Protocol;
 use testkit::role;
 use testkit::rproxy::rproxy;
 use testkit::suite::Case;
@@ -92,7 +93,7 @@ impl Executor for Failing {
         self.kernel.run(action)
     }
 
-    fn reserve(&mut self, proto: Proto, host: HostIp, port: u16) -> Result<u16, ReserveError> {
+    fn reserve(&mut self, proto: Protocol, host: HostIp, port: u16) -> Result<u16, ReserveError> {
         self.kernel.reserve(proto, host, port)
     }
 

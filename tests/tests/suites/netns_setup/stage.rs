@@ -34,7 +34,7 @@ const NEEDS: &[Need] = &[
 const DEADLINE: Duration = Duration::from_secs(300);
 
 /// How long a packet that must not arrive is waited for. A mistake shows sooner; a correct drop costs this much.
-const SILENCE: Duration = Duration::from_millis(700);
+pub(crate) const SILENCE: Duration = Duration::from_millis(700);
 
 /// ```text
 /// client ── eth0 10.0.0.12 ──── 10.0.0.11 eth0 ── host ── docker0 …

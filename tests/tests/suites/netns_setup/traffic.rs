@@ -1,12 +1,13 @@
 //! What gets through, and what does not: each way to publish, each backend, both protocols and families.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddrV6};
 
 use testkit::suite::Case;
 use testkit::topology::{BRIDGE_V4, CLIENT_V4, CLIENT_V6, CONTAINER_V4, HOST_V4, HOST_V6};
 
 use super::stage::{
-    Backend, Stage, assert_out_of_reach, assert_reaches, assert_reaches_udp, for_each_firewall, serve,
+    Backend, SILENCE, Stage, assert_out_of_reach, assert_reaches, assert_reaches_udp, for_each_firewall,
+    reaches_tcp, reaches_udp, serve,
 };
 
 const WEB_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xd0c, 0, 0, 0, 0, 0, 2);
@@ -21,6 +22,7 @@ pub(crate) fn cases() -> Vec<Case> {
         cases.extend(for_each_firewall(&format!("a port published via {via}"), play));
     }
     cases.extend(for_each_firewall("one address of the host", one_address));
+    cases.extend(for_each_firewall("a link-local address of the host", link_local));
     cases.extend(for_each_firewall("stale UDP flows are forgotten", stale_flows));
     cases
 }
@@ -90,6 +92,39 @@ fn one_address(stage: &Stage, backend: Backend) {
         assert_out_of_reach(&stage.client, Ipv4Addr::LOCALHOST, port);
     }
     stage.host("sysctl -w net.ipv4.conf.all.route_localnet=0");
+}
+
+/// The kernel forwards nothing that link-local addresses send, so the relay has to serve them alone.
+fn link_local(stage: &Stage, backend: Backend) {
+    const HOST: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0, 0, 0, 0x11);
+
+    stage.host.address("eth0", &format!("{HOST}/64"));
+    stage.client.address("eth0", "fe80::12/64");
+    stage.ok(&format!("up {}", backend.option()));
+    let web = stage.attach("web");
+    let _server = serve(&web, 80);
+    let spec = format!("[{HOST}%eth0]:80:80/TCP+udp");
+    let (code, message) = stage.fails(&format!("publish web -p {spec} --via dnat"));
+    assert!(code == 2 && message.contains("use --via both"), "{message}");
+    let (code, message) = stage.fails(&format!("publish web -p [{HOST}]:80:80"));
+    assert!(code == 2 && message.contains(&format!("write [{HOST}%")), "{message}");
+
+    let printed = stage.ok(&format!("publish web -p {spec}"));
+    assert!(printed.contains(&format!("[{HOST}%eth0]:80/tcp -> ")), "{printed}");
+    let index: u32 = stage.client.run(|| nix::net::if_::if_nametoindex("eth0").unwrap());
+    let host = SocketAddrV6::new(HOST, 80, 0, index);
+    let reaches = || {
+        reaches_tcp(&stage.client, host, testkit::PATIENCE)
+            && reaches_udp(&stage.client, host, testkit::PATIENCE)
+    };
+    assert!(reaches());
+    // The index may be another one after a reboot; the name stays.
+    stage.host("ip link set dev eth0 down");
+    stage.host("ip link set dev eth0 up");
+    assert_eq!(stage.ok(&format!("publish web -p {spec}")), printed, "the second time changes nothing");
+    stage.ok("check");
+    stage.ok(&format!("unpublish web -p {spec}"));
+    assert!(!reaches_tcp(&stage.client, host, SILENCE));
 }
 
 /// A client that keeps its source port keeps its flow: after a change of rules it has to reach the new target.

@@ -58,10 +58,15 @@ fn bad_input(stage: &Stage) {
     refused(stage, "up --subnet 172.18.0.0/16", 1, "run `netns-setup down` first");
     refused(stage, "attach web --firewall iptables", 1, "--firewall nft");
     stage.ok("attach web");
-    refused(stage, "publish web -p 80:80/sctp", 2, "\"sctp\" is not relayed");
+    refused(stage, "publish web -p 80:80/sctp", 2, "'sctp' is not a protocol that is relayed");
     refused(stage, "publish web -P", 1, "exposes no ports");
-    refused(stage, "publish web -p 255.255.255.255:80:80", 2, "the broadcast address");
-    refused(stage, "publish web -p [ff02::1]:80:80", 2, "a multicast address");
+    refused(
+        stage,
+        "publish web -p 255.255.255.255:80:80",
+        2,
+        "is a broadcast address, to which no client can connect",
+    );
+    refused(stage, "publish web -p [ff02::1]:80:80", 2, "(multicast), to which no client can connect");
     refused(stage, "publish web -p 192.0.2.1:80:80", 1, "not an address of this host");
     refused(stage, "publish web -p [::1]:80:80 --via dnat", 2, "--subnet6");
     refused(stage, "unpublish web -p 80:80", 1, "web does not publish");

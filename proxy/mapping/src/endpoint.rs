@@ -4,8 +4,9 @@ use std::fmt;
 use std::net::Ipv6Addr;
 use std::str::FromStr;
 
-use crate::mapping::addr::{AddrError, BackendAddr, HostSocketAddr, ScopedIp};
-use crate::mapping::ports::PortRange;
+use crate::addr::{AddrError, BackendAddr, HostSocketAddr, ScopedIp};
+use crate::interfaces::{Interfaces, NoInterfaces};
+use crate::ports::PortRange;
 
 /// Where a mapping listens: `0.0.0.0:80`, `[::]:8000-8010`, netstat's `:::80`; random ports as `127.0.0.1:0`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +22,27 @@ impl HostSpec {
     pub fn contains(&self, ip: ScopedIp, port: u16) -> bool {
         self.ip == ip && self.ports.is_none_or(|ports| ports.contains(port))
     }
+
+    /// Reads any of the text forms, with interfaces by index or by their names among `interfaces`.
+    ///
+    /// # Errors
+    /// [`AddrError`], which names the part at fault.
+    pub fn parse(text: &str, interfaces: &dyn Interfaces) -> Result<Self, AddrError> {
+        if let Some(rest) = text.strip_prefix('*') {
+            let ports = rest.strip_prefix(':').filter(|ports| !ports.is_empty()).unwrap_or("80");
+            parse_host_ports(ports)?;
+            return Err(AddrError::Star(ports.to_owned()));
+        }
+        let (ip, ports) = match Parts::of(text, interfaces)? {
+            Parts::Both(ip, ports) => (ip, ports),
+            Parts::Address(ip) => return Err(AddrError::MissingPort(ip)),
+            Parts::Ports(ports) => {
+                parse_host_ports(ports)?;
+                return Err(AddrError::NoHostAddress(ports.to_owned()));
+            }
+        };
+        Ok(Self { ip, ports: parse_host_ports(ports)? })
+    }
 }
 
 impl fmt::Display for HostSpec {
@@ -32,24 +54,12 @@ impl fmt::Display for HostSpec {
     }
 }
 
+/// Reads what [`Display`](fmt::Display) writes: interfaces by index. [`HostSpec::parse`] knows their names, too.
 impl FromStr for HostSpec {
     type Err = AddrError;
 
     fn from_str(text: &str) -> Result<Self, AddrError> {
-        if let Some(rest) = text.strip_prefix('*') {
-            let ports = rest.strip_prefix(':').filter(|ports| !ports.is_empty()).unwrap_or("80");
-            parse_host_ports(ports)?;
-            return Err(AddrError::Star(ports.to_owned()));
-        }
-        let (ip, ports) = match Parts::of(text)? {
-            Parts::Both(ip, ports) => (ip, ports),
-            Parts::Address(ip) => return Err(AddrError::MissingPort(ip)),
-            Parts::Ports(ports) => {
-                parse_host_ports(ports)?;
-                return Err(AddrError::NoHostAddress(ports.to_owned()));
-            }
-        };
-        Ok(Self { ip, ports: parse_host_ports(ports)? })
+        Self::parse(text, &NoInterfaces)
     }
 }
 
@@ -82,11 +92,13 @@ impl fmt::Display for BackendSpec {
     }
 }
 
-impl FromStr for BackendSpec {
-    type Err = AddrError;
-
-    fn from_str(text: &str) -> Result<Self, AddrError> {
-        let (ip, ports) = match Parts::of(text)? {
+impl BackendSpec {
+    /// Reads any of the text forms, with interfaces by index or by their names among `interfaces`.
+    ///
+    /// # Errors
+    /// [`AddrError`], which names the part at fault.
+    pub fn parse(text: &str, interfaces: &dyn Interfaces) -> Result<Self, AddrError> {
+        let (ip, ports) = match Parts::of(text, interfaces)? {
             Parts::Both(ip, ports) => (ip, parse_backend_ports(ports)?),
             Parts::Address(ip) => {
                 BackendAddr::reachable(ip.at(80))?;
@@ -96,6 +108,15 @@ impl FromStr for BackendSpec {
         };
         BackendAddr::reachable(ip.at(ports.first()))?;
         Ok(Self { ip, ports })
+    }
+}
+
+/// Reads what [`Display`](fmt::Display) writes: interfaces by index. [`BackendSpec::parse`] knows their names, too.
+impl FromStr for BackendSpec {
+    type Err = AddrError;
+
+    fn from_str(text: &str) -> Result<Self, AddrError> {
+        Self::parse(text, &NoInterfaces)
     }
 }
 
@@ -120,16 +141,16 @@ enum Parts<'a> {
 }
 
 impl<'a> Parts<'a> {
-    fn of(text: &'a str) -> Result<Self, AddrError> {
+    fn of(text: &'a str, interfaces: &dyn Interfaces) -> Result<Self, AddrError> {
         let (address, ports) = if text.starts_with('[') { split_brackets(text) } else { split_bare(text) };
         let is_port = |byte: u8| byte.is_ascii_digit() || byte == b'-';
         match (address, ports) {
             ("", None | Some("")) => Err(AddrError::Empty),
             ("", Some(ports)) => Ok(Self::Ports(ports)),
             (ports, None) if ports.bytes().all(is_port) => Ok(Self::Ports(ports)),
-            (address, None | Some("")) => Ok(Self::Address(parse_address(address, "80")?)),
+            (address, None | Some("")) => Ok(Self::Address(parse_address(address, "80", interfaces)?)),
             (address, Some(ports)) => {
-                let ip = parse_address(address, ports)?;
+                let ip = parse_address(address, ports, interfaces)?;
                 // Without brackets, an IPv6 address may or may not end in a port.
                 let is_ambiguous = text.parse::<Ipv6Addr>().is_ok();
                 if is_ambiguous {
@@ -142,8 +163,8 @@ impl<'a> Parts<'a> {
     }
 }
 
-fn parse_address(text: &str, ports: &str) -> Result<ScopedIp, AddrError> {
-    text.parse().map_err(|error: AddrError| error.before_ports(ports))
+fn parse_address(text: &str, ports: &str, interfaces: &dyn Interfaces) -> Result<ScopedIp, AddrError> {
+    ScopedIp::parse(text, interfaces).map_err(|error| error.before_ports(ports))
 }
 
 /// Splits `[ADDRESS]:PORTS`; the brackets stay.
@@ -170,13 +191,16 @@ fn split_bare(text: &str) -> (&str, Option<&str>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::interfaces::TwoInterfaces;
 
     fn host(text: &str) -> Result<String, String> {
-        text.parse::<HostSpec>().map(|host| host.to_string()).map_err(|error| error.to_string())
+        HostSpec::parse(text, &TwoInterfaces).map(|host| host.to_string()).map_err(|error| error.to_string())
     }
 
     fn backend(text: &str) -> Result<String, String> {
-        text.parse::<BackendSpec>().map(|backend| backend.to_string()).map_err(|error| error.to_string())
+        BackendSpec::parse(text, &TwoInterfaces)
+            .map(|backend| backend.to_string())
+            .map_err(|error| error.to_string())
     }
 
     #[test]

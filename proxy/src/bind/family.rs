@@ -4,9 +4,8 @@ use std::net::UdpSocket;
 use std::sync::OnceLock;
 
 use nix::libc::EAFNOSUPPORT;
+use rproxy_mapping::addr::ScopedIp;
 use socket2::{Domain, Socket, Type};
-
-use crate::mapping::addr::ScopedIp;
 
 /// What is said where [`everywhere`] is less than it would be.
 pub(crate) const NO_IPV6: &str =

@@ -1,9 +1,11 @@
 //! What bounds the connections and flows of a mapping, and how they are served.
 
+use std::fmt;
+use std::str::FromStr;
 use std::time::Duration;
 
-use crate::mapping::access::AccessList;
-use crate::mapping::dscp::Dscp;
+use crate::access::AccessList;
+use crate::dscp::Dscp;
 
 /// What bounds the connections and flows of a mapping, who may have some, and what else holds for them.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -53,7 +55,7 @@ impl Default for Limits {
 }
 
 /// What happens to a connection beyond the most that a mapping may have.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnLimit {
     /// It waits in the backlog of the listener until another one ends.
     #[default]
@@ -61,3 +63,25 @@ pub enum OnLimit {
     /// It is accepted and reset, so that its client can go elsewhere.
     Reset,
 }
+
+impl fmt::Display for OnLimit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Wait => "wait",
+            Self::Reset => "reset",
+        })
+    }
+}
+
+impl FromStr for OnLimit {
+    type Err = OnLimitError;
+
+    fn from_str(text: &str) -> Result<Self, OnLimitError> {
+        [Self::Wait, Self::Reset].into_iter().find(|known| known.to_string() == text).ok_or(OnLimitError)
+    }
+}
+
+/// A text that says nothing about connections beyond the limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("write \"wait\" or \"reset\"")]
+pub struct OnLimitError;

@@ -1,16 +1,18 @@
 //! Mappings for property tests.
 
+#![expect(clippy::unwrap_used, reason = "the texts here are right")]
+
 use std::time::Duration;
 
 use proptest::prelude::*;
 
-use crate::mapping::Mapping;
-use crate::mapping::access::{AccessList, parse_network};
-use crate::mapping::limits::{Limits, OnLimit};
-use crate::mapping::ports::PortRange;
+use crate::Mapping;
+use crate::access::{AccessList, parse_network};
+use crate::limits::{Limits, OnLimit};
+use crate::ports::PortRange;
 
 /// Any mapping, with limits or without.
-pub(crate) fn any_mapping() -> impl Strategy<Value = Mapping> {
+pub fn any_mapping() -> impl Strategy<Value = Mapping> {
     let host = proptest::sample::select(vec!["[::]", "0.0.0.0", "10.0.0.11", "[::1]", "[fe80::1%1]"]);
     let proto = proptest::sample::select(vec!["tcp", "udp", "tcp+udp"]);
     let name = proptest::option::of("[a-z0-9_./:+%#@][a-z0-9_./:+%#@\\[\\]-]{0,20}");

@@ -1,5 +1,9 @@
-//! A mapping: host ports, and the backend ports that they stand for.
+//! The vocabulary of published ports: addresses, ports, Docker's `-p`, mappings and what bounds them, in the forms
+//! that people and programs write.
 //!
+//! This crate does no I/O. What depends on the machine (the indexes of interfaces, whether there is IPv6) is passed in.
+//!
+//! A [`Mapping`] is host ports, and the backend ports that they stand for.
 //! A range of ports is one mapping, with one name and one set of limits. [`Mapping::port_mappings`] shows
 //! it port by port, as [`PortMapping`]s.
 
@@ -8,22 +12,22 @@ pub mod addr;
 pub mod dscp;
 pub mod duration;
 pub mod endpoint;
-pub mod family;
+pub mod interfaces;
 pub mod limits;
 pub mod name;
 pub mod overlap;
 pub mod ports;
 pub mod publish;
-#[cfg(test)]
-pub(crate) mod testdata;
+#[cfg(any(test, feature = "testdata"))]
+pub mod testdata;
 pub mod wire;
 
 use std::fmt;
 
-use crate::mapping::addr::{AddrError, BackendAddr, HostSocketAddr, Protocol, Protocols, ScopedIp};
-use crate::mapping::limits::Limits;
-use crate::mapping::name::Name;
-use crate::mapping::ports::PortRange;
+use crate::addr::{AddrError, BackendAddr, HostSocketAddr, Protocol, Protocols, ScopedIp};
+use crate::limits::Limits;
+use crate::name::Name;
+use crate::ports::PortRange;
 
 /// What is published where.
 ///
@@ -53,6 +57,19 @@ pub enum HostPorts {
 }
 
 impl HostPorts {
+    /// Those that `range` asks for, random ones without it, for the `backend` ports.
+    ///
+    /// # Errors
+    /// [`MappingError::Lengths`] if there are several backend ports, and not as many host ports.
+    pub fn new(range: Option<PortRange>, backend: PortRange) -> Result<Self, MappingError> {
+        match range {
+            None => Ok(Self::Random),
+            Some(range) if range.count() == backend.count() => Ok(Self::Exactly(range)),
+            Some(range) if backend.is_single() => Ok(Self::FirstFree(range)),
+            Some(range) => Err(MappingError::Lengths { host: range, backend }),
+        }
+    }
+
     /// The ports asked for, if any are.
     pub fn range(self) -> Option<PortRange> {
         match self {
@@ -62,7 +79,7 @@ impl HostPorts {
     }
 
     /// How much choice there is, for ordering: what has less is bound first, so that its ports are still free.
-    pub(crate) fn freedom(self) -> u8 {
+    pub fn freedom(self) -> u8 {
         match self {
             Self::Exactly(_) => 0,
             Self::FirstFree(_) => 1,
@@ -76,18 +93,15 @@ impl Mapping {
     /// Several host ports for one port of the backend are those that the first free one is taken from.
     ///
     /// # Errors
-    /// [`MappingError`] if the ranges do not fit, or if no one answers at the address of the backend.
+    /// [`MappingError`] if the ranges do not fit, if nobody can connect to the host address, or if no one answers at
+    /// the address of the backend.
     pub fn new(
         protocols: Protocols,
         (host, host_ports): (ScopedIp, Option<PortRange>),
         (backend, backend_ports): (ScopedIp, PortRange),
     ) -> Result<Self, MappingError> {
-        let host_ports = match host_ports {
-            None => HostPorts::Random,
-            Some(range) if range.count() == backend_ports.count() => HostPorts::Exactly(range),
-            Some(range) if backend_ports.is_single() => HostPorts::FirstFree(range),
-            Some(range) => return Err(MappingError::Lengths { host: range, backend: backend_ports }),
-        };
+        let host_ports = HostPorts::new(host_ports, backend_ports)?;
+        host.ensure_connectable(protocols).map_err(MappingError::Host)?;
         BackendAddr::reachable(backend.at(backend_ports.first()))?;
         let limits = Limits::default();
         Ok(Self { name: None, protocols, host, host_ports, backend, backend_ports, v6only: false, limits })
@@ -189,7 +203,7 @@ impl Mapping {
     }
 
     /// One port of it: `host_port`, whichever was chosen, to `backend_port`.
-    pub(crate) fn port_mapping(&self, protocol: Protocol, host_port: u16, backend_port: u16) -> PortMapping {
+    pub fn port_mapping(&self, protocol: Protocol, host_port: u16, backend_port: u16) -> PortMapping {
         PortMapping {
             protocol,
             host: HostSocketAddr::new(self.host, host_port),
@@ -231,6 +245,9 @@ pub enum MappingError {
         /// The backend ports.
         backend: PortRange,
     },
+    /// The host has no address that can be connected to.
+    #[error(transparent)]
+    Host(AddrError),
     /// The backend has no address that can be connected to.
     #[error(transparent)]
     Backend(#[from] AddrError),
@@ -307,6 +324,18 @@ mod tests {
         assert!(refused("[::]", "80-81", "10.0.0.1", "80-82").contains("2 host ports (80-81) do not fit 3"));
         assert!(refused("[::]", "80", "0.0.0.0", "80").contains("write 127.0.0.1"));
         assert!(refused("[::]", "80", "255.255.255.255", "80").contains("is a broadcast address"));
+        for (nowhere, part) in
+            [("224.0.0.251", "of a group (multicast)"), ("255.255.255.255", "a broadcast address")]
+        {
+            let message = refused(nowhere, "80", "10.0.0.1", "80");
+            assert!(message.contains(part) && message.contains("no client can connect"), "{message}");
+            let udp = Protocols::One(Protocol::Udp);
+            let to = ("10.0.0.1".parse().unwrap(), "80".parse().unwrap());
+            assert!(
+                Mapping::new(udp, (nowhere.parse().unwrap(), "80".parse().ok()), to).is_ok(),
+                "{nowhere}"
+            );
+        }
         for group in ["224.0.0.251", "ff02::fb"] {
             assert!(refused("[::]", "80", group, "80").contains("is the address of a group"));
         }

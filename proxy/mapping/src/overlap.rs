@@ -3,9 +3,9 @@
 use std::collections::HashMap;
 use std::fmt;
 
-use crate::mapping::addr::{Protocol, Protocols, ScopedIp};
-use crate::mapping::ports::PortRange;
-use crate::mapping::{HostPorts, Mapping, PortMapping};
+use crate::addr::{Protocol, Protocols, ScopedIp};
+use crate::ports::PortRange;
+use crate::{HostPorts, Mapping, PortMapping};
 
 /// Two mappings of one set that cannot both be bound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,7 +56,7 @@ pub fn overlaps<'a>(mappings: impl IntoIterator<Item = &'a Mapping>) -> Vec<Over
 }
 
 /// Whether two ports, of one number and protocol, cannot both be bound.
-pub(crate) fn exclude_each_other(one: &PortMapping, other: &PortMapping) -> bool {
+pub fn exclude_each_other(one: &PortMapping, other: &PortMapping) -> bool {
     let place = |port_mapping: &PortMapping| {
         BindScope::of(port_mapping.host.socket_addr().into(), port_mapping.v6only)
     };
@@ -73,7 +73,7 @@ fn sort(wanted: &mut [Wanted]) {
 
 /// Where a mapping listens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum BindScope {
+pub enum BindScope {
     /// Every address.
     All,
     /// Every IPv4 address.
@@ -86,7 +86,7 @@ pub(crate) enum BindScope {
 
 impl BindScope {
     /// That of a socket at `host`, which may leave IPv4 clients out.
-    pub(crate) fn of(host: ScopedIp, v6only: bool) -> Self {
+    pub fn of(host: ScopedIp, v6only: bool) -> Self {
         match host {
             ScopedIp::ANY if v6only => Self::AllV6,
             ScopedIp::ANY => Self::All,
@@ -96,7 +96,7 @@ impl BindScope {
     }
 
     /// Where a client may have come to that asked `ip`, of this machine: that one before all others.
-    pub(crate) fn reached_by(ip: ScopedIp) -> [Self; 3] {
+    pub fn reached_by(ip: ScopedIp) -> [Self; 3] {
         [Self::One(ip), Self::All, if ip.ip().is_ipv4() { Self::AllV4 } else { Self::AllV6 }]
     }
 
@@ -160,7 +160,7 @@ pub struct OverlapError {
 
 impl OverlapError {
     /// `mapping` cannot have `port`, since `other` has it.
-    pub(crate) fn new(mapping: &Mapping, other: &Mapping, port: u16) -> Self {
+    pub fn new(mapping: &Mapping, other: &Mapping, port: u16) -> Self {
         Self { mapping: mapping.clone().into(), other: other.clone().into(), port }
     }
 }

@@ -26,7 +26,7 @@ impl AccessList {
     }
 
     /// Why a client at `ip` is not served, if it is not.
-    pub(crate) fn refusal(&self, ip: IpAddr) -> Option<&'static str> {
+    pub fn refusal(&self, ip: IpAddr) -> Option<&'static str> {
         if self.is_open() {
             return None;
         }

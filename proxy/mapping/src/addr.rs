@@ -4,13 +4,14 @@ use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use std::str::FromStr;
 
-use rustix::net::netdevice::name_to_index;
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+use serde::{Deserialize, Serialize};
 
-use crate::mapping::ports::{PortError, PortRange};
+use crate::interfaces::{Interfaces, NoInterfaces};
+use crate::ports::{PortError, PortRange};
 
 /// The transport protocol of a mapping.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Protocol {
     /// TCP: a byte stream per connection.
     Tcp,
@@ -96,12 +97,30 @@ impl ScopedIp {
         self.ip
     }
 
+    /// The index of its interface, or 0 if it has none.
+    pub fn zone(self) -> u32 {
+        self.zone
+    }
+
     /// This address at `port`.
     pub fn at(self, port: u16) -> SocketAddr {
         match self.ip {
             IpAddr::V4(ip) => (ip, port).into(),
             IpAddr::V6(ip) => SocketAddrV6::new(ip, port, 0, self.zone).into(),
         }
+    }
+
+    /// Refuses an address that clients cannot connect to. Datagrams can be sent to groups and broadcast addresses.
+    ///
+    /// # Errors
+    /// [`AddrError::NoClient`]
+    pub fn ensure_connectable(self, protocols: Protocols) -> Result<(), AddrError> {
+        let kind = match self.ip {
+            IpAddr::V4(Ipv4Addr::BROADCAST) => "a broadcast address",
+            ip if ip.is_multicast() => "the address of a group (multicast)",
+            _ => return Ok(()),
+        };
+        if protocols.contains(Protocol::Tcp) { Err(AddrError::NoClient(self, kind)) } else { Ok(()) }
     }
 
     /// Whether it stands for all addresses of its family, or of both.
@@ -137,15 +156,26 @@ impl fmt::Display for ScopedIp {
     }
 }
 
-impl FromStr for ScopedIp {
-    type Err = AddrError;
-
-    fn from_str(text: &str) -> Result<Self, AddrError> {
+impl ScopedIp {
+    /// Reads any of the text forms, with interfaces by index or by their names among `interfaces`.
+    ///
+    /// # Errors
+    /// [`AddrError`], if it is no address, or a link-local one without an interface that is there.
+    pub fn parse(text: &str, interfaces: &dyn Interfaces) -> Result<Self, AddrError> {
         let bare = match text.strip_prefix('[') {
             Some(rest) => rest.strip_suffix(']').ok_or_else(|| AddrError::BadAddress(text.to_owned()))?,
             None => text,
         };
-        parse_ip(bare).map(Self::from)
+        parse_ip(bare, interfaces).map(Self::from)
+    }
+}
+
+/// Reads what [`Display`](fmt::Display) writes: interfaces by index. [`ScopedIp::parse`] knows their names, too.
+impl FromStr for ScopedIp {
+    type Err = AddrError;
+
+    fn from_str(text: &str) -> Result<Self, AddrError> {
+        Self::parse(text, &NoInterfaces)
     }
 }
 
@@ -296,6 +326,9 @@ pub enum AddrError {
         "{0} is where one listens, not the address of a backend; write {1} in its place, for this machine"
     )]
     NoOne(&'static str, &'static str),
+    /// An address that listens to nobody's connections.
+    #[error("{0} is {1}, to which no client can connect; write an address of this machine, or udp")]
+    NoClient(ScopedIp, &'static str),
     /// The address of all machines of a network.
     #[error("{0} is a broadcast address, from which no answer comes; write that of one machine")]
     Broadcast(ScopedIp),
@@ -311,7 +344,7 @@ pub enum AddrError {
 
 impl AddrError {
     /// The same about an address that `ports` follow.
-    pub(crate) fn before_ports(self, ports: &str) -> Self {
+    pub fn before_ports(self, ports: &str) -> Self {
         match self {
             Self::NoZone { ip, example } => Self::NoZone { ip, example: format!("{example}:{ports}") },
             other => other,
@@ -320,48 +353,33 @@ impl AddrError {
 }
 
 /// Parses an address without brackets, for IPv6 link-local addresses with its `%interface`.
-fn parse_ip(address: &str) -> Result<SocketAddr, AddrError> {
+fn parse_ip(address: &str, interfaces: &dyn Interfaces) -> Result<SocketAddr, AddrError> {
     let bad_address = || AddrError::BadAddress(address.to_owned());
     let Some((ip, interface)) = address.split_once('%') else {
         let ip = address.parse().map_err(|_err| bad_address())?;
         return match ip {
             IpAddr::V6(ip) if ip.is_unicast_link_local() => {
-                Err(AddrError::NoZone { ip, example: format!("[{ip}%{}]", an_interface()) })
+                let interface = interfaces.example().unwrap_or_else(|| "eth0".to_owned());
+                Err(AddrError::NoZone { ip, example: format!("[{ip}%{interface}]") })
             }
             ip => Ok(SocketAddr::new(ip, 0)),
         };
     };
     let ip: Ipv6Addr = ip.parse().map_err(|_err| bad_address())?;
-    let number = interface.parse().ok().or_else(|| interface_index(interface).ok());
-    let scope = number.filter(|number| *number > 0);
+    let index = interface.parse().ok().or_else(|| interfaces.index_of(interface));
+    let scope = index.filter(|index| *index > 0);
     let scope = scope.ok_or_else(|| AddrError::NoSuchInterface(interface.to_owned()))?;
     Ok(SocketAddrV6::new(ip, 0, 0, scope).into())
 }
 
-/// The name of an interface of this machine, if possible one that leads somewhere.
-fn an_interface() -> String {
-    let all = nix::net::if_::if_nameindex();
-    let mut names = all.iter().flatten().filter_map(|interface| interface.name().to_str().ok());
-    let loopback = "lo";
-    let found = names.find(|name| *name != loopback).or(all.is_ok().then_some(loopback));
-    found.unwrap_or("eth0").to_owned()
-}
-
 /// The wildcard of an address's family.
-pub(crate) fn wildcard_of(ip: IpAddr) -> IpAddr {
+pub fn wildcard_of(ip: IpAddr) -> IpAddr {
     if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() }
-}
-
-/// The number of an interface. Confined as well: if_nametoindex(3) of the C library takes a socket of another family.
-fn interface_index(name: &str) -> rustix::io::Result<u32> {
-    let socket = |family| socket_with(family, SocketType::DGRAM, SocketFlags::CLOEXEC, None);
-    let any = socket(AddressFamily::INET).or_else(|_no_ipv4| socket(AddressFamily::INET6))?;
-    name_to_index(any, name)
 }
 
 /// IPv4-mapped addresses as IPv4: an IPv6 socket with `IPV6_V6ONLY` cannot bind or reach them, and people know the
 /// IPv4 clients of a dual-stack socket by their own addresses.
-pub(crate) fn canonical(addr: SocketAddr) -> SocketAddr {
+pub fn canonical(addr: SocketAddr) -> SocketAddr {
     match addr.ip().to_canonical() {
         IpAddr::V4(ip) => SocketAddr::new(ip.into(), addr.port()),
         IpAddr::V6(_) => addr,
@@ -371,12 +389,26 @@ pub(crate) fn canonical(addr: SocketAddr) -> SocketAddr {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::interfaces::TwoInterfaces;
 
     #[test]
-    fn the_interface_that_is_suggested_is_there() {
+    fn zones_are_indexes_or_names() {
+        let read = |text: &str| ScopedIp::parse(text, &TwoInterfaces).map(|ip| ip.to_string());
+        for text in ["fe80::1%eth0", "[fe80::1%eth0]", "[fe80::1%2]"] {
+            assert_eq!(read(text).as_deref(), Ok("[fe80::1%2]"), "{text}");
+        }
+        assert_eq!(read("fe80::1%eth1"), Err(AddrError::NoSuchInterface("eth1".to_owned())));
+        "fe80::1%eth0".parse::<ScopedIp>().unwrap_err();
+        assert_eq!("fe80::1%2".parse::<ScopedIp>().unwrap().to_string(), "[fe80::1%2]");
+    }
+
+    #[test]
+    fn the_hint_at_an_interface_can_be_followed() {
         for text in ["fe80::1", "[fe80::1]", "febf::1"] {
-            let Err(AddrError::NoZone { example, .. }) = text.parse::<ScopedIp>() else { panic!("{text}") };
-            assert!(example.parse::<ScopedIp>().is_ok(), "{example}");
+            let Err(AddrError::NoZone { example, .. }) = ScopedIp::parse(text, &TwoInterfaces) else {
+                panic!("{text}")
+            };
+            assert!(ScopedIp::parse(&example, &TwoInterfaces).is_ok(), "{example}");
         }
     }
 }

@@ -8,15 +8,14 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
-use tracing::info;
 
-use crate::mapping::access::{AccessList, parse_network};
-use crate::mapping::addr::{Protocols, ScopedIp};
-use crate::mapping::duration::{UNLIMITED, format_limit, parse_limit, parse_optional_limit};
-use crate::mapping::family::{NO_IPV6, everywhere, has_ipv6};
-use crate::mapping::limits::{Limits, OnLimit};
-use crate::mapping::ports::PortRange;
-use crate::mapping::{HostPorts, Mapping, MappingError};
+use crate::access::{AccessList, parse_network};
+use crate::addr::{Protocols, ScopedIp};
+use crate::duration::{UNLIMITED, format_limit, parse_limit, parse_optional_limit};
+use crate::interfaces::Interfaces;
+use crate::limits::{Limits, OnLimit};
+use crate::ports::PortRange;
+use crate::{HostPorts, Mapping, MappingError};
 
 /// A mapping, in JSON.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -52,32 +51,43 @@ pub struct WireMapping {
     pub bound_host: Option<String>,
 }
 
-/// Limits, in JSON: those that are not the default.
+/// [`Limits`], in JSON: those that are not the default.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default, expecting = "an object with limits")]
 pub struct WireLimits {
+    /// A duration, or `unlimited`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) connect_timeout: Option<String>,
+    pub connect_timeout: Option<String>,
+    /// A duration, or `unlimited`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) idle_timeout: Option<String>,
+    pub idle_timeout: Option<String>,
+    /// A number from 1 up.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) max_connections: Option<usize>,
+    pub max_connections: Option<usize>,
+    /// `wait` or `reset`.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) on_limit: Option<String>,
+    pub on_limit: Option<String>,
+    /// A duration.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) udp_timeout: Option<String>,
+    pub udp_timeout: Option<String>,
+    /// A number from 1 up.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) udp_max_flows: Option<usize>,
+    pub udp_max_flows: Option<usize>,
+    /// A number from 1 up.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) udp_max_flows_per_source: Option<usize>,
+    pub udp_max_flows_per_source: Option<usize>,
+    /// Whether answers come from any port of the backend.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
-    pub(crate) udp_any_port: bool,
+    pub udp_any_port: bool,
+    /// The number or name of a code point.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub(crate) dscp: Option<String>,
+    pub dscp: Option<String>,
+    /// Networks.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub(crate) allow: Vec<String>,
+    pub allow: Vec<String>,
+    /// Networks.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub(crate) deny: Vec<String>,
+    pub deny: Vec<String>,
 }
 
 impl WireMapping {
@@ -101,38 +111,30 @@ impl WireMapping {
         }
     }
 
-    /// The mapping that is written here.
+    /// The mapping that is written here, on a machine with these `interfaces`. Without a host address it listens
+    /// `everywhere`.
     ///
     /// # Errors
     /// [`FieldErrors`]: all that is wrong.
-    pub fn read(&self) -> Result<Mapping, FieldErrors> {
+    pub fn read(&self, interfaces: &dyn Interfaces, everywhere: ScopedIp) -> Result<Mapping, FieldErrors> {
         let mut wrong = FieldErrors::default();
+        let address = |text: &String| ScopedIp::parse(text, interfaces);
         let host = match &self.host {
-            Some(host) => wrong.note("host", host.parse()),
-            None => Some(self.default_host()),
+            Some(host) => wrong.note("host", address(host)),
+            // Only `[::]` can leave IPv4 clients out. Where it cannot be had, the bind says so.
+            None if self.v6only => Some(ScopedIp::ANY),
+            None => Some(everywhere),
         };
         let host_ports = wrong.note("host_ports", self.host_ports.as_deref().map(str::parse).transpose());
-        let to = wrong.note("to", self.to.parse());
+        let to = wrong.note("to", address(&self.to));
         let to_ports = wrong.note("to_ports", self.to_ports.parse());
         let mapping = self.read_between(host.zip(host_ports), to.zip(to_ports), &mut wrong);
         mapping.filter(|_mapping| wrong.0.is_empty()).ok_or(wrong)
     }
 
-    /// Where it listens if it does not say so.
-    fn default_host(&self) -> ScopedIp {
-        // Where there is no IPv6, this cannot be had, which is for the bind to say.
-        if self.v6only {
-            return ScopedIp::ANY;
-        }
-        if !has_ipv6() {
-            info!("{NO_IPV6}");
-        }
-        everywhere()
-    }
-
     /// The mapping that is written here, but for where it listens and leads to, as far as that is known. All that
     /// is wrong is added to `wrong`.
-    pub(crate) fn read_between(
+    pub fn read_between(
         &self,
         host: Option<(ScopedIp, Option<PortRange>)>,
         to: Option<(ScopedIp, PortRange)>,
@@ -152,7 +154,7 @@ impl WireMapping {
     }
 
     /// What several mappings can have in common.
-    pub(crate) fn read_values(&self, wrong: &mut FieldErrors) -> (Option<Protocols>, Option<Limits>) {
+    pub fn read_values(&self, wrong: &mut FieldErrors) -> (Option<Protocols>, Option<Limits>) {
         let protocols = wrong.note("proto", self.proto.as_deref().unwrap_or("tcp").parse());
         (protocols, self.limits.read(wrong))
     }
@@ -173,7 +175,7 @@ impl WireLimits {
             connect_timeout: duration(limits.connect_timeout, default.connect_timeout),
             idle_timeout: duration(limits.idle_timeout, default.idle_timeout),
             max_connections: limits.max_connections,
-            on_limit: (limits.on_limit == OnLimit::Reset).then(|| "reset".to_owned()),
+            on_limit: (limits.on_limit != OnLimit::default()).then(|| limits.on_limit.to_string()),
             udp_timeout: duration(Some(limits.udp_timeout), Some(default.udp_timeout)),
             udp_max_flows: limits.udp_max_flows,
             udp_max_flows_per_source: limits.udp_max_flows_per_source,
@@ -189,11 +191,7 @@ impl WireLimits {
         let connect_timeout = read_limit("limits.connect_timeout", self.connect_timeout.as_deref(), wrong);
         let idle_timeout = read_limit("limits.idle_timeout", self.idle_timeout.as_deref(), wrong);
         let max_connections = read_count("limits.max_connections", self.max_connections, wrong);
-        let on_limit = match self.on_limit.as_deref() {
-            None | Some("wait") => Ok(OnLimit::Wait),
-            Some("reset") => Ok(OnLimit::Reset),
-            Some(_) => Err("write \"wait\" or \"reset\""),
-        };
+        let on_limit = self.on_limit.as_deref().map(str::parse).transpose();
         let on_limit = wrong.note("limits.on_limit", on_limit);
         let udp_timeout = self.udp_timeout.as_deref().map(|text| match text {
             UNLIMITED => Err("flows need one, such as \"90s\"".to_owned()),
@@ -210,7 +208,7 @@ impl WireLimits {
             connect_timeout: connect_timeout?.unwrap_or(default.connect_timeout),
             idle_timeout: idle_timeout?.unwrap_or(default.idle_timeout),
             max_connections: max_connections?,
-            on_limit: on_limit?,
+            on_limit: on_limit?.unwrap_or_default(),
             udp_timeout: udp_timeout?.unwrap_or(default.udp_timeout),
             udp_max_flows: udp_max_flows?,
             udp_max_flows_per_source: per_source?,
@@ -243,11 +241,11 @@ fn read_networks(texts: &[String]) -> Result<Vec<IpNet>, String> {
 
 /// All that is wrong with a mapping that was written.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct FieldErrors(pub(crate) Vec<FieldError>);
+pub struct FieldErrors(pub Vec<FieldError>);
 
 impl FieldErrors {
     /// The value of `field`, or `None` if it is wrong, which is noted then.
-    pub(crate) fn note<T, E: Display>(&mut self, field: &'static str, result: Result<T, E>) -> Option<T> {
+    pub fn note<T, E: Display>(&mut self, field: &'static str, result: Result<T, E>) -> Option<T> {
         result.map_err(|error| self.0.push(FieldError::new(field, error))).ok()
     }
 }
@@ -282,6 +280,7 @@ impl From<MappingError> for FieldError {
     fn from(error: MappingError) -> Self {
         let field = match error {
             MappingError::Lengths { .. } => "host_ports",
+            MappingError::Host(_) => "host",
             MappingError::Backend(_) => "to",
             MappingError::V6Only(_) => "v6only",
         };
@@ -292,10 +291,11 @@ impl From<MappingError> for FieldError {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::interfaces::NoInterfaces;
 
     fn read(json: &str) -> Result<Mapping, String> {
         let wire: WireMapping = serde_json::from_str(json).map_err(|error| error.to_string())?;
-        wire.read().map_err(|error| error.to_string())
+        wire.read(&NoInterfaces, ScopedIp::ANY).map_err(|error| error.to_string())
     }
 
     #[test]
@@ -309,7 +309,7 @@ mod tests {
                 "udp_max_flows_per_source":3,"udp_any_port":true,"dscp":"ef","allow":["10.0.0.0/8"],"deny":["fd00::/8"]}}"#,
         ] {
             let mapping = read(json).expect(json);
-            assert_eq!(WireMapping::of(&mapping).read(), Ok(mapping), "{json}");
+            assert_eq!(WireMapping::of(&mapping).read(&NoInterfaces, ScopedIp::ANY), Ok(mapping), "{json}");
         }
     }
 

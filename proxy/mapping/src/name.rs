@@ -4,8 +4,8 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use crate::mapping::addr::ScopedIp;
-use crate::mapping::{HostPorts, Mapping};
+use crate::addr::ScopedIp;
+use crate::{HostPorts, Mapping};
 
 /// The most bytes of a name: more than any default name has.
 const LONGEST: usize = 128;
@@ -64,7 +64,7 @@ pub struct NameError(String);
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::mapping::addr::Protocols;
+    use crate::addr::Protocols;
 
     fn name(host: &str, ports: Option<&str>) -> String {
         let host = (host.parse().unwrap(), ports.map(|ports| ports.parse().unwrap()));

@@ -3,10 +3,10 @@
 use std::fmt;
 use std::str::FromStr;
 
-use crate::mapping::addr::{AddrError, Protocol, ProtocolError, Protocols, ScopedIp};
-use crate::mapping::family::everywhere;
-use crate::mapping::ports::{PortError, PortRange};
-use crate::mapping::{Mapping, MappingError};
+use crate::addr::{AddrError, Protocol, ProtocolError, Protocols, ScopedIp};
+use crate::interfaces::{Interfaces, NoInterfaces};
+use crate::ports::{PortError, PortRange};
+use crate::{HostPorts, Mapping, MappingError};
 
 /// Ports of a backend, and where on this machine they are published.
 ///
@@ -15,10 +15,10 @@ use crate::mapping::{Mapping, MappingError};
 /// with `/udp`, `/tcp+udp` or the older `:udp`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PublishSpec {
-    /// The address that clients connect to; [`everywhere`] unless there is one.
-    pub host: ScopedIp,
-    /// The ports that clients connect to; random ones unless there are some.
-    pub host_ports: Option<PortRange>,
+    /// The address that clients connect to; every address of the machine unless there is one.
+    pub host: Option<ScopedIp>,
+    /// The ports that clients connect to.
+    pub host_ports: HostPorts,
     /// The ports of the backend.
     pub ports: PortRange,
     /// The transport protocols, the same on both sides.
@@ -26,31 +26,20 @@ pub struct PublishSpec {
 }
 
 impl PublishSpec {
-    /// The mapping of these ports to `backend`.
+    /// The mapping of these ports to `backend`, with `everywhere` as the host address if there is none.
     ///
     /// # Errors
     /// Those of [`Mapping::new`].
-    pub fn to(self, backend: ScopedIp) -> Result<Mapping, MappingError> {
-        Mapping::new(self.protocols, (self.host, self.host_ports), (backend, self.ports))
+    pub fn to(self, backend: ScopedIp, everywhere: ScopedIp) -> Result<Mapping, MappingError> {
+        let host = (self.host.unwrap_or(everywhere), self.host_ports.range());
+        Mapping::new(self.protocols, host, (backend, self.ports))
     }
-}
 
-/// With everything written out, so that it can be read again.
-impl fmt::Display for PublishSpec {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { host, host_ports, ports, protocols } = self;
-        write!(f, "{host}:")?;
-        if let Some(host_ports) = host_ports {
-            host_ports.fmt(f)?;
-        }
-        write!(f, ":{ports}/{protocols}")
-    }
-}
-
-impl FromStr for PublishSpec {
-    type Err = SpecError;
-
-    fn from_str(spec: &str) -> Result<Self, SpecError> {
+    /// Reads any of the text forms, with interfaces by index or by their names among `interfaces`.
+    ///
+    /// # Errors
+    /// [`SpecError`], which names the part at fault.
+    pub fn parse(spec: &str, interfaces: &dyn Interfaces) -> Result<Self, SpecError> {
         let (rest, protocols) = split_protocols(spec)?;
         let (address, rest) = split_address(rest)?;
         let (host_ports, ports) = match (rest.rsplit_once(':'), address) {
@@ -64,13 +53,39 @@ impl FromStr for PublishSpec {
             let address = host_ports.to_owned();
             return Err(SpecError::NoHostPort { address, ports: ports.to_owned() });
         }
-        Ok(Self {
-            host: address.map_or_else(|| Ok(everywhere()), str::parse)?,
-            // Docker takes 0 for a random one, too.
-            host_ports: if matches!(host_ports, "" | "0") { None } else { Some(host_ports.parse()?) },
-            ports: ports.parse()?,
-            protocols,
-        })
+        let host = address.map(|address| ScopedIp::parse(address, interfaces)).transpose();
+        let host = host.map_err(|error| error.before_ports(rest))?;
+        host.map_or(Ok(()), |host| host.ensure_connectable(protocols))?;
+        // Docker takes 0 for a random one, too.
+        let is_random = matches!(host_ports, "" | "0");
+        let host_ports = if is_random { None } else { Some(host_ports.parse()?) };
+        let ports = ports.parse()?;
+        Ok(Self { host, host_ports: HostPorts::new(host_ports, ports)?, ports, protocols })
+    }
+}
+
+/// With protocol and host port written out, so that it can be read again.
+impl fmt::Display for PublishSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { host, host_ports, ports, protocols } = self;
+        if let Some(host) = host {
+            write!(f, "{host}:")?;
+        }
+        match (host, host_ports.range()) {
+            (_, Some(host_ports)) => write!(f, "{host_ports}:")?,
+            (Some(_), None) => f.write_str(":")?,
+            (None, None) => {}
+        }
+        write!(f, "{ports}/{protocols}")
+    }
+}
+
+/// Reads what [`Display`](fmt::Display) writes: interfaces by index. [`PublishSpec::parse`] knows their names, too.
+impl FromStr for PublishSpec {
+    type Err = SpecError;
+
+    fn from_str(spec: &str) -> Result<Self, SpecError> {
+        Self::parse(spec, &NoInterfaces)
     }
 }
 
@@ -87,7 +102,7 @@ impl ExposedPorts {
     /// Publishes them at random ports of every address.
     pub fn at_random(self) -> PublishSpec {
         let Self { ports, protocols } = self;
-        PublishSpec { host: everywhere(), host_ports: None, ports, protocols }
+        PublishSpec { host: None, host_ports: HostPorts::Random, ports, protocols }
     }
 }
 
@@ -138,6 +153,9 @@ pub enum SpecError {
     /// A part is no address.
     #[error(transparent)]
     Address(#[from] AddrError),
+    /// The ports do not fit each other.
+    #[error(transparent)]
+    Mapping(#[from] MappingError),
     /// The last part is no protocol.
     #[error(transparent)]
     Protocol(#[from] ProtocolError),
@@ -171,36 +189,40 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::interfaces::TwoInterfaces;
 
     fn spec(text: &str) -> Result<String, String> {
-        text.parse::<PublishSpec>().map(|spec| spec.to_string()).map_err(|error| error.to_string())
+        PublishSpec::parse(text, &TwoInterfaces)
+            .map(|spec| spec.to_string())
+            .map_err(|error| error.to_string())
     }
 
     #[test]
     fn every_form_is_read() {
         for (text, expected) in [
-            ("80", "[::]::80/tcp"),
-            (":80", "[::]::80/tcp"),
-            ("0:80", "[::]::80/tcp"),
-            ("80/udp", "[::]::80/udp"),
-            ("80:udp", "[::]::80/udp"),
-            ("8080:80", "[::]:8080:80/tcp"),
-            ("8080:80/tcp", "[::]:8080:80/tcp"),
-            ("8080:80/UDP", "[::]:8080:80/udp"),
-            ("53:53:udp", "[::]:53:53/udp"),
-            ("53:53:udp/udp", "[::]:53:53/udp"),
-            ("53:53/tcp+udp", "[::]:53:53/tcp+udp"),
+            ("80", "80/tcp"),
+            (":80", "80/tcp"),
+            ("0:80", "80/tcp"),
+            ("80/udp", "80/udp"),
+            ("80:udp", "80/udp"),
+            ("8080:80", "8080:80/tcp"),
+            ("8080:80/tcp", "8080:80/tcp"),
+            ("8080:80/UDP", "8080:80/udp"),
+            ("53:53:udp", "53:53/udp"),
+            ("53:53:udp/udp", "53:53/udp"),
+            ("53:53/tcp+udp", "53:53/tcp+udp"),
             ("10.0.0.11:8080:80", "10.0.0.11:8080:80/tcp"),
             ("10.0.0.11::80", "10.0.0.11::80/tcp"),
             ("10.0.0.11:0:80", "10.0.0.11::80/tcp"),
             ("10.0.0.11::80:udp", "10.0.0.11::80/udp"),
             ("0.0.0.0:81:80:udp", "0.0.0.0:81:80/udp"),
+            ("[::]:8080:80", "[::]:8080:80/tcp"),
             ("[::1]:8080:80", "[::1]:8080:80/tcp"),
             ("[::ffff:10.0.0.11]:8080:80", "10.0.0.11:8080:80/tcp"),
             ("[fe80::1%lo]::80/udp", "[fe80::1%1]::80/udp"),
-            ("8000-8010:80-90", "[::]:8000-8010:80-90/tcp"),
-            ("8000-8010:80", "[::]:8000-8010:80/tcp"),
-            ("8000-8010", "[::]::8000-8010/tcp"),
+            ("8000-8010:80-90", "8000-8010:80-90/tcp"),
+            ("8000-8010:80", "8000-8010:80/tcp"),
+            ("8000-8010", "8000-8010/tcp"),
         ] {
             assert_eq!(spec(text).as_deref(), Ok(expected), "{text}");
         }
@@ -216,6 +238,14 @@ mod tests {
             ("80:65536", "'65536' is not a port"),
             ("+80:80", "'+80' is not a port"),
             ("90-80:90-80", "write 80-90"),
+            (
+                "8000-8010:80-81",
+                "11 host ports (8000-8010) do not fit 2 backend ports (80-81); make both ranges",
+            ),
+            ("8000:80-81", "1 host ports (8000) do not fit 2"),
+            ("224.0.0.1:80:80", "to which no client can connect"),
+            ("[ff02::1%eth0]:80:80/tcp+udp", "to which no client can connect"),
+            ("255.255.255.255:80:80", "to which no client can connect"),
             ("80/", "'' is not a protocol"),
             ("80/sctp", "'sctp' is not a protocol that is relayed"),
             ("80:80:sctp", "'sctp' is not a protocol"),
@@ -225,6 +255,8 @@ mod tests {
             ("10.0.0.256:80:80", "'10.0.0.256' is not an IP address"),
             ("localhost:80:80", "'localhost' is not an IP address"),
             ("[zz]:80:80", "'zz' is not an IP address"),
+            ("[fe80::1]:80:80", "on which interface? write [fe80::1%eth0]:80:80"),
+            ("[fe80::1]::80/udp", "write [fe80::1%eth0]::80;"),
             ("[::1:80:80", "no closing bracket"),
             ("[::1]80", "write [[ADDRESS:]"),
             ("[::1]:", "write [[ADDRESS:]"),
@@ -238,24 +270,26 @@ mod tests {
     #[test]
     fn what_is_exposed_has_no_host_port() {
         let spec = |text: &str| text.parse::<ExposedPorts>().map(|exposed| exposed.at_random().to_string());
-        assert_eq!(spec("80"), Ok("[::]::80/tcp".to_owned()));
-        assert_eq!(spec("8000-8010/udp"), Ok("[::]::8000-8010/udp".to_owned()));
+        assert_eq!(spec("80"), Ok("80/tcp".to_owned()));
+        assert_eq!(spec("8000-8010/udp"), Ok("8000-8010/udp".to_owned()));
         assert!(spec("8080:80").unwrap_err().to_string().contains("'8080:80' is not a port"));
     }
 
     fn any_spec() -> impl Strategy<Value = PublishSpec> {
-        let host = proptest::sample::select(vec!["[::]", "0.0.0.0", "10.0.0.11", "[::1]", "[fe80::1%1]"]);
+        let hosts = vec!["[::]", "0.0.0.0", "10.0.0.11", "[::1]", "[fe80::1%1]"];
+        let host = proptest::option::of(proptest::sample::select(hosts));
         let range = (1..=u16::MAX, 0..20_u16)
             .prop_map(|(first, more)| PortRange::new(first, first.saturating_add(more)).unwrap());
         let protocols = proptest::sample::select(vec!["tcp", "udp", "tcp+udp"]);
-        (host, proptest::option::of(range.clone()), range, protocols).prop_map(
-            |(host, host_ports, ports, protocols)| PublishSpec {
-                host: host.parse().unwrap(),
-                host_ports,
+        let spec = (host, proptest::option::of(range.clone()), range, protocols);
+        spec.prop_filter_map("ranges fit", |(host, host_ports, ports, protocols)| {
+            Some(PublishSpec {
+                host: host.map(|host| host.parse().unwrap()),
+                host_ports: HostPorts::new(host_ports, ports).ok()?,
                 ports,
                 protocols: protocols.parse().unwrap(),
-            },
-        )
+            })
+        })
     }
 
     proptest! {
