@@ -189,6 +189,10 @@ mod tests {
         }
         tally.cut();
         tally.overflow(1);
-        assert_eq!(tally.lost().map(|(_trouble, count)| count), [4, 3, 3]);
+        tally.discard(0);
+        assert!(tally.met(libc::ENOBUFS), "nothing was discarded, which is no error");
+        tally.discard(5);
+        assert!(!tally.met(libc::ENOBUFS));
+        assert_eq!(tally.lost().map(|(_trouble, count)| count), [4, 8, 3]);
     }
 }

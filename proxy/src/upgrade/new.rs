@@ -256,4 +256,23 @@ mod tests {
         refuse_others_than_flows(&socket, true).unwrap_err();
         refuse_others_than_flows(&socket, false).unwrap();
     }
+
+    #[test]
+    fn a_flow_is_taken_over_as_it_was_offered() {
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        socket.connect(socket.local_addr().unwrap()).unwrap();
+        socket.set_nonblocking(true).unwrap();
+        for (established, peer) in [(true, None), (false, Some("192.0.2.2:9".parse().unwrap()))] {
+            let client = "192.0.2.1:5".parse().unwrap();
+            let local = Some(("fe80::1".parse().unwrap(), 3));
+            let offered = OfferedFlow { socket: 1, client, local, established, peer, dropped: 11 };
+            let of_socket = || socket.try_clone().unwrap().into();
+            let flow = live_flow(&offered, of_socket(), &[None, Some(7)]).unwrap();
+            assert_eq!((flow.listener, flow.client, flow.local), (7, client, offered.local()));
+            assert_eq!((flow.is_established, flow.peer, flow.dropped), (established, peer, 11));
+            // What is offered at that place is no UDP socket.
+            live_flow(&offered, of_socket(), &[Some(7), None]).unwrap_err();
+            live_flow(&offered, of_socket(), &[Some(7)]).unwrap_err();
+        }
+    }
 }

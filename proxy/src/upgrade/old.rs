@@ -240,3 +240,34 @@ fn is_gone(error: &UpgradeError) -> bool {
     matches!(error, UpgradeError::Talk { source, .. }
         if matches!(source.kind(), BrokenPipe | ConnectionReset | UnexpectedEof))
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::UdpSocket;
+    use std::os::fd::OwnedFd;
+    use std::sync::Arc;
+
+    use rproxy_sys::udp::LocalAddr;
+
+    use super::*;
+
+    #[test]
+    fn a_flow_is_offered_as_it_is() {
+        let socket: Arc<OwnedFd> = Arc::new(UdpSocket::bind("127.0.0.1:0").unwrap().into());
+        for is_established in [true, false] {
+            let flow = LiveFlow {
+                listener: 7,
+                client: "192.0.2.1:5".parse().unwrap(),
+                local: Some(LocalAddr { ip: "fe80::1".parse().unwrap(), interface: 3 }),
+                is_established,
+                peer: Some("192.0.2.2:9".parse().unwrap()),
+                dropped: 11,
+                socket: socket.clone(),
+            };
+            let (offered, _socket) = offered(&flow, &HashMap::from([(7, 2)])).unwrap();
+            assert_eq!((offered.socket, offered.client), (2, flow.client));
+            assert_eq!((offered.local(), offered.peer), (flow.local, flow.peer));
+            assert_eq!((offered.established, offered.dropped), (is_established, 11));
+        }
+    }
+}

@@ -2,7 +2,7 @@
 //! that would be reported for ever is found.
 
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 
 use nix::sys::epoll::EpollFlags;
@@ -627,4 +627,48 @@ fn a_drain_waits_for_what_waits_for_a_backend() {
         scene.unsent(id) == 0
     });
     assert!(scene.relay.is_quiet(long_after));
+}
+
+#[test]
+fn what_a_listener_had_no_room_for_is_counted_when_it_closes() {
+    for is_paused in [false, true] {
+        let mut scene = Scene::new(Limits::default());
+        SockRef::from(&scene.port.as_fd()).set_recv_buffer_size(1).unwrap();
+        let client = scene.client();
+        let mut sent = 0;
+        let dropped = loop {
+            client.send(&[7; 1000]).unwrap();
+            sent += 1;
+            assert!(sent < 10_000, "the kernel has room for all of it");
+            match rproxy_sys::udp::dropped(scene.port.as_fd()).unwrap() {
+                0 => {}
+                dropped => break dropped,
+            }
+        };
+        let number = scene.port.number();
+        scene.relay.listeners[number].is_paused = is_paused;
+        scene.relay.listeners.close_one(number);
+        // Another process goes on with one that is paused, and counts them.
+        let counted = if is_paused { 0 } else { u64::from(dropped) };
+        assert_eq!(scene.failures(FailureKind::NoBuffer), counted);
+    }
+}
+
+#[test]
+fn a_flow_gets_another_port_if_somebody_has_its_own() {
+    let mut scene = Scene::new(Limits::default());
+    let now = Instant::now();
+    // Whose turn it would be.
+    let ports = &mut scene.relay.capacity.ports;
+    ports.refresh(now);
+    ports.candidate(now);
+    let turn = ports.turn().unwrap();
+    let taken = (0..100).find_map(|_| UdpSocket::bind(("0.0.0.0", ports.candidate(now)?)).ok()).unwrap();
+    ports.go_on(turn);
+    let client = scene.client();
+    client.send(b"hello").unwrap();
+    let (bytes, flow) = scene.at_backend();
+    assert_eq!(bytes, b"hello");
+    assert_ne!(flow.port(), address(&taken).port());
+    assert_eq!(scene.failures(FailureKind::FlowFailed), 0);
 }

@@ -3,6 +3,7 @@
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 
 use nix::sys::socket::{setsockopt, sockopt};
+use testkit::process::Stream;
 use testkit::rproxy::Standalone;
 use testkit::suite::Case;
 use testkit::trace::{Calls, Trace};
@@ -168,6 +169,9 @@ fn question_and_answer() {
     calls.assert_at_most(8 * COUNT, &WAITS);
     calls.assert_at_most(COUNT / 10, &["epoll_ctl", "setsockopt", "getsockopt", "madvise", "mmap", "munmap"]);
     calls.assert_in_all_at_most(13 * COUNT);
+    // Nothing was lost, and the log does not say so.
+    let log = proxy.process.captured(Stream::Stderr);
+    assert!(!log.contains("lost"), "{log}");
 }
 
 fn new_flow() {
@@ -184,6 +188,8 @@ fn new_flow() {
     calls.assert_at_most(COUNT + room, &["bind"]);
     calls.assert_at_most(COUNT + room, &["connect"]);
     calls.assert_at_most(COUNT + room, &["epoll_ctl"]);
+    // The kernel's settings are read again after some time only.
+    calls.assert_at_most(room, &["pread64"]);
     calls.assert_in_all_at_most(ALL_OF_A_FLOW * COUNT);
 }
 
