@@ -143,3 +143,47 @@ fn explain(error: &io::Error) -> String {
         _ => error.to_string(),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, TcpStream};
+    use std::os::fd::AsFd;
+
+    use rproxy_sys::socket::accept;
+
+    use super::*;
+    use crate::runtime::new_runtime;
+
+    /// Dials `backend` on behalf of a client.
+    fn dialled(backend: &str) -> Result<Stream, DialError> {
+        let backend = backend.parse().unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        new_runtime().unwrap().block_on(async {
+            let client = Stream::new(accept(listener.as_fd()).unwrap().0).unwrap();
+            dial(open(backend).unwrap(), backend, Some(Duration::from_secs(10)), &client).await
+        })
+    }
+
+    #[test]
+    fn a_backend_that_listens_is_reached() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let backend = listener.local_addr().unwrap();
+        drop(dialled(&backend.to_string()).unwrap());
+    }
+
+    #[test]
+    fn what_the_kernel_refuses_at_once_is_told() {
+        // No connection leads to a broadcast address.
+        let error = dialled("127.255.255.255:9").unwrap_err();
+        assert!(matches!(error, DialError::Connect { .. }), "{error}");
+    }
+
+    #[test]
+    fn a_backend_that_refuses_is_told_from_others() {
+        let nobody = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let error = dialled(&nobody.to_string()).unwrap_err();
+        let is_refused = |source: &io::Error| source.kind() == io::ErrorKind::ConnectionRefused;
+        assert!(matches!(&error, DialError::Connect { source, .. } if is_refused(source)), "{error}");
+    }
+}

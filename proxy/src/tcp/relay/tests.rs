@@ -95,21 +95,23 @@ async fn serve(front: &TcpListener, target: &Arc<Target>) -> Outcome {
     relay(&client, &backend, &guard).await
 }
 
-/// Writes until nothing more is taken.
-fn fill(mut stream: &TcpStream) {
+/// Writes until nothing more is taken, and returns how many bytes were.
+fn fill(mut stream: &TcpStream) -> u64 {
     stream.set_nonblocking(true).unwrap();
+    let mut taken = 0;
     let mut in_vain = 0;
     while in_vain < ATTEMPTS {
-        // How much of it is taken in part does not matter.
-        let Err(error) = stream.write_all(&[7; 64 * 1024]) else {
-            in_vain = 0;
-            continue;
-        };
-        assert_eq!(error.kind(), ErrorKind::WouldBlock);
-        in_vain += 1;
-        thread::sleep(PAUSE);
+        match stream.write(&[7; 64 * 1024]) {
+            Ok(written) => (taken, in_vain) = (taken + written as u64, 0),
+            Err(error) => {
+                assert_eq!(error.kind(), ErrorKind::WouldBlock);
+                in_vain += 1;
+                thread::sleep(PAUSE);
+            }
+        }
     }
     stream.set_nonblocking(false).unwrap();
+    taken
 }
 
 fn reset(stream: TcpStream) {
@@ -148,6 +150,28 @@ fn both_directions_end_in_order_and_each_byte_is_counted() {
     assert_eq!([relayed.stats().bytes_in.get(), relayed.stats().bytes_out.get()], [7, 9]);
     assert!(FailureKind::ALL.iter().all(|kind| relayed.stats().failure_kind(*kind) == 0));
     assert_eq!(relayed.outcome.to_string(), "7 bytes in, 9 bytes out, closed");
+}
+
+#[test]
+fn what_waits_for_a_slow_peer_arrives_whole() {
+    // Copied, and spliced if there is a lot from the start.
+    for is_filled in [false, true] {
+        let (sent, is_sent) = mpsc::channel();
+        let before = sent.clone();
+        let prepare = move |client: TcpStream| {
+            before.send(if is_filled { fill(&client) } else { 0 }).unwrap();
+            client
+        };
+        let relayed = relayed(Limits::default(), prepare, move |client, mut backend| {
+            // All buffers are full before the backend reads.
+            sent.send(fill(&client)).unwrap();
+            client.shutdown(Shutdown::Write).unwrap();
+            let received = io::copy(&mut backend, &mut io::sink()).unwrap();
+            assert_eq!(received, is_sent.try_iter().sum::<u64>());
+        });
+        assert!(relayed.outcome.failure.is_none(), "{:?}", relayed.outcome);
+        assert!(relayed.outcome.to_backend > 0);
+    }
 }
 
 #[test]

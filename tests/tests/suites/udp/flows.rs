@@ -500,6 +500,16 @@ fn slow_backend() {
             assert_echoes(&client, (HOST_V4, 5301).into(), &number.to_be_bytes());
         }
     });
+    // What waits goes on when there is room, and so does what comes behind it.
+    let slow = bind_in(&net.container, (CONTAINER_V4, PORT));
+    slow.set_nonblocking(true).unwrap();
+    net.host.command("tc qdisc del dev veth0002 root").success();
+    eventually("a datagram comes behind those that waited", || {
+        flooder.send_to(b"behind", ASKED).unwrap();
+        let mut buffer = [0; 2000];
+        std::iter::from_fn(|| slow.recv(&mut buffer).ok().map(|len| buffer[..len] == *b"behind"))
+            .any(|is_it| is_it)
+    });
 }
 
 /// The clients' link is so slow that the proxy's socket towards them fills up, by answers to one of them.
