@@ -1,8 +1,10 @@
 use std::path::Path;
 
 use super::*;
+use crate::action::Family;
 use crate::addr::Mac;
-use crate::model::{RelayProcess, Topology};
+use crate::firewall::iptables::SavedTables;
+use crate::model::{Firewall, RelayProcess, SysctlChange, Topology};
 use crate::observed::{Link, Route, Rules, Side};
 use crate::testdata;
 
@@ -304,4 +306,109 @@ fn an_interface_that_is_down_gets_its_routes_again() {
         ("ip -n web -6 route add default via fd00:d0c::1 dev eth0", 0),
     ];
     assert_eq!(steps, wanted);
+}
+
+#[test]
+fn a_plan_for_one_container_leaves_others_alone() {
+    let topology = testdata::everything();
+    let mut observed = in_place(&topology);
+    observed.containers.clear();
+    let scope = Scope::one(&"web".parse().unwrap());
+    let rproxy = Path::new("rproxy");
+    let inputs = Inputs { owned: &topology, desired: &topology, observed: &observed, scope: &scope, rproxy };
+    let commands = commands(&plan(inputs).unwrap());
+    assert!(commands.iter().any(|command| command == "ip netns add web"), "{commands:?}");
+    assert!(!commands.iter().any(|command| command.contains("dns")), "{commands:?}");
+}
+
+#[test]
+fn a_container_that_is_removed_can_be_connected_again() {
+    let (owned, mut desired) = (testdata::story(), testdata::story());
+    desired.endpoints.clear();
+    let undo_of_link = |observed: &Observed| {
+        let plan = plan_for(&owned, &desired, observed).unwrap();
+        let link = plan.steps.iter().find(|step| step.to_string() == "ip link delete dev veth0202020");
+        link.unwrap().undo.iter().map(ToString::to_string).collect::<Vec<_>>()
+    };
+    let mut observed = in_place(&owned);
+    let undo = undo_of_link(&observed);
+    assert_eq!(undo, commands(&connected(&owned)));
+    // What took its end of the pair along cannot be connected again.
+    observed.containers.insert("web".parse().unwrap(), None);
+    assert_eq!(undo_of_link(&observed), Vec::<String>::new());
+}
+
+/// The steps from a namespace without an interface to a connected container.
+fn connected(topology: &Topology) -> Plan {
+    let mut observed = in_place(topology);
+    of_web(&mut observed).links.truncate(1);
+    observed.host.links.retain(|link| link.kind.as_deref() != Some("veth"));
+    plan_for(topology, topology, &observed).unwrap()
+}
+
+#[test]
+fn a_setting_of_ours_is_mended_and_can_be_put_back() {
+    let mut topology = testdata::story();
+    let key = "net.ipv4.ip_forward".to_owned();
+    let change = SysctlChange { key: key.clone(), before: "0".to_owned(), after: "1".to_owned() };
+    topology.network.as_mut().unwrap().sysctls.push(change);
+    let set = |value: &str| format!("sysctl -w net.ipv4.ip_forward={value}");
+    let is = |value: &'static str| {
+        let key = key.clone();
+        mended(&topology, move |observed| drop(observed.sysctls.insert(key, value.to_owned())))
+    };
+    assert_eq!(is("1"), []);
+    assert_eq!(is("7"), [(set("1"), vec![set("7")])]);
+}
+
+#[test]
+fn packet_sizes_are_mended_on_every_interface_and_can_be_put_back() {
+    const WANTED: u32 = 200_000;
+    let mut topology = testdata::story();
+    let sizes = |gso, gro, v4| OffloadSizes {
+        gso: Some(gso),
+        gro: Some(gro),
+        gso_ipv4: Some(v4),
+        gro_ipv4: Some(v4),
+    };
+    let all = |observed: &mut Observed, sizes| {
+        let web = observed.containers.values_mut().flatten().flat_map(|side| &mut side.links);
+        for link in observed.host.links.iter_mut().chain(web) {
+            (link.offload, link.tso_max_size) = (sizes, Some(524_280));
+        }
+    };
+    let untouched = sizes(65_536, 65_536, 65_536);
+    assert_eq!(mended(&topology, |observed| all(observed, untouched)), [], "none are asked for");
+    topology.network.as_mut().unwrap().gso_max_size = WANTED;
+    assert_eq!(mended(&topology, |observed| all(observed, sizes(WANTED, WANTED, WANTED))), []);
+
+    let steps = mended(&topology, |observed| all(observed, untouched));
+    let steps: Vec<_> = steps.iter().map(|(step, undo)| (step.as_str(), undo.join("; "))).collect();
+    let all_of_them =
+        "gso_max_size 200000 gro_max_size 200000 gso_ipv4_max_size 200000 gro_ipv4_max_size 200000";
+    // What comes from a container over IPv6 may have to be forwarded (`enlarge_packets`).
+    let wanted = [
+        "ip link set dev veth0202020 gso_max_size 200000 gso_ipv4_max_size 200000 gro_ipv4_max_size 200000",
+        "ip -n web link set dev eth0 gro_max_size 200000 gso_ipv4_max_size 200000 gro_ipv4_max_size 200000",
+        &format!("ip link set dev docker0 {all_of_them}"),
+    ];
+    for ((step, undo), wanted) in steps.iter().zip(wanted) {
+        assert_eq!(*step, wanted);
+        assert_eq!(*undo, wanted.replace("200000", "65536"));
+    }
+    assert_eq!(steps.len(), wanted.len());
+}
+
+#[test]
+fn a_chain_of_somebody_else_is_in_the_way() {
+    let mut topology = testdata::story();
+    topology.network.as_mut().unwrap().firewall = Firewall::Iptables;
+    let mut observed = bare();
+    let of = |text: &str| Rules::Iptables([(Family::V4, SavedTables::parse(text))].into());
+    observed.rules = of("*nat\n:PREROUTING ACCEPT\nCOMMIT\n");
+    assert!(plan_for(&Topology::default(), &topology, &observed).is_ok());
+    observed.rules = of("*nat\n:DOCKER - [0:0]\nCOMMIT\n");
+    let error = plan_for(&Topology::default(), &topology, &observed).unwrap_err();
+    assert_eq!(error, PlanError::ChainTaken { table: "nat", chain: "DOCKER" });
+    assert!(plan_for(&topology, &topology, &observed).is_ok(), "it is ours");
 }

@@ -125,6 +125,17 @@ mod tests {
     }
 
     #[test]
+    fn any_step_is_something_to_do() {
+        let one = [mapping(1, 80, 1, None)];
+        let served: BTreeMap<Name, Mapping> = one.iter().map(|one| (one.name(), one.clone())).collect();
+        let is_empty = |wanted: &[Mapping]| plan(&served, wanted.iter().cloned()).unwrap().is_empty();
+        assert!(is_empty(&one));
+        assert!(!is_empty(&[]), "one is removed");
+        assert!(!is_empty(&[mapping(1, 80, 2, None)]), "it changes");
+        assert!(!is_empty(&[one[0].clone(), mapping(2, 81, 1, None)]), "another one is added");
+    }
+
+    #[test]
     fn a_name_that_two_have_is_refused() {
         let twice = [mapping(1, 80, 1, None), mapping(1, 81, 1, None)];
         assert_eq!(plan([], twice), Err("m1".parse().unwrap()));

@@ -157,3 +157,69 @@ fn ports_of(served: &Served) -> impl Iterator<Item = (Protocol, u16)> {
 fn is_in_use(state: &MappingState) -> bool {
     state.stats.connections.get() + state.stats.flows.get() > 0
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::TcpListener;
+
+    use rproxy_mapping::PortMapping;
+    use rproxy_mapping::addr::Protocols;
+    use rproxy_mapping::limits::Limits;
+
+    use super::*;
+    use crate::runtime::poll::PollSet;
+    use crate::state::{ConnectionGuard, Target};
+
+    /// A mapping with one socket, as served with `state`.
+    fn served(set: &PollSet, state: &Arc<MappingState>) -> Served {
+        let socket = TcpListener::bind("127.0.0.1:0").unwrap();
+        let host = socket.local_addr().unwrap().to_string().parse().unwrap();
+        let backend = "192.0.2.1:80".parse().unwrap();
+        let policy = Arc::new(MappingPolicy { limits: Limits::default(), state: state.clone() });
+        let port_mapping = PortMapping { protocol: Protocol::Tcp, host, backend, v6only: false };
+        let target = Arc::new(Target { port_mapping, policy: policy.clone() });
+        let binding = Binding { port: Arc::new(set.add(socket).unwrap()), target };
+        let backend = ("192.0.2.1".parse().unwrap(), "80".parse().unwrap());
+        let mapping =
+            Mapping::new(Protocols::One(Protocol::Tcp), ("127.0.0.1".parse().unwrap(), None), backend);
+        Served { mapping: mapping.unwrap(), policy, ports: vec![binding] }
+    }
+
+    fn draining(registry: &Registry) -> Vec<String> {
+        registry.draining().map(|(name, _stats)| name.to_string()).collect()
+    }
+
+    #[test]
+    fn a_port_is_known_while_a_mapping_has_it() {
+        let (set, state) = (PollSet::new().unwrap(), Arc::default());
+        let web: Name = "web".parse().unwrap();
+        let mut registry = Registry::default();
+        let one = served(&set, &state);
+        let port = one.host_ports().next().unwrap();
+        let ports: PortRange = port.to_string().parse().unwrap();
+        assert_ne!(port, 0);
+        registry.put(web.clone(), one);
+        assert!(registry.listens_on(Protocol::Tcp, ports) && !registry.listens_on(Protocol::Udp, ports));
+        assert_eq!(registry.take(&web).unwrap().len(), 1);
+        assert!(!registry.listens_on(Protocol::Tcp, ports));
+        assert!(registry.is_empty() && registry.take(&web).is_none());
+    }
+
+    #[test]
+    fn a_mapping_drains_from_its_removal_to_the_end_of_its_last_connection() {
+        let (set, state) = (PollSet::new().unwrap(), Arc::<MappingState>::default());
+        let web: Name = "web".parse().unwrap();
+        let mut registry = Registry::default();
+        registry.put(web.clone(), served(&set, &state));
+        let connection = ConnectionGuard::take(&registry.get(&web).unwrap().ports[0].target);
+        // Served otherwise, it goes on; the connections of another one of that name do so by themselves.
+        registry.put(web.clone(), served(&set, &state));
+        assert_eq!(draining(&registry), Vec::<String>::new());
+        registry.put(web.clone(), served(&set, &Arc::default()));
+        assert_eq!(draining(&registry), ["web"]);
+        registry.take(&web).unwrap();
+        assert_eq!(draining(&registry), ["web"], "the other one has none");
+        drop(connection);
+        assert_eq!(draining(&registry), Vec::<String>::new());
+    }
+}

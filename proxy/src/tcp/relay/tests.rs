@@ -153,6 +153,57 @@ fn both_directions_end_in_order_and_each_byte_is_counted() {
 }
 
 #[test]
+fn a_conversation_goes_on_until_both_sides_end_it() {
+    let relayed = relayed(
+        Limits::default(),
+        |client| client,
+        |mut client, mut backend| {
+            for number in 0..3 {
+                for (mut from, mut to) in [(&client, &backend), (&backend, &client)] {
+                    let mut received = [0];
+                    from.write_all(&[number]).unwrap();
+                    to.read_exact(&mut received).unwrap();
+                    assert_eq!(received, [number]);
+                }
+            }
+            // Each end is passed on by itself, the client's first.
+            client.shutdown(Shutdown::Write).unwrap();
+            assert_eq!(backend.read(&mut [0]).unwrap(), 0);
+            backend.write_all(b"an answer").unwrap();
+            client.read_exact(&mut [0; 9]).unwrap();
+            drop(backend);
+            assert_eq!(client.read(&mut [0]).unwrap(), 0);
+        },
+    );
+    assert_eq!(relayed.outcome.to_string(), "3 bytes in, 12 bytes out, closed");
+}
+
+#[test]
+fn what_a_backend_sent_before_its_reset_arrives() {
+    let (counted, count) = mpsc::channel();
+    let relayed = relayed(
+        Limits::default(),
+        |client| client,
+        move |mut client, backend| {
+            fill(&backend);
+            reset(backend);
+            let mut received = 0;
+            let error = loop {
+                match client.read(&mut [0; 64 * 1024]) {
+                    Ok(0) => panic!("a reset is no orderly end"),
+                    Ok(len) => received += len as u64,
+                    Err(error) => break error,
+                }
+            };
+            assert_eq!(error.kind(), ErrorKind::ConnectionReset);
+            counted.send(received).unwrap();
+        },
+    );
+    relayed.assert_only_failure(FailureKind::Broken);
+    assert_eq!(count.recv().unwrap(), relayed.outcome.to_client, "all that the relay wrote");
+}
+
+#[test]
 fn what_waits_for_a_slow_peer_arrives_whole() {
     // Copied, and spliced if there is a lot from the start.
     for is_filled in [false, true] {
