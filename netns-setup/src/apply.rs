@@ -48,10 +48,10 @@ impl fmt::Display for ApplyError {
             return f.write_str("; nothing was changed");
         }
         for failure in &self.left {
-            write!(f, "; and taking it back failed: {failure}")?;
+            write!(f, "; undoing it failed: {failure}")?;
         }
         if let Some(error) = &self.unsaved {
-            write!(f, "; and what is there now could not be written down: {error}")?;
+            write!(f, "; recording the state failed: {error}")?;
         }
         f.write_str("; run `netns-setup repair` or `netns-setup down`")
     }
@@ -84,7 +84,7 @@ pub fn apply(
         }
     }
     save(executor).map_err(|error| {
-        let failed = Failure { command: "write down what is there".to_owned(), source: error.into() };
+        let failed = Failure { command: "record the state".to_owned(), source: error.into() };
         Box::new(ApplyError { failed, left: undo(plan, plan.steps.len(), executor), unsaved: None })
     })
 }

@@ -86,7 +86,7 @@ pub enum Error {
     #[error("{} found: run `netns-setup repair`", differences(.0.len()))]
     Differs(Vec<String>),
     /// Some differences cannot be repaired by this program.
-    #[error("{} found that only you can mend, as the lines above say", differences(.0.len()))]
+    #[error("{} found that netns-setup cannot repair, see above", differences(.0.len()))]
     Unmendable(Vec<String>),
     /// A kernel parameter could not be read.
     #[error("cannot read {key}: {source}")]

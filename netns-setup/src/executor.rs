@@ -74,7 +74,7 @@ pub enum ActionError {
     #[error("ended by {0}")]
     Interrupted(Signal),
     /// A stale conntrack entry could not be deleted.
-    #[error("cannot forget UDP flows (conntrack): {0}")]
+    #[error("cannot delete conntrack entries of UDP flows: {0}")]
     Conntrack(#[source] io::Error),
     /// A file could not be written or removed.
     #[error("cannot change {}: {source}", path.display())]

@@ -18,7 +18,7 @@ fn main() -> ExitCode {
             return ExitCode::SUCCESS;
         }
         Err(Unparsed::Wrong(message)) => {
-            drop(writeln!(log, "netns-setup: {message}; `netns-setup --help` lists what there is"));
+            drop(writeln!(log, "netns-setup: {message}; see `netns-setup --help`"));
             return ExitCode::from(2);
         }
     };

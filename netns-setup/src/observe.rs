@@ -37,7 +37,7 @@ pub enum ObserveError {
     #[error(transparent)]
     Tool(#[from] ToolError),
     /// No temporary namespace for comparing the rules.
-    #[error("cannot make a network namespace to compare the rules in: {0}")]
+    #[error("cannot create a network namespace to compare the rules in: {0}")]
     Scratch(#[source] io::Error),
     /// A kernel parameter.
     #[error("cannot read {key}: {source}")]

@@ -49,7 +49,7 @@ pub enum RelayError {
         message: String,
     },
     /// It exited without reporting.
-    #[error("{} ended without reporting: it has to know -use-listen-fd", .0.display())]
+    #[error("{} exited without reporting: it has to support -use-listen-fd", .0.display())]
     Silent(PathBuf),
     /// It took too long.
     #[error("{} was not ready within {} seconds", .0.display(), READY_LIMIT.as_secs())]

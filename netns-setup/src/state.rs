@@ -47,7 +47,7 @@ impl State {
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
     /// The directory could not be created.
-    #[error("cannot make the state directory {}: {source}; choose another with --state-dir", dir.display())]
+    #[error("cannot create the state directory {}: {source}; choose another with --state-dir", dir.display())]
     Create {
         /// The directory.
         dir: PathBuf,

@@ -58,7 +58,7 @@ pub fn open() {
         // A second call changes nothing.
         Ok(manager) => drop(MANAGER.set(Mutex::new(manager))),
         Err(error) => {
-            warn!(%error, socket = %escaped(&name), "cannot tell the service manager (NOTIFY_SOCKET)");
+            warn!(%error, socket = %escaped(&name), "cannot notify the service manager (NOTIFY_SOCKET)");
         }
     }
 }
@@ -176,7 +176,7 @@ impl ServiceManager {
         self.untold.retain(|(earlier, _words)| !state.replaces(*earlier));
         match words(*state) {
             Ok(words) => self.untold.push((*state, words)),
-            Err(error) => warn!(%error, "cannot tell the service manager of a reload"),
+            Err(error) => warn!(%error, "cannot notify the service manager of a reload"),
         }
         self.tell_the_rest();
         // The next one says the same.
@@ -190,10 +190,10 @@ impl ServiceManager {
             let result = self.socket.send_to_with_flags(words.as_bytes(), &self.address, flags);
             match &result {
                 Err(error) if has_no_room(error) && !self.failed => {
-                    warn!("the service manager reads nothing (NOTIFY_SOCKET); it is told again later");
+                    warn!("the service manager does not read notifications (NOTIFY_SOCKET); retrying");
                 }
                 Err(error) if !self.failed => {
-                    warn!(%error, "cannot tell the service manager (NOTIFY_SOCKET)");
+                    warn!(%error, "cannot notify the service manager (NOTIFY_SOCKET)");
                 }
                 _ => {}
             }
@@ -226,7 +226,7 @@ fn words(state: State) -> io::Result<String> {
 #[derive(Debug, thiserror::Error)]
 pub enum ActivationError {
     /// The variables contradict each other.
-    #[error("LISTEN_FDS: the environment makes no sense: {0}; start rproxy from its unit")]
+    #[error("LISTEN_FDS: the environment is inconsistent: {0}; start rproxy from its unit")]
     Environment(#[source] io::Error),
     /// Nothing is open at the descriptor.
     #[error("LISTEN_FDS: no socket {} was passed at descriptor {number}: {source}", escaped(name))]

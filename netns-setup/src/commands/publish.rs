@@ -89,7 +89,7 @@ impl Publish {
             )),
             (Firewall::None, Via::Both) => Ok((
                 Via::Proxy,
-                vec!["without a firewall rproxy carries all traffic, as with --via proxy".to_owned()],
+                vec!["without a firewall rproxy relays all traffic, as with --via proxy".to_owned()],
             )),
             (_, via) => Ok((via, Vec::new())),
         }
@@ -108,7 +108,7 @@ fn check_family(network: &Network, via: Via, request: &PortRequest) -> Result<()
     }
     if host.is_ipv6() && via == Via::Dnat && network.subnet6.is_none() {
         return Err(Error::Usage(format!(
-            "--via dnat cannot lead {host} to an IPv4 container: use --via both, or a network with --subnet6"
+            "--via dnat cannot translate {host} to an IPv4 container: use --via both, or a network with --subnet6"
         )));
     }
     Ok(())

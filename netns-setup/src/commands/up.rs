@@ -83,7 +83,8 @@ impl Up {
 pub(super) fn down(options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
     let mut locked = LockedState::open(options)?;
     let plan = locked.change(Topology::default(), &Scope::All, options, executor)?;
-    let line = if plan.is_empty() { "nothing was up" } else { "everything of ours is gone" };
+    let line =
+        if plan.is_empty() { "nothing was up" } else { "everything that netns-setup created is removed" };
     Ok(Report::of(&plan.steps, vec![line.to_owned()], json!(null)))
 }
 

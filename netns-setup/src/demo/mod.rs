@@ -71,7 +71,7 @@ impl Demo {
         let result = self.story();
         self.kernel.forget_signal();
         // Also after a failure, because otherwise a relay would keep running in unreachable namespaces.
-        self.title("down: everything of ours goes, and the namespaces with it");
+        self.title("down: removes everything, and the namespaces with it");
         let down = self.command("down", &Command::Down);
         result.and(down)
     }
@@ -96,7 +96,7 @@ impl Demo {
         self.command("attach web", &Command::Attach(attach))?;
         let web = handle("web")?;
         http::serve(listen(&web, 80)?, "hello from the container");
-        self.title("publish: port 80 of the host leads there");
+        self.title("publish: port 80 of the host, relayed to the container");
         let specs = vec![parse("80:80")?];
         let publish = Publish { name: name.clone(), specs, all_exposed: false, via: Via::Both };
         self.command("publish web -p 80:80", &Command::Publish(publish))?;

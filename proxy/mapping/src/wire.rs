@@ -230,7 +230,7 @@ fn read_limit(
 
 fn read_count(name: &'static str, count: Option<usize>, wrong: &mut FieldErrors) -> Option<Option<usize>> {
     let is_zero = count == Some(0);
-    wrong.note(name, if is_zero { Err("write a number from 1 up, or leave it out") } else { Ok(count) })
+    wrong.note(name, if is_zero { Err("write a number of at least 1, or leave it out") } else { Ok(count) })
 }
 
 fn read_networks(texts: &[String]) -> Result<Vec<IpNet>, String> {
@@ -327,7 +327,7 @@ mod tests {
                 "limits.idle_timeout",
             ),
             (r#"{"to":"172.17.0.2","to_ports":"80","limits":{"udp_timeout":"unlimited"}}"#, "flows need one"),
-            (r#"{"to":"172.17.0.2","to_ports":"80","limits":{"max_connections":0}}"#, "from 1 up"),
+            (r#"{"to":"172.17.0.2","to_ports":"80","limits":{"max_connections":0}}"#, "of at least 1"),
             (
                 r#"{"to":"172.17.0.2","to_ports":"80","limits":{"dscp":"AF5"}}"#,
                 "limits.dscp: not a code point",

@@ -75,7 +75,7 @@ impl Drop for InheritedSockets {
             let (protocol, address) = (listener.protocol(), listener.local_addr());
             let address =
                 address.map_or_else(|error| error.to_string(), |address| canonical(address).to_string());
-            warn!(name, %address, %protocol, "a socket was passed that no mapping is for; it is closed");
+            warn!(name, %address, %protocol, "closing a passed socket that no mapping uses");
         }
     }
 }

@@ -187,7 +187,7 @@ fn set_datagram_options(socket: &Socket, ipv6: bool) -> io::Result<()> {
     udp::report_local_addr(socket.as_fd(), ipv6)?;
     udp::report_class_and_drops(socket.as_fd(), ipv6)?;
     if let Err(error) = udp::enable_gro(socket.as_fd()) {
-        tracing::debug!(%error, "this kernel does not hand over trains of datagrams");
+        tracing::debug!(%error, "this kernel does not support UDP_GRO");
     }
     udp::set_buffers(socket.as_fd(), UDP_RECEIVE_BUFFER, UDP_SEND_BUFFER)?;
     let size = udp::receive_buffer(socket.as_fd())?;
@@ -195,7 +195,7 @@ fn set_datagram_options(socket: &Socket, ipv6: bool) -> io::Result<()> {
         SMALL.call_once(|| {
             tracing::info!(
                 bytes = size,
-                "UDP buffers are limited by net.core.rmem_max and wmem_max; bursts over that are lost"
+                "UDP buffers are limited by net.core.rmem_max and wmem_max; larger bursts are lost"
             );
         });
     }

@@ -274,11 +274,11 @@ impl MappingArgs {
             [_, (second, _), ..] => {
                 return Err(wrong(
                     &format!("--to {second}"),
-                    &"all -p go to one address; --config can lead to many",
+                    &"all -p have one backend; --config can have several",
                 ));
             }
             [] if backends.is_empty() => {
-                return Err(UsageError::new("-p: where to? give --to ADDRESS, such as --to 172.17.0.2"));
+                return Err(UsageError::new("-p: no backend; give --to ADDRESS, such as --to 172.17.0.2"));
             }
             [] => {
                 return Err(UsageError::new(
@@ -287,7 +287,7 @@ impl MappingArgs {
             }
         };
         if self.publish_all && self.expose.is_empty() {
-            return Err(wrong("-P", &"which ports? no image says so here; give --expose PORT for each"));
+            return Err(wrong("-P", &"no ports to publish; give --expose PORT for each"));
         }
         let exposed = self.expose.iter().filter(|_| self.publish_all).map(|exposed| exposed.at_random());
         let exposed = exposed.filter(|exposed| !self.publish.iter().any(|spec| covers(spec, exposed)));

@@ -219,7 +219,7 @@ fn one_line(error: &clap::Error, help: &str) -> UsageError {
         return UsageError(format!("{argument} {value}: {reason}"));
     }
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        return UsageError(format!("what to do is missing; `{help}` lists what there is"));
+        return UsageError(format!("a command is missing; `{help}` lists them"));
     }
     let text = error.to_string();
     let lines: Vec<_> = text
@@ -229,7 +229,7 @@ fn one_line(error: &clap::Error, help: &str) -> UsageError {
         .filter(|line| !line.is_empty())
         .map(|line| line.trim_start_matches("error: ").trim_start_matches("tip: "))
         .collect();
-    UsageError(format!("{}; `{help}` lists what there is", lines.join("; ").replace(":;", ":")))
+    UsageError(format!("{}; `{help}` lists the options", lines.join("; ").replace(":;", ":")))
 }
 
 #[cfg(test)]
@@ -323,21 +323,21 @@ mod tests {
     #[test]
     fn mistakes_about_what_is_published_name_their_part() {
         for (line, part) in [
-            ("-p 80:80", "-p: where to? give --to ADDRESS"),
+            ("-p 80:80", "-p: no backend; give --to ADDRESS"),
             ("-p 80x --to 10.0.0.1", "-p 80x: '80x' is not a port"),
             (
                 "-p 80:80 --to 10.0.0.1:80",
                 "--to 10.0.0.1:80: its --host is missing; for -p the address is enough",
             ),
             ("-p 80 --host :::1 --to 10.0.0.1:80", "-p: its --to ADDRESS is missing"),
-            ("-p 80 --to 10.0.0.1 --to 10.0.0.2", "--to 10.0.0.2: all -p go to one address"),
+            ("-p 80 --to 10.0.0.1 --to 10.0.0.2", "--to 10.0.0.2: all -p have one backend"),
             ("-p 80 --to 0.0.0.0", "--to 0.0.0.0: 0.0.0.0 is where one listens"),
             ("-p 80:80 -p 80:81 --to 10.0.0.1", "-p 80:81/tcp: port 80 is taken by the mapping 80/tcp"),
             ("-p 80-82:80-81 --to 10.0.0.1", "-p 80-82:80-81: 3 host ports (80-82) do not fit 2"),
             ("-p 80:80 --to 127.0.0.1", "-p 80:80/tcp: 80/tcp would forward to itself"),
             ("-p 80 --proto udp --to 10.0.0.1", "--proto: it is for --host; write -p PORT/PROTOCOL"),
             ("-p 80 -p 81 --name web --to 10.0.0.1", "--name web: it is for one mapping"),
-            ("-P --to 10.0.0.1", "-P: which ports? no image says so here; give --expose PORT"),
+            ("-P --to 10.0.0.1", "-P: no ports to publish; give --expose PORT"),
             ("--expose 80 --to 10.0.0.1", "-P"),
             ("--host *:8080 --to 10.0.0.1:80", "write 0.0.0.0:8080, or [::]:8080 for IPv6 too"),
         ] {
@@ -365,7 +365,7 @@ mod tests {
             ("--proto icmp", "--proto icmp: 'icmp' is not a protocol"),
             ("--udp-timeout 0", "--udp-timeout 0: everything would be over"),
             ("--udp-timeout 18446744073709551615", "longer than a year"),
-            ("--udp-max-flows 0", "--udp-max-flows 0: not a number from 1 up"),
+            ("--udp-max-flows 0", "--udp-max-flows 0: not a number of at least 1"),
             (
                 "--host :::80 --to 10.0.0.1:80 --proto tcp --proto udp",
                 "--proto: given 2 times for 1 mappings",
@@ -377,7 +377,7 @@ mod tests {
             ),
             ("--config x --to 10.0.0.1", "'--config <FILE>' cannot be used with '--to <ADDRESS[:PORTS]>'"),
             ("--config x --idle-timeout 3", "cannot be used with"),
-            ("--max-connections 0", "--max-connections 0: not a number from 1 up"),
+            ("--max-connections 0", "--max-connections 0: not a number of at least 1"),
             ("--on-limit drop", "--on-limit"),
             ("--allow 10.0.0.1/8", "--allow 10.0.0.1/8: it has host bits set; write 10.0.0.0/8"),
             ("--deny lan", "--deny lan: not a network"),
@@ -390,7 +390,7 @@ mod tests {
             ("--host", "--host"),
             ("demo --twice", "--twice"),
             ("dmeo", "dmeo"),
-            ("ctl", "what to do is missing"),
+            ("ctl", "a command is missing"),
             ("check-config", "were not provided: <FILE>"),
         ] {
             assert_wrong(line, part);
@@ -402,7 +402,7 @@ mod tests {
         for (line, part) in [
             ("--drain-timeout -1s", "--drain-timeout -1s: not a duration; write one such as 10s"),
             ("--idle-timeout -5", "--idle-timeout -5: not a duration"),
-            ("--max-connections -1", "--max-connections -1: not a number from 1 up"),
+            ("--max-connections -1", "--max-connections -1: not a number of at least 1"),
             ("--dscp AF5", "--dscp AF5: not a code point; write a number from 0 to 63 or a name such as EF"),
             ("--dscp -1", "--dscp -1: not a code point"),
             ("--dscp 184", "looks like a whole traffic class byte, whose code point is 46; write 46"),

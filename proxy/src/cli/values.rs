@@ -83,5 +83,5 @@ impl FromStr for DrainLimit {
 
 /// Parses a number of at least 1.
 pub(super) fn parse_count(text: &str) -> Result<usize, String> {
-    text.parse().ok().filter(|count| *count > 0).ok_or_else(|| "not a number from 1 up".to_owned())
+    text.parse().ok().filter(|count| *count > 0).ok_or_else(|| "not a number of at least 1".to_owned())
 }

@@ -66,17 +66,17 @@ pub(super) fn text(mut file: File, first: bool) -> io::Result<String> {
     if u64::try_from(bytes.len()).is_ok_and(|length| length > LONGEST) {
         return refuse(TOO_LONG);
     }
-    String::from_utf8(bytes).or_else(|_error| refuse("it is no text (UTF-8)"))
+    String::from_utf8(bytes).or_else(|_error| refuse("it is not UTF-8 text"))
 }
 
-const TOO_LONG: &str = "it is longer than 2 MiB, which no configuration is";
+const TOO_LONG: &str = "it is longer than 2 MiB, the maximum for a configuration";
 
 /// The error for a file that could only be read at the start.
 ///
 /// # Errors
 /// Always.
 pub(super) fn once<T>() -> io::Result<T> {
-    refuse("it is a pipe, which can be read once, at the start; give a file to change it later")
+    refuse("it is a pipe, which can only be read once, at the start; give a file to allow reloads")
 }
 
 fn refuse<T>(reason: &str) -> io::Result<T> {
@@ -127,7 +127,7 @@ mod tests {
         assert_eq!(text(reader, true).unwrap().len(), 200_000);
         writer.join().unwrap();
         let (reader, writer) = pipe(b"#");
-        assert!(refused(reader, false).contains("a pipe, which can be read once"));
+        assert!(refused(reader, false).contains("a pipe, which can only be read once"));
         writer.join().unwrap();
         let (reader, writer) = pipe(&[b'#'; 17 * 1024 * 1024]);
         assert!(refused(reader, true).contains("longer than 2 MiB"));
@@ -150,7 +150,7 @@ mod tests {
         file.set_len(0).unwrap();
         (&file).write_all(b"\xff").unwrap();
         io::Seek::rewind(&mut &file).unwrap();
-        assert!(refused(file, false).contains("no text"));
+        assert!(refused(file, false).contains("not UTF-8 text"));
         assert!(!text(open(Path::new("/proc/self/status")).unwrap(), false).unwrap().is_empty());
     }
 

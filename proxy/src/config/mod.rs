@@ -103,7 +103,7 @@ pub enum ConfigError {
 
 fn lines(path: &Path, mistakes: &[Mistake], more: bool) -> Vec<String> {
     let lines = mistakes.iter().map(|mistake| format!("{}:{mistake}", escaped(path)));
-    let rest = more.then(|| format!("{}: there are more mistakes than these", escaped(path)));
+    let rest = more.then(|| format!("{}: there are more errors than these", escaped(path)));
     lines.chain(rest).collect()
 }
 
@@ -138,6 +138,6 @@ mod tests {
         }
         let text = "[[mapping]]\nhots = 1\n".repeat(100);
         let error = parse(Path::new("file"), &text).unwrap_err().to_string();
-        assert!(error.ends_with("\nfile: there are more mistakes than these"), "{error}");
+        assert!(error.ends_with("\nfile: there are more errors than these"), "{error}");
     }
 }

@@ -76,7 +76,9 @@ pub(super) fn unknown_table(written: &str, is_table: bool) -> String {
         (true, _) if resembles("mapping") => format!("unknown table `{written}`; did you mean [[mapping]]?"),
         (true, _) if resembles("defaults") => format!("unknown table `{written}`; did you mean [defaults]?"),
         (true, _) => format!("unknown table `{written}`; the tables are [[mapping]] and [defaults]"),
-        (false, Some(key)) => format!("`{written}` is in no table; write [[mapping]] in a line before {key}"),
+        (false, Some(key)) => {
+            format!("`{written}` is outside a table; write [[mapping]] on a line before {key}")
+        }
         (false, None) => format!("unknown key `{written}`; a file has the tables [[mapping]] and [defaults]"),
     }
 }

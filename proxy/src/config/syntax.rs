@@ -105,7 +105,7 @@ fn explain(text: &str, start: usize, error: &toml::de::Error) -> Found {
     }
     if error.message() == "duplicate key" {
         let place = error.span().unwrap_or_default();
-        return Found::at(place, "duplicate key; leave one of the two out");
+        return Found::at(place, "duplicate key; remove one of the two");
     }
     match meant_line(line) {
         Some((column, message)) => Found::at(start + column..start + line.len(), message),
@@ -119,7 +119,7 @@ fn meant_line(line: &str) -> Option<(usize, String)> {
     let key = meant_key(line[..separator].trim())?;
     let value = line[separator + 1..].split('#').next().unwrap_or_default();
     let column = separator + 1 + (value.len() - value.trim_start().len());
-    let no_value = format!("{key}: this is no value in TOML");
+    let no_value = format!("{key}: this is not a TOML value");
     let message = match meant_value(key, value.trim()) {
         Some(meant) => format!("{no_value}; write {key} = {meant}"),
         None => {

@@ -34,7 +34,7 @@ pub(super) fn read<T: Value>(
             found.push_with(place.start, || {
                 let meant = T::meant(key, value);
                 let meant = if is_accepted(key, &meant) { &meant } else { example(key) };
-                Found::at(place, format!("{key}: {} is wanted; write {key} = {meant}", T::NAME))
+                Found::at(place, format!("{key}: expected {}; write {key} = {meant}", T::NAME))
             });
             None
         }
@@ -42,7 +42,7 @@ pub(super) fn read<T: Value>(
 }
 
 impl Value for String {
-    const NAME: &'static str = "a text in quotes";
+    const NAME: &'static str = "a quoted string";
 
     fn read(value: &DeValue<'_>) -> Result<Self, Option<Range<usize>>> {
         value.as_str().map(ToOwned::to_owned).ok_or(None)
@@ -64,7 +64,7 @@ impl Value for String {
 }
 
 impl Value for usize {
-    const NAME: &'static str = "a number from 1 up";
+    const NAME: &'static str = "a number of at least 1";
 
     fn read(value: &DeValue<'_>) -> Result<Self, Option<Range<usize>>> {
         let number = value.as_integer().ok_or(None)?;
@@ -82,7 +82,7 @@ impl Value for usize {
 pub(super) struct NumberOrText(pub(super) String);
 
 impl Value for NumberOrText {
-    const NAME: &'static str = "a number or a text in quotes";
+    const NAME: &'static str = "a number or a quoted string";
 
     fn read(value: &DeValue<'_>) -> Result<Self, Option<Range<usize>>> {
         String::read(value).or_else(|_no_text| usize::read(value).map(|number| number.to_string())).map(Self)
@@ -109,7 +109,7 @@ impl Value for bool {
 }
 
 impl Value for Vec<String> {
-    const NAME: &'static str = "a list of texts in quotes";
+    const NAME: &'static str = "a list of quoted strings";
 
     fn read(value: &DeValue<'_>) -> Result<Self, Option<Range<usize>>> {
         let array = value.as_array().ok_or(None)?;

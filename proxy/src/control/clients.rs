@@ -107,7 +107,8 @@ pub(crate) async fn serve(listener: StdListener, calls: mpsc::Sender<Call>) -> i
 /// Checks that the peer runs as our user or root (`SO_PEERCRED`, unix(7)).
 fn check_peer(client: &UnixStream) -> Result<(), Refusal> {
     let denied = |message| Refusal { kind: RefusalKind::Denied, message };
-    let peer = client.peer_cred().map_err(|error| denied(format!("cannot tell who asks: {error}")))?;
+    let peer =
+        client.peer_cred().map_err(|error| denied(format!("cannot find out who connects: {error}")))?;
     if peer.uid() == 0 || peer.uid() == geteuid().as_raw() {
         return Ok(());
     }

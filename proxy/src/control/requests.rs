@@ -33,7 +33,7 @@ pub(crate) async fn answer(Call { request, answer }: Call, server: &mut Server) 
     if is_last {
         // A client that does not read its response is not waited for any longer.
         timeout(LAST_ANSWER, told).await.ok();
-        info!("ending, as a control client asks");
+        info!("ending, as requested by a control client");
     }
     is_last
 }
@@ -80,7 +80,8 @@ async fn retarget(server: &mut Server, name: &Name, to: &str) -> Result<Changed,
     let count = server.registry().get(name).map_or(1, |served| served.mapping().backend_ports().count());
     let Ok(first) = ports.one() else { return Ok(server.retarget(name, ip, ports).await?) };
     let last = u16::try_from(count - 1).ok().and_then(|more| first.checked_add(more));
-    let last = last.ok_or_else(|| wrong(&format_args!("there are no {count} ports from there on")))?;
+    let last =
+        last.ok_or_else(|| wrong(&format_args!("there are fewer than {count} ports from there on")))?;
     let ports = PortRange::new(first, last).map_err(|error| wrong(&error))?;
     Ok(server.retarget(name, ip, ports).await?)
 }

@@ -182,18 +182,18 @@ enum CtlError {
     #[error("--control {}: {}", escaped(path), unreachable::explain(path, source))]
     Connect { path: PathBuf, source: io::Error },
     /// Another program listens on the socket.
-    #[error("--control {}: what listens there is no rproxy; give the path that rproxy was started with", escaped(.0))]
+    #[error("--control {}: another program listens there; give the path that rproxy was started with", escaped(.0))]
     Foreign(PathBuf),
     /// The response is longer than any of rproxy's.
     #[error(
-        "--control {}: the answer is longer than {} MiB, which none of rproxy is; give the path that rproxy was started \
+        "--control {}: the answer is longer than {} MiB, so it is not from rproxy; give the path that rproxy was started \
          with",
         escaped(.0), LONGEST_ANSWER >> 20
     )]
     TooLong(PathBuf),
     /// The response lacks a key, or has an unknown one that must not be ignored.
     #[error(
-        "the answer of the running rproxy makes no sense here: {}; use the `rproxy ctl` that it came with",
+        "cannot understand the answer of the running rproxy: {}; use the `rproxy ctl` of its version",
         escaped(.0)
     )]
     NotUnderstood(String),

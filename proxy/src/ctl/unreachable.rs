@@ -27,7 +27,7 @@ pub(super) fn explain(path: &Path, error: &io::Error) -> String {
             let parents = path.ancestors().skip(1);
             let file = parents.filter(|parent| parent.exists()).find(|parent| !parent.is_dir());
             let file = escaped(file.unwrap_or(path));
-            format!("no rproxy listens there: {file} is no directory; {start}")
+            format!("no rproxy listens there: {file} is not a directory; {start}")
         }
         Some(libc::ECONNREFUSED) => match fs::metadata(path) {
             Ok(metadata) if !metadata.file_type().is_socket() => {
@@ -97,7 +97,7 @@ mod tests {
         for (path, words) in [
             (at("missing"), &*missing),
             (at("missing/socket"), "there is no directory"),
-            (at("file/socket"), "file is no directory"),
+            (at("file/socket"), "file is not a directory"),
             (at("file"), "it is a file, not a socket; give"),
             (dir.clone(), "it is a directory, not a socket; give"),
             (at("stale"), "no rproxy listens there any more"),

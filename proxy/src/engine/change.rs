@@ -39,7 +39,7 @@ pub enum ChangeError {
     #[error("the name {0} is taken by another mapping; choose another (--name), or remove that one first")]
     NameTaken(Name),
     /// No mapping has the name.
-    #[error("there is no mapping {0}; `rproxy ctl list` shows which there are")]
+    #[error("there is no mapping {0}; `rproxy ctl list` shows all")]
     Unknown(Name),
     /// Two mappings want the same port.
     #[error("{}: {_0}", .0.mapping.name())]
@@ -373,7 +373,7 @@ impl Server {
         new.iter().for_each(|new| self.leaving.forget(&BindKey::of(&new.target.port_mapping)));
         forget_stale_flows(&new);
         for name in &removed {
-            info!(%name, "serving no more");
+            info!(%name, "no longer serving");
             drop(self.registry.take(name));
         }
         let mut names = Vec::with_capacity(added.len() + changed.len());

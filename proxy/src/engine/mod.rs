@@ -316,7 +316,7 @@ impl Server {
             biased;
             () = ended => {}
             reason = enough => {
-                warn!(connections = workers.connections(), "{reason}: cutting what is left");
+                warn!(connections = workers.connections(), "{reason}: resetting the remaining connections");
             }
         }
     }

@@ -78,7 +78,7 @@ pub fn init(config: LogConfig) {
         tracing::debug!("the log is set up already");
     }
     if let Some(mistake) = mistake {
-        tracing::warn!("RUST_LOG does not count: {mistake}");
+        tracing::warn!("RUST_LOG is ignored: {mistake}");
     }
 }
 

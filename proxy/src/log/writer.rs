@@ -57,7 +57,7 @@ impl LogWriter {
 
     /// The line that reports lost lines.
     fn note(&self) -> String {
-        const MESSAGE: &str = "lines of the log are lost: nobody took them";
+        const MESSAGE: &str = "log lines were lost because nobody read them";
         let now = humantime::format_rfc3339_micros(SystemTime::now());
         let lost = self.lost;
         match self.format {
@@ -146,7 +146,7 @@ mod tests {
             reader.join().unwrap().into_iter().partition(|read| *read == line.trim_end());
         // More than one if the terminal made room in between.
         let told = |note: &String| {
-            let lost = note.split_once(" WARN lines of the log are lost: nobody took them lines=");
+            let lost = note.split_once(" WARN log lines were lost because nobody read them lines=");
             lost.and_then(|(_time, lines)| lines.parse::<usize>().ok()).unwrap_or_else(|| panic!("{note}"))
         };
         assert_eq!(others.iter().map(told).sum::<usize>(), lines - whole.len());

@@ -65,7 +65,7 @@ impl fmt::Display for LoopReason {
                         write!(f, "{} -> {hidden} more -> {}", begin.join(" -> "), end.join(" -> "))?;
                     }
                 }
-                f.write_str(" would forward in a circle; lead one of them to another backend")
+                f.write_str(" would form a loop; choose another backend for one of them")
             }
             Self::Many(ip) => AddrError::Broadcast(*ip).fmt(f),
         }
@@ -356,8 +356,7 @@ mod tests {
     fn a_ring_is_named() {
         let ring = ["[::]:8080/tcp 127.0.0.1:9090", "127.0.0.1:9090/tcp 10.0.0.1:8080"];
         let message = refused(&ring, &[]).unwrap();
-        let expected = "8080/tcp -> 127.0.0.1:9090/tcp -> 8080/tcp would forward in a circle; \
-                        lead one of them to another backend";
+        let expected = "8080/tcp -> 127.0.0.1:9090/tcp -> 8080/tcp would form a loop; choose another backend for one of them";
         assert_eq!(message, expected);
         assert!(refused(&ring[..1], &ring[1..]).is_some());
         assert!(refused(&ring[1..], &ring[..1]).is_some());
@@ -367,7 +366,7 @@ mod tests {
         let long: Vec<_> = long.iter().map(String::as_str).collect();
         let message = refused(&long, &[]).unwrap();
         assert!(message.starts_with("1/tcp -> 2/tcp -> 3/tcp -> 4/tcp -> 92 more -> 97/tcp"), "{message}");
-        assert!(message.contains(" -> 99/tcp -> 1/tcp would forward"), "{message}");
+        assert!(message.contains(" -> 99/tcp -> 1/tcp would form a loop"), "{message}");
     }
 
     #[test]

@@ -45,7 +45,7 @@ impl Whereabouts {
             address => {
                 let found = if address.is_ipv4() { find_v4(ip) } else { find_v6(ip) };
                 found.unwrap_or_else(|error| {
-                    debug!(%error, address = %ip, "cannot ask where it is");
+                    debug!(%error, address = %ip, "cannot find out where it leads");
                     Destination::Elsewhere
                 })
             }

@@ -14,7 +14,7 @@ pub(crate) fn explain(error: &io::Error, more: usize) -> String {
             too_many(limit, u64::try_from(more).unwrap_or(u64::MAX))
         }
         Some(libc::ENFILE) => {
-            format!("{error}: all files that the machine may have open are; raise fs.file-max with sysctl")
+            format!("{error}: the machine's limit of open files is reached; raise fs.file-max with sysctl")
         }
         _ => error.to_string(),
     }

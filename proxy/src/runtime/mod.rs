@@ -58,7 +58,7 @@ pub(crate) fn prepare(log: LogConfig) {
     let closed = close_unclaimed();
     log::init(log);
     if let Err(error) = closed {
-        warn!(%error, "cannot close what was not passed on purpose");
+        warn!(%error, "cannot close inherited descriptors");
     }
     // A log line that cannot be written is lost. It must neither end the process, as at `RLIMIT_FSIZE`
     // (setrlimit(2)), nor stop it, as in the background of a terminal with `TOSTOP` (termios(3)).

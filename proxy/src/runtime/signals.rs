@@ -83,9 +83,9 @@ impl StopSignals {
 /// Why a signal is ignored.
 fn ignored(signal: Signal) -> String {
     let reason = match signal {
-        Signal::SIGHUP => "there is no --config to read again",
-        Signal::SIGUSR2 => "a proxy of dockerd is not upgraded",
-        _ => "it means nothing to rproxy",
+        Signal::SIGHUP => "there is no --config to reload",
+        Signal::SIGUSR2 => "a proxy started by dockerd cannot be upgraded",
+        _ => "rproxy does not use it",
     };
     format!("{signal} is ignored: {reason}; SIGTERM ends this process")
 }

@@ -50,9 +50,7 @@ impl Mode {
         let mode = value.to_str().and_then(|text| Self::from_str(text, true).ok());
         if mode.is_none() {
             let value = escaped(&value);
-            warn!(
-                "{MODE_VARIABLE} does not count: '{value}' is none of auto, strict and off; it is taken for auto"
-            );
+            warn!("{MODE_VARIABLE} is ignored: '{value}' is not auto, strict or off; using auto");
         }
         mode.unwrap_or_default()
     }
@@ -128,7 +126,7 @@ pub fn confine(mode: Mode, needs: &Needs<'_>) -> Result<(), SandboxError> {
     }
     privileges::change_user(needs.user, kept)?;
     if mode == Mode::Off {
-        info!("not confined, as asked for");
+        info!("not confined, as requested");
         return Ok(());
     }
     let capabilities = Layer::new("capabilities", privileges::keep(kept), strict)?;
@@ -159,7 +157,7 @@ impl Layer {
     /// Warns about a failure, unless this kernel lacks the layer.
     fn warn(&self) {
         if let Some(reason) = self.failure() {
-            warn!(layer = self.name, reason, "not confined as far as this kernel could");
+            warn!(layer = self.name, reason, "a sandbox layer that this kernel supports has failed");
         }
     }
 
@@ -185,10 +183,7 @@ impl fmt::Display for Layer {
 #[derive(Debug, thiserror::Error)]
 pub enum SandboxError {
     /// A layer that strict confinement requires failed.
-    #[error(
-        "--sandbox strict: no {name} here: {}; --sandbox auto goes without what is missing",
-        explain(source, 1)
-    )]
+    #[error("--sandbox strict: {name} unavailable: {}; --sandbox auto does without", explain(source, 1))]
     Unavailable {
         /// The name of the layer.
         name: &'static str,

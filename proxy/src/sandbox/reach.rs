@@ -25,10 +25,13 @@ pub(super) fn restrict(needs: &Needs<'_>, strict: bool) -> io::Result<String> {
     let status = rules(needs, level).and_then(RulesetCreated::restrict_self).map_err(kernels_answer)?;
     match status.ruleset {
         RulesetStatus::FullyEnforced => Ok("enforced".to_owned()),
-        RulesetStatus::PartiallyEnforced => Ok("enforced in part, as far as this kernel goes".to_owned()),
-        RulesetStatus::NotEnforced => {
-            Err(io::Error::new(io::ErrorKind::Unsupported, "the kernel does not have it, or it is off"))
+        RulesetStatus::PartiallyEnforced => {
+            Ok("partly enforced, as far as this kernel supports it".to_owned())
         }
+        RulesetStatus::NotEnforced => Err(io::Error::new(
+            io::ErrorKind::Unsupported,
+            "the kernel does not support it, or it is disabled",
+        )),
     }
 }
 

@@ -58,7 +58,7 @@ impl User {
             },
             None => account
                 .and_then(|account| number(account, 3))
-                .ok_or("the group of a user by number has to be given, too, as in 65534:65534")?,
+                .ok_or("a numeric user needs a group, as in 65534:65534")?,
         };
         Ok(Self { text: text.to_owned(), uid: Uid::from_raw(uid), gid: Gid::from_raw(gid) })
     }

@@ -131,7 +131,7 @@ impl Manager {
             tokio::select! {
                 biased;
                 signal = stop.next() => {
-                    info!(signal, "ending; once more ends at once");
+                    info!(signal, "ending; a second signal ends at once");
                     break false;
                 }
                 error = server.failed() => return Err(error.into()),
@@ -200,7 +200,7 @@ async fn finish(
         // end of the service, and would kill all of its processes.
         tokio::select! {
             () = systemd::until_told() => {}
-            signal = stop.next() => info!(signal, "ending, and the service manager knows of no other process"),
+            signal = stop.next() => info!(signal, "ending, although the service manager was not notified of the new process"),
         }
     }
 }
@@ -213,7 +213,7 @@ async fn enough(drain: Drain, stop: &mut StopSignals, succeeded: bool) -> &'stat
     if succeeded {
         tokio::select! {
             () = passed(drain.after_upgrade) => return LATE,
-            signal = stop.next() => info!(signal, "ending; once more ends at once"),
+            signal = stop.next() => info!(signal, "ending; a second signal ends at once"),
         }
     }
     tokio::select! {
@@ -245,7 +245,7 @@ async fn or_stopped<T>(change: impl Future<Output = T>, stop: &mut StopSignals) 
     tokio::select! {
         biased;
         signal = stop.next() => {
-            info!(signal, "ending, and not changed; once more ends at once");
+            info!(signal, "ending, nothing was changed; a second signal ends at once");
             None
         }
         result = change => Some(result),
@@ -275,7 +275,7 @@ async fn unless_stopped(
             biased;
             succeeded = &mut attempt => return if succeeded { Attempt::Succeeded } else { Attempt::Failed },
             signal = stop.next() => {
-                info!(signal, "ending, and not upgraded; once more ends at once");
+                info!(signal, "ending, not upgraded; a second signal ends at once");
                 return Attempt::Stopped;
             }
             () = tick(watchdog) => tell_alive(server).await,
@@ -293,7 +293,7 @@ async fn hung_up(reload: &mut Option<Reload>) {
     match reload {
         Some(reload) => {
             if let Err(error) = reload.signal.next().await {
-                error!(%error, "cannot read signals; nothing is reloaded any more");
+                error!(%error, "cannot read signals; reloads are no longer possible");
                 std::future::pending().await
             }
         }

@@ -246,7 +246,7 @@ impl Acceptor {
                 let reason = "the listener was shut down from outside, and cannot listen again";
                 error!(%mapping, error = %source, "{reason}; its clients are refused");
                 if let Err(error) = port.unwatch() {
-                    error!(%mapping, %error, "cannot stop to watch a listener");
+                    error!(%mapping, %error, "cannot stop watching a listener");
                 }
                 self.listeners[number] = None;
                 match self.listeners.iter().any(Option::is_some) {
@@ -404,7 +404,7 @@ fn reset_without_backend(client: OwnedFd, peer: SocketAddr, guard: &ConnectionGu
 /// Sets the code point of what `socket` sends.
 fn mark(socket: &impl AsFd, ipv6: bool, dscp: Dscp) {
     if let Err(error) = set_traffic_class(socket.as_fd(), ipv6, dscp.bits() << 2) {
-        debug!(%error, "a connection goes without its code point");
+        debug!(%error, "cannot set the code point of a connection");
     }
 }
 

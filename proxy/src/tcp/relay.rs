@@ -161,7 +161,7 @@ async fn finish_after_eof(
 ) -> Option<io::Error> {
     if let Err(error) = SockRef::from(sink).shutdown(Shutdown::Write) {
         // The sink has failed already, which the opposite direction will detect.
-        tracing::trace!(%error, "half-close not passed on");
+        tracing::trace!(%error, "half-close not propagated");
     }
     close_in_order(sink);
     tokio::select! {

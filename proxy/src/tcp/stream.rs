@@ -298,7 +298,7 @@ pub(super) async fn deliver_then_reset(stream: &Stream) {
         }
     };
     if while_taking(stream, delivered).await.is_none() {
-        tracing::debug!("the peer did not take everything that preceded a reset");
+        tracing::debug!("the peer did not receive everything before a reset");
     }
     reset_on_close(stream);
 }

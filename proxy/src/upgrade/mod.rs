@@ -107,7 +107,7 @@ pub enum UpgradeError {
     #[error("this is the first process of a container, which ends with it; start rproxy under an init")]
     Init,
     /// The launcher is not running.
-    #[error("the process that starts new ones is not there: {0}")]
+    #[error("the launcher is not running: {0}")]
     NoLauncher(String),
     /// The new process could not be started.
     #[error("cannot start {}: {source}", escaped(program))]
@@ -118,7 +118,7 @@ pub enum UpgradeError {
         source: io::Error,
     },
     /// The new process exited.
-    #[error("the new process ended ({0}); what it said is above")]
+    #[error("the new process ended ({0}); its messages are above")]
     Ended(ExitStatus),
     /// The new process took too long.
     #[error("the new process did not {step} within {seconds} seconds, and was ended")]

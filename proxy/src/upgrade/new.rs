@@ -68,7 +68,7 @@ pub async fn take_over(
     let channel = Channel::new(socket).map_err(UpgradeError::talk("talk to the old process"))?;
     let Hello { version } = in_time(channel.receive()).await?;
     if version != VERSION {
-        let reason = format!("it hands over as in version {version}, and this program knows {VERSION}");
+        let reason = format!("it uses version {version} of the handover, and this program version {VERSION}");
         return Err(UpgradeError::Offer(reason));
     }
     let Offer { control: has_control, mappings } = in_time(channel.receive()).await?;
@@ -79,13 +79,13 @@ pub async fn take_over(
     }
     let names = distinct_names(&mappings)?;
     if has_control != control.is_some() {
-        return Err(refuse("one of the processes has a control socket, and the other has not"));
+        return Err(refuse("only one of the processes has a control socket"));
     }
     let count = usize::from(has_control) + mappings.iter().map(Mapping::sockets).sum::<usize>();
     let mut sockets = in_time(channel.receive_descriptors(count)).await?.into_iter();
     let control = match control {
         Some(path) => {
-            let socket = sockets.next().ok_or_else(|| refuse("it lacks sockets"))?;
+            let socket = sockets.next().ok_or_else(|| refuse("it sent too few sockets"))?;
             Some(ControlSocket::adopt(socket, path).map_err(refuse)?)
         }
         None => None,
@@ -104,8 +104,10 @@ fn refuse(reason: impl ToString) -> UpgradeError {
 fn refuse_others(offered: &[Mapping], fixed: &[Mapping]) -> Result<(), UpgradeError> {
     let other = offered.iter().find(|mapping| !fixed.contains(mapping));
     match other {
-        Some(other) => Err(refuse(format!("its mapping {other} is not one of the command line"))),
-        None if offered.len() != fixed.len() => Err(refuse("it does not serve all of the command line")),
+        Some(other) => Err(refuse(format!("its mapping {other} is not on the command line"))),
+        None if offered.len() != fixed.len() => {
+            Err(refuse("it does not serve all mappings of the command line"))
+        }
         None => Ok(()),
     }
 }
@@ -174,7 +176,7 @@ fn live_flow(
     listeners: &[Option<usize>],
 ) -> Result<LiveFlow, UpgradeError> {
     let listener = listeners.get(offered.socket).copied().flatten();
-    let listener = listener.ok_or_else(|| refuse("a flow of no UDP socket"))?;
+    let listener = listener.ok_or_else(|| refuse("a flow without a UDP socket"))?;
     refuse_others_than_flows(&socket, offered.peer.is_none())
         .map_err(|error| refuse(format!("the flow of {}: {error}", offered.client)))?;
     let OfferedFlow { client, established: is_established, peer, dropped, .. } = *offered;

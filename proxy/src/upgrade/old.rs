@@ -52,7 +52,7 @@ impl Upgrade {
     /// Waits for the signal.
     pub(crate) async fn asked(&mut self) {
         if let Err(error) = self.asked.next().await {
-            error!(%error, "cannot read signals; no upgrade is possible any more");
+            error!(%error, "cannot read signals; upgrades are no longer possible");
             std::future::pending().await
         }
     }
@@ -92,7 +92,7 @@ impl Upgrade {
                         return true;
                     }
                     Err(error) => {
-                        error!(%error, "not upgraded; this process serves on");
+                        error!(%error, "not upgraded; this process continues to serve");
                         return false;
                     }
                 },

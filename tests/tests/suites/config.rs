@@ -319,7 +319,7 @@ fn no_file() {
         (&|| fs::create_dir(file).unwrap(), "it is a directory"),
         (&|| symlink("/dev/zero", file).unwrap(), "it is a device"),
         (&|| fs::File::create(file).unwrap().set_len(200 << 20).unwrap(), "longer than 2 MiB"),
-        (&|| fs::write(file, b"\xff\xfe").unwrap(), "no text"),
+        (&|| fs::write(file, b"\xff\xfe").unwrap(), "not UTF-8 text"),
     ];
     for (make, reason) in kinds {
         fs::remove_dir(file).or_else(|_file| fs::remove_file(file)).unwrap();
@@ -365,7 +365,7 @@ fn from_a_pipe() {
     proxy.wait_for_line(Stream::Stdout, |line| line.contains(" -> "));
     assert_eq!(client::connect_lettered(address).1, b'a');
     proxy.signal(Signal::SIGHUP);
-    let line = proxy.wait_for_line(Stream::Stderr, |line| line.contains("can be read once"));
+    let line = proxy.wait_for_line(Stream::Stderr, |line| line.contains("can only be read once"));
     assert!(line.contains("not reloaded; nothing has changed"), "{line}");
     assert_eq!(client::connect_lettered(address).1, b'a');
     let applied = Controlled::start(&[]);

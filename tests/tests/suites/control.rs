@@ -187,7 +187,7 @@ fn mistakes() {
         thread::spawn(move || listener.accept().unwrap().0.write_all(b"HTTP/1.1 400 Bad Request\r\n"));
     let output = process::run(rproxy::command(&["ctl", "--control", foreign.to_str().unwrap(), "list"]));
     answering.join().unwrap().unwrap();
-    assert!(output.stderr.contains("what listens there is no rproxy"), "{output:#?}");
+    assert!(output.stderr.contains("another program listens there"), "{output:#?}");
 }
 
 fn answers() {
@@ -356,7 +356,7 @@ fn stopped_change() {
     let answer = client.answer();
     assert!(answer.as_ref().is_none_or(|answer| answer["error"]["kind"] == "failed"), "{answer:?}");
     let log = proxy.process.captured(Stream::Stderr);
-    assert!(log.contains("ending, and not changed"), "{log}");
+    assert!(log.contains("ending, nothing was changed"), "{log}");
 }
 
 fn strangers() {

@@ -43,7 +43,9 @@ fn unread() {
     let mut command = systemd.command(&["--config", file.to_str().unwrap(), "--sandbox", "strict"]);
     command.env("WATCHDOG_USEC", "50000");
     let proxy = Process::spawn(command);
-    proxy.wait_for_line(Stream::Stderr, |line| line.contains("the service manager reads nothing"));
+    proxy.wait_for_line(Stream::Stderr, |line| {
+        line.contains("the service manager does not read notifications")
+    });
     for _ in 0..3 {
         proxy.signal(Signal::SIGHUP);
         client::assert_echoes(address);
@@ -202,7 +204,7 @@ fn unwanted_socket() {
     let systemd = Systemd::new();
     let arguments = ["--host", "127.0.0.1:0", "--to", "192.0.2.1:80"];
     let proxy = Process::spawn(systemd.command_with_sockets(&arguments, vec![("web", listener.into())]));
-    let line = proxy.wait_for_line(Stream::Stderr, |line| line.contains("no mapping is for"));
+    let line = proxy.wait_for_line(Stream::Stderr, |line| line.contains("that no mapping uses"));
     assert!(line.contains(&address.to_string()) && line.contains("web"), "{line}");
 }
 

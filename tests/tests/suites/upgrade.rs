@@ -446,7 +446,7 @@ fn broken() {
             break_it();
             first.signal(Signal::SIGUSR2);
             let line = failure(&first, number);
-            assert!(line.contains(part) && line.contains("this process serves on"), "{line}");
+            assert!(line.contains(part) && line.contains("this process continues to serve"), "{line}");
         }
         program.repair();
         upgrade(&first, 0, first.pid());
@@ -543,7 +543,7 @@ fn launcher_killed() {
     for earlier in 0..2 {
         first.signal(Signal::SIGUSR2);
         let line = failure(&first, earlier);
-        assert!(line.contains("the process that starts new ones is not there"), "{line}");
+        assert!(line.contains("the launcher is not running"), "{line}");
     }
     client::assert_echoes(address);
     first.signal(Signal::SIGTERM);
@@ -589,14 +589,14 @@ fn false_offers() {
     for (bytes, part) in [
         (vec![], "unexpected end of file"),
         (b"GET / HTTP/1.1\r\n\r\n".to_vec(), "cannot talk to the old process: file too large"),
-        (frame(r#"{"version":1}"#), "it hands over as in version 1, and this program knows 2"),
+        (frame(r#"{"version":1}"#), "it uses version 1 of the handover, and this program version 2"),
         (offer(r#"{"control":false,"mappings":[],"more":1}"#), "unknown field `more`"),
-        (offer(r#"{"control":false,"mappings":[]}"#), "does not serve all of the command line"),
-        (offer(r#"{"control":true,"mappings":[]}"#), "does not serve all of the command line"),
+        (offer(r#"{"control":false,"mappings":[]}"#), "does not serve all mappings of the command line"),
+        (offer(r#"{"control":true,"mappings":[]}"#), "does not serve all mappings of the command line"),
         (offer(&format!(r#"{{"control":true,"mappings":[{own}]}}"#)), "has a control socket"),
         (
             offer(r#"{"control":false,"mappings":[{"host":"127.0.0.1","to":"192.0.2.1","to_ports":"81"}]}"#),
-            "is not one of the command line",
+            "is not on the command line",
         ),
         (offer(r#"{"control":false,"mappings":[{"to":"192.0.2.1","to_ports":"0"}]}"#), "'0' is not a port"),
         (

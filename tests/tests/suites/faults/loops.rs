@@ -128,7 +128,7 @@ fn at_the_start() {
     let output = run(&["--host", "[::]:80", "--to", "10.0.0.255:80", "--proto", "udp"]);
     assert_refused(&output, 2, "10.0.0.255 is a broadcast address");
     let ring = ["--host", "0.0.0.0:70", "--to", "10.0.0.1:71", "--host", "[::]:71", "--to", "127.0.0.1:70"];
-    assert_refused(&run(&ring), 2, "70/tcp -> 71/tcp -> 70/tcp would forward in a circle");
+    assert_refused(&run(&ring), 2, "70/tcp -> 71/tcp -> 70/tcp would form a loop");
 }
 
 /// By dockerd's flags, where the listener may come from it.
@@ -178,10 +178,7 @@ fn by_changes() {
         proxy.apply(&[wire("a", "tcp 0.0.0.0:70 10.0.0.1:71")]).success();
         let before = proxy.json(&["list"]);
         let add = |host: &str, to: &str| proxy.ctl(&["add", "--host", host, "--to", to]);
-        refused(
-            add("0.0.0.0:71", "127.0.0.1:70"),
-            "71/tcp -> 70/tcp (a) -> 71/tcp would forward in a circle",
-        );
+        refused(add("0.0.0.0:71", "127.0.0.1:70"), "71/tcp -> 70/tcp (a) -> 71/tcp would form a loop");
         refused(proxy.ctl(&["retarget", "a", "--to", "10.0.0.1:70"]), "70/tcp (a) would forward to itself");
         add("[::1]:71", "127.0.0.1:70").success();
         proxy.ctl(&["remove", "[::1]:71/tcp"]).success();
@@ -228,7 +225,9 @@ fn by_an_upgrade() {
         host.ip("address add 10.0.0.9/32 dev net0");
         process.signal(Signal::SIGUSR2);
         process.wait_for_line(Stream::Stderr, |line| line.contains("90/tcp would forward to itself"));
-        process.wait_for_line(Stream::Stderr, |line| line.contains("not upgraded; this process serves on"));
+        process.wait_for_line(Stream::Stderr, |line| {
+            line.contains("not upgraded; this process continues to serve")
+        });
         host.run(|| client::assert_echoes(front));
         host.ip("address delete 10.0.0.9/32 dev net0");
         process.signal(Signal::SIGUSR2);

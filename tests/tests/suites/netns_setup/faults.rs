@@ -222,7 +222,7 @@ fn failing(stage: &Stage, backend: Backend) {
 fn unsaved(stage: &Stage, command: &str, count: usize) {
     let output = run_broken(stage, FAIL, command, count + 1);
     assert_eq!(output.status.code(), Some(1), "{command}, unsaved: {output:#?}");
-    assert!(output.stderr.contains("(step: write down what is there)"), "{command}: {output:#?}");
+    assert!(output.stderr.contains("(step: record the state)"), "{command}: {output:#?}");
     // To write down that there is nothing takes no new file.
     let end = if command.starts_with("up ") { "nothing was changed" } else { "or `netns-setup down`" };
     assert!(output.stderr.ends_with(end), "{command}: {output:#?}");

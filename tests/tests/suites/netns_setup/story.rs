@@ -48,7 +48,7 @@ fn demonstration(stage: &Stage, backend: Backend) {
         "hairpin                              http://10.0.0.11:80/  HTTP/1.0 200 OK",
         "container to outside                 http://10.0.0.12:8000/  HTTP/1.0 200 OK: hello from outside, 10.0.0.11",
         "http://172.17.0.2:80/  closed, as it should be",
-        "everything of ours is gone",
+        "everything that netns-setup created is removed",
     ] {
         assert!(shown.contains(part), "{part:?} is not in\n{shown}");
     }
@@ -66,7 +66,7 @@ fn interrupted_demonstration(stage: &Stage) {
     demo.signal(Signal::SIGINT);
     let output = demo.into_output();
     assert_eq!(output.status.code(), Some(130), "{output:#?}");
-    assert!(output.stdout.contains("everything of ours is gone"), "{output:#?}");
+    assert!(output.stdout.contains("everything that netns-setup created is removed"), "{output:#?}");
     assert!(!std::path::Path::new(&format!("/proc/{}", relays[0])).exists(), "the relay goes on");
     assert_same(&stage.dump(), &before, "demo");
 }
