@@ -5,6 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::epoll::EpollFlags;
 use rproxy_mapping::PortMapping;
 use rproxy_mapping::access::parse_network;
@@ -474,6 +475,30 @@ fn answers_of_several_listeners_each_leave_by_their_own() {
 }
 
 #[test]
+fn answers_that_are_found_at_once_reach_each_their_own_client() {
+    let mut scene = Scene::new(Limits::default());
+    let clients: Vec<_> = (0..9_u8)
+        .map(|number| {
+            let client = scene.client();
+            client.send(b"question").unwrap();
+            (number, client, scene.at_backend().1)
+        })
+        .collect();
+    // Each gets a GSO batch, and another datagram.
+    let answers = |number: u8| [vec![number; 10], vec![number; 10], vec![number; 100 + usize::from(number)]];
+    for (number, _client, flow) in &clients {
+        for answer in answers(*number) {
+            scene.backend.send_to(&answer, flow).unwrap();
+        }
+    }
+    for (number, client, _flow) in &clients {
+        for answer in answers(*number) {
+            assert_eq!(scene.at_client(client), answer);
+        }
+    }
+}
+
+#[test]
 fn a_change_ends_those_flows_that_it_concerns() {
     let change = |change: &dyn Fn(&mut PortMapping, &mut Limits)| {
         let mut scene = Scene::new(Limits::default());
@@ -591,7 +616,7 @@ fn a_flow_whose_client_blocks_does_without_a_socket_of_its_own_for_longer_each_t
 fn a_relay_that_drains_ends_when_its_flows_are_quiet() {
     let mut scene = Scene::new(Limits::default());
     let now = Instant::now();
-    assert!(scene.relay.is_quiet(now), "there is none");
+    assert!(scene.relay.is_quiet(now) && !scene.relay.has_deadline(), "there is none");
     let client = scene.client();
     client.send(b"hello").unwrap();
     scene.at_backend();
@@ -671,4 +696,63 @@ fn a_flow_gets_another_port_if_somebody_has_its_own() {
     assert_eq!(bytes, b"hello");
     assert_ne!(flow.port(), address(&taken).port());
     assert_eq!(scene.failures(FailureKind::FlowFailed), 0);
+}
+
+#[test]
+fn the_port_of_a_flow_is_used_again_some_time_after_its_end() {
+    let mut scene = Scene::new(Limits::default());
+    let client = scene.client();
+    client.send(b"hello").unwrap();
+    let (_hello, flow) = scene.at_backend();
+    let is_used_again = |scene: &mut Scene, at: Instant| {
+        let ports = &mut scene.relay.capacity.ports;
+        (0..ports.count()).any(|_| ports.candidate(at) == Some(flow.port()))
+    };
+    let now = Instant::now();
+    assert!(!is_used_again(&mut scene, now + Duration::from_secs(60)), "it is in use");
+    scene.relay.end_flows(|_listeners, _key| true);
+    scene.relay.close_ended(1);
+    assert!(!is_used_again(&mut scene, now), "answers may be on their way");
+    assert!(is_used_again(&mut scene, now + Duration::from_secs(60)));
+}
+
+#[test]
+fn what_waits_for_a_flow_that_ends_is_counted_as_lost() {
+    let mut scene = Scene::new(Limits::default());
+    let client = scene.client();
+    let (id, _backend) = scene.flow_to_reader(&client);
+    let mut size = 1000;
+    while scene.unsent(id) < 2 {
+        size += 1;
+        client.send(&vec![7; size]).unwrap();
+        scene.serve_until("it is taken", |scene| scene.sent_and_unsent(id) == size - 1000);
+    }
+    scene.relay.end_flows(|_listeners, _key| true);
+    assert_eq!(scene.failures(FailureKind::NoBuffer), 2);
+    assert_eq!(scene.stats().flows.get(), 1, "its socket is closed later");
+    scene.relay.close_ended(1);
+    assert_eq!(scene.stats().flows.get(), 0);
+    assert!(scene.relay.is_quiet(Instant::now()), "nothing is left of it");
+}
+
+#[test]
+fn an_answer_that_nobody_has_read_is_counted_as_lost_when_its_flow_ends() {
+    let mut scene = Scene::new(Limits::default());
+    let client = scene.client();
+    client.send(b"hello").unwrap();
+    let (_hello, flow) = scene.at_backend();
+    scene.backend.send_to(b"too late", flow).unwrap();
+    let id = scene.flow(&client).unwrap();
+    let socket = scene.relay.table.get(id).unwrap().1.socket();
+    wait_until_readable(&socket);
+    scene.relay.end_flows(|_listeners, _key| true);
+    drop(socket);
+    scene.relay.close_ended(1);
+    assert_eq!(scene.failures(FailureKind::NoBuffer), 1);
+}
+
+/// Waits until a socket has something.
+fn wait_until_readable(socket: &OwnedFd) {
+    let mut wanted = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
+    assert_eq!(poll(&mut wanted, PollTimeout::try_from(PATIENCE).unwrap()).unwrap(), 1);
 }

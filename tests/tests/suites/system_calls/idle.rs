@@ -52,11 +52,16 @@ fn makes_none() {
 }
 
 fn of_dockerd_makes_none() {
-    let backend = TcpBackend::echo();
+    let (backend, echo) = (TcpBackend::echo(), udp::Backend::echo(udp::local()));
     let front = client::own_address();
-    let arguments = docker_proxy::mapping("tcp", front, backend.address());
-    let mut proxy = DockerProxy::start(rproxy::rproxy(), &arguments, None);
-    assert_eq!(proxy.status(), Status::Ready);
-    assert_makes_none(&proxy.process);
+    let start = |proto, backend| {
+        let mut proxy =
+            DockerProxy::start(rproxy::rproxy(), &docker_proxy::mapping(proto, front, backend), None);
+        assert_eq!(proxy.status(), Status::Ready);
+        proxy
+    };
+    let proxies = [start("tcp", backend.address()), start("udp", echo.address())];
+    proxies.iter().for_each(|proxy| assert_makes_none(&proxy.process));
     assert_eq!(client::ask(front, b"hello").unwrap(), b"hello");
+    udp::assert_echoes(&udp::client(front.ip()), front, b"question");
 }

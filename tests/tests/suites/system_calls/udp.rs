@@ -139,12 +139,17 @@ fn answers_of_one_size() {
 fn answers_to_many_clients() {
     let scene = Scene::new();
     let clients = scene.clients(BURST);
+    let answer = |number: usize| format!("answer {number}").into_bytes();
     let send = || {
-        for (_client, flow) in &clients {
-            scene.backend.send_to(b"answer", *flow).unwrap();
+        for (number, (_client, flow)) in clients.iter().enumerate() {
+            scene.backend.send_to(&answer(number), *flow).unwrap();
         }
     };
-    let receive = || clients.iter().for_each(|(client, _flow)| assert_eq!(udp::receive(client).0, b"answer"));
+    let receive = || {
+        for (number, (client, _flow)) in clients.iter().enumerate() {
+            assert_eq!(udp::receive(client).0, answer(number));
+        }
+    };
     let calls = scene.burst(send, receive);
     // They come from a socket each, and leave by one.
     calls.assert_at_most(BURST + ROOM, &["recvmmsg"]);
