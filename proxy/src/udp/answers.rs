@@ -187,8 +187,8 @@ impl UdpRelay {
                 continue;
             }
             let gso = flow.gso_to_client;
-            let mut part = |part| answers.push(Answer { id, gso, part });
-            payload.add(&batch.received, datagrams, gso, &mut tally, &mut part);
+            let parts = payload.add(&batch.received, datagrams, gso, &mut tally);
+            answers.extend(parts.into_iter().map(|part| Answer { id, gso, part }));
         }
         let (wanted, waiting) = (self.listeners[listener].wanted(), self.listeners[listener].queue.len());
         for answers in answers.chunk_by(|a, b| a.gso == b.gso) {
@@ -217,12 +217,9 @@ impl UdpRelay {
             Some(Transmit { to: Some(key.client), source: key.local, ..answer.part.message(payload, None) })
         };
         let messages: ArrayVec<Transmit<'_>, BATCH> = answers.iter().filter_map(message).collect();
-        let mut refused: ArrayVec<FlowId, BATCH> = ArrayVec::new();
         let gso = answers.first().is_some_and(|answer| answer.gso);
-        let mut refuse = |index: usize| refused.push(answers[index].id);
-        self.listeners[listener].send(&messages, gso, tally, &mut refuse);
-        for id in refused {
-            if let Some((_key, flow)) = self.table.get_mut(id) {
+        for index in self.listeners[listener].send(&messages, gso, tally) {
+            if let Some((_key, flow)) = self.table.get_mut(answers[index].id) {
                 flow.gso_to_client = false;
             }
         }

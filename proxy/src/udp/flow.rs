@@ -164,7 +164,7 @@ impl Flow {
     ) -> bool {
         let Self { socket, queue, gso_to_backend, peer, .. } = self;
         let mut payload = Payload::new(dscp);
-        let parts = parts(&mut payload, batch, datagrams, *gso_to_backend, tally);
+        let parts = payload.add(batch, datagrams, *gso_to_backend, tally);
         send(socket.as_fd(), *peer, queue, gso_to_backend, (&payload, &parts), tally)
     }
 
@@ -181,7 +181,7 @@ impl Flow {
         client.was_used = true;
         let (socket, queue) = client.parts();
         let mut payload = Payload::new(dscp);
-        let parts = parts(&mut payload, batch, datagrams, *gso_to_client, tally);
+        let parts = payload.add(batch, datagrams, *gso_to_client, tally);
         send(socket, None, queue, gso_to_client, (&payload, &parts), tally);
     }
 
@@ -204,19 +204,6 @@ impl Flow {
     }
 }
 
-/// The messages that the datagrams in some slots of `batch` make.
-fn parts<'a>(
-    payload: &mut Payload<'a>,
-    batch: &'a RecvBatch,
-    datagrams: &[(FlowId, usize)],
-    join: bool,
-    tally: &mut Tally,
-) -> ArrayVec<Part, BATCH> {
-    let mut parts = ArrayVec::new();
-    payload.add(batch, datagrams, join, tally, &mut |part| parts.push(part));
-    parts
-}
-
 /// Sends messages by a socket, behind what waits in `queue`; in GSO batches unless the path has refused one, which is
 /// noted in `gso`. Returns `true` if from now on some wait for room.
 fn send(
@@ -230,7 +217,7 @@ fn send(
     let messages: ArrayVec<Transmit<'_>, BATCH> =
         parts.iter().map(|part| part.message(payload, to)).collect();
     let (waited, joined) = (!queue.is_empty(), *gso);
-    queue.send(socket, &messages, joined, tally, &mut |_index| *gso = false);
+    *gso &= queue.send(socket, &messages, joined, tally).is_empty();
     !waited && !queue.is_empty()
 }
 

@@ -10,7 +10,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rproxy_sys::udp::{Transmit, dropped};
+use arrayvec::ArrayVec;
+use rproxy_sys::udp::{BATCH, Transmit, dropped};
 
 use super::origin::OwnPorts;
 use super::send::{Room, SendQueue};
@@ -81,9 +82,8 @@ impl Listener {
         messages: &[Transmit<'_>],
         gso: bool,
         tally: &mut Tally,
-        refused: &mut dyn FnMut(usize),
-    ) {
-        self.queue.send(self.port.as_fd(), messages, gso, tally, refused);
+    ) -> ArrayVec<usize, BATCH> {
+        self.queue.send(self.port.as_fd(), messages, gso, tally)
     }
 
     /// Sends what was kept, as far as there is room. Returns whether that is all.

@@ -35,17 +35,16 @@ impl<'a> Payload<'a> {
         Self { pieces: ArrayVec::new(), dscp }
     }
 
-    /// Adds what was received in the slots of `datagrams`, all of one flow, and passes the messages
-    /// that come of it to `part`: joined into GSO batches if the path takes them. In `tally` they count as
-    /// relayed, unless they are taken out again.
+    /// Adds what was received in the slots of `datagrams`, all of one flow, and returns the messages that come of it:
+    /// joined into GSO batches if the path takes them. In `tally` they count as relayed, unless they are taken out
+    /// again.
     pub(super) fn add(
         &mut self,
         batch: &'a RecvBatch,
         datagrams: &[(FlowId, usize)],
         join: bool,
         tally: &mut Tally,
-        part: &mut dyn FnMut(Part),
-    ) {
+    ) -> ArrayVec<Part, BATCH> {
         let start = self.pieces.len();
         let mut chunks: ArrayVec<Chunk, BATCH> = ArrayVec::new();
         for (_id, slot) in datagrams {
@@ -58,15 +57,17 @@ impl<'a> Payload<'a> {
             chunks.push(Chunk { len: bytes.len(), segment: control.segment, class });
             self.pieces.push(IoSlice::new(bytes));
         }
-        let mut add = |chunks: Range<usize>, segment, class| {
-            part(Part { pieces: start + chunks.start..start + chunks.end, segment, class });
+        tally.relayed += amount_of(&chunks);
+        let part = |chunks: Range<usize>, segment, class| {
+            let pieces = start + chunks.start..start + chunks.end;
+            Part { pieces, segment, class }
         };
         if join {
-            gso(&chunks).for_each(|batch_of| add(batch_of.chunks, batch_of.segment, batch_of.class));
+            gso(&chunks).map(|batch_of| part(batch_of.chunks, batch_of.segment, batch_of.class)).collect()
         } else {
-            chunks.iter().enumerate().for_each(|(i, chunk)| add(i..i + 1, chunk.segment, chunk.class));
+            let chunks = chunks.iter().enumerate();
+            chunks.map(|(i, chunk)| part(i..i + 1, chunk.segment, chunk.class)).collect()
         }
-        tally.relayed += amount_of(&chunks);
     }
 }
 

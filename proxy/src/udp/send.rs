@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
+use std::mem;
 use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
@@ -17,67 +18,99 @@ use super::tally::{Amount, Tally};
 /// off the socket, and an error is queued only while a message is under way.
 const RETRIES: usize = 3;
 
-/// What happened to a message, or to the one at an index, that did not simply leave.
-#[derive(Debug)]
-pub(super) enum SendOutcome<'m, 'a> {
-    /// The path takes no GSO batches: the one at this index went as single datagrams, as others should.
-    GsoRefused(usize),
-    /// The socket is full: this message, and all that are reported after it, wait for room.
-    Full(&'m Transmit<'a>),
-    /// This message is lost: the network does not take it.
-    Lost(&'m Transmit<'a>, io::Error),
-    /// A datagram that left before is lost, as the network says now.
-    Earlier(io::Error),
+/// How far [`send_all`] got with its messages.
+#[derive(Debug, Default)]
+pub(super) struct Progress {
+    /// How many messages are through: sent or lost. If there are more, the socket is full.
+    pub(super) messages: usize,
+    /// How many datagrams of the next message are through, if it is a GSO batch that went as single datagrams.
+    datagrams: usize,
+    /// The indexes of the GSO batches that the path refused as such. They went as single datagrams, as others should.
+    pub(super) refused: ArrayVec<usize, BATCH>,
 }
 
-/// Sends `messages` in order, without waiting; GSO batches as single datagrams unless the path takes
-/// `gso`, as far as is known. Returns `false` if the socket became full.
+/// Sends `messages`, at most [`BATCH`], in order, without waiting; GSO batches as single datagrams unless the path takes
+/// `gso`, as far as is known. What is lost is taken out of what `tally` counts as relayed.
 pub(super) fn send_all(
     socket: BorrowedFd<'_>,
     messages: &[Transmit<'_>],
     gso: bool,
-    report: &mut dyn FnMut(SendOutcome<'_, '_>),
-) -> bool {
-    let mut next = 0;
-    let mut errors: ArrayVec<io::Error, { RETRIES }> = ArrayVec::new();
-    while let Some(message) = messages.get(next) {
-        let is_gso = message.segment.is_some();
-        let remedy = if is_gso && !gso {
-            Remedy::Single
-        } else {
-            match send_batch(socket, up_to_gso(&messages[next..], gso)) {
-                Ok(sent) => {
-                    errors.drain(..).for_each(|error| report(SendOutcome::Earlier(error)));
-                    next += sent;
-                    continue;
-                }
-                Err(error) => remedy(error, is_gso),
-            }
-        };
-        match remedy {
-            Remedy::Again(error) if !errors.is_full() => {
-                errors.push(error);
+    tally: &mut Tally,
+) -> Progress {
+    let mut progress = Progress::default();
+    let mut earlier = EarlierErrors::new();
+    while let Some(message) = messages.get(progress.messages) {
+        match send_some(socket, &messages[progress.messages..], gso, earlier.is_full()) {
+            SendOutcome::Sent(count) => {
+                earlier.drain(..).for_each(|error| tally.lose(1, error));
+                progress.messages += count;
                 continue;
             }
-            Remedy::Wait => {
-                messages[next..].iter().for_each(|message| report(SendOutcome::Full(message)));
-                return false;
+            SendOutcome::Retry(error) => {
+                earlier.push(error);
+                continue;
             }
-            Remedy::Single => {
+            SendOutcome::Full => return progress,
+            SendOutcome::Singly => {
                 if gso {
-                    report(SendOutcome::GsoRefused(next));
+                    progress.refused.push(progress.messages);
                 }
-                if !send_singly(socket, message, report) {
-                    messages[next + 1..].iter().for_each(|message| report(SendOutcome::Full(message)));
-                    return false;
+                if let Some(datagrams) = send_singly(socket, message, tally) {
+                    progress.datagrams = datagrams;
+                    return progress;
                 }
             }
-            Remedy::Again(error) => report(SendOutcome::Lost(message, error)),
+            SendOutcome::Lost(error) => lose(message, error, tally),
         }
-        errors.clear();
-        next += 1;
+        earlier.clear();
+        progress.messages += 1;
     }
-    true
+    progress
+}
+
+/// Errors that may be those of datagrams that left before. If the message that met them cannot be sent after all, they
+/// were its own.
+type EarlierErrors = ArrayVec<io::Error, RETRIES>;
+
+/// What one call came to.
+#[derive(Debug)]
+enum SendOutcome {
+    /// So many messages have left.
+    Sent(usize),
+    /// The first message goes again: many an error was queued on the socket for an earlier datagram (ICMP says that it
+    /// was refused or found no way), and is off it now. Which ones, their numbers do not tell.
+    Retry(io::Error),
+    /// The socket is full: all messages wait for room.
+    Full,
+    /// The datagrams of the first message, a GSO batch, go one by one.
+    Singly,
+    /// The first message is lost: the network does not take it.
+    Lost(io::Error),
+}
+
+/// Sends as many of `messages` as one sendmmsg(2) takes. `is_last_try` says that the first one has met errors enough.
+fn send_some(socket: BorrowedFd<'_>, messages: &[Transmit<'_>], gso: bool, is_last_try: bool) -> SendOutcome {
+    let is_gso = messages.first().is_some_and(|message| message.segment.is_some());
+    if is_gso && !gso {
+        return SendOutcome::Singly;
+    }
+    match send_batch(socket, up_to_gso(messages, gso)) {
+        Ok(count) => SendOutcome::Sent(count),
+        Err(error) => outcome_of(error, is_gso, is_last_try),
+    }
+}
+
+/// What an error of sendmmsg(2) means for the first message, which may be a GSO batch.
+fn outcome_of(error: io::Error, is_gso: bool, is_last_try: bool) -> SendOutcome {
+    match error.raw_os_error() {
+        Some(libc::EAGAIN) => SendOutcome::Full,
+        // No checksum offload on the device; segments over its MTU; over the path's.
+        Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE) if is_gso => SendOutcome::Singly,
+        // Before Linux 4.18 there are none.
+        Some(libc::ENOPROTOOPT | libc::EOPNOTSUPP) if is_gso => SendOutcome::Singly,
+        _ if is_last_try => SendOutcome::Lost(error),
+        _ => SendOutcome::Retry(error),
+    }
 }
 
 /// What of `messages` can be sent as it is: all if the path takes GSO batches, else those before the first.
@@ -86,31 +119,23 @@ fn up_to_gso<'m, 'a>(messages: &'m [Transmit<'a>], gso: bool) -> &'m [Transmit<'
     &messages[..first.unwrap_or(messages.len())]
 }
 
-/// Sends the datagrams of a GSO batch one by one.
-fn send_singly(
-    socket: BorrowedFd<'_>,
-    batch_of: &Transmit<'_>,
-    report: &mut dyn FnMut(SendOutcome<'_, '_>),
-) -> bool {
+/// Sends the datagrams of a GSO batch one by one. Returns how many are through if the socket is full.
+fn send_singly(socket: BorrowedFd<'_>, gso_batch: &Transmit<'_>, tally: &mut Tally) -> Option<usize> {
     // The kernel may hand over longer GSO batches than it takes from us, hence in batches.
-    let mut rest = datagrams(batch_of).peekable();
+    let mut rest = datagrams(gso_batch).peekable();
+    let mut through = 0;
     while rest.peek().is_some() {
         let payloads: ArrayVec<[IoSlice<'_>; 1], BATCH> =
             rest.by_ref().take(BATCH).map(|bytes| [IoSlice::new(bytes)]).collect();
         let messages: ArrayVec<Transmit<'_>, BATCH> =
-            payloads.iter().map(|payload| Transmit { payload, segment: None, ..*batch_of }).collect();
-        if !send_all(socket, &messages, false, report) {
-            for bytes in rest {
-                report(SendOutcome::Full(&Transmit {
-                    payload: &[IoSlice::new(bytes)],
-                    segment: None,
-                    ..*batch_of
-                }));
-            }
-            return false;
+            payloads.iter().map(|payload| Transmit { payload, segment: None, ..*gso_batch }).collect();
+        let progress = send_all(socket, &messages, false, tally);
+        through += progress.messages;
+        if progress.messages < messages.len() {
+            return Some(through);
         }
     }
-    true
+    None
 }
 
 /// The datagrams that a message consists of. The pieces of a GSO batch are whole datagrams each.
@@ -130,29 +155,6 @@ fn datagrams<'a>(message: &Transmit<'a>) -> impl Iterator<Item = &'a [u8]> {
 fn amount_of(message: &Transmit<'_>) -> Amount {
     let bytes: usize = message.payload.iter().map(|piece| piece.len()).sum();
     Amount { datagrams: datagrams(message).count() as u64, bytes: bytes as u64 }
-}
-
-/// What helps against an error of sendmmsg(2).
-#[derive(Debug)]
-enum Remedy {
-    /// Sending again: many an error was queued on the socket for an earlier datagram (ICMP says that
-    /// it was refused or found no way), and is off it now. Which ones, their numbers do not tell.
-    Again(io::Error),
-    /// Sending later.
-    Wait,
-    /// Sending the datagrams of the GSO batch one by one.
-    Single,
-}
-
-fn remedy(error: io::Error, is_gso: bool) -> Remedy {
-    match error.raw_os_error() {
-        Some(libc::EAGAIN) => Remedy::Wait,
-        // No checksum offload on the device; segments over its MTU; over the path's.
-        Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE) if is_gso => Remedy::Single,
-        // Before Linux 4.18 there are none.
-        Some(libc::ENOPROTOOPT | libc::EOPNOTSUPP) if is_gso => Remedy::Single,
-        _ => Remedy::Again(error),
-    }
 }
 
 /// Bytes that wait for one socket at the most; what comes then is lost, as in any full queue. There is
@@ -246,32 +248,32 @@ impl SendQueue {
         self.waiting.is_empty()
     }
 
-    /// Sends `messages` in order, behind what waits already, and keeps what there is no room for. Of what
-    /// counts as relayed in `tally`, it takes out what is not. `gso` says whether the path takes them,
-    /// as far as is known; `refused` gets the index of one that it does not take.
+    /// Sends `messages` in order, behind what waits already, and keeps what there is no room for. Of what counts as
+    /// relayed in `tally`, it takes out what is not. `gso` says whether the path takes them, as far as is known. Returns
+    /// the indexes of GSO batches that it does not take.
     pub(super) fn send(
         &mut self,
         socket: BorrowedFd<'_>,
         messages: &[Transmit<'_>],
         gso: bool,
         tally: &mut Tally,
-        refused: &mut dyn FnMut(usize),
-    ) {
-        if !self.waiting.is_empty() {
-            return messages.iter().for_each(|message| self.keep(message, tally));
+    ) -> ArrayVec<usize, BATCH> {
+        let Progress { messages: through, datagrams, refused } = if self.waiting.is_empty() {
+            send_all(socket, messages, gso, tally)
+        } else {
+            Progress::default()
+        };
+        let mut through_of_first = datagrams;
+        for message in &messages[through..] {
+            self.keep(message, mem::take(&mut through_of_first), tally);
         }
-        send_all(socket, messages, gso, &mut |outcome| match outcome {
-            SendOutcome::GsoRefused(index) => refused(index),
-            SendOutcome::Full(message) => self.keep(message, tally),
-            SendOutcome::Lost(message, error) => lose(message, error, tally),
-            SendOutcome::Earlier(error) => tally.lose(1, error),
-        });
+        refused
     }
 
-    /// Keeps the datagrams of `message`, as far as there is room.
-    fn keep(&mut self, message: &Transmit<'_>, tally: &mut Tally) {
-        tally.relayed -= amount_of(message);
-        for bytes in datagrams(message) {
+    /// Keeps the datagrams of `message` but the first `through`, as far as there is room.
+    fn keep(&mut self, message: &Transmit<'_>, through: usize, tally: &mut Tally) {
+        for bytes in datagrams(message).skip(through) {
+            tally.relayed -= Amount { datagrams: 1, bytes: bytes.len() as u64 };
             let cost = bytes.len() + OVERHEAD;
             if !self.room.take(cost, self.bytes) {
                 tally.overflow(1);
@@ -306,11 +308,11 @@ impl SendQueue {
     /// Sends what waits, as far as `socket` takes it. Returns `true` if nothing waits any more.
     pub(super) fn flush(&mut self, socket: BorrowedFd<'_>, tally: &mut Tally) -> bool {
         while !self.waiting.is_empty() {
-            let (gone, all) = self.send_front(socket, tally);
-            let gone: usize = self.waiting.drain(..gone).map(|waiting| waiting.cost()).sum();
-            self.bytes -= gone;
-            self.room.give_back(gone);
-            if !all {
+            let (through, count) = self.send_front(socket, tally);
+            let cost: usize = self.waiting.drain(..through).map(|waiting| waiting.cost()).sum();
+            self.bytes -= cost;
+            self.room.give_back(cost);
+            if through < count {
                 return false;
             }
         }
@@ -318,8 +320,8 @@ impl SendQueue {
         true
     }
 
-    /// Sends a batch of what waits: how many are through with, and whether those are all of it.
-    fn send_front(&self, socket: BorrowedFd<'_>, tally: &mut Tally) -> (usize, bool) {
+    /// Sends a batch of what waits. Returns how many of how many datagrams are through.
+    fn send_front(&self, socket: BorrowedFd<'_>, tally: &mut Tally) -> (usize, usize) {
         let front = || self.waiting.iter().take(BATCH);
         let payloads: ArrayVec<[IoSlice<'_>; 1], BATCH> =
             front().map(|waiting| [IoSlice::new(&waiting.bytes)]).collect();
@@ -335,17 +337,9 @@ impl SendQueue {
             })
             .collect();
         messages.iter().for_each(|message| tally.relayed += amount_of(message));
-        let mut left = 0;
-        let all = send_all(socket, &messages, false, &mut |outcome| match outcome {
-            SendOutcome::Full(message) => {
-                tally.relayed -= amount_of(message);
-                left += 1;
-            }
-            SendOutcome::Lost(message, error) => lose(message, error, tally),
-            SendOutcome::Earlier(error) => tally.lose(1, error),
-            SendOutcome::GsoRefused(_) => {}
-        });
-        (messages.len() - left, all)
+        let through = send_all(socket, &messages, false, tally).messages;
+        messages[through..].iter().for_each(|message| tally.relayed -= amount_of(message));
+        (through, messages.len())
     }
 }
 
@@ -359,6 +353,7 @@ fn lose(message: &Transmit<'_>, error: io::Error, tally: &mut Tally) {
 mod tests {
     use std::net::UdpSocket;
     use std::os::fd::AsFd;
+    use std::os::unix::net::UnixDatagram;
     use std::time::Duration;
 
     use proptest::prelude::*;
@@ -376,8 +371,13 @@ mod tests {
         (a, b)
     }
 
-    fn no_outcome(outcome: SendOutcome<'_, '_>) {
-        panic!("{outcome:?}");
+    /// Sends all of `messages`, of which none may be lost. Returns which GSO batches the path refused.
+    fn send_whole(socket: &UdpSocket, messages: &[Transmit<'_>], gso: bool) -> Vec<usize> {
+        let mut tally = Tally::default();
+        let progress = send_all(socket.as_fd(), messages, gso, &mut tally);
+        assert_eq!(progress.messages, messages.len());
+        assert_eq!(format!("{tally:?}"), format!("{:?}", Tally::default()), "nothing is lost");
+        progress.refused.to_vec()
     }
 
     fn transmit<'a>(payload: &'a [IoSlice<'a>], segment: Option<u16>) -> Transmit<'a> {
@@ -390,66 +390,53 @@ mod tests {
         let addr = b.local_addr().unwrap();
         drop(b);
         let payload = [IoSlice::new(b"first")];
-        assert!(send_all(a.as_fd(), &[transmit(&payload, None)], true, &mut no_outcome));
+        assert!(send_whole(&a, &[transmit(&payload, None)], true).is_empty());
         let b = UdpSocket::bind(addr).unwrap();
         b.set_read_timeout(Some(PATIENCE)).unwrap();
         let payload = [IoSlice::new(b"second")];
-        let mut earlier = 0;
-        assert!(send_all(a.as_fd(), &[transmit(&payload, None)], true, &mut |outcome| match outcome {
-            SendOutcome::Earlier(_) => earlier += 1,
-            other => panic!("{other:?}"),
-        }));
-        assert_eq!(earlier, 1);
+        let mut tally = Tally::default();
+        assert_eq!(send_all(a.as_fd(), &[transmit(&payload, None)], true, &mut tally).messages, 1);
+        let mut wanted = Tally::default();
+        wanted.lose(1, io::Error::from_raw_os_error(libc::ECONNREFUSED));
+        assert_eq!(format!("{tally:?}"), format!("{wanted:?}"), "the first one is lost");
         let mut buf = [0; 9];
         assert_eq!(b.recv(&mut buf).unwrap(), 6);
         assert_eq!(&buf[..6], b"second");
     }
 
     #[test]
-    fn a_train_that_the_path_refuses_goes_as_single_datagrams() {
+    fn a_gso_batch_that_the_path_refuses_goes_as_single_datagrams() {
         let (a, b) = pair();
         // Segments over the MTU of the loopback device: the kernel refuses to cut there.
         let (long, short) = (vec![1; 66_000 / 2], vec![2; 7]);
         let payload = [IoSlice::new(&long[..30_000]), IoSlice::new(&long[..30_000]), IoSlice::new(&short)];
-        let mut refused = None;
-        let too_long = Transmit { segment: Some(0xFFFF), ..transmit(&payload, None) };
-        assert!(send_all(
-            a.as_fd(),
-            &[Transmit { segment: Some(30_000), ..too_long }],
-            true,
-            &mut |outcome| {
-                match outcome {
-                    SendOutcome::GsoRefused(index) => refused = Some(index),
-                    other => panic!("{other:?}"),
-                }
-            }
-        ));
+        let refused = send_whole(&a, &[transmit(&payload, Some(30_000))], true);
         let mut buf = vec![0; 66_000];
         for wanted in [30_000, 30_000, 7] {
             assert_eq!(b.recv(&mut buf).unwrap(), wanted);
         }
         // Whether the device took the GSO batch is its business; what arrives is the same.
-        assert!(matches!(refused, None | Some(0)));
+        assert!(matches!(refused[..], [] | [0]));
     }
 
     #[test]
-    fn a_train_longer_than_a_batch_is_sent_singly_too() {
+    fn a_gso_batch_longer_than_a_batch_is_sent_singly_too() {
         let (a, b) = pair();
         let bytes = vec![5; 10 * (BATCH + 36)];
         let payload = [IoSlice::new(&bytes)];
-        assert!(send_singly(a.as_fd(), &transmit(&payload, Some(10)), &mut no_outcome));
+        assert_eq!(send_singly(a.as_fd(), &transmit(&payload, Some(10)), &mut Tally::default()), None);
         for _ in 0..BATCH + 36 {
             assert_eq!(b.recv(&mut [0; 20]).unwrap(), 10);
         }
     }
 
     #[test]
-    fn a_path_that_refused_a_train_is_not_asked_again() {
+    fn a_path_that_refused_a_gso_batch_is_not_asked_again() {
         let (a, b) = pair();
         let batch_of = [IoSlice::new(&[1; 10]), IoSlice::new(&[2; 10])];
         let single = [IoSlice::new(b"behind")];
         let messages = [transmit(&single, None), transmit(&batch_of, Some(10)), transmit(&single, None)];
-        assert!(send_all(a.as_fd(), &messages, false, &mut no_outcome));
+        assert!(send_whole(&a, &messages, false).is_empty());
         for wanted in [6, 10, 10, 6] {
             assert_eq!(b.recv(&mut [0; 30]).unwrap(), wanted);
         }
@@ -477,14 +464,63 @@ mod tests {
 
     #[test]
     fn errors_have_their_remedies() {
-        let of = |errno, is_gso| remedy(io::Error::from_raw_os_error(errno), is_gso);
-        assert!(matches!(of(libc::ECONNREFUSED, false), Remedy::Again(_)));
-        assert!(matches!(of(libc::EAGAIN, true), Remedy::Wait));
-        for errno in [libc::EIO, libc::EINVAL, libc::EMSGSIZE] {
-            assert!(matches!(of(errno, true), Remedy::Single));
-            assert!(matches!(of(errno, false), Remedy::Again(_)));
+        let of = |errno, is_gso| outcome_of(io::Error::from_raw_os_error(errno), is_gso, false);
+        assert!(matches!(of(libc::ECONNREFUSED, false), SendOutcome::Retry(_)));
+        assert!(matches!(of(libc::EAGAIN, true), SendOutcome::Full));
+        for errno in [libc::EIO, libc::EINVAL, libc::EMSGSIZE, libc::ENOPROTOOPT, libc::EOPNOTSUPP] {
+            assert!(matches!(of(errno, true), SendOutcome::Singly));
+            assert!(matches!(of(errno, false), SendOutcome::Retry(_)));
         }
-        assert!(matches!(of(libc::EHOSTUNREACH, true), Remedy::Again(_)));
+        assert!(matches!(of(libc::EHOSTUNREACH, true), SendOutcome::Retry(_)));
+        let last = outcome_of(io::Error::from_raw_os_error(libc::EHOSTUNREACH), true, true);
+        assert!(matches!(last, SendOutcome::Lost(_)));
+    }
+
+    /// Each try meets the same error, which is the message's own: it is lost once, and what follows is sent.
+    #[test]
+    fn a_message_that_can_never_be_sent_is_lost_and_does_not_stop_the_others() {
+        let (a, b) = pair();
+        let (too_long, short) = (vec![0; 65_508], [IoSlice::new(b"next")]);
+        let too_long = [IoSlice::new(&too_long)];
+        let messages = [transmit(&too_long, None), transmit(&short, None)];
+        let mut tally = Tally::default();
+        messages.iter().for_each(|message| tally.relayed += amount_of(message));
+        assert_eq!(send_all(a.as_fd(), &messages, true, &mut tally).messages, 2);
+        assert_eq!(tally.relayed, amount_of(&messages[1]));
+        let mut wanted = Tally { relayed: tally.relayed, ..Tally::default() };
+        wanted.lose(1, io::Error::from_raw_os_error(libc::EMSGSIZE));
+        assert_eq!(format!("{tally:?}"), format!("{wanted:?}"));
+        let mut buf = [0; 9];
+        assert_eq!(b.recv(&mut buf).unwrap(), 4);
+    }
+
+    /// A socket takes some datagrams of a GSO batch, and the rest waits: each arrives once, in order.
+    #[test]
+    fn what_a_full_socket_takes_of_a_batch_is_not_sent_again() {
+        const DATAGRAMS: usize = 50;
+
+        // Datagrams to a Unix socket block their sender, as those to a slow link do.
+        let (a, b) = UnixDatagram::pair().unwrap();
+        a.set_nonblocking(true).unwrap();
+        let bytes: Vec<u8> = (0..DATAGRAMS as u8).collect();
+        let payload = [IoSlice::new(&bytes)];
+        let gso_batch = transmit(&payload, Some(1));
+        let mut queue = SendQueue::new(Arc::default());
+        let mut tally = Tally { relayed: amount_of(&gso_batch), ..Tally::default() };
+        let refused = queue.send(a.as_fd(), &[gso_batch], false, &mut tally);
+        assert!(refused.is_empty(), "nobody tried");
+        assert!((1..DATAGRAMS).contains(&queue.len()), "{} wait", queue.len());
+        assert_eq!(tally.relayed.datagrams, (DATAGRAMS - queue.len()) as u64);
+        let mut received = Vec::new();
+        while received.len() < DATAGRAMS {
+            let mut buf = [0; 2];
+            assert_eq!(b.recv(&mut buf).unwrap(), 1);
+            received.push(buf[0]);
+            queue.flush(a.as_fd(), &mut tally);
+        }
+        assert_eq!(received, bytes);
+        assert_eq!(tally.relayed, amount_of(&gso_batch));
+        assert!(queue.is_empty());
     }
 
     #[test]
@@ -496,7 +532,7 @@ mod tests {
         let mut tally = Tally::default();
         for _ in 0..=kept {
             tally.relayed += amount_of(&transmit(&payload, None));
-            queue.keep(&transmit(&payload, None), &mut tally);
+            queue.keep(&transmit(&payload, None), 0, &mut tally);
         }
         assert_eq!(queue.len(), kept);
         let mut wanted = Tally::default();
@@ -514,7 +550,7 @@ mod tests {
         for _ in 0..100 {
             for queue in &mut queues {
                 tally.relayed += amount_of(&transmit(&payload, None));
-                queue.keep(&transmit(&payload, None), &mut tally);
+                queue.keep(&transmit(&payload, None), 0, &mut tally);
             }
         }
         let kept: Vec<usize> = queues.iter().map(SendQueue::len).collect();
@@ -564,7 +600,7 @@ mod tests {
             for size in &sizes {
                 let payload = [IoSlice::new(&bytes[..*size])];
                 tally.relayed += amount_of(&transmit(&payload, None));
-                queue.keep(&transmit(&payload, None), &mut tally);
+                queue.keep(&transmit(&payload, None), 0, &mut tally);
             }
             prop_assert_eq!(tally.relayed, Amount::default());
             prop_assert!(queue.flush(a.as_fd(), &mut tally));
@@ -578,7 +614,7 @@ mod tests {
         }
 
         #[test]
-        fn a_train_is_the_datagrams_it_was_made_of(count in 1..20_usize, size in 1..500_u16, last in 1..500_usize) {
+        fn a_gso_batch_is_the_datagrams_it_was_made_of(count in 1..20_usize, size in 1..500_u16, last in 1..500_usize) {
             let whole = vec![9; usize::from(size)];
             let tail = vec![8; last.min(usize::from(size))];
             let mut pieces: Vec<_> = (0..count).map(|_| IoSlice::new(&whole)).collect();
