@@ -30,6 +30,7 @@ mod requests;
 mod scopes;
 mod send;
 mod shares;
+mod slots;
 pub(crate) mod stale;
 mod table;
 mod tally;

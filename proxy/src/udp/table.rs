@@ -22,6 +22,8 @@ pub(super) use super::scopes::MappingId;
 use super::scopes::{
     FlowState, LinkStore, Links, SCOPES, ScopeKey, Scopes, Source, first_to_go, most_established,
 };
+pub(super) use super::slots::FlowId;
+use super::slots::Slots;
 
 /// A client that still sends after this long means it, even if nobody answers (syslog, metrics).
 const LASTING: Duration = Duration::from_secs(1);
@@ -29,30 +31,6 @@ const LASTING: Duration = Duration::from_secs(1);
 /// Traffic within this time of what was noted last is not noted again: it would change nothing that
 /// matters, and a flow's neighbours in its lists are not in the processor's cache.
 const GRAIN: Duration = Duration::from_millis(1);
-
-/// Names a flow while it exists. The generation tells it from a later flow in the same slot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct FlowId {
-    slot: u32,
-    generation: u32,
-}
-
-impl FlowId {
-    /// Generations of a slot before they repeat. The two highest bits of [`Self::to_u64`] stay clear.
-    const GENERATIONS: u32 = 1 << 30;
-
-    /// As one number, for the event loop.
-    pub(super) fn to_u64(self) -> u64 {
-        u64::from(self.generation) << 32 | u64::from(self.slot)
-    }
-
-    /// The reverse of [`Self::to_u64`].
-    pub(super) fn from_u64(number: u64) -> Self {
-        let [low, high] = [number & u64::from(u32::MAX), number >> 32];
-        let part = |number| u32::try_from(number).unwrap_or(u32::MAX);
-        Self { slot: part(low), generation: part(high) }
-    }
-}
 
 /// How many flows a mapping may have, and for how long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,15 +77,8 @@ pub(super) struct FlowTable<K, F> {
     established: usize,
     /// Keyed at random (SipHash): an attacker chooses the keys.
     index: HashMap<K, u32, RandomState>,
-    slots: Vec<Slot<K, F>>,
-    free: Vec<u32>,
+    slots: Slots<Used<K, F>>,
     scopes: Scopes,
-}
-
-#[derive(Debug)]
-struct Slot<K, F> {
-    generation: u32,
-    used: Option<Used<K, F>>,
 }
 
 #[derive(Debug)]
@@ -131,10 +102,9 @@ impl<K, F> Used<K, F> {
     }
 }
 
-impl<K, F> LinkStore for Vec<Slot<K, F>> {
+impl<K, F> LinkStore for Slots<Used<K, F>> {
     fn links(&mut self, slot: u32, which: usize) -> &mut Links {
-        let used = self[slot as usize].used.as_mut();
-        &mut used.expect("only slots in use are in the lists").links[which]
+        &mut self.at_mut(slot).expect("only slots in use are in the lists").links[which]
     }
 }
 
@@ -145,8 +115,7 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
             most,
             established: 0,
             index: HashMap::default(),
-            slots: Vec::new(),
-            free: Vec::new(),
+            slots: Slots::default(),
             scopes: Scopes::default(),
         }
     }
@@ -163,21 +132,17 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
 
     /// The flow with `key`.
     pub(super) fn find(&self, key: &K) -> Option<FlowId> {
-        let slot = *self.index.get(key)?;
-        Some(FlowId { slot, generation: self.slots[slot as usize].generation })
+        self.index.get(key).map(|slot| self.slots.id_of(*slot))
     }
 
     /// What the flow `id` consists of, unless it is over.
     pub(super) fn get(&self, id: FlowId) -> Option<(&K, &F)> {
-        let used = self.used(id)?;
-        Some((&used.key, &used.flow))
+        self.slots.get(id).map(|used| (&used.key, &used.flow))
     }
 
     /// As [`Self::get`], to change it.
     pub(super) fn get_mut(&mut self, id: FlowId) -> Option<(&K, &mut F)> {
-        let slot = self.slots.get_mut(id.slot as usize)?;
-        let used = slot.used.as_mut().filter(|_| slot.generation == id.generation)?;
-        Some((&used.key, &mut used.flow))
+        self.slots.get_mut(id).map(|used| (&used.key, &mut used.flow))
     }
 
     /// Some of the flows, `count` at the most: those from the place `first` on. None is behind them if it gives no next
@@ -187,15 +152,8 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
         first: usize,
         count: usize,
     ) -> (impl Iterator<Item = &mut F>, Option<usize>) {
-        let all = self.slots.len();
-        let links = first.min(all)..first.saturating_add(count).min(all);
-        let next = (links.end < all).then_some(links.end);
-        (self.slots[links].iter_mut().filter_map(|slot| Some(&mut slot.used.as_mut()?.flow)), next)
-    }
-
-    fn used(&self, id: FlowId) -> Option<&Used<K, F>> {
-        let slot = self.slots.get(id.slot as usize)?;
-        slot.used.as_ref().filter(|_| slot.generation == id.generation)
+        let (some, next) = self.slots.some_from(first, count);
+        (some.map(|used| &mut used.flow), next)
     }
 
     /// Whether another flow has to go before `source` may have one more.
@@ -236,10 +194,7 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
 
     /// The name that the next flow to be inserted will have.
     pub(super) fn next_id(&self) -> FlowId {
-        match self.free.last() {
-            Some(&slot) => FlowId { slot, generation: self.slots[slot as usize].generation },
-            None => FlowId { slot: to_slot(self.slots.len()), generation: 0 },
-        }
+        self.slots.next_id()
     }
 
     /// Adds a flow, for which [`Self::make_room`] was asked before. `key` must not be there yet.
@@ -250,24 +205,21 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
         flow: F,
         now: Instant,
     ) -> FlowId {
-        let id = self.next_id();
-        let slot = id.slot;
-        if self.free.pop().is_none() {
-            self.slots.push(Slot { generation: id.generation, used: None });
-        }
-        let previous = self.index.insert(key.clone(), slot);
-        debug_assert!(previous.is_none(), "a key names one flow");
-        self.slots[slot as usize].used = Some(Used {
-            key,
+        let links = self.enter(bounds, source);
+        let used = Used {
+            key: key.clone(),
             flow,
             source,
             opened: now,
             last_active: now,
             is_answered: false,
             state: FlowState::New,
-            links: self.enter(bounds, source),
-        });
-        self.link(slot);
+            links,
+        };
+        let id = self.slots.insert(used);
+        let previous = self.index.insert(key, id.slot);
+        debug_assert!(previous.is_none(), "a key names one flow");
+        self.link(id.slot);
         id
     }
 
@@ -283,13 +235,13 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
 
     /// Notes traffic: the flow is now the one idle for the shortest time.
     pub(super) fn touch(&mut self, id: FlowId, from: Side, now: Instant) {
-        let Some(used) = self.used(id) else { return };
+        let Some(used) = self.slots.get(id) else { return };
         let rises = used.is_established_by(from, now) && self.has_room_for_established(&used.links);
         let is_news = now.saturating_duration_since(used.last_active) >= GRAIN;
         if rises || is_news {
             self.unlink(id.slot);
         }
-        let Some(used) = &mut self.slots[id.slot as usize].used else { return };
+        let Some(used) = self.slots.at_mut(id.slot) else { return };
         used.is_answered |= from == Side::Backend;
         if rises {
             used.state = FlowState::Established;
@@ -302,11 +254,11 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
 
     /// Lets the timeout of the flow `id` begin anew, as if there had been traffic.
     pub(super) fn postpone(&mut self, id: FlowId, now: Instant) {
-        if self.used(id).is_none() {
+        if self.slots.get(id).is_none() {
             return;
         }
         self.unlink(id.slot);
-        if let Some(used) = &mut self.slots[id.slot as usize].used {
+        if let Some(used) = self.slots.at_mut(id.slot) {
             used.last_active = now;
         }
         self.link(id.slot);
@@ -322,7 +274,7 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
 
     /// Whether the flow `id` is there and established.
     pub(super) fn is_established(&self, id: FlowId) -> bool {
-        self.used(id).is_some_and(|used| used.state == FlowState::Established)
+        self.slots.get(id).is_some_and(|used| used.state == FlowState::Established)
     }
 
     /// Makes the flow `id` established, as if its client had gone on after an answer.
@@ -338,16 +290,15 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
             return;
         }
         let is_theirs = |used: &Used<K, F>| self.scopes.at(used.links[MAPPING].scope).key == mapping;
-        let used = (0..).zip(&self.slots).filter_map(|(slot, used)| Some((slot, used.used.as_ref()?)));
-        let theirs = used.filter(|(_slot, used)| is_theirs(used));
+        let theirs = self.slots.iter().filter(|(_slot, used)| is_theirs(used));
         let mut theirs: Vec<(Instant, u32)> = theirs.map(|(slot, used)| (used.last_active, slot)).collect();
         theirs.sort_unstable();
         for (_at, slot) in theirs {
             self.unlink(slot);
-            let Some(used) = &self.slots[slot as usize].used else { continue };
+            let Some(used) = self.slots.at(slot) else { continue };
             let (source, old) = (used.source, used.links);
             let links = self.enter(bounds, source);
-            if let Some(used) = &mut self.slots[slot as usize].used {
+            if let Some(used) = self.slots.at_mut(slot) {
                 (used.links, used.last_active) = (links, now);
             }
             self.link(slot);
@@ -384,15 +335,12 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
             self.active_at(*slot).is_some_and(|at| now.saturating_duration_since(at) >= *idle)
         };
         let (_idle, slot) = self.oldest().find(over)?;
-        Some(FlowId { slot, generation: self.slots[slot as usize].generation })
+        Some(self.slots.id_of(slot))
     }
 
     /// All flows, by name, with the time of their last traffic.
     pub(super) fn iter(&self) -> impl Iterator<Item = (FlowId, &K, Instant)> {
-        (0..).zip(&self.slots).filter_map(|(slot, Slot { generation, used })| {
-            let used = used.as_ref()?;
-            Some((FlowId { slot, generation: *generation }, &used.key, used.last_active))
-        })
+        self.slots.iter().map(|(slot, used)| (self.slots.id_of(slot), &used.key, used.last_active))
     }
 
     /// Takes the flow `id` out, unless it is over.
@@ -421,7 +369,7 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
     }
 
     fn active_at(&self, slot: u32) -> Option<Instant> {
-        self.slots[slot as usize].used.as_ref().map(|used| used.last_active)
+        self.slots.at(slot).map(|used| used.last_active)
     }
 
     /// Puts a slot in use at the newest end of its lists.
@@ -443,28 +391,21 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
     }
 
     fn links_of(&self, slot: u32) -> Option<([Links; SCOPES], FlowState)> {
-        self.slots[slot as usize].used.as_ref().map(|used| (used.links, used.state))
+        self.slots.at(slot).map(|used| (used.links, used.state))
     }
 
     fn remove_slot(&mut self, slot: u32) -> Ended<F> {
         self.unlink(slot);
-        let emptied = &mut self.slots[slot as usize];
-        emptied.generation = (emptied.generation + 1) % FlowId::GENERATIONS;
-        let Used { key, flow, last_active, links, .. } =
-            emptied.used.take().expect("only slots in use are in the lists");
+        let used = self.slots.remove(slot).expect("only slots in use are in the lists");
+        let Used { key, flow, last_active, links, .. } = used;
         self.index.remove(&key);
         links.iter().for_each(|links| self.scopes.leave(links.scope));
-        self.free.push(slot);
         Ended { flow, last_active }
     }
 }
 
 /// Which of a flow's scopes is that of its mapping.
 const MAPPING: usize = 1;
-
-fn to_slot(index: usize) -> u32 {
-    u32::try_from(index).expect("descriptors run out before slots do")
-}
 
 #[cfg(test)]
 mod tests {
