@@ -183,6 +183,15 @@ impl Listeners {
         !self.closing.is_empty()
     }
 
+    /// When the next one on its way out goes, if its flows are quiet until then and nothing makes room for what waits.
+    pub(super) fn next_to_close(&self, quiet: Duration) -> Option<Instant> {
+        let goes = |listener: &Listener| {
+            let when_quiet = listener.queue.is_empty().then(|| listener.last_active + quiet);
+            when_quiet.into_iter().chain(listener.closing).min()
+        };
+        self.closing.iter().filter_map(|number| goes(self.slots[*number].as_ref()?)).min()
+    }
+
     /// Those on their way out whose flows have been quiet for as long as `quiet`, or that have been for too
     /// long.
     pub(super) fn quiet(&self, now: Instant, quiet: Duration) -> HashSet<usize> {

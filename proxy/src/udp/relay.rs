@@ -190,11 +190,10 @@ impl UdpRelay {
         // While something waits, whatever makes room wakes us.
         let may_end = self.draining && !self.has_waiting();
         let quiet = self.table.last_active().filter(|_| may_end).map(|at| at + QUIET);
-        let closing = self.listeners.are_closing().then(|| Instant::now() + QUIET);
         let next = [
             self.table.next_expiry(),
             quiet,
-            closing,
+            self.listeners.next_to_close(QUIET),
             self.buffers.next_look,
             self.client_sockets.deadline(),
         ];
