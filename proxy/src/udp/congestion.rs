@@ -223,6 +223,8 @@ impl UdpRelay {
 
     /// No flow has this socket any more: the listener has what waits, and what the client will send.
     pub(super) fn retire(&mut self, mut socket: ClientSocket) {
+        // Until it is closed, nothing is done about it, so that what is reported would be so again and again.
+        self.poll.epoll().delete(socket.as_fd()).ok();
         if let Err(error) = socket.disconnect() {
             debug!(%error, "a client's socket stays connected until it is closed");
         }

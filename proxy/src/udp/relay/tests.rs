@@ -1,7 +1,7 @@
 //! The relay as a whole, in this process. The test makes each of its turns, so that nothing depends on time, and a socket
 //! that would be reported for ever is found.
 
-use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixDatagram;
 
@@ -755,4 +755,49 @@ fn an_answer_that_nobody_has_read_is_counted_as_lost_when_its_flow_ends() {
 fn wait_until_readable(socket: &OwnedFd) {
     let mut wanted = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
     assert_eq!(poll(&mut wanted, PollTimeout::try_from(PATIENCE).unwrap()).unwrap(), 1);
+}
+
+#[test]
+fn a_listener_that_is_shut_down_is_closed_without_any_traffic() {
+    for end in [Shutdown::Read, Shutdown::Both] {
+        let mut scene = Scene::new(Limits::default());
+        let port = Arc::new(scene.set.add(socket()).unwrap());
+        scene.serve_port(&port, &scene.target.clone());
+        // It is not connected, and is shut down all the same (inet_shutdown in net/ipv4/af_inet.c).
+        SockRef::from(&port.as_fd()).shutdown(end).unwrap_err();
+        scene.settle();
+        assert!(scene.relay.listeners.get_mut(port.number()).is_none());
+        assert!(scene.relay.failed.is_none(), "there is another one");
+        SockRef::from(&scene.port.as_fd()).shutdown(end).unwrap_err();
+        scene.settle();
+        assert!(scene.relay.failed.is_some());
+    }
+}
+
+#[test]
+fn a_flow_whose_sockets_are_shut_down_ends_or_does_without() {
+    let mut scene = Scene::new(Limits::default());
+    let client = scene.client();
+    client.send(b"hello").unwrap();
+    let (_hello, flow) = scene.at_backend();
+    let id = scene.flow(&client).unwrap();
+    assert!(scene.relay.give_client_socket(id));
+    let socket_of = |scene: &mut Scene| {
+        let (_key, flow) = scene.relay.table.get_mut(id).unwrap();
+        flow.client_socket.as_ref().map(|socket| socket.as_fd().try_clone_to_owned().unwrap())
+    };
+    let towards_client = socket_of(&mut scene).unwrap();
+    SockRef::from(&towards_client).shutdown(Shutdown::Read).unwrap();
+    scene.settle();
+    assert!(socket_of(&mut scene).is_none());
+    client.send(b"question").unwrap();
+    assert_eq!(scene.at_backend(), (b"question".to_vec(), flow));
+
+    let towards_backend = scene.relay.table.get(id).unwrap().1.socket();
+    SockRef::from(&towards_backend).shutdown(Shutdown::Read).unwrap();
+    scene.settle();
+    assert!(scene.relay.table.get(id).is_none());
+    client.send(b"again").unwrap();
+    let (bytes, next) = scene.at_backend();
+    assert!(bytes == b"again" && next != flow, "the next datagram opens another flow");
 }

@@ -3,6 +3,7 @@
 use std::thread;
 use std::time::Duration;
 
+use serde_json::json;
 use testkit::backend::TcpBackend;
 use testkit::controlled::{Controlled, mapping};
 use testkit::docker_proxy::{self, DockerProxy, Status};
@@ -20,6 +21,7 @@ pub(crate) fn cases() -> Vec<Case> {
     vec![
         case("who is idle makes no call", makes_none),
         case("a proxy of dockerd that is idle makes no call", of_dockerd_makes_none),
+        case("a mapping that is full makes no call", full_makes_none),
     ]
 }
 
@@ -64,4 +66,19 @@ fn of_dockerd_makes_none() {
     proxies.iter().for_each(|proxy| assert_makes_none(&proxy.process));
     assert_eq!(client::ask(front, b"hello").unwrap(), b"hello");
     udp::assert_echoes(&udp::client(front.ip()), front, b"question");
+}
+
+fn full_makes_none() {
+    let backend = TcpBackend::echo();
+    let proxy = Controlled::start(&[]);
+    let front = client::own_address();
+    let mut web = mapping("web", "tcp", front, backend.address());
+    web["limits"] = json!({ "max_connections": 1 });
+    proxy.apply(&[web]).success();
+    let served = client::connect(front);
+    client::ping(&served);
+    let waiting = client::connect(front);
+    assert_makes_none(&proxy.process);
+    drop(served);
+    client::ping(&waiting);
 }
