@@ -95,13 +95,18 @@ async fn serve(front: &TcpListener, target: &Arc<Target>) -> Outcome {
     relay(&client, &backend, &guard).await
 }
 
-/// Writes until nothing more is taken, and returns how many bytes were.
-fn fill(mut stream: &TcpStream) -> u64 {
+/// What is written at once: so little is copied, and so much is spliced if there is a lot from the start.
+const LITTLE: usize = 1000;
+const MUCH: usize = 64 * 1024;
+
+/// Writes this much at a time until nothing more is taken, and returns how many bytes were.
+fn fill(mut stream: &TcpStream, size: usize) -> u64 {
+    let bytes = vec![7; size];
     stream.set_nonblocking(true).unwrap();
     let mut taken = 0;
     let mut in_vain = 0;
     while in_vain < ATTEMPTS {
-        match stream.write(&[7; 64 * 1024]) {
+        match stream.write(&bytes) {
             Ok(written) => (taken, in_vain) = (taken + written as u64, 0),
             Err(error) => {
                 assert_eq!(error.kind(), ErrorKind::WouldBlock);
@@ -185,7 +190,7 @@ fn what_a_backend_sent_before_its_reset_arrives() {
         Limits::default(),
         |client| client,
         move |mut client, backend| {
-            fill(&backend);
+            fill(&backend, LITTLE);
             reset(backend);
             let mut received = 0;
             let error = loop {
@@ -210,12 +215,12 @@ fn what_waits_for_a_slow_peer_arrives_whole() {
         let (sent, is_sent) = mpsc::channel();
         let before = sent.clone();
         let prepare = move |client: TcpStream| {
-            before.send(if is_filled { fill(&client) } else { 0 }).unwrap();
+            before.send(if is_filled { fill(&client, MUCH) } else { 0 }).unwrap();
             client
         };
         let relayed = relayed(Limits::default(), prepare, move |client, mut backend| {
             // All buffers are full before the backend reads.
-            sent.send(fill(&client)).unwrap();
+            sent.send(fill(&client, if is_filled { MUCH } else { LITTLE })).unwrap();
             client.shutdown(Shutdown::Write).unwrap();
             let received = io::copy(&mut backend, &mut io::sink()).unwrap();
             assert_eq!(received, is_sent.try_iter().sum::<u64>());
@@ -231,12 +236,12 @@ fn a_backend_that_resets_while_bytes_wait_for_it_resets_the_client() {
     for is_filled in [false, true] {
         let prepare = move |client: TcpStream| {
             if is_filled {
-                fill(&client);
+                fill(&client, MUCH);
             }
             client
         };
-        let relayed = relayed(Limits::default(), prepare, |client, backend| {
-            fill(&client);
+        let relayed = relayed(Limits::default(), prepare, move |client, backend| {
+            fill(&client, if is_filled { MUCH } else { LITTLE });
             reset(backend);
             assert_reset(&client);
         });
@@ -250,7 +255,7 @@ fn a_client_that_resets_while_bytes_wait_for_it_resets_the_backend() {
         Limits::default(),
         |client| client,
         |client, backend| {
-            fill(&backend);
+            fill(&backend, LITTLE);
             reset(client);
             assert_reset(&backend);
         },
@@ -263,12 +268,12 @@ fn a_client_that_resets_while_its_own_bytes_wait_resets_the_backend() {
     for is_filled in [false, true] {
         let prepare = move |client: TcpStream| {
             if is_filled {
-                fill(&client);
+                fill(&client, MUCH);
             }
             client
         };
-        let relayed = relayed(Limits::default(), prepare, |client, backend| {
-            fill(&client);
+        let relayed = relayed(Limits::default(), prepare, move |client, backend| {
+            fill(&client, if is_filled { MUCH } else { LITTLE });
             reset(client);
             // It does not read before: nothing more can be delivered.
             let failed = || SockRef::from(&backend).take_error().unwrap().is_some();
