@@ -64,7 +64,25 @@ fn relayed(
     client: impl FnOnce(TcpStream) -> TcpStream,
     play: impl FnOnce(TcpStream, TcpStream) + Send + 'static,
 ) -> Relayed {
-    let (front, back) = (listener(), listener());
+    relayed_from(listener(), limits, client, play)
+}
+
+/// Where clients connect to. A source that holds little never fills the copy buffer: what it sends is always copied.
+fn front(holds_little: bool) -> TcpListener {
+    let front = listener();
+    if holds_little {
+        SockRef::from(&front).set_recv_buffer_size(8 * 1024).unwrap();
+    }
+    front
+}
+
+fn relayed_from(
+    front: TcpListener,
+    limits: Limits,
+    client: impl FnOnce(TcpStream) -> TcpStream,
+    play: impl FnOnce(TcpStream, TcpStream) + Send + 'static,
+) -> Relayed {
+    let back = listener();
     set_stream_options(&SockRef::from(&front)).unwrap();
     let address = back.local_addr().unwrap().to_string();
     let host = front.local_addr().unwrap().to_string().parse().unwrap();
@@ -95,7 +113,7 @@ async fn serve(front: &TcpListener, target: &Arc<Target>) -> Outcome {
     relay(&client, &backend, &guard).await
 }
 
-/// What is written at once: so little is copied, and so much is spliced if there is a lot from the start.
+/// What is written at once. Much is spliced, if there is a lot of it from the start.
 const LITTLE: usize = 1000;
 const MUCH: usize = 64 * 1024;
 
@@ -210,7 +228,6 @@ fn what_a_backend_sent_before_its_reset_arrives() {
 
 #[test]
 fn what_waits_for_a_slow_peer_arrives_whole() {
-    // Copied, and spliced if there is a lot from the start.
     for is_filled in [false, true] {
         let (sent, is_sent) = mpsc::channel();
         let before = sent.clone();
@@ -218,13 +235,14 @@ fn what_waits_for_a_slow_peer_arrives_whole() {
             before.send(if is_filled { fill(&client, MUCH) } else { 0 }).unwrap();
             client
         };
-        let relayed = relayed(Limits::default(), prepare, move |client, mut backend| {
-            // All buffers are full before the backend reads.
-            sent.send(fill(&client, if is_filled { MUCH } else { LITTLE })).unwrap();
-            client.shutdown(Shutdown::Write).unwrap();
-            let received = io::copy(&mut backend, &mut io::sink()).unwrap();
-            assert_eq!(received, is_sent.try_iter().sum::<u64>());
-        });
+        let relayed =
+            relayed_from(front(!is_filled), Limits::default(), prepare, move |client, mut backend| {
+                // All buffers are full before the backend reads.
+                sent.send(fill(&client, if is_filled { MUCH } else { LITTLE })).unwrap();
+                client.shutdown(Shutdown::Write).unwrap();
+                let received = io::copy(&mut backend, &mut io::sink()).unwrap();
+                assert_eq!(received, is_sent.try_iter().sum::<u64>());
+            });
         assert!(relayed.outcome.failure.is_none(), "{:?}", relayed.outcome);
         assert!(relayed.outcome.to_backend > 0);
     }
@@ -232,7 +250,6 @@ fn what_waits_for_a_slow_peer_arrives_whole() {
 
 #[test]
 fn a_backend_that_resets_while_bytes_wait_for_it_resets_the_client() {
-    // Copied, and spliced if there is a lot from the start.
     for is_filled in [false, true] {
         let prepare = move |client: TcpStream| {
             if is_filled {
@@ -240,7 +257,7 @@ fn a_backend_that_resets_while_bytes_wait_for_it_resets_the_client() {
             }
             client
         };
-        let relayed = relayed(Limits::default(), prepare, move |client, backend| {
+        let relayed = relayed_from(front(!is_filled), Limits::default(), prepare, move |client, backend| {
             fill(&client, if is_filled { MUCH } else { LITTLE });
             reset(backend);
             assert_reset(&client);
@@ -272,7 +289,7 @@ fn a_client_that_resets_while_its_own_bytes_wait_resets_the_backend() {
             }
             client
         };
-        let relayed = relayed(Limits::default(), prepare, move |client, backend| {
+        let relayed = relayed_from(front(!is_filled), Limits::default(), prepare, move |client, backend| {
             fill(&client, if is_filled { MUCH } else { LITTLE });
             reset(client);
             // It does not read before: nothing more can be delivered.
