@@ -1,4 +1,4 @@
-//! The addresses of the host on which a port is published.
+//! The host addresses on which a port is published.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv6Addr};
@@ -9,22 +9,22 @@ use serde::{Deserialize, Serialize};
 use crate::addr::serde_as_text;
 use crate::name::IfName;
 
-/// The addresses of the host on which a port is published.
+/// The host addresses on which a port is published.
 ///
-/// Its text forms, in the state file too, are `*`, `10.0.0.11`, `[fd00::1]` and `[fe80::1%eth0]`. An interface is kept
-/// by its name, since its index is another one after a reboot.
+/// Its text forms, also in the state file, are `*`, `10.0.0.11`, `[fd00::1]` and `[fe80::1%eth0]`. An interface is
+/// stored by name, because its index may differ after a reboot.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum HostIp {
     /// Every address, IPv4 and IPv6.
     Any,
-    /// One address; an unspecified one means every address of its family.
+    /// One address, or the wildcard of a family.
     Ip(IpAddr),
-    /// An address of the scope of one link, and the interface to that link (RFC 4007).
+    /// A link-local address and its interface (RFC 4007).
     Scoped(Ipv6Addr, IfName),
 }
 
 impl HostIp {
-    /// Whether one packet could be meant for both.
+    /// Whether a packet can match both.
     #[must_use]
     pub fn overlaps(self, other: Self) -> bool {
         let (Some(a), Some(b)) = (self.ip(), other.ip()) else {
@@ -33,7 +33,7 @@ impl HostIp {
         self == other || (a.is_ipv4() == b.is_ipv4() && (a.is_unspecified() || b.is_unspecified()))
     }
 
-    /// The address without its interface, if it is one.
+    /// The single address without its interface, if it is one.
     #[must_use]
     pub fn ip(self) -> Option<IpAddr> {
         match self {
@@ -43,7 +43,7 @@ impl HostIp {
         }
     }
 
-    /// Whether it is an IPv6 address, and so without IPv4 clients.
+    /// Whether it is an IPv6 address, which has no IPv4 clients.
     #[must_use]
     pub fn is_ipv6(self) -> bool {
         self.ip().is_some_and(|ip| ip.is_ipv6())

@@ -3,12 +3,12 @@
 use nix::net::if_::{if_nameindex, if_nametoindex};
 use rproxy_mapping::interfaces::Interfaces;
 
-/// Those of the network namespace that this process is in.
+/// The interfaces of this process's network namespace.
 #[derive(Debug, Clone, Copy)]
 pub struct HostInterfaces;
 
 impl HostInterfaces {
-    /// The name of the interface with `index`, if there is one.
+    /// The name of the interface with `index`, if it exists.
     #[must_use]
     pub fn name_of(self, index: u32) -> Option<String> {
         let all = if_nameindex().ok()?;

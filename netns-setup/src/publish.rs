@@ -1,4 +1,4 @@
-//! The ports that `-p` and `--expose` ask for, one by one.
+//! Expands `-p` and `--expose` into single ports.
 
 use std::net::IpAddr;
 use std::str::FromStr;
@@ -12,19 +12,19 @@ use crate::host_ip::HostIp;
 use crate::interfaces::HostInterfaces;
 use crate::name::NameError;
 
-/// Which host port one container port is to have.
+/// The requested host port of a container port.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum HostPort {
-    /// Any that is free.
+    /// Any free port.
     Random,
-    /// The first of these that is free.
+    /// The first free port of this range.
     FirstFreeOf(PortRange),
-    /// This one.
+    /// This port.
     Exactly(u16),
 }
 
 impl HostPort {
-    /// Whether a mapping at `port` fulfils the request; `random` if that port was nobody's choice.
+    /// Whether a mapping at `port` satisfies the request. `random` says that the port was chosen at random.
     #[must_use]
     pub fn admits(self, port: u16, random: bool) -> bool {
         match self {
@@ -35,20 +35,20 @@ impl HostPort {
     }
 }
 
-/// One container port to be published.
+/// A container port to publish.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct PortRequest {
     /// The transport protocol.
     pub proto: Protocol,
-    /// Where on the host.
+    /// The host addresses.
     pub host: HostIp,
-    /// At which port there.
+    /// The requested host port.
     pub host_port: HostPort,
-    /// The port in the container.
+    /// The container port.
     pub container_port: u16,
 }
 
-/// One `-p` argument: the grammar is that of [`PublishSpec`], with a host address of this host.
+/// A `-p` argument: the grammar of [`PublishSpec`], with a host address of this host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Publication {
     host: HostIp,
@@ -56,7 +56,7 @@ pub struct Publication {
 }
 
 impl Publication {
-    /// The ports it asks for, one by one, those of TCP first.
+    /// The single ports, TCP first.
     pub fn requests(self) -> impl Iterator<Item = PortRequest> {
         let Self { host, spec: PublishSpec { host_ports, ports, protocols, .. } } = self;
         protocols.iter().flat_map(move |proto| {
@@ -85,7 +85,7 @@ impl FromStr for Publication {
     }
 }
 
-/// The address by which the state file knows `host`.
+/// The state file's representation of `host`.
 fn host_ip(host: ScopedIp) -> Result<HostIp, String> {
     match host.ip() {
         IpAddr::V6(ip) if ip.is_unicast_link_local() || ip.is_multicast() && host.zone() != 0 => {
@@ -98,7 +98,7 @@ fn host_ip(host: ScopedIp) -> Result<HostIp, String> {
     }
 }
 
-/// The ports that are exposed, one by one, those of TCP first.
+/// The single exposed ports, TCP first.
 pub fn exposed(ExposedPorts { ports, protocols }: ExposedPorts) -> impl Iterator<Item = (u16, Protocol)> {
     protocols.iter().flat_map(move |proto| ports.iter().map(move |port| (port, proto)))
 }

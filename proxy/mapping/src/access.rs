@@ -4,28 +4,28 @@ use std::net::IpAddr;
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 
-/// Networks whose clients are served, and networks whose clients are not.
+/// Networks whose clients are served, and networks whose clients are refused.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AccessList {
-    /// Only clients from these networks are served; if there are none, all clients are.
+    /// If not empty, only clients from these networks are served.
     pub allow: Vec<IpNet>,
-    /// Clients from these networks are not served, whatever `allow` says.
+    /// Clients from these networks are refused, even if `allow` contains them.
     pub deny: Vec<IpNet>,
 }
 
 impl AccessList {
-    /// Whether it lets everybody in, so that no client needs to be looked at.
+    /// Whether all clients are allowed, so that none has to be checked.
     pub fn is_open(&self) -> bool {
         self.allow.is_empty() && self.deny.is_empty()
     }
 
-    /// Whether a client at `ip` is served. An IPv4-mapped address counts as the IPv4 address: that is
-    /// how IPv4 clients of a dual-stack socket appear.
+    /// Whether a client at `ip` is served. An IPv4-mapped address counts as the IPv4 address, because IPv4 clients of a
+    /// dual-stack socket appear in that form.
     pub fn admits(&self, ip: IpAddr) -> bool {
         self.refusal(ip).is_none()
     }
 
-    /// Why a client at `ip` is not served, if it is not.
+    /// Why a client at `ip` is refused, if it is.
     pub fn refusal(&self, ip: IpAddr) -> Option<&'static str> {
         if self.is_open() {
             return None;
@@ -39,11 +39,11 @@ impl AccessList {
     }
 }
 
-/// Parses a network: `10.0.0.0/8`, `fd00::/8`, or one address. One of IPv4-mapped addresses, such as
-/// `::ffff:10.0.0.0/104`, becomes the IPv4 network that it stands for.
+/// Parses a network: `10.0.0.0/8`, `fd00::/8`, or a single address. A network of IPv4-mapped addresses, such as
+/// `::ffff:10.0.0.0/104`, becomes the corresponding IPv4 network.
 ///
 /// # Errors
-/// A message that says what would work.
+/// A message that suggests a valid form.
 pub fn parse_network(text: &str) -> Result<IpNet, String> {
     if let Ok(ip) = text.parse::<IpAddr>() {
         return Ok(ip.to_canonical().into());
@@ -58,7 +58,7 @@ pub fn parse_network(text: &str) -> Result<IpNet, String> {
     Ok(network)
 }
 
-/// The IPv4 network that one of IPv4-mapped addresses stands for: their first 96 bits are the same (RFC 4291,
+/// The IPv4 network that corresponds to a network of IPv4-mapped addresses, whose first 96 bits are fixed (RFC 4291,
 /// section 2.5.5.2).
 fn canonical(network: IpNet) -> IpNet {
     const MAPPED: u8 = 96;

@@ -31,19 +31,19 @@ impl fmt::Display for Protocol {
 /// The transport protocols of a mapping: one, or both at the same ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Protocols {
-    /// One of them.
+    /// One protocol.
     One(Protocol),
-    /// TCP and UDP, written `tcp+udp`, as a DNS server wants it.
+    /// TCP and UDP, written `tcp+udp`, as DNS servers need.
     Both,
 }
 
 impl Protocols {
-    /// The protocols one by one.
+    /// The protocols in order, TCP first.
     pub fn iter(self) -> impl Iterator<Item = Protocol> {
         [Protocol::Tcp, Protocol::Udp].into_iter().filter(move |protocol| self.contains(*protocol))
     }
 
-    /// Whether `protocol` is among them.
+    /// Whether `protocol` is included.
     pub fn contains(self, protocol: Protocol) -> bool {
         self == Self::Both || self == Self::One(protocol)
     }
@@ -71,15 +71,15 @@ impl FromStr for Protocols {
     }
 }
 
-/// A protocol that is not relayed.
+/// The name of a protocol that is not supported.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("'{0}' is not a protocol that is relayed; write tcp, udp or tcp+udp")]
 pub struct ProtocolError(String);
 
-/// An IP address; a link-local IPv6 one with the interface that it is on (its zone, RFC 4007).
+/// An IP address. A link-local IPv6 address includes its interface (its zone, RFC 4007).
 ///
-/// Its text forms are `10.0.0.11`, `[fd00::1]`, `fd00::1` and `[fe80::1%eth0]`. An IPv4-mapped IPv6
-/// address becomes the IPv4 address that it stands for.
+/// Its text forms are `10.0.0.11`, `[fd00::1]`, `fd00::1` and `[fe80::1%eth0]`. An IPv4-mapped IPv6 address becomes the
+/// IPv4 address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ScopedIp {
     ip: IpAddr,
@@ -87,7 +87,7 @@ pub struct ScopedIp {
 }
 
 impl ScopedIp {
-    /// Every address of the machine, IPv4 and IPv6: what one dual-stack socket listens on.
+    /// Every address of the machine, IPv4 and IPv6, as one dual-stack socket listens on.
     pub const ANY: Self = Self { ip: IpAddr::V6(Ipv6Addr::UNSPECIFIED), zone: 0 };
     /// Every IPv4 address of the machine.
     pub const ANY_V4: Self = Self { ip: IpAddr::V4(Ipv4Addr::UNSPECIFIED), zone: 0 };
@@ -97,12 +97,12 @@ impl ScopedIp {
         self.ip
     }
 
-    /// The index of its interface, or 0 if it has none.
+    /// The index of its interface, or 0 without one.
     pub fn zone(self) -> u32 {
         self.zone
     }
 
-    /// This address at `port`.
+    /// The socket address of this address and `port`.
     pub fn at(self, port: u16) -> SocketAddr {
         match self.ip {
             IpAddr::V4(ip) => (ip, port).into(),
@@ -110,7 +110,8 @@ impl ScopedIp {
         }
     }
 
-    /// Refuses an address that clients cannot connect to. Datagrams can be sent to groups and broadcast addresses.
+    /// Refuses an address that clients cannot connect to. Multicast and broadcast addresses are valid, because
+    /// datagrams can be sent to them.
     ///
     /// # Errors
     /// [`AddrError::NoClient`]
@@ -123,7 +124,7 @@ impl ScopedIp {
         if protocols.contains(Protocol::Tcp) { Err(AddrError::NoClient(self, kind)) } else { Ok(()) }
     }
 
-    /// Whether it stands for all addresses of its family, or of both.
+    /// Whether it is a wildcard, of one family or of both.
     pub fn is_wildcard(self) -> bool {
         self.ip.is_unspecified()
     }
@@ -157,10 +158,10 @@ impl fmt::Display for ScopedIp {
 }
 
 impl ScopedIp {
-    /// Reads any of the text forms, with interfaces by index or by their names among `interfaces`.
+    /// Parses any of the text forms. Interfaces are indexes, or names among `interfaces`.
     ///
     /// # Errors
-    /// [`AddrError`], if it is no address, or a link-local one without an interface that is there.
+    /// [`AddrError`] for an invalid address, or a link-local one without an existing interface.
     pub fn parse(text: &str, interfaces: &dyn Interfaces) -> Result<Self, AddrError> {
         let bare = match text.strip_prefix('[') {
             Some(rest) => rest.strip_suffix(']').ok_or_else(|| AddrError::BadAddress(text.to_owned()))?,
@@ -170,7 +171,8 @@ impl ScopedIp {
     }
 }
 
-/// Reads what [`Display`](fmt::Display) writes: interfaces by index. [`ScopedIp::parse`] knows their names, too.
+/// Parses what [`Display`](fmt::Display) writes, with interfaces as indexes. [`ScopedIp::parse`] also accepts their
+/// names.
 impl FromStr for ScopedIp {
     type Err = AddrError;
 
@@ -181,13 +183,13 @@ impl FromStr for ScopedIp {
 
 /// The address and port that clients connect to; port 0 asks the kernel for a free one.
 ///
-/// Its text forms are `0.0.0.0:80`, `[::]:80`, and netstat's `:::80`. An IPv4-mapped IPv6 address
-/// becomes the IPv4 address that it stands for.
+/// Its text forms are `0.0.0.0:80`, `[::]:80`, and netstat's `:::80`. An IPv4-mapped IPv6 address becomes the IPv4
+/// address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct HostSocketAddr(SocketAddr);
 
 impl HostSocketAddr {
-    /// The host address made of `ip` and `port`.
+    /// The host address with `ip` and `port`.
     pub fn new(ip: impl Into<ScopedIp>, port: u16) -> Self {
         Self(ip.into().at(port))
     }
@@ -210,24 +212,23 @@ impl fmt::Display for HostSocketAddr {
     }
 }
 
-/// The address and port that connections and datagrams are forwarded to, the container's.
+/// The backend's address and port, to which connections and datagrams are forwarded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct BackendAddr(SocketAddr);
 
 impl BackendAddr {
-    /// The backend address made of `ip` and `port`.
+    /// The backend address with `ip` and `port`.
     ///
     /// # Errors
-    /// [`AddrError::ZeroPort`]: nothing can be reached on port 0.
+    /// [`AddrError::ZeroPort`], because port 0 cannot be reached.
     pub fn new(ip: impl Into<ScopedIp>, port: u16) -> Result<Self, AddrError> {
         Self::try_from(ip.into().at(port))
     }
 
-    /// The backend at `addr`, which has to be the address of one machine.
+    /// The backend at `addr`, which must be the address of one machine.
     ///
     /// # Errors
-    /// [`AddrError::NoOne`] for an address that stands for all of a machine's, and those of
-    /// [`BackendAddr::new`] and [`BackendAddr::of_one`].
+    /// [`AddrError::NoOne`] for a wildcard address, and the errors of [`BackendAddr::new`] and [`BackendAddr::of_one`].
     pub fn reachable(addr: SocketAddr) -> Result<Self, AddrError> {
         let backend = Self::try_from(addr)?.of_one()?;
         match backend.0.ip() {
@@ -237,8 +238,8 @@ impl BackendAddr {
         }
     }
 
-    /// This one, unless its address is that of many machines. No answer would ever come from it: members of a
-    /// group answer from their own addresses, which a connected socket does not hear.
+    /// Returns this address, unless it is a multicast or broadcast address. Replies would never come from such an
+    /// address: the members of a group reply from their own addresses, and a connected socket does not receive those.
     ///
     /// # Errors
     /// [`AddrError::Broadcast`] and [`AddrError::Group`]
@@ -278,34 +279,34 @@ impl fmt::Display for BackendAddr {
     }
 }
 
-/// Why a text is not an address and port; the message says what would work.
+/// Why a text is not an address and port. The message suggests a valid form.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum AddrError {
-    /// There is nothing at all.
+    /// The text is empty.
     #[error("it is empty; write an address and a port, as in 172.17.0.2:80")]
     Empty,
-    /// There is an address but no port.
+    /// An address without a port.
     #[error("the port is missing; write it as {0}:80")]
     MissingPort(ScopedIp),
-    /// There are ports to listen on but no address.
+    /// Ports to listen on, without an address.
     #[error("the address is missing; write 0.0.0.0:{0}, or [::]:{0} for IPv6 too")]
     NoHostAddress(String),
-    /// A star for all addresses.
+    /// A `*` for all addresses.
     #[error("'*' is not an IP address; for all addresses write 0.0.0.0:{0}, or [::]:{0} for IPv6 too")]
     Star(String),
-    /// There are ports of a backend but no address.
+    /// Ports of a backend, without an address.
     #[error("the address is missing; write the backend's too, as in 172.17.0.2:{0}")]
     NoBackendAddress(PortRange),
-    /// The ports are none.
+    /// The ports are invalid.
     #[error(transparent)]
     Port(#[from] PortError),
-    /// Port 0 where a real one is needed.
+    /// Port 0 where a fixed port is required.
     #[error("port 0 cannot be forwarded to; write the port that the backend listens on")]
     ZeroPort,
-    /// The host part is no IP address.
+    /// The host part is not an IP address.
     #[error("'{0}' is not an IP address; write one in its place, such as 127.0.0.1 or [::1]")]
     BadAddress(String),
-    /// An IPv6 address without brackets, which may or may not end in a port.
+    /// An IPv6 address without brackets, whose last group may be a port.
     #[error("an IPv6 address needs brackets before its port; write {ip}:{ports}")]
     Unbracketed {
         /// The address, if the last group is the port.
@@ -313,23 +314,23 @@ pub enum AddrError {
         /// The last group.
         ports: String,
     },
-    /// A link-local address, of which each interface may have one.
+    /// A link-local address without an interface; each interface may have this address.
     #[error("{ip} is a link-local address: on which interface? write {example}; `ip link` lists them")]
     NoZone {
         /// The address.
         ip: Ipv6Addr,
-        /// How it is written with an interface that this machine has.
+        /// The address with an interface of this machine.
         example: String,
     },
-    /// An address that stands for many where one is needed.
+    /// A wildcard address where a single one is required.
     #[error(
         "{0} is where one listens, not the address of a backend; write {1} in its place, for this machine"
     )]
     NoOne(&'static str, &'static str),
-    /// An address that listens to nobody's connections.
+    /// An address that clients cannot connect to.
     #[error("{0} is {1}, to which no client can connect; write an address of this machine, or udp")]
     NoClient(ScopedIp, &'static str),
-    /// The address of all machines of a network.
+    /// A broadcast address.
     #[error("{0} is a broadcast address, from which no answer comes; write that of one machine")]
     Broadcast(ScopedIp),
     /// A multicast address.
@@ -337,13 +338,13 @@ pub enum AddrError {
         "{0} is the address of a group (multicast), from which no answer comes; write that of one machine"
     )]
     Group(ScopedIp),
-    /// The part after `%` names no interface.
+    /// The part after `%` is not the name of an interface.
     #[error("'{0}' is not a network interface of this machine; `ip link` lists them")]
     NoSuchInterface(String),
 }
 
 impl AddrError {
-    /// The same about an address that `ports` follow.
+    /// The same error for an address that is followed by `ports`.
     pub fn before_ports(self, ports: &str) -> Self {
         match self {
             Self::NoZone { ip, example } => Self::NoZone { ip, example: format!("{example}:{ports}") },
@@ -352,7 +353,7 @@ impl AddrError {
     }
 }
 
-/// Parses an address without brackets, for IPv6 link-local addresses with its `%interface`.
+/// Parses an address without brackets, including IPv6 link-local addresses with `%interface`.
 fn parse_ip(address: &str, interfaces: &dyn Interfaces) -> Result<SocketAddr, AddrError> {
     let bad_address = || AddrError::BadAddress(address.to_owned());
     let Some((ip, interface)) = address.split_once('%') else {
@@ -372,13 +373,13 @@ fn parse_ip(address: &str, interfaces: &dyn Interfaces) -> Result<SocketAddr, Ad
     Ok(SocketAddrV6::new(ip, 0, 0, scope).into())
 }
 
-/// The wildcard of an address's family.
+/// The wildcard of the family of an address.
 pub fn wildcard_of(ip: IpAddr) -> IpAddr {
     if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() }
 }
 
-/// IPv4-mapped addresses as IPv4: an IPv6 socket with `IPV6_V6ONLY` cannot bind or reach them, and people know the
-/// IPv4 clients of a dual-stack socket by their own addresses.
+/// Converts IPv4-mapped addresses to IPv4: an IPv6 socket with `IPV6_V6ONLY` can neither bind nor reach them, and users
+/// know the IPv4 clients of a dual-stack socket by their IPv4 addresses.
 pub fn canonical(addr: SocketAddr) -> SocketAddr {
     match addr.ip().to_canonical() {
         IpAddr::V4(ip) => SocketAddr::new(ip.into(), addr.port()),

@@ -1,11 +1,11 @@
-//! Code points of Differentiated Services, by which networks tell apart what is urgent.
+//! Code points of Differentiated Services (DSCP), by which networks prioritise traffic.
 
 use std::fmt;
 use std::str::FromStr;
 
 /// Code points with names: class selectors (RFC 2474, section 4.2.2), assured forwarding (RFC 2597, section 6),
-/// expedited forwarding (RFC 3246, section 2.7), voice admit (RFC 5865), lower effort (RFC 8622), and the default
-/// (RFC 4594). Where one has two names, the first is written.
+/// expedited forwarding (RFC 3246, section 2.7), voice admit (RFC 5865), lower effort (RFC 8622), and the default (RFC
+/// 4594). If a code point has two names, the first is written.
 const NAMES: [(&str, u8); 24] = [
     ("CS0", 0),
     ("CS1", 8),
@@ -33,13 +33,13 @@ const NAMES: [(&str, u8); 24] = [
     ("DF", 0),
 ];
 
-/// A Differentiated Services code point (RFC 2474): the upper six bits of the traffic class byte of IPv6, and of the
-/// byte that was the type of service in IPv4. The lower two are for congestion (ECN, RFC 3168).
+/// A Differentiated Services code point (RFC 2474): the upper six bits of the IPv6 traffic class byte, and of the
+/// former IPv4 type of service byte. The lower two bits are for congestion (ECN, RFC 3168).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Dscp(u8);
 
 impl Dscp {
-    /// The six bits, from 0 to 63.
+    /// The value, from 0 to 63.
     pub fn bits(self) -> u8 {
         self.0
     }
@@ -71,13 +71,13 @@ impl FromStr for Dscp {
     }
 }
 
-/// A text that is no code point.
+/// Why a text is not a code point.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DscpError {
-    /// It is neither a number that one can have nor a name.
+    /// Neither a number from 0 to 63 nor a name.
     #[error("not a code point; write a number from 0 to 63 or a name such as EF, AF41 or CS1")]
     Unknown,
-    /// It is what other programs take: the byte of which the code point is a part.
+    /// The whole byte, as other programs expect it; the code point is its upper six bits.
     #[error(
         "more than 63; it looks like a whole traffic class byte, whose code point is {0}; \
          write {0} or a name such as EF, AF41 or CS1"

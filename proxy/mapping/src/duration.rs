@@ -1,17 +1,17 @@
-//! Durations as people write them, on the command line and in files alike.
+//! Durations as users write them, on the command line and in files.
 
 use std::time::Duration;
 
-/// How a limit is written that there is not.
+/// The text for a limit that is not set.
 pub const UNLIMITED: &str = "unlimited";
 
-/// Deadlines further away than this are a slip of the finger, and in the end overflow the clock.
+/// A longer duration is almost certainly a mistake, and could overflow the clock.
 const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
 
-/// Parses `10`, in seconds, or a number with a unit.
+/// Parses a number of seconds, such as `10`, or a number with a unit.
 ///
 /// # Errors
-/// A message that says what would work.
+/// A message that suggests a valid form.
 pub fn parse(text: &str) -> Result<Duration, String> {
     if let Ok(seconds) = text.parse() {
         return Ok(Duration::from_secs(seconds));
@@ -20,10 +20,10 @@ pub fn parse(text: &str) -> Result<Duration, String> {
         .map_err(|_err| "not a duration; write one such as 10s, 500ms or 2m".to_owned())
 }
 
-/// Parses a duration that bounds something: more than zero, and no year.
+/// Parses a limit: more than zero and at most a year.
 ///
 /// # Errors
-/// A message that says what would work.
+/// A message that suggests a valid form.
 pub fn parse_limit(text: &str) -> Result<Duration, String> {
     match parse(text)? {
         Duration::ZERO => Err("everything would be over at once; write one such as 90s".to_owned()),
@@ -32,10 +32,10 @@ pub fn parse_limit(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// Parses a duration that bounds something, or [`UNLIMITED`].
+/// Parses a limit, or [`UNLIMITED`].
 ///
 /// # Errors
-/// A message that says what would work.
+/// A message that suggests a valid form.
 pub fn parse_optional_limit(text: &str) -> Result<Option<Duration>, String> {
     if text == UNLIMITED {
         return Ok(None);
@@ -43,7 +43,7 @@ pub fn parse_optional_limit(text: &str) -> Result<Option<Duration>, String> {
     parse_limit(text).map(Some).map_err(|message| format!("{message}, or '{UNLIMITED}'"))
 }
 
-/// Writes what [`parse_optional_limit`] reads.
+/// Writes a limit in the form that [`parse_optional_limit`] reads.
 pub fn format_limit(limit: Option<Duration>) -> String {
     limit.map_or_else(|| UNLIMITED.to_owned(), |limit| humantime::format_duration(limit).to_string())
 }

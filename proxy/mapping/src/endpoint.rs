@@ -1,4 +1,4 @@
-//! `ADDRESS:PORTS`, as people write where a mapping listens and where it leads to.
+//! `ADDRESS:PORTS`: where a mapping listens, and its backend.
 
 use std::fmt;
 use std::net::Ipv6Addr;
@@ -8,22 +8,22 @@ use crate::addr::{AddrError, BackendAddr, HostSocketAddr, ScopedIp};
 use crate::interfaces::{Interfaces, NoInterfaces};
 use crate::ports::PortRange;
 
-/// Where a mapping listens: `0.0.0.0:80`, `[::]:8000-8010`, netstat's `:::80`; random ports as `127.0.0.1:0`.
+/// Where a mapping listens: `0.0.0.0:80`, `[::]:8000-8010`, netstat's `:::80`; `127.0.0.1:0` for random ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HostSpec {
     /// The address that clients connect to.
     pub ip: ScopedIp,
-    /// The ports that clients connect to; random ones unless there are some.
+    /// The ports that clients connect to; `None` for random ones.
     pub ports: Option<PortRange>,
 }
 
 impl HostSpec {
-    /// Whether it asks for `port` of `ip`.
+    /// Whether it requests `port` of `ip`.
     pub fn contains(&self, ip: ScopedIp, port: u16) -> bool {
         self.ip == ip && self.ports.is_none_or(|ports| ports.contains(port))
     }
 
-    /// Reads any of the text forms, with interfaces by index or by their names among `interfaces`.
+    /// Parses any of the text forms. Interfaces are indexes, or names among `interfaces`.
     ///
     /// # Errors
     /// [`AddrError`], which names the part at fault.
@@ -54,7 +54,8 @@ impl fmt::Display for HostSpec {
     }
 }
 
-/// Reads what [`Display`](fmt::Display) writes: interfaces by index. [`HostSpec::parse`] knows their names, too.
+/// Parses what [`Display`](fmt::Display) writes, with interfaces as indexes. [`HostSpec::parse`] also accepts their
+/// names.
 impl FromStr for HostSpec {
     type Err = AddrError;
 
@@ -77,7 +78,7 @@ impl FromStr for HostSocketAddr {
     }
 }
 
-/// Where a mapping leads to: `172.17.0.2:80`, `[fd00::2]:8000-8010`.
+/// The backend of a mapping: `172.17.0.2:80`, `[fd00::2]:8000-8010`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BackendSpec {
     /// The address of the backend.
@@ -93,7 +94,7 @@ impl fmt::Display for BackendSpec {
 }
 
 impl BackendSpec {
-    /// Reads any of the text forms, with interfaces by index or by their names among `interfaces`.
+    /// Parses any of the text forms. Interfaces are indexes, or names among `interfaces`.
     ///
     /// # Errors
     /// [`AddrError`], which names the part at fault.
@@ -111,7 +112,8 @@ impl BackendSpec {
     }
 }
 
-/// Reads what [`Display`](fmt::Display) writes: interfaces by index. [`BackendSpec::parse`] knows their names, too.
+/// Parses what [`Display`](fmt::Display) writes, with interfaces as indexes. [`BackendSpec::parse`] also accepts their
+/// names.
 impl FromStr for BackendSpec {
     type Err = AddrError;
 
@@ -133,7 +135,7 @@ impl FromStr for BackendAddr {
     }
 }
 
-/// What a text consists of; the ports are still to be parsed.
+/// The parts of a text; the ports are not parsed yet.
 enum Parts<'a> {
     Both(ScopedIp, &'a str),
     Address(ScopedIp),
@@ -151,7 +153,7 @@ impl<'a> Parts<'a> {
             (address, None | Some("")) => Ok(Self::Address(parse_address(address, "80", interfaces)?)),
             (address, Some(ports)) => {
                 let ip = parse_address(address, ports, interfaces)?;
-                // Without brackets, an IPv6 address may or may not end in a port.
+                // Without brackets, the last group of an IPv6 address may be a port.
                 let is_ambiguous = text.parse::<Ipv6Addr>().is_ok();
                 if is_ambiguous {
                     Err(AddrError::Unbracketed { ip, ports: ports.to_owned() })
@@ -167,7 +169,7 @@ fn parse_address(text: &str, ports: &str, interfaces: &dyn Interfaces) -> Result
     ScopedIp::parse(text, interfaces).map_err(|error| error.before_ports(ports))
 }
 
-/// Splits `[ADDRESS]:PORTS`; the brackets stay.
+/// Splits `[ADDRESS]:PORTS` and keeps the brackets.
 fn split_brackets(text: &str) -> (&str, Option<&str>) {
     match text.find(']') {
         Some(end) => (&text[..=end], text[end + 1..].strip_prefix(':')),
@@ -175,7 +177,7 @@ fn split_brackets(text: &str) -> (&str, Option<&str>) {
     }
 }
 
-/// Splits `ADDRESS:PORTS` without brackets. netstat's `:::80` is unmistakable, `::80` an address.
+/// Splits `ADDRESS:PORTS` without brackets. netstat's `:::80` is unambiguous; `::80` is an address.
 fn split_bare(text: &str) -> (&str, Option<&str>) {
     match text.rsplit_once(':') {
         Some((address, _last))

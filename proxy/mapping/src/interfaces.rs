@@ -1,18 +1,18 @@
-//! The network interfaces that link-local addresses are on.
+//! The network interfaces of link-local addresses.
 
 /// Finds network interfaces by name.
 ///
-/// A link-local address needs the index of its interface (RFC 4007, section 11), and people write its name. This
-/// crate does no I/O, so whoever reads such text says which interfaces there are.
+/// A link-local address needs the index of its interface (RFC 4007, section 11), but users write its name. This crate
+/// does no I/O, so the caller of a parser passes in the existing interfaces.
 pub trait Interfaces {
     /// The index of the interface `name`, if there is one.
     fn index_of(&self, name: &str) -> Option<u32>;
 
-    /// The name of an interface for hints, if possible one that leads to other machines.
+    /// The name of an interface for hints, preferably one that leads to other machines.
     fn example(&self) -> Option<String>;
 }
 
-/// No interfaces: zones are read as the indexes that [`Display`](std::fmt::Display) writes.
+/// No interfaces: zones are parsed as indexes, as [`Display`](std::fmt::Display) writes them.
 #[derive(Clone, Copy, Debug)]
 pub struct NoInterfaces;
 

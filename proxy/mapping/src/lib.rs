@@ -1,11 +1,11 @@
-//! The vocabulary of published ports: addresses, ports, Docker's `-p`, mappings and what bounds them, in the forms
-//! that people and programs write.
+//! The vocabulary of published ports: addresses, ports, Docker's `-p`, mappings and their limits, with their text and
+//! JSON forms.
 //!
-//! This crate does no I/O. What depends on the machine (the indexes of interfaces, whether there is IPv6) is passed in.
+//! This crate does no I/O. What depends on the machine (the indexes of interfaces, the availability of IPv6) is passed
+//! in.
 //!
-//! A [`Mapping`] is host ports, and the backend ports that they stand for.
-//! A range of ports is one mapping, with one name and one set of limits. [`Mapping::port_mappings`] shows
-//! it port by port, as [`PortMapping`]s.
+//! A [`Mapping`] relates host ports to backend ports. A range of ports is one mapping, with one name and one set of
+//! limits; [`Mapping::port_mappings`] iterates over its single ports as [`PortMapping`]s.
 
 pub mod access;
 pub mod addr;
@@ -29,10 +29,9 @@ use crate::limits::Limits;
 use crate::name::Name;
 use crate::ports::PortRange;
 
-/// What is published where.
+/// Host ports and the backend ports to which they are forwarded.
 ///
-/// Its text form is that of `-p`, with everything written out: `[::]:8080:80/tcp`. The address of the
-/// backend is no part of it.
+/// Its text form is that of `-p` with all parts: `[::]:8080:80/tcp`. It does not contain the backend's address.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mapping {
     name: Option<Name>,
@@ -45,22 +44,22 @@ pub struct Mapping {
     limits: Limits,
 }
 
-/// The host ports of a mapping, as they were asked for.
+/// The host ports of a mapping, as requested.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum HostPorts {
-    /// These, one for each port of the backend, in order.
+    /// One host port for each backend port, in order.
     Exactly(PortRange),
-    /// The first of these that is free, for the one port of the backend.
+    /// The first free port of the range, for a single backend port.
     FirstFree(PortRange),
-    /// For each port of the backend a random one of [`PortRange::EPHEMERAL`].
+    /// A random port of [`PortRange::EPHEMERAL`] for each backend port.
     Random,
 }
 
 impl HostPorts {
-    /// Those that `range` asks for, random ones without it, for the `backend` ports.
+    /// The ports of `range`, or random ones without it, for the `backend` ports.
     ///
     /// # Errors
-    /// [`MappingError::Lengths`] if there are several backend ports, and not as many host ports.
+    /// [`MappingError::Lengths`] if there are several backend ports and a different number of host ports.
     pub fn new(range: Option<PortRange>, backend: PortRange) -> Result<Self, MappingError> {
         match range {
             None => Ok(Self::Random),
@@ -70,7 +69,7 @@ impl HostPorts {
         }
     }
 
-    /// The ports asked for, if any are.
+    /// The requested ports, unless they are random.
     pub fn range(self) -> Option<PortRange> {
         match self {
             Self::Exactly(range) | Self::FirstFree(range) => Some(range),
@@ -78,7 +77,7 @@ impl HostPorts {
         }
     }
 
-    /// How much choice there is, for ordering: what has less is bound first, so that its ports are still free.
+    /// The number of alternatives, for ordering: mappings with fewer are bound first, while their ports are still free.
     pub fn freedom(self) -> u8 {
         match self {
             Self::Exactly(_) => 0,
@@ -89,12 +88,12 @@ impl HostPorts {
 }
 
 impl Mapping {
-    /// Maps `host_ports` of `host` to `backend_ports` of `backend`; without host ports, random ones.
-    /// Several host ports for one port of the backend are those that the first free one is taken from.
+    /// Maps `host_ports` of `host` to `backend_ports` of `backend`. Without host ports, they are random. If there are
+    /// several host ports for one backend port, the first free one is used.
     ///
     /// # Errors
-    /// [`MappingError`] if the ranges do not fit, if nobody can connect to the host address, or if no one answers at
-    /// the address of the backend.
+    /// [`MappingError`] if the ranges do not fit, if clients cannot connect to the host address, or if the backend's
+    /// address is not that of one machine.
     pub fn new(
         protocols: Protocols,
         (host, host_ports): (ScopedIp, Option<PortRange>),
@@ -107,10 +106,10 @@ impl Mapping {
         Ok(Self { name: None, protocols, host, host_ports, backend, backend_ports, v6only: false, limits })
     }
 
-    /// Leaves IPv4 clients out of an IPv6 wildcard (`IPV6_V6ONLY`, ipv6(7)).
+    /// Excludes IPv4 clients from an IPv6 wildcard (`IPV6_V6ONLY`, ipv6(7)).
     ///
     /// # Errors
-    /// [`MappingError::V6Only`] on any other host address, which has either no IPv4 clients or no others.
+    /// [`MappingError::V6Only`] for any other host address, for which this has no meaning.
     pub fn v6only(mut self) -> Result<Self, MappingError> {
         if self.host != ScopedIp::ANY {
             return Err(MappingError::V6Only(self.host));
@@ -119,22 +118,22 @@ impl Mapping {
         Ok(self)
     }
 
-    /// Returns the mapping a name in place of the one that follows from its ports. One that does follow is none: a
-    /// mapping that was listed is the same one.
+    /// Returns the mapping with a name other than its default one. The default name counts as no name, so that a
+    /// mapping equals itself as listed.
     #[must_use]
     pub fn named(mut self, name: Name) -> Self {
         self.name = Some(name).filter(|name| *name != Name::of(&self));
         self
     }
 
-    /// Returns the mapping limits in place of the default ones.
+    /// Returns the mapping with these limits.
     #[must_use]
     pub fn limited(mut self, limits: Limits) -> Self {
         self.limits = limits;
         self
     }
 
-    /// The same mapping to another backend.
+    /// Returns the mapping with another backend.
     ///
     /// # Errors
     /// Those of [`Mapping::new`].
@@ -144,17 +143,17 @@ impl Mapping {
         Ok(Self { name: self.name.clone(), v6only: self.v6only, limits: self.limits.clone(), ..retargeted })
     }
 
-    /// The name given to it, or else its [default name](Name::of).
+    /// Its explicit name, or its [default name](Name::of).
     pub fn name(&self) -> Name {
         self.name.clone().unwrap_or_else(|| Name::of(self))
     }
 
-    /// The name given to it.
+    /// Its explicit name.
     pub fn given_name(&self) -> Option<&Name> {
         self.name.as_ref()
     }
 
-    /// The transport protocols, the same on both sides.
+    /// The transport protocols, the same for host and backend.
     pub fn protocols(&self) -> Protocols {
         self.protocols
     }
@@ -169,32 +168,32 @@ impl Mapping {
         self.host_ports
     }
 
-    /// The address that clients end up at.
+    /// The backend's address.
     pub fn backend(&self) -> ScopedIp {
         self.backend
     }
 
-    /// The ports that clients end up at.
+    /// The backend's ports.
     pub fn backend_ports(&self) -> PortRange {
         self.backend_ports
     }
 
-    /// Whether an IPv6 wildcard leaves IPv4 clients out.
+    /// Whether an IPv6 wildcard excludes IPv4 clients.
     pub fn is_v6only(&self) -> bool {
         self.v6only
     }
 
-    /// What bounds its connections and flows.
+    /// The limits of its connections and flows.
     pub fn limits(&self) -> &Limits {
         &self.limits
     }
 
-    /// How many sockets it listens on.
+    /// The number of sockets it listens on.
     pub fn sockets(&self) -> usize {
         self.backend_ports.count() * self.protocols.iter().count()
     }
 
-    /// Its ports one by one, TCP first. The host port is 0 where it is yet to be chosen.
+    /// Its single ports, TCP first. The host port is 0 if it is not chosen yet.
     pub fn port_mappings(&self) -> impl Iterator<Item = PortMapping> {
         self.protocols.iter().flat_map(move |protocol| {
             let ports = self.backend_ports.iter().enumerate();
@@ -202,7 +201,7 @@ impl Mapping {
         })
     }
 
-    /// One port of it: `host_port`, whichever was chosen, to `backend_port`.
+    /// One port of the mapping, from the chosen `host_port` to `backend_port`.
     pub fn port_mapping(&self, protocol: Protocol, host_port: u16, backend_port: u16) -> PortMapping {
         PortMapping {
             protocol,
@@ -212,7 +211,7 @@ impl Mapping {
         }
     }
 
-    /// The host port for the port of the backend at `index`, or 0 if it is yet to be chosen.
+    /// The host port for the backend port at `index`, or 0 if it is not chosen yet.
     fn exact_port(&self, index: usize) -> u16 {
         match self.host_ports {
             HostPorts::Exactly(range) => range.iter().nth(index).unwrap_or(0),
@@ -231,7 +230,7 @@ impl fmt::Display for Mapping {
     }
 }
 
-/// Why there is no such mapping; the message says what would work.
+/// Why a mapping is not valid. The message suggests a correction.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MappingError {
     /// Ranges of different lengths.
@@ -245,27 +244,27 @@ pub enum MappingError {
         /// The backend ports.
         backend: PortRange,
     },
-    /// The host has no address that can be connected to.
+    /// Clients cannot connect to the host address.
     #[error(transparent)]
     Host(AddrError),
-    /// The backend has no address that can be connected to.
+    /// The backend's address is not that of one machine.
     #[error(transparent)]
     Backend(#[from] AddrError),
-    /// `v6only` where it means nothing.
+    /// `v6only` with an address for which it has no meaning.
     #[error("{0} has no IPv4 clients to leave out; v6only is for [::]")]
     V6Only(ScopedIp),
 }
 
-/// One port of a mapping, as one socket serves it.
+/// One port of a mapping, as served by one socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PortMapping {
-    /// The transport protocol, the same on both sides.
+    /// The transport protocol, the same for host and backend.
     pub protocol: Protocol,
-    /// Where clients connect.
+    /// The address that clients connect to.
     pub host: HostSocketAddr,
-    /// Where they end up.
+    /// The backend.
     pub backend: BackendAddr,
-    /// Whether an IPv6 wildcard leaves IPv4 clients out (`IPV6_V6ONLY`, ipv6(7)).
+    /// Whether an IPv6 wildcard excludes IPv4 clients (`IPV6_V6ONLY`, ipv6(7)).
     pub v6only: bool,
 }
 

@@ -1,4 +1,4 @@
-//! What bounds the connections and flows of a mapping, and how they are served.
+//! The limits of a mapping's connections and flows, and other options of serving them.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,32 +7,33 @@ use std::time::Duration;
 use crate::access::AccessList;
 use crate::dscp::Dscp;
 
-/// What bounds the connections and flows of a mapping, who may have some, and what else holds for them.
+/// The limits of a mapping's connections and flows, the clients that it serves, and other options.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// How long the backend may take to answer a connection attempt; `None` leaves it to the kernel
-    /// (`tcp_syn_retries`, about two minutes).
+    /// The maximum time for the backend to accept a connection; `None` leaves it to the kernel (`tcp_syn_retries`,
+    /// about two minutes).
     pub connect_timeout: Option<Duration>,
-    /// A TCP connection is cut when neither side has sent anything for this long; `None` for never.
+    /// A TCP connection is reset after this long without data in either direction; `None` for never.
     pub idle_timeout: Option<Duration>,
-    /// TCP connections at a time; `None` for as many as descriptors allow, two each.
+    /// The maximum number of concurrent TCP connections; `None` for as many as descriptors allow, two each.
     pub max_connections: Option<usize>,
-    /// What happens to a connection beyond `max_connections`.
+    /// How to treat a connection beyond `max_connections`.
     pub on_limit: OnLimit,
-    /// A UDP flow is over when neither side has sent anything for this long.
+    /// A UDP flow expires after this long without a datagram in either direction.
     pub udp_timeout: Duration,
-    /// UDP flows at a time; `None` for as many as descriptors allow: one each, and one more while the listener is full.
+    /// The maximum number of UDP flows; `None` for as many as descriptors allow: one each, and one more while the
+    /// listener is congested.
     pub udp_max_flows: Option<usize>,
-    /// UDP flows at a time from one source, an IPv4 address or the /64 of an IPv6 one; `None` for
-    /// three quarters of all.
+    /// The maximum number of UDP flows from one source, an IPv4 address or an IPv6 /64; `None` for three quarters of
+    /// all.
     pub udp_max_flows_per_source: Option<usize>,
-    /// Whether answers come from any port of the backend's address, as those of TFTP servers do (RFC 1350, section 4).
-    /// What follows goes to the port that answered last.
+    /// Whether to accept replies from any port of the backend's address, as TFTP servers need (RFC 1350, section 4).
+    /// The client's next datagrams then go to the port that replied last.
     pub udp_any_port: bool,
-    /// The code point of what is sent, both ways; `None` passes on that of datagrams, and leaves connections the
-    /// default one.
+    /// The code point to send with in both directions. `None` keeps that of each datagram, and the default for
+    /// connections.
     pub dscp: Option<Dscp>,
-    /// The clients that are served. Others are reset, and their datagrams dropped.
+    /// The clients to serve. Connections of others are reset, and their datagrams are dropped.
     pub access: AccessList,
 }
 
@@ -43,7 +44,7 @@ impl Default for Limits {
             idle_timeout: None,
             max_connections: None,
             on_limit: OnLimit::Wait,
-            // As docker-proxy (moby, cmd/docker-proxy/udp_proxy_linux.go).
+            // The default of docker-proxy (moby, cmd/docker-proxy/udp_proxy_linux.go).
             udp_timeout: Duration::from_secs(90),
             udp_max_flows: None,
             udp_max_flows_per_source: None,
@@ -54,13 +55,13 @@ impl Default for Limits {
     }
 }
 
-/// What happens to a connection beyond the most that a mapping may have.
+/// How to treat a connection beyond the maximum of a mapping.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnLimit {
-    /// It waits in the backlog of the listener until another one ends.
+    /// It waits in the listener's backlog until another one ends.
     #[default]
     Wait,
-    /// It is accepted and reset, so that its client can go elsewhere.
+    /// It is accepted and reset, so that its client can use another server.
     Reset,
 }
 
@@ -81,7 +82,7 @@ impl FromStr for OnLimit {
     }
 }
 
-/// A text that says nothing about connections beyond the limit.
+/// Why a text is not a value of [`OnLimit`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("write \"wait\" or \"reset\"")]
 pub struct OnLimitError;

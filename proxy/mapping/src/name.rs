@@ -1,4 +1,4 @@
-//! The names of mappings, for people and for the control socket.
+//! The names of mappings, for users and for the control socket.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,17 +7,17 @@ use std::sync::Arc;
 use crate::addr::ScopedIp;
 use crate::{HostPorts, Mapping};
 
-/// The most bytes of a name: more than any default name has.
+/// The maximum length of a name in bytes, larger than that of any default name.
 const LONGEST: usize = 128;
 
-/// A name that can be written in a table, a log line or a shell without quotes.
+/// A name that needs no quotes in a table, a log line or a shell.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Name(Arc<str>);
 
 impl Name {
-    /// The name of a mapping to which none was given. It follows from where clients connect:
-    /// `8080/tcp` on all addresses, `10.0.0.11:8080/tcp` on one. Where the port is yet to be chosen,
-    /// the port of the backend tells mappings apart: `random:80/tcp`, `8000-8010:80/tcp`.
+    /// The default name of a mapping, derived from where clients connect: `8080/tcp` on all addresses,
+    /// `10.0.0.11:8080/tcp` on one. If the host port is not chosen yet, the backend port distinguishes mappings:
+    /// `random:80/tcp`, `8000-8010:80/tcp`.
     pub fn of(mapping: &Mapping) -> Self {
         let host = match mapping.host() {
             ScopedIp::ANY if !mapping.is_v6only() => String::new(),
@@ -56,7 +56,7 @@ impl FromStr for Name {
     }
 }
 
-/// A text that is no name.
+/// Why a text is not a name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{0:?} is not a name; write 1 to 128 letters, digits or any of ._:/+%#@[]-, not '-' first")]
 pub struct NameError(String);

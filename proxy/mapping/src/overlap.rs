@@ -1,4 +1,4 @@
-//! Mappings that want the same port of the same address.
+//! Detects mappings that claim the same port of the same address.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -7,21 +7,21 @@ use crate::addr::{Protocol, Protocols, ScopedIp};
 use crate::ports::PortRange;
 use crate::{HostPorts, Mapping, PortMapping};
 
-/// Two mappings of one set that cannot both be bound.
+/// Two mappings of a set that cannot both be bound.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Overlap {
-    /// The index of the one that comes first.
+    /// The index of the earlier mapping.
     pub first: usize,
-    /// The index of the one that is in its way.
+    /// The index of the conflicting mapping.
     pub second: usize,
-    /// The lowest port that both want.
+    /// The lowest port that both claim.
     pub port: u16,
 }
 
-/// The overlaps within a set of mappings, by their indices, at least one for each mapping that takes
-/// part in some. Ports that are yet to be chosen overlap nothing.
+/// The overlaps within a set of mappings, by their indexes, at least one for each mapping that is part of any. Ports
+/// that are not chosen yet do not overlap.
 ///
-/// The time is that of sorting, since a set has tens of thousands of mappings, at as many addresses.
+/// It takes O(n log n), because a set may have tens of thousands of mappings at as many addresses.
 pub fn overlaps<'a>(mappings: impl IntoIterator<Item = &'a Mapping>) -> Vec<Overlap> {
     let mut taken: HashMap<(Protocol, BindScope), Vec<Wanted>> = HashMap::new();
     for (index, mapping) in mappings.into_iter().enumerate() {
@@ -55,7 +55,7 @@ pub fn overlaps<'a>(mappings: impl IntoIterator<Item = &'a Mapping>) -> Vec<Over
     found
 }
 
-/// Whether two ports, of one number and protocol, cannot both be bound.
+/// Whether two bindings of the same port and protocol exclude each other.
 pub fn exclude_each_other(one: &PortMapping, other: &PortMapping) -> bool {
     let place = |port_mapping: &PortMapping| {
         BindScope::of(port_mapping.host.socket_addr().into(), port_mapping.v6only)
@@ -64,28 +64,28 @@ pub fn exclude_each_other(one: &PortMapping, other: &PortMapping) -> bool {
     one == other || one.covered_by().contains(&other) || other.covered_by().contains(&one)
 }
 
-/// Ports, and the index of the mapping that wants them.
+/// Ports, and the index of the mapping that claims them.
 type Wanted = (PortRange, usize);
 
 fn sort(wanted: &mut [Wanted]) {
     wanted.sort_by_key(|(range, index)| (range.first(), *index));
 }
 
-/// Where a mapping listens.
+/// The addresses on which a mapping listens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum BindScope {
     /// Every address.
     All,
     /// Every IPv4 address.
     AllV4,
-    /// Every IPv6 address, and no IPv4 address.
+    /// Every IPv6 address, without IPv4 clients.
     AllV6,
     /// One address.
     One(ScopedIp),
 }
 
 impl BindScope {
-    /// That of a socket at `host`, which may leave IPv4 clients out.
+    /// The scope of a socket at `host`, which may exclude IPv4 clients.
     pub fn of(host: ScopedIp, v6only: bool) -> Self {
         match host {
             ScopedIp::ANY if v6only => Self::AllV6,
@@ -95,12 +95,12 @@ impl BindScope {
         }
     }
 
-    /// Where a client may have come to that asked `ip`, of this machine: that one before all others.
+    /// The scopes that receive what is sent to `ip`, an address of this machine, the most specific first.
     pub fn reached_by(ip: ScopedIp) -> [Self; 3] {
         [Self::One(ip), Self::All, if ip.ip().is_ipv4() { Self::AllV4 } else { Self::AllV6 }]
     }
 
-    /// The other places that take a port away from this one.
+    /// The other scopes that conflict with this one.
     fn covered_by(self) -> &'static [Self] {
         match self {
             Self::All => &[],
@@ -111,26 +111,26 @@ impl BindScope {
     }
 }
 
-/// Overlaps among ranges of one place, which are sorted by their first port.
+/// Overlaps among ranges of one scope, sorted by their first port.
 fn within(ranges: &[Wanted], found: &mut Vec<Overlap>) {
     for (widest, range) in widest_so_far(ranges).zip(ranges.iter().skip(1)) {
         found.extend(overlap(&widest, range));
     }
 }
 
-/// Overlaps of ranges of one place with ranges of another, both sorted by their first port: one for each of the
-/// former that has some.
+/// Overlaps between the ranges of two scopes, both sorted by their first port: one for each range of the first that has
+/// any.
 fn between(ones: &[Wanted], others: &[Wanted], found: &mut Vec<Overlap>) {
     let widest: Vec<Wanted> = widest_so_far(others).collect();
     for one in ones {
-        // Of those that start before this one ends, the one that ends last.
+        // Of the ranges that start before this one ends, the one that ends last.
         let starting = others.partition_point(|(range, _index)| range.first() <= one.0.last());
         let other = starting.checked_sub(1).and_then(|last| widest.get(last));
         found.extend(other.and_then(|other| overlap(one, other)));
     }
 }
 
-/// For each range, in their order, the one that ends last among it and those before.
+/// For each range, the one that ends last among it and the ranges before it.
 fn widest_so_far(ranges: &[Wanted]) -> impl Iterator<Item = Wanted> {
     ranges.iter().scan(None, |widest: &mut Option<Wanted>, range| {
         let is_wider = widest.is_none_or(|widest| range.0.last() > widest.0.last());
@@ -147,19 +147,19 @@ fn overlap(a: &Wanted, b: &Wanted) -> Option<Overlap> {
     a.0.overlaps(b.0).then_some(Overlap { first, second, port })
 }
 
-/// Two mappings that cannot both be bound, for people.
+/// Two mappings that cannot both be bound, as a message for users.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub struct OverlapError {
-    /// The mapping that comes second.
+    /// The later mapping.
     pub mapping: Box<Mapping>,
-    /// The one that is in its way.
+    /// The mapping that it conflicts with.
     pub other: Box<Mapping>,
-    /// The lowest port that both want.
+    /// The lowest port that both claim.
     pub port: u16,
 }
 
 impl OverlapError {
-    /// `mapping` cannot have `port`, since `other` has it.
+    /// The error that `mapping` cannot have `port`, because `other` has it.
     pub fn new(mapping: &Mapping, other: &Mapping, port: u16) -> Self {
         Self { mapping: mapping.clone().into(), other: other.clone().into(), port }
     }
@@ -182,10 +182,10 @@ impl fmt::Display for OverlapError {
     }
 }
 
-/// Refuses a set of mappings of which two want the same port.
+/// Refuses a set of mappings if two claim the same port.
 ///
 /// # Errors
-/// [`OverlapError`] for the first one.
+/// [`OverlapError`] for the first overlap.
 pub fn refuse_overlap(mappings: &[Mapping]) -> Result<(), OverlapError> {
     match overlaps(mappings).first() {
         None => Ok(()),

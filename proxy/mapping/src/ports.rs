@@ -1,4 +1,4 @@
-//! Ports, one or several in a row.
+//! Ports and ranges of ports.
 
 use std::fmt;
 use std::str::FromStr;
@@ -11,14 +11,14 @@ pub struct PortRange {
 }
 
 impl PortRange {
-    /// The ports that a random one is taken from, as Docker takes them (RFC 6335, section 6: dynamic
-    /// ports; moby's `portallocator` leaves out the first).
+    /// The range of random ports, as in Docker (RFC 6335, section 6: dynamic ports; moby's `portallocator` omits the
+    /// first).
     pub const EPHEMERAL: Self = Self { first: 49_153, last: u16::MAX };
 
     /// The ports from `first` to `last`.
     ///
     /// # Errors
-    /// [`PortError`] if there are none, or if one of them is 0.
+    /// [`PortError`] if `last` is below `first`, or if a port is 0.
     pub fn new(first: u16, last: u16) -> Result<Self, PortError> {
         match (first, last) {
             (0, _) => Err(PortError::NotAPort("0".to_owned())),
@@ -27,7 +27,7 @@ impl PortRange {
         }
     }
 
-    /// One port.
+    /// A single port.
     ///
     /// # Errors
     /// [`PortError`] for port 0.
@@ -45,12 +45,12 @@ impl PortRange {
         self.last
     }
 
-    /// How many ports there are, from 1 to 65,535.
+    /// The number of ports, from 1 to 65,535.
     pub fn count(self) -> usize {
         usize::from(self.last - self.first) + 1
     }
 
-    /// The port, if it is one.
+    /// The port, if the range has only one.
     ///
     /// # Errors
     /// [`PortError::Several`]
@@ -58,17 +58,17 @@ impl PortRange {
         if self.is_single() { Ok(self.first) } else { Err(PortError::Several(self)) }
     }
 
-    /// Whether it is one port.
+    /// Whether the range has only one port.
     pub fn is_single(self) -> bool {
         self.first == self.last
     }
 
-    /// Whether `port` is one of them.
+    /// Whether the range contains `port`.
     pub fn contains(self, port: u16) -> bool {
         (self.first..=self.last).contains(&port)
     }
 
-    /// Whether both have a port in common.
+    /// Whether the ranges have a common port.
     pub fn overlaps(self, other: Self) -> bool {
         self.first <= other.last && other.first <= self.last
     }
@@ -97,20 +97,20 @@ impl FromStr for PortRange {
     }
 }
 
-/// Parses digits and nothing else: no sign, which the standard library would accept.
+/// Parses digits only. The standard library would also accept a sign.
 fn port(text: &str) -> Result<u16, PortError> {
     let digits = text.bytes().all(|byte| byte.is_ascii_digit());
     let port = text.parse().ok().filter(|port| digits && *port != 0);
     port.ok_or_else(|| PortError::NotAPort(text.to_owned()))
 }
 
-/// Why a text is no port and no range of ports.
+/// Why a text is neither a port nor a range.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum PortError {
-    /// It is no number that fits.
+    /// Not a number from 1 to 65,535.
     #[error("'{0}' is not a port; write a number from 1 to 65535, or a range such as 8000-8010")]
     NotAPort(String),
-    /// Several ports where there can be one.
+    /// A range where only one port is allowed.
     #[error("one port is wanted, and {0} are several; write one of them")]
     Several(PortRange),
     /// The last port is below the first.

@@ -1,4 +1,4 @@
-//! What `-p` says, as Docker's command line has it: `[[ADDRESS:][HOST_PORTS]:]PORTS[/PROTOCOL]`.
+//! The syntax of `-p` in Docker's command line: `[[ADDRESS:][HOST_PORTS]:]PORTS[/PROTOCOL]`.
 
 use std::fmt;
 use std::str::FromStr;
@@ -8,25 +8,25 @@ use crate::interfaces::{Interfaces, NoInterfaces};
 use crate::ports::{PortError, PortRange};
 use crate::{HostPorts, Mapping, MappingError};
 
-/// Ports of a backend, and where on this machine they are published.
+/// Backend ports, and where to publish them on this machine.
 ///
 /// The forms are those of `docker run --publish` (docker/go-connections, `nat/parse.go`): `80`,
 /// `8080:80`, `10.0.0.11:8080:80`, `10.0.0.11::80`, `[::1]:8080:80`, each port also as a range, each form
 /// with `/udp`, `/tcp+udp` or the older `:udp`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PublishSpec {
-    /// The address that clients connect to; every address of the machine unless there is one.
+    /// The address that clients connect to; `None` for every address of the machine.
     pub host: Option<ScopedIp>,
-    /// The ports that clients connect to.
+    /// The ports that clients connect to; `None` for random ones.
     pub host_ports: HostPorts,
     /// The ports of the backend.
     pub ports: PortRange,
-    /// The transport protocols, the same on both sides.
+    /// The transport protocols, the same for host and backend.
     pub protocols: Protocols,
 }
 
 impl PublishSpec {
-    /// The mapping of these ports to `backend`, with `everywhere` as the host address if there is none.
+    /// The mapping of these ports to `backend`, with `everywhere` as the default host address.
     ///
     /// # Errors
     /// Those of [`Mapping::new`].
@@ -35,7 +35,7 @@ impl PublishSpec {
         Mapping::new(self.protocols, host, (backend, self.ports))
     }
 
-    /// Reads any of the text forms, with interfaces by index or by their names among `interfaces`.
+    /// Parses any of the text forms. Interfaces are indexes, or names among `interfaces`.
     ///
     /// # Errors
     /// [`SpecError`], which names the part at fault.
@@ -56,7 +56,7 @@ impl PublishSpec {
         let host = address.map(|address| ScopedIp::parse(address, interfaces)).transpose();
         let host = host.map_err(|error| error.before_ports(rest))?;
         host.map_or(Ok(()), |host| host.ensure_connectable(protocols))?;
-        // Docker takes 0 for a random one, too.
+        // Docker also treats 0 as a random port.
         let is_random = matches!(host_ports, "" | "0");
         let host_ports = if is_random { None } else { Some(host_ports.parse()?) };
         let ports = ports.parse()?;
@@ -64,7 +64,7 @@ impl PublishSpec {
     }
 }
 
-/// With protocol and host port written out, so that it can be read again.
+/// Writes the protocol and host port explicitly, so that the text can be parsed again.
 impl fmt::Display for PublishSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { host, host_ports, ports, protocols } = self;
@@ -80,7 +80,8 @@ impl fmt::Display for PublishSpec {
     }
 }
 
-/// Reads what [`Display`](fmt::Display) writes: interfaces by index. [`PublishSpec::parse`] knows their names, too.
+/// Parses what [`Display`](fmt::Display) writes, with interfaces as indexes. [`PublishSpec::parse`] also accepts their
+/// names.
 impl FromStr for PublishSpec {
     type Err = SpecError;
 
@@ -89,7 +90,7 @@ impl FromStr for PublishSpec {
     }
 }
 
-/// A port of a backend that `-P` publishes: `80`, `53/udp`, `8000-8010/tcp`.
+/// A backend port that `-P` publishes: `80`, `53/udp`, `8000-8010/tcp`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExposedPorts {
     /// The ports.
@@ -99,7 +100,7 @@ pub struct ExposedPorts {
 }
 
 impl ExposedPorts {
-    /// Publishes them at random ports of every address.
+    /// Publishes these ports at random ports of every address.
     pub fn at_random(self) -> PublishSpec {
         let Self { ports, protocols } = self;
         PublishSpec { host: None, host_ports: HostPorts::Random, ports, protocols }
@@ -115,7 +116,7 @@ impl FromStr for ExposedPorts {
     }
 }
 
-/// Takes the protocol off: after the last slash, or after the last colon if it is a word.
+/// Splits off the protocol: after the last slash, or after the last colon if it is a word.
 fn split_protocols(spec: &str) -> Result<(&str, Protocols), SpecError> {
     let is_word = |text: &str| text.starts_with(|first: char| first.is_ascii_alphabetic());
     let (spec, slashed) = spec.rsplit_once('/').map_or((spec, None), |(rest, word)| (rest, Some(word)));
@@ -129,7 +130,7 @@ fn split_protocols(spec: &str) -> Result<(&str, Protocols), SpecError> {
     Ok((spec, protocols))
 }
 
-/// Takes a leading address off: in brackets, or the first of three parts.
+/// Splits off a leading address: in brackets, or the first of three parts.
 fn split_address(spec: &str) -> Result<(Option<&str>, &str), SpecError> {
     if spec.starts_with('[') {
         let end = spec.find(']').ok_or_else(|| SpecError::NoBracket(spec.to_owned()))?;
@@ -144,25 +145,25 @@ fn split_address(spec: &str) -> Result<(Option<&str>, &str), SpecError> {
     }
 }
 
-/// Why a text does not say what to publish; the message says what would work.
+/// Why a text is not a publish specification. The message suggests a valid form.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum SpecError {
-    /// A part is no port.
+    /// A part is not a port.
     #[error(transparent)]
     Port(#[from] PortError),
-    /// A part is no address.
+    /// A part is not an address.
     #[error(transparent)]
     Address(#[from] AddrError),
-    /// The ports do not fit each other.
+    /// The ranges have different lengths.
     #[error(transparent)]
     Mapping(#[from] MappingError),
-    /// The last part is no protocol.
+    /// The last part is not a protocol.
     #[error(transparent)]
     Protocol(#[from] ProtocolError),
-    /// It says one protocol after a colon and another one after a slash.
+    /// One protocol after a colon, and another one after a slash.
     #[error("it says both {0} and {1}; write one of them, or tcp+udp")]
     TwoProtocols(Protocols, Protocols),
-    /// An address and one port, which could be that of either side.
+    /// An address and one port, which could be the host's or the backend's.
     #[error(
         "{address} is an address, so there are three parts; \
          write {address}::{ports} for a random host port, {address}:{ports}:{ports} for the same one"
@@ -173,13 +174,13 @@ pub enum SpecError {
         /// The port after it.
         ports: String,
     },
-    /// The bracket that opens an IPv6 address is never closed.
+    /// The opening bracket of an IPv6 address has no closing one.
     #[error("'{0}' has no closing bracket; write an IPv6 address as in [::1]:8080:80")]
     NoBracket(String),
-    /// More colons than parts.
+    /// Too many colons.
     #[error("too many parts; an IPv6 address needs brackets, as in [::1]:8080:80")]
     Unbracketed,
-    /// Something else.
+    /// Another error.
     #[error("not something to publish; write [[ADDRESS:][HOST_PORT]:]PORT[/PROTOCOL], as in 8080:80/tcp")]
     Shape,
 }

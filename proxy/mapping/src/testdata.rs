@@ -11,7 +11,7 @@ use crate::access::{AccessList, parse_network};
 use crate::limits::{Limits, OnLimit};
 use crate::ports::PortRange;
 
-/// Any mapping, with limits or without.
+/// Generates any mapping, with or without limits.
 pub fn any_mapping() -> impl Strategy<Value = Mapping> {
     let host = proptest::sample::select(vec!["[::]", "0.0.0.0", "10.0.0.11", "[::1]", "[fe80::1%1]"]);
     let proto = proptest::sample::select(vec!["tcp", "udp", "tcp+udp"]);

@@ -1,6 +1,6 @@
-//! Mappings as the control protocol writes them.
+//! Mappings as the control protocol represents them.
 //!
-//! What `list` shows can be added again. Whatever is left out has its default.
+//! The output of `list` can be added again. Omitted members have their defaults.
 
 use std::error::Error;
 use std::fmt::{self, Display};
@@ -17,14 +17,14 @@ use crate::limits::{Limits, OnLimit};
 use crate::ports::PortRange;
 use crate::{HostPorts, Mapping, MappingError};
 
-/// A mapping, in JSON.
+/// A mapping in JSON.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "an object that describes a mapping")]
 pub struct WireMapping {
-    /// Its name; by default one that follows from its ports.
+    /// Its name; by default derived from its ports.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// The address that clients connect to, by default `[::]`; `0.0.0.0` on a machine without IPv6.
+    /// The address that clients connect to; by default `[::]`, or `0.0.0.0` on a machine without IPv6.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host: Option<String>,
     /// The ports that clients connect to; random ones by default.
@@ -34,24 +34,24 @@ pub struct WireMapping {
     pub to: String,
     /// The ports of the backend.
     pub to_ports: String,
-    /// `tcp`, which is the default, `udp` or `tcp+udp`.
+    /// `tcp` (the default), `udp` or `tcp+udp`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub proto: Option<String>,
-    /// Whether `[::]` leaves IPv4 clients out.
+    /// Whether `[::]` excludes IPv4 clients.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub v6only: bool,
-    /// What bounds it, and how it is served.
+    /// Its limits and other options.
     #[serde(default, skip_serializing_if = "WireLimits::is_default")]
     pub limits: WireLimits,
-    /// What `list` says about the ports that are bound. It asks for nothing.
+    /// The bound ports, in the output of `list`. Ignored in requests.
     #[serde(default, skip_serializing)]
     pub bound: Option<String>,
-    /// What `list` says about the addresses that are bound, if they are not `host`. It asks for nothing.
+    /// The bound addresses, in the output of `list`, if they differ from `host`. Ignored in requests.
     #[serde(default, skip_serializing)]
     pub bound_host: Option<String>,
 }
 
-/// [`Limits`], in JSON: those that are not the default.
+/// The [`Limits`] that differ from the default, in JSON.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default, expecting = "an object with limits")]
 pub struct WireLimits {
@@ -61,7 +61,7 @@ pub struct WireLimits {
     /// A duration, or `unlimited`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub idle_timeout: Option<String>,
-    /// A number from 1 up.
+    /// At least 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_connections: Option<usize>,
     /// `wait` or `reset`.
@@ -70,13 +70,13 @@ pub struct WireLimits {
     /// A duration.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub udp_timeout: Option<String>,
-    /// A number from 1 up.
+    /// At least 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub udp_max_flows: Option<usize>,
-    /// A number from 1 up.
+    /// At least 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub udp_max_flows_per_source: Option<usize>,
-    /// Whether answers come from any port of the backend.
+    /// Whether to accept replies from any port of the backend.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub udp_any_port: bool,
     /// The number or name of a code point.
@@ -91,7 +91,7 @@ pub struct WireLimits {
 }
 
 impl WireMapping {
-    /// How `mapping` is written.
+    /// The representation of `mapping`.
     pub fn of(mapping: &Mapping) -> Self {
         let ports = match mapping.host_ports() {
             HostPorts::Exactly(range) | HostPorts::FirstFree(range) => Some(range.to_string()),
@@ -111,17 +111,16 @@ impl WireMapping {
         }
     }
 
-    /// The mapping that is written here, on a machine with these `interfaces`. Without a host address it listens
-    /// `everywhere`.
+    /// The represented mapping, on a machine with these `interfaces`. Without a host address it listens `everywhere`.
     ///
     /// # Errors
-    /// [`FieldErrors`]: all that is wrong.
+    /// [`FieldErrors`] with all errors.
     pub fn read(&self, interfaces: &dyn Interfaces, everywhere: ScopedIp) -> Result<Mapping, FieldErrors> {
         let mut wrong = FieldErrors::default();
         let address = |text: &String| ScopedIp::parse(text, interfaces);
         let host = match &self.host {
             Some(host) => wrong.note("host", address(host)),
-            // Only `[::]` can leave IPv4 clients out. Where it cannot be had, the bind says so.
+            // Only `[::]` can exclude IPv4 clients. If it is not available, binding it reports that.
             None if self.v6only => Some(ScopedIp::ANY),
             None => Some(everywhere),
         };
@@ -132,8 +131,8 @@ impl WireMapping {
         mapping.filter(|_mapping| wrong.0.is_empty()).ok_or(wrong)
     }
 
-    /// The mapping that is written here, but for where it listens and leads to, as far as that is known. All that
-    /// is wrong is added to `wrong`.
+    /// The represented mapping, with `host` and `to` in place of its own, as far as they are known. Adds all errors to
+    /// `wrong`.
     pub fn read_between(
         &self,
         host: Option<(ScopedIp, Option<PortRange>)>,
@@ -153,7 +152,7 @@ impl WireMapping {
         })
     }
 
-    /// What several mappings can have in common.
+    /// The options that several mappings may share.
     pub fn read_values(&self, wrong: &mut FieldErrors) -> (Option<Protocols>, Option<Limits>) {
         let protocols = wrong.note("proto", self.proto.as_deref().unwrap_or("tcp").parse());
         (protocols, self.limits.read(wrong))
@@ -219,7 +218,7 @@ impl WireLimits {
     }
 }
 
-/// Reads a limit on time, if one is written.
+/// Parses a time limit, if present.
 fn read_limit(
     name: &'static str,
     text: Option<&str>,
@@ -239,12 +238,12 @@ fn read_networks(texts: &[String]) -> Result<Vec<IpNet>, String> {
     texts.iter().map(read).collect()
 }
 
-/// All that is wrong with a mapping that was written.
+/// The errors in a represented mapping.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct FieldErrors(pub Vec<FieldError>);
 
 impl FieldErrors {
-    /// The value of `field`, or `None` if it is wrong, which is noted then.
+    /// The value of `field`, or `None` if it is invalid; the error is recorded.
     pub fn note<T, E: Display>(&mut self, field: &'static str, result: Result<T, E>) -> Option<T> {
         result.map_err(|error| self.0.push(FieldError::new(field, error))).ok()
     }
@@ -259,18 +258,18 @@ impl Display for FieldErrors {
     }
 }
 
-/// What is wrong with a mapping that was written; its text names the field.
+/// An error in a represented mapping. Its text names the field.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{field}: {message}")]
 pub struct FieldError {
-    /// The field at fault; one of the limits as `limits.idle_timeout`.
+    /// The field at fault; limits have names such as `limits.idle_timeout`.
     pub field: &'static str,
-    /// What is wrong with it, and what would work.
+    /// What is wrong, and what would be valid.
     pub message: String,
 }
 
 impl FieldError {
-    /// The mistake in `field` that `message` describes.
+    /// The error in `field` that `message` describes.
     pub fn new(field: &'static str, message: impl Display) -> Self {
         Self { field, message: message.to_string() }
     }

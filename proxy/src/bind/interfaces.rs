@@ -7,12 +7,12 @@ use rproxy_mapping::interfaces::Interfaces;
 use rustix::net::netdevice::{index_to_name, name_to_index};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
-/// Those of the network namespace that this process is in.
+/// The interfaces of this process's network namespace.
 #[derive(Clone, Copy, Debug)]
 pub struct HostInterfaces;
 
 impl HostInterfaces {
-    /// The name of the interface with `index`, if there is one (netdevice(7), `SIOCGIFNAME`).
+    /// The name of the interface with `index`, if it exists (netdevice(7), `SIOCGIFNAME`).
     pub fn name_of(self, index: u32) -> Option<String> {
         index_to_name(any_socket()?, index).ok()
     }
@@ -31,7 +31,7 @@ impl Interfaces for HostInterfaces {
     }
 }
 
-/// A socket to ask through. if_nametoindex(3) of the C library opens one of a family that a confined process may not.
+/// A socket for interface queries. if_nametoindex(3) opens a socket of a family that a confined process may not use.
 fn any_socket() -> Option<OwnedFd> {
     let socket = |family| socket_with(family, SocketType::DGRAM, SocketFlags::CLOEXEC, None);
     socket(AddressFamily::INET).or_else(|_no_ipv4| socket(AddressFamily::INET6)).ok()

@@ -1,4 +1,4 @@
-//! The content of a file: its `[defaults]`, its `[[mapping]]` tables, and what the mappings must not have in common.
+//! The content of a file: its `[defaults]`, its `[[mapping]]` tables, and the conflicts between mappings.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -13,7 +13,7 @@ use super::mistake::{Found, Mistakes};
 use super::{names, syntax};
 use crate::loops::refuse_loops_among;
 
-/// The mappings in the text of a file.
+/// Parses the mappings in the text of a file.
 ///
 /// # Errors
 /// The errors in it.
@@ -26,7 +26,7 @@ pub(super) fn find_mappings(text: &str) -> Result<Vec<Mapping>, Mistakes> {
     let of_defaults: Vec<Found> = of_defaults.into_iter().chain(file.too_many_networks()).collect();
     let are_defaults_right = of_defaults.is_empty();
     if !are_defaults_right {
-        // Otherwise each mapping would report them again.
+        // Otherwise each mapping would report the same errors again.
         found.extend(of_defaults);
         file.defaults = Keys::default();
     }
@@ -385,7 +385,7 @@ mod tests {
             let expected = format!("4:1: unknown key `{key}`; the keys are name, host, to, ");
             assert!(found[0].starts_with(&expected), "{found:?}");
         }
-        // The key that is meant is not also reported as missing.
+        // The suggested key is not also reported as missing.
         let found = mistakes("[[mapping]]\nhost = \"[::]:80\"\ntoo = \"10.0.0.1:80\"\n");
         assert_eq!(found, ["3:1: unknown key `too`; did you mean `to`?"]);
     }
@@ -409,7 +409,7 @@ mod tests {
             "11:1 host",
         ];
         assert_eq!(places, expected, "{found:#?}");
-        // Also together with lines that are not TOML, as far as those do not hide them.
+        // Also together with lines that are not TOML, unless those hide them.
         let found = mistakes(
             "[[mapping]]\nhost = [::]:80\ntoo = 1\nallow = \"10.0.0.0/8\"\nidle_timeout = \"soon\"\n",
         );

@@ -12,7 +12,7 @@ use crate::engine::change::Changed;
 use crate::engine::registry::{Registry, Served};
 use crate::state::stats::{FailureKind, Stats};
 
-/// The result of a request. Its variant follows from the request.
+/// The result of a request. The request determines the variant.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
 pub enum Response {
@@ -28,7 +28,7 @@ pub enum Response {
     Drain {},
 }
 
-/// The mappings. `M` is the part of each that is read; the server writes all of it.
+/// The mappings. `M` is the part of each that a reader needs; the server writes all of it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct List<M = WireMapping> {
     /// The served mappings, by name.

@@ -1,15 +1,14 @@
-//! Text that somebody else chose, as a message quotes it: on one line, and without characters that a terminal obeys.
+//! Quotes untrusted text in messages: on one line, and without characters that control a terminal.
 
 use std::ffi::OsStr;
 use std::fmt::{self, Display, Write};
 
-/// How `text` is shown in a message: control characters, and those that change the direction of what follows, are
-/// escaped. What is not UTF-8 is replaced.
+/// Escapes control characters, and those that change the direction of the following text. Invalid UTF-8 is replaced.
 pub fn escaped<T: AsRef<OsStr> + ?Sized>(text: &T) -> Escaped<'_> {
     Escaped(text.as_ref())
 }
 
-/// As [`escaped`] shows it.
+/// Text that is escaped when it is displayed.
 #[derive(Clone, Copy, Debug)]
 pub struct Escaped<'a>(&'a OsStr);
 
@@ -22,8 +21,8 @@ impl Display for Escaped<'_> {
     }
 }
 
-/// Whether a character is shown as it is. Others are the control characters, the line and paragraph separators, and the
-/// bidirectional ones (UAX #9, 2).
+/// Whether a character is not escaped. Escaped are control characters, line and paragraph separators, and bidirectional
+/// controls (UAX #9, section 2).
 pub(crate) fn is_plain(c: char) -> bool {
     let is_directional =
         matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
