@@ -5,7 +5,7 @@
 //! `-use-listen-fd`, the listener at descriptor 4. The runtime stops the proxy with a signal and waits
 //! without a limit, so nothing is drained.
 
-mod flags;
+pub mod flags;
 mod status;
 
 use std::ffi::OsString;
