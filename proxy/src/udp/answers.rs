@@ -1,7 +1,7 @@
-//! From backends to clients.
+//! Forwards replies from backends to clients.
 //!
-//! The flows of a listener share its way out: while that is full, answers stay in the sockets of their
-//! flows, each of which gets the same share of it, in turn.
+//! The flows of a listener share its send buffer. While it is full, replies stay in the receive buffers of their flows,
+//! which take turns and send an equal share each.
 
 use std::net::SocketAddr;
 use std::ops::Range;
@@ -22,15 +22,14 @@ use super::token::{Token, interest};
 use super::turn::{LISTENER_BATCHES, slots_for};
 use crate::state::stats::FailureKind;
 
-/// Datagrams, or GSO batches of them, taken from a flow in one turn.
+/// Datagrams or GSO batches received from a flow per turn.
 const FLOW_BATCH: usize = BATCH / 2;
 
-/// The same from each flow that waits for its listener: what is taken has to leave before others get
-/// their turn.
+/// The same for each flow that waits for its listener: they have to be sent before other flows take their turn.
 const WAITING_BATCH: usize = 4;
 
 impl UdpRelay {
-    /// Receives what the backend of a flow answered, behind the answers that `batch` holds already.
+    /// Receives the replies of a flow's backend, and appends them to `batch`.
     pub(super) fn serve_flow(&mut self, id: FlowId, ready: EpollFlags, batch: &mut Batch) {
         if batch.next_slot() == BATCH {
             self.send_answers(batch);
@@ -46,7 +45,7 @@ impl UdpRelay {
             flow.flush(&mut tally);
         }
         if flow.is_waiting {
-            // Not asked for answers, but an error is told nevertheless, until it is taken.
+            // Not watched for replies; but epoll reports an error nevertheless, until it is read.
             flow.take_error(&mut tally);
         }
         let has_lost_peer = tally.has_lost_peer();
@@ -66,13 +65,13 @@ impl UdpRelay {
                 return self.wait_in_turn(id);
             }
             if self.take_has_queued(id) {
-                self.relieve(index);
+                self.use_client_sockets(index);
             }
         }
         self.receive_answers(id, FLOW_BATCH, batch);
     }
 
-    /// Leaves the answers of a flow where they are until it is its turn to use the listener.
+    /// Leaves the replies of a flow in its socket until its turn to use the listener.
     fn wait_in_turn(&mut self, id: FlowId) {
         let Some((key, flow)) = self.table.get_mut(id) else { return };
         let listener = &mut self.listeners[key.listener as usize];
@@ -80,12 +79,12 @@ impl UdpRelay {
         interest(self.poll.epoll(), flow.as_fd(), Token::Flow(id), flow.wanted());
         listener.waiting.push_back(id);
         if listener.waiting.len() > 2 * self.table.len() + BATCH {
-            // A flood may bring many flows that are over before it is their turn.
+            // A flood may queue many flows that end before their turn.
             listener.waiting.retain(|id| self.table.get(*id).is_some());
         }
     }
 
-    /// Serves the flows that wait for a listener, as far as it has room.
+    /// Serves the flows that wait for a listener, as far as its send buffer has room.
     pub(super) fn serve_waiting(&mut self, index: usize, batch: &mut Batch) {
         for _ in 0..LISTENER_BATCHES {
             let mut tally = Tally::default();
@@ -107,11 +106,11 @@ impl UdpRelay {
         interest(self.poll.epoll(), listener.as_fd(), Token::Listener(index), listener.wanted());
     }
 
-    /// Receives the share of the flow that is next in turn. It waits on if there may be more.
+    /// Receives the share of the next flow in the queue, which stays in the queue if it may have more.
     fn serve_next_in_turn(&mut self, listener: usize, batch: &mut Batch) {
         let Some(id) = self.listeners[listener].waiting.pop_front() else { return };
         if self.table.get(id).is_none_or(|(_key, flow)| flow.client_socket.is_some()) {
-            // It is over, or needs the listener no more.
+            // It has ended, or does not need the listener any more.
             return;
         }
         if self.receive_answers(id, WAITING_BATCH, batch) {
@@ -122,15 +121,14 @@ impl UdpRelay {
         }
     }
 
-    /// Receives up to `most` answers of a flow into `batch`, behind those that are there. Returns whether
-    /// there may be more.
+    /// Receives at most `most` replies of a flow, and appends them to `batch`. Returns whether there may be more.
     fn receive_answers(&mut self, id: FlowId, most: usize, batch: &mut Batch) -> bool {
         let Some((key, flow)) = self.table.get_mut(id) else { return false };
         let first = batch.next_slot();
         let most = most.min(slots_for(flow.usual_size)).min(BATCH - first);
         let count = match batch.received.recv(flow.as_fd(), first, most, flow.peer.is_some()) {
             Ok(count) => count,
-            // Nothing, or the error of a datagram that found no one: the next one may.
+            // Nothing, or the error of an earlier datagram; the next call may receive a reply.
             Err(error) => {
                 let listener = key.listener as usize;
                 if is_lost_peer(&error) {
@@ -160,7 +158,7 @@ impl UdpRelay {
         count == most
     }
 
-    /// Sends the answers in `batch` to the clients.
+    /// Sends the replies in `batch` to the clients.
     pub(super) fn send_answers(&mut self, batch: &mut Batch) {
         let listener_of = |(id, _slot): &(FlowId, usize)| Some(self.table.get(*id)?.0.listener);
         let runs: ArrayVec<_, BATCH> = batch
@@ -174,7 +172,7 @@ impl UdpRelay {
         batch.slots.clear();
     }
 
-    /// Sends answers of flows that share a listener.
+    /// Sends replies of flows that share a listener.
     fn send_to_clients(&mut self, listener: usize, batch: &Batch, datagrams: &[(FlowId, usize)]) {
         let mut payload = Payload::new(self.listeners[listener].target.policy.limits.dscp);
         let mut answers: ArrayVec<Answer, BATCH> = ArrayVec::new();
@@ -202,7 +200,7 @@ impl UdpRelay {
             self.shut_down.push(listener);
         }
         if listening.queue.len() > waiting {
-            self.relieve(listener);
+            self.use_client_sockets(listener);
         }
         let listening = &self.listeners[listener];
         if listening.wanted() != wanted {
@@ -210,7 +208,7 @@ impl UdpRelay {
         }
     }
 
-    /// Sends answers that all may, or all may not, go as GSO batches.
+    /// Sends replies that are either all allowed or all not allowed to be sent as GSO batches.
     fn send_alike(&mut self, listener: usize, payload: &Payload<'_>, answers: &[Answer], tally: &mut Tally) {
         let message = |answer: &Answer| {
             let (key, _flow) = self.table.get(answer.id)?;
@@ -226,8 +224,8 @@ impl UdpRelay {
     }
 }
 
-/// Keeps those datagrams in `slots` that come from the backend, whatever its port: the flow goes on with the last one.
-/// What strangers send to a socket that is not connected is dropped.
+/// Keeps the datagrams in `slots` that come from the backend, from any port, and makes the last one's port that of the
+/// flow. An unconnected socket also receives datagrams of others; these are dropped.
 fn take_from_backend(id: FlowId, flow: &mut Flow, batch: &mut Batch, slots: Range<usize>) {
     let backend = flow.target().port_mapping.backend.socket_addr();
     for slot in slots {
@@ -241,7 +239,7 @@ fn take_from_backend(id: FlowId, flow: &mut Flow, batch: &mut Batch, slots: Rang
     }
 }
 
-/// Whether a datagram comes from the address of `backend`; a link-local one is another one on each interface.
+/// Whether a datagram comes from the address of `backend`. Link-local addresses on different interfaces are different.
 fn is_from(sender: SocketAddr, backend: SocketAddr) -> bool {
     let mut backend = backend;
     backend.set_port(sender.port());
@@ -256,7 +254,7 @@ fn is_from(sender: SocketAddr, backend: SocketAddr) -> bool {
 /// A message to a client.
 struct Answer {
     id: FlowId,
-    /// Whether it may be a GSO batch.
+    /// Whether it may be sent as a GSO batch.
     gso: bool,
     part: Part,
 }

@@ -1,4 +1,4 @@
-//! Room for what a turn receives, and which flow each datagram of it belongs to.
+//! The buffers for the datagrams of a turn, and the flow of each datagram.
 
 use std::time::{Duration, Instant};
 
@@ -6,51 +6,51 @@ use rproxy_sys::udp::RecvBatch;
 
 use super::table::FlowId;
 
-/// Memory that is kept for what comes next.
+/// Memory that is kept for the next turn.
 const KEPT_BYTES: usize = 64 * 1024;
 
-/// More than that is given back when less was received within this time.
+/// Memory beyond that is freed if less was received within this time.
 const IN_USE: Duration = Duration::from_secs(1);
 
-/// Datagrams that were received, or GSO batches of them, and the flows that they belong to.
+/// Received datagrams, or GSO batches, and their flows.
 #[derive(Debug, Default)]
 pub(super) struct Batch {
-    /// Where they are.
+    /// The receive buffers.
     pub(super) received: RecvBatch,
-    /// The flow of the datagram in each slot that is to be sent.
+    /// The flow of each datagram to be sent, and its slot.
     pub(super) slots: Vec<(FlowId, usize)>,
 }
 
 impl Batch {
-    /// The first slot behind those that are to be sent.
+    /// The first slot after those to be sent.
     pub(super) fn next_slot(&self) -> usize {
         self.slots.last().map_or(0, |(_id, slot)| slot + 1)
     }
 }
 
-/// The one batch of a relay, while it has one: an idle mapping has no buffers.
+/// The only batch of a relay, allocated on demand: an idle mapping has no buffers.
 #[derive(Debug, Default)]
 pub(super) struct Buffers {
     batch: Option<Box<Batch>>,
-    /// Bytes received since the batch was looked at last, about.
+    /// Approximate number of bytes received since the last check.
     taken: usize,
-    /// When the batch is looked at next, if it has more memory than is kept.
+    /// The time of the next check, if the batch holds more memory than is kept.
     pub(super) next_look: Option<Instant>,
 }
 
 impl Buffers {
-    /// The batch, for a turn.
+    /// Takes the batch for a turn.
     pub(super) fn take(&mut self) -> Box<Batch> {
         self.batch.take().unwrap_or_default()
     }
 
-    /// The batch after a turn, in which `taken` bytes were received.
+    /// Puts the batch back after a turn that received `taken` bytes.
     pub(super) fn put_back(&mut self, batch: Box<Batch>, taken: usize) {
         self.batch = Some(batch);
         self.taken = self.taken.saturating_add(taken);
     }
 
-    /// Returns the memory back that a burst left in the batch, unless bursts go on.
+    /// Frees the memory that a burst left in the batch, unless bursts continue.
     pub(super) fn give_back(&mut self, now: Instant) {
         if self.next_look.is_some_and(|at| now < at) {
             return;
@@ -75,14 +75,14 @@ mod tests {
 
     use super::*;
 
-    /// Receives this many datagrams, each of which takes most of a slot.
+    /// Receives this many datagrams, each of which fills most of a slot.
     fn receive_large(buffers: &mut Buffers, count: usize) -> usize {
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
         socket.connect(socket.local_addr().unwrap()).unwrap();
         let mut batch = buffers.take();
         for slot in 0..count {
             socket.send(&[7; 60_000]).unwrap();
-            // Waits for it.
+            // Waits for the datagram.
             assert_eq!(socket.peek(&mut [0]).unwrap(), 1);
             assert_eq!(batch.received.recv(socket.as_fd(), slot, 1, false).unwrap(), 1);
         }
@@ -106,7 +106,7 @@ mod tests {
         assert!(took >= 3 * 60_000);
         buffers.give_back(start);
         assert_eq!(buffers.next_look, Some(start + IN_USE));
-        // It goes on.
+        // The burst continues.
         receive_large(&mut buffers, 4);
         buffers.give_back(start + IN_USE / 2);
         assert_eq!(buffers.next_look, Some(start + IN_USE), "it is not looked at before");

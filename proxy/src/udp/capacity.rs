@@ -1,4 +1,4 @@
-//! How many flows a process may have, as far as it knows, and what they share.
+//! Estimates how many flows a process may have, and owns what all flows share.
 
 use std::io;
 use std::sync::Arc;
@@ -10,35 +10,35 @@ use rproxy_mapping::limits::Limits;
 
 use super::flow::Flow;
 use super::local_ports::LocalPorts;
-use super::send::Room;
+use super::send::QueueBudget;
 use super::shares::Shares;
 use super::table::{Bounds, MappingId};
 use crate::state::Target;
 
-/// Descriptors kept for other things than flows.
+/// Descriptors reserved for other purposes than flows.
 const RESERVED_DESCRIPTORS: usize = 64;
 
-/// When descriptors have run out, what there was then is the most for this long.
+/// After descriptors have run out, the number of flows at that moment is the limit for this long.
 const LEARNT_FOR: Duration = Duration::from_secs(1);
 
-/// What flows need that there is not enough of: descriptors, local ports and memory.
+/// The resources that limit flows: descriptors, local ports and memory.
 #[derive(Debug)]
 pub(super) struct Capacity {
     pub(super) ports: LocalPorts,
-    /// What the kernel may queue for each flow.
+    /// The receive buffer size of each flow.
     pub(super) shares: Shares,
-    /// For what waits for slow backends.
-    pub(super) room: Arc<Room>,
-    /// Descriptors that flows may take, unless more are asked for.
+    /// The budget for datagrams queued for slow backends.
+    pub(super) budget: Arc<QueueBudget>,
+    /// Descriptors for flows, unless a mapping requests more.
     descriptors: usize,
-    /// The most that a mapping asks for.
+    /// The largest number that a mapping requests.
     pub(super) asked: usize,
-    /// How many there were when no more could be opened, and until when that counts.
+    /// The number of flows when descriptors ran out, and until when it is the limit.
     learnt: Option<(usize, Instant)>,
 }
 
 impl Capacity {
-    /// What there is on this host. `beside_tcp` says whether connections need descriptors too.
+    /// The resources of this host. `beside_tcp` says whether TCP connections need descriptors, too.
     pub(super) fn of_this_host(beside_tcp: bool) -> Self {
         let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _hard)| soft);
         let descriptors = usize::try_from(descriptors).unwrap_or(usize::MAX);
@@ -47,41 +47,41 @@ impl Capacity {
         Self {
             ports: LocalPorts::of_this_host(),
             shares: Shares::of_this_host(),
-            room: Arc::default(),
+            budget: Arc::default(),
             descriptors: share,
             asked: 0,
             learnt: None,
         }
     }
 
-    /// Descriptors that flows may take.
+    /// The number of descriptors for flows.
     pub(super) fn descriptors(&self) -> usize {
         self.descriptors
     }
 
-    /// Opens a flow to the backend of `route`.
+    /// Opens a flow to the backend of `target`.
     ///
     /// # Errors
     /// Those of [`Flow::open`].
     pub(super) fn open(&mut self, target: &Arc<Target>, now: Instant) -> io::Result<Flow> {
         self.ports.refresh(now);
-        Flow::open(target, &mut self.ports, &self.room, now)
+        Flow::open(target, &mut self.ports, &self.budget, now)
     }
 
-    /// Flows that there may be at `now`, at least 1: what was asked for, or half of the ports; but what
-    /// is there to be had.
+    /// The maximum number of flows at `now`, at least 1: the requested number, or half of the local ports; but not more
+    /// than available resources allow.
     pub(super) fn most(&self, now: Instant) -> usize {
         let usual = self.descriptors.min(self.ports.count() / 2);
         let learnt = self.learnt.filter(|(_most, until)| now < *until).map_or(usize::MAX, |(most, _)| most);
         usual.max(self.asked).min(self.ports.room()).min(learnt).max(1)
     }
 
-    /// No more than `flows` could be opened.
+    /// Records that no more than `flows` could be opened.
     pub(super) fn learn(&mut self, flows: usize, now: Instant) {
         self.learnt = Some((flows.max(1), now + LEARNT_FOR));
     }
 
-    /// What bounds the flows of a mapping with these limits.
+    /// The bounds of the flows of a mapping with these limits.
     pub(super) fn bounds(&self, mapping: MappingId, limits: &Limits, now: Instant) -> Bounds {
         let flows = limits.udp_max_flows.unwrap_or_else(|| self.most(now)).max(1);
         let per_source = limits.udp_max_flows_per_source;
@@ -95,7 +95,7 @@ impl Capacity {
     }
 }
 
-/// Whether an error says that there are no descriptors left.
+/// Whether an error means that descriptors have run out.
 pub(super) fn has_run_out(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
 }

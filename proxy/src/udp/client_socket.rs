@@ -1,14 +1,14 @@
-//! A socket towards one client, for when the way out of its listener is full.
+//! A socket connected to one client, for use while the listener's send buffer is full.
 //!
-//! The answers to all clients of a listener share the send buffer of its socket, and the kernel keeps in it
-//! what waits for the address of a neighbour (arp(7)) or for a slow link: one client that cannot be reached
-//! would hold up all others. A flow that finds the buffer full gets a socket of its own, bound to the address
-//! that was asked and connected to the client: it passes those that block. If it blocks itself, it goes back to the
-//! listener ([`congestion`](super::congestion)).
+//! The replies to all clients of a listener share the send buffer of its socket. The kernel also charges to it
+//! datagrams that wait for the address of a neighbour (arp(7)) or for a slow link, so one unreachable client could hold
+//! up all others. A flow that finds the buffer full therefore gets its own socket, bound to the address that the client
+//! sent to and connected to the client: its replies bypass those that block. If this socket blocks, too, the flow
+//! returns to the listener ([`congestion`](super::congestion)).
 //!
-//! The kernel hands over to a connected socket what its peer sends, so that it is received from, too. Before it is
-//! closed, it is connected to itself: from then on the listener has the client's datagrams, and none is lost with
-//! the socket.
+//! The kernel delivers the client's datagrams to the connected socket, so the relay receives from it as well. Before it
+//! is closed, it is connected to itself: from then on the kernel delivers the client's datagrams to the listener, and
+//! none is lost with the socket.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -21,43 +21,43 @@ use rproxy_sys::udp::{enable_gro, report_class_and_drops, set_buffers};
 use socket2::{Domain, SockRef, Socket, Type};
 
 use super::key::FlowKey;
-use super::send::{Room, SendQueue};
+use super::send::{QueueBudget, SendQueue};
 use super::token::Wanted;
 
-/// Bytes that the client may have on their way, as set: a few datagrams, so that those of many clients fit the queue of a
-/// link that they share. What does not fit there is lost, and nobody is told.
+/// Size of the send buffer, as set: a few datagrams, so that those of many clients fit the queue of a shared link.
+/// Datagrams that do not fit there are lost without an error.
 const SEND_BUFFER: usize = 4 * 1024;
 
-/// Bytes of the client's datagrams that the kernel may queue at the most.
+/// Maximum size of the receive buffer for the client's datagrams.
 const RECEIVE_BUFFER: usize = 1024 * 1024;
 
 /// A socket that is connected to a client.
 #[derive(Debug)]
 pub(super) struct ClientSocket {
-    /// The flow whose client it is.
+    /// The flow of the client.
     pub(super) key: FlowKey,
     socket: Socket,
-    /// What waits for room on it.
+    /// Datagrams that wait until the socket is writable.
     pub(super) queue: SendQueue,
-    /// Whether something was sent since that was asked last.
+    /// Whether something was sent since the last check.
     pub(super) was_used: bool,
-    /// Since when there is no room on it, if that is so.
+    /// Since when the socket is full, if it is.
     pub(super) full_at: Option<Instant>,
 }
 
 impl ClientSocket {
-    /// Opens one for the client of `key`, which sends to `listener`; the kernel may queue `share` bytes. What waits for
-    /// it shares `room`. From now on it gets datagrams, until it is connected those of any client.
+    /// Opens a socket for the client of `key`, which sends to `listener`, with a receive buffer of `share` bytes. Its
+    /// queue uses the `budget`. The socket receives datagrams at once; until it is connected, those of any client.
     ///
     /// # Errors
-    /// Those of socket(2), setsockopt(2) and bind(2): `EACCES` for a port below 1024 without `CAP_NET_BIND_SERVICE`;
-    /// `EADDRINUSE` if another user has opened the listener; `EOPNOTSUPP` if whoever passed that has set what would send
-    /// answers another way than those of another socket.
+    /// The errors of socket(2), setsockopt(2) and bind(2): `EACCES` for a port below 1024 without
+    /// `CAP_NET_BIND_SERVICE`; `EADDRINUSE` if another user has opened the listener; `EOPNOTSUPP` if the listener was
+    /// inherited with options with which replies take another path than those of a new socket.
     pub(super) fn bind(
         key: FlowKey,
         listener: BorrowedFd<'_>,
         share: usize,
-        room: &Arc<Room>,
+        budget: &Arc<QueueBudget>,
     ) -> io::Result<Self> {
         let listener = SockRef::from(&listener);
         let mut local = listener
@@ -74,36 +74,36 @@ impl ClientSocket {
         if way(&listener)? != way(&socket)? {
             return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
         }
-        // None of this is needed for it to work, only for it to work well.
+        // All of this is optional and only improves performance.
         drop(enable_gro(socket.as_fd()));
         drop(report_class_and_drops(socket.as_fd(), local.is_ipv6()));
         drop(set_buffers(socket.as_fd(), share.min(RECEIVE_BUFFER), SEND_BUFFER));
         bind_beside(&socket, &listener, local)?;
-        Ok(Self { key, socket, queue: SendQueue::new(room.clone()), was_used: true, full_at: None })
+        Ok(Self { key, socket, queue: SendQueue::new(budget.clone()), was_used: true, full_at: None })
     }
 
-    /// Leaves what others send to the listener.
+    /// Connects to the client, so that datagrams of others reach the listener.
     ///
     /// # Errors
-    /// Those of connect(2).
+    /// The errors of connect(2).
     pub(super) fn connect(&self) -> io::Result<()> {
         self.socket.connect(&self.key.client.into())
     }
 
-    /// The socket, and what waits for it.
+    /// The socket and its queue.
     pub(super) fn parts(&mut self) -> (BorrowedFd<'_>, &mut SendQueue) {
         (self.socket.as_fd(), &mut self.queue)
     }
 
-    /// What it has to be watched for now.
+    /// The events to watch it for.
     pub(super) fn wanted(&self) -> Wanted {
         Wanted { receive: true, send: !self.queue.is_empty() }
     }
 
-    /// Leaves what the client sends from now on to the listener.
+    /// Connects the socket to itself, so that the client's further datagrams reach the listener.
     ///
     /// # Errors
-    /// Those of connect(2).
+    /// The errors of connect(2).
     pub(super) fn disconnect(&self) -> io::Result<()> {
         self.socket.connect(&self.socket.local_addr()?)
     }
@@ -115,17 +115,16 @@ impl AsFd for ClientSocket {
     }
 }
 
-/// What decides which way the datagrams of a socket leave, and how.
+/// The options that determine the path of a socket's datagrams.
 fn way(socket: &Socket) -> io::Result<impl PartialEq + use<>> {
     let bound = (socket.device()?, socket.freebind_v4()?, socket.ip_transparent_v4()?);
     Ok((bound, socket.mark()?, socket.priority()?, socket.ttl_v4()?, socket.tos_v4()?))
 }
 
-/// Binds `socket` to an address that `listener` has already. Sockets of one user that have both set `SO_REUSEPORT`
-/// may share a port (socket(7)), which these have for no longer than this takes: no other user can have the port, and no
-/// other program keeps it by chance.
-/// `SO_REUSEADDR` lets sockets of this kind share it with each other; the listener does not have it. Whoever passed the
-/// listener may have set `SO_REUSEPORT` for good.
+/// Binds `socket` to the address of `listener`. Sockets of one user that all have `SO_REUSEPORT` may share a port
+/// (socket(7)). Both have it only during this call, so that no other user can take the port, and no other program
+/// shares it by accident. `SO_REUSEADDR` lets several sockets of this kind share the port; the listener does not have
+/// it. An inherited listener may have `SO_REUSEPORT` permanently.
 fn bind_beside(socket: &Socket, listener: &SockRef<'_>, local: SocketAddr) -> io::Result<()> {
     socket.set_reuse_address(true)?;
     socket.set_reuse_port(true)?;
@@ -137,7 +136,8 @@ fn bind_beside(socket: &Socket, listener: &SockRef<'_>, local: SocketAddr) -> io
     bound
 }
 
-/// `addr` with another IP address, in the family of `addr`. `interface` matters only to link-local ones.
+/// The IP address `ip` in the family of `addr`, with the port of `addr`. `interface` is only used for link-local
+/// addresses.
 fn with_ip(addr: SocketAddr, ip: IpAddr, interface: u32) -> SocketAddr {
     let mut addr = addr;
     match (&mut addr, ip) {
@@ -163,7 +163,7 @@ mod tests {
 
     use super::*;
 
-    /// A listener, a client's socket beside it, the client, and another one.
+    /// A listener, a client's socket, the client, and another client.
     fn scene(listening: &str, asked: &str, clients: &str) -> (UdpSocket, ClientSocket, [UdpSocket; 2]) {
         let socket = Socket::new(Domain::for_address(listening.parse().unwrap()), Type::DGRAM, None).unwrap();
         if listening.starts_with('[') {
@@ -217,7 +217,7 @@ mod tests {
         own.socket.recv(&mut [std::mem::MaybeUninit::uninit(); 9]).unwrap()
     }
 
-    /// How the listener sees `client`, whose family is that of `like`.
+    /// The address of `client` as the listener reports it, in the family of `like`.
     fn listener_view(client: &UdpSocket, like: SocketAddr) -> SocketAddr {
         let client = client.local_addr().unwrap();
         with_ip(SocketAddr::new(like.ip(), client.port()), client.ip(), 0)

@@ -1,5 +1,5 @@
-//! Which flows have sockets towards their clients, which of these is closed for another one, and which are no longer
-//! needed.
+//! Tracks which flows have client sockets, and selects those to close: for reuse by another flow, or because they are
+//! no longer needed.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -9,60 +9,61 @@ use super::flow::Flow;
 use super::key::FlowKey;
 use super::table::{FlowId, FlowTable};
 
-/// Sockets towards clients at the most: what they and a listener have on their way fits the queue of a device
-/// (`txqueuelen`, 1,000 packets by default). Those whose clients block are closed for others.
+/// Maximum number of client sockets: their datagrams and a listener's fit the queue of a device (`txqueuelen`, 1,000
+/// packets by default). At the limit, sockets of blocking clients are closed for other flows.
 const MOST: usize = 128;
 
-/// One in so many descriptors may be one of them.
+/// At most one in this many descriptors is used for client sockets.
 const SHARE_OF_DESCRIPTORS: usize = 8;
 
-/// How many of them are looked at to find one that can be closed, or several that are not used.
+/// How many are checked at a time, to find one that can be closed or several unused ones.
 const LOOKED_AT: usize = 64;
 
-/// How often unused ones are looked for. The kernel looks at all of them for each datagram of any other client.
+/// Interval of the search for unused ones. For each datagram of any other client, the kernel compares all of these
+/// sockets.
 const INTERVAL: Duration = Duration::from_millis(100);
 
-/// A listener that was full within this time may be so again.
+/// A listener that was full within this time may be full again soon.
 const LISTENER_QUIET: Duration = Duration::from_secs(1);
 
-/// A socket towards a client that is full for longer than this is of no use: the client's way out is what blocks, be it
-/// its own or one that all share, and waiting for the listener in turn is fair to others.
+/// A client socket that is full for longer than this does not help: the bottleneck is the client's own link, or one
+/// that all share, and taking turns with the listener is fair.
 const BLOCKED: Duration = Duration::from_millis(50);
 
-/// A processor may be about to queue a datagram on a socket that it found while that was still connected. By this time
-/// it has.
+/// The kernel may still be queueing a datagram on a socket that it looked up while the socket was connected. It has
+/// finished after this time.
 pub(super) const GRACE: Duration = Duration::from_millis(20);
 
-/// Flows whose sockets towards their clients are not needed.
+/// Flows that do not need their client sockets.
 #[derive(Debug, Default)]
 pub(super) struct Unneeded {
-    /// They would not use them, or the listener has room again.
+    /// They do not use them, or the listener is not full any more.
     pub(super) idle: Vec<FlowId>,
-    /// Their clients are what blocks.
+    /// Their clients block.
     pub(super) blocked: Vec<FlowId>,
 }
 
-/// Which flows have sockets towards their clients.
+/// The flows with client sockets.
 #[derive(Debug)]
 pub(super) struct ClientSockets {
     most: usize,
     open: usize,
-    /// In the order in which they are looked at (the clock algorithm); some may be over.
+    /// In the order of checks (clock algorithm). Some flows may have ended.
     clock: VecDeque<FlowId>,
-    /// When the clock goes on by itself, if there are any.
+    /// The time of the next periodic check, if there are any.
     next_look: Option<Instant>,
-    /// Those that are yet to be drained and closed, and since when, the oldest first.
+    /// Sockets to be drained and closed, and since when, oldest first.
     pub(super) retired: VecDeque<(Instant, ClientSocket)>,
 }
 
 impl ClientSockets {
-    /// None, where a process may have as many descriptors.
+    /// An empty set, for a process with this many descriptors.
     pub(super) fn new(descriptors: usize) -> Self {
         let most = MOST.min(descriptors / SHARE_OF_DESCRIPTORS);
         Self { most, open: 0, clock: VecDeque::new(), next_look: None, retired: VecDeque::new() }
     }
 
-    /// A flow of `table` is about to get one.
+    /// Records that a flow of `table` is about to get a client socket.
     pub(super) fn opened(&mut self, id: FlowId, table: &FlowTable<FlowKey, Flow>, now: Instant) {
         if self.clock.len() > 2 * self.open + LOOKED_AT {
             let has_one =
@@ -74,19 +75,20 @@ impl ClientSockets {
         self.next_look.get_or_insert(now + INTERVAL);
     }
 
-    /// A flow has one no more: it was connected to itself at `now`.
+    /// Records that a flow's socket was connected to itself at `now`.
     pub(super) fn retire(&mut self, socket: ClientSocket, now: Instant) {
         self.open -= 1;
         self.retired.push_back((now, socket));
     }
 
-    /// When there is something to do for them.
+    /// The time of the next task.
     pub(super) fn deadline(&self) -> Option<Instant> {
         let closing = self.retired.front().map(|(since, _socket)| *since + GRACE);
         [closing, self.next_look].into_iter().flatten().min()
     }
 
-    /// Finds a flow whose socket has to go before there may be one more, if one has to, and whether its client blocks.
+    /// Finds a flow whose socket must be closed before another one is opened, if necessary. Also returns whether its
+    /// client blocks.
     ///
     /// # Errors
     /// [`Full`]
@@ -107,8 +109,8 @@ impl ClientSockets {
         unneeded.map(Some).ok_or(Full)
     }
 
-    /// Flows that do not need their sockets any more. `was_full` says whether a listener is full, or was after some
-    /// time.
+    /// Returns flows that do not need their sockets any more. `was_full` says whether a listener is full or was full
+    /// after the given time.
     pub(super) fn unneeded(
         &mut self,
         table: &mut FlowTable<FlowKey, Flow>,
@@ -132,7 +134,7 @@ impl ClientSockets {
         unneeded
     }
 
-    /// Looks at the next one. If it is not needed, returns its flow, and whether it is full; then it is forgotten.
+    /// Checks the next one. If it is not needed, removes it and returns its flow, and whether its socket is full.
     fn tick(
         &mut self,
         table: &mut FlowTable<FlowKey, Flow>,
@@ -148,11 +150,11 @@ impl ClientSockets {
         None
     }
 
-    /// All flows that have one, or had one.
+    /// All flows that have or had a client socket.
     pub(super) fn take_all(&mut self) -> VecDeque<FlowId> {
         std::mem::take(&mut self.clock)
     }
 }
 
-/// There are as many sockets as there may be, and all are in use.
+/// The maximum number of sockets exists, and all are in use.
 pub(super) struct Full;

@@ -1,4 +1,4 @@
-//! What the relay is told: which listeners to serve, and how.
+//! Handles commands of the engine: which listeners to serve, and how.
 
 use std::collections::{HashMap, HashSet};
 use std::io;
@@ -14,7 +14,7 @@ use crate::state::Binding;
 use crate::state::task::{Command, FlowCommand};
 
 impl UdpRelay {
-    /// Does what it is told.
+    /// Handles a command.
     pub(super) fn handle(&mut self, command: Command) {
         match command {
             Command::Serve(bindings) => self.assign(bindings),
@@ -23,7 +23,7 @@ impl UdpRelay {
                 ports.iter().for_each(|port| self.listeners.release(port.number(), now));
                 drop(ports);
                 self.close_listeners(now);
-                // Whoever asked may not wait for it.
+                // The requester may not wait for the result.
                 done.send(()).ok();
             }
             Command::Leave => self.leave(),
@@ -32,14 +32,14 @@ impl UdpRelay {
             Command::Flows(FlowCommand::Adopt(flows)) => self.adopt(flows),
             Command::Flows(FlowCommand::GiveWay(ports, done)) => {
                 self.give_way(&ports);
-                // Whoever asked may not wait for it.
+                // The requester may not wait for the result.
                 done.send(()).ok();
             }
         }
     }
 
-    /// Serves listeners so from now on. Flows that are not served so any more end: clients that go on get
-    /// others. Those that are get the new bounds.
+    /// Applies the bindings of listeners. Flows that the new bindings do not permit end, and a client that continues to
+    /// send gets a new flow. Other flows get the new bounds.
     fn assign(&mut self, bindings: Vec<Binding>) {
         let now = Instant::now();
         let (mut theirs, mut access) = (HashSet::new(), HashSet::new());
@@ -75,7 +75,7 @@ impl UdpRelay {
         }
     }
 
-    /// Closes the released listeners whose flows are quiet, once nothing waits for their clients any more.
+    /// Closes the released listeners whose flows are quiet, once no datagrams are queued for their clients.
     pub(super) fn close_listeners(&mut self, now: Instant) {
         let quiet = self.listeners.quiet(now, QUIET);
         if !quiet.is_empty() {
@@ -85,15 +85,15 @@ impl UdpRelay {
         }
     }
 
-    /// Closes a listener that somebody who has it open, too, has shut down, which cannot be undone: it would be reported
-    /// for ever.
+    /// Closes a listener that another process which shares it has shut down. This cannot be undone, and epoll would
+    /// report it forever.
     pub(super) fn give_up(&mut self, index: usize) {
         let reason = "the listener was shut down from outside";
         let Some(listener) = self.listeners.get_mut(index) else { return };
         error!(mapping = %listener.target.port_mapping, "{reason}; its clients are not served any more");
         self.end_flows(|_listeners, key| key.listener as usize == index);
         if let Some(listener) = self.listeners.get_mut(index) {
-            // Others may have it open, and then closing it does not end the reports.
+            // Other processes may have it open; closing it then does not end the reports.
             self.poll.epoll().delete(listener.as_fd()).ok();
         }
         self.listeners.close_one(index);
@@ -102,7 +102,7 @@ impl UdpRelay {
         }
     }
 
-    /// Ends flows at some local ports, which somebody else is to have.
+    /// Ends the flows that use some local ports, which are needed for listeners.
     fn give_way(&mut self, ports: &[u16]) {
         let Self { table, .. } = self;
         let theirs = table.iter().filter_map(|(id, _key, _at)| Some((id, table.get(id)?.1.port)));
@@ -113,7 +113,7 @@ impl UdpRelay {
                 self.displace(ended);
             }
         }
-        // One of them may have ended before.
+        // A previous iteration may have ended it.
         while !self.ended.is_empty() {
             self.close_ended(self.ended.len());
         }

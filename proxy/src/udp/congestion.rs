@@ -1,8 +1,8 @@
-//! What is done when the way out of a listener is full: each flow that meets it gets a
-//! [socket of its own](super::client_socket) towards its client, for as long as it uses that.
+//! Handles a listener whose send buffer is full: each flow that sends while it is full gets its own [client
+//! socket](super::client_socket), for as long as it uses it.
 //!
-//! If that is full, too, the flow's client is what blocks: by its own link, or by one that it shares with all others. Such
-//! flows take turns with the listener, so that those of a saturated link get the same share of it.
+//! If that is full, too, the client's path is the bottleneck: its own link, or one shared with other clients. Such
+//! flows take turns with the listener, so that flows of a saturated link get equal shares.
 
 use std::collections::HashSet;
 use std::io;
@@ -25,29 +25,29 @@ use super::tally::{Tally, Towards, is_lost_peer};
 use super::token::{Token, Wanted, event, interest};
 use super::turn::{LISTENER_BATCHES, Turn, slots_for};
 
-/// A listener whose flows cannot have sockets of their own is not asked again for this long.
+/// After a client socket could not be opened, flows of the listener do not try again for this long.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
-/// A flow whose client blocks does without a socket of its own for this long, and for twice that the next time.
+/// A flow whose client blocks gets no client socket for this long, doubled each time.
 const BLOCKED_FOR: Duration = Duration::from_secs(4);
 
-/// That is not for longer than this.
+/// The maximum of that time.
 const BLOCKED_MOST: Duration = Duration::from_secs(256);
 
-/// Flows that wait in turn of which it is asked at a time whether they may have sockets of their own.
-const MOST_RELIEVED: usize = 64;
+/// How many waiting flows are checked at a time for whether they may get client sockets.
+const CHECKED_AT_ONCE: usize = 64;
 
-/// Batches that are taken at once from a socket that is about to be closed.
+/// Maximum number of batches that are received at once from a socket that is about to be closed.
 const LAST_BATCHES: usize = 64;
 
 impl UdpRelay {
-    /// Sends what waits for a listener by sockets of the flows' own, as far as they can have some.
-    pub(super) fn relieve(&mut self, index: usize) {
+    /// Moves the listener's queue to the flows' own client sockets, as far as these are available.
+    pub(super) fn use_client_sockets(&mut self, index: usize) {
         self.listeners[index].full_at = Some(self.turn.start());
-        if !self.can_relieve(index) {
+        if !self.allows_client_sockets(index) {
             return;
         }
-        // A flow's datagrams stay in order: all of them go one way.
+        // All datagrams of a flow take one path, which preserves their order.
         let (mut moved, mut stay) = (HashSet::new(), HashSet::new());
         for _ in 0..self.listeners[index].queue.len() {
             let Some(mut waiting) = self.listeners[index].queue.pop() else { break };
@@ -75,18 +75,18 @@ impl UdpRelay {
         }
     }
 
-    /// Whether answers of a flow may wait on the queue of its listener; the caller moves them.
+    /// Whether replies of a flow may be in the queue of its listener. Clears the flag, because the caller moves them.
     pub(super) fn take_has_queued(&mut self, id: FlowId) -> bool {
         self.table.get_mut(id).is_some_and(|(_key, flow)| std::mem::take(&mut flow.has_queued))
     }
 
-    /// Whether flows of a listener may have sockets of their own now.
-    fn can_relieve(&self, index: usize) -> bool {
+    /// Whether flows of a listener may get client sockets now.
+    fn allows_client_sockets(&self, index: usize) -> bool {
         let listener = &self.listeners[index];
         !listener.is_paused && listener.shared_until.is_none_or(|until| self.turn.start() >= until)
     }
 
-    /// Whether a flow has a socket towards its client. It gets one if it can.
+    /// Opens a client socket for a flow, if possible. Returns whether it has one.
     pub(super) fn give_client_socket(&mut self, id: FlowId) -> bool {
         let Some((key, flow)) = self.table.get(id) else { return false };
         if flow.client_socket.is_some() {
@@ -94,7 +94,7 @@ impl UdpRelay {
         }
         let key = *key;
         let is_blocked = flow.blocked.is_some_and(|blocked| self.turn.start() < blocked.until);
-        if is_blocked || !self.can_relieve(key.listener as usize) {
+        if is_blocked || !self.allows_client_sockets(key.listener as usize) {
             return false;
         }
         match self.client_sockets.make_room(&mut self.table, self.turn.start()) {
@@ -120,26 +120,25 @@ impl UdpRelay {
         let now = self.turn.start();
         let listener = &self.listeners[key.listener as usize];
         let share = self.capacity.shares.each();
-        let socket = ClientSocket::bind(key, listener.as_fd(), share, &self.listeners.room)?;
+        let socket = ClientSocket::bind(key, listener.as_fd(), share, &self.listeners.budget)?;
         self.client_sockets.opened(id, &self.table, now);
         let watched = socket
             .connect()
             .and_then(|()| Ok(self.poll.epoll().add(&socket, event(Token::Client(id), Wanted::RECEIVE))?));
         if let Err(error) = watched {
-            // It may have got datagrams by now.
+            // It may have received datagrams already.
             self.retire(socket);
             return Err(error);
         }
         let Some((_key, flow)) = self.table.get_mut(id) else { return Ok(()) };
         flow.client_socket = Some(Box::new(socket));
-        // It waits for the listener no more.
+        // The flow does not wait for the listener any more.
         flow.is_waiting = false;
         interest(self.poll.epoll(), flow.as_fd(), Token::Flow(id), flow.wanted());
         Ok(())
     }
 
-    /// Sends answers of a flow by its socket towards the client. What there is no room for waits, and so do the answers
-    /// behind it.
+    /// Sends replies of a flow through its client socket. Those that do not fit are queued, and so are later replies.
     pub(super) fn send_by_client_socket(&mut self, id: FlowId, batch: &Batch, datagrams: &[(FlowId, usize)]) {
         let Some((key, flow)) = self.table.get_mut(id) else { return };
         let listener = key.listener as usize;
@@ -149,7 +148,7 @@ impl UdpRelay {
         self.settle_answers(id, listener, tally);
     }
 
-    /// Sends what waits for the client of a flow, as far as there is room.
+    /// Sends the queued replies of a flow, as far as its socket accepts them.
     fn flush_client_socket(&mut self, id: FlowId) {
         let Some((key, flow)) = self.table.get_mut(id) else { return };
         let Some(client) = &mut flow.client_socket else { return };
@@ -160,7 +159,7 @@ impl UdpRelay {
         self.settle_answers(id, listener, tally);
     }
 
-    /// Counts what became of answers, and lets the flow wait for as long as some of them do.
+    /// Counts the results of sending replies, and pauses the flow while some are queued.
     fn settle_answers(&mut self, id: FlowId, listener: usize, tally: Tally) {
         let has_lost_peer = tally.has_lost_peer();
         tally.settle(&self.listeners[listener].target, Towards::Clients);
@@ -182,7 +181,7 @@ impl UdpRelay {
         }
     }
 
-    /// Serves a flow's socket towards its client: it has room, or the client has sent something.
+    /// Handles events of a flow's client socket: it is writable, or the client has sent datagrams.
     pub(super) fn serve_client_socket(&mut self, id: FlowId, ready: EpollFlags, batch: &mut Batch) {
         if ready.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLRDHUP) {
             return self.take_client_socket(id);
@@ -191,7 +190,7 @@ impl UdpRelay {
             self.flush_client_socket(id);
         }
         for _ in 0..LISTENER_BATCHES {
-            // It may have been closed to make room for others.
+            // It may have been closed in favour of another flow.
             let Some((key, flow)) = self.table.get(id) else { return };
             let Some(client) = &flow.client_socket else { return };
             let (key, listener) = (*key, &mut self.listeners[key.listener as usize]);
@@ -210,7 +209,7 @@ impl UdpRelay {
         }
     }
 
-    /// Takes its socket towards the client from a flow, which goes on by way of the listener.
+    /// Takes away the client socket of a flow, which continues with the listener.
     pub(super) fn take_client_socket(&mut self, id: FlowId) {
         let Some((_key, flow)) = self.table.get_mut(id) else { return };
         let Some(socket) = flow.client_socket.take() else { return };
@@ -221,9 +220,9 @@ impl UdpRelay {
         self.retire(*socket);
     }
 
-    /// No flow has this socket any more: the listener has what waits, and what the client will send.
+    /// Retires a client socket: its queue moves to the listener, and so do the client's further datagrams.
     pub(super) fn retire(&mut self, mut socket: ClientSocket) {
-        // Until it is closed, nothing is done about it, so that what is reported would be so again and again.
+        // It is not served until it is closed, so epoll would report its events repeatedly.
         self.poll.epoll().delete(socket.as_fd()).ok();
         if let Err(error) = socket.disconnect() {
             debug!(%error, "a client's socket stays connected until it is closed");
@@ -242,7 +241,7 @@ impl UdpRelay {
         self.client_sockets.retire(socket, Instant::now());
     }
 
-    /// Takes all sockets from the flows of listeners that are served, and passes on what they have got.
+    /// Retires the client sockets of all listeners that are served, and forwards the datagrams they have received.
     pub(super) fn retire_all(&mut self) {
         for id in self.client_sockets.take_all() {
             self.take_client_socket(id);
@@ -250,7 +249,7 @@ impl UdpRelay {
         self.close_retired(None);
     }
 
-    /// Takes their sockets from flows that do not need them any more, as the way out of the listener is free again.
+    /// Retires the client sockets of flows that do not need them any more, because the listener is not full.
     pub(super) fn retire_unneeded(&mut self, now: Instant) {
         let Self { client_sockets, listeners, table, .. } = self;
         let was_full = |listener: usize, lately: Instant| {
@@ -262,10 +261,10 @@ impl UdpRelay {
         let freed: HashSet<usize> = idle.iter().chain(&blocked).filter_map(listener_of).collect();
         idle.into_iter().for_each(|id| self.take_client_socket(id));
         blocked.into_iter().for_each(|id| self.note_blocked(id));
-        freed.into_iter().for_each(|listener| self.relieve_waiting(listener));
+        freed.into_iter().for_each(|listener| self.open_for_waiting(listener));
     }
 
-    /// A flow does without a socket of its own for some time, as its client is what blocks.
+    /// Excludes a flow from client sockets for some time, because its client blocks.
     fn note_blocked(&mut self, id: FlowId) {
         if let Some((_key, flow)) = self.table.get_mut(id) {
             let last = flow.blocked.map_or(BLOCKED_FOR / 2, |blocked| blocked.length);
@@ -275,10 +274,10 @@ impl UdpRelay {
         self.take_client_socket(id);
     }
 
-    /// Gives sockets of their own to flows that wait for a listener in turn, as far as there are some again.
-    fn relieve_waiting(&mut self, index: usize) {
+    /// Opens client sockets for flows that wait for a listener, when some are available again.
+    fn open_for_waiting(&mut self, index: usize) {
         let mut must_move = false;
-        for _ in 0..self.listeners[index].waiting.len().min(MOST_RELIEVED) {
+        for _ in 0..self.listeners[index].waiting.len().min(CHECKED_AT_ONCE) {
             let Some(id) = self.listeners[index].waiting.pop_front() else { break };
             if self.table.get(id).is_none_or(|(_key, flow)| !flow.is_waiting) {
                 continue;
@@ -290,12 +289,12 @@ impl UdpRelay {
             }
         }
         if must_move {
-            self.relieve(index);
+            self.use_client_sockets(index);
         }
     }
 
-    /// Passes on what clients sent to sockets that no flow has any more, and closes those that nobody can have found for
-    /// long enough at `now`; all if that is `None`.
+    /// Forwards datagrams that clients sent to retired sockets. Closes those that the kernel cannot be using any more
+    /// at `now`, or all if that is `None`.
     pub(super) fn close_retired(&mut self, now: Option<Instant>) {
         let is_due = |since: Instant| now.is_none_or(|now| now.saturating_duration_since(since) >= GRACE);
         if !self.client_sockets.retired.front().is_some_and(|(since, _socket)| is_due(*since)) {
@@ -324,7 +323,7 @@ impl UdpRelay {
                     self.relay_requests(listener, local, batch, count);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                // One that an earlier datagram met, which is off the socket now.
+                // The error of an earlier datagram, which is now cleared.
                 Err(_) => {}
             }
         }
@@ -335,7 +334,7 @@ impl UdpRelay {
     }
 }
 
-/// Whether an error, of a socket for one client, is one that all clients of the listener would meet.
+/// Whether an error of a client socket would also occur on the listener, for all clients.
 fn is_the_listeners(error: &io::Error) -> bool {
     let errno = error.raw_os_error();
     !matches!(errno, Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EINVAL | libc::EADDRNOTAVAIL))

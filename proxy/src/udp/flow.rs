@@ -1,4 +1,4 @@
-//! A flow: its socket towards the backend, and what is known of its path.
+//! A flow: its socket towards the backend, and the properties of its path.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -17,54 +17,54 @@ use socket2::{Domain, SockRef, Socket, Type};
 use super::client_socket::ClientSocket;
 use super::local_ports::LocalPorts;
 use super::payload::{Part, Payload};
-use super::send::{Room, SendQueue};
+use super::send::{QueueBudget, SendQueue};
 use super::table::FlowId;
 use super::tally::Tally;
 use super::token::Wanted;
 use crate::state::{FlowGuard, Target};
 
-/// Ports that are tried for a flow until one is free.
+/// Number of local ports to try for a flow.
 const PORT_TRIES: usize = 32;
 
-/// Bytes that it may queue towards the backend.
+/// Send buffer size towards the backend, in bytes.
 const SEND_BUFFER: usize = 1024 * 1024;
 
-/// A flow's socket and what is known of its path.
+/// A flow's socket and the properties of its path.
 #[derive(Debug)]
 pub(super) struct Flow {
-    /// Shared with whoever passes it on to another process.
+    /// Shared with the task that passes it to another process.
     socket: Arc<OwnedFd>,
-    /// Whether GSO batches may be tried towards the backend.
+    /// Whether to try GSO batches towards the backend.
     gso_to_backend: bool,
-    /// Whether GSO batches may be tried towards the client.
+    /// Whether to try GSO batches towards the client.
     pub(super) gso_to_client: bool,
-    /// Whether answers are left where they are until it is this flow's turn to use the listener, or its client's
-    /// socket has room.
+    /// Whether replies stay in the socket until it is this flow's turn to use the listener, or until the client socket
+    /// is writable.
     pub(super) is_waiting: bool,
-    /// Whether another process has the socket open too, or is about to.
+    /// Whether another process has the socket open, or is about to.
     pub(super) is_shared: bool,
     /// Its local port.
     pub(super) port: u16,
-    /// Where its datagrams go, if its socket is not connected: answers come from any port of that address then.
+    /// The destination, if the socket is not connected; replies from any port of that address are accepted then.
     pub(super) peer: Option<SocketAddr>,
-    /// How many answers the kernel has had no room for, as far as they are counted.
+    /// The number of replies dropped by the kernel, as far as they are counted.
     pub(super) dropped: u32,
-    /// How large answers were lately, in bytes: each of them, or each GSO batch.
+    /// The recent size of replies, or of GSO batches of replies, in bytes.
     pub(super) usual_size: usize,
-    /// The size that its receive buffer was set to.
+    /// The size set for its receive buffer.
     share: usize,
-    /// Where answers go, if not by way of the listener.
+    /// The client socket that replies are sent through, instead of the listener.
     pub(super) client_socket: Option<Box<ClientSocket>>,
-    /// Whether answers may wait on the queue of the listener, which those that follow must not overtake.
+    /// Whether replies may be in the listener's queue; later ones must not overtake them.
     pub(super) has_queued: bool,
-    /// If its client has been what blocks.
+    /// Set if the client has blocked.
     pub(super) blocked: Option<Blocked>,
-    /// What waits for room on the socket.
+    /// Datagrams that wait until the socket is writable.
     queue: SendQueue,
     guard: FlowGuard,
 }
 
-/// How long a flow does without a socket towards its client.
+/// Until when a flow gets no client socket.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Blocked {
     pub(super) until: Instant,
@@ -72,43 +72,43 @@ pub(super) struct Blocked {
 }
 
 impl Flow {
-    /// Opens a socket on one of `ports` that is connected to the backend of `route`; or one that is not, if answers may
-    /// come from any of the backend's ports. What waits for it shares `room`.
+    /// Opens a socket on one of `ports`, connected to the backend of `target`; or unconnected, if replies from any port
+    /// of the backend are accepted. Its queue uses the `budget`.
     ///
     /// # Errors
-    /// Those of socket(2), bind(2) and connect(2); the last if there is no route.
+    /// The errors of socket(2), bind(2) and connect(2); the last without a route.
     pub(super) fn open(
         target: &Arc<Target>,
         ports: &mut LocalPorts,
-        room: &Arc<Room>,
+        budget: &Arc<QueueBudget>,
         now: Instant,
     ) -> io::Result<Self> {
         let addr = target.port_mapping.backend.socket_addr();
         let socket = Socket::new(Domain::for_address(addr), Type::DGRAM.nonblocking(), None)?;
         let peer = target.policy.limits.udp_any_port.then_some(addr);
-        // Else it is of any local address: connect(2) chooses that.
+        // Unbound, so that connect(2) chooses the local address.
         let ip = if peer.is_some() { source_towards(addr)? } else { wildcard_of(addr.ip()) };
         let port = bind(&socket, ip, ports, now)?;
         if peer.is_none() {
             socket.connect(&addr.into())?;
         }
         ports.taken(port);
-        // Neither is needed for a flow to work, only for it to work well.
+        // Both are optional and only improve performance.
         drop(enable_gro(socket.as_fd()));
         drop(report_class_and_drops(socket.as_fd(), addr.is_ipv6()));
-        // What strangers sent before the socket was connected, and answers to whoever had the port before: nobody
-        // has asked anything yet.
+        // Discards datagrams that others sent before the socket was connected, and replies to the previous user of the
+        // port: this flow has sent nothing yet.
         discard(socket.as_fd());
-        Ok(Self::adopt(Arc::new(socket.into()), peer, port, target, room))
+        Ok(Self::adopt(Arc::new(socket.into()), peer, port, target, budget))
     }
 
-    /// Goes on with a flow whose socket is connected, or sends to `peer`, from this local port.
+    /// Creates a flow from a socket that is connected, or that sends to `peer`, with this local port.
     pub(super) fn adopt(
         socket: Arc<OwnedFd>,
         peer: Option<SocketAddr>,
         port: u16,
         target: &Arc<Target>,
-        room: &Arc<Room>,
+        budget: &Arc<QueueBudget>,
     ) -> Self {
         Self {
             peer,
@@ -124,37 +124,37 @@ impl Flow {
             client_socket: None,
             has_queued: false,
             blocked: None,
-            queue: SendQueue::new(room.clone()),
+            queue: SendQueue::new(budget.clone()),
             guard: FlowGuard::take(target),
         }
     }
 
-    /// Lets the kernel queue this many bytes for it.
+    /// Sets the receive buffer to this many bytes.
     pub(super) fn set_share(&mut self, share: usize) {
         if share != self.share {
             self.share = share;
-            // It is not needed for a flow to work, only for it to work well.
+            // This is optional and only improves performance.
             drop(set_buffers(self.socket.as_fd(), share, SEND_BUFFER.min(share)));
         }
     }
 
-    /// What it was opened for.
+    /// The target for which it was opened.
     pub(super) fn target(&self) -> &Arc<Target> {
         self.guard.target()
     }
 
-    /// How many datagrams wait for room.
+    /// The number of queued datagrams.
     pub(super) fn unsent(&self) -> usize {
         self.queue.len()
     }
 
-    /// Its socket, to be passed on.
+    /// Its socket, to be passed to another process.
     pub(super) fn socket(&self) -> Arc<OwnedFd> {
         self.socket.clone()
     }
 
-    /// Sends the datagrams in some slots of `batch` to the backend. Returns `true` if from now on
-    /// some wait for room, which [`Self::wanted`] says too; adds to `tally` what becomes of them.
+    /// Sends the datagrams in some slots of `batch` to the backend, and adds the results to `tally`. Returns `true` if
+    /// it started to queue datagrams, which changes [`Self::wanted`].
     pub(super) fn send(
         &mut self,
         batch: &RecvBatch,
@@ -168,7 +168,7 @@ impl Flow {
         send(socket.as_fd(), *peer, queue, gso_to_backend, (&payload, &parts), tally)
     }
 
-    /// Sends the answers in some slots of `batch` by the socket towards the client, if there is one.
+    /// Sends the replies in some slots of `batch` through the client socket, if there is one.
     pub(super) fn answer(
         &mut self,
         batch: &RecvBatch,
@@ -185,18 +185,18 @@ impl Flow {
         send(socket, None, queue, gso_to_client, (&payload, &parts), tally);
     }
 
-    /// Sends what waits, as far as there is room.
+    /// Sends queued datagrams, as far as the socket accepts them.
     pub(super) fn flush(&mut self, tally: &mut Tally) {
         self.queue.flush(self.socket.as_fd(), tally);
     }
 
-    /// What its socket has to be watched for now.
+    /// The events to watch its socket for.
     pub(super) fn wanted(&self) -> Wanted {
         Wanted { receive: !self.is_waiting, send: !self.queue.is_empty() }
     }
 
-    /// Takes the error of an earlier datagram off the socket. It tells nothing that the next one
-    /// would not.
+    /// Clears the pending error of the socket, which is that of an earlier datagram, and counts it. A further error
+    /// would give the same information.
     pub(super) fn take_error(&self, tally: &mut Tally) {
         if let Ok(Some(error)) = SockRef::from(&self.socket).take_error() {
             tally.lose(1, error);
@@ -204,8 +204,8 @@ impl Flow {
     }
 }
 
-/// Sends messages by a socket, behind what waits in `queue`; in GSO batches unless the path has refused one, which is
-/// noted in `gso`. Returns `true` if from now on some wait for room.
+/// Sends messages through a socket, after those in `queue`. Uses GSO batches until the path refuses one, which is
+/// recorded in `gso`. Returns `true` if it started to queue datagrams.
 fn send(
     socket: BorrowedFd<'_>,
     to: Option<SocketAddr>,
@@ -231,7 +231,7 @@ fn bind(socket: &Socket, ip: IpAddr, ports: &mut LocalPorts, now: Instant) -> io
         match socket.bind(&SocketAddr::new(ip, port).into()) {
             Ok(()) => return Ok(port),
             Err(error) if error.kind() == io::ErrorKind::AddrInUse => ports.others_have(),
-            // Below `ip_unprivileged_port_start`.
+            // The port is below `ip_unprivileged_port_start`.
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => ports.forbidden(port),
             Err(error) => return Err(error),
         }

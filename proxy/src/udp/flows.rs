@@ -1,4 +1,4 @@
-//! How flows end, and what they share.
+//! Ends flows, and maintains what they share.
 
 use std::collections::HashSet;
 use std::os::fd::AsFd;
@@ -18,12 +18,12 @@ use super::tally::{Tally, Towards};
 use crate::state::Target;
 use crate::state::stats::FailureKind;
 
-/// Flows that expire, and sockets of ended ones that are closed, in one turn: thousands may end at a
-/// time, and closing a socket takes some microseconds.
+/// Maximum number of flows that expire, and of sockets that are closed, in one turn. Thousands may end together, and
+/// closing a socket takes some microseconds.
 pub(super) const ENDS_PER_TURN: usize = 64;
 
 impl UdpRelay {
-    /// Ends some flows. They are gone at once; their sockets are closed by and by.
+    /// Ends some flows. They leave the table at once; their sockets are closed over several turns.
     pub(super) fn end_flows(&mut self, are_over: impl Fn(&Listeners, &FlowKey) -> bool) {
         let Self { table, listeners, .. } = self;
         let over = table.iter().filter(|(_id, key, _at)| are_over(listeners, key));
@@ -35,13 +35,13 @@ impl UdpRelay {
         }
     }
 
-    /// A flow had to go because there was no room for all.
+    /// Ends a flow that was evicted.
     pub(super) fn displace(&mut self, ended: Ended<Flow>) {
         ended.flow.target().policy.state.stats.count(FailureKind::FlowDisplaced);
         self.end(ended);
     }
 
-    /// A flow is over. Answers that wait for its client are sent yet.
+    /// Ends a flow. Queued replies are still sent.
     pub(super) fn end(&mut self, mut ended: Ended<Flow>) {
         if let Some(socket) = ended.flow.client_socket.take() {
             self.retire(*socket);
@@ -52,7 +52,7 @@ impl UdpRelay {
         self.ended.push_back(ended);
     }
 
-    /// Returns flows their share of the kernel's memory when there are more or fewer than before: some in each turn.
+    /// Adjusts the receive buffers to the number of flows, some in each turn.
     pub(super) fn share_out(&mut self) {
         let shares = &mut self.capacity.shares;
         if shares.set_flows(self.table.len()) {
@@ -64,7 +64,7 @@ impl UdpRelay {
         self.next_share = next;
     }
 
-    /// Ends flows whose time is over, and closes sockets of ended ones: as many as do not hold up others.
+    /// Ends expired flows and closes the sockets of ended ones, in bounded numbers so that others do not wait.
     pub(super) fn end_some(&mut self, now: Instant) {
         if self.listeners.are_closing() {
             self.close_listeners(now);
@@ -72,7 +72,7 @@ impl UdpRelay {
         for _ in 0..ENDS_PER_TURN {
             let Some(id) = self.table.expired(now) else { break };
             if self.table.get(id).is_some_and(|(_key, flow)| flow.is_waiting) {
-                // There may be answers that nobody has looked at yet.
+                // There may be replies that are not read yet.
                 self.table.postpone(id, now);
             } else if let Some(ended) = self.table.remove(id) {
                 self.end(ended);
@@ -81,12 +81,12 @@ impl UdpRelay {
         self.close_ended(ENDS_PER_TURN);
     }
 
-    /// Closes sockets of ended flows, `most` at the most. What they have got, and nobody looked at, is counted.
+    /// Closes at most `most` sockets of ended flows. Counts the datagrams that they received and that were not read.
     pub(super) fn close_ended(&mut self, most: usize) {
         for _ in 0..most {
             let Some(Ended { mut flow, last_active }) = self.ended.pop_front() else { return };
             if flow.is_shared {
-                // The other process has the socket open, and then closing it does not end the reports.
+                // The other process has the socket open; closing it does not end epoll's reports.
                 self.poll.epoll().delete(flow.as_fd()).ok();
             } else {
                 let mut tally = Tally::default();
@@ -96,7 +96,7 @@ impl UdpRelay {
                 tally.dropped(dropped(flow.as_fd()).unwrap_or(counted), &mut flow.dropped);
                 tally.settle(flow.target(), Towards::Clients);
                 if unread == MOST_DISCARDED {
-                    // There may be more, which others do not wait for.
+                    // There may be more; other tasks do not wait for them.
                     return self.ended.push_front(Ended { flow, last_active });
                 }
             }
@@ -107,34 +107,35 @@ impl UdpRelay {
         }
     }
 
-    /// Ends a flow whose socket has lost its peer, or can send or receive no more: the next datagram opens another one.
+    /// Ends a flow whose socket has no peer any more, or was shut down; the next datagram opens another one.
     #[cold]
     pub(super) fn end_without_peer(&mut self, id: FlowId) {
         if let Some(mut ended) = self.table.remove(id) {
-            // If another process has it open, which may have shut it down, closing it does not end the reports.
+            // If another process has it open, for example the one that shut it down, closing it does not end epoll's
+            // reports.
             ended.flow.is_shared = true;
             self.end(ended);
         }
     }
 
-    /// Ends flows of the slots whose local address is not the one any more that leads to their backend: it may be gone
-    /// from this host, and then nothing can be sent from it.
+    /// Ends flows of the slots whose local address is not the source address for their backend any more. It may have
+    /// been removed from this host; then nothing can be sent from it.
     #[cold]
-    pub(super) fn end_misplaced(&mut self, slots: &[(FlowId, usize)]) {
+    pub(super) fn end_with_stale_source(&mut self, slots: &[(FlowId, usize)]) {
         let ids: HashSet<FlowId> = slots.iter().map(|(id, _slot)| *id).collect();
         for id in ids {
             let Some((_key, flow)) = self.table.get(id) else { continue };
             let source = source_towards(flow.target().port_mapping.backend.socket_addr());
             let local = SockRef::from(&flow.as_fd()).local_addr().ok().and_then(|addr| addr.as_socket());
-            let is_misplaced = source.is_ok_and(|source| local.is_some_and(|local| local.ip() != source));
-            if is_misplaced && let Some(ended) = self.table.remove(id) {
+            let is_stale = source.is_ok_and(|source| local.is_some_and(|local| local.ip() != source));
+            if is_stale && let Some(ended) = self.table.remove(id) {
                 self.end(ended);
             }
         }
     }
 
-    /// Takes a flow out so that there is room for another one; and one more if there are fewer places than
-    /// before. All at once would be too many, for what others leave is an estimate.
+    /// Evicts a flow to make room for another one, and a second one if the limit is lower than before. Evicting all
+    /// excess flows at once would be too many, because the limit is an estimate.
     pub(super) fn make_room(&mut self, bounds: &Bounds, key: &FlowKey) {
         for _ in 0..2 {
             let Some(ended) = self.table.make_room(bounds, key.client.ip()) else { break };
@@ -144,7 +145,7 @@ impl UdpRelay {
     }
 }
 
-/// Which mapping a route is one of: what goes on in it is at one place for as long as it is served.
+/// Identifies the mapping of a target by the address of its counters, which exist for as long as it is served.
 pub(super) fn mapping_of(target: &Target) -> MappingId {
     MappingId(Arc::as_ptr(&target.policy.state).addr())
 }

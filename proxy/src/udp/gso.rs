@@ -1,20 +1,20 @@
-//! Grouping datagrams of one flow into GSO batches: what can leave with one call (udp(7) `UDP_SEGMENT`).
+//! Groups datagrams of one flow into GSO batches that are sent with one call (udp(7) `UDP_SEGMENT`).
 //!
-//! A GSO batch is cut by the kernel into datagrams of equal size, the last of which may be shorter.
-//! Nothing is merged or split that was not sent so: the boundaries come out as they went in.
+//! The kernel splits a GSO batch into datagrams of equal size, of which the last may be shorter. Datagram boundaries
+//! are preserved: nothing is merged or split that was not sent that way.
 
 use std::ops::Range;
 
 use rproxy_sys::udp::{GSO_BYTES, GSO_SEGMENTS};
 
-/// What one receive brought of a flow: a datagram, or a GSO batch.
+/// The result of one receive for a flow: a datagram, or a GSO batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Chunk {
-    /// Bytes in all.
+    /// Its length in bytes.
     pub(super) len: usize,
-    /// The size of each datagram but the last; `None` for a single one.
+    /// The size of each datagram except the last; `None` for a single one.
     pub(super) segment: Option<u16>,
-    /// The traffic class of all of them.
+    /// The traffic class of all datagrams.
     pub(super) class: u8,
 }
 
@@ -27,7 +27,7 @@ impl Chunk {
         }
     }
 
-    /// How many datagrams it is.
+    /// The number of datagrams.
     pub(super) fn count(self) -> usize {
         match self.segment {
             Some(segment) => self.len.div_ceil(usize::from(segment)).max(1),
@@ -41,14 +41,14 @@ impl Chunk {
     }
 }
 
-/// Consecutive chunks that leave together.
+/// Consecutive chunks that are sent together.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct GsoBatch {
-    /// Which chunks, by their place in the sequence.
+    /// The indexes of the chunks in the sequence.
     pub(super) chunks: Range<usize>,
-    /// The size to cut into; `None` for a single datagram.
+    /// The segment size; `None` for a single datagram.
     pub(super) segment: Option<u16>,
-    /// The traffic class of all of them.
+    /// The traffic class of all datagrams.
     pub(super) class: u8,
 }
 
@@ -63,7 +63,7 @@ pub(super) fn gso(chunks: &[Chunk]) -> impl Iterator<Item = GsoBatch> {
     })
 }
 
-/// The longest GSO batch at the start of `chunks`.
+/// The longest possible GSO batch at the start of `chunks`.
 fn first_batch(chunks: &[Chunk]) -> Option<GsoBatch> {
     let first = *chunks.first()?;
     let size = first.size();
@@ -151,7 +151,7 @@ mod tests {
         assert_eq!(result, [(2, Some(64), 0), (2, Some(64), 3), (1, None, 0)]);
     }
 
-    /// What the kernel makes of a GSO batch: datagram sizes.
+    /// The datagram sizes into which the kernel splits a GSO batch.
     fn cut(chunks: &[Chunk], batch_of: &GsoBatch) -> Vec<usize> {
         let bytes: usize = chunks[batch_of.chunks.clone()].iter().map(|chunk| chunk.len).sum();
         let segment = batch_of.segment.map_or(bytes.max(1), usize::from);

@@ -1,4 +1,4 @@
-//! How flows go over to another process, and come from one.
+//! Hands flows over to another process, and takes them over from one.
 
 use std::collections::HashSet;
 use std::io;
@@ -20,15 +20,15 @@ use crate::log::limit::LogLimit;
 use crate::state::task::{LiveFlow, LiveFlows};
 
 impl UdpRelay {
-    /// Leaves all datagrams in the kernel, and gives the flows there are, as they are from now on. Listeners
-    /// on their way out, and their flows, go on. So does what waits for room to be sent.
+    /// Pauses the listeners: datagrams stay in the kernel. Returns the current flows. Released listeners and their
+    /// flows continue, and so do queued datagrams.
     pub(super) fn pause(&mut self) -> LiveFlows {
         self.retire_all();
         self.pause_listeners(true);
         let flows = self.paused_flows().into_iter().filter_map(|id| {
             let is_established = self.table.is_established(id);
             let (key, flow) = self.table.get_mut(id)?;
-            // As one that waits for its listener, which resuming makes it.
+            // It is treated as waiting for its listener; resuming starts it again.
             flow.is_waiting = true;
             interest(self.poll.epoll(), flow.as_fd(), Token::Flow(id), flow.wanted());
             let FlowKey { listener, client, local } = *key;
@@ -42,7 +42,7 @@ impl UdpRelay {
         LiveFlows { flows, dropped, ports: self.capacity.ports.turn() }
     }
 
-    /// Goes on as if nothing had been.
+    /// Continues as if the handover had not started.
     pub(super) fn resume(&mut self) {
         for id in self.paused_flows() {
             if let Some((key, _flow)) = self.table.get(id) {
@@ -52,20 +52,19 @@ impl UdpRelay {
         self.pause_listeners(false);
     }
 
-    /// Returns up what is paused.
+    /// Resumes the paused listeners and flows.
     pub(super) fn leave(&mut self) {
         for id in self.paused_flows() {
             let Some(mut ended) = self.table.remove(id) else { continue };
             ended.flow.is_shared = true;
             self.end(ended);
         }
-        // Those on their way out hold ports that the other process may want.
+        // Released listeners hold ports that the other process may need.
         self.end_flows(|_listeners, _key| true);
         self.listeners.close_all(Instant::now());
     }
 
-    /// Serves flows that another process served before. One that cannot be is as one that is new: its
-    /// client's next datagram opens it.
+    /// Takes over flows of another process. If that fails for one, the client's next datagram opens a new flow.
     pub(super) fn adopt(&mut self, LiveFlows { flows, dropped, ports }: LiveFlows) {
         static FAILED: LogLimit = LogLimit::new();
 
@@ -104,11 +103,11 @@ impl UdpRelay {
             None => address(connected.peer_addr())? == Some(backend),
         };
         if !leads_there || peer.is_some() != target.policy.limits.udp_any_port {
-            // It leads to where the mapping led before.
+            // It belongs to the former backend of the mapping.
             return Ok(());
         }
         let port = address(connected.local_addr())?.map_or(0, |addr| addr.port());
-        let mut flow = Flow::adopt(socket, peer, port, &target, &self.capacity.room);
+        let mut flow = Flow::adopt(socket, peer, port, &target, &self.capacity.budget);
         flow.dropped = dropped;
         let bounds = self.capacity.bounds(mapping_of(&target), &target.policy.limits, now);
         self.make_room(&bounds, &key);

@@ -1,18 +1,18 @@
-//! What tells flows apart.
+//! The key of a flow.
 
 use std::net::{IpAddr, SocketAddr};
 
 use rproxy_sys::udp::LocalAddr;
 
-/// What tells flows apart. docker-proxy looks at the client alone; but answers have to come from the
-/// address that was asked, and a client may ask several.
+/// The key of a flow. docker-proxy uses only the client's address. But replies have to come from the address to which
+/// the client sent, and a client may send to several.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct FlowKey {
-    /// Which listener received it.
+    /// The listener that received the datagram.
     pub(super) listener: u32,
-    /// Who sent it, in the family of the listener's socket.
+    /// The sender, in the address family of the listener's socket.
     pub(super) client: SocketAddr,
-    /// Which of our addresses it was sent to, if the socket reports it.
+    /// The local address to which it was sent, if the socket reports it.
     pub(super) local: Option<LocalAddr>,
 }
 
@@ -23,8 +23,8 @@ impl FlowKey {
     }
 }
 
-/// Answers take the route that the table gives, which need not be the way that the question came.
-/// Only a link-local address means nothing without its interface.
+/// Removes the interface. Replies follow the routing table, not the path of the request; only a link-local address
+/// needs its interface.
 fn forget_interface(local: LocalAddr) -> LocalAddr {
     match local.ip {
         IpAddr::V6(ip) if ip.is_unicast_link_local() => local,

@@ -1,7 +1,7 @@
-//! The listeners of the relay: which there are, and which are on their way out.
+//! The listeners of the relay, including released ones.
 //!
-//! A listener that is released takes no new flows. It stays until those that it has are quiet, since
-//! their answers leave through its socket, or until another mapping wants that.
+//! A released listener accepts no new flows. It stays open until its flows are quiet, because their replies are sent
+//! from its socket, or until another mapping needs the port.
 
 use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, HashSet, VecDeque};
@@ -14,57 +14,57 @@ use arrayvec::ArrayVec;
 use rproxy_sys::udp::{BATCH, Transmit, dropped};
 
 use super::origin::OwnPorts;
-use super::send::{Room, SendQueue};
+use super::send::{QueueBudget, SendQueue};
 use super::table::FlowId;
 use super::tally::{Tally, Towards};
 use super::token::Wanted;
 use crate::runtime::poll::WatchedListener;
 use crate::state::{Binding, Target};
 
-/// A released listener is closed after this long, however much its clients go on to send.
-const LONGEST_FAREWELL: Duration = Duration::from_secs(10);
+/// A released listener is closed after this time, even if its clients continue to send.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// A socket that clients send to.
+/// A socket to which clients send.
 pub(super) struct Listener {
     port: Arc<WatchedListener>,
-    /// Where new flows lead to.
+    /// The target of new flows.
     pub(super) target: Arc<Target>,
-    /// When it is closed, if it was released.
+    /// When it is closed at the latest, if it was released.
     closing: Option<Instant>,
-    /// Whether its datagrams are left to another process, or to later.
+    /// Whether its datagrams stay in the kernel, for another process or until it is resumed.
     pub(super) is_paused: bool,
-    /// When a flow of it had traffic last.
+    /// The time of the last activity of its flows.
     pub(super) last_active: Instant,
-    /// How large datagrams were lately, in bytes: each of them, or each GSO batch.
+    /// The recent size of datagrams, or of GSO batches, in bytes.
     pub(super) usual_size: usize,
-    /// How many the kernel has had no room for, as far as they are counted.
+    /// The number of datagrams dropped by the kernel, as far as they are counted.
     pub(super) dropped: u32,
     pub(super) queue: SendQueue,
-    /// Until when its flows do without sockets towards their clients, because one could not be opened.
+    /// Until when its flows do not open client sockets, because that failed.
     pub(super) shared_until: Option<Instant>,
-    /// When there was no room for an answer last.
+    /// When its socket was last full.
     pub(super) full_at: Option<Instant>,
-    /// Flows whose answers wait until there is room, next in turn first; some may be over.
+    /// Flows whose replies wait for the socket, in the order of their turns; some may have ended.
     pub(super) waiting: VecDeque<FlowId>,
 }
 
 impl Listener {
-    /// Whether it takes no new flows.
+    /// Whether it was released and accepts no new flows.
     pub(super) fn is_closing(&self) -> bool {
         self.closing.is_some()
     }
 
-    /// Whether answers have to wait for others.
+    /// Whether replies have to wait for others.
     pub(super) fn is_crowded(&self) -> bool {
         !self.queue.is_empty() || !self.waiting.is_empty()
     }
 
-    /// Whether it has been on its way out for too long.
-    fn has_to_go(&self, now: Instant) -> bool {
+    /// Whether its time to close has expired.
+    fn is_overdue(&self, now: Instant) -> bool {
         self.closing.is_none_or(|deadline| now >= deadline)
     }
 
-    /// What waits is lost with it. What it had no room for is counted, unless another process goes on with it.
+    /// Counts its queued datagrams as lost, and those dropped by the kernel, unless another process continues with it.
     fn count_lost(mut self) {
         if !self.is_paused {
             let mut tally = Tally::default();
@@ -76,7 +76,7 @@ impl Listener {
         tally.settle(&self.target, Towards::Clients);
     }
 
-    /// Sends answers, or keeps those that there is no room for; see [`SendQueue::send`].
+    /// Sends replies, and queues those that do not fit the socket; see [`SendQueue::send`].
     pub(super) fn send(
         &mut self,
         messages: &[Transmit<'_>],
@@ -86,12 +86,12 @@ impl Listener {
         self.queue.send(self.port.as_fd(), messages, gso, tally)
     }
 
-    /// Sends what was kept, as far as there is room. Returns whether that is all.
+    /// Sends queued replies, as far as the socket accepts them. Returns whether the queue is empty.
     pub(super) fn flush(&mut self, tally: &mut Tally) -> bool {
         self.queue.flush(self.port.as_fd(), tally)
     }
 
-    /// What its socket has to be watched for now.
+    /// The events to watch its socket for.
     pub(super) fn wanted(&self) -> Wanted {
         Wanted { receive: !self.is_paused, send: self.is_crowded() }
     }
@@ -103,22 +103,22 @@ impl AsFd for Listener {
     }
 }
 
-/// All listeners, by the numbers of their ports.
+/// All listeners, indexed by the numbers of their ports.
 #[derive(Default)]
 pub(super) struct Listeners {
     slots: Vec<Option<Listener>>,
-    /// The numbers of those that are on their way out.
+    /// The numbers of released listeners.
     closing: HashSet<usize>,
-    /// Where they are.
+    /// Their addresses.
     pub(super) own_ports: OwnPorts,
-    /// How many flows their mappings ask for, and how many listeners do so.
+    /// The numbers of flows that mappings request, each with the number of listeners that request it.
     asked: BTreeMap<usize, usize>,
-    /// For answers that wait.
-    pub(super) room: Arc<Room>,
+    /// The budget for queued replies.
+    pub(super) budget: Arc<QueueBudget>,
 }
 
 impl Listeners {
-    /// Serves a listener as `assignment` says. Returns how it was served before, if it was.
+    /// Applies `binding` to a listener. Returns its previous target, if any.
     pub(super) fn assign(&mut self, binding: Binding, now: Instant) -> Option<Arc<Target>> {
         let Binding { port, target } = binding;
         let number = port.number();
@@ -144,7 +144,7 @@ impl Listeners {
                     is_paused: false,
                     last_active: now,
                     usual_size: 0,
-                    queue: SendQueue::new(self.room.clone()),
+                    queue: SendQueue::new(self.budget.clone()),
                     shared_until: None,
                     full_at: None,
                     waiting: VecDeque::new(),
@@ -154,7 +154,7 @@ impl Listeners {
         }
     }
 
-    /// The most flows that a mapping asks for; 0 if none does.
+    /// The largest number of flows that a mapping requests; 0 if none does.
     pub(super) fn most_asked(&self) -> usize {
         self.asked.last_key_value().map_or(0, |(asked, _listeners)| *asked)
     }
@@ -168,22 +168,22 @@ impl Listeners {
         }
     }
 
-    /// Lets a listener go as soon as its flows are quiet.
+    /// Releases a listener, to be closed as soon as its flows are quiet.
     pub(super) fn release(&mut self, number: usize, now: Instant) {
         if let Some(listener) = self.get_mut(number)
             && listener.closing.is_none()
         {
-            listener.closing = Some(now + LONGEST_FAREWELL);
+            listener.closing = Some(now + CLOSE_TIMEOUT);
             self.closing.insert(number);
         }
     }
 
-    /// Whether any is on its way out.
+    /// Whether any listener is released.
     pub(super) fn are_closing(&self) -> bool {
         !self.closing.is_empty()
     }
 
-    /// When the next one on its way out goes, if its flows are quiet until then and nothing makes room for what waits.
+    /// When the next released listener can be closed, if its flows stay quiet until then and its queue does not drain.
     pub(super) fn next_to_close(&self, quiet: Duration) -> Option<Instant> {
         let goes = |listener: &Listener| {
             let when_quiet = listener.queue.is_empty().then(|| listener.last_active + quiet);
@@ -192,35 +192,34 @@ impl Listeners {
         self.closing.iter().filter_map(|number| goes(self.slots[*number].as_ref()?)).min()
     }
 
-    /// Those on their way out whose flows have been quiet for as long as `quiet`, or that have been for too
-    /// long.
+    /// The released listeners whose flows have been quiet for `quiet`, or whose time to close has expired.
     pub(super) fn quiet(&self, now: Instant, quiet: Duration) -> HashSet<usize> {
         let is_quiet = |number: &usize| {
             let Some(listener) = &self.slots[*number] else { return true };
             let idle = now.saturating_duration_since(listener.last_active);
-            idle >= quiet || listener.has_to_go(now)
+            idle >= quiet || listener.is_overdue(now)
         };
         self.closing.iter().copied().filter(is_quiet).collect()
     }
 
-    /// Closes those of `numbers` for which nothing waits, or that have been on their way out for too long.
+    /// Closes those of `numbers` with an empty queue, or whose time to close has expired.
     pub(super) fn close(&mut self, numbers: &HashSet<usize>, now: Instant) {
         for number in numbers {
-            let waits = |listener: &Listener| !listener.queue.is_empty() && !listener.has_to_go(now);
+            let waits = |listener: &Listener| !listener.queue.is_empty() && !listener.is_overdue(now);
             if !self.slots[*number].as_ref().is_some_and(waits) {
                 self.close_one(*number);
             }
         }
     }
 
-    /// All that are served, with their numbers: not those on their way out.
+    /// All listeners that are served and not released, with their numbers.
     pub(super) fn iter_served(&mut self) -> impl Iterator<Item = (usize, &mut Listener)> {
         let listeners = self.slots.iter_mut().enumerate();
         let served = listeners.filter_map(|(number, slot)| Some((number, slot.as_mut()?)));
         served.filter(|(_number, listener)| !listener.is_closing())
     }
 
-    /// Closes one. Its flows have to be gone.
+    /// Closes a listener, after its flows were removed.
     pub(super) fn close_one(&mut self, number: usize) {
         self.closing.remove(&number);
         if let Some(listener) = self.slots[number].take() {
@@ -230,7 +229,7 @@ impl Listeners {
         }
     }
 
-    /// Closes all. Their flows have to be gone. Those for which something waits do nothing but send that.
+    /// Closes all listeners after their flows were removed. Those with queued replies only send them.
     pub(super) fn close_all(&mut self, now: Instant) {
         for number in 0..self.slots.len() {
             match &mut self.slots[number] {
@@ -244,7 +243,7 @@ impl Listeners {
         }
     }
 
-    /// The listener at `number`, unless it is gone or not known yet.
+    /// The listener at `number`, unless it was closed or is not known yet.
     pub(super) fn get_mut(&mut self, number: usize) -> Option<&mut Listener> {
         self.slots.get_mut(number)?.as_mut()
     }
@@ -254,7 +253,7 @@ fn asked_by(target: &Target) -> usize {
     target.policy.limits.udp_max_flows.unwrap_or(0)
 }
 
-/// For the listener of a flow: it is there for as long as the flow is.
+/// For the listener of a flow, which exists as long as the flow.
 impl Index<usize> for Listeners {
     type Output = Listener;
 

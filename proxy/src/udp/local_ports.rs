@@ -1,12 +1,12 @@
 //! The local ports that flows use towards backends.
 //!
-//! The kernel would choose one at random, perhaps the one that was closed a moment ago, and an answer
-//! that comes late would reach another client than the one that asked. So ports are taken in turn, in
-//! an order that differs from process to process: one is used again only when all others of the range
-//! (`ip_local_port_range`, ip(7)) had their turn, and not within [`HELD_BACK`] of its last use.
+//! The kernel would choose a port at random, perhaps one that was just closed, and a late reply would reach another
+//! client than the intended one. Ports are therefore used in rotation, in an order that differs between processes: a
+//! port is reused only after all others of the range (`ip_local_port_range`, ip(7)) and not within [`HELD_BACK`] of its
+//! last use.
 //!
-//! Other programs need ports, too, other relays among them. How many they have, the tries show that
-//! meet a port in use: what this process takes leaves a quarter of the range free.
+//! Other programs, including other relays, need ports, too. The fraction of attempts that meet a port in use is an
+//! estimate of how many they have; this process leaves a quarter of the range free.
 
 use std::cmp::Reverse;
 use std::collections::BinaryHeap;
@@ -18,75 +18,75 @@ use tracing::debug;
 use super::port_settings::{PortRange, Settings};
 use crate::state::task::{PortTurn, ROUNDS};
 
-/// A port is not used again this soon after its last datagram. It is how long a resolver waits for an
-/// answer (resolv.conf(5), `timeout`).
+/// A port is not reused within this time of its last datagram. It is how long a resolver waits for a reply
+/// (resolv.conf(5), `timeout`).
 pub(super) const HELD_BACK: Duration = Duration::from_secs(5);
 
-/// Ports that other programs are left, as a part of all.
+/// One in this many ports is left to other programs.
 const LEFT_TO_OTHERS: usize = 4;
 
-/// Ports that one process may have, however many the others have.
+/// Minimum number of ports for a process, regardless of other programs.
 const LEAST: usize = 64;
 
-/// When others have all ports that were tried, none is tried for this long: each try costs a system call.
+/// After all attempts have met ports in use, there are none for this long: each costs a system call.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// What one try more or less says about how many ports others have: as much as this many before it.
+/// Weight of the history in the estimate of ports in use: one attempt counts as much as one in this many before.
 const MEMORY: u32 = 256;
 
-/// The settings are read again after this long: whoever reserves a port is not to restart every relay.
+/// Interval of reading the settings, so that reserving a port does not require a restart of every relay.
 const READ_AGAIN: Duration = Duration::from_secs(5);
 
-/// Bits that the place of a port in the range takes.
+/// The number of bits for the index of a port in the range.
 const PLACE_BITS: u32 = 16;
 
-/// These bits.
+/// A mask for these bits.
 const PLACE_MASK: u64 = (1 << PLACE_BITS) - 1;
 
-/// How sure it is that others have a port, in parts of this.
+/// Scale of the estimated probability that a port is in use by another program.
 const CERTAIN: u32 = 1 << 16;
 
 /// The ports of the range.
 #[derive(Debug)]
 pub(super) struct LocalPorts {
     settings: Option<Settings>,
-    /// When they are read again.
+    /// The time of reading the settings again.
     read_again: Option<Instant>,
     first: u16,
     last: u16,
-    /// Ports that nobody is given unasked.
+    /// Reserved ports, which the kernel does not assign automatically.
     reserved: Vec<(u16, u16)>,
-    /// How many of the range are never to be used: reserved, or forbidden to this process.
+    /// The number of unusable ports in the range: reserved, or forbidden to this process.
     never: usize,
-    /// Made for the first flow: an idle mapping does without.
+    /// Allocated for the first flow, so that an idle mapping does not need it.
     order: Option<Order>,
-    /// Others had all that were tried: until then, none is.
+    /// Until when no attempt is made, because all attempts met ports in use.
     paused_until: Option<Instant>,
-    /// How likely others have the port whose turn it is, in parts of [`CERTAIN`].
+    /// Estimated probability that the next port is in use by another program, in parts of [`CERTAIN`].
     others: u32,
 }
 
-/// The order in which ports are tried, and which are not to be.
+/// The order of ports, and which are unavailable.
 #[derive(Debug)]
 struct Order {
-    /// How many ports there are.
+    /// The number of ports in the range.
     size: usize,
-    /// Whose turn is next, from 0.
+    /// The next position in the order, from 0.
     turn: usize,
-    /// What makes the order another one in each process.
+    /// The key that makes the order different in each process.
     keys: [u64; ROUNDS],
-    /// One bit for each port: whether it is in use here, held back, or never to be used.
+    /// A bit for each port: in use by this process, held back, or unusable.
     unavailable: Vec<u64>,
-    /// How many are.
+    /// The number of unavailable ports.
     count: usize,
-    /// Those that are held back, the next to be free first: each with the time, in milliseconds since
-    /// `start`, in the bits above those of its place.
+    /// Ports that are held back, ordered by their release: the time, in milliseconds since `start`, in the bits above
+    /// the index of the port.
     held_back: BinaryHeap<Reverse<u64>>,
     start: Instant,
 }
 
 impl LocalPorts {
-    /// The ports of this network namespace, as its settings are now.
+    /// The ports of this network namespace, with its current settings.
     pub(super) fn of_this_host() -> Self {
         let settings = Settings::open();
         let PortRange { range, reserved } = settings.read().unwrap_or_default();
@@ -99,7 +99,7 @@ impl LocalPorts {
         Self { settings, read_again, first, last, reserved, never, order, paused_until: None, others: 0 }
     }
 
-    /// Follows the settings, which may have changed.
+    /// Updates the settings if they have changed.
     pub(super) fn refresh(&mut self, now: Instant) {
         if self.read_again.is_some_and(|at| now < at) {
             return;
@@ -114,7 +114,7 @@ impl LocalPorts {
         }
     }
 
-    /// Has another range from now on. Ports that are in use or held back stay so.
+    /// Changes the range. Ports in use or held back remain unavailable.
     fn change(&mut self, (first, last): (u16, u16), reserved: Vec<(u16, u16)>) {
         let (old_first, old_reserved) = (self.first, std::mem::replace(&mut self.reserved, reserved));
         (self.first, self.last) = (first, last);
@@ -141,13 +141,13 @@ impl LocalPorts {
         self.order = Some(order);
     }
 
-    /// Whose turn is next, for another process; `None` if no flow has been opened.
+    /// The next position in the order, for another process; `None` if no flow has been opened.
     pub(super) fn turn(&self) -> Option<PortTurn> {
         let Order { turn, keys, .. } = *self.order.as_ref()?;
         Some(PortTurn { range: (self.first, self.last), turn, keys })
     }
 
-    /// Goes on where another process was, if it had the same range.
+    /// Continues at the position of another process, if its range was the same.
     pub(super) fn go_on(&mut self, PortTurn { range, turn, keys }: PortTurn) {
         if range == (self.first, self.last) {
             let order = self.order.get_or_insert_with(|| Order::new(range.0, range.1, &self.reserved));
@@ -155,7 +155,7 @@ impl LocalPorts {
         }
     }
 
-    /// How many ports can be used, whoever has them.
+    /// The number of usable ports, including those in use by other programs.
     pub(super) fn count(&self) -> usize {
         self.size().saturating_sub(self.never)
     }
@@ -164,15 +164,15 @@ impl LocalPorts {
         usize::from(self.last - self.first) + 1
     }
 
-    /// How many of them this process may use at a time, as far as it is known what others have.
+    /// The number of ports that this process may use at a time, given the estimated use by other programs.
     pub(super) fn room(&self) -> usize {
         let count = self.count();
         let others = count * self.others as usize / CERTAIN as usize;
         (count - count / LEFT_TO_OTHERS).saturating_sub(others).max(LEAST.min(count))
     }
 
-    /// The port to try next, unless all are in use here or held back, or others had all of them a moment
-    /// ago. Then say what became of it.
+    /// The next port to try. `None` if all are in use by this process or held back, or if all recent attempts met ports
+    /// in use. The caller then reports the result of the attempt.
     pub(super) fn candidate(&mut self, now: Instant) -> Option<u16> {
         if self.paused_until.is_some_and(|until| now < until) {
             return None;
@@ -193,35 +193,35 @@ impl LocalPorts {
         }
     }
 
-    /// The candidate is in use by a flow from now on.
+    /// Marks the candidate as in use by a flow.
     pub(super) fn taken(&mut self, port: u16) {
         self.set_unavailable(port);
         self.paused_until = None;
         self.others -= self.others.div_ceil(MEMORY);
     }
 
-    /// The candidate is in use by somebody else.
+    /// Records that the candidate is in use by another program.
     pub(super) fn others_have(&mut self) {
         self.others += (CERTAIN - self.others) / MEMORY;
     }
 
-    /// The candidate cannot be used by this process, now or later.
+    /// Marks the candidate as unusable for this process.
     pub(super) fn forbidden(&mut self, port: u16) {
         self.set_unavailable(port);
         self.never += 1;
     }
 
-    /// Others had all candidates that were tried.
+    /// Records that all attempts met ports in use.
     pub(super) fn exhausted(&mut self, now: Instant) {
         self.paused_until = Some(now + PAUSE);
     }
 
-    /// A flow goes on with a port that another process chose.
+    /// Marks a port as in use that another process had chosen for its flow.
     pub(super) fn adopted(&mut self, port: u16) {
         self.set_unavailable(port);
     }
 
-    /// A port is in use no more, and had its last datagram at `last_active`.
+    /// Releases a port, which had its last datagram at `last_active`.
     pub(super) fn given_back(&mut self, port: u16, last_active: Instant) {
         if (self.first..=self.last).contains(&port)
             && !is_among(&self.reserved, port)
@@ -243,7 +243,7 @@ fn is_among(ranges: &[(u16, u16)], port: u16) -> bool {
     ranges.iter().any(|(low, high)| (*low..=*high).contains(&port))
 }
 
-/// How many ports of a range are reserved.
+/// The number of reserved ports in a range.
 fn never_used((first, last): (u16, u16), reserved: &[(u16, u16)]) -> usize {
     let in_range = |(low, high): &(u16, u16)| {
         (usize::from((*high).min(last)) + 1).saturating_sub(usize::from((*low).max(first)))
@@ -267,10 +267,10 @@ impl Order {
         order
     }
 
-    /// The place in the range whose turn it is: a permutation of all, which looks random.
+    /// The index of the port at the current position: a pseudorandom permutation of all.
     ///
-    /// It is a Feistel network over as many bits as a place has, or one more, walked until it is back in the range (Black and Rogaway, Ciphers
-    /// with Arbitrary Finite Domains, 2002).
+    /// It is a Feistel network over the bits of an index, or one more, repeated until the result is in the range (Black
+    /// and Rogaway, Ciphers with Arbitrary Finite Domains, 2002).
     fn place_of(&self, turn: usize) -> usize {
         let half = (usize::BITS - (self.size - 1).leading_zeros()).div_ceil(2);
         let mask = (1 << half) - 1;
@@ -288,14 +288,14 @@ impl Order {
         }
     }
 
-    /// The ports that are in use, held back or never to be used, where the range begins with `first`.
+    /// The unavailable ports (in use, held back or unusable) of a range that begins with `first`.
     fn unavailable_ports(&self, first: u16) -> impl Iterator<Item = u16> {
         let places = (0..self.size).filter(|place| self.is_unavailable(*place));
         places.filter_map(move |place| u16::try_from(usize::from(first) + place).ok())
     }
 
     fn hold_back(&mut self, place: usize, until: Instant) {
-        // It may have been reserved when it was taken, and not be any more.
+        // It may have been reserved when it was taken, but not any more.
         self.set(place, true);
         let millis = until.saturating_duration_since(self.start).as_millis();
         let millis = u64::try_from(millis).unwrap_or(u64::MAX);
@@ -381,7 +381,7 @@ mod tests {
         new.go_on(old.turn().unwrap());
         let rest: HashSet<u16> = (0..40).map(|_| take(&mut new, now).unwrap()).collect();
         assert!(used.is_disjoint(&rest));
-        // It comes from another process, which may have any number.
+        // Another process sends it, so it may have any value.
         let wrong = PortTurn { turn: usize::MAX, ..old.turn().unwrap() };
         new.go_on(wrong);
         assert!(take(&mut new, now).is_some());
@@ -425,7 +425,7 @@ mod tests {
         assert_eq!(new, HashSet::from([50_003, 50_004]));
         assert_eq!(take(&mut ports, now + HELD_BACK), Some(50_001));
         assert_eq!(take(&mut ports, now + HELD_BACK), None, "{ports:?}");
-        // One that was in use when it was reserved is not free after that.
+        // A port that was reserved while in use does not become free afterwards.
         ports.change((50_001, 50_005), vec![(50_002, 50_002), (50_005, 50_005)]);
         for port in [50_000, 50_002, 50_003] {
             ports.given_back(port, now - HELD_BACK);
@@ -458,7 +458,7 @@ mod tests {
         assert_eq!(ports.room(), 30_000);
     }
 
-    /// Flows come and go without a pause, and those that went hold their ports back.
+    /// Opens and closes flows continuously, so that closed ones hold their ports back.
     #[test]
     fn a_process_beside_another_leaves_a_quarter_of_the_ports() {
         let mut ports = LocalPorts::new((20_000, 59_999), Vec::new());

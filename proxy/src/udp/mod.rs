@@ -1,12 +1,12 @@
 //! The UDP relay: flows, batches, and GSO batches.
 //!
-//! A flow is what one client sends to one local address of ours, and the answers. It has a socket of its own towards
-//! the backend. The [`relay`] serves all flows of a process from one task, in turns, with one [`batch`] of buffers:
-//! [`requests`] go to backends, [`answers`] to clients, and [`commands`] come from the engine.
+//! A flow consists of the datagrams that a client sends to one local address, and the replies. It has its own socket
+//! towards the backend. The [`relay`] serves all flows of a process in one task, in turns, with one [`batch`] of
+//! buffers: [`requests`] forwards to backends, [`answers`] to clients, and [`commands`] handles commands of the engine.
 //!
-//! The [`table`] finds flows and bounds their number, and [`local_ports`] gives each one a port that no other had a
-//! moment ago. [`gso`] groups datagrams so that one call sends many. [`send`] deals with what the kernel refuses, and
-//! [`congestion`] with a listener whose send buffer is full.
+//! The [`table`] finds flows and limits their number, and [`local_ports`] assigns to each a port that was not used
+//! recently. [`gso`] groups datagrams so that one call sends many. [`send`] handles errors of sending, and
+//! [`congestion`] a listener whose send buffer is full.
 
 mod answers;
 mod batch;

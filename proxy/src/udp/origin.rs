@@ -1,4 +1,4 @@
-//! Datagrams that no client has sent: answering one would only make it go round.
+//! Detects datagrams that no client can have sent: relaying them would create a loop.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -7,25 +7,25 @@ use rproxy_mapping::PortMapping;
 use rproxy_mapping::addr::wildcard_of;
 use rproxy_sys::udp::is_local;
 
-/// Where the listeners of this process are, by port.
+/// The listeners of this process, by port.
 #[derive(Debug, Default)]
 pub(super) struct OwnPorts(BTreeSet<(u16, IpAddr)>);
 
 impl OwnPorts {
-    /// Takes note of a listener.
+    /// Adds a listener.
     pub(super) fn add(&mut self, port_mapping: &PortMapping) {
         self.0.extend(places(port_mapping));
     }
 
-    /// Forgets a listener.
+    /// Removes a listener.
     pub(super) fn remove(&mut self, port_mapping: &PortMapping) {
         for place in places(port_mapping) {
             self.0.remove(&place);
         }
     }
 
-    /// Whether a datagram for `forward` cannot come from a client: its `source` is the backend, a
-    /// listener of this process, or no address of anybody (RFC 1122, section 3.2.1.3).
+    /// Whether a datagram for `forward` cannot come from a client: its `source` is the backend, a listener of this
+    /// process, or not a valid source address (RFC 1122, section 3.2.1.3).
     pub(super) fn is_forged(&self, source: SocketAddr, port_mapping: &PortMapping) -> bool {
         let (ip, port) = (source.ip().to_canonical(), source.port());
         if port == 0 || ip.is_unspecified() || ip.is_multicast() {
@@ -40,7 +40,7 @@ impl OwnPorts {
     }
 }
 
-/// Where a listener is: in both families, if it serves both.
+/// The scopes of a listener: one for each family that it serves.
 fn places(port_mapping: &PortMapping) -> impl Iterator<Item = (u16, IpAddr)> {
     let host = port_mapping.host.socket_addr();
     let ip = host.ip().to_canonical();

@@ -1,4 +1,4 @@
-//! From the slots of a received batch to messages that can be sent: nothing is copied.
+//! Builds messages from the slots of a received batch without copying.
 
 use std::io::IoSlice;
 use std::net::SocketAddr;
@@ -12,16 +12,16 @@ use super::gso::{Chunk, gso};
 use super::table::FlowId;
 use super::tally::{Amount, Tally};
 
-/// The bits of a traffic class that are for congestion (RFC 3168, section 5).
+/// The bits of the traffic class for congestion (ECN, RFC 3168, section 5).
 const ECN: u8 = 0b11;
 
-/// The payloads of some slots, in the order in which they are to be sent.
+/// The payloads of some slots, in the order of sending.
 pub(super) struct Payload<'a> {
     pieces: ArrayVec<IoSlice<'a>, BATCH>,
     dscp: Option<Dscp>,
 }
 
-/// The pieces of a [`Payload`] that make one message.
+/// The pieces of a [`Payload`] that form one message.
 pub(super) struct Part {
     pieces: Range<usize>,
     segment: Option<u16>,
@@ -29,15 +29,14 @@ pub(super) struct Part {
 }
 
 impl<'a> Payload<'a> {
-    /// One that is to be sent with the code point `dscp`, or with those that its datagrams came with. What they say of
-    /// congestion is passed on either way.
+    /// An empty payload, to be sent with the code point `dscp`, or with those of the datagrams. Congestion marks are
+    /// kept in both cases.
     pub(super) fn new(dscp: Option<Dscp>) -> Self {
         Self { pieces: ArrayVec::new(), dscp }
     }
 
-    /// Adds what was received in the slots of `datagrams`, all of one flow, and returns the messages that come of it:
-    /// joined into GSO batches if the path takes them. In `tally` they count as relayed, unless they are taken out
-    /// again.
+    /// Adds the datagrams in some slots, all of one flow, and returns the resulting messages: grouped into GSO batches
+    /// if the path accepts them. `tally` counts them as relayed; those that are not sent are subtracted later.
     pub(super) fn add(
         &mut self,
         batch: &'a RecvBatch,
@@ -79,7 +78,7 @@ fn amount_of(chunks: &[Chunk]) -> Amount {
 }
 
 impl Part {
-    /// The message, to `to` or, on a connected socket, to its peer.
+    /// The message to `to`, or to the peer of a connected socket.
     pub(super) fn message<'a>(&self, payload: &'a Payload<'_>, to: Option<SocketAddr>) -> Transmit<'a> {
         let payload = &payload.pieces[self.pieces.clone()];
         Transmit { payload, to, source: None, segment: self.segment, class: self.class }

@@ -1,24 +1,24 @@
-//! Which local ports the kernel lends, as the settings of the network namespace say (ip(7)).
+//! The kernel's settings for local ports of the network namespace (ip(7)).
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
-/// Where the settings are.
+/// The directory of the settings.
 const SETTINGS: &str = "/proc/sys/net/ipv4";
 
 /// The kernel's default range.
 const DEFAULT_RANGE: (u16, u16) = (32_768, 60_999);
 
-/// More than a list of ports takes: the kernel merges ranges, so that no two of them touch.
+/// Longer than any list of ports: the kernel merges adjacent ranges.
 const MOST_BYTES: usize = 512 * 1024;
 
-/// The ports of a namespace that sockets get which do not choose one.
+/// The ports that the kernel assigns to sockets of a namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct PortRange {
-    /// The first and the last one (`ip_local_port_range`).
+    /// The first and the last port (`ip_local_port_range`).
     pub(super) range: (u16, u16),
-    /// Those that nobody is given unasked, as ranges (`ip_local_reserved_ports`).
+    /// Ranges that are not assigned automatically (`ip_local_reserved_ports`).
     pub(super) reserved: Vec<(u16, u16)>,
 }
 
@@ -28,7 +28,7 @@ impl Default for PortRange {
     }
 }
 
-/// The files with the settings, which stay open: a confined process cannot open them.
+/// The files with the settings, kept open because a confined process cannot open them.
 #[derive(Debug)]
 pub(super) struct Settings {
     range: Option<File>,
@@ -36,13 +36,13 @@ pub(super) struct Settings {
 }
 
 impl Settings {
-    /// Those of the network namespace that this thread is in.
+    /// Opens those of this thread's network namespace.
     pub(super) fn open() -> Self {
         let open = |name: &str| File::open(Path::new(SETTINGS).join(name)).ok();
         Self { range: open("ip_local_port_range"), reserved: open("ip_local_reserved_ports") }
     }
 
-    /// What they say now; the kernel's defaults where a file is not there. `None` if one cannot be read.
+    /// Reads the current settings; the kernel's defaults if a file does not exist. `None` if one cannot be read.
     pub(super) fn read(&self) -> Option<PortRange> {
         let text = |file: &Option<File>| file.as_ref().map_or(Some(String::new()), whole);
         let (range, reserved) = (text(&self.range)?, text(&self.reserved)?);
@@ -50,7 +50,7 @@ impl Settings {
     }
 }
 
-/// The text of a file of proc(5), which is to be read with one call.
+/// The text of a file of proc(5), which must be read with one call.
 fn whole(file: &File) -> Option<String> {
     let mut bytes = vec![0; 4096];
     loop {
@@ -63,7 +63,7 @@ fn whole(file: &File) -> Option<String> {
     }
 }
 
-/// Two ports, the first and the last one.
+/// Parses the first and the last port.
 fn parse_range(text: &str) -> (u16, u16) {
     let bounds: Vec<u16> = text.split_whitespace().filter_map(|port| port.parse().ok()).collect();
     match bounds[..] {
@@ -72,7 +72,7 @@ fn parse_range(text: &str) -> (u16, u16) {
     }
 }
 
-/// Ports and ranges, separated by commas: `8080,9148-9150`.
+/// Parses ports and ranges, separated by commas: `8080,9148-9150`.
 fn parse_list(text: &str) -> Vec<(u16, u16)> {
     let parse_one = |text: &str| {
         let (first, last) = text.split_once('-').unwrap_or((text, text));

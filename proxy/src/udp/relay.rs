@@ -1,9 +1,8 @@
 //! The task that serves all UDP mappings of a process.
 //!
-//! One epoll instance watches the listeners and the flows' sockets, and the runtime watches that.
-//! Each turn takes a bounded batch from each socket that has something, so that no flow waits for
-//! another one's backlog. What clients send is [forwarded](super::requests), and what backends answer
-//! is [sent back](super::answers).
+//! One epoll instance watches the listeners and the flows' sockets, and the runtime watches the epoll instance. Each
+//! turn receives a bounded batch from each readable socket, so that no flow waits for another one's backlog. Datagrams
+//! of clients are [forwarded to backends](super::requests), and replies of backends [to clients](super::answers).
 
 use std::collections::VecDeque;
 use std::io;
@@ -26,10 +25,10 @@ use super::turn::{Events, Turn};
 use crate::runtime::poll::EventSource;
 use crate::state::task::Commands;
 
-/// Turns after which other tasks of the worker get theirs, however much there is to do here.
+/// Number of turns before the task yields to others of the worker, even if there is more to do.
 const TURNS_IN_A_ROW: u32 = 2;
 
-/// When draining, flows are over once none had traffic for this long.
+/// When draining, flows end once none was active for this long.
 pub(super) const QUIET: Duration = Duration::from_secs(1);
 
 /// All UDP mappings of a process.
@@ -40,24 +39,24 @@ pub(crate) struct UdpRelay {
     pub(super) table: FlowTable<FlowKey, Flow>,
     pub(super) capacity: Capacity,
     pub(super) client_sockets: ClientSockets,
-    /// Where the flows begin that are yet to get another share of the kernel's memory, if there are any.
+    /// Where to continue adjusting the receive buffers of flows, if that is not complete.
     pub(super) next_share: Option<usize>,
-    /// Flows that are over, whose sockets are yet to be closed.
+    /// Ended flows whose sockets are not closed yet.
     pub(super) ended: VecDeque<Ended<Flow>>,
     pub(super) buffers: Buffers,
     pub(super) turn: Turn,
-    /// Tells whether there are flows, so that connections go to other workers.
+    /// Whether there are flows, so that connections are assigned to other workers.
     has_flows: Arc<AtomicBool>,
     pub(super) draining: bool,
-    /// Listeners that were shut down from outside, which are yet to be given up.
+    /// Listeners that another process has shut down, to be closed.
     pub(super) shut_down: Vec<usize>,
-    /// Why no listener is left, if that is so.
+    /// The reason why no listener is left, if so.
     pub(super) failed: Option<io::Error>,
 }
 
 impl UdpRelay {
-    /// A relay without mappings. `beside_tcp` says whether connections need descriptors too; `has_flows` is
-    /// told whether there are flows. It ends when nobody can send `commands` any more.
+    /// A relay without mappings. `beside_tcp` says whether TCP connections need descriptors, too. `has_flows` is
+    /// updated with whether there are flows. The relay ends when all senders of `commands` are dropped.
     pub(crate) fn new(
         poll: EventSource,
         commands: Commands,
@@ -83,17 +82,17 @@ impl UdpRelay {
         }
     }
 
-    /// Relays until nobody can send commands any more, and then until the flows are quiet.
+    /// Relays until all senders of commands are dropped, and then until the flows are quiet.
     ///
     /// # Errors
-    /// What epoll_wait(2) answered, or what became of the last listener; nothing is served any more then.
+    /// The error of epoll_wait(2), or that of the last listener; nothing is served any more then.
     pub(crate) async fn run(mut self) -> io::Result<()> {
         let mut events = Events::new();
         let mut alarm = pin!(tokio::time::sleep(Duration::ZERO));
         let mut turns = 0_u32;
         while !(self.draining && self.is_quiet(Instant::now())) {
             tokio::select! {
-                // Commands first: under a flood there is always another datagram.
+                // Commands first: during a flood there is always another datagram.
                 biased;
                 command = self.commands.recv(), if !self.draining => match command {
                     Some(command) => self.handle(command),
@@ -104,7 +103,7 @@ impl UdpRelay {
                 () = &mut alarm, if self.has_deadline() => {}
             }
             self.serve(&mut events);
-            self.keep_house();
+            self.maintain();
             if let Some(error) = self.failed.take() {
                 return Err(error);
             }
@@ -123,7 +122,7 @@ impl UdpRelay {
         Ok(())
     }
 
-    /// Serves sockets that have something, each once, until the turn is over.
+    /// Serves each reported socket once, until the turn is over.
     fn serve(&mut self, events: &mut Events) {
         if events.is_over() {
             return;
@@ -149,8 +148,8 @@ impl UdpRelay {
         self.buffers.put_back(batch, self.turn.taken());
     }
 
-    /// What is to be done after each turn, whatever it brought.
-    fn keep_house(&mut self) {
+    /// Does what is due after each turn.
+    fn maintain(&mut self) {
         let now = Instant::now();
         while let Some(index) = self.shut_down.pop() {
             self.give_up(index);
@@ -166,18 +165,18 @@ impl UdpRelay {
         }
     }
 
-    /// Whether no flow has had traffic lately, and nothing waits to be sent.
+    /// Whether no flow was active recently, and no datagrams are queued.
     fn is_quiet(&self, now: Instant) -> bool {
         !self.has_waiting()
             && self.table.last_active().is_none_or(|at| now.saturating_duration_since(at) >= QUIET)
     }
 
-    /// Whether datagrams wait until a socket has room.
+    /// Whether datagrams are queued until a socket is writable.
     fn has_waiting(&self) -> bool {
-        !self.listeners.room.is_unused() || !self.capacity.room.is_unused()
+        !self.listeners.budget.is_unused() || !self.capacity.budget.is_unused()
     }
 
-    /// Whether there is something to do without any datagram.
+    /// Whether there is something to do at a certain time, even without traffic.
     fn has_deadline(&self) -> bool {
         self.table.len() > 0
             || self.listeners.are_closing()
@@ -185,9 +184,9 @@ impl UdpRelay {
             || self.client_sockets.deadline().is_some()
     }
 
-    /// When there is. Traffic only moves it further away, and a new flow nearer.
+    /// The time of that. Activity only postpones it; a new flow may advance it.
     fn next_deadline(&self) -> Instant {
-        // While something waits, whatever makes room wakes us.
+        // While datagrams are queued, epoll wakes the task when a socket is writable.
         let may_end = self.draining && !self.has_waiting();
         let quiet = self.table.last_active().filter(|_| may_end).map(|at| at + QUIET);
         let next = [

@@ -1,4 +1,4 @@
-//! From clients to backends.
+//! Forwards datagrams from clients to backends.
 
 use std::io;
 use std::os::fd::AsFd;
@@ -26,10 +26,10 @@ use crate::state::Target;
 use crate::state::stats::FailureKind;
 
 impl UdpRelay {
-    /// Receives what clients sent to a listener, and passes it on.
+    /// Receives and forwards what clients sent to a listener.
     pub(super) fn serve_listener(&mut self, index: usize, ready: EpollFlags, batch: &mut Batch) {
         if self.listeners.get_mut(index).is_none() {
-            // It was reported before the order came that says what it is for.
+            // It was reported before the command with its binding arrived.
             return;
         }
         if ready.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLRDHUP) {
@@ -63,7 +63,7 @@ impl UdpRelay {
         }
     }
 
-    /// Receiving met an error, which is one of a datagram that left before; or there is nothing.
+    /// Handles an error of receiving, which is that of an earlier datagram unless nothing was available.
     pub(super) fn note_error(&self, listener: usize, error: io::Error, to: Towards) {
         if error.kind() != io::ErrorKind::WouldBlock {
             let mut tally = Tally::default();
@@ -72,8 +72,8 @@ impl UdpRelay {
         }
     }
 
-    /// Sends the `count` datagrams in `batch` to the backend, each through its flow. They were sent to `local`
-    /// if they do not say themselves to which of our addresses.
+    /// Forwards the `count` datagrams in `batch` to the backend, each through its flow. `local` is their destination
+    /// address, unless they report it themselves.
     pub(super) fn relay_requests(
         &mut self,
         listener: usize,
@@ -90,7 +90,7 @@ impl UdpRelay {
                 _ => match self.find_or_open(&key, batch) {
                     Some(id) => id,
                     None => {
-                        // Its flow may have had to go for this one.
+                        // Its flow may have been evicted for this one.
                         previous = None;
                         continue;
                     }
@@ -107,7 +107,7 @@ impl UdpRelay {
         if batch.slots.is_empty() {
             return;
         }
-        // A flow's datagrams stay in order: the sort is stable.
+        // The sort is stable, so that a flow's datagrams stay in order.
         batch.slots.sort_by_key(|(id, _slot)| id.to_u64());
         let dscp = self.listeners[listener].target.policy.limits.dscp;
         let mut tally = Tally::default();
@@ -119,7 +119,7 @@ impl UdpRelay {
                 interest(self.poll.epoll(), flow.as_fd(), Token::Flow(id), flow.wanted());
             }
             if tally.has_lost_peer() {
-                // Of others of the batch, the next datagram tells.
+                // The remaining flows of the batch are checked when their next datagram fails.
                 lost_peer.get_or_insert(id);
             }
         }
@@ -127,7 +127,7 @@ impl UdpRelay {
             self.end_without_peer(id);
         }
         if [libc::ENETUNREACH, libc::EINVAL, libc::EADDRNOTAVAIL].into_iter().any(|errno| tally.met(errno)) {
-            self.end_misplaced(&batch.slots);
+            self.end_with_stale_source(&batch.slots);
         }
         batch.slots.clear();
         let listener = &mut self.listeners[listener];
@@ -135,7 +135,7 @@ impl UdpRelay {
         tally.settle(&listener.target, Towards::Backend);
     }
 
-    /// The flow with `key`, opened if it is not there. What is in the slots may be sent first.
+    /// Finds or opens the flow with `key`. May send what is in the slots before.
     fn find_or_open(&mut self, key: &FlowKey, batch: &mut Batch) -> Option<FlowId> {
         static FAILED: LogLimit = LogLimit::new();
 
@@ -170,14 +170,14 @@ impl UdpRelay {
         }
     }
 
-    /// Opens a flow, for which others may have to go.
+    /// Opens a flow, and evicts others if necessary.
     fn open(&mut self, key: &FlowKey, target: &Arc<Target>, batch: &mut Batch) -> io::Result<FlowId> {
         let now = self.turn.start();
         let source = key.client.ip();
         self.table.set_most(self.capacity.most(now));
         let bounds = self.capacity.bounds(mapping_of(target), &target.policy.limits, now);
         if self.table.is_full(&bounds, source) {
-            // A flow that goes has sent what came for it.
+            // An evicted flow has already sent its datagrams.
             self.send_to_backend(key.listener as usize, batch);
             self.make_room(&bounds, key);
         }
@@ -188,7 +188,7 @@ impl UdpRelay {
                 if let Some(ended) = self.table.evict() {
                     self.displace(ended);
                 }
-                // More may have ended that are still open.
+                // More flows may have ended whose sockets are still open.
                 self.close_ended(ENDS_PER_TURN);
                 self.capacity.open(target, now)?
             }
@@ -206,7 +206,7 @@ impl UdpRelay {
     }
 }
 
-/// Says that a datagram was dropped because no client can have sent it.
+/// Logs that a datagram was dropped because no client can have sent it.
 fn log_forged(target: &Target, key: &FlowKey) {
     static FORGED: LogLimit = LogLimit::new();
     if let Some(suppressed) = FORGED.permit() {

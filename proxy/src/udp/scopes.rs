@@ -1,25 +1,24 @@
-//! What flows are counted and ordered in: lists through the slots of the [`table`](super::table).
+//! The scopes in which flows are counted and ordered: linked lists through the slots of the [`table`](super::table).
 //!
-//! A flow is in three scopes: that of its timeout, of its mapping, and of its source. Each has two
-//! lists of flows, new and established ones, from the longest idle to the most recently active.
+//! Each flow is in three scopes: of its timeout, its mapping, and its source. Each scope has two lists, of new and of
+//! established flows, from the longest idle to the most recently active.
 
 use std::collections::HashMap;
 use std::collections::hash_map::RandomState;
 use std::net::{IpAddr, Ipv6Addr};
 use std::time::Duration;
 
-/// One place in this many is for new flows: established ones do not fill the others' share.
+/// One in this many flows of a scope is reserved for new flows: established ones cannot use that share.
 const NEW_SHARE: usize = 8;
 
-/// Scopes that a flow is in.
+/// The number of scopes of a flow.
 pub(super) const SCOPES: usize = 3;
 
-/// A mapping, as long as it has flows.
+/// A mapping, while it has flows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct MappingId(pub(super) usize);
 
-/// A source for the quota: an IPv4 address, or the /64 of an IPv6 one, as whoever has one of its
-/// addresses has them all.
+/// A source for quotas: an IPv4 address or an IPv6 /64, because the owner of an IPv6 address usually has the whole /64.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Source(IpAddr);
 
@@ -32,7 +31,7 @@ impl Source {
     }
 }
 
-/// How much there has been of a flow.
+/// The state of a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum FlowState {
     New,
@@ -42,37 +41,37 @@ pub(super) enum FlowState {
 /// What the flows of a scope have in common.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum ScopeKey {
-    /// They are over when they were idle for this long.
+    /// They expire after this idle time.
     Idle(Duration),
     /// They belong to this mapping.
     Mapping(MappingId),
-    /// They come from this source, to this mapping or to all that have no bounds of their own.
+    /// They come from this source, to this mapping or to all mappings without their own limits.
     Source(Option<MappingId>, Source),
 }
 
 /// The neighbours of a slot in the list of a scope.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Links {
-    /// Which scope.
+    /// The index of the scope.
     pub(super) scope: u32,
     older: Option<u32>,
     newer: Option<u32>,
 }
 
 impl Links {
-    /// Links of a slot in no list yet.
+    /// The links of a slot that is in no list yet.
     pub(super) const fn outside(scope: u32) -> Self {
         Self { scope, older: None, newer: None }
     }
 }
 
-/// Whoever has the links of all slots.
+/// Access to the links of all slots.
 pub(super) trait LinkStore {
     /// The links of `slot`, which is in use, in its scope number `which`.
     fn links(&mut self, slot: u32, which: usize) -> &mut Links;
 }
 
-/// A list through the slots.
+/// A linked list of slots.
 #[derive(Clone, Copy, Debug)]
 struct List {
     oldest: Option<u32>,
@@ -83,7 +82,7 @@ struct List {
 impl List {
     const EMPTY: Self = Self { oldest: None, newest: None, len: 0 };
 
-    /// Adds `slot` at the newest end.
+    /// Appends `slot` at the newest end.
     fn push(&mut self, store: &mut impl LinkStore, slot: u32, which: usize) {
         let links = store.links(slot, which);
         (links.older, links.newer) = (self.newest, None);
@@ -95,7 +94,7 @@ impl List {
         self.len += 1;
     }
 
-    /// Takes `slot` out, wherever it is.
+    /// Removes `slot` from any position.
     fn unlink(&mut self, store: &mut impl LinkStore, slot: u32, which: usize) {
         let links = store.links(slot, which);
         let (older, newer) = (links.older.take(), links.newer.take());
@@ -111,11 +110,11 @@ impl List {
     }
 }
 
-/// The flows that have something in common.
+/// The flows of a scope.
 #[derive(Debug)]
 pub(super) struct Scope {
     pub(super) key: ScopeKey,
-    /// Flows that there may be.
+    /// The maximum number of flows.
     pub(super) most: usize,
     new: List,
     established: List,
@@ -129,17 +128,17 @@ impl Scope {
         }
     }
 
-    /// How many flows there are.
+    /// The number of flows.
     pub(super) fn len(&self) -> usize {
         self.new.len as usize + self.established.len as usize
     }
 
-    /// How many of them are established.
+    /// The number of established flows.
     pub(super) fn established(&self) -> usize {
         self.established.len as usize
     }
 
-    /// The slots at the oldest ends: of a new flow, and of an established one.
+    /// The slots at the oldest ends: of new and of established flows.
     pub(super) fn oldest(&self) -> [Option<u32>; 2] {
         [self.new.oldest, self.established.oldest]
     }
@@ -149,20 +148,20 @@ impl Scope {
         [self.new.newest, self.established.newest]
     }
 
-    /// The slot of the flow that goes when one has to.
+    /// The slot of the flow to evict next.
     pub(super) fn first_to_go(&self) -> Option<u32> {
         first_to_go(self.oldest(), self.established(), self.most)
     }
 }
 
-/// Of the oldest flows, new and established, the one that goes when there are `most`, or more since
-/// there may be fewer than before: a new one, unless more are established than may be.
+/// Selects the flow to evict from the oldest new and the oldest established one, when there are `most` flows or more:
+/// the new one, unless more flows are established than allowed.
 pub(super) fn first_to_go<T>([new, old]: [Option<T>; 2], established: usize, most: usize) -> Option<T> {
     if established > most_established(most) { old.or(new) } else { new.or(old) }
 }
 
-/// How many of `most` flows may be established. The others are for new ones: so there is always one to
-/// make room for the next.
+/// The maximum number of established flows among `most`. The rest is reserved for new ones, so that there is always one
+/// to evict.
 pub(super) fn most_established(most: usize) -> usize {
     most - (most / NEW_SHARE).max(1).min(most)
 }
@@ -170,16 +169,16 @@ pub(super) fn most_established(most: usize) -> usize {
 /// All scopes that have flows.
 #[derive(Debug, Default)]
 pub(super) struct Scopes {
-    /// Keyed at random (SipHash): an attacker chooses the sources.
+    /// Uses random keys (SipHash), because an attacker can choose the sources.
     index: HashMap<ScopeKey, u32, RandomState>,
     slots: Vec<Option<Scope>>,
     free: Vec<u32>,
-    /// Those of timeouts, which every flow is in one of.
+    /// The timeout scopes; every flow is in one of them.
     idles: Vec<u32>,
 }
 
 impl Scopes {
-    /// The scope of `key`, made if there is none, with room for `most` flows from now on.
+    /// Returns the scope of `key`, creates it if necessary, and sets its maximum to `most` flows.
     pub(super) fn enter(&mut self, key: ScopeKey, most: usize) -> u32 {
         if let Some(&scope) = self.index.get(&key) {
             self.at_mut(scope).most = most;
@@ -203,7 +202,7 @@ impl Scopes {
         self.index.get(key).map(|&scope| self.at(scope))
     }
 
-    /// What all of them have in common each.
+    /// The keys of all scopes.
     pub(super) fn keys(&self) -> impl Iterator<Item = ScopeKey> {
         self.slots.iter().flatten().map(|scope| scope.key)
     }
@@ -216,7 +215,7 @@ impl Scopes {
         self.slots[scope as usize].as_mut().expect("a scope is there as long as its flows")
     }
 
-    /// The scopes of timeouts, with these.
+    /// The timeout scopes, with their timeouts.
     pub(super) fn idles(&self) -> impl Iterator<Item = (Duration, &Scope)> {
         self.idles.iter().map(|&scope| self.at(scope)).filter_map(|scope| match scope.key {
             ScopeKey::Idle(idle) => Some((idle, scope)),
@@ -224,7 +223,7 @@ impl Scopes {
         })
     }
 
-    /// Adds `slot` at the newest end of a list of `scope`, which is its number `which`.
+    /// Appends `slot` at the newest end of a list of `scope`, which is its scope number `which`.
     pub(super) fn push(
         &mut self,
         store: &mut impl LinkStore,
@@ -235,7 +234,7 @@ impl Scopes {
         self.at_mut(scope).list(to).push(store, slot, which);
     }
 
-    /// Takes `slot` out of a list of `scope`, which is its number `which`.
+    /// Removes `slot` from a list of `scope`, which is its scope number `which`.
     pub(super) fn unlink(
         &mut self,
         store: &mut impl LinkStore,
@@ -246,7 +245,7 @@ impl Scopes {
         self.at_mut(scope).list(of).unlink(store, slot, which);
     }
 
-    /// Forgets `scope` if it has no flows.
+    /// Removes `scope` if it has no flows.
     pub(super) fn leave(&mut self, scope: u32) {
         if self.at(scope).len() > 0 {
             return;
@@ -258,7 +257,7 @@ impl Scopes {
         }
     }
 
-    /// How many there are.
+    /// The number of scopes.
     #[cfg(test)]
     pub(super) fn count(&self) -> usize {
         self.index.len()

@@ -1,4 +1,4 @@
-//! Sending in batches, and what to do when the kernel says no.
+//! Sends in batches, and handles errors of sending.
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
@@ -14,23 +14,25 @@ use rproxy_sys::udp::{BATCH, GSO_BYTES, GSO_SEGMENTS, LocalAddr, Transmit, send_
 
 use super::tally::{Amount, Tally};
 
-/// How often a message is tried again that met an error of an earlier one. Each try takes one error
-/// off the socket, and an error is queued only while a message is under way.
+/// Number of retries for a message that failed with the error of an earlier one. Each attempt clears one error of the
+/// socket, and errors are only queued while a message is in transit.
 const RETRIES: usize = 3;
 
-/// How far [`send_all`] got with its messages.
+/// The progress of [`send_all`].
 #[derive(Debug, Default)]
 pub(super) struct Progress {
-    /// How many messages are through: sent or lost. If there are more, the socket is full.
+    /// Number of completed messages, which were sent or lost. If there are more messages, the socket is full.
     pub(super) messages: usize,
-    /// How many datagrams of the next message are through, if it is a GSO batch that went as single datagrams.
+    /// Number of completed datagrams of the next message, if it is a GSO batch that is sent as single datagrams.
     datagrams: usize,
-    /// The indexes of the GSO batches that the path refused as such. They went as single datagrams, as others should.
+    /// The indexes of the GSO batches that the path refused. They were sent as single datagrams, as later ones should
+    /// be.
     pub(super) refused: ArrayVec<usize, BATCH>,
 }
 
-/// Sends `messages`, at most [`BATCH`], in order, without waiting; GSO batches as single datagrams unless the path takes
-/// `gso`, as far as is known. What is lost is taken out of what `tally` counts as relayed.
+/// Sends `messages`, at most [`BATCH`], in order and without waiting. GSO batches are sent as single datagrams unless
+/// the path is believed to accept them (`gso`). Lost datagrams are subtracted from those that `tally` counts as
+/// relayed.
 pub(super) fn send_all(
     socket: BorrowedFd<'_>,
     messages: &[Transmit<'_>],
@@ -68,27 +70,27 @@ pub(super) fn send_all(
     progress
 }
 
-/// Errors that may be those of datagrams that left before. If the message that met them cannot be sent after all, they
-/// were its own.
+/// Errors that may be those of earlier datagrams. If the message still fails after the retries, they were its own.
 type EarlierErrors = ArrayVec<io::Error, RETRIES>;
 
-/// What one call came to.
+/// The outcome of one call.
 #[derive(Debug)]
 enum SendOutcome {
-    /// So many messages have left.
+    /// This many messages were sent.
     Sent(usize),
-    /// The first message goes again: many an error was queued on the socket for an earlier datagram (ICMP says that it
-    /// was refused or found no way), and is off it now. Which ones, their numbers do not tell.
+    /// The first message is sent again: many an error was queued on the socket for an earlier datagram (ICMP reports
+    /// that it was refused or had no route), and is now cleared. The error numbers do not tell which.
     Retry(io::Error),
-    /// The socket is full: all messages wait for room.
+    /// The socket is full: all messages have to wait.
     Full,
-    /// The datagrams of the first message, a GSO batch, go one by one.
+    /// The first message, a GSO batch, is sent as single datagrams.
     Singly,
-    /// The first message is lost: the network does not take it.
+    /// The first message is lost: the network does not accept it.
     Lost(io::Error),
 }
 
-/// Sends as many of `messages` as one sendmmsg(2) takes. `is_last_try` says that the first one has met errors enough.
+/// Sends as many of `messages` as one sendmmsg(2) accepts. `is_last_try` means that the retries of the first one are
+/// used up.
 fn send_some(socket: BorrowedFd<'_>, messages: &[Transmit<'_>], gso: bool, is_last_try: bool) -> SendOutcome {
     let is_gso = messages.first().is_some_and(|message| message.segment.is_some());
     if is_gso && !gso {
@@ -100,28 +102,29 @@ fn send_some(socket: BorrowedFd<'_>, messages: &[Transmit<'_>], gso: bool, is_la
     }
 }
 
-/// What an error of sendmmsg(2) means for the first message, which may be a GSO batch.
+/// The meaning of a sendmmsg(2) error for the first message, which may be a GSO batch.
 fn outcome_of(error: io::Error, is_gso: bool, is_last_try: bool) -> SendOutcome {
     match error.raw_os_error() {
         Some(libc::EAGAIN) => SendOutcome::Full,
-        // No checksum offload on the device; segments over its MTU; over the path's.
+        // The device has no checksum offload; segments exceed its MTU; or the path's.
         Some(libc::EIO | libc::EINVAL | libc::EMSGSIZE) if is_gso => SendOutcome::Singly,
-        // Before Linux 4.18 there are none.
+        // Linux before 4.18 has no GSO.
         Some(libc::ENOPROTOOPT | libc::EOPNOTSUPP) if is_gso => SendOutcome::Singly,
         _ if is_last_try => SendOutcome::Lost(error),
         _ => SendOutcome::Retry(error),
     }
 }
 
-/// What of `messages` can be sent as it is: all if the path takes GSO batches, else those before the first.
+/// The messages that can be sent unchanged: all if the path accepts GSO batches, otherwise those before the first
+/// batch.
 fn up_to_gso<'m, 'a>(messages: &'m [Transmit<'a>], gso: bool) -> &'m [Transmit<'a>] {
     let first = messages.iter().position(|message| !gso && message.segment.is_some());
     &messages[..first.unwrap_or(messages.len())]
 }
 
-/// Sends the datagrams of a GSO batch one by one. Returns how many are through if the socket is full.
+/// Sends the datagrams of a GSO batch one by one. If the socket is full, returns the number of completed ones.
 fn send_singly(socket: BorrowedFd<'_>, gso_batch: &Transmit<'_>, tally: &mut Tally) -> Option<usize> {
-    // The kernel may hand over longer GSO batches than it takes from us, hence in batches.
+    // The kernel may deliver longer GSO batches than it accepts, so they are sent in parts.
     let mut rest = datagrams(gso_batch).peekable();
     let mut through = 0;
     while rest.peek().is_some() {
@@ -138,52 +141,53 @@ fn send_singly(socket: BorrowedFd<'_>, gso_batch: &Transmit<'_>, tally: &mut Tal
     None
 }
 
-/// The datagrams that a message consists of. The pieces of a GSO batch are whole datagrams each.
+/// The datagrams of a message. The pieces of a GSO batch are whole datagrams each.
 fn datagrams<'a>(message: &Transmit<'a>) -> impl Iterator<Item = &'a [u8]> {
     let payload: &'a [IoSlice<'a>] = message.payload;
     let size = message.segment.map_or(usize::MAX, usize::from);
     let single = message.segment.is_none();
     payload.iter().flat_map(move |piece| {
         let piece: &'a [u8] = piece;
-        // A datagram without bytes has no chunks, but is one.
+        // An empty datagram has no chunks.
         let whole = (single && piece.is_empty()).then_some(piece);
         whole.into_iter().chain(piece.chunks(size))
     })
 }
 
-/// How much a message is.
+/// The size of a message.
 fn amount_of(message: &Transmit<'_>) -> Amount {
     let bytes: usize = message.payload.iter().map(|piece| piece.len()).sum();
     Amount { datagrams: datagrams(message).count() as u64, bytes: bytes as u64 }
 }
 
-/// Bytes that wait for one socket at the most; what comes then is lost, as in any full queue. There is
-/// room for a whole batch: a listener that is full gets no other answers until this one is gone.
+/// Maximum size of one socket's queue in bytes; datagrams beyond that are lost, as in any full queue. A whole batch
+/// fits: a listener that is full gets no other replies until its queue is sent.
 const QUEUE_BYTES: usize = BATCH * (GSO_BYTES + GSO_SEGMENTS * OVERHEAD);
 
-/// Bytes that wait for all sockets of a [`Room`] together.
-const ROOM_BYTES: usize = 2 * QUEUE_BYTES;
+/// Maximum size of all queues together that share a [`QueueBudget`].
+const BUDGET_BYTES: usize = 2 * QUEUE_BYTES;
 
-/// Each waiting datagram counts for this much more, so that empty ones are bounded too: its place in a queue that
-/// grows by doubling, and what the allocator adds.
+/// Additional cost of each queued datagram, so that empty ones are limited, too: its place in a queue that grows by
+/// doubling, and the allocator's overhead.
 const OVERHEAD: usize = 2 * size_of::<Waiting>() + 2 * size_of::<usize>();
 
-/// Room that queues share. Each may be as large as what is left is (dynamic thresholds, Choudhury and Hahne 1998):
-/// one alone gets all it may have, of many each gets the same, and there is always some for one more.
+/// A memory budget that queues share. Each queue may grow to the size of what is left (dynamic thresholds, Choudhury
+/// and Hahne 1998): a single one gets its maximum, many get equal shares, and there is always some left for another
+/// one.
 #[derive(Debug)]
-pub(super) struct Room {
-    /// One task uses it; which thread runs that may change.
+pub(super) struct QueueBudget {
+    /// Only one task uses it, but that may run on different threads.
     left: AtomicUsize,
 }
 
-impl Default for Room {
+impl Default for QueueBudget {
     fn default() -> Self {
-        Self { left: AtomicUsize::new(ROOM_BYTES) }
+        Self { left: AtomicUsize::new(BUDGET_BYTES) }
     }
 }
 
-impl Room {
-    /// Takes `cost` bytes for a queue of `bytes`, unless that is more than its share.
+impl QueueBudget {
+    /// Reserves `cost` bytes for a queue of `bytes`, unless that exceeds its share.
     fn take(&self, cost: usize, bytes: usize) -> bool {
         let left = self.left.load(Ordering::Relaxed).saturating_sub(cost);
         let has_room = bytes + cost <= left.min(QUEUE_BYTES);
@@ -193,7 +197,7 @@ impl Room {
         has_room
     }
 
-    /// Takes `cost` bytes that were given back a moment ago.
+    /// Reserves `cost` bytes that were just freed.
     fn take_again(&self, cost: usize) {
         self.left.fetch_sub(cost, Ordering::Relaxed);
     }
@@ -202,27 +206,27 @@ impl Room {
         self.left.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// Whether nothing waits anywhere.
+    /// Whether all queues are empty.
     pub(super) fn is_unused(&self) -> bool {
-        self.left.load(Ordering::Relaxed) == ROOM_BYTES
+        self.left.load(Ordering::Relaxed) == BUDGET_BYTES
     }
 }
 
-/// Datagrams that wait until a socket has room again.
+/// Datagrams that wait until a socket is writable.
 #[derive(Debug)]
 pub(super) struct SendQueue {
     waiting: VecDeque<Waiting>,
     bytes: usize,
-    room: Arc<Room>,
+    budget: Arc<QueueBudget>,
 }
 
 impl Drop for SendQueue {
     fn drop(&mut self) {
-        self.room.give_back(self.bytes);
+        self.budget.give_back(self.bytes);
     }
 }
 
-/// A datagram that waits.
+/// A queued datagram.
 #[derive(Debug)]
 pub(super) struct Waiting {
     pub(super) to: Option<SocketAddr>,
@@ -238,19 +242,19 @@ impl Waiting {
 }
 
 impl SendQueue {
-    /// An empty one that shares `room` with others.
-    pub(super) fn new(room: Arc<Room>) -> Self {
-        Self { waiting: VecDeque::new(), bytes: 0, room }
+    /// An empty queue that shares `budget` with others.
+    pub(super) fn new(budget: Arc<QueueBudget>) -> Self {
+        Self { waiting: VecDeque::new(), bytes: 0, budget }
     }
 
-    /// Whether nothing waits.
+    /// Whether the queue is empty.
     pub(super) fn is_empty(&self) -> bool {
         self.waiting.is_empty()
     }
 
-    /// Sends `messages` in order, behind what waits already, and keeps what there is no room for. Of what counts as
-    /// relayed in `tally`, it takes out what is not. `gso` says whether the path takes them, as far as is known. Returns
-    /// the indexes of GSO batches that it does not take.
+    /// Sends `messages` in order, after those already queued, and queues those that do not fit the socket. Subtracts
+    /// those that are not sent from what `tally` counts as relayed. `gso` says whether the path is believed to accept
+    /// GSO batches. Returns the indexes of those that it refused.
     pub(super) fn send(
         &mut self,
         socket: BorrowedFd<'_>,
@@ -270,12 +274,12 @@ impl SendQueue {
         refused
     }
 
-    /// Keeps the datagrams of `message` but the first `through`, as far as there is room.
+    /// Queues the datagrams of `message` after the first `through`, as far as the budget allows.
     fn keep(&mut self, message: &Transmit<'_>, through: usize, tally: &mut Tally) {
         for bytes in datagrams(message).skip(through) {
             tally.relayed -= Amount { datagrams: 1, bytes: bytes.len() as u64 };
             let cost = bytes.len() + OVERHEAD;
-            if !self.room.take(cost, self.bytes) {
+            if !self.budget.take(cost, self.bytes) {
                 tally.overflow(1);
                 continue;
             }
@@ -285,33 +289,33 @@ impl SendQueue {
         }
     }
 
-    /// Takes the first one out, for another queue that shares the room.
+    /// Takes the first datagram, for another queue with the same budget.
     pub(super) fn pop(&mut self) -> Option<Waiting> {
         let waiting = self.waiting.pop_front()?;
         self.bytes -= waiting.cost();
-        self.room.give_back(waiting.cost());
+        self.budget.give_back(waiting.cost());
         Some(waiting)
     }
 
-    /// Adds one that waited in another queue that shares the room.
+    /// Appends a datagram of another queue with the same budget.
     pub(super) fn push(&mut self, waiting: Waiting) {
         self.bytes += waiting.cost();
-        self.room.take_again(waiting.cost());
+        self.budget.take_again(waiting.cost());
         self.waiting.push_back(waiting);
     }
 
-    /// How many datagrams wait.
+    /// The number of queued datagrams.
     pub(super) fn len(&self) -> usize {
         self.waiting.len()
     }
 
-    /// Sends what waits, as far as `socket` takes it. Returns `true` if nothing waits any more.
+    /// Sends queued datagrams, as far as `socket` accepts them. Returns whether the queue is empty.
     pub(super) fn flush(&mut self, socket: BorrowedFd<'_>, tally: &mut Tally) -> bool {
         while !self.waiting.is_empty() {
             let (through, count) = self.send_front(socket, tally);
             let cost: usize = self.waiting.drain(..through).map(|waiting| waiting.cost()).sum();
             self.bytes -= cost;
-            self.room.give_back(cost);
+            self.budget.give_back(cost);
             if through < count {
                 return false;
             }
@@ -320,7 +324,7 @@ impl SendQueue {
         true
     }
 
-    /// Sends a batch of what waits. Returns how many of how many datagrams are through.
+    /// Sends a batch of queued datagrams. Returns the numbers of completed ones and of those in the batch.
     fn send_front(&self, socket: BorrowedFd<'_>, tally: &mut Tally) -> (usize, usize) {
         let front = || self.waiting.iter().take(BATCH);
         let payloads: ArrayVec<[IoSlice<'_>; 1], BATCH> =
@@ -361,7 +365,7 @@ mod tests {
 
     use super::*;
 
-    /// Long enough for loopback on any machine; without it a lost datagram would hang the test.
+    /// Long enough for loopback on any machine. Without it a lost datagram would block the test.
     const PATIENCE: Duration = Duration::from_secs(10);
 
     fn pair() -> (UdpSocket, UdpSocket) {
@@ -372,7 +376,7 @@ mod tests {
         (a, b)
     }
 
-    /// Sends all of `messages`, of which none may be lost. Returns which GSO batches the path refused.
+    /// Sends all of `messages`, none of which may be lost. Returns the GSO batches that the path refused.
     fn send_whole(socket: &UdpSocket, messages: &[Transmit<'_>], gso: bool) -> Vec<usize> {
         let mut tally = Tally::default();
         let progress = send_all(socket.as_fd(), messages, gso, &mut tally);
@@ -381,7 +385,7 @@ mod tests {
         progress.refused.to_vec()
     }
 
-    /// The tally of messages that all count as relayed.
+    /// A tally that counts all messages as relayed.
     fn relayed(messages: &[Transmit<'_>]) -> Tally {
         let mut tally = Tally::default();
         messages.iter().for_each(|message| tally.relayed += amount_of(message));
@@ -415,7 +419,7 @@ mod tests {
     #[test]
     fn a_gso_batch_that_the_path_refuses_goes_as_single_datagrams() {
         let (a, b) = pair();
-        // Segments over the MTU of the loopback device: the kernel refuses to cut there.
+        // Segments exceed the MTU of the loopback device, so the kernel refuses them.
         let (long, short) = (vec![1; 66_000 / 2], vec![2; 7]);
         let payload = [IoSlice::new(&long[..30_000]), IoSlice::new(&long[..30_000]), IoSlice::new(&short)];
         let refused = send_whole(&a, &[transmit(&payload, Some(30_000))], true);
@@ -423,7 +427,7 @@ mod tests {
         for wanted in [30_000, 30_000, 7] {
             assert_eq!(b.recv(&mut buf).unwrap(), wanted);
         }
-        // Whether the device took the GSO batch is its business; what arrives is the same.
+        // Whether the device accepted the GSO batch depends on the device; the receiver sees no difference.
         assert!(matches!(refused[..], [] | [0]));
     }
 
@@ -464,7 +468,8 @@ mod tests {
         assert!(matches!(last, SendOutcome::Lost(_)));
     }
 
-    /// Each try meets the same error, which is the message's own: it is lost once, and what follows is sent.
+    /// Each attempt fails with the same error, which is the message's own: it is lost once, and the following ones are
+    /// sent.
     #[test]
     fn a_message_that_can_never_be_sent_is_lost_and_does_not_stop_the_others() {
         let (a, b) = pair();
@@ -481,12 +486,12 @@ mod tests {
         assert_eq!(b.recv(&mut buf).unwrap(), 4);
     }
 
-    /// A socket takes some datagrams of a GSO batch, and the rest waits: each arrives once, in order.
+    /// A socket accepts some datagrams of a GSO batch, and the others are queued: each arrives once, in order.
     #[test]
     fn what_a_full_socket_takes_of_a_batch_is_not_sent_again() {
         const DATAGRAMS: u8 = 50;
 
-        // What is unread fills the sender's buffer on a Unix socket, as what is unsent does on a slow link.
+        // On a Unix socket, unread datagrams fill the sender's buffer, as unsent ones do on a slow link.
         let (a, b) = UnixDatagram::pair().unwrap();
         SockRef::from(&a).set_send_buffer_size(1).unwrap();
         a.set_nonblocking(true).unwrap();
@@ -529,10 +534,10 @@ mod tests {
     }
 
     #[test]
-    fn many_queues_share_the_room_alike() {
-        let room = Arc::<Room>::default();
-        let left = || room.left.load(Ordering::Relaxed);
-        let mut queues: Vec<_> = (0..200).map(|_| SendQueue::new(room.clone())).collect();
+    fn many_queues_share_the_budget_equally() {
+        let budget = Arc::<QueueBudget>::default();
+        let left = || budget.left.load(Ordering::Relaxed);
+        let mut queues: Vec<_> = (0..200).map(|_| SendQueue::new(budget.clone())).collect();
         let payload = [IoSlice::new(&[0; 1200])];
         let mut tally = Tally::default();
         for _ in 0..100 {
@@ -544,17 +549,17 @@ mod tests {
         let kept: Vec<usize> = queues.iter().map(SendQueue::len).collect();
         let (least, most) = (kept.iter().min().unwrap(), kept.iter().max().unwrap());
         assert!(*least > 0 && most - least <= 1, "{kept:?}");
-        assert_eq!(left() + queues.iter().map(|queue| queue.bytes).sum::<usize>(), ROOM_BYTES);
+        assert_eq!(left() + queues.iter().map(|queue| queue.bytes).sum::<usize>(), BUDGET_BYTES);
         let (a, _b) = pair();
         assert!(queues[0].flush(a.as_fd(), &mut tally));
         queues.truncate(1);
-        assert_eq!(left(), ROOM_BYTES);
+        assert_eq!(left(), BUDGET_BYTES);
     }
 
     #[test]
-    fn what_waits_moves_to_another_queue_with_the_room_that_it_takes() {
-        let room = Arc::<Room>::default();
-        let mut queues = [(); 2].map(|()| SendQueue::new(room.clone()));
+    fn what_waits_moves_to_another_queue_with_its_part_of_the_budget() {
+        let budget = Arc::<QueueBudget>::default();
+        let mut queues = [(); 2].map(|()| SendQueue::new(budget.clone()));
         let mut tally = Tally::default();
         let bytes = [7; 3];
         for size in 1..=3 {
@@ -562,20 +567,20 @@ mod tests {
             tally.relayed += amount_of(&transmit(&payload, None));
             queues[0].keep(&transmit(&payload, None), 0, &mut tally);
         }
-        let taken = ROOM_BYTES - room.left.load(Ordering::Relaxed);
-        assert!(!room.is_unused());
+        let taken = BUDGET_BYTES - budget.left.load(Ordering::Relaxed);
+        assert!(!budget.is_unused());
         let [from, to] = &mut queues;
         while let Some(waiting) = from.pop() {
             to.push(waiting);
         }
         assert_eq!((from.len(), from.bytes, to.len(), to.bytes), (0, 0, 3, taken));
-        assert_eq!(ROOM_BYTES - room.left.load(Ordering::Relaxed), taken);
+        assert_eq!(BUDGET_BYTES - budget.left.load(Ordering::Relaxed), taken);
         let (a, b) = pair();
         assert!(to.flush(a.as_fd(), &mut tally));
         for size in 1..=3 {
             assert_eq!(b.recv(&mut [0; 9]).unwrap(), size);
         }
-        assert!(room.is_unused());
+        assert!(budget.is_unused());
     }
 
     proptest! {

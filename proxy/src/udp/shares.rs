@@ -1,40 +1,40 @@
-//! How much the kernel may queue for each flow: a share of what there is for all of them.
+//! The receive buffer size of each flow: a share of a total for all flows.
 //!
-//! The kernel has one limit for all UDP sockets of the machine, and past it no socket gets anything (`udp_mem`, udp(7)).
-//! A client whose side is slow could reach it with many flows, each of which is full. So the shares of a process add up to
-//! a fraction of that limit, however many flows there are: the more, the smaller.
+//! The kernel has one limit for all UDP sockets of the machine, beyond which no socket receives anything (`udp_mem`,
+//! udp(7)). A slow client could reach it with many flows whose buffers are full. The shares of a process therefore add
+//! up to a fraction of that limit, whatever the number of flows.
 
 use std::fs;
 
 use nix::unistd::{SysconfVar, sysconf};
 
-/// What all flows have together, as a part of the limit for the machine.
+/// All flows together get one part in this many of the machine's limit.
 const PART: usize = 8;
 
-/// Bytes that the kernel may queue for a flow at the most: a burst of answers to one client, all the more while
-/// that client's side is slower.
+/// The maximum receive buffer of a flow in bytes: enough for a burst of replies to one client, whose link may be slower
+/// than the backend's.
 const MOST: usize = 4 * 1024 * 1024;
 
-/// Bytes that it may queue for a flow at least: a few answers.
+/// The minimum receive buffer of a flow in bytes: some replies.
 const LEAST: usize = 8 * 1024;
 
-/// The kernel lets a socket take twice the size that is set (socket(7), `SO_RCVBUF`).
+/// The kernel doubles the size that is set (socket(7), `SO_RCVBUF`).
 const DOUBLED: usize = 2;
 
-/// Flows that are given another share in one turn: each takes two system calls.
+/// Number of flows whose buffer is changed in one turn: each takes two system calls.
 pub(super) const AT_A_TIME: usize = 256;
 
-/// What is shared, and among how many.
+/// The total, and the number of flows that share it.
 #[derive(Debug)]
 pub(super) struct Shares {
-    /// Bytes for all.
+    /// The total in bytes.
     bytes: usize,
-    /// Flows that it is for: a power of two, so that shares change seldom.
+    /// The number of flows, rounded to a power of two so that shares seldom change.
     flows: usize,
 }
 
 impl Shares {
-    /// Those of this machine.
+    /// The shares on this machine.
     pub(super) fn of_this_host() -> Self {
         Self::new(limit() / PART)
     }
@@ -43,7 +43,7 @@ impl Shares {
         Self { bytes, flows: 1 }
     }
 
-    /// Takes note of how many flows there are. Returns whether that changes what each has.
+    /// Updates the number of flows. Returns whether that changes the shares.
     pub(super) fn set_flows(&mut self, flows: usize) -> bool {
         let before = self.each();
         if flows > self.flows || flows < self.flows / 4 {
@@ -52,14 +52,14 @@ impl Shares {
         self.each() != before
     }
 
-    /// What the receive buffer of each is to be set to, in bytes.
+    /// The receive buffer size of each flow in bytes.
     pub(super) fn each(&self) -> usize {
         (self.bytes / DOUBLED / self.flows).clamp(LEAST, MOST)
     }
 }
 
-/// The kernel's limit for all UDP sockets, in bytes. Only the first network namespace tells; elsewhere it is taken to
-/// be what the kernel makes it if nobody sets it, which is somewhat less than this part of the memory.
+/// The kernel's limit for all UDP sockets, in bytes. It is visible only in the initial network namespace. Elsewhere,
+/// the kernel's default is assumed, which is slightly less than this fraction of the memory.
 fn limit() -> usize {
     let of = |name| sysconf(name).ok().flatten().and_then(|value| usize::try_from(value).ok());
     let page = of(SysconfVar::PAGE_SIZE).unwrap_or(4096);
@@ -68,7 +68,7 @@ fn limit() -> usize {
     pages.map_or(usize::MAX, |pages| pages.saturating_mul(page))
 }
 
-/// The last of three numbers.
+/// Parses the last of three numbers.
 fn most_pages(setting: &str) -> Option<usize> {
     setting.split_whitespace().nth(2)?.parse().ok()
 }

@@ -1,6 +1,6 @@
-//! The slots that flows live in, and the names by which a slot's flows are told apart.
+//! A slot map for flows: slots, and the ids that distinguish successive flows of one slot.
 
-/// Names a flow while it exists. The generation tells it from a later flow in the same slot.
+/// Identifies a flow while it exists. The generation distinguishes it from later flows in the same slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct FlowId {
     /// The number of its slot.
@@ -9,10 +9,10 @@ pub(super) struct FlowId {
 }
 
 impl FlowId {
-    /// Generations of a slot before they repeat. The two highest bits of [`Self::to_u64`] stay clear.
+    /// Number of generations before they repeat. The two highest bits of [`Self::to_u64`] are clear.
     const GENERATIONS: u32 = 1 << 30;
 
-    /// As one number, for the event loop.
+    /// The id as one number, for epoll.
     pub(super) fn to_u64(self) -> u64 {
         u64::from(self.generation) << 32 | u64::from(self.slot)
     }
@@ -25,7 +25,7 @@ impl FlowId {
     }
 }
 
-/// Slots that are used again once they are free.
+/// Slots that are reused once they are free.
 #[derive(Debug)]
 pub(super) struct Slots<T> {
     slots: Vec<Slot<T>>,
@@ -45,34 +45,34 @@ impl<T> Default for Slots<T> {
 }
 
 impl<T> Slots<T> {
-    /// What the slot of `id` holds, unless that is over.
+    /// The content of the slot of `id`, unless it was removed.
     pub(super) fn get(&self, id: FlowId) -> Option<&T> {
         let slot = self.slots.get(id.slot as usize)?;
         slot.used.as_ref().filter(|_| slot.generation == id.generation)
     }
 
-    /// As [`Self::get`], to change it.
+    /// Like [`Self::get`], but mutable.
     pub(super) fn get_mut(&mut self, id: FlowId) -> Option<&mut T> {
         let slot = self.slots.get_mut(id.slot as usize)?;
         slot.used.as_mut().filter(|_| slot.generation == id.generation)
     }
 
-    /// What `slot` holds, if it is in use.
+    /// The content of `slot`, if it is in use.
     pub(super) fn at(&self, slot: u32) -> Option<&T> {
         self.slots[slot as usize].used.as_ref()
     }
 
-    /// As [`Self::at`], to change it.
+    /// Like [`Self::at`], but mutable.
     pub(super) fn at_mut(&mut self, slot: u32) -> Option<&mut T> {
         self.slots[slot as usize].used.as_mut()
     }
 
-    /// The name of what `slot` holds, or will hold next.
+    /// The id of the current or next content of `slot`.
     pub(super) fn id_of(&self, slot: u32) -> FlowId {
         FlowId { slot, generation: self.slots[slot as usize].generation }
     }
 
-    /// The name that what is inserted next will have.
+    /// The id of the next insertion.
     pub(super) fn next_id(&self) -> FlowId {
         let number = |index: usize| u32::try_from(index).expect("descriptors run out before slots do");
         match self.free.last() {
@@ -81,7 +81,7 @@ impl<T> Slots<T> {
         }
     }
 
-    /// Puts `value` into a free slot, under the name [`Self::next_id`].
+    /// Puts `value` into a free slot, with the id [`Self::next_id`].
     pub(super) fn insert(&mut self, value: T) -> FlowId {
         let id = self.next_id();
         if self.free.pop().is_none() {
@@ -91,7 +91,7 @@ impl<T> Slots<T> {
         id
     }
 
-    /// Takes out what `slot` holds. Its name is no other's for as long as generations last.
+    /// Removes the content of `slot`. Its id is not used again until the generations repeat.
     pub(super) fn remove(&mut self, slot: u32) -> Option<T> {
         let emptied = &mut self.slots[slot as usize];
         let value = emptied.used.take()?;
@@ -100,13 +100,12 @@ impl<T> Slots<T> {
         Some(value)
     }
 
-    /// The slots in use, with what they hold.
+    /// The slots in use, with their content.
     pub(super) fn iter(&self) -> impl Iterator<Item = (u32, &T)> {
         (0..).zip(&self.slots).filter_map(|(number, slot)| Some((number, slot.used.as_ref()?)))
     }
 
-    /// What some of the slots hold, `count` at the most: those from the number `first` on. None is behind them if it
-    /// returns no next number.
+    /// The content of at most `count` slots from number `first`. Returns no next number at the end.
     pub(super) fn some_from(
         &mut self,
         first: usize,

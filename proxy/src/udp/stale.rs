@@ -1,7 +1,7 @@
-//! Flows that the kernel remembers from before a port was published.
+//! Deletes conntrack entries of flows from before a port was published.
 //!
-//! A client that keeps sending, to a port that was published by other means before, or not at all,
-//! stays pinned to what connection tracking decided then, and would never reach us.
+//! If a client keeps sending to a port that was published by other means before, or not at all, connection tracking
+//! keeps applying its former decision, and the client would never reach `rproxy`.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
@@ -13,12 +13,12 @@ use rproxy_sys::conntrack::{Direction, Family, delete_udp};
 use rproxy_sys::udp::is_local;
 use tracing::debug;
 
-/// Held by whoever looks through the kernel's table.
+/// Serialises searches through the kernel's table.
 static TURN: Mutex<()> = Mutex::new(());
 
-/// Makes the kernel forget flows to, and from, the UDP ports among `published`, which have to be bound already;
-/// an IPv6 wildcard stands for IPv4 too unless it is `v6only`. Best effort: it needs `CAP_NET_ADMIN`,
-/// and most hosts have nothing to forget. A runtime that publishes by several means does this itself.
+/// Deletes the kernel's conntrack entries of flows to and from the UDP ports among `published`, which must be bound
+/// already; an IPv6 wildcard includes IPv4 unless it is `v6only`. Best effort: it needs `CAP_NET_ADMIN`, and most hosts
+/// have no such entries. A runtime that also publishes by other means does this itself.
 pub(crate) fn forget_flows_to<'a>(published: impl IntoIterator<Item = &'a PortMapping>) {
     let udp = published.into_iter().filter(|port_mapping| port_mapping.protocol == Protocol::Udp);
     let published =
@@ -26,7 +26,7 @@ pub(crate) fn forget_flows_to<'a>(published: impl IntoIterator<Item = &'a PortMa
     if published.0.is_empty() {
         return;
     }
-    // One at a time, however many changes follow each other.
+    // One search at a time, even if changes follow each other quickly.
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     let mut own = HashMap::new();
     let mut is_own = |addr: SocketAddr| *own.entry(addr.ip()).or_insert_with(|| is_local(addr));
@@ -38,7 +38,7 @@ pub(crate) fn forget_flows_to<'a>(published: impl IntoIterator<Item = &'a PortMa
     }
 }
 
-/// Host addresses by port, and whether they leave IPv4 out.
+/// Host addresses by port, and whether they exclude IPv4.
 struct Published(HashMap<u16, Vec<(IpAddr, bool)>>);
 
 impl Published {
@@ -50,14 +50,14 @@ impl Published {
         Self(by_port)
     }
 
-    /// Whether an entry keeps datagrams for one of them from it: it leads there, or began there, with a late
-    /// answer of whoever had the port before. `is_own` says whether an address is this host's: others may
-    /// send from ports of the same number.
+    /// Whether an entry diverts datagrams from one of these ports: its flow goes to the port, or started there with a
+    /// late reply of the previous user of the port. `is_own` says whether an address is this host's, because others may
+    /// send from the same port number.
     fn is_stale(&self, entry: Direction, is_own: &mut dyn FnMut(SocketAddr) -> bool) -> bool {
         self.contains(entry.destination) || self.contains(entry.source) && is_own(entry.source)
     }
 
-    /// Whether a datagram to `destination` is for one of them.
+    /// Whether a datagram to `destination` is for one of these ports.
     fn contains(&self, destination: SocketAddr) -> bool {
         let is_for = |(host, v6only): &(IpAddr, bool)| match host {
             IpAddr::V4(host) if host.is_unspecified() => destination.is_ipv4(),

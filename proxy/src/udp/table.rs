@@ -1,16 +1,14 @@
-//! The flow table: which flow a datagram belongs to, and which flow goes when there are too many.
+//! The flow table: finds the flow of a datagram, and the flow to evict when there are too many.
 //!
-//! It is a pure data structure over a clock that is passed in. Flows live in slots; each slot is in
-//! lists ordered by how long it has been idle ([`scopes`](super::scopes)): with those that have its
-//! timeout, its mapping, and its source. All operations take constant time, so that a flood costs no
-//! more per datagram than a friend.
+//! It is a pure data structure; the current time is passed in. Flows live in slots. Each slot is in lists ordered by
+//! idle time ([`scopes`](super::scopes)), with those that share its timeout, its mapping, or its source. All operations
+//! take constant time, so that a flood's datagrams cost no more than others.
 //!
-//! A flow starts out as *new*, and is *established* once its client has sent something after the
-//! backend answered, as in the kernel's connection tracking (`ASSURED`). A flow that is never answered
-//! is established when its client still sends after [`LASTING`]. At a cap, the longest idle new flow
-//! goes: datagrams with forged sources displace each other, and never an established flow. For that,
-//! established flows leave a share of each cap to new ones, in which a client's first exchange can come
-//! to its end while a flood passes; a flow that finds their part full stays new until there is room.
+//! A flow starts as *new*. It is *established* once its client has sent something after a reply, as in the kernel's
+//! connection tracking (`ASSURED`). A flow without replies is established when its client still sends after
+//! [`ESTABLISHED_AFTER`]. At a limit, the new flow that was idle for longest is evicted: datagrams with forged sources
+//! evict each other, and never an established flow. A share of each limit is reserved for new flows, so that legitimate
+//! new flows survive a flood. A flow that finds the established share full stays new until there is room.
 
 use std::collections::HashMap;
 use std::collections::hash_map::RandomState;
@@ -25,25 +23,25 @@ use super::scopes::{
 pub(super) use super::slots::FlowId;
 use super::slots::Slots;
 
-/// A client that still sends after this long means it, even if nobody answers (syslog, metrics).
-const LASTING: Duration = Duration::from_secs(1);
+/// A client that still sends after this time is legitimate even if nobody replies (syslog, metrics).
+const ESTABLISHED_AFTER: Duration = Duration::from_secs(1);
 
-/// Traffic within this time of what was noted last is not noted again: it would change nothing that
-/// matters, and a flow's neighbours in its lists are not in the processor's cache.
-const GRAIN: Duration = Duration::from_millis(1);
+/// Activity within this time of the last recorded one is not recorded: it would make no relevant difference, and the
+/// neighbours of a flow in its lists are not in the processor's cache.
+const ACTIVITY_RESOLUTION: Duration = Duration::from_millis(1);
 
-/// How many flows a mapping may have, and for how long.
+/// The maximum number and idle time of a mapping's flows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Bounds {
-    /// Which mapping.
+    /// The mapping.
     pub(super) mapping: MappingId,
-    /// Flows in all, at least 1.
+    /// Maximum number of flows, at least 1.
     pub(super) flows: usize,
-    /// Flows of one source address, at least 1.
+    /// Maximum number of flows of one source address, at least 1.
     pub(super) flows_per_source: usize,
-    /// Whether a source's flows to all mappings that say so count together.
+    /// Whether a source's flows are counted across all mappings for which this is set.
     pub(super) shares_sources: bool,
-    /// A flow without traffic for this long is over.
+    /// A flow expires after this idle time.
     pub(super) idle: Duration,
 }
 
@@ -53,29 +51,29 @@ impl Bounds {
     }
 }
 
-/// Which side of a flow a datagram came from.
+/// The side of a flow that sent a datagram.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Side {
     Client,
     Backend,
 }
 
-/// A flow that was taken out of the table.
+/// A flow that was removed from the table.
 #[derive(Debug)]
 pub(super) struct Ended<F> {
     pub(super) flow: F,
-    /// When there was traffic last.
+    /// The time of its last activity.
     pub(super) last_active: Instant,
 }
 
-/// The table. `K` tells flows apart; `F` is what a flow consists of.
+/// The table. `K` is the key of a flow, `F` its content.
 #[derive(Debug)]
 pub(super) struct FlowTable<K, F> {
-    /// Flows of all mappings that there may be, at least 1.
+    /// Maximum number of flows of all mappings, at least 1.
     most: usize,
-    /// How many of those that there are are established.
+    /// Number of established flows.
     established: usize,
-    /// Keyed at random (SipHash): an attacker chooses the keys.
+    /// Uses random keys (SipHash), because an attacker can choose the flow keys.
     index: HashMap<K, u32, RandomState>,
     slots: Slots<Used<K, F>>,
     scopes: Scopes,
@@ -94,11 +92,11 @@ struct Used<K, F> {
 }
 
 impl<K, F> Used<K, F> {
-    /// Whether a datagram from this side makes the flow one that is established, if there is room.
+    /// Whether a datagram from this side makes the flow established, if there is room.
     fn is_established_by(&self, from: Side, now: Instant) -> bool {
         self.state == FlowState::New
             && from == Side::Client
-            && (self.is_answered || now.saturating_duration_since(self.opened) >= LASTING)
+            && (self.is_answered || now.saturating_duration_since(self.opened) >= ESTABLISHED_AFTER)
     }
 }
 
@@ -109,7 +107,7 @@ impl<K, F> LinkStore for Slots<Used<K, F>> {
 }
 
 impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
-    /// An empty table with room for `most` flows.
+    /// An empty table for at most `most` flows.
     pub(super) fn new(most: usize) -> Self {
         Self {
             most,
@@ -125,7 +123,7 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
         self.index.len()
     }
 
-    /// Says how many flows of all mappings there may be from now on.
+    /// Sets the maximum number of flows of all mappings.
     pub(super) fn set_most(&mut self, most: usize) {
         self.most = most.max(1);
     }
@@ -135,18 +133,17 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
         self.index.get(key).map(|slot| self.slots.id_of(*slot))
     }
 
-    /// What the flow `id` consists of, unless it is over.
+    /// The content of the flow `id`, unless it was removed.
     pub(super) fn get(&self, id: FlowId) -> Option<(&K, &F)> {
         self.slots.get(id).map(|used| (&used.key, &used.flow))
     }
 
-    /// As [`Self::get`], to change it.
+    /// Like [`Self::get`], but mutable.
     pub(super) fn get_mut(&mut self, id: FlowId) -> Option<(&K, &mut F)> {
         self.slots.get_mut(id).map(|used| (&used.key, &mut used.flow))
     }
 
-    /// Some of the flows, `count` at the most: those from the place `first` on. None is behind them if it gives no next
-    /// place.
+    /// The content of at most `count` flows from position `first`. Returns no next position at the end.
     pub(super) fn some_from(
         &mut self,
         first: usize,
@@ -156,13 +153,12 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
         (some.map(|used| &mut used.flow), next)
     }
 
-    /// Whether another flow has to go before `source` may have one more.
+    /// Whether a flow has to be evicted before `source` may have another one.
     pub(super) fn is_full(&self, bounds: &Bounds, source: IpAddr) -> bool {
         self.victim(bounds, source).is_some()
     }
 
-    /// Takes a flow out that has to go before `source` may have another one; call it until it gives
-    /// `None`.
+    /// Evicts a flow if necessary before `source` may have another one. Call it until it returns `None`.
     pub(super) fn make_room(&mut self, bounds: &Bounds, source: IpAddr) -> Option<Ended<F>> {
         self.victim(bounds, source).map(|slot| self.remove_slot(slot))
     }
@@ -178,12 +174,12 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
             .flatten()
     }
 
-    /// Takes out the flow that is the first to go, if there is any.
+    /// Evicts the next flow in order, if there is any.
     pub(super) fn evict(&mut self) -> Option<Ended<F>> {
         self.first_to_go().map(|slot| self.remove_slot(slot))
     }
 
-    /// The slot of the flow that goes when one of all has to.
+    /// The slot of the flow to evict among all.
     fn first_to_go(&self) -> Option<u32> {
         let oldest = |state: usize| {
             let slots = self.scopes.idles().filter_map(|(_idle, scope)| scope.oldest()[state]);
@@ -192,12 +188,12 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
         first_to_go([oldest(0), oldest(1)], self.established, self.most)
     }
 
-    /// The name that the next flow to be inserted will have.
+    /// The id of the next insertion.
     pub(super) fn next_id(&self) -> FlowId {
         self.slots.next_id()
     }
 
-    /// Adds a flow, for which [`Self::make_room`] was asked before. `key` must not be there yet.
+    /// Inserts a flow after [`Self::make_room`]. `key` must not exist yet.
     pub(super) fn insert(
         &mut self,
         key: K,
@@ -223,7 +219,7 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
         id
     }
 
-    /// The scopes of a flow, which it is not in yet.
+    /// The scopes of a flow that is not linked yet.
     fn enter(&mut self, bounds: &Bounds, source: IpAddr) -> [Links; SCOPES] {
         let scopes = [
             (ScopeKey::Idle(bounds.idle), usize::MAX),
@@ -233,11 +229,11 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
         scopes.map(|(key, most)| Links::outside(self.scopes.enter(key, most)))
     }
 
-    /// Notes traffic: the flow is now the one idle for the shortest time.
+    /// Records activity: the flow becomes the most recently active.
     pub(super) fn touch(&mut self, id: FlowId, from: Side, now: Instant) {
         let Some(used) = self.slots.get(id) else { return };
         let rises = used.is_established_by(from, now) && self.has_room_for_established(&used.links);
-        let is_news = now.saturating_duration_since(used.last_active) >= GRAIN;
+        let is_news = now.saturating_duration_since(used.last_active) >= ACTIVITY_RESOLUTION;
         if rises || is_news {
             self.unlink(id.slot);
         }
@@ -252,7 +248,7 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
         }
     }
 
-    /// Lets the timeout of the flow `id` begin anew, as if there had been traffic.
+    /// Restarts the timeout of the flow `id`, as if it had been active.
     pub(super) fn postpone(&mut self, id: FlowId, now: Instant) {
         if self.slots.get(id).is_none() {
             return;
@@ -272,18 +268,18 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
         self.established < most_established(self.most) && links.iter().all(has_room)
     }
 
-    /// Whether the flow `id` is there and established.
+    /// Whether the flow `id` exists and is established.
     pub(super) fn is_established(&self, id: FlowId) -> bool {
         self.slots.get(id).is_some_and(|used| used.state == FlowState::Established)
     }
 
-    /// Makes the flow `id` established, as if its client had gone on after an answer.
+    /// Makes the flow `id` established, as if its client had sent something after a reply.
     pub(super) fn establish(&mut self, id: FlowId, now: Instant) {
         self.touch(id, Side::Backend, now);
         self.touch(id, Side::Client, now);
     }
 
-    /// Applies other bounds to the flows of a mapping. Timeouts count from now on.
+    /// Applies new bounds to the flows of a mapping. Timeouts count from now.
     pub(super) fn rebound(&mut self, bounds: &Bounds, now: Instant) {
         let mapping = ScopeKey::Mapping(bounds.mapping);
         if self.scopes.find(&mapping).is_none() {
@@ -306,7 +302,7 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
         }
     }
 
-    /// Takes the flows out that are more than one of the sources, the mapping, or all of them may have.
+    /// Evicts the flows beyond the maximum of a source, of the mapping, or of all.
     pub(super) fn take_surplus(&mut self, bounds: &Bounds) -> Vec<Ended<F>> {
         let shared = (!bounds.shares_sources).then_some(bounds.mapping);
         let sources =
@@ -329,7 +325,7 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
         surplus
     }
 
-    /// A flow that has been idle for too long at `now`.
+    /// Removes a flow that has expired at `now`.
     pub(super) fn expired(&self, now: Instant) -> Option<FlowId> {
         let over = |(idle, slot): &(Duration, u32)| {
             self.active_at(*slot).is_some_and(|at| now.saturating_duration_since(at) >= *idle)
@@ -338,29 +334,29 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
         Some(self.slots.id_of(slot))
     }
 
-    /// All flows, by name, with the time of their last traffic.
+    /// All flows, by id, with the time of their last activity.
     pub(super) fn iter(&self) -> impl Iterator<Item = (FlowId, &K, Instant)> {
         self.slots.iter().map(|(slot, used)| (self.slots.id_of(slot), &used.key, used.last_active))
     }
 
-    /// Takes the flow `id` out, unless it is over.
+    /// Removes the flow `id`, unless it was removed before.
     pub(super) fn remove(&mut self, id: FlowId) -> Option<Ended<F>> {
         self.get(id)?;
         Some(self.remove_slot(id.slot))
     }
 
-    /// When the next flow will have been idle for too long.
+    /// The time at which the next flow expires.
     pub(super) fn next_expiry(&self) -> Option<Instant> {
         self.oldest().filter_map(|(idle, slot)| Some(self.active_at(slot)? + idle)).min()
     }
 
-    /// When there was traffic last, in any flow.
+    /// The time of the last activity of any flow.
     pub(super) fn last_active(&self) -> Option<Instant> {
         let newest = self.scopes.idles().flat_map(|(_idle, scope)| scope.newest()).flatten();
         newest.filter_map(|slot| self.active_at(slot)).max()
     }
 
-    /// The slots of the flows that have been idle the longest, with their timeouts.
+    /// The slots of the flows that were idle for longest, with their timeouts.
     fn oldest(&self) -> impl Iterator<Item = (Duration, u32)> {
         let oldest = |(idle, scope): (Duration, &super::scopes::Scope)| {
             scope.oldest().into_iter().flatten().map(move |slot| (idle, slot))
@@ -372,7 +368,7 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
         self.slots.at(slot).map(|used| used.last_active)
     }
 
-    /// Puts a slot in use at the newest end of its lists.
+    /// Appends a used slot at the newest end of its lists.
     fn link(&mut self, slot: u32) {
         let Some((links, state)) = self.links_of(slot) else { return };
         self.established += usize::from(state == FlowState::Established);
@@ -381,7 +377,7 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
         }
     }
 
-    /// Takes a slot in use out of its lists.
+    /// Removes a used slot from its lists.
     fn unlink(&mut self, slot: u32) {
         let Some((links, state)) = self.links_of(slot) else { return };
         self.established -= usize::from(state == FlowState::Established);
@@ -404,7 +400,7 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
     }
 }
 
-/// Which of a flow's scopes is that of its mapping.
+/// The index of the mapping's scope among those of a flow.
 const MAPPING: usize = 1;
 
 #[cfg(test)]
@@ -427,7 +423,7 @@ mod tests {
         Bounds { mapping: MappingId(0), flows, flows_per_source, shares_sources: false, idle: IDLE }
     }
 
-    /// A table, and what its tests open flows with; time passes as they say.
+    /// A table with helpers to open flows; tests control the time.
     struct Scene {
         table: Table,
         bounds: Bounds,
@@ -435,7 +431,7 @@ mod tests {
     }
 
     impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
-        /// Takes a flow out that has been idle for too long.
+        /// Removes an expired flow.
         fn expire(&mut self, now: Instant) -> Option<Ended<F>> {
             let id = self.expired(now)?;
             self.remove(id)
@@ -452,13 +448,13 @@ mod tests {
             self.now += time;
         }
 
-        /// Returns the flow that had to go.
+        /// Returns the evicted flow.
         fn open(&mut self, source: u8, port: u16) -> Option<u16> {
             self.open_in(self.bounds, source, port)
         }
 
         fn open_in(&mut self, bounds: Bounds, source: u8, port: u16) -> Option<u16> {
-            self.pass(GRAIN);
+            self.pass(ACTIVITY_RESOLUTION);
             let evicted = self.table.make_room(&bounds, ip(source)).map(|ended| ended.flow);
             assert!(!self.table.is_full(&bounds, ip(source)));
             let id = self.table.insert((source, port), (&bounds, ip(source)), port, self.now);
@@ -467,7 +463,7 @@ mod tests {
         }
 
         fn touch(&mut self, source: u8, port: u16, from: Side) {
-            self.pass(GRAIN);
+            self.pass(ACTIVITY_RESOLUTION);
             let id = self.table.find(&(source, port)).unwrap();
             self.table.touch(id, from, self.now);
         }
@@ -509,7 +505,7 @@ mod tests {
         assert_eq!(scene.table.len(), 10);
     }
 
-    /// Those of the flood last, or are answered and go on, and have been idle for a shorter time.
+    /// Flows that outlast the flood: they were answered and continue, or have been idle for a shorter time.
     #[test]
     fn forged_pairs_displace_no_established_flow_answered_or_not() {
         for answered in [false, true] {
@@ -521,7 +517,7 @@ mod tests {
                 if answered {
                     scene.touch(source, port, Side::Backend);
                 } else {
-                    scene.pass(LASTING);
+                    scene.pass(ESTABLISHED_AFTER);
                 }
                 scene.touch(source, port, Side::Client);
             }
@@ -557,11 +553,11 @@ mod tests {
     }
 
     #[test]
-    fn a_flow_that_is_never_answered_is_established_by_lasting() {
+    fn a_flow_without_replies_is_established_if_its_client_keeps_sending() {
         let mut scene = Scene::new(2, 2);
         scene.open(1, 1);
         scene.open(1, 2);
-        scene.pass(LASTING);
+        scene.pass(ESTABLISHED_AFTER);
         scene.touch(1, 1, Side::Client);
         assert_eq!(scene.open(2, 3), Some(2));
     }
@@ -639,7 +635,7 @@ mod tests {
         scene.touch(1, 2, Side::Backend);
         let second = scene.now;
         let mut expire = |at| scene.table.expire(at).map(|ended| ended.flow);
-        assert_eq!(expire(first + IDLE - GRAIN), None);
+        assert_eq!(expire(first + IDLE - ACTIVITY_RESOLUTION), None);
         assert_eq!(expire(first + IDLE), Some(1));
         assert_eq!(expire(first + IDLE), None);
         assert_eq!(expire(second + IDLE), Some(2));
@@ -659,7 +655,7 @@ mod tests {
         assert_eq!(scene.table.len(), 1);
     }
 
-    /// What the table promises, in the plainest form: a map and a walk through all of it.
+    /// The specification of the table in its simplest form: a map that is searched as a whole.
     #[derive(Default)]
     struct Model {
         flows: BTreeMap<(u8, u16), ModelFlow>,
@@ -686,7 +682,7 @@ mod tests {
             self.flows.iter().filter(|(key, flow)| which(key, flow)).count()
         }
 
-        /// No scope has more established flows than it may have, so that it is a new one.
+        /// No scope has more established flows than allowed, so the flow is new.
         fn first_to_go(&self, among: &dyn Fn(&(u8, u16)) -> bool) -> Option<(u8, u16)> {
             let new = self.flows.iter().filter(|(key, flow)| among(key) && !flow.established);
             new.min_by_key(|(_, flow)| flow.order).map(|(key, _)| *key)
@@ -702,11 +698,11 @@ mod tests {
             let flow = self.flows.entry(key).or_insert(opened);
             let rises = from == Side::Client
                 && !flow.established
-                && (flow.answered || at - flow.opened >= LASTING)
+                && (flow.answered || at - flow.opened >= ESTABLISHED_AFTER)
                 && room;
             flow.answered |= from == Side::Backend;
             flow.established |= rises;
-            if rises || at - flow.at >= GRAIN {
+            if rises || at - flow.at >= ACTIVITY_RESOLUTION {
                 (flow.order, flow.at) = (self.clock, at);
             }
         }

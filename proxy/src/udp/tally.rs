@@ -1,4 +1,4 @@
-//! What became of the datagrams of a batch: how many were relayed, and how many were lost and why.
+//! Results of relaying the datagrams of a batch: how many were relayed, and how many were lost for which reason.
 
 use std::io;
 use std::ops::{AddAssign, Range, SubAssign};
@@ -11,7 +11,7 @@ use crate::log::limit::LogLimit;
 use crate::state::Target;
 use crate::state::stats::FailureKind;
 
-/// How much some datagrams are.
+/// A number of datagrams and their bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Amount {
     pub(super) datagrams: u64,
@@ -32,23 +32,23 @@ impl SubAssign for Amount {
     }
 }
 
-/// What became of some datagrams.
+/// The results of some datagrams.
 #[derive(Debug, Default)]
 pub(super) struct Tally {
-    /// What the kernel took.
+    /// Datagrams that the kernel accepted.
     pub(super) relayed: Amount,
-    /// Datagrams that the network refused, at once or later.
+    /// Datagrams that the network refused, immediately or later.
     refused: u64,
-    /// Datagrams that there was no room for, or whose flow ended while they waited.
+    /// Datagrams for which a queue was full, or whose flow ended while they were queued.
     no_buffer: u64,
-    /// Datagrams that are larger than the way takes.
+    /// Datagrams larger than the path allows.
     too_large: u64,
-    /// The error that one of them met.
+    /// An error of one of them.
     error: Option<io::Error>,
 }
 
 impl Tally {
-    /// Some datagrams met `error`.
+    /// Counts datagrams that failed with `error`.
     pub(super) fn lose(&mut self, datagrams: u64, error: io::Error) {
         *match error.raw_os_error() {
             Some(libc::EMSGSIZE) => &mut self.too_large,
@@ -58,14 +58,15 @@ impl Tally {
         self.error = Some(error);
     }
 
-    /// Some datagrams found no room where they would have waited.
+    /// Counts datagrams for which a queue was full.
     pub(super) fn overflow(&mut self, datagrams: u64) {
         self.no_buffer += datagrams;
     }
 
-    /// The kernel has had no room for `dropped` datagrams of a socket by now, of which `counted` are counted already.
+    /// Counts the datagrams that the kernel dropped at a socket: `dropped` in total, of which `counted` are already
+    /// counted.
     pub(super) fn dropped(&mut self, dropped: u32, counted: &mut u32) {
-        // A datagram says how many there were when it was queued, which may be before they were counted.
+        // The total in a datagram is that of the time it was queued, which may be older than `counted`.
         let more = dropped.wrapping_sub(*counted).cast_signed();
         if more > 0 {
             *counted = dropped;
@@ -74,7 +75,7 @@ impl Tally {
         }
     }
 
-    /// Some datagrams waited for a flow that is over.
+    /// Counts queued datagrams of a flow that has ended.
     pub(super) fn discard(&mut self, datagrams: u64) {
         if datagrams > 0 {
             self.no_buffer += datagrams;
@@ -82,17 +83,17 @@ impl Tally {
         }
     }
 
-    /// A datagram was cut when it was received.
+    /// Counts a datagram that was truncated when it was received.
     pub(super) fn cut(&mut self) {
         self.too_large += 1;
     }
 
-    /// Whether the error that one of them met is this one.
+    /// Whether the recorded error is this one.
     pub(super) fn met(&self, errno: i32) -> bool {
         self.error.as_ref().is_some_and(|error| error.raw_os_error() == Some(errno))
     }
 
-    /// Whether one of them met a socket that has lost its peer.
+    /// Whether the recorded error means that the socket has lost its peer.
     pub(super) fn has_lost_peer(&self) -> bool {
         self.error.as_ref().is_some_and(is_lost_peer)
     }
@@ -105,7 +106,7 @@ impl Tally {
         ]
     }
 
-    /// Counts it for the mapping of `route`: on the way to the backend, or to clients.
+    /// Adds the results to the counters of the mapping of `target`, towards the backend or towards clients.
     pub(super) fn settle(self, target: &Target, to: Towards) {
         let stats = &target.policy.state.stats;
         if self.relayed != Amount::default() {
@@ -137,19 +138,19 @@ impl Tally {
     }
 }
 
-/// How many datagrams a socket has had no room for, as the last one of those in `slots` says. Mostly there have been
-/// none, ever.
+/// The number of datagrams dropped at a socket so far, as reported by the last of those in `slots`; usually 0.
 pub(super) fn last_dropped(received: &RecvBatch, slots: Range<usize>) -> u32 {
     slots.last().map_or(0, |last| received.control(last).dropped)
 }
 
-/// Whether an error is that of a connected socket that was destroyed (`SOCK_DESTROY`, sock_diag(7)), as by `ss --kill`:
-/// it goes on without a peer, and would take datagrams of anybody. Or of one that whoever has it open, too, has shut down.
+/// Whether an error means that a connected socket was destroyed (`SOCK_DESTROY`, sock_diag(7), for example by `ss
+/// --kill`). It has no peer any more and would accept datagrams of anyone. The error is the same if another process
+/// that shares the socket has shut it down.
 pub(super) fn is_lost_peer(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::ECONNABORTED | libc::EDESTADDRREQ | libc::EPIPE))
 }
 
-/// Which way datagrams go.
+/// The direction of datagrams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Towards {
     Backend,

@@ -1,4 +1,4 @@
-//! Which socket an event of the relay's epoll instance is about, and what it is watched for.
+//! Identifies the socket of an event of the relay's epoll instance, and selects the events to watch for.
 
 use std::os::fd::BorrowedFd;
 
@@ -8,17 +8,17 @@ use tracing::error;
 use super::table::FlowId;
 use crate::runtime::poll::LISTENER;
 
-/// Which socket an event of the epoll instance is about.
+/// The socket of an event of the epoll instance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Token {
     Listener(usize),
-    /// The socket of a flow towards the backend.
+    /// A flow's socket towards the backend.
     Flow(FlowId),
-    /// That towards the client.
+    /// A flow's client socket.
     Client(FlowId),
 }
 
-/// Set in the number of [`Token::Client`]; ids of flows leave it clear.
+/// Set in the number of a [`Token::Client`]; the ids of flows do not use this bit.
 const CLIENT: u64 = 1 << 62;
 
 impl Token {
@@ -39,21 +39,21 @@ impl Token {
     }
 }
 
-/// What a socket is watched for.
+/// The events that a socket is watched for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Wanted {
-    /// Datagrams.
+    /// It is readable.
     pub(super) receive: bool,
-    /// Room, because something waits.
+    /// It is writable, because datagrams are queued.
     pub(super) send: bool,
 }
 
 impl Wanted {
-    /// What a socket without anything that waits is watched for.
+    /// The events for a socket with an empty queue.
     pub(super) const RECEIVE: Self = Self { receive: true, send: false };
 }
 
-/// Changes what a socket is watched for.
+/// Changes the events that a socket is watched for.
 pub(super) fn interest(epoll: &Epoll, socket: BorrowedFd<'_>, token: Token, wanted: Wanted) {
     if let Err(error) = epoll.modify(socket, &mut event(token, wanted)) {
         error!(%error, ?token, "cannot change what a UDP socket is watched for");

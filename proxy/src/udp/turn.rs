@@ -1,7 +1,7 @@
-//! What is done before others get their turn: bounded in bytes as well as in datagrams.
+//! The work that the relay does before it yields, limited in bytes as well as in datagrams.
 //!
-//! A datagram may be 64 kB, and so may a GSO batch that the kernel hands over as one: a few hundred of them
-//! take as long as all other work of the process.
+//! A datagram may have 64 kB, and so may a received GSO batch; several hundred of them take as long as all other work
+//! of the process.
 
 use std::ops::Range;
 use std::time::Instant;
@@ -9,19 +9,19 @@ use std::time::Instant;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 use rproxy_sys::udp::{BATCH, RecvBatch};
 
-/// Sockets that are reported at a time.
+/// Maximum number of events per epoll_wait(2).
 const EVENTS: usize = 256;
 
-/// Bytes that are taken before others get their turn: it takes a fraction of a millisecond to relay them.
+/// Bytes to receive before the relay yields: relaying them takes a fraction of a millisecond.
 const BYTES: usize = 256 * 1024;
 
-/// Each datagram, or GSO batch, counts for this many bytes more.
+/// Additional cost of each datagram or GSO batch, in bytes.
 const OVERHEAD: usize = 256;
 
-/// The fewest that one receive asks for, of the largest.
+/// Minimum number of slots for one receive, for the largest datagrams.
 const LEAST_SLOTS: usize = 4;
 
-/// Batches taken from a listener in one turn, before flows get theirs.
+/// Batches to receive from a listener in one turn, before flows are served.
 pub(super) const LISTENER_BATCHES: usize = 4;
 
 /// A turn of the relay.
@@ -38,23 +38,23 @@ impl Default for Turn {
 }
 
 impl Turn {
-    /// When it began.
+    /// The time of its start.
     pub(super) fn start(&self) -> Instant {
         self.start
     }
 
-    /// Whether it is the turn of others.
+    /// Whether the relay should yield.
     pub(super) fn is_over(&self) -> bool {
         self.left == 0
     }
 
-    /// How many bytes were taken, about.
+    /// Approximate number of bytes received.
     pub(super) fn taken(&self) -> usize {
         BYTES - self.left
     }
 
-    /// Counts what was received in some slots of `batch`. Returns the usual size of what comes from there,
-    /// which was `usual` before: a large size is believed at once, and forgotten by halves.
+    /// Counts what was received in some slots of `batch`. Returns the new usual size for that socket, which was
+    /// `usual`: it grows to a larger size at once, and decreases by halves.
     pub(super) fn take(&mut self, batch: &RecvBatch, slots: Range<usize>, usual: usize) -> usize {
         let count = slots.len().max(1);
         let bytes = batch.bytes(slots);
@@ -63,12 +63,12 @@ impl Turn {
     }
 }
 
-/// How many datagrams, or GSO batches, of a usual size are received at once.
+/// The number of datagrams or GSO batches of a usual size to receive at once.
 pub(super) fn slots_for(usual_size: usize) -> usize {
     (BYTES / usual_size.max(1)).clamp(LEAST_SLOTS, BATCH)
 }
 
-/// Sockets that were reported, some of which are yet to be looked after.
+/// Events of sockets, some of which are not handled yet.
 #[derive(Debug)]
 pub(super) struct Events {
     all: Vec<EpollEvent>,
@@ -76,27 +76,27 @@ pub(super) struct Events {
 }
 
 impl Events {
-    /// None.
+    /// No events.
     pub(super) fn new() -> Self {
         Self { all: vec![EpollEvent::new(EpollFlags::empty(), 0); EVENTS], left: 0..0 }
     }
 
-    /// Whether all have been looked after.
+    /// Whether all are handled.
     pub(super) fn is_over(&self) -> bool {
         self.left.is_empty()
     }
 
-    /// Where others may be reported.
+    /// The buffer for further events.
     pub(super) fn room(&mut self) -> &mut [EpollEvent] {
         &mut self.all
     }
 
-    /// As many have been reported.
+    /// Records the number of events in the buffer.
     pub(super) fn refill(&mut self, count: usize) {
         self.left = 0..count;
     }
 
-    /// The next one.
+    /// The next event.
     pub(super) fn next(&mut self) -> Option<EpollEvent> {
         self.left.next().map(|index| self.all[index])
     }

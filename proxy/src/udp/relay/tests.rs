@@ -1,5 +1,5 @@
-//! The relay as a whole, in this process. The test makes each of its turns, so that nothing depends on time, and a socket
-//! that would be reported for ever is found.
+//! Tests of the whole relay in this process. The test executes each turn, so that nothing depends on time, and a socket
+//! that epoll would report forever is detected.
 
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
@@ -26,20 +26,20 @@ use crate::udp::table::{FlowId, Side};
 use crate::udp::tally::Towards;
 use crate::udp::token::{Wanted, event};
 
-/// Without it, what does not happen would hang the test.
+/// Without it, an event that does not happen would block the test.
 const PATIENCE: Duration = Duration::from_secs(10);
 
-/// Reports of sockets, many more than any test takes: one that nothing is done about does not end.
+/// Maximum number of socket events, many more than any test takes: an event that is not handled repeats forever.
 const MOST_REPORTS: usize = 10_000;
 
-/// A relay with one listener, and a backend in the hands of the test.
+/// A relay with one listener, and a backend controlled by the test.
 struct Scene {
     set: PollSet,
     relay: UdpRelay,
     events: Events,
     port: Arc<WatchedListener>,
     target: Arc<Target>,
-    /// Where clients send to.
+    /// The address to which clients send.
     front: SocketAddr,
     backend: UdpSocket,
     _commands: mpsc::UnboundedSender<Command>,
@@ -88,7 +88,7 @@ impl Scene {
         scene
     }
 
-    /// Serves a listener so from now on.
+    /// Applies a binding to a listener.
     fn serve_port(&mut self, port: &Arc<WatchedListener>, target: &Arc<Target>) {
         let binding = Binding { port: port.clone(), target: target.clone() };
         self.relay.handle(Command::Serve(vec![binding]));
@@ -115,7 +115,7 @@ impl Scene {
         self.relay.table.find(&FlowKey::new(self.port.number(), address(client), None))
     }
 
-    /// Serves what is reported, until `done`.
+    /// Serves the reported sockets until `done`.
     #[track_caller]
     fn serve_until(&mut self, what: &str, mut done: impl FnMut(&mut Self) -> bool) {
         for _ in 0..MOST_REPORTS {
@@ -129,7 +129,7 @@ impl Scene {
         panic!("not after {MOST_REPORTS} reports: {what}");
     }
 
-    /// Serves what is reported by now, which has to come to an end.
+    /// Serves the reported sockets until there are no more events.
     #[track_caller]
     fn settle(&mut self) {
         for _ in 0..MOST_REPORTS {
@@ -146,10 +146,10 @@ impl Scene {
         while !self.events.is_over() {
             self.relay.serve(&mut self.events);
         }
-        self.relay.keep_house();
+        self.relay.maintain();
     }
 
-    /// Waits until the backend has a datagram; returns it and the flow that it comes from.
+    /// Waits until the backend has received a datagram; returns it and its flow.
     #[track_caller]
     fn at_backend(&mut self) -> (Vec<u8>, SocketAddr) {
         let mut buffer = [0; 2000];
@@ -162,7 +162,7 @@ impl Scene {
         (buffer[..len].to_vec(), from)
     }
 
-    /// Waits until a client has a datagram.
+    /// Waits until a client has received a datagram.
     #[track_caller]
     fn at_client(&mut self, client: &UdpSocket) -> Vec<u8> {
         let mut buffer = [0; 2000];
@@ -174,8 +174,8 @@ impl Scene {
         buffer[..len.unwrap()].to_vec()
     }
 
-    /// Gives `client` a flow whose backend is the socket that is returned. Its buffers fill up, as those of loopback never
-    /// do.
+    /// Opens a flow of `client` whose backend is the returned socket. Its buffers can fill up, unlike those of
+    /// loopback.
     fn flow_to_reader(&mut self, client: &UdpSocket) -> (FlowId, UnixDatagram) {
         let (socket, backend) = UnixDatagram::pair().unwrap();
         SockRef::from(&socket).set_send_buffer_size(8 * 1024).unwrap();
@@ -183,7 +183,8 @@ impl Scene {
             end.set_nonblocking(true).unwrap();
         }
         let (relay, now) = (&mut self.relay, Instant::now());
-        let flow = Flow::adopt(Arc::new(OwnedFd::from(socket)), None, 0, &self.target, &relay.capacity.room);
+        let flow =
+            Flow::adopt(Arc::new(OwnedFd::from(socket)), None, 0, &self.target, &relay.capacity.budget);
         let mapping = crate::udp::flows::mapping_of(&self.target);
         let bounds = relay.capacity.bounds(mapping, &self.target.policy.limits, now);
         let id = relay.table.next_id();
@@ -197,7 +198,7 @@ impl Scene {
         self.relay.table.get(id).unwrap().1.unsent()
     }
 
-    /// Datagrams that have left for the backend, and those of a flow that wait.
+    /// The numbers of datagrams sent to the backend and of those queued for a flow.
     fn sent_and_unsent(&self, id: FlowId) -> usize {
         usize::try_from(self.stats().datagrams_in.get()).unwrap() + self.unsent(id)
     }
@@ -230,7 +231,7 @@ fn what_waits_for_a_backend_leaves_once_that_reads() {
     for _round in 0..3 {
         while scene.unsent(id) < 3 {
             sent += 1;
-            // Of those that get larger, none are joined.
+            // Datagrams that increase in size are not grouped.
             client.send(&vec![7; 1000 + sent]).unwrap();
             scene.serve_until("it has left, or waits", |scene| scene.sent_and_unsent(id) == sent);
         }
@@ -245,7 +246,7 @@ fn what_waits_for_a_backend_leaves_once_that_reads() {
             received == sent
         });
         assert_eq!(scene.unsent(id), 0);
-        // That there is room is reported no more.
+        // The socket is not watched for writability any more.
         scene.settle();
     }
     assert_eq!(scene.stats().datagrams_in.get(), sent as u64);
@@ -311,7 +312,7 @@ fn flows_are_handed_over_as_they_are() {
     };
     assert_eq!([of(&established), of(&new)], [true, false]);
 
-    // Paused, datagrams stay where they are; afterwards all is as before.
+    // While paused, datagrams stay in the kernel; afterwards everything is as before.
     established.send(b"meanwhile").unwrap();
     scene.settle();
     assert!(scene.backend.recv(&mut [0; 20]).is_err());
@@ -407,7 +408,7 @@ fn a_flow_ends_when_its_time_is_over() {
     assert!(scene.relay.next_deadline() > start + Duration::from_secs(50));
     scene.relay.end_some(start + Duration::from_secs(59));
     assert!(scene.relay.table.get(id).is_some());
-    // What waits for its turn has not been looked at.
+    // The replies of a waiting flow have not been read.
     scene.relay.table.get_mut(id).unwrap().1.is_waiting = true;
     scene.relay.end_some(start + Duration::from_secs(61));
     assert!(scene.relay.table.get(id).is_some());
@@ -415,7 +416,7 @@ fn a_flow_ends_when_its_time_is_over() {
     scene.relay.end_some(start + Duration::from_secs(122));
     assert!(scene.relay.table.get(id).is_none());
     assert_eq!(scene.stats().flows.get(), 0, "its socket is closed");
-    scene.relay.keep_house();
+    scene.relay.maintain();
     assert!(!scene.relay.has_flows.load(Ordering::Relaxed));
 }
 
@@ -464,11 +465,11 @@ fn answers_of_several_listeners_each_leave_by_their_own() {
             (client, scene.at_backend().1)
         })
         .collect();
-    // Found all at once.
+    // All are received at once.
     for (_client, flow) in &clients {
         scene.backend.send_to(b"an answer", flow).unwrap();
     }
-    // A client takes nothing from another address than the one it asked.
+    // A client ignores replies from another address than the one that it sent to.
     for (client, _flow) in &clients {
         assert_eq!(scene.at_client(client), b"an answer");
     }
@@ -484,7 +485,7 @@ fn answers_that_are_found_at_once_reach_each_their_own_client() {
             (number, client, scene.at_backend().1)
         })
         .collect();
-    // Each gets a GSO batch, and another datagram.
+    // Each gets a GSO batch and another datagram.
     let answers = |number: u8| [vec![number; 10], vec![number; 10], vec![number; 100 + usize::from(number)]];
     for (number, _client, flow) in &clients {
         for answer in answers(*number) {
@@ -566,21 +567,21 @@ fn a_flow_has_a_socket_towards_its_client_while_it_needs_that() {
     let socket_of = |scene: &Scene| scene.relay.table.get(id).unwrap().1.client_socket.is_some();
     assert!(scene.relay.give_client_socket(id) && socket_of(&scene));
     assert!(scene.relay.give_client_socket(id), "it has one");
-    // Both ways go by that socket now, and the client sees no difference.
+    // Both directions use that socket now, and the client sees no difference.
     client.send(b"question").unwrap();
     assert_eq!(scene.at_backend(), (b"question".to_vec(), flow));
     scene.backend.send_to(b"an answer", flow).unwrap();
     assert_eq!(scene.at_client(&client), b"an answer");
     assert_eq!(scene.stats().flows_total.get(), 1);
 
-    // The listener is not full: it is not needed when it is looked at.
+    // The listener is not full: the next check finds that the socket is not needed.
     let now = Instant::now();
     scene.relay.retire_unneeded(now);
     assert!(socket_of(&scene), "it is not looked at yet");
     scene.relay.retire_unneeded(now + Duration::from_secs(2));
     assert!(!socket_of(&scene));
     assert_eq!(scene.relay.client_sockets.retired.len(), 1);
-    // What arrives there before it is closed is passed on, as what arrives at the listener is.
+    // Datagrams that arrive there before it is closed are forwarded, like those that arrive at the listener.
     client.send(b"again").unwrap();
     assert_eq!(scene.at_backend(), (b"again".to_vec(), flow));
     scene.relay.close_retired(Some(Instant::now() + Duration::from_secs(1)));
@@ -626,7 +627,7 @@ fn a_relay_that_drains_ends_when_its_flows_are_quiet() {
     assert!(scene.relay.next_deadline() > now + 2 * QUIET, "it is not asked to");
     scene.relay.draining = true;
     assert!(scene.relay.next_deadline() <= now + QUIET);
-    // No other flow is opened, and this one goes on.
+    // No other flow is opened, and this one continues.
     let other = scene.client();
     other.send(b"too late").unwrap();
     scene.serve_until("it is refused", |scene| scene.failures(FailureKind::FlowFailed) == 1);
@@ -673,7 +674,7 @@ fn what_a_listener_had_no_room_for_is_counted_when_it_closes() {
         let number = scene.port.number();
         scene.relay.listeners[number].is_paused = is_paused;
         scene.relay.listeners.close_one(number);
-        // Another process goes on with one that is paused, and counts them.
+        // If a flow is paused, another process continues with it and counts them.
         let counted = if is_paused { 0 } else { u64::from(dropped) };
         assert_eq!(scene.failures(FailureKind::NoBuffer), counted);
     }
@@ -683,7 +684,7 @@ fn what_a_listener_had_no_room_for_is_counted_when_it_closes() {
 fn a_flow_gets_another_port_if_somebody_has_its_own() {
     let mut scene = Scene::new(Limits::default());
     let now = Instant::now();
-    // Whose turn it would be.
+    // The next flow in the queue.
     let ports = &mut scene.relay.capacity.ports;
     ports.refresh(now);
     ports.candidate(now);
@@ -751,7 +752,7 @@ fn an_answer_that_nobody_has_read_is_counted_as_lost_when_its_flow_ends() {
     assert_eq!(scene.failures(FailureKind::NoBuffer), 1);
 }
 
-/// Waits until a socket has something.
+/// Waits until a socket is readable.
 fn wait_until_readable(socket: &OwnedFd) {
     let mut wanted = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
     assert_eq!(poll(&mut wanted, PollTimeout::try_from(PATIENCE).unwrap()).unwrap(), 1);
@@ -763,7 +764,7 @@ fn a_listener_that_is_shut_down_is_closed_without_any_traffic() {
         let mut scene = Scene::new(Limits::default());
         let port = Arc::new(scene.set.add(socket()).unwrap());
         scene.serve_port(&port, &scene.target.clone());
-        // It is not connected, and is shut down all the same (inet_shutdown in net/ipv4/af_inet.c).
+        // An unconnected socket is shut down nevertheless (inet_shutdown in net/ipv4/af_inet.c).
         SockRef::from(&port.as_fd()).shutdown(end).unwrap_err();
         scene.settle();
         assert!(scene.relay.listeners.get_mut(port.number()).is_none());
