@@ -1,4 +1,4 @@
-//! What is published: Docker's `-p` and `-P`, limits as flags, and the configuration file with its reload.
+//! Publishing: Docker's `-p` and `-P`, limits as flags, and the configuration file with its reload.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -36,23 +36,23 @@ pub(crate) fn cases() -> Vec<Case> {
         case("-p: the first free port of a range", first_free).needs(root),
         case("-P: exposed ports are published at random", publish_all).needs(root),
         case("limits as flags", limits),
-        case("refused clients are told in the log", refusals_are_told).needs(&[Need::Ipv6]),
+        case("refused clients are logged", refusals_are_told).needs(&[Need::Ipv6]),
         case("a configuration is served, and reloaded", reload),
         case("a wrong configuration changes nothing", wrong_reload),
-        case("a configuration that is no file changes nothing", no_file),
+        case("a configuration that is not a file changes nothing", no_file),
         case("a configuration from a pipe is served once", from_a_pipe),
-        case("a configuration by way of links that move", links),
+        case("a configuration through links that change", links),
         case("a configuration that only root may read", only_root_reads).needs(&[Need::Root]),
         case("a configuration without its directory", directory_gone),
-        case("names of interfaces are known when it is reloaded", interface_names),
+        case("a reload knows the names of interfaces", interface_names),
         case("a reload under load loses no connection", reload_under_load),
         case("a start with a wrong configuration", wrong_start),
         case("check-config", check_config),
-        case("what is printed as a configuration is served as before", printed),
+        case("a printed configuration is equivalent", printed),
         case("ctl applies a configuration", applied),
-        case("ctl adds what -p says", added),
-        case("the service manager hears of a reload", notified),
-        case("10,000 mappings, one of which changes", many),
+        case("ctl add accepts -p", added),
+        case("the service manager is notified of a reload", notified),
+        case("one of 10,000 mappings changes", many),
     ]
 }
 

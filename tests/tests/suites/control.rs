@@ -1,4 +1,4 @@
-//! The control socket and `rproxy ctl`: what they answer, whom, and what they withstand.
+//! The control socket and `rproxy ctl`: responses, access, and robustness.
 
 use std::fs;
 use std::io::Write;
@@ -26,21 +26,22 @@ pub(crate) fn cases() -> Vec<Case> {
     let namespace = &[Need::Root, Need::Ipv6, Need::Program("ip")];
     vec![
         case("add, list and remove", add_list_remove),
-        case("tables for people", tables),
+        case("tables for users", tables),
         case("what is listed can be applied", listed_can_be_applied),
         case("what is listed as TOML can be applied and started with", listed_as_toml),
         case("mistakes exit with 2, refusals with 1", mistakes),
-        case("the protocol's answers", answers),
+        case("the protocol's responses", answers),
         case("a range is one mapping", range),
-        case("random ports are told", random_ports),
-        case("mappings that want one port say so", overlaps).needs(namespace),
-        case("also where ports are chosen", overlaps_with_chosen_ports).needs(namespace),
+        case("random ports are reported", random_ports),
+        case("mappings that claim one port are refused", overlaps).needs(namespace),
+        case("mappings that claim one port are refused, random ports too", overlaps_with_chosen_ports)
+            .needs(namespace),
         case("a port that is served again stays", served_again),
         case("a signal ends a long change", stopped_change),
         case("only its user and root may connect", strangers).needs(&[Need::Root, Need::Program("setpriv")]),
         case("a socket in use is left alone, a stale one replaced", socket_in_use),
         case("drain ends the process", drain),
-        case("clients that lie", liars),
+        case("clients that send invalid requests", liars),
         case("clients that hang", hangers).deadline(PATIENCE * 4),
         case("clients that flood", flooders),
     ]

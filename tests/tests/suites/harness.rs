@@ -1,4 +1,4 @@
-//! Checks of the harness itself: what it builds is there, and goes away with its owner.
+//! Tests of the harness itself: it creates what it should, and everything ends with its owner.
 
 use std::fs;
 use std::io::{Read, Write};

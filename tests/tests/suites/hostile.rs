@@ -1,9 +1,9 @@
-//! Hostile input to every parser that has no properties tested beside it: whatever comes in, there is an answer,
-//! and a mistake is told in one line.
+//! Hostile input to every parser without property tests beside it: each input gets a response, and an error is reported
+//! in one line.
 //!
-//! `testdata/hostile` is the corpus. Each of its inputs is tried as it is, and then damaged at random, for a fixed
-//! number of cases. What is found goes there. (docker's flags, the control protocol, control messages and published
-//! ports are tested in the crates that parse them.)
+//! `testdata/hostile` is the corpus. Each input is used unchanged, and then with random damage, for a fixed number of
+//! cases. Inputs that reveal a defect are added there. (Docker's flags, the control protocol, control messages and
+//! published ports are tested in the crates that parse them.)
 
 use std::ffi::OsString;
 use std::fs;

@@ -1,4 +1,4 @@
-//! Changes while clients are served: nothing is lost that need not be.
+//! Changes while clients are served: nothing is lost unnecessarily.
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
@@ -17,11 +17,11 @@ use testkit::udp;
 pub(crate) fn cases() -> Vec<Case> {
     let case = |name: &str, body: fn()| Case::new(name, body);
     vec![
-        case("retarget: new connections go elsewhere, old ones go on", retarget_tcp),
-        case("retarget: datagrams go elsewhere, those of old clients too", retarget_udp),
+        case("retarget: new connections use the new backend, old ones continue", retarget_tcp),
+        case("retarget: all datagrams use the new backend", retarget_udp),
         case("a removed mapping lets its connections finish", remove_tcp),
         case("a removed mapping lets its flows finish", remove_udp),
-        case("a mapping gets the port of one that goes", ports_go_over),
+        case("an added mapping gets the port of a removed one", ports_go_over),
         case("apply is all or nothing", all_or_nothing),
         case("apply under load loses no connection", apply_under_load),
         case("apply under load loses no datagram", apply_under_load_udp),
@@ -29,11 +29,11 @@ pub(crate) fn cases() -> Vec<Case> {
         case("every byte and datagram is counted", counted),
         case("beyond max_connections clients wait", limit_waits),
         case("beyond max_connections clients are reset", limit_resets),
-        case("a higher limit lets those in who wait", limit_raised),
-        case("idle connections are cut", idle),
-        case("clients that are not let in", denied),
-        case("clients that are denied from now on are cut", denied_later),
-        case("what failed is counted by kind", troubles),
+        case("a higher limit admits waiting clients", limit_raised),
+        case("idle connections are reset", idle),
+        case("clients that are not allowed", denied),
+        case("clients that a change denies are reset", denied_later),
+        case("failures are counted by kind", troubles),
     ]
 }
 

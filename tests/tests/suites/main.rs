@@ -1,4 +1,4 @@
-//! All suites of the project, a module each: what the programs do, seen from outside.
+//! All suites of the project, each a module: the behaviour of the programs, observed from outside.
 //!
 //! Each case runs in a process of its own, see [`testkit::suite`].
 

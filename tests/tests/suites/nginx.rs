@@ -1,4 +1,4 @@
-//! Debian's nginx in a container, published by `rproxy` on the host, as curl on another host sees it.
+//! Debian's nginx in a container, published by `rproxy` on the host, and used by curl on another host.
 
 use std::fs::{self, File};
 use std::io::{self, Read};
@@ -27,8 +27,8 @@ pub(crate) fn cases() -> Vec<Case> {
         case("only what is published is reachable", only_what_is_published),
         case("a keep-alive connection is used again", keep_alive),
         case("fifty requests at once", fifty_at_once),
-        case("100 MB arrive whole", large_file),
-        case("100 MB are taken whole", large_upload),
+        case("100 MB are downloaded whole", large_file),
+        case("100 MB are uploaded whole", large_upload),
     ]
 }
 

@@ -1,4 +1,4 @@
-//! What the README promises of memory and descriptors, for each mapping, port, connection and flow.
+//! The README's limits of memory and descriptors, for each mapping, port, connection and flow.
 
 use std::net::{IpAddr, SocketAddr};
 

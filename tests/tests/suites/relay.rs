@@ -1,5 +1,5 @@
-//! Properties of the TCP relay, through a real `rproxy` on loopback: whatever the sizes, the pauses and
-//! the way a connection ends, what arrives is what was sent.
+//! Properties of the TCP relay, through a real `rproxy` on loopback: whatever the sizes, the pauses and the end of a
+//! connection, the bytes sent are the bytes received.
 
 use std::cell::Cell;
 use std::io::{ErrorKind, Read, Write};
@@ -32,12 +32,12 @@ pub(crate) fn cases() -> Vec<Case> {
         case("64 MiB each way at once", large_both_ways),
         case("64 MiB to a slow reader", large_to_slow_reader),
         case("64 MiB of small writes", large_in_small_writes),
-        case("no byte waits for the next", no_byte_waits),
+        case("no byte is held back for the next", no_byte_waits),
         case("what is sent just before a close arrives", sent_before_close_arrives),
         case("an end that comes with the last bytes", end_with_last_bytes),
-        case("a half-closed connection goes on", half_closed_goes_on),
+        case("a half-closed connection continues", half_closed_goes_on),
         case("an urgent byte keeps its place", urgent_byte_keeps_its_place),
-        case("a reset is passed on as a reset", reset_is_passed_on),
+        case("a reset is propagated as a reset", reset_is_passed_on),
         case("a reset reaches a reader that stalls", reset_reaches_stalled_reader),
         case("a reset during a stall is still a reset", reset_during_stall),
         case("a reset reaches a peer that has seen the end", reset_reaches_peer_after_eof),

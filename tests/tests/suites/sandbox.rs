@@ -1,5 +1,5 @@
-//! What `rproxy` can still do once it serves, seen from outside, and from inside a process that is confined in
-//! the same way.
+//! What `rproxy` can still do while it serves, observed from outside and from inside a process that is confined in the
+//! same way.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -57,10 +57,11 @@ pub(crate) fn cases() -> Vec<Case> {
         case("docker-proxy's flags confine, too", docker),
         case("another user", other_user).needs(root),
         case("another user with a control socket", other_user_controlled).needs(root),
-        case("a user that cannot be had", impossible_user).needs(&[Need::Root, Need::Program("setpriv")]),
+        case("a user that cannot be switched to", impossible_user)
+            .needs(&[Need::Root, Need::Program("setpriv")]),
         case("--sandbox off", off),
         case("what strict confinement lacks is named", strict_fails).needs(&[Need::Program("strace")]),
-        case("without Landlock it serves all the same", auto_goes_on).needs(&[Need::Program("strace")]),
+        case("without Landlock it serves nevertheless", auto_goes_on).needs(&[Need::Program("strace")]),
     ]
 }
 

@@ -1,4 +1,4 @@
-//! `rproxy` as a service of systemd: what it tells, and the sockets that it is given.
+//! `rproxy` as a service of systemd: notifications and passed sockets.
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
@@ -21,16 +21,16 @@ use testkit::udp;
 pub(crate) fn cases() -> Vec<Case> {
     let case = |name: &str, body: fn()| Case::new(name, body);
     vec![
-        case("readiness and the end are told", readiness),
+        case("readiness and the end are notified", readiness),
         case("a start that fails is never ready", failed_start),
-        case("the watchdog is told that all is well", watchdog),
+        case("the watchdog is notified", watchdog),
         case("a service manager that reads nothing", unread),
         case("an abstract socket", abstract_socket),
         case("passed sockets serve the mappings at their addresses", sockets_by_address),
         case("passed sockets serve the mapping that has their name", sockets_by_name),
-        case("sockets for another process are not looked at", sockets_of_others),
+        case("sockets for another process are ignored", sockets_of_others),
         case("sockets that do not fit are refused", wrong_sockets),
-        case("a socket that nobody wants is named", unwanted_socket),
+        case("an unused socket is named", unwanted_socket),
         case("docker-proxy's descriptors are not systemd's", docker_mode),
     ]
 }

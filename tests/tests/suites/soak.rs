@@ -1,7 +1,7 @@
-//! Mixed load with random faults, for a while: memory and descriptors at the end are those after warm-up.
+//! Mixed load with random faults: memory and descriptors at the end are those after warm-up.
 //!
-//! It takes 30 s, or as many as `RPROXY_SOAK_SECONDS` says. What is random follows from a seed, which is printed,
-//! and which `RPROXY_SOAK_SEED` sets.
+//! It takes 30 s, or `RPROXY_SOAK_SECONDS`. A seed, which is printed, determines everything random; `RPROXY_SOAK_SEED`
+//! sets it.
 
 use std::env;
 use std::io::{ErrorKind, Read};

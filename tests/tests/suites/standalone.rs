@@ -1,4 +1,4 @@
-//! `rproxy` on its own: its command line, what it prints, and how it starts and ends.
+//! `rproxy` in standalone use: command line, output, start and end.
 
 use std::fs;
 use std::io::{ErrorKind, Read, Write};

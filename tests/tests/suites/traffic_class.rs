@@ -1,4 +1,4 @@
-//! Traffic classes: code points and marks of congestion pass, per datagram and both ways, or are set.
+//! Traffic classes: code points and congestion marks are kept for each datagram in both directions, or set.
 
 use std::io::{IoSlice, IoSliceMut, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, UdpSocket};
@@ -43,7 +43,7 @@ pub(crate) fn cases() -> Vec<Case> {
             assert_pass("[::]:5300", (CLIENT_V4, HOST_V4), (CONTAINER_V6, CONTAINER_V6));
         }),
         case("each datagram of a burst keeps its class", bursts),
-        case("a code point is set, and congestion still told", set),
+        case("a code point is set, and congestion marks are kept", set),
         case("a code point is set for connections", set_for_connections).needs(&[Need::Program("nft")]),
     ]
 }

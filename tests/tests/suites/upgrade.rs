@@ -1,5 +1,5 @@
-//! A new process takes over while clients are served: nobody is refused, nothing is cut, and a new process that
-//! is no good changes nothing.
+//! A new process takes over while clients are served: no connection is refused or reset, and a new process that fails
+//! changes nothing.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -35,26 +35,26 @@ pub(crate) fn cases() -> Vec<Case> {
     let case = |name: &str, body: fn()| Case::new(name, body);
     vec![
         case("connections: none is refused or cut, twice in a row", connections),
-        case("a transfer goes on to its last byte", transfer),
+        case("a transfer continues to its last byte", transfer),
         case("flows keep their ports, and no datagram is lost", flows),
-        case("mappings are those of the moment, with the control socket", live_mappings),
-        case("a configuration is read when it is asked for, and not before", configuration),
+        case("the current mappings and the control socket are handed over", live_mappings),
+        case("a configuration is read at the next reload, and not before", configuration),
         case("a range of ten thousand ports", range),
-        case("what systemd is told, and sockets that it passed", systemd),
-        case("systemd reads nothing meanwhile", systemd_unread),
+        case("notifications to systemd, and sockets that it passed", systemd),
+        case("systemd reads nothing during the upgrade", systemd_unread),
         case("connections of the old process have their own limit", old_connections),
-        case("what the name of the program means by now", renamed),
-        case("whoever started it ignores SIGCHLD", no_child_signals),
+        case("the name of the program is looked up again", renamed),
+        case("the parent ignores SIGCHLD", no_child_signals),
         case("another user, confined", other_user).needs(root),
-        case("a new process that is no good", broken),
+        case("a new process that fails", broken),
         case("a new process that hangs", hanging),
-        case("a new process that fails when flows wait for it", failing_late),
-        case("an end while a new process is awaited", stopped),
-        case("the launcher minds nothing but its server", launcher_signals),
-        case("without its launcher a server goes on", launcher_killed),
+        case("a new process that fails while flows are paused", failing_late),
+        case("SIGTERM while a new process starts", stopped),
+        case("the launcher ignores all but its server", launcher_signals),
+        case("without its launcher a server continues", launcher_killed),
         case("the first process of a container cannot be replaced", first_process)
             .needs(&[Need::Root, Need::Program("unshare")]),
-        case("an old process that is no good", false_offers),
+        case("an old process that offers an invalid handover", false_offers),
         case("docker-proxy's flags start no launcher", docker_mode),
     ]
 }

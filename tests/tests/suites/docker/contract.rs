@@ -1,5 +1,5 @@
-//! The docker-proxy contract: the same cases against `rproxy` and, as the oracle, against the
-//! `docker-proxy` of Debian's docker.io (20.10). A case that does not hold for both alike says why.
+//! The docker-proxy contract: the same cases against `rproxy` and, as the reference, against the `docker-proxy` of
+//! Debian's docker.io (20.10). A case in which the two differ says why.
 
 use std::fs::{self, File};
 use std::io::{ErrorKind, Write};

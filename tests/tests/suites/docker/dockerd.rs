@@ -1,4 +1,4 @@
-//! The real dockerd with `rproxy` as its userland proxy: what its users do must work as before.
+//! The real dockerd with `rproxy` as its userland proxy: published ports work as before.
 
 use std::fs;
 use std::io;
@@ -46,7 +46,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("rproxy is the process that serves", rproxy_serves).needs(&[Need::Program("ps")]),
         case("containers reach a port through the host", containers_reach_it),
         case("docker stop frees the port", stop_frees_port),
-        case("a taken port fails docker run with our message", taken_port_is_explained),
+        case("a port in use fails docker run with rproxy's message", taken_port_is_explained),
         case("docker restart right after traffic", restart_after_traffic),
         case("a UDP port answers the host and other containers", udp_from_host_and_containers),
     ]

@@ -1,4 +1,4 @@
-//! As the userland proxy of dockerd.
+//! `rproxy` as the userland proxy of dockerd.
 
 mod contract;
 mod dockerd;

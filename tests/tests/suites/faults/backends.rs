@@ -35,7 +35,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("a backend that accepts and never reads", hung),
         case("clients that never read", slow_clients),
         case("clients that reset at random moments", random_resets),
-        case("a local port that nobody listens on does not answer itself", self_connect)
+        case("a local port without a listener does not connect to itself", self_connect)
             .needs(&[Need::Program("sysctl")]),
     ]
 }

@@ -1,5 +1,5 @@
-//! Answers that cannot leave: the address of a client's neighbour is not known, or its link is slow. That client
-//! waits, and no other, and what waits is lost by no change.
+//! Replies that cannot be sent, because a client's address does not resolve or its link is slow. Only that client
+//! waits, and no change loses the queued replies.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::thread;
@@ -39,19 +39,19 @@ pub(crate) fn cases() -> Vec<Case> {
     let case =
         |name: &str, body: fn()| super::case(name, body).needs(&[Need::Program("ss"), Need::Program("tc")]);
     vec![
-        case("clients that are not there wait alone", absent_neighbours),
-        case("so they do where IPv6 serves IPv4", absent_neighbours_dual_stack),
-        case("so they do over IPv6", absent_neighbours_v6),
-        case("so they do as another user", absent_neighbours_of_a_user),
-        case("so they do when flows come and go", absent_neighbours_that_change),
-        case("a client behind a slow link waits alone", slow_link),
+        case("unreachable clients delay no others", absent_neighbours),
+        case("unreachable clients delay no others, IPv4 over dual stack", absent_neighbours_dual_stack),
+        case("unreachable clients delay no others, IPv6", absent_neighbours_v6),
+        case("unreachable clients delay no others, another user", absent_neighbours_of_a_user),
+        case("unreachable clients delay no others, flows come and go", absent_neighbours_that_change),
+        case("a client behind a slow link delays no others", slow_link),
         case("clients behind one slow link share it", shared_link),
-        case("answers that wait survive their mapping", removal),
-        case("answers that wait survive the order to end", end_of_the_process),
-        case("answers that wait survive the end of their socket", destroyed),
-        case("answers that wait survive an upgrade", upgrade),
-        case("nothing is left of a way out that was full", over),
-        case("answers that wait are accounted for when flows end", retarget),
+        case("queued replies survive their mapping", removal),
+        case("queued replies survive the signal to end", end_of_the_process),
+        case("queued replies survive the end of their socket", destroyed),
+        case("queued replies survive an upgrade", upgrade),
+        case("nothing is left after congestion", over),
+        case("queued replies are accounted for when flows end", retarget),
     ]
 }
 

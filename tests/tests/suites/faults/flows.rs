@@ -1,5 +1,5 @@
-//! Flows of datagrams in bad company, and when what they are served by changes. Backends and clients are in the
-//! hands of the test, so that each datagram is accounted for.
+//! UDP flows under abuse, and while their environment changes. The test controls backends and clients, so that each
+//! datagram is accounted for.
 
 use std::collections::HashSet;
 use std::fs;
@@ -33,25 +33,25 @@ const LARGE: usize = 20;
 
 pub(crate) fn cases() -> Vec<Case> {
     vec![
-        case("a flow's port has been nobody else's for a while", ports_in_turn),
-        case("so it has when another process takes over", ports_in_turn_over_an_upgrade),
+        case("a flow's port was not used recently", ports_in_turn),
+        case("a flow's port was not used recently, across an upgrade", ports_in_turn_over_an_upgrade),
         case("a flow's port is published", flows_give_way),
         case("a burst of clients beyond the cap", burst_at_the_cap),
-        case("datagrams that are refused", refused_datagrams).needs(&[Need::Program("nft")]),
+        case("refused datagrams", refused_datagrams).needs(&[Need::Program("nft")]),
         case("a datagram from the backend", from_the_backend),
         case("a flow's socket is destroyed", destroyed).needs(&[Need::Program("ss")]),
         case("flows follow a change", changes_are_followed),
-        case("answers from any port of a backend", any_port),
-        case("a flow with any port goes over in an upgrade", any_port_upgraded),
+        case("replies from any port of a backend", any_port),
+        case("a flow with any port survives an upgrade", any_port_upgraded),
         case("the host's address towards a backend changes", source_changes)
             .needs(&[Need::Program("sysctl")]),
         case("a flow's socket is shut down", shut_down),
-        case("what there is no room for is counted", overflows_are_counted),
-        case("so it is across an upgrade", overflows_across_an_upgrade),
+        case("datagrams dropped by the kernel are counted", overflows_are_counted),
+        case("datagrams dropped by the kernel are counted, across an upgrade", overflows_across_an_upgrade),
         case("ports are reserved while flows come and go", reserved_later),
         case("each mapping has its own limits of flows", limits_of_each_mapping),
         case("thousands of flows end at once", many_end_at_once),
-        case("a burst of large datagrams is over", burst_of_large_ones),
+        case("memory after a burst of large datagrams", burst_of_large_ones),
         case("the kernel's memory for many flows", shares_of_the_kernel).needs(&[Need::Program("ss")]),
         case("many flows to a slow backend", slow_backend).needs(&[Need::Program("tc")]),
     ]

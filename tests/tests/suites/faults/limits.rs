@@ -1,4 +1,4 @@
-//! What happens at the limits of the kernel.
+//! Behaviour at the limits of the kernel.
 
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
@@ -35,11 +35,11 @@ pub(crate) fn cases() -> Vec<Case> {
     vec![
         case("all local ports are taken", ports_exhausted).needs(&[Need::Program("sysctl")]),
         case("the local port of a connection can be published", own_port_published),
-        case("no descriptor is left in the process", no_descriptors).needs(&[Need::Program("prlimit")]),
-        case("no descriptor is left in the machine", no_files).needs(&[Need::Program("strace")]),
-        case("no buffer is left for datagrams", no_buffers).needs(&[Need::Program("strace")]),
-        case("no pipe is left to the user", no_pipes).needs(&[Need::Program("setpriv")]),
-        case("10,000 clients that say nothing", silent_clients),
+        case("the process runs out of descriptors", no_descriptors).needs(&[Need::Program("prlimit")]),
+        case("the machine runs out of descriptors", no_files).needs(&[Need::Program("strace")]),
+        case("the kernel runs out of buffers for datagrams", no_buffers).needs(&[Need::Program("strace")]),
+        case("the user runs out of pipes", no_pipes).needs(&[Need::Program("setpriv")]),
+        case("10,000 silent clients", silent_clients),
     ]
 }
 

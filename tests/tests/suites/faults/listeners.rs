@@ -1,4 +1,4 @@
-//! Listeners that somebody else shuts down, and processes that lack descriptors from the start.
+//! Listeners that another process shuts down, and processes that start with too few descriptors.
 
 use std::net::{Ipv6Addr, Shutdown, SocketAddr, TcpListener, UdpSocket};
 use std::thread;
@@ -25,7 +25,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("a listener that is destroyed listens again", destroyed_listens_again)
             .needs(&[Need::Program("ss")]),
         case("a listener for datagrams that is shut down", dead_udp),
-        case("a listener that is shut down beside others", dead_beside_others),
+        case("a listener that is shut down, beside others", dead_beside_others),
         case("few descriptors make clients wait", few_descriptors).needs(&[Need::Program("prlimit")]),
     ]
 }

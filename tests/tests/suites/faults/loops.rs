@@ -1,4 +1,4 @@
-//! Mappings that lead back to themselves: refused by whatever they come, before anything changes.
+//! Mappings that lead back to themselves: every front end refuses them before anything changes.
 
 use std::net::{SocketAddr, TcpListener};
 
@@ -23,10 +23,10 @@ use super::case;
 pub(crate) fn cases() -> Vec<Case> {
     vec![
         case("a mapping that leads to itself does not start", at_the_start).needs(&[Need::Program("sysctl")]),
-        case("nor does one for dockerd", in_docker_mode),
+        case("a mapping of dockerd that leads to itself does not start", in_docker_mode),
         case("no change lets a mapping lead to itself", by_changes),
-        case("nor does a socket that was passed", by_a_passed_socket),
-        case("nor does an upgrade", by_an_upgrade),
+        case("no passed socket lets a mapping lead to itself", by_a_passed_socket),
+        case("no upgrade lets a mapping lead to itself", by_an_upgrade),
         case("another program on this host is a backend", to_another_program),
     ]
 }

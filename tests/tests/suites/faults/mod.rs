@@ -1,6 +1,6 @@
-//! Faults under load: of backends, of the network, of limits, of the process itself. Each is brought about in
-//! namespaces while other clients are served, every connection and byte is accounted for, and afterwards
-//! nothing is left: no descriptor, no pipe, no flow, no task, and no use of the processor.
+//! Faults under load: of backends, the network, limits, and the process itself. Each is injected in namespaces while
+//! other clients are served. Every connection and byte is accounted for, and afterwards nothing is left: no descriptor,
+//! pipe, flow or task, and no use of the processor.
 
 mod backends;
 mod congestion;

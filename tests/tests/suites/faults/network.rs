@@ -17,7 +17,7 @@ use super::scene::{FRONT, Scene};
 
 pub(crate) fn cases() -> Vec<Case> {
     vec![
-        case("a backend's address is gone, and back", address_gone),
+        case("a backend's address is removed and restored", address_gone),
         case("a link goes down, and up", link_down),
         case("the path gets a smaller MTU", smaller_mtu),
         case("SYN bursts beyond the backlog", syn_burst).needs(&[Need::Program("sysctl")]),

@@ -1,4 +1,4 @@
-//! What happens to the process itself, and to its log.
+//! Faults of the process itself, and of its log.
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -30,9 +30,9 @@ pub(crate) fn cases() -> Vec<Case> {
         case("SIGSTOP and SIGCONT", stopped),
         case("SIGKILL resets both sides and frees the port", killed),
         case("what a drain cuts is reset", cut),
-        case("another time since boot", other_clock).needs(&[Need::Program("unshare")]),
+        case("a clock that starts elsewhere", other_clock).needs(&[Need::Program("unshare")]),
         case("nobody reads the log", log_unread),
-        case("a terminal that is held gets the log", terminal_held),
+        case("a stopped terminal gets the log", terminal_held),
         case("the log's disk is full", log_full),
         case("there is no standard error", log_closed),
     ]

@@ -1,4 +1,4 @@
-//! Programs that the suite starts from its own executable, because they are to be killed or to run as others.
+//! Programs that the suite starts from its own executable, because they are killed or run as other users.
 
 use std::io::{self, Write};
 use std::net::{SocketAddr, TcpListener};

@@ -1,5 +1,5 @@
-//! Where faults happen: an `rproxy` on the host of the usual topology, with a mapping to a container that
-//! something happens to, and mappings to another one, whose clients must not notice.
+//! The environment of faults: an `rproxy` on the host of the usual topology, with a mapping to a container with a
+//! fault, and mappings to another container, whose clients must not notice.
 
 use std::io::Read;
 use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream, UdpSocket};

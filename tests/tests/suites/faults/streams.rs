@@ -1,4 +1,4 @@
-//! What interrupts a stream of bytes, or ends it, and must cost none of them.
+//! Interruptions and ends of a byte stream, which must not lose any byte.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -34,7 +34,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("a reset behind what a slow reader still takes", reset_behind_slow_reader),
         case("a reset between peers that do not read", reset_between_stalled_peers),
         case("a slow reader is not idle", slow_reader_is_not_idle),
-        case("an answer before a reset", answer_before_reset).needs(&[Need::Program("strace")]),
+        case("a reply before a reset", answer_before_reset).needs(&[Need::Program("strace")]),
         case("splice(2) is refused", splice_refused).needs(&[Need::Program("strace")]),
         case("a client that resets ends its dial", reset_ends_dial),
     ]

@@ -1,5 +1,5 @@
-//! What surrounds the process: threads that are not to be had, readers that do not read, signals and descriptors that were
-//! not meant for it, a root directory with nothing in it.
+//! The environment of the process: threads that cannot be started, readers that do not read, signals and descriptors
+//! meant for others, an empty root directory.
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader};
@@ -31,14 +31,14 @@ pub(crate) fn cases() -> Vec<Case> {
     let case = |name: &str, body: fn()| Case::new(name, body).needs(&[Need::Root]);
     let threads = &[Need::Program("prlimit"), Need::Program("setpriv")];
     vec![
-        case("no thread is to be had", no_threads).needs(threads),
-        case("no thread is to be had, and mappings change", no_threads_to_manage).needs(threads),
-        case("no thread is to be had by a proxy of dockerd", no_threads_for_docker).needs(threads),
-        case("nobody reads standard output for now", output_unread),
-        case("a terminal that is held gets standard output", output_held),
-        case("nobody ever reads standard output", output_never_read),
+        case("no thread can be started", no_threads).needs(threads),
+        case("no thread can be started, and mappings change", no_threads_to_manage).needs(threads),
+        case("a proxy of dockerd can start no thread", no_threads_for_docker).needs(threads),
+        case("standard output is read late", output_unread),
+        case("a stopped terminal gets standard output", output_held),
+        case("nobody reads standard output", output_never_read),
         case("the log is as long as a file may be", log_too_long).needs(&[Need::Program("prlimit")]),
-        case("signals that mean nothing", signals),
+        case("ignored signals", signals),
         case("descriptors that were not passed on purpose", descriptors),
         case("descriptors that dockerd did not pass", descriptors_of_docker),
         case("a root directory with nothing in it", empty_root).needs(&[Need::Program("chroot")]),

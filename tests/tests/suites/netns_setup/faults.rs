@@ -1,5 +1,4 @@
-//! Whatever goes wrong: a step that fails leaves everything as it was, and sudden death leaves what `repair` or
-//! `down` puts right.
+//! A step that fails leaves everything as it was; after a sudden end, `repair` or `down` restores order.
 
 use std::cell::Cell;
 use std::collections::BTreeMap;

@@ -1,5 +1,5 @@
-//! `netns-setup`, in network and mount namespaces of each case's own: what it makes, what it lets through,
-//! what is left when it fails, and how it grows.
+//! `netns-setup`, in network and mount namespaces of each case: what it creates, which traffic passes, what is left
+//! when it fails, and how it scales.
 
 pub(crate) mod faults;
 mod persist;

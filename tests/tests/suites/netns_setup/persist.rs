@@ -1,4 +1,4 @@
-//! S17: forwarding that survives a reboot, in a mount namespace of the case's own.
+//! S17: forwarding that survives a reboot, in a mount namespace of the case.
 
 use std::fs;
 
@@ -11,8 +11,8 @@ const FILE: &str = "/etc/sysctl.d/60-netns-setup.conf";
 pub(crate) fn cases() -> Vec<Case> {
     vec![
         case("forwarding is made permanent on request", permanent),
-        case("forwarding that was on stays on", stays_on),
-        case("a setting that forwarding changes in passing comes back", in_passing),
+        case("forwarding that was enabled stays enabled", stays_on),
+        case("a setting that forwarding changes as a side effect is restored", in_passing),
     ]
 }
 

@@ -1,4 +1,4 @@
-//! Growth: two hundred containers and two thousand ports.
+//! Scale: two hundred containers and two thousand ports.
 
 use std::time::Instant;
 

@@ -1,4 +1,4 @@
-//! A host of a case's own: an outside neighbour, and a `/run` that nobody else sees.
+//! The environment of a case: an outside neighbour, and a private `/run`.
 
 use std::fmt::Write as _;
 use std::io::{Read, Write};

@@ -19,7 +19,7 @@ pub(crate) fn cases() -> Vec<Case> {
     let nginx = &[Need::Program("nginx"), Need::Program("curl")];
     let mut cases = for_each_firewall("the demonstration", demonstration);
     cases.extend([
-        case("a demonstration that is interrupted clears up", interrupted_demonstration),
+        case("an interrupted demonstration cleans up", interrupted_demonstration),
         case("a container has the story's interface", interface),
         case("addresses come in order and are not reused at once", addresses_in_order),
         case("brctl shows one bridge with a veth for each container", bridge)

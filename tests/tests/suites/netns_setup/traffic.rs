@@ -1,4 +1,4 @@
-//! What gets through, and what does not: each way to publish, each backend, both protocols and families.
+//! Which traffic passes and which is blocked: each way to publish, each backend, both protocols and families.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddrV6};
 

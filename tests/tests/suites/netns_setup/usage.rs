@@ -19,7 +19,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("a host port that is in use", port_in_use),
         case("a foreign bridge and foreign chains", foreign),
         case("a firewall that is not installed", no_firewall),
-        case("only root may", not_root),
+        case("only root is allowed", not_root),
         case("a dry run changes nothing", dry_run),
         case("rules of others that interfere are named", interference),
         case("two runs at once are serialised", at_once),

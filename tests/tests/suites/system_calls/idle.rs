@@ -1,4 +1,4 @@
-//! Nothing is done while there is nothing to do.
+//! An idle process makes no system calls.
 
 use std::thread;
 use std::time::Duration;
@@ -19,7 +19,7 @@ const QUIET: Duration = Duration::from_secs(2);
 
 pub(crate) fn cases() -> Vec<Case> {
     vec![
-        case("who is idle makes no call", makes_none),
+        case("an idle process makes no call", makes_none),
         case("a proxy of dockerd that is idle makes no call", of_dockerd_makes_none),
         case("a mapping that is full makes no call", full_makes_none),
     ]

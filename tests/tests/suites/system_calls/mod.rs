@@ -1,6 +1,6 @@
-//! How many system calls serving takes: most of the relay's speed is calls that it does not make. They are counted, not
-//! timed, so that a busy machine changes nothing; each bound has room for a call more here and there, and none for one
-//! more per message.
+//! The number of system calls for serving: most of the relay's speed comes from avoiding calls. They are counted, not
+//! timed, so that load on the machine does not matter. Each bound allows some additional calls, but not one more per
+//! message.
 
 mod idle;
 mod tcp;

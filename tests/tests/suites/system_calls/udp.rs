@@ -1,4 +1,4 @@
-//! Datagrams. The relay is stopped while they are sent, so that it finds all of them at once.
+//! Datagrams. The relay is stopped while they are sent, so that it receives all of them at once.
 
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 
@@ -23,9 +23,9 @@ pub(crate) fn cases() -> Vec<Case> {
         case("datagrams of one client", of_one_client),
         case("datagrams of one size", of_one_size),
         case("datagrams of many clients", of_many_clients),
-        case("answers of one size", answers_of_one_size),
-        case("answers to many clients", answers_to_many_clients),
-        case("a question and its answer", question_and_answer),
+        case("replies of one size", answers_of_one_size),
+        case("replies to many clients", answers_to_many_clients),
+        case("a request and its reply", question_and_answer),
         case("a new flow", new_flow),
     ]
 }

@@ -1,5 +1,5 @@
-//! What the kernel remembers of UDP flows from before `rproxy` published their port: the flows to its own
-//! host addresses are forgotten, so that they reach it, and no others are.
+//! Conntrack entries of UDP flows from before `rproxy` published their port: those to its own host addresses are
+//! deleted, so that the flows reach it, and no others are.
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -28,17 +28,15 @@ pub(crate) fn cases() -> Vec<Case> {
     let conntrack = &[Need::Program("conntrack")];
     let case = |name: &str, body: fn()| Case::new(name, body).needs(wiring);
     vec![
-        case("an IPv4 flow that was pinned elsewhere is ours", || pinned_v4().becomes_ours("0.0.0.0"))
-            .needs(pinned),
-        case("an IPv6 flow that was pinned elsewhere is ours", || pinned_v6().becomes_ours("[fd00:10::11]"))
-            .needs(pinned),
+        case("a pinned IPv4 flow reaches rproxy", || pinned_v4().becomes_ours("0.0.0.0")).needs(pinned),
+        case("a pinned IPv6 flow reaches rproxy", || pinned_v6().becomes_ours("[fd00:10::11]")).needs(pinned),
         case("a dual-stack mapping gets a pinned IPv4 flow", || pinned_v4().becomes_ours("[::]"))
             .needs(pinned),
         case("--v6only leaves a pinned IPv4 flow alone", pinned_flow_of_others).needs(pinned),
         case("flows to the host addresses are forgotten, and no others", forgets_its_own).needs(conntrack),
         case("a flow that began at the port is forgotten, if it began here", begun_at_the_port)
             .needs(conntrack),
-        case("without the privilege it serves all the same", unprivileged)
+        case("without the privilege it serves nevertheless", unprivileged)
             .needs(conntrack)
             .needs(&[Need::Program("setpriv")]),
         case("a port that is published live is reached too", published_live).needs(conntrack),

@@ -1,5 +1,5 @@
-//! Which UDP flow goes at the cap: new ones before those that are established, and the longest idle first.
-//! The backend and all clients are in the hands of the test; a client whose flow went gets another port.
+//! Which UDP flow is evicted at the limit: new ones before established ones, and the longest idle first. The test
+//! controls the backend and all clients; a client whose flow was evicted gets another port.
 
 use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::thread;
@@ -19,10 +19,10 @@ const LASTING: Duration = Duration::from_millis(1_200);
 pub(crate) fn cases() -> Vec<Case> {
     let case = |name: &str, body: fn()| Case::new(name, body);
     vec![
-        case("single datagrams displace no established flow", || flood_spares_established(1, 0)),
-        case("pairs of datagrams displace no established flow", || flood_spares_established(2, 0)),
-        case("answers alone establish no flow", || flood_spares_established(1, 2)),
-        case("clients that go on after an answer displace no established flow", others_go_on),
+        case("single datagrams evict no established flow", || flood_spares_established(1, 0)),
+        case("pairs of datagrams evict no established flow", || flood_spares_established(2, 0)),
+        case("replies alone establish no flow", || flood_spares_established(1, 2)),
+        case("clients that continue after a reply evict no established flow", others_go_on),
         case("a flow that only sends for a while is established", lasting_flow_is_established),
         case("flows that only send for a moment are not", brief_flows_are_not),
         case("a new client is served when all flows are established", full_of_established_flows),

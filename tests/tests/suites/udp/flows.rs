@@ -1,5 +1,5 @@
-//! The flows of the UDP relay: how long they live, how many there may be, and that none suffers from what
-//! another one does, or from what its own earlier datagrams met.
+//! The flows of the UDP relay: their lifetime and number, and that none is affected by another one, or by errors of its
+//! own earlier datagrams.
 
 use std::collections::{BTreeSet, HashSet};
 use std::fs;
@@ -49,7 +49,7 @@ pub(crate) fn cases() -> Vec<Case> {
         net("a /64 over its quota displaces its own flows", quota_over_v6).needs(&[Need::Program("sysctl")]),
         net("out of descriptors, new flows displace old ones", out_of_descriptors).needs(prlimit),
         net("flows leave descriptors to connections", flows_beside_connections).needs(prlimit),
-        case("a flow's backlog does not hold up another's answer", backlog_of_answers),
+        case("a flow's backlog does not delay another's reply", backlog_of_answers),
         net("a slow backend does not hold up another's flows", slow_backend).needs(&[Need::Program("tc")]),
         net("a slow way out is shared by all flows", slow_way_out).needs(&[Need::Program("tc")]),
     ]

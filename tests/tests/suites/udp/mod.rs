@@ -1,4 +1,4 @@
-//! The relay of datagrams.
+//! The UDP relay.
 
 mod conntrack;
 mod contract;

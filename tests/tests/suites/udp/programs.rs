@@ -1,4 +1,4 @@
-//! UDP programs that people use, through `rproxy` on a host between them.
+//! Common UDP programs, through `rproxy` on a host between them.
 
 use std::fs;
 use std::io::Write;

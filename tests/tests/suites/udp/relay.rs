@@ -1,5 +1,5 @@
-//! What the UDP relay passes on, and from which address: every datagram as it was sent, every answer from
-//! where the question went, whatever the path does to packets on their way.
+//! What the UDP relay forwards, and from which address: every datagram unchanged, every reply from the address that the
+//! request was sent to, whatever the path does to packets.
 
 use std::fs;
 use std::iter;
