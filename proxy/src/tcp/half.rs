@@ -105,3 +105,77 @@ fn copy_once(direction: &Direction<'_>, buf: &mut [u8]) -> Step {
     }
     Step::Moved { full: read == buf.len() }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{ErrorKind, Read, Write};
+    use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
+    use std::thread;
+    use std::time::Duration;
+
+    use tokio::sync::oneshot;
+    use tokio::task::yield_now;
+    use tokio::time::timeout;
+
+    use super::super::meter::Meter;
+    use super::super::stream::Stream;
+    use super::*;
+    use crate::runtime::new_runtime;
+    use crate::state::stats::Counter;
+
+    /// Without it, a pump that waits in vain would hang the test.
+    const PATIENCE: Duration = Duration::from_secs(20);
+
+    fn pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (client, listener.accept().unwrap().0)
+    }
+
+    /// Writes until the send buffer is full. Returns how many bytes it took.
+    fn fill(mut stream: &TcpStream) -> usize {
+        stream.set_nonblocking(true).unwrap();
+        let mut written = 0;
+        loop {
+            match stream.write(&[0; 4096]) {
+                Ok(count) => written += count,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return written,
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+
+    #[test]
+    fn what_meets_a_sink_that_is_full_from_the_start_waits_for_it() {
+        const DATA: &[u8] = b"behind what fills it";
+
+        let ((mut feeder, source), (sink, mut reader)) = (pair(), pair());
+        reader.set_read_timeout(Some(PATIENCE)).unwrap();
+        source.set_nonblocking(true).unwrap();
+        let peeked = source.try_clone().unwrap();
+        let before = fill(&sink);
+        feeder.write_all(DATA).unwrap();
+        let (taken, is_taken) = oneshot::channel();
+        let peer = thread::spawn(move || {
+            is_taken.blocking_recv().unwrap();
+            let mut received = vec![1; before + DATA.len()];
+            reader.read_exact(&mut received).unwrap();
+            feeder.shutdown(Shutdown::Write).unwrap();
+            received.split_off(before)
+        });
+        let total = Counter::default();
+        let end = new_runtime().unwrap().block_on(async {
+            let (source, sink) = (Stream::new(source).unwrap(), Stream::new(sink).unwrap());
+            let direction = Direction { source: &source, sink: &sink, meter: Meter::new(&total) };
+            let told = async {
+                while peeked.peek(&mut [0]).is_ok() {
+                    yield_now().await;
+                }
+                taken.send(()).unwrap();
+            };
+            timeout(PATIENCE, async { tokio::join!(pump(&direction), told).0 }).await
+        });
+        assert!(matches!(end, Ok(End::Eof)), "{end:?}");
+        assert_eq!(peer.join().unwrap(), DATA);
+    }
+}
