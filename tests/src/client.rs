@@ -186,13 +186,8 @@ fn claim_network() -> (u8, UnixListener) {
     networks.filter_map(claim).next().expect("a part of 127.0.0.0/8 is free")
 }
 
-/// A port of [`own_loopback`], for a proxy to bind.
+/// A port of [`own_loopback`], for a proxy to bind; it needs no privilege.
 pub fn own_address() -> SocketAddr {
-    (own_loopback(), 80).into()
-}
-
-/// As [`own_address`], with a port that a proxy may have without being root.
-pub fn own_unprivileged_address() -> SocketAddr {
     (own_loopback(), 8080).into()
 }
 

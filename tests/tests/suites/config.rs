@@ -294,7 +294,7 @@ fn wrong_reload() {
             format!("{text}[[mapping]]\nhost = \"x\""),
             "rproxy.toml:6:8: host: 'x' is not an IP address".to_owned(),
         ),
-        (text.repeat(2), "rproxy.toml:6:8: host: port 80 is taken by the mapping".to_owned()),
+        (text.repeat(2), "rproxy.toml:6:8: host: port 8080 is taken by the mapping".to_owned()),
         (table(taken, backend.address(), ""), "the tcp port is taken by another program".to_owned()),
     ] {
         proxy.reload(&wrong);
@@ -484,7 +484,7 @@ fn run_with(text: &str, arguments: &[&str]) -> Output {
 
 fn wrong_start() {
     let to = "127.0.0.1:9".parse().unwrap();
-    let taken = TcpListener::bind((client::own_loopback(), 80)).unwrap();
+    let taken = TcpListener::bind((client::own_loopback(), 8080)).unwrap();
     let taken = taken.local_addr().unwrap();
     for (text, code, says) in [
         (
@@ -522,8 +522,8 @@ fn check_config() {
 
 fn printed() {
     let address = client::own_loopback();
-    let host = format!("{address}:80");
-    let (web, range) = (format!("{address}:81:80"), format!("{address}:8000-8009:90-99/tcp+udp"));
+    let host = format!("{address}:8080");
+    let (web, range) = (format!("{address}:8081:80"), format!("{address}:8000-8009:90-99/tcp+udp"));
     let asked = [
         "--host",
         &host,

@@ -66,14 +66,14 @@ fn add_list_remove() {
     client::assert_echoes(address);
     let list = proxy.json(&["list"]);
     assert_eq!(list["mappings"][0]["name"], "web");
-    assert_eq!(list["mappings"][0]["bound"], "80");
+    assert_eq!(list["mappings"][0]["bound"], "8080");
     proxy.ctl(&["remove", "web"]).success();
     assert!(is_free(address), "removing returns when the port is free");
     proxy.ctl(&["add", "--host", &host, "--to", &to]).success();
     client::assert_echoes(address);
     // Nobody chose its name, which the port is in.
     let again = proxy.ctl(&["add", "--host", &host, "--to", &to]);
-    assert!(again.stderr.contains(&format!("port 80 is taken by the mapping {host}/tcp")), "{again:#?}");
+    assert!(again.stderr.contains(&format!("port 8080 is taken by the mapping {host}/tcp")), "{again:#?}");
     let random = ["add", "--host", "127.0.0.1:0", "--to", &to];
     proxy.ctl(&random).success();
     let again = proxy.ctl(&random);
@@ -161,7 +161,7 @@ fn mistakes() {
         (&["remove", "nobody"], 1, "there is no mapping nobody"),
         (&["retarget", "nobody", "--to", "127.0.0.1:9"], 1, "there is no mapping nobody"),
         (&["retarget", "web", "--to", &host], 1, "would forward to itself"),
-        (&["add", "--host", &host, "--to", &to], 1, "port 80 is taken by the mapping web"),
+        (&["add", "--host", &host, "--to", &to], 1, "port 8080 is taken by the mapping web"),
         (&["add", "--host", "127.0.0.1:0", "--to", &to, "--name", "web"], 1, "the name web is taken"),
         (
             &["add", "--host", "192.0.2.1:80", "--to", &to],

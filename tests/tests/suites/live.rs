@@ -90,7 +90,7 @@ fn retarget_udp() {
 fn denied_later() {
     let backend = TcpBackend::echo();
     let (proxy, address) = (Controlled::start(&[]), own_address());
-    let other = SocketAddr::new(client::own_loopback().into(), 80);
+    let other = own_address();
     let with = |limits: Value| {
         let other = mapping("other", "tcp", other, backend.address());
         [limited(web(address, &backend), limits), other]
@@ -399,7 +399,7 @@ fn troubles() {
     let address_of = |name: &str| -> SocketAddr {
         let mapping =
             list["mappings"].as_array().unwrap().iter().find(|mapping| mapping["name"] == name).unwrap();
-        format!("{}:80", mapping["host"].as_str().unwrap()).parse().unwrap()
+        format!("{}:8080", mapping["host"].as_str().unwrap()).parse().unwrap()
     };
     assert_eq!(client::end_of(address_of("refused")), (vec![], End::Reset));
     assert_eq!(client::end_of(address_of("failed")), (vec![], End::Reset));

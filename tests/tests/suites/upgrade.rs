@@ -85,8 +85,7 @@ fn under_load(address: SocketAddr, body: impl FnOnce()) {
 }
 
 fn connections() {
-    let (program, backend, address) =
-        (Program::new(), TcpBackend::echo(), client::own_unprivileged_address());
+    let (program, backend, address) = (Program::new(), TcpBackend::echo(), client::own_address());
     let first = start(&program, &mapping("tcp", address, backend.address()), &["--sandbox", "strict"]);
     let old = client::connect(address);
     client::ping(&old);
@@ -108,8 +107,7 @@ fn connections() {
 }
 
 fn transfer() {
-    let (program, backend, address) =
-        (Program::new(), TcpBackend::echo(), client::own_unprivileged_address());
+    let (program, backend, address) = (Program::new(), TcpBackend::echo(), client::own_address());
     let first = start(&program, &mapping("tcp", address, backend.address()), &[]);
     let mut client = client::connect(address);
     let mut sender = client.try_clone().unwrap();
@@ -136,8 +134,7 @@ fn transfer() {
 fn flows() {
     let naming = udp::Backend::naming(udp::local());
     let echoing = udp::Backend::echo(udp::local());
-    let (program, named, echoed) =
-        (Program::new(), client::own_unprivileged_address(), client::own_unprivileged_address());
+    let (program, named, echoed) = (Program::new(), client::own_address(), client::own_address());
     let arguments =
         [mapping("udp", named, naming.address()), mapping("udp", echoed, echoing.address())[2..6].to_vec()]
             .concat();
@@ -170,8 +167,7 @@ fn json_of(program: &Program, arguments: &[&str]) -> Value {
 }
 
 fn live_mappings() {
-    let (program, backend, address) =
-        (Program::new(), TcpBackend::echo(), client::own_unprivileged_address());
+    let (program, backend, address) = (Program::new(), TcpBackend::echo(), client::own_address());
     let first = controlled(&program, &["--host", "127.0.0.1:0", "--to", "192.0.2.1:80"]);
     // A mapping of the command line goes, others come, one of them at a random port.
     let initial = json_of(&program, &["list"])["mappings"][0]["name"].as_str().unwrap().to_owned();
@@ -198,12 +194,8 @@ fn live_mappings() {
 }
 
 fn configuration() {
-    let (program, backend, before, after) = (
-        Program::new(),
-        TcpBackend::echo(),
-        client::own_unprivileged_address(),
-        client::own_unprivileged_address(),
-    );
+    let (program, backend, before, after) =
+        (Program::new(), TcpBackend::echo(), client::own_address(), client::own_address());
     let file = program.path().with_extension("toml");
     let to = backend.address();
     let write = |host: SocketAddr| {
@@ -284,7 +276,7 @@ fn systemd() {
 
 fn systemd_unread() {
     let (program, backend, systemd, address) =
-        (Program::new(), TcpBackend::echo(), Systemd::new(), client::own_unprivileged_address());
+        (Program::new(), TcpBackend::echo(), Systemd::new(), client::own_address());
     let arguments = mapping("tcp", address, backend.address());
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let first = Process::spawn(systemd.command_of(&program.path(), "$$", &arguments, vec![]));
@@ -309,8 +301,7 @@ fn systemd_unread() {
 
 fn old_connections() {
     for (limit, lasts) in [("unlimited", true), ("0", false)] {
-        let (program, backend, address) =
-            (Program::new(), TcpBackend::echo(), client::own_unprivileged_address());
+        let (program, backend, address) = (Program::new(), TcpBackend::echo(), client::own_address());
         let words = mapping("tcp", address, backend.address())[..6].to_vec();
         let first = start(&program, &words, &["--drain-timeout", "0", "--upgrade-drain-timeout", limit]);
         let old = client::connect(address);
@@ -355,16 +346,16 @@ fn renamed() {
         process
     };
     // By a link that leads elsewhere later.
-    let by_link = spawn(Command::new(link.join("rproxy")), client::own_unprivileged_address());
+    let by_link = spawn(Command::new(link.join("rproxy")), client::own_address());
     // By a name that a shell looks up, which finds another file first later.
     let mut by_name = Command::new("/bin/sh");
     let directories = format!("{}:{}:/bin", dir.join("earlier").display(), dir.display());
     by_name.args(["-c", "exec rproxy \"$@\"", "sh"]).env("PATH", directories);
-    let by_name = spawn(by_name, client::own_unprivileged_address());
+    let by_name = spawn(by_name, client::own_address());
     // By a name that is none of its file.
     let mut misnamed = Command::new(&path);
     misnamed.arg0("true");
-    let misnamed = spawn(misnamed, client::own_unprivileged_address());
+    let misnamed = spawn(misnamed, client::own_address());
 
     fs::remove_file(&link).unwrap();
     symlink("v2", &link).unwrap();
@@ -382,8 +373,7 @@ fn renamed() {
 }
 
 fn no_child_signals() {
-    let (program, backend, address) =
-        (Program::new(), TcpBackend::echo(), client::own_unprivileged_address());
+    let (program, backend, address) = (Program::new(), TcpBackend::echo(), client::own_address());
     let mut command = Command::new("/bin/sh");
     command.args(["-c", r#"trap "" CHLD; exec "$0" "$@""#]).arg(program.path());
     command.args(mapping("tcp", address, backend.address()));
@@ -432,8 +422,7 @@ fn failure(first: &Process, earlier: usize) -> String {
 }
 
 fn broken() {
-    let (program, backend, address) =
-        (Program::new(), TcpBackend::echo(), client::own_unprivileged_address());
+    let (program, backend, address) = (Program::new(), TcpBackend::echo(), client::own_address());
     let first = start(&program, &mapping("tcp", address, backend.address()), &[]);
     let attempts: [(&dyn Fn(), &str); 4] = [
         (&|| fs::remove_file(program.path()).unwrap(), "No such file"),
@@ -455,8 +444,7 @@ fn broken() {
 }
 
 fn hanging() {
-    let (program, backend, address) =
-        (Program::new(), TcpBackend::echo(), client::own_unprivileged_address());
+    let (program, backend, address) = (Program::new(), TcpBackend::echo(), client::own_address());
     let first = start(&program, &mapping("tcp", address, backend.address()), &[]);
     program.replace("echo hanging >&2; exec sleep 600");
     under_load(address, || {
@@ -474,7 +462,7 @@ fn hanging() {
 
 fn failing_late() {
     let naming = udp::Backend::naming(udp::local());
-    let (program, address) = (Program::new(), client::own_unprivileged_address());
+    let (program, address) = (Program::new(), client::own_address());
     let first = start(&program, &mapping("udp", address, naming.address()), &[]);
     let (client, late) = (udp::client(address.ip()), udp::client(address.ip()));
     let port = udp::flow_of(&client, address);
@@ -515,8 +503,7 @@ fn stopped() {
 }
 
 fn launcher_signals() {
-    let (program, backend, address) =
-        (Program::new(), TcpBackend::echo(), client::own_unprivileged_address());
+    let (program, backend, address) = (Program::new(), TcpBackend::echo(), client::own_address());
     let first = start(&program, &mapping("tcp", address, backend.address()), &[]);
     let launcher_pid = launcher(first.pid());
     let name = || fs::read_to_string(format!("/proc/{launcher_pid}/comm")).unwrap();
@@ -536,8 +523,7 @@ fn launcher_signals() {
 }
 
 fn launcher_killed() {
-    let (program, backend, address) =
-        (Program::new(), TcpBackend::echo(), client::own_unprivileged_address());
+    let (program, backend, address) = (Program::new(), TcpBackend::echo(), client::own_address());
     let first = start(&program, &mapping("tcp", address, backend.address()), &[]);
     kill(launcher(first.pid()), Signal::SIGKILL).unwrap();
     for earlier in 0..2 {
@@ -551,8 +537,7 @@ fn launcher_killed() {
 }
 
 fn first_process() {
-    let (program, backend, address) =
-        (Program::new(), TcpBackend::echo(), client::own_unprivileged_address());
+    let (program, backend, address) = (Program::new(), TcpBackend::echo(), client::own_address());
     let mut unshare = require::command("unshare");
     unshare.args(["--pid", "--fork", "--mount-proc", "--kill-child"]).arg(program.path());
     unshare.args(mapping("tcp", address, backend.address()));
@@ -611,7 +596,7 @@ fn false_offers() {
 }
 
 fn docker_mode() {
-    let (backend, address) = (TcpBackend::echo(), client::own_unprivileged_address());
+    let (backend, address) = (TcpBackend::echo(), client::own_address());
     let arguments = docker_proxy::mapping("tcp", address, backend.address());
     let mut proxy = DockerProxy::start(rproxy(), &arguments, None);
     assert_eq!(proxy.status(), Status::Ready);

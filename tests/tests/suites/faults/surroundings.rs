@@ -87,7 +87,7 @@ fn no_threads() {
     let to = backend.address().to_string();
     // With room for the launcher, and without.
     for tasks in [2, 1] {
-        let address = client::own_unprivileged_address();
+        let address = client::own_address();
         let arguments = ["--host", &address.to_string(), "--to", &to];
         let proxy = Process::spawn(limit(&rproxy::command(&arguments), tasks));
         let proxy = Standalone::ready(proxy, &arguments).process;
@@ -104,7 +104,7 @@ fn no_threads() {
 }
 
 fn no_threads_to_manage() {
-    let (dir, backend, address) = (open_dir(), TcpBackend::echo(), client::own_unprivileged_address());
+    let (dir, backend, address) = (open_dir(), TcpBackend::echo(), client::own_address());
     let (control, file) = (dir.path().join("control"), dir.path().join("rproxy.toml"));
     let to = backend.address();
     let write = |proto: &str| {
@@ -129,7 +129,7 @@ fn no_threads_to_manage() {
 }
 
 fn no_threads_for_docker() {
-    let (backend, address) = (TcpBackend::echo(), client::own_unprivileged_address());
+    let (backend, address) = (TcpBackend::echo(), client::own_address());
     let flags = docker_proxy::mapping("tcp", address, backend.address());
     let words = [limited(1), vec![rproxy().display().to_string()], flags].concat();
     let prlimit = require::command("prlimit");
@@ -195,7 +195,7 @@ fn output_never_read() {
     let (_reader, writer) = io::pipe().unwrap();
     fcntl(&writer, FcntlArg::F_SETPIPE_SZ(1)).unwrap();
     assert_eq!(nix::unistd::write(&writer, &[b'x'; 4096]).unwrap(), 4096);
-    let (backend, address) = (TcpBackend::echo(), client::own_unprivileged_address());
+    let (backend, address) = (TcpBackend::echo(), client::own_address());
     let command = rproxy::command(&["--host", &address.to_string(), "--to", &backend.address().to_string()]);
     let proxy = Process::spawn(with_shell(&command, ">&9", vec![(writer.into(), 9)]));
     wait_until_served(address);
@@ -204,7 +204,7 @@ fn output_never_read() {
 }
 
 fn log_too_long() {
-    let (dir, backend, address) = (open_dir(), TcpBackend::echo(), client::own_unprivileged_address());
+    let (dir, backend, address) = (open_dir(), TcpBackend::echo(), client::own_address());
     let (log, to) = (dir.path().join("log"), backend.address().to_string());
     let command = rproxy::command(&["--host", &address.to_string(), "--to", &to, "--log-level", "trace"]);
     let command = with_shell(&command, &format!("2>{}", log.display()), vec![]);
@@ -222,7 +222,7 @@ fn log_too_long() {
 }
 
 fn signals() {
-    let (backend, address) = (TcpBackend::echo(), client::own_unprivileged_address());
+    let (backend, address) = (TcpBackend::echo(), client::own_address());
     let proxy =
         Standalone::start(&["--host", &address.to_string(), "--to", &backend.address().to_string()]).process;
     for signal in [Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGALRM] {
@@ -241,7 +241,7 @@ fn signals() {
     drop(client);
     assert_eq!(proxy.wait().code(), Some(0));
 
-    let (dir, address) = (open_dir(), client::own_unprivileged_address());
+    let (dir, address) = (open_dir(), client::own_address());
     let (file, to) = (dir.path().join("rproxy.toml"), backend.address());
     fs::write(&file, format!("[[mapping]]\nhost = \"{address}\"\nto = \"{to}\"\n")).unwrap();
     let proxy = Process::spawn(rproxy::command(&["--config", file.to_str().unwrap()]));
@@ -294,7 +294,7 @@ fn descriptors() {
 
     // A socket that was passed stays, and another one beside it does not.
     let systemd = Systemd::new();
-    let listener = TcpListener::bind(client::own_unprivileged_address()).unwrap();
+    let listener = TcpListener::bind(client::own_address()).unwrap();
     let address = listener.local_addr().unwrap();
     let arguments = ["--host", &address.to_string(), "--to", &to];
     let (reader, passed) = io::pipe().unwrap();
@@ -308,7 +308,7 @@ fn descriptors() {
 }
 
 fn descriptors_of_docker() {
-    let (backend, address, dir) = (TcpBackend::echo(), client::own_unprivileged_address(), open_dir());
+    let (backend, address, dir) = (TcpBackend::echo(), client::own_address(), open_dir());
     let flags = docker_proxy::mapping("tcp", address, backend.address());
     let mut command = Command::new(rproxy());
     command.args(flags);
@@ -325,7 +325,7 @@ fn descriptors_of_docker() {
 }
 
 fn empty_root() {
-    let (dir, backend, address) = (open_dir(), TcpBackend::echo(), client::own_unprivileged_address());
+    let (dir, backend, address) = (open_dir(), TcpBackend::echo(), client::own_address());
     // A static program needs nothing else.
     fs::copy(rproxy(), dir.path().join("rproxy")).unwrap();
     let mut chroot = require::command("chroot");
