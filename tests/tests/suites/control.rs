@@ -123,7 +123,7 @@ fn listed_as_toml() {
         .ctl(&[&["add", "--host", &ports, "--to", to, "--proto", "tcp+udp"], &limits[..]].concat())
         .success();
     // One whose name follows from its ports.
-    proxy.ctl(&["add", "--host", &format!("{host}:80"), "--to", "192.0.2.1:80"]).success();
+    proxy.ctl(&["add", "--host", &format!("{host}:8080"), "--to", "192.0.2.1:80"]).success();
     let text = proxy.ctl(&["list", "--toml"]).success();
     let file = proxy.file("saved.toml", &text);
     let saved = file.to_str().unwrap();
