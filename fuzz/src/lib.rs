@@ -77,7 +77,7 @@ pub fn config(bytes: &[u8]) {
     let path = Path::new("rproxy.toml");
     match config::parse(path, text) {
         Ok(mappings) => {
-            let printed = config::print(&mappings);
+            let printed = config::print(&mappings, config::with_interface_name);
             assert_eq!(config::parse(path, &printed).ok(), Some(mappings), "{printed}");
         }
         Err(error) => {

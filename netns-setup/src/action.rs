@@ -123,7 +123,12 @@ impl RelayCommand {
     /// The arguments after the program's name.
     #[must_use]
     pub fn args(&self) -> Vec<String> {
-        let host_ip = self.key.host.ip().unwrap_or(Ipv6Addr::UNSPECIFIED.into()).to_string();
+        let host_ip = match self.key.host {
+            HostIp::Any => Ipv6Addr::UNSPECIFIED.to_string(),
+            HostIp::Ip(ip) => ip.to_string(),
+            // A relay is recognised by its arguments: each interface may have the same link-local address.
+            HostIp::Scoped(ip, interface) => format!("{ip}%{interface}"),
+        };
         let pairs = [
             ("-proto", self.key.proto.to_string()),
             ("-host-ip", host_ip),

@@ -1,11 +1,13 @@
 //! The command line.
 
+use std::ffi::OsString;
 use std::io::Write;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
+use rproxy_mapping::escape::escaped;
 use rproxy_mapping::publish::ExposedPorts;
 use serde_json::json;
 
@@ -136,7 +138,7 @@ struct AttachArgs {
 struct PublishArgs {
     /// The container.
     name: Name,
-    /// What to publish: `[[IP:][HOST_PORT]:]CONTAINER_PORT[/udp]`; ports may be ranges.
+    /// What to publish: `[[ADDRESS:][HOST_PORT]:]PORT[/PROTOCOL]`; ports may be ranges.
     #[arg(short = 'p', long = "publish", value_name = "SPEC", required_unless_present = "all_exposed")]
     specs: Vec<Publication>,
     /// Publish everything that the container exposes, each at a random port.
@@ -157,17 +159,17 @@ pub enum Unparsed {
 }
 
 impl Cli {
-    /// Parses the command line of this process.
+    /// Parses a command line, whose first word is the name of the program.
     ///
     /// # Errors
     /// [`Unparsed`]: help was requested, or the command line is invalid.
-    pub fn from_command_line() -> Result<Self, Unparsed> {
-        Self::try_parse().map_err(|error| match error.kind() {
+    pub fn from_args(args: Vec<OsString>) -> Result<Self, Unparsed> {
+        Self::try_parse_from(&args).map_err(|error| match error.kind() {
             ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => Unparsed::Asked(error.to_string()),
             ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
                 Unparsed::Wrong("a command is missing".to_owned())
             }
-            _ => Unparsed::Wrong(one_line(&error)),
+            _ => Unparsed::Wrong(escaped(&one_line(&quoted(error, &args))).to_string()),
         })
     }
 
@@ -235,6 +237,13 @@ impl From<AttachArgs> for Attach {
         let expose = expose.into_iter().flat_map(exposed).collect();
         Self { name, netns, ip, expose }
     }
+}
+
+/// The same error with the arguments as a message quotes them: lines of an argument are not lines of the message.
+fn quoted(error: clap::Error, args: &[OsString]) -> clap::Error {
+    let escaped = args.iter().map(|arg| OsString::from(escaped(arg).to_string()));
+    let again = Cli::try_parse_from(escaped).err();
+    again.filter(|again| again.kind() == error.kind()).unwrap_or(error)
 }
 
 /// clap's message in one line.

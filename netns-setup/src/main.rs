@@ -7,11 +7,12 @@ use std::process::ExitCode;
 
 use netns_setup::cli::{Cli, Unparsed};
 use netns_setup::kernel::Kernel;
+use rproxy_mapping::escape::escaped;
 
 fn main() -> ExitCode {
     let (mut out, mut log) = (io::stdout().lock(), io::stderr().lock());
     // Write errors are ignored: there is nowhere to report them.
-    let cli = match Cli::from_command_line() {
+    let cli = match Cli::from_args(std::env::args_os().collect()) {
         Ok(cli) => cli,
         Err(Unparsed::Asked(text)) => {
             drop(write!(out, "{text}"));
@@ -25,7 +26,7 @@ fn main() -> ExitCode {
     match cli.run(&mut Kernel::default(), &mut out, &mut log) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            drop(writeln!(log, "netns-setup: {error}"));
+            drop(writeln!(log, "netns-setup: {}", escaped(&error.to_string())));
             ExitCode::from(error.exit_code())
         }
     }

@@ -1,10 +1,12 @@
 //! Expands `-p` and `--expose` into single ports.
 
+use std::cell::RefCell;
 use std::net::IpAddr;
 use std::str::FromStr;
 
 use rproxy_mapping::HostPorts;
 use rproxy_mapping::addr::{AddrError, Protocol, ScopedIp};
+use rproxy_mapping::interfaces::Interfaces;
 use rproxy_mapping::ports::PortRange;
 use rproxy_mapping::publish::{ExposedPorts, PublishSpec};
 
@@ -79,19 +81,48 @@ impl FromStr for Publication {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let spec = PublishSpec::parse(text, &HostInterfaces).map_err(|error| error.to_string())?;
-        let host = spec.host.map_or(Ok(HostIp::Any), host_ip)?;
+        let names = Names::default();
+        let spec = PublishSpec::parse(text, &names).map_err(|error| error.to_string())?;
+        let host = spec.host.map_or(Ok(HostIp::Any), |host| host_ip(host, &names))?;
         Ok(Self { host, spec })
     }
 }
 
+/// Accepts any name of an interface: what was published on an interface that is gone has a name, too.
+#[derive(Default)]
+struct Names {
+    name: RefCell<Option<String>>,
+}
+
+impl Names {
+    /// Stands for the name that was read. The kernel's indexes are positive `int`s, and so below it.
+    const NAMED: u32 = 1 << 31;
+}
+
+impl Interfaces for Names {
+    fn index_of(&self, name: &str) -> Option<u32> {
+        let is_number = name.bytes().all(|byte| byte.is_ascii_digit());
+        if is_number && HostInterfaces.index_of(name).is_none() {
+            return None;
+        }
+        self.name.replace(Some(name.to_owned()));
+        Some(Self::NAMED)
+    }
+
+    fn example(&self) -> Option<String> {
+        HostInterfaces.example()
+    }
+}
+
 /// The state file's representation of `host`.
-fn host_ip(host: ScopedIp) -> Result<HostIp, String> {
+fn host_ip(host: ScopedIp, names: &Names) -> Result<HostIp, String> {
     match host.ip() {
         IpAddr::V6(ip) if ip.is_unicast_link_local() || ip.is_multicast() && host.zone() != 0 => {
-            let zone = host.zone();
-            let name = HostInterfaces.name_of(zone);
-            let name = name.ok_or_else(|| AddrError::NoSuchInterface(zone.to_string()).to_string())?;
+            let name = match host.zone() {
+                Names::NAMED => names.name.take(),
+                index => HostInterfaces.name_of(index),
+            };
+            let name = name.ok_or_else(|| AddrError::NoSuchInterface(host.zone().to_string()).to_string())?;
             Ok(HostIp::Scoped(ip, name.parse().map_err(|error: NameError| error.to_string())?))
         }
         ip => Ok(HostIp::Ip(ip)),
@@ -118,6 +149,7 @@ mod tests {
         assert_eq!(one("[fe80::1%1]:80:80"), "[fe80::1%lo]");
         assert_eq!(one("[::ffff:10.0.0.11]:80:80"), "10.0.0.11");
         assert_eq!(one("80:80"), "*");
+        assert_eq!(one("[fe80::1%gone0]:80:80"), "[fe80::1%gone0]", "it can be unpublished");
         let unknown = "[fe80::1%4000000000]:80:80".parse::<Publication>().unwrap_err();
         assert!(unknown.contains("'4000000000' is not a network interface"), "{unknown}");
     }

@@ -10,6 +10,7 @@ use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use nix::libc::{MSG_DONTWAIT, MSG_NOSIGNAL};
+use rproxy_mapping::escape::escaped;
 use rproxy_sys::fd::claim_inherited;
 use sd_notify::NotifyState;
 use socket2::{Domain, SockAddr, Socket, Type};
@@ -18,7 +19,6 @@ use tracing::warn;
 
 use crate::bind::activation::{InheritedSockets, PassedSocket};
 use crate::bind::listen::{AdoptError, Listener};
-use crate::log::escape::escaped;
 
 /// How long to wait before repeating a notification that the service manager had no room for.
 const RETRY: Duration = Duration::from_secs(1);

@@ -1,5 +1,7 @@
 //! `publish` and `unpublish`: mapping ports of the host to containers.
 
+use rproxy_mapping::addr::AddrError;
+use rproxy_mapping::interfaces::Interfaces;
 use serde_json::json;
 
 use super::change::LockedState;
@@ -7,6 +9,7 @@ use super::{Options, Report};
 use crate::error::Error;
 use crate::executor::Executor;
 use crate::host_ip::HostIp;
+use crate::interfaces::HostInterfaces;
 use crate::model::{Firewall, Mapping, MappingKey, Network, Topology, Via};
 use crate::name::Name;
 use crate::plan::Scope;
@@ -96,9 +99,15 @@ impl Publish {
     }
 }
 
-/// The kernel cannot translate IPv6 to IPv4.
+/// Refuses a host address that cannot lead to the container: on an interface that is not there, or by a translation that
+/// the kernel does not do, such as that of IPv6 to IPv4.
 fn check_family(network: &Network, via: Via, request: &PortRequest) -> Result<(), Error> {
     let host = request.host;
+    if let HostIp::Scoped(_, interface) = host
+        && HostInterfaces.index_of(interface.as_str()).is_none()
+    {
+        return Err(Error::Usage(AddrError::NoSuchInterface(interface.to_string()).to_string()));
+    }
     if via == Via::Dnat && matches!(host, HostIp::Scoped(..)) {
         // RFC 4291, section 2.5.6: routers do not forward packets with link-local addresses.
         return Err(Error::Usage(format!(

@@ -367,8 +367,10 @@ fn parse_ip(address: &str, interfaces: &dyn Interfaces) -> Result<SocketAddr, Ad
         };
     };
     let ip: Ipv6Addr = ip.parse().map_err(|_err| bad_address())?;
-    let index = interface.parse().ok().or_else(|| interfaces.index_of(interface));
-    let scope = index.filter(|index| *index > 0);
+    // A name may consist of digits.
+    let number =
+        || interface.bytes().all(|byte| byte.is_ascii_digit()).then(|| interface.parse().ok()).flatten();
+    let scope = interfaces.index_of(interface).or_else(number).filter(|index| *index > 0);
     let scope = scope.ok_or_else(|| AddrError::NoSuchInterface(interface.to_owned()))?;
     Ok(SocketAddrV6::new(ip, 0, 0, scope).into())
 }
@@ -397,6 +399,9 @@ mod tests {
         let read = |text: &str| ScopedIp::parse(text, &TwoInterfaces).map(|ip| ip.to_string());
         for text in ["fe80::1%eth0", "[fe80::1%eth0]", "[fe80::1%2]"] {
             assert_eq!(read(text).as_deref(), Ok("[fe80::1%2]"), "{text}");
+        }
+        for text in ["fe80::1%+2", "fe80::1%", "fe80::1%0", "fe80::1%4294967296"] {
+            assert!(matches!(read(text), Err(AddrError::NoSuchInterface(_))), "{text}");
         }
         assert_eq!(read("fe80::1%eth1"), Err(AddrError::NoSuchInterface("eth1".to_owned())));
         "fe80::1%eth0".parse::<ScopedIp>().unwrap_err();

@@ -12,6 +12,7 @@ pub mod addr;
 pub mod dscp;
 pub mod duration;
 pub mod endpoint;
+pub mod escape;
 pub mod interfaces;
 pub mod limits;
 pub mod name;
@@ -100,7 +101,6 @@ impl Mapping {
         (backend, backend_ports): (ScopedIp, PortRange),
     ) -> Result<Self, MappingError> {
         let host_ports = HostPorts::new(host_ports, backend_ports)?;
-        host.ensure_connectable(protocols).map_err(MappingError::Host)?;
         BackendAddr::reachable(backend.at(backend_ports.first()))?;
         let limits = Limits::default();
         Ok(Self { name: None, protocols, host, host_ports, backend, backend_ports, v6only: false, limits })
@@ -244,14 +244,11 @@ pub enum MappingError {
         /// The backend ports.
         backend: PortRange,
     },
-    /// Clients cannot connect to the host address.
-    #[error(transparent)]
-    Host(AddrError),
     /// The backend's address is not that of one machine.
     #[error(transparent)]
     Backend(#[from] AddrError),
     /// `v6only` with an address for which it has no meaning.
-    #[error("{0} has no IPv4 clients to leave out; v6only is for [::]")]
+    #[error("v6only is for [::], and the host address is {0}")]
     V6Only(ScopedIp),
 }
 
@@ -323,18 +320,6 @@ mod tests {
         assert!(refused("[::]", "80-81", "10.0.0.1", "80-82").contains("2 host ports (80-81) do not fit 3"));
         assert!(refused("[::]", "80", "0.0.0.0", "80").contains("write 127.0.0.1"));
         assert!(refused("[::]", "80", "255.255.255.255", "80").contains("is a broadcast address"));
-        for (nowhere, part) in
-            [("224.0.0.251", "of a group (multicast)"), ("255.255.255.255", "a broadcast address")]
-        {
-            let message = refused(nowhere, "80", "10.0.0.1", "80");
-            assert!(message.contains(part) && message.contains("no client can connect"), "{message}");
-            let udp = Protocols::One(Protocol::Udp);
-            let to = ("10.0.0.1".parse().unwrap(), "80".parse().unwrap());
-            assert!(
-                Mapping::new(udp, (nowhere.parse().unwrap(), "80".parse().ok()), to).is_ok(),
-                "{nowhere}"
-            );
-        }
         for group in ["224.0.0.251", "ff02::fb"] {
             assert!(refused("[::]", "80", group, "80").contains("is the address of a group"));
         }

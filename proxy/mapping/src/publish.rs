@@ -42,20 +42,18 @@ impl PublishSpec {
     pub fn parse(spec: &str, interfaces: &dyn Interfaces) -> Result<Self, SpecError> {
         let (rest, protocols) = split_protocols(spec)?;
         let (address, rest) = split_address(rest)?;
-        let (host_ports, ports) = match (rest.rsplit_once(':'), address) {
+        let host = address.map(|address| ScopedIp::parse(address, interfaces)).transpose();
+        let host = host.map_err(|error| error.before_ports(&format!("{rest}/{protocols}")))?;
+        host.map_or(Ok(()), |host| host.ensure_connectable(protocols))?;
+        let (host_ports, ports) = match (rest.rsplit_once(':'), host) {
             (Some((host_ports, ports)), _) => (host_ports, ports),
             (None, None) => ("", rest),
-            (None, Some(address)) => {
-                return Err(SpecError::NoHostPort { address: address.to_owned(), ports: rest.to_owned() });
-            }
+            (None, Some(host)) => return Err(no_host_port(host, rest, protocols)),
         };
-        if let (None, Ok(_ip)) = (address, host_ports.parse::<ScopedIp>()) {
-            let address = host_ports.to_owned();
-            return Err(SpecError::NoHostPort { address, ports: ports.to_owned() });
+        if let (None, Ok(host)) = (host, host_ports.parse::<ScopedIp>()) {
+            host.ensure_connectable(protocols)?;
+            return Err(no_host_port(host, ports, protocols));
         }
-        let host = address.map(|address| ScopedIp::parse(address, interfaces)).transpose();
-        let host = host.map_err(|error| error.before_ports(rest))?;
-        host.map_or(Ok(()), |host| host.ensure_connectable(protocols))?;
         // Docker also treats 0 as a random port.
         let is_random = matches!(host_ports, "" | "0");
         let host_ports = if is_random { None } else { Some(host_ports.parse()?) };
@@ -87,6 +85,14 @@ impl FromStr for PublishSpec {
 
     fn from_str(spec: &str) -> Result<Self, SpecError> {
         Self::parse(spec, &NoInterfaces)
+    }
+}
+
+/// The error of an address with only one port, or that of the port.
+fn no_host_port(address: ScopedIp, ports: &str, protocols: Protocols) -> SpecError {
+    match ports.parse() {
+        Ok(ports) => SpecError::NoHostPort { address, ports, protocols },
+        Err(error) => SpecError::Port(error),
     }
 }
 
@@ -165,14 +171,16 @@ pub enum SpecError {
     TwoProtocols(Protocols, Protocols),
     /// An address and one port, which could be the host's or the backend's.
     #[error(
-        "{address} is an address, so there are three parts; \
-         write {address}::{ports} for a random host port, {address}:{ports}:{ports} for the same one"
+        "{address} is an address, so there are three parts; write {address}::{ports}/{protocols} for a random host \
+         port, {address}:{ports}:{ports}/{protocols} for the same one"
     )]
     NoHostPort {
         /// The address.
-        address: String,
+        address: ScopedIp,
         /// The port after it.
-        ports: String,
+        ports: PortRange,
+        /// The protocols.
+        protocols: Protocols,
     },
     /// The opening bracket of an IPv6 address has no closing one.
     #[error("'{0}' has no closing bracket; write an IPv6 address as in [::1]:8080:80")]
@@ -251,13 +259,19 @@ mod tests {
             ("80/sctp", "'sctp' is not a protocol that is relayed"),
             ("80:80:sctp", "'sctp' is not a protocol"),
             ("80:80:tcp/udp", "both tcp and udp; write one of them, or tcp+udp"),
-            ("10.0.0.11:80", "write 10.0.0.11::80 for a random host port"),
-            ("[::1]:80", "write [::1]::80 for a random host port"),
+            ("10.0.0.11:80", "write 10.0.0.11::80/tcp for a random host port"),
+            ("[::1]:80", "write [::1]::80/tcp for a random host port, [::1]:80:80/tcp for"),
+            ("[::1]:53/udp", "write [::1]::53/udp for a random host port, [::1]:53:53/udp for"),
+            ("10.0.0.11:53/tcp+udp", "write 10.0.0.11::53/tcp+udp for"),
+            ("10.0.0.11:http", "'http' is not a protocol"),
+            ("[zz]:80", "'zz' is not an IP address"),
+            ("[fe80::1]:80", "on which interface? write [fe80::1%eth0]:80/tcp;"),
+            ("224.0.0.1:80", "to which no client can connect"),
             ("10.0.0.256:80:80", "'10.0.0.256' is not an IP address"),
             ("localhost:80:80", "'localhost' is not an IP address"),
             ("[zz]:80:80", "'zz' is not an IP address"),
-            ("[fe80::1]:80:80", "on which interface? write [fe80::1%eth0]:80:80"),
-            ("[fe80::1]::80/udp", "write [fe80::1%eth0]::80;"),
+            ("[fe80::1]:80:80", "on which interface? write [fe80::1%eth0]:80:80/tcp;"),
+            ("[fe80::1]::80/udp", "write [fe80::1%eth0]::80/udp;"),
             ("[::1:80:80", "no closing bracket"),
             ("[::1]80", "write [[ADDRESS:]"),
             ("[::1]:", "write [[ADDRESS:]"),

@@ -279,7 +279,6 @@ impl From<MappingError> for FieldError {
     fn from(error: MappingError) -> Self {
         let field = match error {
             MappingError::Lengths { .. } => "host_ports",
-            MappingError::Host(_) => "host",
             MappingError::Backend(_) => "to",
             MappingError::V6Only(_) => "v6only",
         };

@@ -17,11 +17,11 @@ use self::ctl::Ctl;
 pub use self::mappings::MappingArgs;
 use self::values::DrainLimit;
 use crate::control::socket::DEFAULT_PATH;
-use crate::log::escape::escaped;
 use crate::log::{self, Format, LogConfig};
 use crate::sandbox::{self, User};
 use rproxy_mapping::Mapping;
 use rproxy_mapping::duration;
+use rproxy_mapping::escape::escaped;
 
 /// A TCP and UDP relay that publishes container ports: it listens on host addresses and forwards to backends.
 ///

@@ -172,7 +172,7 @@ mod tests {
     use rproxy_mapping::testdata::any_mapping;
 
     use super::super::mistake::Lines;
-    use super::super::print::print;
+    use super::super::print::{print, with_interface_name};
     use super::*;
 
     fn mistakes(text: &str) -> Vec<String> {
@@ -274,7 +274,12 @@ mod tests {
                 "3:6: to: 80/tcp would forward to itself, since 127.0.0.1 is an address of this machine",
             ),
             ("[::]:80", "10.0.0.1:80", "proto = 'sctp'", "4:9: proto: 'sctp' is not a protocol"),
-            ("1.2.3.4:80", "10.0.0.1:80", "v6only = true", "4:10: v6only: 1.2.3.4 has no IPv4 clients"),
+            (
+                "1.2.3.4:80",
+                "10.0.0.1:80",
+                "v6only = true",
+                "4:10: v6only: v6only is for [::], and the host address is 1.2.3.4",
+            ),
             ("[::]:80", "10.0.0.1:80", "idle_timeout = 'soon'", "4:16: idle_timeout: not a duration"),
             ("[::]:80", "10.0.0.1:80", "dscp = 'AF5'", "4:8: dscp: not a code point; write a number from"),
             ("[::]:80", "10.0.0.1:80", "dscp = 0xb8", "4:8: dscp: more than 63; it looks like a whole"),
@@ -444,7 +449,7 @@ mod tests {
     proptest! {
         #[test]
         fn what_is_printed_can_be_read_again(mapping in any_mapping()) {
-            let text = print([&mapping]);
+            let text = print([&mapping], with_interface_name);
             prop_assert_eq!(find_mappings(&text).ok(), Some(vec![mapping]), "{}", text);
         }
 
@@ -452,7 +457,7 @@ mod tests {
         fn no_damage_to_a_file_does_harm(
             mapping in any_mapping(), at in any::<prop::sample::Index>(), junk in ".{0,4}", skip in 0..8_usize,
         ) {
-            let text = print([&mapping]);
+            let text = print([&mapping], with_interface_name);
             let mut chars: Vec<char> = text.chars().collect();
             let at = at.index(chars.len());
             let end = chars.len().min(at + skip);

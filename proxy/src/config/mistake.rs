@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::ops::Range;
 
-use crate::log::escape::escaped;
+use rproxy_mapping::escape::escaped;
 
 /// The maximum number of errors that are reported. With more, the cause is probably another one, such as the
 /// wrong file.

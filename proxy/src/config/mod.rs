@@ -22,9 +22,9 @@ use self::document::find_mappings;
 pub use self::file::{descriptor, open};
 use self::mistake::Lines;
 pub use self::mistake::Mistake;
-pub use self::print::print;
-use crate::log::escape::escaped;
+pub use self::print::{print, with_interface_name};
 use crate::runtime::descriptors::explain;
+use rproxy_mapping::escape::escaped;
 
 /// Reads the mappings from a file or pipe.
 ///

@@ -4,15 +4,16 @@ use std::fmt::Write;
 
 use rproxy_mapping::Mapping;
 use rproxy_mapping::addr::ScopedIp;
+use rproxy_mapping::escape::is_plain;
 use rproxy_mapping::wire::{WireLimits, WireMapping};
 
 use super::names::with_keys;
 use crate::bind::interfaces::HostInterfaces;
-use crate::log::escape::is_plain;
 
-/// The text of a file from which [`read`](super::read) returns `mappings`.
-pub fn print<'a>(mappings: impl IntoIterator<Item = &'a Mapping>) -> String {
-    let tables: Vec<String> = mappings.into_iter().map(table).collect();
+/// The text of a file from which [`read`](super::read) returns `mappings`. `address` writes addresses: those of this
+/// machine [with the names of interfaces](with_interface_name).
+pub fn print<'a>(mappings: impl IntoIterator<Item = &'a Mapping>, address: fn(ScopedIp) -> String) -> String {
+    let tables: Vec<String> = mappings.into_iter().map(|mapping| table(mapping, address)).collect();
     tables.join("\n")
 }
 
@@ -33,15 +34,15 @@ macro_rules! values {
 
 with_keys!(values);
 
-fn table(mapping: &Mapping) -> String {
+fn table(mapping: &Mapping, address: fn(ScopedIp) -> String) -> String {
     let mut table = "[[mapping]]\n".to_owned();
-    for (key, value) in values_of(mapping).lines() {
+    for (key, value) in values_of(mapping, address).lines() {
         writeln!(table, "{key} = {value}").expect("a string takes everything");
     }
     table
 }
 
-fn values_of(mapping: &Mapping) -> Values {
+fn values_of(mapping: &Mapping, address: fn(ScopedIp) -> String) -> Values {
     let WireMapping {
         name,
         host: _,
@@ -68,7 +69,7 @@ fn values_of(mapping: &Mapping) -> Values {
         deny,
     } = limits;
     // No value contains a character that must be escaped in a TOML string.
-    let (host, to) = (with_interface_name(mapping.host()), with_interface_name(mapping.backend()));
+    let (host, to) = (address(mapping.host()), address(mapping.backend()));
     let host = format!("{host}:{}", host_ports.as_deref().unwrap_or("0"));
     let quoted = |text: Option<String>| text.map(|text| format!("\"{text}\""));
     let is_on = |value: bool| value.then(|| "true".to_owned());
@@ -94,8 +95,9 @@ fn values_of(mapping: &Mapping) -> Values {
     }
 }
 
-/// An address, whose interface is written by its name if it has one: numbers change when the machine starts anew.
-fn with_interface_name(ip: ScopedIp) -> String {
+/// An address, with the name of its interface in this network namespace if there is one: after a restart of the machine,
+/// the interface may have another index.
+pub fn with_interface_name(ip: ScopedIp) -> String {
     // An interface can be called what a TOML string would have to escape, or what is read as a number.
     let named = HostInterfaces.name_of(ip.zone()).map(|name| format!("[{}%{name}]", ip.ip()));
     let needs_no_escapes = |text: &String| !text.contains(['"', '\\']) && text.chars().all(is_plain);

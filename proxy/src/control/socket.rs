@@ -8,9 +8,9 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
 use nix::sys::stat::{Mode, fchmod};
+use rproxy_mapping::escape::escaped;
 use socket2::{Domain, SockAddr, Socket, Type};
 
-use crate::log::escape::escaped;
 use crate::runtime::descriptors::explain;
 
 /// The default path of the socket.

@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use rproxy_mapping::Mapping;
 use rproxy_mapping::addr::ScopedIp;
+use rproxy_mapping::escape::escaped;
 use rproxy_mapping::interfaces::NoInterfaces;
 use rproxy_mapping::wire::WireMapping;
 use serde::de::DeserializeOwned;
@@ -23,7 +24,6 @@ use crate::config::{self, ConfigError};
 use crate::control::answers::{Added, ChangeCounts};
 use crate::control::protocol::{self, LONGEST_ANSWER, Mappings, Request};
 use crate::log::console;
-use crate::log::escape::escaped;
 
 /// The timeout for a response: binding ten thousand sockets takes far less.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
@@ -85,7 +85,9 @@ fn configuration(answer: Value) -> Result<String, CtlError> {
     let Mappings { mappings } = result(answer)?;
     let mappings: Result<Vec<Mapping>, _> =
         mappings.iter().map(|mapping| mapping.read(&NoInterfaces, ScopedIp::ANY)).collect();
-    Ok(config::print(&mappings.map_err(|error| CtlError::NotUnderstood(error.to_string()))?))
+    let mappings = mappings.map_err(|error| CtlError::NotUnderstood(error.to_string()))?;
+    // The server may be in another network namespace, where other interfaces have these indexes.
+    Ok(config::print(&mappings, |ip| ip.to_string()))
 }
 
 /// Decodes the result of a request. Unknown keys are ignored, because a newer server may send more.

@@ -1,9 +1,9 @@
 //! Formats responses as tables.
 
+use rproxy_mapping::escape::escaped;
 use serde::Deserialize;
 
 use crate::control::answers::{BoundMapping, List, MappingStats, StatsList};
-use crate::log::escape::escaped;
 
 /// The parts of a mapping that are shown. Others, such as its limits, are not parsed, because a newer server
 /// may have more.

@@ -6,8 +6,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use nix::libc;
-
-use crate::log::escape::escaped;
+use rproxy_mapping::escape::escaped;
 
 /// The cause of a failure to connect to `path`.
 pub(super) fn explain(path: &Path, error: &io::Error) -> String {

@@ -5,9 +5,12 @@
 
 use std::ffi::OsString;
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv6Addr};
 
-use crate::log::escape::escaped;
+use rproxy_mapping::addr::ScopedIp;
+use rproxy_mapping::escape::escaped;
+
+use crate::bind::interfaces::HostInterfaces;
 
 /// Flags that only docker-proxy has. With one dash or two, they select this front end.
 const DISTINCTIVE: [&str; 6] =
@@ -47,11 +50,11 @@ pub struct Flags {
     /// `-proto`
     pub proto: String,
     /// `-host-ip`
-    pub host_ip: IpAddr,
+    pub host_ip: ScopedIp,
     /// `-host-port`; -1 if not given.
     pub host_port: i64,
     /// `-container-ip`
-    pub container_ip: IpAddr,
+    pub container_ip: ScopedIp,
     /// `-container-port`; -1 if not given.
     pub container_port: i64,
     /// `-use-listen-fd`
@@ -64,9 +67,9 @@ impl Default for Flags {
     fn default() -> Self {
         Self {
             proto: "tcp".to_owned(),
-            host_ip: Ipv4Addr::UNSPECIFIED.into(),
+            host_ip: ScopedIp::ANY_V4,
             host_port: -1,
-            container_ip: Ipv4Addr::UNSPECIFIED.into(),
+            container_ip: ScopedIp::ANY_V4,
             container_port: -1,
             use_listen_fd: false,
             version: false,
@@ -133,8 +136,15 @@ fn invalid(name: &str, value: &str, wanted: &'static str) -> UsageError {
     UsageError::Invalid { name: name.to_owned(), value: value.to_owned(), wanted }
 }
 
-fn parse_ip(name: &str, value: &str) -> Result<IpAddr, UsageError> {
-    value.parse().map_err(|_err| invalid(name, value, "an IP address"))
+/// Parses an address, as Go does, or a link-local one with its interface, which docker-proxy refuses.
+fn parse_ip(name: &str, value: &str) -> Result<ScopedIp, UsageError> {
+    let wrong = || invalid(name, value, "an IP address");
+    match value.split_once('%') {
+        Some((ip, _interface)) if ip.parse::<Ipv6Addr>().is_ok() => {
+            ScopedIp::parse(value, &HostInterfaces).map_err(|_err| wrong())
+        }
+        _ => value.parse::<IpAddr>().map(ScopedIp::from).map_err(|_err| wrong()),
+    }
 }
 
 /// Parses a decimal number, or one with Go's prefix for another base.

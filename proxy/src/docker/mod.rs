@@ -25,7 +25,6 @@ use crate::bind::listen::{AdoptError, BindError, Listener};
 use crate::engine::Server;
 use crate::log::LogConfig;
 use crate::log::console;
-use crate::log::escape::escaped;
 use crate::loops::whereabouts::Whereabouts;
 use crate::loops::{LoopError, refuse_loop};
 use crate::runtime::signals::StopSignals;
@@ -33,6 +32,7 @@ use crate::runtime::{new_runtime, prepare, raise_descriptor_limit};
 use crate::sandbox::{self, Mode, Needs, SandboxError};
 use rproxy_mapping::PortMapping;
 use rproxy_mapping::addr::{AddrError, BackendAddr, HostSocketAddr, Protocol};
+use rproxy_mapping::escape::escaped;
 use rproxy_mapping::limits::Limits;
 
 /// The descriptor of the listener for `-use-listen-fd`.

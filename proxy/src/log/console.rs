@@ -7,11 +7,11 @@ use std::os::fd::BorrowedFd;
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 
+use rproxy_mapping::escape::escaped;
 use rproxy_sys::watch::Watched;
 use tokio::io::Interest;
 use tokio::runtime::Handle;
 
-use crate::log::escape::escaped;
 use crate::log::sink::Sink;
 
 /// The last error of [`out`], except that the reader closed the pipe.

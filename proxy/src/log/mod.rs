@@ -1,7 +1,6 @@
 //! The log, on standard error.
 
 pub mod console;
-pub mod escape;
 pub(crate) mod limit;
 mod sink;
 mod spanless;

@@ -5,9 +5,9 @@ use std::borrow::Cow;
 use std::io::{self, Write};
 use std::time::SystemTime;
 
+use rproxy_mapping::escape::{escaped, is_plain};
 use serde_json::json;
 
-use crate::log::escape::{escaped, is_plain};
 use crate::log::sink::Sink;
 
 /// How log lines are written.

@@ -20,10 +20,10 @@ use rproxy_sys::memory::release_unused;
 use tracing::{info, warn};
 
 pub use self::user::User;
-use crate::log::escape::escaped;
 use crate::runtime::descriptors::explain;
 use rproxy_mapping::PortMapping;
 use rproxy_mapping::addr::Protocol;
+use rproxy_mapping::escape::escaped;
 
 /// The environment variable with the mode, for processes without a command line for it.
 pub const MODE_VARIABLE: &str = "RPROXY_SANDBOX";

@@ -64,7 +64,7 @@ fn print_config(options: &Serve) -> ExitCode {
     };
     match mappings {
         Ok(mappings) => {
-            console::out(&config::print(&mappings).trim_end());
+            console::out(&config::print(&mappings, config::with_interface_name).trim_end());
             ExitCode::SUCCESS
         }
         Err(error) => console::fail(&error),

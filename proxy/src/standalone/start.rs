@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 
 use nix::sys::signal::Signal;
 use rproxy_mapping::addr::HostSocketAddr;
+use rproxy_mapping::escape::escaped;
 use rproxy_mapping::{HostPorts, Mapping, PortMapping};
 use tokio::runtime::Runtime;
 use tracing::{debug, info};
@@ -19,7 +20,6 @@ use crate::config::{self, ConfigError};
 use crate::control::socket::{ControlSocket, SocketError};
 use crate::engine::Server;
 use crate::log::console::Output;
-use crate::log::escape::escaped;
 use crate::loops::LoopError;
 use crate::runtime::descriptors::explain;
 use crate::runtime::new_runtime;

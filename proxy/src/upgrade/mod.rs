@@ -34,8 +34,8 @@ use serde::{Deserialize, Serialize};
 pub use self::launcher::Launcher;
 pub use self::new::{OldProcess, Sockets, claim, take_over};
 pub use self::old::Upgrade;
-use crate::log::escape::escaped;
 use crate::state::task::PortTurn;
+use rproxy_mapping::escape::escaped;
 use rproxy_mapping::wire::WireMapping;
 
 /// The version of the protocol. A process refuses any other version.

@@ -118,10 +118,21 @@ fn link_local(stage: &Stage, backend: Backend) {
             && reaches_udp(&stage.client, host, testkit::PATIENCE)
     };
     assert!(reaches());
-    // The index may be another one after a reboot; the name stays.
-    stage.host("ip link set dev eth0 down");
-    stage.host("ip link set dev eth0 up");
     assert_eq!(stage.ok(&format!("publish web -p {spec}")), printed, "the second time changes nothing");
+    stage.ok("check");
+    // The same address on another interface is another one, with a relay of its own.
+    stage.host("ip link add eth7 up type veth peer name eth8");
+    stage.host("ip link set eth8 up");
+    stage.host.address("eth7", &format!("{HOST}/64"));
+    let other = format!("[{HOST}%eth7]:80:80");
+    stage.ok(&format!("publish web -p {other}"));
+    let listening = stage.host("ss -Hltn sport = 80");
+    assert!(listening.contains("%eth0:80") && listening.contains("%eth7:80"), "{listening}");
+    stage.host("ip link delete eth7");
+    stage.ok(&format!("unpublish web -p {other}"));
+    assert!(reaches(), "only the other one is gone");
+    let (code, message) = stage.fails(&format!("publish web -p {other}"));
+    assert!(code == 2 && message.contains("'eth7' is not a network interface"), "{message}");
     stage.ok("check");
     stage.ok(&format!("unpublish web -p {spec}"));
     assert!(!reaches_tcp(&stage.client, host, SILENCE));

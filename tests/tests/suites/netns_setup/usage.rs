@@ -47,6 +47,7 @@ fn bad_input(stage: &Stage) {
     refused(stage, "up --subnet 127.0.0.0/8", 2, "has loopback addresses");
     refused(stage, "up --subnet6 ff00::/64", 2, "has multicast addresses");
     refused(stage, "up --bridge all", 2, "not an interface name");
+    refused(stage, "up --bridge a\u{1b}[31m", 2, "a\\u{1b}[31m");
     refused(stage, "up --frobnicate", 2, "unexpected argument '--frobnicate' found");
     stage.ok("up");
     refused(stage, "publish web -p 80", 1, "there is no container web");
@@ -71,6 +72,7 @@ fn bad_input(stage: &Stage) {
     refused(stage, "publish web -p [::1]:80:80 --via dnat", 2, "--subnet6");
     refused(stage, "unpublish web -p 80:80", 1, "web does not publish");
     refused(stage, "publish web -p 80:80 --rproxy /nonexistent", 1, "/nonexistent");
+    refused(stage, "publish web -p 80:80 --rproxy /none\u{1b}", 1, "/none\\u{1b}");
     assert_eq!(stage.ok("publish web -p 80:80 -p 80:80"), "*:80/tcp -> 172.17.0.2:80\n");
     assert_eq!(stage.ok("publish web -p 80:80"), "*:80/tcp -> 172.17.0.2:80\n");
     refused(stage, "publish web -p 80:80 --via dnat", 1, "published with --via both already");

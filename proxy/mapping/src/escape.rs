@@ -23,7 +23,7 @@ impl Display for Escaped<'_> {
 
 /// Whether a character is not escaped. Escaped are control characters, line and paragraph separators, and bidirectional
 /// controls (UAX #9, section 2).
-pub(crate) fn is_plain(c: char) -> bool {
+pub fn is_plain(c: char) -> bool {
     let is_directional =
         matches!(c, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     !c.is_control() && !is_directional && !matches!(c, '\u{2028}' | '\u{2029}')
