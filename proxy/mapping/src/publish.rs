@@ -17,7 +17,7 @@ use crate::{HostPorts, Mapping, MappingError};
 pub struct PublishSpec {
     /// The address that clients connect to; `None` for every address of the machine.
     pub host: Option<ScopedIp>,
-    /// The ports that clients connect to; `None` for random ones.
+    /// The ports that clients connect to.
     pub host_ports: HostPorts,
     /// The ports of the backend.
     pub ports: PortRange,

@@ -178,7 +178,7 @@ fn log_to(reader: OwnedFd, writer: OwnedFd) {
     let mut reader = io::BufReader::new(File::from(reader));
     thread::scope(|scope| {
         let found = scope.spawn(|| {
-            io::BufRead::lines(&mut reader).any(|line| line.unwrap().contains("lines of the log are lost"))
+            io::BufRead::lines(&mut reader).any(|line| line.unwrap().contains("log lines were lost"))
         });
         while !found.is_finished() {
             assert_eq!(scene.end(), (vec![], End::Reset));
