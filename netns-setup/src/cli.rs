@@ -239,7 +239,7 @@ impl From<AttachArgs> for Attach {
     }
 }
 
-/// The same error with the arguments as a message quotes them: lines of an argument are not lines of the message.
+/// The same error with escaped arguments, so that a line break in an argument does not split the message.
 fn quoted(error: clap::Error, args: &[OsString]) -> clap::Error {
     let escaped = args.iter().map(|arg| OsString::from(escaped(arg).to_string()));
     let again = Cli::try_parse_from(escaped).err();

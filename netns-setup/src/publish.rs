@@ -88,7 +88,7 @@ impl FromStr for Publication {
     }
 }
 
-/// Accepts any name of an interface: what was published on an interface that is gone has a name, too.
+/// Accepts any interface name, so that a mapping whose interface was removed can be unpublished.
 #[derive(Default)]
 struct Names {
     name: RefCell<Option<String>>,

@@ -88,7 +88,7 @@ impl FromStr for PublishSpec {
     }
 }
 
-/// The error of an address with only one port, or that of the port.
+/// The error for an address with only one port, or the error of that port.
 fn no_host_port(address: ScopedIp, ports: &str, protocols: Protocols) -> SpecError {
     match ports.parse() {
         Ok(ports) => SpecError::NoHostPort { address, ports, protocols },

@@ -140,7 +140,7 @@ fn parse_words(args: impl Iterator<Item = OsString>) -> Result<Cli, clap::Error>
     Cli::try_parse_from(std::iter::once("rproxy".into()).chain(args))
 }
 
-/// The same error with the arguments as a message quotes them: lines of an argument are not lines of the message.
+/// The same error with escaped arguments, so that a line break in an argument does not split the message.
 fn quoted(error: clap::Error, args: &[OsString]) -> clap::Error {
     let escaped = args.iter().map(|arg| escaped(arg).to_string().into());
     let again = parse_words(escaped).err();

@@ -93,7 +93,7 @@ fn relayed_from(
     let client = client(patient(TcpStream::connect(front.local_addr().unwrap()).unwrap()));
     let (done, is_done) = mpsc::channel();
     let of_relay = target.clone();
-    // Not joined: one that goes on for ever must not hang the test.
+    // Not joined: a relay that never ends must not hang the test.
     thread::spawn(move || {
         let outcome = new_runtime().unwrap().block_on(serve(&front, &of_relay));
         done.send(outcome).unwrap();
