@@ -4,11 +4,14 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use crate::addr::ScopedIp;
+use crate::addr::{HostSocketAddr, Protocol, ScopedIp};
 use crate::{HostPorts, Mapping};
 
 /// The maximum length of a name in bytes, larger than that of any default name.
 const LONGEST: usize = 128;
+
+/// The start of the names of attached ports, which mappings cannot have.
+const ATTACHED: &str = "docker/";
 
 /// A name that needs no quotes in a table, a log line or a shell.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -32,6 +35,22 @@ impl Name {
         })
     }
 
+    /// The name of a port that a container runtime's process has attached: `docker/tcp/0.0.0.0:8080`.
+    pub fn attached(protocol: Protocol, host: HostSocketAddr) -> Self {
+        Self(format!("{ATTACHED}{protocol}/{host}").into())
+    }
+
+    /// Parses the name that a user gives to a mapping.
+    ///
+    /// # Errors
+    /// [`NameError`], also for the names of attached ports.
+    pub fn given(text: &str) -> Result<Self, NameError> {
+        if text.starts_with(ATTACHED) {
+            return Err(NameError::Reserved);
+        }
+        text.parse()
+    }
+
     /// The text of the name.
     pub fn as_str(&self) -> &str {
         &self.0
@@ -50,7 +69,7 @@ impl FromStr for Name {
     fn from_str(text: &str) -> Result<Self, NameError> {
         let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._:/+%#@[]-".contains(&byte);
         if text.is_empty() || text.len() > LONGEST || text.starts_with('-') || !text.bytes().all(plain) {
-            return Err(NameError(text.chars().take(LONGEST).collect()));
+            return Err(NameError::Invalid(text.chars().take(LONGEST).collect()));
         }
         Ok(Self(text.into()))
     }
@@ -58,8 +77,14 @@ impl FromStr for Name {
 
 /// Why a text is not a name.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{0:?} is not a name; write 1 to 128 letters, digits or any of ._:/+%#@[]-, not '-' first")]
-pub struct NameError(String);
+pub enum NameError {
+    /// It has characters that a name cannot have, or too many.
+    #[error("{0:?} is not a name; write 1 to 128 letters, digits or any of ._:/+%#@[]-, not '-' first")]
+    Invalid(String),
+    /// It is reserved for an attached port.
+    #[error("names that start with {ATTACHED} are those of attached ports; choose another")]
+    Reserved,
+}
 
 #[cfg(test)]
 mod tests {
@@ -93,5 +118,19 @@ mod tests {
         for wrong in ["", "-x", "a b", "a\nb", "käse", "\"", &"x".repeat(129)] {
             assert!(wrong.parse::<Name>().is_err(), "{wrong}");
         }
+    }
+
+    #[test]
+    fn names_of_attached_ports_can_be_asked_for_and_not_given() {
+        for (protocol, host, expected) in [
+            (Protocol::Tcp, "0.0.0.0:8080", "docker/tcp/0.0.0.0:8080"),
+            (Protocol::Udp, "[::]:53", "docker/udp/[::]:53"),
+        ] {
+            let name = Name::attached(protocol, host.parse().unwrap());
+            assert_eq!(name.as_str(), expected);
+            assert_eq!(expected.parse(), Ok(name));
+            assert_eq!(Name::given(expected), Err(NameError::Reserved));
+        }
+        assert_eq!(Name::given("docker"), "docker".parse());
     }
 }

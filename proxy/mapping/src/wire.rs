@@ -14,6 +14,7 @@ use crate::addr::{Protocols, ScopedIp};
 use crate::duration::{UNLIMITED, format_limit, parse_limit, parse_optional_limit};
 use crate::interfaces::Interfaces;
 use crate::limits::{Limits, OnLimit};
+use crate::name::Name;
 use crate::ports::PortRange;
 use crate::{HostPorts, Mapping, MappingError};
 
@@ -49,6 +50,13 @@ pub struct WireMapping {
     /// The bound addresses, in the output of `list`, if they differ from `host`. Ignored in requests.
     #[serde(default, skip_serializing)]
     pub bound_host: Option<String>,
+    /// The origin of an attached port, in the output of `list`. Requests to serve exactly some mappings ignore such
+    /// ports.
+    #[serde(default, skip_serializing)]
+    pub origin: Option<String>,
+    /// The process that has attached it, in the output of `list`. Ignored in requests.
+    #[serde(default, skip_serializing)]
+    pub process: Option<u32>,
 }
 
 /// The [`Limits`] that differ from the default, in JSON.
@@ -108,6 +116,8 @@ impl WireMapping {
             limits: WireLimits::of(mapping.limits()),
             bound: None,
             bound_host: None,
+            origin: None,
+            process: None,
         }
     }
 
@@ -139,7 +149,7 @@ impl WireMapping {
         to: Option<(ScopedIp, PortRange)>,
         wrong: &mut FieldErrors,
     ) -> Option<Mapping> {
-        let name = wrong.note("name", self.name.as_deref().map(str::parse).transpose());
+        let name = wrong.note("name", self.name.as_deref().map(Name::given).transpose());
         let (protocols, limits) = self.read_values(wrong);
         let mut mapping = Mapping::new(protocols?, host?, to?);
         if self.v6only {
@@ -164,7 +174,8 @@ impl WireLimits {
         *self == Self::default()
     }
 
-    fn of(limits: &Limits) -> Self {
+    /// The representation of `limits`.
+    pub fn of(limits: &Limits) -> Self {
         let default = Limits::default();
         let duration = |limit: Option<Duration>, default: Option<Duration>| {
             (limit != default).then(|| format_limit(limit))
@@ -185,7 +196,8 @@ impl WireLimits {
         }
     }
 
-    fn read(&self, wrong: &mut FieldErrors) -> Option<Limits> {
+    /// The represented limits. Adds all errors to `wrong`.
+    pub fn read(&self, wrong: &mut FieldErrors) -> Option<Limits> {
         let default = Limits::default();
         let connect_timeout = read_limit("limits.connect_timeout", self.connect_timeout.as_deref(), wrong);
         let idle_timeout = read_limit("limits.idle_timeout", self.idle_timeout.as_deref(), wrong);

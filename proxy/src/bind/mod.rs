@@ -28,6 +28,8 @@ pub struct Bound {
     pub mapping: Mapping,
     /// Its sockets, TCP first, each in port order.
     pub ports: Vec<BoundPort>,
+    /// The process that has attached this port, unless it is a mapping that was requested.
+    pub process: Option<u32>,
 }
 
 /// One bound port.
@@ -92,7 +94,7 @@ impl Bound {
     /// Binds one mapping, or uses inherited sockets from `passed` for it.
     fn take_or_bind(mapping: Mapping, passed: &mut InheritedSockets) -> Result<Self, BoundError> {
         if let Some(ports) = passed.take_named(&mapping)? {
-            return Ok(Self { mapping, ports });
+            return Ok(Self { mapping, ports, process: None });
         }
         let take_or_bind =
             |port_mapping| passed.take_at(&port_mapping).map_or_else(|| BoundPort::bind(port_mapping), Ok);
@@ -112,7 +114,7 @@ impl Bound {
             }
             HostPorts::Random => bind_random(&mapping)?,
         };
-        Ok(Self { mapping, ports })
+        Ok(Self { mapping, ports, process: None })
     }
 
     /// Binds all mappings and returns them in the same order. Mappings with several candidate ports are bound

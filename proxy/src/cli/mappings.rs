@@ -49,7 +49,7 @@ pub struct MappingArgs {
     #[arg(long, help = "Do not accept IPv4 clients on [::]")]
     v6only: bool,
     /// The name of the mapping, if there is only one [default: derived from its ports]
-    #[arg(long)]
+    #[arg(long, value_parser = Name::given)]
     name: Option<Name>,
     #[command(flatten)]
     limits: LimitArgs,
@@ -151,6 +151,11 @@ impl MappingArgs {
 
     fn publishes(&self) -> bool {
         !self.publish.is_empty() || self.publish_all
+    }
+
+    /// The limits of each mapping.
+    pub(super) fn limits(&self) -> Limits {
+        self.limits.limits()
     }
 
     /// The requested mappings: those of `--host` in order, then those of `-p`, then those of `-P`.

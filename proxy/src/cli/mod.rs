@@ -16,12 +16,16 @@ use tracing_subscriber::filter::Targets;
 use self::ctl::Ctl;
 pub use self::mappings::MappingArgs;
 use self::values::DrainLimit;
+use crate::config::Config;
 use crate::control::socket::DEFAULT_PATH;
 use crate::log::{self, Format, LogConfig};
+use crate::plane::socket::parse_name;
+use crate::plane::{AttachOptions, AttachTable};
 use crate::sandbox::{self, User};
 use rproxy_mapping::Mapping;
 use rproxy_mapping::duration;
 use rproxy_mapping::escape::escaped;
+use rproxy_shim::message::DEFAULT_NAME;
 
 /// A TCP and UDP relay that publishes container ports: it listens on host addresses and forwards to backends.
 ///
@@ -85,6 +89,10 @@ pub struct Serve {
     /// Listen for `rproxy ctl` on a Unix socket, for this user and root [default path: /run/rproxy.sock]
     #[arg(long, value_name = "PATH", num_args = 0..=1, default_missing_value = DEFAULT_PATH)]
     pub control: Option<PathBuf>,
+    /// Serve the ports that rproxy-shim attaches: one process for all ports of Docker [default name: rproxy]
+    #[arg(long, value_name = "NAME", num_args = 0..=1, require_equals = true, default_missing_value = DEFAULT_NAME)]
+    #[arg(value_parser = parse_name)]
+    pub attach: Option<String>,
     /// Change to another user, by name or number, once everything is bound
     #[arg(long, value_name = "USER[:GROUP]")]
     pub user: Option<User>,
@@ -106,11 +114,22 @@ impl Serve {
     /// # Errors
     /// Those of [`MappingArgs::mappings`].
     pub fn mappings(&self) -> Result<Vec<Mapping>, UsageError> {
-        let may_be_empty = self.control.is_some() || self.config.is_some();
+        let may_be_empty = self.control.is_some() || self.config.is_some() || self.attach.is_some();
         if may_be_empty && self.mappings.is_empty() {
             return Ok(Vec::new());
         }
         self.mappings.mappings()
+    }
+
+    /// How ports are attached, if they can be. `config` is the content of the configuration, if there is one.
+    pub fn attach_options(&self, config: Option<&Config>) -> Option<AttachOptions> {
+        let table = match config {
+            Some(config) => config.attach.clone(),
+            None => {
+                self.attach.as_ref().map(|_name| AttachTable { name: None, limits: self.mappings.limits() })
+            }
+        };
+        AttachOptions::new(self.attach.as_deref(), table)
     }
 
     /// The time limit for connections in a process that another one has taken over from, if there is one.

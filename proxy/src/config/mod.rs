@@ -23,16 +23,26 @@ pub use self::file::{descriptor, open};
 use self::mistake::Lines;
 pub use self::mistake::Mistake;
 pub use self::print::{print, with_interface_name};
+use crate::plane::AttachTable;
 use crate::runtime::descriptors::explain;
 use rproxy_mapping::escape::escaped;
 
-/// Reads the mappings from a file or pipe.
+/// The content of a file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Config {
+    /// The mappings.
+    pub mappings: Vec<Mapping>,
+    /// How ports are attached, if they can be.
+    pub attach: Option<AttachTable>,
+}
+
+/// Reads a file or pipe.
 ///
 /// # Errors
 /// [`ConfigError`]
-pub fn read(path: &Path) -> Result<Vec<Mapping>, ConfigError> {
+pub fn read(path: &Path) -> Result<Config, ConfigError> {
     let text = read_text(path)?;
-    mappings(path, text)
+    content(path, text)
 }
 
 /// Reads the text of a file or pipe.
@@ -43,35 +53,36 @@ pub fn read_text(path: &Path) -> Result<String, ConfigError> {
     open(path).and_then(|opened| file::text(opened, true)).map_err(not_read(path))
 }
 
-/// Reads the mappings for a reload from the file at `path`, which was `opened` for it.
+/// Reads the content for a reload from the file at `path`, which was `opened` for it.
 ///
 /// # Errors
 /// [`ConfigError`]
-pub fn read_again(path: &Path, opened: io::Result<fs::File>) -> Result<Vec<Mapping>, ConfigError> {
+pub fn read_again(path: &Path, opened: io::Result<fs::File>) -> Result<Config, ConfigError> {
     // A descriptor that a shell passed is closed by now.
     let opened = if descriptor(path).is_some_and(|number| number > 2) { file::once() } else { opened };
     let text = opened.and_then(|opened| file::text(opened, false)).map_err(not_read(path))?;
-    mappings(path, text)
+    content(path, text)
 }
 
 fn not_read(path: &Path) -> impl FnOnce(io::Error) -> ConfigError {
     move |source| ConfigError::Read { path: path.to_owned(), source }
 }
 
-fn mappings(path: &Path, text: String) -> Result<Vec<Mapping>, ConfigError> {
-    let mappings = parse(path, &text);
+fn content(path: &Path, text: String) -> Result<Config, ConfigError> {
+    let config = parse(path, &text);
     drop(text);
     // Reading needs many times the memory of the mappings.
     release_unused();
-    mappings
+    config
 }
 
 /// Parses the `text` of the file at `path`.
 ///
 /// # Errors
 /// [`ConfigError::Wrong`] with the errors found.
-pub fn parse(path: &Path, text: &str) -> Result<Vec<Mapping>, ConfigError> {
-    find_mappings(text).map_err(|found| {
+pub fn parse(path: &Path, text: &str) -> Result<Config, ConfigError> {
+    let found = find_mappings(text).map(|mappings| Config { mappings, attach: None });
+    found.map_err(|found| {
         let more = found.more;
         let mistakes = Lines::of(text).locate(found);
         ConfigError::Wrong { path: path.to_owned(), mistakes, more }

@@ -52,8 +52,8 @@ fn values_of(mapping: &Mapping, address: fn(ScopedIp) -> String) -> Values {
         proto,
         v6only,
         limits,
-        bound: _,
-        bound_host: _,
+        // What only a list has.
+        ..
     } = WireMapping::of(mapping);
     let WireLimits {
         connect_timeout,

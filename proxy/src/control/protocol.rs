@@ -95,6 +95,8 @@ pub enum RefusalKind {
     UnknownName,
     /// Another mapping has the name.
     NameTaken,
+    /// The port was attached by another process.
+    Attached,
     /// Two mappings want the same port.
     Overlap,
     /// A mapping would lead back to itself.
@@ -124,6 +126,7 @@ impl From<ChangeError> for Refusal {
         let kind = match error {
             ChangeError::Unknown(_) => RefusalKind::UnknownName,
             ChangeError::NameTaken(_) => RefusalKind::NameTaken,
+            ChangeError::Attached { .. } => RefusalKind::Attached,
             ChangeError::Overlap(_) | ChangeError::StillBound { .. } => RefusalKind::Overlap,
             ChangeError::Loop { .. } => RefusalKind::Loop,
             ChangeError::Bind { .. } => RefusalKind::Bind,

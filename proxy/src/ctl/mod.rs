@@ -106,8 +106,8 @@ fn read_file(path: &Path) -> Result<Vec<WireMapping>, CtlError> {
     };
     let error = |reason: String| CtlError::File { path: path.to_owned(), reason };
     if !text.trim_start().starts_with('{') {
-        let mappings = config::parse(path, &text)?;
-        return Ok(mappings.iter().map(WireMapping::of).collect());
+        let config = config::parse(path, &text)?;
+        return Ok(config.mappings.iter().map(WireMapping::of).collect());
     }
     let file: Result<Mappings, _> = serde_json::from_str::<Value>(&text).and_then(serde_json::from_value);
     Ok(file.map_err(|source| error(source.to_string()))?.mappings)

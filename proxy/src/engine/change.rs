@@ -38,6 +38,14 @@ pub enum ChangeError {
     /// Another mapping has the name.
     #[error("the name {0} is taken by another mapping; choose another (--name), or remove that one first")]
     NameTaken(Name),
+    /// The name is that of an attached port.
+    #[error("{name} was attached by process {process}, and is served until that ends; stop the container")]
+    Attached {
+        /// The name.
+        name: Name,
+        /// The process.
+        process: u32,
+    },
     /// No mapping has the name.
     #[error("there is no mapping {0}; `rproxy ctl list` shows all")]
     Unknown(Name),
@@ -130,18 +138,17 @@ impl Server {
         }
         refuse_overlap(&mappings)?;
         let add = mappings.into_iter().map(|mapping| (mapping.name(), mapping)).collect();
-        self.execute(Plan { add, unchanged: self.registry.len(), ..Plan::default() }).await
+        let unchanged = self.registry.requested().count();
+        self.execute(Plan { add, unchanged, ..Plan::default() }).await
     }
 
     /// Removes a mapping. Its connections and flows continue.
     ///
     /// # Errors
-    /// [`ChangeError::Unknown`]
+    /// [`ChangeError::Unknown`], [`ChangeError::Attached`]
     pub async fn remove(&mut self, name: &Name) -> Result<Changed, ChangeError> {
-        if self.registry.get(name).is_none() {
-            return Err(ChangeError::Unknown(name.clone()));
-        }
-        let unchanged = self.registry.len() - 1;
+        self.requested(name)?;
+        let unchanged = self.registry.requested().count() - 1;
         self.execute(Plan { remove: vec![name.clone()], unchanged, ..Plan::default() }).await
     }
 
@@ -149,16 +156,15 @@ impl Server {
     /// continue.
     ///
     /// # Errors
-    /// [`ChangeError::Unknown`], or [`ChangeError::Mapping`] if the number of ports differs.
+    /// [`ChangeError::Unknown`], [`ChangeError::Attached`], or [`ChangeError::Mapping`] if the number of ports
+    /// differs.
     pub async fn retarget(
         &mut self,
         name: &Name,
         backend: ScopedIp,
         ports: PortRange,
     ) -> Result<Changed, ChangeError> {
-        let Some(served) = self.registry.get(name) else {
-            return Err(ChangeError::Unknown(name.clone()));
-        };
+        let served = self.requested(name)?;
         let wrong = |source| ChangeError::Mapping { name: name.clone(), source };
         let old = served.mapping.backend_ports();
         if old.count() != ports.count() {
@@ -169,22 +175,31 @@ impl Server {
             // The default name of a random port contains the backend's port.
             mapping = mapping.named(name.clone());
         }
-        let unchanged = self.registry.len() - 1;
+        let unchanged = self.registry.requested().count() - 1;
         self.execute(Plan { change: vec![(name.clone(), mapping)], unchanged, ..Plan::default() }).await
     }
 
-    /// Serves exactly these mappings from now on. Unchanged ones are not touched.
+    /// The mapping with this name, if it was requested.
+    fn requested(&self, name: &Name) -> Result<&Served, ChangeError> {
+        let served = self.registry.get(name).ok_or_else(|| ChangeError::Unknown(name.clone()))?;
+        match served.process {
+            Some(process) => Err(ChangeError::Attached { name: name.clone(), process }),
+            None => Ok(served),
+        }
+    }
+
+    /// Serves exactly these mappings from now on, beside attached ports. Unchanged ones are not touched.
     ///
     /// # Errors
     /// [`ChangeError`]
     pub async fn apply(&mut self, wanted: Vec<Mapping>) -> Result<Changed, ChangeError> {
         refuse_overlap(&wanted)?;
-        let served = self.registry.iter().map(|(name, served)| (name, &served.mapping));
+        let served = self.registry.requested().map(|(name, served)| (name, &served.mapping));
         let plan = plan(served, wanted).map_err(ChangeError::NameTaken)?;
         self.execute(plan).await
     }
 
-    async fn execute(&mut self, plan: Plan) -> Result<Changed, ChangeError> {
+    pub(super) async fn execute(&mut self, plan: Plan) -> Result<Changed, ChangeError> {
         let changed = Changed {
             added: plan.add.len(),
             changed: plan.change.len(),
@@ -309,7 +324,7 @@ impl Server {
                 ports.push(self.assign(port, &policy).map_err(watch_error)?);
             }
         }
-        Ok(Served { mapping, policy, ports })
+        Ok(Served { mapping, policy, ports, process: None })
     }
 
     /// Binds a port. If flows use it as their local port, they release it.
@@ -360,7 +375,7 @@ impl Server {
             target: target(port_mapping, &policy),
         };
         let ports = sockets.map(assign).collect();
-        Ok((name, Served { mapping, policy, ports }))
+        Ok((name, Served { mapping, policy, ports, process: old.process }))
     }
 
     /// Applies what was prepared.
@@ -490,14 +505,14 @@ impl Leaving {
 
 /// What a socket is bound to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-struct BindKey {
+pub(super) struct BindKey {
     protocol: Protocol,
     host: HostSocketAddr,
     v6only: bool,
 }
 
 impl BindKey {
-    fn of(port_mapping: &PortMapping) -> Self {
+    pub(super) fn of(port_mapping: &PortMapping) -> Self {
         Self { protocol: port_mapping.protocol, host: port_mapping.host, v6only: port_mapping.v6only }
     }
 }

@@ -5,6 +5,7 @@
 //!
 //! [`change`]: crate::engine::change
 
+pub mod attach;
 pub mod change;
 mod listening;
 pub mod plan;
@@ -26,12 +27,12 @@ use tracing::{info, warn};
 
 use crate::bind::listen::Listener;
 use crate::bind::{Bound, BoundPort};
+use crate::engine::attach::Parked;
 use crate::engine::change::Leaving;
 use crate::engine::registry::{Registry, Served};
 use crate::runtime::poll::WatchedListener;
 use crate::runtime::worker::Workers;
-use crate::state::task::LiveFlows;
-use crate::state::task::{FlowCommand, ListenerTask};
+use crate::state::task::{Fate, FlowCommand, ListenerTask, LiveFlows};
 use crate::state::{Binding, Capacity, MappingPolicy, MappingState, Target};
 use crate::tcp::accept::Acceptor;
 use crate::tcp::reactor;
@@ -51,6 +52,8 @@ pub struct Server {
     /// Whether TCP connections need descriptors beside flows, now or later.
     beside_tcp: bool,
     pub(crate) leaving: Leaving,
+    /// Flows of ports that may be attached again.
+    parked: Parked,
 }
 
 /// The tasks that service listeners. Each is started with its first listener.
@@ -73,11 +76,11 @@ impl Server {
         let mut server = Self::new();
         let mut ports = mappings.iter().flat_map(|bound| &bound.ports);
         server.beside_tcp = may_change || ports.any(|port| port.port_mapping.protocol == Protocol::Tcp);
-        for Bound { mapping, ports } in mappings {
+        for Bound { mapping, ports, process } in mappings {
             let policy = server.new_policy(mapping.limits().clone());
             let ports =
                 ports.into_iter().map(|port| server.assign(port, &policy)).collect::<Result<_, _>>()?;
-            server.registry.put(mapping.name(), Served { mapping, policy, ports });
+            server.registry.put(mapping.name(), Served { mapping, policy, ports, process });
         }
         Ok(server)
     }
@@ -127,6 +130,7 @@ impl Server {
             nameless: Vec::new(),
             beside_tcp: false,
             leaving: Leaving::default(),
+            parked: Parked::default(),
         }
     }
 
@@ -200,6 +204,22 @@ impl Server {
             // If the task is gone, so are its listeners.
             drop(released.await);
         }
+    }
+
+    /// Closes a listener at once. Returns the flows that continue, once it is closed.
+    pub(crate) async fn close(
+        &self,
+        protocol: Protocol,
+        port: Arc<WatchedListener>,
+        fate: Fate,
+    ) -> LiveFlows {
+        let task = match protocol {
+            Protocol::Tcp => &self.tasks.tcp,
+            Protocol::Udp => &self.tasks.udp,
+        };
+        let Some(task) = task else { return LiveFlows::default() };
+        // If the task is gone, so are its listeners and flows.
+        task.close(vec![port], fate).await.unwrap_or_default()
     }
 
     /// Waits until the tasks have handled all earlier commands.

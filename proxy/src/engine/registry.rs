@@ -23,12 +23,19 @@ pub struct Served {
     pub(crate) policy: Arc<MappingPolicy>,
     /// Its sockets, TCP first, each in port order.
     pub(crate) ports: Vec<Binding>,
+    /// The process that has attached it, unless it was requested.
+    pub(crate) process: Option<u32>,
 }
 
 impl Served {
     /// The mapping as requested.
     pub fn mapping(&self) -> &Mapping {
         &self.mapping
+    }
+
+    /// The process that has attached this port, unless it is a mapping that was requested.
+    pub fn process(&self) -> Option<u32> {
+        self.process
     }
 
     /// Its counters.
@@ -78,6 +85,16 @@ impl Registry {
     /// All mappings, ordered by name.
     pub fn iter(&self) -> impl Iterator<Item = (&Name, &Served)> {
         self.served.iter()
+    }
+
+    /// The mappings that were requested, ordered by name.
+    pub(crate) fn requested(&self) -> impl Iterator<Item = (&Name, &Served)> {
+        self.iter().filter(|(_name, served)| served.process.is_none())
+    }
+
+    /// The attached ports, ordered by name.
+    pub(crate) fn attached(&self) -> impl Iterator<Item = (&Name, &Served)> {
+        self.iter().filter(|(_name, served)| served.process.is_some())
     }
 
     /// Whether a mapping listens on one of `ports`, on any address.
@@ -182,7 +199,7 @@ mod tests {
         let backend = ("192.0.2.1".parse().unwrap(), "80".parse().unwrap());
         let mapping =
             Mapping::new(Protocols::One(Protocol::Tcp), ("127.0.0.1".parse().unwrap(), None), backend);
-        Served { mapping: mapping.unwrap(), policy, ports: vec![binding] }
+        Served { mapping: mapping.unwrap(), policy, ports: vec![binding], process: None }
     }
 
     fn draining(registry: &Registry) -> Vec<String> {

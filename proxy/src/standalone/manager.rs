@@ -15,15 +15,17 @@ use nix::sys::signal::Signal;
 use rproxy_sys::memory::release_unused;
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::{Interval, sleep};
+use tokio::time::{Instant, Interval, sleep, sleep_until};
 use tracing::{debug, error, info, warn};
 
-use crate::config;
+use crate::config::{self, Config};
 use crate::control::clients::{self, Call};
 use crate::control::requests::answer;
 use crate::control::socket::{ControlSocket, SocketFile};
-use crate::engine::change::Changed;
+use crate::engine::change::{ChangeError, Changed};
 use crate::engine::{ServeError, Server};
+use crate::plane::AttachOptions;
+use crate::plane::attachments::{Attachments, Plane, Ready};
 use crate::runtime::signals::{Signals, StopSignals};
 use crate::runtime::{new_runtime, start_thread};
 use crate::systemd;
@@ -39,6 +41,8 @@ const STACK_SIZE: usize = 1024 * 1024;
 pub struct Reload {
     signal: Signals,
     file: PathBuf,
+    /// The name that `--attach` gives.
+    attach: Option<String>,
 }
 
 impl Reload {
@@ -50,8 +54,8 @@ impl Reload {
     ///
     /// # Panics
     /// Outside a tokio runtime.
-    pub fn of_file(file: PathBuf) -> io::Result<Self> {
-        Ok(Self { signal: Signals::catch([Signal::SIGHUP])?, file })
+    pub fn of_file(file: PathBuf, attach: Option<String>) -> io::Result<Self> {
+        Ok(Self { signal: Signals::catch([Signal::SIGHUP])?, file, attach })
     }
 }
 
@@ -74,6 +78,8 @@ pub struct Manager {
     pub drain: Drain,
     /// The control socket, if there is one.
     pub control: Option<ControlSocket>,
+    /// Where shims attach ports, if they can.
+    pub attach: Option<Attachments>,
     /// The source of reloads, if there is one.
     pub reload: Option<Reload>,
     /// How often to notify the watchdog of the service manager, if enabled.
@@ -89,12 +95,12 @@ impl Manager {
     /// # Errors
     /// [`ServeError`]
     pub async fn run(self) -> Result<(), ManageError> {
-        if self.control.is_none() && self.reload.is_none() {
+        if self.control.is_none() && self.attach.is_none() && self.reload.is_none() {
             return self.manage().await;
         }
         let runtime = match new_runtime() {
             Ok(runtime) => runtime,
-            Err(error) => return self.manage_beside_clients(&error).await,
+            Err(error) => return Box::pin(self.manage_beside_clients(&error)).await,
         };
         let (ended, end) = oneshot::channel();
         let manage = move |(runtime, manager): (Runtime, Self)| {
@@ -106,7 +112,7 @@ impl Manager {
         {
             // A blocking shutdown would panic here.
             runtime.shutdown_background();
-            return manager.manage_beside_clients(&error).await;
+            return Box::pin(manager.manage_beside_clients(&error)).await;
         }
         // A panic has been reported already.
         end.await.unwrap_or(Err(ManageError::Gone))
@@ -119,54 +125,90 @@ impl Manager {
     }
 
     async fn manage(self) -> Result<(), ManageError> {
-        let Self { mut server, mut stop, drain, control, mut reload, watchdog, mut upgrade } = self;
-        let mut watchdog = watchdog.map(tokio::time::interval);
-        let (calls, mut called) = mpsc::channel(CALLS);
-        let file = control.map(|control| {
+        let Self { server, stop, drain, control, attach, reload, watchdog, upgrade } = self;
+        let plane = attach.map(Plane::new).transpose().map_err(ManageError::Attach)?.map(Box::new);
+        let watchdog = watchdog.map(tokio::time::interval);
+        let (calls, called) = mpsc::channel(CALLS);
+        let control = control.map(|control| {
             let (listener, file) = control.into_parts();
             tokio::spawn(serve_clients(listener, calls));
             file
         });
-        let succeeded = loop {
+        let mut managed = Managed { server, stop, control, called, plane, reload, watchdog, upgrade };
+        let succeeded = managed.until_ended().await?;
+        // On the heap, as it would make the future larger than all that comes before.
+        Box::pin(managed.end(drain, succeeded)).await;
+        Ok(())
+    }
+}
+
+/// What a running manager owns.
+struct Managed {
+    server: Server,
+    stop: StopSignals,
+    control: Option<SocketFile>,
+    called: mpsc::Receiver<Call>,
+    plane: Option<Box<Plane>>,
+    reload: Option<Reload>,
+    watchdog: Option<Interval>,
+    upgrade: Upgrade,
+}
+
+impl Managed {
+    /// Manages until the process has to end. Returns whether another process has taken over.
+    async fn until_ended(&mut self) -> Result<bool, ManageError> {
+        let Self { server, stop, control, called, plane, reload, watchdog, upgrade } = self;
+        loop {
+            let parked = server.parked_until();
             tokio::select! {
                 biased;
                 signal = stop.next() => {
                     info!(signal, "ending; a second signal ends at once");
-                    break false;
+                    return Ok(false);
                 }
                 error = server.failed() => return Err(error.into()),
-                () = hung_up(&mut reload) => {
-                    let reread = Box::pin(reread(reload.as_ref(), &mut upgrade, &mut server));
-                    let Some(()) = or_stopped(reread, &mut stop).await else { break false };
+                () = hung_up(reload) => {
+                    let reread = Box::pin(reread(reload.as_ref(), upgrade, server, plane.as_deref_mut()));
+                    let Some(()) = or_stopped(reread, stop).await else { return Ok(false) };
                 }
                 () = upgrade.asked() => {
-                    let attempt = upgrade.attempt(&server, file.as_ref().map(AsFd::as_fd));
-                    match unless_stopped(attempt, &server, &mut stop, &mut watchdog).await {
+                    let attempt = upgrade.attempt(server, control.as_ref().map(AsFd::as_fd), plane.as_deref());
+                    match unless_stopped(attempt, server, stop, watchdog).await {
                         Attempt::Failed => {}
-                        Attempt::Succeeded => break true,
-                        Attempt::Stopped => break false,
+                        Attempt::Succeeded => return Ok(true),
+                        Attempt::Stopped => return Ok(false),
                     }
                 }
-                () = tick(&mut watchdog) => tell_alive(&server).await,
+                () = tick(watchdog) => tell_alive(server).await,
                 never = systemd::resend() => never,
                 Some(call) = called.recv() => {
-                    let answer = Box::pin(answer(call, &mut server));
-                    let Some(false) = or_stopped(answer, &mut stop).await else { break false };
+                    let answer = Box::pin(answer(call, server));
+                    let Some(false) = or_stopped(answer, stop).await else { return Ok(false) };
                 }
+                ready = ready(plane) => {
+                    Box::pin(serve_shim(ready, plane, server)).await.map_err(ManageError::Attach)?;
+                }
+                () = at(parked) => server.end_parked(),
             }
-        };
+        }
+    }
+
+    /// Lets connections and flows finish. If another process has `succeeded` this one, it has all sockets.
+    async fn end(self, drain: Drain, succeeded: bool) {
+        let Self { mut server, stop, control, called, plane, reload, watchdog: _, upgrade } = self;
+        // Shims look for another process from here on, unless it has them already.
+        drop(plane);
         if succeeded {
             server.leave();
-            file.into_iter().for_each(SocketFile::leave);
+            control.into_iter().for_each(SocketFile::leave);
         } else {
             systemd::stopping();
-            drop(file);
+            drop(control);
+            server.release_attached().await;
         }
         // No client is admitted from here on.
         drop(called);
-        // On the heap, as it would make the future larger than all that comes before.
-        Box::pin(finish(server, stop, drain, succeeded, reload, upgrade)).await;
-        Ok(())
+        finish(server, stop, drain, succeeded, reload, upgrade).await;
     }
 }
 
@@ -301,6 +343,35 @@ async fn hung_up(reload: &mut Option<Reload>) {
     }
 }
 
+/// Waits until a shim is ready; forever if there are none.
+async fn ready(plane: &mut Option<Box<Plane>>) -> io::Result<Ready> {
+    match plane {
+        Some(plane) => plane.ready().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Serves the shim that is ready.
+async fn serve_shim(
+    ready: io::Result<Ready>,
+    plane: &mut Option<Box<Plane>>,
+    server: &mut Server,
+) -> io::Result<()> {
+    let ready = ready?;
+    if let Some(plane) = plane {
+        plane.handle(ready, server).await;
+    }
+    Ok(())
+}
+
+/// Waits until a time; forever if there is none.
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time).await,
+        None => std::future::pending().await,
+    }
+}
+
 async fn tick(interval: &mut Option<Interval>) {
     match interval {
         Some(interval) => drop(interval.tick().await),
@@ -309,8 +380,13 @@ async fn tick(interval: &mut Option<Interval>) {
 }
 
 /// Reloads the file; an error changes nothing.
-async fn reread(reload: Option<&Reload>, upgrade: &mut Upgrade, server: &mut Server) {
-    let Some(Reload { file, .. }) = reload else { return };
+async fn reread(
+    reload: Option<&Reload>,
+    upgrade: &mut Upgrade,
+    server: &mut Server,
+    plane: Option<&mut Plane>,
+) {
+    let Some(Reload { file, attach, .. }) = reload else { return };
     systemd::reloading();
     let opened = match upgrade.open_configuration().await {
         Ok(opened) => opened,
@@ -320,7 +396,9 @@ async fn reread(reload: Option<&Reload>, upgrade: &mut Upgrade, server: &mut Ser
         }
     };
     let applied = match config::read_again(file, opened) {
-        Ok(mappings) => server.apply(mappings).await.map_err(|error| error.to_string()),
+        Ok(config) => {
+            apply(config, attach.as_deref(), server, plane).await.map_err(|error| error.to_string())
+        }
         Err(error) => Err(error.to_string()),
     };
     // The memory that planning needed is not needed any more.
@@ -338,12 +416,43 @@ async fn reread(reload: Option<&Reload>, upgrade: &mut Upgrade, server: &mut Ser
     systemd::ready();
 }
 
+/// Serves what a configuration says from now on.
+async fn apply(
+    Config { mappings, attach: table }: Config,
+    attach: Option<&str>,
+    server: &mut Server,
+    plane: Option<&mut Plane>,
+) -> Result<Changed, ReloadError> {
+    let wanted = AttachOptions::new(attach, table);
+    let name = |options: Option<&AttachOptions>| options.map(|options| options.name.clone());
+    if name(wanted.as_ref()) != name(plane.as_deref().map(Plane::options)) {
+        return Err(ReloadError::Attach);
+    }
+    let changed = server.apply(mappings).await?;
+    if let (Some(plane), Some(wanted)) = (plane, wanted) {
+        plane.set_limits(wanted.limits, server).await?;
+    }
+    Ok(changed)
+}
+
+/// Why a configuration cannot be applied.
+#[derive(Debug, thiserror::Error)]
+enum ReloadError {
+    #[error("attach: where ports are attached changes only at a restart")]
+    Attach,
+    #[error(transparent)]
+    Change(#[from] ChangeError),
+}
+
 /// Why the manager ended.
 #[derive(Debug, thiserror::Error)]
 pub enum ManageError {
     /// The server cannot continue.
     #[error(transparent)]
     Serve(#[from] ServeError),
+    /// Shims cannot be waited for.
+    #[error("cannot wait for shims: {0}")]
+    Attach(#[source] io::Error),
     /// The manager's thread is gone.
     #[error("the control thread ended by itself")]
     Gone,

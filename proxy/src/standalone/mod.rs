@@ -46,7 +46,7 @@ fn refuse(usage: &impl fmt::Display) -> ExitCode {
 
 fn check_config(file: &Path) -> ExitCode {
     match config::read(file) {
-        Ok(_mappings) => {
+        Ok(_config) => {
             console::out(&"ok");
             ExitCode::SUCCESS
         }
@@ -56,7 +56,7 @@ fn check_config(file: &Path) -> ExitCode {
 
 fn print_config(options: &Serve) -> ExitCode {
     let mappings = match &options.config {
-        Some(file) => config::read(file),
+        Some(file) => config::read(file).map(|config| config.mappings),
         None => match options.mappings() {
             Ok(mappings) => Ok(mappings),
             Err(usage) => return refuse(&usage),

@@ -21,6 +21,8 @@ use crate::control::socket::{ControlSocket, SocketError};
 use crate::engine::Server;
 use crate::log::console::Output;
 use crate::loops::LoopError;
+use crate::plane;
+use crate::plane::attachments::Attachments;
 use crate::runtime::descriptors::explain;
 use crate::runtime::new_runtime;
 use crate::runtime::signals::StopSignals;
@@ -63,9 +65,10 @@ pub(super) fn start(
     let runtime = new_runtime().map_err(setup("create the event loop"))?;
     let entered = runtime.enter();
     let upgrade = Upgrade::catch(launcher).map_err(setup("catch signals"))?;
-    let reload = options.config.clone().map(Reload::of_file).transpose().map_err(setup("catch signals"))?;
+    let reload = options.config.clone().map(|file| Reload::of_file(file, options.attach.clone()));
+    let reload = reload.transpose().map_err(setup("catch signals"))?;
     drop(entered);
-    let Started { server, control, stop } = match origin {
+    let Started { server, control, attach, stop } = match origin {
         Origin::Fresh(passed) => start_fresh(&runtime, mappings, passed, options)?,
         Origin::OldProcess(channel) => start_upgraded(&runtime, &mappings, channel, options)?,
     };
@@ -73,13 +76,14 @@ pub(super) fn start(
     systemd::ready();
     let drain = Drain { timeout: options.drain_timeout, after_upgrade: options.upgrade_drain_timeout() };
     let watchdog = systemd::watchdog_interval();
-    Ok((runtime, Manager { server, stop, drain, control, reload, watchdog, upgrade }))
+    Ok((runtime, Manager { server, stop, drain, control, attach, reload, watchdog, upgrade }))
 }
 
 /// What a started process owns.
 struct Started {
     server: Server,
     control: Option<ControlSocket>,
+    attach: Option<Attachments>,
     stop: StopSignals,
 }
 
@@ -91,22 +95,22 @@ fn start_fresh(
     options: &Serve,
 ) -> Result<Started, StartError> {
     let _entered = runtime.enter();
-    let mappings = match &options.config {
-        Some(file) => config::read(file)?,
-        None => mappings,
-    };
+    let config = options.config.as_deref().map(config::read).transpose()?;
+    let attach = options.attach_options(config.as_ref());
+    let mappings = config.map_or(mappings, |config| config.mappings);
     // Only now: reading a pipe may take long, and until then signals end this process at once.
     let stop = catch_stop_signals(options)?;
     let control = options.control.as_deref().map(ControlSocket::bind).transpose()?;
+    let attach = attach.map(Attachments::bind).transpose()?;
     let bound = Bound::bind_all(mappings, passed).map_err(|error| bind_error(error, options))?;
     stale::forget_flows_to(bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.port_mapping));
     let ready = ready_lines(&bound);
     // Before confinement, because a terminal has to be reopened.
     let output = Output::open();
-    let server = prepare_server(bound, options)?;
+    let server = prepare_server(bound, attach.is_some(), options)?;
     server.start(LiveFlows::default());
     output.write(runtime.handle(), &ready);
-    Ok(Started { server, control, stop })
+    Ok(Started { server, control, attach, stop })
 }
 
 /// Takes over the mappings, sockets and flows of the process at the other end of `channel`, which continues
@@ -120,13 +124,13 @@ fn start_upgraded(
     let entered = runtime.enter();
     let stop = catch_stop_signals(options)?;
     let fixed = (!may_change(options)).then_some(mappings);
-    let Sockets { bound, mut control, old } =
+    let Sockets { bound, mut control, attach, old } =
         runtime.block_on(take_over(channel, fixed, options.control.as_deref()))?;
-    let server = prepare_server(bound, options)?;
+    let server = prepare_server(bound, attach.is_some(), options)?;
     drop(entered);
     runtime.block_on(old.hand_over_to(&server))?;
     control.iter_mut().for_each(ControlSocket::own);
-    Ok(Started { server, control, stop })
+    Ok(Started { server, control, attach, stop })
 }
 
 fn catch_stop_signals(options: &Serve) -> Result<StopSignals, StartError> {
@@ -135,18 +139,20 @@ fn catch_stop_signals(options: &Serve) -> Result<StopSignals, StartError> {
     StopSignals::catch(&meaningless).map_err(setup("catch signals"))
 }
 
-/// Whether mappings may be added or changed later.
+/// Whether the requested mappings may change later.
 fn may_change(options: &Serve) -> bool {
     options.control.is_some() || options.config.is_some()
 }
 
-/// Completes every step that can fail before `bound` is served, and confines the process.
-fn prepare_server(bound: Vec<Bound>, options: &Serve) -> Result<Server, StartError> {
+/// Completes every step that can fail before `bound` is served, and confines the process. `attaches` says whether
+/// ports can be attached.
+fn prepare_server(bound: Vec<Bound>, attaches: bool, options: &Serve) -> Result<Server, StartError> {
     if !has_ipv6() && options.mappings.is_everywhere() {
         info!("{NO_IPV6}");
     }
-    let needs = needs(options, &bound);
-    let server = Server::prepared(bound, may_change(options)).map_err(setup("watch the listeners"))?;
+    let needs = needs(options, attaches, &bound);
+    let server =
+        Server::prepared(bound, attaches || may_change(options)).map_err(setup("watch the listeners"))?;
     server.look_at_processors();
     if let Some(user) = &options.user {
         for error in server.udp_sockets().filter_map(|socket| user.own(socket).err()) {
@@ -162,9 +168,9 @@ fn setup(step: &'static str) -> impl FnOnce(io::Error) -> StartError {
 }
 
 /// What serving `bound`, and possible changes, need after confinement.
-fn needs<'a>(options: &'a Serve, bound: &[Bound]) -> Needs<'a> {
+fn needs<'a>(options: &'a Serve, attaches: bool, bound: &[Bound]) -> Needs<'a> {
     let (socket, configuration) = (options.control.as_deref(), options.config.as_deref());
-    let changes = may_change(options).then_some(Changes { socket, configuration });
+    let changes = (attaches || may_change(options)).then_some(Changes { socket, configuration });
     let ports = bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.port_mapping);
     Needs {
         user: options.user.as_ref(),
@@ -229,6 +235,8 @@ pub(super) enum StartError {
     Activation(#[from] ActivationError),
     #[error(transparent)]
     Control(#[from] SocketError),
+    #[error(transparent)]
+    Attach(#[from] plane::socket::SocketError),
     #[error(transparent)]
     Upgrade(#[from] UpgradeError),
     #[error(transparent)]

@@ -26,10 +26,22 @@ pub(crate) enum Command {
     /// Accept nothing new from these listeners, let existing connections and flows finish, and close the
     /// listeners. The sender is notified once nothing new is accepted.
     Release(Vec<Arc<WatchedListener>>, oneshot::Sender<()>),
+    /// Close these listeners at once, even if clients wait there. The sender gets the flows that continue, once
+    /// the listeners are closed.
+    Close(Vec<Arc<WatchedListener>>, Fate, oneshot::Sender<LiveFlows>),
     /// Close all listeners, because another process serves them and the paused flows.
     Leave,
     /// A command about all flows; a task without flows ignores it.
     Flows(FlowCommand),
+}
+
+/// What becomes of the connections and flows of a listener that is closed at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Fate {
+    /// They are reset.
+    Reset,
+    /// Connections continue. Flows are returned, for [`FlowCommand::Adopt`].
+    Continue,
 }
 
 /// A command to the UDP task about its flows.
@@ -152,6 +164,13 @@ impl ListenerTask {
         let (done, is_done) = oneshot::channel();
         self.tell(Command::Release(ports, done));
         is_done
+    }
+
+    /// Closes listeners at once. The receiver gets the flows that continue, once they are closed.
+    pub(crate) fn close(&self, ports: Vec<Arc<WatchedListener>>, fate: Fate) -> oneshot::Receiver<LiveFlows> {
+        let (closed, is_closed) = oneshot::channel();
+        self.tell(Command::Close(ports, fate, closed));
+        is_closed
     }
 
     /// Closes all listeners and drops the paused flows.

@@ -19,6 +19,7 @@ use rproxy_mapping::limits::OnLimit;
 use rproxy_sys::socket::{self, set_traffic_class};
 use rustix::net::connect_unspec;
 use socket2::{SockRef, Socket};
+use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, error, warn};
 
@@ -29,7 +30,7 @@ use crate::log::limit::LogLimit;
 use crate::runtime::descriptors::explain;
 use crate::runtime::poll::{EventSource, LISTENER, WatchedListener};
 use crate::runtime::worker::{WorkerSlot, Workers};
-use crate::state::task::{Command, Commands};
+use crate::state::task::{Command, Commands, Fate, LiveFlows};
 use crate::state::{Binding, Capacity, ConnectionGuard, MappingPolicy};
 use crate::tcp::backoff::Backoff;
 
@@ -143,6 +144,7 @@ impl Acceptor {
                 // The sender may not be waiting.
                 done.send(()).ok();
             }
+            Command::Close(ports, fate, closed) => self.close(ports, fate, closed),
             // Pending connections belong to the other process now.
             Command::Leave => self.listeners.clear(),
             Command::Flows(_) => {}
@@ -168,6 +170,35 @@ impl Acceptor {
             let policy = policy.clone();
             runtime.spawn(async move { connections::cut_denied(&policy) });
         }
+    }
+
+    /// Closes some listeners. Pending connections share the fate of the accepted ones, of which those that are reset
+    /// are closed when `closed` is notified.
+    fn close(&mut self, ports: Vec<Arc<WatchedListener>>, fate: Fate, closed: oneshot::Sender<LiveFlows>) {
+        let mut resets = Vec::new();
+        match fate {
+            Fate::Continue => self.release(&ports),
+            Fate::Reset => {
+                for port in &ports {
+                    let listener = self.listeners.get_mut(port.number()).and_then(Option::take);
+                    let Some(Binding { target, .. }) = listener else { continue };
+                    for runtime in self.workers.runtimes() {
+                        let state = target.policy.state.clone();
+                        resets.push(runtime.spawn(async move { connections::cut_all(&state).await }));
+                    }
+                }
+                self.full.retain(|number| self.listeners.get(*number).is_some_and(Option::is_some));
+            }
+        }
+        drop(ports);
+        tokio::spawn(async move {
+            for reset in resets {
+                // A panic has been reported where it happened.
+                drop(reset.await);
+            }
+            // The sender may not be waiting.
+            closed.send(LiveFlows::default()).ok();
+        });
     }
 
     /// Accepts what is pending on some listeners, within their limits, and removes the listeners.

@@ -6,7 +6,7 @@ use std::cell::RefCell;
 use std::net::IpAddr;
 use std::sync::Arc;
 
-use tokio::task::AbortHandle;
+use tokio::task::JoinHandle;
 use tracing::info;
 
 use crate::state::stats::FailureKind;
@@ -27,7 +27,7 @@ struct Connection {
     client: IpAddr,
     /// Its mapping, identified by the address of the state, which the connection keeps alive.
     mapping: *const MappingState,
-    task: AbortHandle,
+    task: JoinHandle<()>,
 }
 
 /// Runs the future that `task` returns for a connection of a mapping, on this worker. It owns the entry; wrapping it
@@ -46,29 +46,39 @@ where
         })
     });
     let task = tokio::spawn(task(Entry(slot)));
-    let connection = Connection { client, mapping: Arc::as_ptr(mapping), task: task.abort_handle() };
+    let connection = Connection { client, mapping: Arc::as_ptr(mapping), task };
     SERVED.with_borrow_mut(|served| served.slots[slot as usize] = Some(connection));
 }
 
 /// Resets the connections of this worker whose clients `policy` denies.
 pub(super) fn cut_denied(policy: &MappingPolicy) {
     let access = &policy.limits.access;
-    let mapping = Arc::as_ptr(&policy.state);
-    let is_denied =
-        |connection: &&Connection| connection.mapping == mapping && !access.admits(connection.client);
-    let denied: Vec<AbortHandle> = SERVED.with_borrow(|served| {
-        let connections = served.slots.iter().flatten();
-        connections.filter(is_denied).map(|connection| connection.task.clone()).collect()
+    let denied = cut(&policy.state, |client| !access.admits(client)).len();
+    if denied > 0 {
+        info!(connections = denied, "resetting connections of clients that are denied now");
+        (0..denied).for_each(|_| policy.state.stats.count(FailureKind::Denied));
+    }
+}
+
+/// Resets all connections of a mapping on this worker. Their sockets are closed when this returns.
+pub(super) async fn cut_all(mapping: &Arc<MappingState>) {
+    for task in cut(mapping, |_client| true) {
+        // It has been cancelled, or had finished before.
+        drop(task.await);
+    }
+}
+
+/// Resets the connections of a mapping on this worker whose clients are `chosen`, and returns their tasks.
+fn cut(mapping: &Arc<MappingState>, chosen: impl Fn(IpAddr) -> bool) -> Vec<JoinHandle<()>> {
+    let mapping = Arc::as_ptr(mapping);
+    let tasks: Vec<_> = SERVED.with_borrow_mut(|served| {
+        let is_chosen =
+            |connection: &mut Connection| connection.mapping == mapping && chosen(connection.client);
+        served.slots.iter_mut().filter_map(|slot| slot.take_if(is_chosen)).map(|it| it.task).collect()
     });
-    if denied.is_empty() {
-        return;
-    }
-    info!(connections = denied.len(), "resetting connections of clients that are denied now");
-    for task in denied {
-        policy.state.stats.count(FailureKind::Denied);
-        // This closes its sockets, which resets an unfinished connection.
-        task.abort();
-    }
+    // This closes their sockets, which resets unfinished connections.
+    tasks.iter().for_each(JoinHandle::abort);
+    tasks
 }
 
 /// The slot of a connection in its worker's list, emptied when dropped.

@@ -43,6 +43,9 @@ pub(super) struct Unneeded {
     pub(super) blocked: Vec<FlowId>,
 }
 
+/// A client socket to be closed, and since when.
+pub(super) type Retired = (Instant, ClientSocket);
+
 /// The flows with client sockets.
 #[derive(Debug)]
 pub(super) struct ClientSockets {
@@ -52,8 +55,8 @@ pub(super) struct ClientSockets {
     clock: VecDeque<FlowId>,
     /// The time of the next periodic check, if there are any.
     next_look: Option<Instant>,
-    /// Sockets to be drained and closed, and since when, oldest first.
-    pub(super) retired: VecDeque<(Instant, ClientSocket)>,
+    /// Sockets to be drained and closed, oldest first.
+    pub(super) retired: VecDeque<Retired>,
 }
 
 impl ClientSockets {

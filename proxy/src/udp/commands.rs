@@ -5,13 +5,15 @@ use std::io;
 use std::os::fd::AsFd;
 use std::time::Instant;
 
+use nix::sys::epoll::EpollFlags;
 use tracing::error;
 
 use super::flows::mapping_of;
 use super::relay::{QUIET, UdpRelay};
 use super::table::FlowId;
+use super::turn::Turn;
 use crate::state::Binding;
-use crate::state::task::{Command, FlowCommand};
+use crate::state::task::{Command, Fate, FlowCommand, LiveFlows};
 
 impl UdpRelay {
     /// Handles a command.
@@ -25,6 +27,13 @@ impl UdpRelay {
                 self.close_listeners(now);
                 // The requester may not wait for the result.
                 done.send(()).ok();
+            }
+            Command::Close(ports, fate, closed) => {
+                let numbers: HashSet<usize> = ports.iter().map(|port| port.number()).collect();
+                let flows = self.close_at_once(&numbers, fate);
+                // The sockets are closed before the requester is notified, which may not wait.
+                drop(ports);
+                closed.send(flows).ok();
             }
             Command::Leave => self.leave(),
             Command::Flows(FlowCommand::Pause(tell)) => drop(tell.send(self.pause())),
@@ -83,6 +92,33 @@ impl UdpRelay {
             self.listeners.close(&quiet, now);
             self.capacity.asked = self.listeners.most_asked();
         }
+    }
+
+    /// Closes listeners, and all sockets that are bound to their ports. Returns their flows if they continue.
+    fn close_at_once(&mut self, listeners: &HashSet<usize>, fate: Fate) -> LiveFlows {
+        if fate == Fate::Continue {
+            listeners.iter().for_each(|number| self.receive_rest(*number));
+        }
+        self.close_client_sockets_of(listeners);
+        let live = match fate {
+            Fate::Continue => self.take_flows(listeners),
+            Fate::Reset => {
+                self.end_flows(|_listeners, key| listeners.contains(&(key.listener as usize)));
+                LiveFlows::default()
+            }
+        };
+        listeners.iter().for_each(|number| self.listeners.close_one(*number));
+        self.capacity.asked = self.listeners.most_asked();
+        live
+    }
+
+    /// Forwards what clients have sent to a listener, which would be lost when it is closed.
+    fn receive_rest(&mut self, listener: usize) {
+        self.turn = Turn::default();
+        let mut batch = self.buffers.take();
+        self.serve_listener(listener, EpollFlags::EPOLLIN, &mut batch);
+        self.send_answers(&mut batch);
+        self.buffers.put_back(batch, self.turn.taken());
     }
 
     /// Closes a listener that another process which shares it has shut down. This cannot be undone, and epoll would

@@ -16,7 +16,7 @@ use tracing::debug;
 
 use super::batch::Batch;
 use super::client_socket::ClientSocket;
-use super::client_sockets::{Full, GRACE, Unneeded};
+use super::client_sockets::{Full, GRACE, Retired, Unneeded};
 use super::flow::Blocked;
 use super::key::FlowKey;
 use super::relay::UdpRelay;
@@ -210,7 +210,7 @@ impl UdpRelay {
     }
 
     /// Takes away the client socket of a flow, which continues with the listener.
-    pub(super) fn take_client_socket(&mut self, id: FlowId) {
+    fn take_client_socket(&mut self, id: FlowId) {
         let Some((_key, flow)) = self.table.get_mut(id) else { return };
         let Some(socket) = flow.client_socket.take() else { return };
         flow.has_queued |= !socket.queue.is_empty();
@@ -297,16 +297,31 @@ impl UdpRelay {
     /// at `now`, or all if that is `None`.
     pub(super) fn close_retired(&mut self, now: Option<Instant>) {
         let is_due = |since: Instant| now.is_none_or(|now| now.saturating_duration_since(since) >= GRACE);
-        if !self.client_sockets.retired.front().is_some_and(|(since, _socket)| is_due(*since)) {
+        // They are in the order of their retirement.
+        let retired = &mut self.client_sockets.retired;
+        let due = retired.partition_point(|(since, _socket)| is_due(*since));
+        let due = retired.drain(..due).collect();
+        self.close_client_sockets(due);
+    }
+
+    /// Retires and closes the client sockets of some listeners, which are bound to the listeners' ports.
+    pub(super) fn close_client_sockets_of(&mut self, listeners: &HashSet<usize>) {
+        self.flows_of(listeners).into_iter().for_each(|id| self.take_client_socket(id));
+        let retired = std::mem::take(&mut self.client_sockets.retired);
+        let is_theirs = |(_since, socket): &Retired| listeners.contains(&(socket.key.listener as usize));
+        let (theirs, others) = retired.into_iter().partition::<Vec<_>, _>(is_theirs);
+        self.client_sockets.retired = others.into();
+        self.close_client_sockets(theirs);
+    }
+
+    /// Forwards the datagrams that retired client sockets have received, and closes them.
+    fn close_client_sockets(&mut self, sockets: Vec<Retired>) {
+        if sockets.is_empty() {
             return;
         }
         self.turn = Turn::default();
         let mut batch = self.buffers.take();
-        while self.client_sockets.retired.front().is_some_and(|(since, _socket)| is_due(*since))
-            && let Some((_since, socket)) = self.client_sockets.retired.pop_front()
-        {
-            self.close_client_socket(&socket, &mut batch);
-        }
+        sockets.iter().for_each(|(_since, socket)| self.close_client_socket(socket, &mut batch));
         self.buffers.put_back(batch, self.turn.taken());
     }
 

@@ -25,17 +25,7 @@ impl UdpRelay {
     pub(super) fn pause(&mut self) -> LiveFlows {
         self.retire_all();
         self.pause_listeners(true);
-        let flows = self.paused_flows().into_iter().filter_map(|id| {
-            let is_established = self.table.is_established(id);
-            let (key, flow) = self.table.get_mut(id)?;
-            // It is treated as waiting for its listener; resuming starts it again.
-            flow.is_waiting = true;
-            interest(self.poll.epoll(), flow.as_fd(), Token::Flow(id), flow.wanted());
-            let FlowKey { listener, client, local } = *key;
-            let (listener, peer, dropped) = (listener as usize, flow.peer, flow.dropped);
-            Some(LiveFlow { listener, client, local, is_established, peer, dropped, socket: flow.socket() })
-        });
-        let flows = flows.collect();
+        let flows = self.paused_flows().into_iter().filter_map(|id| self.pause_flow(id)).collect();
         let listeners = self.listeners.iter_served();
         let dropped = listeners.map(|(number, listener)| (number, listener.dropped));
         let dropped = dropped.filter(|(_number, dropped)| *dropped != 0).collect();
@@ -54,11 +44,7 @@ impl UdpRelay {
 
     /// Resumes the paused listeners and flows.
     pub(super) fn leave(&mut self) {
-        for id in self.paused_flows() {
-            let Some(mut ended) = self.table.remove(id) else { continue };
-            ended.flow.is_shared = true;
-            self.end(ended);
-        }
+        self.paused_flows().into_iter().for_each(|id| self.let_go(id));
         // Released listeners hold ports that the other process may need.
         self.end_flows(|_listeners, _key| true);
         self.listeners.close_all(Instant::now());
@@ -122,6 +108,33 @@ impl UdpRelay {
         Ok(())
     }
 
+    /// Leaves the replies of a flow in the kernel, and returns it for another listener or process.
+    fn pause_flow(&mut self, id: FlowId) -> Option<LiveFlow> {
+        let is_established = self.table.is_established(id);
+        let (key, flow) = self.table.get_mut(id)?;
+        // It is treated as waiting for its listener; resuming starts it again.
+        flow.is_waiting = true;
+        interest(self.poll.epoll(), flow.as_fd(), Token::Flow(id), flow.wanted());
+        let FlowKey { listener, client, local } = *key;
+        let (listener, peer, dropped) = (listener as usize, flow.peer, flow.dropped);
+        Some(LiveFlow { listener, client, local, is_established, peer, dropped, socket: flow.socket() })
+    }
+
+    /// Removes a flow whose socket stays open elsewhere.
+    fn let_go(&mut self, id: FlowId) {
+        let Some(mut ended) = self.table.remove(id) else { return };
+        ended.flow.is_shared = true;
+        self.end(ended);
+    }
+
+    /// Removes the flows of some listeners, and returns them to be [adopted](Self::adopt) by others.
+    pub(super) fn take_flows(&mut self, listeners: &HashSet<usize>) -> LiveFlows {
+        let ids = self.flows_of(listeners);
+        let flows = ids.iter().filter_map(|id| self.pause_flow(*id)).collect();
+        ids.into_iter().for_each(|id| self.let_go(id));
+        LiveFlows { flows, ..LiveFlows::default() }
+    }
+
     fn pause_listeners(&mut self, is_paused: bool) {
         let epoll = self.poll.epoll();
         for (number, listener) in self.listeners.iter_served() {
@@ -138,7 +151,12 @@ impl UdpRelay {
         let served = self.listeners.iter_served();
         let paused = served.filter(|(_number, listener)| listener.is_paused);
         let paused: HashSet<usize> = paused.map(|(number, _listener)| number).collect();
-        let flows = self.table.iter().filter(|(_id, key, _at)| paused.contains(&(key.listener as usize)));
+        self.flows_of(&paused)
+    }
+
+    /// The flows of some listeners.
+    pub(super) fn flows_of(&self, listeners: &HashSet<usize>) -> Vec<FlowId> {
+        let flows = self.table.iter().filter(|(_id, key, _at)| listeners.contains(&(key.listener as usize)));
         flows.map(|(id, _key, _at)| id).collect()
     }
 }

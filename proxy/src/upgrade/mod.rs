@@ -36,10 +36,10 @@ pub use self::new::{OldProcess, Sockets, claim, take_over};
 pub use self::old::Upgrade;
 use crate::state::task::PortTurn;
 use rproxy_mapping::escape::escaped;
-use rproxy_mapping::wire::WireMapping;
+use rproxy_mapping::wire::{WireLimits, WireMapping};
 
 /// The version of the protocol. A process refuses any other version.
-const VERSION: u32 = 2;
+const VERSION: u32 = 3;
 
 /// The first value, in every version.
 #[derive(Debug, Serialize, Deserialize)]
@@ -47,13 +47,36 @@ struct Hello {
     version: u32,
 }
 
-/// What the old process has. The descriptors follow in the same order: the control socket, then the sockets
-/// of each mapping, TCP first, each in port order.
+/// What the old process has. The descriptors follow in the same order: the control socket, the socket where shims
+/// connect, then the sockets of each mapping, TCP first, each in port order, then the connections of the shims that
+/// have attached a port, in the order of the mappings, then those of the others.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Offer {
     control: bool,
-    mappings: Vec<WireMapping>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    attach: Option<OfferedAttach>,
+    mappings: Vec<OfferedMapping>,
+}
+
+/// How ports are attached.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OfferedAttach {
+    name: String,
+    limits: WireLimits,
+    /// The processes of the shims without a port.
+    waiting: Vec<u32>,
+}
+
+/// A mapping, or an attached port.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct OfferedMapping {
+    mapping: WireMapping,
+    /// The process that has attached the port. The mapping has no name then.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    process: Option<u32>,
 }
 
 /// Some UDP flows, whose descriptors follow. An empty list ends the transfer; it has the position in the

@@ -10,17 +10,20 @@ use nix::fcntl::{F_GETFL, OFlag, fcntl};
 use rproxy_mapping::addr::ScopedIp;
 use rproxy_mapping::interfaces::NoInterfaces;
 use rproxy_mapping::name::Name;
+use rproxy_mapping::wire::FieldErrors;
 use rproxy_mapping::{Mapping, PortMapping};
 use socket2::{Domain, SockRef, Type};
 use tokio::time::timeout;
 
 use super::channel::Channel;
 use super::launcher::claim_channel;
-use super::{Flows, Hello, Offer, OfferedFlow, UpgradeError, VERSION, Word};
+use super::{Flows, Hello, Offer, OfferedAttach, OfferedFlow, OfferedMapping, UpgradeError, VERSION, Word};
 use crate::bind::listen::Listener;
 use crate::bind::{Bound, BoundPort};
 use crate::control::socket::ControlSocket;
 use crate::engine::Server;
+use crate::plane::attachments::{Attachments, Shim};
+use crate::plane::{AttachOptions, socket};
 use crate::state::task::{LiveFlow, LiveFlows};
 
 /// How long the old process may take for its next step. It does not wait longer for this one either.
@@ -39,6 +42,8 @@ pub struct Sockets {
     pub bound: Vec<Bound>,
     /// The control socket.
     pub control: Option<ControlSocket>,
+    /// The shims that have connected, if ports can be attached.
+    pub attach: Option<Attachments>,
     /// The old process, which also has these sockets.
     pub old: OldProcess,
 }
@@ -71,29 +76,77 @@ pub async fn take_over(
         let reason = format!("it uses version {version} of the handover, and this program version {VERSION}");
         return Err(UpgradeError::Offer(reason));
     }
-    let Offer { control: has_control, mappings } = in_time(channel.receive()).await?;
-    let read = mappings.iter().map(|mapping| mapping.read(&NoInterfaces, ScopedIp::ANY).map_err(refuse));
-    let mappings: Vec<Mapping> = read.collect::<Result<_, _>>()?;
+    let Offer { control: has_control, attach, mappings } = in_time(channel.receive()).await?;
+    let mappings: Vec<Offered> = mappings.iter().map(Offered::read).collect::<Result<_, _>>()?;
     if let Some(fixed) = fixed {
-        refuse_others(&mappings, fixed)?;
+        let requested = mappings.iter().filter(|offered| offered.process.is_none());
+        refuse_others(&requested.map(|offered| offered.mapping.clone()).collect::<Vec<_>>(), fixed)?;
     }
-    let names = distinct_names(&mappings)?;
+    let names = distinct_names(mappings.iter().map(|offered| &offered.mapping))?;
     if has_control != control.is_some() {
         return Err(refuse("only one of the processes has a control socket"));
     }
-    let count = usize::from(has_control) + mappings.iter().map(Mapping::sockets).sum::<usize>();
+    let shims = mappings.iter().filter(|offered| offered.process.is_some()).count();
+    let waiting = attach.as_ref().map_or(0, |attach| attach.waiting.len());
+    let count = mappings.iter().map(|offered| offered.mapping.sockets()).sum::<usize>();
+    let count = usize::from(has_control) + usize::from(attach.is_some()) + count + shims + waiting;
     let mut sockets = in_time(channel.receive_descriptors(count)).await?.into_iter();
+    let mut next = || sockets.next().ok_or_else(|| refuse("it sent too few sockets"));
     let control = match control {
-        Some(path) => {
-            let socket = sockets.next().ok_or_else(|| refuse("it sent too few sockets"))?;
-            Some(ControlSocket::adopt(socket, path).map_err(refuse)?)
-        }
+        Some(path) => Some(ControlSocket::adopt(next()?, path).map_err(refuse)?),
+        None => None,
+    };
+    let attach = match attach {
+        Some(attach) => Some((next()?, attach)),
+        None if shims > 0 => return Err(refuse("ports were attached to it, and it has no socket for that")),
         None => None,
     };
     let bound: Vec<Bound> =
-        mappings.into_iter().map(|mapping| adopt(mapping, &mut sockets)).collect::<Result<_, _>>()?;
+        mappings.into_iter().map(|offered| offered.adopt(&mut sockets)).collect::<Result<_, _>>()?;
     Bound::refuse_loops(&bound).map_err(refuse)?;
-    Ok(Sockets { bound, control, old: OldProcess { channel, names } })
+    let attach =
+        attach.map(|(listener, attach)| attachments(listener, attach, &bound, sockets)).transpose()?;
+    Ok(Sockets { bound, control, attach, old: OldProcess { channel, names } })
+}
+
+/// A mapping of the old process, or a port that is attached to it.
+struct Offered {
+    mapping: Mapping,
+    process: Option<u32>,
+}
+
+impl Offered {
+    fn read(OfferedMapping { mapping, process }: &OfferedMapping) -> Result<Self, UpgradeError> {
+        let mapping = mapping.read(&NoInterfaces, ScopedIp::ANY).map_err(refuse)?;
+        let process = *process;
+        let port = process.and_then(|_process| mapping.port_mappings().next());
+        let mapping = match port {
+            Some(port) => mapping.named(Name::attached(port.protocol, port.host)),
+            None => mapping,
+        };
+        Ok(Self { mapping, process })
+    }
+
+    fn adopt(self, sockets: impl Iterator<Item = OwnedFd>) -> Result<Bound, UpgradeError> {
+        Ok(Bound { process: self.process, ..adopt(self.mapping, sockets)? })
+    }
+}
+
+/// What shims have attached to the old process, whose `connections` are in the order of the offer.
+fn attachments(
+    listener: OwnedFd,
+    OfferedAttach { name, limits, waiting }: OfferedAttach,
+    bound: &[Bound],
+    connections: impl Iterator<Item = OwnedFd>,
+) -> Result<Attachments, UpgradeError> {
+    let listener = socket::adopt(listener, &name).map_err(refuse)?;
+    let mut wrong = FieldErrors::default();
+    let limits = limits.read(&mut wrong).ok_or_else(|| refuse(wrong))?;
+    let attached = bound.iter().filter_map(|bound| Some((bound.process?, Some(bound.mapping.name()))));
+    let waiting = waiting.into_iter().map(|process| (process, None));
+    let shims = attached.chain(waiting).zip(connections);
+    let shims = shims.map(|((process, port), connection)| Shim { connection, process, port }).collect();
+    Ok(Attachments { options: AttachOptions { name, limits }, listener, shims })
 }
 
 fn refuse(reason: impl ToString) -> UpgradeError {
@@ -112,8 +165,8 @@ fn refuse_others(offered: &[Mapping], fixed: &[Mapping]) -> Result<(), UpgradeEr
     }
 }
 
-fn distinct_names(mappings: &[Mapping]) -> Result<Vec<Name>, UpgradeError> {
-    let names: Vec<Name> = mappings.iter().map(Mapping::name).collect();
+fn distinct_names<'a>(mappings: impl Iterator<Item = &'a Mapping>) -> Result<Vec<Name>, UpgradeError> {
+    let names: Vec<Name> = mappings.map(Mapping::name).collect();
     let mut sorted: Vec<&Name> = names.iter().collect();
     sorted.sort_unstable();
     match sorted.windows(2).find(|two| two[0] == two[1]) {
@@ -131,7 +184,7 @@ fn adopt(mapping: Mapping, sockets: impl Iterator<Item = OwnedFd>) -> Result<Bou
     };
     // The ports come first in the zip, which then takes a socket only if there is a port for it.
     let ports = mapping.port_mappings().zip(sockets).map(adopt).collect::<Result<_, UpgradeError>>()?;
-    Ok(Bound { mapping, ports })
+    Ok(Bound { mapping, ports, process: None })
 }
 
 impl OldProcess {
@@ -223,8 +276,8 @@ mod tests {
         for (offered, fixed) in [(&both[..], &both[..1]), (&both[..1], &both[..])] {
             refuse_others(offered, fixed).unwrap_err();
         }
-        distinct_names(&[web.clone(), dns]).unwrap();
-        distinct_names(&[web.clone(), web]).unwrap_err();
+        distinct_names([&web, &dns].into_iter()).unwrap();
+        distinct_names([&web, &web].into_iter()).unwrap_err();
     }
 
     #[test]

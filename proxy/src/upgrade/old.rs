@@ -7,15 +7,19 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use rproxy_mapping::wire::WireMapping;
+use rproxy_mapping::name::Name;
+use rproxy_mapping::wire::{WireLimits, WireMapping};
 use rproxy_sys::pass::MOST;
 use tokio::time::timeout;
 use tracing::{error, info, warn};
 
 use super::channel::Channel;
 use super::launcher::{Asked, Launcher};
-use super::{Flows, Hello, Offer, OfferedFlow, UpgradeError, VERSION, Word};
+use super::{Flows, Hello, Offer, OfferedAttach, OfferedFlow, OfferedMapping, UpgradeError, VERSION, Word};
 use crate::engine::Server;
+use crate::engine::registry::Served;
+use crate::plane::AttachOptions;
+use crate::plane::attachments::Plane;
 use crate::runtime::signals::Signals;
 use crate::state::task::{LiveFlow, LiveFlows};
 use crate::systemd;
@@ -79,10 +83,15 @@ impl Upgrade {
 
     /// Lets a new process take over. Returns whether it did. If not, or if this is dropped before, this
     /// process continues to serve.
-    pub(crate) async fn attempt(&mut self, server: &Server, control: Option<BorrowedFd<'_>>) -> bool {
+    pub(crate) async fn attempt(
+        &mut self,
+        server: &Server,
+        control: Option<BorrowedFd<'_>>,
+        plane: Option<&Plane>,
+    ) -> bool {
         let Self { asked, launcher } = self;
         // On the heap, because it is large and rarely needed.
-        let mut attempt = Box::pin(attempt(launcher, server, control));
+        let mut attempt = Box::pin(attempt(launcher, server, control, plane));
         loop {
             tokio::select! {
                 Ok(_signal) = asked.next() => warn!("an upgrade is under way; another one has to wait for it"),
@@ -105,6 +114,7 @@ async fn attempt(
     launcher: &mut Result<Launcher, String>,
     server: &Server,
     control: Option<BorrowedFd<'_>>,
+    plane: Option<&Plane>,
 ) -> Result<u32, UpgradeError> {
     if std::process::id() == 1 {
         return Err(UpgradeError::Init);
@@ -112,7 +122,7 @@ async fn attempt(
     let there = launcher.as_ref().map_err(|reason| UpgradeError::NoLauncher(reason.clone()))?;
     let asked = there.ask().map_err(UpgradeError::talk("ask for a new process"))?;
     let result = match NewProcess::start(asked).await {
-        Ok(new) => match new.hand_over(server, control).await {
+        Ok(new) => match new.hand_over(server, control, plane).await {
             Ok(()) => Ok(new.process),
             Err(error) => Err(new.end(error).await),
         },
@@ -142,8 +152,13 @@ impl NewProcess {
     }
 
     /// All steps up to the point where this process may stop serving.
-    async fn hand_over(&self, server: &Server, control: Option<BorrowedFd<'_>>) -> Result<(), UpgradeError> {
-        in_time(PREPARATION, "prepare itself", self.offer(server, control)).await?;
+    async fn hand_over(
+        &self,
+        server: &Server,
+        control: Option<BorrowedFd<'_>>,
+        plane: Option<&Plane>,
+    ) -> Result<(), UpgradeError> {
+        in_time(PREPARATION, "prepare itself", self.offer(server, control, plane)).await?;
         let paused = Paused(server);
         let flows = server.pause().await;
         in_time(PAUSE, "serve", self.pass_on(server, &flows)).await?;
@@ -156,11 +171,19 @@ impl NewProcess {
         Ok(())
     }
 
-    async fn offer(&self, server: &Server, control: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    async fn offer(
+        &self,
+        server: &Server,
+        control: Option<BorrowedFd<'_>>,
+        plane: Option<&Plane>,
+    ) -> io::Result<()> {
         self.channel.send(&Hello { version: VERSION }).await?;
-        let mappings = server.registry().iter().map(|(_name, served)| WireMapping::of(served.mapping()));
-        self.channel.send(&Offer { control: control.is_some(), mappings: mappings.collect() }).await?;
-        let descriptors: Vec<BorrowedFd<'_>> = control.into_iter().chain(server.sockets()).collect();
+        let mappings = server.registry().iter().map(|(_name, served)| offered_mapping(served)).collect();
+        let attach = plane.map(offered_attach);
+        self.channel.send(&Offer { control: control.is_some(), attach, mappings }).await?;
+        let shims = plane.into_iter().flat_map(|plane| shims_in_order(plane, server));
+        let sockets = control.into_iter().chain(plane.map(Plane::listener)).chain(server.sockets());
+        let descriptors: Vec<BorrowedFd<'_>> = sockets.chain(shims).collect();
         self.channel.send_descriptors(&descriptors).await?;
         self.expect(Word::Prepared).await
     }
@@ -196,6 +219,28 @@ impl NewProcess {
             _ => error,
         }
     }
+}
+
+fn offered_mapping(served: &Served) -> OfferedMapping {
+    let (mapping, process) = (WireMapping::of(served.mapping()), served.process());
+    // The name of an attached port cannot be given; it is derived from the port.
+    let name = mapping.name.filter(|_name| process.is_none());
+    OfferedMapping { mapping: WireMapping { name, ..mapping }, process }
+}
+
+fn offered_attach(plane: &Plane) -> OfferedAttach {
+    let AttachOptions { name, limits } = plane.options();
+    let waiting = plane.shims().filter(|shim| shim.port.is_none()).map(|shim| shim.process).collect();
+    OfferedAttach { name: name.clone(), limits: WireLimits::of(limits), waiting }
+}
+
+/// The connections of all shims: those with a port in the order of the registry, then the others.
+fn shims_in_order<'a>(plane: &'a Plane, server: &Server) -> Vec<BorrowedFd<'a>> {
+    let with_port = plane.shims().filter_map(|shim| Some((shim.port.as_ref()?, shim.connection.as_fd())));
+    let with_port: HashMap<&Name, BorrowedFd<'_>> = with_port.collect();
+    let attached = server.registry().attached().filter_map(|(name, _served)| with_port.get(name).copied());
+    let waiting = plane.shims().filter(|shim| shim.port.is_none()).map(|shim| shim.connection.as_fd());
+    attached.chain(waiting).collect()
 }
 
 /// Converts a flow for the offer. `numbers` maps numbers of listeners to indices of offered sockets.

@@ -4,7 +4,7 @@
 use std::io::{self, IoSlice, IoSliceMut};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, sendmsg};
+use nix::sys::socket::{ControlMessage, ControlMessageOwned, MsgFlags, recvmsg, send, sendmsg};
 
 /// The maximum number of descriptors per message (`SCM_MAX_FD` in include/net/scm.h).
 pub const MOST: usize = 253;
@@ -28,10 +28,37 @@ pub fn send_descriptors(socket: BorrowedFd<'_>, descriptors: &[BorrowedFd<'_>]) 
 /// Those of recvmsg(2); `EOF` if the other side is gone; `InvalidData` if not all descriptors could be
 /// received, mostly because too many are open.
 pub fn receive_descriptors(socket: BorrowedFd<'_>) -> io::Result<Vec<OwnedFd>> {
-    let mut byte = [0];
-    let mut data = [IoSliceMut::new(&mut byte)];
+    let received = receive(socket, &mut [0])?;
+    if received.length == 0 {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    if received.is_incomplete {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "some descriptors could not be received"));
+    }
+    Ok(received.descriptors)
+}
+
+/// What one call has received.
+#[derive(Debug)]
+pub struct Received {
+    /// The length in bytes. A packet that was longer than the buffer has more than fit. 0 is an empty packet, or
+    /// the other side is gone.
+    pub length: usize,
+    /// The descriptors that came with it, close-on-exec.
+    pub descriptors: Vec<OwnedFd>,
+    /// Whether there were more descriptors, which could not be received, mostly because too many are open.
+    pub is_incomplete: bool,
+}
+
+/// Receives a packet of a `SOCK_SEQPACKET` socket, or some bytes of a stream, without waiting, and up to [`MOST`]
+/// descriptors.
+///
+/// # Errors
+/// Those of recvmsg(2).
+pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Received> {
+    let mut data = [IoSliceMut::new(buffer)];
     let mut space = nix::cmsg_space!([RawFd; MOST]);
-    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_TRUNC | MsgFlags::MSG_DONTWAIT;
     let message = recvmsg::<()>(socket.as_raw_fd(), &mut data, Some(&mut space), flags)?;
     let numbers = message.cmsgs().into_iter().flatten().flat_map(|control| match control {
         ControlMessageOwned::ScmRights(numbers) => numbers,
@@ -39,13 +66,17 @@ pub fn receive_descriptors(socket: BorrowedFd<'_>) -> io::Result<Vec<OwnedFd>> {
     });
     // SAFETY: the kernel has just opened these descriptors for this process, and nothing else knows them.
     let descriptors = numbers.map(|number| unsafe { OwnedFd::from_raw_fd(number) }).collect();
-    if message.bytes == 0 {
-        return Err(io::ErrorKind::UnexpectedEof.into());
-    }
-    if message.flags.contains(MsgFlags::MSG_CTRUNC) {
-        return Err(io::Error::new(io::ErrorKind::InvalidData, "some descriptors could not be received"));
-    }
-    Ok(descriptors)
+    let is_incomplete = message.flags.contains(MsgFlags::MSG_CTRUNC);
+    Ok(Received { length: message.bytes, descriptors, is_incomplete })
+}
+
+/// Sends a packet of a `SOCK_SEQPACKET` socket without waiting.
+///
+/// # Errors
+/// Those of send(2); `EAGAIN` if the other side does not read.
+pub fn send_packet(socket: BorrowedFd<'_>, packet: &[u8]) -> io::Result<()> {
+    send(socket.as_raw_fd(), packet, MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT)?;
+    Ok(())
 }
 
 #[cfg(test)]

@@ -66,11 +66,16 @@ pub(crate) fn set_int(socket: BorrowedFd<'_>, level: c_int, name: c_int, value: 
 /// # Errors
 /// Those of getsockopt(2), including `ENOTCONN`.
 pub fn ipv6_mtu(socket: BorrowedFd<'_>) -> io::Result<u32> {
-    let (mut mtu, mut len): (c_int, _) = (0, INT_SIZE);
-    let (fd, pointer) = (socket.as_raw_fd(), (&raw mut mtu).cast());
+    Ok(get_int(socket, libc::IPPROTO_IPV6, libc::IPV6_MTU)?.unsigned_abs())
+}
+
+/// Reads an option that is an int.
+pub(crate) fn get_int(socket: BorrowedFd<'_>, level: c_int, name: c_int) -> io::Result<c_int> {
+    let (mut value, mut len): (c_int, _) = (0, INT_SIZE);
+    let (fd, pointer) = (socket.as_raw_fd(), (&raw mut value).cast());
     // SAFETY: the pointer leads to an int, whose size is passed along.
-    check(unsafe { libc::getsockopt(fd, libc::SOL_IPV6, libc::IPV6_MTU, pointer, &raw mut len) })?;
-    Ok(mtu.unsigned_abs())
+    check(unsafe { libc::getsockopt(fd, level, name, pointer, &raw mut len) })?;
+    Ok(value)
 }
 
 /// The number of bytes written to a TCP socket that the peer has not acknowledged yet (`SIOCOUTQ`, tcp(7)).

@@ -310,15 +310,18 @@ pub fn report_class_and_drops(socket: BorrowedFd<'_>, ipv6: bool) -> io::Result<
 }
 
 /// Disables the error queue (`IP_RECVERR`, ip(7)), which would have to be read: until then, the socket is
-/// reported to have failed.
+/// reported to have failed. A socket without it is left alone, so that a confined process may not change it.
 ///
 /// # Errors
-/// Those of setsockopt(2).
+/// Those of getsockopt(2) and setsockopt(2).
 pub fn queue_no_errors(socket: BorrowedFd<'_>, ipv6: bool) -> io::Result<()> {
-    if ipv6 {
-        crate::socket::set_int(socket, libc::IPPROTO_IPV6, libc::IPV6_RECVERR, 0)?;
+    let v6 = ipv6.then_some((libc::IPPROTO_IPV6, libc::IPV6_RECVERR));
+    for (level, name) in v6.into_iter().chain([(libc::IPPROTO_IP, libc::IP_RECVERR)]) {
+        if crate::socket::get_int(socket, level, name)? != 0 {
+            crate::socket::set_int(socket, level, name, 0)?;
+        }
     }
-    crate::socket::set_int(socket, libc::IPPROTO_IP, libc::IP_RECVERR, 0)
+    Ok(())
 }
 
 /// Lets the kernel return coalesced datagrams as one GSO batch (`UDP_GRO`, udp(7)).

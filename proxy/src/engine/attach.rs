@@ -1,0 +1,190 @@
+//! Ports that other processes bind and attach: one for each port that a container runtime publishes.
+//!
+//! Such a process passes its listening socket, and keeps it. When it no longer wants the port to be served, the
+//! listener is closed at once here, because the other process cannot end before the port is free. What becomes
+//! of connections and flows depends on the reason.
+
+use std::collections::HashMap;
+use std::io;
+use std::time::Duration;
+
+use rproxy_mapping::addr::{Protocols, ScopedIp};
+use rproxy_mapping::limits::Limits;
+use rproxy_mapping::name::Name;
+use rproxy_mapping::ports::{PortError, PortRange};
+use rproxy_mapping::{Mapping, MappingError, PortMapping};
+use tokio::time::Instant;
+use tracing::info;
+
+use crate::bind::BoundPort;
+use crate::engine::Server;
+use crate::engine::change::{BindKey, ChangeError};
+use crate::engine::plan::Plan;
+use crate::engine::registry::Served;
+use crate::loops::whereabouts::Whereabouts;
+use crate::loops::{Hop, LoopError, refuse_loops};
+use crate::state::task::{Fate, FlowCommand, LiveFlows};
+
+/// How long flows whose runtime has ended wait for their port to be attached again. A runtime that restarts
+/// publishes the ports of its running containers again within that time.
+const PARKED_FOR: Duration = Duration::from_secs(10);
+
+/// What becomes of the connections and flows of a port that is no longer attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Detached {
+    /// Its container is gone: they are reset.
+    Unpublished,
+    /// The runtime has ended, but perhaps not the container: connections continue, and so do flows if the port
+    /// is attached again in time.
+    Orphaned,
+}
+
+/// Why a port is not attached.
+#[derive(Debug, thiserror::Error)]
+pub enum AttachError {
+    /// It is served.
+    #[error("{name} is served already; process {process} has attached it")]
+    Taken {
+        /// The name of the port.
+        name: Name,
+        /// The process that has attached it.
+        process: u32,
+    },
+    /// It would lead back to itself.
+    #[error(transparent)]
+    Loop(#[from] LoopError),
+    /// The socket has no port.
+    #[error(transparent)]
+    Port(#[from] PortError),
+    /// The backend's address is not that of one machine.
+    #[error(transparent)]
+    Mapping(#[from] MappingError),
+    /// The kernel refused to watch the socket.
+    #[error("cannot watch the listener: {0}")]
+    Watch(#[source] io::Error),
+}
+
+impl Server {
+    /// Serves a port that the process `process` has bound, and returns its name.
+    ///
+    /// # Errors
+    /// [`AttachError`]; nothing has changed then.
+    pub fn attach(&mut self, port: BoundPort, process: u32, limits: Limits) -> Result<Name, AttachError> {
+        let port_mapping = port.port_mapping;
+        let mapping = mapping_of(&port_mapping, limits)?;
+        let name = mapping.name();
+        if let Some(Served { process: Some(process), .. }) = self.registry.get(&name) {
+            return Err(AttachError::Taken { name, process: *process });
+        }
+        self.refuse_loop(&mapping)?;
+        let policy = self.new_policy(mapping.limits().clone());
+        let binding = self.assign(port, &policy).map_err(AttachError::Watch)?;
+        let number = binding.port.number();
+        let served = Served { mapping, policy, ports: vec![binding.clone()], process: Some(process) };
+        served.announce(&name);
+        self.registry.put(name.clone(), served);
+        self.watch(vec![binding]);
+        if let Some(flows) = self.parked.take(&port_mapping, number)
+            && let Some(udp) = &self.tasks.udp
+        {
+            udp.flows(FlowCommand::Adopt(flows));
+        }
+        Ok(name)
+    }
+
+    fn refuse_loop(&self, mapping: &Mapping) -> Result<(), LoopError> {
+        let new: Vec<Hop<'_>> = Hop::of(0, mapping).collect();
+        let served = self.registry.iter().flat_map(|(_name, served)| Hop::of(0, &served.mapping));
+        refuse_loops(&new, served, &mut Whereabouts::default())
+    }
+
+    /// Closes an attached port. Its socket is closed in this process when this returns.
+    pub async fn detach(&mut self, name: &Name, reason: Detached) {
+        let Some(served) = self.registry.get(name).filter(|served| served.process.is_some()) else { return };
+        let targets = served.ports.iter().map(|binding| binding.target.port_mapping);
+        let targets: Vec<PortMapping> = targets.collect();
+        info!(%name, "no longer serving");
+        let ports = self.registry.take(name).unwrap_or_default();
+        let fate = match reason {
+            Detached::Unpublished => Fate::Reset,
+            Detached::Orphaned => Fate::Continue,
+        };
+        for (port, target) in ports.into_iter().zip(targets) {
+            let flows = self.close(target.protocol, port, fate).await;
+            self.parked.put(target, flows);
+        }
+    }
+
+    /// Changes the limits of all attached ports.
+    ///
+    /// # Errors
+    /// [`ChangeError`]
+    pub async fn limit_attached(&mut self, limits: &Limits) -> Result<(), ChangeError> {
+        let attached = self.registry.attached().filter(|(_name, served)| served.mapping.limits() != limits);
+        let limited =
+            |(name, served): (&Name, &Served)| (name.clone(), served.mapping.clone().limited(limits.clone()));
+        let change: Vec<(Name, Mapping)> = attached.map(limited).collect();
+        if !change.is_empty() {
+            self.execute(Plan { change, ..Plan::default() }).await?;
+        }
+        Ok(())
+    }
+
+    /// Until when flows wait for their port at most.
+    pub fn parked_until(&self) -> Option<Instant> {
+        self.parked.0.values().map(|parked| parked.until).min()
+    }
+
+    /// Ends the flows that have waited long enough for their port.
+    pub fn end_parked(&mut self) {
+        let now = Instant::now();
+        self.parked.0.retain(|_port, parked| parked.until > now);
+    }
+
+    /// Closes all attached ports, because this process ends. Connections continue; the datagrams of clients wait for
+    /// the next process that serves the port.
+    pub async fn release_attached(&mut self) {
+        let names: Vec<Name> = self.registry.attached().map(|(name, _served)| name.clone()).collect();
+        for name in names {
+            self.detach(&name, Detached::Orphaned).await;
+        }
+    }
+}
+
+/// The mapping of an attached port.
+fn mapping_of(port_mapping: &PortMapping, limits: Limits) -> Result<Mapping, AttachError> {
+    let PortMapping { protocol, host, backend, v6only } = *port_mapping;
+    let range = |port| PortRange::single(port);
+    let (host_addr, backend) = (host.socket_addr(), backend.socket_addr());
+    let from = (ScopedIp::from(host_addr), Some(range(host_addr.port())?));
+    let mapping =
+        Mapping::new(Protocols::One(protocol), from, (ScopedIp::from(backend), range(backend.port())?))?;
+    let mapping = if v6only && mapping.host() == ScopedIp::ANY { mapping.v6only()? } else { mapping };
+    Ok(mapping.named(Name::attached(protocol, host)).limited(limits))
+}
+
+/// The flows of ports that may be attached again.
+#[derive(Debug, Default)]
+pub(crate) struct Parked(HashMap<BindKey, ParkedFlows>);
+
+#[derive(Debug)]
+struct ParkedFlows {
+    until: Instant,
+    flows: LiveFlows,
+}
+
+impl Parked {
+    fn put(&mut self, port_mapping: PortMapping, flows: LiveFlows) {
+        if !flows.flows.is_empty() {
+            let until = Instant::now() + PARKED_FOR;
+            self.0.insert(BindKey::of(&port_mapping), ParkedFlows { until, flows });
+        }
+    }
+
+    /// The flows of a port, for the listener with this number.
+    fn take(&mut self, port_mapping: &PortMapping, listener: usize) -> Option<LiveFlows> {
+        let mut flows = self.0.remove(&BindKey::of(port_mapping))?.flows;
+        flows.flows.iter_mut().for_each(|flow| flow.listener = listener);
+        Some(flows)
+    }
+}
