@@ -35,6 +35,7 @@ pub mod process;
 pub mod require;
 pub mod role;
 pub mod rproxy;
+pub mod shim;
 pub mod suite;
 pub mod systemd;
 pub mod topology;
