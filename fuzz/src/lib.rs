@@ -8,7 +8,7 @@ use std::str::FromStr;
 
 use rproxy::config;
 use rproxy::control::protocol;
-use rproxy::docker::flags::{Flags, is_docker_proxy_command};
+use rproxy::docker::flags::{self, is_docker_proxy_command};
 use rproxy_mapping::access::parse_network;
 use rproxy_mapping::addr::ScopedIp;
 use rproxy_mapping::dscp::Dscp;
@@ -115,7 +115,7 @@ pub fn docker(bytes: &[u8]) {
     let words: Vec<OsString> =
         bytes.split(|byte| *byte == 0).map(|word| OsString::from_vec(word.to_vec())).collect();
     if is_docker_proxy_command(&words) {
-        Flags::parse(&words).ok();
+        flags::parse(&words).ok();
     }
 }
 

@@ -1,20 +1,22 @@
-//! Runs the same cases against `rproxy` and, as the oracle, against the `docker-proxy` of Debian's docker.io
-//! (20.10), both started like by dockerd.
+//! Runs the same cases against `rproxy`, against `rproxy-shim` and, as the oracle, against the `docker-proxy` of Debian's
+//! docker.io (20.10), all started like by dockerd.
 
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
-use std::process::ExitStatus;
+use std::process::{self, Command, ExitStatus};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::fcntl::OFlag;
 use nix::sys::signal::Signal;
 
 use crate::client;
 use crate::docker_proxy::{DockerProxy, Status, mapping};
+use crate::process::Process;
 use crate::require::{self, Need};
-use crate::rproxy::rproxy;
+use crate::rproxy::{rproxy, rproxy_shim};
 use crate::suite::Case;
 
 /// Long enough for a program that exits when asked to.
@@ -25,6 +27,8 @@ pub const AT_ONCE: Duration = Duration::from_secs(5);
 pub enum Subject {
     /// Ours.
     Rproxy,
+    /// Our shim, where it finds nothing to attach to.
+    Shim,
     /// docker-proxy.
     Oracle,
 }
@@ -46,16 +50,20 @@ pub type Row = (&'static str, Holds, fn(Subject));
 /// The cases of a row.
 pub fn cases((name, holds, body): &'static Row) -> Vec<Case> {
     let case = |title, subject| Case::new(title, move || body(subject)).needs(&[Need::Ipv6]);
-    let ours = |title| case(title, Subject::Rproxy);
-    let oracle = |title| case(title, Subject::Oracle).needs(&[Need::Program("docker-proxy")]);
-    match holds {
-        Holds::ForBoth => vec![ours(format!("rproxy: {name}")), oracle(format!("docker-proxy: {name}"))],
-        Holds::Differently(why) => vec![
-            ours(format!("rproxy: {name} (differs: {why})")),
-            oracle(format!("docker-proxy: {name} (differs: {why})")),
-        ],
-        Holds::ForRproxy(why) => vec![ours(format!("rproxy: {name} (alone: {why})"))],
+    let (title, has_oracle) = match holds {
+        Holds::ForBoth => (name.to_string(), true),
+        Holds::Differently(why) => (format!("{name} (differs: {why})"), true),
+        Holds::ForRproxy(why) => (format!("{name} (alone: {why})"), false),
+    };
+    let mut cases = vec![
+        case(format!("rproxy: {title}"), Subject::Rproxy),
+        case(format!("rproxy-shim: {title}"), Subject::Shim),
+    ];
+    if has_oracle {
+        let oracle = case(format!("docker-proxy: {title}"), Subject::Oracle);
+        cases.push(oracle.needs(&[Need::Program("docker-proxy")]));
     }
+    cases
 }
 
 impl Subject {
@@ -63,14 +71,30 @@ impl Subject {
     pub fn program(self) -> PathBuf {
         match self {
             Self::Rproxy => rproxy().into(),
+            Self::Shim => rproxy_shim().into(),
             Self::Oracle => require::find("docker-proxy").unwrap(),
+        }
+    }
+
+    /// Sets what the program needs in its environment: a shim looks for nothing but what a test has started.
+    pub fn prepare(self, command: &mut Command) {
+        if self == Self::Shim {
+            command.env("RPROXY_ATTACH", format!("rproxy-tests-absent-{}", process::id()));
         }
     }
 
     /// Starts it with these arguments.
     #[track_caller]
     pub fn start(self, arguments: &[String]) -> DockerProxy {
-        DockerProxy::start(&self.program(), arguments, None)
+        self.start_with(arguments, None, OFlag::empty())
+    }
+
+    #[track_caller]
+    fn start_with(self, arguments: &[String], listener: Option<OwnedFd>, pipe: OFlag) -> DockerProxy {
+        DockerProxy::start_by(&self.program(), arguments, listener, pipe, |mut command| {
+            self.prepare(&mut command);
+            Process::spawn(command)
+        })
     }
 
     /// Starts it for a mapping and waits until it serves.
@@ -87,7 +111,7 @@ impl Subject {
         // dockerd passes the address of the socket; the socket takes precedence.
         let mut arguments = mapping(protocol, client::own_address(), container);
         arguments.push("-use-listen-fd".into());
-        DockerProxy::start(&self.program(), &arguments, Some(listener.into()))
+        self.start_with(&arguments, Some(listener.into()), OFlag::empty())
     }
 
     /// Ends it with a signal, like dockerd does.
@@ -109,7 +133,7 @@ impl Subject {
     #[track_caller]
     pub fn assert_ready_is_one_write(self, protocol: &str) {
         let arguments = mapping(protocol, client::own_address(), client::own_address());
-        let mut proxy = DockerProxy::start_with_packet_pipe(&self.program(), &arguments);
+        let mut proxy = self.start_with(&arguments, None, OFlag::O_DIRECT);
         assert_eq!(proxy.read_status_packet().as_deref(), Some(&b"0\n"[..]));
         assert_eq!(proxy.read_status_packet(), None, "more than the status");
         assert!(proxy.process.is_running());
@@ -127,7 +151,7 @@ impl Subject {
     #[track_caller]
     pub fn assert_ended(self, status: ExitStatus) {
         // docker-proxy 20.10 reports readiness before it handles signals, and is then killed by them.
-        if self == Self::Rproxy || status.signal().is_none() {
+        if self != Self::Oracle || status.signal().is_none() {
             assert_eq!(status.code(), Some(0));
         }
     }

@@ -15,6 +15,12 @@ pub fn rproxy() -> &'static Path {
     PATH.get_or_init(|| release_dir().join("rproxy"))
 }
 
+/// The release build of `rproxy-shim`, which has `rproxy` beside it.
+pub fn rproxy_shim() -> &'static Path {
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    PATH.get_or_init(|| release_dir().join("rproxy-shim"))
+}
+
 /// The release build of `netns-setup`.
 pub fn netns_setup() -> &'static Path {
     static PATH: OnceLock<PathBuf> = OnceLock::new();

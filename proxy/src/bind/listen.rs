@@ -15,19 +15,8 @@ use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
 
 use crate::runtime::descriptors::explain;
 
-/// The requested length of the accept queue; the kernel limits it to `net.core.somaxconn` (listen(2)).
-pub(crate) const BACKLOG: i32 = i32::MAX;
-
-/// The receive buffer of a UDP listener, in bytes: room for a burst of all clients.
-const UDP_RECEIVE_BUFFER: usize = 8 * 1024 * 1024;
-
-/// The send buffer of a UDP listener, in bytes, as set. The kernel doubles it, and charges 2,304 bytes for a
-/// full-sized packet. The packets that fit are half of a device queue's default length (`txqueuelen`, 1,000
-/// packets). Packets that do not fit the device queue are lost without an error.
-const UDP_SEND_BUFFER: usize = 512 * 1024;
-
-/// Idle time before the first keepalive probe and between probes, as Go's net package sets them.
-const KEEPALIVE: Duration = Duration::from_secs(15);
+pub(crate) use rproxy_shim::listen::BACKLOG;
+use rproxy_shim::listen::{KEEPALIVE, UDP_RECEIVE_BUFFER, UDP_SEND_BUFFER};
 
 /// A non-blocking socket that clients of a mapping connect or send to.
 #[derive(Debug)]

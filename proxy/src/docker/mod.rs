@@ -18,7 +18,7 @@ use rproxy_sys::fd::claim_inherited;
 use tokio::runtime::Runtime;
 use tracing::{error, info, warn};
 
-pub use self::flags::{Flags, UsageError, is_docker_proxy_command};
+pub use self::flags::{UsageError, is_docker_proxy_command};
 use self::status::StatusPipe;
 use crate::bind::BoundPort;
 use crate::bind::listen::{AdoptError, BindError, Listener};
@@ -31,9 +31,10 @@ use crate::runtime::signals::StopSignals;
 use crate::runtime::{new_runtime, prepare, raise_descriptor_limit};
 use crate::sandbox::{self, Mode, Needs, SandboxError};
 use rproxy_mapping::PortMapping;
-use rproxy_mapping::addr::{AddrError, BackendAddr, HostSocketAddr, Protocol};
+use rproxy_mapping::addr::{AddrError, BackendAddr, Protocol};
 use rproxy_mapping::escape::escaped;
 use rproxy_mapping::limits::Limits;
+use rproxy_shim::flags::Flags;
 
 /// The descriptor of the listener for `-use-listen-fd`.
 const LISTENER_FD: i32 = 4;
@@ -45,12 +46,12 @@ const MEANINGLESS: [Signal; 4] = [Signal::SIGHUP, Signal::SIGUSR1, Signal::SIGUS
 /// Runs as docker-proxy until a signal ends it. `args` exclude the program's name.
 pub fn main(args: &[OsString]) -> ExitCode {
     let status = StatusPipe::claim();
-    let flags = match Flags::parse(args) {
+    let flags = match flags::parse(args) {
         Ok(flags) => flags,
         Err(usage) => {
             console::err(&usage);
             // As in Go's flag package, a request for help is not an error.
-            return if usage == UsageError::Help { ExitCode::SUCCESS } else { ExitCode::from(2) };
+            return if usage.is_help() { ExitCode::SUCCESS } else { ExitCode::from(2) };
         }
     };
     if flags.version {
@@ -104,7 +105,11 @@ struct Started {
 }
 
 /// Completes every step that has to precede readiness.
-fn start(flags: &Flags, inherited: Option<io::Result<OwnedFd>>, mode: Mode) -> Result<Started, StartError> {
+fn start(
+    flags: &Flags<'_>,
+    inherited: Option<io::Result<OwnedFd>>,
+    mode: Mode,
+) -> Result<Started, StartError> {
     let setup = |step| move |source| StartError::Setup { step, source };
     let bound = bind(flags, inherited)?;
     let needs = Needs::to_serve([&bound.port_mapping]);
@@ -133,7 +138,7 @@ fn report(written: io::Result<()>) {
 }
 
 /// Binds the host address of the flags, or adopts the passed listener.
-fn bind(flags: &Flags, inherited: Option<io::Result<OwnedFd>>) -> Result<BoundPort, StartError> {
+fn bind(flags: &Flags<'_>, inherited: Option<io::Result<OwnedFd>>) -> Result<BoundPort, StartError> {
     let port_mapping = port_mapping(flags)?;
     let bound = match inherited {
         None => BoundPort::bind(port_mapping)?,
@@ -147,8 +152,8 @@ fn bind(flags: &Flags, inherited: Option<io::Result<OwnedFd>>) -> Result<BoundPo
     Ok(bound)
 }
 
-fn port_mapping(flags: &Flags) -> Result<PortMapping, StartError> {
-    let protocol = match flags.proto.as_str() {
+fn port_mapping(flags: &Flags<'_>) -> Result<PortMapping, StartError> {
+    let protocol = match flags.proto {
         "tcp" => Protocol::Tcp,
         "udp" => Protocol::Udp,
         other => return Err(StartError::Protocol(other.to_owned())),
@@ -161,10 +166,11 @@ fn port_mapping(flags: &Flags) -> Result<PortMapping, StartError> {
     };
     let host_port = port("-host-port", flags.host_port)?;
     let container_port = port("-container-port", flags.container_port)?;
-    let backend = BackendAddr::new(flags.container_ip, container_port).map_err(StartError::Container)?;
+    let backend =
+        BackendAddr::try_from(flags.container_ip.at(container_port)).map_err(StartError::Container)?;
     let port_mapping = PortMapping {
         protocol,
-        host: HostSocketAddr::new(flags.host_ip, host_port),
+        host: flags.host_ip.at(host_port).into(),
         backend: backend.of_one().map_err(StartError::ContainerIp)?,
         // As Go's "tcp6": the runtime starts a separate proxy for IPv4.
         v6only: true,

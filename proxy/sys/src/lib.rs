@@ -1,7 +1,7 @@
 //! The system calls of `rproxy` that no safe library wraps as needed.
 //!
-//! This is the only crate of the workspace that contains `unsafe`. Its functions take borrowed descriptors
-//! and plain values, return [`std::io::Result`], and contain neither policy nor logging.
+//! Only this crate, `rproxy-sys-raw` and the start of `rproxy-shim` contain `unsafe`. Its functions take borrowed
+//! descriptors and plain values, return [`std::io::Result`], and contain neither policy nor logging.
 
 mod cmsg;
 pub mod conntrack;

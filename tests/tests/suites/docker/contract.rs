@@ -1,4 +1,4 @@
-//! The docker-proxy contract: the same cases against `rproxy` and, as the reference, against the `docker-proxy` of
+//! The docker-proxy contract: the same cases against `rproxy`, `rproxy-shim` and, as the reference, the `docker-proxy` of
 //! Debian's docker.io (20.10). A case in which the two differ says why.
 
 use std::fs::{self, File};
@@ -24,7 +24,7 @@ use testkit::require::Need;
 use testkit::suite::Case;
 
 use Holds::{Differently, ForBoth, ForRproxy};
-use Subject::{Oracle, Rproxy};
+use Subject::{Oracle, Rproxy, Shim};
 
 const NO_FD_4: &str = "docker-proxy 20.10 takes no listener";
 
@@ -243,7 +243,7 @@ fn backend_refuses(subject: Subject) {
     let (received, end) = client::end_of(host);
     assert_eq!(received, b"");
     match subject {
-        Rproxy => assert_eq!(end, End::Reset),
+        Rproxy | Shim => assert_eq!(end, End::Reset),
         Oracle => assert_eq!(end, End::Eof),
     }
 }
@@ -267,7 +267,7 @@ fn host_port_missing(subject: Subject) {
     arguments.drain(4..6);
     let message = subject.failure(&arguments);
     match subject {
-        Rproxy => assert!(message.contains("-host-port is missing"), "{message:?}"),
+        Rproxy | Shim => assert!(message.contains("-host-port is missing"), "{message:?}"),
         _ => assert_ne!(message, ""),
     }
 }
@@ -280,7 +280,7 @@ fn sctp_refused(subject: Subject) {
 fn unknown_protocol(subject: Subject) {
     let mut proxy = subject.start(&mapping("bogus", own_address(), own_address()));
     match (subject, proxy.status()) {
-        (Rproxy, Status::Failed(message)) => assert!(message.contains("bogus"), "{message:?}"),
+        (Rproxy | Shim, Status::Failed(message)) => assert!(message.contains("bogus"), "{message:?}"),
         (Oracle, Status::Other(nothing)) => assert_eq!(nothing, ""),
         (_, status) => panic!("{status:?}"),
     }
@@ -290,6 +290,7 @@ fn unknown_protocol(subject: Subject) {
 fn no_status_pipe(subject: Subject) {
     let (backend, host) = (TcpBackend::echo(), own_address());
     let mut command = Command::new(subject.program());
+    subject.prepare(&mut command);
     command.args(mapping("tcp", host, backend.address()));
     let proxy = Process::spawn(command);
     // Without the pipe, its port is the only sign that it is ready.
