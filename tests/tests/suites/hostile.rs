@@ -136,9 +136,9 @@ fn configurations() {
     let path = Path::new("rproxy.toml");
     let check = |text: &str| match config::parse(path, text) {
         // What is read can be written, and read again.
-        Ok(mappings) => {
+        Ok(config::Config { mappings, .. }) => {
             let written = config::print(&mappings, config::with_interface_name);
-            assert_eq!(config::parse(path, &written).unwrap(), mappings, "{written}");
+            assert_eq!(config::parse(path, &written).unwrap().mappings, mappings, "{written}");
         }
         Err(error) => {
             let message = error.to_string();
