@@ -15,13 +15,13 @@ pub(super) fn check(inputs: Inputs<'_>) -> Result<(), PlanError> {
         return Ok(());
     };
     for (family, saved) in saved {
-        let ours = iptables::render(inputs.owned, *family);
+        // `DOCKER-DIRECT` is created for the first mapping that needs it, when `DOCKER` already belongs to this
+        // program.
+        if iptables::render(inputs.owned, *family).chains().next().is_some() {
+            continue;
+        }
         for (table, chain) in iptables::render(inputs.desired, *family).chains() {
-            let known = ours.chains().any(|known| known == (table, chain));
-            // `DOCKER-DIRECT` is created for the first mapping that needs it, when `DOCKER` already belongs
-            // to this program.
-            let with_ours = ours.chains().next().is_some();
-            if saved.chain(table, chain).is_some() && !known && !with_ours {
+            if saved.chain(table, chain).is_some() {
                 return Err(PlanError::ChainTaken { table, chain });
             }
         }

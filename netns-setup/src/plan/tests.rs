@@ -412,3 +412,141 @@ fn a_chain_of_somebody_else_is_in_the_way() {
     assert_eq!(error, PlanError::ChainTaken { table: "nat", chain: "DOCKER" });
     assert!(plan_for(&topology, &topology, &observed).is_ok(), "it is ours");
 }
+
+/// All of `topology` in place, with the files of its namespaces.
+fn in_place_with_files(topology: &Topology) -> Observed {
+    let namespace_files = topology.endpoints.keys().cloned().collect();
+    Observed { namespace_files, ..in_place(topology) }
+}
+
+#[test]
+fn what_was_set_up_is_taken_down_in_order() {
+    for (topology, file) in
+        [(testdata::story(), "story.down.plan"), (testdata::everything(), "everything.down.plan")]
+    {
+        let plan = plan_for(&topology, &Topology::default(), &in_place_with_files(&topology)).unwrap();
+        assert!(!plan.is_empty());
+        testdata::golden(file, &(commands(&plan).join("\n") + "\n"));
+    }
+}
+
+#[test]
+fn rules_of_iptables_are_set_up() {
+    let mut topology = testdata::story();
+    topology.network.as_mut().unwrap().firewall = Firewall::Iptables;
+    let saved = SavedTables::parse("*nat\n:PREROUTING ACCEPT\nCOMMIT\n");
+    let observed = Observed { rules: Rules::Iptables([(Family::V4, saved)].into()), ..bare() };
+    let plan = plan_for(&Topology::default(), &topology, &observed).unwrap();
+    let of_rules = |step: &&Step| matches!(step.action, Action::Iptables { family: Family::V4, .. });
+    let rules = plan.steps.iter().find(of_rules).unwrap();
+    assert!(rules.to_string().contains("DOCKER"), "{rules}");
+    assert!(matches!(rules.undo[..], [Action::Iptables { .. }]));
+}
+
+#[test]
+fn without_a_comparison_the_rules_change_when_the_wanted_ones_do() {
+    let (story, everything) = (testdata::story(), testdata::everything());
+    let mut observed = in_place(&story);
+    observed.rules = Rules::Nft { listing: Some("table".to_owned()), as_wanted: None };
+    let changes_rules = |desired: &Topology| {
+        let plan = plan_for(&story, desired, &observed).unwrap();
+        plan.steps.iter().any(|step| matches!(step.action, Action::Nft(_)))
+    };
+    assert!(!changes_rules(&story));
+    assert!(changes_rules(&everything));
+}
+
+#[test]
+fn the_route_of_the_own_bridge_is_not_in_the_way_but_another_one_is() {
+    let story = testdata::story();
+    let with_route_by = |oif| {
+        let mut observed = in_place(&story);
+        let destination = Some(crate::addr::Cidr { ip: [172, 17, 0, 0].into(), prefix: 16 });
+        observed.host.routes.push(Route { destination, gateway: None, oif: Some(oif) });
+        plan_for(&story, &story, &observed)
+    };
+    assert!(with_route_by(10).unwrap().is_empty());
+    assert!(matches!(with_route_by(2), Err(PlanError::Overlap { dev, .. }) if dev == "eth0"));
+}
+
+#[test]
+fn the_file_that_keeps_the_settings_is_written_when_it_differs_and_can_be_put_back() {
+    let (mut topology, path) = (testdata::story(), Path::new("/etc/sysctl.d/x.conf"));
+    topology.network.as_mut().unwrap().persist = Some(path.to_owned());
+    let text = crate::persist::text(topology.network.as_ref().unwrap());
+    let is = |text: Option<&str>| {
+        let text = text.map(str::to_owned);
+        let mut observed = in_place(&topology);
+        observed.files.insert(path.to_owned(), text);
+        plan_for(&topology, &topology, &observed).unwrap().steps
+    };
+    assert_eq!(is(Some(&text)), []);
+    let write = |text: &str| Action::WriteFile { path: path.to_owned(), text: text.to_owned() };
+    assert_eq!(is(Some("other")), [Step::new(write(&text), [write("other")])]);
+    assert_eq!(is(None), [Step::new(write(&text), [Action::RemoveFile(path.to_owned())])]);
+}
+
+/// The story with larger packets, and all interfaces with the kernel's defaults. The bridge can send packets of
+/// `bridge_limit`, the others any.
+fn with_large_packets(bridge_limit: u32) -> (Topology, Observed) {
+    let mut topology = testdata::story();
+    topology.network.as_mut().unwrap().gso_max_size = 200_000;
+    let mut observed = in_place(&topology);
+    let size = Some(65_536);
+    let untouched = OffloadSizes { gso: size, gro: size, gso_ipv4: size, gro_ipv4: size };
+    let web = observed.containers.values_mut().flatten().flat_map(|side| &mut side.links);
+    for link in observed.host.links.iter_mut().chain(web) {
+        let limit = if link.name == "docker0" { bridge_limit } else { 524_280 };
+        (link.offload, link.tso_max_size) = (untouched, Some(limit));
+    }
+    (topology, observed)
+}
+
+/// What a plan sets the packet sizes of the bridge to.
+fn bridge_packets(desired: &Topology, observed: &Observed) -> String {
+    let commands = commands(&plan_for(desired, desired, observed).unwrap());
+    let of_bridge = |command: &&String| command.contains("dev docker0") && command.contains("max_size");
+    commands.iter().find(of_bridge).unwrap().clone()
+}
+
+#[test]
+fn a_bridge_sends_what_its_ports_can_send() {
+    const ALL: &str = "ip link set dev docker0 gso_max_size 200000 gro_max_size 200000 gso_ipv4_max_size 200000 \
+                       gro_ipv4_max_size 200000";
+    const RECEIVED: &str = "ip link set dev docker0 gro_max_size 200000 gro_ipv4_max_size 200000";
+    let (topology, observed) = with_large_packets(524_280);
+    assert_eq!(bridge_packets(&topology, &observed), ALL);
+    let (topology, mut observed) = with_large_packets(65_536);
+    assert_eq!(bridge_packets(&topology, &observed), RECEIVED);
+    of_web(&mut observed).links[0].up = false;
+    assert_eq!(bridge_packets(&topology, &observed), RECEIVED, "no port is added");
+    // A port that is added changes the limit.
+    of_host(&mut observed, "veth0202020").master = None;
+    assert_eq!(bridge_packets(&topology, &observed), ALL);
+    // Without ports, it does not say whether it ever had one.
+    let (mut topology, observed) = with_large_packets(524_280);
+    topology.endpoints.clear();
+    assert_eq!(bridge_packets(&topology, &observed), RECEIVED);
+}
+
+#[test]
+fn a_new_bridge_is_known_to_have_the_sizes_of_the_loopback_interface() {
+    let (topology, mut observed) = with_large_packets(524_280);
+    observed.host.links.truncate(1);
+    observed.containers.clear();
+    let plan = plan_for(&Topology::default(), &topology, &observed).unwrap();
+    let commands = commands(&plan);
+    let raised = commands.iter().filter(|command| command.contains("max_size 200000"));
+    assert_eq!(raised.count(), 3, "both ends of the pair, and the bridge: {commands:#?}");
+}
+
+#[test]
+fn the_packet_sizes_of_the_bridge_come_back_with_a_removed_container() {
+    let (owned, observed) = with_large_packets(524_280);
+    let mut desired = owned.clone();
+    desired.endpoints.clear();
+    let plan = plan_for(&owned, &desired, &observed).unwrap();
+    let link = plan.steps.iter().find(|step| step.to_string() == "ip link delete dev veth0202020").unwrap();
+    let last = link.undo.last().unwrap().to_string();
+    assert!(last.starts_with("ip link set dev docker0 gso_max_size 65536"), "{last}");
+}

@@ -520,3 +520,61 @@ impl BindKey {
 fn target(port_mapping: PortMapping, policy: &Arc<MappingPolicy>) -> Arc<Target> {
     Arc::new(Target { port_mapping, policy: policy.clone() })
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::UdpSocket;
+
+    use rproxy_mapping::interfaces::NoInterfaces;
+    use rproxy_mapping::limits::Limits;
+    use rproxy_mapping::wire::WireMapping;
+
+    use super::*;
+    use crate::runtime::poll::PollSet;
+
+    /// A binding to `host` of a socket that is bound elsewhere.
+    fn binding(set: &PollSet, host: &str, v6only: bool) -> Binding {
+        let (host, backend) = (host.parse().unwrap(), "192.0.2.1:80".parse().unwrap());
+        let policy = Arc::new(MappingPolicy { limits: Limits::default(), state: Arc::default() });
+        let port = Arc::new(set.add(UdpSocket::bind("127.0.0.1:0").unwrap()).unwrap());
+        Binding {
+            port,
+            target: target(PortMapping { protocol: Protocol::Udp, host, backend, v6only }, &policy),
+        }
+    }
+
+    #[test]
+    fn a_released_socket_is_found_while_it_is_open_and_others_leave_nothing_behind() {
+        let set = PollSet::new().unwrap();
+        let mut leaving = Leaving::default();
+        let release = |leaving: &mut Leaving, Binding { port, target }: Binding| {
+            let place = BindKey::of(&target.port_mapping);
+            leaving.add(&Spare::from([(place, port)]));
+            place
+        };
+        let (kept, taken) = (binding(&set, "10.0.0.11:53", false), binding(&set, "10.0.0.11:54", false));
+        let [place, other] = [&kept, &taken].map(|binding| release(&mut leaving, binding.clone()));
+        assert!(Arc::ptr_eq(&leaving.get(&other).unwrap(), &taken.port));
+        leaving.forget(&other);
+        assert!(leaving.get(&other).is_none(), "it is served again");
+        for port in 1..=300 {
+            let place = release(&mut leaving, binding(&set, &format!("10.0.0.12:{port}"), false));
+            assert!(leaving.get(&place).is_none(), "it is closed");
+        }
+        assert!(Arc::ptr_eq(&leaving.get(&place).unwrap(), &kept.port));
+        assert!(leaving.sockets.len() < 150, "{} of 300 are left", leaving.sockets.len());
+    }
+
+    #[test]
+    fn a_changed_mapping_stays_where_its_sockets_listen() {
+        let set = PollSet::new().unwrap();
+        let sockets = [binding(&set, "[::]:8080", true)];
+        let json = r#"{"name":"web","host":"::","host_ports":"80","to":"192.0.2.2","to_ports":"81"}"#;
+        let wire: WireMapping = serde_json::from_str(json).unwrap();
+        let mapping = wire.read(&NoInterfaces, ScopedIp::ANY).unwrap();
+        let changed: Vec<PortMapping> = on_sockets(&sockets, &mapping).collect();
+        let [PortMapping { host, v6only, backend, .. }] = changed[..] else { panic!("{changed:?}") };
+        assert_eq!((host.to_string().as_str(), v6only), ("[::]:8080", true));
+        assert_eq!(backend.to_string(), "192.0.2.2:81");
+    }
+}

@@ -56,7 +56,16 @@ fn ports_text(ports: &[u16]) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::net::TcpListener;
+    use std::sync::Arc;
+
+    use rproxy_mapping::addr::{Protocol, Protocols};
+    use rproxy_mapping::limits::Limits;
+    use rproxy_mapping::{Mapping, PortMapping};
+
     use super::*;
+    use crate::runtime::poll::PollSet;
+    use crate::state::{Binding, MappingPolicy, Target};
 
     #[test]
     fn ports_are_written_as_ranges() {
@@ -67,6 +76,34 @@ mod tests {
             (vec![u16::MAX, 1], "65535,1"),
         ] {
             assert_eq!(ports_text(&ports), text);
+        }
+    }
+
+    /// A mapping of `127.0.0.1` whose sockets listen at `hosts`.
+    fn listening_at(hosts: &[&str]) -> Served {
+        let set = PollSet::new().unwrap();
+        let policy = Arc::new(MappingPolicy { limits: Limits::default(), state: Arc::default() });
+        let at = |host: &&str| {
+            let (host, backend) = (host.parse().unwrap(), "192.0.2.1:80".parse().unwrap());
+            let port_mapping = PortMapping { protocol: Protocol::Tcp, host, backend, v6only: false };
+            let port = Arc::new(set.add(TcpListener::bind("127.0.0.1:0").unwrap()).unwrap());
+            Binding { port, target: Arc::new(Target { port_mapping, policy: policy.clone() }) }
+        };
+        let ports = hosts.iter().map(at).collect();
+        let backend = ("192.0.2.1".parse().unwrap(), "80".parse().unwrap());
+        let host = ("127.0.0.1".parse().unwrap(), None);
+        let mapping = Mapping::new(Protocols::One(Protocol::Tcp), host, backend).unwrap();
+        Served { mapping, policy, ports, process: None }
+    }
+
+    #[test]
+    fn addresses_are_told_if_they_are_not_those_asked_for_and_each_once() {
+        for (hosts, told) in [
+            (&["127.0.0.1:80", "127.0.0.1:81"][..], None),
+            (&["127.0.0.2:80", "127.0.0.2:81"], Some("127.0.0.2")),
+            (&["127.0.0.1:80", "127.0.0.2:80", "127.0.0.1:81"], Some("127.0.0.1,127.0.0.2")),
+        ] {
+            assert_eq!(listening_at(hosts).bound_host().as_deref(), told);
         }
     }
 }

@@ -389,7 +389,7 @@ impl ServeError {
 
 #[cfg(test)]
 mod tests {
-    use std::net::{TcpListener, TcpStream};
+    use std::net::{TcpListener, TcpStream, UdpSocket};
     use std::os::fd::OwnedFd;
 
     use rproxy_mapping::Mapping;
@@ -398,6 +398,7 @@ mod tests {
     use rproxy_mapping::wire::WireMapping;
 
     use super::*;
+    use crate::engine::change::{ChangeError, Changed};
     use crate::runtime::new_runtime;
 
     fn mapping(name: &str) -> Mapping {
@@ -450,6 +451,41 @@ mod tests {
             TcpListener::bind(("127.0.0.77", free_port)).unwrap();
             assert!(server.registry.is_empty() && server.registry.draining().next().is_none());
             assert_eq!(server.add(vec![at("free", free_port)]).await.unwrap().added, 1);
+        });
+    }
+
+    #[test]
+    fn a_change_says_how_many_mappings_it_leaves_alone() {
+        new_runtime().unwrap().block_on(async {
+            let bound = ["one", "two", "three"].map(|name| Bound::bind(mapping(name)).unwrap());
+            let mut server = Server::prepared(bound.into(), true).unwrap();
+            let two = "two".parse().unwrap();
+            let added = server.add(vec![mapping("four")]).await.unwrap();
+            assert_eq!(added, Changed { added: 1, unchanged: 3, ..Changed::default() });
+            let (backend, ports) = ("192.0.2.2".parse().unwrap(), "81".parse().unwrap());
+            let changed = server.retarget(&two, backend, ports).await.unwrap();
+            assert_eq!(changed, Changed { changed: 1, unchanged: 3, ..Changed::default() });
+            let removed = server.remove(&two).await.unwrap();
+            assert_eq!(removed, Changed { removed: 1, unchanged: 3, ..Changed::default() });
+        });
+    }
+
+    #[test]
+    fn a_port_of_another_program_is_not_said_to_be_taken_by_a_mapping_of_the_other_protocol() {
+        new_runtime().unwrap().block_on(async {
+            let mut server = Server::prepared(Vec::new(), true).unwrap();
+            // An address that no other test binds.
+            let theirs = UdpSocket::bind("127.0.0.78:0").unwrap();
+            let port = theirs.local_addr().unwrap().port();
+            let at = |proto: &str| {
+                let json = format!(
+                    r#"{{"name":"{proto}","proto":"{proto}","host":"127.0.0.78","host_ports":"{port}","to":"192.0.2.1","to_ports":"80"}}"#
+                );
+                serde_json::from_str::<WireMapping>(&json).unwrap().read(&NoInterfaces, ScopedIp::ANY).unwrap()
+            };
+            server.add(vec![at("tcp")]).await.unwrap();
+            let error = server.add(vec![at("udp")]).await.unwrap_err();
+            assert!(matches!(error, ChangeError::Bind { .. }), "{error}");
         });
     }
 }

@@ -185,7 +185,7 @@ mod tests {
 
     use super::*;
     use crate::runtime::poll::PollSet;
-    use crate::state::{ConnectionGuard, Target};
+    use crate::state::{ConnectionGuard, FlowGuard, Target};
 
     /// A mapping with one socket, as served with `state`.
     fn served(set: &PollSet, state: &Arc<MappingState>) -> Served {
@@ -237,6 +237,24 @@ mod tests {
         registry.take(&web).unwrap();
         assert_eq!(draining(&registry), ["web"], "the other one has none");
         drop(connection);
+        assert_eq!(draining(&registry), Vec::<String>::new());
+    }
+
+    #[test]
+    fn a_mapping_drains_while_it_has_connections_or_flows_and_as_many_of_both() {
+        let (set, state) = (PollSet::new().unwrap(), Arc::<MappingState>::default());
+        let web: Name = "web".parse().unwrap();
+        let mut registry = Registry::default();
+        assert_eq!(registry.len(), 0);
+        registry.put(web.clone(), served(&set, &state));
+        assert!(registry.len() == 1 && !registry.is_empty());
+        let target = registry.get(&web).unwrap().ports[0].target.clone();
+        let (connection, flow) = (ConnectionGuard::take(&target), FlowGuard::take(&target));
+        registry.take(&web).unwrap();
+        assert_eq!(draining(&registry), ["web"]);
+        drop(connection);
+        assert_eq!(draining(&registry), ["web"]);
+        drop(flow);
         assert_eq!(draining(&registry), Vec::<String>::new());
     }
 }

@@ -501,6 +501,8 @@ fn log_failure(port_mapping: &PortMapping, error: &io::Error) {
 mod tests {
     use std::io::Read;
     use std::net::{IpAddr, Ipv4Addr, TcpStream};
+    use std::os::fd::AsRawFd;
+    use std::time::Duration;
 
     use rproxy_mapping::addr::Protocol;
     use rproxy_mapping::limits::Limits;
@@ -534,5 +536,55 @@ mod tests {
         assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
         assert_eq!(guard.stats().failure_kind(FailureKind::ConnectFailed), 1);
         assert_eq!(guard.stats().connections_total.get(), 1);
+    }
+
+    #[test]
+    fn a_pause_is_longer_each_time_until_no_client_waits_any_more() {
+        let now = Instant::now();
+        let mut pause = Pause { is_on: false, backoff: Backoff::default(), until: now, is_logged: true };
+        let lasts = |pause: &mut Pause, millis| {
+            let (before, most) = (Instant::now(), Duration::from_millis(millis));
+            pause.begin();
+            assert!(pause.is_on && pause.until >= before + most && pause.until <= Instant::now() + most);
+        };
+        for millis in [5, 10, 20, 40] {
+            lasts(&mut pause, millis);
+        }
+        assert!(pause.is_logged);
+        pause.end();
+        assert!(!pause.is_logged, "the next shortage is told");
+        lasts(&mut pause, 5);
+    }
+
+    #[test]
+    fn errors_of_a_client_are_told_from_a_shortage_and_from_those_of_the_listener() {
+        for (errno, of_client, of_shortage) in [
+            (Errno::ECONNABORTED, true, false),
+            (Errno::EPERM, true, false),
+            (Errno::EMFILE, false, true),
+            (Errno::ENFILE, false, true),
+            (Errno::ENOBUFS, false, true),
+            (Errno::ENOMEM, false, true),
+            (Errno::EINVAL, false, false),
+            (Errno::EAFNOSUPPORT, false, false),
+        ] {
+            let error = io::Error::from(errno);
+            assert_eq!((is_the_clients(&error), is_exhaustion(&error)), (of_client, of_shortage), "{errno}");
+        }
+        assert!(!is_the_clients(&io::ErrorKind::Other.into()), "it has no number");
+    }
+
+    #[test]
+    fn a_socket_that_no_client_needed_is_used_for_the_next_one_of_its_family() {
+        let [v4, v6] = ["127.0.0.1:80", "[::1]:80"].map(|backend| backend.parse::<BackendAddr>().unwrap());
+        let mut sockets = BackendSockets::default();
+        let first = sockets.take(v4).unwrap().unwrap();
+        let number = first.as_raw_fd();
+        sockets.keep(v4, Ok(first));
+        // If there is IPv6 at all.
+        if let Ok(other) = sockets.take(v6).unwrap() {
+            assert_ne!(other.as_raw_fd(), number);
+        }
+        assert_eq!(sockets.take(v4).unwrap().unwrap().as_raw_fd(), number);
     }
 }

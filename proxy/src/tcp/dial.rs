@@ -186,4 +186,28 @@ mod tests {
         let is_refused = |source: &io::Error| source.kind() == io::ErrorKind::ConnectionRefused;
         assert!(matches!(&error, DialError::Connect { source, .. } if is_refused(source)), "{error}");
     }
+
+    #[test]
+    fn a_connection_with_itself_is_told_from_others() {
+        new_runtime().unwrap().block_on(async {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+            socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+            let own = socket.local_addr().unwrap();
+            socket.connect(&own).unwrap();
+            socket.set_nonblocking(true).unwrap();
+            let stream = Stream::new(socket).unwrap();
+            let own = own.as_socket().unwrap();
+            assert!(is_connected_to_itself(&stream, own));
+            let [elsewhere, other] = [([127, 0, 0, 2], own.port()), ([127, 0, 0, 1], own.port() ^ 1)];
+            assert!(!is_connected_to_itself(&stream, elsewhere.into()));
+            assert!(!is_connected_to_itself(&stream, other.into()));
+        });
+    }
+
+    #[test]
+    fn a_lack_of_local_ports_is_explained() {
+        let [lack, other] = [io::ErrorKind::AddrNotAvailable, io::ErrorKind::ConnectionRefused];
+        assert!(explain(&lack.into()).contains("net.ipv4.ip_local_port_range"));
+        assert_eq!(explain(&other.into()), io::Error::from(other).to_string());
+    }
 }

@@ -90,14 +90,22 @@ impl Drop for Waiting {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+    use std::future::poll_fn;
+    use std::pin::pin;
     use std::sync::atomic::AtomicU32;
+    use std::task::Poll;
     use std::time::Duration;
 
     use super::*;
     use crate::runtime::new_runtime;
 
+    /// Held by a test that has clients waiting, as all share the queues.
+    static ALONE: Mutex<()> = Mutex::new(());
+
     #[test]
     fn ports_are_given_in_order_and_towards_each_backend_apart() {
+        let _alone = ALONE.lock().unwrap();
         new_runtime().unwrap().block_on(async {
             let [one, other]: [SocketAddr; 2] =
                 ["192.0.2.1:80", "192.0.2.2:80"].map(|addr| addr.parse().unwrap());
@@ -125,6 +133,28 @@ mod tests {
             }
             tokio::task::yield_now().await;
             assert!(!is_awaited(one) && queues().is_empty() && WAITING.load(Ordering::SeqCst) == 0);
+        });
+    }
+
+    #[test]
+    fn the_first_client_tries_again_at_once_when_a_port_is_freed() {
+        const TRIES: u32 = 20;
+        let _alone = ALONE.lock().unwrap();
+        new_runtime().unwrap().block_on(async {
+            let backend = "192.0.2.3:80".parse().unwrap();
+            let tries = Cell::new(0);
+            let attempt = || {
+                tries.set(tries.get() + 1);
+                (tries.get() > TRIES).then_some(())
+            };
+            let mut waits = pin!(wait(backend, attempt));
+            for earlier in 0..TRIES {
+                assert!(poll_fn(|cx| Poll::Ready(waits.as_mut().poll(cx))).await.is_pending());
+                // Timers, which also make it try again, take much longer for so many.
+                assert!(tries.get() > earlier, "{} tries after {earlier} ports", tries.get());
+                freed(backend);
+            }
+            waits.await;
         });
     }
 }

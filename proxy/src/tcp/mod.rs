@@ -99,6 +99,7 @@ mod tests {
     use std::net::IpAddr;
     use std::sync::Arc;
 
+    use nix::errno::Errno;
     use rproxy_mapping::PortMapping;
     use rproxy_mapping::addr::{BackendAddr, HostSocketAddr, Protocol};
     use rproxy_mapping::limits::Limits;
@@ -134,5 +135,19 @@ mod tests {
             future
         });
         assert!(size <= 640, "{size} bytes");
+    }
+
+    #[test]
+    fn each_reason_for_a_failed_dial_is_counted_as_itself() {
+        let addr = SocketAddr::from(([127, 0, 0, 1], 1));
+        let connect = |errno| DialError::Connect { addr, source: io::Error::from(errno) };
+        for (error, kind) in [
+            (connect(Errno::ECONNREFUSED), FailureKind::Refused),
+            (connect(Errno::EHOSTUNREACH), FailureKind::ConnectFailed),
+            (DialError::Open { addr, source: Errno::EAFNOSUPPORT.into() }, FailureKind::ConnectFailed),
+            (DialError::ClientReset { addr }, FailureKind::Broken),
+        ] {
+            assert_eq!(failure_kind(&error), kind, "{error}");
+        }
     }
 }

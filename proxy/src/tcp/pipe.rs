@@ -159,3 +159,58 @@ fn splice_some(from: impl AsFd, to: impl AsFd, len: usize) -> nix::Result<usize>
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use nix::fcntl::FdFlag;
+    use nix::unistd::write;
+
+    use super::*;
+
+    /// A pipe with `bytes` in it.
+    fn holding(bytes: &[u8]) -> Pipe {
+        let mut pipe = Pipe::open().unwrap();
+        pipe.held = write(&pipe.write_end, bytes).unwrap();
+        pipe
+    }
+
+    #[test]
+    fn what_a_pipe_holds_is_read_whole() {
+        let mut pipe = holding(b"held");
+        assert_eq!(pipe.read_all().unwrap(), b"held");
+        assert!(pipe.is_empty());
+        assert_eq!(pipe.read_all().unwrap(), b"");
+    }
+
+    #[test]
+    fn a_worker_keeps_a_few_pipes_that_are_empty() {
+        let kept = || KEPT.with_borrow(Vec::len);
+        // The pool is this thread's.
+        assert_eq!(kept(), 0);
+        give_back(holding(b"left"));
+        assert_eq!(kept(), 0, "nobody else may get these bytes");
+        let pipes: Vec<Pipe> = (0..2 * KEPT_BY_WORKER).map(|_| take().unwrap()).collect();
+        pipes.into_iter().for_each(give_back);
+        assert_eq!(kept(), KEPT_BY_WORKER);
+        let again = take().unwrap();
+        assert_eq!(kept(), KEPT_BY_WORKER - 1);
+        assert!(again.is_empty());
+    }
+
+    #[test]
+    fn a_closed_pipe_makes_room_for_another() {
+        for number in 0..2 * MOST {
+            assert!(Pipe::open().is_some(), "after {number} others");
+        }
+    }
+
+    #[test]
+    fn a_pipe_does_not_block_and_is_not_inherited() {
+        let Pipe { read_end, write_end, .. } = &holding(b"");
+        for end in [read_end, write_end] {
+            let status = OFlag::from_bits_retain(fcntl(end, FcntlArg::F_GETFL).unwrap());
+            let inheritance = FdFlag::from_bits_retain(fcntl(end, FcntlArg::F_GETFD).unwrap());
+            assert!(status.contains(OFlag::O_NONBLOCK) && inheritance.contains(FdFlag::FD_CLOEXEC));
+        }
+    }
+}

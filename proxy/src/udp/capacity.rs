@@ -99,3 +99,61 @@ impl Capacity {
 pub(super) fn has_run_out(error: &io::Error) -> bool {
     matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
 }
+
+#[cfg(test)]
+mod tests {
+    use nix::errno::Errno;
+
+    use super::*;
+
+    #[test]
+    fn tcp_gets_half_of_the_descriptors() {
+        let (soft, _hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        let soft = usize::try_from(soft).unwrap();
+        assert_eq!(Capacity::of_this_host(true).descriptors(), soft / 2);
+        assert_eq!(Capacity::of_this_host(false).descriptors(), soft - RESERVED_DESCRIPTORS);
+    }
+
+    #[test]
+    fn flows_use_half_of_the_local_ports_unless_a_mapping_asks_for_more() {
+        let (mut capacity, now) = (Capacity::of_this_host(true), Instant::now());
+        let half = capacity.ports.count() / 2;
+        capacity.descriptors = usize::MAX;
+        assert_eq!(capacity.most(now), half);
+        capacity.asked = half + 1;
+        assert_eq!(capacity.most(now), half + 1);
+        capacity.asked = usize::MAX;
+        assert_eq!(capacity.most(now), capacity.ports.room());
+    }
+
+    #[test]
+    fn the_number_at_which_descriptors_ran_out_is_the_limit_for_a_while() {
+        let (mut capacity, now) = (Capacity::of_this_host(true), Instant::now());
+        let usual = capacity.most(now);
+        assert!(usual > 3);
+        capacity.learn(3, now);
+        assert_eq!(capacity.most(now), 3);
+        assert_eq!(capacity.most(now + LEARNT_FOR / 2), 3);
+        assert_eq!(capacity.most(now + LEARNT_FOR), usual);
+        capacity.learn(0, now);
+        assert_eq!(capacity.most(now), 1);
+        let run_out = |errno: Errno| has_run_out(&errno.into());
+        assert!(run_out(Errno::EMFILE) && run_out(Errno::ENFILE) && !run_out(Errno::EADDRINUSE));
+    }
+
+    #[test]
+    fn a_source_may_have_three_quarters_of_the_flows_of_a_mapping() {
+        let (capacity, now) = (Capacity::of_this_host(true), Instant::now());
+        let bounds = |udp_max_flows, udp_max_flows_per_source| {
+            let limits = Limits { udp_max_flows, udp_max_flows_per_source, ..Limits::default() };
+            let Bounds { flows, flows_per_source, shares_sources, .. } =
+                capacity.bounds(MappingId(0), &limits, now);
+            (flows, flows_per_source, shares_sources)
+        };
+        assert_eq!(bounds(Some(100), None), (100, 75, false));
+        assert_eq!(bounds(Some(100), Some(7)), (100, 7, false));
+        let most = capacity.most(now);
+        assert_eq!(bounds(None, Some(7)), (most, 7, false));
+        assert_eq!(bounds(None, None), (most, most.div_ceil(4) * 3, true), "all mappings share them");
+    }
+}

@@ -337,7 +337,9 @@ impl Order {
 #[cfg(test)]
 mod tests {
     use std::collections::{HashSet, VecDeque};
+    use std::os::unix::fs::FileExt;
 
+    use super::super::port_settings::file_of;
     use super::*;
 
     fn take(ports: &mut LocalPorts, now: Instant) -> Option<u16> {
@@ -493,5 +495,21 @@ mod tests {
         ports.exhausted(now);
         assert_eq!(ports.candidate(now), None);
         assert!(ports.candidate(now + PAUSE).is_some());
+    }
+
+    #[test]
+    fn other_settings_are_noticed_but_not_looked_for_with_each_flow() {
+        let (range, now) = (file_of("1000 1999"), Instant::now());
+        let settings = Settings::of(range.try_clone().unwrap(), file_of(""));
+        let mut ports = LocalPorts { settings: Some(settings), ..LocalPorts::new((1000, 1999), vec![]) };
+        let mut bounds_at = |now| {
+            ports.refresh(now);
+            (ports.first, ports.last)
+        };
+        assert_eq!(bounds_at(now), (1000, 1999));
+        range.write_all_at(b"2000 2999", 0).unwrap();
+        assert_eq!(bounds_at(now + READ_AGAIN - Duration::from_millis(1)), (1000, 1999));
+        assert_eq!(bounds_at(now + READ_AGAIN), (2000, 2999));
+        assert!(LocalPorts::of_this_host().settings.is_some());
     }
 }

@@ -42,6 +42,12 @@ impl Settings {
         Self { range: open("ip_local_port_range"), reserved: open("ip_local_reserved_ports") }
     }
 
+    /// Those in files of a test.
+    #[cfg(test)]
+    pub(super) fn of(range: File, reserved: File) -> Self {
+        Self { range: Some(range), reserved: Some(reserved) }
+    }
+
     /// Reads the current settings; the kernel's defaults if a file does not exist. `None` if one cannot be read.
     pub(super) fn read(&self) -> Option<PortRange> {
         let text = |file: &Option<File>| file.as_ref().map_or(Some(String::new()), whole);
@@ -81,6 +87,16 @@ fn parse_list(text: &str) -> Vec<(u16, u16)> {
     text.split(',').filter_map(parse_one).collect()
 }
 
+/// A file that contains `text`.
+#[cfg(test)]
+pub(super) fn file_of(text: &str) -> File {
+    use nix::sys::memfd::{MFdFlags, memfd_create};
+
+    let file = File::from(memfd_create(c"settings", MFdFlags::MFD_CLOEXEC).unwrap());
+    file.write_all_at(text.as_bytes(), 0).unwrap();
+    file
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -103,5 +119,15 @@ mod tests {
         let text = std::fs::read_to_string(Path::new(SETTINGS).join("ip_local_port_range"));
         assert_eq!(first.range, text.map_or(DEFAULT_RANGE, |text| parse_range(&text)));
         assert_eq!(settings.read(), Some(first));
+    }
+
+    #[test]
+    fn settings_longer_than_a_page_are_read_whole() {
+        let ports: Vec<(u16, u16)> = (0..4000).map(|port| (2 * port + 1, 2 * port + 1)).collect();
+        let text = ports.iter().map(|(port, _last)| port.to_string()).collect::<Vec<_>>().join(",");
+        assert!(text.len() > 4 * 4096);
+        let [range, reserved] = ["1000\t1999\n", &text].map(file_of);
+        let wanted = PortRange { range: (1000, 1999), reserved: ports };
+        assert_eq!(Settings::of(range, reserved).read(), Some(wanted));
     }
 }

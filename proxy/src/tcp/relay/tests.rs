@@ -326,3 +326,11 @@ fn a_timeout_of_the_kernel_is_no_idle_timeout() {
     assert_eq!(failure_kind(&io::Error::from_raw_os_error(libc::ECONNRESET)), FailureKind::Broken);
     assert_eq!(failure_kind(&idle_error(Duration::from_secs(1))), FailureKind::Idle);
 }
+
+#[test]
+fn only_an_idle_connection_counts_as_idle() {
+    assert_eq!(failure_kind(&idle_error(Duration::from_secs(1))), FailureKind::Idle);
+    // The kernel's, for a peer that is gone.
+    assert_eq!(failure_kind(&io::Error::from_raw_os_error(libc::ETIMEDOUT)), FailureKind::Broken);
+    assert_eq!(failure_kind(&ErrorKind::ConnectionReset.into()), FailureKind::Broken);
+}
