@@ -14,6 +14,7 @@ use nix::sys::signal::Signal;
 
 use crate::client;
 use crate::docker_proxy::{DockerProxy, Status, mapping};
+use crate::plane::Plane;
 use crate::process::Process;
 use crate::require::{self, Need};
 use crate::rproxy::{rproxy, rproxy_shim};
@@ -29,6 +30,8 @@ pub enum Subject {
     Rproxy,
     /// Our shim, where it finds nothing to attach to.
     Shim,
+    /// Our shim, attached to an `rproxy`.
+    AttachedShim,
     /// docker-proxy.
     Oracle,
 }
@@ -49,7 +52,13 @@ pub type Row = (&'static str, Holds, fn(Subject));
 
 /// The cases of a row.
 pub fn cases((name, holds, body): &'static Row) -> Vec<Case> {
-    let case = |title, subject| Case::new(title, move || body(subject)).needs(&[Need::Ipv6]);
+    let case = |title, subject: Subject| {
+        let run = move || {
+            let _plane = (subject == Subject::AttachedShim).then(|| Plane::start(&subject.plane()));
+            body(subject);
+        };
+        Case::new(title, run).needs(&[Need::Ipv6])
+    };
     let (title, has_oracle) = match holds {
         Holds::ForBoth => (name.to_string(), true),
         Holds::Differently(why) => (format!("{name} (differs: {why})"), true),
@@ -58,6 +67,7 @@ pub fn cases((name, holds, body): &'static Row) -> Vec<Case> {
     let mut cases = vec![
         case(format!("rproxy: {title}"), Subject::Rproxy),
         case(format!("rproxy-shim: {title}"), Subject::Shim),
+        case(format!("attached rproxy-shim: {title}"), Subject::AttachedShim),
     ];
     if has_oracle {
         let oracle = case(format!("docker-proxy: {title}"), Subject::Oracle);
@@ -71,16 +81,19 @@ impl Subject {
     pub fn program(self) -> PathBuf {
         match self {
             Self::Rproxy => rproxy().into(),
-            Self::Shim => rproxy_shim().into(),
+            Self::Shim | Self::AttachedShim => rproxy_shim().into(),
             Self::Oracle => require::find("docker-proxy").unwrap(),
         }
     }
 
     /// Sets what the program needs in its environment: a shim looks for nothing but what a test has started.
     pub fn prepare(self, command: &mut Command) {
-        if self == Self::Shim {
-            command.env("RPROXY_ATTACH", format!("rproxy-tests-absent-{}", process::id()));
-        }
+        command.env("RPROXY_ATTACH", self.plane());
+    }
+
+    /// The name where a shim looks for a process to attach to. Each case has a process of its own.
+    fn plane(self) -> String {
+        format!("rproxy-tests-{self:?}-{}", process::id())
     }
 
     /// Starts it with these arguments.

@@ -17,6 +17,7 @@ mod promises;
 mod relay;
 mod sandbox;
 mod service;
+mod shim;
 mod soak;
 mod standalone;
 mod system_calls;
@@ -51,6 +52,7 @@ fn main() -> ExitCode {
         netns_setup,
         system_calls,
         promises,
+        shim,
         soak,
     ])
 }
