@@ -23,7 +23,7 @@ use crate::engine::plan::Plan;
 use crate::engine::registry::Served;
 use crate::loops::whereabouts::Whereabouts;
 use crate::loops::{Hop, LoopError, refuse_loops};
-use crate::state::task::{Fate, FlowCommand, LiveFlows};
+use crate::state::task::{Fate, LiveFlows};
 
 /// How long flows whose runtime has ended wait for their port to be attached again. A runtime that restarts
 /// publishes the ports of its running containers again within that time.
@@ -79,15 +79,13 @@ impl Server {
         self.refuse_loop(&mapping)?;
         let policy = self.new_policy(mapping.limits().clone());
         let binding = self.assign(port, &policy).map_err(AttachError::Watch)?;
-        let number = binding.port.number();
+        let id = binding.port.id();
         let served = Served { mapping, policy, ports: vec![binding.clone()], process: Some(process) };
         served.announce(&name);
         self.registry.put(name.clone(), served);
         self.watch(vec![binding]);
-        if let Some(flows) = self.parked.take(&port_mapping, number)
-            && let Some(udp) = &self.tasks.udp
-        {
-            udp.flows(FlowCommand::Adopt(flows));
+        if let Some(flows) = self.parked.take(&port_mapping, id) {
+            self.tasks.adopt(flows);
         }
         Ok(name)
     }
@@ -110,7 +108,7 @@ impl Server {
             Detached::Orphaned => Fate::Continue,
         };
         for (port, target) in ports.into_iter().zip(targets) {
-            let flows = self.close(target.protocol, port, fate).await;
+            let flows = self.close(port, fate).await;
             self.parked.put(target, flows);
         }
     }
@@ -181,7 +179,7 @@ impl Parked {
         }
     }
 
-    /// The flows of a port, for the listener with this number.
+    /// The flows of a port, for the listener with this id.
     fn take(&mut self, port_mapping: &PortMapping, listener: usize) -> Option<LiveFlows> {
         let mut flows = self.0.remove(&BindKey::of(port_mapping))?.flows;
         flows.flows.iter_mut().for_each(|flow| flow.listener = listener);

@@ -334,7 +334,7 @@ impl Server {
                 if port_mapping.protocol == Protocol::Udp
                     && error.source.kind() == io::ErrorKind::AddrInUse =>
             {
-                self.give_way(vec![port_mapping.host.socket_addr().port()]).await;
+                self.give_way(port_mapping.host.socket_addr().port()).await;
                 BoundPort::bind(port_mapping)
             }
             bound => bound,
@@ -402,7 +402,7 @@ impl Server {
             self.registry.get(name).into_iter().for_each(|served| served.announce(name));
         }
         self.leaving.add(&spare);
-        self.release(spare.into_iter().map(|(place, port)| (place.protocol, port)).collect()).await;
+        self.release(spare.into_values().collect()).await;
     }
 }
 

@@ -11,6 +11,7 @@ mod listening;
 pub mod plan;
 pub mod registry;
 mod sweep;
+mod tasks;
 
 use std::io;
 use std::net::Shutdown;
@@ -22,7 +23,6 @@ use rproxy_mapping::limits::Limits;
 use rproxy_mapping::name::Name;
 use socket2::SockRef;
 use tokio::runtime::Handle;
-use tokio::sync::oneshot;
 use tracing::{info, warn};
 
 use crate::bind::listen::Listener;
@@ -30,18 +30,16 @@ use crate::bind::{Bound, BoundPort};
 use crate::engine::attach::Parked;
 use crate::engine::change::Leaving;
 use crate::engine::registry::{Registry, Served};
+use crate::engine::tasks::Tasks;
 use crate::runtime::poll::WatchedListener;
 use crate::runtime::worker::Workers;
-use crate::state::task::{Fate, FlowCommand, ListenerTask, LiveFlows};
+use crate::state::task::{Fate, ListenerTask, LiveFlows};
 use crate::state::{Binding, Capacity, MappingPolicy, MappingState, Target};
-use crate::tcp::accept::Acceptor;
 use crate::tcp::reactor;
-use crate::udp::relay::UdpRelay;
 
 /// A running set of mappings.
 #[derive(Debug)]
 pub struct Server {
-    runtime: Handle,
     workers: Arc<Workers>,
     /// Notified when connections and flows end.
     capacity: Arc<Capacity>,
@@ -49,33 +47,35 @@ pub struct Server {
     pub(crate) registry: Registry,
     /// Sockets that do not belong to a named mapping.
     nameless: Vec<Binding>,
-    /// Whether TCP connections need descriptors beside flows, now or later.
-    beside_tcp: bool,
     pub(crate) leaving: Leaving,
     /// Flows of ports that may be attached again.
     parked: Parked,
 }
 
-/// The tasks that service listeners. Each is started with its first listener.
-#[derive(Debug, Default)]
-struct Tasks {
-    tcp: Option<ListenerTask>,
-    udp: Option<ListenerTask>,
+/// What may be added to a server later.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Growth {
+    /// Nothing.
+    None,
+    /// Mappings.
+    Mappings,
+    /// Mappings, and ports that other processes attach. It also serves none at times.
+    Attached,
 }
 
 impl Server {
     /// Prepares to serve `mappings` on the runtime of the calling thread, and on further ones when needed, so
-    /// that `start` cannot fail. With `may_change`, TCP mappings may be added later.
+    /// that `start` cannot fail. `growth` says what may be added later.
     ///
     /// # Errors
     /// Those of epoll_ctl(2).
     ///
     /// # Panics
     /// Outside a tokio runtime.
-    pub fn prepared(mappings: Vec<Bound>, may_change: bool) -> io::Result<Self> {
-        let mut server = Self::new();
+    pub fn prepared(mappings: Vec<Bound>, growth: Growth) -> io::Result<Self> {
+        let mut server = Self::new(growth);
         let mut ports = mappings.iter().flat_map(|bound| &bound.ports);
-        server.beside_tcp = may_change || ports.any(|port| port.port_mapping.protocol == Protocol::Tcp);
+        server.tasks.has_tcp = ports.any(|port| port.port_mapping.protocol == Protocol::Tcp);
         for Bound { mapping, ports, process } in mappings {
             let policy = server.new_policy(mapping.limits().clone());
             let ports =
@@ -88,9 +88,7 @@ impl Server {
     /// Starts to serve what was prepared, and the `flows` that another process served before.
     pub(crate) fn start(&self, flows: LiveFlows) {
         self.watch(self.bindings().cloned().collect());
-        if let Some(udp) = &self.tasks.udp {
-            udp.flows(FlowCommand::Adopt(flows));
-        }
+        self.tasks.adopt(flows);
     }
 
     /// Logs what is served, and where. Call it once clients are served.
@@ -109,7 +107,7 @@ impl Server {
     /// # Panics
     /// Outside a tokio runtime.
     pub fn start_ports(ports: impl IntoIterator<Item = (BoundPort, Limits)>) -> io::Result<Self> {
-        let mut server = Self::new();
+        let mut server = Self::new(Growth::None);
         for (port, limits) in ports {
             let policy = server.new_policy(limits);
             let binding = server.assign(port, &policy)?;
@@ -119,16 +117,16 @@ impl Server {
         Ok(server)
     }
 
-    fn new() -> Self {
+    fn new(growth: Growth) -> Self {
         let runtime = Handle::current();
+        let workers = Arc::new(Workers::new(runtime.clone(), reactor::prepare));
+        let capacity = Arc::<Capacity>::default();
         Self {
-            workers: Arc::new(Workers::new(runtime.clone(), reactor::prepare)),
-            runtime,
-            capacity: Arc::default(),
-            tasks: Tasks::default(),
+            tasks: Tasks::new(runtime, workers.clone(), capacity.clone(), growth),
+            workers,
+            capacity,
             registry: Registry::default(),
             nameless: Vec::new(),
-            beside_tcp: false,
             leaving: Leaving::default(),
             parked: Parked::default(),
         }
@@ -151,7 +149,7 @@ impl Server {
     /// Adds a bound port to the listeners, to be served later.
     pub(crate) fn assign(&mut self, port: BoundPort, policy: &Arc<MappingPolicy>) -> io::Result<Binding> {
         let BoundPort { port_mapping, listener } = port;
-        let task = self.task(port_mapping.protocol)?;
+        let task = self.tasks.for_listener(port_mapping.protocol)?;
         let port = match listener {
             Listener::Tcp(listener) => task.add(listener)?,
             Listener::Udp(socket) => task.add(socket)?,
@@ -160,71 +158,39 @@ impl Server {
         Ok(Binding { port, target })
     }
 
-    /// The task for `protocol`, which is started on first use.
-    fn task(&mut self, protocol: Protocol) -> io::Result<&ListenerTask> {
-        let _entered = self.runtime.enter();
-        match protocol {
-            Protocol::Tcp => match &mut self.tasks.tcp {
-                Some(task) => Ok(task),
-                none => Ok(none.insert(ListenerTask::spawn(|poll, commands| {
-                    Acceptor::new(poll, commands, self.capacity.clone(), self.workers.clone()).run()
-                })?)),
-            },
-            Protocol::Udp => match &mut self.tasks.udp {
-                Some(task) => Ok(task),
-                none => {
-                    let beside_tcp = self.beside_tcp;
-                    Ok(none.insert(ListenerTask::spawn(|poll, commands| {
-                        UdpRelay::new(poll, commands, beside_tcp, self.workers.datagrams()).run()
-                    })?))
-                }
-            },
-        }
-    }
-
     /// Starts to serve listeners that were assigned.
     pub(crate) fn watch(&self, bindings: Vec<Binding>) {
-        for (task, bindings) in self.by_task(bindings, protocol_of) {
+        for (task, bindings) in self.tasks.group(bindings, |binding| &binding.port) {
             task.watch(bindings);
         }
     }
 
     /// Changes how listeners are served.
     pub(crate) fn change_targets(&self, bindings: Vec<Binding>) {
-        for (task, bindings) in self.by_task(bindings, protocol_of) {
+        for (task, bindings) in self.tasks.group(bindings, |binding| &binding.port) {
             task.change_targets(bindings);
         }
     }
 
     /// Accepts nothing new from listeners, and closes them once they are drained. Returns when nothing new is
     /// accepted.
-    pub(crate) async fn release(&self, ports: Vec<(Protocol, Arc<WatchedListener>)>) {
-        for (task, ports) in self.by_task(ports, |(protocol, _port)| *protocol) {
-            let released = task.release(ports.into_iter().map(|(_protocol, port)| port).collect());
+    pub(crate) async fn release(&self, ports: Vec<Arc<WatchedListener>>) {
+        for (task, ports) in self.tasks.group(ports, AsRef::as_ref) {
             // If the task is gone, so are its listeners.
-            drop(released.await);
+            drop(task.release(ports).await);
         }
     }
 
     /// Closes a listener at once. Returns the flows that continue, once it is closed.
-    pub(crate) async fn close(
-        &self,
-        protocol: Protocol,
-        port: Arc<WatchedListener>,
-        fate: Fate,
-    ) -> LiveFlows {
-        let task = match protocol {
-            Protocol::Tcp => &self.tasks.tcp,
-            Protocol::Udp => &self.tasks.udp,
-        };
-        let Some(task) = task else { return LiveFlows::default() };
+    pub(crate) async fn close(&self, port: Arc<WatchedListener>, fate: Fate) -> LiveFlows {
+        let Some(task) = self.tasks.of(&port) else { return LiveFlows::default() };
         // If the task is gone, so are its listeners and flows.
         task.close(vec![port], fate).await.unwrap_or_default()
     }
 
     /// Waits until the tasks have handled all earlier commands.
     pub(crate) async fn until_responsive(&self) {
-        for task in [&self.tasks.tcp, &self.tasks.udp].into_iter().flatten() {
+        for task in self.tasks.all() {
             // If the task is gone, `failed` reports it.
             drop(task.release(Vec::new()).await);
         }
@@ -242,85 +208,55 @@ impl Server {
 
     /// The descriptors of the UDP sockets.
     pub(crate) fn udp_sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        let udp = self.bindings().filter(|binding| udp_number(binding).is_some());
+        let udp = self.bindings().filter(|binding| udp_id(binding).is_some());
         udp.map(|binding| binding.port.as_fd())
     }
 
-    /// The numbers of the UDP listeners, and their indices in [`Server::sockets`].
+    /// The [ids](WatchedListener::id) of the UDP listeners, and their indices in [`Server::sockets`].
     pub(crate) fn udp_listeners(&self) -> impl Iterator<Item = (usize, usize)> {
         let numbered = self.bindings().enumerate();
-        numbered.filter_map(|(place, binding)| Some((udp_number(binding)?, place)))
+        numbered.filter_map(|(place, binding)| Some((udp_id(binding)?, place)))
     }
 
-    /// The numbers of the listeners of some mappings, or `None` for TCP.
+    /// The [ids](WatchedListener::id) of the listeners of some mappings, or `None` for TCP.
     pub(crate) fn udp_listeners_of(&self, names: &[Name]) -> Vec<Option<usize>> {
         let served = names.iter().filter_map(|name| self.registry.get(name));
-        served.flat_map(|served| &served.ports).map(udp_number).collect()
+        served.flat_map(|served| &served.ports).map(udp_id).collect()
     }
 
     /// Leaves all datagrams in the kernel until [`Server::resume`], and returns the flows.
     pub(crate) async fn pause(&self) -> LiveFlows {
-        let Some(udp) = &self.tasks.udp else { return LiveFlows::default() };
-        let (flows, given) = oneshot::channel();
-        udp.flows(FlowCommand::Pause(flows));
-        // If the task is gone, so are its flows.
-        given.await.unwrap_or_default()
+        self.tasks.pause().await
     }
 
-    /// Ends flows that use one of these local ports, so that it can be bound.
-    pub(crate) async fn give_way(&self, ports: Vec<u16>) {
-        let Some(udp) = &self.tasks.udp else { return };
-        let (done, is_done) = oneshot::channel();
-        udp.flows(FlowCommand::GiveWay(ports, done));
-        // If the task is gone, so are its flows.
-        drop(is_done.await);
+    /// Ends flows that use this local port, so that it can be bound.
+    pub(crate) async fn give_way(&self, port: u16) {
+        self.tasks.give_way(&[port]).await;
     }
 
     /// Resumes after [`Server::pause`].
     pub(crate) fn resume(&self) {
-        self.tasks.udp.iter().for_each(|udp| udp.flows(FlowCommand::Resume));
+        self.tasks.resume();
     }
 
     /// Leaves all sockets and the paused flows to another process that already serves them. Connections
     /// continue.
     pub(crate) fn leave(&self) {
-        [&self.tasks.tcp, &self.tasks.udp].into_iter().flatten().for_each(ListenerTask::leave);
-    }
-
-    fn by_task<T>(
-        &self,
-        items: Vec<T>,
-        protocol: impl Fn(&T) -> Protocol,
-    ) -> impl Iterator<Item = (&ListenerTask, Vec<T>)> {
-        let (tcp, udp) = items.into_iter().partition::<Vec<T>, _>(|item| protocol(item) == Protocol::Tcp);
-        let tasks = [(&self.tasks.tcp, tcp), (&self.tasks.udp, udp)];
-        tasks
-            .into_iter()
-            .filter(|(_task, items)| !items.is_empty())
-            .filter_map(|(task, items)| Some((task.as_ref()?, items)))
+        self.tasks.all().for_each(ListenerTask::leave);
     }
 
     /// Waits until a task has ended although it was not asked to, and returns why.
     pub async fn failed(&mut self) -> ServeError {
-        async fn ended(task: &mut Option<ListenerTask>) -> Option<io::Error> {
-            match task {
-                Some(task) => task.ended().await.err(),
-                None => std::future::pending().await,
-            }
-        }
-        tokio::select! {
-            error = ended(&mut self.tasks.tcp) => ServeError::new(Protocol::Tcp, error),
-            error = ended(&mut self.tasks.udp) => ServeError::new(Protocol::Udp, error),
-        }
+        self.tasks.failed().await
     }
 
     /// Stops accepting, and lets connections and flows finish until `enough` returns a reason to stop
     /// waiting.
     pub async fn drain(self, enough: impl Future<Output = &'static str>) {
-        let Self { workers, tasks: Tasks { tcp, udp }, registry, nameless, .. } = self;
+        let Self { workers, tasks, registry, nameless, .. } = self;
         // They hold sockets, which the tasks are to close.
         drop((registry, nameless));
-        let (tcp, udp) = (tcp.map(ListenerTask::finish), udp.map(ListenerTask::finish));
+        let (tcp, udp) = tasks.finish();
         if let Some(tcp) = tcp {
             // A failure has been reported already, and does not matter here.
             drop(tcp.await);
@@ -328,8 +264,8 @@ impl Server {
         info!(connections = workers.connections(), "draining");
         let ended = async {
             workers.until_idle().await;
-            if let Some(udp) = udp {
-                drop(udp.await);
+            for task in udp {
+                drop(task.await);
             }
         };
         tokio::select! {
@@ -353,9 +289,9 @@ impl Server {
     }
 }
 
-/// The number of a listener, if it is UDP.
-fn udp_number(binding: &Binding) -> Option<usize> {
-    (protocol_of(binding) == Protocol::Udp).then(|| binding.port.number())
+/// The [`WatchedListener::id`] of a listener, if it is UDP.
+fn udp_id(binding: &Binding) -> Option<usize> {
+    (protocol_of(binding) == Protocol::Udp).then(|| binding.port.id())
 }
 
 fn protocol_of(binding: &Binding) -> Protocol {
@@ -417,7 +353,7 @@ mod tests {
         let named = Bound::bind(mapping("web")).unwrap();
         let nameless = Bound::bind(mapping("other")).unwrap().ports.pop().unwrap();
         let addr = named.ports[0].local_addr().unwrap();
-        let mut server = Server::prepared(vec![named], false).unwrap();
+        let mut server = Server::prepared(vec![named], Growth::None).unwrap();
         let policy = server.new_policy(Limits::default());
         let binding = server.assign(nameless, &policy).unwrap();
         server.nameless.push(binding);
@@ -431,10 +367,53 @@ mod tests {
         TcpStream::connect(addr).unwrap_err();
     }
 
+    fn udp_socket() -> tokio::net::UdpSocket {
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        socket.set_nonblocking(true).unwrap();
+        tokio::net::UdpSocket::from_std(socket).unwrap()
+    }
+
+    #[test]
+    fn flows_of_two_ports_are_relayed_by_two_workers_once_both_are_active() {
+        let runtime = new_runtime().unwrap();
+        let workers = runtime.block_on(async {
+            let backend = udp_socket();
+            let to = backend.local_addr().unwrap().port();
+            let bound = ["one", "other"].map(|name| {
+                let json = format!(
+                    r#"{{"name":"{name}","host":"127.0.0.1","to":"127.0.0.1","to_ports":"{to}","proto":"udp"}}"#
+                );
+                let mapping = serde_json::from_str::<WireMapping>(&json).unwrap();
+                Bound::bind(mapping.read(&NoInterfaces, ScopedIp::ANY).unwrap()).unwrap()
+            });
+            let hosts = bound.each_ref().map(|bound| bound.ports[0].local_addr().unwrap());
+            let server = Server::prepared(bound.into(), Growth::None).unwrap();
+            server.start(LiveFlows::default());
+            let mut running = Vec::new();
+            for host in hosts {
+                let client = udp_socket();
+                // The second one may arrive while the task moves.
+                for number in 0..50_u8 {
+                    client.send_to(&[number], host).await.unwrap();
+                    let (mut byte, mut reply) = ([0], [0]);
+                    let (_length, flow) = backend.recv_from(&mut byte).await.unwrap();
+                    backend.send_to(&byte, flow).await.unwrap();
+                    client.recv_from(&mut reply).await.unwrap();
+                    assert_eq!((byte, reply), ([number], [number]));
+                }
+                running.push(server.workers.runtimes().len());
+            }
+            server.drain(std::future::ready("over")).await;
+            running
+        });
+        let most = std::thread::available_parallelism().map_or(1, usize::from);
+        assert_eq!(workers, [1, most.min(2)]);
+    }
+
     #[test]
     fn a_change_that_fails_leaves_no_socket_and_no_name() {
         new_runtime().unwrap().block_on(async {
-            let mut server = Server::prepared(Vec::new(), true).unwrap();
+            let mut server = Server::prepared(Vec::new(), Growth::Mappings).unwrap();
             // An address that no other test binds.
             let [free, taken] = [(); 2].map(|()| TcpListener::bind("127.0.0.77:0").unwrap());
             let [free_port, taken_port] = [&free, &taken].map(|socket| socket.local_addr().unwrap().port());
@@ -458,7 +437,7 @@ mod tests {
     fn a_change_says_how_many_mappings_it_leaves_alone() {
         new_runtime().unwrap().block_on(async {
             let bound = ["one", "two", "three"].map(|name| Bound::bind(mapping(name)).unwrap());
-            let mut server = Server::prepared(bound.into(), true).unwrap();
+            let mut server = Server::prepared(bound.into(), Growth::Mappings).unwrap();
             let two = "two".parse().unwrap();
             let added = server.add(vec![mapping("four")]).await.unwrap();
             assert_eq!(added, Changed { added: 1, unchanged: 3, ..Changed::default() });
@@ -473,7 +452,7 @@ mod tests {
     #[test]
     fn a_port_of_another_program_is_not_said_to_be_taken_by_a_mapping_of_the_other_protocol() {
         new_runtime().unwrap().block_on(async {
-            let mut server = Server::prepared(Vec::new(), true).unwrap();
+            let mut server = Server::prepared(Vec::new(), Growth::Mappings).unwrap();
             // An address that no other test binds.
             let theirs = UdpSocket::bind("127.0.0.78:0").unwrap();
             let port = theirs.local_addr().unwrap().port();

@@ -26,7 +26,12 @@ pub(crate) struct PollSet(Arc<Shared>);
 struct Shared {
     epoll: Epoll,
     numbers: Mutex<Numbers>,
+    /// The index of this set among those of a process for the same purpose.
+    index: usize,
 }
+
+/// The maximum number of sets for the same purpose.
+pub(crate) const MOST_SETS: usize = 16;
 
 /// The numbers of listeners. The lowest free number is used first, so that numbers can serve as indices.
 #[derive(Debug, Default)]
@@ -36,13 +41,37 @@ struct Numbers {
 }
 
 impl PollSet {
-    /// An empty set.
+    /// An empty set, the only one for its purpose.
     ///
     /// # Errors
     /// Those of epoll_create1(2).
     pub(crate) fn new() -> io::Result<Self> {
+        Self::numbered(0)
+    }
+
+    /// An empty set, one of up to [`MOST_SETS`] for the same purpose.
+    ///
+    /// # Errors
+    /// Those of epoll_create1(2).
+    pub(crate) fn numbered(index: usize) -> io::Result<Self> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        Ok(Self(Arc::new(Shared { epoll, numbers: Mutex::default() })))
+        Ok(Self(Arc::new(Shared { epoll, numbers: Mutex::default(), index })))
+    }
+
+    /// The number of listeners in it.
+    pub(crate) fn len(&self) -> usize {
+        let numbers = self.numbers();
+        numbers.next as usize - numbers.free.len()
+    }
+
+    /// Whether `listener` is in this set.
+    pub(crate) fn contains(&self, listener: &WatchedListener) -> bool {
+        Arc::ptr_eq(&self.0, &listener.set.0)
+    }
+
+    /// The [`WatchedListener::id`] of the listener with this number in the set.
+    pub(crate) fn id_of(&self, number: usize) -> usize {
+        number * MOST_SETS + self.0.index
     }
 
     /// Adds `socket`, which must be non-blocking. Events are not reported before [`WatchedListener::watch`].
@@ -87,6 +116,11 @@ impl WatchedListener {
     /// Its number in the set, unique while this exists.
     pub(crate) fn number(&self) -> usize {
         self.number as usize
+    }
+
+    /// Its number among the listeners of all sets for the same purpose.
+    pub(crate) fn id(&self) -> usize {
+        self.set.id_of(self.number())
     }
 
     /// Whether it uses Multipath TCP (RFC 8684). Accepted sockets then do not inherit all of its options.
@@ -150,6 +184,11 @@ impl EventSource {
     pub(crate) fn new(set: PollSet) -> io::Result<Self> {
         let watched = Watched::new(set.epoll().0.try_clone()?, Interest::READABLE)?;
         Ok(Self { watched, set })
+    }
+
+    /// The set.
+    pub(crate) fn set(&self) -> &PollSet {
+        &self.set
     }
 
     /// Waits for events, writes them to `events`, and returns their number.

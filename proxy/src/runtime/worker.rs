@@ -6,7 +6,7 @@
 //! time, therefore needs one thread.
 
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -36,8 +36,6 @@ pub(crate) struct Workers {
     prepare: Prepare,
     /// Notified when a worker has served its last connection.
     idle: Arc<Notify>,
-    /// Whether the first worker relays datagrams, which counts as one connection.
-    datagrams: Arc<AtomicBool>,
     /// The maximum: one worker per processor available to the process (sched_getaffinity(2), and its cgroup's
     /// quota).
     most: OnceLock<usize>,
@@ -54,13 +52,15 @@ struct Running {
 struct Worker {
     runtime: Handle,
     slots: Arc<AtomicUsize>,
+    /// Tasks that relay datagrams now. Each counts as one connection.
+    relays: Arc<AtomicUsize>,
     /// Dropping it ends the worker's own thread, if it has one.
     _stop: Option<oneshot::Sender<()>>,
 }
 
 impl Worker {
     fn new(runtime: Handle, stop: Option<oneshot::Sender<()>>) -> Self {
-        Self { runtime, slots: Arc::default(), _stop: stop }
+        Self { runtime, slots: Arc::default(), relays: Arc::default(), _stop: stop }
     }
 
     fn start(number: usize, prepare: Prepare) -> io::Result<Self> {
@@ -85,8 +85,12 @@ impl Worker {
         }
     }
 
-    fn load(&self) -> usize {
+    fn connections(&self) -> usize {
         self.slots.load(Ordering::Relaxed)
+    }
+
+    fn load(&self) -> usize {
+        self.connections() + self.relays.load(Ordering::Relaxed)
     }
 }
 
@@ -104,14 +108,8 @@ impl Workers {
             prepare,
             running: Mutex::new(Running { workers: vec![Worker::new(first, None)], failed: None }),
             idle: Arc::default(),
-            datagrams: Arc::default(),
             most: OnceLock::new(),
         }
-    }
-
-    /// The flag that says whether the first worker relays datagrams.
-    pub(crate) fn datagrams(&self) -> Arc<AtomicBool> {
-        self.datagrams.clone()
     }
 
     /// Counts the processors before confinement blocks the files with the quota.
@@ -119,26 +117,15 @@ impl Workers {
         self.most();
     }
 
-    fn most(&self) -> usize {
+    /// The maximum number of workers.
+    pub(crate) fn most(&self) -> usize {
         *self.most.get_or_init(|| thread::available_parallelism().map_or(1, usize::from))
     }
 
     /// Reserves a slot for a connection on the worker with the fewest.
     pub(crate) fn slot(&self) -> WorkerSlot {
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-        let datagrams = usize::from(self.datagrams.load(Ordering::Relaxed));
-        let load = |number: usize, worker: &Worker| worker.load() + if number == 0 { datagrams } else { 0 };
-        if running.workers.iter().enumerate().all(|(number, worker)| load(number, worker) > 0) {
-            self.grow(&mut running);
-        }
-        // Of equals the last one, because the first also accepts connections and relays datagrams.
-        let (worker, idlest) = running
-            .workers
-            .iter()
-            .enumerate()
-            .rev()
-            .min_by_key(|(number, worker)| load(*number, worker))
-            .expect("the first worker is always there");
+        let (worker, idlest) = self.idlest(&mut running);
         idlest.slots.fetch_add(1, Ordering::Relaxed);
         WorkerSlot {
             worker,
@@ -146,6 +133,29 @@ impl Workers {
             taken: idlest.slots.clone(),
             idle: self.idle.clone(),
         }
+    }
+
+    /// Reserves a slot for a task that begins to relay datagrams: on the worker `home` where it runs, unless that is
+    /// busy, another one is not, and the task `may_move`.
+    pub(crate) fn relay_slot(&self, home: usize, may_move: bool) -> RelaySlot {
+        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
+        let load = running.workers[home].load();
+        let (idlest, _worker) =
+            if may_move && load > 0 { self.idlest(&mut running) } else { (home, &running.workers[home]) };
+        let worker = if running.workers[idlest].load() < load { idlest } else { home };
+        let Worker { runtime, relays, .. } = &running.workers[worker];
+        relays.fetch_add(1, Ordering::Relaxed);
+        RelaySlot { worker, runtime: runtime.clone(), relays: relays.clone() }
+    }
+
+    /// The worker with the least to do, a new one if all have something.
+    fn idlest<'a>(&self, running: &'a mut Running) -> (usize, &'a Worker) {
+        if running.workers.iter().all(|worker| worker.load() > 0) {
+            self.grow(running);
+        }
+        // Of equals the last one, because the first also accepts connections.
+        let workers = running.workers.iter().enumerate().rev();
+        workers.min_by_key(|(_number, worker)| worker.load()).expect("the first worker is always there")
     }
 
     /// Starts another worker if there is a processor for it. If that fails, the running workers serve
@@ -182,7 +192,7 @@ impl Workers {
     /// The number of connections being served.
     pub(crate) fn connections(&self) -> usize {
         let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-        running.workers.iter().map(Worker::load).sum()
+        running.workers.iter().map(Worker::connections).sum()
     }
 
     /// Waits until no connection is being served.
@@ -196,6 +206,32 @@ impl Workers {
             }
             notified.await;
         }
+    }
+}
+
+/// The slot on a worker of a task that relays datagrams, released when dropped.
+#[derive(Debug)]
+pub(crate) struct RelaySlot {
+    worker: usize,
+    runtime: Handle,
+    relays: Arc<AtomicUsize>,
+}
+
+impl RelaySlot {
+    /// The number of the worker.
+    pub(crate) fn worker(&self) -> usize {
+        self.worker
+    }
+
+    /// The runtime of the worker.
+    pub(crate) fn runtime(&self) -> &Handle {
+        &self.runtime
+    }
+}
+
+impl Drop for RelaySlot {
+    fn drop(&mut self) {
+        self.relays.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -237,12 +273,27 @@ mod tests {
         let runtime = new_runtime().unwrap();
         let workers = Workers::new(runtime.handle().clone(), || Ok(Box::new(|| ())));
         let most = thread::available_parallelism().map_or(1, usize::from);
-        workers.datagrams().store(true, Ordering::Relaxed);
-        assert_eq!(workers.slot().worker(), 1.min(most - 1));
+        let relay = workers.relay_slot(0, false);
+        assert_eq!((relay.worker(), workers.slot().worker()), (0, 1.min(most - 1)));
         assert_eq!(workers.connections(), 0);
-        workers.datagrams().store(false, Ordering::Relaxed);
+        drop(relay);
         let slots: Vec<_> = (0..most).map(|_| workers.slot()).collect();
         assert!(slots.iter().any(|slot| slot.worker() == 0));
+    }
+
+    #[test]
+    fn a_task_that_relays_datagrams_leaves_a_busy_worker_if_it_may() {
+        let runtime = new_runtime().unwrap();
+        let workers = Workers::new(runtime.handle().clone(), || Ok(Box::new(|| ())));
+        let most = thread::available_parallelism().map_or(1, usize::from);
+        let first = workers.relay_slot(0, true);
+        assert_eq!(first.worker(), 0, "its own worker is idle");
+        assert_eq!(workers.relay_slot(0, false).worker(), 0);
+        let second = workers.relay_slot(0, true);
+        assert_eq!(second.worker(), 1.min(most - 1));
+        drop(first);
+        assert_eq!(workers.relay_slot(0, true).worker(), 0);
+        assert_eq!(workers.relay_slot(second.worker(), true).worker(), 0);
     }
 
     #[test]

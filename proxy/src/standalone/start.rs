@@ -18,7 +18,7 @@ use crate::bind::{Bound, BoundError, BoundPort};
 use crate::cli::Serve;
 use crate::config::{self, ConfigError};
 use crate::control::socket::{ControlSocket, SocketError};
-use crate::engine::Server;
+use crate::engine::{Growth, Server};
 use crate::log::console::Output;
 use crate::loops::LoopError;
 use crate::plane;
@@ -151,8 +151,14 @@ fn prepare_server(bound: Vec<Bound>, attaches: bool, options: &Serve) -> Result<
         info!("{NO_IPV6}");
     }
     let needs = needs(options, attaches, &bound);
-    let server =
-        Server::prepared(bound, attaches || may_change(options)).map_err(setup("watch the listeners"))?;
+    let growth = if attaches {
+        Growth::Attached
+    } else if may_change(options) {
+        Growth::Mappings
+    } else {
+        Growth::None
+    };
+    let server = Server::prepared(bound, growth).map_err(setup("watch the listeners"))?;
     server.look_at_processors();
     if let Some(user) = &options.user {
         for error in server.udp_sockets().filter_map(|socket| user.own(socket).err()) {

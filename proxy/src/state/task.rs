@@ -6,7 +6,9 @@
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 
 use nix::sys::epoll::EpollFlags;
 use rproxy_sys::udp::LocalAddr;
@@ -61,8 +63,8 @@ pub(crate) enum FlowCommand {
 #[derive(Debug, Default)]
 pub(crate) struct LiveFlows {
     pub(crate) flows: Vec<LiveFlow>,
-    /// How many datagrams the kernel has dropped at each listener, as far as counted: number of the listener,
-    /// and count.
+    /// How many datagrams the kernel has dropped at each listener, as far as counted: number of the listener, or its
+    /// [`WatchedListener::id`], and count.
     pub(crate) dropped: Vec<(usize, u32)>,
     /// The position in the rotation of local ports.
     pub(crate) ports: Option<PortTurn>,
@@ -71,7 +73,7 @@ pub(crate) struct LiveFlows {
 /// A flow during its handover from one process to another. Neither serves it at the moment.
 #[derive(Debug)]
 pub(crate) struct LiveFlow {
-    /// The number of its listener.
+    /// The number of its listener; between tasks and processes, its [`WatchedListener::id`].
     pub(crate) listener: usize,
     /// The address of its client.
     pub(crate) client: SocketAddr,
@@ -111,22 +113,24 @@ pub(crate) type Commands = mpsc::UnboundedReceiver<Command>;
 pub(crate) struct ListenerTask {
     set: PollSet,
     commands: mpsc::UnboundedSender<Command>,
-    task: JoinHandle<io::Result<()>>,
+    task: TaskHandle,
 }
 
+/// The result of a task, once it has ended.
+pub(crate) type TaskHandle = JoinHandle<io::Result<()>>;
+
 impl ListenerTask {
-    /// Spawns the future that `task` returns for its listeners and commands.
+    /// Spawns the future that `task` returns for the listeners of `set` and its commands.
     ///
     /// # Errors
-    /// Those of epoll_create1(2) and epoll_ctl(2).
+    /// Those of epoll_ctl(2).
     ///
     /// # Panics
     /// Outside a tokio runtime.
-    pub(crate) fn spawn<T>(task: impl FnOnce(EventSource, Commands) -> T) -> io::Result<Self>
+    pub(crate) fn spawn<T>(set: PollSet, task: impl FnOnce(EventSource, Commands) -> T) -> io::Result<Self>
     where
         T: Future<Output = io::Result<()>> + Send + 'static,
     {
-        let set = PollSet::new()?;
         let (sender, commands) = mpsc::unbounded_channel();
         let task = tokio::spawn(task(EventSource::new(set.clone())?, commands));
         Ok(Self { set, commands: sender, task })
@@ -183,17 +187,22 @@ impl ListenerTask {
         self.tell(Command::Flows(command));
     }
 
-    /// Waits until the task has ended, which it only does on its own if it failed.
+    /// Polls until the task has ended, which it only does on its own if it failed.
     ///
     /// # Errors
     /// Those of epoll_wait(2).
-    pub(crate) async fn ended(&mut self) -> io::Result<()> {
+    pub(crate) fn poll_ended(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         // A panic has been reported where it happened.
-        (&mut self.task).await.unwrap_or(Ok(()))
+        Pin::new(&mut self.task).poll(context).map(|ended| ended.unwrap_or(Ok(())))
+    }
+
+    /// The listeners of the task.
+    pub(crate) fn listeners(&self) -> &PollSet {
+        &self.set
     }
 
     /// Closes the command channel, so that the task drains its listeners and ends.
-    pub(crate) fn finish(self) -> JoinHandle<io::Result<()>> {
+    pub(crate) fn finish(self) -> TaskHandle {
         self.task
     }
 

@@ -57,6 +57,8 @@ pub(crate) struct Acceptor {
     full: Vec<usize>,
     backends: BackendSockets,
     pause: Pause,
+    /// Whether it continues without a listener, because others may be added.
+    may_be_idle: bool,
 }
 
 /// Whether accepting is suspended because descriptors are exhausted, and when it is retried.
@@ -69,17 +71,19 @@ struct Pause {
 }
 
 impl Acceptor {
-    /// A task without listeners. It ends when all senders of `commands` are dropped.
+    /// A task without listeners. It ends when all senders of `commands` are dropped, and unless it `may_be_idle`, when
+    /// its last listener fails.
     pub(crate) fn new(
         poll: EventSource,
         commands: Commands,
         capacity: Arc<Capacity>,
         workers: Arc<Workers>,
+        may_be_idle: bool,
     ) -> Self {
         let pause =
             Pause { is_on: false, backoff: Backoff::default(), until: Instant::now(), is_logged: false };
         let (listeners, full, backends) = (Vec::new(), Vec::new(), BackendSockets::default());
-        Self { poll, commands, capacity, workers, listeners, full, backends, pause }
+        Self { poll, commands, capacity, workers, listeners, full, backends, pause, may_be_idle }
     }
 
     /// Accepts connections until all senders of commands are dropped. Connections that are pending then are
@@ -280,7 +284,7 @@ impl Acceptor {
                     error!(%mapping, %error, "cannot stop watching a listener");
                 }
                 self.listeners[number] = None;
-                match self.listeners.iter().any(Option::is_some) {
+                match self.may_be_idle || self.listeners.iter().any(Option::is_some) {
                     true => Ok(()),
                     false => Err(io::Error::new(source.kind(), format!("{reason}: {source}"))),
                 }

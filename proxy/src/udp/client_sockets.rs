@@ -2,11 +2,14 @@
 //! no longer needed.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::client_socket::ClientSocket;
 use super::flow::Flow;
 use super::key::FlowKey;
+use super::shared::Shared;
 use super::table::{FlowId, FlowTable};
 
 /// Maximum number of client sockets: their datagrams and a listener's fit the queue of a device (`txqueuelen`, 1,000
@@ -51,6 +54,8 @@ pub(super) type Retired = (Instant, ClientSocket);
 pub(super) struct ClientSockets {
     most: usize,
     open: usize,
+    /// Counts those of all tasks, whose datagrams share the queues of devices.
+    shared: Arc<Shared>,
     /// In the order of checks (clock algorithm). Some flows may have ended.
     clock: VecDeque<FlowId>,
     /// The time of the next periodic check, if there are any.
@@ -61,9 +66,9 @@ pub(super) struct ClientSockets {
 
 impl ClientSockets {
     /// An empty set, for a process with this many descriptors.
-    pub(super) fn new(descriptors: usize) -> Self {
+    pub(super) fn new(shared: Arc<Shared>, descriptors: usize) -> Self {
         let most = MOST.min(descriptors / SHARE_OF_DESCRIPTORS);
-        Self { most, open: 0, clock: VecDeque::new(), next_look: None, retired: VecDeque::new() }
+        Self { most, open: 0, shared, clock: VecDeque::new(), next_look: None, retired: VecDeque::new() }
     }
 
     /// Records that a flow of `table` is about to get a client socket.
@@ -74,6 +79,7 @@ impl ClientSockets {
             self.clock.retain(has_one);
         }
         self.open += 1;
+        self.shared.client_sockets.fetch_add(1, Ordering::Relaxed);
         self.clock.push_back(id);
         self.next_look.get_or_insert(now + INTERVAL);
     }
@@ -81,6 +87,7 @@ impl ClientSockets {
     /// Records that a flow's socket was connected to itself at `now`.
     pub(super) fn retire(&mut self, socket: ClientSocket, now: Instant) {
         self.open -= 1;
+        self.shared.client_sockets.fetch_sub(1, Ordering::Relaxed);
         self.retired.push_back((now, socket));
     }
 
@@ -100,7 +107,7 @@ impl ClientSockets {
         table: &mut FlowTable<FlowKey, Flow>,
         now: Instant,
     ) -> Result<Option<(FlowId, bool)>, Full> {
-        if self.open < self.most {
+        if self.shared.client_sockets.load(Ordering::Relaxed) < self.most {
             return Ok(None);
         }
         let is_needed = |socket: &ClientSocket| match socket.full_at {

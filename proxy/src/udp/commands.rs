@@ -74,9 +74,10 @@ impl UdpRelay {
                 || access.contains(&number) && !listeners[number].target.policy.would_admit(key.client.ip())
         });
         self.capacity.asked = self.listeners.most_asked();
-        self.table.set_most(self.capacity.most(now));
+        let own = self.table.len();
+        self.table.set_most(self.capacity.most(own, now));
         for (mapping, target) in limits {
-            let bounds = self.capacity.bounds(mapping, &target.policy.limits, now);
+            let bounds = self.capacity.bounds(mapping, &target.policy.limits, self.table.len(), now);
             self.table.rebound(&bounds, now);
             for ended in self.table.take_surplus(&bounds) {
                 self.displace(ended);
@@ -133,7 +134,7 @@ impl UdpRelay {
             self.poll.epoll().delete(listener.as_fd()).ok();
         }
         self.listeners.close_one(index);
-        if self.listeners.iter_served().next().is_none() {
+        if self.capacity.shared.is_over() {
             self.failed = Some(io::Error::other(reason));
         }
     }

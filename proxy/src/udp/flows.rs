@@ -8,6 +8,7 @@ use std::time::Instant;
 use rproxy_sys::udp::{MOST_DISCARDED, discard, dropped, source_towards};
 use socket2::SockRef;
 
+use super::capacity::Capacity;
 use super::flow::Flow;
 use super::key::FlowKey;
 use super::listeners::Listeners;
@@ -54,8 +55,8 @@ impl UdpRelay {
 
     /// Adjusts the receive buffers to the number of flows, some in each turn.
     pub(super) fn share_out(&mut self) {
-        let shares = &mut self.capacity.shares;
-        if shares.set_flows(self.table.len()) {
+        let Capacity { shares, shared, .. } = &mut self.capacity;
+        if shares.set_flows(shared.flows()) {
             self.next_share = Some(0);
         }
         let Some(first) = self.next_share else { return };
@@ -100,7 +101,7 @@ impl UdpRelay {
                     return self.ended.push_front(Ended { flow, last_active });
                 }
             }
-            self.capacity.ports.given_back(flow.port, last_active);
+            self.capacity.shared.ports().given_back(flow.port, last_active);
         }
         if self.ended.is_empty() {
             self.ended.shrink_to_fit();

@@ -29,7 +29,7 @@ impl UdpRelay {
         let listeners = self.listeners.iter_served();
         let dropped = listeners.map(|(number, listener)| (number, listener.dropped));
         let dropped = dropped.filter(|(_number, dropped)| *dropped != 0).collect();
-        LiveFlows { flows, dropped, ports: self.capacity.ports.turn() }
+        LiveFlows { flows, dropped, ports: self.capacity.shared.ports().turn() }
     }
 
     /// Continues as if the handover had not started.
@@ -56,7 +56,7 @@ impl UdpRelay {
 
         let now = Instant::now();
         if let Some(turn) = ports {
-            self.capacity.ports.go_on(turn);
+            self.capacity.shared.ports().go_on(turn);
         }
         for (number, dropped) in dropped {
             if let Some(listener) = self.listeners.get_mut(number) {
@@ -95,11 +95,11 @@ impl UdpRelay {
         let port = address(connected.local_addr())?.map_or(0, |addr| addr.port());
         let mut flow = Flow::adopt(socket, peer, port, &target, &self.capacity.budget);
         flow.dropped = dropped;
-        let bounds = self.capacity.bounds(mapping_of(&target), &target.policy.limits, now);
+        let bounds = self.capacity.bounds(mapping_of(&target), &target.policy.limits, self.table.len(), now);
         self.make_room(&bounds, &key);
         let id = self.table.next_id();
         self.poll.epoll().add(&flow, event(Token::Flow(id), Wanted::RECEIVE))?;
-        self.capacity.ports.adopted(port);
+        self.capacity.shared.ports().adopted(port);
         flow.set_share(self.capacity.shares.each());
         self.table.insert(key, (&bounds, client.ip()), flow, now);
         if is_established {

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 use arrayvec::ArrayVec;
 use rproxy_sys::udp::{BATCH, Transmit, dropped};
 
-use super::origin::OwnPorts;
 use super::send::{QueueBudget, SendQueue};
+use super::shared::Shared;
 use super::table::FlowId;
 use super::tally::{Tally, Towards};
 use super::token::Wanted;
@@ -104,13 +104,12 @@ impl AsFd for Listener {
 }
 
 /// All listeners, indexed by the numbers of their ports.
-#[derive(Default)]
 pub(super) struct Listeners {
     slots: Vec<Option<Listener>>,
     /// The numbers of released listeners.
     closing: HashSet<usize>,
-    /// Their addresses.
-    pub(super) own_ports: OwnPorts,
+    /// The addresses of all listeners are recorded there.
+    shared: Arc<Shared>,
     /// The numbers of flows that mappings request, each with the number of listeners that request it.
     asked: BTreeMap<usize, usize>,
     /// The budget for queued replies.
@@ -118,6 +117,12 @@ pub(super) struct Listeners {
 }
 
 impl Listeners {
+    /// No listeners.
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        let budget = Arc::new(QueueBudget::of_task(shared.to_clients.clone()));
+        Self { slots: Vec::new(), closing: HashSet::new(), shared, asked: BTreeMap::new(), budget }
+    }
+
     /// Applies `binding` to a listener. Returns its previous target, if any.
     pub(super) fn assign(&mut self, binding: Binding, now: Instant) -> Option<Arc<Target>> {
         let Binding { port, target } = binding;
@@ -126,16 +131,19 @@ impl Listeners {
             self.slots.resize_with(number + 1, || None);
         }
         self.closing.remove(&number);
-        self.own_ports.add(&target.port_mapping);
+        self.shared.own_ports().add(&target.port_mapping);
         *self.asked.entry(asked_by(&target)).or_default() += 1;
         match &mut self.slots[number] {
             Some(listener) => {
-                listener.closing = None;
+                if listener.closing.take().is_some() {
+                    self.shared.add_listener();
+                }
                 let old = std::mem::replace(&mut listener.target, target);
                 self.forget_asked(&old);
                 Some(old)
             }
             none => {
+                self.shared.add_listener();
                 *none = Some(Listener {
                     dropped: 0,
                     port,
@@ -174,6 +182,7 @@ impl Listeners {
             && listener.closing.is_none()
         {
             listener.closing = Some(now + CLOSE_TIMEOUT);
+            self.shared.remove_listener();
             self.closing.insert(number);
         }
     }
@@ -223,8 +232,11 @@ impl Listeners {
     pub(super) fn close_one(&mut self, number: usize) {
         self.closing.remove(&number);
         if let Some(listener) = self.slots[number].take() {
-            self.own_ports.remove(&listener.target.port_mapping);
+            self.shared.own_ports().remove(&listener.target.port_mapping);
             self.forget_asked(&listener.target);
+            if !listener.is_closing() {
+                self.shared.remove_listener();
+            }
             listener.count_lost();
         }
     }

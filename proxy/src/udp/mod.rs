@@ -29,6 +29,7 @@ pub(crate) mod relay;
 mod requests;
 mod scopes;
 mod send;
+pub(crate) mod shared;
 mod shares;
 mod slots;
 pub(crate) mod stale;

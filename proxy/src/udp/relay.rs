@@ -1,6 +1,7 @@
-//! The task that serves all UDP mappings of a process.
+//! A task that serves UDP mappings: one in most processes, several if there are several listeners and processors.
 //!
-//! One epoll instance watches the listeners and the flows' sockets, and the runtime watches the epoll instance. Each
+//! Each listener and its flows belong to one task. It begins on the first worker, and moves to an idle one if that is
+//! busy when its first flow is opened. One epoll instance watches the listeners and the flows' sockets, and the runtime watches the epoll instance. Each
 //! turn receives a bounded batch from each readable socket, so that no flow waits for another one's backlog. Datagrams
 //! of clients are [forwarded to backends](super::requests), and replies of backends [to clients](super::answers).
 
@@ -8,7 +9,6 @@ use std::collections::VecDeque;
 use std::io;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use tracing::debug;
@@ -19,10 +19,12 @@ use super::client_sockets::ClientSockets;
 use super::flow::Flow;
 use super::key::FlowKey;
 use super::listeners::Listeners;
+use super::shared::Shared;
 use super::table::{Ended, FlowTable};
 use super::token::Token;
 use super::turn::{Events, Turn};
 use crate::runtime::poll::EventSource;
+use crate::runtime::worker::{RelaySlot, Workers};
 use crate::state::task::Commands;
 
 /// Number of turns before the task yields to others of the worker, even if there is more to do.
@@ -31,7 +33,7 @@ const TURNS_IN_A_ROW: u32 = 2;
 /// When draining, flows end once none was active for this long.
 pub(super) const QUIET: Duration = Duration::from_secs(1);
 
-/// All UDP mappings of a process.
+/// The listeners of a task, and their flows.
 pub(crate) struct UdpRelay {
     pub(super) poll: EventSource,
     commands: Commands,
@@ -45,8 +47,13 @@ pub(crate) struct UdpRelay {
     pub(super) ended: VecDeque<Ended<Flow>>,
     pub(super) buffers: Buffers,
     pub(super) turn: Turn,
-    /// Whether there are flows, so that connections are assigned to other workers.
-    has_flows: Arc<AtomicBool>,
+    workers: Arc<Workers>,
+    /// The number of the worker where it runs.
+    worker: usize,
+    /// Its slot on a worker, while there are flows: connections and other tasks choose other workers.
+    slot: Option<RelaySlot>,
+    /// The number of flows when it was last counted among those of all tasks.
+    counted: usize,
     pub(super) draining: bool,
     /// Listeners that another process has shut down, to be closed.
     pub(super) shut_down: Vec<usize>,
@@ -55,27 +62,30 @@ pub(crate) struct UdpRelay {
 }
 
 impl UdpRelay {
-    /// A relay without mappings. `beside_tcp` says whether TCP connections need descriptors, too. `has_flows` is
-    /// updated with whether there are flows. The relay ends when all senders of `commands` are dropped.
+    /// A task without listeners on the first of `workers`. It ends when all senders of `commands` are dropped.
     pub(crate) fn new(
         poll: EventSource,
         commands: Commands,
-        beside_tcp: bool,
-        has_flows: Arc<AtomicBool>,
+        shared: Arc<Shared>,
+        workers: Arc<Workers>,
     ) -> Self {
-        let capacity = Capacity::of_this_host(beside_tcp);
+        shared.add_task();
+        let capacity = Capacity::of_task(shared.clone());
         Self {
             poll,
             commands,
-            listeners: Listeners::default(),
-            table: FlowTable::new(capacity.most(Instant::now())),
-            client_sockets: ClientSockets::new(capacity.descriptors()),
+            listeners: Listeners::new(shared.clone()),
+            table: FlowTable::new(capacity.most(0, Instant::now())),
+            client_sockets: ClientSockets::new(shared, capacity.descriptors()),
             capacity,
             next_share: None,
             ended: VecDeque::new(),
             buffers: Buffers::default(),
             turn: Turn::default(),
-            has_flows,
+            workers,
+            worker: 0,
+            slot: None,
+            counted: 0,
             draining: false,
             shut_down: Vec::new(),
             failed: None,
@@ -86,7 +96,18 @@ impl UdpRelay {
     ///
     /// # Errors
     /// The error of epoll_wait(2), or that of the last listener; nothing is served any more then.
-    pub(crate) async fn run(mut self) -> io::Result<()> {
+    pub(crate) async fn run(self) -> io::Result<()> {
+        let mut moved = self.relay().await?;
+        while let Some(relay) = moved {
+            let Some(runtime) = relay.slot.as_ref().map(|slot| slot.runtime().clone()) else { break };
+            // A panic has been reported where it happened.
+            moved = runtime.spawn(relay.relay()).await.unwrap_or(Ok(None))?;
+        }
+        Ok(())
+    }
+
+    /// Relays on the worker of the calling thread. Returns the task if it has to continue on that of its slot.
+    async fn relay(mut self) -> io::Result<Option<Box<Self>>> {
         let mut events = Events::new();
         let mut alarm = pin!(tokio::time::sleep(Duration::ZERO));
         let mut turns = 0_u32;
@@ -107,6 +128,9 @@ impl UdpRelay {
             if let Some(error) = self.failed.take() {
                 return Err(error);
             }
+            if self.is_moved() {
+                return Ok(Some(Box::new(self)));
+            }
             if self.has_deadline() {
                 let deadline = tokio::time::Instant::from_std(self.next_deadline());
                 if alarm.is_elapsed() || deadline < alarm.deadline() {
@@ -119,7 +143,30 @@ impl UdpRelay {
             }
         }
         debug!("no UDP flow is active any more");
-        Ok(())
+        Ok(None)
+    }
+
+    /// Whether its slot is on another worker, which watches its sockets from here on.
+    fn is_moved(&mut self) -> bool {
+        let Some(slot) = &self.slot else { return false };
+        if slot.worker() == self.worker {
+            return false;
+        }
+        let watch = || {
+            let _entered = slot.runtime().enter();
+            EventSource::new(self.poll.set().clone())
+        };
+        match watch() {
+            Ok(poll) => {
+                (self.poll, self.worker) = (poll, slot.worker());
+                true
+            }
+            Err(error) => {
+                debug!(%error, "this task stays where it is");
+                self.slot = Some(self.workers.relay_slot(self.worker, false));
+                false
+            }
+        }
     }
 
     /// Serves each reported socket once, until the turn is over.
@@ -157,11 +204,24 @@ impl UdpRelay {
         self.end_some(now);
         self.retire_unneeded(now);
         self.close_retired(Some(now));
+        self.count_flows();
         self.share_out();
         self.buffers.give_back(now);
-        let has_flows = self.table.len() > 0;
-        if has_flows != self.has_flows.load(Ordering::Relaxed) {
-            self.has_flows.store(has_flows, Ordering::Relaxed);
+    }
+
+    /// Counts its flows among those of all tasks, and takes a slot on a worker while there are any.
+    fn count_flows(&mut self) {
+        let flows = self.table.len();
+        if flows == self.counted {
+            return;
+        }
+        let shared = &self.capacity.shared;
+        shared.count_flows(self.counted, flows);
+        self.counted = flows;
+        if flows == 0 {
+            self.slot = None;
+        } else if self.slot.is_none() {
+            self.slot = Some(self.workers.relay_slot(self.worker, shared.tasks() > 1));
         }
     }
 
@@ -197,6 +257,12 @@ impl UdpRelay {
             self.client_sockets.deadline(),
         ];
         next.into_iter().flatten().min().unwrap_or_else(Instant::now)
+    }
+}
+
+impl Drop for UdpRelay {
+    fn drop(&mut self) {
+        self.capacity.shared.count_flows(self.counted, 0);
     }
 }
 

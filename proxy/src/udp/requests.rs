@@ -150,7 +150,7 @@ impl UdpRelay {
             stats.count(FailureKind::FlowFailed);
             return None;
         }
-        if self.listeners.own_ports.is_forged(key.client, &target.port_mapping) {
+        if self.capacity.shared.own_ports().is_forged(key.client, &target.port_mapping) {
             stats.count(FailureKind::Forged);
             log_forged(&target, key);
             return None;
@@ -174,8 +174,9 @@ impl UdpRelay {
     fn open(&mut self, key: &FlowKey, target: &Arc<Target>, batch: &mut Batch) -> io::Result<FlowId> {
         let now = self.turn.start();
         let source = key.client.ip();
-        self.table.set_most(self.capacity.most(now));
-        let bounds = self.capacity.bounds(mapping_of(target), &target.policy.limits, now);
+        let own = self.table.len();
+        self.table.set_most(self.capacity.most(own, now));
+        let bounds = self.capacity.bounds(mapping_of(target), &target.policy.limits, own, now);
         if self.table.is_full(&bounds, source) {
             // An evicted flow has already sent its datagrams.
             self.send_to_backend(key.listener as usize, batch);
@@ -197,7 +198,7 @@ impl UdpRelay {
         let port = flow.port;
         let id = self.table.next_id();
         if let Err(error) = self.poll.epoll().add(&flow, event(Token::Flow(id), Wanted::RECEIVE)) {
-            self.capacity.ports.given_back(port, now);
+            self.capacity.shared.ports().given_back(port, now);
             return Err(error.into());
         }
         flow.set_share(self.capacity.shares.each());

@@ -171,44 +171,54 @@ const BUDGET_BYTES: usize = 2 * QUEUE_BYTES;
 /// doubling, and the allocator's overhead.
 const OVERHEAD: usize = 2 * size_of::<Waiting>() + 2 * size_of::<usize>();
 
-/// A memory budget that queues share. Each queue may grow to the size of what is left (dynamic thresholds, Choudhury
-/// and Hahne 1998): a single one gets its maximum, many get equal shares, and there is always some left for another
-/// one.
-#[derive(Debug)]
-pub(super) struct QueueBudget {
-    /// Only one task uses it, but that may run on different threads.
-    left: AtomicUsize,
-}
+/// The bytes that the queues of several tasks use of their budget.
+#[derive(Debug, Default)]
+pub(super) struct BudgetUse(AtomicUsize);
 
-impl Default for QueueBudget {
-    fn default() -> Self {
-        Self { left: AtomicUsize::new(BUDGET_BYTES) }
-    }
+/// A memory budget that the queues of a task share, and with those of other tasks. Each queue may grow to the size of
+/// what is left (dynamic thresholds, Choudhury and Hahne 1998): a single one gets its maximum, many get equal shares,
+/// and there is always some left for another one.
+#[derive(Debug, Default)]
+pub(super) struct QueueBudget {
+    /// What the queues of all tasks use.
+    all: Arc<BudgetUse>,
+    /// What the queues of this task use.
+    own: AtomicUsize,
 }
 
 impl QueueBudget {
+    /// The budget of one of the tasks that share `all`.
+    pub(super) fn of_task(all: Arc<BudgetUse>) -> Self {
+        Self { all, own: AtomicUsize::new(0) }
+    }
+
     /// Reserves `cost` bytes for a queue of `bytes`, unless that exceeds its share.
     fn take(&self, cost: usize, bytes: usize) -> bool {
-        let left = self.left.load(Ordering::Relaxed).saturating_sub(cost);
-        let has_room = bytes + cost <= left.min(QUEUE_BYTES);
+        let take = |used: usize| {
+            let left = BUDGET_BYTES.saturating_sub(used + cost);
+            (bytes + cost <= left.min(QUEUE_BYTES)).then_some(used + cost)
+        };
+        let has_room = self.all.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok();
         if has_room {
-            self.left.store(left, Ordering::Relaxed);
+            self.own.fetch_add(cost, Ordering::Relaxed);
         }
         has_room
     }
 
     /// Reserves `cost` bytes that were just freed.
     fn take_again(&self, cost: usize) {
-        self.left.fetch_sub(cost, Ordering::Relaxed);
+        self.all.0.fetch_add(cost, Ordering::Relaxed);
+        self.own.fetch_add(cost, Ordering::Relaxed);
     }
 
     fn give_back(&self, bytes: usize) {
-        self.left.fetch_add(bytes, Ordering::Relaxed);
+        self.all.0.fetch_sub(bytes, Ordering::Relaxed);
+        self.own.fetch_sub(bytes, Ordering::Relaxed);
     }
 
-    /// Whether all queues are empty.
+    /// Whether all queues of this task are empty.
     pub(super) fn is_unused(&self) -> bool {
-        self.left.load(Ordering::Relaxed) == BUDGET_BYTES
+        self.own.load(Ordering::Relaxed) == 0
     }
 }
 
@@ -536,7 +546,7 @@ mod tests {
     #[test]
     fn many_queues_share_the_budget_equally() {
         let budget = Arc::<QueueBudget>::default();
-        let left = || budget.left.load(Ordering::Relaxed);
+        let left = || BUDGET_BYTES - budget.all.0.load(Ordering::Relaxed);
         let mut queues: Vec<_> = (0..200).map(|_| SendQueue::new(budget.clone())).collect();
         let payload = [IoSlice::new(&[0; 1200])];
         let mut tally = Tally::default();
@@ -567,14 +577,14 @@ mod tests {
             tally.relayed += amount_of(&transmit(&payload, None));
             queues[0].keep(&transmit(&payload, None), 0, &mut tally);
         }
-        let taken = BUDGET_BYTES - budget.left.load(Ordering::Relaxed);
+        let taken = budget.all.0.load(Ordering::Relaxed);
         assert!(!budget.is_unused());
         let [from, to] = &mut queues;
         while let Some(waiting) = from.pop() {
             to.push(waiting);
         }
         assert_eq!((from.len(), from.bytes, to.len(), to.bytes), (0, 0, 3, taken));
-        assert_eq!(BUDGET_BYTES - budget.left.load(Ordering::Relaxed), taken);
+        assert_eq!(budget.all.0.load(Ordering::Relaxed), taken);
         let (a, b) = pair();
         assert!(to.flush(a.as_fd(), &mut tally));
         for size in 1..=3 {

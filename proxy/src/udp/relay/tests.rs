@@ -19,6 +19,7 @@ use tokio::time::timeout;
 use super::*;
 use crate::runtime::new_runtime;
 use crate::runtime::poll::{PollSet, WatchedListener};
+use crate::runtime::worker::Workers;
 use crate::state::stats::{FailureKind, Stats};
 use crate::state::task::{Command, LiveFlow, LiveFlows};
 use crate::state::{Binding, MappingPolicy, Target};
@@ -63,7 +64,9 @@ impl Scene {
         let set = PollSet::new().unwrap();
         let (commands, receiver) = mpsc::unbounded_channel();
         let source = EventSource::new(set.clone()).unwrap();
-        let relay = UdpRelay::new(source, receiver, false, Arc::default());
+        let workers = Arc::new(Workers::new(runtime.handle().clone(), || Ok(Box::new(|| ()))));
+        let shared = Arc::new(Shared::of_this_host(false, false));
+        let relay = UdpRelay::new(source, receiver, shared, workers);
         drop(entered);
         let (listener, backend) = (socket(), socket());
         let front = address(&listener);
@@ -186,7 +189,7 @@ impl Scene {
         let flow =
             Flow::adopt(Arc::new(OwnedFd::from(socket)), None, 0, &self.target, &relay.capacity.budget);
         let mapping = crate::udp::flows::mapping_of(&self.target);
-        let bounds = relay.capacity.bounds(mapping, &self.target.policy.limits, now);
+        let bounds = relay.capacity.bounds(mapping, &self.target.policy.limits, relay.table.len(), now);
         let id = relay.table.next_id();
         relay.poll.epoll().add(&flow, event(Token::Flow(id), Wanted::RECEIVE)).unwrap();
         let key = FlowKey::new(self.port.number(), address(client), None);
@@ -218,7 +221,7 @@ fn datagrams_go_both_ways_and_are_counted() {
     assert_eq!([stats.datagrams_in.get(), stats.bytes_in.get()], [1, 8]);
     assert_eq!([stats.datagrams_out.get(), stats.bytes_out.get()], [1, 9]);
     assert_eq!([stats.flows.get(), stats.flows_total.get()], [1, 1]);
-    assert!(scene.relay.has_flows.load(Ordering::Relaxed));
+    assert!(scene.relay.slot.is_some() && scene.relay.capacity.shared.flows() > 0);
     assert!(FailureKind::ALL.iter().all(|kind| scene.failures(*kind) == 0));
 }
 
@@ -417,7 +420,7 @@ fn a_flow_ends_when_its_time_is_over() {
     assert!(scene.relay.table.get(id).is_none());
     assert_eq!(scene.stats().flows.get(), 0, "its socket is closed");
     scene.relay.maintain();
-    assert!(!scene.relay.has_flows.load(Ordering::Relaxed));
+    assert!(scene.relay.slot.is_none() && scene.relay.capacity.shared.flows() == 0);
 }
 
 #[test]
@@ -685,12 +688,13 @@ fn a_flow_gets_another_port_if_somebody_has_its_own() {
     let mut scene = Scene::new(Limits::default());
     let now = Instant::now();
     // The next flow in the queue.
-    let ports = &mut scene.relay.capacity.ports;
+    let mut ports = scene.relay.capacity.shared.ports();
     ports.refresh(now);
     ports.candidate(now);
     let turn = ports.turn().unwrap();
     let taken = (0..100).find_map(|_| UdpSocket::bind(("0.0.0.0", ports.candidate(now)?)).ok()).unwrap();
     ports.go_on(turn);
+    drop(ports);
     let client = scene.client();
     client.send(b"hello").unwrap();
     let (bytes, flow) = scene.at_backend();
@@ -706,7 +710,7 @@ fn the_port_of_a_flow_is_used_again_some_time_after_its_end() {
     client.send(b"hello").unwrap();
     let (_hello, flow) = scene.at_backend();
     let is_used_again = |scene: &mut Scene, at: Instant| {
-        let ports = &mut scene.relay.capacity.ports;
+        let mut ports = scene.relay.capacity.shared.ports();
         (0..ports.count()).any(|_| ports.candidate(at) == Some(flow.port()))
     };
     let now = Instant::now();
