@@ -568,22 +568,33 @@ fn offered(parent: Pid, bytes: &[u8]) -> process::Output {
 }
 
 fn false_offers() {
-    let hello = frame(r#"{"version":2}"#);
+    let hello = frame(r#"{"version":3}"#);
     let offer = |text: &str| [hello.clone(), frame(text)].concat();
-    let own = r#"{"host":"127.0.0.1","to":"192.0.2.1","to_ports":"80"}"#;
+    let own = r#"{"mapping":{"host":"127.0.0.1","to":"192.0.2.1","to_ports":"80"}}"#;
+    let attached =
+        r#"{"mapping":{"host":"127.0.0.1","host_ports":"9","to":"192.0.2.1","to_ports":"80"},"process":7}"#;
     for (bytes, part) in [
         (vec![], "unexpected end of file"),
         (b"GET / HTTP/1.1\r\n\r\n".to_vec(), "cannot talk to the old process: file too large"),
-        (frame(r#"{"version":1}"#), "it uses version 1 of the handover, and this program version 2"),
+        (frame(r#"{"version":1}"#), "it uses version 1 of the handover, and this program version 3"),
         (offer(r#"{"control":false,"mappings":[],"more":1}"#), "unknown field `more`"),
         (offer(r#"{"control":false,"mappings":[]}"#), "does not serve all mappings of the command line"),
         (offer(r#"{"control":true,"mappings":[]}"#), "does not serve all mappings of the command line"),
         (offer(&format!(r#"{{"control":true,"mappings":[{own}]}}"#)), "has a control socket"),
         (
-            offer(r#"{"control":false,"mappings":[{"host":"127.0.0.1","to":"192.0.2.1","to_ports":"81"}]}"#),
+            offer(
+                r#"{"control":false,"mappings":[{"mapping":{"host":"127.0.0.1","to":"192.0.2.1","to_ports":"81"}}]}"#,
+            ),
             "is not on the command line",
         ),
-        (offer(r#"{"control":false,"mappings":[{"to":"192.0.2.1","to_ports":"0"}]}"#), "'0' is not a port"),
+        (
+            offer(r#"{"control":false,"mappings":[{"mapping":{"to":"192.0.2.1","to_ports":"0"}}]}"#),
+            "'0' is not a port",
+        ),
+        (
+            [offer(&format!(r#"{{"control":false,"mappings":[{own},{attached}]}}"#)), b"d".to_vec()].concat(),
+            "not the descriptors announced",
+        ),
         (
             [offer(&format!(r#"{{"control":false,"mappings":[{own}]}}"#)), b"d".to_vec()].concat(),
             "not the descriptors announced",
