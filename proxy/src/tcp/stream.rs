@@ -333,8 +333,8 @@ pub(super) async fn while_taking<T>(stream: &Stream, awaited: impl Future<Output
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
-    use std::net::{TcpListener, TcpStream};
+    use std::io::{Read, Write};
+    use std::net::{Shutdown, TcpListener, TcpStream};
 
     use super::*;
     use crate::runtime::new_runtime;
@@ -377,6 +377,54 @@ mod tests {
             let error = stream.write_by(|_socket| Err(nix::errno::Errno::ECONNRESET)).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
             stream.failed().await;
+        });
+    }
+
+    #[test]
+    fn the_end_that_was_reported_with_the_last_bytes_needs_no_read() {
+        new_runtime().unwrap().block_on(async {
+            let (stream, mut peer) = pair();
+            peer.write_all(b"first").unwrap();
+            stream.readable().await;
+            assert_eq!(stream.read(&mut [0; 9]).unwrap(), 5);
+            assert!(!stream.is_at_end(), "more may follow");
+            peer.write_all(b"last").unwrap();
+            peer.shutdown(Shutdown::Write).unwrap();
+            poll_fn(|cx| reactor::poll(stream.key, EpollFlags::EPOLLRDHUP, cx)).await;
+            assert!(!stream.is_at_end(), "there is something to read");
+            assert_eq!(stream.read(&mut [0; 9]).unwrap(), 4);
+            assert!(stream.is_at_end());
+        });
+    }
+
+    #[test]
+    fn the_last_bytes_wait_for_what_ends_the_stream() {
+        new_runtime().unwrap().block_on(async {
+            let mut is_held_back = false;
+            // The kernel sends them after a while nevertheless, so one try may be too slow.
+            for _ in 0..20 {
+                let (stream, mut peer) = pair();
+                peer.set_nonblocking(true).unwrap();
+                stream.writable().await;
+                assert_eq!(stream.write_last(b"x").unwrap(), 1);
+                let seen = peer.peek(&mut [0]);
+                is_held_back |= seen.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock);
+                stream.push();
+                peer.set_nonblocking(false).unwrap();
+                peer.read_exact(&mut [0]).unwrap();
+            }
+            assert!(is_held_back);
+        });
+    }
+
+    #[test]
+    fn a_closed_socket_is_forgotten() {
+        new_runtime().unwrap().block_on(async {
+            let (stream, _peer) = pair();
+            stream.writable().await;
+            let key = stream.key;
+            drop(stream);
+            assert!(!reactor::is_ready(key, Use::Write.flags()));
         });
     }
 }

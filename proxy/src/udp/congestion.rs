@@ -354,3 +354,19 @@ fn is_the_listeners(error: &io::Error) -> bool {
     let errno = error.raw_os_error();
     !matches!(errno, Some(libc::ENETUNREACH | libc::EHOSTUNREACH | libc::EINVAL | libc::EADDRNOTAVAIL))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_on_the_way_to_one_client_is_not_the_listeners() {
+        let is_the_listeners = |errno| is_the_listeners(&io::Error::from_raw_os_error(errno));
+        for errno in [libc::ENETUNREACH, libc::EHOSTUNREACH, libc::EINVAL, libc::EADDRNOTAVAIL] {
+            assert!(!is_the_listeners(errno), "{errno}");
+        }
+        for errno in [libc::EMFILE, libc::EADDRINUSE, libc::EACCES, libc::ENOBUFS] {
+            assert!(is_the_listeners(errno), "{errno}");
+        }
+    }
+}

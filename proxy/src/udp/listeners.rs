@@ -279,3 +279,81 @@ impl IndexMut<usize> for Listeners {
         self.slots[number].as_mut().expect("flows end before their listener")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::UdpSocket;
+
+    use rproxy_mapping::PortMapping;
+    use rproxy_mapping::addr::Protocol;
+    use rproxy_mapping::limits::Limits;
+
+    use super::*;
+    use crate::runtime::poll::PollSet;
+    use crate::state::MappingPolicy;
+
+    const QUIET: Duration = Duration::from_secs(1);
+
+    /// A listener that is released at `now`, and its number.
+    fn released(now: Instant) -> (Listeners, usize) {
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let host = socket.local_addr().unwrap().to_string().parse().unwrap();
+        let backend = "192.0.2.1:53".parse().unwrap();
+        let port_mapping = PortMapping { protocol: Protocol::Udp, host, backend, v6only: false };
+        let policy = Arc::new(MappingPolicy { limits: Limits::default(), state: Arc::default() });
+        let port = Arc::new(PollSet::new().unwrap().add(socket).unwrap());
+        let number = port.number();
+        let mut listeners = Listeners::default();
+        listeners.assign(Binding { port, target: Arc::new(Target { port_mapping, policy }) }, now);
+        assert!(!listeners[number].is_closing() && !listeners.are_closing());
+        assert_eq!(listeners.next_to_close(QUIET), None);
+        listeners.release(number, now);
+        assert!(listeners[number].is_closing() && listeners.are_closing());
+        (listeners, number)
+    }
+
+    #[test]
+    fn a_released_listener_is_closed_once_it_is_quiet() {
+        let now = Instant::now();
+        let (mut listeners, number) = released(now);
+        assert_eq!(listeners.next_to_close(QUIET), Some(now + QUIET));
+        assert_eq!(listeners.quiet(now + QUIET / 2, QUIET), HashSet::new());
+        let quiet = listeners.quiet(now + QUIET, QUIET);
+        assert_eq!(quiet, HashSet::from([number]));
+        listeners.close(&quiet, now + QUIET);
+        assert!(listeners.get_mut(number).is_none() && !listeners.are_closing());
+        assert_eq!(listeners.next_to_close(QUIET), None);
+    }
+
+    #[test]
+    fn a_released_listener_that_is_used_is_closed_in_the_end() {
+        let now = Instant::now();
+        let (mut listeners, number) = released(now);
+        let end = now + CLOSE_TIMEOUT;
+        listeners[number].last_active = end - QUIET / 2;
+        // Not later, if it is released again.
+        listeners.release(number, now + QUIET);
+        assert_eq!(listeners.next_to_close(QUIET), Some(end));
+        assert_eq!(listeners.quiet(end - QUIET / 4, QUIET), HashSet::new());
+        assert_eq!(listeners.quiet(end, QUIET), HashSet::from([number]));
+    }
+
+    #[test]
+    fn a_released_listener_that_is_served_again_stays() {
+        let now = Instant::now();
+        let (mut listeners, number) = released(now);
+        let Listener { port, target, .. } = &listeners[number];
+        let again = Binding { port: port.clone(), target: target.clone() };
+        listeners.assign(again, now);
+        assert!(!listeners[number].is_closing() && !listeners.are_closing());
+        assert_eq!(listeners.iter_served().count(), 1);
+    }
+
+    #[test]
+    fn all_listeners_without_queued_replies_can_be_closed_at_once() {
+        let now = Instant::now();
+        let (mut listeners, number) = released(now);
+        listeners.close_all(now);
+        assert!(listeners.get_mut(number).is_none() && !listeners.are_closing());
+    }
+}
