@@ -204,3 +204,74 @@ impl<'a> Iterator for Entries<'a> {
         entry.get(19..)?.split(|byte| *byte == 0).next()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::io::{PipeReader, PipeWriter, pipe};
+    use std::os::fd::IntoRawFd;
+    use std::string::{String, ToString};
+    use std::vec::Vec;
+
+    use super::*;
+
+    fn claim(fd: impl IntoRawFd) -> Fd {
+        Fd::claim(fd.into_raw_fd()).unwrap()
+    }
+
+    #[test]
+    fn only_the_end_of_a_pipe_that_can_be_written_to_is_one() {
+        let (reader, writer): (PipeReader, PipeWriter) = pipe().unwrap();
+        assert!(!claim(reader).is_writable_pipe());
+        assert!(claim(writer).is_writable_pipe());
+        assert!(!claim(File::options().write(true).open("/dev/null").unwrap()).is_writable_pipe());
+    }
+
+    #[test]
+    fn nothing_is_claimed_where_nothing_is_open() {
+        assert_eq!(Fd::claim(987_654).unwrap_err(), Errno::BADF);
+    }
+
+    #[test]
+    fn what_is_written_is_read_until_the_end() {
+        let (reader, writer) = pipe().unwrap();
+        let (reader, writer) = (claim(reader), claim(writer));
+        assert_eq!(writer.write(b"hello"), Ok(5));
+        let mut buffer = [0; 8];
+        assert_eq!(reader.read(&mut buffer), Ok(5));
+        assert_eq!(&buffer[..5], b"hello");
+        drop(writer);
+        assert_eq!(reader.read(&mut buffer), Ok(0));
+    }
+
+    /// In one test, since others must not open files at the same numbers.
+    #[test]
+    fn descriptors_from_a_number_on_are_closed_with_and_without_the_call_for_it() {
+        let open_at = |number| {
+            let moved = claim(File::open("/dev/null").unwrap()).move_to(number).unwrap();
+            assert_eq!(moved.number(), number);
+            core::mem::forget(moved);
+        };
+        let is_open = |number| Fd::claim(number).map(core::mem::forget).is_ok();
+        for close_from in [close_inherited_from, |first: u16| close_listed_from(first.into())] {
+            for number in [700, 701, 900] {
+                open_at(number);
+            }
+            close_from(701);
+            assert!(is_open(700) && !is_open(701) && !is_open(900));
+            close_from(700);
+            assert!(!is_open(700));
+        }
+    }
+
+    #[test]
+    fn entries_of_a_directory_are_listed_by_name() {
+        let directory = open(c"/proc/self/task", O_DIRECTORY | O_CLOEXEC).unwrap();
+        let mut buffer = [0; 1024];
+        let len = list(&directory, &mut buffer).unwrap();
+        let names: Vec<_> = Entries(&buffer[..len]).map(String::from_utf8_lossy).collect();
+        assert!(names.iter().any(|name| name == ".."), "{names:?}");
+        assert!(names.iter().any(|name| *name == std::process::id().to_string()), "{names:?}");
+        assert_eq!(Entries(b"cut off").next(), None);
+    }
+}

@@ -119,3 +119,69 @@ pub fn exit(status: u8) -> ! {
         let _never = unsafe { call(number::EXIT_GROUP, [status.into()]) };
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::boxed::Box;
+    use std::vec;
+    use std::vec::Vec;
+
+    use super::*;
+
+    /// What the kernel puts on the stack.
+    fn arguments(words: &[&'static CStr], variables: &[&'static CStr]) -> Arguments {
+        let address = |text: &&CStr| text.as_ptr().expose_provenance();
+        let mut stack = vec![words.len()];
+        stack.extend(words.iter().map(address));
+        stack.push(0);
+        stack.extend(variables.iter().map(address));
+        stack.push(0);
+        let stack: &'static mut [usize] = Box::leak(stack.into_boxed_slice());
+        // SAFETY: it has the form of the stack at the entry of a program, and nobody else uses it.
+        unsafe { Arguments::from_stack(stack.as_mut_ptr()) }
+    }
+
+    fn words(arguments: &Arguments) -> Vec<&'static [u8]> {
+        arguments.iter().collect()
+    }
+
+    #[test]
+    fn arguments_and_variables_are_those_of_the_stack() {
+        let arguments = arguments(&[c"shim", c"-a", c"b"], &[c"PATH=/bin", c"PATHS=x", c"EMPTY="]);
+        assert_eq!(words(&arguments), [&b"-a"[..], b"b"]);
+        assert_eq!(arguments.variable("PATHS"), Some(&b"x"[..]));
+        assert_eq!(arguments.variable("PATH"), Some(&b"/bin"[..]));
+        assert_eq!(arguments.variable("EMPTY"), Some(&b""[..]));
+        assert_eq!(arguments.variable("PAT"), None);
+    }
+
+    #[test]
+    fn one_argument_can_be_inserted_anywhere() {
+        for (index, expected) in [(0, ["new", "-a", "b"]), (1, ["-a", "new", "b"]), (2, ["-a", "b", "new"])] {
+            let mut arguments = arguments(&[c"shim", c"-a", c"b"], &[c"A=1"]);
+            assert!(arguments.insert(index, c"new"));
+            assert_eq!(words(&arguments), expected.map(str::as_bytes));
+            assert_eq!(arguments.variable("A"), Some(&b"1"[..]));
+            assert!(!arguments.insert(index, c"another"));
+        }
+        assert!(!arguments(&[c"shim", c"-a"], &[]).insert(2, c"new"));
+    }
+
+    #[test]
+    fn a_program_may_have_been_started_without_its_name() {
+        let mut arguments = arguments(&[], &[c"A=1"]);
+        assert!(words(&arguments).is_empty());
+        assert!(!arguments.insert(0, c"new"));
+        assert_eq!(arguments.execute(c"/nowhere"), Errno::NOENT);
+        assert_eq!(arguments.variable("A"), Some(&b"1"[..]));
+    }
+
+    #[test]
+    fn links_are_read_up_to_the_length_of_the_buffer() {
+        let mut buffer = [0; 4];
+        let target = std::fs::read_link("/proc/self/exe").unwrap();
+        let start = read_link(c"/proc/self/exe", &mut buffer).unwrap();
+        assert!(target.as_os_str().as_encoded_bytes().starts_with(start) && start.len() == 4);
+        assert_eq!(read_link(c"/nowhere", &mut buffer), Err(Errno::NOENT));
+    }
+}

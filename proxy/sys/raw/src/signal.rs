@@ -89,3 +89,33 @@ pub fn wait(signals: Option<&Signals>, other: Option<&Fd>, timeout: Option<Durat
     unsafe { call(number::PPOLL, [list, entries.len(), timeout, 0, SET_SIZE]) }?;
     Ok(entries[1].ready != 0)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::pipe;
+    use std::os::fd::IntoRawFd;
+    use std::thread;
+
+    use super::*;
+
+    /// Blocks signals of one thread only.
+    fn on_new_thread(task: impl FnOnce() + Send + 'static) {
+        thread::spawn(task).join().unwrap();
+    }
+
+    #[test]
+    fn a_wait_ends_with_the_timeout_or_with_something_to_read() {
+        on_new_thread(|| {
+            let signals = Signals::catch(&[USR1]).unwrap();
+            let (reader, writer) = pipe().unwrap();
+            let (reader, writer) =
+                (Fd::claim(reader.into_raw_fd()).unwrap(), Fd::claim(writer.into_raw_fd()).unwrap());
+            let timeout = Some(Duration::from_millis(1));
+            assert_eq!(wait(Some(&signals), Some(&reader), timeout), Ok(false));
+            assert_eq!(wait(None, None, timeout), Ok(false));
+            assert_eq!(signals.next(), None);
+            writer.write(b"x").unwrap();
+            assert_eq!(wait(Some(&signals), Some(&reader), None), Ok(true));
+        });
+    }
+}

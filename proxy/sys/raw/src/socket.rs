@@ -320,3 +320,97 @@ pub fn interface_index(name: &str) -> Option<u32> {
 fn argument(value: i32) -> usize {
     value.cast_unsigned() as usize
 }
+
+#[cfg(test)]
+mod tests {
+    use std::format;
+    use std::net::{TcpListener, TcpStream, UdpSocket};
+    use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+    use std::os::linux::net::SocketAddrExt;
+    use std::os::unix::net::{SocketAddr as UnixSocketAddr, UnixListener, UnixStream};
+
+    use super::*;
+
+    /// Hands a socket to the standard library.
+    fn owned(socket: Fd) -> OwnedFd {
+        let number = socket.number();
+        core::mem::forget(socket);
+        // SAFETY: it is open, and nobody else owns it.
+        unsafe { OwnedFd::from_raw_fd(number) }
+    }
+
+    #[test]
+    fn sockets_are_bound_where_they_should_be() {
+        for addr in ["127.0.0.1:0", "[::1]:0"] {
+            let addr: SocketAddr = addr.parse().unwrap();
+            let udp = open(family_of(addr), SOCK_DGRAM).unwrap();
+            bind(&udp, &addr.into()).unwrap();
+            assert_eq!(UdpSocket::from(owned(udp)).local_addr().unwrap().ip(), addr.ip());
+
+            let tcp = open(family_of(addr), SOCK_STREAM).unwrap();
+            bind(&tcp, &addr.into()).unwrap();
+            assert_eq!(get(&tcp, Opt::IS_LISTENING), Ok(0));
+            listen(&tcp, 1).unwrap();
+            assert_eq!(get(&tcp, Opt::IS_LISTENING), Ok(1));
+            assert_eq!(get(&tcp, Opt::FAMILY), Ok(family_of(addr)));
+            assert_eq!(get(&tcp, Opt::KIND), Ok(SOCK_STREAM));
+            let listener = TcpListener::from(owned(tcp));
+            TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_listener_that_is_shut_down_refuses_clients_whoever_has_it_open() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let copy = Fd::claim(listener.try_clone().unwrap().into_raw_fd()).unwrap();
+        shut_down(&copy).unwrap();
+        TcpStream::connect(listener.local_addr().unwrap()).unwrap_err();
+    }
+
+    #[test]
+    fn options_are_read_as_they_were_set() {
+        let socket = open(AF_INET, SOCK_STREAM).unwrap();
+        for (option, value) in [(Opt::KEEPALIVE_IDLE, 15), (Opt::NO_DELAY, 1), (Opt::OUT_OF_BAND_INLINE, 1)] {
+            set(&socket, option, value).unwrap();
+            assert_eq!(get(&socket, option), Ok(value), "{option:?}");
+        }
+        assert_eq!(set(&socket, Opt::COALESCE, 1), Err(Errno::NOPROTOOPT));
+    }
+
+    #[test]
+    fn a_name_has_one_length_only() {
+        assert!(Address::abstract_unix(&[b'x'; 107]).is_some());
+        assert!(Address::abstract_unix(&[b'x'; 108]).is_none());
+    }
+
+    #[test]
+    fn a_descriptor_is_passed_to_a_listener_whose_user_is_known() {
+        let name = format!("rproxy-sys-raw-{}", std::process::id());
+        let addr = UnixSocketAddr::from_abstract_name(&name).unwrap();
+        let listener = UnixListener::bind_addr(&addr).unwrap();
+        let socket = open(AF_UNIX, SOCK_STREAM).unwrap();
+        let address = Address::abstract_unix(name.as_bytes()).unwrap();
+        connect(&socket, &address).unwrap();
+        assert_eq!(peer_user(&socket), Ok(crate::process::effective_user()));
+        let passed = open(AF_INET, SOCK_DGRAM).unwrap();
+        send(&socket, b"hello", Some(&passed)).unwrap();
+        send(&socket, b"world", None).unwrap();
+        let (accepted, _addr): (UnixStream, _) = listener.accept().unwrap();
+        let accepted = Fd::claim(accepted.into_raw_fd()).unwrap();
+        let mut buffer = [0; 5];
+        // A message with a descriptor is not joined with the next one.
+        for text in [b"hello", b"world"] {
+            assert_eq!(accepted.read(&mut buffer), Ok(5));
+            assert_eq!(&buffer, text);
+        }
+        drop(accepted);
+        assert_eq!(send(&socket, b"!", None), Err(Errno(32)));
+    }
+
+    #[test]
+    fn interfaces_have_their_index() {
+        assert_eq!(interface_index("lo"), Some(1));
+        assert_eq!(interface_index(""), None);
+        assert_eq!(interface_index("a-name-that-is-too-long"), None);
+    }
+}

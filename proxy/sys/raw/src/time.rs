@@ -32,3 +32,14 @@ pub fn now() -> Duration {
     let nanoseconds = u32::try_from(now.nanoseconds).unwrap_or(0);
     Duration::new(now.seconds.unsigned_abs(), nanoseconds)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_does_not_go_back() {
+        let before = now();
+        assert!(before > Duration::ZERO && now() >= before);
+    }
+}
