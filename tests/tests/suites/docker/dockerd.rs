@@ -14,10 +14,12 @@ use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use testkit::client;
+use testkit::eventually;
 use testkit::netns::Namespace;
 use testkit::process::{Output, Process, Stream, run};
 use testkit::require::{self, Need};
-use testkit::rproxy::rproxy;
+use testkit::rproxy::{self, rproxy, rproxy_shim};
+use testkit::shim::Shim;
 use testkit::suite::Case;
 use testkit::udp::{self, Backend, bind_in};
 
@@ -44,6 +46,8 @@ pub(crate) fn cases() -> Vec<Case> {
         case("a port is published on one address", published_on_one_address),
         case("a free port is chosen and reported", free_port_is_reported),
         case("rproxy is the process that serves", rproxy_serves).needs(&[Need::Program("ps")]),
+        case("rproxy-shim attaches what is published", shim_attaches).needs(&[Need::Program("ps")]),
+        case("rproxy-shim with nothing to attach to", shim_serves).needs(&[Need::Program("ps")]),
         case("containers reach a port through the host", containers_reach_it),
         case("docker stop frees the port", stop_frees_port),
         case("a port in use fails docker run with rproxy's message", taken_port_is_explained),
@@ -63,13 +67,18 @@ struct Docker {
 
 impl Docker {
     fn start() -> Self {
+        Self::start_with(rproxy())
+    }
+
+    /// A dockerd with this userland proxy.
+    fn start_with(proxy: &Path) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         let directory = tempfile::Builder::new().prefix("rproxy-dockerd-").tempdir().unwrap();
         let cgroup = format!("rproxy-tests-{}-{number}", process::id());
         let socket = format!("unix://{}/socket", directory.path().display());
         let namespace = Namespace::new();
-        let process = namespace.spawn(daemon(directory.path(), &socket, &cgroup));
+        let process = namespace.spawn(daemon(directory.path(), &socket, &cgroup, proxy));
         let docker = Self { process, namespace, socket, cgroup, directory };
         docker.process.wait_for_line(Stream::Stderr, |line| line.contains("API listen on"));
         docker.import_image();
@@ -168,7 +177,7 @@ impl Docker {
 /// dockerd as the first process of a process namespace: when it goes, the kernel ends containerd, every
 /// container and every proxy, and undoes their mounts. It gets an empty `/run`, lest it use the machine's
 /// containerd.
-fn daemon(directory: &Path, socket: &str, cgroup: &str) -> Command {
+fn daemon(directory: &Path, socket: &str, cgroup: &str, proxy: &Path) -> Command {
     fs::write(directory.join("daemon.json"), "{}").unwrap();
     let mut command = require::command("unshare");
     command.env("TMPDIR", directory).args(["--mount", "--propagation", "private"]);
@@ -181,7 +190,7 @@ fn daemon(directory: &Path, socket: &str, cgroup: &str) -> Command {
     command.arg("--pidfile").arg(directory.join("pid"));
     command.args(["--host", socket, "--storage-driver", "vfs"]);
     command.args(["--exec-opt", "native.cgroupdriver=cgroupfs", "--cgroup-parent", cgroup]);
-    command.arg("--userland-proxy-path").arg(rproxy());
+    command.arg("--userland-proxy-path").arg(proxy);
     command
 }
 
@@ -248,17 +257,50 @@ fn free_port_is_reported() {
     assert_eq!(ports.lines().count(), 2, "{ports}");
 }
 
+/// Checks which program serves port 8080: as many processes as there are families.
+#[track_caller]
+fn assert_served_by(docker: &Docker, program: &Path) {
+    let mut ps = require::command("ps");
+    ps.args(["-o", "pid=", "--ppid", &docker.daemon_pid().unwrap().to_string()]);
+    let children = run(ps).success();
+    let command_line =
+        |pid: &str| fs::read_to_string(format!("/proc/{}/cmdline", pid.trim())).unwrap_or_default();
+    let proxies: Vec<_> =
+        children.lines().filter(|pid| command_line(pid).contains("-host-port\08080\0")).collect();
+    assert_eq!(proxies.len(), 2, "one for each family: {children}");
+    for pid in proxies {
+        assert_eq!(fs::read_link(format!("/proc/{}/exe", pid.trim())).unwrap(), program);
+    }
+}
+
 fn rproxy_serves() {
     let docker = Docker::start();
     docker.run_server("--publish 8080:80");
-    let mut ps = require::command("ps");
-    ps.args(["-o", "args=", "--ppid", &docker.daemon_pid().unwrap().to_string()]);
-    let children = run(ps).success();
-    let proxies: Vec<_> = children.lines().filter(|line| line.contains("-host-port 8080")).collect();
-    assert_eq!(proxies.len(), 2, "one for each family: {children}");
-    for proxy in proxies {
-        assert!(proxy.starts_with(rproxy().to_str().unwrap()), "{proxy}");
+    assert_served_by(&docker, rproxy());
+}
+
+fn shim_attaches() {
+    let docker = Docker::start_with(rproxy_shim());
+    let _plane = docker.namespace.spawn(rproxy::command(&["--attach"]));
+    eventually("shims can connect", || Shim::connect_in(&docker.namespace, "rproxy").is_ok());
+    for _ in 0..2 {
+        docker.run_server("--publish 8080:80");
+        assert_served_by(&docker, rproxy_shim());
+        docker.assert_served(Ipv4Addr::LOCALHOST, 8080);
+        docker.assert_served(Ipv6Addr::LOCALHOST, 8080);
+        docker.docker("rm --force web").success();
+        assert!(docker.is_free(Ipv4Addr::UNSPECIFIED, 8080));
+        assert!(docker.is_free(Ipv6Addr::UNSPECIFIED, 8080));
     }
+}
+
+fn shim_serves() {
+    let docker = Docker::start_with(rproxy_shim());
+    docker.run_server("--publish 8080:80");
+    assert_served_by(&docker, rproxy());
+    docker.assert_served(Ipv4Addr::LOCALHOST, 8080);
+    docker.docker("rm --force web").success();
+    assert!(docker.is_free(Ipv4Addr::UNSPECIFIED, 8080));
 }
 
 fn containers_reach_it() {
