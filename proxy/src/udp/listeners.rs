@@ -303,7 +303,7 @@ mod tests {
         let policy = Arc::new(MappingPolicy { limits: Limits::default(), state: Arc::default() });
         let port = Arc::new(PollSet::new().unwrap().add(socket).unwrap());
         let number = port.number();
-        let mut listeners = Listeners::default();
+        let mut listeners = Listeners::new(Arc::new(Shared::of_this_host(false, false)));
         listeners.assign(Binding { port, target: Arc::new(Target { port_mapping, policy }) }, now);
         assert!(!listeners[number].is_closing() && !listeners.are_closing());
         assert_eq!(listeners.next_to_close(QUIET), None);

@@ -168,6 +168,12 @@ impl Towards {
 
 #[cfg(test)]
 mod tests {
+    use std::net::UdpSocket;
+    use std::os::fd::AsFd;
+
+    use rproxy_sys::udp::{BATCH, report_class_and_drops};
+    use socket2::SockRef;
+
     use super::*;
 
     #[test]
@@ -195,5 +201,37 @@ mod tests {
         tally.discard(5);
         assert!(!tally.met(libc::ENOBUFS));
         assert_eq!(tally.lost().map(|(_trouble, count)| count), [4, 8, 3]);
+    }
+
+    #[test]
+    fn a_socket_that_was_destroyed_is_told_from_a_peer_that_refuses() {
+        let has_lost_peer = |errno| {
+            let mut tally = Tally::default();
+            tally.lose(1, io::Error::from_raw_os_error(errno));
+            tally.has_lost_peer()
+        };
+        for errno in [libc::ECONNABORTED, libc::EDESTADDRREQ, libc::EPIPE] {
+            assert!(has_lost_peer(errno), "{errno}");
+        }
+        assert!(!has_lost_peer(libc::ECONNREFUSED) && !Tally::default().has_lost_peer());
+    }
+
+    #[test]
+    fn a_datagram_tells_how_many_the_kernel_dropped_before_it() {
+        let [socket, sender] = [(); 2].map(|()| UdpSocket::bind("127.0.0.1:0").unwrap());
+        report_class_and_drops(socket.as_fd(), false).unwrap();
+        SockRef::from(&socket).set_recv_buffer_size(1).unwrap();
+        sender.connect(socket.local_addr().unwrap()).unwrap();
+        let mut batch = RecvBatch::new();
+        let mut receive =
+            || batch.recv(socket.as_fd(), 0, BATCH, true).map(|count| last_dropped(&batch, 0..count));
+        for _ in 0..BATCH {
+            sender.send(&[0; 1000]).unwrap();
+        }
+        assert_eq!(receive().unwrap(), 0, "what came first was queued before any was dropped");
+        receive().unwrap_err();
+        sender.send(&[0; 1000]).unwrap();
+        let dropped = receive().unwrap();
+        assert!((1..BATCH).contains(&(dropped as usize)), "{dropped}");
     }
 }

@@ -104,6 +104,9 @@ impl Events {
 
 #[cfg(test)]
 mod tests {
+    use std::net::UdpSocket;
+    use std::os::fd::AsFd;
+
     use super::*;
 
     #[test]
@@ -111,5 +114,29 @@ mod tests {
         for (size, slots) in [(0, BATCH), (64, BATCH), (1_400, BATCH), (16_384, 16), (65_507, LEAST_SLOTS)] {
             assert_eq!(slots_for(size), slots, "of {size} bytes");
         }
+    }
+
+    #[test]
+    fn a_turn_is_over_once_enough_was_received_and_the_usual_size_falls_by_halves() {
+        let [socket, sender] = [(); 2].map(|()| UdpSocket::bind("127.0.0.1:0").unwrap());
+        sender.connect(socket.local_addr().unwrap()).unwrap();
+        for size in [1000, 600] {
+            sender.send(&vec![0; size]).unwrap();
+        }
+        let mut batch = RecvBatch::new();
+        assert_eq!(batch.recv(socket.as_fd(), 0, BATCH, false).unwrap(), 2);
+
+        let mut turn = Turn::default();
+        assert!(!turn.is_over() && turn.taken() == 0);
+        assert_eq!(turn.take(&batch, 0..2, 0), 800);
+        let cost = 1600 + 2 * OVERHEAD;
+        assert_eq!(turn.taken(), cost);
+        assert_eq!(turn.take(&batch, 0..2, 4000), 2000);
+        assert_eq!(turn.take(&batch, 0..0, 100), 50, "nothing was received");
+        assert_eq!(turn.taken(), 2 * cost + OVERHEAD);
+        for _ in 0..BYTES / cost {
+            turn.take(&batch, 0..2, 0);
+        }
+        assert!(turn.is_over() && turn.taken() == BYTES);
     }
 }
