@@ -46,6 +46,11 @@ pub(crate) enum Workload {
         /// Bytes of a datagram.
         size: usize,
     },
+    /// `udp-rr-64x8-64B` over several ports.
+    UdpPorts {
+        /// Ports.
+        ports: u16,
+    },
     /// Datagrams in one direction, as fast as the client can send.
     UdpBulk {
         /// Bytes of a datagram.
@@ -85,6 +90,7 @@ impl Workload {
         all.push(Self::TcpCrr { connections: 64 });
         all.push(Self::TcpIdle { connections: 2000 });
         all.extend([(1, 64), (64, 8), (1000, 1)].into_iter().flat_map(udp_rr));
+        all.push(Self::UdpPorts { ports: 2 });
         all.push(Self::UdpBulk { size: 1400 });
         all.extend([Self::Start, Self::Footprint]);
         all.extend([0, 1000, 4000, 7936].map(|idle| Self::ScaleTcp { idle }));
@@ -112,7 +118,10 @@ impl Workload {
 
     /// Whether it uses UDP.
     pub(crate) fn is_udp(self) -> bool {
-        matches!(self, Self::UdpRr { .. } | Self::UdpBulk { .. } | Self::ScaleUdp { .. })
+        matches!(
+            self,
+            Self::UdpRr { .. } | Self::UdpPorts { .. } | Self::UdpBulk { .. } | Self::ScaleUdp { .. }
+        )
     }
 
     /// The first point of its curve, which is the reference for the others.
@@ -135,6 +144,7 @@ impl fmt::Display for Workload {
             Self::TcpCrr { connections } => write!(f, "tcp-crr-{connections}"),
             Self::TcpIdle { connections } => write!(f, "tcp-idle-{connections}"),
             Self::UdpRr { flows, window, size } => write!(f, "udp-rr-{flows}x{window}-{size}B"),
+            Self::UdpPorts { ports } => write!(f, "udp-ports-{ports}"),
             Self::UdpBulk { size } => write!(f, "udp-bulk-{size}B"),
             Self::Start => f.write_str("start"),
             Self::Footprint => f.write_str("footprint"),
@@ -162,6 +172,9 @@ impl FromStr for Workload {
             ["tcp", "crr", n] => number(n).map(|connections| Self::TcpCrr { connections }),
             ["tcp", "idle", n] => number(n).map(|connections| Self::TcpIdle { connections }),
             ["udp", "rr", shape, size] => udp_shape(shape, size),
+            ["udp", "ports", n] => {
+                n.parse().ok().filter(|ports| (1..=64).contains(ports)).map(|ports| Self::UdpPorts { ports })
+            }
             ["udp", "bulk", n] => size(n).map(|size| Self::UdpBulk { size }),
             ["start"] => Some(Self::Start),
             ["footprint"] => Some(Self::Footprint),

@@ -6,13 +6,14 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use nix::unistd::Pid;
-use testkit::rproxy::rproxy;
+use rproxy_shim::message::NAME_VARIABLE;
+use testkit::rproxy::{rproxy, rproxy_shim};
 
 use crate::account::Family;
 use crate::cage::OWN_PROGRAM;
 use crate::load::{Idle, Target};
 use crate::metric::{Metric, Values};
-use crate::peers::{Kind, Mapping, Peer, PeerError, Protocol, Running};
+use crate::peers::{Kind, Mapping, PLANE, Peer, PeerError, Protocol, Running};
 use crate::report::Failure;
 use crate::start_times::Nanoseconds;
 use crate::wiring::Wiring;
@@ -83,9 +84,15 @@ pub(super) fn start_times(wiring: &Wiring, peers: &[&Peer], times: usize) -> Res
     command.args(["start-times", "--times", &times.to_string(), "--port", &FIRST_PORT.to_string()]);
     command.args(["--to", &wiring.backend().to_string()]);
     command.args(peers.iter().filter_map(|peer| match &peer.kind {
-        Kind::Docker(path) => Some(path),
+        Kind::Docker(path) => Some(path.as_path()),
+        Kind::Attached => Some(rproxy_shim()),
         _ => None,
     }));
+    // Only a shim heeds it.
+    command.env(NAME_VARIABLE, PLANE);
+    let attached = peers.iter().find(|peer| peer.kind == Kind::Attached);
+    let plane = attached.map(|peer| peer.start(wiring, &[])).transpose();
+    let _plane = plane.map_err(|error| Failure::of_peer(&error))?;
     let output = wiring.host().spawn(command).into_output();
     if !output.status.success() {
         return Err(Failure::failed(&output.stderr.trim()));

@@ -134,6 +134,10 @@ impl Run<'_> {
             Workload::TcpIdle { connections } => apart::idle(&self.wiring, peer, connections, cores()),
             Workload::Footprint => apart::footprint(&self.wiring, peer).map_err(of_peer),
             Workload::ScaleMappings { count } => apart::many_mappings(&self.wiring, count),
+            Workload::UdpPorts { ports } => {
+                let fresh = apart::start(&self.wiring, peer, Protocol::Udp, ports).map_err(of_peer)?;
+                self.load(workload, &fresh)
+            }
             // Idle connections or flows end with the peer's processes, so they do not occupy ports of other
             // peers.
             Workload::ScaleTcp { .. } | Workload::ScaleUdp { .. } => {
@@ -187,7 +191,7 @@ fn put_load(workload: Workload, target: Target<'_>) -> Result<Values, LoadError>
         }
         Workload::ScaleUdp { idle } => {
             let _idle = IdleFlows::open(target, idle)?;
-            load::udp_rr(target, Shape { flows: 64, window: 8, size: 64 })
+            load::udp_rr(target, Shape { flows: 64, window: 8, size: 64, ports: 1 })
         }
         workload => load::run(workload, target),
     }

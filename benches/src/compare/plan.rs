@@ -111,8 +111,10 @@ pub(crate) fn applies(workload: Workload, peer: &Peer) -> bool {
         _ if workload.is_udp() && peer.kind == Kind::Socat => {
             matches!(workload, Workload::UdpRr { flows: 1, .. })
         }
-        Workload::Start => matches!(peer.kind, Kind::Docker(_)),
-        Workload::ScaleMappings { .. } => peer.kind == Kind::Standalone,
+        Workload::Start => matches!(peer.kind, Kind::Docker(_) | Kind::Attached),
+        Workload::ScaleMappings { .. } => peer.name == "rproxy-standalone",
+        // The kernel's paths have no port of their own for each of several mappings.
+        Workload::UdpPorts { .. } => peer.has_processes(),
         Workload::TcpIdle { .. } | Workload::Footprint => peer.has_processes(),
         // With a process per idle connection, the curve would not be comparable.
         Workload::ScaleTcp { .. } | Workload::ScaleUdp { .. } => {

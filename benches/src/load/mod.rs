@@ -92,7 +92,8 @@ pub(crate) fn run(workload: Workload, target: Target<'_>) -> Result<Values, Load
         Workload::TcpBulk { streams, direction } => bulk(target, streams, direction),
         Workload::TcpRr { connections } => rr(target, connections),
         Workload::TcpCrr { connections } => crr(target, connections),
-        Workload::UdpRr { flows, window, size } => udp_rr(target, Shape { flows, window, size }),
+        Workload::UdpRr { flows, window, size } => udp_rr(target, Shape { flows, window, size, ports: 1 }),
+        Workload::UdpPorts { ports } => udp_rr(target, Shape { flows: 64, window: 8, size: 64, ports }),
         Workload::UdpBulk { size } => udp_bulk(target, size),
         other => Err(LoadError::io("run it as a load")(io::Error::other(format!(
             "{other} needs the processes of `compare`"

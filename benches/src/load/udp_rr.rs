@@ -24,6 +24,8 @@ pub(crate) struct Shape {
     pub(crate) window: usize,
     /// Bytes per datagram.
     pub(crate) size: usize,
+    /// Consecutive ports, from that of the target on, over which the flows are spread.
+    pub(crate) ports: u16,
 }
 
 /// Measures how many datagrams are echoed, and that they equal those sent.
@@ -87,7 +89,10 @@ impl Driver {
         let poll = Poll::new().map_err(LoadError::io("create an epoll instance"))?;
         let mut flows = Vec::new();
         for (token, name) in share.into_iter().enumerate() {
-            let socket = socket(target.address)?;
+            let mut address = target.address;
+            let offset = u16::try_from(name % usize::from(shape.ports)).unwrap_or(0);
+            address.set_port(address.port() + offset);
+            let socket = socket(address)?;
             socket.set_nonblocking(true).map_err(LoadError::io("set a UDP socket up"))?;
             poll.add(&socket, Interest::EPOLLIN, token).map_err(LoadError::io("watch a flow"))?;
             let slot = |number| Slot { number, sent: Instant::now(), under_way: false };

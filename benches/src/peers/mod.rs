@@ -14,11 +14,12 @@ use std::time::{Duration, Instant};
 use nix::fcntl::OFlag;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use rproxy_shim::message::NAME_VARIABLE;
 use tempfile::TempDir;
 use testkit::docker_proxy::{self, DockerProxy, Status};
 use testkit::process::{Process, Stream};
 use testkit::require;
-use testkit::rproxy::rproxy;
+use testkit::rproxy::{rproxy, rproxy_shim};
 
 use crate::account::Family;
 use crate::message::{self, service};
@@ -27,6 +28,9 @@ pub(crate) use dnat::Active;
 
 /// How long a peer may take until it is ready.
 const READY: Duration = Duration::from_secs(10);
+
+/// The abstract name where shims attach their ports.
+pub(crate) const PLANE: &str = "rproxy-benches";
 
 /// How often it is probed.
 const ASK: Duration = Duration::from_millis(5);
@@ -45,8 +49,10 @@ pub(crate) struct Peer {
 pub(crate) enum Kind {
     /// A process for each mapping, with docker-proxy's command line.
     Docker(PathBuf),
-    /// One `rproxy` for all mappings, started from its command line.
-    Standalone,
+    /// One process for all mappings of a protocol, started with `rproxy`'s command line.
+    Standalone(PathBuf),
+    /// A process for each mapping, with docker-proxy's command line, that attaches to one `rproxy`.
+    Attached,
     Haproxy,
     Nginx,
     Socat,
@@ -73,7 +79,7 @@ pub(crate) struct Mapping {
 /// Why a peer cannot take part.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PeerError {
-    #[error("unknown peer '{0}'; the known ones are {known}, and NAME=PATH is one that is started as dockerd does", known = NAMES.join(", "))]
+    #[error("unknown peer '{0}'; the known ones are {known}, NAME=PATH is one that is started as dockerd does, and NAME=standalone:PATH another rproxy", known = NAMES.join(", "))]
     Unknown(String),
     #[error("{0} is not installed")]
     Missing(String),
@@ -88,8 +94,17 @@ pub(crate) enum PeerError {
 }
 
 /// All peers, in the order of the table.
-pub(crate) const NAMES: [&str; 8] =
-    ["rproxy", "rproxy-standalone", "docker-proxy", "haproxy", "nginx", "socat", "dnat", "none"];
+pub(crate) const NAMES: [&str; 9] = [
+    "rproxy",
+    "rproxy-plane",
+    "rproxy-standalone",
+    "docker-proxy",
+    "haproxy",
+    "nginx",
+    "socat",
+    "dnat",
+    "none",
+];
 
 /// The reference peer.
 pub(crate) const REFERENCE: &str = "docker-proxy";
@@ -110,20 +125,24 @@ impl fmt::Display for Protocol {
 }
 
 impl Peer {
-    /// Finds a peer by its name; `NAME=PATH` is another docker-proxy.
+    /// Finds a peer by its name; `NAME=PATH` is another docker-proxy, and `NAME=standalone:PATH` another `rproxy`.
     ///
     /// # Errors
     /// [`PeerError`], also when it is not installed.
     pub(crate) fn find(name: &str) -> Result<Self, PeerError> {
         if let Some((name, path)) = name.split_once('=') {
-            let path = PathBuf::from(path);
+            let (path, kind): (_, fn(PathBuf) -> Kind) = match path.strip_prefix("standalone:") {
+                Some(path) => (PathBuf::from(path), Kind::Standalone),
+                None => (PathBuf::from(path), Kind::Docker),
+            };
             let there =
                 path.is_file().then_some(()).ok_or_else(|| PeerError::Missing(path.display().to_string()));
-            return there.map(|()| Self { name: name.into(), kind: Kind::Docker(path) });
+            return there.map(|()| Self { name: name.into(), kind: kind(path) });
         }
         let kind = match name {
             "rproxy" => Kind::Docker(rproxy().into()),
-            "rproxy-standalone" => Kind::Standalone,
+            "rproxy-standalone" => Kind::Standalone(rproxy().into()),
+            "rproxy-plane" => Kind::Attached,
             "docker-proxy" => Kind::Docker(installed("docker-proxy")?),
             "haproxy" => installed("haproxy").map(|_| Kind::Haproxy)?,
             "nginx" => installed("nginx").and_then(|_| config::nginx_stream_module()).map(|_| Kind::Nginx)?,
@@ -154,12 +173,18 @@ impl Peer {
         match &self.kind {
             Kind::Docker(path) => {
                 for mapping in mappings {
-                    running.start_docker_proxy(wiring, path, *mapping)?;
+                    running.start_docker_proxy(wiring, path, *mapping);
                 }
             }
-            Kind::Standalone => {
+            Kind::Attached => {
+                running.start_plane(wiring)?;
+                for mapping in mappings {
+                    running.start_docker_proxy(wiring, rproxy_shim(), *mapping);
+                }
+            }
+            Kind::Standalone(path) => {
                 for protocol in [Protocol::Tcp, Protocol::Udp] {
-                    running.start_standalone(wiring, mappings, protocol)?;
+                    running.start_standalone(wiring, path, mappings, protocol)?;
                 }
             }
             Kind::Haproxy => running.start_haproxy(wiring, mappings)?,
@@ -264,15 +289,30 @@ impl Running {
         move |source| PeerError::Io { peer, step, source }
     }
 
-    fn start_docker_proxy(
-        &mut self,
-        wiring: &Wiring,
-        path: &Path,
-        mapping: Mapping,
-    ) -> Result<(), PeerError> {
+    /// Starts the process that shims attach to, and waits until it listens.
+    fn start_plane(&mut self, wiring: &Wiring) -> Result<(), PeerError> {
+        let mut command = Command::new(rproxy());
+        command.arg(format!("--attach={PLANE}")).args(["--log-level", "warn"]);
+        self.processes.push(Started::Plain(wiring.host().spawn(command)));
+        let deadline = Instant::now() + READY;
+        let listens = || {
+            let sockets = std::fs::read_to_string("/proc/thread-self/net/unix").unwrap_or_default();
+            sockets.lines().any(|line| line.ends_with(&format!(" @{PLANE}")))
+        };
+        while !wiring.host().run(listens) {
+            self.wait_until(deadline)?;
+        }
+        Ok(())
+    }
+
+    fn start_docker_proxy(&mut self, wiring: &Wiring, path: &Path, mapping: Mapping) {
         let host = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, mapping.port);
         let arguments = docker_proxy::mapping(mapping.protocol.name(), host.into(), wiring.backend().into());
-        let spawn = |command| wiring.host().spawn(command);
+        let spawn = |mut command: Command| {
+            // Only a shim heeds it.
+            command.env(NAME_VARIABLE, PLANE);
+            wiring.host().spawn(command)
+        };
         let mut proxy = DockerProxy::start_by(path, &arguments, None, OFlag::empty(), spawn);
         match proxy.status() {
             Status::Ready => self.processes.push(Started::Docker(proxy)),
@@ -281,12 +321,12 @@ impl Running {
                 self.refused.push((mapping.protocol, reason.trim().replace('\n', " ")));
             }
         }
-        Ok(())
     }
 
     fn start_standalone(
         &mut self,
         wiring: &Wiring,
+        path: &Path,
         mappings: &[Mapping],
         protocol: Protocol,
     ) -> Result<(), PeerError> {
@@ -294,7 +334,7 @@ impl Running {
         if mappings.is_empty() {
             return Ok(());
         }
-        let mut command = Command::new(rproxy());
+        let mut command = Command::new(path);
         command.args(["--proto", protocol.name(), "--log-level", "warn"]);
         for mapping in &mappings {
             command.args([
