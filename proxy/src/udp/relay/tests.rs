@@ -684,6 +684,43 @@ fn what_a_listener_had_no_room_for_is_counted_when_it_closes() {
 }
 
 #[test]
+fn what_a_listener_had_no_room_for_is_counted_while_it_is_served() {
+    let mut scene = Scene::new(Limits::default());
+    rproxy_sys::udp::report_class_and_drops(scene.port.as_fd(), false).unwrap();
+    SockRef::from(&*scene.port).set_recv_buffer_size(1).unwrap();
+    let client = scene.client();
+    for _ in 0..100 {
+        client.send(&[0; 1000]).unwrap();
+    }
+    scene.settle();
+    assert_eq!(scene.failures(FailureKind::NoBuffer), 0, "the next datagram tells");
+    client.send(&[0; 1000]).unwrap();
+    scene.serve_until("the loss is counted", |scene| scene.failures(FailureKind::NoBuffer) > 0);
+    scene.settle();
+    let relayed = scene.stats().datagrams_in.get();
+    assert_eq!(scene.failures(FailureKind::NoBuffer) + relayed, 101);
+}
+
+#[test]
+fn what_a_flow_had_no_room_for_is_counted_while_it_lasts() {
+    let mut scene = Scene::new(Limits::default());
+    let client = scene.client();
+    client.send(b"request").unwrap();
+    let (_request, from) = scene.at_backend();
+    let id = scene.flow(&client).unwrap();
+    SockRef::from(&scene.relay.table.get(id).unwrap().1.as_fd()).set_recv_buffer_size(1).unwrap();
+    for _ in 0..100 {
+        scene.backend.send_to(&[0; 1000], from).unwrap();
+    }
+    scene.settle();
+    assert_eq!(scene.failures(FailureKind::NoBuffer), 0, "the next datagram tells");
+    scene.backend.send_to(&[0; 1000], from).unwrap();
+    scene.serve_until("the loss is counted", |scene| scene.failures(FailureKind::NoBuffer) > 0);
+    scene.settle();
+    assert_eq!(scene.failures(FailureKind::NoBuffer) + scene.stats().datagrams_out.get(), 101);
+}
+
+#[test]
 fn a_flow_gets_another_port_if_somebody_has_its_own() {
     let mut scene = Scene::new(Limits::default());
     let now = Instant::now();
