@@ -52,7 +52,7 @@ pub struct WireMapping {
     pub bound_host: Option<String>,
     /// The origin of an attached port, in the output of `list`. Requests to serve exactly some mappings ignore such
     /// ports.
-    #[serde(default, skip_serializing)]
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub origin: Option<String>,
     /// The process that has attached it, in the output of `list`. Ignored in requests.
     #[serde(default, skip_serializing)]

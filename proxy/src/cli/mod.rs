@@ -40,6 +40,7 @@ Examples:
   rproxy --to 172.17.0.2 -p 80:80 -p 443:443      the same as docker run
   rproxy --proto udp --host 0.0.0.0:53 --to 172.17.0.2:53
   rproxy --config /etc/rproxy.toml                mappings from a file; SIGHUP reloads it
+  rproxy --attach --control                       the published ports of Docker; see rproxy ctl list
   rproxy demo                                     a demonstration, without root or containers")]
 pub struct Cli {
     /// What to do instead of serving mappings.
@@ -89,7 +90,8 @@ pub struct Serve {
     /// Listen for `rproxy ctl` on a Unix socket, for this user and root [default path: /run/rproxy.sock]
     #[arg(long, value_name = "PATH", num_args = 0..=1, default_missing_value = DEFAULT_PATH)]
     pub control: Option<PathBuf>,
-    /// Serve the ports that rproxy-shim attaches: one process for all ports of Docker [default name: rproxy]
+    /// Serve the ports that rproxy-shim attaches, those that Docker publishes: shims connect to an abstract Unix
+    /// socket of this name, or RPROXY_ATTACH in their environment [default name: rproxy]
     #[arg(long, value_name = "NAME", num_args = 0..=1, require_equals = true, default_missing_value = DEFAULT_NAME)]
     #[arg(value_parser = parse_name)]
     pub attach: Option<String>,
@@ -123,13 +125,12 @@ impl Serve {
 
     /// How ports are attached, if they can be. `config` is the content of the configuration, if there is one.
     pub fn attach_options(&self, config: Option<&Config>) -> Option<AttachOptions> {
-        let table = match config {
-            Some(config) => config.attach.clone(),
-            None => {
-                self.attach.as_ref().map(|_name| AttachTable { name: None, limits: self.mappings.limits() })
-            }
-        };
-        AttachOptions::new(self.attach.as_deref(), table)
+        let name = self.attach.as_deref();
+        let of_flags = || name.map(|_name| AttachTable { name: None, limits: self.mappings.limits() });
+        match config {
+            Some(config) => config.attach_options(name),
+            None => AttachOptions::new(name, of_flags()),
+        }
     }
 
     /// The time limit for connections in a process that another one has taken over from, if there is one.

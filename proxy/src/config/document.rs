@@ -1,4 +1,5 @@
-//! The content of a file: its `[defaults]`, its `[[mapping]]` tables, and the conflicts between mappings.
+//! The content of a file: its `[defaults]`, its `[attach]`, its `[[mapping]]` tables, and the conflicts between
+//! mappings.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -6,18 +7,20 @@ use std::ops::Range;
 
 use rproxy_mapping::Mapping;
 use rproxy_mapping::overlap::{Overlap, OverlapError, overlaps};
-use toml::de::{DeTable, DeValue};
+use toml::de::{DeArray, DeTable, DeValue};
 
 use super::keys::{Keys, by_place};
 use super::mistake::{Found, Mistakes};
-use super::{names, syntax};
+use super::names::{ATTACH_KEYS, KEYS};
+use super::values::Value as _;
+use super::{Config, names, syntax};
 use crate::loops::refuse_loops_among;
 
-/// Parses the mappings in the text of a file.
+/// Parses the text of a file.
 ///
 /// # Errors
 /// The errors in it.
-pub(super) fn find_mappings(text: &str) -> Result<Vec<Mapping>, Mistakes> {
+pub(super) fn find_config(text: &str) -> Result<Config, Mistakes> {
     let (text, is_cut) = syntax::before_too_many_errors(text);
     let (document, errors) = DeTable::parse_recoverable(text);
     let mut found = Mistakes::with_more(is_cut);
@@ -30,9 +33,11 @@ pub(super) fn find_mappings(text: &str) -> Result<Vec<Mapping>, Mistakes> {
         found.extend(of_defaults);
         file.defaults = Keys::default();
     }
+    let attach = file.attach.as_ref().and_then(|keys| keys.attach(&file.defaults, &mut found));
+    let defaults = file.defaults.limits_of_defaults();
     let mut read = Vec::new();
     for (place, table) in file.tables {
-        let keys = Keys::read(table, &mut found);
+        let keys = Keys::read(table, &KEYS, &mut found);
         if let Some(mapping) = keys.mapping(&file.defaults, place.clone(), &mut found) {
             read.push((Table { place, keys }, mapping));
         }
@@ -40,9 +45,9 @@ pub(super) fn find_mappings(text: &str) -> Result<Vec<Mapping>, Mistakes> {
     if !errors.is_empty() || is_cut {
         return Err(syntax::beside_errors(text, &errors, found));
     }
-    if found.is_empty() && read.is_empty() {
+    if found.is_empty() && read.is_empty() && attach.is_none() && !file.says_none {
         // Without this, a file that is being written could remove all mappings.
-        found.push(Found::at(0..0, "there is no [[mapping]] in it"));
+        found.push(Found::at(0..0, NO_MAPPING));
     }
     let (tables, mappings): (Vec<Table>, Vec<Mapping>) = read.into_iter().unzip();
     if are_defaults_right {
@@ -52,11 +57,16 @@ pub(super) fn find_mappings(text: &str) -> Result<Vec<Mapping>, Mistakes> {
     if found.is_empty() {
         found.extend(loops(&tables, &mappings));
     }
-    if found.is_empty() { Ok(mappings) } else { Err(found) }
+    if found.is_empty() { Ok(Config { mappings, attach, defaults }) } else { Err(found) }
 }
+
+const NO_MAPPING: &str = "there is no [[mapping]] in it; write one, attach = true to serve attached ports, or mapping = [] for none";
 
 /// The maximum number of networks that all mappings together may get from `[defaults]`.
 const MOST_NETWORKS: usize = 1_000_000;
+
+/// The number of mappings that attached ports count as for [`MOST_NETWORKS`].
+const ATTACHED: usize = 100;
 
 /// A parsed file.
 #[derive(Default)]
@@ -65,56 +75,90 @@ struct File<'a, 'i> {
     defaults: Keys,
     /// The mappings and their positions.
     tables: Vec<(Range<usize>, &'a DeTable<'i>)>,
+    /// Whether it says that there is no mapping.
+    says_none: bool,
+    /// How ports are attached, if they can be.
+    attach: Option<Keys>,
 }
 
 impl<'a, 'i> File<'a, 'i> {
     fn read(document: &'a DeTable<'i>, found: &mut Mistakes) -> Self {
         let mut file = Self::default();
         for (key, value) in by_place(document) {
-            let (name, place) = (key.get_ref().as_ref(), value.span());
+            let (name, place) = (key.get_ref().as_ref(), key.span());
             match (name, value.get_ref()) {
-                ("defaults", DeValue::Table(table)) => file.defaults = Keys::read(table, found),
-                ("mapping", DeValue::Array(tables)) => {
-                    for table in tables.iter() {
-                        match table.get_ref() {
-                            DeValue::Table(keys) => file.tables.push((table.span(), keys)),
-                            _ => {
-                                found.push(Found::at(table.span(), "a mapping is a table; write [[mapping]]"))
-                            }
-                        }
-                    }
+                ("defaults", DeValue::Table(table)) => file.defaults = Keys::read(table, &KEYS, found),
+                ("defaults", _) => {
+                    found.push(Found::at(place, "there is one table of defaults; write [defaults]"));
                 }
+                ("mapping", DeValue::Array(tables)) => file.read_mappings(tables, found),
                 ("mapping", DeValue::Table(keys)) => {
                     found.push(Found::at(
-                        place.clone(),
+                        value.span(),
                         "[mapping] is one table, not one of several; write [[mapping]]",
                     ));
-                    file.tables.push((place, keys));
+                    file.tables.push((value.span(), keys));
                 }
                 ("mapping", _) => {
-                    found.push(Found::at(key.span(), "a mapping is a table; write [[mapping]]"))
+                    found.push(Found::at(place, "a mapping is a table; write [[mapping]]"));
                 }
-                ("defaults", _) => {
-                    found.push(Found::at(key.span(), "there is one table of defaults; write [defaults]"))
-                }
-                (_, DeValue::Table(_) | DeValue::Array(_)) => {
-                    let place = key.span();
-                    found.push_with(place.start, || Found::at(place, names::unknown_table(name, true)));
-                }
-                _ => {
-                    let place = key.span();
-                    found.push_with(place.start, || Found::at(place, names::unknown_table(name, false)));
+                ("attach", value) => file.read_attach(value, place, found),
+                (_, value) => {
+                    let is_table = matches!(value, DeValue::Table(_) | DeValue::Array(_));
+                    found.push_with(place.start, || Found::at(place, names::unknown_table(name, is_table)));
                 }
             }
         }
         file
     }
 
+    fn read_mappings(&mut self, tables: &'a DeArray<'i>, found: &mut Mistakes) {
+        self.says_none = tables.is_empty();
+        for table in tables.iter() {
+            match table.get_ref() {
+                DeValue::Table(keys) => self.tables.push((table.span(), keys)),
+                _ => found.push(Found::at(table.span(), "a mapping is a table; write [[mapping]]")),
+            }
+        }
+    }
+
+    /// Reads the value of `attach`, whose key is at `place`.
+    fn read_attach(&mut self, value: &DeValue<'_>, place: Range<usize>, found: &mut Mistakes) {
+        let problem = match value {
+            DeValue::Table(table) => {
+                self.attach = Some(Keys::read(table, &ATTACH_KEYS, found));
+                return;
+            }
+            DeValue::Boolean(is_on) => {
+                self.attach = is_on.then(Keys::default);
+                return;
+            }
+            DeValue::Array(_) => "attach: there is one table; write [attach]".to_owned(),
+            other => {
+                let meant = bool::meant("attach", other);
+                format!("attach: expected true, false or a table; write attach = {meant}")
+            }
+        };
+        found.push(Found::at(place, problem));
+    }
+
     /// An error if the networks of `[defaults]`, repeated for each mapping, would take too much memory.
     fn too_many_networks(&self) -> Option<Found> {
         let (mappings, networks) = (self.tables.len(), self.defaults.networks());
+        let of_attach = self.attach.as_ref().map(|attach| (attach, attach.networks().max(networks)));
+        if let Some((attach, networks)) = of_attach
+            && networks.saturating_mul(ATTACHED) > MOST_NETWORKS
+        {
+            let most = MOST_NETWORKS / ATTACHED;
+            let keys = if attach.networks() > 0 { attach } else { &self.defaults };
+            let key = keys.key_of_networks();
+            let problem = format!(
+                "{key}: {networks} networks for each attached port are more than {most}; write wider networks"
+            );
+            return Some(Found::at(keys.place_of(key, 0..0), problem));
+        }
         (mappings.saturating_mul(networks) > MOST_NETWORKS).then(|| {
-            let key = if self.defaults.place_of("allow", 0..0).is_empty() { "deny" } else { "allow" };
+            let key = self.defaults.key_of_networks();
             let problem = format!(
                 "{key}: {networks} networks for each of {mappings} mappings are more than {MOST_NETWORKS}; write wider networks"
             );
@@ -174,9 +218,15 @@ mod tests {
     use super::super::mistake::Lines;
     use super::super::print::{print, with_interface_name};
     use super::*;
+    use crate::plane::AttachOptions;
+    use crate::plane::socket::parse_name;
+
+    fn find_mappings(text: &str) -> Result<Vec<Mapping>, Mistakes> {
+        find_config(text).map(|config| config.mappings)
+    }
 
     fn mistakes(text: &str) -> Vec<String> {
-        let found = find_mappings(text).expect_err(text);
+        let found = find_config(text).expect_err(text);
         Lines::of(text).locate(found).iter().map(ToString::to_string).collect()
     }
 
@@ -245,7 +295,10 @@ mod tests {
             ("[[mapping]]\nhost = \"[::]:80\"", "1:1: to: it is missing"),
             ("[[mappings]]\nhost = \"[::]:80\"", "1:3: unknown table `mappings`; did you mean [[mapping]]?"),
             ("[default]\nproto = \"udp\"", "1:2: unknown table `default`; did you mean [defaults]?"),
-            ("[servers]", "1:2: unknown table `servers`; the tables are [[mapping]] and [defaults]"),
+            (
+                "[servers]",
+                "1:2: unknown table `servers`; the tables are [[mapping]], [defaults] and [attach]",
+            ),
             ("[[defaults]]", "1:3: there is one table of defaults; write [defaults]"),
             ("host = \"[::]:80\"", "1:1: `host` is outside a table; write [[mapping]] on a line before host"),
             (
@@ -361,7 +414,7 @@ mod tests {
             let [mistake] = &found[..] else { panic!("{line}: {found:?}") };
             assert!(mistake.contains(&format!("; write {meant}")), "{line}: {mistake}");
             assert!(mistake.starts_with(&format!("{}:", others.len() + 1)), "{line}: {mistake}");
-            assert!(find_mappings(&file(meant)).is_ok(), "{line}: {mistake}");
+            assert!(find_config(&file(meant)).is_ok(), "{line}: {mistake}");
         }
     }
 
@@ -446,18 +499,107 @@ mod tests {
         assert_eq!((limits.dscp.map(Dscp::bits), limits.udp_any_port), (Some(8), false));
     }
 
+    #[test]
+    fn attached_ports_have_the_limits_of_their_table_and_else_of_the_defaults() {
+        let defaults = "[defaults]\nidle_timeout = '1h'\nmax_connections = 7\nproto = 'udp'\nv6only = true\n";
+        let options = |text: &str, name| find_config(text).expect(text).attach_options(name);
+        let limits = |text: &str, name| {
+            let limits = options(text, name).unwrap().limits;
+            (limits.idle_timeout.map(|limit| limit.as_secs()), limits.max_connections)
+        };
+        for (attach, expected) in [
+            ("[attach]\nidle_timeout = 'unlimited'", (None, Some(7))),
+            ("[attach]\nmax_connections = 9", (Some(3600), Some(9))),
+            ("[attach]", (Some(3600), Some(7))),
+        ] {
+            assert_eq!(limits(&format!("{attach}\n{defaults}"), None), expected, "{attach}");
+        }
+        let on = format!("attach = true\n{defaults}");
+        let off = format!("attach = false\n{defaults}{GOOD}");
+        assert_eq!(limits(&on, None), (Some(3600), Some(7)));
+        assert_eq!(options(&off, None), None);
+        // The command line takes precedence.
+        assert_eq!(limits(&off, Some("x")), (Some(3600), Some(7)));
+        let named = "attach = { name = 'of the file' }";
+        for (name, expected) in [(None, "of the file"), (Some("x"), "x")] {
+            assert_eq!(options(named, name).unwrap().name, expected);
+        }
+        assert_eq!(options(&on, None).unwrap().name, "rproxy");
+        assert_eq!(find_mappings("mapping = []").unwrap(), []);
+    }
+
+    #[test]
+    fn mistakes_about_attached_ports_have_a_place() {
+        let keys = "the keys of [attach] are name, connect_timeout, ";
+        for (text, expected) in [
+            ("[attach]\nhost = '[::]:80'", &*format!("2:1: unknown key `host`; {keys}")),
+            ("[attach]\nto = 'x'", &format!("2:1: unknown key `to`; {keys}")),
+            ("[attach]\nproto = 'udp'", &format!("2:1: unknown key `proto`; {keys}")),
+            ("[attach]\nv6only = true", &format!("2:1: unknown key `v6only`; {keys}")),
+            (
+                "[attach]\nidle-timeout = '1m'",
+                "2:1: unknown key `idle-timeout`; did you mean `idle_timeout`?",
+            ),
+            ("[attach]\nname = ''", "2:8: name: the name is empty; leave it out for the default"),
+            ("[attach]\nname = \"a\\u0000b\"", "2:8: name: the name has a NUL byte"),
+            ("[attach]\nname = 7", "2:8: name: expected a quoted string; write name = \"7\""),
+            ("[attach]\nidle_timeout = 'soon'", "2:16: idle_timeout: not a duration"),
+            ("[attach]\nmax_connections = 0", "2:19: max_connections: write a number of at least 1"),
+            ("[attach]\nname = rproxy", "2:8: name: this is not a TOML value; write name = \"rproxy\""),
+            ("attach = yes", "1:10: attach: this is not a TOML value; write attach = true"),
+            ("attach = 'no'", "1:1: attach: expected true, false or a table; write attach = false"),
+            ("attach = 1", "1:1: attach: expected true, false or a table; write attach = true"),
+            ("attach = true\n[attach]", "2:2: duplicate key; remove one of the two"),
+            ("[[attach]]", "1:3: attach: there is one table; write [attach]"),
+            ("atach = true", "1:1: unknown key `atach`; did you mean `attach`?"),
+            ("[Attached]", "1:2: unknown table `Attached`; did you mean [attach]?"),
+            (
+                "[defaults]\nattach = true",
+                "2:1: `attach` is not a key of a table; write attach = true above the first table",
+            ),
+            ("attach = false", "1:1: there is no [[mapping]] in it; write one, attach = true to serve"),
+            ("[defaults]\nidle_timeout = 'soon'\n[attach]", "2:16: idle_timeout: not a duration"),
+            ("[defaults]\nname = 'x'\n[attach]", "2:8: name: it is for one mapping"),
+        ] {
+            assert_found(text, expected);
+            assert_eq!(mistakes(text).len(), 1, "{text}");
+        }
+        let networks = vec!["\"10.0.0.0/8\""; 10_001].join(",");
+        for text in
+            [format!("[defaults]\ndeny = [{networks}]\n[attach]"), format!("[attach]\ndeny = [{networks}]")]
+        {
+            assert_found(&text, "2:8: deny: 10001 networks for each attached port are more than 10000");
+        }
+    }
+
+    #[test]
+    fn names_of_attached_ports_are_refused() {
+        let found = mistakes(&format!("{GOOD}name = 'docker/tcp/0.0.0.0:80'"));
+        let expected = "4:8: name: names that start with docker/ are those of attached ports; choose another";
+        assert_eq!(found, [expected]);
+    }
+
     proptest! {
         #[test]
-        fn what_is_printed_can_be_read_again(mapping in any_mapping()) {
-            let text = print([&mapping], with_interface_name);
-            prop_assert_eq!(find_mappings(&text).ok(), Some(vec![mapping]), "{}", text);
+        fn what_is_printed_can_be_read_again(
+            mapping in any_mapping(),
+            of_attached in proptest::option::of((proptest::option::of("\\PC{1,20}|[\0-\u{7f}]{1,40}"), any_mapping())),
+        ) {
+            let attach = of_attached.map(|(name, mapping)| AttachOptions {
+                name: name.and_then(|name| parse_name(&name).ok()).unwrap_or_else(|| "rproxy".to_owned()),
+                limits: mapping.limits().clone(),
+            });
+            let text = print([&mapping], attach.as_ref(), with_interface_name);
+            let config = find_config(&text).map_err(|found| TestCaseError::fail(format!("{text}: {found:?}")))?;
+            prop_assert_eq!(config.attach_options(None), attach, "{}", text);
+            prop_assert_eq!(config.mappings, vec![mapping], "{}", text);
         }
 
         #[test]
         fn no_damage_to_a_file_does_harm(
             mapping in any_mapping(), at in any::<prop::sample::Index>(), junk in ".{0,4}", skip in 0..8_usize,
         ) {
-            let text = print([&mapping], with_interface_name);
+            let text = print([&mapping], None, with_interface_name);
             let mut chars: Vec<char> = text.chars().collect();
             let at = at.index(chars.len());
             let end = chars.len().min(at + skip);

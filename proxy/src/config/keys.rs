@@ -1,4 +1,4 @@
-//! The keys of a `[[mapping]]` table.
+//! The keys of `[[mapping]]`, `[defaults]` and `[attach]` tables.
 
 use std::fmt::Display;
 use std::ops::Range;
@@ -7,21 +7,24 @@ use rproxy_mapping::Mapping;
 use rproxy_mapping::addr::{AddrError, ScopedIp};
 use rproxy_mapping::endpoint::{BackendSpec, HostSpec};
 use rproxy_mapping::interfaces::Interfaces;
+use rproxy_mapping::limits::Limits;
 use rproxy_mapping::wire::{FieldErrors, WireLimits, WireMapping};
 use toml::Spanned;
 use toml::de::{DeString, DeTable, DeValue};
 
 use super::mistake::{Found, Mistakes};
-use super::names::{meant_key, unknown_key, with_keys};
+use super::names::{KEYS, meant_key, unknown_key, with_keys};
 use super::values::{self, NumberOrText};
 use crate::bind::interfaces::HostInterfaces;
+use crate::plane::AttachTable;
+use crate::plane::socket::parse_name;
 
 type Text = Option<Spanned<String>>;
 type Count = Option<Spanned<usize>>;
 type Switch = Option<Spanned<bool>>;
 type Texts = Option<Spanned<Vec<String>>>;
 
-/// The values of a table and their positions. `[defaults]` has the same keys.
+/// The values of a table and their positions. `[defaults]` has the same keys as a mapping, `[attach]` some of them.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Keys {
     name: Text,
@@ -48,8 +51,8 @@ pub(super) struct Keys {
 pub(super) const LONGEST_VALUE: usize = 256;
 
 impl Keys {
-    /// Reads what is readable in `table`.
-    pub(super) fn read(table: &DeTable<'_>, found: &mut Mistakes) -> Self {
+    /// Reads what is readable in `table`, which has these keys.
+    pub(super) fn read(table: &DeTable<'_>, keys_of_table: &[&str], found: &mut Mistakes) -> Self {
         let mut keys = Self::default();
         for (key, value) in by_place(table) {
             let (place, key) = (key.span(), key.get_ref().as_ref());
@@ -57,8 +60,12 @@ impl Keys {
             macro_rules! read {
                 ($($known:ident),*) => {
                     match key {
-                        $(stringify!($known) => keys.$known = values::read(key, value, is_accepted, found),)*
-                        unknown => found.push_with(place.start, || Found::at(place, unknown_key(unknown))),
+                        $(stringify!($known) if keys_of_table.contains(&key) => {
+                            keys.$known = values::read(key, value, is_accepted, found);
+                        })*
+                        unknown => found.push_with(place.start, || {
+                            Found::at(place, unknown_key(unknown, keys_of_table))
+                        }),
                     }
                 };
             }
@@ -97,6 +104,11 @@ impl Keys {
         count(&self.allow) + count(&self.deny)
     }
 
+    /// The key of those networks, `allow` or `deny`.
+    pub(super) fn key_of_networks(&self) -> &'static str {
+        if self.allow.is_none() { "deny" } else { "allow" }
+    }
+
     /// The errors in this table if it is `[defaults]`.
     pub(super) fn mistakes_of_defaults(&self) -> Vec<Found> {
         let keys = [("name", &self.name), ("host", &self.host), ("to", &self.to)];
@@ -133,6 +145,23 @@ impl Keys {
         let is_wrong = !wrong.0.is_empty() || !self.unread.is_empty();
         found.extend(all.located(wrong, place));
         mapping.filter(|_mapping| !is_wrong)
+    }
+
+    /// How ports are attached if this is `[attach]`, combined with `defaults`.
+    pub(super) fn attach(&self, defaults: &Self, found: &mut Mistakes) -> Option<AttachTable> {
+        let mut wrong = FieldErrors::default();
+        let name = self.name.as_ref().map(|name| parse_name(name.get_ref()));
+        let name = wrong.note("name", name.transpose());
+        let all = self.or(defaults);
+        let limits = all.limits().read(&mut wrong);
+        let is_right = wrong.0.is_empty() && self.unread.is_empty();
+        found.extend(all.located(wrong, 0..0));
+        is_right.then_some(AttachTable { name: name?, limits: limits? })
+    }
+
+    /// The limits of this table, if it is `[defaults]` without errors.
+    pub(super) fn limits_of_defaults(&self) -> Limits {
+        self.limits().read(&mut FieldErrors::default()).unwrap_or_default()
     }
 
     /// Parses the value of `key` as `ADDRESS:PORTS`.
@@ -205,13 +234,16 @@ impl Keys {
 
 /// Whether `key` accepts `value`, written as in a file.
 pub(super) fn is_accepted(key: &str, value: &str) -> bool {
+    if key == "attach" {
+        return matches!(value, "true" | "false");
+    }
     let line = format!("{key} = {value}");
     if value.len() > LONGEST_VALUE || value.contains('\n') {
         return false;
     }
     let Ok(table) = DeTable::parse(&line) else { return false };
     let mut found = Mistakes::default();
-    let keys = Keys::read(table.get_ref(), &mut found);
+    let keys = Keys::read(table.get_ref(), &KEYS, &mut found);
     found.is_empty() && table.get_ref().len() == 1 && keys.are_accepted(key)
 }
 

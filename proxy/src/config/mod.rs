@@ -1,4 +1,4 @@
-//! The configuration file: `[[mapping]]` tables in TOML, described in `docs/configuration.md`.
+//! The configuration file in TOML, described in `docs/configuration.md`.
 //!
 //! A file is accepted as a whole or not at all. Its first errors are reported with their positions.
 
@@ -16,14 +16,15 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use rproxy_mapping::Mapping;
+use rproxy_mapping::limits::Limits;
 use rproxy_sys::memory::release_unused;
 
-use self::document::find_mappings;
+use self::document::find_config;
 pub use self::file::{descriptor, open};
 use self::mistake::Lines;
 pub use self::mistake::Mistake;
 pub use self::print::{print, with_interface_name};
-use crate::plane::AttachTable;
+use crate::plane::{AttachOptions, AttachTable};
 use crate::runtime::descriptors::explain;
 use rproxy_mapping::escape::escaped;
 
@@ -34,6 +35,18 @@ pub struct Config {
     pub mappings: Vec<Mapping>,
     /// How ports are attached, if they can be.
     pub attach: Option<AttachTable>,
+    /// The limits of `[defaults]`.
+    pub defaults: Limits,
+}
+
+impl Config {
+    /// How ports are attached to a process with this configuration, which was started with `--attach=NAME` if there is
+    /// a name, which takes precedence.
+    pub fn attach_options(&self, name: Option<&str>) -> Option<AttachOptions> {
+        let of_defaults = || AttachTable { name: None, limits: self.defaults.clone() };
+        let table = self.attach.clone().or_else(|| name.map(|_name| of_defaults()));
+        AttachOptions::new(name, table)
+    }
 }
 
 /// Reads a file or pipe.
@@ -81,8 +94,7 @@ fn content(path: &Path, text: String) -> Result<Config, ConfigError> {
 /// # Errors
 /// [`ConfigError::Wrong`] with the errors found.
 pub fn parse(path: &Path, text: &str) -> Result<Config, ConfigError> {
-    let found = find_mappings(text).map(|mappings| Config { mappings, attach: None });
-    found.map_err(|found| {
+    find_config(text).map_err(|found| {
         let more = found.more;
         let mistakes = Lines::of(text).locate(found);
         ConfigError::Wrong { path: path.to_owned(), mistakes, more }

@@ -1,4 +1,4 @@
-//! The names of the keys of a mapping, and corrections for unknown ones.
+//! The names of keys and tables, and corrections for unknown ones.
 
 /// Calls a macro with the names of all keys, in the order in which a mapping is printed.
 macro_rules! with_keys {
@@ -31,6 +31,22 @@ macro_rules! names {
 /// All keys.
 pub(super) const KEYS: [&str; 16] = with_keys!(names);
 
+/// The keys of `[attach]`.
+pub(super) const ATTACH_KEYS: [&str; 12] = [
+    "name",
+    "connect_timeout",
+    "idle_timeout",
+    "max_connections",
+    "on_limit",
+    "allow",
+    "deny",
+    "udp_timeout",
+    "udp_max_flows",
+    "udp_max_flows_per_source",
+    "udp_any_port",
+    "dscp",
+];
+
 pub(super) use with_keys;
 
 /// The longest word that is considered a misspelt key, in bytes.
@@ -58,27 +74,44 @@ pub(super) fn meant_key(written: &str) -> Option<&'static str> {
     (score(best) >= SIMILAR).then_some(best)
 }
 
-/// The message for an unknown key of a mapping.
-pub(super) fn unknown_key(written: &str) -> String {
-    match meant_key(written) {
+/// The key outside tables that `written` probably means, or else the key of a table.
+pub(super) fn meant_anywhere(written: &str) -> Option<&'static str> {
+    if resembles(written, "attach") { Some("attach") } else { meant_key(written) }
+}
+
+fn resembles(written: &str, name: &str) -> bool {
+    written.len() <= LONGEST_KEY && strsim::jaro_winkler(&written.to_lowercase(), name) >= SIMILAR
+}
+
+/// The message for an unknown key of a table that has these `keys`.
+pub(super) fn unknown_key(written: &str, keys: &[&str]) -> String {
+    let keys_are = if keys == KEYS { "the keys are" } else { "the keys of [attach] are" };
+    match meant_key(written).filter(|key| keys.contains(key)) {
+        _ if written == "attach" => {
+            "`attach` is not a key of a table; write attach = true above the first table".to_owned()
+        }
         Some(key) => format!("unknown key `{written}`; did you mean `{key}`?"),
-        None if written.len() > LONGEST_KEY => format!("unknown key; the keys are {}", KEYS.join(", ")),
-        None => format!("unknown key `{written}`; the keys are {}", KEYS.join(", ")),
+        None if written.len() > LONGEST_KEY => format!("unknown key; {keys_are} {}", keys.join(", ")),
+        None => format!("unknown key `{written}`; {keys_are} {}", keys.join(", ")),
     }
 }
 
 /// The message for a key outside a table, or for an unknown table.
 pub(super) fn unknown_table(written: &str, is_table: bool) -> String {
-    let resembles = |table: &str| {
-        written.len() <= LONGEST_KEY && strsim::jaro_winkler(&written.to_lowercase(), table) >= SIMILAR
-    };
+    let resembles = |name: &str| resembles(written, name);
     match (is_table, meant_key(written)) {
         (true, _) if resembles("mapping") => format!("unknown table `{written}`; did you mean [[mapping]]?"),
         (true, _) if resembles("defaults") => format!("unknown table `{written}`; did you mean [defaults]?"),
-        (true, _) => format!("unknown table `{written}`; the tables are [[mapping]] and [defaults]"),
+        (true, _) if resembles("attach") => format!("unknown table `{written}`; did you mean [attach]?"),
+        (true, _) => {
+            format!("unknown table `{written}`; the tables are [[mapping]], [defaults] and [attach]")
+        }
+        (false, _) if resembles("attach") => format!("unknown key `{written}`; did you mean `attach`?"),
         (false, Some(key)) => {
             format!("`{written}` is outside a table; write [[mapping]] on a line before {key}")
         }
-        (false, None) => format!("unknown key `{written}`; a file has the tables [[mapping]] and [defaults]"),
+        (false, None) => {
+            format!("unknown key `{written}`; a file has the tables [[mapping]], [defaults] and [attach]")
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! Prints mappings as a configuration file.
+//! Prints mappings, and how ports are attached, as a configuration file.
 
 use std::fmt::Write;
 
@@ -6,15 +6,24 @@ use rproxy_mapping::Mapping;
 use rproxy_mapping::addr::ScopedIp;
 use rproxy_mapping::escape::is_plain;
 use rproxy_mapping::wire::{WireLimits, WireMapping};
+use rproxy_shim::message::DEFAULT_NAME;
 
 use super::names::with_keys;
 use crate::bind::interfaces::HostInterfaces;
+use crate::plane::AttachOptions;
 
-/// The text of a file from which [`read`](super::read) returns `mappings`. `address` writes addresses: those of this
-/// machine [with the names of interfaces](with_interface_name).
-pub fn print<'a>(mappings: impl IntoIterator<Item = &'a Mapping>, address: fn(ScopedIp) -> String) -> String {
-    let tables: Vec<String> = mappings.into_iter().map(|mapping| table(mapping, address)).collect();
-    tables.join("\n")
+/// The text of a file from which [`read`](super::read) returns `mappings` and `attach`. `address` writes addresses:
+/// those of this machine [with the names of interfaces](with_interface_name).
+pub fn print<'a>(
+    mappings: impl IntoIterator<Item = &'a Mapping>,
+    attach: Option<&AttachOptions>,
+    address: fn(ScopedIp) -> String,
+) -> String {
+    let attach = attach.map(|options| table("[attach]", values_of_attach(options)));
+    let mappings = mappings.into_iter().map(|mapping| table("[[mapping]]", values_of(mapping, address)));
+    let tables: Vec<String> = attach.into_iter().chain(mappings).collect();
+    // An empty file would be refused.
+    if tables.is_empty() { "mapping = []\n".to_owned() } else { tables.join("\n") }
 }
 
 macro_rules! values {
@@ -34,9 +43,9 @@ macro_rules! values {
 
 with_keys!(values);
 
-fn table(mapping: &Mapping, address: fn(ScopedIp) -> String) -> String {
-    let mut table = "[[mapping]]\n".to_owned();
-    for (key, value) in values_of(mapping, address).lines() {
+fn table(heading: &str, values: Values) -> String {
+    let mut table = format!("{heading}\n");
+    for (key, value) in values.lines() {
         writeln!(table, "{key} = {value}").expect("a string takes everything");
     }
     table
@@ -55,6 +64,25 @@ fn values_of(mapping: &Mapping, address: fn(ScopedIp) -> String) -> Values {
         // What only a list has.
         ..
     } = WireMapping::of(mapping);
+    // No value contains a character that must be escaped in a TOML string.
+    let (host, to) = (address(mapping.host()), address(mapping.backend()));
+    let host = format!("{host}:{}", host_ports.as_deref().unwrap_or("0"));
+    Values {
+        name: quoted(name),
+        host: quoted(Some(host)),
+        to: quoted(Some(format!("{to}:{to_ports}"))),
+        proto: quoted(proto.filter(|proto| proto != "tcp")),
+        v6only: is_on(v6only),
+        ..values_of_limits(limits)
+    }
+}
+
+fn values_of_attach(AttachOptions { name, limits }: &AttachOptions) -> Values {
+    let name = (name != DEFAULT_NAME).then(|| toml_string(name));
+    Values { name, ..values_of_limits(WireLimits::of(limits)) }
+}
+
+fn values_of_limits(limits: WireLimits) -> Values {
     let WireLimits {
         connect_timeout,
         idle_timeout,
@@ -68,19 +96,14 @@ fn values_of(mapping: &Mapping, address: fn(ScopedIp) -> String) -> Values {
         allow,
         deny,
     } = limits;
-    // No value contains a character that must be escaped in a TOML string.
-    let (host, to) = (address(mapping.host()), address(mapping.backend()));
-    let host = format!("{host}:{}", host_ports.as_deref().unwrap_or("0"));
-    let quoted = |text: Option<String>| text.map(|text| format!("\"{text}\""));
-    let is_on = |value: bool| value.then(|| "true".to_owned());
     let number = |number: Option<usize>| number.map(|number| number.to_string());
     let list = |texts: Vec<String>| (!texts.is_empty()).then(|| format!("{texts:?}"));
     Values {
-        name: quoted(name),
-        host: quoted(Some(host)),
-        to: quoted(Some(format!("{to}:{to_ports}"))),
-        proto: quoted(proto.filter(|proto| proto != "tcp")),
-        v6only: is_on(v6only),
+        name: None,
+        host: None,
+        to: None,
+        proto: None,
+        v6only: None,
         connect_timeout: quoted(connect_timeout),
         idle_timeout: quoted(idle_timeout),
         max_connections: number(max_connections),
@@ -93,6 +116,24 @@ fn values_of(mapping: &Mapping, address: fn(ScopedIp) -> String) -> Values {
         udp_any_port: is_on(udp_any_port),
         dscp: quoted(dscp),
     }
+}
+
+fn quoted(text: Option<String>) -> Option<String> {
+    text.map(|text| format!("\"{text}\""))
+}
+
+fn is_on(value: bool) -> Option<String> {
+    value.then(|| "true".to_owned())
+}
+
+/// A basic string of TOML, with escapes for whatever a terminal might interpret.
+fn toml_string(text: &str) -> String {
+    let escape = |c: char| match c {
+        '"' | '\\' => format!("\\{c}"),
+        c if is_plain(c) => c.to_string(),
+        c => format!("\\U{:08X}", u32::from(c)),
+    };
+    format!("\"{}\"", text.chars().map(escape).collect::<String>())
 }
 
 /// An address, with the name of its interface in this network namespace if there is one: after a restart of the machine,

@@ -8,7 +8,7 @@ use toml_parser::{ParseError, Source};
 
 use super::keys::{LONGEST_VALUE, is_accepted};
 use super::mistake::{Found, Lines, MOST, Mistakes};
-use super::names::meant_key;
+use super::names::meant_anywhere;
 use super::values::example;
 
 /// The maximum number of errors that the parser is given.
@@ -116,7 +116,7 @@ fn explain(text: &str, start: usize, error: &toml::de::Error) -> Found {
 /// A suggestion for a line with a known key and an invalid value, and the column of the value.
 fn meant_line(line: &str) -> Option<(usize, String)> {
     let separator = line.find(['=', ':'])?;
-    let key = meant_key(line[..separator].trim())?;
+    let key = meant_anywhere(line[..separator].trim())?;
     let value = line[separator + 1..].split('#').next().unwrap_or_default();
     let column = separator + 1 + (value.len() - value.trim_start().len());
     let no_value = format!("{key}: this is not a TOML value");
@@ -199,6 +199,9 @@ mod tests {
             ("allow = [\"10.0.0.0/8\" \"fd00::/8\"]", Some("[\"10.0.0.0/8\", \"fd00::/8\"]")),
             ("allow = lan", None),
             ("deny = [10.0.0.0/8; fd00::/8]", None),
+            ("attach = yes", Some("true")),
+            ("attach = off", Some("false")),
+            ("attach = rproxy", Some("true")),
         ] {
             let (_column, message) = meant_line(line).unwrap();
             let key = line.split(' ').next().unwrap();

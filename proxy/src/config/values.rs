@@ -129,7 +129,7 @@ pub(super) fn example(key: &str) -> &'static str {
         "name" => "\"web\"",
         "proto" => "\"tcp\"",
         "on_limit" => "\"wait\"",
-        "v6only" | "udp_any_port" => "true",
+        "v6only" | "udp_any_port" | "attach" => "true",
         "dscp" => "\"AF41\"",
         "allow" | "deny" => "[\"10.0.0.0/8\"]",
         key if key.ends_with("timeout") => "\"90s\"",

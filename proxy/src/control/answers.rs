@@ -40,6 +40,9 @@ pub struct List<M = WireMapping> {
 /// A served mapping, and where it listens.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BoundMapping<M = WireMapping> {
+    /// Where it is from, if it is an attached port. First, as a `WireMapping` would take these members.
+    #[serde(flatten)]
+    pub origin: Origin,
     /// The mapping as requested, with its name.
     #[serde(flatten)]
     pub mapping: M,
@@ -49,6 +52,20 @@ pub struct BoundMapping<M = WireMapping> {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bound_host: Option<String>,
 }
+
+/// The origin of what is served. Mappings that were requested have none.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// [`DOCKER`] for a port that a container runtime's process has attached.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<String>,
+    /// The id of that process, unless it is in another process namespace.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub process: Option<u32>,
+}
+
+/// The origin of attached ports.
+pub const DOCKER: &str = "docker";
 
 /// A mapping that drains.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,6 +92,8 @@ pub struct StatsList {
 #[expect(missing_docs, reason = "they are those of `Stats`")]
 pub struct MappingStats {
     pub name: String,
+    #[serde(flatten)]
+    pub origin: Origin,
     pub connections: u64,
     pub connections_total: u64,
     pub flows: u64,
@@ -127,6 +146,17 @@ impl BoundMapping {
             mapping: WireMapping { name: Some(mapping.name().to_string()), ..WireMapping::of(mapping) },
             bound: served.bound_ports(),
             bound_host: served.bound_host(),
+            origin: Origin::of(served),
+        }
+    }
+}
+
+impl Origin {
+    fn of(served: &Served) -> Self {
+        let process = served.process();
+        Self {
+            origin: process.map(|_attached| DOCKER.to_owned()),
+            process: process.filter(|number| *number != 0),
         }
     }
 }
@@ -141,18 +171,21 @@ impl Draining {
 impl StatsList {
     /// The counters of the mappings of `registry`.
     pub fn of(registry: &Registry) -> Self {
-        let served = registry.iter().map(|(name, served)| MappingStats::of(name, served.stats()));
-        let draining = registry.draining().map(|(name, stats)| MappingStats::of(name, stats));
+        let served =
+            registry.iter().map(|(name, served)| MappingStats::of(name, served.stats(), Origin::of(served)));
+        let draining = registry.draining();
+        let draining = draining.map(|(name, stats)| MappingStats::of(name, stats, Origin::default()));
         Self { mappings: served.collect(), draining: draining.collect() }
     }
 }
 
 impl MappingStats {
-    fn of(name: &Name, stats: &Stats) -> Self {
+    fn of(name: &Name, stats: &Stats, origin: Origin) -> Self {
         let errors = FailureKind::ALL.into_iter().map(|kind| (kind.as_str(), stats.failure_kind(kind)));
         let errors = errors.filter(|(_kind, count)| *count > 0);
         Self {
             name: name.to_string(),
+            origin,
             connections: stats.connections.get(),
             connections_total: stats.connections_total.get(),
             flows: stats.flows.get(),
@@ -195,7 +228,7 @@ mod tests {
         let text = r#"{"name":"web","host":"[::]","host_ports":"8000-8010","to":"172.17.0.2","to_ports":"80",
             "proto":"tcp","v6only":true,"limits":{"max_connections":7,"deny":["10.0.0.0/8"]}}"#;
         let mapping = serde_json::from_str(text).unwrap();
-        BoundMapping { mapping, bound: "8003".to_owned(), bound_host: None }
+        BoundMapping { mapping, bound: "8003".to_owned(), bound_host: None, origin: Origin::default() }
     }
 
     fn counters(name: &str) -> MappingStats {
@@ -215,7 +248,7 @@ mod tests {
         stats.count(FailureKind::Refused);
         stats.count(FailureKind::Denied);
         stats.count(FailureKind::Denied);
-        MappingStats::of(&name.parse().unwrap(), &stats)
+        MappingStats::of(&name.parse().unwrap(), &stats, Origin::default())
     }
 
     const COUNTS: ChangeCounts = ChangeCounts { added: 1, changed: 2, removed: 3, unchanged: 4 };
@@ -234,18 +267,25 @@ mod tests {
     fn answers_are_written_as_the_protocol_has_them() {
         let draining = Draining { name: "old".to_owned(), connections: 2, flows: 1 };
         let elsewhere = BoundMapping { bound_host: Some("127.0.0.1".to_owned()), ..web() };
-        let list = List { mappings: vec![web(), elsewhere], draining: vec![draining] };
+        let attached = |process| Origin { origin: Some(DOCKER.to_owned()), process };
+        let one_attached = BoundMapping { origin: attached(Some(4711)), ..web() };
+        let list = List { mappings: vec![web(), elsewhere, one_attached], draining: vec![draining] };
         let elsewhere = WEB.replace(r#""host":"#, r#""bound_host":"127.0.0.1","host":"#);
+        let attached_web = WEB.replace(r#","proto""#, r#","origin":"docker","process":4711,"proto""#);
         let draining = r#"[{"connections":2,"flows":1,"name":"old"}]"#;
         assert_written(
             Response::List(list),
-            &format!(r#"{{"id":7,"ok":{{"draining":{draining},"mappings":[{WEB},{elsewhere}]}},"v":1}}"#),
+            &format!(
+                r#"{{"id":7,"ok":{{"draining":{draining},"mappings":[{WEB},{elsewhere},{attached_web}]}},"v":1}}"#
+            ),
         );
-        let stats = StatsList { mappings: vec![counters("web")], draining: vec![counters("old")] };
+        let of_another_namespace = MappingStats { origin: attached(None), ..counters("p") };
+        let mappings = vec![counters("web"), of_another_namespace];
+        let stats = StatsList { mappings, draining: vec![counters("old")] };
         assert_written(
             Response::Stats(stats),
             &format!(
-                r#"{{"id":7,"ok":{{"draining":[{{{COUNTERS}:"old"}}],"mappings":[{{{COUNTERS}:"web"}}]}},"v":1}}"#
+                r#"{{"id":7,"ok":{{"draining":[{{{COUNTERS}:"old"}}],"mappings":[{{{COUNTERS}:"web"}},{{{COUNTERS}:"p","origin":"docker"}}]}},"v":1}}"#
             ),
         );
         assert_written(
@@ -270,6 +310,7 @@ mod tests {
             (RefusalKind::Version, "version"),
             (RefusalKind::UnknownName, "unknown_name"),
             (RefusalKind::NameTaken, "name_taken"),
+            (RefusalKind::Attached, "attached"),
             (RefusalKind::Overlap, "overlap"),
             (RefusalKind::Loop, "loop"),
             (RefusalKind::Bind, "bind"),

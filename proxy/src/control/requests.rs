@@ -44,23 +44,30 @@ async fn handle(request: Request, server: &mut Server) -> Result<Response, Refus
         Request::Stats => return Ok(Response::Stats(StatsList::of(server.registry()))),
         Request::Drain => return Ok(Response::Drain {}),
         Request::Add { mappings } => {
-            let mappings = read(&mappings)?;
+            let mappings = read(&mappings, server)?;
             let names: Vec<Name> = mappings.iter().map(Mapping::name).collect();
             let changed = server.add(mappings).await?;
             return Ok(Response::Added(Added::of(changed, server.registry(), &names)));
         }
-        Request::Apply { mappings } => server.apply(read(&mappings)?).await?,
+        Request::Apply { mut mappings } => {
+            // Attached ports are in a list that is applied, but not served at the request of a client.
+            mappings.retain(|mapping| mapping.origin.is_none());
+            server.apply(read(&mappings, server)?).await?
+        }
         Request::Remove { name } => server.remove(&parse_name(&name)?).await?,
         Request::Retarget { name, to } => retarget(server, &parse_name(&name)?, &to).await?,
     };
     Ok(changed.into())
 }
 
-fn read(mappings: &[WireMapping]) -> Result<Vec<Mapping>, Refusal> {
+fn read(mappings: &[WireMapping], server: &Server) -> Result<Vec<Mapping>, Refusal> {
     if !has_ipv6() && mappings.iter().any(|mapping| mapping.host.is_none() && !mapping.v6only) {
         info!("{NO_IPV6}");
     }
     let read = |mapping: &WireMapping| {
+        if let Some(Ok(name)) = mapping.name.as_deref().map(str::parse) {
+            server.refuse_attached(&name)?;
+        }
         mapping.read(&HostInterfaces, everywhere()).map_err(|error| match &mapping.name {
             Some(name) => Refusal::bad_request(format!("mapping {}: {error}", name.escape_debug())),
             None => Refusal::bad_request(error.to_string()),

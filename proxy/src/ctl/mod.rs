@@ -80,14 +80,15 @@ fn request(command: &Command) -> Result<Request, CtlError> {
     })
 }
 
-/// Converts the response to `list` to a configuration.
+/// Converts the response to `list` to a configuration, without attached ports, which are not in one.
 fn configuration(answer: Value) -> Result<String, CtlError> {
-    let Mappings { mappings } = result(answer)?;
+    let Mappings { mut mappings } = result(answer)?;
+    mappings.retain(|mapping| mapping.origin.is_none());
     let mappings: Result<Vec<Mapping>, _> =
         mappings.iter().map(|mapping| mapping.read(&NoInterfaces, ScopedIp::ANY)).collect();
     let mappings = mappings.map_err(|error| CtlError::NotUnderstood(error.to_string()))?;
     // The server may be in another network namespace, where other interfaces have these indexes.
-    Ok(config::print(&mappings, |ip| ip.to_string()))
+    Ok(config::print(&mappings, None, |ip| ip.to_string()))
 }
 
 /// Decodes the result of a request. Unknown keys are ignored, because a newer server may send more.
@@ -107,6 +108,13 @@ fn read_file(path: &Path) -> Result<Vec<WireMapping>, CtlError> {
     let error = |reason: String| CtlError::File { path: path.to_owned(), reason };
     if !text.trim_start().starts_with('{') {
         let config = config::parse(path, &text)?;
+        if config.attach.is_some() {
+            let file = escaped(path);
+            console::err(&format_args!(
+                "rproxy: {file}: attach is not applied, only the mappings are; a running rproxy reads it from its own \
+                 --config, with SIGHUP"
+            ));
+        }
         return Ok(config.mappings.iter().map(WireMapping::of).collect());
     }
     let file: Result<Mappings, _> = serde_json::from_str::<Value>(&text).and_then(serde_json::from_value);
@@ -214,7 +222,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-    use crate::control::answers::{BoundMapping, Draining, List, MappingStats, Response, StatsList};
+    use crate::control::answers::{BoundMapping, Draining, List, MappingStats, Origin, Response, StatsList};
     use crate::control::protocol::{Refusal, RefusalKind};
 
     /// Sends a request to a server that always responds with `line`.
@@ -243,7 +251,7 @@ mod tests {
         let text = r#"{"name":"web","host":"[::]","host_ports":"8080","to":"172.17.0.2","to_ports":"80","proto":"tcp",
             "limits":{"max_connections":7}}"#;
         let mapping = serde_json::from_str(text).unwrap();
-        BoundMapping { mapping, bound: "8080".to_owned(), bound_host: None }
+        BoundMapping { mapping, bound: "8080".to_owned(), bound_host: None, origin: Origin::default() }
     }
 
     const COUNTS: ChangeCounts = ChangeCounts { added: 1, changed: 2, removed: 3, unchanged: 4 };
@@ -251,6 +259,7 @@ mod tests {
     fn counters() -> MappingStats {
         MappingStats {
             name: "web".to_owned(),
+            origin: Origin::default(),
             connections: 1,
             connections_total: 2,
             flows: 3,
@@ -298,6 +307,22 @@ mod tests {
         let refusal = Refusal { kind: RefusalKind::Bind, message: "taken".to_owned() };
         let refused = ask(protocol::answer(None, Err(refusal)) + "\n").unwrap_err();
         assert_eq!(refused.to_string(), "taken");
+    }
+
+    #[test]
+    fn attached_ports_are_not_in_a_configuration() {
+        let origin = Origin { origin: Some("docker".to_owned()), process: Some(4711) };
+        let attached = BoundMapping { origin, ..web() };
+        let mut list = List { mappings: vec![web(), attached], draining: Vec::new() };
+        list.mappings[1].mapping.name = Some("docker/tcp/0.0.0.0:8080".to_owned());
+        let answer = said(Response::List(list.clone()));
+        assert_eq!(result::<List>(answer.clone()).unwrap(), list);
+        let text = configuration(answer).unwrap();
+        assert_eq!(config::parse(Path::new("file"), &text).unwrap().mappings.len(), 1, "{text}");
+        list.mappings.remove(0);
+        // What is printed can be applied, also if no mapping is left.
+        let text = configuration(said(Response::List(list))).unwrap();
+        assert_eq!(config::parse(Path::new("file"), &text).unwrap().mappings, []);
     }
 
     #[test]

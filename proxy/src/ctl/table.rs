@@ -3,7 +3,7 @@
 use rproxy_mapping::escape::escaped;
 use serde::Deserialize;
 
-use crate::control::answers::{BoundMapping, List, MappingStats, StatsList};
+use crate::control::answers::{BoundMapping, List, MappingStats, Origin, StatsList};
 
 /// The parts of a mapping that are shown. Others, such as its limits, are not parsed, because a newer server
 /// may have more.
@@ -36,13 +36,43 @@ pub(super) fn list(List { mappings, draining }: &List<Shown>) -> String {
     let served = mappings.iter().map(|bound| {
         let Shown { name, to, to_ports, proto, .. } = &bound.mapping;
         let listens = format!("{}:{}/{proto}", bound_host(bound), bound.bound);
-        vec![name.clone(), listens, format!("{to}:{to_ports}"), String::new()]
+        vec![name.clone(), listens, format!("{to}:{to_ports}"), origin(&bound.origin), String::new()]
     });
     let draining = draining.iter().map(|mapping| {
         let state = format!("draining: {} connections, {} flows", mapping.connections, mapping.flows);
-        vec![mapping.name.clone(), "-".to_owned(), "-".to_owned(), state]
+        vec![mapping.name.clone(), "-".to_owned(), "-".to_owned(), "-".to_owned(), state]
     });
-    table(&["NAME", "LISTENS", "BACKEND", ""], served.chain(draining))
+    let origins = mappings.iter().map(|bound| &bound.origin);
+    table_with_origins(&["NAME", "LISTENS", "BACKEND", ORIGIN, ""], served.chain(draining), origins)
+}
+
+const ORIGIN: &str = "ORIGIN";
+
+/// Formats columns, without that of the origins unless there are some.
+fn table_with_origins<'a>(
+    header: &[&str],
+    rows: impl Iterator<Item = Vec<String>>,
+    mut origins: impl Iterator<Item = &'a Origin>,
+) -> String {
+    if origins.any(|origin| origin.origin.is_some()) {
+        return table(header, rows);
+    }
+    let Some(column) = header.iter().position(|name| *name == ORIGIN) else { return table(header, rows) };
+    let header: Vec<&str> = header.iter().copied().filter(|name| *name != ORIGIN).collect();
+    let without = |mut row: Vec<String>| {
+        row.remove(column);
+        row
+    };
+    table(&header, rows.map(without))
+}
+
+/// `docker, process 4711`, or `-` for a mapping that was requested.
+fn origin(origin: &Origin) -> String {
+    match origin {
+        Origin { origin: Some(origin), process: Some(process) } => format!("{origin}, process {process}"),
+        Origin { origin: Some(origin), process: None } => origin.clone(),
+        Origin { origin: None, .. } => "-".to_owned(),
+    }
 }
 
 /// Formats a mapping of the response to `add`: `web: 80/tcp -> [::]:8080`.
@@ -58,6 +88,7 @@ pub(super) fn stats(StatsList { mappings, draining }: &StatsList) -> String {
         let errors = stats.errors.iter().map(|(kind, count)| format!("{kind} {count}"));
         vec![
             format!("{}{state}", stats.name),
+            origin(&stats.origin),
             format!("{}/{}", stats.connections, stats.connections_total),
             format!("{}/{}", stats.flows, stats.flows_total),
             human(stats.bytes_in),
@@ -69,8 +100,9 @@ pub(super) fn stats(StatsList { mappings, draining }: &StatsList) -> String {
     };
     let served = mappings.iter().map(|stats| row(stats, ""));
     let draining = draining.iter().map(|stats| row(stats, " (draining)"));
-    let header = ["NAME", "CONNS", "FLOWS", "BYTES IN", "OUT", "DATAGRAMS IN", "OUT", "ERRORS"];
-    table(&header, served.chain(draining))
+    let header = ["NAME", ORIGIN, "CONNS", "FLOWS", "BYTES IN", "OUT", "DATAGRAMS IN", "OUT", "ERRORS"];
+    let origins = mappings.iter().map(|stats| &stats.origin);
+    table_with_origins(&header, served.chain(draining), origins)
 }
 
 /// The address that a mapping actually listens on.
@@ -114,7 +146,43 @@ NAME  LISTENS          BACKEND
 web   [::]:8080/tcp    172.17.0.2:80
 own   127.0.0.1:8/udp  [::1]:9
 old   -                -              draining: 2 connections, 0 flows";
+        assert_eq!(list(&serde_json::from_value(answer.clone()).unwrap()), expected);
+        let mut answer = answer;
+        let mappings = answer["mappings"].as_array_mut().unwrap();
+        mappings.truncate(1);
+        for (process, port) in [(Some(4711), "81"), (None, "82")] {
+            mappings.push(json!({
+                "name": format!("docker/tcp/0.0.0.0:{port}"), "host": "0.0.0.0", "bound": port, "proto": "tcp",
+                "to": "172.17.0.3", "to_ports": "80", "origin": "docker", "process": process,
+            }));
+        }
+        let expected = "\
+NAME                   LISTENS         BACKEND        ORIGIN
+web                    [::]:8080/tcp   172.17.0.2:80  -
+docker/tcp/0.0.0.0:81  0.0.0.0:81/tcp  172.17.0.3:80  docker, process 4711
+docker/tcp/0.0.0.0:82  0.0.0.0:82/tcp  172.17.0.3:80  docker
+old                    -               -              -                     draining: 2 connections, 0 flows";
         assert_eq!(list(&serde_json::from_value(answer).unwrap()), expected);
+    }
+
+    #[test]
+    fn counters_of_attached_ports_have_an_origin() {
+        let counters = |name: &str| {
+            let zero = json!(0);
+            json!({
+                "name": name, "connections": zero, "connections_total": zero, "flows": zero, "flows_total": zero,
+                "bytes_in": zero, "bytes_out": zero, "datagrams_in": zero, "datagrams_out": zero, "errors": {},
+            })
+        };
+        let mut attached = counters("docker/udp/[::]:53");
+        attached["origin"] = "docker".into();
+        attached["process"] = 7.into();
+        let answer = json!({ "mappings": [attached, counters("web")], "draining": [] });
+        let expected = "\
+NAME                ORIGIN             CONNS  FLOWS  BYTES IN  OUT  DATAGRAMS IN  OUT  ERRORS
+docker/udp/[::]:53  docker, process 7  0/0    0/0    0         0    0             0
+web                 -                  0/0    0/0    0         0    0             0";
+        assert_eq!(stats(&serde_json::from_value(answer).unwrap()), expected);
     }
 
     #[test]

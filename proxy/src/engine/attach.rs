@@ -18,8 +18,7 @@ use tracing::info;
 
 use crate::bind::BoundPort;
 use crate::engine::Server;
-use crate::engine::change::{BindKey, ChangeError};
-use crate::engine::plan::Plan;
+use crate::engine::change::{BindKey, ChangeError, Changed, by};
 use crate::engine::registry::Served;
 use crate::loops::whereabouts::Whereabouts;
 use crate::loops::{Hop, LoopError, refuse_loops};
@@ -43,7 +42,7 @@ pub enum Detached {
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
     /// It is served.
-    #[error("{name} is served already; process {process} has attached it")]
+    #[error("{name} is served already; {} has attached it", by(*process))]
     Taken {
         /// The name of the port.
         name: Name,
@@ -113,19 +112,25 @@ impl Server {
         }
     }
 
-    /// Changes the limits of all attached ports.
+    /// Like [`Server::apply`], and all attached ports have these `limits` from then on. Those that had others count as
+    /// changed.
     ///
     /// # Errors
-    /// [`ChangeError`]
-    pub async fn limit_attached(&mut self, limits: &Limits) -> Result<(), ChangeError> {
-        let attached = self.registry.attached().filter(|(_name, served)| served.mapping.limits() != limits);
-        let limited =
-            |(name, served): (&Name, &Served)| (name.clone(), served.mapping.clone().limited(limits.clone()));
-        let change: Vec<(Name, Mapping)> = attached.map(limited).collect();
-        if !change.is_empty() {
-            self.execute(Plan { change, ..Plan::default() }).await?;
+    /// [`ChangeError`]; nothing has changed then.
+    pub async fn apply_with_attached(
+        &mut self,
+        wanted: Vec<Mapping>,
+        limits: Option<&Limits>,
+    ) -> Result<Changed, ChangeError> {
+        let mut plan = self.plan_to(wanted)?;
+        if let Some(limits) = limits {
+            let others = self.registry.attached().filter(|(_name, served)| served.mapping.limits() != limits);
+            let limited = |(name, served): (&Name, &Served)| {
+                (name.clone(), served.mapping.clone().limited(limits.clone()))
+            };
+            plan.change.extend(others.map(limited));
         }
-        Ok(())
+        self.execute(plan).await
     }
 
     /// Until when flows wait for their port at most.

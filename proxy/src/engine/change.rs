@@ -39,7 +39,7 @@ pub enum ChangeError {
     #[error("the name {0} is taken by another mapping; choose another (--name), or remove that one first")]
     NameTaken(Name),
     /// The name is that of an attached port.
-    #[error("{name} was attached by process {process}, and is served until that ends; stop the container")]
+    #[error("{name} was attached by {}, and is served until that ends; stop the container", by(*process))]
     Attached {
         /// The name.
         name: Name,
@@ -97,6 +97,14 @@ pub enum ChangeError {
         /// The error of epoll_ctl(2).
         source: io::Error,
     },
+}
+
+/// Who has attached a port. A process in another process namespace has no number here.
+pub(super) fn by(process: u32) -> String {
+    match process {
+        0 => "a process of another process namespace".to_owned(),
+        number => format!("process {number}"),
+    }
 }
 
 /// The name of a mapping as a prefix to why it cannot be bound, unless the reason contains it.
@@ -181,10 +189,18 @@ impl Server {
 
     /// The mapping with this name, if it was requested.
     fn requested(&self, name: &Name) -> Result<&Served, ChangeError> {
-        let served = self.registry.get(name).ok_or_else(|| ChangeError::Unknown(name.clone()))?;
-        match served.process {
+        self.refuse_attached(name)?;
+        self.registry.get(name).ok_or_else(|| ChangeError::Unknown(name.clone()))
+    }
+
+    /// Refuses the name of an attached port.
+    ///
+    /// # Errors
+    /// [`ChangeError::Attached`]
+    pub fn refuse_attached(&self, name: &Name) -> Result<(), ChangeError> {
+        match self.registry.get(name).and_then(Served::process) {
             Some(process) => Err(ChangeError::Attached { name: name.clone(), process }),
-            None => Ok(served),
+            None => Ok(()),
         }
     }
 
@@ -193,10 +209,15 @@ impl Server {
     /// # Errors
     /// [`ChangeError`]
     pub async fn apply(&mut self, wanted: Vec<Mapping>) -> Result<Changed, ChangeError> {
+        let plan = self.plan_to(wanted)?;
+        self.execute(plan).await
+    }
+
+    /// The steps after which exactly these mappings are served, beside attached ports.
+    pub(super) fn plan_to(&self, wanted: Vec<Mapping>) -> Result<Plan, ChangeError> {
         refuse_overlap(&wanted)?;
         let served = self.registry.requested().map(|(name, served)| (name, &served.mapping));
-        let plan = plan(served, wanted).map_err(ChangeError::NameTaken)?;
-        self.execute(plan).await
+        plan(served, wanted).map_err(ChangeError::NameTaken)
     }
 
     pub(super) async fn execute(&mut self, plan: Plan) -> Result<Changed, ChangeError> {

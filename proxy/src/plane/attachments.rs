@@ -11,7 +11,6 @@ use std::time::Duration;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::unistd::geteuid;
-use rproxy_mapping::limits::Limits;
 use rproxy_mapping::name::Name;
 use rproxy_shim::message::{Answer, Attach, LONGEST, Reason, Request};
 use rproxy_sys::pass::{receive, send_packet};
@@ -24,7 +23,6 @@ use super::refusal::{Refusal, bound_port};
 use super::socket::{SocketError, bind_abstract};
 use crate::engine::Server;
 use crate::engine::attach::Detached;
-use crate::engine::change::ChangeError;
 use crate::log::limit::LogLimit;
 use crate::runtime::descriptors::explain;
 use crate::runtime::poll::{EventSource, PollSet};
@@ -133,19 +131,9 @@ impl Plane {
         &self.options
     }
 
-    /// Changes the limits of all attached ports, and of those to come.
-    ///
-    /// # Errors
-    /// [`ChangeError`]; nothing has changed then.
-    pub(crate) async fn set_limits(
-        &mut self,
-        limits: Limits,
-        server: &mut Server,
-    ) -> Result<(), ChangeError> {
-        let options = AttachOptions { limits, ..self.options.clone() };
-        server.limit_attached(&options.effective_limits()).await?;
+    /// Changes how ports are attached from now on. The name has to stay the same.
+    pub(crate) fn set_options(&mut self, options: AttachOptions) {
         self.options = options;
-        Ok(())
     }
 
     /// Waits for something to [handle](Self::handle). Nothing is lost if this is dropped.

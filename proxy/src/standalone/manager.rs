@@ -12,6 +12,7 @@ use std::pin::pin;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
+use rproxy_mapping::escape::escaped;
 use rproxy_sys::memory::release_unused;
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, oneshot};
@@ -418,19 +419,24 @@ async fn reread(
 
 /// Serves what a configuration says from now on.
 async fn apply(
-    Config { mappings, attach: table }: Config,
+    config: Config,
     attach: Option<&str>,
     server: &mut Server,
     plane: Option<&mut Plane>,
 ) -> Result<Changed, ReloadError> {
-    let wanted = AttachOptions::new(attach, table);
-    let name = |options: Option<&AttachOptions>| options.map(|options| options.name.clone());
-    if name(wanted.as_ref()) != name(plane.as_deref().map(Plane::options)) {
-        return Err(ReloadError::Attach);
+    let wanted = config.attach_options(attach);
+    match (plane.as_deref().map(Plane::options), &wanted) {
+        (None, Some(_)) => return Err(ReloadError::AttachOn),
+        (Some(_), None) => return Err(ReloadError::AttachOff),
+        (Some(AttachOptions { name: now, .. }), Some(AttachOptions { name, .. })) if now != name => {
+            return Err(ReloadError::AttachName { now: now.clone(), wanted: name.clone() });
+        }
+        _ => {}
     }
-    let changed = server.apply(mappings).await?;
+    let limits = wanted.as_ref().map(AttachOptions::effective_limits);
+    let changed = server.apply_with_attached(config.mappings, limits.as_ref()).await?;
     if let (Some(plane), Some(wanted)) = (plane, wanted) {
-        plane.set_limits(wanted.limits, server).await?;
+        plane.set_options(wanted);
     }
     Ok(changed)
 }
@@ -438,8 +444,22 @@ async fn apply(
 /// Why a configuration cannot be applied.
 #[derive(Debug, thiserror::Error)]
 enum ReloadError {
-    #[error("attach: where ports are attached changes only at a restart")]
-    Attach,
+    #[error(
+        "attach: this process was started without it, and an upgrade (SIGUSR2) starts one like it; restart rproxy to \
+         serve attached ports"
+    )]
+    AttachOn,
+    #[error(
+        "attach: the configuration has it no longer, and ports may be attached to this process; restart rproxy to stop \
+         serving them"
+    )]
+    AttachOff,
+    #[error(
+        "attach.name: shims are connected to {}, which an upgrade (SIGUSR2) keeps; restart rproxy to change it to {}",
+        escaped(now),
+        escaped(wanted)
+    )]
+    AttachName { now: String, wanted: String },
     #[error(transparent)]
     Change(#[from] ChangeError),
 }

@@ -55,20 +55,21 @@ fn check_config(file: &Path) -> ExitCode {
 }
 
 fn print_config(options: &Serve) -> ExitCode {
-    let mappings = match &options.config {
-        Some(file) => config::read(file).map(|config| config.mappings),
+    let config = match options.config.as_deref().map(config::read).transpose() {
+        Ok(config) => config,
+        Err(error) => return console::fail(&error),
+    };
+    let attach = options.attach_options(config.as_ref());
+    let mappings = match config {
+        Some(config) => config.mappings,
         None => match options.mappings() {
-            Ok(mappings) => Ok(mappings),
+            Ok(mappings) => mappings,
             Err(usage) => return refuse(&usage),
         },
     };
-    match mappings {
-        Ok(mappings) => {
-            console::out(&config::print(&mappings, config::with_interface_name).trim_end());
-            ExitCode::SUCCESS
-        }
-        Err(error) => console::fail(&error),
-    }
+    let printed = config::print(&mappings, attach.as_ref(), config::with_interface_name);
+    console::out(&printed.trim_end());
+    ExitCode::SUCCESS
 }
 
 fn serve_mappings(options: &Serve) -> ExitCode {

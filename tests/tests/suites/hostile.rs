@@ -136,9 +136,11 @@ fn configurations() {
     let path = Path::new("rproxy.toml");
     let check = |text: &str| match config::parse(path, text) {
         // What is read can be written, and read again.
-        Ok(config::Config { mappings, .. }) => {
-            let written = config::print(&mappings, config::with_interface_name);
-            assert_eq!(config::parse(path, &written).unwrap().mappings, mappings, "{written}");
+        Ok(read) => {
+            let attach = read.attach_options(None);
+            let written = config::print(&read.mappings, attach.as_ref(), config::with_interface_name);
+            let again = config::parse(path, &written).unwrap();
+            assert_eq!((again.attach_options(None), again.mappings), (attach, read.mappings), "{written}");
         }
         Err(error) => {
             let message = error.to_string();

@@ -4,6 +4,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a failed step ends the test")]
 
+mod attached;
 mod config;
 mod control;
 mod docker;
@@ -43,6 +44,7 @@ fn main() -> ExitCode {
         nginx,
         config,
         control,
+        attached,
         live,
         service,
         upgrade,
