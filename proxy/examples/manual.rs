@@ -39,7 +39,7 @@ The configuration of the service in contrib/systemd, passed with \-\-config.
 The default path of the control socket; see \-\-control.
 .TP
 .I /etc/docker/daemon.json
-Makes dockerd use rproxy, with \(dquserland\-proxy\-path\(dq.
+Makes dockerd use rproxy\-shim or rproxy, with \(dquserland\-proxy\-path\(dq.
 .SH EXIT STATUS
 .TP
 .B 0
