@@ -19,6 +19,7 @@ use rproxy_mapping::name::Name;
 use rproxy_mapping::ports::PortRange;
 use rproxy_mapping::publish::{ExposedPorts, PublishSpec};
 use rproxy_mapping::wire::WireMapping;
+use rproxy_shim::message::{Answer, Request};
 
 /// One interface, `eth0`.
 struct Eth0;
@@ -76,9 +77,11 @@ pub fn config(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     let path = Path::new("rproxy.toml");
     match config::parse(path, text) {
-        Ok(mappings) => {
-            let printed = config::print(&mappings, config::with_interface_name);
-            assert_eq!(config::parse(path, &printed).ok(), Some(mappings), "{printed}");
+        Ok(config) => {
+            let attach = config.attach_options(None);
+            let printed = config::print(&config.mappings, attach.as_ref(), config::with_interface_name);
+            let again = config::parse(path, &printed).expect(&printed);
+            assert_eq!((again.attach_options(None), again.mappings), (attach, config.mappings), "{printed}");
         }
         Err(error) => {
             let message = error.to_string();
@@ -116,6 +119,20 @@ pub fn docker(bytes: &[u8]) {
         bytes.split(|byte| *byte == 0).map(|word| OsString::from_vec(word.to_vec())).collect();
     if is_docker_proxy_command(&words) {
         flags::parse(&words).ok();
+    }
+}
+
+/// A packet of a shim, and one of the process that it attaches to.
+///
+/// # Panics
+/// If a message is written in another way than it is read.
+pub fn attach(bytes: &[u8]) {
+    if let Ok(request) = Request::decode(bytes) {
+        assert_eq!(Request::decode(request.encode().as_bytes()), Ok(request));
+    }
+    match Answer::decode(bytes) {
+        Ok(answer) => assert_eq!(answer.encode().as_bytes(), bytes),
+        Err(error) => assert!(!error.to_string().contains(char::is_control)),
     }
 }
 
@@ -177,5 +194,10 @@ mod tests {
     #[test]
     fn docker() {
         try_target("docker", super::docker);
+    }
+
+    #[test]
+    fn attach() {
+        try_target("attach", super::attach);
     }
 }
