@@ -504,16 +504,19 @@ fn log_failure(port_mapping: &PortMapping, error: &io::Error) {
 #[cfg(test)]
 mod tests {
     use std::io::Read;
-    use std::net::{IpAddr, Ipv4Addr, TcpStream};
+    use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream};
     use std::os::fd::AsRawFd;
     use std::time::Duration;
 
     use rproxy_mapping::addr::Protocol;
     use rproxy_mapping::limits::Limits;
+    use tokio::sync::mpsc;
 
     use super::*;
     use crate::bind::BoundPort;
     use crate::bind::listen::Listener;
+    use crate::runtime::new_runtime;
+    use crate::runtime::poll::PollSet;
     use crate::state::Target;
     use crate::state::stats::FailureKind;
 
@@ -590,5 +593,43 @@ mod tests {
             assert_ne!(other.as_raw_fd(), number);
         }
         assert_eq!(sockets.take(v4).unwrap().unwrap().as_raw_fd(), number);
+    }
+
+    #[test]
+    fn a_listener_whose_mapping_is_full_is_not_watched_until_there_is_room() {
+        let runtime = new_runtime().unwrap();
+        runtime.block_on(async {
+            let set = PollSet::new().unwrap();
+            let (_commands, receiver) = mpsc::unbounded_channel();
+            let workers = Arc::new(Workers::new(runtime.handle().clone(), reactor::prepare));
+            let source = EventSource::new(set.clone()).unwrap();
+            let mut acceptor = Acceptor::new(source, receiver, Arc::default(), workers, true);
+            let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+            listener.set_nonblocking(true).unwrap();
+            let front = listener.local_addr().unwrap();
+            let (host, backend) = (front.to_string().parse().unwrap(), "127.0.0.1:9".parse().unwrap());
+            let port_mapping = PortMapping { protocol: Protocol::Tcp, host, backend, v6only: false };
+            let limits = Limits { max_connections: Some(1), on_limit: OnLimit::Wait, ..Limits::default() };
+            let policy = Arc::new(MappingPolicy { limits, state: Arc::default() });
+            let target = Arc::new(Target { port_mapping, policy });
+            let port = Arc::new(set.add(listener).unwrap());
+            port.watch(EpollFlags::EPOLLIN).unwrap();
+            acceptor.handle(Command::Serve(vec![Binding { port, target: target.clone() }]));
+
+            let connection = ConnectionGuard::take(&target);
+            let _client = TcpStream::connect(front).unwrap();
+            let mut events = [EpollEvent::empty(); EVENTS];
+            let count = acceptor.poll.wait(&mut events).await.unwrap();
+            acceptor.turn(&events[..count]).unwrap();
+            let is_reported = |acceptor: &Acceptor| {
+                acceptor.poll.look(&mut [EpollEvent::empty(); EVENTS]).is_ok_and(|count| count > 0)
+            };
+            assert!(!is_reported(&acceptor), "it would be reported for ever");
+            acceptor.resume_full();
+            assert!(!is_reported(&acceptor), "it is still full");
+            drop(connection);
+            acceptor.resume_full();
+            assert!(is_reported(&acceptor) && acceptor.full.is_empty());
+        });
     }
 }
