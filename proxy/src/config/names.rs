@@ -115,3 +115,15 @@ pub(super) fn unknown_table(written: &str, is_table: bool) -> String {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn attached_ports_have_all_keys_but_those_of_one_mapping() {
+        let of_one_mapping = ["host", "to", "proto", "v6only"];
+        let others: Vec<&str> = KEYS.into_iter().filter(|key| !of_one_mapping.contains(key)).collect();
+        assert_eq!(others, ATTACH_KEYS);
+    }
+}
