@@ -11,7 +11,7 @@ use rproxy_mapping::addr::Protocol;
 use rproxy_mapping::ports::PortRange;
 use rproxy_mapping::{Mapping, PortMapping};
 use rproxy_sys::udp;
-use socket2::{Domain, SockRef, Socket, TcpKeepalive, Type};
+use socket2::{Domain, Protocol as Transport, SockRef, Socket, TcpKeepalive, Type};
 
 use crate::runtime::descriptors::explain;
 
@@ -58,18 +58,22 @@ impl Listener {
         let socket = Socket::from(fd);
         let kind = socket.r#type().map_err(AdoptError::NotASocket)?;
         let domain = socket.domain().map_err(AdoptError::NotASocket)?;
-        let wanted = match protocol {
-            Protocol::Tcp => Type::STREAM,
-            Protocol::Udp => Type::DGRAM,
+        let transport = socket.protocol().map_err(AdoptError::NotASocket)?;
+        // ICMP has datagrams, too, and SCTP streams.
+        let wanted: (_, &[_]) = match protocol {
+            Protocol::Tcp => (Type::STREAM, &[Transport::TCP, Transport::MPTCP]),
+            Protocol::Udp => (Type::DGRAM, &[Transport::UDP]),
         };
-        if kind != wanted || !matches!(domain, Domain::IPV4 | Domain::IPV6) {
+        let is_wanted = kind == wanted.0 && transport.is_some_and(|transport| wanted.1.contains(&transport));
+        if !is_wanted || !matches!(domain, Domain::IPV4 | Domain::IPV6) {
             return Err(AdoptError::WrongKind(protocol));
+        }
+        // Nothing is set on a socket that is refused: others use it.
+        if protocol == Protocol::Tcp && !socket.is_listener().map_err(AdoptError::Setup)? {
+            return Err(AdoptError::NotListening);
         }
         socket.set_nonblocking(true).map_err(AdoptError::Setup)?;
         match protocol {
-            Protocol::Tcp if !socket.is_listener().map_err(AdoptError::Setup)? => {
-                return Err(AdoptError::NotListening);
-            }
             Protocol::Tcp => set_stream_options(&SockRef::from(&socket)),
             Protocol::Udp => udp::queue_no_errors(socket.as_fd(), domain == Domain::IPV6)
                 .and_then(|()| set_datagram_options(&socket, domain == Domain::IPV6)),
@@ -304,7 +308,9 @@ mod tests {
         let (unix, _other) = UnixStream::pair().unwrap();
         assert!(matches!(adopt(unix, Protocol::Tcp), Err(AdoptError::WrongKind(Protocol::Tcp))));
         let idle = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        let other = idle.try_clone().unwrap();
         assert!(matches!(adopt(idle, Protocol::Tcp), Err(AdoptError::NotListening)));
+        assert!(!other.nonblocking().unwrap(), "whoever has it, too, can go on");
     }
 
     #[test]

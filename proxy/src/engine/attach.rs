@@ -4,8 +4,9 @@
 //! listener is closed at once here, because the other process cannot end before the port is free. What becomes
 //! of connections and flows depends on the reason.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rproxy_mapping::addr::{Protocols, ScopedIp};
@@ -22,6 +23,7 @@ use crate::engine::change::{BindKey, ChangeError, Changed, by};
 use crate::engine::registry::Served;
 use crate::loops::whereabouts::Whereabouts;
 use crate::loops::{Hop, LoopError, refuse_loops};
+use crate::state::MappingPolicy;
 use crate::state::task::{Fate, LiveFlows};
 
 /// How long flows whose runtime has ended wait for their port to be attached again. A runtime that restarts
@@ -36,6 +38,9 @@ pub enum Detached {
     /// The runtime has ended, but perhaps not the container: connections continue, and so do flows if the port
     /// is attached again in time.
     Orphaned,
+    /// This process ends: connections continue, and the datagrams of clients wait for the next process that serves
+    /// the port.
+    Left,
 }
 
 /// Why a port is not attached.
@@ -49,6 +54,9 @@ pub enum AttachError {
         /// The process that has attached it.
         process: u32,
     },
+    /// A mapping listens on it.
+    #[error("the mapping {0} listens there already; publish another port, or remove that mapping first")]
+    Requested(Name),
     /// It would lead back to itself.
     #[error(transparent)]
     Loop(#[from] LoopError),
@@ -75,9 +83,17 @@ impl Server {
         if let Some(Served { process: Some(process), .. }) = self.registry.get(&name) {
             return Err(AttachError::Taken { name, process: *process });
         }
+        self.refuse_requested(&port_mapping)?;
         self.refuse_loop(&mapping)?;
-        let policy = self.new_policy(mapping.limits().clone());
+        let left = self.registry.left_of(&name).map(|(index, state)| (index, state.clone()));
+        let limits = mapping.limits().clone();
+        // Connections that have been left by the last runtime end with the port.
+        let policy = match &left {
+            Some((_index, state)) => Arc::new(MappingPolicy { limits, state: state.clone() }),
+            None => self.new_policy(limits),
+        };
         let binding = self.assign(port, &policy).map_err(AttachError::Watch)?;
+        left.into_iter().for_each(|(index, _state)| self.registry.resume(index));
         let id = binding.port.id();
         let served = Served { mapping, policy, ports: vec![binding.clone()], process: Some(process) };
         served.announce(&name);
@@ -89,13 +105,29 @@ impl Server {
         Ok(name)
     }
 
-    fn refuse_loop(&self, mapping: &Mapping) -> Result<(), LoopError> {
-        let new: Vec<Hop<'_>> = Hop::of(0, mapping).collect();
-        let served = self.registry.iter().flat_map(|(_name, served)| Hop::of(0, &served.mapping));
-        refuse_loops(&new, served, &mut Whereabouts::default())
+    /// Refuses a socket that a mapping listens on: it would serve the clients of both.
+    fn refuse_requested(&self, port_mapping: &PortMapping) -> Result<(), AttachError> {
+        let port = PortRange::single(port_mapping.host.socket_addr().port())?;
+        if !self.registry.listens_on(port_mapping.protocol, port) {
+            return Ok(());
+        }
+        let place = BindKey::of(port_mapping);
+        let listens_there =
+            |served: &Served| served.ports.iter().any(|port| BindKey::of(&port.target.port_mapping) == place);
+        match self.registry.requested().find(|(_name, served)| listens_there(served)) {
+            Some((name, _served)) => Err(AttachError::Requested(name.clone())),
+            None => Ok(()),
+        }
     }
 
-    /// Closes an attached port. Its socket is closed in this process when this returns.
+    fn refuse_loop(&self, mapping: &Mapping) -> Result<(), LoopError> {
+        let new: Vec<Hop<'_>> = Hop::of(0, mapping).collect();
+        let gone = HashSet::new();
+        refuse_loops(&new, self.hops_without(&gone, &new), &mut Whereabouts::default())
+    }
+
+    /// Closes an attached port. Its socket is closed in this process when this returns, unless replies are
+    /// [still to be sent](Detached::Left).
     pub async fn detach(&mut self, name: &Name, reason: Detached) {
         let Some(served) = self.registry.get(name).filter(|served| served.process.is_some()) else { return };
         let targets = served.ports.iter().map(|binding| binding.target.port_mapping);
@@ -105,10 +137,14 @@ impl Server {
         let fate = match reason {
             Detached::Unpublished => Fate::Reset,
             Detached::Orphaned => Fate::Continue,
+            Detached::Left => Fate::Leave,
         };
         for (port, target) in ports.into_iter().zip(targets) {
             let flows = self.close(port, fate).await;
             self.parked.put(target, flows);
+        }
+        if reason == Detached::Unpublished {
+            self.elders.reset(name).await;
         }
     }
 
@@ -144,12 +180,11 @@ impl Server {
         self.parked.0.retain(|_port, parked| parked.until > now);
     }
 
-    /// Closes all attached ports, because this process ends. Connections continue; the datagrams of clients wait for
-    /// the next process that serves the port.
+    /// Closes all attached ports, because this process ends.
     pub async fn release_attached(&mut self) {
         let names: Vec<Name> = self.registry.attached().map(|(name, _served)| name.clone()).collect();
         for name in names {
-            self.detach(&name, Detached::Orphaned).await;
+            self.detach(&name, Detached::Left).await;
         }
     }
 }

@@ -302,7 +302,7 @@ impl Server {
 
     /// The hops of the served mappings, except for those in `gone`. Returns none if nothing in `from` leads
     /// to a port of theirs, which is cheap to determine.
-    fn hops_without<'a>(
+    pub(super) fn hops_without<'a>(
         &'a self,
         gone: &'a HashSet<&Name>,
         from: &[Hop<'_>],

@@ -7,6 +7,7 @@
 
 pub mod attach;
 pub mod change;
+pub(crate) mod elders;
 mod listening;
 pub mod plan;
 pub mod registry;
@@ -29,6 +30,7 @@ use crate::bind::listen::Listener;
 use crate::bind::{Bound, BoundPort};
 use crate::engine::attach::Parked;
 use crate::engine::change::Leaving;
+use crate::engine::elders::{Elders, LeftConnections};
 use crate::engine::registry::{Registry, Served};
 use crate::engine::tasks::Tasks;
 use crate::runtime::poll::WatchedListener;
@@ -50,6 +52,8 @@ pub struct Server {
     pub(crate) leaving: Leaving,
     /// Flows of ports that may be attached again.
     parked: Parked,
+    /// Old processes with connections to attached ports.
+    elders: Elders,
 }
 
 /// What may be added to a server later.
@@ -129,6 +133,7 @@ impl Server {
             nameless: Vec::new(),
             leaving: Leaving::default(),
             parked: Parked::default(),
+            elders: Elders::default(),
         }
     }
 
@@ -237,6 +242,21 @@ impl Server {
     /// Resumes after [`Server::pause`].
     pub(crate) fn resume(&self) {
         self.tasks.resume();
+    }
+
+    /// Takes over from old processes, which let their connections finish.
+    pub(crate) fn succeed(&mut self, elders: Elders) {
+        self.elders = elders;
+    }
+
+    /// The channels to the old processes.
+    pub(crate) fn elders(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.elders.channels()
+    }
+
+    /// The connections to attached ports, which another process may have this one reset.
+    pub(crate) fn left_connections(&self) -> LeftConnections {
+        LeftConnections { workers: self.workers.clone(), ports: self.registry.states_of_attached() }
     }
 
     /// Leaves all sockets and the paused flows to another process that already serves them. Connections

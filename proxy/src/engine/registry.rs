@@ -134,6 +134,26 @@ impl Registry {
         Some(ports)
     }
 
+    /// The state of the connections that a removed mapping of this name still has, and its index for
+    /// [`Registry::resume`].
+    pub(crate) fn left_of(&self, name: &Name) -> Option<(usize, &Arc<MappingState>)> {
+        let is_it = |departed: &Departed| departed.name == *name && is_in_use(&departed.state);
+        let index = self.departed.iter().position(is_it)?;
+        Some((index, &self.departed[index].state))
+    }
+
+    /// No longer lists a removed mapping as draining, because its connections belong to a served one again.
+    pub(crate) fn resume(&mut self, index: usize) {
+        self.departed.swap_remove(index);
+    }
+
+    /// The states of attached ports, also of those that have connections left.
+    pub(crate) fn states_of_attached(&self) -> Vec<(Name, Arc<MappingState>)> {
+        let served = self.attached().map(|(name, served)| (name.clone(), served.policy.state.clone()));
+        let departed = self.departed.iter().map(|departed| (departed.name.clone(), departed.state.clone()));
+        served.chain(departed).collect()
+    }
+
     fn depart(&mut self, name: Name, served: Served) {
         self.departed.push(Departed { name, state: served.policy.state.clone() });
         if self.sweep.is_due(self.departed.len()) {

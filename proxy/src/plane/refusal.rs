@@ -56,7 +56,9 @@ impl Refusal {
         let is_final = match self {
             Self::Message(MessageError::Version(_)) | Self::NotReceived | Self::Protocol(_) => false,
             Self::Attach(AttachError::Watch(_) | AttachError::Mapping(_) | AttachError::Port(_)) => false,
-            Self::Attach(AttachError::Taken { .. } | AttachError::Loop(_)) => true,
+            Self::Attach(AttachError::Taken { .. } | AttachError::Requested(_) | AttachError::Loop(_)) => {
+                true
+            }
             Self::Message(_)
             | Self::Descriptors(_)
             | Self::Second(_)
@@ -82,4 +84,56 @@ pub(super) fn bound_port(
     // Both are replaced by those of the socket.
     let host = HostSocketAddr::new(ScopedIp::ANY, 0);
     Ok(BoundPort::adopt(PortMapping { protocol, host, backend, v6only: false }, listener))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{TcpListener, UdpSocket};
+
+    use super::*;
+
+    fn attach(protocol: u8, backend: &str) -> Attach {
+        Attach { protocol, backend: backend.parse().unwrap() }
+    }
+
+    fn tcp() -> OwnedFd {
+        TcpListener::bind("127.0.0.1:0").unwrap().into()
+    }
+
+    #[test]
+    fn a_port_listens_where_its_socket_does() {
+        let socket = UdpSocket::bind("[::1]:0").unwrap();
+        let address = socket.local_addr().unwrap();
+        let port = bound_port(attach(message::UDP, "172.17.0.2:53"), socket.into()).unwrap();
+        assert_eq!(port.port_mapping.host.socket_addr(), address);
+        assert_eq!(port.port_mapping.backend.socket_addr().to_string(), "172.17.0.2:53");
+    }
+
+    #[test]
+    fn exactly_one_descriptor_is_needed() {
+        for (count, is_incomplete, wanted) in
+            [(0, false, "0 desc"), (2, false, "2 desc"), (1, true, "too many")]
+        {
+            let descriptors = (0..count).map(|_| tcp()).collect();
+            let refusal = Refusal::socket_of(descriptors, is_incomplete).unwrap_err();
+            assert!(refusal.to_string().contains(wanted), "{refusal}");
+        }
+        Refusal::socket_of(vec![tcp()], false).unwrap();
+    }
+
+    #[test]
+    fn only_what_another_process_might_do_is_not_final() {
+        let is_final = |refusal: &Refusal| matches!(refusal.answer("why"), Answer::Refused("why"));
+        for (refused, wanted) in [
+            (bound_port(attach(132, "192.0.2.1:80"), tcp()), false),
+            (bound_port(attach(message::UDP, "192.0.2.1:80"), tcp()), true),
+            (bound_port(attach(message::TCP, "224.0.0.1:80"), tcp()), true),
+            (bound_port(attach(message::TCP, "192.0.2.1:0"), tcp()), true),
+        ] {
+            let refusal = refused.unwrap_err();
+            assert_eq!(is_final(&refusal), wanted, "{refusal}");
+        }
+        assert!(!is_final(&Refusal::NotReceived) && !is_final(&MessageError::Version(2).into()));
+        assert!(is_final(&MessageError::NotAMessage.into()) && is_final(&Refusal::Descriptors(2)));
+    }
 }

@@ -14,6 +14,7 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use rproxy_mapping::escape::escaped;
 use rproxy_sys::memory::release_unused;
+use rproxy_sys::watch::Watched;
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, Interval, sleep, sleep_until};
@@ -24,6 +25,7 @@ use crate::control::clients::{self, Call};
 use crate::control::requests::answer;
 use crate::control::socket::{ControlSocket, SocketFile};
 use crate::engine::change::{ChangeError, Changed};
+use crate::engine::elders::LeftConnections;
 use crate::engine::{ServeError, Server};
 use crate::plane::AttachOptions;
 use crate::plane::attachments::{Attachments, Plane, Ready};
@@ -209,7 +211,7 @@ impl Managed {
         }
         // No client is admitted from here on.
         drop(called);
-        finish(server, stop, drain, succeeded, reload, upgrade).await;
+        Box::pin(finish(server, stop, drain, succeeded, reload, upgrade)).await;
     }
 }
 
@@ -233,8 +235,10 @@ async fn finish(
     mut reload: Option<Reload>,
     mut upgrade: Upgrade,
 ) {
+    let (left, successor) = (server.left_connections(), upgrade.take_successor());
     tokio::select! {
         () = server.drain(enough(drain, &mut stop, succeeded)) => {}
+        never = serve_successor(&left, successor) => never,
         never = systemd::resend() => never,
         never = ignore_changes(&mut reload, &mut upgrade) => never,
     }
@@ -245,6 +249,14 @@ async fn finish(
             () = systemd::until_told() => {}
             signal = stop.next() => info!(signal, "ending, although the service manager was not notified of the new process"),
         }
+    }
+}
+
+/// Resets connections to ports that are unpublished, for the process that has taken over. Never returns.
+async fn serve_successor(left: &LeftConnections, successor: Option<Watched>) -> ! {
+    match successor {
+        Some(channel) => left.serve(&channel).await,
+        None => std::future::pending().await,
     }
 }
 

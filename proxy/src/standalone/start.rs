@@ -126,9 +126,9 @@ fn start_upgraded(
     let fixed = (!may_change(options)).then_some(mappings);
     let Sockets { bound, mut control, attach, old } =
         runtime.block_on(take_over(channel, fixed, options.control.as_deref()))?;
-    let server = prepare_server(bound, attach.is_some(), options)?;
+    let mut server = prepare_server(bound, attach.is_some(), options)?;
     drop(entered);
-    runtime.block_on(old.hand_over_to(&server))?;
+    server.succeed(runtime.block_on(old.hand_over_to(&server))?);
     control.iter_mut().for_each(ControlSocket::own);
     Ok(Started { server, control, attach, stop })
 }

@@ -44,6 +44,9 @@ pub(crate) enum Fate {
     Reset,
     /// Connections continue. Flows are returned, for [`FlowCommand::Adopt`].
     Continue,
+    /// Connections continue. Flows only send replies, until they are quiet; what clients send is left to the next
+    /// process that serves the listener.
+    Leave,
 }
 
 /// A command to the UDP task about its flows.

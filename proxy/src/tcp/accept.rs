@@ -181,15 +181,12 @@ impl Acceptor {
     fn close(&mut self, ports: Vec<Arc<WatchedListener>>, fate: Fate, closed: oneshot::Sender<LiveFlows>) {
         let mut resets = Vec::new();
         match fate {
-            Fate::Continue => self.release(&ports),
+            Fate::Continue | Fate::Leave => self.release(&ports),
             Fate::Reset => {
                 for port in &ports {
                     let listener = self.listeners.get_mut(port.number()).and_then(Option::take);
                     let Some(Binding { target, .. }) = listener else { continue };
-                    for runtime in self.workers.runtimes() {
-                        let state = target.policy.state.clone();
-                        resets.push(runtime.spawn(async move { connections::cut_all(&state).await }));
-                    }
+                    resets.push(connections::reset_all(&self.workers, &target.policy.state));
                 }
                 self.full.retain(|number| self.listeners.get(*number).is_some_and(Option::is_some));
             }
@@ -197,8 +194,7 @@ impl Acceptor {
         drop(ports);
         tokio::spawn(async move {
             for reset in resets {
-                // A panic has been reported where it happened.
-                drop(reset.await);
+                reset.await;
             }
             // The sender may not be waiting.
             closed.send(LiveFlows::default()).ok();

@@ -6,9 +6,11 @@ use std::cell::RefCell;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 use tracing::info;
 
+use crate::runtime::worker::Workers;
 use crate::state::stats::FailureKind;
 use crate::state::{MappingPolicy, MappingState};
 
@@ -60,8 +62,24 @@ pub(super) fn cut_denied(policy: &MappingPolicy) {
     }
 }
 
+/// Resets all connections of a mapping. Their sockets are closed when the returned future ends; those that have been
+/// accepted so far are among them even if it is not awaited.
+pub(crate) fn reset_all(workers: &Workers, mapping: &Arc<MappingState>) -> impl Future<Output = ()> + use<> {
+    let cut = |runtime: Handle| {
+        let mapping = mapping.clone();
+        runtime.spawn(async move { cut_all(&mapping).await })
+    };
+    let tasks: Vec<_> = workers.runtimes().into_iter().map(cut).collect();
+    async move {
+        for task in tasks {
+            // A panic has been reported where it happened.
+            drop(task.await);
+        }
+    }
+}
+
 /// Resets all connections of a mapping on this worker. Their sockets are closed when this returns.
-pub(super) async fn cut_all(mapping: &Arc<MappingState>) {
+async fn cut_all(mapping: &Arc<MappingState>) {
     for task in cut(mapping, |_client| true) {
         // It has been cancelled, or had finished before.
         drop(task.await);

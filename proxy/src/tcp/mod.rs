@@ -27,6 +27,7 @@ use socket2::Socket;
 use tracing::{debug, warn};
 
 use self::connections::Entry;
+pub(crate) use self::connections::reset_all;
 use self::dial::DialError;
 use self::stream::Stream;
 use crate::log::limit::LogLimit;

@@ -11,9 +11,14 @@ use tracing::error;
 use super::flows::mapping_of;
 use super::relay::{QUIET, UdpRelay};
 use super::table::FlowId;
+use super::token::{Token, interest};
 use super::turn::Turn;
 use crate::state::Binding;
 use crate::state::task::{Command, Fate, FlowCommand, LiveFlows};
+
+/// Maximum number of turns for what clients have sent to a listener before it is closed: as much as its receive buffer
+/// holds, even if more arrives meanwhile.
+const LAST_TURNS: usize = 256;
 
 impl UdpRelay {
     /// Handles a command.
@@ -97,12 +102,17 @@ impl UdpRelay {
 
     /// Closes listeners, and all sockets that are bound to their ports. Returns their flows if they continue.
     fn close_at_once(&mut self, listeners: &HashSet<usize>, fate: Fate) -> LiveFlows {
-        if fate == Fate::Continue {
-            listeners.iter().for_each(|number| self.receive_rest(*number));
+        for number in listeners {
+            match fate {
+                Fate::Continue => self.receive_rest(*number),
+                Fate::Leave => self.leave_requests(*number),
+                Fate::Reset => {}
+            }
         }
         self.close_client_sockets_of(listeners);
         let live = match fate {
             Fate::Continue => self.take_flows(listeners),
+            Fate::Leave => return LiveFlows::default(),
             Fate::Reset => {
                 self.end_flows(|_listeners, key| listeners.contains(&(key.listener as usize)));
                 LiveFlows::default()
@@ -115,11 +125,25 @@ impl UdpRelay {
 
     /// Forwards what clients have sent to a listener, which would be lost when it is closed.
     fn receive_rest(&mut self, listener: usize) {
-        self.turn = Turn::default();
         let mut batch = self.buffers.take();
-        self.serve_listener(listener, EpollFlags::EPOLLIN, &mut batch);
+        for _ in 0..LAST_TURNS {
+            self.turn = Turn::default();
+            self.serve_listener(listener, EpollFlags::EPOLLIN, &mut batch);
+            if self.turn.taken() == 0 {
+                break;
+            }
+        }
         self.send_answers(&mut batch);
         self.buffers.put_back(batch, self.turn.taken());
+    }
+
+    /// Leaves what clients send to a listener in the kernel, for another process. Replies are still sent, until the
+    /// flows are quiet.
+    fn leave_requests(&mut self, index: usize) {
+        let Some(listener) = self.listeners.get_mut(index) else { return };
+        listener.is_paused = true;
+        interest(self.poll.epoll(), listener.as_fd(), Token::Listener(index), listener.wanted());
+        self.listeners.release(index, Instant::now());
     }
 
     /// Closes a listener that another process which shares it has shut down. This cannot be undone, and epoll would

@@ -132,6 +132,10 @@ impl UdpRelay {
         let ids = self.flows_of(listeners);
         let flows = ids.iter().filter_map(|id| self.pause_flow(*id)).collect();
         ids.into_iter().for_each(|id| self.let_go(id));
+        // At once: epoll cannot watch a socket for two flows.
+        while !self.ended.is_empty() {
+            self.close_ended(self.ended.len());
+        }
         LiveFlows { flows, ..LiveFlows::default() }
     }
 

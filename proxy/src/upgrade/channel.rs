@@ -35,6 +35,11 @@ impl Channel {
         Ok(Self(Watched::new(socket, Interest::READABLE | Interest::WRITABLE)?))
     }
 
+    /// The socket, for other bytes.
+    pub(super) fn into_inner(self) -> Watched {
+        self.0
+    }
+
     /// Sends a value.
     pub(super) async fn send(&self, value: &impl Serialize) -> io::Result<()> {
         self.write(&frame(value)?).await

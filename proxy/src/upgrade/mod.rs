@@ -49,13 +49,16 @@ struct Hello {
 
 /// What the old process has. The descriptors follow in the same order: the control socket, the socket where shims
 /// connect, then the sockets of each mapping, TCP first, each in port order, then the connections of the shims that
-/// have attached a port, in the order of the mappings, then those of the others.
+/// have attached a port, in the order of the mappings, then those of the others, then the channels to older processes.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Offer {
     control: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     attach: Option<OfferedAttach>,
+    /// How many channels to older processes there are, whose connections drain.
+    #[serde(default)]
+    elders: usize,
     mappings: Vec<OfferedMapping>,
 }
 

@@ -12,7 +12,9 @@ use rproxy_mapping::interfaces::NoInterfaces;
 use rproxy_mapping::name::Name;
 use rproxy_mapping::wire::FieldErrors;
 use rproxy_mapping::{Mapping, PortMapping};
+use rproxy_sys::watch::Watched;
 use socket2::{Domain, SockRef, Type};
+use tokio::io::Interest;
 use tokio::time::timeout;
 
 use super::channel::Channel;
@@ -22,6 +24,7 @@ use crate::bind::listen::Listener;
 use crate::bind::{Bound, BoundPort};
 use crate::control::socket::ControlSocket;
 use crate::engine::Server;
+use crate::engine::elders::Elders;
 use crate::plane::attachments::{Attachments, Shim};
 use crate::plane::{AttachOptions, socket};
 use crate::state::task::{LiveFlow, LiveFlows};
@@ -34,6 +37,8 @@ pub struct OldProcess {
     channel: Channel,
     /// The names of the mappings, in the order of the offer.
     names: Vec<Name>,
+    /// The channels to processes that are older still.
+    elders: Vec<OwnedFd>,
 }
 
 /// What the old process passes.
@@ -76,7 +81,7 @@ pub async fn take_over(
         let reason = format!("it uses version {version} of the handover, and this program version {VERSION}");
         return Err(UpgradeError::Offer(reason));
     }
-    let Offer { control: has_control, attach, mappings } = in_time(channel.receive()).await?;
+    let Offer { control: has_control, attach, elders, mappings } = in_time(channel.receive()).await?;
     let mappings: Vec<Offered> = mappings.iter().map(Offered::read).collect::<Result<_, _>>()?;
     if let Some(fixed) = fixed {
         let requested = mappings.iter().filter(|offered| offered.process.is_none());
@@ -89,7 +94,7 @@ pub async fn take_over(
     let shims = mappings.iter().filter(|offered| offered.process.is_some()).count();
     let waiting = attach.as_ref().map_or(0, |attach| attach.waiting.len());
     let count = mappings.iter().map(|offered| offered.mapping.sockets()).sum::<usize>();
-    let count = usize::from(has_control) + usize::from(attach.is_some()) + count + shims + waiting;
+    let count = usize::from(has_control) + usize::from(attach.is_some()) + count + shims + waiting + elders;
     let mut sockets = in_time(channel.receive_descriptors(count)).await?.into_iter();
     let mut next = || sockets.next().ok_or_else(|| refuse("it sent too few sockets"));
     let control = match control {
@@ -105,8 +110,8 @@ pub async fn take_over(
         mappings.into_iter().map(|offered| offered.adopt(&mut sockets)).collect::<Result<_, _>>()?;
     Bound::refuse_loops(&bound).map_err(refuse)?;
     let attach =
-        attach.map(|(listener, attach)| attachments(listener, attach, &bound, sockets)).transpose()?;
-    Ok(Sockets { bound, control, attach, old: OldProcess { channel, names } })
+        attach.map(|(listener, attach)| attachments(listener, attach, &bound, &mut sockets)).transpose()?;
+    Ok(Sockets { bound, control, attach, old: OldProcess { channel, names, elders: sockets.collect() } })
 }
 
 /// A mapping of the old process, or a port that is attached to it.
@@ -189,12 +194,16 @@ fn adopt(mapping: Mapping, sockets: impl Iterator<Item = OwnedFd>) -> Result<Bou
 
 impl OldProcess {
     /// Reports that everything is prepared, and serves what `server` was prepared for. When this returns, the
-    /// old process no longer serves.
+    /// old process no longer serves. Returns all processes that still have connections.
     ///
     /// # Errors
     /// [`UpgradeError`]: the old process continues to serve, and this one must exit.
-    pub async fn hand_over_to(self, server: &Server) -> Result<(), UpgradeError> {
-        let Self { channel, names } = self;
+    pub(crate) async fn hand_over_to(self, server: &Server) -> Result<Elders, UpgradeError> {
+        let Self { channel, names, elders } = self;
+        let interest = Interest::READABLE | Interest::WRITABLE;
+        let elders = elders.into_iter().map(|elder| Watched::new(elder, interest));
+        let mut elders: Vec<Watched> =
+            elders.collect::<Result<_, _>>().map_err(UpgradeError::talk("watch an older process"))?;
         in_time(channel.send(&Word::Prepared)).await?;
         let listeners = server.udp_listeners_of(&names);
         let mut live_flows = LiveFlows::default();
@@ -216,7 +225,10 @@ impl OldProcess {
         server.until_responsive().await;
         in_time(channel.send(&Word::Serving)).await?;
         match in_time(channel.receive()).await? {
-            Word::Yours => Ok(()),
+            Word::Yours => {
+                elders.push(channel.into_inner());
+                Ok(Elders::new(elders))
+            }
             word => Err(refuse(format!("it said {word:?}"))),
         }
     }

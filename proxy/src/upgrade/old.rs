@@ -10,6 +10,7 @@ use nix::sys::signal::Signal;
 use rproxy_mapping::name::Name;
 use rproxy_mapping::wire::{WireLimits, WireMapping};
 use rproxy_sys::pass::MOST;
+use rproxy_sys::watch::Watched;
 use tokio::time::timeout;
 use tracing::{error, info, warn};
 
@@ -38,6 +39,8 @@ const LAUNCHER_PATIENCE: Duration = Duration::from_secs(5);
 pub struct Upgrade {
     asked: Signals,
     launcher: Result<Launcher, String>,
+    /// The channel to the process that has taken over.
+    successor: Option<Watched>,
 }
 
 impl Upgrade {
@@ -50,7 +53,12 @@ impl Upgrade {
     /// Outside a tokio runtime.
     pub fn catch(launcher: io::Result<Launcher>) -> io::Result<Self> {
         let launcher = launcher.map_err(|error| error.to_string());
-        Ok(Self { asked: Signals::catch([Signal::SIGUSR2])?, launcher })
+        Ok(Self { asked: Signals::catch([Signal::SIGUSR2])?, launcher, successor: None })
+    }
+
+    /// The channel to the process that has taken over, if one has.
+    pub(crate) fn take_successor(&mut self) -> Option<Watched> {
+        self.successor.take()
     }
 
     /// Waits for the signal.
@@ -89,15 +97,16 @@ impl Upgrade {
         control: Option<BorrowedFd<'_>>,
         plane: Option<&Plane>,
     ) -> bool {
-        let Self { asked, launcher } = self;
+        let Self { asked, launcher, successor } = self;
         // On the heap, because it is large and rarely needed.
         let mut attempt = Box::pin(attempt(launcher, server, control, plane));
         loop {
             tokio::select! {
                 Ok(_signal) = asked.next() => warn!("an upgrade is under way; another one has to wait for it"),
                 result = &mut attempt => match result {
-                    Ok(process) => {
+                    Ok((process, channel)) => {
                         info!(process, "a new process has taken over");
+                        *successor = Some(channel.into_inner());
                         return true;
                     }
                     Err(error) => {
@@ -115,7 +124,7 @@ async fn attempt(
     server: &Server,
     control: Option<BorrowedFd<'_>>,
     plane: Option<&Plane>,
-) -> Result<u32, UpgradeError> {
+) -> Result<(u32, Channel), UpgradeError> {
     if std::process::id() == 1 {
         return Err(UpgradeError::Init);
     }
@@ -123,7 +132,7 @@ async fn attempt(
     let asked = there.ask().map_err(UpgradeError::talk("ask for a new process"))?;
     let result = match NewProcess::start(asked).await {
         Ok(new) => match new.hand_over(server, control, plane).await {
-            Ok(()) => Ok(new.process),
+            Ok(()) => Ok((new.process, new.channel)),
             Err(error) => Err(new.end(error).await),
         },
         Err(error) => Err(error),
@@ -180,10 +189,11 @@ impl NewProcess {
         self.channel.send(&Hello { version: VERSION }).await?;
         let mappings = server.registry().iter().map(|(_name, served)| offered_mapping(served)).collect();
         let attach = plane.map(offered_attach);
-        self.channel.send(&Offer { control: control.is_some(), attach, mappings }).await?;
+        let elders = server.elders().count();
+        self.channel.send(&Offer { control: control.is_some(), attach, elders, mappings }).await?;
         let shims = plane.into_iter().flat_map(|plane| shims_in_order(plane, server));
         let sockets = control.into_iter().chain(plane.map(Plane::listener)).chain(server.sockets());
-        let descriptors: Vec<BorrowedFd<'_>> = sockets.chain(shims).collect();
+        let descriptors: Vec<BorrowedFd<'_>> = sockets.chain(shims).chain(server.elders()).collect();
         self.channel.send_descriptors(&descriptors).await?;
         self.expect(Word::Prepared).await
     }
