@@ -92,6 +92,12 @@ impl Shim {
         Ok(())
     }
 
+    /// Whether nothing has come: neither an answer nor the end of the connection.
+    pub fn is_silent(&self) -> bool {
+        let flags = MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_PEEK;
+        recv(self.connection.as_raw_fd(), &mut [0], flags) == Err(Errno::EAGAIN)
+    }
+
     /// Waits for the next answer.
     ///
     /// # Panics

@@ -4,6 +4,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a failed step ends the test")]
 
+mod attach;
 mod attached;
 mod config;
 mod control;
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
         live,
         service,
         upgrade,
+        attach,
         sandbox,
         hostile,
         faults,
