@@ -6,11 +6,12 @@ use nix::unistd::Pid;
 use serde_json::{Value, json};
 
 use testkit::backend::TcpBackend;
-use testkit::client;
+use testkit::client::{self, FOREIGN};
 use testkit::controlled::{Controlled, mapping};
 use testkit::docker_proxy::{self, DockerProxy, Status};
 use testkit::holdings::{Holdings, private_memory, wait_until_idle};
 use testkit::rproxy;
+use testkit::shim::{Reply, Shim};
 use testkit::suite::Case;
 use testkit::{eventually, udp};
 
@@ -20,6 +21,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("a mapping in a process of its own", process),
         case("a mapping in a process with others", mapping_with_others),
         case("a port of a range", port_of_a_range),
+        case("an attached port", attached_port),
         case("an idle connection", connection),
         case("a flow", flow),
     ]
@@ -93,6 +95,27 @@ fn port_of_a_range() {
     let before = taken(proxy.process.pid());
     proxy.apply(&mappings(1, "20000-21999")).success();
     assert_each(proxy.process.pid(), before, 2000, 1024, 1);
+}
+
+/// Its listener and the connection of its shim.
+fn attached_port() {
+    let name = format!("rproxy-tests/promises/{}", std::process::id());
+    let proxy = Controlled::start(&[&format!("--attach={name}")]);
+    let attach = |_| {
+        let (shim, backend) = (Shim::connect(&name).unwrap(), (FOREIGN, 80).into());
+        let (listener, _) = client::own_listener();
+        assert_eq!(shim.attach_tcp(&listener, backend), Reply::Serving);
+        let other = Shim::connect(&name).unwrap();
+        let socket = udp::client(client::own_loopback());
+        assert_eq!(other.attach_udp(&socket, backend), Reply::Serving);
+        (shim, other)
+    };
+    let _first = attach(0);
+    let before = taken(proxy.process.pid());
+    let count = 1000;
+    let _shims: Vec<_> = (0..count / 2).map(attach).collect();
+    assert_each(proxy.process.pid(), before, count, 2560, 2);
+    assert_eq!(proxy.json(&["stats"])["mappings"].as_array().unwrap().len(), count + 2);
 }
 
 fn connection() {

@@ -13,7 +13,7 @@ use rproxy_mapping::addr::Protocol;
 use rproxy_mapping::limits::Limits;
 use socket2::SockRef;
 use tokio::runtime::Runtime;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
 use super::*;
@@ -21,7 +21,7 @@ use crate::runtime::new_runtime;
 use crate::runtime::poll::{PollSet, WatchedListener};
 use crate::runtime::worker::Workers;
 use crate::state::stats::{FailureKind, Stats};
-use crate::state::task::{Command, LiveFlow, LiveFlows};
+use crate::state::task::{Command, Fate, FlowCommand, LiveFlow, LiveFlows};
 use crate::state::{Binding, MappingPolicy, Target};
 use crate::udp::table::{FlowId, Side};
 use crate::udp::tally::Towards;
@@ -842,4 +842,89 @@ fn a_flow_whose_sockets_are_shut_down_ends_or_does_without() {
     client.send(b"again").unwrap();
     let (bytes, next) = scene.at_backend();
     assert!(bytes == b"again" && next != flow, "the next datagram opens another flow");
+}
+
+/// Closes the listener of a scene at once, and returns the flows that continue.
+fn close(scene: &mut Scene, fate: Fate) -> LiveFlows {
+    let (closed, mut live) = oneshot::channel();
+    scene.relay.handle(Command::Close(vec![scene.port.clone()], fate, closed));
+    live.try_recv().unwrap()
+}
+
+/// Listens at the address of a closed listener again.
+fn listen_again(scene: &mut Scene) {
+    // The one before is closed with its last owner.
+    scene.port = Arc::new(scene.set.add(socket()).unwrap());
+    let listener = UdpSocket::bind(scene.front).unwrap();
+    listener.set_nonblocking(true).unwrap();
+    scene.port = Arc::new(scene.set.add(listener).unwrap());
+    let (port, target) = (scene.port.clone(), scene.target.clone());
+    scene.serve_port(&port, &target);
+}
+
+#[test]
+fn flows_of_a_closed_listener_continue_with_the_next_one() {
+    // More than end in one turn.
+    const MANY: usize = 2 * crate::udp::flows::ENDS_PER_TURN;
+
+    let mut scene = Scene::new(Limits::default());
+    let clients: Vec<UdpSocket> = (0..MANY).map(|_| scene.client()).collect();
+    let mut flows = Vec::new();
+    for client in &clients {
+        client.send(b"hello").unwrap();
+        flows.push(scene.at_backend().1);
+    }
+    let id = scene.flow(&clients[0]).unwrap();
+    assert!(scene.relay.give_client_socket(id));
+    clients.iter().for_each(|client| assert_eq!(client.send(b"before").unwrap(), 6));
+    let LiveFlows { flows: mut live, .. } = close(&mut scene, Fate::Continue);
+    assert_eq!((live.len(), scene.stats().flows.get()), (MANY, 0));
+    for _ in 0..MANY {
+        assert_eq!(scene.backend.recv(&mut [0; 9]).unwrap(), 6, "what was sent before is forwarded");
+    }
+    flows.iter().for_each(|flow| assert_eq!(scene.backend.send_to(b"meanwhile", *flow).unwrap(), 9));
+
+    listen_again(&mut scene);
+    let number = scene.port.number();
+    live.iter_mut().for_each(|flow| flow.listener = number);
+    scene.relay.handle(Command::Flows(FlowCommand::Adopt(LiveFlows { flows: live, ..LiveFlows::default() })));
+    assert_eq!(scene.stats().flows.get(), MANY as u64);
+    for (client, flow) in clients.iter().zip(flows) {
+        assert_eq!(scene.at_client(client), b"meanwhile");
+        client.send(b"again").unwrap();
+        assert_eq!(scene.at_backend(), (b"again".to_vec(), flow));
+    }
+}
+
+#[test]
+fn a_listener_that_is_left_still_sends_replies() {
+    let mut scene = Scene::new(Limits::default());
+    let client = scene.client();
+    client.send(b"hello").unwrap();
+    let (_hello, flow) = scene.at_backend();
+    let id = scene.flow(&client).unwrap();
+    assert!(scene.relay.give_client_socket(id));
+    let elsewhere = UdpSocket::from(scene.port.as_fd().try_clone_to_owned().unwrap());
+    assert!(close(&mut scene, Fate::Leave).flows.is_empty());
+    client.send(b"for the next").unwrap();
+    scene.settle();
+    assert!(scene.backend.recv(&mut [0; 20]).is_err());
+    scene.backend.send_to(b"an answer", flow).unwrap();
+    assert_eq!(scene.at_client(&client), b"an answer");
+    assert_eq!(elsewhere.recv(&mut [0; 20]).unwrap(), 12);
+}
+
+#[test]
+fn flows_of_a_port_that_is_reset_end() {
+    let mut scene = Scene::new(Limits::default());
+    let client = scene.client();
+    client.send(b"hello").unwrap();
+    let (_hello, flow) = scene.at_backend();
+    let id = scene.flow(&client).unwrap();
+    assert!(scene.relay.give_client_socket(id));
+    assert!(close(&mut scene, Fate::Reset).flows.is_empty());
+    listen_again(&mut scene);
+    client.send(b"again").unwrap();
+    let (bytes, next) = scene.at_backend();
+    assert!(bytes == b"again" && next != flow);
 }
