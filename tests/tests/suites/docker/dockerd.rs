@@ -13,8 +13,10 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
+use testkit::backend::TcpBackend;
 use testkit::client;
 use testkit::eventually;
+use testkit::load;
 use testkit::netns::Namespace;
 use testkit::process::{Output, Process, Stream, run};
 use testkit::require::{self, Need};
@@ -48,6 +50,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("rproxy is the process that serves", rproxy_serves).needs(&[Need::Program("ps")]),
         case("rproxy-shim attaches what is published", shim_attaches).needs(&[Need::Program("ps")]),
         case("rproxy-shim with nothing to attach to", shim_serves).needs(&[Need::Program("ps")]),
+        case("a restart of dockerd with live-restore: connections and flows go on", live_restore),
         case("containers reach a port through the host", containers_reach_it),
         case("docker stop frees the port", stop_frees_port),
         case("a port in use fails docker run with rproxy's message", taken_port_is_explained),
@@ -72,13 +75,25 @@ impl Docker {
 
     /// A dockerd with this userland proxy.
     fn start_with(proxy: &Path) -> Self {
+        Self::start_by(proxy, r#"exec "$@""#, &[])
+    }
+
+    /// A dockerd that is started again when it ends, and leaves its containers running then.
+    fn start_restoring(proxy: &Path) -> Self {
+        Self::start_by(proxy, r#"while :; do "$@"; done"#, &["--live-restore"])
+    }
+
+    /// A dockerd that the shell starts with `script`, with more arguments.
+    fn start_by(proxy: &Path, script: &str, more: &[&str]) -> Self {
         static COUNT: AtomicU32 = AtomicU32::new(0);
         let number = COUNT.fetch_add(1, Ordering::Relaxed);
         let directory = tempfile::Builder::new().prefix("rproxy-dockerd-").tempdir().unwrap();
         let cgroup = format!("rproxy-tests-{}-{number}", process::id());
         let socket = format!("unix://{}/socket", directory.path().display());
         let namespace = Namespace::new();
-        let process = namespace.spawn(daemon(directory.path(), &socket, &cgroup, proxy));
+        let mut daemon = daemon(directory.path(), &socket, &cgroup, script);
+        daemon.arg("--userland-proxy-path").arg(proxy).args(more);
+        let process = namespace.spawn(daemon);
         let docker = Self { process, namespace, socket, cgroup, directory };
         docker.process.wait_for_line(Stream::Stderr, |line| line.contains("API listen on"));
         docker.import_image();
@@ -166,7 +181,17 @@ impl Docker {
         self.namespace.run(|| TcpListener::bind(address)).is_ok()
     }
 
-    /// The daemon itself; its parent is the process that made its namespaces.
+    /// The daemon that the shell has started.
+    fn restored_daemon(&self) -> Pid {
+        let shell = self.daemon_pid().unwrap();
+        let children = fs::read_to_string(format!("/proc/{shell}/task/{shell}/children")).unwrap();
+        let is_daemon = |pid: &&str| {
+            fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "dockerd")
+        };
+        Pid::from_raw(children.split_whitespace().find(is_daemon).unwrap().parse().unwrap())
+    }
+
+    /// The daemon itself, or the shell that starts it; its parent is the process that made its namespaces.
     fn daemon_pid(&self) -> Option<Pid> {
         let parent = self.process.pid();
         let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).ok()?;
@@ -174,15 +199,15 @@ impl Docker {
     }
 }
 
-/// dockerd as the first process of a process namespace: when it goes, the kernel ends containerd, every
+/// dockerd as the first process of a process namespace, or the shell that starts it again: when that goes, the kernel ends containerd, every
 /// container and every proxy, and undoes their mounts. It gets an empty `/run`, lest it use the machine's
 /// containerd.
-fn daemon(directory: &Path, socket: &str, cgroup: &str, proxy: &Path) -> Command {
+fn daemon(directory: &Path, socket: &str, cgroup: &str, script: &str) -> Command {
     fs::write(directory.join("daemon.json"), "{}").unwrap();
     let mut command = require::command("unshare");
     command.env("TMPDIR", directory).args(["--mount", "--propagation", "private"]);
     command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]);
-    command.args(["sh", "-c", r#"mount -t tmpfs tmpfs /run && exec "$@""#, "sh"]);
+    command.args(["sh", "-c", &format!("mount -t tmpfs tmpfs /run && {script}"), "sh"]);
     command.arg(require::find("dockerd").unwrap());
     command.arg("--config-file").arg(directory.join("daemon.json"));
     command.arg("--data-root").arg(directory.join("data"));
@@ -190,7 +215,6 @@ fn daemon(directory: &Path, socket: &str, cgroup: &str, proxy: &Path) -> Command
     command.arg("--pidfile").arg(directory.join("pid"));
     command.args(["--host", socket, "--storage-driver", "vfs"]);
     command.args(["--exec-opt", "native.cgroupdriver=cgroupfs", "--cgroup-parent", cgroup]);
-    command.arg("--userland-proxy-path").arg(proxy);
     command
 }
 
@@ -301,6 +325,40 @@ fn shim_serves() {
     docker.assert_served(Ipv4Addr::LOCALHOST, 8080);
     docker.docker("rm --force web").success();
     assert!(docker.is_free(Ipv4Addr::UNSPECIFIED, 8080));
+}
+
+/// dockerd is killed under traffic, and publishes the ports again.
+fn live_restore() {
+    const DNS: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 5300);
+    const WEB: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 8080);
+
+    let docker = Docker::start_restoring(rproxy_shim());
+    let plane = docker.namespace.spawn(rproxy::command(&["--attach"]));
+    eventually("shims can connect", || Shim::connect_in(&docker.namespace, "rproxy").is_ok());
+    docker.run_idle("web", "--publish 8080:80 --publish 5300:53/udp");
+    let network = docker.network_of("web");
+    let _echo = TcpBackend::echo_in(&network, (Ipv4Addr::UNSPECIFIED, 80));
+    let _naming = Backend::naming(bind_in(&network, (Ipv4Addr::UNSPECIFIED, 53)));
+    let stream = docker.namespace.run(|| client::connect(WEB));
+    let socket = bind_in(&docker.namespace, (Ipv4Addr::UNSPECIFIED, 0));
+    let flow = udp::flow_of(&socket, DNS);
+    let transfer = |number: usize| client::exchange(&stream, number as u64, 100_000);
+    load::meanwhile(1, transfer, |transfers| {
+        transfers.wait_for(3);
+        kill(docker.restored_daemon(), Signal::SIGKILL).unwrap();
+        docker.process.wait_for_lines(Stream::Stderr, 2, |line| line.contains("API listen on"));
+        transfers.wait_for(3);
+    });
+    assert_eq!(udp::flow_of(&socket, DNS), flow);
+    docker.namespace.run(|| client::assert_echoes(WEB));
+    docker.docker("stop --time 0 web").success();
+    assert_eq!(client::read_to_end(&stream).1, client::End::Reset);
+    for port in [8080, 5300] {
+        assert!(docker.is_free(Ipv4Addr::UNSPECIFIED, port));
+        assert!(docker.is_free(Ipv6Addr::UNSPECIFIED, port));
+    }
+    assert!(docker.namespace.run(|| std::net::UdpSocket::bind("0.0.0.0:5300")).is_ok());
+    assert!(plane.is_running());
 }
 
 fn containers_reach_it() {
