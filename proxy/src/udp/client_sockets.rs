@@ -168,3 +168,206 @@ impl ClientSockets {
 
 /// The maximum number of sockets exists, and all are in use.
 pub(super) struct Full;
+
+#[cfg(test)]
+mod tests {
+    use std::net::{SocketAddr, UdpSocket};
+    use std::os::fd::{AsFd, OwnedFd};
+
+    use rproxy_mapping::PortMapping;
+    use rproxy_mapping::addr::Protocol;
+    use rproxy_mapping::limits::Limits;
+
+    use super::*;
+    use crate::state::{MappingPolicy, Target};
+    use crate::udp::flows::mapping_of;
+    use crate::udp::table::Bounds;
+
+    /// Enough descriptors for two client sockets.
+    const DESCRIPTORS: usize = 2 * SHARE_OF_DESCRIPTORS;
+
+    /// The number of the listener of all flows.
+    const NUMBER: usize = 3;
+
+    const MOMENT: Duration = Duration::from_millis(1);
+
+    /// A listener, flows, and which of them have client sockets.
+    struct Scene {
+        listener: UdpSocket,
+        target: Arc<Target>,
+        table: FlowTable<FlowKey, Flow>,
+        sockets: ClientSockets,
+    }
+
+    impl Scene {
+        fn new() -> Self {
+            let listener = UdpSocket::bind("127.0.0.1:0").unwrap();
+            let host = listener.local_addr().unwrap().to_string().parse().unwrap();
+            let backend = "192.0.2.1:53".parse().unwrap();
+            let port_mapping = PortMapping { protocol: Protocol::Udp, host, backend, v6only: false };
+            let policy = Arc::new(MappingPolicy { limits: Limits::default(), state: Arc::default() });
+            let target = Arc::new(Target { port_mapping, policy });
+            let shared = Arc::new(Shared::of_this_host(false, false));
+            let sockets = ClientSockets::new(shared, DESCRIPTORS);
+            Self { listener, target, table: FlowTable::new(1000), sockets }
+        }
+
+        fn key(port: u16) -> FlowKey {
+            FlowKey::new(NUMBER, SocketAddr::from(([127, 0, 0, 1], port)), None)
+        }
+
+        /// A flow of the client at `port`, without a client socket.
+        fn flow(&mut self, port: u16, now: Instant) -> FlowId {
+            let bounds = Bounds {
+                mapping: mapping_of(&self.target),
+                flows: 1000,
+                flows_per_source: 1000,
+                shares_sources: false,
+                idle: Duration::from_secs(90),
+            };
+            let socket = Arc::new(OwnedFd::from(UdpSocket::bind("127.0.0.1:0").unwrap()));
+            let flow = Flow::adopt(socket, None, 0, &self.target, &Arc::default());
+            let key = Self::key(port);
+            self.table.insert(key, (&bounds, key.client.ip()), flow, now)
+        }
+
+        fn client_socket(&self, port: u16) -> ClientSocket {
+            ClientSocket::bind(Self::key(port), self.listener.as_fd(), 1000, &Arc::default()).unwrap()
+        }
+
+        /// A flow that got a client socket at `now`.
+        fn opened(&mut self, port: u16, now: Instant) -> FlowId {
+            let id = self.flow(port, now);
+            let socket = self.client_socket(port);
+            self.sockets.opened(id, &self.table, now);
+            self.table.get_mut(id).unwrap().1.client_socket = Some(Box::new(socket));
+            id
+        }
+
+        fn socket(&mut self, id: FlowId) -> &mut ClientSocket {
+            self.table.get_mut(id).unwrap().1.client_socket.as_mut().unwrap()
+        }
+
+        fn make_room(&mut self, now: Instant) -> Result<Option<(FlowId, bool)>, ()> {
+            self.sockets.make_room(&mut self.table, now).map_err(|Full| ())
+        }
+
+        /// The unneeded ones while the listener was last full at `full_at`: the idle ones, and those that block.
+        fn unneeded(&mut self, full_at: Option<Instant>, now: Instant) -> [Vec<FlowId>; 2] {
+            let was_full = |number: usize, lately: Instant| {
+                assert_eq!(number, NUMBER);
+                full_at.is_some_and(|at| at >= lately)
+            };
+            let Unneeded { idle, blocked } = self.sockets.unneeded(&mut self.table, was_full, now);
+            [idle, blocked]
+        }
+    }
+
+    #[test]
+    fn they_use_a_share_of_the_descriptors() {
+        let most = |descriptors| ClientSockets::new(Scene::new().sockets.shared, descriptors).most;
+        assert_eq!([most(0), most(80), most(1 << 20)], [0, 10, MOST]);
+    }
+
+    #[test]
+    fn below_the_limit_there_is_room_and_at_it_that_of_an_unused_one() {
+        let (mut scene, now) = (Scene::new(), Instant::now());
+        let first = scene.opened(1, now);
+        assert_eq!(scene.make_room(now), Ok(None));
+        let second = scene.opened(2, now);
+        // Each was used since the last check, but not since this one.
+        assert_eq!(scene.make_room(now), Err(()));
+        scene.socket(first).was_used = true;
+        assert_eq!(scene.make_room(now), Ok(Some((second, false))));
+        // The other one follows once the first is closed.
+        let socket = scene.table.get_mut(second).unwrap().1.client_socket.take().unwrap();
+        scene.sockets.retire(*socket, now);
+        assert_eq!(scene.make_room(now), Ok(None));
+        assert_eq!(scene.sockets.open, 1);
+        assert_eq!(scene.sockets.shared.client_sockets.load(Ordering::Relaxed), 1);
+    }
+
+    #[test]
+    fn the_sockets_of_other_tasks_count_as_well() {
+        let (mut scene, now) = (Scene::new(), Instant::now());
+        scene.sockets.shared.client_sockets.store(2, Ordering::Relaxed);
+        assert_eq!(scene.make_room(now), Err(()), "none of these is this task's");
+        scene.sockets.shared.client_sockets.store(1, Ordering::Relaxed);
+        assert_eq!(scene.make_room(now), Ok(None));
+    }
+
+    #[test]
+    fn a_socket_that_is_full_for_too_long_makes_room() {
+        let (mut scene, now) = (Scene::new(), Instant::now());
+        let [first, second] = [1, 2].map(|port| scene.opened(port, now));
+        for id in [first, second] {
+            scene.socket(id).full_at = Some(now);
+        }
+        assert_eq!(scene.make_room(now), Err(()));
+        assert_eq!(scene.make_room(now + BLOCKED - MOMENT), Err(()));
+        assert_eq!(scene.make_room(now + BLOCKED), Ok(Some((first, true))));
+        assert_eq!(scene.make_room(now + 2 * BLOCKED), Ok(Some((second, true))));
+        assert_eq!(scene.make_room(now + 2 * BLOCKED), Err(()), "these are about to close");
+    }
+
+    #[test]
+    fn those_that_are_not_used_or_whose_listener_was_not_full_are_found_from_time_to_time() {
+        let (mut scene, now) = (Scene::new(), Instant::now());
+        assert_eq!(scene.unneeded(None, now), [vec![], vec![]]);
+        let [used, unused] = [1, 2].map(|port| scene.opened(port, now));
+        scene.socket(unused).was_used = false;
+        let look = now + INTERVAL;
+        assert_eq!(scene.sockets.deadline(), Some(look));
+        assert_eq!(scene.unneeded(Some(now), look - MOMENT), [vec![], vec![]], "it is too early");
+        assert_eq!(scene.unneeded(Some(now), look), [vec![unused], vec![]]);
+        assert_eq!(scene.sockets.deadline(), Some(look + INTERVAL));
+        scene.socket(used).was_used = true;
+        // The listener was full just within the time.
+        assert_eq!(scene.unneeded(Some(now), now + LISTENER_QUIET), [vec![], vec![]]);
+        scene.socket(used).was_used = true;
+        assert_eq!(scene.unneeded(Some(now), now + 2 * LISTENER_QUIET), [vec![used], vec![]]);
+        assert_eq!(scene.sockets.deadline(), None, "there are none");
+    }
+
+    #[test]
+    fn those_whose_clients_block_are_told_from_idle_ones() {
+        let (mut scene, now) = (Scene::new(), Instant::now());
+        let look = now + INTERVAL;
+        let ids = [1, 2, 3].map(|port| scene.opened(port, now));
+        let [long, short, just] = ids;
+        for (id, full_at) in [(long, look - BLOCKED), (short, look - BLOCKED + MOMENT), (just, look)] {
+            let socket = scene.socket(id);
+            (socket.full_at, socket.was_used) = (Some(full_at), false);
+        }
+        assert_eq!(scene.unneeded(None, look), [vec![], vec![long]]);
+        assert_eq!(scene.unneeded(None, look + INTERVAL), [vec![], vec![short, just]]);
+    }
+
+    #[test]
+    fn a_retired_socket_is_due_when_the_kernel_has_finished() {
+        let (mut scene, now) = (Scene::new(), Instant::now());
+        assert_eq!(scene.sockets.deadline(), None);
+        let id = scene.opened(1, now);
+        let socket = scene.table.get_mut(id).unwrap().1.client_socket.take().unwrap();
+        scene.sockets.retire(*socket, now);
+        assert_eq!(scene.sockets.deadline(), Some(now + GRACE));
+        assert_eq!(scene.sockets.take_all(), [id]);
+        assert_eq!(scene.sockets.take_all(), []);
+    }
+
+    #[test]
+    fn flows_that_have_ended_are_forgotten_when_they_are_many() {
+        let (mut scene, now) = (Scene::new(), Instant::now());
+        let kept = scene.opened(1, now);
+        let gone = scene.flow(2, now);
+        drop(scene.table.remove(gone));
+        let most = 2 * 3 + LOOKED_AT;
+        scene.sockets.open = 3;
+        scene.sockets.clock.resize(most, gone);
+        scene.sockets.opened(kept, &scene.table, now);
+        assert_eq!(scene.sockets.clock.len(), most + 1, "they are not so many yet");
+        scene.sockets.open = 3;
+        scene.sockets.opened(kept, &scene.table, now);
+        assert_eq!(scene.sockets.clock, [kept; 3], "the first, that of the call before, and this one");
+    }
+}

@@ -26,7 +26,7 @@ use super::token::{Token, Wanted, event, interest};
 use super::turn::{LISTENER_BATCHES, Turn, slots_for};
 
 /// After a client socket could not be opened, flows of the listener do not try again for this long.
-const RETRY_AFTER: Duration = Duration::from_secs(1);
+pub(super) const RETRY_AFTER: Duration = Duration::from_secs(1);
 
 /// A flow whose client blocks gets no client socket for this long, doubled each time.
 const BLOCKED_FOR: Duration = Duration::from_secs(4);

@@ -246,6 +246,12 @@ pub(super) struct Waiting {
 }
 
 impl Waiting {
+    /// A datagram for a client, as a test queues it.
+    #[cfg(test)]
+    pub(super) fn of(bytes: &[u8], to: Option<SocketAddr>) -> Self {
+        Self { to, source: None, class: 0, bytes: bytes.into() }
+    }
+
     fn cost(&self) -> usize {
         self.bytes.len() + OVERHEAD
     }

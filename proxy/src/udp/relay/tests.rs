@@ -27,6 +27,9 @@ use crate::udp::table::{FlowId, Side};
 use crate::udp::tally::Towards;
 use crate::udp::token::{Wanted, event};
 
+mod congestion;
+mod losses;
+
 /// Without it, an event that does not happen would block the test.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -561,62 +564,6 @@ fn the_most_flows_that_a_mapping_asks_for_count_while_it_is_served() {
 }
 
 #[test]
-fn a_flow_has_a_socket_towards_its_client_while_it_needs_that() {
-    let mut scene = Scene::new(Limits::default());
-    let client = scene.client();
-    client.send(b"hello").unwrap();
-    let (_hello, flow) = scene.at_backend();
-    let id = scene.flow(&client).unwrap();
-    let socket_of = |scene: &Scene| scene.relay.table.get(id).unwrap().1.client_socket.is_some();
-    assert!(scene.relay.give_client_socket(id) && socket_of(&scene));
-    assert!(scene.relay.give_client_socket(id), "it has one");
-    // Both directions use that socket now, and the client sees no difference.
-    client.send(b"question").unwrap();
-    assert_eq!(scene.at_backend(), (b"question".to_vec(), flow));
-    scene.backend.send_to(b"an answer", flow).unwrap();
-    assert_eq!(scene.at_client(&client), b"an answer");
-    assert_eq!(scene.stats().flows_total.get(), 1);
-
-    // The listener is not full: the next check finds that the socket is not needed.
-    let now = Instant::now();
-    scene.relay.retire_unneeded(now);
-    assert!(socket_of(&scene), "it is not looked at yet");
-    scene.relay.retire_unneeded(now + Duration::from_secs(2));
-    assert!(!socket_of(&scene));
-    assert_eq!(scene.relay.client_sockets.retired.len(), 1);
-    // Datagrams that arrive there before it is closed are forwarded, like those that arrive at the listener.
-    client.send(b"again").unwrap();
-    assert_eq!(scene.at_backend(), (b"again".to_vec(), flow));
-    scene.relay.close_retired(Some(Instant::now() + Duration::from_secs(1)));
-    assert!(scene.relay.client_sockets.retired.is_empty());
-    scene.backend.send_to(b"the last", flow).unwrap();
-    assert_eq!(scene.at_client(&client), b"the last");
-}
-
-#[test]
-fn a_flow_whose_client_blocks_does_without_a_socket_of_its_own_for_longer_each_time() {
-    let mut scene = Scene::new(Limits::default());
-    let client = scene.client();
-    client.send(b"hello").unwrap();
-    scene.at_backend();
-    let id = scene.flow(&client).unwrap();
-    for seconds in [4, 8, 16] {
-        assert!(scene.relay.give_client_socket(id));
-        let (_key, flow) = scene.relay.table.get_mut(id).unwrap();
-        let now = Instant::now();
-        flow.client_socket.as_mut().unwrap().full_at = Some(now);
-        scene.relay.retire_unneeded(now + Duration::from_secs(2));
-        let (_key, flow) = scene.relay.table.get_mut(id).unwrap();
-        assert!(flow.client_socket.is_none());
-        let blocked = flow.blocked.unwrap();
-        assert_eq!(blocked.length, Duration::from_secs(seconds));
-        assert!(!scene.relay.give_client_socket(id), "not until that is over");
-        let (_key, flow) = scene.relay.table.get_mut(id).unwrap();
-        flow.blocked.as_mut().unwrap().until = scene.relay.turn.start();
-    }
-}
-
-#[test]
 fn a_relay_that_drains_ends_when_its_flows_are_quiet() {
     let mut scene = Scene::new(Limits::default());
     let now = Instant::now();
@@ -659,68 +606,6 @@ fn a_drain_waits_for_what_waits_for_a_backend() {
 }
 
 #[test]
-fn what_a_listener_had_no_room_for_is_counted_when_it_closes() {
-    for is_paused in [false, true] {
-        let mut scene = Scene::new(Limits::default());
-        SockRef::from(&scene.port.as_fd()).set_recv_buffer_size(1).unwrap();
-        let client = scene.client();
-        let mut sent = 0;
-        let dropped = loop {
-            client.send(&[7; 1000]).unwrap();
-            sent += 1;
-            assert!(sent < 10_000, "the kernel has room for all of it");
-            match rproxy_sys::udp::dropped(scene.port.as_fd()).unwrap() {
-                0 => {}
-                dropped => break dropped,
-            }
-        };
-        let number = scene.port.number();
-        scene.relay.listeners[number].is_paused = is_paused;
-        scene.relay.listeners.close_one(number);
-        // If a flow is paused, another process continues with it and counts them.
-        let counted = if is_paused { 0 } else { u64::from(dropped) };
-        assert_eq!(scene.failures(FailureKind::NoBuffer), counted);
-    }
-}
-
-#[test]
-fn what_a_listener_had_no_room_for_is_counted_while_it_is_served() {
-    let mut scene = Scene::new(Limits::default());
-    rproxy_sys::udp::report_class_and_drops(scene.port.as_fd(), false).unwrap();
-    SockRef::from(&*scene.port).set_recv_buffer_size(1).unwrap();
-    let client = scene.client();
-    for _ in 0..100 {
-        client.send(&[0; 1000]).unwrap();
-    }
-    scene.settle();
-    assert_eq!(scene.failures(FailureKind::NoBuffer), 0, "the next datagram tells");
-    client.send(&[0; 1000]).unwrap();
-    scene.serve_until("the loss is counted", |scene| scene.failures(FailureKind::NoBuffer) > 0);
-    scene.settle();
-    let relayed = scene.stats().datagrams_in.get();
-    assert_eq!(scene.failures(FailureKind::NoBuffer) + relayed, 101);
-}
-
-#[test]
-fn what_a_flow_had_no_room_for_is_counted_while_it_lasts() {
-    let mut scene = Scene::new(Limits::default());
-    let client = scene.client();
-    client.send(b"request").unwrap();
-    let (_request, from) = scene.at_backend();
-    let id = scene.flow(&client).unwrap();
-    SockRef::from(&scene.relay.table.get(id).unwrap().1.as_fd()).set_recv_buffer_size(1).unwrap();
-    for _ in 0..100 {
-        scene.backend.send_to(&[0; 1000], from).unwrap();
-    }
-    scene.settle();
-    assert_eq!(scene.failures(FailureKind::NoBuffer), 0, "the next datagram tells");
-    scene.backend.send_to(&[0; 1000], from).unwrap();
-    scene.serve_until("the loss is counted", |scene| scene.failures(FailureKind::NoBuffer) > 0);
-    scene.settle();
-    assert_eq!(scene.failures(FailureKind::NoBuffer) + scene.stats().datagrams_out.get(), 101);
-}
-
-#[test]
 fn a_flow_gets_another_port_if_somebody_has_its_own() {
     let mut scene = Scene::new(Limits::default());
     let now = Instant::now();
@@ -756,47 +641,6 @@ fn the_port_of_a_flow_is_used_again_some_time_after_its_end() {
     scene.relay.close_ended(1);
     assert!(!is_used_again(&mut scene, now), "answers may be on their way");
     assert!(is_used_again(&mut scene, now + Duration::from_secs(60)));
-}
-
-#[test]
-fn what_waits_for_a_flow_that_ends_is_counted_as_lost() {
-    let mut scene = Scene::new(Limits::default());
-    let client = scene.client();
-    let (id, _backend) = scene.flow_to_reader(&client);
-    let mut size = 1000;
-    while scene.unsent(id) < 2 {
-        size += 1;
-        client.send(&vec![7; size]).unwrap();
-        scene.serve_until("it is taken", |scene| scene.sent_and_unsent(id) == size - 1000);
-    }
-    scene.relay.end_flows(|_listeners, _key| true);
-    assert_eq!(scene.failures(FailureKind::NoBuffer), 2);
-    assert_eq!(scene.stats().flows.get(), 1, "its socket is closed later");
-    scene.relay.close_ended(1);
-    assert_eq!(scene.stats().flows.get(), 0);
-    assert!(scene.relay.is_quiet(Instant::now()), "nothing is left of it");
-}
-
-#[test]
-fn an_answer_that_nobody_has_read_is_counted_as_lost_when_its_flow_ends() {
-    let mut scene = Scene::new(Limits::default());
-    let client = scene.client();
-    client.send(b"hello").unwrap();
-    let (_hello, flow) = scene.at_backend();
-    scene.backend.send_to(b"too late", flow).unwrap();
-    let id = scene.flow(&client).unwrap();
-    let socket = scene.relay.table.get(id).unwrap().1.socket();
-    wait_until_readable(&socket);
-    scene.relay.end_flows(|_listeners, _key| true);
-    drop(socket);
-    scene.relay.close_ended(1);
-    assert_eq!(scene.failures(FailureKind::NoBuffer), 1);
-}
-
-/// Waits until a socket is readable.
-fn wait_until_readable(socket: &OwnedFd) {
-    let mut wanted = [PollFd::new(socket.as_fd(), PollFlags::POLLIN)];
-    assert_eq!(poll(&mut wanted, PollTimeout::try_from(PATIENCE).unwrap()).unwrap(), 1);
 }
 
 #[test]
