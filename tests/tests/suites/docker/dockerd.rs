@@ -16,6 +16,7 @@ use tempfile::TempDir;
 use testkit::backend::TcpBackend;
 use testkit::client;
 use testkit::eventually;
+use testkit::holdings::private_memory;
 use testkit::load;
 use testkit::netns::Namespace;
 use testkit::process::{Output, Process, Stream, run};
@@ -51,6 +52,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("rproxy-shim attaches what is published", shim_attaches).needs(&[Need::Program("ps")]),
         case("rproxy-shim with nothing to attach to", shim_serves).needs(&[Need::Program("ps")]),
         case("a restart of dockerd with live-restore: connections and flows go on", live_restore),
+        case("a range of 500 ports takes little memory", range).needs(&[Need::Program("ps")]),
         case("containers reach a port through the host", containers_reach_it),
         case("docker stop frees the port", stop_frees_port),
         case("a port in use fails docker run with rproxy's message", taken_port_is_explained),
@@ -359,6 +361,33 @@ fn live_restore() {
     }
     assert!(docker.namespace.run(|| std::net::UdpSocket::bind("0.0.0.0:5300")).is_ok());
     assert!(plane.is_running());
+}
+
+/// A thousand shims and their plane.
+fn range() {
+    const MOST_KB: usize = 55 * 1024;
+
+    // Its rules of the firewall take longer than all else.
+    let docker = Docker::start_by(rproxy_shim(), r#"exec "$@""#, &["--iptables=false", "--ip6tables=false"]);
+    let plane = docker.namespace.spawn(rproxy::command(&["--attach"]));
+    eventually("shims can connect", || Shim::connect_in(&docker.namespace, "rproxy").is_ok());
+    let ports = "127.0.0.1:20000-20499:20000-20499";
+    docker.run_idle("web", &format!("--publish {ports} --publish {ports}/udp"));
+    let daemon = docker.daemon_pid().unwrap();
+    let mut ps = require::command("ps");
+    ps.args(["-o", "pid=,comm=", "--ppid", &daemon.to_string()]);
+    let children = run(ps).success();
+    let shims = children.lines().filter_map(|line| line.trim().split_once(' '));
+    let shims = shims.filter(|(_pid, name)| name.trim() == "rproxy-shim");
+    let shims: Vec<Pid> = shims.map(|(pid, _name)| Pid::from_raw(pid.parse().unwrap())).collect();
+    assert_eq!(shims.len(), 1_000, "{children}");
+    let memory: usize = shims.iter().chain([&plane.pid()]).map(|pid| private_memory(*pid)).sum();
+    assert!(memory <= MOST_KB, "{memory} kB");
+    let echo = TcpBackend::echo_in(&docker.network_of("web"), (Ipv4Addr::UNSPECIFIED, 20_499));
+    docker.namespace.run(|| client::assert_echoes((Ipv4Addr::LOCALHOST, 20_499).into()));
+    drop(echo);
+    docker.docker("rm --force web").success();
+    assert!((20_000..20_500).all(|port| docker.is_free(Ipv4Addr::LOCALHOST, port)));
 }
 
 fn containers_reach_it() {
