@@ -250,3 +250,43 @@ impl AsFd for Flow {
         self.socket.as_fd()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::UdpSocket;
+
+    use rproxy_mapping::PortMapping;
+    use rproxy_mapping::addr::Protocol;
+    use rproxy_mapping::limits::Limits;
+
+    use super::*;
+    use crate::state::MappingPolicy;
+
+    /// A flow whose backend is the returned socket.
+    fn flow() -> (Flow, UdpSocket) {
+        let [socket, backend] = [(); 2].map(|()| UdpSocket::bind("127.0.0.1:0").unwrap());
+        let addr = backend.local_addr().unwrap();
+        socket.connect(addr).unwrap();
+        let backend_addr = addr.to_string().parse().unwrap();
+        let host = "127.0.0.1:53".parse().unwrap();
+        let port_mapping =
+            PortMapping { protocol: Protocol::Udp, host, backend: backend_addr, v6only: false };
+        let policy = Arc::new(MappingPolicy { limits: Limits::default(), state: Arc::default() });
+        let target = Arc::new(Target { port_mapping, policy });
+        (Flow::adopt(Arc::new(socket.into()), None, 0, &target, &Arc::default()), backend)
+    }
+
+    #[test]
+    fn the_buffers_of_a_flow_follow_its_share() {
+        let (mut flow, _backend) = flow();
+        let size = |flow: &Flow| SockRef::from(flow).recv_buffer_size().unwrap();
+        for share in [64 * 1024, 32 * 1024] {
+            flow.set_share(share);
+            // The kernel doubles it (socket(7)).
+            assert_eq!(size(&flow), 2 * share);
+        }
+        SockRef::from(&flow).set_recv_buffer_size(8 * 1024).unwrap();
+        flow.set_share(32 * 1024);
+        assert_eq!(size(&flow), 16 * 1024, "the share is the same");
+    }
+}

@@ -291,6 +291,8 @@ mod tests {
     use super::*;
     use crate::runtime::poll::PollSet;
     use crate::state::MappingPolicy;
+    use crate::state::stats::FailureKind;
+    use crate::udp::send::Waiting;
 
     const QUIET: Duration = Duration::from_secs(1);
 
@@ -347,6 +349,35 @@ mod tests {
         listeners.assign(again, now);
         assert!(!listeners[number].is_closing() && !listeners.are_closing());
         assert_eq!(listeners.iter_served().count(), 1);
+    }
+
+    #[test]
+    fn a_listener_with_queued_replies_is_closed_when_they_are_late() {
+        let now = Instant::now();
+        let (mut listeners, number) = released(now);
+        let target = listeners[number].target.clone();
+        listeners[number].queue.push(Waiting::of(b"reply", None));
+        let end = now + CLOSE_TIMEOUT;
+        assert_eq!(listeners.next_to_close(QUIET), Some(end));
+        let quiet = listeners.quiet(now + QUIET, QUIET);
+        listeners.close(&quiet, now + QUIET);
+        assert!(listeners.get_mut(number).is_some() && listeners.are_closing());
+        listeners.close(&quiet, end);
+        assert!(listeners.get_mut(number).is_none() && !listeners.are_closing());
+        assert_eq!(target.policy.state.stats.failure_kind(FailureKind::NoBuffer), 1);
+    }
+
+    #[test]
+    fn a_listener_with_queued_replies_still_sends_them_when_all_are_closed() {
+        let now = Instant::now();
+        let (mut listeners, number) = released(now);
+        let Listener { port, target, .. } = &listeners[number];
+        let again = Binding { port: port.clone(), target: target.clone() };
+        listeners.assign(again, now);
+        listeners[number].queue.push(Waiting::of(b"reply", None));
+        listeners.close_all(now);
+        assert!(listeners[number].is_paused && listeners[number].is_closing());
+        assert_eq!(listeners.next_to_close(QUIET), Some(now + CLOSE_TIMEOUT));
     }
 
     #[test]

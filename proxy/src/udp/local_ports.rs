@@ -374,6 +374,26 @@ mod tests {
     }
 
     #[test]
+    fn a_port_that_another_process_chose_is_not_chosen_again() {
+        let mut ports = LocalPorts::new((50_000, 50_009), Vec::new());
+        let now = Instant::now();
+        [50_003, 8080].into_iter().for_each(|port| ports.adopted(port));
+        let rest: HashSet<u16> = std::iter::from_fn(|| take(&mut ports, now)).collect();
+        assert_eq!(rest, (50_000..=50_009).filter(|port| *port != 50_003).collect());
+    }
+
+    #[test]
+    fn ports_of_this_process_are_not_taken_for_those_of_others() {
+        let mut ports = LocalPorts::new((50_000, 50_009), Vec::new());
+        let now = Instant::now();
+        (0..9).for_each(|_| assert!(take(&mut ports, now).is_some()));
+        ports.others = CERTAIN;
+        // One call may find the free port at once; the next one passes all others.
+        (0..2).for_each(|_| assert!(ports.candidate(now).is_some()));
+        assert!(ports.others < CERTAIN);
+    }
+
+    #[test]
     fn another_process_goes_on_in_turn() {
         let (mut old, mut new) =
             (LocalPorts::new((1000, 1099), vec![]), LocalPorts::new((1000, 1099), vec![]));

@@ -587,6 +587,7 @@ mod tests {
         assert!(!budget.is_unused());
         let [from, to] = &mut queues;
         while let Some(waiting) = from.pop() {
+            assert_eq!(from.bytes, taken - to.bytes - waiting.cost());
             to.push(waiting);
         }
         assert_eq!((from.len(), from.bytes, to.len(), to.bytes), (0, 0, 3, taken));

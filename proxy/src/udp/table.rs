@@ -612,6 +612,16 @@ mod tests {
     }
 
     #[test]
+    fn fewer_flows_in_total_apply_to_those_that_there_are() {
+        let mut scene = Scene::new(9, 9);
+        (1..=4).for_each(|port| assert_eq!(scene.open(1, port), None));
+        scene.table.set_most(2);
+        let surplus = scene.table.take_surplus(&scene.bounds);
+        assert_eq!(surplus.into_iter().map(|ended| ended.flow).collect::<Vec<_>>(), [1, 2]);
+        assert!(scene.table.take_surplus(&scene.bounds).is_empty());
+    }
+
+    #[test]
     fn fewer_flows_of_a_source_apply_to_those_that_there_are() {
         let mut scene = Scene::new(9, 9);
         for (source, port) in [(1, 1), (2, 2), (1, 3), (1, 4), (3, 5), (3, 6)] {
