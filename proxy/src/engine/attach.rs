@@ -226,3 +226,160 @@ impl Parked {
         Some(flows)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::{SocketAddr, TcpListener, UdpSocket as StdSocket};
+
+    use rproxy_mapping::addr::Protocol;
+    use tokio::net::UdpSocket;
+
+    use super::*;
+    use crate::bind::listen::Listener;
+    use crate::engine::Growth;
+    use crate::runtime::new_runtime;
+
+    /// A server with an attached port, a backend, and a client with a flow.
+    struct Scene {
+        server: Server,
+        backend: UdpSocket,
+        port: StdSocket,
+        name: Name,
+        client: UdpSocket,
+        /// The address of the flow towards the backend.
+        flow: SocketAddr,
+    }
+
+    fn socket() -> UdpSocket {
+        UdpSocket::from_std(listening()).unwrap()
+    }
+
+    fn address(socket: &UdpSocket) -> SocketAddr {
+        socket.local_addr().unwrap()
+    }
+
+    /// A socket, also as a process that attaches it keeps it.
+    fn listening() -> StdSocket {
+        let socket = StdSocket::bind("127.0.0.1:0").unwrap();
+        socket.set_nonblocking(true).unwrap();
+        socket
+    }
+
+    fn attach(server: &mut Server, socket: &StdSocket, backend: &UdpSocket) -> Name {
+        let host = socket.local_addr().unwrap().into();
+        let backend = address(backend).to_string().parse().unwrap();
+        let port_mapping = PortMapping { protocol: Protocol::Udp, host, backend, v6only: false };
+        let port = BoundPort { port_mapping, listener: Listener::Udp(socket.try_clone().unwrap()) };
+        server.attach(port, 7, Limits::default()).unwrap()
+    }
+
+    /// Sends from `client`, and returns the address from which `backend` receives it.
+    async fn ask(client: &UdpSocket, port: &StdSocket, backend: &UdpSocket) -> SocketAddr {
+        client.send_to(b"question", port.local_addr().unwrap()).await.unwrap();
+        backend.recv_from(&mut [0; 9]).await.unwrap().1
+    }
+
+    impl Scene {
+        async fn new() -> Self {
+            let mut server = Server::prepared(Vec::new(), Growth::Attached).unwrap();
+            let (client, backend, port) = (socket(), socket(), listening());
+            let name = attach(&mut server, &port, &backend);
+            let flow = ask(&client, &port, &backend).await;
+            Self { server, backend, port, name, client, flow }
+        }
+
+        /// Attaches the port again, and returns the address of the client's flow then.
+        async fn again(&mut self) -> SocketAddr {
+            attach(&mut self.server, &self.port, &self.backend);
+            ask(&self.client, &self.port, &self.backend).await
+        }
+    }
+
+    #[test]
+    fn flows_of_an_orphaned_port_continue_when_it_is_attached_again() {
+        new_runtime().unwrap().block_on(async {
+            let mut scene = Scene::new().await;
+            let before = Instant::now();
+            scene.server.detach(&scene.name, Detached::Orphaned).await;
+            let until = scene.server.parked_until().unwrap();
+            assert!((before + PARKED_FOR..=Instant::now() + PARKED_FOR).contains(&until));
+            scene.server.end_parked();
+            assert_eq!(scene.server.parked_until(), Some(until), "their time is not over");
+            scene.backend.send_to(b"meanwhile", scene.flow).await.unwrap();
+            assert_eq!(scene.again().await, scene.flow);
+            assert_eq!(scene.client.recv(&mut [0; 20]).await.unwrap(), 9);
+            assert_eq!(scene.server.parked_until(), None);
+        });
+    }
+
+    #[test]
+    fn another_port_leaves_the_flows_where_they_are() {
+        new_runtime().unwrap().block_on(async {
+            let mut scene = Scene::new().await;
+            scene.server.detach(&scene.name, Detached::Orphaned).await;
+            let other = listening();
+            attach(&mut scene.server, &other, &scene.backend);
+            assert!(scene.server.parked_until().is_some());
+            assert_ne!(ask(&scene.client, &other, &scene.backend).await, scene.flow);
+            assert_eq!(scene.again().await, scene.flow);
+        });
+    }
+
+    #[test]
+    fn flows_do_not_continue_with_another_backend() {
+        new_runtime().unwrap().block_on(async {
+            let mut scene = Scene::new().await;
+            scene.server.detach(&scene.name, Detached::Orphaned).await;
+            scene.backend = socket();
+            assert_ne!(scene.again().await, scene.flow);
+            assert_eq!(scene.server.parked_until(), None);
+        });
+    }
+
+    #[test]
+    fn flows_end_when_their_port_is_not_attached_in_time() {
+        new_runtime().unwrap().block_on(async {
+            let mut scene = Scene::new().await;
+            scene.server.detach(&scene.name, Detached::Orphaned).await;
+            // Their time is over.
+            scene.server.parked.0.values_mut().for_each(|parked| parked.until -= PARKED_FOR);
+            scene.server.end_parked();
+            assert_eq!(scene.server.parked_until(), None);
+            assert_ne!(scene.again().await, scene.flow);
+        });
+    }
+
+    #[test]
+    fn flows_of_a_port_that_is_not_published_any_more_end_at_once() {
+        new_runtime().unwrap().block_on(async {
+            let mut scene = Scene::new().await;
+            scene.server.detach(&scene.name, Detached::Unpublished).await;
+            assert_eq!(scene.server.parked_until(), None);
+            assert_ne!(scene.again().await, scene.flow);
+        });
+    }
+
+    #[test]
+    fn a_port_is_attached_once() {
+        new_runtime().unwrap().block_on(async {
+            let mut server = Server::prepared(Vec::new(), Growth::Attached).unwrap();
+            let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+            let host = listener.local_addr().unwrap().into();
+            let port_mapping = PortMapping {
+                protocol: Protocol::Tcp,
+                host,
+                backend: "192.0.2.1:80".parse().unwrap(),
+                v6only: false,
+            };
+            listener.set_nonblocking(true).unwrap();
+            let mut attach = |process| {
+                let listener = listener.try_clone().unwrap();
+                let port = BoundPort { port_mapping, listener: Listener::Tcp(listener) };
+                server.attach(port, process, Limits::default())
+            };
+            attach(7).unwrap();
+            let refused = attach(8).unwrap_err();
+            assert!(matches!(refused, AttachError::Taken { process: 7, .. }), "{refused}");
+        });
+    }
+}

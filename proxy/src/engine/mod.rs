@@ -470,6 +470,43 @@ mod tests {
     }
 
     #[test]
+    fn a_mapping_keeps_its_default_name_when_it_gets_another_backend() {
+        new_runtime().unwrap().block_on(async {
+            let mut server = Server::prepared(Vec::new(), Growth::Mappings).unwrap();
+            let json = r#"{"host":"127.0.0.1","to":"192.0.2.1","to_ports":"80"}"#;
+            let mapping = serde_json::from_str::<WireMapping>(json).unwrap();
+            server.add(vec![mapping.read(&NoInterfaces, ScopedIp::ANY).unwrap()]).await.unwrap();
+            let name = server.registry.iter().next().unwrap().0.clone();
+            for port in ["81", "82"] {
+                server.retarget(&name, "192.0.2.2".parse().unwrap(), port.parse().unwrap()).await.unwrap();
+                let served = server.registry.get(&name).unwrap();
+                assert_eq!(served.mapping.name(), name);
+                assert_eq!(served.mapping.backend_ports().to_string(), port);
+            }
+        });
+    }
+
+    #[test]
+    fn udp_listeners_are_told_from_those_of_tcp() {
+        new_runtime().unwrap().block_on(async {
+            let mut server = Server::prepared(Vec::new(), Growth::Mappings).unwrap();
+            let at = |name: &str, proto: &str| {
+                let json = format!(
+                    r#"{{"name":"{name}","proto":"{proto}","host":"127.0.0.1","to":"192.0.2.1","to_ports":"80"}}"#
+                );
+                serde_json::from_str::<WireMapping>(&json).unwrap().read(&NoInterfaces, ScopedIp::ANY).unwrap()
+            };
+            server.add(vec![at("a", "udp"), at("b", "tcp"), at("c", "udp"), at("d", "udp")]).await.unwrap();
+            let ids: Vec<usize> = server.bindings().map(|binding| binding.port.id()).collect();
+            let listeners: Vec<_> = server.udp_listeners().collect();
+            assert_eq!(listeners, [0, 2, 3].map(|place| (ids[place], place)));
+            let names = ["d", "b"].map(|name| name.parse().unwrap());
+            assert_eq!(server.udp_listeners_of(&names), [Some(ids[3]), None]);
+            assert_eq!(server.udp_sockets().count(), 3);
+        });
+    }
+
+    #[test]
     fn a_port_of_another_program_is_not_said_to_be_taken_by_a_mapping_of_the_other_protocol() {
         new_runtime().unwrap().block_on(async {
             let mut server = Server::prepared(Vec::new(), Growth::Mappings).unwrap();

@@ -190,3 +190,142 @@ impl Tasks {
         (self.tcp.map(ListenerTask::finish), self.udp.into_iter().map(ListenerTask::finish).collect())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::{SocketAddr, UdpSocket as StdSocket};
+    use std::os::fd::AsFd;
+
+    use rproxy_mapping::PortMapping;
+    use rproxy_mapping::limits::Limits;
+    use tokio::net::UdpSocket;
+
+    use super::*;
+    use crate::bind::BoundPort;
+    use crate::bind::listen::Listener;
+    use crate::engine::Server;
+    use crate::runtime::new_runtime;
+    use crate::state::{Binding, MappingPolicy};
+
+    fn socket() -> UdpSocket {
+        let socket = StdSocket::bind("127.0.0.1:0").unwrap();
+        socket.set_nonblocking(true).unwrap();
+        UdpSocket::from_std(socket).unwrap()
+    }
+
+    /// Ports of a server.
+    struct Ports {
+        server: Server,
+        policy: Arc<MappingPolicy>,
+        bindings: Vec<Binding>,
+    }
+
+    impl Ports {
+        fn serve(sockets: impl IntoIterator<Item = BoundPort>) -> Self {
+            let mut server = Server::prepared(Vec::new(), Growth::Mappings).unwrap();
+            let policy = server.new_policy(Limits::default());
+            let assigned = sockets.into_iter().map(|port| server.assign(port, &policy).unwrap());
+            let bindings: Vec<Binding> = assigned.collect();
+            server.watch(bindings.clone());
+            Self { server, policy, bindings }
+        }
+
+        /// Serves the same sockets, as another process does.
+        fn again(&self) -> Self {
+            Self::serve(self.bindings.iter().map(|Binding { port, target }| {
+                let socket = StdSocket::from(port.as_fd().try_clone_to_owned().unwrap());
+                BoundPort { port_mapping: target.port_mapping, listener: Listener::Udp(socket) }
+            }))
+        }
+
+        fn flows(&self) -> u64 {
+            self.policy.state.stats.flows.get()
+        }
+    }
+
+    /// A bound port, and its address.
+    fn port(backend: SocketAddr) -> (BoundPort, SocketAddr) {
+        let (host, backend) = ("127.0.0.1:0".parse().unwrap(), backend.to_string().parse().unwrap());
+        let port_mapping = PortMapping { protocol: Protocol::Udp, host, backend, v6only: false };
+        let port = BoundPort::bind(port_mapping).unwrap();
+        let front = port.local_addr().unwrap();
+        (port, front)
+    }
+
+    #[test]
+    fn flows_of_several_tasks_are_handed_over_each_to_that_of_its_listener() {
+        new_runtime().unwrap().block_on(async {
+            let backend = socket();
+            // More than processors, so that a task has several.
+            let most = std::thread::available_parallelism().map_or(1, usize::from).min(MOST_SETS);
+            let (sockets, fronts): (Vec<_>, Vec<_>) =
+                (0..2 * most + 1).map(|_| port(backend.local_addr().unwrap())).unzip();
+            let old = Ports::serve(sockets);
+            assert_eq!(old.server.tasks.udp.len(), most);
+            let mut clients = Vec::new();
+            for front in fronts {
+                let client = socket();
+                client.connect(front).await.unwrap();
+                client.send(b"question").await.unwrap();
+                let (_length, flow) = backend.recv_from(&mut [0; 9]).await.unwrap();
+                clients.push((client, flow));
+            }
+            let count = clients.len();
+
+            let mut flows = old.server.pause().await;
+            assert_eq!(flows.flows.len(), count);
+            for (binding, (client, _flow)) in old.bindings.iter().zip(&clients) {
+                let client = client.local_addr().unwrap();
+                let of = flows.flows.iter().find(|flow| flow.client == client).unwrap();
+                assert_eq!(of.listener, binding.port.id());
+            }
+            // Nothing is received meanwhile.
+            let new = old.again();
+            for flow in &mut flows.flows {
+                let place = old.bindings.iter().position(|binding| binding.port.id() == flow.listener);
+                flow.listener = new.bindings[place.unwrap()].port.id();
+            }
+            new.server.tasks.adopt(flows);
+            old.server.leave();
+            old.server.until_responsive().await;
+            assert_eq!(old.flows(), 0);
+            for (client, flow) in &clients {
+                client.send(b"again").await.unwrap();
+                assert_eq!(backend.recv_from(&mut [0; 9]).await.unwrap(), (5, *flow));
+            }
+            new.server.until_responsive().await;
+            assert_eq!(new.flows(), count as u64);
+            assert_eq!(new.policy.state.stats.flows_total.get(), count as u64);
+        });
+    }
+
+    #[test]
+    fn flows_of_all_tasks_continue_when_a_handover_is_given_up() {
+        new_runtime().unwrap().block_on(async {
+            let backend = socket();
+            let (sockets, fronts): (Vec<_>, Vec<_>) =
+                (0..3).map(|_| port(backend.local_addr().unwrap())).unzip();
+            let ports = Ports::serve(sockets);
+            let client = socket();
+            let mut flows = Vec::new();
+            for front in &fronts {
+                client.send_to(b"question", front).await.unwrap();
+                flows.push(backend.recv_from(&mut [0; 9]).await.unwrap().1);
+            }
+            assert_eq!(ports.server.pause().await.flows.len(), flows.len());
+            for front in &fronts {
+                client.send_to(b"meanwhile", front).await.unwrap();
+            }
+            ports.server.until_responsive().await;
+            assert!(backend.try_recv(&mut [0; 9]).is_err());
+            ports.server.resume();
+            let mut continued = Vec::new();
+            for _ in &flows {
+                continued.push(backend.recv_from(&mut [0; 9]).await.unwrap().1);
+            }
+            continued.sort_unstable();
+            flows.sort_unstable();
+            assert_eq!(continued, flows);
+        });
+    }
+}
