@@ -25,6 +25,7 @@ use crate::loops::whereabouts::Whereabouts;
 use crate::loops::{Hop, LoopError, refuse_loops};
 use crate::state::MappingPolicy;
 use crate::state::task::{Fate, LiveFlows};
+use crate::tcp::reset_all;
 
 /// How long flows whose runtime has ended wait for their port to be attached again. A runtime that restarts
 /// publishes the ports of its running containers again within that time.
@@ -132,6 +133,7 @@ impl Server {
         let Some(served) = self.registry.get(name).filter(|served| served.process.is_some()) else { return };
         let targets = served.ports.iter().map(|binding| binding.target.port_mapping);
         let targets: Vec<PortMapping> = targets.collect();
+        let state = served.policy.state.clone();
         info!(%name, "no longer serving");
         let ports = self.registry.take(name).unwrap_or_default();
         let fate = match reason {
@@ -144,7 +146,8 @@ impl Server {
             self.parked.put(target, flows);
         }
         if reason == Detached::Unpublished {
-            self.elders.reset(name).await;
+            reset_all(&self.workers, &state).await;
+            self.old_processes.reset(name).await;
         }
     }
 

@@ -7,8 +7,8 @@
 
 pub mod attach;
 pub mod change;
-pub(crate) mod elders;
 mod listening;
+pub(crate) mod old_processes;
 pub mod plan;
 pub mod registry;
 mod sweep;
@@ -30,7 +30,7 @@ use crate::bind::listen::Listener;
 use crate::bind::{Bound, BoundPort};
 use crate::engine::attach::Parked;
 use crate::engine::change::Leaving;
-use crate::engine::elders::{Elders, LeftConnections};
+use crate::engine::old_processes::{LeftConnections, OldProcesses};
 use crate::engine::registry::{Registry, Served};
 use crate::engine::tasks::Tasks;
 use crate::runtime::poll::WatchedListener;
@@ -53,7 +53,7 @@ pub struct Server {
     /// Flows of ports that may be attached again.
     parked: Parked,
     /// Old processes with connections to attached ports.
-    elders: Elders,
+    old_processes: OldProcesses,
 }
 
 /// What may be added to a server later.
@@ -133,7 +133,7 @@ impl Server {
             nameless: Vec::new(),
             leaving: Leaving::default(),
             parked: Parked::default(),
-            elders: Elders::default(),
+            old_processes: OldProcesses::default(),
         }
     }
 
@@ -245,13 +245,13 @@ impl Server {
     }
 
     /// Takes over from old processes, which let their connections finish.
-    pub(crate) fn succeed(&mut self, elders: Elders) {
-        self.elders = elders;
+    pub(crate) fn succeed(&mut self, old_processes: OldProcesses) {
+        self.old_processes = old_processes;
     }
 
     /// The channels to the old processes.
-    pub(crate) fn elders(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
-        self.elders.channels()
+    pub(crate) fn old_processes(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.old_processes.channels()
     }
 
     /// The connections to attached ports, which another process may have this one reset.

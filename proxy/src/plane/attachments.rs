@@ -14,7 +14,6 @@ use nix::unistd::geteuid;
 use rproxy_mapping::name::Name;
 use rproxy_shim::message::{Answer, Attach, LONGEST, Reason, Request};
 use rproxy_sys::pass::{receive, send_packet};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::SockRef;
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, warn};
@@ -26,7 +25,7 @@ use crate::engine::Server;
 use crate::engine::attach::Detached;
 use crate::log::limit::LogLimit;
 use crate::runtime::descriptors::explain;
-use crate::runtime::poll::{EventSource, PollSet};
+use crate::runtime::poll::{EventSource, PollSet, is_hung_up};
 
 /// The data of the listener's events; those of shims have their index.
 const LISTENER: u64 = u32::MAX as u64;
@@ -261,7 +260,8 @@ impl Plane {
         let Some(Some(shim)) = self.shims.get(index) else { return };
         let mut buffer = [0; LONGEST + 1];
         let received = match receive(shim.connection.as_fd(), &mut buffer) {
-            Ok(received) if received.length > 0 || !is_over(&shim.connection) => received,
+            // To recvmsg(2), an empty packet looks like the end.
+            Ok(received) if received.length > 0 || !is_hung_up(&shim.connection) => received,
             Err(error) if matches!(error.kind(), io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted) => {
                 return;
             }
@@ -342,13 +342,6 @@ impl Plane {
 /// A socket that is ready.
 #[derive(Debug)]
 pub(crate) struct Ready(u64);
-
-/// Whether the other side is gone. To recvmsg(2), an empty packet looks the same.
-fn is_over(connection: &OwnedFd) -> bool {
-    let mut polled = [PollFd::new(connection, PollFlags::RDHUP)];
-    let over = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
-    poll(&mut polled, Some(&Timespec::default())).is_err() || polled[0].revents().intersects(over)
-}
 
 /// Sends an answer. If the shim does not read it, it is ending, and its connection will say so.
 fn answer(connection: &OwnedFd, answer: Answer<'_>) {

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use nix::errno::Errno;
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use rproxy_sys::watch::Watched;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::{Protocol, SockRef};
 use tokio::io::Interest;
 
@@ -215,6 +216,13 @@ impl EventSource {
     pub(crate) fn epoll(&self) -> &Epoll {
         self.set.epoll()
     }
+}
+
+/// Whether the other side of a connection is gone.
+pub(crate) fn is_hung_up(connection: &impl AsFd) -> bool {
+    let mut polled = [PollFd::new(connection, PollFlags::RDHUP)];
+    let over = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+    poll(&mut polled, Some(&Timespec::default())).is_err() || polled[0].revents().intersects(over)
 }
 
 #[cfg(test)]

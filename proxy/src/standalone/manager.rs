@@ -25,7 +25,7 @@ use crate::control::clients::{self, Call};
 use crate::control::requests::answer;
 use crate::control::socket::{ControlSocket, SocketFile};
 use crate::engine::change::{ChangeError, Changed};
-use crate::engine::elders::LeftConnections;
+use crate::engine::old_processes::LeftConnections;
 use crate::engine::{ServeError, Server};
 use crate::plane::AttachOptions;
 use crate::plane::attachments::{Attachments, Plane, Ready};

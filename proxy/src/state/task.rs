@@ -40,7 +40,7 @@ pub(crate) enum Command {
 /// What becomes of the connections and flows of a listener that is closed at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Fate {
-    /// They are reset.
+    /// Flows end, and pending connections are reset. Those that were accepted are for `tcp::reset_all`.
     Reset,
     /// Connections continue. Flows are returned, for [`FlowCommand::Adopt`].
     Continue,

@@ -19,7 +19,6 @@ use rproxy_mapping::limits::OnLimit;
 use rproxy_sys::socket::{self, set_traffic_class};
 use rustix::net::connect_unspec;
 use socket2::{SockRef, Socket};
-use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, error, warn};
 
@@ -148,7 +147,16 @@ impl Acceptor {
                 // The sender may not be waiting.
                 done.send(()).ok();
             }
-            Command::Close(ports, fate, closed) => self.close(ports, fate, closed),
+            Command::Close(ports, fate, closed) => {
+                match fate {
+                    Fate::Continue | Fate::Leave => self.release(&ports),
+                    Fate::Reset => self.forget(&ports),
+                }
+                // Closed before the sender is notified.
+                drop(ports);
+                // The sender may not be waiting.
+                closed.send(LiveFlows::default()).ok();
+            }
             // Pending connections belong to the other process now.
             Command::Leave => self.listeners.clear(),
             Command::Flows(_) => {}
@@ -176,29 +184,14 @@ impl Acceptor {
         }
     }
 
-    /// Closes some listeners. Pending connections share the fate of the accepted ones, of which those that are reset
-    /// are closed when `closed` is notified.
-    fn close(&mut self, ports: Vec<Arc<WatchedListener>>, fate: Fate, closed: oneshot::Sender<LiveFlows>) {
-        let mut resets = Vec::new();
-        match fate {
-            Fate::Continue | Fate::Leave => self.release(&ports),
-            Fate::Reset => {
-                for port in &ports {
-                    let listener = self.listeners.get_mut(port.number()).and_then(Option::take);
-                    let Some(Binding { target, .. }) = listener else { continue };
-                    resets.push(connections::reset_all(&self.workers, &target.policy.state));
-                }
-                self.full.retain(|number| self.listeners.get(*number).is_some_and(Option::is_some));
+    /// Removes some listeners. The kernel resets what is pending there when they are closed.
+    fn forget(&mut self, ports: &[Arc<WatchedListener>]) {
+        for port in ports {
+            if let Some(listener) = self.listeners.get_mut(port.number()) {
+                *listener = None;
             }
         }
-        drop(ports);
-        tokio::spawn(async move {
-            for reset in resets {
-                reset.await;
-            }
-            // The sender may not be waiting.
-            closed.send(LiveFlows::default()).ok();
-        });
+        self.full.retain(|number| self.listeners.get(*number).is_some_and(Option::is_some));
     }
 
     /// Accepts what is pending on some listeners, within their limits, and removes the listeners.

@@ -58,7 +58,7 @@ struct Offer {
     attach: Option<OfferedAttach>,
     /// How many channels to older processes there are, whose connections drain.
     #[serde(default)]
-    elders: usize,
+    old_processes: usize,
     mappings: Vec<OfferedMapping>,
 }
 

@@ -24,7 +24,7 @@ use crate::bind::listen::Listener;
 use crate::bind::{Bound, BoundPort};
 use crate::control::socket::ControlSocket;
 use crate::engine::Server;
-use crate::engine::elders::Elders;
+use crate::engine::old_processes::OldProcesses;
 use crate::plane::attachments::{Attachments, Shim};
 use crate::plane::{AttachOptions, socket};
 use crate::state::task::{LiveFlow, LiveFlows};
@@ -38,7 +38,7 @@ pub struct OldProcess {
     /// The names of the mappings, in the order of the offer.
     names: Vec<Name>,
     /// The channels to processes that are older still.
-    elders: Vec<OwnedFd>,
+    older: Vec<OwnedFd>,
 }
 
 /// What the old process passes.
@@ -81,7 +81,8 @@ pub async fn take_over(
         let reason = format!("it uses version {version} of the handover, and this program version {VERSION}");
         return Err(UpgradeError::Offer(reason));
     }
-    let Offer { control: has_control, attach, elders, mappings } = in_time(channel.receive()).await?;
+    let Offer { control: has_control, attach, old_processes: older, mappings } =
+        in_time(channel.receive()).await?;
     let mappings: Vec<Offered> = mappings.iter().map(Offered::read).collect::<Result<_, _>>()?;
     if let Some(fixed) = fixed {
         let requested = mappings.iter().filter(|offered| offered.process.is_none());
@@ -94,7 +95,7 @@ pub async fn take_over(
     let shims = mappings.iter().filter(|offered| offered.process.is_some()).count();
     let waiting = attach.as_ref().map_or(0, |attach| attach.waiting.len());
     let count = mappings.iter().map(|offered| offered.mapping.sockets()).sum::<usize>();
-    let count = usize::from(has_control) + usize::from(attach.is_some()) + count + shims + waiting + elders;
+    let count = usize::from(has_control) + usize::from(attach.is_some()) + count + shims + waiting + older;
     let mut sockets = in_time(channel.receive_descriptors(count)).await?.into_iter();
     let mut next = || sockets.next().ok_or_else(|| refuse("it sent too few sockets"));
     let control = match control {
@@ -111,7 +112,7 @@ pub async fn take_over(
     Bound::refuse_loops(&bound).map_err(refuse)?;
     let attach =
         attach.map(|(listener, attach)| attachments(listener, attach, &bound, &mut sockets)).transpose()?;
-    Ok(Sockets { bound, control, attach, old: OldProcess { channel, names, elders: sockets.collect() } })
+    Ok(Sockets { bound, control, attach, old: OldProcess { channel, names, older: sockets.collect() } })
 }
 
 /// A mapping of the old process, or a port that is attached to it.
@@ -198,12 +199,12 @@ impl OldProcess {
     ///
     /// # Errors
     /// [`UpgradeError`]: the old process continues to serve, and this one must exit.
-    pub(crate) async fn hand_over_to(self, server: &Server) -> Result<Elders, UpgradeError> {
-        let Self { channel, names, elders } = self;
+    pub(crate) async fn hand_over_to(self, server: &Server) -> Result<OldProcesses, UpgradeError> {
+        let Self { channel, names, older } = self;
         let interest = Interest::READABLE | Interest::WRITABLE;
-        let elders = elders.into_iter().map(|elder| Watched::new(elder, interest));
-        let mut elders: Vec<Watched> =
-            elders.collect::<Result<_, _>>().map_err(UpgradeError::talk("watch an older process"))?;
+        let older = older.into_iter().map(|socket| Watched::new(socket, interest));
+        let mut older: Vec<Watched> =
+            older.collect::<Result<_, _>>().map_err(UpgradeError::talk("watch an older process"))?;
         in_time(channel.send(&Word::Prepared)).await?;
         let listeners = server.udp_listeners_of(&names);
         let mut live_flows = LiveFlows::default();
@@ -226,8 +227,8 @@ impl OldProcess {
         in_time(channel.send(&Word::Serving)).await?;
         match in_time(channel.receive()).await? {
             Word::Yours => {
-                elders.push(channel.into_inner());
-                Ok(Elders::new(elders))
+                older.push(channel.into_inner());
+                Ok(OldProcesses::new(older))
             }
             word => Err(refuse(format!("it said {word:?}"))),
         }

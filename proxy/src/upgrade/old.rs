@@ -189,11 +189,11 @@ impl NewProcess {
         self.channel.send(&Hello { version: VERSION }).await?;
         let mappings = server.registry().iter().map(|(_name, served)| offered_mapping(served)).collect();
         let attach = plane.map(offered_attach);
-        let elders = server.elders().count();
-        self.channel.send(&Offer { control: control.is_some(), attach, elders, mappings }).await?;
+        let old_processes = server.old_processes().count();
+        self.channel.send(&Offer { control: control.is_some(), attach, old_processes, mappings }).await?;
         let shims = plane.into_iter().flat_map(|plane| shims_in_order(plane, server));
         let sockets = control.into_iter().chain(plane.map(Plane::listener)).chain(server.sockets());
-        let descriptors: Vec<BorrowedFd<'_>> = sockets.chain(shims).chain(server.elders()).collect();
+        let descriptors: Vec<BorrowedFd<'_>> = sockets.chain(shims).chain(server.old_processes()).collect();
         self.channel.send_descriptors(&descriptors).await?;
         self.expect(Word::Prepared).await
     }

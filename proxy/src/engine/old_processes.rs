@@ -16,6 +16,7 @@ use tokio::io::Interest;
 use tokio::time::timeout;
 use tracing::{debug, info, warn};
 
+use crate::runtime::poll::is_hung_up;
 use crate::runtime::worker::Workers;
 use crate::state::MappingState;
 use crate::tcp::reset_all;
@@ -28,11 +29,12 @@ const LONGEST: usize = 256;
 
 /// The old processes that may still have connections.
 #[derive(Debug, Default)]
-pub(crate) struct Elders(Vec<Watched>);
+pub(crate) struct OldProcesses(Vec<Watched>);
 
-impl Elders {
-    /// Those at the other ends of these channels.
-    pub(crate) fn new(channels: Vec<Watched>) -> Self {
+impl OldProcesses {
+    /// Those at the other ends of these channels that have not ended yet.
+    pub(crate) fn new(mut channels: Vec<Watched>) -> Self {
+        channels.retain(|channel| !is_hung_up(channel));
         Self(channels)
     }
 
@@ -44,10 +46,10 @@ impl Elders {
     /// Has them reset their connections to an attached port.
     pub(crate) async fn reset(&mut self, name: &Name) {
         let mut left = Vec::with_capacity(self.0.len());
-        for elder in self.0.drain(..) {
-            let asked = timeout(PATIENCE, ask(&elder, name)).await;
+        for process in self.0.drain(..) {
+            let asked = timeout(PATIENCE, ask(&process, name)).await;
             match asked.unwrap_or_else(|late| Err(late.into())) {
-                Ok(()) => left.push(elder),
+                Ok(()) => left.push(process),
                 // Its last connection has ended.
                 Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
                     debug!("an old process has ended")
@@ -59,10 +61,10 @@ impl Elders {
     }
 }
 
-async fn ask(elder: &Watched, name: &Name) -> io::Result<()> {
+async fn ask(process: &Watched, name: &Name) -> io::Result<()> {
     let line = format!("{name}\n");
-    match elder.io(Interest::WRITABLE, |channel| Ok(write(channel, line.as_bytes())?)).await {
-        Ok(written) if written == line.len() => read_line(elder).await.map(drop),
+    match process.io(Interest::WRITABLE, |channel| Ok(write(channel, line.as_bytes())?)).await {
+        Ok(written) if written == line.len() => read_line(process).await.map(drop),
         Ok(_some) => Err(io::ErrorKind::WriteZero.into()),
         // It has ended.
         Err(_closed) => Err(io::ErrorKind::UnexpectedEof.into()),
@@ -128,13 +130,13 @@ mod tests {
         new_runtime().unwrap().block_on(async {
             let [(one, mut other), (gone, end)] = [(); 2].map(|()| UnixStream::pair().unwrap());
             drop(end);
-            let mut elders = Elders::new(vec![watched(gone), watched(one)]);
+            let mut old = OldProcesses::new(vec![watched(gone), watched(one)]);
             other.write_all(b"\n").unwrap();
-            elders.reset(&"docker/tcp/0.0.0.0:80".parse().unwrap()).await;
+            old.reset(&"docker/tcp/0.0.0.0:80".parse().unwrap()).await;
             let mut line = [0; 22];
             other.read_exact(&mut line).unwrap();
             assert_eq!(&line, b"docker/tcp/0.0.0.0:80\n");
-            assert_eq!(elders.channels().count(), 1);
+            assert_eq!(old.channels().count(), 1);
         });
     }
 
