@@ -32,7 +32,7 @@ use crate::state::task::{LiveFlow, LiveFlows};
 /// How long the old process may take for its next step. It does not wait longer for this one either.
 const NEXT_WORD: Duration = Duration::from_secs(15);
 
-/// The old process. It continues to serve if this is dropped before [`OldProcess::hand_over_to`] has returned.
+/// The old process. It continues to serve if this is dropped before `hand_over_to` has returned.
 pub struct OldProcess {
     channel: Channel,
     /// The names of the mappings, in the order of the offer.
