@@ -445,7 +445,9 @@ mod tests {
                 serde_json::from_str::<WireMapping>(&json).unwrap().read(&NoInterfaces, ScopedIp::ANY).unwrap()
             };
             let wanted = || vec![at("free", free_port), at("taken", taken_port)];
-            server.add(wanted()).await.unwrap_err();
+            let refused = server.add(wanted()).await.unwrap_err();
+            let ChangeError::Bind { name, source } = refused else { panic!("{refused}") };
+            assert_eq!((name.as_str(), source.more), ("taken", 1), "the other one was bound");
             server.apply(wanted()).await.unwrap_err();
             TcpListener::bind(("127.0.0.77", free_port)).unwrap();
             assert!(server.registry.is_empty() && server.registry.draining().next().is_none());

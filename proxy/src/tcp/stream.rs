@@ -400,7 +400,7 @@ mod tests {
     #[test]
     fn the_last_bytes_wait_for_what_ends_the_stream() {
         new_runtime().unwrap().block_on(async {
-            let mut is_held_back = false;
+            let (mut is_held_back, mut is_pushed) = (false, false);
             // The kernel sends them after a while nevertheless, so one try may be too slow.
             for _ in 0..20 {
                 let (stream, mut peer) = pair();
@@ -408,12 +408,34 @@ mod tests {
                 stream.writable().await;
                 assert_eq!(stream.write_last(b"x").unwrap(), 1);
                 let seen = peer.peek(&mut [0]);
-                is_held_back |= seen.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock);
+                let waits = seen.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock);
                 stream.push();
+                is_held_back |= waits;
+                is_pushed |= waits && peer.peek(&mut [0]).is_ok();
                 peer.set_nonblocking(false).unwrap();
                 peer.read_exact(&mut [0]).unwrap();
             }
-            assert!(is_held_back);
+            assert!(is_held_back && is_pushed);
+        });
+    }
+
+    #[test]
+    fn a_socket_is_readable_when_it_has_received_something() {
+        new_runtime().unwrap().block_on(async {
+            let (stream, mut peer) = pair();
+            stream.writable().await;
+            let is_readable = async || {
+                tokio::select! {
+                    biased;
+                    () = stream.readable() => true,
+                    () = tokio::task::yield_now() => false,
+                }
+            };
+            assert!(!is_readable().await);
+            peer.write_all(b"x").unwrap();
+            stream.readable().await;
+            assert_eq!(stream.read(&mut [0; 9]).unwrap(), 1);
+            assert!(!is_readable().await, "nothing is left");
         });
     }
 

@@ -227,6 +227,27 @@ fn what_a_backend_sent_before_its_reset_arrives() {
 }
 
 #[test]
+fn what_a_backend_sent_arrives_if_it_refuses_the_rest_of_a_request() {
+    let (counted, count) = mpsc::channel();
+    let relayed = relayed(
+        Limits::default(),
+        |client| client,
+        move |mut client, backend| {
+            fill(&backend, LITTLE);
+            reset(backend);
+            client.write_all(b"the rest").unwrap();
+            let mut received = 0;
+            while let Ok(len @ 1..) = client.read(&mut [0; 64 * 1024]) {
+                received += len as u64;
+            }
+            counted.send(received).unwrap();
+        },
+    );
+    relayed.assert_only_failure(FailureKind::Broken);
+    assert_eq!(count.recv().unwrap(), relayed.outcome.to_client, "all that the relay wrote");
+}
+
+#[test]
 fn what_waits_for_a_slow_peer_arrives_whole() {
     for is_filled in [false, true] {
         let (sent, is_sent) = mpsc::channel();
