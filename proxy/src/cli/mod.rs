@@ -25,7 +25,6 @@ use crate::sandbox::{self, User};
 use rproxy_mapping::Mapping;
 use rproxy_mapping::duration;
 use rproxy_mapping::escape::escaped;
-use rproxy_shim::message::DEFAULT_NAME;
 
 /// A TCP and UDP relay that publishes container ports: it listens on host addresses and forwards to backends.
 ///
@@ -91,10 +90,10 @@ pub struct Serve {
     #[arg(long, value_name = "PATH", num_args = 0..=1, default_missing_value = DEFAULT_PATH)]
     pub control: Option<PathBuf>,
     /// Serve the ports that rproxy-shim attaches, those that Docker publishes: shims connect to an abstract Unix
-    /// socket of this name, or RPROXY_ATTACH in their environment [default name: rproxy]
-    #[arg(long, value_name = "NAME", num_args = 0..=1, require_equals = true, default_missing_value = DEFAULT_NAME)]
-    #[arg(value_parser = parse_name)]
-    pub attach: Option<String>,
+    /// socket of this name; RPROXY_ATTACH in the environment of a shim chooses another one [default name: that of
+    /// the configuration, or rproxy]
+    #[arg(long, value_name = "NAME", num_args = 0..=1, require_equals = true, value_parser = parse_name)]
+    pub attach: Option<Option<String>>,
     /// Change to another user, by name or number, once everything is bound
     #[arg(long, value_name = "USER[:GROUP]")]
     pub user: Option<User>,
@@ -125,11 +124,11 @@ impl Serve {
 
     /// How ports are attached, if they can be. `config` is the content of the configuration, if there is one.
     pub fn attach_options(&self, config: Option<&Config>) -> Option<AttachOptions> {
-        let name = self.attach.as_deref();
-        let of_flags = || name.map(|_name| AttachTable { name: None, limits: self.mappings.limits() });
+        let flag = self.attach.as_ref().map(Option::as_deref);
+        let of_flags = || flag.map(|_name| AttachTable { name: None, limits: self.mappings.limits() });
         match config {
-            Some(config) => config.attach_options(name),
-            None => AttachOptions::new(name, of_flags()),
+            Some(config) => config.attach_options(flag),
+            None => AttachOptions::new(flag, of_flags()),
         }
     }
 

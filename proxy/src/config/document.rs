@@ -519,10 +519,10 @@ mod tests {
         assert_eq!(limits(&on, None), (Some(3600), Some(7)));
         assert_eq!(options(&off, None), None);
         // The command line takes precedence.
-        assert_eq!(limits(&off, Some("x")), (Some(3600), Some(7)));
+        assert_eq!(limits(&off, Some(Some("x"))), (Some(3600), Some(7)));
         let named = "attach = { name = 'of the file' }";
-        for (name, expected) in [(None, "of the file"), (Some("x"), "x")] {
-            assert_eq!(options(named, name).unwrap().name, expected);
+        for (flag, expected) in [(None, "of the file"), (Some(None), "of the file"), (Some(Some("x")), "x")] {
+            assert_eq!(options(named, flag).unwrap().name, expected);
         }
         assert_eq!(options(&on, None).unwrap().name, "rproxy");
         assert_eq!(find_mappings("mapping = []").unwrap(), []);

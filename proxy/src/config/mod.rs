@@ -40,12 +40,12 @@ pub struct Config {
 }
 
 impl Config {
-    /// How ports are attached to a process with this configuration, which was started with `--attach=NAME` if there is
-    /// a name, which takes precedence.
-    pub fn attach_options(&self, name: Option<&str>) -> Option<AttachOptions> {
+    /// How ports are attached to a process with this configuration, if they are. `flag` is `--attach`, whose name, if it
+    /// has one, takes precedence.
+    pub fn attach_options(&self, flag: Option<Option<&str>>) -> Option<AttachOptions> {
         let of_defaults = || AttachTable { name: None, limits: self.defaults.clone() };
-        let table = self.attach.clone().or_else(|| name.map(|_name| of_defaults()));
-        AttachOptions::new(name, table)
+        let table = self.attach.clone().or_else(|| flag.map(|_name| of_defaults()));
+        AttachOptions::new(flag, table)
     }
 }
 

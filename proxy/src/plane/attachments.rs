@@ -11,12 +11,13 @@ use std::time::Duration;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 use nix::sys::socket::{getsockopt, sockopt::PeerCredentials};
 use nix::unistd::geteuid;
+use rproxy_mapping::escape::escaped;
 use rproxy_mapping::name::Name;
 use rproxy_shim::message::{Answer, Attach, LONGEST, Reason, Request};
 use rproxy_sys::pass::{receive, send_packet};
 use socket2::SockRef;
 use tokio::time::{Instant, sleep_until};
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use super::AttachOptions;
 use super::refusal::{Refusal, bound_port};
@@ -24,7 +25,7 @@ use super::socket::{SocketError, bind_abstract};
 use crate::engine::Server;
 use crate::engine::attach::Detached;
 use crate::log::limit::LogLimit;
-use crate::runtime::descriptors::explain;
+use crate::runtime::descriptors::{explain, has_run_out};
 use crate::runtime::poll::{EventSource, PollSet, is_hung_up};
 
 /// The data of the listener's events; those of shims have their index.
@@ -86,6 +87,8 @@ pub(crate) struct Plane {
     reported: VecDeque<u64>,
     /// Until when no shim is accepted, because that failed.
     paused: Option<Instant>,
+    /// A descriptor to give up when there are no others, so that shims need not wait for an answer.
+    spare: Option<OwnedFd>,
 }
 
 impl Plane {
@@ -99,6 +102,8 @@ impl Plane {
     pub(crate) fn new(Attachments { options, listener, shims }: Attachments) -> io::Result<Self> {
         let poll = EventSource::new(PollSet::new()?)?;
         poll.epoll().add(&listener, EpollEvent::new(EpollFlags::EPOLLIN, LISTENER))?;
+        let spare = Some(listener.try_clone()?);
+        info!(name = %escaped(&options.name), "ports can be attached");
         let mut plane = Self {
             listener,
             poll,
@@ -109,6 +114,7 @@ impl Plane {
             events: [EpollEvent::empty(); EVENTS],
             reported: VecDeque::new(),
             paused: None,
+            spare,
         };
         for shim in shims {
             plane.insert(shim)?;
@@ -176,6 +182,7 @@ impl Plane {
                     None => continue,
                 },
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if has_run_out(&error) && self.turn_away(&error) => continue,
                 Err(error) => {
                     if let Some(suppressed) = FAILED.permit() {
                         warn!(
@@ -191,6 +198,22 @@ impl Plane {
             // Its message has arrived in most cases.
             self.serve(index, server).await;
         }
+    }
+
+    /// Tells the next shim that there is no descriptor for it. Returns whether that was possible.
+    fn turn_away(&mut self, error: &io::Error) -> bool {
+        static TURNED_AWAY: LogLimit = LogLimit::new();
+
+        drop(self.spare.take());
+        let Ok((connection, _addr)) = SockRef::from(&self.listener).accept() else { return false };
+        let text = explain(error, 2);
+        if let Some(suppressed) = TURNED_AWAY.permit() {
+            warn!(error = text, suppressed, "a port is not attached, and gets a process of its own");
+        }
+        answer(&connection, Answer::Unavailable(&text));
+        drop(connection);
+        self.spare = self.listener.try_clone().ok();
+        true
     }
 
     /// Checks who has connected (`SO_PEERCRED`, unix(7)), and returns the index of the shim.
@@ -272,6 +295,10 @@ impl Plane {
         };
         let packet = &buffer[..received.length.min(buffer.len())];
         let request = Request::decode(packet).map_err(Refusal::from);
+        if matches!(request, Ok(Request::Attach(_))) && is_hung_up(&shim.connection) {
+            warn!(process = shim.process, "a shim has given up before its port was attached");
+            return self.gone(index, server).await;
+        }
         let result = match request {
             Ok(Request::Attach(attach)) => {
                 let socket = Refusal::socket_of(received.descriptors, received.is_incomplete);
@@ -344,7 +371,7 @@ impl Plane {
 pub(crate) struct Ready(u64);
 
 /// Sends an answer. If the shim does not read it, it is ending, and its connection will say so.
-fn answer(connection: &OwnedFd, answer: Answer<'_>) {
+fn answer(connection: &impl AsFd, answer: Answer<'_>) {
     if let Err(error) = send_packet(connection.as_fd(), answer.encode().as_bytes()) {
         debug!(%error, "a shim does not read its answer");
     }

@@ -37,14 +37,14 @@ pub struct AttachOptions {
 }
 
 impl AttachOptions {
-    /// The options of a process that was started with `--attach=NAME` or has a table for it, if any. The name on the
-    /// command line takes precedence.
-    pub fn new(name: Option<&str>, table: Option<AttachTable>) -> Option<Self> {
-        if name.is_none() && table.is_none() {
+    /// The options of a process that was started with `--attach` or has a table for it, if any. A name on the command
+    /// line (`--attach=NAME`) takes precedence.
+    pub fn new(flag: Option<Option<&str>>, table: Option<AttachTable>) -> Option<Self> {
+        if flag.is_none() && table.is_none() {
             return None;
         }
         let AttachTable { name: of_table, limits } = table.unwrap_or_default();
-        let name = name.map(str::to_owned).or(of_table).unwrap_or_else(|| DEFAULT_NAME.to_owned());
+        let name = flag.flatten().map(str::to_owned).or(of_table).unwrap_or_else(|| DEFAULT_NAME.to_owned());
         Some(Self { name, limits })
     }
 

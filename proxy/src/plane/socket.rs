@@ -5,8 +5,8 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::errno::Errno;
 use nix::sys::socket::{
-    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, getsockname, getsockopt, listen, socket,
-    sockopt,
+    AddressFamily, Backlog, SockFlag, SockType, UnixAddr, UnixCredentials, bind, connect, getsockname,
+    getsockopt, listen, socket, sockopt,
 };
 use rproxy_mapping::escape::escaped;
 use rproxy_shim::message::LONGEST_NAME;
@@ -20,6 +20,7 @@ pub fn parse_name(text: &str) -> Result<String, NameError> {
         0 => Err(NameError::Empty),
         length if length > LONGEST_NAME => Err(NameError::TooLong(length)),
         _ if text.contains('\0') => Err(NameError::Nul),
+        _ if text.starts_with('@') => Err(NameError::At),
         _ => Ok(text.to_owned()),
     }
 }
@@ -33,6 +34,9 @@ pub enum NameError {
     /// It does not fit an address.
     #[error("the name has {0} bytes, and {LONGEST_NAME} fit an address")]
     TooLong(usize),
+    /// It starts with what ss(8) shows for the NUL byte of an abstract name.
+    #[error("the name starts with @; leave that out, it only stands for an abstract name")]
+    At,
     /// It has a NUL byte.
     #[error("the name has a NUL byte")]
     Nul,
@@ -52,9 +56,23 @@ pub fn bind_abstract(name: &str) -> Result<OwnedFd, SocketError> {
         Ok(listener)
     };
     bind_it().map_err(|errno| match errno {
-        Errno::EADDRINUSE => SocketError::InUse(name.to_owned()),
+        Errno::EADDRINUSE => SocketError::InUse { name: name.to_owned(), holder: holder(name) },
         errno => SocketError::Bind { name: name.to_owned(), source: errno.into() },
     })
+}
+
+/// Who listens at an abstract name (`SO_PEERCRED`, unix(7)).
+fn holder(name: &str) -> String {
+    let find = || -> Result<UnixCredentials, Errno> {
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let socket = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
+        connect(socket.as_raw_fd(), &UnixAddr::new_abstract(name.as_bytes())?)?;
+        getsockopt(&socket, sockopt::PeerCredentials)
+    };
+    match find() {
+        Ok(holder) => format!("process {} of user {}", holder.pid(), holder.uid()),
+        Err(_unknown) => "another process".to_owned(),
+    }
 }
 
 /// Checks a socket that another process has bound.
@@ -79,12 +97,18 @@ pub fn adopt(socket: OwnedFd, name: &str) -> Result<OwnedFd, SocketError> {
 pub enum SocketError {
     /// Another process listens there.
     #[error(
-        "--attach {}: another process listens there already; only one can serve the ports of a network namespace \
-         under one name", escaped(.0)
+        "--attach={}: {holder} listens there already; only one can serve the ports of a network namespace under one \
+         name",
+        escaped(name)
     )]
-    InUse(String),
+    InUse {
+        /// The name.
+        name: String,
+        /// Who listens.
+        holder: String,
+    },
     /// The name cannot be listened at.
-    #[error("--attach {}: {source}", escaped(name))]
+    #[error("--attach={}: {source}", escaped(name))]
     Bind {
         /// The name.
         name: String,
@@ -92,7 +116,7 @@ pub enum SocketError {
         source: io::Error,
     },
     /// The socket that was passed is another one.
-    #[error("--attach {}: the socket that was passed does not listen there", escaped(.0))]
+    #[error("--attach={}: the socket that was passed does not listen there", escaped(.0))]
     NotPassed(String),
 }
 
@@ -107,7 +131,8 @@ mod tests {
     #[test]
     fn a_name_is_bound_once_and_free_once_it_is_closed() {
         let listener = bind_abstract(&name()).unwrap();
-        assert!(matches!(bind_abstract(&name()), Err(SocketError::InUse(_))));
+        let error = bind_abstract(&name()).unwrap_err().to_string();
+        assert!(error.contains(&format!("process {} of user", std::process::id())), "{error}");
         let listener = adopt(listener, &name()).unwrap();
         assert!(matches!(adopt(listener, "another"), Err(SocketError::NotPassed(_))));
         drop(bind_abstract(&name()).unwrap());
@@ -120,6 +145,7 @@ mod tests {
         for (wrong, error) in [
             ("", NameError::Empty),
             ("a\0b", NameError::Nul),
+            ("@rproxy", NameError::At),
             (&"x".repeat(LONGEST_NAME + 1), NameError::TooLong(LONGEST_NAME + 1)),
         ] {
             assert_eq!(parse_name(wrong), Err(error));

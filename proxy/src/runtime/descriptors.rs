@@ -20,6 +20,11 @@ pub(crate) fn explain(error: &io::Error, more: usize) -> String {
     }
 }
 
+/// Whether an error means that descriptors have run out.
+pub(crate) fn has_run_out(error: &io::Error) -> bool {
+    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
+}
+
 /// The message for when `limit` descriptors are open and `more` are needed.
 fn too_many(limit: u64, more: u64) -> String {
     let needed = limit.saturating_add(more);
@@ -34,6 +39,12 @@ fn too_many(limit: u64, more: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_a_lack_of_descriptors_is_one() {
+        let run_out = |errno| has_run_out(&io::Error::from_raw_os_error(errno));
+        assert!(run_out(libc::EMFILE) && run_out(libc::ENFILE) && !run_out(libc::EADDRINUSE));
+    }
 
     #[test]
     fn need_limit_and_remedy_are_named() {

@@ -44,8 +44,8 @@ const STACK_SIZE: usize = 1024 * 1024;
 pub struct Reload {
     signal: Signals,
     file: PathBuf,
-    /// The name that `--attach` gives.
-    attach: Option<String>,
+    /// `--attach`, and its name.
+    attach: Option<Option<String>>,
 }
 
 impl Reload {
@@ -57,7 +57,7 @@ impl Reload {
     ///
     /// # Panics
     /// Outside a tokio runtime.
-    pub fn of_file(file: PathBuf, attach: Option<String>) -> io::Result<Self> {
+    pub fn of_file(file: PathBuf, attach: Option<Option<String>>) -> io::Result<Self> {
         Ok(Self { signal: Signals::catch([Signal::SIGHUP])?, file, attach })
     }
 }
@@ -409,9 +409,9 @@ async fn reread(
         }
     };
     let applied = match config::read_again(file, opened) {
-        Ok(config) => {
-            apply(config, attach.as_deref(), server, plane).await.map_err(|error| error.to_string())
-        }
+        Ok(config) => apply(config, attach.as_ref().map(Option::as_deref), server, plane)
+            .await
+            .map_err(|error| error.to_string()),
         Err(error) => Err(error.to_string()),
     };
     // The memory that planning needed is not needed any more.
@@ -432,7 +432,7 @@ async fn reread(
 /// Serves what a configuration says from now on.
 async fn apply(
     config: Config,
-    attach: Option<&str>,
+    attach: Option<Option<&str>>,
     server: &mut Server,
     plane: Option<&mut Plane>,
 ) -> Result<Changed, ReloadError> {

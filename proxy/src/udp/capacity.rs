@@ -4,7 +4,6 @@ use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nix::libc;
 use nix::sys::resource::{Resource, getrlimit};
 use rproxy_mapping::limits::Limits;
 
@@ -107,15 +106,8 @@ fn part_of(total: usize, others: usize, tasks: usize) -> usize {
     total.saturating_sub(others.max(of_others)).max(reserved)
 }
 
-/// Whether an error means that descriptors have run out.
-pub(super) fn has_run_out(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
-}
-
 #[cfg(test)]
 mod tests {
-    use nix::errno::Errno;
-
     use super::*;
 
     fn capacity(beside_tcp: bool) -> Capacity {
@@ -155,8 +147,6 @@ mod tests {
         assert_eq!(capacity.most(0, now + LEARNT_FOR), usual);
         capacity.learn(0, now);
         assert_eq!(capacity.most(0, now), 1);
-        let run_out = |errno: Errno| has_run_out(&errno.into());
-        assert!(run_out(Errno::EMFILE) && run_out(Errno::ENFILE) && !run_out(Errno::EADDRINUSE));
     }
 
     #[test]

@@ -11,7 +11,6 @@ use rproxy_sys::udp::{BATCH, LocalAddr};
 use tracing::warn;
 
 use super::batch::Batch;
-use super::capacity::has_run_out;
 use super::flows::{ENDS_PER_TURN, mapping_of};
 use super::key::FlowKey;
 use super::relay::UdpRelay;
@@ -21,7 +20,7 @@ use super::token::Wanted;
 use super::token::{Token, event, interest};
 use super::turn::{LISTENER_BATCHES, slots_for};
 use crate::log::limit::LogLimit;
-use crate::runtime::descriptors::explain;
+use crate::runtime::descriptors::{explain, has_run_out};
 use crate::state::Target;
 use crate::state::stats::FailureKind;
 

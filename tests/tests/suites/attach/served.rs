@@ -187,7 +187,8 @@ fn one_process() {
     let plane = Plane::start(&[]);
     let second = process::run(plane.program.command(&[&format!("--attach={}", name())]));
     assert_eq!(second.status.code(), Some(1), "{second:?}");
-    assert!(second.stderr.contains("another process listens there already"), "{second:?}");
+    let holder = format!("process {} of user 0 listens there already", plane.pid);
+    assert!(second.stderr.contains(&holder), "{second:?}");
     let other = format!("{}/other", name());
     let third = process::Process::spawn(plane.program.command(&[&format!("--attach={other}")]));
     third.wait_for_line(Stream::Stderr, |line| line.contains("confined"));
