@@ -13,7 +13,7 @@ use crate::account::Family;
 use crate::cage::OWN_PROGRAM;
 use crate::load::{Idle, Target};
 use crate::metric::{Metric, Values};
-use crate::peers::{Kind, Mapping, PLANE, Peer, PeerError, Protocol, Running};
+use crate::peers::{Kind, Mapping, Peer, PeerError, Protocol, Running};
 use crate::report::Failure;
 use crate::start_times::Nanoseconds;
 use crate::wiring::Wiring;
@@ -88,11 +88,11 @@ pub(super) fn start_times(wiring: &Wiring, peers: &[&Peer], times: usize) -> Res
         Kind::Attached => Some(rproxy_shim()),
         _ => None,
     }));
-    // Only a shim heeds it.
-    command.env(NAME_VARIABLE, PLANE);
     let attached = peers.iter().find(|peer| peer.kind == Kind::Attached);
     let plane = attached.map(|peer| peer.start(wiring, &[])).transpose();
-    let _plane = plane.map_err(|error| Failure::of_peer(&error))?;
+    let plane = plane.map_err(|error| Failure::of_peer(&error))?;
+    // Only a shim heeds it.
+    command.envs(plane.as_ref().and_then(Running::plane).map(|name| (NAME_VARIABLE, name)));
     let output = wiring.host().spawn(command).into_output();
     if !output.status.success() {
         return Err(Failure::failed(&output.stderr.trim()));

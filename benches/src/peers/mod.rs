@@ -8,6 +8,7 @@ use std::io;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -29,8 +30,11 @@ pub(crate) use dnat::Active;
 /// How long a peer may take until it is ready.
 const READY: Duration = Duration::from_secs(10);
 
-/// The abstract name where shims attach their ports.
-pub(crate) const PLANE: &str = "rproxy-benches";
+/// The start of the abstract names where shims attach their ports. Several planes run at a time.
+const PLANE: &str = "rproxy-benches";
+
+/// The number of planes so far.
+static PLANES: AtomicU32 = AtomicU32::new(0);
 
 /// How often it is probed.
 const ASK: Duration = Duration::from_millis(5);
@@ -210,6 +214,8 @@ fn installed(program: &str) -> Result<PathBuf, PeerError> {
 pub(crate) struct Running {
     peer: Peer,
     processes: Vec<Started>,
+    /// The abstract name where its shims attach their ports.
+    plane: Option<String>,
     /// The rules that the kernel has while it is measured.
     rules: Vec<Mapping>,
     /// The address of the first mapping of each protocol.
@@ -242,6 +248,7 @@ impl Running {
         Self {
             peer: peer.clone(),
             processes: Vec::new(),
+            plane: None,
             rules: Vec::new(),
             tcp: None,
             udp: None,
@@ -272,6 +279,11 @@ impl Running {
         })
     }
 
+    /// The abstract name where its shims attach their ports, if it has any.
+    pub(crate) fn plane(&self) -> Option<&str> {
+        self.plane.as_deref()
+    }
+
     /// Its processes.
     pub(crate) fn family(&self) -> Family {
         Family::of(self.processes.iter().map(|started| started.process().pid()).collect())
@@ -291,26 +303,28 @@ impl Running {
 
     /// Starts the process that shims attach to, and waits until it listens.
     fn start_plane(&mut self, wiring: &Wiring) -> Result<(), PeerError> {
+        let name = format!("{PLANE}-{}", PLANES.fetch_add(1, Ordering::Relaxed));
         let mut command = Command::new(rproxy());
-        command.arg(format!("--attach={PLANE}")).args(["--log-level", "warn"]);
+        command.arg(format!("--attach={name}")).args(["--log-level", "warn"]);
         self.processes.push(Started::Plain(wiring.host().spawn(command)));
         let deadline = Instant::now() + READY;
         let listens = || {
             let sockets = std::fs::read_to_string("/proc/thread-self/net/unix").unwrap_or_default();
-            sockets.lines().any(|line| line.ends_with(&format!(" @{PLANE}")))
+            sockets.lines().any(|line| line.ends_with(&format!(" @{name}")))
         };
         while !wiring.host().run(listens) {
             self.wait_until(deadline)?;
         }
+        self.plane = Some(name);
         Ok(())
     }
 
     fn start_docker_proxy(&mut self, wiring: &Wiring, path: &Path, mapping: Mapping) {
         let host = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, mapping.port);
         let arguments = docker_proxy::mapping(mapping.protocol.name(), host.into(), wiring.backend().into());
+        let plane = self.plane.as_ref();
         let spawn = |mut command: Command| {
-            // Only a shim heeds it.
-            command.env(NAME_VARIABLE, PLANE);
+            command.envs(plane.map(|name| (NAME_VARIABLE, name)));
             wiring.host().spawn(command)
         };
         let mut proxy = DockerProxy::start_by(path, &arguments, None, OFlag::empty(), spawn);
