@@ -109,6 +109,8 @@ impl Process {
             Ok(child) => child,
             Err(error) => panic!("cannot start {name}: {error}"),
         };
+        // It holds the sockets that the program was given, whose ports the program may have to find free.
+        drop(command);
         let pid = Pid::from_raw(child.id().try_into().unwrap());
         let shared = Arc::new(Shared::default());
         RUNNING.lock().unwrap().insert(pid, Arc::downgrade(&shared));
