@@ -24,25 +24,12 @@ use crate::engine::registry::Served;
 use crate::loops::whereabouts::Whereabouts;
 use crate::loops::{Hop, LoopError, refuse_loops};
 use crate::state::MappingPolicy;
-use crate::state::task::{Fate, LiveFlows};
+use crate::state::task::{Detached, LiveFlows};
 use crate::tcp::reset_all;
 
 /// How long flows whose runtime has ended wait for their port to be attached again. A runtime that restarts
 /// publishes the ports of its running containers again within that time.
 const PARKED_FOR: Duration = Duration::from_secs(10);
-
-/// What becomes of the connections and flows of a port that is no longer attached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Detached {
-    /// Its container is gone: they are reset.
-    Unpublished,
-    /// The runtime has ended, but perhaps not the container: connections continue, and so do flows if the port
-    /// is attached again in time.
-    Orphaned,
-    /// This process ends: connections continue, and the datagrams of clients wait for the next process that serves
-    /// the port.
-    Left,
-}
 
 /// Why a port is not attached.
 #[derive(Debug, thiserror::Error)]
@@ -129,20 +116,15 @@ impl Server {
 
     /// Closes an attached port. Its socket is closed in this process when this returns, unless replies are
     /// [still to be sent](Detached::Left).
-    pub async fn detach(&mut self, name: &Name, reason: Detached) {
+    pub(crate) async fn detach(&mut self, name: &Name, reason: Detached) {
         let Some(served) = self.registry.get(name).filter(|served| served.process.is_some()) else { return };
         let targets = served.ports.iter().map(|binding| binding.target.port_mapping);
         let targets: Vec<PortMapping> = targets.collect();
         let state = served.policy.state.clone();
         info!(%name, "no longer serving");
         let ports = self.registry.take(name).unwrap_or_default();
-        let fate = match reason {
-            Detached::Unpublished => Fate::Reset,
-            Detached::Orphaned => Fate::Continue,
-            Detached::Left => Fate::Leave,
-        };
         for (port, target) in ports.into_iter().zip(targets) {
-            let flows = self.close(port, fate).await;
+            let flows = self.close(port, reason).await;
             self.parked.put(target, flows);
         }
         if reason == Detached::Unpublished {
@@ -195,11 +177,10 @@ impl Server {
 /// The mapping of an attached port.
 fn mapping_of(port_mapping: &PortMapping, limits: Limits) -> Result<Mapping, AttachError> {
     let PortMapping { protocol, host, backend, v6only } = *port_mapping;
-    let range = |port| PortRange::single(port);
-    let (host_addr, backend) = (host.socket_addr(), backend.socket_addr());
-    let from = (ScopedIp::from(host_addr), Some(range(host_addr.port())?));
+    let [from, to] = [host.socket_addr(), backend.socket_addr()];
+    let (from_port, to_port) = (PortRange::single(from.port())?, PortRange::single(to.port())?);
     let mapping =
-        Mapping::new(Protocols::One(protocol), from, (ScopedIp::from(backend), range(backend.port())?))?;
+        Mapping::new(Protocols::One(protocol), (from.into(), Some(from_port)), (to.into(), to_port))?;
     let mapping = if v6only && mapping.host() == ScopedIp::ANY { mapping.v6only()? } else { mapping };
     Ok(mapping.named(Name::attached(protocol, host)).limited(limits))
 }

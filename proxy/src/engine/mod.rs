@@ -35,7 +35,7 @@ use crate::engine::registry::{Registry, Served};
 use crate::engine::tasks::Tasks;
 use crate::runtime::poll::WatchedListener;
 use crate::runtime::worker::Workers;
-use crate::state::task::{Fate, ListenerTask, LiveFlows};
+use crate::state::task::{Detached, ListenerTask, LiveFlows};
 use crate::state::{Binding, Capacity, MappingPolicy, MappingState, Target};
 use crate::tcp::reactor;
 
@@ -187,10 +187,10 @@ impl Server {
     }
 
     /// Closes a listener at once. Returns the flows that continue, once it is closed.
-    pub(crate) async fn close(&self, port: Arc<WatchedListener>, fate: Fate) -> LiveFlows {
+    pub(crate) async fn close(&self, port: Arc<WatchedListener>, reason: Detached) -> LiveFlows {
         let Some(task) = self.tasks.of(&port) else { return LiveFlows::default() };
         // If the task is gone, so are its listeners and flows.
-        task.close(vec![port], fate).await.unwrap_or_default()
+        task.close(vec![port], reason).await.unwrap_or_default()
     }
 
     /// Waits until the tasks have handled all earlier commands.

@@ -23,10 +23,10 @@ use super::AttachOptions;
 use super::refusal::{Refusal, bound_port};
 use super::socket::{SocketError, bind_abstract};
 use crate::engine::Server;
-use crate::engine::attach::Detached;
 use crate::log::limit::LogLimit;
 use crate::runtime::descriptors::{explain, has_run_out};
 use crate::runtime::poll::{EventSource, PollSet, is_hung_up};
+use crate::state::task::Detached;
 
 /// The data of the listener's events; those of shims have their index.
 const LISTENER: u64 = u32::MAX as u64;

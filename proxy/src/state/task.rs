@@ -30,23 +30,25 @@ pub(crate) enum Command {
     Release(Vec<Arc<WatchedListener>>, oneshot::Sender<()>),
     /// Close these listeners at once, even if clients wait there. The sender gets the flows that continue, once
     /// the listeners are closed.
-    Close(Vec<Arc<WatchedListener>>, Fate, oneshot::Sender<LiveFlows>),
+    Close(Vec<Arc<WatchedListener>>, Detached, oneshot::Sender<LiveFlows>),
     /// Close all listeners, because another process serves them and the paused flows.
     Leave,
     /// A command about all flows; a task without flows ignores it.
     Flows(FlowCommand),
 }
 
-/// What becomes of the connections and flows of a listener that is closed at once.
+/// Why a listener is closed at once, and so what becomes of its connections and flows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Fate {
-    /// Flows end, and pending connections are reset. Those that were accepted are for `tcp::reset_all`.
-    Reset,
-    /// Connections continue. Flows are returned, for [`FlowCommand::Adopt`].
-    Continue,
-    /// Connections continue. Flows only send replies, until they are quiet; what clients send is left to the next
-    /// process that serves the listener.
-    Leave,
+pub(crate) enum Detached {
+    /// Its container is gone: flows end, and pending connections are reset. Those that were accepted are for
+    /// `tcp::reset_all`.
+    Unpublished,
+    /// The runtime has ended, but perhaps not the container: connections continue. Flows are returned, for
+    /// [`FlowCommand::Adopt`] if the port is attached again.
+    Orphaned,
+    /// This process ends: connections continue. Flows only send replies, until they are quiet; what clients send is
+    /// left to the next process that serves the listener.
+    Left,
 }
 
 /// A command to the UDP task about its flows.
@@ -174,9 +176,13 @@ impl ListenerTask {
     }
 
     /// Closes listeners at once. The receiver gets the flows that continue, once they are closed.
-    pub(crate) fn close(&self, ports: Vec<Arc<WatchedListener>>, fate: Fate) -> oneshot::Receiver<LiveFlows> {
+    pub(crate) fn close(
+        &self,
+        ports: Vec<Arc<WatchedListener>>,
+        reason: Detached,
+    ) -> oneshot::Receiver<LiveFlows> {
         let (closed, is_closed) = oneshot::channel();
-        self.tell(Command::Close(ports, fate, closed));
+        self.tell(Command::Close(ports, reason, closed));
         is_closed
     }
 

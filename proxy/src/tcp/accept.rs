@@ -29,7 +29,7 @@ use crate::log::limit::LogLimit;
 use crate::runtime::descriptors::explain;
 use crate::runtime::poll::{EventSource, LISTENER, WatchedListener};
 use crate::runtime::worker::{WorkerSlot, Workers};
-use crate::state::task::{Command, Commands, Fate, LiveFlows};
+use crate::state::task::{Command, Commands, Detached, LiveFlows};
 use crate::state::{Binding, Capacity, ConnectionGuard, MappingPolicy};
 use crate::tcp::backoff::Backoff;
 
@@ -147,10 +147,10 @@ impl Acceptor {
                 // The sender may not be waiting.
                 done.send(()).ok();
             }
-            Command::Close(ports, fate, closed) => {
-                match fate {
-                    Fate::Continue | Fate::Leave => self.release(&ports),
-                    Fate::Reset => self.forget(&ports),
+            Command::Close(ports, reason, closed) => {
+                match reason {
+                    Detached::Orphaned | Detached::Left => self.release(&ports),
+                    Detached::Unpublished => self.forget(&ports),
                 }
                 // Closed before the sender is notified.
                 drop(ports);

@@ -14,7 +14,7 @@ use super::table::FlowId;
 use super::token::{Token, interest};
 use super::turn::Turn;
 use crate::state::Binding;
-use crate::state::task::{Command, Fate, FlowCommand, LiveFlows};
+use crate::state::task::{Command, Detached, FlowCommand, LiveFlows};
 
 /// Maximum number of turns for what clients have sent to a listener before it is closed: as much as its receive buffer
 /// holds, even if more arrives meanwhile.
@@ -33,9 +33,9 @@ impl UdpRelay {
                 // The requester may not wait for the result.
                 done.send(()).ok();
             }
-            Command::Close(ports, fate, closed) => {
+            Command::Close(ports, reason, closed) => {
                 let numbers: HashSet<usize> = ports.iter().map(|port| port.number()).collect();
-                let flows = self.close_at_once(&numbers, fate);
+                let flows = self.close_at_once(&numbers, reason);
                 // The sockets are closed before the requester is notified, which may not wait.
                 drop(ports);
                 closed.send(flows).ok();
@@ -101,19 +101,19 @@ impl UdpRelay {
     }
 
     /// Closes listeners, and all sockets that are bound to their ports. Returns their flows if they continue.
-    fn close_at_once(&mut self, listeners: &HashSet<usize>, fate: Fate) -> LiveFlows {
+    fn close_at_once(&mut self, listeners: &HashSet<usize>, reason: Detached) -> LiveFlows {
         for number in listeners {
-            match fate {
-                Fate::Continue => self.receive_rest(*number),
-                Fate::Leave => self.leave_requests(*number),
-                Fate::Reset => {}
+            match reason {
+                Detached::Orphaned => self.receive_rest(*number),
+                Detached::Left => self.leave_requests(*number),
+                Detached::Unpublished => {}
             }
         }
         self.close_client_sockets_of(listeners);
-        let live = match fate {
-            Fate::Continue => self.take_flows(listeners),
-            Fate::Leave => return LiveFlows::default(),
-            Fate::Reset => {
+        let live = match reason {
+            Detached::Orphaned => self.take_flows(listeners),
+            Detached::Left => return LiveFlows::default(),
+            Detached::Unpublished => {
                 self.end_flows(|_listeners, key| listeners.contains(&(key.listener as usize)));
                 LiveFlows::default()
             }

@@ -162,9 +162,9 @@ impl Scene {
     }
 
     /// Closes the listener, and waits until that is told.
-    async fn close(&mut self, fate: Fate) {
+    async fn close(&mut self, reason: Detached) {
         let (closed, is_closed) = oneshot::channel();
-        self.acceptor.handle(Command::Close(self.port.take().into_iter().collect(), fate, closed));
+        self.acceptor.handle(Command::Close(self.port.take().into_iter().collect(), reason, closed));
         assert!(is_closed.await.unwrap().flows.is_empty());
     }
 }
@@ -207,7 +207,7 @@ fn a_port_that_is_reset_leaves_no_connection() {
         let mut backend = scene.at_backend().await;
         let mut pending = scene.connect();
         scene.acceptor.full.extend(scene.port.iter().map(|port| port.number()));
-        scene.close(Fate::Reset).await;
+        scene.close(Detached::Unpublished).await;
         connections::reset_all(&scene.acceptor.workers, &scene.target.policy.state).await;
         assert_eq!(scene.target.policy.state.stats.connections.get(), 0);
         assert!(scene.acceptor.full.is_empty());
@@ -220,18 +220,18 @@ fn a_port_that_is_reset_leaves_no_connection() {
 
 #[test]
 fn connections_of_a_port_that_is_closed_continue_also_those_that_wait() {
-    for fate in [Fate::Continue, Fate::Leave] {
+    for reason in [Detached::Orphaned, Detached::Left] {
         new_runtime().unwrap().block_on(async {
             let mut scene = Scene::new(Limits::default());
             let mut accepted = scene.connect();
             scene.turn().await;
             let first = scene.at_backend().await;
             let mut pending = scene.connect();
-            scene.close(fate).await;
+            scene.close(reason).await;
             let second = scene.at_backend().await;
             for (client, mut backend) in [(&mut accepted, first), (&mut pending, second)] {
                 client.write_all(b"goes on").unwrap();
-                assert_eq!(receive(&mut backend).await.unwrap(), 7, "{fate:?}");
+                assert_eq!(receive(&mut backend).await.unwrap(), 7, "{reason:?}");
             }
             assert_eq!(scene.target.policy.state.stats.connections.get(), 2);
         });

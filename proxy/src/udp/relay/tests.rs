@@ -21,7 +21,7 @@ use crate::runtime::new_runtime;
 use crate::runtime::poll::{PollSet, WatchedListener};
 use crate::runtime::worker::Workers;
 use crate::state::stats::{FailureKind, Stats};
-use crate::state::task::{Command, Fate, FlowCommand, LiveFlow, LiveFlows};
+use crate::state::task::{Command, Detached, FlowCommand, LiveFlow, LiveFlows};
 use crate::state::{Binding, MappingPolicy, Target};
 use crate::udp::table::{FlowId, Side};
 use crate::udp::tally::Towards;
@@ -692,9 +692,9 @@ fn a_flow_whose_sockets_are_shut_down_ends_or_does_without() {
 }
 
 /// Closes the listener of a scene at once, and returns the flows that continue.
-fn close(scene: &mut Scene, fate: Fate) -> LiveFlows {
+fn close(scene: &mut Scene, reason: Detached) -> LiveFlows {
     let (closed, mut live) = oneshot::channel();
-    scene.relay.handle(Command::Close(vec![scene.port.clone()], fate, closed));
+    scene.relay.handle(Command::Close(vec![scene.port.clone()], reason, closed));
     live.try_recv().unwrap()
 }
 
@@ -724,7 +724,7 @@ fn flows_of_a_closed_listener_continue_with_the_next_one() {
     let id = scene.flow(&clients[0]).unwrap();
     assert!(scene.relay.give_client_socket(id));
     clients.iter().for_each(|client| assert_eq!(client.send(b"before").unwrap(), 6));
-    let LiveFlows { flows: mut live, .. } = close(&mut scene, Fate::Continue);
+    let LiveFlows { flows: mut live, .. } = close(&mut scene, Detached::Orphaned);
     assert_eq!((live.len(), scene.stats().flows.get()), (MANY, 0));
     for _ in 0..MANY {
         assert_eq!(scene.backend.recv(&mut [0; 9]).unwrap(), 6, "what was sent before is forwarded");
@@ -752,7 +752,7 @@ fn a_listener_that_is_left_still_sends_replies() {
     let id = scene.flow(&client).unwrap();
     assert!(scene.relay.give_client_socket(id));
     let elsewhere = UdpSocket::from(scene.port.as_fd().try_clone_to_owned().unwrap());
-    assert!(close(&mut scene, Fate::Leave).flows.is_empty());
+    assert!(close(&mut scene, Detached::Left).flows.is_empty());
     client.send(b"for the next").unwrap();
     scene.settle();
     assert!(scene.backend.recv(&mut [0; 20]).is_err());
@@ -769,7 +769,7 @@ fn flows_of_a_port_that_is_reset_end() {
     let (_hello, flow) = scene.at_backend();
     let id = scene.flow(&client).unwrap();
     assert!(scene.relay.give_client_socket(id));
-    assert!(close(&mut scene, Fate::Reset).flows.is_empty());
+    assert!(close(&mut scene, Detached::Unpublished).flows.is_empty());
     listen_again(&mut scene);
     client.send(b"again").unwrap();
     let (bytes, next) = scene.at_backend();
