@@ -160,22 +160,24 @@ pub fn end_of(address: SocketAddr) -> (Vec<u8>, End) {
     }
 }
 
-/// An IPv4 loopback address that no other case uses while this one runs, so that any port of it is free.
+/// An IPv4 loopback address that no other case uses while this one runs, or used lately, so that any port of it is free.
+/// Connections in TIME_WAIT would be in the way of a bind(2) without `SO_REUSEADDR`.
 ///
 /// # Panics
 /// When 255 processes have such addresses already.
 pub fn own_loopback() -> Ipv4Addr {
     static NEXT: AtomicU16 = AtomicU16::new(1);
     static NETWORK: OnceLock<(u8, UnixListener)> = OnceLock::new();
-    let [high, low] = NEXT.fetch_add(1, Ordering::Relaxed).to_be_bytes();
     let (network, _claim) = NETWORK.get_or_init(claim_network);
+    // The network of each 255th process is the same, but a case starts several.
+    let first = u16::try_from(process::id() / 255 % 255).unwrap() << 8;
+    let [high, low] = first.wrapping_add(NEXT.fetch_add(1, Ordering::Relaxed)).to_be_bytes();
     Ipv4Addr::new(127, *network, high, low)
 }
 
 /// A part of 127.0.0.0/8, and a socket that keeps it for this process: the name is taken in the same network
 /// namespace as the addresses are.
 fn claim_network() -> (u8, UnixListener) {
-    // Begins where the last one did not, whose connections may still be in TIME_WAIT.
     let first = process::id() % 255;
     // 127.0 is not used, because 127.0.0.1 is shared by all.
     let networks = (0..255).map(|next| u8::try_from((first + next) % 255).unwrap() + 1);
