@@ -20,6 +20,8 @@ pub(crate) mod service {
     pub(crate) const SINK: u8 = b'S';
     /// The backend sends a stream.
     pub(crate) const SOURCE: u8 = b'G';
+    /// A message is answered with as many bytes of the pattern as its argument says, from the same place as its own.
+    pub(crate) const GET: u8 = b'R';
     /// The backend reports how many datagrams of this flow it has received.
     pub(crate) const COUNT: u8 = b'Q';
 }
@@ -64,8 +66,12 @@ pub(crate) fn check(message: &[u8], service: u8, argument: u32, number: u64) -> 
 }
 
 fn filler(argument: u32, number: u64, message_len: usize) -> &'static [u8] {
-    let place = u64::from(argument).wrapping_mul(7919).wrapping_add(number.wrapping_mul(61));
-    pattern::at(place, message_len - HEADER)
+    pattern::at(place(argument, number), message_len - HEADER)
+}
+
+/// Where the pattern of a message begins.
+pub(crate) fn place(argument: u32, number: u64) -> u64 {
+    u64::from(argument).wrapping_mul(7919).wrapping_add(number.wrapping_mul(61))
 }
 
 #[cfg(test)]

@@ -32,6 +32,11 @@ static PATTERN: LazyLock<Vec<u8>> = LazyLock::new(|| {
     (0..PERIOD as u64 / 8).flat_map(word).collect::<Vec<_>>().repeat(2)
 });
 
+/// At most `len` bytes of the pattern starting at `offset`: less if `len` is more than a period.
+pub(crate) fn from(offset: u64, len: usize) -> &'static [u8] {
+    at(offset, len.min(PERIOD))
+}
+
 /// `len` bytes of the pattern starting at `offset`; `len` is at most a period.
 pub(crate) fn at(offset: u64, len: usize) -> &'static [u8] {
     // The remainder is below PERIOD, so it fits.
@@ -88,11 +93,51 @@ impl Outgoing {
     }
 }
 
+/// Compares reads with the pattern.
+#[derive(Debug, Default)]
+pub(crate) struct Checker {
+    /// Where in the pattern the next byte belongs.
+    place: u64,
+    reads: u32,
+}
+
+impl Checker {
+    /// Expects the pattern from `offset` on.
+    pub(crate) fn restart(&mut self, offset: u64) {
+        self.place = offset;
+    }
+
+    /// Checks what was read next.
+    ///
+    /// # Errors
+    /// [`Wrong`]: it differs from what was sent.
+    pub(crate) fn check(&mut self, mut data: &[u8]) -> Result<(), Wrong> {
+        self.reads = self.reads.wrapping_add(1);
+        let full = self.reads % FULL_CHECK == 1;
+        while !data.is_empty() {
+            let (piece, rest) = data.split_at(data.len().min(PERIOD));
+            let wanted = at(self.place, piece.len());
+            let end = piece.len().saturating_sub(8);
+            let right = match full || piece.len() < 16 {
+                true => piece == wanted,
+                false => piece[..8] == wanted[..8] && piece[end..] == wanted[end..],
+            };
+            if !right {
+                let differs = piece.iter().zip(wanted).position(|(is, should)| is != should);
+                let place = self.place + differs.unwrap_or_default() as u64;
+                return Err(Wrong(format!("byte {place} of the stream differs from what was sent")));
+            }
+            self.place += piece.len() as u64;
+            data = rest;
+        }
+        Ok(())
+    }
+}
+
 /// The receiving half of a stream.
 #[derive(Debug, Default)]
 pub(crate) struct Incoming {
-    checked: u64,
-    reads: u32,
+    checker: Checker,
     /// The last bytes read, which are the trailer if the stream ends here.
     tail: [u8; TRAILER],
     tail_len: usize,
@@ -128,40 +173,18 @@ impl Incoming {
         let (data, tail) = buffer[..have].split_at(have - tail_len);
         self.tail[..tail_len].copy_from_slice(tail);
         self.tail_len = tail_len;
-        Ok(self.check(data).map(|()| Pulled::Data))
-    }
-
-    fn check(&mut self, mut data: &[u8]) -> Result<(), Wrong> {
-        self.reads = self.reads.wrapping_add(1);
-        let full = self.reads % FULL_CHECK == 1;
-        while !data.is_empty() {
-            let (piece, rest) = data.split_at(data.len().min(PERIOD));
-            let wanted = at(self.checked, piece.len());
-            let end = piece.len().saturating_sub(8);
-            let right = match full || piece.len() < 16 {
-                true => piece == wanted,
-                false => piece[..8] == wanted[..8] && piece[end..] == wanted[end..],
-            };
-            if !right {
-                let differs = piece.iter().zip(wanted).position(|(is, should)| is != should);
-                let place = self.checked + differs.unwrap_or_default() as u64;
-                return Err(Wrong(format!("byte {place} of the stream differs from what was sent")));
-            }
-            self.checked += piece.len() as u64;
-            data = rest;
-        }
-        Ok(())
+        Ok(self.checker.check(data).map(|()| Pulled::Data))
     }
 
     fn end(&self) -> Result<u64, Wrong> {
         let (magic, total) = self.tail.split_at(8);
         let whole = self.tail_len == TRAILER && magic == MAGIC.to_le_bytes();
-        match whole && total == self.checked.to_le_bytes() {
-            true => Ok(self.checked),
+        match whole && total == self.checker.place.to_le_bytes() {
+            true => Ok(self.checker.place),
             false if whole => {
-                Err(Wrong(format!("the stream ended with a wrong count after byte {}", self.checked)))
+                Err(Wrong(format!("the stream ended with a wrong count after byte {}", self.checker.place)))
             }
-            false => Err(Wrong(format!("the stream ended early, after byte {}", self.checked))),
+            false => Err(Wrong(format!("the stream ended early, after byte {}", self.checker.place))),
         }
     }
 }

@@ -32,6 +32,13 @@ pub(crate) enum Workload {
         /// Connections at a time.
         connections: usize,
     },
+    /// Like `TcpRr`, with a large response.
+    TcpGet {
+        /// Bytes of a response.
+        size: u32,
+        /// Connections, each with one request in flight.
+        connections: usize,
+    },
     /// Connections that are idle after one exchange.
     TcpIdle {
         /// Connections.
@@ -88,6 +95,8 @@ impl Workload {
         all.extend([1, 8, 64].into_iter().flat_map(bulk));
         all.extend([1, 64, 1000].map(|connections| Self::TcpRr { connections }));
         all.push(Self::TcpCrr { connections: 64 });
+        let get = |size| [4, 64].map(|connections| Self::TcpGet { size, connections });
+        all.extend([16, 64, 256, 1024].into_iter().flat_map(|kibibytes| get(kibibytes * 1024)));
         all.push(Self::TcpIdle { connections: 2000 });
         all.extend([(1, 64), (64, 8), (1000, 1)].into_iter().flat_map(udp_rr));
         all.push(Self::UdpPorts { ports: 2 });
@@ -142,6 +151,7 @@ impl fmt::Display for Workload {
             Self::TcpBulk { streams, direction: Down } => write!(f, "tcp-bulk-{streams}-down"),
             Self::TcpRr { connections } => write!(f, "tcp-rr-{connections}"),
             Self::TcpCrr { connections } => write!(f, "tcp-crr-{connections}"),
+            Self::TcpGet { size, connections } => write!(f, "tcp-get-{}-{connections}", Size(*size)),
             Self::TcpIdle { connections } => write!(f, "tcp-idle-{connections}"),
             Self::UdpRr { flows, window, size } => write!(f, "udp-rr-{flows}x{window}-{size}B"),
             Self::UdpPorts { ports } => write!(f, "udp-ports-{ports}"),
@@ -170,6 +180,8 @@ impl FromStr for Workload {
             ["tcp", "bulk", n, "down"] => number(n).map(|streams| Self::TcpBulk { streams, direction: Down }),
             ["tcp", "rr", n] => number(n).map(|connections| Self::TcpRr { connections }),
             ["tcp", "crr", n] => number(n).map(|connections| Self::TcpCrr { connections }),
+            ["tcp", "get", size, n] => Size::parse(size)
+                .and_then(|Size(size)| number(n).map(|connections| Self::TcpGet { size, connections })),
             ["tcp", "idle", n] => number(n).map(|connections| Self::TcpIdle { connections }),
             ["udp", "rr", shape, size] => udp_shape(shape, size),
             ["udp", "ports", n] => {
@@ -189,6 +201,28 @@ impl FromStr for Workload {
 
 fn number(text: &str) -> Option<usize> {
     text.parse().ok().filter(|number| *number > 0)
+}
+
+/// A number of bytes, such as `1500`, `16k` or `1m`.
+struct Size(u32);
+
+impl Size {
+    const UNITS: [(&'static str, u32); 2] = [("m", 1 << 20), ("k", 1 << 10)];
+
+    fn parse(text: &str) -> Option<Self> {
+        let unit = Self::UNITS.iter().find_map(|(name, unit)| Some((text.strip_suffix(name)?, *unit)));
+        let (count, unit) = unit.unwrap_or((text, 1));
+        let bytes = count.parse::<u32>().ok()?.checked_mul(unit)?;
+        (bytes > 0).then_some(Self(bytes))
+    }
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let whole = Self::UNITS.iter().find(|(_name, unit)| self.0.is_multiple_of(*unit));
+        let (name, unit) = whole.unwrap_or(&("", 1));
+        write!(f, "{}{name}", self.0 / unit)
+    }
 }
 
 /// `64B`: at least the shortest message, and at most what fits into a packet.
@@ -211,6 +245,8 @@ mod tests {
             assert_eq!(workload.to_string().parse::<Workload>().unwrap(), workload);
         }
         assert_eq!("tcp-rr-7".parse::<Workload>().unwrap(), Workload::TcpRr { connections: 7 });
+        let get = Workload::TcpGet { size: 1500, connections: 7 };
+        assert_eq!("tcp-get-1500-7".parse::<Workload>().unwrap(), get);
     }
 
     #[test]
@@ -218,7 +254,16 @@ mod tests {
         assert_eq!(Workload::select("tcp-bulk").unwrap().len(), 6);
         assert_eq!(Workload::select("udp-rr-64x8").unwrap().len(), 2);
         assert_eq!(Workload::select("start").unwrap(), [Workload::Start]);
-        for wrong in ["", "tcp-rr-0", "tcp-bulk-1-left", "udp-rr-1x1-8B", "udp", "tcp-b"] {
+        for wrong in [
+            "",
+            "tcp-rr-0",
+            "tcp-bulk-1-left",
+            "tcp-get-0k-1",
+            "tcp-get-4g-1",
+            "udp-rr-1x1-8B",
+            "udp",
+            "tcp-b",
+        ] {
             let selected = Workload::select(wrong);
             assert!(selected.is_err() || wrong == "udp", "{wrong}: {selected:?}");
         }

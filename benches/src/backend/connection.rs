@@ -4,6 +4,7 @@ use std::io;
 use std::net::{Shutdown, TcpStream};
 use std::time::{Duration, Instant};
 
+use super::get::Responder;
 use crate::message::{self, HEADER, service};
 use crate::pattern::{Incoming, Outgoing, Pulled};
 use crate::sock::{Interest, receive, transmit, transmit_all};
@@ -27,6 +28,7 @@ enum Role {
     Echo(Vec<u8>),
     Sink(Incoming),
     Source(Outgoing, Instant),
+    Get(Responder),
 }
 
 /// The result of a step.
@@ -62,6 +64,12 @@ impl Connection {
             },
             Role::Sink(incoming) => sink(stream, incoming, buffer),
             Role::Source(outgoing, until) => source(stream, outgoing, *until),
+            Role::Get(responder) if readiness.contains(Interest::EPOLLOUT) => responder.resume(stream),
+            Role::Get(responder) => match receive(stream, buffer)? {
+                Some(0) => Ok(Next::Close),
+                Some(count) => responder.take(stream, &buffer[..count]),
+                None => Ok(Next::Stay),
+            },
         }
     }
 
@@ -97,6 +105,12 @@ impl Connection {
                 let pulled = incoming.pull(buffer, read)?;
                 self.role = Role::Sink(incoming);
                 pulled.map_err(io::Error::other).map(|_data| Next::Stay)
+            }
+            service::GET => {
+                let mut responder = Responder::default();
+                let next = responder.take(stream, head);
+                self.role = Role::Get(responder);
+                next
             }
             service::SOURCE => {
                 let until = Instant::now() + Duration::from_millis(message::argument(head).into());

@@ -3,6 +3,7 @@
 //! The first byte that a client sends selects the service; see [`crate::message::service`].
 
 mod connection;
+mod get;
 mod tcp;
 mod udp;
 

@@ -4,6 +4,7 @@
 
 mod bulk;
 mod crr;
+mod get;
 mod idle;
 mod rr;
 mod udp_bulk;
@@ -22,6 +23,7 @@ use crate::workload::Workload;
 
 pub(crate) use bulk::bulk;
 pub(crate) use crr::crr;
+pub(crate) use get::get;
 pub(crate) use idle::{Idle, IdleFlows};
 pub(crate) use rr::rr;
 pub(crate) use udp_bulk::udp_bulk;
@@ -92,6 +94,7 @@ pub(crate) fn run(workload: Workload, target: Target<'_>) -> Result<Values, Load
         Workload::TcpBulk { streams, direction } => bulk(target, streams, direction),
         Workload::TcpRr { connections } => rr(target, connections),
         Workload::TcpCrr { connections } => crr(target, connections),
+        Workload::TcpGet { size, connections } => get(target, size, connections),
         Workload::UdpRr { flows, window, size } => udp_rr(target, Shape { flows, window, size, ports: 1 }),
         Workload::UdpPorts { ports } => udp_rr(target, Shape { flows: 64, window: 8, size: 64, ports }),
         Workload::UdpBulk { size } => udp_bulk(target, size),
