@@ -13,6 +13,7 @@ use tracing::info;
 use crate::runtime::worker::Workers;
 use crate::state::stats::FailureKind;
 use crate::state::{MappingPolicy, MappingState};
+use crate::tcp::pipe;
 
 thread_local! {
     static SERVED: RefCell<Served> = const { RefCell::new(Served { slots: Vec::new(), free: Vec::new() }) };
@@ -109,9 +110,12 @@ impl Drop for Entry {
         let emptied = SERVED.try_with(|served| {
             let mut served = served.borrow_mut();
             served.free.push(self.0);
-            served.slots[self.0 as usize].take()
+            (served.slots[self.0 as usize].take(), served.free.len() == served.slots.len())
         });
-        drop(emptied);
+        if let Ok((_connection, true)) = emptied {
+            // Pipes of idle processes would count against the budget of their user.
+            pipe::close_kept();
+        }
     }
 }
 

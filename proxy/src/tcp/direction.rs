@@ -27,12 +27,14 @@ pub(super) struct Direction<'a> {
     /// The stream that is written.
     pub(super) sink: &'a Stream,
     /// Counts the bytes that the sink accepted.
-    pub(super) meter: Meter<'a>,
+    pub(super) meter: &'a Meter<'a>,
+    /// Counts those of the opposite direction.
+    pub(super) opposite: &'a Meter<'a>,
 }
 
 /// Writes all of `rest`, waiting for the sink as necessary.
 pub(super) async fn flush(mut rest: &[u8], direction: &Direction<'_>) -> Result<(), End> {
-    let Direction { source, sink, meter } = direction;
+    let Direction { source, sink, meter, .. } = direction;
     while !rest.is_empty() {
         match sink.write(rest) {
             Ok(written) => {

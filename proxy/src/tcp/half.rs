@@ -1,39 +1,36 @@
-//! Pumps one direction of a connection: copies, and splices during bulk transfers.
+//! Pumps one direction of a connection: copies what is small, splices what is large, and relays in bulk what lasts.
 
-use std::cell::RefCell;
 use std::future::poll_fn;
 use std::task::{Context, Poll, ready};
 
 use tokio::task::coop::consume_budget;
 
-use super::direction::{Direction, End, flush, is_transient};
-use super::{bulk, pipe};
+use super::bulk;
+use super::burst::Burst;
+use super::direction::{Direction, End};
+use super::pipe::Capacity;
+use super::transfer::{self, Rest, Step};
 
-/// The size of the worker's copy buffer. Larger transfers are spliced, so a larger buffer gains nothing.
-const BUFFER_SIZE: usize = 64 * 1024;
-
-/// A direction that fills the buffer this many times in a row is a bulk transfer.
-const BULK_AFTER: u32 = 4;
-
-thread_local! {
-    /// The copy buffer shared by all connections of this worker. A waiting connection owns no buffer.
-    static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER_SIZE].into_boxed_slice());
-}
+/// Bytes moved before other tasks of the worker have their turn.
+const TURN: usize = 1024 * 1024;
 
 /// Moves bytes from the source to the sink until one of them ends.
 pub(super) async fn pump(direction: &Direction<'_>) -> End {
+    let mut burst = Burst::default();
     loop {
         // While both sides keep up, nothing here waits, so yield to other tasks of the worker.
         consume_budget().await;
-        let result = match poll_fn(|cx| copy(direction, cx)).await {
+        let result = match poll_fn(|cx| relay_ready(direction, &mut burst, cx)).await {
+            Stopped::Turn => Ok(()),
             // On the heap, because most connections are idle most of the time, and these states would enlarge
             // the future of each.
-            Copied::Blocked(rest) => Box::pin(flush(&rest, direction)).await,
-            Copied::Bulk => match pipe::take() {
-                Some(pipe) => Box::pin(bulk::splice(pipe, direction)).await,
-                None => Ok(()),
-            },
-            Copied::Ended(end) => Err(end),
+            Stopped::Blocked(rest) => Box::pin(rest.flush(direction)).await,
+            Stopped::Sustained => {
+                let result = Box::pin(bulk::relay(direction)).await;
+                burst.restart(direction);
+                result
+            }
+            Stopped::Ended(end) => Err(end),
         };
         if let Err(end) = result {
             return end;
@@ -41,69 +38,43 @@ pub(super) async fn pump(direction: &Direction<'_>) -> End {
     }
 }
 
-/// Why copying stopped.
-enum Copied {
-    /// The sink accepted less than was read; this is the rest.
-    Blocked(Box<[u8]>),
-    /// The transfer is large enough for splicing to be cheaper.
-    Bulk,
+/// Why moving bytes stopped.
+enum Stopped {
+    /// Others have their turn.
+    Turn,
+    /// The sink is full.
+    Blocked(Rest),
+    /// The transfer lasts.
+    Sustained,
     Ended(End),
 }
 
-/// Copies through the worker's buffer until the source has no data or the sink does not accept more.
-fn copy(direction: &Direction<'_>, cx: &mut Context<'_>) -> Poll<Copied> {
-    let mut full_reads = 0;
+/// Moves bytes until the source has none or the sink does not accept more.
+fn relay_ready(direction: &Direction<'_>, burst: &mut Burst, cx: &mut Context<'_>) -> Poll<Stopped> {
+    ready!(direction.source.poll_readable(cx));
+    burst.begin_next_if_over(direction);
+    let mut turn = 0;
     loop {
-        ready!(direction.source.poll_readable(cx));
-        let step = BUFFER.with_borrow_mut(|buf| copy_once(direction, buf));
-        match step {
-            Step::Moved { full: true } => full_reads += 1,
-            Step::Moved { full: false } => full_reads = 0,
+        let spliced = match burst.is_large(direction) {
+            true => transfer::splice(direction, Capacity::Burst),
+            false => None,
+        };
+        let is_spliced = spliced.is_some();
+        match spliced.unwrap_or_else(|| transfer::copy(direction)) {
+            Step::Moved(moved) => turn += moved,
             Step::NotReady => {}
-            Step::Stop(copied) => return Poll::Ready(copied),
+            Step::Blocked(rest) => return Poll::Ready(Stopped::Blocked(rest)),
+            Step::Ended(end) => return Poll::Ready(Stopped::Ended(end)),
         }
-        if full_reads == BULK_AFTER {
-            return Poll::Ready(Copied::Bulk);
+        burst.note_progress(direction);
+        if is_spliced && burst.is_sustained(direction) {
+            return Poll::Ready(Stopped::Sustained);
         }
+        if turn >= TURN {
+            return Poll::Ready(Stopped::Turn);
+        }
+        ready!(direction.source.poll_readable(cx));
     }
-}
-
-/// The result of one read and one write.
-enum Step {
-    /// Everything that was read was written; `full` if the read filled the buffer.
-    Moved {
-        full: bool,
-    },
-    /// There was nothing to read.
-    NotReady,
-    Stop(Copied),
-}
-
-/// One read and, if it returned data, one write.
-fn copy_once(direction: &Direction<'_>, buf: &mut [u8]) -> Step {
-    let Direction { source, sink, meter } = direction;
-    let read = match source.read(buf) {
-        Ok(0) => return Step::Stop(Copied::Ended(End::Eof)),
-        Ok(read) => read,
-        Err(error) if is_transient(&error) => return Step::NotReady,
-        Err(error) => return Step::Stop(Copied::Ended(End::SourceFailed(error))),
-    };
-    let is_last = source.is_at_end();
-    let data = &buf[..read];
-    let result = if is_last { sink.write_last(data) } else { sink.write(data) };
-    let written = match result {
-        Ok(written) => written,
-        Err(error) if is_transient(&error) => 0,
-        Err(error) => return Step::Stop(Copied::Ended(End::SinkFailed(error))),
-    };
-    meter.add(written);
-    if written < read {
-        return Step::Stop(Copied::Blocked(data[written..].into()));
-    }
-    if is_last {
-        return Step::Stop(Copied::Ended(End::Eof));
-    }
-    Step::Moved { full: read == buf.len() }
 }
 
 #[cfg(test)]
@@ -166,7 +137,8 @@ mod tests {
         let total = Counter::default();
         let end = new_runtime().unwrap().block_on(async {
             let (source, sink) = (Stream::new(source).unwrap(), Stream::new(sink).unwrap());
-            let direction = Direction { source: &source, sink: &sink, meter: Meter::new(&total) };
+            let [meter, opposite] = [&total; 2].map(Meter::new);
+            let direction = Direction { source: &source, sink: &sink, meter: &meter, opposite: &opposite };
             let told = async {
                 while peeked.peek(&mut [0]).is_ok() {
                     yield_now().await;

@@ -8,6 +8,7 @@
 pub(crate) mod accept;
 mod backoff;
 mod bulk;
+mod burst;
 mod connections;
 mod dial;
 mod direction;
@@ -18,6 +19,7 @@ mod pipe;
 pub(crate) mod reactor;
 mod relay;
 mod stream;
+mod transfer;
 
 use std::io;
 use std::net::SocketAddr;
@@ -135,7 +137,7 @@ mod tests {
             size = size_of_val(&future);
             future
         });
-        assert!(size <= 640, "{size} bytes");
+        assert!(size <= 688, "{size} bytes");
     }
 
     #[test]

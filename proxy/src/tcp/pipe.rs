@@ -1,5 +1,8 @@
 //! Pipes for splicing, pooled per worker.
 //!
+//! A pipe is taken for one step, as the copy buffer is: it is only kept while the sink is full. A worker therefore needs
+//! one pipe, and one for each sink that is slower than its source.
+//!
 //! The kernel accounts pipe buffers per user (`fs.pipe-user-pages-soft`, pipe(7)): an unprivileged process
 //! gets a few dozen full-sized pipes, then tiny ones. If no pipe of a useful size can be opened, the transfer
 //! is copied.
@@ -9,6 +12,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Once;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice};
@@ -16,44 +20,103 @@ use nix::unistd::{pipe2, read};
 
 use super::stream::{Stream, is_refusal};
 
-/// The requested size: the maximum for an unprivileged process (`fs.pipe-max-size`).
-const WANTED_SIZE: i32 = 1024 * 1024;
-
 /// With a smaller pipe, splicing moves less per call than copying does.
 const USEFUL_SIZE: usize = 64 * 1024;
 
-/// The number of pipes that a worker keeps for reuse. Empty pipes use descriptors, but no memory for data.
-const KEPT_BY_WORKER: usize = 4;
+/// The number of pipes of each capacity that a worker keeps for reuse. Empty pipes use descriptors, but no memory for
+/// data.
+const KEPT_BY_WORKER: usize = 8;
 
-/// The maximum number of pipes in the process, which bounds the kernel memory that stalled bulk transfers
-/// hold.
+/// The maximum number of pipes in the process, which bounds the kernel memory that stalled transfers hold.
 const MOST: usize = 256;
+
+/// How long a worker copies after it could not splice: a failed attempt to open a pipe costs five system calls.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// The number of pipes, in use or pooled.
 static OPEN: AtomicUsize = AtomicUsize::new(0);
 
-thread_local! {
-    static KEPT: RefCell<Vec<Pipe>> = const { RefCell::new(Vec::new()) };
+/// The capacity of a pipe.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Capacity {
+    /// What arrives at a time within a burst: four packets of the largest size. More gains nothing.
+    Burst,
+    /// What a bulk transfer may wait for, and the maximum for an unprivileged process (`fs.pipe-max-size`).
+    Bulk,
 }
 
-/// Takes an empty pipe from this worker's pool, or opens one. Returns `None` if that fails.
-pub(super) fn take() -> Option<Pipe> {
-    KEPT.with_borrow_mut(Vec::pop).or_else(Pipe::open)
+impl Capacity {
+    /// In bytes.
+    pub(super) const fn bytes(self) -> u32 {
+        match self {
+            Self::Burst => 256 * 1024,
+            Self::Bulk => 1024 * 1024,
+        }
+    }
+}
+
+/// The pipes that a worker keeps.
+#[derive(Default)]
+struct Pool {
+    burst: Vec<Pipe>,
+    bulk: Vec<Pipe>,
+    /// When it last failed to open a pipe, or splice(2) was refused.
+    failed: Option<Instant>,
+}
+
+impl Pool {
+    fn of(&mut self, capacity: Capacity) -> &mut Vec<Pipe> {
+        match capacity {
+            Capacity::Burst => &mut self.burst,
+            Capacity::Bulk => &mut self.bulk,
+        }
+    }
+
+    fn take(&mut self, capacity: Capacity) -> Option<Pipe> {
+        if self.failed.is_some_and(|at| at.elapsed() < RETRY) {
+            return None;
+        }
+        if let Some(pipe) = self.of(capacity).pop() {
+            return Some(pipe);
+        }
+        let opened = Pipe::open(capacity);
+        self.failed = opened.is_none().then(Instant::now);
+        opened
+    }
+}
+
+thread_local! {
+    static POOL: RefCell<Pool> = const { RefCell::new(Pool { burst: Vec::new(), bulk: Vec::new(), failed: None }) };
+}
+
+/// Takes an empty pipe from this worker's pool, or opens one. Returns `None` if that fails, or has failed lately.
+pub(super) fn take(capacity: Capacity) -> Option<Pipe> {
+    POOL.with_borrow_mut(|pool| pool.take(capacity))
 }
 
 /// Returns a pipe to this worker's pool if it is empty and the pool has room; otherwise closes it.
 pub(super) fn give_back(pipe: Pipe) {
-    KEPT.with_borrow_mut(|kept| {
+    POOL.with_borrow_mut(|pool| {
+        let kept = pool.of(pipe.capacity);
         if pipe.is_empty() && kept.len() < KEPT_BY_WORKER {
             kept.push(pipe);
         }
     });
 }
 
+/// Closes the pipes that this worker keeps.
+pub(super) fn close_kept() {
+    // When a thread ends, the pool may already be gone.
+    drop(POOL.try_with(RefCell::take));
+}
+
 /// A pipe and the number of bytes in it.
 pub(super) struct Pipe {
     read_end: OwnedFd,
     write_end: OwnedFd,
+    /// What was asked for.
+    capacity: Capacity,
+    /// What it has, in bytes.
     size: usize,
     /// Bytes in the pipe. Counted here, because `EAGAIN` from splice(2) does not say whether the pipe or the
     /// socket caused it.
@@ -62,15 +125,16 @@ pub(super) struct Pipe {
 }
 
 impl Pipe {
-    fn open() -> Option<Self> {
+    fn open(capacity: Capacity) -> Option<Self> {
         let permit = Permit::take()?;
         let (read_end, write_end) = pipe2(OFlag::O_NONBLOCK | OFlag::O_CLOEXEC).ok()?;
         // Over budget, the pipe keeps its size, which may be a page or two.
-        let size = fcntl(&write_end, FcntlArg::F_SETPIPE_SZ(WANTED_SIZE))
+        let size = fcntl(&write_end, FcntlArg::F_SETPIPE_SZ(capacity.bytes().cast_signed()))
             .or_else(|_errno| fcntl(&write_end, FcntlArg::F_GETPIPE_SZ))
             .ok()?;
         let size = usize::try_from(size).ok()?;
-        (size >= USEFUL_SIZE).then_some(Self { read_end, write_end, size, held: 0, _permit: permit })
+        let pipe = Self { read_end, write_end, capacity, size, held: 0, _permit: permit };
+        (size >= USEFUL_SIZE).then_some(pipe)
     }
 
     /// Whether the pipe is empty.
@@ -120,12 +184,13 @@ impl Pipe {
     }
 }
 
-/// Whether splice(2) itself was refused, which is logged once.
+/// Whether splice(2) itself was refused, which is logged once. This worker copies for a while then.
 pub(super) fn is_refused(error: &io::Error) -> bool {
     static REFUSED: Once = Once::new();
 
     let is_refused = is_refusal(error);
     if is_refused {
+        POOL.with_borrow_mut(|pool| pool.failed = Some(Instant::now()));
         REFUSED
             .call_once(|| tracing::warn!(%error, "splice(2) is refused; bulk transfers are copied instead"));
     }
@@ -169,7 +234,7 @@ mod tests {
 
     /// A pipe with `bytes` in it.
     fn holding(bytes: &[u8]) -> Pipe {
-        let mut pipe = Pipe::open().unwrap();
+        let mut pipe = Pipe::open(Capacity::Burst).unwrap();
         pipe.held = write(&pipe.write_end, bytes).unwrap();
         pipe
     }
@@ -184,23 +249,27 @@ mod tests {
 
     #[test]
     fn a_worker_keeps_a_few_pipes_that_are_empty() {
-        let kept = || KEPT.with_borrow(Vec::len);
+        let kept = || POOL.with_borrow(|pool| pool.burst.len());
         // The pool is this thread's.
         assert_eq!(kept(), 0);
         give_back(holding(b"left"));
         assert_eq!(kept(), 0, "nobody else may get these bytes");
-        let pipes: Vec<Pipe> = (0..2 * KEPT_BY_WORKER).map(|_| take().unwrap()).collect();
+        let pipes: Vec<Pipe> = (0..2 * KEPT_BY_WORKER).map(|_| take(Capacity::Burst).unwrap()).collect();
         pipes.into_iter().for_each(give_back);
         assert_eq!(kept(), KEPT_BY_WORKER);
-        let again = take().unwrap();
+        let again = take(Capacity::Burst).unwrap();
         assert_eq!(kept(), KEPT_BY_WORKER - 1);
         assert!(again.is_empty());
+        give_back(take(Capacity::Bulk).unwrap());
+        assert_eq!(kept(), KEPT_BY_WORKER - 1, "a bulk transfer has pipes of its own");
+        close_kept();
+        assert_eq!(kept(), 0);
     }
 
     #[test]
     fn a_closed_pipe_makes_room_for_another() {
         for number in 0..2 * MOST {
-            assert!(Pipe::open().is_some(), "after {number} others");
+            assert!(Pipe::open(Capacity::Burst).is_some(), "after {number} others");
         }
     }
 

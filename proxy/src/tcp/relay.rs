@@ -46,8 +46,9 @@ impl fmt::Display for Outcome {
 /// as a reset: when this returns with a failure, closing the streams resets both.
 pub(super) async fn relay(client: &Stream, backend: &Stream, guard: &ConnectionGuard) -> Outcome {
     let stats = guard.stats();
-    let up = Direction { source: client, sink: backend, meter: Meter::new(&stats.bytes_in) };
-    let down = Direction { source: backend, sink: client, meter: Meter::new(&stats.bytes_out) };
+    let [to_backend, to_client] = [&stats.bytes_in, &stats.bytes_out].map(Meter::new);
+    let up = Direction { source: client, sink: backend, meter: &to_backend, opposite: &to_client };
+    let down = Direction { source: backend, sink: client, meter: &to_client, opposite: &to_backend };
     let failure = match guard.limits().idle_timeout {
         None => both_ways(&up, &down).await,
         // On the heap, because few mappings have a timeout.
@@ -56,7 +57,7 @@ pub(super) async fn relay(client: &Stream, backend: &Stream, guard: &ConnectionG
     if let Some(error) = &failure {
         guard.stats().count(failure_kind(error));
     }
-    Outcome { to_backend: up.meter.moved(), to_client: down.meter.moved(), failure }
+    Outcome { to_backend: to_backend.moved(), to_client: to_client.moved(), failure }
 }
 
 /// What an error that broke a connection counts as. A timeout of the kernel (`ETIMEDOUT`: no acknowledgement, or no

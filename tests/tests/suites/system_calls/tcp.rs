@@ -3,6 +3,7 @@
 use std::fs;
 use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
@@ -10,13 +11,16 @@ use testkit::backend::TcpBackend;
 use testkit::client;
 use testkit::eventually;
 use testkit::netns::Namespace;
-use testkit::require::Need;
+use testkit::process;
+use testkit::require::{self, Need};
+use testkit::role;
 use testkit::rproxy::Standalone;
 use testkit::suite::Case;
 use testkit::trace::{Calls, Trace};
 
 use super::WAITS;
 use super::case;
+use crate::faults::roles;
 
 const MIB: usize = 1024 * 1024;
 
@@ -29,6 +33,9 @@ pub(crate) fn cases() -> Vec<Case> {
         net("a transfer to the backend is spliced", transfer_to_backend),
         net("a transfer to the client is spliced", transfer_to_client),
         net("a steady transfer is woken up rarely", few_wake_ups),
+        net("responses are spliced through one pipe", responses),
+        net("responses are copied while there are no pipes", responses_without_pipes)
+            .needs(&[Need::Program("setpriv")]),
     ]
 }
 
@@ -130,13 +137,21 @@ struct Bulk {
 
 impl Bulk {
     fn to(handler: impl Fn(&TcpStream) -> io::Result<()> + Send + Sync + 'static) -> Self {
+        Self::started(handler, Standalone::start_in)
+    }
+
+    /// With a relay that `start` starts with these arguments.
+    fn started(
+        handler: impl Fn(&TcpStream) -> io::Result<()> + Send + Sync + 'static,
+        start: impl FnOnce(&Namespace, &[&str]) -> Standalone,
+    ) -> Self {
         let namespace = Namespace::new();
         let sizes = format!("4096 {MIB} {}", 8 * MIB);
         namespace.run(|| fs::write("/proc/sys/net/ipv4/tcp_rmem", sizes)).unwrap();
         let listener = namespace.run(|| TcpListener::bind((Ipv4Addr::LOCALHOST, 0))).unwrap();
         let backend = TcpBackend::serve(listener, handler);
         let to = backend.address().to_string();
-        let proxy = Standalone::start_in(&namespace, &["--host", "127.0.0.1:0", "--to", &to]);
+        let proxy = start(&namespace, &["--host", "127.0.0.1:0", "--to", &to]);
         Self { namespace, proxy, _backend: backend }
     }
 
@@ -216,3 +231,56 @@ fn few_wake_ups() {
 }
 
 const CHUNK: usize = MIB / 8;
+
+/// Responses on a connection, each to a request: far too short to last.
+const RESPONSE: usize = MIB / 4;
+const RESPONSES: usize = 100;
+
+fn respond(mut stream: &TcpStream) -> io::Result<()> {
+    let mut request = [0];
+    while stream.read(&mut request)? > 0 {
+        stream.write_all(&[7; RESPONSE])?;
+    }
+    Ok(())
+}
+
+fn fetch(mut client: &TcpStream) {
+    let mut response = vec![0; RESPONSE];
+    for _ in 0..RESPONSES {
+        client.write_all(b"?").unwrap();
+        client.read_exact(&mut response).unwrap();
+    }
+}
+
+fn responses() {
+    let bulk = Bulk::to(respond);
+    eventually("most bytes of the responses are spliced", || {
+        let calls = bulk.calls(fetch);
+        // A second one for a client that was full.
+        calls.assert_at_most(4, &["pipe2"]);
+        // Neither a watermark nor a timer is for what is over soon.
+        let raised = calls.named(&["setsockopt"]).filter(|call| call.arguments.contains("SO_RCVLOWAT"));
+        assert_eq!(raised.count(), 0);
+        // Each byte goes into a pipe and out of it.
+        calls.sum(&["splice"]) / 2 > RESPONSES * RESPONSE * 3 / 4
+    });
+}
+
+fn responses_without_pipes() {
+    // A user that nobody else is, whose pipes are all taken.
+    let as_user = |command: &Command| {
+        let mut setpriv = require::command("setpriv");
+        setpriv.args(["--reuid=64124", "--regid=64124", "--clear-groups"]);
+        process::prefixed(setpriv, command)
+    };
+    let bulk = Bulk::started(respond, |namespace, arguments| {
+        let command = as_user(&testkit::rproxy::command(arguments));
+        Standalone::ready(namespace.spawn(command), arguments)
+    });
+    let _hog = roles::ready(bulk.namespace.spawn(as_user(&role::command(&["pipes"]))));
+    let calls = bulk.calls(fetch);
+    assert_eq!(calls.sum(&["splice"]), 0);
+    assert!(calls.sum(&["sendto"]) >= RESPONSES * RESPONSE);
+    // An attempt costs several calls.
+    calls.assert_at_most(RESPONSES / 5, &["pipe2"]);
+}
