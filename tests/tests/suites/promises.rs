@@ -65,7 +65,7 @@ fn process() {
     let _another = start();
     let proxy = start();
     let Taken { bytes, descriptors } = taken(proxy.process.pid());
-    assert!(bytes <= 200 * 1024, "{bytes} bytes");
+    assert!(bytes <= 150 * 1024, "{bytes} bytes");
     assert!(descriptors <= 16, "{descriptors} descriptors");
     assert_eq!(Holdings::of(proxy.process.pid()).threads, 1);
 }
