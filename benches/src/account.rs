@@ -11,6 +11,32 @@ use nix::unistd::Pid;
 /// The unit of times in /proc (`USER_HZ`), which is the same on every machine that Rust supports.
 const TICK: Duration = Duration::from_millis(10);
 
+/// CPU time used so far, as far as known.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct CpuTimes {
+    /// By the relay.
+    pub(crate) peer: Option<Duration>,
+    /// By everything on this machine, the relay included.
+    pub(crate) machine: Option<Duration>,
+}
+
+impl CpuTimes {
+    /// What was used since `start`.
+    pub(crate) fn since(self, start: Self) -> Self {
+        let used = |end: Option<Duration>, start| Some(end?.saturating_sub(start?));
+        Self { peer: used(self.peer, start.peer), machine: used(self.machine, start.machine) }
+    }
+}
+
+/// The time that the processors of this machine were busy (proc(5), the first line of `/proc/stat`), in ticks.
+pub(crate) fn machine_cpu() -> Option<Duration> {
+    let stat = fs::read_to_string("/proc/stat").ok()?;
+    let fields = stat.lines().next()?.split_whitespace().skip(1);
+    let [user, nice, system, _idle, _iowait, irq, softirq] =
+        fields.take(7).map(|field| field.parse().ok()).collect::<Option<Vec<u64>>>()?.try_into().ok()?;
+    Some(TICK * u32::try_from(user + nice + system + irq + softirq).ok()?)
+}
+
 /// Some processes and all their descendants.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Family {

@@ -46,8 +46,12 @@ pub(crate) struct Compare {
     #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=1000))]
     pub(crate) rounds: u32,
     /// The duration of a measurement
-    #[arg(long, default_value = "2s", value_parser = duration)]
+    #[arg(long, default_value = "2s", default_value_if("quick", "true", "500ms"), value_parser = duration)]
     pub(crate) duration: Duration,
+    /// Compare in two minutes: rproxy and docker-proxy in the workloads that a change shows in, for 500 ms each, unless
+    /// other options say otherwise
+    #[arg(long)]
+    pub(crate) quick: bool,
     /// Starts of each program in all rounds of `start`
     #[arg(long, default_value_t = 200)]
     pub(crate) starts: usize,

@@ -11,6 +11,7 @@ mod cage;
 mod cli;
 mod compare;
 mod load;
+mod machine;
 mod message;
 mod metric;
 mod pattern;
@@ -29,7 +30,7 @@ use std::process::ExitCode;
 use clap::Parser;
 use nix::unistd::Pid;
 
-use account::Family;
+use account::{CpuTimes, Family};
 use backend::{Backend, cores};
 use cli::{Cli, Command, Load, StartTimes};
 use load::Target;
@@ -62,7 +63,8 @@ fn load_one(options: &Load) -> ExitCode {
         address: options.to,
         duration: options.duration,
         threads: options.threads.unwrap_or_else(cores),
-        cpu: &|| family.as_ref().map(Family::cpu),
+        // The relay and the backend may be on other machines.
+        cpu: &|| CpuTimes { peer: family.as_ref().map(Family::cpu), machine: None },
     };
     let values = match load::run(options.workload, target) {
         Ok(values) => values,

@@ -14,14 +14,8 @@ pub(crate) enum Metric {
     Replies,
     /// Received datagrams per second.
     Datagrams,
-    /// CPU seconds of the peer for each GB (10⁹ bytes) of payload.
-    CpuPerGb,
-    /// CPU time of the peer for each request, in µs.
-    CpuPerRequest,
-    /// CPU time of the peer for each round trip of a datagram, in µs.
-    CpuPerReply,
-    /// CPU time of the peer for each received datagram, in µs.
-    CpuPerDatagram,
+    /// CPU time for each unit: in s for [`Unit::Gb`], in µs for the others.
+    Cpu(CpuOf, Unit),
     /// Median latency, in µs.
     P50,
     /// 99th percentile of the latency, in µs.
@@ -44,18 +38,63 @@ pub(crate) enum Metric {
     Start,
 }
 
+/// Whose CPU time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum CpuOf {
+    /// The peer's.
+    Peer,
+    /// That of the whole machine: also the client's, the backend's, and what the kernel does for the peer beside it.
+    Machine,
+}
+
+/// What CPU time is spent on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Unit {
+    /// 10⁹ bytes of payload.
+    Gb,
+    /// A request and its response.
+    Request,
+    /// A round trip of a datagram.
+    Reply,
+    /// A received datagram.
+    Datagram,
+}
+
+impl Unit {
+    /// How many of what [`Metric::Cpu`] is measured in make up a second.
+    pub(crate) fn per_second(self) -> f64 {
+        if self == Self::Gb { 1.0 } else { 1e6 }
+    }
+
+    fn heading(self) -> &'static str {
+        match self {
+            Self::Gb => "s/GB",
+            Self::Request => "µs/request",
+            Self::Reply => "µs/reply",
+            Self::Datagram => "µs/datagram",
+        }
+    }
+
+    fn key(self) -> &'static str {
+        match self {
+            Self::Gb => "s_per_gb",
+            Self::Request => "us_per_request",
+            Self::Reply => "us_per_reply",
+            Self::Datagram => "us_per_datagram",
+        }
+    }
+}
+
 impl Metric {
     /// The column heading.
-    pub(crate) fn heading(self) -> &'static str {
-        match self {
+    pub(crate) fn heading(self) -> String {
+        let heading = match self {
+            Self::Cpu(CpuOf::Peer, unit) => return format!("CPU {}", unit.heading()),
+            Self::Cpu(CpuOf::Machine, unit) => return format!("all CPU {}", unit.heading()),
             Self::Throughput => "Gbit/s",
             Self::Requests => "requests/s",
             Self::Replies => "replies/s",
             Self::Datagrams => "datagrams/s",
-            Self::CpuPerGb => "CPU s/GB",
-            Self::CpuPerRequest => "CPU µs/request",
-            Self::CpuPerReply => "CPU µs/reply",
-            Self::CpuPerDatagram => "CPU µs/datagram",
             Self::P50 => "p50 µs",
             Self::P99 => "p99 µs",
             Self::P999 => "p99.9 µs",
@@ -66,7 +105,8 @@ impl Metric {
             Self::PrivatePerConnection => "private kB/conn",
             Self::FdsPerConnection => "fds/conn",
             Self::Start => "ms to ready",
-        }
+        };
+        heading.into()
     }
 
     /// Its name in JSON, with its unit.
@@ -76,10 +116,8 @@ impl Metric {
             Self::Requests => "requests_per_s",
             Self::Replies => "replies_per_s",
             Self::Datagrams => "datagrams_per_s",
-            Self::CpuPerGb => "cpu_s_per_gb",
-            Self::CpuPerRequest => "cpu_us_per_request",
-            Self::CpuPerReply => "cpu_us_per_reply",
-            Self::CpuPerDatagram => "cpu_us_per_datagram",
+            Self::Cpu(CpuOf::Peer, unit) => return format!("cpu_{}", unit.key()),
+            Self::Cpu(CpuOf::Machine, unit) => return format!("machine_cpu_{}", unit.key()),
             Self::P50 => "latency_p50_us",
             Self::P99 => "latency_p99_us",
             Self::P999 => "latency_p999_us",

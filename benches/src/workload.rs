@@ -108,6 +108,22 @@ impl Workload {
         all
     }
 
+    /// The workloads of a quick run: one of each kind.
+    pub(crate) fn quick() -> Vec<Self> {
+        vec![
+            Self::TcpBulk { streams: 1, direction: Up },
+            Self::TcpBulk { streams: 8, direction: Down },
+            Self::TcpRr { connections: 64 },
+            Self::TcpCrr { connections: 64 },
+            Self::TcpGet { size: 64 * 1024, connections: 64 },
+            Self::TcpGet { size: 256 * 1024, connections: 4 },
+            Self::UdpRr { flows: 64, window: 8, size: 64 },
+            Self::UdpRr { flows: 1000, window: 1, size: 64 },
+            Self::Start,
+            Self::Footprint,
+        ]
+    }
+
     /// The workloads that an item of `--only` selects: one, or a group such as `tcp-bulk`.
     ///
     /// # Errors

@@ -49,6 +49,7 @@ fn nothing_is_wrong() {
         assert!(stdout.lines().any(heading), "{workload} is not in the table:\n{stdout}");
     }
     let result: serde_json::Value = serde_json::from_slice(&fs::read(json).unwrap()).unwrap();
+    assert!(result["machine"]["cores"].as_u64() > Some(0), "{:#}", result["machine"]);
     let samples = result["samples"].as_array().unwrap();
     let ours = samples.iter().filter(|sample| sample["peer"] == "rproxy");
     assert!(ours.clone().count() > 8, "{result:#}");

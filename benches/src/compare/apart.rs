@@ -9,7 +9,7 @@ use nix::unistd::Pid;
 use rproxy_shim::message::NAME_VARIABLE;
 use testkit::rproxy::{rproxy, rproxy_shim};
 
-use crate::account::Family;
+use crate::account::{CpuTimes, Family};
 use crate::cage::OWN_PROGRAM;
 use crate::load::{Idle, Target};
 use crate::metric::{Metric, Values};
@@ -52,7 +52,7 @@ pub(super) fn idle(
     let of_peer = |error: PeerError| Failure::of_peer(&error);
     let running = start(wiring, peer, Protocol::Tcp, 1).map_err(of_peer)?;
     let address = running.address(Protocol::Tcp).map_err(of_peer)?;
-    let target = Target { address, duration: Duration::ZERO, threads, cpu: &|| None };
+    let target = Target { address, duration: Duration::ZERO, threads, cpu: &CpuTimes::default };
     let before = running.family().footprint();
     let opened = wiring.client().run(|| Idle::open(target, connections));
     let _idle = opened.map_err(|error| Failure::of_load(&error, peer))?;

@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::account::{CpuTimes, machine_cpu};
 use crate::backend::cores;
 use crate::cli::Compare;
 use crate::fail;
@@ -157,7 +158,7 @@ impl Run<'_> {
             address,
             duration: self.options.duration,
             threads: self.options.threads.unwrap_or_else(cores),
-            cpu: &|| peer.has_processes().then(|| family.cpu()),
+            cpu: &|| CpuTimes { peer: peer.has_processes().then(|| family.cpu()), machine: machine_cpu() },
         };
         let result = self.wiring.client().run(|| put_load(workload, target));
         settle(target);
@@ -203,7 +204,7 @@ fn settle(target: Target<'_>) {
     loop {
         let before = (target.cpu)();
         thread::sleep(QUIET);
-        let used = (target.cpu)().zip(before).map(|(after, before)| after.saturating_sub(before));
+        let used = (target.cpu)().since(before).peer;
         if used.is_none_or(|used| used < LITTLE) || Instant::now() >= deadline {
             return;
         }

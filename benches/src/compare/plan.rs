@@ -12,6 +12,9 @@ use crate::workload::{UnknownWorkload, Workload};
 /// workloads need only a fraction of it for opening connections.
 const SLACK: Duration = Duration::from_secs(30);
 
+/// The peers of a quick run.
+const QUICK: [&str; 2] = ["rproxy", peers::REFERENCE];
+
 /// Workloads and the peers to run them on.
 pub(crate) struct Plan {
     pub(crate) workloads: Vec<Workload>,
@@ -41,11 +44,12 @@ impl Plan {
             workloads.extend(Workload::select(name)?);
         }
         if workloads.is_empty() {
-            workloads = Workload::all();
+            workloads = if options.quick { Workload::quick() } else { Workload::all() };
         }
-        let names: Vec<&str> = match options.peers.is_empty() {
-            true => peers::NAMES.into(),
-            false => options.peers.iter().map(String::as_str).collect(),
+        let names: Vec<&str> = match (options.peers.is_empty(), options.quick) {
+            (true, false) => peers::NAMES.into(),
+            (true, true) => QUICK.into(),
+            (false, _) => options.peers.iter().map(String::as_str).collect(),
         };
         let (mut peers, mut missing) = (Vec::new(), Vec::new());
         for name in names {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use super::{GRACE, LoadError, TICK, Target, connect, measure};
 use crate::backend::BUFFER;
 use crate::message::{hello, service};
-use crate::metric::{Metric, Values};
+use crate::metric::{Metric, Unit, Values};
 use crate::pattern::{Incoming, Outgoing, Pulled, Wrong};
 use crate::sock::{Events, Interest, Poll, receive, transmit, transmit_all};
 use crate::workload::Direction;
@@ -23,7 +23,7 @@ pub(crate) fn bulk(target: Target<'_>, streams: usize, direction: Direction) -> 
     let bytes: u64 = totals.iter().sum();
     let gigabytes = bytes as f64 / 1e9;
     let mut values = vec![(Metric::Throughput, span.rate(bytes) * 8.0 / 1e9)];
-    values.extend(span.cost(gigabytes).map(|cost| (Metric::CpuPerGb, cost)));
+    values.extend(span.costs(Unit::Gb, gigabytes));
     Ok(values)
 }
 

@@ -11,7 +11,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use super::{GRACE, LoadError, MESSAGE, TICK, Target, latencies, measure, quantiles, record, shares};
 use crate::message::{self, service};
-use crate::metric::{Metric, Values};
+use crate::metric::{Metric, Unit, Values};
 use crate::pattern::Wrong;
 use crate::sock::{Events, Interest, Poll, receive, transmit_all};
 
@@ -21,7 +21,7 @@ pub(crate) fn crr(target: Target<'_>, connections: usize) -> Result<Values, Load
     let (tallies, span) = measure(target, shares, |share| drive(target, share.len()))?;
     let responses = tallies.iter().map(Histogram::len).sum();
     let mut values = vec![(Metric::Requests, span.rate(responses))];
-    values.extend(span.cost_in_micros(Metric::CpuPerRequest, responses));
+    values.extend(span.costs(Unit::Request, responses as f64));
     values.extend(quantiles(tallies));
     Ok(values)
 }

@@ -17,7 +17,8 @@ use std::time::{Duration, Instant};
 
 use hdrhistogram::Histogram;
 
-use crate::metric::{Metric, Values};
+use crate::account::CpuTimes;
+use crate::metric::{CpuOf, Metric, Unit, Values};
 use crate::pattern::Wrong;
 use crate::workload::Workload;
 
@@ -50,8 +51,8 @@ pub(crate) struct Target<'a> {
     pub(crate) duration: Duration,
     /// Threads of the load generator.
     pub(crate) threads: usize,
-    /// The CPU time used so far by the relay at the address, if known.
-    pub(crate) cpu: &'a (dyn Fn() -> Option<Duration> + Sync),
+    /// The CPU times used so far.
+    pub(crate) cpu: &'a (dyn Fn() -> CpuTimes + Sync),
 }
 
 /// Why a load failed.
@@ -108,7 +109,7 @@ pub(crate) fn run(workload: Workload, target: Target<'_>) -> Result<Values, Load
 #[derive(Clone, Copy, Debug)]
 struct Span {
     elapsed: Duration,
-    cpu: Option<Duration>,
+    cpu: CpuTimes,
 }
 
 impl Span {
@@ -116,14 +117,13 @@ impl Span {
         count as f64 / self.elapsed.as_secs_f64()
     }
 
-    /// CPU seconds for each of `units`; empty if the CPU time is not known.
-    fn cost(self, units: f64) -> Option<f64> {
-        self.cpu.filter(|_| units > 0.0).map(|cpu| cpu.as_secs_f64() / units)
-    }
-
-    /// The CPU time for each of `count` operations, as a value of `metric`.
-    fn cost_in_micros(self, metric: Metric, count: u64) -> Option<(Metric, f64)> {
-        self.cost(count as f64).map(|seconds| (metric, seconds * 1e6))
+    /// The CPU times for `count` of these units, as far as they are known.
+    fn costs(self, unit: Unit, count: f64) -> impl Iterator<Item = (Metric, f64)> {
+        let costs = [(CpuOf::Peer, self.cpu.peer), (CpuOf::Machine, self.cpu.machine)];
+        costs.into_iter().filter(move |_| count > 0.0).filter_map(move |(whose, cpu)| {
+            let seconds = cpu?.as_secs_f64() / count;
+            Some((Metric::Cpu(whose, unit), seconds * unit.per_second()))
+        })
     }
 }
 
@@ -136,8 +136,7 @@ fn measure<C: Send, R: Send>(
     let (cpu, start) = ((target.cpu)(), Instant::now());
     let results = in_threads(shares, drive)?;
     let (elapsed, end) = (start.elapsed(), (target.cpu)());
-    let cpu = cpu.zip(end).map(|(start, end)| end.saturating_sub(start));
-    Ok((results, Span { elapsed, cpu }))
+    Ok((results, Span { elapsed, cpu: end.since(cpu) }))
 }
 
 fn in_threads<C: Send, R: Send>(

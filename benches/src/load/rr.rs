@@ -7,7 +7,7 @@ use hdrhistogram::Histogram;
 
 use super::{GRACE, LoadError, MESSAGE, TICK, Target, connect, latencies, measure, quantiles, record};
 use crate::message::{self, service};
-use crate::metric::{Metric, Values};
+use crate::metric::{Metric, Unit, Values};
 use crate::pattern::Wrong;
 use crate::sock::{Events, Interest, Poll, receive, transmit_all};
 
@@ -25,7 +25,7 @@ pub(crate) fn rr(target: Target<'_>, connections: usize) -> Result<Values, LoadE
     let (tallies, span) = measure(target, shares, |share| drive(share, target.duration))?;
     let responses = tallies.iter().map(Histogram::len).sum();
     let mut values = vec![(Metric::Requests, span.rate(responses))];
-    values.extend(span.cost_in_micros(Metric::CpuPerRequest, responses));
+    values.extend(span.costs(Unit::Request, responses as f64));
     values.extend(quantiles(tallies));
     Ok(values)
 }

@@ -8,7 +8,7 @@ use super::{LoadError, Target, measure, shares};
 use crate::backend::WRONG;
 use crate::batch::{BATCH, Batch};
 use crate::message::{self, HEADER, service};
-use crate::metric::{Metric, Values};
+use crate::metric::{Metric, Unit, Values};
 use crate::pattern::Wrong;
 
 /// How long the backend may take to report its count, and how often it is asked.
@@ -30,7 +30,7 @@ pub(crate) fn udp_bulk(target: Target<'_>, size: usize) -> Result<Values, LoadEr
         return Err(Wrong(format!("{arrived} datagrams arrived of {sent} that were sent")).into());
     }
     let mut values = vec![(Metric::Datagrams, span.rate(arrived))];
-    values.extend(span.cost_in_micros(Metric::CpuPerDatagram, arrived));
+    values.extend(span.costs(Unit::Datagram, arrived as f64));
     values.push((Metric::Loss, (sent - arrived) as f64 * 100.0 / sent.max(1) as f64));
     Ok(values)
 }

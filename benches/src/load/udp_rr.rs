@@ -8,7 +8,7 @@ use hdrhistogram::Histogram;
 use super::{LoadError, TICK, Target, latencies, measure, quantiles, record, shares};
 use crate::batch::{BATCH, Batch};
 use crate::message::{self, HEADER, service};
-use crate::metric::{Metric, Values};
+use crate::metric::{Metric, Unit, Values};
 use crate::pattern::Wrong;
 use crate::sock::{Events, Interest, Poll, enlarge_udp_buffers};
 
@@ -38,7 +38,7 @@ pub(crate) fn udp_rr(target: Target<'_>, shape: Shape) -> Result<Values, LoadErr
     let replies = tallies.iter().map(|tally| tally.latencies.len()).sum();
     let lost: u64 = tallies.iter().map(|tally| tally.lost).sum();
     let mut values = vec![(Metric::Replies, span.rate(replies))];
-    values.extend(span.cost_in_micros(Metric::CpuPerReply, replies));
+    values.extend(span.costs(Unit::Reply, replies as f64));
     values.push((Metric::Loss, lost as f64 * 100.0 / (lost + replies).max(1) as f64));
     values.extend(quantiles(tallies.into_iter().map(|tally| tally.latencies)));
     Ok(values)

@@ -3,6 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::{Report, Sample};
+use crate::machine;
 use crate::metric::{Metric, Values};
 
 /// The values of one measurement.
@@ -26,6 +27,7 @@ pub(super) fn render(report: &Report) -> String {
         entry
     };
     let result = json!({
+        "machine": machine::profile(),
         "rounds": report.rounds,
         "seconds": report.duration.as_secs_f64(),
         "peers": report.peers,

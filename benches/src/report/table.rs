@@ -35,7 +35,7 @@ pub(super) fn render(report: &Report) -> String {
 fn of_workload(report: &Report, workload: Workload) -> String {
     let metrics = report.metrics(workload);
     let mut heading = vec![workload.to_string()];
-    heading.extend(metrics.iter().map(|metric| metric.heading().to_owned()));
+    heading.extend(metrics.iter().map(|metric| metric.heading()));
     let mut rows = vec![heading];
     for peer in &report.peers {
         let cells: Vec<_> = metrics.iter().map(|metric| cell(report, workload, peer, *metric)).collect();
