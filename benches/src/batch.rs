@@ -5,7 +5,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::net::UdpSocket;
 use std::os::fd::AsRawFd;
 
-use nix::sys::socket::{MsgFlags, MultiHeaders, SockaddrIn, recvmmsg, sendmmsg};
+use nix::sys::socket::{ControlMessage, MsgFlags, MultiHeaders, SockaddrIn, recvmmsg, sendmmsg, sendmsg};
 
 use crate::sock::unless_blocked;
 
@@ -91,6 +91,16 @@ impl Batch {
             kept += 1;
         }
         self.count = kept;
+    }
+
+    /// Sends the datagrams, which are all of one size, as one GSO batch on a connected socket (udp(7), `UDP_SEGMENT`);
+    /// returns how many were sent.
+    pub(crate) fn send_as_one(&self, socket: &UdpSocket) -> io::Result<usize> {
+        let slices: Vec<_> = self.iter().map(IoSlice::new).collect();
+        let size = u16::try_from(self.lens[0]).map_err(io::Error::other)?;
+        let segments = ControlMessage::UdpGsoSegments(&size);
+        let sent = sendmsg::<SockaddrIn>(socket.as_raw_fd(), &slices, &[segments], MsgFlags::empty(), None);
+        Ok(if unless_blocked(sent)?.is_some() { self.count } else { 0 })
     }
 
     /// Sends the datagrams back to their senders, or on a connected socket; returns how many were sent.

@@ -62,6 +62,8 @@ pub(crate) enum Workload {
     UdpBulk {
         /// Bytes of a datagram.
         size: usize,
+        /// Whether each call sends a GSO batch, as QUIC stacks do.
+        gso: bool,
     },
     /// From exec to ready.
     Start,
@@ -100,7 +102,7 @@ impl Workload {
         all.push(Self::TcpIdle { connections: 2000 });
         all.extend([(1, 64), (64, 8), (1000, 1)].into_iter().flat_map(udp_rr));
         all.push(Self::UdpPorts { ports: 2 });
-        all.push(Self::UdpBulk { size: 1400 });
+        all.extend([false, true].map(|gso| Self::UdpBulk { size: 1400, gso }));
         all.extend([Self::Start, Self::Footprint]);
         all.extend([0, 1000, 4000, 7936].map(|idle| Self::ScaleTcp { idle }));
         all.extend([0, 1000, 10_000].map(|idle| Self::ScaleUdp { idle }));
@@ -171,7 +173,8 @@ impl fmt::Display for Workload {
             Self::TcpIdle { connections } => write!(f, "tcp-idle-{connections}"),
             Self::UdpRr { flows, window, size } => write!(f, "udp-rr-{flows}x{window}-{size}B"),
             Self::UdpPorts { ports } => write!(f, "udp-ports-{ports}"),
-            Self::UdpBulk { size } => write!(f, "udp-bulk-{size}B"),
+            Self::UdpBulk { size, gso: false } => write!(f, "udp-bulk-{size}B"),
+            Self::UdpBulk { size, gso: true } => write!(f, "udp-bulk-{size}B-gso"),
             Self::Start => f.write_str("start"),
             Self::Footprint => f.write_str("footprint"),
             Self::ScaleTcp { idle } => write!(f, "scale-tcp-{idle}"),
@@ -203,7 +206,8 @@ impl FromStr for Workload {
             ["udp", "ports", n] => {
                 n.parse().ok().filter(|ports| (1..=64).contains(ports)).map(|ports| Self::UdpPorts { ports })
             }
-            ["udp", "bulk", n] => size(n).map(|size| Self::UdpBulk { size }),
+            ["udp", "bulk", n] => size(n).map(|size| Self::UdpBulk { size, gso: false }),
+            ["udp", "bulk", n, "gso"] => size(n).map(|size| Self::UdpBulk { size, gso: true }),
             ["start"] => Some(Self::Start),
             ["footprint"] => Some(Self::Footprint),
             ["scale", "tcp", n] => n.parse().ok().map(|idle| Self::ScaleTcp { idle }),

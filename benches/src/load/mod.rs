@@ -98,7 +98,7 @@ pub(crate) fn run(workload: Workload, target: Target<'_>) -> Result<Values, Load
         Workload::TcpGet { size, connections } => get(target, size, connections),
         Workload::UdpRr { flows, window, size } => udp_rr(target, Shape { flows, window, size, ports: 1 }),
         Workload::UdpPorts { ports } => udp_rr(target, Shape { flows: 64, window: 8, size: 64, ports }),
-        Workload::UdpBulk { size } => udp_bulk(target, size),
+        Workload::UdpBulk { size, gso } => udp_bulk(target, size, gso),
         other => Err(LoadError::io("run it as a load")(io::Error::other(format!(
             "{other} needs the processes of `compare`"
         )))),

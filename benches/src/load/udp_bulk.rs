@@ -15,12 +15,12 @@ use crate::pattern::Wrong;
 const ANSWER: Duration = Duration::from_millis(300);
 const QUESTIONS: u32 = 20;
 
-/// Measures how many datagrams arrive, with one flow per thread.
-pub(crate) fn udp_bulk(target: Target<'_>, size: usize) -> Result<Values, LoadError> {
+/// Measures how many datagrams arrive, with one flow per thread, sent one by one or in GSO batches.
+pub(crate) fn udp_bulk(target: Target<'_>, size: usize, gso: bool) -> Result<Values, LoadError> {
     let mut flows = Vec::new();
     for share in shares(target.threads, target.threads) {
         for index in share {
-            flows.push(Flow { socket: socket(target.address)?, name: name(index), sent: 0, size });
+            flows.push(Flow { socket: socket(target.address)?, name: name(index), sent: 0, size, gso });
         }
     }
     let (flows, span) = measure(target, flows, |flow| flow.flood(target.duration))?;
@@ -48,6 +48,7 @@ struct Flow {
     name: u32,
     sent: u64,
     size: usize,
+    gso: bool,
 }
 
 impl Flow {
@@ -58,7 +59,11 @@ impl Flow {
             for number in (self.sent..).take(BATCH) {
                 message::write(batch.push(self.size), service::SINK, self.name, number);
             }
-            self.sent += batch.send(&self.socket).map_err(LoadError::io("send a datagram"))? as u64;
+            let sent = match self.gso {
+                true => batch.send_as_one(&self.socket),
+                false => batch.send(&self.socket),
+            };
+            self.sent += sent.map_err(LoadError::io("send a datagram"))? as u64;
         }
         Ok(self)
     }
