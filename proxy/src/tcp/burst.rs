@@ -5,9 +5,10 @@ use std::time::{Duration, Instant};
 
 use super::direction::Direction;
 
-/// Bytes of a burst from which on it is spliced; below, copying is cheaper. After a burst of this size, the next one is
-/// spliced from its first byte, because the responses of a connection are often alike.
-const LARGE: u32 = 64 * 1024;
+/// Bytes of a burst from which on it is spliced. Below, copying is cheaper if the source sends single pages, as
+/// sendfile(2) does. After a burst of this size, the next one is spliced from its first byte, because the responses of a
+/// connection are often alike.
+const LARGE: u32 = 128 * 1024;
 
 /// Bytes of a burst from which on it is [relayed in bulk](super::bulk), so that shorter ones do not end with the delay of
 /// a tick.
@@ -78,4 +79,79 @@ fn now() -> u32 {
     static FIRST: LazyLock<Instant> = LazyLock::new(Instant::now);
     let elapsed: Duration = FIRST.elapsed();
     low(elapsed.as_secs().wrapping_mul(1000).wrapping_add(elapsed.subsec_millis().into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+    use std::thread::sleep;
+
+    use super::super::meter::Meter;
+    use super::super::stream::Stream;
+    use super::*;
+    use crate::runtime::new_runtime;
+    use crate::state::stats::Counter;
+
+    /// A burst in the direction that the first meter counts.
+    fn with_burst(check: impl FnOnce(&mut Burst, &Direction<'_>)) {
+        new_runtime().unwrap().block_on(async {
+            let total = Counter::default();
+            let [meter, opposite] = [&total; 2].map(Meter::new);
+            let (one, other) = UnixStream::pair().unwrap();
+            let (source, sink) = (Stream::new(one).unwrap(), Stream::new(other).unwrap());
+            let direction = Direction { source: &source, sink: &sink, meter: &meter, opposite: &opposite };
+            check(&mut Burst::default(), &direction);
+        });
+    }
+
+    /// Moves this many bytes within a burst that may have begun.
+    fn go_on(burst: &mut Burst, direction: &Direction<'_>, bytes: u32) {
+        burst.begin_next_if_over(direction);
+        direction.meter.add(bytes as usize);
+        burst.note_progress(direction);
+    }
+
+    #[test]
+    fn a_large_response_makes_the_next_one_large_from_its_start() {
+        with_burst(|burst, direction| {
+            go_on(burst, direction, LARGE - 1);
+            assert!(!burst.is_large(direction));
+            go_on(burst, direction, 1);
+            assert!(burst.is_large(direction));
+            for (response, next_is_large) in [(LARGE, true), (LARGE - 1, false)] {
+                direction.opposite.add(1);
+                go_on(burst, direction, response);
+                direction.opposite.add(1);
+                burst.begin_next_if_over(direction);
+                assert_eq!(burst.is_large(direction), next_is_large, "after {response} bytes");
+            }
+        });
+    }
+
+    #[test]
+    fn only_what_has_no_answer_and_no_pause_is_sustained() {
+        with_burst(|burst, direction| {
+            for _ in 0..SUSTAINED / LARGE {
+                go_on(burst, direction, LARGE);
+                direction.opposite.add(1);
+            }
+            assert!(!burst.is_sustained(direction), "each was answered");
+            go_on(burst, direction, SUSTAINED - 1);
+            assert!(!burst.is_sustained(direction));
+            sleep(Duration::from_millis(u64::from(PAUSE) + 2));
+            go_on(burst, direction, SUSTAINED - 1);
+            assert!(!burst.is_sustained(direction), "there was a pause");
+        });
+        // Without a pause, which a slow machine may have by itself.
+        let is_sustained = || {
+            let mut result = false;
+            with_burst(|burst, direction| {
+                go_on(burst, direction, SUSTAINED - 1);
+                go_on(burst, direction, 1);
+                result = burst.is_sustained(direction);
+            });
+            result
+        };
+        assert!((0..100).any(|_| is_sustained()));
+    }
 }
