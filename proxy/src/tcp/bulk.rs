@@ -73,7 +73,7 @@ impl Transfer {
 
     /// The capacity of the pipes that it uses now.
     fn capacity(&self) -> Capacity {
-        if TRANSFERS.load(Ordering::Relaxed) <= FEW { Capacity::Bulk } else { Capacity::Burst }
+        if TRANSFERS.load(Ordering::Relaxed) <= FEW { Capacity::Full } else { Capacity::Medium }
     }
 }
 

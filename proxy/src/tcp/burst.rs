@@ -4,11 +4,15 @@ use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
 use super::direction::Direction;
+use super::pipe::Capacity;
 
 /// Bytes of a burst from which on it is spliced. Below, copying is cheaper if the source sends single pages, as
 /// sendfile(2) does. After a burst of this size, the next one is spliced from its first byte, because the responses of a
 /// connection are often alike.
 const LARGE: u32 = 128 * 1024;
+
+/// Bytes of a burst from which on larger pipes serve it: it is rather a transfer than a response.
+const LONG: u32 = 1024 * 1024;
 
 /// Bytes of a burst from which on it is [relayed in bulk](super::bulk), so that shorter ones do not end with the delay of
 /// a tick.
@@ -35,6 +39,11 @@ impl Burst {
     /// Whether to splice.
     pub(super) fn is_large(&self, direction: &Direction<'_>) -> bool {
         self.follows_large || self.moved(direction) >= LARGE
+    }
+
+    /// The capacity of the pipes to splice through.
+    pub(super) fn capacity(&self, direction: &Direction<'_>) -> Capacity {
+        if self.moved(direction) < LONG { Capacity::Default } else { Capacity::Medium }
     }
 
     /// Whether to relay in bulk.

@@ -8,7 +8,6 @@ use tokio::task::coop::consume_budget;
 use super::bulk;
 use super::burst::Burst;
 use super::direction::{Direction, End};
-use super::pipe::Capacity;
 use super::transfer::{self, Rest, Step};
 
 /// Bytes moved before other tasks of the worker have their turn.
@@ -56,7 +55,7 @@ fn relay_ready(direction: &Direction<'_>, burst: &mut Burst, cx: &mut Context<'_
     let mut turn = 0;
     loop {
         let spliced = match burst.is_large(direction) {
-            true => transfer::splice(direction, Capacity::Burst),
+            true => transfer::splice(direction, burst.capacity(direction)),
             false => None,
         };
         let is_spliced = spliced.is_some();

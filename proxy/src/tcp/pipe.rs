@@ -36,21 +36,30 @@ const RETRY: Duration = Duration::from_secs(1);
 /// The number of pipes, in use or pooled.
 static OPEN: AtomicUsize = AtomicUsize::new(0);
 
+/// The most that one call moves. A pipe holds less: it has a slot for each 4 KiB of its capacity, and a slot holds one page
+/// or a part of it.
+const MOST_BYTES: usize = 1024 * 1024;
+
 /// The capacity of a pipe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Capacity {
-    /// What arrives at a time within a burst: four packets of the largest size. More gains nothing.
-    Burst,
-    /// What a bulk transfer may wait for, and the maximum for an unprivileged process (`fs.pipe-max-size`).
-    Bulk,
+    /// The kernel's default, for responses: 16 slots, as many as splice(2) passes to the socket at a time
+    /// (`splice_to_socket` in fs/splice.c). With more, it announces more after each 16, and the socket sends what is
+    /// left of whole segments in a packet of its own: twice as many packets if the source sends single pages.
+    Default,
+    /// For long bursts, and for many bulk transfers.
+    Medium,
+    /// For few bulk transfers, and the maximum for an unprivileged process (`fs.pipe-max-size`).
+    Full,
 }
 
 impl Capacity {
     /// In bytes.
     pub(super) const fn bytes(self) -> u32 {
         match self {
-            Self::Burst => 256 * 1024,
-            Self::Bulk => 1024 * 1024,
+            Self::Default => 64 * 1024,
+            Self::Medium => 256 * 1024,
+            Self::Full => 1024 * 1024,
         }
     }
 }
@@ -58,18 +67,15 @@ impl Capacity {
 /// The pipes that a worker keeps.
 #[derive(Default)]
 struct Pool {
-    burst: Vec<Pipe>,
-    bulk: Vec<Pipe>,
+    /// Indexed by capacity.
+    kept: [Vec<Pipe>; 3],
     /// When it last failed to open a pipe, or splice(2) was refused.
     failed: Option<Instant>,
 }
 
 impl Pool {
     fn of(&mut self, capacity: Capacity) -> &mut Vec<Pipe> {
-        match capacity {
-            Capacity::Burst => &mut self.burst,
-            Capacity::Bulk => &mut self.bulk,
-        }
+        &mut self.kept[capacity as usize]
     }
 
     fn take(&mut self, capacity: Capacity) -> Option<Pipe> {
@@ -86,7 +92,7 @@ impl Pool {
 }
 
 thread_local! {
-    static POOL: RefCell<Pool> = const { RefCell::new(Pool { burst: Vec::new(), bulk: Vec::new(), failed: None }) };
+    static POOL: RefCell<Pool> = const { RefCell::new(Pool { kept: [const { Vec::new() }; 3], failed: None }) };
 }
 
 /// Takes an empty pipe from this worker's pool, or opens one. Returns `None` if that fails, or has failed lately.
@@ -116,8 +122,6 @@ pub(super) struct Pipe {
     write_end: OwnedFd,
     /// What was asked for.
     capacity: Capacity,
-    /// What it has, in bytes.
-    size: usize,
     /// Bytes in the pipe. Counted here, because `EAGAIN` from splice(2) does not say whether the pipe or the
     /// socket caused it.
     held: usize,
@@ -133,7 +137,7 @@ impl Pipe {
             .or_else(|_errno| fcntl(&write_end, FcntlArg::F_GETPIPE_SZ))
             .ok()?;
         let size = usize::try_from(size).ok()?;
-        let pipe = Self { read_end, write_end, capacity, size, held: 0, _permit: permit };
+        let pipe = Self { read_end, write_end, capacity, held: 0, _permit: permit };
         (size >= USEFUL_SIZE).then_some(pipe)
     }
 
@@ -149,7 +153,7 @@ impl Pipe {
     /// `EAGAIN` if no data is queued; the error of `source`.
     pub(super) fn fill(&mut self, source: &Stream) -> io::Result<usize> {
         debug_assert!(self.is_empty(), "only then EAGAIN speaks of the source");
-        let filled = source.read_by(|source| splice_some(source, &self.write_end, self.size))?;
+        let filled = source.read_by(|source| splice_some(source, &self.write_end, MOST_BYTES))?;
         self.held = filled;
         Ok(filled)
     }
@@ -234,7 +238,7 @@ mod tests {
 
     /// A pipe with `bytes` in it.
     fn holding(bytes: &[u8]) -> Pipe {
-        let mut pipe = Pipe::open(Capacity::Burst).unwrap();
+        let mut pipe = Pipe::open(Capacity::Default).unwrap();
         pipe.held = write(&pipe.write_end, bytes).unwrap();
         pipe
     }
@@ -249,18 +253,18 @@ mod tests {
 
     #[test]
     fn a_worker_keeps_a_few_pipes_that_are_empty() {
-        let kept = || POOL.with_borrow(|pool| pool.burst.len());
+        let kept = || POOL.with_borrow(|pool| pool.kept[0].len());
         // The pool is this thread's.
         assert_eq!(kept(), 0);
         give_back(holding(b"left"));
         assert_eq!(kept(), 0, "nobody else may get these bytes");
-        let pipes: Vec<Pipe> = (0..2 * KEPT_BY_WORKER).map(|_| take(Capacity::Burst).unwrap()).collect();
+        let pipes: Vec<Pipe> = (0..2 * KEPT_BY_WORKER).map(|_| take(Capacity::Default).unwrap()).collect();
         pipes.into_iter().for_each(give_back);
         assert_eq!(kept(), KEPT_BY_WORKER);
-        let again = take(Capacity::Burst).unwrap();
+        let again = take(Capacity::Default).unwrap();
         assert_eq!(kept(), KEPT_BY_WORKER - 1);
         assert!(again.is_empty());
-        give_back(take(Capacity::Bulk).unwrap());
+        give_back(take(Capacity::Full).unwrap());
         assert_eq!(kept(), KEPT_BY_WORKER - 1, "a bulk transfer has pipes of its own");
         close_kept();
         assert_eq!(kept(), 0);
@@ -269,7 +273,7 @@ mod tests {
     #[test]
     fn a_closed_pipe_makes_room_for_another() {
         for number in 0..2 * MOST {
-            assert!(Pipe::open(Capacity::Burst).is_some(), "after {number} others");
+            assert!(Pipe::open(Capacity::Default).is_some(), "after {number} others");
         }
     }
 
