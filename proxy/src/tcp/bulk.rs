@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use rproxy_sys::socket::set_receive_low_watermark;
-use tokio::task::coop::consume_budget;
+use tokio::task::yield_now;
 use tokio::time::timeout;
 
 use super::direction::{Direction, End};
@@ -26,7 +26,10 @@ const FIRST_WATERMARK: u32 = 256 * 1024;
 
 /// Up to this many transfers of the process have large pipes and watermarks. What more of them would have in flight does
 /// not fit into the caches of the processors any more.
-const FEW: usize = 4;
+const FEW: usize = 8;
+
+/// Bytes moved before other tasks of the worker have their turn.
+const TURN: usize = 4 * 1024 * 1024;
 
 /// The number of transfers of the process that are relayed in bulk.
 static TRANSFERS: AtomicUsize = AtomicUsize::new(0);
@@ -41,12 +44,17 @@ pub(super) async fn relay(direction: &Direction<'_>) -> Result<(), End> {
     let transfer = Transfer::begin();
     let mut watermark = Watermark::new(source);
     let answered = opposite.moved();
+    let mut turn = 0;
     loop {
-        // As in `half::pump`.
-        consume_budget().await;
         match transfer::splice(direction, transfer.capacity()) {
             None => return Ok(()),
-            Some(Step::Moved(_)) => {}
+            Some(Step::Moved(moved)) => {
+                turn += moved;
+                if turn >= TURN {
+                    turn = 0;
+                    yield_now().await;
+                }
+            }
             Some(Step::Blocked(rest)) => rest.flush(direction).await?,
             Some(Step::Ended(end)) => return Err(end),
             Some(Step::NotReady) => {

@@ -29,7 +29,7 @@ pub(super) struct Burst {
     start: u32,
     /// What the opposite direction had moved then.
     opposite: u32,
-    /// When the burst was last moved on, if it is large.
+    /// When the burst was last moved on, if it is spliced.
     last: u32,
     /// Whether the burst before it was large.
     follows_large: bool,
@@ -53,7 +53,7 @@ impl Burst {
 
     /// Records that bytes may have been moved.
     pub(super) fn note_progress(&mut self, direction: &Direction<'_>) {
-        if self.moved(direction) >= LARGE {
+        if self.is_large(direction) {
             self.last = now();
         }
     }
@@ -61,7 +61,8 @@ impl Burst {
     /// Begins another burst if the opposite direction has moved something since, or if there was a pause.
     pub(super) fn begin_next_if_over(&mut self, direction: &Direction<'_>) {
         let is_answered = low(direction.opposite.moved()) != self.opposite;
-        let paused = || self.moved(direction) >= LARGE && now().wrapping_sub(self.last) > PAUSE;
+        let has_begun = self.moved(direction) > 0;
+        let paused = || has_begun && self.is_large(direction) && now().wrapping_sub(self.last) > PAUSE;
         if is_answered || paused() {
             self.restart(direction);
         }
@@ -133,6 +134,19 @@ mod tests {
                 direction.opposite.add(1);
                 burst.begin_next_if_over(direction);
                 assert_eq!(burst.is_large(direction), next_is_large, "after {response} bytes");
+            }
+        });
+    }
+
+    #[test]
+    fn what_trickles_after_a_large_burst_is_copied() {
+        with_burst(|burst, direction| {
+            go_on(burst, direction, LARGE);
+            for is_large in [true, false, false] {
+                sleep(Duration::from_millis(u64::from(PAUSE) + 2));
+                burst.begin_next_if_over(direction);
+                assert_eq!(burst.is_large(direction), is_large);
+                go_on(burst, direction, 1);
             }
         });
     }

@@ -4,6 +4,7 @@ use std::future::poll_fn;
 use std::task::{Context, Poll, ready};
 
 use tokio::task::coop::consume_budget;
+use tokio::task::yield_now;
 
 use super::bulk;
 use super::burst::Burst;
@@ -20,7 +21,10 @@ pub(super) async fn pump(direction: &Direction<'_>) -> End {
         // While both sides keep up, nothing here waits, so yield to other tasks of the worker.
         consume_budget().await;
         let result = match poll_fn(|cx| relay_ready(direction, &mut burst, cx)).await {
-            Stopped::Turn => Ok(()),
+            Stopped::Turn => {
+                yield_now().await;
+                Ok(())
+            }
             // On the heap, because most connections are idle most of the time, and these states would enlarge
             // the future of each.
             Stopped::Blocked(rest) => Box::pin(rest.flush(direction)).await,
