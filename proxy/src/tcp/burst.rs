@@ -69,9 +69,15 @@ impl Burst {
     }
 
     /// Begins another burst.
-    pub(super) fn restart(&mut self, direction: &Direction<'_>) {
+    fn restart(&mut self, direction: &Direction<'_>) {
         self.follows_large = self.moved(direction) >= LARGE;
         (self.start, self.opposite) = (low(direction.meter.moved()), low(direction.opposite.moved()));
+    }
+
+    /// Begins another burst after one that was relayed in bulk, which is long from its start.
+    pub(super) fn restart_long(&mut self, direction: &Direction<'_>) {
+        self.restart(direction);
+        self.start = self.start.wrapping_sub(LONG);
     }
 
     fn moved(&self, direction: &Direction<'_>) -> u32 {

@@ -30,7 +30,7 @@ pub(super) async fn pump(direction: &Direction<'_>) -> End {
             Stopped::Blocked(rest) => Box::pin(rest.flush(direction)).await,
             Stopped::Sustained => {
                 let result = Box::pin(bulk::relay(direction)).await;
-                burst.restart(direction);
+                burst.restart_long(direction);
                 result
             }
             Stopped::Ended(end) => Err(end),
