@@ -43,7 +43,7 @@ impl Burst {
 
     /// The capacity of the pipes to splice through.
     pub(super) fn capacity(&self, direction: &Direction<'_>) -> Capacity {
-        if self.moved(direction) < LONG { Capacity::Default } else { Capacity::Medium }
+        if self.moved(direction) < LONG { Capacity::Default } else { Capacity::Full }
     }
 
     /// Whether to relay in bulk.

@@ -47,9 +47,9 @@ pub(super) enum Capacity {
     /// (`splice_to_socket` in fs/splice.c). With more, it announces more after each 16, and the socket sends what is
     /// left of whole segments in a packet of its own: twice as many packets if the source sends single pages.
     Default,
-    /// For long bursts, and for many bulk transfers.
+    /// For many bulk transfers.
     Medium,
-    /// For few bulk transfers, and the maximum for an unprivileged process (`fs.pipe-max-size`).
+    /// For long bursts and few bulk transfers, and the maximum for an unprivileged process (`fs.pipe-max-size`).
     Full,
 }
 
