@@ -78,6 +78,7 @@ impl Burst {
     pub(super) fn restart_long(&mut self, direction: &Direction<'_>) {
         self.restart(direction);
         self.start = self.start.wrapping_sub(LONG);
+        self.last = now();
     }
 
     fn moved(&self, direction: &Direction<'_>) -> u32 {
@@ -154,6 +155,21 @@ mod tests {
                 assert_eq!(burst.is_large(direction), is_large);
                 go_on(burst, direction, 1);
             }
+        });
+    }
+
+    #[test]
+    fn what_goes_on_after_bulk_is_long_from_its_start_unless_it_paused() {
+        with_burst(|burst, direction| {
+            go_on(burst, direction, SUSTAINED);
+            // In bulk.
+            sleep(Duration::from_millis(u64::from(PAUSE) + 2));
+            burst.restart_long(direction);
+            assert_eq!(burst.capacity(direction), Capacity::Full);
+            assert!(!burst.is_sustained(direction));
+            sleep(Duration::from_millis(u64::from(PAUSE) + 2));
+            go_on(burst, direction, 1);
+            assert_eq!(burst.capacity(direction), Capacity::Default);
         });
     }
 
