@@ -4,6 +4,7 @@
 
 mod bulk;
 mod crr;
+mod exchange;
 mod get;
 mod idle;
 mod rr;

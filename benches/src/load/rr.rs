@@ -1,15 +1,14 @@
 //! Small requests and responses, repeated on the same connections.
 
 use std::net::TcpStream;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use hdrhistogram::Histogram;
-
-use super::{GRACE, LoadError, MESSAGE, TICK, Target, connect, latencies, measure, quantiles, record};
+use super::exchange::{Exchange, exchange};
+use super::{GRACE, LoadError, MESSAGE, Target, connect};
 use crate::message::{self, service};
-use crate::metric::{Metric, Unit, Values};
+use crate::metric::Values;
 use crate::pattern::Wrong;
-use crate::sock::{Events, Interest, Poll, receive, transmit_all};
+use crate::sock::{receive, transmit_all};
 
 /// Measures how many requests `connections` connections complete, each with one in flight.
 pub(crate) fn rr(target: Target<'_>, connections: usize) -> Result<Values, LoadError> {
@@ -22,45 +21,7 @@ pub(crate) fn rr(target: Target<'_>, connections: usize) -> Result<Values, LoadE
         }
         shares.push(share);
     }
-    let (tallies, span) = measure(target, shares, |share| drive(share, target.duration))?;
-    let responses = tallies.iter().map(Histogram::len).sum();
-    let mut values = vec![(Metric::Requests, span.rate(responses))];
-    values.extend(span.costs(Unit::Request, responses as f64));
-    values.extend(quantiles(tallies));
-    Ok(values)
-}
-
-fn drive(mut share: Vec<Connection>, duration: Duration) -> Result<Histogram<u64>, LoadError> {
-    let poll = Poll::new().map_err(LoadError::io("create an epoll instance"))?;
-    for (token, connection) in share.iter().enumerate() {
-        poll.add(&connection.stream, Interest::EPOLLIN, token)
-            .map_err(LoadError::io("watch a connection"))?;
-    }
-    let end = Instant::now() + duration;
-    for connection in &mut share {
-        connection.request(Instant::now())?;
-    }
-    let (mut events, mut buffer, mut tally) = (Events::new(), [0; 2 * MESSAGE], latencies());
-    let mut open = share.len();
-    while open > 0 {
-        let ready = poll.wait(&mut events, TICK).map_err(LoadError::io("wait for events"))?;
-        for (token, _readiness) in ready {
-            let connection = &mut share[token];
-            if !connection.response(&mut buffer)? {
-                continue;
-            }
-            let now = Instant::now();
-            record(&mut tally, now - connection.sent);
-            match now < end {
-                true => connection.request(now)?,
-                false => open -= 1,
-            }
-        }
-        if Instant::now() >= end + GRACE {
-            return Err(LoadError::Stalled(format!("{open} requests have no response")));
-        }
-    }
-    Ok(tally)
+    exchange(target, shares, 2 * MESSAGE)
 }
 
 /// A connection with at most one request in flight.
@@ -86,6 +47,16 @@ impl Connection {
         read.map_err(LoadError::io("receive a first response"))?;
         Ok(message::check(&response, service::ECHO, 0, self.number)?)
     }
+}
+
+impl Exchange for Connection {
+    fn stream(&self) -> &TcpStream {
+        &self.stream
+    }
+
+    fn sent(&self) -> Instant {
+        self.sent
+    }
 
     fn request(&mut self, now: Instant) -> Result<(), LoadError> {
         self.number += 1;
@@ -95,7 +66,6 @@ impl Connection {
         transmit_all(&self.stream, &request).map_err(LoadError::io("send a request"))
     }
 
-    /// Reads; returns whether the response is complete.
     fn response(&mut self, buffer: &mut [u8]) -> Result<bool, LoadError> {
         let count = match receive(&self.stream, buffer).map_err(LoadError::io("receive a response"))? {
             None => return Ok(false),

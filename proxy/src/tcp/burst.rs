@@ -1,7 +1,7 @@
 //! Bursts: what a direction moves without a pause and without an answer, such as a response or an upload.
 
 use std::sync::LazyLock;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::direction::Direction;
 use super::pipe::Capacity;
@@ -94,7 +94,7 @@ fn low(count: u64) -> u32 {
 /// Milliseconds since this was first called.
 fn now() -> u32 {
     static FIRST: LazyLock<Instant> = LazyLock::new(Instant::now);
-    let elapsed: Duration = FIRST.elapsed();
+    let elapsed = FIRST.elapsed();
     low(elapsed.as_secs().wrapping_mul(1000).wrapping_add(elapsed.subsec_millis().into()))
 }
 
@@ -102,6 +102,7 @@ fn now() -> u32 {
 mod tests {
     use std::os::unix::net::UnixStream;
     use std::thread::sleep;
+    use std::time::Duration;
 
     use super::super::meter::Meter;
     use super::super::stream::Stream;
