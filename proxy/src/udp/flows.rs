@@ -36,6 +36,13 @@ impl UdpRelay {
         }
     }
 
+    /// Ends all flows before the task ends, for what their sockets dropped since they were last read. A backend that
+    /// goes on sending does not hold it up.
+    pub(super) fn end_all(&mut self) {
+        self.end_flows(|_listeners, _key| true);
+        self.close_ended(self.ended.len());
+    }
+
     /// Ends a flow that was evicted.
     pub(super) fn displace(&mut self, ended: Ended<Flow>) {
         ended.flow.target().policy.state.stats.count(FailureKind::FlowDisplaced);

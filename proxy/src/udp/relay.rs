@@ -143,6 +143,7 @@ impl UdpRelay {
             }
         }
         debug!("no UDP flow is active any more");
+        self.end_all();
         Ok(None)
     }
 

@@ -48,6 +48,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("clients behind one slow link share it", shared_link),
         case("queued replies survive their mapping", removal),
         case("queued replies survive the signal to end", end_of_the_process),
+        case("replies that are lost before the end", lost_at_the_end),
         case("queued replies survive the end of their socket", destroyed),
         case("queued replies survive an upgrade", upgrade),
         case("nothing is left after congestion", over),
@@ -197,8 +198,9 @@ fn slow_link() {
     assert!(proxy.process.is_running());
 }
 
-/// Answers that are more than the listener's buffer and that of a socket towards the client hold.
-const ANSWERS: usize = 4_000;
+/// More answers than the listener's buffer and that of a socket towards the client hold, but not more than the buffer of
+/// the flow does: the relay may not get to run while they are sent.
+const ANSWERS: usize = 3_000;
 
 /// Has answers wait, calls `change`, and checks that all of them come.
 fn assert_all_come(net: &Topology, change: impl FnOnce()) {
@@ -233,6 +235,25 @@ fn removal() {
 /// Of a process that is told to end.
 fn end_of_the_process() {
     assert_survive(|proxy| proxy.process.signal(Signal::SIGTERM));
+}
+
+/// More replies come while the process does not run than the buffer of the flow holds, and none behind them: the loss is
+/// reported before the process ends.
+fn lost_at_the_end() {
+    let backend = udp::local();
+    let proxy = udp::relay(Ipv4Addr::LOCALHOST, udp::address(&backend), &[]);
+    let client = udp::local();
+    client.send_to(b"hello", proxy.address()).unwrap();
+    let flow = udp::receive(&backend).1;
+    proxy.process.pause();
+    for _ in 0..2 * ANSWERS {
+        backend.send_to(&[0; 1_200], flow).unwrap();
+    }
+    proxy.process.signal(Signal::SIGTERM);
+    proxy.process.resume();
+    let lost = |line: &str| line.contains("datagrams lost") && line.contains("no_buffer=");
+    proxy.process.wait_for_line(Stream::Stderr, lost);
+    assert!(proxy.process.wait().success());
 }
 
 /// All clients share the link that is full, and ask for as much as each other: they get as much.
