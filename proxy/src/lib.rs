@@ -27,3 +27,4 @@ pub mod systemd;
 
 pub mod log;
 pub mod loops;
+pub mod proxy_protocol;

@@ -18,6 +18,7 @@ pub mod limits;
 pub mod name;
 pub mod overlap;
 pub mod ports;
+pub mod proxy_protocol;
 pub mod publish;
 #[cfg(any(test, feature = "testdata"))]
 pub mod testdata;

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::access::AccessList;
 use crate::dscp::Dscp;
+use crate::proxy_protocol::ProxyProtocol;
 
 /// The limits of a mapping's connections and flows, the clients that it serves, and other options.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -33,6 +34,8 @@ pub struct Limits {
     /// The code point to send with in both directions. `None` keeps that of each datagram, and the default for
     /// connections.
     pub dscp: Option<Dscp>,
+    /// How the backend is told who a client is, and how a proxy in front tells it.
+    pub proxy_protocol: ProxyProtocol,
     /// The clients to serve. Connections of others are reset, and their datagrams are dropped.
     pub access: AccessList,
 }
@@ -50,6 +53,7 @@ impl Default for Limits {
             udp_max_flows_per_source: None,
             udp_any_port: false,
             dscp: None,
+            proxy_protocol: ProxyProtocol::default(),
             access: AccessList::default(),
         }
     }

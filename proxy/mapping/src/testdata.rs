@@ -4,12 +4,14 @@
 
 use std::time::Duration;
 
+use ipnet::IpNet;
 use proptest::prelude::*;
 
 use crate::Mapping;
 use crate::access::{AccessList, parse_network};
 use crate::limits::{Limits, OnLimit};
 use crate::ports::PortRange;
+use crate::proxy_protocol::{ProxyDatagrams, ProxyProtocol, ProxyVersion};
 
 /// Generates any mapping, with or without limits.
 pub fn any_mapping() -> impl Strategy<Value = Mapping> {
@@ -34,16 +36,21 @@ pub fn any_mapping() -> impl Strategy<Value = Mapping> {
 
 fn any_limits() -> impl Strategy<Value = Limits> {
     let limit = || (1..10_000_000_u64).prop_map(Duration::from_millis);
-    let network = || proptest::sample::select(vec!["10.0.0.0/8", "fd00::/8", "192.0.2.7"]);
-    let networks =
-        || proptest::collection::vec(network().prop_map(|text| parse_network(text).unwrap()), 0..3);
     let count = || proptest::option::of(1..100_000_usize);
     let optional = || proptest::option::of(limit());
     let times = (optional(), optional(), limit());
     let dscp = proptest::option::of((0..64_u8).prop_map(|bits| bits.to_string().parse().unwrap()));
     let switches = (any::<bool>(), any::<bool>());
-    (times, switches, (count(), count(), count()), dscp, networks(), networks()).prop_map(
-        |((connect_timeout, idle_timeout, udp_timeout), is_on, counts, dscp, allow, deny)| Limits {
+    let access = (any_networks(), any_networks());
+    (times, switches, (count(), count(), count()), dscp, any_proxy_protocol(), access).prop_map(
+        |(
+            (connect_timeout, idle_timeout, udp_timeout),
+            is_on,
+            counts,
+            dscp,
+            proxy_protocol,
+            (allow, deny),
+        )| Limits {
             connect_timeout,
             idle_timeout,
             max_connections: counts.0,
@@ -53,7 +60,21 @@ fn any_limits() -> impl Strategy<Value = Limits> {
             udp_max_flows_per_source: counts.2,
             udp_any_port: is_on.1,
             dscp,
+            proxy_protocol,
             access: AccessList { allow, deny },
         },
     )
+}
+
+fn any_networks() -> impl Strategy<Value = Vec<IpNet>> {
+    let network = proptest::sample::select(vec!["10.0.0.0/8", "fd00::/8", "192.0.2.7"]);
+    proptest::collection::vec(network.prop_map(|text| parse_network(text).unwrap()), 0..3)
+}
+
+fn any_proxy_protocol() -> impl Strategy<Value = ProxyProtocol> {
+    let version = proptest::sample::select(vec![None, Some(ProxyVersion::V1), Some(ProxyVersion::V2)]);
+    let datagrams = proptest::sample::select(vec![ProxyDatagrams::Each, ProxyDatagrams::First]);
+    let timeout = (1..10_000_000_u64).prop_map(Duration::from_millis);
+    (version, datagrams, any_networks(), timeout)
+        .prop_map(|(send, send_udp, accept, timeout)| ProxyProtocol { send, send_udp, accept, timeout })
 }

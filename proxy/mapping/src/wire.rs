@@ -16,6 +16,7 @@ use crate::interfaces::Interfaces;
 use crate::limits::{Limits, OnLimit};
 use crate::name::Name;
 use crate::ports::PortRange;
+use crate::proxy_protocol::{ProxyDatagrams, ProxyProtocol};
 use crate::{HostPorts, Mapping, MappingError};
 
 /// A mapping in JSON.
@@ -90,6 +91,18 @@ pub struct WireLimits {
     /// The number or name of a code point.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dscp: Option<String>,
+    /// `v1` or `v2`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub send_proxy: Option<String>,
+    /// `each` or `first`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub send_proxy_udp: Option<String>,
+    /// Networks.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub accept_proxy: Vec<String>,
+    /// A duration.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub proxy_timeout: Option<String>,
     /// Networks.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub allow: Vec<String>,
@@ -180,6 +193,8 @@ impl WireLimits {
         let duration = |limit: Option<Duration>, default: Option<Duration>| {
             (limit != default).then(|| format_limit(limit))
         };
+        let proxy = &limits.proxy_protocol;
+        let of_proxy = &default.proxy_protocol;
         let networks = |networks: &[IpNet]| networks.iter().map(ToString::to_string).collect();
         Self {
             connect_timeout: duration(limits.connect_timeout, default.connect_timeout),
@@ -191,6 +206,10 @@ impl WireLimits {
             udp_max_flows_per_source: limits.udp_max_flows_per_source,
             udp_any_port: limits.udp_any_port,
             dscp: limits.dscp.map(|dscp| dscp.to_string()),
+            send_proxy: proxy.send.map(|version| version.to_string()),
+            send_proxy_udp: (proxy.send_udp != ProxyDatagrams::default()).then(|| proxy.send_udp.to_string()),
+            accept_proxy: networks(&proxy.accept),
+            proxy_timeout: duration(Some(proxy.timeout), Some(of_proxy.timeout)),
             allow: networks(&limits.access.allow),
             deny: networks(&limits.access.deny),
         }
@@ -213,6 +232,7 @@ impl WireLimits {
         let per_source = self.udp_max_flows_per_source;
         let per_source = read_count("limits.udp_max_flows_per_source", per_source, wrong);
         let dscp = wrong.note("limits.dscp", self.dscp.as_deref().map(str::parse).transpose());
+        let proxy_protocol = self.read_proxy_protocol(wrong);
         let (allow, deny) = (read_networks(&self.allow), read_networks(&self.deny));
         let (allow, deny) = (wrong.note("limits.allow", allow), wrong.note("limits.deny", deny));
         Some(Limits {
@@ -225,7 +245,27 @@ impl WireLimits {
             udp_max_flows_per_source: per_source?,
             udp_any_port: self.udp_any_port,
             dscp: dscp?,
+            proxy_protocol: proxy_protocol?,
             access: AccessList { allow: allow?, deny: deny? },
+        })
+    }
+
+    fn read_proxy_protocol(&self, wrong: &mut FieldErrors) -> Option<ProxyProtocol> {
+        let default = ProxyProtocol::default();
+        let send = wrong.note("limits.send_proxy", self.send_proxy.as_deref().map(str::parse).transpose());
+        let send_udp = self.send_proxy_udp.as_deref().map(str::parse).transpose();
+        let send_udp = wrong.note("limits.send_proxy_udp", send_udp);
+        let accept = wrong.note("limits.accept_proxy", read_networks(&self.accept_proxy));
+        let timeout = self.proxy_timeout.as_deref().map(|text| match text {
+            UNLIMITED => Err("a header needs one, such as \"5s\"".to_owned()),
+            text => parse_limit(text),
+        });
+        let timeout = wrong.note("limits.proxy_timeout", timeout.transpose());
+        Some(ProxyProtocol {
+            send: send?,
+            send_udp: send_udp?.unwrap_or_default(),
+            accept: accept?,
+            timeout: timeout?.unwrap_or(default.timeout),
         })
     }
 }
@@ -316,7 +356,8 @@ mod tests {
             r#"{"host_ports":"1000-1009","to":"172.17.0.2","to_ports":"2000-2009","proto":"tcp+udp","v6only":true}"#,
             r#"{"to":"172.17.0.2","to_ports":"80","limits":{"connect_timeout":"unlimited","idle_timeout":"1m",
                 "max_connections":9,"on_limit":"reset","udp_timeout":"5s","udp_max_flows":7,
-                "udp_max_flows_per_source":3,"udp_any_port":true,"dscp":"ef","allow":["10.0.0.0/8"],"deny":["fd00::/8"]}}"#,
+                "udp_max_flows_per_source":3,"udp_any_port":true,"dscp":"ef","send_proxy":"v2","send_proxy_udp":"first",
+                "accept_proxy":["10.0.0.0/8"],"proxy_timeout":"1s","allow":["10.0.0.0/8"],"deny":["fd00::/8"]}}"#,
         ] {
             let mapping = read(json).expect(json);
             assert_eq!(WireMapping::of(&mapping).read(&NoInterfaces, ScopedIp::ANY), Ok(mapping), "{json}");
@@ -341,6 +382,22 @@ mod tests {
             (
                 r#"{"to":"172.17.0.2","to_ports":"80","limits":{"dscp":"AF5"}}"#,
                 "limits.dscp: not a code point",
+            ),
+            (
+                r#"{"to":"172.17.0.2","to_ports":"80","limits":{"send_proxy":"v3"}}"#,
+                "limits.send_proxy: write \"v1\" or",
+            ),
+            (
+                r#"{"to":"172.17.0.2","to_ports":"80","limits":{"send_proxy_udp":"all"}}"#,
+                "limits.send_proxy_udp: write \"each\" or",
+            ),
+            (
+                r#"{"to":"172.17.0.2","to_ports":"80","limits":{"proxy_timeout":"unlimited"}}"#,
+                "limits.proxy_timeout: a header needs one",
+            ),
+            (
+                r#"{"to":"172.17.0.2","to_ports":"80","limits":{"accept_proxy":["10.0.0.1/8"]}}"#,
+                "limits.accept_proxy: '10.0.0.1/8': it has host bits set; write 10.0.0.0/8",
             ),
             (r#"{"to":"172.17.0.2","to_ports":"80","limits":{"dscp":"184"}}"#, "whose code point is 46"),
             (

@@ -14,11 +14,14 @@ use rproxy_mapping::endpoint::{BackendSpec, HostSpec};
 use rproxy_mapping::limits::{Limits, OnLimit};
 use rproxy_mapping::name::Name;
 use rproxy_mapping::overlap::refuse_overlap;
+use rproxy_mapping::proxy_protocol::{ProxyDatagrams, ProxyProtocol, ProxyVersion};
 use rproxy_mapping::publish::{ExposedPorts, PublishSpec};
 use rproxy_mapping::{Mapping, MappingError};
 
 use super::UsageError;
-use super::values::{Limit, To, on_limit, parse_count, parse_host, parse_publish};
+use super::values::{
+    Limit, To, on_limit, parse_count, parse_host, parse_publish, proxy_datagrams, proxy_version,
+};
 use crate::bind::family::everywhere;
 use crate::loops::{LoopReason, refuse_loops_among};
 
@@ -95,6 +98,20 @@ struct LimitArgs {
     /// received; TCP 0]
     #[arg(long, value_name = "CODE_POINT", allow_hyphen_values = true)]
     dscp: Option<Dscp>,
+    /// Tell the backend who the client is, in a header of the PROXY protocol before the first byte; datagrams have
+    /// v2 in either case
+    #[arg(long, value_name = "VERSION", value_parser = proxy_version())]
+    send_proxy: Option<ProxyVersion>,
+    /// Which datagrams of a flow begin with that header
+    #[arg(long, value_name = "DATAGRAMS", value_parser = proxy_datagrams(), default_value_t)]
+    send_proxy_udp: ProxyDatagrams,
+    /// Peers in these networks are proxies: each of their connections and datagrams has to begin with a header of the
+    /// PROXY protocol, which tells who the client is
+    #[arg(long, value_name = "NETWORK", value_delimiter = ',', value_parser = parse_network)]
+    accept_proxy: Vec<IpNet>,
+    /// How long the header of a connection may take to arrive
+    #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = parse_limit, allow_hyphen_values = true)]
+    proxy_timeout: Duration,
 }
 
 impl LimitArgs {
@@ -109,6 +126,12 @@ impl LimitArgs {
             udp_max_flows_per_source: self.udp_max_flows_per_source,
             udp_any_port: self.udp_any_port,
             dscp: self.dscp,
+            proxy_protocol: ProxyProtocol {
+                send: self.send_proxy,
+                send_udp: self.send_proxy_udp,
+                accept: self.accept_proxy.clone(),
+                timeout: self.proxy_timeout,
+            },
             access: AccessList { allow: self.allow.clone(), deny: self.deny.clone() },
         }
     }
@@ -122,7 +145,7 @@ struct Asked {
 
 impl MappingArgs {
     /// The ids of these options in clap. All of them can be expressed in a file.
-    pub(super) const IDS: [&str; 19] = [
+    pub(super) const IDS: [&str; 23] = [
         "host",
         "to",
         "publish",
@@ -142,6 +165,10 @@ impl MappingArgs {
         "udp_max_flows_per_source",
         "udp_any_port",
         "dscp",
+        "send_proxy",
+        "send_proxy_udp",
+        "accept_proxy",
+        "proxy_timeout",
     ];
 
     /// Whether no mapping is requested.

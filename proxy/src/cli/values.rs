@@ -8,6 +8,7 @@ use rproxy_mapping::addr::{AddrError, ScopedIp};
 use rproxy_mapping::duration::{UNLIMITED, parse, parse_optional_limit};
 use rproxy_mapping::endpoint::{BackendSpec, HostSpec};
 use rproxy_mapping::limits::OnLimit;
+use rproxy_mapping::proxy_protocol::{ProxyDatagrams, ProxyVersion};
 use rproxy_mapping::publish::{PublishSpec, SpecError};
 
 use crate::bind::interfaces::HostInterfaces;
@@ -50,6 +51,16 @@ pub(super) fn parse_publish(text: &str) -> Result<PublishSpec, SpecError> {
 /// Parses one of the values that the help lists.
 pub(super) fn on_limit() -> impl TypedValueParser<Value = OnLimit> {
     PossibleValuesParser::new(["wait", "reset"]).try_map(|text| text.parse::<OnLimit>())
+}
+
+/// Parses one of the values that the help lists.
+pub(super) fn proxy_version() -> impl TypedValueParser<Value = ProxyVersion> {
+    PossibleValuesParser::new(["v1", "v2"]).try_map(|text| text.parse::<ProxyVersion>())
+}
+
+/// Parses one of the values that the help lists.
+pub(super) fn proxy_datagrams() -> impl TypedValueParser<Value = ProxyDatagrams> {
+    PossibleValuesParser::new(["each", "first"]).try_map(|text| text.parse::<ProxyDatagrams>())
 }
 
 /// A time limit, or none.

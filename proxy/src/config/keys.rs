@@ -41,6 +41,10 @@ pub(super) struct Keys {
     udp_max_flows_per_source: Count,
     udp_any_port: Switch,
     dscp: Option<Spanned<NumberOrText>>,
+    send_proxy: Text,
+    send_proxy_udp: Text,
+    accept_proxy: Texts,
+    proxy_timeout: Text,
     allow: Texts,
     deny: Texts,
     /// Keys that are present but unreadable or misspelt.
@@ -207,6 +211,10 @@ impl Keys {
             udp_max_flows_per_source: count(&self.udp_max_flows_per_source),
             udp_any_port: is_on(&self.udp_any_port),
             dscp: self.dscp.as_ref().map(|value| value.get_ref().0.clone()),
+            send_proxy: text(&self.send_proxy),
+            send_proxy_udp: text(&self.send_proxy_udp),
+            accept_proxy: texts(&self.accept_proxy),
+            proxy_timeout: text(&self.proxy_timeout),
             allow: texts(&self.allow),
             deny: texts(&self.deny),
         }

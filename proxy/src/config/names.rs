@@ -19,7 +19,11 @@ macro_rules! with_keys {
             udp_max_flows,
             udp_max_flows_per_source,
             udp_any_port,
-            dscp
+            dscp,
+            send_proxy,
+            send_proxy_udp,
+            accept_proxy,
+            proxy_timeout
         }
     };
 }
@@ -29,10 +33,10 @@ macro_rules! names {
 }
 
 /// All keys.
-pub(super) const KEYS: [&str; 16] = with_keys!(names);
+pub(super) const KEYS: [&str; 20] = with_keys!(names);
 
 /// The keys of `[attach]`.
-pub(super) const ATTACH_KEYS: [&str; 12] = [
+pub(super) const ATTACH_KEYS: [&str; 16] = [
     "name",
     "connect_timeout",
     "idle_timeout",
@@ -45,6 +49,10 @@ pub(super) const ATTACH_KEYS: [&str; 12] = [
     "udp_max_flows_per_source",
     "udp_any_port",
     "dscp",
+    "send_proxy",
+    "send_proxy_udp",
+    "accept_proxy",
+    "proxy_timeout",
 ];
 
 pub(super) use with_keys;
@@ -64,6 +72,8 @@ pub(super) fn meant_key(written: &str) -> Option<&'static str> {
     match &*plain {
         "listen" | "bind" | "address" => return Some("host"),
         "backend" | "target" | "upstream" | "forward" => return Some("to"),
+        "proxy_protocol" | "send_proxy_protocol" => return Some("send_proxy"),
+        "accept_proxy_protocol" => return Some("accept_proxy"),
         "tos" | "traffic_class" => return Some("dscp"),
         // Its letters resemble `dscp`, but it means something else.
         "desc" | "description" => return None,

@@ -93,6 +93,10 @@ fn values_of_limits(limits: WireLimits) -> Values {
         udp_max_flows_per_source,
         udp_any_port,
         dscp,
+        send_proxy,
+        send_proxy_udp,
+        accept_proxy,
+        proxy_timeout,
         allow,
         deny,
     } = limits;
@@ -115,6 +119,10 @@ fn values_of_limits(limits: WireLimits) -> Values {
         udp_max_flows_per_source: number(udp_max_flows_per_source),
         udp_any_port: is_on(udp_any_port),
         dscp: quoted(dscp),
+        send_proxy: quoted(send_proxy),
+        send_proxy_udp: quoted(send_proxy_udp),
+        accept_proxy: list(accept_proxy),
+        proxy_timeout: quoted(proxy_timeout),
     }
 }
 

@@ -131,7 +131,9 @@ pub(super) fn example(key: &str) -> &'static str {
         "on_limit" => "\"wait\"",
         "v6only" | "udp_any_port" | "attach" => "true",
         "dscp" => "\"AF41\"",
-        "allow" | "deny" => "[\"10.0.0.0/8\"]",
+        "send_proxy" => "\"v2\"",
+        "send_proxy_udp" => "\"first\"",
+        "allow" | "deny" | "accept_proxy" => "[\"10.0.0.0/8\"]",
         key if key.ends_with("timeout") => "\"90s\"",
         _ => "1000",
     }

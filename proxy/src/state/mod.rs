@@ -4,7 +4,7 @@ mod refusals;
 pub mod stats;
 pub(crate) mod task;
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -178,6 +178,11 @@ impl ConnectionGuard {
     /// The state of the connection's mapping.
     pub(crate) fn state(&self) -> &Arc<MappingState> {
         &self.0.policy.state
+    }
+
+    /// Whether `client` is served. If not, counts and logs that.
+    pub(crate) fn admits(&self, client: SocketAddr) -> bool {
+        self.0.admits(client)
     }
 
     /// The counters of the connection's mapping.

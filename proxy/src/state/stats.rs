@@ -41,6 +41,8 @@ pub enum FailureKind {
     Idle,
     /// A client, or a datagram of one, was refused by `allow` or `deny`.
     Denied,
+    /// The header of the PROXY protocol that a connection or datagram has to begin with was missing, wrong or late.
+    BadProxyHeader,
     /// A connection was reset because `max_connections` was reached.
     OverLimit,
     /// A flow could not be opened, and a datagram was lost.
@@ -62,13 +64,14 @@ pub enum FailureKind {
 
 impl FailureKind {
     /// All kinds, in display order.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::Refused,
         Self::ConnectTimeout,
         Self::ConnectFailed,
         Self::Broken,
         Self::Idle,
         Self::Denied,
+        Self::BadProxyHeader,
         Self::OverLimit,
         Self::FlowFailed,
         Self::FlowDisplaced,
@@ -87,6 +90,7 @@ impl FailureKind {
             Self::Broken => "reset",
             Self::Idle => "idle",
             Self::Denied => "denied",
+            Self::BadProxyHeader => "bad_proxy_header",
             Self::OverLimit => "over_limit",
             Self::FlowFailed => "flow_failed",
             Self::FlowDisplaced => "flow_displaced",

@@ -398,7 +398,9 @@ fn accept_some(
         }
         // Dropping a connection here resets it, because of the options inherited from its listener
         // (`set_stream_options`).
-        if !target.admits(peer) {
+        let is_proxy = policy.limits.proxy_protocol.expects_header(peer.ip());
+        // The client of a proxy is known later.
+        if !is_proxy && !target.admits(peer) {
             backends.keep(addr, backend);
         } else if !has_room {
             backends.keep(addr, backend);

@@ -104,6 +104,17 @@ fn cut(mapping: &Arc<MappingState>, chosen: impl Fn(IpAddr) -> bool) -> Vec<Join
 #[derive(Debug)]
 pub(super) struct Entry(u32);
 
+impl Entry {
+    /// Lists the connection as that of another client than its peer, which is a proxy.
+    pub(super) fn set_client(&self, client: IpAddr) {
+        SERVED.with_borrow_mut(|served| {
+            if let Some(connection) = &mut served.slots[self.0 as usize] {
+                connection.client = client;
+            }
+        });
+    }
+}
+
 impl Drop for Entry {
     fn drop(&mut self) {
         // When a thread ends, the list may already be gone.

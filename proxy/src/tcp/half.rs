@@ -14,6 +14,19 @@ use super::transfer::{self, Rest, Step};
 /// Bytes moved before other tasks of the worker have their turn.
 const TURN: usize = 1024 * 1024;
 
+/// As [`pump`], with `header` before the first byte. It is sent at once, for a server that speaks first.
+pub(super) async fn pump_behind(header: &[u8], direction: &Direction<'_>) -> End {
+    let result = match transfer::copy_behind(header, direction) {
+        Step::Moved(_) | Step::NotReady => Ok(()),
+        Step::Blocked(rest) => rest.flush(direction).await,
+        Step::Ended(end) => Err(end),
+    };
+    match result {
+        Ok(()) => pump(direction).await,
+        Err(end) => end,
+    }
+}
+
 /// Moves bytes from the source to the sink until one of them ends.
 pub(super) async fn pump(direction: &Direction<'_>) -> End {
     let mut burst = Burst::default();

@@ -16,6 +16,7 @@ mod half;
 mod local_ports;
 mod meter;
 mod pipe;
+mod proxy_header;
 pub(crate) mod reactor;
 mod relay;
 mod stream;
@@ -31,6 +32,7 @@ use tracing::{debug, warn};
 use self::connections::Entry;
 pub(crate) use self::connections::reset_all;
 use self::dial::DialError;
+use self::proxy_header::Refused;
 use self::stream::Stream;
 use crate::log::limit::LogLimit;
 use crate::runtime::worker::WorkerSlot;
@@ -48,29 +50,47 @@ struct Accepted {
 
 /// Dials the backend of a connection, and relays until both directions have ended. The guard, the slot and the entry
 /// are released at the end.
-async fn dial_and_relay(accepted: Accepted, _slot: WorkerSlot, _entry: Entry) {
-    // In this order the guard is dropped after the sockets.
-    let Accepted { guard, peer, backend, client } = accepted;
-    let client = match Stream::new(client) {
-        Ok(client) => client,
-        Err(error) => return warn!(%peer, %error, "cannot watch an accepted connection"),
-    };
-    // On the heap, so that its timer does not enlarge the future of the connection.
-    let dialled =
-        Box::pin(dial::dial(backend, guard.port_mapping().backend, guard.limits().connect_timeout, &client))
-            .await;
-    match dialled {
-        Ok(backend) => {
-            if !client.is_readable() {
-                backend.acknowledge();
+///
+/// Not an `async fn`, because the future of one has its arguments twice.
+fn dial_and_relay(accepted: Accepted, slot: WorkerSlot, entry: Entry) -> impl Future<Output = ()> + Send {
+    let Accepted { client, backend, mut peer, guard } = accepted;
+    async move {
+        // What a future captures is dropped in the order of its first use: the sockets come before the guard.
+        let client = match Stream::new(client) {
+            Ok(client) => client,
+            Err(error) => return warn!(%peer, %error, "cannot watch an accepted connection"),
+        };
+        let socket = backend;
+        let (guard, _slot) = (&guard, &slot);
+        let mut header = None;
+        if guard.limits().proxy_protocol.is_used() {
+            // On the heap, because few mappings have it.
+            match Box::pin(proxy_header::exchange(&client, &mut peer, guard, &entry)).await {
+                Ok(for_backend) => header = for_backend,
+                Err(Refused) => return,
             }
-            let outcome = relay::relay(&client, &backend, &guard).await;
-            debug!(%peer, mapping = %guard.port_mapping(), %outcome, "connection ended");
-            drop(backend);
-            local_ports::freed(guard.port_mapping().backend.socket_addr());
         }
-        Err(error) => report_failed_dial(peer, &guard, &error),
+        // On the heap, so that its timer does not enlarge the future of the connection.
+        let Some(backend) = Box::pin(dialled(socket, &client, peer, guard)).await else { return };
+        if header.is_none() && !client.is_readable() {
+            backend.acknowledge();
+        }
+        let outcome = relay::relay(&client, &backend, guard, header.as_deref()).await;
+        debug!(%peer, mapping = %guard.port_mapping(), %outcome, "connection ended");
+        drop(backend);
+        local_ports::freed(guard.port_mapping().backend.socket_addr());
     }
+}
+
+/// The connection to the backend; `None`, and a report, if there is none.
+async fn dialled(
+    socket: Socket,
+    client: &Stream,
+    peer: SocketAddr,
+    guard: &ConnectionGuard,
+) -> Option<Stream> {
+    let dialled = dial::dial(socket, guard.port_mapping().backend, guard.limits().connect_timeout, client);
+    dialled.await.map_err(|error| report_failed_dial(peer, guard, &error)).ok()
 }
 
 /// Counts and logs that a connection has no backend. Its client is reset when its socket is dropped, because the
@@ -137,7 +157,7 @@ mod tests {
             size = size_of_val(&future);
             future
         });
-        assert!(size <= 688, "{size} bytes");
+        assert!(size <= 632, "{size} bytes");
     }
 
     #[test]

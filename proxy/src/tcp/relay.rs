@@ -9,8 +9,9 @@ use std::time::Duration;
 use socket2::SockRef;
 
 use super::direction::{Direction, End};
-use super::half::pump;
+use super::half::{pump, pump_behind};
 use super::meter::Meter;
+use super::proxy_header::Header;
 use super::stream::{Stream, close_in_order, deliver_then_reset, reset_on_close};
 use crate::state::ConnectionGuard;
 use crate::state::stats::FailureKind;
@@ -44,15 +45,22 @@ impl fmt::Display for Outcome {
 ///
 /// An end of stream is propagated as a half-close, and the other direction continues. A reset is propagated
 /// as a reset: when this returns with a failure, closing the streams resets both.
-pub(super) async fn relay(client: &Stream, backend: &Stream, guard: &ConnectionGuard) -> Outcome {
+///
+/// The backend gets the `header` before the client's first byte.
+pub(super) async fn relay(
+    client: &Stream,
+    backend: &Stream,
+    guard: &ConnectionGuard,
+    header: Option<&Header>,
+) -> Outcome {
     let stats = guard.stats();
     let [to_backend, to_client] = [&stats.bytes_in, &stats.bytes_out].map(Meter::new);
     let up = Direction { source: client, sink: backend, meter: &to_backend, opposite: &to_client };
     let down = Direction { source: backend, sink: client, meter: &to_client, opposite: &to_backend };
-    let failure = match guard.limits().idle_timeout {
-        None => both_ways(&up, &down).await,
-        // On the heap, because few mappings have a timeout.
-        Some(limit) => Box::pin(both_ways_unless_idle(&up, &down, limit)).await,
+    let failure = match (guard.limits().idle_timeout, header) {
+        (None, None) => both_ways(&up, &down, pump(&up)).await,
+        // On the heap, because few mappings have these options.
+        (limit, header) => Box::pin(both_ways_with_options(&up, &down, limit, header)).await,
     };
     if let Some(error) = &failure {
         guard.stats().count(failure_kind(error));
@@ -74,14 +82,23 @@ fn idle_error(limit: Duration) -> io::Error {
     io::Error::new(io::ErrorKind::TimedOut, format!("idle for {limit:?}"))
 }
 
-async fn both_ways_unless_idle(
+async fn both_ways_with_options(
     up: &Direction<'_>,
     down: &Direction<'_>,
-    limit: Duration,
+    limit: Option<Duration>,
+    header: Option<&Header>,
 ) -> Option<io::Error> {
+    let upstream = async {
+        match header {
+            Some(header) => pump_behind(&header.0, up).await,
+            None => pump(up).await,
+        }
+    };
+    let both_ways = both_ways(up, down, upstream);
+    let Some(limit) = limit else { return both_ways.await };
     tokio::select! {
         biased;
-        failure = both_ways(up, down) => failure,
+        failure = both_ways => failure,
         () = until_idle(limit, [up, down]) => {
             reset_on_close(up.source);
             reset_on_close(up.sink);
@@ -103,9 +120,13 @@ async fn until_idle(limit: Duration, directions: [&Direction<'_>; 2]) {
     }
 }
 
-/// Relays until both directions have ended, and returns what broke them.
-async fn both_ways(up: &Direction<'_>, down: &Direction<'_>) -> Option<io::Error> {
-    let mut upstream = pin!(pump(up));
+/// Relays until both directions have ended, that of `upstream` and the opposite one, and returns what broke them.
+async fn both_ways(
+    up: &Direction<'_>,
+    down: &Direction<'_>,
+    upstream: impl Future<Output = End>,
+) -> Option<io::Error> {
+    let mut upstream = pin!(upstream);
     let mut downstream = pin!(pump(down));
     tokio::select! {
         biased;

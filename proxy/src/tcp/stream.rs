@@ -95,6 +95,22 @@ impl Stream {
         self.attempt(Use::Read, wanted, |socket| Ok(recv(socket, buf, RecvFlags::empty())?.0))
     }
 
+    /// Reads into `buf` what is queued, and leaves it there. After a short one, [`Self::poll_readable`] waits for more.
+    pub(super) fn peek(&self, buf: &mut [u8]) -> io::Result<usize> {
+        let wanted = buf.len();
+        self.attempt(Use::Read, wanted, |socket| Ok(recv(socket, buf, RecvFlags::PEEK)?.0))
+    }
+
+    /// Reads the first `buf.len()` of the `peeked` bytes.
+    pub(super) fn read_peeked(&self, buf: &mut [u8], peeked: usize) -> io::Result<()> {
+        let (read, _len) = recv(self, &mut *buf, RecvFlags::empty())?;
+        if peeked > buf.len() {
+            // The rest is there already, so no event reports it.
+            reactor::ready(self.key, Use::Read.data());
+        }
+        if read == buf.len() { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
+    }
+
     /// Writes as much of `data` as the socket accepts. Short writes are treated like short reads.
     pub(super) fn write(&self, data: &[u8]) -> io::Result<usize> {
         self.send(data, SendFlags::empty())

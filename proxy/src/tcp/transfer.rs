@@ -49,15 +49,23 @@ impl Rest {
 
 /// One read and, if it returned data, one write.
 pub(super) fn copy(direction: &Direction<'_>) -> Step {
-    BUFFER.with_borrow_mut(|buffer| copy_through(direction, buffer))
+    copy_behind(&[], direction)
 }
 
-fn copy_through(direction: &Direction<'_>, buffer: &mut [u8]) -> Step {
+/// Writes `header`, of less than the size of the buffer, and what one read returns behind it: one segment has both.
+pub(super) fn copy_behind(header: &[u8], direction: &Direction<'_>) -> Step {
+    BUFFER.with_borrow_mut(|buffer| copy_through(header, direction, buffer))
+}
+
+fn copy_through(header: &[u8], direction: &Direction<'_>, buffer: &mut [u8]) -> Step {
     let Direction { source, sink, meter, .. } = direction;
-    let read = match source.read(buffer) {
-        Ok(0) => return Step::Ended(End::Eof),
-        Ok(read) => read,
-        Err(error) if is_transient(&error) => return Step::NotReady,
+    let (first, behind) = buffer.split_at_mut(header.len());
+    first.copy_from_slice(header);
+    let read = match source.read(behind) {
+        Ok(0) if header.is_empty() => return Step::Ended(End::Eof),
+        Ok(read) => header.len() + read,
+        Err(error) if is_transient(&error) && header.is_empty() => return Step::NotReady,
+        Err(error) if is_transient(&error) => header.len(),
         Err(error) => return Step::Ended(End::SourceFailed(error)),
     };
     let is_last = source.is_at_end();

@@ -110,7 +110,7 @@ async fn serve(front: &TcpListener, target: &Arc<Target>) -> Outcome {
     let backend = target.port_mapping.backend;
     let backend = dial::dial(dial::open(backend).unwrap(), backend, None, &client).await.unwrap();
     backend.acknowledge();
-    relay(&client, &backend, &guard).await
+    relay(&client, &backend, &guard, None).await
 }
 
 /// What is written at once. Much is spliced, if there is a lot of it from the start.

@@ -1,0 +1,125 @@
+//! The header of the PROXY protocol at the start of a connection: that of a proxy in front, and that for the backend.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use rproxy_mapping::addr::Protocol;
+use socket2::SockRef;
+use tokio::time::timeout;
+use tracing::{debug, warn};
+
+use super::connections::Entry;
+use super::direction::is_transient;
+use super::stream::{Stream, close_in_order};
+use crate::log::limit::LogLimit;
+use crate::proxy_protocol::{Endpoints, HeaderError, LONGEST, decode_stream};
+use crate::state::ConnectionGuard;
+use crate::state::stats::FailureKind;
+
+/// The header for a backend, in bytes.
+#[derive(Debug)]
+pub(super) struct Header(pub(super) Vec<u8>);
+
+/// The connection must not be served: it is reset.
+pub(super) struct Refused;
+
+/// Receives the header of a connection if its `peer` is a proxy; the peer is then the client that this speaks for. Returns
+/// the header for the backend, if that gets one.
+///
+/// # Errors
+/// [`Refused`] if the proxy's header is wrong, or if the mapping does not serve its client.
+pub(super) async fn exchange(
+    stream: &Stream,
+    peer: &mut SocketAddr,
+    guard: &ConnectionGuard,
+    entry: &Entry,
+) -> Result<Option<Box<Header>>, Refused> {
+    let options = &guard.limits().proxy_protocol;
+    let mut told = None;
+    if options.expects_header(peer.ip()) {
+        let received = receive(stream, options.timeout).await;
+        told = received.map_err(|error| refuse(stream, *peer, guard, &error))?;
+        *peer = told.map_or(*peer, |told| told.source());
+        if !guard.admits(*peer) {
+            return Err(Refused);
+        }
+        entry.set_client(peer.ip());
+    }
+    Ok(options.send.map(|version| {
+        let endpoints = told.unwrap_or_else(|| endpoints(stream, *peer));
+        Box::new(Header(endpoints.header(version, Protocol::Tcp)))
+    }))
+}
+
+/// The endpoints of a connection, as its sockets have them.
+fn endpoints(stream: &Stream, peer: SocketAddr) -> Endpoints {
+    let local = SockRef::from(stream).local_addr().ok().and_then(|local| local.as_socket());
+    Endpoints::new(peer, local.unwrap_or_else(|| SocketAddr::new(peer.ip(), 0)))
+}
+
+/// Receives the header of a connection within `limit`, and nothing behind it. Returns whom it speaks for, if it says so.
+async fn receive(stream: &Stream, limit: Duration) -> Result<Option<Endpoints>, ReceiveError> {
+    timeout(limit, receive_header(stream)).await.unwrap_or(Err(ReceiveError::Late(limit)))
+}
+
+async fn receive_header(stream: &Stream) -> Result<Option<Endpoints>, ReceiveError> {
+    let mut bytes = [0; LONGEST];
+    loop {
+        stream.readable().await;
+        let peeked = match stream.peek(&mut bytes) {
+            Ok(0) => return Err(ReceiveError::Ended),
+            Ok(peeked) => peeked,
+            Err(error) if is_transient(&error) => continue,
+            Err(error) => return Err(ReceiveError::Failed(error)),
+        };
+        if let Some(header) = decode_stream(&bytes[..peeked])? {
+            stream.read_peeked(&mut bytes[..header.len], peeked).map_err(ReceiveError::Failed)?;
+            return Ok(header.endpoints);
+        }
+        // More would have been peeked at; this is the end, a failure, or urgent data, behind which a read does not look.
+        if stream.is_readable() {
+            return Err(ReceiveError::Cut);
+        }
+    }
+}
+
+/// Why there is no header.
+#[derive(Debug, thiserror::Error)]
+enum ReceiveError {
+    #[error(transparent)]
+    Wrong(#[from] HeaderError),
+    #[error("the header was not there within {0:?}")]
+    Late(Duration),
+    #[error("the connection ends within its header")]
+    Cut,
+    /// It ended without a byte, as some checks for an open port do.
+    #[error("the connection ended without a byte")]
+    Ended,
+    #[error(transparent)]
+    Failed(io::Error),
+}
+
+/// Counts and logs that the connection of a proxy is not served.
+fn refuse(stream: &Stream, peer: SocketAddr, guard: &ConnectionGuard, error: &ReceiveError) -> Refused {
+    static WRONG: LogLimit = LogLimit::new();
+
+    let mapping = guard.port_mapping();
+    match error {
+        ReceiveError::Ended => {
+            close_in_order(stream);
+            debug!(%peer, %mapping, %error, "connection ended");
+        }
+        ReceiveError::Failed(_) => {
+            guard.stats().count(FailureKind::Broken);
+            debug!(%peer, %mapping, %error, "connection ended");
+        }
+        ReceiveError::Wrong(_) | ReceiveError::Late(_) | ReceiveError::Cut => {
+            guard.stats().count(FailureKind::BadProxyHeader);
+            if let Some(suppressed) = WRONG.permit() {
+                warn!(%peer, %mapping, %error, suppressed, "connection reset: no header of its proxy");
+            }
+        }
+    }
+    Refused
+}
