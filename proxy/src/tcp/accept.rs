@@ -477,7 +477,7 @@ fn hand_over(ready: Vec<Accepted>, workers: &Workers) {
         let group = assigned.split_off(first);
         runtime.spawn(async move {
             for (slot, accepted) in group {
-                let (client, mapping) = (accepted.peer.ip(), accepted.guard.state().clone());
+                let (client, mapping) = (accepted.client(), accepted.guard.state().clone());
                 connections::spawn(client, &mapping, |entry| dial_and_relay(accepted, slot, entry));
             }
         });

@@ -27,10 +27,18 @@ struct Served {
 }
 
 struct Connection {
-    client: IpAddr,
+    client: Client,
     /// Its mapping, identified by the address of the state, which the connection keeps alive.
     mapping: *const MappingState,
     task: JoinHandle<()>,
+}
+
+/// Whom a connection is for.
+pub(super) enum Client {
+    Known(IpAddr),
+    /// The peer is a proxy, whose header will tell. If the mapping gets another policy meanwhile, that is here: the
+    /// client is admitted or not according to it.
+    Awaited(Option<Arc<MappingPolicy>>),
 }
 
 /// Runs the future that `task` returns for a connection of a mapping, on this worker. It owns the entry; wrapping it
@@ -38,7 +46,7 @@ struct Connection {
 ///
 /// # Panics
 /// Outside a tokio runtime.
-pub(super) fn spawn<F>(client: IpAddr, mapping: &Arc<MappingState>, task: impl FnOnce(Entry) -> F)
+pub(super) fn spawn<F>(client: Client, mapping: &Arc<MappingState>, task: impl FnOnce(Entry) -> F)
 where
     F: Future<Output = ()> + Send + 'static,
 {
@@ -53,10 +61,16 @@ where
     SERVED.with_borrow_mut(|served| served.slots[slot as usize] = Some(connection));
 }
 
-/// Resets the connections of this worker whose clients `policy` denies.
-pub(super) fn cut_denied(policy: &MappingPolicy) {
-    let access = &policy.limits.access;
-    let denied = cut(&policy.state, |client| !access.admits(client)).len();
+/// Resets the connections of this worker whose clients `policy` denies. Those that a proxy has yet to tell are checked then.
+pub(super) fn cut_denied(policy: &Arc<MappingPolicy>) {
+    let denied = cut(&policy.state, |client| match client {
+        Client::Known(client) => !policy.limits.access.admits(*client),
+        Client::Awaited(changed) => {
+            *changed = Some(policy.clone());
+            false
+        }
+    });
+    let denied = denied.len();
     if denied > 0 {
         info!(connections = denied, "resetting connections of clients that are denied now");
         (0..denied).for_each(|_| policy.state.stats.count(FailureKind::Denied));
@@ -88,11 +102,11 @@ async fn cut_all(mapping: &Arc<MappingState>) {
 }
 
 /// Resets the connections of a mapping on this worker whose clients are `chosen`, and returns their tasks.
-fn cut(mapping: &Arc<MappingState>, chosen: impl Fn(IpAddr) -> bool) -> Vec<JoinHandle<()>> {
+fn cut(mapping: &Arc<MappingState>, chosen: impl Fn(&mut Client) -> bool) -> Vec<JoinHandle<()>> {
     let mapping = Arc::as_ptr(mapping);
     let tasks: Vec<_> = SERVED.with_borrow_mut(|served| {
         let is_chosen =
-            |connection: &mut Connection| connection.mapping == mapping && chosen(connection.client);
+            |connection: &mut Connection| connection.mapping == mapping && chosen(&mut connection.client);
         served.slots.iter_mut().filter_map(|slot| slot.take_if(is_chosen)).map(|it| it.task).collect()
     });
     // This closes their sockets, which resets unfinished connections.
@@ -105,13 +119,18 @@ fn cut(mapping: &Arc<MappingState>, chosen: impl Fn(IpAddr) -> bool) -> Vec<Join
 pub(super) struct Entry(u32);
 
 impl Entry {
-    /// Lists the connection as that of another client than its peer, which is a proxy.
-    pub(super) fn set_client(&self, client: IpAddr) {
-        SERVED.with_borrow_mut(|served| {
-            if let Some(connection) = &mut served.slots[self.0 as usize] {
-                connection.client = client;
-            }
+    /// Lists the connection as that of `client`, which its proxy has told. Returns the policy that the mapping has got
+    /// since the connection was accepted, if that admits other clients.
+    pub(super) fn set_client(&self, client: IpAddr) -> Option<Arc<MappingPolicy>> {
+        let client = Client::Known(client);
+        let before = SERVED.with_borrow_mut(|served| {
+            let connection = served.slots[self.0 as usize].as_mut()?;
+            Some(std::mem::replace(&mut connection.client, client))
         });
+        match before {
+            Some(Client::Awaited(changed)) => changed,
+            Some(Client::Known(_)) | None => None,
+        }
     }
 }
 
@@ -145,14 +164,15 @@ mod tests {
         let [one, other] = [Arc::<MappingState>::default(), Arc::default()];
         let [denied, admitted]: [IpAddr; 2] = ["192.0.2.7", "192.0.2.8"].map(|ip| ip.parse().unwrap());
         let access = AccessList { deny: vec![parse_network("192.0.2.7").unwrap()], ..AccessList::default() };
-        let policy = MappingPolicy { limits: Limits { access, ..Limits::default() }, state: one.clone() };
+        let limits = Limits { access, ..Limits::default() };
+        let policy = Arc::new(MappingPolicy { limits, state: one.clone() });
         new_runtime().unwrap().block_on(async {
             let (ended, mut ends) = tokio::sync::mpsc::unbounded_channel();
             for (name, client, mapping) in
                 [("cut", denied, &one), ("admitted", admitted, &one), ("elsewhere", denied, &other)]
             {
                 let guard = OnDrop(name, ended.clone());
-                spawn(client, mapping, |entry| async move {
+                spawn(Client::Known(client), mapping, |entry| async move {
                     std::future::pending::<()>().await;
                     drop((guard, entry));
                 });
@@ -165,6 +185,36 @@ mod tests {
             let free =
                 SERVED.with_borrow(|served| (served.slots.iter().flatten().count(), served.free.len()));
             assert_eq!(free, (2, 1));
+        });
+    }
+
+    #[test]
+    fn a_client_that_a_proxy_has_yet_to_tell_is_subject_to_what_changes_meanwhile() {
+        let state = Arc::<MappingState>::default();
+        let client: IpAddr = "192.0.2.7".parse().unwrap();
+        new_runtime().unwrap().block_on(async {
+            let (tell, told) = tokio::sync::oneshot::channel();
+            let (report, mut reported) = tokio::sync::mpsc::unbounded_channel();
+            spawn(Client::Awaited(None), &state, |entry| async move {
+                told.await.unwrap();
+                report.send(entry.set_client(client).map(|policy| policy.would_admit(client))).unwrap();
+                std::future::pending::<()>().await;
+                drop((report, entry));
+            });
+            let policy = |deny: &str| {
+                let access = AccessList { deny: vec![parse_network(deny).unwrap()], ..AccessList::default() };
+                let limits = Limits { access, ..Limits::default() };
+                Arc::new(MappingPolicy { limits, state: state.clone() })
+            };
+            tokio::task::yield_now().await;
+            cut_denied(&policy("::/0"));
+            cut_denied(&policy("192.0.2.7"));
+            tell.send(()).unwrap();
+            assert_eq!(reported.recv().await, Some(Some(false)), "the last one holds");
+            assert_eq!(state.stats.failure_kind(FailureKind::Denied), 0, "it is counted by who asks");
+            cut_denied(&policy("192.0.2.8"));
+            cut_denied(&policy("192.0.2.7"));
+            assert_eq!(reported.recv().await, None, "from now on it is cut");
         });
     }
 

@@ -29,8 +29,8 @@ use std::os::fd::OwnedFd;
 use socket2::Socket;
 use tracing::{debug, warn};
 
-use self::connections::Entry;
 pub(crate) use self::connections::reset_all;
+use self::connections::{Client, Entry};
 use self::dial::DialError;
 use self::proxy_header::Refused;
 use self::stream::Stream;
@@ -46,6 +46,17 @@ struct Accepted {
     backend: Socket,
     peer: SocketAddr,
     guard: ConnectionGuard,
+}
+
+impl Accepted {
+    /// Whom it is for, as far as known before its first byte.
+    fn client(&self) -> Client {
+        let peer = self.peer.ip();
+        match self.guard.limits().proxy_protocol.expects_header(peer) {
+            true => Client::Awaited(None),
+            false => Client::Known(peer),
+        }
+    }
 }
 
 /// Dials the backend of a connection, and relays until both directions have ended. The guard, the slot and the entry
@@ -152,7 +163,7 @@ mod tests {
         let mut size = 0;
         let mapping = guard.state().clone();
         let _entered = runtime.enter();
-        connections::spawn(peer.ip(), &mapping, |entry| {
+        connections::spawn(Client::Known(peer.ip()), &mapping, |entry| {
             let future = dial_and_relay(Accepted { client: fd, backend, peer, guard }, workers.slot(), entry);
             size = size_of_val(&future);
             future

@@ -14,8 +14,8 @@ use super::direction::is_transient;
 use super::stream::{Stream, close_in_order};
 use crate::log::limit::LogLimit;
 use crate::proxy_protocol::{Endpoints, HeaderError, LONGEST, decode_stream};
-use crate::state::ConnectionGuard;
 use crate::state::stats::FailureKind;
+use crate::state::{ConnectionGuard, Target};
 
 /// The header for a backend, in bytes.
 #[derive(Debug)]
@@ -41,10 +41,13 @@ pub(super) async fn exchange(
         let received = receive(stream, options.timeout).await;
         told = received.map_err(|error| refuse(stream, *peer, guard, &error))?;
         *peer = told.map_or(*peer, |told| told.source());
-        if !guard.admits(*peer) {
+        let is_admitted = match entry.set_client(peer.ip()) {
+            Some(policy) => Target { port_mapping: *guard.port_mapping(), policy }.admits(*peer),
+            None => guard.admits(*peer),
+        };
+        if !is_admitted {
             return Err(Refused);
         }
-        entry.set_client(peer.ip());
     }
     Ok(options.send.map(|version| {
         let endpoints = told.unwrap_or_else(|| endpoints(stream, *peer));
