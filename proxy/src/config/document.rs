@@ -357,9 +357,12 @@ mod tests {
     #[test]
     fn defaults_do_not_multiply() {
         let networks = vec!["\"10.0.0.0/8\""; 10_001].join(",");
-        let text = format!("[defaults]\ndeny = [{networks}]\n{}", GOOD.repeat(100));
-        let expected = "2:8: deny: 10001 networks for each of 100 mappings are more than 1000000";
-        assert_found(&text, expected);
+        for (key, column) in [("allow", 9), ("deny", 8), ("accept_proxy", 16)] {
+            let text = format!("[defaults]\n{key} = [{networks}]\n{}", GOOD.repeat(100));
+            let expected =
+                format!("2:{column}: {key}: 10001 networks for each of 100 mappings are more than 1000000");
+            assert_found(&text, &expected);
+        }
     }
 
     const GOOD: &str = "[[mapping]]\nhost = \"[::]:80\"\nto = \"10.0.0.1:80\"\n";
@@ -565,10 +568,11 @@ mod tests {
             assert_eq!(mistakes(text).len(), 1, "{text}");
         }
         let networks = vec!["\"10.0.0.0/8\""; 10_001].join(",");
-        for text in
-            [format!("[defaults]\ndeny = [{networks}]\n[attach]"), format!("[attach]\ndeny = [{networks}]")]
-        {
-            assert_found(&text, "2:8: deny: 10001 networks for each attached port are more than 10000");
+        for (key, column) in [("deny", 8), ("accept_proxy", 16)] {
+            let expected =
+                format!("2:{column}: {key}: 10001 networks for each attached port are more than 10000");
+            assert_found(&format!("[defaults]\n{key} = [{networks}]\n[attach]"), &expected);
+            assert_found(&format!("[attach]\n{key} = [{networks}]"), &expected);
         }
     }
 

@@ -102,15 +102,21 @@ impl Keys {
         self.mapping(&Self::default(), 0..0, &mut found).is_some() && found.is_empty()
     }
 
-    /// The number of networks in `allow` and `deny`.
+    /// The number of networks that this table lists.
     pub(super) fn networks(&self) -> usize {
-        let count = |list: &Texts| list.as_ref().map_or(0, |list| list.get_ref().len());
-        count(&self.allow) + count(&self.deny)
+        self.lists_of_networks().map(|(_key, count)| count).sum()
     }
 
-    /// The key of those networks, `allow` or `deny`.
+    /// The key that most of those networks are under.
     pub(super) fn key_of_networks(&self) -> &'static str {
-        if self.allow.is_none() { "deny" } else { "allow" }
+        let lists = self.lists_of_networks();
+        lists.max_by_key(|(_key, count)| *count).map_or("allow", |(key, _count)| key)
+    }
+
+    /// The keys of networks, and how many each has.
+    fn lists_of_networks(&self) -> impl Iterator<Item = (&'static str, usize)> {
+        let lists = [("allow", &self.allow), ("deny", &self.deny), ("accept_proxy", &self.accept_proxy)];
+        lists.into_iter().map(|(key, list)| (key, list.as_ref().map_or(0, |list| list.get_ref().len())))
     }
 
     /// The errors in this table if it is `[defaults]`.
