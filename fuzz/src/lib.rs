@@ -9,14 +9,16 @@ use std::str::FromStr;
 use rproxy::config;
 use rproxy::control::protocol;
 use rproxy::docker::flags::{self, is_docker_proxy_command};
+use rproxy::proxy_protocol::{Endpoints, Header, HeaderError, LONGEST, decode_datagram, decode_stream};
 use rproxy_mapping::access::parse_network;
-use rproxy_mapping::addr::ScopedIp;
+use rproxy_mapping::addr::{Protocol, ScopedIp};
 use rproxy_mapping::dscp::Dscp;
 use rproxy_mapping::duration::{format_limit, parse_optional_limit};
 use rproxy_mapping::endpoint::{BackendSpec, HostSpec};
 use rproxy_mapping::interfaces::{Interfaces, NoInterfaces};
 use rproxy_mapping::name::Name;
 use rproxy_mapping::ports::PortRange;
+use rproxy_mapping::proxy_protocol::ProxyVersion;
 use rproxy_mapping::publish::{ExposedPorts, PublishSpec};
 use rproxy_mapping::wire::WireMapping;
 use rproxy_shim::message::{Answer, Request};
@@ -136,6 +138,45 @@ pub fn attach(bytes: &[u8]) {
     }
 }
 
+/// The start of a connection from a proxy, and a datagram of one.
+///
+/// # Panics
+/// If a header is longer than its bytes or than [`LONGEST`], depends on what follows it, is taken for whole before it is,
+/// or is written in another way than it is read.
+pub fn proxy_protocol(bytes: &[u8]) {
+    if let Ok(Some(header)) = decode_stream(bytes) {
+        let whole = of_length(bytes, header);
+        assert_eq!(decode_stream(whole), Ok(Some(header)));
+        (0..header.len).for_each(|end| assert_eq!(decode_stream(&whole[..end]), Ok(None)));
+        header.endpoints.iter().for_each(is_received_again);
+    }
+    if let Ok(header) = decode_datagram(bytes) {
+        let whole = of_length(bytes, header);
+        assert_eq!(decode_datagram(whole), Ok(header));
+        for end in 0..header.len {
+            let error = decode_datagram(&whole[..end]).unwrap_err();
+            assert!(matches!(error, HeaderError::Missing | HeaderError::Incomplete), "{error}");
+        }
+        header.endpoints.iter().for_each(is_received_again);
+    }
+}
+
+fn of_length(bytes: &[u8], header: Header) -> &[u8] {
+    assert!(header.len <= LONGEST);
+    &bytes[..header.len]
+}
+
+fn is_received_again(endpoints: &Endpoints) {
+    for version in [ProxyVersion::V1, ProxyVersion::V2] {
+        let written = endpoints.header(version, Protocol::Tcp);
+        let header = Header { len: written.len(), endpoints: Some(*endpoints) };
+        assert_eq!(decode_stream(&written), Ok(Some(header)));
+        let written = endpoints.header(version, Protocol::Udp);
+        let header = Header { len: written.len(), endpoints: Some(*endpoints) };
+        assert_eq!(decode_datagram(&written), Ok(header));
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs;
@@ -199,5 +240,10 @@ mod tests {
     #[test]
     fn attach() {
         try_target("attach", super::attach);
+    }
+
+    #[test]
+    fn proxy_protocol() {
+        try_target("proxy_protocol", super::proxy_protocol);
     }
 }
