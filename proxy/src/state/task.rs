@@ -17,6 +17,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinHandle;
 use tracing::error;
 
+use crate::proxy_protocol::Endpoints;
 use crate::runtime::poll::{EventSource, PollSet, WatchedListener};
 use crate::state::Binding;
 
@@ -84,6 +85,8 @@ pub(crate) struct LiveFlow {
     pub(crate) client: SocketAddr,
     /// The local address that the client sends to, if known.
     pub(crate) local: Option<LocalAddr>,
+    /// Whom a proxy in front has told its client is.
+    pub(crate) told: Option<Endpoints>,
     /// Whether the client has sent something after a reply.
     pub(crate) is_established: bool,
     /// Where its datagrams are sent, if its socket is not connected.

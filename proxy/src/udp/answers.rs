@@ -3,6 +3,7 @@
 //! The flows of a listener share its send buffer. While it is full, replies stay in the receive buffers of their flows,
 //! which take turns and send an equal share each.
 
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::os::fd::AsFd;
@@ -12,7 +13,7 @@ use nix::libc;
 use nix::sys::epoll::EpollFlags;
 use rproxy_sys::udp::{BATCH, Transmit};
 
-use super::batch::Batch;
+use super::batch::{Batch, Routed};
 use super::flow::Flow;
 use super::payload::{Part, Payload};
 use super::relay::UdpRelay;
@@ -49,6 +50,9 @@ impl UdpRelay {
             flow.take_error(&mut tally);
         }
         let has_lost_peer = tally.has_lost_peer();
+        if tally.refused() > 0 {
+            flow.note_refused();
+        }
         tally.settle(&listener.target, Towards::Backend);
         if has_lost_peer {
             return self.end_without_peer(id);
@@ -134,6 +138,9 @@ impl UdpRelay {
                 if is_lost_peer(&error) {
                     self.end_without_peer(id);
                 } else {
+                    if error.kind() != ErrorKind::WouldBlock {
+                        flow.note_refused();
+                    }
                     self.note_error(listener, error, Towards::Backend);
                 }
                 return false;
@@ -149,7 +156,7 @@ impl UdpRelay {
         }
         let before = batch.slots.len();
         match flow.peer {
-            None => batch.slots.extend(slots.map(|slot| (id, slot))),
+            None => batch.slots.extend(slots.map(|slot| Routed::whole(id, slot))),
             Some(_) => take_from_backend(id, flow, batch, slots),
         }
         if batch.slots.len() > before {
@@ -160,7 +167,7 @@ impl UdpRelay {
 
     /// Sends the replies in `batch` to the clients.
     pub(super) fn send_answers(&mut self, batch: &mut Batch) {
-        let listener_of = |(id, _slot): &(FlowId, usize)| Some(self.table.get(*id)?.0.listener);
+        let listener_of = |routed: &Routed| Some(self.table.get(routed.id)?.0.listener);
         let runs: ArrayVec<_, BATCH> = batch
             .slots
             .chunk_by(|a, b| listener_of(a) == listener_of(b))
@@ -173,12 +180,12 @@ impl UdpRelay {
     }
 
     /// Sends replies of flows that share a listener.
-    fn send_to_clients(&mut self, listener: usize, batch: &Batch, datagrams: &[(FlowId, usize)]) {
+    fn send_to_clients(&mut self, listener: usize, batch: &Batch, datagrams: &[Routed]) {
         let mut payload = Payload::new(self.listeners[listener].target.policy.limits.dscp);
         let mut answers: ArrayVec<Answer, BATCH> = ArrayVec::new();
         let mut tally = Tally::default();
-        for datagrams in datagrams.chunk_by(|a, b| a.0 == b.0) {
-            let id = datagrams[0].0;
+        for datagrams in datagrams.chunk_by(|a, b| a.id == b.id) {
+            let id = datagrams[0].id;
             let Some((_key, flow)) = self.table.get(id) else { continue };
             if flow.client_socket.is_some() {
                 self.send_by_client_socket(id, batch, datagrams);
@@ -232,7 +239,7 @@ fn take_from_backend(id: FlowId, flow: &mut Flow, batch: &mut Batch, slots: Rang
         match batch.received.sender(slot) {
             Some(sender) if is_from(sender, backend) => {
                 flow.peer = Some(sender);
-                batch.slots.push((id, slot));
+                batch.slots.push(Routed::whole(id, slot));
             }
             _ => flow.target().policy.state.stats.count(FailureKind::Forged),
         }

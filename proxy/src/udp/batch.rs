@@ -1,9 +1,12 @@
 //! The buffers for the datagrams of a turn, and the flow of each datagram.
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use rproxy_sys::udp::RecvBatch;
 
+use super::gso::Chunk;
+use super::proxy_header::HeadedBatch;
 use super::table::FlowId;
 
 /// Memory that is kept for the next turn.
@@ -12,19 +15,68 @@ const KEPT_BYTES: usize = 64 * 1024;
 /// Memory beyond that is freed if less was received within this time.
 const IN_USE: Duration = Duration::from_secs(1);
 
+/// A received datagram, a GSO batch, or a part of one, and its flow.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Routed {
+    pub(super) id: FlowId,
+    /// The slot that it was received into.
+    pub(super) slot: usize,
+    /// The bytes of the slot from `start` to `end`, as far as there are that many.
+    start: u32,
+    end: u32,
+}
+
+impl Routed {
+    /// All that was received into a slot.
+    pub(super) fn whole(id: FlowId, slot: usize) -> Self {
+        Self { id, slot, start: 0, end: u32::MAX }
+    }
+
+    /// Some of the bytes in a slot.
+    pub(super) fn part(id: FlowId, slot: usize, bytes: Range<usize>) -> Self {
+        let [start, end] = [bytes.start, bytes.end].map(|at| u32::try_from(at).unwrap_or(u32::MAX));
+        Self { id, slot, start, end }
+    }
+
+    /// Divides it after its first datagram.
+    pub(super) fn split_first(self, received: &RecvBatch) -> (Self, Option<Self>) {
+        let Some((bytes, chunk)) = self.payload(received) else { return (self, None) };
+        let start = self.start as usize;
+        let middle = start + chunk.size();
+        let rest =
+            (chunk.size() < bytes.len()).then(|| Self::part(self.id, self.slot, middle..start + bytes.len()));
+        (Self::part(self.id, self.slot, start..middle), rest)
+    }
+
+    /// Its bytes, and how they are divided into datagrams. `None` if the kernel has truncated them.
+    pub(super) fn payload(self, received: &RecvBatch) -> Option<(&[u8], Chunk)> {
+        let bytes = received.payload(self.slot)?;
+        let bytes = &bytes[self.start as usize..bytes.len().min(self.end as usize)];
+        let control = received.control(self.slot);
+        Some((bytes, Chunk { len: bytes.len(), segment: control.segment, class: control.class }))
+    }
+}
+
 /// Received datagrams, or GSO batches, and their flows.
 #[derive(Debug, Default)]
 pub(super) struct Batch {
     /// The receive buffers.
     pub(super) received: RecvBatch,
-    /// The flow of each datagram to be sent, and its slot.
-    pub(super) slots: Vec<(FlowId, usize)>,
+    /// The datagrams to be sent, and their flows.
+    pub(super) slots: Vec<Routed>,
+    /// Those of a flow whose backend gets headers.
+    pub(super) headed: HeadedBatch,
 }
 
 impl Batch {
+    /// The memory of its buffers, in bytes.
+    fn memory(&self) -> usize {
+        self.received.memory() + self.headed.memory()
+    }
+
     /// The first slot after those to be sent.
     pub(super) fn next_slot(&self) -> usize {
-        self.slots.last().map_or(0, |(_id, slot)| slot + 1)
+        self.slots.last().map_or(0, |routed| routed.slot + 1)
     }
 }
 
@@ -56,14 +108,14 @@ impl Buffers {
             return;
         }
         let Some(batch) = &mut self.batch else { return };
-        let received = &mut batch.received;
-        if received.memory() <= KEPT_BYTES {
+        if batch.memory() <= KEPT_BYTES {
             return;
         }
-        if self.next_look.is_some() && self.taken < received.memory() {
-            received.give_back();
+        if self.next_look.is_some() && self.taken < batch.memory() {
+            batch.received.give_back();
+            batch.headed.give_back();
         }
-        self.next_look = (received.memory() > KEPT_BYTES).then(|| now + IN_USE);
+        self.next_look = (batch.memory() > KEPT_BYTES).then(|| now + IN_USE);
         self.taken = 0;
     }
 }
@@ -131,7 +183,7 @@ mod tests {
     fn the_next_slot_is_behind_those_in_use() {
         let mut batch = Batch::default();
         assert_eq!(batch.next_slot(), 0);
-        batch.slots.push((FlowId::from_u64(1), 4));
+        batch.slots.push(Routed::whole(FlowId::from_u64(1), 4));
         assert_eq!(batch.next_slot(), 5);
     }
 }

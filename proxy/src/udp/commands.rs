@@ -64,6 +64,7 @@ impl UdpRelay {
             if mapping_of(&old) != mapping_of(&new)
                 || old.port_mapping.backend != new.port_mapping.backend
                 || old.policy.limits.udp_any_port != new.policy.limits.udp_any_port
+                || old.policy.limits.proxy_protocol != new.policy.limits.proxy_protocol
             {
                 theirs.insert(number);
             } else if old.policy.limits.access != new.policy.limits.access {
@@ -73,10 +74,10 @@ impl UdpRelay {
                 limits.insert(mapping_of(&new), new);
             }
         }
-        self.end_flows(|listeners, key| {
+        self.end_flows_of_sources(|listeners, key, source| {
             let number = key.listener as usize;
             theirs.contains(&number)
-                || access.contains(&number) && !listeners[number].target.policy.would_admit(key.client.ip())
+                || access.contains(&number) && !listeners[number].target.policy.would_admit(source)
         });
         self.capacity.asked = self.listeners.most_asked();
         let own = self.table.len();

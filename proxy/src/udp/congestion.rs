@@ -14,7 +14,7 @@ use nix::sys::epoll::EpollFlags;
 use rproxy_sys::udp::dropped;
 use tracing::debug;
 
-use super::batch::Batch;
+use super::batch::{Batch, Routed};
 use super::client_socket::ClientSocket;
 use super::client_sockets::{Full, GRACE, Retired, Unneeded};
 use super::flow::Blocked;
@@ -93,6 +93,10 @@ impl UdpRelay {
             return true;
         }
         let key = *key;
+        if key.has_told() {
+            // Queued replies are found by the address of their client, and all clients of a proxy have its address.
+            return false;
+        }
         let is_blocked = flow.blocked.is_some_and(|blocked| self.turn.start() < blocked.until);
         if is_blocked || !self.allows_client_sockets(key.listener as usize) {
             return false;
@@ -139,7 +143,7 @@ impl UdpRelay {
     }
 
     /// Sends replies of a flow through its client socket. Those that do not fit are queued, and so are later replies.
-    pub(super) fn send_by_client_socket(&mut self, id: FlowId, batch: &Batch, datagrams: &[(FlowId, usize)]) {
+    pub(super) fn send_by_client_socket(&mut self, id: FlowId, batch: &Batch, datagrams: &[Routed]) {
         let Some((key, flow)) = self.table.get_mut(id) else { return };
         let listener = key.listener as usize;
         let dscp = self.listeners[listener].target.policy.limits.dscp;

@@ -14,13 +14,16 @@ use rproxy_sys::udp::{
 };
 use socket2::{Domain, SockRef, Socket, Type};
 
+use super::batch::Routed;
 use super::client_socket::ClientSocket;
+use super::key::FlowKey;
 use super::local_ports::LocalPorts;
 use super::payload::{Part, Payload};
+use super::proxy_header::{FlowHeader, HeadedBatch, HeaderIn};
 use super::send::{QueueBudget, SendQueue};
-use super::table::FlowId;
 use super::tally::Tally;
 use super::token::Wanted;
+use crate::proxy_protocol::Endpoints;
 use crate::state::{FlowGuard, Target};
 
 /// Number of local ports to try for a flow.
@@ -59,6 +62,10 @@ pub(super) struct Flow {
     pub(super) has_queued: bool,
     /// Set if the client has blocked.
     pub(super) blocked: Option<Blocked>,
+    /// Whom a proxy in front has told its client is.
+    pub(super) told: Option<Box<Endpoints>>,
+    /// The header in datagrams to the backend, if it gets one.
+    pub(super) header: Option<Box<FlowHeader>>,
     /// Datagrams that wait until the socket is writable.
     queue: SendQueue,
     guard: FlowGuard,
@@ -124,6 +131,8 @@ impl Flow {
             client_socket: None,
             has_queued: false,
             blocked: None,
+            told: None,
+            header: None,
             queue: SendQueue::new(budget.clone()),
             guard: FlowGuard::take(target),
         }
@@ -153,12 +162,33 @@ impl Flow {
         self.socket.clone()
     }
 
-    /// Sends the datagrams in some slots of `batch` to the backend, and adds the results to `tally`. Returns `true` if
-    /// it started to queue datagrams, which changes [`Self::wanted`].
+    /// Sends `datagrams` of `batch` to the backend, with a header if it gets one, and adds the results to `tally`. Returns
+    /// `true` if it started to queue datagrams, which changes [`Self::wanted`].
     pub(super) fn send(
         &mut self,
         batch: &RecvBatch,
-        datagrams: &[(FlowId, usize)],
+        datagrams: &[Routed],
+        headed: &mut HeadedBatch,
+        dscp: Option<Dscp>,
+        tally: &mut Tally,
+    ) -> bool {
+        match self.header.as_deref().map_or(HeaderIn::None, FlowHeader::is_in) {
+            HeaderIn::None => self.send_plain(batch, datagrams, dscp, tally),
+            HeaderIn::All => self.send_headed(batch, datagrams, headed, dscp, tally),
+            HeaderIn::First => {
+                let Some((first, others)) = datagrams.split_first() else { return false };
+                let (first, rest) = first.split_first(batch);
+                let queues = self.send_headed(batch, &[first], headed, dscp, tally);
+                let queues = rest.is_some_and(|rest| self.send_plain(batch, &[rest], dscp, tally)) || queues;
+                self.send_plain(batch, others, dscp, tally) || queues
+            }
+        }
+    }
+
+    fn send_plain(
+        &mut self,
+        batch: &RecvBatch,
+        datagrams: &[Routed],
         dscp: Option<Dscp>,
         tally: &mut Tally,
     ) -> bool {
@@ -168,11 +198,53 @@ impl Flow {
         send(socket.as_fd(), *peer, queue, gso_to_backend, (&payload, &parts), tally)
     }
 
-    /// Sends the replies in some slots of `batch` through the client socket, if there is one.
+    fn send_headed(
+        &mut self,
+        batch: &RecvBatch,
+        datagrams: &[Routed],
+        headed: &mut HeadedBatch,
+        dscp: Option<Dscp>,
+        tally: &mut Tally,
+    ) -> bool {
+        let Self { socket, queue, gso_to_backend, peer, header, .. } = self;
+        let Some(header) = header else { return false };
+        let (mut rest, mut queues) = (datagrams, false);
+        while !rest.is_empty() {
+            let count = headed.fill(batch, rest, header.bytes(), tally);
+            rest = &rest[count..];
+            let mut payload = Payload::new(dscp);
+            let (parts, _chunks) = payload.add_chunks(headed.chunks(), *gso_to_backend, tally);
+            queues |= send(socket.as_fd(), *peer, queue, gso_to_backend, (&payload, &parts), tally);
+        }
+        header.set_sent(true);
+        queues
+    }
+
+    /// Sets the header for the backend, and whom a proxy in front has `told` the client of `key` is.
+    pub(super) fn speak_for(&mut self, key: &FlowKey, told: Option<&Endpoints>) {
+        self.header = FlowHeader::of(key, told, self.target());
+        self.told = told.map(|told| Box::new(*told));
+    }
+
+    /// Records that another process has sent the header.
+    pub(super) fn note_sent(&mut self) {
+        if let Some(header) = &mut self.header {
+            header.set_sent(true);
+        }
+    }
+
+    /// Records that a datagram was refused: the backend may not have got the header.
+    pub(super) fn note_refused(&mut self) {
+        if let Some(header) = &mut self.header {
+            header.set_sent(false);
+        }
+    }
+
+    /// Sends replies of `batch` through the client socket, if there is one.
     pub(super) fn answer(
         &mut self,
         batch: &RecvBatch,
-        datagrams: &[(FlowId, usize)],
+        datagrams: &[Routed],
         dscp: Option<Dscp>,
         tally: &mut Tally,
     ) {

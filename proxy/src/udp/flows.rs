@@ -1,6 +1,7 @@
 //! Ends flows, and maintains what they share.
 
 use std::collections::HashSet;
+use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Instant;
@@ -8,6 +9,7 @@ use std::time::Instant;
 use rproxy_sys::udp::{MOST_DISCARDED, discard, dropped, source_towards};
 use socket2::SockRef;
 
+use super::batch::Routed;
 use super::capacity::Capacity;
 use super::flow::Flow;
 use super::key::FlowKey;
@@ -26,9 +28,16 @@ pub(super) const ENDS_PER_TURN: usize = 64;
 impl UdpRelay {
     /// Ends some flows. They leave the table at once; their sockets are closed over several turns.
     pub(super) fn end_flows(&mut self, are_over: impl Fn(&Listeners, &FlowKey) -> bool) {
+        self.end_flows_of_sources(|listeners, key, _source| are_over(listeners, key));
+    }
+
+    /// As [`Self::end_flows`], by the address of their client, too.
+    pub(super) fn end_flows_of_sources(&mut self, are_over: impl Fn(&Listeners, &FlowKey, IpAddr) -> bool) {
         let Self { table, listeners, .. } = self;
-        let over = table.iter().filter(|(_id, key, _at)| are_over(listeners, key));
-        let over: Vec<FlowId> = over.map(|(id, _key, _at)| id).collect();
+        let is_over = |(id, key): (FlowId, &FlowKey)| {
+            table.source(id).is_some_and(|source| are_over(listeners, key, source)).then_some(id)
+        };
+        let over: Vec<FlowId> = table.iter().filter_map(|(id, key, _at)| is_over((id, key))).collect();
         for id in over {
             if let Some(ended) = self.table.remove(id) {
                 self.end(ended);
@@ -129,8 +138,8 @@ impl UdpRelay {
     /// Ends flows of the slots whose local address is not the source address for their backend any more. It may have
     /// been removed from this host; then nothing can be sent from it.
     #[cold]
-    pub(super) fn end_with_stale_source(&mut self, slots: &[(FlowId, usize)]) {
-        let ids: HashSet<FlowId> = slots.iter().map(|(id, _slot)| *id).collect();
+    pub(super) fn end_with_stale_source(&mut self, slots: &[Routed]) {
+        let ids: HashSet<FlowId> = slots.iter().map(|routed| routed.id).collect();
         for id in ids {
             let Some((_key, flow)) = self.table.get(id) else { continue };
             let source = source_towards(flow.target().port_mapping.backend.socket_addr());
@@ -144,9 +153,9 @@ impl UdpRelay {
 
     /// Evicts a flow to make room for another one, and a second one if the limit is lower than before. Evicting all
     /// excess flows at once would be too many, because the limit is an estimate.
-    pub(super) fn make_room(&mut self, bounds: &Bounds, key: &FlowKey) {
+    pub(super) fn make_room(&mut self, bounds: &Bounds, source: IpAddr) {
         for _ in 0..2 {
-            let Some(ended) = self.table.make_room(bounds, key.client.ip()) else { break };
+            let Some(ended) = self.table.make_room(bounds, source) else { break };
             self.displace(ended);
         }
         self.close_ended(2);

@@ -20,7 +20,7 @@ pub(super) struct Chunk {
 
 impl Chunk {
     /// The size of its first datagram.
-    fn size(self) -> usize {
+    pub(super) fn size(self) -> usize {
         match self.segment {
             Some(segment) => self.len.min(usize::from(segment)),
             None => self.len,

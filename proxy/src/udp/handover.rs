@@ -74,11 +74,15 @@ impl UdpRelay {
     }
 
     fn adopt_one(&mut self, flow: LiveFlow, now: Instant) -> io::Result<()> {
-        let LiveFlow { listener, client, local, is_established, peer, dropped, socket } = flow;
+        let LiveFlow { listener, client, local, told, is_established, peer, dropped, socket } = flow;
         let key = FlowKey::new(listener, client, local);
+        let key = told.as_ref().map_or(key, |told| key.told(told, &self.told_hasher));
+        let source = told.map_or(client, |told| told.source()).ip();
         let Some(listener) = self.listeners.get_mut(listener) else { return Ok(()) };
         let target = listener.target.clone();
-        if self.table.find(&key).is_some() || !target.policy.would_admit(client.ip()) {
+        let is_from_proxy = target.policy.limits.proxy_protocol.expects_header(client.ip());
+        let is_permitted = target.policy.would_admit(source) && (told.is_none() || is_from_proxy);
+        if self.table.find(&key).is_some() || !is_permitted {
             return Ok(());
         }
         let address = |address: io::Result<SockAddr>| Ok::<_, io::Error>(address?.as_socket());
@@ -95,13 +99,15 @@ impl UdpRelay {
         let port = address(connected.local_addr())?.map_or(0, |addr| addr.port());
         let mut flow = Flow::adopt(socket, peer, port, &target, &self.capacity.budget);
         flow.dropped = dropped;
+        flow.speak_for(&key, told.as_ref());
+        flow.note_sent();
         let bounds = self.capacity.bounds(mapping_of(&target), &target.policy.limits, self.table.len(), now);
-        self.make_room(&bounds, &key);
+        self.make_room(&bounds, source);
         let id = self.table.next_id();
         self.poll.epoll().add(&flow, event(Token::Flow(id), Wanted::RECEIVE))?;
         self.capacity.shared.ports().adopted(port);
         flow.set_share(self.capacity.shares.each());
-        self.table.insert(key, (&bounds, client.ip()), flow, now);
+        self.table.insert(key, (&bounds, source), flow, now);
         if is_established {
             self.table.establish(id, now);
         }
@@ -115,9 +121,10 @@ impl UdpRelay {
         // It is treated as waiting for its listener; resuming starts it again.
         flow.is_waiting = true;
         interest(self.poll.epoll(), flow.as_fd(), Token::Flow(id), flow.wanted());
-        let FlowKey { listener, client, local } = *key;
+        let FlowKey { listener, client, local, .. } = *key;
         let (listener, peer, dropped) = (listener as usize, flow.peer, flow.dropped);
-        Some(LiveFlow { listener, client, local, is_established, peer, dropped, socket: flow.socket() })
+        let (told, socket) = (flow.told.as_deref().copied(), flow.socket());
+        Some(LiveFlow { listener, client, local, told, is_established, peer, dropped, socket })
     }
 
     /// Removes a flow whose socket stays open elsewhere.

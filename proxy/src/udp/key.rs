@@ -1,8 +1,11 @@
 //! The key of a flow.
 
+use std::hash::{BuildHasher, RandomState};
 use std::net::{IpAddr, SocketAddr};
 
 use rproxy_sys::udp::LocalAddr;
+
+use crate::proxy_protocol::Endpoints;
 
 /// The key of a flow. docker-proxy uses only the client's address. But replies have to come from the address to which
 /// the client sent, and a client may send to several.
@@ -14,12 +17,25 @@ pub(super) struct FlowKey {
     pub(super) client: SocketAddr,
     /// The local address to which it was sent, if the socket reports it.
     pub(super) local: Option<LocalAddr>,
+    /// A keyed hash of whom a proxy has told its client is; 0 for a client without one.
+    pub(super) told: u64,
 }
 
 impl FlowKey {
     pub(super) fn new(listener: usize, client: SocketAddr, local: Option<LocalAddr>) -> Self {
         let listener = u32::try_from(listener).expect("descriptors run out before listeners do");
-        Self { listener, client, local: local.map(forget_interface) }
+        Self { listener, client, local: local.map(forget_interface), told: 0 }
+    }
+
+    /// The key of a client for whom a proxy speaks, which is the client of this key. Nobody can choose two with the same
+    /// hash without the key of `hasher`.
+    pub(super) fn told(self, endpoints: &Endpoints, hasher: &RandomState) -> Self {
+        Self { told: hasher.hash_one(endpoints).max(1), ..self }
+    }
+
+    /// Whether a proxy speaks for the client.
+    pub(super) fn has_told(&self) -> bool {
+        self.told != 0
     }
 }
 

@@ -25,6 +25,7 @@ mod local_ports;
 mod origin;
 mod payload;
 mod port_settings;
+mod proxy_header;
 pub(crate) mod relay;
 mod requests;
 mod scopes;

@@ -8,8 +8,8 @@ use arrayvec::ArrayVec;
 use rproxy_mapping::dscp::Dscp;
 use rproxy_sys::udp::{BATCH, RecvBatch, Transmit};
 
+use super::batch::Routed;
 use super::gso::{Chunk, gso};
-use super::table::FlowId;
 use super::tally::{Amount, Tally};
 
 /// The bits of the traffic class for congestion (ECN, RFC 3168, section 5).
@@ -35,25 +35,35 @@ impl<'a> Payload<'a> {
         Self { pieces: ArrayVec::new(), dscp }
     }
 
-    /// Adds the datagrams in some slots, all of one flow, and returns the resulting messages: grouped into GSO batches
-    /// if the path accepts them. `tally` counts them as relayed; those that are not sent are subtracted later.
+    /// Adds datagrams, all of one flow, and returns the resulting messages, as [`Self::add_chunks`] does. Those that were
+    /// truncated are lost.
     pub(super) fn add(
         &mut self,
         batch: &'a RecvBatch,
-        datagrams: &[(FlowId, usize)],
+        datagrams: &[Routed],
         join: bool,
         tally: &mut Tally,
     ) -> ArrayVec<Part, BATCH> {
+        let whole = datagrams.iter().filter_map(|datagram| datagram.payload(batch));
+        let (parts, count) = self.add_chunks(whole, join, tally);
+        (count..datagrams.len()).for_each(|_| tally.cut());
+        parts
+    }
+
+    /// Adds chunks of one flow, at most [`BATCH`] in all, and returns the resulting messages: grouped into GSO batches if
+    /// the path accepts them. Also returns the number of chunks. `tally` counts them as relayed; those that are not sent
+    /// are subtracted later.
+    pub(super) fn add_chunks(
+        &mut self,
+        added: impl Iterator<Item = (&'a [u8], Chunk)>,
+        join: bool,
+        tally: &mut Tally,
+    ) -> (ArrayVec<Part, BATCH>, usize) {
         let start = self.pieces.len();
         let mut chunks: ArrayVec<Chunk, BATCH> = ArrayVec::new();
-        for (_id, slot) in datagrams {
-            let Some(bytes) = batch.payload(*slot) else {
-                tally.cut();
-                continue;
-            };
-            let control = batch.control(*slot);
-            let class = self.dscp.map_or(control.class, |dscp| dscp.bits() << 2 | control.class & ECN);
-            chunks.push(Chunk { len: bytes.len(), segment: control.segment, class });
+        for (bytes, chunk) in added {
+            let class = self.dscp.map_or(chunk.class, |dscp| dscp.bits() << 2 | chunk.class & ECN);
+            chunks.push(Chunk { class, ..chunk });
             self.pieces.push(IoSlice::new(bytes));
         }
         tally.relayed += amount_of(&chunks);
@@ -61,12 +71,13 @@ impl<'a> Payload<'a> {
             let pieces = start + chunks.start..start + chunks.end;
             Part { pieces, segment, class }
         };
-        if join {
+        let parts = if join {
             gso(&chunks).map(|batch_of| part(batch_of.chunks, batch_of.segment, batch_of.class)).collect()
         } else {
             let chunks = chunks.iter().enumerate();
             chunks.map(|(i, chunk)| part(i..i + 1, chunk.segment, chunk.class)).collect()
-        }
+        };
+        (parts, chunks.len())
     }
 }
 

@@ -6,6 +6,7 @@
 //! of clients are [forwarded to backends](super::requests), and replies of backends [to clients](super::answers).
 
 use std::collections::VecDeque;
+use std::hash::RandomState;
 use std::io;
 use std::pin::pin;
 use std::sync::Arc;
@@ -39,6 +40,8 @@ pub(crate) struct UdpRelay {
     commands: Commands,
     pub(super) listeners: Listeners,
     pub(super) table: FlowTable<FlowKey, Flow>,
+    /// For the keys of clients for whom a proxy speaks.
+    pub(super) told_hasher: RandomState,
     pub(super) capacity: Capacity,
     pub(super) client_sockets: ClientSockets,
     /// Where to continue adjusting the receive buffers of flows, if that is not complete.
@@ -76,6 +79,7 @@ impl UdpRelay {
             commands,
             listeners: Listeners::new(shared.clone()),
             table: FlowTable::new(capacity.most(0, Instant::now())),
+            told_hasher: RandomState::new(),
             client_sockets: ClientSockets::new(shared, capacity.descriptors()),
             capacity,
             next_share: None,

@@ -10,9 +10,10 @@ use rproxy_mapping::addr::canonical;
 use rproxy_sys::udp::{BATCH, LocalAddr};
 use tracing::warn;
 
-use super::batch::Batch;
+use super::batch::{Batch, Routed};
 use super::flows::{ENDS_PER_TURN, mapping_of};
 use super::key::FlowKey;
+use super::proxy_header;
 use super::relay::UdpRelay;
 use super::table::{FlowId, Side};
 use super::tally::{Tally, Towards, last_dropped};
@@ -20,6 +21,7 @@ use super::token::Wanted;
 use super::token::{Token, event, interest};
 use super::turn::{LISTENER_BATCHES, slots_for};
 use crate::log::limit::LogLimit;
+use crate::proxy_protocol::{Endpoints, decode_datagram};
 use crate::runtime::descriptors::{explain, has_run_out};
 use crate::state::Target;
 use crate::state::stats::FailureKind;
@@ -80,25 +82,75 @@ impl UdpRelay {
         batch: &mut Batch,
         count: usize,
     ) {
-        let mut previous: Option<(FlowKey, FlowId)> = None;
+        let target = self.listeners[listener].target.clone();
+        let mut route = Route { previous: None };
         for slot in 0..count {
             let Some(client) = batch.received.sender(slot) else { continue };
             let key = FlowKey::new(listener, client, batch.received.control(slot).local.or(local));
-            let id = match previous {
-                Some((same, id)) if same == key => id,
-                _ => match self.find_or_open(&key, batch) {
-                    Some(id) => id,
-                    None => {
-                        // Its flow may have been evicted for this one.
-                        previous = None;
-                        continue;
-                    }
-                },
-            };
-            previous = Some((key, id));
-            batch.slots.push((id, slot));
+            if target.policy.limits.proxy_protocol.expects_header(client.ip()) {
+                self.route_behind_headers(&mut route, &target, key, slot, batch);
+            } else if let Some(id) = self.flow_of(&mut route, key, None, batch) {
+                batch.slots.push(Routed::whole(id, slot));
+            }
         }
         self.send_to_backend(listener, batch);
+    }
+
+    /// Finds the flows of what a proxy sent: each datagram in the slot begins with a header, which is removed.
+    fn route_behind_headers(
+        &mut self,
+        route: &mut Route,
+        target: &Target,
+        key: FlowKey,
+        slot: usize,
+        batch: &mut Batch,
+    ) {
+        let Some(len) = batch.received.payload(slot).map(<[u8]>::len) else {
+            let mut tally = Tally::default();
+            tally.cut();
+            return tally.settle(target, Towards::Backend);
+        };
+        let size = batch.received.control(slot).segment.map_or(usize::MAX, usize::from).max(1);
+        let mut start = 0_usize;
+        loop {
+            let end = len.min(start.saturating_add(size));
+            let payload = batch.received.payload(slot).unwrap_or_default();
+            match decode_datagram(&payload[start..end]) {
+                Ok(header) => {
+                    if let Some(id) = self.flow_of(route, key, header.endpoints.as_ref(), batch) {
+                        if batch.slots.len() == BATCH {
+                            self.send_to_backend(key.listener as usize, batch);
+                        }
+                        batch.slots.push(Routed::part(id, slot, start + header.len..end));
+                    }
+                }
+                Err(error) => proxy_header::refuse(key.client, target, &error),
+            }
+            start = end;
+            if start == len {
+                return;
+            }
+        }
+    }
+
+    /// The flow of a client, for whom a proxy may speak. May send what is in the slots before.
+    fn flow_of(
+        &mut self,
+        route: &mut Route,
+        key: FlowKey,
+        told: Option<&Endpoints>,
+        batch: &mut Batch,
+    ) -> Option<FlowId> {
+        let key = told.map_or(key, |told| key.told(told, &self.told_hasher));
+        if let Some((same, id)) = route.previous
+            && same == key
+        {
+            return Some(id);
+        }
+        let id = self.find_or_open(&key, told, batch);
+        // If there is none, its flow may have been evicted for this one.
+        route.previous = id.map(|id| (key, id));
+        id
     }
 
     /// Sends the datagrams in the slots to the backend.
@@ -107,15 +159,20 @@ impl UdpRelay {
             return;
         }
         // The sort is stable, so that a flow's datagrams stay in order.
-        batch.slots.sort_by_key(|(id, _slot)| id.to_u64());
+        batch.slots.sort_by_key(|routed| routed.id.to_u64());
         let dscp = self.listeners[listener].target.policy.limits.dscp;
         let mut tally = Tally::default();
         let mut lost_peer = None;
-        for datagrams in batch.slots.chunk_by(|a, b| a.0 == b.0) {
-            let id = datagrams[0].0;
+        let Batch { received, slots, headed } = batch;
+        for datagrams in slots.chunk_by(|a, b| a.id == b.id) {
+            let id = datagrams[0].id;
             let Some((_key, flow)) = self.table.get_mut(id) else { continue };
-            if flow.send(&batch.received, datagrams, dscp, &mut tally) {
+            let refused = tally.refused();
+            if flow.send(received, datagrams, headed, dscp, &mut tally) {
                 interest(self.poll.epoll(), flow.as_fd(), Token::Flow(id), flow.wanted());
+            }
+            if tally.refused() > refused {
+                flow.note_refused();
             }
             if tally.has_lost_peer() {
                 // The remaining flows of the batch are checked when their next datagram fails.
@@ -135,7 +192,7 @@ impl UdpRelay {
     }
 
     /// Finds or opens the flow with `key`. May send what is in the slots before.
-    fn find_or_open(&mut self, key: &FlowKey, batch: &mut Batch) -> Option<FlowId> {
+    fn find_or_open(&mut self, key: &FlowKey, told: Option<&Endpoints>, batch: &mut Batch) -> Option<FlowId> {
         static FAILED: LogLimit = LogLimit::new();
 
         if let Some(id) = self.table.find(key) {
@@ -154,15 +211,16 @@ impl UdpRelay {
             log_forged(&target, key);
             return None;
         }
-        if !target.admits(key.client) {
+        let client = told.map_or(key.client, Endpoints::source);
+        if !target.admits(client) {
             return None;
         }
-        match self.open(key, &target, batch) {
+        match self.open(key, told, &target, batch) {
             Ok(id) => Some(id),
             Err(error) => {
                 stats.count(FailureKind::FlowFailed);
                 if let Some(suppressed) = FAILED.permit() {
-                    warn!(mapping = %target.port_mapping, client = %canonical(key.client), error = explain(&error, 1), suppressed, "cannot open a flow");
+                    warn!(mapping = %target.port_mapping, client = %canonical(client), error = explain(&error, 1), suppressed, "cannot open a flow");
                 }
                 None
             }
@@ -170,16 +228,22 @@ impl UdpRelay {
     }
 
     /// Opens a flow, and evicts others if necessary.
-    fn open(&mut self, key: &FlowKey, target: &Arc<Target>, batch: &mut Batch) -> io::Result<FlowId> {
+    fn open(
+        &mut self,
+        key: &FlowKey,
+        told: Option<&Endpoints>,
+        target: &Arc<Target>,
+        batch: &mut Batch,
+    ) -> io::Result<FlowId> {
         let now = self.turn.start();
-        let source = key.client.ip();
+        let source = told.map_or(key.client, Endpoints::source).ip();
         let own = self.table.len();
         self.table.set_most(self.capacity.most(own, now));
         let bounds = self.capacity.bounds(mapping_of(target), &target.policy.limits, own, now);
         if self.table.is_full(&bounds, source) {
             // An evicted flow has already sent its datagrams.
             self.send_to_backend(key.listener as usize, batch);
-            self.make_room(&bounds, key);
+            self.make_room(&bounds, source);
         }
         let mut flow = match self.capacity.open(target, now) {
             Err(error) if has_run_out(&error) => {
@@ -201,9 +265,15 @@ impl UdpRelay {
             return Err(error.into());
         }
         flow.set_share(self.capacity.shares.each());
+        flow.speak_for(key, told);
         self.table.insert(*key, (&bounds, source), flow, now);
         Ok(id)
     }
+}
+
+/// The flow of the datagram before: the next one often belongs to it, too.
+struct Route {
+    previous: Option<(FlowKey, FlowId)>,
 }
 
 /// Logs that a datagram was dropped because no client can have sent it.

@@ -339,6 +339,11 @@ impl<K: Clone + Eq + Hash, F> FlowTable<K, F> {
         self.slots.iter().map(|(slot, used)| (self.slots.id_of(slot), &used.key, used.last_active))
     }
 
+    /// The source address that the flow `id` counts for.
+    pub(super) fn source(&self, id: FlowId) -> Option<IpAddr> {
+        self.slots.get(id).map(|used| used.source)
+    }
+
     /// Removes the flow `id`, unless it was removed before.
     pub(super) fn remove(&mut self, id: FlowId) -> Option<Ended<F>> {
         self.get(id)?;

@@ -101,6 +101,9 @@ struct OfferedFlow {
     client: SocketAddr,
     /// The local address that the client sends to, and its interface.
     local: Option<(IpAddr, u32)>,
+    /// Whom a proxy in front has told its client is, and whom that asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    told: Option<(SocketAddr, SocketAddr)>,
     established: bool,
     /// Where its datagrams are sent, if its socket is not connected.
     #[serde(default, skip_serializing_if = "Option::is_none")]

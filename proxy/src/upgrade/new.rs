@@ -27,6 +27,7 @@ use crate::engine::Server;
 use crate::engine::old_processes::OldProcesses;
 use crate::plane::attachments::{Attachments, Shim};
 use crate::plane::{AttachOptions, socket};
+use crate::proxy_protocol::Endpoints;
 use crate::state::task::{LiveFlow, LiveFlows};
 
 /// How long the old process may take for its next step. It does not wait longer for this one either.
@@ -247,7 +248,8 @@ fn live_flow(
         .map_err(|error| refuse(format!("the flow of {}: {error}", offered.client)))?;
     let OfferedFlow { client, established: is_established, peer, dropped, .. } = *offered;
     let (local, socket) = (offered.local(), Arc::new(socket));
-    Ok(LiveFlow { listener, client, local, is_established, peer, dropped, socket })
+    let told = offered.told.map(|(source, destination)| Endpoints::new(source, destination));
+    Ok(LiveFlow { listener, client, local, told, is_established, peer, dropped, socket })
 }
 
 /// Refuses anything but a non-blocking UDP socket, connected if `is_connected`.
@@ -269,7 +271,7 @@ async fn in_time<T>(step: impl Future<Output = io::Result<T>>) -> Result<T, Upgr
 
 #[cfg(test)]
 mod tests {
-    use std::net::{TcpListener, UdpSocket};
+    use std::net::{SocketAddr, TcpListener, UdpSocket};
 
     use rproxy_mapping::wire::WireMapping;
 
@@ -330,14 +332,18 @@ mod tests {
         let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
         socket.connect(socket.local_addr().unwrap()).unwrap();
         socket.set_nonblocking(true).unwrap();
-        for (established, peer) in [(true, None), (false, Some("192.0.2.2:9".parse().unwrap()))] {
+        let addr = |text: &str| text.parse::<SocketAddr>().unwrap();
+        let ends = (addr("198.51.100.1:5"), addr("198.51.100.2:53"));
+        for (established, peer, told) in [(true, None, Some(ends)), (false, Some(addr("192.0.2.2:9")), None)]
+        {
             let client = "192.0.2.1:5".parse().unwrap();
             let local = Some(("fe80::1".parse().unwrap(), 3));
-            let offered = OfferedFlow { socket: 1, client, local, established, peer, dropped: 11 };
+            let offered = OfferedFlow { socket: 1, client, local, told, established, peer, dropped: 11 };
             let of_socket = || socket.try_clone().unwrap().into();
             let flow = live_flow(&offered, of_socket(), &[None, Some(7)]).unwrap();
             assert_eq!((flow.listener, flow.client, flow.local), (7, client, offered.local()));
             assert_eq!((flow.is_established, flow.peer, flow.dropped), (established, peer, 11));
+            assert_eq!(flow.told, told.map(|(source, destination)| Endpoints::new(source, destination)));
             // What is offered at that place is no UDP socket.
             live_flow(&offered, of_socket(), &[Some(7), None]).unwrap_err();
             live_flow(&offered, of_socket(), &[Some(7)]).unwrap_err();

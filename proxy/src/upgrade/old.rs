@@ -255,11 +255,12 @@ fn shims_in_order<'a>(plane: &'a Plane, server: &Server) -> Vec<BorrowedFd<'a>> 
 
 /// Converts a flow for the offer. `numbers` maps numbers of listeners to indices of offered sockets.
 fn offered<'a>(flow: &'a LiveFlow, numbers: &HashMap<usize, usize>) -> Option<(OfferedFlow, BorrowedFd<'a>)> {
-    let LiveFlow { listener, client, local, is_established, peer, dropped, socket } = flow;
+    let LiveFlow { listener, client, local, told, is_established, peer, dropped, socket } = flow;
     let local = local.map(|local| (local.ip, local.interface));
     let socket_number = *numbers.get(listener)?;
     let (client, established, peer, dropped) = (*client, *is_established, *peer, *dropped);
-    let offered = OfferedFlow { socket: socket_number, client, local, established, peer, dropped };
+    let told = told.map(|told| (told.source(), told.destination()));
+    let offered = OfferedFlow { socket: socket_number, client, local, told, established, peer, dropped };
     Some((offered, socket.as_fd()))
 }
 
@@ -298,22 +299,25 @@ fn is_gone(error: &UpgradeError) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use std::net::UdpSocket;
+    use std::net::{SocketAddr, UdpSocket};
     use std::os::fd::OwnedFd;
     use std::sync::Arc;
 
     use rproxy_sys::udp::LocalAddr;
 
     use super::*;
+    use crate::proxy_protocol::Endpoints;
 
     #[test]
     fn a_flow_is_offered_as_it_is() {
         let socket: Arc<OwnedFd> = Arc::new(UdpSocket::bind("127.0.0.1:0").unwrap().into());
+        let addr = |text: &str| text.parse::<SocketAddr>().unwrap();
         for is_established in [true, false] {
             let flow = LiveFlow {
                 listener: 7,
                 client: "192.0.2.1:5".parse().unwrap(),
                 local: Some(LocalAddr { ip: "fe80::1".parse().unwrap(), interface: 3 }),
+                told: Some(Endpoints::new(addr("198.51.100.1:5"), addr("198.51.100.2:53"))),
                 is_established,
                 peer: Some("192.0.2.2:9".parse().unwrap()),
                 dropped: 11,
@@ -322,6 +326,8 @@ mod tests {
             let (offered, _socket) = offered(&flow, &HashMap::from([(7, 2)])).unwrap();
             assert_eq!((offered.socket, offered.client), (2, flow.client));
             assert_eq!((offered.local(), offered.peer), (flow.local, flow.peer));
+            let ends = (addr("198.51.100.1:5"), addr("198.51.100.2:53"));
+            assert_eq!(offered.told, Some(ends));
             assert_eq!((offered.established, offered.dropped), (is_established, 11));
         }
     }

@@ -30,6 +30,7 @@ use crate::udp::token::{Wanted, event};
 mod congestion;
 mod handover;
 mod losses;
+mod proxy_header;
 
 /// Without it, an event that does not happen would block the test.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -341,7 +342,16 @@ fn flows_are_taken_over_as_they_are() {
         socket.connect(address(&scene.backend)).unwrap();
         sockets.push(socket.local_addr().unwrap());
         let (client, socket) = (address(client), Arc::new(socket.into()));
-        LiveFlow { listener: number, client, local: None, is_established, peer: None, dropped: 3, socket }
+        LiveFlow {
+            listener: number,
+            client,
+            local: None,
+            told: None,
+            is_established,
+            peer: None,
+            dropped: 3,
+            socket,
+        }
     });
     let flows = LiveFlows { flows: flows.collect(), dropped: vec![(number, 7)], ports: None };
     scene.relay.adopt(flows);
@@ -371,6 +381,7 @@ fn a_flow_that_leads_elsewhere_is_not_taken_over() {
         listener,
         client: client_addr,
         local: None,
+        told: None,
         is_established: true,
         peer: None,
         dropped: 0,

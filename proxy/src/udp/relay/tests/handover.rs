@@ -10,8 +10,16 @@ fn live(scene: &Scene, client: &UdpSocket) -> (LiveFlow, SocketAddr) {
     socket.connect(address(&scene.backend)).unwrap();
     let local = address(&socket);
     let (listener, client, socket) = (scene.port.number(), address(client), Arc::new(socket.into()));
-    let flow =
-        LiveFlow { listener, client, local: None, is_established: true, peer: None, dropped: 0, socket };
+    let flow = LiveFlow {
+        listener,
+        client,
+        local: None,
+        told: None,
+        is_established: true,
+        peer: None,
+        dropped: 0,
+        socket,
+    };
     (flow, local)
 }
 
