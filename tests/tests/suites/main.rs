@@ -16,6 +16,7 @@ mod live;
 mod netns_setup;
 mod nginx;
 mod promises;
+mod proxy_protocol;
 mod relay;
 mod sandbox;
 mod service;
@@ -56,6 +57,7 @@ fn main() -> ExitCode {
         netns_setup,
         system_calls,
         promises,
+        proxy_protocol,
         shim,
         soak,
     ])

@@ -3,7 +3,7 @@
 mod ends;
 mod hostile;
 mod limits;
-mod scene;
+pub(crate) mod scene;
 mod served;
 mod stop;
 mod upgrade;
