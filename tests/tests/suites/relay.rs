@@ -22,6 +22,8 @@ use testkit::rproxy::Standalone;
 use testkit::suite::Case;
 use testkit::systemd::Systemd;
 
+use crate::proxy_protocol::{receives, told, v1, v2};
+
 const KIB: usize = 1024;
 const MIB: usize = 1024 * KIB;
 
@@ -51,15 +53,15 @@ pub(crate) fn cases() -> Vec<Case> {
                 TRANSPORT.set(transport);
                 body();
             };
-            match transport {
-                Transport::Tcp => Case::new(name, body).deadline(deadline),
-                other => Case::new(format!("{name}, over {other:?}"), body)
-                    .deadline(deadline)
-                    .needs(&[Need::Mptcp]),
-            }
+            let name = match transport {
+                Transport::Tcp => name.to_owned(),
+                other => format!("{name}, over {other:?}"),
+            };
+            let needs = if transport.is_mptcp() { &[Need::Mptcp][..] } else { &[] };
+            Case::new(name, body).deadline(deadline).needs(needs)
         })
     };
-    [Transport::Tcp, Transport::Mptcp, Transport::Fallback].into_iter().flat_map(over).collect()
+    TRANSPORTS.into_iter().flat_map(over).collect()
 }
 
 /// How clients reach the proxy.
@@ -71,6 +73,29 @@ enum Transport {
     Mptcp,
     /// The same, but clients speak TCP.
     Fallback,
+    /// TCP, behind a header of the PROXY protocol on both sides.
+    Proxied,
+    /// Multipath TCP, behind such headers.
+    MptcpProxied,
+}
+
+const TRANSPORTS: [Transport; 5] =
+    [Transport::Tcp, Transport::Mptcp, Transport::Fallback, Transport::Proxied, Transport::MptcpProxied];
+
+impl Transport {
+    /// Whether the listener is for Multipath TCP.
+    fn is_mptcp(self) -> bool {
+        matches!(self, Self::Mptcp | Self::Fallback | Self::MptcpProxied)
+    }
+
+    /// Whether clients speak Multipath TCP.
+    fn has_mptcp_clients(self) -> bool {
+        matches!(self, Self::Mptcp | Self::MptcpProxied)
+    }
+
+    fn is_proxied(self) -> bool {
+        matches!(self, Self::Proxied | Self::MptcpProxied)
+    }
 }
 
 thread_local! {
@@ -94,20 +119,31 @@ impl Relay {
     fn start() -> Self {
         let backend = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let to = backend.local_addr().unwrap();
-        let proxy = match TRANSPORT.get() {
-            Transport::Tcp => Standalone::relay_to(to, &[]),
-            Transport::Mptcp | Transport::Fallback => on_mptcp_listener(to),
+        let transport = TRANSPORT.get();
+        let options: &[&str] = match transport.is_proxied() {
+            true => &["--accept-proxy", "127.0.0.0/8", "--send-proxy", "v2"],
+            false => &[],
+        };
+        let proxy = match transport.is_mptcp() {
+            true => on_mptcp_listener(to, options),
+            false => Standalone::relay_to(to, options),
         };
         Self { proxy, backend }
     }
 
     fn connect(&self) -> Pair {
         self.discard_strays();
-        let client = match TRANSPORT.get() {
-            Transport::Tcp | Transport::Fallback => client::connect(self.proxy.address()),
-            Transport::Mptcp => mptcp::connect(self.proxy.address()),
+        let mut client = match TRANSPORT.get().has_mptcp_clients() {
+            true => mptcp::connect(self.proxy.address()),
+            false => client::connect(self.proxy.address()),
         };
+        if TRANSPORT.get().is_proxied() {
+            client.write_all(&v1(told())).unwrap();
+        }
         let server = client::patient(self.backend.accept().unwrap().0);
+        if TRANSPORT.get().is_proxied() {
+            receives(&server, &v2(told()));
+        }
         Pair { client, server }
     }
 
@@ -120,9 +156,10 @@ impl Relay {
 }
 
 /// A proxy that is passed its listener, as by systemd.
-fn on_mptcp_listener(to: SocketAddr) -> Standalone {
+fn on_mptcp_listener(to: SocketAddr, options: &[&str]) -> Standalone {
     let listener = mptcp::listen((Ipv4Addr::LOCALHOST, 0).into());
-    let arguments = ["--host", &listener.local_addr().unwrap().to_string(), "--to", &to.to_string()];
+    let (host, to) = (listener.local_addr().unwrap().to_string(), to.to_string());
+    let arguments = [&["--host", &*host, "--to", &to], options].concat();
     let systemd = Systemd::new();
     let command = systemd.command_with_sockets(&arguments, vec![("mptcp", listener.into())]);
     Standalone::ready(Process::spawn(command), &arguments)
@@ -405,7 +442,7 @@ fn reset_is_passed_on() {
 
 /// Over Multipath TCP a reset is told once, which may be to a write, and then that nobody is connected.
 fn is_reset(kind: ErrorKind) -> bool {
-    let is_told_before = TRANSPORT.get() == Transport::Mptcp && kind == ErrorKind::NotConnected;
+    let is_told_before = TRANSPORT.get().has_mptcp_clients() && kind == ErrorKind::NotConnected;
     is_told_before || kind == ErrorKind::ConnectionReset
 }
 

@@ -2,12 +2,16 @@
 
 use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, TcpStream};
+use std::thread;
+use std::time::Duration;
 
 use serde_json::json;
 use socket2::SockRef;
 
+use testkit::backend::{TcpBackend, echo};
 use testkit::client::{self, End, own_loopback};
-use testkit::holdings::wait_until_idle;
+use testkit::holdings::{Holdings, wait_until_idle};
+use testkit::load;
 use testkit::process::Stream;
 use testkit::suite::Case;
 use testkit::{eventually, eventually_equal};
@@ -39,6 +43,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("half-closed connections", half_closed),
         case("resets in both directions", resets),
         case("a flood of wrong headers", flood),
+        case("many proxies at once, some of which are cut", many).deadline(Duration::from_secs(120)),
     ]
 }
 
@@ -290,6 +295,54 @@ fn resets() {
     client::reset(stream);
     assert_eq!(client::read_to_end(&client), (vec![], End::Reset));
     served.expect_errors(&json!({ "reset": 2 }));
+}
+
+/// Each connection is that of the client in its own header, however that comes, and nothing is left of any.
+fn many() {
+    const THREADS: usize = 8;
+
+    let backend = TcpBackend::local(echo);
+    let served = Served { to: backend.address(), ..serve(&json!({})) };
+    served.change(&json!({ "accept_proxy": [LOOPBACK], "proxy_timeout": "1h", "send_proxy": "v1" }));
+    let pid = served.proxy.process.pid();
+    let connect = |number: usize| {
+        let [_source, destination] = told();
+        let source = SocketAddr::from(([192, 0, 2, 7], 1 + u16::try_from(number % 60_000).unwrap()));
+        let told = v1([source, destination]);
+        let header = match number % 3 {
+            0 => told.clone(),
+            1 => v2([source, destination]),
+            _ => v2_with([source, destination], &tlv(4, &vec![0; number % 400])),
+        };
+        let mut client = client::connect(served.address);
+        client.set_nodelay(true).unwrap();
+        let split = 1 + number * 7 % (header.len() - 1);
+        client.write_all(&header[..split]).unwrap();
+        match number % 10 {
+            0 => return client::reset(client),
+            1 => {
+                client.shutdown(Shutdown::Write).unwrap();
+                return assert_eq!(client::read_to_end(&client), (vec![], End::Reset));
+            }
+            _ => thread::yield_now(),
+        }
+        let request = number.to_string().repeat(1 + number % 5_000);
+        client.write_all(&[&header[split..], request.as_bytes()].concat()).unwrap();
+        client.shutdown(Shutdown::Write).unwrap();
+        let (answer, end) = client::read_to_end(&client);
+        assert!(answer == [&told, request.as_bytes()].concat() && end == End::Eof, "{number}");
+    };
+    // All workers have started, and their pipes are open.
+    load::meanwhile(THREADS, connect, |load| load.wait_for(500));
+    eventually("all are over", || served.proxy.stats("web")["connections"] == 0);
+    wait_until_idle(pid);
+    let before = Holdings::of(pid);
+    load::meanwhile(THREADS, connect, |load| load.wait_for(3_000));
+    eventually("all are over", || served.proxy.stats("web")["connections"] == 0);
+    eventually_equal("what is held", &before, || Holdings::of(pid));
+    wait_until_idle(pid);
+    let errors = served.errors();
+    assert_eq!(errors.as_object().unwrap().keys().collect::<Vec<_>>(), ["bad_proxy_header"], "{errors}");
 }
 
 fn flood() {

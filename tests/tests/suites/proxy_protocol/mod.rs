@@ -11,8 +11,9 @@ use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 
 use serde_json::{Value, json};
-use socket2::{Domain, Socket, Type};
+use socket2::{Domain, SockRef, Socket, Type};
 
+use testkit::PATIENCE;
 use testkit::client::{self, own_address, own_listener, patient};
 use testkit::controlled::{Controlled, mapping};
 use testkit::rproxy::Standalone;
@@ -29,7 +30,7 @@ const SIGNATURE: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
 const LOOPBACK: &str = "127.0.0.0/8";
 
 /// A client that a proxy tells, and the address that it asked.
-fn told() -> [SocketAddr; 2] {
+pub(crate) fn told() -> [SocketAddr; 2] {
     ["192.0.2.7:4711", "198.51.100.1:443"].map(|address| address.parse().unwrap())
 }
 
@@ -39,14 +40,14 @@ fn told_v6() -> [SocketAddr; 2] {
 }
 
 /// The header in version 1.
-fn v1([source, destination]: [SocketAddr; 2]) -> Vec<u8> {
+pub(crate) fn v1([source, destination]: [SocketAddr; 2]) -> Vec<u8> {
     let family = if source.is_ipv4() { "TCP4" } else { "TCP6" };
     let (from, to) = (source.ip(), destination.ip());
     format!("PROXY {family} {from} {to} {} {}\r\n", source.port(), destination.port()).into_bytes()
 }
 
 /// The header of a connection in version 2.
-fn v2([source, destination]: [SocketAddr; 2]) -> Vec<u8> {
+pub(crate) fn v2([source, destination]: [SocketAddr; 2]) -> Vec<u8> {
     v2_with([source, destination], &[])
 }
 
@@ -143,12 +144,14 @@ fn both_ways() -> Value {
 /// The next connection of a backend.
 #[track_caller]
 fn accept(backend: &TcpListener) -> TcpStream {
+    // Of accept(2) as well (socket(7)).
+    SockRef::from(backend).set_read_timeout(Some(PATIENCE)).unwrap();
     patient(backend.accept().unwrap().0)
 }
 
 /// Checks what comes next.
 #[track_caller]
-fn receives(mut stream: &TcpStream, expected: &[u8]) {
+pub(crate) fn receives(mut stream: &TcpStream, expected: &[u8]) {
     let mut received = vec![0; expected.len()];
     stream.read_exact(&mut received).unwrap();
     assert_eq!(received.escape_ascii().to_string(), expected.escape_ascii().to_string());
