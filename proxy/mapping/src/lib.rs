@@ -20,6 +20,7 @@ pub mod overlap;
 pub mod ports;
 pub mod proxy_protocol;
 pub mod publish;
+pub mod source;
 #[cfg(any(test, feature = "testdata"))]
 pub mod testdata;
 pub mod wire;
@@ -30,6 +31,7 @@ use crate::addr::{AddrError, BackendAddr, HostSocketAddr, Protocol, Protocols, S
 use crate::limits::Limits;
 use crate::name::Name;
 use crate::ports::PortRange;
+use crate::source::{Source, SourceError};
 
 /// Host ports and the backend ports to which they are forwarded.
 ///
@@ -128,10 +130,27 @@ impl Mapping {
     }
 
     /// Returns the mapping with these limits.
-    #[must_use]
-    pub fn limited(mut self, limits: Limits) -> Self {
+    ///
+    /// # Errors
+    /// [`MappingError::Source`] if their source address cannot reach the backend.
+    pub fn limited(mut self, limits: Limits) -> Result<Self, MappingError> {
+        let backend = self.backend.ip();
+        if let Source::Address(ip) = limits.source
+            && ip.is_ipv4() != backend.to_canonical().is_ipv4()
+        {
+            return Err(MappingError::Source(SourceError::Family { ip, backend }));
+        }
         self.limits = limits;
-        self
+        Ok(self)
+    }
+
+    /// As [`Self::limited`], but if their source address cannot reach the backend, the kernel chooses another one.
+    #[must_use]
+    pub fn limited_in_family(self, limits: Limits) -> Self {
+        match self.clone().limited(limits.clone()) {
+            Ok(limited) => limited,
+            Err(_other_family) => Self { limits: Limits { source: Source::Auto, ..limits }, ..self },
+        }
     }
 
     /// Returns the mapping with another backend.
@@ -140,8 +159,9 @@ impl Mapping {
     /// Those of [`Mapping::new`].
     pub fn retargeted(&self, backend: ScopedIp, backend_ports: PortRange) -> Result<Self, MappingError> {
         let host = (self.host, self.host_ports.range());
-        let retargeted = Self::new(self.protocols, host, (backend, backend_ports))?;
-        Ok(Self { name: self.name.clone(), v6only: self.v6only, limits: self.limits.clone(), ..retargeted })
+        let retargeted =
+            Self::new(self.protocols, host, (backend, backend_ports))?.limited(self.limits.clone())?;
+        Ok(Self { name: self.name.clone(), v6only: self.v6only, ..retargeted })
     }
 
     /// Its explicit name, or its [default name](Name::of).
@@ -251,6 +271,9 @@ pub enum MappingError {
     /// `v6only` with an address for which it has no meaning.
     #[error("v6only is for [::], and the host address is {0}")]
     V6Only(ScopedIp),
+    /// The source address cannot reach the backend.
+    #[error(transparent)]
+    Source(#[from] SourceError),
 }
 
 /// One port of a mapping, as served by one socket.

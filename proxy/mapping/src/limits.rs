@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::access::AccessList;
 use crate::dscp::Dscp;
 use crate::proxy_protocol::ProxyProtocol;
+use crate::source::{Device, Source};
 
 /// The limits of a mapping's connections and flows, the clients that it serves, and other options.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,6 +35,10 @@ pub struct Limits {
     /// The code point to send with in both directions. `None` keeps that of each datagram, and the default for
     /// connections.
     pub dscp: Option<Dscp>,
+    /// Where connections and datagrams to the backend come from.
+    pub source: Source,
+    /// The interface that they have to leave by (`SO_BINDTODEVICE`, socket(7)); `None` leaves that to the routing table.
+    pub device: Option<Device>,
     /// How the backend is told who a client is, and how a proxy in front tells it.
     pub proxy_protocol: ProxyProtocol,
     /// The clients to serve. Connections of others are reset, and their datagrams are dropped.
@@ -53,6 +58,8 @@ impl Default for Limits {
             udp_max_flows_per_source: None,
             udp_any_port: false,
             dscp: None,
+            source: Source::Auto,
+            device: None,
             proxy_protocol: ProxyProtocol::default(),
             access: AccessList::default(),
         }

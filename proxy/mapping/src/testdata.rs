@@ -12,6 +12,7 @@ use crate::access::{AccessList, parse_network};
 use crate::limits::{Limits, OnLimit};
 use crate::ports::PortRange;
 use crate::proxy_protocol::{ProxyDatagrams, ProxyProtocol, ProxyVersion};
+use crate::source::{Device, Source};
 
 /// Generates any mapping, with or without limits.
 pub fn any_mapping() -> impl Strategy<Value = Mapping> {
@@ -24,7 +25,8 @@ pub fn any_mapping() -> impl Strategy<Value = Mapping> {
             let range = |first: u16| PortRange::new(first, first + more).unwrap();
             let host = (host.parse().unwrap(), (!random).then(|| range(host_port)));
             let backend = ("192.0.2.1".parse().unwrap(), range(port));
-            let mapping = Mapping::new(proto.parse().unwrap(), host, backend).unwrap().limited(limits);
+            let mapping =
+                Mapping::new(proto.parse().unwrap(), host, backend).unwrap().limited(limits).unwrap();
             let mapping = if v6only { mapping.clone().v6only().unwrap_or(mapping) } else { mapping };
             match name {
                 Some(name) => mapping.named(name.parse().unwrap()),
@@ -42,12 +44,13 @@ fn any_limits() -> impl Strategy<Value = Limits> {
     let dscp = proptest::option::of((0..64_u8).prop_map(|bits| bits.to_string().parse().unwrap()));
     let switches = (any::<bool>(), any::<bool>());
     let access = (any_networks(), any_networks());
-    (times, switches, (count(), count(), count()), dscp, any_proxy_protocol(), access).prop_map(
+    let path = (any_source(), proptest::option::of("[a-z][a-z0-9.-]{0,14}"), dscp);
+    (times, switches, (count(), count(), count()), path, any_proxy_protocol(), access).prop_map(
         |(
             (connect_timeout, idle_timeout, udp_timeout),
             is_on,
             counts,
-            dscp,
+            path,
             proxy_protocol,
             (allow, deny),
         )| Limits {
@@ -59,7 +62,9 @@ fn any_limits() -> impl Strategy<Value = Limits> {
             udp_max_flows: counts.1,
             udp_max_flows_per_source: counts.2,
             udp_any_port: is_on.1,
-            dscp,
+            dscp: path.2,
+            source: path.0,
+            device: path.1.map(|name| name.parse::<Device>().unwrap()),
             proxy_protocol,
             access: AccessList { allow, deny },
         },
@@ -77,4 +82,10 @@ fn any_proxy_protocol() -> impl Strategy<Value = ProxyProtocol> {
     let timeout = (1..10_000_000_u64).prop_map(Duration::from_millis);
     (version, datagrams, any_networks(), timeout)
         .prop_map(|(send, send_udp, accept, timeout)| ProxyProtocol { send, send_udp, accept, timeout })
+}
+
+/// A source that can reach the backend of [`any_mapping`].
+fn any_source() -> impl Strategy<Value = Source> {
+    let address = Source::Address("192.0.2.9".parse().unwrap());
+    proptest::sample::select(vec![Source::Auto, Source::Client, Source::ClientOnly, address])
 }

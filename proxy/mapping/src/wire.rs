@@ -17,6 +17,7 @@ use crate::limits::{Limits, OnLimit};
 use crate::name::Name;
 use crate::ports::PortRange;
 use crate::proxy_protocol::{ProxyDatagrams, ProxyProtocol};
+use crate::source::Source;
 use crate::{HostPorts, Mapping, MappingError};
 
 /// A mapping in JSON.
@@ -91,6 +92,12 @@ pub struct WireLimits {
     /// The number or name of a code point.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub dscp: Option<String>,
+    /// `auto`, `client`, `client-only` or an address.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub source: Option<String>,
+    /// The name of an interface.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device: Option<String>,
     /// `v1` or `v2`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub send_proxy: Option<String>,
@@ -168,7 +175,9 @@ impl WireMapping {
         if self.v6only {
             mapping = mapping.and_then(Mapping::v6only);
         }
-        let mapping = mapping.map_err(|error| wrong.0.push(error.into())).ok()?.limited(limits?);
+        let limits = limits?;
+        let mapping = mapping.and_then(|mapping| mapping.limited(limits));
+        let mapping = mapping.map_err(|error| wrong.0.push(error.into())).ok()?;
         Some(match name? {
             Some(name) => mapping.named(name),
             None => mapping,
@@ -206,6 +215,8 @@ impl WireLimits {
             udp_max_flows_per_source: limits.udp_max_flows_per_source,
             udp_any_port: limits.udp_any_port,
             dscp: limits.dscp.map(|dscp| dscp.to_string()),
+            source: (limits.source != Source::Auto).then(|| limits.source.to_string()),
+            device: limits.device.as_ref().map(ToString::to_string),
             send_proxy: proxy.send.map(|version| version.to_string()),
             send_proxy_udp: (proxy.send_udp != ProxyDatagrams::default()).then(|| proxy.send_udp.to_string()),
             accept_proxy: networks(&proxy.accept),
@@ -232,6 +243,8 @@ impl WireLimits {
         let per_source = self.udp_max_flows_per_source;
         let per_source = read_count("limits.udp_max_flows_per_source", per_source, wrong);
         let dscp = wrong.note("limits.dscp", self.dscp.as_deref().map(str::parse).transpose());
+        let source = wrong.note("limits.source", self.source.as_deref().map(str::parse).transpose());
+        let device = wrong.note("limits.device", self.device.as_deref().map(str::parse).transpose());
         let proxy_protocol = self.read_proxy_protocol(wrong);
         let (allow, deny) = (read_networks(&self.allow), read_networks(&self.deny));
         let (allow, deny) = (wrong.note("limits.allow", allow), wrong.note("limits.deny", deny));
@@ -245,6 +258,8 @@ impl WireLimits {
             udp_max_flows_per_source: per_source?,
             udp_any_port: self.udp_any_port,
             dscp: dscp?,
+            source: source?.unwrap_or_default(),
+            device: device?,
             proxy_protocol: proxy_protocol?,
             access: AccessList { allow: allow?, deny: deny? },
         })
@@ -333,6 +348,7 @@ impl From<MappingError> for FieldError {
             MappingError::Lengths { .. } => "host_ports",
             MappingError::Backend(_) => "to",
             MappingError::V6Only(_) => "v6only",
+            MappingError::Source(_) => "limits.source",
         };
         Self::new(field, error)
     }
@@ -357,7 +373,7 @@ mod tests {
             r#"{"to":"172.17.0.2","to_ports":"80","limits":{"connect_timeout":"unlimited","idle_timeout":"1m",
                 "max_connections":9,"on_limit":"reset","udp_timeout":"5s","udp_max_flows":7,
                 "udp_max_flows_per_source":3,"udp_any_port":true,"dscp":"ef","send_proxy":"v2","send_proxy_udp":"first",
-                "accept_proxy":["10.0.0.0/8"],"proxy_timeout":"1s","allow":["10.0.0.0/8"],"deny":["fd00::/8"]}}"#,
+                "accept_proxy":["10.0.0.0/8"],"proxy_timeout":"1s","source":"client","device":"eth0","allow":["10.0.0.0/8"],"deny":["fd00::/8"]}}"#,
         ] {
             let mapping = read(json).expect(json);
             assert_eq!(WireMapping::of(&mapping).read(&NoInterfaces, ScopedIp::ANY), Ok(mapping), "{json}");
@@ -383,22 +399,6 @@ mod tests {
                 r#"{"to":"172.17.0.2","to_ports":"80","limits":{"dscp":"AF5"}}"#,
                 "limits.dscp: not a code point",
             ),
-            (
-                r#"{"to":"172.17.0.2","to_ports":"80","limits":{"send_proxy":"v3"}}"#,
-                "limits.send_proxy: write \"v1\" or",
-            ),
-            (
-                r#"{"to":"172.17.0.2","to_ports":"80","limits":{"send_proxy_udp":"all"}}"#,
-                "limits.send_proxy_udp: write \"each\" or",
-            ),
-            (
-                r#"{"to":"172.17.0.2","to_ports":"80","limits":{"proxy_timeout":"unlimited"}}"#,
-                "limits.proxy_timeout: a header needs one",
-            ),
-            (
-                r#"{"to":"172.17.0.2","to_ports":"80","limits":{"accept_proxy":["10.0.0.1/8"]}}"#,
-                "limits.accept_proxy: '10.0.0.1/8': it has host bits set; write 10.0.0.0/8",
-            ),
             (r#"{"to":"172.17.0.2","to_ports":"80","limits":{"dscp":"184"}}"#, "whose code point is 46"),
             (
                 r#"{"to":"172.17.0.2","to_ports":"80","limits":{"deny":["lan"]}}"#,
@@ -407,6 +407,29 @@ mod tests {
         ] {
             let message = read(json).expect_err(json);
             assert!(message.contains(part), "{json}: {message}");
+        }
+    }
+
+    #[test]
+    fn mistakes_about_the_clients_address_name_their_field() {
+        for (limits, part) in [
+            (
+                r#"{"source":"fd00::1"}"#,
+                "limits.source: fd00::1 cannot reach the backend 172.17.0.2, which is of the other family; write an IPv4",
+            ),
+            (r#"{"source":"me"}"#, "limits.source: write \"auto\","),
+            (r#"{"device":"eth 0"}"#, "limits.device: not the name"),
+            (r#"{"send_proxy":"v3"}"#, "limits.send_proxy: write \"v1\" or"),
+            (r#"{"send_proxy_udp":"all"}"#, "limits.send_proxy_udp: write \"each\" or"),
+            (r#"{"proxy_timeout":"unlimited"}"#, "limits.proxy_timeout: a header needs one"),
+            (
+                r#"{"accept_proxy":["10.0.0.1/8"]}"#,
+                "limits.accept_proxy: '10.0.0.1/8': it has host bits set; write 10.0.0.0/8",
+            ),
+        ] {
+            let json = format!(r#"{{"to":"172.17.0.2","to_ports":"80","limits":{limits}}}"#);
+            let message = read(&json).expect_err(limits);
+            assert!(message.contains(part), "{limits}: {message}");
         }
     }
 }

@@ -6,6 +6,7 @@ pub mod activation;
 pub mod family;
 pub mod interfaces;
 pub mod listen;
+pub(crate) mod source;
 
 use std::hash::{BuildHasher, RandomState};
 use std::io;

@@ -16,6 +16,7 @@ use rproxy_mapping::name::Name;
 use rproxy_mapping::overlap::refuse_overlap;
 use rproxy_mapping::proxy_protocol::{ProxyDatagrams, ProxyProtocol, ProxyVersion};
 use rproxy_mapping::publish::{ExposedPorts, PublishSpec};
+use rproxy_mapping::source::{Device, Source};
 use rproxy_mapping::{Mapping, MappingError};
 
 use super::UsageError;
@@ -98,6 +99,13 @@ struct LimitArgs {
     /// received; TCP 0]
     #[arg(long, value_name = "CODE_POINT", allow_hyphen_values = true)]
     dscp: Option<Dscp>,
+    /// Where connections and datagrams to the backend come from: auto, an address of this host, or client, the
+    /// client's own address and port (client-only: or not at all). See netns-setup transparent
+    #[arg(long, value_name = "SOURCE", default_value_t)]
+    source: Source,
+    /// The interface by which they have to leave
+    #[arg(long, value_name = "INTERFACE")]
+    device: Option<Device>,
     /// Tell the backend who the client is, in a header of the PROXY protocol before the first byte; datagrams have
     /// v2 in either case
     #[arg(long, value_name = "VERSION", value_parser = proxy_version())]
@@ -126,6 +134,8 @@ impl LimitArgs {
             udp_max_flows_per_source: self.udp_max_flows_per_source,
             udp_any_port: self.udp_any_port,
             dscp: self.dscp,
+            source: self.source,
+            device: self.device.clone(),
             proxy_protocol: ProxyProtocol {
                 send: self.send_proxy,
                 send_udp: self.send_proxy_udp,
@@ -145,7 +155,7 @@ struct Asked {
 
 impl MappingArgs {
     /// The ids of these options in clap. All of them can be expressed in a file.
-    pub(super) const IDS: [&str; 23] = [
+    pub(super) const IDS: [&str; 25] = [
         "host",
         "to",
         "publish",
@@ -165,6 +175,8 @@ impl MappingArgs {
         "udp_max_flows_per_source",
         "udp_any_port",
         "dscp",
+        "source",
+        "device",
         "send_proxy",
         "send_proxy_udp",
         "accept_proxy",
@@ -335,7 +347,9 @@ impl MappingArgs {
         } else {
             mapping
         };
-        Ok(Asked { words, mapping: mapping.limited(self.limits.limits()) })
+        let mapping = mapping.limited(self.limits.limits());
+        let mapping = mapping.map_err(|error| wrong(&format!("--source {}", self.limits.source), &error))?;
+        Ok(Asked { words, mapping })
     }
 }
 

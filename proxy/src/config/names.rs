@@ -20,6 +20,8 @@ macro_rules! with_keys {
             udp_max_flows_per_source,
             udp_any_port,
             dscp,
+            source,
+            device,
             send_proxy,
             send_proxy_udp,
             accept_proxy,
@@ -33,10 +35,10 @@ macro_rules! names {
 }
 
 /// All keys.
-pub(super) const KEYS: [&str; 20] = with_keys!(names);
+pub(super) const KEYS: [&str; 22] = with_keys!(names);
 
 /// The keys of `[attach]`.
-pub(super) const ATTACH_KEYS: [&str; 16] = [
+pub(super) const ATTACH_KEYS: [&str; 18] = [
     "name",
     "connect_timeout",
     "idle_timeout",
@@ -49,6 +51,8 @@ pub(super) const ATTACH_KEYS: [&str; 16] = [
     "udp_max_flows_per_source",
     "udp_any_port",
     "dscp",
+    "source",
+    "device",
     "send_proxy",
     "send_proxy_udp",
     "accept_proxy",

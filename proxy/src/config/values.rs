@@ -131,6 +131,8 @@ pub(super) fn example(key: &str) -> &'static str {
         "on_limit" => "\"wait\"",
         "v6only" | "udp_any_port" | "attach" => "true",
         "dscp" => "\"AF41\"",
+        "source" => "\"client\"",
+        "device" => "\"eth0\"",
         "send_proxy" => "\"v2\"",
         "send_proxy_udp" => "\"first\"",
         "allow" | "deny" | "accept_proxy" => "[\"10.0.0.0/8\"]",

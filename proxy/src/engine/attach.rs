@@ -145,11 +145,11 @@ impl Server {
     ) -> Result<Changed, ChangeError> {
         let mut plan = self.plan_to(wanted)?;
         if let Some(limits) = limits {
-            let others = self.registry.attached().filter(|(_name, served)| served.mapping.limits() != limits);
             let limited = |(name, served): (&Name, &Served)| {
-                (name.clone(), served.mapping.clone().limited(limits.clone()))
+                let limited = served.mapping.clone().limited_in_family(limits.clone());
+                (limited != served.mapping).then(|| (name.clone(), limited))
             };
-            plan.change.extend(others.map(limited));
+            plan.change.extend(self.registry.attached().filter_map(limited));
         }
         self.execute(plan).await
     }
@@ -182,7 +182,7 @@ fn mapping_of(port_mapping: &PortMapping, limits: Limits) -> Result<Mapping, Att
     let mapping =
         Mapping::new(Protocols::One(protocol), (from.into(), Some(from_port)), (to.into(), to_port))?;
     let mapping = if v6only && mapping.host() == ScopedIp::ANY { mapping.v6only()? } else { mapping };
-    Ok(mapping.named(Name::attached(protocol, host)).limited(limits))
+    Ok(mapping.named(Name::attached(protocol, host)).limited_in_family(limits))
 }
 
 /// The flows of ports that may be attached again.

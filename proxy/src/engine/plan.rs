@@ -85,7 +85,7 @@ mod tests {
         let backend = (format!("192.0.2.{backend}").parse().unwrap(), "80".parse().unwrap());
         let limits = Limits { idle_timeout: limit.map(Duration::from_secs), ..Limits::default() };
         let mapping = Mapping::new(Protocols::One(Protocol::Tcp), host, backend).unwrap();
-        mapping.named(format!("m{name}").parse().unwrap()).limited(limits)
+        mapping.named(format!("m{name}").parse().unwrap()).limited(limits).unwrap()
     }
 
     prop_compose! {

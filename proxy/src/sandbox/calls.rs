@@ -113,8 +113,9 @@ pub(super) fn restrict(needs: &Needs<'_>) -> io::Result<String> {
 fn filter(needs: &Needs<'_>) -> Result<BpfProgram, seccompiler::BackendError> {
     let mut rules: BTreeMap<libc::c_long, Vec<SeccompRule>> = conditional(needs)?.into_iter().collect();
     let datagrams = if needs.udp || needs.changes.is_some() { FOR_DATAGRAMS } else { &[] };
+    let sources: &[libc::c_long] = if needs.sources.are_bound() { &[libc::SYS_bind] } else { &[] };
     let changes = if needs.changes.is_some() { FOR_CHANGES } else { &[] };
-    rules.extend([ALWAYS, datagrams, changes].concat().into_iter().map(|call| (call, Vec::new())));
+    rules.extend([ALWAYS, datagrams, sources, changes].concat().into_iter().map(|call| (call, Vec::new())));
     let arch = std::env::consts::ARCH.try_into()?;
     let refused = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
     SeccompFilter::new(rules, refused, SeccompAction::Allow, arch)?.try_into()
@@ -206,6 +207,19 @@ const OF_UDP: &[Options] = &[
 const OF_MARKS: &[Options] =
     &[(libc::SOL_IP, libc::IP_TOS, libc::IP_TOS), (libc::SOL_IPV6, libc::IPV6_TCLASS, libc::IPV6_TCLASS)];
 
+/// Sockets that come from the address of a client.
+const OF_CLIENTS: &[Options] = &[
+    (libc::SOL_IP, libc::IP_TRANSPARENT, libc::IP_TRANSPARENT),
+    (libc::SOL_IPV6, libc::IPV6_TRANSPARENT, libc::IPV6_TRANSPARENT),
+];
+
+/// Sockets that come from a given address, or a client's with any port.
+const OF_ADDRESSES: &[Options] =
+    &[(libc::SOL_IP, libc::IP_BIND_ADDRESS_NO_PORT, libc::IP_BIND_ADDRESS_NO_PORT)];
+
+/// Sockets that leave by a given interface.
+const OF_DEVICES: &[Options] = &[(libc::SOL_SOCKET, libc::SO_BINDTODEVICE, libc::SO_BINDTODEVICE)];
+
 /// Options of new listeners, and of the conntrack socket.
 const OF_CHANGES: &[Options] = &[
     (libc::SOL_SOCKET, libc::SO_RCVTIMEO, libc::SO_RCVTIMEO),
@@ -222,6 +236,9 @@ fn options(needs: &Needs<'_>) -> Result<Vec<SeccompRule>, seccompiler::BackendEr
         (OF_TCP, changes || needs.tcp()),
         (OF_UDP, changes || needs.udp),
         (OF_MARKS, changes || needs.dscp),
+        (OF_CLIENTS, changes || needs.sources.clients),
+        (OF_ADDRESSES, changes || needs.sources.are_bound()),
+        (OF_DEVICES, changes || needs.sources.devices),
         (OF_CHANGES, changes),
     ];
     let allowed =

@@ -24,6 +24,8 @@ use crate::runtime::descriptors::explain;
 use rproxy_mapping::PortMapping;
 use rproxy_mapping::addr::Protocol;
 use rproxy_mapping::escape::escaped;
+use rproxy_mapping::limits::Limits;
+use rproxy_mapping::source::Source;
 
 /// The environment variable with the mode, for processes without a command line for it.
 pub const MODE_VARIABLE: &str = "RPROXY_SANDBOX";
@@ -67,12 +69,41 @@ pub struct Needs<'a> {
     pub low_udp_ports: bool,
     /// Whether TCP connections set a code point.
     pub dscp: bool,
+    /// Where connections and datagrams to backends come from.
+    pub sources: Sources,
     /// The ports of TCP backends.
     pub tcp_backends: Vec<u16>,
     /// Whether the service manager is notified through an abstract socket.
     pub abstract_sockets: bool,
     /// What changes at run time need, if they are possible.
     pub changes: Option<Changes<'a>>,
+}
+
+/// Where connections and datagrams to backends come from, other than the kernel chooses.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Sources {
+    /// Whether some come from the addresses of clients.
+    pub clients: bool,
+    /// Whether some come from a given address of the host.
+    pub addresses: bool,
+    /// Whether some have to leave by a given interface.
+    pub devices: bool,
+}
+
+impl Sources {
+    /// Those of mappings with these limits.
+    pub fn of<'l>(limits: impl Iterator<Item = &'l Limits>) -> Self {
+        limits.fold(Self::default(), |all, limits| Self {
+            clients: all.clients || limits.source.is_client(),
+            addresses: all.addresses || matches!(limits.source, Source::Address(_)),
+            devices: all.devices || limits.device.is_some(),
+        })
+    }
+
+    /// Whether sockets of TCP connections are bound.
+    pub(super) fn are_bound(self) -> bool {
+        self.clients || self.addresses
+    }
 }
 
 /// The first port that an unprivileged process can bind (`ip_unprivileged_port_start`, ip(7)) by default.
@@ -91,6 +122,7 @@ impl<'a> Needs<'a> {
                 .iter()
                 .any(|port_mapping| port_mapping.host.socket_addr().port() < FIRST_UNPRIVILEGED),
             dscp: false,
+            sources: Sources::default(),
             tcp_backends,
             abstract_sockets: false,
             changes: None,

@@ -19,9 +19,20 @@ pub(super) fn needed(needs: &Needs<'_>) -> CapabilitySet {
     // For receive buffers beyond `net.core.rmem_max` (socket(7), `SO_RCVBUFFORCE`), and for changes also to
     // delete stale conntrack entries.
     needed.set(CapabilitySet::NET_ADMIN, needs.udp || needs.changes.is_some());
-    // For new ports below 1024, and for client sockets on them.
-    needed.set(CapabilitySet::NET_BIND_SERVICE, needs.low_udp_ports || needs.changes.is_some());
+    // For the addresses of clients, of which either one is enough (ip(7), `IP_TRANSPARENT`). A filter refuses raw sockets.
+    needed.set(CapabilitySet::NET_RAW, needs.sources.clients || needs.sources.devices);
+    if needs.sources.clients && !has(CapabilitySet::NET_RAW) {
+        needed.insert(CapabilitySet::NET_ADMIN);
+    }
+    // For new ports below 1024, client sockets on them, and clients that have one.
+    let low_ports = needs.low_udp_ports || needs.sources.clients || needs.changes.is_some();
+    needed.set(CapabilitySet::NET_BIND_SERVICE, low_ports);
     needed
+}
+
+/// Whether the process has a capability.
+fn has(capability: CapabilitySet) -> bool {
+    capabilities(None).is_ok_and(|own| own.permitted.contains(capability))
 }
 
 /// Changes to `user` and keeps those of the capabilities `kept` that the process has.
@@ -66,6 +77,7 @@ pub(super) fn refuse_new() -> io::Result<String> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Sources;
     use super::*;
 
     #[test]
@@ -73,6 +85,10 @@ mod tests {
         let needs = |udp, tcp_backends| Needs { udp, tcp_backends, ..Needs::to_serve([]) };
         assert_eq!(needed(&needs(false, vec![80])), CapabilitySet::SYS_RESOURCE);
         assert_eq!(needed(&needs(true, vec![])), CapabilitySet::NET_ADMIN);
+        let clients = Sources { clients: true, ..Sources::default() };
+        let of_clients = needed(&Needs { sources: clients, ..needs(false, vec![80]) });
+        assert!(of_clients.contains(CapabilitySet::NET_RAW));
+        assert_eq!(of_clients.contains(CapabilitySet::NET_ADMIN), !has(CapabilitySet::NET_RAW));
         let low = Needs { low_udp_ports: true, ..needs(true, vec![]) };
         assert_eq!(needed(&low), CapabilitySet::NET_ADMIN | CapabilitySet::NET_BIND_SERVICE);
         let changes = Needs { changes: Some(super::super::Changes::default()), ..needs(false, vec![]) };

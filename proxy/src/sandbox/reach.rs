@@ -49,14 +49,16 @@ fn rules(needs: &Needs<'_>, level: CompatLevel) -> Result<RulesetCreated, Rulese
     let mut ruleset =
         Ruleset::default().set_compatibility(level).handle_access(AccessFs::from_all(NEEDED))?;
     if needs.changes.is_none() {
-        ruleset = ruleset.handle_access(AccessNet::from_all(NEEDED))?;
+        let bind = if needs.sources.are_bound() { BitFlags::empty() } else { AccessNet::BindTcp.into() };
+        ruleset = ruleset.handle_access(bind | AccessNet::ConnectTcp)?;
     }
     let scopes = if needs.abstract_sockets { Scope::Signal.into() } else { Scope::from_all(WANTED) };
     let ruleset = ruleset.set_compatibility(CompatLevel::BestEffort).scope(scopes)?;
     let created = ruleset.create()?;
     match &needs.changes {
         Some(changes) => allow_changes(created, changes),
-        // Binding is refused for all ports. (A connect does not need it for its local port.)
+        // Binding is refused for all ports, unless connections come from those of clients. (A connect does not need it
+        // for its local port.)
         None => created
             .add_rules(needs.tcp_backends.iter().map(|port| Ok(NetPort::new(*port, AccessNet::ConnectTcp)))),
     }

@@ -26,7 +26,7 @@ use crate::plane::attachments::Attachments;
 use crate::runtime::descriptors::explain;
 use crate::runtime::new_runtime;
 use crate::runtime::signals::StopSignals;
-use crate::sandbox::{self, Changes, Needs, SandboxError};
+use crate::sandbox::{self, Changes, Needs, SandboxError, Sources};
 use crate::state::task::LiveFlows;
 use crate::systemd::{self, ActivationError};
 use crate::udp::stale;
@@ -182,6 +182,7 @@ fn needs<'a>(options: &'a Serve, attaches: bool, bound: &[Bound]) -> Needs<'a> {
         user: options.user.as_ref(),
         abstract_sockets: systemd::is_abstract(),
         changes,
+        sources: Sources::of(bound.iter().map(|bound| bound.mapping.limits())),
         dscp: bound.iter().any(|bound| bound.mapping.limits().dscp.is_some()),
         ..Needs::to_serve(ports)
     }

@@ -43,6 +43,9 @@ pub enum FailureKind {
     Denied,
     /// The header of the PROXY protocol that a connection or datagram has to begin with was missing, wrong or late.
     BadProxyHeader,
+    /// A connection or flow could not come from its client's address. It came from another one, or was refused with
+    /// `source = "client-only"`.
+    SourceUnavailable,
     /// A connection was reset because `max_connections` was reached.
     OverLimit,
     /// A flow could not be opened, and a datagram was lost.
@@ -64,7 +67,7 @@ pub enum FailureKind {
 
 impl FailureKind {
     /// All kinds, in display order.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 15] = [
         Self::Refused,
         Self::ConnectTimeout,
         Self::ConnectFailed,
@@ -72,6 +75,7 @@ impl FailureKind {
         Self::Idle,
         Self::Denied,
         Self::BadProxyHeader,
+        Self::SourceUnavailable,
         Self::OverLimit,
         Self::FlowFailed,
         Self::FlowDisplaced,
@@ -91,6 +95,7 @@ impl FailureKind {
             Self::Idle => "idle",
             Self::Denied => "denied",
             Self::BadProxyHeader => "bad_proxy_header",
+            Self::SourceUnavailable => "source_unavailable",
             Self::OverLimit => "over_limit",
             Self::FlowFailed => "flow_failed",
             Self::FlowDisplaced => "flow_displaced",

@@ -1,4 +1,4 @@
-//! Connects to backends. This is the only place that does; a policy for source addresses would go here.
+//! Connects to backends. This is the only place that does; [`source`](super::source) says where from.
 //!
 //! The socket is opened before a connection is sent to a worker, so that clients wait if no socket can be
 //! opened, and are not dropped.
@@ -17,16 +17,25 @@ use tracing::warn;
 use super::local_ports;
 use super::stream::Stream;
 use crate::bind::listen::set_stream_options;
+use crate::bind::source::SourceError;
 use crate::log::limit::LogLimit;
 
-/// Connects `socket`, as returned by [`open`], to `backend` within `limit`, or else for as long as the kernel
+/// A socket for a backend, and whether it is on its way there.
+pub(super) enum Begun {
+    /// As returned by [`open`], and perhaps bound.
+    Not(Socket),
+    /// [`start`] was successful.
+    Yes(Socket),
+}
+
+/// Connects `socket` to `backend` within `limit`, or else for as long as the kernel
 /// tries. Stops if `client` is reset meanwhile.
 ///
 /// The final ACK of the handshake is delayed. It saves a segment if it can be sent with the client's first
 /// bytes. If there are none yet, [`Stream::acknowledge`] sends it; otherwise the backend would see the
 /// connection up to 200 ms later.
 pub(super) async fn dial(
-    socket: Socket,
+    socket: Begun,
     backend: BackendAddr,
     limit: Option<Duration>,
     client: &Stream,
@@ -48,8 +57,26 @@ pub(super) async fn dial(
 }
 
 /// Connects `socket`, and sets `has_port` according to whether it has a local port.
-async fn connect(socket: Socket, addr: SocketAddr, has_port: &AtomicBool) -> Result<Stream, DialError> {
+async fn connect(socket: Begun, addr: SocketAddr, has_port: &AtomicBool) -> Result<Stream, DialError> {
     let failure = |source| DialError::Connect { addr, source };
+    let socket = match socket {
+        Begun::Not(socket) => started(socket, addr, has_port).await.map_err(failure)?,
+        Begun::Yes(socket) => socket,
+    };
+    let stream = Stream::new(socket).map_err(|source| DialError::Open { addr, source })?;
+    stream.writable().await;
+    if stream.has_failed() {
+        // A backend may reply and reset before this task runs; its reply is still relayed.
+        stream.take_failure_if_first().map_err(failure)?;
+    }
+    if is_connected_to_itself(&stream, addr) {
+        return Err(failure(io::ErrorKind::ConnectionRefused.into()));
+    }
+    Ok(stream)
+}
+
+/// Starts to connect `socket`, and waits for a local port if there is none.
+async fn started(socket: Socket, addr: SocketAddr, has_port: &AtomicBool) -> io::Result<Socket> {
     let attempt = || match start(&socket, addr) {
         Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => None,
         started => Some(started),
@@ -66,17 +93,7 @@ async fn connect(socket: Socket, addr: SocketAddr, has_port: &AtomicBool) -> Res
             started
         }
     };
-    started.map_err(failure)?;
-    let stream = Stream::new(socket).map_err(|source| DialError::Open { addr, source })?;
-    stream.writable().await;
-    if stream.has_failed() {
-        // A backend may reply and reset before this task runs; its reply is still relayed.
-        stream.take_failure_if_first().map_err(failure)?;
-    }
-    if is_connected_to_itself(&stream, addr) {
-        return Err(failure(io::ErrorKind::ConnectionRefused.into()));
-    }
-    Ok(stream)
+    started.map(|()| socket)
 }
 
 /// Opens a socket for a connection to `backend`.
@@ -95,7 +112,7 @@ pub(super) fn open(backend: BackendAddr) -> io::Result<Socket> {
 }
 
 /// Starts to connect to `addr`. [`Stream::writable`] reports completion.
-fn start(socket: &Socket, addr: SocketAddr) -> io::Result<()> {
+pub(super) fn start(socket: &Socket, addr: SocketAddr) -> io::Result<()> {
     match socket.connect(&addr.into()) {
         Err(error) if error.raw_os_error() != Some(Errno::EINPROGRESS as i32) => Err(error),
         _ => Ok(()),
@@ -125,6 +142,9 @@ pub(super) enum DialError {
     /// No socket could be opened.
     #[error("cannot open a socket for {addr}: {source}")]
     Open { addr: SocketAddr, source: io::Error },
+    /// The connection cannot come from where it should.
+    #[error("cannot connect to {addr}: {source}")]
+    Source { addr: SocketAddr, source: SourceError },
     #[error("cannot connect to {addr}: {}", explain(source))]
     Connect { addr: SocketAddr, source: io::Error },
     #[error("{addr} did not answer within {limit:?}")]
@@ -161,7 +181,7 @@ mod tests {
         let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         new_runtime().unwrap().block_on(async {
             let client = Stream::new(accept(listener.as_fd()).unwrap().0).unwrap();
-            dial(open(backend).unwrap(), backend, Some(Duration::from_secs(10)), &client).await
+            dial(Begun::Not(open(backend).unwrap()), backend, Some(Duration::from_secs(10)), &client).await
         })
     }
 

@@ -19,6 +19,7 @@ mod pipe;
 mod proxy_header;
 pub(crate) mod reactor;
 mod relay;
+mod source;
 mod stream;
 mod transfer;
 
@@ -34,6 +35,7 @@ use self::connections::{Client, Entry};
 use self::dial::DialError;
 use self::proxy_header::Refused;
 use self::stream::Stream;
+use crate::bind::source::{NotAsClient, SourceError};
 use crate::log::limit::LogLimit;
 use crate::runtime::worker::WorkerSlot;
 use crate::state::ConnectionGuard;
@@ -100,8 +102,23 @@ async fn dialled(
     peer: SocketAddr,
     guard: &ConnectionGuard,
 ) -> Option<Stream> {
-    let dialled = dial::dial(socket, guard.port_mapping().backend, guard.limits().connect_timeout, client);
-    dialled.await.map_err(|error| report_failed_dial(peer, guard, &error)).ok()
+    let (backend, limits) = (guard.port_mapping().backend, guard.limits());
+    let fell_back = |reason: &NotAsClient| report_other_source(peer, guard, reason);
+    let dialled = match source::prepare(socket, backend, peer, limits, fell_back) {
+        Ok(socket) => dial::dial(socket, backend, limits.connect_timeout, client).await,
+        Err(source) => Err(DialError::Source { addr: backend.socket_addr(), source }),
+    };
+    dialled.map_err(|error| report_failed_dial(peer, guard, &error)).ok()
+}
+
+/// Counts and logs that the backend sees an address of this host instead of the client's.
+fn report_other_source(peer: SocketAddr, guard: &ConnectionGuard, reason: &NotAsClient) {
+    static OTHERS: LogLimit = LogLimit::new();
+
+    guard.stats().count(FailureKind::SourceUnavailable);
+    if let Some(suppressed) = OTHERS.permit() {
+        warn!(%peer, mapping = %guard.port_mapping(), %reason, suppressed, "connection not from its client's address");
+    }
 }
 
 /// Counts and logs that a connection has no backend. Its client is reset when its socket is dropped, because the
@@ -123,7 +140,10 @@ fn failure_kind(error: &DialError) -> FailureKind {
         DialError::Connect { source, .. } if source.kind() == io::ErrorKind::ConnectionRefused => {
             FailureKind::Refused
         }
-        DialError::Connect { .. } | DialError::Open { .. } => FailureKind::ConnectFailed,
+        DialError::Source { source: SourceError::Client { .. }, .. } => FailureKind::SourceUnavailable,
+        DialError::Source { .. } | DialError::Connect { .. } | DialError::Open { .. } => {
+            FailureKind::ConnectFailed
+        }
         DialError::ClientReset { .. } => FailureKind::Broken,
     }
 }

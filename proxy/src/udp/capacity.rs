@@ -1,6 +1,7 @@
 //! Estimates how many flows a process may have, and owns what all flows share.
 
 use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -60,10 +61,15 @@ impl Capacity {
     ///
     /// # Errors
     /// Those of [`Flow::open`].
-    pub(super) fn open(&mut self, target: &Arc<Target>, now: Instant) -> io::Result<Flow> {
+    pub(super) fn open(
+        &mut self,
+        target: &Arc<Target>,
+        client: SocketAddr,
+        now: Instant,
+    ) -> io::Result<Flow> {
         let mut ports = self.shared.ports();
         ports.refresh(now);
-        Flow::open(target, &mut ports, &self.budget, now)
+        Flow::open(target, client, &mut ports, &self.budget, now)
     }
 
     /// The maximum number of flows at `now` for a task that has `own`, at least 1: the requested number, or half of the

@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use std::time::Instant;
 
 use nix::sys::epoll::EpollFlags;
+use rproxy_mapping::limits::Limits;
 use tracing::error;
 
 use super::flows::mapping_of;
@@ -13,8 +14,8 @@ use super::relay::{QUIET, UdpRelay};
 use super::table::FlowId;
 use super::token::{Token, interest};
 use super::turn::Turn;
-use crate::state::Binding;
 use crate::state::task::{Command, Detached, FlowCommand, LiveFlows};
+use crate::state::{Binding, Target};
 
 /// Maximum number of turns for what clients have sent to a listener before it is closed: as much as its receive buffer
 /// holds, even if more arrives meanwhile.
@@ -63,8 +64,7 @@ impl UdpRelay {
             let Some(old) = self.listeners.assign(binding, now) else { continue };
             if mapping_of(&old) != mapping_of(&new)
                 || old.port_mapping.backend != new.port_mapping.backend
-                || old.policy.limits.udp_any_port != new.policy.limits.udp_any_port
-                || old.policy.limits.proxy_protocol != new.policy.limits.proxy_protocol
+                || path_of(&old) != path_of(&new)
             {
                 theirs.insert(number);
             } else if old.policy.limits.access != new.policy.limits.access {
@@ -180,4 +180,10 @@ impl UdpRelay {
             self.close_ended(self.ended.len());
         }
     }
+}
+
+/// The options that decide how a flow is opened and what its datagrams look like.
+fn path_of(target: &Target) -> impl PartialEq + use<'_> {
+    let Limits { udp_any_port, source, device, proxy_protocol, .. } = &target.policy.limits;
+    (udp_any_port, source, device, proxy_protocol)
 }

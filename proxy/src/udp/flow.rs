@@ -1,18 +1,15 @@
 //! A flow: its socket towards the backend, and the properties of its path.
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use arrayvec::ArrayVec;
-use rproxy_mapping::addr::wildcard_of;
 use rproxy_mapping::dscp::Dscp;
-use rproxy_sys::udp::{
-    BATCH, RecvBatch, Transmit, discard, enable_gro, report_class_and_drops, set_buffers, source_towards,
-};
-use socket2::{Domain, SockRef, Socket, Type};
+use rproxy_sys::udp::{BATCH, RecvBatch, Transmit, discard, enable_gro, report_class_and_drops, set_buffers};
+use socket2::SockRef;
 
 use super::batch::Routed;
 use super::client_socket::ClientSocket;
@@ -21,13 +18,14 @@ use super::local_ports::LocalPorts;
 use super::payload::{Part, Payload};
 use super::proxy_header::{FlowHeader, HeadedBatch, HeaderIn};
 use super::send::{QueueBudget, SendQueue};
+use super::source;
 use super::tally::Tally;
 use super::token::Wanted;
 use crate::proxy_protocol::Endpoints;
 use crate::state::{FlowGuard, Target};
 
-/// Number of local ports to try for a flow.
-const PORT_TRIES: usize = 32;
+/// The port of a flow that uses none of the local ports.
+const NO_PORT: u16 = 0;
 
 /// Send buffer size towards the backend, in bytes.
 const SEND_BUFFER: usize = 1024 * 1024;
@@ -46,7 +44,7 @@ pub(super) struct Flow {
     pub(super) is_waiting: bool,
     /// Whether another process has the socket open, or is about to.
     pub(super) is_shared: bool,
-    /// Its local port.
+    /// Its local port, if it is one of those that flows use in rotation; otherwise 0.
     pub(super) port: u16,
     /// The destination, if the socket is not connected; replies from any port of that address are accepted then.
     pub(super) peer: Option<SocketAddr>,
@@ -79,27 +77,26 @@ pub(super) struct Blocked {
 }
 
 impl Flow {
-    /// Opens a socket on one of `ports`, connected to the backend of `target`; or unconnected, if replies from any port
-    /// of the backend are accepted. Its queue uses the `budget`.
+    /// Opens a socket for `client` that is connected to the backend of `target`; or unconnected, if replies from any
+    /// port of the backend are accepted. It comes from where `target` says: the client's address, or that of the host and
+    /// one of `ports`. Its queue uses the `budget`.
     ///
     /// # Errors
     /// The errors of socket(2), bind(2) and connect(2); the last without a route.
     pub(super) fn open(
         target: &Arc<Target>,
+        client: SocketAddr,
         ports: &mut LocalPorts,
         budget: &Arc<QueueBudget>,
         now: Instant,
     ) -> io::Result<Self> {
         let addr = target.port_mapping.backend.socket_addr();
-        let socket = Socket::new(Domain::for_address(addr), Type::DGRAM.nonblocking(), None)?;
         let peer = target.policy.limits.udp_any_port.then_some(addr);
-        // Unbound, so that connect(2) chooses the local address.
-        let ip = if peer.is_some() { source_towards(addr)? } else { wildcard_of(addr.ip()) };
-        let port = bind(&socket, ip, ports, now)?;
-        if peer.is_none() {
-            socket.connect(&addr.into())?;
-        }
-        ports.taken(port);
+        let (socket, port) = match source::open_as_client(target, client)? {
+            // The port is one of the client's.
+            Some(socket) => (socket, NO_PORT),
+            None => source::open_as_asked(target, ports, now)?,
+        };
         // Both are optional and only improve performance.
         drop(enable_gro(socket.as_fd()));
         drop(report_class_and_drops(socket.as_fd(), addr.is_ipv6()));
@@ -291,30 +288,6 @@ fn send(
     let (waited, joined) = (!queue.is_empty(), *gso);
     *gso &= queue.send(socket, &messages, joined, tally).is_empty();
     !waited && !queue.is_empty()
-}
-
-/// Binds `socket` to one of `ports` of `ip`.
-fn bind(socket: &Socket, ip: IpAddr, ports: &mut LocalPorts, now: Instant) -> io::Result<u16> {
-    let mut tried = 0;
-    while tried < PORT_TRIES
-        && let Some(port) = ports.candidate(now)
-    {
-        tried += 1;
-        match socket.bind(&SocketAddr::new(ip, port).into()) {
-            Ok(()) => return Ok(port),
-            Err(error) if error.kind() == io::ErrorKind::AddrInUse => ports.others_have(),
-            // The port is below `ip_unprivileged_port_start`.
-            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => ports.forbidden(port),
-            Err(error) => return Err(error),
-        }
-    }
-    if tried == PORT_TRIES {
-        ports.exhausted(now);
-    }
-    Err(io::Error::new(
-        io::ErrorKind::AddrNotAvailable,
-        "local ports are in use or were a moment ago (net.ipv4.ip_local_port_range; `ss -anp` shows by whom)",
-    ))
 }
 
 impl AsFd for Flow {

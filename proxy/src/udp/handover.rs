@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::AsFd;
 use std::time::Instant;
 
@@ -96,7 +97,11 @@ impl UdpRelay {
             // It belongs to the former backend of the mapping.
             return Ok(());
         }
-        let port = address(connected.local_addr())?.map_or(0, |addr| addr.port());
+        let local = address(connected.local_addr())?;
+        // That of a client is not one of those that flows use in rotation.
+        let may_be_clients = target.policy.limits.source.is_client();
+        let is_clients = |local: &SocketAddr| may_be_clients && local.ip() == source.to_canonical();
+        let port = local.filter(|local| !is_clients(local)).map_or(0, |local| local.port());
         let mut flow = Flow::adopt(socket, peer, port, &target, &self.capacity.budget);
         flow.dropped = dropped;
         flow.speak_for(&key, told.as_ref());

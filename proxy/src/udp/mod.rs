@@ -33,6 +33,7 @@ mod send;
 pub(crate) mod shared;
 mod shares;
 mod slots;
+mod source;
 pub(crate) mod stale;
 mod table;
 mod tally;

@@ -236,7 +236,8 @@ impl UdpRelay {
         batch: &mut Batch,
     ) -> io::Result<FlowId> {
         let now = self.turn.start();
-        let source = told.map_or(key.client, Endpoints::source).ip();
+        let client = told.map_or(key.client, Endpoints::source);
+        let source = client.ip();
         let own = self.table.len();
         self.table.set_most(self.capacity.most(own, now));
         let bounds = self.capacity.bounds(mapping_of(target), &target.policy.limits, own, now);
@@ -245,7 +246,7 @@ impl UdpRelay {
             self.send_to_backend(key.listener as usize, batch);
             self.make_room(&bounds, source);
         }
-        let mut flow = match self.capacity.open(target, now) {
+        let mut flow = match self.capacity.open(target, client, now) {
             Err(error) if has_run_out(&error) => {
                 self.capacity.learn(self.table.len(), now);
                 self.send_to_backend(key.listener as usize, batch);
@@ -254,7 +255,7 @@ impl UdpRelay {
                 }
                 // More flows may have ended whose sockets are still open.
                 self.close_ended(ENDS_PER_TURN);
-                self.capacity.open(target, now)?
+                self.capacity.open(target, client, now)?
             }
             opened => opened?,
         };

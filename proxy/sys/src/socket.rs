@@ -54,6 +54,15 @@ pub fn set_traffic_class(socket: BorrowedFd<'_>, ipv6: bool, class: u8) -> io::R
     set_int(socket, libc::IPPROTO_IP, libc::IP_TOS, class.into()).and(v6)
 }
 
+/// Makes bind(2) to port 0 leave the choice of the port to connect(2), which can use a port for several destinations
+/// (`IP_BIND_ADDRESS_NO_PORT`, ip(7)).
+///
+/// # Errors
+/// Those of setsockopt(2): `ENOPROTOOPT` before Linux 4.2.
+pub fn choose_port_on_connect(socket: BorrowedFd<'_>) -> io::Result<()> {
+    set_int(socket, libc::IPPROTO_IP, libc::IP_BIND_ADDRESS_NO_PORT, 1)
+}
+
 /// Sets an option that takes an int.
 pub(crate) fn set_int(socket: BorrowedFd<'_>, level: c_int, name: c_int, value: c_int) -> io::Result<()> {
     let pointer = (&raw const value).cast();

@@ -18,7 +18,7 @@ use crate::bind::listen::set_stream_options;
 use crate::runtime::new_runtime;
 use crate::state::stats::Stats;
 use crate::state::{MappingPolicy, Target};
-use crate::tcp::dial;
+use crate::tcp::dial::{self, Begun};
 
 /// Without it, a relay that spins or waits in vain would hang the test.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -108,7 +108,7 @@ async fn serve(front: &TcpListener, target: &Arc<Target>) -> Outcome {
     let guard = ConnectionGuard::take(target);
     let client = Stream::new(accept(front.as_fd()).unwrap().0).unwrap();
     let backend = target.port_mapping.backend;
-    let backend = dial::dial(dial::open(backend).unwrap(), backend, None, &client).await.unwrap();
+    let backend = dial::dial(Begun::Not(dial::open(backend).unwrap()), backend, None, &client).await.unwrap();
     backend.acknowledge();
     relay(&client, &backend, &guard, None).await
 }

@@ -1,0 +1,173 @@
+//! Where sockets for backends come from: an address of the host, or that of a client (`IP_TRANSPARENT`, ip(7)).
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd;
+
+use rproxy_mapping::addr::canonical;
+use rproxy_mapping::limits::Limits;
+use rproxy_mapping::source::{Device, Source};
+use rproxy_sys::socket::choose_port_on_connect;
+use rproxy_sys::udp::source_towards;
+use socket2::Socket;
+
+/// Binds a new socket for a backend to the interface and the address of the host that `limits` ask for. The port is left
+/// to connect(2).
+///
+/// # Errors
+/// [`SourceError`]
+pub(crate) fn bind_as_asked(socket: &Socket, limits: &Limits) -> Result<(), SourceError> {
+    bind_to_device(socket, limits)?;
+    let Source::Address(ip) = limits.source else { return Ok(()) };
+    let bound =
+        choose_port_on_connect(socket.as_fd()).and_then(|()| socket.bind(&SocketAddr::new(ip, 0).into()));
+    bound.map_err(|source| SourceError::Address { ip, source })
+}
+
+/// Binds a new socket to the interface that `limits` ask for.
+///
+/// # Errors
+/// [`SourceError::Device`]
+pub(crate) fn bind_to_device(socket: &Socket, limits: &Limits) -> Result<(), SourceError> {
+    let Some(device) = &limits.device else { return Ok(()) };
+    let bound = socket.bind_device(Some(device.name().as_bytes()));
+    bound.map_err(|source| SourceError::Device { device: device.clone(), source })
+}
+
+/// Why a socket does not come from where it should.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SourceError {
+    #[error("cannot send from {ip}: {}", explain(source))]
+    Address { ip: IpAddr, source: io::Error },
+    #[error("cannot send by the interface {device}: {}", explain(source))]
+    Device { device: Device, source: io::Error },
+    #[error("the client {client} cannot be its own source: {reason}")]
+    Client { client: SocketAddr, reason: NotAsClient },
+}
+
+impl From<SourceError> for io::Error {
+    fn from(error: SourceError) -> Self {
+        let kind = match &error {
+            SourceError::Address { source, .. } | SourceError::Device { source, .. } => source.kind(),
+            SourceError::Client { .. } => io::ErrorKind::Other,
+        };
+        Self::new(kind, error)
+    }
+}
+
+fn explain(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::AddrNotAvailable => "it is not an address of this host".to_owned(),
+        io::ErrorKind::PermissionDenied => "this takes CAP_NET_ADMIN or CAP_NET_RAW".to_owned(),
+        _ => error.to_string(),
+    }
+}
+
+/// Why a socket for a backend cannot come from the address of a client.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum NotAsClient {
+    #[error("it is of another family than the backend")]
+    Family,
+    /// The backend would answer to itself, or by way of the loopback interface.
+    #[error("it is on this host")]
+    Local,
+    /// The backend would answer to it without the host in between.
+    #[error("it is on the link of the backend")]
+    SameLink,
+    #[error("{}", explain(.0))]
+    Kernel(io::Error),
+}
+
+/// Whether a backend's answers to `client` come by this host, so that the client's address can be the source.
+///
+/// A client by whose link the host reaches the backend, too, would get the answers directly. The link is known by the
+/// source address that the kernel chooses, which takes no privilege.
+///
+/// # Errors
+/// [`NotAsClient`]
+pub(crate) fn answers_come_back(client: SocketAddr, backend: SocketAddr) -> Result<(), NotAsClient> {
+    if client.is_ipv4() != backend.is_ipv4() {
+        return Err(NotAsClient::Family);
+    }
+    if client.ip().is_loopback() {
+        return Err(NotAsClient::Local);
+    }
+    if let IpAddr::V6(ip) = client.ip()
+        && ip.is_unicast_link_local()
+    {
+        return Err(NotAsClient::SameLink);
+    }
+    let own = source_towards(client).map_err(NotAsClient::Kernel)?;
+    if own == client.ip() {
+        return Err(NotAsClient::Local);
+    }
+    match source_towards(backend).map_err(NotAsClient::Kernel)? == own {
+        true => Err(NotAsClient::SameLink),
+        false => Ok(()),
+    }
+}
+
+/// Binds a new socket to the address of `client`, and to its port unless that is 0.
+///
+/// # Errors
+/// [`NotAsClient::Kernel`]
+pub(crate) fn bind_as_client(socket: &Socket, client: SocketAddr) -> Result<(), NotAsClient> {
+    let client = canonical(client);
+    let bind = || {
+        match client {
+            SocketAddr::V4(_) => socket.set_ip_transparent_v4(true),
+            SocketAddr::V6(_) => socket.set_ip_transparent_v6(true),
+        }?;
+        // Clients use a port for several servers, and this host has a socket for each.
+        socket.set_reuse_address(true)?;
+        if client.port() == 0 {
+            choose_port_on_connect(socket.as_fd())?;
+        }
+        socket.bind(&client.into())
+    };
+    bind().map_err(NotAsClient::Kernel)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::Ipv4Addr;
+
+    use socket2::{Domain, Type};
+
+    use super::*;
+
+    fn socket() -> Socket {
+        Socket::new(Domain::IPV4, Type::STREAM, None).unwrap()
+    }
+
+    #[test]
+    fn clients_whose_answers_would_take_another_way_are_told_from_others() {
+        let comes_back = |client: &str, backend: &str| {
+            answers_come_back(client.parse().unwrap(), backend.parse().unwrap())
+        };
+        assert!(matches!(comes_back("192.0.2.1:7", "[::1]:80"), Err(NotAsClient::Family)));
+        assert!(matches!(comes_back("127.0.0.1:7", "127.0.0.2:80"), Err(NotAsClient::Local)));
+        assert!(matches!(comes_back("[::1]:7", "[::1]:80"), Err(NotAsClient::Local)));
+        assert!(matches!(comes_back("[fe80::1%1]:7", "[::1]:80"), Err(NotAsClient::SameLink)));
+    }
+
+    #[test]
+    fn a_socket_comes_from_the_address_that_is_asked_for() {
+        let ip = Ipv4Addr::new(127, 0, 0, 9).into();
+        let limits = Limits { source: Source::Address(ip), ..Limits::default() };
+        let socket = socket();
+        bind_as_asked(&socket, &limits).unwrap();
+        let local = socket.local_addr().unwrap().as_socket().unwrap();
+        assert_eq!(local, SocketAddr::new(ip, 0), "the port is chosen later");
+    }
+
+    #[test]
+    fn what_cannot_be_bound_is_named() {
+        let nobodys = Limits { source: Source::Address([192, 0, 2, 1].into()), ..Limits::default() };
+        let error = bind_as_asked(&socket(), &nobodys).unwrap_err();
+        assert_eq!(error.to_string(), "cannot send from 192.0.2.1: it is not an address of this host");
+        let nowhere = Limits { device: Some("nonesuch0".parse().unwrap()), ..Limits::default() };
+        let error = bind_as_asked(&socket(), &nowhere).unwrap_err().to_string();
+        assert!(error.starts_with("cannot send by the interface nonesuch0: "), "{error}");
+    }
+}

@@ -1,0 +1,84 @@
+//! Connects to a backend as the client, or from an address of this host.
+
+use std::io;
+use std::net::SocketAddr;
+
+use rproxy_mapping::addr::BackendAddr;
+use rproxy_mapping::limits::Limits;
+use rproxy_mapping::source::Source;
+use socket2::Socket;
+use tracing::debug;
+
+use super::dial::{self, Begun};
+use crate::bind::source::{
+    NotAsClient, SourceError, answers_come_back, bind_as_asked, bind_as_client, bind_to_device,
+};
+
+/// Prepares `socket`, as [`dial::open`] returns it, for a connection to `backend` on behalf of `client`, as `limits` have
+/// it. Begins the connection if that comes from the client's address: only connect(2) tells whether it can. Calls `fell_back` if
+/// it comes from another address instead.
+///
+/// If the client's port is in use towards the backend, as after an earlier connection, its address with another port is
+/// the next best: servers know clients by the address.
+///
+/// # Errors
+/// [`SourceError`]: without it there must be no connection.
+pub(super) fn prepare(
+    socket: Socket,
+    backend: BackendAddr,
+    client: SocketAddr,
+    limits: &Limits,
+    fell_back: impl FnOnce(&NotAsClient),
+) -> Result<Begun, SourceError> {
+    if !limits.source.is_client() {
+        bind_as_asked(&socket, limits)?;
+        return Ok(Begun::Not(socket));
+    }
+    let addr = backend.socket_addr();
+    let refused = |reason| SourceError::Client { client, reason };
+    let reason = match answers_come_back(client, addr) {
+        Ok(()) => {
+            bind_to_device(&socket, limits)?;
+            match begin(socket, client, addr).or_else(|error| again(error, backend, client, limits)) {
+                Ok(socket) => return Ok(Begun::Yes(socket)),
+                Err(reason) => reason,
+            }
+        }
+        Err(reason) => reason,
+    };
+    if limits.source == Source::ClientOnly {
+        return Err(refused(reason));
+    }
+    fell_back(&reason);
+    let socket = dial::open(backend).map_err(|source| refused(NotAsClient::Kernel(source)))?;
+    bind_to_device(&socket, limits)?;
+    Ok(Begun::Not(socket))
+}
+
+/// Begins to connect from the address and port of `client`.
+fn begin(socket: Socket, client: SocketAddr, backend: SocketAddr) -> Result<Socket, NotAsClient> {
+    bind_as_client(&socket, client)?;
+    dial::start(&socket, backend).map_err(NotAsClient::Kernel)?;
+    Ok(socket)
+}
+
+/// As [`begin`], with another port, after that of the client has failed with `error`.
+fn again(
+    error: NotAsClient,
+    backend: BackendAddr,
+    client: SocketAddr,
+    limits: &Limits,
+) -> Result<Socket, NotAsClient> {
+    let is_in_use = |error: &io::Error| {
+        matches!(error.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable)
+    };
+    match error {
+        NotAsClient::Kernel(error) if is_in_use(&error) => {
+            debug!(%client, %error, "another port of the client's address");
+            let socket = dial::open(backend).map_err(NotAsClient::Kernel)?;
+            bind_to_device(&socket, limits).map_err(|error| NotAsClient::Kernel(error.into()))?;
+            begin(socket, SocketAddr::new(client.ip(), 0), backend.socket_addr())
+        }
+        error => Err(error),
+    }
+}

@@ -1,0 +1,132 @@
+//! Opens the sockets of flows: where they come from.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::time::Instant;
+
+use rproxy_mapping::addr::{canonical, wildcard_of};
+use rproxy_mapping::source::Source;
+use rproxy_sys::udp::source_towards;
+use socket2::{Domain, Socket, Type};
+use tracing::{debug, warn};
+
+use super::local_ports::LocalPorts;
+use crate::bind::source::{NotAsClient, SourceError, answers_come_back, bind_as_client, bind_to_device};
+use crate::log::limit::LogLimit;
+use crate::state::Target;
+use crate::state::stats::FailureKind;
+
+/// Number of local ports to try for a flow.
+const PORT_TRIES: usize = 32;
+
+/// Opens a socket on one of `ports`, and connects it to the backend of `target` unless replies from any port of the
+/// backend are accepted. Returns it and its port.
+///
+/// # Errors
+/// The errors of socket(2), bind(2) and connect(2); the last without a route.
+pub(super) fn open_as_asked(
+    target: &Target,
+    ports: &mut LocalPorts,
+    now: Instant,
+) -> io::Result<(Socket, u16)> {
+    let (limits, addr) = (&target.policy.limits, target.port_mapping.backend.socket_addr());
+    let socket = open(target)?;
+    let ip = match limits.source {
+        Source::Address(ip) => ip,
+        _ if limits.udp_any_port => source_towards(addr)?,
+        // Unbound, so that connect(2) chooses the local address.
+        _ => wildcard_of(addr.ip()),
+    };
+    let port = bind(&socket, ip, ports, now).map_err(|source| match limits.source {
+        Source::Address(ip) => SourceError::Address { ip, source }.into(),
+        _ => source,
+    })?;
+    connect(&socket, target)?;
+    ports.taken(port);
+    Ok((socket, port))
+}
+
+/// Opens a socket with the address of `client`, if `target` asks for that. Returns `None` if it has to come from the host
+/// instead, which is counted and logged. If the client's port is in use, its address with another port is the next
+/// best: servers know clients by the address.
+///
+/// # Errors
+/// [`SourceError::Client`] if it must not come from the host, and the errors of socket(2).
+pub(super) fn open_as_client(target: &Target, client: SocketAddr) -> io::Result<Option<Socket>> {
+    let source = target.policy.limits.source;
+    if !source.is_client() {
+        return Ok(None);
+    }
+    let client = canonical(client);
+    let opened = match answers_come_back(client, target.port_mapping.backend.socket_addr()) {
+        Ok(()) => begin(target, client).or_else(|error| {
+            debug!(%client, %error, "another port of the client's address");
+            begin(target, SocketAddr::new(client.ip(), 0))
+        }),
+        Err(reason) => Err(reason),
+    };
+    match opened {
+        Ok(socket) => Ok(Some(socket)),
+        Err(reason) if source == Source::ClientOnly => {
+            target.policy.state.stats.count(FailureKind::SourceUnavailable);
+            Err(SourceError::Client { client, reason }.into())
+        }
+        Err(reason) => {
+            report_other_source(target, client, &reason);
+            Ok(None)
+        }
+    }
+}
+
+fn begin(target: &Target, client: SocketAddr) -> Result<Socket, NotAsClient> {
+    let socket = open(target).map_err(NotAsClient::Kernel)?;
+    bind_as_client(&socket, client)?;
+    connect(&socket, target).map_err(NotAsClient::Kernel)?;
+    Ok(socket)
+}
+
+fn open(target: &Target) -> io::Result<Socket> {
+    let addr = target.port_mapping.backend.socket_addr();
+    let socket = Socket::new(Domain::for_address(addr), Type::DGRAM.nonblocking(), None)?;
+    bind_to_device(&socket, &target.policy.limits)?;
+    Ok(socket)
+}
+
+fn connect(socket: &Socket, target: &Target) -> io::Result<()> {
+    let addr = target.port_mapping.backend.socket_addr();
+    if target.policy.limits.udp_any_port { Ok(()) } else { socket.connect(&addr.into()) }
+}
+
+/// Counts and logs that the backend sees an address of this host instead of the client's.
+fn report_other_source(target: &Target, client: SocketAddr, reason: &NotAsClient) {
+    static OTHERS: LogLimit = LogLimit::new();
+
+    target.policy.state.stats.count(FailureKind::SourceUnavailable);
+    if let Some(suppressed) = OTHERS.permit() {
+        warn!(%client, mapping = %target.port_mapping, %reason, suppressed, "flow not from its client's address");
+    }
+}
+
+/// Binds `socket` to one of `ports` of `ip`.
+fn bind(socket: &Socket, ip: IpAddr, ports: &mut LocalPorts, now: Instant) -> io::Result<u16> {
+    let mut tried = 0;
+    while tried < PORT_TRIES
+        && let Some(port) = ports.candidate(now)
+    {
+        tried += 1;
+        match socket.bind(&SocketAddr::new(ip, port).into()) {
+            Ok(()) => return Ok(port),
+            Err(error) if error.kind() == io::ErrorKind::AddrInUse => ports.others_have(),
+            // The port is below `ip_unprivileged_port_start`.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => ports.forbidden(port),
+            Err(error) => return Err(error),
+        }
+    }
+    if tried == PORT_TRIES {
+        ports.exhausted(now);
+    }
+    Err(io::Error::new(
+        io::ErrorKind::AddrNotAvailable,
+        "local ports are in use or were a moment ago (net.ipv4.ip_local_port_range; `ss -anp` shows by whom)",
+    ))
+}
