@@ -22,6 +22,7 @@ mod sandbox;
 mod service;
 mod shim;
 mod soak;
+mod source;
 mod standalone;
 mod system_calls;
 mod traffic_class;
@@ -58,6 +59,7 @@ fn main() -> ExitCode {
         system_calls,
         promises,
         proxy_protocol,
+        source,
         shim,
         soak,
     ])

@@ -1,0 +1,509 @@
+//! Where connections and datagrams to backends come from: the client's own address, or one of the host.
+
+use std::io::{Read, Write};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use serde_json::{Value, json};
+use socket2::{Domain, SockRef, Socket, Type};
+
+use testkit::backend::{TcpBackend, echo};
+use testkit::client::{self, End};
+use testkit::controlled::{Controlled, mapping};
+use testkit::eventually;
+use testkit::netns::Namespace;
+use testkit::process::Stream;
+use testkit::require::Need;
+use testkit::rproxy::Standalone;
+use testkit::suite::Case;
+use testkit::topology::{
+    self, BRIDGE, BRIDGE_V4, CLIENT_V4, CLIENT_V6, CONTAINER_V4, CONTAINER_V6, HOST_V4, HOST_V6, Topology,
+};
+use testkit::udp::{self, bind_in, flow_of};
+use testkit::upgradable::{Program, upgrade};
+
+const PORT: u16 = 5300;
+
+/// The addresses that clients ask, and those of the backends that they lead to.
+const V4: (SocketAddr, SocketAddr) = (at(IpAddr::V4(HOST_V4)), at(IpAddr::V4(CONTAINER_V4)));
+const V6: (SocketAddr, SocketAddr) = (at(IpAddr::V6(HOST_V6)), at(IpAddr::V6(CONTAINER_V6)));
+
+const fn at(ip: IpAddr) -> SocketAddr {
+    SocketAddr::new(ip, PORT)
+}
+
+pub(crate) fn cases() -> Vec<Case> {
+    let case = |name: &str, body: fn()| {
+        Case::new(name, body).needs(&[Need::Root, Need::Program("nft")]).deadline(Duration::from_secs(120))
+    };
+    vec![
+        case("TCP comes from its client", tcp_as_client),
+        case("UDP comes from its client", udp_as_client),
+        case("bulk both ways, a half-close and resets, as the client", bulk_as_client),
+        case("a client's port is used again at once", port_again),
+        case("a client's port leads to several backends at once", port_to_several),
+        case("a client's port below 1024", low_port),
+        case("clients without a way back come from the host", fallback),
+        case("clients without a way back are refused", refused),
+        case("two thousand clients at once", many_clients),
+        case("an upgrade keeps connections and flows of clients", over_an_upgrade),
+        case("changes while connections run", changes),
+        case("the client that a proxy in front tells", behind_a_proxy),
+        case("the client with a header, too", with_header),
+        case("with connection tracking", tracked),
+        case("an address of the host", own_address),
+        case("an interface", device),
+    ]
+}
+
+/// A network whose host routes what belongs to a transparent socket to itself.
+fn transparent() -> Topology {
+    let net = Topology::new();
+    way_back(&net.host);
+    net
+}
+
+fn way_back(host: &Namespace) {
+    let nft = |line: &str| drop(host.command(&format!("nft {line}")).success());
+    nft("add table inet way_back");
+    nft("add chain inet way_back pre { type filter hook prerouting priority mangle ; }");
+    nft(&format!("add rule inet way_back pre iifname {BRIDGE} socket transparent 1 meta mark set 1"));
+    for family in ["-4", "-6"] {
+        host.ip(&format!("{family} rule add fwmark 1 lookup 100"));
+        host.ip(&format!("{family} route add local default dev lo table 100"));
+    }
+}
+
+/// A backend that tells each client its address, and then echoes.
+fn naming(namespace: &Namespace, address: SocketAddr) -> TcpBackend {
+    let listener = namespace.run(|| {
+        let socket = Socket::new(Domain::for_address(address), Type::STREAM, None).unwrap();
+        socket.set_reuse_address(true).unwrap();
+        socket.bind(&address.into()).unwrap();
+        // For as many clients at once as there are in any case.
+        socket.listen(4096).unwrap();
+        socket.into()
+    });
+    TcpBackend::serve(listener, |mut stream| {
+        writeln!(stream, "{}", stream.peer_addr()?)?;
+        echo(stream)
+    })
+}
+
+/// The address of a connection's client, as the backend has told it.
+fn seen(stream: &TcpStream) -> SocketAddr {
+    let mut line = String::new();
+    let mut byte = [0];
+    while byte != *b"\n" {
+        (&mut &*stream).read_exact(&mut byte).unwrap();
+        line.push(char::from(byte[0]));
+    }
+    line.trim().parse().unwrap()
+}
+
+fn connect_in(namespace: &Namespace, to: SocketAddr) -> TcpStream {
+    namespace.run(|| client::connect(to))
+}
+
+/// Connects from this address and port.
+fn connect_from(namespace: &Namespace, from: SocketAddr, to: SocketAddr) -> TcpStream {
+    namespace.run(|| {
+        let socket = Socket::new(Domain::for_address(from), Type::STREAM, None).unwrap();
+        socket.set_reuse_address(true).unwrap();
+        socket.bind(&from.into()).unwrap();
+        socket.connect(&to.into()).unwrap();
+        client::patient(socket.into())
+    })
+}
+
+fn relay(net: &Topology, protocol: &str, host: &str, to: SocketAddr, more: &[&str]) -> Standalone {
+    let to = to.to_string();
+    let words = ["--proto", protocol, "--host", host, "--to", &to, "--sandbox", "strict"];
+    Standalone::start_in(&net.host, &[&words[..], more].concat())
+}
+
+const AS_CLIENT: &[&str] = &["--source", "client"];
+
+fn tcp_as_client() {
+    let net = transparent();
+    let _backends = [naming(&net.container, V4.1), naming(&net.container, V6.1)];
+    for (host, (front, to)) in [("0.0.0.0:5300", V4), ("[::]:5300", V6), ("[::]:5300", V4)] {
+        let _proxy = relay(&net, "tcp", host, to, AS_CLIENT);
+        let stream = connect_in(&net.client, front);
+        assert_eq!(seen(&stream), stream.local_addr().unwrap(), "{host} {to}");
+        client::ping(&stream);
+    }
+}
+
+fn udp_as_client() {
+    let net = transparent();
+    let backends = [V4.1, V6.1].map(|to| udp::Backend::naming(bind_in(&net.container, to)));
+    for (host, (front, to), ip) in [
+        ("0.0.0.0:5300", V4, CLIENT_V4.into()),
+        ("[::]:5300", V6, IpAddr::from(CLIENT_V6)),
+        ("[::]:5300", V4, CLIENT_V4.into()),
+    ] {
+        for more in [&[][..], &["--udp-any-port"]] {
+            let _proxy = relay(&net, "udp", host, to, &[AS_CLIENT, more].concat());
+            let client = bind_in(&net.client, (ip, 0));
+            assert_eq!(flow_of(&client, front), client.local_addr().unwrap(), "{host} {to} {more:?}");
+            assert_eq!(flow_of(&client, front), client.local_addr().unwrap());
+        }
+    }
+    drop(backends);
+}
+
+fn bulk_as_client() {
+    let net = transparent();
+    let _echo = TcpBackend::echo_in(&net.container, V4.1);
+    let proxy = relay(&net, "tcp", "0.0.0.0:5300", V4.1, AS_CLIENT);
+    let stream = connect_in(&net.client, V4.0);
+    client::exchange(&stream, 1, 32 << 20);
+    stream.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(client::read_to_end(&stream), (vec![], End::Eof));
+    let stream = connect_in(&net.client, V4.0);
+    client::ping(&stream);
+    client::reset(stream);
+    drop(proxy);
+
+    let resets = net.container.run(|| TcpListener::bind(at(CONTAINER_V6.into())).unwrap());
+    let _backend = TcpBackend::serve(resets, |stream| {
+        (&mut &*stream).read_exact(&mut [0])?;
+        SockRef::from(stream).set_linger(Some(Duration::ZERO))
+    });
+    let _proxy = relay(&net, "tcp", "[::]:5300", V6.1, AS_CLIENT);
+    let mut stream = connect_in(&net.client, V6.0);
+    stream.write_all(b"x").unwrap();
+    assert_eq!(client::read_to_end(&stream), (vec![], End::Reset));
+}
+
+/// The backend's side of the first connection is in TIME_WAIT at the proxy, which has closed it first.
+fn port_again() {
+    let net = transparent();
+    let _backend = naming(&net.container, V4.1);
+    let proxy = Controlled::start_in(&net.host, &[]);
+    proxy.apply(&[with(mapping("front", "tcp", V4.0, V4.1), json!({ "source": "client" }))]).success();
+    let from = SocketAddr::from((CLIENT_V4, 7000));
+    for _ in 0..3 {
+        let stream = connect_from(&net.client, from, V4.0);
+        assert_eq!(seen(&stream).ip(), from.ip(), "with its port or another one");
+        client::ping(&stream);
+        // The client resets: it has no TIME_WAIT, and can use the port again.
+        client::reset(stream);
+        eventually("the connection has ended", || proxy.stats("front")["connections"] == 0);
+    }
+    assert_eq!(proxy.stats("front")["errors"]["source_unavailable"], Value::Null);
+}
+
+fn port_to_several() {
+    let net = transparent();
+    let to = [PORT, PORT + 1].map(|port| SocketAddr::from((CONTAINER_V4, port)));
+    let _tcp = to.map(|to| naming(&net.container, to));
+    let udp = to.map(|to| udp::Backend::naming(bind_in(&net.container, to)));
+    let proxy = Controlled::start_in(&net.host, &[]);
+    let front = |port: u16| SocketAddr::from((HOST_V4, port));
+    let as_client =
+        |name: &str, port, to| with(mapping(name, "tcp+udp", front(port), to), json!({ "source": "client" }));
+    proxy
+        .apply(&[as_client("one", 80, to[0]), as_client("other", 81, to[1]), as_client("same", 82, to[0])])
+        .success();
+    let from = SocketAddr::from((CLIENT_V4, 7000));
+    let streams = [80, 81].map(|port| connect_from(&net.client, from, front(port)));
+    for stream in &streams {
+        assert_eq!(seen(stream), from);
+        client::ping(stream);
+    }
+    // Of two connections from the same port to the same backend, one has another port.
+    let third = connect_from(&net.client, from, front(82));
+    let third_seen = seen(&third);
+    assert_eq!(third_seen.ip(), from.ip());
+    assert_ne!(third_seen.port(), from.port());
+    let socket = bind_in(&net.client, from);
+    for port in [80, 81] {
+        assert_eq!(flow_of(&socket, front(port)), from);
+    }
+    drop(udp);
+}
+
+fn low_port() {
+    let net = transparent();
+    let _tcp = naming(&net.container, V4.1);
+    let _udp = udp::Backend::naming(bind_in(&net.container, V4.1));
+    let _proxy = relay(&net, "tcp+udp", "0.0.0.0:5300", V4.1, AS_CLIENT);
+    let from = SocketAddr::from((CLIENT_V4, 123));
+    assert_eq!(seen(&connect_from(&net.client, from, V4.0)), from);
+    assert_eq!(flow_of(&bind_in(&net.client, from), V4.0), from);
+}
+
+/// Clients of whom the backend's answers would not come back: on the host, on the backend's link, of another family.
+fn without_way_back(net: &Topology) -> Vec<(Namespace, SocketAddr, SocketAddr)> {
+    let neighbour =
+        topology::add_container(&net.host, Ipv4Addr::new(172, 17, 0, 3), "fd00:172:17::3".parse().unwrap());
+    let of = |namespace: &Namespace| Namespace::open(namespace.path().to_str().unwrap());
+    let front = |ip: Ipv4Addr| SocketAddr::from((ip, PORT));
+    vec![
+        (of(&net.host), (HOST_V4, 0).into(), V4.0),
+        (of(&net.host), (Ipv4Addr::LOCALHOST, 0).into(), front(Ipv4Addr::LOCALHOST)),
+        (of(&net.host), (BRIDGE_V4, 0).into(), front(BRIDGE_V4)),
+        (neighbour, (Ipv4Addr::new(172, 17, 0, 3), 0).into(), front(BRIDGE_V4)),
+        (of(&net.container), (CONTAINER_V4, 0).into(), front(BRIDGE_V4)),
+        (of(&net.client), (CLIENT_V6, 0).into(), V6.0),
+    ]
+}
+
+fn fallback() {
+    let net = transparent();
+    let _tcp = naming(&net.container, V4.1);
+    let _udp = udp::Backend::naming(bind_in(&net.container, V4.1));
+    let proxy = Controlled::start_in(&net.host, &[]);
+    let host = SocketAddr::from((Ipv6Addr::UNSPECIFIED, PORT));
+    proxy.apply(&[with(mapping("front", "tcp+udp", host, V4.1), json!({ "source": "client" }))]).success();
+    for (count, (namespace, from, front)) in (1..).zip(without_way_back(&net)) {
+        let stream = connect_from(&namespace, from, front);
+        assert_eq!(seen(&stream).ip(), BRIDGE_V4, "{from}");
+        client::ping(&stream);
+        let flow = flow_of(&bind_in(&namespace, from), front);
+        assert_eq!(flow.ip(), BRIDGE_V4, "{from}");
+        assert_eq!(proxy.stats("front")["errors"]["source_unavailable"], json!(2 * count), "{from}");
+    }
+    proxy.process.wait_for_line(Stream::Stderr, |line| {
+        line.contains("connection not from its client's address") && line.contains("is on this host")
+    });
+}
+
+fn refused() {
+    let net = transparent();
+    let _tcp = naming(&net.container, V4.1);
+    let udp = udp::Backend::naming(bind_in(&net.container, V4.1));
+    let proxy = Controlled::start_in(&net.host, &[]);
+    let host = SocketAddr::from((Ipv6Addr::UNSPECIFIED, PORT));
+    proxy
+        .apply(&[with(mapping("front", "tcp+udp", host, V4.1), json!({ "source": "client-only" }))])
+        .success();
+    for (count, (namespace, from, front)) in (1..).zip(without_way_back(&net)) {
+        let stream = connect_from(&namespace, from, front);
+        assert_eq!(client::read_to_end(&stream), (vec![], End::Reset), "{from}");
+        bind_in(&namespace, from).send_to(b"who am I?", front).unwrap();
+        eventually("both are counted", || {
+            proxy.stats("front")["errors"]["source_unavailable"] == json!(2 * count)
+        });
+    }
+    assert_eq!(udp.received(), 0);
+    let stream = connect_in(&net.client, V4.0);
+    assert_eq!(seen(&stream), stream.local_addr().unwrap());
+}
+
+/// Has the client's namespace own 10.1.0.0/16, which the host reaches by way of it.
+fn many_addresses(net: &Topology) -> impl Fn(u16) -> SocketAddr + use<> {
+    net.client.ip("route add local 10.1.0.0/16 dev lo");
+    net.host.ip(&format!("route add 10.1.0.0/16 via {CLIENT_V4}"));
+    |number| {
+        let [high, low] = number.to_be_bytes();
+        (Ipv4Addr::new(10, 1, high, low), 7000).into()
+    }
+}
+
+fn many_clients() {
+    const CLIENTS: u16 = 2_000;
+    let net = transparent();
+    let address_of = many_addresses(&net);
+    let _tcp = naming(&net.container, V4.1);
+    let _udp = udp::Backend::naming(bind_in(&net.container, V4.1));
+    let _proxy = relay(&net, "tcp+udp", "0.0.0.0:5300", V4.1, AS_CLIENT);
+    let clients: Vec<_> = net.client.run(|| {
+        (1..=CLIENTS)
+            .map(|number| {
+                let from = address_of(number);
+                let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+                socket.bind(&from.into()).unwrap();
+                socket.connect(&V4.0.into()).unwrap();
+                (from, client::patient(socket.into()), udp::bind(from))
+            })
+            .collect()
+    });
+    for (from, stream, socket) in &clients {
+        assert_eq!(seen(stream), *from);
+        client::ping(stream);
+        assert_eq!(flow_of(socket, V4.0), *from);
+    }
+    for (from, stream, socket) in &clients {
+        client::ping(stream);
+        assert_eq!(flow_of(socket, V4.0), *from);
+    }
+}
+
+fn over_an_upgrade() {
+    let net = transparent();
+    let _tcp = naming(&net.container, V4.1);
+    let _udp = udp::Backend::naming(bind_in(&net.container, V4.1));
+    let program = Program::new();
+    let to = V4.1.to_string();
+    let arguments = [
+        "--proto",
+        "tcp+udp",
+        "--host",
+        "0.0.0.0:5300",
+        "--to",
+        &to,
+        "--source",
+        "client",
+        "--sandbox",
+        "strict",
+    ];
+    let first = net.host.spawn(program.command(&arguments));
+    first.wait_for_line(Stream::Stderr, |line| line.contains("confined"));
+    let stream = connect_in(&net.client, V4.0);
+    assert_eq!(seen(&stream), stream.local_addr().unwrap());
+    let socket = bind_in(&net.client, (CLIENT_V4, 0));
+    let address = socket.local_addr().unwrap();
+    assert_eq!(flow_of(&socket, V4.0), address);
+    let second = upgrade(&first, 0, first.pid());
+    client::ping(&stream);
+    assert_eq!(flow_of(&socket, V4.0), address);
+    let newer = connect_in(&net.client, V4.0);
+    assert_eq!(seen(&newer), newer.local_addr().unwrap());
+    let another = bind_in(&net.client, (CLIENT_V4, 0));
+    assert_eq!(flow_of(&another, V4.0), another.local_addr().unwrap());
+    kill(second, Signal::SIGTERM).unwrap();
+}
+
+fn with(mut mapping: Value, limits: Value) -> Value {
+    mapping["limits"] = limits;
+    mapping
+}
+
+fn changes() {
+    let net = transparent();
+    let _tcp = naming(&net.container, V4.1);
+    let _udp = udp::Backend::naming(bind_in(&net.container, V4.1));
+    let proxy = Controlled::start_in(&net.host, &["--sandbox", "strict"]);
+    let front = || mapping("front", "tcp+udp", V4.0, V4.1);
+    let socket = bind_in(&net.client, (CLIENT_V4, 0));
+    proxy.apply(&[front()]).success();
+    let plain = connect_in(&net.client, V4.0);
+    assert_eq!(seen(&plain).ip(), BRIDGE_V4);
+    assert_eq!(flow_of(&socket, V4.0).ip(), BRIDGE_V4);
+
+    proxy.apply(&[with(front(), json!({ "source": "client" }))]).success();
+    let as_client = connect_in(&net.client, V4.0);
+    assert_eq!(seen(&as_client), as_client.local_addr().unwrap());
+    assert_eq!(flow_of(&socket, V4.0), socket.local_addr().unwrap());
+    client::ping(&plain);
+
+    proxy.apply(&[front()]).success();
+    assert_eq!(seen(&connect_in(&net.client, V4.0)).ip(), BRIDGE_V4);
+    assert_eq!(flow_of(&socket, V4.0).ip(), BRIDGE_V4);
+    client::ping(&plain);
+    client::ping(&as_client);
+    let listed: Value = serde_json::from_str(&proxy.ctl(&["--json", "list"]).success()).unwrap();
+    assert!(!listed.to_string().contains("source"), "{listed}");
+}
+
+/// Whoever the proxy in front speaks for is reached by way of the client's namespace.
+fn behind_a_proxy() {
+    let net = transparent();
+    net.host.ip(&format!("route add default via {CLIENT_V4}"));
+    let _tcp = naming(&net.container, V4.1);
+    let _udp = udp::Backend::naming(bind_in(&net.container, V4.1));
+    let more = ["--source", "client", "--accept-proxy", "10.0.0.0/24"];
+    let _proxy = relay(&net, "tcp+udp", "0.0.0.0:5300", V4.1, &more);
+    let mut stream = connect_in(&net.client, V4.0);
+    stream.write_all(b"PROXY TCP4 192.0.2.7 192.0.2.8 4000 80\r\n").unwrap();
+    assert_eq!(seen(&stream), "192.0.2.7:4000".parse().unwrap());
+    client::ping(&stream);
+    let socket = bind_in(&net.client, (CLIENT_V4, 0));
+    let header = b"\r\n\r\n\0\r\nQUIT\n\x21\x12\0\x0c\xc0\0\x02\x07\xc0\0\x02\x08\x0f\xa0\0\x50";
+    socket.send_to(&[&header[..], b"who am I?"].concat(), V4.0).unwrap();
+    assert_eq!(udp::receive(&socket).0, b"192.0.2.7:4000");
+}
+
+fn with_header() {
+    let net = transparent();
+    let listener = net.container.run(|| TcpListener::bind(V4.1).unwrap());
+    let _proxy = relay(&net, "tcp", "0.0.0.0:5300", V4.1, &["--source", "client", "--send-proxy", "v1"]);
+    let stream = connect_in(&net.client, V4.0);
+    let (mut backend, from) = listener.accept().unwrap();
+    let client = stream.local_addr().unwrap();
+    assert_eq!(from, client);
+    let header = format!("PROXY TCP4 {} {} {} {PORT}\r\n", client.ip(), HOST_V4, client.port());
+    let mut received = vec![0; header.len()];
+    backend.read_exact(&mut received).unwrap();
+    assert_eq!(String::from_utf8(received).unwrap(), header);
+}
+
+fn tracked() {
+    let net = transparent();
+    // A rule that asks for the state of connections has all of them tracked.
+    let nft = |line: &str| drop(net.host.command(&format!("nft {line}")).success());
+    nft("add table inet tracked");
+    nft("add chain inet tracked input { type filter hook input priority 0 ; }");
+    nft("add rule inet tracked input ct state invalid drop");
+    let _tcp = naming(&net.container, V4.1);
+    let _udp = udp::Backend::naming(bind_in(&net.container, V4.1));
+    let _proxy = relay(&net, "tcp+udp", "0.0.0.0:5300", V4.1, AS_CLIENT);
+    let stream = connect_in(&net.client, V4.0);
+    assert_eq!(seen(&stream), stream.local_addr().unwrap());
+    client::exchange(&stream, 1, 1 << 20);
+    let socket = bind_in(&net.client, (CLIENT_V4, 0));
+    for _ in 0..2 {
+        assert_eq!(flow_of(&socket, V4.0), socket.local_addr().unwrap());
+    }
+}
+
+fn own_address() {
+    let net = Topology::new();
+    net.host.address(BRIDGE, "172.17.0.9/16");
+    net.host.address(BRIDGE, "fd00:172:17::9/64");
+    let _tcp = [naming(&net.container, V4.1), naming(&net.container, V6.1)];
+    let udp = [V4.1, V6.1].map(|to| udp::Backend::naming(bind_in(&net.container, to)));
+    for (front, to, own) in [(V4.0, V4.1, "172.17.0.9"), (V6.0, V6.1, "fd00:172:17::9")] {
+        for more in [&[][..], &["--udp-any-port"]] {
+            let own: IpAddr = own.parse().unwrap();
+            let text = own.to_string();
+            let _proxy =
+                relay(&net, "tcp+udp", &front.to_string(), to, &[&["--source", &text], more].concat());
+            assert_eq!(seen(&connect_in(&net.client, front)).ip(), own);
+            let socket = net.client.run(|| {
+                udp::client(if front.is_ipv4() { IpAddr::from(CLIENT_V4) } else { CLIENT_V6.into() })
+            });
+            assert_eq!(flow_of(&socket, front).ip(), own);
+        }
+    }
+    drop(udp);
+    let proxy = relay(&net, "tcp+udp", "0.0.0.0:5300", V4.1, &["--source", "192.0.2.1"]);
+    assert_eq!(client::read_to_end(&connect_in(&net.client, V4.0)), (vec![], End::Reset));
+    let why = "cannot send from 192.0.2.1: it is not an address of this host";
+    proxy.process.wait_for_line(Stream::Stderr, |line| line.contains("no backend") && line.contains(why));
+    bind_in(&net.client, (CLIENT_V4, 0)).send_to(b"x", V4.0).unwrap();
+    proxy
+        .process
+        .wait_for_line(Stream::Stderr, |line| line.contains("cannot open a flow") && line.contains(why));
+}
+
+fn device() {
+    let net = transparent();
+    let _tcp = naming(&net.container, V4.1);
+    let _udp = udp::Backend::naming(bind_in(&net.container, V4.1));
+    for more in [&[][..], AS_CLIENT] {
+        let _proxy = relay(&net, "tcp+udp", "0.0.0.0:5300", V4.1, &[&["--device", BRIDGE], more].concat());
+        let stream = connect_in(&net.client, V4.0);
+        client::ping(&{
+            seen(&stream);
+            stream
+        });
+        flow_of(&bind_in(&net.client, (CLIENT_V4, 0)), V4.0);
+    }
+    let proxy =
+        relay(&net, "tcp+udp", "0.0.0.0:5300", V4.1, &["--device", "eth0", "--connect-timeout", "1s"]);
+    assert_eq!(client::read_to_end(&connect_in(&net.client, V4.0)), (vec![], End::Reset));
+    drop(proxy);
+    let proxy = relay(&net, "tcp+udp", "0.0.0.0:5300", V4.1, &["--device", "nonesuch"]);
+    assert_eq!(client::read_to_end(&connect_in(&net.client, V4.0)), (vec![], End::Reset));
+    let why = "cannot send by the interface nonesuch";
+    proxy.process.wait_for_line(Stream::Stderr, |line| line.contains("no backend") && line.contains(why));
+    bind_in(&net.client, (CLIENT_V4, 0)).send_to(b"x", V4.0).unwrap();
+    proxy
+        .process
+        .wait_for_line(Stream::Stderr, |line| line.contains("cannot open a flow") && line.contains(why));
+}
