@@ -11,6 +11,7 @@ use crate::host_ip::HostIp;
 use crate::model::{MappingKey, NETNS_DIR, RelayProcess};
 use crate::name::CONTAINER_INTERFACE;
 use crate::name::{IfName, Name};
+use crate::transparent::{MARK, PRIORITY, TABLE};
 
 /// The network namespace of an action.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -141,16 +142,43 @@ impl RelayCommand {
     }
 }
 
-/// One of the two programs of iptables.
+/// An address family, and with it one of the two programs of iptables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Family {
-    /// `iptables`.
+    /// IPv4, `iptables`.
     V4,
-    /// `ip6tables`.
+    /// IPv6, `ip6tables`.
     V6,
 }
 
 impl Family {
+    /// The protocol.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::V4 => "IPv4",
+            Self::V6 => "IPv6",
+        }
+    }
+
+    /// What the names of the kernel's options have after `CONFIG_IP`.
+    #[must_use]
+    pub fn config(self) -> &'static str {
+        match self {
+            Self::V4 => "",
+            Self::V6 => "V6",
+        }
+    }
+
+    /// The `ip` command of this family.
+    #[must_use]
+    pub fn ip(self) -> &'static str {
+        match self {
+            Self::V4 => "ip",
+            Self::V6 => "ip -6",
+        }
+    }
+
     /// The program that loads rules.
     #[must_use]
     pub fn restore(self) -> &'static str {
@@ -231,6 +259,24 @@ pub enum Action {
         /// The router.
         gateway: IpAddr,
     },
+    /// Adds a policy routing rule: marked packets that came in by an interface belong to this host's sockets.
+    AddRule {
+        /// The address family.
+        family: Family,
+        /// The interface.
+        iif: IfName,
+    },
+    /// Removes one.
+    DeleteRule {
+        /// The address family.
+        family: Family,
+        /// The interface.
+        iif: IfName,
+    },
+    /// Adds the route that those rules lead to.
+    AddLocalRoute(Family),
+    /// Removes it.
+    DeleteLocalRoute(Family),
     /// Sets a kernel parameter of the host.
     SetSysctl {
         /// Its name.
@@ -291,6 +337,10 @@ impl fmt::Display for Action {
             }
             Self::AddDefaultRoute { place, gateway } => fmt_route(f, place, "add", *gateway),
             Self::DeleteDefaultRoute { place, gateway } => fmt_route(f, place, "delete", *gateway),
+            Self::AddRule { family, iif } => fmt_rule(f, *family, "add", iif),
+            Self::DeleteRule { family, iif } => fmt_rule(f, *family, "delete", iif),
+            Self::AddLocalRoute(family) => fmt_local_route(f, *family, "add"),
+            Self::DeleteLocalRoute(family) => fmt_local_route(f, *family, "delete"),
             Self::SetSysctl { key, value } => write!(f, "sysctl -w {key}={value}"),
             Self::WriteFile { path, text } => fmt_input(f, &format!("cat > {}", path.display()), text),
             Self::RemoveFile(path) => write!(f, "rm {}", path.display()),
@@ -362,6 +412,15 @@ fn fmt_add_address(
 fn fmt_route(f: &mut fmt::Formatter<'_>, place: &NetnsRef, verb: &str, gateway: IpAddr) -> fmt::Result {
     let family = if gateway.is_ipv6() { " -6" } else { "" };
     write!(f, "{}{family} route {verb} default via {gateway} dev {CONTAINER_INTERFACE}", place.ip())
+}
+
+fn fmt_rule(f: &mut fmt::Formatter<'_>, family: Family, verb: &str, iif: &IfName) -> fmt::Result {
+    let ip = family.ip();
+    write!(f, "{ip} rule {verb} priority {PRIORITY} iif {iif} fwmark {MARK:#x}/{MARK:#x} lookup {TABLE}")
+}
+
+fn fmt_local_route(f: &mut fmt::Formatter<'_>, family: Family, verb: &str) -> fmt::Result {
+    write!(f, "{} route {verb} local default dev lo table {TABLE}", family.ip())
 }
 
 fn fmt_flush(f: &mut fmt::Formatter<'_>, host: HostIp, port: u16) -> fmt::Result {

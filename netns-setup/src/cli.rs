@@ -12,7 +12,9 @@ use rproxy_mapping::publish::ExposedPorts;
 use serde_json::json;
 
 use crate::addr::{Subnet4, Subnet6};
-use crate::commands::{self, Attach, Command, NetnsChoice, Options, Publish, Report, Unpublish, Up};
+use crate::commands::{
+    self, Attach, Command, NetnsChoice, Options, Publish, Report, Transparent, Unpublish, Up,
+};
 use crate::demo;
 use crate::error::Error;
 use crate::executor::Executor;
@@ -78,6 +80,9 @@ enum Sub {
         #[arg(short = 'p', long = "publish", value_name = "SPEC")]
         specs: Vec<Publication>,
     },
+    /// Deliver replies of backends to transparent sockets (`rproxy --source client`) to this host.
+    #[command(subcommand)]
+    Transparent(TransparentSub),
     /// List the containers and what they publish.
     List,
     /// Show one container, or all, as `docker inspect` shows networks.
@@ -91,6 +96,33 @@ enum Sub {
     Repair,
     /// Demonstrate everything in namespaces of its own: every step, the rules, the traffic.
     Demo,
+}
+
+#[derive(Debug, Subcommand)]
+enum TransparentSub {
+    /// Set it up for these interfaces, in addition to those that are set up already.
+    ///
+    /// Writes a rule that marks packets of transparent sockets, a policy routing rule for each interface, and a
+    /// routing table with one local route, for IPv4 and IPv6.
+    Up {
+        /// The interfaces that the backends' packets come in by, such as docker0 (the bridge, not its ports). Without
+        /// this option: docker0, the bridges of Docker's other networks (br-…) and netns-setup's own, as far as they
+        /// exist.
+        #[arg(long = "interface", value_name = "NAME", num_args = 1..)]
+        interfaces: Vec<IfName>,
+    },
+    /// Take it down.
+    Down {
+        /// Only for these interfaces.
+        #[arg(long = "interface", value_name = "NAME", num_args = 1..)]
+        interfaces: Vec<IfName>,
+    },
+    /// Compare it with the system; exit with 1 if something differs.
+    Check {
+        /// Interfaces that have to be set up.
+        #[arg(long = "interface", value_name = "NAME", num_args = 1..)]
+        interfaces: Vec<IfName>,
+    },
 }
 
 #[derive(Debug, Args)]
@@ -114,6 +146,9 @@ struct UpArgs {
     /// Keep forwarding enabled after a reboot, with a file in /etc/sysctl.d.
     #[arg(long)]
     persist: bool,
+    /// Deliver replies to transparent sockets (`rproxy --source client`), as `transparent up` does.
+    #[arg(long)]
+    transparent: bool,
 }
 
 #[derive(Debug, Args)]
@@ -192,7 +227,7 @@ impl Cli {
             return demo::run(options.firewall, options.rproxy, out);
         };
         let report = match commands::run(&command, &options, executor) {
-            Err(error @ (Error::Differs(_) | Error::Unmendable(_))) => {
+            Err(error) if !error.differences().is_empty() => {
                 write_differences(out, json, error.differences()).map_err(Error::Output)?;
                 return Err(error);
             }
@@ -214,6 +249,7 @@ impl Sub {
                 Command::Publish(Publish { name, specs, all_exposed, via })
             }
             Self::Unpublish { name, specs } => Command::Unpublish(Unpublish { name, specs }),
+            Self::Transparent(sub) => Command::Transparent(sub.into()),
             Self::List => Command::List,
             Self::Inspect { name } => Command::Inspect(name),
             Self::Check => Command::Check,
@@ -225,8 +261,18 @@ impl Sub {
 
 impl From<UpArgs> for Up {
     fn from(args: UpArgs) -> Self {
-        let UpArgs { bridge, subnet, subnet6, mtu, gso_max_size, persist } = args;
-        Self { bridge, subnet, subnet6, mtu, gso_max_size, persist }
+        let UpArgs { bridge, subnet, subnet6, mtu, gso_max_size, persist, transparent } = args;
+        Self { bridge, subnet, subnet6, mtu, gso_max_size, persist, transparent }
+    }
+}
+
+impl From<TransparentSub> for Transparent {
+    fn from(sub: TransparentSub) -> Self {
+        match sub {
+            TransparentSub::Up { interfaces } => Self::Up(interfaces),
+            TransparentSub::Down { interfaces } => Self::Down(interfaces),
+            TransparentSub::Check { interfaces } => Self::Check(interfaces),
+        }
     }
 }
 

@@ -8,6 +8,8 @@ use crate::action::{Action, LinkChange, NetnsRef};
 use crate::apply::ApplyError;
 use crate::executor::ActionError;
 use crate::firewall::detect::DetectError;
+use crate::firewall::nft;
+use crate::firewall::transparent::ProbeError;
 use crate::ipam::IpamError;
 use crate::model::{Firewall, MappingKey, Via};
 use crate::name::Name;
@@ -40,6 +42,22 @@ pub enum Error {
     /// Another firewall is in use than the one requested.
     #[error("the network is up with --firewall {0}: run `netns-setup down` first to change it")]
     OtherFirewall(Firewall),
+    /// Another firewall marks packets of transparent sockets than the one requested.
+    #[error(
+        "packets of transparent sockets are marked with --firewall {0}: run `netns-setup transparent down` first to change it"
+    )]
+    OtherMarking(Firewall),
+    /// What transparent sockets need is not set up.
+    #[error("{} found: run `netns-setup transparent up{options}`", differences(.found.len()))]
+    NotTransparent {
+        /// The differences.
+        found: Vec<String>,
+        /// The options that set it up.
+        options: String,
+    },
+    /// Packets of transparent sockets cannot be marked.
+    #[error(transparent)]
+    Probe(#[from] ProbeError),
     /// An earlier command did not finish.
     #[error(
         "an earlier command was interrupted: run `netns-setup repair` to finish it, or `netns-setup down`"
@@ -139,7 +157,9 @@ impl Error {
     #[must_use]
     pub fn differences(&self) -> &[String] {
         match self {
-            Self::Differs(differences) | Self::Unmendable(differences) => differences,
+            Self::Differs(differences)
+            | Self::Unmendable(differences)
+            | Self::NotTransparent { found: differences, .. } => differences,
             _ => &[],
         }
     }
@@ -177,13 +197,15 @@ pub fn finding(action: &Action) -> String {
         Action::DeleteLink(name) => format!("the interface {name} is left over"),
         Action::SetLink { place, name, change } => link_finding(&format!("{name}{}", inside(place)), change),
         Action::AddAddress { place, name, address } => format!("{name}{} lacks {address}", inside(place)),
+        Action::AddRule { .. } | Action::AddLocalRoute(_) => format!("missing: {}", added(action)),
+        Action::DeleteRule { .. } | Action::DeleteLocalRoute(_) => format!("left over: {}", added(action)),
         Action::AddDefaultRoute { place, gateway } => {
             format!("the default route by {gateway}{} is missing", inside(place))
         }
         Action::SetSysctl { key, value } => format!("{key} is not {value}"),
         Action::WriteFile { path, .. } => format!("{} differs", path.display()),
         Action::RemoveFile(path) => format!("{} is left over", path.display()),
-        Action::Nft(_) => "the nft table differs".to_owned(),
+        Action::Nft(script) => format!("the nft table {} differs", nft::table_of(script)),
         Action::Iptables { family, .. } => format!("the rules that {} lists differ", family.save()),
         Action::StartRelay(relay) => format!("the relay of {} does not run", relay.key),
         Action::StopRelay { relay, .. } => format!("the relay of {} is left over", relay.key),
@@ -191,6 +213,13 @@ pub fn finding(action: &Action) -> String {
             format!("to do: {action}")
         }
     }
+}
+
+/// A rule or route as `ip` lists it.
+fn added(action: &Action) -> String {
+    let command = action.to_string();
+    let listed = command.replace(" add ", " ").replace(" delete ", " ");
+    listed.strip_prefix("ip ").unwrap_or(&listed).to_owned()
 }
 
 fn link_finding(link: &str, change: &LinkChange) -> String {

@@ -13,7 +13,7 @@ use crate::executor::{ActionError, Executor};
 use crate::firewall::tool::{self};
 use crate::host_ip::HostIp;
 use crate::model::{MappingKey, Netns, RelayProcess};
-use crate::netlink::{Client, NetlinkError, address, link, route};
+use crate::netlink::{Client, NetlinkError, address, link, route, rule};
 use crate::netns::{self, Handle};
 use crate::relay::{self, RelayError};
 use crate::reserve::{self, ReserveError};
@@ -59,7 +59,11 @@ impl Executor for Kernel {
             | Action::AddAddress { .. }
             | Action::DeleteAddress { .. }
             | Action::AddDefaultRoute { .. }
-            | Action::DeleteDefaultRoute { .. } => in_place(action),
+            | Action::DeleteDefaultRoute { .. }
+            | Action::AddRule { .. }
+            | Action::DeleteRule { .. }
+            | Action::AddLocalRoute(_)
+            | Action::DeleteLocalRoute(_) => in_place(action),
         }
     }
 
@@ -142,6 +146,10 @@ fn request(action: &Action) -> Result<(), NetlinkError> {
         Action::DeleteAddress { name, address, .. } => address::delete(client, name.as_str(), *address),
         Action::AddDefaultRoute { gateway, .. } => route::add_default(client, *gateway),
         Action::DeleteDefaultRoute { gateway, .. } => route::delete_default(client, *gateway),
+        Action::AddRule { family, iif } => rule::add(client, *family, iif),
+        Action::DeleteRule { family, iif } => rule::delete(client, *family, iif),
+        Action::AddLocalRoute(family) => route::add_local(client, *family),
+        Action::DeleteLocalRoute(family) => route::delete_local(client, *family),
         // Not netlink actions, so they are not passed here.
         Action::AddNetns(_)
         | Action::DeleteNetns(_)

@@ -36,6 +36,7 @@ pub mod signals;
 pub mod stale;
 pub mod state;
 pub mod sysctl;
+pub mod transparent;
 
 #[cfg(test)]
 mod testdata;

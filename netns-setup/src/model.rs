@@ -11,6 +11,7 @@ use crate::addr::{Cidr, Mac, Subnet4, Subnet6};
 use crate::host_ip::HostIp;
 use crate::name::{Id, IfName, Name};
 use crate::publish::PortRequest;
+use crate::transparent::Transparent;
 
 /// The directory of named network namespaces, shared with `ip netns`.
 pub const NETNS_DIR: &str = "/run/netns";
@@ -23,6 +24,9 @@ pub struct Topology {
     /// The containers attached to it.
     #[serde(default)]
     pub endpoints: BTreeMap<Name, Endpoint>,
+    /// What replies to transparent sockets need, if it is set up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub transparent: Option<Transparent>,
 }
 
 impl Topology {
@@ -44,6 +48,10 @@ impl Topology {
     pub fn union(&self, other: &Self) -> Self {
         let mut all = self.clone();
         all.network = all.network.or_else(|| other.network.clone());
+        all.transparent = match (all.transparent.take(), &other.transparent) {
+            (Some(ours), Some(theirs)) => Some(ours.union(theirs)),
+            (ours, theirs) => ours.or_else(|| theirs.clone()),
+        };
         for (name, theirs) in &other.endpoints {
             let Some(ours) = all.endpoints.get_mut(name) else {
                 all.endpoints.insert(name.clone(), theirs.clone());

@@ -8,11 +8,12 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 
 use crate::action::{Family, RelayCommand};
 use crate::firewall::tool::{self, ToolError};
-use crate::firewall::{detect, nft};
+use crate::firewall::{detect, nft, transparent as marking};
 use crate::model::{Firewall, Mapping, MappingKey, RelayProcess, Topology};
-use crate::netlink::{Client, NetlinkError, address, link, route};
+use crate::name::IfName;
+use crate::netlink::{Client, NetlinkError, address, link, route, rule};
 use crate::netns::{self, Handle, NetnsError};
-use crate::observed::{Observed, Rules, Side};
+use crate::observed::{Observed, Rules, Side, TransparentParts};
 use crate::plan::{self, Scope};
 use crate::{persist, relay, sysctl};
 
@@ -22,6 +23,9 @@ pub enum ObserveError {
     /// The interfaces, addresses and routes of the host.
     #[error("cannot list the host's interfaces: {0}")]
     Host(#[source] NetlinkError),
+    /// The policy routing rules and their table.
+    #[error("cannot list the policy routing rules: {0}")]
+    Policy(#[source] NetlinkError),
     /// Those of a container.
     #[error("cannot list the interfaces in {path}: {source}")]
     Container {
@@ -71,6 +75,7 @@ pub fn observe(owned: &Topology, desired: &Topology, scope: &Scope) -> Result<Ob
         namespace_files: namespace_files(&both, scope),
         sysctls: sysctls(&both)?,
         rules: rules(&both, owned, desired, scope)?,
+        transparent: transparent(&both, desired, scope)?,
         relays: relays(&both, scope),
         files: files(&both)?,
     })
@@ -147,7 +152,7 @@ fn rules(
     desired: &Topology,
     scope: &Scope,
 ) -> Result<Rules, ObserveError> {
-    let Some(network) = &both.network else {
+    let Some(network) = both.network.as_ref().filter(|_| *scope != Scope::Transparent) else {
         return Ok(Rules::None);
     };
     match plan::backend(both) {
@@ -171,6 +176,59 @@ fn rules(
             };
             Ok(Rules::Nft { listing, as_wanted })
         }
+    }
+}
+
+fn transparent(
+    both: &Topology,
+    desired: &Topology,
+    scope: &Scope,
+) -> Result<Option<TransparentParts>, ObserveError> {
+    let Some(parts) = both.transparent.as_ref().filter(|_| scope.has_transparent()) else {
+        return Ok(None);
+    };
+    let mut client = Client::open(NETLINK_ROUTE).map_err(ObserveError::Policy)?;
+    let mut policy = BTreeMap::new();
+    for family in parts.families() {
+        policy.insert(family, rule::list(&mut client, family).map_err(ObserveError::Policy)?);
+    }
+    let routes = route::list_local(&mut client).map_err(ObserveError::Policy)?;
+    let rules = match parts.firewall {
+        Firewall::None => Rules::None,
+        Firewall::Iptables => {
+            let saved = parts.families().map(|family| Ok((family, detect::saved(family)?)));
+            Rules::Iptables(saved.collect::<Result<_, ToolError>>()?)
+        }
+        Firewall::Nft => {
+            let table = marking::TABLE_NAME;
+            let listing = list_table(table)?;
+            let as_wanted = match (&listing, marking::nft(desired)) {
+                (Some(listing), Some(wanted)) => Some(nft::normalise(listing) == reference(table, &wanted)?),
+                _ => None,
+            };
+            Rules::Nft { listing, as_wanted }
+        }
+    };
+    Ok(Some(TransparentParts { policy, routes, rules, has_ipv6: lacks_ipv6()?.is_none() }))
+}
+
+/// Why this namespace cannot route IPv6 to itself; `None` if it can.
+///
+/// # Errors
+/// If the kernel refuses to say.
+pub fn lacks_ipv6() -> Result<Option<String>, ObserveError> {
+    let key = sysctl::of_interface("ipv6", IfName::loopback().as_str(), "disable_ipv6");
+    match sysctl::read(&key) {
+        Ok(Some(value)) if value != "0" => return Ok(Some(format!("{key} is {value}"))),
+        Ok(Some(_)) => {}
+        Ok(None) => return Ok(Some("this kernel has no IPv6".to_owned())),
+        Err(source) => return Err(ObserveError::Sysctl { key, source }),
+    }
+    let mut client = Client::open(NETLINK_ROUTE).map_err(ObserveError::Policy)?;
+    match rule::list(&mut client, Family::V6) {
+        Ok(_) => Ok(None),
+        Err(error @ NetlinkError::NoPolicyRouting(_)) => Ok(Some(error.to_string())),
+        Err(error) => Err(ObserveError::Policy(error)),
     }
 }
 

@@ -1,6 +1,7 @@
 //! The observed state of the kernel, as plain data.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
@@ -8,7 +9,8 @@ use crate::action::{Family, OffloadSizes};
 use crate::addr::{Cidr, Mac};
 use crate::firewall::iptables::SavedTables;
 use crate::model::{MappingKey, RelayProcess};
-use crate::name::Name;
+use crate::name::{IfName, Name};
+use crate::transparent::{MARK, PRIORITY, TABLE};
 
 /// An interface.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -44,6 +46,123 @@ pub struct Route {
     pub gateway: Option<IpAddr>,
     /// The index of the interface.
     pub oif: Option<u32>,
+}
+
+/// Where a policy routing rule leads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RuleTarget {
+    /// To a routing table.
+    Table(u32),
+    /// To the next rule.
+    Nothing,
+    /// To a later rule.
+    Goto(u32),
+    /// To an error.
+    Refusal(&'static str),
+}
+
+/// A policy routing rule, as far as this program has to understand it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PolicyRule {
+    /// Rules are tried in the order of their priorities, the smallest first.
+    pub priority: u32,
+    /// The interface that a packet must have come in by; `lo` stands for this host's own packets.
+    pub iif: Option<String>,
+    /// The required mark and the bits of it that count.
+    pub fwmark: Option<(u32, u32)>,
+    /// The required source address.
+    pub source: Option<Cidr>,
+    /// Where it leads.
+    pub target: RuleTarget,
+    /// Whether it has further conditions.
+    pub is_partial: bool,
+    /// Whether it is for packets that do not fulfil its conditions.
+    pub is_negated: bool,
+    /// Whether it is for packets that this host sends by a certain interface.
+    pub for_output: bool,
+}
+
+impl PolicyRule {
+    /// The rule of this program for an interface.
+    #[must_use]
+    pub fn ours(iif: &IfName) -> Self {
+        Self {
+            priority: PRIORITY,
+            iif: Some(iif.to_string()),
+            fwmark: Some((MARK, MARK)),
+            source: None,
+            target: RuleTarget::Table(TABLE),
+            is_partial: false,
+            is_negated: false,
+            for_output: false,
+        }
+    }
+
+    /// Whether this is the rule of this program for an interface.
+    #[must_use]
+    pub fn is_ours(&self, iif: &IfName) -> bool {
+        *self == Self::ours(iif)
+    }
+}
+
+impl fmt::Display for PolicyRule {
+    /// As `ip rule` lists it, without conditions that this program does not read.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let not = if self.is_negated { "not " } else { "" };
+        write!(f, "{}: {not}from ", self.priority)?;
+        match &self.source {
+            Some(source) => write!(f, "{source}")?,
+            None => f.write_str("all")?,
+        }
+        if let Some((mark, mask)) = self.fwmark {
+            write!(f, " fwmark {mark:#x}")?;
+            if mask != u32::MAX {
+                write!(f, "/{mask:#x}")?;
+            }
+        }
+        if let Some(iif) = &self.iif {
+            write!(f, " iif {iif}")?;
+        }
+        if self.is_partial || self.for_output {
+            f.write_str(" …")?;
+        }
+        match self.target {
+            // rt_tables(5) has these names.
+            RuleTarget::Table(253) => f.write_str(" lookup default"),
+            RuleTarget::Table(254) => f.write_str(" lookup main"),
+            RuleTarget::Table(255) => f.write_str(" lookup local"),
+            RuleTarget::Table(table) => write!(f, " lookup {table}"),
+            RuleTarget::Nothing => f.write_str(" nop"),
+            RuleTarget::Goto(priority) => write!(f, " goto {priority}"),
+            RuleTarget::Refusal(name) => write!(f, " {name}"),
+        }
+    }
+}
+
+/// A route of this program's table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TableRoute {
+    /// The address family.
+    pub family: Family,
+    /// Whether it delivers to this host.
+    pub is_local: bool,
+    /// The destination; `None` for a default route.
+    pub destination: Option<Cidr>,
+    /// The index of the interface.
+    pub oif: Option<u32>,
+}
+
+/// What replies to transparent sockets depend on.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TransparentParts {
+    /// The policy routing rules in the kernel's order.
+    pub policy: BTreeMap<Family, Vec<PolicyRule>>,
+    /// The routes of this program's table.
+    pub routes: Vec<TableRoute>,
+    /// The rules that mark.
+    pub rules: Rules,
+    /// Whether this host has IPv6.
+    pub has_ipv6: bool,
 }
 
 /// One network namespace.
@@ -107,6 +226,8 @@ pub struct Observed {
     pub sysctls: BTreeMap<String, String>,
     /// The rules.
     pub rules: Rules,
+    /// What replies to transparent sockets depend on; `None` if not looked at.
+    pub transparent: Option<TransparentParts>,
     /// The running relays.
     pub relays: BTreeMap<MappingKey, RelayProcess>,
     /// The content of this program's files; `None` for one that does not exist.

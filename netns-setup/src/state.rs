@@ -213,7 +213,7 @@ mod tests {
             exposed: vec![],
             mappings: vec![],
         };
-        let current = Topology { network: None, endpoints: [(name, endpoint)].into() };
+        let current = Topology { endpoints: [(name, endpoint)].into(), ..Topology::default() };
         State { current, pending: None }
     }
 

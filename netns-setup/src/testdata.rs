@@ -7,6 +7,7 @@ use rproxy_mapping::addr::Protocol;
 use crate::host_ip::HostIp;
 use crate::model::{Endpoint, Firewall, Mapping, Netns, Network, Topology, Via};
 use crate::name::{Id, Name};
+use crate::transparent::Transparent;
 
 /// Compares `actual` with a file of `testdata/`, or writes the file when `UPDATE_GOLDEN` is set.
 pub(crate) fn golden(file: &str, actual: &str) {
@@ -55,7 +56,7 @@ pub(crate) fn mapping(proto: Protocol, host: &str, host_port: u16, container_por
 pub(crate) fn story() -> Topology {
     let (name, mut web) = endpoint("web", 2);
     web.mappings.push(mapping(Protocol::Tcp, "*", 80, 80, Via::Both));
-    Topology { network: Some(network()), endpoints: [(name, web)].into() }
+    Topology { network: Some(network()), endpoints: [(name, web)].into(), ..Topology::default() }
 }
 
 /// Both families, both protocols, every way to publish and every kind of address.
@@ -82,5 +83,12 @@ pub(crate) fn everything() -> Topology {
 pub(crate) fn with_ports(count: u16) -> Topology {
     let (name, mut web) = endpoint("web", 2);
     web.mappings = (0..count).map(|port| mapping(Protocol::Tcp, "*", 1000 + port, 80, Via::Dnat)).collect();
-    Topology { network: Some(network()), endpoints: [(name, web)].into() }
+    Topology { network: Some(network()), endpoints: [(name, web)].into(), ..Topology::default() }
+}
+
+/// Two interfaces whose replies to transparent sockets stay here.
+pub(crate) fn transparent(firewall: Firewall) -> Topology {
+    let interfaces = ["docker0", "br-0123456789ab"].map(|name| name.parse().unwrap()).into();
+    let transparent = Some(Transparent { interfaces, firewall, ipv6: true });
+    Topology { transparent, ..Topology::default() }
 }

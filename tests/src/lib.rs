@@ -42,6 +42,7 @@ pub mod suite;
 pub mod systemd;
 pub mod topology;
 pub mod trace;
+pub mod transparent;
 pub mod udp;
 pub mod upgradable;
 

@@ -55,6 +55,16 @@ impl LockedState {
         Ok(locked)
     }
 
+    /// Like [`LockedState::open`], for a change of what transparent sockets need: if the previous command was not
+    /// completed, it may have changed only that.
+    pub(super) fn open_for_transparent(options: &Options) -> Result<Self, Error> {
+        let locked = Self::open(options)?;
+        let current = &locked.state.current;
+        let others =
+            |pending: &Topology| pending.network != current.network || pending.endpoints != current.endpoints;
+        if locked.state.pending.as_ref().is_some_and(others) { Err(Error::Unfinished) } else { Ok(locked) }
+    }
+
     /// The network; fails if it is not up.
     pub(super) fn network(&self) -> Result<&Network, Error> {
         self.state.current.network.as_ref().ok_or(Error::NoNetwork)

@@ -26,14 +26,26 @@ pub(super) fn check(options: &Options) -> Result<Report, Error> {
     let plan = plan::plan(inputs)?;
     let interrupted = locked.state.pending.iter().map(|_| "an earlier command was interrupted".to_owned());
     let found = plan.steps.iter().map(|step| finding(&step.action));
-    let differences: Vec<_> =
-        interrupted.chain(found).chain(plan.problems).chain(taken_ports(&locked.state.current)).collect();
-    if !differences.is_empty() {
-        return Err(Error::Differs(differences));
-    }
+    let problems = plan.problems.into_iter().chain(taken_ports(&locked.state.current));
+    differences(interrupted.chain(found), problems)?;
     let warnings = owned.network.as_ref().map(detect::interference).unwrap_or_default();
     let lines = vec!["everything is as it should be".to_owned()];
     Ok(Report { lines, warnings, result: json!({ "differences": [] }), ..Report::default() })
+}
+
+/// Fails if something differs; the error says whether `repair` helps.
+pub(super) fn differences(
+    mendable: impl Iterator<Item = String>,
+    problems: impl IntoIterator<Item = String>,
+) -> Result<(), Error> {
+    let mut all: Vec<_> = mendable.collect();
+    let is_mendable = !all.is_empty();
+    all.extend(problems);
+    match (all.is_empty(), is_mendable) {
+        (true, _) => Ok(()),
+        (false, true) => Err(Error::Differs(all)),
+        (false, false) => Err(Error::Unmendable(all)),
+    }
 }
 
 /// Warns about ports that only the kernel serves and on which another program listens. Nothing keeps them

@@ -5,6 +5,7 @@ mod change;
 mod check;
 mod publish;
 mod show;
+mod transparent;
 mod up;
 
 use std::path::PathBuf;
@@ -13,6 +14,7 @@ use serde_json::{Value, json};
 
 pub use attach::{Attach, NetnsChoice};
 pub use publish::{Publish, Unpublish};
+pub use transparent::Transparent;
 pub use up::Up;
 
 use crate::error::Error;
@@ -49,6 +51,8 @@ pub enum Command {
     Publish(Publish),
     /// Unpublishes ports.
     Unpublish(Unpublish),
+    /// Sets up the way back to transparent sockets, takes it down, or compares it with the state.
+    Transparent(Transparent),
     /// Lists the containers.
     List,
     /// Shows one container, or all, as `docker inspect` does.
@@ -109,6 +113,7 @@ pub fn run(command: &Command, options: &Options, executor: &mut dyn Executor) ->
         Command::Detach(name) => attach::detach(name, options, executor),
         Command::Publish(publish) => publish.run(options, executor),
         Command::Unpublish(unpublish) => unpublish.run(options, executor),
+        Command::Transparent(transparent) => transparent.run(options, executor),
         Command::List => show::list(options),
         Command::Inspect(name) => show::inspect(name.as_ref(), options),
         Command::Check => check::check(options),

@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use super::change::LockedState;
-use super::{Options, Report};
+use super::{Options, Report, transparent};
 use crate::addr::{Subnet4, Subnet6};
 use crate::error::Error;
 use crate::executor::Executor;
@@ -28,6 +28,8 @@ pub struct Up {
     pub gso_max_size: u32,
     /// Whether to persist forwarding across reboots.
     pub persist: bool,
+    /// Whether to deliver replies to transparent sockets.
+    pub transparent: bool,
 }
 
 impl Up {
@@ -44,7 +46,13 @@ impl Up {
         if let Some(path) = &network.persist {
             lines.push(format!("forwarding is permanent: {} says so at every boot", path.display()));
         }
-        let result = json!({ "network": network });
+        if self.transparent {
+            let wanted = transparent::with(&desired, &[network.bridge], Some(network.firewall), options)?;
+            lines.push(transparent::describe(&wanted));
+            warnings.extend(transparent::warnings(&wanted)?);
+            desired.transparent = Some(wanted);
+        }
+        let result = json!({ "network": network, "transparent": desired.transparent });
         desired.network = Some(network);
         let plan = locked.change(desired, &Scope::All, options, executor)?;
         warnings.extend(plan.problems);

@@ -234,6 +234,7 @@ fn up() -> Result<Up, Error> {
         mtu: 1500,
         gso_max_size: 524_280,
         persist: false,
+        transparent: false,
     })
 }
 

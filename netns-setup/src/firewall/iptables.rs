@@ -18,7 +18,7 @@ const FORWARD: &str = "DOCKER-FORWARD";
 
 /// The tables with rules, in the order in which a script changes them: a container is closed before anything
 /// is translated to it.
-const TABLES: [&str; 3] = ["raw", "filter", "nat"];
+const TABLES: [&str; 4] = ["mangle", "raw", "filter", "nat"];
 
 /// A chain as `iptables-save` lists it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -70,11 +70,11 @@ impl SavedTables {
 
 /// A rule in a built-in chain.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct BuiltinRule {
-    chain: &'static str,
+pub(super) struct BuiltinRule {
+    pub(super) chain: &'static str,
     /// Whether it must precede all other rules.
-    first: bool,
-    rule: String,
+    pub(super) first: bool,
+    pub(super) rule: String,
 }
 
 impl BuiltinRule {
@@ -102,6 +102,11 @@ impl TableRules {
 pub struct Ruleset(BTreeMap<&'static str, TableRules>);
 
 impl Ruleset {
+    /// Rules in the built-in chains of one table.
+    pub(super) fn of_builtin(table: &'static str, builtin: Vec<BuiltinRule>) -> Self {
+        Self(BTreeMap::from([(table, TableRules { builtin, ..TableRules::default() })]))
+    }
+
     /// This program's chains, with their tables.
     pub fn chains(&self) -> impl Iterator<Item = (&'static str, &'static str)> {
         self.0.iter().flat_map(|(table, rules)| rules.chains.keys().map(move |chain| (*table, *chain)))

@@ -4,6 +4,7 @@ pub mod detect;
 pub mod iptables;
 pub mod nft;
 pub mod tool;
+pub mod transparent;
 
 use std::net::IpAddr;
 

@@ -24,6 +24,12 @@ pub fn replace(table: &str, body: Option<&str>) -> String {
     format!("add table inet {table}\ndelete table inet {table}\n{body}")
 }
 
+/// The name of the table that a script of [`replace`] changes.
+#[must_use]
+pub fn table_of(script: &str) -> &str {
+    script.lines().next().and_then(|line| line.split_whitespace().last()).unwrap_or_default()
+}
+
 /// The table that `topology` needs; `None` without a network.
 #[must_use]
 pub fn render(topology: &Topology) -> Option<String> {
@@ -220,7 +226,7 @@ fn postrouting(families: &[Family], bridge: &str) -> String {
     chain("nat-postrouting", Some("type nat hook postrouting priority srcnat; policy accept;"), &rules)
 }
 
-fn chain(name: &str, hook: Option<&str>, rules: &[String]) -> String {
+pub(super) fn chain(name: &str, hook: Option<&str>, rules: &[String]) -> String {
     let mut text = format!("\tchain {name} {{\n");
     for line in hook.into_iter().chain(rules.iter().map(String::as_str)) {
         text.write_fmt(format_args!("\t\t{line}\n")).unwrap_or_default();
@@ -274,6 +280,7 @@ mod tests {
     fn replacing_deletes_what_was_there_in_the_same_script() {
         assert_eq!(replace("t", Some("BODY")), "add table inet t\ndelete table inet t\nBODY");
         assert!(!replace("t", None).contains("BODY"));
+        assert_eq!(table_of(&replace("t", None)), "t");
     }
 
     #[test]

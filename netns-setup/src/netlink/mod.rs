@@ -3,6 +3,7 @@
 pub mod address;
 pub mod link;
 pub mod route;
+pub mod rule;
 
 use std::io;
 
@@ -12,6 +13,8 @@ use netlink_packet_core::{
 };
 use netlink_sys::{Socket, SocketAddr};
 use rproxy_sys::netlink::messages;
+
+use crate::action::Family;
 
 /// The maximum number of attempts to read a table that changes meanwhile.
 const DUMP_ATTEMPTS: usize = 10;
@@ -31,6 +34,9 @@ pub enum NetlinkError {
     /// The table changed during each attempt to read it.
     #[error("the kernel's tables change faster than they can be read: try again")]
     Unsettled,
+    /// The kernel was built without policy routing.
+    #[error("this kernel has no policy routing for {} (CONFIG_IP{}_MULTIPLE_TABLES)", .0.name(), .0.config())]
+    NoPolicyRouting(Family),
     /// There is no such interface.
     #[error("there is no interface {0}")]
     NoLink(String),
@@ -198,12 +204,14 @@ mod tests {
     use super::*;
 
     /// Responses of the kernel about a namespace with a bridge, a veth pair and routes, and an error.
-    const ANSWERS: [&[u8]; 5] = [
+    const ANSWERS: [&[u8]; 7] = [
         include_bytes!("../../testdata/netlink/links.bin"),
         include_bytes!("../../testdata/netlink/addresses.bin"),
         include_bytes!("../../testdata/netlink/routes.bin"),
         include_bytes!("../../testdata/netlink/routes6.bin"),
         include_bytes!("../../testdata/netlink/refusal.bin"),
+        include_bytes!("../../testdata/netlink/rules.bin"),
+        include_bytes!("../../testdata/netlink/routes-local.bin"),
     ];
 
     /// Parses a datagram like the commands do, and records the result.
@@ -216,7 +224,12 @@ mod tests {
                 Ok(format!("{:?}", address::read(&message)))
             }
             NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRoute(message)) => {
-                Ok(format!("{:?}", route::read(&message)))
+                Ok(format!("{:?} {:?}", route::read(&message), route::read_local(&message, Family::V4)))
+            }
+            NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewRule(message)) => {
+                let rule = rule::read(&message);
+                let is_ours = rule.is_ours(&"docker0".parse().expect("it is a name"));
+                Ok(format!("{rule}{}", if is_ours { " (ours)" } else { "" }))
             }
             NetlinkPayload::Error(error) => Err(NetlinkError::Refused(error.to_io())),
             other => Ok(format!("{other:?}")),
@@ -228,7 +241,8 @@ mod tests {
 
     #[test]
     fn the_kernels_answers_are_understood() {
-        let [links, addresses, routes, routes6, refusal] = ANSWERS.map(|answer| found(answer).join("\n"));
+        let [links, addresses, routes, routes6, refusal, rules, local] =
+            ANSWERS.map(|answer| found(answer).join("\n"));
         for name in ["lo", "br0", "v0", "v1"] {
             assert!(links.contains(&format!("name: \"{name}\"")), "{links}");
         }
@@ -237,6 +251,19 @@ mod tests {
         assert!(routes.contains("gateway: Some(10.0.0.2)"), "{routes}");
         assert!(routes6.contains("gateway: Some(fd00::2)"), "{routes6}");
         assert!(refusal.contains("No such device"), "{refusal}");
+        let expected = [
+            "0: from all lookup local",
+            "7: not from 10.0.0.0/8 fwmark 0x4d lookup 12",
+            "8: from all … blackhole",
+            "9: from all … goto 32766",
+            "10: from all nop",
+            "50: from all fwmark 0x1000/0x1000 iif docker0 lookup 4096 (ours)",
+            "32766: from all lookup main",
+            "32767: from all lookup default",
+        ];
+        assert!(rules.starts_with(&expected.join("\n")), "{rules}");
+        assert!(local.contains("is_local: true, destination: None, oif: Some(1)"), "{local}");
+        assert!(local.contains("destination: Some(Cidr { ip: 10.9.0.0, prefix: 16 })"), "{local}");
     }
 
     proptest! {

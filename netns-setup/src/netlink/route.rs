@@ -8,10 +8,14 @@ use netlink_packet_route::route::{
 };
 use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 
-use super::{Client, NetlinkError, link};
+use nix::errno::Errno;
+
+use super::{Client, NetlinkError, link, rule};
+use crate::action::Family;
 use crate::addr::Cidr;
-use crate::name::CONTAINER_INTERFACE;
-use crate::observed::Route;
+use crate::name::{CONTAINER_INTERFACE, IfName};
+use crate::observed::{Route, TableRoute};
+use crate::transparent::TABLE;
 
 /// Lists the unicast routes of the main table, for both families.
 ///
@@ -74,6 +78,81 @@ pub fn add_default(client: &mut Client, gateway: IpAddr) -> Result<(), NetlinkEr
 pub fn delete_default(client: &mut Client, gateway: IpAddr) -> Result<(), NetlinkError> {
     let message = default_route(client, gateway)?;
     client.change(RouteNetlinkMessage::DelRoute(message), 0)
+}
+
+/// Lists the routes of this program's table, for both families.
+///
+/// # Errors
+/// If the kernel refuses.
+pub fn list_local(client: &mut Client) -> Result<Vec<TableRoute>, NetlinkError> {
+    let mut routes = Vec::new();
+    for family in [Family::V4, Family::V6] {
+        let mut request = RouteMessage::default();
+        request.header.address_family = rule::address_family(family);
+        for message in client.dump(&RouteNetlinkMessage::GetRoute(request))? {
+            if let RouteNetlinkMessage::NewRoute(message) = message {
+                // A kernel without the family answers with all others.
+                let is_asked = message.header.address_family == rule::address_family(family);
+                routes.extend(read_local(&message, family).filter(|_| is_asked));
+            }
+        }
+    }
+    Ok(routes)
+}
+
+pub(super) fn read_local(message: &RouteMessage, family: Family) -> Option<TableRoute> {
+    let mut table = message.header.table.into();
+    let mut route = TableRoute {
+        family,
+        is_local: message.header.kind == RouteType::Local,
+        destination: None,
+        oif: None,
+    };
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Table(number) => table = *number,
+            RouteAttribute::Destination(to) => {
+                let prefix = message.header.destination_prefix_length;
+                route.destination = ip(to).map(|ip| Cidr { ip, prefix }).filter(|to| to.prefix > 0);
+            }
+            RouteAttribute::Oif(index) => route.oif = Some(*index),
+            _ => {}
+        }
+    }
+    (table == TABLE).then_some(route)
+}
+
+/// Adds the route that delivers every address to this host.
+///
+/// # Errors
+/// If the kernel refuses.
+pub fn add_local(client: &mut Client, family: Family) -> Result<(), NetlinkError> {
+    let message = local_route(client, family)?;
+    client.change(RouteNetlinkMessage::NewRoute(message), NLM_F_CREATE | NLM_F_EXCL)
+}
+
+/// Removes it; does nothing if somebody else has.
+///
+/// # Errors
+/// If the kernel refuses.
+pub fn delete_local(client: &mut Client, family: Family) -> Result<(), NetlinkError> {
+    let message = local_route(client, family)?;
+    match client.change(RouteNetlinkMessage::DelRoute(message), 0) {
+        Err(error) if error.is(Errno::ESRCH) => Ok(()),
+        other => other,
+    }
+}
+
+fn local_route(client: &mut Client, family: Family) -> Result<RouteMessage, NetlinkError> {
+    let mut message = RouteMessage::default();
+    message.header.address_family = rule::address_family(family);
+    message.header.protocol = RouteProtocol::Boot;
+    message.header.scope = RouteScope::Host;
+    message.header.kind = RouteType::Local;
+    let oif = link::index(client, IfName::loopback().as_str())?;
+    // The header has eight bits for the table.
+    message.attributes = vec![RouteAttribute::Table(TABLE), RouteAttribute::Oif(oif)];
+    Ok(message)
 }
 
 fn default_route(client: &mut Client, gateway: IpAddr) -> Result<RouteMessage, NetlinkError> {

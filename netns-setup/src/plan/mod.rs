@@ -4,6 +4,7 @@ mod endpoint;
 mod network;
 mod relays;
 mod rules;
+mod transparent;
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -12,10 +13,11 @@ use std::path::Path;
 pub(crate) use endpoint::relay_target;
 pub(crate) use rules::backend;
 
-use crate::action::{Action, LinkChange, NetnsRef, OffloadSizes};
+use crate::action::{Action, Family, LinkChange, NetnsRef, OffloadSizes};
 use crate::model::Topology;
 use crate::name::{IfName, Name};
 use crate::observed::{Link, Observed};
+use crate::transparent::TABLE;
 
 /// An action and its undo actions.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,6 +84,17 @@ pub enum PlanError {
         /// The chain.
         chain: &'static str,
     },
+    /// Another program uses the routing table.
+    #[error(
+        "the routing table {TABLE} has a route already, {route}: remove it with `{} route delete {route} table {TABLE}` if nothing needs it",
+        family.ip()
+    )]
+    TableTaken {
+        /// The address family of the route.
+        family: Family,
+        /// The route.
+        route: String,
+    },
     /// A namespace of the container's name exists.
     #[error(
         "the network namespace {0} exists already: choose another name, or attach it with --netns /run/netns/{0}"
@@ -102,6 +115,8 @@ pub enum Scope {
     All,
     /// The network, the rules and these containers.
     Only(BTreeSet<Name>),
+    /// Only what replies to transparent sockets need.
+    Transparent,
 }
 
 impl Scope {
@@ -111,12 +126,19 @@ impl Scope {
         Self::Only(BTreeSet::from([name.clone()]))
     }
 
+    /// Whether the plan covers what replies to transparent sockets need, which no container changes.
+    #[must_use]
+    pub fn has_transparent(&self) -> bool {
+        !matches!(self, Self::Only(_))
+    }
+
     /// Whether the plan covers the container.
     #[must_use]
     pub fn contains(&self, name: &Name) -> bool {
         match self {
             Self::All => true,
             Self::Only(names) => names.contains(name),
+            Self::Transparent => false,
         }
     }
 }
@@ -143,9 +165,14 @@ pub struct Inputs<'a> {
 /// If something that does not belong to this program is in the way; nothing has changed then.
 /// When something that is not ours is in the way; nothing has been changed then.
 pub fn plan(inputs: Inputs<'_>) -> Result<Plan, PlanError> {
+    transparent::check(inputs)?;
+    let mut plan = Plan::default();
+    if *inputs.scope == Scope::Transparent {
+        transparent::change(inputs, &mut plan);
+        return Ok(plan);
+    }
     network::check(inputs)?;
     rules::check(inputs)?;
-    let mut plan = Plan::default();
     relays::stop(inputs, &mut plan);
     endpoint::remove(inputs, &mut plan);
     network::remove(inputs, &mut plan);
@@ -153,6 +180,7 @@ pub fn plan(inputs: Inputs<'_>) -> Result<Plan, PlanError> {
     network::build(inputs, &mut plan);
     endpoint::build(inputs, &mut plan)?;
     network::tune(inputs, &mut plan);
+    transparent::change(inputs, &mut plan);
     relays::start(inputs, &mut plan);
     relays::flush(inputs, &mut plan);
     // Last, because undoing it cannot restore the processes that ran in the namespace.

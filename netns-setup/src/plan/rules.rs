@@ -1,10 +1,8 @@
 //! Changes of the rules: one step per backend and address family.
 
-use std::collections::BTreeMap;
-
 use super::{Inputs, Plan, PlanError, Step};
 use crate::action::{Action, Family};
-use crate::firewall::iptables::{self, SavedTables};
+use crate::firewall::iptables::{self, Ruleset, SavedTables};
 use crate::firewall::nft;
 use crate::model::{Firewall, Topology};
 use crate::observed::Rules;
@@ -34,7 +32,12 @@ pub(super) fn change(inputs: Inputs<'_>, plan: &mut Plan) {
     match &inputs.observed.rules {
         Rules::None => {}
         Rules::Nft { listing, as_wanted } => change_nft(inputs, listing.as_deref(), *as_wanted, plan),
-        Rules::Iptables(saved) => change_iptables(inputs, saved, plan),
+        Rules::Iptables(saved) => {
+            for (family, saved) in saved {
+                let rules = |topology: &Topology| iptables::render(topology, *family);
+                change_iptables(*family, saved, &rules(inputs.owned), &rules(inputs.desired), plan);
+            }
+        }
     }
 }
 
@@ -44,24 +47,40 @@ fn change_nft(inputs: Inputs<'_>, listing: Option<&str>, as_wanted: Option<bool>
     };
     let table = nft::table_name(network);
     let wanted = nft::render(inputs.desired);
-    let differs = match (&wanted, listing) {
+    let is_same = as_wanted.unwrap_or_else(|| nft::render(inputs.owned) == wanted);
+    change_nft_table(&table, listing, wanted.as_deref(), is_same, plan);
+}
+
+/// Replaces a table, unless it is the wanted one already.
+pub(super) fn change_nft_table(
+    table: &str,
+    listing: Option<&str>,
+    wanted: Option<&str>,
+    is_same: bool,
+    plan: &mut Plan,
+) {
+    let differs = match (wanted, listing) {
         (None, listing) => listing.is_some(),
         (Some(_), None) => true,
-        (Some(_), Some(_)) => as_wanted.map_or_else(|| nft::render(inputs.owned) != wanted, |same| !same),
+        (Some(_), Some(_)) => !is_same,
     };
     if differs {
-        let script = nft::replace(&table, wanted.as_deref());
-        plan.push(Step::new(Action::Nft(script), [Action::Nft(nft::replace(&table, listing))]));
+        let script = nft::replace(table, wanted);
+        plan.push(Step::new(Action::Nft(script), [Action::Nft(nft::replace(table, listing))]));
     }
 }
 
-fn change_iptables(inputs: Inputs<'_>, saved: &BTreeMap<Family, SavedTables>, plan: &mut Plan) {
-    for (family, saved) in saved {
-        let rules = |topology: &Topology| iptables::render(topology, *family);
-        if let Some(change) = iptables::transition(saved, &rules(inputs.owned), &rules(inputs.desired)) {
-            let action = |script| Action::Iptables { family: *family, script };
-            plan.push(Step::new(action(change.script), [action(change.undo)]));
-        }
+/// Changes the rules of one family.
+pub(super) fn change_iptables(
+    family: Family,
+    saved: &SavedTables,
+    owned: &Ruleset,
+    wanted: &Ruleset,
+    plan: &mut Plan,
+) {
+    if let Some(change) = iptables::transition(saved, owned, wanted) {
+        let action = |script| Action::Iptables { family, script };
+        plan.push(Step::new(action(change.script), [action(change.undo)]));
     }
 }
 

@@ -34,13 +34,45 @@ const INTERRUPT: &str = "interrupt-step";
 
 pub(crate) fn cases() -> Vec<Case> {
     let deadline = std::time::Duration::from_secs(900);
-    let failing = for_each_firewall("a step that fails leaves everything as it was", failing);
-    let dying = for_each_firewall("sudden death is repaired or taken down", dying);
-    failing.into_iter().chain(dying).map(|case| case.deadline(deadline)).collect()
+    let cases = [
+        for_each_firewall("a step that fails leaves everything as it was", |stage, backend| {
+            failing(stage, commands(backend));
+        }),
+        for_each_firewall("sudden death is repaired or taken down", |stage, backend| {
+            dying(stage, commands(backend));
+        }),
+        for_each_firewall("a step for transparent sockets that fails", |stage, backend| {
+            failing(stage, transparent(stage, backend));
+        }),
+        for_each_firewall("sudden death in a step for transparent sockets", |stage, backend| {
+            dying(stage, transparent(stage, backend));
+        }),
+    ];
+    cases.into_iter().flatten().map(|case| case.deadline(deadline)).collect()
 }
 
-/// The commands that a case breaks, each with what has to be done before.
-fn commands(backend: Backend) -> Vec<(Vec<String>, String)> {
+/// A command that a case breaks, with what has to be done before.
+type Broken = (Vec<String>, String);
+
+/// The same, on the way back to transparent sockets.
+fn transparent(stage: &Stage, backend: Backend) -> Vec<Broken> {
+    stage.host("ip link add name br7 address 02:00:00:00:00:07 type bridge");
+    let one = format!("transparent up --interface eth0 {}", backend.option());
+    let two = "transparent up --interface br7".to_owned();
+    let up = format!("up --transparent --subnet6 fd00:d0c::/64 {}", backend.option());
+    vec![
+        (vec![], one.clone()),
+        (vec![one.clone()], two.clone()),
+        (vec![one.clone(), two.clone()], "transparent down --interface eth0".to_owned()),
+        (vec![one.clone(), two], "transparent down".to_owned()),
+        (vec![], up.clone()),
+        (vec![one], up.clone()),
+        (vec![up], "down".to_owned()),
+    ]
+}
+
+/// The commands that a case breaks.
+fn commands(backend: Backend) -> Vec<Broken> {
     let up = format!("up --subnet6 fd00:d0c::/64 --persist {}", backend.option());
     let web = "attach web".to_owned();
     let publish = "publish web -p 80:80 -p 127.0.0.1:81:80 -p 82:80 --via both".to_owned();
@@ -172,8 +204,8 @@ fn run_broken(stage: &Stage, role: &str, command: &str, step: usize) -> testkit:
     stage.host.spawn(process).into_output()
 }
 
-fn failing(stage: &Stage, backend: Backend) {
-    for (before, command) in commands(backend) {
+fn failing(stage: &Stage, commands: Vec<Broken>) {
+    for (before, command) in commands {
         for earlier in &before {
             stage.ok(earlier);
         }
@@ -208,8 +240,8 @@ fn failing(stage: &Stage, backend: Backend) {
         assert_eq!(relays(stage), listed, "{command}, interrupted");
 
         // After `down` there is nothing to write down.
-        if command != "down" {
-            unsaved(stage, &command, count);
+        if !matches!(command.as_str(), "down" | "transparent down") {
+            unsaved(stage, &command, count, before.is_empty());
             assert_same(&stage.dump(), &intact, &format!("{command}, unsaved"));
             assert_eq!(relays(stage), listed, "{command}, unsaved");
         }
@@ -218,12 +250,12 @@ fn failing(stage: &Stage, backend: Backend) {
 }
 
 /// A command that does all of its `count` steps, and cannot write down that it did.
-fn unsaved(stage: &Stage, command: &str, count: usize) {
+fn unsaved(stage: &Stage, command: &str, count: usize, is_first: bool) {
     let output = run_broken(stage, FAIL, command, count + 1);
     assert_eq!(output.status.code(), Some(1), "{command}, unsaved: {output:#?}");
     assert!(output.stderr.contains("(step: record the state)"), "{command}: {output:#?}");
     // To write down that there is nothing takes no new file.
-    let end = if command.starts_with("up ") { "nothing was changed" } else { "or `netns-setup down`" };
+    let end = if is_first { "nothing was changed" } else { "or `netns-setup down`" };
     assert!(output.stderr.ends_with(end), "{command}: {output:#?}");
     std::fs::remove_dir(blocker(&stage.state_dir())).unwrap();
 }
@@ -236,10 +268,10 @@ fn relays(stage: &Stage) -> String {
     addresses.join(" ")
 }
 
-fn dying(stage: &Stage, backend: Backend) {
+fn dying(stage: &Stage, commands: Vec<Broken>) {
     // The tools leave empty tables behind the first time.
     let bare = stage.dump();
-    for (before, command) in commands(backend) {
+    for (before, command) in commands {
         let count = {
             before.iter().for_each(|earlier| drop(stage.ok(earlier)));
             let count = steps(stage, &command);

@@ -8,10 +8,11 @@ mod scale;
 mod stage;
 mod story;
 mod traffic;
+mod transparent;
 mod usage;
 
 use testkit::suite::Case;
 
 pub(crate) fn cases() -> Vec<Case> {
-    testkit::modules![story, usage, rules, traffic, faults, persist, scale]
+    testkit::modules![story, usage, rules, traffic, transparent, faults, persist, scale]
 }

@@ -1,5 +1,6 @@
 //! The environment of a case: an outside neighbour, and a private `/run`.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::io::{Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -169,8 +170,15 @@ impl Stage {
             let rules = rules.lines().filter(|line| line.starts_with("-A") || line.ends_with("- [0:0]"));
             rules.for_each(|line| writeln!(text, "{save}: {line}").unwrap());
         }
-        for table in tool("nft list tables").lines().filter(|line| line.contains("netns-setup")) {
-            text.push_str(&tool(&format!("nft -s list {table}")));
+        // A table that is restored comes last.
+        let tables = tool("nft list tables");
+        let tables: BTreeSet<&str> = tables.lines().filter(|line| line.contains("netns-setup")).collect();
+        tables.iter().for_each(|table| text.push_str(&tool(&format!("nft -s list {table}"))));
+        for family in ["-4", "-6"] {
+            text.push_str(&dump_policy(family, &tool(&format!("ip {family} rule"))));
+            let routes = tool(&format!("ip {family} route show table all"));
+            let routes = routes.lines().filter(|line| line.contains(" table 4096"));
+            routes.for_each(|line| writeln!(text, "{family} route: {line}").unwrap());
         }
         text.push_str(&self.host.run(dump_settings));
         for name in tool("ip netns list").lines().filter_map(|line| line.split_whitespace().next()) {
@@ -230,6 +238,13 @@ fn dump_settings() -> String {
         .collect();
     lines.sort();
     lines.join("\n") + "\n"
+}
+
+/// The policy routing rules, of which those of one priority have no order.
+fn dump_policy(family: &str, listed: &str) -> String {
+    let mut lines: Vec<String> = listed.lines().map(|line| format!("{family} rule: {line}\n")).collect();
+    lines.sort();
+    lines.concat()
 }
 
 /// Interfaces, addresses and routes.

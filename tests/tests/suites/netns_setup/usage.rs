@@ -225,6 +225,8 @@ fn printed_commands(stage: &Stage, backend: Backend) {
     let commands = [
         format!("up --subnet6 fd00:d0c::/64 --persist --gso-max-size 0 {}", backend.option()),
         "attach web".to_owned(),
+        "transparent up --interface docker0 eth0".to_owned(),
+        "transparent down --interface docker0".to_owned(),
         "publish web -p 80:80 -p 10.0.0.11:53:53/udp --via dnat".to_owned(),
         "unpublish web -p 80:80".to_owned(),
         "detach web".to_owned(),

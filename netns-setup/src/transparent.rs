@@ -1,0 +1,71 @@
+//! The way back to transparent sockets.
+//!
+//! A relay whose socket is bound to the client's address (`IP_TRANSPARENT` of ip(7)) makes its backend answer
+//! that address. The reply therefore reaches the host as a packet to forward. Instead, a rule in prerouting
+//! marks what belongs to such a socket, a policy routing rule sends marked packets to a routing table, and its
+//! only route delivers them to this host (Documentation/networking/tproxy.rst of Linux).
+
+use std::collections::BTreeSet;
+
+use serde::{Deserialize, Serialize};
+
+use crate::action::Family;
+use crate::model::{Firewall, Topology};
+use crate::name::IfName;
+
+/// The mark, one bit that is also its mask, so that the bits of others survive.
+///
+/// Those in use elsewhere: 0x2000 (CNI's portmap, Podman), 0x4000 and 0x8000 (Kubernetes), 0xff0000 (Tailscale),
+/// 0xffff0000 (Calico), 0xf00 (Cilium), 0x64 (RootlessKit), 0x80 (the AWS VPC CNI), 1 and other low bits
+/// (examples for TPROXY), 51820 = 0xca6c (wg-quick).
+pub const MARK: u32 = 0x1000;
+
+/// The routing table, with the number of the mark. Usual ones are below 1000, or 51820.
+pub const TABLE: u32 = MARK;
+
+/// The priority of the policy routing rules: after the table `local` (0), and before the rules of VPNs and
+/// container networks, such as Tailscale's (5210) or those of the AWS VPC CNI (512 to 1536).
+pub const PRIORITY: u32 = 50;
+
+/// What is set up for the replies to transparent sockets.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Transparent {
+    /// The interfaces that replies come in by.
+    pub interfaces: BTreeSet<IfName>,
+    /// The firewall that marks them.
+    pub firewall: Firewall,
+    /// Whether IPv6 is set up, too.
+    pub ipv6: bool,
+}
+
+impl Transparent {
+    /// The address families.
+    pub fn families(&self) -> impl Iterator<Item = Family> + use<> {
+        [Some(Family::V4), self.ipv6.then_some(Family::V6)].into_iter().flatten()
+    }
+
+    /// The policy routing rules, each as its family and its interface.
+    pub fn rules(&self) -> impl Iterator<Item = (Family, IfName)> + use<'_> {
+        self.families().flat_map(|family| self.interfaces.iter().map(move |iif| (family, *iif)))
+    }
+
+    /// Both together. The firewall is that of `self`: it only changes by taking everything down.
+    #[must_use]
+    pub fn union(&self, other: &Self) -> Self {
+        Self {
+            interfaces: self.interfaces.union(&other.interfaces).copied().collect(),
+            firewall: self.firewall,
+            ipv6: self.ipv6 || other.ipv6,
+        }
+    }
+}
+
+/// The policy routing rules of `topology`.
+pub fn rules(topology: &Topology) -> impl Iterator<Item = (Family, IfName)> + use<'_> {
+    topology.transparent.iter().flat_map(Transparent::rules)
+}
+
+/// The families for which `topology` has a route.
+pub fn families(topology: &Topology) -> impl Iterator<Item = Family> + use<'_> {
+    topology.transparent.iter().flat_map(Transparent::families)
+}
