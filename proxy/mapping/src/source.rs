@@ -4,6 +4,10 @@ use std::fmt;
 use std::net::IpAddr;
 use std::str::FromStr;
 
+/// The firewall mark of what backends answer to the addresses of clients, by which the host routes it to itself: one bit,
+/// which is its mask, too. `netns-setup transparent` sets it up.
+pub const TRANSPARENT_MARK: u32 = 0x1000;
+
 /// The source address of connections and datagrams to a backend.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Source {

@@ -7,6 +7,7 @@ pub mod family;
 pub mod interfaces;
 pub mod listen;
 pub(crate) mod source;
+pub(crate) mod way_back;
 
 use std::hash::{BuildHasher, RandomState};
 use std::io;

@@ -74,6 +74,9 @@ pub(crate) enum NotAsClient {
     /// The backend would answer to it without the host in between.
     #[error("it is on the link of the backend")]
     SameLink,
+    /// The backend's answers would leave by the link of the client.
+    #[error("the backend is on this host")]
+    LocalBackend,
     #[error("{}", explain(.0))]
     Kernel(io::Error),
 }
@@ -101,9 +104,10 @@ pub(crate) fn answers_come_back(client: SocketAddr, backend: SocketAddr) -> Resu
     if own == client.ip() {
         return Err(NotAsClient::Local);
     }
-    match source_towards(backend).map_err(NotAsClient::Kernel)? == own {
-        true => Err(NotAsClient::SameLink),
-        false => Ok(()),
+    match source_towards(backend).map_err(NotAsClient::Kernel)? {
+        towards if towards == backend.ip() => Err(NotAsClient::LocalBackend),
+        towards if towards == own => Err(NotAsClient::SameLink),
+        _ => Ok(()),
     }
 }
 

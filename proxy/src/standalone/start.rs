@@ -8,12 +8,13 @@ use rproxy_mapping::addr::HostSocketAddr;
 use rproxy_mapping::escape::escaped;
 use rproxy_mapping::{HostPorts, Mapping, PortMapping};
 use tokio::runtime::Runtime;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
 use super::manager::{Drain, Manager, Reload};
 use crate::bind::activation::{InheritedError, InheritedSockets};
 use crate::bind::family::{NO_IPV6, has_ipv6};
 use crate::bind::listen::BindError;
+use crate::bind::way_back::missing_command;
 use crate::bind::{Bound, BoundError, BoundPort};
 use crate::cli::Serve;
 use crate::config::{self, ConfigError};
@@ -150,6 +151,7 @@ fn prepare_server(bound: Vec<Bound>, attaches: bool, options: &Serve) -> Result<
     if !has_ipv6() && options.mappings.is_everywhere() {
         info!("{NO_IPV6}");
     }
+    bound.iter().for_each(look_for_way_back);
     let needs = needs(options, attaches, &bound);
     let growth = if attaches {
         Growth::Attached
@@ -167,6 +169,21 @@ fn prepare_server(bound: Vec<Bound>, attaches: bool, options: &Serve) -> Result<
     }
     sandbox::confine(options.sandbox, &needs)?;
     Ok(server)
+}
+
+/// Warns if clients would not get what the backends of a mapping answer to their addresses.
+fn look_for_way_back(bound: &Bound) {
+    let Some(port) = bound.ports.first().filter(|_| bound.mapping.limits().source.is_client()) else {
+        return;
+    };
+    let (mapping, backend) = (bound.mapping.name(), port.port_mapping.backend.socket_addr());
+    match missing_command(backend) {
+        Ok(None) => {}
+        Ok(Some(command)) => warn!(%mapping, "answers to clients will not come back; run {command}"),
+        Err(error) => {
+            warn!(%mapping, %backend, %error, "cannot find out whether answers to clients come back")
+        }
+    }
 }
 
 fn setup(step: &'static str) -> impl FnOnce(io::Error) -> StartError {

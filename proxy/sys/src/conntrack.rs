@@ -3,30 +3,17 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::{AsRawFd, OwnedFd};
 
-use netlink_packet_core::{
-    NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload,
-};
+use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NetlinkPayload};
 use netlink_packet_netfilter::conntrack::{
     ConntrackAttribute, ConntrackMessage, IPTuple, ProtoTuple, Protocol, Tuple,
 };
 use netlink_packet_netfilter::{
     NetfilterHeader, NetfilterMessage, NetfilterMessageInner, NetfilterProtoFamily,
 };
-use nix::sys::socket::{
-    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, setsockopt, socket,
-    sockopt,
-};
-use nix::sys::time::TimeVal;
+use nix::sys::socket::SockProtocol;
 
-use crate::netlink;
-
-/// The kernel responds at once. If it does not, this must not hang.
-const REPLY_TIMEOUT: TimeVal = TimeVal::new(2, 0);
-
-/// The maximum size of a message in a dump (NLMSG_GOODSIZE is less).
-const BUFFER_SIZE: usize = 64 * 1024;
+use crate::netlink::Client;
 
 /// The family of conntrack entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,11 +50,12 @@ pub struct Direction {
 /// # Errors
 /// `EPERM` without `CAP_NET_ADMIN`; `EPROTONOSUPPORT` if the kernel does not track connections.
 pub fn delete_udp(family: Family, mut is_stale: impl FnMut(Direction) -> bool) -> io::Result<usize> {
-    let (lister, deleter) = (Client::open()?, Client::open()?);
+    let open = || Client::open(SockProtocol::NetlinkNetFilter);
+    let (lister, deleter) = (open()?, open()?);
     let mut deleted = 0;
-    lister.list(family, |tuple| {
+    list(&lister, family, |tuple| {
         if udp_direction(&tuple).is_some_and(&mut is_stale) {
-            deleted += usize::from(deleter.delete(family, tuple)?);
+            deleted += usize::from(delete(&deleter, family, tuple)?);
         }
         Ok(())
     })?;
@@ -105,82 +93,44 @@ fn udp_direction(tuple: &[Tuple]) -> Option<Direction> {
     is_udp.then_some(Direction { source: source?, destination: destination? })
 }
 
-/// A netlink socket to conntrack.
-struct Client(OwnedFd);
-
-impl Client {
-    fn open() -> io::Result<Self> {
-        let socket = socket(
-            AddressFamily::Netlink,
-            SockType::Raw,
-            SockFlag::SOCK_CLOEXEC,
-            SockProtocol::NetlinkNetFilter,
-        )?;
-        setsockopt(&socket, sockopt::ReceiveTimeout, &REPLY_TIMEOUT)?;
-        Ok(Self(socket))
-    }
-
-    fn send(&self, family: Family, message: ConntrackMessage, flags: u16) -> io::Result<()> {
-        let message = NetfilterMessage::new(NetfilterHeader::new(family.into(), 0, 0), message);
-        let mut request = NetlinkMessage::new(NetlinkHeader::default(), NetlinkPayload::from(message));
-        request.header.flags = NLM_F_REQUEST | flags;
-        request.finalize();
-        let mut bytes = vec![0; request.buffer_len()];
-        request.serialize(&mut bytes);
-        sendto(self.0.as_raw_fd(), &bytes, &NetlinkAddr::new(0, 0), MsgFlags::empty())?;
-        Ok(())
-    }
-
-    /// Receives responses and calls `take` for each, until that returns a result or the kernel an error.
-    fn receive<R>(
-        &self,
-        mut take: impl FnMut(NetlinkPayload<NetfilterMessage>) -> Option<R>,
-    ) -> io::Result<R> {
-        let mut buffer = vec![0; BUFFER_SIZE];
-        loop {
-            let received = recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
-            for message in netlink::messages(&buffer[..received]) {
-                match message.map_err(io::Error::other)?.payload {
-                    NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io()),
-                    payload => {
-                        if let Some(result) = take(payload) {
-                            return Ok(result);
-                        }
-                    }
-                }
+/// Calls `take` with the original direction of each entry. If it fails, the remaining entries are read and ignored, because
+/// the kernel has started the dump.
+fn list(
+    client: &Client,
+    family: Family,
+    mut take: impl FnMut(Vec<Tuple>) -> io::Result<()>,
+) -> io::Result<()> {
+    client.send(request(family, ConntrackMessage::Get(Vec::new())), NLM_F_DUMP)?;
+    let mut result = Ok(());
+    client.receive(|payload| match payload {
+        NetlinkPayload::Done(_) => Some(()),
+        NetlinkPayload::InnerMessage(message) => {
+            if let (Ok(()), Some(tuple)) = (&result, original(message)) {
+                result = take(tuple);
             }
+            None
         }
-    }
+        _ => None,
+    })?;
+    result
+}
 
-    /// Calls `take` with the original direction of each entry. If it fails, the remaining entries are read
-    /// and ignored, because the kernel has started the dump.
-    fn list(&self, family: Family, mut take: impl FnMut(Vec<Tuple>) -> io::Result<()>) -> io::Result<()> {
-        self.send(family, ConntrackMessage::Get(Vec::new()), NLM_F_DUMP)?;
-        let mut result = Ok(());
-        self.receive(|payload| match payload {
-            NetlinkPayload::Done(_) => Some(()),
-            NetlinkPayload::InnerMessage(message) => {
-                if let (Ok(()), Some(tuple)) = (&result, original(message)) {
-                    result = take(tuple);
-                }
-                None
-            }
-            _ => None,
-        })?;
-        result
+/// Deletes one entry; returns `false` if it had already expired.
+fn delete(client: &Client, family: Family, tuple: Vec<Tuple>) -> io::Result<bool> {
+    let message = ConntrackMessage::Delete(vec![ConntrackAttribute::CtaTupleOrig(tuple)]);
+    client.send(request(family, message), NLM_F_ACK)?;
+    let answer = client.receive(|payload: NetlinkPayload<NetfilterMessage>| {
+        matches!(payload, NetlinkPayload::Error(_)).then_some(())
+    });
+    match answer {
+        Ok(()) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(nix::libc::ENOENT) => Ok(false),
+        Err(error) => Err(error),
     }
+}
 
-    /// Deletes one entry; returns `false` if it had already expired.
-    fn delete(&self, family: Family, tuple: Vec<Tuple>) -> io::Result<bool> {
-        let message = ConntrackMessage::Delete(vec![ConntrackAttribute::CtaTupleOrig(tuple)]);
-        self.send(family, message, NLM_F_ACK)?;
-        let answer = self.receive(|payload| matches!(payload, NetlinkPayload::Error(_)).then_some(()));
-        match answer {
-            Ok(()) => Ok(true),
-            Err(error) if error.raw_os_error() == Some(nix::libc::ENOENT) => Ok(false),
-            Err(error) => Err(error),
-        }
-    }
+fn request(family: Family, message: ConntrackMessage) -> NetfilterMessage {
+    NetfilterMessage::new(NetfilterHeader::new(family.into(), 0, 0), message)
 }
 
 fn original(message: NetfilterMessage) -> Option<Vec<Tuple>> {
@@ -199,12 +149,13 @@ mod tests {
     use proptest::sample::Index;
 
     use super::*;
+    use crate::netlink::messages;
 
     /// A dump from the kernel: a connection, and a datagram to 127.0.0.1:5300 that was redirected.
     const DUMP: &[u8] = include_bytes!("../testdata/conntrack.bin");
 
     fn destinations(datagram: &[u8]) -> Vec<SocketAddr> {
-        netlink::messages(datagram)
+        messages(datagram)
             .filter_map(|message| match message.ok()?.payload {
                 NetlinkPayload::InnerMessage(message) => {
                     Some(udp_direction(&original(message)?)?.destination)

@@ -10,6 +10,7 @@ pub mod memory;
 pub mod netlink;
 pub mod pass;
 pub mod process;
+pub mod route;
 pub mod seccomp;
 pub mod socket;
 pub mod udp;

@@ -1,6 +1,70 @@
-//! Parsing netlink datagrams (netlink(7)).
+//! Netlink sockets and the parsing of their datagrams (netlink(7)).
 
-use netlink_packet_core::{DecodeError, NetlinkDeserializable, NetlinkMessage};
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use netlink_packet_core::{
+    DecodeError, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader, NetlinkMessage, NetlinkPayload,
+    NetlinkSerializable,
+};
+use nix::sys::socket::{
+    AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, recv, sendto, setsockopt, socket,
+    sockopt,
+};
+use nix::sys::time::TimeVal;
+
+/// The kernel responds at once. If it does not, this must not hang.
+const REPLY_TIMEOUT: TimeVal = TimeVal::new(2, 0);
+
+/// The maximum size of a message in a dump (NLMSG_GOODSIZE is less).
+const BUFFER_SIZE: usize = 64 * 1024;
+
+/// A netlink socket in the network namespace of the thread that opened it.
+pub(crate) struct Client(OwnedFd);
+
+impl Client {
+    /// Opens a socket of this protocol.
+    pub(crate) fn open(protocol: SockProtocol) -> io::Result<Self> {
+        let socket = socket(AddressFamily::Netlink, SockType::Raw, SockFlag::SOCK_CLOEXEC, protocol)?;
+        setsockopt(&socket, sockopt::ReceiveTimeout, &REPLY_TIMEOUT)?;
+        Ok(Self(socket))
+    }
+
+    /// Sends a request.
+    pub(crate) fn send<M: NetlinkSerializable>(&self, message: M, flags: u16) -> io::Result<()>
+    where
+        NetlinkPayload<M>: From<M>,
+    {
+        let mut request = NetlinkMessage::new(NetlinkHeader::default(), NetlinkPayload::from(message));
+        request.header.flags = NLM_F_REQUEST | flags;
+        request.finalize();
+        let mut bytes = vec![0; request.buffer_len()];
+        request.serialize(&mut bytes);
+        sendto(self.0.as_raw_fd(), &bytes, &NetlinkAddr::new(0, 0), MsgFlags::empty())?;
+        Ok(())
+    }
+
+    /// Receives responses and calls `take` for each, until that returns a result or the kernel an error.
+    pub(crate) fn receive<M: NetlinkDeserializable, R>(
+        &self,
+        mut take: impl FnMut(NetlinkPayload<M>) -> Option<R>,
+    ) -> io::Result<R> {
+        let mut buffer = vec![0; BUFFER_SIZE];
+        loop {
+            let received = recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
+            for message in messages(&buffer[..received]) {
+                match message.map_err(io::Error::other)?.payload {
+                    NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io()),
+                    payload => {
+                        if let Some(result) = take(payload) {
+                            return Ok(result);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
 
 /// The messages in a datagram from the kernel, in order. Parsing stops after one that is invalid.
 pub fn messages<M: NetlinkDeserializable>(
