@@ -7,6 +7,7 @@
 
 use std::collections::BTreeSet;
 
+use rproxy_mapping::source::TRANSPARENT_MARK;
 use serde::{Deserialize, Serialize};
 
 use crate::action::Family;
@@ -14,11 +15,7 @@ use crate::model::{Firewall, Topology};
 use crate::name::IfName;
 
 /// The mark, one bit that is also its mask, so that the bits of others survive.
-///
-/// Those in use elsewhere: 0x2000 (CNI's portmap, Podman), 0x4000 and 0x8000 (Kubernetes), 0xff0000 (Tailscale),
-/// 0xffff0000 (Calico), 0xf00 (Cilium), 0x64 (RootlessKit), 0x80 (the AWS VPC CNI), 1 and other low bits
-/// (examples for TPROXY), 51820 = 0xca6c (wg-quick).
-pub const MARK: u32 = 0x1000;
+pub const MARK: u32 = TRANSPARENT_MARK;
 
 /// The routing table, with the number of the mark. Usual ones are below 1000, or 51820.
 pub const TABLE: u32 = MARK;

@@ -6,6 +6,10 @@ use std::str::FromStr;
 
 /// The firewall mark of what backends answer to the addresses of clients, by which the host routes it to itself: one bit,
 /// which is its mask, too. `netns-setup transparent` sets it up.
+///
+/// Those in use elsewhere: 0x2000 (CNI's portmap, Podman), 0x4000 and 0x8000 (Kubernetes), 0xff0000 (Tailscale),
+/// 0xffff0000 (Calico), 0xf00 (Cilium), 0x64 (RootlessKit), 0x80 (the AWS VPC CNI), 1 and other low bits
+/// (examples for TPROXY), 51820 = 0xca6c (wg-quick).
 pub const TRANSPARENT_MARK: u32 = 0x1000;
 
 /// The source address of connections and datagrams to a backend.

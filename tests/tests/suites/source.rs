@@ -2,20 +2,24 @@
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::ops::Deref;
+use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
 use socket2::{Domain, SockRef, Socket, Type};
 
+use tempfile::TempDir;
+
 use testkit::backend::{TcpBackend, echo};
 use testkit::client::{self, End};
 use testkit::controlled::{Controlled, mapping};
 use testkit::eventually;
 use testkit::netns::Namespace;
-use testkit::process::Stream;
+use testkit::process::{Output, Stream};
 use testkit::require::Need;
-use testkit::rproxy::Standalone;
+use testkit::rproxy::{Standalone, netns_setup};
 use testkit::suite::Case;
 use testkit::topology::{
     self, BRIDGE, BRIDGE_V4, CLIENT_V4, CLIENT_V6, CONTAINER_V4, CONTAINER_V6, HOST_V4, HOST_V6, Topology,
@@ -52,26 +56,44 @@ pub(crate) fn cases() -> Vec<Case> {
         case("the client that a proxy in front tells", behind_a_proxy),
         case("the client with a header, too", with_header),
         case("with connection tracking", tracked),
+        case("the command that is missing is said", missing_command),
         case("an address of the host", own_address),
         case("an interface", device),
     ]
 }
 
 /// A network whose host routes what belongs to a transparent socket to itself.
-fn transparent() -> Topology {
-    let net = Topology::new();
-    way_back(&net.host);
-    net
+struct Transparent {
+    net: Topology,
+    /// That of `netns-setup`.
+    state: TempDir,
 }
 
-fn way_back(host: &Namespace) {
-    let nft = |line: &str| drop(host.command(&format!("nft {line}")).success());
-    nft("add table inet way_back");
-    nft("add chain inet way_back pre { type filter hook prerouting priority mangle ; }");
-    nft(&format!("add rule inet way_back pre iifname {BRIDGE} socket transparent 1 meta mark set 1"));
-    for family in ["-4", "-6"] {
-        host.ip(&format!("{family} rule add fwmark 1 lookup 100"));
-        host.ip(&format!("{family} route add local default dev lo table 100"));
+impl Deref for Transparent {
+    type Target = Topology;
+
+    fn deref(&self) -> &Topology {
+        &self.net
+    }
+}
+
+fn transparent() -> Transparent {
+    let transparent = without_answers();
+    let setup = ["transparent", "up", "--interface", BRIDGE];
+    transparent.netns_setup(&setup).success();
+    transparent
+}
+
+/// The same, before that is set up.
+fn without_answers() -> Transparent {
+    Transparent { net: Topology::new(), state: tempfile::tempdir().unwrap() }
+}
+
+impl Transparent {
+    fn netns_setup(&self, arguments: &[&str]) -> Output {
+        let mut command = Command::new(netns_setup());
+        command.args(arguments).arg("--state-dir").arg(self.state.path());
+        self.host.spawn(command).into_output()
     }
 }
 
@@ -448,6 +470,30 @@ fn tracked() {
     let socket = bind_in(&net.client, (CLIENT_V4, 0));
     for _ in 0..2 {
         assert_eq!(flow_of(&socket, V4.0), socket.local_addr().unwrap());
+    }
+}
+
+fn missing_command() {
+    let net = without_answers();
+    let _tcp = [V4.1, V6.1].map(|to| naming(&net.container, to));
+    for (host, to) in [("0.0.0.0:5300", V4.1), ("[::]:5300", V6.1)] {
+        let proxy = relay(&net, "tcp", host, to, AS_CLIENT);
+        let missing = |line: &str| line.contains("answers to clients will not come back; run ");
+        let line = proxy.process.wait_for_line(Stream::Stderr, missing);
+        drop(proxy);
+        let (_, command) = line.split_once("run netns-setup ").unwrap();
+        let command: Vec<&str> = command.split_whitespace().take_while(|word| !word.contains('=')).collect();
+        assert_eq!(command, ["transparent", "up", "--interface", BRIDGE]);
+        net.netns_setup(&command).success();
+        let proxy = relay(&net, "tcp", host, to, AS_CLIENT);
+        let front = if to.is_ipv4() { V4.0 } else { V6.0 };
+        let stream = connect_in(&net.client, front);
+        assert_eq!(seen(&stream), stream.local_addr().unwrap());
+        drop(stream);
+        proxy.process.signal(Signal::SIGTERM);
+        let output = proxy.process.into_output();
+        assert!(!output.stderr.lines().any(missing), "{output:#?}");
+        net.netns_setup(&["transparent", "down"]).success();
     }
 }
 
