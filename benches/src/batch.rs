@@ -3,6 +3,7 @@
 use std::array;
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::UdpSocket;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 
 use nix::sys::socket::{ControlMessage, MsgFlags, MultiHeaders, SockaddrIn, recvmmsg, sendmmsg, sendmsg};
@@ -74,6 +75,17 @@ impl Batch {
         (self.lens[index], self.addresses[index]) = (len, None);
         self.count += 1;
         &mut self.buffers[index][..len]
+    }
+
+    /// Shortens each datagram to the part that `part` returns, which it may change.
+    pub(crate) fn cut(&mut self, part: impl Fn(&[u8]) -> Range<usize>) {
+        for (buffer, len) in self.buffers.iter_mut().zip(&mut self.lens).take(self.count) {
+            let range = part(&buffer[..*len]);
+            *len = range.len();
+            if range.start > 0 {
+                buffer.copy_within(range, 0);
+            }
+        }
     }
 
     /// Retains the datagrams for which `keep` returns true; it may change them.

@@ -98,6 +98,7 @@ fn list() -> ExitCode {
         println!("  {workload}");
     }
     println!("peers:\n  {}", peers::NAMES.join("\n  "));
+    println!("peers on request:\n  {}", peers::ON_REQUEST.join("\n  "));
     ExitCode::SUCCESS
 }
 

@@ -45,6 +45,19 @@ pub(crate) fn number(message: &[u8]) -> u64 {
     u64::from_le_bytes(number)
 }
 
+/// The length of the header of the PROXY protocol, in version 2, at the start of `bytes`; 0 without one (HAProxy,
+/// doc/proxy-protocol.txt). It comes in one piece, because relays send it in one.
+pub(crate) fn proxy_header(bytes: &[u8]) -> usize {
+    const SIGNATURE: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
+    match bytes.strip_prefix(SIGNATURE) {
+        Some([_command, _family, high, low, rest @ ..]) => {
+            let len = usize::from(u16::from_be_bytes([*high, *low])).min(rest.len());
+            bytes.len() - rest.len() + len
+        }
+        _ => 0,
+    }
+}
+
 /// Fills `message` with these fields; its length stays the same.
 pub(crate) fn write(message: &mut [u8], service: u8, argument: u32, number: u64) {
     message[..8].copy_from_slice(&hello(service, argument));
@@ -77,6 +90,15 @@ pub(crate) fn place(argument: u32, number: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_follows_a_header_is_the_message() {
+        let header = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c\x0a\0\0\x0c\xac\x11\0\x02\x30\x39\x1b\x58";
+        assert_eq!(proxy_header(&[&header[..], b"Erest"].concat()), header.len());
+        assert_eq!(proxy_header(header), header.len());
+        assert_eq!(proxy_header(b"E"), 0);
+        assert_eq!(proxy_header(b""), 0);
+    }
 
     #[test]
     fn only_the_same_message_passes() {

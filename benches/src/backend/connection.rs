@@ -5,7 +5,7 @@ use std::net::{Shutdown, TcpStream};
 use std::time::{Duration, Instant};
 
 use super::get::Responder;
-use crate::message::{self, HEADER, service};
+use crate::message::{self, HEADER, proxy_header, service};
 use crate::pattern::{Incoming, Outgoing, Pulled};
 use crate::sock::{Interest, receive, transmit, transmit_all};
 
@@ -82,6 +82,10 @@ impl Connection {
             None => return Ok(Next::Stay),
         };
         head.extend_from_slice(&buffer[..count]);
+        head.drain(..proxy_header(head));
+        if head.is_empty() {
+            return Ok(Next::Stay);
+        }
         match head[0] {
             service::ECHO => {
                 let mut waiting = Vec::new();

@@ -11,7 +11,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use super::STOP_POLL;
 use crate::batch::{BATCH, Batch};
-use crate::message::{self, HEADER, service};
+use crate::message::{self, HEADER, proxy_header, service};
 use crate::sock::enlarge_udp_buffers;
 
 pub(super) fn spawn(
@@ -45,6 +45,7 @@ fn serve(socket: &UdpSocket, stop: &AtomicBool) {
         if batch.receive(socket, BATCH).is_err() {
             continue;
         }
+        batch.cut(|datagram| proxy_header(datagram)..datagram.len());
         batch.retain(|datagram| answer(datagram, &mut taken));
         batch.send(socket).ok();
     }

@@ -110,7 +110,7 @@ fn steps_of_round(workloads: &[Workload], peers: &[Peer]) -> u32 {
 pub(crate) fn applies(workload: Workload, peer: &Peer) -> bool {
     match workload {
         // Only relays TCP.
-        _ if workload.is_udp() && peer.kind == Kind::Haproxy => false,
+        _ if workload.is_udp() && matches!(peer.kind, Kind::Haproxy(_)) => false,
         // With more than one flow, it passes datagrams of one client to the process of another.
         _ if workload.is_udp() && peer.kind == Kind::Socat => {
             matches!(workload, Workload::UdpRr { flows: 1, .. })

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::net::SocketAddrV4;
 use std::path::{Path, PathBuf};
 
-use super::{Mapping, PeerError, Protocol};
+use super::{Client, Mapping, PeerError, Protocol};
 
 /// Where distributions install nginx's stream module.
 const STREAM_MODULES: [&str; 3] = [
@@ -19,14 +19,19 @@ pub(super) fn nginx_stream_module() -> Result<PathBuf, PeerError> {
     module.ok_or_else(|| PeerError::Missing("nginx's stream module (libnginx-mod-stream)".into()))
 }
 
-pub(super) fn haproxy(mappings: &[Mapping], backend: SocketAddrV4) -> String {
+pub(super) fn haproxy(mappings: &[Mapping], backend: SocketAddrV4, client: Client) -> String {
+    let options = match client {
+        Client::Hidden => "",
+        Client::Source => " source 0.0.0.0 usesrc client",
+        Client::Header => " send-proxy-v2",
+    };
     let mut text = String::from(
         "global\n  maxconn 9400\n  maxpipes 500\n\
          defaults\n  mode tcp\n  option splice-auto\n  \
          timeout connect 10s\n  timeout client 1h\n  timeout server 1h\n",
     );
     for Mapping { port, .. } in tcp(mappings) {
-        write!(text, "listen port{port}\n  bind 0.0.0.0:{port}\n  server backend {backend}\n").ok();
+        write!(text, "listen port{port}\n  bind 0.0.0.0:{port}\n  server backend {backend}{options}\n").ok();
     }
     text
 }

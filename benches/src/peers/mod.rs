@@ -1,7 +1,7 @@
 //! The peers: how each is started for a set of mappings, and what can be measured on it.
 
 mod config;
-mod dnat;
+mod rules;
 
 use std::fmt;
 use std::io;
@@ -25,7 +25,8 @@ use testkit::rproxy::{rproxy, rproxy_shim};
 use crate::account::Family;
 use crate::message::{self, service};
 use crate::wiring::Wiring;
-pub(crate) use dnat::Active;
+pub(crate) use rules::Active;
+use rules::Rules;
 
 /// How long a peer may take until it is ready.
 const READY: Duration = Duration::from_secs(10);
@@ -54,16 +55,27 @@ pub(crate) enum Kind {
     /// A process for each mapping, with docker-proxy's command line.
     Docker(PathBuf),
     /// One process for all mappings of a protocol, started with `rproxy`'s command line.
-    Standalone(PathBuf),
+    Standalone(PathBuf, Client),
     /// A process for each mapping, with docker-proxy's command line, that attaches to one `rproxy`.
     Attached,
-    Haproxy,
+    Haproxy(Client),
     Nginx,
     Socat,
     /// Address translation in the host's kernel.
     Dnat,
     /// The container's own address, routed by the host.
     Direct,
+}
+
+/// What the backend learns about the client.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Client {
+    /// Nothing: it sees the peer.
+    Hidden,
+    /// Connections and datagrams come from the client's address.
+    Source,
+    /// A header of the PROXY protocol tells it, in version 2.
+    Header,
 }
 
 /// A protocol.
@@ -83,7 +95,7 @@ pub(crate) struct Mapping {
 /// Why a peer cannot take part.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum PeerError {
-    #[error("unknown peer '{0}'; the known ones are {known}, NAME=PATH is one that is started as dockerd does, and NAME=standalone:PATH another rproxy", known = NAMES.join(", "))]
+    #[error("unknown peer '{0}'; the known ones are {known}, NAME=PATH is one that is started as dockerd does, and NAME=standalone:PATH another rproxy", known = [&NAMES[..], &ON_REQUEST].concat().join(", "))]
     Unknown(String),
     #[error("{0} is not installed")]
     Missing(String),
@@ -109,6 +121,10 @@ pub(crate) const NAMES: [&str; 9] = [
     "dnat",
     "none",
 ];
+
+/// Peers that take part only if they are named: what it costs to let the backend know the client.
+pub(crate) const ON_REQUEST: [&str; 4] =
+    ["rproxy-source", "rproxy-header", "haproxy-source", "haproxy-header"];
 
 /// The reference peer.
 pub(crate) const REFERENCE: &str = "docker-proxy";
@@ -136,7 +152,7 @@ impl Peer {
     pub(crate) fn find(name: &str) -> Result<Self, PeerError> {
         if let Some((name, path)) = name.split_once('=') {
             let (path, kind): (_, fn(PathBuf) -> Kind) = match path.strip_prefix("standalone:") {
-                Some(path) => (PathBuf::from(path), Kind::Standalone),
+                Some(path) => (PathBuf::from(path), |path| Kind::Standalone(path, Client::Hidden)),
                 None => (PathBuf::from(path), Kind::Docker),
             };
             let there =
@@ -145,10 +161,14 @@ impl Peer {
         }
         let kind = match name {
             "rproxy" => Kind::Docker(rproxy().into()),
-            "rproxy-standalone" => Kind::Standalone(rproxy().into()),
+            "rproxy-standalone" => Kind::Standalone(rproxy().into(), Client::Hidden),
+            "rproxy-source" => Kind::Standalone(rproxy().into(), Client::Source),
+            "rproxy-header" => Kind::Standalone(rproxy().into(), Client::Header),
             "rproxy-plane" => Kind::Attached,
             "docker-proxy" => Kind::Docker(installed("docker-proxy")?),
-            "haproxy" => installed("haproxy").map(|_| Kind::Haproxy)?,
+            "haproxy" => installed("haproxy").map(|_| Kind::Haproxy(Client::Hidden))?,
+            "haproxy-source" => installed("haproxy").map(|_| Kind::Haproxy(Client::Source))?,
+            "haproxy-header" => installed("haproxy").map(|_| Kind::Haproxy(Client::Header))?,
             "nginx" => installed("nginx").and_then(|_| config::nginx_stream_module()).map(|_| Kind::Nginx)?,
             "socat" => installed("socat").map(|_| Kind::Socat)?,
             "dnat" => installed("nft").map(|_| Kind::Dnat)?,
@@ -186,20 +206,23 @@ impl Peer {
                     running.start_docker_proxy(wiring, rproxy_shim(), *mapping);
                 }
             }
-            Kind::Standalone(path) => {
+            Kind::Standalone(path, client) => {
                 for protocol in [Protocol::Tcp, Protocol::Udp] {
-                    running.start_standalone(wiring, path, mappings, protocol)?;
+                    running.start_standalone(wiring, (path, *client), mappings, protocol)?;
                 }
             }
-            Kind::Haproxy => running.start_haproxy(wiring, mappings)?,
+            Kind::Haproxy(client) => running.start_haproxy(wiring, *client, mappings)?,
             Kind::Nginx => running.start_nginx(wiring, mappings)?,
             Kind::Socat => {
                 for mapping in mappings {
                     running.start_socat(wiring, *mapping);
                 }
             }
-            Kind::Dnat => running.rules = mappings.to_vec(),
+            Kind::Dnat => running.rules = Some(Rules::Dnat(mappings.to_vec())),
             Kind::Direct => {}
+        }
+        if let Kind::Standalone(_, Client::Source) | Kind::Haproxy(Client::Source) = self.kind {
+            running.rules = Some(Rules::WayBack);
         }
         running.note(wiring, mappings)?;
         Ok(running)
@@ -217,7 +240,7 @@ pub(crate) struct Running {
     /// The abstract name where its shims attach their ports.
     plane: Option<String>,
     /// The rules that the kernel has while it is measured.
-    rules: Vec<Mapping>,
+    rules: Option<Rules>,
     /// The address of the first mapping of each protocol.
     tcp: Option<SocketAddr>,
     udp: Option<SocketAddr>,
@@ -249,7 +272,7 @@ impl Running {
             peer: peer.clone(),
             processes: Vec::new(),
             plane: None,
-            rules: Vec::new(),
+            rules: None,
             tcp: None,
             udp: None,
             refused: Vec::new(),
@@ -292,8 +315,7 @@ impl Running {
     /// Installs kernel rules, which only exist while they are measured, because their connection tracking
     /// would slow the other peers down.
     pub(crate) fn activate<'a>(&self, wiring: &'a Wiring) -> Option<Active<'a>> {
-        let active = || Active::new(wiring.host(), &self.rules, wiring.backend());
-        (!self.rules.is_empty()).then(active)
+        self.rules.as_ref().map(|rules| Active::new(wiring.host(), rules, wiring.backend()))
     }
 
     fn io(&self, step: &'static str) -> impl FnOnce(io::Error) -> PeerError {
@@ -340,7 +362,7 @@ impl Running {
     fn start_standalone(
         &mut self,
         wiring: &Wiring,
-        path: &Path,
+        (path, client): (&Path, Client),
         mappings: &[Mapping],
         protocol: Protocol,
     ) -> Result<(), PeerError> {
@@ -350,6 +372,11 @@ impl Running {
         }
         let mut command = Command::new(path);
         command.args(["--proto", protocol.name(), "--log-level", "warn"]);
+        command.args(match client {
+            Client::Hidden => &[][..],
+            Client::Source => &["--source", "client-only"],
+            Client::Header => &["--send-proxy", "v2"],
+        });
         for mapping in &mappings {
             command.args([
                 "--host",
@@ -372,8 +399,13 @@ impl Running {
         Ok(())
     }
 
-    fn start_haproxy(&mut self, wiring: &Wiring, mappings: &[Mapping]) -> Result<(), PeerError> {
-        let config = config::haproxy(mappings, wiring.backend());
+    fn start_haproxy(
+        &mut self,
+        wiring: &Wiring,
+        client: Client,
+        mappings: &[Mapping],
+    ) -> Result<(), PeerError> {
+        let config = config::haproxy(mappings, wiring.backend(), client);
         let path = self.write_config(&config)?;
         let mut command = require::command("haproxy");
         command.args(["-db", "-f"]).arg(path);

@@ -1,8 +1,11 @@
 //! Where sockets for backends come from: an address of the host, or that of a client (`IP_TRANSPARENT`, ip(7)).
 
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
+use std::time::{Duration, Instant};
 
 use rproxy_mapping::addr::canonical;
 use rproxy_mapping::limits::Limits;
@@ -104,14 +107,38 @@ pub(crate) fn answers_come_back(client: SocketAddr, backend: SocketAddr) -> Resu
     if own == client.ip() {
         return Err(NotAsClient::Local);
     }
-    match source_towards(backend).map_err(NotAsClient::Kernel)? {
+    match lately_towards(backend).map_err(NotAsClient::Kernel)? {
         towards if towards == backend.ip() => Err(NotAsClient::LocalBackend),
         towards if towards == own => Err(NotAsClient::SameLink),
         _ => Ok(()),
     }
 }
 
-/// Binds a new socket to the address of `client`, and to its port unless that is 0.
+/// How long the source address towards a backend is assumed to be the same.
+const KNOWN_FOR: Duration = Duration::from_secs(1);
+
+/// The source address towards a backend, of which there are few: each connection would cost four calls.
+fn lately_towards(backend: SocketAddr) -> io::Result<IpAddr> {
+    thread_local! {
+        static KNOWN: RefCell<HashMap<IpAddr, (Instant, IpAddr)>> = RefCell::default();
+    }
+    let now = Instant::now();
+    KNOWN.with_borrow_mut(|known| {
+        if let Some((until, source)) = known.get(&backend.ip())
+            && now < *until
+        {
+            return Ok(*source);
+        }
+        // Those of backends that are gone.
+        known.retain(|_backend, (until, _source)| now < *until);
+        let source = source_towards(backend)?;
+        known.insert(backend.ip(), (now + KNOWN_FOR, source));
+        Ok(source)
+    })
+}
+
+/// Binds a new socket with `SO_REUSEADDR` to the address of `client`, and to its port unless that is 0. Clients use a port
+/// for several servers, and this host has a socket for each.
 ///
 /// # Errors
 /// [`NotAsClient::Kernel`]
@@ -122,8 +149,6 @@ pub(crate) fn bind_as_client(socket: &Socket, client: SocketAddr) -> Result<(), 
             SocketAddr::V4(_) => socket.set_ip_transparent_v4(true),
             SocketAddr::V6(_) => socket.set_ip_transparent_v6(true),
         }?;
-        // Clients use a port for several servers, and this host has a socket for each.
-        socket.set_reuse_address(true)?;
         if client.port() == 0 {
             choose_port_on_connect(socket.as_fd())?;
         }

@@ -80,6 +80,7 @@ pub(super) fn open_as_client(target: &Target, client: SocketAddr) -> io::Result<
 
 fn begin(target: &Target, client: SocketAddr) -> Result<Socket, NotAsClient> {
     let socket = open(target).map_err(NotAsClient::Kernel)?;
+    socket.set_reuse_address(true).map_err(NotAsClient::Kernel)?;
     bind_as_client(&socket, client)?;
     connect(&socket, target).map_err(NotAsClient::Kernel)?;
     Ok(socket)

@@ -9,7 +9,7 @@ use std::os::fd::{AsRawFd, BorrowedFd};
 use std::ptr;
 
 use nix::libc;
-use socket2::{SockAddr, SockAddrStorage};
+use socket2::{Domain, SockAddr, SockAddrStorage, Socket, Type};
 
 use crate::check;
 use crate::cmsg::{self, Encoder};
@@ -407,13 +407,13 @@ pub fn is_local(addr: SocketAddr) -> bool {
 /// host.
 ///
 /// # Errors
-/// Those of socket(2), bind(2) and connect(2), such as `ENETUNREACH`.
+/// Those of socket(2) and connect(2), such as `ENETUNREACH`.
 pub fn source_towards(addr: SocketAddr) -> io::Result<IpAddr> {
-    let any: IpAddr =
-        if addr.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
-    let socket = UdpSocket::bind((any, 0))?;
-    socket.connect(addr)?;
-    Ok(socket.local_addr()?.ip())
+    // Unbound, so that connect(2) does both.
+    let socket = Socket::new(Domain::for_address(addr), Type::DGRAM, None)?;
+    socket.connect(&addr.into())?;
+    let local = socket.local_addr()?.as_socket();
+    local.map(|local| local.ip()).ok_or_else(|| io::ErrorKind::AddrNotAvailable.into())
 }
 
 /// The size of a socket's receive buffer in bytes, as set; the kernel doubles it for its own bookkeeping.

@@ -1,0 +1,80 @@
+//! Rules in the kernel that a peer needs: address translation, as Docker sets it up besides its proxy, or the way back to
+//! sockets with the addresses of clients.
+
+use std::fmt::Write as _;
+use std::net::SocketAddrV4;
+use std::path::Path;
+use std::process::Command;
+
+use tempfile::TempDir;
+use testkit::netns::Namespace;
+use testkit::process::Output;
+use testkit::rproxy::netns_setup;
+use testkit::topology::BRIDGE;
+
+use super::Mapping;
+
+/// The table of the translation.
+const TABLE: &str = "ip bench";
+
+/// The rules of a peer.
+pub(super) enum Rules {
+    /// Translates these mappings to the backend.
+    Dnat(Vec<Mapping>),
+    /// Delivers what the backend answers to sockets of the host.
+    WayBack,
+}
+
+/// Rules that are installed until this is dropped.
+pub(crate) struct Active<'a> {
+    host: &'a Namespace,
+    /// The state of `netns-setup`, if the way back is set up.
+    state: Option<TempDir>,
+}
+
+impl<'a> Active<'a> {
+    /// Installs `rules` for `backend`.
+    ///
+    /// # Panics
+    /// If nft(8) or netns-setup fails.
+    pub(super) fn new(host: &'a Namespace, rules: &Rules, backend: SocketAddrV4) -> Self {
+        let state = match rules {
+            Rules::Dnat(mappings) => {
+                translate(host, mappings, backend);
+                None
+            }
+            Rules::WayBack => {
+                let state = TempDir::new().expect("a temporary directory");
+                transparent(host, state.path(), &["up", "--interface", BRIDGE]).success();
+                Some(state)
+            }
+        };
+        Self { host, state }
+    }
+}
+
+fn translate(host: &Namespace, mappings: &[Mapping], backend: SocketAddrV4) {
+    let mut rules = format!(
+        "add table {TABLE} ; add chain {TABLE} prerouting {{ type nat hook prerouting priority -100 ; }}"
+    );
+    for Mapping { protocol, port } in mappings {
+        write!(rules, " ; add rule {TABLE} prerouting {protocol} dport {port} dnat to {backend}").ok();
+    }
+    host.command(&format!("nft {rules}")).success();
+}
+
+fn transparent(host: &Namespace, state: &Path, arguments: &[&str]) -> Output {
+    let mut command = Command::new(netns_setup());
+    command.arg("transparent").args(arguments).arg("--state-dir").arg(state);
+    host.spawn(command).into_output()
+}
+
+impl Drop for Active<'_> {
+    fn drop(&mut self) {
+        // Anything that remains is deleted with the namespace.
+        match &self.state {
+            Some(state) => drop(transparent(self.host, state.path(), &["down"])),
+            None => drop(self.host.command(&format!("nft delete table {TABLE}"))),
+        }
+    }
+}
