@@ -1,6 +1,7 @@
 //! Demonstrates everything in one command: a host, a container and an outside neighbour, in temporary
 //! namespaces.
 
+mod as_client;
 mod http;
 
 use std::io::{self, Write};
@@ -14,7 +15,7 @@ use nix::sched::{CloneFlags, unshare};
 
 use crate::action::{Action, LinkChange, NetnsRef, VethPair};
 use crate::addr::{Cidr, Mac};
-use crate::commands::{self, Attach, Command, NetnsChoice, Options, Publish, Up};
+use crate::commands::{self, Attach, Command, NetnsChoice, Options, Publish, Transparent, Up};
 use crate::error::Error;
 use crate::executor::Executor;
 use crate::firewall::detect::Choice;
@@ -23,7 +24,8 @@ use crate::kernel::Kernel;
 use crate::model::{NETNS_DIR, Via};
 use crate::name::{IfName, Name};
 use crate::netns::Handle;
-use crate::state;
+use crate::{relay, state};
+use as_client::AsClient;
 
 /// The host's address on the outside network.
 const HOST_V4: Ipv4Addr = Ipv4Addr::new(10, 0, 0, 11);
@@ -103,7 +105,21 @@ impl Demo {
         self.show_rules()?;
         self.title("inspect, as docker inspect shows it");
         self.command("inspect web", &Command::Inspect(Some(name)))?;
-        self.traffic(&web, &outside)
+        self.traffic(&web, &outside)?;
+        self.as_client(&outside)
+    }
+
+    /// An `rproxy` that the container takes for the neighbour.
+    fn as_client(&mut self, outside: &Handle) -> Result<(), Error> {
+        self.title("transparent up: the container answers the neighbour, and rproxy gets the answers");
+        let transparent = Transparent::Up(vec![parse("docker0")?]);
+        self.command("transparent up --interface docker0", &Command::Transparent(transparent))?;
+        let program = relay::program(self.options.rproxy.as_deref()).ok_or(Error::NoRelay)?;
+        self.say(format!("  + {} {}", program.display(), AsClient::ARGS.join(" ")));
+        let relay = AsClient::start(&program);
+        let _relay =
+            relay.map_err(|error| Error::Demo(format!("{} --source client: {error}", program.display())))?;
+        self.fetch("outside, as the client", Some(outside), SocketAddr::new(HOST_V4.into(), 8080))
     }
 
     /// Runs one of our own commands and shows its output.

@@ -48,6 +48,7 @@ fn demonstration(stage: &Stage, backend: Backend) {
         "hairpin                              http://10.0.0.11:80/  HTTP/1.0 200 OK",
         "container to outside                 http://10.0.0.12:8000/  HTTP/1.0 200 OK: hello from outside, 10.0.0.11",
         "http://172.17.0.2:80/  closed, as it should be",
+        "outside, as the client               http://10.0.0.11:8080/  HTTP/1.0 200 OK: hello from the container, 10.0.0.12",
         "everything that netns-setup created is removed",
     ] {
         assert!(shown.contains(part), "{part:?} is not in\n{shown}");

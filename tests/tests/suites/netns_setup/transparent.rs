@@ -13,7 +13,7 @@ use testkit::backend::TcpBackend;
 use testkit::netns::Namespace;
 use testkit::process::Output;
 use testkit::require;
-use testkit::rproxy::netns_setup;
+use testkit::rproxy::{Standalone, netns_setup};
 use testkit::suite::Case;
 use testkit::topology::{
     self, BRIDGE, BRIDGE_V4, BRIDGE_V6, CLIENT_V4, CLIENT_V6, CONTAINER_V4, CONTAINER_V6, HOST_V4, HOST_V6,
@@ -35,6 +35,7 @@ const WEB_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0xd0c, 0, 0, 0, 0, 0, 2);
 pub(crate) fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
     cases.extend(for_each_firewall("a backend answers the client's address", answers));
+    cases.extend(for_each_firewall("rproxy is the client", rproxy_as_client));
     cases.extend(for_each_firewall("what belongs to no transparent socket is forwarded", forwarded));
     cases.extend(for_each_firewall("a transparent socket that closed first", closed_first));
     cases.extend(for_each_firewall("the bits of a mark that others set survive", other_marks));
@@ -173,6 +174,24 @@ fn answers(stage: &Stage, backend: Backend) {
     assert_eq!(stage.ok("transparent check"), "everything is as it should be\n");
     stage.ok("transparent down");
     assert_unanswered(stage, "after");
+}
+
+fn rproxy_as_client(stage: &Stage, backend: Backend) {
+    stage.ok(&format!("up --transparent --subnet6 fd00:d0c::/64 {}", backend.option()));
+    let web = stage.attach("web");
+    let _servers = naming(&web);
+    let pairs: [(IpAddr, IpAddr); 2] =
+        [(HOST_V4.into(), CONTAINER_V4.into()), (HOST_V6.into(), WEB_V6.into())];
+    let relays = pairs.map(|(host, container)| {
+        let (host, to) = (SocketAddr::new(host, RELAYED), SocketAddr::new(container, SERVED));
+        let (host, to) = (host.to_string(), to.to_string());
+        let words = ["--proto", "tcp+udp", "--host", &host, "--to", &to, "--source", "client-only"];
+        Standalone::start_in(&stage.host, &words)
+    });
+    assert_answered(stage, "by rproxy");
+    stage.ok("transparent down");
+    assert_unanswered(stage, "by rproxy");
+    drop(relays);
 }
 
 /// Even if a transparent program listens on every address.
