@@ -136,7 +136,10 @@ pub fn add_local(client: &mut Client, family: Family) -> Result<(), NetlinkError
 /// # Errors
 /// If the kernel refuses.
 pub fn delete_local(client: &mut Client, family: Family) -> Result<(), NetlinkError> {
-    let message = local_route(client, family)?;
+    let mut message = local_route(client, family)?;
+    // Whoever has added it again: these match any.
+    message.header.protocol = RouteProtocol::Unspec;
+    message.header.scope = RouteScope::NoWhere;
     match client.change(RouteNetlinkMessage::DelRoute(message), 0) {
         Err(error) if error.is(Errno::ESRCH) => Ok(()),
         other => other,

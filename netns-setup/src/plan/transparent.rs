@@ -34,7 +34,9 @@ pub(super) fn change(inputs: Inputs<'_>, plan: &mut Plan) {
     let there = |family: &Family| {
         parts.routes.iter().any(|route| route.family == *family && is_ours(route, &inputs.observed.host))
     };
-    for family in wanted.iter().filter(|family| !there(family)) {
+    // Without IPv6, the kernel refuses the route.
+    let can_have = |family: &&Family| **family == Family::V4 || parts.has_ipv6;
+    for family in wanted.iter().filter(can_have).filter(|family| !there(family)) {
         plan.push(Step::new(Action::AddLocalRoute(*family), [Action::DeleteLocalRoute(*family)]));
     }
     add_rules(inputs, parts, plan);
@@ -107,13 +109,14 @@ fn gone<'a>(wanted: &'a Transparent, host: &'a Side) -> impl Iterator<Item = &'a
 fn problems(wanted: &Transparent, parts: &TransparentParts, host: &Side) -> Vec<String> {
     let mut found = Vec::new();
     for family in wanted.families() {
-        for rule in prevailing(wanted, parts, family, host) {
-            found.push(format!(
-                "the {} rule `{rule}` takes replies first: give it a priority above {PRIORITY} (`{} rule`)",
-                family.name(),
-                family.ip()
-            ));
-        }
+        let rules = parts.policy.get(&family).map(Vec::as_slice).unwrap_or_default();
+        let (name, ip) = (family.name(), family.ip());
+        found.extend(prevailing(wanted, rules, host).map(|rule| {
+            format!("the {name} rule `{rule}` takes replies first: give it a priority above {PRIORITY} (`{ip} rule`)")
+        }));
+        found.extend(sharing(wanted, rules).map(|rule| {
+            format!("the {name} rule `{rule}` is for marks with the bit {MARK:#x}, which is netns-setup's: give it another (`{ip} rule`)")
+        }));
     }
     for (family, route) in foreign_routes(parts, wanted, host) {
         found.push(format!(
@@ -121,8 +124,14 @@ fn problems(wanted: &Transparent, parts: &TransparentParts, host: &Side) -> Vec<
             family.ip()
         ));
     }
-    if parts.has_ipv6 && !wanted.ipv6 {
-        found.push("IPv6 has come up since: run `netns-setup transparent up` to include it".to_owned());
+    match (parts.has_ipv6, wanted.ipv6) {
+        (true, false) => {
+            found.push("IPv6 has come up since: run `netns-setup transparent up` to include it".to_owned());
+        }
+        (false, true) => {
+            found.push("IPv6 is off since: run `netns-setup transparent up` to leave it out".to_owned());
+        }
+        _ => {}
     }
     found
 }
@@ -147,14 +156,27 @@ fn foreign_routes(
 /// The rules of others that come first and may take replies.
 fn prevailing<'a>(
     wanted: &'a Transparent,
-    parts: &'a TransparentParts,
-    family: Family,
+    rules: &'a [PolicyRule],
     host: &'a Side,
 ) -> impl Iterator<Item = &'a PolicyRule> {
-    let is_ours = |rule: &PolicyRule| wanted.interfaces.iter().any(|iif| rule.is_ours(iif));
-    let first = parts.policy.get(&family).into_iter().flatten();
-    let first = first.take_while(move |rule| rule.priority <= PRIORITY && !is_ours(rule));
-    first.filter(move |rule| wanted.interfaces.iter().any(|iif| may_take(rule, iif, host)))
+    let taken_by = move |rule: &PolicyRule, at: usize, iif: &IfName| {
+        let is_first = rule.priority <= PRIORITY && !rules[..=at].iter().any(|earlier| earlier.is_ours(iif));
+        is_first && may_take(rule, iif, host)
+    };
+    let found = rules.iter().enumerate();
+    let found = found.filter(move |(at, rule)| wanted.interfaces.iter().any(|iif| taken_by(rule, *at, iif)));
+    found.map(|(_, rule)| rule)
+}
+
+/// The rules of others for marks with the bit of this program.
+fn sharing<'a>(wanted: &'a Transparent, rules: &'a [PolicyRule]) -> impl Iterator<Item = &'a PolicyRule> {
+    let has_bit = |rule: &PolicyRule| rule.fwmark.is_some_and(|(mark, mask)| mark & mask & MARK != 0);
+    let is_from = |rule: &PolicyRule, iif: &IfName| {
+        rule.iif.as_ref().is_none_or(|name| name == iif.as_str()) && !rule.is_ours(iif)
+    };
+    let later =
+        rules.iter().filter(move |rule| rule.priority > PRIORITY && has_bit(rule) && !rule.for_output);
+    later.filter(move |rule| wanted.interfaces.iter().any(|iif| is_from(rule, iif)))
 }
 
 /// Whether a rule may apply to a marked packet from an interface, and leads it astray.

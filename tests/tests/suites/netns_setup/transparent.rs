@@ -46,7 +46,8 @@ pub(crate) fn cases() -> Vec<Case> {
     cases.extend([
         case("the usual interfaces", usual),
         case("an interface that vanishes", vanished),
-        case("rules and routes of others that prevail are named", prevailing),
+        case("rules of others that prevail are named", prevailing),
+        case("routes of others in the table are named", routes_of_others),
         case("bad input for transparent sockets", bad_input),
         case("a host without IPv6", without_ipv6),
         case("a firewall that cannot match transparent sockets", without_socket_match),
@@ -152,6 +153,21 @@ fn assert_unanswered(stage: &Stage, what: &str) {
     }
 }
 
+/// An error of the backend's host, which names the socket in the packet that it quotes, arrives as well.
+fn assert_refused(stage: &Stage) {
+    for (client, container) in
+        [(IpAddr::V4(CLIENT_V4), IpAddr::V4(CONTAINER_V4)), (CLIENT_V6.into(), CONTAINER_V6.into())]
+    {
+        let socket = stage.host.run(|| bound((client, 5555).into(), Type::DGRAM).unwrap());
+        let socket = UdpSocket::from(socket);
+        socket.set_read_timeout(Some(PATIENCE)).unwrap();
+        socket.connect((container, 1)).unwrap();
+        socket.send(b"?").unwrap();
+        let refused = socket.recv(&mut [0]).unwrap_err();
+        assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused, "{container}");
+    }
+}
+
 /// `transparent up` with a firewall.
 fn up(backend: Backend) -> String {
     format!("transparent up --interface {BRIDGE} {}", backend.option())
@@ -172,6 +188,7 @@ fn answers(stage: &Stage, backend: Backend) {
         assert_answered(stage, &format!("rp_filter {filter}, src_valid_mark {valid_mark}"));
     }
     assert_eq!(stage.ok("transparent check"), "everything is as it should be\n");
+    assert_refused(stage);
     stage.ok("transparent down");
     assert_unanswered(stage, "after");
 }
@@ -415,6 +432,15 @@ fn removed_parts(stage: &Stage, backend: Backend) {
         assert_same(&stage.dump(), &before, part);
         stage.ok(&up(backend));
     }
+    // Somebody has put the routes back in another way.
+    for family in ["-4", "-6"] {
+        stage.host(&format!("ip {family} route flush table 4096"));
+        stage.host(&format!("ip {family} route add local default dev lo table 4096 proto static metric 7"));
+    }
+    stage.ok("transparent check");
+    stage.ok("transparent down");
+    assert_same(&stage.dump(), &before, "other routes");
+    stage.ok(&up(backend));
     parts.iter().for_each(|part| drop(stage.host(part)));
     let output = stage.run("transparent check");
     assert_eq!(output.stdout.lines().count(), parts.len(), "{output:#?}");
@@ -486,36 +512,57 @@ fn prevailing(stage: &Stage) {
     // The kernel keeps the order of rules of one priority.
     stage.host("ip rule add priority 50 from all lookup main");
     let output = stage.run(&up(Backend::Nft));
-    assert!(
-        output.stderr.contains("the IPv4 rule `50: from all lookup main` takes replies first"),
-        "{output:#?}"
-    );
+    let expected = "the IPv4 rule `50: from all lookup main` takes replies first";
+    assert!(output.stderr.contains(expected), "{output:#?}");
     assert_eq!(name_by_udp(stage, HOST_V4.into(), SILENCE), None, "the warning is true");
     assert!(name_by_udp(stage, HOST_V6.into(), PATIENCE).is_some(), "IPv6 is not concerned");
     stage.host("ip rule delete priority 50 from all lookup main");
     assert_answered(stage, "without the rule of others");
-    for (rule, is_named) in [
-        ("fwmark 1 lookup 7", false),
-        ("fwmark 0x1001/0x1001 lookup 7", true),
-        ("fwmark 0x2000/0x2000 lookup 7", true),
-        ("fwmark 0x2000/0x3000 lookup 7", false),
-        ("not fwmark 1 lookup 7", true),
-        ("iif eth0 lookup main", false),
-        ("iif docker0 lookup main", true),
-        ("oif docker0 lookup main", false),
-        ("from 10.0.0.0/8 lookup 7", false),
-        ("from 172.17.0.0/24 lookup 7", true),
-        ("to 10.0.0.0/8 lookup main", true),
-        ("lookup local", false),
-        ("lookup main suppress_prefixlength 0", true),
-        ("blackhole", true),
+    named_rules(stage);
+}
+
+fn named_rules(stage: &Stage) {
+    const FIRST: &str = "takes replies first";
+    const BIT: &str = "is for marks with the bit 0x1000";
+    for (priority, rule, named) in [
+        (9, "fwmark 1 lookup 7", None),
+        (9, "fwmark 0x1001/0x1001 lookup 7", Some(FIRST)),
+        (9, "fwmark 0x2000/0x2000 lookup 7", Some(FIRST)),
+        (9, "fwmark 0x2000/0x3000 lookup 7", None),
+        (9, "not fwmark 1 lookup 7", Some(FIRST)),
+        (9, "iif eth0 lookup main", None),
+        (9, "iif docker0 lookup main", Some(FIRST)),
+        (9, "oif docker0 lookup main", None),
+        (9, "from 10.0.0.0/8 lookup 7", None),
+        (9, "from 172.17.0.0/24 lookup 7", Some(FIRST)),
+        (9, "to 10.0.0.0/8 lookup main", Some(FIRST)),
+        (9, "lookup local", None),
+        (9, "lookup main suppress_prefixlength 0", Some(FIRST)),
+        (9, "blackhole", Some(FIRST)),
+        (9, "goto 32766", Some(FIRST)),
+        (9, "goto 20", None),
+        (900, "fwmark 0x1001 lookup 7", Some(BIT)),
+        (900, "fwmark 0x3000/0x3000 lookup 7", Some(BIT)),
+        (900, "fwmark 0x2000/0x3000 lookup 7", None),
+        (900, "iif eth0 fwmark 0x1000/0x1000 lookup 7", None),
+        (900, "fwmark 51820 lookup 7", None),
     ] {
-        stage.host(&format!("ip rule add priority 9 {rule}"));
+        stage.host(&format!("ip rule add priority {priority} {rule}"));
         let output = stage.run("transparent check");
-        assert_eq!(output.stdout.contains("the IPv4 rule `9: "), is_named, "{rule}: {output:#?}");
-        assert_eq!(output.status.code(), Some(i32::from(is_named)), "{rule}: {output:#?}");
-        stage.host("ip rule delete priority 9");
+        let line = named.map(|part| (format!("the IPv4 rule `{priority}: "), part));
+        let is_said = line.is_none_or(|(rule, part)| {
+            output.stdout.lines().any(|line| line.starts_with(&rule) && line.contains(part))
+        });
+        assert!(is_said, "{rule}: {output:#?}");
+        assert_eq!(output.stdout.lines().count(), 1, "{rule}: {output:#?}");
+        assert_eq!(output.status.code(), Some(i32::from(named.is_some())), "{rule}: {output:#?}");
+        stage.host(&format!("ip rule delete priority {priority}"));
     }
+}
+
+fn routes_of_others(stage: &Stage) {
+    let _site = Site::new(stage);
+    stage.ok(&up(Backend::Nft));
     stage.host("ip -6 route add fd00:10::/64 dev eth0 table 4096");
     let output = stage.run("transparent check");
     let way_out = "ip -6 route delete fd00:10::/64 dev eth0 table 4096";
@@ -584,6 +631,8 @@ fn without_ipv6(stage: &Stage) {
     assert_answered(stage, "with IPv6");
     // The kernel removes the route with the addresses of the interface.
     stage.host("sysctl -w net.ipv6.conf.lo.disable_ipv6=1");
+    let output = stage.run("repair");
+    assert!(output.stdout.contains("IPv6 is off since"), "{output:#?}");
     stage.ok("transparent up");
     assert_eq!(stage.ok("transparent check"), "everything is as it should be\n");
     stage.ok("transparent down");
