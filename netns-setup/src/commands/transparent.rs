@@ -85,28 +85,28 @@ fn check(named: &[IfName], options: &Options) -> Result<Report, Error> {
     let rproxy = Path::new("rproxy");
     let inputs = Inputs { owned: &owned, desired, observed: &observed, scope: &Scope::Transparent, rproxy };
     let plan = plan::plan(inputs)?;
-    missing(named, desired.transparent.as_ref())?;
     let interrupted = locked.state.pending.iter().map(|_| "an earlier command was interrupted".to_owned());
     let found = interrupted.chain(plan.steps.iter().map(|step| finding(&step.action)));
-    differences(found, plan.problems)?;
+    let found: Vec<_> = found.collect();
+    if let Some((missing, options)) = missing(named, desired.transparent.as_ref()) {
+        let found = missing.into_iter().chain(found).chain(plan.problems).collect();
+        return Err(Error::NotTransparent { found, options });
+    }
+    differences(found.into_iter(), plan.problems)?;
     let lines = vec!["everything is as it should be".to_owned()];
     Ok(Report { lines, result: json!({ "differences": [] }), ..Report::default() })
 }
 
-/// Fails if an interface is not set up, or, without names, if none is.
-fn missing(named: &[IfName], parts: Option<&Parts>) -> Result<(), Error> {
-    let is_there = |iif: &&IfName| parts.is_some_and(|parts| parts.interfaces.contains(*iif));
-    let missing: Vec<_> = named.iter().filter(|iif| !is_there(iif)).collect();
-    if missing.is_empty() && parts.is_some() {
-        return Ok(());
+/// The interfaces that are not set up, or, without names, that none is; and the options that set them up.
+fn missing(named: &[IfName], parts: Option<&Parts>) -> Option<(Vec<String>, String)> {
+    if named.is_empty() && parts.is_none() {
+        return Some((vec!["nothing is set up for transparent sockets".to_owned()], String::new()));
     }
-    if missing.is_empty() {
-        let found = vec!["nothing is set up for transparent sockets".to_owned()];
-        return Err(Error::NotTransparent { found, options: String::new() });
-    }
+    let is_there = |iif: &IfName| parts.is_some_and(|parts| parts.interfaces.contains(iif));
+    let missing: BTreeSet<_> = named.iter().filter(|iif| !is_there(iif)).collect();
     let found = missing.iter().map(|iif| format!("{iif} is not set up")).collect();
     let options = missing.iter().map(|iif| format!(" --interface {iif}")).collect();
-    Err(Error::NotTransparent { found, options })
+    (!missing.is_empty()).then_some((found, options))
 }
 
 /// What `topology` has for transparent sockets, and these interfaces. The firewall is the requested one, or

@@ -189,6 +189,12 @@ fn answers(stage: &Stage, backend: Backend) {
     }
     assert_eq!(stage.ok("transparent check"), "everything is as it should be\n");
     assert_refused(stage);
+    // firewalld compares the way back, too, and looks at the mark.
+    stage.host("nft add table inet others");
+    stage.host("nft add chain inet others rpfilter { type filter hook prerouting priority 10 ; }");
+    stage.host("nft add rule inet others rpfilter fib saddr . mark . iif oif missing drop");
+    assert_answered(stage, "with a firewall that filters by the way back");
+    stage.host("nft delete table inet others");
     stage.ok("transparent down");
     assert_unanswered(stage, "after");
 }
@@ -466,6 +472,11 @@ fn added(stage: &Stage, backend: Backend) {
     let (code, message) = stage.fails("transparent check --interface br7 --interface docker0");
     assert_eq!(code, 1, "{message}");
     assert!(message.trim_end().ends_with("run `netns-setup transparent up --interface br7`"), "{message}");
+    // What else differs is listed, too.
+    stage.host("ip rule delete priority 50");
+    let output = stage.run("transparent check --interface br7");
+    assert_eq!(output.stdout.lines().count(), 2, "{output:#?}");
+    stage.ok("repair");
     stage.ok("transparent down --interface docker0");
     assert_same(&stage.dump(), &before, "after all");
 }
