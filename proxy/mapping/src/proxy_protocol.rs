@@ -64,12 +64,16 @@ impl fmt::Display for ProxyVersion {
     }
 }
 
-impl FromStr for ProxyVersion {
-    type Err = UnknownWord;
-
-    fn from_str(text: &str) -> Result<Self, UnknownWord> {
-        let known = [Self::V1, Self::V2].into_iter().find(|known| known.to_string() == text);
-        known.ok_or(UnknownWord("v1", "v2"))
+impl ProxyVersion {
+    /// Parses a version, or `off` for no header, which a mapping can have although others have one by default.
+    ///
+    /// # Errors
+    /// [`UnknownWord`]
+    pub fn parse(text: &str) -> Result<Option<Self>, UnknownWord> {
+        let known = [None, Some(Self::V1), Some(Self::V2)].into_iter();
+        let word = |known: &Option<Self>| known.map_or_else(|| "off".to_owned(), |known| known.to_string());
+        let known = known.into_iter().find(|known| word(known) == text);
+        known.ok_or(UnknownWord("\"v1\", \"v2\" or \"off\""))
     }
 }
 
@@ -97,14 +101,14 @@ impl FromStr for ProxyDatagrams {
 
     fn from_str(text: &str) -> Result<Self, UnknownWord> {
         let known = [Self::Each, Self::First].into_iter().find(|known| known.to_string() == text);
-        known.ok_or(UnknownWord("each", "first"))
+        known.ok_or(UnknownWord("\"each\" or \"first\""))
     }
 }
 
-/// The text is neither of the two words that have a meaning there.
+/// The text is none of the words that have a meaning there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("write \"{0}\" or \"{1}\"")]
-pub struct UnknownWord(&'static str, &'static str);
+#[error("write {0}")]
+pub struct UnknownWord(&'static str);
 
 #[cfg(test)]
 mod tests {
@@ -125,13 +129,14 @@ mod tests {
     #[test]
     fn words_are_read_as_they_are_written() {
         for version in [ProxyVersion::V1, ProxyVersion::V2] {
-            assert_eq!(version.to_string().parse(), Ok(version));
+            assert_eq!(ProxyVersion::parse(&version.to_string()), Ok(Some(version)));
         }
         for datagrams in [ProxyDatagrams::Each, ProxyDatagrams::First] {
             assert_eq!(datagrams.to_string().parse(), Ok(datagrams));
         }
-        let wrong = "v3".parse::<ProxyVersion>().unwrap_err();
-        assert_eq!(wrong.to_string(), "write \"v1\" or \"v2\"");
+        assert_eq!(ProxyVersion::parse("off"), Ok(None));
+        let wrong = ProxyVersion::parse("v3").unwrap_err();
+        assert_eq!(wrong.to_string(), "write \"v1\", \"v2\" or \"off\"");
         "all".parse::<ProxyDatagrams>().unwrap_err();
     }
 }

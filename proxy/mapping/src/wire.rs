@@ -16,7 +16,7 @@ use crate::interfaces::Interfaces;
 use crate::limits::{Limits, OnLimit};
 use crate::name::Name;
 use crate::ports::PortRange;
-use crate::proxy_protocol::{ProxyDatagrams, ProxyProtocol};
+use crate::proxy_protocol::{ProxyDatagrams, ProxyProtocol, ProxyVersion};
 use crate::source::Source;
 use crate::{HostPorts, Mapping, MappingError};
 
@@ -98,7 +98,7 @@ pub struct WireLimits {
     /// The name of an interface.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device: Option<String>,
-    /// `v1` or `v2`.
+    /// `v1`, `v2` or `off`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub send_proxy: Option<String>,
     /// `each` or `first`.
@@ -267,7 +267,8 @@ impl WireLimits {
 
     fn read_proxy_protocol(&self, wrong: &mut FieldErrors) -> Option<ProxyProtocol> {
         let default = ProxyProtocol::default();
-        let send = wrong.note("limits.send_proxy", self.send_proxy.as_deref().map(str::parse).transpose());
+        let send = self.send_proxy.as_deref().map(ProxyVersion::parse).transpose();
+        let send = wrong.note("limits.send_proxy", send.map(Option::flatten));
         let send_udp = self.send_proxy_udp.as_deref().map(str::parse).transpose();
         let send_udp = wrong.note("limits.send_proxy_udp", send_udp);
         let accept = wrong.note("limits.accept_proxy", read_networks(&self.accept_proxy));
@@ -419,7 +420,7 @@ mod tests {
             ),
             (r#"{"source":"me"}"#, "limits.source: write \"auto\","),
             (r#"{"device":"eth 0"}"#, "limits.device: not the name"),
-            (r#"{"send_proxy":"v3"}"#, "limits.send_proxy: write \"v1\" or"),
+            (r#"{"send_proxy":"v3"}"#, "limits.send_proxy: write \"v1\", \"v2\" or"),
             (r#"{"send_proxy_udp":"all"}"#, "limits.send_proxy_udp: write \"each\" or"),
             (r#"{"proxy_timeout":"unlimited"}"#, "limits.proxy_timeout: a header needs one"),
             (

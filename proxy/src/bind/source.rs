@@ -3,7 +3,7 @@
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
@@ -71,6 +71,9 @@ fn explain(error: &io::Error) -> String {
 pub(crate) enum NotAsClient {
     #[error("it is of another family than the backend")]
     Family,
+    /// A proxy in front has told that.
+    #[error("it is not the address of a host")]
+    Nobody,
     /// The backend would answer to itself, or by way of the loopback interface.
     #[error("it is on this host")]
     Local,
@@ -94,6 +97,9 @@ pub(crate) enum NotAsClient {
 pub(crate) fn answers_come_back(client: SocketAddr, backend: SocketAddr) -> Result<(), NotAsClient> {
     if client.is_ipv4() != backend.is_ipv4() {
         return Err(NotAsClient::Family);
+    }
+    if client.ip().is_unspecified() || client.ip().is_multicast() || client.ip() == Ipv4Addr::BROADCAST {
+        return Err(NotAsClient::Nobody);
     }
     if client.ip().is_loopback() {
         return Err(NotAsClient::Local);
@@ -159,8 +165,6 @@ pub(crate) fn bind_as_client(socket: &Socket, client: SocketAddr) -> Result<(), 
 
 #[cfg(test)]
 mod tests {
-    use std::net::Ipv4Addr;
-
     use socket2::{Domain, Type};
 
     use super::*;
@@ -175,6 +179,9 @@ mod tests {
             answers_come_back(client.parse().unwrap(), backend.parse().unwrap())
         };
         assert!(matches!(comes_back("192.0.2.1:7", "[::1]:80"), Err(NotAsClient::Family)));
+        for nobody in ["0.0.0.0:7", "224.0.0.1:7", "255.255.255.255:7"] {
+            assert!(matches!(comes_back(nobody, "192.0.2.1:80"), Err(NotAsClient::Nobody)), "{nobody}");
+        }
         assert!(matches!(comes_back("127.0.0.1:7", "127.0.0.2:80"), Err(NotAsClient::Local)));
         assert!(matches!(comes_back("[::1]:7", "[::1]:80"), Err(NotAsClient::Local)));
         assert!(matches!(comes_back("[fe80::1%1]:7", "[::1]:80"), Err(NotAsClient::SameLink)));

@@ -55,7 +55,8 @@ pub(super) fn on_limit() -> impl TypedValueParser<Value = OnLimit> {
 
 /// Parses one of the values that the help lists.
 pub(super) fn proxy_version() -> impl TypedValueParser<Value = ProxyVersion> {
-    PossibleValuesParser::new(["v1", "v2"]).try_map(|text| text.parse::<ProxyVersion>())
+    PossibleValuesParser::new(["v1", "v2"])
+        .map(|text| if text == "v1" { ProxyVersion::V1 } else { ProxyVersion::V2 })
 }
 
 /// Parses one of the values that the help lists.

@@ -37,24 +37,28 @@ pub(super) fn decode(bytes: &[u8]) -> Result<Option<Header>, HeaderError> {
         return if within.len() < LONGEST { Ok(None) } else { Err(HeaderError::Endless) };
     };
     let line = within[..end].strip_suffix(b"\r").and_then(|line| line.strip_prefix(SIGNATURE));
-    let line = line.and_then(|line| str::from_utf8(line).ok()).ok_or(HeaderError::Line)?;
-    Ok(Some(Header { len: end + 1, endpoints: endpoints(line).ok_or(HeaderError::Line)? }))
+    let line = line.ok_or(HeaderError::Line)?;
+    let endpoints = match line.strip_prefix(b"UNKNOWN") {
+        // Whatever follows is ignored.
+        Some([] | [b' ', ..]) => None,
+        _ => Some(str::from_utf8(line).ok().and_then(endpoints).ok_or(HeaderError::Line)?),
+    };
+    Ok(Some(Header { len: end + 1, endpoints }))
 }
 
-/// What is between the signature and the CRLF. The inner `None` stands for `UNKNOWN`, after which anything is ignored.
-fn endpoints(line: &str) -> Option<Option<Endpoints>> {
+/// What is between the signature and the CRLF.
+fn endpoints(line: &str) -> Option<Endpoints> {
     let mut words = line.split(' ');
     let is_v4 = match words.next()? {
         "TCP4" => true,
         "TCP6" => false,
-        "UNKNOWN" => return Some(None),
         _ => return None,
     };
     let [from, to] = [words.next()?, words.next()?].map(|word| word.parse::<IpAddr>().ok());
     let [from_port, to_port] = [words.next()?, words.next()?].map(port);
     let (source, destination) = (SocketAddr::new(from?, from_port?), SocketAddr::new(to?, to_port?));
     let is_right = words.next().is_none() && source.is_ipv4() == is_v4 && destination.is_ipv4() == is_v4;
-    is_right.then(|| Some(Endpoints::new(source, destination)))
+    is_right.then(|| Endpoints::new(source, destination))
 }
 
 /// A port in decimal, without leading zeros.
@@ -87,6 +91,7 @@ mod tests {
         assert_eq!((line.len(), read(&line)), (104, Ok(Some(ends))));
 
         assert_eq!(read("PROXY UNKNOWN\r\n"), Ok(None));
+        assert_eq!(decode(b"PROXY UNKNOWN \xff\0\r\n"), Ok(Some(Header { len: 18, endpoints: None })));
         let line = format!("PROXY UNKNOWN {most} {most} 65535 65535\r\n");
         assert_eq!((line.len(), read(&line)), (LONGEST, Ok(None)));
 
@@ -125,6 +130,7 @@ mod tests {
             "PROXY TCP6 fd00::1 192.0.2.2 1 2\r\n",
             "PROXY TCP6 fe80::1%1 fd00::2 1 2\r\n",
             "PROXY UNKNOWN\n",
+            "PROXY UNKNOWNS\r\n",
             "PROXY TCP4 192.0.2.1 192.0.2.2 1 2\n",
         ] {
             assert_eq!(decode(line.as_bytes()), Err(HeaderError::Line), "{line:?}");

@@ -87,6 +87,8 @@ pub(crate) struct LiveFlow {
     pub(crate) local: Option<LocalAddr>,
     /// Whom a proxy in front has told its client is.
     pub(crate) told: Option<Endpoints>,
+    /// Whether the backend has got the header of its client, if it gets one.
+    pub(crate) header: HeaderState,
     /// Whether the client has sent something after a reply.
     pub(crate) is_established: bool,
     /// Where its datagrams are sent, if its socket is not connected.
@@ -95,6 +97,19 @@ pub(crate) struct LiveFlow {
     pub(crate) dropped: u32,
     /// Its socket towards the backend.
     pub(crate) socket: Arc<OwnedFd>,
+}
+
+/// What is known of the backend's having got the header.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum HeaderState {
+    /// No datagram with it was sent, or it was lost.
+    #[default]
+    Unsent,
+    /// The kernel has taken a datagram with it.
+    Sent,
+    /// The backend has replied since.
+    Answered,
 }
 
 /// Rounds of the permutation, after which the order of the local ports looks random.

@@ -14,9 +14,9 @@ use super::transfer::{self, Rest, Step};
 /// Bytes moved before other tasks of the worker have their turn.
 const TURN: usize = 1024 * 1024;
 
-/// As [`pump`], with `header` before the first byte. It is sent at once, for a server that speaks first.
-pub(super) async fn pump_behind(header: &[u8], direction: &Direction<'_>) -> End {
-    let result = match transfer::copy_behind(header, direction) {
+/// As [`pump`], after a step that has `begun` it.
+pub(super) async fn pump_on(begun: Step, direction: &Direction<'_>) -> End {
+    let result = match begun {
         Step::Moved(_) | Step::NotReady => Ok(()),
         Step::Blocked(rest) => rest.flush(direction).await,
         Step::Ended(end) => Err(end),

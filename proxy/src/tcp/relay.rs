@@ -9,10 +9,11 @@ use std::time::Duration;
 use socket2::SockRef;
 
 use super::direction::{Direction, End};
-use super::half::{pump, pump_behind};
+use super::half::{pump, pump_on};
 use super::meter::Meter;
 use super::proxy_header::Header;
 use super::stream::{Stream, close_in_order, deliver_then_reset, reset_on_close};
+use super::transfer::{self, Step};
 use crate::state::ConnectionGuard;
 use crate::state::stats::FailureKind;
 
@@ -46,21 +47,26 @@ impl fmt::Display for Outcome {
 /// An end of stream is propagated as a half-close, and the other direction continues. A reset is propagated
 /// as a reset: when this returns with a failure, closing the streams resets both.
 ///
-/// The backend gets the `header` before the client's first byte.
+/// The backend gets the `header` before the client's first byte: at once, in case it speaks first, and in one segment with
+/// what the client has sent so far.
 pub(super) async fn relay(
     client: &Stream,
     backend: &Stream,
     guard: &ConnectionGuard,
-    header: Option<&Header>,
+    header: Option<Box<Header>>,
 ) -> Outcome {
     let stats = guard.stats();
     let [to_backend, to_client] = [&stats.bytes_in, &stats.bytes_out].map(Meter::new);
     let up = Direction { source: client, sink: backend, meter: &to_backend, opposite: &to_client };
     let down = Direction { source: backend, sink: client, meter: &to_client, opposite: &to_backend };
-    let failure = match (guard.limits().idle_timeout, header) {
-        (None, None) => both_ways(&up, &down, pump(&up)).await,
-        // On the heap, because few mappings have these options.
-        (limit, header) => Box::pin(both_ways_with_options(&up, &down, limit, header)).await,
+    let begun = header.map_or(Step::NotReady, |header| transfer::copy_behind(&header.0, &up));
+    let limit = guard.limits().idle_timeout;
+    let is_usual = limit.is_none() && matches!(begun, Step::NotReady | Step::Moved(_));
+    // On the heap, because few mappings have a timeout, and few backends no room for a header.
+    let unusual = (!is_usual).then(|| Box::pin(both_ways_unless_idle(&up, &down, limit, begun)));
+    let failure = match unusual {
+        None => both_ways(&up, &down, pump(&up)).await,
+        Some(both_ways) => both_ways.await,
     };
     if let Some(error) = &failure {
         guard.stats().count(failure_kind(error));
@@ -82,18 +88,13 @@ fn idle_error(limit: Duration) -> io::Error {
     io::Error::new(io::ErrorKind::TimedOut, format!("idle for {limit:?}"))
 }
 
-async fn both_ways_with_options(
+async fn both_ways_unless_idle(
     up: &Direction<'_>,
     down: &Direction<'_>,
     limit: Option<Duration>,
-    header: Option<&Header>,
+    begun: Step,
 ) -> Option<io::Error> {
-    let upstream = async {
-        match header {
-            Some(header) => pump_behind(&header.0, up).await,
-            None => pump(up).await,
-        }
-    };
+    let upstream = pump_on(begun, up);
     let both_ways = both_ways(up, down, upstream);
     let Some(limit) = limit else { return both_ways.await };
     tokio::select! {

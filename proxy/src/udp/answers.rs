@@ -50,9 +50,6 @@ impl UdpRelay {
             flow.take_error(&mut tally);
         }
         let has_lost_peer = tally.has_lost_peer();
-        if tally.refused() > 0 {
-            flow.note_refused();
-        }
         tally.settle(&listener.target, Towards::Backend);
         if has_lost_peer {
             return self.end_without_peer(id);
@@ -139,7 +136,7 @@ impl UdpRelay {
                     self.end_without_peer(id);
                 } else {
                     if error.kind() != ErrorKind::WouldBlock {
-                        flow.note_refused();
+                        flow.note_lost(&error);
                     }
                     self.note_error(listener, error, Towards::Backend);
                 }
@@ -154,6 +151,7 @@ impl UdpRelay {
             tally.dropped(dropped, &mut flow.dropped);
             tally.settle(flow.target(), Towards::Clients);
         }
+        flow.note_answer();
         let before = batch.slots.len();
         match flow.peer {
             None => batch.slots.extend(slots.map(|slot| Routed::whole(id, slot))),
@@ -223,7 +221,8 @@ impl UdpRelay {
         };
         let messages: ArrayVec<Transmit<'_>, BATCH> = answers.iter().filter_map(message).collect();
         let gso = answers.first().is_some_and(|answer| answer.gso);
-        for index in self.listeners[listener].send(&messages, gso, tally) {
+        let flow_of = |index: usize| Some(answers[index].id);
+        for index in self.listeners[listener].send(&messages, gso, flow_of, tally) {
             if let Some((_key, flow)) = self.table.get_mut(answers[index].id) {
                 flow.gso_to_client = false;
             }

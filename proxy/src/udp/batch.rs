@@ -53,7 +53,9 @@ impl Routed {
         let bytes = received.payload(self.slot)?;
         let bytes = &bytes[self.start as usize..bytes.len().min(self.end as usize)];
         let control = received.control(self.slot);
-        Some((bytes, Chunk { len: bytes.len(), segment: control.segment, class: control.class }))
+        // A single datagram is no GSO batch, even if it came in one.
+        let segment = control.segment.filter(|segment| bytes.len() > usize::from(*segment));
+        Some((bytes, Chunk { len: bytes.len(), segment, class: control.class }))
     }
 }
 

@@ -69,7 +69,7 @@ impl Capacity {
     ) -> io::Result<Flow> {
         let mut ports = self.shared.ports();
         ports.refresh(now);
-        Flow::open(target, client, &mut ports, &self.budget, now)
+        Flow::open(target, client, (&mut ports, &self.shared.client_addrs), &self.budget, now)
     }
 
     /// The maximum number of flows at `now` for a task that has `own`, at least 1: the requested number, or half of the

@@ -58,6 +58,7 @@ impl UdpRelay {
     fn assign(&mut self, bindings: Vec<Binding>) {
         let now = Instant::now();
         let (mut theirs, mut access) = (HashSet::new(), HashSet::new());
+        let mut proxies = HashMap::new();
         let mut limits = HashMap::new();
         for binding in bindings {
             let (number, new) = (binding.port.number(), binding.target.clone());
@@ -70,13 +71,21 @@ impl UdpRelay {
             } else if old.policy.limits.access != new.policy.limits.access {
                 access.insert(number);
             }
+            if old.policy.limits.proxy_protocol.accept != new.policy.limits.proxy_protocol.accept {
+                proxies.insert(number, old.clone());
+            }
             if old.policy.limits != new.policy.limits {
                 limits.insert(mapping_of(&new), new);
             }
         }
         self.end_flows_of_sources(|listeners, key, source| {
             let number = key.listener as usize;
+            let is_proxy =
+                |target: &Target| target.policy.limits.proxy_protocol.expects_header(key.client.ip());
             theirs.contains(&number)
+                || proxies
+                    .get(&number)
+                    .is_some_and(|old| is_proxy(old) != is_proxy(&listeners[number].target))
                 || access.contains(&number) && !listeners[number].target.policy.would_admit(source)
         });
         self.capacity.asked = self.listeners.most_asked();
@@ -185,5 +194,6 @@ impl UdpRelay {
 /// The options that decide how a flow is opened and what its datagrams look like.
 fn path_of(target: &Target) -> impl PartialEq + use<'_> {
     let Limits { udp_any_port, source, device, proxy_protocol, .. } = &target.policy.limits;
-    (udp_any_port, source, device, proxy_protocol)
+    let header = proxy_protocol.send.map(|_version| proxy_protocol.send_udp);
+    (udp_any_port, source, device, header)
 }

@@ -51,8 +51,7 @@ impl UdpRelay {
         let (mut moved, mut stay) = (HashSet::new(), HashSet::new());
         for _ in 0..self.listeners[index].queue.len() {
             let Some(mut waiting) = self.listeners[index].queue.pop() else { break };
-            let key = waiting.to.map(|client| FlowKey::new(index, client, waiting.source));
-            let id = key.and_then(|key| self.table.find(&key));
+            let id = waiting.flow.filter(|id| self.table.get(*id).is_some());
             let id =
                 id.filter(|id| !stay.contains(id) && (self.give_client_socket(*id) || !stay.insert(*id)));
             let socket = id.and_then(|id| self.table.get_mut(id)?.1.client_socket.as_mut());
@@ -93,10 +92,6 @@ impl UdpRelay {
             return true;
         }
         let key = *key;
-        if key.has_told() {
-            // Queued replies are found by the address of their client, and all clients of a proxy have its address.
-            return false;
-        }
         let is_blocked = flow.blocked.is_some_and(|blocked| self.turn.start() < blocked.until);
         if is_blocked || !self.allows_client_sockets(key.listener as usize) {
             return false;

@@ -18,10 +18,12 @@ use super::local_ports::LocalPorts;
 use super::payload::{Part, Payload};
 use super::proxy_header::{FlowHeader, HeadedBatch, HeaderIn};
 use super::send::{QueueBudget, SendQueue};
-use super::source;
+use super::source::{self, AddrsInUse, TakenAddrs};
+use super::table::FlowId;
 use super::tally::Tally;
 use super::token::Wanted;
 use crate::proxy_protocol::Endpoints;
+use crate::state::task::HeaderState;
 use crate::state::{FlowGuard, Target};
 
 /// The port of a flow that uses none of the local ports.
@@ -64,6 +66,8 @@ pub(super) struct Flow {
     pub(super) told: Option<Box<Endpoints>>,
     /// The header in datagrams to the backend, if it gets one.
     pub(super) header: Option<Box<FlowHeader>>,
+    /// The client's address, if the socket has it.
+    pub(super) client_addrs: Option<Box<TakenAddrs>>,
     /// Datagrams that wait until the socket is writable.
     queue: SendQueue,
     guard: FlowGuard,
@@ -86,16 +90,19 @@ impl Flow {
     pub(super) fn open(
         target: &Arc<Target>,
         client: SocketAddr,
-        ports: &mut LocalPorts,
+        (ports, client_addrs): (&mut LocalPorts, &Arc<AddrsInUse>),
         budget: &Arc<QueueBudget>,
         now: Instant,
     ) -> io::Result<Self> {
         let addr = target.port_mapping.backend.socket_addr();
         let peer = target.policy.limits.udp_any_port.then_some(addr);
-        let (socket, port) = match source::open_as_client(target, client)? {
+        let (socket, port, taken) = match source::open_as_client(target, client, client_addrs)? {
             // The port is one of the client's.
-            Some(socket) => (socket, NO_PORT),
-            None => source::open_as_asked(target, ports, now)?,
+            Some((socket, taken)) => (socket, NO_PORT, taken),
+            None => {
+                let (socket, port) = source::open_as_asked(target, ports, now)?;
+                (socket, port, None)
+            }
         };
         // Both are optional and only improve performance.
         drop(enable_gro(socket.as_fd()));
@@ -103,7 +110,8 @@ impl Flow {
         // Discards datagrams that others sent before the socket was connected, and replies to the previous user of the
         // port: this flow has sent nothing yet.
         discard(socket.as_fd());
-        Ok(Self::adopt(Arc::new(socket.into()), peer, port, target, budget))
+        let flow = Self::adopt(Arc::new(socket.into()), peer, port, target, budget);
+        Ok(Self { client_addrs: taken.map(Box::new), ..flow })
     }
 
     /// Creates a flow from a socket that is connected, or that sends to `peer`, with this local port.
@@ -130,6 +138,7 @@ impl Flow {
             blocked: None,
             told: None,
             header: None,
+            client_addrs: None,
             queue: SendQueue::new(budget.clone()),
             guard: FlowGuard::take(target),
         }
@@ -147,6 +156,12 @@ impl Flow {
     /// The target for which it was opened.
     pub(super) fn target(&self) -> &Arc<Target> {
         self.guard.target()
+    }
+
+    /// Behaves as after the path has refused a GSO batch.
+    #[cfg(test)]
+    pub(super) fn refuse_gso(&mut self) {
+        self.gso_to_backend = false;
     }
 
     /// The number of queued datagrams.
@@ -169,17 +184,41 @@ impl Flow {
         dscp: Option<Dscp>,
         tally: &mut Tally,
     ) -> bool {
+        if self.header.as_deref().is_some_and(FlowHeader::is_awaited) {
+            // An error that a send would meet, and retry, would come too late for what is sent.
+            self.take_error(tally);
+        }
         match self.header.as_deref().map_or(HeaderIn::None, FlowHeader::is_in) {
             HeaderIn::None => self.send_plain(batch, datagrams, dscp, tally),
             HeaderIn::All => self.send_headed(batch, datagrams, headed, dscp, tally),
-            HeaderIn::First => {
-                let Some((first, others)) = datagrams.split_first() else { return false };
-                let (first, rest) = first.split_first(batch);
-                let queues = self.send_headed(batch, &[first], headed, dscp, tally);
-                let queues = rest.is_some_and(|rest| self.send_plain(batch, &[rest], dscp, tally)) || queues;
-                self.send_plain(batch, others, dscp, tally) || queues
+            HeaderIn::First => self.send_first_headed(batch, datagrams, headed, dscp, tally),
+        }
+    }
+
+    /// Sends each of `datagrams` with the header until the kernel takes one, and the others without.
+    fn send_first_headed(
+        &mut self,
+        batch: &RecvBatch,
+        datagrams: &[Routed],
+        headed: &mut HeadedBatch,
+        dscp: Option<Dscp>,
+        tally: &mut Tally,
+    ) -> bool {
+        let (mut rest, mut queues) = (datagrams.iter().copied().collect::<ArrayVec<_, BATCH>>(), false);
+        while let Some(first) = rest.first_mut() {
+            let (one, others) = first.split_first(batch);
+            match others {
+                Some(others) => *first = others,
+                None => drop(rest.remove(0)),
+            }
+            let before = (tally.relayed.datagrams, self.queue.len());
+            queues |= self.send_headed(batch, &[one], headed, dscp, tally);
+            if tally.relayed.datagrams > before.0 || self.queue.len() > before.1 {
+                self.header.iter_mut().for_each(|header| header.set_state(HeaderState::Sent));
+                break;
             }
         }
+        self.send_plain(batch, &rest, dscp, tally) || queues
     }
 
     fn send_plain(
@@ -192,7 +231,7 @@ impl Flow {
         let Self { socket, queue, gso_to_backend, peer, .. } = self;
         let mut payload = Payload::new(dscp);
         let parts = payload.add(batch, datagrams, *gso_to_backend, tally);
-        send(socket.as_fd(), *peer, queue, gso_to_backend, (&payload, &parts), tally)
+        send(socket.as_fd(), (None, *peer), queue, gso_to_backend, (&payload, &parts), tally)
     }
 
     fn send_headed(
@@ -211,9 +250,8 @@ impl Flow {
             rest = &rest[count..];
             let mut payload = Payload::new(dscp);
             let (parts, _chunks) = payload.add_chunks(headed.chunks(), *gso_to_backend, tally);
-            queues |= send(socket.as_fd(), *peer, queue, gso_to_backend, (&payload, &parts), tally);
+            queues |= send(socket.as_fd(), (None, *peer), queue, gso_to_backend, (&payload, &parts), tally);
         }
-        header.set_sent(true);
         queues
     }
 
@@ -223,17 +261,17 @@ impl Flow {
         self.told = told.map(|told| Box::new(*told));
     }
 
-    /// Records that another process has sent the header.
-    pub(super) fn note_sent(&mut self) {
+    /// Records that the backend has replied.
+    pub(super) fn note_answer(&mut self) {
         if let Some(header) = &mut self.header {
-            header.set_sent(true);
+            header.note_answer();
         }
     }
 
-    /// Records that a datagram was refused: the backend may not have got the header.
-    pub(super) fn note_refused(&mut self) {
+    /// Records that a datagram was lost with `error`.
+    pub(super) fn note_lost(&mut self, error: &io::Error) {
         if let Some(header) = &mut self.header {
-            header.set_sent(false);
+            header.note_lost(error);
         }
     }
 
@@ -251,7 +289,8 @@ impl Flow {
         let (socket, queue) = client.parts();
         let mut payload = Payload::new(dscp);
         let parts = payload.add(batch, datagrams, *gso_to_client, tally);
-        send(socket, None, queue, gso_to_client, (&payload, &parts), tally);
+        let flow = datagrams.first().map(|datagram| datagram.id);
+        send(socket, (flow, None), queue, gso_to_client, (&payload, &parts), tally);
     }
 
     /// Sends queued datagrams, as far as the socket accepts them.
@@ -266,8 +305,9 @@ impl Flow {
 
     /// Clears the pending error of the socket, which is that of an earlier datagram, and counts it. A further error
     /// would give the same information.
-    pub(super) fn take_error(&self, tally: &mut Tally) {
+    pub(super) fn take_error(&mut self, tally: &mut Tally) {
         if let Ok(Some(error)) = SockRef::from(&self.socket).take_error() {
+            self.note_lost(&error);
             tally.lose(1, error);
         }
     }
@@ -277,7 +317,7 @@ impl Flow {
 /// recorded in `gso`. Returns `true` if it started to queue datagrams.
 fn send(
     socket: BorrowedFd<'_>,
-    to: Option<SocketAddr>,
+    (flow, to): (Option<FlowId>, Option<SocketAddr>),
     queue: &mut SendQueue,
     gso: &mut bool,
     (payload, parts): (&Payload<'_>, &[Part]),
@@ -286,7 +326,7 @@ fn send(
     let messages: ArrayVec<Transmit<'_>, BATCH> =
         parts.iter().map(|part| part.message(payload, to)).collect();
     let (waited, joined) = (!queue.is_empty(), *gso);
-    *gso &= queue.send(socket, &messages, joined, tally).is_empty();
+    *gso &= queue.send(socket, &messages, joined, |_index| flow, tally).is_empty();
     !waited && !queue.is_empty()
 }
 

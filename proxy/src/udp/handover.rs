@@ -75,7 +75,7 @@ impl UdpRelay {
     }
 
     fn adopt_one(&mut self, flow: LiveFlow, now: Instant) -> io::Result<()> {
-        let LiveFlow { listener, client, local, told, is_established, peer, dropped, socket } = flow;
+        let LiveFlow { listener, client, local, told, header, is_established, peer, dropped, socket } = flow;
         let key = FlowKey::new(listener, client, local);
         let key = told.as_ref().map_or(key, |told| key.told(told, &self.told_hasher));
         let source = told.map_or(client, |told| told.source()).ip();
@@ -104,8 +104,11 @@ impl UdpRelay {
         let port = local.filter(|local| !is_clients(local)).map_or(0, |local| local.port());
         let mut flow = Flow::adopt(socket, peer, port, &target, &self.capacity.budget);
         flow.dropped = dropped;
+        if let Some(local) = local.filter(is_clients) {
+            flow.client_addrs = self.capacity.shared.client_addrs.take(&target, local).map(Box::new);
+        }
         flow.speak_for(&key, told.as_ref());
-        flow.note_sent();
+        flow.header.iter_mut().for_each(|it| it.set_state(header));
         let bounds = self.capacity.bounds(mapping_of(&target), &target.policy.limits, self.table.len(), now);
         self.make_room(&bounds, source);
         let id = self.table.next_id();
@@ -129,7 +132,8 @@ impl UdpRelay {
         let FlowKey { listener, client, local, .. } = *key;
         let (listener, peer, dropped) = (listener as usize, flow.peer, flow.dropped);
         let (told, socket) = (flow.told.as_deref().copied(), flow.socket());
-        Some(LiveFlow { listener, client, local, told, is_established, peer, dropped, socket })
+        let header = flow.header.as_ref().map(|header| header.state()).unwrap_or_default();
+        Some(LiveFlow { listener, client, local, told, header, is_established, peer, dropped, socket })
     }
 
     /// Removes a flow whose socket stays open elsewhere.

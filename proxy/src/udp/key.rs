@@ -32,11 +32,6 @@ impl FlowKey {
     pub(super) fn told(self, endpoints: &Endpoints, hasher: &RandomState) -> Self {
         Self { told: hasher.hash_one(endpoints).max(1), ..self }
     }
-
-    /// Whether a proxy speaks for the client.
-    pub(super) fn has_told(&self) -> bool {
-        self.told != 0
-    }
 }
 
 /// Removes the interface. Replies follow the routing table, not the path of the request; only a link-local address

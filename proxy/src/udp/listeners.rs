@@ -81,9 +81,10 @@ impl Listener {
         &mut self,
         messages: &[Transmit<'_>],
         gso: bool,
+        flow_of: impl Fn(usize) -> Option<FlowId>,
         tally: &mut Tally,
     ) -> ArrayVec<usize, BATCH> {
-        self.queue.send(self.port.as_fd(), messages, gso, tally)
+        self.queue.send(self.port.as_fd(), messages, gso, flow_of, tally)
     }
 
     /// Sends queued replies, as far as the socket accepts them. Returns whether the queue is empty.

@@ -1,5 +1,6 @@
 //! The headers of the PROXY protocol in datagrams: those for a backend, and those of proxies in front.
 
+use std::io;
 use std::net::SocketAddr;
 use std::ops::Range;
 
@@ -17,14 +18,14 @@ use crate::log::limit::LogLimit;
 use crate::proxy_protocol::{Endpoints, HeaderError};
 use crate::state::Target;
 use crate::state::stats::FailureKind;
+use crate::state::task::HeaderState;
 
 /// The header in the datagrams of a flow to its backend.
 #[derive(Debug)]
 pub(super) struct FlowHeader {
     bytes: Box<[u8]>,
     datagrams: ProxyDatagrams,
-    /// Whether the backend has got a datagram with it, as far as is known.
-    was_sent: bool,
+    state: HeaderState,
 }
 
 impl FlowHeader {
@@ -36,16 +37,21 @@ impl FlowHeader {
         let endpoints = told.copied().unwrap_or_else(|| endpoints(key.client, key.local, target));
         // Version 1 has no datagrams.
         let bytes = endpoints.header(ProxyVersion::V2, Protocol::Udp).into();
-        Some(Box::new(Self { bytes, datagrams: options.send_udp, was_sent: false }))
+        Some(Box::new(Self { bytes, datagrams: options.send_udp, state: HeaderState::Unsent }))
     }
 
-    /// How many of the next datagrams begin with it.
+    /// Which of the next datagrams begin with it.
     pub(super) fn is_in(&self) -> HeaderIn {
-        match (self.datagrams, self.was_sent) {
+        match (self.datagrams, self.state) {
             (ProxyDatagrams::Each, _) => HeaderIn::All,
-            (ProxyDatagrams::First, false) => HeaderIn::First,
-            (ProxyDatagrams::First, true) => HeaderIn::None,
+            (ProxyDatagrams::First, HeaderState::Unsent) => HeaderIn::First,
+            (ProxyDatagrams::First, _) => HeaderIn::None,
         }
+    }
+
+    /// Whether an error of the socket, which has not been read yet, may tell that the header was lost.
+    pub(super) fn is_awaited(&self) -> bool {
+        self.datagrams == ProxyDatagrams::First && self.state != HeaderState::Unsent
     }
 
     /// The bytes of the header.
@@ -53,10 +59,28 @@ impl FlowHeader {
         &self.bytes
     }
 
-    /// Records whether the backend has it. It has not if a datagram was refused: the one that listens there next has got
-    /// none yet.
-    pub(super) fn set_sent(&mut self, was_sent: bool) {
-        self.was_sent = was_sent;
+    /// What is known of the backend's having got it.
+    pub(super) fn state(&self) -> HeaderState {
+        self.state
+    }
+
+    pub(super) fn set_state(&mut self, state: HeaderState) {
+        self.state = state;
+    }
+
+    /// Records that the backend has replied.
+    pub(super) fn note_answer(&mut self) {
+        if self.state == HeaderState::Sent {
+            self.state = HeaderState::Answered;
+        }
+    }
+
+    /// Records that a datagram was lost with `error`. Before the first reply, it may be the one with the header. After
+    /// that, only a refusal matters: whoever listens there next has not got it.
+    pub(super) fn note_lost(&mut self, error: &io::Error) {
+        if self.state == HeaderState::Sent || error.kind() == io::ErrorKind::ConnectionRefused {
+            self.state = HeaderState::Unsent;
+        }
     }
 }
 
@@ -191,6 +215,7 @@ mod tests {
     use std::net::UdpSocket;
     use std::os::fd::AsFd;
 
+    use nix::libc;
     use rproxy_sys::udp::enable_gro;
     use socket2::SockRef;
 
@@ -267,15 +292,24 @@ mod tests {
 
     #[test]
     fn the_first_datagram_has_the_header_until_the_backend_has_it() {
-        let header = |datagrams| FlowHeader { bytes: HEADER.into(), datagrams, was_sent: false };
+        let header = |datagrams| FlowHeader { bytes: HEADER.into(), datagrams, state: HeaderState::Unsent };
+        let [too_large, refused] = [libc::EMSGSIZE, libc::ECONNREFUSED].map(io::Error::from_raw_os_error);
         let mut first = header(ProxyDatagrams::First);
         assert_eq!(first.is_in(), HeaderIn::First);
-        first.set_sent(true);
+        first.set_state(HeaderState::Sent);
         assert_eq!(first.is_in(), HeaderIn::None);
-        first.set_sent(false);
-        assert_eq!(first.is_in(), HeaderIn::First);
+        first.note_lost(&too_large);
+        assert_eq!(first.is_in(), HeaderIn::First, "it may be the one with the header");
+        first.note_answer();
+        assert_eq!(first.is_in(), HeaderIn::First, "a reply of before");
+        first.set_state(HeaderState::Sent);
+        first.note_answer();
+        first.note_lost(&too_large);
+        assert_eq!(first.is_in(), HeaderIn::None, "the backend has it");
+        first.note_lost(&refused);
+        assert_eq!(first.is_in(), HeaderIn::First, "there will be another backend");
         let mut each = header(ProxyDatagrams::Each);
-        each.set_sent(true);
+        each.set_state(HeaderState::Answered);
         assert_eq!(each.is_in(), HeaderIn::All);
     }
 }

@@ -1,6 +1,7 @@
 //! Forwards datagrams from clients to backends.
 
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
@@ -83,14 +84,14 @@ impl UdpRelay {
         count: usize,
     ) {
         let target = self.listeners[listener].target.clone();
-        let mut route = Route { previous: None };
+        let mut route = Route::default();
         for slot in 0..count {
             let Some(client) = batch.received.sender(slot) else { continue };
             let key = FlowKey::new(listener, client, batch.received.control(slot).local.or(local));
-            if target.policy.limits.proxy_protocol.expects_header(client.ip()) {
+            if route.is_proxy(client.ip(), &target) {
                 self.route_behind_headers(&mut route, &target, key, slot, batch);
             } else if let Some(id) = self.flow_of(&mut route, key, None, batch) {
-                batch.slots.push(Routed::whole(id, slot));
+                self.push(listener, Routed::whole(id, slot), batch);
             }
         }
         self.send_to_backend(listener, batch);
@@ -118,10 +119,8 @@ impl UdpRelay {
             match decode_datagram(&payload[start..end]) {
                 Ok(header) => {
                     if let Some(id) = self.flow_of(route, key, header.endpoints.as_ref(), batch) {
-                        if batch.slots.len() == BATCH {
-                            self.send_to_backend(key.listener as usize, batch);
-                        }
-                        batch.slots.push(Routed::part(id, slot, start + header.len..end));
+                        let part = Routed::part(id, slot, start + header.len..end);
+                        self.push(key.listener as usize, part, batch);
                     }
                 }
                 Err(error) => proxy_header::refuse(key.client, target, &error),
@@ -131,6 +130,14 @@ impl UdpRelay {
                 return;
             }
         }
+    }
+
+    /// Appends a datagram to those to be sent. Sends the others if there are as many as fit.
+    fn push(&mut self, listener: usize, routed: Routed, batch: &mut Batch) {
+        if batch.slots.len() >= BATCH {
+            self.send_to_backend(listener, batch);
+        }
+        batch.slots.push(routed);
     }
 
     /// The flow of a client, for whom a proxy may speak. May send what is in the slots before.
@@ -166,13 +173,13 @@ impl UdpRelay {
         let Batch { received, slots, headed } = batch;
         for datagrams in slots.chunk_by(|a, b| a.id == b.id) {
             let id = datagrams[0].id;
-            let Some((_key, flow)) = self.table.get_mut(id) else { continue };
-            let refused = tally.refused();
+            let Some((_key, flow)) = self.table.get_mut(id) else {
+                // It ended with those that were sent before.
+                tally.discard(datagrams.len() as u64);
+                continue;
+            };
             if flow.send(received, datagrams, headed, dscp, &mut tally) {
                 interest(self.poll.epoll(), flow.as_fd(), Token::Flow(id), flow.wanted());
-            }
-            if tally.refused() > refused {
-                flow.note_refused();
             }
             if tally.has_lost_peer() {
                 // The remaining flows of the batch are checked when their next datagram fails.
@@ -272,9 +279,27 @@ impl UdpRelay {
     }
 }
 
-/// The flow of the datagram before: the next one often belongs to it, too.
+/// What was found out for the datagram before: it often holds for the next one, too.
+#[derive(Default)]
 struct Route {
+    /// Its flow.
     previous: Option<(FlowKey, FlowId)>,
+    /// Its sender, and whether that is a proxy.
+    peer: Option<(IpAddr, bool)>,
+}
+
+impl Route {
+    /// Whether the datagrams of `peer` begin with a header.
+    fn is_proxy(&mut self, peer: IpAddr, target: &Target) -> bool {
+        match self.peer {
+            Some((same, is_proxy)) if same == peer => is_proxy,
+            _ => {
+                let is_proxy = target.policy.limits.proxy_protocol.expects_header(peer);
+                self.peer = Some((peer, is_proxy));
+                is_proxy
+            }
+        }
+    }
 }
 
 /// Logs that a datagram was dropped because no client can have sent it.

@@ -12,6 +12,7 @@ use arrayvec::ArrayVec;
 use nix::libc;
 use rproxy_sys::udp::{BATCH, GSO_BYTES, GSO_SEGMENTS, LocalAddr, Transmit, send_batch};
 
+use super::table::FlowId;
 use super::tally::{Amount, Tally};
 
 /// Number of retries for a message that failed with the error of an earlier one. Each attempt clears one error of the
@@ -239,6 +240,8 @@ impl Drop for SendQueue {
 /// A queued datagram.
 #[derive(Debug)]
 pub(super) struct Waiting {
+    /// The flow of a reply. Several may have the same client, for whom a proxy speaks.
+    pub(super) flow: Option<FlowId>,
     pub(super) to: Option<SocketAddr>,
     pub(super) source: Option<LocalAddr>,
     class: u8,
@@ -249,7 +252,13 @@ impl Waiting {
     /// A datagram for a client, as a test queues it.
     #[cfg(test)]
     pub(super) fn of(bytes: &[u8], to: Option<SocketAddr>) -> Self {
-        Self { to, source: None, class: 0, bytes: bytes.into() }
+        Self { flow: None, to, source: None, class: 0, bytes: bytes.into() }
+    }
+
+    /// The same, of a flow.
+    #[cfg(test)]
+    pub(super) fn of_flow(self, flow: Option<FlowId>) -> Self {
+        Self { flow, ..self }
     }
 
     fn cost(&self) -> usize {
@@ -268,7 +277,8 @@ impl SendQueue {
         self.waiting.is_empty()
     }
 
-    /// Sends `messages` in order, after those already queued, and queues those that do not fit the socket. Subtracts
+    /// Sends `messages` in order, after those already queued, and queues those that do not fit the socket, as datagrams of
+    /// the flow that `flow_of` returns for the index of a message. Subtracts
     /// those that are not sent from what `tally` counts as relayed. `gso` says whether the path is believed to accept
     /// GSO batches. Returns the indexes of those that it refused.
     pub(super) fn send(
@@ -276,6 +286,7 @@ impl SendQueue {
         socket: BorrowedFd<'_>,
         messages: &[Transmit<'_>],
         gso: bool,
+        flow_of: impl Fn(usize) -> Option<FlowId>,
         tally: &mut Tally,
     ) -> ArrayVec<usize, BATCH> {
         let Progress { messages: through, datagrams, refused } = if self.waiting.is_empty() {
@@ -284,14 +295,14 @@ impl SendQueue {
             Progress::default()
         };
         let mut through_of_first = datagrams;
-        for message in &messages[through..] {
-            self.keep(message, mem::take(&mut through_of_first), tally);
+        for (index, message) in messages.iter().enumerate().skip(through) {
+            self.keep((flow_of(index), message), mem::take(&mut through_of_first), tally);
         }
         refused
     }
 
     /// Queues the datagrams of `message` after the first `through`, as far as the budget allows.
-    fn keep(&mut self, message: &Transmit<'_>, through: usize, tally: &mut Tally) {
+    fn keep(&mut self, (flow, message): (Option<FlowId>, &Transmit<'_>), through: usize, tally: &mut Tally) {
         for bytes in datagrams(message).skip(through) {
             tally.relayed -= Amount { datagrams: 1, bytes: bytes.len() as u64 };
             let cost = bytes.len() + OVERHEAD;
@@ -301,7 +312,7 @@ impl SendQueue {
             }
             self.bytes += cost;
             let Transmit { to, source, class, .. } = *message;
-            self.waiting.push_back(Waiting { to, source, class, bytes: bytes.into() });
+            self.waiting.push_back(Waiting { flow, to, source, class, bytes: bytes.into() });
         }
     }
 
@@ -516,7 +527,7 @@ mod tests {
         let gso_batch = transmit(&payload, Some(1));
         let mut queue = SendQueue::new(Arc::default());
         let mut tally = relayed(&[gso_batch]);
-        let refused = queue.send(a.as_fd(), &[gso_batch], false, &mut tally);
+        let refused = queue.send(a.as_fd(), &[gso_batch], false, |_index| None, &mut tally);
         assert!(refused.is_empty(), "nobody tried");
         assert!((1..usize::from(DATAGRAMS)).contains(&queue.len()), "{} wait", queue.len());
         assert_eq!(tally.relayed.datagrams, u64::from(DATAGRAMS) - queue.len() as u64);
@@ -541,7 +552,7 @@ mod tests {
         let mut tally = Tally::default();
         for _ in 0..=kept {
             tally.relayed += amount_of(&transmit(&payload, None));
-            queue.keep(&transmit(&payload, None), 0, &mut tally);
+            queue.keep((None, &transmit(&payload, None)), 0, &mut tally);
         }
         assert_eq!(queue.len(), kept);
         let mut wanted = Tally::default();
@@ -559,7 +570,7 @@ mod tests {
         for _ in 0..100 {
             for queue in &mut queues {
                 tally.relayed += amount_of(&transmit(&payload, None));
-                queue.keep(&transmit(&payload, None), 0, &mut tally);
+                queue.keep((None, &transmit(&payload, None)), 0, &mut tally);
             }
         }
         let kept: Vec<usize> = queues.iter().map(SendQueue::len).collect();
@@ -581,7 +592,7 @@ mod tests {
         for size in 1..=3 {
             let payload = [IoSlice::new(&bytes[..size])];
             tally.relayed += amount_of(&transmit(&payload, None));
-            queues[0].keep(&transmit(&payload, None), 0, &mut tally);
+            queues[0].keep((None, &transmit(&payload, None)), 0, &mut tally);
         }
         let taken = budget.all.0.load(Ordering::Relaxed);
         assert!(!budget.is_unused());
@@ -610,7 +621,7 @@ mod tests {
             for size in &sizes {
                 let payload = [IoSlice::new(&bytes[..*size])];
                 tally.relayed += amount_of(&transmit(&payload, None));
-                queue.keep(&transmit(&payload, None), 0, &mut tally);
+                queue.keep((None, &transmit(&payload, None)), 0, &mut tally);
             }
             prop_assert_eq!(tally.relayed, Amount::default());
             prop_assert!(queue.flush(a.as_fd(), &mut tally));

@@ -6,12 +6,15 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::local_ports::LocalPorts;
 use super::origin::OwnPorts;
 use super::send::BudgetUse;
+use super::source::AddrsInUse;
 
 /// The resources that the UDP tasks of a process share.
 #[derive(Debug)]
 pub(crate) struct Shared {
     ports: Mutex<LocalPorts>,
     own_ports: Mutex<OwnPorts>,
+    /// The addresses of clients that flows use.
+    pub(super) client_addrs: Arc<AddrsInUse>,
     /// The flows of all tasks.
     flows: AtomicUsize,
     /// The client sockets of all tasks.
@@ -35,6 +38,7 @@ impl Shared {
         Self {
             ports: Mutex::new(LocalPorts::of_this_host()),
             own_ports: Mutex::default(),
+            client_addrs: Arc::default(),
             flows: AtomicUsize::new(0),
             client_sockets: AtomicUsize::new(0),
             to_backends: Arc::default(),

@@ -1,7 +1,9 @@
 //! Opens the sockets of flows: where they come from.
 
+use std::collections::HashSet;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use rproxy_mapping::addr::{canonical, wildcard_of};
@@ -18,6 +20,41 @@ use crate::state::stats::FailureKind;
 
 /// Number of local ports to try for a flow.
 const PORT_TRIES: usize = 32;
+
+/// The addresses of clients that flows use, each with that of the backend. The kernel lets two sockets have both the same,
+/// and one would get the replies to the other.
+#[derive(Debug, Default)]
+pub(super) struct AddrsInUse(Mutex<HashSet<(SocketAddr, SocketAddr)>>);
+
+/// An address in use by one flow, until this is dropped.
+#[derive(Debug)]
+pub(super) struct TakenAddrs {
+    all: Arc<AddrsInUse>,
+    addrs: (SocketAddr, SocketAddr),
+}
+
+impl AddrsInUse {
+    /// Takes the address of `client` towards the backend of `target`, unless a flow has it.
+    pub(super) fn take(self: &Arc<Self>, target: &Target, client: SocketAddr) -> Option<TakenAddrs> {
+        let mut backend = target.port_mapping.backend.socket_addr();
+        if target.policy.limits.udp_any_port {
+            // The socket is not connected, and gets what no other one does.
+            backend = SocketAddr::new(wildcard_of(backend.ip()), 0);
+        }
+        let addrs = (client, backend);
+        self.addrs().insert(addrs).then(|| TakenAddrs { all: self.clone(), addrs })
+    }
+
+    fn addrs(&self) -> MutexGuard<'_, HashSet<(SocketAddr, SocketAddr)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for TakenAddrs {
+    fn drop(&mut self) {
+        self.all.addrs().remove(&self.addrs);
+    }
+}
 
 /// Opens a socket on one of `ports`, and connects it to the backend of `target` unless replies from any port of the
 /// backend are accepted. Returns it and its port.
@@ -52,21 +89,22 @@ pub(super) fn open_as_asked(
 ///
 /// # Errors
 /// [`SourceError::Client`] if it must not come from the host, and the errors of socket(2).
-pub(super) fn open_as_client(target: &Target, client: SocketAddr) -> io::Result<Option<Socket>> {
+pub(super) fn open_as_client(
+    target: &Target,
+    client: SocketAddr,
+    in_use: &Arc<AddrsInUse>,
+) -> io::Result<Option<(Socket, Option<TakenAddrs>)>> {
     let source = target.policy.limits.source;
     if !source.is_client() {
         return Ok(None);
     }
     let client = canonical(client);
     let opened = match answers_come_back(client, target.port_mapping.backend.socket_addr()) {
-        Ok(()) => begin(target, client).or_else(|error| {
-            debug!(%client, %error, "another port of the client's address");
-            begin(target, SocketAddr::new(client.ip(), 0))
-        }),
+        Ok(()) => open_from(target, client, in_use),
         Err(reason) => Err(reason),
     };
     match opened {
-        Ok(socket) => Ok(Some(socket)),
+        Ok(opened) => Ok(Some(opened)),
         Err(reason) if source == Source::ClientOnly => {
             target.policy.state.stats.count(FailureKind::SourceUnavailable);
             Err(SourceError::Client { client, reason }.into())
@@ -78,9 +116,25 @@ pub(super) fn open_as_client(target: &Target, client: SocketAddr) -> io::Result<
     }
 }
 
+/// Opens a socket with the address and port of `client`; or, if these are in use towards the backend, with another port.
+fn open_from(
+    target: &Target,
+    client: SocketAddr,
+    in_use: &Arc<AddrsInUse>,
+) -> Result<(Socket, Option<TakenAddrs>), NotAsClient> {
+    if let Some(taken) = in_use.take(target, client) {
+        match begin(target, client) {
+            Ok(socket) => return Ok((socket, Some(taken))),
+            Err(error) => debug!(%client, %error, "another port of the client's address"),
+        }
+    }
+    begin(target, SocketAddr::new(client.ip(), 0)).map(|socket| (socket, None))
+}
+
 fn begin(target: &Target, client: SocketAddr) -> Result<Socket, NotAsClient> {
     let socket = open(target).map_err(NotAsClient::Kernel)?;
-    socket.set_reuse_address(true).map_err(NotAsClient::Kernel)?;
+    // A port that the kernel chooses is nobody else's.
+    socket.set_reuse_address(client.port() != 0).map_err(NotAsClient::Kernel)?;
     bind_as_client(&socket, client)?;
     connect(&socket, target).map_err(NotAsClient::Kernel)?;
     Ok(socket)

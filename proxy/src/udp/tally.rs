@@ -88,11 +88,6 @@ impl Tally {
         self.too_large += 1;
     }
 
-    /// The number of datagrams that the network refused.
-    pub(super) fn refused(&self) -> u64 {
-        self.refused
-    }
-
     /// Whether the recorded error is this one.
     pub(super) fn met(&self, errno: i32) -> bool {
         self.error.as_ref().is_some_and(|error| error.raw_os_error() == Some(errno))

@@ -34,7 +34,7 @@ use serde::{Deserialize, Serialize};
 pub use self::launcher::Launcher;
 pub use self::new::{OldProcess, Sockets, claim, take_over};
 pub use self::old::Upgrade;
-use crate::state::task::PortTurn;
+use crate::state::task::{HeaderState, PortTurn};
 use rproxy_mapping::escape::escaped;
 use rproxy_mapping::wire::{WireLimits, WireMapping};
 
@@ -104,6 +104,9 @@ struct OfferedFlow {
     /// Whom a proxy in front has told its client is, and whom that asked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     told: Option<(SocketAddr, SocketAddr)>,
+    /// Whether the backend has got the header of its client.
+    #[serde(default)]
+    header: HeaderState,
     established: bool,
     /// Where its datagrams are sent, if its socket is not connected.
     #[serde(default, skip_serializing_if = "Option::is_none")]

@@ -246,10 +246,10 @@ fn live_flow(
     let listener = listener.ok_or_else(|| refuse("a flow without a UDP socket"))?;
     refuse_others_than_flows(&socket, offered.peer.is_none())
         .map_err(|error| refuse(format!("the flow of {}: {error}", offered.client)))?;
-    let OfferedFlow { client, established: is_established, peer, dropped, .. } = *offered;
+    let OfferedFlow { client, header, established: is_established, peer, dropped, .. } = *offered;
     let (local, socket) = (offered.local(), Arc::new(socket));
     let told = offered.told.map(|(source, destination)| Endpoints::new(source, destination));
-    Ok(LiveFlow { listener, client, local, told, is_established, peer, dropped, socket })
+    Ok(LiveFlow { listener, client, local, told, header, is_established, peer, dropped, socket })
 }
 
 /// Refuses anything but a non-blocking UDP socket, connected if `is_connected`.
@@ -276,6 +276,7 @@ mod tests {
     use rproxy_mapping::wire::WireMapping;
 
     use super::*;
+    use crate::state::task::HeaderState;
 
     fn mapping(json: &str) -> Mapping {
         serde_json::from_str::<WireMapping>(json).unwrap().read(&NoInterfaces, ScopedIp::ANY).unwrap()
@@ -337,12 +338,15 @@ mod tests {
         for (established, peer, told) in [(true, None, Some(ends)), (false, Some(addr("192.0.2.2:9")), None)]
         {
             let client = "192.0.2.1:5".parse().unwrap();
+            let header = if established { HeaderState::Answered } else { HeaderState::Unsent };
             let local = Some(("fe80::1".parse().unwrap(), 3));
-            let offered = OfferedFlow { socket: 1, client, local, told, established, peer, dropped: 11 };
+            let offered =
+                OfferedFlow { socket: 1, client, local, told, header, established, peer, dropped: 11 };
             let of_socket = || socket.try_clone().unwrap().into();
             let flow = live_flow(&offered, of_socket(), &[None, Some(7)]).unwrap();
             assert_eq!((flow.listener, flow.client, flow.local), (7, client, offered.local()));
             assert_eq!((flow.is_established, flow.peer, flow.dropped), (established, peer, 11));
+            assert_eq!(flow.header, header);
             assert_eq!(flow.told, told.map(|(source, destination)| Endpoints::new(source, destination)));
             // What is offered at that place is no UDP socket.
             live_flow(&offered, of_socket(), &[Some(7), None]).unwrap_err();

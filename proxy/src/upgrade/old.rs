@@ -255,12 +255,21 @@ fn shims_in_order<'a>(plane: &'a Plane, server: &Server) -> Vec<BorrowedFd<'a>> 
 
 /// Converts a flow for the offer. `numbers` maps numbers of listeners to indices of offered sockets.
 fn offered<'a>(flow: &'a LiveFlow, numbers: &HashMap<usize, usize>) -> Option<(OfferedFlow, BorrowedFd<'a>)> {
-    let LiveFlow { listener, client, local, told, is_established, peer, dropped, socket } = flow;
+    let LiveFlow { listener, client, local, told, header, is_established, peer, dropped, socket } = flow;
     let local = local.map(|local| (local.ip, local.interface));
     let socket_number = *numbers.get(listener)?;
     let (client, established, peer, dropped) = (*client, *is_established, *peer, *dropped);
     let told = told.map(|told| (told.source(), told.destination()));
-    let offered = OfferedFlow { socket: socket_number, client, local, told, established, peer, dropped };
+    let offered = OfferedFlow {
+        socket: socket_number,
+        client,
+        local,
+        told,
+        header: *header,
+        established,
+        peer,
+        dropped,
+    };
     Some((offered, socket.as_fd()))
 }
 
@@ -307,6 +316,7 @@ mod tests {
 
     use super::*;
     use crate::proxy_protocol::Endpoints;
+    use crate::state::task::HeaderState;
 
     #[test]
     fn a_flow_is_offered_as_it_is() {
@@ -318,6 +328,7 @@ mod tests {
                 client: "192.0.2.1:5".parse().unwrap(),
                 local: Some(LocalAddr { ip: "fe80::1".parse().unwrap(), interface: 3 }),
                 told: Some(Endpoints::new(addr("198.51.100.1:5"), addr("198.51.100.2:53"))),
+                header: HeaderState::Answered,
                 is_established,
                 peer: Some("192.0.2.2:9".parse().unwrap()),
                 dropped: 11,
@@ -327,7 +338,7 @@ mod tests {
             assert_eq!((offered.socket, offered.client), (2, flow.client));
             assert_eq!((offered.local(), offered.peer), (flow.local, flow.peer));
             let ends = (addr("198.51.100.1:5"), addr("198.51.100.2:53"));
-            assert_eq!(offered.told, Some(ends));
+            assert_eq!((offered.told, offered.header), (Some(ends), HeaderState::Answered));
             assert_eq!((offered.established, offered.dropped), (is_established, 11));
         }
     }

@@ -21,7 +21,7 @@ use crate::runtime::new_runtime;
 use crate::runtime::poll::{PollSet, WatchedListener};
 use crate::runtime::worker::Workers;
 use crate::state::stats::{FailureKind, Stats};
-use crate::state::task::{Command, Detached, FlowCommand, LiveFlow, LiveFlows};
+use crate::state::task::{Command, Detached, FlowCommand, HeaderState, LiveFlow, LiveFlows};
 use crate::state::{Binding, MappingPolicy, Target};
 use crate::udp::table::{FlowId, Side};
 use crate::udp::tally::Towards;
@@ -347,6 +347,7 @@ fn flows_are_taken_over_as_they_are() {
             client,
             local: None,
             told: None,
+            header: HeaderState::default(),
             is_established,
             peer: None,
             dropped: 3,
@@ -382,6 +383,7 @@ fn a_flow_that_leads_elsewhere_is_not_taken_over() {
         client: client_addr,
         local: None,
         told: None,
+        header: HeaderState::default(),
         is_established: true,
         peer: None,
         dropped: 0,

@@ -89,9 +89,9 @@ impl Scene {
 
     /// Queues a reply to `client` at the listener, as if that was full.
     fn queue(&mut self, client: &UdpSocket, bytes: &[u8]) {
-        let to = Some(address(client));
-        self.listener().queue.push(Waiting::of(bytes, to));
-        if let Some(id) = self.flow(client) {
+        let (to, flow) = (Some(address(client)), self.flow(client));
+        self.listener().queue.push(Waiting::of(bytes, to).of_flow(flow));
+        if let Some(id) = flow {
             self.flow_of(id).has_queued = true;
         }
         self.watch();
@@ -103,7 +103,7 @@ impl Scene {
         let flow = self.flow_of(id);
         flow.is_waiting = true;
         let client = flow.client_socket.as_mut().unwrap();
-        client.queue.push(Waiting::of(bytes, None));
+        client.queue.push(Waiting::of(bytes, None).of_flow(Some(id)));
         client.full_at = Some(now);
         let (_key, flow) = self.relay.table.get(id).unwrap();
         let client = flow.client_socket.as_ref().unwrap();

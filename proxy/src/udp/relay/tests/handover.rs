@@ -15,6 +15,7 @@ fn live(scene: &Scene, client: &UdpSocket) -> (LiveFlow, SocketAddr) {
         client,
         local: None,
         told: None,
+        header: HeaderState::default(),
         is_established: true,
         peer: None,
         dropped: 0,

@@ -2,9 +2,11 @@
 
 use rproxy_mapping::access::AccessList;
 use rproxy_mapping::proxy_protocol::{ProxyDatagrams, ProxyProtocol, ProxyVersion};
+use rproxy_sys::udp::{BATCH, Transmit, send};
 
 use super::*;
 use crate::proxy_protocol::{Endpoints, decode_datagram};
+use crate::udp::send::Waiting;
 
 fn sends(send_udp: ProxyDatagrams) -> Limits {
     let proxy_protocol = ProxyProtocol { send: Some(ProxyVersion::V2), send_udp, ..ProxyProtocol::default() };
@@ -23,6 +25,13 @@ fn told(source: &str) -> Endpoints {
 /// A datagram of a proxy that speaks for a client at `source`.
 fn behind_header(source: &str, payload: &[u8]) -> Vec<u8> {
     [&told(source).header(ProxyVersion::V2, Protocol::Udp), payload].concat()
+}
+
+/// Sends datagrams of `size` bytes as one GSO batch.
+fn send_as_one(socket: &UdpSocket, datagrams: &[u8], size: usize) {
+    let (payload, segment) = ([io::IoSlice::new(datagrams)], u16::try_from(size).ok());
+    let batch = Transmit { payload: &payload, to: None, source: None, segment, class: 0 };
+    send(socket.as_fd(), &batch).unwrap();
 }
 
 /// What the backend has received, without the header, and whom that speaks for.
@@ -80,15 +89,7 @@ fn a_gso_batch_has_a_header_in_each_datagram() {
         let client = scene.client();
         let datagrams: Vec<Vec<u8>> = (0..50).map(|byte| vec![byte; 1300]).collect();
         let whole = datagrams.concat();
-        let payload = [io::IoSlice::new(&whole)];
-        let batch = rproxy_sys::udp::Transmit {
-            payload: &payload,
-            to: None,
-            source: None,
-            segment: Some(1300),
-            class: 0,
-        };
-        rproxy_sys::udp::send(client.as_fd(), &batch).unwrap();
+        send_as_one(&client, &whole, 1300);
         for (index, datagram) in datagrams.iter().enumerate() {
             let (received, _flow) = scene.at_backend();
             if index == 0 || send_udp == ProxyDatagrams::Each {
@@ -144,16 +145,7 @@ fn datagrams_for_several_clients_in_one_gso_batch_are_taken_apart() {
     let proxy = scene.client();
     let clients: Vec<String> = (0..40).map(|number| format!("192.0.2.{}:7", 10 + number % 4)).collect();
     let whole: Vec<u8> = clients.iter().flat_map(|client| behind_header(client, client.as_bytes())).collect();
-    let size = u16::try_from(whole.len() / clients.len()).unwrap();
-    let payload = [io::IoSlice::new(&whole)];
-    let batch = rproxy_sys::udp::Transmit {
-        payload: &payload,
-        to: None,
-        source: None,
-        segment: Some(size),
-        class: 0,
-    };
-    rproxy_sys::udp::send(proxy.as_fd(), &batch).unwrap();
+    send_as_one(&proxy, &whole, whole.len() / clients.len());
     let mut received: Vec<_> = clients.iter().map(|_client| scene.at_backend().0).collect();
     received.sort();
     let mut wanted: Vec<_> = clients.iter().map(|client| client.as_bytes().to_vec()).collect();
@@ -251,4 +243,101 @@ fn flows_end_when_headers_are_sent_or_expected_from_now_on() {
     client.send(b"with a header").unwrap();
     let ends = Endpoints::new(address(&client), scene.front);
     assert_eq!(without_header(&scene.at_backend().0), (Some(ends), &b"with a header"[..]));
+}
+
+#[test]
+fn datagrams_of_proxies_and_others_come_in_any_mix() {
+    let accept = vec![parse_network("127.0.0.1").unwrap()];
+    let proxy_protocol = ProxyProtocol { accept, ..ProxyProtocol::default() };
+    let mut scene = Scene::new(Limits { proxy_protocol, ..Limits::default() });
+    SockRef::from(&scene.backend).set_recv_buffer_size(4 << 20).unwrap();
+    let direct = UdpSocket::bind("127.0.0.2:0").unwrap();
+    direct.connect(scene.front).unwrap();
+    let proxy = scene.client();
+    let one = behind_header("192.0.2.1:7", b"proxied");
+    // Each of the direct client's comes when a batch is full.
+    for _ in 0..3 {
+        (0..4).for_each(|_| send_as_one(&proxy, &one.repeat(BATCH / 4), one.len()));
+        direct.send(b"direct").unwrap();
+    }
+    let received: Vec<_> = (0..3 * (BATCH + 1)).map(|_| scene.at_backend().0).collect();
+    let count = |of: &[u8]| received.iter().filter(|bytes| **bytes == of).count();
+    assert_eq!((count(b"proxied"), count(b"direct")), (3 * BATCH, 3));
+}
+
+#[test]
+fn empty_datagrams_behind_headers_arrive_where_gso_does_not_work() {
+    let mut scene = Scene::new(accepts());
+    let proxy = scene.client();
+    let one = behind_header("192.0.2.1:7", b"");
+    proxy.send(&one).unwrap();
+    assert_eq!(scene.at_backend().0, b"");
+    let id = scene.relay.table.iter().next().unwrap().0;
+    scene.relay.table.get_mut(id).unwrap().1.refuse_gso();
+    send_as_one(&proxy, &one.repeat(5), one.len());
+    for _ in 0..5 {
+        assert_eq!(scene.at_backend().0, b"");
+    }
+    assert_eq!(scene.stats().datagrams_in.get(), 6);
+}
+
+#[test]
+fn the_header_is_in_the_first_datagram_that_the_kernel_takes() {
+    let mut scene = Scene::new(sends(ProxyDatagrams::First));
+    let client = scene.client();
+    client.send(&[0; 65_507 - 27]).unwrap();
+    scene.serve_until("it is counted", |scene| scene.failures(FailureKind::TooLarge) == 1);
+    let forged = behind_header("192.0.2.9:7", b"forged");
+    client.send(&forged).unwrap();
+    let ends = Endpoints::new(address(&client), scene.front);
+    assert_eq!(without_header(&scene.at_backend().0), (Some(ends), &forged[..]));
+}
+
+#[test]
+fn flows_stay_when_other_proxies_are_accepted() {
+    let mut scene = Scene::new(accepts());
+    let proxy = scene.client();
+    proxy.send(&behind_header("192.0.2.1:7", b"hello")).unwrap();
+    let flow = scene.at_backend().1;
+    let mut limits = accepts();
+    limits.proxy_protocol.accept.push(parse_network("10.0.0.0/8").unwrap());
+    limits.proxy_protocol.timeout = Duration::from_secs(1);
+    let policy = Arc::new(MappingPolicy { limits, state: scene.target.policy.state.clone() });
+    let target = Arc::new(Target { port_mapping: scene.target.port_mapping, policy });
+    let port = scene.port.clone();
+    scene.serve_port(&port, &target);
+    proxy.send(&behind_header("192.0.2.1:7", b"goes on")).unwrap();
+    assert_eq!(scene.at_backend(), (b"goes on".to_vec(), flow));
+
+    let policy =
+        Arc::new(MappingPolicy { limits: Limits::default(), state: scene.target.policy.state.clone() });
+    let target = Arc::new(Target { port_mapping: scene.target.port_mapping, policy });
+    scene.serve_port(&port, &target);
+    assert_eq!(scene.relay.table.len(), 0, "nobody speaks for others any more");
+}
+
+#[test]
+fn replies_to_clients_of_one_proxy_leave_by_the_sockets_of_their_flows() {
+    let mut scene = Scene::new(accepts());
+    let proxy = scene.client();
+    let flows = ["192.0.2.1:7", "192.0.2.2:7"].map(|client| {
+        proxy.send(&behind_header(client, b"hello")).unwrap();
+        scene.at_backend().1
+    });
+    let ids: Vec<_> = scene.relay.table.iter().map(|(id, _key, _at)| id).collect();
+    let number = scene.port.number();
+    for (id, reply) in ids.iter().zip([b"one", b"two"]) {
+        let waiting = Waiting::of(reply, Some(address(&proxy))).of_flow(Some(*id));
+        scene.relay.listeners[number].queue.push(waiting);
+    }
+    scene.relay.use_client_sockets(number);
+    assert_eq!([scene.at_client(&proxy), scene.at_client(&proxy)], [b"one", b"two"]);
+    for id in ids {
+        assert!(scene.relay.table.get(id).unwrap().1.client_socket.is_some());
+    }
+    // Whichever of them gets what the proxy sends, it goes to the flow of its client.
+    for (client, flow) in ["192.0.2.1:7", "192.0.2.2:7"].iter().zip(flows) {
+        proxy.send(&behind_header(client, b"again")).unwrap();
+        assert_eq!(scene.at_backend(), (b"again".to_vec(), flow));
+    }
 }
