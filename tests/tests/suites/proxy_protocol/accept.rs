@@ -105,6 +105,7 @@ fn of_the_proxy_itself() {
     for header in [
         b"PROXY UNKNOWN\r\n".to_vec(),
         b"PROXY UNKNOWN ffff::1 ffff::2 1 2\r\n".to_vec(),
+        b"PROXY UNKNOWN \xff\0\r\n".to_vec(),
         raw_v2(0x20, 0x00, &[]),
         raw_v2(0x20, 0x11, &V4),
         raw_v2(0x21, 0x00, &[]),
