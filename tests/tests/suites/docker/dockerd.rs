@@ -1,46 +1,25 @@
 //! The real dockerd with `rproxy` as its userland proxy: published ports work as before.
 
 use std::fs;
-use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
-use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
-use std::process::{self, Command};
-use std::sync::atomic::{AtomicU32, Ordering};
-use std::thread;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
+use std::path::Path;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use tempfile::TempDir;
 
 use testkit::backend::TcpBackend;
 use testkit::client;
 use testkit::eventually;
 use testkit::holdings::private_memory;
 use testkit::load;
-use testkit::netns::Namespace;
-use testkit::process::{Output, Process, Stream, run};
+use testkit::process::{Stream, run};
 use testkit::require::{self, Need};
 use testkit::rproxy::{self, rproxy, rproxy_shim};
 use testkit::shim::Shim;
 use testkit::suite::Case;
 use testkit::udp::{self, Backend, bind_in};
 
-/// What each daemon of this suite needs.
-const DAEMON: &[Need] = &[
-    Need::Root,
-    Need::Ipv6,
-    Need::Program("dockerd"),
-    Need::Program("docker"),
-    Need::Program("iptables"),
-    Need::Program("busybox"),
-    Need::Program("ip"),
-];
-
-const PAGE: &str = "published by rproxy\n";
-
-/// A container that serves [`PAGE`] at port 80.
-const SERVER: &str = "small busybox httpd -f -p 80 -h /www";
+use super::daemon::{DAEMON, Docker, PAGE, SERVER};
 
 pub(crate) fn cases() -> Vec<Case> {
     let case = |name: &str, body: fn()| Case::new(name, body).needs(DAEMON);
@@ -59,196 +38,6 @@ pub(crate) fn cases() -> Vec<Case> {
         case("docker restart right after traffic", restart_after_traffic),
         case("a UDP port answers the host and other containers", udp_from_host_and_containers),
     ]
-}
-
-/// A dockerd of its own: network, mounts, processes and files are all separate from the machine's.
-struct Docker {
-    process: Process,
-    namespace: Namespace,
-    socket: String,
-    cgroup: String,
-    directory: TempDir,
-}
-
-impl Docker {
-    fn start() -> Self {
-        Self::start_with(rproxy())
-    }
-
-    /// A dockerd with this userland proxy.
-    fn start_with(proxy: &Path) -> Self {
-        Self::start_by(proxy, r#"exec "$@""#, &[])
-    }
-
-    /// A dockerd that is started again when it ends, and leaves its containers running then.
-    fn start_restoring(proxy: &Path) -> Self {
-        Self::start_by(proxy, r#"while :; do "$@"; done"#, &["--live-restore"])
-    }
-
-    /// A dockerd that the shell starts with `script`, with more arguments.
-    fn start_by(proxy: &Path, script: &str, more: &[&str]) -> Self {
-        static COUNT: AtomicU32 = AtomicU32::new(0);
-        let number = COUNT.fetch_add(1, Ordering::Relaxed);
-        let directory = tempfile::Builder::new().prefix("rproxy-dockerd-").tempdir().unwrap();
-        let cgroup = format!("rproxy-tests-{}-{number}", process::id());
-        let socket = format!("unix://{}/socket", directory.path().display());
-        let namespace = Namespace::new();
-        let mut daemon = daemon(directory.path(), &socket, &cgroup, script);
-        daemon.arg("--userland-proxy-path").arg(proxy).args(more);
-        let process = namespace.spawn(daemon);
-        let docker = Self { process, namespace, socket, cgroup, directory };
-        docker.process.wait_for_line(Stream::Stderr, |line| line.contains("API listen on"));
-        docker.import_image();
-        docker
-    }
-
-    /// An image with nothing but busybox and a page in it.
-    fn import_image(&self) {
-        let root = self.directory.path().join("image");
-        fs::create_dir_all(root.join("bin")).unwrap();
-        fs::create_dir(root.join("www")).unwrap();
-        fs::copy(require::find("busybox").unwrap(), root.join("bin/busybox")).unwrap();
-        symlink("busybox", root.join("bin/sh")).unwrap();
-        fs::write(root.join("www/index.html"), PAGE).unwrap();
-        let archive = root.with_extension("tar");
-        let mut tar = require::command("tar");
-        tar.arg("-C").arg(&root).arg("-cf").arg(&archive).arg(".");
-        run(tar).success();
-        let mut import = self.client();
-        import.args(["import", "--change", "EXPOSE 80"]).arg(&archive).arg("small");
-        run(import).success();
-    }
-
-    /// The docker client, without a user's settings.
-    fn client(&self) -> Command {
-        let mut command = require::command("docker");
-        command.env("DOCKER_CONFIG", self.directory.path()).args(["--host", &self.socket]);
-        command
-    }
-
-    /// Runs the docker client with blank-separated arguments.
-    fn docker(&self, arguments: &str) -> Output {
-        let mut command = self.client();
-        command.args(arguments.split_whitespace());
-        run(command)
-    }
-
-    /// Starts the container `web` with these options to `docker run`.
-    fn run_server(&self, options: &str) {
-        self.docker(&format!("run --detach --name web {options} {SERVER}")).success();
-        self.await_server();
-    }
-
-    /// Waits until the server in `web` listens, of which docker knows nothing.
-    fn await_server(&self) {
-        let format = "{{.NetworkSettings.IPAddress}}";
-        let ip = self.docker(&format!("inspect --format {format} web")).success();
-        let address = SocketAddr::new(ip.trim().parse().unwrap(), 80);
-        while self.namespace.run(|| TcpStream::connect(address)).is_err() {
-            thread::yield_now();
-        }
-    }
-
-    /// Starts a container that does nothing.
-    fn run_idle(&self, name: &str, options: &str) {
-        self.docker(&format!("run --detach --name {name} {options} small busybox sleep 600")).success();
-    }
-
-    /// The network of a running container.
-    fn network_of(&self, container: &str) -> Namespace {
-        let id = self.docker(&format!("inspect --format {{{{.Id}}}} {container}")).success();
-        let cgroup = Path::new(&self.cgroup).join(id.trim()).join("cgroup.procs");
-        let processes =
-            cgroup_roots().into_iter().find_map(|root| fs::read_to_string(root.join(&cgroup)).ok());
-        let process = processes.unwrap().lines().next().unwrap().to_owned();
-        Namespace::open(&format!("/proc/{process}/ns/net"))
-    }
-
-    /// Fetches the page from a container of its own.
-    fn wget(&self, url: &str) -> Output {
-        self.docker(&format!("run --rm small busybox wget -q -O - {url}"))
-    }
-
-    /// Fetches the page on the daemon's host.
-    #[track_caller]
-    fn assert_served(&self, ip: impl Into<IpAddr>, port: u16) {
-        let address = SocketAddr::new(ip.into(), port);
-        let answer = self.namespace.run(|| client::ask(address, b"GET / HTTP/1.0\r\n\r\n")).unwrap();
-        assert!(answer.ends_with(PAGE.as_bytes()), "{}", String::from_utf8_lossy(&answer));
-    }
-
-    /// Whether nobody listens on a port of an address of the daemon's host.
-    fn is_free(&self, ip: impl Into<IpAddr>, port: u16) -> bool {
-        let address = SocketAddr::new(ip.into(), port);
-        self.namespace.run(|| TcpListener::bind(address)).is_ok()
-    }
-
-    /// The daemon that the shell has started.
-    fn restored_daemon(&self) -> Pid {
-        let shell = self.daemon_pid().unwrap();
-        let children = fs::read_to_string(format!("/proc/{shell}/task/{shell}/children")).unwrap();
-        let is_daemon = |pid: &&str| {
-            fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name.trim() == "dockerd")
-        };
-        Pid::from_raw(children.split_whitespace().find(is_daemon).unwrap().parse().unwrap())
-    }
-
-    /// The daemon itself, or the shell that starts it; its parent is the process that made its namespaces.
-    fn daemon_pid(&self) -> Option<Pid> {
-        let parent = self.process.pid();
-        let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).ok()?;
-        Some(Pid::from_raw(children.trim().parse().ok()?))
-    }
-}
-
-/// dockerd as the first process of a process namespace, or the shell that starts it again: when that goes, the kernel ends containerd, every
-/// container and every proxy, and undoes their mounts. It gets an empty `/run`, lest it use the machine's
-/// containerd.
-fn daemon(directory: &Path, socket: &str, cgroup: &str, script: &str) -> Command {
-    fs::write(directory.join("daemon.json"), "{}").unwrap();
-    let mut command = require::command("unshare");
-    command.env("TMPDIR", directory).args(["--mount", "--propagation", "private"]);
-    command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]);
-    command.args(["sh", "-c", &format!("mount -t tmpfs tmpfs /run && {script}"), "sh"]);
-    command.arg(require::find("dockerd").unwrap());
-    command.arg("--config-file").arg(directory.join("daemon.json"));
-    command.arg("--data-root").arg(directory.join("data"));
-    command.arg("--exec-root").arg(directory.join("exec"));
-    command.arg("--pidfile").arg(directory.join("pid"));
-    command.args(["--host", socket, "--storage-driver", "vfs"]);
-    command.args(["--exec-opt", "native.cgroupdriver=cgroupfs", "--cgroup-parent", cgroup]);
-    command
-}
-
-impl Drop for Docker {
-    fn drop(&mut self) {
-        // The end of its parent, which waits for it, is then the end of everything inside.
-        if let Some(pid) = self.daemon_pid() {
-            kill(pid, Signal::SIGKILL).ok();
-            self.process.wait();
-        }
-        for root in cgroup_roots() {
-            remove_cgroup(&root.join(&self.cgroup)).ok();
-        }
-    }
-}
-
-/// The root of the one hierarchy, or of each of several.
-fn cgroup_roots() -> Vec<PathBuf> {
-    let root = Path::new("/sys/fs/cgroup");
-    let entries = fs::read_dir(root).into_iter().flatten().flatten();
-    entries.map(|entry| entry.path()).chain([root.into()]).collect()
-}
-
-/// Removes a cgroup with those inside it. Their files cannot be removed, and need not be.
-fn remove_cgroup(path: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(path)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            remove_cgroup(&entry.path())?;
-        }
-    }
-    fs::remove_dir(path)
 }
 
 fn published_everywhere() {

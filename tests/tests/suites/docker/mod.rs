@@ -1,10 +1,12 @@
 //! `rproxy` as the userland proxy of dockerd.
 
+mod client_address;
 mod contract;
+mod daemon;
 mod dockerd;
 
 use testkit::suite::Case;
 
 pub(crate) fn cases() -> Vec<Case> {
-    testkit::modules![contract, dockerd]
+    testkit::modules![contract, dockerd, client_address]
 }
