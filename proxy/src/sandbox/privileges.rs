@@ -20,7 +20,9 @@ pub(super) fn needed(needs: &Needs<'_>) -> CapabilitySet {
     // delete stale conntrack entries.
     needed.set(CapabilitySet::NET_ADMIN, needs.udp || needs.changes.is_some());
     // For the addresses of clients, of which either one is enough (ip(7), `IP_TRANSPARENT`). A filter refuses raw sockets.
-    needed.set(CapabilitySet::NET_RAW, needs.sources.clients || needs.sources.devices);
+    // A change may ask for them, too, as may the limits of ports that are attached later.
+    let changes_alone = needs.changes.is_some() && !has(CapabilitySet::NET_ADMIN);
+    needed.set(CapabilitySet::NET_RAW, needs.sources.clients || needs.sources.devices || changes_alone);
     if needs.sources.clients && !has(CapabilitySet::NET_RAW) {
         needed.insert(CapabilitySet::NET_ADMIN);
     }
@@ -93,6 +95,8 @@ mod tests {
         assert_eq!(needed(&low), CapabilitySet::NET_ADMIN | CapabilitySet::NET_BIND_SERVICE);
         let changes = Needs { changes: Some(super::super::Changes::default()), ..needs(false, vec![]) };
         let all = CapabilitySet::SYS_RESOURCE | CapabilitySet::NET_ADMIN | CapabilitySet::NET_BIND_SERVICE;
-        assert_eq!(needed(&changes), all);
+        // One of the two is enough for the addresses of clients.
+        let raw = if has(CapabilitySet::NET_ADMIN) { CapabilitySet::empty() } else { CapabilitySet::NET_RAW };
+        assert_eq!(needed(&changes), all | raw);
     }
 }

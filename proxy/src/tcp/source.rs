@@ -3,6 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 
+use nix::libc;
 use rproxy_mapping::addr::BackendAddr;
 use rproxy_mapping::limits::Limits;
 use rproxy_mapping::source::Source;
@@ -18,8 +19,8 @@ use crate::bind::source::{
 /// it. Begins the connection if that comes from the client's address: only connect(2) tells whether it can. Calls `fell_back` if
 /// it comes from another address instead.
 ///
-/// If the client's port is in use towards the backend, as after an earlier connection, its address with another port is
-/// the next best: servers know clients by the address.
+/// If the client's port is in use towards the backend, as after an earlier connection, or needs a privilege, its address
+/// with another port is the next best: servers know clients by the address.
 ///
 /// # Errors
 /// [`SourceError`]: without it there must be no connection.
@@ -69,11 +70,13 @@ fn again(
     client: SocketAddr,
     limits: &Limits,
 ) -> Result<Socket, NotAsClient> {
-    let is_in_use = |error: &io::Error| {
+    // EACCES is for ports below 1024 without CAP_NET_BIND_SERVICE (bind(2)); of an address, it would be EPERM.
+    let other_port_helps = |error: &io::Error| {
         matches!(error.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable)
+            || error.raw_os_error() == Some(libc::EACCES)
     };
     match error {
-        NotAsClient::Kernel(error) if is_in_use(&error) => {
+        NotAsClient::Kernel(error) if other_port_helps(&error) => {
             debug!(%client, %error, "another port of the client's address");
             let socket = dial::open(backend).map_err(NotAsClient::Kernel)?;
             bind_to_device(&socket, limits).map_err(|error| NotAsClient::Kernel(error.into()))?;

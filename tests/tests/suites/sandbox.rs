@@ -124,6 +124,7 @@ fn try_everything(changes: bool, port: u16, dir: &Path) -> ExitCode {
         ("mount", outcome(errno(nix::mount::umount("/proc")))),
     ]);
     tried.extend(options_in_use(&stream, &datagrams));
+    tried.extend(options_of_sources(&stream, &datagrams));
     tried.extend(other_options(&stream, &datagrams));
     println!("{}", json!(tried));
     ExitCode::SUCCESS
@@ -163,6 +164,17 @@ fn set_options_of_a_listener(socket: &Socket) -> io::Result<()> {
     rproxy_sys::udp::report_local_addr(socket.as_fd(), true)
 }
 
+/// Options of `source` and `device`, which a change may ask for.
+fn options_of_sources(stream: &Socket, datagrams: &Socket) -> BTreeMap<&'static str, String> {
+    let any_port = rproxy_sys::socket::choose_port_on_connect(stream.as_fd());
+    BTreeMap::from([
+        ("source IP_TRANSPARENT", outcome(stream.set_ip_transparent_v4(true))),
+        ("source IPV6_TRANSPARENT", outcome(stream.set_ip_transparent_v6(true))),
+        ("source IP_BIND_ADDRESS_NO_PORT", outcome(any_port)),
+        ("source SO_BINDTODEVICE", outcome(datagrams.bind_device(Some(b"lo")))),
+    ])
+}
+
 /// Options that serving does not need, and that mark packets, lead them elsewhere, change how they are filtered, or
 /// take a connection apart.
 fn other_options(stream: &Socket, datagrams: &Socket) -> BTreeMap<&'static str, String> {
@@ -179,7 +191,6 @@ fn other_options(stream: &Socket, datagrams: &Socket) -> BTreeMap<&'static str, 
             let program = libc::sock_fprog { len: 1, filter: all.as_ptr().cast_mut() };
             nix(setsockopt(datagrams, sockopt::AttachReusePortCbpf, &program))
         }),
-        ("option SO_BINDTODEVICE", outcome(datagrams.bind_device(Some(b"lo")))),
         ("option SO_MARK", outcome(stream.set_mark(1))),
         ("option SO_PRIORITY", outcome(stream.set_priority(1))),
         ("option SO_BROADCAST", outcome(datagrams.set_broadcast(true))),
@@ -195,10 +206,8 @@ fn other_options(stream: &Socket, datagrams: &Socket) -> BTreeMap<&'static str, 
         ("option TCP_FASTOPEN_CONNECT", nix(setsockopt(stream, sockopt::TcpFastOpenConnect, &true))),
         ("option UDP_SEGMENT", nix(setsockopt(datagrams, sockopt::UdpGsoSegment, &1000))),
         ("option IP_TTL", outcome(stream.set_ttl_v4(1))),
-        ("option IP_TRANSPARENT", outcome(stream.set_ip_transparent_v4(true))),
         ("option IP_FREEBIND", outcome(stream.set_freebind_v4(true))),
         ("option IP_ADD_MEMBERSHIP", outcome(datagrams.join_multicast_v4(&group.0, &group.1))),
-        ("option IPV6_TRANSPARENT", outcome(stream.set_ip_transparent_v6(true))),
         ("option IPV6_UNICAST_HOPS", outcome(stream.set_unicast_hops_v6(1))),
     ])
 }
@@ -216,8 +225,12 @@ fn possible(changes: &str) -> Vec<String> {
         // By the filter, and not for another reason.
         assert!(!what.starts_with("option ") || outcome.contains("ENOSYS"), "{what}: {outcome}");
         assert!(outcome == "possible" || refused(outcome), "{what}: {outcome}");
+        // The kernel may refuse those without a privilege.
+        let of_source = what.starts_with("source ");
+        assert!(!of_source || outcome.contains("ENOSYS") == (changes == "none"), "{what}: {outcome}");
     }
-    report.into_iter().filter(|(_what, outcome)| outcome == "possible").map(|(what, _)| what).collect()
+    let others = report.into_iter().filter(|(what, _outcome)| !what.starts_with("source "));
+    others.filter(|(_what, outcome)| outcome == "possible").map(|(what, _)| what).collect()
 }
 
 fn inside() {

@@ -1,6 +1,6 @@
 //! Where connections and datagrams to backends come from: the client's own address, or one of the host.
 
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::ops::Deref;
 use std::process::Command;
@@ -17,8 +17,8 @@ use testkit::client::{self, End};
 use testkit::controlled::{Controlled, mapping};
 use testkit::eventually;
 use testkit::netns::Namespace;
-use testkit::process::{Output, Stream};
-use testkit::require::Need;
+use testkit::process::{self, Output, Stream};
+use testkit::require::{self, Need};
 use testkit::rproxy::{Standalone, netns_setup};
 use testkit::suite::Case;
 use testkit::topology::{
@@ -57,6 +57,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("the client with a header, too", with_header),
         case("with connection tracking", tracked),
         case("the command that is missing is said", missing_command),
+        case("a change with CAP_NET_RAW alone", raw_alone).needs(&[Need::Program("setpriv")]),
         case("an address of the host", own_address),
         case("an interface", device),
     ]
@@ -130,12 +131,16 @@ fn connect_in(namespace: &Namespace, to: SocketAddr) -> TcpStream {
 
 /// Connects from this address and port.
 fn connect_from(namespace: &Namespace, from: SocketAddr, to: SocketAddr) -> TcpStream {
+    try_connect_from(namespace, from, to).unwrap()
+}
+
+fn try_connect_from(namespace: &Namespace, from: SocketAddr, to: SocketAddr) -> io::Result<TcpStream> {
     namespace.run(|| {
-        let socket = Socket::new(Domain::for_address(from), Type::STREAM, None).unwrap();
-        socket.set_reuse_address(true).unwrap();
-        socket.bind(&from.into()).unwrap();
-        socket.connect(&to.into()).unwrap();
-        client::patient(socket.into())
+        let socket = Socket::new(Domain::for_address(from), Type::STREAM, None)?;
+        socket.set_reuse_address(true)?;
+        socket.bind(&from.into())?;
+        socket.connect(&to.into())?;
+        Ok(client::patient(socket.into()))
     })
 }
 
@@ -304,8 +309,11 @@ fn refused() {
         .apply(&[with(mapping("front", "tcp+udp", host, V4.1), json!({ "source": "client-only" }))])
         .success();
     for (count, (namespace, from, front)) in (1..).zip(without_way_back(&net)) {
-        let stream = connect_from(&namespace, from, front);
-        assert_eq!(client::read_to_end(&stream), (vec![], End::Reset), "{from}");
+        // If it is reset at once, connect(2) itself may fail.
+        match try_connect_from(&namespace, from, front) {
+            Ok(stream) => assert_eq!(client::read_to_end(&stream), (vec![], End::Reset), "{from}"),
+            Err(error) => assert_eq!(error.kind(), io::ErrorKind::ConnectionReset, "{from}"),
+        }
         bind_in(&namespace, from).send_to(b"who am I?", front).unwrap();
         eventually("both are counted", || {
             proxy.stats("front")["errors"]["source_unavailable"] == json!(2 * count)
@@ -497,6 +505,30 @@ fn missing_command() {
     }
 }
 
+/// Either capability is enough, whether a mapping that is there at the start needs it or a later one.
+fn raw_alone() {
+    let net = transparent();
+    let _tcp = naming(&net.container, V4.1);
+    let udp = udp::Backend::naming(bind_in(&net.container, V4.1));
+    let proxy = Controlled::start_by(&[], |command| {
+        let mut setpriv = require::command("setpriv");
+        setpriv.args(["--bounding-set", "-all,+net_raw"]);
+        net.host.spawn(process::prefixed(setpriv, &command))
+    });
+    let front = mapping("front", "tcp+udp", V4.0, V4.1);
+    proxy.apply(&[with(front, json!({ "source": "client-only" }))]).success();
+    let stream = connect_in(&net.client, V4.0);
+    assert_eq!(seen(&stream), stream.local_addr().unwrap());
+    let socket = bind_in(&net.client, (CLIENT_V4, 0));
+    assert_eq!(flow_of(&socket, V4.0), socket.local_addr().unwrap());
+    // A port below 1024 takes another capability: the address with another port is the next best.
+    let low = SocketAddr::from((CLIENT_V4, 123));
+    let others = [seen(&connect_from(&net.client, low, V4.0)), flow_of(&bind_in(&net.client, low), V4.0)];
+    assert!(others.iter().all(|other| other.ip() == low.ip() && other.port() >= 1024), "{others:?}");
+    assert_eq!(proxy.stats("front")["errors"], json!({}));
+    drop(udp);
+}
+
 fn own_address() {
     let net = Topology::new();
     net.host.address(BRIDGE, "172.17.0.9/16");
@@ -518,7 +550,7 @@ fn own_address() {
     }
     drop(udp);
     let proxy = relay(&net, "tcp+udp", "0.0.0.0:5300", V4.1, &["--source", "192.0.2.1"]);
-    assert_eq!(client::read_to_end(&connect_in(&net.client, V4.0)), (vec![], End::Reset));
+    assert_eq!(net.client.run(|| client::end_of(V4.0)), (vec![], End::Reset));
     let why = "cannot send from 192.0.2.1: it is not an address of this host";
     proxy.process.wait_for_line(Stream::Stderr, |line| line.contains("no backend") && line.contains(why));
     bind_in(&net.client, (CLIENT_V4, 0)).send_to(b"x", V4.0).unwrap();
@@ -542,10 +574,10 @@ fn device() {
     }
     let proxy =
         relay(&net, "tcp+udp", "0.0.0.0:5300", V4.1, &["--device", "eth0", "--connect-timeout", "1s"]);
-    assert_eq!(client::read_to_end(&connect_in(&net.client, V4.0)), (vec![], End::Reset));
+    assert_eq!(net.client.run(|| client::end_of(V4.0)), (vec![], End::Reset));
     drop(proxy);
     let proxy = relay(&net, "tcp+udp", "0.0.0.0:5300", V4.1, &["--device", "nonesuch"]);
-    assert_eq!(client::read_to_end(&connect_in(&net.client, V4.0)), (vec![], End::Reset));
+    assert_eq!(net.client.run(|| client::end_of(V4.0)), (vec![], End::Reset));
     let why = "cannot send by the interface nonesuch";
     proxy.process.wait_for_line(Stream::Stderr, |line| line.contains("no backend") && line.contains(why));
     bind_in(&net.client, (CLIENT_V4, 0)).send_to(b"x", V4.0).unwrap();
