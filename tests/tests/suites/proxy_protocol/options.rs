@@ -138,7 +138,7 @@ fn mistakes() {
     }
     let file = dir.path().join("rproxy.toml");
     for (line, says) in [
-        ("send_proxy = 'v3'", ":4:14: send_proxy: write \"v1\" or \"v2\""),
+        ("send_proxy = 'v3'", ":4:14: send_proxy: write \"v1\", \"v2\" or \"off\""),
         ("send_proxy = 2", ":4:14: send_proxy: "),
         ("send_proxy_udp = 'all'", ":4:18: send_proxy_udp: write \"each\" or \"first\""),
         ("accept_proxy = '10.0.0.0/8'", ":4:16: accept_proxy: "),
