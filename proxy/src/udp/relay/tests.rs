@@ -11,6 +11,7 @@ use rproxy_mapping::PortMapping;
 use rproxy_mapping::access::parse_network;
 use rproxy_mapping::addr::Protocol;
 use rproxy_mapping::limits::Limits;
+use rproxy_sys::udp::enable_gro;
 use socket2::SockRef;
 use tokio::runtime::Runtime;
 use tokio::sync::{mpsc, oneshot};
@@ -74,6 +75,8 @@ impl Scene {
         let relay = UdpRelay::new(source, receiver, shared, workers);
         drop(entered);
         let (listener, backend) = (socket(), socket());
+        // As real ones do.
+        enable_gro(listener.as_fd()).unwrap();
         let front = address(&listener);
         let (host, to) = (front.to_string().parse().unwrap(), address(&backend).to_string().parse().unwrap());
         let port_mapping = PortMapping { protocol: Protocol::Udp, host, backend: to, v6only: false };
