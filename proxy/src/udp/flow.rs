@@ -215,6 +215,10 @@ impl Flow {
             queues |= self.send_headed(batch, &[one], headed, dscp, tally);
             if tally.relayed.datagrams > before.0 || self.queue.len() > before.1 {
                 self.header.iter_mut().for_each(|header| header.set_state(HeaderState::Sent));
+                // On this host, a refusal is there at once.
+                self.take_error(tally);
+            }
+            if self.header.as_deref().is_none_or(|header| header.is_in() == HeaderIn::None) {
                 break;
             }
         }
