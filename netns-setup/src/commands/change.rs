@@ -118,7 +118,8 @@ impl LockedState {
             return Err(Error::Interrupted(signal));
         }
         let before = self.state.clone();
-        self.save(State { current: before.current.clone(), pending: Some(desired.clone()) })?;
+        // An earlier command may have been interrupted, too: what it left stays ours.
+        self.save(State { current: before.owned(), pending: Some(desired.clone()) })?;
         let save = |executor: &dyn Executor| {
             let mut current = desired.clone();
             note_relays(&mut current, observed, executor);
@@ -126,8 +127,10 @@ impl LockedState {
         };
         let Err(mut error) = apply::apply(plan, executor, save) else { return Ok(()) };
         // Record what could not be undone; relays that were restarted have new PIDs.
-        let pending = if error.left.is_empty() { before.pending } else { Some(desired) };
-        let mut current = before.current;
+        let (mut current, pending) = match error.left.is_empty() {
+            true => (before.current, before.pending),
+            false => (before.owned(), Some(desired)),
+        };
         note_relays(&mut current, observed, executor);
         error.unsaved = self.save(State { current, pending }).err();
         Err(error.into())

@@ -11,8 +11,8 @@ use rproxy_mapping::addr::canonical;
 use rproxy_mapping::limits::Limits;
 use rproxy_mapping::source::{Device, Source};
 use rproxy_sys::socket::choose_port_on_connect;
-use rproxy_sys::udp::source_towards;
-use socket2::Socket;
+use rustix::net::connect_unspec;
+use socket2::{Domain, Socket, Type};
 
 /// Binds a new socket for a backend to the interface and the address of the host that `limits` ask for. The port is left
 /// to connect(2).
@@ -66,6 +66,15 @@ fn explain(error: &io::Error) -> String {
     }
 }
 
+fn explain_for_client(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::AddrNotAvailable | io::ErrorKind::AddrInUse => {
+            "all ports of its address are in use towards the backend".to_owned()
+        }
+        _ => explain(error),
+    }
+}
+
 /// Why a socket for a backend cannot come from the address of a client.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum NotAsClient {
@@ -83,7 +92,7 @@ pub(crate) enum NotAsClient {
     /// The backend's answers would leave by the link of the client.
     #[error("the backend is on this host")]
     LocalBackend,
-    #[error("{}", explain(.0))]
+    #[error("{}", explain_for_client(.0))]
     Kernel(io::Error),
 }
 
@@ -109,7 +118,7 @@ pub(crate) fn answers_come_back(client: SocketAddr, backend: SocketAddr) -> Resu
     {
         return Err(NotAsClient::SameLink);
     }
-    let own = source_towards(client).map_err(NotAsClient::Kernel)?;
+    let own = towards(client).map_err(NotAsClient::Kernel)?;
     if own == client.ip() {
         return Err(NotAsClient::Local);
     }
@@ -118,6 +127,28 @@ pub(crate) fn answers_come_back(client: SocketAddr, backend: SocketAddr) -> Resu
         towards if towards == own => Err(NotAsClient::SameLink),
         _ => Ok(()),
     }
+}
+
+/// The source address of a datagram to `addr`. The sockets for that are opened once by each thread: a client that has been
+/// accepted must not lack a descriptor.
+fn towards(addr: SocketAddr) -> io::Result<IpAddr> {
+    thread_local! {
+        static PROBES: RefCell<[Option<Socket>; 2]> = const { RefCell::new([None, None]) };
+    }
+    PROBES.with_borrow_mut(|probes| {
+        let place = &mut probes[usize::from(addr.is_ipv6())];
+        let probe = match place.take() {
+            Some(probe) => probe,
+            None => Socket::new(Domain::for_address(addr), Type::DGRAM, None)?,
+        };
+        probe.connect(&addr.into())?;
+        let local = probe.local_addr()?.as_socket();
+        // Otherwise, the next connect would keep the source address of this one. If it fails, there is another socket.
+        if connect_unspec(&probe).is_ok() {
+            *place = Some(probe);
+        }
+        local.map(|local| local.ip()).ok_or_else(|| io::ErrorKind::AddrNotAvailable.into())
+    })
 }
 
 /// How long the source address towards a backend is assumed to be the same.
@@ -137,7 +168,7 @@ fn lately_towards(backend: SocketAddr) -> io::Result<IpAddr> {
         }
         // Those of backends that are gone.
         known.retain(|_backend, (until, _source)| now < *until);
-        let source = source_towards(backend)?;
+        let source = towards(backend)?;
         known.insert(backend.ip(), (now + KNOWN_FOR, source));
         Ok(source)
     })
@@ -165,6 +196,7 @@ pub(crate) fn bind_as_client(socket: &Socket, client: SocketAddr) -> Result<(), 
 
 #[cfg(test)]
 mod tests {
+    use rproxy_sys::udp::source_towards;
     use socket2::{Domain, Type};
 
     use super::*;
@@ -185,6 +217,16 @@ mod tests {
         assert!(matches!(comes_back("127.0.0.1:7", "127.0.0.2:80"), Err(NotAsClient::Local)));
         assert!(matches!(comes_back("[::1]:7", "[::1]:80"), Err(NotAsClient::Local)));
         assert!(matches!(comes_back("[fe80::1%1]:7", "[::1]:80"), Err(NotAsClient::SameLink)));
+    }
+
+    #[test]
+    fn the_source_address_is_that_of_each_destination_in_turn() {
+        // A broadcast needs a permission that the socket does not have, and the next one is none the worse for it.
+        towards("255.255.255.255:9".parse().unwrap()).unwrap_err();
+        for addr in ["127.0.0.1:9", "127.0.0.2:9", "[::1]:9", "127.0.0.1:80"] {
+            let addr = addr.parse().unwrap();
+            assert_eq!(towards(addr).unwrap(), source_towards(addr).unwrap());
+        }
     }
 
     #[test]

@@ -37,20 +37,22 @@ pub(super) fn prepare(
     }
     let addr = backend.socket_addr();
     let refused = |reason| SourceError::Client { client, reason };
-    let reason = match answers_come_back(client, addr) {
-        Ok(()) => {
-            bind_to_device(&socket, limits)?;
-            match begin(socket, client, addr).or_else(|error| again(error, backend, client, limits)) {
-                Ok(socket) => return Ok(Begun::Yes(socket)),
-                Err(reason) => reason,
-            }
-        }
-        Err(reason) => reason,
+    bind_to_device(&socket, limits)?;
+    let (socket, reason) = match answers_come_back(client, addr) {
+        Ok(()) => match begin(socket, client, addr).or_else(|error| again(error, backend, client, limits)) {
+            Ok(socket) => return Ok(Begun::Yes(socket)),
+            Err(reason) => (None, reason),
+        },
+        // Nothing was done with it.
+        Err(reason) => (Some(socket), reason),
     };
     if limits.source == Source::ClientOnly {
         return Err(refused(reason));
     }
     fell_back(&reason);
+    if let Some(socket) = socket {
+        return Ok(Begun::Not(socket));
+    }
     let socket = dial::open(backend).map_err(|source| refused(NotAsClient::Kernel(source)))?;
     bind_to_device(&socket, limits)?;
     Ok(Begun::Not(socket))

@@ -15,6 +15,7 @@ use tracing::{debug, warn};
 use super::local_ports::LocalPorts;
 use crate::bind::source::{NotAsClient, SourceError, answers_come_back, bind_as_client, bind_to_device};
 use crate::log::limit::LogLimit;
+use crate::runtime::descriptors::has_run_out;
 use crate::state::Target;
 use crate::state::stats::FailureKind;
 
@@ -105,6 +106,8 @@ pub(super) fn open_as_client(
     };
     match opened {
         Ok(opened) => Ok(Some(opened)),
+        // The caller makes room for it.
+        Err(NotAsClient::Kernel(error)) if has_run_out(&error) => Err(error),
         Err(reason) if source == Source::ClientOnly => {
             target.policy.state.stats.count(FailureKind::SourceUnavailable);
             Err(SourceError::Client { client, reason }.into())
@@ -125,6 +128,7 @@ fn open_from(
     if let Some(taken) = in_use.take(target, client) {
         match begin(target, client) {
             Ok(socket) => return Ok((socket, Some(taken))),
+            Err(NotAsClient::Kernel(error)) if has_run_out(&error) => return Err(NotAsClient::Kernel(error)),
             Err(error) => debug!(%client, %error, "another port of the client's address"),
         }
     }
