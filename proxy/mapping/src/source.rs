@@ -1,7 +1,7 @@
 //! Where connections and datagrams to a backend come from.
 
 use std::fmt;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::str::FromStr;
 
 /// The firewall mark of what backends answer to the addresses of clients, by which the host routes it to itself: one bit,
@@ -54,7 +54,9 @@ impl FromStr for Source {
         }
         let ip: IpAddr = text.parse().map_err(|_no_address| SourceError::Unknown)?;
         match ip.to_canonical() {
-            ip if ip.is_unspecified() || ip.is_multicast() => Err(SourceError::NotOne(ip)),
+            ip if ip.is_unspecified() || ip.is_multicast() || ip == Ipv4Addr::BROADCAST => {
+                Err(SourceError::NotOne(ip))
+            }
             ip => Ok(Self::Address(ip)),
         }
     }
@@ -140,7 +142,7 @@ mod tests {
         for unknown in ["", "Client", "clients", "10.0.0.11:80", "[fd00::1]", "fe80::1%eth0", "eth0"] {
             assert_eq!(unknown.parse::<Source>(), Err(SourceError::Unknown), "{unknown}");
         }
-        for nobodys in ["0.0.0.0", "::", "224.0.0.1", "ff02::1"] {
+        for nobodys in ["0.0.0.0", "::", "224.0.0.1", "255.255.255.255", "ff02::1"] {
             let error = nobodys.parse::<Source>().unwrap_err();
             assert!(matches!(error, SourceError::NotOne(_)), "{nobodys}");
         }

@@ -154,7 +154,7 @@ fn towards(addr: SocketAddr) -> io::Result<IpAddr> {
 /// How long the source address towards a backend is assumed to be the same.
 const KNOWN_FOR: Duration = Duration::from_secs(1);
 
-/// The source address towards a backend, of which there are few: each connection would cost four calls.
+/// The source address towards a backend, of which there are few: three calls less for each connection.
 fn lately_towards(backend: SocketAddr) -> io::Result<IpAddr> {
     thread_local! {
         static KNOWN: RefCell<HashMap<IpAddr, (Instant, IpAddr)>> = RefCell::default();

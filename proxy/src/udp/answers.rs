@@ -13,10 +13,11 @@ use nix::libc;
 use nix::sys::epoll::EpollFlags;
 use rproxy_sys::udp::{BATCH, Transmit};
 
-use super::batch::{Batch, Routed};
+use super::batch::Batch;
 use super::flow::Flow;
 use super::payload::{Part, Payload};
 use super::relay::UdpRelay;
+use super::routed::Routed;
 use super::table::{FlowId, Side};
 use super::tally::{Tally, Towards, is_lost_peer, last_dropped};
 use super::token::{Token, interest};

@@ -14,12 +14,13 @@ use nix::sys::epoll::EpollFlags;
 use rproxy_sys::udp::dropped;
 use tracing::debug;
 
-use super::batch::{Batch, Routed};
+use super::batch::Batch;
 use super::client_socket::ClientSocket;
 use super::client_sockets::{Full, GRACE, Retired, Unneeded};
 use super::flow::Blocked;
 use super::key::FlowKey;
 use super::relay::UdpRelay;
+use super::routed::Routed;
 use super::table::FlowId;
 use super::tally::{Tally, Towards, is_lost_peer};
 use super::token::{Token, Wanted, event, interest};

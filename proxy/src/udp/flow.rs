@@ -11,12 +11,12 @@ use rproxy_mapping::dscp::Dscp;
 use rproxy_sys::udp::{BATCH, RecvBatch, Transmit, discard, enable_gro, report_class_and_drops, set_buffers};
 use socket2::SockRef;
 
-use super::batch::Routed;
 use super::client_socket::ClientSocket;
 use super::key::FlowKey;
 use super::local_ports::LocalPorts;
 use super::payload::{Part, Payload};
 use super::proxy_header::{FlowHeader, HeadedBatch, HeaderIn};
+use super::routed::Routed;
 use super::send::{QueueBudget, SendQueue};
 use super::source::{self, AddrsInUse, TakenAddrs};
 use super::table::FlowId;

@@ -9,12 +9,12 @@ use std::time::Instant;
 use rproxy_sys::udp::{MOST_DISCARDED, discard, dropped, source_towards};
 use socket2::SockRef;
 
-use super::batch::Routed;
 use super::capacity::Capacity;
 use super::flow::Flow;
 use super::key::FlowKey;
 use super::listeners::Listeners;
 use super::relay::UdpRelay;
+use super::routed::Routed;
 use super::shares::AT_A_TIME;
 use super::table::{Bounds, Ended, FlowId, MappingId};
 use super::tally::{Tally, Towards};

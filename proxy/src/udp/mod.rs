@@ -28,6 +28,7 @@ mod port_settings;
 mod proxy_header;
 pub(crate) mod relay;
 mod requests;
+mod routed;
 mod scopes;
 mod send;
 pub(crate) mod shared;

@@ -8,8 +8,8 @@ use arrayvec::ArrayVec;
 use rproxy_mapping::dscp::Dscp;
 use rproxy_sys::udp::{BATCH, RecvBatch, Transmit};
 
-use super::batch::Routed;
 use super::gso::{Chunk, gso};
+use super::routed::Routed;
 use super::tally::{Amount, Tally};
 
 /// The bits of the traffic class for congestion (ECN, RFC 3168, section 5).

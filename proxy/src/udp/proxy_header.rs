@@ -10,9 +10,9 @@ use rproxy_mapping::proxy_protocol::{ProxyDatagrams, ProxyVersion};
 use rproxy_sys::udp::{BATCH, GSO_BYTES, GSO_SEGMENTS, LocalAddr, RecvBatch};
 use tracing::warn;
 
-use super::batch::Routed;
 use super::gso::Chunk;
 use super::key::FlowKey;
+use super::routed::Routed;
 use super::tally::Tally;
 use crate::log::limit::LogLimit;
 use crate::proxy_protocol::{Endpoints, HeaderError};

@@ -11,11 +11,12 @@ use rproxy_mapping::addr::canonical;
 use rproxy_sys::udp::{BATCH, LocalAddr};
 use tracing::warn;
 
-use super::batch::{Batch, Routed};
+use super::batch::Batch;
 use super::flows::{ENDS_PER_TURN, mapping_of};
 use super::key::FlowKey;
 use super::proxy_header;
 use super::relay::UdpRelay;
+use super::routed::Routed;
 use super::table::{FlowId, Side};
 use super::tally::{Tally, Towards, last_dropped};
 use super::token::Wanted;
