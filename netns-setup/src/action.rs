@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use rproxy_mapping::addr::Protocol;
 
 use crate::addr::{Cidr, Mac};
+use crate::family::Family;
 use crate::host_ip::HostIp;
 use crate::model::{MappingKey, NETNS_DIR, RelayProcess};
 use crate::name::CONTAINER_INTERFACE;
@@ -139,62 +140,6 @@ impl RelayCommand {
         ];
         let pairs = pairs.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]);
         pairs.chain(["-use-listen-fd".to_owned()]).collect()
-    }
-}
-
-/// An address family, and with it one of the two programs of iptables.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Family {
-    /// IPv4, `iptables`.
-    V4,
-    /// IPv6, `ip6tables`.
-    V6,
-}
-
-impl Family {
-    /// The protocol.
-    #[must_use]
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::V4 => "IPv4",
-            Self::V6 => "IPv6",
-        }
-    }
-
-    /// What the names of the kernel's options have after `CONFIG_IP`.
-    #[must_use]
-    pub fn config(self) -> &'static str {
-        match self {
-            Self::V4 => "",
-            Self::V6 => "V6",
-        }
-    }
-
-    /// The `ip` command of this family.
-    #[must_use]
-    pub fn ip(self) -> &'static str {
-        match self {
-            Self::V4 => "ip",
-            Self::V6 => "ip -6",
-        }
-    }
-
-    /// The program that loads rules.
-    #[must_use]
-    pub fn restore(self) -> &'static str {
-        match self {
-            Self::V4 => "iptables-restore",
-            Self::V6 => "ip6tables-restore",
-        }
-    }
-
-    /// The program that lists rules.
-    #[must_use]
-    pub fn save(self) -> &'static str {
-        match self {
-            Self::V4 => "iptables-save",
-            Self::V6 => "ip6tables-save",
-        }
     }
 }
 

@@ -16,6 +16,7 @@ pub mod commands;
 pub mod demo;
 pub mod error;
 pub mod executor;
+pub mod family;
 pub mod firewall;
 pub mod host_ip;
 pub mod interfaces;

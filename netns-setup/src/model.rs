@@ -8,10 +8,10 @@ use rproxy_mapping::addr::Protocol;
 use serde::{Deserialize, Serialize};
 
 use crate::addr::{Cidr, Mac, Subnet4, Subnet6};
+use crate::family::Family;
 use crate::host_ip::HostIp;
 use crate::name::{Id, IfName, Name};
 use crate::publish::PortRequest;
-use crate::transparent::Transparent;
 
 /// The directory of named network namespaces, shared with `ip netns`.
 pub const NETNS_DIR: &str = "/run/netns";
@@ -86,6 +86,39 @@ impl std::fmt::Display for Firewall {
             Self::Iptables => "iptables",
             Self::None => "none",
         })
+    }
+}
+
+/// What is set up for the replies to transparent sockets.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Transparent {
+    /// The interfaces that replies come in by.
+    pub interfaces: BTreeSet<IfName>,
+    /// The firewall that marks them.
+    pub firewall: Firewall,
+    /// Whether IPv6 is set up, too.
+    pub ipv6: bool,
+}
+
+impl Transparent {
+    /// The address families.
+    pub fn families(&self) -> impl Iterator<Item = Family> + use<> {
+        [Some(Family::V4), self.ipv6.then_some(Family::V6)].into_iter().flatten()
+    }
+
+    /// The policy routing rules, each as its family and its interface.
+    pub fn rules(&self) -> impl Iterator<Item = (Family, IfName)> + use<'_> {
+        self.families().flat_map(|family| self.interfaces.iter().map(move |iif| (family, *iif)))
+    }
+
+    /// Both together. The firewall is that of `self`: it only changes by taking everything down.
+    #[must_use]
+    pub fn union(&self, other: &Self) -> Self {
+        Self {
+            interfaces: self.interfaces.union(&other.interfaces).copied().collect(),
+            firewall: self.firewall,
+            ipv6: self.ipv6 || other.ipv6,
+        }
     }
 }
 

@@ -6,7 +6,8 @@ use std::path::Path;
 
 use netlink_sys::protocols::NETLINK_ROUTE;
 
-use crate::action::{Family, RelayCommand};
+use crate::action::RelayCommand;
+use crate::family::Family;
 use crate::firewall::tool::{self, ToolError};
 use crate::firewall::{detect, nft, transparent as marking};
 use crate::model::{Firewall, Mapping, MappingKey, RelayProcess, Topology};

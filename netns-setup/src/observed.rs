@@ -5,8 +5,9 @@ use std::fmt;
 use std::net::IpAddr;
 use std::path::PathBuf;
 
-use crate::action::{Family, OffloadSizes};
+use crate::action::OffloadSizes;
 use crate::addr::{Cidr, Mac};
+use crate::family::Family;
 use crate::firewall::iptables::SavedTables;
 use crate::model::{MappingKey, RelayProcess};
 use crate::name::{IfName, Name};

@@ -5,9 +5,8 @@ use std::path::Path;
 use rproxy_mapping::addr::Protocol;
 
 use crate::host_ip::HostIp;
-use crate::model::{Endpoint, Firewall, Mapping, Netns, Network, Topology, Via};
+use crate::model::{Endpoint, Firewall, Mapping, Netns, Network, Topology, Transparent, Via};
 use crate::name::{Id, Name};
-use crate::transparent::Transparent;
 
 /// Compares `actual` with a file of `testdata/`, or writes the file when `UPDATE_GOLDEN` is set.
 pub(crate) fn golden(file: &str, actual: &str) {

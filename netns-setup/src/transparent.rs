@@ -5,13 +5,10 @@
 //! marks what belongs to such a socket, a policy routing rule sends marked packets to a routing table, and its
 //! only route delivers them to this host (Documentation/networking/tproxy.rst of Linux).
 
-use std::collections::BTreeSet;
-
 use rproxy_mapping::source::TRANSPARENT_MARK;
-use serde::{Deserialize, Serialize};
 
-use crate::action::Family;
-use crate::model::{Firewall, Topology};
+use crate::family::Family;
+use crate::model::{Topology, Transparent};
 use crate::name::IfName;
 
 /// The mark, one bit that is also its mask, so that the bits of others survive.
@@ -23,39 +20,6 @@ pub const TABLE: u32 = MARK;
 /// The priority of the policy routing rules: after the table `local` (0), and before the rules of VPNs and
 /// container networks, such as Tailscale's (5210) or those of the AWS VPC CNI (512 to 1536).
 pub const PRIORITY: u32 = 50;
-
-/// What is set up for the replies to transparent sockets.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Transparent {
-    /// The interfaces that replies come in by.
-    pub interfaces: BTreeSet<IfName>,
-    /// The firewall that marks them.
-    pub firewall: Firewall,
-    /// Whether IPv6 is set up, too.
-    pub ipv6: bool,
-}
-
-impl Transparent {
-    /// The address families.
-    pub fn families(&self) -> impl Iterator<Item = Family> + use<> {
-        [Some(Family::V4), self.ipv6.then_some(Family::V6)].into_iter().flatten()
-    }
-
-    /// The policy routing rules, each as its family and its interface.
-    pub fn rules(&self) -> impl Iterator<Item = (Family, IfName)> + use<'_> {
-        self.families().flat_map(|family| self.interfaces.iter().map(move |iif| (family, *iif)))
-    }
-
-    /// Both together. The firewall is that of `self`: it only changes by taking everything down.
-    #[must_use]
-    pub fn union(&self, other: &Self) -> Self {
-        Self {
-            interfaces: self.interfaces.union(&other.interfaces).copied().collect(),
-            firewall: self.firewall,
-            ipv6: self.ipv6 || other.ipv6,
-        }
-    }
-}
 
 /// The policy routing rules of `topology`.
 pub fn rules(topology: &Topology) -> impl Iterator<Item = (Family, IfName)> + use<'_> {

@@ -5,6 +5,7 @@ use std::net::{Shutdown, TcpStream};
 use std::time::{Duration, Instant};
 
 use super::get::Responder;
+use super::next::Next;
 use crate::message::{self, HEADER, proxy_header, service};
 use crate::pattern::{Incoming, Outgoing, Pulled};
 use crate::sock::{Interest, receive, transmit, transmit_all};
@@ -29,17 +30,6 @@ enum Role {
     Sink(Incoming),
     Source(Outgoing, Instant),
     Get(Responder),
-}
-
-/// The result of a step.
-#[derive(Clone, Copy)]
-pub(super) enum Next {
-    /// The connection continues unchanged.
-    Stay,
-    /// The connection continues once this event occurs.
-    Wait(Interest),
-    /// The connection has ended.
-    Close,
 }
 
 impl Connection {

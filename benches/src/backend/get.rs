@@ -3,7 +3,7 @@
 use std::io;
 use std::net::TcpStream;
 
-use super::connection::Next;
+use super::next::Next;
 use crate::load::MESSAGE;
 use crate::message::{self, service};
 use crate::pattern;

@@ -4,6 +4,7 @@
 
 mod connection;
 mod get;
+mod next;
 mod tcp;
 mod udp;
 

@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use super::STOP_POLL;
-use super::connection::{BUFFER, Connection, Next};
+use super::connection::{BUFFER, Connection};
+use super::next::Next;
 use crate::sock::{Events, Interest, Poll};
 
 /// The token of the listener; no descriptor has this number.

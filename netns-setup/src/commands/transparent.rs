@@ -12,12 +12,12 @@ use crate::error::{Error, finding};
 use crate::executor::Executor;
 use crate::firewall::detect::{self, Choice};
 use crate::firewall::transparent::probe;
-use crate::model::{Firewall, Topology};
+use crate::model::{Firewall, Topology, Transparent as Parts};
 use crate::name::IfName;
 use crate::observe::{self, observe};
 use crate::observed::{Link, Side};
 use crate::plan::{self, Inputs, Scope};
-use crate::transparent::{MARK, PRIORITY, TABLE, Transparent as Parts};
+use crate::transparent::{MARK, PRIORITY, TABLE};
 
 /// A command on the way back to transparent sockets, with the interfaces that replies come in by.
 #[derive(Debug, Clone)]

@@ -2,7 +2,7 @@
 
 use super::iptables::SavedTables;
 use super::tool::{self, ToolError};
-use crate::action::Family;
+use crate::family::Family;
 use crate::model::{Firewall, Network};
 
 /// The value of `--firewall`.

@@ -8,8 +8,8 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::net::IpAddr;
 
 use super::{Translation, loopback_ports, translations};
-use crate::action::Family;
 use crate::addr::Cidr;
+use crate::family::Family;
 use crate::model::{Network, Topology};
 
 const PUBLISHED: &str = "DOCKER";

@@ -5,10 +5,10 @@ use std::io;
 use super::iptables::{BuiltinRule, Ruleset};
 use super::tool::{self, ToolError};
 use super::{iptables, nft};
-use crate::action::Family;
-use crate::model::{Firewall, Topology};
+use crate::family::Family;
+use crate::model::{Firewall, Topology, Transparent};
 use crate::netns;
-use crate::transparent::{MARK, Transparent};
+use crate::transparent::MARK;
 
 /// The table of the nft backend. Those of networks start with `netns-setup-`.
 pub const TABLE_NAME: &str = "netns-setup_transparent";

@@ -14,7 +14,7 @@ use netlink_packet_core::{
 use netlink_sys::{Socket, SocketAddr};
 use rproxy_sys::netlink::messages;
 
-use crate::action::Family;
+use crate::family::Family;
 
 /// The maximum number of attempts to read a table that changes meanwhile.
 const DUMP_ATTEMPTS: usize = 10;

@@ -11,8 +11,8 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use nix::errno::Errno;
 
 use super::{Client, NetlinkError, link, rule};
-use crate::action::Family;
 use crate::addr::Cidr;
+use crate::family::Family;
 use crate::name::{CONTAINER_INTERFACE, IfName};
 use crate::observed::{Route, TableRoute};
 use crate::transparent::TABLE;

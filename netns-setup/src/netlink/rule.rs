@@ -6,8 +6,8 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use nix::errno::Errno;
 
 use super::{Client, NetlinkError};
-use crate::action::Family;
 use crate::addr::Cidr;
+use crate::family::Family;
 use crate::name::IfName;
 use crate::observed::{PolicyRule, RuleTarget};
 use crate::transparent::{MARK, PRIORITY, TABLE};

@@ -13,7 +13,8 @@ use std::path::Path;
 pub(crate) use endpoint::relay_target;
 pub(crate) use rules::backend;
 
-use crate::action::{Action, Family, LinkChange, NetnsRef, OffloadSizes};
+use crate::action::{Action, LinkChange, NetnsRef, OffloadSizes};
+use crate::family::Family;
 use crate::model::Topology;
 use crate::name::{IfName, Name};
 use crate::observed::{Link, Observed};

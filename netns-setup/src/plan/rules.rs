@@ -1,7 +1,8 @@
 //! Changes of the rules: one step per backend and address family.
 
 use super::{Inputs, Plan, PlanError, Step};
-use crate::action::{Action, Family};
+use crate::action::Action;
+use crate::family::Family;
 use crate::firewall::iptables::{self, Ruleset, SavedTables};
 use crate::firewall::nft;
 use crate::model::{Firewall, Topology};

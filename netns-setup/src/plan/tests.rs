@@ -1,8 +1,8 @@
 use std::path::Path;
 
 use super::*;
-use crate::action::Family;
 use crate::addr::Mac;
+use crate::family::Family;
 use crate::firewall::iptables::SavedTables;
 use crate::model::{Firewall, RelayProcess, SysctlChange, Topology};
 use crate::observed::{Link, Route, Rules, Side};

@@ -4,12 +4,14 @@ use std::collections::BTreeSet;
 
 use super::rules::{change_iptables, change_nft_table};
 use super::{Inputs, Plan, PlanError, Step};
-use crate::action::{Action, Family};
+use crate::action::Action;
 use crate::addr::Cidr;
+use crate::family::Family;
 use crate::firewall::transparent as firewall;
+use crate::model::Transparent;
 use crate::name::IfName;
 use crate::observed::{PolicyRule, RuleTarget, Rules, Side, TableRoute, TransparentParts};
-use crate::transparent::{self, MARK, PRIORITY, TABLE, Transparent};
+use crate::transparent::{self, MARK, PRIORITY, TABLE};
 
 /// Checks that the routing table is free, or belongs to this program.
 pub(super) fn check(inputs: Inputs<'_>) -> Result<(), PlanError> {

@@ -7,6 +7,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
+use nix::libc;
 use rproxy_mapping::addr::canonical;
 use rproxy_mapping::limits::Limits;
 use rproxy_mapping::source::{Device, Source};
@@ -94,6 +95,16 @@ pub(crate) enum NotAsClient {
     LocalBackend,
     #[error("{}", explain_for_client(.0))]
     Kernel(io::Error),
+}
+
+impl NotAsClient {
+    /// Whether another port of the client's address may do: that of the client is in use, or below 1024 without
+    /// `CAP_NET_BIND_SERVICE` (`EACCES`, bind(2); of an address, it would be `EPERM`).
+    pub(crate) fn is_about_port(&self) -> bool {
+        let Self::Kernel(error) = self else { return false };
+        matches!(error.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable)
+            || error.raw_os_error() == Some(libc::EACCES)
+    }
 }
 
 /// Whether a backend's answers to `client` come by this host, so that the client's address can be the source.

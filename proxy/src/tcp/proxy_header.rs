@@ -17,7 +17,7 @@ use crate::proxy_protocol::{Endpoints, HeaderError, LONGEST, decode_stream};
 use crate::state::stats::FailureKind;
 use crate::state::{ConnectionGuard, Target};
 
-/// The header for a backend, in bytes.
+/// The header for a backend, in bytes. Boxed, it takes one pointer in the future of each connection.
 #[derive(Debug)]
 pub(super) struct Header(pub(super) Vec<u8>);
 

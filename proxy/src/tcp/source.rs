@@ -1,9 +1,7 @@
 //! Connects to a backend as the client, or from an address of this host.
 
-use std::io;
 use std::net::SocketAddr;
 
-use nix::libc;
 use rproxy_mapping::addr::BackendAddr;
 use rproxy_mapping::limits::Limits;
 use rproxy_mapping::source::Source;
@@ -39,10 +37,19 @@ pub(super) fn prepare(
     let refused = |reason| SourceError::Client { client, reason };
     bind_to_device(&socket, limits)?;
     let (socket, reason) = match answers_come_back(client, addr) {
-        Ok(()) => match begin(socket, client, addr).or_else(|error| again(error, backend, client, limits)) {
-            Ok(socket) => return Ok(Begun::Yes(socket)),
-            Err(reason) => (None, reason),
-        },
+        Ok(()) => {
+            let begun = begin(socket, client, addr).or_else(|error| match error.is_about_port() {
+                true => {
+                    debug!(%client, %error, "another port of the client's address");
+                    begin_with_other_port(backend, client, limits)
+                }
+                false => Err(error),
+            });
+            match begun {
+                Ok(socket) => return Ok(Begun::Yes(socket)),
+                Err(reason) => (None, reason),
+            }
+        }
         // Nothing was done with it.
         Err(reason) => (Some(socket), reason),
     };
@@ -65,25 +72,13 @@ fn begin(socket: Socket, client: SocketAddr, backend: SocketAddr) -> Result<Sock
     Ok(socket)
 }
 
-/// As [`begin`], with another port, after that of the client has failed with `error`.
-fn again(
-    error: NotAsClient,
+/// As [`begin`], with another port of the client's address.
+fn begin_with_other_port(
     backend: BackendAddr,
     client: SocketAddr,
     limits: &Limits,
 ) -> Result<Socket, NotAsClient> {
-    // EACCES is for ports below 1024 without CAP_NET_BIND_SERVICE (bind(2)); of an address, it would be EPERM.
-    let other_port_helps = |error: &io::Error| {
-        matches!(error.kind(), io::ErrorKind::AddrInUse | io::ErrorKind::AddrNotAvailable)
-            || error.raw_os_error() == Some(libc::EACCES)
-    };
-    match error {
-        NotAsClient::Kernel(error) if other_port_helps(&error) => {
-            debug!(%client, %error, "another port of the client's address");
-            let socket = dial::open(backend).map_err(NotAsClient::Kernel)?;
-            bind_to_device(&socket, limits).map_err(|error| NotAsClient::Kernel(error.into()))?;
-            begin(socket, SocketAddr::new(client.ip(), 0), backend.socket_addr())
-        }
-        error => Err(error),
-    }
+    let socket = dial::open(backend).map_err(NotAsClient::Kernel)?;
+    bind_to_device(&socket, limits).map_err(|error| NotAsClient::Kernel(error.into()))?;
+    begin(socket, SocketAddr::new(client.ip(), 0), backend.socket_addr())
 }

@@ -278,9 +278,9 @@ impl SendQueue {
     }
 
     /// Sends `messages` in order, after those already queued, and queues those that do not fit the socket, as datagrams of
-    /// the flow that `flow_of` returns for the index of a message. Subtracts
-    /// those that are not sent from what `tally` counts as relayed. `gso` says whether the path is believed to accept
-    /// GSO batches. Returns the indexes of those that it refused.
+    /// the flow that `flow_of` returns for the index of a message. Subtracts those that are not sent from what `tally`
+    /// counts as relayed. `gso` says whether the path is believed to accept GSO batches. Returns the indexes of those that
+    /// it refused.
     pub(super) fn send(
         &mut self,
         socket: BorrowedFd<'_>,

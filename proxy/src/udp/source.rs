@@ -128,8 +128,10 @@ fn open_from(
     if let Some(taken) = in_use.take(target, client) {
         match begin(target, client) {
             Ok(socket) => return Ok((socket, Some(taken))),
-            Err(NotAsClient::Kernel(error)) if has_run_out(&error) => return Err(NotAsClient::Kernel(error)),
-            Err(error) => debug!(%client, %error, "another port of the client's address"),
+            Err(error) if error.is_about_port() => {
+                debug!(%client, %error, "another port of the client's address");
+            }
+            Err(error) => return Err(error),
         }
     }
     begin(target, SocketAddr::new(client.ip(), 0)).map(|socket| (socket, None))
