@@ -57,6 +57,14 @@ impl Name {
     }
 }
 
+#[cfg(any(test, feature = "testdata"))]
+impl Default for Name {
+    /// The name of a mapping in a test that needs one.
+    fn default() -> Self {
+        Self("mapping".into())
+    }
+}
+
 impl fmt::Display for Name {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(&self.0)

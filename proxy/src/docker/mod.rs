@@ -33,7 +33,6 @@ use crate::sandbox::{self, Mode, Needs, SandboxError};
 use rproxy_mapping::PortMapping;
 use rproxy_mapping::addr::{AddrError, BackendAddr, Protocol};
 use rproxy_mapping::escape::escaped;
-use rproxy_mapping::limits::Limits;
 use rproxy_shim::flags::Flags;
 
 /// The descriptor of the listener for `-use-listen-fd`.
@@ -116,7 +115,7 @@ fn start(
     let runtime = new_runtime().map_err(setup("create the event loop"))?;
     let entered = runtime.enter();
     let stop = StopSignals::catch(&MEANINGLESS).map_err(setup("catch signals"))?;
-    let server = Server::start_ports([(bound, Limits::default())]).map_err(setup("watch the listener"))?;
+    let server = Server::start_port(bound).map_err(setup("watch the listener"))?;
     drop(entered);
     if mode == Mode::Strict {
         confine(mode, &needs, &server)?;

@@ -78,7 +78,7 @@ impl Server {
         // Connections that have been left by the last runtime end with the port.
         let policy = match &left {
             Some((_index, state)) => Arc::new(MappingPolicy { limits, state: state.clone() }),
-            None => self.new_policy(limits),
+            None => self.new_policy(name.clone(), limits),
         };
         let binding = self.assign(port, &policy).map_err(AttachError::Watch)?;
         left.into_iter().for_each(|(index, _state)| self.registry.resume(index));

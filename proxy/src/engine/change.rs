@@ -320,7 +320,7 @@ impl Server {
         prepared: &mut Prepared,
     ) -> Result<Served, ChangeError> {
         let watch_error = |source| ChangeError::Watch { name: name.clone(), source };
-        let policy = self.new_policy(mapping.limits().clone());
+        let policy = self.new_policy(name.clone(), mapping.limits().clone());
         let mut ports = Vec::with_capacity(mapping.sockets());
         if let HostPorts::Exactly(_) = mapping.host_ports() {
             for port_mapping in mapping.port_mappings() {

@@ -81,7 +81,7 @@ impl Server {
         let mut ports = mappings.iter().flat_map(|bound| &bound.ports);
         server.tasks.has_tcp = ports.any(|port| port.port_mapping.protocol == Protocol::Tcp);
         for Bound { mapping, ports, process } in mappings {
-            let policy = server.new_policy(mapping.limits().clone());
+            let policy = server.new_policy(mapping.name(), mapping.limits().clone());
             let ports =
                 ports.into_iter().map(|port| server.assign(port, &policy)).collect::<Result<_, _>>()?;
             server.registry.put(mapping.name(), Served { mapping, policy, ports, process });
@@ -103,20 +103,19 @@ impl Server {
         }
     }
 
-    /// Starts to serve bound ports, each with its own limits, on the runtime of the calling thread.
+    /// Starts to serve a bound port as the only one, without limits, on the runtime of the calling thread.
     ///
     /// # Errors
     /// Those of epoll_ctl(2).
     ///
     /// # Panics
     /// Outside a tokio runtime.
-    pub fn start_ports(ports: impl IntoIterator<Item = (BoundPort, Limits)>) -> io::Result<Self> {
+    pub fn start_port(port: BoundPort) -> io::Result<Self> {
         let mut server = Self::new(Growth::None);
-        for (port, limits) in ports {
-            let policy = server.new_policy(limits);
-            let binding = server.assign(port, &policy)?;
-            server.nameless.push(binding);
-        }
+        let name = Name::attached(port.port_mapping.protocol, port.port_mapping.host);
+        let policy = server.new_policy(name, Limits::default());
+        let binding = server.assign(port, &policy)?;
+        server.nameless.push(binding);
         server.watch(server.nameless.clone());
         Ok(server)
     }
@@ -147,8 +146,8 @@ impl Server {
         &self.registry
     }
 
-    pub(crate) fn new_policy(&self, limits: Limits) -> Arc<MappingPolicy> {
-        Arc::new(MappingPolicy { limits, state: Arc::new(MappingState::new(self.capacity.clone())) })
+    pub(crate) fn new_policy(&self, name: Name, limits: Limits) -> Arc<MappingPolicy> {
+        Arc::new(MappingPolicy { limits, state: Arc::new(MappingState::new(name, self.capacity.clone())) })
     }
 
     /// Adds a bound port to the listeners, to be served later.
@@ -374,7 +373,7 @@ mod tests {
         let nameless = Bound::bind(mapping("other")).unwrap().ports.pop().unwrap();
         let addr = named.ports[0].local_addr().unwrap();
         let mut server = Server::prepared(vec![named], Growth::None).unwrap();
-        let policy = server.new_policy(Limits::default());
+        let policy = server.new_policy(Name::default(), Limits::default());
         let binding = server.assign(nameless, &policy).unwrap();
         server.nameless.push(binding);
         let all = server.bindings().chain(&server.nameless);

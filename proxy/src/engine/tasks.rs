@@ -198,6 +198,7 @@ mod tests {
 
     use rproxy_mapping::PortMapping;
     use rproxy_mapping::limits::Limits;
+    use rproxy_mapping::name::Name;
     use tokio::net::UdpSocket;
 
     use super::*;
@@ -223,7 +224,7 @@ mod tests {
     impl Ports {
         fn serve(sockets: impl IntoIterator<Item = BoundPort>) -> Self {
             let mut server = Server::prepared(Vec::new(), Growth::Mappings).unwrap();
-            let policy = server.new_policy(Limits::default());
+            let policy = server.new_policy(Name::default(), Limits::default());
             let assigned = sockets.into_iter().map(|port| server.assign(port, &policy).unwrap());
             let bindings: Vec<Binding> = assigned.collect();
             server.watch(bindings.clone());

@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use rproxy_mapping::PortMapping;
 use rproxy_mapping::addr::{AddrError, BackendAddr, HostSocketAddr, Protocol};
-use rproxy_mapping::limits::Limits;
 use rproxy_sys::fd::close_unclaimed;
 use socket2::SockRef;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -62,8 +61,7 @@ async fn run(once: bool) -> Result<(), DemoError> {
     let mut needs = Needs::to_serve([&bound.port_mapping]);
     // The process is its own client, too.
     needs.tcp_backends.push(addr.port());
-    let server =
-        Server::start_ports([(bound, Limits::default())]).map_err(DemoError::step("serve the mapping"))?;
+    let server = Server::start_port(bound).map_err(DemoError::step("serve the mapping"))?;
     server.look_at_processors();
     let clients = clients(addr);
     sandbox::confine(Mode::Auto, &needs)?;

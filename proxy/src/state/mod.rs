@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use rproxy_mapping::PortMapping;
 use rproxy_mapping::limits::Limits;
+use rproxy_mapping::name::Name;
 use tokio::sync::Notify;
 
 use crate::runtime::poll::WatchedListener;
@@ -48,8 +49,11 @@ pub(crate) struct MappingPolicy {
 const TOLD_FULL: Duration = Duration::from_secs(60);
 
 /// The state of a mapping.
-#[derive(Debug, Default)]
+#[derive(Debug)]
+#[cfg_attr(test, derive(Default))]
 pub(crate) struct MappingState {
+    /// The name of the mapping.
+    pub(crate) name: Name,
     pub(crate) stats: Stats,
     /// Connections that count towards the limit.
     connections: AtomicUsize,
@@ -91,10 +95,18 @@ impl Capacity {
 }
 
 impl MappingState {
-    /// The state of a mapping without connections. `capacity` is notified when a connection ends that a
+    /// The state of the mapping `name`, without connections. `capacity` is notified when a connection ends that a
     /// client waits for.
-    pub(crate) fn new(capacity: Arc<Capacity>) -> Self {
-        Self { capacity, ..Self::default() }
+    pub(crate) fn new(name: Name, capacity: Arc<Capacity>) -> Self {
+        Self {
+            name,
+            stats: Stats::default(),
+            connections: AtomicUsize::default(),
+            is_full: AtomicBool::default(),
+            told_full: AtomicBool::default(),
+            told_full_at: Mutex::default(),
+            capacity,
+        }
     }
 
     /// Whether to log that the mapping is full: not if it was already full and has not been half empty since,
@@ -241,7 +253,8 @@ mod tests {
         let host = "127.0.0.1:80".parse().unwrap();
         let port_mapping = PortMapping { protocol: Protocol::Tcp, host, backend, v6only: false };
         let limits = Limits { max_connections: Some(max_connections), ..Limits::default() };
-        let policy = Arc::new(MappingPolicy { limits, state: Arc::new(MappingState::new(capacity)) });
+        let policy =
+            Arc::new(MappingPolicy { limits, state: Arc::new(MappingState::new(Name::default(), capacity)) });
         Arc::new(Target { port_mapping, policy })
     }
 

@@ -17,7 +17,8 @@ impl Target {
         let Some(reason) = self.policy.limits.access.refusal(client.ip()) else { return true };
         self.policy.state.stats.count(FailureKind::Denied);
         if let Some(suppressed) = DENIED.permit() {
-            info!(mapping = %self.port_mapping, client = %canonical(client), reason, suppressed, "client refused");
+            let (mapping, client) = (&self.policy.state.name, canonical(client));
+            info!(%mapping, %client, reason, suppressed, "client refused");
         }
         false
     }
@@ -28,7 +29,7 @@ impl Target {
 
         self.policy.state.stats.count(FailureKind::OverLimit);
         if let Some(suppressed) = OVER.permit() {
-            let (mapping, client) = (&self.port_mapping, canonical(client));
+            let (mapping, client) = (&self.policy.state.name, canonical(client));
             let limit = self.policy.limits.max_connections;
             info!(%mapping, %client, max_connections = limit, suppressed, "client reset: the mapping is full");
         }
@@ -41,7 +42,7 @@ impl Target {
         if self.policy.state.tell_full()
             && let Some(suppressed) = FULL.permit()
         {
-            let (mapping, limit) = (&self.port_mapping, self.policy.limits.max_connections);
+            let (mapping, limit) = (&self.policy.state.name, self.policy.limits.max_connections);
             info!(%mapping, max_connections = limit, suppressed, "the mapping is full: more clients wait in its backlog");
         }
     }
