@@ -6,6 +6,7 @@ pub mod activation;
 pub mod family;
 pub mod interfaces;
 pub mod listen;
+pub(crate) mod routes;
 pub(crate) mod source;
 pub(crate) mod way_back;
 

@@ -15,6 +15,8 @@ use rproxy_sys::socket::choose_port_on_connect;
 use rustix::net::connect_unspec;
 use socket2::{Domain, Socket, Type};
 
+use super::routes::{are_on_one_link, scope_of};
+
 /// Binds a new socket for a backend to the interface and the address of the host that `limits` ask for. The port is left
 /// to connect(2).
 ///
@@ -90,6 +92,9 @@ pub(crate) enum NotAsClient {
     /// The backend would answer to it without the host in between.
     #[error("it is on the link of the backend")]
     SameLink,
+    /// It means another host, or none, on any other link.
+    #[error("its link-local address is of another link than the backend")]
+    OtherLink,
     /// The backend's answers would leave by the link of the client.
     #[error("the backend is on this host")]
     LocalBackend,
@@ -107,14 +112,18 @@ impl NotAsClient {
     }
 }
 
-/// Whether a backend's answers to `client` come by this host, so that the client's address can be the source.
+/// Whether a backend's answers to `client` come by this host, so that the client's address can be the source. `device` is the
+/// interface that leads to the backend, if one was asked for.
 ///
-/// A client by whose link the host reaches the backend, too, would get the answers directly. The link is known by the
-/// source address that the kernel chooses, which takes no privilege.
+/// A client on the backend's link would get the answers directly.
 ///
 /// # Errors
 /// [`NotAsClient`]
-pub(crate) fn answers_come_back(client: SocketAddr, backend: SocketAddr) -> Result<(), NotAsClient> {
+pub(crate) fn answers_come_back(
+    client: SocketAddr,
+    backend: SocketAddr,
+    device: Option<&Device>,
+) -> Result<(), NotAsClient> {
     if client.is_ipv4() != backend.is_ipv4() {
         return Err(NotAsClient::Family);
     }
@@ -124,19 +133,22 @@ pub(crate) fn answers_come_back(client: SocketAddr, backend: SocketAddr) -> Resu
     if client.ip().is_loopback() {
         return Err(NotAsClient::Local);
     }
-    if let IpAddr::V6(ip) = client.ip()
-        && ip.is_unicast_link_local()
-    {
-        return Err(NotAsClient::SameLink);
+    if let Some(link) = scope_of(client) {
+        let other = scope_of(backend).is_some_and(|of_backend| link != of_backend);
+        return Err(if other { NotAsClient::OtherLink } else { NotAsClient::SameLink });
     }
     let own = towards(client).map_err(NotAsClient::Kernel)?;
     if own == client.ip() {
         return Err(NotAsClient::Local);
     }
-    match lately_towards(backend).map_err(NotAsClient::Kernel)? {
-        towards if towards == backend.ip() => Err(NotAsClient::LocalBackend),
-        towards if towards == own => Err(NotAsClient::SameLink),
-        _ => Ok(()),
+    let towards = lately_towards(backend).map_err(NotAsClient::Kernel)?;
+    if towards == backend.ip() {
+        return Err(NotAsClient::LocalBackend);
+    }
+    // Without routes, the link is known by the address that the host has there.
+    match are_on_one_link(client.ip(), backend, device).unwrap_or(towards == own) {
+        true => Err(NotAsClient::SameLink),
+        false => Ok(()),
     }
 }
 
@@ -219,7 +231,7 @@ mod tests {
     #[test]
     fn clients_whose_answers_would_take_another_way_are_told_from_others() {
         let comes_back = |client: &str, backend: &str| {
-            answers_come_back(client.parse().unwrap(), backend.parse().unwrap())
+            answers_come_back(client.parse().unwrap(), backend.parse().unwrap(), None)
         };
         assert!(matches!(comes_back("192.0.2.1:7", "[::1]:80"), Err(NotAsClient::Family)));
         for nobody in ["0.0.0.0:7", "224.0.0.1:7", "255.255.255.255:7"] {
@@ -228,6 +240,8 @@ mod tests {
         assert!(matches!(comes_back("127.0.0.1:7", "127.0.0.2:80"), Err(NotAsClient::Local)));
         assert!(matches!(comes_back("[::1]:7", "[::1]:80"), Err(NotAsClient::Local)));
         assert!(matches!(comes_back("[fe80::1%1]:7", "[::1]:80"), Err(NotAsClient::SameLink)));
+        assert!(matches!(comes_back("[fe80::1%1]:7", "[fe80::2%1]:80"), Err(NotAsClient::SameLink)));
+        assert!(matches!(comes_back("[fe80::1%1]:7", "[fe80::2%2]:80"), Err(NotAsClient::OtherLink)));
     }
 
     #[test]

@@ -14,7 +14,7 @@ use seccompiler::{
     SeccompCondition, SeccompFilter, SeccompRule,
 };
 
-use super::Needs;
+use super::{Needs, Sources};
 
 /// Calls for the data path, the event loop, memory management and threads.
 const ALWAYS: &[libc::c_long] = &[
@@ -83,6 +83,9 @@ const ALWAYS: &[libc::c_long] = &[
 /// are reread.
 const FOR_DATAGRAMS: &[libc::c_long] = &[libc::SYS_bind, libc::SYS_pread64];
 
+/// Calls for the addresses of clients: sockets are bound to them, and the open files with routes are reread.
+const FOR_CLIENTS: &[libc::c_long] = &[libc::SYS_bind, libc::SYS_pread64];
+
 /// Calls for changes: new listeners, and files that Landlock permits.
 const FOR_CHANGES: &[libc::c_long] = &[
     libc::SYS_getcwd,
@@ -113,7 +116,11 @@ pub(super) fn restrict(needs: &Needs<'_>) -> io::Result<String> {
 fn filter(needs: &Needs<'_>) -> Result<BpfProgram, seccompiler::BackendError> {
     let mut rules: BTreeMap<libc::c_long, Vec<SeccompRule>> = conditional(needs)?.into_iter().collect();
     let datagrams = if needs.udp || needs.changes.is_some() { FOR_DATAGRAMS } else { &[] };
-    let sources: &[libc::c_long] = if needs.sources.are_bound() { &[libc::SYS_bind] } else { &[] };
+    let sources: &[libc::c_long] = match needs.sources {
+        Sources { clients: true, .. } => FOR_CLIENTS,
+        sources if sources.are_bound() => &[libc::SYS_bind],
+        _ => &[],
+    };
     let changes = if needs.changes.is_some() { FOR_CHANGES } else { &[] };
     rules.extend([ALWAYS, datagrams, sources, changes].concat().into_iter().map(|call| (call, Vec::new())));
     let arch = std::env::consts::ARCH.try_into()?;

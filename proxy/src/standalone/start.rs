@@ -15,7 +15,7 @@ use crate::bind::activation::{InheritedError, InheritedSockets};
 use crate::bind::family::{NO_IPV6, has_ipv6};
 use crate::bind::listen::BindError;
 use crate::bind::way_back::missing_command;
-use crate::bind::{Bound, BoundError, BoundPort};
+use crate::bind::{Bound, BoundError, BoundPort, routes};
 use crate::cli::Serve;
 use crate::config::{self, ConfigError};
 use crate::control::socket::{ControlSocket, SocketError};
@@ -166,6 +166,9 @@ fn prepare_server(bound: Vec<Bound>, attaches: bool, options: &Serve) -> Result<
         for error in server.udp_sockets().filter_map(|socket| user.own(socket).err()) {
             debug!(%error, %user, "cannot make the user own a UDP listener, whose clients share its send buffer");
         }
+    }
+    if needs.sources.clients || needs.changes.is_some() {
+        routes::open();
     }
     sandbox::confine(options.sandbox, &needs)?;
     Ok(server)

@@ -36,7 +36,7 @@ pub(super) fn prepare(
     let addr = backend.socket_addr();
     let refused = |reason| SourceError::Client { client, reason };
     bind_to_device(&socket, limits)?;
-    let (socket, reason) = match answers_come_back(client, addr) {
+    let (socket, reason) = match answers_come_back(client, addr, limits.device.as_ref()) {
         Ok(()) => {
             let begun = begin(socket, client, addr).or_else(|error| match error.is_about_port() {
                 true => {

@@ -95,12 +95,13 @@ pub(super) fn open_as_client(
     client: SocketAddr,
     in_use: &Arc<AddrsInUse>,
 ) -> io::Result<Option<(Socket, Option<TakenAddrs>)>> {
-    let source = target.policy.limits.source;
+    let limits = &target.policy.limits;
+    let source = limits.source;
     if !source.is_client() {
         return Ok(None);
     }
-    let client = canonical(client);
-    let opened = match answers_come_back(client, target.port_mapping.backend.socket_addr()) {
+    let (client, backend) = (canonical(client), target.port_mapping.backend.socket_addr());
+    let opened = match answers_come_back(client, backend, limits.device.as_ref()) {
         Ok(()) => open_from(target, client, in_use),
         Err(reason) => Err(reason),
     };

@@ -1,11 +1,12 @@
 //! Where connections and datagrams to backends come from: the client's own address, or one of the host.
 
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, SocketAddrV6, TcpListener, TcpStream};
 use std::ops::Deref;
 use std::process::Command;
 use std::time::Duration;
 
+use nix::net::if_::if_nametoindex;
 use nix::sys::signal::{Signal, kill};
 use serde_json::{Value, json};
 use socket2::{Domain, SockRef, Socket, Type};
@@ -50,6 +51,10 @@ pub(crate) fn cases() -> Vec<Case> {
         case("a client's port below 1024", low_port),
         case("clients without a way back come from the host", fallback),
         case("clients without a way back are refused", refused),
+        case("a client in another network of the backend's link", two_networks),
+        case("a client behind a gateway on the backend's link", behind_a_gateway),
+        case("a backend on a link without addresses", unnumbered),
+        case("a backend with a link-local address", link_local_backend),
         case("two thousand clients at once", many_clients),
         case("an upgrade keeps connections and flows of clients", over_an_upgrade),
         case("changes while connections run", changes),
@@ -322,6 +327,93 @@ fn refused() {
     assert_eq!(udp.received(), 0);
     let stream = connect_in(&net.client, V4.0);
     assert_eq!(seen(&stream), stream.local_addr().unwrap());
+}
+
+/// A relay for [`PORT`] whose backend changes.
+struct Relay(Controlled);
+
+impl Relay {
+    fn start(net: &Topology) -> Self {
+        Self(Controlled::start_in(&net.host, &["--sandbox", "strict"]))
+    }
+
+    fn serve(&self, to: &str, limits: Value) {
+        let mut front = mapping("front", "tcp", at(Ipv6Addr::UNSPECIFIED.into()), V4.1);
+        front["to"] = to.into();
+        self.0.apply(&[with(front, limits)]).success();
+    }
+}
+
+/// The address that the backend sees of this client, which asks the host at `front`.
+fn seen_of(namespace: &Namespace, client: &str, front: &str) -> String {
+    let client = (client.parse::<IpAddr>().unwrap(), 0).into();
+    let front = SocketAddr::new(front.parse().unwrap(), PORT);
+    seen(&connect_from(namespace, client, front)).ip().to_string()
+}
+
+/// A second container on the bridge.
+fn neighbour(net: &Topology) -> Namespace {
+    topology::add_container(&net.host, Ipv4Addr::new(172, 17, 0, 3), "fd00:172:17::3".parse().unwrap())
+}
+
+/// The backend would answer its neighbour directly, also in the network that only they have in common.
+fn two_networks() {
+    let net = transparent();
+    let (neighbour, relay) = (neighbour(&net), Relay::start(&net));
+    net.host.address(BRIDGE, "192.168.77.1/24");
+    net.container.address("eth0", "192.168.77.2/24");
+    neighbour.address("eth0", "192.168.77.3/24");
+    let _tcp = naming(&net.container, V4.1);
+    for limits in [json!({ "source": "client" }), json!({ "source": "client", "device": BRIDGE })] {
+        relay.serve("172.17.0.2", limits);
+        assert_eq!(seen_of(&neighbour, "192.168.77.3", "192.168.77.1"), "172.17.0.1");
+    }
+}
+
+/// The backend, whose gateway is the host, answers by way of it.
+fn behind_a_gateway() {
+    let net = transparent();
+    let (neighbour, relay) = (neighbour(&net), Relay::start(&net));
+    neighbour.ip("address add 10.9.0.2/32 dev lo");
+    net.host.ip("route add 10.9.0.0/24 via 172.17.0.3");
+    let _tcp = naming(&net.container, V4.1);
+    relay.serve("172.17.0.2", json!({ "source": "client" }));
+    assert_eq!(seen_of(&neighbour, "10.9.0.2", "172.17.0.1"), "10.9.0.2");
+    // Routes that change are known a moment later.
+    net.host.ip("route replace 10.9.0.0/24 dev docker0");
+    neighbour.ip("address add 10.9.0.3/24 dev eth0");
+    eventually("it is on the link now", || seen_of(&neighbour, "10.9.0.3", "172.17.0.1") == "172.17.0.1");
+}
+
+/// The host has no address on the backend's link, and uses that of the client's link towards both.
+fn unnumbered() {
+    const MAC: &str = "02:00:00:00:00:01";
+    let net = transparent();
+    let (backend, relay) = (Namespace::new(), Relay::start(&net));
+    net.host.veth("un0", &backend, "eth0");
+    net.host.ip(&format!("link set un0 address {MAC}"));
+    net.host.ip("route add 172.30.0.2 dev un0");
+    backend.address("eth0", "172.30.0.2/32");
+    backend.ip("route add default dev eth0");
+    for addr in [CLIENT_V4, HOST_V4, BRIDGE_V4] {
+        backend.ip(&format!("neighbour add {addr} lladdr {MAC} dev eth0 nud permanent"));
+    }
+    net.netns_setup(&["transparent", "up", "--interface", BRIDGE, "--interface", "un0"]).success();
+    let _tcp = naming(&backend, SocketAddr::new([172, 30, 0, 2].into(), PORT));
+    relay.serve("172.30.0.2", json!({ "source": "client" }));
+    assert_eq!(seen_of(&net.client, "10.0.0.12", "10.0.0.11"), "10.0.0.12");
+}
+
+fn link_local_backend() {
+    let net = transparent();
+    let (neighbour, relay) = (neighbour(&net), Relay::start(&net));
+    net.container.address("eth0", "fe80::2/64");
+    let scope = net.container.run(|| if_nametoindex("eth0").unwrap());
+    let addr = SocketAddrV6::new("fe80::2".parse().unwrap(), PORT, 0, scope);
+    let _tcp = naming(&net.container, addr.into());
+    relay.serve("fe80::2%docker0", json!({ "source": "client" }));
+    assert_ne!(seen_of(&neighbour, "fd00:172:17::3", "fd00:172:17::1"), "fd00:172:17::3");
+    assert_eq!(seen_of(&net.client, "fd00:10::12", "fd00:10::11"), "fd00:10::12");
 }
 
 /// Has the client's namespace own 10.1.0.0/16, which the host reaches by way of it.
