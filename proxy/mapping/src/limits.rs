@@ -41,6 +41,8 @@ pub struct Limits {
     pub device: Option<Device>,
     /// How the backend is told who a client is, and how a proxy in front tells it.
     pub proxy_protocol: ProxyProtocol,
+    /// Whether the process's access log has lines for its connections and flows.
+    pub access_log: bool,
     /// The clients to serve. Connections of others are reset, and their datagrams are dropped.
     pub access: AccessList,
 }
@@ -61,6 +63,7 @@ impl Default for Limits {
             source: Source::Auto,
             device: None,
             proxy_protocol: ProxyProtocol::default(),
+            access_log: true,
             access: AccessList::default(),
         }
     }

@@ -42,7 +42,7 @@ fn any_limits() -> impl Strategy<Value = Limits> {
     let optional = || proptest::option::of(limit());
     let times = (optional(), optional(), limit());
     let dscp = proptest::option::of((0..64_u8).prop_map(|bits| bits.to_string().parse().unwrap()));
-    let switches = (any::<bool>(), any::<bool>());
+    let switches = (any::<bool>(), any::<bool>(), any::<bool>());
     let access = (any_networks(), any_networks());
     let path = (any_source(), proptest::option::of("[a-z][a-z0-9.-]{0,14}"), dscp);
     (times, switches, (count(), count(), count()), path, any_proxy_protocol(), access).prop_map(
@@ -66,6 +66,7 @@ fn any_limits() -> impl Strategy<Value = Limits> {
             source: path.0,
             device: path.1.map(|name| name.parse::<Device>().unwrap()),
             proxy_protocol,
+            access_log: is_on.2,
             access: AccessList { allow, deny },
         },
     )

@@ -110,6 +110,9 @@ pub struct WireLimits {
     /// A duration.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub proxy_timeout: Option<String>,
+    /// `false` for no lines in the access log.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub access_log: Option<bool>,
     /// Networks.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub allow: Vec<String>,
@@ -221,6 +224,7 @@ impl WireLimits {
             send_proxy_udp: (proxy.send_udp != ProxyDatagrams::default()).then(|| proxy.send_udp.to_string()),
             accept_proxy: networks(&proxy.accept),
             proxy_timeout: duration(Some(proxy.timeout), Some(of_proxy.timeout)),
+            access_log: (!limits.access_log).then_some(false),
             allow: networks(&limits.access.allow),
             deny: networks(&limits.access.deny),
         }
@@ -261,6 +265,7 @@ impl WireLimits {
             source: source?.unwrap_or_default(),
             device: device?,
             proxy_protocol: proxy_protocol?,
+            access_log: self.access_log.unwrap_or(default.access_log),
             access: AccessList { allow: allow?, deny: deny? },
         })
     }

@@ -2,12 +2,15 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Subcommand};
+use clap::{ArgGroup, Args, Subcommand};
+use ipnet::IpNet;
+use rproxy_mapping::access::parse_network;
 use rproxy_mapping::endpoint::BackendSpec;
 use rproxy_mapping::name::Name;
 
 use super::MappingArgs;
 use super::values::parse_backend;
+use crate::control::protocol;
 use crate::control::socket::DEFAULT_PATH;
 
 /// The command line of `rproxy ctl`.
@@ -21,6 +24,30 @@ pub struct Ctl {
     pub(crate) json: bool,
     #[command(subcommand)]
     pub(crate) command: Command,
+}
+
+/// Some connections and flows: those that have all of what is given.
+#[derive(Args, Debug)]
+pub(crate) struct Chosen {
+    /// Those of this mapping
+    #[arg(long, value_name = "NAME", group = "which")]
+    mapping: Option<Name>,
+    /// Those of clients at this address, or in this network
+    #[arg(long, value_name = "ADDRESS|NETWORK", group = "which", value_parser = parse_network)]
+    client: Option<IpNet>,
+    /// The one with this number, as in `connections`
+    #[arg(long, value_name = "NUMBER", group = "which")]
+    id: Option<u64>,
+}
+
+impl Chosen {
+    /// The same in a request.
+    pub(crate) fn to_request(&self) -> protocol::Chosen {
+        let Self { mapping, client, id } = self;
+        let mapping = mapping.as_ref().map(ToString::to_string);
+        let client = client.map(|network| network.to_string());
+        protocol::Chosen { mapping, client, id: *id, ..protocol::Chosen::default() }
+    }
 }
 
 /// The commands for a running rproxy.
@@ -38,6 +65,9 @@ pub(crate) enum Command {
     Remove {
         /// The name of the mapping, as in `list`
         name: Name,
+        /// Reset its connections and end its flows at once
+        #[arg(long)]
+        cut: bool,
     },
     /// Send new connections and all datagrams of a mapping to another backend; existing connections continue
     Retarget {
@@ -46,6 +76,9 @@ pub(crate) enum Command {
         /// The new backend; for a range all ports, or only the first
         #[arg(long, value_name = "ADDRESS:PORTS", value_parser = parse_backend)]
         to: BackendSpec,
+        /// Reset the connections to the old backend
+        #[arg(long)]
+        cut: bool,
     },
     /// Replace all mappings with those of a file; if that fails, nothing changes
     Apply {
@@ -54,6 +87,23 @@ pub(crate) enum Command {
     },
     /// Accept no new clients, let existing ones finish, and exit
     Drain,
+    /// Show the connections and flows: client, backend, state, age, bytes and rates
+    Connections {
+        #[command(flatten)]
+        chosen: Chosen,
+        /// Show at most so many, the oldest first [default: 10000]
+        #[arg(long, value_name = "COUNT")]
+        limit: Option<usize>,
+    },
+    /// Reset connections and end flows
+    #[command(group = ArgGroup::new("which").required(true).multiple(true))]
+    Cut {
+        #[command(flatten)]
+        chosen: Chosen,
+        /// All that this process has
+        #[arg(long, group = "which", conflicts_with_all = ["mapping", "client", "id"])]
+        all: bool,
+    },
     /// Show connections, flows, bytes and errors of each mapping
     Stats {
         /// Repeat every so many seconds

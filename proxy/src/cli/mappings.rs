@@ -120,6 +120,9 @@ struct LimitArgs {
     /// How long the header of a connection may take to arrive
     #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = parse_limit, allow_hyphen_values = true)]
     proxy_timeout: Duration,
+    /// Write no lines to the access log about these mappings
+    #[arg(long)]
+    no_access_log: bool,
 }
 
 impl LimitArgs {
@@ -142,6 +145,7 @@ impl LimitArgs {
                 accept: self.accept_proxy.clone(),
                 timeout: self.proxy_timeout,
             },
+            access_log: !self.no_access_log,
             access: AccessList { allow: self.allow.clone(), deny: self.deny.clone() },
         }
     }
@@ -155,7 +159,7 @@ struct Asked {
 
 impl MappingArgs {
     /// The ids of these options in clap. All of them can be expressed in a file.
-    pub(super) const IDS: [&str; 25] = [
+    pub(super) const IDS: [&str; 26] = [
         "host",
         "to",
         "publish",
@@ -181,6 +185,7 @@ impl MappingArgs {
         "send_proxy_udp",
         "accept_proxy",
         "proxy_timeout",
+        "no_access_log",
     ];
 
     /// Whether no mapping is requested.

@@ -6,7 +6,7 @@ mod values;
 
 use std::error::Error as _;
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
@@ -18,6 +18,7 @@ pub use self::mappings::MappingArgs;
 use self::values::DrainLimit;
 use crate::config::Config;
 use crate::control::socket::DEFAULT_PATH;
+use crate::log::access::Destination;
 use crate::log::{self, Format, LogConfig};
 use crate::plane::socket::parse_name;
 use crate::plane::{AttachOptions, AttachTable};
@@ -101,6 +102,13 @@ pub struct Serve {
     /// at all
     #[arg(long, value_enum, default_value_t, env = sandbox::MODE_VARIABLE)]
     pub sandbox: sandbox::Mode,
+    /// Write a line for each connection and flow that ends, and for each client that is refused, to a file (SIGHUP
+    /// reopens it), to the Unix socket of a log daemon, or to standard output (-)
+    #[arg(long, value_name = "FILE|unix:PATH|-", value_parser = Destination::parse)]
+    pub access_log: Option<Destination>,
+    /// Format of the access log [default: that of --log-format]
+    #[arg(long, value_enum, value_name = "FORMAT", requires = "access_log")]
+    access_log_format: Option<Format>,
     /// Format of the log on standard error
     #[arg(long, value_enum, default_value_t)]
     log_format: Format,
@@ -135,6 +143,16 @@ impl Serve {
     /// The time limit for connections in a process that another one has taken over from, if there is one.
     pub fn upgrade_drain_timeout(&self) -> Option<Duration> {
         self.upgrade_drain_timeout.0
+    }
+
+    /// The format of the access log.
+    pub fn access_log_format(&self) -> Format {
+        self.access_log_format.unwrap_or(self.log_format)
+    }
+
+    /// The file that the access log is appended to, if it is one.
+    pub fn access_log_file(&self) -> Option<&Path> {
+        self.access_log.as_ref().and_then(Destination::file)
     }
 
     /// The requested log.

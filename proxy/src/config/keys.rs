@@ -47,6 +47,7 @@ pub(super) struct Keys {
     send_proxy_udp: Text,
     accept_proxy: Texts,
     proxy_timeout: Text,
+    access_log: Switch,
     allow: Texts,
     deny: Texts,
     /// Keys that are present but unreadable or misspelt.
@@ -225,6 +226,7 @@ impl Keys {
             send_proxy_udp: text(&self.send_proxy_udp),
             accept_proxy: texts(&self.accept_proxy),
             proxy_timeout: text(&self.proxy_timeout),
+            access_log: self.access_log.as_ref().map(|value| *value.get_ref()),
             allow: texts(&self.allow),
             deny: texts(&self.deny),
         }

@@ -25,7 +25,8 @@ macro_rules! with_keys {
             send_proxy,
             send_proxy_udp,
             accept_proxy,
-            proxy_timeout
+            proxy_timeout,
+            access_log
         }
     };
 }
@@ -35,10 +36,10 @@ macro_rules! names {
 }
 
 /// All keys.
-pub(super) const KEYS: [&str; 22] = with_keys!(names);
+pub(super) const KEYS: [&str; 23] = with_keys!(names);
 
 /// The keys of `[attach]`.
-pub(super) const ATTACH_KEYS: [&str; 18] = [
+pub(super) const ATTACH_KEYS: [&str; 19] = [
     "name",
     "connect_timeout",
     "idle_timeout",
@@ -57,6 +58,7 @@ pub(super) const ATTACH_KEYS: [&str; 18] = [
     "send_proxy_udp",
     "accept_proxy",
     "proxy_timeout",
+    "access_log",
 ];
 
 pub(super) use with_keys;

@@ -99,6 +99,7 @@ fn values_of_limits(limits: WireLimits) -> Values {
         send_proxy_udp,
         accept_proxy,
         proxy_timeout,
+        access_log,
         allow,
         deny,
     } = limits;
@@ -127,6 +128,7 @@ fn values_of_limits(limits: WireLimits) -> Values {
         send_proxy_udp: quoted(send_proxy_udp),
         accept_proxy: list(accept_proxy),
         proxy_timeout: quoted(proxy_timeout),
+        access_log: access_log.map(|is_on| is_on.to_string()),
     }
 }
 

@@ -129,6 +129,7 @@ pub(super) fn example(key: &str) -> &'static str {
         "name" => "\"web\"",
         "proto" => "\"tcp\"",
         "on_limit" => "\"wait\"",
+        "access_log" => "false",
         "v6only" | "udp_any_port" | "attach" => "true",
         "dscp" => "\"AF41\"",
         "source" => "\"client\"",

@@ -3,13 +3,18 @@
 //! Keys are defined only here. Readers ignore unknown keys, because a newer server may send more.
 
 use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
 
+use rproxy_mapping::addr::Protocol;
 use rproxy_mapping::name::Name;
 use rproxy_mapping::wire::WireMapping;
 use serde::{Deserialize, Serialize};
 
 use crate::engine::change::Changed;
 use crate::engine::registry::{Registry, Served};
+use crate::state::record::{Record, Traffic};
 use crate::state::stats::{FailureKind, Stats};
 
 /// The result of a request. The request determines the variant.
@@ -24,6 +29,10 @@ pub enum Response {
     Added(Added),
     /// The result of other changes.
     Changed(ChangeCounts),
+    /// The result of `connections`.
+    Connections(ConnectionList),
+    /// The result of `cut`.
+    Cut(CutCounts),
     /// The result of `drain`.
     Drain {},
 }
@@ -104,6 +113,58 @@ pub struct MappingStats {
     pub datagrams_out: u64,
     /// The errors that are not 0, by [`FailureKind::as_str`].
     pub errors: BTreeMap<String, u64>,
+}
+
+/// The connections and flows that are live.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConnectionList {
+    /// The chosen ones, at most as many as asked for, the oldest first.
+    pub connections: Vec<Connection>,
+    /// How many were chosen.
+    pub total: usize,
+}
+
+/// A TCP connection, or a UDP flow.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Connection {
+    /// Its number, which no other one of the process gets.
+    pub id: u64,
+    /// `tcp` or `udp`.
+    pub protocol: String,
+    /// The name of its mapping.
+    pub mapping: String,
+    /// The client; with `accept_proxy` whom the proxy has told.
+    pub client: SocketAddr,
+    /// The address that the client has connected or sent to.
+    pub host: SocketAddr,
+    /// The backend.
+    pub backend: SocketAddr,
+    /// `dialling`, `open`, `closed_by_client` or `closed_by_backend` (half-closed), or `closing`.
+    pub state: String,
+    /// Whether bytes of a connection are spliced; missing for flows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub spliced: Option<bool>,
+    /// For how long it exists.
+    pub age_ms: u64,
+    /// How long nothing was relayed.
+    pub idle_ms: u64,
+    /// Bytes that the backend accepted.
+    pub bytes_in: u64,
+    /// Bytes to the client.
+    pub bytes_out: u64,
+    /// Datagrams to the backend of a flow.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub datagrams_in: Option<u64>,
+    /// Datagrams to the client of a flow.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub datagrams_out: Option<u64>,
+}
+
+/// How many connections and flows were cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CutCounts {
+    /// Their number.
+    pub cut: usize,
 }
 
 /// The result of adding mappings.
@@ -195,6 +256,40 @@ impl MappingStats {
             datagrams_in: stats.datagrams_in.get(),
             datagrams_out: stats.datagrams_out.get(),
             errors: errors.map(|(kind, count)| (kind.to_owned(), count)).collect(),
+        }
+    }
+}
+
+impl ConnectionList {
+    /// The first `limit` of the `chosen` records.
+    pub(crate) fn of(chosen: &[Arc<Record>], limit: usize) -> Self {
+        let connections = chosen.iter().take(limit).map(|record| Connection::of(record)).collect();
+        Self { connections, total: chosen.len() }
+    }
+}
+
+impl Connection {
+    fn of(record: &Record) -> Self {
+        let port_mapping = &record.target.port_mapping;
+        let is_tcp = port_mapping.protocol == Protocol::Tcp;
+        let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        let datagrams = |traffic: &Traffic| (!is_tcp).then(|| traffic.datagrams());
+        let Record { to_backend, to_client, .. } = record;
+        Self {
+            id: record.id,
+            protocol: port_mapping.protocol.to_string(),
+            mapping: record.target.policy.state.name.to_string(),
+            client: record.client(),
+            host: record.host,
+            backend: port_mapping.backend.socket_addr(),
+            state: record.state().to_owned(),
+            spliced: is_tcp.then(|| record.is_spliced()),
+            age_ms: milliseconds(record.age()),
+            idle_ms: milliseconds(record.idle_time()),
+            bytes_in: to_backend.bytes(),
+            bytes_out: to_client.bytes(),
+            datagrams_in: datagrams(to_backend),
+            datagrams_out: datagrams(to_client),
         }
     }
 }

@@ -45,10 +45,17 @@ pub enum Request {
         /// The mappings.
         mappings: Vec<WireMapping>,
     },
+    /// Return connections and flows.
+    Connections(Chosen),
+    /// Reset connections and end flows: those chosen, or if nothing is chosen, none.
+    Cut(Chosen),
     /// Remove a mapping.
     Remove {
         /// Its name.
         name: String,
+        /// Whether to reset its connections and end its flows.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        cut: bool,
     },
     /// Send new clients of a mapping to another backend.
     Retarget {
@@ -56,6 +63,9 @@ pub enum Request {
         name: String,
         /// The address and ports of the new backend; for a range, the first port is enough.
         to: String,
+        /// Whether to reset connections to the old backend.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        cut: bool,
     },
     /// Serve exactly these mappings.
     Apply {
@@ -64,6 +74,36 @@ pub enum Request {
     },
     /// Accept no new clients, let existing ones finish, and end the process.
     Drain,
+}
+
+/// Some connections and flows: those that have all of what is given. Unknown keys are refused, because ignoring them
+/// would choose more.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields, expecting = "an object with what is chosen")]
+pub struct Chosen {
+    /// Those of this mapping.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mapping: Option<String>,
+    /// Those of clients at this address, or in this network.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub client: Option<String>,
+    /// The one with this number.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub id: Option<u64>,
+    /// At most so many, the oldest ones.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limit: Option<usize>,
+    /// All: `cut` needs that if nothing else is given.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub all: bool,
+}
+
+impl Chosen {
+    /// Whether nothing says which ones.
+    pub fn is_empty(&self) -> bool {
+        let Self { mapping, client, id, limit: _, all } = self;
+        mapping.is_none() && client.is_none() && id.is_none() && !all
+    }
 }
 
 /// The mappings of a JSON file, or of a response to [`Request::List`], as requested. Unknown keys are
@@ -220,7 +260,7 @@ mod tests {
         let (id, request) = decode(br#"{"v":1,"id":7,"do":"list"}"#);
         assert_eq!((id, request), (Some(7), Ok(Request::List)));
         let (_, request) = decode(br#"{"v":1,"do":{"remove":{"name":"web"}}}"#);
-        assert_eq!(request, Ok(Request::Remove { name: "web".into() }));
+        assert_eq!(request, Ok(Request::Remove { name: "web".into(), cut: false }));
     }
 
     #[test]
@@ -268,10 +308,16 @@ mod tests {
             (Request::Drain, r#""drain""#),
             (Request::Add { mappings: mappings() }, &format!(r#"{{"add":{list}}}"#)),
             (Request::Apply { mappings: mappings() }, &format!(r#"{{"apply":{list}}}"#)),
-            (Request::Remove { name: name() }, r#"{"remove":{"name":"web"}}"#),
+            (Request::Remove { name: name(), cut: false }, r#"{"remove":{"name":"web"}}"#),
+            (Request::Remove { name: name(), cut: true }, r#"{"remove":{"name":"web","cut":true}}"#),
             (
-                Request::Retarget { name: name(), to: "172.17.0.3:80".to_owned() },
+                Request::Retarget { name: name(), to: "172.17.0.3:80".to_owned(), cut: false },
                 r#"{"retarget":{"name":"web","to":"172.17.0.3:80"}}"#,
+            ),
+            (Request::Connections(Chosen::default()), r#"{"connections":{}}"#),
+            (
+                Request::Cut(Chosen { client: Some("192.0.2.0/24".to_owned()), ..Chosen::default() }),
+                r#"{"cut":{"client":"192.0.2.0/24"}}"#,
             ),
         ] {
             assert_eq!(encode(request), format!(r#"{{"v":1,"do":{text}}}"#));
@@ -298,6 +344,23 @@ mod tests {
         }
     }
 
+    fn any_chosen() -> impl Strategy<Value = Chosen> {
+        let text = || proptest::option::of(".*");
+        let number = || proptest::option::of(any::<u64>());
+        (text(), text(), number(), proptest::option::of(any::<usize>()), any::<bool>())
+            .prop_map(|(mapping, client, id, limit, all)| Chosen { mapping, client, id, limit, all })
+    }
+
+    #[test]
+    fn a_misspelt_choice_is_refused() {
+        for line in
+            [r#"{"v":1,"do":{"cut":{"clinet":"192.0.2.7"}}}"#, r#"{"v":1,"do":{"connections":{"max":1}}}"#]
+        {
+            let refused = decode(line.as_bytes()).1.unwrap_err();
+            assert!(refused.message.contains("unknown field"), "{}", refused.message);
+        }
+    }
+
     fn any_request() -> impl Strategy<Value = Request> {
         let mapping = (proptest::option::of(".*"), ".*", ".*", any::<bool>()).prop_map(
             |(name, to, to_ports, v6only)| WireMapping {
@@ -314,7 +377,9 @@ mod tests {
             Just(Request::Drain),
             mappings.clone().prop_map(|mappings| Request::Add { mappings }),
             mappings.prop_map(|mappings| Request::Apply { mappings }),
-            (".*", ".*").prop_map(|(name, to)| Request::Retarget { name, to }),
+            (".*", ".*", any::<bool>()).prop_map(|(name, to, cut)| Request::Retarget { name, to, cut }),
+            any_chosen().prop_map(Request::Connections),
+            any_chosen().prop_map(Request::Cut),
         ]
     }
 

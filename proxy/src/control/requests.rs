@@ -1,8 +1,11 @@
 //! Executes the requests of clients.
 
+use std::collections::HashSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rproxy_mapping::Mapping;
+use rproxy_mapping::access::parse_network;
 use rproxy_mapping::endpoint::BackendSpec;
 use rproxy_mapping::name::{Name, NameError};
 use rproxy_mapping::ports::PortRange;
@@ -11,16 +14,24 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 use tracing::info;
 
-use super::answers::{Added, List, Response, StatsList};
+use super::answers::{Added, ConnectionList, CutCounts, List, Response, StatsList};
 use super::clients::{Call, Reply};
-use super::protocol::{Refusal, Request};
+use super::protocol::{Chosen, Refusal, Request};
 use crate::bind::family::{NO_IPV6, everywhere, has_ipv6};
 use crate::bind::interfaces::HostInterfaces;
 use crate::engine::Server;
-use crate::engine::change::Changed;
+use crate::engine::change::{ChangeError, Changed};
+use crate::engine::registry::Served;
+use crate::state::record::Record;
+use crate::state::{MappingState, Target};
 
 /// How long the client that ends the process may take to read its response.
 const LAST_ANSWER: Duration = Duration::from_secs(1);
+
+/// The longest list of connections and flows: as many as a table can show, and a response can hold.
+const MOST_CONNECTIONS: usize = 10_000;
+
+const NOTHING_CHOSEN: &str = "cut: it does not say which connections; give mapping, client, id, or all: true";
 
 /// Executes a request and replies. Returns whether it ends the process, once the client has received the
 /// response.
@@ -42,6 +53,17 @@ async fn handle(request: Request, server: &mut Server) -> Result<Response, Refus
     let changed = match request {
         Request::List => return Ok(Response::List(List::of(server.registry()))),
         Request::Stats => return Ok(Response::Stats(StatsList::of(server.registry()))),
+        Request::Connections(chosen) => {
+            let limit = chosen.limit.unwrap_or(MOST_CONNECTIONS);
+            return Ok(Response::Connections(ConnectionList::of(&live(&chosen, server)?, limit)));
+        }
+        Request::Cut(chosen) if chosen.is_empty() => return Err(Refusal::bad_request(NOTHING_CHOSEN)),
+        Request::Cut(chosen) => {
+            let mut chosen_ones = live(&chosen, server)?;
+            chosen_ones.truncate(chosen.limit.unwrap_or(usize::MAX));
+            server.cut(&chosen_ones);
+            return Ok(Response::Cut(CutCounts { cut: chosen_ones.len() }));
+        }
         Request::Drain => return Ok(Response::Drain {}),
         Request::Add { mappings } => {
             let mappings = read(&mappings, server)?;
@@ -54,10 +76,56 @@ async fn handle(request: Request, server: &mut Server) -> Result<Response, Refus
             mappings.retain(|mapping| mapping.origin.is_none());
             server.apply(read(&mappings, server)?).await?
         }
-        Request::Remove { name } => server.remove(&parse_name(&name)?).await?,
-        Request::Retarget { name, to } => retarget(server, &parse_name(&name)?, &to).await?,
+        Request::Remove { name, cut } => {
+            let name = parse_name(&name)?;
+            let before = server.registry().state_of(&name).filter(|_| cut);
+            let removed = server.remove(&name).await?;
+            cut_left(before, server).await;
+            removed
+        }
+        Request::Retarget { name, to, cut } => {
+            let name = parse_name(&name)?;
+            let before = server.registry().state_of(&name).filter(|_| cut);
+            let changed = retarget(server, &name, &to).await?;
+            cut_left(before, server).await;
+            changed
+        }
     };
     Ok(changed.into())
+}
+
+/// Ends the connections and flows of a mapping that lead where it does not lead any more.
+async fn cut_left(mapping: Option<Arc<MappingState>>, server: &Server) {
+    let Some(mapping) = mapping else { return };
+    // From then on, nobody gets the old target.
+    server.until_responsive().await;
+    let served = server.registry().get(&mapping.name);
+    let backends: HashSet<_> = served.into_iter().flat_map(Served::backends).collect();
+    let mut left = server.live();
+    left.retain(|record| {
+        let Target { port_mapping, policy } = &*record.target;
+        Arc::ptr_eq(&policy.state, &mapping) && !backends.contains(&port_mapping.backend.socket_addr())
+    });
+    server.cut(&left);
+}
+
+/// The live connections and flows that `chosen` describes.
+fn live(chosen: &Chosen, server: &Server) -> Result<Vec<Arc<Record>>, Refusal> {
+    let mapping = chosen.mapping.as_deref().map(parse_name).transpose()?;
+    let client = chosen.client.as_deref().map(parse_network).transpose();
+    let client = client.map_err(|error| Refusal::bad_request(format!("client: {error}")))?;
+    let mut live = server.live();
+    live.retain(|record| {
+        chosen.id.is_none_or(|id| id == record.id)
+            && mapping.as_ref().is_none_or(|name| *name == record.target.policy.state.name)
+            && client.is_none_or(|network| network.contains(&record.client().ip()))
+    });
+    if let (true, Some(name)) = (live.is_empty(), &mapping) {
+        // A name without connections may be a misspelt one.
+        let is_known = server.registry().knows(name);
+        is_known.then_some(()).ok_or_else(|| ChangeError::Unknown(name.clone()))?;
+    }
+    Ok(live)
 }
 
 fn read(mappings: &[WireMapping], server: &Server) -> Result<Vec<Mapping>, Refusal> {

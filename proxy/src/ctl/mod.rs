@@ -1,5 +1,6 @@
 //! `rproxy ctl`: a client of the control socket, for users and scripts.
 
+mod connections;
 mod table;
 mod unreachable;
 
@@ -18,10 +19,11 @@ use rproxy_mapping::wire::WireMapping;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
+use self::connections::RatedList;
 use crate::cli::UsageError;
 use crate::cli::ctl::{Command, Ctl};
 use crate::config::{self, ConfigError};
-use crate::control::answers::{Added, ChangeCounts};
+use crate::control::answers::{Added, ChangeCounts, CutCounts};
 use crate::control::protocol::{self, LONGEST_ANSWER, Mappings, Request};
 use crate::log::console;
 
@@ -47,7 +49,17 @@ fn run(ctl: &Ctl) -> Result<(), CtlError> {
     let request = request(&ctl.command)?;
     let mut connection = Connection::open(&ctl.control)?;
     loop {
-        let answer = connection.ask(request.clone())?;
+        let mut answer = connection.ask(request.clone())?;
+        if let Command::Connections { .. } = ctl.command {
+            thread::sleep(connections::INTERVAL);
+            let rated = RatedList::new(&result(answer)?, result(connection.ask(request.clone())?)?);
+            if !ctl.json {
+                console::out(&rated.to_table());
+                return Ok(());
+            }
+            answer =
+                serde_json::to_value(rated).map_err(|error| CtlError::NotUnderstood(error.to_string()))?;
+        }
         if ctl.json {
             console::out(&answer);
         } else if let Command::List { toml: true } = ctl.command {
@@ -70,8 +82,14 @@ fn request(command: &Command) -> Result<Request, CtlError> {
         Command::List { .. } => Request::List,
         Command::Stats { .. } => Request::Stats,
         Command::Drain => Request::Drain,
-        Command::Remove { name } => Request::Remove { name: name.to_string() },
-        Command::Retarget { name, to } => Request::Retarget { name: name.to_string(), to: to.to_string() },
+        Command::Remove { name, cut } => Request::Remove { name: name.to_string(), cut: *cut },
+        Command::Retarget { name, to, cut } => {
+            Request::Retarget { name: name.to_string(), to: to.to_string(), cut: *cut }
+        }
+        Command::Connections { chosen, limit } => {
+            Request::Connections(protocol::Chosen { limit: *limit, ..chosen.to_request() })
+        }
+        Command::Cut { chosen, all } => Request::Cut(protocol::Chosen { all: *all, ..chosen.to_request() }),
         Command::Add(mappings) => {
             let mappings = mappings.mappings().map_err(CtlError::Usage)?;
             Request::Add { mappings: mappings.iter().map(WireMapping::of).collect() }
@@ -135,6 +153,11 @@ fn show(command: &Command, answer: Value) -> Result<(), CtlError> {
                 "{added} added, {changed} changed, {removed} removed, {unchanged} not touched"
             ));
         }
+        Command::Cut { .. } => {
+            let CutCounts { cut } = result(answer)?;
+            console::out(&format_args!("{cut} cut"));
+        }
+        Command::Connections { .. } => {}
         Command::Remove { .. } | Command::Retarget { .. } | Command::Drain => {}
     }
     Ok(())

@@ -17,7 +17,7 @@ pub(super) struct Shown {
 }
 
 /// Formats columns as wide as necessary, separated by two spaces, without trailing spaces.
-fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
+pub(super) fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
     let header: Vec<String> = header.iter().map(ToString::to_string).collect();
     let shown = |row: Vec<String>| row.iter().map(|cell| escaped(cell).to_string()).collect();
     let rows: Vec<Vec<String>> = rows.map(shown).collect();
@@ -112,7 +112,7 @@ fn bound_host(bound: &BoundMapping<Shown>) -> &str {
 
 /// `999`, `1.2k`, `34.5G`.
 #[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
-fn human(count: u64) -> String {
+pub(super) fn human(count: u64) -> String {
     const UNITS: [&str; 6] = ["k", "M", "G", "T", "P", "E"];
     if count < 1000 {
         return count.to_string();

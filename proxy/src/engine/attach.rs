@@ -265,7 +265,7 @@ mod tests {
 
     impl Scene {
         async fn new() -> Self {
-            let mut server = Server::prepared(Vec::new(), Growth::Attached).unwrap();
+            let mut server = Server::prepared(Vec::new(), Growth::Attached, None).unwrap();
             let (client, backend, port) = (socket(), socket(), listening());
             let name = attach(&mut server, &port, &backend);
             let flow = ask(&client, &port, &backend).await;
@@ -346,7 +346,7 @@ mod tests {
     #[test]
     fn a_port_is_attached_once() {
         new_runtime().unwrap().block_on(async {
-            let mut server = Server::prepared(Vec::new(), Growth::Attached).unwrap();
+            let mut server = Server::prepared(Vec::new(), Growth::Attached, None).unwrap();
             let listener = TcpListener::bind("127.0.0.1:0").unwrap();
             let host = listener.local_addr().unwrap().into();
             let port_mapping = PortMapping {

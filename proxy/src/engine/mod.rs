@@ -14,6 +14,7 @@ pub mod registry;
 mod sweep;
 mod tasks;
 
+use std::collections::HashSet;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -33,11 +34,14 @@ use crate::engine::change::Leaving;
 use crate::engine::old_processes::{LeftConnections, OldProcesses};
 use crate::engine::registry::{Registry, Served};
 use crate::engine::tasks::Tasks;
+use crate::log::access::AccessLog;
 use crate::runtime::poll::WatchedListener;
 use crate::runtime::worker::Workers;
-use crate::state::task::{Detached, ListenerTask, LiveFlows};
+use crate::state::record::Record;
+use crate::state::recorder::Recorder;
+use crate::state::task::{Detached, FlowCommand, ListenerTask, LiveFlows};
 use crate::state::{Binding, Capacity, MappingPolicy, MappingState, Target};
-use crate::tcp::reactor;
+use crate::tcp::{cut_recorded, reactor};
 
 /// A running set of mappings.
 #[derive(Debug)]
@@ -45,6 +49,8 @@ pub struct Server {
     workers: Arc<Workers>,
     /// Notified when connections and flows end.
     capacity: Arc<Capacity>,
+    /// Records connections and flows, if anybody can ask for them.
+    recorder: Option<Arc<Recorder>>,
     tasks: Tasks,
     pub(crate) registry: Registry,
     /// Sockets that do not belong to a named mapping.
@@ -76,8 +82,12 @@ impl Server {
     ///
     /// # Panics
     /// Outside a tokio runtime.
-    pub fn prepared(mappings: Vec<Bound>, growth: Growth) -> io::Result<Self> {
-        let mut server = Self::new(growth);
+    pub(crate) fn prepared(
+        mappings: Vec<Bound>,
+        growth: Growth,
+        recorder: Option<Arc<Recorder>>,
+    ) -> io::Result<Self> {
+        let mut server = Self { recorder, ..Self::new(growth) };
         let mut ports = mappings.iter().flat_map(|bound| &bound.ports);
         server.tasks.has_tcp = ports.any(|port| port.port_mapping.protocol == Protocol::Tcp);
         for Bound { mapping, ports, process } in mappings {
@@ -128,6 +138,7 @@ impl Server {
             tasks: Tasks::new(runtime, workers.clone(), capacity.clone(), growth),
             workers,
             capacity,
+            recorder: None,
             registry: Registry::default(),
             nameless: Vec::new(),
             leaving: Leaving::default(),
@@ -147,7 +158,10 @@ impl Server {
     }
 
     pub(crate) fn new_policy(&self, name: Name, limits: Limits) -> Arc<MappingPolicy> {
-        Arc::new(MappingPolicy { limits, state: Arc::new(MappingState::new(name, self.capacity.clone())) })
+        Arc::new(MappingPolicy {
+            limits,
+            state: Arc::new(MappingState::new(name, self.capacity.clone(), self.recorder.clone())),
+        })
     }
 
     /// Adds a bound port to the listeners, to be served later.
@@ -198,6 +212,32 @@ impl Server {
             // If the task is gone, `failed` reports it.
             drop(task.release(Vec::new()).await);
         }
+    }
+
+    /// The recorder of connections and flows, if there is one.
+    pub(crate) fn recorder(&self) -> Option<&Arc<Recorder>> {
+        self.recorder.as_ref()
+    }
+
+    /// The access log, if there is one.
+    pub(crate) fn access_log(&self) -> Option<&Arc<AccessLog>> {
+        self.recorder()?.access_log()
+    }
+
+    /// What is live, in the order of opening; nothing if it is not recorded.
+    pub(crate) fn live(&self) -> Vec<Arc<Record>> {
+        self.recorder.as_ref().map(|recorder| recorder.live()).unwrap_or_default()
+    }
+
+    /// Resets the connections and ends the flows with these records.
+    pub(crate) fn cut(&self, records: &[Arc<Record>]) {
+        if records.is_empty() {
+            return;
+        }
+        let ids: Arc<HashSet<u64>> = Arc::new(records.iter().map(|record| record.id).collect());
+        cut_recorded(&self.workers, &ids);
+        self.tasks.all().for_each(|task| task.flows(FlowCommand::Cut(ids.clone())));
+        info!(connections = ids.len(), "cut, as requested by a control client");
     }
 
     /// The sockets of named mappings, in the order of [`Registry::iter`].
@@ -372,7 +412,7 @@ mod tests {
         let named = Bound::bind(mapping("web")).unwrap();
         let nameless = Bound::bind(mapping("other")).unwrap().ports.pop().unwrap();
         let addr = named.ports[0].local_addr().unwrap();
-        let mut server = Server::prepared(vec![named], Growth::None).unwrap();
+        let mut server = Server::prepared(vec![named], Growth::None, None).unwrap();
         let policy = server.new_policy(Name::default(), Limits::default());
         let binding = server.assign(nameless, &policy).unwrap();
         server.nameless.push(binding);
@@ -406,7 +446,7 @@ mod tests {
                 Bound::bind(mapping.read(&NoInterfaces, ScopedIp::ANY).unwrap()).unwrap()
             });
             let hosts = bound.each_ref().map(|bound| bound.ports[0].local_addr().unwrap());
-            let server = Server::prepared(bound.into(), Growth::None).unwrap();
+            let server = Server::prepared(bound.into(), Growth::None, None).unwrap();
             server.start(LiveFlows::default());
             let mut running = Vec::new();
             for host in hosts {
@@ -432,7 +472,7 @@ mod tests {
     #[test]
     fn a_change_that_fails_leaves_no_socket_and_no_name() {
         new_runtime().unwrap().block_on(async {
-            let mut server = Server::prepared(Vec::new(), Growth::Mappings).unwrap();
+            let mut server = Server::prepared(Vec::new(), Growth::Mappings, None).unwrap();
             // An address that no other test binds.
             let [free, taken] = [(); 2].map(|()| TcpListener::bind("127.0.0.77:0").unwrap());
             let [free_port, taken_port] = [&free, &taken].map(|socket| socket.local_addr().unwrap().port());
@@ -458,7 +498,7 @@ mod tests {
     fn a_change_says_how_many_mappings_it_leaves_alone() {
         new_runtime().unwrap().block_on(async {
             let bound = ["one", "two", "three"].map(|name| Bound::bind(mapping(name)).unwrap());
-            let mut server = Server::prepared(bound.into(), Growth::Mappings).unwrap();
+            let mut server = Server::prepared(bound.into(), Growth::Mappings, None).unwrap();
             let two = "two".parse().unwrap();
             let added = server.add(vec![mapping("four")]).await.unwrap();
             assert_eq!(added, Changed { added: 1, unchanged: 3, ..Changed::default() });
@@ -473,7 +513,7 @@ mod tests {
     #[test]
     fn a_mapping_keeps_its_default_name_when_it_gets_another_backend() {
         new_runtime().unwrap().block_on(async {
-            let mut server = Server::prepared(Vec::new(), Growth::Mappings).unwrap();
+            let mut server = Server::prepared(Vec::new(), Growth::Mappings, None).unwrap();
             let json = r#"{"host":"127.0.0.1","to":"192.0.2.1","to_ports":"80"}"#;
             let mapping = serde_json::from_str::<WireMapping>(json).unwrap();
             server.add(vec![mapping.read(&NoInterfaces, ScopedIp::ANY).unwrap()]).await.unwrap();
@@ -490,7 +530,7 @@ mod tests {
     #[test]
     fn udp_listeners_are_told_from_those_of_tcp() {
         new_runtime().unwrap().block_on(async {
-            let mut server = Server::prepared(Vec::new(), Growth::Mappings).unwrap();
+            let mut server = Server::prepared(Vec::new(), Growth::Mappings, None).unwrap();
             let at = |name: &str, proto: &str| {
                 let json = format!(
                     r#"{{"name":"{name}","proto":"{proto}","host":"127.0.0.1","to":"192.0.2.1","to_ports":"80"}}"#
@@ -510,7 +550,7 @@ mod tests {
     #[test]
     fn a_port_of_another_program_is_not_said_to_be_taken_by_a_mapping_of_the_other_protocol() {
         new_runtime().unwrap().block_on(async {
-            let mut server = Server::prepared(Vec::new(), Growth::Mappings).unwrap();
+            let mut server = Server::prepared(Vec::new(), Growth::Mappings, None).unwrap();
             // An address that no other test binds.
             let theirs = UdpSocket::bind("127.0.0.78:0").unwrap();
             let port = theirs.local_addr().unwrap().port();

@@ -2,6 +2,7 @@
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, btree_map};
+use std::net::SocketAddr;
 use std::sync::Arc;
 
 use rproxy_mapping::Mapping;
@@ -41,6 +42,11 @@ impl Served {
     /// Its counters.
     pub fn stats(&self) -> &Stats {
         &self.policy.state.stats
+    }
+
+    /// The backend of each socket, in order.
+    pub(crate) fn backends(&self) -> impl Iterator<Item = SocketAddr> {
+        self.ports.iter().map(|binding| binding.target.port_mapping.backend.socket_addr())
     }
 
     /// The host port of each socket, in order; the actual port where there was a choice.
@@ -95,6 +101,16 @@ impl Registry {
     /// The attached ports, ordered by name.
     pub(crate) fn attached(&self) -> impl Iterator<Item = (&Name, &Served)> {
         self.iter().filter(|(_name, served)| served.process.is_some())
+    }
+
+    /// Whether a mapping of this name is served, or was and still has connections or flows.
+    pub(crate) fn knows(&self, name: &Name) -> bool {
+        self.served.contains_key(name) || self.left_of(name).is_some()
+    }
+
+    /// The state of the mapping called `name`.
+    pub(crate) fn state_of(&self, name: &Name) -> Option<Arc<MappingState>> {
+        self.get(name).map(|served| served.policy.state.clone())
     }
 
     /// Whether a mapping listens on one of `ports`, on any address.

@@ -223,7 +223,7 @@ mod tests {
 
     impl Ports {
         fn serve(sockets: impl IntoIterator<Item = BoundPort>) -> Self {
-            let mut server = Server::prepared(Vec::new(), Growth::Mappings).unwrap();
+            let mut server = Server::prepared(Vec::new(), Growth::Mappings, None).unwrap();
             let policy = server.new_policy(Name::default(), Limits::default());
             let assigned = sockets.into_iter().map(|port| server.assign(port, &policy).unwrap());
             let bindings: Vec<Binding> = assigned.collect();

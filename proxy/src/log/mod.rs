@@ -1,5 +1,6 @@
 //! The log, on standard error.
 
+pub mod access;
 pub mod console;
 pub(crate) mod limit;
 mod sink;

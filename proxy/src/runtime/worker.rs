@@ -50,20 +50,31 @@ struct Running {
 
 #[derive(Debug)]
 struct Worker {
-    runtime: Handle,
-    slots: Arc<AtomicUsize>,
+    slots: Arc<Slots>,
     /// Tasks that relay datagrams now. Each counts as one connection.
     relays: Arc<AtomicUsize>,
     /// Dropping it ends the worker's own thread, if it has one.
     _stop: Option<oneshot::Sender<()>>,
 }
 
+/// The connections of a worker.
+#[derive(Debug)]
+struct Slots {
+    /// That of the worker.
+    number: usize,
+    taken: AtomicUsize,
+    runtime: Handle,
+    /// As in [`Workers`].
+    idle: Arc<Notify>,
+}
+
 impl Worker {
-    fn new(runtime: Handle, stop: Option<oneshot::Sender<()>>) -> Self {
-        Self { runtime, slots: Arc::default(), relays: Arc::default(), _stop: stop }
+    fn new(number: usize, runtime: Handle, idle: Arc<Notify>, stop: Option<oneshot::Sender<()>>) -> Self {
+        let slots = Arc::new(Slots { number, taken: AtomicUsize::new(0), runtime, idle });
+        Self { slots, relays: Arc::default(), _stop: stop }
     }
 
-    fn start(number: usize, prepare: Prepare) -> io::Result<Self> {
+    fn start(number: usize, prepare: Prepare, idle: Arc<Notify>) -> io::Result<Self> {
         let runtime = new_runtime()?;
         let handle = runtime.handle().clone();
         let (stop, stopped) = oneshot::channel::<()>();
@@ -80,13 +91,17 @@ impl Worker {
             drop(runtime.block_on(stopped));
         };
         match start_thread(&format!("rproxy-{number}"), STACK_SIZE, runtime, serve) {
-            Ok(()) => Ok(Self::new(handle, Some(stop))),
+            Ok(()) => Ok(Self::new(number, handle, idle, Some(stop))),
             Err((error, runtime)) => Err(discard(runtime, error)),
         }
     }
 
     fn connections(&self) -> usize {
-        self.slots.load(Ordering::Relaxed)
+        self.slots.taken.load(Ordering::Relaxed)
+    }
+
+    fn runtime(&self) -> &Handle {
+        &self.slots.runtime
     }
 
     fn load(&self) -> usize {
@@ -104,12 +119,9 @@ impl Workers {
     /// Makes the runtime of the calling thread the first worker. The caller prepares it; `prepare` is for the
     /// others.
     pub(crate) fn new(first: Handle, prepare: Prepare) -> Self {
-        Self {
-            prepare,
-            running: Mutex::new(Running { workers: vec![Worker::new(first, None)], failed: None }),
-            idle: Arc::default(),
-            most: OnceLock::new(),
-        }
+        let idle = Arc::<Notify>::default();
+        let workers = vec![Worker::new(0, first, idle.clone(), None)];
+        Self { prepare, running: Mutex::new(Running { workers, failed: None }), idle, most: OnceLock::new() }
     }
 
     /// Counts the processors before confinement blocks the files with the quota.
@@ -125,14 +137,9 @@ impl Workers {
     /// Reserves a slot for a connection on the worker with the fewest.
     pub(crate) fn slot(&self) -> WorkerSlot {
         let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-        let (worker, idlest) = self.idlest(&mut running);
-        idlest.slots.fetch_add(1, Ordering::Relaxed);
-        WorkerSlot {
-            worker,
-            runtime: idlest.runtime.clone(),
-            taken: idlest.slots.clone(),
-            idle: self.idle.clone(),
-        }
+        let (_number, idlest) = self.idlest(&mut running);
+        idlest.slots.taken.fetch_add(1, Ordering::Relaxed);
+        WorkerSlot(idlest.slots.clone())
     }
 
     /// Reserves a slot for a task that begins to relay datagrams: on the worker `home` where it runs, unless that is
@@ -143,9 +150,9 @@ impl Workers {
         let (idlest, _worker) =
             if may_move && load > 0 { self.idlest(&mut running) } else { (home, &running.workers[home]) };
         let worker = if running.workers[idlest].load() < load { idlest } else { home };
-        let Worker { runtime, relays, .. } = &running.workers[worker];
-        relays.fetch_add(1, Ordering::Relaxed);
-        RelaySlot { worker, runtime: runtime.clone(), relays: relays.clone() }
+        let chosen = &running.workers[worker];
+        chosen.relays.fetch_add(1, Ordering::Relaxed);
+        RelaySlot { worker, runtime: chosen.runtime().clone(), relays: chosen.relays.clone() }
     }
 
     /// The worker with the least to do, a new one if all have something.
@@ -166,7 +173,7 @@ impl Workers {
         if workers.len() >= self.most() || failed.is_some_and(|at| at.elapsed() < RETRY) {
             return;
         }
-        match Worker::start(workers.len(), self.prepare) {
+        match Worker::start(workers.len(), self.prepare, self.idle.clone()) {
             Ok(worker) => {
                 *failed = None;
                 workers.push(worker);
@@ -186,7 +193,7 @@ impl Workers {
     /// The runtimes of all running workers.
     pub(crate) fn runtimes(&self) -> Vec<Handle> {
         let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-        running.workers.iter().map(|worker| worker.runtime.clone()).collect()
+        running.workers.iter().map(|worker| worker.runtime().clone()).collect()
     }
 
     /// The number of connections being served.
@@ -237,29 +244,24 @@ impl Drop for RelaySlot {
 
 /// A connection's slot on a worker, released when dropped.
 #[derive(Debug)]
-pub(crate) struct WorkerSlot {
-    worker: usize,
-    runtime: Handle,
-    taken: Arc<AtomicUsize>,
-    idle: Arc<Notify>,
-}
+pub(crate) struct WorkerSlot(Arc<Slots>);
 
 impl WorkerSlot {
     /// The number of the worker.
     pub(crate) fn worker(&self) -> usize {
-        self.worker
+        self.0.number
     }
 
     /// The runtime that serves the connection.
     pub(crate) fn runtime(&self) -> Handle {
-        self.runtime.clone()
+        self.0.runtime.clone()
     }
 }
 
 impl Drop for WorkerSlot {
     fn drop(&mut self) {
-        if self.taken.fetch_sub(1, Ordering::Release) == 1 {
-            self.idle.notify_waiters();
+        if self.0.taken.fetch_sub(1, Ordering::Release) == 1 {
+            self.0.idle.notify_waiters();
         }
     }
 }

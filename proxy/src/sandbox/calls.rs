@@ -179,6 +179,10 @@ fn sockets(needs: &Needs<'_>) -> Result<Vec<SeccompRule>, seccompiler::BackendEr
         // conntrack.
         sockets.push(rule([is(0, libc::AF_NETLINK), is(2, libc::NETLINK_NETFILTER)])?);
     }
+    if needs.log_socket {
+        sockets.push(rule([is(0, libc::AF_UNIX), stream()])?);
+        sockets.push(rule([is(0, libc::AF_UNIX), datagram()])?);
+    }
     Ok(sockets)
 }
 

@@ -73,6 +73,8 @@ pub struct Needs<'a> {
     pub sources: Sources,
     /// The ports of TCP backends.
     pub tcp_backends: Vec<u16>,
+    /// Whether the access log is written to a Unix socket, which may have to be connected again.
+    pub log_socket: bool,
     /// Whether the service manager is notified through an abstract socket.
     pub abstract_sockets: bool,
     /// What changes at run time need, if they are possible.
@@ -124,6 +126,7 @@ impl<'a> Needs<'a> {
             dscp: false,
             sources: Sources::default(),
             tcp_backends,
+            log_socket: false,
             abstract_sockets: false,
             changes: None,
         }

@@ -4,6 +4,7 @@
 //! long configuration does not delay traffic. If no thread can be created, it runs on that of the first
 //! worker.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
@@ -27,12 +28,13 @@ use crate::control::socket::{ControlSocket, SocketFile};
 use crate::engine::change::{ChangeError, Changed};
 use crate::engine::old_processes::LeftConnections;
 use crate::engine::{ServeError, Server};
+use crate::log::access;
 use crate::plane::AttachOptions;
 use crate::plane::attachments::{Attachments, Plane, Ready};
 use crate::runtime::signals::{Signals, StopSignals};
 use crate::runtime::{new_runtime, start_thread};
 use crate::systemd;
-use crate::upgrade::Upgrade;
+use crate::upgrade::{Reopened, Upgrade};
 
 /// The maximum number of queued requests.
 const CALLS: usize = 4;
@@ -40,25 +42,33 @@ const CALLS: usize = 4;
 /// Stack size of the manager's thread, which parses recursively.
 const STACK_SIZE: usize = 1024 * 1024;
 
-/// A configuration file that `SIGHUP` reloads.
+/// What `SIGHUP` reads or opens again.
 pub struct Reload {
     signal: Signals,
-    file: PathBuf,
+    /// The configuration, if there is one.
+    configuration: Option<Configuration>,
+    /// The file of the access log, if there is one.
+    access_log: Option<PathBuf>,
+}
+
+/// A configuration file.
+pub struct Configuration {
+    /// Its path.
+    pub file: PathBuf,
     /// `--attach`, and its name.
-    attach: Option<Option<String>>,
+    pub attach: Option<Option<String>>,
 }
 
 impl Reload {
-    /// Starts to catch the signal. Call it before the file is read for the first time, so that no change is
-    /// missed.
+    /// Starts to catch the signal. Call it before a file is read for the first time, so that no change is missed.
     ///
     /// # Errors
     /// Those of [`Signals::catch`].
     ///
     /// # Panics
     /// Outside a tokio runtime.
-    pub fn of_file(file: PathBuf, attach: Option<Option<String>>) -> io::Result<Self> {
-        Ok(Self { signal: Signals::catch([Signal::SIGHUP])?, file, attach })
+    pub fn catch(configuration: Option<Configuration>, access_log: Option<PathBuf>) -> io::Result<Self> {
+        Ok(Self { signal: Signals::catch([Signal::SIGHUP])?, configuration, access_log })
     }
 }
 
@@ -138,10 +148,14 @@ impl Manager {
             file
         });
         let mut managed = Managed { server, stop, control, called, plane, reload, watchdog, upgrade };
-        let succeeded = managed.until_ended().await?;
-        // On the heap, as it would make the future larger than all that comes before.
-        Box::pin(managed.end(drain, succeeded)).await;
-        Ok(())
+        let recorder = managed.server.recorder().cloned();
+        let ended = managed.until_ended().await;
+        if let Ok(succeeded) = ended {
+            // On the heap, as it would make the future larger than all that comes before.
+            Box::pin(managed.end(drain, succeeded)).await;
+        }
+        recorder.iter().for_each(|recorder| recorder.finish());
+        ended.map(drop)
     }
 }
 
@@ -171,8 +185,8 @@ impl Managed {
                 }
                 error = server.failed() => return Err(error.into()),
                 () = hung_up(reload) => {
-                    let reread = Box::pin(reread(reload.as_ref(), upgrade, server, plane.as_deref_mut()));
-                    let Some(()) = or_stopped(reread, stop).await else { return Ok(false) };
+                    let reloaded = Box::pin(reload_all(reload.as_ref(), upgrade, server, plane.as_deref_mut()));
+                    let Some(()) = or_stopped(reloaded, stop).await else { return Ok(false) };
                 }
                 () = upgrade.asked() => {
                     let attempt = upgrade.attempt(server, control.as_ref().map(AsFd::as_fd), plane.as_deref());
@@ -392,22 +406,52 @@ async fn tick(interval: &mut Option<Interval>) {
     }
 }
 
-/// Reloads the file; an error changes nothing.
-async fn reread(
+/// Opens the access log and reads the configuration again.
+async fn reload_all(
     reload: Option<&Reload>,
     upgrade: &mut Upgrade,
     server: &mut Server,
     plane: Option<&mut Plane>,
 ) {
-    let Some(Reload { file, attach, .. }) = reload else { return };
+    let Some(Reload { configuration, access_log, .. }) = reload else { return };
     systemd::reloading();
-    let opened = match upgrade.open_configuration().await {
+    if let (Some(path), Some(log)) = (access_log, server.access_log()) {
+        match open_again(Reopened::AccessLog, upgrade, || access::open_file(path)).await {
+            Ok(file) => log.reopen(file),
+            Err(error) => {
+                error!(path = %escaped(path), %error, "the access log stays as it is: cannot open it again")
+            }
+        }
+    }
+    if let Some(configuration) = configuration {
+        reread(configuration, upgrade, server, plane).await;
+    }
+    systemd::ready();
+}
+
+/// Has the launcher open a file, or opens it `here` without one.
+async fn open_again(
+    which: Reopened,
+    upgrade: &mut Upgrade,
+    here: impl FnOnce() -> io::Result<File>,
+) -> io::Result<File> {
+    match upgrade.reopen(which).await {
         Ok(opened) => opened,
         Err(error) => {
-            debug!(%error, "the configuration is opened by this process itself");
-            config::open(file)
+            debug!(%error, "this process opens the file itself");
+            here()
         }
-    };
+    }
+}
+
+/// Reloads the configuration; an error changes nothing.
+async fn reread(
+    Configuration { file, attach }: &Configuration,
+    upgrade: &mut Upgrade,
+    server: &mut Server,
+    plane: Option<&mut Plane>,
+) {
+    let opened = open_again(Reopened::Configuration, upgrade, || config::open(file)).await;
     let applied = match config::read_again(file, opened) {
         Ok(config) => apply(config, attach.as_ref().map(Option::as_deref), server, plane)
             .await
@@ -426,7 +470,6 @@ async fn reread(
             }
         }
     }
-    systemd::ready();
 }
 
 /// Serves what a configuration says from now on.

@@ -85,7 +85,7 @@ fn serve_mappings(options: &Serve) -> ExitCode {
     prepare(options.log());
     systemd::open();
     // Before there is anything that a new process must not inherit.
-    let launcher = Launcher::start(configuration);
+    let launcher = Launcher::start(configuration, options.access_log_file());
     raise_descriptor_limit();
     let started = start(mappings, origin, launcher, options);
     // It had to stay open while it might be opened by its path.

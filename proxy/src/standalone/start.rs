@@ -2,6 +2,8 @@
 
 use std::io;
 use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::sync::Arc;
 
 use nix::sys::signal::Signal;
 use rproxy_mapping::addr::HostSocketAddr;
@@ -10,7 +12,7 @@ use rproxy_mapping::{HostPorts, Mapping, PortMapping};
 use tokio::runtime::Runtime;
 use tracing::{debug, info, warn};
 
-use super::manager::{Drain, Manager, Reload};
+use super::manager::{Configuration, Drain, Manager, Reload};
 use crate::bind::activation::{InheritedError, InheritedSockets};
 use crate::bind::family::{NO_IPV6, has_ipv6};
 use crate::bind::listen::BindError;
@@ -20,18 +22,23 @@ use crate::cli::Serve;
 use crate::config::{self, ConfigError};
 use crate::control::socket::{ControlSocket, SocketError};
 use crate::engine::{Growth, Server};
+use crate::log::access::{AccessLog, AccessLogError, Destination};
 use crate::log::console::Output;
 use crate::loops::LoopError;
 use crate::plane;
 use crate::plane::attachments::Attachments;
 use crate::runtime::descriptors::explain;
-use crate::runtime::new_runtime;
 use crate::runtime::signals::StopSignals;
+use crate::runtime::{new_runtime, start_thread};
 use crate::sandbox::{self, Changes, Needs, SandboxError, Sources};
+use crate::state::recorder::Recorder;
 use crate::state::task::LiveFlows;
 use crate::systemd::{self, ActivationError};
 use crate::udp::stale;
 use crate::upgrade::{self, Launcher, Sockets, Upgrade, UpgradeError, take_over};
+
+/// Stack size of the thread that writes the access log.
+const LOG_STACK_SIZE: usize = 128 * 1024;
 
 /// The source of this process's listening sockets.
 pub(super) enum Origin {
@@ -66,7 +73,10 @@ pub(super) fn start(
     let runtime = new_runtime().map_err(setup("create the event loop"))?;
     let entered = runtime.enter();
     let upgrade = Upgrade::catch(launcher).map_err(setup("catch signals"))?;
-    let reload = options.config.clone().map(|file| Reload::of_file(file, options.attach.clone()));
+    let configuration =
+        options.config.clone().map(|file| Configuration { file, attach: options.attach.clone() });
+    let access_log = options.access_log_file().map(Path::to_owned);
+    let reload = is_reloaded(options).then(|| Reload::catch(configuration, access_log));
     let reload = reload.transpose().map_err(setup("catch signals"))?;
     drop(entered);
     let Started { server, control, attach, stop } = match origin {
@@ -135,9 +145,14 @@ fn start_upgraded(
 }
 
 fn catch_stop_signals(options: &Serve) -> Result<StopSignals, StartError> {
-    let hang_up = if options.config.is_none() { &[Signal::SIGHUP][..] } else { &[] };
+    let hang_up = if is_reloaded(options) { &[][..] } else { &[Signal::SIGHUP] };
     let meaningless = [hang_up, &[Signal::SIGUSR1, Signal::SIGALRM]].concat();
     StopSignals::catch(&meaningless).map_err(setup("catch signals"))
+}
+
+/// Whether there is a file that `SIGHUP` has this process read or open again.
+fn is_reloaded(options: &Serve) -> bool {
+    options.config.is_some() || options.access_log_file().is_some()
 }
 
 /// Whether the requested mappings may change later.
@@ -160,7 +175,12 @@ fn prepare_server(bound: Vec<Bound>, attaches: bool, options: &Serve) -> Result<
     } else {
         Growth::None
     };
-    let server = Server::prepared(bound, growth).map_err(setup("watch the listeners"))?;
+    let sink = options.access_log.as_ref().map(Destination::open).transpose()?;
+    let access_log = sink.is_some().then(|| Arc::new(AccessLog::new(options.access_log_format())));
+    let is_listed = options.control.is_some();
+    let recorder = (is_listed || access_log.is_some()).then(|| Recorder::new(access_log.clone(), is_listed));
+    let server = Server::prepared(bound, growth, recorder.map(Arc::new));
+    let server = server.map_err(setup("watch the listeners"))?;
     server.look_at_processors();
     if let Some(user) = &options.user {
         for error in server.udp_sockets().filter_map(|socket| user.own(socket).err()) {
@@ -171,6 +191,10 @@ fn prepare_server(bound: Vec<Bound>, attaches: bool, options: &Serve) -> Result<
         routes::open();
     }
     sandbox::confine(options.sandbox, &needs)?;
+    if let (Some(access_log), Some(sink)) = (access_log, sink) {
+        let writer = start_thread("rproxy-log", LOG_STACK_SIZE, access_log.writer(sink), |write| write());
+        writer.map_err(|(source, _writer)| setup("start the thread of the access log")(source))?;
+    }
     Ok(server)
 }
 
@@ -200,6 +224,7 @@ fn needs<'a>(options: &'a Serve, attaches: bool, bound: &[Bound]) -> Needs<'a> {
     let ports = bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.port_mapping);
     Needs {
         user: options.user.as_ref(),
+        log_socket: matches!(options.access_log, Some(Destination::Socket(_))),
         abstract_sockets: systemd::is_abstract(),
         changes,
         sources: Sources::of(bound.iter().map(|bound| bound.mapping.limits())),
@@ -268,6 +293,8 @@ pub(super) enum StartError {
     Upgrade(#[from] UpgradeError),
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
+    #[error(transparent)]
+    AccessLog(#[from] AccessLogError),
     #[error("cannot {step}: {}", explain(source, 1))]
     Setup { step: &'static str, source: io::Error },
 }

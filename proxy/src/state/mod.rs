@@ -1,5 +1,8 @@
 //! The state that the sockets and connections of a mapping share.
 
+mod access_line;
+pub(crate) mod record;
+pub(crate) mod recorder;
 mod refusals;
 pub mod stats;
 pub(crate) mod task;
@@ -15,6 +18,8 @@ use rproxy_mapping::name::Name;
 use tokio::sync::Notify;
 
 use crate::runtime::poll::WatchedListener;
+use crate::state::record::{Ending, Record};
+use crate::state::recorder::Recorder;
 use crate::state::stats::Stats;
 
 /// A listening socket and its target.
@@ -65,6 +70,8 @@ pub(crate) struct MappingState {
     told_full_at: Mutex<Option<Instant>>,
     /// Notified when a connection has ended that a client waited for.
     capacity: Arc<Capacity>,
+    /// Records its connections and flows, if anybody can ask for them.
+    recorder: Option<Arc<Recorder>>,
 }
 
 /// A limited resource of the process, such as descriptors, that connections and flows release when they end.
@@ -96,8 +103,8 @@ impl Capacity {
 
 impl MappingState {
     /// The state of the mapping `name`, without connections. `capacity` is notified when a connection ends that a
-    /// client waits for.
-    pub(crate) fn new(name: Name, capacity: Arc<Capacity>) -> Self {
+    /// client waits for. The `recorder` records its connections and flows.
+    pub(crate) fn new(name: Name, capacity: Arc<Capacity>, recorder: Option<Arc<Recorder>>) -> Self {
         Self {
             name,
             stats: Stats::default(),
@@ -106,6 +113,7 @@ impl MappingState {
             told_full: AtomicBool::default(),
             told_full_at: Mutex::default(),
             capacity,
+            recorder,
         }
     }
 
@@ -165,7 +173,7 @@ impl MappingPolicy {
 
 /// Counts a connection of a mapping until dropped, which must be after its sockets are closed.
 #[derive(Debug)]
-pub(crate) struct ConnectionGuard(Arc<Target>);
+pub(crate) struct ConnectionGuard(Recorded);
 
 impl ConnectionGuard {
     /// Counts another connection.
@@ -174,38 +182,53 @@ impl ConnectionGuard {
         state.connections.fetch_add(1, Ordering::SeqCst);
         state.stats.connections.add(1);
         state.stats.connections_total.add(1);
-        Self(target.clone())
+        Self(Recorded::new(target))
+    }
+
+    /// Records the connection of `peer`, who has connected to `host`, if anybody can ask for it.
+    pub(crate) fn record_as(&mut self, peer: SocketAddr, host: impl FnOnce() -> SocketAddr) {
+        self.0.record_as(peer, host);
+    }
+
+    /// The record, if there is one.
+    pub(crate) fn record(&self) -> Option<&Arc<Record>> {
+        self.0.record.as_ref()
+    }
+
+    /// Records how the connection ends.
+    pub(crate) fn end(&self, ending: Ending) {
+        self.0.record.iter().for_each(|record| record.end(ending));
     }
 
     /// The port that the connection belongs to.
     pub(crate) fn port_mapping(&self) -> &PortMapping {
-        &self.0.port_mapping
+        &self.0.target.port_mapping
     }
 
     /// The limits of the connection.
     pub(crate) fn limits(&self) -> &Limits {
-        &self.0.policy.limits
+        &self.0.target.policy.limits
     }
 
     /// The state of the connection's mapping.
     pub(crate) fn state(&self) -> &Arc<MappingState> {
-        &self.0.policy.state
+        &self.0.target.policy.state
     }
 
     /// Whether `client` is served. If not, counts and logs that.
     pub(crate) fn admits(&self, client: SocketAddr) -> bool {
-        self.0.admits(client)
+        self.0.target.admits(client)
     }
 
     /// The counters of the connection's mapping.
     pub(crate) fn stats(&self) -> &Stats {
-        &self.0.policy.state.stats
+        &self.0.target.policy.state.stats
     }
 }
 
 impl Drop for ConnectionGuard {
     fn drop(&mut self) {
-        let state = &self.0.policy.state;
+        let state = &self.0.target.policy.state;
         state.stats.connections.sub_one();
         state.connections.fetch_sub(1, Ordering::SeqCst);
         if state.is_full.swap(false, Ordering::SeqCst) {
@@ -217,7 +240,7 @@ impl Drop for ConnectionGuard {
 
 /// Counts a flow of a mapping until dropped, which must be after its socket is closed.
 #[derive(Debug)]
-pub(crate) struct FlowGuard(Arc<Target>);
+pub(crate) struct FlowGuard(Recorded);
 
 impl FlowGuard {
     /// Counts another flow.
@@ -225,20 +248,56 @@ impl FlowGuard {
         let stats = &target.policy.state.stats;
         stats.flows.add(1);
         stats.flows_total.add(1);
-        Self(target.clone())
+        Self(Recorded::new(target))
+    }
+
+    /// Records the flow of `peer`, who has sent to `host`, if anybody can ask for it.
+    pub(crate) fn record_as(&mut self, peer: SocketAddr, host: impl FnOnce() -> SocketAddr) {
+        self.0.record_as(peer, host);
+    }
+
+    /// The record, if there is one.
+    pub(crate) fn record(&self) -> Option<&Arc<Record>> {
+        self.0.record.as_ref()
     }
 
     /// Where the flow is relayed to, and how it is served.
     pub(crate) fn target(&self) -> &Arc<Target> {
-        &self.0
+        &self.0.target
     }
 }
 
 impl Drop for FlowGuard {
     fn drop(&mut self) {
-        let state = &self.0.policy.state;
+        let state = &self.0.target.policy.state;
         state.stats.flows.sub_one();
         state.capacity.free();
+    }
+}
+
+/// The target of a connection or flow, and its record, which ends when this is dropped.
+#[derive(Debug)]
+struct Recorded {
+    target: Arc<Target>,
+    record: Option<Arc<Record>>,
+}
+
+impl Recorded {
+    fn new(target: &Arc<Target>) -> Self {
+        Self { target: target.clone(), record: None }
+    }
+
+    fn record_as(&mut self, peer: SocketAddr, host: impl FnOnce() -> SocketAddr) {
+        let recorder = self.target.policy.state.recorder.as_ref();
+        self.record = recorder.and_then(|recorder| recorder.open(peer, host, &self.target));
+    }
+}
+
+impl Drop for Recorded {
+    fn drop(&mut self) {
+        if let (Some(recorder), Some(record)) = (&self.target.policy.state.recorder, &self.record) {
+            recorder.close(record);
+        }
     }
 }
 
@@ -253,8 +312,10 @@ mod tests {
         let host = "127.0.0.1:80".parse().unwrap();
         let port_mapping = PortMapping { protocol: Protocol::Tcp, host, backend, v6only: false };
         let limits = Limits { max_connections: Some(max_connections), ..Limits::default() };
-        let policy =
-            Arc::new(MappingPolicy { limits, state: Arc::new(MappingState::new(Name::default(), capacity)) });
+        let policy = Arc::new(MappingPolicy {
+            limits,
+            state: Arc::new(MappingState::new(Name::default(), capacity, None)),
+        });
         Arc::new(Target { port_mapping, policy })
     }
 

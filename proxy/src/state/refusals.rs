@@ -7,6 +7,7 @@ use tracing::info;
 
 use crate::log::limit::LogLimit;
 use crate::state::Target;
+use crate::state::record::Ending;
 use crate::state::stats::FailureKind;
 
 impl Target {
@@ -32,6 +33,13 @@ impl Target {
             let (mapping, client) = (&self.policy.state.name, canonical(client));
             let limit = self.policy.limits.max_connections;
             info!(%mapping, %client, max_connections = limit, suppressed, "client reset: the mapping is full");
+        }
+    }
+
+    /// Writes the line of a `client` without a connection or flow to the access log.
+    pub(crate) fn log_refusal(&self, client: SocketAddr, ending: Ending) {
+        if let Some(recorder) = &self.policy.state.recorder {
+            recorder.log_refusal(client, self, ending);
         }
     }
 

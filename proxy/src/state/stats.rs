@@ -3,7 +3,9 @@
 //! The data path updates them once per wake-up or batch, with relaxed ordering. A reader sees a recent value
 //! of each counter, but not a consistent snapshot of all.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 /// A number that any thread may change.
 #[derive(Debug, Default)]
@@ -126,6 +128,8 @@ pub struct Stats {
     pub datagrams_in: Counter,
     /// Datagrams to clients.
     pub datagrams_out: Counter,
+    /// How long backends took to accept connections, if connections are recorded.
+    pub connect_times: ConnectTimes,
     troubles: [Counter; FailureKind::ALL.len()],
 }
 
@@ -143,6 +147,53 @@ impl Stats {
     /// Counts `count` occurrences of `failure_kind`.
     pub(crate) fn count_many(&self, failure_kind: FailureKind, count: u64) {
         self.troubles[failure_kind as usize].add(count);
+    }
+}
+
+/// How many backends have accepted a connection within which time.
+#[derive(Debug, Default)]
+pub struct ConnectTimes(OnceLock<Box<ConnectHistogram>>);
+
+#[derive(Debug, Default)]
+struct ConnectHistogram {
+    /// The connections within each bound, but not within the one before; the last ones are within none.
+    counts: [Counter; ConnectTimes::BOUNDS.len() + 1],
+    /// In microseconds.
+    sum: Counter,
+}
+
+impl ConnectTimes {
+    /// The upper bounds of the buckets: those of containers on this host are below a millisecond, a lost SYN takes a second.
+    pub const BOUNDS: [Duration; 10] = [
+        Duration::from_micros(250),
+        Duration::from_micros(500),
+        Duration::from_millis(1),
+        Duration::from_micros(2500),
+        Duration::from_millis(10),
+        Duration::from_millis(50),
+        Duration::from_millis(250),
+        Duration::from_secs(1),
+        Duration::from_millis(2500),
+        Duration::from_secs(10),
+    ];
+
+    /// Counts a connection.
+    pub(crate) fn record(&self, time: Duration) {
+        let histogram = self.0.get_or_init(Box::default);
+        histogram.counts[Self::BOUNDS.partition_point(|bound| *bound < time)].add(1);
+        histogram.sum.add(u64::try_from(time.as_micros()).unwrap_or(u64::MAX));
+    }
+
+    /// The connections within each of [`Self::BOUNDS`], but not within the one before, and those beyond. All are 0 if
+    /// nothing was recorded.
+    pub fn counts(&self) -> [u64; Self::BOUNDS.len() + 1] {
+        let counts = self.0.get().map(|histogram| histogram.counts.each_ref().map(Counter::get));
+        counts.unwrap_or_default()
+    }
+
+    /// The sum of all times.
+    pub fn sum(&self) -> Duration {
+        Duration::from_micros(self.0.get().map_or(0, |histogram| histogram.sum.get()))
     }
 }
 

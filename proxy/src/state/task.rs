@@ -3,6 +3,7 @@
 //! There is one task for TCP and one for UDP. They receive commands as messages, so that the data path needs
 //! no locks and any thread can send them.
 
+use std::collections::HashSet;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -61,6 +62,8 @@ pub(crate) enum FlowCommand {
     Resume,
     /// Also serve these flows, of listeners that are already served.
     Adopt(LiveFlows),
+    /// End the flows with these records.
+    Cut(Arc<HashSet<u64>>),
     /// End the flows that use these local ports. The sender is notified once the ports are free.
     GiveWay(Vec<u16>, oneshot::Sender<()>),
 }

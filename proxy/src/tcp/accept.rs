@@ -29,8 +29,9 @@ use crate::log::limit::LogLimit;
 use crate::runtime::descriptors::explain;
 use crate::runtime::poll::{EventSource, LISTENER, WatchedListener};
 use crate::runtime::worker::{WorkerSlot, Workers};
+use crate::state::record::Ending;
 use crate::state::task::{Command, Commands, Detached, LiveFlows};
-use crate::state::{Binding, Capacity, ConnectionGuard, MappingPolicy};
+use crate::state::{Binding, Capacity, ConnectionGuard, MappingPolicy, Target};
 use crate::tcp::backoff::Backoff;
 
 /// Listeners serviced in one turn.
@@ -402,15 +403,18 @@ fn accept_some(
         // The client of a proxy is known later.
         if !is_proxy && !target.admits(peer) {
             backends.keep(addr, backend);
+            target.log_refusal(peer, Ending::Denied);
         } else if !has_room {
             backends.keep(addr, backend);
             target.is_over_limit(peer);
+            target.log_refusal(peer, Ending::OverLimit);
         } else {
             if let Some(dscp) = policy.limits.dscp {
                 mark(&client, peer.is_ipv6(), dscp);
                 backend.iter().for_each(|backend| mark(backend, addr.socket_addr().is_ipv6(), dscp));
             }
-            let guard = ConnectionGuard::take(target);
+            let mut guard = ConnectionGuard::take(target);
+            guard.record_as(peer, || asked_of(&client, target));
             match backend {
                 Ok(backend) => ready.push(Accepted { client, backend, peer, guard }),
                 Err(error) => reset_without_backend(client, peer, &guard, error),
@@ -418,6 +422,12 @@ fn accept_some(
         }
     }
     Ok(Stop::Burst)
+}
+
+/// The address that a client has connected to.
+fn asked_of(client: &OwnedFd, target: &Target) -> SocketAddr {
+    let local = SockRef::from(client).local_addr().ok().and_then(|local| local.as_socket());
+    local.unwrap_or_else(|| target.port_mapping.host.socket_addr())
 }
 
 /// Resets a connection because no socket for its backend can be opened.
@@ -478,7 +488,8 @@ fn hand_over(ready: Vec<Accepted>, workers: &Workers) {
         runtime.spawn(async move {
             for (slot, accepted) in group {
                 let (client, mapping) = (accepted.client(), accepted.guard.state().clone());
-                connections::spawn(client, &mapping, |entry| dial_and_relay(accepted, slot, entry));
+                let record = accepted.guard.record().cloned();
+                connections::spawn((client, record), &mapping, |entry| dial_and_relay(accepted, slot, entry));
             }
         });
     }

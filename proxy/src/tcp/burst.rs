@@ -114,7 +114,7 @@ mod tests {
     fn with_burst(check: impl FnOnce(&mut Burst, &Direction<'_>)) {
         new_runtime().unwrap().block_on(async {
             let total = Counter::default();
-            let [meter, opposite] = [&total; 2].map(Meter::new);
+            let [meter, opposite] = [&total; 2].map(|total| Meter::new(total, None));
             let (one, other) = UnixStream::pair().unwrap();
             let (source, sink) = (Stream::new(one).unwrap(), Stream::new(other).unwrap());
             let direction = Direction { source: &source, sink: &sink, meter: &meter, opposite: &opposite };

@@ -3,6 +3,7 @@
 //! Threads share nothing here: a connection is listed and searched on the worker that serves it.
 
 use std::cell::RefCell;
+use std::collections::HashSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -11,6 +12,7 @@ use tokio::task::JoinHandle;
 use tracing::info;
 
 use crate::runtime::worker::Workers;
+use crate::state::record::{Ending, Record};
 use crate::state::stats::FailureKind;
 use crate::state::{MappingPolicy, MappingState};
 use crate::tcp::pipe;
@@ -30,7 +32,14 @@ struct Connection {
     client: Client,
     /// Its mapping, identified by the address of the state, which the connection keeps alive.
     mapping: *const MappingState,
+    record: Option<Arc<Record>>,
     task: JoinHandle<()>,
+}
+
+impl Connection {
+    fn belongs_to(&self, mapping: &Arc<MappingState>) -> bool {
+        self.mapping == Arc::as_ptr(mapping)
+    }
 }
 
 /// Whom a connection is for.
@@ -41,13 +50,17 @@ pub(super) enum Client {
     Awaited(Option<Arc<MappingPolicy>>),
 }
 
-/// Runs the future that `task` returns for a connection of a mapping, on this worker. It owns the entry; wrapping it
+/// Runs the future that `task` returns for a connection of a mapping, on this worker: that of a client, and its record if
+/// there is one. It owns the entry; wrapping it
 /// in another future would double its size.
 ///
 /// # Panics
 /// Outside a tokio runtime.
-pub(super) fn spawn<F>(client: Client, mapping: &Arc<MappingState>, task: impl FnOnce(Entry) -> F)
-where
+pub(super) fn spawn<F>(
+    (client, record): (Client, Option<Arc<Record>>),
+    mapping: &Arc<MappingState>,
+    task: impl FnOnce(Entry) -> F,
+) where
     F: Future<Output = ()> + Send + 'static,
 {
     let slot = SERVED.with_borrow_mut(|served| {
@@ -57,18 +70,21 @@ where
         })
     });
     let task = tokio::spawn(task(Entry(slot)));
-    let connection = Connection { client, mapping: Arc::as_ptr(mapping), task };
+    let connection = Connection { client, mapping: Arc::as_ptr(mapping), record, task };
     SERVED.with_borrow_mut(|served| served.slots[slot as usize] = Some(connection));
 }
 
 /// Resets the connections of this worker whose clients `policy` denies. Those that a proxy has yet to tell are checked then.
 pub(super) fn cut_denied(policy: &Arc<MappingPolicy>) {
-    let denied = cut(&policy.state, |client| match client {
+    let is_denied = |client: &mut Client| match client {
         Client::Known(client) => !policy.limits.access.admits(*client),
         Client::Awaited(changed) => {
             *changed = Some(policy.clone());
             false
         }
+    };
+    let denied = cut(Ending::Denied, |connection| {
+        connection.belongs_to(&policy.state) && is_denied(&mut connection.client)
     });
     let denied = denied.len();
     if denied > 0 {
@@ -95,20 +111,29 @@ pub(crate) fn reset_all(workers: &Workers, mapping: &Arc<MappingState>) -> impl 
 
 /// Resets all connections of a mapping on this worker. Their sockets are closed when this returns.
 async fn cut_all(mapping: &Arc<MappingState>) {
-    for task in cut(mapping, |_client| true) {
+    for task in cut(Ending::Removed, |connection| connection.belongs_to(mapping)) {
         // It has been cancelled, or had finished before.
         drop(task.await);
     }
 }
 
-/// Resets the connections of a mapping on this worker whose clients are `chosen`, and returns their tasks.
-fn cut(mapping: &Arc<MappingState>, chosen: impl Fn(&mut Client) -> bool) -> Vec<JoinHandle<()>> {
-    let mapping = Arc::as_ptr(mapping);
-    let tasks: Vec<_> = SERVED.with_borrow_mut(|served| {
-        let is_chosen =
-            |connection: &mut Connection| connection.mapping == mapping && chosen(&mut connection.client);
-        served.slots.iter_mut().filter_map(|slot| slot.take_if(is_chosen)).map(|it| it.task).collect()
-    });
+/// Resets all connections with these records.
+pub(crate) fn cut_recorded(workers: &Workers, records: &Arc<HashSet<u64>>) {
+    for runtime in workers.runtimes() {
+        let records = records.clone();
+        runtime.spawn(async move {
+            let is_one = |record: &Arc<Record>| records.contains(&record.id);
+            drop(cut(Ending::Cut, |connection| connection.record.as_ref().is_some_and(is_one)));
+        });
+    }
+}
+
+/// Resets the `chosen` connections of this worker because of `ending`, and returns their tasks.
+fn cut(ending: Ending, chosen: impl Fn(&mut Connection) -> bool) -> Vec<JoinHandle<()>> {
+    let cut: Vec<Connection> = SERVED
+        .with_borrow_mut(|served| served.slots.iter_mut().filter_map(|slot| slot.take_if(&chosen)).collect());
+    cut.iter().filter_map(|connection| connection.record.as_ref()).for_each(|record| record.end(ending));
+    let tasks: Vec<_> = cut.into_iter().map(|connection| connection.task).collect();
     // This closes their sockets, which resets unfinished connections.
     tasks.iter().for_each(JoinHandle::abort);
     tasks
@@ -172,7 +197,7 @@ mod tests {
                 [("cut", denied, &one), ("admitted", admitted, &one), ("elsewhere", denied, &other)]
             {
                 let guard = OnDrop(name, ended.clone());
-                spawn(Client::Known(client), mapping, |entry| async move {
+                spawn((Client::Known(client), None), mapping, |entry| async move {
                     std::future::pending::<()>().await;
                     drop((guard, entry));
                 });
@@ -195,7 +220,7 @@ mod tests {
         new_runtime().unwrap().block_on(async {
             let (tell, told) = tokio::sync::oneshot::channel();
             let (report, mut reported) = tokio::sync::mpsc::unbounded_channel();
-            spawn(Client::Awaited(None), &state, |entry| async move {
+            spawn((Client::Awaited(None), None), &state, |entry| async move {
                 told.await.unwrap();
                 report.send(entry.set_client(client).map(|policy| policy.would_admit(client))).unwrap();
                 std::future::pending::<()>().await;

@@ -76,6 +76,9 @@ fn relay_ready(direction: &Direction<'_>, burst: &mut Burst, cx: &mut Context<'_
             false => None,
         };
         let is_spliced = spliced.is_some();
+        if let (true, Some(recorded)) = (is_spliced, direction.meter.recorded) {
+            recorded.note_spliced();
+        }
         match spliced.unwrap_or_else(|| transfer::copy(direction)) {
             Step::Moved(moved) => turn += moved,
             Step::NotReady => {}
@@ -153,7 +156,7 @@ mod tests {
         let total = Counter::default();
         let end = new_runtime().unwrap().block_on(async {
             let (source, sink) = (Stream::new(source).unwrap(), Stream::new(sink).unwrap());
-            let [meter, opposite] = [&total; 2].map(Meter::new);
+            let [meter, opposite] = [&total; 2].map(|total| Meter::new(total, None));
             let direction = Direction { source: &source, sink: &sink, meter: &meter, opposite: &opposite };
             let told = async {
                 while peeked.peek(&mut [0]).is_ok() {

@@ -30,15 +30,17 @@ use std::os::fd::OwnedFd;
 use socket2::Socket;
 use tracing::{debug, warn};
 
-pub(crate) use self::connections::reset_all;
 use self::connections::{Client, Entry};
+pub(crate) use self::connections::{cut_recorded, reset_all};
 use self::dial::DialError;
 use self::proxy_header::Refused;
+use self::relay::Outcome;
 use self::stream::Stream;
 use crate::bind::source::{NotAsClient, SourceError};
 use crate::log::limit::LogLimit;
 use crate::runtime::worker::WorkerSlot;
 use crate::state::ConnectionGuard;
+use crate::state::record::Ending;
 use crate::state::stats::FailureKind;
 
 /// An accepted connection. Its guard is dropped last: its drop notifies others that descriptors are free.
@@ -89,10 +91,17 @@ fn dial_and_relay(accepted: Accepted, slot: WorkerSlot, entry: Entry) -> impl Fu
             backend.acknowledge();
         }
         let outcome = relay::relay(&client, &backend, guard, header).await;
-        debug!(%peer, mapping = %guard.port_mapping(), %outcome, "connection ended");
+        guard.end(outcome.finish.ending);
+        log_end(peer, guard, &outcome);
         drop(backend);
         local_ports::freed(guard.port_mapping().backend.socket_addr());
     }
+}
+
+fn log_end(peer: SocketAddr, guard: &ConnectionGuard, outcome: &Outcome) {
+    let Outcome { to_backend: bytes_in, to_client: bytes_out, finish } = outcome;
+    let (mapping, reason, error) = (&guard.state().name, finish.ending.as_str(), finish.failure.as_ref());
+    debug!(%peer, %mapping, bytes_in, bytes_out, reason, error = error.map(tracing::field::display), "connection ended");
 }
 
 /// The connection to the backend; `None`, and a report, if there is none.
@@ -108,6 +117,9 @@ async fn dialled(
         Ok(socket) => dial::dial(socket, backend, limits.connect_timeout, client).await,
         Err(source) => Err(DialError::Source { addr: backend.socket_addr(), source }),
     };
+    if let (Ok(_), Some(record)) = (&dialled, guard.record()) {
+        guard.stats().connect_times.record(record.set_connected());
+    }
     dialled.map_err(|error| report_failed_dial(peer, guard, &error)).ok()
 }
 
@@ -127,10 +139,22 @@ fn report_failed_dial(peer: SocketAddr, guard: &ConnectionGuard, error: &DialErr
     static FAILED_DIALS: LogLimit = LogLimit::new();
 
     guard.stats().count(failure_kind(error));
+    guard.end(ending(error));
     if let DialError::ClientReset { .. } = error {
         debug!(%peer, mapping = %guard.port_mapping(), %error, "connection ended");
     } else if let Some(suppressed) = FAILED_DIALS.permit() {
         warn!(%peer, mapping = %guard.port_mapping(), %error, suppressed, "connection reset: no backend");
+    }
+}
+
+/// How a connection ends whose backend cannot be reached.
+fn ending(error: &DialError) -> Ending {
+    match failure_kind(error) {
+        FailureKind::ConnectTimeout => Ending::ConnectTimeout,
+        FailureKind::Refused => Ending::ConnectRefused,
+        FailureKind::SourceUnavailable => Ending::SourceUnavailable,
+        FailureKind::Broken => Ending::ClientReset,
+        _ => Ending::ConnectFailed,
     }
 }
 
@@ -183,7 +207,7 @@ mod tests {
         let mut size = 0;
         let mapping = guard.state().clone();
         let _entered = runtime.enter();
-        connections::spawn(Client::Known(peer.ip()), &mapping, |entry| {
+        connections::spawn((Client::Known(peer.ip()), None), &mapping, |entry| {
             let future = dial_and_relay(Accepted { client: fd, backend, peer, guard }, workers.slot(), entry);
             size = size_of_val(&future);
             future

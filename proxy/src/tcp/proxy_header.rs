@@ -4,7 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use rproxy_mapping::addr::Protocol;
+use rproxy_mapping::addr::{Protocol, canonical};
 use socket2::SockRef;
 use tokio::time::timeout;
 use tracing::{debug, warn};
@@ -14,6 +14,7 @@ use super::direction::is_transient;
 use super::stream::{Stream, close_in_order};
 use crate::log::limit::LogLimit;
 use crate::proxy_protocol::{Endpoints, HeaderError, LONGEST, decode_stream};
+use crate::state::record::Ending;
 use crate::state::stats::FailureKind;
 use crate::state::{ConnectionGuard, Target};
 
@@ -40,12 +41,16 @@ pub(super) async fn exchange(
     if options.expects_header(peer.ip()) {
         let received = receive(stream, options.timeout).await;
         told = received.map_err(|error| refuse(stream, *peer, guard, &error))?;
-        *peer = told.map_or(*peer, |told| told.source());
+        if let Some(told) = told {
+            *peer = told.source();
+            guard.record().iter().for_each(|record| record.set_client(canonical(*peer)));
+        }
         let is_admitted = match entry.set_client(peer.ip()) {
             Some(policy) => Target { port_mapping: *guard.port_mapping(), policy }.admits(*peer),
             None => guard.admits(*peer),
         };
         if !is_admitted {
+            guard.end(Ending::Denied);
             return Err(Refused);
         }
     }
@@ -110,15 +115,18 @@ fn refuse(stream: &Stream, peer: SocketAddr, guard: &ConnectionGuard, error: &Re
     let mapping = guard.port_mapping();
     match error {
         ReceiveError::Ended => {
+            guard.end(Ending::ClientClosed);
             close_in_order(stream);
             debug!(%peer, %mapping, %error, "connection ended");
         }
         ReceiveError::Failed(_) => {
             guard.stats().count(FailureKind::Broken);
+            guard.end(Ending::ClientReset);
             debug!(%peer, %mapping, %error, "connection ended");
         }
         ReceiveError::Wrong(_) | ReceiveError::Late(_) | ReceiveError::Cut => {
             guard.stats().count(FailureKind::BadProxyHeader);
+            guard.end(Ending::BadProxyHeader);
             if let Some(suppressed) = WRONG.permit() {
                 warn!(%peer, %mapping, %error, suppressed, "connection reset: no header of its proxy");
             }

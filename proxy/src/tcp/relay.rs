@@ -1,6 +1,5 @@
 //! A whole connection: two directions that end independently.
 
-use std::fmt;
 use std::io;
 use std::net::Shutdown;
 use std::pin::pin;
@@ -15,6 +14,7 @@ use super::proxy_header::Header;
 use super::stream::{Stream, close_in_order, deliver_then_reset, reset_on_close};
 use super::transfer::{self, Step};
 use crate::state::ConnectionGuard;
+use crate::state::record::Ending;
 use crate::state::stats::FailureKind;
 
 /// Idle checks per timeout: a connection is reset at most a quarter of it late.
@@ -24,20 +24,55 @@ const LOOKS: u32 = 4;
 #[derive(Debug)]
 pub(super) struct Outcome {
     /// Bytes that the backend accepted.
-    to_backend: u64,
+    pub(super) to_backend: u64,
     /// Bytes that the client accepted.
-    to_client: u64,
-    /// What broke the connection; `None` if both sides ended in order.
-    failure: Option<io::Error>,
+    pub(super) to_client: u64,
+    /// How it ended.
+    pub(super) finish: Finish,
 }
 
-impl fmt::Display for Outcome {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} bytes in, {} bytes out, ", self.to_backend, self.to_client)?;
-        match &self.failure {
-            None => f.write_str("closed"),
-            Some(error) => error.fmt(f),
+/// How a connection ended.
+#[derive(Debug)]
+pub(super) struct Finish {
+    /// Who ended it, and how.
+    pub(super) ending: Ending,
+    /// What broke it; `None` if both sides ended in order.
+    pub(super) failure: Option<io::Error>,
+}
+
+/// A side of a connection.
+#[derive(Clone, Copy, Debug)]
+enum Side {
+    Client,
+    Backend,
+}
+
+impl Side {
+    fn other(self) -> Self {
+        match self {
+            Self::Client => Self::Backend,
+            Self::Backend => Self::Client,
         }
+    }
+
+    /// This side was the first to end its stream, and nothing failed.
+    fn closed(self) -> Finish {
+        let ending = match self {
+            Self::Client => Ending::ClientClosed,
+            Self::Backend => Ending::BackendClosed,
+        };
+        Finish { ending, failure: None }
+    }
+
+    /// This side has failed with `error`.
+    fn failed(self, error: io::Error) -> Finish {
+        let ending = match (self, error.kind()) {
+            (Self::Client, io::ErrorKind::TimedOut) => Ending::ClientTimeout,
+            (Self::Client, _) => Ending::ClientReset,
+            (Self::Backend, io::ErrorKind::TimedOut) => Ending::BackendTimeout,
+            (Self::Backend, _) => Ending::BackendReset,
+        };
+        Finish { ending, failure: Some(error) }
     }
 }
 
@@ -56,7 +91,9 @@ pub(super) async fn relay(
     header: Option<Box<Header>>,
 ) -> Outcome {
     let stats = guard.stats();
-    let [to_backend, to_client] = [&stats.bytes_in, &stats.bytes_out].map(Meter::new);
+    let record = guard.record();
+    let to_backend = Meter::new(&stats.bytes_in, record.map(|record| &record.to_backend));
+    let to_client = Meter::new(&stats.bytes_out, record.map(|record| &record.to_client));
     let up = Direction { source: client, sink: backend, meter: &to_backend, opposite: &to_client };
     let down = Direction { source: backend, sink: client, meter: &to_client, opposite: &to_backend };
     let begun = header.map_or(Step::NotReady, |header| transfer::copy_behind(&header.0, &up));
@@ -64,28 +101,16 @@ pub(super) async fn relay(
     let is_usual = limit.is_none() && matches!(begun, Step::NotReady | Step::Moved(_));
     // On the heap, because few mappings have a timeout, and few backends no room for a header.
     let unusual = (!is_usual).then(|| Box::pin(both_ways_unless_idle(&up, &down, limit, begun)));
-    let failure = match unusual {
+    let finish = match unusual {
         None => both_ways(&up, &down, pump(&up)).await,
         Some(both_ways) => both_ways.await,
     };
-    if let Some(error) = &failure {
-        guard.stats().count(failure_kind(error));
+    match finish.ending {
+        Ending::Idle => stats.count(FailureKind::Idle),
+        _ if finish.failure.is_some() => stats.count(FailureKind::Broken),
+        _ => {}
     }
-    Outcome { to_backend: to_backend.moved(), to_client: to_client.moved(), failure }
-}
-
-/// What an error that broke a connection counts as. A timeout of the kernel (`ETIMEDOUT`: no acknowledgement, or no
-/// reply to keepalives) has an error number; [`idle_error`] has none.
-fn failure_kind(error: &io::Error) -> FailureKind {
-    match error.raw_os_error() {
-        None if error.kind() == io::ErrorKind::TimedOut => FailureKind::Idle,
-        _ => FailureKind::Broken,
-    }
-}
-
-/// The error of a connection that was idle for `limit`.
-fn idle_error(limit: Duration) -> io::Error {
-    io::Error::new(io::ErrorKind::TimedOut, format!("idle for {limit:?}"))
+    Outcome { to_backend: to_backend.moved(), to_client: to_client.moved(), finish }
 }
 
 async fn both_ways_unless_idle(
@@ -93,17 +118,17 @@ async fn both_ways_unless_idle(
     down: &Direction<'_>,
     limit: Option<Duration>,
     begun: Step,
-) -> Option<io::Error> {
+) -> Finish {
     let upstream = pump_on(begun, up);
     let both_ways = both_ways(up, down, upstream);
     let Some(limit) = limit else { return both_ways.await };
     tokio::select! {
         biased;
-        failure = both_ways => failure,
+        finish = both_ways => finish,
         () = until_idle(limit, [up, down]) => {
             reset_on_close(up.source);
             reset_on_close(up.sink);
-            Some(idle_error(limit))
+            Finish { ending: Ending::Idle, failure: Some(io::ErrorKind::TimedOut.into()) }
         }
     }
 }
@@ -121,85 +146,84 @@ async fn until_idle(limit: Duration, directions: [&Direction<'_>; 2]) {
     }
 }
 
-/// Relays until both directions have ended, that of `upstream` and the opposite one, and returns what broke them.
-async fn both_ways(
-    up: &Direction<'_>,
-    down: &Direction<'_>,
-    upstream: impl Future<Output = End>,
-) -> Option<io::Error> {
+/// Relays until both directions have ended, that of `upstream` and the opposite one.
+async fn both_ways(up: &Direction<'_>, down: &Direction<'_>, upstream: impl Future<Output = End>) -> Finish {
     let mut upstream = pin!(upstream);
     let mut downstream = pin!(pump(down));
     tokio::select! {
         biased;
         // On the heap, because it is not needed while both directions run.
-        end = &mut upstream => Box::pin(finish(end, up, downstream)).await,
-        end = &mut downstream => Box::pin(finish(end, down, upstream)).await,
+        end = &mut upstream => Box::pin(finish(end, Side::Client, up, downstream)).await,
+        end = &mut downstream => Box::pin(finish(end, Side::Backend, down, upstream)).await,
     }
 }
 
-/// Continues after a direction has reached its `end`; `other` is the opposite direction.
-async fn finish(end: End, direction: &Direction<'_>, other: impl Future<Output = End>) -> Option<io::Error> {
+/// Continues after the direction from `side` has reached its `end`; `other` is the opposite direction.
+async fn finish(end: End, side: Side, direction: &Direction<'_>, other: impl Future<Output = End>) -> Finish {
     let Direction { source, sink, .. } = direction;
     match end {
-        End::Eof => finish_after_eof(source, sink, other).await,
+        End::Eof => finish_after_eof(side, direction, other).await,
         End::SinkFailed(error) => {
             // The sink may have replied before its reset, like a server that refuses an upload. The reply is
             // still in our receive queue, and is delivered first.
             if !matches!(other.await, End::SourceFailedStalled(_)) {
                 deliver_then_reset(source).await;
             }
-            Some(error)
+            side.other().failed(error)
         }
-        failed => pass_failure_on(failed, source, sink).await,
-    }
-}
-
-/// After the `end` of the direction from `source` to `sink`, resets the side that has not failed. Returns
-/// what broke the direction; `None` if nothing did.
-async fn pass_failure_on(end: End, source: &Stream, sink: &Stream) -> Option<io::Error> {
-    match end {
-        End::Eof => None,
         End::SourceFailed(error) => {
             deliver_then_reset(sink).await;
-            Some(error)
+            side.failed(error)
         }
         // The data before the failure is discarded.
         End::SourceFailedStalled(error) => {
             reset_on_close(sink);
-            Some(error)
-        }
-        End::SinkFailed(error) => {
-            deliver_then_reset(source).await;
-            Some(error)
+            side.failed(error)
         }
     }
 }
 
-/// Propagates the end of `source`, and continues with the opposite direction. A reset of `source` after its
-/// end is noticed even if the other side sends nothing.
-async fn finish_after_eof(
-    source: &Stream,
-    sink: &Stream,
-    other: impl Future<Output = End>,
-) -> Option<io::Error> {
-    if let Err(error) = SockRef::from(sink).shutdown(Shutdown::Write) {
+/// Propagates the end of the stream from `side`, and continues with the `other` direction. A reset of that side after its
+/// end is noticed even if the other one sends nothing.
+async fn finish_after_eof(side: Side, direction: &Direction<'_>, other: impl Future<Output = End>) -> Finish {
+    let Direction { source, sink, meter, .. } = direction;
+    if let Some(recorded) = meter.recorded {
+        recorded.note_end();
+    }
+    if let Err(error) = SockRef::from(*sink).shutdown(Shutdown::Write) {
         // The sink has failed already, which the opposite direction will detect.
         tracing::trace!(%error, "half-close not propagated");
     }
     close_in_order(sink);
     tokio::select! {
         biased;
-        end = other => {
-            if let End::Eof = end {
-                // Closing the sockets sends the second end of stream.
-                close_in_order(source);
-            }
-            // In the opposite direction, the sink is the source.
-            pass_failure_on(end, sink, source).await
-        }
+        end = other => finish_last(end, side, direction).await,
         () = source.failed() => {
             deliver_then_reset(sink).await;
-            Some(source.take_failure())
+            side.failed(source.take_failure())
+        }
+    }
+}
+
+/// Ends a connection when the direction towards `side`, which was the first to end its own, has reached its `end`.
+async fn finish_last(end: End, side: Side, Direction { source, sink, .. }: &Direction<'_>) -> Finish {
+    match end {
+        End::Eof => {
+            // Closing the sockets sends the second end of stream.
+            close_in_order(source);
+            side.closed()
+        }
+        End::SourceFailed(error) => {
+            deliver_then_reset(source).await;
+            side.other().failed(error)
+        }
+        End::SourceFailedStalled(error) => {
+            reset_on_close(source);
+            side.other().failed(error)
+        }
+        End::SinkFailed(error) => {
+            deliver_then_reset(sink).await;
+            side.failed(error)
         }
     }
 }

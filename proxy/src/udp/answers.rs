@@ -191,7 +191,9 @@ impl UdpRelay {
                 continue;
             }
             let gso = flow.gso_to_client;
+            let before = tally.relayed;
             let parts = payload.add(&batch.received, datagrams, gso, &mut tally);
+            flow.record_relayed(Towards::Clients, before, &tally);
             answers.extend(parts.into_iter().map(|part| Answer { id, gso, part }));
         }
         let (wanted, waiting) = (self.listeners[listener].wanted(), self.listeners[listener].queue.len());

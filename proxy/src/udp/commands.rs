@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::fd::AsFd;
+use std::sync::Arc;
 use std::time::Instant;
 
 use nix::sys::epoll::EpollFlags;
@@ -14,6 +15,7 @@ use super::relay::{QUIET, UdpRelay};
 use super::table::FlowId;
 use super::token::{Token, interest};
 use super::turn::Turn;
+use crate::state::record::Ending;
 use crate::state::task::{Command, Detached, FlowCommand, LiveFlows};
 use crate::state::{Binding, Target};
 
@@ -45,6 +47,7 @@ impl UdpRelay {
             Command::Flows(FlowCommand::Pause(tell)) => drop(tell.send(self.pause())),
             Command::Flows(FlowCommand::Resume) => self.resume(),
             Command::Flows(FlowCommand::Adopt(flows)) => self.adopt(flows),
+            Command::Flows(FlowCommand::Cut(records)) => self.cut(&records),
             Command::Flows(FlowCommand::GiveWay(ports, done)) => {
                 self.give_way(&ports);
                 // The requester may not wait for the result.
@@ -82,11 +85,12 @@ impl UdpRelay {
             let number = key.listener as usize;
             let is_proxy =
                 |target: &Target| target.policy.limits.proxy_protocol.expects_header(key.client.ip());
-            theirs.contains(&number)
-                || proxies
-                    .get(&number)
-                    .is_some_and(|old| is_proxy(old) != is_proxy(&listeners[number].target))
-                || access.contains(&number) && !listeners[number].target.policy.would_admit(source)
+            let is_of_other_kind = |old: &Arc<Target>| is_proxy(old) != is_proxy(&listeners[number].target);
+            if theirs.contains(&number) || proxies.get(&number).is_some_and(is_of_other_kind) {
+                return Some(Ending::Removed);
+            }
+            let is_denied = access.contains(&number) && !listeners[number].target.policy.would_admit(source);
+            is_denied.then_some(Ending::Denied)
         });
         self.capacity.asked = self.listeners.most_asked();
         let own = self.table.len();
@@ -104,7 +108,7 @@ impl UdpRelay {
     pub(super) fn close_listeners(&mut self, now: Instant) {
         let quiet = self.listeners.quiet(now, QUIET);
         if !quiet.is_empty() {
-            self.end_flows(|_listeners, key| quiet.contains(&(key.listener as usize)));
+            self.end_flows(Ending::Removed, |_listeners, key| quiet.contains(&(key.listener as usize)));
             self.listeners.close(&quiet, now);
             self.capacity.asked = self.listeners.most_asked();
         }
@@ -124,7 +128,9 @@ impl UdpRelay {
             Detached::Orphaned => self.take_flows(listeners),
             Detached::Left => return LiveFlows::default(),
             Detached::Unpublished => {
-                self.end_flows(|_listeners, key| listeners.contains(&(key.listener as usize)));
+                self.end_flows(Ending::Removed, |_listeners, key| {
+                    listeners.contains(&(key.listener as usize))
+                });
                 LiveFlows::default()
             }
         };
@@ -162,7 +168,7 @@ impl UdpRelay {
         let reason = "the listener was shut down from outside";
         let Some(listener) = self.listeners.get_mut(index) else { return };
         error!(mapping = %listener.target.port_mapping, "{reason}; its clients are not served any more");
-        self.end_flows(|_listeners, key| key.listener as usize == index);
+        self.end_flows(Ending::Removed, |_listeners, key| key.listener as usize == index);
         if let Some(listener) = self.listeners.get_mut(index) {
             // Other processes may have it open; closing it then does not end the reports.
             self.poll.epoll().delete(listener.as_fd()).ok();

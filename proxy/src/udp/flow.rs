@@ -20,9 +20,10 @@ use super::routed::Routed;
 use super::send::{QueueBudget, SendQueue};
 use super::source::{self, AddrsInUse, TakenAddrs};
 use super::table::FlowId;
-use super::tally::Tally;
+use super::tally::{Amount, Tally, Towards};
 use super::token::Wanted;
 use crate::proxy_protocol::Endpoints;
+use crate::state::record::Ending;
 use crate::state::task::HeaderState;
 use crate::state::{FlowGuard, Target};
 
@@ -184,15 +185,42 @@ impl Flow {
         dscp: Option<Dscp>,
         tally: &mut Tally,
     ) -> bool {
+        let before = tally.relayed;
         if self.header.as_deref().is_some_and(FlowHeader::is_awaited) {
             // An error that a send would meet, and retry, would come too late for what is sent.
             self.take_error(tally);
         }
-        match self.header.as_deref().map_or(HeaderIn::None, FlowHeader::is_in) {
+        let queues = match self.header.as_deref().map_or(HeaderIn::None, FlowHeader::is_in) {
             HeaderIn::None => self.send_plain(batch, datagrams, dscp, tally),
             HeaderIn::All => self.send_headed(batch, datagrams, headed, dscp, tally),
             HeaderIn::First => self.send_first_headed(batch, datagrams, headed, dscp, tally),
+        };
+        self.record_relayed(Towards::Backend, before, tally);
+        queues
+    }
+
+    /// Adds what `tally` counts as relayed since `before` to the record, if there is one.
+    pub(super) fn record_relayed(&self, to: Towards, before: Amount, tally: &Tally) {
+        let Some(record) = self.guard.record() else { return };
+        let traffic = match to {
+            Towards::Backend => &record.to_backend,
+            Towards::Clients => &record.to_client,
+        };
+        let mut relayed = tally.relayed;
+        relayed -= before;
+        if relayed.datagrams > 0 {
+            traffic.add_datagrams(relayed.datagrams, relayed.bytes);
         }
+    }
+
+    /// Records how it ends.
+    pub(super) fn record_end(&self, ending: Ending) {
+        self.guard.record().iter().for_each(|record| record.end(ending));
+    }
+
+    /// The number of its record, if there is one.
+    pub(super) fn record_id(&self) -> Option<u64> {
+        self.guard.record().map(|record| record.id)
     }
 
     /// Sends each of `datagrams` with the header until the kernel takes one, and the others without.
@@ -259,8 +287,12 @@ impl Flow {
         queues
     }
 
-    /// Sets the header for the backend, and whom a proxy in front has `told` the client of `key` is.
+    /// Sets the header for the backend, and whom a proxy in front has `told` the client of `key` is. The record is of that
+    /// client.
     pub(super) fn speak_for(&mut self, key: &FlowKey, told: Option<&Endpoints>) {
+        let host = self.target().port_mapping.host.socket_addr();
+        let asked = || key.local.map_or(host, |local| SocketAddr::new(local.ip, host.port()));
+        self.guard.record_as(told.map_or(key.client, Endpoints::source), asked);
         self.header = FlowHeader::of(key, told, self.target());
         self.told = told.map(|told| Box::new(*told));
     }
@@ -287,6 +319,7 @@ impl Flow {
         dscp: Option<Dscp>,
         tally: &mut Tally,
     ) {
+        let before = tally.relayed;
         let Self { client_socket, gso_to_client, .. } = self;
         let Some(client) = client_socket else { return };
         client.was_used = true;
@@ -295,11 +328,14 @@ impl Flow {
         let parts = payload.add(batch, datagrams, *gso_to_client, tally);
         let flow = datagrams.first().map(|datagram| datagram.id);
         send(socket, (flow, None), queue, gso_to_client, (&payload, &parts), tally);
+        self.record_relayed(Towards::Clients, before, tally);
     }
 
     /// Sends queued datagrams, as far as the socket accepts them.
     pub(super) fn flush(&mut self, tally: &mut Tally) {
+        let before = tally.relayed;
         self.queue.flush(self.socket.as_fd(), tally);
+        self.record_relayed(Towards::Backend, before, tally);
     }
 
     /// The events to watch its socket for.

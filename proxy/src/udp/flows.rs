@@ -19,6 +19,7 @@ use super::shares::AT_A_TIME;
 use super::table::{Bounds, Ended, FlowId, MappingId};
 use super::tally::{Tally, Towards};
 use crate::state::Target;
+use crate::state::record::Ending;
 use crate::state::stats::FailureKind;
 
 /// Maximum number of flows that expire, and of sockets that are closed, in one turn. Thousands may end together, and
@@ -26,21 +27,36 @@ use crate::state::stats::FailureKind;
 pub(super) const ENDS_PER_TURN: usize = 64;
 
 impl UdpRelay {
-    /// Ends some flows. They leave the table at once; their sockets are closed over several turns.
-    pub(super) fn end_flows(&mut self, are_over: impl Fn(&Listeners, &FlowKey) -> bool) {
-        self.end_flows_of_sources(|listeners, key, _source| are_over(listeners, key));
+    /// Ends some flows because of `ending`. They leave the table at once; their sockets are closed over several turns.
+    pub(super) fn end_flows(&mut self, ending: Ending, are_over: impl Fn(&Listeners, &FlowKey) -> bool) {
+        self.end_flows_of_sources(|listeners, key, _source| are_over(listeners, key).then_some(ending));
     }
 
-    /// As [`Self::end_flows`], by the address of their client, too.
-    pub(super) fn end_flows_of_sources(&mut self, are_over: impl Fn(&Listeners, &FlowKey, IpAddr) -> bool) {
+    /// As [`Self::end_flows`], by the address of their client, too, and each because of what `over` returns.
+    pub(super) fn end_flows_of_sources(
+        &mut self,
+        over: impl Fn(&Listeners, &FlowKey, IpAddr) -> Option<Ending>,
+    ) {
         let Self { table, listeners, .. } = self;
-        let is_over = |(id, key): (FlowId, &FlowKey)| {
-            table.source(id).is_some_and(|source| are_over(listeners, key, source)).then_some(id)
-        };
-        let over: Vec<FlowId> = table.iter().filter_map(|(id, key, _at)| is_over((id, key))).collect();
-        for id in over {
+        let ending = |id, key: &FlowKey| over(listeners, key, table.source(id)?);
+        let over: Vec<(FlowId, Ending)> =
+            table.iter().filter_map(|(id, key, _at)| Some((id, ending(id, key)?))).collect();
+        for (id, ending) in over {
             if let Some(ended) = self.table.remove(id) {
-                self.end(ended);
+                self.end(ended, ending);
+            }
+        }
+    }
+
+    /// Ends the flows with these records, as a user has asked.
+    pub(super) fn cut(&mut self, records: &HashSet<u64>) {
+        let Self { table, .. } = self;
+        let is_one = |id: FlowId| table.get(id)?.1.record_id().filter(|record| records.contains(record));
+        let cut: Vec<FlowId> =
+            table.iter().filter_map(|(id, _key, _at)| is_one(id).map(|_record| id)).collect();
+        for id in cut {
+            if let Some(ended) = self.table.remove(id) {
+                self.end(ended, Ending::Cut);
             }
         }
     }
@@ -48,18 +64,19 @@ impl UdpRelay {
     /// Ends all flows before the task ends, for what their sockets dropped since they were last read. A backend that
     /// goes on sending does not hold it up.
     pub(super) fn end_all(&mut self) {
-        self.end_flows(|_listeners, _key| true);
+        self.end_flows(Ending::Drain, |_listeners, _key| true);
         self.close_ended(self.ended.len());
     }
 
     /// Ends a flow that was evicted.
     pub(super) fn displace(&mut self, ended: Ended<Flow>) {
         ended.flow.target().policy.state.stats.count(FailureKind::FlowDisplaced);
-        self.end(ended);
+        self.end(ended, Ending::Evicted);
     }
 
-    /// Ends a flow. Queued replies are still sent.
-    pub(super) fn end(&mut self, mut ended: Ended<Flow>) {
+    /// Ends a flow because of `ending`. Queued replies are still sent.
+    pub(super) fn end(&mut self, mut ended: Ended<Flow>, ending: Ending) {
+        ended.flow.record_end(ending);
         if let Some(socket) = ended.flow.client_socket.take() {
             self.retire(*socket);
         }
@@ -92,7 +109,7 @@ impl UdpRelay {
                 // There may be replies that are not read yet.
                 self.table.postpone(id, now);
             } else if let Some(ended) = self.table.remove(id) {
-                self.end(ended);
+                self.end(ended, Ending::Idle);
             }
         }
         self.close_ended(ENDS_PER_TURN);
@@ -131,7 +148,7 @@ impl UdpRelay {
             // If another process has it open, for example the one that shut it down, closing it does not end epoll's
             // reports.
             ended.flow.is_shared = true;
-            self.end(ended);
+            self.end(ended, Ending::Cut);
         }
     }
 
@@ -146,7 +163,7 @@ impl UdpRelay {
             let local = SockRef::from(&flow.as_fd()).local_addr().ok().and_then(|addr| addr.as_socket());
             let is_stale = source.is_ok_and(|source| local.is_some_and(|local| local.ip() != source));
             if is_stale && let Some(ended) = self.table.remove(id) {
-                self.end(ended);
+                self.end(ended, Ending::SourceUnavailable);
             }
         }
     }

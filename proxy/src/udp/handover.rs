@@ -18,6 +18,7 @@ use super::table::FlowId;
 use super::token::Wanted;
 use super::token::{Token, event, interest};
 use crate::log::limit::LogLimit;
+use crate::state::record::Ending;
 use crate::state::task::{LiveFlow, LiveFlows};
 
 impl UdpRelay {
@@ -47,7 +48,7 @@ impl UdpRelay {
     pub(super) fn leave(&mut self) {
         self.paused_flows().into_iter().for_each(|id| self.let_go(id));
         // Released listeners hold ports that the other process may need.
-        self.end_flows(|_listeners, _key| true);
+        self.end_flows(Ending::HandedOver, |_listeners, _key| true);
         self.listeners.close_all(Instant::now());
     }
 
@@ -140,7 +141,7 @@ impl UdpRelay {
     fn let_go(&mut self, id: FlowId) {
         let Some(mut ended) = self.table.remove(id) else { return };
         ended.flow.is_shared = true;
-        self.end(ended);
+        self.end(ended, Ending::HandedOver);
     }
 
     /// Removes the flows of some listeners, and returns them to be [adopted](Self::adopt) by others.

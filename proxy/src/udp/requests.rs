@@ -26,6 +26,7 @@ use crate::log::limit::LogLimit;
 use crate::proxy_protocol::{Endpoints, decode_datagram};
 use crate::runtime::descriptors::{explain, has_run_out};
 use crate::state::Target;
+use crate::state::record::Ending;
 use crate::state::stats::FailureKind;
 
 impl UdpRelay {
@@ -202,6 +203,7 @@ impl UdpRelay {
     /// Finds or opens the flow with `key`. May send what is in the slots before.
     fn find_or_open(&mut self, key: &FlowKey, told: Option<&Endpoints>, batch: &mut Batch) -> Option<FlowId> {
         static FAILED: LogLimit = LogLimit::new();
+        static DENIED: LogLimit = LogLimit::new();
 
         if let Some(id) = self.table.find(key) {
             self.table.touch(id, Side::Client, self.turn.start());
@@ -221,6 +223,10 @@ impl UdpRelay {
         }
         let client = told.map_or(key.client, Endpoints::source);
         if !target.admits(client) {
+            // A flood of datagrams does not become one of lines.
+            if DENIED.permit().is_some() {
+                target.log_refusal(client, Ending::Denied);
+            }
             return None;
         }
         match self.open(key, told, &target, batch) {

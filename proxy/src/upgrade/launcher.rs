@@ -26,6 +26,7 @@ use rproxy_sys::process::{fork_alone, set_title};
 use super::channel::Channel;
 use super::program::{Program, absolute};
 use crate::config;
+use crate::log::access;
 
 /// Set for a new process, to the id of the process that started it and the descriptor of its channel, as in
 /// `4711:3`. A process with another parent may have inherited the variable and ignores it.
@@ -47,7 +48,8 @@ const LONGEST_PATH: usize = 4096;
 const GRACE: Duration = Duration::from_secs(1);
 
 /// The requests, one byte each.
-const OPEN: u8 = b'o';
+const OPEN_CONFIGURATION: u8 = b'o';
+const OPEN_ACCESS_LOG: u8 = b'l';
 const START: u8 = b's';
 const KEEP: u8 = b'k';
 const END: u8 = b'e';
@@ -59,17 +61,18 @@ pub struct Launcher {
 }
 
 impl Launcher {
-    /// Forks the launcher, which may only open the file at `configuration`. Call it before this process has
+    /// Forks the launcher, which may only open the files at `configuration` and `access_log`. Call it before this process has
     /// threads or anything that a child must not inherit.
     ///
     /// # Errors
     /// Those of readlink(2) for `/proc/self/exe`, socketpair(2) and fork(2).
-    pub fn start(configuration: Option<&Path>) -> io::Result<Self> {
+    pub fn start(configuration: Option<&Path>, access_log: Option<&Path>) -> io::Result<Self> {
         let work = Work {
             program: Program::running()?,
             arguments: env::args_os().skip(1).collect(),
             // Absolute, because the current directory may be removed and created again.
             configuration: configuration.map(absolute),
+            access_log: access_log.map(absolute),
         };
         let (socket, its) = UnixStream::pair()?;
         fork_alone(its.into(), |socket| serve(socket.into(), &work))?;
@@ -83,6 +86,13 @@ impl Launcher {
     pub(super) fn ask(&self) -> io::Result<Asked> {
         Channel::new(self.socket.try_clone()?).map(Asked)
     }
+}
+
+/// A file that is opened again while the process runs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Reopened {
+    Configuration,
+    AccessLog,
 }
 
 /// The channel for requests to the launcher.
@@ -111,12 +121,16 @@ impl Asked {
         }
     }
 
-    /// Opens the configuration, or returns the error of open(2).
+    /// Opens a file, or returns the error of open(2).
     ///
     /// # Errors
     /// The launcher is gone.
-    pub(super) async fn open(&self) -> io::Result<io::Result<File>> {
-        self.0.write(&[OPEN]).await?;
+    pub(super) async fn open(&self, which: Reopened) -> io::Result<io::Result<File>> {
+        let request = match which {
+            Reopened::Configuration => OPEN_CONFIGURATION,
+            Reopened::AccessLog => OPEN_ACCESS_LOG,
+        };
+        self.0.write(&[request]).await?;
         match self.number().await? {
             0 => Ok(Ok(self.descriptor().await?.into())),
             errno => Ok(Err(io::Error::from_raw_os_error(errno))),
@@ -158,6 +172,7 @@ struct Work {
     /// The arguments of the process, without its name.
     arguments: Vec<OsString>,
     configuration: Option<PathBuf>,
+    access_log: Option<PathBuf>,
 }
 
 /// Serves requests until the other side closes the socket.
@@ -169,7 +184,8 @@ fn serve(mut socket: UnixStream, work: &Work) {
     let mut request = [0];
     while matches!(socket.read(&mut request), Ok(1)) {
         let answered = match request[0] {
-            OPEN => open(work, &mut socket),
+            OPEN_CONFIGURATION => open(work.configuration.as_deref(), config::open, &mut socket),
+            OPEN_ACCESS_LOG => open(work.access_log.as_deref(), access::open_file, &mut socket),
             START => start(work, &mut started, &mut socket),
             KEEP => {
                 // It is reparented to whichever process adopts orphans, like any service.
@@ -185,9 +201,8 @@ fn serve(mut socket: UnixStream, work: &Work) {
     }
 }
 
-fn open(work: &Work, socket: &mut UnixStream) -> io::Result<()> {
-    let path = work.configuration.as_deref().ok_or(io::ErrorKind::InvalidInput)?;
-    match config::open(path) {
+fn open(path: Option<&Path>, open: fn(&Path) -> io::Result<File>, socket: &mut UnixStream) -> io::Result<()> {
+    match open(path.ok_or(io::ErrorKind::InvalidInput)?) {
         Ok(file) => {
             tell(socket, 0)?;
             send_descriptors(socket.as_fd(), &[file.as_fd()])

@@ -32,6 +32,7 @@ use rproxy_sys::udp::LocalAddr;
 use serde::{Deserialize, Serialize};
 
 pub use self::launcher::Launcher;
+pub(crate) use self::launcher::Reopened;
 pub use self::new::{OldProcess, Sockets, claim, take_over};
 pub use self::old::Upgrade;
 use crate::state::task::{HeaderState, PortTurn};

@@ -15,7 +15,7 @@ use tokio::time::timeout;
 use tracing::{error, info, warn};
 
 use super::channel::Channel;
-use super::launcher::{Asked, Launcher};
+use super::launcher::{Asked, Launcher, Reopened};
 use super::{Flows, Hello, Offer, OfferedAttach, OfferedFlow, OfferedMapping, UpgradeError, VERSION, Word};
 use crate::engine::Server;
 use crate::engine::registry::Served;
@@ -73,10 +73,10 @@ impl Upgrade {
     ///
     /// # Errors
     /// [`UpgradeError::NoLauncher`]: without a launcher, only this process itself can try to open it.
-    pub(crate) async fn open_configuration(&mut self) -> Result<io::Result<File>, UpgradeError> {
+    pub(crate) async fn reopen(&mut self, which: Reopened) -> Result<io::Result<File>, UpgradeError> {
         let launcher = self.launcher.as_ref().map_err(|reason| UpgradeError::NoLauncher(reason.clone()))?;
-        let asked = launcher.ask().map_err(UpgradeError::talk("ask for the configuration"))?;
-        let gone = match timeout(LAUNCHER_PATIENCE, asked.open()).await {
+        let asked = launcher.ask().map_err(UpgradeError::talk("ask the launcher for a file"))?;
+        let gone = match timeout(LAUNCHER_PATIENCE, asked.open(which)).await {
             Ok(Ok(opened)) => return Ok(opened),
             Ok(Err(error)) => Err(error),
             // The launcher waits for a file system that does not respond. This process must not.

@@ -49,11 +49,12 @@ impl Relayed {
     }
 
     #[track_caller]
-    fn assert_only_failure(&self, only: FailureKind) {
+    fn assert_only_failure(&self, only: FailureKind, ending: Ending) {
         for kind in FailureKind::ALL {
             assert_eq!(self.stats().failure_kind(kind), u64::from(kind == only), "{kind:?}");
         }
-        assert!(self.outcome.failure.is_some());
+        assert!(self.outcome.finish.failure.is_some());
+        assert_eq!(self.outcome.finish.ending, ending);
     }
 }
 
@@ -167,12 +168,11 @@ fn both_directions_end_in_order_and_each_byte_is_counted() {
             assert_eq!(answer, b"an answer");
         },
     );
-    let Outcome { to_backend, to_client, failure } = &relayed.outcome;
-    assert_eq!((*to_backend, *to_client), (7, 9));
+    let Outcome { to_backend, to_client, finish: Finish { ending, failure } } = &relayed.outcome;
+    assert_eq!((*to_backend, *to_client, *ending), (7, 9, Ending::ClientClosed));
     assert!(failure.is_none(), "{failure:?}");
     assert_eq!([relayed.stats().bytes_in.get(), relayed.stats().bytes_out.get()], [7, 9]);
     assert!(FailureKind::ALL.iter().all(|kind| relayed.stats().failure_kind(*kind) == 0));
-    assert_eq!(relayed.outcome.to_string(), "7 bytes in, 9 bytes out, closed");
 }
 
 #[test]
@@ -198,7 +198,8 @@ fn a_conversation_goes_on_until_both_sides_end_it() {
             assert_eq!(client.read(&mut [0]).unwrap(), 0);
         },
     );
-    assert_eq!(relayed.outcome.to_string(), "3 bytes in, 12 bytes out, closed");
+    let Outcome { to_backend, to_client, finish } = &relayed.outcome;
+    assert_eq!((*to_backend, *to_client, finish.ending), (3, 12, Ending::ClientClosed));
 }
 
 #[test]
@@ -222,7 +223,7 @@ fn what_a_backend_sent_before_its_reset_arrives() {
             counted.send(received).unwrap();
         },
     );
-    relayed.assert_only_failure(FailureKind::Broken);
+    relayed.assert_only_failure(FailureKind::Broken, Ending::BackendReset);
     assert_eq!(count.recv().unwrap(), relayed.outcome.to_client, "all that the relay wrote");
 }
 
@@ -243,7 +244,7 @@ fn what_a_backend_sent_arrives_if_it_refuses_the_rest_of_a_request() {
             counted.send(received).unwrap();
         },
     );
-    relayed.assert_only_failure(FailureKind::Broken);
+    relayed.assert_only_failure(FailureKind::Broken, Ending::BackendReset);
     assert_eq!(count.recv().unwrap(), relayed.outcome.to_client, "all that the relay wrote");
 }
 
@@ -264,7 +265,7 @@ fn what_waits_for_a_slow_peer_arrives_whole() {
                 let received = io::copy(&mut backend, &mut io::sink()).unwrap();
                 assert_eq!(received, is_sent.try_iter().sum::<u64>());
             });
-        assert!(relayed.outcome.failure.is_none(), "{:?}", relayed.outcome);
+        assert!(relayed.outcome.finish.failure.is_none(), "{:?}", relayed.outcome);
         assert!(relayed.outcome.to_backend > 0);
     }
 }
@@ -283,7 +284,7 @@ fn a_backend_that_resets_while_bytes_wait_for_it_resets_the_client() {
             reset(backend);
             assert_reset(&client);
         });
-        relayed.assert_only_failure(FailureKind::Broken);
+        relayed.assert_only_failure(FailureKind::Broken, Ending::BackendReset);
     }
 }
 
@@ -298,7 +299,7 @@ fn a_client_that_resets_while_bytes_wait_for_it_resets_the_backend() {
             assert_reset(&backend);
         },
     );
-    relayed.assert_only_failure(FailureKind::Broken);
+    relayed.assert_only_failure(FailureKind::Broken, Ending::ClientReset);
 }
 
 #[test]
@@ -323,7 +324,7 @@ fn a_client_that_resets_while_its_own_bytes_wait_resets_the_backend() {
             }
             panic!("the backend is not reset");
         });
-        relayed.assert_only_failure(FailureKind::Broken);
+        relayed.assert_only_failure(FailureKind::Broken, Ending::ClientReset);
     }
 }
 
@@ -338,20 +339,35 @@ fn an_idle_connection_is_reset_on_both_sides() {
             assert_reset(&backend);
         },
     );
-    relayed.assert_only_failure(FailureKind::Idle);
+    relayed.assert_only_failure(FailureKind::Idle, Ending::Idle);
 }
 
 #[test]
-fn a_timeout_of_the_kernel_is_no_idle_timeout() {
-    assert_eq!(failure_kind(&io::Error::from_raw_os_error(libc::ETIMEDOUT)), FailureKind::Broken);
-    assert_eq!(failure_kind(&io::Error::from_raw_os_error(libc::ECONNRESET)), FailureKind::Broken);
-    assert_eq!(failure_kind(&idle_error(Duration::from_secs(1))), FailureKind::Idle);
+fn a_connection_that_the_backend_ends_first_is_closed_by_it() {
+    let relayed = relayed(
+        Limits::default(),
+        |client| client,
+        |mut client, backend| {
+            drop(backend);
+            assert_eq!(client.read(&mut [0]).unwrap(), 0);
+            drop(client);
+        },
+    );
+    let Finish { ending, failure } = &relayed.outcome.finish;
+    assert_eq!(*ending, Ending::BackendClosed);
+    assert!(failure.is_none(), "{failure:?}");
 }
 
 #[test]
-fn only_an_idle_connection_counts_as_idle() {
-    assert_eq!(failure_kind(&idle_error(Duration::from_secs(1))), FailureKind::Idle);
-    // The kernel's, for a peer that is gone.
-    assert_eq!(failure_kind(&io::Error::from_raw_os_error(libc::ETIMEDOUT)), FailureKind::Broken);
-    assert_eq!(failure_kind(&ErrorKind::ConnectionReset.into()), FailureKind::Broken);
+fn a_failure_names_the_side_and_what_the_kernel_says_of_it() {
+    for (side, errno, ending) in [
+        (Side::Client, libc::ECONNRESET, Ending::ClientReset),
+        (Side::Backend, libc::EPIPE, Ending::BackendReset),
+        (Side::Client, libc::ETIMEDOUT, Ending::ClientTimeout),
+        (Side::Backend, libc::ETIMEDOUT, Ending::BackendTimeout),
+        (Side::Backend, libc::EHOSTUNREACH, Ending::BackendReset),
+    ] {
+        let finish = side.failed(io::Error::from_raw_os_error(errno));
+        assert_eq!(finish.ending, ending);
+    }
 }

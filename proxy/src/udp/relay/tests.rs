@@ -21,6 +21,7 @@ use super::*;
 use crate::runtime::new_runtime;
 use crate::runtime::poll::{PollSet, WatchedListener};
 use crate::runtime::worker::Workers;
+use crate::state::record::Ending;
 use crate::state::stats::{FailureKind, Stats};
 use crate::state::task::{Command, Detached, FlowCommand, HeaderState, LiveFlow, LiveFlows};
 use crate::state::{Binding, MappingPolicy, Target};
@@ -656,7 +657,7 @@ fn the_port_of_a_flow_is_used_again_some_time_after_its_end() {
     };
     let now = Instant::now();
     assert!(!is_used_again(&mut scene, now + Duration::from_secs(60)), "it is in use");
-    scene.relay.end_flows(|_listeners, _key| true);
+    scene.relay.end_flows(Ending::Removed, |_listeners, _key| true);
     scene.relay.close_ended(1);
     assert!(!is_used_again(&mut scene, now), "answers may be on their way");
     assert!(is_used_again(&mut scene, now + Duration::from_secs(60)));

@@ -75,7 +75,7 @@ fn what_waits_for_a_flow_that_ends_is_counted_as_lost() {
         client.send(&vec![7; size]).unwrap();
         scene.serve_until("it is taken", |scene| scene.sent_and_unsent(id) == size - 1000);
     }
-    scene.relay.end_flows(|_listeners, _key| true);
+    scene.relay.end_flows(Ending::Removed, |_listeners, _key| true);
     assert_eq!(scene.failures(FailureKind::NoBuffer), 2);
     assert_eq!(scene.stats().flows.get(), 1, "its socket is closed later");
     scene.relay.close_ended(1);
@@ -93,7 +93,7 @@ fn an_answer_that_nobody_has_read_is_counted_as_lost_when_its_flow_ends() {
     let id = scene.flow(&client).unwrap();
     let socket = scene.relay.table.get(id).unwrap().1.socket();
     wait_until_readable(&socket);
-    scene.relay.end_flows(|_listeners, _key| true);
+    scene.relay.end_flows(Ending::Removed, |_listeners, _key| true);
     drop(socket);
     scene.relay.close_ended(1);
     assert_eq!(scene.failures(FailureKind::NoBuffer), 1);

@@ -217,7 +217,7 @@ fn a_flow_that_is_taken_over_is_that_of_the_client_that_the_proxy_told() {
     });
     let live = scene.relay.pause();
     assert_eq!(live.flows.len(), 2);
-    scene.relay.end_flows(|_listeners, _key| true);
+    scene.relay.end_flows(Ending::Removed, |_listeners, _key| true);
     // As in another process, nothing but their sockets is left.
     scene.relay.resume();
     scene.relay.ended.iter_mut().for_each(|ended| ended.flow.is_shared = true);

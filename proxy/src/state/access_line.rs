@@ -1,0 +1,126 @@
+//! The lines of the access log: one for each connection or flow that has ended, and for each client that is not served.
+
+use std::io::Write;
+use std::net::SocketAddr;
+use std::time::{Duration, SystemTime};
+
+use rproxy_mapping::addr::{Protocol, canonical};
+use serde::Serialize;
+
+use crate::log::Format;
+use crate::state::Target;
+use crate::state::record::{Ending, Record, Traffic};
+
+/// The fields of a line. Those that mean nothing for what it is about are missing.
+#[derive(Debug, Serialize)]
+struct Line<'a> {
+    /// When it ended: RFC 3339, UTC.
+    time: String,
+    mapping: &'a str,
+    protocol: &'static str,
+    client: SocketAddr,
+    host: SocketAddr,
+    backend: SocketAddr,
+    bytes_in: u64,
+    bytes_out: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    datagrams_in: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    datagrams_out: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    connect_ms: Option<f64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    first_byte_ms: Option<f64>,
+    duration_ms: f64,
+    reason: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    spliced: Option<bool>,
+}
+
+/// Appends the line of `record`, which has ended.
+pub(super) fn write(text: &mut Vec<u8>, format: Format, record: &Record) {
+    let Record { target, to_backend, to_client, .. } = record;
+    let is_tcp = target.port_mapping.protocol == Protocol::Tcp;
+    let datagrams = |traffic: &Traffic| (!is_tcp).then(|| traffic.datagrams());
+    let line = Line {
+        client: record.client(),
+        host: record.host,
+        bytes_in: to_backend.bytes(),
+        bytes_out: to_client.bytes(),
+        datagrams_in: datagrams(to_backend),
+        datagrams_out: datagrams(to_client),
+        connect_ms: record.connect_time().map(milliseconds),
+        first_byte_ms: record.first_byte_time().map(milliseconds),
+        duration_ms: milliseconds(record.age()),
+        spliced: is_tcp.then(|| record.is_spliced()),
+        ..Line::new(target, record.client(), record.ending().unwrap_or(Ending::Drain))
+    };
+    line.write(text, format);
+}
+
+/// Appends the line of a client that is not served.
+pub(super) fn write_refusal(
+    text: &mut Vec<u8>,
+    format: Format,
+    client: SocketAddr,
+    target: &Target,
+    ending: Ending,
+) {
+    Line::new(target, canonical(client), ending).write(text, format);
+}
+
+/// In milliseconds, with three decimals.
+fn milliseconds(time: Duration) -> f64 {
+    time.as_micros() as f64 / 1000.0
+}
+
+impl<'a> Line<'a> {
+    fn new(target: &'a Target, client: SocketAddr, ending: Ending) -> Self {
+        let port_mapping = &target.port_mapping;
+        Self {
+            time: humantime::format_rfc3339_micros(SystemTime::now()).to_string(),
+            mapping: target.policy.state.name.as_str(),
+            protocol: port_mapping.protocol.as_str(),
+            client,
+            host: port_mapping.host.socket_addr(),
+            backend: port_mapping.backend.socket_addr(),
+            bytes_in: 0,
+            bytes_out: 0,
+            datagrams_in: None,
+            datagrams_out: None,
+            connect_ms: None,
+            first_byte_ms: None,
+            duration_ms: 0.0,
+            reason: ending.as_str(),
+            spliced: None,
+        }
+    }
+
+    fn write(&self, text: &mut Vec<u8>, format: Format) {
+        // Nothing fails that is written to memory.
+        match format {
+            Format::Json => serde_json::to_writer(&mut *text, self).ok(),
+            Format::Text => self.write_text(text).ok(),
+        };
+        text.push(b'\n');
+    }
+
+    fn write_text(&self, text: &mut Vec<u8>) -> std::io::Result<()> {
+        let Line { time, mapping, protocol, client, host, backend, bytes_in, bytes_out, .. } = self;
+        write!(text, "{time} {mapping} {protocol} {client} {host} {backend}")?;
+        write!(text, " bytes_in={bytes_in} bytes_out={bytes_out}")?;
+        if let (Some(datagrams_in), Some(datagrams_out)) = (self.datagrams_in, self.datagrams_out) {
+            write!(text, " datagrams_in={datagrams_in} datagrams_out={datagrams_out}")?;
+        }
+        for (name, time) in [("connect_ms", self.connect_ms), ("first_byte_ms", self.first_byte_ms)] {
+            if let Some(time) = time {
+                write!(text, " {name}={time:.3}")?;
+            }
+        }
+        write!(text, " duration_ms={:.3} reason={}", self.duration_ms, self.reason)?;
+        match self.spliced {
+            Some(is_spliced) => write!(text, " spliced={is_spliced}"),
+            None => Ok(()),
+        }
+    }
+}

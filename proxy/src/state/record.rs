@@ -1,0 +1,320 @@
+//! The record of a single connection or flow, for whoever asks for what is live, and for the access log.
+//!
+//! Its connection or flow writes it with relaxed ordering; any thread may read it meanwhile.
+
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use rproxy_mapping::addr::Protocol;
+use rustix::time::{ClockId, clock_gettime};
+
+use crate::state::Target;
+
+/// How a connection or flow ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// In order, the client first.
+    ClientClosed,
+    /// In order, the backend first.
+    BackendClosed,
+    /// The client reset it, or was reported unreachable.
+    ClientReset,
+    /// The backend reset it, or was reported unreachable.
+    BackendReset,
+    /// The client acknowledged nothing any more (`ETIMEDOUT`, tcp(7)).
+    ClientTimeout,
+    /// The backend acknowledged nothing any more.
+    BackendTimeout,
+    /// It was idle for as long as its mapping permits.
+    Idle,
+    /// The backend refused the connection.
+    ConnectRefused,
+    /// The backend did not accept the connection in time.
+    ConnectTimeout,
+    /// There was no connection to the backend for another reason.
+    ConnectFailed,
+    /// It has to come from its client's address, and cannot.
+    SourceUnavailable,
+    /// The header of the PROXY protocol was missing, wrong or late.
+    BadProxyHeader,
+    /// `allow` or `deny` refuse the client.
+    Denied,
+    /// The mapping has reached `max_connections`.
+    OverLimit,
+    /// A flow gave way to another one.
+    Evicted,
+    /// A user ended it.
+    Cut,
+    /// Its mapping is served no longer, or its backend is another one now.
+    Removed,
+    /// Another process serves it from here on.
+    HandedOver,
+    /// The process ended.
+    Drain,
+}
+
+impl Ending {
+    /// All, in the order of their numbers.
+    pub(crate) const ALL: [Self; 19] = [
+        Self::ClientClosed,
+        Self::BackendClosed,
+        Self::ClientReset,
+        Self::BackendReset,
+        Self::ClientTimeout,
+        Self::BackendTimeout,
+        Self::Idle,
+        Self::ConnectRefused,
+        Self::ConnectTimeout,
+        Self::ConnectFailed,
+        Self::SourceUnavailable,
+        Self::BadProxyHeader,
+        Self::Denied,
+        Self::OverLimit,
+        Self::Evicted,
+        Self::Cut,
+        Self::Removed,
+        Self::HandedOver,
+        Self::Drain,
+    ];
+
+    /// Its name in the access log.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::ClientClosed => "client_closed",
+            Self::BackendClosed => "backend_closed",
+            Self::ClientReset => "client_reset",
+            Self::BackendReset => "backend_reset",
+            Self::ClientTimeout => "client_timeout",
+            Self::BackendTimeout => "backend_timeout",
+            Self::Idle => "idle",
+            Self::ConnectRefused => "connect_refused",
+            Self::ConnectTimeout => "connect_timeout",
+            Self::ConnectFailed => "connect_failed",
+            Self::SourceUnavailable => "source_unavailable",
+            Self::BadProxyHeader => "bad_proxy_header",
+            Self::Denied => "denied",
+            Self::OverLimit => "over_limit",
+            Self::Evicted => "evicted",
+            Self::Cut => "cut",
+            Self::Removed => "removed",
+            Self::HandedOver => "handed_over",
+            Self::Drain => "drain",
+        }
+    }
+}
+
+/// The connection of a client, or its flow.
+#[derive(Debug)]
+pub(crate) struct Record {
+    /// Its number, unique in this process.
+    pub(crate) id: u64,
+    /// The address that the client has connected or sent to.
+    pub(crate) host: SocketAddr,
+    pub(crate) target: Arc<Target>,
+    /// When it was accepted.
+    pub(crate) opened: Time,
+    pub(crate) to_backend: Traffic,
+    pub(crate) to_client: Traffic,
+    peer: SocketAddr,
+    /// Whom a proxy in front has told its client is.
+    told: OnceLock<SocketAddr>,
+    connected: Moment,
+    /// The number of the ending behind 0.
+    ending: AtomicU8,
+}
+
+impl Record {
+    /// A record that begins now.
+    pub(super) fn new(id: u64, peer: SocketAddr, host: SocketAddr, target: Arc<Target>) -> Self {
+        let opened = Time::now();
+        Self {
+            id,
+            host,
+            target,
+            opened,
+            to_backend: Traffic::new(opened),
+            to_client: Traffic::new(opened),
+            peer,
+            told: OnceLock::new(),
+            connected: Moment::default(),
+            ending: AtomicU8::new(0),
+        }
+    }
+
+    /// Its client, whom a proxy in front may have told.
+    pub(crate) fn client(&self) -> SocketAddr {
+        *self.told.get().unwrap_or(&self.peer)
+    }
+
+    /// Records whom a proxy in front speaks for, which it says once.
+    pub(crate) fn set_client(&self, told: SocketAddr) {
+        self.told.get_or_init(|| told);
+    }
+
+    /// Records that the backend has accepted the connection. Returns how long that took since it was accepted here.
+    pub(crate) fn set_connected(&self) -> Duration {
+        let now = Time::now();
+        self.connected.set(now);
+        now.since(self.opened)
+    }
+
+    /// How long the backend took to accept the connection, if it has.
+    pub(crate) fn connect_time(&self) -> Option<Duration> {
+        self.connected.get().map(|at| at.since(self.opened))
+    }
+
+    /// How long the first byte to the client took, if there was one.
+    pub(crate) fn first_byte_time(&self) -> Option<Duration> {
+        self.to_client.first.get().map(|at| at.since(self.opened))
+    }
+
+    /// For how long it exists.
+    pub(crate) fn age(&self) -> Duration {
+        Time::now().since(self.opened)
+    }
+
+    /// How long nothing was relayed, with the resolution of the kernel's tick.
+    pub(crate) fn idle_time(&self) -> Duration {
+        let last = self.to_backend.last.get().max(self.to_client.last.get());
+        Time::coarse().since(last.unwrap_or(self.opened))
+    }
+
+    /// Records how it ends. The first reason counts: the others follow from it.
+    pub(crate) fn end(&self, ending: Ending) {
+        let number = ending as u8 + 1;
+        // Fails if there is one.
+        self.ending.compare_exchange(0, number, Ordering::Relaxed, Ordering::Relaxed).ok();
+    }
+
+    /// How it ended, if that is known.
+    pub(crate) fn ending(&self) -> Option<Ending> {
+        let number = usize::from(self.ending.load(Ordering::Relaxed));
+        number.checked_sub(1).map(|index| Ending::ALL[index])
+    }
+
+    /// Its state, as people are shown it.
+    pub(crate) fn state(&self) -> &'static str {
+        let is_tcp = self.target.port_mapping.protocol == Protocol::Tcp;
+        match (self.to_backend.has_ended(), self.to_client.has_ended()) {
+            _ if is_tcp && self.connected.get().is_none() => "dialling",
+            (false, false) => "open",
+            (true, false) => "closed_by_client",
+            (false, true) => "closed_by_backend",
+            (true, true) => "closing",
+        }
+    }
+
+    /// Whether its bytes are spliced, or were.
+    pub(crate) fn is_spliced(&self) -> bool {
+        [&self.to_backend, &self.to_client].iter().any(|traffic| traffic.is_spliced.load(Ordering::Relaxed))
+    }
+}
+
+/// What one direction of a connection or flow has relayed. Only its task writes it.
+#[derive(Debug)]
+pub(crate) struct Traffic {
+    bytes: AtomicU64,
+    datagrams: AtomicU64,
+    first: Moment,
+    last: Moment,
+    is_spliced: AtomicBool,
+    has_ended: AtomicBool,
+}
+
+impl Traffic {
+    fn new(opened: Time) -> Self {
+        let last = Moment::default();
+        last.set(opened);
+        Self {
+            bytes: AtomicU64::new(0),
+            datagrams: AtomicU64::new(0),
+            first: Moment::default(),
+            last,
+            is_spliced: AtomicBool::new(false),
+            has_ended: AtomicBool::new(false),
+        }
+    }
+
+    /// Counts bytes of a stream.
+    pub(crate) fn add(&self, bytes: u64) {
+        if self.first.get().is_none() && bytes > 0 {
+            self.first.set(Time::now());
+        }
+        self.bytes.store(self.bytes() + bytes, Ordering::Relaxed);
+        self.last.set(Time::coarse());
+    }
+
+    /// Counts datagrams.
+    pub(crate) fn add_datagrams(&self, datagrams: u64, bytes: u64) {
+        self.datagrams.store(self.datagrams() + datagrams, Ordering::Relaxed);
+        self.add(bytes);
+    }
+
+    /// Records that bytes are spliced.
+    pub(crate) fn note_spliced(&self) {
+        self.is_spliced.store(true, Ordering::Relaxed);
+    }
+
+    /// Records that its sender has ended it.
+    pub(crate) fn note_end(&self) {
+        self.has_ended.store(true, Ordering::Relaxed);
+    }
+
+    fn has_ended(&self) -> bool {
+        self.has_ended.load(Ordering::Relaxed)
+    }
+
+    /// The bytes so far.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    /// The datagrams so far.
+    pub(crate) fn datagrams(&self) -> u64 {
+        self.datagrams.load(Ordering::Relaxed)
+    }
+}
+
+/// A time in microseconds of `CLOCK_MONOTONIC`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Time(u64);
+
+impl Time {
+    /// Now.
+    pub(crate) fn now() -> Self {
+        Self::of(ClockId::Monotonic)
+    }
+
+    /// Now or a few milliseconds ago. It takes a fraction of the time, so that the data path can afford it
+    /// (clock_gettime(2)).
+    fn coarse() -> Self {
+        Self::of(ClockId::MonotonicCoarse)
+    }
+
+    fn of(clock: ClockId) -> Self {
+        let now = clock_gettime(clock);
+        Self(now.tv_sec.unsigned_abs() * 1_000_000 + now.tv_nsec.unsigned_abs() / 1000)
+    }
+
+    /// The time from `earlier` until this one.
+    pub(crate) fn since(self, earlier: Self) -> Duration {
+        Duration::from_micros(self.0.saturating_sub(earlier.0))
+    }
+}
+
+/// A time that is recorded later.
+#[derive(Debug, Default)]
+struct Moment(AtomicU64);
+
+impl Moment {
+    fn set(&self, time: Time) {
+        self.0.store(time.0, Ordering::Relaxed);
+    }
+
+    fn get(&self) -> Option<Time> {
+        let time = self.0.load(Ordering::Relaxed);
+        (time != 0).then_some(Time(time))
+    }
+}
