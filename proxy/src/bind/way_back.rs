@@ -1,12 +1,19 @@
 //! Whether what backends answer to the addresses of clients is delivered to this host.
 
+use std::collections::BTreeSet;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 
-use rproxy_mapping::source::TRANSPARENT_MARK;
+use rproxy_mapping::interfaces::Interfaces;
+use rproxy_mapping::limits::Limits;
+use rproxy_mapping::name::Name;
+use rproxy_mapping::source::{Device, TRANSPARENT_MARK};
 use rproxy_sys::route::{interface_towards, is_delivered};
+use tracing::warn;
 
 use super::interfaces::HostInterfaces;
+use super::routes::scope_of;
+use crate::log::limit::LogLimit;
 
 /// Clients that nobody has: addresses for documentation (RFC 5737, RFC 3849).
 const CLIENT_V4: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 1);
@@ -15,19 +22,139 @@ const CLIENT_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
 /// The index of the loopback interface in each network namespace.
 const LOOPBACK: u32 = 1;
 
-/// The command that is missing for `backend`, if one is. It takes netlink sockets, so it has to be called before the process
-/// is confined.
-///
-/// # Errors
-/// Those of socket(2), and `ENETUNREACH` without a route to the backend.
-pub(crate) fn missing_command(backend: SocketAddr) -> io::Result<Option<String>> {
-    let interface = interface_towards(backend.ip())?;
-    // A backend on this host does not see clients; that is reported for each.
-    let Some(interface) = interface.filter(|index| *index != LOOPBACK) else { return Ok(None) };
-    let client: IpAddr = if backend.is_ipv4() { CLIENT_V4.into() } else { CLIENT_V6.into() };
-    if is_delivered(backend.ip(), client, interface, TRANSPARENT_MARK)? {
-        return Ok(None);
+/// The way from a backend, to be looked up.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct WayBack {
+    backend: SocketAddr,
+    /// The interface that leads to it, if one was asked for.
+    device: Option<Device>,
+}
+
+impl WayBack {
+    /// The length of [`WayBack::to_bytes`].
+    pub(crate) const BYTES: usize = 16 + 4 + 15;
+
+    /// That of a mapping's backends, if they see clients. A mapping leads to one address.
+    pub(crate) fn of(limits: &Limits, backend: SocketAddr) -> Option<Self> {
+        limits.source.is_client().then(|| Self { backend, device: limits.device.clone() })
     }
-    let name = HostInterfaces.name_of(interface).unwrap_or_else(|| interface.to_string());
-    Ok(Some(format!("netns-setup transparent up --interface {name}")))
+
+    /// The name of the interface for which a command is missing, if one is. It takes netlink sockets, which a confined
+    /// process does not have.
+    ///
+    /// # Errors
+    /// Those of socket(2), and `ENETUNREACH` without a route to the backend.
+    pub(crate) fn interface_without(&self) -> io::Result<Option<String>> {
+        let interface = match &self.device {
+            // Its absence is reported for each client.
+            Some(device) => HostInterfaces.index_of(device.name()),
+            None => match scope_of(self.backend) {
+                Some(scope) => Some(scope),
+                None => interface_towards(self.backend.ip())?,
+            },
+        };
+        // A backend on this host does not see clients; that is reported for each.
+        let Some(interface) = interface.filter(|index| *index != LOOPBACK) else { return Ok(None) };
+        let client: IpAddr = if self.backend.is_ipv4() { CLIENT_V4.into() } else { CLIENT_V6.into() };
+        if is_delivered(self.backend.ip(), client, interface, TRANSPARENT_MARK)? {
+            return Ok(None);
+        }
+        Ok(Some(HostInterfaces.name_of(interface).unwrap_or_else(|| interface.to_string())))
+    }
+
+    /// For another process: the address (IPv4-mapped), its scope, and the name of the interface, padded with zeros.
+    pub(crate) fn to_bytes(&self) -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
+        let (ip, scope) = match self.backend {
+            SocketAddr::V4(v4) => (v4.ip().to_ipv6_mapped(), 0),
+            SocketAddr::V6(v6) => (*v6.ip(), v6.scope_id()),
+        };
+        bytes[..16].copy_from_slice(&ip.octets());
+        bytes[16..20].copy_from_slice(&scope.to_ne_bytes());
+        let name = self.device.as_ref().map_or("", Device::name);
+        bytes[20..20 + name.len()].copy_from_slice(name.as_bytes());
+        bytes
+    }
+
+    /// What [`WayBack::to_bytes`] has returned. The port is lost; `None` if the name is none.
+    pub(crate) fn from_bytes(bytes: &[u8; Self::BYTES]) -> Option<Self> {
+        let (ip, rest) = bytes.split_first_chunk::<16>()?;
+        let (scope, name) = rest.split_first_chunk::<4>()?;
+        let v6 = Ipv6Addr::from(*ip);
+        let backend = match v6.to_ipv4_mapped() {
+            Some(v4) => (v4, 0).into(),
+            None => SocketAddrV6::new(v6, 0, 0, u32::from_ne_bytes(*scope)).into(),
+        };
+        let name = std::str::from_utf8(name).ok()?.trim_end_matches('\0');
+        let device = (!name.is_empty()).then(|| name.parse()).transpose().ok()?;
+        Some(Self { backend, device })
+    }
+}
+
+/// The ways back of mappings whose backends see clients.
+#[derive(Debug, Default)]
+pub(crate) struct WaysBack {
+    /// The mappings whose ways are to be looked up.
+    pub(crate) to_look_up: Vec<Name>,
+    /// Those that have none, as far as reported.
+    pub(crate) reported: Reported,
+}
+
+/// The mappings whose missing command was reported: once, until it was there.
+#[derive(Debug, Default)]
+pub(crate) struct Reported(BTreeSet<Name>);
+
+impl Reported {
+    /// Warns if clients would not get what the backends of `mapping` answer to their addresses, by what
+    /// [`WayBack::interface_without`] has found out.
+    pub(crate) fn report(&mut self, mapping: &Name, found: io::Result<Option<String>>) {
+        // A runtime may publish many ports at once.
+        static LINES: LogLimit = LogLimit::new();
+
+        if matches!(found, Ok(None)) {
+            self.0.remove(mapping);
+            return;
+        }
+        if !self.0.insert(mapping.clone()) {
+            return;
+        }
+        let Some(suppressed) = LINES.permit() else { return };
+        match found {
+            Ok(interface) => {
+                let interface = interface.unwrap_or_default();
+                let command = format!("netns-setup transparent up --interface {interface}");
+                warn!(%mapping, suppressed, "answers to clients will not come back; run {command}");
+            }
+            Err(error) => {
+                warn!(%mapping, %error, suppressed, "cannot find out whether answers to clients come back");
+            }
+        }
+    }
+
+    /// Forgets mappings that are gone.
+    pub(crate) fn keep(&mut self, is_there: impl Fn(&Name) -> bool) {
+        self.0.retain(is_there);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_way_is_the_same_in_another_process() {
+        let name = "abcdefghijklmno";
+        for (backend, device) in
+            [("10.0.0.1:0", None), ("[fe80::1%7]:0", Some(name)), ("[fd00::1]:0", Some("a"))]
+        {
+            let device = device.map(|name| name.parse().unwrap());
+            let way = WayBack { backend: backend.parse().unwrap(), device };
+            assert_eq!(WayBack::from_bytes(&way.to_bytes()), Some(way));
+        }
+        let mut bytes = [0; WayBack::BYTES];
+        for wrong in [&b"a b"[..], b"\xff", b"a\0b"] {
+            bytes[20..20 + wrong.len()].copy_from_slice(wrong);
+            assert_eq!(WayBack::from_bytes(&bytes), None, "{wrong:?}");
+        }
+    }
 }

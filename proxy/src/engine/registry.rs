@@ -10,6 +10,7 @@ use rproxy_mapping::addr::Protocol;
 use rproxy_mapping::name::Name;
 use rproxy_mapping::ports::PortRange;
 
+use crate::bind::way_back::{WayBack, WaysBack};
 use crate::engine::sweep::Sweep;
 use crate::runtime::poll::WatchedListener;
 use crate::state::stats::Stats;
@@ -37,6 +38,12 @@ impl Served {
     /// The process that has attached this port, unless it is a mapping that was requested.
     pub fn process(&self) -> Option<u32> {
         self.process
+    }
+
+    /// The way from its backends, if they see clients.
+    fn way_back(&self) -> Option<WayBack> {
+        let port = self.ports.first()?;
+        WayBack::of(&self.policy.limits, port.target.port_mapping.backend.socket_addr())
     }
 
     /// Its counters.
@@ -70,6 +77,8 @@ pub struct Registry {
     /// Removed mappings, some of which may have finished.
     departed: Vec<Departed>,
     sweep: Sweep,
+    /// Boxed, because most processes have none.
+    pub(crate) ways_back: Box<WaysBack>,
 }
 
 impl Registry {
@@ -127,6 +136,9 @@ impl Registry {
     /// Adds a mapping, or replaces the one with the same name.
     pub(crate) fn put(&mut self, name: Name, served: Served) {
         self.ports.add(&served);
+        if served.policy.limits.source.is_client() {
+            self.ways_back.to_look_up.push(name.clone());
+        }
         match self.served.entry(name) {
             btree_map::Entry::Vacant(entry) => drop(entry.insert(served)),
             btree_map::Entry::Occupied(mut entry) => {
@@ -139,6 +151,22 @@ impl Registry {
                 }
             }
         }
+    }
+
+    /// Has all mappings whose backends see clients looked up again.
+    pub(crate) fn look_all_up(&mut self) {
+        let as_client = self.served.iter().filter(|(_name, served)| served.policy.limits.source.is_client());
+        self.ways_back.to_look_up = as_client.map(|(name, _served)| name.clone()).collect();
+    }
+
+    /// The mappings that were put since the last call, and whose backends see clients: the ways from these.
+    pub(crate) fn take_to_look_up(&mut self) -> Vec<(Name, WayBack)> {
+        let names = std::mem::take(&mut self.ways_back.to_look_up);
+        if !names.is_empty() {
+            self.ways_back.reported.keep(|name| self.served.contains_key(name));
+        }
+        let way = |name: Name| Some((name.clone(), self.get(&name)?.way_back()?));
+        names.into_iter().filter_map(way).collect()
     }
 
     /// Removes the mapping called `name` and returns its listeners. It is listed as draining while in use.

@@ -176,6 +176,9 @@ impl Managed {
     async fn until_ended(&mut self) -> Result<bool, ManageError> {
         let Self { server, stop, control, called, plane, reload, watchdog, upgrade } = self;
         loop {
+            if !server.registry.ways_back.to_look_up.is_empty() {
+                Box::pin(look_up(upgrade, server)).await;
+            }
             let parked = server.parked_until();
             tokio::select! {
                 biased;
@@ -391,6 +394,15 @@ async fn serve_shim(
     Ok(())
 }
 
+/// Looks up whether the answers of backends to clients come back, and reports where they do not.
+async fn look_up(upgrade: &mut Upgrade, server: &mut Server) {
+    for (name, way) in server.registry.take_to_look_up() {
+        // Without a launcher, only a process that is not confined can find out.
+        let found = upgrade.look_up(&way).await.unwrap_or_else(|_no_launcher| way.interface_without());
+        server.registry.ways_back.reported.report(&name, found);
+    }
+}
+
 /// Waits until a time; forever if there is none.
 async fn at(time: Option<Instant>) {
     match time {
@@ -463,6 +475,7 @@ async fn reread(
     match applied {
         Ok(Changed { added, changed, removed, unchanged }) => {
             info!(added, changed, removed, unchanged, "configuration reloaded");
+            server.registry.look_all_up();
         }
         Err(errors) => {
             for error in errors.lines() {

@@ -10,13 +10,13 @@ use rproxy_mapping::addr::HostSocketAddr;
 use rproxy_mapping::escape::escaped;
 use rproxy_mapping::{HostPorts, Mapping, PortMapping};
 use tokio::runtime::Runtime;
-use tracing::{debug, info, warn};
+use tracing::{debug, info};
 
 use super::manager::{Configuration, Drain, Manager, Reload};
 use crate::bind::activation::{InheritedError, InheritedSockets};
 use crate::bind::family::{NO_IPV6, has_ipv6};
 use crate::bind::listen::BindError;
-use crate::bind::way_back::missing_command;
+use crate::bind::way_back::{Reported, WayBack, WaysBack};
 use crate::bind::{Bound, BoundError, BoundPort, routes};
 use crate::cli::Serve;
 use crate::config::{self, ConfigError};
@@ -166,7 +166,13 @@ fn prepare_server(bound: Vec<Bound>, attaches: bool, options: &Serve) -> Result<
     if !has_ipv6() && options.mappings.is_everywhere() {
         info!("{NO_IPV6}");
     }
-    bound.iter().for_each(look_for_way_back);
+    let mut reported = Reported::default();
+    for Bound { mapping, ports, .. } in &bound {
+        let backend = ports.first().map(|port| port.port_mapping.backend.socket_addr());
+        if let Some(way) = backend.and_then(|backend| WayBack::of(mapping.limits(), backend)) {
+            reported.report(&mapping.name(), way.interface_without());
+        }
+    }
     let needs = needs(options, attaches, &bound);
     let growth = if attaches {
         Growth::Attached
@@ -180,7 +186,8 @@ fn prepare_server(bound: Vec<Bound>, attaches: bool, options: &Serve) -> Result<
     let is_listed = options.control.is_some();
     let recorder = (is_listed || access_log.is_some()).then(|| Recorder::new(access_log.clone(), is_listed));
     let server = Server::prepared(bound, growth, recorder.map(Arc::new));
-    let server = server.map_err(setup("watch the listeners"))?;
+    let mut server = server.map_err(setup("watch the listeners"))?;
+    server.registry.ways_back = Box::new(WaysBack { reported, ..WaysBack::default() });
     server.look_at_processors();
     if let Some(user) = &options.user {
         for error in server.udp_sockets().filter_map(|socket| user.own(socket).err()) {
@@ -196,21 +203,6 @@ fn prepare_server(bound: Vec<Bound>, attaches: bool, options: &Serve) -> Result<
         writer.map_err(|(source, _writer)| setup("start the thread of the access log")(source))?;
     }
     Ok(server)
-}
-
-/// Warns if clients would not get what the backends of a mapping answer to their addresses.
-fn look_for_way_back(bound: &Bound) {
-    let Some(port) = bound.ports.first().filter(|_| bound.mapping.limits().source.is_client()) else {
-        return;
-    };
-    let (mapping, backend) = (bound.mapping.name(), port.port_mapping.backend.socket_addr());
-    match missing_command(backend) {
-        Ok(None) => {}
-        Ok(Some(command)) => warn!(%mapping, "answers to clients will not come back; run {command}"),
-        Err(error) => {
-            warn!(%mapping, %backend, %error, "cannot find out whether answers to clients come back")
-        }
-    }
 }
 
 fn setup(step: &'static str) -> impl FnOnce(io::Error) -> StartError {

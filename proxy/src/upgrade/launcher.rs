@@ -1,5 +1,5 @@
 //! The launcher: a small process beside a confined one, which does what the confined process no longer can:
-//! start its program again, and open its configuration.
+//! start its program again, open its configuration, and look up whether answers to clients come back.
 //!
 //! It is forked first, and so keeps the arguments, environment, directory, user and limits that the program
 //! was started with. It ignores signals and ends when the process it serves ends, for whatever reason. It
@@ -25,6 +25,7 @@ use rproxy_sys::process::{fork_alone, set_title};
 
 use super::channel::Channel;
 use super::program::{Program, absolute};
+use crate::bind::way_back::WayBack;
 use crate::config;
 use crate::log::access;
 
@@ -53,6 +54,10 @@ const OPEN_ACCESS_LOG: u8 = b'l';
 const START: u8 = b's';
 const KEEP: u8 = b'k';
 const END: u8 = b'e';
+const WAY_BACK: u8 = b'w';
+
+/// The longest name of an interface, in bytes (`IFNAMSIZ`, netdevice(7)).
+const LONGEST_NAME: usize = 16;
 
 /// The launcher, as seen by the process it serves.
 #[derive(Debug)]
@@ -137,6 +142,22 @@ impl Asked {
         }
     }
 
+    /// Looks up a way back: the interface for which a command is missing, or the error.
+    ///
+    /// # Errors
+    /// The launcher is gone.
+    pub(super) async fn look_up(&self, way: &WayBack) -> io::Result<io::Result<Option<String>>> {
+        self.0.write(&[&[WAY_BACK][..], &way.to_bytes()].concat()).await?;
+        match self.number().await? {
+            0 => {}
+            errno => return Ok(Err(io::Error::from_raw_os_error(errno))),
+        }
+        let length = usize::try_from(self.number().await?).map_err(|_negative| io::ErrorKind::InvalidData)?;
+        let mut name = vec![0; length.min(LONGEST_NAME)];
+        self.0.read(&mut name).await?;
+        Ok(Ok((!name.is_empty()).then(|| String::from_utf8_lossy(&name).into_owned())))
+    }
+
     async fn descriptor(&self) -> io::Result<OwnedFd> {
         let descriptor = self.0.receive_descriptors(1).await?.pop();
         Ok(descriptor.ok_or(io::ErrorKind::InvalidData)?)
@@ -193,6 +214,7 @@ fn serve(mut socket: UnixStream, work: &Work) {
                 return;
             }
             END => tell(&mut socket, started.end().map_or(0, ExitStatus::into_raw)),
+            WAY_BACK => look_up(&mut socket),
             _ => return,
         };
         if answered.is_err() {
@@ -229,6 +251,22 @@ fn start(work: &Work, started: &mut Started, socket: &mut UnixStream) -> io::Res
     tell(socket, 0)?;
     tell(socket, process)?;
     send_descriptors(socket.as_fd(), &[its_other_end.as_fd()])
+}
+
+fn look_up(socket: &mut UnixStream) -> io::Result<()> {
+    let mut way = [0; WayBack::BYTES];
+    socket.read_exact(&mut way)?;
+    let way = WayBack::from_bytes(&way).ok_or(io::ErrorKind::InvalidData)?;
+    match way.interface_without() {
+        Ok(interface) => {
+            let name = interface.unwrap_or_default();
+            let name = &name.as_bytes()[..name.len().min(LONGEST_NAME)];
+            tell(socket, 0)?;
+            tell(socket, i32::try_from(name.len()).unwrap_or_default())?;
+            socket.write_all(name)
+        }
+        Err(error) => tell(socket, errno(&error)),
+    }
 }
 
 fn errno(error: &io::Error) -> i32 {

@@ -17,6 +17,7 @@ use tracing::{error, info, warn};
 use super::channel::Channel;
 use super::launcher::{Asked, Launcher, Reopened};
 use super::{Flows, Hello, Offer, OfferedAttach, OfferedFlow, OfferedMapping, UpgradeError, VERSION, Word};
+use crate::bind::way_back::WayBack;
 use crate::engine::Server;
 use crate::engine::registry::Served;
 use crate::plane::AttachOptions;
@@ -74,10 +75,30 @@ impl Upgrade {
     /// # Errors
     /// [`UpgradeError::NoLauncher`]: without a launcher, only this process itself can try to open it.
     pub(crate) async fn reopen(&mut self, which: Reopened) -> Result<io::Result<File>, UpgradeError> {
+        self.ask("ask the launcher for a file", async |asked| asked.open(which).await).await
+    }
+
+    /// Looks up a way back, despite confinement.
+    ///
+    /// # Errors
+    /// [`UpgradeError::NoLauncher`]
+    pub(crate) async fn look_up(
+        &mut self,
+        way: &WayBack,
+    ) -> Result<io::Result<Option<String>>, UpgradeError> {
+        self.ask("ask for a route", async |asked| asked.look_up(way).await).await
+    }
+
+    /// Has the launcher do something.
+    async fn ask<T>(
+        &mut self,
+        step: &'static str,
+        request: impl AsyncFnOnce(&Asked) -> io::Result<io::Result<T>>,
+    ) -> Result<io::Result<T>, UpgradeError> {
         let launcher = self.launcher.as_ref().map_err(|reason| UpgradeError::NoLauncher(reason.clone()))?;
-        let asked = launcher.ask().map_err(UpgradeError::talk("ask the launcher for a file"))?;
-        let gone = match timeout(LAUNCHER_PATIENCE, asked.open(which)).await {
-            Ok(Ok(opened)) => return Ok(opened),
+        let asked = launcher.ask().map_err(UpgradeError::talk(step))?;
+        let gone = match timeout(LAUNCHER_PATIENCE, request(&asked)).await {
+            Ok(Ok(done)) => return Ok(done),
             Ok(Err(error)) => Err(error),
             // The launcher waits for a file system that does not respond. This process must not.
             Err(late) => Ok(Err(io::Error::from(late))),

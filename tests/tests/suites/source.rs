@@ -28,6 +28,8 @@ use testkit::topology::{
 use testkit::udp::{self, bind_in, flow_of};
 use testkit::upgradable::{Program, upgrade};
 
+use crate::attach::scene::{Plane, Port};
+
 const PORT: u16 = 5300;
 
 /// The addresses that clients ask, and those of the backends that they lead to.
@@ -62,6 +64,11 @@ pub(crate) fn cases() -> Vec<Case> {
         case("the client with a header, too", with_header),
         case("with connection tracking", tracked),
         case("the command that is missing is said", missing_command),
+        case("the command that is missing is said after a change", missing_after_change),
+        case(
+            "the command that is missing is said for attached ports, and after a reload",
+            missing_for_attached,
+        ),
         case("a change with CAP_NET_RAW alone", raw_alone).needs(&[Need::Program("setpriv")]),
         case("an address of the host", own_address),
         case("an interface", device),
@@ -595,6 +602,70 @@ fn missing_command() {
         assert!(!output.stderr.lines().any(missing), "{output:#?}");
         net.netns_setup(&["transparent", "down"]).success();
     }
+}
+
+const MISSING: &str =
+    "answers to clients will not come back; run netns-setup transparent up --interface docker0 ";
+
+fn missing_after_change() {
+    let net = without_answers();
+    let proxy = Controlled::start_in(&net.host, &["--sandbox", "strict"]);
+    let add = |port: u16, name: &str, to: &str, limits: Value| {
+        let mut front = mapping(name, "tcp+udp", SocketAddr::from((HOST_V4, port)), V4.1);
+        front["to"] = to.into();
+        let added =
+            proxy.connect().ask(&json!({ "v": 1, "do": { "add": { "mappings": [with(front, limits)] } } }));
+        assert!(added["ok"].is_object(), "{added}");
+    };
+    let said = |name: &str| {
+        let by_name = format!("mapping={name} ");
+        proxy.process.wait_for_line(Stream::Stderr, |line| line.contains(MISSING) && line.contains(&by_name));
+    };
+    add(1, "plain", "172.17.0.2", json!({}));
+    add(2, "link-local", "fe80::2%docker0", json!({ "source": "client" }));
+    said("link-local");
+    // No route leads there, but the interface does.
+    add(3, "by-device", "192.0.2.2", json!({ "source": "client-only", "device": BRIDGE }));
+    said("by-device");
+    // A mapping that leads elsewhere: the link of the clients.
+    net.netns_setup(&["transparent", "up", "--interface", "eth0"]).success();
+    add(4, "retargeted", "10.0.0.12", json!({ "source": "client" }));
+    proxy.ctl(&["retarget", "retargeted", "--to", "172.17.0.3:5300"]).success();
+    said("retargeted");
+    // Once for each.
+    proxy.ctl(&["retarget", "retargeted", "--to", "172.17.0.2:5300"]).success();
+    net.netns_setup(&["transparent", "up", "--interface", BRIDGE]).success();
+    add(5, "fine", "172.17.0.2", json!({ "source": "client" }));
+    proxy.process.signal(Signal::SIGTERM);
+    let log = proxy.process.into_output().stderr;
+    let missing: Vec<&str> = log.lines().filter(|line| line.contains("will not come back")).collect();
+    assert_eq!(missing.len(), 3, "{log}");
+}
+
+fn missing_for_attached() {
+    let net = without_answers();
+    let file = net.state.path().join("rproxy.toml");
+    let text = "[attach]\nsource = 'client'\n[[mapping]]\nname = 'web'\nhost = '10.0.0.11:80'\nto = '172.17.0.2:80'\n";
+    std::fs::write(&file, text).unwrap();
+    let more = ["--config", file.to_str().unwrap(), "--sandbox", "strict"];
+    let plane = Plane::start_by(&more, |command| net.host.spawn(command));
+    let ports = [V4, V6].map(|(front, to)| net.host.run(|| Port::tcp(front, to)));
+    for port in &ports {
+        let by_name = format!("mapping={} ", port.name());
+        plane.first.wait_for_line(Stream::Stderr, |line| line.contains(MISSING) && line.contains(&by_name));
+    }
+    // A mapping from now on, and one that was there: the rules are lost meanwhile.
+    let text = text.replace("[[mapping]]", "[defaults]\nsource = 'client'\n[[mapping]]");
+    net.netns_setup(&["transparent", "up", "--interface", BRIDGE]).success();
+    std::fs::write(&file, &text).unwrap();
+    plane.signal(Signal::SIGHUP);
+    plane.wait_for_log("configuration reloaded");
+    net.netns_setup(&["transparent", "down"]).success();
+    plane.signal(Signal::SIGHUP);
+    let line = plane
+        .first
+        .wait_for_line(Stream::Stderr, |line| line.contains(MISSING) && line.contains("mapping=web "));
+    drop((line, ports));
 }
 
 /// Either capability is enough, whether a mapping that is there at the start needs it or a later one.
