@@ -12,6 +12,7 @@ pub mod upgrade;
 
 pub mod control;
 pub mod docker;
+pub mod metrics;
 pub mod plane;
 
 pub mod engine;

@@ -8,6 +8,7 @@ pub mod interfaces;
 pub mod listen;
 pub(crate) mod routes;
 pub(crate) mod source;
+pub mod unix_socket;
 pub(crate) mod way_back;
 
 use std::hash::{BuildHasher, RandomState};

@@ -10,8 +10,8 @@ use rproxy_mapping::name::Name;
 
 use super::MappingArgs;
 use super::values::parse_backend;
+use crate::control::DEFAULT_PATH;
 use crate::control::protocol;
-use crate::control::socket::DEFAULT_PATH;
 
 /// The command line of `rproxy ctl`.
 #[derive(Args, Debug)]

@@ -17,9 +17,10 @@ use self::ctl::Ctl;
 pub use self::mappings::MappingArgs;
 use self::values::DrainLimit;
 use crate::config::Config;
-use crate::control::socket::DEFAULT_PATH;
+use crate::control::DEFAULT_PATH;
 use crate::log::access::Destination;
 use crate::log::{self, Format, LogConfig};
+use crate::metrics::addr::MetricsAddr;
 use crate::plane::socket::parse_name;
 use crate::plane::{AttachOptions, AttachTable};
 use crate::sandbox::{self, User};
@@ -90,6 +91,9 @@ pub struct Serve {
     /// Listen for `rproxy ctl` on a Unix socket, for this user and root [default path: /run/rproxy.sock]
     #[arg(long, value_name = "PATH", num_args = 0..=1, default_missing_value = DEFAULT_PATH)]
     pub control: Option<PathBuf>,
+    /// Serve metrics over HTTP: /metrics for Prometheus, /healthz [default: as the configuration says, or not]
+    #[arg(long, value_name = "ADDRESS:PORT|unix:PATH")]
+    pub metrics: Option<MetricsAddr>,
     /// Serve the ports that rproxy-shim attaches, those that Docker publishes: shims connect to an abstract Unix
     /// socket of this name; RPROXY_ATTACH in the environment of a shim chooses another one [default name: that of
     /// the configuration, or rproxy]
@@ -138,6 +142,11 @@ impl Serve {
             Some(config) => config.attach_options(flag),
             None => AttachOptions::new(flag, of_flags()),
         }
+    }
+
+    /// Where metrics are served, if they are. The command line takes precedence over `config`.
+    pub fn metrics_addr<'a>(&'a self, config: Option<&'a Config>) -> Option<&'a MetricsAddr> {
+        self.metrics.as_ref().or_else(|| config?.metrics.as_ref())
     }
 
     /// The time limit for connections in a process that another one has taken over from, if there is one.

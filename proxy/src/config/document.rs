@@ -12,9 +12,10 @@ use toml::de::{DeArray, DeTable, DeValue};
 use super::keys::{Keys, by_place};
 use super::mistake::{Found, Mistakes};
 use super::names::{ATTACH_KEYS, KEYS};
-use super::values::Value as _;
+use super::values::{Value as _, example};
 use super::{Config, names, syntax};
 use crate::loops::refuse_loops_among;
+use crate::metrics::addr::{MetricsAddr, MetricsAddrError};
 
 /// Parses the text of a file.
 ///
@@ -57,7 +58,8 @@ pub(super) fn find_config(text: &str) -> Result<Config, Mistakes> {
     if found.is_empty() {
         found.extend(loops(&tables, &mappings));
     }
-    if found.is_empty() { Ok(Config { mappings, attach, defaults }) } else { Err(found) }
+    let metrics = file.metrics;
+    if found.is_empty() { Ok(Config { mappings, attach, defaults, metrics }) } else { Err(found) }
 }
 
 const NO_MAPPING: &str = "there is no [[mapping]] in it; write one, attach = true to serve attached ports, or mapping = [] for none";
@@ -79,6 +81,8 @@ struct File<'a, 'i> {
     says_none: bool,
     /// How ports are attached, if they can be.
     attach: Option<Keys>,
+    /// Where metrics are served, if they are.
+    metrics: Option<MetricsAddr>,
 }
 
 impl<'a, 'i> File<'a, 'i> {
@@ -103,6 +107,10 @@ impl<'a, 'i> File<'a, 'i> {
                     found.push(Found::at(place, "a mapping is a table; write [[mapping]]"));
                 }
                 ("attach", value) => file.read_attach(value, place, found),
+                ("metrics", of_key) => match read_metrics(of_key) {
+                    Ok(addr) => file.metrics = Some(addr),
+                    Err(problem) => found.push(Found::at(value.span(), format!("metrics: {problem}"))),
+                },
                 (_, value) => {
                     let is_table = matches!(value, DeValue::Table(_) | DeValue::Array(_));
                     found.push_with(place.start, || Found::at(place, names::unknown_table(name, is_table)));
@@ -164,6 +172,17 @@ impl<'a, 'i> File<'a, 'i> {
             );
             Found::at(self.defaults.place_of(key, 0..0), problem)
         })
+    }
+}
+
+/// Reads the value of `metrics`.
+///
+/// # Errors
+/// What is wrong with it.
+fn read_metrics(value: &DeValue<'_>) -> Result<MetricsAddr, String> {
+    match value {
+        DeValue::String(text) => text.parse().map_err(|error: MetricsAddrError| error.to_string()),
+        _ => Err(format!("expected a quoted string; write metrics = {}", example("metrics"))),
     }
 }
 
@@ -271,6 +290,15 @@ mod tests {
         assert_eq!(mappings[1].limits().max_connections, Some(100));
     }
 
+    #[test]
+    fn metrics_are_served_where_a_file_says() {
+        let addr = |text: &str| find_config(text).unwrap().metrics.map(|addr| addr.to_string());
+        let file = |metrics: &str| format!("{metrics}\nmapping = []");
+        assert_eq!(addr(&file("metrics = 'unix:/run/m'")).as_deref(), Some("unix:/run/m"));
+        assert_eq!(addr(&file("metrics = \"[::1]:9464\"")).as_deref(), Some("[::1]:9464"));
+        assert_eq!(addr(&file("")), None);
+    }
+
     #[track_caller]
     fn assert_found(text: &str, expected: &str) {
         let found = mistakes(text);
@@ -300,6 +328,16 @@ mod tests {
                 "1:2: unknown table `servers`; the tables are [[mapping]], [defaults] and [attach]",
             ),
             ("[[defaults]]", "1:3: there is one table of defaults; write [defaults]"),
+            ("metrics = 9464", "1:11: metrics: expected a quoted string; write metrics = \"127.0.0.1:9464\""),
+            ("metrics = true", "1:11: metrics: expected a quoted string"),
+            ("metrics = ':9464'", "1:11: metrics: the address is missing; write 127.0.0.1:9464"),
+            ("metric = 'x'", "1:1: unknown key `metric`; did you mean `metrics`?"),
+            ("[metrics]", "1:1: metrics: expected a quoted string; write metrics = \"127.0.0.1:9464\""),
+            ("[[metric]]", "1:3: `metric` is not a table; write metrics = \"127.0.0.1:9464\""),
+            (
+                "[defaults]\nmetrics = ''",
+                "2:1: `metrics` is not a key of a table; write metrics = \"127.0.0.1:9464\" above the first table",
+            ),
             ("host = \"[::]:80\"", "1:1: `host` is outside a table; write [[mapping]] on a line before host"),
             (
                 "[mapping]\n[mapping]",
@@ -588,14 +626,17 @@ mod tests {
         fn what_is_printed_can_be_read_again(
             mapping in any_mapping(),
             of_attached in proptest::option::of((proptest::option::of("\\PC{1,20}|[\0-\u{7f}]{1,40}"), any_mapping())),
+            metrics in proptest::option::of("unix:(\\PC{1,20}|[\0-\u{7f}]{1,40})|\\[::1\\]:[1-9]"),
         ) {
             let attach = of_attached.map(|(name, mapping)| AttachOptions {
                 name: name.and_then(|name| parse_name(&name).ok()).unwrap_or_else(|| "rproxy".to_owned()),
                 limits: mapping.limits().clone(),
             });
-            let text = print([&mapping], attach.as_ref(), with_interface_name);
+            let metrics: Option<MetricsAddr> = metrics.and_then(|text| text.parse().ok());
+            let text = print([&mapping], attach.as_ref(), metrics.as_ref(), with_interface_name);
             let config = find_config(&text).map_err(|found| TestCaseError::fail(format!("{text}: {found:?}")))?;
             prop_assert_eq!(config.attach_options(None), attach, "{}", text);
+            prop_assert_eq!(&config.metrics, &metrics, "{}", text);
             prop_assert_eq!(config.mappings, vec![mapping], "{}", text);
         }
 
@@ -603,7 +644,7 @@ mod tests {
         fn no_damage_to_a_file_does_harm(
             mapping in any_mapping(), at in any::<prop::sample::Index>(), junk in ".{0,4}", skip in 0..8_usize,
         ) {
-            let text = print([&mapping], None, with_interface_name);
+            let text = print([&mapping], None, None, with_interface_name);
             let mut chars: Vec<char> = text.chars().collect();
             let at = at.index(chars.len());
             let end = chars.len().min(at + skip);

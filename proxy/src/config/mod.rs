@@ -24,6 +24,7 @@ pub use self::file::{descriptor, open};
 use self::mistake::Lines;
 pub use self::mistake::Mistake;
 pub use self::print::{print, with_interface_name};
+use crate::metrics::addr::MetricsAddr;
 use crate::plane::{AttachOptions, AttachTable};
 use crate::runtime::descriptors::explain;
 use rproxy_mapping::escape::escaped;
@@ -37,6 +38,8 @@ pub struct Config {
     pub attach: Option<AttachTable>,
     /// The limits of `[defaults]`.
     pub defaults: Limits,
+    /// Where metrics are served, if they are.
+    pub metrics: Option<MetricsAddr>,
 }
 
 impl Config {

@@ -1,5 +1,7 @@
 //! The names of keys and tables, and corrections for unknown ones.
 
+use super::values::example;
+
 /// Calls a macro with the names of all keys, in the order in which a mapping is printed.
 macro_rules! with_keys {
     ($macro:ident) => {
@@ -90,9 +92,17 @@ pub(super) fn meant_key(written: &str) -> Option<&'static str> {
     (score(best) >= SIMILAR).then_some(best)
 }
 
+/// The keys outside tables.
+const TOP_KEYS: [&str; 2] = ["attach", "metrics"];
+
 /// The key outside tables that `written` probably means, or else the key of a table.
 pub(super) fn meant_anywhere(written: &str) -> Option<&'static str> {
-    if resembles(written, "attach") { Some("attach") } else { meant_key(written) }
+    meant_at_top(written).or_else(|| meant_key(written))
+}
+
+/// The key outside tables that `written` probably means.
+fn meant_at_top(written: &str) -> Option<&'static str> {
+    TOP_KEYS.into_iter().find(|key| resembles(written, key))
 }
 
 fn resembles(written: &str, name: &str) -> bool {
@@ -103,8 +113,11 @@ fn resembles(written: &str, name: &str) -> bool {
 pub(super) fn unknown_key(written: &str, keys: &[&str]) -> String {
     let keys_are = if keys == KEYS { "the keys are" } else { "the keys of [attach] are" };
     match meant_key(written).filter(|key| keys.contains(key)) {
-        _ if written == "attach" => {
-            "`attach` is not a key of a table; write attach = true above the first table".to_owned()
+        _ if TOP_KEYS.contains(&written) => {
+            format!(
+                "`{written}` is not a key of a table; write {written} = {} above the first table",
+                example(written)
+            )
         }
         Some(key) => format!("unknown key `{written}`; did you mean `{key}`?"),
         None if written.len() > LONGEST_KEY => format!("unknown key; {keys_are} {}", keys.join(", ")),
@@ -119,16 +132,21 @@ pub(super) fn unknown_table(written: &str, is_table: bool) -> String {
         (true, _) if resembles("mapping") => format!("unknown table `{written}`; did you mean [[mapping]]?"),
         (true, _) if resembles("defaults") => format!("unknown table `{written}`; did you mean [defaults]?"),
         (true, _) if resembles("attach") => format!("unknown table `{written}`; did you mean [attach]?"),
+        (true, _) if resembles("metrics") => {
+            format!("`{written}` is not a table; write metrics = {}", example("metrics"))
+        }
         (true, _) => {
             format!("unknown table `{written}`; the tables are [[mapping]], [defaults] and [attach]")
         }
-        (false, _) if resembles("attach") => format!("unknown key `{written}`; did you mean `attach`?"),
-        (false, Some(key)) => {
-            format!("`{written}` is outside a table; write [[mapping]] on a line before {key}")
-        }
-        (false, None) => {
-            format!("unknown key `{written}`; a file has the tables [[mapping]], [defaults] and [attach]")
-        }
+        (false, key) => match (meant_at_top(written), key) {
+            (Some(top), _) => format!("unknown key `{written}`; did you mean `{top}`?"),
+            (None, Some(key)) => {
+                format!("`{written}` is outside a table; write [[mapping]] on a line before {key}")
+            }
+            (None, None) => {
+                format!("unknown key `{written}`; a file has the tables [[mapping]], [defaults] and [attach]")
+            }
+        },
     }
 }
 

@@ -10,20 +10,26 @@ use rproxy_shim::message::DEFAULT_NAME;
 
 use super::names::with_keys;
 use crate::bind::interfaces::HostInterfaces;
+use crate::metrics::addr::MetricsAddr;
 use crate::plane::AttachOptions;
 
-/// The text of a file from which [`read`](super::read) returns `mappings` and `attach`. `address` writes addresses:
-/// those of this machine [with the names of interfaces](with_interface_name).
+/// The text of a file from which [`read`](super::read) returns `mappings`, `attach` and `metrics`. `address` writes
+/// addresses: those of this machine [with the names of interfaces](with_interface_name).
 pub fn print<'a>(
     mappings: impl IntoIterator<Item = &'a Mapping>,
     attach: Option<&AttachOptions>,
+    metrics: Option<&MetricsAddr>,
     address: fn(ScopedIp) -> String,
 ) -> String {
     let attach = attach.map(|options| table("[attach]", values_of_attach(options)));
     let mappings = mappings.into_iter().map(|mapping| table("[[mapping]]", values_of(mapping, address)));
-    let tables: Vec<String> = attach.into_iter().chain(mappings).collect();
-    // An empty file would be refused.
-    if tables.is_empty() { "mapping = []\n".to_owned() } else { tables.join("\n") }
+    let mut tables: Vec<String> = attach.into_iter().chain(mappings).collect();
+    if tables.is_empty() {
+        // A file without any would be refused.
+        tables.push("mapping = []\n".to_owned());
+    }
+    let metrics = metrics.map(|addr| format!("metrics = {}\n", toml_string(&addr.to_string())));
+    metrics.into_iter().chain(tables).collect::<Vec<_>>().join("\n")
 }
 
 macro_rules! values {

@@ -134,6 +134,7 @@ pub(super) fn example(key: &str) -> &'static str {
         "dscp" => "\"AF41\"",
         "source" => "\"client\"",
         "device" => "\"eth0\"",
+        "metrics" => "\"127.0.0.1:9464\"",
         "send_proxy" => "\"v2\"",
         "send_proxy_udp" => "\"first\"",
         "allow" | "deny" | "accept_proxy" => "[\"10.0.0.0/8\"]",

@@ -5,12 +5,11 @@
 
 use std::io;
 use std::net::Shutdown;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener as StdListener;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use nix::libc;
 use nix::unistd::geteuid;
 use rproxy_sys::memory::release_unused;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
@@ -23,7 +22,8 @@ use tracing::{debug, warn};
 use super::answers::Response;
 use super::protocol::{self, LONGEST_LINE, Refusal, RefusalKind, Request};
 use crate::log::limit::LogLimit;
-use crate::runtime::descriptors::explain;
+use crate::runtime::descriptors::{explain, has_run_out};
+use crate::runtime::spare::Spare;
 
 /// The maximum number of clients. Another one is refused with an error.
 const CLIENTS: usize = 16;
@@ -71,7 +71,7 @@ pub(crate) async fn serve(listener: StdListener, calls: mpsc::Sender<Call>) -> i
         };
         let client = match accepted {
             Ok((client, _address)) => client,
-            Err(error) if is_exhausted(&error) && spare.take().is_some() => continue,
+            Err(error) if has_run_out(&error) && spare.release() => continue,
             Err(error) => {
                 if let Some(suppressed) = FAILED.permit() {
                     warn!(error = explain(&error, 1), suppressed, "cannot accept a control client");
@@ -92,7 +92,7 @@ pub(crate) async fn serve(listener: StdListener, calls: mpsc::Sender<Call>) -> i
                     if let Err(error) = converse(&mut reader, &mut writer, &calls).await {
                         debug!(%error, "control client gone");
                     }
-                    spare.keep(reader, writer);
+                    spare.refill(|| end(reader, writer));
                     drop(place);
                 });
             }
@@ -129,36 +129,11 @@ fn send_away(client: &UnixStream, refusal: Refusal) {
     drop(client.try_write(line.as_bytes()));
 }
 
-/// A descriptor held in reserve for a client when none is available, which is when control is needed most.
-#[derive(Clone)]
-struct Spare(Arc<Mutex<Option<OwnedFd>>>);
-
-impl Spare {
-    fn of(socket: &UnixListener) -> Self {
-        Self(Arc::new(Mutex::new(socket.as_fd().try_clone_to_owned().ok())))
-    }
-
-    /// Releases the descriptor, if it is there.
-    fn take(&self) -> Option<OwnedFd> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).take()
-    }
-
-    /// Ends a client's connection, and keeps its descriptor as the reserve if that was used. A closed
-    /// descriptor would be taken by something else.
-    fn keep(&self, reader: OwnedReadHalf, writer: OwnedWriteHalf) {
-        let mut spare = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let client = reader.reunite(writer).ok().and_then(|client| client.into_std().ok());
-        if let (None, Some(client)) = (&*spare, client)
-            && client.shutdown(Shutdown::Both).is_ok()
-        {
-            *spare = Some(client.into());
-        }
-    }
-}
-
-/// Whether descriptors are exhausted, in the process or the machine.
-fn is_exhausted(error: &io::Error) -> bool {
-    matches!(error.raw_os_error(), Some(libc::EMFILE | libc::ENFILE))
+/// Ends a client's connection, and returns its descriptor.
+fn end(reader: OwnedReadHalf, writer: OwnedWriteHalf) -> Option<OwnedFd> {
+    let client = reader.reunite(writer).ok()?.into_std().ok()?;
+    client.shutdown(Shutdown::Both).ok()?;
+    Some(client.into())
 }
 
 /// Responds to the requests of a client, one after the other.

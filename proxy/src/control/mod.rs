@@ -1,4 +1,4 @@
-//! Live control: clients of a Unix [`socket`] change what is served.
+//! Live control: clients of a [Unix socket](crate::bind::unix_socket) change what is served.
 //!
 //! They use the [`protocol`], with mappings in JSON ([`mapping::wire`](rproxy_mapping::wire)), and receive
 //! [`answers`]; `requests` executes their requests on the server.
@@ -7,4 +7,6 @@ pub mod answers;
 pub(crate) mod clients;
 pub mod protocol;
 pub(crate) mod requests;
-pub mod socket;
+
+/// The default path of the socket.
+pub const DEFAULT_PATH: &str = "/run/rproxy.sock";

@@ -106,7 +106,7 @@ fn configuration(answer: Value) -> Result<String, CtlError> {
         mappings.iter().map(|mapping| mapping.read(&NoInterfaces, ScopedIp::ANY)).collect();
     let mappings = mappings.map_err(|error| CtlError::NotUnderstood(error.to_string()))?;
     // The server may be in another network namespace, where other interfaces have these indexes.
-    Ok(config::print(&mappings, None, |ip| ip.to_string()))
+    Ok(config::print(&mappings, None, None, |ip| ip.to_string()))
 }
 
 /// Decodes the result of a request. Unknown keys are ignored, because a newer server may send more.

@@ -25,6 +25,7 @@ use rproxy_mapping::limits::Limits;
 use rproxy_mapping::name::Name;
 use socket2::SockRef;
 use tokio::runtime::Handle;
+use tokio::sync::oneshot;
 use tracing::{info, warn};
 
 use crate::bind::listen::Listener;
@@ -208,10 +209,15 @@ impl Server {
 
     /// Waits until the tasks have handled all earlier commands.
     pub(crate) async fn until_responsive(&self) {
-        for task in self.tasks.all() {
+        for beat in self.pulse() {
             // If the task is gone, `failed` reports it.
-            drop(task.release(Vec::new()).await);
+            drop(beat.await);
         }
+    }
+
+    /// Asks the tasks for a sign of life. They are all responsive once all receivers have got it.
+    pub(crate) fn pulse(&self) -> Vec<oneshot::Receiver<()>> {
+        self.tasks.all().map(|task| task.release(Vec::new())).collect()
     }
 
     /// The recorder of connections and flows, if there is one.

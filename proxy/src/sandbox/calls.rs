@@ -91,13 +91,17 @@ const FOR_CHANGES: &[libc::c_long] = &[
     libc::SYS_getcwd,
     libc::SYS_listen,
     libc::SYS_lseek,
-    libc::SYS_newfstatat,
     libc::SYS_openat,
     libc::SYS_readlinkat,
-    libc::SYS_statx,
-    libc::SYS_unlinkat,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_readlink,
+];
+
+/// Calls that remove the file of a Unix socket, if it is still the same.
+const FOR_UNIX_SOCKETS: &[libc::c_long] = &[
+    libc::SYS_newfstatat,
+    libc::SYS_statx,
+    libc::SYS_unlinkat,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_unlink,
 ];
@@ -122,7 +126,9 @@ fn filter(needs: &Needs<'_>) -> Result<BpfProgram, seccompiler::BackendError> {
         _ => &[],
     };
     let changes = if needs.changes.is_some() { FOR_CHANGES } else { &[] };
-    rules.extend([ALWAYS, datagrams, sources, changes].concat().into_iter().map(|call| (call, Vec::new())));
+    let unix = if needs.changes.is_some() || !needs.unix_sockets.is_empty() { FOR_UNIX_SOCKETS } else { &[] };
+    let calls = [ALWAYS, datagrams, sources, changes, unix].concat();
+    rules.extend(calls.into_iter().map(|call| (call, Vec::new())));
     let arch = std::env::consts::ARCH.try_into()?;
     let refused = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
     SeccompFilter::new(rules, refused, SeccompAction::Allow, arch)?.try_into()

@@ -77,6 +77,8 @@ pub struct Needs<'a> {
     pub log_socket: bool,
     /// Whether the service manager is notified through an abstract socket.
     pub abstract_sockets: bool,
+    /// The Unix sockets that this process listens on, whose files are removed on exit.
+    pub unix_sockets: Vec<&'a Path>,
     /// What changes at run time need, if they are possible.
     pub changes: Option<Changes<'a>>,
 }
@@ -128,6 +130,7 @@ impl<'a> Needs<'a> {
             tcp_backends,
             log_socket: false,
             abstract_sockets: false,
+            unix_sockets: Vec::new(),
             changes: None,
         }
     }
@@ -141,8 +144,6 @@ impl<'a> Needs<'a> {
 /// What changes at run time need, in addition to binding any address and connecting to any backend.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Changes<'a> {
-    /// The control socket, which is removed on exit.
-    pub socket: Option<&'a Path>,
     /// The configuration. Its whole directory is permitted, because another file may replace it.
     pub configuration: Option<&'a Path>,
 }
@@ -155,9 +156,8 @@ pub struct Changes<'a> {
 pub fn confine(mode: Mode, needs: &Needs<'_>) -> Result<(), SandboxError> {
     let strict = mode == Mode::Strict;
     let kept = privileges::needed(needs);
-    let socket = needs.changes.and_then(|changes| changes.socket);
-    if let (Some(user), Some(socket)) = (needs.user, socket) {
-        privileges::give_to(user, socket)?;
+    if let Some(user) = needs.user {
+        needs.unix_sockets.iter().try_for_each(|path| privileges::give_to(user, path))?;
     }
     privileges::change_user(needs.user, kept)?;
     if mode == Mode::Off {

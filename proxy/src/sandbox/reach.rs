@@ -2,7 +2,7 @@
 
 use std::error::Error;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use landlock::{
     ABI, Access, AccessFs, AccessNet, BitFlags, CompatLevel, Compatible, NetPort, PathBeneath, PathFd,
@@ -54,9 +54,9 @@ fn rules(needs: &Needs<'_>, level: CompatLevel) -> Result<RulesetCreated, Rulese
     }
     let scopes = if needs.abstract_sockets { Scope::Signal.into() } else { Scope::from_all(WANTED) };
     let ruleset = ruleset.set_compatibility(CompatLevel::BestEffort).scope(scopes)?;
-    let created = ruleset.create()?;
+    let created = allow_files(ruleset.create()?, needs)?;
     match &needs.changes {
-        Some(changes) => allow_changes(created, changes),
+        Some(_changes) => Ok(created),
         // Binding is refused for all ports, unless connections come from those of clients. (A connect does not need it
         // for its local port.)
         None => created
@@ -64,16 +64,16 @@ fn rules(needs: &Needs<'_>, level: CompatLevel) -> Result<RulesetCreated, Rulese
     }
 }
 
-fn allow_changes(created: RulesetCreated, changes: &Changes<'_>) -> Result<RulesetCreated, RulesetError> {
-    let directory = |path: Option<&Path>| path.map(|path| path.parent().unwrap_or(Path::new("")).to_owned());
+fn allow_files(created: RulesetCreated, needs: &Needs<'_>) -> Result<RulesetCreated, RulesetError> {
+    let directory = |path: &Path| path.parent().unwrap_or(Path::new("")).to_owned();
     let read = AccessFs::ReadFile | AccessFs::ReadDir;
-    let allowed: [(_, BitFlags<AccessFs>); 3] = [
-        (Some(NETWORK_SETTINGS.into()), AccessFs::ReadFile.into()),
-        (directory(changes.configuration), read),
-        (directory(changes.socket), AccessFs::RemoveFile.into()),
-    ];
+    let sockets = needs.unix_sockets.iter().map(|path| (directory(path), AccessFs::RemoveFile.into()));
+    let mut allowed: Vec<(PathBuf, BitFlags<AccessFs>)> = sockets.collect();
+    if let Some(Changes { configuration }) = needs.changes {
+        allowed.push((NETWORK_SETTINGS.into(), AccessFs::ReadFile.into()));
+        allowed.extend(configuration.map(|path| (directory(path), read)));
+    }
     let rules = allowed.into_iter().filter_map(|(path, access)| {
-        let path = path?;
         // The parent of a bare file name is the current directory.
         let path = if path.as_os_str().is_empty() { ".".into() } else { path };
         // A path that does not exist needs no rule.

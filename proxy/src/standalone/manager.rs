@@ -6,7 +6,6 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::pin::pin;
@@ -21,20 +20,25 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, Interval, sleep, sleep_until};
 use tracing::{debug, error, info, warn};
 
+use crate::bind::unix_socket::{SocketFile, UnixSocket};
 use crate::config::{self, Config};
 use crate::control::clients::{self, Call};
 use crate::control::requests::answer;
-use crate::control::socket::{ControlSocket, SocketFile};
 use crate::engine::change::{ChangeError, Changed};
 use crate::engine::old_processes::LeftConnections;
 use crate::engine::{ServeError, Server};
 use crate::log::access;
+use crate::metrics::addr::MetricsAddr;
+use crate::metrics::endpoint::Endpoint;
+use crate::metrics::listener::MetricsListener;
+use crate::metrics::source::Query;
 use crate::plane::AttachOptions;
 use crate::plane::attachments::{Attachments, Plane, Ready};
+use crate::runtime::descriptors::explain;
 use crate::runtime::signals::{Signals, StopSignals};
 use crate::runtime::{new_runtime, start_thread};
 use crate::systemd;
-use crate::upgrade::{Reopened, Upgrade};
+use crate::upgrade::{Owned, Reopened, Upgrade};
 
 /// The maximum number of queued requests.
 const CALLS: usize = 4;
@@ -57,6 +61,8 @@ pub struct Configuration {
     pub file: PathBuf,
     /// `--attach`, and its name.
     pub attach: Option<Option<String>>,
+    /// `--metrics`.
+    pub metrics: Option<MetricsAddr>,
 }
 
 impl Reload {
@@ -90,7 +96,9 @@ pub struct Manager {
     /// The limits of the drain that follows.
     pub drain: Drain,
     /// The control socket, if there is one.
-    pub control: Option<ControlSocket>,
+    pub control: Option<UnixSocket>,
+    /// Where metrics are served, if they are.
+    pub metrics: Option<MetricsListener>,
     /// Where shims attach ports, if they can.
     pub attach: Option<Attachments>,
     /// The source of reloads, if there is one.
@@ -108,8 +116,9 @@ impl Manager {
     /// # Errors
     /// [`ServeError`]
     pub async fn run(self) -> Result<(), ManageError> {
-        if self.control.is_none() && self.attach.is_none() && self.reload.is_none() {
-            return self.manage().await;
+        let is_alone = self.control.is_none() && self.metrics.is_none() && self.attach.is_none();
+        if is_alone && self.reload.is_none() {
+            return Box::pin(self.manage()).await;
         }
         let runtime = match new_runtime() {
             Ok(runtime) => runtime,
@@ -134,20 +143,23 @@ impl Manager {
     /// Manages on the thread of the first worker, whose clients are delayed by large changes.
     async fn manage_beside_clients(self, error: &io::Error) -> Result<(), ManageError> {
         warn!(%error, "cannot start the control thread; the first worker does its work, and large changes delay its clients");
-        self.manage().await
+        Box::pin(self.manage()).await
     }
 
     async fn manage(self) -> Result<(), ManageError> {
-        let Self { server, stop, drain, control, attach, reload, watchdog, upgrade } = self;
+        let Self { server, stop, drain, control, metrics, attach, reload, watchdog, upgrade } = self;
         let plane = attach.map(Plane::new).transpose().map_err(ManageError::Attach)?.map(Box::new);
         let watchdog = watchdog.map(tokio::time::interval);
         let (calls, called) = mpsc::channel(CALLS);
         let control = control.map(|control| {
             let (listener, file) = control.into_parts();
-            tokio::spawn(serve_clients(listener, calls));
+            tokio::spawn(serve_clients(listener, calls.clone()));
             file
         });
-        let mut managed = Managed { server, stop, control, called, plane, reload, watchdog, upgrade };
+        let metrics = metrics.map(|listener| Endpoint::start(listener, calls)).transpose();
+        let metrics = metrics.map_err(ManageError::Metrics)?;
+        let mut managed =
+            Managed { server, stop, control, called, metrics, plane, reload, watchdog, upgrade };
         let recorder = managed.server.recorder().cloned();
         let ended = managed.until_ended().await;
         if let Ok(succeeded) = ended {
@@ -165,6 +177,7 @@ struct Managed {
     stop: StopSignals,
     control: Option<SocketFile>,
     called: mpsc::Receiver<Call>,
+    metrics: Option<Endpoint>,
     plane: Option<Box<Plane>>,
     reload: Option<Reload>,
     watchdog: Option<Interval>,
@@ -174,7 +187,7 @@ struct Managed {
 impl Managed {
     /// Manages until the process has to end. Returns whether another process has taken over.
     async fn until_ended(&mut self) -> Result<bool, ManageError> {
-        let Self { server, stop, control, called, plane, reload, watchdog, upgrade } = self;
+        let Self { server, stop, control, called, metrics, plane, reload, watchdog, upgrade } = self;
         loop {
             if !server.registry.ways_back.to_look_up.is_empty() {
                 Box::pin(look_up(upgrade, server)).await;
@@ -188,11 +201,14 @@ impl Managed {
                 }
                 error = server.failed() => return Err(error.into()),
                 () = hung_up(reload) => {
-                    let reloaded = Box::pin(reload_all(reload.as_ref(), upgrade, server, plane.as_deref_mut()));
-                    let Some(()) = or_stopped(reloaded, stop).await else { return Ok(false) };
+                    let addr = metrics.as_ref().map(|metrics| &metrics.socket().addr);
+                    let reloaded = reload_all(reload.as_ref(), upgrade, server, plane.as_deref_mut(), addr);
+                    let Some(()) = or_stopped(Box::pin(reloaded), stop).await else { return Ok(false) };
                 }
                 () = upgrade.asked() => {
-                    let attempt = upgrade.attempt(server, control.as_ref().map(AsFd::as_fd), plane.as_deref());
+                    let (control, plane) = (control.as_ref(), plane.as_deref());
+                    let socket = metrics.as_ref().map(Endpoint::socket);
+                    let attempt = upgrade.attempt(Owned { server, control, metrics: socket, plane });
                     match unless_stopped(attempt, server, stop, watchdog).await {
                         Attempt::Failed => {}
                         Attempt::Succeeded => return Ok(true),
@@ -205,6 +221,7 @@ impl Managed {
                     let answer = Box::pin(answer(call, server));
                     let Some(false) = or_stopped(answer, stop).await else { return Ok(false) };
                 }
+                query = next_query(metrics) => answer_query(query, Some(server)),
                 ready = ready(plane) => {
                     Box::pin(serve_shim(ready, plane, server)).await.map_err(ManageError::Attach)?;
                 }
@@ -215,12 +232,14 @@ impl Managed {
 
     /// Lets connections and flows finish. If another process has `succeeded` this one, it has all sockets.
     async fn end(self, drain: Drain, succeeded: bool) {
-        let Self { mut server, stop, control, called, plane, reload, watchdog: _, upgrade } = self;
+        let Self { mut server, stop, control, called, mut metrics, plane, reload, watchdog: _, upgrade } =
+            self;
         // Shims look for another process from here on, unless it has them already.
         drop(plane);
         if succeeded {
             server.leave();
-            control.into_iter().for_each(SocketFile::leave);
+            control.into_iter().for_each(|mut file| file.leave());
+            metrics.take().into_iter().for_each(Endpoint::leave);
         } else {
             systemd::stopping();
             drop(control);
@@ -228,18 +247,34 @@ impl Managed {
         }
         // No client is admitted from here on.
         drop(called);
-        Box::pin(finish(server, stop, drain, succeeded, reload, upgrade)).await;
+        let draining = Draining { reload, upgrade, metrics };
+        Box::pin(finish(server, stop, drain, succeeded, draining)).await;
     }
 }
 
-/// Logs that signals which ask for a change come too late. Never returns.
-async fn ignore_changes(reload: &mut Option<Reload>, upgrade: &mut Upgrade) -> ! {
-    loop {
-        let signal = tokio::select! {
-            () = hung_up(reload) => Signal::SIGHUP,
-            () = upgrade.asked() => Signal::SIGUSR2,
-        };
-        warn!("{signal} is ignored: this process is draining");
+/// What a draining process still handles.
+struct Draining {
+    reload: Option<Reload>,
+    upgrade: Upgrade,
+    /// It answers until the end, unless another process does.
+    metrics: Option<Endpoint>,
+}
+
+impl Draining {
+    /// Logs that signals which ask for a change come too late, and answers queries. Never returns.
+    async fn handle(&mut self) -> ! {
+        let Self { reload, upgrade, metrics } = self;
+        loop {
+            let signal = tokio::select! {
+                () = hung_up(reload) => Signal::SIGHUP,
+                () = upgrade.asked() => Signal::SIGUSR2,
+                query = next_query(metrics) => {
+                    answer_query(query, None);
+                    continue;
+                }
+            };
+            warn!("{signal} is ignored: this process is draining");
+        }
     }
 }
 
@@ -249,15 +284,14 @@ async fn finish(
     mut stop: StopSignals,
     drain: Drain,
     succeeded: bool,
-    mut reload: Option<Reload>,
-    mut upgrade: Upgrade,
+    mut draining: Draining,
 ) {
-    let (left, successor) = (server.left_connections(), upgrade.take_successor());
+    let (left, successor) = (server.left_connections(), draining.upgrade.take_successor());
     tokio::select! {
         () = server.drain(enough(drain, &mut stop, succeeded)) => {}
         never = serve_successor(&left, successor) => never,
         never = systemd::resend() => never,
-        never = ignore_changes(&mut reload, &mut upgrade) => never,
+        never = draining.handle() => never,
     }
     if succeeded {
         // Until it is notified of the other process, the service manager takes the end of this one for the
@@ -373,6 +407,22 @@ async fn hung_up(reload: &mut Option<Reload>) {
     }
 }
 
+/// Waits for a query; forever if no metrics are served.
+async fn next_query(metrics: &mut Option<Endpoint>) -> Query {
+    match metrics {
+        Some(metrics) => metrics.query().await,
+        None => std::future::pending().await,
+    }
+}
+
+/// Answers a query. There is no `server` while it drains.
+fn answer_query(query: Query, server: Option<&Server>) {
+    match query {
+        // The client may be gone.
+        Query::Pulse(answer) => drop(answer.send(server.map_or_else(Vec::new, Server::pulse))),
+    }
+}
+
 /// Waits until a shim is ready; forever if there are none.
 async fn ready(plane: &mut Option<Box<Plane>>) -> io::Result<Ready> {
     match plane {
@@ -424,6 +474,7 @@ async fn reload_all(
     upgrade: &mut Upgrade,
     server: &mut Server,
     plane: Option<&mut Plane>,
+    metrics: Option<&MetricsAddr>,
 ) {
     let Some(Reload { configuration, access_log, .. }) = reload else { return };
     systemd::reloading();
@@ -436,7 +487,7 @@ async fn reload_all(
         }
     }
     if let Some(configuration) = configuration {
-        reread(configuration, upgrade, server, plane).await;
+        reread(configuration, upgrade, server, plane, metrics).await;
     }
     systemd::ready();
 }
@@ -458,16 +509,19 @@ async fn open_again(
 
 /// Reloads the configuration; an error changes nothing.
 async fn reread(
-    Configuration { file, attach }: &Configuration,
+    configuration: &Configuration,
     upgrade: &mut Upgrade,
     server: &mut Server,
     plane: Option<&mut Plane>,
+    metrics: Option<&MetricsAddr>,
 ) {
+    let file = &configuration.file;
     let opened = open_again(Reopened::Configuration, upgrade, || config::open(file)).await;
     let applied = match config::read_again(file, opened) {
-        Ok(config) => apply(config, attach.as_ref().map(Option::as_deref), server, plane)
-            .await
-            .map_err(|error| error.to_string()),
+        Ok(config) => {
+            let applied = apply(config, configuration, server, plane, metrics).await;
+            applied.map_err(|error| error.to_string())
+        }
         Err(error) => Err(error.to_string()),
     };
     // The memory that planning needed is not needed any more.
@@ -485,14 +539,19 @@ async fn reread(
     }
 }
 
-/// Serves what a configuration says from now on.
+/// Serves what a configuration says from now on. Metrics are served at `metrics`, if they are.
 async fn apply(
     config: Config,
-    attach: Option<Option<&str>>,
+    configuration: &Configuration,
     server: &mut Server,
     plane: Option<&mut Plane>,
+    metrics: Option<&MetricsAddr>,
 ) -> Result<Changed, ReloadError> {
-    let wanted = config.attach_options(attach);
+    let wanted_metrics = configuration.metrics.as_ref().or(config.metrics.as_ref());
+    if metrics != wanted_metrics {
+        return Err(ReloadError::metrics(metrics, wanted_metrics));
+    }
+    let wanted = config.attach_options(configuration.attach.as_ref().map(Option::as_deref));
     match (plane.as_deref().map(Plane::options), &wanted) {
         (None, Some(_)) => return Err(ReloadError::AttachOn),
         (Some(_), None) => return Err(ReloadError::AttachOff),
@@ -528,8 +587,23 @@ enum ReloadError {
         escaped(wanted)
     )]
     AttachName { now: String, wanted: String },
+    #[error(
+        "metrics: they are served {now}, and the socket for that is bound at the start and kept in an upgrade (SIGUSR2); \
+         restart rproxy to serve them {wanted}"
+    )]
+    Metrics { now: String, wanted: String },
     #[error(transparent)]
     Change(#[from] ChangeError),
+}
+
+impl ReloadError {
+    /// Metrics would have to be served elsewhere.
+    fn metrics(now: Option<&MetricsAddr>, wanted: Option<&MetricsAddr>) -> Self {
+        let place = |addr: Option<&MetricsAddr>| {
+            addr.map_or("nowhere".to_owned(), |addr| format!("at {}", escaped(&addr.to_string())))
+        };
+        Self::Metrics { now: place(now), wanted: place(wanted) }
+    }
 }
 
 /// Why the manager ended.
@@ -538,6 +612,9 @@ pub enum ManageError {
     /// The server cannot continue.
     #[error(transparent)]
     Serve(#[from] ServeError),
+    /// Metrics cannot be served.
+    #[error("cannot serve metrics: {}", explain(.0, 1))]
+    Metrics(#[source] io::Error),
     /// Shims cannot be waited for.
     #[error("cannot wait for shims: {0}")]
     Attach(#[source] io::Error),

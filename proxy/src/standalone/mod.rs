@@ -60,6 +60,7 @@ fn print_config(options: &Serve) -> ExitCode {
         Err(error) => return console::fail(&error),
     };
     let attach = options.attach_options(config.as_ref());
+    let metrics = options.metrics_addr(config.as_ref()).cloned();
     let mappings = match config {
         Some(config) => config.mappings,
         None => match options.mappings() {
@@ -67,7 +68,7 @@ fn print_config(options: &Serve) -> ExitCode {
             Err(usage) => return refuse(&usage),
         },
     };
-    let printed = config::print(&mappings, attach.as_ref(), config::with_interface_name);
+    let printed = config::print(&mappings, attach.as_ref(), metrics.as_ref(), config::with_interface_name);
     console::out(&printed.trim_end());
     ExitCode::SUCCESS
 }

@@ -16,15 +16,16 @@ use super::manager::{Configuration, Drain, Manager, Reload};
 use crate::bind::activation::{InheritedError, InheritedSockets};
 use crate::bind::family::{NO_IPV6, has_ipv6};
 use crate::bind::listen::BindError;
+use crate::bind::unix_socket::{SocketError, UnixSocket};
 use crate::bind::way_back::{Reported, WayBack, WaysBack};
 use crate::bind::{Bound, BoundError, BoundPort, routes};
 use crate::cli::Serve;
 use crate::config::{self, ConfigError};
-use crate::control::socket::{ControlSocket, SocketError};
 use crate::engine::{Growth, Server};
 use crate::log::access::{AccessLog, AccessLogError, Destination};
 use crate::log::console::Output;
 use crate::loops::LoopError;
+use crate::metrics::listener::{ListenError, MetricsListener};
 use crate::plane;
 use crate::plane::attachments::Attachments;
 use crate::runtime::descriptors::explain;
@@ -39,6 +40,8 @@ use crate::upgrade::{self, Launcher, Sockets, Upgrade, UpgradeError, take_over};
 
 /// Stack size of the thread that writes the access log.
 const LOG_STACK_SIZE: usize = 128 * 1024;
+/// What errors about the control socket begin with.
+const CONTROL: &str = "--control";
 
 /// The source of this process's listening sockets.
 pub(super) enum Origin {
@@ -73,13 +76,16 @@ pub(super) fn start(
     let runtime = new_runtime().map_err(setup("create the event loop"))?;
     let entered = runtime.enter();
     let upgrade = Upgrade::catch(launcher).map_err(setup("catch signals"))?;
-    let configuration =
-        options.config.clone().map(|file| Configuration { file, attach: options.attach.clone() });
+    let configuration = options.config.clone().map(|file| Configuration {
+        file,
+        attach: options.attach.clone(),
+        metrics: options.metrics.clone(),
+    });
     let access_log = options.access_log_file().map(Path::to_owned);
     let reload = is_reloaded(options).then(|| Reload::catch(configuration, access_log));
     let reload = reload.transpose().map_err(setup("catch signals"))?;
     drop(entered);
-    let Started { server, control, attach, stop } = match origin {
+    let Started { server, control, metrics, attach, stop } = match origin {
         Origin::Fresh(passed) => start_fresh(&runtime, mappings, passed, options)?,
         Origin::OldProcess(channel) => start_upgraded(&runtime, &mappings, channel, options)?,
     };
@@ -87,13 +93,14 @@ pub(super) fn start(
     systemd::ready();
     let drain = Drain { timeout: options.drain_timeout, after_upgrade: options.upgrade_drain_timeout() };
     let watchdog = systemd::watchdog_interval();
-    Ok((runtime, Manager { server, stop, drain, control, attach, reload, watchdog, upgrade }))
+    Ok((runtime, Manager { server, stop, drain, control, metrics, attach, reload, watchdog, upgrade }))
 }
 
 /// What a started process owns.
 struct Started {
     server: Server,
-    control: Option<ControlSocket>,
+    control: Option<UnixSocket>,
+    metrics: Option<MetricsListener>,
     attach: Option<Attachments>,
     stop: StopSignals,
 }
@@ -108,20 +115,22 @@ fn start_fresh(
     let _entered = runtime.enter();
     let config = options.config.as_deref().map(config::read).transpose()?;
     let attach = options.attach_options(config.as_ref());
+    let metrics = options.metrics_addr(config.as_ref()).cloned();
     let mappings = config.map_or(mappings, |config| config.mappings);
     // Only now: reading a pipe may take long, and until then signals end this process at once.
     let stop = catch_stop_signals(options)?;
-    let control = options.control.as_deref().map(ControlSocket::bind).transpose()?;
+    let control = options.control.as_deref().map(|path| UnixSocket::bind(CONTROL, path)).transpose()?;
+    let metrics = metrics.map(MetricsListener::bind).transpose()?;
     let attach = attach.map(Attachments::bind).transpose()?;
     let bound = Bound::bind_all(mappings, passed).map_err(|error| bind_error(error, options))?;
     stale::forget_flows_to(bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.port_mapping));
     let ready = ready_lines(&bound);
     // Before confinement, because a terminal has to be reopened.
     let output = Output::open();
-    let server = prepare_server(bound, attach.is_some(), options)?;
+    let server = prepare_server(bound, attach.is_some(), metrics.as_ref(), options)?;
     server.start(LiveFlows::default());
     output.write(runtime.handle(), &ready);
-    Ok(Started { server, control, attach, stop })
+    Ok(Started { server, control, metrics, attach, stop })
 }
 
 /// Takes over the mappings, sockets and flows of the process at the other end of `channel`, which continues
@@ -135,13 +144,14 @@ fn start_upgraded(
     let entered = runtime.enter();
     let stop = catch_stop_signals(options)?;
     let fixed = (!may_change(options)).then_some(mappings);
-    let Sockets { bound, mut control, attach, old } =
+    let Sockets { bound, mut control, mut metrics, attach, old } =
         runtime.block_on(take_over(channel, fixed, options.control.as_deref()))?;
-    let mut server = prepare_server(bound, attach.is_some(), options)?;
+    let mut server = prepare_server(bound, attach.is_some(), metrics.as_ref(), options)?;
     drop(entered);
     server.succeed(runtime.block_on(old.hand_over_to(&server))?);
-    control.iter_mut().for_each(ControlSocket::own);
-    Ok(Started { server, control, attach, stop })
+    control.iter_mut().for_each(UnixSocket::own);
+    metrics.iter_mut().for_each(MetricsListener::own);
+    Ok(Started { server, control, metrics, attach, stop })
 }
 
 fn catch_stop_signals(options: &Serve) -> Result<StopSignals, StartError> {
@@ -162,7 +172,12 @@ fn may_change(options: &Serve) -> bool {
 
 /// Completes every step that can fail before `bound` is served, and confines the process. `attaches` says whether
 /// ports can be attached.
-fn prepare_server(bound: Vec<Bound>, attaches: bool, options: &Serve) -> Result<Server, StartError> {
+fn prepare_server(
+    bound: Vec<Bound>,
+    attaches: bool,
+    metrics: Option<&MetricsListener>,
+    options: &Serve,
+) -> Result<Server, StartError> {
     if !has_ipv6() && options.mappings.is_everywhere() {
         info!("{NO_IPV6}");
     }
@@ -173,7 +188,7 @@ fn prepare_server(bound: Vec<Bound>, attaches: bool, options: &Serve) -> Result<
             reported.report(&mapping.name(), way.interface_without());
         }
     }
-    let needs = needs(options, attaches, &bound);
+    let needs = needs(options, attaches, metrics, &bound);
     let growth = if attaches {
         Growth::Attached
     } else if may_change(options) {
@@ -210,15 +225,22 @@ fn setup(step: &'static str) -> impl FnOnce(io::Error) -> StartError {
 }
 
 /// What serving `bound`, and possible changes, need after confinement.
-fn needs<'a>(options: &'a Serve, attaches: bool, bound: &[Bound]) -> Needs<'a> {
-    let (socket, configuration) = (options.control.as_deref(), options.config.as_deref());
-    let changes = (attaches || may_change(options)).then_some(Changes { socket, configuration });
+fn needs<'a>(
+    options: &'a Serve,
+    attaches: bool,
+    metrics: Option<&'a MetricsListener>,
+    bound: &[Bound],
+) -> Needs<'a> {
+    let configuration = options.config.as_deref();
+    let changes = (attaches || may_change(options)).then_some(Changes { configuration });
+    let unix_sockets = options.control.as_deref().into_iter().chain(metrics.and_then(MetricsListener::path));
     let ports = bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.port_mapping);
     Needs {
         user: options.user.as_ref(),
         log_socket: matches!(options.access_log, Some(Destination::Socket(_))),
         abstract_sockets: systemd::is_abstract(),
         changes,
+        unix_sockets: unix_sockets.collect(),
         sources: Sources::of(bound.iter().map(|bound| bound.mapping.limits())),
         dscp: bound.iter().any(|bound| bound.mapping.limits().dscp.is_some()),
         ..Needs::to_serve(ports)
@@ -279,6 +301,8 @@ pub(super) enum StartError {
     Activation(#[from] ActivationError),
     #[error(transparent)]
     Control(#[from] SocketError),
+    #[error(transparent)]
+    Metrics(#[from] ListenError),
     #[error(transparent)]
     Attach(#[from] plane::socket::SocketError),
     #[error(transparent)]

@@ -34,6 +34,7 @@ use serde::{Deserialize, Serialize};
 pub use self::launcher::Launcher;
 pub(crate) use self::launcher::Reopened;
 pub use self::new::{OldProcess, Sockets, claim, take_over};
+pub(crate) use self::old::Owned;
 pub use self::old::Upgrade;
 use crate::state::task::{HeaderState, PortTurn};
 use rproxy_mapping::escape::escaped;
@@ -48,13 +49,17 @@ struct Hello {
     version: u32,
 }
 
-/// What the old process has. The descriptors follow in the same order: the control socket, the socket where shims
-/// connect, then the sockets of each mapping, TCP first, each in port order, then the connections of the shims that
-/// have attached a port, in the order of the mappings, then those of the others, then the channels to older processes.
+/// What the old process has. The descriptors follow in the same order: the control socket, the socket of the metrics, the
+/// socket where shims connect, then the sockets of each mapping, TCP first, each in port order, then the connections of
+/// the shims that have attached a port, in the order of the mappings, then those of the others, then the channels to
+/// older processes.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Offer {
     control: bool,
+    /// Where metrics are served, as in `--metrics`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    metrics: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     attach: Option<OfferedAttach>,
     /// How many channels to older processes there are, whose connections drain.

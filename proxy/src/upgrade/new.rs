@@ -21,10 +21,11 @@ use super::channel::Channel;
 use super::launcher::claim_channel;
 use super::{Flows, Hello, Offer, OfferedAttach, OfferedFlow, OfferedMapping, UpgradeError, VERSION, Word};
 use crate::bind::listen::Listener;
+use crate::bind::unix_socket::UnixSocket;
 use crate::bind::{Bound, BoundPort};
-use crate::control::socket::ControlSocket;
 use crate::engine::Server;
 use crate::engine::old_processes::OldProcesses;
+use crate::metrics::listener::MetricsListener;
 use crate::plane::attachments::{Attachments, Shim};
 use crate::plane::{AttachOptions, socket};
 use crate::proxy_protocol::Endpoints;
@@ -47,7 +48,9 @@ pub struct Sockets {
     /// The mappings and their sockets.
     pub bound: Vec<Bound>,
     /// The control socket.
-    pub control: Option<ControlSocket>,
+    pub control: Option<UnixSocket>,
+    /// The socket of the metrics.
+    pub metrics: Option<MetricsListener>,
     /// The shims that have connected, if ports can be attached.
     pub attach: Option<Attachments>,
     /// The old process, which also has these sockets.
@@ -82,7 +85,7 @@ pub async fn take_over(
         let reason = format!("it uses version {version} of the handover, and this program version {VERSION}");
         return Err(UpgradeError::Offer(reason));
     }
-    let Offer { control: has_control, attach, old_processes: older, mappings } =
+    let Offer { control: has_control, metrics, attach, old_processes: older, mappings } =
         in_time(channel.receive()).await?;
     let mappings: Vec<Offered> = mappings.iter().map(Offered::read).collect::<Result<_, _>>()?;
     if let Some(fixed) = fixed {
@@ -96,13 +99,13 @@ pub async fn take_over(
     let shims = mappings.iter().filter(|offered| offered.process.is_some()).count();
     let waiting = attach.as_ref().map_or(0, |attach| attach.waiting.len());
     let count = mappings.iter().map(|offered| offered.mapping.sockets()).sum::<usize>();
-    let count = usize::from(has_control) + usize::from(attach.is_some()) + count + shims + waiting + older;
+    let own = usize::from(has_control) + usize::from(metrics.is_some()) + usize::from(attach.is_some());
+    let count = own + count + shims + waiting + older;
     let mut sockets = in_time(channel.receive_descriptors(count)).await?.into_iter();
     let mut next = || sockets.next().ok_or_else(|| refuse("it sent too few sockets"));
-    let control = match control {
-        Some(path) => Some(ControlSocket::adopt(next()?, path).map_err(refuse)?),
-        None => None,
-    };
+    let control =
+        control.map(|path| UnixSocket::adopt("--control", next()?, path).map_err(refuse)).transpose()?;
+    let metrics = metrics.map(|addr| adopt_metrics(next()?, &addr)).transpose()?;
     let attach = match attach {
         Some(attach) => Some((next()?, attach)),
         None if shims > 0 => return Err(refuse("ports were attached to it, and it has no socket for that")),
@@ -113,7 +116,13 @@ pub async fn take_over(
     Bound::refuse_loops(&bound).map_err(refuse)?;
     let attach =
         attach.map(|(listener, attach)| attachments(listener, attach, &bound, &mut sockets)).transpose()?;
-    Ok(Sockets { bound, control, attach, old: OldProcess { channel, names, older: sockets.collect() } })
+    Ok(Sockets {
+        bound,
+        control,
+        metrics,
+        attach,
+        old: OldProcess { channel, names, older: sockets.collect() },
+    })
 }
 
 /// A mapping of the old process, or a port that is attached to it.
@@ -137,6 +146,11 @@ impl Offered {
     fn adopt(self, sockets: impl Iterator<Item = OwnedFd>) -> Result<Bound, UpgradeError> {
         Ok(Bound { process: self.process, ..adopt(self.mapping, sockets)? })
     }
+}
+
+/// The socket of the metrics, which are served at `addr`.
+fn adopt_metrics(socket: OwnedFd, addr: &str) -> Result<MetricsListener, UpgradeError> {
+    MetricsListener::adopt(socket, addr.parse().map_err(refuse)?).map_err(refuse)
 }
 
 /// What shims have attached to the old process, whose `connections` are in the order of the offer.

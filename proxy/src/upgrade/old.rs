@@ -17,9 +17,11 @@ use tracing::{error, info, warn};
 use super::channel::Channel;
 use super::launcher::{Asked, Launcher, Reopened};
 use super::{Flows, Hello, Offer, OfferedAttach, OfferedFlow, OfferedMapping, UpgradeError, VERSION, Word};
+use crate::bind::unix_socket::SocketFile;
 use crate::bind::way_back::WayBack;
 use crate::engine::Server;
 use crate::engine::registry::Served;
+use crate::metrics::listener::MetricsSocket;
 use crate::plane::AttachOptions;
 use crate::plane::attachments::Plane;
 use crate::runtime::signals::Signals;
@@ -34,6 +36,15 @@ const PAUSE: Duration = Duration::from_secs(2);
 
 /// How long the launcher may take to respond; it gives a process one second to exit.
 const LAUNCHER_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What a process hands over.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Owned<'a> {
+    pub(crate) server: &'a Server,
+    pub(crate) control: Option<&'a SocketFile>,
+    pub(crate) metrics: Option<&'a MetricsSocket>,
+    pub(crate) plane: Option<&'a Plane>,
+}
 
 /// Handles upgrade requests.
 #[derive(Debug)]
@@ -112,15 +123,10 @@ impl Upgrade {
 
     /// Lets a new process take over. Returns whether it did. If not, or if this is dropped before, this
     /// process continues to serve.
-    pub(crate) async fn attempt(
-        &mut self,
-        server: &Server,
-        control: Option<BorrowedFd<'_>>,
-        plane: Option<&Plane>,
-    ) -> bool {
+    pub(crate) async fn attempt(&mut self, owned: Owned<'_>) -> bool {
         let Self { asked, launcher, successor } = self;
         // On the heap, because it is large and rarely needed.
-        let mut attempt = Box::pin(attempt(launcher, server, control, plane));
+        let mut attempt = Box::pin(attempt(launcher, owned));
         loop {
             tokio::select! {
                 Ok(_signal) = asked.next() => warn!("an upgrade is under way; another one has to wait for it"),
@@ -142,9 +148,7 @@ impl Upgrade {
 
 async fn attempt(
     launcher: &mut Result<Launcher, String>,
-    server: &Server,
-    control: Option<BorrowedFd<'_>>,
-    plane: Option<&Plane>,
+    owned: Owned<'_>,
 ) -> Result<(u32, Channel), UpgradeError> {
     if std::process::id() == 1 {
         return Err(UpgradeError::Init);
@@ -152,7 +156,7 @@ async fn attempt(
     let there = launcher.as_ref().map_err(|reason| UpgradeError::NoLauncher(reason.clone()))?;
     let asked = there.ask().map_err(UpgradeError::talk("ask for a new process"))?;
     let result = match NewProcess::start(asked).await {
-        Ok(new) => match new.hand_over(server, control, plane).await {
+        Ok(new) => match new.hand_over(owned).await {
             Ok(()) => Ok((new.process, new.channel)),
             Err(error) => Err(new.end(error).await),
         },
@@ -182,13 +186,9 @@ impl NewProcess {
     }
 
     /// All steps up to the point where this process may stop serving.
-    async fn hand_over(
-        &self,
-        server: &Server,
-        control: Option<BorrowedFd<'_>>,
-        plane: Option<&Plane>,
-    ) -> Result<(), UpgradeError> {
-        in_time(PREPARATION, "prepare itself", self.offer(server, control, plane)).await?;
+    async fn hand_over(&self, owned: Owned<'_>) -> Result<(), UpgradeError> {
+        let server = owned.server;
+        in_time(PREPARATION, "prepare itself", self.offer(owned)).await?;
         let paused = Paused(server);
         let flows = server.pause().await;
         in_time(PAUSE, "serve", self.pass_on(server, &flows)).await?;
@@ -201,19 +201,18 @@ impl NewProcess {
         Ok(())
     }
 
-    async fn offer(
-        &self,
-        server: &Server,
-        control: Option<BorrowedFd<'_>>,
-        plane: Option<&Plane>,
-    ) -> io::Result<()> {
+    async fn offer(&self, Owned { server, control, metrics, plane }: Owned<'_>) -> io::Result<()> {
         self.channel.send(&Hello { version: VERSION }).await?;
         let mappings = server.registry().iter().map(|(_name, served)| offered_mapping(served)).collect();
         let attach = plane.map(offered_attach);
         let old_processes = server.old_processes().count();
-        self.channel.send(&Offer { control: control.is_some(), attach, old_processes, mappings }).await?;
+        let (control, has_control) = (control.map(AsFd::as_fd), control.is_some());
+        let metrics_addr = metrics.map(|socket| socket.addr.to_string());
+        let offer = Offer { control: has_control, metrics: metrics_addr, attach, old_processes, mappings };
+        self.channel.send(&offer).await?;
         let shims = plane.into_iter().flat_map(|plane| shims_in_order(plane, server));
-        let sockets = control.into_iter().chain(plane.map(Plane::listener)).chain(server.sockets());
+        let own = control.into_iter().chain(metrics.map(AsFd::as_fd)).chain(plane.map(Plane::listener));
+        let sockets = own.chain(server.sockets());
         let descriptors: Vec<BorrowedFd<'_>> = sockets.chain(shims).chain(server.old_processes()).collect();
         self.channel.send_descriptors(&descriptors).await?;
         self.expect(Word::Prepared).await

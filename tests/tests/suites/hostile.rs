@@ -138,7 +138,12 @@ fn configurations() {
         // What is read can be written, and read again.
         Ok(read) => {
             let attach = read.attach_options(None);
-            let written = config::print(&read.mappings, attach.as_ref(), config::with_interface_name);
+            let written = config::print(
+                &read.mappings,
+                attach.as_ref(),
+                read.metrics.as_ref(),
+                config::with_interface_name,
+            );
             let again = config::parse(path, &written).unwrap();
             assert_eq!((again.attach_options(None), again.mappings), (attach, read.mappings), "{written}");
         }

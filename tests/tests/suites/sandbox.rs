@@ -85,13 +85,13 @@ fn try_everything(changes: bool, port: u16, dir: &Path) -> ExitCode {
     fs::create_dir(&own_dir).unwrap();
     let (socket, own, others) = (own_dir.join("socket"), own_dir.join("configuration"), dir.join("others"));
     let _listener = UnixListener::bind(&socket).unwrap();
-    fs::write(&own, "").unwrap();
-    fs::write(&others, "").unwrap();
-    let changes = changes.then_some(Changes { socket: Some(&socket), configuration: Some(&own) });
+    [&own, &others].iter().for_each(|file| fs::write(file, "").unwrap());
+    let unix_sockets = changes.then_some(&*socket).into_iter().collect();
+    let changes = changes.then_some(Changes { configuration: Some(&own) });
     let other = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
     let executable = fs::File::open("/bin/true").unwrap();
     let (stream, datagrams) = (new_socket(Type::STREAM), new_socket(Type::DGRAM));
-    sandbox::confine(Mode::Strict, &Needs { changes, ..Needs::to_serve([&forward]) }).unwrap();
+    sandbox::confine(Mode::Strict, &Needs { changes, unix_sockets, ..Needs::to_serve([&forward]) }).unwrap();
 
     let loopback = Ipv4Addr::LOCALHOST;
     let errno = |result: nix::Result<()>| result.map_err(io::Error::from);

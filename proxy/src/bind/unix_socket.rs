@@ -1,4 +1,4 @@
-//! The control socket's file: accessible to its owner only, and removed on exit.
+//! Listening Unix sockets with a file, which is accessible to its owner only and removed on exit.
 
 use std::fs;
 use std::io;
@@ -13,15 +13,12 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::runtime::descriptors::explain;
 
-/// The default path of the socket.
-pub const DEFAULT_PATH: &str = "/run/rproxy.sock";
-
 /// The length of the accept queue.
 const BACKLOG: i32 = 16;
 
-/// A bound control socket. Dropping it removes its file.
+/// A bound socket. Dropping it removes its file.
 #[derive(Debug)]
-pub struct ControlSocket {
+pub struct UnixSocket {
     file: SocketFile,
     listener: UnixListener,
 }
@@ -37,15 +34,16 @@ pub(crate) struct SocketFile {
     socket: OwnedFd,
 }
 
-impl ControlSocket {
-    /// Binds `path`. Replaces a socket on which no process listens.
+impl UnixSocket {
+    /// Binds `path`. Replaces a socket on which no process listens. `option` is what errors begin with, such as
+    /// `--control`.
     ///
     /// # Errors
     /// [`SocketError`]
-    pub fn bind(path: &Path) -> Result<Self, SocketError> {
-        let error = |source| SocketError::Bind { path: path.to_owned(), source };
+    pub fn bind(option: &'static str, path: &Path) -> Result<Self, SocketError> {
+        let error = |source| SocketError::new(option, path, SocketFault::Bind(source));
         let addr = SockAddr::unix(path).map_err(error)?;
-        remove_stale(path)?;
+        remove_stale(path).map_err(|fault| SocketError::new(option, path, fault))?;
         let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None).map_err(error)?;
         // The file gets the mode of the socket (unix_bind in net/unix/af_unix.c), so that nobody else can
         // ever connect.
@@ -58,12 +56,12 @@ impl ControlSocket {
     }
 
     /// Adopts a socket that another process bound to `path`. The file belongs to that process until
-    /// [`ControlSocket::own`].
+    /// [`UnixSocket::own`].
     ///
     /// # Errors
-    /// [`SocketError::NotPassed`]
-    pub fn adopt(socket: OwnedFd, path: &Path) -> Result<Self, SocketError> {
-        let error = |reason: String| SocketError::NotPassed { path: path.to_owned(), reason };
+    /// [`SocketFault::NotPassed`]
+    pub fn adopt(option: &'static str, socket: OwnedFd, path: &Path) -> Result<Self, SocketError> {
+        let error = |reason: String| SocketError::new(option, path, SocketFault::NotPassed(reason));
         let adopt = || -> io::Result<(UnixListener, bool)> {
             let socket = Socket::from(socket);
             let bound_to = socket.local_addr()?;
@@ -95,7 +93,7 @@ impl ControlSocket {
 
 impl SocketFile {
     /// Leaves the file to another process.
-    pub(crate) fn leave(mut self) {
+    pub(crate) fn leave(&mut self) {
         self.identity = None;
     }
 }
@@ -120,47 +118,53 @@ fn identity(path: &Path) -> Option<(u64, u64)> {
 }
 
 /// Removes the socket of a process that was killed.
-fn remove_stale(path: &Path) -> Result<(), SocketError> {
+fn remove_stale(path: &Path) -> Result<(), SocketFault> {
     match fs::symlink_metadata(path) {
         Err(_not_there) => return Ok(()),
-        Ok(metadata) if !metadata.file_type().is_socket() => {
-            return Err(SocketError::NotASocket(path.to_owned()));
-        }
+        Ok(metadata) if !metadata.file_type().is_socket() => return Err(SocketFault::NotASocket),
         Ok(_socket) => {}
     }
     match UnixStream::connect(path) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            fs::remove_file(path).map_err(|source| SocketError::Bind { path: path.to_owned(), source })
+            fs::remove_file(path).map_err(SocketFault::Bind)
         }
-        _ => Err(SocketError::InUse(path.to_owned())),
+        _ => Err(SocketFault::InUse),
     }
 }
 
-/// Why the control socket cannot be bound.
+/// Why a socket cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub enum SocketError {
+#[error("{option} {}: {fault}", escaped(path))]
+pub struct SocketError {
+    /// The option that asks for the socket.
+    pub option: &'static str,
+    /// The path.
+    pub path: PathBuf,
+    /// What is wrong.
+    pub fault: SocketFault,
+}
+
+impl SocketError {
+    fn new(option: &'static str, path: &Path, fault: SocketFault) -> Self {
+        Self { option, path: path.to_owned(), fault }
+    }
+}
+
+/// What is wrong with a socket or its path.
+#[derive(Debug, thiserror::Error)]
+pub enum SocketFault {
     /// Another process listens on it.
-    #[error("--control {}: another process listens there; give this one another path", escaped(.0))]
-    InUse(PathBuf),
+    #[error("another process listens there; give this one another path")]
+    InUse,
     /// The path exists, but is not a socket.
-    #[error("--control {}: there is a file which is not a socket; give another path", escaped(.0))]
-    NotASocket(PathBuf),
-    /// The passed socket is not the control socket.
-    #[error("--control {}: the socket that was passed cannot be used: {reason}", escaped(path))]
-    NotPassed {
-        /// The path.
-        path: PathBuf,
-        /// What is wrong with the socket.
-        reason: String,
-    },
+    #[error("there is a file which is not a socket; give another path")]
+    NotASocket,
+    /// The passed socket is another one, for this reason.
+    #[error("the socket that was passed cannot be used: {0}")]
+    NotPassed(String),
     /// The kernel refused.
-    #[error("--control {}: cannot listen there: {}", escaped(path), explain(source, 1))]
-    Bind {
-        /// The path.
-        path: PathBuf,
-        /// The error of the kernel.
-        source: io::Error,
-    },
+    #[error("cannot listen there: {}", explain(.0, 1))]
+    Bind(#[source] io::Error),
 }
 
 #[cfg(test)]
@@ -175,14 +179,18 @@ mod tests {
         dir.join(name)
     }
 
+    fn fault(path: &Path) -> SocketFault {
+        UnixSocket::bind("--control", path).unwrap_err().fault
+    }
+
     #[test]
     fn it_is_for_its_owner_and_goes_with_the_process() {
         let path = path("own");
-        let (listener, file) = ControlSocket::bind(&path).unwrap().into_parts();
+        let (listener, file) = UnixSocket::bind("--control", &path).unwrap().into_parts();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o600);
-        assert!(matches!(ControlSocket::bind(&path), Err(SocketError::InUse(_))));
+        assert!(matches!(fault(&path), SocketFault::InUse));
         fs::remove_file(&path).unwrap();
-        let (_other, others_file) = ControlSocket::bind(&path).unwrap().into_parts();
+        let (_other, others_file) = UnixSocket::bind("--control", &path).unwrap().into_parts();
         drop(file);
         assert!(path.exists(), "it is another's by now");
         drop(listener);
@@ -193,17 +201,18 @@ mod tests {
     #[test]
     fn it_can_be_another_processs() {
         let path = path("passed");
-        let (_listener, file) = ControlSocket::bind(&path).unwrap().into_parts();
+        let (_listener, mut file) = UnixSocket::bind("--control", &path).unwrap().into_parts();
         let passed = || file.as_fd().try_clone_to_owned().unwrap();
-        drop(ControlSocket::adopt(passed(), &path).unwrap());
+        drop(UnixSocket::adopt("--control", passed(), &path).unwrap());
         assert!(path.exists(), "it is still the other's");
-        let mut adopted = ControlSocket::adopt(passed(), &path).unwrap();
-        let elsewhere = ControlSocket::adopt(passed(), Path::new("/elsewhere")).unwrap_err();
+        let mut adopted = UnixSocket::adopt("--control", passed(), &path).unwrap();
+        let elsewhere = UnixSocket::adopt("--control", passed(), Path::new("/elsewhere")).unwrap_err();
         assert!(elsewhere.to_string().contains("does not listen there"), "{elsewhere}");
         let other = UnixStream::pair().unwrap().0;
-        ControlSocket::adopt(other.into(), &path).unwrap_err();
+        UnixSocket::adopt("--control", other.into(), &path).unwrap_err();
         adopted.own();
         file.leave();
+        drop(file);
         assert!(path.exists());
         drop(adopted);
         assert!(!path.exists());
@@ -214,14 +223,14 @@ mod tests {
         let path = path("stale");
         drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists());
-        assert!(ControlSocket::bind(&path).is_ok());
+        assert!(UnixSocket::bind("--control", &path).is_ok());
     }
 
     #[test]
     fn it_replaces_nothing_but_a_socket() {
         let path = path("file");
         fs::write(&path, "precious").unwrap();
-        assert!(matches!(ControlSocket::bind(&path), Err(SocketError::NotASocket(_))));
+        assert!(matches!(fault(&path), SocketFault::NotASocket));
         fs::remove_file(&path).unwrap();
     }
 }

@@ -1,0 +1,75 @@
+//! What requests are answered with: the manager, which owns all state, and answers queries in turn.
+
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot};
+use tokio::time::timeout;
+
+use crate::control::clients::Call;
+
+/// The maximum number of queued queries.
+pub(crate) const QUERIES: usize = 16;
+
+/// How long the manager and the tasks that serve clients may take to answer. The manager may be occupied by a reload of
+/// ten thousand mappings.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A query to the manager.
+#[derive(Debug)]
+pub(crate) enum Query {
+    /// Ask the tasks that serve clients for a sign of life.
+    Pulse(oneshot::Sender<Pulse>),
+}
+
+/// The pending answers of the tasks that serve clients, one each.
+pub(crate) type Pulse = Vec<oneshot::Receiver<()>>;
+
+/// How HTTP handlers ask the manager.
+#[derive(Clone, Debug)]
+pub(crate) struct Source {
+    /// Queries of this room.
+    pub(crate) queries: mpsc::Sender<Query>,
+    /// Requests of the control protocol, such as those for live connections.
+    #[expect(dead_code, reason = "the status page will use it")]
+    pub(crate) calls: mpsc::Sender<Call>,
+}
+
+/// Why there is no answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum SourceError {
+    /// The manager does not answer in time.
+    #[error("the control thread does not answer")]
+    Busy,
+    /// The manager has ended.
+    #[error("rproxy is ending")]
+    Ending,
+    /// A task that serves clients does not answer in time.
+    #[error("a worker does not answer")]
+    Stuck,
+}
+
+impl Source {
+    /// Checks that all tasks which serve clients respond.
+    ///
+    /// # Errors
+    /// [`SourceError`]
+    pub(crate) async fn check_pulse(&self) -> Result<(), SourceError> {
+        let pulse = self.ask(Query::Pulse).await?;
+        let all = async {
+            for beat in pulse {
+                // A task that is gone has ended, which the manager reports.
+                drop(beat.await);
+            }
+        };
+        timeout(ANSWER_TIMEOUT, all).await.map_err(|_elapsed| SourceError::Stuck)
+    }
+
+    async fn ask<T>(&self, query: impl FnOnce(oneshot::Sender<T>) -> Query) -> Result<T, SourceError> {
+        let (answer, answered) = oneshot::channel();
+        let asked = async {
+            self.queries.send(query(answer)).await.map_err(|_gone| SourceError::Ending)?;
+            answered.await.map_err(|_gone| SourceError::Ending)
+        };
+        timeout(ANSWER_TIMEOUT, asked).await.unwrap_or(Err(SourceError::Busy))
+    }
+}
