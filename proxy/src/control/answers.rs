@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::engine::change::Changed;
 use crate::engine::registry::{Registry, Served};
-use crate::state::record::{Record, Traffic};
+use crate::state::record::{Record, RecordOf, Traffic};
 use crate::state::stats::{FailureKind, Stats};
 
 /// The result of a request. The request determines the variant.
@@ -270,7 +270,7 @@ impl ConnectionList {
 
 impl Connection {
     fn of(record: &Record) -> Self {
-        let port_mapping = &record.target.port_mapping;
+        let RecordOf { mapping, port_mapping, .. } = &record.of;
         let is_tcp = port_mapping.protocol == Protocol::Tcp;
         let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let datagrams = |traffic: &Traffic| (!is_tcp).then(|| traffic.datagrams());
@@ -278,7 +278,7 @@ impl Connection {
         Self {
             id: record.id,
             protocol: port_mapping.protocol.to_string(),
-            mapping: record.target.policy.state.name.to_string(),
+            mapping: mapping.to_string(),
             client: record.client(),
             host: record.host,
             backend: port_mapping.backend.socket_addr(),

@@ -23,7 +23,6 @@ use crate::engine::Server;
 use crate::engine::change::{ChangeError, Changed};
 use crate::engine::registry::Served;
 use crate::state::record::Record;
-use crate::state::{MappingState, Target};
 
 /// How long the client that ends the process may take to read its response.
 const LAST_ANSWER: Duration = Duration::from_secs(1);
@@ -78,33 +77,33 @@ async fn handle(request: Request, server: &mut Server) -> Result<Response, Refus
         }
         Request::Remove { name, cut } => {
             let name = parse_name(&name)?;
-            let before = server.registry().state_of(&name).filter(|_| cut);
             let removed = server.remove(&name).await?;
-            cut_left(before, server).await;
+            if cut {
+                cut_left(&name, server).await;
+            }
             removed
         }
         Request::Retarget { name, to, cut } => {
             let name = parse_name(&name)?;
-            let before = server.registry().state_of(&name).filter(|_| cut);
             let changed = retarget(server, &name, &to).await?;
-            cut_left(before, server).await;
+            if cut {
+                cut_left(&name, server).await;
+            }
             changed
         }
     };
     Ok(changed.into())
 }
 
-/// Ends the connections and flows of a mapping that lead where it does not lead any more.
-async fn cut_left(mapping: Option<Arc<MappingState>>, server: &Server) {
-    let Some(mapping) = mapping else { return };
+/// Ends the connections and flows of the mapping called `name` that lead where it does not lead any more.
+async fn cut_left(name: &Name, server: &Server) {
     // From then on, nobody gets the old target.
     server.until_responsive().await;
-    let served = server.registry().get(&mapping.name);
-    let backends: HashSet<_> = served.into_iter().flat_map(Served::backends).collect();
+    let backends: HashSet<_> = server.registry().get(name).into_iter().flat_map(Served::backends).collect();
     let mut left = server.live();
     left.retain(|record| {
-        let Target { port_mapping, policy } = &*record.target;
-        Arc::ptr_eq(&policy.state, &mapping) && !backends.contains(&port_mapping.backend.socket_addr())
+        let of = &record.of;
+        of.mapping == *name && !backends.contains(&of.port_mapping.backend.socket_addr())
     });
     server.cut(&left);
 }
@@ -117,7 +116,7 @@ fn live(chosen: &Chosen, server: &Server) -> Result<Vec<Arc<Record>>, Refusal> {
     let mut live = server.live();
     live.retain(|record| {
         chosen.id.is_none_or(|id| id == record.id)
-            && mapping.as_ref().is_none_or(|name| *name == record.target.policy.state.name)
+            && mapping.as_ref().is_none_or(|name| *name == record.of.mapping)
             && client.is_none_or(|network| network.contains(&record.client().ip()))
     });
     if let (true, Some(name)) = (live.is_empty(), &mapping) {

@@ -117,11 +117,6 @@ impl Registry {
         self.served.contains_key(name) || self.left_of(name).is_some()
     }
 
-    /// The state of the mapping called `name`.
-    pub(crate) fn state_of(&self, name: &Name) -> Option<Arc<MappingState>> {
-        self.get(name).map(|served| served.policy.state.clone())
-    }
-
     /// Whether a mapping listens on one of `ports`, on any address.
     pub(crate) fn listens_on(&self, protocol: Protocol, ports: PortRange) -> bool {
         ports.iter().any(|port| self.ports.0.contains_key(&(protocol, port)))

@@ -403,3 +403,78 @@ fn warn_unwritten(error: &io::Error) {
         warn!(%error, suppressed, "cannot write to the access log");
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader};
+    use std::thread;
+
+    use super::*;
+
+    /// A log that a thread writes to the returned socket's other end.
+    fn log() -> (AccessLog, UnixStream) {
+        let (near, far) = UnixStream::pair().unwrap();
+        let log = AccessLog::new(Format::Text);
+        let sink = Sink::Socket { path: "/nowhere".into(), receiver: Some(Receiver::Stream(near)) };
+        thread::spawn(log.writer(sink));
+        (log, far)
+    }
+
+    fn line(log: &AccessLog, text: &str) {
+        log.write(|line| line.extend_from_slice(format!("{text}\n").as_bytes()));
+    }
+
+    #[test]
+    fn lines_arrive_whole_and_in_order_before_the_end() {
+        let (log, reader) = log();
+        (0..1000).for_each(|number| line(&log, &number.to_string()));
+        log.finish();
+        let lines = BufReader::new(reader).lines().take(1000).map(Result::unwrap);
+        assert!(lines.enumerate().all(|(number, line)| line == number.to_string()));
+        assert_eq!(log.lost(), 0);
+    }
+
+    #[test]
+    fn what_nobody_reads_is_lost_and_counted() {
+        let (log, reader) = log();
+        let long = "x".repeat(CAPACITY / 64);
+        let mut sent = 0;
+        while log.lost() == 0 {
+            line(&log, &long);
+            sent += 1;
+            assert!(sent < 1000, "a socket and the buffer hold less");
+        }
+        let written = sent - usize::try_from(log.lost()).unwrap();
+        let mut lines = BufReader::new(reader).lines();
+        for _ in 0..written {
+            assert_eq!(lines.next().unwrap().unwrap().len(), long.len());
+        }
+        line(&log, "the next one");
+        assert_eq!(lines.next().unwrap().unwrap(), "the next one");
+    }
+
+    #[test]
+    fn nobody_gets_the_second_half_of_a_line() {
+        let lines = b"one\ntwo\nthree\n";
+        for (done, rest) in
+            [(0, "one\ntwo\nthree\n"), (2, "two\nthree\n"), (4, "two\nthree\n"), (9, ""), (14, "")]
+        {
+            assert_eq!(from_next_line(lines, done), rest.as_bytes(), "{done}");
+        }
+    }
+
+    #[test]
+    fn a_destination_is_a_file_a_socket_or_standard_output() {
+        for (text, destination) in [
+            ("-", Destination::Output),
+            ("/var/log/a", Destination::File("/var/log/a".into())),
+            ("unix:/dev/log", Destination::Socket("/dev/log".into())),
+            ("./-", Destination::File("./-".into())),
+        ] {
+            assert_eq!(Destination::parse(text), Ok(destination));
+        }
+        for text in ["", "unix:"] {
+            Destination::parse(text).unwrap_err();
+        }
+    }
+}

@@ -8,8 +8,7 @@ use rproxy_mapping::addr::{Protocol, canonical};
 use serde::Serialize;
 
 use crate::log::Format;
-use crate::state::Target;
-use crate::state::record::{Ending, Record, Traffic};
+use crate::state::record::{Ending, Record, RecordOf, Traffic};
 
 /// The fields of a line. Those that mean nothing for what it is about are missing.
 #[derive(Debug, Serialize)]
@@ -39,8 +38,8 @@ struct Line<'a> {
 
 /// Appends the line of `record`, which has ended.
 pub(super) fn write(text: &mut Vec<u8>, format: Format, record: &Record) {
-    let Record { target, to_backend, to_client, .. } = record;
-    let is_tcp = target.port_mapping.protocol == Protocol::Tcp;
+    let Record { of, to_backend, to_client, .. } = record;
+    let is_tcp = of.port_mapping.protocol == Protocol::Tcp;
     let datagrams = |traffic: &Traffic| (!is_tcp).then(|| traffic.datagrams());
     let line = Line {
         client: record.client(),
@@ -53,7 +52,7 @@ pub(super) fn write(text: &mut Vec<u8>, format: Format, record: &Record) {
         first_byte_ms: record.first_byte_time().map(milliseconds),
         duration_ms: milliseconds(record.age()),
         spliced: is_tcp.then(|| record.is_spliced()),
-        ..Line::new(target, record.client(), record.ending().unwrap_or(Ending::Drain))
+        ..Line::new(of, record.client(), record.ending().unwrap_or(Ending::Drain))
     };
     line.write(text, format);
 }
@@ -63,10 +62,10 @@ pub(super) fn write_refusal(
     text: &mut Vec<u8>,
     format: Format,
     client: SocketAddr,
-    target: &Target,
+    of: &RecordOf,
     ending: Ending,
 ) {
-    Line::new(target, canonical(client), ending).write(text, format);
+    Line::new(of, canonical(client), ending).write(text, format);
 }
 
 /// In milliseconds, with three decimals.
@@ -75,11 +74,11 @@ fn milliseconds(time: Duration) -> f64 {
 }
 
 impl<'a> Line<'a> {
-    fn new(target: &'a Target, client: SocketAddr, ending: Ending) -> Self {
-        let port_mapping = &target.port_mapping;
+    fn new(of: &'a RecordOf, client: SocketAddr, ending: Ending) -> Self {
+        let RecordOf { mapping, port_mapping, .. } = of;
         Self {
             time: humantime::format_rfc3339_micros(SystemTime::now()).to_string(),
-            mapping: target.policy.state.name.as_str(),
+            mapping: mapping.as_str(),
             protocol: port_mapping.protocol.as_str(),
             client,
             host: port_mapping.host.socket_addr(),

@@ -18,7 +18,7 @@ use rproxy_mapping::name::Name;
 use tokio::sync::Notify;
 
 use crate::runtime::poll::WatchedListener;
-use crate::state::record::{Ending, Record};
+use crate::state::record::{Ending, Record, RecordOf};
 use crate::state::recorder::Recorder;
 use crate::state::stats::Stats;
 
@@ -38,6 +38,15 @@ pub(crate) struct Target {
     pub(crate) port_mapping: PortMapping,
     /// The policy, shared with the other ports.
     pub(crate) policy: Arc<MappingPolicy>,
+}
+
+impl Target {
+    /// The mapping, as recorded.
+    fn record_of(&self) -> RecordOf {
+        let MappingPolicy { limits, state } = &*self.policy;
+        let (mapping, port_mapping) = (state.name.clone(), self.port_mapping);
+        RecordOf { mapping, port_mapping, is_logged: limits.access_log }
+    }
 }
 
 /// How new connections and flows of a mapping are served. A change of the limits creates a new policy;
@@ -289,7 +298,7 @@ impl Recorded {
 
     fn record_as(&mut self, peer: SocketAddr, host: impl FnOnce() -> SocketAddr) {
         let recorder = self.target.policy.state.recorder.as_ref();
-        self.record = recorder.and_then(|recorder| recorder.open(peer, host, &self.target));
+        self.record = recorder.and_then(|recorder| recorder.open(self.target.record_of(), peer, host));
     }
 }
 

@@ -3,14 +3,14 @@
 //! Its connection or flow writes it with relaxed ordering; any thread may read it meanwhile.
 
 use std::net::SocketAddr;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use rproxy_mapping::PortMapping;
 use rproxy_mapping::addr::Protocol;
+use rproxy_mapping::name::Name;
 use rustix::time::{ClockId, clock_gettime};
-
-use crate::state::Target;
 
 /// How a connection or flow ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,6 +105,17 @@ impl Ending {
     }
 }
 
+/// The mapping of a connection or flow.
+#[derive(Clone, Debug)]
+pub(crate) struct RecordOf {
+    /// Its name.
+    pub(crate) mapping: Name,
+    /// Where the client comes in, and where it is relayed to.
+    pub(crate) port_mapping: PortMapping,
+    /// Whether the access log has lines about it.
+    pub(crate) is_logged: bool,
+}
+
 /// The connection of a client, or its flow.
 #[derive(Debug)]
 pub(crate) struct Record {
@@ -112,7 +123,8 @@ pub(crate) struct Record {
     pub(crate) id: u64,
     /// The address that the client has connected or sent to.
     pub(crate) host: SocketAddr,
-    pub(crate) target: Arc<Target>,
+    /// The mapping.
+    pub(crate) of: RecordOf,
     /// When it was accepted.
     pub(crate) opened: Time,
     pub(crate) to_backend: Traffic,
@@ -127,12 +139,12 @@ pub(crate) struct Record {
 
 impl Record {
     /// A record that begins now.
-    pub(super) fn new(id: u64, peer: SocketAddr, host: SocketAddr, target: Arc<Target>) -> Self {
+    pub(super) fn new(id: u64, peer: SocketAddr, host: SocketAddr, of: RecordOf) -> Self {
         let opened = Time::now();
         Self {
             id,
             host,
-            target,
+            of,
             opened,
             to_backend: Traffic::new(opened),
             to_client: Traffic::new(opened),
@@ -196,7 +208,7 @@ impl Record {
 
     /// Its state, as people are shown it.
     pub(crate) fn state(&self) -> &'static str {
-        let is_tcp = self.target.port_mapping.protocol == Protocol::Tcp;
+        let is_tcp = self.of.port_mapping.protocol == Protocol::Tcp;
         match (self.to_backend.has_ended(), self.to_client.has_ended()) {
             _ if is_tcp && self.connected.get().is_none() => "dialling",
             (false, false) => "open",
@@ -316,5 +328,63 @@ impl Moment {
     fn get(&self) -> Option<Time> {
         let time = self.0.load(Ordering::Relaxed);
         (time != 0).then_some(Time(time))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(protocol: Protocol) -> Record {
+        let [peer, host]: [SocketAddr; 2] =
+            ["192.0.2.7:5000", "203.0.113.1:80"].map(|text| text.parse().unwrap());
+        let backend = "172.17.0.2:80".parse().unwrap();
+        let port_mapping = PortMapping { protocol, host: "[::]:80".parse().unwrap(), backend, v6only: false };
+        Record::new(1, peer, host, RecordOf { mapping: Name::default(), port_mapping, is_logged: true })
+    }
+
+    #[test]
+    fn each_ending_has_a_number_and_a_name_of_its_own() {
+        for (index, ending) in Ending::ALL.into_iter().enumerate() {
+            assert_eq!(ending as usize, index);
+            let same_name = Ending::ALL.iter().filter(|other| other.as_str() == ending.as_str());
+            assert_eq!(same_name.count(), 1);
+        }
+    }
+
+    #[test]
+    fn the_first_reason_to_end_is_kept() {
+        let record = record(Protocol::Tcp);
+        assert_eq!(record.ending(), None);
+        record.end(Ending::Cut);
+        record.end(Ending::Drain);
+        assert_eq!(record.ending(), Some(Ending::Cut));
+    }
+
+    #[test]
+    fn a_connection_is_dialling_open_half_closed_and_closing() {
+        let record = record(Protocol::Tcp);
+        assert_eq!(record.state(), "dialling");
+        assert_eq!((record.connect_time(), record.first_byte_time()), (None, None));
+        record.set_connected();
+        assert_eq!(record.state(), "open");
+        record.to_client.add(7);
+        assert!(record.first_byte_time() >= record.connect_time());
+        record.to_client.note_end();
+        assert_eq!(record.state(), "closed_by_backend");
+        record.to_backend.note_end();
+        assert_eq!(record.state(), "closing");
+    }
+
+    #[test]
+    fn a_flow_is_open_and_has_the_client_that_its_proxy_tells() {
+        let record = record(Protocol::Udp);
+        assert_eq!((record.state(), record.client().port()), ("open", 5000));
+        let told = "198.51.100.9:7".parse().unwrap();
+        record.set_client(told);
+        assert_eq!(record.client(), told);
+        record.to_backend.add_datagrams(2, 30);
+        assert_eq!((record.to_backend.datagrams(), record.to_backend.bytes()), (2, 30));
+        assert!(record.first_byte_time().is_none());
     }
 }

@@ -9,8 +9,7 @@ use rproxy_mapping::addr::canonical;
 
 use crate::log::access::AccessLog;
 use crate::state::access_line;
-use crate::state::record::{Ending, Record};
-use crate::state::{MappingPolicy, Target};
+use crate::state::record::{Ending, Record, RecordOf};
 
 /// The records are in as many maps, so that workers do not wait for each other.
 const SHARDS: usize = 16;
@@ -39,15 +38,15 @@ impl Recorder {
     /// Records a connection or flow, if anybody wants to know of it.
     pub(super) fn open(
         &self,
+        of: RecordOf,
         peer: SocketAddr,
         host: impl FnOnce() -> SocketAddr,
-        target: &Arc<Target>,
     ) -> Option<Arc<Record>> {
-        if !self.is_listed && self.log_of(&target.policy).is_none() {
+        if !self.is_listed && self.log_of(&of).is_none() {
             return None;
         }
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let record = Arc::new(Record::new(id, canonical(peer), canonical(host()), target.clone()));
+        let record = Arc::new(Record::new(id, canonical(peer), canonical(host()), of));
         self.shard(id).insert(id, record.clone());
         Some(record)
     }
@@ -72,20 +71,20 @@ impl Recorder {
     }
 
     /// Writes the line of a client that is not served.
-    pub(super) fn log_refusal(&self, client: SocketAddr, target: &Target, ending: Ending) {
-        if let Some(log) = self.log_of(&target.policy) {
-            log.write(|line| access_line::write_refusal(line, log.format(), client, target, ending));
+    pub(super) fn log_refusal(&self, client: SocketAddr, of: &RecordOf, ending: Ending) {
+        if let Some(log) = self.log_of(of) {
+            log.write(|line| access_line::write_refusal(line, log.format(), client, of, ending));
         }
     }
 
     fn log(&self, record: &Record) {
-        if let Some(log) = self.log_of(&record.target.policy) {
+        if let Some(log) = self.log_of(&record.of) {
             log.write(|line| access_line::write(line, log.format(), record));
         }
     }
 
-    fn log_of(&self, policy: &MappingPolicy) -> Option<&AccessLog> {
-        self.access_log.as_deref().filter(|_log| policy.limits.access_log)
+    fn log_of(&self, of: &RecordOf) -> Option<&AccessLog> {
+        self.access_log.as_deref().filter(|_log| of.is_logged)
     }
 
     /// What is live now, in the order of opening.

@@ -17,6 +17,7 @@ mod netns_setup;
 mod nginx;
 mod promises;
 mod proxy_protocol;
+mod records;
 mod relay;
 mod sandbox;
 mod service;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         harness,
         standalone,
         relay,
+        records,
         docker,
         udp,
         traffic_class,
