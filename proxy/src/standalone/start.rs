@@ -198,7 +198,7 @@ fn prepare_server(
     };
     let sink = options.access_log.as_ref().map(Destination::open).transpose()?;
     let access_log = sink.is_some().then(|| Arc::new(AccessLog::new(options.access_log_format())));
-    let is_listed = options.control.is_some();
+    let is_listed = options.control.is_some() || metrics.is_some();
     let recorder = (is_listed || access_log.is_some()).then(|| Recorder::new(access_log.clone(), is_listed));
     let server = Server::prepared(bound, growth, recorder.map(Arc::new));
     let mut server = server.map_err(setup("watch the listeners"))?;
