@@ -40,6 +40,7 @@ pub mod rproxy;
 pub mod shim;
 pub mod suite;
 pub mod systemd;
+pub mod terminal;
 pub mod topology;
 pub mod trace;
 pub mod transparent;

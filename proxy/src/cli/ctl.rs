@@ -1,12 +1,13 @@
 //! The command line of `rproxy ctl`.
 
 use std::path::PathBuf;
+use std::str::FromStr;
 
-use clap::{ArgGroup, Args, Subcommand};
+use clap::{ArgGroup, Args, Subcommand, ValueEnum};
 use ipnet::IpNet;
 use rproxy_mapping::access::parse_network;
 use rproxy_mapping::endpoint::BackendSpec;
-use rproxy_mapping::name::Name;
+use rproxy_mapping::name::{Name, NameError};
 
 use super::MappingArgs;
 use super::values::parse_backend;
@@ -105,10 +106,123 @@ pub(crate) enum Command {
         all: bool,
     },
     /// Show connections, flows, bytes and errors of each mapping
-    Stats {
-        /// Repeat every so many seconds
-        #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1",
-              allow_negative_numbers = true, value_parser = clap::value_parser!(u64).range(1..=5))]
-        watch: Option<u64>,
-    },
+    Stats(StatsArgs),
+}
+
+/// The arguments of `stats`.
+#[derive(Args, Debug)]
+pub(crate) struct StatsArgs {
+    /// Show rates too, and redraw every so many seconds; what is not a terminal gets one table or line of JSON
+    /// after the other
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1",
+          allow_negative_numbers = true, value_parser = clap::value_parser!(u64).range(1..=3600))]
+    pub(crate) watch: Option<u64>,
+    /// Show only mappings of this name, in which * stands for any text; may be repeated
+    #[arg(long, value_name = "NAME")]
+    pub(crate) mapping: Vec<NamePattern>,
+    /// Show the mappings with the largest number first, or by name; rates (per second) need --watch
+    #[arg(long, value_name = "KEY", default_value = "name")]
+    pub(crate) sort: SortKey,
+}
+
+/// What mappings are sorted by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum SortKey {
+    Name,
+    Connections,
+    ConnectionsTotal,
+    Flows,
+    FlowsTotal,
+    BytesIn,
+    BytesOut,
+    DatagramsIn,
+    DatagramsOut,
+    Errors,
+    RateConnections,
+    RateFlows,
+    RateIn,
+    RateOut,
+    RateDatagramsIn,
+    RateDatagramsOut,
+}
+
+impl SortKey {
+    /// Whether it is a rate, which takes two looks at the counters.
+    pub(crate) fn is_rate(self) -> bool {
+        matches!(
+            self,
+            Self::RateConnections
+                | Self::RateFlows
+                | Self::RateIn
+                | Self::RateOut
+                | Self::RateDatagramsIn
+                | Self::RateDatagramsOut
+        )
+    }
+}
+
+/// A name of mappings in which `*` stands for any text. Names themselves have no `*`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct NamePattern(String);
+
+impl NamePattern {
+    /// Whether `name` is meant.
+    pub(crate) fn matches(&self, name: &str) -> bool {
+        let Some((start, rest)) = self.0.split_once('*') else { return name == self.0 };
+        let Some(name) = name.strip_prefix(start) else { return false };
+        let (middle, end) = rest.rsplit_once('*').unwrap_or(("", rest));
+        let Some(mut name) = name.strip_suffix(end) else { return false };
+        middle.split('*').all(|part| match name.split_once(part) {
+            Some((_before, after)) => {
+                name = after;
+                true
+            }
+            None => false,
+        })
+    }
+
+    /// The name, if it means one mapping.
+    pub(crate) fn exact(&self) -> Option<&str> {
+        (!self.0.contains('*')).then_some(&self.0)
+    }
+}
+
+impl FromStr for NamePattern {
+    type Err = NameError;
+
+    fn from_str(text: &str) -> Result<Self, NameError> {
+        // A letter is allowed wherever a * is.
+        match text.replace('*', "x").parse::<Name>().is_ok() {
+            true => Ok(Self(text.to_owned())),
+            false => text.parse().map(|name: Name| Self(name.to_string())),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_star_stands_for_any_text() {
+        for (pattern, matching, others) in [
+            ("web", &["web"][..], &["web2", "we", "Web"][..]),
+            ("web*", &["web", "web2", "web*"], &["aweb"]),
+            ("*web", &["web", "aweb"], &["web2"]),
+            ("a*a", &["aa", "aba"], &["a", "ab"]),
+            ("*/tcp", &["80/tcp", "docker/tcp/0.0.0.0:80/tcp"], &["80/udp"]),
+            ("a*b*c*d", &["abcd", "axbxcxd", "abbccd"], &["acbd", "abcdx"]),
+            ("*", &["", "x"], &[]),
+            ("**", &["x"], &[]),
+        ] {
+            let pattern: NamePattern = pattern.parse().unwrap();
+            matching.iter().for_each(|name| assert!(pattern.matches(name), "{pattern:?} {name}"));
+            others.iter().for_each(|name| assert!(!pattern.matches(name), "{pattern:?} {name}"));
+        }
+        for wrong in ["", "a b", "-x", "a\nb", &"x".repeat(129)] {
+            wrong.parse::<NamePattern>().unwrap_err();
+        }
+        assert_eq!("web".parse::<NamePattern>().unwrap().exact(), Some("web"));
+        assert_eq!("we*".parse::<NamePattern>().unwrap().exact(), None);
+    }
 }

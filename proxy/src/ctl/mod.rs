@@ -1,8 +1,12 @@
 //! `rproxy ctl`: a client of the control socket, for users and scripts.
 
 mod connections;
+mod screen;
+mod stats;
+mod stats_table;
 mod table;
 mod unreachable;
+mod watch;
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -11,6 +15,7 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::Duration;
 
+use nix::libc;
 use rproxy_mapping::Mapping;
 use rproxy_mapping::addr::ScopedIp;
 use rproxy_mapping::escape::escaped;
@@ -24,7 +29,7 @@ use crate::cli::UsageError;
 use crate::cli::ctl::{Command, Ctl};
 use crate::config::{self, ConfigError};
 use crate::control::answers::{Added, ChangeCounts, CutCounts};
-use crate::control::protocol::{self, LONGEST_ANSWER, Mappings, Request};
+use crate::control::protocol::{self, LONGEST_ANSWER, Mappings, Refusal, RefusalKind, Request};
 use crate::log::console;
 
 /// The timeout for a response: binding ten thousand sockets takes far less.
@@ -46,41 +51,40 @@ pub fn main(ctl: &Ctl) -> ExitCode {
 }
 
 fn run(ctl: &Ctl) -> Result<(), CtlError> {
+    if let Command::Stats(args) = &ctl.command {
+        if args.sort.is_rate() && args.watch.is_none() {
+            return Err(CtlError::Usage(UsageError::new(
+                "--sort: a rate is what changes from one look to the next; add --watch",
+            )));
+        }
+        return watch::stats(ctl, args);
+    }
     let request = request(&ctl.command)?;
     let mut connection = Connection::open(&ctl.control)?;
-    loop {
-        let mut answer = connection.ask(request.clone())?;
-        if let Command::Connections { .. } = ctl.command {
-            thread::sleep(connections::INTERVAL);
-            let rated = RatedList::new(&result(answer)?, result(connection.ask(request.clone())?)?);
-            if !ctl.json {
-                console::out(&rated.to_table());
-                return Ok(());
-            }
-            answer =
-                serde_json::to_value(rated).map_err(|error| CtlError::NotUnderstood(error.to_string()))?;
-        }
-        if ctl.json {
-            console::out(&answer);
-        } else if let Command::List { toml: true } = ctl.command {
-            console::out(&configuration(answer)?.trim_end());
-        } else {
-            show(&ctl.command, answer)?;
-        }
-        match ctl.command {
-            Command::Stats { watch: Some(seconds) } => thread::sleep(Duration::from_secs(seconds)),
-            _ => return Ok(()),
-        }
+    let mut answer = connection.ask(request.clone())?;
+    if let Command::Connections { .. } = ctl.command {
+        thread::sleep(connections::INTERVAL);
+        let rated = RatedList::new(&result(answer)?, result(connection.ask(request)?)?);
         if !ctl.json {
-            console::out(&"");
+            console::out(&rated.to_table());
+            return Ok(());
         }
+        answer = serde_json::to_value(rated).map_err(|error| CtlError::NotUnderstood(error.to_string()))?;
     }
+    if ctl.json {
+        console::out(&answer);
+    } else if let Command::List { toml: true } = ctl.command {
+        console::out(&configuration(answer)?.trim_end());
+    } else {
+        show(&ctl.command, answer)?;
+    }
+    Ok(())
 }
 
 fn request(command: &Command) -> Result<Request, CtlError> {
     Ok(match command {
         Command::List { .. } => Request::List,
-        Command::Stats { .. } => Request::Stats,
+        Command::Stats(_) => Request::Stats,
         Command::Drain => Request::Drain,
         Command::Remove { name, cut } => Request::Remove { name: name.to_string(), cut: *cut },
         Command::Retarget { name, to, cut } => {
@@ -142,7 +146,6 @@ fn read_file(path: &Path) -> Result<Vec<WireMapping>, CtlError> {
 fn show(command: &Command, answer: Value) -> Result<(), CtlError> {
     match command {
         Command::List { .. } => console::out(&table::list(&result(answer)?)),
-        Command::Stats { .. } => console::out(&table::stats(&result(answer)?)),
         Command::Add(_) => {
             let Added { mappings, .. } = result(answer)?;
             mappings.iter().for_each(|mapping| console::out(&table::ready_line(mapping)));
@@ -157,8 +160,11 @@ fn show(command: &Command, answer: Value) -> Result<(), CtlError> {
             let CutCounts { cut } = result(answer)?;
             console::out(&format_args!("{cut} cut"));
         }
-        Command::Connections { .. } => {}
-        Command::Remove { .. } | Command::Retarget { .. } | Command::Drain => {}
+        Command::Stats(_)
+        | Command::Connections { .. }
+        | Command::Remove { .. }
+        | Command::Retarget { .. }
+        | Command::Drain => {}
     }
     Ok(())
 }
@@ -195,7 +201,7 @@ impl Connection {
             return Err(CtlError::TooLong(self.path.clone()));
         }
         let answer = protocol::read_answer(&answer).ok_or_else(|| CtlError::Foreign(self.path.clone()))?;
-        answer.map_err(|refusal| CtlError::Refused(refusal.message))
+        answer.map_err(CtlError::Refused)
     }
 }
 
@@ -234,19 +240,47 @@ enum CtlError {
     #[error("the running rproxy did not answer: {0}")]
     Conversation(#[source] io::Error),
     /// The running rproxy refused the request.
-    #[error("{}", escaped(.0))]
-    Refused(String),
+    #[error("{}", escaped(&.0.message))]
+    Refused(Refusal),
+    /// No mapping has the name of `--mapping`.
+    #[error(
+        "--mapping {0}: there is no such mapping; `rproxy ctl list` shows all, and * stands for any text"
+    )]
+    NoMapping(String),
+    /// Standard output does not take what is written.
+    #[error("standard output: {0}")]
+    Output(#[source] io::Error),
+    /// The terminal cannot be drawn on, or is gone.
+    #[error("the terminal: {0}")]
+    Terminal(#[source] io::Error),
+}
+
+impl CtlError {
+    /// Whether the running rproxy may answer later: it restarts, is upgraded, or has too much to do.
+    fn is_passing(&self) -> bool {
+        match self {
+            Self::Connect { source, .. } => matches!(
+                source.raw_os_error(),
+                Some(libc::ENOENT | libc::ECONNREFUSED | libc::ECONNRESET | libc::EAGAIN)
+            ),
+            Self::Conversation(_) => true,
+            Self::Refused(refusal) => matches!(refusal.kind, RefusalKind::Busy | RefusalKind::Failed),
+            _ => false,
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeMap;
+    use std::time::Instant;
 
     use serde_json::json;
 
+    use super::stats::{History, Look, View};
     use super::*;
+    use crate::cli::ctl::{SortKey, StatsArgs};
     use crate::control::answers::{BoundMapping, Draining, List, MappingStats, Origin, Response, StatsList};
-    use crate::control::protocol::{Refusal, RefusalKind};
 
     /// Sends a request to a server that always responds with `line`.
     fn ask(line: String) -> Result<Value, CtlError> {
@@ -295,6 +329,13 @@ mod tests {
         }
     }
 
+    /// The table of a response to `stats`.
+    fn stats_shown(answer: Value) -> String {
+        let args = StatsArgs { watch: None, mapping: Vec::new(), sort: SortKey::Name };
+        let look = Look { at: Instant::now(), answer };
+        stats_table::whole(&View::of(look, &args, &mut History::default()).unwrap(), false)
+    }
+
     #[test]
     fn what_the_server_writes_is_read_and_shown() {
         let draining = vec![Draining { name: "old".to_owned(), connections: 2, flows: 1 }];
@@ -314,7 +355,7 @@ mod tests {
         let answer = said(Response::Stats(stats.clone()));
         assert_eq!(result::<StatsList>(answer.clone()).unwrap(), stats);
         assert_eq!(
-            table::stats(&result(answer).unwrap()),
+            stats_shown(answer),
             "NAME            CONNS  FLOWS  BYTES IN  OUT  DATAGRAMS IN  OUT  ERRORS\n\
              web             1/2    3/4    5         6    7             8    denied 9\n\
              web (draining)  1/2    3/4    5         6    7             8    denied 9"
@@ -362,7 +403,7 @@ mod tests {
             said(Response::Stats(StatsList { mappings: vec![counters()], draining: Vec::new() }));
         answer["mappings"][0]["packets"] = 1.into();
         answer["mappings"][0]["errors"]["tired"] = 3.into();
-        assert!(table::stats(&result(answer).unwrap()).ends_with("denied 9, tired 3"));
+        assert!(stats_shown(answer).ends_with("denied 9, tired 3"));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use rproxy_mapping::escape::escaped;
 use serde::Deserialize;
 
-use crate::control::answers::{BoundMapping, List, MappingStats, Origin, StatsList};
+use crate::control::answers::{BoundMapping, List, Origin};
 
 /// The parts of a mapping that are shown. Others, such as its limits, are not parsed, because a newer server
 /// may have more.
@@ -18,17 +18,21 @@ pub(super) struct Shown {
 
 /// Formats columns as wide as necessary, separated by two spaces, without trailing spaces.
 pub(super) fn table(header: &[&str], rows: impl Iterator<Item = Vec<String>>) -> String {
-    let header: Vec<String> = header.iter().map(ToString::to_string).collect();
     let shown = |row: Vec<String>| row.iter().map(|cell| escaped(cell).to_string()).collect();
-    let rows: Vec<Vec<String>> = rows.map(shown).collect();
-    let lines = || std::iter::once(&header).chain(&rows);
-    let width = |column: usize| lines().map(|line| line[column].chars().count()).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..header.len()).map(width).collect();
-    let render = |line: &Vec<String>| {
-        let cells = line.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}"));
+    let header = header.iter().map(ToString::to_string).collect();
+    lined_up(std::iter::once(header).chain(rows.map(shown)).collect()).join("\n")
+}
+
+/// Pads the cells of rows, so that they line up in columns, separated by two spaces, without trailing spaces.
+pub(super) fn lined_up(rows: Vec<Vec<String>>) -> Vec<String> {
+    let columns = rows.first().map_or(0, Vec::len);
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..columns).map(width).collect();
+    let render = |row: &Vec<String>| {
+        let cells = row.iter().zip(&widths).map(|(cell, width)| format!("{cell:width$}"));
         cells.collect::<Vec<_>>().join("  ").trim_end().to_owned()
     };
-    lines().map(render).collect::<Vec<_>>().join("\n")
+    rows.iter().map(render).collect()
 }
 
 /// Formats the response to `list`.
@@ -46,7 +50,7 @@ pub(super) fn list(List { mappings, draining }: &List<Shown>) -> String {
     table_with_origins(&["NAME", "LISTENS", "BACKEND", ORIGIN, ""], served.chain(draining), origins)
 }
 
-const ORIGIN: &str = "ORIGIN";
+pub(super) const ORIGIN: &str = "ORIGIN";
 
 /// Formats columns, without that of the origins unless there are some.
 fn table_with_origins<'a>(
@@ -67,7 +71,7 @@ fn table_with_origins<'a>(
 }
 
 /// `docker, process 4711`, or `-` for a mapping that was requested.
-fn origin(origin: &Origin) -> String {
+pub(super) fn origin(origin: &Origin) -> String {
     match origin {
         Origin { origin: Some(origin), process: Some(process) } => format!("{origin}, process {process}"),
         Origin { origin: Some(origin), process: None } => origin.clone(),
@@ -82,42 +86,32 @@ pub(super) fn ready_line(bound: &BoundMapping<Shown>) -> String {
     escaped(&line).to_string()
 }
 
-/// Formats the response to `stats`.
-pub(super) fn stats(StatsList { mappings, draining }: &StatsList) -> String {
-    let row = |stats: &MappingStats, state: &str| {
-        let errors = stats.errors.iter().map(|(kind, count)| format!("{kind} {count}"));
-        vec![
-            format!("{}{state}", stats.name),
-            origin(&stats.origin),
-            format!("{}/{}", stats.connections, stats.connections_total),
-            format!("{}/{}", stats.flows, stats.flows_total),
-            human(stats.bytes_in),
-            human(stats.bytes_out),
-            stats.datagrams_in.to_string(),
-            stats.datagrams_out.to_string(),
-            errors.collect::<Vec<_>>().join(", "),
-        ]
-    };
-    let served = mappings.iter().map(|stats| row(stats, ""));
-    let draining = draining.iter().map(|stats| row(stats, " (draining)"));
-    let header = ["NAME", ORIGIN, "CONNS", "FLOWS", "BYTES IN", "OUT", "DATAGRAMS IN", "OUT", "ERRORS"];
-    let origins = mappings.iter().map(|stats| &stats.origin);
-    table_with_origins(&header, served.chain(draining), origins)
-}
-
 /// The address that a mapping actually listens on.
 fn bound_host(bound: &BoundMapping<Shown>) -> &str {
     bound.bound_host.as_deref().unwrap_or(&bound.mapping.host)
 }
 
+/// `0`, `0.4`, `12`, `1.2k`.
+pub(super) fn human_rate(rate: f64) -> String {
+    match rate {
+        _ if rate <= 0.0 => "0".to_owned(),
+        _ if rate < 9.95 => format!("{:.1}", rate.max(0.1)),
+        _ => scaled(rate.round()),
+    }
+}
+
 /// `999`, `1.2k`, `34.5G`.
 #[expect(clippy::cast_precision_loss, reason = "three digits are shown")]
 pub(super) fn human(count: u64) -> String {
+    scaled(count as f64)
+}
+
+fn scaled(count: f64) -> String {
     const UNITS: [&str; 6] = ["k", "M", "G", "T", "P", "E"];
-    if count < 1000 {
-        return count.to_string();
+    if count < 1000.0 {
+        return format!("{count:.0}");
     }
-    let mut scaled = count as f64 / 1000.0;
+    let mut scaled = count / 1000.0;
     let mut unit = 0;
     while scaled >= 999.95 && unit + 1 < UNITS.len() {
         scaled /= 1000.0;
@@ -166,30 +160,15 @@ old                    -               -              -                     drai
     }
 
     #[test]
-    fn counters_of_attached_ports_have_an_origin() {
-        let counters = |name: &str| {
-            let zero = json!(0);
-            json!({
-                "name": name, "connections": zero, "connections_total": zero, "flows": zero, "flows_total": zero,
-                "bytes_in": zero, "bytes_out": zero, "datagrams_in": zero, "datagrams_out": zero, "errors": {},
-            })
-        };
-        let mut attached = counters("docker/udp/[::]:53");
-        attached["origin"] = "docker".into();
-        attached["process"] = 7.into();
-        let answer = json!({ "mappings": [attached, counters("web")], "draining": [] });
-        let expected = "\
-NAME                ORIGIN             CONNS  FLOWS  BYTES IN  OUT  DATAGRAMS IN  OUT  ERRORS
-docker/udp/[::]:53  docker, process 7  0/0    0/0    0         0    0             0
-web                 -                  0/0    0/0    0         0    0             0";
-        assert_eq!(stats(&serde_json::from_value(answer).unwrap()), expected);
-    }
-
-    #[test]
     fn counts_are_short() {
         for (count, text) in [(0, "0"), (999, "999"), (1000, "1.0k"), (999_960, "1.0M"), (u64::MAX, "18.4E")]
         {
             assert_eq!(human(count), text);
+        }
+        for (rate, text) in
+            [(0.0, "0"), (0.01, "0.1"), (2.0, "2.0"), (9.96, "10"), (999.7, "1.0k"), (12.4, "12")]
+        {
+            assert_eq!(human_rate(rate), text);
         }
     }
 }

@@ -3,7 +3,7 @@
 pub mod access;
 pub mod console;
 pub(crate) mod limit;
-mod sink;
+pub(crate) mod sink;
 mod spanless;
 mod writer;
 

@@ -29,6 +29,7 @@ mod system_calls;
 mod traffic_class;
 mod udp;
 mod upgrade;
+mod watch;
 
 use std::process::ExitCode;
 
@@ -51,6 +52,7 @@ fn main() -> ExitCode {
         control,
         attached,
         live,
+        watch,
         service,
         upgrade,
         attach,
