@@ -14,6 +14,9 @@ use crate::state::record::{Ending, Record, RecordOf};
 /// The records are in as many maps, so that workers do not wait for each other.
 const SHARDS: usize = 16;
 
+/// The number of records whose memory an idle map keeps.
+const KEPT: usize = 64;
+
 /// Records connections and flows. A process in which nobody can ask for them has none.
 #[derive(Debug)]
 pub(crate) struct Recorder {
@@ -53,9 +56,19 @@ impl Recorder {
 
     /// Ends a record: it is not live any more, and the access log gets its line.
     pub(super) fn close(&self, record: &Record) {
-        if self.shard(record.id).remove(&record.id).is_some() {
+        if self.take(record.id) {
             self.log(record);
         }
+    }
+
+    /// Removes a record, unless that has been done. After a burst, its memory is released.
+    fn take(&self, id: u64) -> bool {
+        let mut shard = self.shard(id);
+        let was_live = shard.remove(&id).is_some();
+        if shard.is_empty() && shard.capacity() > KEPT {
+            shard.shrink_to(KEPT);
+        }
+        was_live
     }
 
     /// Ends the records that are left when the process ends, and waits a moment for the access log to be written.
@@ -100,5 +113,54 @@ impl Recorder {
     fn shard(&self, id: u64) -> MutexGuard<'_, HashMap<u64, Arc<Record>>> {
         let index = usize::try_from(id).unwrap_or_default() % SHARDS;
         self.live[index].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rproxy_mapping::PortMapping;
+    use rproxy_mapping::addr::Protocol;
+    use rproxy_mapping::name::Name;
+
+    use super::*;
+    use crate::log::Format;
+
+    fn of(is_logged: bool) -> RecordOf {
+        let (host, backend) = ("127.0.0.1:80".parse().unwrap(), "172.17.0.2:80".parse().unwrap());
+        let port_mapping = PortMapping { protocol: Protocol::Tcp, host, backend, v6only: false };
+        RecordOf { mapping: Name::default(), port_mapping, is_logged }
+    }
+
+    fn open(recorder: &Recorder, is_logged: bool) -> Option<Arc<Record>> {
+        let [peer, host]: [SocketAddr; 2] =
+            ["[::ffff:192.0.2.7]:5000", "127.0.0.1:80"].map(|text| text.parse().unwrap());
+        recorder.open(of(is_logged), peer, || host)
+    }
+
+    #[test]
+    fn what_is_live_is_listed_in_its_order_until_it_ends() {
+        let recorder = Recorder::new(None, true);
+        let records: Vec<_> = (0..100).map(|_| open(&recorder, true).unwrap()).collect();
+        assert_eq!(records[0].client(), "192.0.2.7:5000".parse().unwrap(), "as people know it");
+        let ids = |records: &[Arc<Record>]| records.iter().map(|record| record.id).collect::<Vec<_>>();
+        assert_eq!(ids(&recorder.live()), ids(&records));
+        records[1..].iter().for_each(|record| recorder.close(record));
+        assert_eq!(ids(&recorder.live()), ids(&records[..1]));
+    }
+
+    #[test]
+    fn nothing_is_recorded_that_nobody_can_ask_for() {
+        let recorder = Recorder::new(Some(Arc::new(AccessLog::new(Format::Text))), false);
+        assert!(open(&recorder, false).is_none());
+        assert!(open(&recorder, true).is_some());
+    }
+
+    #[test]
+    fn the_memory_of_a_burst_is_released() {
+        let recorder = Recorder::new(None, true);
+        let records: Vec<_> = (0..SHARDS * KEPT * 8).map(|_| open(&recorder, true).unwrap()).collect();
+        records.iter().for_each(|record| recorder.close(record));
+        let kept = recorder.live.iter().map(|shard| shard.lock().unwrap().capacity());
+        assert!(kept.max().unwrap() < KEPT * 4);
     }
 }

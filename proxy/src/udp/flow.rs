@@ -23,7 +23,7 @@ use super::table::FlowId;
 use super::tally::{Amount, Tally, Towards};
 use super::token::Wanted;
 use crate::proxy_protocol::Endpoints;
-use crate::state::record::Ending;
+use crate::state::record::{Ending, Traffic};
 use crate::state::task::HeaderState;
 use crate::state::{FlowGuard, Target};
 
@@ -206,11 +206,7 @@ impl Flow {
             Towards::Backend => &record.to_backend,
             Towards::Clients => &record.to_client,
         };
-        let mut relayed = tally.relayed;
-        relayed -= before;
-        if relayed.datagrams > 0 {
-            traffic.add_datagrams(relayed.datagrams, relayed.bytes);
-        }
+        add_relayed(traffic, before, tally);
     }
 
     /// Records how it ends.
@@ -326,9 +322,9 @@ impl Flow {
         let (socket, queue) = client.parts();
         let mut payload = Payload::new(dscp);
         let parts = payload.add(batch, datagrams, *gso_to_client, tally);
+        self.guard.record().iter().for_each(|record| add_relayed(&record.to_client, before, tally));
         let flow = datagrams.first().map(|datagram| datagram.id);
         send(socket, (flow, None), queue, gso_to_client, (&payload, &parts), tally);
-        self.record_relayed(Towards::Clients, before, tally);
     }
 
     /// Sends queued datagrams, as far as the socket accepts them.
@@ -350,6 +346,15 @@ impl Flow {
             self.note_lost(&error);
             tally.lose(1, error);
         }
+    }
+}
+
+/// Adds what `tally` counts as relayed since `before`.
+fn add_relayed(traffic: &Traffic, before: Amount, tally: &Tally) {
+    let mut relayed = tally.relayed;
+    relayed -= before;
+    if relayed.datagrams > 0 {
+        traffic.add_datagrams(relayed.datagrams, relayed.bytes);
     }
 }
 
