@@ -208,8 +208,8 @@ fn refusals_are_told() {
     let address = SocketAddr::from((Ipv4Addr::LOCALHOST, denying.address().port()));
     let (from, _client) = attempt(address);
     let line = denying.process.wait_for_line(Stream::Stderr, |line| line.contains("client refused"));
-    let words =
-        format!("mapping={}/tcp -> {to} client={from} reason=\"deny has it\"", denying.ready[0].address);
+    let port = backend.address().port();
+    let words = format!("mapping=random:{port}/tcp client={from} reason=\"deny has it\"");
     assert!(line.contains(&words), "{line}");
 
     let denying =
