@@ -121,7 +121,7 @@ impl Server {
         let targets = served.ports.iter().map(|binding| binding.target.port_mapping);
         let targets: Vec<PortMapping> = targets.collect();
         let state = served.policy.state.clone();
-        info!(%name, "no longer serving");
+        info!(mapping = %name, "no longer serving");
         let ports = self.registry.take(name).unwrap_or_default();
         for (port, target) in ports.into_iter().zip(targets) {
             let flows = self.close(port, reason).await;

@@ -14,11 +14,11 @@ use rproxy_mapping::overlap::{OverlapError, exclude_each_other, refuse_overlap};
 use rproxy_mapping::ports::PortRange;
 use rproxy_mapping::{HostPorts, Mapping, MappingError, PortMapping};
 use tokio::task::consume_budget;
-use tracing::info;
 
 use crate::bind::listen::BindError;
 use crate::bind::{Bound, BoundPort};
 use crate::engine::Server;
+use crate::engine::listening::{announce_all, announce_removed};
 use crate::engine::plan::{Plan, plan};
 use crate::engine::registry::Served;
 use crate::engine::sweep::Sweep;
@@ -409,9 +409,9 @@ impl Server {
         new.iter().for_each(|new| self.leaving.forget(&BindKey::of(&new.target.port_mapping)));
         forget_stale_flows(&new);
         for name in &removed {
-            info!(%name, "no longer serving");
             drop(self.registry.take(name));
         }
+        announce_removed(&removed);
         let mut names = Vec::with_capacity(added.len() + changed.len());
         for (name, served) in added.into_iter().chain(changed) {
             names.push(name.clone());
@@ -419,9 +419,7 @@ impl Server {
         }
         self.change_targets(other);
         self.watch(new);
-        for name in &names {
-            self.registry.get(name).into_iter().for_each(|served| served.announce(name));
-        }
+        announce_all(names.iter().filter_map(|name| Some((name, self.registry.get(name)?))));
         self.leaving.add(&spare);
         self.release(spare.into_values().collect()).await;
     }

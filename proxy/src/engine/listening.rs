@@ -7,6 +7,9 @@ use tracing::info;
 
 use crate::engine::registry::Served;
 
+/// The mappings of one change that have a log line of their own.
+const ANNOUNCED: usize = 100;
+
 impl Served {
     /// The bound host ports, as in `49160,50001-50003`. If UDP's differ from TCP's, they follow these.
     pub fn bound_ports(&self) -> String {
@@ -33,9 +36,26 @@ impl Served {
     pub(crate) fn announce(&self, name: &Name) {
         let mapping = &self.mapping;
         let host = self.bound_host().unwrap_or_else(|| mapping.host().to_string());
-        let (ports, to, protocols) = (self.bound_ports(), mapping.backend_ports(), mapping.protocols());
-        let mapping = format_args!("{host}:{ports}:{to}/{protocols}");
-        info!(%name, %mapping, backend = %self.mapping.backend(), "serving");
+        let host = format_args!("{host}:{}", self.bound_ports());
+        let backend = format_args!("{}:{}", mapping.backend(), mapping.backend_ports());
+        info!(mapping = %name, %host, %backend, protocol = %mapping.protocols(), "serving");
+    }
+}
+
+/// Logs that mappings are served, and where. Of many, the first ones have a line, so that they do not flood the log.
+pub(crate) fn announce_all<'a>(mappings: impl Iterator<Item = (&'a Name, &'a Served)>) {
+    let mut mappings = mappings.peekable();
+    mappings.by_ref().take(ANNOUNCED).for_each(|(name, served)| served.announce(name));
+    if mappings.peek().is_some() {
+        info!(mappings = mappings.count(), "serving more; rproxy ctl list has all");
+    }
+}
+
+/// Logs that mappings are not served any more, likewise.
+pub(crate) fn announce_removed(names: &[Name]) {
+    names.iter().take(ANNOUNCED).for_each(|name| info!(mapping = %name, "no longer serving"));
+    if let Some(more @ 1..) = names.len().checked_sub(ANNOUNCED) {
+        info!(mappings = more, "no longer serving more");
     }
 }
 

@@ -20,6 +20,7 @@ use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 
+use rproxy_mapping::PortMapping;
 use rproxy_mapping::addr::Protocol;
 use rproxy_mapping::limits::Limits;
 use rproxy_mapping::name::Name;
@@ -108,9 +109,10 @@ impl Server {
 
     /// Logs what is served, and where. Call it once clients are served.
     pub fn announce(&self) {
-        self.registry.iter().for_each(|(name, served)| served.announce(name));
+        listening::announce_all(self.registry.iter());
         for Binding { target, .. } in &self.nameless {
-            info!(mapping = %target.port_mapping, "serving");
+            let PortMapping { protocol, host, backend, .. } = target.port_mapping;
+            info!(mapping = %target.name(), %host, %backend, %protocol, "serving");
         }
     }
 

@@ -101,7 +101,7 @@ impl LeftConnections {
     pub(crate) async fn serve(&self, channel: &Watched) -> ! {
         while let Ok(line) = read_line(channel).await {
             for (name, state) in self.ports.iter().filter(|(name, _state)| name.as_str() == line) {
-                info!(%name, "resetting its connections: it is no longer published");
+                info!(mapping = %name, "resetting its connections: it is no longer published");
                 reset_all(&self.workers, state).await;
             }
             if channel.io(Interest::WRITABLE, |channel| Ok(write(channel, b"\n")?)).await.is_err() {

@@ -59,6 +59,13 @@ pub(crate) struct MappingPolicy {
     pub(crate) state: Arc<MappingState>,
 }
 
+impl Target {
+    /// The name of the mapping, which every line about it has.
+    pub(crate) fn name(&self) -> &Name {
+        &self.policy.state.name
+    }
+}
+
 /// The minimum time between two log lines saying that a mapping is full.
 const TOLD_FULL: Duration = Duration::from_secs(60);
 

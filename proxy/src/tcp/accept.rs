@@ -12,7 +12,6 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
-use rproxy_mapping::PortMapping;
 use rproxy_mapping::addr::{BackendAddr, HostSocketAddr, canonical};
 use rproxy_mapping::dscp::Dscp;
 use rproxy_mapping::limits::OnLimit;
@@ -204,7 +203,7 @@ impl Acceptor {
             };
             // After an error, nothing more can be accepted.
             drop(accept_some(&listener, LONGEST_BACKLOG, &mut self.backends, &mut ready));
-            debug!(mapping = %listener.target.port_mapping, "listener closed");
+            debug!(mapping = %listener.target.name(), host = %listener.target.port_mapping.host, "listener closed");
         }
         hand_over(ready, &self.workers);
         self.full.retain(|number| self.listeners.get(*number).is_some_and(Option::is_some));
@@ -233,7 +232,7 @@ impl Acceptor {
                 }
                 Err(error) => {
                     if !std::mem::replace(&mut self.pause.is_logged, true) {
-                        log_failure(&listener.target.port_mapping, &error);
+                        log_failure(&listener.target, &error);
                     }
                     // If the request is new, a connection may have ended just before, so try again.
                     if !is_exhaustion(&error) || self.capacity.request() {
@@ -259,19 +258,19 @@ impl Acceptor {
         let Some(Some(Binding { port, target })) = self.listeners.get(number) else { return Ok(()) };
         // A pending error would be reported again and again.
         drop(SockRef::from(port.as_ref()).take_error());
-        let mapping = &target.port_mapping;
-        match listen_again(port, mapping.host) {
+        let (mapping, host) = (target.name(), target.port_mapping.host);
+        match listen_again(port, host) {
             Ok(()) => {
                 if let Some(suppressed) = REVIVED.permit() {
-                    warn!(%mapping, suppressed, "the listener was shut down from outside; it listens again");
+                    warn!(%mapping, %host, suppressed, "the listener was shut down from outside; it listens again");
                 }
                 Ok(())
             }
             Err(source) => {
                 let reason = "the listener was shut down from outside, and cannot listen again";
-                error!(%mapping, error = %source, "{reason}; its clients are refused");
+                error!(%mapping, %host, error = %source, "{reason}; its clients are refused");
                 if let Err(error) = port.unwatch() {
-                    error!(%mapping, %error, "cannot stop watching a listener");
+                    error!(%mapping, %host, %error, "cannot stop watching a listener");
                 }
                 self.listeners[number] = None;
                 match self.may_be_idle || self.listeners.iter().any(Option::is_some) {
@@ -395,7 +394,7 @@ fn accept_some(
         if port.is_mptcp()
             && let Err(error) = set_stream_options(&SockRef::from(&client))
         {
-            debug!(mapping = %target.port_mapping, %error, "an accepted connection lacks an option");
+            debug!(mapping = %target.name(), %peer, %error, "an accepted connection lacks an option");
         }
         // Dropping a connection here resets it, because of the options inherited from its listener
         // (`set_stream_options`).
@@ -410,8 +409,8 @@ fn accept_some(
             target.log_refusal(peer, Ending::OverLimit);
         } else {
             if let Some(dscp) = policy.limits.dscp {
-                mark(&client, peer.is_ipv6(), dscp);
-                backend.iter().for_each(|backend| mark(backend, addr.socket_addr().is_ipv6(), dscp));
+                mark(&client, peer.is_ipv6(), dscp, target);
+                backend.iter().for_each(|backend| mark(backend, addr.socket_addr().is_ipv6(), dscp, target));
             }
             let mut guard = ConnectionGuard::take(target);
             guard.record_as(peer, || asked_of(&client, target));
@@ -438,9 +437,9 @@ fn reset_without_backend(client: OwnedFd, peer: SocketAddr, guard: &ConnectionGu
 }
 
 /// Sets the code point of what `socket` sends.
-fn mark(socket: &impl AsFd, ipv6: bool, dscp: Dscp) {
+fn mark(socket: &impl AsFd, ipv6: bool, dscp: Dscp, target: &Target) {
     if let Err(error) = set_traffic_class(socket.as_fd(), ipv6, dscp.bits() << 2) {
-        debug!(%error, "cannot set the code point of a connection");
+        debug!(mapping = %target.name(), %error, "cannot set the code point of a connection");
     }
 }
 
@@ -472,7 +471,7 @@ fn listen_again(port: &WatchedListener, host: HostSocketAddr) -> io::Result<()> 
 
 fn watch(listener: &Binding, flags: EpollFlags) {
     if let Err(error) = listener.port.watch(flags) {
-        error!(mapping = %listener.target.port_mapping, %error, "cannot change what a listener is watched for");
+        error!(mapping = %listener.target.name(), %error, "cannot change what a listener is watched for");
     }
 }
 
@@ -495,11 +494,11 @@ fn hand_over(ready: Vec<Accepted>, workers: &Workers) {
     }
 }
 
-fn log_failure(port_mapping: &PortMapping, error: &io::Error) {
+fn log_failure(target: &Target, error: &io::Error) {
     static FAILED: LogLimit = LogLimit::new();
 
     if let Some(suppressed) = FAILED.permit() {
-        warn!(mapping = %port_mapping, error = %explain(error, 2), suppressed, "cannot accept a connection");
+        warn!(mapping = %target.name(), host = %target.port_mapping.host, error = %explain(error, 2), suppressed, "cannot accept a connection");
     }
 }
 

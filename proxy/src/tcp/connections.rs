@@ -88,7 +88,7 @@ pub(super) fn cut_denied(policy: &Arc<MappingPolicy>) {
     });
     let denied = denied.len();
     if denied > 0 {
-        info!(connections = denied, "resetting connections of clients that are denied now");
+        info!(mapping = %policy.state.name, connections = denied, "resetting connections of clients that are denied now");
         (0..denied).for_each(|_| policy.state.stats.count(FailureKind::Denied));
     }
 }

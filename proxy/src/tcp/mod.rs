@@ -73,7 +73,7 @@ fn dial_and_relay(accepted: Accepted, slot: WorkerSlot, entry: Entry) -> impl Fu
         // What a future captures is dropped in the order of its first use: the sockets come before the guard.
         let client = match Stream::new(client) {
             Ok(client) => client,
-            Err(error) => return warn!(%peer, %error, "cannot watch an accepted connection"),
+            Err(error) => return report_unwatched(peer, &guard, &error),
         };
         let socket = backend;
         let (guard, _slot) = (&guard, &slot);
@@ -98,10 +98,21 @@ fn dial_and_relay(accepted: Accepted, slot: WorkerSlot, entry: Entry) -> impl Fu
     }
 }
 
+/// Logs that the events of a connection cannot be waited for, because descriptors or memory have run out. It is reset.
+fn report_unwatched(peer: SocketAddr, guard: &ConnectionGuard, error: &io::Error) {
+    static UNWATCHED: LogLimit = LogLimit::new();
+
+    if let Some(suppressed) = UNWATCHED.permit() {
+        let mapping = &guard.state().name;
+        warn!(%peer, %mapping, %error, suppressed, "connection reset: it cannot be watched");
+    }
+}
+
 fn log_end(peer: SocketAddr, guard: &ConnectionGuard, outcome: &Outcome) {
     let Outcome { to_backend: bytes_in, to_client: bytes_out, finish } = outcome;
     let (mapping, reason, error) = (&guard.state().name, finish.ending.as_str(), finish.failure.as_ref());
-    debug!(%peer, %mapping, bytes_in, bytes_out, reason, error = error.map(tracing::field::display), "connection ended");
+    let duration_ms = guard.record().and_then(|record| u64::try_from(record.age().as_millis()).ok());
+    debug!(%peer, %mapping, bytes_in, bytes_out, duration_ms, reason, error = error.map(tracing::field::display), "connection ended");
 }
 
 /// The connection to the backend; `None`, and a report, if there is none.
@@ -129,7 +140,7 @@ fn report_other_source(peer: SocketAddr, guard: &ConnectionGuard, reason: &NotAs
 
     guard.stats().count(FailureKind::SourceUnavailable);
     if let Some(suppressed) = OTHERS.permit() {
-        warn!(%peer, mapping = %guard.port_mapping(), %reason, suppressed, "connection not from its client's address");
+        warn!(%peer, mapping = %guard.state().name, %reason, suppressed, "connection not from its client's address");
     }
 }
 
@@ -140,10 +151,12 @@ fn report_failed_dial(peer: SocketAddr, guard: &ConnectionGuard, error: &DialErr
 
     guard.stats().count(failure_kind(error));
     guard.end(ending(error));
+    let (mapping, reason) = (&guard.state().name, ending(error).as_str());
+    let backend = guard.port_mapping().backend;
     if let DialError::ClientReset { .. } = error {
-        debug!(%peer, mapping = %guard.port_mapping(), %error, "connection ended");
+        debug!(%peer, %mapping, bytes_in = 0, bytes_out = 0, reason, %error, "connection ended");
     } else if let Some(suppressed) = FAILED_DIALS.permit() {
-        warn!(%peer, mapping = %guard.port_mapping(), %error, suppressed, "connection reset: no backend");
+        warn!(%peer, %mapping, %backend, reason, %error, suppressed, "connection reset: no backend");
     }
 }
 

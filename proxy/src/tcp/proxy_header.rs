@@ -112,7 +112,7 @@ enum ReceiveError {
 fn refuse(stream: &Stream, peer: SocketAddr, guard: &ConnectionGuard, error: &ReceiveError) -> Refused {
     static WRONG: LogLimit = LogLimit::new();
 
-    let mapping = guard.port_mapping();
+    let mapping = &guard.state().name;
     match error {
         ReceiveError::Ended => {
             guard.end(Ending::ClientClosed);

@@ -167,7 +167,7 @@ impl UdpRelay {
     pub(super) fn give_up(&mut self, index: usize) {
         let reason = "the listener was shut down from outside";
         let Some(listener) = self.listeners.get_mut(index) else { return };
-        error!(mapping = %listener.target.port_mapping, "{reason}; its clients are not served any more");
+        error!(mapping = %listener.target.name(), host = %listener.target.port_mapping.host, "{reason}; its clients are not served any more");
         self.end_flows(Ending::Removed, |_listeners, key| key.listener as usize == index);
         if let Some(listener) = self.listeners.get_mut(index) {
             // Other processes may have it open; closing it then does not end the reports.

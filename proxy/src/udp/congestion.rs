@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use nix::libc;
 use nix::sys::epoll::EpollFlags;
+use rproxy_mapping::addr::canonical;
 use rproxy_sys::udp::dropped;
 use tracing::debug;
 
@@ -106,7 +107,8 @@ impl UdpRelay {
         match self.open_client_socket(id, key) {
             Ok(()) => true,
             Err(error) => {
-                debug!(%error, "a flow goes on sharing its listener's buffer");
+                let mapping = self.listeners[key.listener as usize].target.name();
+                debug!(%mapping, client = %canonical(key.client), %error, "a flow goes on sharing its listener's buffer");
                 if is_the_listeners(&error) {
                     let listener = &mut self.listeners[key.listener as usize];
                     listener.shared_until = Some(self.turn.start() + RETRY_AFTER);

@@ -66,11 +66,13 @@ impl UdpRelay {
             }
         }
         for flow in flows {
-            let client = flow.client;
+            let (client, listener) = (flow.client, flow.listener);
             if let Err(error) = self.adopt_one(flow, now)
                 && let Some(suppressed) = FAILED.permit()
             {
-                warn!(client = %canonical(client), %error, suppressed, "cannot take a flow over");
+                let target = self.listeners.get_mut(listener).map(|listener| &listener.target);
+                let mapping = target.map(|target| tracing::field::display(target.name()));
+                warn!(mapping, client = %canonical(client), %error, suppressed, "cannot take a flow over");
             }
         }
     }

@@ -234,7 +234,7 @@ impl UdpRelay {
             Err(error) => {
                 stats.count(FailureKind::FlowFailed);
                 if let Some(suppressed) = FAILED.permit() {
-                    warn!(mapping = %target.port_mapping, client = %canonical(client), error = explain(&error, 1), suppressed, "cannot open a flow");
+                    warn!(mapping = %target.name(), client = %canonical(client), error = explain(&error, 1), suppressed, "cannot open a flow");
                 }
                 None
             }
@@ -314,6 +314,6 @@ fn log_forged(target: &Target, key: &FlowKey) {
     static FORGED: LogLimit = LogLimit::new();
     if let Some(suppressed) = FORGED.permit() {
         let source = canonical(key.client);
-        warn!(mapping = %target.port_mapping, %source, suppressed, "datagram dropped: its source is no client's");
+        warn!(mapping = %target.name(), %source, suppressed, "datagram dropped: its source is no client's");
     }
 }

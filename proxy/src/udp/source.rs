@@ -130,7 +130,7 @@ fn open_from(
         match begin(target, client) {
             Ok(socket) => return Ok((socket, Some(taken))),
             Err(error) if error.is_about_port() => {
-                debug!(%client, %error, "another port of the client's address");
+                debug!(%client, mapping = %target.name(), %error, "another port of the client's address");
             }
             Err(error) => return Err(error),
         }
@@ -165,7 +165,7 @@ fn report_other_source(target: &Target, client: SocketAddr, reason: &NotAsClient
 
     target.policy.state.stats.count(FailureKind::SourceUnavailable);
     if let Some(suppressed) = OTHERS.permit() {
-        warn!(%client, mapping = %target.port_mapping, %reason, suppressed, "flow not from its client's address");
+        warn!(%client, mapping = %target.name(), %reason, suppressed, "flow not from its client's address");
     }
 }
 

@@ -238,7 +238,7 @@ fn refusals_are_told() {
         let (served, _letter) = client::connect_lettered(full.address());
         let more: Vec<_> = (0..3).map(|_| attempt(full.address())).collect();
         let line = full.process.wait_for_line(Stream::Stderr, |line| line.contains(words));
-        assert!(line.contains(&format!("mapping={}/tcp", full.address())), "{line}");
+        assert!(line.contains(&format!("mapping=127.0.0.1:random:{port}/tcp ")), "{line}");
         assert!(line.contains("max_connections=1"), "{line}");
         let is_first = line.contains(&format!("client={}", more[0].0));
         assert_eq!(is_first, on_limit == "reset", "one that waits was not accepted: {line}");

@@ -242,7 +242,8 @@ fn random_ports() {
     proxy.apply(std::slice::from_ref(&random)).success();
     let bound = proxy.json(&["list"])["mappings"][0]["bound"].as_str().unwrap().to_owned();
     client::assert_echoes(format!("{host}:{bound}").parse().unwrap());
-    let serving = format!("serving name=web mapping={host}:{bound}:{}/tcp+udp", backend.address().port());
+    let serving =
+        format!("serving mapping=web host={host}:{bound} backend={} protocol=tcp+udp", backend.address());
     proxy.process.wait_for_line(Stream::Stderr, |line| line.contains(&serving));
     // The port that was chosen stays, also when the mapping leads elsewhere.
     let other = TcpBackend::echo();

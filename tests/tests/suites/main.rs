@@ -13,6 +13,7 @@ mod faults;
 mod harness;
 mod hostile;
 mod live;
+mod logs;
 mod netns_setup;
 mod nginx;
 mod promises;
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
         control,
         attached,
         live,
+        logs,
         watch,
         service,
         upgrade,

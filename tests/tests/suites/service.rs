@@ -147,7 +147,7 @@ fn sockets_by_name() {
     let ready = proxy.wait_for_line(Stream::Stdout, |_| true);
     assert_eq!(ready, format!("{}/tcp -> {address}", backend.address().port()), "where it really listens");
     let serving =
-        format!("name=8080/tcp mapping={address}:{}/tcp backend=127.0.0.1", backend.address().port());
+        format!("serving mapping=8080/tcp host={address} backend={} protocol=tcp", backend.address());
     proxy.wait_for_line(Stream::Stderr, |line| line.contains(&serving));
     let ctl = |arguments: &[&str]| {
         let words = ["ctl", "--control", &control];

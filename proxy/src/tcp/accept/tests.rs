@@ -5,6 +5,7 @@ use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
+use rproxy_mapping::PortMapping;
 use rproxy_mapping::addr::Protocol;
 use rproxy_mapping::limits::Limits;
 use tokio::runtime::Handle;

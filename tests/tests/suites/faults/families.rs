@@ -102,7 +102,7 @@ fn changes_without_sockets() {
     proxy.process.signal(Signal::SIGTERM);
     assert!(proxy.process.wait().success());
     let log = proxy.process.captured(Stream::Stderr);
-    assert_eq!(log.matches("serving name=web").count(), 1, "it was touched: {log}");
+    assert_eq!(log.matches("serving mapping=web ").count(), 1, "it was touched: {log}");
 
     let program = Program::new();
     let process = start(program.command(&["--to", "127.0.0.2", "-p", "8080:80"]));
