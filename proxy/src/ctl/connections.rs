@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::table::{human, table};
 use crate::control::answers::{Connection, ConnectionList};
@@ -12,13 +12,13 @@ use crate::control::answers::{Connection, ConnectionList};
 pub(super) const INTERVAL: Duration = Duration::from_millis(500);
 
 /// The connections and flows, and their rates.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct RatedList {
     connections: Vec<Rated>,
     total: usize,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 struct Rated {
     #[serde(flatten)]
     connection: Connection,

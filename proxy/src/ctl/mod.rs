@@ -61,16 +61,10 @@ fn run(ctl: &Ctl) -> Result<(), CtlError> {
     }
     let request = request(&ctl.command)?;
     let mut connection = Connection::open(&ctl.control)?;
-    let mut answer = connection.ask(request.clone())?;
-    if let Command::Connections { .. } = ctl.command {
-        thread::sleep(connections::INTERVAL);
-        let rated = RatedList::new(&result(answer)?, result(connection.ask(request)?)?);
-        if !ctl.json {
-            console::out(&rated.to_table());
-            return Ok(());
-        }
-        answer = serde_json::to_value(rated).map_err(|error| CtlError::NotUnderstood(error.to_string()))?;
-    }
+    let answer = match ctl.command {
+        Command::Connections { .. } => ask_twice(&mut connection, &request)?,
+        _ => connection.ask(request)?,
+    };
     if ctl.json {
         console::out(&answer);
     } else if let Command::List { toml: true } = ctl.command {
@@ -79,6 +73,14 @@ fn run(ctl: &Ctl) -> Result<(), CtlError> {
         show(&ctl.command, answer)?;
     }
     Ok(())
+}
+
+/// The connections and flows with their rates, which take two answers.
+fn ask_twice(connection: &mut Connection, request: &Request) -> Result<Value, CtlError> {
+    let before = result(connection.ask(request.clone())?)?;
+    thread::sleep(connections::INTERVAL);
+    let rated = RatedList::new(&before, result(connection.ask(request.clone())?)?);
+    serde_json::to_value(rated).map_err(|error| CtlError::NotUnderstood(error.to_string()))
 }
 
 fn request(command: &Command) -> Result<Request, CtlError> {
@@ -156,15 +158,12 @@ fn show(command: &Command, answer: Value) -> Result<(), CtlError> {
                 "{added} added, {changed} changed, {removed} removed, {unchanged} not touched"
             ));
         }
+        Command::Connections { .. } => console::out(&result::<RatedList>(answer)?.to_table()),
         Command::Cut { .. } => {
             let CutCounts { cut } = result(answer)?;
             console::out(&format_args!("{cut} cut"));
         }
-        Command::Stats(_)
-        | Command::Connections { .. }
-        | Command::Remove { .. }
-        | Command::Retarget { .. }
-        | Command::Drain => {}
+        Command::Stats(_) | Command::Remove { .. } | Command::Retarget { .. } | Command::Drain => {}
     }
     Ok(())
 }
