@@ -19,6 +19,7 @@ use crate::demo;
 use crate::error::Error;
 use crate::executor::Executor;
 use crate::firewall::detect::Choice;
+use crate::hints::Hints;
 use crate::model::Via;
 use crate::name::{IfName, Name};
 use crate::publish::{Publication, exposed};
@@ -208,6 +209,12 @@ impl Cli {
         })
     }
 
+    /// Completes the commands in this program's messages.
+    #[must_use]
+    pub fn hints(&self) -> Hints {
+        Hints::about(&self.global.state_dir)
+    }
+
     /// Runs the command. Its output goes to `out`, warnings to `log`.
     ///
     /// # Errors
@@ -218,6 +225,7 @@ impl Cli {
         out: &mut dyn Write,
         log: &mut dyn Write,
     ) -> Result<(), Error> {
+        let hints = self.hints();
         let Global { dry_run, json, state_dir, firewall, rproxy } = self.global;
         let options = Options { state_dir, dry_run, firewall, rproxy };
         let Some(command) = self.action.into_command() else {
@@ -228,11 +236,15 @@ impl Cli {
         };
         let report = match commands::run(&command, &options, executor) {
             Err(error) if !error.differences().is_empty() => {
-                write_differences(out, json, error.differences()).map_err(Error::Output)?;
+                let differences: Vec<_> =
+                    error.differences().iter().map(|line| hints.complete(line)).collect();
+                write_differences(out, json, &differences).map_err(Error::Output)?;
                 return Err(error);
             }
             other => other?,
         };
+        let warnings = report.warnings.iter().map(|line| hints.complete(line)).collect();
+        let report = Report { warnings, ..report };
         write_report(out, log, &report, json, dry_run).map_err(Error::Output)
     }
 }

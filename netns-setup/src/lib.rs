@@ -18,6 +18,7 @@ pub mod error;
 pub mod executor;
 pub mod family;
 pub mod firewall;
+pub mod hints;
 pub mod host_ip;
 pub mod interfaces;
 pub mod ipam;

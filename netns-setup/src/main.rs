@@ -23,10 +23,11 @@ fn main() -> ExitCode {
             return ExitCode::from(2);
         }
     };
+    let hints = cli.hints();
     match cli.run(&mut Kernel::default(), &mut out, &mut log) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            drop(writeln!(log, "netns-setup: {}", escaped(&error.to_string())));
+            drop(writeln!(log, "netns-setup: {}", escaped(&hints.complete(&error.to_string()))));
             ExitCode::from(error.exit_code())
         }
     }

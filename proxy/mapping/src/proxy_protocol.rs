@@ -34,6 +34,15 @@ impl Default for ProxyProtocol {
 }
 
 impl ProxyProtocol {
+    /// The same, where options of what is off have their defaults: they make no difference.
+    #[must_use]
+    pub fn normalized(self) -> Self {
+        let default = Self::default();
+        let send_udp = if self.send.is_some() { self.send_udp } else { default.send_udp };
+        let timeout = if self.accept.is_empty() { default.timeout } else { self.timeout };
+        Self { send_udp, timeout, ..self }
+    }
+
     /// Whether headers are sent, or expected from some peers.
     pub fn is_used(&self) -> bool {
         self.send.is_some() || !self.accept.is_empty()

@@ -1,7 +1,7 @@
 //! Where connections and datagrams to a backend come from.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
 
 /// The firewall mark of what backends answer to the addresses of clients, by which the host routes it to itself: one bit,
@@ -52,8 +52,11 @@ impl FromStr for Source {
         if let Some(word) = words.into_iter().find(|word| word.to_string() == text) {
             return Ok(word);
         }
-        let ip: IpAddr = text.parse().map_err(|_no_address| SourceError::Unknown)?;
+        let (address, _zone) = text.split_once('%').unwrap_or((text, ""));
+        let ip: IpAddr = address.parse().map_err(|_no_address| SourceError::Unknown)?;
         match ip.to_canonical() {
+            IpAddr::V6(v6) if v6.is_unicast_link_local() => Err(SourceError::LinkLocal(v6)),
+            _ if address != text => Err(SourceError::Unknown),
             ip if ip.is_unspecified() || ip.is_multicast() || ip == Ipv4Addr::BROADCAST => {
                 Err(SourceError::NotOne(ip))
             }
@@ -71,6 +74,12 @@ pub enum SourceError {
     /// An address that nothing can come from.
     #[error("{0} is not an address of one host; write \"auto\" to leave the choice to the kernel")]
     NotOne(IpAddr),
+    /// An address that is of one link alone.
+    #[error(
+        "{0} is link-local, and no connection comes from such an address of choice; write \"auto\", and the interface as \
+         device: towards a link-local backend, the kernel chooses that address"
+    )]
+    LinkLocal(Ipv6Addr),
     /// The backend has addresses of the other family.
     #[error("{ip} cannot reach the backend {backend}, which is of the other family; write an {} address", family(*backend))]
     Family {
@@ -139,8 +148,14 @@ mod tests {
         }
         let mapped: Source = "::ffff:10.0.0.11".parse().unwrap();
         assert_eq!(mapped.to_string(), "10.0.0.11");
-        for unknown in ["", "Client", "clients", "10.0.0.11:80", "[fd00::1]", "fe80::1%eth0", "eth0"] {
+        for unknown in
+            ["", "Client", "clients", "10.0.0.11:80", "[fd00::1]", "fd00::1%eth0", "10.0.0.1%1", "eth0"]
+        {
             assert_eq!(unknown.parse::<Source>(), Err(SourceError::Unknown), "{unknown}");
+        }
+        for link_local in ["fe80::1", "fe80::1%eth0", "febf::1"] {
+            let error = link_local.parse::<Source>().unwrap_err();
+            assert!(matches!(error, SourceError::LinkLocal(_)), "{link_local}");
         }
         for nobodys in ["0.0.0.0", "::", "224.0.0.1", "255.255.255.255", "ff02::1"] {
             let error = nobodys.parse::<Source>().unwrap_err();

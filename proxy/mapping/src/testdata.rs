@@ -81,8 +81,9 @@ fn any_proxy_protocol() -> impl Strategy<Value = ProxyProtocol> {
     let version = proptest::sample::select(vec![None, Some(ProxyVersion::V1), Some(ProxyVersion::V2)]);
     let datagrams = proptest::sample::select(vec![ProxyDatagrams::Each, ProxyDatagrams::First]);
     let timeout = (1..10_000_000_u64).prop_map(Duration::from_millis);
-    (version, datagrams, any_networks(), timeout)
-        .prop_map(|(send, send_udp, accept, timeout)| ProxyProtocol { send, send_udp, accept, timeout })
+    (version, datagrams, any_networks(), timeout).prop_map(|(send, send_udp, accept, timeout)| {
+        ProxyProtocol { send, send_udp, accept, timeout }.normalized()
+    })
 }
 
 /// A source that can reach the backend of [`any_mapping`].

@@ -160,6 +160,7 @@ impl WireMapping {
         let host_ports = wrong.note("host_ports", self.host_ports.as_deref().map(str::parse).transpose());
         let to = wrong.note("to", address(&self.to));
         let to_ports = wrong.note("to_ports", self.to_ports.parse());
+        self.limits.refuse_lone(&self.limits, &mut wrong);
         let mapping = self.read_between(host.zip(host_ports), to.zip(to_ports), &mut wrong);
         mapping.filter(|_mapping| wrong.0.is_empty()).ok_or(wrong)
     }
@@ -270,6 +271,28 @@ impl WireLimits {
         })
     }
 
+    /// Adds the values to `wrong` that mean nothing, because `all` lacks what they are about. `all` has those of this, and
+    /// perhaps defaults.
+    pub fn refuse_lone(&self, all: &Self, wrong: &mut FieldErrors) {
+        let lone = [
+            (
+                "limits.send_proxy_udp",
+                self.send_proxy_udp.is_some() && all.send_proxy.is_none(),
+                "no datagram has a header without send_proxy; set that too, to \"v2\"",
+            ),
+            (
+                "limits.proxy_timeout",
+                self.proxy_timeout.is_some() && all.accept_proxy.is_empty(),
+                "no header is awaited without accept_proxy; set that too, to the addresses of proxies",
+            ),
+        ];
+        for (field, is_lone, message) in lone {
+            if is_lone && wrong.0.iter().all(|error| error.field != field) {
+                wrong.0.push(FieldError::new(field, message));
+            }
+        }
+    }
+
     fn read_proxy_protocol(&self, wrong: &mut FieldErrors) -> Option<ProxyProtocol> {
         let default = ProxyProtocol::default();
         let send = self.send_proxy.as_deref().map(ProxyVersion::parse).transpose();
@@ -282,12 +305,9 @@ impl WireLimits {
             text => parse_limit(text),
         });
         let timeout = wrong.note("limits.proxy_timeout", timeout.transpose());
-        Some(ProxyProtocol {
-            send: send?,
-            send_udp: send_udp?.unwrap_or_default(),
-            accept: accept?,
-            timeout: timeout?.unwrap_or(default.timeout),
-        })
+        let (send_udp, timeout) = (send_udp?.unwrap_or_default(), timeout?.unwrap_or(default.timeout));
+        // Options of what is off may be defaults for other mappings.
+        Some(ProxyProtocol { send: send?, send_udp, accept: accept?, timeout }.normalized())
     }
 }
 
@@ -427,7 +447,17 @@ mod tests {
             (r#"{"device":"eth 0"}"#, "limits.device: not the name"),
             (r#"{"send_proxy":"v3"}"#, "limits.send_proxy: write \"v1\", \"v2\" or"),
             (r#"{"send_proxy_udp":"all"}"#, "limits.send_proxy_udp: write \"each\" or"),
-            (r#"{"proxy_timeout":"unlimited"}"#, "limits.proxy_timeout: a header needs one"),
+            (
+                r#"{"accept_proxy":["10.0.0.1"],"proxy_timeout":"unlimited"}"#,
+                "limits.proxy_timeout: a header needs one",
+            ),
+            (r#"{"proxy_timeout":"1s"}"#, "limits.proxy_timeout: no header is awaited without accept_proxy"),
+            (
+                r#"{"send_proxy_udp":"first"}"#,
+                "limits.send_proxy_udp: no datagram has a header without send_proxy",
+            ),
+            (r#"{"source":"fe80::1"}"#, "limits.source: fe80::1 is link-local"),
+            (r#"{"source":"fe80::1%eth0"}"#, "limits.source: fe80::1 is link-local"),
             (
                 r#"{"accept_proxy":["10.0.0.1/8"]}"#,
                 "limits.accept_proxy: '10.0.0.1/8': it has host bits set; write 10.0.0.0/8",

@@ -40,11 +40,30 @@ pub(crate) fn bind_to_device(socket: &Socket, limits: &Limits) -> Result<(), Sou
     bound.map_err(|source| SourceError::Device { device: device.clone(), source })
 }
 
+/// Finds out whether connections to `backend` can come from the address and the interface that `limits` ask for. Sends
+/// nothing.
+///
+/// # Errors
+/// [`SourceError`], and that of connect(2) as one of the address.
+pub(crate) fn can_reach(limits: &Limits, backend: SocketAddr) -> Result<(), SourceError> {
+    let Source::Address(ip) = limits.source else { return Ok(()) };
+    let probe = Socket::new(Domain::for_address(backend), Type::DGRAM, None);
+    let probe = probe.map_err(|source| SourceError::Address { ip, source })?;
+    bind_as_asked(&probe, limits)?;
+    probe.connect(&backend.into()).map_err(|source| match source.kind() {
+        io::ErrorKind::InvalidInput => SourceError::Unroutable { ip, backend: backend.ip() },
+        _ => SourceError::Address { ip, source },
+    })
+}
+
 /// Why a socket does not come from where it should.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SourceError {
     #[error("cannot send from {ip}: {}", explain(source))]
     Address { ip: IpAddr, source: io::Error },
+    /// The kernel lets no packet with this address leave the host (`__mkroute_output`, net/ipv4/route.c).
+    #[error("cannot send from {ip}: it is of this host alone, and {backend} is elsewhere")]
+    Unroutable { ip: IpAddr, backend: IpAddr },
     #[error("cannot send by the interface {device}: {}", explain(source))]
     Device { device: Device, source: io::Error },
     #[error("the client {client} cannot be its own source: {reason}")]
@@ -55,7 +74,7 @@ impl From<SourceError> for io::Error {
     fn from(error: SourceError) -> Self {
         let kind = match &error {
             SourceError::Address { source, .. } | SourceError::Device { source, .. } => source.kind(),
-            SourceError::Client { .. } => io::ErrorKind::Other,
+            SourceError::Client { .. } | SourceError::Unroutable { .. } => io::ErrorKind::Other,
         };
         Self::new(kind, error)
     }
@@ -269,6 +288,12 @@ mod tests {
         let nobodys = Limits { source: Source::Address([192, 0, 2, 1].into()), ..Limits::default() };
         let error = bind_as_asked(&socket(), &nobodys).unwrap_err();
         assert_eq!(error.to_string(), "cannot send from 192.0.2.1: it is not an address of this host");
+        let backend = ([192, 0, 2, 1], 80).into();
+        let local = Limits { source: Source::Address([127, 0, 0, 1].into()), ..Limits::default() };
+        let error = can_reach(&local, backend).unwrap_err().to_string();
+        assert_eq!(error, "cannot send from 127.0.0.1: it is of this host alone, and 192.0.2.1 is elsewhere");
+        can_reach(&local, ([127, 0, 0, 2], 80).into()).unwrap();
+        can_reach(&nobodys, backend).unwrap_err();
         let nowhere = Limits { device: Some("nonesuch0".parse().unwrap()), ..Limits::default() };
         let error = bind_as_asked(&socket(), &nowhere).unwrap_err().to_string();
         assert!(error.starts_with("cannot send by the interface nonesuch0: "), "{error}");

@@ -13,6 +13,7 @@ use tracing::warn;
 
 use super::interfaces::HostInterfaces;
 use super::routes::scope_of;
+use super::source::SourceError;
 use crate::log::limit::LogLimit;
 
 /// Clients that nobody has: addresses for documentation (RFC 5737, RFC 3849).
@@ -91,7 +92,7 @@ impl WayBack {
     }
 }
 
-/// The ways back of mappings whose backends see clients.
+/// The ways to and from backends that see clients, or a given address.
 #[derive(Debug, Default)]
 pub(crate) struct WaysBack {
     /// The mappings whose ways are to be looked up.
@@ -100,7 +101,7 @@ pub(crate) struct WaysBack {
     pub(crate) reported: Reported,
 }
 
-/// The mappings whose missing command was reported: once, until it was there.
+/// The mappings whose missing command, or whose wrong address, was reported: once, until it was there.
 #[derive(Debug, Default)]
 pub(crate) struct Reported(BTreeSet<Name>);
 
@@ -128,6 +129,21 @@ impl Reported {
             Err(error) => {
                 warn!(%mapping, %error, suppressed, "cannot find out whether answers to clients come back");
             }
+        }
+    }
+
+    /// Warns if connections of `mapping` cannot come from the address that they should.
+    pub(crate) fn report_source(&mut self, mapping: &Name, found: Result<(), SourceError>) {
+        static LINES: LogLimit = LogLimit::new();
+
+        let Err(error) = found else {
+            self.0.remove(mapping);
+            return;
+        };
+        if self.0.insert(mapping.clone())
+            && let Some(suppressed) = LINES.permit()
+        {
+            warn!(%mapping, %error, suppressed, "the backend cannot be reached");
         }
     }
 

@@ -202,6 +202,25 @@ impl MappingArgs {
         self.limits.limits()
     }
 
+    /// Refuses options of headers that are neither sent nor awaited.
+    ///
+    /// # Errors
+    /// [`UsageError`]
+    pub(super) fn refuse_lone(&self) -> Result<(), UsageError> {
+        let given = self.limits.limits().proxy_protocol;
+        let effective = given.clone().normalized();
+        if given.send_udp != effective.send_udp {
+            let words = format!("--send-proxy-udp {}", given.send_udp);
+            return Err(wrong(&words, &"no datagram has a header without --send-proxy v2; add that"));
+        }
+        if given.timeout != effective.timeout {
+            let problem =
+                "no header is awaited without --accept-proxy; add that, with the addresses of proxies";
+            return Err(wrong("--proxy-timeout", &problem));
+        }
+        Ok(())
+    }
+
     /// The requested mappings: those of `--host` in order, then those of `-p`, then those of `-P`.
     ///
     /// # Errors

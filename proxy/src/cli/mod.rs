@@ -128,6 +128,7 @@ impl Serve {
     /// Those of [`MappingArgs::mappings`].
     pub fn mappings(&self) -> Result<Vec<Mapping>, UsageError> {
         let may_be_empty = self.control.is_some() || self.config.is_some() || self.attach.is_some();
+        self.mappings.refuse_lone()?;
         if may_be_empty && self.mappings.is_empty() {
             return Ok(Vec::new());
         }

@@ -615,6 +615,27 @@ mod tests {
     }
 
     #[test]
+    fn options_of_headers_need_headers() {
+        let alone = [
+            ("send_proxy_udp = 'first'", "4:18: send_proxy_udp: no datagram has a header without send_proxy"),
+            ("proxy_timeout = '1s'", "4:17: proxy_timeout: no header is awaited without accept_proxy"),
+        ];
+        let together = "[defaults]\nsend_proxy_udp = 'first'\nproxy_timeout = '1s'\n";
+        for (line, expected) in alone {
+            let found = mistakes(&format!("{GOOD}{line}"));
+            assert!(found.len() == 1 && found[0].starts_with(expected), "{found:?}");
+            let found = mistakes(&format!("{GOOD}[attach]\n{line}"));
+            assert!(found.len() == 1 && found[0].contains(": no "), "{found:?}");
+            let partners = "[defaults]\nsend_proxy = 'v2'\naccept_proxy = ['10.0.0.1']\n";
+            find_config(&format!("{partners}{GOOD}{line}")).unwrap();
+        }
+        // They are for those of the mappings that have headers.
+        find_config(&format!("{together}{GOOD}")).unwrap();
+        let off = format!("{together}{GOOD}send_proxy = 'off'\nsend_proxy_udp = 'each'\n");
+        find_config(&off).unwrap();
+    }
+
+    #[test]
     fn names_of_attached_ports_are_refused() {
         let found = mistakes(&format!("{GOOD}name = 'docker/tcp/0.0.0.0:80'"));
         let expected = "4:8: name: names that start with docker/ are those of attached ports; choose another";

@@ -102,7 +102,10 @@ impl Keys {
             _ => (self.host, self.to) = (text("[::]:80"), text("172.17.0.2:80")),
         }
         let mut found = Mistakes::default();
-        self.mapping(&Self::default(), 0..0, &mut found).is_some() && found.is_empty()
+        // What other keys are about.
+        let proxies = Some(Spanned::new(0..0, vec!["192.0.2.1".to_owned()]));
+        let others = Self { send_proxy: text("v2"), accept_proxy: proxies, ..Self::default() };
+        self.mapping(&others, 0..0, &mut found).is_some() && found.is_empty()
     }
 
     /// The number of networks that this table lists.
@@ -155,6 +158,7 @@ impl Keys {
         }
         let (host, to) = (host.map(|host| (host.ip, host.ports)), to.map(|to| (to.ip, to.ports)));
         let mapping = all.wire().read_between(host, to, &mut wrong);
+        self.limits().refuse_lone(&all.limits(), &mut wrong);
         let is_wrong = !wrong.0.is_empty() || !self.unread.is_empty();
         found.extend(all.located(wrong, place));
         mapping.filter(|_mapping| !is_wrong)
@@ -167,6 +171,7 @@ impl Keys {
         let name = wrong.note("name", name.transpose());
         let all = self.or(defaults);
         let limits = all.limits().read(&mut wrong);
+        self.limits().refuse_lone(&all.limits(), &mut wrong);
         let is_right = wrong.0.is_empty() && self.unread.is_empty();
         found.extend(all.located(wrong, 0..0));
         is_right.then_some(AttachTable { name: name?, limits: limits? })

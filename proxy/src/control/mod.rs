@@ -5,6 +5,7 @@
 
 pub mod answers;
 pub(crate) mod clients;
+mod field;
 pub mod protocol;
 pub(crate) mod requests;
 

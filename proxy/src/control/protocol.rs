@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use super::answers::Response;
+use super::field::wrong_field;
 use crate::engine::change::ChangeError;
 
 /// The version of the protocol.
@@ -194,9 +195,12 @@ pub fn decode(line: &[u8]) -> (Option<u64>, Result<Request, Refusal>) {
         Err(error) => return (None, Err(Refusal::bad_request(format!("not a request: {error}")))),
     };
     let request = match any.v {
-        Some(VERSION) => serde_json::from_slice::<Envelope>(line)
-            .map(|envelope| envelope.request)
-            .map_err(|error| Refusal::bad_request(format!("not a request: {error}"))),
+        Some(VERSION) => {
+            serde_json::from_slice::<Envelope>(line).map(|envelope| envelope.request).map_err(|error| {
+                let error = wrong_field(line).unwrap_or_else(|| format!("not a request: {error}"));
+                Refusal::bad_request(error)
+            })
+        }
         _ => Err(Refusal {
             kind: RefusalKind::Version,
             message: format!("this rproxy speaks version {VERSION}"),
@@ -272,6 +276,21 @@ mod tests {
                 r#"{"v":1,"do":{"add":{"mappings":[5]}}}"#,
                 "bad_request",
                 "expected an object that describes a mapping",
+            ),
+            (
+                r#"{"v":1,"do":{"apply":{"mappings":[{"name":"a","to":"x","to_ports":"80","limits":{"dscp":"8","source":5}}]}}}"#,
+                "bad_request",
+                "mapping a: limits.source: invalid type: integer `5`, expected a string",
+            ),
+            (
+                r#"{"v":1,"do":{"add":{"mappings":[{"to":"x","to_ports":80}]}}}"#,
+                "bad_request",
+                "to_ports: invalid type: integer `80`",
+            ),
+            (
+                r#"{"v":1,"do":{"add":{"mappings":[{"to":"x","to_ports":"80","limits":{"sauce":"auto"}}]}}}"#,
+                "bad_request",
+                "limits.sauce: unknown field `sauce`",
             ),
             (r#"{"id":7}"#, "version", "speaks version 1"),
             (r#"{"v":2,"id":7,"do":{"fly":{}}}"#, "version", "speaks version 1"),

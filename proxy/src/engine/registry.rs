@@ -9,8 +9,9 @@ use rproxy_mapping::Mapping;
 use rproxy_mapping::addr::Protocol;
 use rproxy_mapping::name::Name;
 use rproxy_mapping::ports::PortRange;
+use rproxy_mapping::source::Source;
 
-use crate::bind::way_back::{WayBack, WaysBack};
+use crate::bind::way_back::WaysBack;
 use crate::engine::sweep::Sweep;
 use crate::runtime::poll::WatchedListener;
 use crate::state::stats::Stats;
@@ -38,12 +39,6 @@ impl Served {
     /// The process that has attached this port, unless it is a mapping that was requested.
     pub fn process(&self) -> Option<u32> {
         self.process
-    }
-
-    /// The way from its backends, if they see clients.
-    fn way_back(&self) -> Option<WayBack> {
-        let port = self.ports.first()?;
-        WayBack::of(&self.policy.limits, port.target.port_mapping.backend.socket_addr())
     }
 
     /// Its counters.
@@ -131,7 +126,7 @@ impl Registry {
     /// Adds a mapping, or replaces the one with the same name.
     pub(crate) fn put(&mut self, name: Name, served: Served) {
         self.ports.add(&served);
-        if served.policy.limits.source.is_client() {
+        if served.policy.limits.source != Source::Auto {
             self.ways_back.to_look_up.push(name.clone());
         }
         match self.served.entry(name) {
@@ -148,19 +143,24 @@ impl Registry {
         }
     }
 
-    /// Has all mappings whose backends see clients looked up again.
+    /// Has all mappings looked up again whose backends see clients, or a given address.
     pub(crate) fn look_all_up(&mut self) {
-        let as_client = self.served.iter().filter(|(_name, served)| served.policy.limits.source.is_client());
-        self.ways_back.to_look_up = as_client.map(|(name, _served)| name.clone()).collect();
+        let asked = self.served.iter().filter(|(_name, served)| served.policy.limits.source != Source::Auto);
+        self.ways_back.to_look_up = asked.map(|(name, _served)| name.clone()).collect();
     }
 
-    /// The mappings that were put since the last call, and whose backends see clients: the ways from these.
-    pub(crate) fn take_to_look_up(&mut self) -> Vec<(Name, WayBack)> {
+    /// Those of these mappings that were put since the last call: how they are served, and their backends. A mapping leads
+    /// to one address.
+    pub(crate) fn take_to_look_up(&mut self) -> Vec<(Name, Arc<MappingPolicy>, SocketAddr)> {
         let names = std::mem::take(&mut self.ways_back.to_look_up);
         if !names.is_empty() {
             self.ways_back.reported.keep(|name| self.served.contains_key(name));
         }
-        let way = |name: Name| Some((name.clone(), self.get(&name)?.way_back()?));
+        let way = |name: Name| {
+            let served = self.get(&name)?;
+            let backend = served.ports.first()?.target.port_mapping.backend.socket_addr();
+            Some((name, served.policy.clone(), backend))
+        };
         names.into_iter().filter_map(way).collect()
     }
 

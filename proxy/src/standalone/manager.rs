@@ -20,7 +20,9 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, Interval, sleep, sleep_until};
 use tracing::{debug, error, info, warn};
 
+use crate::bind::source::can_reach;
 use crate::bind::unix_socket::{SocketFile, UnixSocket};
+use crate::bind::way_back::WayBack;
 use crate::config::{self, Config};
 use crate::control::clients::{self, Call};
 use crate::control::requests::answer;
@@ -444,11 +446,26 @@ async fn serve_shim(
     Ok(())
 }
 
-/// Looks up whether the answers of backends to clients come back, and reports where they do not.
+/// Looks up whether backends are reached from given addresses, and whether their answers to clients come back. Reports
+/// where they do not.
 async fn look_up(upgrade: &mut Upgrade, server: &mut Server) {
-    for (name, way) in server.registry.take_to_look_up() {
-        // Without a launcher, only a process that is not confined can find out.
-        let found = upgrade.look_up(&way).await.unwrap_or_else(|_no_launcher| way.interface_without());
+    for (name, policy, backend) in server.registry.take_to_look_up() {
+        let Some(way) = WayBack::of(&policy.limits, backend) else {
+            let found = can_reach(&policy.limits, backend);
+            server.registry.ways_back.reported.report_source(&name, found);
+            continue;
+        };
+        let found = match upgrade.look_up(&way).await {
+            Ok(found) => found,
+            // Only a process that is not confined can find out then.
+            Err(no_launcher) => match way.interface_without() {
+                Ok(found) => Ok(found),
+                Err(error) => {
+                    debug!(%name, %no_launcher, %error, "cannot find out whether answers to clients come back");
+                    continue;
+                }
+            },
+        };
         server.registry.ways_back.reported.report(&name, found);
     }
 }

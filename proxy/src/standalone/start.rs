@@ -16,6 +16,7 @@ use super::manager::{Configuration, Drain, Manager, Reload};
 use crate::bind::activation::{InheritedError, InheritedSockets};
 use crate::bind::family::{NO_IPV6, has_ipv6};
 use crate::bind::listen::BindError;
+use crate::bind::source::can_reach;
 use crate::bind::unix_socket::{SocketError, UnixSocket};
 use crate::bind::way_back::{Reported, WayBack, WaysBack};
 use crate::bind::{Bound, BoundError, BoundPort, routes};
@@ -184,8 +185,10 @@ fn prepare_server(
     let mut reported = Reported::default();
     for Bound { mapping, ports, .. } in &bound {
         let backend = ports.first().map(|port| port.port_mapping.backend.socket_addr());
-        if let Some(way) = backend.and_then(|backend| WayBack::of(mapping.limits(), backend)) {
-            reported.report(&mapping.name(), way.interface_without());
+        let Some(backend) = backend else { continue };
+        match WayBack::of(mapping.limits(), backend) {
+            Some(way) => reported.report(&mapping.name(), way.interface_without()),
+            None => reported.report_source(&mapping.name(), can_reach(mapping.limits(), backend)),
         }
     }
     let needs = needs(options, attaches, metrics, &bound);

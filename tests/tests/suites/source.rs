@@ -712,6 +712,18 @@ fn own_address() {
         }
     }
     drop(udp);
+    let proxy = relay(&net, "tcp+udp", "0.0.0.0:5300", V4.1, &["--source", "127.0.0.1"]);
+    let why = "cannot send from 127.0.0.1: it is of this host alone, and 172.17.0.2 is elsewhere";
+    proxy
+        .process
+        .wait_for_line(Stream::Stderr, |line| line.contains("cannot be reached") && line.contains(why));
+    drop(proxy);
+    let changed = Controlled::start_in(&net.host, &["--sandbox", "strict"]);
+    changed.apply(&[with(mapping("front", "tcp", V4.0, V4.1), json!({ "source": "127.0.0.1" }))]).success();
+    changed
+        .process
+        .wait_for_line(Stream::Stderr, |line| line.contains("mapping=front") && line.contains(why));
+    drop(changed);
     let proxy = relay(&net, "tcp+udp", "0.0.0.0:5300", V4.1, &["--source", "192.0.2.1"]);
     assert_eq!(net.client.run(|| client::end_of(V4.0)), (vec![], End::Reset));
     let why = "cannot send from 192.0.2.1: it is not an address of this host";

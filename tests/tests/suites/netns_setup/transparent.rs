@@ -431,7 +431,7 @@ fn removed_parts(stage: &Stage, backend: Backend) {
             assert_eq!(output.status.code(), Some(1), "{part}: {output:#?}");
             assert_eq!(output.stdout.lines().count(), 1, "{part}: {output:#?}");
             assert!(
-                output.stderr.contains("1 difference found: run `netns-setup repair`"),
+                output.stderr.contains("1 difference found: run `netns-setup repair --state-dir "),
                 "{part}: {output:#?}"
             );
         }
@@ -478,7 +478,7 @@ fn added(stage: &Stage, backend: Backend) {
     assert_eq!(said, "nothing was set up for br7\n");
     let (code, message) = stage.fails("transparent check --interface br7 --interface docker0");
     assert_eq!(code, 1, "{message}");
-    assert!(message.trim_end().ends_with("run `netns-setup transparent up --interface br7`"), "{message}");
+    assert!(message.contains("run `netns-setup transparent up --interface br7 --state-dir "), "{message}");
     // What else differs is listed, too.
     stage.host("ip rule delete priority 50");
     let output = stage.run("transparent check --interface br7");
@@ -511,7 +511,9 @@ fn vanished(stage: &Stage) {
     stage.host("ip link delete br7");
     let output = stage.run("transparent check");
     assert_eq!(output.status.code(), Some(1), "{output:#?}");
-    let found = "the interface br7 is gone: run `netns-setup transparent down --interface br7` if it does not come back\n";
+    let command =
+        format!("netns-setup transparent down --interface br7 --state-dir {}", stage.state_dir().display());
+    let found = format!("the interface br7 is gone: run `{command}` if it does not come back\n");
     assert_eq!(output.stdout, found);
     assert!(output.stderr.contains("1 difference found that netns-setup cannot repair"), "{output:#?}");
     stage.ok("transparent down --interface br7");
@@ -613,12 +615,12 @@ fn bad_input(stage: &Stage) {
     refused("transparent up --interface veth0002", 2, "veth0002 is a port of docker0");
     refused("transparent up --interface a/b", 2, "not an interface name");
     refused("transparent up --interface all", 2, "not an interface name");
-    refused("transparent check", 1, "run `netns-setup transparent up`");
+    refused("transparent check", 1, "run `netns-setup transparent up --state-dir ");
     assert_eq!(stage.ok("transparent down --interface docker9"), "nothing was set up for docker9\n");
     stage.ok("transparent up --firewall nft");
     let before = stage.dump();
     let (code, message) = stage.fails("transparent up --firewall iptables");
-    assert!(code == 1 && message.contains("run `netns-setup transparent down` first"), "{message}");
+    assert!(code == 1 && message.contains("run `netns-setup transparent down --state-dir "), "{message}");
     assert_same(&stage.dump(), &before, "another firewall");
     stage.ok("transparent down");
     stage.host("ip link delete docker0");
@@ -644,7 +646,7 @@ fn without_ipv6(stage: &Stage) {
     assert_eq!(stage.ok("transparent check"), "everything is as it should be\n");
     stage.host("sysctl -w net.ipv6.conf.lo.disable_ipv6=0");
     let found = stage.run("transparent check").stdout;
-    assert!(found.contains("run `netns-setup transparent up` to include it"), "{found}");
+    assert!(found.contains("run `netns-setup transparent up --state-dir "), "{found}");
     stage.ok("transparent up");
     assert_answered(stage, "with IPv6");
     // The kernel removes the route with the addresses of the interface.

@@ -39,8 +39,8 @@ fn refused(stage: &Stage, arguments: &str, expected: i32, part: &str) {
 }
 
 fn bad_input(stage: &Stage) {
-    refused(stage, "attach web", 1, "run `netns-setup up` first");
-    refused(stage, "publish web -p 80", 1, "run `netns-setup up` first");
+    refused(stage, "attach web", 1, "run `netns-setup up --state-dir ");
+    refused(stage, "publish web -p 80", 1, "run `netns-setup up --state-dir ");
     refused(stage, "attach ../web", 2, "not a container name");
     refused(stage, "up --subnet 172.17.0.1/16", 2, "the network is 172.17.0.0/16");
     refused(stage, "up --mtu 70000", 2, "65535");
@@ -56,7 +56,7 @@ fn bad_input(stage: &Stage) {
     refused(stage, "attach web --netns /nonexistent", 1, "cannot open the network namespace /nonexistent");
     refused(stage, "attach web --netns /etc/hostname", 1, "/etc/hostname is not a network namespace");
     refused(stage, "attach web --netns /proc/self/ns/net", 1, "the host's own");
-    refused(stage, "up --subnet 172.18.0.0/16", 1, "run `netns-setup down` first");
+    refused(stage, "up --subnet 172.18.0.0/16", 1, "run `netns-setup down --state-dir ");
     refused(stage, "attach web --firewall iptables", 1, "--firewall nft");
     stage.ok("attach web");
     refused(stage, "publish web -p 80:80/sctp", 2, "'sctp' is not a protocol that is relayed");

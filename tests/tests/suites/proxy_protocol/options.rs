@@ -130,6 +130,9 @@ fn mistakes() {
         ("--accept-proxy", "proxies", "not a network"),
         ("--proxy-timeout", "0", "everything would be over at once"),
         ("--proxy-timeout", "unlimited", "not a duration"),
+        ("--proxy-timeout", "1s", "--accept-proxy"),
+        ("--send-proxy-udp", "first", "--send-proxy v2"),
+        ("--source", "fe80::1%lo", "fe80::1 is link-local"),
     ] {
         let output = process::run(rproxy::command(&["--host", "127.0.0.1:0", "--to", to, flag, value]));
         assert_eq!(output.status.code(), Some(2), "{output:#?}");
