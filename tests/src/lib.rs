@@ -22,6 +22,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 pub mod backend;
+pub mod browser;
 pub mod client;
 pub mod controlled;
 pub mod docker_proxy;

@@ -203,7 +203,8 @@ async fn read_line(reader: &mut BufReader<&mut OwnedReadHalf>) -> io::Result<Opt
     }
 }
 
-async fn call(request: Request, calls: &mpsc::Sender<Call>) -> Result<Reply, Refusal> {
+/// Has the receiver of `calls` execute a request.
+pub(crate) async fn call(request: Request, calls: &mpsc::Sender<Call>) -> Result<Reply, Refusal> {
     let ending = || Refusal { kind: RefusalKind::Failed, message: "rproxy is ending".to_owned() };
     let (answer, answered) = oneshot::channel();
     calls.send(Call { request, answer }).await.map_err(|_gone| ending())?;

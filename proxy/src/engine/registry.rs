@@ -68,6 +68,8 @@ struct Departed {
 #[derive(Debug, Default)]
 pub struct Registry {
     served: BTreeMap<Name, Served>,
+    /// The number of changes.
+    revision: u64,
     ports: Ports,
     /// Removed mappings, some of which may have finished.
     departed: Vec<Departed>,
@@ -85,6 +87,11 @@ impl Registry {
     /// Whether no mapping is served.
     pub fn is_empty(&self) -> bool {
         self.served.is_empty()
+    }
+
+    /// A number that every change of a served mapping increases, for readers that know what was served before.
+    pub(crate) fn revision(&self) -> u64 {
+        self.revision
     }
 
     /// The mapping called `name`.
@@ -125,6 +132,7 @@ impl Registry {
 
     /// Adds a mapping, or replaces the one with the same name.
     pub(crate) fn put(&mut self, name: Name, served: Served) {
+        self.revision += 1;
         self.ports.add(&served);
         if served.policy.limits.source != Source::Auto {
             self.ways_back.to_look_up.push(name.clone());
@@ -167,6 +175,7 @@ impl Registry {
     /// Removes the mapping called `name` and returns its listeners. It is listed as draining while in use.
     pub(crate) fn take(&mut self, name: &Name) -> Option<Vec<Arc<WatchedListener>>> {
         let (name, mut served) = self.served.remove_entry(name)?;
+        self.revision += 1;
         self.ports.remove(&served);
         let ports = served.ports.drain(..).map(|binding| binding.port).collect();
         self.depart(name, served);

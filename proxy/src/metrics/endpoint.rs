@@ -7,6 +7,7 @@ use tokio::task::JoinHandle;
 use tracing::{error, info, warn};
 
 use super::listener::{Acceptor, MetricsListener, MetricsSocket};
+use super::routes::Routes;
 use super::server::serve;
 use super::source::{QUERIES, Query, Source};
 use crate::control::clients::Call;
@@ -67,6 +68,6 @@ impl Drop for Endpoint {
 }
 
 async fn serve_until_dropped(acceptor: Acceptor, source: Source) {
-    let Err(error) = serve(acceptor, source).await;
+    let Err(error) = serve(acceptor, Routes::new(source)).await;
     error!(%error, "metrics are not served any more");
 }

@@ -4,8 +4,12 @@
 //! what the manager says to a [`source::Query`]. Nothing here touches the data path.
 
 pub mod addr;
+mod connections;
 pub(crate) mod endpoint;
 pub mod listener;
+mod page;
+mod response;
 mod routes;
 mod server;
 pub(crate) mod source;
+pub(crate) mod status;

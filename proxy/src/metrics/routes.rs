@@ -1,33 +1,54 @@
 //! The paths that are served, and the errors of HTTP.
 
-use std::convert::Infallible;
-
-use bytes::Bytes;
-use http_body_util::combinators::UnsyncBoxBody;
-use http_body_util::{BodyExt, Full};
 use hyper::body::{Body as _, Incoming};
-use hyper::header::{ALLOW, CACHE_CONTROL, CONNECTION, CONTENT_TYPE, HeaderValue, X_CONTENT_TYPE_OPTIONS};
-use hyper::{Method, Request, Response, StatusCode};
+use hyper::header::{ALLOW, CONNECTION, HeaderValue};
+use hyper::{Method, Request, Response, StatusCode, Uri};
 
+use super::connections;
+use super::page;
+use super::page::viewers::Viewers;
+use super::response::{Body, text};
 use super::source::Source;
 
 /// The maximum length of a request's body, in bytes. No request needs one.
 const LONGEST_BODY: u64 = 16 * 1024;
 
-/// The body of a response.
-pub(super) type Body = UnsyncBoxBody<Bytes, Infallible>;
+/// What answers requests.
+#[derive(Clone, Debug)]
+pub(super) struct Routes {
+    source: Source,
+    viewers: Viewers,
+}
 
-/// Answers a request.
-pub(super) async fn answer(request: Request<Incoming>, source: Source) -> Response<Body> {
-    if let Some(refusal) = refusal(&request) {
-        return refusal;
+impl Routes {
+    /// Answers from `source`.
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
+    pub(super) fn new(source: Source) -> Self {
+        Self { viewers: Viewers::start(source.clone()), source }
     }
-    match request.uri().path() {
-        "/healthz" => match source.check_pulse().await {
-            Ok(()) => text(StatusCode::OK, "ok\n"),
-            Err(error) => text(StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n")),
-        },
-        _ => text(StatusCode::NOT_FOUND, "not found; there is /healthz\n"),
+
+    /// Answers a request.
+    pub(super) async fn answer(&self, request: Request<Incoming>) -> Response<Body> {
+        match refusal(&request) {
+            Some(refusal) => refusal,
+            None => self.route(request.uri()).await,
+        }
+    }
+
+    async fn route(&self, uri: &Uri) -> Response<Body> {
+        let Self { source, viewers } = self;
+        match uri.path() {
+            "/" => page::document(),
+            "/events" => page::events(viewers),
+            "/api/connections" => connections::answer(uri.query().unwrap_or_default(), source).await,
+            "/healthz" => match source.check_pulse().await {
+                Ok(()) => text(StatusCode::OK, "ok\n"),
+                Err(error) => text(StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n")),
+            },
+            _ => text(StatusCode::NOT_FOUND, "not found; there are / and /healthz\n"),
+        }
     }
 }
 
@@ -47,16 +68,5 @@ fn refusal(request: &Request<Incoming>) -> Option<Response<Body>> {
 /// Ends the connection after a response, because the rest of the request is not read.
 fn closing(mut response: Response<Body>) -> Response<Body> {
     response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
-    response
-}
-
-/// A response of plain text.
-pub(super) fn text(status: StatusCode, text: impl Into<Bytes>) -> Response<Body> {
-    let mut response = Response::new(Full::new(text.into()).boxed_unsync());
-    *response.status_mut() = status;
-    let headers = response.headers_mut();
-    headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
-    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
-    headers.insert(X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     response
 }

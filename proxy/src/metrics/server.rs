@@ -27,8 +27,8 @@ use tokio_io_timeout::TimeoutStream;
 use tracing::{debug, warn};
 
 use super::listener::Acceptor;
-use super::routes::{Body, answer};
-use super::source::Source;
+use super::response::Body;
+use super::routes::Routes;
 use crate::log::limit::LogLimit;
 use crate::runtime::descriptors::{explain, has_run_out};
 use crate::runtime::spare::Spare;
@@ -60,10 +60,10 @@ const FULL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/pla
 ///
 /// # Errors
 /// Those of epoll_ctl(2).
-pub(crate) async fn serve(acceptor: Acceptor, source: Source) -> io::Result<Infallible> {
+pub(crate) async fn serve(acceptor: Acceptor, routes: Routes) -> io::Result<Infallible> {
     match acceptor {
-        Acceptor::Tcp(listener) => Clients::accept_from(TcpListener::from_std(listener)?, source).await,
-        Acceptor::Unix(listener) => Clients::accept_from(UnixListener::from_std(listener)?, source).await,
+        Acceptor::Tcp(listener) => Clients::accept_from(TcpListener::from_std(listener)?, routes).await,
+        Acceptor::Unix(listener) => Clients::accept_from(UnixListener::from_std(listener)?, routes).await,
     }
 }
 
@@ -126,7 +126,7 @@ impl Transport for UnixStream {
 
 /// The connected clients.
 struct Clients {
-    source: Source,
+    routes: Routes,
     spare: Spare,
     /// In the order of their arrival; some may be gone.
     connected: VecDeque<Client>,
@@ -142,10 +142,10 @@ struct Client {
 }
 
 impl Clients {
-    async fn accept_from(listener: impl Listen, source: Source) -> io::Result<Infallible> {
+    async fn accept_from(listener: impl Listen, routes: Routes) -> io::Result<Infallible> {
         static FAILED: LogLimit = LogLimit::new();
 
-        let mut clients = Self { source, spare: Spare::of(&listener), connected: VecDeque::new() };
+        let mut clients = Self { routes, spare: Spare::of(&listener), connected: VecDeque::new() };
         loop {
             match listener.next().await {
                 Ok(stream) => clients.admit(stream),
@@ -177,9 +177,9 @@ impl Clients {
         let (end, ended) = oneshot::channel();
         let is_busy = Arc::<AtomicBool>::default();
         self.connected.push_back(Client { end, is_busy: is_busy.clone(), since: Instant::now() });
-        let (source, spare) = (self.source.clone(), self.spare.clone());
+        let (routes, spare) = (self.routes.clone(), self.spare.clone());
         tokio::spawn(async move {
-            let stream = converse(stream, source, is_busy, ended).await;
+            let stream = converse(stream, routes, is_busy, ended).await;
             spare.refill(|| stream.end());
         });
     }
@@ -247,16 +247,16 @@ impl hyper::body::Body for Marked {
 /// Answers the requests of a client until it leaves or has to. Returns its connection.
 async fn converse<T: Transport>(
     mut stream: T,
-    source: Source,
+    routes: Routes,
     is_busy: Arc<AtomicBool>,
     ended: oneshot::Receiver<()>,
 ) -> T {
     let mut limited = TimeoutStream::new(&mut stream);
     limited.set_write_timeout(Some(TIMEOUT));
     let service = service_fn(|request| {
-        let (source, busy) = (source.clone(), Busy::new(&is_busy));
+        let (routes, busy) = (routes.clone(), Busy::new(&is_busy));
         async move {
-            let response = answer(request, source).await;
+            let response = routes.answer(request).await;
             Ok::<_, Infallible>(response.map(|body| Marked { body, _busy: busy }))
         }
     });

@@ -5,7 +5,10 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
-use crate::control::clients::Call;
+use super::status::Status;
+use crate::control::answers::Response;
+use crate::control::clients::{self, Call};
+use crate::control::protocol::{Refusal, RefusalKind, Request};
 
 /// The maximum number of queued queries.
 pub(crate) const QUERIES: usize = 16;
@@ -19,6 +22,8 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 pub(crate) enum Query {
     /// Ask the tasks that serve clients for a sign of life.
     Pulse(oneshot::Sender<Pulse>),
+    /// Tell the state of the mappings, for somebody who knows the descriptions of this revision.
+    Status(Option<u64>, oneshot::Sender<Status>),
 }
 
 /// The pending answers of the tasks that serve clients, one each.
@@ -30,7 +35,6 @@ pub(crate) struct Source {
     /// Queries of this room.
     pub(crate) queries: mpsc::Sender<Query>,
     /// Requests of the control protocol, such as those for live connections.
-    #[expect(dead_code, reason = "the status page will use it")]
     pub(crate) calls: mpsc::Sender<Call>,
 }
 
@@ -62,6 +66,24 @@ impl Source {
             }
         };
         timeout(ANSWER_TIMEOUT, all).await.map_err(|_elapsed| SourceError::Stuck)
+    }
+
+    /// The state of the mappings; without their descriptions if they are those of the revision `known`.
+    ///
+    /// # Errors
+    /// [`SourceError`]
+    pub(crate) async fn status(&self, known: Option<u64>) -> Result<Status, SourceError> {
+        self.ask(|answer| Query::Status(known, answer)).await
+    }
+
+    /// Has the manager execute a request of the control protocol.
+    ///
+    /// # Errors
+    /// [`Refusal`]
+    pub(crate) async fn call(&self, request: Request) -> Result<Response, Refusal> {
+        let call = timeout(ANSWER_TIMEOUT, clients::call(request, &self.calls)).await;
+        let busy = |_elapsed| Refusal { kind: RefusalKind::Busy, message: SourceError::Busy.to_string() };
+        call.map_err(busy)??.result
     }
 
     async fn ask<T>(&self, query: impl FnOnce(oneshot::Sender<T>) -> Query) -> Result<T, SourceError> {

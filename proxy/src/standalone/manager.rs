@@ -34,6 +34,7 @@ use crate::metrics::addr::MetricsAddr;
 use crate::metrics::endpoint::Endpoint;
 use crate::metrics::listener::MetricsListener;
 use crate::metrics::source::Query;
+use crate::metrics::status::Status;
 use crate::plane::AttachOptions;
 use crate::plane::attachments::{Attachments, Plane, Ready};
 use crate::runtime::descriptors::explain;
@@ -422,6 +423,12 @@ fn answer_query(query: Query, server: Option<&Server>) {
     match query {
         // The client may be gone.
         Query::Pulse(answer) => drop(answer.send(server.map_or_else(Vec::new, Server::pulse))),
+        // Without an answer, the client learns that the process is ending.
+        Query::Status(known, answer) => {
+            if let Some(server) = server {
+                drop(answer.send(Status::of(server.registry(), known)));
+            }
+        }
     }
 }
 

@@ -26,6 +26,7 @@ mod shim;
 mod soak;
 mod source;
 mod standalone;
+mod status_page;
 mod system_calls;
 mod traffic_class;
 mod udp;
@@ -66,6 +67,7 @@ fn main() -> ExitCode {
         promises,
         proxy_protocol,
         source,
+        status_page,
         shim,
         soak,
     ])
