@@ -56,7 +56,7 @@ const PAGE: &str = concat!(
 /// hashes, requests to where it is from, and nothing else. No text can become markup (Trusted Types).
 const POLICY: &str = "default-src 'none'; \
     script-src 'sha256-CG6dBfdKywjhKfDpKnZrPenhTq/4u6KRaGaFnIDgwr0='; \
-    style-src 'sha256-dbiun7NU5HzdqQ0S82DGWWQPPh1ANW6+v5SWf6uAmaU='; \
+    style-src 'sha256-0zeZ1X5cRGJCx3ZK4eL99VyA4WLJyhlG64COSGZtrzk='; \
     connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; \
     require-trusted-types-for 'script'; trusted-types 'none'";
 
