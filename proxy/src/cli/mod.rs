@@ -91,7 +91,8 @@ pub struct Serve {
     /// Listen for `rproxy ctl` on a Unix socket, for this user and root [default path: /run/rproxy.sock]
     #[arg(long, value_name = "PATH", num_args = 0..=1, default_missing_value = DEFAULT_PATH)]
     pub control: Option<PathBuf>,
-    /// Serve metrics over HTTP: /metrics for Prometheus, /healthz [default: as the configuration says, or not]
+    /// Serve /metrics for Prometheus, /healthz and /readyz over HTTP, without authentication [default: as the
+    /// configuration says, or not]
     #[arg(long, value_name = "ADDRESS:PORT|unix:PATH")]
     pub metrics: Option<MetricsAddr>,
     /// Serve the ports that rproxy-shim attaches, those that Docker publishes: shims connect to an abstract Unix

@@ -251,8 +251,8 @@ impl MappingStats {
             connections_total: stats.connections_total.get(),
             flows: stats.flows.get(),
             flows_total: stats.flows_total.get(),
-            bytes_in: stats.bytes_in.get(),
-            bytes_out: stats.bytes_out.get(),
+            bytes_in: stats.bytes_in(),
+            bytes_out: stats.bytes_out(),
             datagrams_in: stats.datagrams_in.get(),
             datagrams_out: stats.datagrams_out.get(),
             errors: errors.map(|(kind, count)| (kind.to_owned(), count)).collect(),
@@ -318,6 +318,7 @@ impl From<Changed> for Response {
 mod tests {
     use super::super::protocol::{Refusal, RefusalKind, answer};
     use super::*;
+    use rproxy_mapping::addr::Protocol;
 
     fn web() -> BoundMapping {
         let text = r#"{"name":"web","host":"[::]","host_ports":"8000-8010","to":"172.17.0.2","to_ports":"80",
@@ -333,16 +334,16 @@ mod tests {
             (&stats.connections_total, 2),
             (&stats.flows, 3),
             (&stats.flows_total, 4),
-            (&stats.bytes_in, 5),
-            (&stats.bytes_out, 6),
+            (&stats.tcp_bytes_in, 5),
+            (&stats.udp_bytes_out, 6),
             (&stats.datagrams_in, 7),
             (&stats.datagrams_out, 8),
         ] {
             counter.add(value);
         }
         stats.count(FailureKind::Refused);
-        stats.count(FailureKind::Denied);
-        stats.count(FailureKind::Denied);
+        stats.count_of(Protocol::Tcp, FailureKind::Denied);
+        stats.count_of(Protocol::Udp, FailureKind::Denied);
         MappingStats::of(&name.parse().unwrap(), &stats, Origin::default())
     }
 

@@ -8,6 +8,7 @@
 pub mod attach;
 pub mod change;
 mod listening;
+pub(crate) mod observation;
 pub(crate) mod old_processes;
 pub mod plan;
 pub mod registry;
@@ -33,6 +34,7 @@ use crate::bind::listen::Listener;
 use crate::bind::{Bound, BoundPort};
 use crate::engine::attach::Parked;
 use crate::engine::change::Leaving;
+use crate::engine::observation::Observation;
 use crate::engine::old_processes::{LeftConnections, OldProcesses};
 use crate::engine::registry::{Registry, Served};
 use crate::engine::tasks::Tasks;
@@ -214,6 +216,18 @@ impl Server {
         for beat in self.pulse() {
             // If the task is gone, `failed` reports it.
             drop(beat.await);
+        }
+    }
+
+    /// What can be seen of this server.
+    pub(crate) fn observe(&self) -> Observation {
+        Observation {
+            counted: self.registry.counted(),
+            mappings: self.registry.len(),
+            attached: self.registry.attached().count(),
+            workers: self.workers.clone(),
+            shared: self.tasks.shared().cloned(),
+            access_log: self.access_log().cloned(),
         }
     }
 

@@ -1,12 +1,12 @@
 //! The mappings that are served, by name.
 
 use std::collections::hash_map::Entry;
-use std::collections::{BTreeMap, HashMap, btree_map};
+use std::collections::{BTreeMap, HashMap, HashSet, btree_map};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
 use rproxy_mapping::Mapping;
-use rproxy_mapping::addr::Protocol;
+use rproxy_mapping::addr::{Protocol, Protocols};
 use rproxy_mapping::name::Name;
 use rproxy_mapping::ports::PortRange;
 use rproxy_mapping::source::Source;
@@ -61,7 +61,35 @@ impl Served {
 #[derive(Debug)]
 struct Departed {
     name: Name,
+    protocols: Protocols,
     state: Arc<MappingState>,
+}
+
+/// What is counted under the name of a mapping.
+#[derive(Clone, Debug)]
+pub(crate) struct Counted {
+    /// The name.
+    pub(crate) name: Name,
+    /// Whether there are or were TCP ports.
+    pub(crate) has_tcp: bool,
+    /// Whether there are or were UDP ports.
+    pub(crate) has_udp: bool,
+    /// The counters of the mapping that is served, and of removed ones.
+    states: Vec<Arc<MappingState>>,
+    /// Those of mappings that are not known any more.
+    ended: Option<Arc<Stats>>,
+}
+
+impl Counted {
+    /// The sum of a counter.
+    pub(crate) fn sum(&self, counter: impl Fn(&Stats) -> u64) -> u64 {
+        self.all().map(counter).sum()
+    }
+
+    /// All counters.
+    pub(crate) fn all(&self) -> impl Iterator<Item = &Stats> {
+        self.states.iter().map(|state| &state.stats).chain(self.ended.as_deref())
+    }
 }
 
 /// All mappings, by name.
@@ -73,6 +101,8 @@ pub struct Registry {
     ports: Ports,
     /// Removed mappings, some of which may have finished.
     departed: Vec<Departed>,
+    /// The totals of removed mappings that have finished and are listed no longer, by the name of what is still counted.
+    ended: BTreeMap<Name, Arc<Stats>>,
     sweep: Sweep,
     /// Boxed, because most processes have none.
     pub(crate) ways_back: Box<WaysBack>,
@@ -203,10 +233,63 @@ impl Registry {
     }
 
     fn depart(&mut self, name: Name, served: Served) {
-        self.departed.push(Departed { name, state: served.policy.state.clone() });
+        let protocols = served.mapping.protocols();
+        self.departed.push(Departed { name, protocols, state: served.policy.state.clone() });
         if self.sweep.is_due(self.departed.len()) {
-            self.departed.retain(|departed| is_in_use(&departed.state));
+            self.forget_finished();
             self.sweep.done(self.departed.len());
+        }
+    }
+
+    /// Lists removed mappings that have finished no longer. Their totals remain while something is counted under the
+    /// same name, so that the sum of a name does not decrease.
+    fn forget_finished(&mut self) {
+        let (in_use, finished): (Vec<Departed>, Vec<Departed>) =
+            std::mem::take(&mut self.departed).into_iter().partition(|departed| is_in_use(&departed.state));
+        let counted: HashSet<&Name> =
+            self.served.keys().chain(in_use.iter().map(|departed| &departed.name)).collect();
+        for Departed { name, state, .. } in finished {
+            if counted.contains(&name) {
+                self.ended.entry(name).or_default().absorb(&state.stats);
+            }
+        }
+        self.ended.retain(|name, _totals| counted.contains(name));
+        self.departed = in_use;
+    }
+
+    /// What is counted under each name: by the served mapping, and by those that had the name before, as far as known. A
+    /// name is listed while it is served or drains.
+    pub(crate) fn counted(&self) -> Vec<Counted> {
+        let mut removed: BTreeMap<&Name, Vec<&Departed>> = BTreeMap::new();
+        for departed in &self.departed {
+            removed.entry(&departed.name).or_default().push(departed);
+        }
+        let mut counted = Vec::with_capacity(self.served.len());
+        for (name, served) in &self.served {
+            let before = removed.remove(name).unwrap_or_default();
+            let now = (served.mapping.protocols(), &served.policy.state);
+            counted.push(self.counted_as(name, Some(now), &before));
+        }
+        removed.retain(|_name, before| before.iter().any(|departed| is_in_use(&departed.state)));
+        counted.extend(removed.iter().map(|(name, before)| self.counted_as(name, None, before)));
+        counted
+    }
+
+    fn counted_as(
+        &self,
+        name: &Name,
+        served: Option<(Protocols, &Arc<MappingState>)>,
+        before: &[&Departed],
+    ) -> Counted {
+        let before = before.iter().map(|departed| (departed.protocols, &departed.state));
+        let all: Vec<(Protocols, &Arc<MappingState>)> = served.into_iter().chain(before).collect();
+        let has = |protocol| all.iter().any(|(protocols, _)| protocols.iter().any(|one| one == protocol));
+        Counted {
+            name: name.clone(),
+            has_tcp: has(Protocol::Tcp),
+            has_udp: has(Protocol::Udp),
+            states: all.iter().map(|(_, state)| Arc::clone(state)).collect(),
+            ended: self.ended.get(name).cloned(),
         }
     }
 }
@@ -248,7 +331,6 @@ mod tests {
     use std::net::TcpListener;
 
     use rproxy_mapping::PortMapping;
-    use rproxy_mapping::addr::Protocols;
     use rproxy_mapping::limits::Limits;
 
     use super::*;
@@ -324,5 +406,37 @@ mod tests {
         assert_eq!(draining(&registry), ["web"]);
         drop(flow);
         assert_eq!(draining(&registry), Vec::<String>::new());
+    }
+
+    #[test]
+    fn what_is_counted_under_a_name_does_not_decrease_while_it_is_listed() {
+        let set = PollSet::new().unwrap();
+        let web: Name = "web".parse().unwrap();
+        let total = |registry: &Registry| {
+            let counted = registry.counted();
+            let web = counted.iter().find(|counted| counted.name.to_string() == "web")?;
+            Some(web.sum(|stats| stats.connections_total.get()))
+        };
+        let mut registry = Registry::default();
+        let connect = |registry: &mut Registry| {
+            registry.put(web.clone(), served(&set, &Arc::default()));
+            let connection = ConnectionGuard::take(&registry.get(&web).unwrap().ports[0].target);
+            registry.take(&web).unwrap();
+            connection
+        };
+        let first = connect(&mut registry);
+        assert_eq!(total(&registry), Some(1), "it drains");
+        let second = connect(&mut registry);
+        registry.put(web.clone(), served(&set, &Arc::default()));
+        assert_eq!(total(&registry), Some(2));
+        drop((first, second));
+        assert_eq!(total(&registry), Some(2), "both have ended");
+        registry.forget_finished();
+        assert!(registry.departed.is_empty());
+        assert_eq!(total(&registry), Some(2));
+        registry.take(&web).unwrap();
+        assert_eq!(total(&registry), None, "nothing is counted any more");
+        registry.forget_finished();
+        assert!(registry.ended.is_empty(), "so that nothing is kept for names that come no more");
     }
 }

@@ -91,6 +91,11 @@ impl Tasks {
         Ok(&self.udp[index])
     }
 
+    /// What the UDP tasks share, once there is one.
+    pub(super) fn shared(&self) -> Option<&Arc<Shared>> {
+        self.shared.as_ref()
+    }
+
     pub(super) fn all(&self) -> impl Iterator<Item = &ListenerTask> {
         self.tcp.iter().chain(&self.udp)
     }

@@ -20,6 +20,7 @@ use tracing_subscriber::{Layer, fmt};
 use crate::log::spanless::Spanless;
 pub use crate::log::writer::Format;
 use crate::log::writer::LogWriter;
+pub(crate) use crate::log::writer::lost_lines;
 
 /// What is logged and how.
 #[derive(Clone, Debug)]

@@ -3,12 +3,21 @@
 
 use std::borrow::Cow;
 use std::io::{self, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::SystemTime;
 
 use rproxy_mapping::escape::{escaped, is_plain};
 use serde_json::json;
 
 use crate::log::sink::Sink;
+
+/// Lines that this process has lost.
+static LOST: AtomicU64 = AtomicU64::new(0);
+
+/// How many log lines this process has lost, because they did not fit standard error.
+pub(crate) fn lost_lines() -> u64 {
+    LOST.load(Ordering::Relaxed)
+}
 
 /// How log lines are written.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
@@ -92,6 +101,7 @@ impl Write for LogWriter {
                 _ => self.put(&[self.note().as_bytes(), &shown].concat()),
             };
         self.lost = if is_written { 0 } else { self.lost + 1 };
+        LOST.fetch_add(u64::from(!is_written), Ordering::Relaxed);
         Ok(line.len())
     }
 

@@ -1,58 +1,67 @@
 //! The server of metrics, as its owner, the manager, sees it.
 
 use std::io;
+use std::sync::Arc;
+use std::time::SystemTime;
 
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tracing::{error, info, warn};
 
+use super::descriptors::OpenDescriptors;
 use super::listener::{Acceptor, MetricsListener, MetricsSocket};
 use super::routes::Routes;
 use super::server::serve;
+use super::snapshot::{Process, Reloads, Snapshot};
 use super::source::{QUERIES, Query, Source};
+use super::status::Status;
 use crate::control::clients::Call;
+use crate::engine::Server;
+use crate::engine::observation::Observation;
 
 /// A running server. It ends when this is dropped.
 #[derive(Debug)]
 pub(crate) struct Endpoint {
-    socket: MetricsSocket,
-    queries: mpsc::Receiver<Query>,
+    pub(crate) socket: MetricsSocket,
+    pub(crate) queries: Queries,
     server: JoinHandle<()>,
 }
 
 impl Endpoint {
     /// Serves `listener` on the runtime of the calling thread. Requests of the control protocol go to `calls`.
+    /// `is_configured` says whether there is a configuration, which has been applied; `has_plane` whether ports can be
+    /// attached.
     ///
     /// # Errors
     /// Those of dup(2).
     ///
     /// # Panics
     /// Outside a tokio runtime.
-    pub(crate) fn start(listener: MetricsListener, calls: mpsc::Sender<Call>) -> io::Result<Self> {
+    pub(crate) fn start(
+        mut listener: MetricsListener,
+        calls: mpsc::Sender<Call>,
+        is_configured: bool,
+        has_plane: bool,
+    ) -> io::Result<Self> {
         let address = listener.bound();
         if address.is_local() {
             info!(%address, "serving metrics");
         } else {
             warn!(%address, "serving metrics, without authentication: anybody who reaches this address can read them");
         }
+        let started = SystemTime::now();
+        let descriptors = listener.take_descriptors();
         let (acceptor, socket) = listener.into_parts()?;
         let (queries, asked) = mpsc::channel(QUERIES);
         let server = tokio::spawn(serve_until_dropped(acceptor, Source { queries, calls }));
-        Ok(Self { socket, queries: asked, server })
+        let reloads = is_configured.then(|| Reloads::started(started));
+        let queries = Queries { asked, started, reloads, has_plane, descriptors, drained: None };
+        Ok(Self { socket, queries, server })
     }
 
-    /// Waits for the next query.
-    pub(crate) async fn query(&mut self) -> Query {
-        match self.queries.recv().await {
-            Some(query) => query,
-            // The server has failed, which is logged.
-            None => std::future::pending().await,
-        }
-    }
-
-    /// The socket, which can be passed to another process.
-    pub(crate) fn socket(&self) -> &MetricsSocket {
-        &self.socket
+    /// The socket, which can be passed to another process, and the queries.
+    pub(crate) fn split(&mut self) -> (&MetricsSocket, &mut Queries) {
+        (&self.socket, &mut self.queries)
     }
 
     /// Accepts no more clients, and leaves the socket and its file to another process. Responses under way end.
@@ -64,6 +73,68 @@ impl Endpoint {
 impl Drop for Endpoint {
     fn drop(&mut self) {
         self.server.abort();
+    }
+}
+
+/// The queries of HTTP clients, and what is needed to answer them beside the server.
+#[derive(Debug)]
+pub(crate) struct Queries {
+    asked: mpsc::Receiver<Query>,
+    started: SystemTime,
+    reloads: Option<Reloads>,
+    has_plane: bool,
+    descriptors: Option<OpenDescriptors>,
+    /// What is drained, once nothing else is served.
+    drained: Option<Arc<Observation>>,
+}
+
+impl Queries {
+    /// Waits for the next query.
+    pub(crate) async fn next(&mut self) -> Query {
+        match self.asked.recv().await {
+            Some(query) => query,
+            // The server has failed, which is logged.
+            None => std::future::pending().await,
+        }
+    }
+
+    /// Records a reload of the configuration.
+    pub(crate) fn reloaded(&mut self, succeeded: bool) {
+        if let Some(reloads) = &mut self.reloads {
+            reloads.record(SystemTime::now(), succeeded);
+        }
+    }
+
+    /// Keeps what can be seen of `server`, which drains from now on.
+    pub(crate) fn drain(&mut self, server: &Server) {
+        self.drained = Some(Arc::new(server.observe()));
+    }
+
+    /// Answers a query. There is no `server` while it drains.
+    pub(crate) fn answer(&self, query: Query, server: Option<&Server>) {
+        // The client may be gone.
+        match query {
+            Query::Pulse(answer) => drop(answer.send(server.map_or_else(Vec::new, Server::pulse))),
+            // Without an answer, the client learns that the process is ending.
+            Query::Status(known, answer) => {
+                if let Some(server) = server {
+                    drop(answer.send(Status::of(server.registry(), known)));
+                }
+            }
+            Query::Snapshot(answer) => {
+                let seen = server.map(|server| Arc::new(server.observe()));
+                if let Some(seen) = seen.or_else(|| self.drained.clone()) {
+                    drop(answer.send(self.snapshot(seen)));
+                }
+            }
+        }
+    }
+
+    fn snapshot(&self, server: Arc<Observation>) -> Snapshot {
+        let (is_draining, has_plane) = (self.drained.is_some(), self.has_plane);
+        let descriptors = self.descriptors.as_ref().and_then(OpenDescriptors::count);
+        let process = Process { started: self.started, reloads: self.reloads, descriptors };
+        Snapshot { server, is_draining, has_plane, process }
     }
 }
 

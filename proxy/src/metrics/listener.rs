@@ -10,6 +10,7 @@ use rproxy_mapping::addr::Protocol;
 use socket2::SockRef;
 
 use super::addr::MetricsAddr;
+use super::descriptors::OpenDescriptors;
 use crate::bind::listen::{self, AdoptError, BindError, Listener};
 use crate::bind::unix_socket::{SocketError, SocketFile, UnixSocket};
 
@@ -21,6 +22,8 @@ const OPTION: &str = "--metrics";
 pub struct MetricsListener {
     addr: MetricsAddr,
     socket: Socket,
+    /// Opened before confinement, as the socket is.
+    descriptors: Option<OpenDescriptors>,
 }
 
 #[derive(Debug)]
@@ -77,7 +80,7 @@ impl MetricsListener {
                 Socket::Unix(UnixSocket::bind(OPTION, path).map_err(ListenError::Unix)?)
             }
         };
-        Ok(Self { addr, socket })
+        Ok(Self { addr, socket, descriptors: OpenDescriptors::watch() })
     }
 
     /// Adopts a socket that another process bound to `addr`. A file belongs to that process until
@@ -103,7 +106,7 @@ impl MetricsListener {
                 Socket::Unix(UnixSocket::adopt(OPTION, socket, path).map_err(ListenError::Unix)?)
             }
         };
-        Ok(Self { addr, socket })
+        Ok(Self { addr, socket, descriptors: OpenDescriptors::watch() })
     }
 
     /// Makes this process the owner of the socket's file.
@@ -129,6 +132,11 @@ impl MetricsListener {
             }
             Socket::Unix(_) => self.addr.clone(),
         }
+    }
+
+    /// Takes the directory of descriptors, if there is one.
+    pub(super) fn take_descriptors(&mut self) -> Option<OpenDescriptors> {
+        self.descriptors.take()
     }
 
     /// Splits into what the server and the manager need.

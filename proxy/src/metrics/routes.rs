@@ -1,14 +1,18 @@
 //! The paths that are served, and the errors of HTTP.
 
+use http_body_util::BodyExt;
 use hyper::body::{Body as _, Incoming};
-use hyper::header::{ALLOW, CONNECTION, HeaderValue};
-use hyper::{Method, Request, Response, StatusCode, Uri};
+use hyper::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderValue, VARY};
+use hyper::{Method, Request, Response, StatusCode};
 
 use super::connections;
+use super::exposition::Exposition;
+use super::format::Format;
 use super::page;
 use super::page::viewers::Viewers;
 use super::response::{Body, text};
-use super::source::Source;
+use super::snapshot::Snapshot;
+use super::source::{Source, SourceError};
 
 /// The maximum length of a request's body, in bytes. No request needs one.
 const LONGEST_BODY: u64 = 16 * 1024;
@@ -33,23 +37,46 @@ impl Routes {
     pub(super) async fn answer(&self, request: Request<Incoming>) -> Response<Body> {
         match refusal(&request) {
             Some(refusal) => refusal,
-            None => self.route(request.uri()).await,
+            None => self.route(&request).await,
         }
     }
 
-    async fn route(&self, uri: &Uri) -> Response<Body> {
+    async fn route(&self, request: &Request<Incoming>) -> Response<Body> {
         let Self { source, viewers } = self;
-        match uri.path() {
+        match request.uri().path() {
             "/" => page::document(),
             "/events" => page::events(viewers),
-            "/api/connections" => connections::answer(uri.query().unwrap_or_default(), source).await,
-            "/healthz" => match source.check_pulse().await {
-                Ok(()) => text(StatusCode::OK, "ok\n"),
-                Err(error) => text(StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n")),
+            "/api/connections" => {
+                connections::answer(request.uri().query().unwrap_or_default(), source).await
+            }
+            "/metrics" => match source.snapshot().await {
+                Ok(snapshot) => metrics(snapshot, Format::preferred(request.headers())),
+                Err(error) => unavailable(error),
             },
-            _ => text(StatusCode::NOT_FOUND, "not found; there are / and /healthz\n"),
+            "/healthz" => check(source.check_pulse().await),
+            "/readyz" => check(source.check_ready().await),
+            _ => text(StatusCode::NOT_FOUND, "not found; there are /, /metrics, /healthz and /readyz\n"),
         }
     }
+}
+
+fn metrics(snapshot: Snapshot, format: Format) -> Response<Body> {
+    let body = Exposition::new(snapshot, format).boxed_unsync();
+    let mut response = text(StatusCode::OK, "").map(|_none| body);
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(format.content_type()));
+    response.headers_mut().insert(VARY, HeaderValue::from_static("Accept"));
+    response
+}
+
+fn check(result: Result<(), SourceError>) -> Response<Body> {
+    match result {
+        Ok(()) => text(StatusCode::OK, "ok\n"),
+        Err(error) => unavailable(error),
+    }
+}
+
+fn unavailable(error: SourceError) -> Response<Body> {
+    text(StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n"))
 }
 
 /// The response to a request that no path accepts.

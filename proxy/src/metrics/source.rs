@@ -5,6 +5,7 @@ use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout;
 
+use super::snapshot::Snapshot;
 use super::status::Status;
 use crate::control::answers::Response;
 use crate::control::clients::{self, Call};
@@ -24,6 +25,8 @@ pub(crate) enum Query {
     Pulse(oneshot::Sender<Pulse>),
     /// Tell the state of the mappings, for somebody who knows the descriptions of this revision.
     Status(Option<u64>, oneshot::Sender<Status>),
+    /// Return the state of the process.
+    Snapshot(oneshot::Sender<Snapshot>),
 }
 
 /// The pending answers of the tasks that serve clients, one each.
@@ -47,6 +50,9 @@ pub(crate) enum SourceError {
     /// The manager has ended.
     #[error("rproxy is ending")]
     Ending,
+    /// No new clients are accepted.
+    #[error("draining: no new clients are accepted")]
+    Draining,
     /// A task that serves clients does not answer in time.
     #[error("a worker does not answer")]
     Stuck,
@@ -84,6 +90,26 @@ impl Source {
         let call = timeout(ANSWER_TIMEOUT, clients::call(request, &self.calls)).await;
         let busy = |_elapsed| Refusal { kind: RefusalKind::Busy, message: SourceError::Busy.to_string() };
         call.map_err(busy)??.result
+    }
+
+    /// The state of the process.
+    ///
+    /// # Errors
+    /// [`SourceError`]
+    pub(crate) async fn snapshot(&self) -> Result<Snapshot, SourceError> {
+        self.ask(Query::Snapshot).await
+    }
+
+    /// Checks that the process serves new clients: everything is bound before metrics are served, so that it does until it
+    /// drains.
+    ///
+    /// # Errors
+    /// [`SourceError`]
+    pub(crate) async fn check_ready(&self) -> Result<(), SourceError> {
+        if self.snapshot().await?.is_draining {
+            return Err(SourceError::Draining);
+        }
+        self.check_pulse().await
     }
 
     async fn ask<T>(&self, query: impl FnOnce(oneshot::Sender<T>) -> Query) -> Result<T, SourceError> {

@@ -196,6 +196,11 @@ impl Workers {
         running.workers.iter().map(|worker| worker.runtime().clone()).collect()
     }
 
+    /// The number of running workers.
+    pub(crate) fn running(&self) -> usize {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner).workers.len()
+    }
+
     /// The number of connections being served.
     pub(crate) fn connections(&self) -> usize {
         let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);

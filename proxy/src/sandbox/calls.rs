@@ -97,6 +97,9 @@ const FOR_CHANGES: &[libc::c_long] = &[
     libc::SYS_readlink,
 ];
 
+/// Calls that list open descriptors, in a directory that was opened before.
+const FOR_METRICS: &[libc::c_long] = &[libc::SYS_getdents64, libc::SYS_lseek, libc::SYS_statx];
+
 /// Calls that remove the file of a Unix socket, if it is still the same.
 const FOR_UNIX_SOCKETS: &[libc::c_long] = &[
     libc::SYS_newfstatat,
@@ -127,7 +130,8 @@ fn filter(needs: &Needs<'_>) -> Result<BpfProgram, seccompiler::BackendError> {
     };
     let changes = if needs.changes.is_some() { FOR_CHANGES } else { &[] };
     let unix = if needs.changes.is_some() || !needs.unix_sockets.is_empty() { FOR_UNIX_SOCKETS } else { &[] };
-    let calls = [ALWAYS, datagrams, sources, changes, unix].concat();
+    let metrics = if needs.metrics { FOR_METRICS } else { &[] };
+    let calls = [ALWAYS, datagrams, sources, changes, unix, metrics].concat();
     rules.extend(calls.into_iter().map(|call| (call, Vec::new())));
     let arch = std::env::consts::ARCH.try_into()?;
     let refused = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());

@@ -79,6 +79,8 @@ pub struct Needs<'a> {
     pub abstract_sockets: bool,
     /// The Unix sockets that this process listens on, whose files are removed on exit.
     pub unix_sockets: Vec<&'a Path>,
+    /// Whether metrics are served, which tell how many descriptors are open.
+    pub metrics: bool,
     /// What changes at run time need, if they are possible.
     pub changes: Option<Changes<'a>>,
 }
@@ -131,6 +133,7 @@ impl<'a> Needs<'a> {
             log_socket: false,
             abstract_sockets: false,
             unix_sockets: Vec::new(),
+            metrics: false,
             changes: None,
         }
     }

@@ -31,10 +31,9 @@ use crate::engine::old_processes::LeftConnections;
 use crate::engine::{ServeError, Server};
 use crate::log::access;
 use crate::metrics::addr::MetricsAddr;
-use crate::metrics::endpoint::Endpoint;
+use crate::metrics::endpoint::{Endpoint, Queries};
 use crate::metrics::listener::MetricsListener;
 use crate::metrics::source::Query;
-use crate::metrics::status::Status;
 use crate::plane::AttachOptions;
 use crate::plane::attachments::{Attachments, Plane, Ready};
 use crate::runtime::descriptors::explain;
@@ -78,6 +77,10 @@ impl Reload {
     /// Outside a tokio runtime.
     pub fn catch(configuration: Option<Configuration>, access_log: Option<PathBuf>) -> io::Result<Self> {
         Ok(Self { signal: Signals::catch([Signal::SIGHUP])?, configuration, access_log })
+    }
+
+    fn is_configured(&self) -> bool {
+        self.configuration.is_some()
     }
 }
 
@@ -159,7 +162,16 @@ impl Manager {
             tokio::spawn(serve_clients(listener, calls.clone()));
             file
         });
-        let metrics = metrics.map(|listener| Endpoint::start(listener, calls)).transpose();
+        let metrics = metrics
+            .map(|listener| {
+                Endpoint::start(
+                    listener,
+                    calls,
+                    reload.as_ref().is_some_and(Reload::is_configured),
+                    plane.is_some(),
+                )
+            })
+            .transpose();
         let metrics = metrics.map_err(ManageError::Metrics)?;
         let mut managed =
             Managed { server, stop, control, called, metrics, plane, reload, watchdog, upgrade };
@@ -204,15 +216,17 @@ impl Managed {
                 }
                 error = server.failed() => return Err(error.into()),
                 () = hung_up(reload) => {
-                    let addr = metrics.as_ref().map(|metrics| &metrics.socket().addr);
+                    let addr = metrics.as_ref().map(|metrics| &metrics.socket.addr);
                     let reloaded = reload_all(reload.as_ref(), upgrade, server, plane.as_deref_mut(), addr);
-                    let Some(()) = or_stopped(Box::pin(reloaded), stop).await else { return Ok(false) };
+                    let Some(applied) = or_stopped(Box::pin(reloaded), stop).await else { return Ok(false) };
+                    let queries = queries_of(metrics).into_iter();
+                    queries.zip(applied).for_each(|(queries, applied)| queries.reloaded(applied));
                 }
                 () = upgrade.asked() => {
                     let (control, plane) = (control.as_ref(), plane.as_deref());
-                    let socket = metrics.as_ref().map(Endpoint::socket);
+                    let (socket, mut queries) = metrics.as_mut().map(Endpoint::split).unzip();
                     let attempt = upgrade.attempt(Owned { server, control, metrics: socket, plane });
-                    match unless_stopped(attempt, server, stop, watchdog).await {
+                    match unless_stopped(attempt, server, stop, watchdog, &mut queries).await {
                         Attempt::Failed => {}
                         Attempt::Succeeded => return Ok(true),
                         Attempt::Stopped => return Ok(false),
@@ -224,7 +238,7 @@ impl Managed {
                     let answer = Box::pin(answer(call, server));
                     let Some(false) = or_stopped(answer, stop).await else { return Ok(false) };
                 }
-                query = next_query(metrics) => answer_query(query, Some(server)),
+                (queries, query) = next_query(queries_of(metrics)) => queries.answer(query, Some(server)),
                 ready = ready(plane) => {
                     Box::pin(serve_shim(ready, plane, server)).await.map_err(ManageError::Attach)?;
                 }
@@ -246,6 +260,7 @@ impl Managed {
         } else {
             systemd::stopping();
             drop(control);
+            queries_of(&mut metrics).into_iter().for_each(|queries| queries.drain(&server));
             server.release_attached().await;
         }
         // No client is admitted from here on.
@@ -271,8 +286,8 @@ impl Draining {
             let signal = tokio::select! {
                 () = hung_up(reload) => Signal::SIGHUP,
                 () = upgrade.asked() => Signal::SIGUSR2,
-                query = next_query(metrics) => {
-                    answer_query(query, None);
+                (queries, query) = next_query(queries_of(metrics)) => {
+                    queries.answer(query, None);
                     continue;
                 }
             };
@@ -377,6 +392,7 @@ async fn unless_stopped(
     server: &Server,
     stop: &mut StopSignals,
     watchdog: &mut Option<Interval>,
+    queries: &mut Option<&mut Queries>,
 ) -> Attempt {
     let mut attempt = pin!(attempt);
     loop {
@@ -388,6 +404,7 @@ async fn unless_stopped(
                 return Attempt::Stopped;
             }
             () = tick(watchdog) => tell_alive(server).await,
+            (queries, query) = next_query(queries.as_deref_mut()) => queries.answer(query, Some(server)),
         }
     }
 }
@@ -410,25 +427,19 @@ async fn hung_up(reload: &mut Option<Reload>) {
     }
 }
 
-/// Waits for a query; forever if no metrics are served.
-async fn next_query(metrics: &mut Option<Endpoint>) -> Query {
-    match metrics {
-        Some(metrics) => metrics.query().await,
-        None => std::future::pending().await,
-    }
+/// The queries about metrics, if those are served.
+fn queries_of(metrics: &mut Option<Endpoint>) -> Option<&mut Queries> {
+    metrics.as_mut().map(|metrics| &mut metrics.queries)
 }
 
-/// Answers a query. There is no `server` while it drains.
-fn answer_query(query: Query, server: Option<&Server>) {
-    match query {
-        // The client may be gone.
-        Query::Pulse(answer) => drop(answer.send(server.map_or_else(Vec::new, Server::pulse))),
-        // Without an answer, the client learns that the process is ending.
-        Query::Status(known, answer) => {
-            if let Some(server) = server {
-                drop(answer.send(Status::of(server.registry(), known)));
-            }
+/// Waits for a query; forever if no metrics are served.
+async fn next_query(queries: Option<&mut Queries>) -> (&mut Queries, Query) {
+    match queries {
+        Some(queries) => {
+            let query = queries.next().await;
+            (queries, query)
         }
+        None => std::future::pending().await,
     }
 }
 
@@ -499,8 +510,8 @@ async fn reload_all(
     server: &mut Server,
     plane: Option<&mut Plane>,
     metrics: Option<&MetricsAddr>,
-) {
-    let Some(Reload { configuration, access_log, .. }) = reload else { return };
+) -> Option<bool> {
+    let Reload { configuration, access_log, .. } = reload?;
     systemd::reloading();
     if let (Some(path), Some(log)) = (access_log, server.access_log()) {
         match open_again(Reopened::AccessLog, upgrade, || access::open_file(path)).await {
@@ -510,10 +521,12 @@ async fn reload_all(
             }
         }
     }
-    if let Some(configuration) = configuration {
-        reread(configuration, upgrade, server, plane, metrics).await;
-    }
+    let applied = match configuration {
+        Some(configuration) => Some(reread(configuration, upgrade, server, plane, metrics).await),
+        None => None,
+    };
     systemd::ready();
+    applied
 }
 
 /// Has the launcher open a file, or opens it `here` without one.
@@ -531,14 +544,14 @@ async fn open_again(
     }
 }
 
-/// Reloads the configuration; an error changes nothing.
+/// Reloads the configuration; an error changes nothing. Returns whether it is applied.
 async fn reread(
     configuration: &Configuration,
     upgrade: &mut Upgrade,
     server: &mut Server,
     plane: Option<&mut Plane>,
     metrics: Option<&MetricsAddr>,
-) {
+) -> bool {
     let file = &configuration.file;
     let opened = open_again(Reopened::Configuration, upgrade, || config::open(file)).await;
     let applied = match config::read_again(file, opened) {
@@ -550,6 +563,7 @@ async fn reread(
     };
     // The memory that planning needed is not needed any more.
     release_unused();
+    let is_applied = applied.is_ok();
     match applied {
         Ok(Changed { added, changed, removed, unchanged }) => {
             info!(added, changed, removed, unchanged, "configuration reloaded");
@@ -561,6 +575,7 @@ async fn reread(
             }
         }
     }
+    is_applied
 }
 
 /// Serves what a configuration says from now on. Metrics are served at `metrics`, if they are.

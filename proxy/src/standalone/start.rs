@@ -244,6 +244,7 @@ fn needs<'a>(
         abstract_sockets: systemd::is_abstract(),
         changes,
         unix_sockets: unix_sockets.collect(),
+        metrics: metrics.is_some(),
         sources: Sources::of(bound.iter().map(|bound| bound.mapping.limits())),
         dscp: bound.iter().any(|bound| bound.mapping.limits().dscp.is_some()),
         ..Needs::to_serve(ports)

@@ -16,7 +16,7 @@ impl Target {
         static DENIED: LogLimit = LogLimit::new();
 
         let Some(reason) = self.policy.limits.access.refusal(client.ip()) else { return true };
-        self.policy.state.stats.count(FailureKind::Denied);
+        self.policy.state.stats.count_of(self.port_mapping.protocol, FailureKind::Denied);
         if let Some(suppressed) = DENIED.permit() {
             let (mapping, client) = (&self.policy.state.name, canonical(client));
             info!(%mapping, %client, reason, suppressed, "client refused");

@@ -7,6 +7,8 @@ use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use rproxy_mapping::addr::Protocol;
+
 /// A number that any thread may change.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
@@ -87,6 +89,25 @@ impl FailureKind {
         Self::Forged,
     ];
 
+    /// The kinds that clients of both protocols have.
+    pub const OF_BOTH: [Self; 3] = [Self::Denied, Self::BadProxyHeader, Self::SourceUnavailable];
+
+    fn index_among_both(self) -> Option<usize> {
+        Self::OF_BOTH.iter().position(|kind| *kind == self)
+    }
+
+    /// Whether clients of `protocol` can have it.
+    pub fn is_of(self, protocol: Protocol) -> bool {
+        let of_tcp = match self {
+            Self::Refused | Self::ConnectTimeout | Self::ConnectFailed => true,
+            Self::Broken | Self::Idle | Self::OverLimit => true,
+            Self::FlowFailed | Self::FlowDisplaced | Self::DatagramRefused => false,
+            Self::NoBuffer | Self::TooLarge | Self::Forged => false,
+            Self::Denied | Self::BadProxyHeader | Self::SourceUnavailable => return true,
+        };
+        of_tcp == (protocol == Protocol::Tcp)
+    }
+
     /// Its name in the control protocol.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -120,10 +141,14 @@ pub struct Stats {
     pub flows: Counter,
     /// UDP flows since the mapping was added.
     pub flows_total: Counter,
-    /// Bytes that backends accepted, over TCP and UDP.
-    pub bytes_in: Counter,
-    /// Bytes that clients accepted, over TCP and UDP.
-    pub bytes_out: Counter,
+    /// Bytes that backends accepted over TCP.
+    pub tcp_bytes_in: Counter,
+    /// Bytes that clients accepted over TCP.
+    pub tcp_bytes_out: Counter,
+    /// Bytes of datagrams to backends.
+    pub udp_bytes_in: Counter,
+    /// Bytes of datagrams to clients.
+    pub udp_bytes_out: Counter,
     /// Datagrams to backends.
     pub datagrams_in: Counter,
     /// Datagrams to clients.
@@ -131,17 +156,68 @@ pub struct Stats {
     /// How long backends took to accept connections, if connections are recorded.
     pub connect_times: ConnectTimes,
     troubles: [Counter; FailureKind::ALL.len()],
+    /// Those of UDP among [`FailureKind::OF_BOTH`].
+    troubles_of_udp: [Counter; FailureKind::OF_BOTH.len()],
 }
 
 impl Stats {
-    /// How often `failure_kind` occurred.
-    pub fn failure_kind(&self, failure_kind: FailureKind) -> u64 {
-        self.troubles[failure_kind as usize].get()
+    /// Bytes that backends accepted, over TCP and UDP.
+    pub fn bytes_in(&self) -> u64 {
+        self.tcp_bytes_in.get() + self.udp_bytes_in.get()
     }
 
-    /// Counts an occurrence of `failure_kind`.
+    /// Bytes that clients accepted, over TCP and UDP.
+    pub fn bytes_out(&self) -> u64 {
+        self.tcp_bytes_out.get() + self.udp_bytes_out.get()
+    }
+
+    /// How often `failure_kind` occurred.
+    pub fn failure_kind(&self, failure_kind: FailureKind) -> u64 {
+        let of_udp = failure_kind.index_among_both().map_or(0, |index| self.troubles_of_udp[index].get());
+        self.troubles[failure_kind as usize].get() + of_udp
+    }
+
+    /// How often `failure_kind` occurred to clients of a `protocol` that has it.
+    pub fn failures_of(&self, protocol: Protocol, failure_kind: FailureKind) -> u64 {
+        self.counter_of(protocol, failure_kind).get()
+    }
+
+    /// Counts an occurrence of `failure_kind`, which only one of the protocols has.
     pub(crate) fn count(&self, failure_kind: FailureKind) {
+        debug_assert!(failure_kind.index_among_both().is_none(), "{failure_kind:?}: of which protocol?");
         self.count_many(failure_kind, 1);
+    }
+
+    /// Counts an occurrence of `failure_kind` to a client of this protocol.
+    pub(crate) fn count_of(&self, protocol: Protocol, failure_kind: FailureKind) {
+        self.counter_of(protocol, failure_kind).add(1);
+    }
+
+    fn counter_of(&self, protocol: Protocol, failure_kind: FailureKind) -> &Counter {
+        match (protocol, failure_kind.index_among_both()) {
+            (Protocol::Udp, Some(index)) => &self.troubles_of_udp[index],
+            _ => &self.troubles[failure_kind as usize],
+        }
+    }
+
+    /// Adds the totals of `other`, whose connections and flows have ended.
+    pub(crate) fn absorb(&self, other: &Self) {
+        for (counter, of_other) in [
+            (&self.connections_total, &other.connections_total),
+            (&self.flows_total, &other.flows_total),
+            (&self.tcp_bytes_in, &other.tcp_bytes_in),
+            (&self.tcp_bytes_out, &other.tcp_bytes_out),
+            (&self.udp_bytes_in, &other.udp_bytes_in),
+            (&self.udp_bytes_out, &other.udp_bytes_out),
+            (&self.datagrams_in, &other.datagrams_in),
+            (&self.datagrams_out, &other.datagrams_out),
+        ] {
+            counter.add(of_other.get());
+        }
+        let troubles = self.troubles.iter().zip(&other.troubles);
+        let troubles = troubles.chain(self.troubles_of_udp.iter().zip(&other.troubles_of_udp));
+        troubles.for_each(|(counter, of_other)| counter.add(of_other.get()));
+        self.connect_times.absorb(&other.connect_times);
     }
 
     /// Counts `count` occurrences of `failure_kind`.
@@ -177,6 +253,16 @@ impl ConnectTimes {
         Duration::from_secs(10),
     ];
 
+    /// Adds the connections of `other`.
+    fn absorb(&self, other: &Self) {
+        if let Some(other) = other.0.get() {
+            let histogram = self.0.get_or_init(Box::default);
+            let counts = histogram.counts.iter().zip(&other.counts);
+            counts.for_each(|(counter, of_other)| counter.add(of_other.get()));
+            histogram.sum.add(other.sum.get());
+        }
+    }
+
     /// Counts a connection.
     pub(crate) fn record(&self, time: Duration) {
         let histogram = self.0.get_or_init(Box::default);
@@ -206,10 +292,50 @@ mod tests {
         let stats = Stats::default();
         for (index, failure_kind) in FailureKind::ALL.into_iter().enumerate() {
             assert_eq!(failure_kind as usize, index);
-            stats.count(failure_kind);
-            assert_eq!(stats.failure_kind(failure_kind), 1);
+            let protocols = [Protocol::Tcp, Protocol::Udp];
+            let of = protocols.into_iter().filter(|protocol| failure_kind.is_of(*protocol));
+            let of = of.inspect(|protocol| stats.count_of(*protocol, failure_kind)).collect::<Vec<_>>();
+            assert_eq!(of.len() == 2, FailureKind::OF_BOTH.contains(&failure_kind));
+            assert!(of.iter().all(|protocol| stats.failures_of(*protocol, failure_kind) == 1));
+            assert_eq!(stats.failure_kind(failure_kind), of.len() as u64);
             let same_name = FailureKind::ALL.iter().filter(|other| other.as_str() == failure_kind.as_str());
             assert_eq!(same_name.count(), 1);
         }
+    }
+
+    #[test]
+    fn what_has_ended_is_added_to_what_goes_on() {
+        let (stats, ended) = (Stats::default(), Stats::default());
+        for (place, counter) in [
+            &ended.connections_total,
+            &ended.flows_total,
+            &ended.tcp_bytes_in,
+            &ended.tcp_bytes_out,
+            &ended.udp_bytes_in,
+            &ended.udp_bytes_out,
+            &ended.datagrams_in,
+            &ended.datagrams_out,
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            counter.add(1 << place);
+        }
+        ended.count_of(Protocol::Udp, FailureKind::Denied);
+        ended.count(FailureKind::Idle);
+        ended.connect_times.record(Duration::from_millis(3));
+        ended.connections.add(1);
+        (0..2).for_each(|_| stats.absorb(&ended));
+        assert_eq!((stats.connections_total.get(), stats.flows_total.get()), (2, 4));
+        assert_eq!((stats.bytes_in(), stats.bytes_out()), (8 + 32, 16 + 64));
+        assert_eq!((stats.datagrams_in.get(), stats.datagrams_out.get()), (128, 256));
+        assert_eq!(stats.failures_of(Protocol::Udp, FailureKind::Denied), 2);
+        assert_eq!(stats.failures_of(Protocol::Tcp, FailureKind::Denied), 0);
+        assert_eq!(stats.failure_kind(FailureKind::Idle), 2);
+        assert_eq!(
+            (stats.connect_times.counts()[4], stats.connect_times.sum()),
+            (2, Duration::from_millis(6))
+        );
+        assert_eq!(stats.connections.get(), 0, "what is current is not a total");
     }
 }

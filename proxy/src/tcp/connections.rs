@@ -7,6 +7,7 @@ use std::collections::HashSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
+use rproxy_mapping::addr::Protocol;
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 use tracing::info;
@@ -89,7 +90,7 @@ pub(super) fn cut_denied(policy: &Arc<MappingPolicy>) {
     let denied = denied.len();
     if denied > 0 {
         info!(mapping = %policy.state.name, connections = denied, "resetting connections of clients that are denied now");
-        (0..denied).for_each(|_| policy.state.stats.count(FailureKind::Denied));
+        (0..denied).for_each(|_| policy.state.stats.count_of(Protocol::Tcp, FailureKind::Denied));
     }
 }
 

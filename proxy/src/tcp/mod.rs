@@ -27,6 +27,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 
+use rproxy_mapping::addr::Protocol;
 use socket2::Socket;
 use tracing::{debug, warn};
 
@@ -138,7 +139,7 @@ async fn dialled(
 fn report_other_source(peer: SocketAddr, guard: &ConnectionGuard, reason: &NotAsClient) {
     static OTHERS: LogLimit = LogLimit::new();
 
-    guard.stats().count(FailureKind::SourceUnavailable);
+    guard.stats().count_of(Protocol::Tcp, FailureKind::SourceUnavailable);
     if let Some(suppressed) = OTHERS.permit() {
         warn!(%peer, mapping = %guard.state().name, %reason, suppressed, "connection not from its client's address");
     }
@@ -149,7 +150,7 @@ fn report_other_source(peer: SocketAddr, guard: &ConnectionGuard, reason: &NotAs
 fn report_failed_dial(peer: SocketAddr, guard: &ConnectionGuard, error: &DialError) {
     static FAILED_DIALS: LogLimit = LogLimit::new();
 
-    guard.stats().count(failure_kind(error));
+    guard.stats().count_of(Protocol::Tcp, failure_kind(error));
     guard.end(ending(error));
     let (mapping, reason) = (&guard.state().name, ending(error).as_str());
     let backend = guard.port_mapping().backend;

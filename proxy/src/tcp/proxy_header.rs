@@ -125,7 +125,7 @@ fn refuse(stream: &Stream, peer: SocketAddr, guard: &ConnectionGuard, error: &Re
             debug!(%peer, %mapping, %error, "connection ended");
         }
         ReceiveError::Wrong(_) | ReceiveError::Late(_) | ReceiveError::Cut => {
-            guard.stats().count(FailureKind::BadProxyHeader);
+            guard.stats().count_of(Protocol::Tcp, FailureKind::BadProxyHeader);
             guard.end(Ending::BadProxyHeader);
             if let Some(suppressed) = WRONG.permit() {
                 warn!(%peer, %mapping, %error, suppressed, "connection reset: no header of its proxy");

@@ -92,8 +92,8 @@ pub(super) async fn relay(
 ) -> Outcome {
     let stats = guard.stats();
     let record = guard.record();
-    let to_backend = Meter::new(&stats.bytes_in, record.map(|record| &record.to_backend));
-    let to_client = Meter::new(&stats.bytes_out, record.map(|record| &record.to_client));
+    let to_backend = Meter::new(&stats.tcp_bytes_in, record.map(|record| &record.to_backend));
+    let to_client = Meter::new(&stats.tcp_bytes_out, record.map(|record| &record.to_client));
     let up = Direction { source: client, sink: backend, meter: &to_backend, opposite: &to_client };
     let down = Direction { source: backend, sink: client, meter: &to_client, opposite: &to_backend };
     let begun = header.map_or(Step::NotReady, |header| transfer::copy_behind(&header.0, &up));

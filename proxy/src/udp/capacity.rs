@@ -5,7 +5,6 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use nix::sys::resource::{Resource, getrlimit};
 use rproxy_mapping::limits::Limits;
 
 use super::flow::Flow;
@@ -14,9 +13,6 @@ use super::shared::Shared;
 use super::shares::Shares;
 use super::table::{Bounds, MappingId};
 use crate::state::Target;
-
-/// Descriptors reserved for other purposes than flows.
-const RESERVED_DESCRIPTORS: usize = 64;
 
 /// After descriptors have run out, the number of flows at that moment is the limit for this long.
 const LEARNT_FOR: Duration = Duration::from_secs(1);
@@ -30,8 +26,6 @@ pub(super) struct Capacity {
     pub(super) shares: Shares,
     /// The budget for datagrams queued for slow backends.
     pub(super) budget: Arc<QueueBudget>,
-    /// Descriptors for flows, unless a mapping requests more.
-    descriptors: usize,
     /// The largest number that a mapping requests.
     pub(super) asked: usize,
     /// The number of flows when descriptors ran out, and until when it is the limit.
@@ -41,20 +35,13 @@ pub(super) struct Capacity {
 impl Capacity {
     /// The resources of a task.
     pub(super) fn of_task(shared: Arc<Shared>) -> Self {
-        let descriptors = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _hard)| soft);
-        let descriptors = usize::try_from(descriptors).unwrap_or(usize::MAX);
-        let share = if shared.beside_tcp {
-            descriptors / 2
-        } else {
-            descriptors.saturating_sub(RESERVED_DESCRIPTORS)
-        };
         let budget = Arc::new(QueueBudget::of_task(shared.to_backends.clone()));
-        Self { shared, shares: Shares::of_this_host(), budget, descriptors: share, asked: 0, learnt: None }
+        Self { shared, shares: Shares::of_this_host(), budget, asked: 0, learnt: None }
     }
 
     /// The number of descriptors for flows.
     pub(super) fn descriptors(&self) -> usize {
-        self.descriptors
+        self.shared.descriptors()
     }
 
     /// Opens a flow to the backend of `target`.
@@ -80,7 +67,7 @@ impl Capacity {
             (ports.count(), ports.room())
         };
         let others = self.shared.flows().saturating_sub(own);
-        let usual = part_of(self.descriptors.min(count / 2), others, self.shared.tasks());
+        let usual = part_of(self.shared.descriptors().min(count / 2), others, self.shared.tasks());
         let learnt = self.learnt.filter(|(_most, until)| now < *until).map_or(usize::MAX, |(most, _)| most);
         usual.max(self.asked).min(room.saturating_sub(others)).min(learnt).max(1)
     }
@@ -124,17 +111,18 @@ mod tests {
 
     #[test]
     fn tcp_gets_half_of_the_descriptors() {
-        let (soft, _hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        let (soft, _hard) =
+            nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_NOFILE).unwrap();
         let soft = usize::try_from(soft).unwrap();
         assert_eq!(capacity(true).descriptors(), soft / 2);
-        assert_eq!(capacity(false).descriptors(), soft - RESERVED_DESCRIPTORS);
+        assert_eq!(capacity(false).descriptors(), soft - crate::udp::shared::RESERVED_DESCRIPTORS);
     }
 
     #[test]
     fn flows_use_half_of_the_local_ports_unless_a_mapping_asks_for_more() {
         let (mut capacity, now) = (capacity(true), Instant::now());
         let half = capacity.shared.ports().count() / 2;
-        capacity.descriptors = usize::MAX;
+        Arc::get_mut(&mut capacity.shared).unwrap().descriptors = usize::MAX;
         assert_eq!(capacity.most(0, now), half);
         capacity.asked = half + 1;
         assert_eq!(capacity.most(0, now), half + 1);

@@ -105,7 +105,7 @@ fn endpoints(client: SocketAddr, local: Option<LocalAddr>, target: &Target) -> E
 pub(super) fn refuse(peer: SocketAddr, target: &Target, error: &HeaderError) {
     static WRONG: LogLimit = LogLimit::new();
 
-    target.policy.state.stats.count(FailureKind::BadProxyHeader);
+    target.policy.state.stats.count_of(Protocol::Udp, FailureKind::BadProxyHeader);
     if let Some(suppressed) = WRONG.permit() {
         let (peer, mapping) = (canonical(peer), target.name());
         warn!(%peer, %mapping, %error, suppressed, "datagram dropped: no header of its proxy");

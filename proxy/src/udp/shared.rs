@@ -3,10 +3,15 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use nix::sys::resource::{Resource, getrlimit};
+
 use super::local_ports::LocalPorts;
 use super::origin::OwnPorts;
 use super::send::BudgetUse;
 use super::source::AddrsInUse;
+
+/// Descriptors reserved for other purposes than flows.
+pub(super) const RESERVED_DESCRIPTORS: usize = 64;
 
 /// The resources that the UDP tasks of a process share.
 #[derive(Debug)]
@@ -25,8 +30,8 @@ pub(crate) struct Shared {
     tasks: AtomicUsize,
     /// The listeners that are served, of all tasks.
     listeners: AtomicUsize,
-    /// Whether TCP connections need descriptors, too.
-    pub(super) beside_tcp: bool,
+    /// Descriptors for flows, unless a mapping requests more.
+    pub(super) descriptors: usize,
     /// Whether the tasks continue without a listener, because others may be added.
     may_be_idle: bool,
 }
@@ -45,7 +50,7 @@ impl Shared {
             to_clients: Arc::default(),
             tasks: AtomicUsize::new(0),
             listeners: AtomicUsize::new(0),
-            beside_tcp,
+            descriptors: descriptors_for_flows(beside_tcp),
             may_be_idle,
         }
     }
@@ -85,8 +90,19 @@ impl Shared {
         self.own_ports.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Descriptors for flows, unless a mapping requests more.
+    pub(super) fn descriptors(&self) -> usize {
+        self.descriptors
+    }
+
+    /// The maximum number of flows of all tasks, unless a mapping requests more: as many as there are descriptors for
+    /// them, or half of the local ports.
+    pub(crate) fn most_flows(&self) -> usize {
+        self.descriptors.min(self.ports().count() / 2)
+    }
+
     /// The flows of all tasks.
-    pub(super) fn flows(&self) -> usize {
+    pub(crate) fn flows(&self) -> usize {
         self.flows.load(Ordering::Relaxed)
     }
 
@@ -94,4 +110,11 @@ impl Shared {
     pub(super) fn count_flows(&self, before: usize, now: usize) {
         self.flows.fetch_add(now.wrapping_sub(before), Ordering::Relaxed);
     }
+}
+
+/// The descriptors for flows. TCP connections may need as many.
+fn descriptors_for_flows(beside_tcp: bool) -> usize {
+    let limit = getrlimit(Resource::RLIMIT_NOFILE).map_or(1024, |(soft, _hard)| soft);
+    let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+    if beside_tcp { limit / 2 } else { limit.saturating_sub(RESERVED_DESCRIPTORS) }
 }

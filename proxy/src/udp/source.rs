@@ -6,7 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use rproxy_mapping::addr::{canonical, wildcard_of};
+use rproxy_mapping::addr::{Protocol, canonical, wildcard_of};
 use rproxy_mapping::source::Source;
 use rproxy_sys::udp::source_towards;
 use socket2::{Domain, Socket, Type};
@@ -110,7 +110,7 @@ pub(super) fn open_as_client(
         // The caller makes room for it.
         Err(NotAsClient::Kernel(error)) if has_run_out(&error) => Err(error),
         Err(reason) if source == Source::ClientOnly => {
-            target.policy.state.stats.count(FailureKind::SourceUnavailable);
+            target.policy.state.stats.count_of(Protocol::Udp, FailureKind::SourceUnavailable);
             Err(SourceError::Client { client, reason }.into())
         }
         Err(reason) => {
@@ -163,7 +163,7 @@ fn connect(socket: &Socket, target: &Target) -> io::Result<()> {
 fn report_other_source(target: &Target, client: SocketAddr, reason: &NotAsClient) {
     static OTHERS: LogLimit = LogLimit::new();
 
-    target.policy.state.stats.count(FailureKind::SourceUnavailable);
+    target.policy.state.stats.count_of(Protocol::Udp, FailureKind::SourceUnavailable);
     if let Some(suppressed) = OTHERS.permit() {
         warn!(%client, mapping = %target.name(), %reason, suppressed, "flow not from its client's address");
     }

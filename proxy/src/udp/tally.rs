@@ -111,8 +111,8 @@ impl Tally {
         let stats = &target.policy.state.stats;
         if self.relayed != Amount::default() {
             let (datagrams, bytes) = match to {
-                Towards::Backend => (&stats.datagrams_in, &stats.bytes_in),
-                Towards::Clients => (&stats.datagrams_out, &stats.bytes_out),
+                Towards::Backend => (&stats.datagrams_in, &stats.udp_bytes_in),
+                Towards::Clients => (&stats.datagrams_out, &stats.udp_bytes_out),
             };
             datagrams.add(self.relayed.datagrams);
             bytes.add(self.relayed.bytes);

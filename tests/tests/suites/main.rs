@@ -14,6 +14,7 @@ mod harness;
 mod hostile;
 mod live;
 mod logs;
+mod metrics;
 mod netns_setup;
 mod nginx;
 mod promises;
@@ -56,6 +57,7 @@ fn main() -> ExitCode {
         live,
         logs,
         watch,
+        metrics,
         service,
         upgrade,
         attach,

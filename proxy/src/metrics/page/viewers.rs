@@ -127,7 +127,7 @@ async fn serve_until_gone(
 /// Why events end, as the page knows it.
 fn reason(error: SourceError) -> &'static str {
     match error {
-        SourceError::Ending => "draining",
+        SourceError::Ending | SourceError::Draining => "draining",
         SourceError::Busy | SourceError::Stuck => "busy",
     }
 }

@@ -171,7 +171,7 @@ fn both_directions_end_in_order_and_each_byte_is_counted() {
     let Outcome { to_backend, to_client, finish: Finish { ending, failure } } = &relayed.outcome;
     assert_eq!((*to_backend, *to_client, *ending), (7, 9, Ending::ClientClosed));
     assert!(failure.is_none(), "{failure:?}");
-    assert_eq!([relayed.stats().bytes_in.get(), relayed.stats().bytes_out.get()], [7, 9]);
+    assert_eq!([relayed.stats().bytes_in(), relayed.stats().bytes_out()], [7, 9]);
     assert!(FailureKind::ALL.iter().all(|kind| relayed.stats().failure_kind(*kind) == 0));
 }
 

@@ -54,7 +54,7 @@ fn each_datagram_tells_its_client() {
         }
     }
     assert_eq!(scene.stats().datagrams_in.get(), 6);
-    assert_eq!(scene.stats().bytes_in.get(), 2 * (8 + 3 * 28), "with headers");
+    assert_eq!(scene.stats().bytes_in(), 2 * (8 + 3 * 28), "with headers");
 }
 
 #[test]
