@@ -14,7 +14,7 @@ use super::routes::Routes;
 use super::server::serve;
 use super::snapshot::{Process, Reloads, Snapshot};
 use super::source::{QUERIES, Query, Source};
-use super::status::Status;
+use super::status::{ProcessStatus, Status};
 use crate::control::clients::Call;
 use crate::engine::Server;
 use crate::engine::observation::Observation;
@@ -118,7 +118,8 @@ impl Queries {
             // Without an answer, the client learns that the process is ending.
             Query::Status(known, answer) => {
                 if let Some(server) = server {
-                    drop(answer.send(Status::of(server.registry(), known)));
+                    let process = ProcessStatus::of(&self.snapshot(Arc::new(server.observe())));
+                    drop(answer.send(Status::of(server.registry(), known, process)));
                 }
             }
             Query::Snapshot(answer) => {

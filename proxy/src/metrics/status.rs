@@ -1,10 +1,15 @@
 //! The state of the mappings, as the manager knows it.
 
+use std::time::UNIX_EPOCH;
+
 use rproxy_mapping::wire::WireLimits;
 use serde::Serialize;
 
+use super::descriptors::limit;
+use super::snapshot::{Reloads, Snapshot};
 use crate::control::answers::StatsList;
 use crate::engine::registry::{Registry, Served};
+use crate::log::lost_lines;
 
 /// The mappings at one moment.
 #[derive(Debug)]
@@ -15,6 +20,66 @@ pub(crate) struct Status {
     pub(crate) descriptions: Option<Vec<Description>>,
     /// The revision of the registry.
     pub(crate) revision: u64,
+    /// What the process uses, and its last reload.
+    pub(crate) process: ProcessStatus,
+}
+
+/// The state of the process, apart from mappings.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+pub(crate) struct ProcessStatus {
+    /// The running workers.
+    workers: usize,
+    /// Its open descriptors, where proc(5) is mounted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    descriptors: Option<Usage>,
+    /// The UDP flows of all mappings, once a UDP port was served.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    flows: Option<Usage>,
+    /// Lines of the log that were lost because nobody read them.
+    log_lines_dropped: u64,
+    /// The last reload of its configuration, if there is one. Reading it at the start is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reload: Option<Reload>,
+}
+
+/// How much of a limit is used.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+struct Usage {
+    used: u64,
+    limit: u64,
+}
+
+/// A reload of the configuration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+struct Reload {
+    /// When, in milliseconds since 1970.
+    time_ms: u64,
+    succeeded: bool,
+}
+
+impl ProcessStatus {
+    /// What a snapshot says.
+    pub(super) fn of(snapshot: &Snapshot) -> Self {
+        let Snapshot { server, process, .. } = snapshot;
+        let usage = |(used, limit)| {
+            Some(Usage { used: u64::try_from(used).ok()?, limit: u64::try_from(limit).ok()? })
+        };
+        Self {
+            workers: server.workers(),
+            descriptors: process.descriptors.zip(limit()).map(|(used, limit)| Usage { used, limit }),
+            flows: server.flows().and_then(usage),
+            log_lines_dropped: lost_lines(),
+            reload: process.reloads.map(Reload::of),
+        }
+    }
+}
+
+impl Reload {
+    fn of(reloads: Reloads) -> Self {
+        let time = reloads.last.duration_since(UNIX_EPOCH).unwrap_or_default();
+        let time_ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
+        Self { time_ms, succeeded: reloads.has_succeeded() }
+    }
 }
 
 /// What a mapping is. It changes only if somebody changes the mapping.
@@ -34,12 +99,12 @@ pub(crate) struct Description {
 
 impl Status {
     /// The mappings of `registry`, for somebody who knows them as of the revision `known`.
-    pub(crate) fn of(registry: &Registry, known: Option<u64>) -> Self {
+    pub(crate) fn of(registry: &Registry, known: Option<u64>, process: ProcessStatus) -> Self {
         let revision = registry.revision();
         let is_known = known == Some(revision);
         let describe = || registry.iter().map(|(_name, served)| Description::of(served)).collect();
         let descriptions = (!is_known).then(describe);
-        Self { stats: StatsList::of(registry), descriptions, revision }
+        Self { stats: StatsList::of(registry), descriptions, revision, process }
     }
 }
 

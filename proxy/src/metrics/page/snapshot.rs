@@ -9,13 +9,14 @@ use bytes::Bytes;
 use serde::Serialize;
 
 use crate::control::answers::{MappingStats, StatsList};
-use crate::metrics::status::{Description, Status};
+use crate::metrics::status::{Description, ProcessStatus, Status};
 
 /// The mappings and the process at one moment, as viewers know them.
 #[derive(Debug)]
 pub(super) struct Snapshot {
     time_ms: u64,
     process: Arc<Process>,
+    status: ProcessStatus,
     stats: StatsList,
     /// In the order of the mappings in `stats`.
     descriptions: Arc<[Description]>,
@@ -38,7 +39,7 @@ pub(super) struct Process {
 struct Event<'a> {
     /// When this was so, in milliseconds since 1970.
     time_ms: u64,
-    process: &'a Process,
+    process: ProcessRow<'a>,
     /// Mappings that are new or different.
     mappings: Vec<Row<'a>>,
     /// All mappings that drain.
@@ -46,6 +47,15 @@ struct Event<'a> {
     /// The names of mappings that are gone.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     removed: Vec<&'a str>,
+}
+
+/// The process in an event.
+#[derive(Serialize)]
+struct ProcessRow<'a> {
+    #[serde(flatten)]
+    process: &'a Process,
+    #[serde(flatten)]
+    status: &'a ProcessStatus,
 }
 
 /// A mapping in an event.
@@ -77,9 +87,9 @@ impl Snapshot {
     }
 
     fn new(process: Arc<Process>, status: Status, known: Arc<[Description]>) -> Self {
-        let Status { stats, descriptions, revision } = status;
+        let Status { stats, descriptions, revision, process: status } = status;
         let descriptions = descriptions.map_or(known, Into::into);
-        Self { time_ms: now_ms(), process, stats, descriptions, revision }
+        Self { time_ms: now_ms(), process, status, stats, descriptions, revision }
     }
 
     /// The revision of the registry whose descriptions are known.
@@ -115,7 +125,8 @@ impl Snapshot {
     }
 
     fn event<'a>(&'a self, mappings: Vec<Row<'a>>, removed: Vec<&'a str>) -> Event<'a> {
-        let Self { time_ms, process, stats, .. } = self;
+        let Self { time_ms, process, status, stats, .. } = self;
+        let process = ProcessRow { process, status };
         Event { time_ms: *time_ms, process, mappings, draining: &stats.draining, removed }
     }
 }
@@ -176,7 +187,12 @@ mod tests {
         let mappings = mappings.iter().map(|(name, connections)| stats(name, *connections)).collect();
         let descriptions =
             backends.map(|backends| backends.iter().map(|backend| description(backend)).collect());
-        Status { stats: StatsList { mappings, draining: vec![stats("old", 3)] }, descriptions, revision }
+        Status {
+            stats: StatsList { mappings, draining: vec![stats("old", 3)] },
+            descriptions,
+            revision,
+            process: ProcessStatus::default(),
+        }
     }
 
     /// The kind and the contents of an event.

@@ -181,6 +181,9 @@ pub(super) fn details() {
         scene.browser.wait_for("document.getElementById('details').open", false);
         scene.browser.click("#tab-process");
         let pid = scene.proxy.process.pid().to_string();
-        eventually("the process", || scene.browser.text("#view-process").contains(&pid));
+        eventually("the process", || {
+            let text = scene.browser.text("#view-process");
+            [pid.as_str(), "Worker threads", "Descriptors"].iter().all(|part| text.contains(part))
+        });
     });
 }
