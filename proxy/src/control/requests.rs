@@ -1,15 +1,15 @@
 //! Executes the requests of clients.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rproxy_mapping::Mapping;
 use rproxy_mapping::access::parse_network;
 use rproxy_mapping::endpoint::BackendSpec;
 use rproxy_mapping::name::{Name, NameError};
 use rproxy_mapping::ports::PortRange;
 use rproxy_mapping::wire::WireMapping;
+use rproxy_mapping::{Mapping, PortMapping};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 use tracing::info;
@@ -22,7 +22,7 @@ use crate::bind::interfaces::HostInterfaces;
 use crate::engine::Server;
 use crate::engine::change::{ChangeError, Changed};
 use crate::engine::registry::Served;
-use crate::state::record::Record;
+use crate::state::record::{Record, RecordOf};
 
 /// How long the client that ends the process may take to read its response.
 const LAST_ANSWER: Duration = Duration::from_secs(1);
@@ -60,7 +60,7 @@ async fn handle(request: Request, server: &mut Server) -> Result<Response, Refus
         Request::Cut(chosen) => {
             let mut chosen_ones = live(&chosen, server)?;
             chosen_ones.truncate(chosen.limit.unwrap_or(usize::MAX));
-            server.cut(&chosen_ones);
+            server.cut_recorded(&chosen_ones).await;
             return Ok(Response::Cut(CutCounts { cut: chosen_ones.len() }));
         }
         Request::Drain => return Ok(Response::Drain {}),
@@ -95,17 +95,19 @@ async fn handle(request: Request, server: &mut Server) -> Result<Response, Refus
     Ok(changed.into())
 }
 
-/// Ends the connections and flows of the mapping called `name` that lead where it does not lead any more.
+/// Ends the connections and flows of the mapping called `name` that lead where their host port does not lead any more.
 async fn cut_left(name: &Name, server: &Server) {
     // From then on, nobody gets the old target.
     server.until_responsive().await;
-    let backends: HashSet<_> = server.registry().get(name).into_iter().flat_map(Served::backends).collect();
+    let served = server.registry().get(name);
+    let targets: HashMap<_, _> = served.into_iter().flat_map(Served::targets).collect();
     let mut left = server.live();
     left.retain(|record| {
-        let of = &record.of;
-        of.mapping == *name && !backends.contains(&of.port_mapping.backend.socket_addr())
+        let RecordOf { mapping, port_mapping, .. } = &record.of;
+        let PortMapping { protocol, host, backend, .. } = *port_mapping;
+        mapping == name && targets.get(&(protocol, host)) != Some(&backend)
     });
-    server.cut(&left);
+    server.cut_recorded(&left).await;
 }
 
 /// The live connections and flows that `chosen` describes.

@@ -24,8 +24,7 @@ use crate::engine::registry::Served;
 use crate::loops::whereabouts::Whereabouts;
 use crate::loops::{Hop, LoopError, refuse_loops};
 use crate::state::MappingPolicy;
-use crate::state::task::{Detached, LiveFlows};
-use crate::tcp::reset_all;
+use crate::state::task::{Cut, Detached, LiveFlows};
 
 /// How long flows whose runtime has ended wait for their port to be attached again. A runtime that restarts
 /// publishes the ports of its running containers again within that time.
@@ -128,7 +127,7 @@ impl Server {
             self.parked.put(target, flows);
         }
         if reason == Detached::Unpublished {
-            reset_all(&self.workers, &state).await;
+            self.cut(Cut::ConnectionsOf(state)).await;
             self.old_processes.reset(name).await;
         }
     }

@@ -15,7 +15,6 @@ pub mod registry;
 mod sweep;
 mod tasks;
 
-use std::collections::HashSet;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -43,9 +42,9 @@ use crate::runtime::poll::WatchedListener;
 use crate::runtime::worker::Workers;
 use crate::state::record::Record;
 use crate::state::recorder::Recorder;
-use crate::state::task::{Detached, FlowCommand, ListenerTask, LiveFlows};
+use crate::state::task::{Cut, Detached, ListenerTask, LiveFlows};
 use crate::state::{Binding, Capacity, MappingPolicy, MappingState, Target};
-use crate::tcp::{cut_recorded, reactor};
+use crate::tcp::reactor;
 
 /// A running set of mappings.
 #[derive(Debug)]
@@ -251,15 +250,21 @@ impl Server {
         self.recorder.as_ref().map(|recorder| recorder.live()).unwrap_or_default()
     }
 
-    /// Resets the connections and ends the flows with these records.
-    pub(crate) fn cut(&self, records: &[Arc<Record>]) {
-        if records.is_empty() {
-            return;
+    /// Resets connections and ends flows. Returns when their sockets are closed.
+    pub(crate) async fn cut(&self, cut: Cut) {
+        let commanded: Vec<_> = self.tasks.all().map(|task| task.cut(cut.clone())).collect();
+        for is_done in commanded {
+            // If the task is gone, so are its connections and flows, or they end.
+            drop(is_done.await);
         }
-        let ids: Arc<HashSet<u64>> = Arc::new(records.iter().map(|record| record.id).collect());
-        cut_recorded(&self.workers, &ids);
-        self.tasks.all().for_each(|task| task.flows(FlowCommand::Cut(ids.clone())));
-        info!(connections = ids.len(), "cut, as requested by a control client");
+    }
+
+    /// Cuts what has these records, at the request of a client.
+    pub(crate) async fn cut_recorded(&self, records: &[Arc<Record>]) {
+        if !records.is_empty() {
+            info!(connections = records.len(), "cutting, as requested by a control client");
+            self.cut(Cut::Recorded(Arc::new(records.iter().map(|record| record.id).collect()))).await;
+        }
     }
 
     /// The sockets of named mappings, in the order of [`Registry::iter`].

@@ -5,11 +5,11 @@ use std::collections::{BTreeMap, HashMap, HashSet, btree_map};
 use std::net::SocketAddr;
 use std::sync::Arc;
 
-use rproxy_mapping::Mapping;
-use rproxy_mapping::addr::{Protocol, Protocols};
+use rproxy_mapping::addr::{BackendAddr, HostSocketAddr, Protocol, Protocols};
 use rproxy_mapping::name::Name;
 use rproxy_mapping::ports::PortRange;
 use rproxy_mapping::source::Source;
+use rproxy_mapping::{Mapping, PortMapping};
 
 use crate::bind::way_back::WaysBack;
 use crate::engine::sweep::Sweep;
@@ -46,9 +46,12 @@ impl Served {
         &self.policy.state.stats
     }
 
-    /// The backend of each socket, in order.
-    pub(crate) fn backends(&self) -> impl Iterator<Item = SocketAddr> {
-        self.ports.iter().map(|binding| binding.target.port_mapping.backend.socket_addr())
+    /// The protocol and address of each socket, and the backend behind it.
+    pub(crate) fn targets(&self) -> impl Iterator<Item = ((Protocol, HostSocketAddr), BackendAddr)> {
+        self.ports.iter().map(|binding| {
+            let PortMapping { protocol, host, backend, .. } = binding.target.port_mapping;
+            ((protocol, host), backend)
+        })
     }
 
     /// The host port of each socket, in order; the actual port where there was a choice.

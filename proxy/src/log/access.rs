@@ -7,13 +7,18 @@ use std::cell::RefCell;
 use std::fs::File;
 use std::io::{self, Write};
 use std::mem;
+use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{F_SETFL, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rproxy_mapping::escape::escaped;
+use socket2::{Domain, SockAddr, Socket, Type};
 use tracing::{info, warn};
 
 use super::limit::LogLimit;
@@ -99,9 +104,27 @@ pub fn open_file(path: &Path) -> io::Result<File> {
     use std::os::unix::fs::OpenOptionsExt;
 
     // A FIFO without a reader would block the start.
-    let flags = nix::libc::O_NONBLOCK | nix::libc::O_NOCTTY;
-    let file = File::options().append(true).create(true).mode(MODE).custom_flags(flags).open(path)?;
+    let flags = OFlag::O_NONBLOCK | OFlag::O_NOCTTY;
+    let mut file =
+        File::options().append(true).create(true).mode(MODE).custom_flags(flags.bits()).open(path)?;
+    // The thread that writes may wait for a reader.
+    fcntl(&file, F_SETFL(OFlag::O_APPEND))?;
+    if ends_within_line(path) {
+        file.write_all(b"\n")?;
+    }
     Ok(file)
+}
+
+/// Whether a file ends with part of a line: the disk was full when the last process ended.
+fn ends_within_line(path: &Path) -> bool {
+    let last = || {
+        let file = File::open(path).ok().filter(|file| file.metadata().is_ok_and(|data| data.is_file()))?;
+        let mut last = [0];
+        file.read_exact_at(&mut last, file.metadata().ok()?.len().checked_sub(1)?).ok()?;
+        Some(last)
+    };
+    // A FIFO would give its bytes to this.
+    path.is_file() && last().is_some_and(|last| last != *b"\n")
 }
 
 /// Why the access log cannot be opened.
@@ -138,12 +161,19 @@ pub enum Receiver {
 }
 
 impl Receiver {
+    /// Connects without waiting for a daemon that does not accept.
     fn connect(path: &Path) -> io::Result<Self> {
-        let socket = UnixDatagram::unbound()?;
-        match socket.connect(path) {
-            Ok(()) => Ok(Self::Datagrams(socket)),
+        let connect = |kind: Type| {
+            let socket = Socket::new(Domain::UNIX, kind.nonblocking(), None)?;
+            socket.connect(&SockAddr::unix(path)?)?;
+            // The thread that writes may wait.
+            socket.set_nonblocking(false)?;
+            Ok::<_, io::Error>(socket)
+        };
+        match connect(Type::DGRAM) {
+            Ok(socket) => Ok(Self::Datagrams(socket.into())),
             Err(error) if error.raw_os_error() == Some(nix::libc::EPROTOTYPE) => {
-                UnixStream::connect(path).map(Self::Stream)
+                connect(Type::STREAM).map(|socket| Self::Stream(socket.into()))
             }
             Err(error) => Err(error),
         }
@@ -162,6 +192,15 @@ impl Receiver {
 }
 
 impl Sink {
+    /// Waits until standard output has room, whose description somebody else has set not to block; at most [`DELAY`].
+    fn wait_for_room() {
+        let output = io::stdout();
+        let mut fds = [PollFd::new(output.as_fd(), PollFlags::POLLOUT)];
+        let delay = PollTimeout::try_from(DELAY).unwrap_or(PollTimeout::ZERO);
+        // A failure is that of the next write.
+        poll(&mut fds, delay).ok();
+    }
+
     /// Writes the beginning of `text`, and returns how much. May block while there is no room.
     fn write(&mut self, text: &[u8]) -> io::Result<usize> {
         match self {
@@ -207,12 +246,16 @@ struct Shared {
 
 #[derive(Debug, Default)]
 struct State {
+    /// What comes before all lines.
+    first: Option<Vec<u8>>,
     /// Whole lines that nobody writes yet.
     lines: Vec<u8>,
     /// The new file, after a rotation.
     reopened: Option<File>,
     /// Whether the thread is writing lines.
     is_writing: bool,
+    /// How many lines it has taken and not written yet.
+    taken: usize,
     /// Whether lines do not wait for others any more, because the process ends.
     is_over: bool,
 }
@@ -228,10 +271,16 @@ impl AccessLog {
         self.format
     }
 
-    /// What a thread of its own has to run: it writes the lines to `sink`.
+    /// What a thread of its own has to run: it writes the lines to `sink`, from [`Self::begin`] on.
     pub(crate) fn writer(&self, sink: Sink) -> impl FnOnce() + Send + use<> {
         let shared = self.shared.clone();
         move || shared.write_all_to(sink)
+    }
+
+    /// Begins to write: first `text`, which is no line of the log.
+    pub(crate) fn begin(&self, text: Vec<u8>) {
+        self.shared.state().first = Some(text);
+        self.shared.changed.notify_one();
     }
 
     /// Appends the line that `format` writes, or loses it.
@@ -281,6 +330,10 @@ impl AccessLog {
             let waited = self.shared.written.wait_timeout(state, left);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
+        let lines = state.taken + count_lines(&state.lines);
+        if lines > 0 {
+            warn!(lines, "the last lines of the access log were not written in time");
+        }
     }
 }
 
@@ -292,15 +345,28 @@ impl Shared {
     /// Writes lines to `sink` for as long as the process runs.
     fn write_all_to(&self, mut sink: Sink) {
         let mut told = 0;
+        let first = self.first();
+        self.write_to(&mut sink, &first);
         loop {
             let lines = self.next(&mut sink);
             self.write_to(&mut sink, &lines);
             self.tell_lost(&mut told);
             let mut state = self.state();
-            state.is_writing = false;
+            (state.is_writing, state.taken) = (false, 0);
             if state.lines.is_empty() {
                 self.written.notify_all();
             }
+        }
+    }
+
+    /// Waits until writing begins, and returns what comes before all lines.
+    fn first(&self) -> Vec<u8> {
+        let mut state = self.state();
+        loop {
+            if let Some(first) = state.first.take() {
+                return first;
+            }
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
     }
 
@@ -313,6 +379,7 @@ impl Shared {
         state.is_writing = true;
         let mut state = self.pause(state, DELAY, ENOUGH);
         let lines = mem::take(&mut state.lines);
+        state.taken = count_lines(&lines);
         let reopened = state.reopened.take();
         drop(state);
         if let Some(file) = reopened {
@@ -345,15 +412,15 @@ impl Shared {
                 }
                 Err(error) => error,
             };
-            let delay = match error.kind() {
+            match error.kind() {
                 io::ErrorKind::Interrupted => continue,
-                io::ErrorKind::WouldBlock => DELAY,
-                _ => {
-                    warn_unwritten(&error);
-                    RETRY
+                io::ErrorKind::WouldBlock => {
+                    Sink::wait_for_room();
+                    continue;
                 }
-            };
-            let mut state = self.pause(self.state(), delay, usize::MAX);
+                _ => warn_unwritten(&error),
+            }
+            let mut state = self.pause(self.state(), RETRY, usize::MAX);
             let is_elsewhere = match state.reopened.take() {
                 Some(file) => {
                     *sink = Sink::File(file);
@@ -374,8 +441,7 @@ impl Shared {
 
     /// Counts lines as lost.
     fn lose(&self, lines: &[u8]) {
-        let lost = lines.iter().filter(|byte| **byte == b'\n').count();
-        self.lost.fetch_add(lost as u64, Ordering::Relaxed);
+        self.lost.fetch_add(count_lines(lines) as u64, Ordering::Relaxed);
     }
 
     /// Reports lost lines, if there are more than were `told`.
@@ -386,6 +452,10 @@ impl Shared {
             warn!(lines, "lines of the access log were lost, because they could not be written in time");
         }
     }
+}
+
+fn count_lines(lines: &[u8]) -> usize {
+    lines.iter().filter(|byte| **byte == b'\n').count()
 }
 
 /// What is left of `lines` after the line whose first part ends at `done`: nobody gets a second half.
@@ -417,6 +487,7 @@ mod tests {
         let log = AccessLog::new(Format::Text);
         let sink = Sink::Socket { path: "/nowhere".into(), receiver: Some(Receiver::Stream(near)) };
         thread::spawn(log.writer(sink));
+        log.begin(Vec::new());
         (log, far)
     }
 

@@ -47,14 +47,19 @@ impl Output {
     /// Writes lines without blocking. What standard output does not accept now is written by a task on
     /// `runtime` when there is room.
     pub fn write(self, runtime: &Handle, lines: &[String]) {
-        let Self(sink) = self;
-        let text: String = lines.iter().flat_map(|line| [line.as_str(), "\n"]).collect();
-        // On failure, nobody reads the lines.
-        let Ok(written) = sink.write_now(text.as_bytes()) else { return };
-        if written < text.len() {
-            let rest = text.as_bytes()[written..].to_vec();
+        let rest = self.write_now(lines);
+        if !rest.is_empty() {
+            let Self(sink) = self;
             runtime.spawn(async move { drop(write_rest(&sink, &rest).await) });
         }
+    }
+
+    /// Writes lines without blocking, and returns what standard output does not accept now.
+    pub fn write_now(&self, lines: &[String]) -> Vec<u8> {
+        let text: String = lines.iter().flat_map(|line| [line.as_str(), "\n"]).collect();
+        // On failure, nobody reads the lines.
+        let written = self.0.write_now(text.as_bytes()).unwrap_or(text.len());
+        text.as_bytes()[written..].to_vec()
     }
 }
 

@@ -130,7 +130,14 @@ fn start_fresh(
     let output = Output::open();
     let server = prepare_server(bound, attach.is_some(), metrics.as_ref(), options)?;
     server.start(LiveFlows::default());
-    output.write(runtime.handle(), &ready);
+    match server.access_log() {
+        // Its lines follow, and are not mixed with these.
+        Some(log) if options.access_log == Some(Destination::Output) => log.begin(output.write_now(&ready)),
+        log => {
+            output.write(runtime.handle(), &ready);
+            log.iter().for_each(|log| log.begin(Vec::new()));
+        }
+    }
     Ok(Started { server, control, metrics, attach, stop })
 }
 
@@ -149,6 +156,7 @@ fn start_upgraded(
         runtime.block_on(take_over(channel, fixed, options.control.as_deref()))?;
     let mut server = prepare_server(bound, attach.is_some(), metrics.as_ref(), options)?;
     drop(entered);
+    server.access_log().iter().for_each(|log| log.begin(Vec::new()));
     server.succeed(runtime.block_on(old.hand_over_to(&server))?);
     control.iter_mut().for_each(UnixSocket::own);
     metrics.iter_mut().for_each(MetricsListener::own);

@@ -20,7 +20,7 @@ use tracing::error;
 
 use crate::proxy_protocol::Endpoints;
 use crate::runtime::poll::{EventSource, PollSet, WatchedListener};
-use crate::state::Binding;
+use crate::state::{Binding, MappingState};
 
 /// A command to a task.
 #[derive(Debug)]
@@ -35,8 +35,19 @@ pub(crate) enum Command {
     Close(Vec<Arc<WatchedListener>>, Detached, oneshot::Sender<LiveFlows>),
     /// Close all listeners, because another process serves them and the paused flows.
     Leave,
+    /// Reset connections and end flows. The sender is notified once their sockets are closed.
+    Cut(Cut, oneshot::Sender<()>),
     /// A command about all flows; a task without flows ignores it.
     Flows(FlowCommand),
+}
+
+/// Connections and flows to be cut. Tasks find all that were accepted before they got the command.
+#[derive(Clone, Debug)]
+pub(crate) enum Cut {
+    /// Those with these records.
+    Recorded(Arc<HashSet<u64>>),
+    /// The connections of a mapping. Its flows have ended with its listeners.
+    ConnectionsOf(Arc<MappingState>),
 }
 
 /// Why a listener is closed at once, and so what becomes of its connections and flows.
@@ -62,8 +73,6 @@ pub(crate) enum FlowCommand {
     Resume,
     /// Also serve these flows, of listeners that are already served.
     Adopt(LiveFlows),
-    /// End the flows with these records.
-    Cut(Arc<HashSet<u64>>),
     /// End the flows that use these local ports. The sender is notified once the ports are free.
     GiveWay(Vec<u16>, oneshot::Sender<()>),
 }
@@ -205,6 +214,13 @@ impl ListenerTask {
         let (closed, is_closed) = oneshot::channel();
         self.tell(Command::Close(ports, reason, closed));
         is_closed
+    }
+
+    /// Resets connections and ends flows. The receiver is notified once their sockets are closed.
+    pub(crate) fn cut(&self, cut: Cut) -> oneshot::Receiver<()> {
+        let (done, is_done) = oneshot::channel();
+        self.tell(Command::Cut(cut, done));
+        is_done
     }
 
     /// Closes all listeners and drops the paused flows.

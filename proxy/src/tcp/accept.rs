@@ -157,6 +157,14 @@ impl Acceptor {
                 // The sender may not be waiting.
                 closed.send(LiveFlows::default()).ok();
             }
+            Command::Cut(cut, done) => {
+                let cut = connections::cut_chosen(&self.workers, cut);
+                tokio::spawn(async move {
+                    cut.await;
+                    // The requester may not wait for the result.
+                    done.send(()).ok();
+                });
+            }
             // Pending connections belong to the other process now.
             Command::Leave => self.listeners.clear(),
             Command::Flows(_) => {}
@@ -412,27 +420,31 @@ fn accept_some(
                 mark(&client, peer.is_ipv6(), dscp, target);
                 backend.iter().for_each(|backend| mark(backend, addr.socket_addr().is_ipv6(), dscp, target));
             }
-            let mut guard = ConnectionGuard::take(target);
-            guard.record_as(peer, || asked_of(&client, target));
+            let guard = ConnectionGuard::take(target);
             match backend {
                 Ok(backend) => ready.push(Accepted { client, backend, peer, guard }),
-                Err(error) => reset_without_backend(client, peer, &guard, error),
+                Err(error) => reset_without_backend(client, peer, guard, error),
             }
         }
     }
     Ok(Stop::Burst)
 }
 
-/// The address that a client has connected to.
-fn asked_of(client: &OwnedFd, target: &Target) -> SocketAddr {
-    let local = SockRef::from(client).local_addr().ok().and_then(|local| local.as_socket());
-    local.unwrap_or_else(|| target.port_mapping.host.socket_addr())
+/// Records the connection of `peer`, if anybody can ask for it.
+fn record(guard: &mut ConnectionGuard, peer: SocketAddr, client: &OwnedFd) {
+    let host = guard.port_mapping().host.socket_addr();
+    let asked = || match host.ip().is_unspecified() {
+        true => SockRef::from(client).local_addr().ok().and_then(|local| local.as_socket()).unwrap_or(host),
+        false => host,
+    };
+    guard.record_as(peer, asked);
 }
 
 /// Resets a connection because no socket for its backend can be opened.
-fn reset_without_backend(client: OwnedFd, peer: SocketAddr, guard: &ConnectionGuard, source: io::Error) {
+fn reset_without_backend(client: OwnedFd, peer: SocketAddr, mut guard: ConnectionGuard, source: io::Error) {
     let addr = guard.port_mapping().backend.socket_addr();
-    report_failed_dial(peer, guard, &DialError::Open { addr, source });
+    record(&mut guard, peer, &client);
+    report_failed_dial(peer, &guard, &DialError::Open { addr, source });
     drop(client);
 }
 
@@ -485,7 +497,9 @@ fn hand_over(ready: Vec<Accepted>, workers: &Workers) {
         let first = assigned.partition_point(|(slot, _client)| slot.worker() < worker);
         let group = assigned.split_off(first);
         runtime.spawn(async move {
-            for (slot, accepted) in group {
+            for (slot, mut accepted) in group {
+                // Here, so that one thread allocates and frees what a connection needs.
+                record(&mut accepted.guard, accepted.peer, &accepted.client);
                 let (client, mapping) = (accepted.client(), accepted.guard.state().clone());
                 let record = accepted.guard.record().cloned();
                 connections::spawn((client, record), &mapping, |entry| dial_and_relay(accepted, slot, entry));

@@ -3,7 +3,6 @@
 //! Threads share nothing here: a connection is listed and searched on the worker that serves it.
 
 use std::cell::RefCell;
-use std::collections::HashSet;
 use std::net::IpAddr;
 use std::sync::Arc;
 
@@ -15,6 +14,7 @@ use tracing::info;
 use crate::runtime::worker::Workers;
 use crate::state::record::{Ending, Record};
 use crate::state::stats::FailureKind;
+use crate::state::task::Cut;
 use crate::state::{MappingPolicy, MappingState};
 use crate::tcp::pipe;
 
@@ -94,38 +94,49 @@ pub(super) fn cut_denied(policy: &Arc<MappingPolicy>) {
     }
 }
 
-/// Resets all connections of a mapping. Their sockets are closed when the returned future ends; those that have been
-/// accepted so far are among them even if it is not awaited.
+/// Resets all connections of a mapping that have been accepted so far, unless a task still accepts others: that has to do
+/// it then ([`cut_chosen`]). Their sockets are closed when the returned future ends.
 pub(crate) fn reset_all(workers: &Workers, mapping: &Arc<MappingState>) -> impl Future<Output = ()> + use<> {
-    let cut = |runtime: Handle| {
-        let mapping = mapping.clone();
-        runtime.spawn(async move { cut_all(&mapping).await })
+    let mapping = mapping.clone();
+    cut_on_all(workers, Ending::Removed, move |connection| connection.belongs_to(&mapping))
+}
+
+/// Resets connections. Called by the task that accepts them, it finds all that it has accepted before, because each worker
+/// gets both in their order. Their sockets are closed when the returned future ends.
+pub(super) fn cut_chosen(workers: &Workers, chosen: Cut) -> impl Future<Output = ()> + use<> {
+    let ending = match chosen {
+        Cut::Recorded(_) => Ending::Cut,
+        Cut::ConnectionsOf(_) => Ending::Removed,
     };
-    let tasks: Vec<_> = workers.runtimes().into_iter().map(cut).collect();
+    cut_on_all(workers, ending, move |connection| match &chosen {
+        Cut::Recorded(records) => {
+            connection.record.as_ref().is_some_and(|record| records.contains(&record.id))
+        }
+        Cut::ConnectionsOf(mapping) => connection.belongs_to(mapping),
+    })
+}
+
+/// Resets the `chosen` connections of all workers because of `ending`. Their sockets are closed when the returned future
+/// ends; they are reset even if it is not awaited.
+fn cut_on_all<F>(workers: &Workers, ending: Ending, chosen: F) -> impl Future<Output = ()> + use<F>
+where
+    F: Fn(&Connection) -> bool + Clone + Send + 'static,
+{
+    let cut_there = |runtime: Handle| {
+        let chosen = chosen.clone();
+        runtime.spawn(async move {
+            for task in cut(ending, |connection| chosen(connection)) {
+                // It has been cancelled, or had finished before.
+                drop(task.await);
+            }
+        })
+    };
+    let tasks: Vec<_> = workers.runtimes().into_iter().map(cut_there).collect();
     async move {
         for task in tasks {
             // A panic has been reported where it happened.
             drop(task.await);
         }
-    }
-}
-
-/// Resets all connections of a mapping on this worker. Their sockets are closed when this returns.
-async fn cut_all(mapping: &Arc<MappingState>) {
-    for task in cut(Ending::Removed, |connection| connection.belongs_to(mapping)) {
-        // It has been cancelled, or had finished before.
-        drop(task.await);
-    }
-}
-
-/// Resets all connections with these records.
-pub(crate) fn cut_recorded(workers: &Workers, records: &Arc<HashSet<u64>>) {
-    for runtime in workers.runtimes() {
-        let records = records.clone();
-        runtime.spawn(async move {
-            let is_one = |record: &Arc<Record>| records.contains(&record.id);
-            drop(cut(Ending::Cut, |connection| connection.record.as_ref().is_some_and(is_one)));
-        });
     }
 }
 

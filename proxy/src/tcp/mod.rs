@@ -31,8 +31,8 @@ use rproxy_mapping::addr::Protocol;
 use socket2::Socket;
 use tracing::{debug, warn};
 
+pub(crate) use self::connections::reset_all;
 use self::connections::{Client, Entry};
-pub(crate) use self::connections::{cut_recorded, reset_all};
 use self::dial::DialError;
 use self::proxy_header::Refused;
 use self::relay::Outcome;

@@ -16,7 +16,7 @@ use super::table::FlowId;
 use super::token::{Token, interest};
 use super::turn::Turn;
 use crate::state::record::Ending;
-use crate::state::task::{Command, Detached, FlowCommand, LiveFlows};
+use crate::state::task::{Command, Cut, Detached, FlowCommand, LiveFlows};
 use crate::state::{Binding, Target};
 
 /// Maximum number of turns for what clients have sent to a listener before it is closed: as much as its receive buffer
@@ -43,11 +43,17 @@ impl UdpRelay {
                 drop(ports);
                 closed.send(flows).ok();
             }
+            Command::Cut(cut, done) => {
+                if let Cut::Recorded(records) = cut {
+                    self.cut(&records);
+                }
+                // The requester may not wait for the result.
+                done.send(()).ok();
+            }
             Command::Leave => self.leave(),
             Command::Flows(FlowCommand::Pause(tell)) => drop(tell.send(self.pause())),
             Command::Flows(FlowCommand::Resume) => self.resume(),
             Command::Flows(FlowCommand::Adopt(flows)) => self.adopt(flows),
-            Command::Flows(FlowCommand::Cut(records)) => self.cut(&records),
             Command::Flows(FlowCommand::GiveWay(ports, done)) => {
                 self.give_way(&ports);
                 // The requester may not wait for the result.

@@ -48,7 +48,7 @@ impl UdpRelay {
         }
     }
 
-    /// Ends the flows with these records, as a user has asked.
+    /// Ends the flows with these records, as a user has asked. Their sockets are closed when this returns.
     pub(super) fn cut(&mut self, records: &HashSet<u64>) {
         let Self { table, .. } = self;
         let is_one = |id: FlowId| table.get(id)?.1.record_id().filter(|record| records.contains(record));
@@ -59,6 +59,7 @@ impl UdpRelay {
                 self.end(ended, Ending::Cut);
             }
         }
+        self.close_ended(self.ended.len());
     }
 
     /// Ends all flows before the task ends, for what their sockets dropped since they were last read. A backend that

@@ -6,8 +6,10 @@ use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixDatagram, UnixListener};
 use std::path::{Path, PathBuf};
+use std::process::{Child, Stdio};
 
 use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -37,12 +39,18 @@ pub(crate) fn cases() -> Vec<Case> {
         case("lines go to standard output", standard_output),
         case("lines go to a log daemon, which may restart", log_daemon),
         case("a reader that stops holds no connection up", stopped_reader),
+        case("a pipe that is read loses no line, also at the end", pipe),
+        case("lines follow where the process listens, and are not mixed with it", behind_ready_lines),
+        case("a line that a full disk has cut is not continued", cut_line),
+        case("a log daemon that does not accept fails the start", full_daemon),
         case("what is open at the end gets its line", end_of_process),
         case("an upgrade loses no line", upgraded),
         case("a file that cannot be opened", mistakes),
         case("what is live is listed", listed),
         case("what is live is cut by mapping, client and number", cut),
         case("remove and retarget cut what they leave", cut_left),
+        case("connections of a moment ago are cut, too", just_accepted).deadline(PATIENCE * 4),
+        case("retarget cuts by port", cut_left_of_range),
         case("nothing chosen cuts nothing", nothing_chosen),
         case("thousands are listed while they are served", thousands).deadline(PATIENCE * 4),
     ]
@@ -360,6 +368,94 @@ fn stopped_reader() {
     assert!(proxy.process.wait().success());
 }
 
+fn pipe() {
+    const CONNECTIONS: usize = 1000;
+
+    let backend = TcpBackend::echo();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("fifo");
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    // Opens for both, so that it waits for nobody.
+    let reader = fs::File::options().read(true).write(true).open(&path).unwrap();
+    let (address, to) = (own_address(), backend.address().to_string());
+    let log = path.to_str().unwrap();
+    let arguments =
+        ["--host", &address.to_string(), "--to", &to, "--access-log", log, "--drain-timeout", "0"];
+    let proxy = Standalone::start(&arguments);
+    let held: Vec<TcpStream> = (0..CONNECTIONS).map(|_| connect(address)).collect();
+    held.iter().for_each(client::ping);
+    proxy.process.signal(Signal::SIGTERM);
+    let lines = BufReader::new(reader).lines().take(CONNECTIONS);
+    assert!(lines.map(Result::unwrap).all(|line| line.contains("reason=drain")));
+    assert!(proxy.process.wait().success());
+}
+
+fn behind_ready_lines() {
+    const MAPPINGS: usize = 3000;
+
+    let backend = TcpBackend::echo();
+    let dir = tempfile::tempdir().unwrap();
+    let config = dir.path().join("rproxy.toml");
+    let (to, address) = (backend.address(), own_address());
+    let table = |host: &str| format!("[[mapping]]\nhost = \"{host}\"\nto = \"{to}\"\n");
+    let others = (0..MAPPINGS).map(|index| {
+        let host = format!("{}:{}", own_loopback(), 10_000 + index);
+        table(&host) + &format!("name = \"m{index}\"\n")
+    });
+    fs::write(&config, table(&address.to_string()) + &others.collect::<String>()).unwrap();
+    let mut command = rproxy::command(&["--config", config.to_str().unwrap(), "--access-log", "-"]);
+    let mut child = Ended(command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap());
+    eventually("it serves", || TcpStream::connect(address).is_ok());
+    client::assert_echoes(address);
+    kill(Pid::from_raw(child.0.id().cast_signed()), Signal::SIGTERM).unwrap();
+    // More than the pipe holds, which nobody has read so far.
+    let text = std::io::read_to_string(child.0.stdout.take().unwrap()).unwrap();
+    assert!(text.len() > 65_536, "{} bytes", text.len());
+    let is_ready_line = |line: &str| line.contains("/tcp -> ") && line.split_whitespace().count() == 3;
+    assert!(text.lines().take(MAPPINGS + 1).all(is_ready_line), "ready lines come first, each whole");
+    let rest: Vec<&str> = text.lines().skip(MAPPINGS + 1).collect();
+    assert!(!rest.is_empty() && rest.iter().all(|line| line.contains(" reason=")), "{rest:?}");
+}
+
+/// Ends a process whose output the case reads itself.
+struct Ended(Child);
+
+impl Drop for Ended {
+    fn drop(&mut self) {
+        self.0.kill().ok();
+        self.0.wait().ok();
+    }
+}
+
+fn cut_line() {
+    let backend = TcpBackend::echo();
+    let logged = Logged::start(backend.address(), &[]);
+    logged.process().signal(Signal::SIGTERM);
+    logged.process().wait();
+    fs::write(logged.path(), r#"{"time":"2026"#).unwrap();
+    let (host, to, path) =
+        (logged.address.to_string(), backend.address().to_string(), logged.path().display().to_string());
+    let arguments = ["--host", &host, "--to", &to, "--access-log", &path, "--access-log-format", "json"];
+    let _proxy = Standalone::start(&arguments);
+    client::assert_echoes(logged.address);
+    let read = || fs::read_to_string(logged.path()).unwrap();
+    eventually("the line is there", || read().lines().count() == 2);
+    serde_json::from_str::<Value>(read().lines().nth(1).unwrap()).unwrap();
+}
+
+fn full_daemon() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("log");
+    let daemon = UnixListener::bind(&path).unwrap();
+    nix::sys::socket::listen(&daemon, nix::sys::socket::Backlog::new(0).unwrap()).unwrap();
+    let _first = std::os::unix::net::UnixStream::connect(&path).unwrap();
+    let destination = format!("unix:{}", path.display());
+    let arguments = ["--host", "127.0.0.1:0", "--to", "127.0.0.1:9", "--access-log", &destination];
+    let output = process::run(rproxy::command(&arguments));
+    assert_eq!(output.status.code(), Some(1), "{output:#?}");
+    assert!(output.stderr.contains("cannot open it"), "{output:#?}");
+}
+
 fn end_of_process() {
     let backend = TcpBackend::echo();
     let logged = Logged::start(backend.address(), &["--drain-timeout", "100ms"]);
@@ -456,7 +552,8 @@ fn listed() {
     let all = || proxy.json(&["connections"]);
     eventually("all are there", || {
         let all = all();
-        all["total"] == 3 && all["connections"][0]["bytes_in"] == 7
+        let has_request = |connection: &Value| connection["bytes_in"] == 7;
+        all["total"] == 3 && all["connections"].as_array().unwrap().iter().any(has_request)
     });
     let list = all();
     let of = |client: SocketAddr| {
@@ -482,15 +579,13 @@ fn listed() {
     assert_eq!(proxy.json(&["connections", "--client", "127.0.0.0/8"])["total"], 3);
     assert_eq!(proxy.json(&["connections", "--client", "192.0.2.7"])["total"], 0);
     assert_eq!(proxy.json(&["connections", "--limit", "1"])["connections"].as_array().unwrap().len(), 1);
-    let refused = proxy.ctl(&["connections", "--mapping", "wbe"]);
-    assert!(refused.stderr.contains("there is no mapping wbe"), "{refused:#?}");
     // The half-closed one is shown as such, and is gone when it has ended.
     one.shutdown(std::net::Shutdown::Write).unwrap();
     assert_eq!(client::read_to_end(&one).1, End::Eof);
     eventually("it is gone", || proxy.json(&["connections", "--mapping", "web"])["total"] == 1);
     let table = proxy.ctl(&["connections"]).success();
-    assert_eq!(table.lines().count(), 3, "{table}");
-    assert!(table.contains(&other.local_addr().unwrap().to_string()), "{table}");
+    let address = other.local_addr().unwrap().to_string();
+    assert!(table.lines().count() == 3 && table.contains(&address), "{table}");
 }
 
 fn cut() {
@@ -549,12 +644,66 @@ fn cut_left() {
     assert_eq!(proxy.json(&["connections"])["total"], 0);
 }
 
+fn just_accepted() {
+    const ROUNDS: usize = 20;
+    const CONNECTIONS: usize = 200;
+
+    let backend = TcpBackend::echo();
+    let (proxy, tcp) = (Controlled::start(&[]), own_address());
+    proxy.apply(&[mapping("web", "tcp", tcp, backend.address())]).success();
+    let mut conversation = proxy.connect();
+    for _ in 0..ROUNDS {
+        // Some are reset at once.
+        let open = move || (0..CONNECTIONS).map(|_| TcpStream::connect(tcp).ok()).collect::<Vec<_>>();
+        let clients = std::thread::spawn(open);
+        eventually("some are there", || proxy.stats("web")["connections"] != 0);
+        let list = conversation.ask(&json!({ "v": 1, "do": { "connections": {} } }));
+        conversation.ask(&json!({ "v": 1, "do": { "cut": { "all": true } } }));
+        let left = conversation.ask(&json!({ "v": 1, "do": { "connections": {} } }));
+        let ids = |answer: &Value| -> Vec<u64> {
+            let connections = answer["ok"]["connections"].as_array().unwrap();
+            connections.iter().map(|connection| connection["id"].as_u64().unwrap()).collect()
+        };
+        let (before, after) = (ids(&list), ids(&left));
+        assert!(before.iter().all(|id| !after.contains(id)), "cut, and still there");
+        drop(clients.join().unwrap());
+    }
+}
+
+fn cut_left_of_range() {
+    let first = client::free_port(Ipv4Addr::LOCALHOST);
+    let backends: Vec<TcpBackend> = (0..3)
+        .filter_map(|index| first.checked_add(index))
+        .map(|port| TcpBackend::echo_at(("127.0.0.1", port)))
+        .collect();
+    let (proxy, ip) = (Controlled::start(&[]), own_loopback());
+    let [host, to] = [format!("{ip}:8000-8001"), format!("127.0.0.1:{first}-{}", first + 1)];
+    proxy.ctl(&["add", "--host", &host, "--to", &to, "--name", "range"]).success();
+    let held = [8000, 8001].map(|port| {
+        let stream = connect(SocketAddr::from((ip, port)));
+        client::ping(&stream);
+        stream
+    });
+    let to = format!("127.0.0.1:{}", first + 1);
+    proxy.ctl(&["retarget", "range", "--to", &to, "--cut"]).success();
+    for stream in &held {
+        assert_eq!(client::read_to_end(stream).1, End::Reset, "each port leads elsewhere now");
+    }
+    drop(backends);
+}
+
+fn unknown_mapping(proxy: &Controlled) {
+    let refused = proxy.ctl(&["connections", "--mapping", "wbe"]);
+    assert!(refused.stderr.contains("there is no mapping wbe"), "{refused:#?}");
+}
+
 fn nothing_chosen() {
     let backend = TcpBackend::echo();
     let (proxy, tcp) = (Controlled::start(&[]), own_address());
     proxy.apply(&[mapping("web", "tcp", tcp, backend.address())]).success();
     let held = connect(tcp);
     client::ping(&held);
+    unknown_mapping(&proxy);
     let mut conversation = proxy.connect();
     for chosen in [json!({}), json!({ "clinet": "127.0.0.1" }), json!({ "limit": 1 })] {
         let answer = conversation.ask(&json!({ "v": 1, "do": { "cut": chosen } }));
