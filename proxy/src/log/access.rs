@@ -261,7 +261,7 @@ struct State {
 }
 
 impl AccessLog {
-    /// A log without lines. The [`Self::writer`] writes them.
+    /// A log without lines. A thread of its own writes them.
     pub fn new(format: Format) -> Self {
         Self { format, shared: Arc::default() }
     }

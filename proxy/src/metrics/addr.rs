@@ -28,10 +28,12 @@ impl MetricsAddr {
     /// Whether only this machine can connect: programs on it that may, if it is a Unix socket, and all of them for
     /// loopback.
     pub fn is_local(&self) -> bool {
-        match self {
-            Self::Tcp(addr) => addr.ip().to_canonical().is_loopback(),
-            Self::Unix(_) => true,
-        }
+        self.is_loopback() || matches!(self, Self::Unix(_))
+    }
+
+    /// Whether it is a port that only programs on this machine can connect to, web browsers among them.
+    pub fn is_loopback(&self) -> bool {
+        matches!(self, Self::Tcp(addr) if addr.ip().to_canonical().is_loopback())
     }
 }
 

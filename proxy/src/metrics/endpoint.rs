@@ -53,7 +53,8 @@ impl Endpoint {
         let descriptors = listener.take_descriptors();
         let (acceptor, socket) = listener.into_parts()?;
         let (queries, asked) = mpsc::channel(QUERIES);
-        let server = tokio::spawn(serve_until_dropped(acceptor, Source { queries, calls }));
+        let source = Source { queries, calls };
+        let server = tokio::spawn(serve_until_dropped(acceptor, source, address.is_loopback()));
         let reloads = is_configured.then(|| Reloads::started(started));
         let queries = Queries { asked, started, reloads, has_plane, descriptors, drained: None };
         Ok(Self { socket, queries, server })
@@ -139,7 +140,7 @@ impl Queries {
     }
 }
 
-async fn serve_until_dropped(acceptor: Acceptor, source: Source) {
-    let Err(error) = serve(acceptor, Routes::new(source)).await;
+async fn serve_until_dropped(acceptor: Acceptor, source: Source, is_loopback: bool) {
+    let Err(error) = serve(acceptor, Routes::new(source, is_loopback)).await;
     error!(%error, "metrics are not served any more");
 }

@@ -1,8 +1,11 @@
 //! The paths that are served, and the errors of HTTP.
 
+use std::net::IpAddr;
+
 use http_body_util::BodyExt;
 use hyper::body::{Body as _, Incoming};
-use hyper::header::{ALLOW, CONNECTION, CONTENT_TYPE, HeaderValue, VARY};
+use hyper::header::{ALLOW, CONNECTION, CONTENT_TYPE, HOST, HeaderMap, HeaderValue, VARY};
+use hyper::http::uri::Authority;
 use hyper::{Method, Request, Response, StatusCode};
 
 use super::connections;
@@ -22,27 +25,32 @@ const LONGEST_BODY: u64 = 16 * 1024;
 pub(super) struct Routes {
     source: Source,
     viewers: Viewers,
+    /// Whether only programs on this machine can ask.
+    is_loopback: bool,
 }
 
 impl Routes {
-    /// Answers from `source`.
+    /// Answers from `source`, if `is_loopback` only programs on this machine.
     ///
     /// # Panics
     /// Outside a tokio runtime.
-    pub(super) fn new(source: Source) -> Self {
-        Self { viewers: Viewers::start(source.clone()), source }
+    pub(super) fn new(source: Source, is_loopback: bool) -> Self {
+        Self { viewers: Viewers::start(source.clone()), source, is_loopback }
     }
 
     /// Answers a request.
     pub(super) async fn answer(&self, request: Request<Incoming>) -> Response<Body> {
         match refusal(&request) {
             Some(refusal) => refusal,
+            None if self.is_loopback && is_for_a_name(request.headers()) => {
+                text(StatusCode::MISDIRECTED_REQUEST, "ask for this server by its address, or as localhost\n")
+            }
             None => self.route(&request).await,
         }
     }
 
     async fn route(&self, request: &Request<Incoming>) -> Response<Body> {
-        let Self { source, viewers } = self;
+        let Self { source, viewers, .. } = self;
         match request.uri().path() {
             "/" => page::document(),
             "/events" => page::events(viewers),
@@ -79,6 +87,16 @@ fn unavailable(error: SourceError) -> Response<Body> {
     text(StatusCode::SERVICE_UNAVAILABLE, format!("{error}\n"))
 }
 
+/// Whether a request is for a host with a name. A web page can have a name of its own lead to 127.0.0.1, after which the
+/// browser lets it read what is served there (DNS rebinding); a request for an address is not from such a page.
+fn is_for_a_name(headers: &HeaderMap) -> bool {
+    let Some(host) = headers.get(HOST) else { return false };
+    let authority = host.to_str().ok().and_then(|host| host.parse::<Authority>().ok());
+    let Some(host) = authority.as_ref().map(Authority::host) else { return true };
+    let is_address = host.trim_matches(['[', ']']).parse::<IpAddr>().is_ok();
+    !is_address && !host.eq_ignore_ascii_case("localhost")
+}
+
 /// The response to a request that no path accepts.
 fn refusal(request: &Request<Incoming>) -> Option<Response<Body>> {
     if request.method() != Method::GET && request.method() != Method::HEAD {
@@ -96,4 +114,30 @@ fn refusal(request: &Request<Incoming>) -> Option<Response<Body>> {
 fn closing(mut response: Response<Body>) -> Response<Body> {
     response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_on_loopback_is_asked_by_its_address_or_as_localhost() {
+        let is_for_a_name = |host: &'static str| {
+            is_for_a_name(&HeaderMap::from_iter([(HOST, HeaderValue::from_static(host))]))
+        };
+        for host in ["127.0.0.1:9464", "127.0.0.1", "[::1]:9464", "localhost:9464", "LOCALHOST"] {
+            assert!(!is_for_a_name(host), "{host}");
+        }
+        for host in [
+            "rebound.example:9464",
+            "localhost.example",
+            "127.0.0.1.example",
+            "",
+            "a b",
+            "x@127.0.0.1.example",
+        ] {
+            assert!(is_for_a_name(host), "{host}");
+        }
+        assert!(!super::is_for_a_name(&HeaderMap::new()), "HTTP/1.0 need not say");
+    }
 }

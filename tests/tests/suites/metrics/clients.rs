@@ -20,12 +20,13 @@ pub(super) fn statuses() {
         Response::parse(&answer)
             .map_or_else(|| String::from_utf8_lossy(&answer).into_owned(), |answer| answer.code().to_owned())
     };
-    let close = "Host: x\r\nConnection: close\r\n";
+    let close = "Host: 127.0.0.1\r\nConnection: close\r\n";
     let long = "a".repeat(20_000);
     for (request, expected) in [
         (format!("GET /healthz HTTP/1.1\r\n{close}\r\n"), "200"),
         (format!("GET /readyz HTTP/1.1\r\n{close}\r\n"), "200"),
         (format!("GET /metrics HTTP/1.1\r\n{close}\r\n"), "200"),
+        ("GET /metrics HTTP/1.1\r\nHost: rebound.example\r\nConnection: close\r\n\r\n".to_owned(), "421"),
         (format!("GET /metrics?x=y HTTP/1.1\r\n{close}\r\n"), "200"),
         ("GET /metrics HTTP/1.0\r\n\r\n".to_owned(), "200"),
         (format!("GET /metrics/ HTTP/1.1\r\n{close}\r\n"), "404"),

@@ -74,7 +74,7 @@ pub(super) fn get_unix(path: &Path, target: &str) -> io::Result<Response> {
 /// Sends a request on a connection that stays open, and returns the response's first bytes.
 #[track_caller]
 pub(super) fn get_on(mut stream: &TcpStream, path: &str) -> String {
-    write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+    write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
     let mut answer = [0; 4096];
     let count = stream.read(&mut answer).unwrap();
     String::from_utf8_lossy(&answer[..count]).into_owned()
