@@ -80,10 +80,19 @@ pub fn config(bytes: &[u8]) {
     let path = Path::new("rproxy.toml");
     match config::parse(path, text) {
         Ok(config) => {
-            let attach = config.attach_options(None);
-            let printed = config::print(&config.mappings, attach.as_ref(), config::with_interface_name);
+            let (attach, metrics) = (config.attach_options(None), config.metrics);
+            let printed = config::print(
+                &config.mappings,
+                attach.as_ref(),
+                metrics.as_ref(),
+                config::with_interface_name,
+            );
             let again = config::parse(path, &printed).expect(&printed);
-            assert_eq!((again.attach_options(None), again.mappings), (attach, config.mappings), "{printed}");
+            assert_eq!(
+                (again.attach_options(None), again.metrics, again.mappings),
+                (attach, metrics, config.mappings),
+                "{printed}"
+            );
         }
         Err(error) => {
             let message = error.to_string();
