@@ -18,7 +18,7 @@ pub use self::mappings::MappingArgs;
 use self::values::DrainLimit;
 use crate::config::Config;
 use crate::control::DEFAULT_PATH;
-use crate::log::access::Destination;
+use crate::log::destination::Destination;
 use crate::log::{self, Format, LogConfig};
 use crate::metrics::addr::MetricsAddr;
 use crate::plane::socket::parse_name;

@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::engine::change::Changed;
 use crate::engine::registry::{Registry, Served};
-use crate::state::record::{Record, RecordOf, Traffic};
+use crate::state::record::{Record, RecordedPort, Traffic};
 use crate::state::stats::{FailureKind, Stats};
 
 /// The result of a request. The request determines the variant.
@@ -270,7 +270,7 @@ impl ConnectionList {
 
 impl Connection {
     fn of(record: &Record) -> Self {
-        let RecordOf { mapping, port_mapping, .. } = &record.of;
+        let RecordedPort { mapping, port_mapping, .. } = &record.port;
         let is_tcp = port_mapping.protocol == Protocol::Tcp;
         let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
         let datagrams = |traffic: &Traffic| (!is_tcp).then(|| traffic.datagrams());

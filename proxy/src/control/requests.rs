@@ -22,7 +22,7 @@ use crate::bind::interfaces::HostInterfaces;
 use crate::engine::Server;
 use crate::engine::change::{ChangeError, Changed};
 use crate::engine::registry::Served;
-use crate::state::record::{Record, RecordOf};
+use crate::state::record::{Record, RecordedPort};
 
 /// How long the client that ends the process may take to read its response.
 const LAST_ANSWER: Duration = Duration::from_secs(1);
@@ -58,10 +58,10 @@ async fn handle(request: Request, server: &mut Server) -> Result<Response, Refus
         }
         Request::Cut(chosen) if chosen.is_empty() => return Err(Refusal::bad_request(NOTHING_CHOSEN)),
         Request::Cut(chosen) => {
-            let mut chosen_ones = live(&chosen, server)?;
-            chosen_ones.truncate(chosen.limit.unwrap_or(usize::MAX));
-            server.cut_recorded(&chosen_ones).await;
-            return Ok(Response::Cut(CutCounts { cut: chosen_ones.len() }));
+            let mut records = live(&chosen, server)?;
+            records.truncate(chosen.limit.unwrap_or(usize::MAX));
+            server.cut_recorded(&records).await;
+            return Ok(Response::Cut(CutCounts { cut: records.len() }));
         }
         Request::Drain => return Ok(Response::Drain {}),
         Request::Add { mappings } => {
@@ -103,7 +103,7 @@ async fn cut_left(name: &Name, server: &Server) {
     let targets: HashMap<_, _> = served.into_iter().flat_map(Served::targets).collect();
     let mut left = server.live();
     left.retain(|record| {
-        let RecordOf { mapping, port_mapping, .. } = &record.of;
+        let RecordedPort { mapping, port_mapping, .. } = &record.port;
         let PortMapping { protocol, host, backend, .. } = *port_mapping;
         mapping == name && targets.get(&(protocol, host)) != Some(&backend)
     });
@@ -118,7 +118,7 @@ fn live(chosen: &Chosen, server: &Server) -> Result<Vec<Arc<Record>>, Refusal> {
     let mut live = server.live();
     live.retain(|record| {
         chosen.id.is_none_or(|id| id == record.id)
-            && mapping.as_ref().is_none_or(|name| *name == record.of.mapping)
+            && mapping.as_ref().is_none_or(|name| *name == record.port.mapping)
             && client.is_none_or(|network| network.contains(&record.client().ip()))
     });
     if let (true, Some(name)) = (live.is_empty(), &mapping) {

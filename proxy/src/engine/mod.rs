@@ -33,7 +33,7 @@ use crate::bind::listen::Listener;
 use crate::bind::{Bound, BoundPort};
 use crate::engine::attach::Parked;
 use crate::engine::change::Leaving;
-use crate::engine::observation::Observation;
+use crate::engine::observation::{Observation, Resources};
 use crate::engine::old_processes::{LeftConnections, OldProcesses};
 use crate::engine::registry::{Registry, Served};
 use crate::engine::tasks::Tasks;
@@ -212,9 +212,9 @@ impl Server {
 
     /// Waits until the tasks have handled all earlier commands.
     pub(crate) async fn until_responsive(&self) {
-        for beat in self.pulse() {
+        for answer in self.probe_tasks() {
             // If the task is gone, `failed` reports it.
-            drop(beat.await);
+            drop(answer.await);
         }
     }
 
@@ -224,14 +224,21 @@ impl Server {
             counted: self.registry.counted(),
             mappings: self.registry.len(),
             attached: self.registry.attached().count(),
+            resources: self.resources(),
+        }
+    }
+
+    /// What this server uses, which takes no time however many mappings there are.
+    pub(crate) fn resources(&self) -> Resources {
+        Resources {
             workers: self.workers.clone(),
             shared: self.tasks.shared().cloned(),
             access_log: self.access_log().cloned(),
         }
     }
 
-    /// Asks the tasks for a sign of life. They are all responsive once all receivers have got it.
-    pub(crate) fn pulse(&self) -> Vec<oneshot::Receiver<()>> {
+    /// Probes the liveness of the tasks. They have handled all earlier commands once all receivers have got an answer.
+    pub(crate) fn probe_tasks(&self) -> Vec<oneshot::Receiver<()>> {
         self.tasks.all().map(|task| task.release(Vec::new())).collect()
     }
 

@@ -16,12 +16,19 @@ pub(crate) struct Observation {
     pub(crate) mappings: usize,
     /// How many of them are attached ports.
     pub(crate) attached: usize,
+    /// What serves them.
+    pub(crate) resources: Resources,
+}
+
+/// What a server uses, whatever it serves.
+#[derive(Clone, Debug)]
+pub(crate) struct Resources {
     pub(super) workers: Arc<Workers>,
     pub(super) shared: Option<Arc<Shared>>,
     pub(super) access_log: Option<Arc<AccessLog>>,
 }
 
-impl Observation {
+impl Resources {
     /// The running workers.
     pub(crate) fn workers(&self) -> usize {
         self.workers.running()

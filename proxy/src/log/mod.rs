@@ -2,6 +2,7 @@
 
 pub mod access;
 pub mod console;
+pub mod destination;
 pub(crate) mod limit;
 pub(crate) mod sink;
 mod spanless;

@@ -115,11 +115,11 @@ impl Queries {
     pub(crate) fn answer(&self, query: Query, server: Option<&Server>) {
         // The client may be gone.
         match query {
-            Query::Pulse(answer) => drop(answer.send(server.map_or_else(Vec::new, Server::pulse))),
+            Query::Probe(answer) => drop(answer.send(server.map(Server::probe_tasks))),
             // Without an answer, the client learns that the process is ending.
             Query::Status(known, answer) => {
                 if let Some(server) = server {
-                    let process = ProcessStatus::of(&self.snapshot(Arc::new(server.observe())));
+                    let process = ProcessStatus::of(&self.process(), &server.resources());
                     drop(answer.send(Status::of(server.registry(), known, process)));
                 }
             }
@@ -134,9 +134,12 @@ impl Queries {
 
     fn snapshot(&self, server: Arc<Observation>) -> Snapshot {
         let (is_draining, has_plane) = (self.drained.is_some(), self.has_plane);
+        Snapshot { server, is_draining, has_plane, process: self.process() }
+    }
+
+    fn process(&self) -> Process {
         let descriptors = self.descriptors.as_ref().and_then(OpenDescriptors::count);
-        let process = Process { started: self.started, reloads: self.reloads, descriptors };
-        Snapshot { server, is_draining, has_plane, process }
+        Process { started: self.started, reloads: self.reloads, descriptors }
     }
 }
 

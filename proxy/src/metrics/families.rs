@@ -72,7 +72,7 @@ fn configuration(snapshot: &Snapshot, mut encoder: DescriptorEncoder<'_>) -> fmt
 }
 
 fn logs(snapshot: &Snapshot, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-    let access = snapshot.server.lost_access_lines().map(|lost| ([("log", "access")], lost));
+    let access = snapshot.server.resources.lost_access_lines().map(|lost| ([("log", "access")], lost));
     let rows = std::iter::once(([("log", "stderr")], lost_lines())).chain(access);
     let help = "Log lines that were lost because they could not be written in time";
     counters(&mut encoder, "rproxy_log_lines_dropped", help, None, rows)
@@ -80,7 +80,7 @@ fn logs(snapshot: &Snapshot, mut encoder: DescriptorEncoder<'_>) -> fmt::Result 
 
 fn server(snapshot: &Snapshot, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
     let server = &snapshot.server;
-    let (workers, most) = (size(server.workers()), size(server.most_workers()));
+    let (workers, most) = (size(server.resources.workers()), size(server.resources.most_workers()));
     gauge(&mut encoder, "rproxy_workers", "Running workers, each a thread that relays", workers)?;
     gauge(&mut encoder, "rproxy_workers_limit", "The maximum number of workers", most)?;
     let draining = u64::from(snapshot.is_draining);
@@ -91,7 +91,7 @@ fn server(snapshot: &Snapshot, mut encoder: DescriptorEncoder<'_>) -> fmt::Resul
         let help = "Ports that processes of a container runtime have attached";
         gauge(&mut encoder, "rproxy_attached_ports", help, size(server.attached))?;
     }
-    if let Some((flows, limit)) = server.flows() {
+    if let Some((flows, limit)) = server.resources.flows() {
         gauge(&mut encoder, "rproxy_udp_flows", "UDP flows of all mappings", size(flows))?;
         let help = "The maximum number of UDP flows, unless a mapping asks for more";
         gauge(&mut encoder, "rproxy_udp_flows_limit", help, size(limit))?;

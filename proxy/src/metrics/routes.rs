@@ -61,7 +61,7 @@ impl Routes {
                 Ok(snapshot) => metrics(snapshot, Format::preferred(request.headers())),
                 Err(error) => unavailable(error),
             },
-            "/healthz" => check(source.check_pulse().await),
+            "/healthz" => check(source.check_live().await),
             "/readyz" => check(source.check_ready().await),
             _ => text(StatusCode::NOT_FOUND, "not found; there are /, /metrics, /healthz and /readyz\n"),
         }

@@ -19,6 +19,7 @@ use hyper::body::{Frame, SizeHint};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use socket2::SockRef;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
 use tokio::sync::oneshot;
@@ -105,10 +106,7 @@ impl Transport for TcpStream {
     }
 
     fn end(self) -> Option<OwnedFd> {
-        let socket = self.into_std().ok()?;
-        // The client may have ended it already.
-        drop(socket.shutdown(Shutdown::Both));
-        Some(socket.into())
+        self.into_std().ok().map(shut_down)
     }
 }
 
@@ -118,10 +116,15 @@ impl Transport for UnixStream {
     }
 
     fn end(self) -> Option<OwnedFd> {
-        let socket = self.into_std().ok()?;
-        drop(socket.shutdown(Shutdown::Both));
-        Some(socket.into())
+        self.into_std().ok().map(shut_down)
     }
+}
+
+fn shut_down(socket: impl Into<OwnedFd>) -> OwnedFd {
+    let socket = socket.into();
+    // The client may have ended it already.
+    drop(SockRef::from(&socket).shutdown(Shutdown::Both));
+    socket
 }
 
 /// The connected clients.

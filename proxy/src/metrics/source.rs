@@ -21,16 +21,16 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 /// A query to the manager.
 #[derive(Debug)]
 pub(crate) enum Query {
-    /// Ask the tasks that serve clients for a sign of life.
-    Pulse(oneshot::Sender<Pulse>),
+    /// Probe the liveness of the tasks that accept clients; `None` if no clients are accepted any more.
+    Probe(oneshot::Sender<Option<Probe>>),
     /// Tell the state of the mappings, for somebody who knows the descriptions of this revision.
     Status(Option<u64>, oneshot::Sender<Status>),
     /// Return the state of the process.
     Snapshot(oneshot::Sender<Snapshot>),
 }
 
-/// The pending answers of the tasks that serve clients, one each.
-pub(crate) type Pulse = Vec<oneshot::Receiver<()>>;
+/// The pending answers of the tasks that accept clients, one each.
+pub(crate) type Probe = Vec<oneshot::Receiver<()>>;
 
 /// How HTTP handlers ask the manager.
 #[derive(Clone, Debug)]
@@ -59,19 +59,36 @@ pub(crate) enum SourceError {
 }
 
 impl Source {
-    /// Checks that all tasks which serve clients respond.
+    /// Checks that all tasks which accept clients respond.
     ///
     /// # Errors
     /// [`SourceError`]
-    pub(crate) async fn check_pulse(&self) -> Result<(), SourceError> {
-        let pulse = self.ask(Query::Pulse).await?;
+    pub(crate) async fn check_live(&self) -> Result<(), SourceError> {
+        self.probe().await.map(drop)
+    }
+
+    /// Checks that, moreover, new clients are accepted: everything is bound before metrics are served, so that they are until
+    /// the process drains.
+    ///
+    /// # Errors
+    /// [`SourceError`]
+    pub(crate) async fn check_ready(&self) -> Result<(), SourceError> {
+        match self.probe().await? {
+            true => Ok(()),
+            false => Err(SourceError::Draining),
+        }
+    }
+
+    /// Waits until all tasks which accept clients have answered. Returns whether there are any.
+    async fn probe(&self) -> Result<bool, SourceError> {
+        let Some(answers) = self.ask(Query::Probe).await? else { return Ok(false) };
         let all = async {
-            for beat in pulse {
+            for answer in answers {
                 // A task that is gone has ended, which the manager reports.
-                drop(beat.await);
+                drop(answer.await);
             }
         };
-        timeout(ANSWER_TIMEOUT, all).await.map_err(|_elapsed| SourceError::Stuck)
+        timeout(ANSWER_TIMEOUT, all).await.map(|()| true).map_err(|_elapsed| SourceError::Stuck)
     }
 
     /// The state of the mappings; without their descriptions if they are those of the revision `known`.
@@ -98,18 +115,6 @@ impl Source {
     /// [`SourceError`]
     pub(crate) async fn snapshot(&self) -> Result<Snapshot, SourceError> {
         self.ask(Query::Snapshot).await
-    }
-
-    /// Checks that the process serves new clients: everything is bound before metrics are served, so that it does until it
-    /// drains.
-    ///
-    /// # Errors
-    /// [`SourceError`]
-    pub(crate) async fn check_ready(&self) -> Result<(), SourceError> {
-        if self.snapshot().await?.is_draining {
-            return Err(SourceError::Draining);
-        }
-        self.check_pulse().await
     }
 
     async fn ask<T>(&self, query: impl FnOnce(oneshot::Sender<T>) -> Query) -> Result<T, SourceError> {

@@ -6,8 +6,9 @@ use rproxy_mapping::wire::WireLimits;
 use serde::Serialize;
 
 use super::descriptors::limit;
-use super::snapshot::{Reloads, Snapshot};
+use super::snapshot::{Process, Reloads};
 use crate::control::answers::StatsList;
+use crate::engine::observation::Resources;
 use crate::engine::registry::{Registry, Served};
 use crate::log::lost_lines;
 
@@ -58,9 +59,8 @@ struct Reload {
 }
 
 impl ProcessStatus {
-    /// What a snapshot says.
-    pub(super) fn of(snapshot: &Snapshot) -> Self {
-        let Snapshot { server, process, .. } = snapshot;
+    /// What the process knows of itself, and the resources that its server uses.
+    pub(super) fn of(process: &Process, server: &Resources) -> Self {
         let usage = |(used, limit)| {
             Some(Usage { used: u64::try_from(used).ok()?, limit: u64::try_from(limit).ok()? })
         };

@@ -29,7 +29,7 @@ use crate::control::requests::answer;
 use crate::engine::change::{ChangeError, Changed};
 use crate::engine::old_processes::LeftConnections;
 use crate::engine::{ServeError, Server};
-use crate::log::access;
+use crate::log::destination;
 use crate::metrics::addr::MetricsAddr;
 use crate::metrics::endpoint::{Endpoint, Queries};
 use crate::metrics::listener::MetricsListener;
@@ -514,7 +514,7 @@ async fn reload_all(
     let Reload { configuration, access_log, .. } = reload?;
     systemd::reloading();
     if let (Some(path), Some(log)) = (access_log, server.access_log()) {
-        match open_again(Reopened::AccessLog, upgrade, || access::open_file(path)).await {
+        match open_again(Reopened::AccessLog, upgrade, || destination::open_file(path)).await {
             Ok(file) => log.reopen(file),
             Err(error) => {
                 error!(path = %escaped(path), %error, "the access log stays as it is: cannot open it again")

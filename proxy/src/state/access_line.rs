@@ -1,20 +1,23 @@
 //! The lines of the access log: one for each connection or flow that has ended, and for each client that is not served.
 
+use std::fmt::Display;
 use std::io::Write;
 use std::net::SocketAddr;
 use std::time::{Duration, SystemTime};
 
+use humantime::{Rfc3339Timestamp, format_rfc3339_micros};
 use rproxy_mapping::addr::{Protocol, canonical};
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use crate::log::Format;
-use crate::state::record::{Ending, Record, RecordOf, Traffic};
+use crate::state::record::{Ending, Record, RecordedPort, Traffic};
 
 /// The fields of a line. Those that mean nothing for what it is about are missing.
 #[derive(Debug, Serialize)]
 struct Line<'a> {
     /// When it ended: RFC 3339, UTC.
-    time: String,
+    #[serde(serialize_with = "as_text")]
+    time: Rfc3339Timestamp,
     mapping: &'a str,
     protocol: &'static str,
     client: SocketAddr,
@@ -38,8 +41,8 @@ struct Line<'a> {
 
 /// Appends the line of `record`, which has ended.
 pub(super) fn write(text: &mut Vec<u8>, format: Format, record: &Record) {
-    let Record { of, to_backend, to_client, .. } = record;
-    let is_tcp = of.port_mapping.protocol == Protocol::Tcp;
+    let Record { port, to_backend, to_client, .. } = record;
+    let is_tcp = port.port_mapping.protocol == Protocol::Tcp;
     let datagrams = |traffic: &Traffic| (!is_tcp).then(|| traffic.datagrams());
     let line = Line {
         client: record.client(),
@@ -52,7 +55,7 @@ pub(super) fn write(text: &mut Vec<u8>, format: Format, record: &Record) {
         first_byte_ms: record.first_byte_time().map(milliseconds),
         duration_ms: milliseconds(record.age()),
         spliced: is_tcp.then(|| record.is_spliced()),
-        ..Line::new(of, record.client(), record.ending().unwrap_or(Ending::Drain))
+        ..Line::new(port, record.client(), record.ending().unwrap_or(Ending::Drain))
     };
     line.write(text, format);
 }
@@ -62,10 +65,14 @@ pub(super) fn write_refusal(
     text: &mut Vec<u8>,
     format: Format,
     client: SocketAddr,
-    of: &RecordOf,
+    port: &RecordedPort,
     ending: Ending,
 ) {
-    Line::new(of, canonical(client), ending).write(text, format);
+    Line::new(port, canonical(client), ending).write(text, format);
+}
+
+fn as_text<S: Serializer>(value: &impl Display, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(value)
 }
 
 /// In milliseconds, with three decimals.
@@ -74,10 +81,10 @@ fn milliseconds(time: Duration) -> f64 {
 }
 
 impl<'a> Line<'a> {
-    fn new(of: &'a RecordOf, client: SocketAddr, ending: Ending) -> Self {
-        let RecordOf { mapping, port_mapping, .. } = of;
+    fn new(port: &'a RecordedPort, client: SocketAddr, ending: Ending) -> Self {
+        let RecordedPort { mapping, port_mapping, .. } = port;
         Self {
-            time: humantime::format_rfc3339_micros(SystemTime::now()).to_string(),
+            time: format_rfc3339_micros(SystemTime::now()),
             mapping: mapping.as_str(),
             protocol: port_mapping.protocol.as_str(),
             client,

@@ -18,7 +18,7 @@ use rproxy_mapping::name::Name;
 use tokio::sync::Notify;
 
 use crate::runtime::poll::WatchedListener;
-use crate::state::record::{Ending, Record, RecordOf};
+use crate::state::record::{Ending, Record, RecordedPort};
 use crate::state::recorder::Recorder;
 use crate::state::stats::Stats;
 
@@ -42,10 +42,10 @@ pub(crate) struct Target {
 
 impl Target {
     /// The mapping, as recorded.
-    fn record_of(&self) -> RecordOf {
+    fn recorded_port(&self) -> RecordedPort {
         let MappingPolicy { limits, state } = &*self.policy;
         let (mapping, port_mapping) = (state.name.clone(), self.port_mapping);
-        RecordOf { mapping, port_mapping, is_logged: limits.access_log }
+        RecordedPort { mapping, port_mapping, is_logged: limits.access_log }
     }
 }
 
@@ -305,7 +305,7 @@ impl Recorded {
 
     fn record_as(&mut self, peer: SocketAddr, host: impl FnOnce() -> SocketAddr) {
         let recorder = self.target.policy.state.recorder.as_ref();
-        self.record = recorder.and_then(|recorder| recorder.open(self.target.record_of(), peer, host));
+        self.record = recorder.and_then(|recorder| recorder.open(self.target.recorded_port(), peer, host));
     }
 }
 

@@ -105,9 +105,9 @@ impl Ending {
     }
 }
 
-/// The mapping of a connection or flow.
+/// The port of a mapping that a connection or flow belongs to.
 #[derive(Clone, Debug)]
-pub(crate) struct RecordOf {
+pub(crate) struct RecordedPort {
     /// Its name.
     pub(crate) mapping: Name,
     /// Where the client comes in, and where it is relayed to.
@@ -123,8 +123,8 @@ pub(crate) struct Record {
     pub(crate) id: u64,
     /// The address that the client has connected or sent to.
     pub(crate) host: SocketAddr,
-    /// The mapping.
-    pub(crate) of: RecordOf,
+    /// Its port of a mapping.
+    pub(crate) port: RecordedPort,
     /// When it was accepted.
     pub(crate) opened: Time,
     pub(crate) to_backend: Traffic,
@@ -139,12 +139,12 @@ pub(crate) struct Record {
 
 impl Record {
     /// A record that begins now.
-    pub(super) fn new(id: u64, peer: SocketAddr, host: SocketAddr, of: RecordOf) -> Self {
+    pub(super) fn new(id: u64, peer: SocketAddr, host: SocketAddr, port: RecordedPort) -> Self {
         let opened = Time::now();
         Self {
             id,
             host,
-            of,
+            port,
             opened,
             to_backend: Traffic::new(opened),
             to_client: Traffic::new(opened),
@@ -208,7 +208,7 @@ impl Record {
 
     /// Its state, as people are shown it.
     pub(crate) fn state(&self) -> &'static str {
-        let is_tcp = self.of.port_mapping.protocol == Protocol::Tcp;
+        let is_tcp = self.port.port_mapping.protocol == Protocol::Tcp;
         match (self.to_backend.has_ended(), self.to_client.has_ended()) {
             _ if is_tcp && self.connected.get().is_none() => "dialling",
             (false, false) => "open",
@@ -340,7 +340,7 @@ mod tests {
             ["192.0.2.7:5000", "203.0.113.1:80"].map(|text| text.parse().unwrap());
         let backend = "172.17.0.2:80".parse().unwrap();
         let port_mapping = PortMapping { protocol, host: "[::]:80".parse().unwrap(), backend, v6only: false };
-        Record::new(1, peer, host, RecordOf { mapping: Name::default(), port_mapping, is_logged: true })
+        Record::new(1, peer, host, RecordedPort { mapping: Name::default(), port_mapping, is_logged: true })
     }
 
     #[test]

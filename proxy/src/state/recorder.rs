@@ -9,7 +9,7 @@ use rproxy_mapping::addr::canonical;
 
 use crate::log::access::AccessLog;
 use crate::state::access_line;
-use crate::state::record::{Ending, Record, RecordOf};
+use crate::state::record::{Ending, Record, RecordedPort};
 
 /// The records are in as many maps, so that workers do not wait for each other.
 const SHARDS: usize = 16;
@@ -41,15 +41,15 @@ impl Recorder {
     /// Records a connection or flow, if anybody wants to know of it.
     pub(super) fn open(
         &self,
-        of: RecordOf,
+        port: RecordedPort,
         peer: SocketAddr,
         host: impl FnOnce() -> SocketAddr,
     ) -> Option<Arc<Record>> {
-        if !self.is_listed && self.log_of(&of).is_none() {
+        if !self.is_listed && self.log_of(&port).is_none() {
             return None;
         }
         let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let record = Arc::new(Record::new(id, canonical(peer), canonical(host()), of));
+        let record = Arc::new(Record::new(id, canonical(peer), canonical(host()), port));
         self.shard(id).insert(id, record.clone());
         Some(record)
     }
@@ -84,20 +84,20 @@ impl Recorder {
     }
 
     /// Writes the line of a client that is not served.
-    pub(super) fn log_refusal(&self, client: SocketAddr, of: &RecordOf, ending: Ending) {
-        if let Some(log) = self.log_of(of) {
-            log.write(|line| access_line::write_refusal(line, log.format(), client, of, ending));
+    pub(super) fn log_refusal(&self, client: SocketAddr, port: &RecordedPort, ending: Ending) {
+        if let Some(log) = self.log_of(port) {
+            log.write(|line| access_line::write_refusal(line, log.format(), client, port, ending));
         }
     }
 
     fn log(&self, record: &Record) {
-        if let Some(log) = self.log_of(&record.of) {
+        if let Some(log) = self.log_of(&record.port) {
             log.write(|line| access_line::write(line, log.format(), record));
         }
     }
 
-    fn log_of(&self, of: &RecordOf) -> Option<&AccessLog> {
-        self.access_log.as_deref().filter(|_log| of.is_logged)
+    fn log_of(&self, port: &RecordedPort) -> Option<&AccessLog> {
+        self.access_log.as_deref().filter(|_log| port.is_logged)
     }
 
     /// What is live now, in the order of opening.
@@ -125,16 +125,16 @@ mod tests {
     use super::*;
     use crate::log::Format;
 
-    fn of(is_logged: bool) -> RecordOf {
+    fn port(is_logged: bool) -> RecordedPort {
         let (host, backend) = ("127.0.0.1:80".parse().unwrap(), "172.17.0.2:80".parse().unwrap());
         let port_mapping = PortMapping { protocol: Protocol::Tcp, host, backend, v6only: false };
-        RecordOf { mapping: Name::default(), port_mapping, is_logged }
+        RecordedPort { mapping: Name::default(), port_mapping, is_logged }
     }
 
     fn open(recorder: &Recorder, is_logged: bool) -> Option<Arc<Record>> {
         let [peer, host]: [SocketAddr; 2] =
             ["[::ffff:192.0.2.7]:5000", "127.0.0.1:80"].map(|text| text.parse().unwrap());
-        recorder.open(of(is_logged), peer, || host)
+        recorder.open(port(is_logged), peer, || host)
     }
 
     #[test]

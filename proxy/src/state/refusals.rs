@@ -39,7 +39,7 @@ impl Target {
     /// Writes the line of a `client` without a connection or flow to the access log.
     pub(crate) fn log_refusal(&self, client: SocketAddr, ending: Ending) {
         if let Some(recorder) = &self.policy.state.recorder {
-            recorder.log_refusal(client, &self.record_of(), ending);
+            recorder.log_refusal(client, &self.recorded_port(), ending);
         }
     }
 

@@ -94,8 +94,8 @@ pub(super) fn cut_denied(policy: &Arc<MappingPolicy>) {
     }
 }
 
-/// Resets all connections of a mapping that have been accepted so far, unless a task still accepts others: that has to do
-/// it then ([`cut_chosen`]). Their sockets are closed when the returned future ends.
+/// Resets all connections of a mapping, once none is accepted any more: until then, only the task that accepts them finds all
+/// ([`cut_chosen`]). Their sockets are closed when the returned future ends.
 pub(crate) fn reset_all(workers: &Workers, mapping: &Arc<MappingState>) -> impl Future<Output = ()> + use<> {
     let mapping = mapping.clone();
     cut_on_all(workers, Ending::Removed, move |connection| connection.belongs_to(&mapping))

@@ -27,7 +27,7 @@ use super::channel::Channel;
 use super::program::{Program, absolute};
 use crate::bind::way_back::WayBack;
 use crate::config;
-use crate::log::access;
+use crate::log::destination;
 
 /// Set for a new process, to the id of the process that started it and the descriptor of its channel, as in
 /// `4711:3`. A process with another parent may have inherited the variable and ignores it.
@@ -206,7 +206,7 @@ fn serve(mut socket: UnixStream, work: &Work) {
     while matches!(socket.read(&mut request), Ok(1)) {
         let answered = match request[0] {
             OPEN_CONFIGURATION => open(work.configuration.as_deref(), config::open, &mut socket),
-            OPEN_ACCESS_LOG => open(work.access_log.as_deref(), access::open_file, &mut socket),
+            OPEN_ACCESS_LOG => open(work.access_log.as_deref(), destination::open_file, &mut socket),
             START => start(work, &mut started, &mut socket),
             KEEP => {
                 // It is reparented to whichever process adopts orphans, like any service.

@@ -1,10 +1,10 @@
 //! Single connections and flows: the access log, `rproxy ctl connections`, and `cut`.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, Lines, Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{UnixDatagram, UnixListener};
+use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 
@@ -321,19 +321,33 @@ fn log_daemon() {
     stream_daemon();
 }
 
-/// A daemon that accepts streams.
+/// A proxy that logs to a daemon which accepts streams, and what the daemon gets.
+struct Streamed {
+    proxy: Standalone,
+    address: SocketAddr,
+    lines: Lines<BufReader<UnixStream>>,
+    _backend: TcpBackend,
+    _dir: TempDir,
+}
+
+impl Streamed {
+    fn start() -> Self {
+        let backend = TcpBackend::echo();
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let daemon = UnixListener::bind(&path).unwrap();
+        let (address, to) = (own_address(), backend.address().to_string());
+        let destination = format!("unix:{}", path.display());
+        let proxy =
+            Standalone::start(&["--host", &address.to_string(), "--to", &to, "--access-log", &destination]);
+        let (stream, _client) = daemon.accept().unwrap();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        Self { proxy, address, lines: BufReader::new(stream).lines(), _backend: backend, _dir: dir }
+    }
+}
+
 fn stream_daemon() {
-    let backend = TcpBackend::echo();
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("log");
-    let daemon = UnixListener::bind(&path).unwrap();
-    let (address, to) = (own_address(), backend.address().to_string());
-    let destination = format!("unix:{}", path.display());
-    let _proxy =
-        Standalone::start(&["--host", &address.to_string(), "--to", &to, "--access-log", &destination]);
-    let (stream, _client) = daemon.accept().unwrap();
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    let mut lines = BufReader::new(stream).lines();
+    let Streamed { address, mut lines, proxy: _proxy, _backend, _dir } = Streamed::start();
     for _ in 0..2 {
         client::assert_echoes(address);
         assert!(lines.next().unwrap().unwrap().contains("reason=client_closed"));
@@ -341,28 +355,12 @@ fn stream_daemon() {
 }
 
 fn stopped_reader() {
-    let backend = TcpBackend::echo();
-    let dir = tempfile::tempdir().unwrap();
-    let path = dir.path().join("log");
-    // Nobody reads from it.
-    let daemon = UnixListener::bind(&path).unwrap();
-    let (address, to) = (own_address(), backend.address().to_string());
-    let destination = format!("unix:{}", path.display());
-    let proxy =
-        Standalone::start(&["--host", &address.to_string(), "--to", &to, "--access-log", &destination]);
-    let (stream, _client) = daemon.accept().unwrap();
-    // More than a socket and the buffer hold.
+    let Streamed { proxy, address, lines, _backend, _dir } = Streamed::start();
+    // Nobody reads their lines meanwhile.
     for _ in 0..200 {
         client::assert_echoes(address);
     }
-    let read: usize = {
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        BufReader::new(stream)
-            .lines()
-            .take(200)
-            .map(|line| usize::from(line.unwrap().contains("reason=")))
-            .sum()
-    };
+    let read: usize = lines.take(200).map(|line| usize::from(line.unwrap().contains("reason="))).sum();
     assert_eq!(read, 200);
     proxy.process.signal(Signal::SIGTERM);
     assert!(proxy.process.wait().success());
@@ -448,7 +446,7 @@ fn full_daemon() {
     let path = dir.path().join("log");
     let daemon = UnixListener::bind(&path).unwrap();
     nix::sys::socket::listen(&daemon, nix::sys::socket::Backlog::new(0).unwrap()).unwrap();
-    let _first = std::os::unix::net::UnixStream::connect(&path).unwrap();
+    let _first = UnixStream::connect(&path).unwrap();
     let destination = format!("unix:{}", path.display());
     let arguments = ["--host", "127.0.0.1:0", "--to", "127.0.0.1:9", "--access-log", &destination];
     let output = process::run(rproxy::command(&arguments));
