@@ -1,4 +1,4 @@
-//! The way back to transparent sockets.
+//! The return path to transparent sockets.
 //!
 //! A relay whose socket is bound to the client's address (`IP_TRANSPARENT` of ip(7)) makes its backend answer
 //! that address. The reply therefore reaches the host as a packet to forward. Instead, a rule in prerouting

@@ -222,7 +222,7 @@ impl Peer {
             Kind::Direct => {}
         }
         if let Kind::Standalone(_, Client::Source) | Kind::Haproxy(Client::Source) = self.kind {
-            running.rules = Some(Rules::WayBack);
+            running.rules = Some(Rules::ReturnPath);
         }
         running.note(wiring, mappings)?;
         Ok(running)

@@ -1,4 +1,4 @@
-//! Rules in the kernel that a peer needs: address translation, as Docker sets it up besides its proxy, or the way back to
+//! Rules in the kernel that a peer needs: address translation, as Docker sets it up besides its proxy, or the return path to
 //! sockets with the addresses of clients.
 
 use std::fmt::Write as _;
@@ -22,13 +22,13 @@ pub(super) enum Rules {
     /// Translates these mappings to the backend.
     Dnat(Vec<Mapping>),
     /// Delivers what the backend answers to sockets of the host.
-    WayBack,
+    ReturnPath,
 }
 
 /// Rules that are installed until this is dropped.
 pub(crate) struct Active<'a> {
     host: &'a Namespace,
-    /// The state of `netns-setup`, if the way back is set up.
+    /// The state of `netns-setup`, if the return path is set up.
     state: Option<TempDir>,
 }
 
@@ -43,7 +43,7 @@ impl<'a> Active<'a> {
                 translate(host, mappings, backend);
                 None
             }
-            Rules::WayBack => {
+            Rules::ReturnPath => {
                 let state = TempDir::new().expect("a temporary directory");
                 transparent(host, state.path(), &["up", "--interface", BRIDGE]).success();
                 Some(state)

@@ -51,7 +51,7 @@ pub enum Command {
     Publish(Publish),
     /// Unpublishes ports.
     Unpublish(Unpublish),
-    /// Sets up the way back to transparent sockets, takes it down, or compares it with the state.
+    /// Sets up the return path to transparent sockets, takes it down, or compares it with the state.
     Transparent(Transparent),
     /// Lists the containers.
     List,

@@ -19,7 +19,7 @@ use crate::observed::{Link, Side};
 use crate::plan::{self, Inputs, Scope};
 use crate::transparent::{MARK, PRIORITY, TABLE};
 
-/// A command on the way back to transparent sockets, with the interfaces that replies come in by.
+/// A command on the return path to transparent sockets, with the interfaces that replies come in by.
 #[derive(Debug, Clone)]
 pub enum Transparent {
     /// Sets it up for these interfaces; for the usual ones if there are none.

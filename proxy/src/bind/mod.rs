@@ -6,10 +6,10 @@ pub mod activation;
 pub mod family;
 pub mod interfaces;
 pub mod listen;
+pub(crate) mod return_path;
 pub(crate) mod routes;
 pub(crate) mod source;
 pub mod unix_socket;
-pub(crate) mod way_back;
 
 use std::hash::{BuildHasher, RandomState};
 use std::io;

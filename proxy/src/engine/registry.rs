@@ -11,7 +11,7 @@ use rproxy_mapping::ports::PortRange;
 use rproxy_mapping::source::Source;
 use rproxy_mapping::{Mapping, PortMapping};
 
-use crate::bind::way_back::WaysBack;
+use crate::bind::return_path::ReturnPaths;
 use crate::engine::sweep::Sweep;
 use crate::runtime::poll::WatchedListener;
 use crate::state::stats::Stats;
@@ -108,7 +108,7 @@ pub struct Registry {
     ended: BTreeMap<Name, Arc<Stats>>,
     sweep: Sweep,
     /// Boxed, because most processes have none.
-    pub(crate) ways_back: Box<WaysBack>,
+    pub(crate) return_paths: Box<ReturnPaths>,
 }
 
 impl Registry {
@@ -168,7 +168,7 @@ impl Registry {
         self.revision += 1;
         self.ports.add(&served);
         if served.policy.limits.source != Source::Auto {
-            self.ways_back.to_look_up.push(name.clone());
+            self.return_paths.to_look_up.push(name.clone());
         }
         match self.served.entry(name) {
             btree_map::Entry::Vacant(entry) => drop(entry.insert(served)),
@@ -187,15 +187,15 @@ impl Registry {
     /// Has all mappings looked up again whose backends see clients, or a given address.
     pub(crate) fn look_all_up(&mut self) {
         let asked = self.served.iter().filter(|(_name, served)| served.policy.limits.source != Source::Auto);
-        self.ways_back.to_look_up = asked.map(|(name, _served)| name.clone()).collect();
+        self.return_paths.to_look_up = asked.map(|(name, _served)| name.clone()).collect();
     }
 
     /// Those of these mappings that were put since the last call: how they are served, and their backends. A mapping leads
     /// to one address.
     pub(crate) fn take_to_look_up(&mut self) -> Vec<(Name, Arc<MappingPolicy>, SocketAddr)> {
-        let names = std::mem::take(&mut self.ways_back.to_look_up);
+        let names = std::mem::take(&mut self.return_paths.to_look_up);
         if !names.is_empty() {
-            self.ways_back.reported.keep(|name| self.served.contains_key(name));
+            self.return_paths.reported.keep(|name| self.served.contains_key(name));
         }
         let way = |name: Name| {
             let served = self.get(&name)?;

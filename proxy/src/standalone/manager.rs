@@ -20,9 +20,9 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::{Instant, Interval, sleep, sleep_until};
 use tracing::{debug, error, info, warn};
 
+use crate::bind::return_path::ReturnPath;
 use crate::bind::source::can_reach;
 use crate::bind::unix_socket::{SocketFile, UnixSocket};
-use crate::bind::way_back::WayBack;
 use crate::config::{self, Config};
 use crate::control::clients::{self, Call};
 use crate::control::requests::answer;
@@ -204,7 +204,7 @@ impl Managed {
     async fn until_ended(&mut self) -> Result<bool, ManageError> {
         let Self { server, stop, control, called, metrics, plane, reload, watchdog, upgrade } = self;
         loop {
-            if !server.registry.ways_back.to_look_up.is_empty() {
+            if !server.registry.return_paths.to_look_up.is_empty() {
                 Box::pin(look_up(upgrade, server)).await;
             }
             let parked = server.parked_until();
@@ -468,15 +468,15 @@ async fn serve_shim(
 /// where they do not.
 async fn look_up(upgrade: &mut Upgrade, server: &mut Server) {
     for (name, policy, backend) in server.registry.take_to_look_up() {
-        let Some(way) = WayBack::of(&policy.limits, backend) else {
+        let Some(path) = ReturnPath::of(&policy.limits, backend) else {
             let found = can_reach(&policy.limits, backend);
-            server.registry.ways_back.reported.report_source(&name, found);
+            server.registry.return_paths.reported.report_source(&name, found);
             continue;
         };
-        let found = match upgrade.look_up(&way).await {
+        let found = match upgrade.look_up(&path).await {
             Ok(found) => found,
             // Only a process that is not confined can find out then.
-            Err(no_launcher) => match way.interface_without() {
+            Err(no_launcher) => match path.interface_without() {
                 Ok(found) => Ok(found),
                 Err(error) => {
                     debug!(%name, %no_launcher, %error, "cannot find out whether answers to clients come back");
@@ -484,7 +484,7 @@ async fn look_up(upgrade: &mut Upgrade, server: &mut Server) {
                 }
             },
         };
-        server.registry.ways_back.reported.report(&name, found);
+        server.registry.return_paths.reported.report(&name, found);
     }
 }
 

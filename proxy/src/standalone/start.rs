@@ -16,9 +16,9 @@ use super::manager::{Configuration, Drain, Manager, Reload};
 use crate::bind::activation::{InheritedError, InheritedSockets};
 use crate::bind::family::{NO_IPV6, has_ipv6};
 use crate::bind::listen::BindError;
+use crate::bind::return_path::{Reported, ReturnPath, ReturnPaths};
 use crate::bind::source::can_reach;
 use crate::bind::unix_socket::{SocketError, UnixSocket};
-use crate::bind::way_back::{Reported, WayBack, WaysBack};
 use crate::bind::{Bound, BoundError, BoundPort, routes};
 use crate::cli::Serve;
 use crate::config::{self, ConfigError};
@@ -195,8 +195,8 @@ fn prepare_server(
     for Bound { mapping, ports, .. } in &bound {
         let backend = ports.first().map(|port| port.port_mapping.backend.socket_addr());
         let Some(backend) = backend else { continue };
-        match WayBack::of(mapping.limits(), backend) {
-            Some(way) => reported.report(&mapping.name(), way.interface_without()),
+        match ReturnPath::of(mapping.limits(), backend) {
+            Some(path) => reported.report(&mapping.name(), path.interface_without()),
             None => reported.report_source(&mapping.name(), can_reach(mapping.limits(), backend)),
         }
     }
@@ -214,7 +214,7 @@ fn prepare_server(
     let recorder = (is_listed || access_log.is_some()).then(|| Recorder::new(access_log.clone(), is_listed));
     let server = Server::prepared(bound, growth, recorder.map(Arc::new));
     let mut server = server.map_err(setup("watch the listeners"))?;
-    server.registry.ways_back = Box::new(WaysBack { reported, ..WaysBack::default() });
+    server.registry.return_paths = Box::new(ReturnPaths { reported, ..ReturnPaths::default() });
     server.look_at_processors();
     if let Some(user) = &options.user {
         for error in server.udp_sockets().filter_map(|socket| user.own(socket).err()) {

@@ -25,7 +25,7 @@ use rproxy_sys::process::{fork_alone, set_title};
 
 use super::channel::Channel;
 use super::program::{Program, absolute};
-use crate::bind::way_back::WayBack;
+use crate::bind::return_path::ReturnPath;
 use crate::config;
 use crate::log::destination;
 
@@ -54,7 +54,7 @@ const OPEN_ACCESS_LOG: u8 = b'l';
 const START: u8 = b's';
 const KEEP: u8 = b'k';
 const END: u8 = b'e';
-const WAY_BACK: u8 = b'w';
+const RETURN_PATH: u8 = b'w';
 
 /// The longest name of an interface, in bytes (`IFNAMSIZ`, netdevice(7)).
 const LONGEST_NAME: usize = 16;
@@ -142,12 +142,12 @@ impl Asked {
         }
     }
 
-    /// Looks up a way back: the interface for which a command is missing, or the error.
+    /// Looks up a return path: the interface for which a command is missing, or the error.
     ///
     /// # Errors
     /// The launcher is gone.
-    pub(super) async fn look_up(&self, way: &WayBack) -> io::Result<io::Result<Option<String>>> {
-        self.0.write(&[&[WAY_BACK][..], &way.to_bytes()].concat()).await?;
+    pub(super) async fn look_up(&self, path: &ReturnPath) -> io::Result<io::Result<Option<String>>> {
+        self.0.write(&[&[RETURN_PATH][..], &path.to_bytes()].concat()).await?;
         match self.number().await? {
             0 => {}
             errno => return Ok(Err(io::Error::from_raw_os_error(errno))),
@@ -214,7 +214,7 @@ fn serve(mut socket: UnixStream, work: &Work) {
                 return;
             }
             END => tell(&mut socket, started.end().map_or(0, ExitStatus::into_raw)),
-            WAY_BACK => look_up(&mut socket),
+            RETURN_PATH => look_up(&mut socket),
             _ => return,
         };
         if answered.is_err() {
@@ -254,10 +254,10 @@ fn start(work: &Work, started: &mut Started, socket: &mut UnixStream) -> io::Res
 }
 
 fn look_up(socket: &mut UnixStream) -> io::Result<()> {
-    let mut way = [0; WayBack::BYTES];
-    socket.read_exact(&mut way)?;
-    let way = WayBack::from_bytes(&way).ok_or(io::ErrorKind::InvalidData)?;
-    match way.interface_without() {
+    let mut path = [0; ReturnPath::BYTES];
+    socket.read_exact(&mut path)?;
+    let path = ReturnPath::from_bytes(&path).ok_or(io::ErrorKind::InvalidData)?;
+    match path.interface_without() {
         Ok(interface) => {
             let name = interface.unwrap_or_default();
             let name = &name.as_bytes()[..name.len().min(LONGEST_NAME)];

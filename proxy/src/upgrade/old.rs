@@ -17,8 +17,8 @@ use tracing::{error, info, warn};
 use super::channel::Channel;
 use super::launcher::{Asked, Launcher, Reopened};
 use super::{Flows, Hello, Offer, OfferedAttach, OfferedFlow, OfferedMapping, UpgradeError, VERSION, Word};
+use crate::bind::return_path::ReturnPath;
 use crate::bind::unix_socket::SocketFile;
-use crate::bind::way_back::WayBack;
 use crate::engine::Server;
 use crate::engine::registry::Served;
 use crate::metrics::listener::MetricsSocket;
@@ -89,15 +89,15 @@ impl Upgrade {
         self.ask("ask the launcher for a file", async |asked| asked.open(which).await).await
     }
 
-    /// Looks up a way back, despite confinement.
+    /// Looks up a return path, despite confinement.
     ///
     /// # Errors
     /// [`UpgradeError::NoLauncher`]
     pub(crate) async fn look_up(
         &mut self,
-        way: &WayBack,
+        path: &ReturnPath,
     ) -> Result<io::Result<Option<String>>, UpgradeError> {
-        self.ask("ask for a route", async |asked| asked.look_up(way).await).await
+        self.ask("ask for a route", async |asked| asked.look_up(path).await).await
     }
 
     /// Has the launcher do something.

@@ -51,8 +51,8 @@ pub(crate) fn cases() -> Vec<Case> {
         case("a client's port is used again at once", port_again),
         case("a client's port leads to several backends at once", port_to_several),
         case("a client's port below 1024", low_port),
-        case("clients without a way back come from the host", fallback),
-        case("clients without a way back are refused", refused),
+        case("clients without a return path come from the host", fallback),
+        case("clients without a return path are refused", refused),
         case("a client in another network of the backend's link", two_networks),
         case("a client behind a gateway on the backend's link", behind_a_gateway),
         case("a backend on a link without addresses", unnumbered),
@@ -276,7 +276,7 @@ fn low_port() {
 }
 
 /// Clients of whom the backend's answers would not come back: on the host, on the backend's link, of another family.
-fn without_way_back(net: &Topology) -> Vec<(Namespace, SocketAddr, SocketAddr)> {
+fn without_return_path(net: &Topology) -> Vec<(Namespace, SocketAddr, SocketAddr)> {
     let neighbour =
         topology::add_container(&net.host, Ipv4Addr::new(172, 17, 0, 3), "fd00:172:17::3".parse().unwrap());
     let of = |namespace: &Namespace| Namespace::open(namespace.path().to_str().unwrap());
@@ -298,7 +298,7 @@ fn fallback() {
     let proxy = Controlled::start_in(&net.host, &[]);
     let host = SocketAddr::from((Ipv6Addr::UNSPECIFIED, PORT));
     proxy.apply(&[with(mapping("front", "tcp+udp", host, V4.1), json!({ "source": "client" }))]).success();
-    for (count, (namespace, from, front)) in (1..).zip(without_way_back(&net)) {
+    for (count, (namespace, from, front)) in (1..).zip(without_return_path(&net)) {
         let stream = connect_from(&namespace, from, front);
         assert_eq!(seen(&stream).ip(), BRIDGE_V4, "{from}");
         client::ping(&stream);
@@ -320,7 +320,7 @@ fn refused() {
     proxy
         .apply(&[with(mapping("front", "tcp+udp", host, V4.1), json!({ "source": "client-only" }))])
         .success();
-    for (count, (namespace, from, front)) in (1..).zip(without_way_back(&net)) {
+    for (count, (namespace, from, front)) in (1..).zip(without_return_path(&net)) {
         // If it is reset at once, connect(2) itself may fail.
         match try_connect_from(&namespace, from, front) {
             Ok(stream) => assert_eq!(client::read_to_end(&stream), (vec![], End::Reset), "{from}"),

@@ -98,7 +98,7 @@ impl Host {
     }
 }
 
-/// Sets up the way back for what the containers of the default network answer to clients.
+/// Sets up the return path for what the containers of the default network answer to clients.
 fn await_answers(host: &Namespace, state: &TempDir) {
     let mut setup = Command::new(netns_setup());
     setup.args(["transparent", "up", "--interface", BRIDGE, "--state-dir"]).arg(state.path());

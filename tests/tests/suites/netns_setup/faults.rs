@@ -54,7 +54,7 @@ pub(crate) fn cases() -> Vec<Case> {
 /// A command that a case breaks, with what has to be done before.
 type Broken = (Vec<String>, String);
 
-/// The same, on the way back to transparent sockets.
+/// The same, on the return path to transparent sockets.
 fn transparent(stage: &Stage, backend: Backend) -> Vec<Broken> {
     stage.host("ip link add name br7 address 02:00:00:00:00:07 type bridge");
     let one = format!("transparent up --interface eth0 {}", backend.option());

@@ -1,4 +1,4 @@
-//! The way back to transparent sockets: replies of backends to the client's address reach the relay on the host.
+//! The return path to transparent sockets: replies of backends to the client's address reach the relay on the host.
 
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
@@ -178,7 +178,7 @@ fn answers(stage: &Stage, backend: Backend) {
     assert_unanswered(stage, "before");
     let said = stage.ok(&up(backend));
     assert!(said.contains("from docker0 (IPv4 and IPv6"), "{said}");
-    // With `src_valid_mark`, the kernel also applies the rules for the mark to the way back to the source, which
+    // With `src_valid_mark`, the kernel also applies the rules for the mark to the return path to the source, which
     // strict reverse path filtering compares. Loose filtering and none check that it is no local address.
     for (filter, valid_mark) in [(0, 0), (1, 0), (1, 1), (2, 1), (0, 1)] {
         for name in ["all", BRIDGE] {
@@ -189,11 +189,11 @@ fn answers(stage: &Stage, backend: Backend) {
     }
     assert_eq!(stage.ok("transparent check"), "everything is as it should be\n");
     assert_refused(stage);
-    // firewalld compares the way back, too, and looks at the mark.
+    // firewalld compares the return path, too, and looks at the mark.
     stage.host("nft add table inet others");
     stage.host("nft add chain inet others rpfilter { type filter hook prerouting priority 10 ; }");
     stage.host("nft add rule inet others rpfilter fib saddr . mark . iif oif missing drop");
-    assert_answered(stage, "with a firewall that filters by the way back");
+    assert_answered(stage, "with a firewall that filters by the return path");
     stage.host("nft delete table inet others");
     stage.ok("transparent down");
     assert_unanswered(stage, "after");

@@ -23,16 +23,16 @@ const CLIENT_V6: Ipv6Addr = Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1);
 /// The index of the loopback interface in each network namespace.
 const LOOPBACK: u32 = 1;
 
-/// The way from a backend, to be looked up.
+/// The return path from a backend to clients, to be looked up.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct WayBack {
+pub(crate) struct ReturnPath {
     backend: SocketAddr,
     /// The interface that leads to it, if one was asked for.
     device: Option<Device>,
 }
 
-impl WayBack {
-    /// The length of [`WayBack::to_bytes`].
+impl ReturnPath {
+    /// The length of [`ReturnPath::to_bytes`].
     pub(crate) const BYTES: usize = 16 + 4 + 15;
 
     /// That of a mapping's backends, if they see clients. A mapping leads to one address.
@@ -77,7 +77,7 @@ impl WayBack {
         bytes
     }
 
-    /// What [`WayBack::to_bytes`] has returned. The port is lost; `None` if the name is none.
+    /// What [`ReturnPath::to_bytes`] has returned. The port is lost; `None` if the name is none.
     pub(crate) fn from_bytes(bytes: &[u8; Self::BYTES]) -> Option<Self> {
         let (ip, rest) = bytes.split_first_chunk::<16>()?;
         let (scope, name) = rest.split_first_chunk::<4>()?;
@@ -92,12 +92,12 @@ impl WayBack {
     }
 }
 
-/// The ways to and from backends that see clients, or a given address.
+/// The return paths from backends that see clients, and the paths to those that see a given address.
 #[derive(Debug, Default)]
-pub(crate) struct WaysBack {
-    /// The mappings whose ways are to be looked up.
+pub(crate) struct ReturnPaths {
+    /// The mappings whose paths are to be looked up.
     pub(crate) to_look_up: Vec<Name>,
-    /// Those that have none, as far as reported.
+    /// Those that lack one, as far as reported.
     pub(crate) reported: Reported,
 }
 
@@ -107,7 +107,7 @@ pub(crate) struct Reported(BTreeSet<Name>);
 
 impl Reported {
     /// Warns if clients would not get what the backends of `mapping` answer to their addresses, by what
-    /// [`WayBack::interface_without`] has found out.
+    /// [`ReturnPath::interface_without`] has found out.
     pub(crate) fn report(&mut self, mapping: &Name, found: io::Result<Option<String>>) {
         // A runtime may publish many ports at once.
         static LINES: LogLimit = LogLimit::new();
@@ -158,19 +158,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_way_is_the_same_in_another_process() {
+    fn a_path_is_the_same_in_another_process() {
         let name = "abcdefghijklmno";
         for (backend, device) in
             [("10.0.0.1:0", None), ("[fe80::1%7]:0", Some(name)), ("[fd00::1]:0", Some("a"))]
         {
             let device = device.map(|name| name.parse().unwrap());
-            let way = WayBack { backend: backend.parse().unwrap(), device };
-            assert_eq!(WayBack::from_bytes(&way.to_bytes()), Some(way));
+            let path = ReturnPath { backend: backend.parse().unwrap(), device };
+            assert_eq!(ReturnPath::from_bytes(&path.to_bytes()), Some(path));
         }
-        let mut bytes = [0; WayBack::BYTES];
+        let mut bytes = [0; ReturnPath::BYTES];
         for wrong in [&b"a b"[..], b"\xff", b"a\0b"] {
             bytes[20..20 + wrong.len()].copy_from_slice(wrong);
-            assert_eq!(WayBack::from_bytes(&bytes), None, "{wrong:?}");
+            assert_eq!(ReturnPath::from_bytes(&bytes), None, "{wrong:?}");
         }
     }
 }
