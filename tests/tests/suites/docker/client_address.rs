@@ -24,7 +24,7 @@ use super::daemon::{DAEMON, Docker};
 use crate::proxy_protocol::v2;
 
 /// The port of the container, which is published as itself.
-const PORT: u16 = 5300;
+pub(super) const PORT: u16 = 5300;
 
 /// The gateway of Docker's first network after the default one.
 const OTHER_GATEWAY: Ipv4Addr = Ipv4Addr::new(172, 18, 0, 1);
@@ -106,7 +106,7 @@ fn await_answers(host: &Namespace, state: &TempDir) {
 }
 
 /// Servers that answer with the address that they see, and with what came before the question.
-fn serve(container: &Namespace) -> (TcpBackend, Backend) {
+pub(super) fn serve(container: &Namespace) -> (TcpBackend, Backend) {
     let any = SocketAddr::from((Ipv4Addr::UNSPECIFIED, PORT));
     let tcp = TcpBackend::serve(container.run(|| TcpListener::bind(any).unwrap()), |mut stream| {
         let mut question = Vec::new();
@@ -120,14 +120,14 @@ fn serve(container: &Namespace) -> (TcpBackend, Backend) {
 }
 
 /// How a container sees a client.
-struct Seen {
+pub(super) struct Seen {
     /// The client as it is, and the address that it asked.
-    own: SocketAddr,
+    pub(super) own: SocketAddr,
     asked: SocketAddr,
     /// The client as it is to the container.
-    peer: SocketAddr,
+    pub(super) peer: SocketAddr,
     /// What came before its first byte.
-    header: Vec<u8>,
+    pub(super) header: Vec<u8>,
     is_udp: bool,
 }
 
@@ -141,7 +141,7 @@ impl Seen {
 
     /// Over TCP and UDP.
     #[track_caller]
-    fn by(client: &Namespace, asked: SocketAddr) -> [Self; 2] {
+    pub(super) fn by(client: &Namespace, asked: SocketAddr) -> [Self; 2] {
         let stream = client.run(|| client::connect(asked));
         (&stream).write_all(QUESTION).unwrap();
         stream.shutdown(Shutdown::Write).unwrap();
@@ -216,7 +216,7 @@ impl Seen {
     }
 
     /// The header that tells the client.
-    fn told(&self) -> Vec<u8> {
+    pub(super) fn told(&self) -> Vec<u8> {
         const PROTOCOL: usize = 13;
         let mut header = v2([self.own, self.asked]);
         // Stream and datagram are 1 and 2, in the lower half.

@@ -73,7 +73,18 @@ impl Docker {
         let socket = format!("unix://{}/socket", directory.path().display());
         let mut daemon = daemon(directory.path(), &socket, &cgroup, script);
         daemon.arg("--userland-proxy-path").arg(proxy).args(more);
-        let process = namespace.spawn(daemon);
+        Self::ready(namespace.spawn(daemon), namespace, socket, cgroup, directory)
+    }
+
+    /// A dockerd that has been started as `process`, a child of it being the first process of its process namespace. The
+    /// daemon listens on `socket`, and has its files in `directory`.
+    pub(super) fn ready(
+        process: Process,
+        namespace: Namespace,
+        socket: String,
+        cgroup: String,
+        directory: TempDir,
+    ) -> Self {
         let docker = Self { process, namespace, socket, cgroup, directory };
         docker.process.wait_for_line(Stream::Stderr, |line| line.contains("API listen on"));
         docker.import_image();
@@ -134,12 +145,13 @@ impl Docker {
 
     /// The network of a running container.
     pub(super) fn network_of(&self, container: &str) -> Namespace {
-        let id = self.docker(&format!("inspect --format {{{{.Id}}}} {container}")).success();
-        let cgroup = Path::new(&self.cgroup).join(id.trim()).join("cgroup.procs");
-        let processes =
-            cgroup_roots().into_iter().find_map(|root| fs::read_to_string(root.join(&cgroup)).ok());
-        let process = processes.unwrap().lines().next().unwrap().to_owned();
-        Namespace::open(&format!("/proc/{process}/ns/net"))
+        let pid = self.docker(&format!("inspect --format {{{{.State.Pid}}}} {container}")).success();
+        self.network_of_process(pid.trim())
+    }
+
+    /// The network of a process, by its id as the daemon sees it.
+    pub(super) fn network_of_process(&self, pid: &str) -> Namespace {
+        Namespace::open(&format!("/proc/{}/root/proc/{pid}/ns/net", self.daemon_pid().unwrap()))
     }
 
     /// Fetches the page from a container of its own.

@@ -4,9 +4,10 @@ mod client_address;
 mod contract;
 mod daemon;
 mod dockerd;
+mod rootless;
 
 use testkit::suite::Case;
 
 pub(crate) fn cases() -> Vec<Case> {
-    testkit::modules![contract, dockerd, client_address]
+    testkit::modules![contract, dockerd, client_address, rootless]
 }
