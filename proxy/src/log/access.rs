@@ -60,6 +60,8 @@ struct State {
     first: Option<Vec<u8>>,
     /// Whole lines that nobody writes yet.
     lines: Vec<u8>,
+    /// How many they are.
+    waiting: usize,
     /// The new file, after a rotation.
     reopened: Option<File>,
     /// Whether the thread is writing lines.
@@ -110,6 +112,7 @@ impl AccessLog {
             return;
         }
         state.lines.extend_from_slice(line);
+        state.waiting += 1;
         // The thread looks by itself while it has something to do.
         let is_first = before == 0 && !state.is_writing;
         if is_first || (before < ENOUGH && state.lines.len() >= ENOUGH) {
@@ -140,7 +143,7 @@ impl AccessLog {
             let waited = self.shared.written.wait_timeout(state, left);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
-        let lines = state.taken + count_lines(&state.lines);
+        let lines = state.taken + state.waiting;
         if lines > 0 {
             warn!(lines, "the last lines of the access log were not written in time");
         }
@@ -155,10 +158,10 @@ impl Shared {
     /// Writes lines to `sink` for as long as the process runs.
     fn write_all_to(&self, mut sink: Sink) {
         let mut told = 0;
-        let first = self.first();
-        self.write_to(&mut sink, &first);
+        let mut lines = self.first();
+        self.write_to(&mut sink, &lines);
         loop {
-            let lines = self.next(&mut sink);
+            self.next(&mut sink, &mut lines);
             self.write_to(&mut sink, &lines);
             self.tell_lost(&mut told);
             let mut state = self.state();
@@ -180,26 +183,33 @@ impl Shared {
         }
     }
 
-    /// Waits for lines, and a moment longer for others, and returns them.
-    fn next(&self, sink: &mut Sink) -> Vec<u8> {
+    /// Waits for lines, and a moment longer for others, and replaces `lines`, which are written, by them. While lines
+    /// come, the two buffers change places: fresh memory would cost whoever appends page faults.
+    fn next(&self, sink: &mut Sink, lines: &mut Vec<u8>) {
         let mut state = self.state();
+        let written = lines.len();
+        lines.clear();
+        // After a burst, its memory is released.
+        lines.shrink_to(2 * written);
+        if state.lines.is_empty() {
+            (state.lines, *lines) = Default::default();
+        }
         while state.lines.is_empty() && state.reopened.is_none() {
             state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
         }
         state.is_writing = true;
         let mut state = self.pause(state, DELAY, ENOUGH);
-        let lines = mem::take(&mut state.lines);
-        state.taken = count_lines(&lines);
+        mem::swap(&mut state.lines, lines);
+        state.taken = mem::take(&mut state.waiting);
         let reopened = state.reopened.take();
         drop(state);
         if let Some(file) = reopened {
             // What came before is in the old file, as far as that takes it.
-            let written = sink.write(&lines).unwrap_or(0);
+            let written = sink.write(lines).unwrap_or(0);
             *sink = Sink::File(file);
             info!("the access log was reopened");
-            return from_next_line(&lines, written).to_vec();
+            *lines = from_next_line(lines, written).to_vec();
         }
-        lines
     }
 
     /// Waits for `time`, or until there is something else to do, or as much as `most` bytes of lines.

@@ -1,36 +1,56 @@
 //! The records of all live connections and flows of a process, and the access log that they end in.
 
-use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rproxy_mapping::addr::canonical;
+use slab::Slab;
 
 use crate::log::access::AccessLog;
 use crate::state::access_line;
 use crate::state::record::{Ending, Record, RecordedPort};
 
-/// The records are in as many maps, so that workers do not wait for each other.
+/// The records are in as many shards. Threads use them in turn, so that workers rarely wait for each other.
 const SHARDS: usize = 16;
 
-/// The number of records whose memory an idle map keeps.
+/// The number of records whose memory an empty shard keeps.
 const KEPT: usize = 64;
+
+thread_local! {
+    /// The shard of the records that this thread opens.
+    static SHARD: usize = {
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        NEXT.fetch_add(1, Ordering::Relaxed) % SHARDS
+    };
+}
 
 /// Records connections and flows. A process in which nobody can ask for them has none.
 #[derive(Debug)]
 pub(crate) struct Recorder {
-    next: AtomicU64,
-    live: [Mutex<HashMap<u64, Arc<Record>>>; SHARDS],
+    shards: [Shard; SHARDS],
     access_log: Option<Arc<AccessLog>>,
     /// Whether clients of the control socket or of the metrics may ask for what is live.
     is_listed: bool,
 }
 
+/// Aligned to a pair of cache lines, which are fetched together, so that the locks of two workers share none.
+#[derive(Debug, Default)]
+#[repr(align(128))]
+struct Shard(Mutex<Live>);
+
+/// The live records of a shard.
+#[derive(Debug, Default)]
+struct Live {
+    records: Slab<Arc<Record>>,
+    /// How many were opened so far.
+    opened: u64,
+}
+
 impl Recorder {
     /// A recorder without records. `is_listed` says whether anybody asks for what is live.
     pub(crate) fn new(access_log: Option<Arc<AccessLog>>, is_listed: bool) -> Self {
-        Self { next: AtomicU64::new(1), live: Default::default(), access_log, is_listed }
+        Self { shards: Default::default(), access_log, is_listed }
     }
 
     /// The log of what has ended, if there is one.
@@ -48,34 +68,42 @@ impl Recorder {
         if !self.is_listed && self.log_of(&port).is_none() {
             return None;
         }
-        let id = self.next.fetch_add(1, Ordering::Relaxed);
-        let record = Arc::new(Record::new(id, canonical(peer), canonical(host()), port));
-        self.shard(id).insert(id, record.clone());
+        let (peer, host) = (canonical(peer), canonical(host()));
+        let index = SHARD.with(|shard| *shard);
+        let mut live = self.shards[index].lock();
+        live.opened += 1;
+        let id = live.opened * SHARDS as u64 + index as u64;
+        let entry = live.records.vacant_entry();
+        let record = Arc::new(Record::new((id, entry.key()), peer, host, port));
+        entry.insert(record.clone());
         Some(record)
     }
 
     /// Ends a record: it is not live any more, and the access log gets its line.
     pub(super) fn close(&self, record: &Record) {
-        if self.take(record.id) {
+        if self.take(record) {
             self.log(record);
         }
     }
 
     /// Removes a record, unless that has been done. After a burst, its memory is released.
-    fn take(&self, id: u64) -> bool {
-        let mut shard = self.shard(id);
-        let was_live = shard.remove(&id).is_some();
-        if shard.is_empty() && shard.capacity() > KEPT {
-            shard.shrink_to(KEPT);
+    fn take(&self, record: &Record) -> bool {
+        let records = &mut self.shard_of(record.id).records;
+        let is_live = records.get(record.slot).is_some_and(|live| live.id == record.id);
+        if is_live {
+            records.remove(record.slot);
         }
-        was_live
+        if records.is_empty() && records.capacity() > KEPT {
+            *records = Slab::new();
+        }
+        is_live
     }
 
     /// Ends the records that are left when the process ends, and waits a moment for the access log to be written.
     pub(crate) fn finish(&self) {
-        for shard in &self.live {
-            let left = std::mem::take(&mut *shard.lock().unwrap_or_else(PoisonError::into_inner));
-            for record in left.into_values() {
+        for shard in &self.shards {
+            let left = std::mem::take(&mut shard.lock().records);
+            for (_slot, record) in left {
                 record.end(Ending::Drain);
                 self.log(&record);
             }
@@ -103,16 +131,22 @@ impl Recorder {
     /// What is live now, in the order of opening.
     pub(crate) fn live(&self) -> Vec<Arc<Record>> {
         let mut live = Vec::new();
-        for shard in &self.live {
-            live.extend(shard.lock().unwrap_or_else(PoisonError::into_inner).values().cloned());
+        for shard in &self.shards {
+            live.extend(shard.lock().records.iter().map(|(_slot, record)| record.clone()));
         }
-        live.sort_unstable_by_key(|record| record.id);
+        live.sort_unstable_by_key(|record| (record.opened, record.id));
         live
     }
 
-    fn shard(&self, id: u64) -> MutexGuard<'_, HashMap<u64, Arc<Record>>> {
-        let index = usize::try_from(id).unwrap_or_default() % SHARDS;
-        self.live[index].lock().unwrap_or_else(PoisonError::into_inner)
+    fn shard_of(&self, id: u64) -> MutexGuard<'_, Live> {
+        let index = id % SHARDS as u64;
+        self.shards[usize::try_from(index).unwrap_or_default()].lock()
+    }
+}
+
+impl Shard {
+    fn lock(&self) -> MutexGuard<'_, Live> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -158,9 +192,26 @@ mod tests {
     #[test]
     fn the_memory_of_a_burst_is_released() {
         let recorder = Recorder::new(None, true);
-        let records: Vec<_> = (0..SHARDS * KEPT * 8).map(|_| open(&recorder, true).unwrap()).collect();
+        let records: Vec<_> = (0..KEPT * 8).map(|_| open(&recorder, true).unwrap()).collect();
         records.iter().for_each(|record| recorder.close(record));
-        let kept = recorder.live.iter().map(|shard| shard.lock().unwrap().capacity());
-        assert!(kept.max().unwrap() < KEPT * 4);
+        let kept = recorder.shards.iter().map(|shard| shard.lock().records.capacity());
+        assert!(kept.max().unwrap() <= KEPT);
+    }
+
+    #[test]
+    fn an_id_is_used_once_by_all_threads() {
+        let recorder = Recorder::new(None, true);
+        let open_some = || (0..10).map(|_| open(&recorder, true).unwrap()).collect::<Vec<_>>();
+        let mut records = open_some();
+        std::thread::scope(|scope| records.extend(scope.spawn(open_some).join().unwrap()));
+        // The second time closes nothing, even if its slot is used again.
+        (0..2).for_each(|_| records.iter().for_each(|record| recorder.close(record)));
+        assert_eq!(recorder.live().len(), 0);
+        records.extend(open_some());
+        records.iter().take(20).for_each(|record| recorder.close(record));
+        assert_eq!(recorder.live().len(), 10);
+        records.sort_unstable_by_key(|record| record.id);
+        records.dedup_by_key(|record| record.id);
+        assert_eq!(records.len(), 30);
     }
 }

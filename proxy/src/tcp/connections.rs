@@ -7,6 +7,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 
 use rproxy_mapping::addr::Protocol;
+use slab::Slab;
 use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 use tracing::info;
@@ -19,14 +20,8 @@ use crate::state::{MappingPolicy, MappingState};
 use crate::tcp::pipe;
 
 thread_local! {
-    static SERVED: RefCell<Served> = const { RefCell::new(Served { slots: Vec::new(), free: Vec::new() }) };
-}
-
-/// The connections of a worker.
-struct Served {
-    slots: Vec<Option<Connection>>,
-    /// The indices of empty slots.
-    free: Vec<u32>,
+    /// The connections of a worker. One that was cut is gone before its task is.
+    static SERVED: RefCell<Slab<Option<Connection>>> = const { RefCell::new(Slab::new()) };
 }
 
 struct Connection {
@@ -52,8 +47,7 @@ pub(super) enum Client {
 }
 
 /// Runs the future that `task` returns for a connection of a mapping, on this worker: that of a client, and its record if
-/// there is one. It owns the entry; wrapping it
-/// in another future would double its size.
+/// there is one. It owns the entry; wrapping it in another future would double its size.
 ///
 /// # Panics
 /// Outside a tokio runtime.
@@ -64,15 +58,12 @@ pub(super) fn spawn<F>(
 ) where
     F: Future<Output = ()> + Send + 'static,
 {
-    let slot = SERVED.with_borrow_mut(|served| {
-        served.free.pop().unwrap_or_else(|| {
-            served.slots.push(None);
-            u32::try_from(served.slots.len() - 1).expect("a process has fewer descriptors")
-        })
+    SERVED.with_borrow_mut(|served| {
+        let slot = served.vacant_entry();
+        let key = u32::try_from(slot.key()).expect("a process has fewer descriptors");
+        let task = tokio::spawn(task(Entry(key)));
+        slot.insert(Some(Connection { client, mapping: Arc::as_ptr(mapping), record, task }));
     });
-    let task = tokio::spawn(task(Entry(slot)));
-    let connection = Connection { client, mapping: Arc::as_ptr(mapping), record, task };
-    SERVED.with_borrow_mut(|served| served.slots[slot as usize] = Some(connection));
 }
 
 /// Resets the connections of this worker whose clients `policy` denies. Those that a proxy has yet to tell are checked then.
@@ -142,8 +133,9 @@ where
 
 /// Resets the `chosen` connections of this worker because of `ending`, and returns their tasks.
 fn cut(ending: Ending, chosen: impl Fn(&mut Connection) -> bool) -> Vec<JoinHandle<()>> {
-    let cut: Vec<Connection> = SERVED
-        .with_borrow_mut(|served| served.slots.iter_mut().filter_map(|slot| slot.take_if(&chosen)).collect());
+    let cut: Vec<Connection> = SERVED.with_borrow_mut(|served| {
+        served.iter_mut().filter_map(|(_key, connection)| connection.take_if(&chosen)).collect()
+    });
     cut.iter().filter_map(|connection| connection.record.as_ref()).for_each(|record| record.end(ending));
     let tasks: Vec<_> = cut.into_iter().map(|connection| connection.task).collect();
     // This closes their sockets, which resets unfinished connections.
@@ -151,7 +143,7 @@ fn cut(ending: Ending, chosen: impl Fn(&mut Connection) -> bool) -> Vec<JoinHand
     tasks
 }
 
-/// The slot of a connection in its worker's list, emptied when dropped.
+/// The key of a connection in its worker's list, removed when dropped.
 #[derive(Debug)]
 pub(super) struct Entry(u32);
 
@@ -161,7 +153,7 @@ impl Entry {
     pub(super) fn set_client(&self, client: IpAddr) -> Option<Arc<MappingPolicy>> {
         let client = Client::Known(client);
         let before = SERVED.with_borrow_mut(|served| {
-            let connection = served.slots[self.0 as usize].as_mut()?;
+            let connection = served.get_mut(self.0 as usize)?.as_mut()?;
             Some(std::mem::replace(&mut connection.client, client))
         });
         match before {
@@ -174,12 +166,11 @@ impl Entry {
 impl Drop for Entry {
     fn drop(&mut self) {
         // When a thread ends, the list may already be gone.
-        let emptied = SERVED.try_with(|served| {
+        let removed = SERVED.try_with(|served| {
             let mut served = served.borrow_mut();
-            served.free.push(self.0);
-            (served.slots[self.0 as usize].take(), served.free.len() == served.slots.len())
+            (served.try_remove(self.0 as usize), served.is_empty())
         });
-        if let Ok((_connection, true)) = emptied {
+        if let Ok((_connection, true)) = removed {
             // Pipes of idle processes would count against the budget of their user.
             pipe::close_kept();
         }
@@ -219,9 +210,10 @@ mod tests {
             assert_eq!(ends.recv().await, Some("cut"));
             ends.try_recv().unwrap_err();
             assert_eq!(one.stats.failure_kind(FailureKind::Denied), 1);
-            let free =
-                SERVED.with_borrow(|served| (served.slots.iter().flatten().count(), served.free.len()));
-            assert_eq!(free, (2, 1));
+            let left = SERVED.with_borrow(|served| {
+                (served.len(), served.iter().filter(|(_key, connection)| connection.is_some()).count())
+            });
+            assert_eq!(left, (2, 2));
         });
     }
 

@@ -112,8 +112,8 @@ fn report_unwatched(peer: SocketAddr, guard: &ConnectionGuard, error: &io::Error
 fn log_end(peer: SocketAddr, guard: &ConnectionGuard, outcome: &Outcome) {
     let Outcome { to_backend: bytes_in, to_client: bytes_out, finish } = outcome;
     let (mapping, reason, error) = (&guard.state().name, finish.ending.as_str(), finish.failure.as_ref());
-    let duration_ms = guard.record().and_then(|record| u64::try_from(record.age().as_millis()).ok());
-    debug!(%peer, %mapping, bytes_in, bytes_out, duration_ms, reason, error = error.map(tracing::field::display), "connection ended");
+    let duration_ms = || guard.record().and_then(|record| u64::try_from(record.age().as_millis()).ok());
+    debug!(%peer, %mapping, bytes_in, bytes_out, duration_ms = duration_ms(), reason, error = error.map(tracing::field::display), "connection ended");
 }
 
 /// The connection to the backend; `None`, and a report, if there is none.

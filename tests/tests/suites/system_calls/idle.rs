@@ -12,7 +12,7 @@ use testkit::suite::Case;
 use testkit::trace::Trace;
 use testkit::{client, eventually, rproxy, udp};
 
-use super::case;
+use super::{UNRECORDED_AND_RECORDED, case};
 
 /// How long nothing is asked of the process. Who looks for something more often than that is found.
 const QUIET: Duration = Duration::from_secs(2);
@@ -36,9 +36,13 @@ fn assert_makes_none(process: &Process) {
 }
 
 fn makes_none() {
+    UNRECORDED_AND_RECORDED.into_iter().for_each(makes_none_with);
+}
+
+fn makes_none_with(options: &[&str]) {
     let backend = TcpBackend::echo();
     let echo = udp::Backend::echo(udp::local());
-    let proxy = Controlled::start(&[]);
+    let proxy = Controlled::start(options);
     let front = client::own_address();
     let web = mapping("web", "tcp", front, backend.address());
     proxy.apply(&[web, mapping("dns", "udp", front, echo.address())]).success();

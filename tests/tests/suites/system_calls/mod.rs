@@ -12,6 +12,10 @@ use testkit::suite::Case;
 /// As the event loops of different crates, and of different machines, ask for events.
 const WAITS: [&str; 3] = ["epoll_wait", "epoll_pwait", "epoll_pwait2"];
 
+/// The options of a process that records its connections and flows, and those of one that does not.
+const UNRECORDED_AND_RECORDED: [&[&str]; 2] =
+    [&[], &["--metrics", "127.0.0.1:0", "--access-log", "/dev/null"]];
+
 pub(crate) fn cases() -> Vec<Case> {
     testkit::modules![idle, tcp, udp]
 }

@@ -18,8 +18,7 @@ use testkit::rproxy::Standalone;
 use testkit::suite::Case;
 use testkit::trace::{Calls, Trace};
 
-use super::WAITS;
-use super::case;
+use super::{UNRECORDED_AND_RECORDED, WAITS, case};
 use crate::faults::roles;
 
 const MIB: usize = 1024 * 1024;
@@ -40,8 +39,8 @@ pub(crate) fn cases() -> Vec<Case> {
 }
 
 /// A relay to `backend`, all of whose workers have started.
-fn relay(backend: SocketAddr) -> Standalone {
-    let proxy = Standalone::relay_to(backend, &[]);
+fn relay(backend: SocketAddr, options: &[&str]) -> Standalone {
+    let proxy = Standalone::relay_to(backend, options);
     let most = thread::available_parallelism().unwrap().get();
     let clients: Vec<_> = (0..2 * most).map(|_| client::connect(proxy.address())).collect();
     // Their ends are over as well when this returns.
@@ -53,9 +52,13 @@ fn relay(backend: SocketAddr) -> Standalone {
 }
 
 fn connections() {
+    UNRECORDED_AND_RECORDED.into_iter().for_each(connections_with);
+}
+
+fn connections_with(options: &[&str]) {
     const COUNT: usize = 100;
     let backend = TcpBackend::echo();
-    let proxy = relay(backend.address());
+    let proxy = relay(backend.address(), options);
     let trace = Trace::attach(&proxy.process);
     for _ in 0..COUNT {
         assert_eq!(client::ask(proxy.address(), b"request").unwrap(), b"request");
@@ -75,6 +78,8 @@ fn connections() {
     calls.assert_at_most(room, &["getpeername", "fcntl", "ioctl", "splice", "pipe2"]);
     calls.assert_at_most(COUNT + room, &["getsockname"]);
     calls.assert_at_most(12 * COUNT + room, &["setsockopt"]);
+    // The vDSO tells the time (vdso(7)).
+    calls.assert_at_most(room, &["clock_gettime"]);
     calls.assert_in_all_at_most(ALL_OF_A_CONNECTION * COUNT);
 }
 
@@ -85,7 +90,7 @@ const ALL_OF_A_CONNECTION: usize = 40;
 /// `TCP_QUICKACK`), and at once if not.
 fn late_handshake() {
     let backend = TcpBackend::echo();
-    let proxy = relay(backend.address());
+    let proxy = relay(backend.address(), &[]);
     let of_silent = Trace::attach(&proxy.process);
     let silent = client::connect(proxy.address());
     // The relay waits for it by then.
@@ -108,9 +113,13 @@ fn quick_acknowledgements(calls: &Calls) -> usize {
 }
 
 fn requests() {
+    UNRECORDED_AND_RECORDED.into_iter().for_each(requests_with);
+}
+
+fn requests_with(options: &[&str]) {
     const COUNT: usize = 200;
     let backend = TcpBackend::echo();
-    let proxy = relay(backend.address());
+    let proxy = relay(backend.address(), options);
     let client = client::connect(proxy.address());
     client::ping(&client);
     let trace = Trace::attach(&proxy.process);
@@ -123,7 +132,10 @@ fn requests() {
     calls.assert_at_most(2 * COUNT + COUNT / 2, &["sendto"]);
     // The event loop's, and that of the sockets.
     calls.assert_at_most(6 * COUNT, &WAITS);
-    calls.assert_at_most(COUNT / 10, &["epoll_ctl", "setsockopt", "getsockopt", "ioctl", "fcntl"]);
+    calls.assert_at_most(
+        COUNT / 10,
+        &["epoll_ctl", "setsockopt", "getsockopt", "ioctl", "fcntl", "clock_gettime"],
+    );
     calls.assert_in_all_at_most(11 * COUNT);
 }
 

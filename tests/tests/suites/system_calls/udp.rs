@@ -9,8 +9,7 @@ use testkit::suite::Case;
 use testkit::trace::{Calls, Trace};
 use testkit::udp::{self, Backend};
 
-use super::WAITS;
-use super::case;
+use super::{UNRECORDED_AND_RECORDED, WAITS, case};
 
 /// Datagrams in a burst: no more than one call receives.
 const BURST: usize = 60;
@@ -159,9 +158,13 @@ fn answers_to_many_clients() {
 }
 
 fn question_and_answer() {
+    UNRECORDED_AND_RECORDED.into_iter().for_each(question_and_answer_with);
+}
+
+fn question_and_answer_with(options: &[&str]) {
     const COUNT: usize = 200;
     let backend = Backend::echo(udp::local());
-    let proxy = udp::relay(Ipv4Addr::LOCALHOST, backend.address(), &[]);
+    let proxy = udp::relay(Ipv4Addr::LOCALHOST, backend.address(), options);
     let client = udp::local();
     udp::assert_echoes(&client, proxy.address(), b"hello");
     let trace = Trace::attach(&proxy.process);
@@ -172,7 +175,10 @@ fn question_and_answer() {
     calls.assert_at_most(2 * COUNT + COUNT / 2, &["recvmmsg"]);
     calls.assert_at_most(2 * COUNT + COUNT / 2, &["sendmmsg"]);
     calls.assert_at_most(8 * COUNT, &WAITS);
-    calls.assert_at_most(COUNT / 10, &["epoll_ctl", "setsockopt", "getsockopt", "madvise", "mmap", "munmap"]);
+    calls.assert_at_most(
+        COUNT / 10,
+        &["epoll_ctl", "setsockopt", "getsockopt", "madvise", "mmap", "munmap", "clock_gettime"],
+    );
     calls.assert_in_all_at_most(13 * COUNT);
     // Nothing was lost, and the log does not say so.
     let log = proxy.process.captured(Stream::Stderr);
@@ -180,9 +186,13 @@ fn question_and_answer() {
 }
 
 fn new_flow() {
+    UNRECORDED_AND_RECORDED.into_iter().for_each(new_flow_with);
+}
+
+fn new_flow_with(options: &[&str]) {
     const COUNT: usize = 100;
     let backend = Backend::echo(udp::local());
-    let proxy = udp::relay(Ipv4Addr::LOCALHOST, backend.address(), &[]);
+    let proxy = udp::relay(Ipv4Addr::LOCALHOST, backend.address(), options);
     let clients: Vec<_> = (0..COUNT).map(|_| udp::local()).collect();
     udp::assert_echoes(&udp::local(), proxy.address(), b"the first one");
     let trace = Trace::attach(&proxy.process);
@@ -194,7 +204,7 @@ fn new_flow() {
     calls.assert_at_most(COUNT + room, &["connect"]);
     calls.assert_at_most(COUNT + room, &["epoll_ctl"]);
     // The kernel's settings are read again after some time only.
-    calls.assert_at_most(room, &["pread64"]);
+    calls.assert_at_most(room, &["pread64", "clock_gettime"]);
     calls.assert_in_all_at_most(ALL_OF_A_FLOW * COUNT);
 }
 
