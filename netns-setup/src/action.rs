@@ -58,6 +58,8 @@ pub enum LinkChange {
     Address(Mac),
     /// The MTU.
     Mtu(u32),
+    /// The alias; none if it is empty.
+    Alias(String),
     /// The bridge that it is a port of.
     Master(Option<IfName>),
     /// Hairpin mode: whether a bridge port sends frames back to where they came from.
@@ -333,6 +335,7 @@ fn fmt_link(f: &mut fmt::Formatter<'_>, place: &NetnsRef, name: &IfName, change:
         LinkChange::Up(false) => write!(f, " down"),
         LinkChange::Address(mac) => write!(f, " address {mac}"),
         LinkChange::Mtu(mtu) => write!(f, " mtu {mtu}"),
+        LinkChange::Alias(alias) => write!(f, " alias '{}'", alias.replace('\'', r"'\''")),
         LinkChange::Master(Some(bridge)) => write!(f, " master {bridge}"),
         LinkChange::Master(None) => write!(f, " nomaster"),
         LinkChange::Offload(sizes) => {

@@ -114,6 +114,7 @@ mod tests {
     use crate::model::{MappingKey, RelayProcess};
     use crate::name::Name;
     use crate::plan::Step;
+    use crate::private_dir::DirError;
     use crate::reserve::ReserveError;
 
     /// Records the actions, and fails where it is told to.
@@ -122,6 +123,7 @@ mod tests {
         log: Vec<String>,
         fail: Vec<&'static str>,
         relays: BTreeMap<MappingKey, RelayProcess>,
+        namespaces: BTreeMap<Name, u64>,
         signal_after: Option<usize>,
     }
 
@@ -143,6 +145,10 @@ mod tests {
 
         fn relays(&self) -> &BTreeMap<MappingKey, RelayProcess> {
             &self.relays
+        }
+
+        fn namespaces(&self) -> &BTreeMap<Name, u64> {
+            &self.namespaces
         }
 
         fn interrupted(&mut self) -> Option<Signal> {
@@ -167,7 +173,7 @@ mod tests {
     #[test]
     fn what_cannot_be_written_down_is_undone() {
         let mut executor = Recording::default();
-        let save = |_: &dyn Executor| Err(StateError::Exposed("/nonexistent".into()));
+        let save = |_: &dyn Executor| Err(DirError::Exposed("/nonexistent".into()).into());
         let error = apply(&plan(&["a", "b"]), &mut executor, save).unwrap_err();
         assert_eq!(executor.log[2..], ["ip netns delete b", "ip netns delete a"]);
         assert!(error.to_string().contains("/nonexistent"), "{error}");

@@ -16,6 +16,7 @@ use crate::name::Name;
 use crate::netns::NetnsError;
 use crate::observe::ObserveError;
 use crate::plan::PlanError;
+use crate::registry::{ClaimError, Shared};
 use crate::reserve::ReserveError;
 use crate::state::StateError;
 
@@ -106,6 +107,9 @@ pub enum Error {
     /// Some differences cannot be repaired by this program.
     #[error("{} found that netns-setup cannot repair, see above", differences(.0.len()))]
     Unmendable(Vec<String>),
+    /// The network namespace could not be told from others.
+    #[error("cannot tell which network namespace this is: {0}")]
+    Namespace(#[source] io::Error),
     /// A kernel parameter could not be read.
     #[error("cannot read {key}: {source}")]
     Sysctl {
@@ -135,6 +139,9 @@ pub enum Error {
     /// The system could not be observed.
     #[error(transparent)]
     Observe(#[from] ObserveError),
+    /// Another state directory of the same host has it.
+    #[error(transparent)]
+    Shared(#[from] Shared),
     /// The state could not be read or written.
     #[error(transparent)]
     State(#[from] StateError),
@@ -150,6 +157,15 @@ pub enum Error {
     /// A host port could not be bound.
     #[error(transparent)]
     Reserve(#[from] ReserveError),
+}
+
+impl From<ClaimError> for Error {
+    fn from(error: ClaimError) -> Self {
+        match error {
+            ClaimError::Shared(shared) => shared.into(),
+            ClaimError::State(state) => state.into(),
+        }
+    }
 }
 
 impl Error {
@@ -227,6 +243,7 @@ fn link_finding(link: &str, change: &LinkChange) -> String {
         LinkChange::Up(_) => format!("{link} is down"),
         LinkChange::Address(mac) => format!("the address of {link} is not {mac}"),
         LinkChange::Mtu(mtu) => format!("the MTU of {link} is not {mtu}"),
+        LinkChange::Alias(alias) => format!("the alias of {link} is not {alias}"),
         LinkChange::Master(Some(bridge)) => format!("{link} is not a port of {bridge}"),
         LinkChange::Master(None) => format!("{link} is a port of a bridge"),
         LinkChange::Hairpin(on) => {

@@ -11,6 +11,7 @@ use crate::action::Action;
 use crate::firewall::tool::ToolError;
 use crate::host_ip::HostIp;
 use crate::model::{MappingKey, RelayProcess};
+use crate::name::Name;
 use crate::netlink::NetlinkError;
 use crate::netns::NetnsError;
 use crate::relay::RelayError;
@@ -33,6 +34,9 @@ pub trait Executor {
 
     /// The relays that [`Executor::run`] has started and not stopped.
     fn relays(&self) -> &BTreeMap<MappingKey, RelayProcess>;
+
+    /// The cookies of the namespaces that [`Executor::run`] has created, as far as the kernel has them.
+    fn namespaces(&self) -> &BTreeMap<Name, u64>;
 
     /// The signal that asks this program to end, if one has arrived. From the first call on, signals no
     /// longer end the program by themselves.

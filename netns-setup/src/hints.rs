@@ -28,7 +28,9 @@ impl Hints {
     /// Adds the option to each command that `text` has between backquotes.
     #[must_use]
     pub fn complete(&self, text: &str) -> String {
-        let is_command = |place: usize, part: &str| place % 2 == 1 && part.starts_with("netns-setup ");
+        let is_command = |place: usize, part: &str| {
+            place % 2 == 1 && part.starts_with("netns-setup ") && !part.contains("--state-dir")
+        };
         let parts = text.split('`').enumerate().map(|(place, part)| match is_command(place, part) {
             true => format!("{part}{}", self.option),
             false => part.to_owned(),

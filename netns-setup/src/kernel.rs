@@ -12,7 +12,8 @@ use crate::action::{Action, NetnsRef, RelayCommand};
 use crate::executor::{ActionError, Executor};
 use crate::firewall::tool::{self};
 use crate::host_ip::HostIp;
-use crate::model::{MappingKey, Netns, RelayProcess};
+use crate::model::{MappingKey, RelayProcess};
+use crate::name::Name;
 use crate::netlink::{Client, NetlinkError, address, link, route, rule};
 use crate::netns::{self, Handle};
 use crate::relay::{self, RelayError};
@@ -25,6 +26,7 @@ use crate::{persist, stale, sysctl};
 pub struct Kernel {
     reserved: BTreeMap<MappingKey, Socket>,
     relays: BTreeMap<MappingKey, RelayProcess>,
+    namespaces: BTreeMap<Name, u64>,
     /// Created on first use.
     signals: Option<Signals>,
 }
@@ -32,7 +34,7 @@ pub struct Kernel {
 impl Executor for Kernel {
     fn run(&mut self, action: &Action) -> Result<(), ActionError> {
         match action {
-            Action::AddNetns(name) => Ok(netns::add(name)?),
+            Action::AddNetns(name) => self.add_netns(name),
             Action::DeleteNetns(name) => Ok(netns::delete(name)?),
             Action::SetSysctl { key, value } => {
                 sysctl::write(key, value).map_err(|source| ActionError::Sysctl { key: key.clone(), source })
@@ -77,6 +79,10 @@ impl Executor for Kernel {
         &self.relays
     }
 
+    fn namespaces(&self) -> &BTreeMap<Name, u64> {
+        &self.namespaces
+    }
+
     fn interrupted(&mut self) -> Option<Signal> {
         self.signals.get_or_insert_with(Signals::catch).caught()
     }
@@ -88,6 +94,14 @@ impl Kernel {
         if let Some(signals) = &self.signals {
             signals.forget();
         }
+    }
+
+    fn add_netns(&mut self, name: &Name) -> Result<(), ActionError> {
+        match netns::add(name)? {
+            Some(cookie) => self.namespaces.insert(name.clone(), cookie),
+            None => self.namespaces.remove(name),
+        };
+        Ok(())
     }
 
     fn start_relay(&mut self, command: &RelayCommand) -> Result<(), ActionError> {
@@ -123,7 +137,7 @@ fn in_place(action: &Action) -> Result<(), ActionError> {
             Ok(Handle::open_path(path)?.run(|| request(action))??)
         }
         Action::AddVeth(pair) => {
-            let netns = Handle::open(&Netns { path: pair.netns.clone(), identity: None })?;
+            let netns = Handle::open_path(&pair.netns)?;
             let mut client = Client::open(NETLINK_ROUTE)?;
             Ok(link::add_veth(&mut client, pair, std::os::fd::AsFd::as_fd(&netns))?)
         }

@@ -16,6 +16,9 @@ use crate::publish::PortRequest;
 /// The directory of named network namespaces, shared with `ip netns`.
 pub const NETNS_DIR: &str = "/run/netns";
 
+/// What the alias of a bridge begins with; the identifier of its network follows.
+const TAG: &str = "netns-setup:";
+
 /// Everything that this program maintains.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Topology {
@@ -30,6 +33,16 @@ pub struct Topology {
 }
 
 impl Topology {
+    /// Forgets what the kernel's numbers stood for before a reboot: no process or namespace is the recorded one.
+    pub fn forget_boot(&mut self) {
+        /// The kernel counts from 1.
+        const NONE: u64 = 0;
+        for endpoint in self.endpoints.values_mut() {
+            endpoint.netns.cookie = endpoint.netns.cookie.map(|_| NONE);
+            endpoint.mappings.iter_mut().for_each(|mapping| mapping.relay = None);
+        }
+    }
+
     /// The addresses that containers have.
     #[must_use]
     pub fn addresses(&self) -> BTreeSet<Ipv4Addr> {
@@ -165,6 +178,22 @@ impl Network {
         Mac::for_container(self.subnet.gateway())
     }
 
+    /// The alias of the bridge, by which it is told from one that somebody else made.
+    #[must_use]
+    pub fn tag(&self) -> String {
+        format!("{TAG}{}", self.id)
+    }
+
+    /// Whether a bridge of the right name is the one of this network. One that is not tagged is recognised by its
+    /// hardware address: an earlier version, or a command that was interrupted, made it.
+    #[must_use]
+    pub fn is_bridge(&self, alias: Option<&str>, mac: Option<Mac>) -> bool {
+        match alias {
+            Some(alias) if alias.starts_with(TAG) => alias == self.tag(),
+            _ => mac == Some(self.mac()),
+        }
+    }
+
     /// The bridge's own addresses.
     #[must_use]
     pub fn addresses(&self) -> Vec<Cidr> {
@@ -196,13 +225,17 @@ pub struct Netns {
     /// Device and inode of a namespace that the user passed. PIDs and paths can be reused, and another
     /// namespace at the same path must not be changed.
     pub identity: Option<(u64, u64)>,
+    /// The kernel's number of the namespace (`SO_NETNS_COOKIE`), which is not reused, unlike inodes. It is unknown
+    /// before the namespace exists, and before Linux 5.14.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cookie: Option<u64>,
 }
 
 impl Netns {
     /// The namespace that `attach` creates for a container.
     #[must_use]
     pub fn made(name: &Name) -> Self {
-        Self { path: Path::new(NETNS_DIR).join(name.as_str()), identity: None }
+        Self { path: Path::new(NETNS_DIR).join(name.as_str()), identity: None, cookie: None }
     }
 
     /// Whether this program created it, and therefore deletes it.

@@ -10,6 +10,8 @@ use std::thread;
 use nix::errno::Errno;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, setns, unshare};
+use rproxy_sys::socket::netns_cookie;
+use socket2::{Domain, Socket, Type};
 
 use crate::model::{NETNS_DIR, Netns};
 use crate::name::Name;
@@ -68,10 +70,23 @@ impl Handle {
     /// If it is gone, or the path refers to another one.
     pub fn open(netns: &Netns) -> Result<Self, NetnsError> {
         let handle = Self::open_path(&netns.path)?;
-        match netns.identity {
-            Some(identity) if handle.identity()? != identity => Err(NetnsError::Replaced(handle.path)),
-            _ => Ok(handle),
-        }
+        let cookie = netns.cookie.map(|known| Ok((known, handle.cookie()?))).transpose()?;
+        let is_same = match (cookie, netns.identity) {
+            (Some((known, Some(cookie))), _) => known == cookie,
+            // Before Linux 5.14, or in a state of an earlier version.
+            (_, Some(identity)) => handle.identity()? == identity,
+            (_, None) => true,
+        };
+        if is_same { Ok(handle) } else { Err(NetnsError::Replaced(handle.path)) }
+    }
+
+    /// The kernel's number of the namespace; `None` before Linux 5.14.
+    ///
+    /// # Errors
+    /// If it cannot be entered.
+    pub fn cookie(&self) -> Result<Option<u64>, NetnsError> {
+        let failed = |source| NetnsError::Enter { path: self.path.clone(), source };
+        self.run(cookie)?.map_err(failed)
     }
 
     /// Opens the namespace at `path`.
@@ -122,11 +137,25 @@ pub fn adopt(path: &Path) -> Result<Netns, NetnsError> {
     let handle = Handle::open_path(path)?;
     let identity = handle.identity()?;
     // Entering it is the only reliable check.
-    handle.run(|| ())?;
+    let cookie = handle.cookie()?;
     if identity == Handle::open_path(Path::new("/proc/thread-self/ns/net"))?.identity()? {
         return Err(NetnsError::HostsOwn(path.to_owned()));
     }
-    Ok(Netns { path: path.to_owned(), identity: Some(identity) })
+    Ok(Netns { path: path.to_owned(), identity: Some(identity), cookie })
+}
+
+/// The number of the calling thread's namespace; `None` before Linux 5.14.
+///
+/// # Errors
+/// If no socket can be opened.
+pub fn cookie() -> io::Result<Option<u64>> {
+    // Any socket has it, and this kind needs no network.
+    let socket = Socket::new(Domain::UNIX, Type::DGRAM.cloexec(), None)?;
+    match netns_cookie(socket.as_fd()) {
+        Ok(cookie) => Ok(Some(cookie)),
+        Err(error) if error.raw_os_error() == Some(Errno::ENOPROTOOPT as i32) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 /// Runs `work` in a temporary namespace.
@@ -151,11 +180,11 @@ fn in_thread<T: Send>(
     })
 }
 
-/// Creates the namespace `name` where `ip netns` expects it.
+/// Creates the namespace `name` where `ip netns` expects it; returns its cookie, as [`cookie`] does.
 ///
 /// # Errors
 /// If the name is taken or a mount fails; nothing is left behind.
-pub fn add(name: &Name) -> Result<(), NetnsError> {
+pub fn add(name: &Name) -> Result<Option<u64>, NetnsError> {
     prepare_dir()?;
     let path = Path::new(NETNS_DIR).join(name.as_str());
     let failed = |step: &'static str| {
@@ -169,8 +198,9 @@ pub fn add(name: &Name) -> Result<(), NetnsError> {
     }
     // A new namespace only lives as long as its thread, unless it is mounted.
     let mounted = scratch(|| {
-        let own = Path::new("/proc/thread-self/ns/net");
-        mount(Some(own), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>).map_err(io::Error::from)
+        let (cookie, own) = (cookie()?, Path::new("/proc/thread-self/ns/net"));
+        mount(Some(own), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
+        Ok(cookie)
     });
     mounted.and_then(|result| result).map_err(|source| {
         let source = match std::fs::remove_file(&path) {

@@ -10,8 +10,8 @@ use crate::action::RelayCommand;
 use crate::family::Family;
 use crate::firewall::tool::{self, ToolError};
 use crate::firewall::{detect, nft, transparent as marking};
-use crate::model::{Firewall, Mapping, MappingKey, RelayProcess, Topology};
-use crate::name::IfName;
+use crate::model::{Firewall, Mapping, MappingKey, Netns, RelayProcess, Topology};
+use crate::name::{IfName, Name};
 use crate::netlink::{Client, NetlinkError, address, link, route, rule};
 use crate::netns::{self, Handle, NetnsError};
 use crate::observed::{Observed, Rules, Side, TransparentParts};
@@ -70,9 +70,12 @@ pub enum ObserveError {
 /// If something that exists cannot be read.
 pub fn observe(owned: &Topology, desired: &Topology, scope: &Scope) -> Result<Observed, ObserveError> {
     let both = desired.union(owned);
+    let Containers { sides, replaced, cookies } = containers(&both, scope)?;
     Ok(Observed {
         host: side().map_err(ObserveError::Host)?,
-        containers: containers(&both, scope)?,
+        containers: sides,
+        replaced,
+        cookies,
         namespace_files: namespace_files(&both, scope),
         sysctls: sysctls(&both)?,
         rules: rules(&both, owned, desired, scope)?,
@@ -95,35 +98,42 @@ pub fn side() -> Result<Side, NetlinkError> {
     })
 }
 
-fn containers(
-    topology: &Topology,
-    scope: &Scope,
-) -> Result<BTreeMap<crate::name::Name, Option<Side>>, ObserveError> {
-    let mut found = BTreeMap::new();
+/// What was found at the paths of the containers' namespaces.
+#[derive(Default)]
+struct Containers {
+    sides: BTreeMap<Name, Option<Side>>,
+    replaced: BTreeSet<Name>,
+    cookies: BTreeMap<Name, u64>,
+}
+
+fn containers(topology: &Topology, scope: &Scope) -> Result<Containers, ObserveError> {
+    let mut found = Containers::default();
     for (name, endpoint) in topology.endpoints.iter().filter(|(name, _)| scope.contains(name)) {
-        let handle = match Handle::open(&endpoint.netns) {
-            // It is gone, or is another one by now, which must not be inspected.
-            Err(NetnsError::Open { .. } | NetnsError::Replaced(_)) => {
-                found.insert(name.clone(), None);
-                continue;
+        let side = match container(name, &endpoint.netns, &mut found) {
+            // It is gone, or nothing is mounted on the file.
+            Err(ObserveError::Netns(NetnsError::Open { .. } | NetnsError::NotOne(_))) => None,
+            // It is another one by now, which must not be inspected.
+            Err(ObserveError::Netns(NetnsError::Replaced(_))) => {
+                found.replaced.insert(name.clone());
+                None
             }
-            other => other?,
+            other => Some(other?),
         };
-        let side = match handle.run(side) {
-            // The file exists, but nothing is mounted on it.
-            Err(NetnsError::NotOne(_)) => None,
-            Err(error) => return Err(error.into()),
-            Ok(side) => Some(side.map_err(|source| {
-                let path = endpoint.netns.path.display().to_string();
-                ObserveError::Container { path, source }
-            })?),
-        };
-        found.insert(name.clone(), side);
+        found.sides.insert(name.clone(), side);
     }
     Ok(found)
 }
 
-fn namespace_files(topology: &Topology, scope: &Scope) -> BTreeSet<crate::name::Name> {
+fn container(name: &Name, netns: &Netns, found: &mut Containers) -> Result<Side, ObserveError> {
+    let handle = Handle::open(netns)?;
+    if let Some(cookie) = handle.cookie()? {
+        found.cookies.insert(name.clone(), cookie);
+    }
+    let path = || netns.path.display().to_string();
+    handle.run(side)?.map_err(|source| ObserveError::Container { path: path(), source })
+}
+
+fn namespace_files(topology: &Topology, scope: &Scope) -> BTreeSet<Name> {
     let there = topology.endpoints.iter().filter(|(name, endpoint)| {
         scope.contains(name) && std::fs::symlink_metadata(&endpoint.netns.path).is_ok()
     });

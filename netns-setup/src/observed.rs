@@ -22,6 +22,8 @@ pub struct Link {
     pub name: String,
     /// Its type, such as `bridge` or `veth`.
     pub kind: Option<String>,
+    /// Its alias, a text that anybody may set.
+    pub alias: Option<String>,
     /// Its hardware address.
     pub mac: Option<Mac>,
     /// The MTU.
@@ -223,6 +225,10 @@ pub struct Observed {
     pub containers: BTreeMap<Name, Option<Side>>,
     /// The containers for whose namespace a file exists, whether or not it is one.
     pub namespace_files: BTreeSet<Name>,
+    /// The containers whose namespace's path leads to another one than theirs.
+    pub replaced: BTreeSet<Name>,
+    /// The cookies of the containers' namespaces.
+    pub cookies: BTreeMap<Name, u64>,
     /// The relevant kernel parameters, without those that the kernel lacks.
     pub sysctls: BTreeMap<String, String>,
     /// The rules.

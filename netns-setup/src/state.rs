@@ -1,24 +1,25 @@
-//! The state directory: what this program maintains, and the change in progress.
+//! The state file: what this program maintains, and the change in progress.
 
-use std::fs::{DirBuilder, File};
-use std::io::{self, Read, Write};
-use std::os::fd::OwnedFd;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
-use nix::errno::Errno;
-use nix::fcntl::{Flock, FlockArg, OFlag, openat, renameat};
-use nix::sys::stat::{Mode, fstat};
-use nix::unistd::{UnlinkatFlags, geteuid, unlinkat};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::model::Topology;
+use crate::private_dir::{DirError, PrivateDir};
 
 /// The default of `--state-dir`. `/run` is emptied by a reboot, like the network.
 pub const DEFAULT_DIR: &str = "/run/netns-setup";
 
-const FILE: &str = "state.json";
-const NEW_FILE: &str = "state.json.new";
+/// The state file in the state directory.
+pub const FILE: &str = "state.json";
+
+/// The version of the format. Only a change that an earlier program would misread takes another number; a field that it
+/// can ignore, and that has a default, does not. Files without a number, of programs before there were any, are 0.
+const VERSION: u64 = 1;
+
+/// Changes with each boot, and with it all numbers of the kernel (random(4)).
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// The content of the state file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -41,64 +42,109 @@ impl State {
             None => self.current.clone(),
         }
     }
+
+    /// The text of the file.
+    ///
+    /// # Errors
+    /// If a path in it is not UTF-8.
+    pub fn encode(&self) -> Result<Value, serde_json::Error> {
+        let mut value = serde_json::to_value(self)?;
+        value["version"] = VERSION.into();
+        value["boot"] = boot().into();
+        Ok(value)
+    }
+
+    /// Reads what [`State::encode`] made, now or in an earlier version.
+    ///
+    /// # Errors
+    /// If it is of a later version, or makes no sense.
+    pub fn decode(value: Value) -> Result<Self, Unreadable> {
+        // A program before there were versions wrote none.
+        let version = value.get("version").map_or(Some(0), Value::as_u64);
+        match version {
+            Some(0..=VERSION) => {}
+            Some(version) => return Err(Unreadable::Newer(version)),
+            None => return Err(Unreadable::Damaged("has no version".to_owned())),
+        }
+        let other_boot = value.get("boot").is_some_and(|known| *known != Value::from(boot()));
+        let damaged = |error: serde_json::Error| Unreadable::Damaged(format!("makes no sense ({error})"));
+        let mut state = Self::deserialize(value).map_err(damaged)?;
+        if other_boot {
+            state.current.forget_boot();
+            state.pending.iter_mut().for_each(Topology::forget_boot);
+        }
+        Ok(state)
+    }
 }
 
-/// An error with the state directory.
+fn boot() -> Option<String> {
+    std::fs::read_to_string(BOOT_ID).ok().map(|id| id.trim().to_owned())
+}
+
+/// Why a state could not be read.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Unreadable {
+    /// A later program wrote it, in this version.
+    Newer(u64),
+    /// What is wrong with it.
+    Damaged(String),
+}
+
+/// An error with the state.
 #[derive(Debug, thiserror::Error)]
 pub enum StateError {
-    /// The directory could not be created.
-    #[error("cannot create the state directory {}: {source}; choose another with --state-dir", dir.display())]
-    Create {
-        /// The directory.
-        dir: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// The directory could not be opened; symbolic links are not followed.
-    #[error("cannot open the state directory {}: {source}", dir.display())]
-    Open {
-        /// The directory.
-        dir: PathBuf,
-        /// Why.
-        source: Errno,
-    },
-    /// Other users could replace the state file.
-    #[error("the state directory {} can be changed by other users: choose one that only its owner can write", .0.display())]
-    Exposed(PathBuf),
-    /// The lock could not be taken.
-    #[error("cannot lock the state directory {}: {source}", dir.display())]
-    Lock {
-        /// The directory.
-        dir: PathBuf,
-        /// Why.
-        source: Errno,
-    },
-    /// A file operation failed.
-    #[error("cannot {step} {}: {source}", file.display())]
-    File {
-        /// What was tried.
-        step: &'static str,
-        /// With which file.
-        file: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
-    /// The file has another format, possibly that of a later version.
-    #[error("{} is not a state file of this version: {source}; remove what it lists by hand, then the file", file.display())]
-    Syntax {
+    /// The directory or a file in it could not be used.
+    #[error(transparent)]
+    Dir(#[from] DirError),
+    /// The state cannot be written as JSON.
+    #[error("cannot write {}: {source}", file.display())]
+    Encode {
         /// The file.
         file: PathBuf,
         /// Why.
         source: serde_json::Error,
     },
+    /// A later program wrote it.
+    #[error("{} has version {version} of the format, and this netns-setup knows versions up to {VERSION}: use the newer netns-setup that wrote it", file.display())]
+    Newer {
+        /// The file.
+        file: PathBuf,
+        /// Its version.
+        version: u64,
+    },
+    /// The file is missing or damaged, and there is a way back.
+    #[error("the state file {} {why}: run `netns-setup repair` to restore it, or `netns-setup down`", file.display())]
+    Lost {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// The file is damaged, and there is no copy.
+    #[error("the state file {} {why}, and there is no copy of it in {}: remove it, and what `ip link`, `ip netns` and `nft list tables` show of it", file.display(), crate::registry::DIR)]
+    Damaged {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
+}
+
+/// What is at the place of the state file.
+#[derive(Debug, PartialEq, Eq)]
+#[expect(clippy::large_enum_variant, reason = "there is one of them in a run, and it is taken apart at once")]
+pub enum Found {
+    /// The state.
+    Whole(State),
+    /// No file.
+    Missing,
+    /// A file that makes no sense, and why.
+    Damaged(String),
 }
 
 /// The state directory, open and locked: one command at a time.
 #[derive(Debug)]
-pub struct StateDir {
-    dir: Flock<OwnedFd>,
-    path: PathBuf,
-}
+pub struct StateDir(PrivateDir);
 
 impl StateDir {
     /// Opens `path` and waits for the lock; returns `None` if the directory does not exist.
@@ -106,24 +152,7 @@ impl StateDir {
     /// # Errors
     /// If it is not a directory, is writable by others, or cannot be locked.
     pub fn open(path: &Path) -> Result<Option<Self>, StateError> {
-        let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let fd = match nix::fcntl::open(path, flags, Mode::empty()) {
-            Ok(fd) => fd,
-            Err(Errno::ENOENT) => return Ok(None),
-            Err(source) => {
-                return Err(StateError::Open { dir: path.to_owned(), source });
-            }
-        };
-        let stat = fstat(&fd).map_err(|source| StateError::Open { dir: path.to_owned(), source })?;
-        let writable_by_others = stat.st_mode & 0o022 != 0;
-        if writable_by_others || stat.st_uid != geteuid().as_raw() {
-            return Err(StateError::Exposed(path.to_owned()));
-        }
-        // The directory itself is locked, because a separate lock file could be removed while a command waits
-        // for it.
-        let dir = Flock::lock(fd, FlockArg::LockExclusive)
-            .map_err(|(_fd, source)| StateError::Lock { dir: path.to_owned(), source })?;
-        Ok(Some(Self { dir, path: path.to_owned() }))
+        Ok(PrivateDir::open(path)?.map(Self))
     }
 
     /// Like [`StateDir::open`], but creates the directory if it does not exist.
@@ -131,26 +160,32 @@ impl StateDir {
     /// # Errors
     /// Those of [`StateDir::open`], or if it cannot be created.
     pub fn create(path: &Path) -> Result<Self, StateError> {
-        let failed = |source| StateError::Create { dir: path.to_owned(), source };
-        DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed)?;
-        Self::open(path)?.ok_or_else(|| failed(io::ErrorKind::NotFound.into()))
+        Ok(Self(PrivateDir::create(path)?))
     }
 
-    /// Reads the state; empty if there is no file.
+    /// Reads the state.
     ///
     /// # Errors
-    /// If the file cannot be read or parsed.
-    pub fn load(&self) -> Result<State, StateError> {
-        let flags = OFlag::O_RDONLY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let fd = match openat(&*self.dir, FILE, flags, Mode::empty()) {
-            Ok(fd) => fd,
-            Err(Errno::ENOENT) => return Ok(State::default()),
-            Err(errno) => return Err(self.failed("open", FILE)(errno.into())),
+    /// If the file cannot be read, or is of a later version.
+    pub fn load(&self) -> Result<Found, StateError> {
+        let Some(bytes) = self.0.read(FILE)? else { return Ok(Found::Missing) };
+        if bytes.iter().all(|byte| byte.is_ascii_whitespace() || *byte == 0) {
+            return Ok(Found::Damaged("is empty".to_owned()));
+        }
+        let value = match serde_json::from_slice(&bytes) {
+            Ok(value) => value,
+            Err(error) if error.is_eof() => return Ok(Found::Damaged("is truncated".to_owned())),
+            Err(error) => return Ok(Found::Damaged(format!("is not JSON ({error})"))),
         };
-        let mut text = String::new();
-        File::from(fd).read_to_string(&mut text).map_err(self.failed("read", FILE))?;
-        serde_json::from_str(&text)
-            .map_err(|source| StateError::Syntax { file: self.path.join(FILE), source })
+        match State::decode(value) {
+            // An empty one is not written, so somebody has emptied it.
+            Ok(state) if state == State::default() => Ok(Found::Missing),
+            Ok(state) => Ok(Found::Whole(state)),
+            Err(Unreadable::Newer(version)) => {
+                Err(StateError::Newer { file: self.0.path().join(FILE), version })
+            }
+            Err(Unreadable::Damaged(why)) => Ok(Found::Damaged(why)),
+        }
     }
 
     /// Replaces the state atomically: readers, and a restart after a crash, see the old file or the new one.
@@ -159,49 +194,20 @@ impl StateDir {
     /// If the file cannot be written.
     pub fn save(&self, state: &State) -> Result<(), StateError> {
         if *state == State::default() {
-            return self.clear();
+            return Ok(self.0.remove(FILE)?);
         }
-        let text = serde_json::to_vec_pretty(state)
-            .map_err(|source| StateError::Syntax { file: self.path.join(FILE), source })?;
-        let flags = OFlag::O_WRONLY | OFlag::O_CREAT | OFlag::O_TRUNC | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
-        let fd = openat(&*self.dir, NEW_FILE, flags, Mode::S_IRUSR | Mode::S_IWUSR)
-            .map_err(|errno| self.failed("create", NEW_FILE)(errno.into()))?;
-        let mut file = File::from(fd);
-        file.write_all(&text).map_err(self.failed("write", NEW_FILE))?;
-        file.sync_all().map_err(self.failed("sync", NEW_FILE))?;
-        renameat(&*self.dir, NEW_FILE, &*self.dir, FILE)
-            .map_err(|errno| self.failed("replace", FILE)(errno.into()))?;
-        self.sync()
-    }
-
-    fn clear(&self) -> Result<(), StateError> {
-        match unlinkat(&*self.dir, FILE, UnlinkatFlags::NoRemoveDir) {
-            Ok(()) | Err(Errno::ENOENT) => self.sync(),
-            Err(errno) => Err(self.failed("remove", FILE)(errno.into())),
-        }
-    }
-
-    fn sync(&self) -> Result<(), StateError> {
-        nix::unistd::fsync(&*self.dir).map_err(|errno| self.failed("sync", "")(errno.into()))
-    }
-
-    fn failed(&self, step: &'static str, file: &str) -> impl FnOnce(io::Error) -> StateError {
-        let file = self.path.join(file);
-        move |source| StateError::File { step, file, source }
+        let failed = |source| StateError::Encode { file: self.0.path().join(FILE), source };
+        let text = state.encode().and_then(|value| serde_json::to_vec_pretty(&value)).map_err(failed)?;
+        Ok(self.0.replace(FILE, &text)?)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::{PermissionsExt, symlink};
-
     use super::*;
     use crate::model::{Endpoint, Netns};
     use crate::name::{Id, Name};
-
-    fn private_dir() -> tempfile::TempDir {
-        tempfile::tempdir().unwrap()
-    }
+    use crate::testdata;
 
     fn state_with(name: &str) -> State {
         let name: Name = name.parse().unwrap();
@@ -217,20 +223,26 @@ mod tests {
         State { current, pending: None }
     }
 
+    fn dir_with(text: &str) -> (tempfile::TempDir, StateDir) {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = StateDir::create(temp.path()).unwrap();
+        std::fs::write(temp.path().join(FILE), text).unwrap();
+        (temp, dir)
+    }
+
     #[test]
     fn what_was_saved_is_read_back() {
-        let temp = private_dir();
+        let temp = tempfile::tempdir().unwrap();
         let dir = StateDir::create(&temp.path().join("a/b")).unwrap();
-        assert_eq!(dir.load().unwrap(), State::default());
+        assert_eq!(dir.load().unwrap(), Found::Missing);
         let state = State { pending: Some(Topology::default()), ..state_with("web") };
         dir.save(&state).unwrap();
-        assert_eq!(dir.load().unwrap(), state);
-        assert!(!temp.path().join("a/b").join(NEW_FILE).exists());
+        assert_eq!(dir.load().unwrap(), Found::Whole(state));
     }
 
     #[test]
     fn an_empty_state_leaves_no_file() {
-        let temp = private_dir();
+        let temp = tempfile::tempdir().unwrap();
         let dir = StateDir::create(temp.path()).unwrap();
         dir.save(&state_with("web")).unwrap();
         dir.save(&State::default()).unwrap();
@@ -247,38 +259,67 @@ mod tests {
     }
 
     #[test]
-    fn symbolic_links_are_not_followed() {
-        let temp = private_dir();
-        let (real, link) = (temp.path().join("real"), temp.path().join("link"));
-        let dir = StateDir::create(&real).unwrap();
-        symlink(&real, &link).unwrap();
-        assert!(matches!(StateDir::open(&link), Err(StateError::Open { .. })));
-
-        let victim = temp.path().join("victim");
-        std::fs::write(&victim, "precious").unwrap();
-        symlink(&victim, real.join(NEW_FILE)).unwrap();
-        assert!(dir.save(&state_with("web")).is_err());
-        symlink(&victim, real.join(FILE)).unwrap();
-        assert!(dir.load().is_err());
-        assert_eq!(std::fs::read_to_string(&victim).unwrap(), "precious");
+    fn a_file_of_before_there_were_versions_is_read() {
+        let mut old = state_with("web").encode().unwrap();
+        old.as_object_mut().unwrap().remove("version");
+        old.as_object_mut().unwrap().remove("boot");
+        let (_temp, dir) = dir_with(&old.to_string());
+        assert_eq!(dir.load().unwrap(), Found::Whole(state_with("web")));
     }
 
     #[test]
-    fn a_directory_that_others_can_write_is_refused() {
-        let temp = private_dir();
-        std::fs::set_permissions(temp.path(), PermissionsExt::from_mode(0o777)).unwrap();
-        assert!(matches!(StateDir::open(temp.path()), Err(StateError::Exposed(_))));
+    fn a_file_of_a_later_version_is_refused() {
+        let mut new = state_with("web").encode().unwrap();
+        new["version"] = 2.into();
+        let (_temp, dir) = dir_with(&new.to_string());
+        let error = dir.load().unwrap_err().to_string();
+        assert!(error.contains("version 2") && error.contains("up to 1"), "{error}");
+    }
+
+    #[test]
+    fn a_damaged_file_is_told_from_a_missing_one() {
+        let whole = state_with("web").encode().unwrap().to_string();
+        for (text, expected) in [
+            ("", "is empty"),
+            ("\n", "is empty"),
+            ("\0\0\0", "is empty"),
+            (&whole[..whole.len() / 2], "is truncated"),
+            ("{}", "makes no sense"),
+            ("[]", "makes no sense"),
+            ("{\"version\": -1}", "has no version"),
+            ("\u{1b}[31m", "is not JSON"),
+        ] {
+            let (_temp, dir) = dir_with(text);
+            let found = dir.load().unwrap();
+            assert!(
+                matches!(&found, Found::Damaged(why) if why.starts_with(expected)),
+                "{text:?}: {found:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn after_a_reboot_no_process_or_namespace_is_the_recorded_one() {
+        let mut topology = testdata::story();
+        let web = topology.endpoints.values_mut().next().unwrap();
+        web.netns.cookie = Some(7);
+        web.mappings[0].relay = Some(crate::model::RelayProcess { pid: 7, started: 7 });
+        let mut value = State { current: topology, pending: None }.encode().unwrap();
+        value["boot"] = "another".into();
+        let state = State::decode(value).unwrap();
+        let web = state.current.endpoints.values().next().unwrap();
+        assert_eq!((web.netns.cookie, web.mappings[0].relay), (Some(0), None));
     }
 
     #[test]
     fn one_command_at_a_time() {
-        let temp = private_dir();
+        let temp = tempfile::tempdir().unwrap();
         let first = StateDir::create(temp.path()).unwrap();
         let path = temp.path().to_owned();
         let second = std::thread::spawn(move || StateDir::open(&path).unwrap().unwrap().load().unwrap());
         // Whenever the other thread gets here, it can only continue after this save.
         first.save(&state_with("web")).unwrap();
         drop(first);
-        assert_eq!(second.join().unwrap(), state_with("web"));
+        assert_eq!(second.join().unwrap(), Found::Whole(state_with("web")));
     }
 }

@@ -12,35 +12,71 @@ use crate::name::Name;
 use crate::observe::observe;
 use crate::observed::Observed;
 use crate::plan::{self, Inputs, Plan, Scope};
-use crate::state::{State, StateDir, StateError};
+use crate::registry::{self, Other, Registry};
+use crate::state::{self, Found, State, StateDir, StateError};
 use crate::{model, relay};
 
 /// The state, locked against other commands.
 pub(super) struct LockedState {
     /// `None` if nothing may be written and there is no directory.
     dir: Option<StateDir>,
+    registry: Registry,
     pub(super) state: State,
+    /// How a lost state was restored; it is not written yet.
+    pub(super) restored: Option<String>,
+}
+
+/// What to do if the state file is missing or damaged, and there is a copy.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Lost {
+    Refuse,
+    Restore,
 }
 
 impl LockedState {
     /// Opens the state for a change.
     pub(super) fn open(options: &Options) -> Result<Self, Error> {
+        Self::open_with(options, Lost::Refuse)
+    }
+
+    /// Opens the state for a change that also restores it if it is lost.
+    pub(super) fn open_or_restore(options: &Options) -> Result<Self, Error> {
+        Self::open_with(options, Lost::Restore)
+    }
+
+    fn open_with(options: &Options, lost: Lost) -> Result<Self, Error> {
         if !nix::unistd::geteuid().is_root() {
             return Err(Error::NotRoot);
         }
-        if options.dry_run {
-            return Self::open_to_read(options);
-        }
-        let dir = StateDir::create(&options.state_dir)?;
-        let state = dir.load()?;
-        Ok(Self { dir: Some(dir), state })
+        let path = &options.state_dir;
+        let dir = if options.dry_run { StateDir::open(path)? } else { Some(StateDir::create(path)?) };
+        Self::load(dir, options, lost)
     }
 
     /// Opens the state for reading; if the directory does not exist, the state is empty.
     pub(super) fn open_to_read(options: &Options) -> Result<Self, Error> {
-        let dir = StateDir::open(&options.state_dir)?;
-        let state = dir.as_ref().map(StateDir::load).transpose()?.unwrap_or_default();
-        Ok(Self { dir, state })
+        Self::load(StateDir::open(&options.state_dir)?, options, Lost::Refuse)
+    }
+
+    fn load(dir: Option<StateDir>, options: &Options, lost: Lost) -> Result<Self, Error> {
+        let registry = Registry::of(&options.state_dir).map_err(Error::Namespace)?;
+        let found = dir.as_ref().map_or(Ok(Found::Missing), StateDir::load)?;
+        let file = options.state_dir.join(state::FILE);
+        let (is_missing, why) = match found {
+            Found::Whole(state) => return Ok(Self { dir, registry, state, restored: None }),
+            Found::Missing => (true, "is missing".to_owned()),
+            Found::Damaged(why) => (false, why),
+        };
+        let (state, restored) = match (registry.copy()?, lost) {
+            (Some(_), Lost::Refuse) => return Err(StateError::Lost { file, why }.into()),
+            (Some(state), Lost::Restore) => {
+                let note = format!("the state file {} {why}: it is restored from a copy", file.display());
+                (state, Some(note))
+            }
+            (None, _) if is_missing => (State::default(), None),
+            (None, _) => return Err(StateError::Damaged { file, why }.into()),
+        };
+        Ok(Self { dir, registry, state, restored })
     }
 
     /// Like [`LockedState::open`], for commands that require a completed previous one.
@@ -70,6 +106,11 @@ impl LockedState {
         self.state.current.network.as_ref().ok_or(Error::NoNetwork)
     }
 
+    /// The states of other directories that serve the same host.
+    pub(super) fn others(&self) -> Result<Vec<Other>, StateError> {
+        self.registry.others(&self.state.owned())
+    }
+
     /// A container; fails if it does not exist.
     pub(super) fn endpoint(&self, name: &Name) -> Result<&model::Endpoint, Error> {
         self.state.current.endpoints.get(name).ok_or_else(|| Error::NoContainer(name.clone()))
@@ -88,6 +129,9 @@ impl LockedState {
         executor: &mut dyn Executor,
     ) -> Result<Plan, Error> {
         let owned = self.state.owned();
+        if let Some(shared) = registry::shared(&owned, &desired, &self.others()?) {
+            return Err(shared.into());
+        }
         let observed = observe(&owned, &desired, scope)?;
         let rproxy = relay::program(options.rproxy.as_deref());
         let starts_relay = desired.mappings().any(|(name, _, mapping)| {
@@ -99,7 +143,8 @@ impl LockedState {
         let rproxy = rproxy.unwrap_or_else(|| PathBuf::from("rproxy"));
         let inputs = Inputs { owned: &owned, desired: &desired, observed: &observed, scope, rproxy: &rproxy };
         let plan = plan::plan(inputs)?;
-        let settled = self.state.pending.is_none() && self.state.current == desired;
+        let settled =
+            self.restored.is_none() && self.state.pending.is_none() && self.state.current == desired;
         let nothing_to_do = settled && plan.is_empty();
         if !(options.dry_run || nothing_to_do) {
             self.execute(&plan, desired, &observed, executor)?;
@@ -119,10 +164,10 @@ impl LockedState {
         }
         let before = self.state.clone();
         // An earlier command may have been interrupted, too: what it left stays ours.
-        self.save(State { current: before.owned(), pending: Some(desired.clone()) })?;
+        self.claim(State { current: before.owned(), pending: Some(desired.clone()) })?;
         let save = |executor: &dyn Executor| {
             let mut current = desired.clone();
-            note_relays(&mut current, observed, executor);
+            note(&mut current, observed, executor);
             self.save(State { current, pending: None })
         };
         let Err(mut error) = apply::apply(plan, executor, save) else { return Ok(()) };
@@ -131,21 +176,40 @@ impl LockedState {
             true => (before.current, before.pending),
             false => (before.owned(), Some(desired)),
         };
-        note_relays(&mut current, observed, executor);
+        note(&mut current, observed, executor);
         error.unsaved = self.save(State { current, pending }).err();
         Err(error.into())
     }
 
+    /// Writes the state, unless what is new in it belongs to another state directory.
+    fn claim(&mut self, state: State) -> Result<(), Error> {
+        if let Some(dir) = &self.dir {
+            self.registry.claim(&self.state.owned(), &state, || dir.save(&state))?;
+        }
+        self.note_saved(state);
+        Ok(())
+    }
+
     fn save(&mut self, state: State) -> Result<(), StateError> {
         if let Some(dir) = &self.dir {
-            dir.save(&state)?;
+            self.registry.save(&state, || dir.save(&state))?;
         }
-        self.state = state;
+        self.note_saved(state);
         Ok(())
+    }
+
+    fn note_saved(&mut self, state: State) {
+        self.state = state;
+        self.restored = None;
     }
 }
 
-fn note_relays(topology: &mut Topology, observed: &Observed, executor: &dyn Executor) {
+/// Records what only turned out when it was created: processes and namespaces.
+fn note(topology: &mut Topology, observed: &Observed, executor: &dyn Executor) {
+    for (name, endpoint) in &mut topology.endpoints {
+        let known = executor.namespaces().get(name).or_else(|| observed.cookies.get(name));
+        endpoint.netns.cookie = known.copied().or(endpoint.netns.cookie);
+    }
     let started = executor.relays();
     for mapping in topology.endpoints.values_mut().flat_map(|endpoint| &mut endpoint.mappings) {
         let key = mapping.key();

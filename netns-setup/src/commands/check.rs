@@ -23,7 +23,8 @@ pub(super) fn check(options: &Options) -> Result<Report, Error> {
     let observed = observe(&owned, desired, &Scope::All)?;
     let rproxy = Path::new("rproxy");
     let inputs = Inputs { owned: &owned, desired, observed: &observed, scope: &Scope::All, rproxy };
-    let plan = plan::plan(inputs)?;
+    // What is in the way of every change is a difference, too.
+    let plan = plan::plan(inputs).map_err(|error| Error::Unmendable(vec![error.to_string()]))?;
     let interrupted = locked.state.pending.iter().map(|_| "an earlier command was interrupted".to_owned());
     let found = plan.steps.iter().map(|step| finding(&step.action));
     let problems = plan.problems.into_iter().chain(taken_ports(&locked.state.current));
@@ -61,7 +62,8 @@ fn taken_ports(topology: &Topology) -> impl Iterator<Item = String> {
 
 /// Repairs what differs, and finishes an interrupted command.
 pub(super) fn repair(options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
-    let mut locked = LockedState::open(options)?;
+    let mut locked = LockedState::open_or_restore(options)?;
+    let restored = locked.restored.clone();
     let desired = locked.state.pending.clone().unwrap_or_else(|| locked.state.current.clone());
     let plan = locked.change(desired, &Scope::All, options, executor)?;
     let problems: Vec<_> = plan.problems.iter().cloned().chain(taken_ports(&locked.state.current)).collect();
@@ -69,9 +71,11 @@ pub(super) fn repair(options: &Options, executor: &mut dyn Executor) -> Result<R
         return Err(Error::Unmendable(problems));
     }
     let line = match plan.steps.len() {
-        0 => "nothing to repair".to_owned(),
+        0 if restored.is_none() => "nothing to repair".to_owned(),
+        0 => "the state is restored, and nothing else has to be repaired".to_owned(),
         1 => "repaired with 1 step".to_owned(),
         steps => format!("repaired with {steps} steps"),
     };
-    Ok(Report::of(&plan.steps, vec![line], json!(null)))
+    let warnings = restored.into_iter().collect();
+    Ok(Report { warnings, ..Report::of(&plan.steps, vec![line], json!(null)) })
 }

@@ -14,6 +14,7 @@ use crate::model::{Firewall, Mapping, MappingKey, Network, Topology, Via};
 use crate::name::Name;
 use crate::plan::Scope;
 use crate::publish::{HostPort, PortRequest, Publication};
+use crate::registry::{self, Other};
 use crate::reserve::ReserveError;
 
 /// How often to try another random port if one is already translated.
@@ -38,6 +39,7 @@ impl Publish {
         let network = locked.network()?;
         let (via, warnings) = self.usable_via(network)?;
         let mut desired = locked.state.current.clone();
+        let others = locked.others()?;
         let mut published = Vec::new();
         for request in self.requests(&locked)? {
             check_family(network, via, &request)?;
@@ -46,7 +48,7 @@ impl Publish {
                     return Err(Error::OtherVia(mapping.key(), mapping.via));
                 }
                 Some(mapping) => mapping,
-                None => claim(&desired, &request, via, executor)?,
+                None => claim(&desired, &others, &request, via, executor)?,
             };
             let known = desired.endpoints.get_mut(&self.name).map(|endpoint| &mut endpoint.mappings);
             if let Some(known) = known.filter(|known| !known.iter().any(|known| known.key() == mapping.key()))
@@ -131,19 +133,20 @@ fn fulfilled(topology: &Topology, name: &Name, request: &PortRequest) -> Option<
 /// Finds a host port for `request` and binds it, so that no other program can take it.
 fn claim(
     topology: &Topology,
+    others: &[Other],
     request: &PortRequest,
     via: Via,
     executor: &mut dyn Executor,
 ) -> Result<Mapping, Error> {
     let PortRequest { proto, host, host_port, container_port } = *request;
     let random = host_port == HostPort::Random;
-    let mut reserve = |port| reserve(topology, MappingKey { proto, host, port }, executor);
+    let mut reserve = |port| reserve(topology, others, MappingKey { proto, host, port }, executor);
     let host_port = match host_port {
         HostPort::Exactly(port) => reserve(port)?,
         HostPort::Random => {
             let mut last = reserve(0);
             for _attempt in 0..RANDOM_ATTEMPTS {
-                if !matches!(last, Err(Error::PortTaken { .. })) {
+                if !matches!(last, Err(Error::PortTaken { .. } | Error::Shared(_))) {
                     break;
                 }
                 last = reserve(0);
@@ -162,7 +165,7 @@ fn first_free(
     let mut last = None;
     for port in ports {
         match reserve(port) {
-            Err(Error::PortTaken { .. }) => {}
+            Err(Error::PortTaken { .. } | Error::Shared(_)) => {}
             Err(Error::Reserve(error @ ReserveError::InUse { .. })) => last = Some(error),
             other => return other,
         }
@@ -173,10 +176,16 @@ fn first_free(
     ))
 }
 
-fn reserve(topology: &Topology, key: MappingKey, executor: &mut dyn Executor) -> Result<u16, Error> {
+fn reserve(
+    topology: &Topology,
+    others: &[Other],
+    key: MappingKey,
+    executor: &mut dyn Executor,
+) -> Result<u16, Error> {
     let owner_of = |key: MappingKey| {
         let taken = topology.mappings().find(|(_, _, mapping)| mapping.conflicts(key));
-        taken.map(|(owner, _, _)| Error::PortTaken { key, owner: owner.clone() })
+        let taken = taken.map(|(owner, _, _)| Error::PortTaken { key, owner: owner.clone() });
+        taken.or_else(|| Some(registry::published(key, others)?.into()))
     };
     // A port that only the kernel serves has no socket that would make the bind fail.
     if let Some(error) = owner_of(key) {

@@ -89,11 +89,12 @@ impl Up {
 
 /// Removes everything that this program created.
 pub(super) fn down(options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
-    let mut locked = LockedState::open(options)?;
+    let mut locked = LockedState::open_or_restore(options)?;
+    let warnings = locked.restored.clone().into_iter().collect();
     let plan = locked.change(Topology::default(), &Scope::All, options, executor)?;
     let line =
         if plan.is_empty() { "nothing was up" } else { "everything that netns-setup created is removed" };
-    Ok(Report::of(&plan.steps, vec![line.to_owned()], json!(null)))
+    Ok(Report { warnings, ..Report::of(&plan.steps, vec![line.to_owned()], json!(null)) })
 }
 
 /// An identifier of 256 random bits.

@@ -39,6 +39,7 @@ pub(super) fn read(message: LinkMessage) -> Link {
     for attribute in message.attributes {
         match attribute {
             LinkAttribute::IfName(name) => link.name = name,
+            LinkAttribute::IfAlias(alias) => link.alias = Some(alias),
             LinkAttribute::Mtu(mtu) => link.mtu = mtu,
             LinkAttribute::Address(bytes) => link.mac = bytes.try_into().ok().map(Mac),
             LinkAttribute::Controller(index) => link.master = Some(index),
@@ -151,6 +152,7 @@ pub fn set(client: &mut Client, name: &str, change: &LinkChange) -> Result<(), N
         }
         LinkChange::Address(mac) => message.attributes.push(LinkAttribute::Address(mac.0.to_vec())),
         LinkChange::Mtu(mtu) => message.attributes.push(LinkAttribute::Mtu(*mtu)),
+        LinkChange::Alias(alias) => message.attributes.push(LinkAttribute::IfAlias(alias.clone())),
         LinkChange::Master(bridge) => {
             let index = bridge.as_ref().map_or(Ok(0), |bridge| index(client, bridge.as_str()))?;
             message.attributes.push(LinkAttribute::Controller(index));

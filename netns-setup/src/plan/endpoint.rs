@@ -8,7 +8,7 @@ use crate::host_ip::HostIp;
 use crate::model::{Endpoint, Network};
 use crate::name::CONTAINER_INTERFACE;
 use crate::name::{IfName, Name};
-use crate::observed::Side;
+use crate::observed::{Link, Side};
 
 /// The largest IPv6 packet, in bytes, without a jumbo payload option (GSO_LEGACY_MAX_SIZE of
 /// linux/netdevice.h).
@@ -18,7 +18,7 @@ const LARGEST_FORWARDED_IPV6: u32 = 65_536;
 pub(super) fn remove(inputs: Inputs<'_>, plan: &mut Plan) {
     for (name, endpoint) in unwanted(inputs) {
         let host_end = endpoint.id.veth();
-        if inputs.observed.host.link(host_end.as_str()).is_none() {
+        if !inputs.observed.host.link(host_end.as_str()).is_some_and(is_veth) {
             continue;
         }
         let side = inputs.observed.containers.get(name).and_then(Option::as_ref);
@@ -37,11 +37,18 @@ pub(super) fn remove(inputs: Inputs<'_>, plan: &mut Plan) {
 /// Deletes the namespaces that were created for such containers.
 pub(super) fn remove_namespaces(inputs: Inputs<'_>, plan: &mut Plan) {
     for (name, endpoint) in unwanted(inputs) {
-        if endpoint.netns.is_ours() && inputs.observed.namespace_files.contains(name) {
+        let is_there =
+            inputs.observed.namespace_files.contains(name) && !inputs.observed.replaced.contains(name);
+        if endpoint.netns.is_ours() && is_there {
             let again = [Action::AddNetns(name.clone()), loopback_up(place(endpoint))];
             plan.push(Step::new(Action::DeleteNetns(name.clone()), again));
         }
     }
+}
+
+/// Whether an interface can be the host's end of a pair; the name of another one is a coincidence, or a trap.
+fn is_veth(link: &Link) -> bool {
+    link.kind.as_deref() == Some("veth")
 }
 
 fn unwanted(inputs: Inputs<'_>) -> impl Iterator<Item = (&Name, &Endpoint)> {
@@ -75,6 +82,11 @@ fn build_one(
     let known = inputs.owned.endpoints.contains_key(name);
     let host_end = endpoint.id.veth();
     let host_link = inputs.observed.host.link(host_end.as_str());
+    if host_link.is_some_and(|link| !is_veth(link)) {
+        plan.problems
+            .push(format!("the interface {host_end} has the name of {name}'s, and is not ours: remove it"));
+        return Ok(());
+    }
     let Some(side) = inputs.observed.containers.get(name).and_then(Option::as_ref) else {
         return start_over(inputs, network, name, endpoint, plan);
     };
@@ -114,6 +126,9 @@ fn start_over(
     match (endpoint.netns.is_ours(), known) {
         (false, false) => return Err(PlanError::NetnsGone(name.clone())),
         (false, true) => plan.problems.push(format!("the namespace of {name} is gone: detach {name}")),
+        (true, _) if inputs.observed.replaced.contains(name) => plan.problems.push(format!(
+            "the network namespace {name} is not the one that netns-setup made: run `netns-setup detach {name}`, which leaves it alone"
+        )),
         (true, _) => {
             plan.push(Step::new(Action::AddNetns(name.clone()), [Action::DeleteNetns(name.clone())]));
             let host_end = endpoint.id.veth();
@@ -214,11 +229,10 @@ fn mend(inputs: Inputs<'_>, network: &Network, endpoint: &Endpoint, side: &Side,
     let bridge = host.link(network.bridge.as_str()).map(|link| link.index);
     // A port of a bridge that is created again has to join it, too.
     let joined = |master: Option<u32>| bridge.is_some() && master == bridge;
-    let left = |link: &crate::observed::Link| (!joined(link.master)).then_some(LinkChange::Master(None));
+    let left = |link: &Link| (!joined(link.master)).then_some(LinkChange::Master(None));
     outer.change(plan, left, LinkChange::Master(Some(network.bridge)));
     let hairpin = endpoint.needs_hairpin();
-    let before =
-        |link: &crate::observed::Link| (link.hairpin != hairpin).then_some(LinkChange::Hairpin(!hairpin));
+    let before = |link: &Link| (link.hairpin != hairpin).then_some(LinkChange::Hairpin(!hairpin));
     outer.change(plan, before, LinkChange::Hairpin(hairpin));
     outer.mtu(plan, network.mtu);
     inner.mtu(plan, network.mtu);

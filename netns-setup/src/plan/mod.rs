@@ -63,6 +63,11 @@ pub enum PlanError {
         "the interface {0} exists already and is not ours: choose another name with --bridge, or remove it"
     )]
     BridgeTaken(IfName),
+    /// Somebody else made a bridge under the name of this program's.
+    #[error(
+        "the interface {0} is not the one that netns-setup made: remove it and run `netns-setup repair`, or run `netns-setup down`, which leaves it alone"
+    )]
+    BridgeReplaced(IfName),
     /// The address pool is in use elsewhere.
     #[error("the subnet {subnet} overlaps the route to {route} by {dev}: choose another with --{option}")]
     Overlap {

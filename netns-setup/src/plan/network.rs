@@ -15,9 +15,14 @@ pub(super) fn check(inputs: Inputs<'_>) -> Result<(), PlanError> {
     };
     let host = &inputs.observed.host;
     let bridge = host.link(network.bridge.as_str());
-    let is_bridge = bridge.is_some_and(|link| link.kind.as_deref() == Some("bridge"));
-    if bridge.is_some() && !(is_bridge && is_ours(inputs.owned, network)) {
-        return Err(PlanError::BridgeTaken(network.bridge));
+    if let Some(link) = bridge
+        && !is_ours(link, inputs.owned)
+    {
+        let is_known = inputs.owned.network.as_ref().is_some_and(|owned| owned.bridge == network.bridge);
+        return Err(match is_known {
+            true => PlanError::BridgeReplaced(network.bridge),
+            false => PlanError::BridgeTaken(network.bridge),
+        });
     }
     let bridge = bridge.map(|link| link.index);
     let pools =
@@ -37,8 +42,13 @@ pub(super) fn check(inputs: Inputs<'_>) -> Result<(), PlanError> {
     Ok(())
 }
 
-fn is_ours(owned: &Topology, network: &Network) -> bool {
-    owned.network.as_ref().is_some_and(|owned| owned.bridge == network.bridge)
+/// Whether an interface is the bridge of `owned`, and not one that somebody else made under its name.
+fn is_ours(link: &Link, owned: &Topology) -> bool {
+    owned.network.as_ref().is_some_and(|network| {
+        link.name == network.bridge.as_str()
+            && link.kind.as_deref() == Some("bridge")
+            && network.is_bridge(link.alias.as_deref(), link.mac)
+    })
 }
 
 /// Removes the bridge and restores the parameters when they are no longer wanted.
@@ -46,7 +56,8 @@ pub(super) fn remove(inputs: Inputs<'_>, plan: &mut Plan) {
     let (Some(network), None) = (&inputs.owned.network, &inputs.desired.network) else {
         return;
     };
-    if let Some(link) = inputs.observed.host.link(network.bridge.as_str()) {
+    let link = inputs.observed.host.link(network.bridge.as_str());
+    if let Some(link) = link.filter(|link| is_ours(link, inputs.owned)) {
         let mut again = Plan::default();
         create(network, &mut again);
         if link.up {
@@ -113,6 +124,8 @@ fn create(network: &Network, plan: &mut Plan) {
     let name = network.bridge;
     let add = Action::AddBridge { name, mac: network.mac(), mtu: network.mtu };
     plan.push(Step::new(add, [Action::DeleteLink(name)]));
+    let change = LinkChange::Alias(network.tag());
+    plan.push(Step::on_fresh(Action::SetLink { place: NetnsRef::Host, name, change }));
     for address in network.addresses() {
         plan.push(Step::on_fresh(Action::AddAddress { place: NetnsRef::Host, name, address }));
     }
@@ -124,6 +137,9 @@ fn bring_up(network: &Network, is: Option<&Link>, plan: &mut Plan) {
 
 fn mend(network: &Network, link: &Link, inputs: Inputs<'_>, plan: &mut Plan) {
     let wish = LinkWish { place: NetnsRef::Host, name: &network.bridge, is: Some(link) };
+    let alias = link.alias.clone().unwrap_or_default();
+    let other = (alias != network.tag()).then_some(LinkChange::Alias(alias));
+    wish.change(plan, |_| other.clone(), LinkChange::Alias(network.tag()));
     wish.mac(plan, network.mac());
     wish.mtu(plan, network.mtu);
     for address in network.addresses() {

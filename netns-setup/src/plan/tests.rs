@@ -4,7 +4,8 @@ use super::*;
 use crate::addr::Mac;
 use crate::family::Family;
 use crate::firewall::iptables::SavedTables;
-use crate::model::{Firewall, RelayProcess, SysctlChange, Topology};
+use crate::model::{Firewall, Network, RelayProcess, SysctlChange, Topology};
+use crate::name::Id;
 use crate::observed::{Link, Route, Rules, Side};
 use crate::testdata;
 
@@ -54,7 +55,62 @@ fn a_bridge_of_somebody_else_is_in_the_way() {
     observed.host.links.push(link(3, "docker0", Some("bridge")));
     let error = plan_for(&Topology::default(), &testdata::story(), &observed).unwrap_err();
     assert_eq!(error, PlanError::BridgeTaken("docker0".parse().unwrap()));
-    assert!(plan_for(&testdata::story(), &testdata::story(), &observed).is_ok());
+    // Also when one of ours was there, and somebody made another one in its place.
+    let story = testdata::story();
+    let error = plan_for(&story, &story, &observed).unwrap_err();
+    assert_eq!(error, PlanError::BridgeReplaced("docker0".parse().unwrap()));
+    let down = commands(&plan_for(&story, &Topology::default(), &observed).unwrap());
+    assert!(!down.iter().any(|command| command.contains("docker0")), "{down:?}");
+}
+
+#[test]
+fn a_bridge_is_ours_by_its_tag_or_else_by_its_address() {
+    let network = testdata::network();
+    let (tag, other) = (network.tag(), Network { id: Id::from_bytes([7; 32]), ..network.clone() }.tag());
+    assert!(network.is_bridge(Some(&tag), Some(OTHER)));
+    assert!(network.is_bridge(None, Some(network.mac())));
+    assert!(network.is_bridge(Some("uplink"), Some(network.mac())));
+    assert!(!network.is_bridge(Some("uplink"), Some(OTHER)));
+    assert!(!network.is_bridge(Some(&other), Some(network.mac())), "it is another network's");
+}
+
+#[test]
+fn a_bridge_without_its_tag_gets_it() {
+    let tag = "ip link set dev docker0 alias 'netns-setup:";
+    let mended = mended(&testdata::story(), |observed| of_host(observed, "docker0").alias = None);
+    let [(step, undo)] = &mended[..] else { panic!("{mended:?}") };
+    assert!(step.starts_with(tag), "{step}");
+    assert_eq!(undo, &["ip link set dev docker0 alias ''"]);
+}
+
+#[test]
+fn a_namespace_that_somebody_else_made_again_is_left_alone() {
+    let story = testdata::story();
+    let mut observed = in_place(&story);
+    let name: Name = "web".parse().unwrap();
+    observed.containers.insert(name.clone(), None);
+    observed.host.links.retain(|link| !link.name.starts_with("veth"));
+    observed.namespace_files.insert(name.clone());
+    observed.replaced.insert(name.clone());
+    let plan = plan_for(&story, &story, &observed).unwrap();
+    assert_eq!(commands(&plan), Vec::<String>::new());
+    assert!(plan.problems[0].contains("is not the one that netns-setup made"), "{:?}", plan.problems);
+    let mut without = story.clone();
+    without.endpoints.clear();
+    let detach = commands(&plan_for(&story, &without, &observed).unwrap());
+    assert!(!detach.iter().any(|command| command.contains("netns delete")), "{detach:?}");
+}
+
+#[test]
+fn an_interface_with_the_name_of_a_veth_is_left_alone() {
+    let story = testdata::story();
+    let veth = story.endpoints.values().next().unwrap().id.veth();
+    let mut observed = in_place(&story);
+    of_host(&mut observed, veth.as_str()).kind = Some("dummy".to_owned());
+    let plan = plan_for(&story, &story, &observed).unwrap();
+    assert_eq!((commands(&plan), plan.problems.len()), (vec![], 1));
+    let down = commands(&plan_for(&story, &Topology::default(), &observed).unwrap());
+    assert!(!down.iter().any(|command| command.contains(veth.as_str())), "{down:?}");
 }
 
 #[test]
@@ -132,7 +188,7 @@ fn in_place(topology: &Topology) -> Observed {
     let mut observed = bare();
     let network = topology.network.as_ref().unwrap();
     let bridge = link(BRIDGE, network.bridge.as_str(), Some("bridge"));
-    observed.host.links.push(Link { mac: Some(network.mac()), ..bridge });
+    observed.host.links.push(Link { mac: Some(network.mac()), alias: Some(network.tag()), ..bridge });
     observed.host.addresses = network.addresses().into_iter().map(|address| (BRIDGE, address)).collect();
     observed.rules = Rules::Nft { listing: Some("table".to_owned()), as_wanted: Some(true) };
     for ((name, endpoint), index) in topology.endpoints.iter().zip(20..) {

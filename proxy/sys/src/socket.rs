@@ -87,6 +87,19 @@ pub(crate) fn get_int(socket: BorrowedFd<'_>, level: c_int, name: c_int) -> io::
     Ok(value)
 }
 
+/// The cookie of the network namespace that a socket is in: a number that is not given again until the next boot
+/// (`SO_NETNS_COOKIE`, net/core/sock.c).
+///
+/// # Errors
+/// Those of getsockopt(2): `ENOPROTOOPT` before Linux 5.14.
+pub fn netns_cookie(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    let (mut value, mut len): (u64, libc::socklen_t) = (0, u64::BITS / 8);
+    let (fd, pointer) = (socket.as_raw_fd(), (&raw mut value).cast());
+    // SAFETY: the pointer leads to eight bytes, whose number is passed along, and any bytes are a valid integer.
+    check(unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_NETNS_COOKIE, pointer, &raw mut len) })?;
+    Ok(value)
+}
+
 /// The number of bytes written to a TCP socket that the peer has not acknowledged yet (`SIOCOUTQ`, tcp(7)).
 ///
 /// # Errors

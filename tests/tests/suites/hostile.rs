@@ -9,7 +9,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use netns_setup::state::StateDir;
+use netns_setup::state::{Found, StateDir};
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
 use proptest::test_runner::{Config, TestRunner};
@@ -171,15 +171,15 @@ fn netns_setups_state() {
     let path = dir.path().join("state");
     let state = StateDir::create(&path).unwrap();
     fs::copy(corpus("state/up.json"), path.join("state.json")).unwrap();
-    assert!(state.load().unwrap().current.network.is_some());
+    assert!(matches!(state.load().unwrap(), Found::Whole(state) if state.current.network.is_some()));
     let files = fs::read_dir(corpus("state")).unwrap();
     let texts = files.map(|file| fs::read_to_string(file.unwrap().path()).unwrap()).collect();
     attack(texts, |text| {
         fs::write(path.join("state.json"), text).unwrap();
         // What is read has to be one that can be written again.
-        if let Ok(loaded) = state.load() {
+        if let Ok(Found::Whole(loaded)) = state.load() {
             state.save(&loaded).unwrap();
-            assert_eq!(state.load().unwrap(), loaded);
+            assert_eq!(state.load().unwrap(), Found::Whole(loaded));
         }
     });
 }

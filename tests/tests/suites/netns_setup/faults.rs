@@ -14,6 +14,7 @@ use netns_setup::executor::{ActionError, Executor};
 use netns_setup::host_ip::HostIp;
 use netns_setup::kernel::Kernel;
 use netns_setup::model::{MappingKey, RelayProcess};
+use netns_setup::name::Name;
 use netns_setup::reserve::ReserveError;
 use nix::sys::signal::{Signal, raise};
 use rproxy_mapping::addr::Protocol;
@@ -129,6 +130,10 @@ impl Executor for Failing {
     }
 
     /// Asked for when all steps are done, before that is written down.
+    fn namespaces(&self) -> &BTreeMap<Name, u64> {
+        self.kernel.namespaces()
+    }
+
     fn relays(&self) -> &BTreeMap<MappingKey, RelayProcess> {
         if self.is_next() && (self.then)().is_err() {
             self.block_state();

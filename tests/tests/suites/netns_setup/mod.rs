@@ -2,10 +2,12 @@
 //! when it fails, and how it scales.
 
 pub(crate) mod faults;
+mod identity;
 mod persist;
 mod rules;
 mod scale;
 mod stage;
+mod state;
 mod story;
 mod traffic;
 mod transparent;
@@ -14,5 +16,5 @@ mod usage;
 use testkit::suite::Case;
 
 pub(crate) fn cases() -> Vec<Case> {
-    testkit::modules![story, usage, rules, traffic, transparent, faults, persist, scale]
+    testkit::modules![story, usage, rules, traffic, transparent, faults, identity, persist, scale, state]
 }

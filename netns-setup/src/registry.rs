@@ -1,0 +1,346 @@
+//! Which state directories serve a network namespace, with a copy of each state.
+//!
+//! Several networks can be on one host, each with its state directory, and all of them share the host's ports. A copy
+//! also leads back when a state file is lost: it is written whenever the state is.
+
+use std::fmt;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+
+use nix::unistd::geteuid;
+use serde_json::{Value, json};
+
+use crate::model::{Firewall, MappingKey, Topology};
+use crate::name::{IfName, Name};
+use crate::netns;
+use crate::private_dir::{DirError, PrivateDir};
+use crate::state::{State, StateError};
+
+/// Where the copies are. `/run` is emptied by a reboot, like the network.
+pub const DIR: &str = "/run/netns-setup-registry";
+
+/// The entry of one state directory.
+#[derive(Debug, Clone)]
+pub struct Registry {
+    dir: PathBuf,
+    state_dir: PathBuf,
+    /// The namespace, in the names of files.
+    namespace: String,
+}
+
+/// The state of another directory in the same network namespace.
+#[derive(Debug, Clone)]
+pub struct Other {
+    /// The directory.
+    pub state_dir: PathBuf,
+    /// Its state.
+    pub state: State,
+}
+
+impl Registry {
+    /// The entry of `state_dir` for the network namespace of the calling thread.
+    ///
+    /// # Errors
+    /// If the kernel does not say which namespace that is.
+    pub fn of(state_dir: &Path) -> io::Result<Self> {
+        Self::within(Path::new(DIR), state_dir)
+    }
+
+    fn within(dir: &Path, state_dir: &Path) -> io::Result<Self> {
+        let state_dir = state_dir.canonicalize().or_else(|_| std::path::absolute(state_dir))?;
+        let namespace = match netns::cookie()? {
+            Some(cookie) => cookie.to_string(),
+            None => format!("inode-{}", std::fs::metadata("/proc/thread-self/ns/net")?.ino()),
+        };
+        Ok(Self { dir: dir.to_owned(), state_dir, namespace })
+    }
+
+    /// The copy of the state, if there is one. Only root has it.
+    ///
+    /// # Errors
+    /// If it cannot be read.
+    pub fn copy(&self) -> Result<Option<State>, StateError> {
+        if !geteuid().is_root() {
+            return Ok(None);
+        }
+        let Some(dir) = PrivateDir::open(&self.dir)? else { return Ok(None) };
+        let bytes = dir.read(&self.file())?;
+        // The hash of another path may be the same.
+        let entry = bytes.and_then(|bytes| read(&bytes)).filter(|entry| entry.state_dir == self.state_dir);
+        Ok(entry.map(|entry| entry.state))
+    }
+
+    /// The states of other directories that serve this namespace, without those of the network `own`, whose directory
+    /// was moved.
+    ///
+    /// # Errors
+    /// If they cannot be listed.
+    pub fn others(&self, own: &Topology) -> Result<Vec<Other>, StateError> {
+        let Some(dir) = PrivateDir::open(&self.dir)? else { return Ok(Vec::new()) };
+        self.others_in(&dir, own)
+    }
+
+    fn others_in(&self, dir: &PrivateDir, own: &Topology) -> Result<Vec<Other>, StateError> {
+        let failed = |source| DirError::File { step: "list", file: self.dir.clone(), source };
+        let mut others = Vec::new();
+        for entry in std::fs::read_dir(&self.dir).map_err(failed)? {
+            let name = entry.map_err(failed)?.file_name();
+            let Some(name) = name.to_str().filter(|name| self.is_of_namespace(name)) else { continue };
+            let Some(other) = dir.read(name)?.and_then(|bytes| read(&bytes)) else { continue };
+            let id = |topology: &Topology| topology.network.as_ref().map(|network| network.id.clone());
+            let is_moved = id(own).is_some() && id(own) == id(&other.state.owned());
+            if other.state_dir != self.state_dir && !is_moved {
+                others.push(other);
+            }
+        }
+        others.sort_by(|one, another| one.state_dir.cmp(&another.state_dir));
+        Ok(others)
+    }
+
+    fn is_of_namespace(&self, name: &str) -> bool {
+        name.strip_prefix(&self.namespace).is_some_and(|rest| rest.starts_with('.'))
+            && name.ends_with(".json")
+    }
+
+    /// Like [`Registry::save`], if what `state` adds to `before` belongs to no other directory: that is looked up under
+    /// the lock of the registry.
+    ///
+    /// # Errors
+    /// Those of [`Registry::save`], or a [`ClaimError::Shared`].
+    pub fn claim(
+        &self,
+        before: &Topology,
+        state: &State,
+        save: impl FnOnce() -> Result<(), StateError>,
+    ) -> Result<(), ClaimError> {
+        let dir = PrivateDir::create(&self.dir).map_err(StateError::from)?;
+        let desired = state.pending.as_ref().unwrap_or(&state.current);
+        let others = self.others_in(&dir, &state.owned())?;
+        match shared(before, desired, &others) {
+            Some(shared) => Err(shared.into()),
+            None => Ok(self.write(&dir, state, save)?),
+        }
+    }
+
+    /// Writes the copy after `save` has written the state.
+    ///
+    /// # Errors
+    /// What `save` returns, or if the copy cannot be written.
+    pub fn save(
+        &self,
+        state: &State,
+        save: impl FnOnce() -> Result<(), StateError>,
+    ) -> Result<(), StateError> {
+        self.write(&PrivateDir::create(&self.dir)?, state, save)
+    }
+
+    fn write(
+        &self,
+        dir: &PrivateDir,
+        state: &State,
+        save: impl FnOnce() -> Result<(), StateError>,
+    ) -> Result<(), StateError> {
+        save()?;
+        if *state == State::default() {
+            return Ok(dir.remove(&self.file())?);
+        }
+        let encode = |source| StateError::Encode { file: self.dir.join(self.file()), source };
+        let entry = json!({ "state_dir": self.state_dir, "state": state.encode().map_err(encode)? });
+        Ok(dir.replace(&self.file(), entry.to_string().as_bytes())?)
+    }
+
+    /// The name of the file: the namespace and a hash of the path, which can be longer than a name.
+    fn file(&self) -> String {
+        // FNV-1a. Collisions are harmless where the entry is compared.
+        let hash =
+            self.state_dir.as_os_str().as_encoded_bytes().iter().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+                (hash ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3)
+            });
+        format!("{}.{hash:016x}.json", self.namespace)
+    }
+}
+
+fn read(bytes: &[u8]) -> Option<Other> {
+    let mut entry: Value = serde_json::from_slice(bytes).ok()?;
+    let state_dir = entry.get("state_dir")?.as_str()?.into();
+    Some(Other { state_dir, state: State::decode(entry.get_mut("state")?.take()).ok()? })
+}
+
+/// Why something was not claimed.
+#[derive(Debug, thiserror::Error)]
+pub enum ClaimError {
+    /// Something in it belongs to another state directory.
+    #[error(transparent)]
+    Shared(#[from] Shared),
+    /// It could not be written.
+    #[error(transparent)]
+    State(#[from] StateError),
+}
+
+/// What two state directories cannot both have.
+#[derive(Debug, thiserror::Error)]
+pub struct Shared {
+    what: What,
+    state_dir: PathBuf,
+}
+
+#[derive(Debug)]
+enum What {
+    Bridge(IfName),
+    Chains,
+    Port(MappingKey, Name),
+    Transparent,
+}
+
+impl fmt::Display for Shared {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let dir = self.state_dir.display();
+        match &self.what {
+            What::Bridge(bridge) => write!(
+                f,
+                "the bridge {bridge} belongs to the network with --state-dir {dir}: use that, or choose another name with --bridge"
+            ),
+            What::Chains => write!(
+                f,
+                "Docker's chains belong to the network with --state-dir {dir}: use that, or --firewall nft"
+            ),
+            What::Port(key, owner) => write!(
+                f,
+                "host port {key} is published by {owner} of the network with --state-dir {dir}: unpublish it there, or choose another"
+            ),
+            What::Transparent => write!(
+                f,
+                "what transparent sockets need is set up with --state-dir {dir}: use that, or take it down there first"
+            ),
+        }
+    }
+}
+
+/// The first thing that `desired` adds to `before` and that another directory has.
+#[must_use]
+pub fn shared(before: &Topology, desired: &Topology, others: &[Other]) -> Option<Shared> {
+    others.iter().find_map(|Other { state_dir, state }| {
+        let what = what_is_shared(before, desired, &state.owned())?;
+        Some(Shared { what, state_dir: state_dir.clone() })
+    })
+}
+
+/// The port of another directory that excludes `key`.
+#[must_use]
+pub fn published(key: MappingKey, others: &[Other]) -> Option<Shared> {
+    others.iter().find_map(|Other { state_dir, state }| {
+        let what = published_by(key, &state.owned())?;
+        Some(Shared { what, state_dir: state_dir.clone() })
+    })
+}
+
+fn published_by(key: MappingKey, other: &Topology) -> Option<What> {
+    let (owner, _, _) = other.mappings().find(|(_, _, theirs)| theirs.conflicts(key))?;
+    Some(What::Port(key, owner.clone()))
+}
+
+fn what_is_shared(before: &Topology, desired: &Topology, other: &Topology) -> Option<What> {
+    if let (None, Some(ours), Some(theirs)) = (&before.network, &desired.network, &other.network) {
+        if ours.bridge == theirs.bridge {
+            return Some(What::Bridge(ours.bridge));
+        }
+        // Docker's chains have names that are not a network's.
+        if ours.firewall == Firewall::Iptables && theirs.firewall == Firewall::Iptables {
+            return Some(What::Chains);
+        }
+    }
+    if before.transparent.is_none() && desired.transparent.is_some() && other.transparent.is_some() {
+        return Some(What::Transparent);
+    }
+    let new = desired.mappings().map(|(_, _, mapping)| mapping.key());
+    let mut new = new.filter(|key| !before.mappings().any(|(_, _, known)| known.key() == *key));
+    new.find_map(|key| published_by(key, other))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testdata;
+
+    fn registry(temp: &tempfile::TempDir, state_dir: &str) -> Registry {
+        Registry::within(&temp.path().join("registry"), &temp.path().join(state_dir)).unwrap()
+    }
+
+    fn state() -> State {
+        State { current: testdata::story(), pending: None }
+    }
+
+    fn save(registry: &Registry, state: &State) -> Result<(), ClaimError> {
+        registry.claim(&Topology::default(), state, || Ok(()))
+    }
+
+    #[test]
+    fn a_copy_is_there_until_the_state_is_empty() {
+        let temp = tempfile::tempdir().unwrap();
+        let registry = registry(&temp, "one");
+        assert_eq!(registry.copy().unwrap(), None);
+        save(&registry, &state()).unwrap();
+        let is_root = geteuid().is_root();
+        assert_eq!(registry.copy().unwrap(), is_root.then(state));
+        save(&registry, &State::default()).unwrap();
+        assert_eq!(registry.copy().unwrap(), None);
+    }
+
+    #[test]
+    fn a_state_that_was_not_saved_has_no_copy() {
+        let temp = tempfile::tempdir().unwrap();
+        let registry = registry(&temp, "one");
+        let failed = || Err(DirError::Exposed("/x".into()).into());
+        assert!(registry.save(&state(), failed).is_err());
+        assert!(
+            registry
+                .others_in(&PrivateDir::open(&registry.dir).unwrap().unwrap(), &Topology::default())
+                .unwrap()
+                .is_empty()
+        );
+    }
+
+    #[test]
+    fn what_another_directory_has_is_refused_by_its_name() {
+        let temp = tempfile::tempdir().unwrap();
+        let (one, two) = (registry(&temp, "one"), registry(&temp, "two"));
+        save(&one, &state()).unwrap();
+        let mut theirs = state();
+        theirs.current.network.as_mut().unwrap().id = crate::name::Id::from_bytes([7; 32]);
+        let error = save(&two, &theirs).unwrap_err().to_string();
+        assert!(error.starts_with("the bridge docker0 belongs to") && error.contains("/one"), "{error}");
+        theirs.current.network.as_mut().unwrap().bridge = "br7".parse().unwrap();
+        let error = save(&two, &theirs).unwrap_err().to_string();
+        assert!(
+            error.contains("host port *:80/tcp is published by web of") && error.contains("/one"),
+            "{error}"
+        );
+        theirs.current.endpoints.clear();
+        save(&two, &theirs).unwrap();
+        // What is there already can be changed and taken down.
+        two.claim(&state().current, &state(), || Ok(())).unwrap();
+    }
+
+    #[test]
+    fn transparent_sockets_and_dockers_chains_are_shared_too() {
+        let others = |state: State| [Other { state_dir: "/x".into(), state }];
+        let transparent = testdata::transparent(Firewall::Nft);
+        let theirs = others(State { current: transparent.clone(), pending: None });
+        let none = Topology::default();
+        assert!(matches!(shared(&none, &transparent, &theirs).unwrap().what, What::Transparent));
+        assert!(shared(&transparent, &transparent, &theirs).is_none());
+        let mut ours = testdata::story();
+        ours.network.as_mut().unwrap().firewall = Firewall::Iptables;
+        let theirs = others(State { current: ours.clone(), pending: None });
+        ours.network.as_mut().unwrap().bridge = "br7".parse().unwrap();
+        assert!(matches!(shared(&none, &ours, &theirs).unwrap().what, What::Chains));
+    }
+
+    #[test]
+    fn a_directory_that_was_moved_is_the_same_network() {
+        let temp = tempfile::tempdir().unwrap();
+        save(&registry(&temp, "one"), &state()).unwrap();
+        save(&registry(&temp, "two"), &state()).unwrap();
+    }
+}
