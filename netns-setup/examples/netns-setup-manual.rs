@@ -1,0 +1,97 @@
+//! Writes the manual pages of `netns-setup` and its commands, and shell completions, into a directory: `cargo run
+//! --release -p netns-setup --example netns-setup-manual -- DIRECTORY`.
+//!
+//! They are generated from the definition of the command line.
+
+use std::env;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::CommandFactory;
+use clap_complete::Shell;
+use netns_setup::cli::Cli;
+
+/// Sections that cannot be derived from the command line (man-pages(7)), in roff.
+const SECTIONS: &str = r#"
+.SH FILES
+.TP
+.I /run/netns\-setup/state.json
+What is set up, and the change in progress; see \-\-state\-dir.
+.TP
+.I /run/netns\-setup\-registry
+A copy of each state, by network namespace, from which \(dqrepair\(dq and \(dqdown\(dq restore one that is lost.
+.TP
+.I /run/netns
+The network namespaces of containers, as \(dqip netns\(dq knows them.
+.TP
+.I /etc/sysctl.d/60\-netns\-setup\-BRIDGE.conf
+Keeps forwarding enabled after a reboot; see \-\-persist of \(dqup\(dq. \(dqdown\(dq removes it, unless somebody has changed it.
+.SH EXIT STATUS
+.TP
+.B 0
+Success.
+.TP
+.B 1
+The command failed, or \(dqcheck\(dq or \(dqrepair\(dq found what they cannot repair. Standard error says why, or standard output
+with \-\-json.
+.TP
+.B 2
+The command line is wrong.
+.TP
+.B 130, 143
+Ended by SIGINT or SIGTERM. What was done is undone.
+.SH SEE ALSO
+.BR rproxy (1),
+.BR ip\-netns (8),
+.BR nft (8),
+.BR iptables (8)
+"#;
+
+fn main() -> ExitCode {
+    // Write errors are ignored: there is nowhere to report them.
+    let complain = |message: &str| drop(writeln!(io::stderr(), "netns-setup-manual: {message}"));
+    let Some(directory) = env::args_os().nth(1).map(PathBuf::from) else {
+        complain("the directory to write into is missing");
+        return ExitCode::from(2);
+    };
+    match write(&directory) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            complain(&format!("{}: {error}", directory.display()));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn write(directory: &Path) -> io::Result<()> {
+    fs::create_dir_all(directory)?;
+    clap_mangen::generate_to(Cli::command(), directory)?;
+    let page = File::options().append(true).open(directory.join("netns-setup.1"));
+    page?.write_all(SECTIONS.as_bytes())?;
+    for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
+        clap_complete::generate_to(shell, &mut Cli::command(), "netns-setup", directory)?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_command_has_a_page_and_a_completion() {
+        let temp = tempfile::tempdir().unwrap();
+        write(temp.path()).unwrap();
+        let read = |name: &str| fs::read_to_string(temp.path().join(name)).unwrap();
+        assert!(read("netns-setup.1").contains("/run/netns\\-setup\\-registry"));
+        let completions = ["netns-setup.bash", "_netns-setup", "netns-setup.fish"].map(read);
+        for command in Cli::command().get_subcommands() {
+            let name = command.get_name();
+            assert!(read(&format!("netns-setup-{name}.1")).contains(".SH SYNOPSIS"), "{name}");
+            assert!(completions.iter().all(|text| text.contains(name)), "{name}");
+        }
+        assert!(read("netns-setup-transparent-up.1").contains("\\-\\-interface"));
+    }
+}
