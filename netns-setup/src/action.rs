@@ -62,6 +62,8 @@ pub enum LinkChange {
     Alias(String),
     /// The bridge that it is a port of.
     Master(Option<IfName>),
+    /// Whether a bridge runs the spanning tree protocol, which keeps a new port silent for half a minute.
+    Stp(bool),
     /// Hairpin mode: whether a bridge port sends frames back to where they came from.
     Hairpin(bool),
     /// The largest packets inside the host.
@@ -83,15 +85,15 @@ pub struct OffloadSizes {
 }
 
 impl OffloadSizes {
-    fn named(&self) -> impl Iterator<Item = (&'static str, u32)> {
+    /// The options of `ip link`, and those that it has since iproute2 6.3.
+    fn options(&self) -> [String; 2] {
+        let texts = |sizes: [(&str, Option<u32>); 2]| {
+            sizes.iter().filter_map(|(name, size)| size.map(|size| format!(" {name} {size}"))).collect()
+        };
         [
-            ("gso_max_size", self.gso),
-            ("gro_max_size", self.gro),
-            ("gso_ipv4_max_size", self.gso_ipv4),
-            ("gro_ipv4_max_size", self.gro_ipv4),
+            texts([("gso_max_size", self.gso), ("gro_max_size", self.gro)]),
+            texts([("gso_ipv4_max_size", self.gso_ipv4), ("gro_ipv4_max_size", self.gro_ipv4)]),
         ]
-        .into_iter()
-        .filter_map(|(name, size)| size.map(|size| (name, size)))
     }
 }
 
@@ -231,6 +233,15 @@ pub enum Action {
         /// Its new value.
         value: String,
     },
+    /// Sets a kernel parameter of a container, if this kernel has it.
+    SetContainerSysctl {
+        /// The path of its namespace.
+        netns: PathBuf,
+        /// The parameter's name.
+        key: String,
+        /// Its new value.
+        value: String,
+    },
     /// Writes a whole file.
     WriteFile {
         /// Its path.
@@ -289,6 +300,9 @@ impl fmt::Display for Action {
             Self::AddLocalRoute(family) => fmt_local_route(f, *family, "add"),
             Self::DeleteLocalRoute(family) => fmt_local_route(f, *family, "delete"),
             Self::SetSysctl { key, value } => write!(f, "sysctl -w {key}={value}"),
+            Self::SetContainerSysctl { netns, key, value } => {
+                write!(f, "nsenter --net={} sysctl -w {key}={value}", netns.display())
+            }
             Self::WriteFile { path, text } => fmt_input(f, &format!("cat > {}", path.display()), text),
             Self::RemoveFile(path) => write!(f, "rm {}", path.display()),
             Self::Nft(script) => fmt_input(f, "nft -f -", script),
@@ -329,7 +343,11 @@ fn fmt_link(f: &mut fmt::Formatter<'_>, place: &NetnsRef, name: &IfName, change:
         let state = if *on { "on" } else { "off" };
         return write!(f, "{}bridge link set dev {name} hairpin {state}", place.exec());
     }
-    write!(f, "{} link set dev {name}", place.ip())?;
+    let set = format!("{} link set dev {name}", place.ip());
+    if let LinkChange::Offload(sizes) = change {
+        return fmt_offload(f, &set, sizes);
+    }
+    f.write_str(&set)?;
     match change {
         LinkChange::Up(true) => write!(f, " up"),
         LinkChange::Up(false) => write!(f, " down"),
@@ -338,11 +356,18 @@ fn fmt_link(f: &mut fmt::Formatter<'_>, place: &NetnsRef, name: &IfName, change:
         LinkChange::Alias(alias) => write!(f, " alias '{}'", alias.replace('\'', r"'\''")),
         LinkChange::Master(Some(bridge)) => write!(f, " master {bridge}"),
         LinkChange::Master(None) => write!(f, " nomaster"),
-        LinkChange::Offload(sizes) => {
-            sizes.named().try_for_each(|(option, size)| write!(f, " {option} {size}"))
-        }
-        LinkChange::Hairpin(_) => Ok(()),
+        LinkChange::Stp(on) => write!(f, " type bridge stp_state {}", u8::from(*on)),
+        LinkChange::Hairpin(_) | LinkChange::Offload(_) => Ok(()),
     }
+}
+
+/// An older `ip` is not told the sizes for IPv4, on which nothing depends.
+fn fmt_offload(f: &mut fmt::Formatter<'_>, set: &str, sizes: &OffloadSizes) -> fmt::Result {
+    let [options, newer] = sizes.options();
+    let newer = if newer.is_empty() { newer } else { format!("{set}{newer} 2>/dev/null || true") };
+    let options = if options.is_empty() { options } else { format!("{set}{options}") };
+    let line_break = if options.is_empty() || newer.is_empty() { "" } else { "; " };
+    write!(f, "{options}{line_break}{newer}")
 }
 
 fn fmt_add_address(
@@ -407,7 +432,8 @@ mod tests {
         );
         assert_eq!(set(NetnsRef::Host, LinkChange::Master(None)), "ip link set dev eth0 nomaster");
         assert_eq!(set(NetnsRef::Host, LinkChange::Hairpin(true)), "bridge link set dev eth0 hairpin on");
-        assert_eq!(offload, "ip link set dev eth0 gso_max_size 524280 gso_ipv4_max_size 1");
+        let newer = "ip link set dev eth0 gso_ipv4_max_size 1 2>/dev/null || true";
+        assert_eq!(offload, format!("ip link set dev eth0 gso_max_size 524280; {newer}"));
     }
 
     #[test]

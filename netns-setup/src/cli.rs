@@ -137,6 +137,10 @@ struct UpArgs {
     /// The IPv6 subnet.
     #[arg(long, value_name = "CIDR")]
     subnet6: Option<Subnet6>,
+    /// Switch IPv6 off in the containers, as Docker does without an IPv6 subnet: no ::1 and no link-local address. In a
+    /// namespace that was passed, this concerns only eth0.
+    #[arg(long, conflicts_with = "subnet6")]
+    disable_ipv6: bool,
     /// The MTU.
     // 1280 is the minimum for IPv6 (RFC 8200, section 5), 65535 the maximum for a veth.
     #[arg(long, default_value_t = 1500, value_parser = clap::value_parser!(u32).range(1280..=65535))]
@@ -185,6 +189,53 @@ struct PublishArgs {
     via: Via,
 }
 
+/// A failure, as it is printed.
+#[derive(Debug)]
+pub struct Failure {
+    /// What went wrong, in one line.
+    pub message: String,
+    /// The differences, if that is the failure.
+    pub differences: Vec<String>,
+    /// The exit status.
+    pub status: u8,
+}
+
+impl Failure {
+    /// The failure of a command, whose hints are complete.
+    #[must_use]
+    pub fn of(error: &Error, hints: &Hints) -> Self {
+        let complete = |line: &String| hints.complete(line);
+        Self {
+            message: escaped(&hints.complete(&error.to_string())).to_string(),
+            differences: error.differences().iter().map(complete).collect(),
+            status: error.exit_code(),
+        }
+    }
+
+    /// A mistake on the command line.
+    #[must_use]
+    pub fn usage(message: &str) -> Self {
+        let message = format!("{message}; see `netns-setup --help`");
+        Self { message, differences: Vec::new(), status: 2 }
+    }
+
+    /// The output of a command with `--json`.
+    #[must_use]
+    pub fn json(&self) -> String {
+        let mut whole = json!({ "error": self.message, "exit_status": self.status });
+        if !self.differences.is_empty() {
+            whole["differences"] = json!(self.differences);
+        }
+        format!("{whole:#}")
+    }
+}
+
+/// Whether the words of a command line that was not parsed ask for JSON.
+#[must_use]
+pub fn asks_for_json(args: &[OsString]) -> bool {
+    args.iter().any(|arg| arg == "--json")
+}
+
 /// Why a command line was not parsed.
 #[derive(Debug)]
 pub enum Unparsed {
@@ -207,6 +258,12 @@ impl Cli {
             }
             _ => Unparsed::Wrong(escaped(&one_line(&quoted(error, &args))).to_string()),
         })
+    }
+
+    /// Whether its output is JSON.
+    #[must_use]
+    pub fn json(&self) -> bool {
+        self.global.json
     }
 
     /// Completes the commands in this program's messages.
@@ -236,9 +293,10 @@ impl Cli {
         };
         let report = match commands::run(&command, &options, executor) {
             Err(error) if !error.differences().is_empty() => {
-                let differences: Vec<_> =
-                    error.differences().iter().map(|line| hints.complete(line)).collect();
-                write_differences(out, json, &differences).map_err(Error::Output)?;
+                // With --json, they are part of the error.
+                for line in error.differences().iter().filter(|_| !json) {
+                    writeln!(out, "{}", hints.complete(line)).map_err(Error::Output)?;
+                }
                 return Err(error);
             }
             other => other?,
@@ -273,8 +331,8 @@ impl Sub {
 
 impl From<UpArgs> for Up {
     fn from(args: UpArgs) -> Self {
-        let UpArgs { bridge, subnet, subnet6, mtu, gso_max_size, persist, transparent } = args;
-        Self { bridge, subnet, subnet6, mtu, gso_max_size, persist, transparent }
+        let UpArgs { bridge, subnet, subnet6, disable_ipv6, mtu, gso_max_size, persist, transparent } = args;
+        Self { bridge, subnet, subnet6, disable_ipv6, mtu, gso_max_size, persist, transparent }
     }
 }
 
@@ -330,13 +388,6 @@ fn write_report(
     }
     let lines = if dry_run && report.shown.is_none() { &report.steps } else { &report.lines };
     lines.iter().try_for_each(|line| writeln!(out, "{line}"))
-}
-
-fn write_differences(out: &mut dyn Write, json: bool, differences: &[String]) -> std::io::Result<()> {
-    if json {
-        return writeln!(out, "{:#}", json!({ "differences": differences }));
-    }
-    differences.iter().try_for_each(|line| writeln!(out, "{line}"))
 }
 
 #[cfg(test)]

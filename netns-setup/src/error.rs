@@ -49,10 +49,12 @@ pub enum Error {
     )]
     OtherMarking(Firewall),
     /// What transparent sockets need is not set up.
-    #[error("{} found: run `netns-setup transparent up{options}`", differences(.found.len()))]
+    #[error("{} found: run `netns-setup transparent up{options}`{}", differences(.found.len()), except(.found.len(), *.unmendable))]
     NotTransparent {
-        /// The differences.
+        /// The differences, those last that it cannot repair.
         found: Vec<String>,
+        /// How many it cannot repair.
+        unmendable: usize,
         /// The options that set it up.
         options: String,
     },
@@ -70,6 +72,16 @@ pub enum Error {
     /// No such container.
     #[error("there is no container {0}: `netns-setup list` shows them")]
     NoContainer(Name),
+    /// Several containers are meant.
+    #[error("the identifiers of {one} and {another} begin with {text}: write more digits, or the name")]
+    Ambiguous {
+        /// What was given.
+        text: Name,
+        /// A container.
+        one: Name,
+        /// Another one.
+        another: Name,
+    },
     /// Another container has the name.
     #[error("the name {0} is taken: choose another, or detach it first")]
     NameTaken(Name),
@@ -102,8 +114,13 @@ pub enum Error {
     #[error("rproxy is neither beside netns-setup nor in PATH: name it with --rproxy, or use --via dnat")]
     NoRelay,
     /// The system differs from the state.
-    #[error("{} found: run `netns-setup repair`", differences(.0.len()))]
-    Differs(Vec<String>),
+    #[error("{} found: run `netns-setup repair`{}", differences(.found.len()), except(.found.len(), *.unmendable))]
+    Differs {
+        /// The differences, those last that cannot be repaired.
+        found: Vec<String>,
+        /// How many cannot be repaired.
+        unmendable: usize,
+    },
     /// Some differences cannot be repaired by this program.
     #[error("{} found that netns-setup cannot repair, see above", differences(.0.len()))]
     Unmendable(Vec<String>),
@@ -130,6 +147,9 @@ pub enum Error {
     /// A step of the demonstration failed.
     #[error("demo: {0}")]
     Demo(String),
+    /// What an earlier network left could not be removed.
+    #[error("everything else is removed, but: {0}")]
+    Leftover(#[source] ActionError),
     /// The plan could not be made.
     #[error(transparent)]
     Plan(#[from] PlanError),
@@ -173,9 +193,9 @@ impl Error {
     #[must_use]
     pub fn differences(&self) -> &[String] {
         match self {
-            Self::Differs(differences)
-            | Self::Unmendable(differences)
-            | Self::NotTransparent { found: differences, .. } => differences,
+            Self::Unmendable(found) | Self::Differs { found, .. } | Self::NotTransparent { found, .. } => {
+                found
+            }
             _ => &[],
         }
     }
@@ -202,6 +222,17 @@ fn differences(count: usize) -> String {
     if count == 1 { "1 difference".to_owned() } else { format!("{count} differences") }
 }
 
+/// What a command that repairs leaves of `count` differences.
+fn except(count: usize, unmendable: usize) -> String {
+    match (count - unmendable, unmendable) {
+        (_, 0) => String::new(),
+        (mendable, 1) => format!(" for {mendable} of them; the last one is not for netns-setup to repair"),
+        (mendable, rest) => {
+            format!(" for {mendable} of them; the last {rest} are not for netns-setup to repair")
+        }
+    }
+}
+
 /// Describes the difference that `action` would repair.
 #[must_use]
 pub fn finding(action: &Action) -> String {
@@ -219,6 +250,9 @@ pub fn finding(action: &Action) -> String {
             format!("the default route by {gateway}{} is missing", inside(place))
         }
         Action::SetSysctl { key, value } => format!("{key} is not {value}"),
+        Action::SetContainerSysctl { netns, key, value } => {
+            format!("{key} in {} is not {value}", netns.display())
+        }
         Action::WriteFile { path, .. } => format!("{} differs", path.display()),
         Action::RemoveFile(path) => format!("{} is left over", path.display()),
         Action::Nft(script) => format!("the nft table {} differs", nft::table_of(script)),
@@ -246,6 +280,9 @@ fn link_finding(link: &str, change: &LinkChange) -> String {
         LinkChange::Alias(alias) => format!("the alias of {link} is not {alias}"),
         LinkChange::Master(Some(bridge)) => format!("{link} is not a port of {bridge}"),
         LinkChange::Master(None) => format!("{link} is a port of a bridge"),
+        LinkChange::Stp(on) => {
+            format!("the spanning tree protocol of {link} is {}", if *on { "off" } else { "on" })
+        }
         LinkChange::Hairpin(on) => {
             format!("hairpin of {link} is {}", if *on { "off" } else { "on" })
         }

@@ -1,6 +1,7 @@
 //! Executes actions on the real system.
 
 use std::collections::BTreeMap;
+use std::io;
 
 use netlink_sys::protocols::NETLINK_ROUTE;
 use nix::errno::Errno;
@@ -12,7 +13,7 @@ use crate::action::{Action, NetnsRef, RelayCommand};
 use crate::executor::{ActionError, Executor};
 use crate::firewall::tool::{self};
 use crate::host_ip::HostIp;
-use crate::model::{MappingKey, RelayProcess};
+use crate::model::{MappingKey, Netns, RelayProcess};
 use crate::name::Name;
 use crate::netlink::{Client, NetlinkError, address, link, route, rule};
 use crate::netns::{self, Handle};
@@ -27,6 +28,8 @@ pub struct Kernel {
     reserved: BTreeMap<MappingKey, Socket>,
     relays: BTreeMap<MappingKey, RelayProcess>,
     namespaces: BTreeMap<Name, u64>,
+    /// Keeps what was deleted alive until the end: undoing it brings the same namespace back, with its processes.
+    deleted: BTreeMap<Name, Handle>,
     /// Created on first use.
     signals: Option<Signals>,
 }
@@ -35,9 +38,18 @@ impl Executor for Kernel {
     fn run(&mut self, action: &Action) -> Result<(), ActionError> {
         match action {
             Action::AddNetns(name) => self.add_netns(name),
-            Action::DeleteNetns(name) => Ok(netns::delete(name)?),
+            Action::DeleteNetns(name) => self.delete_netns(name),
             Action::SetSysctl { key, value } => {
                 sysctl::write(key, value).map_err(|source| ActionError::Sysctl { key: key.clone(), source })
+            }
+            Action::SetContainerSysctl { netns, key, value } => {
+                let set = Handle::open_path(netns)?.run(|| sysctl::write(key, value))?;
+                // A kernel without IPv6 has none to switch off.
+                let set = set.or_else(|error| match error.kind() {
+                    io::ErrorKind::NotFound => Ok(()),
+                    _ => Err(error),
+                });
+                set.map_err(|source| ActionError::Sysctl { key: key.clone(), source })
             }
             Action::WriteFile { path, text } => {
                 persist::write(path, text).map_err(|source| ActionError::File { path: path.clone(), source })
@@ -97,10 +109,25 @@ impl Kernel {
     }
 
     fn add_netns(&mut self, name: &Name) -> Result<(), ActionError> {
-        match netns::add(name)? {
+        let cookie = match self.deleted.remove(name) {
+            Some(handle) => netns::restore(name, &handle)?,
+            None => netns::add(name)?,
+        };
+        match cookie {
             Some(cookie) => self.namespaces.insert(name.clone(), cookie),
             None => self.namespaces.remove(name),
         };
+        Ok(())
+    }
+
+    fn delete_netns(&mut self, name: &Name) -> Result<(), ActionError> {
+        let handle = Handle::open_path(&Netns::made(name).path)?;
+        // Only a file is left of one whose creation was interrupted.
+        let is_one = handle.run(|| ()).is_ok();
+        netns::delete(name)?;
+        if is_one {
+            self.deleted.insert(name.clone(), handle);
+        }
         Ok(())
     }
 
@@ -168,6 +195,7 @@ fn request(action: &Action) -> Result<(), NetlinkError> {
         Action::AddNetns(_)
         | Action::DeleteNetns(_)
         | Action::SetSysctl { .. }
+        | Action::SetContainerSysctl { .. }
         | Action::WriteFile { .. }
         | Action::RemoveFile(_)
         | Action::Nft(_)

@@ -2,33 +2,35 @@
 
 #![forbid(unsafe_code)]
 
+use std::ffi::OsString;
 use std::io::{self, Write};
 use std::process::ExitCode;
 
-use netns_setup::cli::{Cli, Unparsed};
+use netns_setup::cli::{Cli, Failure, Unparsed, asks_for_json};
 use netns_setup::kernel::Kernel;
-use rproxy_mapping::escape::escaped;
 
 fn main() -> ExitCode {
     let (mut out, mut log) = (io::stdout().lock(), io::stderr().lock());
-    // Write errors are ignored: there is nowhere to report them.
-    let cli = match Cli::from_args(std::env::args_os().collect()) {
-        Ok(cli) => cli,
+    let args: Vec<OsString> = std::env::args_os().collect();
+    let json = asks_for_json(&args);
+    let failure = match Cli::from_args(args) {
+        Ok(cli) => {
+            let hints = cli.hints();
+            match cli.run(&mut Kernel::default(), &mut out, &mut log) {
+                Ok(()) => return ExitCode::SUCCESS,
+                Err(error) => Failure::of(&error, &hints),
+            }
+        }
         Err(Unparsed::Asked(text)) => {
             drop(write!(out, "{text}"));
             return ExitCode::SUCCESS;
         }
-        Err(Unparsed::Wrong(message)) => {
-            drop(writeln!(log, "netns-setup: {message}; see `netns-setup --help`"));
-            return ExitCode::from(2);
-        }
+        Err(Unparsed::Wrong(message)) => Failure::usage(&message),
     };
-    let hints = cli.hints();
-    match cli.run(&mut Kernel::default(), &mut out, &mut log) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            drop(writeln!(log, "netns-setup: {}", escaped(&hints.complete(&error.to_string()))));
-            ExitCode::from(error.exit_code())
-        }
-    }
+    // Write errors are ignored: there is nowhere to report them.
+    drop(match json {
+        true => writeln!(out, "{}", failure.json()),
+        false => writeln!(log, "netns-setup: {}", failure.message),
+    });
+    ExitCode::from(failure.status)
 }

@@ -10,8 +10,9 @@ use serde::{Deserialize, Serialize};
 use crate::addr::{Cidr, Mac, Subnet4, Subnet6};
 use crate::family::Family;
 use crate::host_ip::HostIp;
-use crate::name::{Id, IfName, Name};
+use crate::name::{CONTAINER_INTERFACE, Id, IfName, Name};
 use crate::publish::PortRequest;
+use crate::sysctl;
 
 /// The directory of named network namespaces, shared with `ip netns`.
 pub const NETNS_DIR: &str = "/run/netns";
@@ -163,6 +164,9 @@ pub struct Network {
     pub gso_max_size: u32,
     /// The firewall in use.
     pub firewall: Firewall,
+    /// Whether IPv6 is switched off in the containers.
+    #[serde(default)]
+    pub disable_ipv6: bool,
     /// Kernel parameters that were changed.
     pub sysctls: Vec<SysctlChange>,
     /// The file that makes them persistent.
@@ -282,6 +286,14 @@ impl Endpoint {
         let v6 = network.subnet6.zip(self.ip6(network));
         let v6 = v6.map(|(subnet, ip)| Cidr { ip: ip.into(), prefix: subnet.prefix() });
         std::iter::once(v4).chain(v6).collect()
+    }
+
+    /// The kernel parameter that switches IPv6 off in its namespace. In one that the user passed, other interfaces keep
+    /// it.
+    #[must_use]
+    pub fn disable_ipv6(&self) -> String {
+        let interface = if self.netns.is_ours() { "all" } else { CONTAINER_INTERFACE };
+        sysctl::of_interface("ipv6", interface, "disable_ipv6")
     }
 
     /// Whether the kernel alone relays a mapping, so that the bridge may have to send a packet back to the

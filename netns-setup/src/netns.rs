@@ -2,7 +2,7 @@
 
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::thread;
@@ -185,6 +185,32 @@ fn in_thread<T: Send>(
 /// # Errors
 /// If the name is taken or a mount fails; nothing is left behind.
 pub fn add(name: &Name) -> Result<Option<u64>, NetnsError> {
+    // A new namespace only lives as long as its thread, unless it is mounted.
+    mount_at(name, |path| {
+        scratch(|| {
+            let cookie = cookie()?;
+            bind(Path::new("/proc/thread-self/ns/net"), path)?;
+            Ok(cookie)
+        })?
+    })
+}
+
+/// Mounts a namespace that was deleted, and that `handle` has kept alive, as `name` again; returns its cookie.
+///
+/// # Errors
+/// Those of [`add`].
+pub fn restore(name: &Name, handle: &Handle) -> Result<Option<u64>, NetnsError> {
+    let cookie = handle.cookie()?;
+    let own = PathBuf::from(format!("/proc/thread-self/fd/{}", handle.file.as_raw_fd()));
+    mount_at(name, |path| bind(&own, path).map(|()| cookie))
+}
+
+fn bind(namespace: &Path, path: &Path) -> io::Result<()> {
+    Ok(mount(Some(namespace), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)?)
+}
+
+/// Creates the file for the namespace `name`, and lets `mount` mount one on it.
+fn mount_at<T>(name: &Name, mount: impl FnOnce(&Path) -> io::Result<T>) -> Result<T, NetnsError> {
     prepare_dir()?;
     let path = Path::new(NETNS_DIR).join(name.as_str());
     let failed = |step: &'static str| {
@@ -196,13 +222,7 @@ pub fn add(name: &Name) -> Result<Option<u64>, NetnsError> {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists && is_leftover(&path) => {}
         other => other.map(drop).map_err(failed("create"))?,
     }
-    // A new namespace only lives as long as its thread, unless it is mounted.
-    let mounted = scratch(|| {
-        let (cookie, own) = (cookie()?, Path::new("/proc/thread-self/ns/net"));
-        mount(Some(own), &path, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
-        Ok(cookie)
-    });
-    mounted.and_then(|result| result).map_err(|source| {
+    mount(&path).map_err(|source| {
         let source = match std::fs::remove_file(&path) {
             Ok(()) => source,
             Err(second) => {
@@ -236,6 +256,27 @@ pub fn delete(name: &Name) -> Result<(), NetnsError> {
     std::fs::remove_file(&path).map_err(|source| NetnsError::Mount { step: "remove", path, source })
 }
 
+/// Whether what is mounted under `/run/netns` stays in the mount namespace of this process, which receives the mounts of
+/// another one and passes none on: so it is under `ip netns exec`, and in services with private mounts.
+#[must_use]
+pub fn mounts_are_hidden() -> bool {
+    std::fs::read_to_string("/proc/thread-self/mountinfo")
+        .is_ok_and(|text| is_slave(&text, Path::new(NETNS_DIR)))
+}
+
+/// Whether the mount that `dir` is on is a slave (proc_pid_mountinfo(5), field 7).
+fn is_slave(mountinfo: &str, dir: &Path) -> bool {
+    let mounts = mountinfo.lines().filter_map(|line| {
+        let (fields, _) = line.split_once(" - ")?;
+        let mut fields = fields.split(' ').skip(4);
+        let point = Path::new(fields.next()?);
+        dir.starts_with(point)
+            .then(|| (point.components().count(), fields.any(|field| field.starts_with("master:"))))
+    });
+    // The last one of a path covers the others.
+    mounts.max_by_key(|(depth, _)| *depth).is_some_and(|(_, is_slave)| is_slave)
+}
+
 /// Creates `/run/netns` like `ip netns`: as a shared mount, so that all mount namespaces that share it see
 /// namespaces created here and can delete them.
 fn prepare_dir() -> Result<(), NetnsError> {
@@ -250,4 +291,26 @@ fn prepare_dir() -> Result<(), NetnsError> {
     mount(Some(dir), dir, None::<&str>, MsFlags::MS_BIND | MsFlags::MS_REC, None::<&str>)
         .map_err(|errno| failed("mount")(errno.into()))?;
     share().map_err(|errno| failed("share")(errno.into()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mount_that_passes_nothing_on_is_recognised() {
+        let dir = Path::new("/run/netns");
+        let root = "97 60 254:0 / / rw,relatime master:1 - ext4 /dev/vda rw";
+        let run = "119 97 0:40 / /run rw,relatime shared:5 - tmpfs none rw";
+        let own = "120 119 0:40 /netns /run/netns rw,relatime master:6 - tmpfs none rw";
+        let inside = "121 120 0:4 net:[4026532320] /run/netns/h rw master:7 - nsfs nsfs rw";
+        assert!(is_slave(root, dir));
+        assert!(!is_slave(&format!("{root}\n{run}"), dir));
+        assert!(is_slave(&format!("{root}\n{run}\n{own}\n{inside}"), dir));
+        assert!(
+            !is_slave(&format!("{own}\n{}", own.replace("master", "shared")), dir),
+            "the last one counts"
+        );
+        assert!(!is_slave("", dir));
+    }
 }

@@ -10,7 +10,7 @@ use crate::action::RelayCommand;
 use crate::family::Family;
 use crate::firewall::tool::{self, ToolError};
 use crate::firewall::{detect, nft, transparent as marking};
-use crate::model::{Firewall, Mapping, MappingKey, Netns, RelayProcess, Topology};
+use crate::model::{Endpoint, Firewall, Mapping, MappingKey, RelayProcess, Topology};
 use crate::name::{IfName, Name};
 use crate::netlink::{Client, NetlinkError, address, link, route, rule};
 use crate::netns::{self, Handle, NetnsError};
@@ -76,6 +76,7 @@ pub fn observe(owned: &Topology, desired: &Topology, scope: &Scope) -> Result<Ob
         containers: sides,
         replaced,
         cookies,
+        mounts_are_hidden: netns::mounts_are_hidden(),
         namespace_files: namespace_files(&both, scope),
         sysctls: sysctls(&both)?,
         rules: rules(&both, owned, desired, scope)?,
@@ -95,6 +96,7 @@ pub fn side() -> Result<Side, NetlinkError> {
         links: link::list(&mut client)?,
         addresses: address::list(&mut client)?,
         routes: route::list(&mut client)?,
+        sysctls: BTreeMap::new(),
     })
 }
 
@@ -109,7 +111,7 @@ struct Containers {
 fn containers(topology: &Topology, scope: &Scope) -> Result<Containers, ObserveError> {
     let mut found = Containers::default();
     for (name, endpoint) in topology.endpoints.iter().filter(|(name, _)| scope.contains(name)) {
-        let side = match container(name, &endpoint.netns, &mut found) {
+        let side = match container(name, endpoint, &mut found) {
             // It is gone, or nothing is mounted on the file.
             Err(ObserveError::Netns(NetnsError::Open { .. } | NetnsError::NotOne(_))) => None,
             // It is another one by now, which must not be inspected.
@@ -124,13 +126,18 @@ fn containers(topology: &Topology, scope: &Scope) -> Result<Containers, ObserveE
     Ok(found)
 }
 
-fn container(name: &Name, netns: &Netns, found: &mut Containers) -> Result<Side, ObserveError> {
+fn container(name: &Name, endpoint: &Endpoint, found: &mut Containers) -> Result<Side, ObserveError> {
+    let netns = &endpoint.netns;
     let handle = Handle::open(netns)?;
     if let Some(cookie) = handle.cookie()? {
         found.cookies.insert(name.clone(), cookie);
     }
     let path = || netns.path.display().to_string();
-    handle.run(side)?.map_err(|source| ObserveError::Container { path: path(), source })
+    let side = handle.run(side)?.map_err(|source| ObserveError::Container { path: path(), source })?;
+    let key = endpoint.disable_ipv6();
+    let value = handle.run(|| sysctl::read(&key))?;
+    let value = value.map_err(|source| ObserveError::Sysctl { key: key.clone(), source })?;
+    Ok(Side { sysctls: value.into_iter().map(|value| (key.clone(), value)).collect(), ..side })
 }
 
 fn namespace_files(topology: &Topology, scope: &Scope) -> BTreeSet<Name> {
@@ -276,11 +283,7 @@ fn relays(topology: &Topology, scope: &Scope) -> BTreeMap<MappingKey, RelayProce
     running.collect()
 }
 
-fn command(
-    network: &crate::model::Network,
-    endpoint: &crate::model::Endpoint,
-    mapping: &Mapping,
-) -> RelayCommand {
+fn command(network: &crate::model::Network, endpoint: &Endpoint, mapping: &Mapping) -> RelayCommand {
     RelayCommand {
         program: Path::new("rproxy").to_owned(),
         key: mapping.key(),

@@ -28,6 +28,8 @@ pub struct Link {
     pub mac: Option<Mac>,
     /// The MTU.
     pub mtu: u32,
+    /// Whether it is a bridge with a spanning tree protocol.
+    pub stp: bool,
     /// Whether it is administratively up.
     pub up: bool,
     /// The index of the bridge that it is a port of.
@@ -177,6 +179,8 @@ pub struct Side {
     pub addresses: Vec<(u32, Cidr)>,
     /// Its routes.
     pub routes: Vec<Route>,
+    /// Its kernel parameters, as far as they were looked at and exist.
+    pub sysctls: BTreeMap<String, String>,
 }
 
 impl Side {
@@ -227,6 +231,8 @@ pub struct Observed {
     pub namespace_files: BTreeSet<Name>,
     /// The containers whose namespace's path leads to another one than theirs.
     pub replaced: BTreeSet<Name>,
+    /// Whether namespaces that are made here end with this process, because nobody else sees where they are mounted.
+    pub mounts_are_hidden: bool,
     /// The cookies of the containers' namespaces.
     pub cookies: BTreeMap<Name, u64>,
     /// The relevant kernel parameters, without those that the kernel lacks.

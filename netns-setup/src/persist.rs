@@ -1,25 +1,66 @@
 //! Persists kernel parameters in a file that `sysctl --system` reads at boot.
 
+use std::ffi::OsStr;
 use std::io::{self, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
 use crate::model::Network;
+use crate::name::IfName;
 
-/// The file. Its number sorts it after the distribution's files and before an administrator's.
-pub const FILE: &str = "/etc/sysctl.d/60-netns-setup.conf";
+/// The directory. Boot scripts read it in the order of the files' names.
+pub const DIR: &str = "/etc/sysctl.d";
 
-/// The content for a network: forwarding, regardless of its previous value.
+/// What the names of the files begin with. The number sorts them after the distribution's files and before an
+/// administrator's.
+const PREFIX: &str = "60-netns-setup";
+
+/// What the first line of a file begins with, before the bridge.
+const HEADER: &str = "# Written by netns-setup for the bridge ";
+
+/// What a file may contain besides its first line: forwarding, regardless of its previous value.
+const V4: &str = "net.ipv4.ip_forward = 1";
+const V6: &str = "net.ipv6.conf.all.forwarding = 1";
+
+/// The file of the network with `bridge`.
+#[must_use]
+pub fn file(bridge: &IfName) -> PathBuf {
+    Path::new(DIR).join(format!("{PREFIX}-{bridge}.conf"))
+}
+
+fn header(bridge: &str) -> String {
+    format!("{HEADER}{bridge}; `netns-setup down` removes it.")
+}
+
+/// The content for a network.
 #[must_use]
 pub fn text(network: &Network) -> String {
-    let mut text = format!(
-        "# Written by netns-setup for the bridge {}; `netns-setup down` removes it.\nnet.ipv4.ip_forward = 1\n",
-        network.bridge
-    );
-    if network.subnet6.is_some() {
-        text.push_str("net.ipv6.conf.all.forwarding = 1\n");
-    }
-    text
+    let v6 = network.subnet6.map_or_else(String::new, |_| format!("{V6}\n"));
+    format!("{}\n{V4}\n{v6}", header(network.bridge.as_str()))
+}
+
+/// Whether this program wrote a text for `bridge`, now or before, and nobody has changed it since.
+#[must_use]
+pub fn is_ours(text: &str, bridge: &str) -> bool {
+    let mut lines = text.lines();
+    lines.next() == Some(header(bridge).as_str()) && lines.all(|line| line == V4 || line == V6)
+}
+
+/// The files that this program wrote for networks that are not up any more, except those that somebody still has, with
+/// their content. A reboot leaves them, on purpose, but no state.
+#[must_use]
+pub fn leftovers(kept: &[PathBuf]) -> Vec<PathBuf> {
+    let files = std::fs::read_dir(DIR).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut found: Vec<_> = files.filter(|path| !kept.contains(path) && is_written_here(path)).collect();
+    found.sort();
+    found
+}
+
+fn is_written_here(path: &Path) -> bool {
+    let name = path.file_stem().and_then(OsStr::to_str).filter(|name| name.starts_with(PREFIX));
+    let Some(text) = name.and_then(|_| read(path).ok()?) else { return false };
+    let bridge = text.strip_prefix(HEADER).and_then(|rest| rest.split(';').next());
+    bridge.is_some_and(|bridge| is_ours(&text, bridge))
 }
 
 /// Replaces a file atomically. A symbolic link in its place is replaced, not followed.
@@ -53,6 +94,27 @@ pub fn read(path: &Path) -> io::Result<Option<String>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_is_ours_until_somebody_changes_it() {
+        let text = text(&crate::testdata::network());
+        assert!(is_ours(&text, "docker0") && is_ours(&format!("{text}{V6}\n"), "docker0"));
+        assert!(!is_ours(&text, "br7"));
+        assert!(!is_ours(&format!("{text}vm.swappiness = 1\n"), "docker0"));
+        assert!(!is_ours(&text.replace("= 1", "= 0"), "docker0"));
+        assert!(!is_ours("net.ipv4.ip_forward = 1\n", "docker0"));
+        let (temp, name) = (tempfile::tempdir().unwrap(), |name: &str| format!("{name}.conf"));
+        for (name, text, expected) in [
+            (name("60-netns-setup"), text.clone(), true),
+            (name("60-netns-setup-docker0"), text.clone(), true),
+            (name("99-admin"), text.clone(), false),
+            (name("60-netns-setup-br7"), format!("# mine\n{text}"), false),
+        ] {
+            let path = temp.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            assert_eq!(is_written_here(&path), expected, "{}", path.display());
+        }
+    }
 
     #[test]
     fn a_link_in_the_file_s_place_is_not_followed() {

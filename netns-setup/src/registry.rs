@@ -82,20 +82,34 @@ impl Registry {
     }
 
     fn others_in(&self, dir: &PrivateDir, own: &Topology) -> Result<Vec<Other>, StateError> {
+        let id = |topology: &Topology| topology.network.as_ref().map(|network| network.id.clone());
+        let is_moved = |other: &Other| id(own).is_some() && id(own) == id(&other.state.owned());
+        let mut others = self.entries(dir, |name| self.is_of_namespace(name))?;
+        others.retain(|other| other.state_dir != self.state_dir && !is_moved(other));
+        Ok(others)
+    }
+
+    /// The states of all directories, also those that serve other namespaces.
+    ///
+    /// # Errors
+    /// If they cannot be listed.
+    pub fn all(&self) -> Result<Vec<Other>, StateError> {
+        let dir = PrivateDir::open(&self.dir)?;
+        dir.map_or(Ok(Vec::new()), |dir| self.entries(&dir, |_name| true))
+    }
+
+    fn entries(&self, dir: &PrivateDir, is_meant: impl Fn(&str) -> bool) -> Result<Vec<Other>, StateError> {
         let failed = |source| DirError::File { step: "list", file: self.dir.clone(), source };
-        let mut others = Vec::new();
+        let mut entries = Vec::new();
         for entry in std::fs::read_dir(&self.dir).map_err(failed)? {
             let name = entry.map_err(failed)?.file_name();
-            let Some(name) = name.to_str().filter(|name| self.is_of_namespace(name)) else { continue };
-            let Some(other) = dir.read(name)?.and_then(|bytes| read(&bytes)) else { continue };
-            let id = |topology: &Topology| topology.network.as_ref().map(|network| network.id.clone());
-            let is_moved = id(own).is_some() && id(own) == id(&other.state.owned());
-            if other.state_dir != self.state_dir && !is_moved {
-                others.push(other);
-            }
+            let Some(name) = name.to_str().filter(|name| name.ends_with(".json") && is_meant(name)) else {
+                continue;
+            };
+            entries.extend(dir.read(name)?.and_then(|bytes| read(&bytes)));
         }
-        others.sort_by(|one, another| one.state_dir.cmp(&another.state_dir));
-        Ok(others)
+        entries.sort_by(|one, another| one.state_dir.cmp(&another.state_dir));
+        Ok(entries)
     }
 
     fn is_of_namespace(&self, name: &str) -> bool {

@@ -27,6 +27,18 @@ pub enum ReserveError {
     /// The address does not belong to this host.
     #[error("{0} is not an address of this host")]
     NotLocal(HostIp),
+    /// Ports of services need a privilege (ip(7)).
+    #[error(
+        "no permission to bind host port {port}/{proto} on {host}: publish a higher one, or allow it with `sysctl -w net.ipv4.ip_unprivileged_port_start={port}`"
+    )]
+    Denied {
+        /// The protocol.
+        proto: Protocol,
+        /// Where.
+        host: HostIp,
+        /// Which.
+        port: u16,
+    },
     /// Anything else.
     #[error("cannot bind host port {port}/{proto} on {host}: {source}")]
     Bind {
@@ -60,6 +72,7 @@ pub fn bind(proto: Protocol, host: HostIp, port: u16) -> Result<(Socket, u16), R
     bound.map_err(|source| match source.kind() {
         io::ErrorKind::AddrInUse => ReserveError::InUse { proto, host, port },
         io::ErrorKind::AddrNotAvailable => ReserveError::NotLocal(host),
+        io::ErrorKind::PermissionDenied => ReserveError::Denied { proto, host, port },
         _ => ReserveError::Bind { proto, host, port, source },
     })
 }

@@ -27,6 +27,7 @@ pub(crate) fn network() -> Network {
         mtu: 1500,
         gso_max_size: 0,
         firewall: Firewall::Nft,
+        disable_ipv6: false,
         sysctls: vec![],
         persist: None,
         last_ip: None,

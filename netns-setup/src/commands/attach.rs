@@ -84,6 +84,8 @@ impl Attach {
 /// Removes a container and its published ports.
 pub(super) fn detach(name: &Name, options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
     let mut locked = LockedState::open_settled(options)?;
+    let by_id = locked.by_id(name)?;
+    let name = by_id.as_ref().unwrap_or(name);
     locked.endpoint(name)?;
     let mut desired = locked.state.current.clone();
     desired.endpoints.remove(name);

@@ -106,9 +106,30 @@ impl LockedState {
         self.state.current.network.as_ref().ok_or(Error::NoNetwork)
     }
 
+    /// The container whose identifier begins with `text`, if no container has that name, as Docker finds it.
+    pub(super) fn by_id(&self, text: &Name) -> Result<Option<Name>, Error> {
+        let endpoints = &self.state.current.endpoints;
+        let mut found =
+            endpoints.iter().filter(|(_, endpoint)| endpoint.id.as_str().starts_with(text.as_str()));
+        match (endpoints.contains_key(text), found.next(), found.next()) {
+            (true, _, _) | (_, None, _) => Ok(None),
+            (_, Some((name, _)), None) => Ok(Some(name.clone())),
+            (_, Some((one, _)), Some((another, _))) => {
+                Err(Error::Ambiguous { text: text.clone(), one: one.clone(), another: another.clone() })
+            }
+        }
+    }
+
     /// The states of other directories that serve the same host.
     pub(super) fn others(&self) -> Result<Vec<Other>, StateError> {
         self.registry.others(&self.state.owned())
+    }
+
+    /// The files for kernel parameters that a network of any state directory has, in any network namespace.
+    pub(super) fn persisted(&self) -> Result<Vec<PathBuf>, StateError> {
+        let states = self.registry.all()?;
+        let networks = states.into_iter().filter_map(|other| other.state.owned().network);
+        Ok(networks.filter_map(|network| network.persist).collect())
     }
 
     /// A container; fails if it does not exist.

@@ -40,12 +40,12 @@ pub(super) fn differences(
     problems: impl IntoIterator<Item = String>,
 ) -> Result<(), Error> {
     let mut all: Vec<_> = mendable.collect();
-    let is_mendable = !all.is_empty();
+    let mendable = all.len();
     all.extend(problems);
-    match (all.is_empty(), is_mendable) {
-        (true, _) => Ok(()),
-        (false, true) => Err(Error::Differs(all)),
-        (false, false) => Err(Error::Unmendable(all)),
+    match (all.len() - mendable, mendable) {
+        (0, 0) => Ok(()),
+        (_, 0) => Err(Error::Unmendable(all)),
+        (unmendable, _) => Err(Error::Differs { found: all, unmendable }),
     }
 }
 

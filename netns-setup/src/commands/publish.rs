@@ -36,6 +36,10 @@ pub struct Publish {
 impl Publish {
     pub(super) fn run(&self, options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
         let mut locked = LockedState::open_settled(options)?;
+        if let Some(name) = locked.by_id(&self.name)? {
+            drop(locked);
+            return Self { name, ..self.clone() }.run(options, executor);
+        }
         let network = locked.network()?;
         let (via, warnings) = self.usable_via(network)?;
         let mut desired = locked.state.current.clone();
@@ -62,9 +66,12 @@ impl Publish {
         let ip = locked.endpoint(&self.name)?.ip;
         let lines =
             published.iter().map(|mapping| format!("{} -> {ip}:{}", mapping.key(), mapping.container_port));
-        let result = json!({ "mappings": published });
         let lines = lines.collect();
         let plan = locked.change(desired, &Scope::one(&self.name), options, executor)?;
+        // Now their relays are known.
+        let known = &locked.endpoint(&self.name)?.mappings;
+        let of = |mapping| known.iter().find(|known| known.is_same(mapping)).unwrap_or(mapping);
+        let result = json!({ "mappings": published.iter().map(of).collect::<Vec<_>>() });
         Ok(Report { warnings, ..Report::of(&plan.steps, lines, result) })
     }
 
@@ -207,6 +214,10 @@ pub struct Unpublish {
 impl Unpublish {
     pub(super) fn run(&self, options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
         let mut locked = LockedState::open_settled(options)?;
+        if let Some(name) = locked.by_id(&self.name)? {
+            drop(locked);
+            return Self { name, ..self.clone() }.run(options, executor);
+        }
         let mappings = &locked.endpoint(&self.name)?.mappings;
         let requests: Vec<_> = self.specs.iter().flat_map(|spec| spec.requests()).collect();
         if let Some(request) =

@@ -51,7 +51,8 @@ fn port(mapping: &Mapping) -> String {
 /// Shows one container, or all.
 pub(super) fn inspect(name: Option<&Name>, options: &Options) -> Result<Report, Error> {
     let locked = LockedState::open_to_read(options)?;
-    let shown = match (name, &locked.state.current.network) {
+    let by_id = name.map(|name| locked.by_id(name)).transpose()?.flatten();
+    let shown = match (by_id.as_ref().or(name), &locked.state.current.network) {
         (Some(name), _) => vec![Inspected::new(locked.network()?, name, locked.endpoint(name)?)],
         (None, Some(network)) => {
             let all = locked.state.current.endpoints.iter();

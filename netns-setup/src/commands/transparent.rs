@@ -89,8 +89,9 @@ fn check(named: &[IfName], options: &Options) -> Result<Report, Error> {
     let found = interrupted.chain(plan.steps.iter().map(|step| finding(&step.action)));
     let found: Vec<_> = found.collect();
     if let Some((missing, options)) = missing(named, desired.transparent.as_ref()) {
+        let unmendable = plan.problems.len();
         let found = missing.into_iter().chain(found).chain(plan.problems).collect();
-        return Err(Error::NotTransparent { found, options });
+        return Err(Error::NotTransparent { found, unmendable, options });
     }
     differences(found.into_iter(), plan.problems)?;
     let lines = vec!["everything is as it should be".to_owned()];

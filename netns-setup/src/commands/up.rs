@@ -1,16 +1,19 @@
 //! `up` and `down`: the bridge, forwarding, and the basic rules.
 
+use std::path::PathBuf;
+
 use serde_json::json;
 
 use super::change::LockedState;
 use super::{Options, Report, transparent};
+use crate::action::Action;
 use crate::addr::{Subnet4, Subnet6};
 use crate::error::Error;
 use crate::executor::Executor;
 use crate::firewall::detect::{self, Choice};
 use crate::model::{Network, SysctlChange, Topology};
 use crate::name::{Id, IfName};
-use crate::plan::Scope;
+use crate::plan::{Scope, Step};
 use crate::{observe, persist, sysctl};
 
 /// The arguments of `up`.
@@ -22,6 +25,8 @@ pub struct Up {
     pub subnet: Subnet4,
     /// The pool of IPv6 addresses.
     pub subnet6: Option<Subnet6>,
+    /// Whether to switch IPv6 off in the containers.
+    pub disable_ipv6: bool,
     /// The MTU.
     pub mtu: u32,
     /// The largest packet inside the host; 0 keeps the kernel's value.
@@ -61,27 +66,41 @@ impl Up {
 
     /// The network that is up, which must match the requested one.
     fn keep(&self, network: Network) -> Result<Network, Error> {
-        let is =
-            describe(&network.bridge, network.subnet, network.subnet6, network.mtu, network.gso_max_size);
-        let wanted = describe(&self.bridge, self.subnet, self.subnet6, self.mtu, self.gso_max_size);
+        let is = describe(&network);
+        let wanted = describe(&Network {
+            bridge: self.bridge,
+            subnet: self.subnet,
+            subnet6: self.subnet6,
+            disable_ipv6: self.disable_ipv6,
+            mtu: self.mtu,
+            gso_max_size: self.gso_max_size,
+            ..network.clone()
+        });
         if is != wanted {
             return Err(Error::OtherNetwork { is, wanted });
         }
-        let persist = network.persist.or_else(|| self.persist.then(|| persist::FILE.into()));
+        let persist = network.persist.or_else(|| self.persist.then(|| persist::file(&network.bridge)));
         Ok(Network { persist, ..network })
     }
 
     fn create(&self, options: &Options) -> Result<Network, Error> {
+        let file = persist::file(&self.bridge);
+        // It outlives a reboot, so that `down` has to know it again.
+        let is_left = |file: &PathBuf| {
+            let text = persist::read(file).ok().flatten();
+            text.is_some_and(|text| persist::is_ours(&text, self.bridge.as_str()))
+        };
         Ok(Network {
             id: random_id()?,
             bridge: self.bridge,
             subnet: self.subnet,
             subnet6: self.subnet6,
+            disable_ipv6: self.disable_ipv6,
             mtu: self.mtu,
             gso_max_size: self.gso_max_size,
             firewall: detect::choose(options.firewall.unwrap_or(Choice::Auto))?,
             sysctls: forwarding(self.subnet6.is_some())?,
-            persist: self.persist.then(|| persist::FILE.into()),
+            persist: Some(file).filter(|file| self.persist || is_left(file)),
             last_ip: None,
         })
     }
@@ -90,10 +109,18 @@ impl Up {
 /// Removes everything that this program created.
 pub(super) fn down(options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
     let mut locked = LockedState::open_or_restore(options)?;
-    let warnings = locked.restored.clone().into_iter().collect();
-    let plan = locked.change(Topology::default(), &Scope::All, options, executor)?;
-    let line =
-        if plan.is_empty() { "nothing was up" } else { "everything that netns-setup created is removed" };
+    let restored = locked.restored.clone();
+    let mut plan = locked.change(Topology::default(), &Scope::All, options, executor)?;
+    for path in persist::leftovers(&locked.persisted()?) {
+        let step = Step::on_fresh(Action::RemoveFile(path));
+        if !options.dry_run {
+            executor.run(&step.action).map_err(Error::Leftover)?;
+        }
+        plan.steps.push(step);
+    }
+    let warnings = restored.into_iter().chain(plan.problems).collect();
+    let is_empty = plan.steps.is_empty();
+    let line = if is_empty { "nothing was up" } else { "everything that netns-setup created is removed" };
     Ok(Report { warnings, ..Report::of(&plan.steps, vec![line.to_owned()], json!(null)) })
 }
 
@@ -112,9 +139,14 @@ fn addresses(network: &Network) -> String {
     format!("{}/{}{v6}", network.subnet.gateway(), network.subnet.prefix())
 }
 
-fn describe(bridge: &IfName, subnet: Subnet4, subnet6: Option<Subnet6>, mtu: u32, gso: u32) -> String {
+/// The options of a network.
+fn describe(network: &Network) -> String {
+    let Network { bridge, subnet, subnet6, disable_ipv6, mtu, gso_max_size, .. } = network;
     let subnet6 = subnet6.map_or_else(String::new, |subnet| format!(" --subnet6 {subnet}"));
-    format!("--bridge {bridge} --subnet {subnet}{subnet6} --mtu {mtu} --gso-max-size {gso}")
+    let disable_ipv6 = if *disable_ipv6 { " --disable-ipv6" } else { "" };
+    format!(
+        "--bridge {bridge} --subnet {subnet}{subnet6}{disable_ipv6} --mtu {mtu} --gso-max-size {gso_max_size}"
+    )
 }
 
 /// The parameters that make the host a router and are not set yet.

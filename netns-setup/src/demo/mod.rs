@@ -83,6 +83,11 @@ impl Demo {
         drop(self.lines.send(line.into()));
     }
 
+    /// Whether a firewall is in use.
+    fn has_rules(&self) -> bool {
+        self.options.firewall != Some(Choice::None)
+    }
+
     fn title(&self, text: &str) {
         self.say(format!("\n== {text}"));
     }
@@ -111,6 +116,10 @@ impl Demo {
 
     /// An `rproxy` that the container takes for the neighbour.
     fn as_client(&mut self, outside: &Handle) -> Result<(), Error> {
+        if !self.has_rules() {
+            self.say("with --firewall none, transparent sockets need marks by rules of your own: not shown");
+            return Ok(());
+        }
         self.title("transparent up: the container answers the neighbour, and rproxy gets the answers");
         let transparent = Transparent::Up(vec![parse("docker0")?]);
         self.command("transparent up --interface docker0", &Command::Transparent(transparent))?;
@@ -200,7 +209,11 @@ impl Demo {
         self.fetch("host to container", None, at(WEB_V4.into()))?;
         http::serve(listen(outside, 8000)?, "hello from outside");
         self.fetch("container to outside", Some(web), SocketAddr::new(OUTSIDE_V4.into(), 8000))?;
-        self.closed("outside, straight to the container", outside, at(WEB_V4.into()))?;
+        if self.has_rules() {
+            self.closed("outside, straight to the container", outside, at(WEB_V4.into()))?;
+        } else {
+            self.say("with --firewall none, the neighbour could reach the container's address as well: nothing is closed");
+        }
         self.go_on()
     }
 
@@ -247,6 +260,7 @@ fn up() -> Result<Up, Error> {
         bridge: parse("docker0")?,
         subnet: parse("172.17.0.0/16")?,
         subnet6: Some(parse("fd00:d0c::/64")?),
+        disable_ipv6: false,
         mtu: 1500,
         gso_max_size: 524_280,
         persist: false,

@@ -59,6 +59,12 @@ fn read_info(link: &mut Link, infos: Vec<LinkInfo>) {
     for info in infos {
         match info {
             LinkInfo::Kind(kind) => link.kind = Some(kind.to_string()),
+            LinkInfo::Data(InfoData::Bridge(bridge)) => {
+                link.stp = bridge.iter().any(|info| match info {
+                    InfoBridge::StpState(state) => *state != BridgeStpState::Disabled,
+                    _ => false,
+                });
+            }
             LinkInfo::PortData(InfoPortData::BridgePort(port)) => {
                 link.hairpin = port.contains(&InfoBridgePort::HairpinMode(true));
             }
@@ -157,6 +163,13 @@ pub fn set(client: &mut Client, name: &str, change: &LinkChange) -> Result<(), N
             let index = bridge.as_ref().map_or(Ok(0), |bridge| index(client, bridge.as_str()))?;
             message.attributes.push(LinkAttribute::Controller(index));
         }
+        LinkChange::Stp(on) => {
+            let state = if *on { BridgeStpState::KernelStp } else { BridgeStpState::Disabled };
+            message.attributes.push(LinkAttribute::LinkInfo(vec![
+                LinkInfo::Kind(InfoKind::Bridge),
+                LinkInfo::Data(InfoData::Bridge(vec![InfoBridge::StpState(state)])),
+            ]));
+        }
         LinkChange::Hairpin(on) => {
             message.attributes.push(LinkAttribute::LinkInfo(vec![
                 LinkInfo::PortKind(InfoPortKind::Bridge),
@@ -168,7 +181,9 @@ pub fn set(client: &mut Client, name: &str, change: &LinkChange) -> Result<(), N
     message.header.interface_family = AddressFamily::Unspec;
     match change {
         // Properties of a link's kind can only be changed with RTM_NEWLINK for the same name.
-        LinkChange::Hairpin(_) => client.change(RouteNetlinkMessage::NewLink(message), 0),
+        LinkChange::Hairpin(_) | LinkChange::Stp(_) => {
+            client.change(RouteNetlinkMessage::NewLink(message), 0)
+        }
         _ => client.change(RouteNetlinkMessage::SetLink(message), 0),
     }
 }

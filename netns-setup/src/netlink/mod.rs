@@ -25,6 +25,11 @@ pub enum NetlinkError {
     /// The socket could not be opened, or failed.
     #[error("netlink socket: {0}")]
     Socket(#[source] io::Error),
+    /// This process may not change the network.
+    #[error(
+        "this process may not change the network: it needs CAP_NET_ADMIN in the user namespace that the network namespace belongs to"
+    )]
+    Denied,
     /// The kernel refused the request.
     #[error("{0}")]
     Refused(#[source] io::Error),
@@ -43,6 +48,13 @@ pub enum NetlinkError {
 }
 
 impl NetlinkError {
+    fn refused(error: io::Error) -> Self {
+        match error.raw_os_error() {
+            Some(number) if number == nix::errno::Errno::EPERM as i32 => Self::Denied,
+            _ => Self::Refused(error),
+        }
+    }
+
     /// Whether the kernel refused with that error number.
     #[must_use]
     pub fn is(&self, errno: nix::errno::Errno) -> bool {
@@ -93,7 +105,7 @@ impl Client {
             }
             _ => true,
         })?;
-        refused.map_or(Ok(()), |error| Err(NetlinkError::Refused(error)))
+        refused.map_or(Ok(()), |error| Err(NetlinkError::refused(error)))
     }
 
     /// Reads one object.
@@ -110,7 +122,7 @@ impl Client {
         self.receive::<M>(|payload, _| {
             match payload {
                 NetlinkPayload::InnerMessage(message) => answer = Ok(message),
-                NetlinkPayload::Error(error) => answer = Err(NetlinkError::Refused(error.to_io())),
+                NetlinkPayload::Error(error) => answer = Err(NetlinkError::refused(error.to_io())),
                 _ => return true,
             }
             false
@@ -156,7 +168,7 @@ impl Client {
             true
         })?;
         match refused {
-            Some(error) => Err(NetlinkError::Refused(error)),
+            Some(error) => Err(NetlinkError::refused(error)),
             None => Ok((!interrupted).then_some(messages)),
         }
     }

@@ -129,6 +129,10 @@ fn start_over(
         (true, _) if inputs.observed.replaced.contains(name) => plan.problems.push(format!(
             "the network namespace {name} is not the one that netns-setup made: run `netns-setup detach {name}`, which leaves it alone"
         )),
+        (true, false) if inputs.observed.mounts_are_hidden => return Err(PlanError::Hidden(name.clone())),
+        (true, true) if inputs.observed.mounts_are_hidden => {
+            plan.problems.push(PlanError::Hidden(name.clone()).to_string());
+        }
         (true, _) => {
             plan.push(Step::new(Action::AddNetns(name.clone()), [Action::DeleteNetns(name.clone())]));
             let host_end = endpoint.id.veth();
@@ -180,6 +184,9 @@ fn connect(inputs: Inputs<'_>, network: &Network, endpoint: &Endpoint) -> Plan {
         host.change(&mut plan, |_| None, LinkChange::Hairpin(true));
     }
     enlarge_packets(inputs, network, &host, &container, &mut plan);
+    if network.disable_ipv6 {
+        plan.push(Step::on_fresh(disable_ipv6(endpoint, "1")));
+    }
     host.up(&mut plan);
     connect_inside(network, endpoint, &container, &mut plan);
     plan
@@ -207,6 +214,12 @@ fn enlarge_packets(
     let driver = OffloadLimits::of_driver(container.is);
     let container_limits = OffloadLimits { gso: driver.gso.min(LARGEST_FORWARDED_IPV6), ..driver };
     container.offload(plan, network.gso_max_size, container_limits, known);
+}
+
+/// Before the interface is up, so that it never gets a link-local address.
+fn disable_ipv6(endpoint: &Endpoint, value: &str) -> Action {
+    let (key, value) = (endpoint.disable_ipv6(), value.to_owned());
+    Action::SetContainerSysctl { netns: endpoint.netns.path.clone(), key, value }
 }
 
 fn connect_inside(network: &Network, endpoint: &Endpoint, container: &LinkWish<'_>, plan: &mut Plan) {
@@ -239,6 +252,10 @@ fn mend(inputs: Inputs<'_>, network: &Network, endpoint: &Endpoint, side: &Side,
     outer.mac(plan, endpoint.id.veth_mac());
     inner.mac(plan, endpoint.mac());
     enlarge_packets(inputs, network, &outer, &inner, plan);
+    let is_on = side.sysctls.get(&endpoint.disable_ipv6()).filter(|value| *value != "1");
+    if let Some(before) = is_on.filter(|_| network.disable_ipv6) {
+        plan.push(Step::new(disable_ipv6(endpoint, "1"), [disable_ipv6(endpoint, before)]));
+    }
     outer.up(plan);
     mend_inside(network, endpoint, side, &inner, plan);
 }

@@ -8,7 +8,7 @@ mod transparent;
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 pub(crate) use endpoint::relay_target;
 pub(crate) use rules::backend;
@@ -35,7 +35,7 @@ impl Step {
     }
 
     /// A step on something that an earlier step created, and that disappears with it.
-    fn on_fresh(action: Action) -> Self {
+    pub(crate) fn on_fresh(action: Action) -> Self {
         Self::new(action, [])
     }
 }
@@ -68,6 +68,9 @@ pub enum PlanError {
         "the interface {0} is not the one that netns-setup made: remove it and run `netns-setup repair`, or run `netns-setup down`, which leaves it alone"
     )]
     BridgeReplaced(IfName),
+    /// Somebody else's file is in the place of this program's.
+    #[error("the file {} exists already and is not netns-setup's: remove it, or leave out --persist", .0.display())]
+    FileTaken(PathBuf),
     /// The address pool is in use elsewhere.
     #[error("the subnet {subnet} overlaps the route to {route} by {dev}: choose another with --{option}")]
     Overlap {
@@ -101,6 +104,11 @@ pub enum PlanError {
         /// The route.
         route: String,
     },
+    /// A namespace that is made here would not last.
+    #[error(
+        "the namespace of {0} would end with this process, which has mounts of its own, as under `ip netns exec`: use `nsenter --net=/run/netns/NAME` instead, or attach one that exists with --netns"
+    )]
+    Hidden(Name),
     /// A namespace of the container's name exists.
     #[error(
         "the network namespace {0} exists already: choose another name, or attach it with --netns /run/netns/{0}"

@@ -24,6 +24,7 @@ pub(super) fn check(inputs: Inputs<'_>) -> Result<(), PlanError> {
             false => PlanError::BridgeTaken(network.bridge),
         });
     }
+    check_file(inputs, network)?;
     let bridge = bridge.map(|link| link.index);
     let pools =
         [(Some(network.subnet.cidr()), "subnet"), (network.subnet6.map(|subnet| subnet.cidr()), "subnet6")];
@@ -40,6 +41,19 @@ pub(super) fn check(inputs: Inputs<'_>) -> Result<(), PlanError> {
         }
     }
     Ok(())
+}
+
+/// Checks that the file for the settings is free, or belongs to this program.
+fn check_file(inputs: Inputs<'_>, network: &Network) -> Result<(), PlanError> {
+    let is_known =
+        |path| inputs.owned.network.as_ref().is_some_and(|owned| owned.persist.as_ref() == Some(path));
+    let Some(path) = network.persist.as_ref().filter(|path| !is_known(path)) else { return Ok(()) };
+    match inputs.observed.files.get(path).and_then(Option::as_ref) {
+        Some(text) if !persist::is_ours(text, network.bridge.as_str()) => {
+            Err(PlanError::FileTaken(path.clone()))
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Whether an interface is the bridge of `owned`, and not one that somebody else made under its name.
@@ -76,12 +90,16 @@ pub(super) fn remove(inputs: Inputs<'_>, plan: &mut Plan) {
             plan.push(Step::new(set(&change.before), [set(&change.after)]));
         }
     }
-    for (path, text) in
-        network.persist.iter().filter_map(|path| Some((path, inputs.observed.files.get(path)?)))
-    {
-        if let Some(text) = text {
-            let again = Action::WriteFile { path: path.clone(), text: text.clone() };
-            plan.push(Step::new(Action::RemoveFile(path.clone()), [again]));
+    if let Some(path) = &network.persist {
+        match inputs.observed.files.get(path).cloned().flatten() {
+            Some(text) if persist::is_ours(&text, network.bridge.as_str()) => {
+                let again = Action::WriteFile { path: path.clone(), text };
+                plan.push(Step::new(Action::RemoveFile(path.clone()), [again]));
+            }
+            Some(_) => {
+                plan.problems.push(format!("{} was changed by somebody else: it is left", path.display()))
+            }
+            None => {}
         }
     }
 }
@@ -109,13 +127,19 @@ pub(super) fn build(inputs: Inputs<'_>, plan: &mut Plan) {
     }
     if let Some(path) = &network.persist {
         let text = persist::text(network);
-        let is = inputs.observed.files.get(path).cloned().flatten();
-        if is.as_ref() != Some(&text) {
-            let back = match is {
-                Some(text) => Action::WriteFile { path: path.clone(), text },
-                None => Action::RemoveFile(path.clone()),
-            };
-            plan.push(Step::new(Action::WriteFile { path: path.clone(), text }, [back]));
+        match inputs.observed.files.get(path).cloned().flatten() {
+            Some(is) if is == text => {}
+            Some(is) if !persist::is_ours(&is, network.bridge.as_str()) => plan.problems.push(format!(
+                "{} was changed by somebody else: remove it, and run `netns-setup repair`",
+                path.display()
+            )),
+            is => {
+                let back = match is {
+                    Some(text) => Action::WriteFile { path: path.clone(), text },
+                    None => Action::RemoveFile(path.clone()),
+                };
+                plan.push(Step::new(Action::WriteFile { path: path.clone(), text }, [back]));
+            }
         }
     }
 }
@@ -140,6 +164,7 @@ fn mend(network: &Network, link: &Link, inputs: Inputs<'_>, plan: &mut Plan) {
     let alias = link.alias.clone().unwrap_or_default();
     let other = (alias != network.tag()).then_some(LinkChange::Alias(alias));
     wish.change(plan, |_| other.clone(), LinkChange::Alias(network.tag()));
+    wish.change(plan, |link| link.stp.then_some(LinkChange::Stp(true)), LinkChange::Stp(false));
     wish.mac(plan, network.mac());
     wish.mtu(plan, network.mtu);
     for address in network.addresses() {

@@ -4,6 +4,7 @@ use rproxy_mapping::addr::Protocol;
 
 use super::{Inputs, Plan, Step, endpoint};
 use crate::action::{Action, RelayCommand};
+use crate::host_ip::HostIp;
 use crate::model::{Endpoint, Mapping, Topology};
 use crate::name::Name;
 
@@ -52,6 +53,16 @@ pub(super) fn start(inputs: Inputs<'_>, plan: &mut Plan) {
     for (name, endpoint, mapping) in inputs.desired.mappings() {
         let runs = inputs.observed.relays.contains_key(&mapping.key());
         if !inputs.scope.contains(name) || runs {
+            continue;
+        }
+        if let HostIp::Scoped(ip, interface) = mapping.host
+            && inputs.observed.host.link(interface.as_str()).is_none()
+        {
+            let key = mapping.key();
+            plan.problems.push(format!(
+                "{key} of {name} is not served, as the interface {interface} of {ip} is gone: run `netns-setup unpublish {name} -p {}:{}:{}/{}` if it does not come back",
+                key.host, key.port, mapping.container_port, key.proto
+            ));
             continue;
         }
         if let Some(relay) = command(inputs, inputs.desired, endpoint, mapping) {

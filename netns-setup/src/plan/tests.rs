@@ -4,7 +4,9 @@ use super::*;
 use crate::addr::Mac;
 use crate::family::Family;
 use crate::firewall::iptables::SavedTables;
-use crate::model::{Firewall, Network, RelayProcess, SysctlChange, Topology};
+use rproxy_mapping::addr::Protocol;
+
+use crate::model::{Firewall, Network, RelayProcess, SysctlChange, Topology, Via};
 use crate::name::Id;
 use crate::observed::{Link, Route, Rules, Side};
 use crate::testdata;
@@ -137,6 +139,54 @@ fn a_namespace_of_that_name_is_not_taken_over() {
 }
 
 #[test]
+fn a_namespace_that_would_not_last_is_not_made() {
+    let (none, story) = (Topology::default(), testdata::story());
+    let name: Name = "web".parse().unwrap();
+    let hidden = Observed { mounts_are_hidden: true, ..bare() };
+    assert_eq!(plan_for(&none, &story, &hidden).unwrap_err(), PlanError::Hidden(name.clone()));
+    // The rest is mended all the same.
+    let mut observed = in_place(&story);
+    observed.mounts_are_hidden = true;
+    observed.containers.insert(name, None);
+    of_host(&mut observed, "docker0").up = false;
+    let plan = plan_for(&story, &story, &observed).unwrap();
+    assert_eq!(commands(&plan), ["ip link set dev docker0 up"]);
+    assert!(plan.problems[0].contains("would end with this process"), "{:?}", plan.problems);
+}
+
+#[test]
+fn a_port_on_an_interface_that_is_gone_keeps_nothing_else_from_being_mended() {
+    let mut topology = testdata::story();
+    let web = topology.endpoints.values_mut().next().unwrap();
+    web.mappings.push(testdata::mapping(Protocol::Tcp, "[fe80::1%gone0]", 90, 80, Via::Both));
+    let mut observed = in_place(&topology);
+    observed.relays.clear();
+    let plan = plan_for(&topology, &topology, &observed).unwrap();
+    let [command] = &commands(&plan)[..] else { panic!("{:?}", plan.steps) };
+    assert!(command.contains("-host-port 80"), "{command}");
+    let way_out = "run `netns-setup unpublish web -p [fe80::1%gone0]:90:80/tcp`";
+    assert!(plan.problems[0].contains(way_out), "{:?}", plan.problems);
+}
+
+#[test]
+fn ipv6_is_switched_off_in_containers_on_request() {
+    let mut topology = testdata::story();
+    topology.network.as_mut().unwrap().disable_ipv6 = true;
+    let set = "nsenter --net=/run/netns/web sysctl -w net.ipv6.conf.all.disable_ipv6=";
+    let first = commands(&plan_for(&Topology::default(), &topology, &bare()).unwrap());
+    let at = |part: &str| first.iter().position(|command| command.starts_with(part)).unwrap();
+    assert!(at(&format!("{set}1")) < at("ip -n web link set dev eth0 up"), "{first:?}");
+    let key = "net.ipv6.conf.all.disable_ipv6".to_owned();
+    let value = |value: &'static str, key: String| {
+        mended(&topology, |observed| drop(of_web(observed).sysctls.insert(key, value.to_owned())))
+    };
+    assert_eq!(value("1", key.clone()), []);
+    assert_eq!(value("0", key), [(format!("{set}1"), vec![format!("{set}0")])]);
+    // Without IPv6 in the kernel, there is nothing to switch off.
+    assert_eq!(mended(&topology, |_observed| ()), []);
+}
+
+#[test]
 fn what_is_not_there_is_not_removed() {
     let plan = plan_for(&testdata::story(), &Topology::default(), &bare()).unwrap();
     assert_eq!(commands(&plan), Vec::<String>::new());
@@ -170,16 +220,25 @@ fn packet_sizes_are_raised_as_far_as_they_go_and_never_lowered() {
         |size| OffloadSizes { gso: Some(size), gro: Some(size), gso_ipv4: Some(size), gro_ipv4: Some(size) };
     assert_eq!(
         wish(all(65_536), 524_280).unwrap(),
-        "ip link set dev x gso_max_size 100000 gro_max_size 100000 gso_ipv4_max_size 100000 gro_ipv4_max_size 100000"
+        sizes_of(
+            "ip link set dev x",
+            "gso_max_size 100000 gro_max_size 100000",
+            "gso_ipv4_max_size 100000 gro_ipv4_max_size 100000"
+        )
     );
     assert_eq!(
         wish(all(65_536), 65_536).unwrap(),
-        "ip link set dev x gro_max_size 100000 gro_ipv4_max_size 100000"
+        sizes_of("ip link set dev x", "gro_max_size 100000", "gro_ipv4_max_size 100000")
     );
     assert_eq!(wish(all(200_000), 524_280), None);
     // A kernel before 6.3 has no sizes for IPv4.
     let old = OffloadSizes { gso_ipv4: None, gro_ipv4: None, ..all(65_536) };
     assert_eq!(wish(old, 524_280).unwrap(), "ip link set dev x gso_max_size 100000 gro_max_size 100000");
+}
+
+/// The command for packet sizes, whose second part an older `ip` may refuse.
+fn sizes_of(set: &str, sizes: &str, ipv4: &str) -> String {
+    format!("{set} {sizes}; {set} {ipv4} 2>/dev/null || true")
 }
 
 /// A host and containers on which all of `topology` is in place.
@@ -202,6 +261,7 @@ fn in_place(topology: &Topology) -> Observed {
             links: vec![link(1, "lo", None), eth0],
             addresses: endpoint.addresses(network).into_iter().map(|address| (2, address)).collect(),
             routes: network.gateways().into_iter().map(default).collect(),
+            ..Side::default()
         };
         observed.containers.insert(name.clone(), Some(side));
     }
@@ -266,6 +326,11 @@ fn each_property_of_the_bridge_is_mended_alone_and_can_be_put_back() {
             |observed| bridge(observed).mac = Some(OTHER),
             "ip link set dev docker0 address 02:42:ac:11:00:01",
             "ip link set dev docker0 address 02:00:00:00:00:09",
+        ),
+        (
+            |observed| bridge(observed).stp = true,
+            "ip link set dev docker0 type bridge stp_state 0",
+            "ip link set dev docker0 type bridge stp_state 1",
         ),
         (
             |observed| bridge(observed).up = false,
@@ -440,19 +505,18 @@ fn packet_sizes_are_mended_on_every_interface_and_can_be_put_back() {
 
     let steps = mended(&topology, |observed| all(observed, untouched));
     let steps: Vec<_> = steps.iter().map(|(step, undo)| (step.as_str(), undo.join("; "))).collect();
-    let all_of_them =
-        "gso_max_size 200000 gro_max_size 200000 gso_ipv4_max_size 200000 gro_ipv4_max_size 200000";
+    let ipv4 = "gso_ipv4_max_size 200000 gro_ipv4_max_size 200000";
     // What comes from a container over IPv6 may have to be forwarded (`enlarge_packets`).
     let wanted = [
-        "ip link set dev veth0202020 gso_max_size 200000 gso_ipv4_max_size 200000 gro_ipv4_max_size 200000",
-        "ip -n web link set dev eth0 gro_max_size 200000 gso_ipv4_max_size 200000 gro_ipv4_max_size 200000",
-        &format!("ip link set dev docker0 {all_of_them}"),
+        sizes_of("ip link set dev veth0202020", "gso_max_size 200000", ipv4),
+        sizes_of("ip -n web link set dev eth0", "gro_max_size 200000", ipv4),
+        sizes_of("ip link set dev docker0", "gso_max_size 200000 gro_max_size 200000", ipv4),
     ];
+    assert_eq!(steps.len(), wanted.len());
     for ((step, undo), wanted) in steps.iter().zip(wanted) {
         assert_eq!(*step, wanted);
         assert_eq!(*undo, wanted.replace("200000", "65536"));
     }
-    assert_eq!(steps.len(), wanted.len());
 }
 
 #[test]
@@ -526,7 +590,7 @@ fn the_route_of_the_own_bridge_is_not_in_the_way_but_another_one_is() {
 }
 
 #[test]
-fn the_file_that_keeps_the_settings_is_written_when_it_differs_and_can_be_put_back() {
+fn the_file_that_keeps_the_settings_is_written_and_can_be_put_back_unless_it_is_somebody_elses() {
     let (mut topology, path) = (testdata::story(), Path::new("/etc/sysctl.d/x.conf"));
     topology.network.as_mut().unwrap().persist = Some(path.to_owned());
     let text = crate::persist::text(topology.network.as_ref().unwrap());
@@ -534,12 +598,23 @@ fn the_file_that_keeps_the_settings_is_written_when_it_differs_and_can_be_put_ba
         let text = text.map(str::to_owned);
         let mut observed = in_place(&topology);
         observed.files.insert(path.to_owned(), text);
-        plan_for(&topology, &topology, &observed).unwrap().steps
+        let plan = plan_for(&topology, &topology, &observed).unwrap();
+        let down = plan_for(&topology, &Topology::default(), &observed).unwrap();
+        let removes = down.steps.iter().any(|step| matches!(step.action, Action::RemoveFile(_)));
+        (plan.steps, plan.problems.len(), removes)
     };
-    assert_eq!(is(Some(&text)), []);
+    assert_eq!(is(Some(&text)), (vec![], 0, true));
     let write = |text: &str| Action::WriteFile { path: path.to_owned(), text: text.to_owned() };
-    assert_eq!(is(Some("other")), [Step::new(write(&text), [write("other")])]);
-    assert_eq!(is(None), [Step::new(write(&text), [Action::RemoveFile(path.to_owned())])]);
+    let earlier = format!("{text}net.ipv6.conf.all.forwarding = 1\n");
+    assert_eq!(is(Some(&earlier)), (vec![Step::new(write(&text), [write(&earlier)])], 0, true));
+    assert_eq!(is(Some("other")), (vec![], 1, false));
+    let back = [Action::RemoveFile(path.to_owned())];
+    assert_eq!(is(None), (vec![Step::new(write(&text), back)], 0, false));
+    // One that is in the way from the start.
+    let mut observed = bare();
+    observed.files.insert(path.to_owned(), Some("other".to_owned()));
+    let error = plan_for(&Topology::default(), &topology, &observed).unwrap_err();
+    assert_eq!(error, PlanError::FileTaken(path.to_owned()));
 }
 
 /// The story with larger packets, and all interfaces with the kernel's defaults. The bridge can send packets of
@@ -567,22 +642,23 @@ fn bridge_packets(desired: &Topology, observed: &Observed) -> String {
 
 #[test]
 fn a_bridge_sends_what_its_ports_can_send() {
-    const ALL: &str = "ip link set dev docker0 gso_max_size 200000 gro_max_size 200000 gso_ipv4_max_size 200000 \
-                       gro_ipv4_max_size 200000";
-    const RECEIVED: &str = "ip link set dev docker0 gro_max_size 200000 gro_ipv4_max_size 200000";
+    let set = "ip link set dev docker0";
+    let ipv4 = "gso_ipv4_max_size 200000 gro_ipv4_max_size 200000";
+    let all = sizes_of(set, "gso_max_size 200000 gro_max_size 200000", ipv4);
+    let received = sizes_of(set, "gro_max_size 200000", "gro_ipv4_max_size 200000");
     let (topology, observed) = with_large_packets(524_280);
-    assert_eq!(bridge_packets(&topology, &observed), ALL);
+    assert_eq!(bridge_packets(&topology, &observed), all);
     let (topology, mut observed) = with_large_packets(65_536);
-    assert_eq!(bridge_packets(&topology, &observed), RECEIVED);
+    assert_eq!(bridge_packets(&topology, &observed), received);
     of_web(&mut observed).links[0].up = false;
-    assert_eq!(bridge_packets(&topology, &observed), RECEIVED, "no port is added");
+    assert_eq!(bridge_packets(&topology, &observed), received, "no port is added");
     // A port that is added changes the limit.
     of_host(&mut observed, "veth0202020").master = None;
-    assert_eq!(bridge_packets(&topology, &observed), ALL);
+    assert_eq!(bridge_packets(&topology, &observed), all);
     // Without ports, it does not say whether it ever had one.
     let (mut topology, observed) = with_large_packets(524_280);
     topology.endpoints.clear();
-    assert_eq!(bridge_packets(&topology, &observed), RECEIVED);
+    assert_eq!(bridge_packets(&topology, &observed), received);
 }
 
 #[test]

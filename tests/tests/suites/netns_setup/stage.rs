@@ -185,8 +185,10 @@ impl Stage {
             writeln!(text, "--- {name}").unwrap();
             text.push_str(&dump_side(|arguments| tool(&format!("ip -n {name} {arguments}"))));
         }
-        let persisted = std::fs::read_to_string("/etc/sysctl.d/60-netns-setup.conf");
-        writeln!(text, "persisted: {persisted:?}").unwrap();
+        for file in std::fs::read_dir("/etc/sysctl.d").unwrap() {
+            let path = file.unwrap().path();
+            writeln!(text, "{}: {:?}", path.display(), std::fs::read_to_string(&path)).unwrap();
+        }
         text
     }
 }

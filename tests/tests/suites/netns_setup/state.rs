@@ -22,8 +22,11 @@ pub(crate) fn cases() -> Vec<Case> {
     ]
 }
 
+/// What is said of a loss, and how it happens.
+type Loss = (&'static str, fn(&Stage));
+
 /// Ways to lose the state file.
-const LOSSES: [(&str, fn(&Stage)); 5] = [
+const LOSSES: [Loss; 5] = [
     ("is missing", |stage| fs::remove_file(file(stage)).unwrap()),
     ("is missing", |stage| fs::remove_dir_all(stage.state_dir()).unwrap()),
     ("is empty", |stage| fs::write(file(stage), "").unwrap()),

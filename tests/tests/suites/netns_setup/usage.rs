@@ -22,6 +22,13 @@ pub(crate) fn cases() -> Vec<Case> {
         case("only root is allowed", not_root),
         case("a dry run changes nothing", dry_run),
         case("rules of others that interfere are named", interference),
+        case("the demonstration needs no firewall", demo_without_rules),
+        case("a container is found by its identifier", by_id),
+        case("containers without IPv6 on request", without_ipv6),
+        case("errors are JSON on request", json_errors),
+        case("a repair that cannot mend everything says so", partly_mended),
+        case("a port that needs a privilege", privileged_port),
+        case("a namespace that would end with the process", hidden_mounts),
         case("two runs at once are serialised", at_once),
     ]);
     cases
@@ -204,6 +211,150 @@ fn interference(stage: &Stage) {
     stage.host("iptables -t nat -X DOCKER");
 }
 
+fn demo_without_rules(stage: &Stage) {
+    let mut command = std::process::Command::new(netns_setup());
+    command.args(["demo", "--firewall", "none"]);
+    let shown = stage.host.spawn(command).into_output().success();
+    assert!(shown.contains("hairpin") && shown.contains("nothing is closed"), "{shown}");
+    assert!(shown.ends_with("everything that netns-setup created is removed\n"), "{shown}");
+}
+
+fn by_id(stage: &Stage) {
+    stage.ok("up");
+    stage.ok("attach web");
+    let id = |name: &str| {
+        let shown: serde_json::Value = serde_json::from_str(&stage.ok(&format!("inspect {name}"))).unwrap();
+        shown[0]["Id"].as_str().unwrap().to_owned()
+    };
+    let whole = id("web");
+    let short = &whole[..12];
+    assert_eq!(id(short), whole);
+    stage.ok(&format!("publish {short} -p 80:80"));
+    stage.ok(&format!("unpublish {short} -p 80:80"));
+    // A name comes first.
+    stage.ok(&format!("attach {short}"));
+    assert_ne!(id(short), whole);
+    stage.ok(&format!("detach {short}"));
+    stage.ok(&format!("detach {whole}"));
+    refused(stage, &format!("inspect {short}"), 1, "there is no container");
+    // Seventeen identifiers have sixteen first digits.
+    (0..17).for_each(|number| drop(stage.ok(&format!("attach c{number}"))));
+    let firsts: Vec<char> = (0..17).map(|number| id(&format!("c{number}")).chars().next().unwrap()).collect();
+    let twice = firsts.iter().find(|first| firsts.iter().filter(|other| other == first).count() > 1).unwrap();
+    refused(stage, &format!("inspect {twice}"), 1, "write more digits, or the name");
+}
+
+fn without_ipv6(stage: &Stage) {
+    stage.ok("up --disable-ipv6");
+    stage.ok("attach web");
+    assert_eq!(stage.host("ip -n web -6 address"), "");
+    let db = stage.attach("db");
+    let shown = db.ip("-6 -br address");
+    assert!(
+        shown.contains("::1") && !shown.contains("fe80"),
+        "only eth0 of a namespace that was passed: {shown}"
+    );
+    stage.host("nsenter --net=/run/netns/web sysctl -w net.ipv6.conf.all.disable_ipv6=0");
+    assert!(stage.run("check").stdout.contains("net.ipv6.conf.all.disable_ipv6 in /run/netns/web is not 1"));
+    stage.ok("repair");
+    assert_eq!(stage.host("ip -n web -6 address"), "");
+    refused(stage, "up", 1, "the network is up with --bridge docker0 --subnet 172.17.0.0/16 --disable-ipv6");
+    refused(stage, "up --disable-ipv6 --subnet6 fd00:d0c::/64", 2, "cannot be used with");
+    stage.ok("down");
+    stage.ok("up");
+    stage.ok("attach web");
+    assert!(stage.host("ip -n web -6 address").contains("::1"));
+}
+
+/// Runs a command that fails with `--json`; returns what it prints.
+#[track_caller]
+fn json_error(stage: &Stage, arguments: &str) -> serde_json::Value {
+    let output = stage.run(&format!("{arguments} --json"));
+    assert_eq!(output.stderr, "", "{arguments}");
+    let shown: serde_json::Value = serde_json::from_str(&output.stdout).unwrap();
+    assert_eq!(shown["exit_status"].as_i64(), output.status.code().map(i64::from), "{shown}");
+    shown
+}
+
+fn json_errors(stage: &Stage) {
+    let error = |arguments: &str| json_error(stage, arguments)["error"].as_str().unwrap().to_owned();
+    assert!(error("attach web").starts_with("there is no network: run `netns-setup up --state-dir "));
+    stage.ok("up");
+    assert!(error("publish web -p 80").starts_with("there is no container web"));
+    assert!(error("publish web -p x").contains("'x' is not a port"));
+    assert!(error("frobnicate").contains("unrecognized subcommand 'frobnicate'"));
+    assert!(error("demo").contains("demo takes neither"));
+    stage.ok("attach web");
+    let published: serde_json::Value =
+        serde_json::from_str(&stage.ok("publish web -p 80:80 --json")).unwrap();
+    assert!(published["result"]["mappings"][0]["relay"]["pid"].is_u64(), "{published}");
+    stage.host("ip link set dev docker0 down");
+    let found = json_error(stage, "check");
+    assert_eq!(found["differences"], serde_json::json!(["docker0 is down"]));
+}
+
+fn partly_mended(stage: &Stage) {
+    stage.ok("up");
+    stage.host("ip netns add mine");
+    stage.ok("attach web --netns /run/netns/mine");
+    stage.host("ip netns delete mine");
+    let (_, said) = stage.fails("repair");
+    assert!(said.contains("1 difference found that netns-setup cannot repair"), "{said}");
+    stage.host("ip link set dev docker0 type bridge stp_state 1");
+    let output = stage.run("check");
+    assert!(output.stdout.contains("the spanning tree protocol of docker0 is on\n"), "{output:#?}");
+    let part = "for 1 of them; the last one is not for netns-setup to repair";
+    assert!(output.stderr.contains("2 differences found") && output.stderr.contains(part), "{output:#?}");
+    stage.fails("repair");
+    assert!(stage.host("ip -d link show dev docker0").contains("stp_state 0"));
+    stage.ok("detach web");
+    assert_eq!(stage.ok("check"), "everything is as it should be\n");
+}
+
+fn privileged_port(stage: &Stage) {
+    stage.ok("up");
+    stage.ok("attach web");
+    let publish = || {
+        let mut command = require::command("setpriv");
+        command.args(["--bounding-set=-net_bind_service", "--inh-caps=-net_bind_service"]);
+        command.arg(netns_setup()).args(["publish", "web", "-p", "80:80", "--state-dir"]);
+        command.arg(stage.state_dir());
+        stage.host.spawn(command).into_output()
+    };
+    let output = publish();
+    assert_eq!(output.status.code(), Some(1), "{output:#?}");
+    let way_out = "sysctl -w net.ipv4.ip_unprivileged_port_start=80";
+    assert!(output.stderr.contains(&format!("`{way_out}`")), "{output:#?}");
+    stage.host(way_out);
+    publish().success();
+}
+
+fn hidden_mounts(stage: &Stage) {
+    stage.ok("up");
+    let run = |arguments: &str| {
+        // As `ip netns exec` does to what its command sees.
+        let mut command = require::command("unshare");
+        command.args(["--mount", "--propagation", "slave"]).arg(netns_setup());
+        command.args(arguments.split_whitespace()).arg("--state-dir").arg(stage.state_dir());
+        stage.host.spawn(command).into_output()
+    };
+    stage.host("mkdir -p /run/netns");
+    stage.host("mount --bind /run/netns /run/netns");
+    stage.host("mount --make-shared /run/netns");
+    let before = stage.dump();
+    let output = run("attach web");
+    assert_eq!(output.status.code(), Some(1), "{output:#?}");
+    assert!(output.stderr.contains("the namespace of web would end with this process"), "{output:#?}");
+    assert_same(&stage.dump(), &before, "attach");
+    stage.ok("attach web");
+    run("check").success();
+    stage.host("ip netns delete web");
+    let output = run("repair");
+    assert_eq!(output.status.code(), Some(1), "{output:#?}");
+    stage.ok("repair");
+    assert_eq!(stage.ok("check"), "everything is as it should be\n");
+}
+
 fn at_once(stage: &Stage) {
     stage.ok("up");
     let runs: Vec<_> = (0..8)
@@ -223,7 +374,7 @@ fn at_once(stage: &Stage) {
 /// What `--dry-run` prints is run by a shell, and has to come to what the command itself comes to.
 fn printed_commands(stage: &Stage, backend: Backend) {
     let commands = [
-        format!("up --subnet6 fd00:d0c::/64 --persist --gso-max-size 0 {}", backend.option()),
+        format!("up --subnet6 fd00:d0c::/64 --persist {}", backend.option()),
         "attach web".to_owned(),
         "transparent up --interface docker0 eth0".to_owned(),
         "transparent down --interface docker0".to_owned(),
