@@ -281,7 +281,7 @@ impl Connection {
             mapping: mapping.to_string(),
             client: record.client(),
             host: record.host,
-            backend: port_mapping.backend.socket_addr(),
+            backend: record.backend().socket_addr(),
             state: record.state().to_owned(),
             spliced: is_tcp.then(|| record.is_spliced()),
             age_ms: milliseconds(record.age()),

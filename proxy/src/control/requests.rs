@@ -104,8 +104,8 @@ async fn cut_left(name: &Name, server: &Server) {
     let mut left = server.live();
     left.retain(|record| {
         let RecordedPort { mapping, port_mapping, .. } = &record.port;
-        let PortMapping { protocol, host, backend, .. } = *port_mapping;
-        mapping == name && targets.get(&(protocol, host)) != Some(&backend)
+        let PortMapping { protocol, host, .. } = *port_mapping;
+        mapping == name && targets.get(&(protocol, host)) != Some(&record.backend())
     });
     server.cut_recorded(&left).await;
 }

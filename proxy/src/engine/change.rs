@@ -417,8 +417,8 @@ impl Server {
             names.push(name.clone());
             self.registry.put(name, served);
         }
-        self.change_targets(other);
         self.watch(new);
+        self.change_targets(other).await;
         announce_all(names.iter().filter_map(|name| Some((name, self.registry.get(name)?))));
         self.leaving.add(&spare);
         self.release(spare.into_values().collect()).await;

@@ -187,10 +187,11 @@ impl Server {
         }
     }
 
-    /// Changes how listeners are served.
-    pub(crate) fn change_targets(&self, bindings: Vec<Binding>) {
+    /// Changes how listeners are served. Returns when no client is dialled for at an old target any more.
+    pub(crate) async fn change_targets(&self, bindings: Vec<Binding>) {
         for (task, bindings) in self.tasks.group(bindings, |binding| &binding.port) {
-            task.change_targets(bindings);
+            // If the task is gone, so are its listeners.
+            drop(task.change_targets(bindings).await);
         }
     }
 

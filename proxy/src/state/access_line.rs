@@ -47,6 +47,7 @@ pub(super) fn write(text: &mut Vec<u8>, format: Format, record: &Record) {
     let line = Line {
         client: record.client(),
         host: record.host,
+        backend: record.backend().socket_addr(),
         bytes_in: to_backend.bytes(),
         bytes_out: to_client.bytes(),
         datagrams_in: datagrams(to_backend),

@@ -216,6 +216,17 @@ impl ConnectionGuard {
         self.0.record.iter().for_each(|record| record.end(ending));
     }
 
+    /// Where the connection is relayed to, and how it is served.
+    pub(crate) fn target(&self) -> &Arc<Target> {
+        &self.0.target
+    }
+
+    /// Relays the connection, which has not been dialled yet, to another target of its mapping.
+    pub(crate) fn set_target(&mut self, target: Arc<Target>) {
+        debug_assert!(Arc::ptr_eq(&target.policy.state, self.state()), "it counts there");
+        self.0.target = target;
+    }
+
     /// The port that the connection belongs to.
     pub(crate) fn port_mapping(&self) -> &PortMapping {
         &self.0.target.port_mapping

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 use rproxy_mapping::PortMapping;
-use rproxy_mapping::addr::Protocol;
+use rproxy_mapping::addr::{BackendAddr, Protocol};
 use rproxy_mapping::name::Name;
 
 /// How a connection or flow ended.
@@ -132,11 +132,18 @@ pub(crate) struct Record {
     pub(crate) to_backend: Traffic,
     pub(crate) to_client: Traffic,
     peer: SocketAddr,
-    /// Whom a proxy in front has told its client is.
-    told: OnceLock<SocketAddr>,
+    told: OnceLock<Box<Told>>,
     connected: Moment,
     /// The number of the ending behind 0.
     ending: AtomicU8,
+}
+
+/// What the header of a proxy in front has told, on the heap because few records have it.
+#[derive(Debug)]
+struct Told {
+    client: SocketAddr,
+    /// The backend by then.
+    backend: BackendAddr,
 }
 
 impl Record {
@@ -165,12 +172,17 @@ impl Record {
 
     /// Its client, whom a proxy in front may have told.
     pub(crate) fn client(&self) -> SocketAddr {
-        *self.told.get().unwrap_or(&self.peer)
+        self.told.get().map_or(self.peer, |told| told.client)
     }
 
-    /// Records whom a proxy in front speaks for, which it says once.
-    pub(crate) fn set_client(&self, told: SocketAddr) {
-        self.told.get_or_init(|| told);
+    /// Where it is relayed to.
+    pub(crate) fn backend(&self) -> BackendAddr {
+        self.told.get().map_or(self.port.port_mapping.backend, |told| told.backend)
+    }
+
+    /// Records the header of a proxy in front: for whom it speaks, and where the connection is relayed to from then on.
+    pub(crate) fn set_told(&self, client: SocketAddr, backend: BackendAddr) {
+        self.told.get_or_init(|| Box::new(Told { client, backend }));
     }
 
     /// Records that the backend has accepted the connection. Returns how long that took since it was accepted here.
@@ -394,9 +406,12 @@ mod tests {
     fn a_flow_is_open_and_has_the_client_that_its_proxy_tells() {
         let record = record(Protocol::Udp);
         assert_eq!((record.state(), record.client().port()), ("open", 5000));
-        let told = "198.51.100.9:7".parse().unwrap();
-        record.set_client(told);
-        assert_eq!(record.client(), told);
+        let [told, backend] = ["198.51.100.9:7", "172.17.0.3:80"];
+        record.set_told(told.parse().unwrap(), backend.parse().unwrap());
+        assert_eq!(
+            (record.client().to_string(), record.backend().to_string()),
+            (told.into(), backend.into())
+        );
         record.to_backend.add_datagrams(2, 30);
         assert_eq!((record.to_backend.datagrams(), record.to_backend.bytes()), (2, 30));
         assert!(record.first_byte_time().is_none());

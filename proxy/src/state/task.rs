@@ -25,8 +25,10 @@ use crate::state::{Binding, MappingState};
 /// A command to a task.
 #[derive(Debug)]
 pub(crate) enum Command {
-    /// Serve these listeners like this from now on, whether they are new or not.
+    /// Serve these new listeners.
     Serve(Vec<Binding>),
+    /// Serve these listeners like this from now on. The sender is notified once no client is dialled for at an old target.
+    Retarget(Vec<Binding>, oneshot::Sender<()>),
     /// Accept nothing new from these listeners, let existing connections and flows finish, and close the
     /// listeners. The sender is notified once nothing new is accepted.
     Release(Vec<Arc<WatchedListener>>, oneshot::Sender<()>),
@@ -192,9 +194,12 @@ impl ListenerTask {
         }
     }
 
-    /// Changes how listeners are served that are already served.
-    pub(crate) fn change_targets(&self, bindings: Vec<Binding>) {
-        self.tell(Command::Serve(bindings));
+    /// Changes how listeners are served that are already served. The receiver is notified once no client is dialled for at
+    /// an old target.
+    pub(crate) fn change_targets(&self, bindings: Vec<Binding>) -> oneshot::Receiver<()> {
+        let (done, is_done) = oneshot::channel();
+        self.tell(Command::Retarget(bindings, done));
+        is_done
     }
 
     /// Accepts nothing new from listeners, and closes them once they are drained. The receiver is notified

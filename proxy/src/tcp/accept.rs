@@ -13,14 +13,14 @@ use std::sync::Arc;
 use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 use rproxy_mapping::addr::{BackendAddr, HostSocketAddr, canonical};
-use rproxy_mapping::dscp::Dscp;
 use rproxy_mapping::limits::OnLimit;
-use rproxy_sys::socket::{self, set_traffic_class};
+use rproxy_sys::socket;
 use rustix::net::connect_unspec;
 use socket2::{SockRef, Socket};
 use tokio::time::{Instant, sleep_until};
 use tracing::{debug, error, warn};
 
+use super::connections::Retargeted;
 use super::dial::DialError;
 use super::{Accepted, connections, dial, dial_and_relay, reactor, report_failed_dial};
 use crate::bind::listen::{BACKLOG, set_stream_options};
@@ -30,7 +30,7 @@ use crate::runtime::poll::{EventSource, LISTENER, WatchedListener};
 use crate::runtime::worker::{WorkerSlot, Workers};
 use crate::state::record::Ending;
 use crate::state::task::{Command, Commands, Detached, LiveFlows};
-use crate::state::{Binding, Capacity, ConnectionGuard, MappingPolicy, Target};
+use crate::state::{Binding, Capacity, ConnectionGuard, Target};
 use crate::tcp::backoff::Backoff;
 
 /// Listeners serviced in one turn.
@@ -123,20 +123,15 @@ impl Acceptor {
 
     fn handle(&mut self, command: Command) {
         match command {
-            Command::Serve(bindings) => {
-                let mut stricter: Vec<Arc<MappingPolicy>> = Vec::new();
-                for binding in bindings {
-                    let changed = self.assign(binding);
-                    // The ports of a mapping are adjacent.
-                    if !changed
-                        .as_ref()
-                        .zip(stricter.last())
-                        .is_some_and(|(new, last)| Arc::ptr_eq(new, last))
-                    {
-                        stricter.extend(changed);
-                    }
-                }
-                stricter.iter().for_each(|policy| self.cut_denied(policy));
+            Command::Serve(bindings) => bindings.into_iter().for_each(|binding| drop(self.assign(binding))),
+            Command::Retarget(bindings, done) => {
+                let retargeted = bindings.into_iter().filter_map(|binding| self.assign(binding)).collect();
+                let told = connections::retarget(&self.workers, retargeted);
+                tokio::spawn(async move {
+                    told.await;
+                    // The requester may not wait for the result.
+                    done.send(()).ok();
+                });
                 // The limits may have changed.
                 self.resume_all_full();
             }
@@ -171,25 +166,15 @@ impl Acceptor {
         }
     }
 
-    /// Serves a listener like this from now on. Returns the policy of its mapping if other clients are
-    /// admitted than before.
-    fn assign(&mut self, binding: Binding) -> Option<Arc<MappingPolicy>> {
+    /// Serves a listener like this from now on. Returns how its target has changed, if it is of the same mapping.
+    fn assign(&mut self, binding: Binding) -> Option<Retargeted> {
         let number = binding.port.number();
         if self.listeners.len() <= number {
             self.listeners.resize_with(number + 1, || None);
         }
-        let policy = binding.target.policy.clone();
-        let previous = self.listeners[number].replace(binding)?.target.policy.clone();
-        let is_same = Arc::ptr_eq(&previous.state, &policy.state);
-        (is_same && previous.limits.access != policy.limits.access).then_some(policy)
-    }
-
-    /// Resets connections whose clients are denied now. All that were accepted before are on their workers.
-    fn cut_denied(&self, policy: &Arc<MappingPolicy>) {
-        for runtime in self.workers.runtimes() {
-            let policy = policy.clone();
-            runtime.spawn(async move { connections::cut_denied(&policy) });
-        }
+        let new = binding.target.clone();
+        let old = self.listeners[number].replace(binding)?.target;
+        Arc::ptr_eq(&old.policy.state, &new.policy.state).then_some((old, new))
     }
 
     /// Removes some listeners. The kernel resets what is pending there when they are closed.
@@ -417,8 +402,10 @@ fn accept_some(
             target.log_refusal(peer, Ending::OverLimit);
         } else {
             if let Some(dscp) = policy.limits.dscp {
-                mark(&client, peer.is_ipv6(), dscp, target);
-                backend.iter().for_each(|backend| mark(backend, addr.socket_addr().is_ipv6(), dscp, target));
+                dial::mark(&client, peer.is_ipv6(), dscp, target);
+                backend
+                    .iter()
+                    .for_each(|backend| dial::mark(backend, addr.socket_addr().is_ipv6(), dscp, target));
             }
             let guard = ConnectionGuard::take(target);
             match backend {
@@ -446,13 +433,6 @@ fn reset_without_backend(client: OwnedFd, peer: SocketAddr, mut guard: Connectio
     record(&mut guard, peer, &client);
     report_failed_dial(peer, &guard, &DialError::Open { addr, source });
     drop(client);
-}
-
-/// Sets the code point of what `socket` sends.
-fn mark(socket: &impl AsFd, ipv6: bool, dscp: Dscp, target: &Target) {
-    if let Err(error) = set_traffic_class(socket.as_fd(), ipv6, dscp.bits() << 2) {
-        debug!(mapping = %target.name(), %error, "cannot set the code point of a connection");
-    }
 }
 
 /// Whether the error concerns a single connection, not the listener (accept(2), "Error handling").

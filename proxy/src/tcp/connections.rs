@@ -8,7 +8,6 @@ use std::sync::Arc;
 
 use rproxy_mapping::addr::Protocol;
 use slab::Slab;
-use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 use tracing::info;
 
@@ -16,7 +15,7 @@ use crate::runtime::worker::Workers;
 use crate::state::record::{Ending, Record};
 use crate::state::stats::FailureKind;
 use crate::state::task::Cut;
-use crate::state::{MappingPolicy, MappingState};
+use crate::state::{MappingPolicy, MappingState, Target};
 use crate::tcp::pipe;
 
 thread_local! {
@@ -41,9 +40,8 @@ impl Connection {
 /// Whom a connection is for.
 pub(super) enum Client {
     Known(IpAddr),
-    /// The peer is a proxy, whose header will tell. If the mapping gets another policy meanwhile, that is here: the
-    /// client is admitted or not according to it.
-    Awaited(Option<Arc<MappingPolicy>>),
+    /// The peer is a proxy, whose header will tell. By then, the target may be another one ([`follow`]).
+    Awaited(Arc<Target>),
 }
 
 /// Runs the future that `task` returns for a connection of a mapping, on this worker: that of a client, and its record if
@@ -66,17 +64,70 @@ pub(super) fn spawn<F>(
     });
 }
 
-/// Resets the connections of this worker whose clients `policy` denies. Those that a proxy has yet to tell are checked then.
-pub(super) fn cut_denied(policy: &Arc<MappingPolicy>) {
-    let is_denied = |client: &mut Client| match client {
-        Client::Known(client) => !policy.limits.access.admits(*client),
-        Client::Awaited(changed) => {
-            *changed = Some(policy.clone());
-            false
+/// A port of a mapping gets another target: the old one, and the new one.
+pub(super) type Retargeted = (Arc<Target>, Arc<Target>);
+
+/// Tells the workers what other targets mean for their connections: those that still wait for the header of their proxy
+/// follow, and those whose clients are denied now are reset. Called by the task that accepts connections, it finds all that
+/// were accepted before. The returned future ends when all have been told.
+pub(super) fn retarget(workers: &Workers, retargeted: Vec<Retargeted>) -> impl Future<Output = ()> + use<> {
+    let has_other_access = |(old, new): &&Retargeted| old.policy.limits.access != new.policy.limits.access;
+    let stricter = retargeted.iter().filter(has_other_access).map(|(_, new)| new.policy.clone());
+    let mut stricter: Vec<_> = stricter.collect();
+    // The ports of a mapping are adjacent.
+    stricter.dedup_by(|one, other| Arc::ptr_eq(one, other));
+    let changes = Arc::new((Followed::new(retargeted), stricter));
+    on_all(workers, move || {
+        let changes = changes.clone();
+        async move {
+            let (followed, stricter) = &*changes;
+            follow(followed);
+            stricter.iter().for_each(cut_denied);
         }
+    })
+}
+
+/// Targets that were replaced, in the order of their addresses.
+struct Followed(Vec<Retargeted>);
+
+impl Followed {
+    fn new(mut retargeted: Vec<Retargeted>) -> Self {
+        retargeted.sort_unstable_by_key(|(old, _)| Arc::as_ptr(old).addr());
+        Self(retargeted)
+    }
+
+    /// What has replaced `target`.
+    fn by(&self, target: &Arc<Target>) -> Option<&Arc<Target>> {
+        let addr = Arc::as_ptr(target).addr();
+        let index = self.0.binary_search_by_key(&addr, |(old, _)| Arc::as_ptr(old).addr()).ok()?;
+        Some(&self.0[index].1)
+    }
+}
+
+/// The connections of this worker that still wait for the header of their proxy go to the new targets. Those that have
+/// dialled stay with the old ones.
+fn follow(followed: &Followed) {
+    SERVED.with_borrow_mut(|served| {
+        let connections = served.iter_mut().filter_map(|(_key, connection)| connection.as_mut());
+        for connection in connections {
+            if let Client::Awaited(target) = &mut connection.client
+                && let Some(new) = followed.by(target)
+            {
+                *target = new.clone();
+            }
+        }
+    });
+}
+
+/// Resets the connections of this worker whose clients `policy` denies. Those that a proxy has yet to tell are checked
+/// then.
+fn cut_denied(policy: &Arc<MappingPolicy>) {
+    let is_denied = |client: &Client| match client {
+        Client::Known(client) => !policy.limits.access.admits(*client),
+        Client::Awaited(_) => false,
     };
     let denied = cut(Ending::Denied, |connection| {
-        connection.belongs_to(&policy.state) && is_denied(&mut connection.client)
+        connection.belongs_to(&policy.state) && is_denied(&connection.client)
     });
     let denied = denied.len();
     if denied > 0 {
@@ -113,16 +164,24 @@ fn cut_on_all<F>(workers: &Workers, ending: Ending, chosen: F) -> impl Future<Ou
 where
     F: Fn(&Connection) -> bool + Clone + Send + 'static,
 {
-    let cut_there = |runtime: Handle| {
+    on_all(workers, move || {
         let chosen = chosen.clone();
-        runtime.spawn(async move {
+        async move {
             for task in cut(ending, |connection| chosen(connection)) {
                 // It has been cancelled, or had finished before.
                 drop(task.await);
             }
-        })
-    };
-    let tasks: Vec<_> = workers.runtimes().into_iter().map(cut_there).collect();
+        }
+    })
+}
+
+/// Runs the future that `work` returns on each worker, after what it was told before. The returned future ends when all
+/// have; they run even if it is not awaited.
+fn on_all<F, W: Fn() -> F>(workers: &Workers, work: W) -> impl Future<Output = ()> + use<F, W>
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    let tasks: Vec<_> = workers.runtimes().into_iter().map(|runtime| runtime.spawn(work())).collect();
     async move {
         for task in tasks {
             // A panic has been reported where it happened.
@@ -148,16 +207,16 @@ fn cut(ending: Ending, chosen: impl Fn(&mut Connection) -> bool) -> Vec<JoinHand
 pub(super) struct Entry(u32);
 
 impl Entry {
-    /// Lists the connection as that of `client`, which its proxy has told. Returns the policy that the mapping has got
-    /// since the connection was accepted, if that admits other clients.
-    pub(super) fn set_client(&self, client: IpAddr) -> Option<Arc<MappingPolicy>> {
+    /// Lists the connection as that of `client`, whom its proxy has told. Returns its target, which may be another one than
+    /// when it was accepted.
+    pub(super) fn set_client(&self, client: IpAddr) -> Option<Arc<Target>> {
         let client = Client::Known(client);
         let before = SERVED.with_borrow_mut(|served| {
             let connection = served.get_mut(self.0 as usize)?.as_mut()?;
             Some(std::mem::replace(&mut connection.client, client))
         });
         match before {
-            Some(Client::Awaited(changed)) => changed,
+            Some(Client::Awaited(target)) => Some(target),
             Some(Client::Known(_)) | None => None,
         }
     }
@@ -181,6 +240,7 @@ impl Drop for Entry {
 mod tests {
     use std::net::IpAddr;
 
+    use rproxy_mapping::PortMapping;
     use rproxy_mapping::access::{AccessList, parse_network};
     use rproxy_mapping::limits::Limits;
 
@@ -221,29 +281,41 @@ mod tests {
     fn a_client_that_a_proxy_has_yet_to_tell_is_subject_to_what_changes_meanwhile() {
         let state = Arc::<MappingState>::default();
         let client: IpAddr = "192.0.2.7".parse().unwrap();
+        let target = |deny: &str, backend: &str| {
+            let access = AccessList { deny: vec![parse_network(deny).unwrap()], ..AccessList::default() };
+            let limits = Limits { access, ..Limits::default() };
+            let policy = Arc::new(MappingPolicy { limits, state: state.clone() });
+            let (host, backend) = ("127.0.0.1:80".parse().unwrap(), backend.parse().unwrap());
+            let port_mapping = PortMapping { protocol: Protocol::Tcp, host, backend, v6only: false };
+            Arc::new(Target { port_mapping, policy })
+        };
+        let replace = |old: &Arc<Target>, new: &Arc<Target>| {
+            follow(&Followed::new(vec![(new.clone(), old.clone()), (old.clone(), new.clone())]));
+        };
         new_runtime().unwrap().block_on(async {
             let (tell, told) = tokio::sync::oneshot::channel();
             let (report, mut reported) = tokio::sync::mpsc::unbounded_channel();
-            spawn((Client::Awaited(None), None), &state, |entry| async move {
+            let first = target("198.51.100.0/24", "192.0.2.1:80");
+            spawn((Client::Awaited(first.clone()), None), &state, |entry| async move {
                 told.await.unwrap();
-                report.send(entry.set_client(client).map(|policy| policy.would_admit(client))).unwrap();
+                report.send(entry.set_client(client).unwrap()).unwrap();
                 std::future::pending::<()>().await;
                 drop((report, entry));
             });
-            let policy = |deny: &str| {
-                let access = AccessList { deny: vec![parse_network(deny).unwrap()], ..AccessList::default() };
-                let limits = Limits { access, ..Limits::default() };
-                Arc::new(MappingPolicy { limits, state: state.clone() })
-            };
             tokio::task::yield_now().await;
-            cut_denied(&policy("::/0"));
-            cut_denied(&policy("192.0.2.7"));
+            let second = target("::/0", "192.0.2.2:80");
+            replace(&first, &second);
+            cut_denied(&second.policy);
+            let third = target("192.0.2.7", "192.0.2.3:80");
+            replace(&second, &third);
+            cut_denied(&third.policy);
             tell.send(()).unwrap();
-            assert_eq!(reported.recv().await, Some(Some(false)), "the last one holds");
+            let served = reported.recv().await.unwrap();
+            assert!(Arc::ptr_eq(&served, &third), "the last one holds");
             assert_eq!(state.stats.failure_kind(FailureKind::Denied), 0, "it is counted by who asks");
-            cut_denied(&policy("192.0.2.8"));
-            cut_denied(&policy("192.0.2.7"));
-            assert_eq!(reported.recv().await, None, "from now on it is cut");
+            cut_denied(&second.policy);
+            cut_denied(&third.policy);
+            assert!(reported.recv().await.is_none(), "from now on it is cut");
         });
     }
 

@@ -5,20 +5,24 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::errno::Errno;
 use rproxy_mapping::addr::BackendAddr;
+use rproxy_mapping::dscp::Dscp;
+use rproxy_sys::socket::set_traffic_class;
 use socket2::{Domain, SockRef, Socket, Type};
 use tokio::time::timeout;
-use tracing::warn;
+use tracing::{debug, warn};
 
 use super::local_ports;
 use super::stream::Stream;
 use crate::bind::listen::set_stream_options;
 use crate::bind::source::SourceError;
 use crate::log::limit::LogLimit;
+use crate::state::Target;
 
 /// A socket for a backend, and whether it is on its way there.
 pub(super) enum Begun {
@@ -109,6 +113,27 @@ pub(super) fn open(backend: BackendAddr) -> io::Result<Socket> {
     // Set before the connect, this delays the ACK of the handshake (tcp(7)), and nothing later.
     socket.set_tcp_quickack(false)?;
     Ok(socket)
+}
+
+/// Opens a socket for the backend of `target`, with the code point that it has.
+///
+/// # Errors
+/// [`DialError::Open`]
+pub(super) fn open_for(target: &Target) -> Result<Socket, DialError> {
+    let backend = target.port_mapping.backend;
+    let addr = backend.socket_addr();
+    let socket = open(backend).map_err(|source| DialError::Open { addr, source })?;
+    if let Some(dscp) = target.policy.limits.dscp {
+        mark(&socket, addr.is_ipv6(), dscp, target);
+    }
+    Ok(socket)
+}
+
+/// Sets the code point of what `socket` sends.
+pub(super) fn mark(socket: &impl AsFd, ipv6: bool, dscp: Dscp, target: &Target) {
+    if let Err(error) = set_traffic_class(socket.as_fd(), ipv6, dscp.bits() << 2) {
+        debug!(mapping = %target.name(), %error, "cannot set the code point of a connection");
+    }
 }
 
 /// Starts to connect to `addr`. [`Stream::writable`] reports completion.

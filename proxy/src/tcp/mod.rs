@@ -58,7 +58,7 @@ impl Accepted {
     fn client(&self) -> Client {
         let peer = self.peer.ip();
         match self.guard.limits().proxy_protocol.expects_header(peer) {
-            true => Client::Awaited(None),
+            true => Client::Awaited(self.guard.target().clone()),
             false => Client::Known(peer),
         }
     }
@@ -69,23 +69,23 @@ impl Accepted {
 ///
 /// Not an `async fn`, because the future of one has its arguments twice.
 fn dial_and_relay(accepted: Accepted, slot: WorkerSlot, entry: Entry) -> impl Future<Output = ()> + Send {
-    let Accepted { client, backend, mut peer, guard } = accepted;
+    let Accepted { client, backend: mut socket, mut peer, mut guard } = accepted;
     async move {
         // What a future captures is dropped in the order of its first use: the sockets come before the guard.
         let client = match Stream::new(client) {
             Ok(client) => client,
             Err(error) => return report_unwatched(peer, &guard, &error),
         };
-        let socket = backend;
-        let (guard, _slot) = (&guard, &slot);
         let mut header = None;
         if guard.limits().proxy_protocol.is_used() {
             // On the heap, because few mappings have it.
-            match Box::pin(proxy_header::exchange(&client, &mut peer, guard, &entry)).await {
+            match Box::pin(proxy_header::exchange(&client, &mut socket, &mut peer, &mut guard, &entry)).await
+            {
                 Ok(for_backend) => header = for_backend,
                 Err(Refused) => return,
             }
         }
+        let (guard, _slot) = (&guard, &slot);
         // On the heap, so that its timer does not enlarge the future of the connection.
         let Some(backend) = Box::pin(dialled(socket, &client, peer, guard)).await else { return };
         if header.is_none() && !client.is_readable() {

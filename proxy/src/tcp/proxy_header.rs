@@ -5,18 +5,19 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use rproxy_mapping::addr::{Protocol, canonical};
-use socket2::SockRef;
+use socket2::{SockRef, Socket};
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
 use super::connections::Entry;
 use super::direction::is_transient;
 use super::stream::{Stream, close_in_order};
+use super::{dial, report_failed_dial};
 use crate::log::limit::LogLimit;
 use crate::proxy_protocol::{Endpoints, HeaderError, LONGEST, decode_stream};
+use crate::state::ConnectionGuard;
 use crate::state::record::Ending;
 use crate::state::stats::FailureKind;
-use crate::state::{ConnectionGuard, Target};
 
 /// The header for a backend, in bytes. Boxed, it takes one pointer in the future of each connection.
 #[derive(Debug)]
@@ -25,36 +26,46 @@ pub(super) struct Header(pub(super) Vec<u8>);
 /// The connection must not be served: it is reset.
 pub(super) struct Refused;
 
-/// Receives the header of a connection if its `peer` is a proxy; the peer is then the client that this speaks for. Returns
-/// the header for the backend, if that gets one.
+/// Receives the header of a connection if its `peer` is a proxy; the peer is then the client that this speaks for, and the
+/// target is that which the mapping has by then, and `socket` one that can connect to its backend. Returns the header for
+/// the backend, if that gets one.
 ///
 /// # Errors
 /// [`Refused`] if the proxy's header is wrong, or if the mapping does not serve its client.
 pub(super) async fn exchange(
     stream: &Stream,
+    socket: &mut Socket,
     peer: &mut SocketAddr,
-    guard: &ConnectionGuard,
+    guard: &mut ConnectionGuard,
     entry: &Entry,
 ) -> Result<Option<Box<Header>>, Refused> {
-    let options = &guard.limits().proxy_protocol;
     let mut told = None;
+    let options = &guard.limits().proxy_protocol;
     if options.expects_header(peer.ip()) {
         let received = receive(stream, options.timeout).await;
         told = received.map_err(|error| refuse(stream, *peer, guard, &error))?;
         if let Some(told) = told {
             *peer = told.source();
-            guard.record().iter().for_each(|record| record.set_client(canonical(*peer)));
         }
-        let is_admitted = match entry.set_client(peer.ip()) {
-            Some(policy) => Target { port_mapping: *guard.port_mapping(), policy }.admits(*peer),
-            None => guard.admits(*peer),
-        };
-        if !is_admitted {
+        let is_ipv4 = |guard: &ConnectionGuard| guard.port_mapping().backend.socket_addr().is_ipv4();
+        let was_ipv4 = is_ipv4(guard);
+        if let Some(target) = entry.set_client(peer.ip()) {
+            guard.set_target(target);
+        }
+        let (client, backend) = (canonical(*peer), guard.port_mapping().backend);
+        guard.record().iter().for_each(|record| record.set_told(client, backend));
+        if !guard.admits(*peer) {
             guard.end(Ending::Denied);
             return Err(Refused);
         }
+        if is_ipv4(guard) != was_ipv4 {
+            let reopened = dial::open_for(guard.target());
+            *socket =
+                reopened.map_err(|error| report_failed_dial(*peer, guard, &error)).map_err(|()| Refused)?;
+        }
     }
-    Ok(options.send.map(|version| {
+    let send = guard.limits().proxy_protocol.send;
+    Ok(send.map(|version| {
         let endpoints = told.unwrap_or_else(|| endpoints(stream, *peer));
         Box::new(Header(endpoints.header(version, Protocol::Tcp)))
     }))

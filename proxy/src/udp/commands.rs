@@ -28,6 +28,11 @@ impl UdpRelay {
     pub(super) fn handle(&mut self, command: Command) {
         match command {
             Command::Serve(bindings) => self.assign(bindings),
+            Command::Retarget(bindings, done) => {
+                self.assign(bindings);
+                // The requester may not wait for the result.
+                done.send(()).ok();
+            }
             Command::Release(ports, done) => {
                 let now = Instant::now();
                 ports.iter().for_each(|port| self.listeners.release(port.number(), now));

@@ -17,6 +17,7 @@ use crate::bind::BoundPort;
 use crate::bind::listen::Listener;
 use crate::runtime::new_runtime;
 use crate::runtime::poll::PollSet;
+use crate::state::MappingPolicy;
 use crate::state::Target;
 use crate::state::stats::FailureKind;
 

@@ -1,7 +1,7 @@
 //! Limits, access lists, and changes while clients of proxies are served.
 
 use std::io::{Read, Write};
-use std::net::{IpAddr, SocketAddr, TcpStream};
+use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
@@ -11,6 +11,7 @@ use testkit::client::{self, End, own_address, own_listener};
 use testkit::controlled::Controlled;
 use testkit::eventually;
 use testkit::process::Stream;
+use testkit::require::Need;
 use testkit::suite::Case;
 use testkit::upgradable::{Program, upgrade, wait_for_end};
 
@@ -23,6 +24,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("access lists are about the client that is told", access),
         case("clients that a change denies are reset", denied_later),
         case("a change while headers are awaited", denied_meanwhile),
+        case("another backend while headers are awaited", retargeted_meanwhile).needs(&[Need::Ipv6]),
         case("beyond max_connections clients are reset", limit_resets),
         case("beyond max_connections clients wait", limit_waits),
         case("other options apply to new connections", other_options),
@@ -117,6 +119,32 @@ fn denied_meanwhile() {
     receives(&stream, &v2(client_at("192.0.2.8")));
     converse(&allowed, &stream);
     assert_eq!(served.errors(), json!({ "denied": 1 }));
+}
+
+fn retargeted_meanwhile() {
+    let mut served = serve(&with(&json!({ "proxy_timeout": "1h" })));
+    let header = v1(told());
+    let mut waiting: Vec<_> = (0..3).map(|_| served.send(&header[..9])).collect();
+    let is_accepted = |served: &Served, count| served.proxy.stats("web")["connections"] == count;
+    eventually("they are accepted", || is_accepted(&served, 3));
+    // Not those that have dialled.
+    let before = admitted(&served, "192.0.2.7");
+    for (address, send_proxy) in [("127.0.0.1:0", "v2"), ("[::1]:0", "v1"), ("127.0.0.1:0", "v2")] {
+        served.backend = TcpListener::bind(address).unwrap();
+        served.to = served.backend.local_addr().unwrap();
+        let limits = json!({ "proxy_timeout": "1h", "send_proxy": send_proxy });
+        served.change(&with(&limits));
+        let mut client = waiting.pop().unwrap();
+        client.write_all(&header[9..]).unwrap();
+        let stream = accept(&served.backend);
+        receives(&stream, &if send_proxy == "v1" { v1(told()) } else { v2(told()) });
+        converse(&client, &stream);
+        let live = served.proxy.json(&["connections"])["connections"].clone();
+        let shown: Vec<_> = live.as_array().unwrap().iter().map(|one| &one["backend"]).collect();
+        assert!(shown.contains(&&json!(served.to)), "{live}");
+    }
+    converse(&before[0], &before[1]);
+    assert_eq!(served.errors(), json!({}));
 }
 
 fn limit_resets() {
