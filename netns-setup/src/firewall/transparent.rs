@@ -13,6 +13,11 @@ use crate::transparent::MARK;
 /// The table of the nft backend. Those of networks start with `netns-setup-`.
 pub const TABLE_NAME: &str = "netns-setup_transparent";
 
+/// A rule in a chain that no packet enters. Its presence has the kernel reassemble what arrives in fragments before
+/// prerouting (`nft_tproxy_init`, net/netfilter/nft_tproxy.c), as iptables' `-m socket` does and `socket` of nft does not: only
+/// the first fragment of a datagram has the ports by which its socket is found.
+const DEFRAGMENT: [&str; 1] = ["meta l4proto udp tproxy to :1"];
+
 /// The nft table that `topology` needs.
 #[must_use]
 pub fn nft(topology: &Topology) -> Option<String> {
@@ -28,7 +33,11 @@ fn table(parts: &Transparent) -> String {
         rules.push(format!("iifname \"{iif}\" socket transparent 1 meta mark set meta mark or {MARK:#x}"));
     }
     let hook = "type filter hook prerouting priority mangle; policy accept;";
-    format!("table inet {TABLE_NAME} {{\n{}}}\n", nft::chain("prerouting", Some(hook), &rules))
+    let prerouting = nft::chain("prerouting", Some(hook), &rules);
+    format!(
+        "table inet {TABLE_NAME} {{\n{prerouting}{}}}\n",
+        nft::chain("defragment", None, &DEFRAGMENT.map(str::to_owned))
+    )
 }
 
 /// The rules of iptables that `topology` needs, for one address family.
@@ -72,8 +81,7 @@ pub fn probe(parts: &Transparent) -> Result<(), ProbeError> {
 
 fn load(topology: &Topology, parts: &Transparent) -> Result<(), ProbeError> {
     if let Some(table) = nft(topology) {
-        const NEEDED: &str =
-            "nft 0.9.7 and Linux 5.10 or later, and its option CONFIG_NFT_SOCKET (module nft_socket)";
+        const NEEDED: &str = "nft 0.9.7 and Linux 5.10 or later, and its options CONFIG_NFT_SOCKET and CONFIG_NFT_TPROXY (modules nft_socket and nft_tproxy)";
         attempt(tool::run("nft", &["-f", "-"], &table), NEEDED)?;
     }
     if parts.firewall == Firewall::Iptables {

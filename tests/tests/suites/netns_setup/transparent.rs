@@ -690,9 +690,9 @@ fn without_socket_match(stage: &Stage) {
         deaf("iptables-restore", "Extension socket revision 0 not supported, missing kernel module?");
     let before = stage.dump();
     for (firewall, module) in [
-        ("nft", "CONFIG_NFT_SOCKET (module nft_socket)"),
+        ("nft", "CONFIG_NFT_SOCKET and CONFIG_NFT_TPROXY"),
         ("iptables", "CONFIG_NETFILTER_XT_MATCH_SOCKET of the kernel (module xt_socket)"),
-        ("auto", "CONFIG_NFT_SOCKET (module nft_socket)"),
+        ("auto", "CONFIG_NFT_SOCKET and CONFIG_NFT_TPROXY"),
     ] {
         for command in [
             format!("transparent up --firewall {firewall}"),
