@@ -90,7 +90,8 @@ fn explain(error: &io::Error) -> String {
 
 fn explain_for_client(error: &io::Error) -> String {
     match error.kind() {
-        io::ErrorKind::AddrNotAvailable | io::ErrorKind::AddrInUse => {
+        // The last is of a datagram socket (inet_dgram_connect, net/ipv4/af_inet.c).
+        io::ErrorKind::AddrNotAvailable | io::ErrorKind::AddrInUse | io::ErrorKind::WouldBlock => {
             "all ports of its address are in use towards the backend".to_owned()
         }
         _ => explain(error),
@@ -156,7 +157,11 @@ pub(crate) fn answers_come_back(
         let other = scope_of(backend).is_some_and(|of_backend| link != of_backend);
         return Err(if other { NotAsClient::OtherLink } else { NotAsClient::SameLink });
     }
-    let own = towards(client).map_err(NotAsClient::Kernel)?;
+    let own = towards(client).map_err(|error| match error.kind() {
+        // The broadcast address of a network (connect(2)).
+        io::ErrorKind::PermissionDenied => NotAsClient::Nobody,
+        _ => NotAsClient::Kernel(error),
+    })?;
     if own == client.ip() {
         return Err(NotAsClient::Local);
     }

@@ -1,10 +1,13 @@
 //! Connects to a backend as the client, or from an address of this host.
 
+use std::io;
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
 
 use rproxy_mapping::addr::BackendAddr;
 use rproxy_mapping::limits::Limits;
 use rproxy_mapping::source::Source;
+use rproxy_sys::socket::set_traffic_class;
 use socket2::Socket;
 use tracing::debug;
 
@@ -60,8 +63,7 @@ pub(super) fn prepare(
     if let Some(socket) = socket {
         return Ok(Begun::Not(socket));
     }
-    let socket = dial::open(backend).map_err(|source| refused(NotAsClient::Kernel(source)))?;
-    bind_to_device(&socket, limits)?;
+    let socket = another(backend, limits).map_err(|source| refused(NotAsClient::Kernel(source)))?;
     Ok(Begun::Not(socket))
 }
 
@@ -78,7 +80,19 @@ fn begin_with_other_port(
     client: SocketAddr,
     limits: &Limits,
 ) -> Result<Socket, NotAsClient> {
-    let socket = dial::open(backend).map_err(NotAsClient::Kernel)?;
-    bind_to_device(&socket, limits).map_err(|error| NotAsClient::Kernel(error.into()))?;
+    let socket = another(backend, limits).map_err(NotAsClient::Kernel)?;
     begin(socket, SocketAddr::new(client.ip(), 0), backend.socket_addr())
+}
+
+/// A socket in place of one that cannot be used any more, with what has been set for that one.
+fn another(backend: BackendAddr, limits: &Limits) -> io::Result<Socket> {
+    let socket = dial::open(backend)?;
+    if let Some(dscp) = limits.dscp
+        && let Err(error) =
+            set_traffic_class(socket.as_fd(), backend.socket_addr().is_ipv6(), dscp.bits() << 2)
+    {
+        debug!(backend = %backend.socket_addr(), %error, "cannot set the code point of a connection");
+    }
+    bind_to_device(&socket, limits)?;
+    Ok(socket)
 }

@@ -165,6 +165,11 @@ impl Flow {
         self.gso_to_backend = false;
     }
 
+    /// Whether its socket cannot send any more, while another one could; see [`source::is_stale`].
+    pub(super) fn is_stale(&self) -> bool {
+        source::is_stale(self.as_fd(), self.target(), self.port == NO_PORT)
+    }
+
     /// The number of queued datagrams.
     pub(super) fn unsent(&self) -> usize {
         self.queue.len()

@@ -6,8 +6,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use rproxy_sys::udp::{MOST_DISCARDED, discard, dropped, source_towards};
-use socket2::SockRef;
+use rproxy_sys::udp::{MOST_DISCARDED, discard, dropped};
 
 use super::capacity::Capacity;
 use super::flow::Flow;
@@ -153,17 +152,15 @@ impl UdpRelay {
         }
     }
 
-    /// Ends flows of the slots whose local address is not the source address for their backend any more. It may have
-    /// been removed from this host; then nothing can be sent from it.
+    /// Ends flows of the slots whose socket cannot send any more, while another one could.
     #[cold]
     pub(super) fn end_with_stale_source(&mut self, slots: &[Routed]) {
         let ids: HashSet<FlowId> = slots.iter().map(|routed| routed.id).collect();
         for id in ids {
             let Some((_key, flow)) = self.table.get(id) else { continue };
-            let source = source_towards(flow.target().port_mapping.backend.socket_addr());
-            let local = SockRef::from(&flow.as_fd()).local_addr().ok().and_then(|addr| addr.as_socket());
-            let is_stale = source.is_ok_and(|source| local.is_some_and(|local| local.ip() != source));
-            if is_stale && let Some(ended) = self.table.remove(id) {
+            if flow.is_stale()
+                && let Some(ended) = self.table.remove(id)
+            {
                 self.end(ended, Ending::SourceUnavailable);
             }
         }

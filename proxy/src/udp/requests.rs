@@ -29,6 +29,9 @@ use crate::state::Target;
 use crate::state::record::Ending;
 use crate::state::stats::FailureKind;
 
+/// What send(2) fails with from an address or an interface that is gone.
+const STALE: [i32; 4] = [libc::ENETUNREACH, libc::EINVAL, libc::EADDRNOTAVAIL, libc::ENODEV];
+
 impl UdpRelay {
     /// Receives and forwards what clients sent to a listener.
     pub(super) fn serve_listener(&mut self, index: usize, ready: EpollFlags, batch: &mut Batch) {
@@ -191,7 +194,7 @@ impl UdpRelay {
         if let Some(id) = lost_peer {
             self.end_without_peer(id);
         }
-        if [libc::ENETUNREACH, libc::EINVAL, libc::EADDRNOTAVAIL].into_iter().any(|errno| tally.met(errno)) {
+        if STALE.into_iter().any(|errno| tally.met(errno)) {
             self.end_with_stale_source(&batch.slots);
         }
         batch.slots.clear();

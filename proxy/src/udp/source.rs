@@ -3,13 +3,14 @@
 use std::collections::HashSet;
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use rproxy_mapping::addr::{Protocol, canonical, wildcard_of};
 use rproxy_mapping::source::Source;
-use rproxy_sys::udp::source_towards;
-use socket2::{Domain, Socket, Type};
+use rproxy_sys::udp::{is_local, source_towards};
+use socket2::{Domain, SockRef, Socket, Type};
 use tracing::{debug, warn};
 
 use super::local_ports::LocalPorts;
@@ -145,6 +146,34 @@ fn begin(target: &Target, client: SocketAddr) -> Result<Socket, NotAsClient> {
     bind_as_client(&socket, client)?;
     connect(&socket, target).map_err(NotAsClient::Kernel)?;
     Ok(socket)
+}
+
+/// Whether the socket of a flow does not come any more from where `target` says: its interface was removed, and there may be
+/// another one of that name; its address was removed from this host; or this has another one towards the backend. The address
+/// of a client (`as_client`) is always right.
+pub(super) fn is_stale(socket: BorrowedFd<'_>, target: &Target, as_client: bool) -> bool {
+    let (limits, socket) = (&target.policy.limits, SockRef::from(&socket));
+    if let Some(device) = &limits.device {
+        // Fails if the interface is gone (`netdev_get_name`, net/core/dev.c).
+        let bound = socket.device().ok().flatten();
+        if bound.as_deref() != Some(device.name().as_bytes()) {
+            return true;
+        }
+    }
+    let Some(local) = socket.local_addr().ok().and_then(|addr| addr.as_socket()) else { return false };
+    match limits.source {
+        _ if as_client => false,
+        Source::Address(_) => !is_local(local),
+        _ => source_of_new(target).is_ok_and(|source| source != local.ip()),
+    }
+}
+
+/// The address that a new flow of the host would have.
+fn source_of_new(target: &Target) -> io::Result<IpAddr> {
+    let probe = open(target)?;
+    probe.connect(&target.port_mapping.backend.socket_addr().into())?;
+    let local = probe.local_addr()?.as_socket();
+    local.map(|local| local.ip()).ok_or_else(|| io::ErrorKind::AddrNotAvailable.into())
 }
 
 fn open(target: &Target) -> io::Result<Socket> {

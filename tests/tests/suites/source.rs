@@ -1,7 +1,11 @@
 //! Where connections and datagrams to backends come from: the client's own address, or one of the host.
 
+mod links;
+
 use std::io::{self, Read, Write};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, SocketAddrV6, TcpListener, TcpStream};
+use std::net::{
+    IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, SocketAddrV6, TcpListener, TcpStream, UdpSocket,
+};
 use std::ops::Deref;
 use std::process::Command;
 use std::time::Duration;
@@ -44,7 +48,7 @@ pub(crate) fn cases() -> Vec<Case> {
     let case = |name: &str, body: fn()| {
         Case::new(name, body).needs(&[Need::Root, Need::Program("nft")]).deadline(Duration::from_secs(120))
     };
-    vec![
+    let mut cases = vec![
         case("TCP comes from its client", tcp_as_client),
         case("UDP comes from its client", udp_as_client),
         case("bulk both ways, a half-close and resets, as the client", bulk_as_client),
@@ -72,7 +76,9 @@ pub(crate) fn cases() -> Vec<Case> {
         case("a change with CAP_NET_RAW alone", raw_alone).needs(&[Need::Program("setpriv")]),
         case("an address of the host", own_address),
         case("an interface", device),
-    ]
+    ];
+    cases.extend(testkit::modules![links]);
+    cases
 }
 
 /// A network whose host routes what belongs to a transparent socket to itself.
@@ -536,7 +542,14 @@ fn behind_a_proxy() {
     let _tcp = naming(&net.container, V4.1);
     let _udp = udp::Backend::naming(bind_in(&net.container, V4.1));
     let more = ["--source", "client", "--accept-proxy", "10.0.0.0/24"];
-    let _proxy = relay(&net, "tcp+udp", "0.0.0.0:5300", V4.1, &more);
+    let proxy = relay(&net, "tcp+udp", "0.0.0.0:5300", V4.1, &more);
+    // No host has the broadcast address of a network.
+    let mut stream = connect_in(&net.client, V4.0);
+    stream.write_all(b"PROXY TCP4 10.0.0.255 192.0.2.8 4000 80\r\n").unwrap();
+    assert_eq!(seen(&stream).ip(), BRIDGE_V4);
+    proxy
+        .process
+        .wait_for_line(Stream::Stderr, |line| line.contains("reason=it is not the address of a host"));
     let mut stream = connect_in(&net.client, V4.0);
     stream.write_all(b"PROXY TCP4 192.0.2.7 192.0.2.8 4000 80\r\n").unwrap();
     assert_eq!(seen(&stream), "192.0.2.7:4000".parse().unwrap());
