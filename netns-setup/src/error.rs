@@ -13,6 +13,7 @@ use crate::firewall::transparent::ProbeError;
 use crate::ipam::IpamError;
 use crate::model::{Firewall, MappingKey, Via};
 use crate::name::Name;
+use crate::netlink::NetlinkError;
 use crate::netns::NetnsError;
 use crate::observe::ObserveError;
 use crate::plan::PlanError;
@@ -26,6 +27,9 @@ pub enum Error {
     /// Only the administrator can change interfaces and rules.
     #[error("this needs root: run it with sudo, or as root in a user namespace of its own")]
     NotRoot,
+    /// Root lacks the privilege, as in a container, or in a user namespace without a network namespace of its own.
+    #[error(transparent)]
+    NotAllowed(NetlinkError),
     /// The arguments contradict each other or the network.
     #[error("{0}")]
     Usage(String),

@@ -31,7 +31,7 @@ pub enum DirError {
         source: Errno,
     },
     /// Other users could replace the files.
-    #[error("the state directory {} can be changed by other users: choose one that only its owner can write", .0.display())]
+    #[error("the directory {} can be changed by other users: make it root's alone, with `chown root` and `chmod 700`, if its files are to be trusted", .0.display())]
     Exposed(PathBuf),
     /// The lock could not be taken.
     #[error("cannot lock the state directory {}: {source}", dir.display())]

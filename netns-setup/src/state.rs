@@ -121,7 +121,7 @@ pub enum StateError {
         why: String,
     },
     /// The file is damaged, and there is no copy.
-    #[error("the state file {} {why}, and there is no copy of it in {}: remove it, and what `ip link`, `ip netns` and `nft list tables` show of it", file.display(), crate::registry::DIR)]
+    #[error("the state file {} {why}, and there is no whole copy of it in {}: remove it, and what `ip link`, `ip netns` and `nft list tables` show of it", file.display(), crate::registry::DIR)]
     Damaged {
         /// The file.
         file: PathBuf,

@@ -2,6 +2,8 @@
 
 use std::path::PathBuf;
 
+use netlink_sys::protocols::NETLINK_ROUTE;
+
 use super::Options;
 use crate::apply;
 use crate::error::Error;
@@ -9,6 +11,7 @@ use crate::executor::Executor;
 use crate::firewall::detect::Choice;
 use crate::model::{Firewall, Network, Topology};
 use crate::name::Name;
+use crate::netlink::{Client, link};
 use crate::observe::observe;
 use crate::observed::Observed;
 use crate::plan::{self, Inputs, Plan, Scope};
@@ -47,6 +50,10 @@ impl LockedState {
     fn open_with(options: &Options, lost: Lost) -> Result<Self, Error> {
         if !nix::unistd::geteuid().is_root() {
             return Err(Error::NotRoot);
+        }
+        if !options.dry_run {
+            let probe = Client::open(NETLINK_ROUTE).and_then(|mut client| link::probe(&mut client));
+            probe.map_err(Error::NotAllowed)?;
         }
         let path = &options.state_dir;
         let dir = if options.dry_run { StateDir::open(path)? } else { Some(StateDir::create(path)?) };

@@ -73,6 +73,16 @@ fn read_info(link: &mut Link, infos: Vec<LinkInfo>) {
     }
 }
 
+/// Asks for a change that changes nothing.
+///
+/// # Errors
+/// [`NetlinkError::Denied`] if this process may change nothing.
+pub fn probe(client: &mut Client) -> Result<(), NetlinkError> {
+    let mut message = LinkMessage::default();
+    message.attributes.push(LinkAttribute::IfName(IfName::loopback().to_string()));
+    client.change(RouteNetlinkMessage::SetLink(message), 0)
+}
+
 /// The index of an interface.
 ///
 /// # Errors

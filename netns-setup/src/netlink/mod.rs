@@ -27,7 +27,7 @@ pub enum NetlinkError {
     Socket(#[source] io::Error),
     /// This process may not change the network.
     #[error(
-        "this process may not change the network: it needs CAP_NET_ADMIN in the user namespace that the network namespace belongs to"
+        "this process may not change the network: it needs CAP_NET_ADMIN in the user namespace that the network namespace belongs to; `unshare --map-root-user --net --mount` makes both"
     )]
     Denied,
     /// The kernel refused the request.

@@ -20,6 +20,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("a foreign bridge and foreign chains", foreign),
         case("a firewall that is not installed", no_firewall),
         case("only root is allowed", not_root),
+        case("root without the privilege", no_capability),
         case("a dry run changes nothing", dry_run),
         case("rules of others that interfere are named", interference),
         case("the demonstration needs no firewall", demo_without_rules),
@@ -179,6 +180,19 @@ fn not_root(stage: &Stage) {
     let output = stage.host.spawn(command).into_output();
     assert_eq!(output.status.code(), Some(1), "{output:#?}");
     assert!(output.stderr.contains("needs root"), "{output:#?}");
+}
+
+fn no_capability(stage: &Stage) {
+    let before = stage.dump();
+    let mut command = require::command("setpriv");
+    command.args(["--bounding-set=-net_admin", "--inh-caps=-net_admin"]).arg(netns_setup());
+    command.args(["up", "--state-dir"]).arg(stage.state_dir());
+    let output = stage.host.spawn(command).into_output();
+    assert_eq!(output.status.code(), Some(1), "{output:#?}");
+    assert!(output.stderr.contains("it needs CAP_NET_ADMIN"), "{output:#?}");
+    assert_eq!(output.stderr.lines().count(), 1, "{output:#?}");
+    assert_same(&stage.dump(), &before, "after all");
+    assert!(!stage.state_dir().exists());
 }
 
 fn dry_run(stage: &Stage) {
