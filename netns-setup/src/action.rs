@@ -12,6 +12,7 @@ use crate::host_ip::HostIp;
 use crate::model::{MappingKey, NETNS_DIR, RelayProcess};
 use crate::name::CONTAINER_INTERFACE;
 use crate::name::{IfName, Name};
+use crate::netlink::xfrm;
 use crate::transparent::{MARK, PRIORITY, TABLE};
 
 /// The network namespace of an action.
@@ -226,6 +227,10 @@ pub enum Action {
     AddLocalRoute(Family),
     /// Removes it.
     DeleteLocalRoute(Family),
+    /// Blocks what other hosts send to a subnet by this host, whatever becomes of the firewall.
+    BlockRouted(Cidr),
+    /// Takes that away.
+    UnblockRouted(Cidr),
     /// Sets a kernel parameter of the host.
     SetSysctl {
         /// Its name.
@@ -269,13 +274,9 @@ pub enum Action {
         /// The process; `None` means the one that this run started.
         process: Option<RelayProcess>,
     },
-    /// Forgets the UDP flows that came in at a host port: they would keep to their old translation.
-    FlushConntrack {
-        /// The addresses of the host.
-        host: HostIp,
-        /// The port.
-        port: u16,
-    },
+    /// Forgets the UDP flows from and to these host ports: they would keep to their old translation. One action for all
+    /// ports of a change, because the kernel's whole table has to be searched.
+    FlushConntrack(Vec<(HostIp, u16)>),
 }
 
 impl fmt::Display for Action {
@@ -299,6 +300,8 @@ impl fmt::Display for Action {
             Self::DeleteRule { family, iif } => fmt_rule(f, *family, "delete", iif),
             Self::AddLocalRoute(family) => fmt_local_route(f, *family, "add"),
             Self::DeleteLocalRoute(family) => fmt_local_route(f, *family, "delete"),
+            Self::BlockRouted(subnet) => write!(f, "ip xfrm policy add {}", xfrm::options(*subnet)),
+            Self::UnblockRouted(subnet) => write!(f, "ip xfrm policy delete dst {subnet} dir fwd"),
             Self::SetSysctl { key, value } => write!(f, "sysctl -w {key}={value}"),
             Self::SetContainerSysctl { netns, key, value } => {
                 write!(f, "nsenter --net={} sysctl -w {key}={value}", netns.display())
@@ -310,7 +313,7 @@ impl fmt::Display for Action {
                 fmt_input(f, &format!("{} --noflush -w 5", family.restore()), script)
             }
             Self::StartRelay(_) | Self::StopRelay { .. } => fmt_relay(f, self),
-            Self::FlushConntrack { host, port } => fmt_flush(f, *host, *port),
+            Self::FlushConntrack(ports) => fmt_flush(f, ports),
         }
     }
 }
@@ -396,12 +399,16 @@ fn fmt_local_route(f: &mut fmt::Formatter<'_>, family: Family, verb: &str) -> fm
     write!(f, "{} route {verb} local default dev lo table {TABLE}", family.ip())
 }
 
-fn fmt_flush(f: &mut fmt::Formatter<'_>, host: HostIp, port: u16) -> fmt::Result {
-    write!(f, "conntrack -D -p {}", Protocol::Udp)?;
-    if let Some(ip) = host.ip().filter(|ip| !ip.is_unspecified()) {
-        write!(f, " --orig-dst {ip}")?;
-    }
-    write!(f, " --orig-port-dst {port}")
+fn fmt_flush(f: &mut fmt::Formatter<'_>, ports: &[(HostIp, u16)]) -> fmt::Result {
+    let lines = ports.iter().flat_map(|(host, port)| {
+        // Replies that came too late for their entry have started another one, from the port.
+        ["dst", "src"].map(|end| {
+            let ip = host.ip().filter(|ip| !ip.is_unspecified());
+            let ip = ip.map_or_else(String::new, |ip| format!(" --orig-{end} {ip}"));
+            format!("conntrack -D -p {}{ip} --orig-port-{end} {port}", Protocol::Udp)
+        })
+    });
+    f.write_str(&lines.collect::<Vec<_>>().join("\n"))
 }
 
 #[cfg(test)]
@@ -450,10 +457,14 @@ mod tests {
 
     #[test]
     fn a_flush_compares_no_address_for_a_wildcard() {
-        let flush = |host: &str| Action::FlushConntrack { host: host.parse().unwrap(), port: 53 }.to_string();
-        assert_eq!(flush("*"), "conntrack -D -p udp --orig-port-dst 53");
-        assert_eq!(flush("0.0.0.0"), "conntrack -D -p udp --orig-port-dst 53");
-        assert_eq!(flush("10.0.0.11"), "conntrack -D -p udp --orig-dst 10.0.0.11 --orig-port-dst 53");
+        let flush = |host: &str| Action::FlushConntrack(vec![(host.parse().unwrap(), 53)]).to_string();
+        let all = "conntrack -D -p udp --orig-port-dst 53\nconntrack -D -p udp --orig-port-src 53";
+        assert_eq!(flush("*"), all);
+        assert_eq!(flush("0.0.0.0"), all);
+        assert_eq!(
+            flush("10.0.0.11"),
+            "conntrack -D -p udp --orig-dst 10.0.0.11 --orig-port-dst 53\nconntrack -D -p udp --orig-src 10.0.0.11 --orig-port-src 53"
+        );
     }
 
     #[test]

@@ -160,7 +160,7 @@ mod tests {
         let name = |text: &&str| -> Name { text.parse().unwrap() };
         let step =
             |text| Step { action: Action::AddNetns(name(text)), undo: vec![Action::DeleteNetns(name(text))] };
-        Plan { steps: names.iter().map(step).collect(), problems: vec![] }
+        Plan { steps: names.iter().map(step).collect(), ..Plan::default() }
     }
 
     #[test]

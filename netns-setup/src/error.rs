@@ -253,6 +253,12 @@ pub fn finding(action: &Action) -> String {
         Action::AddDefaultRoute { place, gateway } => {
             format!("the default route by {gateway}{} is missing", inside(place))
         }
+        Action::BlockRouted(subnet) => {
+            format!("the IPsec policy that blocks packets routed to {subnet} is missing")
+        }
+        Action::UnblockRouted(subnet) => {
+            format!("the IPsec policy that blocks packets routed to {subnet} is left over")
+        }
         Action::SetSysctl { key, value } => format!("{key} is not {value}"),
         Action::SetContainerSysctl { netns, key, value } => {
             format!("{key} in {} is not {value}", netns.display())
@@ -263,7 +269,7 @@ pub fn finding(action: &Action) -> String {
         Action::Iptables { family, .. } => format!("the rules that {} lists differ", family.save()),
         Action::StartRelay(relay) => format!("the relay of {} does not run", relay.key),
         Action::StopRelay { relay, .. } => format!("the relay of {} is left over", relay.key),
-        Action::DeleteAddress { .. } | Action::DeleteDefaultRoute { .. } | Action::FlushConntrack { .. } => {
+        Action::DeleteAddress { .. } | Action::DeleteDefaultRoute { .. } | Action::FlushConntrack(_) => {
             format!("to do: {action}")
         }
     }

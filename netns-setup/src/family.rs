@@ -46,6 +46,24 @@ impl Family {
         }
     }
 
+    /// The program that lists the rules of iptables-legacy.
+    #[must_use]
+    pub fn legacy_save(self) -> &'static str {
+        match self {
+            Self::V4 => "iptables-legacy-save",
+            Self::V6 => "ip6tables-legacy-save",
+        }
+    }
+
+    /// The file with the names of the tables that iptables-legacy has used in this network namespace.
+    #[must_use]
+    pub fn legacy_tables(self) -> &'static str {
+        match self {
+            Self::V4 => "/proc/thread-self/net/ip_tables_names",
+            Self::V6 => "/proc/thread-self/net/ip6_tables_names",
+        }
+    }
+
     /// The program that lists rules.
     #[must_use]
     pub fn save(self) -> &'static str {

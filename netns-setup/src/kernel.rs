@@ -15,7 +15,7 @@ use crate::firewall::tool::{self};
 use crate::host_ip::HostIp;
 use crate::model::{MappingKey, Netns, RelayProcess};
 use crate::name::Name;
-use crate::netlink::{Client, NetlinkError, address, link, route, rule};
+use crate::netlink::{Client, NetlinkError, address, link, route, rule, xfrm};
 use crate::netns::{self, Handle};
 use crate::relay::{self, RelayError};
 use crate::reserve::{self, ReserveError};
@@ -63,9 +63,9 @@ impl Executor for Kernel {
             }
             Action::StartRelay(command) => self.start_relay(command),
             Action::StopRelay { relay, process } => self.stop_relay(relay, *process),
-            Action::FlushConntrack { host, port } => {
-                stale::forget_udp(*host, *port).map_err(ActionError::Conntrack)
-            }
+            Action::FlushConntrack(ports) => stale::forget_udp(ports).map_err(ActionError::Conntrack),
+            Action::BlockRouted(subnet) => Ok(xfrm::block(*subnet)?),
+            Action::UnblockRouted(subnet) => Ok(xfrm::unblock(*subnet)?),
             Action::AddBridge { .. }
             | Action::AddVeth(_)
             | Action::DeleteLink(_)
@@ -194,6 +194,8 @@ fn request(action: &Action) -> Result<(), NetlinkError> {
         // Not netlink actions, so they are not passed here.
         Action::AddNetns(_)
         | Action::DeleteNetns(_)
+        | Action::BlockRouted(_)
+        | Action::UnblockRouted(_)
         | Action::SetSysctl { .. }
         | Action::SetContainerSysctl { .. }
         | Action::WriteFile { .. }
@@ -202,7 +204,7 @@ fn request(action: &Action) -> Result<(), NetlinkError> {
         | Action::Iptables { .. }
         | Action::StartRelay(_)
         | Action::StopRelay { .. }
-        | Action::FlushConntrack { .. }
+        | Action::FlushConntrack(_)
         | Action::AddVeth(_) => Ok(()),
     }
 }

@@ -29,6 +29,7 @@ pub mod netlink;
 pub mod netns;
 pub mod observe;
 pub mod observed;
+pub mod parameters;
 pub mod persist;
 pub mod plan;
 pub mod private_dir;

@@ -7,16 +7,17 @@ use std::path::Path;
 use netlink_sys::protocols::NETLINK_ROUTE;
 
 use crate::action::RelayCommand;
+use crate::addr::Cidr;
 use crate::family::Family;
 use crate::firewall::tool::{self, ToolError};
 use crate::firewall::{detect, nft, transparent as marking};
 use crate::model::{Endpoint, Firewall, Mapping, MappingKey, RelayProcess, Topology};
 use crate::name::{IfName, Name};
-use crate::netlink::{Client, NetlinkError, address, link, route, rule};
+use crate::netlink::{Client, NetlinkError, address, link, route, rule, xfrm};
 use crate::netns::{self, Handle, NetnsError};
 use crate::observed::{Observed, Rules, Side, TransparentParts};
 use crate::plan::{self, Scope};
-use crate::{persist, relay, sysctl};
+use crate::{parameters, persist, relay, sysctl};
 
 /// Why the state could not be observed.
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +28,9 @@ pub enum ObserveError {
     /// The policy routing rules and their table.
     #[error("cannot list the policy routing rules: {0}")]
     Policy(#[source] NetlinkError),
+    /// The IPsec policies.
+    #[error("cannot list the IPsec policies: {0}")]
+    Policies(#[source] NetlinkError),
     /// Those of a container.
     #[error("cannot list the interfaces in {path}: {source}")]
     Container {
@@ -78,8 +82,9 @@ pub fn observe(owned: &Topology, desired: &Topology, scope: &Scope) -> Result<Ob
         cookies,
         mounts_are_hidden: netns::mounts_are_hidden(),
         namespace_files: namespace_files(&both, scope),
-        sysctls: sysctls(&both)?,
+        sysctls: sysctls(&both, scope)?,
         rules: rules(&both, owned, desired, scope)?,
+        blocked: blocked(&both, scope)?,
         transparent: transparent(&both, desired, scope)?,
         relays: relays(&both, scope),
         files: files(&both)?,
@@ -147,14 +152,18 @@ fn namespace_files(topology: &Topology, scope: &Scope) -> BTreeSet<Name> {
     there.map(|(name, _)| name.clone()).collect()
 }
 
-fn sysctls(topology: &Topology) -> Result<BTreeMap<String, String>, ObserveError> {
+fn sysctls(topology: &Topology, scope: &Scope) -> Result<BTreeMap<String, String>, ObserveError> {
     let Some(network) = &topology.network else {
         return Ok(BTreeMap::new());
     };
     let bridge = sysctl::of_interface("ipv4", network.bridge.as_str(), "route_localnet");
-    let keys = network.sysctls.iter().map(|change| change.key.clone()).chain([bridge]);
+    let changed = network.sysctls.iter().map(|change| change.key.clone());
+    let ports = topology.endpoints.iter().filter(|(name, _)| scope.contains(name));
+    let ports = ports.flat_map(|(_, endpoint)| parameters::port(&endpoint.id.veth()));
+    let needed = [parameters::forwarding, parameters::bridge, parameters::bridge_forwarding];
+    let needed = needed.into_iter().flat_map(|of| of(network)).chain(ports).map(|needed| needed.key);
     let mut values = BTreeMap::new();
-    for key in keys {
+    for key in changed.chain(needed).chain([bridge, parameters::HAS_IPV6.to_owned()]) {
         match sysctl::read(&key) {
             Ok(Some(value)) => drop(values.insert(key, value)),
             Ok(None) => {}
@@ -187,14 +196,18 @@ fn rules(
         Firewall::Nft => {
             let table = nft::table_name(network);
             let listing = list_table(&table)?;
-            let wanted = nft::render(desired).filter(|_| *scope == Scope::All);
-            let as_wanted = match (&listing, wanted) {
-                (Some(listing), Some(wanted)) => Some(nft::normalise(listing) == reference(&table, &wanted)?),
-                _ => None,
-            };
-            Ok(Rules::Nft { listing, as_wanted })
+            let body = nft::render(desired).filter(|_| *scope == Scope::All && listing.is_some());
+            let wanted = body.map(|body| reference(&table, &body)).transpose()?;
+            Ok(Rules::Nft { listing, wanted })
         }
     }
+}
+
+fn blocked(topology: &Topology, scope: &Scope) -> Result<Option<Vec<Cidr>>, ObserveError> {
+    if topology.network.is_none() || *scope == Scope::Transparent {
+        return Ok(None);
+    }
+    xfrm::blocked().map_err(ObserveError::Policies)
 }
 
 fn transparent(
@@ -220,11 +233,9 @@ fn transparent(
         Firewall::Nft => {
             let table = marking::TABLE_NAME;
             let listing = list_table(table)?;
-            let as_wanted = match (&listing, marking::nft(desired)) {
-                (Some(listing), Some(wanted)) => Some(nft::normalise(listing) == reference(table, &wanted)?),
-                _ => None,
-            };
-            Rules::Nft { listing, as_wanted }
+            let body = marking::nft(desired).filter(|_| listing.is_some());
+            let wanted = body.map(|body| reference(table, &body)).transpose()?;
+            Rules::Nft { listing, wanted }
         }
     };
     Ok(Some(TransparentParts { policy, routes, rules, has_ipv6: lacks_ipv6()?.is_none() }))
@@ -266,7 +277,7 @@ fn reference(table: &str, body: &str) -> Result<String, ObserveError> {
         tool::run("nft", &["-f", "-"], body)?;
         list_table(table)
     });
-    Ok(nft::normalise(&listing.map_err(ObserveError::Scratch)??.unwrap_or_default()))
+    Ok(listing.map_err(ObserveError::Scratch)??.unwrap_or_default())
 }
 
 fn relays(topology: &Topology, scope: &Scope) -> BTreeMap<MappingKey, RelayProcess> {

@@ -213,8 +213,8 @@ pub enum Rules {
     Nft {
         /// The listing; `None` if there is no such table.
         listing: Option<String>,
-        /// Whether the listing equals that of the wanted rules; `None` if not compared.
-        as_wanted: Option<bool>,
+        /// How `nft` lists the wanted table; `None` if there is none, or the rules are assumed to be unchanged.
+        wanted: Option<String>,
     },
     /// The tables of both families, as `iptables-save` lists them.
     Iptables(BTreeMap<Family, SavedTables>),
@@ -239,6 +239,9 @@ pub struct Observed {
     pub sysctls: BTreeMap<String, String>,
     /// The rules.
     pub rules: Rules,
+    /// The subnets to which packets of other hosts are blocked by IPsec policies of this program; `None` if not looked
+    /// at, or if this kernel has none.
+    pub blocked: Option<Vec<Cidr>>,
     /// What replies to transparent sockets depend on; `None` if not looked at.
     pub transparent: Option<TransparentParts>,
     /// The running relays.

@@ -66,7 +66,7 @@ impl Attach {
         }
         desired.endpoints.insert(self.name.clone(), endpoint);
         let plan = locked.change(desired, &Scope::one(&self.name), options, executor)?;
-        Ok(Report::of(&plan.steps, vec![ip.to_string()], result))
+        Ok(Report::of(&plan, vec![ip.to_string()], result))
     }
 
     fn netns(&self) -> Result<Netns, Error> {
@@ -90,5 +90,5 @@ pub(super) fn detach(name: &Name, options: &Options, executor: &mut dyn Executor
     let mut desired = locked.state.current.clone();
     desired.endpoints.remove(name);
     let plan = locked.change(desired, &Scope::one(name), options, executor)?;
-    Ok(Report::of(&plan.steps, vec![format!("{name} is detached")], serde_json::Value::Null))
+    Ok(Report::of(&plan, vec![format!("{name} is detached")], serde_json::Value::Null))
 }

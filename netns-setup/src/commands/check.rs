@@ -29,7 +29,10 @@ pub(super) fn check(options: &Options) -> Result<Report, Error> {
     let found = plan.steps.iter().map(|step| finding(&step.action));
     let problems = plan.problems.into_iter().chain(taken_ports(&locked.state.current));
     differences(interrupted.chain(found), problems)?;
-    let warnings = owned.network.as_ref().map(detect::interference).unwrap_or_default();
+    let mut warnings = plan.warnings;
+    warnings.extend(
+        owned.network.as_ref().map(|network| detect::interference(network, &owned)).unwrap_or_default(),
+    );
     let lines = vec!["everything is as it should be".to_owned()];
     Ok(Report { lines, warnings, result: json!({ "differences": [] }), ..Report::default() })
 }
@@ -76,6 +79,5 @@ pub(super) fn repair(options: &Options, executor: &mut dyn Executor) -> Result<R
         1 => "repaired with 1 step".to_owned(),
         steps => format!("repaired with {steps} steps"),
     };
-    let warnings = restored.into_iter().collect();
-    Ok(Report { warnings, ..Report::of(&plan.steps, vec![line], json!(null)) })
+    Ok(Report::of(&plan, vec![line], json!(null)).warning(restored.into_iter().collect()))
 }

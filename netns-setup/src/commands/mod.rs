@@ -21,7 +21,7 @@ use crate::error::Error;
 use crate::executor::Executor;
 use crate::firewall::detect::Choice;
 use crate::name::Name;
-use crate::plan::Step;
+use crate::plan::Plan;
 
 /// The options of all commands.
 #[derive(Debug, Clone)]
@@ -79,9 +79,15 @@ pub struct Report {
 }
 
 impl Report {
-    fn of(steps: &[Step], lines: Vec<String>, result: Value) -> Self {
-        let steps = steps.iter().map(ToString::to_string).collect();
-        Self { steps, lines, result, ..Self::default() }
+    fn of(plan: &Plan, lines: Vec<String>, result: Value) -> Self {
+        let steps = plan.steps.iter().map(ToString::to_string).collect();
+        Self { steps, lines, result, warnings: plan.warnings.clone(), ..Self::default() }
+    }
+
+    /// The same report, with further warnings before its own.
+    fn warning(self, mut warnings: Vec<String>) -> Self {
+        warnings.extend(self.warnings);
+        Self { warnings, ..self }
     }
 
     /// The report as JSON.

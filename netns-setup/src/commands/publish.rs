@@ -72,7 +72,7 @@ impl Publish {
         let known = &locked.endpoint(&self.name)?.mappings;
         let of = |mapping| known.iter().find(|known| known.is_same(mapping)).unwrap_or(mapping);
         let result = json!({ "mappings": published.iter().map(of).collect::<Vec<_>>() });
-        Ok(Report { warnings, ..Report::of(&plan.steps, lines, result) })
+        Ok(Report::of(&plan, lines, result).warning(warnings))
     }
 
     /// All requested ports.
@@ -236,7 +236,7 @@ impl Unpublish {
         }
         let plan = locked.change(desired, &Scope::one(&self.name), options, executor)?;
         let lines = gone.iter().map(|mapping| format!("{} is no longer published", mapping.key())).collect();
-        Ok(Report::of(&plan.steps, lines, json!({ "mappings": gone })))
+        Ok(Report::of(&plan, lines, json!({ "mappings": gone })))
     }
 }
 

@@ -51,8 +51,8 @@ fn up(named: &[IfName], options: &Options, executor: &mut dyn Executor) -> Resul
     let (lines, result) = (vec![describe(&wanted)], json!({ "transparent": wanted }));
     desired.transparent = Some(wanted);
     let plan = locked.change(desired, &Scope::Transparent, options, executor)?;
-    warnings.extend(plan.problems);
-    Ok(Report { warnings, ..Report::of(&plan.steps, lines, result) })
+    warnings.extend(plan.problems.iter().cloned());
+    Ok(Report::of(&plan, lines, result).warning(warnings))
 }
 
 fn down(named: &[IfName], options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
@@ -73,7 +73,7 @@ fn down(named: &[IfName], options: &Options, executor: &mut dyn Executor) -> Res
     };
     let result = json!({ "transparent": desired.transparent });
     let plan = locked.change(desired, &Scope::Transparent, options, executor)?;
-    Ok(Report::of(&plan.steps, vec![line], result))
+    Ok(Report::of(&plan, vec![line], result))
 }
 
 fn check(named: &[IfName], options: &Options) -> Result<Report, Error> {

@@ -11,8 +11,9 @@ use crate::addr::{Subnet4, Subnet6};
 use crate::error::Error;
 use crate::executor::Executor;
 use crate::firewall::detect::{self, Choice};
-use crate::model::{Network, SysctlChange, Topology};
+use crate::model::{Firewall, Network, SysctlChange, Topology};
 use crate::name::{Id, IfName};
+use crate::netlink::xfrm;
 use crate::plan::{Scope, Step};
 use crate::{observe, persist, sysctl};
 
@@ -45,8 +46,17 @@ impl Up {
             Some(network) => self.keep(network)?,
             None => self.create(options)?,
         };
-        let mut warnings = detect::interference(&network);
+        let mut warnings = detect::interference(&network, &desired);
         warnings.extend(router_advertisements(&network)?);
+        if network.firewall != Firewall::None
+            && xfrm::blocked().map_err(observe::ObserveError::Policies)?.is_none()
+        {
+            warnings.push(
+                "this kernel has no IPsec policies (CONFIG_XFRM_USER): if somebody flushes all rules, neighbours reach the \
+                 containers until `netns-setup repair`"
+                    .to_owned(),
+            );
+        }
         let mut lines = vec![format!("{} is up with {}", network.bridge, addresses(&network))];
         if let Some(path) = &network.persist {
             lines.push(format!("forwarding is permanent: {} says so at every boot", path.display()));
@@ -60,8 +70,8 @@ impl Up {
         let result = json!({ "network": network, "transparent": desired.transparent });
         desired.network = Some(network);
         let plan = locked.change(desired, &Scope::All, options, executor)?;
-        warnings.extend(plan.problems);
-        Ok(Report { warnings, ..Report::of(&plan.steps, lines, result) })
+        warnings.extend(plan.problems.iter().cloned());
+        Ok(Report::of(&plan, lines, result).warning(warnings))
     }
 
     /// The network that is up, which must match the requested one.
@@ -118,10 +128,10 @@ pub(super) fn down(options: &Options, executor: &mut dyn Executor) -> Result<Rep
         }
         plan.steps.push(step);
     }
-    let warnings = restored.into_iter().chain(plan.problems).collect();
+    let warnings = restored.into_iter().chain(plan.problems.iter().cloned()).collect();
     let is_empty = plan.steps.is_empty();
     let line = if is_empty { "nothing was up" } else { "everything that netns-setup created is removed" };
-    Ok(Report { warnings, ..Report::of(&plan.steps, vec![line.to_owned()], json!(null)) })
+    Ok(Report::of(&plan, vec![line.to_owned()], json!(null)).warning(warnings))
 }
 
 /// An identifier of 256 random bits.

@@ -1,9 +1,10 @@
 //! Selects a firewall, and detects rules of others that interfere.
 
 use super::iptables::SavedTables;
+use super::others::{self, Wanted};
 use super::tool::{self, ToolError};
 use crate::family::Family;
-use crate::model::{Firewall, Network};
+use crate::model::{Firewall, Network, Topology};
 
 /// The value of `--firewall`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -67,78 +68,58 @@ pub fn saved(family: Family) -> Result<SavedTables, ToolError> {
     tool::run(family.save(), &[], "").map(|text| SavedTables::parse(&text))
 }
 
-/// Describes rules of others that keep the network from working.
+/// Describes rules of others that keep the network from working. They are those of nft, which include those of
+/// iptables-nft, and those of iptables-legacy.
 #[must_use]
-pub fn interference(network: &Network) -> Vec<String> {
-    match network.firewall {
-        Firewall::Nft => from_iptables(network),
-        Firewall::Iptables => from_nft(),
-        Firewall::None => Vec::new(),
+pub fn interference(network: &Network, topology: &Topology) -> Vec<String> {
+    if network.firewall == Firewall::None {
+        return Vec::new();
     }
-}
-
-fn from_iptables(network: &Network) -> Vec<String> {
+    let subnet6 = network.subnet6.map(|subnet| subnet.cidr().to_string());
     let families = [Some(Family::V4), network.subnet6.map(|_| Family::V6)];
-    let mut found = Vec::new();
-    for family in families.into_iter().flatten() {
-        // Without iptables, no rules of iptables interfere.
-        let Ok(saved) = saved(family) else { continue };
-        let tool = family.save().trim_end_matches("-save");
-        if forward_drops(&saved) {
-            let bridge = &network.bridge;
-            found.push(format!(
-                "the FORWARD policy of {tool} is DROP, which also drops what nft accepts: use --firewall iptables, or \
-                 accept -i {bridge} and -o {bridge} there"
-            ));
-        }
-        if saved.chain("nat", "DOCKER").is_some() {
-            found.push(format!(
-                "{tool} holds Docker's chains: a port that Docker publishes too is answered by Docker"
-            ));
-        }
+    let wanted = Wanted {
+        bridge: network.bridge.to_string(),
+        subnets: std::iter::once(network.subnet.cidr().to_string()).chain(subnet6).collect(),
+        families: families.into_iter().flatten().collect(),
+        has_relays: topology.mappings().any(|(_, _, mapping)| mapping.via.has_relay()),
+    };
+    let mut found = tool::run("nft", &["-s", "list", "ruleset"], "")
+        .map(|ruleset| others::in_nft(&ruleset, &wanted))
+        .unwrap_or_default();
+    for family in &wanted.families {
+        found.extend(from_iptables(*family, network.firewall, &wanted));
     }
     found
 }
 
-/// Chains of other nft tables with a policy of drop. The `filter` tables belong to iptables-nft itself.
-fn from_nft() -> Vec<String> {
-    let Ok(listing) = tool::run("nft", &["list", "chains"], "") else {
-        return Vec::new();
-    };
-    dropping_tables(&listing)
-        .into_iter()
-        .map(|table| format!("the nft table {table} drops forwarded packets by policy, also what iptables accepts: accept the bridge there"))
-        .collect()
-}
-
-fn dropping_tables(listing: &str) -> Vec<String> {
-    let mut table = "";
+fn from_iptables(family: Family, firewall: Firewall, wanted: &Wanted) -> Vec<String> {
+    let tool = family.save().trim_end_matches("-save");
     let mut found = Vec::new();
-    for line in listing.lines().map(str::trim) {
-        if let Some(name) = line.strip_prefix("table ") {
-            table = name.trim_end_matches(" {");
+    // Without iptables, no rules of iptables interfere.
+    let saved = saved(family).ok();
+    if firewall == Firewall::Nft && saved.as_ref().is_some_and(|saved| saved.chain("nat", "DOCKER").is_some())
+    {
+        found.push(format!(
+            "{tool} holds Docker's chains: a port that Docker publishes too is answered by Docker"
+        ));
+    }
+    // Listing creates the tables of iptables-legacy, so they are listed only if there are some.
+    let has_legacy =
+        std::fs::read_to_string(family.legacy_tables()).is_ok_and(|names| !names.trim().is_empty());
+    let legacy = has_legacy.then(|| tool::run(family.legacy_save(), &[], "").ok()).flatten();
+    match (legacy, saved) {
+        (Some(text), _) => {
+            let tool = family.legacy_save().trim_end_matches("-save");
+            found.extend(others::in_iptables(tool, &SavedTables::parse(&text), wanted));
         }
-        let ours_too = matches!(table, "ip filter" | "ip6 filter");
-        if !ours_too && line.contains("hook forward") && line.contains("policy drop") {
-            found.push(table.to_owned());
+        (None, Some(saved)) if has_legacy || tool::find("nft").is_none() => {
+            found.extend(others::in_iptables(tool, &saved, wanted));
         }
+        _ => {}
     }
     found
 }
 
 fn forward_drops(saved: &SavedTables) -> bool {
     saved.chain("filter", "FORWARD").is_some_and(|chain| chain.policy.as_deref() == Some("DROP"))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_table_that_drops_is_found_and_iptables_own_is_not() {
-        let listing = "table ip filter {\n\tchain FORWARD {\n\t\ttype filter hook forward priority filter; policy drop;\n\t}\n}\n\
-                       table inet firewalld {\n\tchain f {\n\t\ttype filter hook forward priority filter + 10; policy drop;\n\t}\n}\n\
-                       table inet open {\n\tchain f {\n\t\ttype filter hook forward priority filter; policy accept;\n\t}\n}\n";
-        assert_eq!(dropping_tables(listing), ["inet firewalld"]);
-    }
 }

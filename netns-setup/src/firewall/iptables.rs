@@ -63,6 +63,12 @@ impl SavedTables {
         self.0.get(table)?.get(chain)
     }
 
+    /// The chains of a table, if it exists.
+    #[must_use]
+    pub fn chains_of(&self, table: &str) -> Option<&BTreeMap<String, SavedChain>> {
+        self.0.get(table)
+    }
+
     fn chain_mut(&mut self, table: &str, chain: &str) -> &mut SavedChain {
         self.0.entry(table.to_owned()).or_default().entry(chain.to_owned()).or_default()
     }
@@ -74,12 +80,19 @@ pub(super) struct BuiltinRule {
     pub(super) chain: &'static str,
     /// Whether it must precede all other rules.
     pub(super) first: bool,
+    /// Whether nobody else would write it: one that is there already is this program's, from before a lost state.
+    pub(super) is_unmistakable: bool,
     pub(super) rule: String,
 }
 
 impl BuiltinRule {
     fn key(&self) -> (&str, &str) {
         (self.chain, &self.rule)
+    }
+
+    /// Which of equal rules at these positions this program has added.
+    fn ours(&self, positions: &[usize]) -> Option<usize> {
+        if self.first { positions.first() } else { positions.last() }.copied()
     }
 }
 
@@ -92,7 +105,7 @@ struct TableRules {
 impl TableRules {
     fn append(&mut self, chain: &'static str, rule: String) {
         if !self.builtin.iter().any(|known| known.chain == chain && known.rule == rule) {
-            self.builtin.push(BuiltinRule { chain, first: false, rule });
+            self.builtin.push(BuiltinRule { chain, first: false, is_unmistakable: false, rule });
         }
     }
 }
@@ -173,7 +186,12 @@ fn filter(network: &Network, ports: &[Translation]) -> TableRules {
     TableRules {
         chains: BTreeMap::from([(PUBLISHED, accept.chain([drop]).collect()), (FORWARD, forward)]),
         // Precedes a firewall's own final DROP or REJECT, which would block published ports.
-        builtin: vec![BuiltinRule { chain: "FORWARD", first: true, rule: format!("-j {FORWARD}") }],
+        builtin: vec![BuiltinRule {
+            chain: "FORWARD",
+            first: true,
+            is_unmistakable: true,
+            rule: format!("-j {FORWARD}"),
+        }],
     }
 }
 
@@ -200,7 +218,12 @@ fn nat(network: &Network, subnet: Cidr, loopback: &str, ports: &[Translation]) -
             let ip = host(*container);
             let rule =
                 format!("-s {ip} -d {ip} -p {proto} -m {proto} --dport {container_port} -j MASQUERADE");
-            table.builtin.push(BuiltinRule { chain: "POSTROUTING", first: false, rule });
+            table.builtin.push(BuiltinRule {
+                chain: "POSTROUTING",
+                first: false,
+                is_unmistakable: false,
+                rule,
+            });
         }
     }
     table
@@ -272,6 +295,7 @@ struct Lines(Vec<(Rank, String)>);
 enum Rank {
     Declare,
     Delete,
+    Restore,
     Fill,
     Flush,
     Remove,
@@ -295,13 +319,21 @@ impl Lines {
         }
     }
 
-    fn add(&mut self, BuiltinRule { chain, first, rule }: &BuiltinRule) {
+    fn add(&mut self, BuiltinRule { chain, first, rule, .. }: &BuiltinRule) {
         let verb = if *first { "-I" } else { "-A" };
         self.push(Rank::Fill, format!("{verb} {chain} {rule}"));
     }
 
-    fn delete(&mut self, BuiltinRule { chain, rule, .. }: &BuiltinRule) {
-        self.push(Rank::Delete, format!("-D {chain} {rule}"));
+    /// Deletes this program's copy of a rule, of which the user's own copies are at the positions `others` afterwards.
+    /// The first one is deleted (iptables(8)), so those before this program's are deleted, too, and inserted again.
+    fn retract(&mut self, BuiltinRule { chain, rule, first, .. }: &BuiltinRule, others: &[usize]) {
+        let others = if *first { &[] } else { others };
+        for _ in 0..=others.len() {
+            self.push(Rank::Delete, format!("-D {chain} {rule}"));
+        }
+        for position in others {
+            self.push(Rank::Restore, format!("-I {chain} {position} {rule}"));
+        }
     }
 
     fn render(mut self) -> String {
@@ -325,6 +357,28 @@ fn table_lines(table: &str, saved: &SavedTables, owned: &TableRules, wanted: &Ta
     (there, back)
 }
 
+/// Where the rules of the built-in chains of a table are, counted from 1.
+struct Positions<'a>(HashMap<&'static str, HashMap<&'a str, Vec<usize>>>);
+
+impl<'a> Positions<'a> {
+    fn of(table: &str, saved: &'a SavedTables) -> Self {
+        let chains = ["PREROUTING", "FORWARD", "OUTPUT", "POSTROUTING"].map(|chain| {
+            let mut positions: HashMap<&str, Vec<usize>> = HashMap::new();
+            let rules = saved.chain(table, chain).into_iter().flat_map(|chain| &chain.rules);
+            for (rule, position) in rules.zip(1..) {
+                positions.entry(rule).or_default().push(position);
+            }
+            (chain, positions)
+        });
+        Self(chains.into())
+    }
+
+    fn at(&self, rule: &BuiltinRule) -> &[usize] {
+        let positions = self.0.get(rule.chain).and_then(|chain| chain.get(rule.rule.as_str()));
+        positions.map(Vec::as_slice).unwrap_or_default()
+    }
+}
+
 fn builtin_lines(
     table: &str,
     saved: &SavedTables,
@@ -333,27 +387,30 @@ fn builtin_lines(
     there: &mut Lines,
     back: &mut Lines,
 ) {
-    let mut positions: HashMap<(&str, &str), Vec<usize>> = HashMap::new();
-    for chain in ["PREROUTING", "FORWARD", "OUTPUT", "POSTROUTING"] {
-        let rules = saved.chain(table, chain).into_iter().flat_map(|chain| &chain.rules);
-        for (rule, position) in rules.zip(1..) {
-            positions.entry((chain, rule)).or_default().push(position);
-        }
-    }
-    for rule in wanted.builtin.iter().filter(|rule| !positions.contains_key(&rule.key())) {
-        there.add(rule);
-        back.delete(rule);
-    }
+    let positions = Positions::of(table, saved);
+    // Before this program's chains are there, so are none of its rules: equal ones are the user's.
+    let has_ours =
+        owned.chains.is_empty() || owned.chains.keys().any(|name| saved.chain(table, name).is_some());
+    let known: HashSet<_> = owned.builtin.iter().filter(|_| has_ours).map(BuiltinRule::key).collect();
+    let is_owned = |rule: &BuiltinRule| rule.is_unmistakable || known.contains(&rule.key());
     let kept: HashSet<_> = wanted.builtin.iter().map(BuiltinRule::key).collect();
-    let mut gone = BTreeMap::new();
-    for rule in owned.builtin.iter().filter(|rule| !kept.contains(&rule.key())) {
-        for position in positions.remove(&rule.key()).unwrap_or_default() {
-            there.delete(rule);
-            gone.insert((rule.chain, position), rule);
-        }
+    let gone: Vec<_> = owned.builtin.iter().filter(|rule| !kept.contains(&rule.key())).collect();
+    let gone: Vec<_> = gone.into_iter().filter(|rule| has_ours && !positions.at(rule).is_empty()).collect();
+    for rule in wanted.builtin.iter().filter(|rule| !is_owned(rule) || positions.at(rule).is_empty()) {
+        there.add(rule);
+        back.retract(rule, positions.at(rule));
+    }
+    let removed: BTreeMap<_, _> =
+        gone.iter().filter_map(|rule| Some(((rule.chain, rule.ours(positions.at(rule))?), *rule))).collect();
+    for rule in gone {
+        let others =
+            positions.at(rule).iter().filter(|position| Some(**position) != rule.ours(positions.at(rule)));
+        let moved =
+            |position: usize| position - removed.range((rule.chain, 0)..(rule.chain, position)).count();
+        there.retract(rule, &others.map(|position| moved(*position)).collect::<Vec<_>>());
     }
     // In the order of their positions, so that each one is inserted after those before it.
-    for ((chain, position), rule) in gone {
+    for ((chain, position), rule) in removed {
         back.push(Rank::Fill, format!("-I {chain} {position} {}", rule.rule));
     }
 }
@@ -422,6 +479,31 @@ mod tests {
             ));
         let removed = transition(&saved, &wanted, &Ruleset::default()).unwrap();
         assert!(removed.undo.contains("-I POSTROUTING 1 -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE\n-I POSTROUTING 3 -s 172.17.0.2/32"), "{}", removed.undo);
+    }
+
+    #[test]
+    fn an_equal_rule_of_the_user_stays_where_it_is() {
+        let wanted = render(&testdata::story(), Family::V4);
+        let masquerade = "POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE";
+        let theirs = format!("*nat\n-A {masquerade}\n-A POSTROUTING -s 192.0.2.0/24 -j ACCEPT\nCOMMIT\n");
+        let added = transition(&SavedTables::parse(&theirs), &Ruleset::default(), &wanted).unwrap();
+        assert_eq!(added.script.matches(masquerade).count(), 1, "{}", added.script);
+        let both = format!("-D {masquerade}\n-D {masquerade}\n");
+        assert!(
+            added.undo.contains(&both)
+                && added.undo.contains(&format!("-I {}", masquerade.replace("-s", "1 -s")))
+        );
+
+        let saved = saved_after(&added.script.replace("*nat\n", &theirs.replace("COMMIT\n", "")));
+        assert_eq!(transition(&saved, &wanted, &wanted), None);
+        let removed = transition(&saved, &wanted, &Ruleset::default()).unwrap();
+        let script = removed.script;
+        assert!(script.contains(&both), "{script}");
+        assert!(script.contains("-I POSTROUTING 1 -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE"), "{script}");
+        assert!(removed.undo.contains("-I POSTROUTING 3 -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE"));
+        // A change that was interrupted before it had come to this table.
+        let before = transition(&SavedTables::parse(&theirs), &wanted, &Ruleset::default());
+        assert!(!before.is_some_and(|change| change.script.contains("MASQUERADE")));
     }
 
     #[test]

@@ -3,6 +3,8 @@
 pub mod detect;
 pub mod iptables;
 pub mod nft;
+pub mod nft_diff;
+pub mod others;
 pub mod tool;
 pub mod transparent;
 

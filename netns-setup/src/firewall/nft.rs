@@ -1,8 +1,7 @@
 //! The nftables backend: one separate table, loaded as one transaction.
 //!
 //! Published ports are map elements, so the number of rules that a packet traverses does not depend on the
-//! number of ports. Each change replaces the whole table, so the result never depends on its previous
-//! content.
+//! number of ports. A change replaces only what differs (`nft_diff`), or else the whole table.
 
 use std::fmt::Write;
 
@@ -24,10 +23,10 @@ pub fn replace(table: &str, body: Option<&str>) -> String {
     format!("add table inet {table}\ndelete table inet {table}\n{body}")
 }
 
-/// The name of the table that a script of [`replace`] changes.
+/// The name of the table that a script changes.
 #[must_use]
 pub fn table_of(script: &str) -> &str {
-    script.lines().next().and_then(|line| line.split_whitespace().last()).unwrap_or_default()
+    script.split_whitespace().skip_while(|word| *word != "inet").nth(1).unwrap_or_default()
 }
 
 /// The table that `topology` needs; `None` without a network.
@@ -281,6 +280,7 @@ mod tests {
         assert_eq!(replace("t", Some("BODY")), "add table inet t\ndelete table inet t\nBODY");
         assert!(!replace("t", None).contains("BODY"));
         assert_eq!(table_of(&replace("t", None)), "t");
+        assert_eq!(table_of("add element inet t m { 1 }"), "t");
     }
 
     #[test]

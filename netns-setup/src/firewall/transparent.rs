@@ -51,6 +51,7 @@ pub fn iptables(topology: &Topology, family: Family) -> Ruleset {
         chain: "PREROUTING",
         // A rule that accepts would hide those after it.
         first: true,
+        is_unmistakable: true,
         rule: format!("-i {iif} -m socket --transparent -j MARK --set-xmark {MARK:#x}/{MARK:#x}"),
     });
     Ruleset::of_builtin("mangle", rules.collect())

@@ -4,6 +4,7 @@ pub mod address;
 pub mod link;
 pub mod route;
 pub mod rule;
+pub mod xfrm;
 
 use std::io;
 

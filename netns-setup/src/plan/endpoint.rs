@@ -2,13 +2,16 @@
 
 use std::net::IpAddr;
 
-use super::{Inputs, LinkWish, OffloadLimits, Plan, PlanError, Step, network, untouched_offload};
+use super::{
+    Inputs, LinkWish, OffloadLimits, Plan, PlanError, Step, network, set_parameters, untouched_offload,
+};
 use crate::action::{Action, LinkChange, NetnsRef, VethPair};
 use crate::host_ip::HostIp;
 use crate::model::{Endpoint, Network};
 use crate::name::CONTAINER_INTERFACE;
 use crate::name::{IfName, Name};
 use crate::observed::{Link, Side};
+use crate::parameters;
 
 /// The largest IPv6 packet, in bytes, without a jumbo payload option (GSO_LEGACY_MAX_SIZE of
 /// linux/netdevice.h).
@@ -177,6 +180,7 @@ fn connect(inputs: Inputs<'_>, network: &Network, endpoint: &Endpoint) -> Plan {
         netns: endpoint.netns.path.clone(),
     };
     plan.push(Step::new(Action::AddVeth(pair), [Action::DeleteLink(host_end)]));
+    set_parameters(inputs, &mut plan, parameters::port(&host_end), true);
     let host = LinkWish { place: NetnsRef::Host, name: &host_end, is: None };
     let container = LinkWish { place: inside, name: &eth0, is: None };
     host.change(&mut plan, |_| None, LinkChange::Master(Some(network.bridge)));
@@ -240,6 +244,7 @@ fn mend(inputs: Inputs<'_>, network: &Network, endpoint: &Endpoint, side: &Side,
     let outer = LinkWish { place: NetnsRef::Host, name: &host_end, is: host_link };
     let inner = LinkWish { place: inside.clone(), name: &eth0, is: link };
     let bridge = host.link(network.bridge.as_str()).map(|link| link.index);
+    set_parameters(inputs, plan, parameters::port(&host_end), false);
     // A port of a bridge that is created again has to join it, too.
     let joined = |master: Option<u32>| bridge.is_some() && master == bridge;
     let left = |link: &Link| (!joined(link.master)).then_some(LinkChange::Master(None));

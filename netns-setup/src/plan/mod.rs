@@ -18,6 +18,7 @@ use crate::family::Family;
 use crate::model::Topology;
 use crate::name::{IfName, Name};
 use crate::observed::{Link, Observed};
+use crate::parameters::{self, Parameter};
 use crate::transparent::TABLE;
 
 /// An action and its undo actions.
@@ -53,6 +54,8 @@ pub struct Plan {
     pub steps: Vec<Step>,
     /// What no step can repair.
     pub problems: Vec<String>,
+    /// What others do that the network works in spite of.
+    pub warnings: Vec<String>,
 }
 
 /// Why planning failed.
@@ -185,21 +188,36 @@ pub fn plan(inputs: Inputs<'_>) -> Result<Plan, PlanError> {
         transparent::change(inputs, &mut plan);
         return Ok(plan);
     }
-    network::check(inputs)?;
+    plan.warnings = network::check(inputs)?;
     rules::check(inputs)?;
     relays::stop(inputs, &mut plan);
     endpoint::remove(inputs, &mut plan);
     network::remove(inputs, &mut plan);
     rules::change(inputs, &mut plan);
+    rules::block(inputs, &mut plan);
     network::build(inputs, &mut plan);
     endpoint::build(inputs, &mut plan)?;
     network::tune(inputs, &mut plan);
     transparent::change(inputs, &mut plan);
-    relays::start(inputs, &mut plan);
     relays::flush(inputs, &mut plan);
+    relays::start(inputs, &mut plan);
     // Last, because undoing it cannot restore the processes that ran in the namespace.
     endpoint::remove_namespaces(inputs, &mut plan);
     Ok(plan)
+}
+
+/// Sets kernel parameters that differ, or all of them on an interface that an earlier step creates.
+fn set_parameters(inputs: Inputs<'_>, plan: &mut Plan, needed: Vec<Parameter>, is_fresh: bool) {
+    let sysctls = &inputs.observed.sysctls;
+    let has_ipv6 = sysctls.contains_key(parameters::HAS_IPV6);
+    let set = |key: &str, value: &str| Action::SetSysctl { key: key.to_owned(), value: value.to_owned() };
+    for Parameter { key, value } in needed.into_iter().filter(|needed| has_ipv6 || !needed.is_ipv6()) {
+        match sysctls.get(&key) {
+            _ if is_fresh => plan.push(Step::on_fresh(set(&key, value))),
+            Some(is) if is != value => plan.push(Step::new(set(&key, value), [set(&key, is)])),
+            _ => {}
+        }
+    }
 }
 
 impl Plan {

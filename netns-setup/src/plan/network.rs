@@ -1,17 +1,17 @@
 //! The bridge, its addresses and kernel parameters.
 
-use super::{Inputs, LinkWish, OffloadLimits, Plan, PlanError, Step, untouched_offload};
+use super::{Inputs, LinkWish, OffloadLimits, Plan, PlanError, Step, set_parameters, untouched_offload};
 use crate::action::{Action, LinkChange, NetnsRef};
 use crate::firewall::needs_route_localnet;
 use crate::model::{Network, Topology};
 use crate::observed::{Link, Observed};
-use crate::persist;
-use crate::sysctl;
+use crate::{parameters, persist, sysctl};
 
-/// Checks that the bridge's name and the subnets are free, or belong to this program.
-pub(super) fn check(inputs: Inputs<'_>) -> Result<(), PlanError> {
+/// Checks that the bridge's name and the subnets are free, or belong to this program. Returns the routes of others that
+/// have come since.
+pub(super) fn check(inputs: Inputs<'_>) -> Result<Vec<String>, PlanError> {
     let Some(network) = &inputs.desired.network else {
-        return Ok(());
+        return Ok(Vec::new());
     };
     let host = &inputs.observed.host;
     let bridge = host.link(network.bridge.as_str());
@@ -26,6 +26,7 @@ pub(super) fn check(inputs: Inputs<'_>) -> Result<(), PlanError> {
     }
     check_file(inputs, network)?;
     let bridge = bridge.map(|link| link.index);
+    let mut warnings = Vec::new();
     let pools =
         [(Some(network.subnet.cidr()), "subnet"), (network.subnet6.map(|subnet| subnet.cidr()), "subnet6")];
     for (pool, option) in pools {
@@ -37,10 +38,19 @@ pub(super) fn check(inputs: Inputs<'_>) -> Result<(), PlanError> {
             };
             let dev = host.links.iter().find(|link| Some(link.index) == route.oif);
             let dev = dev.map_or_else(|| "another table".to_owned(), |link| link.name.clone());
-            return Err(PlanError::Overlap { subnet: pool.to_string(), route: to.to_string(), dev, option });
+            if inputs.owned.network.is_none() {
+                let (subnet, route) = (pool.to_string(), to.to_string());
+                return Err(PlanError::Overlap { subnet, route, dev, option });
+            }
+            // The bridge's own route is preferred to a wider one.
+            if to.prefix >= pool.prefix {
+                warnings.push(format!(
+                    "the route to {to} by {dev} takes addresses of the subnet {pool}: containers there are not reached"
+                ));
+            }
         }
     }
-    Ok(())
+    Ok(warnings)
 }
 
 /// Checks that the file for the settings is free, or belongs to this program.
@@ -73,10 +83,11 @@ pub(super) fn remove(inputs: Inputs<'_>, plan: &mut Plan) {
     let link = inputs.observed.host.link(network.bridge.as_str());
     if let Some(link) = link.filter(|link| is_ours(link, inputs.owned)) {
         let mut again = Plan::default();
-        create(network, &mut again);
+        create(network, inputs, &mut again);
         if link.up {
             bring_up(network, None, &mut again);
         }
+        set_parameters(inputs, &mut again, parameters::bridge_forwarding(network), true);
         let again = again.steps.into_iter().map(|step| step.action);
         let again = again.chain(restored_offload(network, inputs.observed));
         plan.push(Step::new(Action::DeleteLink(network.bridge), again));
@@ -111,7 +122,7 @@ pub(super) fn build(inputs: Inputs<'_>, plan: &mut Plan) {
     };
     let link = inputs.observed.host.link(network.bridge.as_str());
     match link {
-        None => create(network, plan),
+        None => create(network, inputs, plan),
         Some(link) => mend(network, link, inputs, plan),
     }
     bring_up(network, link, plan);
@@ -125,6 +136,12 @@ pub(super) fn build(inputs: Inputs<'_>, plan: &mut Plan) {
             plan.push(Step::new(set(&change.after), before.map(set)));
         }
     }
+    // What was on before `up` may have been switched off since.
+    let mut needed = parameters::forwarding(network);
+    needed.retain(|needed| network.sysctls.iter().all(|change| change.key != needed.key));
+    set_parameters(inputs, plan, needed, false);
+    // Follows the host's, which sets that of each interface.
+    set_parameters(inputs, plan, parameters::bridge_forwarding(network), link.is_none());
     if let Some(path) = &network.persist {
         let text = persist::text(network);
         match inputs.observed.files.get(path).cloned().flatten() {
@@ -144,12 +161,14 @@ pub(super) fn build(inputs: Inputs<'_>, plan: &mut Plan) {
     }
 }
 
-fn create(network: &Network, plan: &mut Plan) {
+fn create(network: &Network, inputs: Inputs<'_>, plan: &mut Plan) {
     let name = network.bridge;
     let add = Action::AddBridge { name, mac: network.mac(), mtu: network.mtu };
     plan.push(Step::new(add, [Action::DeleteLink(name)]));
     let change = LinkChange::Alias(network.tag());
     plan.push(Step::on_fresh(Action::SetLink { place: NetnsRef::Host, name, change }));
+    // Precede the first packet, and IPv6 addresses, which need IPv6.
+    set_parameters(inputs, plan, parameters::bridge(network), true);
     for address in network.addresses() {
         plan.push(Step::on_fresh(Action::AddAddress { place: NetnsRef::Host, name, address }));
     }
@@ -167,6 +186,7 @@ fn mend(network: &Network, link: &Link, inputs: Inputs<'_>, plan: &mut Plan) {
     wish.change(plan, |link| link.stp.then_some(LinkChange::Stp(true)), LinkChange::Stp(false));
     wish.mac(plan, network.mac());
     wish.mtu(plan, network.mtu);
+    set_parameters(inputs, plan, parameters::bridge(network), false);
     for address in network.addresses() {
         if !inputs.observed.host.has_address(link, address) {
             let (place, name) = (NetnsRef::Host, network.bridge);

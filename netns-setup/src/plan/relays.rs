@@ -1,5 +1,7 @@
 //! Relay processes, and conntrack entries that would bypass a change of them.
 
+use std::collections::BTreeSet;
+
 use rproxy_mapping::addr::Protocol;
 
 use super::{Inputs, Plan, Step, endpoint};
@@ -73,11 +75,14 @@ pub(super) fn start(inputs: Inputs<'_>, plan: &mut Plan) {
 }
 
 /// Deletes conntrack entries that were created under other rules: the kernel would keep using them while
-/// packets arrive.
+/// packets arrive. Follows the change of the rules and precedes the relays: while their sockets receive nothing, nobody
+/// sends from the ports, so that no entry begins there again.
 pub(super) fn flush(inputs: Inputs<'_>, plan: &mut Plan) {
     let gone = only_in(inputs, inputs.owned, inputs.desired);
     let come = only_in(inputs, inputs.desired, inputs.owned);
-    for (_, _, mapping) in gone.chain(come).filter(|(_, _, mapping)| mapping.proto == Protocol::Udp) {
-        plan.push(Step::on_fresh(Action::FlushConntrack { host: mapping.host, port: mapping.host_port }));
+    let changed = gone.chain(come).filter(|(_, _, mapping)| mapping.proto == Protocol::Udp);
+    let ports: BTreeSet<_> = changed.map(|(_, _, mapping)| (mapping.host, mapping.host_port)).collect();
+    if !ports.is_empty() {
+        plan.push(Step::on_fresh(Action::FlushConntrack(ports.into_iter().collect())));
     }
 }

@@ -2,9 +2,10 @@
 
 use super::{Inputs, Plan, PlanError, Step};
 use crate::action::Action;
+use crate::addr::Cidr;
 use crate::family::Family;
 use crate::firewall::iptables::{self, Ruleset, SavedTables};
-use crate::firewall::nft;
+use crate::firewall::{nft, nft_diff};
 use crate::model::{Firewall, Topology};
 use crate::observed::Rules;
 
@@ -32,7 +33,7 @@ pub(super) fn check(inputs: Inputs<'_>) -> Result<(), PlanError> {
 pub(super) fn change(inputs: Inputs<'_>, plan: &mut Plan) {
     match &inputs.observed.rules {
         Rules::None => {}
-        Rules::Nft { listing, as_wanted } => change_nft(inputs, listing.as_deref(), *as_wanted, plan),
+        Rules::Nft { listing, wanted } => change_nft(inputs, listing.as_deref(), wanted.as_deref(), plan),
         Rules::Iptables(saved) => {
             for (family, saved) in saved {
                 let rules = |topology: &Topology| iptables::render(topology, *family);
@@ -42,32 +43,63 @@ pub(super) fn change(inputs: Inputs<'_>, plan: &mut Plan) {
     }
 }
 
-fn change_nft(inputs: Inputs<'_>, listing: Option<&str>, as_wanted: Option<bool>, plan: &mut Plan) {
+/// Blocks what other hosts route to the containers. The rules do so, too, and refuse it earlier; this also holds after
+/// somebody has flushed them.
+pub(super) fn block(inputs: Inputs<'_>, plan: &mut Plan) {
+    let Some(blocked) = &inputs.observed.blocked else {
+        return;
+    };
+    let (owned, wanted) = (guarded(inputs.owned), guarded(inputs.desired));
+    for subnet in wanted.iter().filter(|subnet| !blocked.contains(subnet)) {
+        plan.push(Step::new(Action::BlockRouted(*subnet), [Action::UnblockRouted(*subnet)]));
+    }
+    for subnet in owned.iter().filter(|subnet| !wanted.contains(subnet) && blocked.contains(subnet)) {
+        plan.push(Step::new(Action::UnblockRouted(*subnet), [Action::BlockRouted(*subnet)]));
+    }
+}
+
+/// The subnets of a network, unless the user guards them.
+fn guarded(topology: &Topology) -> Vec<Cidr> {
+    let network = topology.network.as_ref().filter(|network| network.firewall != Firewall::None);
+    let subnets =
+        network.map(|network| [Some(network.subnet.cidr()), network.subnet6.map(|subnet| subnet.cidr())]);
+    subnets.into_iter().flatten().flatten().collect()
+}
+
+fn change_nft(inputs: Inputs<'_>, listing: Option<&str>, wanted: Option<&str>, plan: &mut Plan) {
     let Some(network) = inputs.desired.network.as_ref().or(inputs.owned.network.as_ref()) else {
         return;
     };
     let table = nft::table_name(network);
-    let wanted = nft::render(inputs.desired);
-    let is_same = as_wanted.unwrap_or_else(|| nft::render(inputs.owned) == wanted);
-    change_nft_table(&table, listing, wanted.as_deref(), is_same, plan);
+    let body = nft::render(inputs.desired);
+    if wanted.is_none() && listing.is_some() && nft::render(inputs.owned) == body {
+        return;
+    }
+    change_nft_table(&table, listing, body.as_deref(), wanted, plan);
 }
 
-/// Replaces a table, unless it is the wanted one already.
+/// Changes what differs between a table and the one that `body` declares; `wanted` is how `nft` lists that. Replaces
+/// the table if they differ in more than elements and rules.
 pub(super) fn change_nft_table(
     table: &str,
     listing: Option<&str>,
+    body: Option<&str>,
     wanted: Option<&str>,
-    is_same: bool,
     plan: &mut Plan,
 ) {
-    let differs = match (wanted, listing) {
-        (None, listing) => listing.is_some(),
-        (Some(_), None) => true,
-        (Some(_), Some(_)) => !is_same,
+    let scripts = match (listing, body, wanted) {
+        (None, None, _) => return,
+        (Some(listing), Some(_), Some(wanted)) if nft_diff::is_same(listing, wanted) => return,
+        (Some(listing), Some(_), Some(wanted)) => {
+            nft_diff::change(table, listing, wanted).zip(nft_diff::change(table, wanted, listing))
+        }
+        (Some(listing), Some(body), None) => nft_diff::change_elements(table, listing, body)
+            .zip(nft_diff::change_elements(table, body, listing)),
+        _ => None,
     };
-    if differs {
-        let script = nft::replace(table, wanted);
-        plan.push(Step::new(Action::Nft(script), [Action::Nft(nft::replace(table, listing))]));
+    let (script, undo) = scripts.unwrap_or_else(|| (nft::replace(table, body), nft::replace(table, listing)));
+    if !script.is_empty() {
+        plan.push(Step::new(Action::Nft(script), [Action::Nft(undo)]));
     }
 }
 

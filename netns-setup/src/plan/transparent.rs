@@ -88,10 +88,10 @@ fn mark(inputs: Inputs<'_>, rules: &Rules, plan: &mut Plan) {
     let (owned, desired) = (inputs.owned, inputs.desired);
     match rules {
         Rules::None => {}
-        Rules::Nft { listing, as_wanted } => {
-            let (before, wanted) = (firewall::nft(owned), firewall::nft(desired));
-            let is_same = as_wanted.unwrap_or(before == wanted);
-            change_nft_table(firewall::TABLE_NAME, listing.as_deref(), wanted.as_deref(), is_same, plan);
+        Rules::Nft { listing, wanted } => {
+            let body = firewall::nft(desired);
+            let (listing, wanted) = (listing.as_deref(), wanted.as_deref());
+            change_nft_table(firewall::TABLE_NAME, listing, body.as_deref(), wanted, plan);
         }
         Rules::Iptables(saved) => {
             for (family, saved) in saved {
@@ -225,7 +225,7 @@ mod tests {
 
     fn nothing() -> TransparentParts {
         let policy = BTreeMap::from([(Family::V4, vec![]), (Family::V6, vec![])]);
-        let rules = Rules::Nft { listing: None, as_wanted: None };
+        let rules = Rules::Nft { listing: None, wanted: None };
         TransparentParts { policy, routes: vec![], rules, has_ipv6: true }
     }
 
@@ -238,7 +238,7 @@ mod tests {
         for family in transparent::families(topology) {
             parts.routes.push(TableRoute { family, is_local: true, destination: None, oif: Some(1) });
         }
-        parts.rules = Rules::Nft { listing: Some("it".to_owned()), as_wanted: Some(true) };
+        parts.rules = Rules::Nft { listing: Some("it".to_owned()), wanted: Some("it".to_owned()) };
         parts
     }
 

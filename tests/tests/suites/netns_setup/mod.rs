@@ -2,6 +2,7 @@
 //! when it fails, and how it scales.
 
 pub(crate) mod faults;
+mod host;
 mod identity;
 mod persist;
 mod rules;
@@ -16,5 +17,17 @@ mod usage;
 use testkit::suite::Case;
 
 pub(crate) fn cases() -> Vec<Case> {
-    testkit::modules![story, usage, rules, traffic, transparent, faults, identity, persist, scale, state]
+    testkit::modules![
+        story,
+        usage,
+        rules,
+        host,
+        traffic,
+        transparent,
+        faults,
+        identity,
+        persist,
+        scale,
+        state
+    ]
 }

@@ -94,6 +94,8 @@ fn two_networks(stage: &Stage) {
     let left: Vec<_> =
         fs::read_dir("/etc/sysctl.d").unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left, ["60-netns-setup-br7.conf"]);
+    // The first one has switched forwarding off, as it had switched it on, which the other one notices.
+    other("repair");
     other("check");
     other("down");
     assert_eq!(fs::read_dir("/etc/sysctl.d").unwrap().count(), 0);

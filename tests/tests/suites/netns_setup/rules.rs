@@ -57,6 +57,25 @@ fn nft_table(stage: &Stage) {
     assert!(listing.contains("table inet netns-setup-docker0 {"), "{listing}");
     assert!(listing.contains("elements = { tcp . 80 : 172.17.0.2 . 80 }"), "{listing}");
     assert!(listing.contains("elements = { 10.0.0.11 . tcp . 81 : 172.17.0.2 . 80 }"), "{listing}");
+    // Chains that are registered anew let a packet through that meets neither the old nor the new ones.
+    let handles = || {
+        let listing = stage.host("nft -a list table inet netns-setup-docker0");
+        let lines = listing.lines().filter(|line| line.contains("# handle")).map(str::to_owned);
+        lines.collect::<Vec<_>>()
+    };
+    let before = handles();
+    stage.ok("publish web -p 82:80 -p 53:53/udp --via dnat");
+    stage.ok("unpublish web -p 80:80");
+    assert_eq!(handles(), before, "elements change, and nothing else");
+    stage.host("nft flush chain inet netns-setup-docker0 to-containers");
+    let other = |lines: Vec<String>| -> Vec<String> {
+        lines
+            .into_iter()
+            .filter(|line| !["accept", "drop"].iter().any(|verdict| line.contains(verdict)))
+            .collect()
+    };
+    stage.ok("repair");
+    assert_eq!(other(handles()), other(before), "the chain that differs is filled again");
 }
 
 fn check_and_repair(stage: &Stage, backend: Backend) {
@@ -110,6 +129,8 @@ fn relay_comes_back(stage: &Stage) {
 fn others_stay(stage: &Stage, backend: Backend) {
     for rule in [
         "iptables -A FORWARD -s 192.0.2.0/24 -j DROP",
+        // Equal to one of ours, and before another one.
+        "iptables -t nat -A POSTROUTING -s 172.17.0.0/16 ! -o docker0 -j MASQUERADE",
         "iptables -t nat -A POSTROUTING -s 192.0.2.0/24 -j MASQUERADE",
         "iptables -t raw -A PREROUTING -s 192.0.2.0/24 -j DROP",
         "nft add table inet theirs",

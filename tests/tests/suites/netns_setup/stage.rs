@@ -180,6 +180,7 @@ impl Stage {
             let routes = routes.lines().filter(|line| line.contains(" table 4096"));
             routes.for_each(|line| writeln!(text, "{family} route: {line}").unwrap());
         }
+        text.push_str(&tool("ip xfrm policy"));
         text.push_str(&self.host.run(dump_settings));
         for name in tool("ip netns list").lines().filter_map(|line| line.split_whitespace().next()) {
             writeln!(text, "--- {name}").unwrap();

@@ -1,6 +1,10 @@
 //! Which traffic passes and which is blocked: each way to publish, each backend, both protocols and families.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddrV6};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddrV6, TcpStream, UdpSocket};
+use std::panic::{self, AssertUnwindSafe};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use testkit::suite::Case;
 use testkit::topology::{BRIDGE_V4, CLIENT_V4, CLIENT_V6, CONTAINER_V4, HOST_V4, HOST_V6};
@@ -24,6 +28,9 @@ pub(crate) fn cases() -> Vec<Case> {
     cases.extend(for_each_firewall("one address of the host", one_address));
     cases.extend(for_each_firewall("a link-local address of the host", link_local));
     cases.extend(for_each_firewall("stale UDP flows are forgotten", stale_flows));
+    cases.extend(for_each_firewall("a stream of datagrams follows each change of its port", stream));
+    cases.extend(for_each_firewall("containers stay closed while all rules are gone", flushed));
+    cases.extend(for_each_firewall("new connections are served while other ports change", undisturbed));
     cases
 }
 
@@ -138,14 +145,147 @@ fn link_local(stage: &Stage, backend: Backend) {
     assert!(!reaches_tcp(&stage.client, host, SILENCE));
 }
 
+/// Somebody flushes all rules, as the start of a firewall does: only what the relay serves is reached.
+fn flushed(stage: &Stage, backend: Backend) {
+    stage.ok(&format!("up --subnet6 fd00:d0c::/64 {}", backend.option()));
+    let web = stage.attach("web");
+    let _server = serve(&web, 80);
+    stage.ok("publish web -p 80:80 -p 80:80/udp");
+    let intact = stage.dump();
+    match backend {
+        Backend::Nft | Backend::IptablesNft => drop(stage.host("nft flush ruleset")),
+        Backend::Legacy => {
+            for (tool, table) in ["iptables", "ip6tables"]
+                .into_iter()
+                .flat_map(|tool| ["raw", "filter", "nat"].map(|table| (tool, table)))
+            {
+                stage.host(&format!("{tool} -t {table} -F"));
+            }
+        }
+    }
+    for container in [IpAddr::V4(CONTAINER_V4), IpAddr::V6(WEB_V6)] {
+        assert_out_of_reach(&stage.client, container, 80);
+        assert_reaches(&stage.host, container, 80);
+    }
+    for host in [IpAddr::V4(HOST_V4), IpAddr::V6(HOST_V6)] {
+        assert_reaches(&stage.client, host, 80);
+        assert_reaches_udp(&stage.client, host, 80);
+    }
+    stage.host("ip xfrm policy flush");
+    assert_reaches(&stage.client, CONTAINER_V4, 80);
+    let output = stage.run("check");
+    for subnet in ["172.17.0.0/16", "fd00:d0c::/64"] {
+        let finding = format!("the IPsec policy that blocks packets routed to {subnet} is missing");
+        assert!(output.stdout.contains(&finding), "{output:#?}");
+    }
+    stage.ok("repair");
+    assert_eq!(stage.ok("check"), "everything is as it should be\n");
+    super::stage::assert_same(&stage.dump(), &intact, "after all");
+    assert_out_of_reach(&stage.client, CONTAINER_V4, 80);
+}
+
+/// New connections to a published port, as many as go, while others are published and unpublished.
+fn undisturbed(stage: &Stage, backend: Backend) {
+    const CHANGES: usize = 30;
+    stage.ok(&format!("up --subnet6 fd00:d0c::/64 {}", backend.option()));
+    let web = stage.attach("web");
+    let _server = serve(&web, 80);
+    // Many rules or elements, so that a change of all of them takes its time.
+    stage.ok("publish web -p 80:80 -p 20000-20999:80 --via dnat");
+    let is_over = AtomicBool::new(false);
+    let connect = |host: IpAddr| {
+        let mut results = [0_usize; 2];
+        while !is_over.load(Ordering::Relaxed) {
+            let stream = TcpStream::connect_timeout(&(host, 80).into(), testkit::PATIENCE);
+            results[usize::from(stream.is_ok())] += 1;
+            if let Ok(stream) = stream {
+                // Leaves no TIME_WAIT, which would use up the ports.
+                socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
+            }
+        }
+        results
+    };
+    thread::scope(|scope| {
+        let hosts = [HOST_V4.into(), HOST_V6.into()];
+        let connect = |host| stage.client.run(|| connect(host));
+        let clients: Vec<_> = hosts.into_iter().map(|host| scope.spawn(move || connect(host))).collect();
+        // Also if a command fails, the clients have to end.
+        let changes = panic::catch_unwind(AssertUnwindSafe(|| {
+            for _ in 0..CHANGES {
+                stage.ok("publish web -p 90-94:80 --via dnat");
+                stage.ok("unpublish web -p 90-94:80");
+            }
+        }));
+        is_over.store(true, Ordering::Relaxed);
+        let results: Vec<_> = clients.into_iter().map(|client| client.join().unwrap()).collect();
+        changes.unwrap_or_else(|panic| panic::resume_unwind(panic));
+        for [failed, served] in results {
+            assert!(served > 0 && failed == 0, "{failed} connections failed, {served} were served");
+        }
+    });
+}
+
+/// A client sends all the time from one port, so that no conntrack entry of its flow expires, while its port is
+/// published in another way. A late reply of whoever had the port before has even turned the entry around.
+fn stream(stage: &Stage, backend: Backend) {
+    stage.ok(&format!("up {}", backend.option()));
+    let web = stage.attach("web");
+    let _server = serve(&web, 5000);
+    let before = stage.host.run(|| UdpSocket::bind((HOST_V4, 7000)).unwrap());
+    let client = stage.client.run(|| UdpSocket::bind((CLIENT_V4, 4444)).unwrap());
+    client.set_read_timeout(Some(Duration::from_millis(2))).unwrap();
+    before.send_to(b"late", (CLIENT_V4, 4444)).unwrap();
+    drop(before);
+    // Until an answer has come that was asked for after the change.
+    let answered = |what: &str| {
+        let start = Instant::now();
+        loop {
+            client.send_to(what.as_bytes(), (HOST_V4, 7000)).unwrap();
+            let mut buffer = [0; 64];
+            match client.recv_from(&mut buffer) {
+                Ok((len, from)) if &buffer[..len] == what.as_bytes() => {
+                    return assert_eq!(from, (IpAddr::V4(HOST_V4), 7000).into(), "{what}");
+                }
+                _ => assert!(start.elapsed() < testkit::PATIENCE, "{what}: no answer"),
+            }
+        }
+    };
+    let is_over = AtomicBool::new(false);
+    let other = client.try_clone().unwrap();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !is_over.load(Ordering::Relaxed) {
+                // Refused while the port is not published.
+                let _unsent = other.send_to(b"stream", (HOST_V4, 7000));
+                thread::yield_now();
+            }
+        });
+        let all = panic::catch_unwind(AssertUnwindSafe(|| {
+            for via in ["dnat", "proxy", "both", "dnat", "both", "proxy", "both"] {
+                stage.ok(&format!("publish web -p 7000:5000/udp --via {via}"));
+                answered(via);
+                let entries = stage.host("conntrack -L -p udp");
+                let mut to_port = entries.lines().filter(|line| line.contains("sport=4444 dport=7000 "));
+                let flow = to_port.next().unwrap_or_default();
+                // The client has begun it, and not a late reply.
+                let is_client_s = flow.find("src=10.0.0.12") < flow.find("sport=7000").or(Some(usize::MAX));
+                let is_translated = flow.contains("src=172.17.0.2 ");
+                assert!(is_client_s && is_translated == (via != "proxy"), "{via}: {entries}");
+                stage.ok("unpublish web");
+            }
+        }));
+        is_over.store(true, Ordering::Relaxed);
+        all.unwrap_or_else(|panic| panic::resume_unwind(panic));
+    });
+}
+
 /// A client that keeps its source port keeps its flow: after a change of rules it has to reach the new target.
 fn stale_flows(stage: &Stage, backend: Backend) {
-    use std::net::UdpSocket;
     stage.ok(&format!("up {}", backend.option()));
     let (old, new) = (stage.attach("old"), stage.attach("new"));
     let answering = |namespace: &testkit::netns::Namespace, text: &'static [u8]| {
         let socket = namespace.run(|| UdpSocket::bind("0.0.0.0:53").unwrap());
-        std::thread::spawn(move || {
+        thread::spawn(move || {
             let mut buffer = [0; 64];
             while let Ok((_, client)) = socket.recv_from(&mut buffer) {
                 if &buffer[..4] == b"stop" {

@@ -12,6 +12,7 @@ use super::stage::{Backend, Stage, assert_same, case, for_each_firewall};
 
 pub(crate) fn cases() -> Vec<Case> {
     let mut cases = for_each_firewall("a dry run prints commands that do the same", printed_commands);
+    cases.extend(for_each_firewall("chains and rules of others that drop are named", dropping));
     cases.extend([
         case("bad input changes nothing", bad_input),
         case("a name that is taken", taken),
@@ -146,6 +147,78 @@ fn foreign(stage: &Stage) {
     stage.host("iptables -t nat -X DOCKER");
 }
 
+/// Chains and rules of others, whoever has made them, and what names them while they drop.
+fn dropping(stage: &Stage, backend: Backend) {
+    stage.ok(&format!("up --subnet6 fd00:d0c::/64 {}", backend.option()));
+    stage.ok("attach web");
+    stage.ok("publish web -p 80:80");
+    assert_eq!(stage.run("check").stderr, "");
+    let base = |family: &str, hook: &str, policy: &str| {
+        format!(
+            "nft add table {family} fw; nft add chain {family} fw c {{ type filter hook {hook} priority 7 ; policy {policy} ; }}"
+        )
+    };
+    for (make, unmake, finding) in [
+        (
+            base("inet", "forward", "drop"),
+            "nft delete table inet fw",
+            "the chain c of the nft table inet fw drops forwarded packets by its policy",
+        ),
+        (
+            base("ip6", "forward", "drop"),
+            "nft delete table ip6 fw",
+            "of the nft table ip6 fw drops forwarded packets by its policy",
+        ),
+        (
+            base("ip", "input", "drop"),
+            "nft delete table ip fw",
+            "of the nft table ip fw drops packets to this host by its policy",
+        ),
+        (
+            format!(
+                "{}; nft add rule inet fw c iifname docker0 counter drop",
+                base("inet", "forward", "accept")
+            ),
+            "nft delete table inet fw",
+            "by its rule `iifname \"docker0\" counter drop`",
+        ),
+        (
+            format!("{}; nft add rule inet fw c counter reject", base("inet", "forward", "accept")),
+            "nft delete table inet fw",
+            "by its rule `counter reject",
+        ),
+    ] {
+        shell(stage, &make);
+        for command in ["check", "up --subnet6 fd00:d0c::/64"] {
+            let output = stage.run(command);
+            assert!(output.stderr.contains(finding), "{make}: {output:#?}");
+        }
+        shell(stage, unmake);
+        assert_eq!(stage.run("check").stderr, "", "{make}");
+    }
+    if backend != Backend::Legacy {
+        dropping_legacy(stage);
+    }
+}
+
+/// iptables-legacy, which `nft` does not list.
+fn dropping_legacy(stage: &Stage) {
+    for tool in ["iptables-legacy", "ip6tables-legacy"] {
+        stage.host(&format!("{tool} -P FORWARD DROP"));
+        let output = stage.run("check");
+        let finding =
+            format!("the chain FORWARD of {tool}'s table filter drops forwarded packets by its policy");
+        assert!(output.stderr.contains(&finding), "{output:#?}");
+        stage.host(&format!("{tool} -P FORWARD ACCEPT"));
+    }
+}
+
+fn shell(stage: &Stage, script: &str) {
+    for line in script.split("; nft ") {
+        stage.host(&format!("nft {}", line.trim_start_matches("nft ")));
+    }
+}
+
 fn no_firewall(stage: &Stage) {
     // Programs are looked for in the usual directories too, so those have to be empty.
     let script = "mount -t tmpfs none /usr/sbin; PATH=/nonexistent exec \"$@\"";
@@ -211,7 +284,12 @@ fn dry_run(stage: &Stage) {
 fn interference(stage: &Stage) {
     stage.host("iptables -P FORWARD DROP");
     let output = stage.run("up --firewall nft");
-    assert!(output.stderr.contains("the FORWARD policy of iptables is DROP"), "{output:#?}");
+    let policy = "the chain FORWARD of the nft table ip filter drops forwarded packets by its policy";
+    assert!(output.stderr.contains(policy), "{output:#?}");
+    assert!(stage.run("check").stderr.contains(policy));
+    stage.host("iptables -A FORWARD -i docker0 -j ACCEPT");
+    assert_eq!(stage.run("check").stderr, "");
+    stage.host("iptables -F FORWARD");
     stage.ok("down");
     let chosen: serde_json::Value = serde_json::from_str(&stage.ok("up --firewall auto --json")).unwrap();
     assert_eq!(chosen["result"]["network"]["firewall"], "iptables");
@@ -425,7 +503,8 @@ fn printed_commands(stage: &Stage, backend: Backend) {
 
 /// A dump without what is drawn by lot: names of veths and the addresses of those that have no number of ours.
 fn without_random(dump: &str) -> String {
-    let is_mac = |word: &str| word.len() == 19 && word.matches(':').count() == 5 && !word.contains("02:42:");
+    let is_mac =
+        |word: &str| word.len() == 19 && word.matches(':').count() == 5 && !word.starts_with("\"02:42:");
     let plain = |word: &str| match word {
         word if word.starts_with("ifname=\"veth") => "ifname=veth".to_owned(),
         word if word.strip_prefix("address=").is_some_and(is_mac) => "address=random".to_owned(),

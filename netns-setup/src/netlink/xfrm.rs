@@ -1,0 +1,194 @@
+//! IPsec policies (linux/xfrm.h, ip-xfrm(8)) that block what is routed to a subnet.
+//!
+//! They are out of reach of `nft flush ruleset`, `iptables -F` and the reload of a firewall. The kernel compares a
+//! policy with the addresses before translation (`nf_nat_decode_session` in net/netfilter/nf_nat_proto.c): a packet to
+//! a published port, or a reply to a masqueraded connection, is not one to the subnet.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+
+use netlink_packet_core::{
+    DecodeError, NLM_F_CREATE, NLM_F_EXCL, NetlinkDeserializable, NetlinkHeader, NetlinkPayload,
+    NetlinkSerializable,
+};
+use netlink_sys::protocols::NETLINK_XFRM;
+use nix::errno::Errno;
+
+use super::{Client, NetlinkError};
+use crate::addr::Cidr;
+
+const XFRM_MSG_NEWPOLICY: u16 = 0x13;
+const XFRM_MSG_DELPOLICY: u16 = 0x14;
+const XFRM_MSG_GETPOLICY: u16 = 0x15;
+const XFRM_POLICY_FWD: u8 = 2;
+const XFRM_POLICY_BLOCK: u8 = 1;
+
+/// Policies of lower numbers come first, so those of a VPN do.
+const PRIORITY: u32 = 4_000_000_000;
+
+/// `struct xfrm_selector`, in bytes.
+const SELECTOR: usize = 56;
+
+/// `struct xfrm_userpolicy_info`, in bytes.
+const POLICY_INFO: usize = 168;
+
+/// `struct xfrm_userpolicy_id`, in bytes.
+const POLICY_ID: usize = 64;
+
+/// Where the fields of these structures are that are not zero.
+mod at {
+    use std::ops::Range;
+
+    pub(super) const DESTINATION: usize = 0;
+    pub(super) const FAMILY: Range<usize> = 40..42;
+    pub(super) const DESTINATION_PREFIX: usize = 42;
+    /// The limits in bytes and packets of `struct xfrm_lifetime_cfg`.
+    pub(super) const LIMITS: Range<usize> = 56..88;
+    pub(super) const PRIORITY: Range<usize> = 152..156;
+    pub(super) const DIRECTION: usize = 160;
+    pub(super) const ACTION: usize = 161;
+    /// In `struct xfrm_userpolicy_id`.
+    pub(super) const ID_DIRECTION: usize = 60;
+}
+
+/// A message about a policy.
+#[derive(Debug, Clone)]
+pub struct PolicyMessage {
+    kind: u16,
+    body: Vec<u8>,
+}
+
+impl From<PolicyMessage> for NetlinkPayload<PolicyMessage> {
+    fn from(message: PolicyMessage) -> Self {
+        Self::InnerMessage(message)
+    }
+}
+
+impl NetlinkSerializable for PolicyMessage {
+    fn message_type(&self) -> u16 {
+        self.kind
+    }
+
+    fn buffer_len(&self) -> usize {
+        self.body.len()
+    }
+
+    fn serialize(&self, buffer: &mut [u8]) {
+        buffer.copy_from_slice(&self.body);
+    }
+}
+
+impl NetlinkDeserializable for PolicyMessage {
+    type Error = DecodeError;
+
+    fn deserialize(header: &NetlinkHeader, payload: &[u8]) -> Result<Self, Self::Error> {
+        Ok(Self { kind: header.message_type, body: payload.to_vec() })
+    }
+}
+
+/// Lists the subnets to which this program has blocked the way; `None` if this kernel has no IPsec policies.
+///
+/// # Errors
+/// If the kernel refuses.
+pub fn blocked() -> Result<Option<Vec<Cidr>>, NetlinkError> {
+    let mut client = match Client::open(NETLINK_XFRM) {
+        Err(NetlinkError::Socket(error)) if error.raw_os_error() == Some(Errno::EPROTONOSUPPORT as i32) => {
+            return Ok(None);
+        }
+        other => other?,
+    };
+    let request = PolicyMessage { kind: XFRM_MSG_GETPOLICY, body: vec![0; POLICY_ID] };
+    Ok(Some(client.dump(&request)?.iter().filter_map(read).collect()))
+}
+
+/// The subnet that a policy of this program blocks.
+fn read(message: &PolicyMessage) -> Option<Cidr> {
+    let info: &[u8; POLICY_INFO] = message.body.get(..POLICY_INFO)?.try_into().ok()?;
+    let prefix = info[at::DESTINATION_PREFIX];
+    let octets: [u8; 16] = info[at::DESTINATION..][..16].try_into().ok()?;
+    let ip = match i32::from(u16::from_ne_bytes(info[at::FAMILY].try_into().ok()?)) {
+        nix::libc::AF_INET => Ipv4Addr::from([octets[0], octets[1], octets[2], octets[3]]).into(),
+        nix::libc::AF_INET6 => Ipv6Addr::from(octets).into(),
+        _ => return None,
+    };
+    let subnet = Cidr { ip, prefix };
+    let wanted = policy(subnet);
+    // The kernel adds the index and what it has counted.
+    let is_same = |range: std::ops::Range<usize>| info[range.clone()] == wanted[range];
+    (is_same(0..SELECTOR) && is_same(at::PRIORITY) && is_same(at::DIRECTION..at::ACTION + 1))
+        .then_some(subnet)
+}
+
+/// Blocks what other hosts send to a subnet by this host.
+///
+/// # Errors
+/// If the kernel refuses, for example because somebody has a policy for the same subnet.
+pub fn block(subnet: Cidr) -> Result<(), NetlinkError> {
+    let message = PolicyMessage { kind: XFRM_MSG_NEWPOLICY, body: policy(subnet).to_vec() };
+    Client::open(NETLINK_XFRM)?.change(message, NLM_F_CREATE | NLM_F_EXCL)
+}
+
+/// Takes such a policy away; does nothing if somebody else has.
+///
+/// # Errors
+/// If the kernel refuses.
+pub fn unblock(subnet: Cidr) -> Result<(), NetlinkError> {
+    let mut body = vec![0; POLICY_ID];
+    body[..SELECTOR].copy_from_slice(&policy(subnet)[..SELECTOR]);
+    body[at::ID_DIRECTION] = XFRM_POLICY_FWD;
+    match Client::open(NETLINK_XFRM)?.change(PolicyMessage { kind: XFRM_MSG_DELPOLICY, body }, 0) {
+        Err(error) if error.is(Errno::ENOENT) => Ok(()),
+        other => other,
+    }
+}
+
+fn policy(subnet: Cidr) -> [u8; POLICY_INFO] {
+    let mut info = [0; POLICY_INFO];
+    let family = match subnet.ip {
+        IpAddr::V4(ip) => {
+            info[at::DESTINATION..][..4].copy_from_slice(&ip.octets());
+            nix::libc::AF_INET
+        }
+        IpAddr::V6(ip) => {
+            info[at::DESTINATION..][..16].copy_from_slice(&ip.octets());
+            nix::libc::AF_INET6
+        }
+    };
+    info[at::FAMILY].copy_from_slice(&u16::try_from(family).unwrap_or_default().to_ne_bytes());
+    info[at::DESTINATION_PREFIX] = subnet.prefix;
+    info[at::LIMITS].fill(0xff);
+    info[at::PRIORITY].copy_from_slice(&PRIORITY.to_ne_bytes());
+    info[at::DIRECTION] = XFRM_POLICY_FWD;
+    info[at::ACTION] = XFRM_POLICY_BLOCK;
+    info
+}
+
+/// The options of `ip xfrm policy` for such a policy.
+#[must_use]
+pub fn options(subnet: Cidr) -> String {
+    format!("dst {subnet} dir fwd action block priority {PRIORITY}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_policy_of_this_program_is_recognised_and_no_other() {
+        for (ip, prefix) in [("172.17.0.0", 16), ("fd00:d0c::", 64)] {
+            let subnet = Cidr { ip: ip.parse().unwrap(), prefix };
+            let body = policy(subnet).to_vec();
+            let read_changed = |at: Option<usize>| {
+                let mut body = body.clone();
+                at.into_iter().for_each(|at| body[at] ^= 1);
+                read(&PolicyMessage { kind: XFRM_MSG_NEWPOLICY, body })
+            };
+            assert_eq!(read_changed(None), Some(subnet));
+            for other in [at::DIRECTION, at::ACTION, at::PRIORITY.start, 16, 44] {
+                assert_eq!(read_changed(Some(other)), None, "{other}");
+            }
+            for short in 0..POLICY_INFO {
+                assert_eq!(read(&PolicyMessage { kind: 0, body: body[..short].to_vec() }), None);
+            }
+        }
+    }
+}
