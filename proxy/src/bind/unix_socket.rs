@@ -36,7 +36,7 @@ pub(crate) struct SocketFile {
 
 impl UnixSocket {
     /// Binds `path`. Replaces a socket on which no process listens. `option` is what errors begin with, such as
-    /// `--control`.
+    /// `--control ` or `--metrics unix:`.
     ///
     /// # Errors
     /// [`SocketError`]
@@ -134,9 +134,9 @@ fn remove_stale(path: &Path) -> Result<(), SocketFault> {
 
 /// Why a socket cannot be used.
 #[derive(Debug, thiserror::Error)]
-#[error("{option} {}: {fault}", escaped(path))]
+#[error("{option}{}: {fault}", escaped(path))]
 pub struct SocketError {
-    /// The option that asks for the socket.
+    /// The option that asks for the socket, up to the path.
     pub option: &'static str,
     /// The path.
     pub path: PathBuf,
@@ -163,8 +163,20 @@ pub enum SocketFault {
     #[error("the socket that was passed cannot be used: {0}")]
     NotPassed(String),
     /// The kernel refused.
-    #[error("cannot listen there: {}", explain(.0, 1))]
+    #[error("cannot listen there: {}{}", explain(.0, 1), way_out(.0))]
     Bind(#[source] io::Error),
+}
+
+/// What would help against an error of bind(2) or socket(2).
+fn way_out(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::NotFound => "; create its directory first",
+        io::ErrorKind::PermissionDenied => "; give a path in a directory that this user may write to",
+        io::ErrorKind::ReadOnlyFilesystem => "; give a path that can be written, as below /run",
+        // The longest path is shorter than `sun_path` (unix(7)).
+        io::ErrorKind::InvalidInput => "; give a path of less than 108 bytes",
+        _ => "",
+    }
 }
 
 #[cfg(test)]
@@ -180,17 +192,17 @@ mod tests {
     }
 
     fn fault(path: &Path) -> SocketFault {
-        UnixSocket::bind("--control", path).unwrap_err().fault
+        UnixSocket::bind("--control ", path).unwrap_err().fault
     }
 
     #[test]
     fn it_is_for_its_owner_and_goes_with_the_process() {
         let path = path("own");
-        let (listener, file) = UnixSocket::bind("--control", &path).unwrap().into_parts();
+        let (listener, file) = UnixSocket::bind("--control ", &path).unwrap().into_parts();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o600);
         assert!(matches!(fault(&path), SocketFault::InUse));
         fs::remove_file(&path).unwrap();
-        let (_other, others_file) = UnixSocket::bind("--control", &path).unwrap().into_parts();
+        let (_other, others_file) = UnixSocket::bind("--control ", &path).unwrap().into_parts();
         drop(file);
         assert!(path.exists(), "it is another's by now");
         drop(listener);
@@ -201,15 +213,15 @@ mod tests {
     #[test]
     fn it_can_be_another_processs() {
         let path = path("passed");
-        let (_listener, mut file) = UnixSocket::bind("--control", &path).unwrap().into_parts();
+        let (_listener, mut file) = UnixSocket::bind("--control ", &path).unwrap().into_parts();
         let passed = || file.as_fd().try_clone_to_owned().unwrap();
-        drop(UnixSocket::adopt("--control", passed(), &path).unwrap());
+        drop(UnixSocket::adopt("--control ", passed(), &path).unwrap());
         assert!(path.exists(), "it is still the other's");
-        let mut adopted = UnixSocket::adopt("--control", passed(), &path).unwrap();
-        let elsewhere = UnixSocket::adopt("--control", passed(), Path::new("/elsewhere")).unwrap_err();
+        let mut adopted = UnixSocket::adopt("--control ", passed(), &path).unwrap();
+        let elsewhere = UnixSocket::adopt("--control ", passed(), Path::new("/elsewhere")).unwrap_err();
         assert!(elsewhere.to_string().contains("does not listen there"), "{elsewhere}");
         let other = UnixStream::pair().unwrap().0;
-        UnixSocket::adopt("--control", other.into(), &path).unwrap_err();
+        UnixSocket::adopt("--control ", other.into(), &path).unwrap_err();
         adopted.own();
         file.leave();
         drop(file);
@@ -223,7 +235,7 @@ mod tests {
         let path = path("stale");
         drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists());
-        assert!(UnixSocket::bind("--control", &path).is_ok());
+        assert!(UnixSocket::bind("--control ", &path).is_ok());
     }
 
     #[test]

@@ -1,17 +1,15 @@
 //! The command line of `rproxy ctl`.
 
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use clap::{ArgGroup, Args, Subcommand, ValueEnum};
-use ipnet::IpNet;
-use rproxy_mapping::access::parse_network;
 use rproxy_mapping::endpoint::BackendSpec;
-use rproxy_mapping::name::{Name, NameError};
+use rproxy_mapping::name::Name;
 
 use super::MappingArgs;
 use super::values::parse_backend;
 use crate::control::DEFAULT_PATH;
+use crate::control::chosen::{ClientFilter, NamePattern};
 use crate::control::protocol;
 
 /// The command line of `rproxy ctl`.
@@ -30,14 +28,14 @@ pub struct Ctl {
 /// Some connections and flows: those that have all of what is given.
 #[derive(Args, Debug)]
 pub(crate) struct Chosen {
-    /// Those of this mapping
+    /// Those of mappings of this name, in which * stands for any text
     #[arg(long, value_name = "NAME", group = "which")]
-    mapping: Option<Name>,
-    /// Those of clients at this address, or in this network
-    #[arg(long, value_name = "ADDRESS|NETWORK", group = "which", value_parser = parse_network)]
-    client: Option<IpNet>,
+    mapping: Option<NamePattern>,
+    /// Those of clients at this address, with this port if there is one, or in this network
+    #[arg(long, value_name = "ADDRESS|ADDRESS:PORT|NETWORK", group = "which", value_parser = parse_client)]
+    client: Option<String>,
     /// The one with this number, as in `connections`
-    #[arg(long, value_name = "NUMBER", group = "which")]
+    #[arg(long, value_name = "NUMBER", group = "which", value_parser = parse_id)]
     id: Option<u64>,
 }
 
@@ -46,9 +44,17 @@ impl Chosen {
     pub(crate) fn to_request(&self) -> protocol::Chosen {
         let Self { mapping, client, id } = self;
         let mapping = mapping.as_ref().map(ToString::to_string);
-        let client = client.map(|network| network.to_string());
-        protocol::Chosen { mapping, client, id: *id, ..protocol::Chosen::default() }
+        protocol::Chosen { mapping, client: client.clone(), id: *id, ..protocol::Chosen::default() }
     }
+}
+
+fn parse_client(text: &str) -> Result<String, String> {
+    text.parse().map(|_filter: ClientFilter| text.to_owned())
+}
+
+fn parse_id(text: &str) -> Result<u64, String> {
+    let wrong = |_error| "not the number of a connection; `rproxy ctl connections` shows it as ID".to_owned();
+    text.parse().map_err(wrong)
 }
 
 /// The commands for a running rproxy.
@@ -158,71 +164,5 @@ impl SortKey {
                 | Self::RateDatagramsIn
                 | Self::RateDatagramsOut
         )
-    }
-}
-
-/// A name of mappings in which `*` stands for any text. Names themselves have no `*`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct NamePattern(String);
-
-impl NamePattern {
-    /// Whether `name` is meant.
-    pub(crate) fn matches(&self, name: &str) -> bool {
-        let Some((start, rest)) = self.0.split_once('*') else { return name == self.0 };
-        let Some(name) = name.strip_prefix(start) else { return false };
-        let (middle, end) = rest.rsplit_once('*').unwrap_or(("", rest));
-        let Some(mut name) = name.strip_suffix(end) else { return false };
-        middle.split('*').all(|part| match name.split_once(part) {
-            Some((_before, after)) => {
-                name = after;
-                true
-            }
-            None => false,
-        })
-    }
-
-    /// The name, if it means one mapping.
-    pub(crate) fn exact(&self) -> Option<&str> {
-        (!self.0.contains('*')).then_some(&self.0)
-    }
-}
-
-impl FromStr for NamePattern {
-    type Err = NameError;
-
-    fn from_str(text: &str) -> Result<Self, NameError> {
-        // A letter is allowed wherever a * is.
-        match text.replace('*', "x").parse::<Name>().is_ok() {
-            true => Ok(Self(text.to_owned())),
-            false => text.parse().map(|name: Name| Self(name.to_string())),
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_star_stands_for_any_text() {
-        for (pattern, matching, others) in [
-            ("web", &["web"][..], &["web2", "we", "Web"][..]),
-            ("web*", &["web", "web2", "web*"], &["aweb"]),
-            ("*web", &["web", "aweb"], &["web2"]),
-            ("a*a", &["aa", "aba"], &["a", "ab"]),
-            ("*/tcp", &["80/tcp", "docker/tcp/0.0.0.0:80/tcp"], &["80/udp"]),
-            ("a*b*c*d", &["abcd", "axbxcxd", "abbccd"], &["acbd", "abcdx"]),
-            ("*", &["", "x"], &[]),
-            ("**", &["x"], &[]),
-        ] {
-            let pattern: NamePattern = pattern.parse().unwrap();
-            matching.iter().for_each(|name| assert!(pattern.matches(name), "{pattern:?} {name}"));
-            others.iter().for_each(|name| assert!(!pattern.matches(name), "{pattern:?} {name}"));
-        }
-        for wrong in ["", "a b", "-x", "a\nb", &"x".repeat(129)] {
-            wrong.parse::<NamePattern>().unwrap_err();
-        }
-        assert_eq!("web".parse::<NamePattern>().unwrap().exact(), Some("web"));
-        assert_eq!("we*".parse::<NamePattern>().unwrap().exact(), None);
     }
 }

@@ -351,6 +351,26 @@ mod tests {
     }
 
     #[test]
+    fn the_destination_of_the_access_log_is_known_to_be_a_flag() {
+        for (text, expected) in [
+            (
+                "access_log = '/var/log/x'",
+                "1:1: `access_log` is outside a table; the destination of the access log is a flag, --access-log FILE",
+            ),
+            (
+                "access-log = true",
+                "1:1: `access-log` is outside a table; the destination of the access log is a flag, --access-log FILE",
+            ),
+            (
+                "[defaults]\naccess_log = '/var/log/x'",
+                "2:14: access_log: expected true or false (its destination is a flag, --access-log); write access_log = true",
+            ),
+        ] {
+            assert_found(text, expected);
+        }
+    }
+
+    #[test]
     fn mistakes_in_values_have_a_place_and_a_way_out() {
         for (host, to, more, expected) in [
             ("0.0.0.0", "10.0.0.1:80", "", "2:8: host: the port is missing; write it as 0.0.0.0:80"),

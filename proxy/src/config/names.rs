@@ -138,6 +138,10 @@ pub(super) fn unknown_table(written: &str, is_table: bool) -> String {
         (true, _) => {
             format!("unknown table `{written}`; the tables are [[mapping]], [defaults] and [attach]")
         }
+        (false, Some("access_log")) => format!(
+            "`{written}` is outside a table; the destination of the access log is a flag, --access-log FILE, -, or \
+             unix:PATH, and access_log = false in a [[mapping]] or [defaults] leaves mappings out"
+        ),
         (false, key) => match (meant_at_top(written), key) {
             (Some(top), _) => format!("unknown key `{written}`; did you mean `{top}`?"),
             (None, Some(key)) => {

@@ -34,7 +34,11 @@ pub(super) fn read<T: Value>(
             found.push_with(place.start, || {
                 let meant = T::meant(key, value);
                 let meant = if is_accepted(key, &meant) { &meant } else { example(key) };
-                Found::at(place, format!("{key}: expected {}; write {key} = {meant}", T::NAME))
+                let hint = match (key, value) {
+                    ("access_log", DeValue::String(_)) => " (its destination is a flag, --access-log)",
+                    _ => "",
+                };
+                Found::at(place, format!("{key}: expected {}{hint}; write {key} = {meant}", T::NAME))
             });
             None
         }

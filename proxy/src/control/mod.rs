@@ -4,10 +4,12 @@
 //! [`answers`]; `requests` executes their requests on the server.
 
 pub mod answers;
+pub(crate) mod chosen;
 pub(crate) mod clients;
 mod field;
 pub mod protocol;
 pub(crate) mod requests;
+mod strict;
 
 /// The default path of the socket.
 pub const DEFAULT_PATH: &str = "/run/rproxy.sock";

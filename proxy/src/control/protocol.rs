@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use super::answers::Response;
 use super::field::wrong_field;
+use super::strict::Strict;
 use crate::engine::change::ChangeError;
 
 /// The version of the protocol.
@@ -178,6 +179,13 @@ impl From<ChangeError> for Refusal {
     }
 }
 
+/// Reads a value that is all of a line. Its objects are objects.
+fn read<'de, T: Deserialize<'de>>(line: &'de [u8]) -> serde_json::Result<T> {
+    let mut deserializer = serde_json::Deserializer::from_slice(line);
+    let value = T::deserialize(Strict(&mut deserializer))?;
+    deserializer.end().map(|()| value)
+}
+
 /// Decodes a request. Also returns its id, which is repeated in the response even if the request is invalid.
 ///
 /// # Errors
@@ -190,17 +198,15 @@ pub fn decode(line: &[u8]) -> (Option<u64>, Result<Request, Refusal>) {
         v: Option<u32>,
         id: Option<u64>,
     }
-    let any: Any = match serde_json::from_slice(line) {
+    let any: Any = match read(line) {
         Ok(any) => any,
         Err(error) => return (None, Err(Refusal::bad_request(format!("not a request: {error}")))),
     };
     let request = match any.v {
-        Some(VERSION) => {
-            serde_json::from_slice::<Envelope>(line).map(|envelope| envelope.request).map_err(|error| {
-                let error = wrong_field(line).unwrap_or_else(|| format!("not a request: {error}"));
-                Refusal::bad_request(error)
-            })
-        }
+        Some(VERSION) => read::<Envelope>(line).map(|envelope| envelope.request).map_err(|error| {
+            let error = wrong_field(line).unwrap_or_else(|| format!("not a request: {error}"));
+            Refusal::bad_request(error)
+        }),
         _ => Err(Refusal {
             kind: RefusalKind::Version,
             message: format!("this rproxy speaks version {VERSION}"),
@@ -271,7 +277,7 @@ mod tests {
     fn wrong_requests_are_refused_with_their_number() {
         for (line, kind, part) in [
             ("", "bad_request", "EOF"),
-            ("[]", "bad_request", "not a request: invalid length 0, expected an object with v and do"),
+            ("[]", "bad_request", "not a request: invalid type: sequence, expected an object with v and do"),
             (
                 r#"{"v":1,"do":{"add":{"mappings":[5]}}}"#,
                 "bad_request",
@@ -307,6 +313,32 @@ mod tests {
             assert_eq!(serde_json::to_value(refusal.kind).unwrap(), kind, "{line}");
             assert!(refusal.message.contains(part), "{line}: {}", refusal.message);
             assert_eq!(id, line.contains('7').then_some(7), "{line}");
+        }
+    }
+
+    #[test]
+    fn an_array_is_no_object_and_a_request_without_its_object_is_told_how_it_is_written() {
+        for (line, part) in [
+            (
+                r#"{"v":1,"do":{"remove":["web"]}}"#,
+                "invalid type: sequence, expected an object with name, cut",
+            ),
+            (r#"{"v":1,"do":{"connections":["web"]}}"#, "expected an object with what is chosen"),
+            (r#"{"v":1,"do":{"cut":[null,null,null,1,true]}}"#, "an object with what is chosen"),
+            (r#"{"v":1,"do":{"retarget":["web","1.1.1.1:1",true]}}"#, "an object with name, to, cut"),
+            (r#"{"v":1,"do":{"add":[[{"to":"x","to_ports":"80"}]]}}"#, "expected an object with mappings"),
+            (r#"{"v":1,"do":{"add":{"mappings":[["web"]]}}}"#, "expected an object that describes a mapping"),
+            (
+                r#"{"v":1,"do":{"add":{"mappings":[{"to":"x","to_ports":"80","limits":[]}]}}}"#,
+                "expected an object with limits",
+            ),
+            (r#"{"v":1,"do":"connections"}"#, r#"write {"connections":{}}"#),
+            (r#"{"v":1,"do":"remove"}"#, r#"write {"remove":{…}} with its fields"#),
+            (r#"{"v":1,"do":{"stats":{}}}"#, r#"write "stats""#),
+        ] {
+            let refusal = decode(line.as_bytes()).1.expect_err(line);
+            assert_eq!(refusal.kind, RefusalKind::BadRequest);
+            assert!(refusal.message.contains(part), "{line}: {}", refusal.message);
         }
     }
 

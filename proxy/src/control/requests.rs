@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rproxy_mapping::access::parse_network;
 use rproxy_mapping::endpoint::BackendSpec;
 use rproxy_mapping::name::{Name, NameError};
 use rproxy_mapping::ports::PortRange;
@@ -15,6 +14,7 @@ use tokio::time::timeout;
 use tracing::info;
 
 use super::answers::{Added, ConnectionList, CutCounts, List, Response, StatsList};
+use super::chosen::{ClientFilter, NamePattern};
 use super::clients::{Call, Reply};
 use super::protocol::{Chosen, Refusal, Request};
 use crate::bind::family::{NO_IPV6, everywhere, has_ipv6};
@@ -77,7 +77,13 @@ async fn handle(request: Request, server: &mut Server) -> Result<Response, Refus
         }
         Request::Remove { name, cut } => {
             let name = parse_name(&name)?;
-            let removed = server.remove(&name).await?;
+            let removed = match server.remove(&name).await {
+                // It was removed before, and this ends what it has left.
+                Err(ChangeError::Unknown(_)) if cut && server.registry().knows(&name) => {
+                    Changed { unchanged: server.registry().requested().count(), ..Changed::default() }
+                }
+                removed => removed?,
+            };
             if cut {
                 cut_left(&name, server).await;
             }
@@ -112,19 +118,21 @@ async fn cut_left(name: &Name, server: &Server) {
 
 /// The live connections and flows that `chosen` describes.
 fn live(chosen: &Chosen, server: &Server) -> Result<Vec<Arc<Record>>, Refusal> {
-    let mapping = chosen.mapping.as_deref().map(parse_name).transpose()?;
-    let client = chosen.client.as_deref().map(parse_network).transpose();
+    let mapping = chosen.mapping.as_deref().map(str::parse::<NamePattern>).transpose();
+    let mapping = mapping.map_err(|error| Refusal::bad_request(error.to_string()))?;
+    let client = chosen.client.as_deref().map(str::parse::<ClientFilter>).transpose();
     let client = client.map_err(|error| Refusal::bad_request(format!("client: {error}")))?;
     let mut live = server.live();
     live.retain(|record| {
         chosen.id.is_none_or(|id| id == record.id)
-            && mapping.as_ref().is_none_or(|name| *name == record.port.mapping)
-            && client.is_none_or(|network| network.contains(&record.client().ip()))
+            && mapping.as_ref().is_none_or(|pattern| pattern.matches(record.port.mapping.as_str()))
+            && client.is_none_or(|filter| filter.matches(record.client()))
     });
-    if let (true, Some(name)) = (live.is_empty(), &mapping) {
+    if let (true, Some(name)) = (live.is_empty(), mapping.as_ref().and_then(NamePattern::exact)) {
         // A name without connections may be a misspelt one.
-        let is_known = server.registry().knows(name);
-        is_known.then_some(()).ok_or_else(|| ChangeError::Unknown(name.clone()))?;
+        let name = parse_name(name)?;
+        let is_known = server.registry().knows(&name);
+        is_known.then_some(()).ok_or(ChangeError::Unknown(name))?;
     }
     Ok(live)
 }

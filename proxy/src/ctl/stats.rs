@@ -8,8 +8,9 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::{CtlError, result};
-use crate::cli::ctl::{NamePattern, SortKey, StatsArgs};
+use crate::cli::ctl::{SortKey, StatsArgs};
 use crate::control::answers::{MappingStats, StatsList};
+use crate::control::chosen::NamePattern;
 
 /// The counters of a mapping.
 #[derive(Debug)]

@@ -229,6 +229,11 @@ impl Server {
         }
     }
 
+    /// A number for the list of mappings in [`Self::observe`]: their revision, and how many drain.
+    pub(crate) fn mappings_version(&self) -> (u64, usize) {
+        (self.registry.revision(), self.registry.draining().count())
+    }
+
     /// What this server uses, which takes no time however many mappings there are.
     pub(crate) fn resources(&self) -> Resources {
         Resources {

@@ -7,13 +7,14 @@ use std::cell::RefCell;
 use std::fs::File;
 use std::io;
 use std::mem;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
 
-use super::destination::Sink;
+use super::destination::{LogFile, Sink};
 use super::limit::LogLimit;
 use super::writer::Format;
 
@@ -64,10 +65,15 @@ struct State {
     waiting: usize,
     /// The new file, after a rotation.
     reopened: Option<File>,
+    /// A descriptor in reserve for that, as there may be no others when it is opened.
+    reserve: Option<OwnedFd>,
     /// Whether the thread is writing lines.
     is_writing: bool,
     /// How many lines it has taken and not written yet.
     taken: usize,
+    /// How many of the lost lines were reported, and when.
+    told: u64,
+    told_at: Option<Instant>,
     /// Whether lines do not wait for others any more, because the process ends.
     is_over: bool,
 }
@@ -86,6 +92,9 @@ impl AccessLog {
     /// What a thread of its own has to run: it writes the lines to `sink`, from [`Self::begin`] on.
     pub(crate) fn writer(&self, sink: Sink) -> impl FnOnce() + Send + use<> {
         let shared = self.shared.clone();
+        if let Sink::File(_) = sink {
+            shared.state().reserve = io::stderr().as_fd().try_clone_to_owned().ok();
+        }
         move || shared.write_all_to(sink)
     }
 
@@ -120,6 +129,11 @@ impl AccessLog {
         }
     }
 
+    /// Releases the descriptor that is in reserve for another file. Call it before that is opened.
+    pub(crate) fn release_reserve(&self) {
+        self.shared.state().reserve = None;
+    }
+
     /// Continues in another file.
     pub(crate) fn reopen(&self, file: File) {
         self.shared.state().reopened = Some(file);
@@ -143,9 +157,14 @@ impl AccessLog {
             let waited = self.shared.written.wait_timeout(state, left);
             state = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
-        let lines = state.taken + state.waiting;
+        let unwritten = u64::try_from(state.taken + state.waiting).unwrap_or(u64::MAX);
+        let lost = self.shared.lost.fetch_add(unwritten, Ordering::Relaxed) + unwritten;
+        let lines = lost - mem::replace(&mut state.told, lost);
         if lines > 0 {
-            warn!(lines, "the last lines of the access log were not written in time");
+            warn!(
+                lines,
+                "the last lines of the access log were lost, because they could not be written in time"
+            );
         }
     }
 }
@@ -157,13 +176,13 @@ impl Shared {
 
     /// Writes lines to `sink` for as long as the process runs.
     fn write_all_to(&self, mut sink: Sink) {
-        let mut told = 0;
         let mut lines = self.first();
         self.write_to(&mut sink, &lines);
         loop {
-            self.next(&mut sink, &mut lines);
+            self.next(&mut lines);
             self.write_to(&mut sink, &lines);
-            self.tell_lost(&mut told);
+            self.follow(&mut sink);
+            self.tell_lost();
             let mut state = self.state();
             (state.is_writing, state.taken) = (false, 0);
             if state.lines.is_empty() {
@@ -185,7 +204,7 @@ impl Shared {
 
     /// Waits for lines, and a moment longer for others, and replaces `lines`, which are written, by them. While lines
     /// come, the two buffers change places: fresh memory would cost whoever appends page faults.
-    fn next(&self, sink: &mut Sink, lines: &mut Vec<u8>) {
+    fn next(&self, lines: &mut Vec<u8>) {
         let mut state = self.state();
         let written = lines.len();
         lines.clear();
@@ -201,15 +220,6 @@ impl Shared {
         let mut state = self.pause(state, DELAY, ENOUGH);
         mem::swap(&mut state.lines, lines);
         state.taken = mem::take(&mut state.waiting);
-        let reopened = state.reopened.take();
-        drop(state);
-        if let Some(file) = reopened {
-            // What came before is in the old file, as far as that takes it.
-            let written = sink.write(lines).unwrap_or(0);
-            *sink = Sink::File(file);
-            info!("the access log was reopened");
-            *lines = from_next_line(lines, written).to_vec();
-        }
     }
 
     /// Waits for `time`, or until there is something else to do, or as much as `most` bytes of lines.
@@ -220,55 +230,73 @@ impl Shared {
         waited.unwrap_or_else(PoisonError::into_inner).0
     }
 
-    /// Writes lines. What meets an error is written later, or to the file that was opened meanwhile. The end of the
-    /// process does not wait for that.
+    /// Writes lines. What meets an error, or a reader that has stopped, is written later, or to the file that was opened
+    /// meanwhile. The end of the process does not wait for errors.
     fn write_to(&self, sink: &mut Sink, lines: &[u8]) {
         let mut done = 0;
         while done < lines.len() {
-            let error = match sink.write(&lines[done..]) {
+            let is_failed = match sink.write(&lines[done..]) {
                 Ok(written) => {
+                    self.settle(&lines[done..done + written], false);
                     done += written;
                     continue;
                 }
-                Err(error) => error,
+                Err(error) => match error.kind() {
+                    io::ErrorKind::Interrupted => continue,
+                    io::ErrorKind::WouldBlock => {
+                        sink.wait_for_room(DELAY);
+                        false
+                    }
+                    _ => {
+                        warn_unwritten(&error);
+                        drop(self.pause(self.state(), RETRY, usize::MAX));
+                        true
+                    }
+                },
             };
-            match error.kind() {
-                io::ErrorKind::Interrupted => continue,
-                io::ErrorKind::WouldBlock => {
-                    Sink::wait_for_room(DELAY);
-                    continue;
-                }
-                _ => warn_unwritten(&error),
-            }
-            let mut state = self.pause(self.state(), RETRY, usize::MAX);
-            let is_elsewhere = match state.reopened.take() {
-                Some(file) => {
-                    *sink = Sink::File(file);
-                    true
-                }
-                None => matches!(sink, Sink::Socket { .. }),
-            };
-            if state.is_over {
-                return self.lose(&lines[done..]);
+            self.tell_lost();
+            let is_elsewhere = self.follow(sink) || sink.is_elsewhere();
+            if is_failed && self.state().is_over {
+                return self.settle(&lines[done..], true);
             }
             if is_elsewhere {
-                let rest = from_next_line(lines, done);
-                self.lose(&lines[done..lines.len() - rest.len()]);
-                done = lines.len() - rest.len();
+                let next = lines.len() - from_next_line(lines, done).len();
+                self.settle(&lines[done..next], true);
+                done = next;
             }
         }
     }
 
-    /// Counts lines as lost.
-    fn lose(&self, lines: &[u8]) {
-        self.lost.fetch_add(count_lines(lines) as u64, Ordering::Relaxed);
+    /// Writes to the new file from now on, if there is one. Returns whether there is.
+    fn follow(&self, sink: &mut Sink) -> bool {
+        let Some(file) = self.state().reopened.take() else { return false };
+        match sink {
+            Sink::File(current) => self.state().reserve = current.replace(file),
+            other => *other = Sink::File(LogFile::new(file)),
+        }
+        info!("the access log was reopened");
+        true
     }
 
-    /// Reports lost lines, if there are more than were `told`.
-    fn tell_lost(&self, told: &mut u64) {
+    /// Records that these of the taken lines were written, or `are_lost`.
+    fn settle(&self, lines: &[u8], are_lost: bool) {
+        let count = count_lines(lines);
+        let mut state = self.state();
+        state.taken = state.taken.saturating_sub(count);
+        if are_lost {
+            self.lost.fetch_add(count as u64, Ordering::Relaxed);
+        }
+    }
+
+    /// Reports lost lines that were not reported yet, not too often.
+    fn tell_lost(&self) {
+        let mut state = self.state();
         let lost = self.lost.load(Ordering::Relaxed);
-        if lost > *told {
-            let lines = lost - mem::replace(told, lost);
+        let is_recent = state.told_at.is_some_and(|at| at.elapsed() < RETRY);
+        if lost > state.told && !is_recent {
+            let lines = lost - mem::replace(&mut state.told, lost);
+            state.told_at = Some(Instant::now());
+            drop(state);
             warn!(lines, "lines of the access log were lost, because they could not be written in time");
         }
     }
@@ -297,15 +325,17 @@ fn warn_unwritten(error: &io::Error) {
 #[cfg(test)]
 mod tests {
     use std::io::{BufRead, BufReader};
-    use std::os::unix::net::UnixStream;
+    use std::os::unix::fs::OpenOptionsExt;
+    use std::os::unix::net::{UnixDatagram, UnixStream};
     use std::thread;
 
-    use super::super::destination::Receiver;
+    use super::super::destination::{Destination, Receiver, open_file};
     use super::*;
 
     /// A log that a thread writes to the returned socket's other end.
     fn log() -> (AccessLog, UnixStream) {
         let (near, far) = UnixStream::pair().unwrap();
+        near.set_nonblocking(true).unwrap();
         let log = AccessLog::new(Format::Text);
         let sink = Sink::Socket { path: "/nowhere".into(), receiver: Some(Receiver::Stream(near)) };
         thread::spawn(log.writer(sink));
@@ -344,6 +374,87 @@ mod tests {
         }
         line(&log, "the next one");
         assert_eq!(lines.next().unwrap().unwrap(), "the next one");
+    }
+
+    /// Waits until the log has lost lines, and returns how many lines there were.
+    fn overflow(log: &AccessLog) -> u64 {
+        let long = "x".repeat(CAPACITY / 64);
+        let mut sent = 0;
+        while log.lost() == 0 {
+            line(log, &long);
+            sent += 1;
+            assert!(sent < 1000, "a pipe and the buffer hold less");
+        }
+        sent
+    }
+
+    fn wait_until(holds: impl Fn() -> bool) {
+        let start = Instant::now();
+        while !holds() {
+            assert!(start.elapsed() < Duration::from_secs(20));
+            thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn lost_lines_are_reported_while_the_reader_has_stopped_and_at_the_end_in_full() {
+        let (log, _reader) = log();
+        let mut sent = overflow(&log);
+        wait_until(|| log.shared.state().told > 0);
+        // What is lost later is reported later.
+        let told = log.shared.state().told;
+        while log.lost() == told {
+            line(&log, &"x".repeat(CAPACITY / 64));
+            sent += 1;
+        }
+        log.finish();
+        let told = log.shared.state().told;
+        assert_eq!(told, log.lost());
+        let written = sent - told;
+        assert!(written < 32, "{written}: those that the socket holds; the others are lost");
+    }
+
+    #[test]
+    fn the_part_of_a_batch_that_was_written_is_not_lost() {
+        let (near, far) = UnixDatagram::pair().unwrap();
+        near.set_nonblocking(true).unwrap();
+        let log = AccessLog::new(Format::Text);
+        let sink = Sink::Socket { path: "/nowhere".into(), receiver: Some(Receiver::Datagrams(near)) };
+        (0..10_000).for_each(|number| line(&log, &number.to_string()));
+        thread::spawn(log.writer(sink));
+        log.begin(Vec::new());
+        log.finish();
+        far.set_nonblocking(true).unwrap();
+        let mut delivered = 0;
+        while far.recv(&mut [0; 16]).is_ok() {
+            delivered += 1;
+        }
+        assert!(delivered > 0);
+        assert_eq!(log.lost(), 10_000 - delivered);
+    }
+
+    #[test]
+    fn another_file_takes_over_from_a_fifo_whose_reader_has_stopped() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let flags = nix::libc::O_NONBLOCK;
+        let _reader = File::options().read(true).custom_flags(flags).open(&path).unwrap();
+        let log = AccessLog::new(Format::Text);
+        let Sink::File(fifo) = Destination::File(path.clone()).open().unwrap() else { panic!() };
+        thread::spawn(log.writer(Sink::File(fifo)));
+        log.begin(Vec::new());
+        // More than a pipe holds.
+        (0..2).for_each(|_| line(&log, &"x".repeat(100_000)));
+        wait_until(|| log.shared.state().taken > 0);
+        std::fs::remove_file(&path).unwrap();
+        log.release_reserve();
+        log.reopen(open_file(&path).unwrap());
+        wait_until(|| std::fs::read_to_string(&path).unwrap().len() > 100_000);
+        log.finish();
+        let text = std::fs::read_to_string(&path).unwrap();
+        assert!(text.lines().all(|line| line.len() == 100_000), "lines are whole");
+        assert!(log.shared.state().reserve.is_some(), "there is a descriptor for the next one");
     }
 
     #[test]

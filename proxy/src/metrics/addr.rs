@@ -1,7 +1,7 @@
 //! Where metrics are served: `--metrics`.
 
 use std::fmt;
-use std::net::SocketAddr;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -46,6 +46,7 @@ impl FromStr for MetricsAddr {
             return match path {
                 "" => Err(MetricsAddrError::NoPath),
                 _ if path.contains('\0') => Err(MetricsAddrError::Nul),
+                _ if path.starts_with('@') => Err(MetricsAddrError::Abstract(path.to_owned())),
                 _ => Ok(Self::Unix(path.into())),
             };
         }
@@ -55,7 +56,12 @@ impl FromStr for MetricsAddr {
         }
         let HostSpec { ip, ports } = HostSpec::parse(text, &HostInterfaces)?;
         let port = ports.map_or(Ok(0), PortRange::one).map_err(|_several| MetricsAddrError::Range)?;
-        Ok(Self::Tcp(ip.at(port)))
+        let addr = ip.at(port);
+        let is_broadcast = addr.ip().to_canonical() == IpAddr::V4(Ipv4Addr::BROADCAST);
+        if addr.ip().to_canonical().is_multicast() || is_broadcast {
+            return Err(MetricsAddrError::NotOfOne(addr.ip()));
+        }
+        Ok(Self::Tcp(addr))
     }
 }
 
@@ -77,6 +83,14 @@ pub enum MetricsAddrError {
     /// The path has a NUL byte.
     #[error("the path has a NUL byte")]
     Nul,
+    /// The path is that of an abstract socket.
+    #[error("abstract sockets cannot be used; for a file of this name write unix:./{}", escaped(.0))]
+    Abstract(String),
+    /// No TCP client can connect to the address.
+    #[error(
+        "{0} is a multicast or broadcast address, to which no client can connect; write an address of this machine, as in 127.0.0.1:9464"
+    )]
+    NotOfOne(IpAddr),
     /// It is a path or a URL.
     #[error("'{}' is not an address and port; write those, as in 127.0.0.1:9464, or unix:PATH", escaped(.0))]
     Slash(String),
@@ -146,6 +160,11 @@ mod tests {
             ("::1:9464", "an IPv6 address needs brackets"),
             ("unix:", "the path is missing"),
             ("unix:a\0b", "NUL"),
+            ("unix:@m", "write unix:./@m"),
+            ("224.0.0.1:9464", "224.0.0.1 is a multicast or broadcast address"),
+            ("[ff02::1]:9464", "ff02::1 is a multicast or broadcast address"),
+            ("[::ffff:224.0.0.1]:9464", "multicast"),
+            ("255.255.255.255:9464", "broadcast"),
             ("/run/m.sock", "'/run/m.sock' is not an address and port"),
             ("http://127.0.0.1:9464/", "'127.0.0.1:9464' is not an address and port"),
         ] {

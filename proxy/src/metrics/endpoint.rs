@@ -1,7 +1,7 @@
 //! The server of metrics, as its owner, the manager, sees it.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::SystemTime;
 
 use tokio::sync::mpsc;
@@ -56,7 +56,8 @@ impl Endpoint {
         let source = Source { queries, calls };
         let server = tokio::spawn(serve_until_dropped(acceptor, source, address.is_loopback()));
         let reloads = is_configured.then(|| Reloads::started(started));
-        let queries = Queries { asked, started, reloads, has_plane, descriptors, drained: None };
+        let (drained, observed) = (None, Shared::new());
+        let queries = Queries { asked, started, reloads, has_plane, descriptors, drained, observed };
         Ok(Self { socket, queries, server })
     }
 
@@ -87,6 +88,8 @@ pub(crate) struct Queries {
     descriptors: Option<OpenDescriptors>,
     /// What is drained, once nothing else is served.
     drained: Option<Arc<Observation>>,
+    /// What the last scrape was given, for others while somebody still reads that: it grows with the mappings.
+    observed: Shared<Observation>,
 }
 
 impl Queries {
@@ -112,7 +115,7 @@ impl Queries {
     }
 
     /// Answers a query. There is no `server` while it drains.
-    pub(crate) fn answer(&self, query: Query, server: Option<&Server>) {
+    pub(crate) fn answer(&mut self, query: Query, server: Option<&Server>) {
         // The client may be gone.
         match query {
             Query::Probe(answer) => drop(answer.send(server.map(Server::probe_tasks))),
@@ -124,7 +127,8 @@ impl Queries {
                 }
             }
             Query::Snapshot(answer) => {
-                let seen = server.map(|server| Arc::new(server.observe()));
+                let seen =
+                    server.map(|server| self.observed.get(server.mappings_version(), || server.observe()));
                 if let Some(seen) = seen.or_else(|| self.drained.clone()) {
                     drop(answer.send(self.snapshot(seen)));
                 }
@@ -143,7 +147,46 @@ impl Queries {
     }
 }
 
+/// A value that those who ask for the same version share.
+#[derive(Debug)]
+struct Shared<T> {
+    version: (u64, usize),
+    value: Weak<T>,
+}
+
+impl<T> Shared<T> {
+    fn new() -> Self {
+        Self { version: Default::default(), value: Weak::new() }
+    }
+
+    /// Returns the value of this version, and makes it unless somebody has it.
+    fn get(&mut self, version: (u64, usize), make: impl FnOnce() -> T) -> Arc<T> {
+        if let (Some(value), true) = (self.value.upgrade(), version == self.version) {
+            return value;
+        }
+        let value = Arc::new(make());
+        (self.version, self.value) = (version, Arc::downgrade(&value));
+        value
+    }
+}
+
 async fn serve_until_dropped(acceptor: Acceptor, source: Source, is_loopback: bool) {
     let Err(error) = serve(acceptor, Routes::new(source, is_loopback)).await;
     error!(%error, "metrics are not served any more");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_somebody_still_reads_is_shared_until_it_changes() {
+        let mut shared = Shared::new();
+        let first = shared.get((1, 0), || 1);
+        assert!(Arc::ptr_eq(&first, &shared.get((1, 0), || 2)));
+        let second = shared.get((2, 0), || 3);
+        assert_eq!((*first, *second, *shared.get((2, 0), || 4)), (1, 3, 3));
+        drop((first, second));
+        assert_eq!(*shared.get((2, 0), || 5), 5, "nothing is kept for nobody");
+    }
 }

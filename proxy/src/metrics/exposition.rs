@@ -1,7 +1,9 @@
-//! The body of `/metrics`, written in parts as the client reads it: of ten thousand mappings, it has ten megabytes.
+//! The body of `/metrics`, written in parts as the client reads it: of ten thousand mappings, it has ten megabytes, of which
+//! a client that does not read holds one small part.
 
 use std::convert::Infallible;
 use std::fmt;
+use std::ops::Range;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -16,19 +18,24 @@ use super::families::{self, Write};
 use super::format::Format;
 use super::snapshot::Snapshot;
 
+/// How many mappings one part is about, each of which may have twenty lines.
+const MAPPINGS: usize = 32;
+
 /// Metrics that are being written.
 pub(super) struct Exposition {
     snapshot: Arc<Snapshot>,
     format: Format,
     /// What is still to be written.
     rest: &'static [Write],
+    /// How many mappings the first of these has written.
+    written: usize,
     is_complete: bool,
 }
 
 impl Exposition {
     /// The metrics of `snapshot` in `format`.
     pub(super) fn new(snapshot: Snapshot, format: Format) -> Self {
-        Self { snapshot: Arc::new(snapshot), format, rest: families::ALL, is_complete: false }
+        Self { snapshot: Arc::new(snapshot), format, rest: families::ALL, written: 0, is_complete: false }
     }
 
     /// The next part, or `None` after the last.
@@ -36,25 +43,44 @@ impl Exposition {
         if self.is_complete {
             return None;
         }
-        let mut part = String::new();
-        let written = match self.rest.split_first() {
-            Some((write, rest)) => {
-                self.rest = rest;
-                let mut registry = Registry::default();
-                registry.register_collector(Box::new(Families {
-                    snapshot: self.snapshot.clone(),
-                    write: *write,
-                }));
-                self.format.write(&mut part, &registry)
-            }
-            None => {
-                self.is_complete = true;
-                self.format.end(&mut part)
-            }
+        let Some((write, rest)) = self.rest.split_first() else {
+            self.is_complete = true;
+            let mut part = String::new();
+            self.format.end(&mut part).expect("a string takes everything");
+            return Some(part);
         };
-        written.expect("a string takes everything");
+        let (first, all) = (self.written, self.snapshot.server.counted.len());
+        self.written = match write {
+            Write::Process(_) => all,
+            Write::Mappings(_) => all.min(first + MAPPINGS),
+        };
+        let mut part = self.encode(Families {
+            snapshot: self.snapshot.clone(),
+            write: *write,
+            mappings: first..self.written,
+        });
+        if first > 0 {
+            // The first part of a family describes it.
+            part.drain(..described(&part));
+        }
+        if self.written == all {
+            (self.rest, self.written) = (rest, 0);
+        }
         Some(part)
     }
+
+    fn encode(&self, families: Families) -> String {
+        let mut registry = Registry::default();
+        registry.register_collector(Box::new(families));
+        let mut part = String::new();
+        self.format.write(&mut part, &registry).expect("a string takes everything");
+        part
+    }
+}
+
+/// The length of the lines that `part` begins with and that describe a family.
+fn described(part: &str) -> usize {
+    part.split_inclusive('\n').take_while(|line| line.starts_with('#')).map(str::len).sum()
 }
 
 impl Body for Exposition {
@@ -85,10 +111,15 @@ impl Body for Exposition {
 struct Families {
     snapshot: Arc<Snapshot>,
     write: Write,
+    /// Which mappings it is about.
+    mappings: Range<usize>,
 }
 
 impl Collector for Families {
     fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
-        (self.write)(&self.snapshot, encoder)
+        match self.write {
+            Write::Process(write) => write(&self.snapshot, encoder),
+            Write::Mappings(write) => write(&self.snapshot.server.counted[self.mappings.clone()], encoder),
+        }
     }
 }

@@ -14,23 +14,29 @@ use crate::engine::registry::Counted;
 use crate::log::lost_lines;
 use crate::state::stats::{ConnectTimes, Counter, FailureKind, Stats};
 
-/// Writes some families. Each is written at once.
-pub(super) type Write = fn(&Snapshot, DescriptorEncoder<'_>) -> fmt::Result;
+/// How families are written.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Write {
+    /// Some families, at once.
+    Process(fn(&Snapshot, DescriptorEncoder<'_>) -> fmt::Result),
+    /// One family, which may have thousands of lines: those of some of the mappings.
+    Mappings(fn(&[Counted], DescriptorEncoder<'_>) -> fmt::Result),
+}
 
-/// All families, in the order of writing. Those of mappings are apart, as each has thousands of lines.
+/// All families, in the order of writing.
 pub(super) const ALL: &[Write] = &[
-    process,
-    configuration,
-    logs,
-    server,
-    connections,
-    connections_total,
-    flows,
-    flows_total,
-    bytes,
-    datagrams,
-    errors,
-    connect_durations,
+    Write::Process(process),
+    Write::Process(configuration),
+    Write::Process(logs),
+    Write::Process(server),
+    Write::Mappings(connections),
+    Write::Mappings(connections_total),
+    Write::Mappings(flows),
+    Write::Mappings(flows_total),
+    Write::Mappings(bytes),
+    Write::Mappings(datagrams),
+    Write::Mappings(errors),
+    Write::Mappings(connect_durations),
 ];
 
 /// Labels, and their values.
@@ -48,7 +54,7 @@ fn process(snapshot: &Snapshot, mut encoder: DescriptorEncoder<'_>) -> fmt::Resu
     seconds_gauge(
         &mut encoder,
         "rproxy_process_start_time",
-        "When the process started, in Unix time",
+        "When the process began to serve metrics, in Unix time",
         started,
     )?;
     if let Some(open) = process.descriptors {
@@ -99,34 +105,34 @@ fn server(snapshot: &Snapshot, mut encoder: DescriptorEncoder<'_>) -> fmt::Resul
     Ok(())
 }
 
-fn connections(snapshot: &Snapshot, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-    let rows = by_name(snapshot, Protocol::Tcp, |stats| &stats.connections);
+fn connections(counted: &[Counted], mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+    let rows = by_name(counted, Protocol::Tcp, |stats| &stats.connections);
     gauges(&mut encoder, "rproxy_mapping_connections_active", "Current TCP connections", rows)
 }
 
-fn connections_total(snapshot: &Snapshot, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-    let rows = by_name(snapshot, Protocol::Tcp, |stats| &stats.connections_total);
+fn connections_total(counted: &[Counted], mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+    let rows = by_name(counted, Protocol::Tcp, |stats| &stats.connections_total);
     counters(&mut encoder, "rproxy_mapping_connections", "TCP connections that were accepted", None, rows)
 }
 
-fn flows(snapshot: &Snapshot, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-    let rows = by_name(snapshot, Protocol::Udp, |stats| &stats.flows);
+fn flows(counted: &[Counted], mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+    let rows = by_name(counted, Protocol::Udp, |stats| &stats.flows);
     gauges(&mut encoder, "rproxy_mapping_flows_active", "Current UDP flows", rows)
 }
 
-fn flows_total(snapshot: &Snapshot, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-    let rows = by_name(snapshot, Protocol::Udp, |stats| &stats.flows_total);
+fn flows_total(counted: &[Counted], mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+    let rows = by_name(counted, Protocol::Udp, |stats| &stats.flows_total);
     counters(&mut encoder, "rproxy_mapping_flows", "UDP flows that were opened", None, rows)
 }
 
-fn bytes(snapshot: &Snapshot, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+fn bytes(counted: &[Counted], mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
     const WAYS: [(Protocol, &str, Select); 4] = [
         (Protocol::Tcp, "in", |stats| &stats.tcp_bytes_in),
         (Protocol::Tcp, "out", |stats| &stats.tcp_bytes_out),
         (Protocol::Udp, "in", |stats| &stats.udp_bytes_in),
         (Protocol::Udp, "out", |stats| &stats.udp_bytes_out),
     ];
-    let rows = snapshot.server.counted.iter().flat_map(|counted| {
+    let rows = counted.iter().flat_map(|counted| {
         let ways = WAYS.into_iter().filter(|(protocol, ..)| has(counted, *protocol));
         ways.map(|(protocol, direction, counter)| {
             let labels =
@@ -138,10 +144,10 @@ fn bytes(snapshot: &Snapshot, mut encoder: DescriptorEncoder<'_>) -> fmt::Result
     counters(&mut encoder, "rproxy_mapping_relayed", help, Some(&Unit::Bytes), rows)
 }
 
-fn datagrams(snapshot: &Snapshot, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+fn datagrams(counted: &[Counted], mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
     const WAYS: [(&str, Select); 2] =
         [("in", |stats| &stats.datagrams_in), ("out", |stats| &stats.datagrams_out)];
-    let with_udp = snapshot.server.counted.iter().filter(|counted| counted.has_udp);
+    let with_udp = counted.iter().filter(|counted| counted.has_udp);
     let rows = with_udp.flat_map(|counted| {
         WAYS.map(|(direction, counter)| {
             let labels = [("mapping", counted.name.as_str()), ("direction", direction)];
@@ -153,8 +159,8 @@ fn datagrams(snapshot: &Snapshot, mut encoder: DescriptorEncoder<'_>) -> fmt::Re
 }
 
 /// Errors that have not occurred are written, too: without a 0 first, the first one would be no increase.
-fn errors(snapshot: &Snapshot, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-    let rows = snapshot.server.counted.iter().flat_map(|counted| {
+fn errors(counted: &[Counted], mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+    let rows = counted.iter().flat_map(|counted| {
         let protocols = [Protocol::Tcp, Protocol::Udp].into_iter().filter(|protocol| has(counted, *protocol));
         let kinds = |protocol| FailureKind::ALL.into_iter().filter(move |kind| kind.is_of(protocol));
         let kinds = protocols.flat_map(move |protocol| kinds(protocol).map(move |kind| (protocol, kind)));
@@ -169,11 +175,11 @@ fn errors(snapshot: &Snapshot, mut encoder: DescriptorEncoder<'_>) -> fmt::Resul
 }
 
 /// The time is missing for mappings without a connection, as it has thirteen lines.
-fn connect_durations(snapshot: &Snapshot, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+fn connect_durations(counted: &[Counted], mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
     let name = "rproxy_mapping_connect_duration";
     let help = "How long backends took to accept connections";
     let mut metric = encoder.encode_descriptor(name, help, Some(&Unit::Seconds), MetricType::Histogram)?;
-    for counted in snapshot.server.counted.iter().filter(|counted| counted.has_tcp) {
+    for counted in counted.iter().filter(|counted| counted.has_tcp) {
         let bounds = ConnectTimes::BOUNDS.iter().map(|bound| bound.as_secs_f64()).chain([f64::INFINITY]);
         let mut buckets: Vec<(f64, u64)> = bounds.map(|bound| (bound, 0)).collect();
         let mut sum = 0.0;
@@ -193,11 +199,11 @@ fn connect_durations(snapshot: &Snapshot, mut encoder: DescriptorEncoder<'_>) ->
 
 /// The sums of a counter by mapping, of those with this protocol.
 fn by_name<'a>(
-    snapshot: &'a Snapshot,
+    counted: &'a [Counted],
     protocol: Protocol,
     counter: Select,
 ) -> impl Iterator<Item = (Labels<'a, 1>, u64)> {
-    let counted = snapshot.server.counted.iter().filter(move |counted| has(counted, protocol));
+    let counted = counted.iter().filter(move |counted| has(counted, protocol));
     counted
         .map(move |counted| ([("mapping", counted.name.as_str())], counted.sum(|stats| counter(stats).get())))
 }

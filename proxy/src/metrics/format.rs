@@ -16,20 +16,18 @@ pub(super) enum Format {
 }
 
 impl Format {
-    /// The format that a request prefers (RFC 9110, section 12.5.1): OpenMetrics if it is named, and not with less weight
-    /// than text.
+    /// The format that a request prefers (RFC 9110, section 12.5.1): OpenMetrics if it has more weight than text, or as much
+    /// and is named.
     pub(super) fn preferred(headers: &HeaderMap) -> Self {
         let accepted = headers.get_all(ACCEPT).iter().filter_map(|value| value.to_str().ok());
-        let (mut open_metrics, mut text) = (0, 0);
-        for range in accepted.flat_map(|value| value.split(',')) {
-            let (media, weight) = parse(range);
-            match media.as_str() {
-                "application/openmetrics-text" => open_metrics = weight.max(open_metrics),
-                "text/plain" => text = weight.max(text),
-                _ => {}
-            }
-        }
-        if open_metrics > 0 && open_metrics >= text { Self::OpenMetrics } else { Self::Text }
+        let ranges: Vec<_> = accepted.flat_map(|value| value.split(',')).filter_map(parse).collect();
+        // The most specific range that matches a media type is the one that counts for it.
+        let of = |media: &str| ranges.iter().filter(|range| range.0 == media).map(|range| range.1).max();
+        let named = of("application/openmetrics-text");
+        let open_metrics = named.or_else(|| of("application/*")).or_else(|| of("*/*")).unwrap_or(0);
+        let text = of("text/plain").or_else(|| of("text/*")).or_else(|| of("*/*")).unwrap_or(0);
+        let is_preferred = open_metrics > text || (named.is_some() && open_metrics == text);
+        if open_metrics > 0 && is_preferred { Self::OpenMetrics } else { Self::Text }
     }
 
     /// The value of `Content-Type`.
@@ -57,8 +55,8 @@ impl Format {
     }
 }
 
-/// The media type of a range, in lower case, and its weight in thousandths. Versions that are not written have none.
-fn parse(range: &str) -> (String, u32) {
+/// The media type of a range, in lower case, and its weight in thousandths; `None` for a version that is not written.
+fn parse(range: &str) -> Option<(String, u32)> {
     let mut parts = range.split(';').map(str::trim);
     let media = parts.next().unwrap_or_default().to_ascii_lowercase();
     let mut weight = 1000;
@@ -72,10 +70,10 @@ fn parse(range: &str) -> (String, u32) {
             _ => value == "0.0.4",
         };
         if name.eq_ignore_ascii_case("version") && !is_written {
-            return (media, 0);
+            return None;
         }
     }
-    (media, weight)
+    Some((media, weight))
 }
 
 /// A weight, which is 0 if it is malformed.
@@ -116,12 +114,19 @@ mod tests {
             &["application/openmetrics-text"],
             &["Application/OpenMetrics-Text ; Version=\"1.0.0\" ; Q=0.001"],
             &["text/plain;q=0.5", "application/openmetrics-text;q=0.5"],
+            &["application/openmetrics-text;q=0.5 , */*;q=0.5"],
+            &["application/openmetrics-text;q=0.5, text/plain;q=0.1, */*"],
+            &["application/*, text/*;q=0.5"],
         ] {
             assert_eq!(preferred(accept), Format::OpenMetrics, "{accept:?}");
         }
         for accept in [
             &[][..],
             &["*/*"],
+            &["application/openmetrics-text; q=0.5 , */*;q=0.6"],
+            &["application/openmetrics-text;q=0.5, text/*;q=0.6"],
+            &["application/openmetrics-text;q=0, application/*, text/plain;q=0.1"],
+            &["application/openmetrics-text;version=2.0.0, */*"],
             &["text/html,application/xhtml+xml,*/*;q=0.8"],
             &["text/plain;version=0.0.4,application/openmetrics-text;q=0.9"],
             &["application/openmetrics-text;q=0"],

@@ -17,6 +17,9 @@ use crate::bind::unix_socket::{SocketError, SocketFile, UnixSocket};
 /// What errors begin with.
 const OPTION: &str = "--metrics";
 
+/// The same for a Unix socket, up to its path.
+const UNIX_OPTION: &str = "--metrics unix:";
+
 /// A bound socket. Dropping it removes its file, if it has one.
 #[derive(Debug)]
 pub struct MetricsListener {
@@ -77,7 +80,7 @@ impl MetricsListener {
                 Socket::Tcp(listener)
             }
             MetricsAddr::Unix(path) => {
-                Socket::Unix(UnixSocket::bind(OPTION, path).map_err(ListenError::Unix)?)
+                Socket::Unix(UnixSocket::bind(UNIX_OPTION, path).map_err(ListenError::Unix)?)
             }
         };
         Ok(Self { addr, socket, descriptors: OpenDescriptors::watch() })
@@ -103,7 +106,7 @@ impl MetricsListener {
                 Socket::Tcp(listener)
             }
             MetricsAddr::Unix(path) => {
-                Socket::Unix(UnixSocket::adopt(OPTION, socket, path).map_err(ListenError::Unix)?)
+                Socket::Unix(UnixSocket::adopt(UNIX_OPTION, socket, path).map_err(ListenError::Unix)?)
             }
         };
         Ok(Self { addr, socket, descriptors: OpenDescriptors::watch() })

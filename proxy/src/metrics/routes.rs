@@ -1,12 +1,14 @@
 //! The paths that are served, and the errors of HTTP.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
-use http_body_util::BodyExt;
-use hyper::body::{Body as _, Incoming};
-use hyper::header::{ALLOW, CONNECTION, CONTENT_TYPE, HOST, HeaderMap, HeaderValue, VARY};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use hyper::body::Incoming;
+use hyper::header::{ALLOW, CONNECTION, CONTENT_TYPE, HOST, HeaderValue, VARY};
 use hyper::http::uri::Authority;
-use hyper::{Method, Request, Response, StatusCode};
+use hyper::{Method, Request, Response, StatusCode, Version};
+use tokio::time::timeout;
 
 use super::connections;
 use super::exposition::Exposition;
@@ -19,6 +21,13 @@ use super::source::{Source, SourceError};
 
 /// The maximum length of a request's body, in bytes. No request needs one.
 const LONGEST_BODY: u64 = 16 * 1024;
+
+/// How long a body may take to arrive.
+const BODY_TIMEOUT: Duration = Duration::from_secs(10);
+
+const NOT_FOUND: &str = "not found; there are /, /events, /api/connections, /metrics, /healthz and /readyz\n";
+
+const TOO_LARGE: &str = "the body is too large; none is needed\n";
 
 /// What answers requests.
 #[derive(Clone, Debug)]
@@ -39,13 +48,19 @@ impl Routes {
     }
 
     /// Answers a request.
-    pub(super) async fn answer(&self, request: Request<Incoming>) -> Response<Body> {
-        match refusal(&request) {
-            Some(refusal) => refusal,
-            None if self.is_loopback && is_for_a_name(request.headers()) => {
-                text(StatusCode::MISDIRECTED_REQUEST, "ask for this server by its address, or as localhost\n")
-            }
-            None => self.route(&request).await,
+    pub(super) async fn answer(&self, mut request: Request<Incoming>) -> Response<Body> {
+        if let Some(refusal) = refusal(&request) {
+            return refusal;
+        }
+        if self.is_loopback && is_for_a_name(&request) {
+            return closing(text(
+                StatusCode::MISDIRECTED_REQUEST,
+                "ask for this server by its address, or as localhost\n",
+            ));
+        }
+        match read_body(request.body_mut()).await {
+            Ok(()) => self.route(&request).await,
+            Err(refusal) => refusal,
         }
     }
 
@@ -53,7 +68,7 @@ impl Routes {
         let Self { source, viewers, .. } = self;
         match request.uri().path() {
             "/" => page::document(),
-            "/events" => page::events(viewers),
+            "/events" => page::events(viewers).await,
             "/api/connections" => {
                 connections::answer(request.uri().query().unwrap_or_default(), source).await
             }
@@ -63,7 +78,7 @@ impl Routes {
             },
             "/healthz" => check(source.check_live().await),
             "/readyz" => check(source.check_ready().await),
-            _ => text(StatusCode::NOT_FOUND, "not found; there are /, /metrics, /healthz and /readyz\n"),
+            _ => text(StatusCode::NOT_FOUND, NOT_FOUND),
         }
     }
 }
@@ -88,26 +103,49 @@ fn unavailable(error: SourceError) -> Response<Body> {
 }
 
 /// Whether a request is for a host with a name. A web page can have a name of its own lead to 127.0.0.1, after which the
-/// browser lets it read what is served there (DNS rebinding); a request for an address is not from such a page.
-fn is_for_a_name(headers: &HeaderMap) -> bool {
-    let Some(host) = headers.get(HOST) else { return false };
-    let authority = host.to_str().ok().and_then(|host| host.parse::<Authority>().ok());
-    let Some(host) = authority.as_ref().map(Authority::host) else { return true };
+/// browser lets it read what is served there (DNS rebinding); a request for an address is not from such a page. The host may
+/// be in the target, too, where it is the one that counts (RFC 9112, section 3.2.2).
+fn is_for_a_name<B>(request: &Request<B>) -> bool {
+    let named = request.headers().get(HOST).map(|host| host.to_str().ok()?.parse::<Authority>().ok());
+    let target = request.uri().authority().cloned().map(Some);
+    named.into_iter().chain(target).any(|authority| match authority {
+        Some(authority) => is_name(authority.host()),
+        None => true,
+    })
+}
+
+fn is_name(host: &str) -> bool {
     let is_address = host.trim_matches(['[', ']']).parse::<IpAddr>().is_ok();
     !is_address && !host.eq_ignore_ascii_case("localhost")
 }
 
 /// The response to a request that no path accepts.
-fn refusal(request: &Request<Incoming>) -> Option<Response<Body>> {
+fn refusal<B: hyper::body::Body>(request: &Request<B>) -> Option<Response<Body>> {
     if request.method() != Method::GET && request.method() != Method::HEAD {
         let mut refusal = text(StatusCode::METHOD_NOT_ALLOWED, "only GET and HEAD are allowed\n");
         refusal.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
         return Some(closing(refusal));
     }
-    // Without a length, the body is read up to the buffer of the connection, and no further.
+    // RFC 9112, section 3.2: who is asked has to be clear.
+    let hosts = request.headers().get_all(HOST).iter().count();
+    if hosts > 1 || (hosts == 0 && request.version() == Version::HTTP_11) {
+        return Some(closing(text(StatusCode::BAD_REQUEST, "one Host header is needed\n")));
+    }
     let length = request.body().size_hint().exact();
     (length.is_some_and(|length| length > LONGEST_BODY))
-        .then(|| closing(text(StatusCode::PAYLOAD_TOO_LARGE, "the body is too large; none is needed\n")))
+        .then(|| closing(text(StatusCode::PAYLOAD_TOO_LARGE, TOO_LARGE)))
+}
+
+/// Reads the body of a request, which means nothing. Without a length, it is known to be too large only then.
+async fn read_body(body: &mut Incoming) -> Result<(), Response<Body>> {
+    let most = usize::try_from(LONGEST_BODY).unwrap_or(usize::MAX);
+    let (status, reason) = match timeout(BODY_TIMEOUT, Limited::new(body, most).collect()).await {
+        Ok(Ok(_body)) => return Ok(()),
+        Ok(Err(error)) if error.is::<LengthLimitError>() => (StatusCode::PAYLOAD_TOO_LARGE, TOO_LARGE),
+        Ok(Err(_broken)) => (StatusCode::BAD_REQUEST, "the body is malformed\n"),
+        Err(_elapsed) => (StatusCode::REQUEST_TIMEOUT, "the body did not arrive in time\n"),
+    };
+    Err(closing(text(status, reason)))
 }
 
 /// Ends the connection after a response, because the rest of the request is not read.
@@ -120,13 +158,21 @@ fn closing(mut response: Response<Body>) -> Response<Body> {
 mod tests {
     use super::*;
 
+    fn request(target: &str, hosts: &[&'static str]) -> Request<String> {
+        let mut request = Request::new(String::new());
+        *request.uri_mut() = target.parse().unwrap();
+        for host in hosts {
+            request.headers_mut().append(HOST, HeaderValue::from_static(host));
+        }
+        request
+    }
+
     #[test]
     fn a_server_on_loopback_is_asked_by_its_address_or_as_localhost() {
-        let is_for_a_name = |host: &'static str| {
-            is_for_a_name(&HeaderMap::from_iter([(HOST, HeaderValue::from_static(host))]))
-        };
         for host in ["127.0.0.1:9464", "127.0.0.1", "[::1]:9464", "localhost:9464", "LOCALHOST"] {
-            assert!(!is_for_a_name(host), "{host}");
+            assert!(!is_for_a_name(&request("/", &[host])), "{host}");
+            let target = format!("http://{host}/metrics");
+            assert!(!is_for_a_name(&request(&target, &[host])), "{target}");
         }
         for host in [
             "rebound.example:9464",
@@ -136,8 +182,29 @@ mod tests {
             "a b",
             "x@127.0.0.1.example",
         ] {
-            assert!(is_for_a_name(host), "{host}");
+            assert!(is_for_a_name(&request("/", &[host])), "{host}");
         }
-        assert!(!super::is_for_a_name(&HeaderMap::new()), "HTTP/1.0 need not say");
+        let target = "http://rebound.example/metrics";
+        assert!(is_for_a_name(&request(target, &["127.0.0.1"])), "the target counts");
+        assert!(is_for_a_name(&request(target, &[])));
+        assert!(is_for_a_name(&request("http://127.0.0.1/", &["rebound.example"])));
+        assert!(!is_for_a_name(&request("/", &[])), "HTTP/1.0 need not say");
+    }
+
+    #[test]
+    fn a_request_names_one_host() {
+        let status = |hosts, version| {
+            let mut request = request("/", hosts);
+            *request.version_mut() = version;
+            refusal(&request).map(|refusal| refusal.status())
+        };
+        let bad = Some(StatusCode::BAD_REQUEST);
+        assert_eq!(status(&["127.0.0.1"], Version::HTTP_11), None);
+        assert_eq!(status(&[], Version::HTTP_10), None);
+        assert_eq!(status(&[], Version::HTTP_11), bad);
+        for version in [Version::HTTP_10, Version::HTTP_11] {
+            assert_eq!(status(&["127.0.0.1", "127.0.0.1"], version), bad);
+            assert_eq!(status(&["127.0.0.1", "rebound.example"], version), bad);
+        }
     }
 }

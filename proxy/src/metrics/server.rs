@@ -16,13 +16,15 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use hyper::body::{Frame, SizeHint};
+use hyper::header::CONNECTION;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use rproxy_sys::memory::release_unused;
 use socket2::SockRef;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream, UnixListener, UnixStream};
-use tokio::sync::oneshot;
+use tokio::sync::{Notify, oneshot};
 use tokio::time::{Instant, sleep, timeout};
 use tokio_io_timeout::TimeoutStream;
 use tracing::{debug, warn};
@@ -52,6 +54,15 @@ const LONGEST_HEAD: usize = 16 * 1024;
 
 /// The delay after a failed accept, mostly because descriptors are exhausted.
 const PAUSE: Duration = Duration::from_millis(100);
+
+/// How long a client whose request was refused may go on sending it.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// A response of as many bytes leaves memory behind that is worth releasing.
+const LARGE: usize = 64 * 1024;
+
+/// How long memory is not released, so that other responses can use it.
+const RELEASE_DELAY: Duration = Duration::from_secs(1);
 
 /// What a client gets that finds no place.
 const FULL: &[u8] = b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: text/plain\r\n\
@@ -131,6 +142,7 @@ fn shut_down(socket: impl Into<OwnedFd>) -> OwnedFd {
 struct Clients {
     routes: Routes,
     spare: Spare,
+    memory: Memory,
     /// In the order of their arrival; some may be gone.
     connected: VecDeque<Client>,
 }
@@ -146,13 +158,21 @@ struct Client {
 
 impl Clients {
     async fn accept_from(listener: impl Listen, routes: Routes) -> io::Result<Infallible> {
+        let (memory, spare) = (Memory::default(), Spare::of(&listener));
+        let mut clients = Self { routes, spare, memory: memory.clone(), connected: VecDeque::new() };
+        tokio::select! {
+            never = clients.accept_all(listener) => never,
+            never = memory.release_all() => never,
+        }
+    }
+
+    async fn accept_all(&mut self, listener: impl Listen) -> io::Result<Infallible> {
         static FAILED: LogLimit = LogLimit::new();
 
-        let mut clients = Self { routes, spare: Spare::of(&listener), connected: VecDeque::new() };
         loop {
             match listener.next().await {
-                Ok(stream) => clients.admit(stream),
-                Err(error) if has_run_out(&error) && clients.spare.release() => {}
+                Ok(stream) => self.admit(stream),
+                Err(error) if has_run_out(&error) && self.spare.release() => {}
                 Err(error) => {
                     if let Some(suppressed) = FAILED.permit() {
                         warn!(
@@ -181,8 +201,9 @@ impl Clients {
         let is_busy = Arc::<AtomicBool>::default();
         self.connected.push_back(Client { end, is_busy: is_busy.clone(), since: Instant::now() });
         let (routes, spare) = (self.routes.clone(), self.spare.clone());
+        let marks = Marks { is_busy, is_cut_short: AtomicBool::new(false), memory: self.memory.clone() };
         tokio::spawn(async move {
-            let stream = converse(stream, routes, is_busy, ended).await;
+            let stream = converse(stream, routes, marks, ended).await;
             spare.refill(|| stream.end());
         });
     }
@@ -221,9 +242,53 @@ impl Drop for Busy {
     }
 }
 
+/// The memory that responses leave behind. The C library keeps it, as much as all clients together have needed.
+#[derive(Clone, Default)]
+struct Memory(Arc<Notify>);
+
+impl Memory {
+    /// Releases memory after large responses.
+    async fn release_all(&self) -> io::Result<Infallible> {
+        loop {
+            self.0.notified().await;
+            sleep(RELEASE_DELAY).await;
+            release_unused();
+        }
+    }
+}
+
+/// The bytes of a response, whose memory is released once this is dropped.
+struct Sent {
+    bytes: usize,
+    memory: Memory,
+}
+
+impl Drop for Sent {
+    fn drop(&mut self) {
+        if self.bytes >= LARGE {
+            self.memory.0.notify_one();
+        }
+    }
+}
+
+/// What the responses to a client change.
+struct Marks {
+    is_busy: Arc<AtomicBool>,
+    /// Set if a request was refused before all of it was read.
+    is_cut_short: AtomicBool,
+    memory: Memory,
+}
+
+impl Marks {
+    fn mark(&self, body: Body, busy: Busy) -> Marked {
+        Marked { body, sent: Sent { bytes: 0, memory: self.memory.clone() }, _busy: busy }
+    }
+}
+
 /// A body that marks its client as busy until it is handed to the connection in full.
 struct Marked {
     body: Body,
+    sent: Sent,
     _busy: Busy,
 }
 
@@ -235,7 +300,11 @@ impl hyper::body::Body for Marked {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
-        Pin::new(&mut self.body).poll_frame(context)
+        let frame = Pin::new(&mut self.body).poll_frame(context);
+        if let Poll::Ready(Some(Ok(frame))) = &frame {
+            self.sent.bytes += frame.data_ref().map_or(0, Bytes::len);
+        }
+        frame
     }
 
     fn is_end_stream(&self) -> bool {
@@ -251,16 +320,19 @@ impl hyper::body::Body for Marked {
 async fn converse<T: Transport>(
     mut stream: T,
     routes: Routes,
-    is_busy: Arc<AtomicBool>,
+    marks: Marks,
     ended: oneshot::Receiver<()>,
 ) -> T {
     let mut limited = TimeoutStream::new(&mut stream);
     limited.set_write_timeout(Some(TIMEOUT));
     let service = service_fn(|request| {
-        let (routes, busy) = (routes.clone(), Busy::new(&is_busy));
+        let (routes, busy, marks) = (&routes, Busy::new(&marks.is_busy), &marks);
         async move {
             let response = routes.answer(request).await;
-            Ok::<_, Infallible>(response.map(|body| Marked { body, _busy: busy }))
+            if response.headers().contains_key(CONNECTION) {
+                marks.is_cut_short.store(true, Ordering::Relaxed);
+            }
+            Ok::<_, Infallible>(response.map(|body| marks.mark(body, busy)))
         }
     });
     let connection = http1::Builder::new()
@@ -285,5 +357,16 @@ async fn converse<T: Transport>(
     if let Err(error) = result {
         debug!(%error, "client of the metrics gone");
     }
+    if marks.is_cut_short.load(Ordering::Relaxed) {
+        drop(timeout(LINGER, discard(&mut stream)).await);
+    }
     stream
+}
+
+/// Discards what a client still sends: closing a socket with unread data resets it, and the response could be lost.
+async fn discard(stream: &mut impl Transport) -> io::Result<()> {
+    stream.shutdown().await?;
+    let mut rest = vec![0; LONGEST_HEAD];
+    while stream.read(&mut rest).await? > 0 {}
+    Ok(())
 }

@@ -36,7 +36,7 @@ pub(crate) struct ProcessStatus {
     /// The UDP flows of all mappings, once a UDP port was served.
     #[serde(skip_serializing_if = "Option::is_none")]
     flows: Option<Usage>,
-    /// Lines of the log that were lost because nobody read them.
+    /// Lines of the log and of the access log that were lost because they could not be written in time.
     log_lines_dropped: u64,
     /// The last reload of its configuration, if there is one. Reading it at the start is one.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -68,7 +68,7 @@ impl ProcessStatus {
             workers: server.workers(),
             descriptors: process.descriptors.zip(limit()).map(|(used, limit)| Usage { used, limit }),
             flows: server.flows().and_then(usage),
-            log_lines_dropped: lost_lines(),
+            log_lines_dropped: lost_lines() + server.lost_access_lines().unwrap_or(0),
             reload: process.reloads.map(Reload::of),
         }
     }

@@ -100,6 +100,9 @@ const FOR_CHANGES: &[libc::c_long] = &[
 /// Calls that list open descriptors, in a directory that was opened before.
 const FOR_METRICS: &[libc::c_long] = &[libc::SYS_getdents64, libc::SYS_lseek, libc::SYS_statx];
 
+/// Calls for the file of the access log: whether it ends within a line, and another one in its place.
+const FOR_LOG_FILE: &[libc::c_long] = &[libc::SYS_dup3, libc::SYS_pread64];
+
 /// Calls that remove the file of a Unix socket, if it is still the same.
 const FOR_UNIX_SOCKETS: &[libc::c_long] = &[
     libc::SYS_newfstatat,
@@ -131,7 +134,8 @@ fn filter(needs: &Needs<'_>) -> Result<BpfProgram, seccompiler::BackendError> {
     let changes = if needs.changes.is_some() { FOR_CHANGES } else { &[] };
     let unix = if needs.changes.is_some() || !needs.unix_sockets.is_empty() { FOR_UNIX_SOCKETS } else { &[] };
     let metrics = if needs.metrics { FOR_METRICS } else { &[] };
-    let calls = [ALWAYS, datagrams, sources, changes, unix, metrics].concat();
+    let log_file = if needs.log_file { FOR_LOG_FILE } else { &[] };
+    let calls = [ALWAYS, datagrams, sources, changes, unix, metrics, log_file].concat();
     rules.extend(calls.into_iter().map(|call| (call, Vec::new())));
     let arch = std::env::consts::ARCH.try_into()?;
     let refused = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());

@@ -75,6 +75,8 @@ pub struct Needs<'a> {
     pub tcp_backends: Vec<u16>,
     /// Whether the access log is written to a Unix socket, which may have to be connected again.
     pub log_socket: bool,
+    /// Whether it is written to a file, which may be another one later.
+    pub log_file: bool,
     /// Whether the service manager is notified through an abstract socket.
     pub abstract_sockets: bool,
     /// The Unix sockets that this process listens on, whose files are removed on exit.
@@ -131,6 +133,7 @@ impl<'a> Needs<'a> {
             sources: Sources::default(),
             tcp_backends,
             log_socket: false,
+            log_file: false,
             abstract_sockets: false,
             unix_sockets: Vec::new(),
             metrics: false,

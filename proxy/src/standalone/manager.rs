@@ -6,6 +6,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 use std::pin::pin;
@@ -38,6 +39,7 @@ use crate::plane::AttachOptions;
 use crate::plane::attachments::{Attachments, Plane, Ready};
 use crate::runtime::descriptors::explain;
 use crate::runtime::signals::{Signals, StopSignals};
+use crate::runtime::spare::Spare;
 use crate::runtime::{new_runtime, start_thread};
 use crate::systemd;
 use crate::upgrade::{Owned, Reopened, Upgrade};
@@ -55,6 +57,8 @@ pub struct Reload {
     configuration: Option<Configuration>,
     /// The file of the access log, if there is one.
     access_log: Option<PathBuf>,
+    /// For opening them when all other descriptors are used: a request to the launcher takes two.
+    spares: [Spare; 2],
 }
 
 /// A configuration file.
@@ -76,7 +80,9 @@ impl Reload {
     /// # Panics
     /// Outside a tokio runtime.
     pub fn catch(configuration: Option<Configuration>, access_log: Option<PathBuf>) -> io::Result<Self> {
-        Ok(Self { signal: Signals::catch([Signal::SIGHUP])?, configuration, access_log })
+        let spares = [Spare::of(&io::stderr()), Spare::of(&io::stderr())];
+        let signal = Signals::catch([Signal::SIGHUP])?;
+        Ok(Self { signal, configuration, access_log, spares })
     }
 
     fn is_configured(&self) -> bool {
@@ -511,9 +517,13 @@ async fn reload_all(
     plane: Option<&mut Plane>,
     metrics: Option<&MetricsAddr>,
 ) -> Option<bool> {
-    let Reload { configuration, access_log, .. } = reload?;
+    let Reload { configuration, access_log, spares, .. } = reload?;
     systemd::reloading();
+    for spare in spares {
+        spare.release();
+    }
     if let (Some(path), Some(log)) = (access_log, server.access_log()) {
+        log.release_reserve();
         match open_again(Reopened::AccessLog, upgrade, || destination::open_file(path)).await {
             Ok(file) => log.reopen(file),
             Err(error) => {
@@ -525,6 +535,7 @@ async fn reload_all(
         Some(configuration) => Some(reread(configuration, upgrade, server, plane, metrics).await),
         None => None,
     };
+    spares.iter().for_each(|spare| spare.refill(|| io::stderr().as_fd().try_clone_to_owned().ok()));
     systemd::ready();
     applied
 }
@@ -539,8 +550,18 @@ async fn open_again(
         Ok(opened) => opened,
         Err(error) => {
             debug!(%error, "this process opens the file itself");
-            here()
+            here().map_err(without_launcher)
         }
+    }
+}
+
+/// Explains the error of a confined process that has no launcher any more: a call that it may not make is an unknown one.
+fn without_launcher(error: io::Error) -> io::Error {
+    match error.raw_os_error() {
+        Some(nix::libc::ENOSYS) => io::Error::other(
+            "the launcher, which opens files for this confined process, is gone; restart rproxy",
+        ),
+        _ => error,
     }
 }
 

@@ -1,12 +1,13 @@
 //! The start: binds the sockets or takes them over from an old process, and confines the process before it serves.
 
 use std::io;
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nix::sys::signal::Signal;
-use rproxy_mapping::addr::HostSocketAddr;
+use rproxy_mapping::addr::{HostSocketAddr, Protocol};
 use rproxy_mapping::escape::escaped;
 use rproxy_mapping::{HostPorts, Mapping, PortMapping};
 use tokio::runtime::Runtime;
@@ -27,6 +28,7 @@ use crate::log::access::AccessLog;
 use crate::log::console::Output;
 use crate::log::destination::{AccessLogError, Destination};
 use crate::loops::LoopError;
+use crate::metrics::addr::MetricsAddr;
 use crate::metrics::listener::{ListenError, MetricsListener};
 use crate::plane;
 use crate::plane::attachments::Attachments;
@@ -43,7 +45,7 @@ use crate::upgrade::{self, Launcher, Sockets, Upgrade, UpgradeError, take_over};
 /// Stack size of the thread that writes the access log.
 const LOG_STACK_SIZE: usize = 128 * 1024;
 /// What errors about the control socket begin with.
-const CONTROL: &str = "--control";
+const CONTROL: &str = "--control ";
 
 /// The source of this process's listening sockets.
 pub(super) enum Origin {
@@ -121,10 +123,16 @@ fn start_fresh(
     let mappings = config.map_or(mappings, |config| config.mappings);
     // Only now: reading a pipe may take long, and until then signals end this process at once.
     let stop = catch_stop_signals(options)?;
+    if let (Some(control), Some(MetricsAddr::Unix(path))) = (options.control.as_deref(), &metrics)
+        && control == path
+    {
+        return Err(StartError::OnePath(path.clone()));
+    }
     let control = options.control.as_deref().map(|path| UnixSocket::bind(CONTROL, path)).transpose()?;
     let metrics = metrics.map(MetricsListener::bind).transpose()?;
     let attach = attach.map(Attachments::bind).transpose()?;
-    let bound = Bound::bind_all(mappings, passed).map_err(|error| bind_error(error, options))?;
+    let bound = Bound::bind_all(mappings, passed);
+    let bound = bound.map_err(|error| bind_error(error, metrics.as_ref(), options))?;
     stale::forget_flows_to(bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.port_mapping));
     let ready = ready_lines(&bound);
     // Before confinement, because a terminal has to be reopened.
@@ -249,6 +257,7 @@ fn needs<'a>(
     let ports = bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.port_mapping);
     Needs {
         user: options.user.as_ref(),
+        log_file: options.access_log_file().is_some(),
         log_socket: matches!(options.access_log, Some(Destination::Socket(_))),
         abstract_sockets: systemd::is_abstract(),
         changes,
@@ -285,18 +294,32 @@ fn ready_lines_of(bound: &Bound) -> Vec<String> {
 }
 
 /// Names the command-line option of a port that cannot be bound.
-fn bind_error(error: BoundError, options: &Serve) -> StartError {
+fn bind_error(error: BoundError, metrics: Option<&MetricsListener>, options: &Serve) -> StartError {
     match error {
         BoundError::InheritedSockets(source) => StartError::InheritedSockets(source),
         BoundError::Loop(source) => StartError::Loop(source),
         BoundError::Bind(source) => {
+            let own = metrics.map(MetricsListener::bound).filter(|metrics| is_taken_by(metrics, &source));
             let asked = match &options.config {
                 Some(file) => format!("--config {}:", escaped(file)),
                 None => options.mappings.words_for(HostSocketAddr::from(source.addr)).to_owned(),
             };
-            StartError::Bind { asked, source }
+            match own {
+                Some(metrics) => StartError::OwnMetrics { asked, at: source.addr, metrics },
+                None => StartError::Bind { asked, source },
+            }
         }
     }
+}
+
+/// Whether the port that cannot be bound is the one where this process serves its metrics.
+fn is_taken_by(metrics: &MetricsAddr, error: &BindError) -> bool {
+    let MetricsAddr::Tcp(metrics) = metrics else { return false };
+    let [own, asked] = [metrics.ip(), error.addr.ip()].map(|ip| ip.to_canonical());
+    error.source.kind() == io::ErrorKind::AddrInUse
+        && error.protocol == Protocol::Tcp
+        && metrics.port() == error.addr.port()
+        && (own == asked || own.is_unspecified() || asked.is_unspecified())
 }
 
 /// Why the start failed.
@@ -304,6 +327,10 @@ fn bind_error(error: BoundError, options: &Serve) -> StartError {
 pub(super) enum StartError {
     #[error("{asked} {}: {}", source.addr, source.reason())]
     Bind { asked: String, source: BindError },
+    #[error("{asked} {at}: --metrics {metrics} takes this tcp port; give one of the two another port")]
+    OwnMetrics { asked: String, at: SocketAddr, metrics: MetricsAddr },
+    #[error("--metrics unix:{}: --control has the same path; give one of the two another path", escaped(.0))]
+    OnePath(PathBuf),
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(transparent)]

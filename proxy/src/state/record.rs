@@ -185,11 +185,11 @@ impl Record {
         self.told.get_or_init(|| Box::new(Told { client, backend }));
     }
 
-    /// Records that the backend has accepted the connection. Returns how long that took since it was accepted here.
-    pub(crate) fn set_connected(&self) -> Duration {
+    /// Records that the backend has accepted the connection. Returns how long that took since it was dialled.
+    pub(crate) fn set_connected(&self, dialled: Time) -> Duration {
         let now = Time::now();
         self.connected.set(now);
-        now.since(self.opened)
+        now.since(dialled)
     }
 
     /// How long the backend took to accept the connection, if it has.
@@ -392,7 +392,9 @@ mod tests {
         let record = record(Protocol::Tcp);
         assert_eq!(record.state(), "dialling");
         assert_eq!((record.connect_time(), record.first_byte_time()), (None, None));
-        record.set_connected();
+        let dialled = Time(record.opened.0 - 1_000_000);
+        let took = record.set_connected(dialled);
+        assert_eq!(took, record.connect_time().unwrap() + Duration::from_secs(1), "only the dial counts");
         assert_eq!(record.state(), "open");
         record.to_client.add(7);
         assert!(record.first_byte_time() >= record.connect_time());

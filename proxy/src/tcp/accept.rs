@@ -387,7 +387,7 @@ fn accept_some(
         if port.is_mptcp()
             && let Err(error) = set_stream_options(&SockRef::from(&client))
         {
-            debug!(mapping = %target.name(), %peer, %error, "an accepted connection lacks an option");
+            debug!(mapping = %target.name(), client = %peer, %error, "an accepted connection lacks an option");
         }
         // Dropping a connection here resets it, because of the options inherited from its listener
         // (`set_stream_options`).

@@ -41,7 +41,7 @@ use crate::bind::source::{NotAsClient, SourceError};
 use crate::log::limit::LogLimit;
 use crate::runtime::worker::WorkerSlot;
 use crate::state::ConnectionGuard;
-use crate::state::record::Ending;
+use crate::state::record::{Ending, Time};
 use crate::state::stats::FailureKind;
 
 /// An accepted connection. Its guard is dropped last: its drop notifies others that descriptors are free.
@@ -105,7 +105,7 @@ fn report_unwatched(peer: SocketAddr, guard: &ConnectionGuard, error: &io::Error
 
     if let Some(suppressed) = UNWATCHED.permit() {
         let mapping = &guard.state().name;
-        warn!(%peer, %mapping, %error, suppressed, "connection reset: it cannot be watched");
+        warn!(client = %peer, %mapping, %error, suppressed, "connection reset: it cannot be watched");
     }
 }
 
@@ -113,7 +113,7 @@ fn log_end(peer: SocketAddr, guard: &ConnectionGuard, outcome: &Outcome) {
     let Outcome { to_backend: bytes_in, to_client: bytes_out, finish } = outcome;
     let (mapping, reason, error) = (&guard.state().name, finish.ending.as_str(), finish.failure.as_ref());
     let duration_ms = || guard.record().and_then(|record| u64::try_from(record.age().as_millis()).ok());
-    debug!(%peer, %mapping, bytes_in, bytes_out, duration_ms = duration_ms(), reason, error = error.map(tracing::field::display), "connection ended");
+    debug!(client = %peer, %mapping, bytes_in, bytes_out, duration_ms = duration_ms(), reason, error = error.map(tracing::field::display), "connection ended");
 }
 
 /// The connection to the backend; `None`, and a report, if there is none.
@@ -124,13 +124,14 @@ async fn dialled(
     guard: &ConnectionGuard,
 ) -> Option<Stream> {
     let (backend, limits) = (guard.port_mapping().backend, guard.limits());
+    let begun = guard.record().map(|_recorded| Time::now());
     let fell_back = |reason: &NotAsClient| report_other_source(peer, guard, reason);
     let dialled = match source::prepare(socket, backend, peer, limits, fell_back) {
         Ok(socket) => dial::dial(socket, backend, limits.connect_timeout, client).await,
         Err(source) => Err(DialError::Source { addr: backend.socket_addr(), source }),
     };
-    if let (Ok(_), Some(record)) = (&dialled, guard.record()) {
-        guard.stats().connect_times.record(record.set_connected());
+    if let (Ok(_), Some(record), Some(begun)) = (&dialled, guard.record(), begun) {
+        guard.stats().connect_times.record(record.set_connected(begun));
     }
     dialled.map_err(|error| report_failed_dial(peer, guard, &error)).ok()
 }
@@ -141,7 +142,7 @@ fn report_other_source(peer: SocketAddr, guard: &ConnectionGuard, reason: &NotAs
 
     guard.stats().count_of(Protocol::Tcp, FailureKind::SourceUnavailable);
     if let Some(suppressed) = OTHERS.permit() {
-        warn!(%peer, mapping = %guard.state().name, %reason, suppressed, "connection not from its client's address");
+        warn!(client = %peer, mapping = %guard.state().name, %reason, suppressed, "connection not from its client's address");
     }
 }
 
@@ -155,9 +156,9 @@ fn report_failed_dial(peer: SocketAddr, guard: &ConnectionGuard, error: &DialErr
     let (mapping, reason) = (&guard.state().name, ending(error).as_str());
     let backend = guard.port_mapping().backend;
     if let DialError::ClientReset { .. } = error {
-        debug!(%peer, %mapping, bytes_in = 0, bytes_out = 0, reason, %error, "connection ended");
+        debug!(client = %peer, %mapping, bytes_in = 0, bytes_out = 0, reason, %error, "connection ended");
     } else if let Some(suppressed) = FAILED_DIALS.permit() {
-        warn!(%peer, %mapping, %backend, reason, %error, suppressed, "connection reset: no backend");
+        warn!(client = %peer, %mapping, %backend, reason, %error, suppressed, "connection reset: no backend");
     }
 }
 

@@ -128,18 +128,18 @@ fn refuse(stream: &Stream, peer: SocketAddr, guard: &ConnectionGuard, error: &Re
         ReceiveError::Ended => {
             guard.end(Ending::ClientClosed);
             close_in_order(stream);
-            debug!(%peer, %mapping, %error, "connection ended");
+            debug!(client = %peer, %mapping, %error, "connection ended");
         }
         ReceiveError::Failed(_) => {
             guard.stats().count(FailureKind::Broken);
             guard.end(Ending::ClientReset);
-            debug!(%peer, %mapping, %error, "connection ended");
+            debug!(client = %peer, %mapping, %error, "connection ended");
         }
         ReceiveError::Wrong(_) | ReceiveError::Late(_) | ReceiveError::Cut => {
             guard.stats().count_of(Protocol::Tcp, FailureKind::BadProxyHeader);
             guard.end(Ending::BadProxyHeader);
             if let Some(suppressed) = WRONG.permit() {
-                warn!(%peer, %mapping, %error, suppressed, "connection reset: no header of its proxy");
+                warn!(client = %peer, %mapping, %error, suppressed, "connection reset: no header of its proxy");
             }
         }
     }

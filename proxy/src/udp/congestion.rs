@@ -226,10 +226,13 @@ impl UdpRelay {
     pub(super) fn retire(&mut self, mut socket: ClientSocket) {
         // It is not served until it is closed, so epoll would report its events repeatedly.
         self.poll.epoll().delete(socket.as_fd()).ok();
-        if let Err(error) = socket.disconnect() {
-            debug!(%error, "a client's socket stays connected until it is closed");
-        }
         let index = socket.key.listener as usize;
+        if let Err(error) = socket.disconnect() {
+            let listener = self.listeners.get_mut(index);
+            let mapping = listener.map(|listener| tracing::field::display(listener.target.name()));
+            let client = canonical(socket.key.client);
+            debug!(mapping, %client, %error, "a client's socket stays connected until it is closed");
+        }
         if let Some(listener) = self.listeners.get_mut(index) {
             let was_empty = listener.queue.is_empty();
             while let Some(mut waiting) = socket.queue.pop() {

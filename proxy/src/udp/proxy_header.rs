@@ -108,7 +108,7 @@ pub(super) fn refuse(peer: SocketAddr, target: &Target, error: &HeaderError) {
     target.policy.state.stats.count_of(Protocol::Udp, FailureKind::BadProxyHeader);
     if let Some(suppressed) = WRONG.permit() {
         let (peer, mapping) = (canonical(peer), target.name());
-        warn!(%peer, %mapping, %error, suppressed, "datagram dropped: no header of its proxy");
+        warn!(client = %peer, %mapping, %error, suppressed, "datagram dropped: no header of its proxy");
     }
 }
 

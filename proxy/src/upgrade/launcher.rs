@@ -18,6 +18,7 @@ use std::process::{self, Child, Command, ExitStatus};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::fcntl::{F_SETFD, FdFlag, fcntl};
 use rproxy_sys::fd::claim_inherited;
 use rproxy_sys::pass::send_descriptors;
@@ -137,7 +138,11 @@ impl Asked {
         };
         self.0.write(&[request]).await?;
         match self.number().await? {
-            0 => Ok(Ok(self.descriptor().await?.into())),
+            0 => match self.descriptor().await {
+                // The launcher has answered, but there is no descriptor for the file.
+                Err(error) if error.kind() == io::ErrorKind::InvalidData => Ok(Err(Errno::EMFILE.into())),
+                descriptor => Ok(Ok(descriptor?.into())),
+            },
             errno => Ok(Err(io::Error::from_raw_os_error(errno))),
         }
     }

@@ -85,7 +85,7 @@ fn connection() {
         ("DEBUG", &json!("web"), &json!(5), &json!(5))
     );
     assert!(
-        fields["duration_ms"].is_u64() && fields["peer"].as_str().unwrap().starts_with("127."),
+        fields["duration_ms"].is_u64() && fields["client"].as_str().unwrap().starts_with("127."),
         "{fields}"
     );
     assert!(matches!(fields["reason"].as_str(), Some("client_closed" | "backend_closed")), "{fields}");

@@ -21,6 +21,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("a removed mapping counts until it has drained", prometheus::draining),
         case("10,000 mappings", prometheus::many_mappings),
         case("requests get the statuses of HTTP", clients::statuses),
+        case("a request names one host, and its body is bounded", clients::hosts_and_bodies),
         case("slow clients are cut, and many bounded", clients::slow_and_many),
         case("when descriptors run out, they are served still", clients::exhausted),
         case("a draining process is not ready", served::draining),

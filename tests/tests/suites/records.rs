@@ -36,6 +36,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("SIGHUP opens the file again", rotated),
         case("SIGHUP opens the file again as the first user, confined", rotated_confined)
             .needs(&[Need::Root]),
+        case("SIGHUP opens the file again when descriptors have run out", rotated_exhausted),
         case("lines go to standard output", standard_output),
         case("lines go to a log daemon, which may restart", log_daemon),
         case("a reader that stops holds no connection up", stopped_reader),
@@ -268,6 +269,24 @@ fn rotated_confined() {
     // A directory that only root may write to.
     let logged = Logged::start(backend.address(), &["--sandbox", "strict", "--user", "nobody"]);
     rotate(&logged);
+}
+
+fn rotated_exhausted() {
+    let backend = TcpBackend::echo();
+    let logged = Logged::start(backend.address(), &[]);
+    client::assert_echoes(logged.address);
+    logged.lines(1);
+    logged.process().limit_descriptors(logged.process().descriptors());
+    // Twice, because there has to be a reserve again.
+    for turn in 1..=2 {
+        fs::rename(logged.path(), logged.dir.path().join(format!("access.log.{turn}"))).unwrap();
+        logged.process().signal(Signal::SIGHUP);
+        let reopened = |line: &str| line.contains("the access log was reopened");
+        logged.process().wait_for_lines(Stream::Stderr, turn, reopened);
+    }
+    logged.process().limit_descriptors(1000);
+    client::assert_echoes(logged.address);
+    logged.lines(1);
 }
 
 /// Renames the file as logrotate does, and asks for another one. Both have the lines of their time.
@@ -527,7 +546,9 @@ fn mistakes() {
         "--access-log /nowhere/access.log: cannot open it: No such file or directory",
     );
     refused("/tmp", 1, "--access-log /tmp: cannot open it: Is a directory");
-    refused("unix:/nowhere", 1, "--access-log /nowhere: cannot open it");
+    refused("unix:/nowhere", 1, "--access-log unix:/nowhere: cannot open it: No such file or directory");
+    refused("unix:/nowhere", 1, "; start the program that listens there first");
+    refused("unix:@log", 2, "write unix:./@log");
     let output =
         process::run(rproxy::command(&["--host", "127.0.0.1:0", "--to", &to, "--access-log-format", "json"]));
     assert_eq!(output.status.code(), Some(2), "{output:#?}");
@@ -618,6 +639,16 @@ fn cut() {
     client::ping(&second);
     assert_eq!(proxy.json(&["cut", "--client", "127.0.0.1", "--mapping", "web"]), json!({ "cut": 1 }));
     assert!(is_reset(&second));
+    // As lists show them.
+    let [one, other] = [open(), open()];
+    let shown = one.local_addr().unwrap().to_string();
+    assert_eq!(proxy.json(&["connections", "--client", &shown])["total"], 1);
+    assert_eq!(proxy.json(&["cut", "--client", &shown, "--mapping", "w*"]), json!({ "cut": 1 }));
+    assert!(is_reset(&one));
+    client::ping(&other);
+    assert_eq!(proxy.json(&["cut", "--mapping", "x*"]), json!({ "cut": 0 }));
+    assert_eq!(proxy.json(&["cut", "--mapping", "w*"]), json!({ "cut": 1 }));
+    assert!(is_reset(&other));
     let third = open();
     proxy.ctl(&["cut", "--all"]).success();
     assert!(is_reset(&third));
@@ -640,6 +671,14 @@ fn cut_left() {
     proxy.ctl(&["remove", "web", "--cut"]).success();
     assert_eq!(client::read_to_end(&kept).1, End::Reset);
     assert_eq!(proxy.json(&["connections"])["total"], 0);
+    // Once removed, its connections can still be ended.
+    proxy.apply(&[mapping("web", "tcp", tcp, new.address())]).success();
+    let (left, _letter) = client::connect_lettered(tcp);
+    proxy.ctl(&["remove", "web"]).success();
+    client::ping(&left);
+    proxy.ctl(&["remove", "web", "--cut"]).success();
+    assert_eq!(client::read_to_end(&left).1, End::Reset);
+    assert!(!proxy.ctl(&["remove", "web", "--cut"]).status.success(), "nothing is left");
 }
 
 fn just_accepted() {

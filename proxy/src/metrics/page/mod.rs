@@ -55,7 +55,7 @@ const PAGE: &str = concat!(
 /// The Content-Security-Policy of the document (<https://www.w3.org/TR/CSP3/>): its own style and script, by their
 /// hashes, requests to where it is from, and nothing else. No text can become markup (Trusted Types).
 const POLICY: &str = "default-src 'none'; \
-    script-src 'sha256-CG6dBfdKywjhKfDpKnZrPenhTq/4u6KRaGaFnIDgwr0='; \
+    script-src 'sha256-LQZ3lrcRUAbh5ghq2xTbW8dwOHvM3UIv/7de9ayYXlo='; \
     style-src 'sha256-0zeZ1X5cRGJCx3ZK4eL99VyA4WLJyhlG64COSGZtrzk='; \
     connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; \
     require-trusted-types-for 'script'; trusted-types 'none'";
@@ -78,8 +78,8 @@ pub(super) fn document() -> Response<Body> {
 }
 
 /// The response with the events of another viewer.
-pub(super) fn events(viewers: &Viewers) -> Response<Body> {
-    if let Some(events) = viewers.admit() {
+pub(super) async fn events(viewers: &Viewers) -> Response<Body> {
+    if let Some(events) = viewers.admit().await {
         return of_type("text/event-stream", events.boxed_unsync());
     }
     let message = format!("{MOST_VIEWERS} viewers are connected already\n");

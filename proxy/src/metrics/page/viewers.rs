@@ -56,11 +56,11 @@ impl Viewers {
     }
 
     /// Admits a viewer; `None` if there are too many.
-    pub(crate) fn admit(&self) -> Option<Events> {
+    pub(crate) async fn admit(&self) -> Option<Events> {
         let place = self.places.clone().try_acquire_owned().ok()?;
         let (viewer, events) = mpsc::channel(WAITING);
-        // There is room for as many as there are places. If the task has ended, so do the events.
-        drop(self.arriving.try_send(viewer));
+        // Those who came and went at once may still wait there. If the task has ended, so do the events.
+        drop(self.arriving.send(viewer).await);
         Some(Events { events, _place: place })
     }
 }
@@ -135,4 +135,37 @@ fn reason(error: SourceError) -> &'static str {
 /// Sends an event to all viewers, and forgets those who have left or do not keep up.
 fn send(viewers: &mut Vec<Viewer>, event: &Bytes) {
     viewers.retain(|viewer| viewer.try_send(event.clone()).is_ok());
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::metrics::source::Query;
+    use crate::metrics::status::{ProcessStatus, Status};
+
+    /// Answers queries as a manager without mappings.
+    async fn manage(mut asked: mpsc::Receiver<Query>) {
+        while let Some(query) = asked.recv().await {
+            let Query::Status(known, answer) = query else { panic!("{query:?}") };
+            let stats = serde_json::from_value(json!({ "mappings": [], "draining": [] })).unwrap();
+            let descriptions = known.is_none().then(Vec::new);
+            drop(answer.send(Status { stats, descriptions, revision: 1, process: ProcessStatus::default() }));
+        }
+    }
+
+    #[tokio::test]
+    async fn those_who_came_and_went_do_not_keep_others_out() {
+        let (queries, asked) = mpsc::channel(1);
+        let (calls, _called) = mpsc::channel(1);
+        let viewers = Viewers::start(Source { queries, calls });
+        for _ in 0..MOST_VIEWERS {
+            drop(viewers.admit().await.unwrap());
+        }
+        tokio::spawn(manage(asked));
+        let mut events = viewers.admit().await.unwrap();
+        let event = events.events.recv().await.expect("a viewer gets events");
+        assert!(event.starts_with(b"event: state"), "{event:?}");
+    }
 }

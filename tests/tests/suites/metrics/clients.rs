@@ -62,6 +62,26 @@ pub(super) fn statuses() {
     assert!(get_with(scene.metrics, "/metrics", "Accept: */*;q=x,,;\r\n").headers.contains("text/plain"));
 }
 
+pub(super) fn hosts_and_bodies() {
+    let scene = Scene::start();
+    let close = "Host: 127.0.0.1\r\nConnection: close\r\n";
+    let long = "a".repeat(20_000);
+    let (chunked, chunk) = ("Transfer-Encoding: chunked\r\n\r\n", format!("4e20\r\n{long}\r\n"));
+    for (request, expected) in [
+        (format!("GET http://rebound.example/metrics HTTP/1.1\r\n{close}\r\n"), "421"),
+        (format!("GET /metrics HTTP/1.1\r\n{close}Host: rebound.example\r\n\r\n"), "400"),
+        (format!("GET /metrics HTTP/1.1\r\n{close}Host: 127.0.0.1\r\n\r\n"), "400"),
+        ("GET /metrics HTTP/1.1\r\nConnection: close\r\n\r\n".to_owned(), "400"),
+        (format!("GET /metrics HTTP/1.1\r\n{close}{chunked}1\r\nx\r\n0\r\n\r\n"), "200"),
+        (format!("GET /metrics HTTP/1.1\r\n{close}{chunked}{}0\r\n\r\n", chunk.repeat(60)), "413"),
+        (format!("GET /metrics HTTP/1.1\r\n{close}{chunked}x\r\n"), "400"),
+    ] {
+        let answer = send(scene.metrics, request.as_bytes());
+        let start = request.chars().take(100).collect::<String>();
+        assert_eq!(Response::parse(&answer).expect(&start).code(), expected, "{start}");
+    }
+}
+
 pub(super) fn slow_and_many() {
     let scene = Scene::start();
     // The first keeps its connection by asking for something, the others send no more than a part of a request.

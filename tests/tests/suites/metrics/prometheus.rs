@@ -2,12 +2,15 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpStream};
 
 use serde_json::{Value, json};
+use socket2::{Domain, Socket, Type};
 use testkit::backend::TcpBackend;
 use testkit::client;
 use testkit::controlled::{Controlled, mapping};
+use testkit::holdings::private_memory;
 use testkit::process::{self, Process};
 use testkit::{eventually, eventually_within, require, udp};
 
@@ -289,6 +292,29 @@ pub(super) fn draining() {
     eventually("nothing is left", || total().is_none());
 }
 
+/// Clients that ask for megabytes and do not read hold little of them, and leave nothing behind.
+fn stalled_scrapers(scene: &Scene) {
+    const CLIENTS: usize = 60;
+
+    let memory = || private_memory(scene.proxy.process.pid());
+    let before = memory();
+    let stalled: Vec<TcpStream> = (0..CLIENTS)
+        .map(|_| {
+            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+            socket.set_recv_buffer_size(4096).unwrap();
+            socket.connect(&scene.metrics.into()).unwrap();
+            let stream = client::patient(socket.into());
+            (&stream).write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n").unwrap();
+            (&stream).read_exact(&mut [0; 64]).unwrap();
+            stream
+        })
+        .collect();
+    let held = memory().saturating_sub(before);
+    assert!(held < CLIENTS * 500, "{held} kB");
+    drop(stalled);
+    eventually("the memory is released", || memory() < before + 8_000);
+}
+
 pub(super) fn many_mappings() {
     let scene = Scene::start();
     let at = |number: usize| {
@@ -303,6 +329,13 @@ pub(super) fn many_mappings() {
     for name in ["m0", "m4999", "m9999"] {
         assert_eq!(scrape.value(&format!("rproxy_mapping_connections_total{{mapping=\"{name}\"}}")), 0.0);
     }
+    for accept in ["", ACCEPT_OPEN_METRICS] {
+        let text = get_with(scene.metrics, "/metrics", accept).body;
+        let types: Vec<&str> = text.lines().filter(|line| line.starts_with("# TYPE ")).collect();
+        let families: BTreeSet<&str> = types.iter().copied().collect();
+        assert_eq!(families.len(), types.len(), "each family is described once");
+    }
+    stalled_scrapers(&scene);
     assert_eq!(get(scene.metrics, "/readyz").code(), "200");
     // A range is one mapping.
     let range = json!({ "name": "range", "host": client::own_loopback().to_string(), "host_ports": "20001-22000",

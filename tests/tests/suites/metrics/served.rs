@@ -58,7 +58,7 @@ pub(super) fn unix_socket() {
         let arguments = ["--host", "127.0.0.1:0", "--to", &backend, "--metrics", &option];
         let output = process::run(rproxy::command(&arguments));
         assert_eq!(output.status.code(), Some(1));
-        let start = format!("rproxy: --metrics {}: {expected}", path.display());
+        let start = format!("rproxy: --metrics {option}: {expected}");
         assert!(output.stderr.contains(&start), "{output:#?}");
     };
     refused("another process listens there");
@@ -82,6 +82,8 @@ pub(super) fn bad_addresses() {
         ("localhost:9464", "'localhost' is not an IP address"),
         ("unix:", "the path is missing"),
         ("http://127.0.0.1:9464/", "is not an address and port"),
+        ("224.0.0.1:9464", "224.0.0.1 is a multicast or broadcast address"),
+        ("unix:@metrics", "write unix:./@metrics"),
     ] {
         let output = run(metrics);
         assert_eq!(output.status.code(), Some(2), "{output:#?}");
@@ -91,6 +93,27 @@ pub(super) fn bad_addresses() {
     let output = run(&address.to_string());
     assert_eq!(output.status.code(), Some(1));
     assert!(output.stderr.contains(&format!("--metrics {address}: the tcp port is taken")), "{output:#?}");
+    // Its own port, and its own path.
+    let own = client::own_address().to_string();
+    let output = process::run(rproxy::command(&["--host", &own, "--to", &backend, "--metrics", &own]));
+    assert_eq!(output.status.code(), Some(1));
+    let message = format!("{own}: --metrics {own} takes this tcp port; give one of the two another port");
+    assert!(output.stderr.contains(&message), "{output:#?}");
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("socket").display().to_string();
+    let metrics = format!("unix:{path}");
+    let arguments = ["--host", "127.0.0.1:0", "--to", &backend, "--metrics", &metrics, "--control", &path];
+    let output = process::run(rproxy::command(&arguments));
+    assert_eq!(output.status.code(), Some(1));
+    let message = format!("--metrics {metrics}: --control has the same path");
+    assert!(output.stderr.contains(&message), "{output:#?}");
+    let output = run("unix:/nowhere/socket");
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        output.stderr.contains("--metrics unix:/nowhere/socket: cannot listen there: No such"),
+        "{output:#?}"
+    );
+    assert!(output.stderr.contains("create its directory first"), "{output:#?}");
 }
 
 pub(super) fn configuration() {

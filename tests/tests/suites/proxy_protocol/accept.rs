@@ -155,7 +155,7 @@ fn wrong() {
     let told =
         served.proxy.process.wait_for_line(Stream::Stderr, |line| line.contains("no header of its proxy"));
     for part in
-        ["WARN", "peer=127.0.0.1:", "mapping=web ", "it does not begin with a header of the PROXY protocol"]
+        ["WARN", "client=127.0.0.1:", "mapping=web ", "it does not begin with a header of the PROXY protocol"]
     {
         assert!(told.contains(part), "{part} in {told}");
     }

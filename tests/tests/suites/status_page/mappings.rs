@@ -187,3 +187,40 @@ pub(super) fn details() {
         });
     });
 }
+
+pub(super) fn found_connections() {
+    Scene::run(|scene| {
+        scene.serve(&[scene.web("db:5432", 8001), scene.web("web", 8002)]);
+        let [first, second] = [8001, 8002].map(|port| client::connect(address(port)));
+        [&first, &second].into_iter().for_each(client::ping);
+        scene.browser.click("#tab-connections");
+        let [one, other] = [&first, &second].map(|client| client.local_addr().unwrap());
+        for (text, clients) in [
+            (one.to_string(), &[one][..]),
+            (format!(":{}", other.port()), &[other]),
+            ("db:5432".to_owned(), &[one]),
+            ("db:".to_owned(), &[one]),
+            ("web".to_owned(), &[other]),
+            ("127.0.0.1/8".to_owned(), &[one, other]),
+            ("127.0.0.0/8".to_owned(), &[one, other]),
+            ("127.0.0.1".to_owned(), &[one, other]),
+            ("fe80:".to_owned(), &[]),
+            ("10.0.0.0/8".to_owned(), &[]),
+            ("127.0.0.1/99".to_owned(), &[]),
+        ] {
+            scene.browser.run("document.getElementById('search').value = ''");
+            scene.browser.send_keys("#search", &text);
+            let mut expected: Vec<String> = clients.iter().map(ToString::to_string).collect();
+            expected.sort();
+            eventually_equal(&text, &expected, || {
+                if expected.is_empty() && !scene.browser.text("#view-connections").contains("Nothing found") {
+                    return vec![scene.browser.text("#view-connections")];
+                }
+                let rows = scene.rows("connections").into_iter();
+                let mut rows: Vec<String> = rows.map(|row| row[0].clone()).collect();
+                rows.sort();
+                if expected.is_empty() { Vec::new() } else { rows }
+            });
+        }
+    });
+}

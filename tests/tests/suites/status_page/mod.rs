@@ -27,6 +27,7 @@ pub(crate) fn cases() -> Vec<Case> {
             mappings::many,
         ),
         case("errors, connections and details of a mapping", mappings::details),
+        case("connections are found by client, network, port and mapping", mappings::found_connections),
         case("a phone: nothing is wider than the screen", looks::phone),
         case("light and dark: texts have contrast", looks::schemes),
         case("all of it by keyboard", looks::keyboard),

@@ -20,6 +20,9 @@ class ConnectionsQuery {
   rows = null;
   total = 0;
   unavailable = null;
+  /** What the rows were chosen by, and the filter that the process has refused: it is no address after all. */
+  filter = {};
+  refused = null;
   #before = new Map();
   #time = 0;
   #asked = null;
@@ -33,16 +36,20 @@ class ConnectionsQuery {
     [this.#asked, this.#time] = [query, now];
     try {
       const response = await fetch(`api/connections?${query}`);
+      if (response.status === 400 && filter.client !== undefined) {
+        this.refused = filter.client;
+        return true;
+      }
       if (!response.ok) throw new Error((await response.text()).trim() || response.statusText);
       const answer = await response.json();
-      if (this.#asked === query) this.#take(answer, now);
+      if (this.#asked === query) this.#take(answer, now, filter);
     } catch (error) {
       [this.rows, this.unavailable] = [null, error.message];
     }
     return true;
   }
 
-  #take({ connections, total }, now) {
+  #take({ connections, total }, now, filter) {
     const before = this.#before;
     for (const connection of connections) {
       const { at, bytes_in, bytes_out } = before.get(connection.id) ?? {};
@@ -52,7 +59,7 @@ class ConnectionsQuery {
       connection.at = now;
     }
     this.#before = new Map(connections.map((connection) => [connection.id, connection]));
-    [this.rows, this.total, this.unavailable] = [connections, total, null];
+    [this.rows, this.total, this.unavailable, this.filter] = [connections, total, null, filter];
   }
 }
 
@@ -105,9 +112,17 @@ const CONNECTIONS_ON_PHONE = `
   "mapping mapping to to" 22px
   "in out out age" 22px / minmax(0, 1fr) minmax(0, .6fr) minmax(0, .4fr) minmax(0, 1.2fr)`;
 
-/** Whether a text looks like an address or a network, which the process can look for itself. */
+/** Whether a text is an IP address, as a whole. */
 function isAddress(text) {
-  return /^[0-9]{1,3}(\.[0-9]{1,3}){3}(\/[0-9]+)?$/.test(text) || /^[0-9a-f:.]*:[0-9a-f:.]*(\/[0-9]+)?$/i.test(text);
+  if (/^[0-9]{1,3}(\.[0-9]{1,3}){3}$/.test(text)) return text.split(".").every((part) => Number(part) <= 255);
+  return /^[0-9a-f:.]+$/.test(text) && URL.canParse(`ftp://[${text}]/`);
+}
+
+/** Whether a text is a network. */
+function isNetwork(text) {
+  const [address, prefix, ...more] = text.split("/");
+  const longest = address.includes(":") ? 128 : 32;
+  return more.length === 0 && /^[0-9]{1,3}$/.test(prefix ?? "") && Number(prefix) <= longest && isAddress(address);
 }
 
 /** Connections and flows, of all mappings. */
@@ -125,21 +140,26 @@ class ConnectionsView {
 
   /** Asks for what the search describes, and then calls `shown` if there is an answer to show. */
   ask(store, words, shown) {
-    this.#query.ask(ConnectionsView.#filter(store, words)).then((answered) => answered && shown());
+    const filter = ConnectionsView.#filter(store, words);
+    this.#query.ask(filter.client !== undefined && filter.client === this.#query.refused ? {} : filter).then((answered) => answered && shown());
   }
 
-  /** The part of the search that the process does: all connections may be more than it sends. */
+  /**
+   * The part of the search that the process does: what a text does not show, as networks, and what may be missing as all
+   * connections are more than it sends. Names of mappings come first, whatever they look like.
+   */
   static #filter(store, [word, ...more]) {
     if (word === undefined || more.length > 0) return {};
-    if (isAddress(word)) return { client: word };
     const named = [...store.mappings.values()].find(({ name }) => name.toLowerCase() === word);
-    return named === undefined ? {} : { mapping: named.name };
+    if (named !== undefined) return { mapping: named.name };
+    const areAllListed = store.sums.connections + store.sums.flows <= MOST_CONNECTIONS;
+    return isNetwork(word) || (!areAllListed && isAddress(word)) ? { client: word } : {};
   }
 
   /** Shows the latest answer. */
   show(store, words) {
-    const { rows, total, unavailable } = this.#query;
-    const found = (rows ?? []).filter((row) => ConnectionsView.#matches(row, words));
+    const { rows, total, unavailable, filter } = this.#query;
+    const found = (rows ?? []).filter((row) => ConnectionsView.#matches(row, words, filter));
     this.table.element.hidden = found.length === 0;
     this.table.show(found);
     this.foot.hidden = rows === null || rows.length >= total;
@@ -152,9 +172,9 @@ class ConnectionsView {
     return `${formatExact(found.length)} of ${plural(total, "connection or flow", "connections and flows")}`;
   }
 
-  static #matches({ client, mapping, backend, protocol, state }, words) {
+  static #matches({ client, mapping, backend, protocol, state }, words, filter) {
     const text = `${client} ${mapping} ${backend} ${protocol} ${state}`.toLowerCase();
     // A network is not part of a text; the process has looked for it.
-    return words.every((word) => text.includes(word) || word.includes("/") && isAddress(word));
+    return words.every((word) => text.includes(word) || word === filter.client);
   }
 }
