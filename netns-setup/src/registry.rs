@@ -15,10 +15,7 @@ use crate::model::{Firewall, MappingKey, Topology};
 use crate::name::{IfName, Name};
 use crate::netns;
 use crate::private_dir::{DirError, PrivateDir};
-use crate::state::{State, StateError};
-
-/// Where the copies are. `/run` is emptied by a reboot, like the network.
-pub const DIR: &str = "/run/netns-setup-registry";
+use crate::state::{COPIES, State, StateError};
 
 /// The entry of one state directory.
 #[derive(Debug, Clone)]
@@ -44,7 +41,7 @@ impl Registry {
     /// # Errors
     /// If the kernel does not say which namespace that is.
     pub fn of(state_dir: &Path) -> io::Result<Self> {
-        Self::within(Path::new(DIR), state_dir)
+        Self::within(Path::new(COPIES), state_dir)
     }
 
     fn within(dir: &Path, state_dir: &Path) -> io::Result<Self> {

@@ -8,6 +8,9 @@ use serde_json::Value;
 use crate::model::Topology;
 use crate::private_dir::{DirError, PrivateDir};
 
+/// Where the copies of states are. `/run` is emptied by a reboot, like the network.
+pub const COPIES: &str = "/run/netns-setup-registry";
+
 /// The default of `--state-dir`. `/run` is emptied by a reboot, like the network.
 pub const DEFAULT_DIR: &str = "/run/netns-setup";
 
@@ -121,7 +124,7 @@ pub enum StateError {
         why: String,
     },
     /// The file is damaged, and there is no copy.
-    #[error("the state file {} {why}, and there is no whole copy of it in {}: remove it, and what `ip link`, `ip netns` and `nft list tables` show of it", file.display(), crate::registry::DIR)]
+    #[error("the state file {} {why}, and there is no whole copy of it in {}: remove it, and what `ip link`, `ip netns` and `nft list tables` show of it", file.display(), COPIES)]
     Damaged {
         /// The file.
         file: PathBuf,

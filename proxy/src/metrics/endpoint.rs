@@ -12,7 +12,7 @@ use super::descriptors::OpenDescriptors;
 use super::listener::{Acceptor, MetricsListener, MetricsSocket};
 use super::routes::Routes;
 use super::server::serve;
-use super::snapshot::{Process, Reloads, Snapshot};
+use super::snapshot::{Process, Reloads, Snapshot, UpgradeAttempt};
 use super::source::{QUERIES, Query, Source};
 use super::status::{ProcessStatus, Status};
 use crate::control::clients::Call;
@@ -56,8 +56,8 @@ impl Endpoint {
         let source = Source { queries, calls };
         let server = tokio::spawn(serve_until_dropped(acceptor, source, address.is_loopback()));
         let reloads = is_configured.then(|| Reloads::started(started));
-        let (drained, observed) = (None, Shared::new());
-        let queries = Queries { asked, started, reloads, has_plane, descriptors, drained, observed };
+        let (upgrade, drained, observed) = (None, None, Shared::new());
+        let queries = Queries { asked, started, reloads, upgrade, has_plane, descriptors, drained, observed };
         Ok(Self { socket, queries, server })
     }
 
@@ -84,6 +84,7 @@ pub(crate) struct Queries {
     asked: mpsc::Receiver<Query>,
     started: SystemTime,
     reloads: Option<Reloads>,
+    upgrade: Option<UpgradeAttempt>,
     has_plane: bool,
     descriptors: Option<OpenDescriptors>,
     /// What is drained, once nothing else is served.
@@ -107,6 +108,11 @@ impl Queries {
         if let Some(reloads) = &mut self.reloads {
             reloads.record(SystemTime::now(), succeeded);
         }
+    }
+
+    /// Records that an upgrade is under way, or that it `has_failed`.
+    pub(crate) fn upgrading(&mut self, has_failed: bool) {
+        self.upgrade = Some(UpgradeAttempt { since: SystemTime::now(), has_failed });
     }
 
     /// Keeps what can be seen of `server`, which drains from now on.
@@ -143,7 +149,8 @@ impl Queries {
 
     fn process(&self) -> Process {
         let descriptors = self.descriptors.as_ref().and_then(OpenDescriptors::count);
-        Process { started: self.started, reloads: self.reloads, descriptors }
+        let Self { started, reloads, upgrade, .. } = *self;
+        Process { started, reloads, upgrade, descriptors }
     }
 }
 

@@ -25,8 +25,19 @@ pub(crate) struct Process {
     pub(crate) started: SystemTime,
     /// The reloads of its configuration, if there is one.
     pub(crate) reloads: Option<Reloads>,
+    /// The last upgrade that it has attempted. One that succeeds ends it.
+    pub(crate) upgrade: Option<UpgradeAttempt>,
     /// Its open descriptors, where proc(5) is mounted.
     pub(crate) descriptors: Option<u64>,
+}
+
+/// An attempt to replace the process by another one.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct UpgradeAttempt {
+    /// When it began, or failed.
+    pub(crate) since: SystemTime,
+    /// Whether it has failed; else it is under way.
+    pub(crate) has_failed: bool,
 }
 
 /// The last reloads of a configuration. Reading it at the start is one.

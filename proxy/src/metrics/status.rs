@@ -1,12 +1,12 @@
 //! The state of the mappings, as the manager knows it.
 
-use std::time::UNIX_EPOCH;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use rproxy_mapping::wire::WireLimits;
 use serde::Serialize;
 
 use super::descriptors::limit;
-use super::snapshot::{Process, Reloads};
+use super::snapshot::{Process, Reloads, UpgradeAttempt};
 use crate::control::answers::StatsList;
 use crate::engine::observation::Resources;
 use crate::engine::registry::{Registry, Served};
@@ -41,6 +41,9 @@ pub(crate) struct ProcessStatus {
     /// The last reload of its configuration, if there is one. Reading it at the start is one.
     #[serde(skip_serializing_if = "Option::is_none")]
     reload: Option<Reload>,
+    /// The last upgrade that it has attempted, if there is one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    upgrade: Option<Upgrade>,
 }
 
 /// How much of a limit is used.
@@ -70,16 +73,36 @@ impl ProcessStatus {
             flows: server.flows().and_then(usage),
             log_lines_dropped: lost_lines() + server.lost_access_lines().unwrap_or(0),
             reload: process.reloads.map(Reload::of),
+            upgrade: process.upgrade.map(Upgrade::of),
         }
     }
 }
 
 impl Reload {
     fn of(reloads: Reloads) -> Self {
-        let time = reloads.last.duration_since(UNIX_EPOCH).unwrap_or_default();
-        let time_ms = u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        Self { time_ms, succeeded: reloads.has_succeeded() }
+        Self { time_ms: milliseconds(reloads.last), succeeded: reloads.has_succeeded() }
     }
+}
+
+/// An attempt to replace the process by another one.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+struct Upgrade {
+    /// When it began, or failed, in milliseconds since 1970.
+    time_ms: u64,
+    /// `under_way` or `failed`.
+    state: &'static str,
+}
+
+impl Upgrade {
+    fn of(attempt: UpgradeAttempt) -> Self {
+        let state = if attempt.has_failed { "failed" } else { "under_way" };
+        Self { time_ms: milliseconds(attempt.since), state }
+    }
+}
+
+/// Milliseconds since 1970.
+fn milliseconds(time: SystemTime) -> u64 {
+    u64::try_from(time.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis()).unwrap_or(u64::MAX)
 }
 
 /// What a mapping is. It changes only if somebody changes the mapping.

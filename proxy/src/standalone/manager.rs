@@ -231,9 +231,10 @@ impl Managed {
                 () = upgrade.asked() => {
                     let (control, plane) = (control.as_ref(), plane.as_deref());
                     let (socket, mut queries) = metrics.as_mut().map(Endpoint::split).unzip();
+                    queries.iter_mut().for_each(|queries| queries.upgrading(false));
                     let attempt = upgrade.attempt(Owned { server, control, metrics: socket, plane });
                     match unless_stopped(attempt, server, stop, watchdog, &mut queries).await {
-                        Attempt::Failed => {}
+                        Attempt::Failed => queries.iter_mut().for_each(|queries| queries.upgrading(true)),
                         Attempt::Succeeded => return Ok(true),
                         Attempt::Stopped => return Ok(false),
                     }

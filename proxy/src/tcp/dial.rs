@@ -118,13 +118,12 @@ pub(super) fn open(backend: BackendAddr) -> io::Result<Socket> {
 /// Opens a socket for the backend of `target`, with the code point that it has.
 ///
 /// # Errors
-/// [`DialError::Open`]
-pub(super) fn open_for(target: &Target) -> Result<Socket, DialError> {
+/// Those of [`open`].
+pub(super) fn open_for(target: &Target) -> io::Result<Socket> {
     let backend = target.port_mapping.backend;
-    let addr = backend.socket_addr();
-    let socket = open(backend).map_err(|source| DialError::Open { addr, source })?;
+    let socket = open(backend)?;
     if let Some(dscp) = target.policy.limits.dscp {
-        mark(&socket, addr.is_ipv6(), dscp, target);
+        mark(&socket, backend.socket_addr().is_ipv6(), dscp, target);
     }
     Ok(socket)
 }

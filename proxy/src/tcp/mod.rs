@@ -126,7 +126,7 @@ async fn dialled(
     let (backend, limits) = (guard.port_mapping().backend, guard.limits());
     let begun = guard.record().map(|_recorded| Time::now());
     let fell_back = |reason: &NotAsClient| report_other_source(peer, guard, reason);
-    let dialled = match source::prepare(socket, backend, peer, limits, fell_back) {
+    let dialled = match source::prepare(socket, guard.target(), peer, fell_back) {
         Ok(socket) => dial::dial(socket, backend, limits.connect_timeout, client).await,
         Err(source) => Err(DialError::Source { addr: backend.socket_addr(), source }),
     };

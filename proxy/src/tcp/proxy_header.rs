@@ -10,6 +10,7 @@ use tokio::time::timeout;
 use tracing::{debug, warn};
 
 use super::connections::Entry;
+use super::dial::DialError;
 use super::direction::is_transient;
 use super::stream::{Stream, close_in_order};
 use super::{dial, report_failed_dial};
@@ -59,9 +60,11 @@ pub(super) async fn exchange(
             return Err(Refused);
         }
         if is_ipv4(guard) != was_ipv4 {
-            let reopened = dial::open_for(guard.target());
-            *socket =
-                reopened.map_err(|error| report_failed_dial(*peer, guard, &error)).map_err(|()| Refused)?;
+            *socket = dial::open_for(guard.target()).map_err(|source| {
+                let addr = guard.port_mapping().backend.socket_addr();
+                report_failed_dial(*peer, guard, &DialError::Open { addr, source });
+                Refused
+            })?;
         }
     }
     let send = guard.limits().proxy_protocol.send;

@@ -2,12 +2,8 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
 
-use rproxy_mapping::addr::BackendAddr;
-use rproxy_mapping::limits::Limits;
 use rproxy_mapping::source::Source;
-use rproxy_sys::socket::set_traffic_class;
 use socket2::Socket;
 use tracing::debug;
 
@@ -15,9 +11,9 @@ use super::dial::{self, Begun};
 use crate::bind::source::{
     NotAsClient, SourceError, answers_come_back, bind_as_asked, bind_as_client, bind_to_device,
 };
+use crate::state::Target;
 
-/// Prepares `socket`, as [`dial::open`] returns it, for a connection to `backend` on behalf of `client`, as `limits` have
-/// it. Begins the connection if that comes from the client's address: only connect(2) tells whether it can. Calls `fell_back` if
+/// Prepares `socket`, as [`dial::open_for`] returns it, for a connection to `target` on behalf of `client`. Begins the connection if that comes from the client's address: only connect(2) tells whether it can. Calls `fell_back` if
 /// it comes from another address instead.
 ///
 /// If the client's port is in use towards the backend, as after an earlier connection, or needs a privilege, its address
@@ -27,24 +23,24 @@ use crate::bind::source::{
 /// [`SourceError`]: without it there must be no connection.
 pub(super) fn prepare(
     socket: Socket,
-    backend: BackendAddr,
+    target: &Target,
     client: SocketAddr,
-    limits: &Limits,
     fell_back: impl FnOnce(&NotAsClient),
 ) -> Result<Begun, SourceError> {
+    let limits = &target.policy.limits;
     if !limits.source.is_client() {
         bind_as_asked(&socket, limits)?;
         return Ok(Begun::Not(socket));
     }
-    let addr = backend.socket_addr();
+    let addr = target.port_mapping.backend.socket_addr();
     let refused = |reason| SourceError::Client { client, reason };
     bind_to_device(&socket, limits)?;
     let (socket, reason) = match answers_come_back(client, addr, limits.device.as_ref()) {
         Ok(()) => {
             let begun = begin(socket, client, addr).or_else(|error| match error.is_about_port() {
                 true => {
-                    debug!(%client, %error, "another port of the client's address");
-                    begin_with_other_port(backend, client, limits)
+                    debug!(mapping = %target.name(), %client, %error, "another port of the client's address");
+                    begin_with_other_port(target, client)
                 }
                 false => Err(error),
             });
@@ -63,7 +59,7 @@ pub(super) fn prepare(
     if let Some(socket) = socket {
         return Ok(Begun::Not(socket));
     }
-    let socket = another(backend, limits).map_err(|source| refused(NotAsClient::Kernel(source)))?;
+    let socket = another(target).map_err(|source| refused(NotAsClient::Kernel(source)))?;
     Ok(Begun::Not(socket))
 }
 
@@ -75,24 +71,14 @@ fn begin(socket: Socket, client: SocketAddr, backend: SocketAddr) -> Result<Sock
 }
 
 /// As [`begin`], with another port of the client's address.
-fn begin_with_other_port(
-    backend: BackendAddr,
-    client: SocketAddr,
-    limits: &Limits,
-) -> Result<Socket, NotAsClient> {
-    let socket = another(backend, limits).map_err(NotAsClient::Kernel)?;
-    begin(socket, SocketAddr::new(client.ip(), 0), backend.socket_addr())
+fn begin_with_other_port(target: &Target, client: SocketAddr) -> Result<Socket, NotAsClient> {
+    let socket = another(target).map_err(NotAsClient::Kernel)?;
+    begin(socket, SocketAddr::new(client.ip(), 0), target.port_mapping.backend.socket_addr())
 }
 
 /// A socket in place of one that cannot be used any more, with what has been set for that one.
-fn another(backend: BackendAddr, limits: &Limits) -> io::Result<Socket> {
-    let socket = dial::open(backend)?;
-    if let Some(dscp) = limits.dscp
-        && let Err(error) =
-            set_traffic_class(socket.as_fd(), backend.socket_addr().is_ipv6(), dscp.bits() << 2)
-    {
-        debug!(backend = %backend.socket_addr(), %error, "cannot set the code point of a connection");
-    }
-    bind_to_device(&socket, limits)?;
+fn another(target: &Target) -> io::Result<Socket> {
+    let socket = dial::open_for(target)?;
+    bind_to_device(&socket, &target.policy.limits)?;
     Ok(socket)
 }

@@ -89,6 +89,13 @@ pub(super) fn upgrades() {
         browser.click("#tab-process");
         let shows = |pid: String| browser.text("#view-process").contains(&pid);
         eventually("the first process", || shows(first.pid().to_string()));
+        let go = program.path().with_extension("go");
+        program.replace(&format!("while [ ! -e {} ]; do sleep 0.05; done; exit 1", go.display()));
+        first.signal(Signal::SIGUSR2);
+        eventually("an upgrade that is under way", || shows("under way".to_owned()));
+        std::fs::write(go, []).unwrap();
+        eventually("one that has failed", || shows("this process goes on".to_owned()));
+        program.repair();
         let second = upgrade(&first, 0, first.pid());
         eventually("the second process", || shows(second.to_string()));
         browser.wait_for(STATUS, "Live");

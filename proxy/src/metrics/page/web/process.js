@@ -55,13 +55,16 @@ class ProcessView {
       makePairs([["Log lines dropped", known(log_lines_dropped, formatExact), log_lines_dropped > 0 ? "warn" : ""]]));
   }
 
-  #makeChanges({ reload }, time, sums) {
+  #makeChanges({ reload, upgrade }, time, sums) {
+    const ago = ({ time_ms }) => `${formatDuration(Math.max(0, time - time_ms))} ago`;
+    const attempt = upgrade && (upgrade.state === "failed" ? `failed ${ago(upgrade)}; this process goes on` : "under way");
     return makeCard("Configuration", makePairs([
       ["Mappings", formatExact(sums.mappings)],
       ["Attached by dockerd", formatExact(sums.attached)],
       ["Removed, still draining", formatExact(sums.draining), sums.draining > 0 ? "warn" : ""],
-      ["Last reload", reload && `${formatDuration(Math.max(0, time - reload.time_ms))} ago`],
+      ["Last reload", reload && ago(reload)],
       ["Its result", reload && (reload.succeeded ? "succeeded" : "failed; nothing has changed"), reload?.succeeded ? "good" : "bad"],
+      ["Upgrade", attempt, upgrade?.state === "failed" ? "bad" : "warn"],
     ]));
   }
 }
