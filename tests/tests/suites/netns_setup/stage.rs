@@ -175,12 +175,12 @@ impl Stage {
         let tables: BTreeSet<&str> = tables.lines().filter(|line| line.contains("netns-setup")).collect();
         tables.iter().for_each(|table| text.push_str(&tool(&format!("nft -s list {table}"))));
         for family in ["-4", "-6"] {
-            text.push_str(&dump_policy(family, &tool(&format!("ip {family} rule"))));
+            text.push_str(&sorted(&format!("{family} rule"), &tool(&format!("ip {family} rule"))));
             let routes = tool(&format!("ip {family} route show table all"));
             let routes = routes.lines().filter(|line| line.contains(" table 4096"));
             routes.for_each(|line| writeln!(text, "{family} route: {line}").unwrap());
         }
-        text.push_str(&tool("ip xfrm policy"));
+        text.push_str(&sorted("xfrm", &tool("ip -o xfrm policy")));
         text.push_str(&self.host.run(dump_settings));
         for name in tool("ip netns list").lines().filter_map(|line| line.split_whitespace().next()) {
             writeln!(text, "--- {name}").unwrap();
@@ -211,7 +211,9 @@ pub(crate) fn assert_same(is: &str, should_be: &str, what: &str) {
         one.lines().filter(|line| !other.lines().any(|theirs| theirs == *line)).map(str::to_owned).collect()
     };
     let (new, gone) = (only_in(is, should_be), only_in(should_be, is));
-    assert!(is == should_be, "{what}:\nnew: {new:#?}\ngone: {gone:#?}");
+    // If neither has a line of its own, their order differs.
+    let moved = is.lines().zip(should_be.lines()).find(|(is, should_be)| is != should_be);
+    assert!(is == should_be, "{what}:\nnew: {new:#?}\ngone: {gone:#?}\nfirst difference: {moved:#?}");
 }
 
 /// What a program prints inside a namespace. Unlike the harness's processes it is not followed by threads, of which
@@ -243,9 +245,9 @@ fn dump_settings() -> String {
     lines.join("\n") + "\n"
 }
 
-/// The policy routing rules, of which those of one priority have no order.
-fn dump_policy(family: &str, listed: &str) -> String {
-    let mut lines: Vec<String> = listed.lines().map(|line| format!("{family} rule: {line}\n")).collect();
+/// Rules or policies, one in each line. Those of one priority have no order.
+fn sorted(what: &str, listed: &str) -> String {
+    let mut lines: Vec<String> = listed.lines().map(|line| format!("{what}: {line}\n")).collect();
     lines.sort();
     lines.concat()
 }
