@@ -12,8 +12,11 @@ use crate::host_ip::HostIp;
 use crate::model::{MappingKey, NETNS_DIR, RelayProcess};
 use crate::name::CONTAINER_INTERFACE;
 use crate::name::{IfName, Name};
-use crate::netlink::xfrm;
 use crate::transparent::{MARK, PRIORITY, TABLE};
+
+/// The priority of the IPsec policies that block what is routed to containers. Policies of lower numbers come first, so those
+/// of a VPN do.
+pub const BLOCK_PRIORITY: u32 = 4_000_000_000;
 
 /// The network namespace of an action.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -300,7 +303,9 @@ impl fmt::Display for Action {
             Self::DeleteRule { family, iif } => fmt_rule(f, *family, "delete", iif),
             Self::AddLocalRoute(family) => fmt_local_route(f, *family, "add"),
             Self::DeleteLocalRoute(family) => fmt_local_route(f, *family, "delete"),
-            Self::BlockRouted(subnet) => write!(f, "ip xfrm policy add {}", xfrm::options(*subnet)),
+            Self::BlockRouted(subnet) => {
+                write!(f, "ip xfrm policy add dst {subnet} dir fwd action block priority {BLOCK_PRIORITY}")
+            }
             Self::UnblockRouted(subnet) => write!(f, "ip xfrm policy delete dst {subnet} dir fwd"),
             Self::SetSysctl { key, value } => write!(f, "sysctl -w {key}={value}"),
             Self::SetContainerSysctl { netns, key, value } => {

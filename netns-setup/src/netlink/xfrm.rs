@@ -14,6 +14,7 @@ use netlink_sys::protocols::NETLINK_XFRM;
 use nix::errno::Errno;
 
 use super::{Client, NetlinkError};
+use crate::action::BLOCK_PRIORITY;
 use crate::addr::Cidr;
 
 const XFRM_MSG_NEWPOLICY: u16 = 0x13;
@@ -21,9 +22,6 @@ const XFRM_MSG_DELPOLICY: u16 = 0x14;
 const XFRM_MSG_GETPOLICY: u16 = 0x15;
 const XFRM_POLICY_FWD: u8 = 2;
 const XFRM_POLICY_BLOCK: u8 = 1;
-
-/// Policies of lower numbers come first, so those of a VPN do.
-const PRIORITY: u32 = 4_000_000_000;
 
 /// `struct xfrm_selector`, in bytes.
 const SELECTOR: usize = 56;
@@ -156,16 +154,10 @@ fn policy(subnet: Cidr) -> [u8; POLICY_INFO] {
     info[at::FAMILY].copy_from_slice(&u16::try_from(family).unwrap_or_default().to_ne_bytes());
     info[at::DESTINATION_PREFIX] = subnet.prefix;
     info[at::LIMITS].fill(0xff);
-    info[at::PRIORITY].copy_from_slice(&PRIORITY.to_ne_bytes());
+    info[at::PRIORITY].copy_from_slice(&BLOCK_PRIORITY.to_ne_bytes());
     info[at::DIRECTION] = XFRM_POLICY_FWD;
     info[at::ACTION] = XFRM_POLICY_BLOCK;
     info
-}
-
-/// The options of `ip xfrm policy` for such a policy.
-#[must_use]
-pub fn options(subnet: Cidr) -> String {
-    format!("dst {subnet} dir fwd action block priority {PRIORITY}")
 }
 
 #[cfg(test)]

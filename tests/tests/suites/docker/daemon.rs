@@ -1,5 +1,6 @@
 //! The real dockerd, and containers that need no image from elsewhere.
 
+use std::fmt::Display;
 use std::fs;
 use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
@@ -34,6 +35,13 @@ pub(super) const PAGE: &str = "published by rproxy\n";
 
 /// A container that serves [`PAGE`] at port 80.
 pub(super) const SERVER: &str = "small busybox httpd -f -p 80 -h /www";
+
+/// The network of process `pid`, as processes are numbered where `outer` runs.
+pub(super) fn network_inside(outer: impl Display, pid: impl Display) -> Namespace {
+    /// proc(5), below the directory that is a process's root.
+    const PROC: &str = "root/proc";
+    Namespace::open(&format!("/proc/{outer}/{PROC}/{pid}/ns/net"))
+}
 
 /// A dockerd of its own: network, mounts, processes and files are all separate from the machine's.
 pub(super) struct Docker {
@@ -151,7 +159,7 @@ impl Docker {
 
     /// The network of a process, by its id as the daemon sees it.
     pub(super) fn network_of_process(&self, pid: &str) -> Namespace {
-        Namespace::open(&format!("/proc/{}/root/proc/{pid}/ns/net", self.daemon_pid().unwrap()))
+        network_inside(self.daemon_pid().unwrap(), pid)
     }
 
     /// Fetches the page from a container of its own.

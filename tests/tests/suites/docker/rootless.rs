@@ -24,7 +24,7 @@ use testkit::topology::{BRIDGE, BRIDGE_V4, HOST_V4, HOST_V6, client_and_host};
 use testkit::udp::Backend;
 
 use super::client_address::{PORT, Seen, serve};
-use super::daemon::{DAEMON, Docker};
+use super::daemon::{DAEMON, Docker, network_inside};
 
 /// The user of the daemon: its number, and those of its containers.
 const USER: u32 = 4242;
@@ -94,8 +94,7 @@ impl Rootless {
         process.wait_for_line(Stream::Stderr, |line| line.contains("API listen on"));
         let socket = format!("unix://{}/run/docker.sock", dir.display());
         // Its network is not known before.
-        let inside =
-            Namespace::open(&format!("/proc/{}/root/proc/{}/ns/net", child_of(&process), daemon(&dir)));
+        let inside = network_inside(child_of(&process), daemon(&dir));
         // Without a cgroup of its own: a user may not make any.
         let docker = Docker::ready(process, inside, socket, String::from("none"), directory);
         Self { docker, host, outside, dir }
