@@ -241,7 +241,7 @@ impl BindError {
                 format!("none of its ports is free ({among}); `ss -antup` shows who has them")
             }
             io::ErrorKind::AddrInUse => format!(
-                "the {protocol} port is taken by another program; `ss -an{}p 'sport = :{}'` shows which, port 0 takes \
+                "the {protocol} port is taken; `ss -an{}p 'sport = :{}'` shows by which program, port 0 takes \
                  a free one, and net.ipv4.ip_local_reserved_ports keeps one for listening",
                 if *protocol == Protocol::Tcp { "t" } else { "u" },
                 addr.port()

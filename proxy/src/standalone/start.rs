@@ -11,7 +11,7 @@ use rproxy_mapping::addr::{HostSocketAddr, Protocol};
 use rproxy_mapping::escape::escaped;
 use rproxy_mapping::{HostPorts, Mapping, PortMapping};
 use tokio::runtime::Runtime;
-use tracing::{debug, info};
+use tracing::{Level, debug, enabled, info};
 
 use super::manager::{Configuration, Drain, Manager, Reload};
 use crate::bind::activation::{InheritedError, InheritedSockets};
@@ -218,8 +218,9 @@ fn prepare_server(
     };
     let sink = options.access_log.as_ref().map(Destination::open).transpose()?;
     let access_log = sink.is_some().then(|| Arc::new(AccessLog::new(options.access_log_format())));
-    let is_listed = options.control.is_some() || metrics.is_some();
-    let recorder = (is_listed || access_log.is_some()).then(|| Recorder::new(access_log.clone(), is_listed));
+    // A debug line says how long a connection lasted.
+    let asked = options.control.is_some() || metrics.is_some() || enabled!(Level::DEBUG);
+    let recorder = (asked || access_log.is_some()).then(|| Recorder::new(access_log.clone(), asked));
     let server = Server::prepared(bound, growth, recorder.map(Arc::new));
     let mut server = server.map_err(setup("watch the listeners"))?;
     server.registry.return_paths = Box::new(ReturnPaths { reported, ..ReturnPaths::default() });

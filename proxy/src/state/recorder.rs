@@ -30,8 +30,8 @@ thread_local! {
 pub(crate) struct Recorder {
     shards: [Shard; SHARDS],
     access_log: Option<Arc<AccessLog>>,
-    /// Whether clients of the control socket or of the metrics may ask for what is live.
-    is_listed: bool,
+    /// Whether connections and flows are recorded that the access log leaves out.
+    records_all: bool,
 }
 
 /// Aligned to a pair of cache lines, which are fetched together, so that the locks of two workers share none.
@@ -48,9 +48,10 @@ struct Live {
 }
 
 impl Recorder {
-    /// A recorder without records. `is_listed` says whether anybody asks for what is live.
-    pub(crate) fn new(access_log: Option<Arc<AccessLog>>, is_listed: bool) -> Self {
-        Self { shards: Default::default(), access_log, is_listed }
+    /// A recorder without records. `records_all` says whether anybody but the access log asks
+    /// for them: the control socket, the metrics, or a log at debug level.
+    pub(crate) fn new(access_log: Option<Arc<AccessLog>>, records_all: bool) -> Self {
+        Self { shards: Default::default(), access_log, records_all }
     }
 
     /// The log of what has ended, if there is one.
@@ -65,7 +66,7 @@ impl Recorder {
         peer: SocketAddr,
         host: impl FnOnce() -> SocketAddr,
     ) -> Option<Arc<Record>> {
-        if !self.is_listed && self.log_of(&port).is_none() {
+        if !self.records_all && self.log_of(&port).is_none() {
             return None;
         }
         let (peer, host) = (canonical(peer), canonical(host()));
@@ -172,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_live_is_listed_in_its_order_until_it_ends() {
+    fn what_is_live_records_all_in_its_order_until_it_ends() {
         let recorder = Recorder::new(None, true);
         let records: Vec<_> = (0..100).map(|_| open(&recorder, true).unwrap()).collect();
         assert_eq!(records[0].client(), "192.0.2.7:5000".parse().unwrap(), "as people know it");

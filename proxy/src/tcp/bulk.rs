@@ -14,7 +14,7 @@ use tokio::time::timeout;
 
 use super::direction::{Direction, End};
 use super::pipe::Capacity;
-use super::stream::Stream;
+use super::stream::{Stream, report_refused};
 use super::transfer::{self, Step};
 
 /// How long a source may be quiet before bulk mode ends. The runtime's timer has a resolution of 1 ms and
@@ -122,7 +122,7 @@ impl Drop for Watermark<'_> {
             return;
         }
         if let Err(error) = set_receive_low_watermark(self.source.as_fd(), 1) {
-            tracing::error!(%error, "cannot lower SO_RCVLOWAT again");
+            report_refused("SO_RCVLOWAT", &error, "bytes below the watermark are delayed");
         }
     }
 }

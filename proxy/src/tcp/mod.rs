@@ -93,7 +93,7 @@ fn dial_and_relay(accepted: Accepted, slot: WorkerSlot, entry: Entry) -> impl Fu
         }
         let outcome = relay::relay(&client, &backend, guard, header).await;
         guard.end(outcome.finish.ending);
-        log_end(peer, guard, &outcome);
+        log_end(peer, guard, &outcome, [&backend, &client]);
         drop(backend);
         local_ports::freed(guard.port_mapping().backend.socket_addr());
     }
@@ -109,11 +109,21 @@ fn report_unwatched(peer: SocketAddr, guard: &ConnectionGuard, error: &io::Error
     }
 }
 
-fn log_end(peer: SocketAddr, guard: &ConnectionGuard, outcome: &Outcome) {
+/// Logs the end of a connection, and what its `sinks`, backend and client, have not received when it is reset.
+fn log_end(peer: SocketAddr, guard: &ConnectionGuard, outcome: &Outcome, sinks: [&Stream; 2]) {
     let Outcome { to_backend: bytes_in, to_client: bytes_out, finish } = outcome;
     let (mapping, reason, error) = (&guard.state().name, finish.ending.as_str(), finish.failure.as_ref());
-    let duration_ms = || guard.record().and_then(|record| u64::try_from(record.age().as_millis()).ok());
-    debug!(client = %peer, %mapping, bytes_in, bytes_out, duration_ms = duration_ms(), reason, error = error.map(tracing::field::display), "connection ended");
+    let undelivered = |sink: &Stream| error.map(|_reset| sink.unacknowledged());
+    debug!(
+        client = %peer, %mapping, bytes_in, bytes_out,
+        undelivered_in = undelivered(sinks[0]), undelivered_out = undelivered(sinks[1]),
+        duration_ms = duration_ms(guard), reason, error = error.map(tracing::field::display), "connection ended"
+    );
+}
+
+/// The age of a connection, in milliseconds, for a line at debug level, at which each connection is recorded.
+fn duration_ms(guard: &ConnectionGuard) -> Option<u64> {
+    guard.record().and_then(|record| u64::try_from(record.age().as_millis()).ok())
 }
 
 /// The connection to the backend; `None`, and a report, if there is none.
@@ -156,7 +166,7 @@ fn report_failed_dial(peer: SocketAddr, guard: &ConnectionGuard, error: &DialErr
     let (mapping, reason) = (&guard.state().name, ending(error).as_str());
     let backend = guard.port_mapping().backend;
     if let DialError::ClientReset { .. } = error {
-        debug!(client = %peer, %mapping, bytes_in = 0, bytes_out = 0, reason, %error, "connection ended");
+        debug!(client = %peer, %mapping, bytes_in = 0, bytes_out = 0, duration_ms = duration_ms(guard), reason, %error, "connection ended");
     } else if let Some(suppressed) = FAILED_DIALS.permit() {
         warn!(client = %peer, %mapping, %backend, reason, %error, suppressed, "connection reset: no backend");
     }

@@ -12,6 +12,7 @@ use tracing::{debug, warn};
 use super::connections::Entry;
 use super::dial::DialError;
 use super::direction::is_transient;
+use super::duration_ms;
 use super::stream::{Stream, close_in_order};
 use super::{dial, report_failed_dial};
 use crate::log::limit::LogLimit;
@@ -127,16 +128,20 @@ fn refuse(stream: &Stream, peer: SocketAddr, guard: &ConnectionGuard, error: &Re
     static WRONG: LogLimit = LogLimit::new();
 
     let mapping = &guard.state().name;
+    let log_end = |ending: Ending| {
+        let (duration_ms, reason) = (duration_ms(guard), ending.as_str());
+        debug!(client = %peer, %mapping, bytes_in = 0, bytes_out = 0, duration_ms, reason, %error, "connection ended");
+    };
     match error {
         ReceiveError::Ended => {
             guard.end(Ending::ClientClosed);
             close_in_order(stream);
-            debug!(client = %peer, %mapping, %error, "connection ended");
+            log_end(Ending::ClientClosed);
         }
         ReceiveError::Failed(_) => {
             guard.stats().count(FailureKind::Broken);
             guard.end(Ending::ClientReset);
-            debug!(client = %peer, %mapping, %error, "connection ended");
+            log_end(Ending::ClientReset);
         }
         ReceiveError::Wrong(_) | ReceiveError::Late(_) | ReceiveError::Cut => {
             guard.stats().count_of(Protocol::Tcp, FailureKind::BadProxyHeader);

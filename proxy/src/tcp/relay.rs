@@ -190,10 +190,8 @@ async fn finish_after_eof(side: Side, direction: &Direction<'_>, other: impl Fut
     if let Some(recorded) = meter.recorded {
         recorded.note_end();
     }
-    if let Err(error) = SockRef::from(*sink).shutdown(Shutdown::Write) {
-        // The sink has failed already, which the opposite direction will detect.
-        tracing::trace!(%error, "half-close not propagated");
-    }
+    // Fails if the sink has failed already, which the opposite direction will detect.
+    drop(SockRef::from(*sink).shutdown(Shutdown::Write));
     close_in_order(sink);
     tokio::select! {
         biased;

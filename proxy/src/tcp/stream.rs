@@ -15,6 +15,7 @@ use socket2::SockRef;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::reactor::{self, Key};
+use crate::log::limit::LogLimit;
 
 /// How long a reset waits for a peer that has unacknowledged data and makes no progress.
 const RESET_GRACE: Duration = Duration::from_secs(1);
@@ -246,14 +247,14 @@ impl Stream {
     /// Sends what [`Self::write_last`] held back (setting `TCP_NODELAY` flushes, tcp(7)).
     fn push(&self) {
         if let Err(error) = SockRef::from(self).set_tcp_nodelay(true) {
-            tracing::debug!(%error, "the last bytes are sent late");
+            report_refused("TCP_NODELAY", &error, "last bytes are sent late");
         }
     }
 
     /// Sends a delayed acknowledgement (`TCP_QUICKACK`, tcp(7)).
     pub(super) fn acknowledge(&self) {
         if let Err(error) = SockRef::from(self).set_tcp_quickack(true) {
-            tracing::debug!(%error, "an acknowledgement is sent late");
+            report_refused("TCP_QUICKACK", &error, "acknowledgements are sent late");
         }
     }
 
@@ -287,18 +288,28 @@ impl Drop for Stream {
     }
 }
 
+/// Logs that an option of a connected socket cannot be set. Only a system call filter or a security module of the host
+/// refuses that, to all connections of the process.
+pub(super) fn report_refused(option: &'static str, error: &io::Error, effect: &'static str) {
+    static REFUSED: LogLimit = LogLimit::new();
+
+    if let Some(suppressed) = REFUSED.permit() {
+        tracing::warn!(option, effect, %error, suppressed, "socket option refused");
+    }
+}
+
 /// Makes closing `stream` send a FIN. Otherwise it sends a reset (`set_stream_options`); this is called once
 /// the peer has received, or is about to receive, everything.
 pub(super) fn close_in_order(stream: &Stream) {
     if let Err(error) = SockRef::from(stream).set_linger(None) {
-        tracing::debug!(%error, "cannot close a connection in order");
+        report_refused("SO_LINGER", &error, "connections are reset instead of closed");
     }
 }
 
 /// Makes closing `stream` send a reset again.
 pub(super) fn reset_on_close(stream: &Stream) {
     if let Err(error) = SockRef::from(stream).set_linger(Some(Duration::ZERO)) {
-        tracing::debug!(%error, "cannot turn the close of a connection into a reset");
+        report_refused("SO_LINGER", &error, "connections are closed instead of reset");
     }
 }
 
@@ -313,9 +324,8 @@ pub(super) async fn deliver_then_reset(stream: &Stream) {
             () = stream.failed() => {}
         }
     };
-    if while_taking(stream, delivered).await.is_none() {
-        tracing::debug!("the peer did not receive everything before a reset");
-    }
+    // What is not delivered then is logged when the connection ends.
+    let _delivered = while_taking(stream, delivered).await;
     reset_on_close(stream);
 }
 

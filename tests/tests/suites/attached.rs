@@ -272,7 +272,7 @@ fn reload() {
     // If one part cannot be done, the other is not done either.
     let taken = TcpListener::bind(own_address()).unwrap();
     let web = format!("[[mapping]]\nhost = '{}'\nto = '192.0.2.1:80'\n", taken.local_addr().unwrap());
-    served.reload_to(&format!("{}{web}", attach("max_connections = 9")), "taken by another program");
+    served.reload_to(&format!("{}{web}", attach("max_connections = 9")), "port is taken; `ss");
     assert_eq!(served.limits(&before), json!({ "max_connections": 512 }));
     client::ping(&connection);
 }

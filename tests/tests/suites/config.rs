@@ -295,7 +295,7 @@ fn wrong_reload() {
             "rproxy.toml:6:8: host: 'x' is not an IP address".to_owned(),
         ),
         (text.repeat(2), "rproxy.toml:6:8: host: port 8080 is taken by the mapping".to_owned()),
-        (table(taken, backend.address(), ""), "the tcp port is taken by another program".to_owned()),
+        (table(taken, backend.address(), ""), "the tcp port is taken; `ss -antp".to_owned()),
     ] {
         proxy.reload(&wrong);
         let line = proxy.process.wait_for_line(Stream::Stderr, |line| line.contains(&*says));
@@ -492,11 +492,7 @@ fn wrong_start() {
             1,
             "rproxy.toml:2:1: unknown key `hots`; did you mean `host`?",
         ),
-        (
-            &table(taken, to, ""),
-            1,
-            &format!("rproxy.toml: {taken}: the tcp port is taken by another program"),
-        ),
+        (&table(taken, to, ""), 1, &format!("rproxy.toml: {taken}: the tcp port is taken; `ss -antp")),
     ] {
         let output = run_with(text, &["--config", "FILE"]);
         assert_eq!(output.status.code(), Some(code), "{output:#?}");

@@ -37,6 +37,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("SIGHUP opens the file again as the first user, confined", rotated_confined)
             .needs(&[Need::Root]),
         case("SIGHUP opens the file again when descriptors have run out", rotated_exhausted),
+        case("a file that cannot be opened again stays", rotated_without_launcher),
         case("lines go to standard output", standard_output),
         case("lines go to a log daemon, which may restart", log_daemon),
         case("a reader that stops holds no connection up", stopped_reader),
@@ -285,6 +286,17 @@ fn rotated_exhausted() {
         logged.process().wait_for_lines(Stream::Stderr, turn, reopened);
     }
     logged.process().limit_descriptors(1000);
+    client::assert_echoes(logged.address);
+    logged.lines(1);
+}
+
+fn rotated_without_launcher() {
+    let backend = TcpBackend::echo();
+    let logged = Logged::start(backend.address(), &["--sandbox", "strict"]);
+    kill(upgradable::launcher(logged.process().pid()), Signal::SIGKILL).unwrap();
+    logged.process().signal(Signal::SIGHUP);
+    let line = logged.process().wait_for_line(Stream::Stderr, |line| line.contains("stays as it is"));
+    assert!(line.contains("the launcher, which opens files for this confined process, is gone"), "{line}");
     client::assert_echoes(logged.address);
     logged.lines(1);
 }
