@@ -41,7 +41,7 @@ with \-\-json.
 The command line is wrong.
 .TP
 .B 130, 143
-Ended by SIGINT or SIGTERM. What was done is undone.
+Ended by SIGINT or SIGTERM. What was done is undone. \(dqwatch\(dq ends with 0.
 .SH SEE ALSO
 .BR rproxy (1),
 .BR ip\-netns (8),

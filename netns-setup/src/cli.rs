@@ -23,7 +23,7 @@ use crate::hints::Hints;
 use crate::model::Via;
 use crate::name::{IfName, Name};
 use crate::publish::{Publication, exposed};
-use crate::state;
+use crate::{state, watch};
 
 /// The kernel's largest value for the four sizes (GSO_MAX_SIZE of include/linux/netdevice.h, eight times 65,535).
 const LARGEST_GSO: u32 = 524_280;
@@ -95,6 +95,11 @@ enum Sub {
     Check,
     /// Repair what differs, and finish an interrupted command.
     Repair,
+    /// Repair, from now on, what other programs flush, delete or end, within a second.
+    ///
+    /// Runs until a signal ends it, as a service that notifies systemd (Type=notify). Each repair is one line on standard
+    /// error. Commands may be run meanwhile.
+    Watch,
     /// Demonstrate everything in namespaces of its own: every step, the rules, the traffic.
     Demo,
 }
@@ -285,11 +290,16 @@ impl Cli {
         let hints = self.hints();
         let Global { dry_run, json, state_dir, firewall, rproxy } = self.global;
         let options = Options { state_dir, dry_run, firewall, rproxy };
-        let Some(command) = self.action.into_command() else {
-            if dry_run || json {
-                return Err(Error::Usage("demo takes neither --dry-run nor --json".to_owned()));
+        let alone = |name: &str| match dry_run || json {
+            true => Err(Error::Usage(format!("{name} takes neither --dry-run nor --json"))),
+            false => Ok(()),
+        };
+        let command = match self.action.into_work() {
+            Work::Command(command) => command,
+            Work::Demo => {
+                return alone("demo").and_then(|()| demo::run(options.firewall, options.rproxy, out));
             }
-            return demo::run(options.firewall, options.rproxy, out);
+            Work::Watch => return alone("watch").and_then(|()| watch::run(&options, log)),
         };
         let report = match commands::run(&command, &options, executor) {
             Err(error) if !error.differences().is_empty() => {
@@ -307,10 +317,19 @@ impl Cli {
     }
 }
 
+/// What a subcommand does.
+enum Work {
+    /// One command.
+    Command(Command),
+    /// The demonstration, which runs several.
+    Demo,
+    /// The service, which runs one again and again.
+    Watch,
+}
+
 impl Sub {
-    /// Converts to a command; `None` for the demonstration, which runs several.
-    fn into_command(self) -> Option<Command> {
-        Some(match self {
+    fn into_work(self) -> Work {
+        Work::Command(match self {
             Self::Up(args) => Command::Up(args.into()),
             Self::Down => Command::Down,
             Self::Attach(args) => Command::Attach(args.into()),
@@ -324,7 +343,8 @@ impl Sub {
             Self::Inspect { name } => Command::Inspect(name),
             Self::Check => Command::Check,
             Self::Repair => Command::Repair,
-            Self::Demo => return None,
+            Self::Demo => return Work::Demo,
+            Self::Watch => return Work::Watch,
         })
     }
 }
@@ -412,7 +432,7 @@ mod tests {
     #[test]
     fn the_defaults_are_the_story_s() {
         let cli = Cli::try_parse_from(["netns-setup", "up"]).unwrap();
-        let Some(Command::Up(up)) = cli.action.into_command() else { panic!("not up") };
+        let Work::Command(Command::Up(up)) = cli.action.into_work() else { panic!("not up") };
         assert_eq!((up.bridge.as_str(), up.mtu), ("docker0", 1500));
         assert_eq!(up.subnet.to_string(), "172.17.0.0/16");
     }

@@ -6,6 +6,7 @@ use nix::sys::signal::Signal;
 
 use crate::action::{Action, LinkChange, NetnsRef};
 use crate::apply::ApplyError;
+use crate::events::WatchError;
 use crate::executor::ActionError;
 use crate::firewall::detect::DetectError;
 use crate::firewall::nft;
@@ -128,6 +129,9 @@ pub enum Error {
     /// Some differences cannot be repaired by this program.
     #[error("{} found that netns-setup cannot repair, see above", differences(.0.len()))]
     Unmendable(Vec<String>),
+    /// Changes cannot be noticed.
+    #[error(transparent)]
+    Watch(#[from] WatchError),
     /// The network namespace could not be told from others.
     #[error("cannot tell which network namespace this is: {0}")]
     Namespace(#[source] io::Error),

@@ -101,6 +101,12 @@ impl Executor for Kernel {
 }
 
 impl Kernel {
+    /// The system, for steps that one of these signals ends.
+    #[must_use]
+    pub fn ended_by(signals: Signals) -> Self {
+        Self { signals: Some(signals), ..Self::default() }
+    }
+
     /// Clears a received signal, so that the command that it interrupted can be undone.
     pub fn forget_signal(&mut self) {
         if let Some(signals) = &self.signals {

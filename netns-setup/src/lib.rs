@@ -15,6 +15,7 @@ pub mod cli;
 pub mod commands;
 pub mod demo;
 pub mod error;
+pub mod events;
 pub mod executor;
 pub mod family;
 pub mod firewall;
@@ -42,6 +43,7 @@ pub mod stale;
 pub mod state;
 pub mod sysctl;
 pub mod transparent;
+pub mod watch;
 
 #[cfg(test)]
 mod testdata;

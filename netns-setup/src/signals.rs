@@ -1,5 +1,7 @@
 //! Signals that ask this program to end. It then undoes what it has begun.
 
+use std::io;
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -12,7 +14,7 @@ const SIGNALS: [Signal; 3] = [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP];
 const NONE: usize = 0;
 
 /// Catches signals, so that they do not end the process.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Signals(Arc<AtomicUsize>);
 
 impl Signals {
@@ -34,6 +36,19 @@ impl Signals {
     pub fn caught(&self) -> Option<Signal> {
         let number = i32::try_from(self.0.load(Ordering::SeqCst)).ok()?;
         Signal::try_from(number).ok()
+    }
+
+    /// A socket that becomes readable when one arrives from now on.
+    ///
+    /// # Errors
+    /// Those of socketpair(2) and sigaction(2).
+    pub fn wake(&self) -> io::Result<UnixStream> {
+        let (ours, written) = UnixStream::pair()?;
+        ours.set_nonblocking(true)?;
+        for signal in SIGNALS {
+            signal_hook::low_level::pipe::register(signal as i32, written.try_clone()?)?;
+        }
+        Ok(ours)
     }
 
     /// Clears the received signal.

@@ -11,8 +11,9 @@ use crate::executor::Executor;
 use crate::firewall::detect;
 use crate::model::Topology;
 use crate::observe::observe;
-use crate::plan::{self, Inputs, Scope};
+use crate::plan::{self, Inputs, Plan, Scope};
 use crate::reserve;
+use crate::state::State;
 
 /// Reports the differences.
 pub(super) fn check(options: &Options) -> Result<Report, Error> {
@@ -63,13 +64,41 @@ fn taken_ports(topology: &Topology) -> impl Iterator<Item = String> {
     })
 }
 
+/// What [`mend`] has done.
+#[derive(Debug)]
+pub struct Mended {
+    /// The steps that it took, and what no step can repair.
+    pub plan: Plan,
+    /// The state after it.
+    pub state: State,
+    /// How a lost state was restored.
+    pub restored: Option<String>,
+}
+
+impl Mended {
+    /// Whether anything differed.
+    #[must_use]
+    pub fn is_changed(&self) -> bool {
+        !self.plan.is_empty() || self.restored.is_some()
+    }
+}
+
 /// Repairs what differs, and finishes an interrupted command.
-pub(super) fn repair(options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
+///
+/// # Errors
+/// If the system cannot be observed, or a step fails.
+pub fn mend(options: &Options, executor: &mut dyn Executor) -> Result<Mended, Error> {
     let mut locked = LockedState::open_or_restore(options)?;
     let restored = locked.restored.clone();
     let desired = locked.state.pending.clone().unwrap_or_else(|| locked.state.current.clone());
     let plan = locked.change(desired, &Scope::All, options, executor)?;
-    let problems: Vec<_> = plan.problems.iter().cloned().chain(taken_ports(&locked.state.current)).collect();
+    Ok(Mended { plan, state: locked.state, restored })
+}
+
+/// The command `repair`.
+pub(super) fn repair(options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
+    let Mended { plan, state, restored } = mend(options, executor)?;
+    let problems: Vec<_> = plan.problems.iter().cloned().chain(taken_ports(&state.current)).collect();
     if !problems.is_empty() {
         return Err(Error::Unmendable(problems));
     }

@@ -13,6 +13,7 @@ use std::path::PathBuf;
 use serde_json::{Value, json};
 
 pub use attach::{Attach, NetnsChoice};
+pub use check::{Mended, mend};
 pub use publish::{Publish, Unpublish};
 pub use transparent::Transparent;
 pub use up::Up;

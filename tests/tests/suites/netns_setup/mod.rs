@@ -2,6 +2,7 @@
 //! when it fails, and how it scales.
 
 pub(crate) mod faults;
+mod firewall_managers;
 mod host;
 mod identity;
 mod persist;
@@ -13,6 +14,7 @@ mod story;
 mod traffic;
 mod transparent;
 mod usage;
+mod watch;
 
 use testkit::suite::Case;
 
@@ -28,6 +30,7 @@ pub(crate) fn cases() -> Vec<Case> {
         identity,
         persist,
         scale,
-        state
+        state,
+        watch
     ]
 }

@@ -1,0 +1,186 @@
+//! What tells that something may have changed: notifications of the kernel, processes that end, and the state file.
+
+use std::collections::BTreeMap;
+use std::ffi::OsStr;
+use std::io::{self, Read};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use netlink_sys::Socket;
+use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE, NETLINK_XFRM};
+use nix::errno::Errno;
+use nix::libc;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use nix::sys::socket::{MsgFlags, recv};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+use crate::model::RelayProcess;
+use crate::signals::Signals;
+use crate::{relay, state};
+
+/// Interfaces, addresses, routes, rules, and the kernel parameters of interfaces (rtnetlink(7)).
+const ROUTE_GROUPS: [u32; 9] = [
+    libc::RTNLGRP_LINK,
+    libc::RTNLGRP_IPV4_IFADDR,
+    libc::RTNLGRP_IPV6_IFADDR,
+    libc::RTNLGRP_IPV4_ROUTE,
+    libc::RTNLGRP_IPV6_ROUTE,
+    libc::RTNLGRP_IPV4_RULE,
+    libc::RTNLGRP_IPV6_RULE,
+    libc::RTNLGRP_IPV4_NETCONF,
+    libc::RTNLGRP_IPV6_NETCONF,
+];
+
+/// IPsec policies (`XFRMNLGRP_POLICY` of include/uapi/linux/xfrm.h).
+const POLICY_GROUPS: [u32; 1] = [4];
+
+/// Tables, chains, rules and sets of nftables, which iptables-nft uses, too.
+const RULE_GROUPS: [u32; 1] = [libc::NFNLGRP_NFTABLES as u32];
+
+/// What happens to the state file, or to its directory. It is written by renaming another one.
+const STATE_EVENTS: AddWatchFlags = AddWatchFlags::IN_DELETE
+    .union(AddWatchFlags::IN_MOVED_FROM)
+    .union(AddWatchFlags::IN_MOVED_TO)
+    .union(AddWatchFlags::IN_DELETE_SELF)
+    .union(AddWatchFlags::IN_MOVE_SELF);
+
+/// Why changes cannot be noticed.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot watch {what}: {source}")]
+pub struct WatchError {
+    what: &'static str,
+    source: io::Error,
+}
+
+fn watch_error<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> WatchError {
+    move |source| WatchError { what, source: source.into() }
+}
+
+/// The sources of events.
+#[derive(Debug)]
+pub struct Events {
+    notifications: Vec<Socket>,
+    state_dir: PathBuf,
+    state_files: Inotify,
+    relays: BTreeMap<u32, OwnedFd>,
+    /// Readable once a signal has arrived.
+    signals: UnixStream,
+}
+
+impl Events {
+    /// Begins to watch the network namespace of the calling thread, and those that its interfaces have peers in.
+    ///
+    /// # Errors
+    /// If the kernel refuses.
+    pub fn open(state_dir: &Path, signals: &Signals) -> Result<Self, WatchError> {
+        let signals = signals.wake().map_err(watch_error("signals"))?;
+        let routes = subscribe(NETLINK_ROUTE, &ROUTE_GROUPS).map_err(watch_error("interfaces and routes"))?;
+        // The containers' as well: their namespaces have identifiers here, because of the veth pairs (network_namespaces(7)).
+        routes.set_listen_all_namespaces(true).map_err(watch_error("the containers' interfaces"))?;
+        let rules = optional(subscribe(NETLINK_NETFILTER, &RULE_GROUPS)).map_err(watch_error("rules"))?;
+        let policies =
+            optional(subscribe(NETLINK_XFRM, &POLICY_GROUPS)).map_err(watch_error("IPsec policies"))?;
+        let state_files = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)
+            .map_err(watch_error("the state"))?;
+        Ok(Self {
+            notifications: [Some(routes), rules, policies].into_iter().flatten().collect(),
+            state_dir: state_dir.to_owned(),
+            state_files,
+            relays: BTreeMap::new(),
+            signals,
+        })
+    }
+
+    /// Watches these relays from now on, and the state directory, which may be another one of that name. Returns whether
+    /// all of the relays run.
+    pub fn follow(&mut self, relays: impl Iterator<Item = RelayProcess>) -> bool {
+        // If there is none, there is no network, and its bridge will be noticed.
+        let _watched = self.state_files.add_watch(&self.state_dir, STATE_EVENTS);
+        let mut before = std::mem::take(&mut self.relays);
+        let mut all_run = true;
+        for relay in relays {
+            // A descriptor that was opened before is of the process that had the number then.
+            let known = before.remove(&relay.pid).or_else(|| pidfd(relay.pid));
+            match known.filter(|_known| relay::is_alive(relay)) {
+                Some(known) => drop(self.relays.insert(relay.pid, known)),
+                None => all_run = false,
+            }
+        }
+        all_run
+    }
+
+    /// Waits until something may have changed, or until `end`. Returns whether something may have.
+    ///
+    /// # Errors
+    /// Those of poll(2), but for `EINTR`.
+    pub fn wait(&mut self, end: Instant) -> Result<bool, WatchError> {
+        let left = end.saturating_duration_since(Instant::now());
+        // Rounded up, or it would return a little too early again and again.
+        let left = left + Duration::from_millis(1);
+        let fds = self.notifications.iter().map(AsFd::as_fd);
+        let fds = fds.chain([self.state_files.as_fd(), self.signals.as_fd()]);
+        let fds = fds.chain(self.relays.values().map(AsFd::as_fd));
+        let mut fds: Vec<_> = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+        match poll(&mut fds, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)) {
+            Ok(0) | Err(Errno::EINTR) => Ok(false),
+            Ok(_some) => Ok(self.take()),
+            Err(errno) => Err(watch_error("for events")(errno)),
+        }
+    }
+
+    /// Takes all events. Returns whether one of them is about what this program maintains.
+    fn take(&mut self) -> bool {
+        let notified = self.notifications.iter().filter(|socket| drain(socket)).count() > 0;
+        let state = self.is_state_changed();
+        let relays = self.relays.len();
+        self.relays.retain(|_pid, process| !is_readable(process.as_fd()));
+        drop((&self.signals).read(&mut [0; 16]));
+        notified || state || self.relays.len() < relays
+    }
+
+    fn is_state_changed(&self) -> bool {
+        let Ok(events) = self.state_files.read_events() else { return false };
+        let is_meant = |name: &Option<_>| name.as_deref().is_none_or(|name: &OsStr| name == state::FILE);
+        events.iter().any(|event| is_meant(&event.name))
+    }
+}
+
+fn subscribe(protocol: isize, groups: &[u32]) -> io::Result<Socket> {
+    let mut socket = Socket::new(protocol)?;
+    socket.bind_auto()?;
+    groups.iter().try_for_each(|group| socket.add_membership(*group))?;
+    Ok(socket)
+}
+
+/// `None` if this kernel lacks the protocol, and so what it is about.
+fn optional(socket: io::Result<Socket>) -> io::Result<Option<Socket>> {
+    match socket {
+        Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => Ok(None),
+        other => other.map(Some),
+    }
+}
+
+/// Discards what a socket has received. Returns whether that is anything, or more than it had room for.
+fn drain(socket: &Socket) -> bool {
+    let mut any = false;
+    // What does not fit is cut off, which does not matter here.
+    while matches!(
+        recv(socket.as_raw_fd(), &mut [0; 64], MsgFlags::MSG_DONTWAIT),
+        Ok(_) | Err(Errno::ENOBUFS | Errno::EINTR)
+    ) {
+        any = true;
+    }
+    any
+}
+
+fn pidfd(pid: u32) -> Option<OwnedFd> {
+    let pid = Pid::from_raw(i32::try_from(pid).ok()?)?;
+    pidfd_open(pid, PidfdFlags::empty()).ok()
+}
+
+fn is_readable(fd: BorrowedFd<'_>) -> bool {
+    poll(&mut [PollFd::new(fd, PollFlags::POLLIN)], PollTimeout::ZERO).is_ok_and(|ready| ready > 0)
+}
