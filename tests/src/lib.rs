@@ -47,6 +47,7 @@ pub mod trace;
 pub mod transparent;
 pub mod udp;
 pub mod upgradable;
+pub mod vm;
 
 /// How long to wait for an event that is certain to occur if the program under test works.
 pub const PATIENCE: Duration = Duration::from_secs(20);

@@ -10,6 +10,7 @@ use std::process::Command;
 use nix::unistd::Uid;
 
 use crate::mptcp;
+use crate::vm::kernel::Kernel;
 
 /// Set to `1` if every case must run, as in CI: an unmet [`Need`] then fails the case instead of ignoring it.
 pub const STRICT: &str = "RPROXY_REQUIRE_ROOT_TESTS";
@@ -28,6 +29,8 @@ pub enum Need {
     Ipv6,
     /// Multipath TCP in the kernel, enabled (`net.mptcp.enabled`).
     Mptcp,
+    /// A kernel of Debian's packages, for a virtual machine.
+    Kernel(&'static Kernel),
 }
 
 impl Need {
@@ -38,6 +41,7 @@ impl Need {
             Self::Program(name) => find(name).is_some(),
             Self::Ipv6 => TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_ok(),
             Self::Mptcp => mptcp::is_there(),
+            Self::Kernel(kernel) => kernel.fetch().is_ok(),
         }
     }
 }
@@ -49,6 +53,10 @@ impl fmt::Display for Need {
             Self::Program(name) => write!(f, "the program {name} (tests/run installs it)"),
             Self::Ipv6 => f.write_str("IPv6 on loopback"),
             Self::Mptcp => f.write_str("Multipath TCP"),
+            Self::Kernel(kernel) => match kernel.fetch() {
+                Ok(()) => kernel.fmt(f),
+                Err(reason) => write!(f, "{kernel}, which cannot be fetched: {reason}"),
+            },
         }
     }
 }

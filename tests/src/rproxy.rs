@@ -38,13 +38,18 @@ pub(crate) fn trust_build() {
 /// Builds the release binaries once, and returns their directory. Cargo itself builds the binaries of a
 /// package only for that package's own tests.
 fn release_dir() -> PathBuf {
+    let target = target_dir();
+    BUILT.call_once(|| build(&target));
+    target.join("release")
+}
+
+/// The directory of what cargo builds.
+pub(crate) fn target_dir() -> PathBuf {
     // This binary is at TARGET/PROFILE/deps/NAME or, if it is not a test, at TARGET/PROFILE/NAME, wherever the
     // target directory is.
     let own_path = env::current_exe().unwrap();
     let mut dirs = own_path.ancestors().skip(1).skip_while(|dir| dir.ends_with("deps"));
-    let target = dirs.nth(1).unwrap();
-    BUILT.call_once(|| build(target));
-    target.join("release")
+    dirs.nth(1).unwrap().to_owned()
 }
 
 fn build(target: &Path) {

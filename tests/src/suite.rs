@@ -6,7 +6,7 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{Read, Seek};
-use std::process::{ExitCode, Stdio, exit};
+use std::process::{Command, ExitCode, Stdio, exit};
 use std::sync::RwLock;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread;
@@ -18,6 +18,7 @@ use crate::process;
 use crate::require::{self, Need};
 use crate::role;
 use crate::rproxy;
+use crate::vm::guest;
 
 /// The default deadline: far longer than any case takes, but short enough to wait for.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -87,8 +88,26 @@ impl Case {
         }
     }
 
-    fn run_in_process(&self, capture: bool) -> Result<Completion, Failed> {
+    /// Its whole name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Runs it in a process of its own whatever it needs, with an environment variable that says where.
+    ///
+    /// # Errors
+    /// Its output, if it fails.
+    pub fn play_apart(&self, variable: &str) -> Result<(), Failed> {
         let mut command = role::command(&[ROLE, &self.name]);
+        command.env(variable, "1");
+        self.run_by(command, true).map(drop)
+    }
+
+    fn run_in_process(&self, capture: bool) -> Result<Completion, Failed> {
+        self.run_by(role::command(&[ROLE, &self.name]), capture)
+    }
+
+    fn run_by(&self, mut command: Command, capture: bool) -> Result<Completion, Failed> {
         let output = if capture { Some(tempfile::tempfile()?) } else { None };
         command.stdin(Stdio::null());
         if let Some(output) = &output {
@@ -154,6 +173,9 @@ pub fn run(cases: Vec<Case>) -> ExitCode {
     {
         let case = cases.into_iter().find(|case| case.name == *name);
         return case.expect("there is a case of this name").play();
+    }
+    if let Some(code) = guest::play(&cases) {
+        return code;
     }
     let arguments = Arguments::from_args();
     let (strict, capture) = (require::strict(), !arguments.nocapture);

@@ -273,8 +273,10 @@ impl LinkWish<'_> {
         let raise = |current: Option<u32>, limit: u32| {
             current.filter(|current| *current < wanted.min(limit)).map(|_| wanted.min(limit))
         };
+        // Before Linux 5.19, there is no size of received packets, and none of sent ones above this.
+        let of_kernel = if is.gro.is_some() { u32::MAX } else { LARGEST_BEFORE_BIG_TCP };
         let sizes = OffloadSizes {
-            gso: raise(is.gso, limits.gso),
+            gso: raise(is.gso, limits.gso.min(of_kernel)),
             gro: raise(is.gro, limits.gro),
             gso_ipv4: raise(is.gso_ipv4, limits.gso_ipv4),
             gro_ipv4: raise(is.gro_ipv4, u32::MAX),
@@ -291,6 +293,9 @@ impl LinkWish<'_> {
         self.change(plan, |_| Some(LinkChange::Offload(before)), LinkChange::Offload(sizes));
     }
 }
+
+/// What older kernels allow (`GSO_MAX_SIZE` in include/linux/netdevice.h of Linux 5.18).
+const LARGEST_BEFORE_BIG_TCP: u32 = 65_536;
 
 /// Limits for packet sizes, in bytes. Received IPv4 packets need none.
 #[derive(Debug, Clone, Copy)]

@@ -235,6 +235,9 @@ fn packet_sizes_are_raised_as_far_as_they_go_and_never_lowered() {
     // A kernel before 6.3 has no sizes for IPv4.
     let old = OffloadSizes { gso_ipv4: None, gro_ipv4: None, ..all(65_536) };
     assert_eq!(wish(old, 524_280).unwrap(), "ip link set dev x gso_max_size 100000 gro_max_size 100000");
+    // One before 5.19 has none for received packets, and refuses larger ones.
+    let older = OffloadSizes { gso: Some(65_536), ..OffloadSizes::default() };
+    assert_eq!(wish(older, u32::MAX), None);
 }
 
 /// The command for packet sizes, whose second part an older `ip` may refuse.

@@ -32,6 +32,7 @@ mod system_calls;
 mod traffic_class;
 mod udp;
 mod upgrade;
+mod vm;
 mod watch;
 
 use std::process::ExitCode;
@@ -71,6 +72,7 @@ fn main() -> ExitCode {
         source,
         status_page,
         shim,
+        vm,
         soak,
     ])
 }

@@ -1,0 +1,62 @@
+//! Cases of the other suites on the kernels of Debian's releases, in virtual machines.
+
+use std::sync::Arc;
+
+use testkit::require::Need;
+use testkit::suite::Case;
+use testkit::vm::kernel::{KERNELS, Kernel};
+use testkit::vm::{self, Verdict};
+
+/// What is checked on each kernel, in this order: names of cases.
+const CHECKED: &[&str] = &[
+    // TCP, IPv6, docker-proxy's flags.
+    "relay::a half-closed connection continues",
+    "standalone::[::] is dual stack",
+    "standalone::host and container family differ",
+    "docker::contract::rproxy: TestTCP4ProxyHalfClose",
+    // With the demonstration.
+    "faults::families::a machine without IPv6 addresses",
+    // UDP and connection tracking.
+    "udp::relay::dual-stack answers come from the address asked",
+    "udp::relay::datagrams over the MTU pass in fragments",
+    "udp::conntrack::flows to the host addresses are forgotten, and no others",
+    // Changes and upgrades.
+    "control::add, list and remove",
+    "config::a configuration is served, and reloaded",
+    "upgrade::flows keep their ports, and no datagram is lost",
+    "upgrade::a transfer continues to its last byte",
+    // The sandbox.
+    "sandbox::another user with a control socket",
+    "sandbox::--sandbox off",
+    // Networks.
+    "source::TCP comes from its client",
+    "netns_setup::story::the demonstration (Nft)",
+    "netns_setup::story::the demonstration (IptablesNft)",
+    "netns_setup::story::the demonstration (Legacy)",
+];
+
+pub(crate) fn cases() -> Vec<Case> {
+    KERNELS.iter().flat_map(of_kernel).collect()
+}
+
+fn of_kernel(kernel: &'static Kernel) -> Vec<Case> {
+    let names: Arc<[String]> = CHECKED.iter().map(|name| (*name).to_owned()).collect();
+    let needs = &[Need::Program("qemu-system-x86_64"), Need::Program("busybox"), Need::Kernel(kernel)];
+    let case = |checked: &String| {
+        let (names, name) = (Arc::clone(&names), checked.clone());
+        Case::new(format!("{}::{name}", kernel.version), move || check(kernel, &names, &name))
+            .needs(needs)
+            .deadline(vm::PATIENCE * 2)
+    };
+    names.iter().map(case).collect()
+}
+
+fn check(kernel: &'static Kernel, names: &[String], name: &str) {
+    match vm::verdict(kernel, names, name) {
+        Verdict::Passed => (),
+        Verdict::Failed(output) => panic!("it failed on {kernel}:\n{output}"),
+        Verdict::Missing(console) => {
+            panic!("{kernel} has not reported it; its console ends with:\n{console}")
+        }
+    }
+}
