@@ -19,6 +19,7 @@ use nix::libc;
 use rproxy_sys::memory::release_unused;
 use tracing::{info, warn};
 
+use self::reach::Reach;
 pub use self::user::User;
 use crate::runtime::descriptors::explain;
 use rproxy_mapping::PortMapping;
@@ -33,10 +34,10 @@ pub const MODE_VARIABLE: &str = "RPROXY_SANDBOX";
 /// How much confinement is required.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Mode {
-    /// As much as the kernel supports.
+    /// As much as the kernel does.
     #[default]
     Auto,
-    /// All of it, or the start fails.
+    /// All that a kernel of this version can do, or the start fails.
     Strict,
     /// None.
     Off,
@@ -158,7 +159,8 @@ pub struct Changes<'a> {
 /// before other threads are started.
 ///
 /// # Errors
-/// [`SandboxError`]: for [`Mode::Strict`] any missing layer; otherwise only a failed change of the user.
+/// [`SandboxError`]: for [`Mode::Strict`] any missing layer, unless the kernel is older than that; otherwise only a failed
+/// change of the user.
 pub fn confine(mode: Mode, needs: &Needs<'_>) -> Result<(), SandboxError> {
     let strict = mode == Mode::Strict;
     let kept = privileges::needed(needs);
@@ -172,10 +174,16 @@ pub fn confine(mode: Mode, needs: &Needs<'_>) -> Result<(), SandboxError> {
     }
     let capabilities = Layer::new("capabilities", privileges::keep(kept), strict)?;
     let no_new_privs = Layer::new("no_new_privs", privileges::refuse_new(), strict)?;
-    let landlock = Layer::new("landlock", reach::restrict(needs, strict), strict)?;
+    let reach = reach::restrict(needs);
+    let lacking = reach.as_ref().ok().and_then(Reach::lacking).filter(|_| strict);
+    let landlock = Layer::new("landlock", reach.map(|reach| reach.to_string()), strict)?;
     let seccomp = Layer::new("seccomp", calls::restrict(needs), strict)?;
     info!(%capabilities, %no_new_privs, %landlock, %seccomp, "confined");
     [&capabilities, &no_new_privs, &landlock, &seccomp].into_iter().for_each(Layer::warn);
+    if let Some(lacking) = lacking {
+        let kernel = reach::release();
+        warn!(%kernel, "--sandbox strict: this kernel is too old for Landlock to restrict {lacking}");
+    }
     // Compiling a filter takes more memory than an idle mapping has.
     release_unused();
     Ok(())

@@ -26,8 +26,14 @@ const CHECKED: &[&str] = &[
     "upgrade::flows keep their ports, and no datagram is lost",
     "upgrade::a transfer continues to its last byte",
     // The sandbox.
-    "sandbox::another user with a control socket",
-    "sandbox::--sandbox off",
+    "sandbox::inside: nothing but serving is possible",
+    "sandbox::inside: what changes need is possible as well",
+    "sandbox::a TCP relay has no capability, files or new calls",
+    "sandbox::a UDP relay keeps its buffers' capability",
+    "sandbox::with a control socket it keeps what changes need",
+    "sandbox::docker-proxy's flags confine, too",
+    "sandbox::another user",
+    "sandbox::what an old kernel cannot restrict is said in one line",
     // Networks.
     "source::TCP comes from its client",
     "netns_setup::story::the demonstration (Nft)",
