@@ -32,8 +32,11 @@ Look up the program again by its name, start it, and hand over the sockets and f
 SIGHUP and SIGUSR2 are ignored while connections finish.
 .SH FILES
 .TP
-.I /etc/rproxy.toml
-The configuration of the service in contrib/systemd, passed with \-\-config.
+.I /etc/rproxy/rproxy.toml
+The configuration of the service, passed with \-\-config.
+.TP
+.I /run/rproxy/control.sock
+The control socket of the service, where \(dqrproxy ctl\(dq looks first.
 .TP
 .I /run/rproxy.sock
 The default path of the control socket; see \-\-control.

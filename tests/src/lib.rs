@@ -23,12 +23,14 @@ use std::time::{Duration, Instant};
 
 pub mod backend;
 pub mod browser;
+pub mod cgroup;
 pub mod client;
 pub mod controlled;
 pub mod docker_proxy;
 pub mod fake_plane;
 pub mod holdings;
 pub mod load;
+pub mod machine;
 pub mod mptcp;
 pub mod netns;
 pub mod oracle;

@@ -27,6 +27,22 @@ pub fn netns_setup() -> &'static Path {
     PATH.get_or_init(|| release_dir().join("netns-setup"))
 }
 
+/// The directory of the project.
+pub fn tree() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()
+}
+
+/// The directory that cargo builds into, with the programs that write the manuals.
+pub fn target_with_manuals() -> &'static Path {
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    PATH.get_or_init(|| {
+        let target = release_dir().parent().unwrap().to_owned();
+        // As `cargo test` builds them, so that nothing has to be built again after it.
+        cargo_build(&target, &["--workspace", "--examples"]);
+        target
+    })
+}
+
 /// Done once the release binaries are up to date.
 static BUILT: Once = Once::new();
 
@@ -55,13 +71,19 @@ pub(crate) fn target_dir() -> PathBuf {
 fn build(target: &Path) {
     // The whole workspace, like `cargo build --release`: the packages of one build share the features of
     // their dependencies, so building fewer packages would rebuild them.
+    cargo_build(target, &["--release", "--workspace", "--bins"]);
+}
+
+fn cargo_build(target: &Path, what: &[&str]) {
     let status = Command::new(env!("CARGO"))
-        .args(["build", "--quiet", "--release", "--locked", "--workspace", "--bins", "--target-dir"])
+        .args(["build", "--quiet", "--locked"])
+        .args(what)
+        .arg("--target-dir")
         .arg(target)
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .current_dir(tree())
         .status()
         .expect("cannot run cargo");
-    assert!(status.success(), "cannot build the release binaries: {status}");
+    assert!(status.success(), "cargo cannot build {what:?}: {status}");
 }
 
 /// A command for `rproxy` with the given arguments.

@@ -1,6 +1,6 @@
 //! The command line of `rproxy ctl`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{ArgGroup, Args, Subcommand, ValueEnum};
 use rproxy_mapping::endpoint::BackendSpec;
@@ -8,21 +8,31 @@ use rproxy_mapping::name::Name;
 
 use super::MappingArgs;
 use super::values::parse_backend;
-use crate::control::DEFAULT_PATH;
 use crate::control::chosen::{ClientFilter, NamePattern};
 use crate::control::protocol;
+use crate::control::{DEFAULT_PATH, SERVICE_PATH};
 
 /// The command line of `rproxy ctl`.
 #[derive(Args, Debug)]
 pub struct Ctl {
-    /// The control socket of the running rproxy
-    #[arg(long, value_name = "PATH", default_value = DEFAULT_PATH, global = true)]
-    pub(crate) control: PathBuf,
+    /// The control socket of the running rproxy [default: that of the service, /run/rproxy/control.sock, if it runs, or
+    /// else /run/rproxy.sock]
+    #[arg(long, value_name = "PATH", global = true)]
+    control: Option<PathBuf>,
     /// Print the response as JSON, for programs
     #[arg(long, global = true)]
     pub(crate) json: bool,
     #[command(subcommand)]
     pub(crate) command: Command,
+}
+
+impl Ctl {
+    /// The path of the control socket.
+    pub(crate) fn control(&self) -> &Path {
+        let of_service = Path::new(SERVICE_PATH);
+        let default = || if of_service.exists() { of_service } else { Path::new(DEFAULT_PATH) };
+        self.control.as_deref().unwrap_or_else(default)
+    }
 }
 
 /// Some connections and flows: those that have all of what is given.

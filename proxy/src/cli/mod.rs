@@ -40,7 +40,7 @@ Examples:
   rproxy --host 127.0.0.1:0 --to 172.17.0.2:80    on a free port, printed at the start
   rproxy --to 172.17.0.2 -p 80:80 -p 443:443      the same as docker run
   rproxy --proto udp --host 0.0.0.0:53 --to 172.17.0.2:53
-  rproxy --config /etc/rproxy.toml                mappings from a file; SIGHUP reloads it
+  rproxy --config /etc/rproxy/rproxy.toml         mappings from a file; SIGHUP reloads it
   rproxy --attach --control                       the published ports of Docker; see rproxy ctl list
   rproxy demo                                     a demonstration, without root or containers")]
 pub struct Cli {

@@ -13,3 +13,6 @@ mod strict;
 
 /// The default path of the socket.
 pub const DEFAULT_PATH: &str = "/run/rproxy.sock";
+
+/// The path of the socket of the service, in a directory of its user (`contrib/systemd/rproxy.service`).
+pub const SERVICE_PATH: &str = "/run/rproxy/control.sock";

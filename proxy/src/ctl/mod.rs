@@ -60,7 +60,7 @@ fn run(ctl: &Ctl) -> Result<(), CtlError> {
         return watch::stats(ctl, args);
     }
     let request = request(&ctl.command)?;
-    let mut connection = Connection::open(&ctl.control)?;
+    let mut connection = Connection::open(ctl.control())?;
     let answer = match ctl.command {
         Command::Connections { .. } => ask_twice(&mut connection, &request)?,
         _ => connection.ask(request)?,

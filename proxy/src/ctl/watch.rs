@@ -28,7 +28,7 @@ const LEAST_PAUSE: Duration = Duration::from_millis(200);
 pub(super) fn stats(ctl: &Ctl, args: &StatsArgs) -> Result<(), CtlError> {
     let begun = Instant::now();
     let mut history = History::default();
-    let view = View::of(look(&ctl.control)?, args, &mut history)?;
+    let view = View::of(look(ctl.control())?, args, &mut history)?;
     if let Some(name) = view.missing(args) {
         return Err(CtlError::NoMapping(name.to_owned()));
     }
@@ -89,7 +89,7 @@ impl Watch<'_> {
                 return Ok(());
             }
             begun = Instant::now();
-            match look(&ctl.control) {
+            match look(ctl.control()) {
                 Ok(look) => {
                     if std::mem::take(&mut is_away) {
                         console::err(&"rproxy: a running rproxy answers again");
@@ -111,7 +111,7 @@ impl Watch<'_> {
     fn redraw(self, begun: Instant) -> Result<(), CtlError> {
         let Self { ctl, args, every, mut history, mut view } = self;
         let mut screen = Screen::open().map_err(CtlError::Terminal)?;
-        let asker = Asker::start(ctl.control.clone()).map_err(CtlError::Terminal)?;
+        let asker = Asker::start(ctl.control().to_owned()).map_err(CtlError::Terminal)?;
         let (mut trouble, mut asked) = (None, None);
         let mut due = next_look(begun, every);
         let mut is_stale = true;

@@ -17,6 +17,7 @@ mod logs;
 mod metrics;
 mod netns_setup;
 mod nginx;
+mod packages;
 mod promises;
 mod proxy_protocol;
 mod records;
@@ -67,6 +68,7 @@ fn main() -> ExitCode {
         faults,
         netns_setup,
         system_calls,
+        packages,
         promises,
         proxy_protocol,
         source,

@@ -2,10 +2,9 @@
 
 use std::fmt::Display;
 use std::fs;
-use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::symlink;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{self, Command};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
@@ -14,6 +13,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
+use testkit::cgroup;
 use testkit::client;
 use testkit::netns::Namespace;
 use testkit::process::{Output, Process, Stream, run};
@@ -225,26 +225,6 @@ impl Drop for Docker {
             kill(pid, Signal::SIGKILL).ok();
             self.process.wait();
         }
-        for root in cgroup_roots() {
-            remove_cgroup(&root.join(&self.cgroup)).ok();
-        }
+        cgroup::remove(&self.cgroup);
     }
-}
-
-/// The root of the one hierarchy, or of each of several.
-fn cgroup_roots() -> Vec<PathBuf> {
-    let root = Path::new("/sys/fs/cgroup");
-    let entries = fs::read_dir(root).into_iter().flatten().flatten();
-    entries.map(|entry| entry.path()).chain([root.into()]).collect()
-}
-
-/// Removes a cgroup with those inside it. Their files cannot be removed, and need not be.
-fn remove_cgroup(path: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(path)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            remove_cgroup(&entry.path())?;
-        }
-    }
-    fs::remove_dir(path)
 }

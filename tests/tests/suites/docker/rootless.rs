@@ -3,7 +3,7 @@
 use std::env;
 use std::fs::{self, Permissions};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
-use std::os::unix::fs::{PermissionsExt, chown};
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -14,6 +14,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use testkit::backend::TcpBackend;
+use testkit::client;
 use testkit::eventually;
 use testkit::netns::Namespace;
 use testkit::process::{Process, Stream, run};
@@ -57,6 +58,9 @@ const AS_ROOT_INSIDE: &str = r#"rm -f /run/docker /run/containerd /run/xtables.l
 /// The port of this host alone that leads to the container, and that of the `rproxy` in front of it.
 const BEHIND: u16 = 5301;
 const IN_FRONT: u16 = 8080;
+
+/// The port of a container that is started before there is a plane.
+const EARLY: u16 = 8081;
 
 const LOOPBACK: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
 
@@ -132,24 +136,29 @@ fn home(proxy: &Path) -> TempDir {
     let directory = tempfile::Builder::new().prefix("rproxy-rootless-").tempdir().unwrap();
     let dir = directory.path();
     fs::set_permissions(dir, Permissions::from_mode(0o755)).unwrap();
-    for (name, mode) in [("home", 0o700), ("run", 0o700), ("bin", 0o755)] {
+    for (name, mode) in [("home", 0o700), ("run", 0o700), ("bin", 0o755), ("path", 0o755)] {
         let path = dir.join(name);
         fs::create_dir(&path).unwrap();
         fs::set_permissions(&path, Permissions::from_mode(mode)).unwrap();
         chown(&path, Some(USER), Some(USER)).unwrap();
     }
     // The user may have no access to the directory of the build.
-    for (program, name) in [(rproxy(), "rproxy"), (netns_setup(), "netns-setup"), (proxy, "docker-proxy")] {
-        fs::copy(program, dir.join("bin").join(name)).unwrap();
+    let bin = dir.join("bin");
+    for program in [rproxy(), rproxy_shim(), netns_setup()] {
+        fs::copy(program, bin.join(program.file_name().unwrap())).unwrap();
     }
+    // RootlessKit's program executes it by this name.
+    symlink(bin.join(proxy.file_name().unwrap()), dir.join("path/docker-proxy")).unwrap();
     fs::write(dir.join("daemon.json"), "{}").unwrap();
     directory
 }
 
-/// Where the daemon finds its programs: the userland proxy, and those of the system.
+/// Where the daemon finds its programs: the userland proxy, and those of the system. The link to it is not beside the
+/// programs.
 fn path(dir: &Path) -> String {
     let path = env::var("PATH").unwrap_or_default();
-    format!("{}/bin:{path}:/usr/local/sbin:/usr/sbin:/sbin", dir.display())
+    let dir = dir.display();
+    format!("{dir}/path:{dir}/bin:{path}:/usr/local/sbin:/usr/sbin:/sbin")
 }
 
 /// dockerd, as dockerd-rootless.sh of moby starts it.
@@ -251,6 +260,11 @@ fn builtin() {
     }
     drop(own);
     let rootless = Rootless::start("builtin", rproxy_shim());
+    // Without a plane, a shim finds the rproxy beside the file that the link leads to.
+    rootless.docker.run_idle("early", &format!("--publish {EARLY}:{EARLY}"));
+    let early = TcpBackend::echo_in(&rootless.docker.network_of("early"), (Ipv4Addr::UNSPECIFIED, EARLY));
+    rootless.outside.run(|| client::assert_echoes((HOST_V4, EARLY).into()));
+    drop(early);
     let plane = Plane::start(&rootless, "source = 'client'\nsend_proxy = 'v2'");
     let _servers = rootless.run_web();
     for (count, (client, ip)) in (1..).zip(clients(&rootless)) {
