@@ -74,6 +74,7 @@ fn netns_setup(files: &BTreeSet<String>) {
     let pages = pages(::netns_setup::cli::Cli::command(), "netns-setup");
     for file in pages.iter().map(String::as_str).chain([
         "/usr/bin/netns-setup",
+        "/lib/systemd/system/netns-setup-watch.service",
         "/usr/share/bash-completion/completions/netns-setup",
         "/usr/share/zsh/vendor-completions/_netns-setup",
         "/usr/share/fish/vendor_completions.d/netns-setup.fish",

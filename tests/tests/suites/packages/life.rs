@@ -48,7 +48,7 @@ fn life() {
     upgraded(&machine);
     removed(&machine);
 
-    machine.sh("dpkg --purge rproxy").success();
+    machine.sh("dpkg --purge rproxy rproxy-netns").success();
     assert_eq!(left(&before, &machine.written()), BTreeSet::new());
     assert!(
         !machine.sh("getent passwd rproxy || getent group rproxy").status.success(),
@@ -76,7 +76,7 @@ done
 /// Nothing is enabled or runs, and the units have no mistake.
 fn installed(machine: &Machine) {
     machine.sh("dpkg --install /run/host/rproxy_1.0-1_*.deb /run/host/rproxy-netns_1.0-1_*.deb").success();
-    for unit in UNITS {
+    for unit in UNITS.into_iter().chain(["netns-setup-watch.service"]) {
         assert_eq!(machine.sh(&format!("systemctl is-enabled {unit}")).stdout, "disabled\n");
         assert_eq!(machine.sh(&format!("systemctl is-active {unit}")).stdout, "inactive\n");
         let found = machine.sh(&format!("systemd-analyze verify /lib/systemd/system/{unit}"));
@@ -101,6 +101,9 @@ fn started(machine: &Machine, backend: SocketAddr) {
     machine.sh("systemctl enable rproxy rproxy-attach && systemctl start rproxy-attach").success();
     let user = format!("ps -o user= -p {}", main_process(machine, UNITS[0]));
     assert_eq!(machine.sh(&user).success(), "rproxy\n");
+    // CAP_NET_BIND_SERVICE and CAP_NET_ADMIN (capability.h).
+    let permitted = format!("grep CapPrm /proc/{}/status", main_process(machine, UNITS[0]));
+    assert_eq!(machine.sh(&permitted).success(), "CapPrm:\t0000000000001400\n");
     let shim = format!(
         "[Service]\nExecStart=/usr/bin/rproxy-shim -host-ip {} -host-port {} -container-ip {} -container-port {}\n",
         ATTACHED.ip(),
