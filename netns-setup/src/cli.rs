@@ -22,7 +22,7 @@ use crate::firewall::detect::Choice;
 use crate::hints::Hints;
 use crate::model::Via;
 use crate::name::{IfName, Name};
-use crate::publish::{Publication, exposed};
+use crate::publish::{Publication, exposed, parse_exposed};
 use crate::{state, watch};
 
 /// The kernel's largest value for the four sizes (GSO_MAX_SIZE of include/linux/netdevice.h, eight times 65,535).
@@ -175,7 +175,7 @@ struct AttachArgs {
     #[arg(long, value_name = "ADDRESS")]
     ip: Option<Ipv4Addr>,
     /// A port or range that `publish -P` publishes, such as 80 or 53/udp.
-    #[arg(long, value_name = "PORT[/PROTOCOL]")]
+    #[arg(long, value_name = "PORT[/PROTOCOL]", value_parser = parse_exposed)]
     expose: Vec<ExposedPorts>,
 }
 

@@ -5,10 +5,10 @@ use std::net::IpAddr;
 use std::str::FromStr;
 
 use rproxy_mapping::HostPorts;
-use rproxy_mapping::addr::{AddrError, Protocol, ScopedIp};
+use rproxy_mapping::addr::{AddrError, Protocol, Protocols, ScopedIp};
 use rproxy_mapping::interfaces::Interfaces;
 use rproxy_mapping::ports::PortRange;
-use rproxy_mapping::publish::{ExposedPorts, PublishSpec};
+use rproxy_mapping::publish::{ExposedPorts, PublishSpec, SpecError};
 
 use crate::host_ip::HostIp;
 use crate::interfaces::HostInterfaces;
@@ -83,6 +83,7 @@ impl FromStr for Publication {
     fn from_str(text: &str) -> Result<Self, String> {
         let names = Names::default();
         let spec = PublishSpec::parse(text, &names).map_err(|error| error.to_string())?;
+        refuse_sctp(spec.protocols)?;
         let host = spec.host.map_or(Ok(HostIp::Any), |host| host_ip(host, &names))?;
         Ok(Self { host, spec })
     }
@@ -126,6 +127,27 @@ fn host_ip(host: ScopedIp, names: &Names) -> Result<HostIp, String> {
             Ok(HostIp::Scoped(ip, name.parse().map_err(|error: NameError| error.to_string())?))
         }
         ip => Ok(HostIp::Ip(ip)),
+    }
+}
+
+/// Parses exposed ports.
+///
+/// # Errors
+/// A message for the user.
+pub fn parse_exposed(text: &str) -> Result<ExposedPorts, String> {
+    let exposed: ExposedPorts = text.parse().map_err(|error: SpecError| error.to_string())?;
+    refuse_sctp(exposed.protocols)?;
+    Ok(exposed)
+}
+
+/// Neither the firewall rules here nor the relays that are started for them are for SCTP.
+fn refuse_sctp(protocols: Protocols) -> Result<(), String> {
+    match protocols.contains(Protocol::Sctp) {
+        true => {
+            Err("netns-setup publishes no sctp, which `rproxy -p` relays; write tcp, udp or tcp+udp"
+                .to_owned())
+        }
+        false => Ok(()),
     }
 }
 

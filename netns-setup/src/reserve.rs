@@ -6,7 +6,7 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6};
 use nix::sys::socket::{setsockopt, sockopt};
 use rproxy_mapping::addr::Protocol;
 use rproxy_mapping::interfaces::Interfaces;
-use socket2::{Domain, SockFilter, Socket, Type};
+use socket2::{Domain, Protocol as Transport, SockFilter, Socket, Type};
 
 use crate::host_ip::HostIp;
 use crate::interfaces::HostInterfaces;
@@ -89,16 +89,17 @@ fn bind_dual_stack(proto: Protocol, port: u16) -> io::Result<(Socket, u16)> {
 
 fn bind_one(proto: Protocol, address: SocketAddr, v6_only: bool) -> io::Result<(Socket, u16)> {
     let kind = match proto {
-        Protocol::Tcp => Type::STREAM,
+        Protocol::Tcp | Protocol::Sctp => Type::STREAM,
         Protocol::Udp => Type::DGRAM,
     };
-    let socket = Socket::new(Domain::for_address(address), kind.cloexec(), None)?;
+    let transport = (proto == Protocol::Sctp).then_some(Transport::SCTP);
+    let socket = Socket::new(Domain::for_address(address), kind.cloexec(), transport)?;
     if address.is_ipv6() {
         socket.set_only_v6(v6_only)?;
     }
     match proto {
         // Connections of a previous container may still be in TIME_WAIT.
-        Protocol::Tcp => socket.set_reuse_address(true)?,
+        Protocol::Tcp | Protocol::Sctp => socket.set_reuse_address(true)?,
         // The relay replies from the address that the client sent to.
         Protocol::Udp if address.is_ipv6() => setsockopt(&socket, sockopt::Ipv6RecvPacketInfo, &true)?,
         Protocol::Udp => setsockopt(&socket, sockopt::Ipv4PacketInfo, &true)?,
@@ -106,7 +107,7 @@ fn bind_one(proto: Protocol, address: SocketAddr, v6_only: bool) -> io::Result<(
     // BPF_RET | BPF_K with 0 bytes to keep (linux/bpf_common.h): drop everything.
     socket.attach_filter(&[SockFilter::new(0x06, 0, 0, 0)])?;
     socket.bind(&address.into())?;
-    if proto == Protocol::Tcp {
+    if proto.has_connections() {
         // Two sockets with SO_REUSEADDR can share a port until one listens. The kernel limits this to
         // somaxconn.
         socket.listen(i32::from(u16::MAX))?;

@@ -40,6 +40,7 @@ pub mod process;
 pub mod require;
 pub mod role;
 pub mod rproxy;
+pub mod sctp;
 pub mod shim;
 pub mod suite;
 pub mod systemd;

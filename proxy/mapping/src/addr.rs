@@ -17,14 +17,25 @@ pub enum Protocol {
     Tcp,
     /// UDP: datagrams, grouped into flows.
     Udp,
+    /// SCTP: messages in streams of a connection, as one-to-one sockets have it (RFC 6458, section 4).
+    Sctp,
 }
 
 impl Protocol {
+    /// All protocols, in the order in which a mapping lists its ports.
+    pub const ALL: [Self; 3] = [Self::Tcp, Self::Udp, Self::Sctp];
+
+    /// Whether clients connect, and are accepted.
+    pub fn has_connections(self) -> bool {
+        self != Self::Udp
+    }
+
     /// Its name, as after the port in `80/tcp`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Tcp => "tcp",
             Self::Udp => "udp",
+            Self::Sctp => "sctp",
         }
     }
 }
@@ -47,12 +58,15 @@ pub enum Protocols {
 impl Protocols {
     /// The protocols in order, TCP first.
     pub fn iter(self) -> impl Iterator<Item = Protocol> {
-        [Protocol::Tcp, Protocol::Udp].into_iter().filter(move |protocol| self.contains(*protocol))
+        Protocol::ALL.into_iter().filter(move |protocol| self.contains(*protocol))
     }
 
     /// Whether `protocol` is included.
     pub fn contains(self, protocol: Protocol) -> bool {
-        self == Self::Both || self == Self::One(protocol)
+        match self {
+            Self::One(one) => one == protocol,
+            Self::Both => protocol != Protocol::Sctp,
+        }
     }
 }
 
@@ -72,6 +86,7 @@ impl FromStr for Protocols {
         match text {
             "tcp" => Ok(Self::One(Protocol::Tcp)),
             "udp" => Ok(Self::One(Protocol::Udp)),
+            "sctp" => Ok(Self::One(Protocol::Sctp)),
             "tcp+udp" | "udp+tcp" => Ok(Self::Both),
             _ => Err(ProtocolError(text.to_owned())),
         }
@@ -80,7 +95,7 @@ impl FromStr for Protocols {
 
 /// The name of a protocol that is not supported.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("'{0}' is not a protocol that is relayed; write tcp, udp or tcp+udp")]
+#[error("'{0}' is not a protocol that is relayed; write tcp, udp, sctp or tcp+udp")]
 pub struct ProtocolError(String);
 
 /// An IP address. A link-local IPv6 address includes its interface (its zone, RFC 4007).
@@ -128,7 +143,11 @@ impl ScopedIp {
             ip if ip.is_multicast() => "the address of a group (multicast)",
             _ => return Ok(()),
         };
-        if protocols.contains(Protocol::Tcp) { Err(AddrError::NoClient(self, kind)) } else { Ok(()) }
+        if protocols.iter().any(Protocol::has_connections) {
+            Err(AddrError::NoClient(self, kind))
+        } else {
+            Ok(())
+        }
     }
 
     /// Whether it is a wildcard, of one family or of both.

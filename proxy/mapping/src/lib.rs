@@ -132,8 +132,13 @@ impl Mapping {
     /// Returns the mapping with these limits.
     ///
     /// # Errors
-    /// [`MappingError::Source`] if their source address cannot reach the backend.
+    /// [`MappingError::Source`] if their source address cannot reach the backend, and [`MappingError::NotOfSctp`].
     pub fn limited(mut self, limits: Limits) -> Result<Self, MappingError> {
+        if self.protocols.contains(Protocol::Sctp)
+            && let Some(option) = limits.not_of_sctp()
+        {
+            return Err(MappingError::NotOfSctp(option));
+        }
         let backend = self.backend.ip();
         if let Source::Address(ip) = limits.source
             && ip.is_ipv4() != backend.to_canonical().is_ipv4()
@@ -274,6 +279,9 @@ pub enum MappingError {
     /// The source address cannot reach the backend.
     #[error(transparent)]
     Source(#[from] SourceError),
+    /// An option that SCTP cannot have.
+    #[error("sctp has no {0}; leave it out for this mapping, or relay tcp")]
+    NotOfSctp(&'static str),
 }
 
 /// One port of a mapping, as served by one socket.

@@ -69,6 +69,19 @@ impl Default for Limits {
     }
 }
 
+impl Limits {
+    /// An option in use that a mapping of SCTP cannot have: what a firewall matches as transparent is TCP or UDP, and the
+    /// PROXY protocol has headers of byte streams and datagrams.
+    pub fn not_of_sctp(&self) -> Option<&'static str> {
+        let asked = [
+            (self.source.is_client(), "source = client"),
+            (self.proxy_protocol.send.is_some(), "send_proxy"),
+            (!self.proxy_protocol.accept.is_empty(), "accept_proxy"),
+        ];
+        asked.into_iter().find_map(|(is_asked, option)| is_asked.then_some(option))
+    }
+}
+
 /// How to treat a connection beyond the maximum of a mapping.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum OnLimit {

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fmt;
 
-use crate::addr::{Protocol, Protocols, ScopedIp};
+use crate::addr::{Protocol, ScopedIp};
 use crate::ports::PortRange;
 use crate::{HostPorts, Mapping, PortMapping};
 
@@ -38,7 +38,7 @@ pub fn overlaps<'a>(mappings: impl IntoIterator<Item = &'a Mapping>) -> Vec<Over
         sort(wanted);
         within(wanted, &mut found);
     }
-    for protocol in Protocols::Both.iter() {
+    for protocol in Protocol::ALL {
         for wide in [BindScope::All, BindScope::AllV4, BindScope::AllV6] {
             let Some(others) = taken.get(&(protocol, wide)) else { continue };
             let covered = taken
@@ -248,7 +248,7 @@ mod tests {
     fn any_mapping() -> impl Strategy<Value = Mapping> {
         let host =
             proptest::sample::select(vec!["only [::]", "[::]", "0.0.0.0", "10.0.0.1", "10.0.0.2", "[::1]"]);
-        let proto = proptest::sample::select(vec!["tcp", "udp", "tcp+udp"]);
+        let proto = proptest::sample::select(vec!["tcp", "udp", "sctp", "tcp+udp"]);
         (host, 1..30_u16, 0..6_u16, proto).prop_map(|(host, first, more, proto)| {
             mapping(&format!("{host}:{first}-{}/{proto}", first + more))
         })

@@ -12,7 +12,7 @@ use crate::{HostPorts, Mapping, MappingError};
 ///
 /// The forms are those of `docker run --publish` (docker/go-connections, `nat/parse.go`): `80`,
 /// `8080:80`, `10.0.0.11:8080:80`, `10.0.0.11::80`, `[::1]:8080:80`, each port also as a range, each form
-/// with `/udp`, `/tcp+udp` or the older `:udp`.
+/// with `/udp`, `/sctp`, `/tcp+udp` or the older `:udp`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PublishSpec {
     /// The address that clients connect to; `None` for every address of the machine.
@@ -220,6 +220,7 @@ mod tests {
             ("53:53:udp", "53:53/udp"),
             ("53:53:udp/udp", "53:53/udp"),
             ("53:53/tcp+udp", "53:53/tcp+udp"),
+            ("80:80/sctp", "80:80/sctp"),
             ("10.0.0.11:8080:80", "10.0.0.11:8080:80/tcp"),
             ("10.0.0.11::80", "10.0.0.11::80/tcp"),
             ("10.0.0.11:0:80", "10.0.0.11::80/tcp"),
@@ -256,8 +257,8 @@ mod tests {
             ("[ff02::1%eth0]:80:80/tcp+udp", "to which no client can connect"),
             ("255.255.255.255:80:80", "to which no client can connect"),
             ("80/", "'' is not a protocol"),
-            ("80/sctp", "'sctp' is not a protocol that is relayed"),
-            ("80:80:sctp", "'sctp' is not a protocol"),
+            ("80/dccp", "'dccp' is not a protocol that is relayed"),
+            ("80:80:dccp", "'dccp' is not a protocol"),
             ("80:80:tcp/udp", "both tcp and udp; write one of them, or tcp+udp"),
             ("10.0.0.11:80", "write 10.0.0.11::80/tcp for a random host port"),
             ("[::1]:80", "write [::1]::80/tcp for a random host port, [::1]:80:80/tcp for"),
@@ -295,7 +296,7 @@ mod tests {
         let host = proptest::option::of(proptest::sample::select(hosts));
         let range = (1..=u16::MAX, 0..20_u16)
             .prop_map(|(first, more)| PortRange::new(first, first.saturating_add(more)).unwrap());
-        let protocols = proptest::sample::select(vec!["tcp", "udp", "tcp+udp"]);
+        let protocols = proptest::sample::select(vec!["tcp", "udp", "sctp", "tcp+udp"]);
         let spec = (host, proptest::option::of(range.clone()), range, protocols);
         spec.prop_filter_map("ranges fit", |(host, host_ports, ports, protocols)| {
             Some(PublishSpec {

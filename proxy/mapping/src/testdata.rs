@@ -17,7 +17,7 @@ use crate::source::{Device, Source};
 /// Generates any mapping, with or without limits.
 pub fn any_mapping() -> impl Strategy<Value = Mapping> {
     let host = proptest::sample::select(vec!["[::]", "0.0.0.0", "10.0.0.11", "[::1]", "[fe80::1%1]"]);
-    let proto = proptest::sample::select(vec!["tcp", "udp", "tcp+udp"]);
+    let proto = proptest::sample::select(vec!["tcp", "udp", "sctp", "tcp+udp"]);
     let name = proptest::option::of("[a-z0-9_./:+%#@][a-z0-9_./:+%#@\\[\\]-]{0,20}");
     let ports = (1..60_000_u16, 1..60_000_u16, 0..20_u16, any::<bool>());
     (host, ports, proto, name, any::<bool>(), any_limits()).prop_map(
@@ -25,8 +25,9 @@ pub fn any_mapping() -> impl Strategy<Value = Mapping> {
             let range = |first: u16| PortRange::new(first, first + more).unwrap();
             let host = (host.parse().unwrap(), (!random).then(|| range(host_port)));
             let backend = ("192.0.2.1".parse().unwrap(), range(port));
-            let mapping =
-                Mapping::new(proto.parse().unwrap(), host, backend).unwrap().limited(limits).unwrap();
+            let mapping = Mapping::new(proto.parse().unwrap(), host, backend).unwrap();
+            // Some limits are not for SCTP.
+            let mapping = mapping.clone().limited(limits).unwrap_or(mapping);
             let mapping = if v6only { mapping.clone().v6only().unwrap_or(mapping) } else { mapping };
             match name {
                 Some(name) => mapping.named(name.parse().unwrap()),

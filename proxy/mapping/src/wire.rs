@@ -37,7 +37,7 @@ pub struct WireMapping {
     pub to: String,
     /// The ports of the backend.
     pub to_ports: String,
-    /// `tcp` (the default), `udp` or `tcp+udp`.
+    /// `tcp` (the default), `udp`, `tcp+udp` or `sctp`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub proto: Option<String>,
     /// Whether `[::]` excludes IPv4 clients.
@@ -375,6 +375,7 @@ impl From<MappingError> for FieldError {
             MappingError::Backend(_) => "to",
             MappingError::V6Only(_) => "v6only",
             MappingError::Source(_) => "limits.source",
+            MappingError::NotOfSctp(_) => "limits",
         };
         Self::new(field, error)
     }
@@ -413,7 +414,15 @@ mod tests {
             (r#"{"to":"x","to_ports":"80","name":"web"}"#, "to: 'x'"),
             (r#"{"to":"172.17.0.2","to_ports":"80","port":1}"#, "unknown field `port`"),
             (r#"{"to":"172.17.0.2","to_ports":"0"}"#, "to_ports: '0' is not a port"),
-            (r#"{"to":"172.17.0.2","to_ports":"80","proto":"sctp"}"#, "proto: 'sctp'"),
+            (r#"{"to":"172.17.0.2","to_ports":"80","proto":"dccp"}"#, "proto: 'dccp'"),
+            (
+                r#"{"to":"172.17.0.2","to_ports":"80","proto":"sctp","limits":{"send_proxy":"v2"}}"#,
+                "sctp has no send_proxy",
+            ),
+            (
+                r#"{"to":"172.17.0.2","to_ports":"80","proto":"sctp","limits":{"source":"client"}}"#,
+                "sctp has no source = client",
+            ),
             (r#"{"to":"172.17.0.2","to_ports":"80","name":"a b"}"#, "name: \"a b\" is not a name"),
             (
                 r#"{"to":"172.17.0.2","to_ports":"80","limits":{"idle_timeout":"soon"}}"#,

@@ -38,20 +38,21 @@ impl InheritedSockets {
     /// [`InheritedError`] if their number does not match the mapping's ports.
     pub(crate) fn take_named(&mut self, mapping: &Mapping) -> Result<Option<Vec<BoundPort>>, InheritedError> {
         let name = mapping.name();
-        let named: Vec<_> = self.0.extract_if(.., |socket| socket.name == name.as_str()).collect();
+        let mut named: Vec<_> = self.0.extract_if(.., |socket| socket.name == name.as_str()).collect();
         if named.is_empty() {
             return Ok(None);
         }
-        let (tcp, udp): (Vec<_>, Vec<_>) =
-            named.into_iter().partition(|socket| socket.listener.protocol() == Protocol::Tcp);
-        for (protocol, sockets) in [(Protocol::Tcp, &tcp), (Protocol::Udp, &udp)] {
-            let is_served = mapping.protocols().iter().any(|served| served == protocol);
-            let wanted = if is_served { mapping.backend_ports().count() } else { 0 };
-            if sockets.len() != wanted {
-                return Err(InheritedError { name, protocol, wanted, passed: sockets.len() });
+        for protocol in Protocol::ALL {
+            let wanted =
+                if mapping.protocols().contains(protocol) { mapping.backend_ports().count() } else { 0 };
+            let passed = named.iter().filter(|socket| socket.listener.protocol() == protocol).count();
+            if passed != wanted {
+                return Err(InheritedError { name, protocol, wanted, passed });
             }
         }
-        let sockets = mapping.port_mappings().zip(tcp.into_iter().chain(udp));
+        // In the order of the mapping's ports; a stable sort keeps that of the sockets of one protocol.
+        named.sort_by_key(|socket| socket.listener.protocol());
+        let sockets = mapping.port_mappings().zip(named);
         Ok(Some(
             sockets.map(|(port_mapping, socket)| BoundPort::adopt(port_mapping, socket.listener)).collect(),
         ))

@@ -10,7 +10,7 @@ use nix::libc;
 use rproxy_mapping::addr::Protocol;
 use rproxy_mapping::ports::PortRange;
 use rproxy_mapping::{Mapping, PortMapping};
-use rproxy_sys::udp;
+use rproxy_sys::{sctp, udp};
 use socket2::{Domain, Protocol as Transport, SockRef, Socket, TcpKeepalive, Type};
 
 use crate::runtime::descriptors::explain;
@@ -25,6 +25,8 @@ pub enum Listener {
     Tcp(TcpListener),
     /// A bound UDP socket that reports the local address of each datagram.
     Udp(UdpSocket),
+    /// A listening SCTP socket, one-to-one.
+    Sctp(Socket),
 }
 
 impl Listener {
@@ -37,20 +39,28 @@ impl Listener {
         let bound = match mapping.protocol {
             Protocol::Tcp => bind_tcp(addr, mapping.v6only).map(Self::Tcp),
             Protocol::Udp => bind_udp(addr, mapping.v6only).map(Self::Udp),
+            Protocol::Sctp => bind_sctp(addr, mapping.v6only).map(Self::Sctp),
         };
         bound.map_err(|source| BindError { protocol: mapping.protocol, addr, among: None, more: 1, source })
     }
 
-    /// Adopts an inherited socket, TCP or UDP.
+    /// Adopts an inherited socket of any protocol.
     ///
     /// # Errors
     /// [`AdoptError`] if it is something else.
     pub fn adopt_any(fd: OwnedFd) -> Result<Self, AdoptError> {
-        let kind = SockRef::from(&fd).r#type().map_err(AdoptError::NotASocket)?;
-        Self::adopt(fd, if kind == Type::STREAM { Protocol::Tcp } else { Protocol::Udp })
+        let socket = SockRef::from(&fd);
+        let kind = socket.r#type().map_err(AdoptError::NotASocket)?;
+        let transport = socket.protocol().map_err(AdoptError::NotASocket)?;
+        let protocol = match transport {
+            Some(Transport::SCTP) => Protocol::Sctp,
+            _ if kind == Type::STREAM => Protocol::Tcp,
+            _ => Protocol::Udp,
+        };
+        Self::adopt(fd, protocol)
     }
 
-    /// Adopts an inherited socket. A TCP socket must be listening (moby's `-use-listen-fd`).
+    /// Adopts an inherited socket. One that clients connect to must be listening (moby's `-use-listen-fd`).
     ///
     /// # Errors
     /// [`AdoptError`] if it is something else.
@@ -63,25 +73,28 @@ impl Listener {
         let wanted: (_, &[_]) = match protocol {
             Protocol::Tcp => (Type::STREAM, &[Transport::TCP, Transport::MPTCP]),
             Protocol::Udp => (Type::DGRAM, &[Transport::UDP]),
+            Protocol::Sctp => (Type::STREAM, &[Transport::SCTP]),
         };
         let is_wanted = kind == wanted.0 && transport.is_some_and(|transport| wanted.1.contains(&transport));
         if !is_wanted || !matches!(domain, Domain::IPV4 | Domain::IPV6) {
             return Err(AdoptError::WrongKind(protocol));
         }
         // Nothing is set on a socket that is refused: others use it.
-        if protocol == Protocol::Tcp && !socket.is_listener().map_err(AdoptError::Setup)? {
-            return Err(AdoptError::NotListening);
+        if protocol.has_connections() && !socket.is_listener().map_err(AdoptError::Setup)? {
+            return Err(AdoptError::NotListening(protocol));
         }
         socket.set_nonblocking(true).map_err(AdoptError::Setup)?;
         match protocol {
             Protocol::Tcp => set_stream_options(&SockRef::from(&socket)),
             Protocol::Udp => udp::queue_no_errors(socket.as_fd(), domain == Domain::IPV6)
                 .and_then(|()| set_datagram_options(&socket, domain == Domain::IPV6)),
+            Protocol::Sctp => set_message_options(&SockRef::from(&socket)),
         }
         .map_err(AdoptError::Setup)?;
         Ok(match protocol {
             Protocol::Tcp => Self::Tcp(socket.into()),
             Protocol::Udp => Self::Udp(socket.into()),
+            Protocol::Sctp => Self::Sctp(socket),
         })
     }
 
@@ -90,6 +103,7 @@ impl Listener {
         match self {
             Self::Tcp(_) => Protocol::Tcp,
             Self::Udp(_) => Protocol::Udp,
+            Self::Sctp(_) => Protocol::Sctp,
         }
     }
 
@@ -104,6 +118,7 @@ impl Listener {
         match self {
             Self::Tcp(listener) => SockRef::from(listener).only_v6(),
             Self::Udp(socket) => SockRef::from(socket).only_v6(),
+            Self::Sctp(socket) => socket.only_v6(),
         }
     }
 
@@ -115,14 +130,23 @@ impl Listener {
         match self {
             Self::Tcp(listener) => listener.local_addr(),
             Self::Udp(socket) => socket.local_addr(),
+            Self::Sctp(socket) => {
+                let address = socket.local_addr()?.as_socket();
+                address.ok_or_else(|| io::ErrorKind::InvalidInput.into())
+            }
         }
     }
 }
 
 /// Creates a socket for the family of `addr`. Whether an IPv6 socket also accepts IPv4 is set explicitly,
 /// because the default depends on a sysctl (net.ipv6.bindv6only).
-fn new_socket(addr: SocketAddr, kind: Type, v6only: bool) -> io::Result<Socket> {
-    let socket = Socket::new(Domain::for_address(addr), kind.nonblocking(), None)?;
+fn new_socket(
+    addr: SocketAddr,
+    kind: Type,
+    transport: Option<Transport>,
+    v6only: bool,
+) -> io::Result<Socket> {
+    let socket = Socket::new(Domain::for_address(addr), kind.nonblocking(), transport)?;
     if addr.is_ipv6() {
         socket.set_only_v6(v6only)?;
     }
@@ -131,7 +155,7 @@ fn new_socket(addr: SocketAddr, kind: Type, v6only: bool) -> io::Result<Socket> 
 
 /// Binds a TCP socket that listens on `addr`.
 pub(crate) fn bind_tcp(addr: SocketAddr, v6only: bool) -> io::Result<TcpListener> {
-    let socket = new_socket(addr, Type::STREAM, v6only)?;
+    let socket = new_socket(addr, Type::STREAM, None, v6only)?;
     // Connections of an earlier run may still be in TIME_WAIT on this port.
     socket.set_reuse_address(true)?;
     socket.bind(&addr.into())?;
@@ -140,8 +164,17 @@ pub(crate) fn bind_tcp(addr: SocketAddr, v6only: bool) -> io::Result<TcpListener
     Ok(socket.into())
 }
 
+fn bind_sctp(addr: SocketAddr, v6only: bool) -> io::Result<Socket> {
+    let socket = new_socket(addr, Type::STREAM, Some(Transport::SCTP), v6only)?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&addr.into())?;
+    set_message_options(&SockRef::from(&socket))?;
+    socket.listen(BACKLOG)?;
+    Ok(socket)
+}
+
 fn bind_udp(addr: SocketAddr, v6only: bool) -> io::Result<UdpSocket> {
-    let socket = new_socket(addr, Type::DGRAM, v6only)?;
+    let socket = new_socket(addr, Type::DGRAM, None, v6only)?;
     // Before the first datagram can arrive.
     set_datagram_options(&socket, addr.is_ipv6())?;
     socket.bind(&addr.into())?;
@@ -162,6 +195,12 @@ pub(crate) fn set_stream_options(socket: &SockRef<'_>) -> io::Result<()> {
     if_known(socket.set_out_of_band_inline(true))?;
     let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE);
     if_known(socket.set_tcp_keepalive(&keepalive))
+}
+
+/// As [`set_stream_options`], for SCTP, of which each message is read with its stream and payload protocol identifier.
+pub(crate) fn set_message_options(socket: &SockRef<'_>) -> io::Result<()> {
+    set_stream_options(socket)?;
+    sctp::prepare(socket.as_fd(), sctp::STREAMS)
 }
 
 /// Ignores that the socket does not support an option.
@@ -243,7 +282,11 @@ impl BindError {
             io::ErrorKind::AddrInUse => format!(
                 "the {protocol} port is taken; `ss -an{}p 'sport = :{}'` shows by which program, port 0 takes \
                  a free one, and net.ipv4.ip_local_reserved_ports keeps one for listening",
-                if *protocol == Protocol::Tcp { "t" } else { "u" },
+                match protocol {
+                    Protocol::Tcp => "t",
+                    Protocol::Udp => "u",
+                    Protocol::Sctp => "S",
+                },
                 addr.port()
             ),
             io::ErrorKind::AddrNotAvailable => format!(
@@ -253,6 +296,9 @@ impl BindError {
                 "ports below net.ipv4.ip_unprivileged_port_start (1024) need root or CAP_NET_BIND_SERVICE; \
              use a port above"
                     .to_owned()
+            }
+            _ if source.raw_os_error() == Some(libc::EPROTONOSUPPORT) => {
+                format!("this kernel has no {protocol}; `modprobe {protocol}` loads its module")
             }
             _ if source.raw_os_error() == Some(libc::EAFNOSUPPORT) => match addr {
                 SocketAddr::V6(addr) if addr.ip().is_unspecified() => {
@@ -275,9 +321,9 @@ pub enum AdoptError {
     /// A socket of another kind.
     #[error("it is not a {0} socket over IPv4 or IPv6")]
     WrongKind(Protocol),
-    /// A TCP socket on which `listen` was not called.
-    #[error("it is a TCP socket that does not listen")]
-    NotListening,
+    /// A socket on which `listen` was not called.
+    #[error("it is a {} socket that does not listen", .0.as_str().to_uppercase())]
+    NotListening(Protocol),
     /// An option could not be set.
     #[error("its options cannot be set: {0}")]
     Setup(#[source] io::Error),
@@ -309,7 +355,7 @@ mod tests {
         assert!(matches!(adopt(unix, Protocol::Tcp), Err(AdoptError::WrongKind(Protocol::Tcp))));
         let idle = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
         let other = idle.try_clone().unwrap();
-        assert!(matches!(adopt(idle, Protocol::Tcp), Err(AdoptError::NotListening)));
+        assert!(matches!(adopt(idle, Protocol::Tcp), Err(AdoptError::NotListening(Protocol::Tcp))));
         assert!(!other.nonblocking().unwrap(), "whoever has it, too, can go on");
     }
 

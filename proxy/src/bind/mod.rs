@@ -184,7 +184,8 @@ fn bind_one_of(
     };
     let mut whereabouts = Whereabouts::default();
     let mut reaches_itself = |port: &u16| {
-        let socket = mapping.port_mapping(Protocol::Tcp, *port, backend_port);
+        let protocol = mapping.protocols().iter().next().unwrap_or(Protocol::Tcp);
+        let socket = mapping.port_mapping(protocol, *port, backend_port);
         *port == backend_port && refuse_loop(&socket, &mut whereabouts).is_err()
     };
     let mut candidates = candidates.filter(|port| !reaches_itself(port));

@@ -47,7 +47,7 @@ pub struct MappingArgs {
     /// A port or range of the backend, for -P
     #[arg(long, value_name = "PORT[/PROTOCOL]", requires = "publish_all")]
     expose: Vec<ExposedPorts>,
-    /// tcp, udp or tcp+udp: once for all --host, or once for each [default: tcp]
+    /// tcp, udp, sctp or tcp+udp: once for all --host, or once for each [default: tcp]
     #[arg(long, value_name = "PROTOCOL")]
     proto: Vec<Protocols>,
     #[arg(long, help = "Do not accept IPv4 clients on [::]")]
@@ -372,7 +372,10 @@ impl MappingArgs {
             mapping
         };
         let mapping = mapping.limited(self.limits.limits());
-        let mapping = mapping.map_err(|error| wrong(&format!("--source {}", self.limits.source), &error))?;
+        let mapping = mapping.map_err(|error| match error {
+            MappingError::NotOfSctp(_) => wrong(&words, &error),
+            _ => wrong(&format!("--source {}", self.limits.source), &error),
+        })?;
         Ok(Asked { words, mapping })
     }
 }

@@ -516,7 +516,7 @@ mod tests {
         ),
         ("--to 10.0.0.1 -p {}:80:80", &["localhost", "10.0.0.256"]),
         ("--to {} -p 80", &["0.0.0.0", "[::]", "localhost"]),
-        ("--host 127.0.0.1:0 --to 10.0.0.1:80 --proto {}", &["icmp", "sctp", "TCP"]),
+        ("--host 127.0.0.1:0 --to 10.0.0.1:80 --proto {}", &["icmp", "dccp", "TCP"]),
         ("--host 127.0.0.1:0 --to 10.0.0.1:80 --idle-timeout {}", &["soon", "0", "-1s", "1 week ago"]),
         ("--host 127.0.0.1:0 --to 10.0.0.1:80 --udp-timeout {}", &["soon", "0", "-1s", "1 week ago"]),
         ("--host 127.0.0.1:0 --to 10.0.0.1:80 --drain-timeout {}", &["soon", "-1s"]),

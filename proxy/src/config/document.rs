@@ -384,7 +384,7 @@ mod tests {
                 "",
                 "3:6: to: 80/tcp would forward to itself, since 127.0.0.1 is an address of this machine",
             ),
-            ("[::]:80", "10.0.0.1:80", "proto = 'sctp'", "4:9: proto: 'sctp' is not a protocol"),
+            ("[::]:80", "10.0.0.1:80", "proto = 'dccp'", "4:9: proto: 'dccp' is not a protocol"),
             (
                 "1.2.3.4:80",
                 "10.0.0.1:80",

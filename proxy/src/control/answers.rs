@@ -273,7 +273,8 @@ impl Connection {
         let RecordedPort { mapping, port_mapping, .. } = &record.port;
         let is_tcp = port_mapping.protocol == Protocol::Tcp;
         let milliseconds = |time: Duration| u64::try_from(time.as_millis()).unwrap_or(u64::MAX);
-        let datagrams = |traffic: &Traffic| (!is_tcp).then(|| traffic.datagrams());
+        let is_udp = port_mapping.protocol == Protocol::Udp;
+        let datagrams = |traffic: &Traffic| is_udp.then(|| traffic.datagrams());
         let Record { to_backend, to_client, .. } = record;
         Self {
             id: record.id,

@@ -87,7 +87,7 @@ Usage of rproxy as docker-proxy:
   -container-port PORT  port of the container
   -host-ip IP           address to listen on (default 0.0.0.0)
   -host-port PORT       port to listen on
-  -proto tcp|udp        protocol (default tcp)
+  -proto tcp|udp|sctp   protocol (default tcp)
   -use-listen-fd        serve the listening socket passed at descriptor 4
   -v, -version          print version information and quit";
 

@@ -155,6 +155,7 @@ fn port_mapping(flags: &Flags<'_>) -> Result<PortMapping, StartError> {
     let protocol = match flags.proto {
         "tcp" => Protocol::Tcp,
         "udp" => Protocol::Udp,
+        "sctp" => Protocol::Sctp,
         other => return Err(StartError::Protocol(other.to_owned())),
     };
     let port = |flag, port: i64| {
@@ -181,7 +182,7 @@ fn port_mapping(flags: &Flags<'_>) -> Result<PortMapping, StartError> {
 #[derive(Debug, thiserror::Error)]
 enum StartError {
     /// An unsupported protocol.
-    #[error("-proto {}: this protocol is not supported; tcp and udp are", escaped(.0))]
+    #[error("-proto {}: this protocol is not supported; tcp, udp and sctp are", escaped(.0))]
     Protocol(String),
     /// A port that is missing; Go's default is -1.
     #[error("{0} is missing; give the port, as in {0} 80")]

@@ -92,7 +92,7 @@ impl Server {
     ) -> io::Result<Self> {
         let mut server = Self { recorder, ..Self::new(growth) };
         let mut ports = mappings.iter().flat_map(|bound| &bound.ports);
-        server.tasks.has_tcp = ports.any(|port| port.port_mapping.protocol == Protocol::Tcp);
+        server.tasks.has_tcp = ports.any(|port| port.port_mapping.protocol.has_connections());
         for Bound { mapping, ports, process } in mappings {
             let policy = server.new_policy(mapping.name(), mapping.limits().clone());
             let ports =
@@ -175,6 +175,7 @@ impl Server {
         let port = match listener {
             Listener::Tcp(listener) => task.add(listener)?,
             Listener::Udp(socket) => task.add(socket)?,
+            Listener::Sctp(socket) => task.add(socket)?,
         };
         let target = Arc::new(Target { port_mapping, policy: policy.clone() });
         Ok(Binding { port, target })
@@ -377,7 +378,8 @@ impl Server {
     }
 
     /// Ends at once. The listeners are shut down, because another process may have them open too (a runtime
-    /// that bound them for us), and no client may be left in a backlog that nobody services.
+    /// that bound them for us), and no client may be left in a backlog that nobody services. That of SCTP cannot be shut
+    /// down (sctp_disconnect in net/sctp/socket.c).
     pub fn abandon(self) {
         let all = self.bindings().chain(&self.nameless);
         for listener in all.filter(|binding| protocol_of(binding) == Protocol::Tcp) {

@@ -73,8 +73,8 @@ struct Departed {
 pub(crate) struct Counted {
     /// The name.
     pub(crate) name: Name,
-    /// Whether there are or were TCP ports.
-    pub(crate) has_tcp: bool,
+    /// What its connections are counted as, if there are or were any: as TCP, if the name has changed its protocol.
+    pub(crate) connections: Option<Protocol>,
     /// Whether there are or were UDP ports.
     pub(crate) has_udp: bool,
     /// The counters of the mapping that is served, and of removed ones.
@@ -286,10 +286,11 @@ impl Registry {
     ) -> Counted {
         let before = before.iter().map(|departed| (departed.protocols, &departed.state));
         let all: Vec<(Protocols, &Arc<MappingState>)> = served.into_iter().chain(before).collect();
-        let has = |protocol| all.iter().any(|(protocols, _)| protocols.iter().any(|one| one == protocol));
+        let has =
+            |protocol: Protocol| all.iter().any(|(protocols, _)| protocols.iter().any(|one| one == protocol));
         Counted {
             name: name.clone(),
-            has_tcp: has(Protocol::Tcp),
+            connections: [Protocol::Tcp, Protocol::Sctp].into_iter().find(|protocol| has(*protocol)),
             has_udp: has(Protocol::Udp),
             states: all.iter().map(|(_, state)| Arc::clone(state)).collect(),
             ended: self.ended.get(name).cloned(),

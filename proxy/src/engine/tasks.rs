@@ -27,7 +27,7 @@ pub(super) struct Tasks {
     /// Notified when connections and flows end.
     capacity: Arc<Capacity>,
     growth: Growth,
-    /// Whether there are TCP mappings from the start.
+    /// Whether there are mappings with connections from the start.
     pub(super) has_tcp: bool,
     tcp: Option<ListenerTask>,
     udp: Vec<ListenerTask>,
@@ -54,7 +54,7 @@ impl Tasks {
         let _entered = self.runtime.enter();
         let may_be_idle = self.growth == Growth::Attached;
         match protocol {
-            Protocol::Tcp => match &mut self.tcp {
+            Protocol::Tcp | Protocol::Sctp => match &mut self.tcp {
                 Some(task) => Ok(task),
                 none => Ok(none.insert(ListenerTask::spawn(PollSet::new()?, |poll, commands| {
                     let (capacity, workers) = (self.capacity.clone(), self.workers.clone());

@@ -106,37 +106,42 @@ fn server(snapshot: &Snapshot, mut encoder: DescriptorEncoder<'_>) -> fmt::Resul
 }
 
 fn connections(counted: &[Counted], mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-    let rows = by_name(counted, Protocol::Tcp, |stats| &stats.connections);
-    gauges(&mut encoder, "rproxy_mapping_connections_active", "Current TCP connections", rows)
+    let rows = by_name(counted, has_connections, |stats| &stats.connections);
+    gauges(&mut encoder, "rproxy_mapping_connections_active", "Current TCP and SCTP connections", rows)
 }
 
 fn connections_total(counted: &[Counted], mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-    let rows = by_name(counted, Protocol::Tcp, |stats| &stats.connections_total);
-    counters(&mut encoder, "rproxy_mapping_connections", "TCP connections that were accepted", None, rows)
+    let rows = by_name(counted, has_connections, |stats| &stats.connections_total);
+    let help = "TCP and SCTP connections that were accepted";
+    counters(&mut encoder, "rproxy_mapping_connections", help, None, rows)
 }
 
 fn flows(counted: &[Counted], mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-    let rows = by_name(counted, Protocol::Udp, |stats| &stats.flows);
+    let rows = by_name(counted, has_flows, |stats| &stats.flows);
     gauges(&mut encoder, "rproxy_mapping_flows_active", "Current UDP flows", rows)
 }
 
 fn flows_total(counted: &[Counted], mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-    let rows = by_name(counted, Protocol::Udp, |stats| &stats.flows_total);
+    let rows = by_name(counted, has_flows, |stats| &stats.flows_total);
     counters(&mut encoder, "rproxy_mapping_flows", "UDP flows that were opened", None, rows)
 }
 
 fn bytes(counted: &[Counted], mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
-    const WAYS: [(Protocol, &str, Select); 4] = [
-        (Protocol::Tcp, "in", |stats| &stats.tcp_bytes_in),
-        (Protocol::Tcp, "out", |stats| &stats.tcp_bytes_out),
-        (Protocol::Udp, "in", |stats| &stats.udp_bytes_in),
-        (Protocol::Udp, "out", |stats| &stats.udp_bytes_out),
-    ];
+    const OF_CONNECTIONS: [(&str, Select); 2] =
+        [("in", |stats| &stats.tcp_bytes_in), ("out", |stats| &stats.tcp_bytes_out)];
+    const OF_FLOWS: [(&str, Select); 2] =
+        [("in", |stats| &stats.udp_bytes_in), ("out", |stats| &stats.udp_bytes_out)];
     let rows = counted.iter().flat_map(|counted| {
-        let ways = WAYS.into_iter().filter(|(protocol, ..)| has(counted, *protocol));
+        let ways = protocols(counted).flat_map(|protocol| {
+            let ways = if protocol.has_connections() { OF_CONNECTIONS } else { OF_FLOWS };
+            ways.map(|(direction, counter)| (protocol, direction, counter))
+        });
         ways.map(|(protocol, direction, counter)| {
-            let labels =
-                [("mapping", counted.name.as_str()), ("protocol", text(protocol)), ("direction", direction)];
+            let labels = [
+                ("mapping", counted.name.as_str()),
+                ("protocol", protocol.as_str()),
+                ("direction", direction),
+            ];
             (labels, counted.sum(|stats| counter(stats).get()))
         })
     });
@@ -161,12 +166,15 @@ fn datagrams(counted: &[Counted], mut encoder: DescriptorEncoder<'_>) -> fmt::Re
 /// Errors that have not occurred are written, too: without a 0 first, the first one would be no increase.
 fn errors(counted: &[Counted], mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
     let rows = counted.iter().flat_map(|counted| {
-        let protocols = [Protocol::Tcp, Protocol::Udp].into_iter().filter(|protocol| has(counted, *protocol));
         let kinds = |protocol| FailureKind::ALL.into_iter().filter(move |kind| kind.is_of(protocol));
-        let kinds = protocols.flat_map(move |protocol| kinds(protocol).map(move |kind| (protocol, kind)));
+        let kinds =
+            protocols(counted).flat_map(move |protocol| kinds(protocol).map(move |kind| (protocol, kind)));
         kinds.map(|(protocol, kind)| {
-            let labels =
-                [("mapping", counted.name.as_str()), ("protocol", text(protocol)), ("reason", kind.as_str())];
+            let labels = [
+                ("mapping", counted.name.as_str()),
+                ("protocol", protocol.as_str()),
+                ("reason", kind.as_str()),
+            ];
             (labels, counted.sum(|stats| stats.failures_of(protocol, kind)))
         })
     });
@@ -179,7 +187,7 @@ fn connect_durations(counted: &[Counted], mut encoder: DescriptorEncoder<'_>) ->
     let name = "rproxy_mapping_connect_duration";
     let help = "How long backends took to accept connections";
     let mut metric = encoder.encode_descriptor(name, help, Some(&Unit::Seconds), MetricType::Histogram)?;
-    for counted in counted.iter().filter(|counted| counted.has_tcp) {
+    for counted in counted.iter().filter(|counted| has_connections(counted)) {
         let bounds = ConnectTimes::BOUNDS.iter().map(|bound| bound.as_secs_f64()).chain([f64::INFINITY]);
         let mut buckets: Vec<(f64, u64)> = bounds.map(|bound| (bound, 0)).collect();
         let mut sum = 0.0;
@@ -197,29 +205,28 @@ fn connect_durations(counted: &[Counted], mut encoder: DescriptorEncoder<'_>) ->
     Ok(())
 }
 
-/// The sums of a counter by mapping, of those with this protocol.
+/// The sums of a counter by mapping, of those that have it.
 fn by_name<'a>(
     counted: &'a [Counted],
-    protocol: Protocol,
+    has: fn(&Counted) -> bool,
     counter: Select,
 ) -> impl Iterator<Item = (Labels<'a, 1>, u64)> {
-    let counted = counted.iter().filter(move |counted| has(counted, protocol));
+    let counted = counted.iter().filter(move |counted| has(counted));
     counted
         .map(move |counted| ([("mapping", counted.name.as_str())], counted.sum(|stats| counter(stats).get())))
 }
 
-fn has(counted: &Counted, protocol: Protocol) -> bool {
-    match protocol {
-        Protocol::Tcp => counted.has_tcp,
-        Protocol::Udp => counted.has_udp,
-    }
+fn has_connections(counted: &Counted) -> bool {
+    counted.connections.is_some()
 }
 
-fn text(protocol: Protocol) -> &'static str {
-    match protocol {
-        Protocol::Tcp => "tcp",
-        Protocol::Udp => "udp",
-    }
+fn has_flows(counted: &Counted) -> bool {
+    counted.has_udp
+}
+
+/// The protocols that something is counted of.
+fn protocols(counted: &Counted) -> impl Iterator<Item = Protocol> + use<> {
+    counted.connections.into_iter().chain(counted.has_udp.then_some(Protocol::Udp))
 }
 
 fn size(count: usize) -> u64 {

@@ -96,7 +96,9 @@ impl MetricsListener {
             MetricsAddr::Tcp(at) => {
                 let listener = match Listener::adopt(socket, Protocol::Tcp)? {
                     Listener::Tcp(listener) => listener,
-                    Listener::Udp(_) => return Err(AdoptError::WrongKind(Protocol::Tcp).into()),
+                    Listener::Udp(_) | Listener::Sctp(_) => {
+                        return Err(AdoptError::WrongKind(Protocol::Tcp).into());
+                    }
                 };
                 let bound = listener.local_addr().map_err(AdoptError::Setup)?;
                 if bound.ip() != at.ip() || at.port() != 0 && bound.port() != at.port() {

@@ -112,7 +112,7 @@ pub(crate) struct Description {
     pub(super) host: String,
     /// The bound ports: `8080`, `8000-8010`.
     pub(super) ports: String,
-    /// `tcp`, `udp` or `tcp+udp`.
+    /// `tcp`, `udp`, `tcp+udp` or `sctp`.
     pub(super) protocol: String,
     /// The address and ports of the backend.
     pub(super) backend: String,

@@ -52,7 +52,7 @@ pub(super) fn encode(endpoints: &Endpoints, protocol: Protocol, out: &mut impl B
 
 fn transport(protocol: Protocol) -> u8 {
     match protocol {
-        Protocol::Tcp => STREAM,
+        Protocol::Tcp | Protocol::Sctp => STREAM,
         Protocol::Udp => DGRAM,
     }
 }

@@ -215,6 +215,12 @@ const OF_TCP: &[Options] = &[
     (libc::SOL_TCP, libc::TCP_QUICKACK, libc::TCP_QUICKACK),
 ];
 
+/// Options of SCTP sockets beside those (linux/sctp.h): `SCTP_INITMSG` and `SCTP_NODELAY`, and `SCTP_RECVRCVINFO`.
+const OF_SCTP: &[Options] = &[(SOL_SCTP, 2, 3), (SOL_SCTP, 32, 32)];
+
+/// The option level of SCTP (linux/sctp.h).
+const SOL_SCTP: i32 = 132;
+
 /// Options of flows: buffers, GSO and GRO, ancillary data, and sharing the listener's port.
 const OF_UDP: &[Options] = &[
     (libc::SOL_SOCKET, libc::SO_REUSEADDR, libc::SO_REUSEADDR),
@@ -258,7 +264,8 @@ const OF_CHANGES: &[Options] = &[
 fn options(needs: &Needs<'_>) -> Result<Vec<SeccompRule>, seccompiler::BackendError> {
     let changes = needs.changes.is_some();
     let served = [
-        (OF_TCP, changes || needs.tcp()),
+        (OF_TCP, changes || needs.tcp() || needs.sctp()),
+        (OF_SCTP, changes || needs.sctp()),
         (OF_UDP, changes || needs.udp),
         (OF_MARKS, changes || needs.dscp),
         (OF_CLIENTS, changes || needs.sources.clients),

@@ -74,6 +74,8 @@ pub struct Needs<'a> {
     pub sources: Sources,
     /// The ports of TCP backends.
     pub tcp_backends: Vec<u16>,
+    /// The ports of SCTP backends.
+    pub sctp_backends: Vec<u16>,
     /// Whether the access log is written to a Unix socket, which may have to be connected again.
     pub log_socket: bool,
     /// Whether it is written to a file, which may be another one later.
@@ -121,9 +123,12 @@ const FIRST_UNPRIVILEGED: u16 = 1024;
 impl<'a> Needs<'a> {
     /// What serving exactly these ports needs.
     pub fn to_serve<'f>(ports: impl IntoIterator<Item = &'f PortMapping>) -> Self {
-        let (udp, tcp): (Vec<&PortMapping>, Vec<&PortMapping>) =
+        let (udp, others): (Vec<&PortMapping>, Vec<&PortMapping>) =
             ports.into_iter().partition(|port_mapping| port_mapping.protocol == Protocol::Udp);
-        let tcp_backends = tcp.iter().map(|port_mapping| port_mapping.backend.socket_addr().port()).collect();
+        let backends = |protocol| {
+            let ports = others.iter().filter(|port_mapping| port_mapping.protocol == protocol);
+            ports.map(|port_mapping| port_mapping.backend.socket_addr().port()).collect()
+        };
         Self {
             user: None,
             udp: !udp.is_empty(),
@@ -132,7 +137,8 @@ impl<'a> Needs<'a> {
                 .any(|port_mapping| port_mapping.host.socket_addr().port() < FIRST_UNPRIVILEGED),
             dscp: false,
             sources: Sources::default(),
-            tcp_backends,
+            tcp_backends: backends(Protocol::Tcp),
+            sctp_backends: backends(Protocol::Sctp),
             log_socket: false,
             log_file: false,
             abstract_sockets: false,
@@ -145,6 +151,11 @@ impl<'a> Needs<'a> {
     /// Whether TCP is relayed.
     fn tcp(&self) -> bool {
         !self.tcp_backends.is_empty()
+    }
+
+    /// Whether SCTP is relayed.
+    fn sctp(&self) -> bool {
+        !self.sctp_backends.is_empty()
     }
 }
 

@@ -153,7 +153,14 @@ fn rules(needs: &Needs<'_>) -> Result<RulesetCreated, RulesetError> {
         // Binding is refused for all ports, unless connections come from those of clients. (A connect does not need it
         // for its local port.)
         None => created
-            .add_rules(needs.tcp_backends.iter().map(|port| Ok(NetPort::new(*port, AccessNet::ConnectTcp)))),
+            // Before Linux 6.14, the rules for TCP also bind SCTP (hook_socket_connect in security/landlock/net.c).
+            .add_rules(
+                needs
+                    .tcp_backends
+                    .iter()
+                    .chain(&needs.sctp_backends)
+                    .map(|port| Ok(NetPort::new(*port, AccessNet::ConnectTcp))),
+            ),
     }
 }
 

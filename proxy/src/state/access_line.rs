@@ -43,7 +43,8 @@ struct Line<'a> {
 pub(super) fn write(text: &mut Vec<u8>, format: Format, record: &Record) {
     let Record { port, to_backend, to_client, .. } = record;
     let is_tcp = port.port_mapping.protocol == Protocol::Tcp;
-    let datagrams = |traffic: &Traffic| (!is_tcp).then(|| traffic.datagrams());
+    let is_udp = port.port_mapping.protocol == Protocol::Udp;
+    let datagrams = |traffic: &Traffic| is_udp.then(|| traffic.datagrams());
     let line = Line {
         client: record.client(),
         host: record.host,

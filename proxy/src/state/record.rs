@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 use rproxy_mapping::PortMapping;
-use rproxy_mapping::addr::{BackendAddr, Protocol};
+use rproxy_mapping::addr::BackendAddr;
 use rproxy_mapping::name::Name;
 
 /// How a connection or flow ended.
@@ -228,9 +228,9 @@ impl Record {
 
     /// Its state, as people are shown it.
     pub(crate) fn state(&self) -> &'static str {
-        let is_tcp = self.port.port_mapping.protocol == Protocol::Tcp;
+        let is_connection = self.port.port_mapping.protocol.has_connections();
         match (self.to_backend.has_ended(), self.to_client.has_ended()) {
-            _ if is_tcp && self.connected.get().is_none() => "dialling",
+            _ if is_connection && self.connected.get().is_none() => "dialling",
             (false, false) => "open",
             (true, false) => "closed_by_client",
             (false, true) => "closed_by_backend",
@@ -354,6 +354,8 @@ impl Moment {
 
 #[cfg(test)]
 mod tests {
+    use rproxy_mapping::addr::Protocol;
+
     use super::*;
 
     fn record(protocol: Protocol) -> Record {

@@ -89,7 +89,7 @@ impl FailureKind {
         Self::Forged,
     ];
 
-    /// The kinds that clients of both protocols have.
+    /// The kinds that connections and flows have.
     pub const OF_BOTH: [Self; 3] = [Self::Denied, Self::BadProxyHeader, Self::SourceUnavailable];
 
     fn index_among_both(self) -> Option<usize> {
@@ -98,14 +98,14 @@ impl FailureKind {
 
     /// Whether clients of `protocol` can have it.
     pub fn is_of(self, protocol: Protocol) -> bool {
-        let of_tcp = match self {
+        let of_connections = match self {
             Self::Refused | Self::ConnectTimeout | Self::ConnectFailed => true,
             Self::Broken | Self::Idle | Self::OverLimit => true,
             Self::FlowFailed | Self::FlowDisplaced | Self::DatagramRefused => false,
             Self::NoBuffer | Self::TooLarge | Self::Forged => false,
             Self::Denied | Self::BadProxyHeader | Self::SourceUnavailable => return true,
         };
-        of_tcp == (protocol == Protocol::Tcp)
+        of_connections == protocol.has_connections()
     }
 
     /// Its name in the control protocol.
@@ -133,17 +133,17 @@ impl FailureKind {
 /// The counters of a mapping.
 #[derive(Debug, Default)]
 pub struct Stats {
-    /// Current TCP connections.
+    /// Current connections, of TCP or SCTP.
     pub connections: Counter,
-    /// TCP connections since the mapping was added.
+    /// Connections since the mapping was added.
     pub connections_total: Counter,
     /// Current UDP flows.
     pub flows: Counter,
     /// UDP flows since the mapping was added.
     pub flows_total: Counter,
-    /// Bytes that backends accepted over TCP.
+    /// Bytes that backends accepted over connections.
     pub tcp_bytes_in: Counter,
-    /// Bytes that clients accepted over TCP.
+    /// Bytes that clients accepted over connections.
     pub tcp_bytes_out: Counter,
     /// Bytes of datagrams to backends.
     pub udp_bytes_in: Counter,

@@ -1,4 +1,4 @@
-//! Accepts connections: one task for all TCP listeners.
+//! Accepts connections: one task for all listeners of TCP and SCTP.
 //!
 //! Each turn accepts a bounded burst from each ready listener, and sends the connections to workers. A
 //! listener whose mapping is full is not watched until a connection ends. While descriptors are exhausted,
@@ -12,7 +12,8 @@ use std::sync::Arc;
 
 use nix::errno::Errno;
 use nix::sys::epoll::{EpollEvent, EpollFlags};
-use rproxy_mapping::addr::{BackendAddr, HostSocketAddr, canonical};
+use rproxy_mapping::PortMapping;
+use rproxy_mapping::addr::{HostSocketAddr, Protocol, canonical};
 use rproxy_mapping::limits::OnLimit;
 use rproxy_sys::socket;
 use rustix::net::connect_unspec;
@@ -43,7 +44,7 @@ const BURST: usize = 64;
 /// there is always another one.
 const LONGEST_BACKLOG: usize = 4096;
 
-/// The task that accepts the connections of all TCP mappings.
+/// The task that accepts the connections of all mappings.
 pub(crate) struct Acceptor {
     poll: EventSource,
     commands: Commands,
@@ -212,7 +213,10 @@ impl Acceptor {
         for event in events {
             let number = usize::try_from(event.data() & !LISTENER).unwrap_or(usize::MAX);
             let Some(Some(listener)) = self.listeners.get(number) else { continue };
-            if event.events().intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR) {
+            if is_of_a_client(listener, event.events()) {
+                // It would be reported again and again.
+                drop(SockRef::from(listener.port.as_ref()).take_error());
+            } else if event.events().intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR) {
                 self.revive(number)?;
                 continue;
             }
@@ -309,36 +313,43 @@ impl Pause {
     }
 }
 
-/// Sockets for connections to backends, opened before there is a client, at most one per family. An accepted
-/// client can then always be served.
+/// Sockets for connections to backends, opened before there is a client, at most one per family and protocol. An
+/// accepted client can then always be served.
 #[derive(Default)]
 struct BackendSockets {
     v4: Option<Socket>,
     v6: Option<Socket>,
+    sctp_v4: Option<Socket>,
+    sctp_v6: Option<Socket>,
 }
 
 impl BackendSockets {
-    /// Returns a socket for `backend`, or why none can be opened.
+    /// Returns a socket for the backend of `port`, or why none can be opened.
     ///
     /// # Errors
     /// None can be opened now, because a resource is exhausted that others may release.
-    fn take(&mut self, backend: BackendAddr) -> io::Result<io::Result<Socket>> {
-        if let Some(socket) = self.of(backend).take() {
+    fn take(&mut self, port: &PortMapping) -> io::Result<io::Result<Socket>> {
+        if let Some(socket) = self.of(port).take() {
             return Ok(Ok(socket));
         }
-        match dial::open(backend) {
+        match dial::open(port) {
             Err(error) if is_exhaustion(&error) => Err(error),
             opened => Ok(opened),
         }
     }
 
-    /// Keeps a socket for `backend` that was not needed.
-    fn keep(&mut self, backend: BackendAddr, socket: io::Result<Socket>) {
-        *self.of(backend) = socket.ok();
+    /// Keeps a socket for the backend of `port` that was not needed.
+    fn keep(&mut self, port: &PortMapping, socket: io::Result<Socket>) {
+        *self.of(port) = socket.ok();
     }
 
-    fn of(&mut self, backend: BackendAddr) -> &mut Option<Socket> {
-        if backend.socket_addr().is_ipv4() { &mut self.v4 } else { &mut self.v6 }
+    fn of(&mut self, port: &PortMapping) -> &mut Option<Socket> {
+        match (port.protocol, port.backend.socket_addr()) {
+            (Protocol::Sctp, SocketAddr::V4(_)) => &mut self.sctp_v4,
+            (Protocol::Sctp, SocketAddr::V6(_)) => &mut self.sctp_v6,
+            (_, SocketAddr::V4(_)) => &mut self.v4,
+            (_, SocketAddr::V6(_)) => &mut self.v6,
+        }
     }
 }
 
@@ -363,7 +374,7 @@ fn accept_some(
     ready: &mut Vec<Accepted>,
 ) -> io::Result<Stop> {
     let Binding { port, target } = listener;
-    let (policy, addr) = (&target.policy, target.port_mapping.backend);
+    let (policy, mapped, addr) = (&target.policy, &target.port_mapping, target.port_mapping.backend);
     // For the accepting worker; the others start theirs when they start.
     reactor::start()?;
     for _ in 0..most {
@@ -372,11 +383,11 @@ fn accept_some(
             target.is_full();
             return Ok(Stop::Full);
         }
-        let backend = backends.take(addr)?;
+        let backend = backends.take(mapped)?;
         let (client, peer) = match socket::accept(port.as_fd()) {
             Ok((client, peer)) => (client, canonical(peer)),
             Err(error) => {
-                backends.keep(addr, backend);
+                backends.keep(mapped, backend);
                 match error {
                     error if error.kind() == io::ErrorKind::WouldBlock => return Ok(Stop::Empty),
                     error if is_the_clients(&error) => continue,
@@ -394,10 +405,10 @@ fn accept_some(
         let is_proxy = policy.limits.proxy_protocol.expects_header(peer.ip());
         // The client of a proxy is known later.
         if !is_proxy && !target.admits(peer) {
-            backends.keep(addr, backend);
+            backends.keep(mapped, backend);
             target.log_refusal(peer, Ending::Denied);
         } else if !has_room {
-            backends.keep(addr, backend);
+            backends.keep(mapped, backend);
             target.is_over_limit(peer);
             target.log_refusal(peer, Ending::OverLimit);
         } else {
@@ -433,6 +444,11 @@ fn reset_without_backend(client: OwnedFd, peer: SocketAddr, mut guard: Connectio
     record(&mut guard, peer, &client);
     report_failed_dial(peer, &guard, &DialError::Open { addr, source });
     drop(client);
+}
+
+/// Whether an error that a listener reports is that of an SCTP association that was aborted before it was accepted.
+fn is_of_a_client(listener: &Binding, reported: EpollFlags) -> bool {
+    listener.target.port_mapping.protocol == Protocol::Sctp && !reported.intersects(EpollFlags::EPOLLHUP)
 }
 
 /// Whether the error concerns a single connection, not the listener (accept(2), "Error handling").

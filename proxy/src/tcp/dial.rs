@@ -10,16 +10,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use rproxy_mapping::addr::BackendAddr;
+use rproxy_mapping::PortMapping;
+use rproxy_mapping::addr::{BackendAddr, Protocol};
 use rproxy_mapping::dscp::Dscp;
 use rproxy_sys::socket::set_traffic_class;
-use socket2::{Domain, SockRef, Socket, Type};
+use socket2::{Domain, Protocol as Transport, SockRef, Socket, Type};
 use tokio::time::timeout;
 use tracing::{debug, warn};
 
 use super::local_ports;
 use super::stream::Stream;
-use crate::bind::listen::set_stream_options;
+use crate::bind::listen::{set_message_options, set_stream_options};
 use crate::bind::source::SourceError;
 use crate::log::limit::LogLimit;
 use crate::state::Target;
@@ -100,12 +101,17 @@ async fn started(socket: Socket, addr: SocketAddr, has_port: &AtomicBool) -> io:
     started.map(|()| socket)
 }
 
-/// Opens a socket for a connection to `backend`.
+/// Opens a socket for a connection to the backend of `port_mapping`.
 ///
 /// # Errors
 /// Those of socket(2) and setsockopt(2).
-pub(super) fn open(backend: BackendAddr) -> io::Result<Socket> {
-    let domain = Domain::for_address(backend.socket_addr());
+pub(super) fn open(port_mapping: &PortMapping) -> io::Result<Socket> {
+    let domain = Domain::for_address(port_mapping.backend.socket_addr());
+    if port_mapping.protocol == Protocol::Sctp {
+        let socket = Socket::new(domain, Type::STREAM.nonblocking(), Some(Transport::SCTP))?;
+        set_message_options(&SockRef::from(&socket))?;
+        return Ok(socket);
+    }
     let socket = Socket::new(domain, Type::STREAM.nonblocking(), None)?;
     set_stream_options(&SockRef::from(&socket))?;
     // Lets a mapping listen on the socket's local port (socket(7)).
@@ -121,7 +127,7 @@ pub(super) fn open(backend: BackendAddr) -> io::Result<Socket> {
 /// Those of [`open`].
 pub(super) fn open_for(target: &Target) -> io::Result<Socket> {
     let backend = target.port_mapping.backend;
-    let socket = open(backend)?;
+    let socket = open(&target.port_mapping)?;
     if let Some(dscp) = target.policy.limits.dscp {
         mark(&socket, backend.socket_addr().is_ipv6(), dscp, target);
     }
@@ -193,6 +199,7 @@ mod tests {
     use std::net::{TcpListener, TcpStream};
     use std::os::fd::AsFd;
 
+    use rproxy_mapping::addr::HostSocketAddr;
     use rproxy_sys::socket::accept;
 
     use super::*;
@@ -200,12 +207,16 @@ mod tests {
 
     /// Dials `backend` on behalf of a client.
     fn dialled(backend: &str) -> Result<Stream, DialError> {
-        let backend = backend.parse().unwrap();
+        let backend: SocketAddr = backend.parse().unwrap();
+        let backend = BackendAddr::try_from(backend).unwrap();
+        let host = HostSocketAddr::new(backend.host(), 0);
+        let port_mapping = PortMapping { protocol: Protocol::Tcp, host, backend, v6only: false };
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         new_runtime().unwrap().block_on(async {
             let client = Stream::new(accept(listener.as_fd()).unwrap().0).unwrap();
-            dial(Begun::Not(open(backend).unwrap()), backend, Some(Duration::from_secs(10)), &client).await
+            dial(Begun::Not(open(&port_mapping).unwrap()), backend, Some(Duration::from_secs(10)), &client)
+                .await
         })
     }
 

@@ -3,7 +3,7 @@
 //! A connection stays on one worker from accept to close. [`accept`] takes it from the listener and assigns
 //! it to a worker. There, [`dial_and_relay`] dials the backend ([`dial`]) and relays until both directions have
 //! ended ([`relay`]). Each direction is a [`half`], which copies, or splices ([`bulk`]) through a pooled
-//! [`pipe`] during bulk transfers.
+//! [`pipe`] during bulk transfers. SCTP takes the same way, but [`messages`] relays what its connections carry.
 
 pub(crate) mod accept;
 mod backoff;
@@ -14,6 +14,7 @@ mod dial;
 mod direction;
 mod half;
 mod local_ports;
+mod messages;
 mod meter;
 mod pipe;
 mod proxy_header;
@@ -88,7 +89,8 @@ fn dial_and_relay(accepted: Accepted, slot: WorkerSlot, entry: Entry) -> impl Fu
         let (guard, _slot) = (&guard, &slot);
         // On the heap, so that its timer does not enlarge the future of the connection.
         let Some(backend) = Box::pin(dialled(socket, &client, peer, guard)).await else { return };
-        if header.is_none() && !client.is_readable() {
+        let is_tcp = guard.port_mapping().protocol == Protocol::Tcp;
+        if is_tcp && header.is_none() && !client.is_readable() {
             backend.acknowledge();
         }
         let outcome = relay::relay(&client, &backend, guard, header).await;
@@ -228,7 +230,7 @@ mod tests {
         let guard = ConnectionGuard::take(&Arc::new(Target { port_mapping, policy }));
         let fd = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().into();
         let peer = SocketAddr::from(([127, 0, 0, 1], 1));
-        let backend = dial::open(guard.port_mapping().backend).unwrap();
+        let backend = dial::open(guard.port_mapping()).unwrap();
         let mut size = 0;
         let mapping = guard.state().clone();
         let _entered = runtime.enter();

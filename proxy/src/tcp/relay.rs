@@ -5,10 +5,12 @@ use std::net::Shutdown;
 use std::pin::pin;
 use std::time::Duration;
 
+use rproxy_mapping::addr::Protocol;
 use socket2::SockRef;
 
 use super::direction::{Direction, End};
 use super::half::{pump, pump_on};
+use super::messages;
 use super::meter::Meter;
 use super::proxy_header::Header;
 use super::stream::{Stream, close_in_order, deliver_then_reset, reset_on_close};
@@ -42,13 +44,14 @@ pub(super) struct Finish {
 
 /// A side of a connection.
 #[derive(Clone, Copy, Debug)]
-enum Side {
+pub(super) enum Side {
     Client,
     Backend,
 }
 
 impl Side {
-    fn other(self) -> Self {
+    /// The opposite side.
+    pub(super) fn other(self) -> Self {
         match self {
             Self::Client => Self::Backend,
             Self::Backend => Self::Client,
@@ -56,7 +59,7 @@ impl Side {
     }
 
     /// This side was the first to end its stream, and nothing failed.
-    fn closed(self) -> Finish {
+    pub(super) fn closed(self) -> Finish {
         let ending = match self {
             Self::Client => Ending::ClientClosed,
             Self::Backend => Ending::BackendClosed,
@@ -65,7 +68,7 @@ impl Side {
     }
 
     /// This side has failed with `error`.
-    fn failed(self, error: io::Error) -> Finish {
+    pub(super) fn failed(self, error: io::Error) -> Finish {
         let ending = match (self, error.kind()) {
             (Self::Client, io::ErrorKind::TimedOut) => Ending::ClientTimeout,
             (Self::Client, _) => Ending::ClientReset,
@@ -98,9 +101,11 @@ pub(super) async fn relay(
     let down = Direction { source: backend, sink: client, meter: &to_client, opposite: &to_backend };
     let begun = header.map_or(Step::NotReady, |header| transfer::copy_behind(&header.0, &up));
     let limit = guard.limits().idle_timeout;
-    let is_usual = limit.is_none() && matches!(begun, Step::NotReady | Step::Moved(_));
-    // On the heap, because few mappings have a timeout, and few backends no room for a header.
-    let unusual = (!is_usual).then(|| Box::pin(both_ways_unless_idle(&up, &down, limit, begun)));
+    let protocol = guard.port_mapping().protocol;
+    let is_usual =
+        limit.is_none() && protocol == Protocol::Tcp && matches!(begun, Step::NotReady | Step::Moved(_));
+    // On the heap, because few mappings have a timeout or SCTP, and few backends no room for a header.
+    let unusual = (!is_usual).then(|| Box::pin(both_ways_unless_idle(&up, &down, limit, begun, protocol)));
     let finish = match unusual {
         None => both_ways(&up, &down, pump(&up)).await,
         Some(both_ways) => both_ways.await,
@@ -118,9 +123,14 @@ async fn both_ways_unless_idle(
     down: &Direction<'_>,
     limit: Option<Duration>,
     begun: Step,
+    protocol: Protocol,
 ) -> Finish {
-    let upstream = pump_on(begun, up);
-    let both_ways = both_ways(up, down, upstream);
+    let both_ways = async {
+        match protocol {
+            Protocol::Sctp => messages::both_ways(up, down).await,
+            _ => both_ways(up, down, pump_on(begun, up)).await,
+        }
+    };
     let Some(limit) = limit else { return both_ways.await };
     tokio::select! {
         biased;

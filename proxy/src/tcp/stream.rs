@@ -8,7 +8,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use nix::sys::epoll::EpollFlags;
-use rproxy_sys::socket;
+use rproxy_sys::{sctp, socket};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 use socket2::SockRef;
@@ -21,10 +21,10 @@ use crate::log::limit::LogLimit;
 const RESET_GRACE: Duration = Duration::from_secs(1);
 
 /// The first delay between two checks of the peer's progress; each is twice as long as the one before.
-const FIRST_LOOK: Duration = Duration::from_millis(5);
+pub(super) const FIRST_LOOK: Duration = Duration::from_millis(5);
 
 /// The longest of these delays, which bounds how late a reset is sent.
-const LONGEST_LOOK: Duration = Duration::from_millis(80);
+pub(super) const LONGEST_LOOK: Duration = Duration::from_millis(80);
 
 /// The readiness of a socket that has failed.
 const FAILED: EpollFlags = EpollFlags::EPOLLERR;
@@ -143,6 +143,22 @@ impl Stream {
         self.attempt(Use::Write, 0, |socket| Ok(call(socket)?))
     }
 
+    /// Makes a call that receives a message of any length but 0.
+    pub(super) fn read_by_message(
+        &self,
+        call: impl FnOnce(BorrowedFd<'_>) -> io::Result<()>,
+    ) -> io::Result<()> {
+        self.attempt(Use::Read, 0, |socket| call(socket).map(|()| 0)).map(drop)
+    }
+
+    /// Makes a call that sends a message.
+    pub(super) fn write_by_message(
+        &self,
+        call: impl FnOnce(BorrowedFd<'_>) -> io::Result<()>,
+    ) -> io::Result<()> {
+        self.attempt(Use::Write, 0, |socket| call(socket).map(|()| 0)).map(drop)
+    }
+
     /// Makes `call`, and records the readiness of the socket if it moves less than `wanted` bytes.
     fn attempt(
         &self,
@@ -238,10 +254,17 @@ impl Stream {
         }
     }
 
-    /// The number of written bytes that the peer has not acknowledged yet.
+    /// The number of written bytes that the peer has not acknowledged yet, or of chunks over SCTP.
     pub(super) fn unacknowledged(&self) -> usize {
-        // This cannot fail on a connected socket.
-        socket::unacknowledged(self.as_fd()).unwrap_or(0)
+        // This cannot fail on a connected socket. SCTP has no such ioctl(2).
+        socket::unacknowledged(self.as_fd())
+            .or_else(|_of_sctp| sctp::unacknowledged(self.as_fd()))
+            .unwrap_or(0)
+    }
+
+    /// Whether an SCTP socket still has its association.
+    pub(super) fn is_associated(&self) -> bool {
+        sctp::unacknowledged(self.as_fd()).is_ok()
     }
 
     /// Sends what [`Self::write_last`] held back (setting `TCP_NODELAY` flushes, tcp(7)).

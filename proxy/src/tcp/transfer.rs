@@ -16,6 +16,11 @@ thread_local! {
     static BUFFER: RefCell<Box<[u8]>> = RefCell::new(vec![0; BUFFER_SIZE].into_boxed_slice());
 }
 
+/// Lends the worker's buffer to `task`.
+pub(super) fn with_buffer<T>(task: impl FnOnce(&mut [u8]) -> T) -> T {
+    BUFFER.with_borrow_mut(|buffer| task(buffer))
+}
+
 /// The result of a step.
 pub(super) enum Step {
     /// Some bytes were moved; there may be more.

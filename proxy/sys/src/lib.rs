@@ -11,6 +11,7 @@ pub mod netlink;
 pub mod pass;
 pub mod process;
 pub mod route;
+pub mod sctp;
 pub mod seccomp;
 pub mod socket;
 pub mod udp;

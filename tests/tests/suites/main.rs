@@ -23,6 +23,7 @@ mod proxy_protocol;
 mod records;
 mod relay;
 mod sandbox;
+mod sctp;
 mod service;
 mod shim;
 mod soak;
@@ -64,6 +65,7 @@ fn main() -> ExitCode {
         upgrade,
         attach,
         sandbox,
+        sctp,
         hostile,
         faults,
         netns_setup,

@@ -1,12 +1,12 @@
 //! Accepting, with real sockets, and what is decided without them.
 
 use std::io::{Read, Write};
-use std::net::{IpAddr, Ipv4Addr, TcpListener, TcpStream};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::time::Duration;
 
 use rproxy_mapping::PortMapping;
-use rproxy_mapping::addr::Protocol;
+use rproxy_mapping::addr::BackendAddr;
 use rproxy_mapping::limits::Limits;
 use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot};
@@ -88,16 +88,19 @@ fn errors_of_a_client_are_told_from_a_shortage_and_from_those_of_the_listener() 
 
 #[test]
 fn a_socket_that_no_client_needed_is_used_for_the_next_one_of_its_family() {
-    let [v4, v6] = ["127.0.0.1:80", "[::1]:80"].map(|backend| backend.parse::<BackendAddr>().unwrap());
+    let [v4, v6] = [IpAddr::from(Ipv4Addr::LOCALHOST), IpAddr::from(Ipv6Addr::LOCALHOST)].map(|ip| {
+        let backend = BackendAddr::new(ip, 80).unwrap();
+        PortMapping { protocol: Protocol::Tcp, host: HostSocketAddr::new(ip, 0), backend, v6only: false }
+    });
     let mut sockets = BackendSockets::default();
-    let first = sockets.take(v4).unwrap().unwrap();
+    let first = sockets.take(&v4).unwrap().unwrap();
     let number = first.as_raw_fd();
-    sockets.keep(v4, Ok(first));
+    sockets.keep(&v4, Ok(first));
     // If there is IPv6 at all.
-    if let Ok(other) = sockets.take(v6).unwrap() {
+    if let Ok(other) = sockets.take(&v6).unwrap() {
         assert_ne!(other.as_raw_fd(), number);
     }
-    assert_eq!(sockets.take(v4).unwrap().unwrap().as_raw_fd(), number);
+    assert_eq!(sockets.take(&v4).unwrap().unwrap().as_raw_fd(), number);
 }
 
 /// A task with one listener, and the backend of its mapping. The listener is served at once.

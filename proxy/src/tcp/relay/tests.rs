@@ -109,7 +109,9 @@ async fn serve(front: &TcpListener, target: &Arc<Target>) -> Outcome {
     let guard = ConnectionGuard::take(target);
     let client = Stream::new(accept(front.as_fd()).unwrap().0).unwrap();
     let backend = target.port_mapping.backend;
-    let backend = dial::dial(Begun::Not(dial::open(backend).unwrap()), backend, None, &client).await.unwrap();
+    let backend = dial::dial(Begun::Not(dial::open(guard.port_mapping()).unwrap()), backend, None, &client)
+        .await
+        .unwrap();
     backend.acknowledge();
     relay(&client, &backend, &guard, None).await
 }

@@ -54,7 +54,6 @@ const CASES: &[Row] = &[
     ("port taken", ForBoth, port_taken),
     ("address not on this machine", ForBoth, foreign_address),
     ("host port missing", ForBoth, host_port_missing),
-    ("sctp refused", ForRproxy("docker-proxy relays it"), sctp_refused),
     (
         "unknown protocol",
         Differently("docker-proxy 20.10 leaves dockerd without a message"),
@@ -270,11 +269,6 @@ fn host_port_missing(subject: Subject) {
         Oracle => assert_ne!(message, ""),
         _ => assert!(message.contains("-host-port is missing"), "{message:?}"),
     }
-}
-
-fn sctp_refused(subject: Subject) {
-    let message = subject.failure(&mapping("sctp", own_address(), own_address()));
-    assert!(message.to_lowercase().contains("sctp"), "{message:?}");
 }
 
 fn unknown_protocol(subject: Subject) {

@@ -68,7 +68,7 @@ fn bad_input(stage: &Stage) {
     refused(stage, "up --subnet 172.18.0.0/16", 1, "run `netns-setup down --state-dir ");
     refused(stage, "attach web --firewall iptables", 1, "--firewall nft");
     stage.ok("attach web");
-    refused(stage, "publish web -p 80:80/sctp", 2, "'sctp' is not a protocol that is relayed");
+    refused(stage, "publish web -p 80:80/sctp", 2, "netns-setup publishes no sctp");
     refused(stage, "publish web -P", 1, "exposes no ports");
     refused(
         stage,
