@@ -109,7 +109,7 @@ pub fn config(bytes: &[u8]) {
 pub fn control(bytes: &[u8]) {
     let (_id, request) = protocol::decode(bytes);
     match request {
-        Ok(protocol::Request::Add { mappings } | protocol::Request::Apply { mappings }) => {
+        Ok(protocol::Request::Add { mappings } | protocol::Request::Apply { mappings, .. }) => {
             for wire in mappings {
                 let Ok(mapping) = wire.read(&NoInterfaces, ScopedIp::ANY) else { continue };
                 let again = WireMapping::of(&mapping).read(&NoInterfaces, ScopedIp::ANY);

@@ -2,10 +2,12 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use rproxy_sys::pass::send_before_json;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -118,6 +120,13 @@ impl Conversation {
     /// Sends raw bytes, which need not be a request.
     pub fn send(&mut self, bytes: &[u8]) -> std::io::Result<()> {
         self.0.get_mut().write_all(bytes)
+    }
+
+    /// Sends a request with sockets, and returns the response.
+    #[track_caller]
+    pub fn ask_with(&mut self, request: &Value, sockets: &[BorrowedFd<'_>]) -> Value {
+        send_before_json(self.0.get_ref().as_fd(), sockets).unwrap();
+        self.ask(request)
     }
 
     /// Reads a response; `None` at the end of the stream.

@@ -3,7 +3,7 @@
 //! A socket with the name of a mapping belongs to that mapping, wherever it listens: that was the choice of
 //! whoever bound it. Each other socket belongs to the mapping that would otherwise have bound its address.
 
-use std::net::SocketAddr;
+use std::collections::HashMap;
 
 use rproxy_mapping::addr::{HostSocketAddr, Protocol, canonical};
 use rproxy_mapping::name::Name;
@@ -15,7 +15,16 @@ use crate::bind::listen::Listener;
 
 /// Inherited sockets that no mapping has taken yet.
 #[derive(Debug, Default)]
-pub struct InheritedSockets(Vec<PassedSocket>);
+pub struct InheritedSockets {
+    /// `None` once a mapping has taken it.
+    sockets: Vec<Option<PassedSocket>>,
+    /// The indices of sockets, by what they listen on.
+    by_place: HashMap<Place, Vec<usize>>,
+    /// Whether sockets that no mapping takes are closed in silence: whoever passed them is told in another way.
+    is_silent: bool,
+}
+
+type Place = (Protocol, HostSocketAddr);
 
 /// A socket that another process bound for this one.
 #[derive(Debug)]
@@ -26,10 +35,36 @@ pub struct PassedSocket {
     pub listener: Listener,
 }
 
+impl PassedSocket {
+    fn place(&self) -> Option<Place> {
+        let addr = self.listener.local_addr().ok()?;
+        Some((self.listener.protocol(), HostSocketAddr::new(addr, addr.port())))
+    }
+}
+
 impl InheritedSockets {
     /// These sockets, in this order.
     pub fn new(sockets: Vec<PassedSocket>) -> Self {
-        Self(sockets)
+        let mut by_place: HashMap<Place, Vec<usize>> = HashMap::with_capacity(sockets.len());
+        for (index, socket) in sockets.iter().enumerate() {
+            if let Some(place) = socket.place() {
+                by_place.entry(place).or_default().push(index);
+            }
+        }
+        Self { sockets: sockets.into_iter().map(Some).collect(), by_place, is_silent: false }
+    }
+
+    /// The sockets that came with the request of a client, who is told which one no mapping takes.
+    pub(crate) fn of_request(listeners: Vec<Listener>) -> Self {
+        let unnamed = |listener| PassedSocket { name: String::new(), listener };
+        let mut passed = Self::new(listeners.into_iter().map(unnamed).collect());
+        passed.is_silent = true;
+        passed
+    }
+
+    /// The first socket that no mapping has taken.
+    pub(crate) fn first_left(&self) -> Option<&Listener> {
+        self.sockets.iter().flatten().map(|socket| &socket.listener).next()
     }
 
     /// Removes and returns the sockets with the name of `mapping`, if there are any.
@@ -38,7 +73,8 @@ impl InheritedSockets {
     /// [`InheritedError`] if their number does not match the mapping's ports.
     pub(crate) fn take_named(&mut self, mapping: &Mapping) -> Result<Option<Vec<BoundPort>>, InheritedError> {
         let name = mapping.name();
-        let mut named: Vec<_> = self.0.extract_if(.., |socket| socket.name == name.as_str()).collect();
+        let is_named = |socket: &mut PassedSocket| socket.name == name.as_str();
+        let mut named: Vec<_> = self.sockets.iter_mut().filter_map(|socket| socket.take_if(is_named)).collect();
         if named.is_empty() {
             return Ok(None);
         }
@@ -60,19 +96,15 @@ impl InheritedSockets {
 
     /// Removes and returns the socket that listens on the host address of `port_mapping`.
     pub(crate) fn take_at(&mut self, port_mapping: &PortMapping) -> Option<BoundPort> {
-        let is_there = |socket: &PassedSocket| {
-            let is_same = |addr: SocketAddr| HostSocketAddr::new(addr, addr.port()) == port_mapping.host;
-            socket.listener.protocol() == port_mapping.protocol
-                && socket.listener.local_addr().is_ok_and(is_same)
-        };
-        let index = self.0.iter().position(is_there)?;
-        Some(BoundPort::adopt(*port_mapping, self.0.swap_remove(index).listener))
+        let there = self.by_place.get(&(port_mapping.protocol, port_mapping.host))?;
+        let socket = there.iter().find_map(|index| self.sockets[*index].take())?;
+        Some(BoundPort::adopt(*port_mapping, socket.listener))
     }
 }
 
 impl Drop for InheritedSockets {
     fn drop(&mut self) {
-        for PassedSocket { name, listener } in &self.0 {
+        for PassedSocket { name, listener } in self.sockets.iter().flatten().filter(|_| !self.is_silent) {
             let (protocol, address) = (listener.protocol(), listener.local_addr());
             let address =
                 address.map_or_else(|error| error.to_string(), |address| canonical(address).to_string());
@@ -122,13 +154,13 @@ mod tests {
     fn a_name_decides_wherever_the_socket_listens() {
         let mut passed =
             InheritedSockets::new(vec![socket("dns", udp()), socket("web", tcp()), socket("dns", tcp())]);
-        let addresses: Vec<_> =
-            [2, 0].iter().map(|index| passed.0[*index].listener.local_addr().unwrap()).collect();
+        let addresses =
+            [2, 0].map(|index| passed.sockets[index].as_ref().unwrap().listener.local_addr().unwrap());
         let ports = passed.take_named(&mapping("dns", "tcp+udp", 53)).unwrap().unwrap();
         let hosts: Vec<_> = ports.iter().map(|port| port.port_mapping.host.socket_addr()).collect();
         assert_eq!(hosts, addresses, "TCP first");
         assert!(passed.take_named(&mapping("dns", "tcp+udp", 53)).unwrap().is_none());
-        assert_eq!(passed.0.len(), 1);
+        assert_eq!(passed.sockets.iter().flatten().count(), 1);
     }
 
     #[test]
@@ -152,5 +184,6 @@ mod tests {
         let bound = passed.take_at(&port_mapping("tcp")).unwrap();
         assert_eq!(bound.local_addr().unwrap().port(), port);
         assert!(passed.take_at(&port_mapping("tcp")).is_none());
+        assert_ne!(passed.first_left().unwrap().local_addr().unwrap().port(), port);
     }
 }

@@ -101,6 +101,9 @@ pub(crate) enum Command {
     Apply {
         /// A configuration file, or mappings as printed by `list --json`; - for standard input
         file: PathBuf,
+        /// Reset the connections and end the flows of mappings that are removed
+        #[arg(long)]
+        cut: bool,
     },
     /// Accept no new clients, let existing ones finish, and exit
     Drain,

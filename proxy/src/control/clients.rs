@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use nix::unistd::geteuid;
 use rproxy_sys::memory::release_unused;
-use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::io::AsyncWriteExt;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::{Semaphore, mpsc, oneshot};
@@ -20,7 +20,8 @@ use tokio::time::timeout;
 use tracing::{debug, warn};
 
 use super::answers::Response;
-use super::protocol::{self, LONGEST_LINE, Refusal, RefusalKind, Request};
+use super::lines::{Line, Lines};
+use super::protocol::{self, Refusal, RefusalKind, Request};
 use crate::log::limit::LogLimit;
 use crate::runtime::descriptors::{explain, has_run_out};
 use crate::runtime::spare::Spare;
@@ -39,10 +40,15 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// times its own memory.
 const LARGE: usize = 64 * 1024;
 
+/// The number of sockets from which a request is considered large, too.
+const MANY: usize = 256;
+
 /// A request, and the channel for its reply.
 #[derive(Debug)]
 pub(crate) struct Call {
     pub(crate) request: Request,
+    /// The descriptors that came with it.
+    pub(crate) sockets: Vec<OwnedFd>,
     pub(crate) answer: oneshot::Sender<Reply>,
 }
 
@@ -142,9 +148,9 @@ async fn converse(
     writer: &mut OwnedWriteHalf,
     calls: &mpsc::Sender<Call>,
 ) -> io::Result<()> {
-    let mut reader = BufReader::new(reader);
+    let mut lines = Lines::default();
     loop {
-        let answer = match timeout(CLIENT_TIMEOUT, read_line(&mut reader)).await? {
+        let answer = match timeout(CLIENT_TIMEOUT, lines.next(reader.as_ref())).await? {
             Ok(None) => return Ok(()),
             Ok(Some(line)) => respond(line, calls).await,
             Err(error) if error.kind() == io::ErrorKind::InvalidData => {
@@ -171,12 +177,14 @@ struct Answer {
     _until_told: Option<oneshot::Sender<()>>,
 }
 
-async fn respond(line: Vec<u8>, calls: &mpsc::Sender<Call>) -> Answer {
-    let asked = line.len();
-    let (id, request) = protocol::decode(&line);
-    drop(line);
+async fn respond(line: Line, calls: &mpsc::Sender<Call>) -> Answer {
+    let Line { text, descriptors, is_incomplete } = line;
+    let (asked, sockets) = (text.len(), descriptors.len());
+    let (id, request) = protocol::decode(&text);
+    drop(text);
     let reply = match request {
-        Ok(request) => call(request, calls).await,
+        Ok(_request) if is_incomplete => Err(not_received(descriptors.len())),
+        Ok(request) => call_with(request, descriptors, calls).await,
         Err(refusal) => Err(refusal),
     };
     let (result, until_told) = match reply {
@@ -184,29 +192,30 @@ async fn respond(line: Vec<u8>, calls: &mpsc::Sender<Call>) -> Answer {
         Err(refusal) => (Err(refusal), None),
     };
     let text = protocol::answer(id, result) + "\n";
-    Answer { is_large: asked.max(text.len()) > LARGE, text, _until_told: until_told }
+    let is_large = asked.max(text.len()) > LARGE || sockets > MANY;
+    Answer { is_large, text, _until_told: until_told }
 }
 
-/// Reads a line without its newline; `None` at the end of the stream.
-async fn read_line(reader: &mut BufReader<&mut OwnedReadHalf>) -> io::Result<Option<Vec<u8>>> {
-    let mut line = Vec::new();
-    let most = LONGEST_LINE as u64 + 1;
-    reader.take(most).read_until(b'\n', &mut line).await?;
-    match line.pop() {
-        None => Ok(None),
-        Some(b'\n') => Ok(Some(line)),
-        Some(_byte) if line.len() == LONGEST_LINE => {
-            let message = format!("a request has at most {LONGEST_LINE} bytes");
-            Err(io::Error::new(io::ErrorKind::InvalidData, message))
-        }
-        Some(_byte) => Err(io::ErrorKind::UnexpectedEof.into()),
-    }
+/// The refusal of a request of whose sockets only some could be received.
+fn not_received(received: usize) -> Refusal {
+    let error = explain(&io::Error::from_raw_os_error(nix::libc::EMFILE), 1);
+    let message = format!("only {received} of the sockets of the request could be received: {error}");
+    Refusal { kind: RefusalKind::Socket, message }
 }
 
 /// Has the receiver of `calls` execute a request.
 pub(crate) async fn call(request: Request, calls: &mpsc::Sender<Call>) -> Result<Reply, Refusal> {
+    call_with(request, Vec::new(), calls).await
+}
+
+/// Like [`call`], with the sockets that came with the request.
+async fn call_with(
+    request: Request,
+    sockets: Vec<OwnedFd>,
+    calls: &mpsc::Sender<Call>,
+) -> Result<Reply, Refusal> {
     let ending = || Refusal { kind: RefusalKind::Failed, message: "rproxy is ending".to_owned() };
     let (answer, answered) = oneshot::channel();
-    calls.send(Call { request, answer }).await.map_err(|_gone| ending())?;
+    calls.send(Call { request, sockets, answer }).await.map_err(|_gone| ending())?;
     answered.await.map_err(|_gone| ending())
 }

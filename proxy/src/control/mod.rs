@@ -7,8 +7,10 @@ pub mod answers;
 pub(crate) mod chosen;
 pub(crate) mod clients;
 mod field;
+mod lines;
 pub mod protocol;
 pub(crate) mod requests;
+mod sockets;
 mod strict;
 
 /// The default path of the socket.

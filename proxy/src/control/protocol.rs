@@ -73,6 +73,9 @@ pub enum Request {
     Apply {
         /// The mappings.
         mappings: Vec<WireMapping>,
+        /// Whether to reset the connections and end the flows of mappings that are removed.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        cut: bool,
     },
     /// Accept no new clients, let existing ones finish, and end the process.
     Drain,
@@ -145,6 +148,8 @@ pub enum RefusalKind {
     Loop,
     /// A port cannot be bound.
     Bind,
+    /// A socket that came with the request cannot be used.
+    Socket,
     /// The client is neither the process's user nor root.
     Denied,
     /// Too many clients are connected.
@@ -172,6 +177,7 @@ impl From<ChangeError> for Refusal {
             ChangeError::Overlap(_) | ChangeError::StillBound { .. } => RefusalKind::Overlap,
             ChangeError::Loop { .. } => RefusalKind::Loop,
             ChangeError::Bind { .. } => RefusalKind::Bind,
+            ChangeError::UnusedSocket { .. } | ChangeError::OtherFamilies { .. } => RefusalKind::Socket,
             ChangeError::Mapping { .. } => RefusalKind::BadRequest,
             ChangeError::Watch { .. } => RefusalKind::Failed,
         };
@@ -358,7 +364,8 @@ mod tests {
             (Request::Stats, r#""stats""#),
             (Request::Drain, r#""drain""#),
             (Request::Add { mappings: mappings() }, &format!(r#"{{"add":{list}}}"#)),
-            (Request::Apply { mappings: mappings() }, &format!(r#"{{"apply":{list}}}"#)),
+            (Request::Apply { mappings: mappings(), cut: false }, &format!(r#"{{"apply":{list}}}"#)),
+            (Request::Apply { mappings: vec![], cut: true }, r#"{"apply":{"mappings":[],"cut":true}}"#),
             (Request::Remove { name: name(), cut: false }, r#"{"remove":{"name":"web"}}"#),
             (Request::Remove { name: name(), cut: true }, r#"{"remove":{"name":"web","cut":true}}"#),
             (
@@ -427,7 +434,7 @@ mod tests {
             Just(Request::List),
             Just(Request::Drain),
             mappings.clone().prop_map(|mappings| Request::Add { mappings }),
-            mappings.prop_map(|mappings| Request::Apply { mappings }),
+            (mappings, any::<bool>()).prop_map(|(mappings, cut)| Request::Apply { mappings, cut }),
             (".*", ".*", any::<bool>()).prop_map(|(name, to, cut)| Request::Retarget { name, to, cut }),
             any_chosen().prop_map(Request::Connections),
             any_chosen().prop_map(Request::Cut),
@@ -455,7 +462,7 @@ mod tests {
             let mut line = encode(request).into_bytes();
             let at = at.index(line.len());
             if cut { line.truncate(at) } else { line[at] = byte }
-            if let (_id, Ok(Request::Add { mappings } | Request::Apply { mappings })) = decode(&line) {
+            if let (_id, Ok(Request::Add { mappings } | Request::Apply { mappings, .. })) = decode(&line) {
                 mappings.iter().for_each(|mapping| drop(mapping.read(&NoInterfaces, ScopedIp::ANY)));
             }
         }

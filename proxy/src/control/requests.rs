@@ -1,14 +1,15 @@
 //! Executes the requests of clients.
 
-use std::collections::HashMap;
+use std::collections::HashSet;
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rproxy_mapping::Mapping;
 use rproxy_mapping::endpoint::BackendSpec;
 use rproxy_mapping::name::{Name, NameError};
 use rproxy_mapping::ports::PortRange;
 use rproxy_mapping::wire::WireMapping;
-use rproxy_mapping::{Mapping, PortMapping};
 use tokio::sync::oneshot;
 use tokio::time::timeout;
 use tracing::info;
@@ -17,12 +18,12 @@ use super::answers::{Added, ConnectionList, CutCounts, List, Response, StatsList
 use super::chosen::{ClientFilter, NamePattern};
 use super::clients::{Call, Reply};
 use super::protocol::{Chosen, Refusal, Request};
+use super::sockets;
 use crate::bind::family::{NO_IPV6, everywhere, has_ipv6};
 use crate::bind::interfaces::HostInterfaces;
 use crate::engine::Server;
-use crate::engine::change::{ChangeError, Changed};
-use crate::engine::registry::Served;
-use crate::state::record::{Record, RecordedPort};
+use crate::engine::change::{ChangeError, Changed, Removal};
+use crate::state::record::Record;
 
 /// How long the client that ends the process may take to read its response.
 const LAST_ANSWER: Duration = Duration::from_secs(1);
@@ -34,10 +35,10 @@ const NOTHING_CHOSEN: &str = "cut: it does not say which connections; give mappi
 
 /// Executes a request and replies. Returns whether it ends the process, once the client has received the
 /// response.
-pub(crate) async fn answer(Call { request, answer }: Call, server: &mut Server) -> bool {
+pub(crate) async fn answer(Call { request, sockets, answer }: Call, server: &mut Server) -> bool {
     let is_last = request == Request::Drain;
     let (until_told, told) = oneshot::channel();
-    let result = handle(request, server).await;
+    let result = handle(request, sockets, server).await;
     // The client may be gone.
     answer.send(Reply { result, until_told }).ok();
     if is_last {
@@ -48,7 +49,8 @@ pub(crate) async fn answer(Call { request, answer }: Call, server: &mut Server) 
     is_last
 }
 
-async fn handle(request: Request, server: &mut Server) -> Result<Response, Refusal> {
+async fn handle(request: Request, sockets: Vec<OwnedFd>, server: &mut Server) -> Result<Response, Refusal> {
+    let passed = sockets::adopt(sockets, &request)?;
     let changed = match request {
         Request::List => return Ok(Response::List(List::of(server.registry()))),
         Request::Stats => return Ok(Response::Stats(StatsList::of(server.registry()))),
@@ -67,53 +69,35 @@ async fn handle(request: Request, server: &mut Server) -> Result<Response, Refus
         Request::Add { mappings } => {
             let mappings = read(&mappings, server)?;
             let names: Vec<Name> = mappings.iter().map(Mapping::name).collect();
-            let changed = server.add(mappings).await?;
+            let changed = server.add(mappings, passed).await?;
             return Ok(Response::Added(Added::of(changed, server.registry(), &names)));
         }
-        Request::Apply { mut mappings } => {
+        Request::Apply { mut mappings, cut } => {
             // Attached ports are in a list that is applied, but not served at the request of a client.
             mappings.retain(|mapping| mapping.origin.is_none());
-            server.apply(read(&mappings, server)?).await?
+            server.apply(read(&mappings, server)?, passed, removal(cut)).await?
         }
         Request::Remove { name, cut } => {
             let name = parse_name(&name)?;
-            let removed = match server.remove(&name).await {
+            match server.remove(&name, removal(cut)).await {
                 // It was removed before, and this ends what it has left.
                 Err(ChangeError::Unknown(_)) if cut && server.registry().knows(&name) => {
+                    server.cut_left(&HashSet::from([name])).await;
                     Changed { unchanged: server.registry().requested().count(), ..Changed::default() }
                 }
                 removed => removed?,
-            };
-            if cut {
-                cut_left(&name, server).await;
             }
-            removed
         }
         Request::Retarget { name, to, cut } => {
             let name = parse_name(&name)?;
             let changed = retarget(server, &name, &to).await?;
             if cut {
-                cut_left(&name, server).await;
+                server.cut_left(&HashSet::from([name])).await;
             }
             changed
         }
     };
     Ok(changed.into())
-}
-
-/// Ends the connections and flows of the mapping called `name` that lead where their host port does not lead any more.
-async fn cut_left(name: &Name, server: &Server) {
-    // From then on, nobody gets the old target.
-    server.until_responsive().await;
-    let served = server.registry().get(name);
-    let targets: HashMap<_, _> = served.into_iter().flat_map(Served::targets).collect();
-    let mut left = server.live();
-    left.retain(|record| {
-        let RecordedPort { mapping, port_mapping, .. } = &record.port;
-        let PortMapping { protocol, host, .. } = *port_mapping;
-        mapping == name && targets.get(&(protocol, host)) != Some(&record.backend())
-    });
-    server.cut_recorded(&left).await;
 }
 
 /// The live connections and flows that `chosen` describes.
@@ -151,6 +135,10 @@ fn read(mappings: &[WireMapping], server: &Server) -> Result<Vec<Mapping>, Refus
         })
     };
     mappings.iter().map(read).collect()
+}
+
+fn removal(cut: bool) -> Removal {
+    if cut { Removal::Cut } else { Removal::Drain }
 }
 
 fn parse_name(name: &str) -> Result<Name, Refusal> {

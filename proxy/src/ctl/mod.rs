@@ -100,7 +100,7 @@ fn request(command: &Command) -> Result<Request, CtlError> {
             let mappings = mappings.mappings().map_err(CtlError::Usage)?;
             Request::Add { mappings: mappings.iter().map(WireMapping::of).collect() }
         }
-        Command::Apply { file } => Request::Apply { mappings: read_file(file)? },
+        Command::Apply { file, cut } => Request::Apply { mappings: read_file(file)?, cut: *cut },
     })
 }
 

@@ -18,8 +18,9 @@ use tokio::time::Instant;
 use tracing::info;
 
 use crate::bind::BoundPort;
+use crate::bind::activation::InheritedSockets;
 use crate::engine::Server;
-use crate::engine::change::{BindKey, ChangeError, Changed, by};
+use crate::engine::change::{BindKey, ChangeError, Changed, Removal, by};
 use crate::engine::registry::Served;
 use crate::loops::whereabouts::Whereabouts;
 use crate::loops::{Hop, LoopError, refuse_loops};
@@ -150,7 +151,7 @@ impl Server {
             };
             plan.change.extend(self.registry.attached().filter_map(limited));
         }
-        self.execute(plan).await
+        self.execute(plan, InheritedSockets::default(), Removal::Drain).await
     }
 
     /// Until when flows wait for their port at most.

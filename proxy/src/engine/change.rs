@@ -15,6 +15,7 @@ use rproxy_mapping::ports::PortRange;
 use rproxy_mapping::{HostPorts, Mapping, MappingError, PortMapping};
 use tokio::task::consume_budget;
 
+use crate::bind::activation::InheritedSockets;
 use crate::bind::listen::BindError;
 use crate::bind::{Bound, BoundPort};
 use crate::engine::Server;
@@ -89,6 +90,30 @@ pub enum ChangeError {
         /// Why.
         source: MappingError,
     },
+    /// A socket that came with the request listens where no new mapping does.
+    #[error("the socket {addr}/{protocol} that came with the request is for none of its new mappings")]
+    UnusedSocket {
+        /// The protocol of the socket.
+        protocol: Protocol,
+        /// Where it listens.
+        addr: HostSocketAddr,
+    },
+    /// A socket that came with the request is for other clients than its mapping.
+    #[error(
+        "{name}: the socket {addr}/{protocol} that came with the request {}, unlike the mapping; set IPV6_V6ONLY before \
+         it is bound, or v6only of the mapping",
+        if *.v6only { "excludes IPv4 clients" } else { "accepts IPv4 clients" }
+    )]
+    OtherFamilies {
+        /// The mapping.
+        name: Name,
+        /// The protocol of the socket.
+        protocol: Protocol,
+        /// Where it listens.
+        addr: HostSocketAddr,
+        /// Whether the socket excludes IPv4 clients.
+        v6only: bool,
+    },
     /// The kernel refused to watch a socket.
     #[error("{name}: cannot watch a listener: {source}")]
     Watch {
@@ -113,6 +138,15 @@ fn prefix(name: &Name, error: &BindError) -> String {
     if name.as_str() == place { String::new() } else { format!("{name}: ") }
 }
 
+/// What becomes of the connections and flows of mappings that are removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Removal {
+    /// They continue, and UDP sockets stay open for them.
+    Drain,
+    /// They end, and all sockets are closed when the change is done.
+    Cut,
+}
+
 /// The result of a change.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Changed {
@@ -127,11 +161,16 @@ pub struct Changed {
 }
 
 impl Server {
-    /// Adds all of these mappings, or none.
+    /// Adds all of these mappings, or none. They use the sockets in `passed` that listen on their ports, and each of
+    /// these has to be one of theirs.
     ///
     /// # Errors
     /// [`ChangeError`]
-    pub async fn add(&mut self, mappings: Vec<Mapping>) -> Result<Changed, ChangeError> {
+    pub async fn add(
+        &mut self,
+        mappings: Vec<Mapping>,
+        passed: InheritedSockets,
+    ) -> Result<Changed, ChangeError> {
         let mut names = HashSet::with_capacity(mappings.len());
         for mapping in &mappings {
             let name = mapping.name();
@@ -147,17 +186,18 @@ impl Server {
         refuse_overlap(&mappings)?;
         let add = mappings.into_iter().map(|mapping| (mapping.name(), mapping)).collect();
         let unchanged = self.registry.requested().count();
-        self.execute(Plan { add, unchanged, ..Plan::default() }).await
+        self.execute(Plan { add, unchanged, ..Plan::default() }, passed, Removal::Drain).await
     }
 
-    /// Removes a mapping. Its connections and flows continue.
+    /// Removes a mapping.
     ///
     /// # Errors
     /// [`ChangeError::Unknown`], [`ChangeError::Attached`]
-    pub async fn remove(&mut self, name: &Name) -> Result<Changed, ChangeError> {
+    pub async fn remove(&mut self, name: &Name, removal: Removal) -> Result<Changed, ChangeError> {
         self.requested(name)?;
         let unchanged = self.registry.requested().count() - 1;
-        self.execute(Plan { remove: vec![name.clone()], unchanged, ..Plan::default() }).await
+        let plan = Plan { remove: vec![name.clone()], unchanged, ..Plan::default() };
+        self.execute(plan, InheritedSockets::default(), removal).await
     }
 
     /// Sends new connections and all datagrams of a mapping to another backend. Existing connections
@@ -184,7 +224,8 @@ impl Server {
             mapping = mapping.named(name.clone());
         }
         let unchanged = self.registry.requested().count() - 1;
-        self.execute(Plan { change: vec![(name.clone(), mapping)], unchanged, ..Plan::default() }).await
+        let plan = Plan { change: vec![(name.clone(), mapping)], unchanged, ..Plan::default() };
+        self.execute(plan, InheritedSockets::default(), Removal::Drain).await
     }
 
     /// The mapping with this name, if it was requested.
@@ -204,13 +245,19 @@ impl Server {
         }
     }
 
-    /// Serves exactly these mappings from now on, beside attached ports. Unchanged ones are not touched.
+    /// Serves exactly these mappings from now on, beside attached ports. Unchanged ones are not touched. New ones use
+    /// the sockets in `passed` that listen on their ports, and each of these has to be one of theirs.
     ///
     /// # Errors
     /// [`ChangeError`]
-    pub async fn apply(&mut self, wanted: Vec<Mapping>) -> Result<Changed, ChangeError> {
+    pub async fn apply(
+        &mut self,
+        wanted: Vec<Mapping>,
+        passed: InheritedSockets,
+        removal: Removal,
+    ) -> Result<Changed, ChangeError> {
         let plan = self.plan_to(wanted)?;
-        self.execute(plan).await
+        self.execute(plan, passed, removal).await
     }
 
     /// The steps after which exactly these mappings are served, beside attached ports.
@@ -220,20 +267,25 @@ impl Server {
         plan(served, wanted).map_err(ChangeError::NameTaken)
     }
 
-    pub(super) async fn execute(&mut self, plan: Plan) -> Result<Changed, ChangeError> {
+    pub(super) async fn execute(
+        &mut self,
+        plan: Plan,
+        passed: InheritedSockets,
+        removal: Removal,
+    ) -> Result<Changed, ChangeError> {
         let changed = Changed {
             added: plan.add.len(),
             changed: plan.change.len(),
             removed: plan.remove.len(),
             unchanged: plan.unchanged,
         };
-        let prepared = Box::pin(self.prepare(plan)).await?;
-        self.commit(prepared).await;
+        let prepared = Box::pin(self.prepare(plan, passed)).await?;
+        self.commit(prepared, removal).await;
         Ok(changed)
     }
 
     /// Completes every step that can fail. Dropped at any point, it has changed nothing.
-    async fn prepare(&mut self, plan: Plan) -> Result<Prepared, ChangeError> {
+    async fn prepare(&mut self, plan: Plan, passed: InheritedSockets) -> Result<Prepared, ChangeError> {
         self.refuse_loops(&plan)?;
         let changed = plan.change.into_iter().map(|(name, mapping)| self.prepare_change(name, mapping));
         let changed = changed.collect::<Result<_, _>>()?;
@@ -241,7 +293,8 @@ impl Server {
         let added = Vec::with_capacity(plan.add.len());
         let mut add = plan.add;
         let missing = add.iter().map(|(_name, mapping)| mapping.sockets()).sum();
-        let mut prepared = Prepared { added, changed, removed: plan.remove, spare, missing };
+        let mut prepared =
+            Prepared { added, changed, removed: plan.remove, spare, passed, unpassed: Vec::new(), missing };
         // Mappings with a choice of ports are bound last.
         add.sort_by_key(|(_name, mapping)| mapping.host_ports().freedom());
         for (name, mapping) in add {
@@ -249,6 +302,7 @@ impl Server {
             prepared.missing -= served.ports.len();
             prepared.added.push((name, served));
         }
+        refuse_unused(&prepared.passed)?;
         self.refuse_loops_of_chosen(&prepared)?;
         Ok(prepared)
     }
@@ -326,6 +380,13 @@ impl Server {
             for port_mapping in mapping.port_mappings() {
                 // Yields, so that the caller can also handle signals.
                 consume_budget().await;
+                if let Some(passed) = prepared.passed.take_at(&port_mapping) {
+                    refuse_other_families(name, &passed.port_mapping, &port_mapping)?;
+                    let bound = BoundPort { port_mapping, ..passed };
+                    ports.push(self.assign(bound, &policy).map_err(watch_error)?);
+                    continue;
+                }
+                prepared.unpassed.push(port_mapping);
                 let place = BindKey::of(&port_mapping);
                 ports.push(match prepared.spare.remove(&place).or_else(|| self.leaving.get(&place)) {
                     Some(port) => Binding { port, target: target(port_mapping, &policy) },
@@ -342,6 +403,7 @@ impl Server {
             let bound = Bound::bind(mapping.clone());
             let bound = bound.map_err(|source| self.bind_error(name, &mapping, source, prepared))?;
             for port in bound.ports {
+                prepared.unpassed.push(port.port_mapping);
                 ports.push(self.assign(port, &policy).map_err(watch_error)?);
             }
         }
@@ -400,14 +462,14 @@ impl Server {
     }
 
     /// Applies what was prepared.
-    async fn commit(&mut self, prepared: Prepared) {
-        let Prepared { added, changed, removed, spare, .. } = prepared;
+    async fn commit(&mut self, prepared: Prepared, removal: Removal) {
+        let Prepared { added, changed, removed, spare, unpassed, .. } = prepared;
         let ports = |set: &[(Name, Served)]| -> Vec<Binding> {
             set.iter().flat_map(|(_name, served)| served.ports.clone()).collect()
         };
         let (new, other) = (ports(&added), ports(&changed));
         new.iter().for_each(|new| self.leaving.forget(&BindKey::of(&new.target.port_mapping)));
-        forget_stale_flows(&new);
+        forget_stale_flows(unpassed);
         for name in &removed {
             drop(self.registry.take(name));
         }
@@ -420,9 +482,35 @@ impl Server {
         self.watch(new);
         self.change_targets(other).await;
         announce_all(names.iter().filter_map(|name| Some((name, self.registry.get(name)?))));
-        self.leaving.add(&spare);
-        self.release(spare.into_values().collect()).await;
+        match removal {
+            Removal::Drain => {
+                self.leaving.add(&spare);
+                self.release(spare.into_values().collect()).await;
+            }
+            Removal::Cut => {
+                self.close_unpublished(spare.into_values().collect()).await;
+                self.cut_left(&removed.into_iter().collect()).await;
+            }
+        }
     }
+}
+
+/// Refuses sockets that no mapping has taken: whoever passed them expects them to be served.
+fn refuse_unused(passed: &InheritedSockets) -> Result<(), ChangeError> {
+    let Some(listener) = passed.first_left() else { return Ok(()) };
+    let protocol = listener.protocol();
+    let addr = listener.local_addr().map_or(HostSocketAddr::new(ScopedIp::ANY, 0), HostSocketAddr::from);
+    Err(ChangeError::UnusedSocket { protocol, addr })
+}
+
+/// Refuses a passed socket on all addresses that accepts other clients than the mapping would.
+fn refuse_other_families(name: &Name, is: &PortMapping, wanted: &PortMapping) -> Result<(), ChangeError> {
+    let PortMapping { protocol, host: addr, v6only, .. } = *is;
+    // Only all addresses of IPv6 can include those of IPv4 (ipv6(7)).
+    if v6only == wanted.v6only || !addr.socket_addr().ip().is_unspecified() {
+        return Ok(());
+    }
+    Err(ChangeError::OtherFamilies { name: name.clone(), protocol, addr, v6only })
 }
 
 /// The port mappings of `mapping` for existing sockets, at the addresses where they listen.
@@ -438,13 +526,10 @@ fn hops_of(index: usize, served: &Served) -> Vec<Hop<'_>> {
 }
 
 /// Deletes stale conntrack entries of new ports in the background: searching the table takes 20 ms, however
-/// few entries it has. Without a thread for it, the caller waits.
-fn forget_stale_flows(new: &[Binding]) {
-    let udp = new
-        .iter()
-        .map(|new| new.target.port_mapping)
-        .filter(|port_mapping| port_mapping.protocol == Protocol::Udp);
-    let udp: Vec<PortMapping> = udp.collect();
+/// few entries it has. Without a thread for it, the caller waits. Those of sockets that were passed are left alone: clients
+/// may have sent to them, and a reply without an entry would begin one that looks as if this host had begun the flow.
+fn forget_stale_flows(mut udp: Vec<PortMapping>) {
+    udp.retain(|port_mapping| port_mapping.protocol == Protocol::Udp);
     if !udp.is_empty() {
         let forget = |udp: Vec<PortMapping>| stale::forget_flows_to(&udp);
         if let Err((_error, udp)) = start_thread("rproxy-stale", STACK_SIZE, udp, forget) {
@@ -460,6 +545,10 @@ struct Prepared {
     removed: Vec<Name>,
     /// Sockets of removed mappings that no added one uses.
     spare: Spare,
+    /// Sockets that were passed for added mappings and that none has taken yet.
+    passed: InheritedSockets,
+    /// The ports of added mappings that have taken none.
+    unpassed: Vec<PortMapping>,
     /// The number of sockets still to be bound or reused.
     missing: usize,
 }

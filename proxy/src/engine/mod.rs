@@ -7,6 +7,7 @@
 
 pub mod attach;
 pub mod change;
+mod cut;
 mod listening;
 pub(crate) mod observation;
 pub(crate) mod old_processes;
@@ -435,7 +436,8 @@ mod tests {
     use rproxy_mapping::wire::WireMapping;
 
     use super::*;
-    use crate::engine::change::{ChangeError, Changed};
+    use crate::bind::activation::InheritedSockets;
+    use crate::engine::change::{ChangeError, Changed, Removal};
     use crate::runtime::new_runtime;
 
     fn mapping(name: &str) -> Mapping {
@@ -526,13 +528,13 @@ mod tests {
                 serde_json::from_str::<WireMapping>(&json).unwrap().read(&NoInterfaces, ScopedIp::ANY).unwrap()
             };
             let wanted = || vec![at("free", free_port), at("taken", taken_port)];
-            let refused = server.add(wanted()).await.unwrap_err();
+            let refused = server.add(wanted(), InheritedSockets::default()).await.unwrap_err();
             let ChangeError::Bind { name, source } = refused else { panic!("{refused}") };
             assert_eq!((name.as_str(), source.more), ("taken", 1), "the other one was bound");
-            server.apply(wanted()).await.unwrap_err();
+            server.apply(wanted(), InheritedSockets::default(), Removal::Drain).await.unwrap_err();
             TcpListener::bind(("127.0.0.77", free_port)).unwrap();
             assert!(server.registry.is_empty() && server.registry.draining().next().is_none());
-            assert_eq!(server.add(vec![at("free", free_port)]).await.unwrap().added, 1);
+            assert_eq!(server.add(vec![at("free", free_port)], InheritedSockets::default()).await.unwrap().added, 1);
         });
     }
 
@@ -542,12 +544,12 @@ mod tests {
             let bound = ["one", "two", "three"].map(|name| Bound::bind(mapping(name)).unwrap());
             let mut server = Server::prepared(bound.into(), Growth::Mappings, None).unwrap();
             let two = "two".parse().unwrap();
-            let added = server.add(vec![mapping("four")]).await.unwrap();
+            let added = server.add(vec![mapping("four")], InheritedSockets::default()).await.unwrap();
             assert_eq!(added, Changed { added: 1, unchanged: 3, ..Changed::default() });
             let (backend, ports) = ("192.0.2.2".parse().unwrap(), "81".parse().unwrap());
             let changed = server.retarget(&two, backend, ports).await.unwrap();
             assert_eq!(changed, Changed { changed: 1, unchanged: 3, ..Changed::default() });
-            let removed = server.remove(&two).await.unwrap();
+            let removed = server.remove(&two, Removal::Drain).await.unwrap();
             assert_eq!(removed, Changed { removed: 1, unchanged: 3, ..Changed::default() });
         });
     }
@@ -558,7 +560,10 @@ mod tests {
             let mut server = Server::prepared(Vec::new(), Growth::Mappings, None).unwrap();
             let json = r#"{"host":"127.0.0.1","to":"192.0.2.1","to_ports":"80"}"#;
             let mapping = serde_json::from_str::<WireMapping>(json).unwrap();
-            server.add(vec![mapping.read(&NoInterfaces, ScopedIp::ANY).unwrap()]).await.unwrap();
+            server
+                .add(vec![mapping.read(&NoInterfaces, ScopedIp::ANY).unwrap()], InheritedSockets::default())
+                .await
+                .unwrap();
             let name = server.registry.iter().next().unwrap().0.clone();
             for port in ["81", "82"] {
                 server.retarget(&name, "192.0.2.2".parse().unwrap(), port.parse().unwrap()).await.unwrap();
@@ -579,7 +584,7 @@ mod tests {
                 );
                 serde_json::from_str::<WireMapping>(&json).unwrap().read(&NoInterfaces, ScopedIp::ANY).unwrap()
             };
-            server.add(vec![at("a", "udp"), at("b", "tcp"), at("c", "udp"), at("d", "udp")]).await.unwrap();
+            server.add(vec![at("a", "udp"), at("b", "tcp"), at("c", "udp"), at("d", "udp")], InheritedSockets::default()).await.unwrap();
             let ids: Vec<usize> = server.bindings().map(|binding| binding.port.id()).collect();
             let listeners: Vec<_> = server.udp_listeners().collect();
             assert_eq!(listeners, [0, 2, 3].map(|place| (ids[place], place)));
@@ -602,8 +607,8 @@ mod tests {
                 );
                 serde_json::from_str::<WireMapping>(&json).unwrap().read(&NoInterfaces, ScopedIp::ANY).unwrap()
             };
-            server.add(vec![at("tcp")]).await.unwrap();
-            let error = server.add(vec![at("udp")]).await.unwrap_err();
+            server.add(vec![at("tcp")], InheritedSockets::default()).await.unwrap();
+            let error = server.add(vec![at("udp")], InheritedSockets::default()).await.unwrap_err();
             assert!(matches!(error, ChangeError::Bind { .. }), "{error}");
         });
     }

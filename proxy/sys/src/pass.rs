@@ -14,10 +14,23 @@ pub const MOST: usize = 253;
 /// # Errors
 /// Those of sendmsg(2); `ETOOMANYREFS` if too many are in flight.
 pub fn send_descriptors(socket: BorrowedFd<'_>, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    send_with(socket, b'd', descriptors)
+}
+
+/// Sends any number of descriptors, as many as fit with each byte of a stream. Each of these bytes is a space, which
+/// JSON allows before a value: a line of JSON can follow.
+///
+/// # Errors
+/// Those of sendmsg(2); `ETOOMANYREFS` if too many are in flight.
+pub fn send_before_json(socket: BorrowedFd<'_>, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
+    descriptors.chunks(MOST).try_for_each(|some| send_with(socket, b' ', some))
+}
+
+fn send_with(socket: BorrowedFd<'_>, byte: u8, descriptors: &[BorrowedFd<'_>]) -> io::Result<()> {
     let numbers: Vec<RawFd> = descriptors.iter().map(AsRawFd::as_raw_fd).collect();
     let rights = [ControlMessage::ScmRights(&numbers)];
     let flags = MsgFlags::MSG_NOSIGNAL;
-    sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(b"d")], &rights, flags, None)?;
+    sendmsg::<()>(socket.as_raw_fd(), &[IoSlice::new(&[byte])], &rights, flags, None)?;
     Ok(())
 }
 
@@ -51,14 +64,26 @@ pub struct Received {
 }
 
 /// Receives a packet of a `SOCK_SEQPACKET` socket, or some bytes of a stream, without waiting, and up to [`MOST`]
-/// descriptors.
+/// descriptors. Bytes of a stream that were sent after descriptors are received by the next call.
 ///
 /// # Errors
 /// Those of recvmsg(2).
 pub fn receive(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Received> {
+    receive_flagged(socket, buffer, MsgFlags::MSG_DONTWAIT)
+}
+
+/// Like [`receive`], but waits as the socket does.
+///
+/// # Errors
+/// Those of recvmsg(2).
+pub fn receive_waiting(socket: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<Received> {
+    receive_flagged(socket, buffer, MsgFlags::empty())
+}
+
+fn receive_flagged(socket: BorrowedFd<'_>, buffer: &mut [u8], more: MsgFlags) -> io::Result<Received> {
     let mut data = [IoSliceMut::new(buffer)];
     let mut space = nix::cmsg_space!([RawFd; MOST]);
-    let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_TRUNC | MsgFlags::MSG_DONTWAIT;
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC | MsgFlags::MSG_TRUNC | more;
     let message = recvmsg::<()>(socket.as_raw_fd(), &mut data, Some(&mut space), flags)?;
     let numbers = message.cmsgs().into_iter().flatten().flat_map(|control| match control {
         ControlMessageOwned::ScmRights(numbers) => numbers,

@@ -1,16 +1,19 @@
-//! Forking processes that do not execute another program.
+//! Forking processes that do not execute another program, and tying one to its parent.
 #![expect(
     unsafe_code,
-    reason = "fork, close_range, _exit, and what the arguments are overwritten with have no safe form"
+    reason = "fork, close_range, _exit, pre_exec, and what the arguments are overwritten with have no safe form"
 )]
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::process::Command;
 
 use nix::libc;
+use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
-use nix::unistd::{ForkResult, fork};
+use nix::unistd::{ForkResult, fork, getpid, getppid};
 
 use crate::fd::close_others;
 
@@ -86,6 +89,19 @@ fn settle(kept: &OwnedFd) {
     close_others(&[kept.as_raw_fd()]).ok();
 }
 
+/// Makes the process that `command` starts end with the calling thread (`PR_SET_PDEATHSIG`, prctl(2)), by `SIGKILL`. It
+/// cannot be started any more once that thread's process has ended.
+pub fn end_with_parent(command: &mut Command) -> &mut Command {
+    let parent = getpid();
+    let tie = move || {
+        set_pdeathsig(Signal::SIGKILL)?;
+        // The signal is not sent if the parent had ended before.
+        if getppid() == parent { Ok(()) } else { Err(io::Error::from_raw_os_error(libc::ESRCH)) }
+    };
+    // SAFETY: the closure makes two system calls, and neither allocates nor locks.
+    unsafe { command.pre_exec(tie) }
+}
+
 /// Ignores a signal in this process from now on.
 ///
 /// # Errors
@@ -134,10 +150,18 @@ extern "C" fn do_nothing(_signal: libc::c_int) {}
 #[cfg(test)]
 mod tests {
     use std::os::unix::net::UnixStream;
+    use std::os::unix::process::ExitStatusExt;
     use std::sync::mpsc;
     use std::thread;
 
     use super::*;
+
+    #[test]
+    fn a_process_ends_with_the_thread_that_has_started_it() {
+        let start = || end_with_parent(Command::new("sleep").arg("600")).spawn().unwrap();
+        let mut child = thread::spawn(start).join().unwrap();
+        assert_eq!(child.wait().unwrap().signal(), Some(libc::SIGKILL));
+    }
 
     #[test]
     fn a_process_with_threads_is_not_forked() {

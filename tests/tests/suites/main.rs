@@ -8,6 +8,7 @@ mod attach;
 mod attached;
 mod config;
 mod control;
+mod control_sockets;
 mod docker;
 mod faults;
 mod harness;
@@ -56,6 +57,7 @@ fn main() -> ExitCode {
         nginx,
         config,
         control,
+        control_sockets,
         attached,
         live,
         logs,
