@@ -20,6 +20,12 @@ const SECTIONS: &str = r#"
 .I /run/netns\-setup/state.json
 What is set up, and the change in progress; see \-\-state\-dir.
 .TP
+.I /run/netns\-setup/relay.sock
+The control socket of the rproxy that serves the published ports, for \(dqrproxy ctl \-\-control\(dq.
+.TP
+.I /run/netns\-setup/relay.log
+What that rproxy and its supervisor report.
+.TP
 .I /run/netns\-setup\-registry
 A copy of each state, by network namespace, from which \(dqrepair\(dq and \(dqdown\(dq restore one that is lost.
 .TP

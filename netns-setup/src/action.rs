@@ -1,7 +1,7 @@
 //! The changes that this program can make. Each can be printed as the equivalent command.
 
 use std::fmt;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use rproxy_mapping::addr::Protocol;
@@ -9,9 +9,10 @@ use rproxy_mapping::addr::Protocol;
 use crate::addr::{Cidr, Mac};
 use crate::family::Family;
 use crate::host_ip::HostIp;
-use crate::model::{MappingKey, NETNS_DIR, RelayProcess};
+use crate::model::{NETNS_DIR, RelayProcess};
 use crate::name::CONTAINER_INTERFACE;
 use crate::name::{IfName, Name};
+use crate::relayed::{CONTROL, Launch, Ranges, RelayedPort};
 use crate::transparent::{MARK, PRIORITY, TABLE};
 
 /// The priority of the IPsec policies that block what is routed to containers. Policies of lower numbers come first, so those
@@ -114,41 +115,6 @@ pub struct VethPair {
     pub mtu: u32,
     /// The container's namespace.
     pub netns: PathBuf,
-}
-
-/// The command line of an `rproxy`, as for docker-proxy.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct RelayCommand {
-    /// The program.
-    pub program: PathBuf,
-    /// The mapping that it serves.
-    pub key: MappingKey,
-    /// The backend's address.
-    pub container_ip: IpAddr,
-    /// The backend's port.
-    pub container_port: u16,
-}
-
-impl RelayCommand {
-    /// The arguments after the program's name.
-    #[must_use]
-    pub fn args(&self) -> Vec<String> {
-        let host_ip = match self.key.host {
-            HostIp::Any => Ipv6Addr::UNSPECIFIED.to_string(),
-            HostIp::Ip(ip) => ip.to_string(),
-            // A relay is recognised by its arguments: each interface may have the same link-local address.
-            HostIp::Scoped(ip, interface) => format!("{ip}%{interface}"),
-        };
-        let pairs = [
-            ("-proto", self.key.proto.to_string()),
-            ("-host-ip", host_ip),
-            ("-host-port", self.key.port.to_string()),
-            ("-container-ip", self.container_ip.to_string()),
-            ("-container-port", self.container_port.to_string()),
-        ];
-        let pairs = pairs.into_iter().flat_map(|(flag, value)| [flag.to_owned(), value]);
-        pairs.chain(["-use-listen-fd".to_owned()]).collect()
-    }
 }
 
 /// A change.
@@ -268,18 +234,38 @@ pub enum Action {
         /// The script.
         script: String,
     },
-    /// Starts an `rproxy` on a socket that is already bound.
-    StartRelay(RelayCommand),
-    /// Stops one and waits until it has exited.
-    StopRelay {
-        /// How it was started.
-        relay: RelayCommand,
-        /// The process; `None` means the one that this run started.
-        process: Option<RelayProcess>,
+    /// Has the relay of the network serve more ports, on sockets that are bound already. Starts it if it does not run.
+    ServePorts {
+        /// The relay.
+        relay: Launch,
+        /// The ports.
+        ports: Vec<RelayedPort>,
+    },
+    /// Has the relay serve some ports no more, and ends their connections. It ends with its last port.
+    CeasePorts {
+        /// The relay.
+        relay: Launch,
+        /// The ports.
+        ports: Vec<RelayedPort>,
+    },
+    /// Ends a process that the state does not know any more, or that serves one port for an earlier version.
+    EndProcess {
+        /// What it is.
+        what: String,
+        /// The process.
+        process: RelayProcess,
     },
     /// Forgets the UDP flows from and to these host ports: they would keep to their old translation. One action for all
     /// ports of a change, because the kernel's whole table has to be searched.
     FlushConntrack(Vec<(HostIp, u16)>),
+}
+
+impl Action {
+    /// Whether it gives something that exists another value, so that the old one can be set again whatever has happened.
+    #[must_use]
+    pub fn is_setting(&self) -> bool {
+        matches!(self, Self::SetLink { .. } | Self::SetSysctl { .. } | Self::SetContainerSysctl { .. })
+    }
 }
 
 impl fmt::Display for Action {
@@ -317,7 +303,9 @@ impl fmt::Display for Action {
             Self::Iptables { family, script } => {
                 fmt_input(f, &format!("{} --noflush -w 5", family.restore()), script)
             }
-            Self::StartRelay(_) | Self::StopRelay { .. } => fmt_relay(f, self),
+            Self::ServePorts { relay, ports } => fmt_serve(f, relay, ports),
+            Self::CeasePorts { relay, ports } => fmt_cease(f, relay, ports),
+            Self::EndProcess { process, .. } => write!(f, "kill {}", process.pid),
             Self::FlushConntrack(ports) => fmt_flush(f, ports),
         }
     }
@@ -328,15 +316,20 @@ fn fmt_input(f: &mut fmt::Formatter<'_>, command: &str, input: &str) -> fmt::Res
     write!(f, "{command} <<'EOF'\n{}\nEOF", input.trim_end())
 }
 
-fn fmt_relay(f: &mut fmt::Formatter<'_>, action: &Action) -> fmt::Result {
-    match action {
-        Action::StartRelay(relay) => {
-            write!(f, "{} {}", relay.program.display(), relay.args().join(" "))
-        }
-        Action::StopRelay { process: Some(process), .. } => write!(f, "kill -INT {}", process.pid),
-        Action::StopRelay { relay, .. } => write!(f, "kill -INT the rproxy at {}", relay.key),
-        _ => Ok(()),
-    }
+/// The control socket of a relay.
+fn control(relay: &Launch) -> String {
+    relay.state_dir.join(CONTROL).display().to_string()
+}
+
+fn fmt_serve(f: &mut fmt::Formatter<'_>, relay: &Launch, ports: &[RelayedPort]) -> fmt::Result {
+    write!(f, "{} ctl --control {} add", relay.program.display(), control(relay))?;
+    Ranges::of(ports).options().try_for_each(|options| write!(f, " {options}"))
+}
+
+fn fmt_cease(f: &mut fmt::Formatter<'_>, relay: &Launch, ports: &[RelayedPort]) -> fmt::Result {
+    let (program, control) = (relay.program.display(), control(relay));
+    let remove = |name| format!("{program} ctl --control {control} remove --cut {name}");
+    f.write_str(&Ranges::of(ports).names().map(remove).collect::<Vec<_>>().join("\n"))
 }
 
 fn fmt_veth(f: &mut fmt::Formatter<'_>, pair: &VethPair) -> fmt::Result {
@@ -419,6 +412,8 @@ fn fmt_flush(f: &mut fmt::Formatter<'_>, ports: &[(HostIp, u16)]) -> fmt::Result
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::MappingKey;
+    use crate::name::Id;
 
     fn web() -> NetnsRef {
         NetnsRef::Container("/run/netns/web".into())
@@ -473,17 +468,25 @@ mod tests {
     }
 
     #[test]
-    fn the_relay_is_started_by_docker_s_contract() {
-        let key = MappingKey { proto: Protocol::Tcp, host: HostIp::Any, port: 80 };
-        let relay = RelayCommand {
+    fn the_relay_is_told_which_ports_it_serves() {
+        let relay = Launch {
+            state_dir: "/run/netns-setup".into(),
+            network: Id::from_bytes([7; 32]),
             program: "/usr/bin/rproxy".into(),
-            key,
-            container_ip: [172, 17, 0, 2].into(),
-            container_port: 8080,
         };
+        let port = |number| RelayedPort {
+            key: MappingKey { proto: Protocol::Tcp, host: HostIp::Any, port: number },
+            owner: "web".parse().unwrap(),
+            to: ([172, 17, 0, 2], number + 8000).into(),
+        };
+        let ports = vec![port(80), port(81)];
         assert_eq!(
-            Action::StartRelay(relay).to_string(),
-            "/usr/bin/rproxy -proto tcp -host-ip :: -host-port 80 -container-ip 172.17.0.2 -container-port 8080 -use-listen-fd"
+            Action::ServePorts { relay: relay.clone(), ports: ports.clone() }.to_string(),
+            "/usr/bin/rproxy ctl --control /run/netns-setup/relay.sock add --host [::]:80-81 --to 172.17.0.2:8080-8081 --proto tcp"
+        );
+        assert_eq!(
+            Action::CeasePorts { relay, ports }.to_string(),
+            "/usr/bin/rproxy ctl --control /run/netns-setup/relay.sock remove --cut web/tcp/[::]:80-81"
         );
     }
 }

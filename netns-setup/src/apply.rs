@@ -17,6 +17,15 @@ pub struct Failure {
 }
 
 impl Failure {
+    /// That nobody can tell what a failed step has left.
+    pub(crate) fn unknown(why: String) -> Self {
+        Self { command: "compare the system with the state".to_owned(), source: ActionError::Unknown(why) }
+    }
+
+    fn is_interruption(&self) -> bool {
+        matches!(self.source, ActionError::Interrupted(_))
+    }
+
     fn new(action: &Action, source: ActionError) -> Self {
         Self { command: action.to_string(), source }
     }
@@ -64,29 +73,42 @@ impl std::error::Error for ApplyError {
 }
 
 /// Applies every step, and then calls `save`, which records that they are done. If a step or `save` fails, or
-/// a signal arrives, undoes the previous steps in reverse order, even if some of that fails.
+/// a signal arrives, undoes the previous steps in reverse order, even if some of that fails. Returns the failures of steps
+/// that may fail ([`Step::is_optional`](crate::plan::Step)).
 ///
 /// # Errors
-/// If a step or `save` fails, or a signal arrives.
+/// If a step or `save` fails, or a signal arrives. The step that failed may have had an effect.
 pub fn apply(
     plan: &Plan,
     executor: &mut dyn Executor,
     save: impl FnOnce(&dyn Executor) -> Result<(), StateError>,
-) -> Result<(), Box<ApplyError>> {
+) -> Result<Vec<Failure>, Box<ApplyError>> {
+    let mut tolerated = Vec::new();
     for (done, step) in plan.steps.iter().enumerate() {
         let result = match executor.interrupted() {
             Some(signal) => Err(ActionError::Interrupted(signal)),
             None => executor.run(&step.action),
         };
-        if let Err(source) = result {
-            let failed = Failure::new(&step.action, source);
-            return Err(Box::new(ApplyError { failed, left: undo(plan, done, executor), unsaved: None }));
+        match result.map_err(|source| Failure::new(&step.action, source)) {
+            Ok(()) => {}
+            Err(failed) if step.is_optional && !failed.is_interruption() => tolerated.push(failed),
+            Err(failed) => {
+                // What it may have set all the same is set back; what it may have made may be somebody else's.
+                let done = done + usize::from(step.action.is_setting());
+                return Err(Box::new(ApplyError { failed, left: undo(plan, done, executor), unsaved: None }));
+            }
         }
     }
-    save(executor).map_err(|error| {
+    save(executor).map(|()| tolerated).map_err(|error| {
         let failed = Failure { command: "record the state".to_owned(), source: error.into() };
         Box::new(ApplyError { failed, left: undo(plan, plan.steps.len(), executor), unsaved: None })
     })
+}
+
+/// Applies every step, also after failures and signals; returns the failures.
+pub fn mend(plan: &Plan, executor: &mut dyn Executor) -> Vec<Failure> {
+    let run = |action: &Action| executor.run(action).err().map(|source| Failure::new(action, source));
+    plan.steps.iter().map(|step| &step.action).filter_map(run).collect()
 }
 
 /// Undoes the first `done` steps in reverse order; returns what could not be undone.
@@ -111,7 +133,6 @@ mod tests {
 
     use super::*;
     use crate::host_ip::HostIp;
-    use crate::model::{MappingKey, RelayProcess};
     use crate::name::Name;
     use crate::plan::Step;
     use crate::private_dir::DirError;
@@ -122,7 +143,6 @@ mod tests {
     struct Recording {
         log: Vec<String>,
         fail: Vec<&'static str>,
-        relays: BTreeMap<MappingKey, RelayProcess>,
         namespaces: BTreeMap<Name, u64>,
         signal_after: Option<usize>,
     }
@@ -143,10 +163,6 @@ mod tests {
             Ok(port)
         }
 
-        fn relays(&self) -> &BTreeMap<MappingKey, RelayProcess> {
-            &self.relays
-        }
-
         fn namespaces(&self) -> &BTreeMap<Name, u64> {
             &self.namespaces
         }
@@ -158,8 +174,11 @@ mod tests {
 
     fn plan(names: &[&str]) -> Plan {
         let name = |text: &&str| -> Name { text.parse().unwrap() };
-        let step =
-            |text| Step { action: Action::AddNetns(name(text)), undo: vec![Action::DeleteNetns(name(text))] };
+        let step = |text| Step {
+            action: Action::AddNetns(name(text)),
+            undo: vec![Action::DeleteNetns(name(text))],
+            is_optional: false,
+        };
         Plan { steps: names.iter().map(step).collect(), ..Plan::default() }
     }
 
@@ -194,6 +213,33 @@ mod tests {
         assert_eq!(executor.log[3..], ["ip netns delete b", "ip netns delete a"]);
         assert!(error.left.is_empty());
         assert!(error.to_string().ends_with("nothing was changed"), "{error}");
+    }
+
+    #[test]
+    fn a_value_is_set_back_even_if_setting_it_has_failed() {
+        let set = |value: &str| Action::SetSysctl { key: "a".to_owned(), value: value.to_owned() };
+        let step = Step { action: set("1"), undo: vec![set("0")], is_optional: false };
+        let mut executor = Recording { fail: vec!["sysctl -w a=1"], ..Recording::default() };
+        apply(&Plan { steps: vec![step], ..Plan::default() }, &mut executor, |_| Ok(())).unwrap_err();
+        assert_eq!(executor.log, ["sysctl -w a=1", "sysctl -w a=0"]);
+    }
+
+    #[test]
+    fn a_step_that_may_fail_stops_nothing() {
+        let mut executor = Recording { fail: vec!["ip netns add b"], ..Recording::default() };
+        let mut plan = plan(&["a", "b", "c"]);
+        plan.steps[1].is_optional = true;
+        let tolerated = apply(&plan, &mut executor, |_| Ok(())).unwrap();
+        assert_eq!(executor.log, ["ip netns add a", "ip netns add b", "ip netns add c"]);
+        assert!(tolerated[0].to_string().ends_with("(step: ip netns add b)"), "{tolerated:?}");
+    }
+
+    #[test]
+    fn mending_goes_on_after_failures_and_signals() {
+        let fail = vec!["ip netns add a"];
+        let mut executor = Recording { fail, signal_after: Some(1), ..Recording::default() };
+        assert_eq!(mend(&plan(&["a", "b"]), &mut executor).len(), 1);
+        assert_eq!(executor.log, ["ip netns add a", "ip netns add b"]);
     }
 
     #[test]

@@ -19,6 +19,7 @@ use crate::netns::NetnsError;
 use crate::observe::ObserveError;
 use crate::plan::PlanError;
 use crate::registry::{ClaimError, Shared};
+use crate::relayed::Listed;
 use crate::reserve::ReserveError;
 use crate::state::StateError;
 
@@ -271,8 +272,9 @@ pub fn finding(action: &Action) -> String {
         Action::RemoveFile(path) => format!("{} is left over", path.display()),
         Action::Nft(script) => format!("the nft table {} differs", nft::table_of(script)),
         Action::Iptables { family, .. } => format!("the rules that {} lists differ", family.save()),
-        Action::StartRelay(relay) => format!("the relay of {} does not run", relay.key),
-        Action::StopRelay { relay, .. } => format!("the relay of {} is left over", relay.key),
+        Action::ServePorts { ports, .. } => format!("the relay does not serve {}", Listed(ports)),
+        Action::CeasePorts { ports, .. } => format!("the relay still serves {}", Listed(ports)),
+        Action::EndProcess { what, .. } => format!("{what} is left over"),
         Action::DeleteAddress { .. } | Action::DeleteDefaultRoute { .. } | Action::FlushConntrack(_) => {
             format!("to do: {action}")
         }

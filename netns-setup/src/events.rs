@@ -18,8 +18,9 @@ use nix::sys::socket::{MsgFlags, recv};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::model::RelayProcess;
+use crate::relay::process;
 use crate::signals::Signals;
-use crate::{relay, state};
+use crate::state;
 
 /// Interfaces, addresses, routes, rules, and the kernel parameters of interfaces (rtnetlink(7)).
 const ROUTE_GROUPS: [u32; 9] = [
@@ -104,7 +105,7 @@ impl Events {
         for relay in relays {
             // A descriptor that was opened before is of the process that had the number then.
             let known = before.remove(&relay.pid).or_else(|| pidfd(relay.pid));
-            match known.filter(|_known| relay::is_alive(relay)) {
+            match known.filter(|_known| process::is_alive(relay)) {
                 Some(known) => drop(self.relays.insert(relay.pid, known)),
                 None => all_run = false,
             }

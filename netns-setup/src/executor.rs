@@ -10,7 +10,6 @@ use rproxy_mapping::addr::Protocol;
 use crate::action::Action;
 use crate::firewall::tool::ToolError;
 use crate::host_ip::HostIp;
-use crate::model::{MappingKey, RelayProcess};
 use crate::name::Name;
 use crate::netlink::NetlinkError;
 use crate::netns::NetnsError;
@@ -23,7 +22,7 @@ pub trait Executor {
     /// Executes one action.
     ///
     /// # Errors
-    /// If it fails, in which case it has had no effect.
+    /// If it fails. It may have had an effect nevertheless.
     fn run(&mut self, action: &Action) -> Result<(), ActionError>;
 
     /// Binds a port of the host, 0 for any, and holds it until it is passed to a relay; returns the port.
@@ -31,9 +30,6 @@ pub trait Executor {
     /// # Errors
     /// If it is in use, or the address does not belong to this host.
     fn reserve(&mut self, proto: Protocol, host: HostIp, port: u16) -> Result<u16, ReserveError>;
-
-    /// The relays that [`Executor::run`] has started and not stopped.
-    fn relays(&self) -> &BTreeMap<MappingKey, RelayProcess>;
 
     /// The cookies of the namespaces that [`Executor::run`] has created, as far as the kernel has them.
     fn namespaces(&self) -> &BTreeMap<Name, u64>;
@@ -80,6 +76,9 @@ pub enum ActionError {
     /// A stale conntrack entry could not be deleted.
     #[error("cannot delete conntrack entries of UDP flows: {0}")]
     Conntrack(#[source] io::Error),
+    /// The result could not be observed.
+    #[error("cannot tell whether everything is as before: {0}")]
+    Unknown(String),
     /// A file could not be written or removed.
     #[error("cannot change {}: {source}", path.display())]
     File {

@@ -9,15 +9,16 @@ use nix::sys::signal::Signal;
 use rproxy_mapping::addr::Protocol;
 use socket2::Socket;
 
-use crate::action::{Action, NetnsRef, RelayCommand};
+use crate::action::{Action, NetnsRef};
 use crate::executor::{ActionError, Executor};
 use crate::firewall::tool::{self};
 use crate::host_ip::HostIp;
-use crate::model::{MappingKey, Netns, RelayProcess};
+use crate::model::{MappingKey, Netns};
 use crate::name::Name;
 use crate::netlink::{Client, NetlinkError, address, link, route, rule, xfrm};
 use crate::netns::{self, Handle};
-use crate::relay::{self, RelayError};
+use crate::relay::{RelayError, client, process};
+use crate::relayed::{Launch, RelayedPort};
 use crate::reserve::{self, ReserveError};
 use crate::signals::Signals;
 use crate::{persist, stale, sysctl};
@@ -26,7 +27,6 @@ use crate::{persist, stale, sysctl};
 #[derive(Debug, Default)]
 pub struct Kernel {
     reserved: BTreeMap<MappingKey, Socket>,
-    relays: BTreeMap<MappingKey, RelayProcess>,
     namespaces: BTreeMap<Name, u64>,
     /// Keeps what was deleted alive until the end: undoing it brings the same namespace back, with its processes.
     deleted: BTreeMap<Name, Handle>,
@@ -61,8 +61,12 @@ impl Executor for Kernel {
             Action::Iptables { family, script } => {
                 Ok(tool::run(family.restore(), &["--noflush", "-w", "5"], script).map(drop)?)
             }
-            Action::StartRelay(command) => self.start_relay(command),
-            Action::StopRelay { relay, process } => self.stop_relay(relay, *process),
+            Action::ServePorts { relay, ports } => self.serve(relay, ports),
+            Action::CeasePorts { relay, ports } => {
+                let keys: Vec<_> = ports.iter().map(|port| port.key).collect();
+                Ok(client::cease(&relay.state_dir, &keys)?)
+            }
+            Action::EndProcess { process, .. } => Ok(process::stop(*process)?),
             Action::FlushConntrack(ports) => stale::forget_udp(ports).map_err(ActionError::Conntrack),
             Action::BlockRouted(subnet) => Ok(xfrm::block(*subnet)?),
             Action::UnblockRouted(subnet) => Ok(xfrm::unblock(*subnet)?),
@@ -85,10 +89,6 @@ impl Executor for Kernel {
         let (socket, port) = reserve::bind(proto, host, port)?;
         self.reserved.insert(MappingKey { proto, host, port }, socket);
         Ok(port)
-    }
-
-    fn relays(&self) -> &BTreeMap<MappingKey, RelayProcess> {
-        &self.relays
     }
 
     fn namespaces(&self) -> &BTreeMap<Name, u64> {
@@ -137,25 +137,19 @@ impl Kernel {
         Ok(())
     }
 
-    fn start_relay(&mut self, command: &RelayCommand) -> Result<(), ActionError> {
-        let MappingKey { proto, host, port } = command.key;
-        let socket = match self.reserved.remove(&command.key) {
-            Some(socket) => socket,
-            None => reserve::bind(proto, host, port)?.0,
-        };
-        reserve::open(&socket).map_err(RelayError::Socket)?;
-        let process = relay::start(command, socket)?;
-        self.relays.insert(command.key, process);
-        Ok(())
-    }
-
-    fn stop_relay(
-        &mut self,
-        command: &RelayCommand,
-        process: Option<RelayProcess>,
-    ) -> Result<(), ActionError> {
-        let started = self.relays.remove(&command.key);
-        process.or(started).map_or(Ok(()), |process| Ok(relay::stop(process)?))
+    /// Passes the sockets of ports to the relay. Those that are not reserved are bound first.
+    fn serve(&mut self, relay: &Launch, ports: &[RelayedPort]) -> Result<(), ActionError> {
+        let mut sockets = Vec::with_capacity(ports.len());
+        for port in ports {
+            let MappingKey { proto, host, port: number } = port.key;
+            let socket = match self.reserved.remove(&port.key) {
+                Some(socket) => socket,
+                None => reserve::bind(proto, host, number)?.0,
+            };
+            sockets.push(socket);
+        }
+        sockets.iter().try_for_each(reserve::open).map_err(RelayError::Socket)?;
+        Ok(client::serve(relay, ports, &sockets)?)
     }
 }
 
@@ -208,8 +202,9 @@ fn request(action: &Action) -> Result<(), NetlinkError> {
         | Action::RemoveFile(_)
         | Action::Nft(_)
         | Action::Iptables { .. }
-        | Action::StartRelay(_)
-        | Action::StopRelay { .. }
+        | Action::ServePorts { .. }
+        | Action::CeasePorts { .. }
+        | Action::EndProcess { .. }
         | Action::FlushConntrack(_)
         | Action::AddVeth(_) => Ok(()),
     }

@@ -8,10 +8,15 @@ use std::process::ExitCode;
 
 use netns_setup::cli::{Cli, Failure, Unparsed, asks_for_json};
 use netns_setup::kernel::Kernel;
+use netns_setup::{descriptors, relay};
 
 fn main() -> ExitCode {
-    let (mut out, mut log) = (io::stdout().lock(), io::stderr().lock());
     let args: Vec<OsString> = std::env::args_os().collect();
+    if let Some(status) = relay::supervisor::run_if_asked(&args) {
+        return status;
+    }
+    descriptors::raise_limit();
+    let (mut out, mut log) = (io::stdout().lock(), io::stderr().lock());
     let json = asks_for_json(&args);
     let failure = match Cli::from_args(args) {
         Ok(cli) => {

@@ -50,6 +50,11 @@ impl Topology {
         self.endpoints.values().map(|endpoint| endpoint.ip).collect()
     }
 
+    /// The mappings that are in place, with their containers.
+    pub fn active(&self) -> impl Iterator<Item = (&Name, &Endpoint, &Mapping)> {
+        self.mappings().filter(|(_, _, mapping)| !mapping.suspended)
+    }
+
     /// All mappings with their containers, ordered by the containers' names.
     pub fn mappings(&self) -> impl Iterator<Item = (&Name, &Endpoint, &Mapping)> {
         self.endpoints.iter().flat_map(|(name, endpoint)| {
@@ -71,11 +76,9 @@ impl Topology {
                 all.endpoints.insert(name.clone(), theirs.clone());
                 continue;
             };
-            for mapping in &theirs.mappings {
-                if !ours.mappings.iter().any(|known| known.key() == mapping.key()) {
-                    ours.mappings.push(mapping.clone());
-                }
-            }
+            let known: BTreeSet<_> = ours.mappings.iter().map(Mapping::key).collect();
+            let more = theirs.mappings.iter().filter(|mapping| !known.contains(&mapping.key()));
+            ours.mappings.extend(more.cloned());
         }
         all
     }
@@ -300,7 +303,7 @@ impl Endpoint {
     /// port it came from.
     #[must_use]
     pub fn needs_hairpin(&self) -> bool {
-        self.mappings.iter().any(|mapping| mapping.via == Via::Dnat)
+        self.mappings.iter().any(|mapping| mapping.via == Via::Dnat && !mapping.suspended)
     }
 }
 
@@ -341,7 +344,7 @@ impl Via {
 }
 
 /// The host side of a mapping, unique among mappings.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct MappingKey {
     /// The transport protocol.
     pub proto: Protocol,
@@ -372,8 +375,12 @@ pub struct Mapping {
     pub container_port: u16,
     /// What relays the traffic.
     pub via: Via,
-    /// The `rproxy` that serves it.
+    /// The `rproxy` that an earlier version has started for this port alone.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
     pub relay: Option<RelayProcess>,
+    /// Whether it is not in place because another program had its port when it was to be restored. `repair` tries again.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub suspended: bool,
 }
 
 impl Mapping {
@@ -386,7 +393,10 @@ impl Mapping {
     /// Whether both are equal, ignoring the relay process.
     #[must_use]
     pub fn is_same(&self, other: &Self) -> bool {
-        self.key() == other.key() && self.container_port == other.container_port && self.via == other.via
+        self.key() == other.key()
+            && self.container_port == other.container_port
+            && self.via == other.via
+            && self.suspended == other.suspended
     }
 
     /// Whether this mapping satisfies `request`.

@@ -6,18 +6,19 @@ use std::path::Path;
 
 use netlink_sys::protocols::NETLINK_ROUTE;
 
-use crate::action::RelayCommand;
 use crate::addr::Cidr;
 use crate::family::Family;
 use crate::firewall::tool::{self, ToolError};
 use crate::firewall::{detect, nft, transparent as marking};
-use crate::model::{Endpoint, Firewall, Mapping, MappingKey, RelayProcess, Topology};
+use crate::model::{Endpoint, Firewall, Topology};
 use crate::name::{IfName, Name};
 use crate::netlink::{Client, NetlinkError, address, link, route, rule, xfrm};
 use crate::netns::{self, Handle, NetnsError};
-use crate::observed::{Observed, Rules, Side, TransparentParts};
+use crate::observed::{Observed, ObservedRelay, Rules, Side, TransparentParts};
 use crate::plan::{self, Scope};
-use crate::{parameters, persist, relay, sysctl};
+use crate::relay::find::{self, Found};
+use crate::relay::{RelayError, client};
+use crate::{parameters, persist, sysctl};
 
 /// Why the state could not be observed.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +57,9 @@ pub enum ObserveError {
         /// The cause.
         source: io::Error,
     },
+    /// The relay.
+    #[error(transparent)]
+    Relay(#[from] RelayError),
     /// A file.
     #[error("cannot read {path}: {source}")]
     File {
@@ -66,13 +70,18 @@ pub enum ObserveError {
     },
 }
 
-/// Observes everything that a plan from `owned` to `desired` depends on.
+/// Observes everything that a plan from `owned` to `desired` depends on, of the network with this state directory.
 ///
 /// Rules are only compared with [`Scope::All`]; otherwise they are assumed to be unchanged.
 ///
 /// # Errors
 /// If something that exists cannot be read.
-pub fn observe(owned: &Topology, desired: &Topology, scope: &Scope) -> Result<Observed, ObserveError> {
+pub fn observe(
+    owned: &Topology,
+    desired: &Topology,
+    scope: &Scope,
+    state_dir: &Path,
+) -> Result<Observed, ObserveError> {
     let both = desired.union(owned);
     let Containers { sides, replaced, cookies } = containers(&both, scope)?;
     Ok(Observed {
@@ -86,7 +95,7 @@ pub fn observe(owned: &Topology, desired: &Topology, scope: &Scope) -> Result<Ob
         rules: rules(&both, owned, desired, scope)?,
         blocked: blocked(&both, scope)?,
         transparent: transparent(&both, desired, scope)?,
-        relays: relays(&both, scope),
+        relay: relay(&both, scope, state_dir)?,
         files: files(&both)?,
     })
 }
@@ -280,27 +289,31 @@ fn reference(table: &str, body: &str) -> Result<String, ObserveError> {
     Ok(listing.map_err(ObserveError::Scratch)??.unwrap_or_default())
 }
 
-fn relays(topology: &Topology, scope: &Scope) -> BTreeMap<MappingKey, RelayProcess> {
-    let mappings =
-        topology.mappings().filter(|(name, _, mapping)| scope.contains(name) && mapping.via.has_relay());
-    let running = mappings.filter_map(|(_, endpoint, mapping)| {
-        let recorded = mapping.relay.filter(|process| relay::is_alive(*process));
-        let process = recorded.or_else(|| {
-            let network = topology.network.as_ref()?;
-            relay::find(&command(network, endpoint, mapping))
-        })?;
-        Some((mapping.key(), process))
-    });
-    running.collect()
-}
-
-fn command(network: &crate::model::Network, endpoint: &Endpoint, mapping: &Mapping) -> RelayCommand {
-    RelayCommand {
-        program: Path::new("rproxy").to_owned(),
-        key: mapping.key(),
-        container_ip: plan::relay_target(network, endpoint, mapping.host),
-        container_port: mapping.container_port,
-    }
+/// The relay of a network. Its processes are only searched for if it does not answer, or everything is looked at.
+///
+/// # Errors
+/// If its supervisor does not answer.
+pub fn relay(topology: &Topology, scope: &Scope, state_dir: &Path) -> Result<ObservedRelay, ObserveError> {
+    let Some(network) = topology.network.as_ref().filter(|_| *scope != Scope::Transparent) else {
+        return Ok(ObservedRelay::default());
+    };
+    let ports = plan::relayed_ports(topology);
+    let status = match client::status(state_dir) {
+        // One that does not answer is found among the processes, and ended.
+        Err(_silent) if *scope == Scope::All => None,
+        status => status?,
+    };
+    let is_known = status.is_some() || ports.is_empty();
+    let is_old = topology.mappings().any(|(_, _, mapping)| mapping.relay.is_some());
+    let found = match is_known && !is_old && *scope != Scope::All {
+        true => Found::default(),
+        false => find::find(&network.id, &ports),
+    };
+    // The one that answers is one of those that are found.
+    let strays = if status.is_some() { Vec::new() } else { found.supervisors };
+    let status = status.unwrap_or_default();
+    let served = status.ports.into_iter().map(|port| (port.key, port)).collect();
+    Ok(ObservedRelay { served, trouble: status.trouble, strays, singles: found.singles })
 }
 
 fn files(topology: &Topology) -> Result<BTreeMap<std::path::PathBuf, Option<String>>, ObserveError> {

@@ -11,6 +11,7 @@ use crate::family::Family;
 use crate::firewall::iptables::SavedTables;
 use crate::model::{MappingKey, RelayProcess};
 use crate::name::{IfName, Name};
+use crate::relayed::RelayedPort;
 use crate::transparent::{MARK, PRIORITY, TABLE};
 
 /// An interface.
@@ -220,6 +221,19 @@ pub enum Rules {
     Iptables(BTreeMap<Family, SavedTables>),
 }
 
+/// The relay of a network, and what others have left of it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ObservedRelay {
+    /// The ports that it serves.
+    pub served: BTreeMap<MappingKey, RelayedPort>,
+    /// Why it does not run, although its supervisor does.
+    pub trouble: Option<String>,
+    /// The supervisors of the network that cannot be reached by the state directory.
+    pub strays: Vec<RelayProcess>,
+    /// The relays that an earlier version has started, each for one port.
+    pub singles: BTreeMap<MappingKey, RelayProcess>,
+}
+
 /// Everything that was observed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Observed {
@@ -244,8 +258,8 @@ pub struct Observed {
     pub blocked: Option<Vec<Cidr>>,
     /// What replies to transparent sockets depend on; `None` if not looked at.
     pub transparent: Option<TransparentParts>,
-    /// The running relays.
-    pub relays: BTreeMap<MappingKey, RelayProcess>,
+    /// The relay.
+    pub relay: ObservedRelay,
     /// The content of this program's files; `None` for one that does not exist.
     pub files: BTreeMap<PathBuf, Option<String>>,
 }

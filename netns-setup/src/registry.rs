@@ -3,6 +3,7 @@
 //! Several networks can be on one host, each with its state directory, and all of them share the host's ports. A copy
 //! also leads back when a state file is lost: it is written whenever the state is.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -264,8 +265,9 @@ fn what_is_shared(before: &Topology, desired: &Topology, other: &Topology) -> Op
     if before.transparent.is_none() && desired.transparent.is_some() && other.transparent.is_some() {
         return Some(What::Transparent);
     }
+    let known: BTreeSet<_> = before.mappings().map(|(_, _, known)| known.key()).collect();
     let new = desired.mappings().map(|(_, _, mapping)| mapping.key());
-    let mut new = new.filter(|key| !before.mappings().any(|(_, _, known)| known.key() == *key));
+    let mut new = new.filter(|key| !known.contains(key));
     new.find_map(|key| published_by(key, other))
 }
 

@@ -39,6 +39,18 @@ pub enum ReserveError {
         /// Which.
         port: u16,
     },
+    /// Each socket needs a descriptor.
+    #[error(
+        "no more files can be opened for host port {port}/{proto} on {host}: raise the limit with `ulimit -Hn`, or publish fewer ports with --via proxy or both"
+    )]
+    Descriptors {
+        /// The protocol.
+        proto: Protocol,
+        /// Where.
+        host: HostIp,
+        /// Which.
+        port: u16,
+    },
     /// Anything else.
     #[error("cannot bind host port {port}/{proto} on {host}: {source}")]
     Bind {
@@ -73,6 +85,9 @@ pub fn bind(proto: Protocol, host: HostIp, port: u16) -> Result<(Socket, u16), R
         io::ErrorKind::AddrInUse => ReserveError::InUse { proto, host, port },
         io::ErrorKind::AddrNotAvailable => ReserveError::NotLocal(host),
         io::ErrorKind::PermissionDenied => ReserveError::Denied { proto, host, port },
+        _ if source.raw_os_error() == Some(nix::libc::EMFILE) => {
+            ReserveError::Descriptors { proto, host, port }
+        }
         _ => ReserveError::Bind { proto, host, port, source },
     })
 }

@@ -19,7 +19,7 @@ pub const FILE: &str = "state.json";
 
 /// The version of the format. Only a change that an earlier program would misread takes another number; a field that it
 /// can ignore, and that has a default, does not. Files without a number, of programs before there were any, are 0.
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 
 /// Changes with each boot, and with it all numbers of the kernel (random(4)).
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
@@ -44,6 +44,12 @@ impl State {
             Some(pending) => pending.union(&self.current),
             None => self.current.clone(),
         }
+    }
+
+    /// What is wanted: the target of the change in progress, or what is in place.
+    #[must_use]
+    pub fn desired(&self) -> &Topology {
+        self.pending.as_ref().unwrap_or(&self.current)
     }
 
     /// The text of the file.
@@ -273,10 +279,10 @@ mod tests {
     #[test]
     fn a_file_of_a_later_version_is_refused() {
         let mut new = state_with("web").encode().unwrap();
-        new["version"] = 2.into();
+        new["version"] = 99.into();
         let (_temp, dir) = dir_with(&new.to_string());
         let error = dir.load().unwrap_err().to_string();
-        assert!(error.contains("version 2") && error.contains("up to 1"), "{error}");
+        assert!(error.contains("version 99") && error.contains("up to 2"), "{error}");
     }
 
     #[test]

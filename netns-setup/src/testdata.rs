@@ -49,7 +49,7 @@ pub(crate) fn endpoint(name: &str, last: u8) -> (Name, Endpoint) {
 
 pub(crate) fn mapping(proto: Protocol, host: &str, host_port: u16, container_port: u16, via: Via) -> Mapping {
     let host: HostIp = host.parse().unwrap();
-    Mapping { proto, host, host_port, random: false, container_port, via, relay: None }
+    Mapping { proto, host, host_port, random: false, container_port, via, relay: None, suspended: false }
 }
 
 /// A simple topology: one container, with port 80 published on all addresses.

@@ -1,11 +1,12 @@
 //! Changes the system from the current to the wanted state, tolerating failures and crashes.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use netlink_sys::protocols::NETLINK_ROUTE;
 
 use super::Options;
-use crate::apply;
+use crate::action::Action;
+use crate::apply::{self, ApplyError, Failure};
 use crate::error::Error;
 use crate::executor::Executor;
 use crate::firewall::detect::Choice;
@@ -156,37 +157,53 @@ impl LockedState {
         options: &Options,
         executor: &mut dyn Executor,
     ) -> Result<Plan, Error> {
+        let task = Task { scope, options, relay: RelayFailure::Refused };
+        self.carry_out(desired, &task, executor)
+    }
+
+    /// Like [`LockedState::change`] of everything, but a relay that fails is a problem of the plan, and hinders nothing
+    /// else.
+    pub(super) fn restore(
+        &mut self,
+        desired: Topology,
+        options: &Options,
+        executor: &mut dyn Executor,
+    ) -> Result<Plan, Error> {
+        let task = Task { scope: &Scope::All, options, relay: RelayFailure::Tolerated };
+        self.carry_out(desired, &task, executor)
+    }
+
+    fn carry_out(
+        &mut self,
+        desired: Topology,
+        task: &Task<'_>,
+        executor: &mut dyn Executor,
+    ) -> Result<Plan, Error> {
         let owned = self.state.owned();
         if let Some(shared) = registry::shared(&owned, &desired, &self.others()?) {
             return Err(shared.into());
         }
-        let observed = observe(&owned, &desired, scope)?;
-        let rproxy = relay::program(options.rproxy.as_deref());
-        let starts_relay = desired.mappings().any(|(name, _, mapping)| {
-            scope.contains(name) && mapping.via.has_relay() && !observed.relays.contains_key(&mapping.key())
-        });
-        if starts_relay && rproxy.is_none() {
-            return Err(Error::NoRelay);
-        }
-        let rproxy = rproxy.unwrap_or_else(|| PathBuf::from("rproxy"));
-        let inputs = Inputs { owned: &owned, desired: &desired, observed: &observed, scope, rproxy: &rproxy };
-        let plan = plan::plan(inputs)?;
+        let (observed, mut plan) = task.plan(&owned, &desired)?;
+        task.check_relay(&mut plan)?;
         let settled =
             self.restored.is_none() && self.state.pending.is_none() && self.state.current == desired;
         let nothing_to_do = settled && plan.is_empty();
-        if !(options.dry_run || nothing_to_do) {
-            self.execute(&plan, desired, &observed, executor)?;
+        if !(task.options.dry_run || nothing_to_do) {
+            let failed = self.execute(&plan, desired, &observed, task, executor)?;
+            plan.problems.extend(failed.iter().map(ToString::to_string));
         }
         Ok(plan)
     }
 
+    /// Returns the failures of steps that may fail.
     fn execute(
         &mut self,
         plan: &Plan,
         desired: Topology,
         observed: &Observed,
+        task: &Task<'_>,
         executor: &mut dyn Executor,
-    ) -> Result<(), Error> {
+    ) -> Result<Vec<Failure>, Error> {
         if let Some(signal) = executor.interrupted() {
             return Err(Error::Interrupted(signal));
         }
@@ -196,10 +213,17 @@ impl LockedState {
         let save = |executor: &dyn Executor| {
             let mut current = desired.clone();
             note(&mut current, observed, executor);
+            forget_singles(&mut current, task.scope);
             self.save(State { current, pending: None })
         };
-        let Err(mut error) = apply::apply(plan, executor, save) else { return Ok(()) };
-        // Record what could not be undone; relays that were restarted have new PIDs.
+        let mut error = match apply::apply(plan, executor, save) {
+            Ok(failed) => return Ok(failed),
+            Err(error) => error,
+        };
+        if before.pending.is_none() {
+            task.widened(plan).undo_rest(&self.state.owned(), &before.current, &mut error, executor);
+        }
+        // Record what could not be undone.
         let (mut current, pending) = match error.left.is_empty() {
             true => (before.current, before.pending),
             false => (before.owned(), Some(desired)),
@@ -232,20 +256,95 @@ impl LockedState {
     }
 }
 
-/// Records what only turned out when it was created: processes and namespaces.
-fn note(topology: &mut Topology, observed: &Observed, executor: &dyn Executor) {
-    for (name, endpoint) in &mut topology.endpoints {
-        let known = executor.namespaces().get(name).or_else(|| observed.cookies.get(name));
-        endpoint.netns.cookie = known.copied().or(endpoint.netns.cookie);
+/// A change that a command asks for.
+struct Task<'a> {
+    scope: &'a Scope,
+    options: &'a Options,
+    relay: RelayFailure,
+}
+
+/// What a relay that fails means for a change.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum RelayFailure {
+    /// The change fails.
+    Refused,
+    /// Everything else is done.
+    Tolerated,
+}
+
+impl Task<'_> {
+    fn plan(&self, owned: &Topology, desired: &Topology) -> Result<(Observed, Plan), Error> {
+        let state_dir = &self.options.state_dir;
+        let observed = observe(owned, desired, self.scope, state_dir)?;
+        let rproxy = relay::program(self.options.rproxy.as_deref());
+        let rproxy = rproxy.as_deref().unwrap_or(Path::new("rproxy"));
+        let plan =
+            plan::plan(Inputs { owned, desired, observed: &observed, scope: self.scope, rproxy, state_dir })?;
+        Ok((observed, plan))
     }
-    let started = executor.relays();
-    for mapping in topology.endpoints.values_mut().flat_map(|endpoint| &mut endpoint.mappings) {
-        let key = mapping.key();
-        let known = started.get(&key).or_else(|| observed.relays.get(&key));
-        if let Some(process) = known.filter(|_| mapping.via.has_relay()) {
-            mapping.relay = Some(*process);
+
+    /// Fails if the relay is needed and cannot be started, or lets it fail.
+    fn check_relay(&self, plan: &mut Plan) -> Result<(), Error> {
+        let is_missing = plan.serves() && relay::program(self.options.rproxy.as_deref()).is_none();
+        match self.relay {
+            RelayFailure::Refused if is_missing => return Err(Error::NoRelay),
+            RelayFailure::Refused => {}
+            RelayFailure::Tolerated if is_missing => {
+                plan.steps.retain(|step| !step.serves());
+                plan.problems.push(Error::NoRelay.to_string());
+            }
+            RelayFailure::Tolerated => {
+                let serving = plan.steps.iter_mut().filter(|step| step.serves());
+                serving.for_each(|step| step.is_optional = true);
+            }
+        }
+        Ok(())
+    }
+
+    /// The same task, in whose observation rules of nft are compared if `plan` changes them.
+    fn widened(&self, plan: &Plan) -> Task<'_> {
+        let is_changed = plan.steps.iter().any(|step| matches!(step.action, Action::Nft(_)));
+        let scope = match self.scope {
+            Scope::Only(_) if is_changed => &Scope::All,
+            scope => scope,
+        };
+        Task { scope, ..*self }
+    }
+
+    /// Takes back what a failed step has done in spite of that. Everything else is undone already, as far as `error` has
+    /// nothing left.
+    fn undo_rest(
+        &self,
+        owned: &Topology,
+        before: &Topology,
+        error: &mut ApplyError,
+        executor: &mut dyn Executor,
+    ) {
+        match self.plan(owned, before) {
+            Ok((_observed, rest)) => {
+                let failed = apply::mend(&rest, executor);
+                // What could not be undone a moment ago is part of the rest.
+                error.left = failed;
+            }
+            Err(why) => error.left.push(Failure::unknown(why.to_string())),
         }
     }
+}
+
+/// Records what only turned out when it was created: namespaces.
+fn note(topology: &mut Topology, observed: &Observed, executor: &dyn Executor) {
+    let made = executor.namespaces();
+    for (name, endpoint) in &mut topology.endpoints {
+        let known = made.get(name).or_else(|| observed.cookies.get(name));
+        endpoint.netns.cookie = known.copied().or(endpoint.netns.cookie);
+    }
+}
+
+/// Forgets the relays of an earlier version, which have ended.
+fn forget_singles(topology: &mut Topology, scope: &Scope) {
+    let endpoints = topology.endpoints.iter_mut().filter(|(name, _)| scope.contains(name));
+    let mappings = endpoints.flat_map(|(_, endpoint)| &mut endpoint.mappings);
+    mappings.for_each(|mapping| mapping.relay = None);
 }
 
 fn check_firewall(choice: Choice, network: &Network) -> Result<(), Error> {

@@ -5,6 +5,7 @@ use std::path::Path;
 use serde_json::json;
 
 use super::change::LockedState;
+use super::restore::Restorable;
 use super::{Options, Report};
 use crate::error::{Error, finding};
 use crate::executor::Executor;
@@ -20,16 +21,19 @@ pub(super) fn check(options: &Options) -> Result<Report, Error> {
     let dry = Options { dry_run: true, ..options.clone() };
     let locked = LockedState::open(&dry)?;
     let owned = locked.state.owned();
-    let desired = locked.state.pending.as_ref().unwrap_or(&locked.state.current);
-    let observed = observe(&owned, desired, &Scope::All)?;
+    let Restorable { desired, waiting, given_up } =
+        Restorable::look(&locked.state, locked.state.desired().clone(), options)?;
+    let (desired, state_dir) = (&desired, options.state_dir.as_path());
+    let observed = observe(&owned, desired, &Scope::All, state_dir)?;
     let rproxy = Path::new("rproxy");
-    let inputs = Inputs { owned: &owned, desired, observed: &observed, scope: &Scope::All, rproxy };
+    let inputs =
+        Inputs { owned: &owned, desired, observed: &observed, scope: &Scope::All, rproxy, state_dir };
     // What is in the way of every change is a difference, too.
     let plan = plan::plan(inputs).map_err(|error| Error::Unmendable(vec![error.to_string()]))?;
     let interrupted = locked.state.pending.iter().map(|_| "an earlier command was interrupted".to_owned());
     let found = plan.steps.iter().map(|step| finding(&step.action));
-    let problems = plan.problems.into_iter().chain(taken_ports(&locked.state.current));
-    differences(interrupted.chain(found), problems)?;
+    let problems = plan.problems.into_iter().chain(waiting).chain(taken_ports(&locked.state.current));
+    differences(interrupted.chain(given_up).chain(found), problems)?;
     let mut warnings = plan.warnings;
     warnings.extend(
         owned.network.as_ref().map(|network| detect::interference(network, &owned)).unwrap_or_default(),
@@ -57,7 +61,7 @@ pub(super) fn differences(
 /// bound, and traffic from outside does not reach that program. Each port is bound for a moment, which
 /// traffic from outside does not notice.
 fn taken_ports(topology: &Topology) -> impl Iterator<Item = String> {
-    let unheld = topology.mappings().filter(|(_, _, mapping)| !mapping.via.has_relay());
+    let unheld = topology.active().filter(|(_, _, mapping)| !mapping.via.has_relay());
     unheld.filter_map(|(name, _, mapping)| {
         let taken = reserve::bind(mapping.proto, mapping.host, mapping.host_port).err()?;
         Some(format!("{} of {name}: {taken}", mapping.key()))
@@ -73,6 +77,8 @@ pub struct Mended {
     pub state: State,
     /// How a lost state was restored.
     pub restored: Option<String>,
+    /// What an interrupted command began, and is given up.
+    pub given_up: Vec<String>,
 }
 
 impl Mended {
@@ -90,23 +96,26 @@ impl Mended {
 pub fn mend(options: &Options, executor: &mut dyn Executor) -> Result<Mended, Error> {
     let mut locked = LockedState::open_or_restore(options)?;
     let restored = locked.restored.clone();
-    let desired = locked.state.pending.clone().unwrap_or_else(|| locked.state.current.clone());
-    let plan = locked.change(desired, &Scope::All, options, executor)?;
-    Ok(Mended { plan, state: locked.state, restored })
+    let Restorable { desired, waiting, given_up } =
+        Restorable::reserve(&locked.state, locked.state.desired().clone(), options, executor)?;
+    let mut plan = locked.restore(desired, options, executor)?;
+    plan.problems.extend(waiting);
+    Ok(Mended { plan, state: locked.state, restored, given_up })
 }
 
 /// The command `repair`.
 pub(super) fn repair(options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
-    let Mended { plan, state, restored } = mend(options, executor)?;
+    let Mended { plan, state, restored, given_up } = mend(options, executor)?;
     let problems: Vec<_> = plan.problems.iter().cloned().chain(taken_ports(&state.current)).collect();
     if !problems.is_empty() {
-        return Err(Error::Unmendable(problems));
+        return Err(Error::Unmendable(problems.into_iter().chain(given_up).collect()));
     }
+    let warnings = restored.iter().cloned().chain(given_up).collect();
     let line = match plan.steps.len() {
         0 if restored.is_none() => "nothing to repair".to_owned(),
         0 => "the state is restored, and nothing else has to be repaired".to_owned(),
         1 => "repaired with 1 step".to_owned(),
         steps => format!("repaired with {steps} steps"),
     };
-    Ok(Report::of(&plan, vec![line], json!(null)).warning(restored.into_iter().collect()))
+    Ok(Report::of(&plan, vec![line], json!(null)).warning(warnings))
 }

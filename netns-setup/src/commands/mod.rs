@@ -4,6 +4,7 @@ mod attach;
 mod change;
 mod check;
 mod publish;
+mod restore;
 mod show;
 mod transparent;
 mod up;

@@ -1,11 +1,13 @@
 //! `publish` and `unpublish`: mapping ports of the host to containers.
 
+use std::collections::HashSet;
+
 use rproxy_mapping::addr::AddrError;
 use rproxy_mapping::interfaces::Interfaces;
 use serde_json::json;
 
 use super::change::LockedState;
-use super::{Options, Report};
+use super::{Options, Report, show};
 use crate::error::Error;
 use crate::executor::Executor;
 use crate::host_ip::HostIp;
@@ -44,22 +46,24 @@ impl Publish {
         let (via, warnings) = self.usable_via(network)?;
         let mut desired = locked.state.current.clone();
         let others = locked.others()?;
-        let mut published = Vec::new();
+        let (mut published, mut seen) = (Vec::new(), HashSet::new());
         for request in self.requests(&locked)? {
             check_family(network, via, &request)?;
             let mapping = match fulfilled(&desired, &self.name, &request) {
                 Some(mapping) if mapping.via != via => {
                     return Err(Error::OtherVia(mapping.key(), mapping.via));
                 }
+                Some(mapping) if mapping.suspended => {
+                    executor.reserve(mapping.proto, mapping.host, mapping.host_port)?;
+                    Mapping { suspended: false, ..mapping }
+                }
                 Some(mapping) => mapping,
                 None => claim(&desired, &others, &request, via, executor)?,
             };
-            let known = desired.endpoints.get_mut(&self.name).map(|endpoint| &mut endpoint.mappings);
-            if let Some(known) = known.filter(|known| !known.iter().any(|known| known.key() == mapping.key()))
-            {
-                known.push(mapping.clone());
+            if let Some(endpoint) = desired.endpoints.get_mut(&self.name) {
+                put(&mut endpoint.mappings, &mapping);
             }
-            if !published.contains(&mapping) {
+            if seen.insert(mapping.key()) {
                 published.push(mapping);
             }
         }
@@ -68,10 +72,9 @@ impl Publish {
             published.iter().map(|mapping| format!("{} -> {ip}:{}", mapping.key(), mapping.container_port));
         let lines = lines.collect();
         let plan = locked.change(desired, &Scope::one(&self.name), options, executor)?;
-        // Now their relays are known.
-        let known = &locked.endpoint(&self.name)?.mappings;
-        let of = |mapping| known.iter().find(|known| known.is_same(mapping)).unwrap_or(mapping);
-        let result = json!({ "mappings": published.iter().map(of).collect::<Vec<_>>() });
+        let relay = show::relay(options);
+        let shown = published.iter().map(|mapping| show::mapping(mapping, relay));
+        let result = json!({ "mappings": shown.collect::<Vec<_>>() });
         Ok(Report::of(&plan, lines, result).warning(warnings))
     }
 
@@ -137,6 +140,14 @@ fn fulfilled(topology: &Topology, name: &Name, request: &PortRequest) -> Option<
     topology.endpoints.get(name)?.mappings.iter().find(|mapping| mapping.fulfils(request)).cloned()
 }
 
+/// Puts a mapping in the place of the one with its port, or beside the others.
+fn put(mappings: &mut Vec<Mapping>, mapping: &Mapping) {
+    match mappings.iter_mut().find(|known| known.key() == mapping.key()) {
+        Some(known) => known.suspended = mapping.suspended,
+        None => mappings.push(mapping.clone()),
+    }
+}
+
 /// Finds a host port for `request` and binds it, so that no other program can take it.
 fn claim(
     topology: &Topology,
@@ -162,7 +173,7 @@ fn claim(
         }
         HostPort::FirstFreeOf(range) => first_free(range.iter(), reserve)?,
     };
-    Ok(Mapping { proto, host, host_port, random, container_port, via, relay: None })
+    Ok(Mapping { proto, host, host_port, random, container_port, via, relay: None, suspended: false })
 }
 
 fn first_free(
@@ -236,7 +247,8 @@ impl Unpublish {
         }
         let plan = locked.change(desired, &Scope::one(&self.name), options, executor)?;
         let lines = gone.iter().map(|mapping| format!("{} is no longer published", mapping.key())).collect();
-        Ok(Report::of(&plan, lines, json!({ "mappings": gone })))
+        let shown: Vec<_> = gone.iter().map(|mapping| show::mapping(mapping, None)).collect();
+        Ok(Report::of(&plan, lines, json!({ "mappings": shown })))
     }
 }
 

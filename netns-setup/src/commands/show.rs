@@ -10,8 +10,9 @@ use serde_json::{Value, json};
 use super::change::LockedState;
 use super::{Options, Report};
 use crate::error::Error;
-use crate::model::{Endpoint, Mapping, Network};
+use crate::model::{Endpoint, Mapping, Network, RelayProcess};
 use crate::name::{Id, Name};
+use crate::relay::client;
 
 /// Lists the containers.
 pub(super) fn list(options: &Options) -> Result<Report, Error> {
@@ -19,6 +20,7 @@ pub(super) fn list(options: &Options) -> Result<Report, Error> {
     let topology = &locked.state.current;
     let mut lines = vec![format!("{:<16} {:<16} {:<12} {}", "NAME", "ADDRESS", "VETH", "PORTS")];
     let mut result = Vec::new();
+    let relay = relay(options);
     for (name, endpoint) in &topology.endpoints {
         let ports: Vec<_> = endpoint.mappings.iter().map(port).collect();
         let (ip, veth) = (endpoint.ip.to_string(), endpoint.id.veth());
@@ -28,7 +30,8 @@ pub(super) fn list(options: &Options) -> Result<Report, Error> {
         let ip6 = topology.network.as_ref().and_then(|network| endpoint.ip6(network));
         result.push(json!({
             "name": name, "ip": ip, "ip6": ip6, "mac": endpoint.mac().to_string(), "veth": veth,
-            "netns": endpoint.netns.path, "mappings": endpoint.mappings,
+            "netns": endpoint.netns.path,
+            "mappings": endpoint.mappings.iter().map(|one| mapping(one, relay)).collect::<Vec<_>>(),
         }));
     }
     let warnings = interrupted(&locked);
@@ -45,7 +48,24 @@ fn interrupted(locked: &LockedState) -> Vec<String> {
 fn port(mapping: &Mapping) -> String {
     let via = serde_json::to_value(mapping.via).ok();
     let via = via.as_ref().and_then(Value::as_str).unwrap_or_default();
-    format!("{}:{}->{}/{} ({via})", mapping.host, mapping.host_port, mapping.container_port, mapping.proto)
+    let suspended = if mapping.suspended { ", suspended" } else { "" };
+    format!(
+        "{}:{}->{}/{} ({via}{suspended})",
+        mapping.host, mapping.host_port, mapping.container_port, mapping.proto
+    )
+}
+
+/// The relay of the network, if it runs and may be asked.
+pub(super) fn relay(options: &Options) -> Option<RelayProcess> {
+    client::status(&options.state_dir).ok().flatten()?.relay
+}
+
+/// A mapping as JSON, with the process that relays it.
+pub(super) fn mapping(mapping: &Mapping, relay: Option<RelayProcess>) -> Value {
+    let relay = mapping.relay.or(relay.filter(|_| mapping.via.has_relay() && !mapping.suspended));
+    let mut shown = json!(mapping);
+    shown["relay"] = json!(relay);
+    shown
 }
 
 /// Shows one container, or all.

@@ -81,9 +81,10 @@ fn check(named: &[IfName], options: &Options) -> Result<Report, Error> {
     let locked = LockedState::open(&dry)?;
     let owned = locked.state.owned();
     let desired = locked.state.pending.as_ref().unwrap_or(&locked.state.current);
-    let observed = observe(&owned, desired, &Scope::Transparent)?;
-    let rproxy = Path::new("rproxy");
-    let inputs = Inputs { owned: &owned, desired, observed: &observed, scope: &Scope::Transparent, rproxy };
+    let observed = observe(&owned, desired, &Scope::Transparent, &options.state_dir)?;
+    let (rproxy, state_dir) = (Path::new("rproxy"), options.state_dir.as_path());
+    let scope = &Scope::Transparent;
+    let inputs = Inputs { owned: &owned, desired, observed: &observed, scope, rproxy, state_dir };
     let plan = plan::plan(inputs)?;
     let interrupted = locked.state.pending.iter().map(|_| "an earlier command was interrupted".to_owned());
     let found = interrupted.chain(plan.steps.iter().map(|step| finding(&step.action)));

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use serde_json::json;
 
 use super::change::LockedState;
+use super::restore::Restorable;
 use super::{Options, Report, transparent};
 use crate::action::Action;
 use crate::addr::{Subnet4, Subnet6};
@@ -15,6 +16,7 @@ use crate::model::{Firewall, Network, SysctlChange, Topology};
 use crate::name::{Id, IfName};
 use crate::netlink::xfrm;
 use crate::plan::{Scope, Step};
+use crate::relayed::FILES;
 use crate::{observe, persist, sysctl};
 
 /// The arguments of `up`.
@@ -69,8 +71,11 @@ impl Up {
         }
         let result = json!({ "network": network, "transparent": desired.transparent });
         desired.network = Some(network);
-        let plan = locked.change(desired, &Scope::All, options, executor)?;
-        warnings.extend(plan.problems.iter().cloned());
+        // After a reboot, it restores what is published.
+        let Restorable { desired, waiting, .. } =
+            Restorable::reserve(&locked.state, desired, options, executor)?;
+        let plan = locked.restore(desired, options, executor)?;
+        warnings.extend(plan.problems.iter().cloned().chain(waiting));
         Ok(Report::of(&plan, lines, result).warning(warnings))
     }
 
@@ -127,6 +132,10 @@ pub(super) fn down(options: &Options, executor: &mut dyn Executor) -> Result<Rep
             executor.run(&step.action).map_err(Error::Leftover)?;
         }
         plan.steps.push(step);
+    }
+    // A supervisor that was killed has left them.
+    if !options.dry_run {
+        FILES.iter().for_each(|name| drop(std::fs::remove_file(options.state_dir.join(name))));
     }
     let warnings = restored.into_iter().chain(plan.problems.iter().cloned()).collect();
     let is_empty = plan.steps.is_empty();

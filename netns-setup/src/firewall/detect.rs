@@ -81,7 +81,7 @@ pub fn interference(network: &Network, topology: &Topology) -> Vec<String> {
         bridge: network.bridge.to_string(),
         subnets: std::iter::once(network.subnet.cidr().to_string()).chain(subnet6).collect(),
         families: families.into_iter().flatten().collect(),
-        has_relays: topology.mappings().any(|(_, _, mapping)| mapping.via.has_relay()),
+        has_relays: topology.active().any(|(_, _, mapping)| mapping.via.has_relay()),
     };
     let mut found = tool::run("nft", &["-s", "list", "ruleset"], "")
         .map(|ruleset| others::in_nft(&ruleset, &wanted))

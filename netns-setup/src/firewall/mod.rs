@@ -31,7 +31,7 @@ pub(crate) struct Translation {
 /// The ports that the kernel translates, for one address family.
 pub(crate) fn translations(network: &Network, topology: &Topology, ipv6: bool) -> Vec<Translation> {
     topology
-        .mappings()
+        .active()
         .filter_map(|(_, endpoint, mapping)| translation(network, endpoint, mapping, ipv6))
         .collect()
 }
@@ -64,7 +64,7 @@ fn translation(network: &Network, endpoint: &Endpoint, mapping: &Mapping, ipv6: 
 
 /// Ports published on an IPv4 loopback address; packets to them from other hosts are dropped.
 pub(crate) fn loopback_ports(topology: &Topology) -> Vec<(IpAddr, Protocol, u16)> {
-    let ports = topology.mappings().filter_map(|(_, _, mapping)| match mapping.host {
+    let ports = topology.active().filter_map(|(_, _, mapping)| match mapping.host {
         HostIp::Ip(ip @ IpAddr::V4(v4)) if v4.is_loopback() => Some((ip, mapping.proto, mapping.host_port)),
         _ => None,
     });
@@ -74,5 +74,5 @@ pub(crate) fn loopback_ports(topology: &Topology) -> Vec<(IpAddr, Protocol, u16)
 /// Whether the kernel routes loopback connections to the bridge.
 #[must_use]
 pub fn needs_route_localnet(topology: &Topology) -> bool {
-    topology.mappings().any(|(_, _, mapping)| mapping.via == Via::Dnat)
+    topology.active().any(|(_, _, mapping)| mapping.via == Via::Dnat)
 }

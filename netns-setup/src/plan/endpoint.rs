@@ -286,7 +286,7 @@ fn mend_inside(network: &Network, endpoint: &Endpoint, side: &Side, inner: &Link
 }
 
 /// The container's address that a relay on a host socket connects to.
-pub(crate) fn relay_target(network: &Network, endpoint: &Endpoint, host: HostIp) -> IpAddr {
+pub(super) fn relay_target(network: &Network, endpoint: &Endpoint, host: HostIp) -> IpAddr {
     match endpoint.ip6(network) {
         Some(ip) if host.is_ipv6() => ip.into(),
         _ => endpoint.ip.into(),

@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
-pub(crate) use endpoint::relay_target;
+pub(crate) use relays::relayed_ports;
 pub(crate) use rules::backend;
 
 use crate::action::{Action, LinkChange, NetnsRef, OffloadSizes};
@@ -28,11 +28,18 @@ pub struct Step {
     pub action: Action,
     /// What undoes it, in this order; empty if undoing an earlier step does.
     pub undo: Vec<Action>,
+    /// Whether the others are of use without it.
+    pub is_optional: bool,
 }
 
 impl Step {
     fn new(action: Action, undo: impl IntoIterator<Item = Action>) -> Self {
-        Self { action, undo: undo.into_iter().collect() }
+        Self { action, undo: undo.into_iter().collect(), is_optional: false }
+    }
+
+    /// Whether the relay serves more ports by it.
+    pub(crate) fn serves(&self) -> bool {
+        matches!(self.action, Action::ServePorts { .. })
     }
 
     /// A step on something that an earlier step created, and that disappears with it.
@@ -173,9 +180,11 @@ pub struct Inputs<'a> {
     pub scope: &'a Scope,
     /// The path of `rproxy`.
     pub rproxy: &'a Path,
+    /// The state directory.
+    pub state_dir: &'a Path,
 }
 
-/// Orders the steps so that nothing is temporarily open that should be closed: relays stop and links are
+/// Orders the steps so that nothing is temporarily open that should be closed: the relay ceases and links are
 /// removed before the rules that guard them change; links are added and forwarding is enabled afterwards.
 ///
 /// # Errors
@@ -221,6 +230,12 @@ fn set_parameters(inputs: Inputs<'_>, plan: &mut Plan, needed: Vec<Parameter>, i
 }
 
 impl Plan {
+    /// Whether the relay has to serve more ports.
+    #[must_use]
+    pub fn serves(&self) -> bool {
+        self.steps.iter().any(Step::serves)
+    }
+
     /// Whether there is nothing to do.
     #[must_use]
     pub fn is_empty(&self) -> bool {

@@ -1,28 +1,110 @@
-//! Relay processes, and conntrack entries that would bypass a change of them.
+//! The ports that the relay serves, and conntrack entries that would bypass a change of them.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::net::SocketAddr;
 
 use rproxy_mapping::addr::Protocol;
 
 use super::{Inputs, Plan, Step, endpoint};
-use crate::action::{Action, RelayCommand};
+use crate::action::Action;
 use crate::host_ip::HostIp;
-use crate::model::{Endpoint, Mapping, Topology};
+use crate::model::{Endpoint, Mapping, MappingKey, Network, Topology};
 use crate::name::Name;
+use crate::relayed::{LOG, Launch, RelayedPort};
 
-/// The command line of a mapping's relay.
-fn command(
-    inputs: Inputs<'_>,
-    topology: &Topology,
-    endpoint: &Endpoint,
-    mapping: &Mapping,
-) -> Option<RelayCommand> {
-    let network = topology.network.as_ref()?;
-    mapping.via.has_relay().then(|| RelayCommand {
+/// The ports of a topology that a relay serves.
+pub(crate) fn relayed_ports(topology: &Topology) -> Vec<RelayedPort> {
+    let Some(network) = &topology.network else { return Vec::new() };
+    let relayed = topology.active().filter(|(_, _, mapping)| mapping.via.has_relay());
+    relayed.map(|(name, endpoint, mapping)| relayed_port(network, name, endpoint, mapping)).collect()
+}
+
+fn relayed_port(network: &Network, name: &Name, endpoint: &Endpoint, mapping: &Mapping) -> RelayedPort {
+    let ip = endpoint::relay_target(network, endpoint, mapping.host);
+    let to = SocketAddr::new(ip, mapping.container_port);
+    RelayedPort { key: mapping.key(), owner: name.clone(), to }
+}
+
+/// The ports in the plan's scope that are wanted.
+fn wanted(inputs: Inputs<'_>) -> BTreeMap<MappingKey, RelayedPort> {
+    let ports = relayed_ports(inputs.desired).into_iter();
+    ports.filter(|port| inputs.scope.contains(&port.owner)).map(|port| (port.key, port)).collect()
+}
+
+/// The relay of the network that is or was.
+fn launch(inputs: Inputs<'_>) -> Option<Launch> {
+    let network = inputs.desired.network.as_ref().or(inputs.owned.network.as_ref())?;
+    Some(Launch {
+        state_dir: inputs.state_dir.to_owned(),
+        network: network.id.clone(),
         program: inputs.rproxy.to_owned(),
-        key: mapping.key(),
-        container_ip: endpoint::relay_target(network, endpoint, mapping.host),
-        container_port: mapping.container_port,
+    })
+}
+
+/// Stops serving what is no longer wanted, and ends what cannot serve the rest.
+pub(super) fn stop(inputs: Inputs<'_>, plan: &mut Plan) {
+    let Some(relay) = launch(inputs) else { return };
+    let observed = &inputs.observed.relay;
+    for process in &observed.strays {
+        let what = format!("the relay's supervisor with pid {}", process.pid);
+        plan.push(Step::on_fresh(Action::EndProcess { what, process: *process }));
+    }
+    let wanted = wanted(inputs);
+    let is_unwanted =
+        |port: &&RelayedPort| inputs.scope.contains(&port.owner) && wanted.get(&port.key) != Some(*port);
+    let ports: Vec<_> = observed.served.values().filter(is_unwanted).cloned().collect();
+    if !ports.is_empty() {
+        let again = Action::ServePorts { relay: relay.clone(), ports: ports.clone() };
+        plan.push(Step::new(Action::CeasePorts { relay: relay.clone(), ports }, [again]));
+    }
+    stop_singles(inputs, &relay, plan);
+}
+
+/// Ends the relays of an earlier version, which serve one port each.
+fn stop_singles(inputs: Inputs<'_>, relay: &Launch, plan: &mut Plan) {
+    for port in relayed_ports(inputs.owned).into_iter().filter(|port| inputs.scope.contains(&port.owner)) {
+        if let Some(process) = inputs.observed.relay.singles.get(&port.key) {
+            let what = format!("the relay of {} alone, of an earlier version,", port.key);
+            let again = Action::ServePorts { relay: relay.clone(), ports: vec![port] };
+            plan.push(Step::new(Action::EndProcess { what, process: *process }, [again]));
+        }
+    }
+}
+
+/// Serves what is wanted and not served yet.
+pub(super) fn start(inputs: Inputs<'_>, plan: &mut Plan) {
+    let Some(relay) = launch(inputs) else { return };
+    let observed = &inputs.observed.relay;
+    if let Some(trouble) = &observed.trouble {
+        let log = inputs.state_dir.join(LOG);
+        plan.problems.push(format!("the relay does not run: {trouble}; {} may tell why", log.display()));
+    }
+    let mut missing = Vec::new();
+    for (key, port) in wanted(inputs) {
+        if observed.served.get(&key) == Some(&port) {
+            continue;
+        }
+        match lacks_interface(inputs, &port) {
+            Some(problem) => plan.problems.push(problem),
+            None => missing.push(port),
+        }
+    }
+    if !missing.is_empty() {
+        let cease = Action::CeasePorts { relay: relay.clone(), ports: missing.clone() };
+        plan.push(Step::new(Action::ServePorts { relay, ports: missing }, [cease]));
+    }
+}
+
+/// Why a port on a link-local address cannot be bound.
+fn lacks_interface(inputs: Inputs<'_>, port: &RelayedPort) -> Option<String> {
+    let HostIp::Scoped(ip, interface) = port.key.host else { return None };
+    let is_gone = inputs.observed.host.link(interface.as_str()).is_none();
+    let RelayedPort { key, owner, to } = port;
+    is_gone.then(|| {
+        format!(
+            "{key} of {owner} is not served, as the interface {interface} of {ip} is gone: run `netns-setup unpublish {owner} -p {}:{}:{}/{}` if it does not come back",
+            key.host, key.port, to.port(), key.proto
+        )
     })
 }
 
@@ -32,50 +114,16 @@ fn only_in<'a>(
     one: &'a Topology,
     other: &'a Topology,
 ) -> impl Iterator<Item = (&'a Name, &'a Endpoint, &'a Mapping)> {
+    let theirs = other.mappings().map(|(name, _, mapping)| ((name, mapping.key()), mapping));
+    let theirs: HashMap<_, _> = theirs.collect();
     one.mappings().filter(move |(name, _, mapping)| {
-        let same = |theirs: &Endpoint| theirs.mappings.iter().any(|theirs| theirs.is_same(mapping));
-        inputs.scope.contains(name) && !other.endpoints.get(*name).is_some_and(same)
+        let is_same = theirs.get(&(*name, mapping.key())).is_some_and(|theirs| theirs.is_same(mapping));
+        inputs.scope.contains(name) && !is_same
     })
 }
 
-/// Stops the relays of mappings that are no longer wanted.
-pub(super) fn stop(inputs: Inputs<'_>, plan: &mut Plan) {
-    for (_, endpoint, mapping) in only_in(inputs, inputs.owned, inputs.desired) {
-        let process = inputs.observed.relays.get(&mapping.key()).copied();
-        let command = command(inputs, inputs.owned, endpoint, mapping);
-        if let (Some(relay), Some(process)) = (command, process) {
-            let stop = Action::StopRelay { relay: relay.clone(), process: Some(process) };
-            plan.push(Step::new(stop, [Action::StartRelay(relay)]));
-        }
-    }
-}
-
-/// Starts the wanted relays that are not running.
-pub(super) fn start(inputs: Inputs<'_>, plan: &mut Plan) {
-    for (name, endpoint, mapping) in inputs.desired.mappings() {
-        let runs = inputs.observed.relays.contains_key(&mapping.key());
-        if !inputs.scope.contains(name) || runs {
-            continue;
-        }
-        if let HostIp::Scoped(ip, interface) = mapping.host
-            && inputs.observed.host.link(interface.as_str()).is_none()
-        {
-            let key = mapping.key();
-            plan.problems.push(format!(
-                "{key} of {name} is not served, as the interface {interface} of {ip} is gone: run `netns-setup unpublish {name} -p {}:{}:{}/{}` if it does not come back",
-                key.host, key.port, mapping.container_port, key.proto
-            ));
-            continue;
-        }
-        if let Some(relay) = command(inputs, inputs.desired, endpoint, mapping) {
-            let start = Action::StartRelay(relay.clone());
-            plan.push(Step::new(start, [Action::StopRelay { relay, process: None }]));
-        }
-    }
-}
-
 /// Deletes conntrack entries that were created under other rules: the kernel would keep using them while
-/// packets arrive. Follows the change of the rules and precedes the relays: while their sockets receive nothing, nobody
+/// packets arrive. Follows the change of the rules and precedes the relay: while its sockets receive nothing, nobody
 /// sends from the ports, so that no entry begins there again.
 pub(super) fn flush(inputs: Inputs<'_>, plan: &mut Plan) {
     let gone = only_in(inputs, inputs.owned, inputs.desired);

@@ -4,7 +4,7 @@ use super::*;
 use crate::addr::Mac;
 use crate::family::Family;
 use crate::firewall::iptables::SavedTables;
-use crate::model::{Firewall, Network, RelayProcess, SysctlChange, Topology, Via};
+use crate::model::{Endpoint, Firewall, Network, RelayProcess, SysctlChange, Topology, Via};
 use crate::name::Id;
 use crate::observed::{Link, Route, Rules, Side};
 use crate::testdata;
@@ -24,8 +24,17 @@ fn bare() -> Observed {
 }
 
 fn plan_for(owned: &Topology, desired: &Topology, observed: &Observed) -> Result<Plan, PlanError> {
-    let rproxy = Path::new("rproxy");
-    plan(Inputs { owned, desired, observed, scope: &Scope::All, rproxy })
+    plan_in(&Scope::All, owned, desired, observed)
+}
+
+fn plan_in(
+    scope: &Scope,
+    owned: &Topology,
+    desired: &Topology,
+    observed: &Observed,
+) -> Result<Plan, PlanError> {
+    let (rproxy, state_dir) = (Path::new("rproxy"), Path::new("/run/netns-setup"));
+    plan(Inputs { owned, desired, observed, scope, rproxy, state_dir })
 }
 
 /// The commands of a plan, with scripts cut to their first line.
@@ -161,10 +170,10 @@ fn a_port_on_an_interface_that_is_gone_keeps_nothing_else_from_being_mended() {
     let web = topology.endpoints.values_mut().next().unwrap();
     web.mappings.push(testdata::mapping(Protocol::Tcp, "[fe80::1%gone0]", 90, 80, Via::Both));
     let mut observed = in_place(&topology);
-    observed.relays.clear();
+    observed.relay.served.clear();
     let plan = plan_for(&topology, &topology, &observed).unwrap();
     let [command] = &commands(&plan)[..] else { panic!("{:?}", plan.steps) };
-    assert!(command.contains("-host-port 80"), "{command}");
+    assert!(command.ends_with("add --host [::]:80 --to 172.17.0.2:80 --proto tcp"), "{command}");
     let way_out = "run `netns-setup unpublish web -p [fe80::1%gone0]:90:80/tcp`";
     assert!(plan.problems[0].contains(way_out), "{:?}", plan.problems);
 }
@@ -269,9 +278,7 @@ fn in_place(topology: &Topology) -> Observed {
         };
         observed.containers.insert(name.clone(), Some(side));
     }
-    for (_name, _endpoint, mapping) in topology.mappings() {
-        observed.relays.insert(mapping.key(), RelayProcess { pid: 7, started: 7 });
-    }
+    observed.relay.served = relayed_ports(topology).into_iter().map(|port| (port.key, port)).collect();
     let routes = if crate::firewall::needs_route_localnet(topology) { "1" } else { "0" };
     let key = crate::sysctl::of_interface("ipv4", network.bridge.as_str(), "route_localnet");
     observed.sysctls.insert(key, routes.to_owned());
@@ -445,9 +452,7 @@ fn a_plan_for_one_container_leaves_others_alone() {
     let mut observed = in_place(&topology);
     observed.containers.clear();
     let scope = Scope::one(&"web".parse().unwrap());
-    let rproxy = Path::new("rproxy");
-    let inputs = Inputs { owned: &topology, desired: &topology, observed: &observed, scope: &scope, rproxy };
-    let commands = commands(&plan(inputs).unwrap());
+    let commands = commands(&plan_in(&scope, &topology, &topology, &observed).unwrap());
     assert!(commands.iter().any(|command| command == "ip netns add web"), "{commands:?}");
     assert!(!commands.iter().any(|command| command.contains("dns")), "{commands:?}");
 }
@@ -525,7 +530,7 @@ fn flows_of_all_ports_are_forgotten_at_once_and_before_a_relay_receives() {
     let first_of = |is: fn(&Action) -> bool| plan.steps.iter().position(|step| is(&step.action)).unwrap();
     let (rules, relay) = (
         first_of(|action| matches!(action, Action::Nft(_))),
-        first_of(|action| matches!(action, Action::StartRelay(_))),
+        first_of(|action| matches!(action, Action::ServePorts { .. })),
     );
     assert!(matches!(flushes[..], [at] if rules < at && at < relay), "{rules} {flushes:?} {relay}");
 }
@@ -746,4 +751,99 @@ fn the_packet_sizes_of_the_bridge_come_back_with_a_removed_container() {
     let link = plan.steps.iter().find(|step| step.to_string() == "ip link delete dev veth0202020").unwrap();
     let last = link.undo.last().unwrap().to_string();
     assert!(last.starts_with("ip link set dev docker0 gso_max_size 65536"), "{last}");
+}
+
+/// The actions that concern the relay, each with what undoes it.
+fn of_relay(plan: &Plan) -> Vec<(String, Vec<String>)> {
+    let is_its = |step: &&Step| {
+        let Step { action, .. } = step;
+        action_serves(action) || matches!(action, Action::CeasePorts { .. } | Action::EndProcess { .. })
+    };
+    let texts = |step: &Step| (step.to_string(), step.undo.iter().map(ToString::to_string).collect());
+    plan.steps.iter().filter(is_its).map(texts).collect()
+}
+
+fn action_serves(action: &Action) -> bool {
+    matches!(action, Action::ServePorts { .. })
+}
+
+const CTL: &str = "rproxy ctl --control /run/netns-setup/relay.sock";
+
+#[test]
+fn all_ports_of_a_change_are_served_by_one_step() {
+    let (bare_web, mut web) = (testdata::story(), testdata::story());
+    let more = (100..200).map(|port| testdata::mapping(Protocol::Tcp, "*", port, port, Via::Both));
+    web.endpoints.values_mut().for_each(|web| web.mappings.extend(more.clone()));
+    let [(step, undo)] = &of_relay(&plan_for(&bare_web, &web, &in_place(&bare_web)).unwrap())[..] else {
+        panic!()
+    };
+    assert_eq!(*step, format!("{CTL} add --host [::]:100-199 --to 172.17.0.2:100-199 --proto tcp"));
+    assert_eq!(undo[..], [format!("{CTL} remove --cut web/tcp/[::]:100-199")]);
+    let [(step, undo)] = &of_relay(&plan_for(&web, &bare_web, &in_place(&web)).unwrap())[..] else {
+        panic!()
+    };
+    assert_eq!(*step, format!("{CTL} remove --cut web/tcp/[::]:100-199"));
+    assert_eq!(undo[..], [format!("{CTL} add --host [::]:100-199 --to 172.17.0.2:100-199 --proto tcp")]);
+}
+
+#[test]
+fn a_port_that_leads_to_another_container_is_served_anew() {
+    let (name, mut db) = testdata::endpoint("db", 3);
+    let mut moved = testdata::story();
+    db.mappings = moved.endpoints.values_mut().flat_map(|web| std::mem::take(&mut web.mappings)).collect();
+    moved.endpoints.insert(name.clone(), db.clone());
+    let mut before = testdata::story();
+    before.endpoints.insert(name, Endpoint { mappings: vec![], ..db });
+    let steps: Vec<String> = of_relay(&plan_for(&before, &moved, &in_place(&before)).unwrap())
+        .into_iter()
+        .map(|(step, _)| step)
+        .collect();
+    assert_eq!(
+        steps,
+        [
+            format!("{CTL} remove --cut web/tcp/[::]:80"),
+            format!("{CTL} add --host [::]:80 --to 172.17.0.3:80 --proto tcp"),
+        ]
+    );
+}
+
+#[test]
+fn relays_of_an_earlier_version_are_replaced() {
+    let story = testdata::story();
+    let mut observed = in_place(&story);
+    let key = relayed_ports(&story)[0].key;
+    observed.relay.served.clear();
+    observed.relay.singles.insert(key, RelayProcess { pid: 7, started: 1 });
+    let add = format!("{CTL} add --host [::]:80 --to 172.17.0.2:80 --proto tcp");
+    let remove = format!("{CTL} remove --cut web/tcp/[::]:80");
+    let steps = of_relay(&plan_for(&story, &story, &observed).unwrap());
+    assert_eq!(steps, [("kill 7".to_owned(), vec![add.clone()]), (add, vec![remove])]);
+    // Another container's is left alone.
+    let scope = Scope::one(&"db".parse().unwrap());
+    assert_eq!(of_relay(&plan_in(&scope, &story, &story, &observed).unwrap()), []);
+}
+
+#[test]
+fn a_supervisor_that_nobody_knows_any_more_ends_first() {
+    let story = testdata::story();
+    let mut observed = in_place(&story);
+    observed.relay.served.clear();
+    observed.relay.strays.push(RelayProcess { pid: 7, started: 1 });
+    let steps = of_relay(&plan_for(&story, &story, &observed).unwrap());
+    assert_eq!((steps.len(), steps[0].0.as_str()), (2, "kill 7"));
+    let down = of_relay(&plan_for(&story, &Topology::default(), &observed).unwrap());
+    assert_eq!((down.len(), down[0].0.as_str()), (1, "kill 7"));
+}
+
+#[test]
+fn a_suspended_port_is_not_in_place() {
+    let (story, mut suspended) = (testdata::story(), testdata::story());
+    suspended.endpoints.values_mut().flat_map(|web| &mut web.mappings).for_each(|port| port.suspended = true);
+    let away = plan_for(&story, &suspended, &in_place(&story)).unwrap();
+    assert_eq!(of_relay(&away).len(), 1);
+    let rules = crate::firewall::nft::render;
+    assert_ne!(rules(&story), rules(&suspended));
+    assert_eq!(plan_for(&suspended, &suspended, &in_place(&suspended)).unwrap().steps, []);
+    let back = plan_for(&suspended, &story, &in_place(&suspended)).unwrap();
+    assert_eq!(of_relay(&back).len(), 1);
 }

@@ -248,7 +248,8 @@ mod tests {
         let host = Side { links, ..Side::default() };
         let observed = Observed { host, transparent: Some(parts), ..Observed::default() };
         let rproxy = std::path::Path::new("rproxy");
-        plan(Inputs { owned, desired, observed: &observed, scope: &Scope::Transparent, rproxy })
+        let (scope, state_dir) = (&Scope::Transparent, std::path::Path::new("/run/netns-setup"));
+        plan(Inputs { owned, desired, observed: &observed, scope, rproxy, state_dir })
     }
 
     fn commands<'a>(actions: impl Iterator<Item = &'a Action>) -> Vec<String> {

@@ -15,6 +15,7 @@ use crate::firewall::tool;
 use crate::hints::Hints;
 use crate::kernel::Kernel;
 use crate::model::Firewall;
+use crate::relay::client;
 use crate::signals::Signals;
 use pace::{Outcome, Pace};
 
@@ -77,7 +78,7 @@ impl Watch<'_> {
             Ok(mended) => {
                 let again = self.log.mended(&mended, begun.elapsed());
                 let outcome = if mended.is_changed() { Outcome::Repaired { again } } else { Outcome::Same };
-                (outcome, self.follow(&mended))
+                (outcome, self.follow(&mended, options))
             }
             Err(error @ (Error::NotRoot | Error::NotAllowed(_))) => return Err(error),
             Err(_) if signals.caught().is_some() => return Ok(()),
@@ -92,13 +93,14 @@ impl Watch<'_> {
         Ok(())
     }
 
-    /// Watches the relays that run now. Returns after what time to compare again without an event.
-    fn follow(&mut self, mended: &Mended) -> Duration {
+    /// Watches the supervisor of the relay. Returns after what time to compare again without an event.
+    fn follow(&mut self, mended: &Mended, options: &Options) -> Duration {
         let current = &mended.state.current;
-        let relays = current.mappings().filter_map(|(_, _, mapping)| mapping.relay);
+        let status = client::status(&options.state_dir).ok().flatten();
+        let supervisor = status.and_then(|status| status.supervisor);
         let is_iptables =
             current.network.as_ref().is_some_and(|network| network.firewall == Firewall::Iptables);
-        if !self.events.follow(relays) {
+        if !self.events.follow(supervisor.into_iter()) {
             Duration::ZERO
         } else if is_iptables && self.is_legacy {
             LEGACY_INTERVAL
@@ -121,7 +123,8 @@ struct Log<'a> {
 impl Log<'_> {
     /// Writes what was repaired. Returns whether that is the same as the last time.
     fn mended(&mut self, mended: &Mended, took: Duration) -> bool {
-        self.trouble(mended.plan.problems.iter().chain(&mended.plan.warnings).cloned().collect());
+        let Mended { plan, given_up, .. } = mended;
+        self.trouble(plan.problems.iter().chain(&plan.warnings).chain(given_up).cloned().collect());
         if let Some(restored) = &mended.restored {
             self.line(restored);
         }

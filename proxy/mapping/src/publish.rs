@@ -186,7 +186,9 @@ pub enum SpecError {
     #[error("'{0}' has no closing bracket; write an IPv6 address as in [::1]:8080:80")]
     NoBracket(String),
     /// Too many colons.
-    #[error("too many parts; write [[ADDRESS:]HOST_PORT:]PORT, and an IPv6 address in brackets, as in [::1]:8080:80")]
+    #[error(
+        "too many parts; write [[ADDRESS:]HOST_PORT:]PORT, and an IPv6 address in brackets, as in [::1]:8080:80"
+    )]
     Unbracketed,
     /// Another error.
     #[error("not something to publish; write [[ADDRESS:][HOST_PORT]:]PORT[/PROTOCOL], as in 8080:80/tcp")]

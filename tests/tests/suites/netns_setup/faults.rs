@@ -13,7 +13,6 @@ use netns_setup::error::Error;
 use netns_setup::executor::{ActionError, Executor};
 use netns_setup::host_ip::HostIp;
 use netns_setup::kernel::Kernel;
-use netns_setup::model::{MappingKey, RelayProcess};
 use netns_setup::name::Name;
 use netns_setup::reserve::ReserveError;
 use nix::sys::signal::{Signal, raise};
@@ -25,10 +24,13 @@ use testkit::suite::Case;
 use super::stage::{Backend, Stage, assert_same, for_each_firewall};
 
 /// The role of a process that runs a command of `netns-setup` and dies before its N-th step.
-const DIE: &str = "die-before-step";
+pub(super) const DIE: &str = "die-before-step";
 
 /// That of one whose N-th step fails; after the last one, that is to write down the state.
 const FAIL: &str = "fail-step";
+
+/// That of one whose N-th step acts, and fails nevertheless, as a tool that is killed when it is done.
+const ACT: &str = "act-and-fail-step";
 
 /// That of one that is interrupted in its N-th step.
 const INTERRUPT: &str = "interrupt-step";
@@ -95,6 +97,8 @@ struct Failing {
     kernel: Kernel,
     left: Cell<usize>,
     then: fn() -> Result<(), ActionError>,
+    /// Whether the action happens before.
+    acts: bool,
     state_dir: PathBuf,
 }
 
@@ -120,6 +124,9 @@ impl Executor for Failing {
     fn run(&mut self, action: &Action) -> Result<(), ActionError> {
         if self.is_next() {
             // Only this one fails: what undoes the others has to work.
+            if self.acts {
+                self.kernel.run(action)?;
+            }
             (self.then)()?;
         }
         self.kernel.run(action)
@@ -131,14 +138,10 @@ impl Executor for Failing {
 
     /// Asked for when all steps are done, before that is written down.
     fn namespaces(&self) -> &BTreeMap<Name, u64> {
-        self.kernel.namespaces()
-    }
-
-    fn relays(&self) -> &BTreeMap<MappingKey, RelayProcess> {
         if self.is_next() && (self.then)().is_err() {
             self.block_state();
         }
-        self.kernel.relays()
+        self.kernel.namespaces()
     }
 
     fn interrupted(&mut self) -> Option<Signal> {
@@ -165,11 +168,11 @@ pub(crate) fn play(role: &[&str]) -> Option<ExitCode> {
     let [what, step, command @ ..] = role else { return None };
     let then = match *what {
         DIE => die,
-        FAIL => injected,
+        FAIL | ACT => injected,
         INTERRUPT => interrupt,
         _ => return None,
     };
-    Some(match broken(command, step.parse().unwrap(), then) {
+    Some(match broken(command, step.parse().unwrap(), *what == ACT, then) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             std::io::stderr().write_all(error.to_string().as_bytes()).unwrap();
@@ -179,11 +182,16 @@ pub(crate) fn play(role: &[&str]) -> Option<ExitCode> {
 }
 
 /// Runs a command whose N-th action does not happen.
-fn broken(command: &[&str], step: usize, then: fn() -> Result<(), ActionError>) -> Result<(), Error> {
+fn broken(
+    command: &[&str],
+    step: usize,
+    acts: bool,
+    then: fn() -> Result<(), ActionError>,
+) -> Result<(), Error> {
     let words = std::iter::once("netns-setup").chain(command.iter().copied());
     let cli = Cli::try_parse_from(words).unwrap();
     let state_dir = command.iter().skip_while(|word| **word != "--state-dir").nth(1).unwrap().into();
-    let mut backend = Failing { kernel: Kernel::default(), left: Cell::new(step), then, state_dir };
+    let mut backend = Failing { kernel: Kernel::default(), left: Cell::new(step), then, acts, state_dir };
     cli.run(&mut backend, &mut std::io::sink(), &mut std::io::sink())
 }
 
@@ -195,14 +203,14 @@ fn words(stage: &Stage, command: &str) -> Vec<String> {
 }
 
 /// How many steps a command has.
-fn steps(stage: &Stage, command: &str) -> usize {
+pub(super) fn steps(stage: &Stage, command: &str) -> usize {
     let report: serde_json::Value =
         serde_json::from_str(&stage.ok(&format!("{command} --dry-run --json"))).unwrap();
     report["steps"].as_array().unwrap().len()
 }
 
 /// Runs a command in a process of its own, in which nothing but the command can go wrong.
-fn run_broken(stage: &Stage, role: &str, command: &str, step: usize) -> testkit::process::Output {
+pub(super) fn run_broken(stage: &Stage, role: &str, command: &str, step: usize) -> testkit::process::Output {
     let mut process = role::command(&[role, &step.to_string()]);
     process.args(words(stage, command));
     stage.with_path(&mut process);
@@ -217,16 +225,16 @@ fn failing(stage: &Stage, commands: Vec<Broken>) {
         let (intact, listed) = (stage.dump(), relays(stage));
         let count = steps(stage, &command);
         assert!(count > 0, "{command}");
-        for step in 1..=count {
-            let output = run_broken(stage, FAIL, &command, step);
+        for (role, step) in (1..=count).flat_map(|step| [(FAIL, step), (ACT, step)]) {
+            let output = run_broken(stage, role, &command, step);
             assert_eq!(output.status.code(), Some(1), "{command}, step {step}: {output:#?}");
             let error = output.stderr;
             assert!(
                 error.contains("injected") && error.ends_with("nothing was changed"),
                 "{command}: {error}"
             );
-            assert_same(&stage.dump(), &intact, &format!("{command}, step {step} of {count}"));
-            assert_eq!(relays(stage), listed, "{command}, step {step} of {count}");
+            assert_same(&stage.dump(), &intact, &format!("{command}, step {step} of {count}, {role}"));
+            assert_eq!(relays(stage), listed, "{command}, step {step} of {count}, {role}");
             if !before.is_empty() {
                 assert_eq!(stage.ok("check"), "everything is as it should be\n", "{command}, step {step}");
             }

@@ -6,6 +6,8 @@ mod firewall_managers;
 mod host;
 mod identity;
 mod persist;
+mod ports;
+mod relay;
 mod rules;
 mod scale;
 mod stage;
@@ -29,6 +31,8 @@ pub(crate) fn cases() -> Vec<Case> {
         faults,
         identity,
         persist,
+        ports,
+        relay,
         scale,
         state,
         watch

@@ -106,7 +106,7 @@ fn older(stage: &Stage) {
     // There is nothing of it here, as after a reboot.
     stage.ok("repair");
     assert_eq!(stage.ok("check"), "everything is as it should be\n");
-    assert!(fs::read_to_string(file(stage)).unwrap().contains("\"version\": 1"));
+    assert!(fs::read_to_string(file(stage)).unwrap().contains("\"version\": 2"));
 }
 
 fn beside(stage: &Stage, arguments: &str) -> Output {

@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use netns_setup::observe;
 use nix::sys::signal::Signal;
-use nix::unistd::Pid;
 use serde_json::Value;
 use testkit::netns::Namespace;
 use testkit::process::{Process, Stream};
@@ -62,7 +61,9 @@ fn interrupted_demonstration(stage: &Stage) {
     command.arg("demo");
     let demo = stage.host.spawn(command);
     demo.wait_for_line(Stream::Stdout, |line| line.starts_with("*:80/tcp -> 172.17.0.2:80"));
-    let relays = relays_of(demo.pid());
+    let supervisors = children(&demo.pid().to_string(), "netns-setup\n");
+    assert_eq!(supervisors.len(), 1, "one supervisor runs: {supervisors:?}");
+    let relays = children(&supervisors[0], "rproxy\n");
     assert_eq!(relays.len(), 1, "one relay runs: {relays:?}");
     demo.signal(Signal::SIGINT);
     let output = demo.into_output();
@@ -72,15 +73,14 @@ fn interrupted_demonstration(stage: &Stage) {
     assert_same(&stage.dump(), &before, "demo");
 }
 
-/// The relays that a demonstration has started.
-fn relays_of(demo: Pid) -> Vec<String> {
-    let tasks = std::fs::read_dir(format!("/proc/{demo}/task")).unwrap();
+/// The children of a process that are called `name`.
+fn children(parent: &str, name: &str) -> Vec<String> {
+    let tasks = std::fs::read_dir(format!("/proc/{parent}/task")).unwrap();
     let children = tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("children")).unwrap());
     let all = children.flat_map(|line| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>());
-    let is_relay = |pid: &String| {
-        std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name == "rproxy\n")
-    };
-    all.filter(is_relay).collect()
+    let is_called =
+        |pid: &String| std::fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|comm| comm == name);
+    all.filter(is_called).collect()
 }
 
 fn interface(stage: &Stage) {

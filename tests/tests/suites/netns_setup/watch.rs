@@ -160,22 +160,26 @@ fn killed(stage: &Stage) {
     let _server = serve(&web, 80);
     let watch = Watch::start(stage);
     for turn in 1..=2 {
-        let relays = relays(stage);
-        assert!(!relays.is_empty());
-        relays.iter().for_each(|relay| kill(*relay, Signal::SIGKILL).unwrap());
+        let supervisors = supervisors(stage);
+        assert!(!supervisors.is_empty());
+        supervisors.iter().for_each(|supervisor| kill(*supervisor, Signal::SIGKILL).unwrap());
         watch.repaired(turn);
         assert!(reaches_tcp(&stage.host, (HOST_V4, 80), PATIENCE), "relays serve again");
     }
     stage.ok("check");
 }
 
-/// The processes that the state names as relays.
-fn relays(stage: &Stage) -> Vec<Pid> {
+/// The supervisors of the relays that are listed, which end with them.
+fn supervisors(stage: &Stage) -> Vec<Pid> {
     let listed: serde_json::Value = serde_json::from_str(&stage.ok("list --json")).unwrap();
     let text = listed.to_string();
     let pids =
         text.split("\"pid\":").skip(1).map(|rest| rest.split(|c: char| !c.is_ascii_digit()).next().unwrap());
-    let mut pids: Vec<i32> = pids.map(|pid| pid.parse().unwrap()).collect();
+    let parent = |pid: &str| {
+        let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+        status.lines().find_map(|line| line.strip_prefix("PPid:")).unwrap().trim().parse().unwrap()
+    };
+    let mut pids: Vec<i32> = pids.map(parent).collect();
     pids.sort_unstable();
     pids.dedup();
     pids.into_iter().map(Pid::from_raw).collect()

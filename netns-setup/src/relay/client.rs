@@ -1,0 +1,86 @@
+//! Asks the supervisor, on behalf of a command.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::Path;
+
+use socket2::Socket;
+
+use super::RelayError;
+use super::channel::{Channel, within};
+use super::launch;
+use super::message::{Answer, Request, Status};
+use crate::model::MappingKey;
+use crate::relayed::{Launch, RelayedPort, SUPERVISOR};
+
+/// What the supervisor of the network with this state directory serves; `None` if none runs.
+///
+/// # Errors
+/// If it does not answer.
+pub fn status(state_dir: &Path) -> Result<Option<Status>, RelayError> {
+    match ask(state_dir, &Request::Status, &[]) {
+        Ok(Answer::Status(status)) => Ok(Some(status)),
+        Ok(Answer::Changed | Answer::Refused(_)) => Err(talk(io::ErrorKind::InvalidData.into())),
+        Err(error) if is_gone(&error) => Ok(None),
+        Err(error) => Err(talk(error)),
+    }
+}
+
+/// Has the supervisor serve more ports, each with its socket. Starts one if none runs.
+///
+/// # Errors
+/// If that fails; no port is served then that was not before.
+pub fn serve(launch: &Launch, ports: &[RelayedPort], sockets: &[Socket]) -> Result<(), RelayError> {
+    let request = Request::Change { remove: Vec::new(), add: ports.to_vec() };
+    let sockets: Vec<_> = sockets.iter().map(AsFd::as_fd).collect();
+    let answer = match ask(&launch.state_dir, &request, &sockets) {
+        Err(error) if is_gone(&error) => {
+            launch::start(launch)?;
+            ask(&launch.state_dir, &request, &sockets)
+        }
+        answer => answer,
+    };
+    changed(answer.map_err(talk)?)
+}
+
+/// Has the supervisor cease to serve ports. If none runs, nothing is served.
+///
+/// # Errors
+/// If that fails.
+pub fn cease(state_dir: &Path, ports: &[MappingKey]) -> Result<(), RelayError> {
+    let request = Request::Change { remove: ports.to_vec(), add: Vec::new() };
+    match ask(state_dir, &request, &[]) {
+        Err(error) if is_gone(&error) => Ok(()),
+        answer => changed(answer.map_err(talk)?),
+    }
+}
+
+fn changed(answer: Answer) -> Result<(), RelayError> {
+    match answer {
+        Answer::Changed => Ok(()),
+        Answer::Refused(why) => Err(RelayError::Refused(why)),
+        Answer::Status(_) => Err(talk(io::ErrorKind::InvalidData.into())),
+    }
+}
+
+fn ask(state_dir: &Path, request: &Request, sockets: &[BorrowedFd<'_>]) -> io::Result<Answer> {
+    let mut channel = connect(state_dir)?;
+    channel.send(serde_json::to_string(request)?, sockets)?;
+    Ok(serde_json::from_slice(&channel.receive()?.text)?)
+}
+
+fn connect(state_dir: &Path) -> io::Result<Channel> {
+    let dir = File::open(state_dir)?;
+    Channel::connect(&within(&dir, SUPERVISOR))
+}
+
+/// Whether the error means that there is no supervisor, or that it has just ended.
+fn is_gone(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionRefused, ConnectionReset, NotFound, UnexpectedEof};
+    matches!(error.kind(), NotFound | ConnectionRefused | ConnectionReset | BrokenPipe | UnexpectedEof)
+}
+
+fn talk(error: io::Error) -> RelayError {
+    RelayError::Conversation(error)
+}

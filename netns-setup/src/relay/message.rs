@@ -1,0 +1,47 @@
+//! What commands and the supervisor tell each other: lines of JSON. A version of its own is not needed: both are the
+//! same program, and an older supervisor is replaced.
+
+use serde::{Deserialize, Serialize};
+
+use crate::model::{MappingKey, RelayProcess};
+use crate::relayed::RelayedPort;
+
+/// A request. A supervisor without ports ends after its answer.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Request {
+    /// Say what is served.
+    Status,
+    /// Cease to serve some ports, and then serve others.
+    Change {
+        /// The ports that are served no more. One that was not served is no error.
+        remove: Vec<MappingKey>,
+        /// The ports that are served from now on; a bound socket for each comes with the request, in this order.
+        add: Vec<RelayedPort>,
+    },
+}
+
+/// What is served.
+#[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Status {
+    /// The supervisor.
+    pub supervisor: Option<RelayProcess>,
+    /// The relay, if it runs.
+    pub relay: Option<RelayProcess>,
+    /// Why it does not.
+    pub trouble: Option<String>,
+    /// The ports.
+    pub ports: Vec<RelayedPort>,
+}
+
+/// An answer.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    /// To [`Request::Status`].
+    Status(Status),
+    /// The change is made.
+    Changed,
+    /// Nothing was changed, and this is why.
+    Refused(String),
+}

@@ -1,0 +1,96 @@
+//! What the supervisor asks its relay: `docs/control.md` describes the protocol.
+
+use std::os::fd::BorrowedFd;
+
+use rproxy_mapping::wire::WireMapping;
+use serde::{Deserialize, Serialize};
+
+use super::held::Held;
+use crate::host_ip::HostIp;
+use crate::relay::channel::Channel;
+use crate::relayed::{RelayedPort, ports};
+
+/// The version of the protocol.
+const VERSION: u32 = 1;
+
+#[derive(Serialize)]
+struct Envelope {
+    v: u32,
+    #[serde(rename = "do")]
+    request: Request,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Request {
+    /// Serve exactly these mappings, and cut the connections of others.
+    Apply { mappings: Vec<WireMapping>, cut: bool },
+}
+
+#[derive(Deserialize)]
+struct Answer {
+    error: Option<Refusal>,
+}
+
+#[derive(Deserialize)]
+struct Refusal {
+    message: String,
+}
+
+/// Has the relay serve exactly the ports of `wanted`, of which the new ones have these sockets.
+pub(super) fn apply(channel: &mut Channel, wanted: &Held, sockets: &[BorrowedFd<'_>]) -> Result<(), String> {
+    let mappings = wanted.ranges().into_iter().map(|(first, last)| mapping(first, last)).collect();
+    let envelope = Envelope { v: VERSION, request: Request::Apply { mappings, cut: true } };
+    let line = serde_json::to_string(&envelope).map_err(|error| error.to_string())?;
+    let failed = |error| format!("it does not answer: {error}");
+    channel.send(line, sockets).map_err(failed)?;
+    let line = channel.receive().map_err(failed)?;
+    let answer: Answer = serde_json::from_slice(&line.text)
+        .map_err(|error| format!("its answer is not understood: {error}"))?;
+    answer.error.map_or(Ok(()), |refusal| Err(refusal.message))
+}
+
+/// The mapping of a range of ports.
+fn mapping(first: &RelayedPort, last: &RelayedPort) -> WireMapping {
+    WireMapping {
+        name: Some(first.name(last.key.port)),
+        // Without one, the relay listens on all addresses, as the socket does, with and without IPv6.
+        host: (first.key.host != HostIp::Any).then(|| first.host()),
+        host_ports: Some(ports(first.key.port, last.key.port)),
+        to: first.to.ip().to_string(),
+        to_ports: ports(first.to.port(), last.to.port()),
+        proto: Some(first.key.proto.to_string()),
+        v6only: first.is_v6only(),
+        ..WireMapping::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+
+    use rproxy_mapping::addr::{Protocol, ScopedIp};
+    use rproxy_mapping::interfaces::NoInterfaces;
+
+    use super::*;
+    use crate::model::MappingKey;
+
+    #[test]
+    fn ports_are_a_mapping_that_the_relay_understands() {
+        for (host, listens) in
+            [("*", "[::]:53"), ("[::]", "[::]:53"), ("0.0.0.0", "0.0.0.0:53"), ("10.0.0.11", "10.0.0.11:53")]
+        {
+            let key = MappingKey { proto: Protocol::Udp, host: host.parse().unwrap(), port: 53 };
+            let to: SocketAddr = "172.17.0.2:5353".parse().unwrap();
+            let first = RelayedPort { key, owner: "dns".parse().unwrap(), to };
+            let mut last = first.clone();
+            (last.key.port, last.to) = (54, "172.17.0.2:5354".parse().unwrap());
+            for (last, count) in [(&first, 1), (&last, 2)] {
+                let read = mapping(&first, last).read(&NoInterfaces, ScopedIp::ANY).unwrap();
+                let port = read.port_mappings().next().unwrap();
+                assert_eq!((port.host.to_string().as_str(), read.port_mappings().count()), (listens, count));
+                assert_eq!((port.backend.socket_addr(), port.v6only), (to, host == "[::]"));
+            }
+        }
+    }
+}
