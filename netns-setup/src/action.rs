@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use rproxy_mapping::addr::Protocol;
 
 use crate::addr::{Cidr, Mac};
-use crate::family::Family;
+use crate::family::{Family, Variant};
 use crate::host_ip::HostIp;
 use crate::model::{NETNS_DIR, RelayProcess};
 use crate::name::CONTAINER_INTERFACE;
@@ -231,6 +231,8 @@ pub enum Action {
     Iptables {
         /// The program.
         family: Family,
+        /// Which tables it changes.
+        variant: Variant,
         /// The script.
         script: String,
     },
@@ -300,8 +302,8 @@ impl fmt::Display for Action {
             Self::WriteFile { path, text } => fmt_input(f, &format!("cat > {}", path.display()), text),
             Self::RemoveFile(path) => write!(f, "rm {}", path.display()),
             Self::Nft(script) => fmt_input(f, "nft -f -", script),
-            Self::Iptables { family, script } => {
-                fmt_input(f, &format!("{} --noflush -w 5", family.restore()), script)
+            Self::Iptables { family, variant, script } => {
+                fmt_input(f, &format!("{} --noflush -w 5", family.restore(*variant)), script)
             }
             Self::ServePorts { relay, ports } => fmt_serve(f, relay, ports),
             Self::CeasePorts { relay, ports } => fmt_cease(f, relay, ports),

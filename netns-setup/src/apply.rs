@@ -4,7 +4,7 @@ use std::fmt;
 
 use crate::action::Action;
 use crate::executor::{ActionError, Executor};
-use crate::plan::Plan;
+use crate::plan::{Plan, Step};
 use crate::state::StateError;
 
 /// An action that failed.
@@ -20,6 +20,11 @@ impl Failure {
     /// That nobody can tell what a failed step has left.
     pub(crate) fn unknown(why: String) -> Self {
         Self { command: "compare the system with the state".to_owned(), source: ActionError::Unknown(why) }
+    }
+
+    /// Whether it is the failure of this step.
+    pub(crate) fn is_of(&self, step: &Step) -> bool {
+        self.command == step.action.to_string()
     }
 
     fn is_interruption(&self) -> bool {
@@ -134,7 +139,6 @@ mod tests {
     use super::*;
     use crate::host_ip::HostIp;
     use crate::name::Name;
-    use crate::plan::Step;
     use crate::private_dir::DirError;
     use crate::reserve::ReserveError;
 

@@ -271,7 +271,9 @@ pub fn finding(action: &Action) -> String {
         Action::WriteFile { path, .. } => format!("{} differs", path.display()),
         Action::RemoveFile(path) => format!("{} is left over", path.display()),
         Action::Nft(script) => format!("the nft table {} differs", nft::table_of(script)),
-        Action::Iptables { family, .. } => format!("the rules that {} lists differ", family.save()),
+        Action::Iptables { family, variant, .. } => {
+            format!("the rules that {} lists differ", family.save(*variant))
+        }
         Action::ServePorts { ports, .. } => format!("the relay does not serve {}", Listed(ports)),
         Action::CeasePorts { ports, .. } => format!("the relay still serves {}", Listed(ports)),
         Action::EndProcess { what, .. } => format!("{what} is left over"),

@@ -13,11 +13,11 @@ use netlink_sys::protocols::{NETLINK_NETFILTER, NETLINK_ROUTE, NETLINK_XFRM};
 use nix::errno::Errno;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
 use nix::sys::socket::{MsgFlags, recv};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use crate::model::RelayProcess;
+use crate::model::{NETNS_DIR, RelayProcess};
 use crate::relay::process;
 use crate::signals::Signals;
 use crate::state;
@@ -41,10 +41,11 @@ const POLICY_GROUPS: [u32; 1] = [4];
 /// Tables, chains, rules and sets of nftables, which iptables-nft uses, too.
 const RULE_GROUPS: [u32; 1] = [libc::NFNLGRP_NFTABLES as u32];
 
-/// What happens to the state file, or to its directory. It is written by renaming another one.
+/// What happens to the state file, or to its directory. This program writes it by renaming another one.
 const STATE_EVENTS: AddWatchFlags = AddWatchFlags::IN_DELETE
     .union(AddWatchFlags::IN_MOVED_FROM)
     .union(AddWatchFlags::IN_MOVED_TO)
+    .union(AddWatchFlags::IN_CLOSE_WRITE)
     .union(AddWatchFlags::IN_DELETE_SELF)
     .union(AddWatchFlags::IN_MOVE_SELF);
 
@@ -65,7 +66,9 @@ fn watch_error<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Watc
 pub struct Events {
     notifications: Vec<Socket>,
     state_dir: PathBuf,
-    state_files: Inotify,
+    files: Inotify,
+    /// The directory of named namespaces: one that a process lives in is deleted without a notification of the kernel.
+    namespaces: Option<WatchDescriptor>,
     relays: BTreeMap<u32, OwnedFd>,
     /// Readable once a signal has arrived.
     signals: UnixStream,
@@ -84,12 +87,13 @@ impl Events {
         let rules = optional(subscribe(NETLINK_NETFILTER, &RULE_GROUPS)).map_err(watch_error("rules"))?;
         let policies =
             optional(subscribe(NETLINK_XFRM, &POLICY_GROUPS)).map_err(watch_error("IPsec policies"))?;
-        let state_files = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)
+        let files = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)
             .map_err(watch_error("the state"))?;
         Ok(Self {
             notifications: [Some(routes), rules, policies].into_iter().flatten().collect(),
             state_dir: state_dir.to_owned(),
-            state_files,
+            files,
+            namespaces: None,
             relays: BTreeMap::new(),
             signals,
         })
@@ -99,7 +103,8 @@ impl Events {
     /// all of the relays run.
     pub fn follow(&mut self, relays: impl Iterator<Item = RelayProcess>) -> bool {
         // If there is none, there is no network, and its bridge will be noticed.
-        let _watched = self.state_files.add_watch(&self.state_dir, STATE_EVENTS);
+        let _watched = self.files.add_watch(&self.state_dir, STATE_EVENTS);
+        self.namespaces = self.files.add_watch(NETNS_DIR, AddWatchFlags::IN_DELETE).ok();
         let mut before = std::mem::take(&mut self.relays);
         let mut all_run = true;
         for relay in relays {
@@ -122,7 +127,7 @@ impl Events {
         // Rounded up, or it would return a little too early again and again.
         let left = left + Duration::from_millis(1);
         let fds = self.notifications.iter().map(AsFd::as_fd);
-        let fds = fds.chain([self.state_files.as_fd(), self.signals.as_fd()]);
+        let fds = fds.chain([self.files.as_fd(), self.signals.as_fd()]);
         let fds = fds.chain(self.relays.values().map(AsFd::as_fd));
         let mut fds: Vec<_> = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
         match poll(&mut fds, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)) {
@@ -135,17 +140,17 @@ impl Events {
     /// Takes all events. Returns whether one of them is about what this program maintains.
     fn take(&mut self) -> bool {
         let notified = self.notifications.iter().filter(|socket| drain(socket)).count() > 0;
-        let state = self.is_state_changed();
+        let files = self.are_files_changed();
         let relays = self.relays.len();
         self.relays.retain(|_pid, process| !is_readable(process.as_fd()));
         drop((&self.signals).read(&mut [0; 16]));
-        notified || state || self.relays.len() < relays
+        notified || files || self.relays.len() < relays
     }
 
-    fn is_state_changed(&self) -> bool {
-        let Ok(events) = self.state_files.read_events() else { return false };
-        let is_meant = |name: &Option<_>| name.as_deref().is_none_or(|name: &OsStr| name == state::FILE);
-        events.iter().any(|event| is_meant(&event.name))
+    fn are_files_changed(&self) -> bool {
+        let Ok(events) = self.files.read_events() else { return false };
+        let is_state = |name: &Option<_>| name.as_deref().is_none_or(|name: &OsStr| name == state::FILE);
+        events.iter().any(|event| Some(event.wd) == self.namespaces || is_state(&event.name))
     }
 }
 

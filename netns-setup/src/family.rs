@@ -9,6 +9,18 @@ pub enum Family {
     V6,
 }
 
+/// The tables of the kernel that the programs of iptables change. Rules of both apply, and each program sees only its own.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Variant {
+    /// Those of the programs that are called without a variant, which the administrator has chosen.
+    #[default]
+    Chosen,
+    /// Those of nftables (`iptables-nft`).
+    Nft,
+    /// The older ones (`iptables-legacy`).
+    Legacy,
+}
+
 impl Family {
     /// The protocol.
     #[must_use]
@@ -39,19 +51,14 @@ impl Family {
 
     /// The program that loads rules.
     #[must_use]
-    pub fn restore(self) -> &'static str {
-        match self {
-            Self::V4 => "iptables-restore",
-            Self::V6 => "ip6tables-restore",
-        }
-    }
-
-    /// The program that lists the rules of iptables-legacy.
-    #[must_use]
-    pub fn legacy_save(self) -> &'static str {
-        match self {
-            Self::V4 => "iptables-legacy-save",
-            Self::V6 => "ip6tables-legacy-save",
+    pub fn restore(self, variant: Variant) -> &'static str {
+        match (self, variant) {
+            (Self::V4, Variant::Chosen) => "iptables-restore",
+            (Self::V4, Variant::Nft) => "iptables-nft-restore",
+            (Self::V4, Variant::Legacy) => "iptables-legacy-restore",
+            (Self::V6, Variant::Chosen) => "ip6tables-restore",
+            (Self::V6, Variant::Nft) => "ip6tables-nft-restore",
+            (Self::V6, Variant::Legacy) => "ip6tables-legacy-restore",
         }
     }
 
@@ -66,10 +73,14 @@ impl Family {
 
     /// The program that lists rules.
     #[must_use]
-    pub fn save(self) -> &'static str {
-        match self {
-            Self::V4 => "iptables-save",
-            Self::V6 => "ip6tables-save",
+    pub fn save(self, variant: Variant) -> &'static str {
+        match (self, variant) {
+            (Self::V4, Variant::Chosen) => "iptables-save",
+            (Self::V4, Variant::Nft) => "iptables-nft-save",
+            (Self::V4, Variant::Legacy) => "iptables-legacy-save",
+            (Self::V6, Variant::Chosen) => "ip6tables-save",
+            (Self::V6, Variant::Nft) => "ip6tables-nft-save",
+            (Self::V6, Variant::Legacy) => "ip6tables-legacy-save",
         }
     }
 }

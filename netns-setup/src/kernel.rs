@@ -58,8 +58,8 @@ impl Executor for Kernel {
                 std::fs::remove_file(path).map_err(|source| ActionError::File { path: path.clone(), source })
             }
             Action::Nft(script) => Ok(tool::run("nft", &["-f", "-"], script).map(drop)?),
-            Action::Iptables { family, script } => {
-                Ok(tool::run(family.restore(), &["--noflush", "-w", "5"], script).map(drop)?)
+            Action::Iptables { family, variant, script } => {
+                Ok(tool::run(family.restore(*variant), &["--noflush", "-w", "5"], script).map(drop)?)
             }
             Action::ServePorts { relay, ports } => self.serve(relay, ports),
             Action::CeasePorts { relay, ports } => {

@@ -9,7 +9,7 @@ use netlink_sys::protocols::NETLINK_ROUTE;
 use crate::addr::Cidr;
 use crate::family::Family;
 use crate::firewall::tool::{self, ToolError};
-use crate::firewall::{detect, nft, transparent as marking};
+use crate::firewall::{detect, iptables, nft, transparent as marking};
 use crate::model::{Endpoint, Firewall, Topology};
 use crate::name::{IfName, Name};
 use crate::netlink::{Client, NetlinkError, address, link, route, rule, xfrm};
@@ -84,17 +84,19 @@ pub fn observe(
 ) -> Result<Observed, ObserveError> {
     let both = desired.union(owned);
     let Containers { sides, replaced, cookies } = containers(&both, scope)?;
+    let host = side().map_err(ObserveError::Host)?;
     Ok(Observed {
-        host: side().map_err(ObserveError::Host)?,
         containers: sides,
         replaced,
         cookies,
         mounts_are_hidden: netns::mounts_are_hidden(),
         namespace_files: namespace_files(&both, scope),
-        sysctls: sysctls(&both, scope)?,
+        sysctls: sysctls(&both, scope, &host)?,
+        host,
+        needed_elsewhere: BTreeSet::new(),
         rules: rules(&both, owned, desired, scope)?,
         blocked: blocked(&both, scope)?,
-        transparent: transparent(&both, desired, scope)?,
+        transparent: transparent(&both, owned, desired, scope)?,
         relay: relay(&both, scope, state_dir)?,
         files: files(&both)?,
     })
@@ -161,7 +163,11 @@ fn namespace_files(topology: &Topology, scope: &Scope) -> BTreeSet<Name> {
     there.map(|(name, _)| name.clone()).collect()
 }
 
-fn sysctls(topology: &Topology, scope: &Scope) -> Result<BTreeMap<String, String>, ObserveError> {
+fn sysctls(
+    topology: &Topology,
+    scope: &Scope,
+    host: &Side,
+) -> Result<BTreeMap<String, String>, ObserveError> {
     let Some(network) = &topology.network else {
         return Ok(BTreeMap::new());
     };
@@ -170,7 +176,10 @@ fn sysctls(topology: &Topology, scope: &Scope) -> Result<BTreeMap<String, String
     let ports = topology.endpoints.iter().filter(|(name, _)| scope.contains(name));
     let ports = ports.flat_map(|(_, endpoint)| parameters::port(&endpoint.id.veth()));
     let needed = [parameters::forwarding, parameters::bridge, parameters::bridge_forwarding];
-    let needed = needed.into_iter().flat_map(|of| of(network)).chain(ports).map(|needed| needed.key);
+    let outside = host.outside(&network.bridge);
+    let outside = outside.flat_map(|link| parameters::interface_forwarding(network, &link.name));
+    let needed = needed.into_iter().flat_map(|of| of(network)).chain(ports).chain(outside);
+    let needed = needed.map(|needed| needed.key);
     let mut values = BTreeMap::new();
     for key in changed.chain(needed).chain([bridge, parameters::HAS_IPV6.to_owned()]) {
         match sysctl::read(&key) {
@@ -195,7 +204,10 @@ fn rules(
         Firewall::None => Ok(Rules::None),
         Firewall::Iptables => {
             let families = [Some(Family::V4), network.subnet6.map(|_| Family::V6)];
-            let saved = families.into_iter().flatten().map(|family| Ok((family, detect::saved(family)?)));
+            let saved = families
+                .into_iter()
+                .flatten()
+                .map(|family| Ok((family, detect::saved_with(family, &iptables::render(owned, family))?)));
             Ok(Rules::Iptables(saved.collect::<Result<_, ToolError>>()?))
         }
         // Rules that are assumed to be unchanged, and stay so, need not be listed.
@@ -221,6 +233,7 @@ fn blocked(topology: &Topology, scope: &Scope) -> Result<Option<Vec<Cidr>>, Obse
 
 fn transparent(
     both: &Topology,
+    owned: &Topology,
     desired: &Topology,
     scope: &Scope,
 ) -> Result<Option<TransparentParts>, ObserveError> {
@@ -236,7 +249,9 @@ fn transparent(
     let rules = match parts.firewall {
         Firewall::None => Rules::None,
         Firewall::Iptables => {
-            let saved = parts.families().map(|family| Ok((family, detect::saved(family)?)));
+            let saved = parts
+                .families()
+                .map(|family| Ok((family, detect::saved_with(family, &marking::iptables(owned, family))?)));
             Rules::Iptables(saved.collect::<Result<_, ToolError>>()?)
         }
         Firewall::Nft => {

@@ -197,6 +197,14 @@ impl Side {
         self.addresses.contains(&(link.index, address))
     }
 
+    /// The interfaces by which packets for containers may come in from other hosts: they are up, and no ports of a bridge.
+    pub fn outside<'a>(&'a self, bridge: &'a IfName) -> impl Iterator<Item = &'a Link> {
+        let inside = [IfName::loopback(), *bridge];
+        self.links.iter().filter(move |link| {
+            link.up && link.master.is_none() && inside.iter().all(|name| link.name != name.as_str())
+        })
+    }
+
     /// Whether there is a default route through `gateway`.
     #[must_use]
     pub fn has_default_route(&self, gateway: IpAddr) -> bool {
@@ -251,6 +259,8 @@ pub struct Observed {
     pub cookies: BTreeMap<Name, u64>,
     /// The relevant kernel parameters, without those that the kernel lacks.
     pub sysctls: BTreeMap<String, String>,
+    /// Those that a network of another state directory needs, too.
+    pub needed_elsewhere: BTreeSet<String>,
     /// The rules.
     pub rules: Rules,
     /// The subnets to which packets of other hosts are blocked by IPsec policies of this program; `None` if not looked

@@ -53,8 +53,14 @@ pub fn bridge(network: &Network) -> Vec<Parameter> {
 /// Whether packets that come in by the bridge are forwarded.
 #[must_use]
 pub fn bridge_forwarding(network: &Network) -> Vec<Parameter> {
+    interface_forwarding(network, network.bridge.as_str())
+}
+
+/// Whether packets that come in by any interface are.
+#[must_use]
+pub fn interface_forwarding(network: &Network, interface: &str) -> Vec<Parameter> {
     let families = [Some("ipv4"), network.subnet6.map(|_| "ipv6")];
-    let of = |family| Parameter::of(&network.bridge, (family, "forwarding", "1"));
+    let of = |family| Parameter { key: of_interface(family, interface, "forwarding"), value: "1" };
     families.into_iter().flatten().map(of).collect()
 }
 

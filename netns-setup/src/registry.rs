@@ -12,11 +12,11 @@ use std::path::{Path, PathBuf};
 use nix::unistd::geteuid;
 use serde_json::{Value, json};
 
-use crate::model::{Firewall, MappingKey, Topology};
+use crate::model::{Firewall, MappingKey, Network, Topology};
 use crate::name::{IfName, Name};
-use crate::netns;
 use crate::private_dir::{DirError, PrivateDir};
 use crate::state::{COPIES, State, StateError};
+use crate::{netns, parameters};
 
 /// The entry of one state directory.
 #[derive(Debug, Clone)]
@@ -236,6 +236,17 @@ pub fn shared(before: &Topology, desired: &Topology, others: &[Other]) -> Option
         let what = what_is_shared(before, desired, &state.owned())?;
         Some(Shared { what, state_dir: state_dir.clone() })
     })
+}
+
+/// The kernel parameters that the networks of other directories need.
+#[must_use]
+pub fn needed(others: &[Other]) -> BTreeSet<String> {
+    let networks = others.iter().filter_map(|other| other.state.owned().network);
+    let of = |network: Network| {
+        let forwarding = parameters::forwarding(&network).into_iter().map(|needed| needed.key);
+        forwarding.chain(network.sysctls.into_iter().map(|change| change.key))
+    };
+    networks.flat_map(of).collect()
 }
 
 /// The port of another directory that excludes `key`.

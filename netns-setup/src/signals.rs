@@ -23,7 +23,7 @@ impl Signals {
     #[must_use]
     pub fn catch() -> Self {
         let caught = Arc::new(AtomicUsize::new(NONE));
-        for signal in SIGNALS {
+        for signal in SIGNALS.into_iter().filter(|signal| !is_ignored(*signal)) {
             let number = signal as i32;
             let value = usize::try_from(number).expect("numbers of signals are positive");
             drop(signal_hook::flag::register_usize(number, caught.clone(), value));
@@ -45,7 +45,7 @@ impl Signals {
     pub fn wake(&self) -> io::Result<UnixStream> {
         let (ours, written) = UnixStream::pair()?;
         ours.set_nonblocking(true)?;
-        for signal in SIGNALS {
+        for signal in SIGNALS.into_iter().filter(|signal| !is_ignored(*signal)) {
             signal_hook::low_level::pipe::register(signal as i32, written.try_clone()?)?;
         }
         Ok(ours)
@@ -55,4 +55,12 @@ impl Signals {
     pub fn forget(&self) {
         self.0.store(NONE, Ordering::SeqCst);
     }
+}
+
+/// Whether this process was started with the signal ignored, as by nohup(1) (`SigIgn` of proc_pid_status(5)).
+fn is_ignored(signal: Signal) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask >> (signal as i32 - 1) & 1 == 1)
 }

@@ -157,7 +157,8 @@ impl LockedState {
         options: &Options,
         executor: &mut dyn Executor,
     ) -> Result<Plan, Error> {
-        let task = Task { scope, options, relay: RelayFailure::Refused };
+        let others = self.others()?;
+        let task = Task { scope, options, relay: RelayFailure::Refused, others: &others };
         self.carry_out(desired, &task, executor)
     }
 
@@ -169,7 +170,8 @@ impl LockedState {
         options: &Options,
         executor: &mut dyn Executor,
     ) -> Result<Plan, Error> {
-        let task = Task { scope: &Scope::All, options, relay: RelayFailure::Tolerated };
+        let others = self.others()?;
+        let task = Task { scope: &Scope::All, options, relay: RelayFailure::Tolerated, others: &others };
         self.carry_out(desired, &task, executor)
     }
 
@@ -180,16 +182,22 @@ impl LockedState {
         executor: &mut dyn Executor,
     ) -> Result<Plan, Error> {
         let owned = self.state.owned();
-        if let Some(shared) = registry::shared(&owned, &desired, &self.others()?) {
+        if let Some(shared) = registry::shared(&owned, &desired, task.others) {
             return Err(shared.into());
         }
         let (observed, mut plan) = task.plan(&owned, &desired)?;
         task.check_relay(&mut plan)?;
+        let is_repair = task.relay == RelayFailure::Tolerated && owned == desired;
+        if is_repair {
+            // What cannot be repaired keeps nothing else from it.
+            plan.steps.iter_mut().for_each(|step| step.is_optional = true);
+        }
         let settled =
             self.restored.is_none() && self.state.pending.is_none() && self.state.current == desired;
         let nothing_to_do = settled && plan.is_empty();
         if !(task.options.dry_run || nothing_to_do) {
             let failed = self.execute(&plan, desired, &observed, task, executor)?;
+            plan.steps.retain(|step| !failed.iter().any(|failed| failed.is_of(step)));
             plan.problems.extend(failed.iter().map(ToString::to_string));
         }
         Ok(plan)
@@ -209,7 +217,7 @@ impl LockedState {
         }
         let before = self.state.clone();
         // An earlier command may have been interrupted, too: what it left stays ours.
-        self.claim(State { current: before.owned(), pending: Some(desired.clone()) })?;
+        self.claim(State { current: before.owned(), pending: Some(without_cookies(desired.clone(), plan)) })?;
         let save = |executor: &dyn Executor| {
             let mut current = desired.clone();
             note(&mut current, observed, executor);
@@ -261,6 +269,8 @@ struct Task<'a> {
     scope: &'a Scope,
     options: &'a Options,
     relay: RelayFailure,
+    /// The other networks of the host.
+    others: &'a [Other],
 }
 
 /// What a relay that fails means for a change.
@@ -275,7 +285,8 @@ enum RelayFailure {
 impl Task<'_> {
     fn plan(&self, owned: &Topology, desired: &Topology) -> Result<(Observed, Plan), Error> {
         let state_dir = &self.options.state_dir;
-        let observed = observe(owned, desired, self.scope, state_dir)?;
+        let mut observed = observe(owned, desired, self.scope, state_dir)?;
+        observed.needed_elsewhere = registry::needed(self.others);
         let rproxy = relay::program(self.options.rproxy.as_deref());
         let rproxy = rproxy.as_deref().unwrap_or(Path::new("rproxy"));
         let plan =
@@ -329,6 +340,19 @@ impl Task<'_> {
             Err(why) => error.left.push(Failure::unknown(why.to_string())),
         }
     }
+}
+
+/// The same, in which namespaces that are made again are not known yet: if this program is killed before it has recorded
+/// their cookies, they are its own all the same.
+fn without_cookies(mut topology: Topology, plan: &Plan) -> Topology {
+    for step in &plan.steps {
+        if let Action::AddNetns(name) = &step.action
+            && let Some(endpoint) = topology.endpoints.get_mut(name)
+        {
+            endpoint.netns.cookie = None;
+        }
+    }
+    topology
 }
 
 /// Records what only turned out when it was created: namespaces.

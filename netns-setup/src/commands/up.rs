@@ -16,6 +16,7 @@ use crate::model::{Firewall, Network, SysctlChange, Topology};
 use crate::name::{Id, IfName};
 use crate::netlink::xfrm;
 use crate::plan::{Scope, Step};
+use crate::registry::Other;
 use crate::relayed::FILES;
 use crate::{observe, persist, sysctl};
 
@@ -46,7 +47,7 @@ impl Up {
         let mut desired = locked.state.current.clone();
         let network = match desired.network.take() {
             Some(network) => self.keep(network)?,
-            None => self.create(options)?,
+            None => self.create(options, &locked.others()?)?,
         };
         let mut warnings = detect::interference(&network, &desired);
         warnings.extend(router_advertisements(&network)?);
@@ -98,7 +99,7 @@ impl Up {
         Ok(Network { persist, ..network })
     }
 
-    fn create(&self, options: &Options) -> Result<Network, Error> {
+    fn create(&self, options: &Options, others: &[Other]) -> Result<Network, Error> {
         let file = persist::file(&self.bridge);
         // It outlives a reboot, so that `down` has to know it again.
         let is_left = |file: &PathBuf| {
@@ -114,7 +115,7 @@ impl Up {
             mtu: self.mtu,
             gso_max_size: self.gso_max_size,
             firewall: detect::choose(options.firewall.unwrap_or(Choice::Auto))?,
-            sysctls: forwarding(self.subnet6.is_some())?,
+            sysctls: forwarding(self.subnet6.is_some(), others)?,
             persist: Some(file).filter(|file| self.persist || is_left(file)),
             last_ip: None,
         })
@@ -168,8 +169,9 @@ fn describe(network: &Network) -> String {
     )
 }
 
-/// The parameters that make the host a router and are not set yet.
-fn forwarding(ipv6: bool) -> Result<Vec<SysctlChange>, Error> {
+/// The parameters that make the host a router and are not set yet, or that other networks have set: the last one to go
+/// restores them.
+fn forwarding(ipv6: bool, others: &[Other]) -> Result<Vec<SysctlChange>, Error> {
     const V4: &str = "net.ipv4.ip_forward";
     const V6: &str = "net.ipv6.conf.all.forwarding";
     // Changing IPv4 forwarding also sets this parameter to a fixed value (inet_forward_change() in
@@ -187,6 +189,14 @@ fn forwarding(ipv6: bool) -> Result<Vec<SysctlChange>, Error> {
         let before = current(V6)?.ok_or_else(|| Error::NoSysctl(V6.to_owned()))?;
         if before != "1" {
             changes.push(SysctlChange { key: V6.to_owned(), before, after: "1".to_owned() });
+        }
+    }
+    let is_known = |known: &[SysctlChange], key: &str| known.iter().any(|change| change.key == key);
+    let theirs = others.iter().filter_map(|other| other.state.owned().network);
+    for change in theirs.flat_map(|network| network.sysctls) {
+        let is_needed = ipv6 || !change.key.starts_with("net.ipv6.");
+        if is_needed && !is_known(&changes, &change.key) {
+            changes.push(change);
         }
     }
     Ok(changes)

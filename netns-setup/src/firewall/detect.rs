@@ -1,9 +1,9 @@
 //! Selects a firewall, and detects rules of others that interfere.
 
-use super::iptables::SavedTables;
+use super::iptables::{Ruleset, SavedTables};
 use super::others::{self, Wanted};
 use super::tool::{self, ToolError};
-use crate::family::Family;
+use crate::family::{Family, Variant};
 use crate::model::{Firewall, Network, Topology};
 
 /// The value of `--firewall`.
@@ -60,12 +60,39 @@ fn automatic() -> Result<Firewall, DetectError> {
     iptables.map(|_| Firewall::Iptables).ok_or(DetectError::Nothing)
 }
 
-/// The tables of one family.
+/// The tables of one family that the chosen programs of iptables list.
 ///
 /// # Errors
 /// If they cannot be listed.
 pub fn saved(family: Family) -> Result<SavedTables, ToolError> {
-    tool::run(family.save(), &[], "").map(|text| SavedTables::parse(&text))
+    saved_by(family, Variant::Chosen)
+}
+
+/// The tables that have `ours`: if somebody has chosen the other programs since, these are not the ones that they list.
+///
+/// # Errors
+/// If the tables of the chosen programs cannot be listed.
+pub fn saved_with(family: Family, ours: &Ruleset) -> Result<SavedTables, ToolError> {
+    let chosen = saved(family)?;
+    if *ours == Ruleset::default() || chosen.have_any_of(ours) {
+        return Ok(chosen);
+    }
+    let others = [Some(Variant::Nft), has_legacy(family).then_some(Variant::Legacy)];
+    // What is not installed lists nothing.
+    let others = others.into_iter().flatten().filter_map(|variant| saved_by(family, variant).ok());
+    Ok(others.into_iter().find(|tables| tables.have_any_of(ours)).unwrap_or(chosen))
+}
+
+fn saved_by(family: Family, variant: Variant) -> Result<SavedTables, ToolError> {
+    let text = tool::run(family.save(variant), &[], "")?;
+    let mut tables = SavedTables::parse(&text);
+    tables.variant = variant;
+    Ok(tables)
+}
+
+/// Whether iptables-legacy has tables. Listing would create them.
+fn has_legacy(family: Family) -> bool {
+    std::fs::read_to_string(family.legacy_tables()).is_ok_and(|names| !names.trim().is_empty())
 }
 
 /// Describes rules of others that keep the network from working. They are those of nft, which include those of
@@ -93,7 +120,7 @@ pub fn interference(network: &Network, topology: &Topology) -> Vec<String> {
 }
 
 fn from_iptables(family: Family, firewall: Firewall, wanted: &Wanted) -> Vec<String> {
-    let tool = family.save().trim_end_matches("-save");
+    let tool = family.save(Variant::Chosen).trim_end_matches("-save");
     let mut found = Vec::new();
     // Without iptables, no rules of iptables interfere.
     let saved = saved(family).ok();
@@ -103,14 +130,12 @@ fn from_iptables(family: Family, firewall: Firewall, wanted: &Wanted) -> Vec<Str
             "{tool} holds Docker's chains: a port that Docker publishes too is answered by Docker"
         ));
     }
-    // Listing creates the tables of iptables-legacy, so they are listed only if there are some.
-    let has_legacy =
-        std::fs::read_to_string(family.legacy_tables()).is_ok_and(|names| !names.trim().is_empty());
-    let legacy = has_legacy.then(|| tool::run(family.legacy_save(), &[], "").ok()).flatten();
+    let has_legacy = has_legacy(family);
+    let legacy = has_legacy.then(|| saved_by(family, Variant::Legacy).ok()).flatten();
     match (legacy, saved) {
-        (Some(text), _) => {
-            let tool = family.legacy_save().trim_end_matches("-save");
-            found.extend(others::in_iptables(tool, &SavedTables::parse(&text), wanted));
+        (Some(tables), _) => {
+            let tool = family.save(Variant::Legacy).trim_end_matches("-save");
+            found.extend(others::in_iptables(tool, &tables, wanted));
         }
         (None, Some(saved)) if has_legacy || tool::find("nft").is_none() => {
             found.extend(others::in_iptables(tool, &saved, wanted));

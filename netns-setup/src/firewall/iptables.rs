@@ -9,7 +9,7 @@ use std::net::IpAddr;
 
 use super::{Translation, loopback_ports, translations};
 use crate::addr::Cidr;
-use crate::family::Family;
+use crate::family::{Family, Variant};
 use crate::model::{Network, Topology};
 
 const PUBLISHED: &str = "DOCKER";
@@ -31,7 +31,11 @@ pub struct SavedChain {
 
 /// The output of `iptables-save`: chains by table and name.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct SavedTables(BTreeMap<String, BTreeMap<String, SavedChain>>);
+pub struct SavedTables {
+    /// The program that listed them.
+    pub variant: Variant,
+    chains: BTreeMap<String, BTreeMap<String, SavedChain>>,
+}
 
 impl SavedTables {
     /// Parses the output of `iptables-save`.
@@ -57,20 +61,26 @@ impl SavedTables {
         tables
     }
 
+    /// Whether any of these rules is there.
+    #[must_use]
+    pub fn have_any_of(&self, rules: &Ruleset) -> bool {
+        transition(self, rules, &Ruleset::default()).is_some()
+    }
+
     /// One chain, if it exists.
     #[must_use]
     pub fn chain(&self, table: &str, chain: &str) -> Option<&SavedChain> {
-        self.0.get(table)?.get(chain)
+        self.chains.get(table)?.get(chain)
     }
 
     /// The chains of a table, if it exists.
     #[must_use]
     pub fn chains_of(&self, table: &str) -> Option<&BTreeMap<String, SavedChain>> {
-        self.0.get(table)
+        self.chains.get(table)
     }
 
     fn chain_mut(&mut self, table: &str, chain: &str) -> &mut SavedChain {
-        self.0.entry(table.to_owned()).or_default().entry(chain.to_owned()).or_default()
+        self.chains.entry(table.to_owned()).or_default().entry(chain.to_owned()).or_default()
     }
 }
 

@@ -5,7 +5,7 @@ use std::io;
 use super::iptables::{BuiltinRule, Ruleset};
 use super::tool::{self, ToolError};
 use super::{iptables, nft};
-use crate::family::Family;
+use crate::family::{Family, Variant};
 use crate::model::{Firewall, Topology, Transparent};
 use crate::netns;
 use crate::transparent::MARK;
@@ -92,7 +92,7 @@ fn load(topology: &Topology, parts: &Transparent) -> Result<(), ProbeError> {
             let rules = iptables(topology, family);
             let script = iptables::transition(&none.0, &none.1, &rules).map(|change| change.script);
             let script = script.unwrap_or_default();
-            attempt(tool::run(family.restore(), &["--noflush", "-w", "5"], &script), NEEDED)?;
+            attempt(tool::run(family.restore(Variant::Chosen), &["--noflush", "-w", "5"], &script), NEEDED)?;
         }
     }
     Ok(())

@@ -50,7 +50,29 @@ pub(super) fn check(inputs: Inputs<'_>) -> Result<Vec<String>, PlanError> {
             }
         }
     }
+    warnings.extend(closed(inputs, network));
     Ok(warnings)
+}
+
+/// The interfaces that packets are not forwarded from, although the host is a router.
+fn closed(inputs: Inputs<'_>, network: &Network) -> Vec<String> {
+    let sysctls = &inputs.observed.sysctls;
+    let is = |key: &str, value: &str| sysctls.get(key).is_some_and(|is| is == value);
+    let mut warnings = Vec::new();
+    for link in inputs.observed.host.outside(&network.bridge) {
+        let of_link = parameters::interface_forwarding(network, &link.name);
+        for (host, own) in parameters::forwarding(network).into_iter().zip(of_link) {
+            // Setting that of the host sets that of each interface.
+            if is(&host.key, host.value) && is(&own.key, "0") {
+                let (name, key) = (&link.name, own.key);
+                warnings.push(format!(
+                    "packets that come in by {name} are not forwarded, as {key} is 0: published ports do not answer there \
+                     by the kernel unless you set it to 1"
+                ));
+            }
+        }
+    }
+    warnings
 }
 
 /// Checks that the file for the settings is free, or belongs to this program.
@@ -95,8 +117,8 @@ pub(super) fn remove(inputs: Inputs<'_>, plan: &mut Plan) {
     // In reverse order, because switching forwarding off changes other parameters.
     for change in network.sysctls.iter().rev() {
         let is = inputs.observed.sysctls.get(&change.key);
-        // If it was changed since, that value is kept.
-        if is == Some(&change.after) {
+        // If it was changed since, that value is kept; another network that needs it has recorded it, too.
+        if is == Some(&change.after) && !inputs.observed.needed_elsewhere.contains(&change.key) {
             let set = |value: &String| Action::SetSysctl { key: change.key.clone(), value: value.clone() };
             plan.push(Step::new(set(&change.before), [set(&change.after)]));
         }
@@ -132,7 +154,8 @@ pub(super) fn build(inputs: Inputs<'_>, plan: &mut Plan) {
         // At first, each is set even if it already has the value, because setting another one may change it.
         if fresh || is.is_some_and(|is| *is != change.after) {
             let set = |value: &String| Action::SetSysctl { key: change.key.clone(), value: value.clone() };
-            let before = if fresh { Some(&change.before) } else { is };
+            let is_ours = fresh && !inputs.observed.needed_elsewhere.contains(&change.key);
+            let before = if is_ours { Some(&change.before) } else { is };
             plan.push(Step::new(set(&change.after), before.map(set)));
         }
     }

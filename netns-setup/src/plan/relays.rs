@@ -129,8 +129,18 @@ pub(super) fn flush(inputs: Inputs<'_>, plan: &mut Plan) {
     let gone = only_in(inputs, inputs.owned, inputs.desired);
     let come = only_in(inputs, inputs.desired, inputs.owned);
     let changed = gone.chain(come).filter(|(_, _, mapping)| mapping.proto == Protocol::Udp);
-    let ports: BTreeSet<_> = changed.map(|(_, _, mapping)| (mapping.host, mapping.host_port)).collect();
+    let port = |mapping: &Mapping| (mapping.host, mapping.host_port);
+    let mut ports: BTreeSet<_> = changed.map(|(_, _, mapping)| port(mapping)).collect();
+    if inputs.owned == inputs.desired && plan.steps.iter().any(|step| is_rules(&step.action)) {
+        // Rules that are restored were missing for a while, and entries began without them.
+        let udp = inputs.desired.active().filter(|(_, _, mapping)| mapping.proto == Protocol::Udp);
+        ports.extend(udp.map(|(_, _, mapping)| port(mapping)));
+    }
     if !ports.is_empty() {
         plan.push(Step::on_fresh(Action::FlushConntrack(ports.into_iter().collect())));
     }
+}
+
+fn is_rules(action: &Action) -> bool {
+    matches!(action, Action::Nft(_) | Action::Iptables { .. })
 }

@@ -112,7 +112,8 @@ pub(super) fn change_iptables(
     plan: &mut Plan,
 ) {
     if let Some(change) = iptables::transition(saved, owned, wanted) {
-        let action = |script| Action::Iptables { family, script };
+        let variant = saved.variant;
+        let action = |script| Action::Iptables { family, variant, script };
         plan.push(Step::new(action(change.script), [action(change.undo)]));
     }
 }

@@ -5,6 +5,7 @@ mod pace;
 use std::io::Write;
 use std::time::{Duration, Instant};
 
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use rproxy_mapping::escape::escaped;
 use sd_notify::NotifyState;
 
@@ -44,6 +45,7 @@ pub fn run(options: &Options, log: &mut dyn Write) -> Result<(), Error> {
             repaired: Vec::new(),
         },
         is_legacy: is_legacy(),
+        fight_until: Instant::now(),
     };
     watch.log.line(&format!("watching the network of {}", options.state_dir.display()));
     watch.compare(options, &signals)?;
@@ -65,6 +67,8 @@ struct Watch<'a> {
     log: Log<'a>,
     /// Whether `iptables` is that of the legacy tables.
     is_legacy: bool,
+    /// Until then, what another program has undone again and again is left to it.
+    fight_until: Instant,
 }
 
 impl Watch<'_> {
@@ -74,12 +78,12 @@ impl Watch<'_> {
     /// If no comparison can succeed.
     fn compare(&mut self, options: &Options, signals: &Signals) -> Result<(), Error> {
         let begun = Instant::now();
+        if begun < self.fight_until && self.is_fought(options, signals) {
+            self.pace.compared(Outcome::Same, begun, Instant::now(), self.fight_until - begun);
+            return Ok(());
+        }
         let (outcome, interval) = match commands::mend(options, &mut Kernel::ended_by(signals.clone())) {
-            Ok(mended) => {
-                let again = self.log.mended(&mended, begun.elapsed());
-                let outcome = if mended.is_changed() { Outcome::Repaired { again } } else { Outcome::Same };
-                (outcome, self.follow(&mended, options))
-            }
+            Ok(mended) => (self.log.mended(&mended, begun.elapsed()), self.follow(&mended, options)),
             Err(error @ (Error::NotRoot | Error::NotAllowed(_))) => return Err(error),
             Err(_) if signals.caught().is_some() => return Ok(()),
             Err(error) => {
@@ -87,10 +91,20 @@ impl Watch<'_> {
                 (Outcome::Failed, INTERVAL)
             }
         };
-        if let Some(delay) = self.pace.compared(outcome, begun, Instant::now(), interval) {
-            self.log.delay(outcome, delay);
+        reap();
+        let delay = self.pace.compared(outcome, begun, Instant::now(), interval);
+        if let (Outcome::Repaired { .. }, Some(delay)) = (outcome, delay) {
+            self.fight_until = Instant::now() + delay;
+            self.log.fight(delay);
         }
         Ok(())
+    }
+
+    /// Whether nothing differs but what another program has undone again and again.
+    fn is_fought(&self, options: &Options, signals: &Signals) -> bool {
+        let look = Options { dry_run: true, ..options.clone() };
+        let found = commands::mend(&look, &mut Kernel::ended_by(signals.clone()));
+        found.is_ok_and(|found| findings(&found).iter().all(|found| self.log.repaired.contains(found)))
     }
 
     /// Watches the supervisor of the relay. Returns after what time to compare again without an event.
@@ -98,8 +112,9 @@ impl Watch<'_> {
         let current = &mended.state.current;
         let status = client::status(&options.state_dir).ok().flatten();
         let supervisor = status.and_then(|status| status.supervisor);
-        let is_iptables =
-            current.network.as_ref().is_some_and(|network| network.firewall == Firewall::Iptables);
+        let network = current.network.as_ref().map(|network| network.firewall);
+        let marking = current.transparent.as_ref().map(|parts| parts.firewall);
+        let is_iptables = [network, marking].contains(&Some(Firewall::Iptables));
         if !self.events.follow(supervisor.into_iter()) {
             Duration::ZERO
         } else if is_iptables && self.is_legacy {
@@ -121,21 +136,28 @@ struct Log<'a> {
 }
 
 impl Log<'_> {
-    /// Writes what was repaired. Returns whether that is the same as the last time.
-    fn mended(&mut self, mended: &Mended, took: Duration) -> bool {
-        let Mended { plan, given_up, .. } = mended;
-        self.trouble(plan.problems.iter().chain(&plan.warnings).chain(given_up).cloned().collect());
+    /// Writes what was repaired, and what could not be.
+    fn mended(&mut self, mended: &Mended, took: Duration) -> Outcome {
         if let Some(restored) = &mended.restored {
             self.line(restored);
         }
-        let found: Vec<_> = mended.plan.steps.iter().map(|step| finding(&step.action)).collect();
-        if found.is_empty() {
-            return false;
+        let found = findings(mended);
+        if !found.is_empty() {
+            let (named, more) = found.split_at(found.len().min(NAMED));
+            let more = if more.is_empty() { String::new() } else { format!("; and {} more", more.len()) };
+            self.line(&format!("repaired within {} ms: {}{more}", took.as_millis(), named.join("; ")));
         }
-        let (named, more) = found.split_at(found.len().min(NAMED));
-        let more = if more.is_empty() { String::new() } else { format!("; and {} more", more.len()) };
-        self.line(&format!("repaired within {} ms: {}{more}", took.as_millis(), named.join("; ")));
-        std::mem::replace(&mut self.repaired, found) == self.repaired
+        let plan = &mended.plan;
+        self.trouble(
+            [&mended.given_up, &plan.problems, &plan.warnings].into_iter().flatten().cloned().collect(),
+        );
+        match (found.is_empty(), plan.problems.is_empty()) {
+            (false, _) => {
+                Outcome::Repaired { again: std::mem::replace(&mut self.repaired, found) == self.repaired }
+            }
+            (true, false) => Outcome::Failed,
+            (true, true) => Outcome::Same,
+        }
     }
 
     fn failure(&mut self, error: &Error) {
@@ -153,19 +175,27 @@ impl Log<'_> {
         }
     }
 
-    fn delay(&mut self, outcome: Outcome, delay: Duration) {
-        if matches!(outcome, Outcome::Repaired { .. }) {
-            let seconds = delay.as_secs();
-            self.line(&format!(
-                "another program undoes the repairs again and again; the next one is not before {seconds} s"
-            ));
-        }
+    fn fight(&mut self, delay: Duration) {
+        let seconds = delay.as_secs();
+        self.line(&format!(
+            "another program undoes the repairs again and again; the next one is not before {seconds} s"
+        ));
     }
 
     fn line(&mut self, text: &str) {
         // There is nowhere to report that it cannot be written.
         drop(writeln!(self.out, "netns-setup: {}", escaped(&self.hints.complete(text))));
     }
+}
+
+/// What a repair was about.
+fn findings(mended: &Mended) -> Vec<String> {
+    mended.plan.steps.iter().map(|step| finding(&step.action)).collect()
+}
+
+/// Reaps children that have ended: supervisors that this process has started.
+fn reap() {
+    while waitpid(None, Some(WaitPidFlag::WNOHANG)).is_ok_and(|status| status != WaitStatus::StillAlive) {}
 }
 
 /// Notifies the service manager, if there is one (sd_notify(3)).

@@ -35,7 +35,7 @@ pub(super) enum Outcome {
     Failed,
 }
 
-/// Decides when the next comparison is due.
+/// Decides when the next comparison is due. A change is compared at once, also during a delay.
 #[derive(Debug)]
 pub(super) struct Pace {
     due: Instant,
@@ -90,13 +90,10 @@ impl Pace {
             }
         };
         let pause = (now.duration_since(begun) * PAUSE).min(LONGEST_PAUSE);
-        self.earliest = now + delay.unwrap_or(pause);
-        self.due = match outcome {
-            Outcome::Failed => self.earliest,
-            Outcome::Same | Outcome::Repaired { .. } => self.earliest.max(now + interval),
-        };
+        self.earliest = now + if outcome == Outcome::Failed { FIRST_DELAY } else { pause };
+        self.due = self.earliest.max(now + delay.unwrap_or(interval).min(interval));
         if matches!(outcome, Outcome::Repaired { .. }) {
-            self.row_ends = self.earliest + CALM;
+            self.row_ends = now + delay.unwrap_or(pause) + CALM;
         }
         delay
     }
@@ -151,8 +148,9 @@ mod tests {
         for _ in 0..18 {
             delays.push(compare(&mut pace, AGAIN).1.map_or(0, |delay| delay.as_secs()));
             // The notifications of the repair itself.
-            pace.compared(Outcome::Same, pace.due(), pace.due() + COST, INTERVAL);
-            pace.changed(pace.due() - INTERVAL);
+            let rest = delays.last().map_or(Duration::ZERO, |delay| Duration::from_secs(*delay));
+            pace.compared(Outcome::Same, pace.due(), pace.due() + COST, rest);
+            pace.changed(pace.due());
         }
         assert_eq!(delays[..USUAL as usize], [0; USUAL as usize]);
         assert_eq!(delays[USUAL as usize..], [1, 2, 4, 8, 16, 32, 60, 60]);
@@ -171,7 +169,7 @@ mod tests {
             pace.compared(Outcome::Failed, begun, now, INTERVAL);
             due.push((pace.due() - now).as_secs());
         }
-        assert_eq!(due, [1, 2, 4, 8, 16, 32, 60, 60]);
+        assert_eq!(due, [1, 2, 4, 8, 16, 30, 30, 30]);
         assert_eq!(compare(&mut pace, Outcome::Same).1, None);
         assert_eq!(compare(&mut pace, Outcome::Failed).1, Some(FIRST_DELAY));
     }

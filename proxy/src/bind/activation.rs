@@ -74,7 +74,8 @@ impl InheritedSockets {
     pub(crate) fn take_named(&mut self, mapping: &Mapping) -> Result<Option<Vec<BoundPort>>, InheritedError> {
         let name = mapping.name();
         let is_named = |socket: &mut PassedSocket| socket.name == name.as_str();
-        let mut named: Vec<_> = self.sockets.iter_mut().filter_map(|socket| socket.take_if(is_named)).collect();
+        let mut named: Vec<_> =
+            self.sockets.iter_mut().filter_map(|socket| socket.take_if(is_named)).collect();
         if named.is_empty() {
             return Ok(None);
         }

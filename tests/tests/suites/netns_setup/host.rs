@@ -17,6 +17,7 @@ pub(crate) fn cases() -> Vec<Case> {
         }),
         case("IPv6 that is off by default is on where it is needed", ipv6_off_by_default),
         case("forwarding that somebody switches off is noticed", forwarding),
+        case("an interface that packets are not forwarded from is named", closed),
         case("routes of others do not lock a network that is up", foreign_routes),
     ]
 }
@@ -114,6 +115,19 @@ fn forwarding(stage: &Stage) {
     stage.ok("down");
     for key in all {
         assert_eq!(stage.host(&format!("sysctl -n {key}")), "1\n", "it was on before `up`");
+    }
+}
+
+fn closed(stage: &Stage) {
+    stage.ok("up --subnet6 fd00:d0c::/64");
+    let warned = || stage.run("check").stderr;
+    assert_eq!(warned(), "");
+    for key in ["net.ipv4.conf.eth0.forwarding", "net.ipv6.conf.eth0.forwarding"] {
+        stage.host(&format!("sysctl -q -w {key}=0"));
+        let said = warned();
+        assert!(said.contains(&format!("by eth0 are not forwarded, as {key} is 0")), "{said}");
+        assert_eq!(said.lines().count(), 1, "{said}");
+        stage.host(&format!("sysctl -q -w {key}=1"));
     }
 }
 

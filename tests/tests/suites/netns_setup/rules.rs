@@ -9,6 +9,7 @@ pub(crate) fn cases() -> Vec<Case> {
     cases.extend(for_each_firewall("the nat table is the story's", nat_table));
     cases.extend(for_each_firewall("check finds what repair mends", check_and_repair));
     cases.extend(for_each_firewall("down leaves the rules of others", others_stay));
+    cases.extend(for_each_firewall("the rules are found after iptables was switched", switched));
     cases
 }
 
@@ -147,4 +148,19 @@ fn others_stay(stage: &Stage, backend: Backend) {
     stage.ok("down");
     assert_same(&stage.dump(), &before, "after all");
     assert!(stage.host("nft list tables").contains("inet theirs"));
+}
+
+/// As by `update-alternatives --set iptables …`.
+fn switched(stage: &Stage, backend: Backend) {
+    let bare = stage.dump();
+    stage.ok(&format!("up --subnet6 fd00:d0c::/64 --transparent {}", backend.option()));
+    stage.ok("attach web");
+    stage.ok("publish web -p 80:80");
+    let before = stage.dump();
+    assert_eq!(stage.run_switched("check").success(), "everything is as it should be\n");
+    stage.run_switched("publish web -p 90:80").success();
+    stage.run_switched("unpublish web -p 90:80").success();
+    assert_same(&stage.dump(), &before, "changed by the other program");
+    stage.run_switched("down").success();
+    assert_same(&stage.dump(), &bare, "down");
 }

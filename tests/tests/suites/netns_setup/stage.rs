@@ -118,6 +118,17 @@ impl Stage {
         self.host.spawn(command).into_output()
     }
 
+    /// Runs it where `iptables` and its relatives mean the other ones than usual.
+    #[track_caller]
+    pub(crate) fn run_switched(&self, arguments: &str) -> Output {
+        let legacy = self.legacy.is_none().then(legacy_tools);
+        let mut command = Command::new(netns_setup());
+        command.arg("--state-dir").arg(self.state_dir());
+        command.args(arguments.split_whitespace());
+        put_first(legacy.as_ref(), &mut command);
+        self.host.spawn(command).into_output()
+    }
+
     /// Runs it and expects it to succeed; returns what it prints.
     #[track_caller]
     pub(crate) fn ok(&self, arguments: &str) -> String {
@@ -145,10 +156,7 @@ impl Stage {
     }
 
     pub(crate) fn with_path(&self, command: &mut Command) {
-        if let Some(legacy) = &self.legacy {
-            let path = std::env::var("PATH").unwrap_or_default();
-            command.env("PATH", format!("{}:{path}", legacy.path().display()));
-        }
+        put_first(self.legacy.as_ref(), command);
     }
 
     /// Attaches a container whose namespace belongs to the test.
@@ -362,6 +370,14 @@ fn own_mounts() {
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();
     for dir in ["/run", "/etc/sysctl.d"] {
         mount(Some("tmpfs"), dir, Some("tmpfs"), MsFlags::empty(), Some("mode=0755")).unwrap();
+    }
+}
+
+/// Has a command find its programs in a directory first.
+fn put_first(dir: Option<&TempDir>, command: &mut Command) {
+    if let Some(dir) = dir {
+        let path = std::env::var("PATH").unwrap_or_default();
+        command.env("PATH", format!("{}:{path}", dir.path().display()));
     }
 }
 

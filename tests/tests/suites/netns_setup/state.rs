@@ -18,6 +18,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("a state file of a newer version is refused", newer),
         case("a state file of an older version is read", older),
         case("two state directories do not share what there is once", shared),
+        case("the last of two networks switches forwarding off", forwarding),
         case("a state directory that was moved serves the same network", moved),
     ]
 }
@@ -142,6 +143,25 @@ fn shared(stage: &Stage) {
     beside(stage, "down").success();
     assert_same(&stage.dump(), &before, "after all");
     stage.ok("publish web -p 90:80 --via dnat");
+}
+
+fn forwarding(stage: &Stage) {
+    let bare = stage.dump();
+    let (one, two) = ("up --bridge br1 --subnet 172.18.0.0/24", "up --bridge br2 --subnet 172.19.0.0/24");
+    for first_goes_first in [true, false] {
+        stage.ok(one);
+        beside(stage, &format!("{two} --subnet6 fd00:19::/64")).success();
+        let forwards = || stage.host("sysctl -n net.ipv4.ip_forward");
+        let (first, last): (&dyn Fn(), &dyn Fn()) =
+            (&|| drop(stage.ok("down")), &|| drop(beside(stage, "down").success()));
+        let (first, last) = if first_goes_first { (first, last) } else { (last, first) };
+        first();
+        assert_eq!(forwards(), "1\n", "the other network needs it");
+        let check = if first_goes_first { beside(stage, "check") } else { stage.run("check") };
+        check.success();
+        last();
+        assert_same(&stage.dump(), &bare, "after both");
+    }
 }
 
 fn moved(stage: &Stage) {

@@ -23,7 +23,9 @@ pub(crate) fn cases() -> Vec<Case> {
         case("commands can be run beside it", beside),
         case("it starts before there is a network, and outlives it", no_network),
         case("what it cannot repair is said once", unmendable),
+        case("what it cannot repair keeps nothing else from it", hindered),
         case("a program that undoes each repair is waited for", fought),
+        case("a fight in a container keeps nothing else from it", fought_inside),
         case("it notifies a service manager, and a signal ends it", service),
         case("what it does not take", mistakes),
         case("firewalld reloads and restarts", super::firewall_managers::reloads)
@@ -231,6 +233,36 @@ fn unmendable(stage: &Stage) {
     let log = watch.process.captured(Stream::Stderr);
     assert_eq!(log.matches("not repaired").count(), 1, "{log}");
     stage.ok("check");
+}
+
+fn hindered(stage: &Stage) {
+    set_up(stage, "");
+    let watch = Watch::start(stage);
+    // Adding the default route by the bridge fails, as there is one.
+    stage.host("ip -n web route replace default via 172.17.0.77");
+    watch.says("(step: ip -n web route add default via 172.17.0.1");
+    stage.host("nft flush ruleset");
+    assert!(watch.repaired(1).contains("nft table netns-setup-docker0"));
+    assert!(stage.host("nft list tables").contains("netns-setup-docker0"));
+    stage.host("ip -n web route replace default via 172.17.0.1");
+    watch.says("everything is as it should be again");
+    let log = watch.process.captured(Stream::Stderr);
+    assert_eq!(log.matches("(step: ip -n web route").count(), 1, "{log}");
+    stage.ok("check");
+}
+
+fn fought_inside(stage: &Stage) {
+    set_up(stage, "");
+    let watch = Watch::start(stage);
+    let mut other = require::command("sh");
+    other.args(["-c", "while ip -n web address flush dev eth0; do :; done"]);
+    let other = stage.host.spawn(other);
+    watch.says("the next one is not before 4 s");
+    stage.host("nft flush ruleset");
+    watch.says("nft table netns-setup-docker0");
+    other.signal(Signal::SIGKILL);
+    other.wait();
+    until_settled(stage, "nobody undoes the repair any more");
 }
 
 fn fought(stage: &Stage) {
