@@ -187,7 +187,7 @@ pub enum SpecError {
     NoBracket(String),
     /// Too many colons.
     #[error(
-        "too many parts; write [[ADDRESS:]HOST_PORT:]PORT, and an IPv6 address in brackets, as in [::1]:8080:80"
+        "too many parts; an address, a host port and a port are the most, and an IPv6 address needs brackets, as in [::1]:8080:80"
     )]
     Unbracketed,
     /// Another error.

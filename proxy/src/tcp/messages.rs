@@ -13,7 +13,7 @@ use socket2::SockRef;
 use tokio::task::coop::consume_budget;
 
 use super::direction::{Direction, End, is_transient, writable};
-use super::relay::{Finish, Side};
+use super::finish::{Finish, Side};
 use super::stream::{
     FIRST_LOOK, LONGEST_LOOK, Stream, close_in_order, deliver_then_reset, reset_on_close, while_taking,
 };
@@ -136,14 +136,12 @@ async fn finish(end: End, side: Side, direction: &Direction<'_>, other: impl Fut
 
 /// Shuts the other side down after `side`, whose socket is `ended`, has been, and waits until `rest` has got everything.
 async fn finish_in_order(side: Side, ended: &Stream, rest: &Stream) -> Finish {
-    if let Err(error) = SockRef::from(rest).shutdown(Shutdown::Write) {
-        tracing::trace!(%error, "shutdown not propagated");
-    }
+    // Fails if it has failed already, and then there is nothing to wait for.
+    drop(SockRef::from(rest).shutdown(Shutdown::Write));
     close_in_order(ended);
     close_in_order(rest);
-    if while_taking(rest, until_shut_down(rest)).await.is_none() {
-        tracing::debug!("a peer did not receive everything before the end of its association");
-    }
+    // To a peer that stalls, the kernel goes on to send.
+    let _shut_down = while_taking(rest, until_shut_down(rest)).await;
     side.closed()
 }
 

@@ -12,6 +12,7 @@ mod burst;
 mod connections;
 mod dial;
 mod direction;
+mod finish;
 mod half;
 mod local_ports;
 mod messages;

@@ -1,7 +1,7 @@
 //! Virtual machines with kernels of Debian, in which cases of the suites run.
 //!
 //! A machine is emulated (QEMU's TCG), so it needs no privilege and no processor that virtualises. It has no disk and no network
-//! device: its [`image`] holds the programs under test, the suites themselves, and what both need. Its first program
+//! device: its image holds the programs under test, the suites themselves, and what both need. Its first program
 //! ([`guest`]) plays the cases that it finds listed, and reports over the serial console.
 
 pub mod guest;
