@@ -131,7 +131,7 @@ struct Log<'a> {
     hints: Hints,
     /// The failure or the problems of the last comparison.
     trouble: Vec<String>,
-    /// What the last repair was about.
+    /// What the last repairs were about, as long as they have something in common.
     repaired: Vec<String>,
 }
 
@@ -152,12 +152,23 @@ impl Log<'_> {
             [&mended.given_up, &plan.problems, &plan.warnings].into_iter().flatten().cloned().collect(),
         );
         match (found.is_empty(), plan.problems.is_empty()) {
-            (false, _) => {
-                Outcome::Repaired { again: std::mem::replace(&mut self.repaired, found) == self.repaired }
-            }
+            (false, _) => Outcome::Repaired { again: self.is_again(found) },
             (true, false) => Outcome::Failed,
             (true, true) => Outcome::Same,
         }
+    }
+
+    /// Whether the repair before was about one of these, too. They are remembered.
+    fn is_again(&mut self, found: Vec<String>) -> bool {
+        let again = found.iter().any(|found| self.repaired.contains(found));
+        if again {
+            self.repaired.extend(found);
+            self.repaired.sort_unstable();
+            self.repaired.dedup();
+        } else {
+            self.repaired = found;
+        }
+        again
     }
 
     fn failure(&mut self, error: &Error) {
