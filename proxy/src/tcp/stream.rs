@@ -316,6 +316,10 @@ impl Drop for Stream {
 pub(super) fn report_refused(option: &'static str, error: &io::Error, effect: &'static str) {
     static REFUSED: LogLimit = LogLimit::new();
 
+    // SCTP has no options of TCP, and holds nothing back.
+    if Errno::from_io_error(error) == Some(Errno::NOPROTOOPT) {
+        return;
+    }
     if let Some(suppressed) = REFUSED.permit() {
         tracing::warn!(option, effect, %error, suppressed, "socket option refused");
     }

@@ -48,7 +48,6 @@ pub(crate) fn cases() -> Vec<Case> {
         }),
         case("a backend's shutdown ends its client", backend_shuts_down),
         case("an abort is propagated as an abort", abort_is_passed_on),
-        case("clients that abort at once", aborting_clients),
         case("a backend that refuses", refusing_backend),
         case("a slow reader gets everything", slow_reader),
         case("messages both ways at once", both_ways),
@@ -206,16 +205,6 @@ fn abort_is_passed_on() {
     peer.abort();
     let end = ends.recv_timeout(testkit::PATIENCE).unwrap();
     assert_eq!(end.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
-}
-
-/// Some of them before they are accepted, which concerns nobody else.
-fn aborting_clients() {
-    let backend = Server::echo(v4());
-    let proxy = relay_to(backend.address, &[]);
-    for _ in 0..50 {
-        Peer::connect(proxy.address()).unwrap().abort();
-    }
-    assert_echoes(proxy.address());
 }
 
 fn refusing_backend() {
