@@ -1,6 +1,5 @@
 //! What tells that something may have changed: notifications of the kernel, processes that end, and the state file.
 
-use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -69,7 +68,7 @@ pub struct Events {
     files: Inotify,
     /// The directory of named namespaces: one that a process lives in is deleted without a notification of the kernel.
     namespaces: Option<WatchDescriptor>,
-    relays: BTreeMap<u32, OwnedFd>,
+    supervisor: Option<(RelayProcess, OwnedFd)>,
     /// Readable once a signal has arrived.
     signals: UnixStream,
 }
@@ -94,28 +93,22 @@ impl Events {
             state_dir: state_dir.to_owned(),
             files,
             namespaces: None,
-            relays: BTreeMap::new(),
+            supervisor: None,
             signals,
         })
     }
 
-    /// Watches these relays from now on, and the state directory, which may be another one of that name. Returns whether
-    /// all of the relays run.
-    pub fn follow(&mut self, relays: impl Iterator<Item = RelayProcess>) -> bool {
+    /// Watches this supervisor of the relay from now on, and the state directory, which may be another one of that name.
+    /// Returns whether the supervisor runs, if there is one.
+    pub fn follow(&mut self, supervisor: Option<RelayProcess>) -> bool {
         // If there is none, there is no network, and its bridge will be noticed.
         let _watched = self.files.add_watch(&self.state_dir, STATE_EVENTS);
         self.namespaces = self.files.add_watch(NETNS_DIR, AddWatchFlags::IN_DELETE).ok();
-        let mut before = std::mem::take(&mut self.relays);
-        let mut all_run = true;
-        for relay in relays {
-            // A descriptor that was opened before is of the process that had the number then.
-            let known = before.remove(&relay.pid).or_else(|| pidfd(relay.pid));
-            match known.filter(|_known| process::is_alive(relay)) {
-                Some(known) => drop(self.relays.insert(relay.pid, known)),
-                None => all_run = false,
-            }
-        }
-        all_run
+        let before = self.supervisor.take().filter(|(known, _)| Some(*known) == supervisor);
+        let opened = || supervisor.and_then(|process| Some((process, pidfd(process.pid)?)));
+        // A descriptor may be of another process that has got the number since.
+        self.supervisor = before.or_else(opened).filter(|(process, _)| process::is_alive(*process));
+        supervisor.is_none() || self.supervisor.is_some()
     }
 
     /// Waits until something may have changed, or until `end`. Returns whether something may have.
@@ -128,7 +121,7 @@ impl Events {
         let left = left + Duration::from_millis(1);
         let fds = self.notifications.iter().map(AsFd::as_fd);
         let fds = fds.chain([self.files.as_fd(), self.signals.as_fd()]);
-        let fds = fds.chain(self.relays.values().map(AsFd::as_fd));
+        let fds = fds.chain(self.supervisor.iter().map(|(_, fd)| fd.as_fd()));
         let mut fds: Vec<_> = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
         match poll(&mut fds, PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX)) {
             Ok(0) | Err(Errno::EINTR) => Ok(false),
@@ -141,10 +134,9 @@ impl Events {
     fn take(&mut self) -> bool {
         let notified = self.notifications.iter().filter(|socket| drain(socket)).count() > 0;
         let files = self.are_files_changed();
-        let relays = self.relays.len();
-        self.relays.retain(|_pid, process| !is_readable(process.as_fd()));
+        let ended = self.supervisor.take_if(|(_, fd)| is_readable(fd.as_fd()));
         drop((&self.signals).read(&mut [0; 16]));
-        notified || files || self.relays.len() < relays
+        notified || files || ended.is_some()
     }
 
     fn are_files_changed(&self) -> bool {

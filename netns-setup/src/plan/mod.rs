@@ -189,7 +189,6 @@ pub struct Inputs<'a> {
 ///
 /// # Errors
 /// If something that does not belong to this program is in the way; nothing has changed then.
-/// When something that is not ours is in the way; nothing has been changed then.
 pub fn plan(inputs: Inputs<'_>) -> Result<Plan, PlanError> {
     transparent::check(inputs)?;
     let mut plan = Plan::default();

@@ -115,7 +115,7 @@ impl Watch<'_> {
         let network = current.network.as_ref().map(|network| network.firewall);
         let marking = current.transparent.as_ref().map(|parts| parts.firewall);
         let is_iptables = [network, marking].contains(&Some(Firewall::Iptables));
-        if !self.events.follow(supervisor.into_iter()) {
+        if !self.events.follow(supervisor) {
             Duration::ZERO
         } else if is_iptables && self.is_legacy {
             LEGACY_INTERVAL
