@@ -21,6 +21,18 @@ pub fn is_there() -> bool {
     Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::SCTP)).is_ok()
 }
 
+/// The local and the remote port of each association of this network namespace.
+pub fn association_ports() -> impl Iterator<Item = [u16; 2]> {
+    /// Where they are in a line (`sctp_assocs_seq_show` in net/sctp/proc.c).
+    const LOCAL: usize = 11;
+    let lines = std::fs::read_to_string("/proc/net/sctp/assocs").unwrap();
+    let ports = |line: &str| {
+        let mut fields = line.split_whitespace().skip(LOCAL).map(|field| field.parse().unwrap());
+        [fields.next().unwrap(), fields.next().unwrap()]
+    };
+    lines.lines().skip(1).map(ports).collect::<Vec<_>>().into_iter()
+}
+
 /// Unloads the module, and prevents that it is loaded again by itself.
 pub fn unload() {
     std::fs::write("/proc/sys/kernel/modprobe", "/none\n").unwrap();

@@ -446,15 +446,26 @@ fn reset_without_backend(client: OwnedFd, peer: SocketAddr, mut guard: Connectio
     drop(client);
 }
 
-/// Whether an error that a listener reports is that of an SCTP association that was aborted before it was accepted.
+/// Whether an error that a listener reports is that of an SCTP association that was aborted before it was accepted. (The
+/// association stays there until it is accepted, `sctp_cmd_delete_tcb` in net/sctp/sm_sideeffect.c.)
 fn is_of_a_client(listener: &Binding, reported: EpollFlags) -> bool {
     listener.target.port_mapping.protocol == Protocol::Sctp && !reported.intersects(EpollFlags::EPOLLHUP)
 }
 
-/// Whether the error concerns a single connection, not the listener (accept(2), "Error handling").
+/// Whether the error concerns a single connection, not the listener (accept(2), "Error handling" and "EPERM").
 fn is_the_clients(error: &io::Error) -> bool {
     let errno = Errno::from_raw(error.raw_os_error().unwrap_or(0));
-    matches!(errno, Errno::ECONNABORTED | Errno::EINTR | Errno::EPROTO | Errno::EPERM)
+    let of_network = matches!(
+        errno,
+        Errno::ENETDOWN
+            | Errno::EPROTO
+            | Errno::ENOPROTOOPT
+            | Errno::EHOSTDOWN
+            | Errno::ENONET
+            | Errno::EHOSTUNREACH
+            | Errno::ENETUNREACH
+    );
+    of_network || matches!(errno, Errno::ECONNABORTED | Errno::EINTR | Errno::EPERM)
 }
 
 /// Whether a resource is exhausted that others may release, such as descriptors.

@@ -33,8 +33,10 @@ pub(super) enum Begun {
     Yes(Socket),
 }
 
-/// Connects `socket` to `backend` within `limit`, or else for as long as the kernel
-/// tries. Stops if `client` is reset meanwhile.
+/// Connects `socket` to `backend` over `protocol` within `limit`, or else for as long as the kernel
+/// tries. Stops if `client` is reset meanwhile, but not over SCTP: to close a socket whose handshake is not complete
+/// sends nothing (`sctp_sf_cookie_echoed_prm_abort` in net/sctp/sm_statefuns.c), so that a backend that has completed it
+/// would keep the association until its heartbeats fail.
 ///
 /// The final ACK of the handshake is delayed. It saves a segment if it can be sent with the client's first
 /// bytes. If there are none yet, [`Stream::acknowledge`] sends it; otherwise the backend would see the
@@ -42,6 +44,7 @@ pub(super) enum Begun {
 pub(super) async fn dial(
     socket: Begun,
     backend: BackendAddr,
+    protocol: Protocol,
     limit: Option<Duration>,
     client: &Stream,
 ) -> Result<Stream, DialError> {
@@ -51,7 +54,7 @@ pub(super) async fn dial(
         tokio::select! {
             biased;
             connected = connect(socket, addr, &has_port) => connected,
-            () = client.failed() => Err(DialError::ClientReset { addr }),
+            () = client.failed(), if protocol != Protocol::Sctp => Err(DialError::ClientReset { addr }),
         }
     };
     let Some(limit) = limit else { return connected.await };
@@ -215,8 +218,8 @@ mod tests {
         let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         new_runtime().unwrap().block_on(async {
             let client = Stream::new(accept(listener.as_fd()).unwrap().0).unwrap();
-            dial(Begun::Not(open(&port_mapping).unwrap()), backend, Some(Duration::from_secs(10)), &client)
-                .await
+            let socket = Begun::Not(open(&port_mapping).unwrap());
+            dial(socket, backend, Protocol::Tcp, Some(Duration::from_secs(10)), &client).await
         })
     }
 

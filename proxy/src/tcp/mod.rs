@@ -29,6 +29,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 
+use rproxy_mapping::PortMapping;
 use rproxy_mapping::addr::Protocol;
 use socket2::Socket;
 use tracing::{debug, warn};
@@ -136,11 +137,11 @@ async fn dialled(
     peer: SocketAddr,
     guard: &ConnectionGuard,
 ) -> Option<Stream> {
-    let (backend, limits) = (guard.port_mapping().backend, guard.limits());
+    let (limits, PortMapping { backend, protocol, .. }) = (guard.limits(), *guard.port_mapping());
     let begun = guard.record().map(|_recorded| Time::now());
     let fell_back = |reason: &NotAsClient| report_other_source(peer, guard, reason);
     let dialled = match source::prepare(socket, guard.target(), peer, fell_back) {
-        Ok(socket) => dial::dial(socket, backend, limits.connect_timeout, client).await,
+        Ok(socket) => dial::dial(socket, backend, protocol, limits.connect_timeout, client).await,
         Err(source) => Err(DialError::Source { addr: backend.socket_addr(), source }),
     };
     if let (Ok(_), Some(record), Some(begun)) = (&dialled, guard.record(), begun) {

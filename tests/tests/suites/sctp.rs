@@ -12,6 +12,7 @@ use serde_json::json;
 use testkit::client::{self, own_address};
 use testkit::controlled::{Controlled, mapping};
 use testkit::docker_proxy::Status;
+use testkit::eventually;
 use testkit::oracle::{self, Holds, Row, Subject};
 use testkit::process::{self, Stream};
 use testkit::rproxy::{self, Standalone};
@@ -48,6 +49,7 @@ pub(crate) fn cases() -> Vec<Case> {
         }),
         case("a backend's shutdown ends its client", backend_shuts_down),
         case("an abort is propagated as an abort", abort_is_passed_on),
+        case("clients that abort at once", aborting_clients),
         case("a backend that refuses", refusing_backend),
         case("a slow reader gets everything", slow_reader),
         case("messages both ways at once", both_ways),
@@ -205,6 +207,20 @@ fn abort_is_passed_on() {
     peer.abort();
     let end = ends.recv_timeout(testkit::PATIENCE).unwrap();
     assert_eq!(end.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
+}
+
+/// Most of them while the backend is dialled, and some before they are accepted. The backend is left with none.
+fn aborting_clients() {
+    let backend = Server::echo(v4());
+    let proxy = relay_to(backend.address, &[]);
+    for _ in 0..200 {
+        // Linux 5.10 sometimes loses one of so many, also without a proxy.
+        Peer::connect(proxy.address()).map(Peer::abort).ok();
+    }
+    // With no heartbeat of 30 s to find out who is gone.
+    let port = backend.address.port();
+    eventually("no association is left", || !sctp::association_ports().any(|ports| ports.contains(&port)));
+    assert_echoes(proxy.address());
 }
 
 fn refusing_backend() {

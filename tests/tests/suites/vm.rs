@@ -54,6 +54,7 @@ const CHECKED: &[&str] = &[
     "sctp::rproxy-shim: SIGINT ends it",
     "sctp::a backend's shutdown ends its client",
     "sctp::an abort is propagated as an abort",
+    "sctp::clients that abort at once",
     "sctp::a backend that refuses",
     "sctp::a slow reader gets everything",
     "sctp::messages both ways at once",

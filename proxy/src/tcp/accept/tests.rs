@@ -73,6 +73,9 @@ fn errors_of_a_client_are_told_from_a_shortage_and_from_those_of_the_listener() 
     for (errno, of_client, of_shortage) in [
         (Errno::ECONNABORTED, true, false),
         (Errno::EPERM, true, false),
+        (Errno::EPROTO, true, false),
+        (Errno::ENETDOWN, true, false),
+        (Errno::EHOSTUNREACH, true, false),
         (Errno::EMFILE, false, true),
         (Errno::ENFILE, false, true),
         (Errno::ENOBUFS, false, true),
