@@ -53,11 +53,22 @@ pub struct ApplyError {
     pub left: Vec<Failure>,
     /// Why the state could not be written after that.
     pub unsaved: Option<StateError>,
+    /// Whether the steps before stay, as in a repair, of which each is of use alone.
+    pub is_kept: bool,
+}
+
+impl ApplyError {
+    fn new(failed: Failure, left: Vec<Failure>) -> Box<Self> {
+        Box::new(Self { failed, left, unsaved: None, is_kept: false })
+    }
 }
 
 impl fmt::Display for ApplyError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}", self.failed)?;
+        if self.is_kept {
+            return f.write_str("; what was repaired before stays: run `netns-setup repair` for the rest");
+        }
         if self.left.is_empty() && self.unsaved.is_none() {
             return f.write_str("; nothing was changed");
         }
@@ -100,13 +111,13 @@ pub fn apply(
             Err(failed) => {
                 // What it may have set all the same is set back; what it may have made may be somebody else's.
                 let done = done + usize::from(step.action.is_setting());
-                return Err(Box::new(ApplyError { failed, left: undo(plan, done, executor), unsaved: None }));
+                return Err(ApplyError::new(failed, undo(plan, done, executor)));
             }
         }
     }
     save(executor).map(|()| tolerated).map_err(|error| {
         let failed = Failure { command: "record the state".to_owned(), source: error.into() };
-        Box::new(ApplyError { failed, left: undo(plan, plan.steps.len(), executor), unsaved: None })
+        ApplyError::new(failed, undo(plan, plan.steps.len(), executor))
     })
 }
 

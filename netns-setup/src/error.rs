@@ -133,6 +133,9 @@ pub enum Error {
     /// Changes cannot be noticed.
     #[error(transparent)]
     Watch(#[from] WatchError),
+    /// Signals cannot be awaited.
+    #[error("cannot wait for signals: {0}")]
+    Signals(#[source] io::Error),
     /// The network namespace could not be told from others.
     #[error("cannot tell which network namespace this is: {0}")]
     Namespace(#[source] io::Error),

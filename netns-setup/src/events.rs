@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::io::{self, Read};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use netlink_sys::Socket;
@@ -64,8 +64,8 @@ fn watch_error<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Watc
 #[derive(Debug)]
 pub struct Events {
     notifications: Vec<Socket>,
-    state_dir: PathBuf,
     files: Inotify,
+    state_dir: Option<WatchDescriptor>,
     /// The directory of named namespaces: one that a process lives in is deleted without a notification of the kernel.
     namespaces: Option<WatchDescriptor>,
     supervisor: Option<(RelayProcess, OwnedFd)>,
@@ -78,7 +78,7 @@ impl Events {
     ///
     /// # Errors
     /// If the kernel refuses.
-    pub fn open(state_dir: &Path, signals: &Signals) -> Result<Self, WatchError> {
+    pub fn open(signals: &Signals) -> Result<Self, WatchError> {
         let signals = signals.wake().map_err(watch_error("signals"))?;
         let routes = subscribe(NETLINK_ROUTE, &ROUTE_GROUPS).map_err(watch_error("interfaces and routes"))?;
         // The containers' as well: their namespaces have identifiers here, because of the veth pairs (network_namespaces(7)).
@@ -90,25 +90,40 @@ impl Events {
             .map_err(watch_error("the state"))?;
         Ok(Self {
             notifications: [Some(routes), rules, policies].into_iter().flatten().collect(),
-            state_dir: state_dir.to_owned(),
             files,
+            state_dir: None,
             namespaces: None,
             supervisor: None,
             signals,
         })
     }
 
-    /// Watches this supervisor of the relay from now on, and the state directory, which may be another one of that name.
+    /// Watches this supervisor of the relay from now on, and this state directory, which may be another one of that name.
     /// Returns whether the supervisor runs, if there is one.
-    pub fn follow(&mut self, supervisor: Option<RelayProcess>) -> bool {
+    pub fn follow(&mut self, supervisor: Option<RelayProcess>, state_dir: &Path) -> bool {
         // If there is none, there is no network, and its bridge will be noticed.
-        let _watched = self.files.add_watch(&self.state_dir, STATE_EVENTS);
-        self.namespaces = self.files.add_watch(NETNS_DIR, AddWatchFlags::IN_DELETE).ok();
+        self.state_dir = self.watch_instead(self.state_dir, state_dir, STATE_EVENTS);
+        self.namespaces = self.watch_instead(self.namespaces, Path::new(NETNS_DIR), AddWatchFlags::IN_DELETE);
         let before = self.supervisor.take().filter(|(known, _)| Some(*known) == supervisor);
         let opened = || supervisor.and_then(|process| Some((process, pidfd(process.pid)?)));
         // A descriptor may be of another process that has got the number since.
         self.supervisor = before.or_else(opened).filter(|(process, _)| process::is_alive(*process));
         supervisor.is_none() || self.supervisor.is_some()
+    }
+
+    /// Watches what is at `path` by now instead of what was there, which may be elsewhere by now, and stay there.
+    fn watch_instead(
+        &self,
+        before: Option<WatchDescriptor>,
+        path: &Path,
+        events: AddWatchFlags,
+    ) -> Option<WatchDescriptor> {
+        let watched = self.files.add_watch(path, events).ok();
+        if let Some(before) = before.filter(|before| Some(*before) != watched) {
+            // The kernel itself forgets one that was deleted.
+            let _forgotten = self.files.rm_watch(before);
+        }
+        watched
     }
 
     /// Waits until something may have changed, or until `end`. Returns whether something may have.

@@ -82,23 +82,62 @@ pub fn observe(
     scope: &Scope,
     state_dir: &Path,
 ) -> Result<Observed, ObserveError> {
+    let mut failures = Vec::new();
+    let observed = look(owned, desired, scope, state_dir, &mut failures)?;
+    failures.into_iter().next().map_or(Ok(observed), Err)
+}
+
+/// Like [`observe`], but what cannot be read keeps nothing else from being observed: it is assumed to be as it should be,
+/// and [`Observed::failures`] says why.
+///
+/// # Errors
+/// If nothing can be observed.
+pub fn observe_rest(
+    owned: &Topology,
+    desired: &Topology,
+    scope: &Scope,
+    state_dir: &Path,
+) -> Result<Observed, ObserveError> {
+    let mut failures = Vec::new();
+    let observed = look(owned, desired, scope, state_dir, &mut failures)?;
+    Ok(Observed { failures: failures.iter().map(ToString::to_string).collect(), ..observed })
+}
+
+/// Observes what can be read. The first failure of each part is one of `failures`.
+fn look(
+    owned: &Topology,
+    desired: &Topology,
+    scope: &Scope,
+    state_dir: &Path,
+    failures: &mut Vec<ObserveError>,
+) -> Result<Observed, ObserveError> {
     let both = desired.union(owned);
-    let Containers { sides, replaced, cookies } = containers(&both, scope)?;
+    let Containers { sides, replaced, unseen, cookies } = containers(&both, scope, failures);
     let host = side().map_err(ObserveError::Host)?;
     Ok(Observed {
         containers: sides,
         replaced,
+        unseen,
+        failures: Vec::new(),
         cookies,
         mounts_are_hidden: netns::mounts_are_hidden(),
         namespace_files: namespace_files(&both, scope),
         sysctls: sysctls(&both, scope, &host)?,
         host,
         needed_elsewhere: BTreeSet::new(),
-        rules: rules(&both, owned, desired, scope)?,
-        blocked: blocked(&both, scope)?,
-        transparent: transparent(&both, owned, desired, scope)?,
+        rules: part(rules(&both, owned, desired, scope), failures),
+        blocked: part(blocked(&both, scope), failures),
+        transparent: part(transparent(&both, owned, desired, scope), failures),
         relay: relay(&both, scope, state_dir)?,
-        files: files(&both)?,
+        files: files(&both, failures),
+    })
+}
+
+/// A part of the system, or nothing if it cannot be read.
+fn part<T: Default>(read: Result<T, ObserveError>, failures: &mut Vec<ObserveError>) -> T {
+    read.unwrap_or_else(|failure| {
+        failures.push(failure);
+        T::default()
     })
 }
 
@@ -121,10 +160,11 @@ pub fn side() -> Result<Side, NetlinkError> {
 struct Containers {
     sides: BTreeMap<Name, Option<Side>>,
     replaced: BTreeSet<Name>,
+    unseen: BTreeSet<Name>,
     cookies: BTreeMap<Name, u64>,
 }
 
-fn containers(topology: &Topology, scope: &Scope) -> Result<Containers, ObserveError> {
+fn containers(topology: &Topology, scope: &Scope, failures: &mut Vec<ObserveError>) -> Containers {
     let mut found = Containers::default();
     for (name, endpoint) in topology.endpoints.iter().filter(|(name, _)| scope.contains(name)) {
         let side = match container(name, endpoint, &mut found) {
@@ -135,11 +175,16 @@ fn containers(topology: &Topology, scope: &Scope) -> Result<Containers, ObserveE
                 found.replaced.insert(name.clone());
                 None
             }
-            other => Some(other?),
+            Err(failure) => {
+                found.unseen.insert(name.clone());
+                failures.push(failure);
+                continue;
+            }
+            Ok(side) => Some(side),
         };
         found.sides.insert(name.clone(), side);
     }
-    Ok(found)
+    found
 }
 
 fn container(name: &Name, endpoint: &Endpoint, found: &mut Containers) -> Result<Side, ObserveError> {
@@ -331,11 +376,17 @@ pub fn relay(topology: &Topology, scope: &Scope, state_dir: &Path) -> Result<Obs
     Ok(ObservedRelay { served, trouble: status.trouble, strays, singles: found.singles })
 }
 
-fn files(topology: &Topology) -> Result<BTreeMap<std::path::PathBuf, Option<String>>, ObserveError> {
+fn files(
+    topology: &Topology,
+    failures: &mut Vec<ObserveError>,
+) -> BTreeMap<std::path::PathBuf, Option<String>> {
     let paths = topology.network.iter().filter_map(|network| network.persist.clone());
-    let read = paths.map(|path| match persist::read(&path) {
-        Ok(text) => Ok((path, text)),
-        Err(source) => Err(ObserveError::File { path: path.display().to_string(), source }),
+    let read = paths.filter_map(|path| match persist::read(&path) {
+        Ok(text) => Some((path, text)),
+        Err(source) => {
+            failures.push(ObserveError::File { path: path.display().to_string(), source });
+            None
+        }
     });
     read.collect()
 }

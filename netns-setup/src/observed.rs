@@ -253,6 +253,10 @@ pub struct Observed {
     pub namespace_files: BTreeSet<Name>,
     /// The containers whose namespace's path leads to another one than theirs.
     pub replaced: BTreeSet<Name>,
+    /// The containers that could not be looked at.
+    pub unseen: BTreeSet<Name>,
+    /// What could not be looked at, and why.
+    pub failures: Vec<String>,
     /// Whether namespaces that are made here end with this process, because nobody else sees where they are mounted.
     pub mounts_are_hidden: bool,
     /// The cookies of the containers' namespaces.
@@ -270,6 +274,6 @@ pub struct Observed {
     pub transparent: Option<TransparentParts>,
     /// The relay.
     pub relay: ObservedRelay,
-    /// The content of this program's files; `None` for one that does not exist.
+    /// The content of this program's files; `None` for one that does not exist. One that could not be read is left out.
     pub files: BTreeMap<PathBuf, Option<String>>,
 }

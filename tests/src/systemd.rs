@@ -114,6 +114,11 @@ impl Systemd {
         command
     }
 
+    /// Has a command notify it, which takes no sockets.
+    pub fn notified_by(&self, command: &mut Command) {
+        command.env("NOTIFY_SOCKET", &self.name);
+    }
+
     /// Waits for the next message, and returns its lines.
     #[track_caller]
     pub fn told(&self) -> Vec<String> {

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use rproxy_mapping::addr::Protocol;
 use serde_json::json;
 
-use super::change::LockedState;
+use super::locked::LockedState;
 use super::{Options, Report, show, up};
 use crate::error::Error;
 use crate::executor::Executor;

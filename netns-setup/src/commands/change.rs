@@ -1,150 +1,22 @@
 //! Changes the system from the current to the wanted state, tolerating failures and crashes.
 
-use std::path::{Path, PathBuf};
-
-use netlink_sys::protocols::NETLINK_ROUTE;
+use std::path::Path;
 
 use super::Options;
+use super::locked::LockedState;
 use crate::action::Action;
 use crate::apply::{self, ApplyError, Failure};
 use crate::error::Error;
 use crate::executor::Executor;
-use crate::firewall::detect::Choice;
-use crate::model::{Firewall, Network, Topology};
-use crate::name::Name;
-use crate::netlink::{Client, link};
-use crate::observe::observe;
+use crate::model::Topology;
+use crate::observe::{observe, observe_rest};
 use crate::observed::Observed;
-use crate::plan::{self, Inputs, Plan, Scope};
-use crate::registry::{self, Other, Registry};
-use crate::state::{self, Found, State, StateDir, StateError};
-use crate::{model, relay};
-
-/// The state, locked against other commands.
-pub(super) struct LockedState {
-    /// `None` if nothing may be written and there is no directory.
-    dir: Option<StateDir>,
-    registry: Registry,
-    pub(super) state: State,
-    /// How a lost state was restored; it is not written yet.
-    pub(super) restored: Option<String>,
-}
-
-/// What to do if the state file is missing or damaged, and there is a copy.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Lost {
-    Refuse,
-    Restore,
-}
+use crate::plan::{self, Inputs, Plan, PlanError, Scope};
+use crate::registry::{self, Other};
+use crate::relay;
+use crate::state::{State, StateError};
 
 impl LockedState {
-    /// Opens the state for a change.
-    pub(super) fn open(options: &Options) -> Result<Self, Error> {
-        Self::open_with(options, Lost::Refuse)
-    }
-
-    /// Opens the state for a change that also restores it if it is lost.
-    pub(super) fn open_or_restore(options: &Options) -> Result<Self, Error> {
-        Self::open_with(options, Lost::Restore)
-    }
-
-    fn open_with(options: &Options, lost: Lost) -> Result<Self, Error> {
-        if !nix::unistd::geteuid().is_root() {
-            return Err(Error::NotRoot);
-        }
-        if !options.dry_run {
-            let probe = Client::open(NETLINK_ROUTE).and_then(|mut client| link::probe(&mut client));
-            probe.map_err(Error::NotAllowed)?;
-        }
-        let path = &options.state_dir;
-        let dir = if options.dry_run { StateDir::open(path)? } else { Some(StateDir::create(path)?) };
-        Self::load(dir, options, lost)
-    }
-
-    /// Opens the state for reading; if the directory does not exist, the state is empty.
-    pub(super) fn open_to_read(options: &Options) -> Result<Self, Error> {
-        Self::load(StateDir::open(&options.state_dir)?, options, Lost::Refuse)
-    }
-
-    fn load(dir: Option<StateDir>, options: &Options, lost: Lost) -> Result<Self, Error> {
-        let registry = Registry::of(&options.state_dir).map_err(Error::Namespace)?;
-        let found = dir.as_ref().map_or(Ok(Found::Missing), StateDir::load)?;
-        let file = options.state_dir.join(state::FILE);
-        let (is_missing, why) = match found {
-            Found::Whole(state) => return Ok(Self { dir, registry, state, restored: None }),
-            Found::Missing => (true, "is missing".to_owned()),
-            Found::Damaged(why) => (false, why),
-        };
-        let (state, restored) = match (registry.copy()?, lost) {
-            (Some(_), Lost::Refuse) => return Err(StateError::Lost { file, why }.into()),
-            (Some(state), Lost::Restore) => {
-                let note = format!("the state file {} {why}: it is restored from a copy", file.display());
-                (state, Some(note))
-            }
-            (None, _) if is_missing => (State::default(), None),
-            (None, _) => return Err(StateError::Damaged { file, why }.into()),
-        };
-        Ok(Self { dir, registry, state, restored })
-    }
-
-    /// Like [`LockedState::open`], for commands that require a completed previous one.
-    pub(super) fn open_settled(options: &Options) -> Result<Self, Error> {
-        let locked = Self::open(options)?;
-        if locked.state.pending.is_some() {
-            return Err(Error::Unfinished);
-        }
-        if let (Some(choice), Some(network)) = (options.firewall, &locked.state.current.network) {
-            check_firewall(choice, network)?;
-        }
-        Ok(locked)
-    }
-
-    /// Like [`LockedState::open`], for a change of what transparent sockets need: if the previous command was not
-    /// completed, it may have changed only that.
-    pub(super) fn open_for_transparent(options: &Options) -> Result<Self, Error> {
-        let locked = Self::open(options)?;
-        let current = &locked.state.current;
-        let others =
-            |pending: &Topology| pending.network != current.network || pending.endpoints != current.endpoints;
-        if locked.state.pending.as_ref().is_some_and(others) { Err(Error::Unfinished) } else { Ok(locked) }
-    }
-
-    /// The network; fails if it is not up.
-    pub(super) fn network(&self) -> Result<&Network, Error> {
-        self.state.current.network.as_ref().ok_or(Error::NoNetwork)
-    }
-
-    /// The container whose identifier begins with `text`, if no container has that name, as Docker finds it.
-    pub(super) fn by_id(&self, text: &Name) -> Result<Option<Name>, Error> {
-        let endpoints = &self.state.current.endpoints;
-        let mut found =
-            endpoints.iter().filter(|(_, endpoint)| endpoint.id.as_str().starts_with(text.as_str()));
-        match (endpoints.contains_key(text), found.next(), found.next()) {
-            (true, _, _) | (_, None, _) => Ok(None),
-            (_, Some((name, _)), None) => Ok(Some(name.clone())),
-            (_, Some((one, _)), Some((another, _))) => {
-                Err(Error::Ambiguous { text: text.clone(), one: one.clone(), another: another.clone() })
-            }
-        }
-    }
-
-    /// The states of other directories that serve the same host.
-    pub(super) fn others(&self) -> Result<Vec<Other>, StateError> {
-        self.registry.others(&self.state.owned())
-    }
-
-    /// The files for kernel parameters that a network of any state directory has, in any network namespace.
-    pub(super) fn persisted(&self) -> Result<Vec<PathBuf>, StateError> {
-        let states = self.registry.all()?;
-        let networks = states.into_iter().filter_map(|other| other.state.owned().network);
-        Ok(networks.filter_map(|network| network.persist).collect())
-    }
-
-    /// A container; fails if it does not exist.
-    pub(super) fn endpoint(&self, name: &Name) -> Result<&model::Endpoint, Error> {
-        self.state.current.endpoints.get(name).ok_or_else(|| Error::NoContainer(name.clone()))
-    }
-
     /// Changes the system from the state to `desired`, or only prints how with `--dry-run`.
     ///
     /// The intent is written before the first step. If a step fails, the previous steps are undone and the
@@ -158,7 +30,7 @@ impl LockedState {
         executor: &mut dyn Executor,
     ) -> Result<Plan, Error> {
         let others = self.others()?;
-        let task = Task { scope, options, relay: RelayFailure::Refused, others: &others };
+        let task = Task { scope, options, tolerated: Tolerated::Nothing, others: &others };
         self.carry_out(desired, &task, executor)
     }
 
@@ -171,8 +43,25 @@ impl LockedState {
         executor: &mut dyn Executor,
     ) -> Result<Plan, Error> {
         let others = self.others()?;
-        let task = Task { scope: &Scope::All, options, relay: RelayFailure::Tolerated, others: &others };
+        let task = Task { scope: &Scope::All, options, tolerated: Tolerated::Relay, others: &others };
         self.carry_out(desired, &task, executor)
+    }
+
+    /// Like [`LockedState::restore`], but nothing that cannot be repaired hinders anything else: it is a problem of the
+    /// plan.
+    pub(super) fn repair(
+        &mut self,
+        desired: Topology,
+        options: &Options,
+        executor: &mut dyn Executor,
+    ) -> Result<Plan, Error> {
+        // Nothing new is claimed that they could have.
+        let others = self.others().unwrap_or_default();
+        let task = Task { scope: &Scope::All, options, tolerated: Tolerated::Everything, others: &others };
+        match &self.unusable {
+            Some(why) => self.repair_unrecorded(why, &task, executor),
+            None => self.carry_out(desired, &task, executor),
+        }
     }
 
     fn carry_out(
@@ -187,19 +76,73 @@ impl LockedState {
         }
         let (observed, mut plan) = task.plan(&owned, &desired)?;
         task.check_relay(&mut plan)?;
-        let is_repair = task.relay == RelayFailure::Tolerated && owned == desired;
-        if is_repair {
+        let is_tolerant = task.tolerated == Tolerated::Everything;
+        let is_repair = is_tolerant && owned == desired;
+        if task.tolerated != Tolerated::Nothing && owned == desired {
             // What cannot be repaired keeps nothing else from it.
             plan.steps.iter_mut().for_each(|step| step.is_optional = true);
         }
-        let settled =
-            self.restored.is_none() && self.state.pending.is_none() && self.state.current == desired;
-        let nothing_to_do = settled && plan.is_empty();
-        if !(task.options.dry_run || nothing_to_do) {
-            let failed = self.execute(&plan, desired, &observed, task, executor)?;
-            plan.steps.retain(|step| !failed.iter().any(|failed| failed.is_of(step)));
-            plan.problems.extend(failed.iter().map(ToString::to_string));
+        if is_repair {
+            // Each step is of use alone.
+            plan.steps.iter_mut().for_each(|step| step.undo.clear());
         }
+        let settled = self.restored.is_none()
+            && !self.lacks_copy
+            && self.state.pending.is_none()
+            && self.state.current == desired;
+        let nothing_to_do = settled && plan.is_empty();
+        if task.options.dry_run || nothing_to_do {
+            return Ok(plan);
+        }
+        if let Some(signal) = executor.interrupted() {
+            return Err(Error::Interrupted(signal));
+        }
+        let before = self.state.clone();
+        if !(settled && is_repair && plan.keeps_namespaces()) {
+            match self.begin(&desired, &plan) {
+                Err(Error::State(why)) if is_tolerant && before.pending.is_none() => {
+                    return self.repair_unrecorded(&why, task, executor);
+                }
+                other => other?,
+            }
+        }
+        let failed =
+            self.execute(&plan, Change { before, desired, observed: &observed, is_repair }, task, executor)?;
+        note_failures(&mut plan, &failed);
+        Ok(plan)
+    }
+
+    /// Records what is about to be done. An earlier command may have been interrupted, too: what it left stays ours.
+    fn begin(&mut self, desired: &Topology, plan: &Plan) -> Result<(), Error> {
+        let pending = Some(without_cookies(desired.clone(), plan));
+        self.claim(State { current: self.state.owned(), pending })
+    }
+
+    /// Repairs what takes no new state, as none can be written.
+    fn repair_unrecorded(
+        &self,
+        why: &StateError,
+        task: &Task<'_>,
+        executor: &mut dyn Executor,
+    ) -> Result<Plan, Error> {
+        let wanted = self.state.owned();
+        let (observed, mut plan) = task.plan(&wanted, &wanted)?;
+        if !plan.keeps_namespaces() {
+            // They would not be known again.
+            let kept = wanted.endpoints.keys().filter(|name| !plan.makes(name)).cloned().collect();
+            plan = task.plan_from(&observed, &Scope::Only(kept), &wanted, &wanted)?;
+        }
+        task.check_relay(&mut plan)?;
+        if self.unusable.is_some() {
+            // It cannot be asked, and another one would take its place.
+            plan.steps.retain(|step| !step.is_of_relay());
+        }
+        plan.steps.iter_mut().for_each(|step| (step.is_optional, step.undo) = (true, Vec::new()));
+        if !task.options.dry_run {
+            let failed = apply::apply(&plan, executor, |_| Ok(()))?;
+            note_failures(&mut plan, &failed);
+        }
+        plan.problems.push(format!("{why}: only what takes no new state is repaired"));
         Ok(plan)
     }
 
@@ -207,27 +150,25 @@ impl LockedState {
     fn execute(
         &mut self,
         plan: &Plan,
-        desired: Topology,
-        observed: &Observed,
+        Change { before, desired, observed, is_repair }: Change<'_>,
         task: &Task<'_>,
         executor: &mut dyn Executor,
     ) -> Result<Vec<Failure>, Error> {
-        if let Some(signal) = executor.interrupted() {
-            return Err(Error::Interrupted(signal));
-        }
-        let before = self.state.clone();
-        // An earlier command may have been interrupted, too: what it left stays ours.
-        self.claim(State { current: before.owned(), pending: Some(without_cookies(desired.clone(), plan)) })?;
         let save = |executor: &dyn Executor| {
             let mut current = desired.clone();
             note(&mut current, observed, executor);
             forget_singles(&mut current, task.scope);
-            self.save(State { current, pending: None })
+            let state = State { current, pending: None };
+            if state == self.state { Ok(()) } else { self.save(state) }
         };
         let mut error = match apply::apply(plan, executor, save) {
             Ok(failed) => return Ok(failed),
             Err(error) => error,
         };
+        if is_repair {
+            error.is_kept = true;
+            return Err(error.into());
+        }
         if before.pending.is_none() {
             task.widened(plan).undo_rest(&self.state.owned(), &before.current, &mut error, executor);
         }
@@ -240,71 +181,75 @@ impl LockedState {
         error.unsaved = self.save(State { current, pending }).err();
         Err(error.into())
     }
+}
 
-    /// Writes the state, unless what is new in it belongs to another state directory.
-    fn claim(&mut self, state: State) -> Result<(), Error> {
-        if let Some(dir) = &self.dir {
-            self.registry.claim(&self.state.owned(), &state, || dir.save(&state))?;
-        }
-        self.note_saved(state);
-        Ok(())
-    }
+/// Counts failed steps as problems.
+fn note_failures(plan: &mut Plan, failed: &[Failure]) {
+    plan.steps.retain(|step| !failed.iter().any(|failed| failed.is_of(step)));
+    plan.problems.extend(failed.iter().map(ToString::to_string));
+}
 
-    fn save(&mut self, state: State) -> Result<(), StateError> {
-        if let Some(dir) = &self.dir {
-            self.registry.save(&state, || dir.save(&state))?;
-        }
-        self.note_saved(state);
-        Ok(())
-    }
-
-    fn note_saved(&mut self, state: State) {
-        self.state = state;
-        self.restored = None;
-    }
+/// From what to what, and what was observed before.
+struct Change<'a> {
+    before: State,
+    desired: Topology,
+    observed: &'a Observed,
+    is_repair: bool,
 }
 
 /// A change that a command asks for.
 struct Task<'a> {
     scope: &'a Scope,
     options: &'a Options,
-    relay: RelayFailure,
+    tolerated: Tolerated,
     /// The other networks of the host.
     others: &'a [Other],
 }
 
-/// What a relay that fails means for a change.
+/// What may fail while everything else is done.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum RelayFailure {
-    /// The change fails.
-    Refused,
-    /// Everything else is done.
-    Tolerated,
+enum Tolerated {
+    /// The change fails with any part of it.
+    Nothing,
+    /// The relay.
+    Relay,
+    /// Everything, and what somebody else has replaced is left to them.
+    Everything,
 }
 
 impl Task<'_> {
     fn plan(&self, owned: &Topology, desired: &Topology) -> Result<(Observed, Plan), Error> {
-        let state_dir = &self.options.state_dir;
-        let mut observed = observe(owned, desired, self.scope, state_dir)?;
+        let observe = if self.tolerated == Tolerated::Everything { observe_rest } else { observe };
+        let mut observed = observe(owned, desired, self.scope, &self.options.state_dir)?;
         observed.needed_elsewhere = registry::needed(self.others);
+        let plan = self.plan_from(&observed, self.scope, owned, desired)?;
+        Ok((observed, plan))
+    }
+
+    fn plan_from(
+        &self,
+        observed: &Observed,
+        scope: &Scope,
+        owned: &Topology,
+        desired: &Topology,
+    ) -> Result<Plan, PlanError> {
         let rproxy = relay::program(self.options.rproxy.as_deref());
         let rproxy = rproxy.as_deref().unwrap_or(Path::new("rproxy"));
-        let plan =
-            plan::plan(Inputs { owned, desired, observed: &observed, scope: self.scope, rproxy, state_dir })?;
-        Ok((observed, plan))
+        let (state_dir, is_repair) = (&self.options.state_dir, self.tolerated == Tolerated::Everything);
+        plan::plan(Inputs { owned, desired, observed, scope, rproxy, state_dir, is_repair })
     }
 
     /// Fails if the relay is needed and cannot be started, or lets it fail.
     fn check_relay(&self, plan: &mut Plan) -> Result<(), Error> {
         let is_missing = plan.serves() && relay::program(self.options.rproxy.as_deref()).is_none();
-        match self.relay {
-            RelayFailure::Refused if is_missing => return Err(Error::NoRelay),
-            RelayFailure::Refused => {}
-            RelayFailure::Tolerated if is_missing => {
+        match self.tolerated {
+            Tolerated::Nothing if is_missing => return Err(Error::NoRelay),
+            Tolerated::Nothing => {}
+            Tolerated::Relay | Tolerated::Everything if is_missing => {
                 plan.steps.retain(|step| !step.serves());
                 plan.problems.push(Error::NoRelay.to_string());
             }
-            RelayFailure::Tolerated => {
+            Tolerated::Relay | Tolerated::Everything => {
                 let serving = plan.steps.iter_mut().filter(|step| step.serves());
                 serving.for_each(|step| step.is_optional = true);
             }
@@ -369,14 +314,4 @@ fn forget_singles(topology: &mut Topology, scope: &Scope) {
     let endpoints = topology.endpoints.iter_mut().filter(|(name, _)| scope.contains(name));
     let mappings = endpoints.flat_map(|(_, endpoint)| &mut endpoint.mappings);
     mappings.for_each(|mapping| mapping.relay = None);
-}
-
-fn check_firewall(choice: Choice, network: &Network) -> Result<(), Error> {
-    let wanted = match choice {
-        Choice::Auto => return Ok(()),
-        Choice::Nft => Firewall::Nft,
-        Choice::Iptables => Firewall::Iptables,
-        Choice::None => Firewall::None,
-    };
-    if wanted == network.firewall { Ok(()) } else { Err(Error::OtherFirewall(network.firewall)) }
 }

@@ -4,14 +4,14 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::change::LockedState;
+use super::locked::{LockedState, Lost};
 use super::restore::Restorable;
 use super::{Options, Report};
 use crate::error::{Error, finding};
 use crate::executor::Executor;
 use crate::firewall::detect;
 use crate::model::Topology;
-use crate::observe::observe;
+use crate::observe::observe_rest;
 use crate::plan::{self, Inputs, Plan, Scope};
 use crate::reserve;
 use crate::state::State;
@@ -24,10 +24,17 @@ pub(super) fn check(options: &Options) -> Result<Report, Error> {
     let Restorable { desired, waiting, given_up } =
         Restorable::look(&locked.state, locked.state.desired().clone(), options)?;
     let (desired, state_dir) = (&desired, options.state_dir.as_path());
-    let observed = observe(&owned, desired, &Scope::All, state_dir)?;
-    let rproxy = Path::new("rproxy");
-    let inputs =
-        Inputs { owned: &owned, desired, observed: &observed, scope: &Scope::All, rproxy, state_dir };
+    let observed = observe_rest(&owned, desired, &Scope::All, state_dir)?;
+    let (owned, rproxy) = (&owned, Path::new("rproxy"));
+    let inputs = Inputs {
+        owned,
+        desired,
+        observed: &observed,
+        scope: &Scope::All,
+        rproxy,
+        state_dir,
+        is_repair: true,
+    };
     // What is in the way of every change is a difference, too.
     let plan = plan::plan(inputs).map_err(|error| Error::Unmendable(vec![error.to_string()]))?;
     let interrupted = locked.state.pending.iter().map(|_| "an earlier command was interrupted".to_owned());
@@ -36,7 +43,7 @@ pub(super) fn check(options: &Options) -> Result<Report, Error> {
     differences(interrupted.chain(given_up).chain(found), problems)?;
     let mut warnings = plan.warnings;
     warnings.extend(
-        owned.network.as_ref().map(|network| detect::interference(network, &owned)).unwrap_or_default(),
+        owned.network.as_ref().map(|network| detect::interference(network, owned)).unwrap_or_default(),
     );
     let lines = vec!["everything is as it should be".to_owned()];
     Ok(Report { lines, warnings, result: json!({ "differences": [] }), ..Report::default() })
@@ -89,23 +96,30 @@ impl Mended {
     }
 }
 
-/// Repairs what differs, and finishes an interrupted command.
+/// Repairs what differs, and finishes an interrupted command. `known` is the state after the last repair of this process,
+/// from which a lost one is restored if there is no copy, either.
 ///
 /// # Errors
 /// If the system cannot be observed, or a step fails.
-pub fn mend(options: &Options, executor: &mut dyn Executor) -> Result<Mended, Error> {
-    let mut locked = LockedState::open_or_restore(options)?;
+pub fn mend(options: &Options, known: Option<&State>, executor: &mut dyn Executor) -> Result<Mended, Error> {
+    let mut locked = LockedState::open_with(options, Lost::Repair(known))?;
     let restored = locked.restored.clone();
+    if locked.unusable.is_some() {
+        // No port can be passed to the relay, which has those that it serves.
+        let desired = locked.state.owned();
+        let plan = locked.repair(desired, options, executor)?;
+        return Ok(Mended { plan, state: locked.state, restored, given_up: Vec::new() });
+    }
     let Restorable { desired, waiting, given_up } =
         Restorable::reserve(&locked.state, locked.state.desired().clone(), options, executor)?;
-    let mut plan = locked.restore(desired, options, executor)?;
+    let mut plan = locked.repair(desired, options, executor)?;
     plan.problems.extend(waiting);
     Ok(Mended { plan, state: locked.state, restored, given_up })
 }
 
 /// The command `repair`.
 pub(super) fn repair(options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
-    let Mended { plan, state, restored, given_up } = mend(options, executor)?;
+    let Mended { plan, state, restored, given_up } = mend(options, None, executor)?;
     let problems: Vec<_> = plan.problems.iter().cloned().chain(taken_ports(&state.current)).collect();
     if !problems.is_empty() {
         return Err(Error::Unmendable(problems.into_iter().chain(given_up).collect()));

@@ -3,6 +3,7 @@
 mod attach;
 mod change;
 mod check;
+mod locked;
 mod publish;
 mod restore;
 mod show;

@@ -6,7 +6,7 @@ use rproxy_mapping::addr::AddrError;
 use rproxy_mapping::interfaces::Interfaces;
 use serde_json::json;
 
-use super::change::LockedState;
+use super::locked::LockedState;
 use super::{Options, Report, show};
 use crate::error::Error;
 use crate::executor::Executor;

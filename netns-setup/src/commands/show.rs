@@ -7,7 +7,7 @@ use std::path::Path;
 use serde::Serialize;
 use serde_json::{Value, json};
 
-use super::change::LockedState;
+use super::locked::LockedState;
 use super::{Options, Report};
 use crate::error::Error;
 use crate::model::{Endpoint, Mapping, Network, RelayProcess};

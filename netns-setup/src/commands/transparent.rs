@@ -5,8 +5,8 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::change::LockedState;
 use super::check::differences;
+use super::locked::LockedState;
 use super::{Options, Report};
 use crate::error::{Error, finding};
 use crate::executor::Executor;
@@ -84,7 +84,8 @@ fn check(named: &[IfName], options: &Options) -> Result<Report, Error> {
     let observed = observe(&owned, desired, &Scope::Transparent, &options.state_dir)?;
     let (rproxy, state_dir) = (Path::new("rproxy"), options.state_dir.as_path());
     let scope = &Scope::Transparent;
-    let inputs = Inputs { owned: &owned, desired, observed: &observed, scope, rproxy, state_dir };
+    let (owned, is_repair) = (&owned, false);
+    let inputs = Inputs { owned, desired, observed: &observed, scope, rproxy, state_dir, is_repair };
     let plan = plan::plan(inputs)?;
     let interrupted = locked.state.pending.iter().map(|_| "an earlier command was interrupted".to_owned());
     let found = interrupted.chain(plan.steps.iter().map(|step| finding(&step.action)));

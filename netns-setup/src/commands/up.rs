@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::json;
 
-use super::change::LockedState;
+use super::locked::{LockedState, Lost};
 use super::restore::Restorable;
 use super::{Options, Report, transparent};
 use crate::action::Action;
@@ -124,7 +124,7 @@ impl Up {
 
 /// Removes everything that this program created.
 pub(super) fn down(options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
-    let mut locked = LockedState::open_or_restore(options)?;
+    let mut locked = LockedState::open_with(options, Lost::Restore)?;
     let restored = locked.restored.clone();
     let mut plan = locked.change(Topology::default(), &Scope::All, options, executor)?;
     for path in persist::leftovers(&locked.persisted()?) {

@@ -82,6 +82,9 @@ fn build_one(
     endpoint: &Endpoint,
     plan: &mut Plan,
 ) -> Result<(), PlanError> {
+    if inputs.observed.unseen.contains(name) {
+        return Ok(());
+    }
     let known = inputs.owned.endpoints.contains_key(name);
     let host_end = endpoint.id.veth();
     let host_link = inputs.observed.host.link(host_end.as_str());
@@ -107,6 +110,8 @@ fn build_one(
             plan.problems
                 .push(format!("the namespace of {name} has an interface eth0 that is not ours: remove it"));
         }
+        // It waits for the bridge.
+        (_, None) if network::is_replaced(inputs, network) => {}
         (host_link, None) => {
             if host_link.is_some() {
                 plan.push(Step::on_fresh(Action::DeleteLink(host_end)));
@@ -136,6 +141,7 @@ fn start_over(
         (true, true) if inputs.observed.mounts_are_hidden => {
             plan.problems.push(PlanError::Hidden(name.clone()).to_string());
         }
+        (true, _) if network::is_replaced(inputs, network) => {}
         (true, _) => {
             plan.push(Step::new(Action::AddNetns(name.clone()), [Action::DeleteNetns(name.clone())]));
             let host_end = endpoint.id.veth();
@@ -245,13 +251,15 @@ fn mend(inputs: Inputs<'_>, network: &Network, endpoint: &Endpoint, side: &Side,
     let inner = LinkWish { place: inside.clone(), name: &eth0, is: link };
     let bridge = host.link(network.bridge.as_str()).map(|link| link.index);
     set_parameters(inputs, plan, parameters::port(&host_end), false);
-    // A port of a bridge that is created again has to join it, too.
-    let joined = |master: Option<u32>| bridge.is_some() && master == bridge;
-    let left = |link: &Link| (!joined(link.master)).then_some(LinkChange::Master(None));
-    outer.change(plan, left, LinkChange::Master(Some(network.bridge)));
-    let hairpin = endpoint.needs_hairpin();
-    let before = |link: &Link| (link.hairpin != hairpin).then_some(LinkChange::Hairpin(!hairpin));
-    outer.change(plan, before, LinkChange::Hairpin(hairpin));
+    if !network::is_replaced(inputs, network) {
+        // A port of a bridge that is created again has to join it, too.
+        let joined = |master: Option<u32>| bridge.is_some() && master == bridge;
+        let left = |link: &Link| (!joined(link.master)).then_some(LinkChange::Master(None));
+        outer.change(plan, left, LinkChange::Master(Some(network.bridge)));
+        let hairpin = endpoint.needs_hairpin();
+        let before = |link: &Link| (link.hairpin != hairpin).then_some(LinkChange::Hairpin(!hairpin));
+        outer.change(plan, before, LinkChange::Hairpin(hairpin));
+    }
     outer.mtu(plan, network.mtu);
     inner.mtu(plan, network.mtu);
     outer.mac(plan, endpoint.id.veth_mac());

@@ -42,6 +42,12 @@ impl Step {
         matches!(self.action, Action::ServePorts { .. })
     }
 
+    /// Whether it is about the relay's processes.
+    pub(crate) fn is_of_relay(&self) -> bool {
+        use Action::{CeasePorts, EndProcess, ServePorts};
+        matches!(self.action, ServePorts { .. } | CeasePorts { .. } | EndProcess { .. })
+    }
+
     /// A step on something that an earlier step created, and that disappears with it.
     pub(crate) fn on_fresh(action: Action) -> Self {
         Self::new(action, [])
@@ -182,6 +188,8 @@ pub struct Inputs<'a> {
     pub rproxy: &'a Path,
     /// The state directory.
     pub state_dir: &'a Path,
+    /// Whether it repairs: what somebody else is in the way of keeps nothing else from it.
+    pub is_repair: bool,
 }
 
 /// Orders the steps so that nothing is temporarily open that should be closed: the relay ceases and links are
@@ -191,12 +199,12 @@ pub struct Inputs<'a> {
 /// If something that does not belong to this program is in the way; nothing has changed then.
 pub fn plan(inputs: Inputs<'_>) -> Result<Plan, PlanError> {
     transparent::check(inputs)?;
-    let mut plan = Plan::default();
+    let mut plan = Plan { problems: inputs.observed.failures.clone(), ..Plan::default() };
     if *inputs.scope == Scope::Transparent {
         transparent::change(inputs, &mut plan);
         return Ok(plan);
     }
-    plan.warnings = network::check(inputs)?;
+    network::check(inputs, &mut plan)?;
     rules::check(inputs)?;
     relays::stop(inputs, &mut plan);
     endpoint::remove(inputs, &mut plan);
@@ -233,6 +241,16 @@ impl Plan {
     #[must_use]
     pub fn serves(&self) -> bool {
         self.steps.iter().any(Step::serves)
+    }
+
+    /// Whether no namespace is made.
+    pub(crate) fn keeps_namespaces(&self) -> bool {
+        !self.steps.iter().any(|step| matches!(step.action, Action::AddNetns(_)))
+    }
+
+    /// Whether the namespace of that name is made.
+    pub(crate) fn makes(&self, name: &Name) -> bool {
+        self.steps.iter().any(|step| matches!(&step.action, Action::AddNetns(made) if made == name))
     }
 
     /// Whether there is nothing to do.

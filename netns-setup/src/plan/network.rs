@@ -7,25 +7,36 @@ use crate::model::{Network, Topology};
 use crate::observed::{Link, Observed};
 use crate::{parameters, persist, sysctl};
 
-/// Checks that the bridge's name and the subnets are free, or belong to this program. Returns the routes of others that
+/// Checks that the bridge's name and the subnets are free, or belong to this program. Warns of the routes of others that
 /// have come since.
-pub(super) fn check(inputs: Inputs<'_>) -> Result<Vec<String>, PlanError> {
+pub(super) fn check(inputs: Inputs<'_>, plan: &mut Plan) -> Result<(), PlanError> {
     let Some(network) = &inputs.desired.network else {
-        return Ok(Vec::new());
+        return Ok(());
     };
-    let host = &inputs.observed.host;
-    let bridge = host.link(network.bridge.as_str());
-    if let Some(link) = bridge
-        && !is_ours(link, inputs.owned)
-    {
+    if is_replaced(inputs, network) {
         let is_known = inputs.owned.network.as_ref().is_some_and(|owned| owned.bridge == network.bridge);
-        return Err(match is_known {
-            true => PlanError::BridgeReplaced(network.bridge),
-            false => PlanError::BridgeTaken(network.bridge),
-        });
+        match PlanError::BridgeReplaced(network.bridge) {
+            _ if !is_known => return Err(PlanError::BridgeTaken(network.bridge)),
+            replaced if inputs.is_repair => plan.problems.push(replaced.to_string()),
+            replaced => return Err(replaced),
+        }
     }
     check_file(inputs, network)?;
-    let bridge = bridge.map(|link| link.index);
+    plan.warnings.extend(check_routes(inputs, network)?);
+    plan.warnings.extend(closed(inputs, network));
+    Ok(())
+}
+
+/// Whether an interface of the bridge's name is not the one that this program made. Nothing is done to it, nor connected
+/// to it.
+pub(super) fn is_replaced(inputs: Inputs<'_>, network: &Network) -> bool {
+    inputs.observed.host.link(network.bridge.as_str()).is_some_and(|link| !is_ours(link, inputs.owned))
+}
+
+/// The routes of others that take addresses of the network.
+fn check_routes(inputs: Inputs<'_>, network: &Network) -> Result<Vec<String>, PlanError> {
+    let host = &inputs.observed.host;
+    let bridge = host.link(network.bridge.as_str()).map(|link| link.index);
     let mut warnings = Vec::new();
     let pools =
         [(Some(network.subnet.cidr()), "subnet"), (network.subnet6.map(|subnet| subnet.cidr()), "subnet6")];
@@ -50,7 +61,6 @@ pub(super) fn check(inputs: Inputs<'_>) -> Result<Vec<String>, PlanError> {
             }
         }
     }
-    warnings.extend(closed(inputs, network));
     Ok(warnings)
 }
 
@@ -143,11 +153,14 @@ pub(super) fn build(inputs: Inputs<'_>, plan: &mut Plan) {
         return;
     };
     let link = inputs.observed.host.link(network.bridge.as_str());
-    match link {
-        None => create(network, inputs, plan),
-        Some(link) => mend(network, link, inputs, plan),
+    let is_replaced = is_replaced(inputs, network);
+    if !is_replaced {
+        match link {
+            None => create(network, inputs, plan),
+            Some(link) => mend(network, link, inputs, plan),
+        }
+        bring_up(network, link, plan);
     }
-    bring_up(network, link, plan);
     let fresh = inputs.owned.network.is_none();
     for change in &network.sysctls {
         let is = inputs.observed.sysctls.get(&change.key);
@@ -163,11 +176,13 @@ pub(super) fn build(inputs: Inputs<'_>, plan: &mut Plan) {
     let mut needed = parameters::forwarding(network);
     needed.retain(|needed| network.sysctls.iter().all(|change| change.key != needed.key));
     set_parameters(inputs, plan, needed, false);
-    // Follows the host's, which sets that of each interface.
-    set_parameters(inputs, plan, parameters::bridge_forwarding(network), link.is_none());
+    if !is_replaced {
+        // Follows the host's, which sets that of each interface.
+        set_parameters(inputs, plan, parameters::bridge_forwarding(network), link.is_none());
+    }
     if let Some(path) = &network.persist {
         let text = persist::text(network);
-        match inputs.observed.files.get(path).cloned().flatten() {
+        match inputs.observed.files.get(path).cloned().unwrap_or_else(|| Some(text.clone())) {
             Some(is) if is == text => {}
             Some(is) if !persist::is_ours(&is, network.bridge.as_str()) => plan.problems.push(format!(
                 "{} was changed by somebody else: remove it, and run `netns-setup repair`",
@@ -233,7 +248,8 @@ fn adds_port(action: &Action) -> bool {
 /// What depends on the containers: the bridge's packet sizes, which it adopts from its ports, and loopback
 /// routing.
 pub(super) fn tune(inputs: Inputs<'_>, plan: &mut Plan) {
-    let Some(network) = &inputs.desired.network else {
+    let Some(network) = inputs.desired.network.as_ref().filter(|network| !is_replaced(inputs, network))
+    else {
         return;
     };
     let link = inputs.observed.host.link(network.bridge.as_str());

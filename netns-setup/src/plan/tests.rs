@@ -34,7 +34,7 @@ fn plan_in(
     observed: &Observed,
 ) -> Result<Plan, PlanError> {
     let (rproxy, state_dir) = (Path::new("rproxy"), Path::new("/run/netns-setup"));
-    plan(Inputs { owned, desired, observed, scope, rproxy, state_dir })
+    plan(Inputs { owned, desired, observed, scope, rproxy, state_dir, is_repair: false })
 }
 
 /// The commands of a plan, with scripts cut to their first line.

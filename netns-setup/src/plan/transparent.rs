@@ -249,7 +249,7 @@ mod tests {
         let observed = Observed { host, transparent: Some(parts), ..Observed::default() };
         let rproxy = std::path::Path::new("rproxy");
         let (scope, state_dir) = (&Scope::Transparent, std::path::Path::new("/run/netns-setup"));
-        plan(Inputs { owned, desired, observed: &observed, scope, rproxy, state_dir })
+        plan(Inputs { owned, desired, observed: &observed, scope, rproxy, state_dir, is_repair: false })
     }
 
     fn commands<'a>(actions: impl Iterator<Item = &'a Action>) -> Vec<String> {

@@ -29,7 +29,7 @@ const LONGEST_DELAY: Duration = Duration::from_secs(60);
 pub(super) enum Outcome {
     /// Nothing differed.
     Same,
-    /// What differed was repaired. Whether the repair before was the same.
+    /// What differed was repaired. Whether that was repaired in the same row before.
     Repaired { again: bool },
     /// It could not be repaired.
     Failed,
@@ -60,6 +60,11 @@ impl Pace {
         self.due
     }
 
+    /// Whether a repair that begins now belongs to the row of those before.
+    pub(super) fn follows(&self, begun: Instant) -> bool {
+        begun <= self.row_ends
+    }
+
     /// Something has changed.
     pub(super) fn changed(&mut self, now: Instant) {
         self.due = self.due.min((now + SETTLE).max(self.earliest));
@@ -81,8 +86,13 @@ impl Pace {
             }
             Outcome::Repaired { again } => {
                 self.failures = 0;
-                self.repairs = if again && begun <= self.row_ends { self.repairs + 1 } else { 1 };
-                self.repairs.checked_sub(USUAL + 1).map(delay)
+                match (self.follows(begun), again) {
+                    (true, true) => self.repairs += 1,
+                    // One of something else neither lengthens the row nor ends it.
+                    (true, false) => {}
+                    (false, _) => self.repairs = 1,
+                }
+                self.repairs.checked_sub(USUAL + 1).filter(|_| again).map(delay)
             }
             Outcome::Failed => {
                 self.failures += 1;
@@ -93,7 +103,8 @@ impl Pace {
         self.earliest = now + if outcome == Outcome::Failed { FIRST_DELAY } else { pause };
         self.due = self.earliest.max(now + delay.unwrap_or(interval).min(interval));
         if matches!(outcome, Outcome::Repaired { .. }) {
-            self.row_ends = now + delay.unwrap_or(pause) + CALM;
+            // One of something else does not end it.
+            self.row_ends = self.row_ends.max(now + delay.unwrap_or(pause) + CALM);
         }
         delay
     }
@@ -158,6 +169,19 @@ mod tests {
         let quiet = pace.due() + LONGEST_DELAY + CALM + COST;
         pace.compared(Outcome::Same, quiet, quiet, INTERVAL);
         assert_eq!(compare(&mut pace, AGAIN).1, None);
+    }
+
+    #[test]
+    fn repairs_of_something_else_do_not_interrupt_a_fight() {
+        let mut pace = Pace::new(Instant::now());
+        let mut delays = Vec::new();
+        for _ in 0..USUAL + 4 {
+            delays.push(compare(&mut pace, AGAIN).1.map_or(0, |delay| delay.as_secs()));
+            assert_eq!(compare(&mut pace, Outcome::Repaired { again: false }).1, None);
+            let rest = Duration::from_secs(*delays.last().unwrap());
+            pace.compared(Outcome::Same, pace.due(), pace.due() + COST, rest);
+        }
+        assert_eq!(delays[USUAL as usize..], [1, 2, 4, 8]);
     }
 
     #[test]

@@ -3,8 +3,10 @@
 
 pub(crate) mod faults;
 mod firewall_managers;
+mod hindered;
 mod host;
 mod identity;
+mod lost_state;
 mod persist;
 mod ports;
 mod relay;
@@ -17,6 +19,7 @@ mod traffic;
 mod transparent;
 mod usage;
 mod watch;
+mod watch_ends;
 
 use testkit::suite::Case;
 
@@ -29,12 +32,15 @@ pub(crate) fn cases() -> Vec<Case> {
         traffic,
         transparent,
         faults,
+        hindered,
         identity,
         persist,
         ports,
         relay,
         scale,
         state,
-        watch
+        watch,
+        watch_ends,
+        lost_state
     ]
 }

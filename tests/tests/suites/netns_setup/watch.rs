@@ -1,6 +1,7 @@
 //! `netns-setup watch`: what others flush, delete or end is there again.
 
 use std::fs;
+use std::process::Command;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -25,6 +26,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("what it cannot repair is said once", unmendable),
         case("what it cannot repair keeps nothing else from it", hindered),
         case("a program that undoes each repair is waited for", fought),
+        case("programs that undo two repairs in turn are waited for", alternating),
         case("a fight in a container keeps nothing else from it", fought_inside),
         case("it notifies a service manager, and a signal ends it", service),
         case("what it does not take", mistakes),
@@ -39,17 +41,27 @@ pub(crate) fn cases() -> Vec<Case> {
 /// The service, which has compared once.
 pub(crate) struct Watch {
     pub(crate) process: Process,
-    manager: Systemd,
+    pub(crate) manager: Systemd,
 }
 
 impl Watch {
     #[track_caller]
     pub(crate) fn start(stage: &Stage) -> Self {
-        let manager = Systemd::new();
-        let state_dir = stage.state_dir();
-        let arguments = ["--state-dir", state_dir.to_str().unwrap(), "watch"];
-        let mut command = manager.command_of(netns_setup(), "$$", &arguments, Vec::new());
+        Self::notifying(stage, Systemd::new(), Self::command(stage))
+    }
+
+    /// Its command.
+    pub(crate) fn command(stage: &Stage) -> Command {
+        let mut command = Command::new(netns_setup());
+        command.arg("--state-dir").arg(stage.state_dir()).arg("watch");
         stage.with_path(&mut command);
+        command
+    }
+
+    /// Starts it by a command, for this service manager.
+    #[track_caller]
+    pub(crate) fn notifying(stage: &Stage, manager: Systemd, mut command: Command) -> Self {
+        manager.notified_by(&mut command);
         let process = stage.host.spawn(command);
         assert_eq!(manager.told(), ["READY=1"]);
         Self { process, manager }
@@ -70,13 +82,13 @@ impl Watch {
         assert!(self.process.wait().success());
     }
 
-    fn says(&self, text: &str) -> String {
+    pub(crate) fn says(&self, text: &str) -> String {
         self.process.wait_for_line(Stream::Stderr, |line| line.contains(text))
     }
 }
 
 /// A network with a container that publishes ports.
-fn set_up(stage: &Stage, options: &str) {
+pub(super) fn set_up(stage: &Stage, options: &str) {
     stage.ok(&format!("up --subnet6 fd00:d0c::/64 {options}"));
     stage.ok("attach web");
     stage.ok("publish web -p 80:80 -p 53:53/udp");
@@ -225,13 +237,15 @@ fn unmendable(stage: &Stage) {
     watch.repaired(1);
     stage.host("ip link delete docker0");
     stage.host("ip link add docker0 type bridge");
-    let said = watch.says("not repaired: the interface docker0 is not the one that netns-setup made");
+    let said = watch.says("the interface docker0 is not the one that netns-setup made");
     assert!(said.contains("run `netns-setup repair --state-dir "), "{said}");
     stage.host("ip link set docker0 mtu 1400");
+    stage.host("nft flush ruleset");
+    watch.says("nft table netns-setup-docker0");
     stage.host("ip link delete docker0");
     watch.says("everything is as it should be again");
     let log = watch.process.captured(Stream::Stderr);
-    assert_eq!(log.matches("not repaired").count(), 1, "{log}");
+    assert_eq!(log.matches("is not the one that netns-setup made").count(), 1, "{log}");
     stage.ok("check");
 }
 
@@ -277,6 +291,22 @@ fn fought(stage: &Stage) {
     other.signal(Signal::SIGKILL);
     other.wait();
     until_settled(stage, "nobody undoes the repair any more");
+}
+
+fn alternating(stage: &Stage) {
+    set_up(stage, "");
+    let watch = Watch::start(stage);
+    let mut other = require::command("sh");
+    let script = "while nft flush ruleset; do until nft list tables | grep -q netns-setup; do :; done
+        ip link set docker0 down; until ip link show docker0 | grep -q ,UP; do :; done; done";
+    other.args(["-c", script]);
+    let other = stage.host.spawn(other);
+    for delay in [1, 2] {
+        watch.says(&format!("undoes the repairs again and again; the next one is not before {delay} s"));
+    }
+    other.signal(Signal::SIGKILL);
+    other.wait();
+    until_settled(stage, "nobody undoes the repairs any more");
 }
 
 fn service(stage: &Stage) {

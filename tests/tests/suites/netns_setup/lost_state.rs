@@ -1,0 +1,138 @@
+//! A state that cannot be written, or is lost or moved, keeps nothing from being repaired that does not need it.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use nix::mount::{MsFlags, mount};
+use testkit::netns::Namespace;
+use testkit::suite::Case;
+use testkit::topology::HOST_V4;
+use testkit::{PATIENCE, eventually};
+
+use super::stage::{Stage, case, reaches_tcp, serve};
+use super::watch::{Watch, set_up, until_settled};
+
+/// Where the copies are.
+const COPIES: &str = "/run/netns-setup-registry";
+
+pub(crate) fn cases() -> Vec<Case> {
+    vec![
+        case("a full disk leaves what needs no new state", full),
+        case("a directory that cannot be used leaves the kernel's part", unusable),
+        case("a state and its copy that are both removed are known to the service", forgotten),
+        case("a network that is taken down does not come back", taken_down),
+        case("a copy that is removed is written again", copy),
+        case("a state directory that is moved is watched where it is", moved),
+    ]
+}
+
+/// Fills a file system to its last byte.
+fn fill(dir: &Path) {
+    fs::write(dir.join("filler"), vec![0; 1 << 20]).unwrap_err();
+}
+
+fn full(stage: &Stage) {
+    let dir = stage.state_dir();
+    fs::create_dir(&dir).unwrap();
+    // In the mount namespace of the case.
+    mount(Some("tmpfs"), &dir, Some("tmpfs"), MsFlags::empty(), Some("mode=0700,size=256k")).unwrap();
+    set_up(stage, "");
+    stage.ok("attach db");
+    let before = stage.dump();
+    fill(&dir);
+    stage.host("nft flush ruleset");
+    stage.host("ip link set docker0 down");
+    assert!(stage.ok("repair").contains("repaired with"), "that takes no new state");
+    assert_eq!(stage.dump(), before);
+
+    stage.host("ip netns delete db");
+    stage.host("nft flush ruleset");
+    let repair = stage.run("repair");
+    assert_eq!(repair.status.code(), Some(1), "{repair:#?}");
+    assert!(repair.stdout.contains("No space left") && repair.stdout.contains("no new state"), "{repair:#?}");
+    assert!(stage.host("nft list tables").contains("netns-setup-docker0"));
+    assert!(!stage.host("ip netns list").contains("db"), "nobody would know it again");
+    fs::remove_file(dir.join("filler")).unwrap();
+    stage.ok("repair");
+    stage.ok("check");
+    assert_eq!(stage.dump(), before);
+}
+
+fn unusable(stage: &Stage) {
+    set_up(stage, "");
+    let _server = serve(&Namespace::open("/run/netns/web"), 80);
+    let dir = stage.state_dir();
+    let relays = stage.ok("list --json");
+    fs::set_permissions(&dir, PermissionsExt::from_mode(0o777)).unwrap();
+    stage.host("nft flush ruleset");
+    let repair = stage.run("repair");
+    assert_eq!(repair.status.code(), Some(1), "{repair:#?}");
+    assert!(repair.stdout.contains("can be changed by other users"), "{repair:#?}");
+    assert!(stage.host("nft list tables").contains("netns-setup-docker0"));
+    assert!(reaches_tcp(&stage.host, (HOST_V4, 80), PATIENCE));
+    fs::set_permissions(&dir, PermissionsExt::from_mode(0o700)).unwrap();
+    stage.ok("check");
+    assert_eq!(stage.ok("list --json"), relays, "the relay was left alone");
+}
+
+fn forgotten(stage: &Stage) {
+    set_up(stage, "");
+    let before = stage.dump();
+    let watch = Watch::start(stage);
+    fs::remove_dir_all(COPIES).unwrap();
+    fs::remove_dir_all(stage.state_dir()).unwrap();
+    watch.says("both are restored from what this process has last known");
+    until_settled(stage, "the state is restored");
+    assert_eq!(stage.dump(), before);
+    assert!(fs::read_dir(COPIES).unwrap().next().is_some());
+}
+
+fn taken_down(stage: &Stage) {
+    let before = stage.dump();
+    set_up(stage, "");
+    let watch = Watch::start(stage);
+    stage.ok("down");
+    stage.host("sysctl -q -w net.ipv4.ip_forward=0");
+    watch.end();
+    assert_eq!(stage.dump(), before);
+    assert!(!stage.state_dir().join("state.json").exists());
+}
+
+fn copy(stage: &Stage) {
+    set_up(stage, "");
+    fs::remove_dir_all(COPIES).unwrap();
+    stage.ok("repair");
+    fs::remove_file(stage.state_dir().join("state.json")).unwrap();
+    stage.ok("repair");
+    stage.ok("check");
+}
+
+fn moved(stage: &Stage) {
+    set_up(stage, "");
+    let _server = serve(&Namespace::open("/run/netns/web"), 80);
+    let relays = stage.ok("list --json");
+    let watch = Watch::start(stage);
+    let dir = stage.state_dir();
+    let other = dir.with_file_name("other");
+    for turn in 1..=2 {
+        fs::rename(&dir, &other).unwrap();
+        watch.says(&format!("was moved to {}, where it is watched", other.display()));
+        stage.host("nft flush ruleset");
+        watch.repaired(turn);
+        assert!(!dir.exists(), "no other state directory is made");
+        fs::rename(&other, &dir).unwrap();
+        watch.says("everything is as it should be again");
+    }
+    stage.ok("check");
+    assert!(reaches_tcp(&stage.host, (HOST_V4, 80), PATIENCE));
+    assert_eq!(stage.ok("list --json"), relays, "the relay was left alone");
+    // Only the directory and that of the namespaces are watched.
+    let watches = || {
+        let infos = fs::read_dir(format!("/proc/{}/fdinfo", watch.process.pid())).unwrap();
+        let texts = infos.filter_map(|info| fs::read_to_string(info.unwrap().path()).ok());
+        texts.map(|text| text.matches("inotify wd:").count()).sum::<usize>()
+    };
+    eventually("other directories are forgotten", || watches() == 2);
+    watch.end();
+}
