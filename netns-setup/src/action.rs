@@ -8,16 +8,19 @@ use rproxy_mapping::addr::Protocol;
 
 use crate::addr::{Cidr, Mac};
 use crate::family::{Family, Variant};
-use crate::host_ip::HostIp;
 use crate::model::{NETNS_DIR, RelayProcess};
 use crate::name::CONTAINER_INTERFACE;
 use crate::name::{IfName, Name};
 use crate::relayed::{CONTROL, Launch, Ranges, RelayedPort};
+use crate::stale::Stale;
 use crate::transparent::{MARK, PRIORITY, TABLE};
 
 /// The priority of the IPsec policies that block what is routed to containers. Policies of lower numbers come first, so those
 /// of a VPN do.
 pub const BLOCK_PRIORITY: u32 = 4_000_000_000;
+
+/// The metric of the routes that IPv6 addresses bring with them (`IP6_RT_PRIO_ADDRCONF` of linux/ipv6_route.h).
+pub const CONNECTED_METRIC: u32 = 256;
 
 /// The network namespace of an action.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -122,6 +125,15 @@ pub struct VethPair {
 pub enum Action {
     /// Creates a named network namespace.
     AddNetns(Name),
+    /// Gives one that lives on its name again.
+    MountNetns {
+        /// The name.
+        name: Name,
+        /// Where it is.
+        from: PathBuf,
+        /// Its cookie, by which it is recognised there.
+        cookie: u64,
+    },
     /// Deletes one.
     DeleteNetns(Name),
     /// Creates a bridge.
@@ -177,6 +189,24 @@ pub enum Action {
         place: NetnsRef,
         /// The router.
         gateway: IpAddr,
+    },
+    /// Adds the route that an address of an interface brings with it, to the other addresses of its network.
+    AddConnectedRoute {
+        /// The namespace of the interface.
+        place: NetnsRef,
+        /// Its name.
+        name: IfName,
+        /// The address.
+        address: Cidr,
+    },
+    /// Removes it.
+    DeleteConnectedRoute {
+        /// The namespace of the interface.
+        place: NetnsRef,
+        /// Its name.
+        name: IfName,
+        /// The address.
+        address: Cidr,
     },
     /// Adds a policy routing rule: marked packets that came in by an interface belong to this host's sockets.
     AddRule {
@@ -257,9 +287,9 @@ pub enum Action {
         /// The process.
         process: RelayProcess,
     },
-    /// Forgets the UDP flows from and to these host ports: they would keep to their old translation. One action for all
-    /// ports of a change, because the kernel's whole table has to be searched.
-    FlushConntrack(Vec<(HostIp, u16)>),
+    /// Forgets stale UDP flows: they would keep to their old translation, or go on without one. One action for all ports of
+    /// a change, because the kernel's whole table has to be searched.
+    FlushConntrack(Stale),
 }
 
 impl Action {
@@ -274,6 +304,10 @@ impl fmt::Display for Action {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::AddNetns(name) => write!(f, "ip netns add {name}"),
+            Self::MountNetns { name, from, .. } => {
+                let path = Path::new(NETNS_DIR).join(name.as_str());
+                write!(f, "touch {0} && mount --bind {1} {0}", path.display(), from.display())
+            }
             Self::DeleteNetns(name) => write!(f, "ip netns delete {name}"),
             Self::AddBridge { name, mac, mtu } => {
                 write!(f, "ip link add name {name} address {mac} mtu {mtu} type bridge stp_state 0")
@@ -287,6 +321,12 @@ impl fmt::Display for Action {
             }
             Self::AddDefaultRoute { place, gateway } => fmt_route(f, place, "add", *gateway),
             Self::DeleteDefaultRoute { place, gateway } => fmt_route(f, place, "delete", *gateway),
+            Self::AddConnectedRoute { place, name, address } => {
+                fmt_connected(f, place, "add", name, *address)
+            }
+            Self::DeleteConnectedRoute { place, name, address } => {
+                fmt_connected(f, place, "delete", name, *address)
+            }
             Self::AddRule { family, iif } => fmt_rule(f, *family, "add", iif),
             Self::DeleteRule { family, iif } => fmt_rule(f, *family, "delete", iif),
             Self::AddLocalRoute(family) => fmt_local_route(f, *family, "add"),
@@ -308,7 +348,7 @@ impl fmt::Display for Action {
             Self::ServePorts { relay, ports } => fmt_serve(f, relay, ports),
             Self::CeasePorts { relay, ports } => fmt_cease(f, relay, ports),
             Self::EndProcess { process, .. } => write!(f, "kill {}", process.pid),
-            Self::FlushConntrack(ports) => fmt_flush(f, ports),
+            Self::FlushConntrack(stale) => fmt_flush(f, stale),
         }
     }
 }
@@ -390,6 +430,25 @@ fn fmt_route(f: &mut fmt::Formatter<'_>, place: &NetnsRef, verb: &str, gateway: 
     write!(f, "{}{family} route {verb} default via {gateway} dev {CONTAINER_INTERFACE}", place.ip())
 }
 
+/// As the kernel itself adds it.
+fn fmt_connected(
+    f: &mut fmt::Formatter<'_>,
+    place: &NetnsRef,
+    verb: &str,
+    name: &IfName,
+    address: Cidr,
+) -> fmt::Result {
+    let (ip, network) = (place.ip(), address.network());
+    match address.ip {
+        IpAddr::V4(source) => {
+            write!(f, "{ip} route {verb} {network} dev {name} proto kernel scope link src {source}")
+        }
+        IpAddr::V6(_) => {
+            write!(f, "{ip} -6 route {verb} {network} dev {name} proto kernel metric {CONNECTED_METRIC}")
+        }
+    }
+}
+
 fn fmt_rule(f: &mut fmt::Formatter<'_>, family: Family, verb: &str, iif: &IfName) -> fmt::Result {
     let ip = family.ip();
     write!(f, "{ip} rule {verb} priority {PRIORITY} iif {iif} fwmark {MARK:#x}/{MARK:#x} lookup {TABLE}")
@@ -399,7 +458,7 @@ fn fmt_local_route(f: &mut fmt::Formatter<'_>, family: Family, verb: &str) -> fm
     write!(f, "{} route {verb} local default dev lo table {TABLE}", family.ip())
 }
 
-fn fmt_flush(f: &mut fmt::Formatter<'_>, ports: &[(HostIp, u16)]) -> fmt::Result {
+fn fmt_flush(f: &mut fmt::Formatter<'_>, Stale { ports, subnets }: &Stale) -> fmt::Result {
     let lines = ports.iter().flat_map(|(host, port)| {
         // Replies that came too late for their entry have started another one, from the port.
         ["dst", "src"].map(|end| {
@@ -408,12 +467,17 @@ fn fmt_flush(f: &mut fmt::Formatter<'_>, ports: &[(HostIp, u16)]) -> fmt::Result
             format!("conntrack -D -p {}{ip} --orig-port-{end} {port}", Protocol::Udp)
         })
     });
-    f.write_str(&lines.collect::<Vec<_>>().join("\n"))
+    // The answers of what is translated go to the host.
+    let outgoing = subnets
+        .iter()
+        .map(|subnet| format!("conntrack -D -p {} --orig-src {subnet} --reply-dst {subnet}", Protocol::Udp));
+    f.write_str(&lines.chain(outgoing).collect::<Vec<_>>().join("\n"))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::host_ip::HostIp;
     use crate::model::MappingKey;
     use crate::name::Id;
 
@@ -459,7 +523,10 @@ mod tests {
 
     #[test]
     fn a_flush_compares_no_address_for_a_wildcard() {
-        let flush = |host: &str| Action::FlushConntrack(vec![(host.parse().unwrap(), 53)]).to_string();
+        let flush = |host: &str| {
+            let (ports, subnets) = (vec![(host.parse().unwrap(), 53)], Vec::new());
+            Action::FlushConntrack(Stale { ports, subnets }).to_string()
+        };
         let all = "conntrack -D -p udp --orig-port-dst 53\nconntrack -D -p udp --orig-port-src 53";
         assert_eq!(flush("*"), all);
         assert_eq!(flush("0.0.0.0"), all);

@@ -274,6 +274,29 @@ impl Cidr {
             _ => false,
         }
     }
+
+    /// The network that it belongs to: the same without host bits.
+    #[must_use]
+    pub fn network(&self) -> Self {
+        let ip = match self.ip {
+            IpAddr::V4(ip) => {
+                let mask = u32::MAX.checked_shl(32 - u32::from(self.prefix)).unwrap_or(0);
+                Ipv4Addr::from_bits(ip.to_bits() & mask).into()
+            }
+            IpAddr::V6(ip) => {
+                let mask = u128::MAX.checked_shl(128 - u32::from(self.prefix)).unwrap_or(0);
+                Ipv6Addr::from_bits(ip.to_bits() & mask).into()
+            }
+        };
+        Self { ip, prefix: self.prefix }
+    }
+
+    /// Whether the network has this address.
+    #[must_use]
+    pub fn contains(&self, ip: IpAddr) -> bool {
+        let prefix = if ip.is_ipv4() { 32 } else { 128 };
+        self.overlaps(&Self { ip, prefix })
+    }
 }
 
 impl fmt::Display for Cidr {

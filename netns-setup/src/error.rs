@@ -250,6 +250,9 @@ fn except(count: usize, unmendable: usize) -> String {
 pub fn finding(action: &Action) -> String {
     match action {
         Action::AddNetns(name) => format!("the network namespace {name} is missing"),
+        Action::MountNetns { name, .. } => {
+            format!("the network namespace {name} has lost its name, and lives on")
+        }
         Action::DeleteNetns(name) => format!("the network namespace {name} is left over"),
         Action::AddBridge { name, .. } => format!("the bridge {name} is missing"),
         Action::AddVeth(pair) => format!("the veth pair {} is missing", pair.host),
@@ -260,6 +263,9 @@ pub fn finding(action: &Action) -> String {
         Action::DeleteRule { .. } | Action::DeleteLocalRoute(_) => format!("left over: {}", added(action)),
         Action::AddDefaultRoute { place, gateway } => {
             format!("the default route by {gateway}{} is missing", inside(place))
+        }
+        Action::AddConnectedRoute { place, name, address } => {
+            format!("the route to {} by {name}{} is missing", address.network(), inside(place))
         }
         Action::BlockRouted(subnet) => {
             format!("the IPsec policy that blocks packets routed to {subnet} is missing")
@@ -280,7 +286,10 @@ pub fn finding(action: &Action) -> String {
         Action::ServePorts { ports, .. } => format!("the relay does not serve {}", Listed(ports)),
         Action::CeasePorts { ports, .. } => format!("the relay still serves {}", Listed(ports)),
         Action::EndProcess { what, .. } => format!("{what} is left over"),
-        Action::DeleteAddress { .. } | Action::DeleteDefaultRoute { .. } | Action::FlushConntrack(_) => {
+        Action::DeleteAddress { .. }
+        | Action::DeleteDefaultRoute { .. }
+        | Action::DeleteConnectedRoute { .. }
+        | Action::FlushConntrack(_) => {
             format!("to do: {action}")
         }
     }

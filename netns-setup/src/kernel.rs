@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::path::Path;
 
 use netlink_sys::protocols::NETLINK_ROUTE;
 use nix::errno::Errno;
@@ -16,7 +17,7 @@ use crate::host_ip::HostIp;
 use crate::model::{MappingKey, Netns};
 use crate::name::Name;
 use crate::netlink::{Client, NetlinkError, address, link, route, rule, xfrm};
-use crate::netns::{self, Handle};
+use crate::netns::{self, Handle, NetnsError};
 use crate::relay::{RelayError, client, process};
 use crate::relayed::{Launch, RelayedPort};
 use crate::reserve::{self, ReserveError};
@@ -38,19 +39,12 @@ impl Executor for Kernel {
     fn run(&mut self, action: &Action) -> Result<(), ActionError> {
         match action {
             Action::AddNetns(name) => self.add_netns(name),
+            Action::MountNetns { name, from, cookie } => mount_netns(name, from, *cookie),
             Action::DeleteNetns(name) => self.delete_netns(name),
             Action::SetSysctl { key, value } => {
                 sysctl::write(key, value).map_err(|source| ActionError::Sysctl { key: key.clone(), source })
             }
-            Action::SetContainerSysctl { netns, key, value } => {
-                let set = Handle::open_path(netns)?.run(|| sysctl::write(key, value))?;
-                // A kernel without IPv6 has none to switch off.
-                let set = set.or_else(|error| match error.kind() {
-                    io::ErrorKind::NotFound => Ok(()),
-                    _ => Err(error),
-                });
-                set.map_err(|source| ActionError::Sysctl { key: key.clone(), source })
-            }
+            Action::SetContainerSysctl { netns, key, value } => set_inside(netns, key, value),
             Action::WriteFile { path, text } => {
                 persist::write(path, text).map_err(|source| ActionError::File { path: path.clone(), source })
             }
@@ -67,7 +61,7 @@ impl Executor for Kernel {
                 Ok(client::cease(&relay.state_dir, &keys)?)
             }
             Action::EndProcess { process, .. } => Ok(process::stop(*process)?),
-            Action::FlushConntrack(ports) => stale::forget_udp(ports).map_err(ActionError::Conntrack),
+            Action::FlushConntrack(stale) => stale::forget_udp(stale).map_err(ActionError::Conntrack),
             Action::BlockRouted(subnet) => Ok(xfrm::block(*subnet)?),
             Action::UnblockRouted(subnet) => Ok(xfrm::unblock(*subnet)?),
             Action::AddBridge { .. }
@@ -78,6 +72,8 @@ impl Executor for Kernel {
             | Action::DeleteAddress { .. }
             | Action::AddDefaultRoute { .. }
             | Action::DeleteDefaultRoute { .. }
+            | Action::AddConnectedRoute { .. }
+            | Action::DeleteConnectedRoute { .. }
             | Action::AddRule { .. }
             | Action::DeleteRule { .. }
             | Action::AddLocalRoute(_)
@@ -153,6 +149,25 @@ impl Kernel {
     }
 }
 
+fn mount_netns(name: &Name, from: &Path, cookie: u64) -> Result<(), ActionError> {
+    let handle = Handle::open_path(from)?;
+    // The number of a process may be another one's by now.
+    match handle.cookie()? {
+        Some(is) if is == cookie => Ok(netns::restore(name, &handle).map(drop)?),
+        _ => Err(NetnsError::Replaced(from.to_owned()).into()),
+    }
+}
+
+fn set_inside(netns: &Path, key: &str, value: &str) -> Result<(), ActionError> {
+    let set = Handle::open_path(netns)?.run(|| sysctl::write(key, value))?;
+    // A kernel without IPv6 has none to switch off.
+    let set = set.or_else(|error| match error.kind() {
+        io::ErrorKind::NotFound => Ok(()),
+        _ => Err(error),
+    });
+    set.map_err(|source| ActionError::Sysctl { key: key.to_owned(), source })
+}
+
 /// Executes a netlink action in its namespace.
 fn in_place(action: &Action) -> Result<(), ActionError> {
     match action {
@@ -160,7 +175,9 @@ fn in_place(action: &Action) -> Result<(), ActionError> {
         | Action::AddAddress { place: NetnsRef::Container(path), .. }
         | Action::DeleteAddress { place: NetnsRef::Container(path), .. }
         | Action::AddDefaultRoute { place: NetnsRef::Container(path), .. }
-        | Action::DeleteDefaultRoute { place: NetnsRef::Container(path), .. } => {
+        | Action::DeleteDefaultRoute { place: NetnsRef::Container(path), .. }
+        | Action::AddConnectedRoute { place: NetnsRef::Container(path), .. }
+        | Action::DeleteConnectedRoute { place: NetnsRef::Container(path), .. } => {
             Ok(Handle::open_path(path)?.run(|| request(action))??)
         }
         Action::AddVeth(pair) => {
@@ -187,12 +204,19 @@ fn request(action: &Action) -> Result<(), NetlinkError> {
         Action::DeleteAddress { name, address, .. } => address::delete(client, name.as_str(), *address),
         Action::AddDefaultRoute { gateway, .. } => route::add_default(client, *gateway),
         Action::DeleteDefaultRoute { gateway, .. } => route::delete_default(client, *gateway),
+        Action::AddConnectedRoute { name, address, .. } => {
+            route::add_connected(client, name.as_str(), *address)
+        }
+        Action::DeleteConnectedRoute { name, address, .. } => {
+            route::delete_connected(client, name.as_str(), *address)
+        }
         Action::AddRule { family, iif } => rule::add(client, *family, iif),
         Action::DeleteRule { family, iif } => rule::delete(client, *family, iif),
         Action::AddLocalRoute(family) => route::add_local(client, *family),
         Action::DeleteLocalRoute(family) => route::delete_local(client, *family),
         // Not netlink actions, so they are not passed here.
         Action::AddNetns(_)
+        | Action::MountNetns { .. }
         | Action::DeleteNetns(_)
         | Action::BlockRouted(_)
         | Action::UnblockRouted(_)

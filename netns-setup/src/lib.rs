@@ -25,6 +25,7 @@ pub mod host_ip;
 pub mod interfaces;
 pub mod ipam;
 pub mod kernel;
+pub mod living;
 pub mod model;
 pub mod name;
 pub mod netlink;

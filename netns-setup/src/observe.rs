@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use netlink_sys::protocols::NETLINK_ROUTE;
 
@@ -10,7 +10,7 @@ use crate::addr::Cidr;
 use crate::family::Family;
 use crate::firewall::tool::{self, ToolError};
 use crate::firewall::{detect, iptables, nft, transparent as marking};
-use crate::model::{Endpoint, Firewall, Topology};
+use crate::model::{Endpoint, Firewall, Netns, Topology};
 use crate::name::{IfName, Name};
 use crate::netlink::{Client, NetlinkError, address, link, route, rule, xfrm};
 use crate::netns::{self, Handle, NetnsError};
@@ -18,7 +18,7 @@ use crate::observed::{Observed, ObservedRelay, Rules, Side, TransparentParts};
 use crate::plan::{self, Scope};
 use crate::relay::find::{self, Found};
 use crate::relay::{RelayError, client};
-use crate::{parameters, persist, sysctl};
+use crate::{living, parameters, persist, sysctl};
 
 /// Why the state could not be observed.
 #[derive(Debug, thiserror::Error)]
@@ -112,12 +112,13 @@ fn look(
     failures: &mut Vec<ObserveError>,
 ) -> Result<Observed, ObserveError> {
     let both = desired.union(owned);
-    let Containers { sides, replaced, unseen, cookies } = containers(&both, scope, failures);
+    let Containers { sides, replaced, unseen, living, cookies } = containers(&both, scope, failures);
     let host = side().map_err(ObserveError::Host)?;
     Ok(Observed {
         containers: sides,
         replaced,
         unseen,
+        living,
         failures: Vec::new(),
         cookies,
         mounts_are_hidden: netns::mounts_are_hidden(),
@@ -161,35 +162,74 @@ struct Containers {
     sides: BTreeMap<Name, Option<Side>>,
     replaced: BTreeSet<Name>,
     unseen: BTreeSet<Name>,
+    living: BTreeMap<Name, PathBuf>,
     cookies: BTreeMap<Name, u64>,
 }
 
 fn containers(topology: &Topology, scope: &Scope, failures: &mut Vec<ObserveError>) -> Containers {
     let mut found = Containers::default();
     for (name, endpoint) in topology.endpoints.iter().filter(|(name, _)| scope.contains(name)) {
-        let side = match container(name, endpoint, &mut found) {
+        let side = match Handle::open(&endpoint.netns) {
             // It is gone, or nothing is mounted on the file.
-            Err(ObserveError::Netns(NetnsError::Open { .. } | NetnsError::NotOne(_))) => None,
+            Err(NetnsError::Open { .. } | NetnsError::NotOne(_)) => Ok(None),
             // It is another one by now, which must not be inspected.
-            Err(ObserveError::Netns(NetnsError::Replaced(_))) => {
+            Err(NetnsError::Replaced(_)) => {
                 found.replaced.insert(name.clone());
-                None
+                Ok(None)
             }
-            Err(failure) => {
-                found.unseen.insert(name.clone());
-                failures.push(failure);
-                continue;
-            }
-            Ok(side) => Some(side),
+            Err(error) => Err(error.into()),
+            Ok(handle) => container(name, endpoint, &handle, &mut found).map(Some),
         };
-        found.sides.insert(name.clone(), side);
+        found.note(name, side, failures);
     }
+    nameless(topology, &mut found, failures);
     found
 }
 
-fn container(name: &Name, endpoint: &Endpoint, found: &mut Containers) -> Result<Side, ObserveError> {
+/// Looks for the namespaces of this program that have lost their names, and live on.
+fn nameless(topology: &Topology, found: &mut Containers, failures: &mut Vec<ObserveError>) {
+    let is_missing = |name: &Name| found.sides.get(name) == Some(&None) && !found.replaced.contains(name);
+    let missing =
+        topology.endpoints.iter().filter(|(name, endpoint)| endpoint.netns.is_ours() && is_missing(name));
+    let missing: Vec<_> =
+        missing.filter_map(|(name, endpoint)| Some((name, endpoint, endpoint.netns.cookie?))).collect();
+    let living = living::find(&missing.iter().map(|(_, _, cookie)| *cookie).collect());
+    for (name, endpoint, cookie) in missing {
+        let Some(path) = living.get(&cookie) else { continue };
+        // It may have ended meanwhile, with its last process.
+        let Ok(handle) = Handle::open(&Netns { path: path.clone(), ..endpoint.netns.clone() }) else {
+            continue;
+        };
+        let side = container(name, endpoint, &handle, found).map(Some);
+        found.note(name, side, failures);
+        found.living.insert(name.clone(), path.clone());
+    }
+}
+
+impl Containers {
+    fn note(
+        &mut self,
+        name: &Name,
+        side: Result<Option<Side>, ObserveError>,
+        failures: &mut Vec<ObserveError>,
+    ) {
+        match side {
+            Ok(side) => drop(self.sides.insert(name.clone(), side)),
+            Err(failure) => {
+                self.unseen.insert(name.clone());
+                failures.push(failure);
+            }
+        }
+    }
+}
+
+fn container(
+    name: &Name,
+    endpoint: &Endpoint,
+    handle: &Handle,
+    found: &mut Containers,
+) -> Result<Side, ObserveError> {
     let netns = &endpoint.netns;
-    let handle = Handle::open(netns)?;
     if let Some(cookie) = handle.cookie()? {
         found.cookies.insert(name.clone(), cookie);
     }
@@ -376,10 +416,7 @@ pub fn relay(topology: &Topology, scope: &Scope, state_dir: &Path) -> Result<Obs
     Ok(ObservedRelay { served, trouble: status.trouble, strays, singles: found.singles })
 }
 
-fn files(
-    topology: &Topology,
-    failures: &mut Vec<ObserveError>,
-) -> BTreeMap<std::path::PathBuf, Option<String>> {
+fn files(topology: &Topology, failures: &mut Vec<ObserveError>) -> BTreeMap<PathBuf, Option<String>> {
     let paths = topology.network.iter().filter_map(|network| network.persist.clone());
     let read = paths.filter_map(|path| match persist::read(&path) {
         Ok(text) => Some((path, text)),

@@ -205,6 +205,14 @@ impl Side {
         })
     }
 
+    /// Whether the addresses of `network` are reached by the interface itself.
+    #[must_use]
+    pub fn is_connected(&self, link: &Link, network: Cidr) -> bool {
+        self.routes.iter().any(|route| {
+            (route.destination, route.oif, route.gateway) == (Some(network), Some(link.index), None)
+        })
+    }
+
     /// Whether there is a default route through `gateway`.
     #[must_use]
     pub fn has_default_route(&self, gateway: IpAddr) -> bool {
@@ -253,6 +261,8 @@ pub struct Observed {
     pub namespace_files: BTreeSet<Name>,
     /// The containers whose namespace's path leads to another one than theirs.
     pub replaced: BTreeSet<Name>,
+    /// Where the containers' namespaces are that have lost their names.
+    pub living: BTreeMap<Name, PathBuf>,
     /// The containers that could not be looked at.
     pub unseen: BTreeSet<Name>,
     /// What could not be looked at, and why.

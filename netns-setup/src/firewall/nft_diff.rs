@@ -13,6 +13,8 @@ use super::nft::normalise;
 struct Table<'a> {
     sets: BTreeMap<&'a str, Set<'a>>,
     chains: BTreeMap<&'a str, Chain<'a>>,
+    /// What is in it besides: flags, such as `dormant`, and parts of others.
+    rest: Vec<&'a str>,
 }
 
 /// A set or map.
@@ -42,7 +44,7 @@ pub fn change(table: &str, is: &str, wanted: &str) -> Option<String> {
     let (is, wanted) = (Table::parse(&is), Table::parse(&wanted));
     let has_same_sets = same_keys(&is.sets, &wanted.sets, |is, wanted| is.declaration == wanted.declaration);
     let has_same_chains = same_keys(&is.chains, &wanted.chains, |is, wanted| is.hook == wanted.hook);
-    (has_same_sets && has_same_chains).then(|| {
+    (has_same_sets && has_same_chains && is.rest == wanted.rest).then(|| {
         let rules = wanted.chains.iter().filter(|(name, chain)| is.chains[*name].rules != chain.rules);
         let rules: String = rules.map(|(name, chain)| chain.refill(table, name)).collect();
         elements(table, &is, &wanted) + &rules
@@ -54,7 +56,8 @@ pub fn change(table: &str, is: &str, wanted: &str) -> Option<String> {
 pub fn change_elements(table: &str, is: &str, wanted: &str) -> Option<String> {
     let (is, wanted) = (normalise(is), normalise(wanted));
     let (is, wanted) = (Table::parse(&is), Table::parse(&wanted));
-    let is_same = same_keys(&is.sets, &wanted.sets, |_, _| true)
+    let is_same = is.rest == wanted.rest
+        && same_keys(&is.sets, &wanted.sets, |_, _| true)
         && same_keys(&is.chains, &wanted.chains, |is, wanted| is.rules.len() == wanted.rules.len());
     is_same.then(|| elements(table, &is, &wanted))
 }
@@ -102,6 +105,8 @@ impl<'a> Table<'a> {
         while let Some(line) = lines.next() {
             let block = line.strip_suffix(" {").and_then(|line| line.split_once(' '));
             let Some((kind, name)) = block.filter(|(kind, _)| ["chain", "set", "map"].contains(kind)) else {
+                // Neither the head of the table, whose end is one of these, too.
+                table.rest.extend(Some(line).filter(|line| *line != "}" && !line.starts_with("table ")));
                 continue;
             };
             let inside = lines.by_ref().take_while(|line| *line != "}");
@@ -171,6 +176,17 @@ mod tests {
             "flush chain inet t c\nadd rule inet t c iif lo drop\nadd rule inet t c accept\n"
         );
         assert_eq!(change_elements("t", TABLE, &wanted), None, "there is another rule");
+    }
+
+    #[test]
+    fn a_table_with_something_else_in_it_is_not_changed() {
+        for more in ["flags dormant", "comment \"x\"", "flowtable f {\n\t\thook ingress priority filter\n\t}"]
+        {
+            let other = TABLE.replacen("{\n", &format!("{{\n\t{more}\n\n"), 1);
+            assert_eq!(change("t", &other, TABLE), None, "{more}");
+            assert_eq!(change_elements("t", &other, TABLE), None, "{more}");
+            assert!(!is_same(&other, TABLE), "{more}");
+        }
     }
 
     #[test]

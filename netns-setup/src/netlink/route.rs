@@ -11,6 +11,7 @@ use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
 use nix::errno::Errno;
 
 use super::{Client, NetlinkError, link, rule};
+use crate::action::CONNECTED_METRIC;
 use crate::addr::Cidr;
 use crate::family::Family;
 use crate::name::{CONTAINER_INTERFACE, IfName};
@@ -78,6 +79,46 @@ pub fn add_default(client: &mut Client, gateway: IpAddr) -> Result<(), NetlinkEr
 pub fn delete_default(client: &mut Client, gateway: IpAddr) -> Result<(), NetlinkError> {
     let message = default_route(client, gateway)?;
     client.change(RouteNetlinkMessage::DelRoute(message), 0)
+}
+
+/// Adds the route that an address of an interface brings with it.
+///
+/// # Errors
+/// If the kernel refuses.
+pub fn add_connected(client: &mut Client, name: &str, address: Cidr) -> Result<(), NetlinkError> {
+    let message = connected_route(client, name, address)?;
+    client.change(RouteNetlinkMessage::NewRoute(message), NLM_F_CREATE | NLM_F_EXCL)
+}
+
+/// Removes it.
+///
+/// # Errors
+/// If the kernel refuses.
+pub fn delete_connected(client: &mut Client, name: &str, address: Cidr) -> Result<(), NetlinkError> {
+    let message = connected_route(client, name, address)?;
+    client.change(RouteNetlinkMessage::DelRoute(message), 0)
+}
+
+/// The same as the kernel's own (`fib_add_ifaddr` of net/ipv4/fib_frontend.c, `addrconf_prefix_route` of
+/// net/ipv6/addrconf.c).
+fn connected_route(client: &mut Client, name: &str, address: Cidr) -> Result<RouteMessage, NetlinkError> {
+    let (network, oif) = (address.network(), link::index(client, name)?);
+    let mut message = RouteMessage::default();
+    message.header.table = RouteHeader::RT_TABLE_MAIN;
+    message.header.protocol = RouteProtocol::Kernel;
+    message.header.kind = RouteType::Unicast;
+    message.header.destination_prefix_length = network.prefix;
+    message.attributes = vec![RouteAttribute::Destination(network.ip.into()), RouteAttribute::Oif(oif)];
+    if address.ip.is_ipv4() {
+        message.header.address_family = AddressFamily::Inet;
+        message.header.scope = RouteScope::Link;
+        message.attributes.push(RouteAttribute::PrefSource(address.ip.into()));
+    } else {
+        message.header.address_family = AddressFamily::Inet6;
+        message.header.scope = RouteScope::Universe;
+        message.attributes.push(RouteAttribute::Priority(CONNECTED_METRIC));
+    }
+    Ok(message)
 }
 
 /// Lists the routes of this program's table, for both families.

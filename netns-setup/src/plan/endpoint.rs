@@ -3,7 +3,8 @@
 use std::net::IpAddr;
 
 use super::{
-    Inputs, LinkWish, OffloadLimits, Plan, PlanError, Step, network, set_parameters, untouched_offload,
+    Inputs, LinkWish, OffloadLimits, Plan, PlanError, Step, connected, network, set_parameters,
+    untouched_offload,
 };
 use crate::action::{Action, LinkChange, NetnsRef, VethPair};
 use crate::host_ip::HostIp;
@@ -102,6 +103,15 @@ fn build_one(
     }
     if !known && container_link.is_some() {
         return Err(PlanError::InterfaceTaken(name.clone()));
+    }
+    let cookie = inputs.observed.cookies.get(name).copied();
+    if let Some((from, cookie)) = inputs.observed.living.get(name).zip(cookie) {
+        if inputs.observed.mounts_are_hidden {
+            plan.problems.push(PlanError::Hidden(name.clone()).to_string());
+            return Ok(());
+        }
+        let mount = Action::MountNetns { name: name.clone(), from: from.clone(), cookie };
+        plan.push(Step::new(mount, [Action::DeleteNetns(name.clone())]));
     }
     mend_loopback(endpoint, side, plan);
     match (host_link, container_link) {
@@ -282,6 +292,9 @@ fn mend_inside(network: &Network, endpoint: &Endpoint, side: &Side, inner: &Link
             let delete = Action::DeleteAddress { place: place.clone(), name, address };
             plan.push(Step::new(add, [delete]));
         }
+    }
+    if let Some(link) = inner.is {
+        connected::mend((&place, name), side, link, endpoint.addresses(network), plan);
     }
     // Setting an interface down removes its routes, so they have to be added again.
     for gateway in network.gateways() {

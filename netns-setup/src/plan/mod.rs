@@ -1,5 +1,6 @@
 //! Plans the ordered steps from the observed to the wanted state, without touching the system.
 
+mod connected;
 mod endpoint;
 mod network;
 mod relays;

@@ -1,6 +1,8 @@
 //! The bridge, its addresses and kernel parameters.
 
-use super::{Inputs, LinkWish, OffloadLimits, Plan, PlanError, Step, set_parameters, untouched_offload};
+use super::{
+    Inputs, LinkWish, OffloadLimits, Plan, PlanError, Step, connected, set_parameters, untouched_offload,
+};
 use crate::action::{Action, LinkChange, NetnsRef};
 use crate::firewall::needs_route_localnet;
 use crate::model::{Network, Topology};
@@ -232,6 +234,8 @@ fn mend(network: &Network, link: &Link, inputs: Inputs<'_>, plan: &mut Plan) {
             plan.push(Step::new(add, [Action::DeleteAddress { place, name, address }]));
         }
     }
+    let place = (&NetnsRef::Host, network.bridge);
+    connected::mend(place, &inputs.observed.host, link, network.addresses(), plan);
 }
 
 /// The current packet sizes of the bridge. It loses them with its last port, and adopts the first port's.

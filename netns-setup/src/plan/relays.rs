@@ -5,12 +5,14 @@ use std::net::SocketAddr;
 
 use rproxy_mapping::addr::Protocol;
 
+use super::rules::guarded;
 use super::{Inputs, Plan, Step, endpoint};
 use crate::action::Action;
 use crate::host_ip::HostIp;
 use crate::model::{Endpoint, Mapping, MappingKey, Network, Topology};
 use crate::name::Name;
 use crate::relayed::{LOG, Launch, RelayedPort};
+use crate::stale::Stale;
 
 /// The ports of a topology that a relay serves.
 pub(crate) fn relayed_ports(topology: &Topology) -> Vec<RelayedPort> {
@@ -131,13 +133,16 @@ pub(super) fn flush(inputs: Inputs<'_>, plan: &mut Plan) {
     let changed = gone.chain(come).filter(|(_, _, mapping)| mapping.proto == Protocol::Udp);
     let port = |mapping: &Mapping| (mapping.host, mapping.host_port);
     let mut ports: BTreeSet<_> = changed.map(|(_, _, mapping)| port(mapping)).collect();
+    let mut subnets = Vec::new();
     if inputs.owned == inputs.desired && plan.steps.iter().any(|step| is_rules(&step.action)) {
         // Rules that are restored were missing for a while, and entries began without them.
+        subnets = guarded(inputs.desired);
         let udp = inputs.desired.active().filter(|(_, _, mapping)| mapping.proto == Protocol::Udp);
         ports.extend(udp.map(|(_, _, mapping)| port(mapping)));
     }
-    if !ports.is_empty() {
-        plan.push(Step::on_fresh(Action::FlushConntrack(ports.into_iter().collect())));
+    if !(ports.is_empty() && subnets.is_empty()) {
+        let ports = ports.into_iter().collect();
+        plan.push(Step::on_fresh(Action::FlushConntrack(Stale { ports, subnets })));
     }
 }
 

@@ -59,7 +59,7 @@ pub(super) fn block(inputs: Inputs<'_>, plan: &mut Plan) {
 }
 
 /// The subnets of a network, unless the user guards them.
-fn guarded(topology: &Topology) -> Vec<Cidr> {
+pub(super) fn guarded(topology: &Topology) -> Vec<Cidr> {
     let network = topology.network.as_ref().filter(|network| network.firewall != Firewall::None);
     let subnets =
         network.map(|network| [Some(network.subnet.cidr()), network.subnet6.map(|subnet| subnet.cidr())]);

@@ -254,6 +254,11 @@ fn sizes_of(set: &str, sizes: &str, ipv4: &str) -> String {
     format!("{set} {sizes}; {set} {ipv4} 2>/dev/null || true")
 }
 
+/// The route that an address brings with it.
+fn connected_route(oif: u32, address: crate::addr::Cidr) -> Route {
+    Route { destination: Some(address.network()), gateway: None, oif: Some(oif) }
+}
+
 /// A host and containers on which all of `topology` is in place.
 fn in_place(topology: &Topology) -> Observed {
     const BRIDGE: u32 = 10;
@@ -262,6 +267,8 @@ fn in_place(topology: &Topology) -> Observed {
     let bridge = link(BRIDGE, network.bridge.as_str(), Some("bridge"));
     observed.host.links.push(Link { mac: Some(network.mac()), alias: Some(network.tag()), ..bridge });
     observed.host.addresses = network.addresses().into_iter().map(|address| (BRIDGE, address)).collect();
+    observed.host.routes =
+        network.addresses().into_iter().map(|address| connected_route(BRIDGE, address)).collect();
     observed.rules = Rules::Nft { listing: Some("table".to_owned()), wanted: Some("table".to_owned()) };
     for ((name, endpoint), index) in topology.endpoints.iter().zip(20..) {
         let host_end = link(index, endpoint.id.veth().as_str(), Some("veth"));
@@ -270,10 +277,11 @@ fn in_place(topology: &Topology) -> Observed {
         observed.host.links.push(Link { mac, master: Some(BRIDGE), hairpin, ..host_end });
         let eth0 = Link { mac: Some(endpoint.mac()), ..link(2, "eth0", Some("veth")) };
         let default = |gateway| Route { destination: None, gateway: Some(gateway), oif: Some(2) };
+        let subnets = endpoint.addresses(network).into_iter().map(|address| connected_route(2, address));
         let side = Side {
             links: vec![link(1, "lo", None), eth0],
             addresses: endpoint.addresses(network).into_iter().map(|address| (2, address)).collect(),
-            routes: network.gateways().into_iter().map(default).collect(),
+            routes: network.gateways().into_iter().map(default).chain(subnets).collect(),
             ..Side::default()
         };
         observed.containers.insert(name.clone(), Some(side));
@@ -417,7 +425,12 @@ fn each_property_of_a_container_is_mended_alone_and_can_be_put_back() {
             "ip -n web address delete 172.17.0.2/16 dev eth0",
         ),
         (
-            |observed| of_web(observed).routes.clear(),
+            |observed| of_web(observed).routes.retain(|route| route.gateway.is_some()),
+            "ip -n web route add 172.17.0.0/16 dev eth0 proto kernel scope link src 172.17.0.2",
+            "ip -n web route delete 172.17.0.0/16 dev eth0 proto kernel scope link src 172.17.0.2",
+        ),
+        (
+            |observed| of_web(observed).routes.retain(|route| route.gateway.is_none()),
             "ip -n web route add default via 172.17.0.1 dev eth0",
             "ip -n web route delete default via 172.17.0.1 dev eth0",
         ),
@@ -523,8 +536,7 @@ fn flows_of_all_ports_are_forgotten_at_once_and_before_a_relay_receives() {
     let udp = |port| testdata::mapping(Protocol::Udp, "*", port, 80, Via::Both);
     topology.endpoints.values_mut().for_each(|web| web.mappings = ports.clone().map(udp).collect());
     let plan = plan_for(&Topology::default(), &topology, &bare()).unwrap();
-    let is_flush =
-        |step: &Step| matches!(&step.action, Action::FlushConntrack(all) if all.len() == ports.len());
+    let is_flush = |step: &Step| matches!(&step.action, Action::FlushConntrack(stale) if stale.ports.len() == ports.len());
     let flushes: Vec<_> =
         (0..).zip(&plan.steps).filter(|(_, step)| is_flush(step)).map(|(at, _)| at).collect();
     let first_of = |is: fn(&Action) -> bool| plan.steps.iter().position(|step| is(&step.action)).unwrap();
@@ -735,6 +747,7 @@ fn a_bridge_sends_what_its_ports_can_send() {
 fn a_new_bridge_is_known_to_have_the_sizes_of_the_loopback_interface() {
     let (topology, mut observed) = with_large_packets(524_280);
     observed.host.links.truncate(1);
+    observed.host.routes.clear();
     observed.containers.clear();
     let plan = plan_for(&Topology::default(), &topology, &observed).unwrap();
     let commands = commands(&plan);
@@ -846,4 +859,32 @@ fn a_suspended_port_is_not_in_place() {
     assert_eq!(plan_for(&suspended, &suspended, &in_place(&suspended)).unwrap().steps, []);
     let back = plan_for(&suspended, &story, &in_place(&suspended)).unwrap();
     assert_eq!(of_relay(&back).len(), 1);
+}
+
+#[test]
+fn a_namespace_that_lives_on_gets_its_name_again_and_keeps_its_link() {
+    let story = testdata::story();
+    let mut observed = in_place(&story);
+    let web: Name = "web".parse().unwrap();
+    observed.living.insert(web.clone(), "/proc/7/ns/net".into());
+    observed.cookies.insert(web, 77);
+    let plan = plan_for(&story, &story, &observed).unwrap();
+    assert_eq!(commands(&plan), ["touch /run/netns/web && mount --bind /proc/7/ns/net /run/netns/web"]);
+}
+
+#[test]
+fn rules_that_come_back_end_flows_that_began_without_them() {
+    let mut story = testdata::story();
+    let stale = |topology: &Topology| {
+        let mut observed = in_place(topology);
+        observed.rules = Rules::Nft { listing: None, wanted: None };
+        let plan = plan_for(topology, topology, &observed).unwrap();
+        plan.steps.into_iter().find_map(|step| match step.action {
+            Action::FlushConntrack(stale) => Some(stale),
+            _ => None,
+        })
+    };
+    assert_eq!(stale(&story).unwrap().subnets, [story.network.as_ref().unwrap().subnet.cidr()]);
+    story.network.as_mut().unwrap().firewall = Firewall::None;
+    assert_eq!(stale(&story).map(|stale| stale.subnets), None);
 }

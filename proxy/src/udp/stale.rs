@@ -31,7 +31,7 @@ pub(crate) fn forget_flows_to<'a>(published: impl IntoIterator<Item = &'a PortMa
     let mut own = HashMap::new();
     let mut is_own = |addr: SocketAddr| *own.entry(addr.ip()).or_insert_with(|| is_local(addr));
     for family in [Family::V4, Family::V6] {
-        match delete_udp(family, |entry| published.is_stale(entry, &mut is_own)) {
+        match delete_udp(family, |entry| published.is_stale(entry.original, &mut is_own)) {
             Ok(deleted) => debug!(?family, deleted, "stale UDP flows forgotten"),
             Err(error) => debug!(?family, %error, "stale UDP flows not forgotten"),
         }

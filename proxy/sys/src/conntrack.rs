@@ -42,20 +42,29 @@ pub struct Direction {
     pub destination: SocketAddr,
 }
 
-/// Deletes the UDP entries for whose *original* direction `is_stale` returns `true`, and returns their
-/// number. The reply direction is not used, because that of a translated entry has the backend's address and
-/// port, which other entries may share. Entries are processed as the kernel lists them, so memory use does
-/// not depend on their number.
+/// An entry.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// The direction of the first datagram, as it was sent.
+    pub original: Direction,
+    /// That of its answers, as they arrive: its destination is another one than the source of the first datagram if that
+    /// was translated.
+    pub reply: Option<Direction>,
+}
+
+/// Deletes the UDP entries for which `is_stale` returns `true`, and returns their number. Entries are processed as the kernel
+/// lists them, so memory use does not depend on their number.
 ///
 /// # Errors
 /// `EPERM` without `CAP_NET_ADMIN`; `EPROTONOSUPPORT` if the kernel does not track connections.
-pub fn delete_udp(family: Family, mut is_stale: impl FnMut(Direction) -> bool) -> io::Result<usize> {
+pub fn delete_udp(family: Family, mut is_stale: impl FnMut(Entry) -> bool) -> io::Result<usize> {
     let open = || Client::open(SockProtocol::NetlinkNetFilter);
     let (lister, deleter) = (open()?, open()?);
     let mut deleted = 0;
-    list(&lister, family, |tuple| {
-        if udp_direction(&tuple).is_some_and(&mut is_stale) {
-            deleted += usize::from(delete(&deleter, family, tuple)?);
+    list(&lister, family, |Tuples { original, reply }| {
+        let reply = reply.as_deref().and_then(udp_direction);
+        if udp_direction(&original).is_some_and(|original| is_stale(Entry { original, reply })) {
+            deleted += usize::from(delete(&deleter, family, original)?);
         }
         Ok(())
     })?;
@@ -93,20 +102,22 @@ fn udp_direction(tuple: &[Tuple]) -> Option<Direction> {
     is_udp.then_some(Direction { source: source?, destination: destination? })
 }
 
-/// Calls `take` with the original direction of each entry. If it fails, the remaining entries are read and ignored, because
+/// Both directions of an entry.
+struct Tuples {
+    original: Vec<Tuple>,
+    reply: Option<Vec<Tuple>>,
+}
+
+/// Calls `take` with each entry. If it fails, the remaining entries are read and ignored, because
 /// the kernel has started the dump.
-fn list(
-    client: &Client,
-    family: Family,
-    mut take: impl FnMut(Vec<Tuple>) -> io::Result<()>,
-) -> io::Result<()> {
+fn list(client: &Client, family: Family, mut take: impl FnMut(Tuples) -> io::Result<()>) -> io::Result<()> {
     client.send(request(family, ConntrackMessage::Get(Vec::new())), NLM_F_DUMP)?;
     let mut result = Ok(());
     client.receive(|payload| match payload {
         NetlinkPayload::Done(_) => Some(()),
         NetlinkPayload::InnerMessage(message) => {
-            if let (Ok(()), Some(tuple)) = (&result, original(message)) {
-                result = take(tuple);
+            if let (Ok(()), Some(tuples)) = (&result, tuples(message)) {
+                result = take(tuples);
             }
             None
         }
@@ -133,14 +144,19 @@ fn request(family: Family, message: ConntrackMessage) -> NetfilterMessage {
     NetfilterMessage::new(NetfilterHeader::new(family.into(), 0, 0), message)
 }
 
-fn original(message: NetfilterMessage) -> Option<Vec<Tuple>> {
+fn tuples(message: NetfilterMessage) -> Option<Tuples> {
     let NetfilterMessageInner::Conntrack(ConntrackMessage::New(attributes)) = message.inner else {
         return None;
     };
-    attributes.into_iter().find_map(|attribute| match attribute {
-        ConntrackAttribute::CtaTupleOrig(tuple) => Some(tuple),
-        _ => None,
-    })
+    let (mut original, mut reply) = (None, None);
+    for attribute in attributes {
+        match attribute {
+            ConntrackAttribute::CtaTupleOrig(tuple) => original = original.or(Some(tuple)),
+            ConntrackAttribute::CtaTupleReply(tuple) => reply = reply.or(Some(tuple)),
+            _ => {}
+        }
+    }
+    Some(Tuples { original: original?, reply })
 }
 
 #[cfg(test)]
@@ -154,11 +170,13 @@ mod tests {
     /// A dump from the kernel: a connection, and a datagram to 127.0.0.1:5300 that was redirected.
     const DUMP: &[u8] = include_bytes!("../testdata/conntrack.bin");
 
-    fn destinations(datagram: &[u8]) -> Vec<SocketAddr> {
+    /// Where the first datagrams of entries were sent to, and where their answers come from.
+    fn destinations(datagram: &[u8]) -> Vec<[SocketAddr; 2]> {
         messages(datagram)
             .filter_map(|message| match message.ok()?.payload {
                 NetlinkPayload::InnerMessage(message) => {
-                    Some(udp_direction(&original(message)?)?.destination)
+                    let Tuples { original, reply } = tuples(message)?;
+                    Some([udp_direction(&original)?.destination, udp_direction(&reply?)?.source])
                 }
                 _ => None,
             })
@@ -166,8 +184,10 @@ mod tests {
     }
 
     #[test]
-    fn the_original_destinations_of_a_dump_are_found() {
-        assert_eq!(destinations(DUMP), ["127.0.0.1:5300".parse().unwrap()]);
+    fn the_destinations_of_a_dump_are_found() {
+        let found = destinations(DUMP);
+        assert_eq!((found.len(), found[0][0]), (1, "127.0.0.1:5300".parse().unwrap()));
+        assert_ne!(found[0][1], found[0][0], "it was redirected");
     }
 
     proptest! {

@@ -1,6 +1,7 @@
 //! `netns-setup watch`: what others flush, delete or end is there again.
 
 use std::fs;
+use std::net::UdpSocket;
 use std::process::Command;
 
 use nix::sys::signal::{Signal, kill};
@@ -20,6 +21,9 @@ pub(crate) fn cases() -> Vec<Case> {
     let mut cases = for_each_firewall("rules that are flushed come back", flushed);
     cases.extend([
         case("what is deleted comes back", deleted),
+        case("a namespace that lives on without its name keeps its connection", nameless),
+        case("flows that began without rules are translated again", untranslated)
+            .needs(&[Need::Program("conntrack")]),
         case("relays that are killed come back", killed),
         case("commands can be run beside it", beside),
         case("it starts before there is a network, and outlives it", no_network),
@@ -144,6 +148,12 @@ fn deleted(stage: &Stage) {
         "ip address flush dev docker0",
         "ip -n web address flush dev eth0",
         "ip -n web route delete default",
+        "ip route delete 172.17.0.0/16 dev docker0",
+        "ip -6 route delete fd00:d0c::/64 dev docker0",
+        "ip -n web route delete 172.17.0.0/16",
+        "ip -n web -6 route delete fd00:d0c::/64",
+        "nft add table inet netns-setup-docker0 { flags dormant; }",
+        "nft add table inet netns-setup_transparent { flags dormant; }",
         "ip -n web link delete eth0",
         "ip link delete docker0",
         "ip netns delete web",
@@ -166,6 +176,51 @@ fn deleted(stage: &Stage) {
         until_as_before(stage, &before, change);
     }
     assert_eq!(stage.ok("check"), "everything is as it should be\n");
+}
+
+fn nameless(stage: &Stage) {
+    set_up(stage, "");
+    let before = stage.dump();
+    // It keeps the namespace.
+    let web = Namespace::open("/run/netns/web");
+    let _server = serve(&web, 80);
+    let process = web.spawn({
+        let mut command = require::command("sleep");
+        command.arg("600");
+        command
+    });
+    let watch = Watch::start(stage);
+    let link = stage.host("ip -o link show master docker0");
+    for turn in 1..=2 {
+        stage.host("ip netns delete web");
+        let said = watch.repaired(turn);
+        assert!(said.contains("the network namespace web has lost its name, and lives on"), "{said}");
+        assert!(reaches_tcp(&stage.client, (HOST_V4, 80), PATIENCE), "the server in it is still connected");
+        until_as_before(stage, &before, "its name");
+    }
+    assert_eq!(stage.host("ip -o link show master docker0"), link, "nothing was made again");
+    process.signal(Signal::SIGKILL);
+    process.wait();
+    stage.ok("check");
+}
+
+fn untranslated(stage: &Stage) {
+    set_up(stage, "");
+    let web = Namespace::open("/run/netns/web");
+    // The client has a route to the containers, and sees who sends.
+    let there = stage.client.run(|| UdpSocket::bind("10.0.0.12:5000").unwrap());
+    there.set_read_timeout(Some(PATIENCE)).unwrap();
+    let socket = web.run(|| UdpSocket::bind("172.17.0.2:6000").unwrap());
+    let seen = || {
+        socket.send_to(b"x", "10.0.0.12:5000").unwrap();
+        there.recv_from(&mut [0; 8]).unwrap().1.ip().to_string()
+    };
+    assert_eq!(seen(), "10.0.0.11");
+    stage.host("nft flush ruleset");
+    stage.host("conntrack -D -p udp");
+    assert_eq!(seen(), "172.17.0.2", "there are no rules");
+    let _watch = Watch::start(stage);
+    assert_eq!(seen(), "10.0.0.11", "the flow goes on with a translation");
 }
 
 fn killed(stage: &Stage) {
