@@ -1,7 +1,7 @@
 //! `rproxy` publishes container ports: it listens on host addresses and relays to backends.
 //!
-//! One [`engine`] serves [`Mapping`](rproxy_mapping::Mapping)s. Two front ends start it: [`docker`], the userland proxy
-//! of dockerd, and [`standalone`], for people and scripts. The rooms are listed from the top down: none uses one above it.
+//! One [`engine`] serves [`Mapping`](rproxy_mapping::Mapping)s. Three front ends start it: [`docker`], the userland proxy
+//! of dockerd, [`rootlessport`], that of rootless Podman, and [`standalone`], for people and scripts. The rooms are listed from the top down: none uses one above it.
 
 pub mod standalone;
 
@@ -14,6 +14,7 @@ pub mod control;
 pub mod docker;
 pub mod metrics;
 pub mod plane;
+pub mod rootlessport;
 
 pub mod engine;
 

@@ -39,6 +39,7 @@ pub mod plane;
 pub mod process;
 pub mod require;
 pub mod role;
+pub mod rootless;
 pub mod rproxy;
 pub mod sctp;
 pub mod shim;

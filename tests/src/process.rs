@@ -123,6 +123,17 @@ impl Process {
         self.pid
     }
 
+    /// Its only child.
+    ///
+    /// # Panics
+    /// If it has none, or several.
+    #[track_caller]
+    pub fn only_child(&self) -> Pid {
+        let pid = self.pid;
+        let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
+        Pid::from_raw(children.trim().parse().unwrap())
+    }
+
     /// Sends a signal; does nothing if the process has exited.
     pub fn signal(&self, signal: Signal) {
         self.shared.signal(signal);

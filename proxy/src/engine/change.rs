@@ -228,6 +228,24 @@ impl Server {
         self.execute(plan, InheritedSockets::default(), Removal::Drain).await
     }
 
+    /// Sends new connections and all datagrams of all mappings to this address, at the same ports. Existing connections
+    /// continue. It is for listeners in another network namespace than the backends, where no mapping leads back to itself.
+    ///
+    /// # Errors
+    /// [`ChangeError::Mapping`] if it is not the address of a machine.
+    pub(crate) async fn move_backends(&mut self, backend: ScopedIp) -> Result<(), ChangeError> {
+        let requested = self.registry.requested().map(|(name, Served { mapping, .. })| {
+            let moved = mapping.retargeted(backend, mapping.backend_ports());
+            match moved.map_err(|source| ChangeError::Mapping { name: name.clone(), source }) {
+                Ok(moved) => self.prepare_change(name.clone(), moved.named(name.clone())),
+                Err(error) => Err(error),
+            }
+        });
+        let changed = requested.collect::<Result<_, _>>()?;
+        self.commit(Prepared { changed, ..Prepared::default() }, Removal::Drain).await;
+        Ok(())
+    }
+
     /// The mapping with this name, if it was requested.
     fn requested(&self, name: &Name) -> Result<&Served, ChangeError> {
         self.refuse_attached(name)?;
@@ -539,6 +557,7 @@ fn forget_stale_flows(mut udp: Vec<PortMapping>) {
 }
 
 /// A change whose failing steps are all done.
+#[derive(Default)]
 struct Prepared {
     added: Vec<(Name, Served)>,
     changed: Vec<(Name, Served)>,

@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use nix::libc;
+use rproxy_sys::socket::netns_cookie;
 use rproxy_sys::udp::{enable_gro, report_class_and_drops, set_buffers};
 use socket2::{Domain, SockRef, Socket, Type};
 
@@ -115,10 +116,12 @@ impl AsFd for ClientSocket {
     }
 }
 
-/// The options that determine the path of a socket's datagrams.
+/// What determines the path of a socket's datagrams: its options, and its network namespace, as far as the kernel tells.
 fn way(socket: &Socket) -> io::Result<impl PartialEq + use<>> {
+    // A listener may have been passed from another namespace, or may have been left there.
+    let namespace = netns_cookie(socket.as_fd()).ok();
     let bound = (socket.device()?, socket.freebind_v4()?, socket.ip_transparent_v4()?);
-    Ok((bound, socket.mark()?, socket.priority()?, socket.ttl_v4()?, socket.tos_v4()?))
+    Ok((namespace, bound, socket.mark()?, socket.priority()?, socket.ttl_v4()?, socket.tos_v4()?))
 }
 
 /// Binds `socket` to the address of `listener`. Sockets of one user that all have `SO_REUSEPORT` may share a port

@@ -23,6 +23,7 @@ mod promises;
 mod proxy_protocol;
 mod records;
 mod relay;
+mod rootlessport;
 mod sandbox;
 mod sctp;
 mod service;
@@ -52,6 +53,7 @@ fn main() -> ExitCode {
         relay,
         records,
         docker,
+        rootlessport,
         udp,
         traffic_class,
         nginx,

@@ -63,6 +63,10 @@ const CHECKED: &[&str] = &[
     "sctp::a configuration is served, reloaded and handed over",
     "sctp::add, list, count and remove",
     "sctp::options that SCTP cannot have are refused",
+    // As Podman starts it.
+    "rootlessport::contract::TCP and UDP reach the container's namespace, and empty datagrams, too",
+    "rootlessport::contract::another address moves clients, and a wrong one does not",
+    "rootlessport::contract::SCTP reaches the container's namespace",
     // Networks.
     "source::TCP comes from its client",
     "netns_setup::story::the demonstration (Nft)",

@@ -9,7 +9,6 @@ use std::process::Command;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -19,6 +18,7 @@ use testkit::eventually;
 use testkit::netns::Namespace;
 use testkit::process::{Process, Stream, run};
 use testkit::require::{self, Need};
+use testkit::rootless::{AS_USER, SUBORDINATE, USER};
 use testkit::rproxy::{Standalone, netns_setup, rproxy, rproxy_shim};
 use testkit::suite::Case;
 use testkit::topology::{BRIDGE, BRIDGE_V4, HOST_V4, HOST_V6, client_and_host};
@@ -26,31 +26,6 @@ use testkit::udp::Backend;
 
 use super::client_address::{PORT, Seen, serve};
 use super::daemon::{DAEMON, Docker, network_inside};
-
-/// The user of the daemon: its number, and those of its containers.
-const USER: u32 = 4242;
-const SUBORDINATE: &str = "100000:65536";
-
-/// Runs its arguments as [`USER`], who is known in this mount namespace alone, and may open `/dev/net/tun` as on other
-/// machines. Its first argument is the daemon's directory.
-const AS_USER: &str = r#"
-set -e
-dir=$1
-shift
-mkdir "$dir/etc"
-mount --rbind /etc "$dir/etc"
-mount -t tmpfs tmpfs /etc
-for file in "$dir"/etc/*; do ln -s "$file" /etc/; done
-rm -f /etc/passwd /etc/group /etc/subuid /etc/subgid
-{ cat "$dir/etc/passwd"; echo "rootless:x:$USER:$USER::$HOME:/bin/sh"; } >/etc/passwd
-{ cat "$dir/etc/group"; echo "rootless:x:$USER:"; } >/etc/group
-echo "rootless:$SUBORDINATE" >/etc/subuid
-cp /etc/subuid /etc/subgid
-mount -t tmpfs tmpfs /dev/net
-mknod --mode 666 /dev/net/tun c 10 200
-mount -t tmpfs tmpfs /run
-exec setpriv --reuid "$USER" --regid "$USER" --clear-groups "$@"
-"#;
 
 /// Inside, the links that RootlessKit makes for the files of the real root go, as in dockerd-rootless.sh of moby.
 const AS_ROOT_INSIDE: &str = r#"rm -f /run/docker /run/containerd /run/xtables.lock; exec "$@""#;
@@ -98,7 +73,7 @@ impl Rootless {
         process.wait_for_line(Stream::Stderr, |line| line.contains("API listen on"));
         let socket = format!("unix://{}/run/docker.sock", dir.display());
         // Its network is not known before.
-        let inside = network_inside(child_of(&process), daemon(&dir));
+        let inside = network_inside(process.only_child(), daemon(&dir));
         // Without a cgroup of its own: a user may not make any.
         let docker = Docker::ready(process, inside, socket, String::from("none"), directory);
         Self { docker, host, outside, dir }
@@ -189,13 +164,6 @@ fn daemon(dir: &Path) -> String {
     fs::read_to_string(dir.join("run/docker.pid")).unwrap().trim().to_owned()
 }
 
-/// The only child of a process.
-fn child_of(process: &Process) -> Pid {
-    let pid = process.pid();
-    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).unwrap();
-    Pid::from_raw(children.trim().parse().unwrap())
-}
-
 /// The `rproxy --attach` inside.
 struct Plane<'d> {
     rootless: &'d Rootless,
@@ -218,7 +186,7 @@ impl<'d> Plane<'d> {
     /// Gives attached ports these keys instead.
     fn change(&self, attach: &str) {
         write_config(&self.rootless.dir, attach);
-        kill(child_of(&self.process), Signal::SIGHUP).unwrap();
+        kill(self.process.only_child(), Signal::SIGHUP).unwrap();
         self.process.wait_for_line(Stream::Stderr, |line| line.contains("configuration reloaded"));
     }
 
