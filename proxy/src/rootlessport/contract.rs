@@ -228,7 +228,7 @@ mod tests {
             |mapping: &str| format!(r#"{{"NetNSPath":"/n","Mappings":[{mapping}],"ChildIP":"10.0.0.1"}}"#);
         for (json, part) in [
             ("", "not the JSON"),
-            ("[]", "not the JSON"),
+            ("7", "not the JSON"),
             ("{}", "NetNSPath is missing"),
             (r#"{"NetNSPath":"/n"}"#, "ExitFD is missing"),
             (r#"{"NetNSPath":"/n","ExitFD":999}"#, "ExitFD 999"),
