@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use rproxy_mapping::addr::Protocol;
 
 use crate::addr::{Cidr, Mac};
+use crate::block::{self, Block};
 use crate::family::{Family, Variant};
 use crate::model::{NETNS_DIR, RelayProcess};
 use crate::name::CONTAINER_INTERFACE;
@@ -14,10 +15,6 @@ use crate::name::{IfName, Name};
 use crate::relayed::{CONTROL, Launch, Ranges, RelayedPort};
 use crate::stale::Stale;
 use crate::transparent::{MARK, PRIORITY, TABLE};
-
-/// The priority of the IPsec policies that block what is routed to containers. Policies of lower numbers come first, so those
-/// of a VPN do.
-pub const BLOCK_PRIORITY: u32 = 4_000_000_000;
 
 /// The metric of the routes that IPv6 addresses bring with them (`IP6_RT_PRIO_ADDRCONF` of linux/ipv6_route.h).
 pub const CONNECTED_METRIC: u32 = 256;
@@ -226,10 +223,10 @@ pub enum Action {
     AddLocalRoute(Family),
     /// Removes it.
     DeleteLocalRoute(Family),
-    /// Blocks what other hosts send to a subnet by this host, whatever becomes of the firewall.
-    BlockRouted(Cidr),
-    /// Takes that away.
-    UnblockRouted(Cidr),
+    /// Blocks a way, whatever becomes of the firewall.
+    Block(Block),
+    /// Opens it again.
+    Unblock(Block),
     /// Sets a kernel parameter of the host.
     SetSysctl {
         /// Its name.
@@ -331,10 +328,10 @@ impl fmt::Display for Action {
             Self::DeleteRule { family, iif } => fmt_rule(f, *family, "delete", iif),
             Self::AddLocalRoute(family) => fmt_local_route(f, *family, "add"),
             Self::DeleteLocalRoute(family) => fmt_local_route(f, *family, "delete"),
-            Self::BlockRouted(subnet) => {
-                write!(f, "ip xfrm policy add dst {subnet} dir fwd action block priority {BLOCK_PRIORITY}")
+            Self::Block(block) => {
+                write!(f, "ip xfrm policy add {block} action block priority {}", block::PRIORITY)
             }
-            Self::UnblockRouted(subnet) => write!(f, "ip xfrm policy delete dst {subnet} dir fwd"),
+            Self::Unblock(block) => write!(f, "ip xfrm policy delete {block}"),
             Self::SetSysctl { key, value } => write!(f, "sysctl -w {key}={value}"),
             Self::SetContainerSysctl { netns, key, value } => {
                 write!(f, "nsenter --net={} sysctl -w {key}={value}", netns.display())

@@ -99,9 +99,18 @@ enum Sub {
     ///
     /// Runs until a signal ends it, as a service that notifies systemd (Type=notify). Each repair is one line on standard
     /// error. Commands may be run meanwhile.
-    Watch,
+    Watch(NoOutput),
     /// Demonstrate everything in namespaces of its own: every step, the rules, the traffic.
-    Demo,
+    Demo(NoOutput),
+}
+
+/// Options of all commands that mean nothing for some, and are refused there. They are not shown.
+#[derive(Debug, Args)]
+struct NoOutput {
+    #[arg(long, hide = true)]
+    dry_run: bool,
+    #[arg(long, hide = true)]
+    json: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -343,8 +352,8 @@ impl Sub {
             Self::Inspect { name } => Command::Inspect(name),
             Self::Check => Command::Check,
             Self::Repair => Command::Repair,
-            Self::Demo => return Work::Demo,
-            Self::Watch => return Work::Watch,
+            Self::Demo(_) => return Work::Demo,
+            Self::Watch(_) => return Work::Watch,
         })
     }
 }
@@ -427,6 +436,25 @@ mod tests {
     fn the_command_line_is_consistent() {
         use clap::CommandFactory;
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn options_that_mean_nothing_for_a_command_are_not_shown_and_refused() {
+        let help = |command: &str| {
+            let args = ["netns-setup", command, "--help"].map(OsString::from).to_vec();
+            match Cli::from_args(args) {
+                Err(Unparsed::Asked(text)) => text,
+                other => panic!("{other:?}"),
+            }
+        };
+        assert!(help("check").contains("--json"));
+        for command in ["watch", "demo"] {
+            assert!(!help(command).contains("--json") && !help(command).contains("--dry-run"), "{command}");
+            for args in [["--json", command], [command, "--json"]] {
+                let cli = Cli::try_parse_from(["netns-setup"].iter().chain(&args)).unwrap();
+                assert!(cli.json(), "{args:?}");
+            }
+        }
     }
 
     #[test]

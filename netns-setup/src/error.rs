@@ -6,6 +6,7 @@ use nix::sys::signal::Signal;
 
 use crate::action::{Action, LinkChange, NetnsRef};
 use crate::apply::ApplyError;
+use crate::block::Block;
 use crate::events::WatchError;
 use crate::executor::ActionError;
 use crate::firewall::detect::DetectError;
@@ -267,12 +268,8 @@ pub fn finding(action: &Action) -> String {
         Action::AddConnectedRoute { place, name, address } => {
             format!("the route to {} by {name}{} is missing", address.network(), inside(place))
         }
-        Action::BlockRouted(subnet) => {
-            format!("the IPsec policy that blocks packets routed to {subnet} is missing")
-        }
-        Action::UnblockRouted(subnet) => {
-            format!("the IPsec policy that blocks packets routed to {subnet} is left over")
-        }
+        Action::Block(block) => format!("the IPsec policy that blocks {} is missing", blocked(*block)),
+        Action::Unblock(block) => format!("the IPsec policy that blocks {} is left over", blocked(*block)),
         Action::SetSysctl { key, value } => format!("{key} is not {value}"),
         Action::SetContainerSysctl { netns, key, value } => {
             format!("{key} in {} is not {value}", netns.display())
@@ -292,6 +289,13 @@ pub fn finding(action: &Action) -> String {
         | Action::FlushConntrack(_) => {
             format!("to do: {action}")
         }
+    }
+}
+
+fn blocked(block: Block) -> String {
+    match block {
+        Block::Routed(subnet) => format!("packets routed to {subnet}"),
+        Block::ToLoopback(subnet) => format!("packets of {subnet} to the host's loopback addresses"),
     }
 }
 

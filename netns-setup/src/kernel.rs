@@ -62,8 +62,8 @@ impl Executor for Kernel {
             }
             Action::EndProcess { process, .. } => Ok(process::stop(*process)?),
             Action::FlushConntrack(stale) => stale::forget_udp(stale).map_err(ActionError::Conntrack),
-            Action::BlockRouted(subnet) => Ok(xfrm::block(*subnet)?),
-            Action::UnblockRouted(subnet) => Ok(xfrm::unblock(*subnet)?),
+            Action::Block(block) => Ok(xfrm::block(*block)?),
+            Action::Unblock(block) => Ok(xfrm::unblock(*block)?),
             Action::AddBridge { .. }
             | Action::AddVeth(_)
             | Action::DeleteLink(_)
@@ -218,8 +218,8 @@ fn request(action: &Action) -> Result<(), NetlinkError> {
         Action::AddNetns(_)
         | Action::MountNetns { .. }
         | Action::DeleteNetns(_)
-        | Action::BlockRouted(_)
-        | Action::UnblockRouted(_)
+        | Action::Block(_)
+        | Action::Unblock(_)
         | Action::SetSysctl { .. }
         | Action::SetContainerSysctl { .. }
         | Action::WriteFile { .. }

@@ -11,6 +11,7 @@
 pub mod action;
 pub mod addr;
 pub mod apply;
+pub mod block;
 pub mod cli;
 pub mod commands;
 pub mod demo;
@@ -45,6 +46,7 @@ pub mod signals;
 pub mod stale;
 pub mod state;
 pub mod sysctl;
+pub mod taken;
 pub mod transparent;
 pub mod watch;
 

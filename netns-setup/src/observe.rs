@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use netlink_sys::protocols::NETLINK_ROUTE;
 
-use crate::addr::Cidr;
+use crate::block::Block;
 use crate::family::Family;
 use crate::firewall::tool::{self, ToolError};
 use crate::firewall::{detect, iptables, nft, transparent as marking};
@@ -309,7 +309,7 @@ fn rules(
     }
 }
 
-fn blocked(topology: &Topology, scope: &Scope) -> Result<Option<Vec<Cidr>>, ObserveError> {
+fn blocked(topology: &Topology, scope: &Scope) -> Result<Option<Vec<Block>>, ObserveError> {
     if topology.network.is_none() || *scope == Scope::Transparent {
         return Ok(None);
     }

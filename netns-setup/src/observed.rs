@@ -7,6 +7,7 @@ use std::path::PathBuf;
 
 use crate::action::OffloadSizes;
 use crate::addr::{Cidr, Mac};
+use crate::block::Block;
 use crate::family::Family;
 use crate::firewall::iptables::SavedTables;
 use crate::model::{MappingKey, RelayProcess};
@@ -277,9 +278,8 @@ pub struct Observed {
     pub needed_elsewhere: BTreeSet<String>,
     /// The rules.
     pub rules: Rules,
-    /// The subnets to which packets of other hosts are blocked by IPsec policies of this program; `None` if not looked
-    /// at, or if this kernel has none.
-    pub blocked: Option<Vec<Cidr>>,
+    /// What IPsec policies of this program block; `None` if not looked at, or if this kernel has none.
+    pub blocked: Option<Vec<Block>>,
     /// What replies to transparent sockets depend on; `None` if not looked at.
     pub transparent: Option<TransparentParts>,
     /// The relay.

@@ -3,7 +3,7 @@
 //! Several networks can be on one host, each with its state directory, and all of them share the host's ports. A copy
 //! also leads back when a state file is lost: it is written whenever the state is.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -15,8 +15,9 @@ use serde_json::{Value, json};
 use crate::model::{Firewall, MappingKey, Network, Topology};
 use crate::name::{IfName, Name};
 use crate::private_dir::{DirError, PrivateDir};
-use crate::state::{COPIES, State, StateError};
-use crate::{netns, parameters};
+use crate::state::{COPIES, FILE, State, StateError};
+use crate::taken::Taken;
+use crate::{living, netns, parameters};
 
 /// The entry of one state directory.
 #[derive(Debug, Clone)]
@@ -159,7 +160,41 @@ impl Registry {
         }
         let encode = |source| StateError::Encode { file: self.dir.join(self.file()), source };
         let entry = json!({ "state_dir": self.state_dir, "state": state.encode().map_err(encode)? });
-        Ok(dir.replace(&self.file(), entry.to_string().as_bytes())?)
+        dir.replace(&self.file(), entry.to_string().as_bytes())?;
+        self.clean(dir, &state.owned());
+        Ok(())
+    }
+
+    /// Removes entries that lead nowhere: of the same network in a directory that was moved here, and of namespaces that have
+    /// ended, if the directory has no state any more, either.
+    fn clean(&self, dir: &PrivateDir, own: &Topology) {
+        let own = own.network.as_ref().map(|network| &network.id);
+        let mut ended = BTreeMap::<u64, Vec<String>>::new();
+        for name in self.names().into_iter().filter(|name| *name != self.file()) {
+            let Some(entry) = dir.read(&name).ok().flatten().and_then(|bytes| read(&bytes)) else { continue };
+            let network = entry.state.owned().network;
+            if self.is_of_namespace(&name) {
+                let is_moved = own.is_some() && network.as_ref().map(|network| &network.id) == own;
+                if is_moved {
+                    drop(dir.remove(&name));
+                }
+            } else if !entry.state_dir.join(FILE).exists()
+                && let Some(cookie) = name.split('.').next().and_then(|cookie| cookie.parse().ok())
+            {
+                ended.entry(cookie).or_default().push(name);
+            }
+        }
+        let living = living::find(&ended.keys().copied().collect());
+        let ended = ended.into_iter().filter(|(cookie, _)| !living.contains_key(cookie));
+        // What cannot be removed is of no harm.
+        ended.flat_map(|(_, names)| names).for_each(|name| drop(dir.remove(&name)));
+    }
+
+    /// The files of all entries.
+    fn names(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(&self.dir).into_iter().flatten().filter_map(Result::ok);
+        let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+        names.filter(|name| name.ends_with(".json")).collect()
     }
 
     /// The name of the file: the namespace and a hash of the path, which can be longer than a name.
@@ -203,6 +238,14 @@ enum What {
     Chains,
     Port(MappingKey, Name),
     Transparent,
+}
+
+impl Shared {
+    /// A port that a container of the network with another directory has.
+    #[must_use]
+    pub fn port(key: MappingKey, owner: &Name, state_dir: &Path) -> Self {
+        Self { what: What::Port(key, owner.clone()), state_dir: state_dir.to_owned() }
+    }
 }
 
 impl fmt::Display for Shared {
@@ -249,20 +292,6 @@ pub fn needed(others: &[Other]) -> BTreeSet<String> {
     networks.flat_map(of).collect()
 }
 
-/// The port of another directory that excludes `key`.
-#[must_use]
-pub fn published(key: MappingKey, others: &[Other]) -> Option<Shared> {
-    others.iter().find_map(|Other { state_dir, state }| {
-        let what = published_by(key, &state.owned())?;
-        Some(Shared { what, state_dir: state_dir.clone() })
-    })
-}
-
-fn published_by(key: MappingKey, other: &Topology) -> Option<What> {
-    let (owner, _, _) = other.mappings().find(|(_, _, theirs)| theirs.conflicts(key))?;
-    Some(What::Port(key, owner.clone()))
-}
-
 fn what_is_shared(before: &Topology, desired: &Topology, other: &Topology) -> Option<What> {
     if let (None, Some(ours), Some(theirs)) = (&before.network, &desired.network, &other.network) {
         if ours.bridge == theirs.bridge {
@@ -279,7 +308,8 @@ fn what_is_shared(before: &Topology, desired: &Topology, other: &Topology) -> Op
     let known: BTreeSet<_> = before.mappings().map(|(_, _, known)| known.key()).collect();
     let new = desired.mappings().map(|(_, _, mapping)| mapping.key());
     let mut new = new.filter(|key| !known.contains(key));
-    new.find_map(|key| published_by(key, other))
+    let taken = Taken::of(other);
+    new.find_map(|key| Some(What::Port(key, taken.owner_of(key)?.clone())))
 }
 
 #[cfg(test)]
@@ -366,5 +396,27 @@ mod tests {
         let temp = tempfile::tempdir().unwrap();
         save(&registry(&temp, "one"), &state()).unwrap();
         save(&registry(&temp, "two"), &state()).unwrap();
+        let left = registry(&temp, "two").names();
+        assert_eq!(left, [registry(&temp, "two").file()], "it is not where it was");
+    }
+
+    #[test]
+    fn entries_of_namespaces_that_have_ended_are_removed_with_their_state() {
+        let temp = tempfile::tempdir().unwrap();
+        let own = registry(&temp, "own");
+        // No namespace has these numbers.
+        let of =
+            |namespace: &str, dir: &str| Registry { namespace: namespace.to_owned(), ..registry(&temp, dir) };
+        let (ended, kept) = (of("1000000001", "ended"), of("1000000002", "kept"));
+        std::fs::create_dir(temp.path().join("kept")).unwrap();
+        std::fs::write(temp.path().join("kept").join(FILE), "").unwrap();
+        for registry in [&ended, &kept, &own] {
+            save(registry, &state()).unwrap();
+        }
+        let mut names = own.names();
+        names.sort();
+        let mut wanted = vec![kept.file(), own.file()];
+        wanted.sort();
+        assert_eq!(names, wanted);
     }
 }

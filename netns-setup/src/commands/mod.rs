@@ -4,6 +4,7 @@ mod attach;
 mod change;
 mod check;
 mod locked;
+mod own_ports;
 mod publish;
 mod restore;
 mod show;

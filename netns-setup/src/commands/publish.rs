@@ -7,6 +7,7 @@ use rproxy_mapping::interfaces::Interfaces;
 use serde_json::json;
 
 use super::locked::LockedState;
+use super::own_ports::{OwnPorts, Requests};
 use super::{Options, Report, show};
 use crate::error::Error;
 use crate::executor::Executor;
@@ -16,8 +17,9 @@ use crate::model::{Firewall, Mapping, MappingKey, Network, Topology, Via};
 use crate::name::Name;
 use crate::plan::Scope;
 use crate::publish::{HostPort, PortRequest, Publication};
-use crate::registry::{self, Other};
+use crate::registry::{Other, Shared};
 use crate::reserve::ReserveError;
+use crate::taken::Taken;
 
 /// How often to try another random port if one is already translated.
 const RANDOM_ATTEMPTS: usize = 100;
@@ -46,10 +48,12 @@ impl Publish {
         let (via, warnings) = self.usable_via(network)?;
         let mut desired = locked.state.current.clone();
         let others = locked.others()?;
+        let mut taken = AllTaken::of(&desired, &others);
+        let mut own = OwnPorts::of(locked.endpoint(&self.name)?.mappings.clone());
         let (mut published, mut seen) = (Vec::new(), HashSet::new());
         for request in self.requests(&locked)? {
             check_family(network, via, &request)?;
-            let mapping = match fulfilled(&desired, &self.name, &request) {
+            let mapping = match own.fulfilling(&request).cloned() {
                 Some(mapping) if mapping.via != via => {
                     return Err(Error::OtherVia(mapping.key(), mapping.via));
                 }
@@ -58,14 +62,19 @@ impl Publish {
                     Mapping { suspended: false, ..mapping }
                 }
                 Some(mapping) => mapping,
-                None => claim(&desired, &others, &request, via, executor)?,
+                None => {
+                    let new = claim(&taken, &request, via, executor)?;
+                    taken.own.insert(new.key(), &self.name);
+                    new
+                }
             };
-            if let Some(endpoint) = desired.endpoints.get_mut(&self.name) {
-                put(&mut endpoint.mappings, &mapping);
-            }
+            own.put(mapping.clone());
             if seen.insert(mapping.key()) {
                 published.push(mapping);
             }
+        }
+        if let Some(endpoint) = desired.endpoints.get_mut(&self.name) {
+            endpoint.mappings = own.into_mappings();
         }
         let ip = locked.endpoint(&self.name)?.ip;
         let lines =
@@ -135,30 +144,40 @@ fn check_family(network: &Network, via: Via, request: &PortRequest) -> Result<()
     Ok(())
 }
 
-/// The existing mapping that satisfies `request`, if there is one.
-fn fulfilled(topology: &Topology, name: &Name, request: &PortRequest) -> Option<Mapping> {
-    topology.endpoints.get(name)?.mappings.iter().find(|mapping| mapping.fulfils(request)).cloned()
+/// The ports that are published on this host.
+struct AllTaken<'a> {
+    own: Taken,
+    others: Vec<(&'a Other, Taken)>,
 }
 
-/// Puts a mapping in the place of the one with its port, or beside the others.
-fn put(mappings: &mut Vec<Mapping>, mapping: &Mapping) {
-    match mappings.iter_mut().find(|known| known.key() == mapping.key()) {
-        Some(known) => known.suspended = mapping.suspended,
-        None => mappings.push(mapping.clone()),
+impl<'a> AllTaken<'a> {
+    fn of(topology: &Topology, others: &'a [Other]) -> Self {
+        let others = others.iter().map(|other| (other, Taken::of(&other.state.owned())));
+        Self { own: Taken::of(topology), others: others.collect() }
+    }
+
+    /// Fails if a port excludes `key`.
+    fn check(&self, key: MappingKey) -> Result<(), Error> {
+        if let Some(owner) = self.own.owner_of(key) {
+            return Err(Error::PortTaken { key, owner: owner.clone() });
+        }
+        let mut theirs = self.others.iter();
+        let shared =
+            theirs.find_map(|(other, taken)| Some(Shared::port(key, taken.owner_of(key)?, &other.state_dir)));
+        shared.map_or(Ok(()), |shared| Err(shared.into()))
     }
 }
 
 /// Finds a host port for `request` and binds it, so that no other program can take it.
 fn claim(
-    topology: &Topology,
-    others: &[Other],
+    taken: &AllTaken<'_>,
     request: &PortRequest,
     via: Via,
     executor: &mut dyn Executor,
 ) -> Result<Mapping, Error> {
     let PortRequest { proto, host, host_port, container_port } = *request;
     let random = host_port == HostPort::Random;
-    let mut reserve = |port| reserve(topology, others, MappingKey { proto, host, port }, executor);
+    let mut reserve = |port| reserve(taken, MappingKey { proto, host, port }, executor);
     let host_port = match host_port {
         HostPort::Exactly(port) => reserve(port)?,
         HostPort::Random => {
@@ -194,23 +213,11 @@ fn first_free(
     ))
 }
 
-fn reserve(
-    topology: &Topology,
-    others: &[Other],
-    key: MappingKey,
-    executor: &mut dyn Executor,
-) -> Result<u16, Error> {
-    let owner_of = |key: MappingKey| {
-        let taken = topology.mappings().find(|(_, _, mapping)| mapping.conflicts(key));
-        let taken = taken.map(|(owner, _, _)| Error::PortTaken { key, owner: owner.clone() });
-        taken.or_else(|| Some(registry::published(key, others)?.into()))
-    };
+fn reserve(taken: &AllTaken<'_>, key: MappingKey, executor: &mut dyn Executor) -> Result<u16, Error> {
     // A port that only the kernel serves has no socket that would make the bind fail.
-    if let Some(error) = owner_of(key) {
-        return Err(error);
-    }
+    taken.check(key)?;
     let port = executor.reserve(key.proto, key.host, key.port)?;
-    owner_of(MappingKey { port, ..key }).map_or(Ok(port), Err)
+    taken.check(MappingKey { port, ..key }).map(|()| port)
 }
 
 /// The arguments of `unpublish`.
@@ -230,16 +237,14 @@ impl Unpublish {
             return Self { name, ..self.clone() }.run(options, executor);
         }
         let mappings = &locked.endpoint(&self.name)?.mappings;
+        let own = OwnPorts::of(mappings.clone());
         let requests: Vec<_> = self.specs.iter().flat_map(|spec| spec.requests()).collect();
-        if let Some(request) =
-            requests.iter().find(|request| !mappings.iter().any(|mapping| mapping.fulfils(request)))
-        {
+        if let Some(request) = requests.iter().find(|request| own.fulfilling(request).is_none()) {
             let what = describe(request);
             return Err(Error::NotPublished { name: self.name.clone(), what });
         }
-        let goes = |mapping: &Mapping| {
-            requests.is_empty() || requests.iter().any(|request| mapping.fulfils(request))
-        };
+        let wanted = Requests::of(&requests);
+        let goes = |mapping: &Mapping| requests.is_empty() || wanted.are_fulfilled_by(mapping);
         let gone: Vec<_> = mappings.iter().filter(|mapping| goes(mapping)).cloned().collect();
         let mut desired = locked.state.current.clone();
         if let Some(endpoint) = desired.endpoints.get_mut(&self.name) {

@@ -3,9 +3,10 @@
 use super::{Inputs, Plan, PlanError, Step};
 use crate::action::Action;
 use crate::addr::Cidr;
+use crate::block::Block;
 use crate::family::Family;
 use crate::firewall::iptables::{self, Ruleset, SavedTables};
-use crate::firewall::{nft, nft_diff};
+use crate::firewall::{needs_route_localnet, nft, nft_diff};
 use crate::model::{Firewall, Topology};
 use crate::observed::Rules;
 
@@ -43,19 +44,28 @@ pub(super) fn change(inputs: Inputs<'_>, plan: &mut Plan) {
     }
 }
 
-/// Blocks what other hosts route to the containers. The rules do so, too, and refuse it earlier; this also holds after
-/// somebody has flushed them.
+/// Blocks what other hosts route to the containers, and what these send to the host's loopback addresses. The rules do so,
+/// too, and refuse the former earlier; this also holds after somebody has flushed them.
 pub(super) fn block(inputs: Inputs<'_>, plan: &mut Plan) {
     let Some(blocked) = &inputs.observed.blocked else {
         return;
     };
-    let (owned, wanted) = (guarded(inputs.owned), guarded(inputs.desired));
-    for subnet in wanted.iter().filter(|subnet| !blocked.contains(subnet)) {
-        plan.push(Step::new(Action::BlockRouted(*subnet), [Action::UnblockRouted(*subnet)]));
+    let (owned, wanted) = (blocks(inputs.owned), blocks(inputs.desired));
+    for block in wanted.iter().filter(|block| !blocked.contains(block)) {
+        plan.push(Step::new(Action::Block(*block), [Action::Unblock(*block)]));
     }
-    for subnet in owned.iter().filter(|subnet| !wanted.contains(subnet) && blocked.contains(subnet)) {
-        plan.push(Step::new(Action::UnblockRouted(*subnet), [Action::BlockRouted(*subnet)]));
+    for block in owned.iter().filter(|block| !wanted.contains(block) && blocked.contains(block)) {
+        plan.push(Step::new(Action::Unblock(*block), [Action::Block(*block)]));
     }
+}
+
+/// What has to be blocked, unless the user guards it. The last one costs a look-up for each packet to the host, and is only
+/// there if it can be of use.
+fn blocks(topology: &Topology) -> Vec<Block> {
+    let subnets = guarded(topology);
+    let routed = subnets.iter().map(|subnet| Block::Routed(*subnet));
+    let to_loopback = subnets.iter().filter(|subnet| subnet.ip.is_ipv4() && needs_route_localnet(topology));
+    routed.chain(to_loopback.map(|subnet| Block::ToLoopback(*subnet))).collect()
 }
 
 /// The subnets of a network, unless the user guards them.

@@ -2,6 +2,7 @@ use std::path::Path;
 
 use super::*;
 use crate::addr::Mac;
+use crate::block::Block;
 use crate::family::Family;
 use crate::firewall::iptables::SavedTables;
 use crate::model::{Endpoint, Firewall, Network, RelayProcess, SysctlChange, Topology, Via};
@@ -291,7 +292,10 @@ fn in_place(topology: &Topology) -> Observed {
     let key = crate::sysctl::of_interface("ipv4", network.bridge.as_str(), "route_localnet");
     observed.sysctls.insert(key, routes.to_owned());
     let subnets = [Some(network.subnet.cidr()), network.subnet6.map(|subnet| subnet.cidr())];
-    observed.blocked = Some(subnets.into_iter().flatten().collect());
+    let routed = subnets.into_iter().flatten().map(Block::Routed);
+    let is_open = crate::firewall::needs_route_localnet(topology);
+    let to_loopback = is_open.then(|| Block::ToLoopback(network.subnet.cidr()));
+    observed.blocked = Some(routed.chain(to_loopback).collect());
     let ports = topology.endpoints.values().flat_map(|endpoint| parameters::port(&endpoint.id.veth()));
     let needed = [parameters::forwarding, parameters::bridge, parameters::bridge_forwarding];
     let needed = needed.into_iter().flat_map(|of| of(network)).chain(ports);
@@ -554,12 +558,15 @@ fn what_is_routed_to_the_containers_is_blocked_again() {
     let [v4, v6] = [0, 1].map(|family: usize| steps[family].clone());
     assert_eq!(v4.0, "ip xfrm policy add dst 172.17.0.0/16 dir fwd action block priority 4000000000");
     assert_eq!(v4.1, ["ip xfrm policy delete dst 172.17.0.0/16 dir fwd"]);
-    assert!(v6.0.contains("dst fd00:d0c::/64") && steps.len() == 2, "{steps:?}");
+    assert!(v6.0.contains("dst fd00:d0c::/64") && steps.len() == 3, "{steps:?}");
+    assert!(steps[2].0.contains("src 172.17.0.0/16 dst 127.0.0.0/8 dir in"), "{steps:?}");
+    let without_dnat = mended(&testdata::story(), |observed| observed.blocked = Some(vec![]));
+    assert_eq!(without_dnat.len(), 1, "nothing opens the loopback addresses");
     assert_eq!(mended(&topology, |observed| observed.blocked = None), [], "this kernel has no such policies");
     let mut unguarded = testdata::story();
     unguarded.network.as_mut().unwrap().firewall = Firewall::None;
     let plan = plan_for(&Topology::default(), &unguarded, &bare()).unwrap();
-    assert!(!plan.steps.iter().any(|step| matches!(step.action, Action::BlockRouted(_))));
+    assert!(!plan.steps.iter().any(|step| matches!(step.action, Action::Block(_))));
 }
 
 #[test]

@@ -8,9 +8,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rproxy_sys::pass::{receive_waiting, send_before_json};
-
-/// How long the other side may take for an answer: thousands of ports take far less.
-const PATIENCE: Duration = Duration::from_secs(60);
+use socket2::{Domain, SockAddr, Socket, Type};
 
 /// The size of a read, in bytes.
 const CHUNK: usize = 16 * 1024;
@@ -37,21 +35,25 @@ pub struct Line {
 }
 
 impl Channel {
-    /// Connects to the socket at `path`.
+    /// Connects to the socket at `path`. The other side may take so long for an answer.
     ///
     /// # Errors
-    /// Those of connect(2).
-    pub fn connect(path: &Path) -> io::Result<Self> {
-        Self::new(UnixStream::connect(path)?)
+    /// Those of connect(2); `WouldBlock` if more wait there than it has room for, as it does not accept.
+    pub fn connect(path: &Path, patience: Duration) -> io::Result<Self> {
+        let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
+        // It also bounds the wait for room.
+        socket.set_write_timeout(Some(patience))?;
+        socket.connect(&SockAddr::unix(path)?)?;
+        Self::new(OwnedFd::from(socket).into(), patience)
     }
 
     /// Talks to the other side of `stream`.
     ///
     /// # Errors
     /// Those of setsockopt(2).
-    pub fn new(stream: UnixStream) -> io::Result<Self> {
-        stream.set_read_timeout(Some(PATIENCE))?;
-        stream.set_write_timeout(Some(PATIENCE))?;
+    pub fn new(stream: UnixStream, patience: Duration) -> io::Result<Self> {
+        stream.set_read_timeout(Some(patience))?;
+        stream.set_write_timeout(Some(patience))?;
         Ok(Self(stream))
     }
 
@@ -96,6 +98,8 @@ mod tests {
 
     use super::*;
 
+    const PATIENCE: Duration = Duration::from_secs(60);
+
     #[test]
     fn a_long_line_arrives_whole_with_all_its_sockets() {
         let (one, other) = UnixStream::pair().unwrap();
@@ -104,9 +108,9 @@ mod tests {
         let sender = thread::spawn(move || {
             let socket = TcpListener::bind("127.0.0.1:0").unwrap();
             let sockets = vec![socket.as_fd(); 600];
-            Channel::new(one).unwrap().send(sent, &sockets).unwrap();
+            Channel::new(one, PATIENCE).unwrap().send(sent, &sockets).unwrap();
         });
-        let mut other = Channel::new(other).unwrap();
+        let mut other = Channel::new(other, PATIENCE).unwrap();
         let line = other.receive().unwrap();
         sender.join().unwrap();
         assert_eq!((line.sockets.len(), line.is_incomplete), (600, false));

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
+use std::time::Duration;
 
 use socket2::Socket;
 
@@ -13,6 +14,13 @@ use super::launch;
 use super::message::{Answer, Request, Status};
 use crate::model::MappingKey;
 use crate::relayed::{Launch, RelayedPort, SUPERVISOR};
+
+/// How long a supervisor may take to say what it serves. It does so at once, unless it hangs.
+const STATUS: Duration = Duration::from_secs(5);
+
+/// How long it may take for a change. Thousands of ports take a second; in the worst case, it gives up a relay that hangs,
+/// and starts another one.
+const CHANGE: Duration = Duration::from_secs(45);
 
 /// What the supervisor of the network with this state directory serves; `None` if none runs.
 ///
@@ -65,14 +73,18 @@ fn changed(answer: Answer) -> Result<(), RelayError> {
 }
 
 fn ask(state_dir: &Path, request: &Request, sockets: &[BorrowedFd<'_>]) -> io::Result<Answer> {
-    let mut channel = connect(state_dir)?;
+    let patience = match request {
+        Request::Status => STATUS,
+        Request::Change { .. } => CHANGE,
+    };
+    let mut channel = connect(state_dir, patience)?;
     channel.send(serde_json::to_string(request)?, sockets)?;
     Ok(serde_json::from_slice(&channel.receive()?.text)?)
 }
 
-fn connect(state_dir: &Path) -> io::Result<Channel> {
+fn connect(state_dir: &Path, patience: Duration) -> io::Result<Channel> {
     let dir = File::open(state_dir)?;
-    Channel::connect(&within(&dir, SUPERVISOR))
+    Channel::connect(&within(&dir, SUPERVISOR), patience)
 }
 
 /// Whether the error means that there is no supervisor, or that it has just ended.

@@ -12,7 +12,10 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use super::RelayError;
 use crate::model::RelayProcess;
 
-/// How long a process may take to end after a signal. Relays and supervisors end at once, unless they are broken.
+/// How long a process may take to end after `SIGTERM`. Relays and supervisors end at once, unless they hang.
+const PATIENCE: Duration = Duration::from_secs(2);
+
+/// How long one may take to end after `SIGKILL`, and its children after it.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 
 /// Stops a process by `SIGTERM`, and waits until it and its children have exited: a relay, which has the ports, ends a moment
@@ -35,12 +38,14 @@ pub fn stop(process: RelayProcess) -> Result<(), RelayError> {
         return Ok(());
     }
     let children = children(pid);
-    for signal in [Signal::TERM, Signal::KILL] {
+    // One that was stopped gets the signal before it when it continues.
+    let signals = [(Signal::TERM, Duration::ZERO), (Signal::CONT, PATIENCE), (Signal::KILL, STOP_LIMIT)];
+    for (signal, limit) in signals {
         match pidfd_send_signal(&pidfd, signal) {
             Err(rustix::io::Errno::SRCH) => break,
             other => other.map_err(|errno| failed(errno.into()))?,
         }
-        if wait_readable(&pidfd, STOP_LIMIT).map_err(failed)? {
+        if wait_readable(&pidfd, limit).map_err(failed)? {
             break;
         }
     }
@@ -129,6 +134,17 @@ mod tests {
         stop(process).unwrap();
         // `stop` has reaped it.
         child.wait().unwrap_err();
+    }
+
+    #[test]
+    fn one_that_hangs_is_stopped_too() {
+        for script in ["kill -STOP $$", "trap '' TERM; echo; while :; do sleep 1; done"] {
+            let mut child = Command::new("sh").args(["-c", script]).spawn().unwrap();
+            let process = running(child.id()).unwrap();
+            stop(process).unwrap();
+            assert!(!is_alive(process), "{script}");
+            drop(child.wait());
+        }
     }
 
     #[test]

@@ -12,7 +12,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rproxy_sys::process::end_with_parent;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use super::control;
+use super::control::{self, Failed};
 use super::held::Held;
 use crate::model::RelayProcess;
 use crate::relay::channel::{Channel, within};
@@ -21,6 +21,9 @@ use crate::relayed::{CONTROL, LOG};
 
 /// How long a relay may take until it listens on its control socket.
 const READY_LIMIT: Duration = Duration::from_secs(16);
+
+/// How long it may take for an answer: thousands of ports take a second.
+const ANSWER: Duration = Duration::from_secs(10);
 
 /// How often that is tried, in milliseconds.
 const LOOK: u8 = 1;
@@ -92,6 +95,7 @@ impl Child {
         let served = self.spawn(dir).and_then(|()| {
             let mut channel = self.connect(dir)?;
             control::apply(&mut channel, wanted, &wanted.sockets_beyond(&Held::default()))
+                .map_err(Failed::why)
         });
         if served.is_err() {
             self.stop();
@@ -100,8 +104,9 @@ impl Child {
     }
 
     /// Has it serve the ports of `wanted` instead of those that it has got before.
-    pub(super) fn apply(&mut self, dir: &File, wanted: &Held, before: &Held) -> Result<(), String> {
-        let mut channel = Channel::connect(&within(dir, CONTROL)).map_err(|error| unreachable(&error))?;
+    pub(super) fn apply(&mut self, dir: &File, wanted: &Held, before: &Held) -> Result<(), Failed> {
+        let channel = Channel::connect(&within(dir, CONTROL), ANSWER);
+        let mut channel = channel.map_err(|error| Failed::Silent(unreachable(&error)))?;
         control::apply(&mut channel, wanted, &wanted.sockets_beyond(before))
     }
 
@@ -122,7 +127,7 @@ impl Child {
     fn connect(&mut self, dir: &File) -> Result<Channel, String> {
         let (path, deadline) = (within(dir, CONTROL), Instant::now() + READY_LIMIT);
         loop {
-            let error = match Channel::connect(&path) {
+            let error = match Channel::connect(&path, ANSWER) {
                 Ok(channel) => return Ok(channel),
                 Err(error) => error,
             };

@@ -37,17 +37,35 @@ struct Refusal {
     message: String,
 }
 
+/// Why the relay does not serve what it should.
+#[derive(Debug)]
+pub(super) enum Failed {
+    /// It refuses.
+    Refused(String),
+    /// It does not answer.
+    Silent(String),
+}
+
+impl Failed {
+    /// The reason.
+    pub(super) fn why(self) -> String {
+        match self {
+            Self::Refused(why) | Self::Silent(why) => why,
+        }
+    }
+}
+
 /// Has the relay serve exactly the ports of `wanted`, of which the new ones have these sockets.
-pub(super) fn apply(channel: &mut Channel, wanted: &Held, sockets: &[BorrowedFd<'_>]) -> Result<(), String> {
+pub(super) fn apply(channel: &mut Channel, wanted: &Held, sockets: &[BorrowedFd<'_>]) -> Result<(), Failed> {
     let mappings = wanted.ranges().into_iter().map(|(first, last)| mapping(first, last)).collect();
     let envelope = Envelope { v: VERSION, request: Request::Apply { mappings, cut: true } };
-    let line = serde_json::to_string(&envelope).map_err(|error| error.to_string())?;
-    let failed = |error| format!("it does not answer: {error}");
+    let line = serde_json::to_string(&envelope).map_err(|error| Failed::Refused(error.to_string()))?;
+    let failed = |error| Failed::Silent(format!("it does not answer: {error}"));
     channel.send(line, sockets).map_err(failed)?;
     let line = channel.receive().map_err(failed)?;
     let answer: Answer = serde_json::from_slice(&line.text)
-        .map_err(|error| format!("its answer is not understood: {error}"))?;
-    answer.error.map_or(Ok(()), |refusal| Err(refusal.message))
+        .map_err(|error| Failed::Refused(format!("its answer is not understood: {error}")))?;
+    answer.error.map_or(Ok(()), |refusal| Err(Failed::Refused(refusal.message)))
 }
 
 /// The mapping of a range of ports.

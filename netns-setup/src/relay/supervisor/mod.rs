@@ -5,6 +5,7 @@
 
 mod child;
 mod control;
+mod group;
 mod held;
 mod restart;
 
@@ -15,7 +16,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::Parser;
 use nix::errno::Errno;
@@ -26,6 +27,7 @@ use rproxy_sys::fd::{claim_inherited, close_unclaimed};
 use rproxy_sys::memory::release_unused;
 
 use self::child::Child;
+use self::control::Failed;
 use self::held::Held;
 use self::restart::Backoff;
 use super::channel::{Channel, Line, within};
@@ -35,6 +37,9 @@ use super::message::{Answer, Request, Status};
 use super::process;
 use crate::descriptors;
 use crate::relayed::FILES;
+
+/// How long a command may take to ask, and to read its answer: longer would keep others from being served.
+const COMMAND: Duration = Duration::from_secs(4);
 
 /// The command line of a supervisor, which only [`launch`](super::launch) writes.
 #[derive(Debug, Parser)]
@@ -71,6 +76,11 @@ fn run(arguments: &Arguments) -> io::Result<()> {
     setsid()?;
     // Its file may have been called by another path.
     set_name(c"netns-setup").ok();
+    if let Err(error) = group::leave_unit() {
+        log(&format!(
+            "the relay ends with the unit that it was started in, as it cannot leave its control group: {error}"
+        ));
+    }
     descriptors::raise_limit();
     let dir = File::open(&arguments.state_dir)?;
     let listener = UnixListener::from(listener);
@@ -159,7 +169,7 @@ impl Supervisor {
 
     /// Answers the request of a command.
     fn converse(&mut self, stream: UnixStream) -> io::Result<()> {
-        let mut channel = Channel::new(stream)?;
+        let mut channel = Channel::new(stream, COMMAND)?;
         let Line { text, sockets, is_incomplete } = channel.receive()?;
         let answer = match serde_json::from_slice(&text) {
             Ok(_request) if is_incomplete => Answer::Refused(descriptors::too_few(sockets.len())),
@@ -192,9 +202,10 @@ impl Supervisor {
             return Answer::Changed;
         }
         let result = match self.child.process() {
-            Some(_) => self.child.apply(&self.dir, &wanted, &self.held).or_else(|refused| {
-                // It may have ended just before.
-                if self.child.has_ended() { self.child.start(&self.dir, &wanted) } else { Err(refused) }
+            Some(_) => self.child.apply(&self.dir, &wanted, &self.held).or_else(|failed| match failed {
+                Failed::Refused(why) if !self.child.has_ended() => Err(why),
+                // It has ended just before, or it hangs.
+                _ => self.child.start(&self.dir, &wanted),
             }),
             None => self.child.start(&self.dir, &wanted),
         };

@@ -1,13 +1,13 @@
 //! The host's own network: what containers and other programs must not change, and what is noticed if they do.
 
-use std::net::{Ipv6Addr, SocketAddrV6};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddrV6};
 
 use socket2::{Domain, Protocol, Socket, Type};
 use testkit::netns::Namespace;
 use testkit::suite::Case;
 use testkit::topology::{BRIDGE_V4, CLIENT_V6};
 
-use super::stage::{Stage, assert_reaches_udp, case, serve};
+use super::stage::{Stage, assert_out_of_reach, assert_reaches, assert_reaches_udp, case, serve};
 
 pub(crate) fn cases() -> Vec<Case> {
     vec![
@@ -18,6 +18,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("IPv6 that is off by default is on where it is needed", ipv6_off_by_default),
         case("forwarding that somebody switches off is noticed", forwarding),
         case("an interface that packets are not forwarded from is named", closed),
+        case("containers do not reach the host's loopback addresses without rules", loopback),
         case("routes of others do not lock a network that is up", foreign_routes),
     ]
 }
@@ -90,7 +91,7 @@ fn ipv6_off_by_default(stage: &Stage) {
     stage.ok("up --subnet6 fd00:d0c::/64");
     let web = stage.attach("web");
     let _outside = serve(&stage.client, 9000);
-    super::stage::assert_reaches(&web, CLIENT_V6, 9000);
+    assert_reaches(&web, CLIENT_V6, 9000);
 }
 
 fn forwarding(stage: &Stage) {
@@ -144,7 +145,7 @@ fn foreign_routes(stage: &Stage) {
     let web = stage.attach("web");
     let _server = serve(&web, 80);
     stage.ok("publish web -p 80:80");
-    super::stage::assert_reaches(&stage.client, testkit::topology::HOST_V4, 80);
+    assert_reaches(&stage.client, testkit::topology::HOST_V4, 80);
     for command in ["check", "repair", "up --subnet6 fd00:d0c::/64"] {
         let output = stage.run(command);
         assert!(output.status.success(), "{command}: {output:#?}");
@@ -155,4 +156,30 @@ fn foreign_routes(stage: &Stage) {
     }
     stage.ok("unpublish web");
     stage.ok("detach web");
+}
+
+/// Published by the kernel alone, a port on loopback takes `route_localnet` on the bridge.
+fn loopback(stage: &Stage) {
+    stage.ok("up");
+    let web = stage.attach("web");
+    let _server = serve(&web, 80);
+    stage.ok("publish web -p 127.0.0.1:80:80 --via dnat");
+    let _secret = serve(&stage.host, 9000);
+    // The container sends what is for 127.0.0.1 to the host.
+    web.ip("route add 127.0.0.1/32 via 172.17.0.1 table 100");
+    web.ip("rule add pref 50 to 127.0.0.1 lookup 100");
+    web.ip("rule add pref 100 lookup local");
+    web.ip("rule delete pref 0 lookup local");
+    web.command("sysctl -qw net.ipv4.conf.all.route_localnet=1").success();
+    assert_out_of_reach(&web, Ipv4Addr::LOCALHOST, 9000);
+    stage.host("nft flush ruleset");
+    assert_out_of_reach(&web, Ipv4Addr::LOCALHOST, 9000);
+    assert_reaches(&web, BRIDGE_V4, 9000);
+    stage.host("ip xfrm policy flush");
+    assert_reaches(&web, Ipv4Addr::LOCALHOST, 9000);
+    stage.ok("repair");
+    assert_out_of_reach(&web, Ipv4Addr::LOCALHOST, 9000);
+    assert_reaches(&stage.host, Ipv4Addr::LOCALHOST, 80);
+    stage.ok("unpublish web");
+    assert!(!stage.host("ip xfrm policy").contains("127.0.0.0/8"), "nothing opens them any more");
 }

@@ -10,6 +10,7 @@ mod lost_state;
 mod persist;
 mod ports;
 mod relay;
+mod relay_life;
 mod rules;
 mod scale;
 mod stage;
@@ -37,6 +38,7 @@ pub(crate) fn cases() -> Vec<Case> {
         persist,
         ports,
         relay,
+        relay_life,
         scale,
         state,
         watch,

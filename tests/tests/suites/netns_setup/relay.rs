@@ -62,14 +62,14 @@ fn processes(stage: &Stage, word: &str) -> Vec<u32> {
 }
 
 /// The process of the relay, as `list` shows it.
-fn relay(stage: &Stage) -> u32 {
+pub(super) fn relay(stage: &Stage) -> u32 {
     let list: Value = serde_json::from_str(&stage.ok("list --json")).unwrap();
     let mappings = list.as_array().unwrap().iter().flat_map(|one| one["mappings"].as_array().unwrap());
     let mut pids = mappings.filter_map(|mapping| mapping["relay"]["pid"].as_u64());
     u32::try_from(pids.next().unwrap()).unwrap()
 }
 
-fn parent(pid: u32) -> u32 {
+pub(super) fn parent(pid: u32) -> u32 {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
     status.lines().find_map(|line| line.strip_prefix("PPid:")).unwrap().trim().parse().unwrap()
 }
