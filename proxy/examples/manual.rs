@@ -43,6 +43,12 @@ The default path of the control socket; see \-\-control.
 .TP
 .I /etc/docker/daemon.json
 Makes dockerd use rproxy\-shim or rproxy, with \(dquserland\-proxy\-path\(dq.
+.TP
+.I containers.conf
+Has rootless Podman publish ports by rproxy, if \(dqhelper_binaries_dir\(dq begins with the directory of a link to it
+named rootlessport, such as
+.IR /usr/lib/rproxy/podman .
+By that name, rproxy takes no arguments, and JSON of Podman on standard input.
 .SH EXIT STATUS
 .TP
 .B 0

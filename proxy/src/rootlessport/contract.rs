@@ -184,7 +184,33 @@ pub(super) enum ContractError {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
+
+    proptest! {
+        /// Whatever the numbers are, there are as many ports as asked for, or none.
+        #[test]
+        fn a_range_is_as_long_on_both_sides(host_port: u16, container_port: u16, range: u16) {
+            let protocol = "udp".to_owned();
+            let passed = PassedMapping { host_ip: "0.0.0.0".to_owned(), container_port, host_port, range, protocol };
+            let child = child_ip("").unwrap();
+            if let Ok(mappings) = of_each_protocol(&passed, child) {
+                let ports: Vec<_> = mappings[0].port_mappings().collect();
+                prop_assert_eq!((mappings.len(), ports.len()), (1, usize::from(range.max(1))));
+                let last = ports[ports.len() - 1];
+                prop_assert_eq!(usize::from(last.host.socket_addr().port()), usize::from(host_port) + ports.len() - 1);
+                prop_assert_eq!(
+                    usize::from(last.backend.socket_addr().port()),
+                    usize::from(container_port) + ports.len() - 1
+                );
+            } else {
+                let last = |first: u16| u32::from(first) + u32::from(range.max(1)) - 1;
+                let fits = |first: u16| first > 0 && last(first) <= u32::from(u16::MAX);
+                prop_assert!(!fits(host_port) || !fits(container_port));
+            }
+        }
+    }
 
     fn parsed(json: &str) -> Result<Vec<String>, ContractError> {
         let passed: Passed = serde_json::from_str(json).map_err(ContractError::Json)?;

@@ -3,11 +3,13 @@
 //! The cases are listed where the kernel has SCTP, which is the case in the machines of the suite `vm`.
 
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::fd::AsFd;
 use std::process::Command;
 use std::sync::mpsc;
 
 use nix::sys::signal::Signal;
 use serde_json::json;
+use socket2::{Domain, Protocol, Socket, Type};
 
 use testkit::client::{self, own_address};
 use testkit::controlled::{Controlled, mapping};
@@ -57,6 +59,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("an address of the host", source_address),
         case("a configuration is served, reloaded and handed over", configuration),
         case("add, list, count and remove", controlled),
+        case("a socket that comes with a request is served", passed),
         case("options that SCTP cannot have are refused", refused_options),
     ];
     // Only a machine of its own can do without the module.
@@ -334,6 +337,29 @@ fn controlled() {
     assert_eq!((&stats["connections"], &stats["bytes_in"]), (&json!(1), &json!(7)), "{stats}");
     proxy.ctl(&["remove", "signals"]).success();
     peer.assert_echoes(b"still served", label(0, 0));
+    Peer::connect(host).map(drop).unwrap_err();
+}
+
+/// With a client that came before, and beside a socket that does not listen.
+fn passed() {
+    let backend = Server::echo(v4());
+    let proxy = Controlled::start(&["--sandbox", "strict"]);
+    let listener = sctp::listen(v4());
+    let host = sctp::address_of(&listener);
+    let mapping = mapping("signals", "sctp", host, backend.address);
+    let add = json!({ "v": 1, "do": { "add": { "mappings": [mapping] } } });
+    let unbound = Socket::new(Domain::IPV4, Type::STREAM, Some(Protocol::SCTP)).unwrap();
+    let answer = proxy.connect().ask_with(&add, &[unbound.as_fd()]);
+    let said = answer["error"]["message"].as_str().unwrap();
+    assert_eq!(said, "socket 1 of the request: it is a SCTP socket that does not listen");
+    let early = Peer::connect(host).unwrap();
+    early.send(b"early", label(1, 46)).unwrap();
+    let answer = proxy.connect().ask_with(&add, &[listener.as_fd()]);
+    assert_eq!(answer["ok"]["added"], 1, "{answer}");
+    assert_eq!(early.receive().unwrap(), Some((b"early".to_vec(), label(1, 46))));
+    drop(listener);
+    assert_echoes(host);
+    proxy.ctl(&["remove", "signals"]).success();
     Peer::connect(host).map(drop).unwrap_err();
 }
 

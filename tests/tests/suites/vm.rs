@@ -62,6 +62,7 @@ const CHECKED: &[&str] = &[
     "sctp::an address of the host",
     "sctp::a configuration is served, reloaded and handed over",
     "sctp::add, list, count and remove",
+    "sctp::a socket that comes with a request is served",
     "sctp::options that SCTP cannot have are refused",
     // As Podman starts it.
     "rootlessport::contract::TCP and UDP reach the container's namespace, and empty datagrams, too",

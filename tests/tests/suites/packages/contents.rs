@@ -56,6 +56,7 @@ fn relay(files: &BTreeSet<String>) {
     for file in pages.iter().map(String::as_str).chain([
         "/usr/bin/rproxy",
         "/usr/bin/rproxy-shim",
+        "/usr/lib/rproxy/podman/rootlessport",
         "/lib/systemd/system/rproxy.service",
         "/lib/systemd/system/rproxy-attach.service",
         "/usr/lib/sysusers.d/rproxy.conf",

@@ -28,6 +28,9 @@ use testkit::udp::{self, Backend};
 
 const PORT: u16 = 8080;
 
+/// The published port of a server that names its client, which has the same number inside.
+const NAMING: u16 = 8081;
+
 /// The port of the servers in containers.
 const INSIDE: u16 = 80;
 
@@ -206,9 +209,17 @@ fn assert_served(podman: &Podman) {
     }
 }
 
-/// The options for [`PORT`].
+/// The options for [`PORT`], and that of a server that names its client.
 fn published() -> String {
-    format!("--publish {PORT}:{INSIDE} --publish {PORT}:{INSIDE}/udp")
+    format!("--publish {PORT}:{INSIDE} --publish {PORT}:{INSIDE}/udp --publish {NAMING}:{NAMING}/udp")
+}
+
+/// The address of its client that a container sees.
+fn seen(podman: &Podman) -> IpAddr {
+    let inside = podman.network_of("web");
+    let _naming = Backend::naming(udp::bind_in(&inside, (Ipv4Addr::UNSPECIFIED, NAMING)));
+    let front = (HOST_V4, NAMING).into();
+    podman.outside.run(|| udp::flow_of(&udp::client(Ipv4Addr::UNSPECIFIED), front)).ip()
 }
 
 fn slirp4netns() {
@@ -216,6 +227,7 @@ fn slirp4netns() {
     podman.run_web(&published());
     let _servers = podman.servers();
     assert_served(&podman);
+    assert_eq!(seen(&podman), Ipv4Addr::new(10, 0, 2, 100));
 }
 
 fn network() {
@@ -224,6 +236,9 @@ fn network() {
     podman.run_web(&format!("--network one {}", published()));
     let _servers = podman.servers();
     assert_served(&podman);
+    let format = "{{range.NetworkSettings.Networks}}{{.IPAddress}}{{end}}";
+    let own = podman.podman(&format!("inspect --format {format} web")).success();
+    assert_eq!(seen(&podman).to_string(), own.trim());
 }
 
 fn range() {
