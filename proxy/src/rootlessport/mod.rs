@@ -1,6 +1,6 @@
 //! The front end for rootless Podman: its program `rootlessport`, which publishes the ports of a container on the host.
 //!
-//! Podman starts it by this name, with a JSON text on standard input ([`contract`]). It binds on the host, and then enters
+//! Podman starts it by this name, with a JSON text on standard input (`contract`). It binds on the host, and then enters
 //! the network namespace of the container, as a whole: sockets stay in the namespace they were made in, so listeners
 //! are those of the host, and everything that is opened later, for backends, is inside. The data path is that of the
 //! other front ends.
