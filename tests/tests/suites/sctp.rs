@@ -357,7 +357,8 @@ fn passed() {
     let answer = proxy.connect().ask_with(&add, &[listener.as_fd()]);
     assert_eq!(answer["ok"]["added"], 1, "{answer}");
     assert_eq!(early.receive().unwrap(), Some((b"early".to_vec(), label(1, 46))));
-    drop(listener);
+    // The backend serves one connection after the other.
+    drop((listener, early));
     assert_echoes(host);
     proxy.ctl(&["remove", "signals"]).success();
     Peer::connect(host).map(drop).unwrap_err();
