@@ -100,7 +100,8 @@ impl LockedState {
         let before = self.state.clone();
         if !(settled && is_repair && plan.keeps_namespaces()) {
             match self.begin(&desired, &plan) {
-                Err(Error::State(why)) if is_tolerant && before.pending.is_none() => {
+                Err(Error::State(why)) if is_tolerant && (before.pending.is_none() || is_repair) => {
+                    self.take_back(&before);
                     return self.repair_unrecorded(&why, task, executor);
                 }
                 other => other?,

@@ -188,6 +188,13 @@ impl LockedState {
         Ok(())
     }
 
+    /// Writes the state that was before a claim that failed: what could be written of that would look like a command that
+    /// was interrupted.
+    pub(super) fn take_back(&self, before: &State) {
+        // If nothing can be written, the old file is there.
+        drop(self.dir.as_ref().map(|dir| dir.save(before)));
+    }
+
     /// Writes the state.
     pub(super) fn save(&mut self, state: State) -> Result<(), StateError> {
         if let Some(dir) = &self.dir {

@@ -19,6 +19,7 @@ const COPIES: &str = "/run/netns-setup-registry";
 pub(crate) fn cases() -> Vec<Case> {
     vec![
         case("a full disk leaves what needs no new state", full),
+        case("copies that cannot be written leave what needs no new state", full_copies),
         case("a directory that cannot be used leaves the kernel's part", unusable),
         case("a state and its copy that are both removed are known to the service", forgotten),
         case("a network that is taken down does not come back", taken_down),
@@ -56,6 +57,24 @@ fn full(stage: &Stage) {
     fs::remove_file(dir.join("filler")).unwrap();
     stage.ok("repair");
     stage.ok("check");
+    assert_eq!(stage.dump(), before);
+}
+
+fn full_copies(stage: &Stage) {
+    fs::create_dir(COPIES).unwrap();
+    mount(Some("tmpfs"), COPIES, Some("tmpfs"), MsFlags::empty(), Some("mode=0700,size=256k")).unwrap();
+    set_up(stage, "");
+    let before = stage.dump();
+    fill(Path::new(COPIES));
+    stage.host("ip netns delete web");
+    stage.host("nft flush ruleset");
+    let repair = stage.run("repair");
+    assert!(repair.status.code() == Some(1) && repair.stdout.contains("No space left"), "{repair:#?}");
+    assert!(stage.host("nft list tables").contains("netns-setup-docker0"));
+    let check = stage.run("check");
+    assert!(!check.stdout.contains("interrupted"), "the claim is taken back: {check:#?}");
+    fs::remove_file(Path::new(COPIES).join("filler")).unwrap();
+    stage.ok("repair");
     assert_eq!(stage.dump(), before);
 }
 
