@@ -14,7 +14,6 @@ use socket2::{Domain, Protocol, Socket, Type};
 use testkit::client::{self, own_address};
 use testkit::controlled::{Controlled, mapping};
 use testkit::docker_proxy::Status;
-use testkit::eventually;
 use testkit::oracle::{self, Holds, Row, Subject};
 use testkit::process::{self, Stream};
 use testkit::rproxy::{self, Standalone};
@@ -22,6 +21,7 @@ use testkit::sctp::{self, Peer, Server};
 use testkit::suite::Case;
 use testkit::upgradable::{self, Program};
 use testkit::vm::guest;
+use testkit::{PATIENCE, eventually_within};
 
 use rproxy_sys::sctp::Label;
 
@@ -164,7 +164,7 @@ fn shutdown_after_data(subject: Subject) {
     let messages: Vec<Vec<u8>> = (0..100_u8).map(|number| vec![number; 1000]).collect();
     messages.iter().for_each(|message| peer.send(message, label(0, 0)).unwrap());
     peer.shut_down();
-    assert_eq!(collected.recv_timeout(testkit::PATIENCE).unwrap(), messages);
+    assert_eq!(collected.recv_timeout(PATIENCE).unwrap(), messages);
 }
 
 fn sigint_ends_it(subject: Subject) {
@@ -208,7 +208,7 @@ fn abort_is_passed_on() {
     // net/sctp/socket.c).
     assert_eq!(peer.receive().unwrap().unwrap().0, b"received");
     peer.abort();
-    let end = ends.recv_timeout(testkit::PATIENCE).unwrap();
+    let end = ends.recv_timeout(PATIENCE).unwrap();
     assert_eq!(end.unwrap_err().kind(), std::io::ErrorKind::ConnectionReset);
 }
 
@@ -220,9 +220,10 @@ fn aborting_clients() {
         // Linux 5.10 sometimes loses one of so many, also without a proxy.
         Peer::connect(proxy.address()).map(Peer::abort).ok();
     }
-    // With no heartbeat of 30 s to find out who is gone.
-    let port = backend.address.port();
-    eventually("no association is left", || !sctp::association_ports().any(|ports| ports.contains(&port)));
+    // Before a heartbeat of 30 s finds out who is gone, or the backend loses its patience.
+    let (port, soon) = (backend.address.port(), PATIENCE / 2);
+    let is_left = || sctp::association_ports().any(|ports| ports.contains(&port));
+    eventually_within(soon, "no association is left", || !is_left());
     assert_echoes(proxy.address());
 }
 
@@ -256,7 +257,7 @@ fn slow_reader() {
         peer
     });
     start.send(()).unwrap();
-    let messages = received.recv_timeout(testkit::PATIENCE).unwrap();
+    let messages = received.recv_timeout(PATIENCE).unwrap();
     sent.join().unwrap();
     let numbers: Vec<u32> =
         messages.iter().map(|message| u32::from_be_bytes(message[..4].try_into().unwrap())).collect();
