@@ -19,9 +19,10 @@ use crate::netlink::NetlinkError;
 use crate::netns::NetnsError;
 use crate::observe::ObserveError;
 use crate::plan::PlanError;
-use crate::registry::{ClaimError, Shared};
+use crate::registry::ClaimError;
 use crate::relayed::Listed;
 use crate::reserve::ReserveError;
+use crate::shared::Shared;
 use crate::state::StateError;
 
 /// Why a command failed.

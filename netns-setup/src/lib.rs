@@ -42,6 +42,7 @@ pub mod registry;
 pub mod relay;
 pub mod relayed;
 pub mod reserve;
+pub mod shared;
 pub mod signals;
 pub mod stale;
 pub mod state;

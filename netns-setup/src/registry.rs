@@ -4,7 +4,6 @@
 //! also leads back when a state file is lost: it is written whenever the state is.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
@@ -12,11 +11,10 @@ use std::path::{Path, PathBuf};
 use nix::unistd::geteuid;
 use serde_json::{Value, json};
 
-use crate::model::{Firewall, MappingKey, Network, Topology};
-use crate::name::{IfName, Name};
+use crate::model::{Network, Topology};
 use crate::private_dir::{DirError, PrivateDir};
+use crate::shared::Shared;
 use crate::state::{COPIES, FILE, State, StateError};
-use crate::taken::Taken;
 use crate::{living, netns, parameters};
 
 /// The entry of one state directory.
@@ -225,60 +223,12 @@ pub enum ClaimError {
     State(#[from] StateError),
 }
 
-/// What two state directories cannot both have.
-#[derive(Debug, thiserror::Error)]
-pub struct Shared {
-    what: What,
-    state_dir: PathBuf,
-}
-
-#[derive(Debug)]
-enum What {
-    Bridge(IfName),
-    Chains,
-    Port(MappingKey, Name),
-    Transparent,
-}
-
-impl Shared {
-    /// A port that a container of the network with another directory has.
-    #[must_use]
-    pub fn port(key: MappingKey, owner: &Name, state_dir: &Path) -> Self {
-        Self { what: What::Port(key, owner.clone()), state_dir: state_dir.to_owned() }
-    }
-}
-
-impl fmt::Display for Shared {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let dir = self.state_dir.display();
-        match &self.what {
-            What::Bridge(bridge) => write!(
-                f,
-                "the bridge {bridge} belongs to the network with --state-dir {dir}: use that, or choose another name with --bridge"
-            ),
-            What::Chains => write!(
-                f,
-                "Docker's chains belong to the network with --state-dir {dir}: use that, or --firewall nft"
-            ),
-            What::Port(key, owner) => write!(
-                f,
-                "host port {key} is published by {owner} of the network with --state-dir {dir}: unpublish it there, or choose another"
-            ),
-            What::Transparent => write!(
-                f,
-                "what transparent sockets need is set up with --state-dir {dir}: use that, or take it down there first"
-            ),
-        }
-    }
-}
-
 /// The first thing that `desired` adds to `before` and that another directory has.
 #[must_use]
 pub fn shared(before: &Topology, desired: &Topology, others: &[Other]) -> Option<Shared> {
-    others.iter().find_map(|Other { state_dir, state }| {
-        let what = what_is_shared(before, desired, &state.owned())?;
-        Some(Shared { what, state_dir: state_dir.clone() })
-    })
+    others
+        .iter()
+        .find_map(|Other { state_dir, state }| Shared::between(before, desired, &state.owned(), state_dir))
 }
 
 /// The kernel parameters that the networks of other directories need.
@@ -292,29 +242,11 @@ pub fn needed(others: &[Other]) -> BTreeSet<String> {
     networks.flat_map(of).collect()
 }
 
-fn what_is_shared(before: &Topology, desired: &Topology, other: &Topology) -> Option<What> {
-    if let (None, Some(ours), Some(theirs)) = (&before.network, &desired.network, &other.network) {
-        if ours.bridge == theirs.bridge {
-            return Some(What::Bridge(ours.bridge));
-        }
-        // Docker's chains have names that are not a network's.
-        if ours.firewall == Firewall::Iptables && theirs.firewall == Firewall::Iptables {
-            return Some(What::Chains);
-        }
-    }
-    if before.transparent.is_none() && desired.transparent.is_some() && other.transparent.is_some() {
-        return Some(What::Transparent);
-    }
-    let known: BTreeSet<_> = before.mappings().map(|(_, _, known)| known.key()).collect();
-    let new = desired.mappings().map(|(_, _, mapping)| mapping.key());
-    let mut new = new.filter(|key| !known.contains(key));
-    let taken = Taken::of(other);
-    new.find_map(|key| Some(What::Port(key, taken.owner_of(key)?.clone())))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::Firewall;
+    use crate::shared::What;
     use crate::testdata;
 
     fn registry(temp: &tempfile::TempDir, state_dir: &str) -> Registry {

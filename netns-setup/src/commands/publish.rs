@@ -17,8 +17,9 @@ use crate::model::{Firewall, Mapping, MappingKey, Network, Topology, Via};
 use crate::name::Name;
 use crate::plan::Scope;
 use crate::publish::{HostPort, PortRequest, Publication};
-use crate::registry::{Other, Shared};
+use crate::registry::Other;
 use crate::reserve::ReserveError;
+use crate::shared::Shared;
 use crate::taken::Taken;
 
 /// How often to try another random port if one is already translated.
