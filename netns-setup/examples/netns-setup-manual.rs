@@ -1,4 +1,4 @@
-//! Writes the manual pages of `netns-setup` and its commands, and shell completions, into a directory: `cargo run
+//! Writes the manual pages of `netns-setup`, its commands and `rproxy-portmap`, and shell completions, into a directory: `cargo run
 //! --release -p netns-setup --example netns-setup-manual -- DIRECTORY`.
 //!
 //! They are generated from the definition of the command line.
@@ -12,6 +12,7 @@ use std::process::ExitCode;
 use clap::CommandFactory;
 use clap_complete::Shell;
 use netns_setup::cli::Cli;
+use netns_setup::cni;
 
 /// Sections that cannot be derived from the command line (man-pages(7)), in roff.
 const SECTIONS: &str = r#"
@@ -55,6 +56,50 @@ Ended by SIGINT or SIGTERM. What was done is undone. \(dqwatch\(dq ends with 0.
 .BR iptables (8)
 "#;
 
+/// The same of `rproxy-portmap`.
+const PORTMAP_SECTIONS: &str = r#"
+.SH ENVIRONMENT
+.TP
+.B CNI_COMMAND
+ADD, DEL, CHECK, GC, STATUS or VERSION.
+.TP
+.BR CNI_CONTAINERID ", " CNI_IFNAME ", " CNI_NETNS
+The container, its interface and its network namespace, of ADD, DEL and CHECK.
+.SH CONFIGURATION
+Standard input has the network configuration in JSON, with the keys of the specification and these:
+.TP
+.B policy
+\(dqboth\(dq (the default): the kernel translates what comes from outside, the relay serves the rest; \(dqdnat\(dq: the kernel
+translates all that it can; \(dqrelay\(dq: the relay serves everything.
+.TP
+.B rproxy
+The path of rproxy; by default beside this program, then in PATH.
+.TP
+.B stateDir
+Where it remembers what is published, by default /run/rproxy\-portmap.
+.SH FILES
+.TP
+.I /run/rproxy\-portmap/attachments.json
+What is published.
+.TP
+.I /run/rproxy\-portmap/relay.sock
+The control socket of the rproxy that serves the ports, for \(dqrproxy ctl \-\-control\(dq.
+.TP
+.I /run/rproxy\-portmap/relay.log
+What that rproxy and its supervisor report.
+.SH EXIT STATUS
+.TP
+.B 0
+Success.
+.TP
+.B 1
+Failure. Standard output has the error in JSON.
+.SH SEE ALSO
+.BR rproxy (1),
+.BR netns\-setup (1),
+.BR nft (8)
+"#;
+
 fn main() -> ExitCode {
     // Write errors are ignored: there is nowhere to report them.
     let complain = |message: &str| drop(writeln!(io::stderr(), "netns-setup-manual: {message}"));
@@ -73,9 +118,12 @@ fn main() -> ExitCode {
 
 fn write(directory: &Path) -> io::Result<()> {
     fs::create_dir_all(directory)?;
-    clap_mangen::generate_to(Cli::command(), directory)?;
-    let page = File::options().append(true).open(directory.join("netns-setup.1"));
-    page?.write_all(SECTIONS.as_bytes())?;
+    for (command, sections) in [(Cli::command(), SECTIONS), (cni::cli::Cli::command(), PORTMAP_SECTIONS)] {
+        let name = format!("{}.1", command.get_name());
+        clap_mangen::generate_to(command, directory)?;
+        let page = File::options().append(true).open(directory.join(name));
+        page?.write_all(sections.as_bytes())?;
+    }
     for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
         clap_complete::generate_to(shell, &mut Cli::command(), "netns-setup", directory)?;
     }
@@ -98,6 +146,7 @@ mod tests {
             assert!(read(&format!("netns-setup-{name}.1")).contains(".SH SYNOPSIS"), "{name}");
             assert!(completions.iter().all(|text| text.contains(name)), "{name}");
         }
+        assert!(read("rproxy-portmap.1").contains("CNI_COMMAND"));
         assert!(read("netns-setup-transparent-up.1").contains("\\-\\-interface"));
     }
 }

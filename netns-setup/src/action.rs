@@ -544,6 +544,7 @@ mod tests {
             key: MappingKey { proto: Protocol::Tcp, host: HostIp::Any, port: number },
             owner: "web".parse().unwrap(),
             to: ([172, 17, 0, 2], number + 8000).into(),
+            keeps_source: false,
         };
         let ports = vec![port(80), port(81)];
         assert_eq!(

@@ -13,6 +13,7 @@ pub mod addr;
 pub mod apply;
 pub mod block;
 pub mod cli;
+pub mod cni;
 pub mod commands;
 pub mod demo;
 pub mod descriptors;

@@ -1,6 +1,8 @@
 //! Names that become file names, interface names or rule text; valid by construction.
 
 use std::fmt;
+use std::fs::File;
+use std::io::{self, Read};
 use std::str::FromStr;
 
 use arrayvec::ArrayString;
@@ -77,6 +79,16 @@ impl IfName {
 }
 
 impl Id {
+    /// An identifier of 256 random bits.
+    ///
+    /// # Errors
+    /// If there are none.
+    pub fn random() -> io::Result<Self> {
+        let mut bytes = [0; 32];
+        File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+        Ok(Self::from_bytes(bytes))
+    }
+
     /// The identifier with these bytes.
     #[must_use]
     pub fn from_bytes(bytes: [u8; 32]) -> Self {

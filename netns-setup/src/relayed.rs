@@ -20,6 +20,9 @@ pub struct RelayedPort {
     pub owner: Name,
     /// The address and port of the container.
     pub to: SocketAddr,
+    /// Whether the container sees its clients' addresses (`source = "client"`).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub keeps_source: bool,
 }
 
 impl RelayedPort {
@@ -59,6 +62,7 @@ impl RelayedPort {
             && MappingKey { port: self.key.port, ..other.key } == self.key
             && self.to.ip() == other.to.ip()
             && self.owner == other.owner
+            && self.keeps_source == other.keeps_source
     }
 }
 
@@ -121,9 +125,10 @@ impl<'a> Ranges<'a> {
             let host = bracketed(&first.host());
             let MappingKey { proto, port, .. } = first.key;
             let (from, to) = (ports(port, last.key.port), ports(first.to.port(), last.to.port()));
+            let source = if first.keeps_source { " --source client" } else { "" };
             let v6only = if first.is_v6only() { " --v6only" } else { "" };
             format!(
-                "--host {host}:{from} --to {}:{to} --proto {proto}{v6only}",
+                "--host {host}:{from} --to {}:{to} --proto {proto}{v6only}{source}",
                 bracketed(&first.to.ip().to_string())
             )
         })
@@ -153,7 +158,7 @@ mod tests {
 
     fn port(proto: Protocol, host: &str, port: u16, to: &str) -> RelayedPort {
         let key = MappingKey { proto, host: host.parse().unwrap(), port };
-        RelayedPort { key, owner: "web".parse().unwrap(), to: to.parse().unwrap() }
+        RelayedPort { key, owner: "web".parse().unwrap(), to: to.parse().unwrap(), keeps_source: false }
     }
 
     #[test]

@@ -51,6 +51,9 @@ pub enum ReserveError {
         /// Which.
         port: u16,
     },
+    /// This kernel has no SCTP.
+    #[error("this kernel has no SCTP for host port {0}/sctp: load its module with `modprobe sctp`")]
+    NoSctp(u16),
     /// Anything else.
     #[error("cannot bind host port {port}/{proto} on {host}: {source}")]
     Bind {
@@ -85,6 +88,7 @@ pub fn bind(proto: Protocol, host: HostIp, port: u16) -> Result<(Socket, u16), R
         io::ErrorKind::AddrInUse => ReserveError::InUse { proto, host, port },
         io::ErrorKind::AddrNotAvailable => ReserveError::NotLocal(host),
         io::ErrorKind::PermissionDenied => ReserveError::Denied { proto, host, port },
+        _ if source.raw_os_error() == Some(nix::libc::EPROTONOSUPPORT) => ReserveError::NoSctp(port),
         _ if source.raw_os_error() == Some(nix::libc::EMFILE) => {
             ReserveError::Descriptors { proto, host, port }
         }
@@ -131,12 +135,15 @@ fn bind_one(proto: Protocol, address: SocketAddr, v6_only: bool) -> io::Result<(
     Ok((socket, port))
 }
 
-/// Lets the socket receive.
+/// Lets the socket receive. One that was bound by somebody else may do so already.
 ///
 /// # Errors
 /// If the kernel refuses.
 pub fn open(socket: &Socket) -> io::Result<()> {
-    socket.detach_filter()
+    match socket.detach_filter() {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
 }
 
 #[cfg(test)]

@@ -27,6 +27,12 @@ pub fn netns_setup() -> &'static Path {
     PATH.get_or_init(|| release_dir().join("netns-setup"))
 }
 
+/// The release build of `rproxy-portmap`.
+pub fn portmap() -> &'static Path {
+    static PATH: OnceLock<PathBuf> = OnceLock::new();
+    PATH.get_or_init(|| release_dir().join("rproxy-portmap"))
+}
+
 /// The directory of the project.
 pub fn tree() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap()

@@ -7,11 +7,11 @@ use rproxy_mapping::addr::Protocol;
 use serde_json::json;
 
 use super::locked::LockedState;
-use super::{Options, Report, show, up};
+use super::{Options, Report, show};
 use crate::error::Error;
 use crate::executor::Executor;
 use crate::model::{Endpoint, Netns};
-use crate::name::Name;
+use crate::name::{Id, Name};
 use crate::plan::Scope;
 use crate::{ipam, netns};
 
@@ -52,7 +52,7 @@ impl Attach {
             None => ipam::next_free(network.subnet, &used, network.last_ip)?,
         };
         let endpoint = Endpoint {
-            id: up::random_id()?,
+            id: Id::random().map_err(Error::Random)?,
             ip,
             ip_requested: self.ip.is_some(),
             netns: self.netns()?,

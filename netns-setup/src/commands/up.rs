@@ -107,7 +107,7 @@ impl Up {
             text.is_some_and(|text| persist::is_ours(&text, self.bridge.as_str()))
         };
         Ok(Network {
-            id: random_id()?,
+            id: Id::random().map_err(Error::Random)?,
             bridge: self.bridge,
             subnet: self.subnet,
             subnet6: self.subnet6,
@@ -142,15 +142,6 @@ pub(super) fn down(options: &Options, executor: &mut dyn Executor) -> Result<Rep
     let is_empty = plan.steps.is_empty();
     let line = if is_empty { "nothing was up" } else { "everything that netns-setup created is removed" };
     Ok(Report::of(&plan, vec![line.to_owned()], json!(null)).warning(warnings))
-}
-
-/// An identifier of 256 random bits.
-pub(super) fn random_id() -> Result<Id, Error> {
-    use std::io::Read;
-    let mut bytes = [0; 32];
-    let mut source = std::fs::File::open("/dev/urandom").map_err(Error::Random)?;
-    source.read_exact(&mut bytes).map_err(Error::Random)?;
-    Ok(Id::from_bytes(bytes))
 }
 
 fn addresses(network: &Network) -> String {

@@ -41,18 +41,9 @@ fn translation(network: &Network, endpoint: &Endpoint, mapping: &Mapping, ipv6: 
         return None;
     }
     let container = if ipv6 { IpAddr::V6(endpoint.ip6(network)?) } else { IpAddr::V4(endpoint.ip) };
-    let host = match mapping.host {
-        HostIp::Any => None,
-        // The kernel forwards nothing that link-local addresses send: the relay serves them.
-        HostIp::Scoped(..) => return None,
-        HostIp::Ip(ip) if ip.is_ipv6() != ipv6 => return None,
-        HostIp::Ip(ip) if ip.is_unspecified() => None,
-        HostIp::Ip(ip) => Some(ip),
-    };
     let direct = mapping.via == Via::Dnat;
-    // If there is a relay, it serves loopback. Packets for ::1 can never leave the loopback interface.
-    let for_relay = host.is_some_and(|ip| ip.is_loopback() && (!direct || ipv6));
-    (!for_relay).then_some(Translation {
+    let host = translated_host(mapping.host, ipv6, direct)?;
+    Some(Translation {
         proto: mapping.proto,
         host,
         host_port: mapping.host_port,
@@ -60,6 +51,21 @@ fn translation(network: &Network, endpoint: &Endpoint, mapping: &Mapping, ipv6: 
         container_port: mapping.container_port,
         direct,
     })
+}
+
+/// The address of the host in a translation of one family, in which `None` is every local one; `None` if the kernel
+/// translates nothing for it. `direct` says that it also serves loopback.
+pub(crate) fn translated_host(host: HostIp, ipv6: bool, direct: bool) -> Option<Option<IpAddr>> {
+    match host {
+        HostIp::Any => Some(None),
+        // The kernel forwards nothing that link-local addresses send: the relay serves them.
+        HostIp::Scoped(..) => None,
+        HostIp::Ip(ip) if ip.is_ipv6() != ipv6 => None,
+        HostIp::Ip(ip) if ip.is_unspecified() => Some(None),
+        // If there is a relay, it serves loopback. Packets for ::1 can never leave the loopback interface.
+        HostIp::Ip(ip) if ip.is_loopback() && (!direct || ipv6) => None,
+        HostIp::Ip(ip) => Some(Some(ip)),
+    }
 }
 
 /// Ports published on an IPv4 loopback address; packets to them from other hosts are dropped.

@@ -127,15 +127,15 @@ impl Family {
     }
 }
 
-fn any_element(to: &Translation) -> String {
+pub(crate) fn any_element(to: &Translation) -> String {
     format!("{} . {} : {} . {}", to.proto, to.host_port, to.container, to.container_port)
 }
 
-fn on_element(host: std::net::IpAddr, to: &Translation) -> String {
+pub(crate) fn on_element(host: std::net::IpAddr, to: &Translation) -> String {
     format!("{host} . {}", any_element(to))
 }
 
-fn write_set(text: &mut String, kind: &str, name: &str, key: &str, mut elements: Vec<String>) {
+pub(crate) fn write_set(text: &mut String, kind: &str, name: &str, key: &str, mut elements: Vec<String>) {
     elements.sort_unstable();
     elements.dedup();
     text.push_str(&format!("\t{kind} {name} {{\n\t\ttype {key}\n"));
@@ -225,7 +225,7 @@ fn postrouting(families: &[Family], bridge: &str) -> String {
     chain("nat-postrouting", Some("type nat hook postrouting priority srcnat; policy accept;"), &rules)
 }
 
-pub(super) fn chain(name: &str, hook: Option<&str>, rules: &[String]) -> String {
+pub(crate) fn chain(name: &str, hook: Option<&str>, rules: &[String]) -> String {
     let mut text = format!("\tchain {name} {{\n");
     for line in hook.into_iter().chain(rules.iter().map(String::as_str)) {
         text.write_fmt(format_args!("\t\t{line}\n")).unwrap_or_default();

@@ -24,7 +24,7 @@ pub(crate) fn relayed_ports(topology: &Topology) -> Vec<RelayedPort> {
 fn relayed_port(network: &Network, name: &Name, endpoint: &Endpoint, mapping: &Mapping) -> RelayedPort {
     let ip = endpoint::relay_target(network, endpoint, mapping.host);
     let to = SocketAddr::new(ip, mapping.container_port);
-    RelayedPort { key: mapping.key(), owner: name.clone(), to }
+    RelayedPort { key: mapping.key(), owner: name.clone(), to, keeps_source: false }
 }
 
 /// The ports in the plan's scope that are wanted.
@@ -101,7 +101,7 @@ pub(super) fn start(inputs: Inputs<'_>, plan: &mut Plan) {
 fn lacks_interface(inputs: Inputs<'_>, port: &RelayedPort) -> Option<String> {
     let HostIp::Scoped(ip, interface) = port.key.host else { return None };
     let is_gone = inputs.observed.host.link(interface.as_str()).is_none();
-    let RelayedPort { key, owner, to } = port;
+    let RelayedPort { key, owner, to, .. } = port;
     is_gone.then(|| {
         format!(
             "{key} of {owner} is not served, as the interface {interface} of {ip} is gone: run `netns-setup unpublish {owner} -p {}:{}:{}/{}` if it does not come back",

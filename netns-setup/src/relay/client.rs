@@ -40,13 +40,28 @@ pub fn status(state_dir: &Path) -> Result<Option<Status>, RelayError> {
 /// # Errors
 /// If that fails; no port is served then that was not before.
 pub fn serve(launch: &Launch, ports: &[RelayedPort], sockets: &[Socket]) -> Result<(), RelayError> {
-    let request = Request::Change { remove: Vec::new(), add: ports.to_vec() };
+    change(launch, &[], ports, sockets)
+}
+
+/// Has the supervisor cease to serve some ports, and serve others. A port that it serves already keeps its socket; for
+/// each other one there has to be a socket, in the same order. Starts a supervisor if none runs.
+///
+/// # Errors
+/// If that fails; what is served is the same then.
+pub fn change(
+    launch: &Launch,
+    remove: &[MappingKey],
+    add: &[RelayedPort],
+    sockets: &[Socket],
+) -> Result<(), RelayError> {
+    let request = Request::Change { remove: remove.to_vec(), add: add.to_vec() };
     let sockets: Vec<_> = sockets.iter().map(AsFd::as_fd).collect();
     let answer = match ask(&launch.state_dir, &request, &sockets) {
-        Err(error) if is_gone(&error) => {
+        Err(error) if is_gone(&error) && !add.is_empty() => {
             launch::start(launch)?;
             ask(&launch.state_dir, &request, &sockets)
         }
+        Err(error) if is_gone(&error) => return Ok(()),
         answer => answer,
     };
     changed(answer.map_err(talk)?)

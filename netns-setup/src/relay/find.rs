@@ -19,6 +19,9 @@ pub const SUPERVISE: &str = "supervise-relay";
 /// The option of the supervisor that names its network.
 pub const NETWORK: &str = "--network";
 
+/// The option of the supervisor that names its state directory.
+pub const STATE_DIR: &str = "--state-dir";
+
 /// The processes in the caller's network namespace that may be those of a network.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Found {
@@ -50,6 +53,22 @@ pub fn find(network: &Id, ports: &[RelayedPort]) -> Found {
         }
     }
     found
+}
+
+/// The supervisors in the caller's network namespace that were started for a state directory.
+#[must_use]
+pub fn supervisors_of(state_dir: &Path) -> Vec<RelayProcess> {
+    let Some(own) = namespace(Path::new("/proc/thread-self/ns/net")) else { return Vec::new() };
+    let state_dir = state_dir.to_string_lossy();
+    let is_it = |words: &[String]| {
+        let mut named = words.windows(2);
+        words.get(1).is_some_and(|word| word == SUPERVISE)
+            && named.any(|pair| pair[0] == STATE_DIR && pair[1] == state_dir)
+    };
+    let found = commands().filter(|(pid, words)| {
+        is_it(words) && namespace(&PathBuf::from(format!("/proc/{pid}/ns/net"))) == Some(own)
+    });
+    found.filter_map(|(pid, _words)| process::running(pid)).collect()
 }
 
 /// The command lines of the processes of the caller's user.
@@ -120,7 +139,12 @@ mod tests {
     #[test]
     fn a_relay_of_one_port_is_known_by_its_arguments() {
         let key = MappingKey { proto: Protocol::Tcp, host: "*".parse().unwrap(), port: 80 };
-        let port = RelayedPort { key, owner: "web".parse().unwrap(), to: "172.17.0.2:8080".parse().unwrap() };
+        let port = RelayedPort {
+            key,
+            owner: "web".parse().unwrap(),
+            to: "172.17.0.2:8080".parse().unwrap(),
+            keeps_source: false,
+        };
         let arguments = single_arguments(&port);
         assert_eq!(
             arguments.join(" "),

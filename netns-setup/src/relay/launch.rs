@@ -8,19 +8,20 @@ use std::os::unix::net::UnixListener;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use command_fds::{CommandFdExt, FdMapping};
 
 use super::RelayError;
 use super::channel::within;
-use super::find::{NETWORK, SUPERVISE};
+use super::find::{NETWORK, STATE_DIR, SUPERVISE};
 use crate::relayed::{LOG, Launch, SUPERVISOR};
 
 /// The descriptor at which a supervisor gets the socket where commands connect.
 pub const LISTENER: RawFd = 3;
 
-/// The name of this program, also of its file.
+/// The name of the supervisor among the processes, and of its file.
 const OWN_NAME: &str = "netns-setup";
 
 /// The size in bytes from which a log is begun anew, as it is in memory (`/run`).
@@ -41,7 +42,7 @@ pub fn start(launch: &Launch) -> Result<(), RelayError> {
         .arg0(OWN_NAME)
         .arg(SUPERVISE)
         .args([NETWORK, launch.network.as_str()])
-        .arg("--state-dir")
+        .arg(STATE_DIR)
         .arg(&state_dir)
         .arg("--rproxy")
         .arg(std::path::absolute(&launch.program).unwrap_or_else(|_| launch.program.clone()))
@@ -83,12 +84,17 @@ fn open_log(state_dir: &Path) -> Result<File, RelayError> {
     Ok(log)
 }
 
-/// The file of this program, or the one beside `rproxy` if another program uses this one as a library.
+/// Whether this program supervises if it is asked to, whatever its file is called.
+static IS_SUPERVISOR: AtomicBool = AtomicBool::new(false);
+
+/// Says that this program supervises if it is asked to.
+pub(super) fn offer_to_supervise() {
+    IS_SUPERVISOR.store(true, Ordering::Relaxed);
+}
+
+/// The file of this program, or `netns-setup` beside `rproxy` if another program uses this one as a library.
 fn own_program(rproxy: &Path) -> Result<PathBuf, RelayError> {
-    let is_own = |file: &PathBuf| {
-        file.file_name().and_then(|name| name.to_str()).is_some_and(|name| name.starts_with(OWN_NAME))
-    };
-    if std::env::current_exe().is_ok_and(|file| is_own(&file)) {
+    if IS_SUPERVISOR.load(Ordering::Relaxed) {
         // Also after the file was replaced.
         return Ok("/proc/self/exe".into());
     }

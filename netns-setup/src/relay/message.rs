@@ -16,7 +16,8 @@ pub enum Request {
     Change {
         /// The ports that are served no more. One that was not served is no error.
         remove: Vec<MappingKey>,
-        /// The ports that are served from now on; a bound socket for each comes with the request, in this order.
+        /// The ports that are served from now on. A bound socket comes with the request for each that is not served yet, in
+        /// this order; one that is keeps its socket.
         add: Vec<RelayedPort>,
     },
 }

@@ -6,6 +6,7 @@
 
 mod attach;
 mod attached;
+mod cni;
 mod config;
 mod control;
 mod control_sockets;
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
         records,
         docker,
         rootlessport,
+        cni,
         udp,
         traffic_class,
         nginx,

@@ -2,7 +2,8 @@
 
 use std::os::fd::BorrowedFd;
 
-use rproxy_mapping::wire::WireMapping;
+use rproxy_mapping::source::Source;
+use rproxy_mapping::wire::{WireLimits, WireMapping};
 use serde::{Deserialize, Serialize};
 
 use super::held::Held;
@@ -79,6 +80,10 @@ fn mapping(first: &RelayedPort, last: &RelayedPort) -> WireMapping {
         to_ports: ports(first.to.port(), last.to.port()),
         proto: Some(first.key.proto.to_string()),
         v6only: first.is_v6only(),
+        limits: WireLimits {
+            source: first.keeps_source.then(|| Source::Client.to_string()),
+            ..WireLimits::default()
+        },
         ..WireMapping::default()
     }
 }
@@ -100,7 +105,7 @@ mod tests {
         {
             let key = MappingKey { proto: Protocol::Udp, host: host.parse().unwrap(), port: 53 };
             let to: SocketAddr = "172.17.0.2:5353".parse().unwrap();
-            let first = RelayedPort { key, owner: "dns".parse().unwrap(), to };
+            let first = RelayedPort { key, owner: "dns".parse().unwrap(), to, keeps_source: true };
             let mut last = first.clone();
             (last.key.port, last.to) = (54, "172.17.0.2:5354".parse().unwrap());
             for (last, count) in [(&first, 1), (&last, 2)] {

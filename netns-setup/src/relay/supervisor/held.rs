@@ -52,25 +52,29 @@ impl Held {
         new.map(|(_key, held)| held.socket.as_fd()).collect()
     }
 
-    /// These ports without some of them, and with others, whose sockets are in the same order.
+    /// These ports without some of them, and with others. Those that are held already keep their sockets; those of the
+    /// others are in the same order.
     pub(super) fn changed(
         &self,
         remove: &[MappingKey],
         add: Vec<RelayedPort>,
         sockets: Vec<OwnedFd>,
     ) -> Result<Self, String> {
-        if add.len() != sockets.len() {
-            return Err(format!("{} sockets came for {} ports", sockets.len(), add.len()));
+        let new = add.iter().filter(|port| !self.ports.contains_key(&port.key)).count();
+        if new != sockets.len() {
+            return Err(format!("{} sockets came for {new} ports", sockets.len()));
         }
         let removed: BTreeSet<_> = remove.iter().collect();
         let change = self.change + 1;
         let kept = self.ports.iter().filter(|(key, _)| !removed.contains(key));
-        let kept = kept.map(|(key, held)| (*key, held.clone()));
-        let added = add
-            .into_iter()
-            .zip(sockets)
-            .map(|(port, socket)| (port.key, HeldPort { port, socket: Arc::new(socket), change }));
-        Ok(Self { ports: kept.chain(added).collect(), change })
+        let mut ports: BTreeMap<_, _> = kept.map(|(key, held)| (*key, held.clone())).collect();
+        let mut sockets = sockets.into_iter().map(Arc::new);
+        for port in add {
+            let held = self.ports.get(&port.key).map(|held| Arc::clone(&held.socket));
+            let Some(socket) = held.or_else(|| sockets.next()) else { break };
+            ports.insert(port.key, HeldPort { port, socket, change });
+        }
+        Ok(Self { ports, change })
     }
 }
 
@@ -84,7 +88,12 @@ mod tests {
 
     fn port(number: u16) -> RelayedPort {
         let key = MappingKey { proto: Protocol::Tcp, host: "*".parse().unwrap(), port: number };
-        RelayedPort { key, owner: "web".parse().unwrap(), to: ([172, 17, 0, 2], number).into() }
+        RelayedPort {
+            key,
+            owner: "web".parse().unwrap(),
+            to: ([172, 17, 0, 2], number).into(),
+            keeps_source: false,
+        }
     }
 
     fn with(held: &Held, ports: impl IntoIterator<Item = u16>) -> Held {
@@ -113,9 +122,11 @@ mod tests {
         assert_eq!((numbers(&two), two.sockets_beyond(&none).len()), (vec![80, 81], 2));
         let other = with(&without(&two, [80]), [82]);
         assert_eq!((numbers(&other), other.sockets_beyond(&two).len()), (vec![81, 82], 1));
-        // The same port with another socket is passed again.
-        let again = with(&other, [81]);
-        assert_eq!((numbers(&again), again.sockets_beyond(&other).len()), (vec![81, 82], 1));
+        // A port that leads elsewhere keeps its socket.
+        let moved = RelayedPort { to: ([172, 17, 0, 3], 81).into(), ..port(81) };
+        let again = other.changed(&[moved.key], vec![moved.clone()], vec![]).unwrap();
+        assert_eq!((numbers(&again), again.sockets_beyond(&other).len()), (vec![81, 82], 0));
+        assert_eq!(again.ports().next(), Some(&moved));
         assert!(without(&other, [81, 82]).is_empty());
         assert!(none.changed(&[], vec![port(80)], vec![]).is_err());
     }

@@ -32,7 +32,7 @@ use self::held::Held;
 use self::restart::Backoff;
 use super::channel::{Channel, Line, within};
 use super::find::SUPERVISE;
-use super::launch::LISTENER;
+use super::launch::{LISTENER, offer_to_supervise};
 use super::message::{Answer, Request, Status};
 use super::process;
 use crate::descriptors;
@@ -58,6 +58,7 @@ struct Arguments {
 /// Supervises until no port is left, if that is what the arguments of this program ask for; `None` if they do not. Call it
 /// at the start of `main`: it closes all descriptors that it does not need.
 pub fn run_if_asked(arguments: &[OsString]) -> Option<ExitCode> {
+    offer_to_supervise();
     let own = arguments.get(1..).filter(|own| own.first().is_some_and(|word| word == SUPERVISE))?;
     let supervised = Arguments::try_parse_from(own).map_err(io::Error::other).and_then(|own| run(&own));
     Some(match supervised {

@@ -13,7 +13,7 @@ mod relay;
 mod relay_life;
 mod rules;
 mod scale;
-mod stage;
+pub(crate) mod stage;
 mod state;
 mod story;
 mod traffic;

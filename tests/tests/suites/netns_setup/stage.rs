@@ -364,7 +364,7 @@ pub(crate) fn assert_out_of_reach(from: &Namespace, ip: impl Into<IpAddr>, port:
 }
 
 /// Returns the calling thread mounts of its own, with an empty `/run` and an empty `/etc/sysctl.d`.
-fn own_mounts() {
+pub(crate) fn own_mounts() {
     unshare(CloneFlags::CLONE_NEWNS).unwrap();
     let none = None::<&str>;
     mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).unwrap();

@@ -76,6 +76,9 @@ fn netns_setup(files: &BTreeSet<String>) {
     let pages = pages(::netns_setup::cli::Cli::command(), "netns-setup");
     for file in pages.iter().map(String::as_str).chain([
         "/usr/bin/netns-setup",
+        "/usr/bin/rproxy-portmap",
+        "/usr/lib/cni/rproxy-portmap",
+        "/usr/share/man/man1/rproxy-portmap.1.gz",
         "/lib/systemd/system/netns-setup-watch.service",
         "/usr/share/bash-completion/completions/netns-setup",
         "/usr/share/zsh/vendor-completions/_netns-setup",

@@ -1,0 +1,190 @@
+//! What can go wrong, as the runtime hears of it (CNI specification 1.1.0, section 5, "Error").
+
+use std::io;
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+use super::version::{Version, supported};
+use crate::firewall::tool::ToolError;
+use crate::private_dir::DirError;
+use crate::relay::RelayError;
+use crate::reserve::ReserveError;
+use crate::shared::Shared;
+use crate::state::StateError;
+
+/// An error of the plugin.
+#[derive(Debug, thiserror::Error)]
+pub enum CniError {
+    /// A version that this plugin does not know, or that lacks the command.
+    #[error("{what}; this plugin supports {}", supported())]
+    Version {
+        /// What is not supported.
+        what: String,
+    },
+    /// A key of the configuration whose meaning this plugin does not have.
+    #[error("{key} is not supported: {way_out}")]
+    Unsupported {
+        /// The key.
+        key: &'static str,
+        /// What does the same.
+        way_out: &'static str,
+    },
+    /// Variables of the environment that are missing or wrong.
+    #[error("{0}")]
+    Environment(String),
+    /// Standard input could not be read.
+    #[error("cannot read the configuration from standard input: {0}")]
+    Read(#[source] io::Error),
+    /// Standard input is no JSON.
+    #[error("the configuration on standard input is not valid JSON: {0}")]
+    Decode(#[source] serde_json::Error),
+    /// The configuration is wrong.
+    #[error("{0}")]
+    Config(String),
+    /// No port can be published now.
+    #[error("{0}")]
+    NotReady(String),
+    /// Somebody else has a host port.
+    #[error("host port {port} for container {container} is taken by {holder}")]
+    PortTaken {
+        /// The port.
+        port: String,
+        /// The container that was to have it.
+        container: String,
+        /// Who has it.
+        holder: String,
+    },
+    /// A host port could not be bound.
+    #[error(transparent)]
+    Reserve(#[from] ReserveError),
+    /// A network of `netns-setup` has a host port.
+    #[error(transparent)]
+    Shared(#[from] Shared),
+    /// The rules could not be changed.
+    #[error(transparent)]
+    Rules(#[from] ToolError),
+    /// The relay could not be changed.
+    #[error(transparent)]
+    Relay(#[from] RelayError),
+    /// The directory of the state could not be used.
+    #[error(transparent)]
+    Dir(#[from] DirError),
+    /// The states of networks of `netns-setup` could not be read.
+    #[error(transparent)]
+    States(#[from] StateError),
+    /// The state is of another network namespace.
+    #[error(
+        "{} belongs to another network namespace: give this one a directory of its own with \"stateDir\"", .0.display()
+    )]
+    OtherNamespace(PathBuf),
+    /// The state cannot be read.
+    #[error(
+        "cannot read {}: {source}; remove it, and the next call takes away what is published; then start the containers again",
+        file.display()
+    )]
+    State {
+        /// The file.
+        file: PathBuf,
+        /// Why.
+        source: serde_json::Error,
+    },
+    /// The state was written by a newer version.
+    #[error("{} has the version {version}, which this plugin does not know: install the newer one again", file.display())]
+    OtherVersion {
+        /// The file.
+        file: PathBuf,
+        /// Its version.
+        version: u32,
+    },
+    /// The directory is that of a network of `netns-setup`, or of all of them.
+    #[error("{} belongs to netns-setup: choose another \"stateDir\"", .0.display())]
+    OtherDirectory(PathBuf),
+    /// The network namespace cannot be told.
+    #[error("cannot tell the network namespace: {0}")]
+    Namespace(#[source] io::Error),
+    /// No random bits.
+    #[error("cannot read /dev/urandom: {0}")]
+    Random(#[source] io::Error),
+    /// What makes loopback addresses reach containers could not be set up.
+    #[error("cannot {step}: {source}")]
+    Localnet {
+        /// What was tried.
+        step: String,
+        /// Why.
+        source: io::Error,
+    },
+    /// A stale conntrack entry could not be deleted.
+    #[error("cannot delete conntrack entries of UDP flows: {0}")]
+    Conntrack(#[source] io::Error),
+    /// The return path of transparent sockets could not be changed.
+    #[error("the answers of containers to their clients' addresses: {0}")]
+    ReturnPath(#[from] Box<crate::error::Error>),
+    /// What is there differs from what was set up.
+    #[error("{}", .0.join("; "))]
+    Differs(Vec<String>),
+    /// Several parts of a removal failed.
+    #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
+    Several(Vec<Self>),
+}
+
+impl CniError {
+    /// The number for the runtime: below 100 those of the specification, from 100 on those of `docs/cni.md`.
+    #[must_use]
+    pub fn code(&self) -> u32 {
+        match self {
+            Self::Version { .. } => 1,
+            Self::Unsupported { .. } => 2,
+            Self::Environment(_) => 4,
+            Self::Read(_) => 5,
+            Self::Decode(_) => 6,
+            Self::Config(_) => 7,
+            Self::NotReady(_) => 50,
+            Self::PortTaken { .. } | Self::Shared(_) => 100,
+            Self::Reserve(_) => 101,
+            Self::Rules(_) | Self::Localnet { .. } | Self::Conntrack(_) | Self::ReturnPath(_) => 102,
+            Self::Relay(_) => 103,
+            Self::Dir(_)
+            | Self::States(_)
+            | Self::OtherNamespace(_)
+            | Self::OtherVersion { .. }
+            | Self::OtherDirectory(_)
+            | Self::State { .. }
+            | Self::Namespace(_)
+            | Self::Random(_) => 104,
+            Self::Differs(_) => 105,
+            Self::Several(errors) => errors.first().map_or(104, Self::code),
+        }
+    }
+
+    /// The answer for the runtime, which reads standard output.
+    #[must_use]
+    pub fn json(&self, version: Version) -> String {
+        let answer = Answer {
+            cni_version: version.as_str(),
+            code: self.code(),
+            msg: self.to_string(),
+            details: self.details(),
+        };
+        // Strings and a number can always be encoded.
+        serde_json::to_string(&answer).unwrap_or_default()
+    }
+
+    /// What has led to it, if the message does not say so.
+    fn details(&self) -> String {
+        match self {
+            Self::Environment(_) => "CNI specification 1.1.0, section 2, \"Parameters\"".to_owned(),
+            _ => String::new(),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct Answer<'a> {
+    #[serde(rename = "cniVersion")]
+    cni_version: &'a str,
+    code: u32,
+    msg: String,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    details: String,
+}
