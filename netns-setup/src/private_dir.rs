@@ -15,7 +15,7 @@ use nix::unistd::{UnlinkatFlags, geteuid, unlinkat};
 #[derive(Debug, thiserror::Error)]
 pub enum DirError {
     /// The directory could not be created.
-    #[error("cannot create the state directory {}: {source}; choose another with --state-dir", dir.display())]
+    #[error("cannot create the state directory {}: {source}; choose another", dir.display())]
     Create {
         /// The directory.
         dir: PathBuf,

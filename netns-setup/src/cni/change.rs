@@ -46,7 +46,9 @@ pub(super) fn publish(
 ) -> Result<Vec<String>, CniError> {
     check_attachments(before, &after, own)?;
     check_networks(before, &after, store)?;
-    let (relayed, lost) = plan(&after, Some(own), launch)?;
+    // What is in the way of the new ports is gone by then.
+    let planned = plan(&after, Some(own), launch).inspect_err(|_| restore(before, launch));
+    let (relayed, lost) = planned?;
     let wanted = after.wanted_localnet();
     let allowed = localnet::to_allow(&before.localnet, &wanted)?;
     store.save(&after.changing(allowed.clone()))?;
@@ -58,7 +60,7 @@ pub(super) fn publish(
         let paths = known.map(Node::return_path).unwrap_or_default();
         return_path::change(store.path(), &paths, &after.return_path())?;
         return_path::change(store.path(), &before.return_path(), &after.return_path())?;
-        // All or nothing, and last: there is nothing to undo in the relay.
+        // All or nothing, and last.
         relay(&relayed, launch)?;
         Ok(localnet)
     };
@@ -70,6 +72,8 @@ pub(super) fn publish(
         }
         Err(error) => {
             undo(store, before, &after, &allowed)?;
+            drop(relayed);
+            restore(before, launch);
             clean(store);
             Err(error)
         }
@@ -85,6 +89,11 @@ fn undo(store: &Store, before: &Node, after: &Node, allowed: &[String]) -> Resul
         (Ok(()), Ok(()), Ok(localnet)) => store.save(&before.clone().settled(localnet)),
         _ => store.save(&before.changing(allowed.to_vec())),
     }
+}
+
+/// Has the relay serve what it did, if it does not. If that fails, the next call tries again.
+fn restore(before: &Node, launch: &Launch) {
+    drop(plan(before, None, launch).and_then(|(relayed, _lost)| relay(&relayed, launch)));
 }
 
 /// Withdraws the ports that `after` lacks. Goes on after failures; what could not be taken away stays in the state.
@@ -182,15 +191,14 @@ fn plan(
     };
     let served: BTreeMap<_, _> = status.ports.iter().map(|port| (port.key, port)).collect();
     let wanted = after.ports_by_key();
-    let (replaced, remove) = served.keys().filter(|key| !wanted.contains_key(key)).partition(|key| {
-        let is_in_the_way = |port: &&RelayedPort| {
-            (port.key.proto, port.key.port) == (key.proto, key.port) && !served.contains_key(&port.key)
-        };
-        after.ports().any(|port| is_in_the_way(&port))
-    });
-    let replaced: Vec<MappingKey> = replaced;
-    if !replaced.is_empty() {
-        client::cease(&launch.state_dir, &replaced)?;
+    let new = wanted.keys().filter(|key| !served.contains_key(key));
+    let new: BTreeSet<_> = new.map(|key| (key.proto, key.port)).collect();
+    let (in_the_way, remove): (Vec<MappingKey>, Vec<_>) = served
+        .keys()
+        .filter(|key| !wanted.contains_key(key))
+        .partition(|key| new.contains(&(key.proto, key.port)));
+    if !in_the_way.is_empty() {
+        client::cease(&launch.state_dir, &in_the_way)?;
     }
     let mut relayed = Relayed { remove, ..Relayed::default() };
     let mut lost = Vec::new();

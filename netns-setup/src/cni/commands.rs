@@ -162,7 +162,7 @@ fn remove(conf: &Conf, is_removed: impl Fn(&Attachment) -> bool) -> Result<Answe
     let Some(store) = Store::open(&conf.state_dir)? else { return Ok(Answer::default()) };
     let before = store.load()?;
     let after = before.without(is_removed);
-    if after == before && !before.is_changing {
+    if before.attachments.is_empty() && !before.is_changing {
         return Ok(Answer::default());
     }
     // Nothing has to be started to withdraw ports, unless others are to be restored.

@@ -261,6 +261,11 @@ fn other_addresses(node: &Node) {
         assert_reaches(&node.host, Ipv4Addr::LOCALHOST, 8080);
     }
     assert_eq!(node.served(), ["c1/tcp/[::]:8080"]);
+    // If the new ones cannot be had, the old ones stay.
+    let holder = node.host.run(|| TcpListener::bind("127.0.0.1:8081").unwrap());
+    let more = json!([{ "hostPort": 8080, "containerPort": 80 }, { "hostPort": 8081, "containerPort": 80 }]);
+    refused(node, &Pod { id: "c1".to_owned(), ..dual }, &more, 100);
+    drop(holder);
 }
 
 /// What an `ADD` refuses, its `DEL` does not; and others have no part in it.
