@@ -185,9 +185,9 @@ fn assert_of_process(scrape: &Scrape, scene: &Scene) {
     assert_eq!(scrape.value("rproxy_draining"), 0.0);
     assert!(scrape.value("rproxy_udp_flows_limit") > 0.0);
     assert!(scrape.value("rproxy_workers") <= scrape.value("rproxy_workers_limit"));
-    // It was counted while a scrape was connected.
+    // It was counted while this scrape was connected, by way of a directory, and before the last client's socket was closed.
     let open = scrape.value("rproxy_process_open_fds") - scene.proxy.process.descriptors() as f64;
-    assert!((0.0..=2.0).contains(&open), "{open}");
+    assert!((0.0..=3.0).contains(&open), "{open}");
     assert!(scrape.value("rproxy_process_max_fds") > scrape.value("rproxy_process_open_fds"));
     assert_eq!(scrape.get("rproxy_attached_ports"), None, "there is no --attach");
 }

@@ -83,7 +83,8 @@ pub(super) fn ufw(stage: &Stage) {
         stage.host(command);
         until_settled(stage, command);
     }
-    stage.host("/lib/ufw/ufw-init flush-all");
+    // It fails if a repair comes between its steps.
+    stage.host.command("/lib/ufw/ufw-init flush-all");
     watch.repaired(1);
     until_settled(stage, "flush-all");
 }

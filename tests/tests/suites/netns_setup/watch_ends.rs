@@ -147,6 +147,6 @@ fn abstract_socket(stage: &Stage) {
     // Such a socket belongs to a network namespace.
     let manager = stage.host.run(Systemd::abstract_socket);
     let watch = Watch::notifying(stage, manager, Watch::command(stage));
-    assert!(watch.process.captured(Stream::Stderr).contains("watching the network of"));
+    watch.process.wait_for_line(Stream::Stderr, |line| line.contains("watching the network of"));
     ends(&watch);
 }

@@ -54,10 +54,11 @@ fn start_redirected(name: &str, redirections: &str, host: SocketAddr) -> DockerP
 fn open_files(pid: Pid) -> Vec<(i32, String)> {
     let entries = fs::read_dir(format!("/proc/{pid}/fd")).unwrap();
     let mut files: Vec<_> = entries
-        .map(|entry| {
+        .filter_map(|entry| {
             let path = entry.unwrap().path();
             let number = path.file_name().unwrap().to_str().unwrap().parse().unwrap();
-            (number, fs::read_link(path).unwrap().to_str().unwrap().to_owned())
+            // Others may be closed meanwhile.
+            Some((number, fs::read_link(path).ok()?.to_str().unwrap().to_owned()))
         })
         .collect();
     files.sort();
