@@ -284,12 +284,10 @@ pub fn finding(action: &Action) -> String {
         Action::ServePorts { ports, .. } => format!("the relay does not serve {}", Listed(ports)),
         Action::CeasePorts { ports, .. } => format!("the relay still serves {}", Listed(ports)),
         Action::EndProcess { what, .. } => format!("{what} is left over"),
+        Action::FlushConntrack(_) => "UDP flows may have begun without the rules".to_owned(),
         Action::DeleteAddress { .. }
         | Action::DeleteDefaultRoute { .. }
-        | Action::DeleteConnectedRoute { .. }
-        | Action::FlushConntrack(_) => {
-            format!("to do: {action}")
-        }
+        | Action::DeleteConnectedRoute { .. } => format!("to do: {action}"),
     }
 }
 
