@@ -29,6 +29,7 @@ pub mod controlled;
 pub mod docker_proxy;
 pub mod fake_plane;
 pub mod holdings;
+pub mod image;
 pub mod load;
 pub mod machine;
 pub mod mptcp;

@@ -1,77 +1,18 @@
 //! What a runtime asks for: the environment and standard input (CNI specification 1.1.0, section 2).
 
-use std::fmt;
 use std::io::Read;
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use super::attachment::{AttachmentId, check_name, is_interface};
+use super::command::Command;
 use super::conf::Conf;
 use super::error::CniError;
 use super::version::Version;
 
 /// The longest configuration, in bytes. That of a container with all ports of two protocols has 15 MB.
 const LONGEST_INPUT: u64 = 32 * 1024 * 1024;
-
-/// The value of `CNI_COMMAND`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Command {
-    /// Publish the ports of a container.
-    Add,
-    /// Publish them no more.
-    Del,
-    /// Compare what is there with what was set up.
-    Check,
-    /// Remove what no valid attachment has.
-    Gc,
-    /// Say whether an `ADD` is possible.
-    Status,
-    /// List the supported versions.
-    Version,
-}
-
-impl Command {
-    const ALL: [Self; 6] = [Self::Add, Self::Del, Self::Check, Self::Gc, Self::Status, Self::Version];
-
-    fn parse(text: &str) -> Result<Self, CniError> {
-        let found = Self::ALL.into_iter().find(|command| command.to_string() == text);
-        found.ok_or_else(|| {
-            let known = Self::ALL.map(|command| command.to_string()).join(", ");
-            CniError::Environment(format!("CNI_COMMAND {text:?} is not a command: use one of {known}"))
-        })
-    }
-}
-
-impl fmt::Display for Command {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Add => "ADD",
-            Self::Del => "DEL",
-            Self::Check => "CHECK",
-            Self::Gc => "GC",
-            Self::Status => "STATUS",
-            Self::Version => "VERSION",
-        })
-    }
-}
-
-/// An interface of a container in a network: what a runtime adds and deletes.
-#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct AttachmentId {
-    /// The name of the network.
-    pub network: String,
-    /// The identifier of the container.
-    pub container: String,
-    /// The interface in the container.
-    pub interface: String,
-}
-
-impl fmt::Display for AttachmentId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} ({}, network {})", self.container, self.interface, self.network)
-    }
-}
 
 /// The variables of the environment.
 #[derive(Debug, Clone, Default)]
@@ -127,27 +68,6 @@ impl Environment {
             _ => Ok(()),
         }
     }
-}
-
-/// Refuses a name that the specification does not allow for networks and containers.
-///
-/// # Errors
-/// A message that calls it `what`.
-pub fn check_name(what: &str, name: &str) -> Result<(), String> {
-    let is_plain = |byte: u8| byte.is_ascii_alphanumeric() || b"_.-".contains(&byte);
-    match name.bytes().next() {
-        Some(first) if first.is_ascii_alphanumeric() && name.bytes().all(is_plain) => Ok(()),
-        _ => Err(format!(
-            "{what} {name:?} is not a name: use letters, digits, '_', '.', '-', the first a letter or digit"
-        )),
-    }
-}
-
-/// `dev_valid_name` of net/core/dev.c.
-fn is_interface(name: &str) -> bool {
-    (1..=15).contains(&name.len())
-        && !matches!(name, "." | "..")
-        && !name.contains(|letter: char| letter == '/' || letter == ':' || letter.is_whitespace())
 }
 
 /// A call of the plugin.
@@ -245,10 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_cannot_be_are_refused() {
-        for container in ["", "-c", "a/b", "a b", "é"] {
-            assert!(check_name("CNI_CONTAINERID", container).is_err(), "{container}");
-        }
+    fn an_interface_that_cannot_be_is_refused() {
         for interface in ["a/b", "a:b", "..", "sixteen-letters-", "a b"] {
             let wrong = Environment { interface: Some(interface.to_owned()), ..environment() };
             assert_eq!(wrong.check(Command::Del).unwrap_err().code(), 4, "{interface}");

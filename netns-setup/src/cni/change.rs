@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use rproxy_mapping::addr::Protocol;
 use socket2::Socket;
 
-use super::call::AttachmentId;
+use super::attachment::AttachmentId;
 use super::error::CniError;
 use super::state::{Node, Store};
 use super::{holder, localnet, return_path, rules};

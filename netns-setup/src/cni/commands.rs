@@ -6,7 +6,9 @@ use std::process;
 
 use ipnet::IpNet;
 
-use super::call::{AttachmentId, Call, Command};
+use super::attachment::AttachmentId;
+use super::call::Call;
+use super::command::Command;
 use super::conf::{Conf, Policy, PortRequest, SourceAddress, ValidAttachment};
 use super::error::CniError;
 use super::result::Addresses;
@@ -121,7 +123,7 @@ fn with_interfaces(plain: Attachment, conf: &Conf, addresses: &Addresses) -> Res
     if plain.ports.is_empty() || !is_dnat && !keeps_source {
         return Ok(plain);
     }
-    let side = observe::side().map_err(|error| CniError::Localnet {
+    let side = observe::side().map_err(|error| CniError::Host {
         step: "list the host's routes".to_owned(),
         source: std::io::Error::other(error),
     })?;

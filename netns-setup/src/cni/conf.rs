@@ -9,7 +9,7 @@ use serde::{Deserialize, Deserializer};
 use serde_json::Value;
 use serde_json::value::RawValue;
 
-use super::call::check_name;
+use super::attachment::check_name;
 use super::error::CniError;
 use crate::host_ip::HostIp;
 use crate::model::Via;

@@ -3,9 +3,6 @@
 use std::io;
 use std::path::PathBuf;
 
-use serde::Serialize;
-
-use super::version::{Version, supported};
 use crate::firewall::tool::ToolError;
 use crate::private_dir::DirError;
 use crate::relay::RelayError;
@@ -17,11 +14,8 @@ use crate::state::StateError;
 #[derive(Debug, thiserror::Error)]
 pub enum CniError {
     /// A version that this plugin does not know, or that lacks the command.
-    #[error("{what}; this plugin supports {}", supported())]
-    Version {
-        /// What is not supported.
-        what: String,
-    },
+    #[error("{0}")]
+    Version(String),
     /// A key of the configuration whose meaning this plugin does not have.
     #[error("{key} is not supported: {way_out}")]
     Unsupported {
@@ -106,9 +100,9 @@ pub enum CniError {
     /// No random bits.
     #[error("cannot read /dev/urandom: {0}")]
     Random(#[source] io::Error),
-    /// What makes loopback addresses reach containers could not be set up.
+    /// The host's routes or a kernel parameter could not be read or set.
     #[error("cannot {step}: {source}")]
-    Localnet {
+    Host {
         /// What was tried.
         step: String,
         /// Why.
@@ -133,7 +127,7 @@ impl CniError {
     #[must_use]
     pub fn code(&self) -> u32 {
         match self {
-            Self::Version { .. } => 1,
+            Self::Version(_) => 1,
             Self::Unsupported { .. } => 2,
             Self::Environment(_) => 4,
             Self::Read(_) => 5,
@@ -142,7 +136,7 @@ impl CniError {
             Self::NotReady(_) => 50,
             Self::PortTaken { .. } | Self::Shared(_) => 100,
             Self::Reserve(_) => 101,
-            Self::Rules(_) | Self::Localnet { .. } | Self::Conntrack(_) | Self::ReturnPath(_) => 102,
+            Self::Rules(_) | Self::Host { .. } | Self::Conntrack(_) | Self::ReturnPath(_) => 102,
             Self::Relay(_) => 103,
             Self::Dir(_)
             | Self::States(_)
@@ -157,34 +151,12 @@ impl CniError {
         }
     }
 
-    /// The answer for the runtime, which reads standard output.
+    /// Where the specification says more, if the message does not.
     #[must_use]
-    pub fn json(&self, version: Version) -> String {
-        let answer = Answer {
-            cni_version: version.as_str(),
-            code: self.code(),
-            msg: self.to_string(),
-            details: self.details(),
-        };
-        // Strings and a number can always be encoded.
-        serde_json::to_string(&answer).unwrap_or_default()
-    }
-
-    /// What has led to it, if the message does not say so.
-    fn details(&self) -> String {
+    pub fn details(&self) -> &'static str {
         match self {
-            Self::Environment(_) => "CNI specification 1.1.0, section 2, \"Parameters\"".to_owned(),
-            _ => String::new(),
+            Self::Environment(_) => "CNI specification 1.1.0, section 2, \"Parameters\"",
+            _ => "",
         }
     }
-}
-
-#[derive(Serialize)]
-struct Answer<'a> {
-    #[serde(rename = "cniVersion")]
-    cni_version: &'a str,
-    code: u32,
-    msg: String,
-    #[serde(skip_serializing_if = "String::is_empty")]
-    details: String,
 }

@@ -23,8 +23,8 @@ pub(super) fn to_allow(ours: &[String], wanted: &[String]) -> Result<Vec<String>
     let mut allowed = ours.to_vec();
     for interface in wanted.iter().filter(|interface| !ours.contains(interface)) {
         let key = key(interface);
-        let value = sysctl::read(&key)
-            .map_err(|source| CniError::Localnet { step: format!("read {key}"), source })?;
+        let value =
+            sysctl::read(&key).map_err(|source| CniError::Host { step: format!("read {key}"), source })?;
         if value.as_deref() == Some(FORBIDDEN) {
             allowed.push(interface.clone());
         }
@@ -46,7 +46,7 @@ pub(super) fn missing(interface: Option<&str>) -> Result<Option<String>, CniErro
     let Some(interface) = interface else { return Ok(None) };
     let key = key(interface);
     let value =
-        sysctl::read(&key).map_err(|source| CniError::Localnet { step: format!("read {key}"), source })?;
+        sysctl::read(&key).map_err(|source| CniError::Host { step: format!("read {key}"), source })?;
     Ok(value.filter(|value| value != ALLOWED).map(|value| format!("{key} is {value}, not {ALLOWED}")))
 }
 
@@ -62,7 +62,7 @@ fn set(interface: &str, value: &str) -> Result<(), CniError> {
     match sysctl::write(&key, value) {
         // An interface that is gone has no parameter.
         Err(source) if source.kind() != io::ErrorKind::NotFound => {
-            Err(CniError::Localnet { step: format!("set {key}={value}"), source })
+            Err(CniError::Host { step: format!("set {key}={value}"), source })
         }
         _ => Ok(()),
     }

@@ -4,8 +4,10 @@
 //! It is chained after a plugin that gives a container its addresses, and takes the place of `portmap`. One relay
 //! ([`crate::relay`]) holds and serves all ports of a node; nft translates those packets that need no relay (`rules`).
 
+pub mod attachment;
 pub mod call;
 pub mod cli;
+pub mod command;
 pub mod commands;
 pub mod conf;
 pub mod error;
@@ -22,7 +24,10 @@ mod rules;
 use std::io::{Read, Write};
 use std::process::ExitCode;
 
-use self::call::{Command, Environment, Understood};
+use serde_json::json;
+
+use self::call::{Environment, Understood};
+use self::command::Command;
 use self::error::CniError;
 use self::version::Version;
 
@@ -40,7 +45,7 @@ pub fn answer(
             warnings.iter().for_each(|warning| drop(writeln!(log, "rproxy-portmap: {warning}")));
             (text, ExitCode::SUCCESS)
         }
-        Err(error) => (error.json(version), ExitCode::FAILURE),
+        Err(error) => (error_json(&error, version), ExitCode::FAILURE),
     };
     match text.is_empty() || writeln!(out, "{text}").and_then(|()| out.flush()).is_ok() {
         true => status,
@@ -59,4 +64,14 @@ fn call(environment: &Environment, input: &mut dyn Read) -> (Version, Result<com
     }
     let Understood { version, call } = call::understand(command, environment, &conf, &text);
     (version, call.and_then(|call| commands::run(&call)))
+}
+
+/// An error, as runtimes read it on standard output (CNI specification 1.1.0, section 5, "Error").
+fn error_json(error: &CniError, version: Version) -> String {
+    let mut answer =
+        json!({ "cniVersion": version.as_str(), "code": error.code(), "msg": error.to_string() });
+    if !error.details().is_empty() {
+        answer["details"] = error.details().into();
+    }
+    answer.to_string()
 }

@@ -7,7 +7,7 @@ use ipnet::IpNet;
 use rproxy_mapping::addr::Protocol;
 use serde::{Deserialize, Serialize};
 
-use super::call::AttachmentId;
+use super::attachment::AttachmentId;
 use super::error::CniError;
 use crate::host_ip::HostIp;
 use crate::model::{MappingKey, Via};

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::call::Command;
+use super::command::Command;
 use super::error::CniError;
 
 /// All of them, the oldest first.
@@ -24,11 +24,10 @@ impl Version {
     /// If this plugin does not support it.
     pub fn of(conf: &Value) -> Result<Self, CniError> {
         let Some(text) = conf.get("cniVersion").and_then(Value::as_str) else {
-            let what = "cniVersion is missing in the configuration".to_owned();
-            return Err(CniError::Version { what });
+            return Err(unsupported("cniVersion is missing in the configuration"));
         };
         let found = SUPPORTED.iter().position(|known| *known == text);
-        found.map(Self).ok_or_else(|| CniError::Version { what: format!("cniVersion {text:?} is unknown") })
+        found.map(Self).ok_or_else(|| unsupported(&format!("cniVersion {text:?} is unknown")))
     }
 
     /// Refuses a command that this version does not have.
@@ -44,8 +43,8 @@ impl Version {
         if self >= since {
             return Ok(());
         }
-        let what = format!("{command} exists since version {}, not in {}", since.as_str(), self.as_str());
-        Err(CniError::Version { what })
+        let (since, own) = (since.as_str(), self.as_str());
+        Err(unsupported(&format!("{command} exists since version {since}, not in {own}")))
     }
 
     /// As in `cniVersion`.
@@ -59,6 +58,10 @@ impl Version {
 #[must_use]
 pub fn supported() -> String {
     SUPPORTED.join(", ")
+}
+
+fn unsupported(what: &str) -> CniError {
+    CniError::Version(format!("{what}; this plugin supports {}", supported()))
 }
 
 /// The answer to `VERSION`. It has the version of the question, whatever that is.

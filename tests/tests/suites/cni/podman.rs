@@ -2,15 +2,15 @@
 
 use std::fs;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener};
-use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use serde_json::json;
 use tempfile::TempDir;
 use testkit::backend::TcpBackend;
+use testkit::image;
 use testkit::netns::Namespace;
-use testkit::process::{Output, run};
+use testkit::process::Output;
 use testkit::require::{self, Need};
 use testkit::rproxy::portmap;
 use testkit::suite::Case;
@@ -58,8 +58,8 @@ impl<'n> Podman<'n> {
         fs::create_dir(dir.path().join("net.d")).unwrap();
         fs::write(dir.path().join(format!("net.d/{NETWORK}.conflist")), list.to_string()).unwrap();
         let podman = Self { node, dir };
-        let archive = image(podman.dir.path());
-        podman.run(&format!("import {archive} small")).success();
+        let archive = image::busybox(podman.dir.path());
+        podman.run(&format!("import {} small", archive.display())).success();
         podman
     }
 
@@ -87,18 +87,6 @@ impl Drop for Podman<'_> {
     fn drop(&mut self) {
         self.run("rm --all --force --time 0");
     }
-}
-
-/// An image with nothing but busybox; the path of its archive.
-fn image(dir: &Path) -> String {
-    let root = dir.join("image");
-    fs::create_dir_all(root.join("bin")).unwrap();
-    fs::copy(require::find("busybox").unwrap(), root.join("bin/busybox")).unwrap();
-    let archive = root.with_extension("tar");
-    let mut tar = require::command("tar");
-    tar.arg("-C").arg(&root).arg("-cf").arg(&archive).arg(".");
-    run(tar).success();
-    archive.display().to_string()
 }
 
 fn podman(node: &Node) {

@@ -6,7 +6,6 @@
 use std::fs::{self, Permissions};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
-use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -17,6 +16,7 @@ use rproxy_mapping::addr::wildcard_of;
 use testkit::backend::TcpBackend;
 use testkit::client;
 use testkit::eventually;
+use testkit::image;
 use testkit::netns::Namespace;
 use testkit::process::{Output, Process, Stream, run};
 use testkit::require::{self, Need};
@@ -83,7 +83,7 @@ impl Podman {
         let process = host.spawn(command);
         process.wait_for_line(Stream::Stdout, |line| line == "ready");
         let podman = Self { process, host, outside, dir };
-        let archive = image(podman.dir.path());
+        let archive = image::busybox(podman.dir.path());
         podman.podman(&format!("import {} small", archive.display())).success();
         podman
     }
@@ -116,8 +116,9 @@ impl Podman {
     /// The network of a running container.
     fn network_of(&self, container: &str) -> Namespace {
         let pid = self.podman(&format!("inspect --format {{{{.State.Pid}}}} {container}")).success();
-        let first = self.process.only_child();
-        Namespace::open(&format!("/proc/{first}/root/proc/{}/ns/net", pid.trim()))
+        // As numbered in the namespace of its processes.
+        let inside = format!("/proc/{}/root", self.process.only_child());
+        Namespace::open(&format!("{inside}/proc/{}/ns/net", pid.trim()))
     }
 
     /// Servers in `web`.
@@ -176,18 +177,6 @@ fn home() -> TempDir {
         chown(&path, Some(USER), Some(USER)).unwrap();
     }
     directory
-}
-
-/// An image with nothing but busybox.
-fn image(dir: &Path) -> PathBuf {
-    let root = dir.join("image");
-    fs::create_dir_all(root.join("bin")).unwrap();
-    fs::copy(require::find("busybox").unwrap(), root.join("bin/busybox")).unwrap();
-    let archive = root.with_extension("tar");
-    let mut tar = require::command("tar");
-    tar.arg("-C").arg(&root).arg("-cf").arg(&archive).arg(".");
-    run(tar).success();
-    archive
 }
 
 /// Checks that clients of both families are served, outside and on the host.
