@@ -57,9 +57,9 @@ pub(super) fn publish(
         // Whoever adds what is there already may want it mended.
         let known = known(before).filter(|before| before.attachment(own).is_none());
         rules::change(known, &after)?;
-        let paths = known.map(Node::return_path).unwrap_or_default();
-        return_path::change(store.path(), &paths, &after.return_path())?;
-        return_path::change(store.path(), &before.return_path(), &after.return_path())?;
+        let return_path = after.return_path();
+        return_path::change(store.path(), &known.map(Node::return_path).unwrap_or_default(), &return_path)?;
+        return_path::change(store.path(), &before.return_path(), &return_path)?;
         // All or nothing, and last.
         relay(&relayed, launch)?;
         Ok(localnet)

@@ -19,6 +19,9 @@ pub const SUPERVISE: &str = "supervise-relay";
 /// The option of the supervisor that names its network.
 pub const NETWORK: &str = "--network";
 
+/// The network namespace of the caller.
+const OWN: &str = "/proc/thread-self/ns/net";
+
 /// The option of the supervisor that names its state directory.
 pub const STATE_DIR: &str = "--state-dir";
 
@@ -35,15 +38,13 @@ pub struct Found {
 #[must_use]
 pub fn find(network: &Id, ports: &[RelayedPort]) -> Found {
     let mut found = Found::default();
-    let Some(own) = namespace(Path::new("/proc/thread-self/ns/net")) else { return found };
+    let Some(own) = namespace(Path::new(OWN)) else { return found };
     let singles: BTreeMap<Vec<String>, MappingKey> =
         ports.iter().map(|port| (single_arguments(port), port.key)).collect();
     for (pid, words) in commands() {
         let key = single(&words).and_then(|arguments| singles.get(arguments)).copied();
-        let is_supervisor = is_supervisor(&words, network);
-        if !(is_supervisor || key.is_some())
-            || namespace(&PathBuf::from(format!("/proc/{pid}/ns/net"))) != Some(own)
-        {
+        let is_supervisor = is_supervisor(&words, NETWORK, network.as_str());
+        if !(is_supervisor || key.is_some()) || namespace_of(pid) != Some(own) {
             continue;
         }
         let Some(process) = process::running(pid) else { continue };
@@ -58,15 +59,12 @@ pub fn find(network: &Id, ports: &[RelayedPort]) -> Found {
 /// The supervisors in the caller's network namespace that were started for a state directory.
 #[must_use]
 pub fn supervisors_of(state_dir: &Path) -> Vec<RelayProcess> {
-    let Some(own) = namespace(Path::new("/proc/thread-self/ns/net")) else { return Vec::new() };
+    let Some(own) = namespace(Path::new(OWN)) else { return Vec::new() };
+    // As the one who has started it has named it.
+    let state_dir = state_dir.canonicalize().unwrap_or_else(|_| state_dir.to_owned());
     let state_dir = state_dir.to_string_lossy();
-    let is_it = |words: &[String]| {
-        let mut named = words.windows(2);
-        words.get(1).is_some_and(|word| word == SUPERVISE)
-            && named.any(|pair| pair[0] == STATE_DIR && pair[1] == state_dir)
-    };
     let found = commands().filter(|(pid, words)| {
-        is_it(words) && namespace(&PathBuf::from(format!("/proc/{pid}/ns/net"))) == Some(own)
+        is_supervisor(words, STATE_DIR, &state_dir) && namespace_of(*pid) == Some(own)
     });
     found.filter_map(|(pid, _words)| process::running(pid)).collect()
 }
@@ -84,10 +82,11 @@ fn commands() -> impl Iterator<Item = (u32, Vec<String>)> {
     })
 }
 
-fn is_supervisor(words: &[String], network: &Id) -> bool {
-    let mut named = words.windows(2);
+/// Whether it is the command line of a supervisor with this value of an option.
+fn is_supervisor(words: &[String], option: &str, value: &str) -> bool {
+    let mut pairs = words.windows(2);
     words.get(1).is_some_and(|word| word == SUPERVISE)
-        && named.any(|pair| pair[0] == NETWORK && pair[1] == network.as_str())
+        && pairs.any(|pair| pair[0] == option && pair[1] == value)
 }
 
 /// The arguments of a relay for one port.
@@ -113,6 +112,11 @@ fn single_arguments(port: &RelayedPort) -> Vec<String> {
     pairs.chain(["-use-listen-fd".to_owned()]).collect()
 }
 
+/// The network namespace of a process.
+fn namespace_of(pid: u32) -> Option<(u64, u64)> {
+    namespace(&PathBuf::from(format!("/proc/{pid}/ns/net")))
+}
+
 fn namespace(path: &Path) -> Option<(u64, u64)> {
     fs::metadata(path).ok().map(|meta| (meta.dev(), meta.ino()))
 }
@@ -131,9 +135,9 @@ mod tests {
     fn a_supervisor_is_known_by_its_network() {
         let (id, other) = (Id::from_bytes([7; 32]), Id::from_bytes([8; 32]));
         let line = words(&format!("netns-setup {SUPERVISE} --rproxy /usr/bin/rproxy {NETWORK} {id}"));
-        assert!(is_supervisor(&line, &id));
-        assert!(!is_supervisor(&line, &other));
-        assert!(!is_supervisor(&words(&format!("vi {id}")), &id));
+        assert!(is_supervisor(&line, NETWORK, id.as_str()));
+        assert!(!is_supervisor(&line, NETWORK, other.as_str()));
+        assert!(!is_supervisor(&words(&format!("vi {id}")), NETWORK, id.as_str()));
     }
 
     #[test]
