@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::{Read, Write};
-use std::net::UdpSocket;
+use std::net::{TcpStream, UdpSocket};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
@@ -16,7 +16,7 @@ use testkit::process::{self, Process, Stream};
 use testkit::rproxy::{self, rproxy};
 use testkit::suite::Case;
 use testkit::systemd::Systemd;
-use testkit::udp;
+use testkit::{eventually, udp};
 
 pub(crate) fn cases() -> Vec<Case> {
     let case = |name: &str, body: fn()| Case::new(name, body);
@@ -167,13 +167,13 @@ fn sockets_by_name() {
 
 fn sockets_of_others() {
     let (backend, systemd) = (TcpBackend::echo(), Systemd::new());
-    let (listener, address) = client::own_listener();
+    let ((listener, passed), address) = (client::own_listener(), client::own_address());
     let (host, to) = (address.to_string(), backend.address().to_string());
     let command = systemd.command_for("1", &["--host", &host, "--to", &to], vec![("x", listener.into())]);
     let _proxy = Process::spawn(command);
-    // It was closed, so that its port was free.
     assert_eq!(systemd.told(), ["READY=1"]);
     client::assert_echoes(address);
+    eventually("it is closed", || TcpStream::connect(passed).is_err());
 }
 
 fn wrong_sockets() {

@@ -290,8 +290,11 @@ fn unmendable(stage: &Stage) {
     // Somebody else's bridge under the name.
     stage.host("ip link delete docker0");
     watch.repaired(1);
+    // So that it does not come first.
+    watch.process.pause();
     stage.host("ip link delete docker0");
     stage.host("ip link add docker0 type bridge");
+    watch.process.resume();
     let said = watch.says("the interface docker0 is not the one that netns-setup made");
     assert!(said.contains("run `netns-setup repair --state-dir "), "{said}");
     stage.host("ip link set docker0 mtu 1400");
