@@ -6,7 +6,7 @@ use std::time::Duration;
 pub const UNLIMITED: &str = "unlimited";
 
 /// A longer duration is almost certainly a mistake, and could overflow the clock.
-const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
+pub(crate) const LONGEST: Duration = Duration::from_secs(365 * 24 * 3600);
 
 /// Parses a number of seconds, such as `10`, or a number with a unit.
 ///

@@ -20,6 +20,7 @@ pub mod overlap;
 pub mod ports;
 pub mod proxy_protocol;
 pub mod publish;
+pub mod rate;
 pub mod source;
 #[cfg(any(test, feature = "testdata"))]
 pub mod testdata;

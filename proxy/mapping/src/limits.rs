@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::access::AccessList;
 use crate::dscp::Dscp;
 use crate::proxy_protocol::ProxyProtocol;
+use crate::rate::Rate;
 use crate::source::{Device, Source};
 
 /// The limits of a mapping's connections and flows, the clients that it serves, and other options.
@@ -21,6 +22,10 @@ pub struct Limits {
     pub max_connections: Option<usize>,
     /// How to treat a connection beyond `max_connections`.
     pub on_limit: OnLimit,
+    /// The maximum number of concurrent connections from one source, an IPv4 address or an IPv6 /64. Those beyond are reset.
+    pub max_connections_per_source: Option<usize>,
+    /// How fast one source may open connections and UDP flows. Connections beyond are reset, and datagrams dropped.
+    pub rate: Option<Rate>,
     /// A UDP flow expires after this long without a datagram in either direction.
     pub udp_timeout: Duration,
     /// The maximum number of UDP flows; `None` for as many as descriptors allow: one each, and one more while the
@@ -54,6 +59,8 @@ impl Default for Limits {
             idle_timeout: None,
             max_connections: None,
             on_limit: OnLimit::Wait,
+            max_connections_per_source: None,
+            rate: None,
             // The default of docker-proxy (moby, cmd/docker-proxy/udp_proxy_linux.go).
             udp_timeout: Duration::from_secs(90),
             udp_max_flows: None,

@@ -12,6 +12,7 @@ use crate::access::{AccessList, parse_network};
 use crate::limits::{Limits, OnLimit};
 use crate::ports::PortRange;
 use crate::proxy_protocol::{ProxyDatagrams, ProxyProtocol, ProxyVersion};
+use crate::rate::Rate;
 use crate::source::{Device, Source};
 
 /// Generates any mapping, with or without limits.
@@ -42,35 +43,40 @@ fn any_limits() -> impl Strategy<Value = Limits> {
     let count = || proptest::option::of(1..100_000_usize);
     let optional = || proptest::option::of(limit());
     let times = (optional(), optional(), limit());
+    let rate = (1..10_000_u32, limit(), 1..10_u32)
+        .prop_map(|(count, period, times)| Rate::new(count, period, count * times).ok());
     let dscp = proptest::option::of((0..64_u8).prop_map(|bits| bits.to_string().parse().unwrap()));
     let switches = (any::<bool>(), any::<bool>(), any::<bool>());
     let access = (any_networks(), any_networks());
     let path = (any_source(), proptest::option::of("[a-z][a-z0-9.-]{0,14}"), dscp);
-    (times, switches, (count(), count(), count()), path, any_proxy_protocol(), access).prop_map(
-        |(
-            (connect_timeout, idle_timeout, udp_timeout),
-            is_on,
-            counts,
-            path,
-            proxy_protocol,
-            (allow, deny),
-        )| Limits {
-            connect_timeout,
-            idle_timeout,
-            max_connections: counts.0,
-            on_limit: if is_on.0 { OnLimit::Reset } else { OnLimit::Wait },
-            udp_timeout,
-            udp_max_flows: counts.1,
-            udp_max_flows_per_source: counts.2,
-            udp_any_port: is_on.1,
-            dscp: path.2,
-            source: path.0,
-            device: path.1.map(|name| name.parse::<Device>().unwrap()),
-            proxy_protocol,
-            access_log: is_on.2,
-            access: AccessList { allow, deny },
-        },
-    )
+    (times, switches, (count(), count(), count(), count(), rate), path, any_proxy_protocol(), access)
+        .prop_map(
+            |(
+                (connect_timeout, idle_timeout, udp_timeout),
+                is_on,
+                counts,
+                path,
+                proxy_protocol,
+                (allow, deny),
+            )| Limits {
+                connect_timeout,
+                idle_timeout,
+                max_connections: counts.0,
+                on_limit: if is_on.0 { OnLimit::Reset } else { OnLimit::Wait },
+                max_connections_per_source: counts.3,
+                rate: counts.4,
+                udp_timeout,
+                udp_max_flows: counts.1,
+                udp_max_flows_per_source: counts.2,
+                udp_any_port: is_on.1,
+                dscp: path.2,
+                source: path.0,
+                device: path.1.map(|name| name.parse::<Device>().unwrap()),
+                proxy_protocol,
+                access_log: is_on.2,
+                access: AccessList { allow, deny },
+            },
+        )
 }
 
 fn any_networks() -> impl Strategy<Value = Vec<IpNet>> {

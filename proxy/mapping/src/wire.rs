@@ -77,6 +77,12 @@ pub struct WireLimits {
     /// `wait` or `reset`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub on_limit: Option<String>,
+    /// At least 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_connections_per_source: Option<usize>,
+    /// A rate, such as `10/s burst 50`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rate: Option<String>,
     /// A duration.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub udp_timeout: Option<String>,
@@ -214,6 +220,8 @@ impl WireLimits {
             idle_timeout: duration(limits.idle_timeout, default.idle_timeout),
             max_connections: limits.max_connections,
             on_limit: (limits.on_limit != OnLimit::default()).then(|| limits.on_limit.to_string()),
+            max_connections_per_source: limits.max_connections_per_source,
+            rate: limits.rate.map(|rate| rate.to_string()),
             udp_timeout: duration(Some(limits.udp_timeout), Some(default.udp_timeout)),
             udp_max_flows: limits.udp_max_flows,
             udp_max_flows_per_source: limits.udp_max_flows_per_source,
@@ -239,6 +247,9 @@ impl WireLimits {
         let max_connections = read_count("limits.max_connections", self.max_connections, wrong);
         let on_limit = self.on_limit.as_deref().map(str::parse).transpose();
         let on_limit = wrong.note("limits.on_limit", on_limit);
+        let per_source = self.max_connections_per_source;
+        let max_connections_per_source = read_count("limits.max_connections_per_source", per_source, wrong);
+        let rate = wrong.note("limits.rate", self.rate.as_deref().map(str::parse).transpose());
         let udp_timeout = self.udp_timeout.as_deref().map(|text| match text {
             UNLIMITED => Err("flows need one, such as \"90s\"".to_owned()),
             text => parse_limit(text),
@@ -258,6 +269,8 @@ impl WireLimits {
             idle_timeout: idle_timeout?.unwrap_or(default.idle_timeout),
             max_connections: max_connections?,
             on_limit: on_limit?.unwrap_or_default(),
+            max_connections_per_source: max_connections_per_source?,
+            rate: rate?,
             udp_timeout: udp_timeout?.unwrap_or(default.udp_timeout),
             udp_max_flows: udp_max_flows?,
             udp_max_flows_per_source: per_source?,
@@ -398,7 +411,7 @@ mod tests {
             r#"{"name":"web","host":"10.0.0.11","host_ports":"8000-8010","to":"[fd00::2]","to_ports":"80"}"#,
             r#"{"host_ports":"1000-1009","to":"172.17.0.2","to_ports":"2000-2009","proto":"tcp+udp","v6only":true}"#,
             r#"{"to":"172.17.0.2","to_ports":"80","limits":{"connect_timeout":"unlimited","idle_timeout":"1m",
-                "max_connections":9,"on_limit":"reset","udp_timeout":"5s","udp_max_flows":7,
+                "max_connections":9,"on_limit":"reset","max_connections_per_source":2,"rate":"10/s burst 50","udp_timeout":"5s","udp_max_flows":7,
                 "udp_max_flows_per_source":3,"udp_any_port":true,"dscp":"ef","send_proxy":"v2","send_proxy_udp":"first",
                 "accept_proxy":["10.0.0.0/8"],"proxy_timeout":"1s","source":"client","device":"eth0","allow":["10.0.0.0/8"],"deny":["fd00::/8"]}}"#,
         ] {
@@ -430,6 +443,14 @@ mod tests {
             ),
             (r#"{"to":"172.17.0.2","to_ports":"80","limits":{"udp_timeout":"unlimited"}}"#, "flows need one"),
             (r#"{"to":"172.17.0.2","to_ports":"80","limits":{"max_connections":0}}"#, "of at least 1"),
+            (
+                r#"{"to":"172.17.0.2","to_ports":"80","limits":{"max_connections_per_source":0}}"#,
+                "limits.max_connections_per_source: write a number of at least 1",
+            ),
+            (
+                r#"{"to":"172.17.0.2","to_ports":"80","limits":{"rate":"10"}}"#,
+                "limits.rate: in which time? write 10/s",
+            ),
             (
                 r#"{"to":"172.17.0.2","to_ports":"80","limits":{"dscp":"AF5"}}"#,
                 "limits.dscp: not a code point",

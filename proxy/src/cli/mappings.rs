@@ -16,6 +16,7 @@ use rproxy_mapping::name::Name;
 use rproxy_mapping::overlap::refuse_overlap;
 use rproxy_mapping::proxy_protocol::{ProxyDatagrams, ProxyProtocol, ProxyVersion};
 use rproxy_mapping::publish::{ExposedPorts, PublishSpec};
+use rproxy_mapping::rate::Rate;
 use rproxy_mapping::source::{Device, Source};
 use rproxy_mapping::{Mapping, MappingError};
 
@@ -75,6 +76,13 @@ struct LimitArgs {
     /// Whether clients beyond --max-connections wait in the backlog or are reset
     #[arg(long, value_parser = on_limit(), default_value_t)]
     on_limit: OnLimit,
+    /// Concurrent connections from one IPv4 address or IPv6 /64; those beyond are reset
+    #[arg(long, value_name = "COUNT", value_parser = parse_count, allow_hyphen_values = true)]
+    max_connections_per_source: Option<usize>,
+    /// New connections and UDP flows from one IPv4 address or IPv6 /64, such as 10/s, 100/m or '10/s burst 50'; those
+    /// beyond are reset, or their datagrams dropped
+    #[arg(long, value_name = "RATE", allow_hyphen_values = true)]
+    rate: Option<Rate>,
     /// Serve only clients in these networks, such as 10.0.0.0/8,fd00::/8
     #[arg(long, value_name = "NETWORK", value_delimiter = ',', value_parser = parse_network)]
     allow: Vec<IpNet>,
@@ -132,6 +140,8 @@ impl LimitArgs {
             idle_timeout: self.idle_timeout.0,
             max_connections: self.max_connections,
             on_limit: self.on_limit,
+            max_connections_per_source: self.max_connections_per_source,
+            rate: self.rate,
             udp_timeout: self.udp_timeout,
             udp_max_flows: self.udp_max_flows,
             udp_max_flows_per_source: self.udp_max_flows_per_source,
@@ -159,7 +169,7 @@ struct Asked {
 
 impl MappingArgs {
     /// The ids of these options in clap. All of them can be expressed in a file.
-    pub(super) const IDS: [&str; 26] = [
+    pub(super) const IDS: [&str; 28] = [
         "host",
         "to",
         "publish",
@@ -172,6 +182,8 @@ impl MappingArgs {
         "idle_timeout",
         "max_connections",
         "on_limit",
+        "max_connections_per_source",
+        "rate",
         "allow",
         "deny",
         "udp_timeout",

@@ -15,6 +15,8 @@ macro_rules! with_keys {
             idle_timeout,
             max_connections,
             on_limit,
+            max_connections_per_source,
+            rate,
             allow,
             deny,
             udp_timeout,
@@ -38,15 +40,17 @@ macro_rules! names {
 }
 
 /// All keys.
-pub(super) const KEYS: [&str; 23] = with_keys!(names);
+pub(super) const KEYS: [&str; 25] = with_keys!(names);
 
 /// The keys of `[attach]`.
-pub(super) const ATTACH_KEYS: [&str; 19] = [
+pub(super) const ATTACH_KEYS: [&str; 21] = [
     "name",
     "connect_timeout",
     "idle_timeout",
     "max_connections",
     "on_limit",
+    "max_connections_per_source",
+    "rate",
     "allow",
     "deny",
     "udp_timeout",

@@ -4,6 +4,7 @@ mod access_line;
 pub(crate) mod record;
 pub(crate) mod recorder;
 mod refusals;
+pub(crate) mod sources;
 pub mod stats;
 pub(crate) mod task;
 
@@ -20,6 +21,7 @@ use tokio::sync::Notify;
 use crate::runtime::poll::WatchedListener;
 use crate::state::record::{Ending, Record, RecordedPort};
 use crate::state::recorder::Recorder;
+use crate::state::sources::Sources;
 use crate::state::stats::Stats;
 
 /// A listening socket and its target.
@@ -84,6 +86,8 @@ pub(crate) struct MappingState {
     told_full: AtomicBool,
     /// When that was logged last.
     told_full_at: Mutex<Option<Instant>>,
+    /// What each source of clients has, if there are limits for it.
+    sources: Sources,
     /// Notified when a connection has ended that a client waited for.
     capacity: Arc<Capacity>,
     /// Records its connections and flows, if anybody can ask for them.
@@ -128,6 +132,7 @@ impl MappingState {
             is_full: AtomicBool::default(),
             told_full: AtomicBool::default(),
             told_full_at: Mutex::default(),
+            sources: Sources::default(),
             capacity,
             recorder,
         }

@@ -43,6 +43,10 @@ pub(crate) enum Ending {
     Denied,
     /// The mapping has reached `max_connections`.
     OverLimit,
+    /// Its source has reached `max_connections_per_source`.
+    OverSourceLimit,
+    /// Its source exceeds `rate`.
+    OverRate,
     /// A flow gave way to another one.
     Evicted,
     /// A user ended it.
@@ -57,7 +61,7 @@ pub(crate) enum Ending {
 
 impl Ending {
     /// All, in the order of their numbers.
-    pub(crate) const ALL: [Self; 19] = [
+    pub(crate) const ALL: [Self; 21] = [
         Self::ClientClosed,
         Self::BackendClosed,
         Self::ClientReset,
@@ -72,6 +76,8 @@ impl Ending {
         Self::BadProxyHeader,
         Self::Denied,
         Self::OverLimit,
+        Self::OverSourceLimit,
+        Self::OverRate,
         Self::Evicted,
         Self::Cut,
         Self::Removed,
@@ -96,6 +102,8 @@ impl Ending {
             Self::BadProxyHeader => "bad_proxy_header",
             Self::Denied => "denied",
             Self::OverLimit => "over_limit",
+            Self::OverSourceLimit => "over_source_limit",
+            Self::OverRate => "over_rate",
             Self::Evicted => "evicted",
             Self::Cut => "cut",
             Self::Removed => "removed",

@@ -1,13 +1,15 @@
 //! Clients that a mapping does not serve are counted and logged.
 
 use std::net::SocketAddr;
+use std::time::Instant;
 
-use rproxy_mapping::addr::canonical;
+use rproxy_mapping::addr::{Protocol, canonical};
 use tracing::info;
 
 use crate::log::limit::LogLimit;
 use crate::state::Target;
 use crate::state::record::Ending;
+use crate::state::sources::{Place, Source, Token};
 use crate::state::stats::FailureKind;
 
 impl Target {
@@ -33,6 +35,60 @@ impl Target {
             let (mapping, client) = (&self.policy.state.name, canonical(client));
             let limit = self.policy.limits.max_connections;
             info!(%mapping, %client, max_connections = limit, suppressed, "client reset: the mapping is full");
+        }
+    }
+
+    /// Whether the source of `client` may have another connection, which counts until the place is dropped.
+    ///
+    /// # Errors
+    /// How the connection ends; that is counted and logged.
+    pub(crate) fn admit_source(&self, client: SocketAddr) -> Result<Option<Box<Place>>, Ending> {
+        static OVER: LogLimit = LogLimit::new();
+
+        let limits = &self.policy.limits;
+        if limits.max_connections_per_source.is_none() && limits.rate.is_none() {
+            return Ok(None);
+        }
+        let (state, source) = (&self.policy.state, Source::of(client.ip()));
+        let place = limits.max_connections_per_source.map(|most| Place::take(state, source, most));
+        if let (Some(None), Some(limit)) = (&place, limits.max_connections_per_source) {
+            state.stats.count(FailureKind::OverSourceLimit);
+            if let Some(suppressed) = OVER.permit() {
+                let (mapping, client) = (&state.name, canonical(client));
+                info!(%mapping, %client, %source, max_connections_per_source = limit, suppressed, "client reset: its source has as many connections as it may");
+            }
+            return Err(Ending::OverSourceLimit);
+        }
+        // A connection that is refused takes no token.
+        if self.admits_at_rate(client) { Ok(place.flatten()) } else { Err(Ending::OverRate) }
+    }
+
+    /// Whether the source of `client` may open another connection or flow now.
+    pub(crate) fn admits_at_rate(&self, client: SocketAddr) -> bool {
+        static OVER: LogLimit = LogLimit::new();
+        static MANY: LogLimit = LogLimit::new();
+
+        let Some(rate) = self.policy.limits.rate else { return true };
+        let (state, protocol) = (&self.policy.state, self.port_mapping.protocol);
+        let (mapping, source) = (&state.name, Source::of(client.ip()));
+        match state.sources.take_token(source, rate, Instant::now()) {
+            Token::Taken => true,
+            Token::Free => {
+                if let Some(suppressed) = MANY.permit() {
+                    let client = canonical(client);
+                    info!(%mapping, %client, %source, %rate, suppressed, "client of a source whose rate is not limited: too many sources are at once");
+                }
+                true
+            }
+            Token::None => {
+                state.stats.count_of(protocol, FailureKind::OverRate);
+                if let Some(suppressed) = OVER.permit() {
+                    let client = canonical(client);
+                    let what = if protocol == Protocol::Udp { "datagram dropped" } else { "client reset" };
+                    info!(%mapping, %client, %source, %rate, suppressed, "{what}: its source exceeds the rate");
+                }
+                false
+            }
         }
     }
 

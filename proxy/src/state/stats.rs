@@ -52,6 +52,10 @@ pub enum FailureKind {
     SourceUnavailable,
     /// A connection was reset because `max_connections` was reached.
     OverLimit,
+    /// A connection was reset because its source had reached `max_connections_per_source`.
+    OverSourceLimit,
+    /// A connection was reset, or a datagram that begins a flow dropped, because its source exceeded `rate`.
+    OverRate,
     /// A flow could not be opened, and a datagram was lost.
     FlowFailed,
     /// A flow was evicted to make room for another one.
@@ -71,7 +75,7 @@ pub enum FailureKind {
 
 impl FailureKind {
     /// All kinds, in display order.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 17] = [
         Self::Refused,
         Self::ConnectTimeout,
         Self::ConnectFailed,
@@ -81,6 +85,8 @@ impl FailureKind {
         Self::BadProxyHeader,
         Self::SourceUnavailable,
         Self::OverLimit,
+        Self::OverSourceLimit,
+        Self::OverRate,
         Self::FlowFailed,
         Self::FlowDisplaced,
         Self::DatagramRefused,
@@ -90,7 +96,8 @@ impl FailureKind {
     ];
 
     /// The kinds that connections and flows have.
-    pub const OF_BOTH: [Self; 3] = [Self::Denied, Self::BadProxyHeader, Self::SourceUnavailable];
+    pub const OF_BOTH: [Self; 4] =
+        [Self::Denied, Self::BadProxyHeader, Self::SourceUnavailable, Self::OverRate];
 
     fn index_among_both(self) -> Option<usize> {
         Self::OF_BOTH.iter().position(|kind| *kind == self)
@@ -100,10 +107,10 @@ impl FailureKind {
     pub fn is_of(self, protocol: Protocol) -> bool {
         let of_connections = match self {
             Self::Refused | Self::ConnectTimeout | Self::ConnectFailed => true,
-            Self::Broken | Self::Idle | Self::OverLimit => true,
+            Self::Broken | Self::Idle | Self::OverLimit | Self::OverSourceLimit => true,
             Self::FlowFailed | Self::FlowDisplaced | Self::DatagramRefused => false,
             Self::NoBuffer | Self::TooLarge | Self::Forged => false,
-            Self::Denied | Self::BadProxyHeader | Self::SourceUnavailable => return true,
+            Self::Denied | Self::BadProxyHeader | Self::SourceUnavailable | Self::OverRate => return true,
         };
         of_connections == protocol.has_connections()
     }
@@ -120,6 +127,8 @@ impl FailureKind {
             Self::BadProxyHeader => "bad_proxy_header",
             Self::SourceUnavailable => "source_unavailable",
             Self::OverLimit => "over_limit",
+            Self::OverSourceLimit => "over_source_limit",
+            Self::OverRate => "over_rate",
             Self::FlowFailed => "flow_failed",
             Self::FlowDisplaced => "flow_displaced",
             Self::DatagramRefused => "datagram_refused",

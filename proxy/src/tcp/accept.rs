@@ -30,6 +30,7 @@ use crate::runtime::descriptors::explain;
 use crate::runtime::poll::{EventSource, LISTENER, WatchedListener};
 use crate::runtime::worker::{WorkerSlot, Workers};
 use crate::state::record::Ending;
+use crate::state::sources::Place;
 use crate::state::task::{Command, Commands, Detached, LiveFlows};
 use crate::state::{Binding, Capacity, ConnectionGuard, Target};
 use crate::tcp::backoff::Backoff;
@@ -402,30 +403,44 @@ fn accept_some(
         }
         // Dropping a connection here resets it, because of the options inherited from its listener
         // (`set_stream_options`).
-        let is_proxy = policy.limits.proxy_protocol.expects_header(peer.ip());
-        // The client of a proxy is known later.
-        if !is_proxy && !target.admits(peer) {
-            backends.keep(mapped, backend);
-            target.log_refusal(peer, Ending::Denied);
-        } else if !has_room {
-            backends.keep(mapped, backend);
-            target.is_over_limit(peer);
-            target.log_refusal(peer, Ending::OverLimit);
-        } else {
-            if let Some(dscp) = policy.limits.dscp {
-                dial::mark(&client, peer.is_ipv6(), dscp, target);
-                backend
-                    .iter()
-                    .for_each(|backend| dial::mark(backend, addr.socket_addr().is_ipv6(), dscp, target));
+        let place = match admit(target, peer, has_room) {
+            Ok(place) => place,
+            Err(ending) => {
+                backends.keep(mapped, backend);
+                target.log_refusal(peer, ending);
+                continue;
             }
-            let guard = ConnectionGuard::take(target);
-            match backend {
-                Ok(backend) => ready.push(Accepted { client, backend, peer, guard }),
-                Err(error) => reset_without_backend(client, peer, guard, error),
-            }
+        };
+        if let Some(dscp) = policy.limits.dscp {
+            dial::mark(&client, peer.is_ipv6(), dscp, target);
+            backend
+                .iter()
+                .for_each(|backend| dial::mark(backend, addr.socket_addr().is_ipv6(), dscp, target));
+        }
+        let guard = ConnectionGuard::take(target);
+        match backend {
+            Ok(backend) => ready.push(Accepted { client, backend, peer, guard, place }),
+            Err(error) => reset_without_backend(client, peer, guard, error),
         }
     }
     Ok(Stop::Burst)
+}
+
+/// The place of the connection of `peer` among those of its source, if these are counted.
+///
+/// # Errors
+/// How the connection ends if it is not served; that is counted and logged.
+fn admit(target: &Target, peer: SocketAddr, has_room: bool) -> Result<Option<Box<Place>>, Ending> {
+    // The client of a proxy is known later.
+    let is_proxy = target.policy.limits.proxy_protocol.expects_header(peer.ip());
+    if !is_proxy && !target.admits(peer) {
+        return Err(Ending::Denied);
+    }
+    if !has_room {
+        target.is_over_limit(peer);
+        return Err(Ending::OverLimit);
+    }
+    if is_proxy { Ok(None) } else { target.admit_source(peer) }
 }
 
 /// Records the connection of `peer`, if anybody can ask for it.
@@ -509,7 +524,8 @@ fn hand_over(ready: Vec<Accepted>, workers: &Workers) {
                 record(&mut accepted.guard, accepted.peer, &accepted.client);
                 let (client, mapping) = (accepted.client(), accepted.guard.state().clone());
                 let record = accepted.guard.record().cloned();
-                connections::spawn((client, record), &mapping, |entry| dial_and_relay(accepted, slot, entry));
+                let listed = (client, record, accepted.place.take());
+                connections::spawn(listed, &mapping, |entry| dial_and_relay(accepted, slot, entry));
             }
         });
     }

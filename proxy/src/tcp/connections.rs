@@ -13,6 +13,7 @@ use tracing::info;
 
 use crate::runtime::worker::Workers;
 use crate::state::record::{Ending, Record};
+use crate::state::sources::{Place, Source};
 use crate::state::stats::FailureKind;
 use crate::state::task::Cut;
 use crate::state::{MappingPolicy, MappingState, Target};
@@ -28,6 +29,8 @@ struct Connection {
     /// Its mapping, identified by the address of the state, which the connection keeps alive.
     mapping: *const MappingState,
     record: Option<Arc<Record>>,
+    /// Its place among those of its source, if these are counted.
+    place: Option<Box<Place>>,
     task: JoinHandle<()>,
 }
 
@@ -44,13 +47,13 @@ pub(super) enum Client {
     Awaited(Arc<Target>),
 }
 
-/// Runs the future that `task` returns for a connection of a mapping, on this worker: that of a client, and its record if
-/// there is one. It owns the entry; wrapping it in another future would double its size.
+/// Runs the future that `task` returns for a connection of a mapping, on this worker: that of a client, its record and its
+/// place if there are any. It owns the entry; wrapping it in another future would double its size.
 ///
 /// # Panics
 /// Outside a tokio runtime.
 pub(super) fn spawn<F>(
-    (client, record): (Client, Option<Arc<Record>>),
+    (client, record, place): (Client, Option<Arc<Record>>, Option<Box<Place>>),
     mapping: &Arc<MappingState>,
     task: impl FnOnce(Entry) -> F,
 ) where
@@ -60,7 +63,7 @@ pub(super) fn spawn<F>(
         let slot = served.vacant_entry();
         let key = u32::try_from(slot.key()).expect("a process has fewer descriptors");
         let task = tokio::spawn(task(Entry(key)));
-        slot.insert(Some(Connection { client, mapping: Arc::as_ptr(mapping), record, task }));
+        slot.insert(Some(Connection { client, mapping: Arc::as_ptr(mapping), record, place, task }));
     });
 }
 
@@ -68,7 +71,8 @@ pub(super) fn spawn<F>(
 pub(super) type Retargeted = (Arc<Target>, Arc<Target>);
 
 /// Tells the workers what other targets mean for their connections: those that still wait for the header of their proxy
-/// follow, and those whose clients are denied now are reset. Called by the task that accepts connections, it finds all that
+/// follow, those of each source are counted, if there is a limit for them now, and those whose clients are denied now are
+/// reset. Called by the task that accepts connections, it finds all that
 /// were accepted before. The returned future ends when all have been told.
 pub(super) fn retarget(workers: &Workers, retargeted: Vec<Retargeted>) -> impl Future<Output = ()> + use<> {
     let has_other_access = |(old, new): &&Retargeted| old.policy.limits.access != new.policy.limits.access;
@@ -76,12 +80,20 @@ pub(super) fn retarget(workers: &Workers, retargeted: Vec<Retargeted>) -> impl F
     let mut stricter: Vec<_> = stricter.collect();
     // The ports of a mapping are adjacent.
     stricter.dedup_by(|one, other| Arc::ptr_eq(one, other));
-    let changes = Arc::new((Followed::new(retargeted), stricter));
+    let counts_newly = |(old, new): &&Retargeted| {
+        let [old, new] = [old, new].map(|target| target.policy.limits.max_connections_per_source.is_some());
+        new && !old
+    };
+    let mut counted: Vec<_> =
+        retargeted.iter().filter(counts_newly).map(|(_, new)| new.policy.state.clone()).collect();
+    counted.dedup_by(|one, other| Arc::ptr_eq(one, other));
+    let changes = Arc::new((Followed::new(retargeted), stricter, counted));
     on_all(workers, move || {
         let changes = changes.clone();
         async move {
-            let (followed, stricter) = &*changes;
+            let (followed, stricter, counted) = &*changes;
             follow(followed);
+            counted.iter().for_each(count_sources);
             stricter.iter().for_each(cut_denied);
         }
     })
@@ -114,6 +126,20 @@ fn follow(followed: &Followed) {
                 && let Some(new) = followed.by(target)
             {
                 *target = new.clone();
+            }
+        }
+    });
+}
+
+/// Counts the connections of a mapping on this worker for their sources. Those that a proxy has yet to tell are counted
+/// then.
+fn count_sources(mapping: &Arc<MappingState>) {
+    SERVED.with_borrow_mut(|served| {
+        for connection in served.iter_mut().filter_map(|(_key, connection)| connection.as_mut()) {
+            if connection.belongs_to(mapping)
+                && let (Client::Known(client), None) = (&connection.client, &connection.place)
+            {
+                connection.place = Place::take(mapping, Source::of(*client), usize::MAX);
             }
         }
     });
@@ -222,6 +248,17 @@ impl Entry {
     }
 }
 
+impl Entry {
+    /// Keeps the place of the connection among those of its source.
+    pub(super) fn set_place(&self, place: Box<Place>) {
+        SERVED.with_borrow_mut(|served| {
+            if let Some(Some(connection)) = served.get_mut(self.0 as usize) {
+                connection.place = Some(place);
+            }
+        });
+    }
+}
+
 impl Drop for Entry {
     fn drop(&mut self) {
         // When a thread ends, the list may already be gone.
@@ -260,7 +297,7 @@ mod tests {
                 [("cut", denied, &one), ("admitted", admitted, &one), ("elsewhere", denied, &other)]
             {
                 let guard = OnDrop(name, ended.clone());
-                spawn((Client::Known(client), None), mapping, |entry| async move {
+                spawn((Client::Known(client), None, None), mapping, |entry| async move {
                     std::future::pending::<()>().await;
                     drop((guard, entry));
                 });
@@ -296,7 +333,7 @@ mod tests {
             let (tell, told) = tokio::sync::oneshot::channel();
             let (report, mut reported) = tokio::sync::mpsc::unbounded_channel();
             let first = target("198.51.100.0/24", "192.0.2.1:80");
-            spawn((Client::Awaited(first.clone()), None), &state, |entry| async move {
+            spawn((Client::Awaited(first.clone()), None, None), &state, |entry| async move {
                 told.await.unwrap();
                 report.send(entry.set_client(client).unwrap()).unwrap();
                 std::future::pending::<()>().await;

@@ -45,6 +45,7 @@ use crate::log::limit::LogLimit;
 use crate::runtime::worker::WorkerSlot;
 use crate::state::ConnectionGuard;
 use crate::state::record::{Ending, Time};
+use crate::state::sources::Place;
 use crate::state::stats::FailureKind;
 
 /// An accepted connection. Its guard is dropped last: its drop notifies others that descriptors are free.
@@ -54,6 +55,8 @@ struct Accepted {
     backend: Socket,
     peer: SocketAddr,
     guard: ConnectionGuard,
+    /// Its place among the connections of its source, until it is listed.
+    place: Option<Box<Place>>,
 }
 
 impl Accepted {
@@ -72,7 +75,7 @@ impl Accepted {
 ///
 /// Not an `async fn`, because the future of one has its arguments twice.
 fn dial_and_relay(accepted: Accepted, slot: WorkerSlot, entry: Entry) -> impl Future<Output = ()> + Send {
-    let Accepted { client, backend: mut socket, mut peer, mut guard } = accepted;
+    let Accepted { client, backend: mut socket, mut peer, mut guard, place: _ } = accepted;
     async move {
         // What a future captures is dropped in the order of its first use: the sockets come before the guard.
         let client = match Stream::new(client) {
@@ -236,8 +239,12 @@ mod tests {
         let mut size = 0;
         let mapping = guard.state().clone();
         let _entered = runtime.enter();
-        connections::spawn((Client::Known(peer.ip()), None), &mapping, |entry| {
-            let future = dial_and_relay(Accepted { client: fd, backend, peer, guard }, workers.slot(), entry);
+        connections::spawn((Client::Known(peer.ip()), None, None), &mapping, |entry| {
+            let future = dial_and_relay(
+                Accepted { client: fd, backend, peer, guard, place: None },
+                workers.slot(),
+                entry,
+            );
             size = size_of_val(&future);
             future
         });

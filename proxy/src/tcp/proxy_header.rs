@@ -60,6 +60,13 @@ pub(super) async fn exchange(
             guard.end(Ending::Denied);
             return Err(Refused);
         }
+        match guard.target().admit_source(*peer) {
+            Ok(place) => place.into_iter().for_each(|place| entry.set_place(place)),
+            Err(ending) => {
+                guard.end(ending);
+                return Err(Refused);
+            }
+        }
         if is_ipv4(guard) != was_ipv4 {
             *socket = dial::open_for(guard.target()).map_err(|source| {
                 let addr = guard.port_mapping().backend.socket_addr();

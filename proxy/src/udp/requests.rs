@@ -232,6 +232,12 @@ impl UdpRelay {
             }
             return None;
         }
+        if !target.admits_at_rate(client) {
+            if DENIED.permit().is_some() {
+                target.log_refusal(client, Ending::OverRate);
+            }
+            return None;
+        }
         match self.open(key, told, &target, batch) {
             Ok(id) => Some(id),
             Err(error) => {

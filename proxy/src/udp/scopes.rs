@@ -5,8 +5,9 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::RandomState;
-use std::net::{IpAddr, Ipv6Addr};
 use std::time::Duration;
+
+use crate::state::sources::Source;
 
 /// One in this many flows of a scope is reserved for new flows: established ones cannot use that share.
 const NEW_SHARE: usize = 8;
@@ -17,19 +18,6 @@ pub(super) const SCOPES: usize = 3;
 /// A mapping, while it has flows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(super) struct MappingId(pub(super) usize);
-
-/// A source for quotas: an IPv4 address or an IPv6 /64, because the owner of an IPv6 address usually has the whole /64.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Source(IpAddr);
-
-impl Source {
-    pub(super) fn of(ip: IpAddr) -> Self {
-        Self(match ip.to_canonical() {
-            IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() & !u128::from(u64::MAX)).into(),
-            v4 => v4,
-        })
-    }
-}
 
 /// The state of a flow.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

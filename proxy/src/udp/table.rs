@@ -17,11 +17,10 @@ use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
 pub(super) use super::scopes::MappingId;
-use super::scopes::{
-    FlowState, LinkStore, Links, SCOPES, ScopeKey, Scopes, Source, first_to_go, most_established,
-};
+use super::scopes::{FlowState, LinkStore, Links, SCOPES, ScopeKey, Scopes, first_to_go, most_established};
 pub(super) use super::slots::FlowId;
 use super::slots::Slots;
+use crate::state::sources::Source;
 
 /// A client that still sends after this time is legitimate even if nobody replies (syslog, metrics).
 const ESTABLISHED_AFTER: Duration = Duration::from_secs(1);

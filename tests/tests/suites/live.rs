@@ -5,6 +5,7 @@ use std::net::{IpAddr, Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::thread;
 
 use serde_json::{Value, json};
+use socket2::{Domain, Socket, Type};
 
 use testkit::backend::TcpBackend;
 use testkit::client::{self, End, own_address};
@@ -30,6 +31,10 @@ pub(crate) fn cases() -> Vec<Case> {
         case("beyond max_connections clients wait", limit_waits),
         case("beyond max_connections clients are reset", limit_resets),
         case("a higher limit admits waiting clients", limit_raised),
+        case("beyond max_connections_per_source clients of a source are reset", source_limit),
+        case("max_connections_per_source counts connections that were there before", source_limit_later),
+        case("beyond rate clients of a source are reset, and no flows begun", rate),
+        case("a rate begins and ends with a change", rate_changed),
         case("idle connections are reset", idle),
         case("clients that are not allowed", denied),
         case("clients that a change denies are reset", denied_later),
@@ -96,7 +101,7 @@ fn denied_later() {
         [limited(web(address, &backend), limits), other]
     };
     let from = |ip: IpAddr, to: SocketAddr| {
-        let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
         socket.bind(&SocketAddr::new(ip, 0).into()).unwrap();
         socket.connect(&to.into()).unwrap();
         client::patient(socket.into())
@@ -329,6 +334,89 @@ fn limit_resets() {
     eventually("there is room again", || proxy.stats("web")["connections"] == 0);
     assert_eq!(client::connect_lettered(address).1, b'a');
     assert_eq!(proxy.stats("web")["errors"], json!({ "over_limit": 1 }));
+}
+
+/// Connects from an address of the host.
+fn connect_from(source: [u8; 4], address: SocketAddr) -> TcpStream {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+    socket.bind(&SocketAddr::from((source, 0)).into()).unwrap();
+    socket.connect(&address.into()).unwrap();
+    socket.into()
+}
+
+const OTHER_SOURCE: [u8; 4] = [127, 0, 0, 2];
+
+fn source_limit() {
+    let backend = TcpBackend::lettered(b'a');
+    let (proxy, address) = (Controlled::start(&[]), own_address());
+    let limits = json!({ "max_connections_per_source": 2 });
+    proxy.apply(&[limited(web(address, &backend), limits)]).success();
+    let served = [client::connect_lettered(address), client::connect_lettered(address)];
+    assert_eq!(client::end_of(address), (vec![], End::Reset));
+    let mut other = connect_from(OTHER_SOURCE, address);
+    other.read_exact(&mut [0]).unwrap();
+    served.iter().for_each(|(served, _letter)| client::ping(served));
+    drop(served);
+    eventually("there is room again", || proxy.stats("web")["connections"] == 1);
+    assert_eq!(client::connect_lettered(address).1, b'a');
+    client::ping(&other);
+    assert_eq!(proxy.stats("web")["errors"], json!({ "over_source_limit": 1 }));
+}
+
+fn source_limit_later() {
+    let backend = TcpBackend::lettered(b'a');
+    let (proxy, address) = (Controlled::start(&[]), own_address());
+    let apply = |limits: Value| proxy.apply(&[limited(web(address, &backend), limits)]).success();
+    apply(json!({}));
+    let (before, _letter) = client::connect_lettered(address);
+    apply(json!({ "max_connections_per_source": 1 }));
+    assert_eq!(client::end_of(address), (vec![], End::Reset));
+    client::ping(&before);
+    apply(json!({ "max_connections_per_source": 2 }));
+    let (second, _letter) = client::connect_lettered(address);
+    assert_eq!(client::end_of(address), (vec![], End::Reset));
+    apply(json!({}));
+    let (third, _letter) = client::connect_lettered(address);
+    [before, second, third].iter().for_each(client::ping);
+    assert_eq!(proxy.stats("web")["errors"], json!({ "over_source_limit": 2 }));
+}
+
+fn rate() {
+    let (tcp, backend) = (TcpBackend::lettered(b'a'), udp_backend(b'u'));
+    let (proxy, address) = (Controlled::start(&[]), own_address());
+    let other = own_address();
+    let limits = json!({ "rate": "1/h burst 2" });
+    let dns = limited(mapping("dns", "udp", other, backend.address()), limits.clone());
+    proxy.apply(&[limited(web(address, &tcp), limits), dns]).success();
+    let served = [client::connect_lettered(address), client::connect_lettered(address)];
+    assert_eq!(client::end_of(address), (vec![], End::Reset));
+    served.iter().for_each(|(served, _letter)| client::ping(served));
+    connect_from(OTHER_SOURCE, address).read_exact(&mut [0]).unwrap();
+    assert_eq!(proxy.stats("web")["errors"], json!({ "over_rate": 1 }));
+
+    let clients = [udp::local(), udp::local(), udp::local()];
+    assert_eq!([letter_of(&clients[0], other), letter_of(&clients[1], other)], [b'u'; 2]);
+    clients[2].send_to(b"who?", other).unwrap();
+    eventually("it is dropped", || proxy.stats("dns")["errors"] == json!({ "over_rate": 1 }));
+    assert_eq!([letter_of(&clients[0], other), letter_of(&clients[1], other)], [b'u'; 2], "flows go on");
+    assert_eq!(proxy.stats("dns")["flows_total"], 2);
+}
+
+fn rate_changed() {
+    let backend = TcpBackend::lettered(b'a');
+    let (proxy, address) = (Controlled::start(&[]), own_address());
+    let apply = |limits: Value| proxy.apply(&[limited(web(address, &backend), limits)]).success();
+    apply(json!({ "rate": "1/h" }));
+    let list = proxy.json(&["list"]);
+    assert_eq!(list["mappings"][0]["limits"], json!({ "rate": "1/h" }));
+    client::connect_lettered(address);
+    assert_eq!(client::end_of(address), (vec![], End::Reset));
+    apply(json!({}));
+    client::connect_lettered(address);
+    apply(json!({ "rate": "1/h burst 3" }));
+    assert_eq!([(); 2].map(|()| client::connect_lettered(address).1), [b'a'; 2]);
+    assert_eq!(client::end_of(address), (vec![], End::Reset));
+    assert_eq!(proxy.stats("web")["errors"], json!({ "over_rate": 2 }));
 }
 
 fn limit_raised() {

@@ -55,7 +55,7 @@ const PAGE: &str = concat!(
 /// The Content-Security-Policy of the document (<https://www.w3.org/TR/CSP3/>): its own style and script, by their
 /// hashes, requests to where it is from, and nothing else. No text can become markup (Trusted Types).
 const POLICY: &str = "default-src 'none'; \
-    script-src 'sha256-3JOrzAd3sbMA08MswvTFO2PwOy9ET/LIi16V6JDDvf4='; \
+    script-src 'sha256-ozbqy6QGfjh4G9U41iJaWVqn89tZDKT7ucmfnYxD+KI='; \
     style-src 'sha256-0zeZ1X5cRGJCx3ZK4eL99VyA4WLJyhlG64COSGZtrzk='; \
     connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; \
     require-trusted-types-for 'script'; trusted-types 'none'";

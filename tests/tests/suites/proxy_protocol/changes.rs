@@ -26,6 +26,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("a change while headers are awaited", denied_meanwhile),
         case("another backend while headers are awaited", retargeted_meanwhile).needs(&[Need::Ipv6]),
         case("beyond max_connections clients are reset", limit_resets),
+        case("limits of a source are of the clients behind the proxy", limits_of_sources),
         case("beyond max_connections clients wait", limit_waits),
         case("other options apply to new connections", other_options),
         case("a reload", reload),
@@ -161,6 +162,23 @@ fn limit_resets() {
     drop((first, stream));
     eventually("there is room again", || served.proxy.stats("web")["connections"] == 0);
     assert_tells(served.address, &served.backend);
+}
+
+fn limits_of_sources() {
+    let limits = json!({ "max_connections_per_source": 1, "rate": "1/h burst 2" });
+    let served = serve(&with(&limits));
+    let first = admitted(&served, "192.0.2.7");
+    let _other = admitted(&served, "192.0.2.8");
+    let over = served.send(&v1(client_at("192.0.2.7")));
+    assert_eq!(client::read_to_end(&over), (vec![], End::Reset));
+    served.expect_errors(&json!({ "over_source_limit": 1 }));
+    drop(first);
+    eventually("there is room again", || served.proxy.stats("web")["connections"] == 1);
+    drop(admitted(&served, "192.0.2.7"));
+    eventually("it has ended", || served.proxy.stats("web")["connections"] == 1);
+    let over = served.send(&v1(client_at("192.0.2.7")));
+    assert_eq!(client::read_to_end(&over), (vec![], End::Reset));
+    served.expect_errors(&json!({ "over_source_limit": 1, "over_rate": 1 }));
 }
 
 fn limit_waits() {

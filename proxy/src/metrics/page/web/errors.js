@@ -11,6 +11,8 @@ const REASONS = {
   bad_proxy_header: ["Wrong PROXY header", "What came from a network in accept_proxy had no valid header in time."],
   source_unavailable: ["Client's address unavailable", "The backend could not be reached from the client's address."],
   over_limit: ["Over max_connections", "Clients were reset because the mapping was full."],
+  over_source_limit: ["Over max_connections_per_source", "Clients were reset because their source had as many connections as it may."],
+  over_rate: ["Over rate", "Clients were reset, or datagrams dropped, because their source came faster than it may."],
   flow_failed: ["Flow not opened", "A datagram was lost: no socket, no local port, or the mapping was about to end."],
   flow_displaced: ["Flow evicted", "A flow was ended to make room for another one."],
   datagram_refused: ["Datagram refused", "The network refused a datagram (ICMP). Nothing may listen on the backend's port."],

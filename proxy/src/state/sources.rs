@@ -1,0 +1,245 @@
+//! What the sources of a mapping's clients have: connections, and buckets of tokens for new ones.
+//!
+//! Only mappings with a limit per source keep anything here, and only of sources that have something.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::hash::Hash;
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rproxy_mapping::rate::Rate;
+
+use super::MappingState;
+
+/// The maximum number of buckets of a mapping, which take 6 MB. Who has a /40 of IPv6 addresses is as many sources.
+const MOST_BUCKETS: usize = 1 << 16;
+
+/// The time between two searches for full buckets if there are as many as can be.
+const SOON: Duration = Duration::from_secs(1);
+
+/// That time at most.
+const LATE: Duration = Duration::from_secs(60);
+
+/// A smaller table keeps its memory.
+const SMALL: usize = 64;
+
+/// A source for quotas: an IPv4 address or an IPv6 /64, because the owner of an IPv6 address usually has the whole /64.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Source(IpAddr);
+
+impl Source {
+    /// The source that the client at `ip` belongs to.
+    pub(crate) fn of(ip: IpAddr) -> Self {
+        Self(match ip.to_canonical() {
+            IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() & !u128::from(u64::MAX)).into(),
+            v4 => v4,
+        })
+    }
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            IpAddr::V4(ip) => write!(f, "{ip}"),
+            IpAddr::V6(ip) => write!(f, "{ip}/64"),
+        }
+    }
+}
+
+/// The sources of a mapping.
+#[derive(Debug, Default)]
+pub(super) struct Sources {
+    connections: Mutex<HashMap<Source, usize>>,
+    buckets: Mutex<Buckets>,
+}
+
+impl Sources {
+    /// Takes a token of `source` for a new connection or flow.
+    pub(super) fn take_token(&self, source: Source, rate: Rate, now: Instant) -> Token {
+        lock(&self.buckets).take(source, rate, now)
+    }
+}
+
+/// Counts a connection of a source until dropped.
+#[derive(Debug)]
+pub(crate) struct Place {
+    mapping: Arc<MappingState>,
+    source: Source,
+}
+
+impl Place {
+    /// Counts another connection of `source`, unless it has as many as `most`.
+    pub(crate) fn take(mapping: &Arc<MappingState>, source: Source, most: usize) -> Option<Box<Self>> {
+        let mut connections = lock(&mapping.sources.connections);
+        let count = connections.get(&source).copied().unwrap_or_default();
+        if count >= most {
+            return None;
+        }
+        connections.insert(source, count + 1);
+        Some(Box::new(Self { mapping: mapping.clone(), source }))
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let mut connections = lock(&self.mapping.sources.connections);
+        match connections.get_mut(&self.source) {
+            Some(count) if *count > 1 => *count -= 1,
+            _ => {
+                connections.remove(&self.source);
+                shrink(&mut connections);
+            }
+        }
+    }
+}
+
+/// What a source gets that asks for a token.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Token {
+    /// Its bucket had one.
+    Taken,
+    /// It has no bucket, because others have all that there are.
+    Free,
+    /// Its bucket is empty.
+    None,
+}
+
+/// The buckets that are not full. One has no number of tokens, but the time when it will be full.
+#[derive(Debug, Default)]
+struct Buckets {
+    full_at: HashMap<Source, Instant>,
+    /// When those that were full by then were removed.
+    swept: Option<Instant>,
+}
+
+impl Buckets {
+    fn take(&mut self, source: Source, rate: Rate, now: Instant) -> Token {
+        self.sweep(rate, now);
+        let when_empty = now + rate.time_to_fill();
+        let known = self.full_at.get(&source).copied();
+        // An empty bucket of a slower rate, before a change, is an empty one of this.
+        let before = known.map_or(now, |full_at| full_at.clamp(now, when_empty));
+        let full_at = before + rate.interval();
+        if full_at > when_empty {
+            self.full_at.insert(source, before);
+            return Token::None;
+        }
+        if known.is_none() && self.full_at.len() >= MOST_BUCKETS {
+            return Token::Free;
+        }
+        self.full_at.insert(source, full_at);
+        Token::Taken
+    }
+
+    /// Removes full buckets, unless that was done a short time ago.
+    fn sweep(&mut self, rate: Rate, now: Instant) {
+        let is_full = self.full_at.len() >= MOST_BUCKETS;
+        let pause = if is_full { SOON } else { rate.time_to_fill().clamp(SOON, LATE) };
+        if self.swept.is_some_and(|swept| now.saturating_duration_since(swept) < pause) {
+            return;
+        }
+        self.swept = Some(now);
+        self.full_at.retain(|_source, full_at| *full_at > now);
+        shrink(&mut self.full_at);
+    }
+}
+
+/// Gives memory back that a table does not need any more.
+fn shrink<V>(table: &mut HashMap<Source, V>) {
+    if table.capacity() > SMALL && table.len() < table.capacity() / 8 {
+        table.shrink_to(SMALL.max(table.len() * 2));
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn source(number: u32) -> Source {
+        Source::of(IpAddr::from(number.to_be_bytes()))
+    }
+
+    #[test]
+    fn a_source_is_an_address_or_a_network() {
+        let of = |ip: &str| Source::of(ip.parse().unwrap()).to_string();
+        assert_eq!(of("192.0.2.7"), "192.0.2.7");
+        assert_eq!(of("::ffff:192.0.2.7"), "192.0.2.7");
+        assert_eq!(of("2001:db8:0:1:2:3:4:5"), "2001:db8:0:1::/64");
+    }
+
+    #[test]
+    fn a_source_has_so_many_connections_and_none_is_kept_that_is_gone() {
+        let mapping = Arc::<MappingState>::default();
+        let taken: Vec<_> = (0..3).map(|_| Place::take(&mapping, source(1), 2)).collect();
+        assert_eq!(taken.iter().flatten().count(), 2);
+        let other = Place::take(&mapping, source(2), 2);
+        assert!(other.is_some());
+        drop(taken);
+        let again = Place::take(&mapping, source(1), 1);
+        assert!(again.is_some() && Place::take(&mapping, source(1), 1).is_none());
+        let many: Vec<_> = (0..10_000).map(|number| Place::take(&mapping, source(number), 9)).collect();
+        assert!(many.iter().all(Option::is_some));
+        drop((other, again, many));
+        let connections = lock(&mapping.sources.connections);
+        assert!(connections.is_empty() && connections.capacity() < 4 * SMALL, "{}", connections.capacity());
+    }
+
+    #[test]
+    fn a_bucket_has_its_burst_and_fills_again_evenly() {
+        let rate: Rate = "10/s burst 3".parse().unwrap();
+        let (mut buckets, start) = (Buckets::default(), Instant::now());
+        let mut taken = |millis: u64| {
+            buckets.take(source(1), rate, start + Duration::from_millis(millis)) == Token::Taken
+        };
+        assert_eq!([0, 0, 0, 0, 99, 100, 100].map(&mut taken), [true, true, true, false, false, true, false]);
+        assert_eq!([301, 301, 301].map(&mut taken), [true, true, false]);
+        assert_eq!([60_000; 4].map(&mut taken), [true, true, true, false]);
+        assert_eq!(
+            buckets.take(source(2), rate, start + Duration::from_mins(1)),
+            Token::Taken,
+            "another source"
+        );
+    }
+
+    #[test]
+    fn a_faster_rate_does_not_wait_for_a_slower_one() {
+        let (mut buckets, start) = (Buckets::default(), Instant::now());
+        let [slow, fast]: [Rate; 2] = ["1/day", "10/s"].map(|rate| rate.parse().unwrap());
+        assert_eq!(buckets.take(source(1), slow, start), Token::Taken);
+        assert_eq!(buckets.take(source(1), fast, start), Token::None);
+        assert_eq!(buckets.take(source(1), fast, start + Duration::from_millis(100)), Token::Taken);
+    }
+
+    #[test]
+    fn sources_that_are_quiet_are_forgotten() {
+        let rate: Rate = "10/s".parse().unwrap();
+        let (mut buckets, start) = (Buckets::default(), Instant::now());
+        for number in 0..10_000 {
+            assert_eq!(buckets.take(source(number), rate, start), Token::Taken);
+        }
+        buckets.take(source(1), rate, start + Duration::from_secs(2));
+        assert_eq!(buckets.full_at.len(), 1);
+        assert!(buckets.full_at.capacity() < 4 * SMALL, "{}", buckets.full_at.capacity());
+    }
+
+    #[test]
+    fn beyond_all_buckets_sources_are_not_limited_until_others_are_full() {
+        let rate: Rate = "1/s".parse().unwrap();
+        let (mut buckets, start) = (Buckets::default(), Instant::now());
+        let most = u32::try_from(MOST_BUCKETS).unwrap();
+        for number in 0..most {
+            assert_eq!(buckets.take(source(number), rate, start), Token::Taken);
+        }
+        assert_eq!([0, 0].map(|_| buckets.take(source(most), rate, start)), [Token::Free; 2]);
+        assert_eq!(buckets.take(source(0), rate, start), Token::None, "those that have one keep it");
+        let later = start + SOON;
+        assert_eq!(buckets.take(source(most), rate, later), Token::Taken);
+        assert_eq!(buckets.full_at.len(), 1);
+    }
+}
