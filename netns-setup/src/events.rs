@@ -2,7 +2,7 @@
 
 use std::ffi::OsStr;
 use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -13,10 +13,10 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify, WatchDescriptor};
-use nix::sys::socket::{MsgFlags, recv};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::model::{NETNS_DIR, RelayProcess};
+use crate::notifications::{drain, subscribe};
 use crate::relay::process;
 use crate::signals::Signals;
 use crate::state;
@@ -161,32 +161,12 @@ impl Events {
     }
 }
 
-fn subscribe(protocol: isize, groups: &[u32]) -> io::Result<Socket> {
-    let mut socket = Socket::new(protocol)?;
-    socket.bind_auto()?;
-    groups.iter().try_for_each(|group| socket.add_membership(*group))?;
-    Ok(socket)
-}
-
 /// `None` if this kernel lacks the protocol, and so what it is about.
 fn optional(socket: io::Result<Socket>) -> io::Result<Option<Socket>> {
     match socket {
         Err(error) if error.raw_os_error() == Some(libc::EPROTONOSUPPORT) => Ok(None),
         other => other.map(Some),
     }
-}
-
-/// Discards what a socket has received. Returns whether that is anything, or more than it had room for.
-fn drain(socket: &Socket) -> bool {
-    let mut any = false;
-    // What does not fit is cut off, which does not matter here.
-    while matches!(
-        recv(socket.as_raw_fd(), &mut [0; 64], MsgFlags::MSG_DONTWAIT),
-        Ok(_) | Err(Errno::ENOBUFS | Errno::EINTR)
-    ) {
-        any = true;
-    }
-    any
 }
 
 fn pidfd(pid: u32) -> Option<OwnedFd> {

@@ -32,6 +32,7 @@ pub mod model;
 pub mod name;
 pub mod netlink;
 pub mod netns;
+mod notifications;
 pub mod observe;
 pub mod observed;
 pub mod parameters;

@@ -413,7 +413,8 @@ pub fn relay(topology: &Topology, scope: &Scope, state_dir: &Path) -> Result<Obs
     let strays = if status.is_some() { Vec::new() } else { found.supervisors };
     let status = status.unwrap_or_default();
     let served = status.ports.into_iter().map(|port| (port.key, port)).collect();
-    Ok(ObservedRelay { served, trouble: status.trouble, strays, singles: found.singles })
+    let unserved = status.unserved.into_iter().map(|unserved| (unserved.key, unserved.why)).collect();
+    Ok(ObservedRelay { served, unserved, trouble: status.trouble, strays, singles: found.singles })
 }
 
 fn files(topology: &Topology, failures: &mut Vec<ObserveError>) -> BTreeMap<PathBuf, Option<String>> {

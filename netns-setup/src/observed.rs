@@ -241,8 +241,10 @@ pub enum Rules {
 /// The relay of a network, and what others have left of it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ObservedRelay {
-    /// The ports that it serves.
+    /// The ports that it serves, or is to serve.
     pub served: BTreeMap<MappingKey, RelayedPort>,
+    /// Those of them that it refuses now, and why.
+    pub unserved: BTreeMap<MappingKey, String>,
     /// Why it does not run, although its supervisor does.
     pub trouble: Option<String>,
     /// The supervisors of the network that cannot be reached by the state directory.

@@ -190,6 +190,7 @@ fn plan(
         }
     };
     let served: BTreeMap<_, _> = status.ports.iter().map(|port| (port.key, port)).collect();
+    let refused: BTreeSet<_> = status.unserved.iter().map(|unserved| unserved.key).collect();
     let wanted = after.ports_by_key();
     let new = wanted.keys().filter(|key| !served.contains_key(key));
     let new: BTreeSet<_> = new.map(|key| (key.proto, key.port)).collect();
@@ -203,8 +204,12 @@ fn plan(
     let mut relayed = Relayed { remove, ..Relayed::default() };
     let mut lost = Vec::new();
     for attachment in &after.attachments {
-        for port in attachment.ports.iter().filter(|port| served.get(&port.key) != Some(port)) {
-            let is_own = own == Some(&attachment.id);
+        let is_own = own == Some(&attachment.id);
+        // What the relay cannot serve now is no success for whoever asks for it; for others, it tries again by itself.
+        let is_missing = |port: &&RelayedPort| {
+            served.get(&port.key) != Some(port) || is_own && refused.contains(&port.key)
+        };
+        for port in attachment.ports.iter().filter(is_missing) {
             if !served.contains_key(&port.key) {
                 match bind(&attachment.id, port.key) {
                     Ok(socket) => relayed.sockets.push(socket),

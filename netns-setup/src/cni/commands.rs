@@ -220,8 +220,12 @@ fn differing_relay(node: &Node, id: &AttachmentId, state_dir: &Path) -> Result<V
     let served: BTreeSet<_> = status.ports.iter().map(|port| (port.key, port.to)).collect();
     let missing = attachment.ports.iter().filter(|port| !served.contains(&(port.key, port.to)));
     let missing = missing.map(|port| format!("the relay does not serve host port {}", port.key));
+    let own: BTreeSet<_> = attachment.ports.iter().map(|port| port.key).collect();
+    let unserved = status.unserved.iter().filter(|unserved| own.contains(&unserved.key));
+    let unserved = unserved
+        .map(|unserved| format!("the relay does not serve host port {}: {}", unserved.key, unserved.why));
     let trouble = status.trouble.map(|why| format!("the relay does not run: {why}"));
-    Ok(missing.chain(trouble).collect())
+    Ok(missing.chain(unserved).chain(trouble).collect())
 }
 
 /// Says whether ports can be published.

@@ -20,7 +20,8 @@ pub(super) fn list(options: &Options) -> Result<Report, Error> {
     let topology = &locked.state.current;
     let mut lines = vec![format!("{:<16} {:<16} {:<12} {}", "NAME", "ADDRESS", "VETH", "PORTS")];
     let mut result = Vec::new();
-    let relay = relay(options);
+    let status = client::status(&options.state_dir).ok().flatten().unwrap_or_default();
+    let relay = status.relay;
     for (name, endpoint) in &topology.endpoints {
         let ports: Vec<_> = endpoint.mappings.iter().map(port).collect();
         let (ip, veth) = (endpoint.ip.to_string(), endpoint.id.veth());
@@ -34,7 +35,9 @@ pub(super) fn list(options: &Options) -> Result<Report, Error> {
             "mappings": endpoint.mappings.iter().map(|one| mapping(one, relay)).collect::<Vec<_>>(),
         }));
     }
-    let warnings = interrupted(&locked);
+    let unserved = status.unserved.iter();
+    let unserved = unserved.map(|port| format!("{} is not served now: {}", port.key, port.why));
+    let warnings = interrupted(&locked).into_iter().chain(unserved).collect();
     let shown = Some(format!("{:#}", json!(result)));
     Ok(Report { lines, warnings, shown, ..Report::default() })
 }

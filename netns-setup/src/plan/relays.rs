@@ -84,6 +84,9 @@ pub(super) fn start(inputs: Inputs<'_>, plan: &mut Plan) {
     let mut missing = Vec::new();
     for (key, port) in wanted(inputs) {
         if observed.served.get(&key) == Some(&port) {
+            let refused = observed.unserved.get(&key);
+            plan.problems
+                .extend(refused.map(|why| format!("{key} of {} is not served now: {why}", port.owner)));
             continue;
         }
         match lacks_interface(inputs, &port) {

@@ -33,6 +33,19 @@ pub struct Status {
     pub trouble: Option<String>,
     /// The ports.
     pub ports: Vec<RelayedPort>,
+    /// Those of them that it refuses now, and tries again.
+    #[serde(default)]
+    pub unserved: Vec<Unserved>,
+}
+
+/// A port that is not served.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Unserved {
+    /// The port.
+    #[serde(flatten)]
+    pub key: MappingKey,
+    /// Why.
+    pub why: String,
 }
 
 /// An answer.

@@ -12,8 +12,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rproxy_sys::process::end_with_parent;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use super::control::{self, Failed};
-use super::held::Held;
+use super::control::Failed;
 use crate::model::RelayProcess;
 use crate::relay::channel::{Channel, within};
 use crate::relay::process;
@@ -89,25 +88,28 @@ impl Child {
         }
     }
 
-    /// Starts it, to serve the ports of `wanted`.
-    pub(super) fn start(&mut self, dir: &File, wanted: &Held) -> Result<(), String> {
-        self.stop();
-        let served = self.spawn(dir).and_then(|()| {
-            let mut channel = self.connect(dir)?;
-            control::apply(&mut channel, wanted, &wanted.sockets_beyond(&Held::default()))
-                .map_err(Failed::why)
-        });
-        if served.is_err() {
-            self.stop();
+    /// Kills it, without waiting for its end.
+    pub(super) fn kill(&mut self) {
+        if let Some(running) = &mut self.running {
+            // It may have ended already.
+            drop(running.child.kill());
         }
-        served.map_err(|why| format!("{why}{}", said(dir)))
     }
 
-    /// Has it serve the ports of `wanted` instead of those that it has got before.
-    pub(super) fn apply(&mut self, dir: &File, wanted: &Held, before: &Held) -> Result<(), Failed> {
+    /// Starts it, without ports.
+    pub(super) fn start(&mut self, dir: &File) -> Result<(), String> {
+        self.stop();
+        let started = self.spawn(dir).and_then(|()| self.connect(dir).map(drop));
+        if started.is_err() {
+            self.stop();
+        }
+        started.map_err(|why| format!("{why}{}", said(dir)))
+    }
+
+    /// Connects to its control socket.
+    pub(super) fn talk(dir: &File) -> Result<Channel, Failed> {
         let channel = Channel::connect(&within(dir, CONTROL), ANSWER);
-        let mut channel = channel.map_err(|error| Failed::Silent(unreachable(&error)))?;
-        control::apply(&mut channel, wanted, &wanted.sockets_beyond(before))
+        channel.map_err(|error| Failed::Silent(unreachable(&error)))
     }
 
     fn spawn(&mut self, dir: &File) -> Result<(), String> {
@@ -207,7 +209,7 @@ mod tests {
     fn a_program_that_ends_at_once_is_no_relay() {
         let temp = tempfile::tempdir().unwrap();
         let dir = File::open(temp.path()).unwrap();
-        let start = |program: &str| Child::new(program.into()).start(&dir, &Held::default()).unwrap_err();
+        let start = |program: &str| Child::new(program.into()).start(&dir).unwrap_err();
         assert!(start("/bin/false").ends_with("/bin/false has ended with status 1"));
         assert!(start("/nonexistent/rproxy").contains("cannot run /nonexistent/rproxy"));
     }

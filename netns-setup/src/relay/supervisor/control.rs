@@ -6,7 +6,7 @@ use rproxy_mapping::source::Source;
 use rproxy_mapping::wire::{WireLimits, WireMapping};
 use serde::{Deserialize, Serialize};
 
-use super::held::Held;
+use super::held::{Held, Range};
 use crate::host_ip::HostIp;
 use crate::relay::channel::Channel;
 use crate::relayed::{RelayedPort, ports};
@@ -24,6 +24,10 @@ struct Envelope {
 #[derive(Serialize)]
 #[serde(rename_all = "snake_case")]
 enum Request {
+    /// Serve these mappings as well.
+    Add { mappings: Vec<WireMapping> },
+    /// Serve this mapping no more, and cut its connections.
+    Remove { name: String, cut: bool },
     /// Serve exactly these mappings, and cut the connections of others.
     Apply { mappings: Vec<WireMapping>, cut: bool },
 }
@@ -58,8 +62,28 @@ impl Failed {
 
 /// Has the relay serve exactly the ports of `wanted`, of which the new ones have these sockets.
 pub(super) fn apply(channel: &mut Channel, wanted: &Held, sockets: &[BorrowedFd<'_>]) -> Result<(), Failed> {
-    let mappings = wanted.ranges().into_iter().map(|(first, last)| mapping(first, last)).collect();
-    let envelope = Envelope { v: VERSION, request: Request::Apply { mappings, cut: true } };
+    ask(channel, Request::Apply { mappings: mappings(wanted), cut: true }, sockets)
+}
+
+/// Has the relay serve the ports of `more` as well, which have these sockets: all of them, or none.
+pub(super) fn add(channel: &mut Channel, more: &Held, sockets: &[BorrowedFd<'_>]) -> Result<(), Failed> {
+    ask(channel, Request::Add { mappings: mappings(more) }, sockets)
+}
+
+/// Has the relay serve a range no more.
+pub(super) fn remove(channel: &mut Channel, range: &Range) -> Result<(), Failed> {
+    ask(channel, Request::Remove { name: range.name(), cut: true }, &[])
+}
+
+/// Whether the relay refuses a request because of this mapping (`ChangeError`, and `read` of its control socket): its
+/// messages begin with the name then.
+pub(super) fn is_about(why: &str, name: &str) -> bool {
+    let why = why.strip_prefix("mapping ").unwrap_or(why);
+    why.strip_prefix(name).is_some_and(|rest| rest.starts_with(": "))
+}
+
+fn ask(channel: &mut Channel, request: Request, sockets: &[BorrowedFd<'_>]) -> Result<(), Failed> {
+    let envelope = Envelope { v: VERSION, request };
     let line = serde_json::to_string(&envelope).map_err(|error| Failed::Refused(error.to_string()))?;
     let failed = |error| Failed::Silent(format!("it does not answer: {error}"));
     channel.send(line, sockets).map_err(failed)?;
@@ -67,6 +91,11 @@ pub(super) fn apply(channel: &mut Channel, wanted: &Held, sockets: &[BorrowedFd<
     let answer: Answer = serde_json::from_slice(&line.text)
         .map_err(|error| Failed::Refused(format!("its answer is not understood: {error}")))?;
     answer.error.map_or(Ok(()), |refusal| Err(Failed::Refused(refusal.message)))
+}
+
+fn mappings(ports: &Held) -> Vec<WireMapping> {
+    let ranges = ports.ranges();
+    ranges.iter().filter_map(Range::ends).map(|(first, last)| mapping(first, last)).collect()
 }
 
 /// The mapping of a range of ports.
@@ -97,6 +126,15 @@ mod tests {
 
     use super::*;
     use crate::model::MappingKey;
+
+    #[test]
+    fn a_refusal_names_its_mapping() {
+        let name = "web/tcp/[::]:80";
+        for why in ["web/tcp/[::]:80: [::]:80 would forward", "mapping web/tcp/[::]:80: to: no address"] {
+            assert!(is_about(why, name), "{why}");
+            assert!(!is_about(why, "web/tcp/[::]:8") && !is_about(why, "eb/tcp/[::]:80"), "{why}");
+        }
+    }
 
     #[test]
     fn ports_are_a_mapping_that_the_relay_understands() {

@@ -7,11 +7,17 @@ mod child;
 mod control;
 mod group;
 mod held;
+mod log;
+mod refused;
 mod restart;
+mod retry;
+mod scoped;
+mod serving;
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -26,16 +32,18 @@ use nix::unistd::setsid;
 use rproxy_sys::fd::{claim_inherited, close_unclaimed};
 use rproxy_sys::memory::release_unused;
 
-use self::child::Child;
-use self::control::Failed;
 use self::held::Held;
+use self::log::log;
 use self::restart::Backoff;
+use self::retry::Retry;
+use self::serving::Serving;
 use super::channel::{Channel, Line, within};
 use super::find::SUPERVISE;
 use super::launch::{LISTENER, offer_to_supervise};
 use super::message::{Answer, Request, Status};
 use super::process;
 use crate::descriptors;
+use crate::model::MappingKey;
 use crate::relayed::FILES;
 
 /// How long a command may take to ask, and to read its answer: longer would keep others from being served.
@@ -85,25 +93,39 @@ fn run(arguments: &Arguments) -> io::Result<()> {
     descriptors::raise_limit();
     let dir = File::open(&arguments.state_dir)?;
     let listener = UnixListener::from(listener);
-    let child = Child::new(arguments.rproxy.clone());
-    let mut supervisor =
-        Supervisor { dir, listener, child, held: Held::default(), backoff: Backoff::default() };
+    let mut supervisor = Supervisor {
+        dir,
+        listener,
+        serving: Serving::new(arguments.rproxy.clone()),
+        held: Held::default(),
+        backoff: Backoff::default(),
+        retry: Retry::default(),
+    };
     supervisor.serve()
 }
 
 struct Supervisor {
     dir: File,
     listener: UnixListener,
-    child: Child,
+    serving: Serving,
     held: Held,
     backoff: Backoff,
+    retry: Retry,
 }
 
 /// What has happened.
+#[derive(Clone, Copy)]
 enum Event {
+    /// A command connects.
     Command,
+    /// The relay has ended.
     Ended,
+    /// The relay is to be started again.
     Due,
+    /// Interfaces or addresses have changed.
+    Changed,
+    /// What the relay has refused is to be tried again.
+    Retry,
 }
 
 impl Supervisor {
@@ -122,41 +144,56 @@ impl Supervisor {
                     release_unused();
                 }
                 Event::Ended => {
-                    let how = self.child.reap();
+                    let how = self.serving.reap();
                     let delay = self.backoff.ended(&how, Instant::now());
                     log(&format!("the relay {how}; it is started again in {delay:?}"));
                 }
                 Event::Due => self.start_again(),
+                Event::Changed => self.retry.changed(Instant::now()),
+                Event::Retry => self.try_again(),
             }
+            self.retry.watch(self.serving.lacks_any() || scoped::has_any(&self.held), Instant::now());
         }
     }
 
     fn wait(&self) -> io::Result<Event> {
         loop {
-            let mut fds = vec![PollFd::new(self.listener.as_fd(), PollFlags::POLLIN)];
-            let ended = self.child.ended();
-            fds.extend(ended.map(|ended| PollFd::new(ended, PollFlags::POLLIN)));
-            let due = self.backoff.due().filter(|_| ended.is_none());
-            let left = due.map(|due| due.saturating_duration_since(Instant::now()));
-            if left.is_some_and(|left| left.is_zero()) {
-                return Ok(Event::Due);
+            let ended = self.serving.ended();
+            let start = self.backoff.due().filter(|_| ended.is_none()).map(|due| (due, Event::Due));
+            let retry = self.retry.due().filter(|_| ended.is_some()).map(|due| (due, Event::Retry));
+            let next = start.into_iter().chain(retry).min_by_key(|(due, _event)| *due);
+            let left = next.map(|(due, event)| (due.saturating_duration_since(Instant::now()), event));
+            if let Some((Duration::ZERO, event)) = left {
+                return Ok(event);
             }
-            let timeout = left.map_or(PollTimeout::NONE, |left| {
+            let timeout = left.map_or(PollTimeout::NONE, |(left, _event)| {
                 // Rounded up, so as not to wake up too early again and again.
                 PollTimeout::try_from(left.as_millis() + 1).unwrap_or(PollTimeout::MAX)
             });
+            let sources = [
+                (ended, Event::Ended),
+                (Some(self.listener.as_fd()), Event::Command),
+                (self.retry.notified(), Event::Changed),
+            ];
+            let sources = sources.into_iter().filter_map(|(fd, event)| Some((fd?, event)));
+            let (mut fds, events): (Vec<_>, Vec<_>) =
+                sources.map(|(fd, event)| (PollFd::new(fd, PollFlags::POLLIN), event)).unzip();
             match poll(&mut fds, timeout) {
-                Ok(0) | Err(Errno::EINTR) => {}
-                Ok(_) if fds.get(1).is_some_and(|fd| fd.any().unwrap_or(true)) => return Ok(Event::Ended),
-                Ok(_) => return Ok(Event::Command),
+                Err(Errno::EINTR) => {}
                 Err(errno) => return Err(errno.into()),
+                Ok(_) => {
+                    let mut ready = fds.iter().zip(events).filter(|(fd, _)| fd.any().unwrap_or(true));
+                    if let Some((_, event)) = ready.next() {
+                        return Ok(event);
+                    }
+                }
             }
         }
     }
 
     /// Starts the relay with all ports. If that fails, tries again later.
     fn start_again(&mut self) {
-        match self.child.start(&self.dir, &self.held) {
+        match self.serving.start(&self.dir, &mut self.held) {
             Ok(()) => {
                 self.backoff.started(Instant::now());
                 log("the relay is started again");
@@ -168,6 +205,15 @@ impl Supervisor {
         }
     }
 
+    /// Tries again what the relay has refused.
+    fn try_again(&mut self) {
+        self.retry.done();
+        if self.serving.settle(&self.dir, &mut self.held).is_err() {
+            // It hangs.
+            self.serving.kill();
+        }
+    }
+
     /// Answers the request of a command.
     fn converse(&mut self, stream: UnixStream) -> io::Result<()> {
         let mut channel = Channel::new(stream, COMMAND)?;
@@ -175,49 +221,44 @@ impl Supervisor {
         let answer = match serde_json::from_slice(&text) {
             Ok(_request) if is_incomplete => Answer::Refused(descriptors::too_few(sockets.len())),
             Ok(Request::Status) => Answer::Status(self.status()),
-            Ok(Request::Change { remove, add }) => match self.held.changed(&remove, add, sockets) {
-                Ok(wanted) => self.change(wanted),
-                Err(why) => Answer::Refused(why),
-            },
+            Ok(Request::Change { remove, add }) => {
+                let asked = add.iter().map(|port| port.key).collect();
+                match self.held.changed(&remove, add, sockets) {
+                    Ok(wanted) => self.change(wanted, &asked),
+                    Err(why) => Answer::Refused(why),
+                }
+            }
             Err(error) => Answer::Refused(format!("not a request: {error}")),
         };
         channel.send(serde_json::to_string(&answer)?, &[])
     }
 
     fn status(&self) -> Status {
-        let trouble = self.backoff.trouble().filter(|_| self.child.process().is_none());
+        let trouble = self.backoff.trouble().filter(|_| self.serving.process().is_none());
         Status {
             supervisor: process::running(std::process::id()),
-            relay: self.child.process(),
+            relay: self.serving.process(),
             trouble: trouble.map(str::to_owned),
             ports: self.held.ports().cloned().collect(),
+            unserved: self.serving.unserved(),
         }
     }
 
-    /// Serves exactly the ports of `wanted`.
-    fn change(&mut self, wanted: Held) -> Answer {
+    /// Serves exactly the ports of `wanted`; those that were `asked` for for certain.
+    fn change(&mut self, wanted: Held, asked: &BTreeSet<MappingKey>) -> Answer {
         if wanted.is_empty() {
-            self.child.stop();
+            self.serving.stop();
             self.held = wanted;
             self.remove_files();
             return Answer::Changed;
         }
-        let result = match self.child.process() {
-            Some(_) => self.child.apply(&self.dir, &wanted, &self.held).or_else(|failed| match failed {
-                Failed::Refused(why) if !self.child.has_ended() => Err(why),
-                // It has ended just before, or it hangs.
-                _ => self.child.start(&self.dir, &wanted),
-            }),
-            None => self.child.start(&self.dir, &wanted),
-        };
-        match result {
+        match self.serving.change(&self.dir, &mut self.held, wanted, asked) {
             Ok(()) => {
                 self.backoff.started(Instant::now());
-                self.held = wanted;
                 Answer::Changed
             }
             Err(why) => {
-                if self.child.process().is_none() && !self.held.is_empty() {
+                if self.serving.process().is_none() && !self.held.is_empty() {
                     self.backoff.ended(&why, Instant::now());
                 }
                 Answer::Refused(why)
@@ -232,10 +273,4 @@ impl Supervisor {
             drop(std::fs::remove_file(within(&self.dir, name)));
         }
     }
-}
-
-/// Writes a line to the log.
-fn log(line: &str) {
-    // There is nowhere to report an error.
-    drop(writeln!(io::stderr(), "netns-setup: {line}"));
 }

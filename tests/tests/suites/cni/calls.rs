@@ -9,7 +9,6 @@ use std::thread;
 
 use command_fds::{CommandFdExt, FdMapping};
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use serde_json::{Value, json};
 use testkit::eventually;
 use testkit::process::Process;
@@ -322,16 +321,7 @@ fn lost(node: &Node) {
 
 /// Kills the supervisor of the relay, which takes the relay along.
 fn end_supervisor(node: &Node) {
-    let own = node.host.run(|| fs::read_link("/proc/thread-self/ns/net").unwrap());
-    let processes = fs::read_dir("/proc").unwrap().filter_map(|entry| {
-        let path = entry.unwrap().path();
-        let words = fs::read_to_string(path.join("cmdline")).unwrap_or_default();
-        let is_it = words.contains("supervise-relay\0") && words.contains("/run/rproxy-portmap");
-        let is_here = path.join("ns/net").read_link().is_ok_and(|namespace| namespace == own);
-        (is_it && is_here).then(|| path.file_name().unwrap().to_str().unwrap().parse::<i32>().unwrap())
-    });
-    let [supervisor] = processes.collect::<Vec<_>>()[..] else { panic!("not one supervisor") };
-    kill(Pid::from_raw(supervisor), Signal::SIGKILL).unwrap();
+    kill(node.process("supervise-relay"), Signal::SIGKILL).unwrap();
     eventually("the relay has ended", || node.served().is_empty());
 }
 

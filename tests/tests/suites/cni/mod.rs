@@ -4,10 +4,11 @@ mod calls;
 mod crash;
 mod node;
 mod podman;
+mod refused;
 mod traffic;
 
 use testkit::suite::Case;
 
 pub(crate) fn cases() -> Vec<Case> {
-    testkit::modules![traffic, calls, crash, podman]
+    testkit::modules![traffic, calls, refused, crash, podman]
 }

@@ -1,11 +1,13 @@
 //! A node with containers whose network Debian's plugins make.
 
+use std::fs;
 use std::io::Write;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::thread;
 
+use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use testkit::netns::Namespace;
@@ -185,12 +187,27 @@ impl Node {
         mappings.iter().map(|mapping| mapping["name"].as_str().unwrap().to_owned()).collect()
     }
 
+    /// The process of the plugin whose command line has this word.
+    #[track_caller]
+    pub(crate) fn process(&self, word: &str) -> Pid {
+        let own = self.host.run(|| fs::read_link("/proc/thread-self/ns/net").unwrap());
+        let processes = fs::read_dir("/proc").unwrap().filter_map(|entry| {
+            let path = entry.unwrap().path();
+            let line = fs::read_to_string(path.join("cmdline")).unwrap_or_default();
+            let is_it = line.split('\0').any(|part| part == word) && line.contains("/run/rproxy-portmap");
+            let is_here = path.join("ns/net").read_link().is_ok_and(|namespace| namespace == own);
+            (is_it && is_here).then(|| path.file_name().unwrap().to_str().unwrap().parse::<i32>().unwrap())
+        });
+        let [process] = processes.collect::<Vec<_>>()[..] else { panic!("not one process with {word}") };
+        Pid::from_raw(process)
+    }
+
     /// Expects that nothing of the plugin is left.
     #[track_caller]
     pub(crate) fn assert_clean(&self) {
         assert_eq!(self.rules(), "");
         let left: Vec<_> =
-            std::fs::read_dir("/run/rproxy-portmap").unwrap().map(|file| file.unwrap().path()).collect();
+            fs::read_dir("/run/rproxy-portmap").unwrap().map(|file| file.unwrap().path()).collect();
         assert!(left.is_empty(), "{left:?}");
     }
 }

@@ -9,6 +9,7 @@ mod identity;
 mod lost_state;
 mod persist;
 mod ports;
+mod refused;
 mod relay;
 mod relay_life;
 mod rules;
@@ -38,6 +39,7 @@ pub(crate) fn cases() -> Vec<Case> {
         persist,
         ports,
         relay,
+        refused,
         relay_life,
         scale,
         state,
