@@ -24,9 +24,6 @@ pub const LISTENER: RawFd = 3;
 /// The name of the supervisor among the processes, and of its file.
 const OWN_NAME: &str = "netns-setup";
 
-/// The size in bytes from which a log is begun anew, as it is in memory (`/run`).
-const LONGEST_LOG: u64 = 1024 * 1024;
-
 /// Starts a supervisor. It can be connected to at once; what it is asked waits until it is ready.
 ///
 /// # Errors
@@ -73,15 +70,11 @@ fn listen(dir: &File, state_dir: &Path) -> Result<UnixListener, RelayError> {
 
 fn open_log(state_dir: &Path) -> Result<File, RelayError> {
     let path = state_dir.join(LOG);
-    let is_long = std::fs::symlink_metadata(&path).is_ok_and(|metadata| metadata.len() > LONGEST_LOG);
     let flags = nix::libc::O_NOFOLLOW;
     let mut options = OpenOptions::new();
-    let log = options.append(true).create(true).mode(0o600).custom_flags(flags).open(&path);
-    let log = log.map_err(prepare("open", &path))?;
-    if is_long {
-        log.set_len(0).map_err(prepare("empty", &path))?;
-    }
-    Ok(log)
+    // The supervisor reads it to shorten it.
+    let log = options.read(true).append(true).create(true).mode(0o600).custom_flags(flags).open(&path);
+    log.map_err(prepare("open", &path))
 }
 
 /// Whether this program supervises if it is asked to, whatever its file is called.

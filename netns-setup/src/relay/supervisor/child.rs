@@ -13,6 +13,7 @@ use rproxy_sys::process::end_with_parent;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use super::control::Failed;
+use super::log::Lines;
 use crate::model::RelayProcess;
 use crate::relay::channel::{Channel, within};
 use crate::relay::process;
@@ -43,6 +44,8 @@ struct Running {
     process: Option<RelayProcess>,
     /// Readable once it has ended.
     pidfd: OwnedFd,
+    /// What it says.
+    lines: Option<Lines>,
 }
 
 impl Child {
@@ -71,7 +74,7 @@ impl Child {
 
     /// Reaps it after its end, and says how it ended.
     pub(super) fn reap(&mut self) -> String {
-        let ended = self.running.take().map(|mut running| running.child.wait());
+        let ended = self.running.take().map(Running::wait);
         match ended {
             Some(Ok(status)) => how(status),
             Some(Err(error)) => format!("has ended ({error})"),
@@ -84,7 +87,7 @@ impl Child {
         if let Some(mut running) = self.running.take() {
             // It may have ended already.
             drop(running.child.kill());
-            drop(running.child.wait());
+            drop(running.wait());
         }
     }
 
@@ -116,12 +119,15 @@ impl Child {
         let failed = |error: io::Error| format!("cannot run {}: {error}", self.program.display());
         let mut command = Command::new(&self.program);
         command.arg("--control").arg(control_path(dir)).args(["--log-level", "warn"]);
-        command.stdin(Stdio::null()).stdout(Stdio::null());
-        let child = end_with_parent(&mut command).spawn().map_err(failed)?;
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        let mut child = end_with_parent(&mut command).spawn().map_err(failed)?;
         let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw).unwrap_or(Pid::INIT);
         let pidfd = pidfd_open(pid, PidfdFlags::empty()).map_err(|errno| failed(errno.into()))?;
         let process = process::running(child.id());
-        self.running = Some(Running { child, process, pidfd });
+        let lines = child.stderr.take().map(Lines::follow).transpose();
+        let mut running = Running { child, process, pidfd, lines: None };
+        running.lines = lines.map_err(failed)?;
+        self.running = Some(running);
         Ok(())
     }
 
@@ -147,6 +153,15 @@ impl Child {
                 }
             }
         }
+    }
+}
+
+impl Running {
+    /// Waits for its end, and for what it has said last.
+    fn wait(mut self) -> io::Result<ExitStatus> {
+        let status = self.child.wait();
+        self.lines.take().into_iter().for_each(Lines::finish);
+        status
     }
 }
 

@@ -138,8 +138,10 @@ fn detached(stage: &Stage) {
         let session = nix::unistd::getsid(Some(nix::unistd::Pid::from_raw(pid.cast_signed()))).unwrap();
         assert_eq!(session.as_raw(), parent(relay).cast_signed(), "{pid}");
         assert_eq!(fs::read_link(of("fd/0")).unwrap(), Path::new("/dev/null"), "{pid}");
-        assert_eq!(fs::read_link(of("fd/2")).unwrap(), stage.state_dir().join("relay.log"), "{pid}");
     }
+    let stderr = |pid: u32| fs::read_link(format!("/proc/{pid}/fd/2")).unwrap();
+    assert_eq!(stderr(parent(relay)), stage.state_dir().join("relay.log"));
+    assert!(stderr(relay).to_str().unwrap().starts_with("pipe:"), "{:?}", stderr(relay));
 }
 
 fn crash(stage: &Stage) {
