@@ -102,6 +102,34 @@ pub fn end_with_parent(command: &mut Command) -> &mut Command {
     unsafe { command.pre_exec(tie) }
 }
 
+/// Has signals do what they do by default, and be delivered: a process that ignores or blocks some passes that on to those
+/// that it starts (signal(7)). `SIGPIPE`, and those by which the runtime reports an overflow of the stack, are left.
+///
+/// # Errors
+/// Those of sigaction(2) and sigprocmask(2).
+pub fn reset_signals() -> io::Result<()> {
+    /// Those that cannot be changed, and those that are left.
+    const LEFT: [Signal; 5] =
+        [Signal::SIGKILL, Signal::SIGSTOP, Signal::SIGPIPE, Signal::SIGSEGV, Signal::SIGBUS];
+    for signal in Signal::iterator().filter(|signal| !LEFT.contains(signal)) {
+        // SAFETY: no handler is installed.
+        unsafe { sigaction(signal, &on(SigHandler::SigDfl)) }?;
+    }
+    Ok(SigSet::empty().thread_set_mask()?)
+}
+
+/// Has the calling thread, and processes that it starts, scheduled as usual (`SCHED_OTHER`, sched(7)).
+///
+/// # Errors
+/// Those of sched_setscheduler(2).
+pub fn schedule_normally() -> io::Result<()> {
+    // SAFETY: all of its fields are numbers.
+    let param: libc::sched_param = unsafe { std::mem::zeroed() };
+    // SAFETY: `param` is valid for reads, and outlives the call.
+    let result = unsafe { libc::sched_setscheduler(0, libc::SCHED_OTHER, &raw const param) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// Ignores a signal in this process from now on.
 ///
 /// # Errors

@@ -13,6 +13,7 @@ mod restart;
 mod retry;
 mod scoped;
 mod serving;
+mod settings;
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -90,7 +91,7 @@ fn run(arguments: &Arguments) -> io::Result<()> {
             "the relay ends with the unit that it was started in, as it cannot leave its control group: {error}"
         ));
     }
-    descriptors::raise_limit();
+    settings::reset();
     let dir = File::open(&arguments.state_dir)?;
     let listener = UnixListener::from(listener);
     let mut supervisor = Supervisor {

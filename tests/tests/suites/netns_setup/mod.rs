@@ -12,6 +12,7 @@ mod ports;
 mod refused;
 mod relay;
 mod relay_life;
+mod relay_process;
 mod rules;
 mod scale;
 pub(crate) mod stage;
@@ -41,6 +42,7 @@ pub(crate) fn cases() -> Vec<Case> {
         relay,
         refused,
         relay_life,
+        relay_process,
         scale,
         state,
         watch,
