@@ -43,6 +43,21 @@ pub fn parse_optional_limit(text: &str) -> Result<Option<Duration>, String> {
     parse_limit(text).map(Some).map_err(|message| format!("{message}, or '{UNLIMITED}'"))
 }
 
+/// Parses a time for `TCP_USER_TIMEOUT`, which the kernel counts in milliseconds, or [`UNLIMITED`].
+///
+/// # Errors
+/// A message that suggests a valid form.
+pub fn parse_user_timeout(text: &str) -> Result<Option<Duration>, String> {
+    let wrong = |problem| Err(format!("{problem}; write one such as 90s, or '{UNLIMITED}'"));
+    match parse_optional_limit(text)? {
+        Some(limit) if limit.as_millis() > i32::MAX.unsigned_abs().into() => {
+            wrong("longer than the 24 days that the kernel counts")
+        }
+        Some(limit) if limit.subsec_nanos() % 1_000_000 != 0 => wrong("the kernel counts whole milliseconds"),
+        limit => Ok(limit),
+    }
+}
+
 /// Writes a limit in the form that [`parse_optional_limit`] reads.
 pub fn format_limit(limit: Option<Duration>) -> String {
     limit.map_or_else(|| UNLIMITED.to_owned(), |limit| humantime::format_duration(limit).to_string())
@@ -66,6 +81,9 @@ mod tests {
         assert!(parse_limit("0").unwrap_err().contains("over at once"));
         assert!(parse_limit("18446744073709551615").unwrap_err().contains("longer than a year"));
         assert!(parse_optional_limit("0").unwrap_err().ends_with("or 'unlimited'"));
+        assert!(parse_user_timeout("25days").unwrap_err().contains("24 days"));
+        assert!(parse_user_timeout("1us").unwrap_err().contains("whole milliseconds"));
+        assert_eq!(parse_user_timeout("1500ms"), Ok(Some(Duration::from_millis(1500))));
         for limit in [None, Some(Duration::from_millis(1500)), Some(Duration::from_secs(90))] {
             assert_eq!(parse_optional_limit(&format_limit(limit)), Ok(limit));
         }

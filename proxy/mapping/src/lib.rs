@@ -14,6 +14,7 @@ pub mod duration;
 pub mod endpoint;
 pub mod escape;
 pub mod interfaces;
+pub mod keepalive;
 pub mod limits;
 pub mod name;
 pub mod overlap;

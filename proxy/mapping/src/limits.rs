@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::access::AccessList;
 use crate::dscp::Dscp;
+use crate::keepalive::Keepalive;
 use crate::proxy_protocol::ProxyProtocol;
 use crate::rate::Rate;
 use crate::source::{Device, Source};
@@ -18,6 +19,11 @@ pub struct Limits {
     pub connect_timeout: Option<Duration>,
     /// A TCP connection is reset after this long without data in either direction; `None` for never.
     pub idle_timeout: Option<Duration>,
+    /// A TCP connection is reset when what was sent is not acknowledged for this long (`TCP_USER_TIMEOUT`, tcp(7)); `None`
+    /// leaves it to the kernel (`tcp_retries2`, about a quarter of an hour).
+    pub tcp_user_timeout: Option<Duration>,
+    /// How TCP connections without data are probed, on both sides.
+    pub keepalive: Keepalive,
     /// The maximum number of concurrent TCP connections; `None` for as many as descriptors allow, two each.
     pub max_connections: Option<usize>,
     /// How to treat a connection beyond `max_connections`.
@@ -48,6 +54,8 @@ pub struct Limits {
     pub proxy_protocol: ProxyProtocol,
     /// Whether the process's access log has lines for its connections and flows.
     pub access_log: bool,
+    /// Whether the host address is bound even if this machine does not have it yet (`IP_FREEBIND`, ip(7)).
+    pub freebind: bool,
     /// The clients to serve. Connections of others are reset, and their datagrams are dropped.
     pub access: AccessList,
 }
@@ -57,6 +65,8 @@ impl Default for Limits {
         Self {
             connect_timeout: Some(Duration::from_secs(10)),
             idle_timeout: None,
+            tcp_user_timeout: None,
+            keepalive: Keepalive::default(),
             max_connections: None,
             on_limit: OnLimit::Wait,
             max_connections_per_source: None,
@@ -71,21 +81,29 @@ impl Default for Limits {
             device: None,
             proxy_protocol: ProxyProtocol::default(),
             access_log: true,
+            freebind: false,
             access: AccessList::default(),
         }
     }
 }
 
 impl Limits {
-    /// An option in use that a mapping of SCTP cannot have: what a firewall matches as transparent is TCP or UDP, and the
-    /// PROXY protocol has headers of byte streams and datagrams.
+    /// An option in use that a mapping of SCTP cannot have: what a firewall matches as transparent is TCP or UDP, the
+    /// PROXY protocol has headers of byte streams and datagrams, and these timers are those of TCP.
     pub fn not_of_sctp(&self) -> Option<&'static str> {
         let asked = [
             (self.source.is_client(), "source = client"),
             (self.proxy_protocol.send.is_some(), "send_proxy"),
             (!self.proxy_protocol.accept.is_empty(), "accept_proxy"),
+            (self.tcp_user_timeout.is_some(), "tcp_user_timeout"),
+            (self.keepalive != Keepalive::default(), "keepalive"),
         ];
         asked.into_iter().find_map(|(is_asked, option)| is_asked.then_some(option))
+    }
+
+    /// Whether TCP sockets have other timers than by default.
+    pub fn has_timers(&self) -> bool {
+        self.tcp_user_timeout.is_some() || self.keepalive != Keepalive::default()
     }
 }
 

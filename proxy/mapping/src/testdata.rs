@@ -9,6 +9,7 @@ use proptest::prelude::*;
 
 use crate::Mapping;
 use crate::access::{AccessList, parse_network};
+use crate::keepalive::{Keepalive, Probes};
 use crate::limits::{Limits, OnLimit};
 use crate::ports::PortRange;
 use crate::proxy_protocol::{ProxyDatagrams, ProxyProtocol, ProxyVersion};
@@ -42,17 +43,18 @@ fn any_limits() -> impl Strategy<Value = Limits> {
     let limit = || (1..10_000_000_u64).prop_map(Duration::from_millis);
     let count = || proptest::option::of(1..100_000_usize);
     let optional = || proptest::option::of(limit());
-    let times = (optional(), optional(), limit());
+    let user_timeout = proptest::option::of((1..2_000_000_000_u64).prop_map(Duration::from_millis));
+    let times = (optional(), optional(), limit(), user_timeout, any_keepalive());
     let rate = (1..10_000_u32, limit(), 1..10_u32)
         .prop_map(|(count, period, times)| Rate::new(count, period, count * times).ok());
     let dscp = proptest::option::of((0..64_u8).prop_map(|bits| bits.to_string().parse().unwrap()));
-    let switches = (any::<bool>(), any::<bool>(), any::<bool>());
+    let switches = (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
     let access = (any_networks(), any_networks());
     let path = (any_source(), proptest::option::of("[a-z][a-z0-9.-]{0,14}"), dscp);
     (times, switches, (count(), count(), count(), count(), rate), path, any_proxy_protocol(), access)
         .prop_map(
             |(
-                (connect_timeout, idle_timeout, udp_timeout),
+                (connect_timeout, idle_timeout, udp_timeout, tcp_user_timeout, keepalive),
                 is_on,
                 counts,
                 path,
@@ -61,6 +63,8 @@ fn any_limits() -> impl Strategy<Value = Limits> {
             )| Limits {
                 connect_timeout,
                 idle_timeout,
+                tcp_user_timeout,
+                keepalive,
                 max_connections: counts.0,
                 on_limit: if is_on.0 { OnLimit::Reset } else { OnLimit::Wait },
                 max_connections_per_source: counts.3,
@@ -74,9 +78,19 @@ fn any_limits() -> impl Strategy<Value = Limits> {
                 device: path.1.map(|name| name.parse::<Device>().unwrap()),
                 proxy_protocol,
                 access_log: is_on.2,
+                freebind: is_on.3,
                 access: AccessList { allow, deny },
             },
         )
+}
+
+fn any_keepalive() -> impl Strategy<Value = Keepalive> {
+    let time = || (1..32_768_u64).prop_map(Duration::from_secs);
+    let probes = (time(), time(), proptest::option::of(1..128_u32));
+    proptest::option::of(probes).prop_map(|probes| match probes {
+        Some((idle, interval, count)) => Keepalive::On(Probes { idle, interval, count }),
+        None => Keepalive::Off,
+    })
 }
 
 fn any_networks() -> impl Strategy<Value = Vec<IpNet>> {

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::access::{AccessList, parse_network};
 use crate::addr::{Protocols, ScopedIp};
-use crate::duration::{UNLIMITED, format_limit, parse_limit, parse_optional_limit};
+use crate::duration::{UNLIMITED, format_limit, parse_limit, parse_optional_limit, parse_user_timeout};
 use crate::interfaces::Interfaces;
 use crate::limits::{Limits, OnLimit};
 use crate::name::Name;
@@ -71,6 +71,12 @@ pub struct WireLimits {
     /// A duration, or `unlimited`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub idle_timeout: Option<String>,
+    /// A duration, or `unlimited`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tcp_user_timeout: Option<String>,
+    /// A duration, with `interval` and `count` if these are not the default, or `off`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub keepalive: Option<String>,
     /// At least 1.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_connections: Option<usize>,
@@ -119,6 +125,9 @@ pub struct WireLimits {
     /// `false` for no lines in the access log.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub access_log: Option<bool>,
+    /// Whether the host address is bound before the machine has it.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub freebind: bool,
     /// Networks.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub allow: Vec<String>,
@@ -218,6 +227,8 @@ impl WireLimits {
         Self {
             connect_timeout: duration(limits.connect_timeout, default.connect_timeout),
             idle_timeout: duration(limits.idle_timeout, default.idle_timeout),
+            tcp_user_timeout: duration(limits.tcp_user_timeout, default.tcp_user_timeout),
+            keepalive: (limits.keepalive != default.keepalive).then(|| limits.keepalive.to_string()),
             max_connections: limits.max_connections,
             on_limit: (limits.on_limit != OnLimit::default()).then(|| limits.on_limit.to_string()),
             max_connections_per_source: limits.max_connections_per_source,
@@ -234,6 +245,7 @@ impl WireLimits {
             accept_proxy: networks(&proxy.accept),
             proxy_timeout: duration(Some(proxy.timeout), Some(of_proxy.timeout)),
             access_log: (!limits.access_log).then_some(false),
+            freebind: limits.freebind,
             allow: networks(&limits.access.allow),
             deny: networks(&limits.access.deny),
         }
@@ -244,6 +256,10 @@ impl WireLimits {
         let default = Limits::default();
         let connect_timeout = read_limit("limits.connect_timeout", self.connect_timeout.as_deref(), wrong);
         let idle_timeout = read_limit("limits.idle_timeout", self.idle_timeout.as_deref(), wrong);
+        let tcp_user_timeout = self.tcp_user_timeout.as_deref().map(parse_user_timeout).transpose();
+        let tcp_user_timeout = wrong.note("limits.tcp_user_timeout", tcp_user_timeout);
+        let keepalive = self.keepalive.as_deref().map(str::parse).transpose();
+        let keepalive = wrong.note("limits.keepalive", keepalive);
         let max_connections = read_count("limits.max_connections", self.max_connections, wrong);
         let on_limit = self.on_limit.as_deref().map(str::parse).transpose();
         let on_limit = wrong.note("limits.on_limit", on_limit);
@@ -267,6 +283,8 @@ impl WireLimits {
         Some(Limits {
             connect_timeout: connect_timeout?.unwrap_or(default.connect_timeout),
             idle_timeout: idle_timeout?.unwrap_or(default.idle_timeout),
+            tcp_user_timeout: tcp_user_timeout?.unwrap_or(default.tcp_user_timeout),
+            keepalive: keepalive?.unwrap_or_default(),
             max_connections: max_connections?,
             on_limit: on_limit?.unwrap_or_default(),
             max_connections_per_source: max_connections_per_source?,
@@ -280,6 +298,7 @@ impl WireLimits {
             device: device?,
             proxy_protocol: proxy_protocol?,
             access_log: self.access_log.unwrap_or(default.access_log),
+            freebind: self.freebind,
             access: AccessList { allow: allow?, deny: deny? },
         })
     }
@@ -411,6 +430,7 @@ mod tests {
             r#"{"name":"web","host":"10.0.0.11","host_ports":"8000-8010","to":"[fd00::2]","to_ports":"80"}"#,
             r#"{"host_ports":"1000-1009","to":"172.17.0.2","to_ports":"2000-2009","proto":"tcp+udp","v6only":true}"#,
             r#"{"to":"172.17.0.2","to_ports":"80","limits":{"connect_timeout":"unlimited","idle_timeout":"1m",
+                "tcp_user_timeout":"30s","keepalive":"1m interval 10s count 5","freebind":true,
                 "max_connections":9,"on_limit":"reset","max_connections_per_source":2,"rate":"10/s burst 50","udp_timeout":"5s","udp_max_flows":7,
                 "udp_max_flows_per_source":3,"udp_any_port":true,"dscp":"ef","send_proxy":"v2","send_proxy_udp":"first",
                 "accept_proxy":["10.0.0.0/8"],"proxy_timeout":"1s","source":"client","device":"eth0","allow":["10.0.0.0/8"],"deny":["fd00::/8"]}}"#,
@@ -444,14 +464,6 @@ mod tests {
             (r#"{"to":"172.17.0.2","to_ports":"80","limits":{"udp_timeout":"unlimited"}}"#, "flows need one"),
             (r#"{"to":"172.17.0.2","to_ports":"80","limits":{"max_connections":0}}"#, "of at least 1"),
             (
-                r#"{"to":"172.17.0.2","to_ports":"80","limits":{"max_connections_per_source":0}}"#,
-                "limits.max_connections_per_source: write a number of at least 1",
-            ),
-            (
-                r#"{"to":"172.17.0.2","to_ports":"80","limits":{"rate":"10"}}"#,
-                "limits.rate: in which time? write 10/s",
-            ),
-            (
                 r#"{"to":"172.17.0.2","to_ports":"80","limits":{"dscp":"AF5"}}"#,
                 "limits.dscp: not a code point",
             ),
@@ -459,6 +471,39 @@ mod tests {
             (
                 r#"{"to":"172.17.0.2","to_ports":"80","limits":{"deny":["lan"]}}"#,
                 "limits.deny: 'lan': not a network",
+            ),
+        ] {
+            let message = read(json).expect_err(json);
+            assert!(message.contains(part), "{json}: {message}");
+        }
+    }
+
+    #[test]
+    fn mistakes_in_limits_of_connections_name_their_field() {
+        for (json, part) in [
+            (
+                r#"{"to":"172.17.0.2","to_ports":"80","proto":"sctp","limits":{"keepalive":"off"}}"#,
+                "sctp has no keepalive",
+            ),
+            (
+                r#"{"to":"172.17.0.2","to_ports":"80","proto":"sctp","limits":{"tcp_user_timeout":"1m"}}"#,
+                "sctp has no tcp_user_timeout",
+            ),
+            (
+                r#"{"to":"172.17.0.2","to_ports":"80","limits":{"tcp_user_timeout":"30days"}}"#,
+                "limits.tcp_user_timeout: longer than the 24 days that the kernel counts",
+            ),
+            (
+                r#"{"to":"172.17.0.2","to_ports":"80","limits":{"keepalive":"never"}}"#,
+                "limits.keepalive: not a time of idleness",
+            ),
+            (
+                r#"{"to":"172.17.0.2","to_ports":"80","limits":{"max_connections_per_source":0}}"#,
+                "limits.max_connections_per_source: write a number of at least 1",
+            ),
+            (
+                r#"{"to":"172.17.0.2","to_ports":"80","limits":{"rate":"10"}}"#,
+                "limits.rate: in which time? write 10/s",
             ),
         ] {
             let message = read(json).expect_err(json);

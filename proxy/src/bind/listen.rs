@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use nix::libc;
 use rproxy_mapping::addr::Protocol;
+use rproxy_mapping::keepalive::{Keepalive, Probes};
+use rproxy_mapping::limits::Limits;
 use rproxy_mapping::ports::PortRange;
 use rproxy_mapping::{Mapping, PortMapping};
 use rproxy_sys::{sctp, udp};
@@ -30,16 +32,17 @@ pub enum Listener {
 }
 
 impl Listener {
-    /// Binds the host address of `mapping`.
+    /// Binds the host address of `mapping`; with `freebind` also one that this machine does not have.
     ///
     /// # Errors
     /// [`BindError`], whose message suggests what would work.
-    pub fn bind(mapping: &PortMapping) -> Result<Self, BindError> {
+    pub fn bind(mapping: &PortMapping, freebind: bool) -> Result<Self, BindError> {
         let addr = mapping.host.socket_addr();
+        let options = BindOptions { v6only: mapping.v6only, freebind };
         let bound = match mapping.protocol {
-            Protocol::Tcp => bind_tcp(addr, mapping.v6only).map(Self::Tcp),
-            Protocol::Udp => bind_udp(addr, mapping.v6only).map(Self::Udp),
-            Protocol::Sctp => bind_sctp(addr, mapping.v6only).map(Self::Sctp),
+            Protocol::Tcp => listen_tcp(addr, options).map(Self::Tcp),
+            Protocol::Udp => bind_udp(addr, options).map(Self::Udp),
+            Protocol::Sctp => listen_sctp(addr, options).map(Self::Sctp),
         };
         bound.map_err(|source| BindError { protocol: mapping.protocol, addr, among: None, more: 1, source })
     }
@@ -144,18 +147,35 @@ fn new_socket(
     addr: SocketAddr,
     kind: Type,
     transport: Option<Transport>,
-    v6only: bool,
+    options: BindOptions,
 ) -> io::Result<Socket> {
     let socket = Socket::new(Domain::for_address(addr), kind.nonblocking(), transport)?;
     if addr.is_ipv6() {
-        socket.set_only_v6(v6only)?;
+        socket.set_only_v6(options.v6only)?;
+    }
+    match addr {
+        _ if !options.freebind => {}
+        SocketAddr::V4(_) => socket.set_freebind_v4(true)?,
+        SocketAddr::V6(_) => socket.set_freebind_v6(true)?,
     }
     Ok(socket)
 }
 
+/// How an address is bound.
+#[derive(Clone, Copy, Debug)]
+struct BindOptions {
+    v6only: bool,
+    /// Also if this machine does not have it (`IP_FREEBIND`, ip(7)).
+    freebind: bool,
+}
+
 /// Binds a TCP socket that listens on `addr`.
 pub(crate) fn bind_tcp(addr: SocketAddr, v6only: bool) -> io::Result<TcpListener> {
-    let socket = new_socket(addr, Type::STREAM, None, v6only)?;
+    listen_tcp(addr, BindOptions { v6only, freebind: false })
+}
+
+fn listen_tcp(addr: SocketAddr, options: BindOptions) -> io::Result<TcpListener> {
+    let socket = new_socket(addr, Type::STREAM, None, options)?;
     // Connections of an earlier run may still be in TIME_WAIT on this port.
     socket.set_reuse_address(true)?;
     socket.bind(&addr.into())?;
@@ -164,8 +184,8 @@ pub(crate) fn bind_tcp(addr: SocketAddr, v6only: bool) -> io::Result<TcpListener
     Ok(socket.into())
 }
 
-fn bind_sctp(addr: SocketAddr, v6only: bool) -> io::Result<Socket> {
-    let socket = new_socket(addr, Type::STREAM, Some(Transport::SCTP), v6only)?;
+fn listen_sctp(addr: SocketAddr, options: BindOptions) -> io::Result<Socket> {
+    let socket = new_socket(addr, Type::STREAM, Some(Transport::SCTP), options)?;
     socket.set_reuse_address(true)?;
     socket.bind(&addr.into())?;
     set_message_options(&SockRef::from(&socket))?;
@@ -173,8 +193,8 @@ fn bind_sctp(addr: SocketAddr, v6only: bool) -> io::Result<Socket> {
     Ok(socket)
 }
 
-fn bind_udp(addr: SocketAddr, v6only: bool) -> io::Result<UdpSocket> {
-    let socket = new_socket(addr, Type::DGRAM, None, v6only)?;
+fn bind_udp(addr: SocketAddr, options: BindOptions) -> io::Result<UdpSocket> {
+    let socket = new_socket(addr, Type::DGRAM, None, options)?;
     // Before the first datagram can arrive.
     set_datagram_options(&socket, addr.is_ipv6())?;
     socket.bind(&addr.into())?;
@@ -195,6 +215,22 @@ pub(crate) fn set_stream_options(socket: &SockRef<'_>) -> io::Result<()> {
     if_known(socket.set_out_of_band_inline(true))?;
     let keepalive = TcpKeepalive::new().with_time(KEEPALIVE).with_interval(KEEPALIVE);
     if_known(socket.set_tcp_keepalive(&keepalive))
+}
+
+/// Sets the timers of a TCP connection that `limits` ask for, if these are other ones than by default.
+pub(crate) fn set_timers(socket: &SockRef<'_>, limits: &Limits) -> io::Result<()> {
+    if limits.tcp_user_timeout.is_some() {
+        if_known(socket.set_tcp_user_timeout(limits.tcp_user_timeout))?;
+    }
+    match limits.keepalive {
+        Keepalive::Off => if_known(socket.set_keepalive(false)),
+        probed if probed == Keepalive::default() => Ok(()),
+        Keepalive::On(Probes { idle, interval, count }) => {
+            let probes = TcpKeepalive::new().with_time(idle).with_interval(interval);
+            let probes = count.map_or(probes.clone(), |count| probes.with_retries(count));
+            if_known(socket.set_tcp_keepalive(&probes))
+        }
+    }
 }
 
 /// As [`set_stream_options`], for SCTP, of which each message is read with its stream and payload protocol identifier.
@@ -267,6 +303,14 @@ impl BindError {
             among: Some(range),
             more: 1,
             source: last.map_or_else(in_use, |error| error.source),
+        }
+    }
+
+    /// That `freebind`, as the front end at hand has it, would bind the address, where that is so; or else nothing.
+    pub fn hint(&self, freebind: &str) -> String {
+        match self.source.kind() {
+            io::ErrorKind::AddrNotAvailable => format!("; {freebind} binds it before it is there"),
+            _ => String::new(),
         }
     }
 
@@ -357,6 +401,43 @@ mod tests {
         let other = idle.try_clone().unwrap();
         assert!(matches!(adopt(idle, Protocol::Tcp), Err(AdoptError::NotListening(Protocol::Tcp))));
         assert!(!other.nonblocking().unwrap(), "whoever has it, too, can go on");
+    }
+
+    #[test]
+    fn a_connection_has_the_timers_that_its_mapping_asks_for() {
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        let of_socket = SockRef::from(&socket);
+        set_stream_options(&of_socket).unwrap();
+        let set = |limits: Limits| set_timers(&of_socket, &limits).unwrap();
+        set(Limits::default());
+        assert_eq!((socket.keepalive().unwrap(), socket.tcp_keepalive_time().unwrap()), (true, KEEPALIVE));
+        assert_eq!((socket.tcp_keepalive_interval().unwrap(), Probes::TIME), (KEEPALIVE, KEEPALIVE));
+        let keepalive = "1m interval 10s count 5".parse().unwrap();
+        set(Limits { keepalive, tcp_user_timeout: Some(Duration::from_millis(1500)), ..Limits::default() });
+        let times = (socket.tcp_keepalive_time().unwrap(), socket.tcp_keepalive_interval().unwrap());
+        assert_eq!(times, (Duration::from_mins(1), Duration::from_secs(10)));
+        assert_eq!(socket.tcp_keepalive_retries().unwrap(), 5);
+        assert_eq!(socket.tcp_user_timeout().unwrap(), Some(Duration::from_millis(1500)));
+        set(Limits { keepalive: Keepalive::Off, ..Limits::default() });
+        assert!(!socket.keepalive().unwrap());
+    }
+
+    #[test]
+    fn an_address_that_is_not_there_takes_freebind_and_the_error_says_so() {
+        let backend = "192.0.2.1:80".parse().unwrap();
+        for host in ["203.0.113.77:0", "[2001:db8::77]:0"] {
+            for protocol in [Protocol::Tcp, Protocol::Udp] {
+                let host = host.parse().unwrap();
+                let mapping = PortMapping { protocol, host, backend, v6only: false };
+                let error = Listener::bind(&mapping, false).unwrap_err();
+                assert_eq!(error.hint("--freebind"), "; --freebind binds it before it is there");
+                Listener::bind(&mapping, true).unwrap();
+            }
+        }
+        let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+        let host = taken.local_addr().unwrap().into();
+        let mapping = PortMapping { protocol: Protocol::Tcp, host, backend, v6only: false };
+        assert_eq!(Listener::bind(&mapping, false).unwrap_err().hint("--freebind"), "");
     }
 
     #[test]

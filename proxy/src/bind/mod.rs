@@ -17,6 +17,7 @@ use std::net::SocketAddr;
 use std::ops::ControlFlow;
 
 use rproxy_mapping::addr::{HostSocketAddr, Protocol};
+use rproxy_mapping::limits::Limits;
 use rproxy_mapping::ports::PortRange;
 use rproxy_mapping::{HostPorts, Mapping, PortMapping};
 
@@ -51,7 +52,15 @@ impl BoundPort {
     /// # Errors
     /// [`BindError`]
     pub fn bind(port_mapping: PortMapping) -> Result<Self, BindError> {
-        let listener = Listener::bind(&port_mapping)?;
+        Self::bind_for(port_mapping, &Limits::default())
+    }
+
+    /// As [`Self::bind`], in the way that the options of its mapping ask for.
+    ///
+    /// # Errors
+    /// [`BindError`]
+    pub fn bind_for(port_mapping: PortMapping, limits: &Limits) -> Result<Self, BindError> {
+        let listener = Listener::bind(&port_mapping, limits.freebind)?;
         Ok(Self { port_mapping, listener }.with_real_port())
     }
 
@@ -86,7 +95,8 @@ impl Bound {
     /// # Errors
     /// [`BindError`] for the port that cannot be bound; the others are closed.
     pub fn bind(mapping: Mapping) -> Result<Self, BindError> {
-        Self::bind_by(mapping, BoundPort::bind)
+        let limits = mapping.limits().clone();
+        Self::bind_by(mapping, |port_mapping| BoundPort::bind_for(port_mapping, &limits))
     }
 
     /// Whether it listens where requested, rather than where an inherited socket does.
@@ -100,8 +110,10 @@ impl Bound {
         if let Some(ports) = passed.take_named(&mapping)? {
             return Ok(Self { mapping, ports, process: None });
         }
+        let limits = mapping.limits().clone();
+        let bind = |port_mapping| BoundPort::bind_for(port_mapping, &limits);
         let take_or_bind =
-            |port_mapping| passed.take_at(&port_mapping).map_or_else(|| BoundPort::bind(port_mapping), Ok);
+            |port_mapping| passed.take_at(&port_mapping).map_or_else(|| bind(port_mapping), Ok);
         Ok(Self::bind_by(mapping, take_or_bind)?)
     }
 
@@ -180,7 +192,7 @@ fn bind_one_of(
     let bind = |port: u16| -> Result<Vec<BoundPort>, BindError> {
         let port_mappings =
             mapping.protocols().iter().map(|protocol| mapping.port_mapping(protocol, port, backend_port));
-        port_mappings.map(BoundPort::bind).collect()
+        port_mappings.map(|port_mapping| BoundPort::bind_for(port_mapping, mapping.limits())).collect()
     };
     let mut whereabouts = Whereabouts::default();
     let mut reaches_itself = |port: &u16| {

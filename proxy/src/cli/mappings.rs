@@ -11,6 +11,7 @@ use rproxy_mapping::addr::{AddrError, HostSocketAddr, Protocol, Protocols, Scope
 use rproxy_mapping::dscp::Dscp;
 use rproxy_mapping::duration::parse_limit;
 use rproxy_mapping::endpoint::{BackendSpec, HostSpec};
+use rproxy_mapping::keepalive::Keepalive;
 use rproxy_mapping::limits::{Limits, OnLimit};
 use rproxy_mapping::name::Name;
 use rproxy_mapping::overlap::refuse_overlap;
@@ -22,7 +23,7 @@ use rproxy_mapping::{Mapping, MappingError};
 
 use super::UsageError;
 use super::values::{
-    Limit, To, on_limit, parse_count, parse_host, parse_publish, proxy_datagrams, proxy_version,
+    Limit, To, UserTimeout, on_limit, parse_count, parse_host, parse_publish, proxy_datagrams, proxy_version,
 };
 use crate::bind::family::everywhere;
 use crate::loops::{LoopReason, refuse_loops_among};
@@ -70,6 +71,12 @@ struct LimitArgs {
     /// Reset a TCP connection after this long without data in either direction, or 'unlimited'
     #[arg(long, value_name = "DURATION", default_value = "unlimited", allow_hyphen_values = true)]
     idle_timeout: Limit,
+    /// Reset a TCP connection when data sent is not acknowledged for this long, or 'unlimited': when the kernel does
+    #[arg(long, value_name = "DURATION", default_value = "unlimited", allow_hyphen_values = true)]
+    tcp_user_timeout: UserTimeout,
+    /// Probe TCP connections that are idle for this long: 1m, '1m interval 10s count 5', or off
+    #[arg(long, value_name = "PROBES", default_value_t, allow_hyphen_values = true)]
+    keepalive: Keepalive,
     /// Concurrent TCP connections of a mapping [default: as descriptors allow]
     #[arg(long, value_name = "COUNT", value_parser = parse_count, allow_hyphen_values = true)]
     max_connections: Option<usize>,
@@ -131,6 +138,9 @@ struct LimitArgs {
     /// Write no lines to the access log about these mappings
     #[arg(long)]
     no_access_log: bool,
+    /// Bind host addresses that this machine does not have yet
+    #[arg(long)]
+    freebind: bool,
 }
 
 impl LimitArgs {
@@ -138,6 +148,8 @@ impl LimitArgs {
         Limits {
             connect_timeout: self.connect_timeout.0,
             idle_timeout: self.idle_timeout.0,
+            tcp_user_timeout: self.tcp_user_timeout.0,
+            keepalive: self.keepalive,
             max_connections: self.max_connections,
             on_limit: self.on_limit,
             max_connections_per_source: self.max_connections_per_source,
@@ -156,6 +168,7 @@ impl LimitArgs {
                 timeout: self.proxy_timeout,
             },
             access_log: !self.no_access_log,
+            freebind: self.freebind,
             access: AccessList { allow: self.allow.clone(), deny: self.deny.clone() },
         }
     }
@@ -169,7 +182,7 @@ struct Asked {
 
 impl MappingArgs {
     /// The ids of these options in clap. All of them can be expressed in a file.
-    pub(super) const IDS: [&str; 28] = [
+    pub(super) const IDS: [&str; 31] = [
         "host",
         "to",
         "publish",
@@ -180,6 +193,8 @@ impl MappingArgs {
         "name",
         "connect_timeout",
         "idle_timeout",
+        "tcp_user_timeout",
+        "keepalive",
         "max_connections",
         "on_limit",
         "max_connections_per_source",
@@ -198,6 +213,7 @@ impl MappingArgs {
         "accept_proxy",
         "proxy_timeout",
         "no_access_log",
+        "freebind",
     ];
 
     /// Whether no mapping is requested.

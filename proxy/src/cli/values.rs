@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use rproxy_mapping::addr::{AddrError, ScopedIp};
+use rproxy_mapping::duration::parse_user_timeout;
 use rproxy_mapping::duration::{UNLIMITED, parse, parse_optional_limit};
 use rproxy_mapping::endpoint::{BackendSpec, HostSpec};
 use rproxy_mapping::limits::OnLimit;
@@ -73,6 +74,18 @@ impl FromStr for Limit {
 
     fn from_str(text: &str) -> Result<Self, String> {
         parse_optional_limit(text).map(Self)
+    }
+}
+
+/// The longest time until what was sent is acknowledged, or none.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct UserTimeout(pub(super) Option<Duration>);
+
+impl FromStr for UserTimeout {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        parse_user_timeout(text).map(Self)
     }
 }
 

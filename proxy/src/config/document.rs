@@ -232,6 +232,7 @@ fn loops(tables: &[Table], mappings: &[Mapping]) -> Option<Found> {
 mod tests {
     use proptest::prelude::*;
     use rproxy_mapping::dscp::Dscp;
+    use rproxy_mapping::limits::Limits;
     use rproxy_mapping::testdata::any_mapping;
 
     use super::super::mistake::Lines;
@@ -247,6 +248,15 @@ mod tests {
     fn mistakes(text: &str) -> Vec<String> {
         let found = find_config(text).expect_err(text);
         Lines::of(text).locate(found).iter().map(ToString::to_string).collect()
+    }
+
+    #[test]
+    fn a_second_table_of_a_mapping_is_told_once() {
+        let table = "[mapping]\nhost = \"[::]:80\"\nto = \"172.17.0.2:80\"\n";
+        let found = mistakes(&format!("{table}{table}[defaults]\nrate = \"1/s\"\nrate = \"2/s\"\n"));
+        assert_eq!(found.len(), 2, "{found:?}");
+        assert!(found[0].starts_with("4:1: [mapping] is one table, and there is one already"), "{found:?}");
+        assert!(found[1].starts_with("9:1: duplicate key"), "{found:?}");
     }
 
     #[test]
@@ -304,6 +314,34 @@ mod tests {
         let found = mistakes(text);
         assert!(found[0].starts_with(expected), "{text}: {found:?}");
         assert!(!found[0].contains('\n'), "{text}: {found:?}");
+    }
+
+    #[test]
+    fn mistakes_in_limits_have_a_place_and_a_way_out() {
+        for (text, expected) in [
+            ("[[mapping]]\nhost = \"[::]:80\"\nrate = 10", "1:1: to: it is missing"),
+            ("[defaults]\nrate = 10", "2:8: rate: expected a quoted string; write rate = \"10/s\""),
+            (
+                "[defaults]\nkeepalive = 60",
+                "2:13: keepalive: expected a quoted string; write keepalive = \"60s\"",
+            ),
+            (
+                "[defaults]\nkeepalive = false",
+                "2:13: keepalive: expected a quoted string; write keepalive = \"off\"",
+            ),
+            (
+                "[defaults]\nkeepalive = off",
+                "2:13: keepalive: this is not a TOML value; write keepalive = \"off\"",
+            ),
+            ("[defaults]\ntcp_user_timeout = \"25d\"", "2:20: tcp_user_timeout: longer than the 24 days"),
+            (
+                "[defaults]\nmax_connections_per_source = 0",
+                "2:30: max_connections_per_source: write a number of at least 1",
+            ),
+            ("[defaults]\nfree_bind = true", "2:1: unknown key `free_bind`; did you mean `freebind`?"),
+        ] {
+            assert_found(text, expected);
+        }
     }
 
     #[test]
@@ -671,7 +709,7 @@ mod tests {
         ) {
             let attach = of_attached.map(|(name, mapping)| AttachOptions {
                 name: name.and_then(|name| parse_name(&name).ok()).unwrap_or_else(|| "rproxy".to_owned()),
-                limits: mapping.limits().clone(),
+                limits: Limits { freebind: false, ..mapping.limits().clone() },
             });
             let metrics: Option<MetricsAddr> = metrics.and_then(|text| text.parse().ok());
             let text = print([&mapping], attach.as_ref(), metrics.as_ref(), with_interface_name);

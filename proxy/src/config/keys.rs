@@ -34,6 +34,8 @@ pub(super) struct Keys {
     v6only: Switch,
     connect_timeout: Text,
     idle_timeout: Text,
+    tcp_user_timeout: Text,
+    keepalive: Text,
     max_connections: Count,
     on_limit: Text,
     max_connections_per_source: Count,
@@ -50,6 +52,7 @@ pub(super) struct Keys {
     accept_proxy: Texts,
     proxy_timeout: Text,
     access_log: Switch,
+    freebind: Switch,
     allow: Texts,
     deny: Texts,
     /// Keys that are present but unreadable or misspelt.
@@ -220,6 +223,8 @@ impl Keys {
         WireLimits {
             connect_timeout: text(&self.connect_timeout),
             idle_timeout: text(&self.idle_timeout),
+            tcp_user_timeout: text(&self.tcp_user_timeout),
+            keepalive: text(&self.keepalive),
             max_connections: count(&self.max_connections),
             on_limit: text(&self.on_limit),
             max_connections_per_source: count(&self.max_connections_per_source),
@@ -236,6 +241,7 @@ impl Keys {
             accept_proxy: texts(&self.accept_proxy),
             proxy_timeout: text(&self.proxy_timeout),
             access_log: self.access_log.as_ref().map(|value| *value.get_ref()),
+            freebind: is_on(&self.freebind),
             allow: texts(&self.allow),
             deny: texts(&self.deny),
         }

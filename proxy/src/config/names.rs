@@ -11,8 +11,11 @@ macro_rules! with_keys {
             to,
             proto,
             v6only,
+            freebind,
             connect_timeout,
             idle_timeout,
+            tcp_user_timeout,
+            keepalive,
             max_connections,
             on_limit,
             max_connections_per_source,
@@ -40,13 +43,15 @@ macro_rules! names {
 }
 
 /// All keys.
-pub(super) const KEYS: [&str; 25] = with_keys!(names);
+pub(super) const KEYS: [&str; 28] = with_keys!(names);
 
 /// The keys of `[attach]`.
-pub(super) const ATTACH_KEYS: [&str; 21] = [
+pub(super) const ATTACH_KEYS: [&str; 23] = [
     "name",
     "connect_timeout",
     "idle_timeout",
+    "tcp_user_timeout",
+    "keepalive",
     "max_connections",
     "on_limit",
     "max_connections_per_source",
@@ -164,7 +169,7 @@ mod tests {
 
     #[test]
     fn attached_ports_have_all_keys_but_those_of_one_mapping() {
-        let of_one_mapping = ["host", "to", "proto", "v6only"];
+        let of_one_mapping = ["host", "to", "proto", "v6only", "freebind"];
         let others: Vec<&str> = KEYS.into_iter().filter(|key| !of_one_mapping.contains(key)).collect();
         assert_eq!(others, ATTACH_KEYS);
     }

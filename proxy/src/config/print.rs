@@ -85,7 +85,8 @@ fn values_of(mapping: &Mapping, address: fn(ScopedIp) -> String) -> Values {
 
 fn values_of_attach(AttachOptions { name, limits }: &AttachOptions) -> Values {
     let name = (name != DEFAULT_NAME).then(|| toml_string(name));
-    Values { name, ..values_of_limits(WireLimits::of(limits)) }
+    // Shims bind what they attach.
+    Values { name, freebind: None, ..values_of_limits(WireLimits::of(limits)) }
 }
 
 fn values_of_limits(limits: WireLimits) -> Values {
@@ -99,6 +100,8 @@ fn values_of_limits(limits: WireLimits) -> Values {
         v6only: None,
         connect_timeout: quoted(limits.connect_timeout),
         idle_timeout: quoted(limits.idle_timeout),
+        tcp_user_timeout: quoted(limits.tcp_user_timeout),
+        keepalive: quoted(limits.keepalive),
         max_connections: number(limits.max_connections),
         on_limit: quoted(limits.on_limit),
         max_connections_per_source: number(limits.max_connections_per_source),
@@ -116,6 +119,7 @@ fn values_of_limits(limits: WireLimits) -> Values {
         send_proxy_udp: quoted(limits.send_proxy_udp),
         accept_proxy: list(limits.accept_proxy),
         proxy_timeout: quoted(limits.proxy_timeout),
+        freebind: is_on(limits.freebind),
         access_log: limits.access_log.map(|is_on| is_on.to_string()),
     }
 }

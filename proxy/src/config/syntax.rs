@@ -71,6 +71,7 @@ pub(super) fn beside_errors(text: &str, errors: &[toml::de::Error], found: Mista
         // Further errors in the same line are consequences of the first.
         broken.entry(lines.start_of(place(text, error))).or_insert(error);
     }
+    drop_consequences(text, &mut broken);
     let mut all = Mistakes::with_more(broken.len() > MOST || found.more);
     all.extend(broken.iter().take(MOST).map(|(start, error)| explain(text, *start, error)));
     // After an invalid heading, keys are attributed to the wrong table.
@@ -81,6 +82,23 @@ pub(super) fn beside_errors(text: &str, errors: &[toml::de::Error], found: Mista
         }));
     }
     all
+}
+
+/// Removes the errors about duplicate keys behind a second `[mapping]`: each is one of another mapping.
+fn drop_consequences(text: &str, broken: &mut BTreeMap<usize, &toml::de::Error>) {
+    let mut is_of_another = false;
+    let mut seen = 0;
+    broken.retain(|start, error| {
+        let line = &text[*start..];
+        if is_heading(line) {
+            (is_of_another, seen) = (line.trim_start().starts_with("[mapping]"), *start);
+            return true;
+        }
+        // Each line is looked at once.
+        is_of_another = is_of_another && !text[seen..*start].lines().skip(1).any(is_heading);
+        seen = *start;
+        !(is_of_another && error.message() == "duplicate key")
+    });
 }
 
 fn is_heading(rest: &str) -> bool {

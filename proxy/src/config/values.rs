@@ -55,14 +55,15 @@ impl Value for String {
     fn meant(key: &str, value: &DeValue<'_>) -> String {
         let number = value.as_integer().filter(|number| number.radix() == 10).map(|number| number.as_str());
         let number = number.filter(|digits| digits.parse::<u16>().is_ok_and(|number| number > 0));
-        let is_optional = matches!(key, "connect_timeout" | "idle_timeout");
+        let is_optional = matches!(key, "connect_timeout" | "idle_timeout" | "tcp_user_timeout");
         match (key, number) {
             ("host", Some(port)) => format!("\"[::]:{port}\""),
             ("to", Some(port)) => format!("\"172.17.0.2:{port}\""),
             ("name", Some(name)) => format!("\"{name}\""),
             ("rate", Some(count)) => format!("\"{count}/s\""),
-            (_, Some(seconds)) if key.ends_with("timeout") => format!("\"{seconds}s\""),
+            (_, Some(seconds)) if key.ends_with("timeout") || key == "keepalive" => format!("\"{seconds}s\""),
             _ if is_optional && value.as_bool() == Some(false) => "\"unlimited\"".to_owned(),
+            ("keepalive", None) if value.as_bool() == Some(false) => "\"off\"".to_owned(),
             _ => example(key).to_owned(),
         }
     }
@@ -135,10 +136,11 @@ pub(super) fn example(key: &str) -> &'static str {
         "proto" => "\"tcp\"",
         "on_limit" => "\"wait\"",
         "access_log" => "false",
-        "v6only" | "udp_any_port" | "attach" => "true",
+        "v6only" | "freebind" | "udp_any_port" | "attach" => "true",
         "dscp" => "\"AF41\"",
         "source" => "\"client\"",
         "rate" => "\"10/s\"",
+        "keepalive" => "\"1m\"",
         "device" => "\"eth0\"",
         "metrics" => "\"127.0.0.1:9464\"",
         "send_proxy" => "\"v2\"",

@@ -6,7 +6,7 @@
 pub mod answers;
 pub(crate) mod chosen;
 pub(crate) mod clients;
-mod field;
+pub(crate) mod field;
 mod lines;
 pub mod protocol;
 pub(crate) mod requests;

@@ -181,7 +181,7 @@ impl From<ChangeError> for Refusal {
             ChangeError::Mapping { .. } => RefusalKind::BadRequest,
             ChangeError::Watch { .. } => RefusalKind::Failed,
         };
-        Self { kind, message: error.to_string() }
+        Self { kind, message: error.with_hint("freebind (--freebind)") }
     }
 }
 

@@ -29,6 +29,7 @@ use crate::cli::UsageError;
 use crate::cli::ctl::{Command, Ctl};
 use crate::config::{self, ConfigError};
 use crate::control::answers::{Added, ChangeCounts, CutCounts};
+use crate::control::field::wrong_mappings;
 use crate::control::protocol::{self, LONGEST_ANSWER, Mappings, Refusal, RefusalKind, Request};
 use crate::log::console;
 
@@ -130,7 +131,11 @@ fn read_file(path: &Path) -> Result<Vec<WireMapping>, CtlError> {
         (path, config::read_text(path)?)
     };
     let error = |reason: String| CtlError::File { path: path.to_owned(), reason };
-    if !text.trim_start().starts_with('{') {
+    let start = text.trim_start();
+    if start.strip_prefix('[').is_some_and(|rest| rest.trim_start().starts_with('{')) {
+        return Err(error("a list of JSON; write {\"mappings\":[…]} around it".to_owned()));
+    }
+    if !start.starts_with('{') {
         let config = config::parse(path, &text)?;
         if config.attach.is_some() {
             let file = escaped(path);
@@ -141,7 +146,13 @@ fn read_file(path: &Path) -> Result<Vec<WireMapping>, CtlError> {
         }
         return Ok(config.mappings.iter().map(WireMapping::of).collect());
     }
-    let file: Result<Mappings, _> = serde_json::from_str::<Value>(&text).and_then(serde_json::from_value);
+    let file: Value = serde_json::from_str(&text).map_err(|source| error(source.to_string()))?;
+    let wrong = wrong_mappings(&file);
+    if !wrong.is_empty() {
+        return Err(error(wrong.join("; ")));
+    }
+    // Not from the value, which has no duplicate fields any more.
+    let file: Result<Mappings, _> = serde_json::from_str(&text);
     Ok(file.map_err(|source| error(source.to_string()))?.mappings)
 }
 

@@ -9,6 +9,7 @@ use std::io;
 use std::sync::{Arc, Weak};
 
 use rproxy_mapping::addr::{HostSocketAddr, Protocol, ScopedIp};
+use rproxy_mapping::limits::Limits;
 use rproxy_mapping::name::Name;
 use rproxy_mapping::overlap::{OverlapError, exclude_each_other, refuse_overlap};
 use rproxy_mapping::ports::PortRange;
@@ -122,6 +123,16 @@ pub enum ChangeError {
         /// The error of epoll_ctl(2).
         source: io::Error,
     },
+}
+
+impl ChangeError {
+    /// What is wrong, with `freebind`, as the front end at hand has it, where that would work.
+    pub fn with_hint(&self, freebind: &str) -> String {
+        match self {
+            Self::Bind { source, .. } => format!("{self}{}", source.hint(freebind)),
+            _ => self.to_string(),
+        }
+    }
 }
 
 /// Who has attached a port. A process in another process namespace has no number here.
@@ -409,7 +420,7 @@ impl Server {
                 ports.push(match prepared.spare.remove(&place).or_else(|| self.leaving.get(&place)) {
                     Some(port) => Binding { port, target: target(port_mapping, &policy) },
                     None => {
-                        let bound = self.bind(port_mapping).await;
+                        let bound = self.bind(port_mapping, mapping.limits()).await;
                         let bound =
                             bound.map_err(|source| self.bind_error(name, &mapping, source, prepared))?;
                         self.assign(bound, &policy).map_err(watch_error)?
@@ -429,14 +440,14 @@ impl Server {
     }
 
     /// Binds a port. If flows use it as their local port, they release it.
-    async fn bind(&self, port_mapping: PortMapping) -> Result<BoundPort, BindError> {
-        match BoundPort::bind(port_mapping) {
+    async fn bind(&self, port_mapping: PortMapping, limits: &Limits) -> Result<BoundPort, BindError> {
+        match BoundPort::bind_for(port_mapping, limits) {
             Err(error)
                 if port_mapping.protocol == Protocol::Udp
                     && error.source.kind() == io::ErrorKind::AddrInUse =>
             {
                 self.give_way(port_mapping.host.socket_addr().port()).await;
-                BoundPort::bind(port_mapping)
+                BoundPort::bind_for(port_mapping, limits)
             }
             bound => bound,
         }

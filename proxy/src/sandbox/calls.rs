@@ -238,6 +238,12 @@ const OF_UDP: &[Options] = &[
 const OF_MARKS: &[Options] =
     &[(libc::SOL_IP, libc::IP_TOS, libc::IP_TOS), (libc::SOL_IPV6, libc::IPV6_TCLASS, libc::IPV6_TCLASS)];
 
+/// The timers of connections: the number of keepalive probes, and how long data may wait for its acknowledgement.
+const OF_TIMERS: &[Options] = &[
+    (libc::SOL_TCP, libc::TCP_KEEPCNT, libc::TCP_KEEPCNT),
+    (libc::SOL_TCP, libc::TCP_USER_TIMEOUT, libc::TCP_USER_TIMEOUT),
+];
+
 /// Sockets that come from the address of a client.
 const OF_CLIENTS: &[Options] = &[
     (libc::SOL_IP, libc::IP_TRANSPARENT, libc::IP_TRANSPARENT),
@@ -254,6 +260,8 @@ const OF_DEVICES: &[Options] = &[(libc::SOL_SOCKET, libc::SO_BINDTODEVICE, libc:
 /// Options of new listeners, and of the conntrack socket.
 const OF_CHANGES: &[Options] = &[
     (libc::SOL_SOCKET, libc::SO_RCVTIMEO, libc::SO_RCVTIMEO),
+    (libc::SOL_IP, libc::IP_FREEBIND, libc::IP_FREEBIND),
+    (libc::SOL_IPV6, libc::IPV6_FREEBIND, libc::IPV6_FREEBIND),
     (libc::SOL_IP, libc::IP_PKTINFO, libc::IP_PKTINFO),
     (libc::SOL_IPV6, libc::IPV6_RECVPKTINFO, libc::IPV6_RECVPKTINFO),
     (libc::SOL_IPV6, libc::IPV6_V6ONLY, libc::IPV6_V6ONLY),
@@ -268,6 +276,7 @@ fn options(needs: &Needs<'_>) -> Result<Vec<SeccompRule>, seccompiler::BackendEr
         (OF_SCTP, changes || needs.sctp()),
         (OF_UDP, changes || needs.udp),
         (OF_MARKS, changes || needs.dscp),
+        (OF_TIMERS, changes || needs.timers),
         (OF_CLIENTS, changes || needs.sources.clients),
         (OF_ADDRESSES, changes || needs.sources.are_bound()),
         (OF_DEVICES, changes || needs.sources.devices),

@@ -70,6 +70,8 @@ pub struct Needs<'a> {
     pub low_udp_ports: bool,
     /// Whether TCP connections set a code point.
     pub dscp: bool,
+    /// Whether TCP connections have other timers than by default.
+    pub timers: bool,
     /// Where connections and datagrams to backends come from.
     pub sources: Sources,
     /// The ports of TCP backends.
@@ -136,6 +138,7 @@ impl<'a> Needs<'a> {
                 .iter()
                 .any(|port_mapping| port_mapping.host.socket_addr().port() < FIRST_UNPRIVILEGED),
             dscp: false,
+            timers: false,
             sources: Sources::default(),
             tcp_backends: backends(Protocol::Tcp),
             sctp_backends: backends(Protocol::Sctp),

@@ -533,7 +533,7 @@ async fn reload_all(
         }
     }
     let applied = match configuration {
-        Some(configuration) => Some(reread(configuration, upgrade, server, plane, metrics).await),
+        Some(configuration) => Some(Box::pin(reread(configuration, upgrade, server, plane, metrics)).await),
         None => None,
     };
     spares.iter().for_each(|spare| spare.refill(|| io::stderr().as_fd().try_clone_to_owned().ok()));
@@ -579,7 +579,7 @@ async fn reread(
     let applied = match config::read_again(file, opened) {
         Ok(config) => {
             let applied = apply(config, configuration, server, plane, metrics).await;
-            applied.map_err(|error| error.to_string())
+            applied.map_err(|error| error.with_hint())
         }
         Err(error) => Err(error.to_string()),
     };
@@ -658,6 +658,14 @@ enum ReloadError {
 }
 
 impl ReloadError {
+    /// What is wrong, and which key would help.
+    fn with_hint(&self) -> String {
+        match self {
+            Self::Change(error) => error.with_hint("freebind = true"),
+            _ => self.to_string(),
+        }
+    }
+
     /// Metrics would have to be served elsewhere.
     fn metrics(now: Option<&MetricsAddr>, wanted: Option<&MetricsAddr>) -> Self {
         let place = |addr: Option<&MetricsAddr>| {

@@ -265,6 +265,7 @@ fn needs<'a>(
         unix_sockets: unix_sockets.collect(),
         metrics: metrics.is_some(),
         sources: Sources::of(bound.iter().map(|bound| bound.mapping.limits())),
+        timers: bound.iter().any(|bound| bound.mapping.limits().has_timers()),
         dscp: bound.iter().any(|bound| bound.mapping.limits().dscp.is_some()),
         ..Needs::to_serve(ports)
     }
@@ -301,13 +302,16 @@ fn bind_error(error: BoundError, metrics: Option<&MetricsListener>, options: &Se
         BoundError::Loop(source) => StartError::Loop(source),
         BoundError::Bind(source) => {
             let own = metrics.map(MetricsListener::bound).filter(|metrics| is_taken_by(metrics, &source));
-            let asked = match &options.config {
-                Some(file) => format!("--config {}:", escaped(file)),
-                None => options.mappings.words_for(HostSocketAddr::from(source.addr)).to_owned(),
+            let (asked, freebind) = match &options.config {
+                Some(file) => (format!("--config {}:", escaped(file)), "freebind = true"),
+                None => {
+                    let words = options.mappings.words_for(HostSocketAddr::from(source.addr));
+                    (words.to_owned(), "--freebind")
+                }
             };
             match own {
                 Some(metrics) => StartError::OwnMetrics { asked, at: source.addr, metrics },
-                None => StartError::Bind { asked, source },
+                None => StartError::Bind { asked, source, freebind },
             }
         }
     }
@@ -326,8 +330,8 @@ fn is_taken_by(metrics: &MetricsAddr, error: &BindError) -> bool {
 /// Why the start failed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum StartError {
-    #[error("{asked} {}: {}", source.addr, source.reason())]
-    Bind { asked: String, source: BindError },
+    #[error("{asked} {}: {}{}", source.addr, source.reason(), source.hint(freebind))]
+    Bind { asked: String, source: BindError, freebind: &'static str },
     #[error("{asked} {at}: --metrics {metrics} takes this tcp port; give one of the two another port")]
     OwnMetrics { asked: String, at: SocketAddr, metrics: MetricsAddr },
     #[error("--metrics unix:{}: --control has the same path; give one of the two another path", escaped(.0))]

@@ -411,12 +411,8 @@ fn accept_some(
                 continue;
             }
         };
-        if let Some(dscp) = policy.limits.dscp {
-            dial::mark(&client, peer.is_ipv6(), dscp, target);
-            backend
-                .iter()
-                .for_each(|backend| dial::mark(backend, addr.socket_addr().is_ipv6(), dscp, target));
-        }
+        dial::set_options(&client, peer.is_ipv6(), target);
+        backend.iter().for_each(|backend| dial::set_options(backend, addr.socket_addr().is_ipv6(), target));
         let guard = ConnectionGuard::take(target);
         match backend {
             Ok(backend) => ready.push(Accepted { client, backend, peer, guard, place }),

@@ -20,7 +20,7 @@ use tracing::{debug, warn};
 
 use super::local_ports;
 use super::stream::Stream;
-use crate::bind::listen::{set_message_options, set_stream_options};
+use crate::bind::listen::{set_message_options, set_stream_options, set_timers};
 use crate::bind::source::SourceError;
 use crate::log::limit::LogLimit;
 use crate::state::Target;
@@ -124,21 +124,33 @@ pub(super) fn open(port_mapping: &PortMapping) -> io::Result<Socket> {
     Ok(socket)
 }
 
-/// Opens a socket for the backend of `target`, with the code point that it has.
+/// Opens a socket for the backend of `target`, with the options that it has.
 ///
 /// # Errors
 /// Those of [`open`].
 pub(super) fn open_for(target: &Target) -> io::Result<Socket> {
     let backend = target.port_mapping.backend;
     let socket = open(&target.port_mapping)?;
-    if let Some(dscp) = target.policy.limits.dscp {
-        mark(&socket, backend.socket_addr().is_ipv6(), dscp, target);
-    }
+    set_options(&socket, backend.socket_addr().is_ipv6(), target);
     Ok(socket)
 }
 
+/// Sets the options of a connection that `target` asks for, on either side.
+pub(super) fn set_options(socket: &impl AsFd, ipv6: bool, target: &Target) {
+    let limits = &target.policy.limits;
+    if let Some(dscp) = limits.dscp {
+        mark(socket, ipv6, dscp, target);
+    }
+    if limits.has_timers()
+        && target.port_mapping.protocol == Protocol::Tcp
+        && let Err(error) = set_timers(&SockRef::from(socket), limits)
+    {
+        debug!(mapping = %target.name(), %error, "cannot set the timers of a connection");
+    }
+}
+
 /// Sets the code point of what `socket` sends.
-pub(super) fn mark(socket: &impl AsFd, ipv6: bool, dscp: Dscp, target: &Target) {
+fn mark(socket: &impl AsFd, ipv6: bool, dscp: Dscp, target: &Target) {
     if let Err(error) = set_traffic_class(socket.as_fd(), ipv6, dscp.bits() << 2) {
         debug!(mapping = %target.name(), %error, "cannot set the code point of a connection");
     }

@@ -30,6 +30,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("what is listed can be applied", listed_can_be_applied),
         case("what is listed as TOML can be applied and started with", listed_as_toml),
         case("mistakes exit with 2, refusals with 1", mistakes),
+        case("mistakes in limits and in files are told in one line", mistakes_of_limits),
         case("the protocol's responses", answers),
         case("a range is one mapping", range),
         case("random ports are reported", random_ports),
@@ -144,6 +145,42 @@ fn listed_as_toml() {
     assert_eq!(Controlled::start(&["--config", saved]).json(&["list"]), list);
 }
 
+/// A command fails with one line, which has these words.
+#[track_caller]
+fn assert_refused(proxy: &Controlled, arguments: &[&str], (code, words): (i32, &str)) {
+    let output = proxy.ctl(arguments);
+    assert_eq!(output.status.code(), Some(code), "{arguments:?}: {output:#?}");
+    assert!(output.stderr.contains(words), "no {words:?}: {output:#?}");
+    assert_eq!((output.stderr.lines().count(), &*output.stdout), (1, ""), "{output:#?}");
+}
+
+fn mistakes_of_limits() {
+    let backend = TcpBackend::echo();
+    let (proxy, address) = (Controlled::start(&[]), own_address());
+    let (host, to) = (address.to_string(), backend.address().to_string());
+    let of_limits =
+        r#"{"mappings":[{"name":"web","to":"10.0.0.1","to_ports":"80","limits":{"max_conections":1}}]}"#;
+    let misspelt = proxy.file("misspelt.json", of_limits).display().to_string();
+    let list = proxy.file("list.json", r#"[{"to":"10.0.0.1","to_ports":"80"}]"#).display().to_string();
+    let twice = r#"{"mappings":[{"to":"10.0.0.1","to":"10.0.0.2","to_ports":"80"}]}"#;
+    let twice = proxy.file("twice.json", twice).display().to_string();
+    for (arguments, code, words) in [
+        (
+            &["add", "--host", "192.0.2.1:80", "--to", &to][..],
+            1,
+            "; freebind (--freebind) binds it before it is there",
+        ),
+        (&["apply", &misspelt], 1, "misspelt.json: mapping web: limits.max_conections: unknown field"),
+        (&["apply", &list], 1, "list.json: a list of JSON; write {\"mappings\":[…]} around it"),
+        (&["apply", &twice], 1, "twice.json: duplicate field `to` at line 1 column"),
+        (&["add", "--host", &host, "--to", &to, "--rate", "10"], 2, "in which time? write 10/s or 10/m"),
+        (&["add", "--host", &host, "--to", &to, "--keepalive", "10h"], 2, "whole seconds, from 1s to 9h"),
+        (&["add", "--host", &host, "--to", &to, "--tcp-user-timeout", "0"], 2, "--tcp-user-timeout"),
+    ] {
+        assert_refused(&proxy, arguments, (code, words));
+    }
+}
+
 fn mistakes() {
     let backend = TcpBackend::echo();
     let (proxy, address) = (Controlled::start(&[]), own_address());
@@ -177,10 +214,7 @@ fn mistakes() {
         (&["apply", "-"], 1, "standard input:1:1: there is no [[mapping]] in it"),
         (&["list", "--toml", "--json"], 2, "cannot be used with"),
     ] {
-        let output = proxy.ctl(arguments);
-        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {output:#?}");
-        assert!(output.stderr.contains(words), "no {words:?}: {output:#?}");
-        assert_eq!((output.stderr.lines().count(), &*output.stdout), (1, ""), "{output:#?}");
+        assert_refused(&proxy, arguments, (code, words));
     }
     assert_eq!(names(&proxy.json(&["list"])), ["web"]);
     let nobody = process::run(rproxy::command(&["ctl", "--control", &missing, "list"]));

@@ -12,6 +12,9 @@ use testkit::client::{self, End, own_address};
 use testkit::controlled::{Controlled, mapping};
 use testkit::eventually;
 use testkit::load;
+use testkit::netns::Namespace;
+use testkit::process;
+use testkit::require::{self, Need};
 use testkit::suite::Case;
 use testkit::udp;
 
@@ -35,6 +38,8 @@ pub(crate) fn cases() -> Vec<Case> {
         case("max_connections_per_source counts connections that were there before", source_limit_later),
         case("beyond rate clients of a source are reset, and no flows begun", rate),
         case("a rate begins and ends with a change", rate_changed),
+        case("keepalive is that of the mapping on both sides", keepalive).needs(&[Need::Program("ss")]),
+        case("freebind: an address is bound before it is there", freebind).needs(&[Need::Root]),
         case("idle connections are reset", idle),
         case("clients that are not allowed", denied),
         case("clients that a change denies are reset", denied_later),
@@ -417,6 +422,71 @@ fn rate_changed() {
     assert_eq!([(); 2].map(|()| client::connect_lettered(address).1), [b'a'; 2]);
     assert_eq!(client::end_of(address), (vec![], End::Reset));
     assert_eq!(proxy.stats("web")["errors"], json!({ "over_rate": 2 }));
+}
+
+/// The timers of the sockets that are connected from or to a port, as ss(8) shows them.
+fn timers(ports: [u16; 2]) -> Vec<String> {
+    let mut ss = require::command("ss");
+    let [host, backend] = ports.map(|port| format!(":{port}"));
+    ss.args(["-tnoH", "state", "established", "(", "sport", "=", &host, "or", "dport", "=", &backend, ")"]);
+    let lines = process::run(ss).success();
+    lines.lines().map(|line| line.split("timer:(").nth(1).unwrap_or_default().to_owned()).collect()
+}
+
+fn keepalive() {
+    let backend = TcpBackend::lettered(b'a');
+    let (proxy, address) = (Controlled::start(&["--sandbox", "strict"]), own_address());
+    let ports = [address.port(), backend.address().port()];
+    for (limits, timer) in [
+        (json!({}), Some("keepalive,1")),
+        (json!({ "keepalive": "2h interval 1m count 3", "tcp_user_timeout": "1m" }), Some("keepalive,1")),
+        (json!({ "keepalive": "off" }), None),
+    ] {
+        let is_long = limits["keepalive"].is_string();
+        proxy.apply(&[limited(web(address, &backend), limits)]).success();
+        let (served, _letter) = client::connect_lettered(address);
+        client::ping(&served);
+        let is_as_asked = |shown: &String| match timer {
+            Some(timer) => shown.starts_with(timer) && shown.contains("min") == is_long,
+            None => !shown.starts_with("keepalive"),
+        };
+        // Other timers come first until everything is acknowledged.
+        eventually("both sides have it", || {
+            let shown = timers(ports);
+            shown.len() == 2 && shown.iter().all(is_as_asked)
+        });
+        drop(served);
+        eventually("it ends", || proxy.stats("web")["connections"] == 0);
+    }
+}
+
+fn freebind() {
+    let host = Namespace::new();
+    let backend = host.run(|| TcpBackend::lettered(b'a'));
+    let proxy = Controlled::start_in(&host, &["--sandbox", "strict"]);
+    let later: [SocketAddr; 2] =
+        ["203.0.113.77:8080", "[2001:db8::77]:8080"].map(|addr| addr.parse().unwrap());
+    let mappings = |limits: Value| {
+        later.map(|addr| {
+            let mapping = mapping(
+                &format!("at {addr}").replace([' ', '[', ']'], "_"),
+                "tcp+udp",
+                addr,
+                backend.address(),
+            );
+            limited(mapping, limits.clone())
+        })
+    };
+    let refused = proxy.apply(&mappings(json!({})));
+    assert!(refused.stderr.contains("; freebind (--freebind) binds it before it is there"), "{refused:#?}");
+    proxy.apply(&mappings(json!({ "freebind": true }))).success();
+    let list = proxy.json(&["list"]);
+    assert_eq!(list["mappings"][0]["limits"], json!({ "freebind": true }));
+    host.ip("address add 203.0.113.77/32 dev lo");
+    host.ip("address add 2001:db8::77/128 dev lo nodad");
+    for addr in later {
+        assert_eq!(host.run(|| client::connect_lettered(addr).1), b'a', "{addr}");
+    }
 }
 
 fn limit_raised() {

@@ -137,9 +137,12 @@ fn new_socket(kind: Type) -> Socket {
     Socket::new(Domain::IPV6, kind, None).unwrap()
 }
 
-fn options_in_use(stream: &Socket, datagrams: &Socket) -> [(&'static str, String); 3] {
+fn options_in_use(stream: &Socket, datagrams: &Socket) -> [(&'static str, String); 6] {
     [
         ("the options of a connection", outcome(set_options_of_a_connection(stream))),
+        ("the timers of a connection", outcome(set_timers(stream))),
+        ("an address that is not there (IPv4)", outcome(stream.set_freebind_v4(true))),
+        ("an address that is not there (IPv6)", outcome(datagrams.set_freebind_v6(true))),
         ("the options of a flow", outcome(set_options_of_a_flow(datagrams))),
         ("the options of a listener", outcome(set_options_of_a_listener(datagrams))),
     ]
@@ -154,6 +157,11 @@ fn set_options_of_a_connection(socket: &Socket) -> io::Result<()> {
     socket.set_send_buffer_size(65_536)?;
     rproxy_sys::socket::set_receive_low_watermark(socket.as_fd(), 2)?;
     socket.set_tcp_keepalive(&TcpKeepalive::new().with_time(SECOND).with_interval(SECOND))
+}
+
+fn set_timers(socket: &Socket) -> io::Result<()> {
+    socket.set_tcp_user_timeout(Some(SECOND))?;
+    socket.set_tcp_keepalive(&TcpKeepalive::new().with_retries(3))
 }
 
 fn set_options_of_a_flow(socket: &Socket) -> io::Result<()> {
@@ -259,6 +267,8 @@ fn inside_with_changes() {
     let mut more = vec![
         "a datagram socket's buffer",
         "a thread",
+        "an address that is not there (IPv4)",
+        "an address that is not there (IPv6)",
         "connect elsewhere",
         "connect to the backend",
         "listen",
@@ -266,6 +276,7 @@ fn inside_with_changes() {
         "the options of a connection",
         "the options of a flow",
         "the options of a listener",
+        "the timers of a connection",
     ];
     if !is_since(LANDLOCK[0]) {
         more.extend(["create", "open", "remove another file"]);

@@ -300,7 +300,8 @@ fn taken_port() {
 /// The address is reserved for documentation, so that no machine has it.
 fn foreign_address() {
     let output = run(&["--host", "192.0.2.1:80", "--to", "127.0.0.1:80"]);
-    assert_fails(&output, 1, &["--host 192.0.2.1:80", "no such address"]);
+    let hint = "stands for all; --freebind binds it before it is there";
+    assert_fails(&output, 1, &["--host 192.0.2.1:80", "no such address", hint]);
 }
 
 /// What a user lacks is a capability. Without it, root is refused as well, and the test need not
