@@ -5,6 +5,7 @@
 //! relay serves is asked each time, so a call also restores what a relay has lost.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 
 use rproxy_mapping::addr::Protocol;
 use socket2::Socket;
@@ -44,6 +45,7 @@ pub(super) fn publish(
     own: &AttachmentId,
     launch: &Launch,
 ) -> Result<Vec<String>, CniError> {
+    check_alone(before, store)?;
     check_attachments(before, &after, own)?;
     check_networks(before, &after, store)?;
     // What is in the way of the new ports is gone by then.
@@ -150,6 +152,21 @@ fn clean(store: &Store) {
 /// What the rules are now, if that is certain.
 fn known(before: &Node) -> Option<&Node> {
     (!before.is_changing).then_some(before)
+}
+
+/// Refuses a second state directory.
+fn check_alone(before: &Node, store: &Store) -> Result<(), CniError> {
+    let own = store.path().to_owned();
+    other_directory(before, store).map_or(Ok(()), |other| Err(CniError::SecondDirectory { own, other }))
+}
+
+/// Another state directory with ports in this network namespace: both would have one table of rules, and each would take away
+/// what the other has in it. It is only looked for while this one has none; afterwards there cannot be another one.
+pub(super) fn other_directory(before: &Node, store: &Store) -> Option<PathBuf> {
+    let own = store.path().canonicalize().unwrap_or_else(|_| store.path().to_owned());
+    let is_first = before.attachments.is_empty();
+    let dirs = if is_first { find::state_dirs() } else { Vec::new() };
+    dirs.into_iter().find(|dir| *dir != own && Store::is_at(dir))
 }
 
 /// Refuses a port of another attachment.

@@ -167,6 +167,10 @@ fn remove(conf: &Conf, is_removed: impl Fn(&Attachment) -> bool) -> Result<Answe
     if before.attachments.is_empty() && !before.is_changing {
         return Ok(Answer::default());
     }
+    // After an ADD that was refused for that: the rules are those of the other one.
+    if change::other_directory(&before, &store).is_some() {
+        return Ok(Answer::default());
+    }
     // Nothing has to be started to withdraw ports, unless others are to be restored.
     let launch = launch(conf, &before).unwrap_or_else(|_missing| Launch {
         state_dir: store.path().to_owned(),

@@ -94,6 +94,18 @@ pub enum CniError {
     /// The directory is that of a network of `netns-setup`, or of all of them.
     #[error("{} belongs to netns-setup: choose another \"stateDir\"", .0.display())]
     OtherDirectory(PathBuf),
+    /// Another directory has ports in this network namespace.
+    #[error(
+        "{} already has the ports of this network namespace, which cannot be in {} as well: choose one \"stateDir\" for all networks",
+        other.display(),
+        own.display()
+    )]
+    SecondDirectory {
+        /// That of this call.
+        own: PathBuf,
+        /// The other one.
+        other: PathBuf,
+    },
     /// The network namespace cannot be told.
     #[error("cannot tell the network namespace: {0}")]
     Namespace(#[source] io::Error),
@@ -143,6 +155,7 @@ impl CniError {
             | Self::OtherNamespace(_)
             | Self::OtherVersion { .. }
             | Self::OtherDirectory(_)
+            | Self::SecondDirectory { .. }
             | Self::State { .. }
             | Self::Namespace(_)
             | Self::Random(_) => 104,

@@ -193,6 +193,12 @@ impl Store {
         PrivateDir::open(path)?.map(|dir| Self(dir).check_own()).transpose()
     }
 
+    /// Whether a directory is that of this plugin, with published ports.
+    #[must_use]
+    pub fn is_at(path: &Path) -> bool {
+        path.join(FILE).exists()
+    }
+
     /// Refuses a directory that belongs to something else.
     fn check_own(self) -> Result<Self, CniError> {
         let is_registry = self.path() == Path::new(COPIES);

@@ -69,6 +69,17 @@ pub fn supervisors_of(state_dir: &Path) -> Vec<RelayProcess> {
     found.filter_map(|(pid, _words)| process::running(pid)).collect()
 }
 
+/// The state directories that supervisors in the caller's network namespace were started for.
+#[must_use]
+pub fn state_dirs() -> Vec<PathBuf> {
+    let Some(own) = namespace(Path::new(OWN)) else { return Vec::new() };
+    let found = commands().filter_map(|(pid, words)| {
+        let directory = state_dir(&words)?.into();
+        (namespace_of(pid) == Some(own)).then_some(directory)
+    });
+    found.collect()
+}
+
 /// The command lines of the processes of the caller's user.
 fn commands() -> impl Iterator<Item = (u32, Vec<String>)> {
     let user = geteuid().as_raw();
@@ -87,6 +98,13 @@ fn is_supervisor(words: &[String], option: &str, value: &str) -> bool {
     let mut pairs = words.windows(2);
     words.get(1).is_some_and(|word| word == SUPERVISE)
         && pairs.any(|pair| pair[0] == option && pair[1] == value)
+}
+
+/// The state directory in the command line of a supervisor.
+fn state_dir(words: &[String]) -> Option<&str> {
+    let mut pairs = words.windows(2);
+    let is_supervisor = words.get(1).is_some_and(|word| word == SUPERVISE);
+    pairs.find(|pair| is_supervisor && pair[0] == STATE_DIR).map(|pair| pair[1].as_str())
 }
 
 /// The arguments of a relay for one port.
@@ -138,6 +156,8 @@ mod tests {
         assert!(is_supervisor(&line, NETWORK, id.as_str()));
         assert!(!is_supervisor(&line, NETWORK, other.as_str()));
         assert!(!is_supervisor(&words(&format!("vi {id}")), NETWORK, id.as_str()));
+        let line = words(&format!("netns-setup {SUPERVISE} {STATE_DIR} /run/x {NETWORK} {id}"));
+        assert_eq!((state_dir(&line), state_dir(&line[1..])), (Some("/run/x"), None));
     }
 
     #[test]

@@ -34,6 +34,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("deleting needs nothing and can be repeated", deleted),
         case("deleting takes away what it can", deleted_all_the_same),
         case("a state that is lost is made good for", lost),
+        case("a second state directory is refused while the first has ports", second_directory),
         case("checks see what is missing", checked),
         case("what no valid attachment has is collected", collected),
         case("the status says what is missing", status),
@@ -323,6 +324,25 @@ fn lost(node: &Node) {
 fn end_supervisor(node: &Node) {
     kill(node.process("supervise-relay"), Signal::SIGKILL).unwrap();
     eventually("the relay has ended", || node.served().is_empty());
+}
+
+fn second_directory(node: &Node) {
+    let pods = ["c1", "c2"].map(|id| node.pod(id, 1));
+    let other = json!({ "stateDir": "/run/other" });
+    node.add(&pods[0], &tcp(8080), &json!({}));
+    let before = (node.rules(), node.served());
+    let conf = Node::conf(&pods[1], &tcp(8081), &other);
+    let (code, said) = node.call("ADD", "c2", &conf).error();
+    assert!(code == 104 && said.contains("/run/rproxy-portmap already has the ports"), "{code} {said}");
+    assert_eq!((node.rules(), node.served()), before);
+    // A DEL of what was refused is no error, and changes nothing.
+    let delete = |id: &str, more: &Value| node.call("DEL", id, &configuration(&json!({}), more)).success();
+    delete("c2", &other);
+    assert_eq!((node.rules(), node.served()), before);
+    node.delete(&pods[0]);
+    node.call("ADD", "c2", &conf).success();
+    delete("c2", &other);
+    node.assert_clean();
 }
 
 fn deleted(node: &Node) {
