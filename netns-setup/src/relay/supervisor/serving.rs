@@ -49,6 +49,8 @@ impl Serving {
 
     pub(super) fn stop(&mut self) {
         self.child.stop();
+        // Its sockets are closed before a command hears of that: ports have to be free then.
+        self.served = Held::default();
         self.refused = Refused::default();
     }
 
