@@ -114,6 +114,11 @@ impl ScopedIp {
     /// Every IPv4 address of the machine.
     pub const ANY_V4: Self = Self { ip: IpAddr::V4(Ipv4Addr::UNSPECIFIED), zone: 0 };
 
+    /// An IPv6 address without a zone.
+    pub const fn of_v6(ip: Ipv6Addr) -> Self {
+        Self { ip: IpAddr::V6(ip), zone: 0 }
+    }
+
     /// The address without its zone.
     pub fn ip(self) -> IpAddr {
         self.ip
@@ -313,7 +318,12 @@ pub enum AddrError {
     Empty,
     /// An address without a port.
     #[error("the port is missing; write it as {0}:80")]
-    MissingPort(ScopedIp),
+    MissingPort(String),
+    /// Neither an address nor a name.
+    #[error(
+        "'{0}' is neither an IP address nor the name of a host; write it as 172.17.0.2, [fd00::2] or web.internal"
+    )]
+    BadHost(String),
     /// Ports to listen on, without an address.
     #[error("the address is missing; write 0.0.0.0:{0}, or [::]:{0} for IPv6 too")]
     NoHostAddress(String),

@@ -1,10 +1,11 @@
 //! `ADDRESS:PORTS`: where a mapping listens, and its backend.
 
 use std::fmt;
-use std::net::Ipv6Addr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::str::FromStr;
 
 use crate::addr::{AddrError, BackendAddr, HostSocketAddr, ScopedIp};
+use crate::backend::BackendHost;
 use crate::interfaces::{Interfaces, NoInterfaces};
 use crate::ports::PortRange;
 
@@ -33,9 +34,9 @@ impl HostSpec {
             parse_host_ports(ports)?;
             return Err(AddrError::Star(ports.to_owned()));
         }
-        let (ip, ports) = match Parts::of(text, interfaces)? {
+        let (ip, ports) = match Parts::of(text, |text| ScopedIp::parse(text, interfaces))? {
             Parts::Both(ip, ports) => (ip, ports),
-            Parts::Address(ip) => return Err(AddrError::MissingPort(ip)),
+            Parts::Address(ip) => return Err(AddrError::MissingPort(ip.to_string())),
             Parts::Ports(ports) => {
                 parse_host_ports(ports)?;
                 return Err(AddrError::NoHostAddress(ports.to_owned()));
@@ -78,18 +79,18 @@ impl FromStr for HostSocketAddr {
     }
 }
 
-/// The backend of a mapping: `172.17.0.2:80`, `[fd00::2]:8000-8010`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The backend of a mapping: `172.17.0.2:80`, `[fd00::2]:8000-8010`, `web.internal:80`.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackendSpec {
-    /// The address of the backend.
-    pub ip: ScopedIp,
+    /// The address or name of the backend.
+    pub host: BackendHost,
     /// The ports of the backend.
     pub ports: PortRange,
 }
 
 impl fmt::Display for BackendSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.ip, self.ports)
+        write!(f, "{}:{}", self.host, self.ports)
     }
 }
 
@@ -99,16 +100,16 @@ impl BackendSpec {
     /// # Errors
     /// [`AddrError`], which names the part at fault.
     pub fn parse(text: &str, interfaces: &dyn Interfaces) -> Result<Self, AddrError> {
-        let (ip, ports) = match Parts::of(text, interfaces)? {
-            Parts::Both(ip, ports) => (ip, parse_backend_ports(ports)?),
-            Parts::Address(ip) => {
-                BackendAddr::reachable(ip.at(80))?;
-                return Err(AddrError::MissingPort(ip));
+        let (host, ports) = match Parts::of(text, |text| BackendHost::parse(text, interfaces))? {
+            Parts::Both(host, ports) => (host, parse_backend_ports(ports)?),
+            Parts::Address(host) => {
+                BackendAddr::reachable(host.first_ip().at(80))?;
+                return Err(AddrError::MissingPort(host.to_string()));
             }
             Parts::Ports(ports) => return Err(AddrError::NoBackendAddress(parse_backend_ports(ports)?)),
         };
-        BackendAddr::reachable(ip.at(ports.first()))?;
-        Ok(Self { ip, ports })
+        BackendAddr::reachable(host.first_ip().at(ports.first()))?;
+        Ok(Self { host, ports })
     }
 }
 
@@ -130,43 +131,46 @@ impl FromStr for BackendAddr {
     type Err = AddrError;
 
     fn from_str(text: &str) -> Result<Self, AddrError> {
-        let BackendSpec { ip, ports } = text.parse()?;
-        Self::new(ip, ports.one()?)
+        let (ip, ports) = match Parts::of(text, |text| ScopedIp::parse(text, &NoInterfaces))? {
+            Parts::Both(ip, ports) => (ip, parse_backend_ports(ports)?),
+            Parts::Address(ip) => return Err(AddrError::MissingPort(ip.to_string())),
+            Parts::Ports(ports) => return Err(AddrError::NoBackendAddress(parse_backend_ports(ports)?)),
+        };
+        Self::reachable(ip.at(ports.one()?))
     }
 }
 
-/// The parts of a text; the ports are not parsed yet.
-enum Parts<'a> {
-    Both(ScopedIp, &'a str),
-    Address(ScopedIp),
+/// The parts of a text: an address or name, as `T`, and ports, which are not parsed yet.
+enum Parts<'a, T> {
+    Both(T, &'a str),
+    Address(T),
     Ports(&'a str),
 }
 
-impl<'a> Parts<'a> {
-    fn of(text: &'a str, interfaces: &dyn Interfaces) -> Result<Self, AddrError> {
+impl<'a, T> Parts<'a, T> {
+    fn of(text: &'a str, parse: impl Fn(&str) -> Result<T, AddrError>) -> Result<Self, AddrError> {
         let (address, ports) = if text.starts_with('[') { split_brackets(text) } else { split_bare(text) };
         let is_port = |byte: u8| byte.is_ascii_digit() || byte == b'-';
         match (address, ports) {
             ("", None | Some("")) => Err(AddrError::Empty),
             ("", Some(ports)) => Ok(Self::Ports(ports)),
             (ports, None) if ports.bytes().all(is_port) => Ok(Self::Ports(ports)),
-            (address, None | Some("")) => Ok(Self::Address(parse_address(address, "80", interfaces)?)),
+            (address, None | Some("")) => {
+                Ok(Self::Address(parse(address).map_err(|error| error.before_ports("80"))?))
+            }
             (address, Some(ports)) => {
-                let ip = parse_address(address, ports, interfaces)?;
+                let parsed = parse(address).map_err(|error| error.before_ports(ports))?;
                 // Without brackets, the last group of an IPv6 address may be a port.
-                let is_ambiguous = text.parse::<Ipv6Addr>().is_ok();
-                if is_ambiguous {
-                    Err(AddrError::Unbracketed { ip, ports: ports.to_owned() })
-                } else {
-                    Ok(Self::Both(ip, ports))
+                match (text.parse::<Ipv6Addr>(), address.parse::<Ipv6Addr>()) {
+                    (Ok(_), Ok(ip)) => {
+                        let ip = ScopedIp::from(IpAddr::from(ip));
+                        Err(AddrError::Unbracketed { ip, ports: ports.to_owned() })
+                    }
+                    _ => Ok(Self::Both(parsed, ports)),
                 }
             }
         }
     }
-}
-
-fn parse_address(text: &str, ports: &str, interfaces: &dyn Interfaces) -> Result<ScopedIp, AddrError> {
-    ScopedIp::parse(text, interfaces).map_err(|error| error.before_ports(ports))
 }
 
 /// Splits `[ADDRESS]:PORTS` and keeps the brackets.

@@ -9,6 +9,7 @@
 
 pub mod access;
 pub mod addr;
+pub mod backend;
 pub mod dscp;
 pub mod duration;
 pub mod endpoint;
@@ -28,8 +29,10 @@ pub mod testdata;
 pub mod wire;
 
 use std::fmt;
+use std::net::IpAddr;
 
 use crate::addr::{AddrError, BackendAddr, HostSocketAddr, Protocol, Protocols, ScopedIp};
+use crate::backend::BackendHost;
 use crate::limits::Limits;
 use crate::name::Name;
 use crate::ports::PortRange;
@@ -44,7 +47,7 @@ pub struct Mapping {
     protocols: Protocols,
     host: ScopedIp,
     host_ports: HostPorts,
-    backend: ScopedIp,
+    backend: BackendHost,
     backend_ports: PortRange,
     v6only: bool,
     limits: Limits,
@@ -103,10 +106,10 @@ impl Mapping {
     pub fn new(
         protocols: Protocols,
         (host, host_ports): (ScopedIp, Option<PortRange>),
-        (backend, backend_ports): (ScopedIp, PortRange),
+        (backend, backend_ports): (BackendHost, PortRange),
     ) -> Result<Self, MappingError> {
         let host_ports = HostPorts::new(host_ports, backend_ports)?;
-        BackendAddr::reachable(backend.at(backend_ports.first()))?;
+        BackendAddr::reachable(backend.first_ip().at(backend_ports.first()))?;
         let limits = Limits::default();
         Ok(Self { name: None, protocols, host, host_ports, backend, backend_ports, v6only: false, limits })
     }
@@ -141,11 +144,10 @@ impl Mapping {
         {
             return Err(MappingError::NotOfSctp(option));
         }
-        let backend = self.backend.ip();
-        if let Source::Address(ip) = limits.source
-            && ip.is_ipv4() != backend.to_canonical().is_ipv4()
+        if let (Source::Address(ip), BackendHost::Ip(backend)) = (limits.source, &self.backend)
+            && !limits.source.reaches(backend.ip())
         {
-            return Err(MappingError::Source(SourceError::Family { ip, backend }));
+            return Err(MappingError::Source(SourceError::Family { ip, backend: backend.ip() }));
         }
         self.limits = limits;
         Ok(self)
@@ -164,11 +166,18 @@ impl Mapping {
     ///
     /// # Errors
     /// Those of [`Mapping::new`].
-    pub fn retargeted(&self, backend: ScopedIp, backend_ports: PortRange) -> Result<Self, MappingError> {
+    pub fn retargeted(&self, backend: BackendHost, backend_ports: PortRange) -> Result<Self, MappingError> {
         let host = (self.host, self.host_ports.range());
         let retargeted =
             Self::new(self.protocols, host, (backend, backend_ports))?.limited(self.limits.clone())?;
         Ok(Self { name: self.name.clone(), v6only: self.v6only, ..retargeted })
+    }
+
+    /// Returns the mapping with what the name of its backend stands for, as far as it can be used. Without a name, it is the
+    /// same.
+    #[must_use]
+    pub fn resolved(&self, addresses: &[IpAddr]) -> Self {
+        Self { backend: self.backend.resolved(addresses, self.limits.source), ..self.clone() }
     }
 
     /// Its explicit name, or its [default name](Name::of).
@@ -196,9 +205,9 @@ impl Mapping {
         self.host_ports
     }
 
-    /// The backend's address.
-    pub fn backend(&self) -> ScopedIp {
-        self.backend
+    /// The backend's address or name.
+    pub fn backend(&self) -> &BackendHost {
+        &self.backend
     }
 
     /// The backend's ports.
@@ -234,7 +243,8 @@ impl Mapping {
         PortMapping {
             protocol,
             host: HostSocketAddr::new(self.host, host_port),
-            backend: BackendAddr::new(self.backend, backend_port).expect("a range is without port 0"),
+            backend: BackendAddr::new(self.backend.first_ip(), backend_port)
+                .expect("a range is without port 0"),
             v6only: self.v6only,
         }
     }
@@ -297,6 +307,16 @@ pub struct PortMapping {
     pub backend: BackendAddr,
     /// Whether an IPv6 wildcard excludes IPv4 clients (`IPV6_V6ONLY`, ipv6(7)).
     pub v6only: bool,
+}
+
+impl PortMapping {
+    /// The same with another address of the backend.
+    #[must_use]
+    pub fn at(self, ip: IpAddr) -> Self {
+        let port = self.backend.socket_addr().port();
+        let backend = BackendAddr::new(ip, port).expect("the port of a backend is not 0");
+        Self { backend, ..self }
+    }
 }
 
 impl fmt::Display for PortMapping {

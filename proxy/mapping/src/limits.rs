@@ -52,6 +52,8 @@ pub struct Limits {
     pub device: Option<Device>,
     /// How the backend is told who a client is, and how a proxy in front tells it.
     pub proxy_protocol: ProxyProtocol,
+    /// Whether the name of the backend has to resolve before the mapping is served.
+    pub require_resolved: bool,
     /// Whether the process's access log has lines for its connections and flows.
     pub access_log: bool,
     /// Whether the host address is bound even if this machine does not have it yet (`IP_FREEBIND`, ip(7)).
@@ -80,6 +82,7 @@ impl Default for Limits {
             source: Source::Auto,
             device: None,
             proxy_protocol: ProxyProtocol::default(),
+            require_resolved: false,
             access_log: true,
             freebind: false,
             access: AccessList::default(),

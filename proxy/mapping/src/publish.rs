@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::addr::{AddrError, Protocol, ProtocolError, Protocols, ScopedIp};
+use crate::backend::BackendHost;
 use crate::interfaces::{Interfaces, NoInterfaces};
 use crate::ports::{PortError, PortRange};
 use crate::{HostPorts, Mapping, MappingError};
@@ -30,7 +31,7 @@ impl PublishSpec {
     ///
     /// # Errors
     /// Those of [`Mapping::new`].
-    pub fn to(self, backend: ScopedIp, everywhere: ScopedIp) -> Result<Mapping, MappingError> {
+    pub fn to(self, backend: BackendHost, everywhere: ScopedIp) -> Result<Mapping, MappingError> {
         let host = (self.host.unwrap_or(everywhere), self.host_ports.range());
         Mapping::new(self.protocols, host, (backend, self.ports))
     }

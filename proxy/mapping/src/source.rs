@@ -31,6 +31,14 @@ impl Source {
     pub fn is_client(self) -> bool {
         matches!(self, Self::Client | Self::ClientOnly)
     }
+
+    /// Whether what comes from there can go to `backend`, which is of the same family then.
+    pub fn reaches(self, backend: IpAddr) -> bool {
+        match self {
+            Self::Address(ip) => ip.is_ipv4() == backend.to_canonical().is_ipv4(),
+            Self::Auto | Self::Client | Self::ClientOnly => true,
+        }
+    }
 }
 
 impl fmt::Display for Source {

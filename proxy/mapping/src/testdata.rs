@@ -77,6 +77,8 @@ fn any_limits() -> impl Strategy<Value = Limits> {
                 source: path.0,
                 device: path.1.map(|name| name.parse::<Device>().unwrap()),
                 proxy_protocol,
+                // It means nothing for an address.
+                require_resolved: false,
                 access_log: is_on.2,
                 freebind: is_on.3,
                 access: AccessList { allow, deny },

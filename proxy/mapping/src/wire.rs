@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::access::{AccessList, parse_network};
 use crate::addr::{Protocols, ScopedIp};
+use crate::backend::BackendHost;
 use crate::duration::{UNLIMITED, format_limit, parse_limit, parse_optional_limit, parse_user_timeout};
 use crate::interfaces::Interfaces;
 use crate::limits::{Limits, OnLimit};
@@ -33,7 +34,7 @@ pub struct WireMapping {
     /// The ports that clients connect to; random ones by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host_ports: Option<String>,
-    /// The address of the backend.
+    /// The address or name of the backend.
     pub to: String,
     /// The ports of the backend.
     pub to_ports: String,
@@ -46,6 +47,9 @@ pub struct WireMapping {
     /// Its limits and other options.
     #[serde(default, skip_serializing_if = "WireLimits::is_default")]
     pub limits: WireLimits,
+    /// What the name of the backend stands for, in the output of `list`. Ignored in requests.
+    #[serde(default, skip_serializing)]
+    pub resolved: Option<Vec<String>>,
     /// The bound ports, in the output of `list`. Ignored in requests.
     #[serde(default, skip_serializing)]
     pub bound: Option<String>,
@@ -122,6 +126,9 @@ pub struct WireLimits {
     /// A duration.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub proxy_timeout: Option<String>,
+    /// Whether the name of the backend has to resolve at once.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub require_resolved: bool,
     /// `false` for no lines in the access log.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub access_log: Option<bool>,
@@ -152,6 +159,7 @@ impl WireMapping {
             proto: Some(mapping.protocols().to_string()),
             v6only: mapping.is_v6only(),
             limits: WireLimits::of(mapping.limits()),
+            resolved: None,
             bound: None,
             bound_host: None,
             origin: None,
@@ -173,7 +181,7 @@ impl WireMapping {
             None => Some(everywhere),
         };
         let host_ports = wrong.note("host_ports", self.host_ports.as_deref().map(str::parse).transpose());
-        let to = wrong.note("to", address(&self.to));
+        let to = wrong.note("to", BackendHost::parse(&self.to, interfaces));
         let to_ports = wrong.note("to_ports", self.to_ports.parse());
         self.limits.refuse_lone(&self.limits, &mut wrong);
         let mapping = self.read_between(host.zip(host_ports), to.zip(to_ports), &mut wrong);
@@ -185,7 +193,7 @@ impl WireMapping {
     pub fn read_between(
         &self,
         host: Option<(ScopedIp, Option<PortRange>)>,
-        to: Option<(ScopedIp, PortRange)>,
+        to: Option<(BackendHost, PortRange)>,
         wrong: &mut FieldErrors,
     ) -> Option<Mapping> {
         let name = wrong.note("name", self.name.as_deref().map(Name::given).transpose());
@@ -244,6 +252,7 @@ impl WireLimits {
             send_proxy_udp: (proxy.send_udp != ProxyDatagrams::default()).then(|| proxy.send_udp.to_string()),
             accept_proxy: networks(&proxy.accept),
             proxy_timeout: duration(Some(proxy.timeout), Some(of_proxy.timeout)),
+            require_resolved: limits.require_resolved,
             access_log: (!limits.access_log).then_some(false),
             freebind: limits.freebind,
             allow: networks(&limits.access.allow),
@@ -297,6 +306,7 @@ impl WireLimits {
             source: source?.unwrap_or_default(),
             device: device?,
             proxy_protocol: proxy_protocol?,
+            require_resolved: self.require_resolved,
             access_log: self.access_log.unwrap_or(default.access_log),
             freebind: self.freebind,
             access: AccessList { allow: allow?, deny: deny? },
@@ -444,7 +454,7 @@ mod tests {
     fn mistakes_name_their_field() {
         for (json, part) in [
             (r#"{"to_ports":"80"}"#, "missing field `to`"),
-            (r#"{"to":"x","to_ports":"80","name":"web"}"#, "to: 'x'"),
+            (r#"{"to":"x!","to_ports":"80","name":"web"}"#, "to: 'x!' is neither"),
             (r#"{"to":"172.17.0.2","to_ports":"80","port":1}"#, "unknown field `port`"),
             (r#"{"to":"172.17.0.2","to_ports":"0"}"#, "to_ports: '0' is not a port"),
             (r#"{"to":"172.17.0.2","to_ports":"80","proto":"dccp"}"#, "proto: 'dccp'"),

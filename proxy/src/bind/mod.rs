@@ -13,17 +13,19 @@ pub mod unix_socket;
 
 use std::hash::{BuildHasher, RandomState};
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::ops::ControlFlow;
 
 use rproxy_mapping::addr::{HostSocketAddr, Protocol};
+use rproxy_mapping::backend::BackendHost;
 use rproxy_mapping::limits::Limits;
 use rproxy_mapping::ports::PortRange;
 use rproxy_mapping::{HostPorts, Mapping, PortMapping};
+use tracing::warn;
 
 use crate::bind::activation::{InheritedError, InheritedSockets};
 use crate::bind::listen::{BindError, Listener};
-use crate::loops::whereabouts::Whereabouts;
+use crate::loops::whereabouts::{Destination, Whereabouts};
 use crate::loops::{Hop, LoopError, refuse_loop, refuse_loops};
 
 /// A mapping whose host ports are bound: clients can connect from now on.
@@ -152,9 +154,33 @@ impl Bound {
         };
         let mut bound: Vec<_> = turns.into_iter().map(&mut bind).collect::<Result<_, _>>()?;
         bound.sort_by_key(|(index, _bound)| *index);
-        let bound: Vec<Self> = bound.into_iter().map(|(_index, bound)| bound).collect();
+        let mut bound: Vec<Self> = bound.into_iter().map(|(_index, bound)| bound).collect();
         Self::refuse_loops(&bound)?;
+        Self::leave_out_loops(&mut bound);
         Ok(bound)
+    }
+
+    /// Leaves out the further addresses of names that lead back.
+    fn leave_out_loops(bound: &mut [Self]) {
+        let mut whereabouts = Whereabouts::default();
+        for index in 0..bound.len() {
+            let BackendHost::Name(host) = bound[index].mapping.backend() else { continue };
+            let (first, rest) = host.addresses().split_at(host.addresses().len().min(1));
+            let leads_back = |ip: IpAddr, whereabouts: &mut Whereabouts| {
+                let refused = Self::refuse_loops_at(bound, Some((index, ip)), whereabouts);
+                refused
+                    .inspect_err(
+                        |reason| warn!(address = %ip, %reason, "an address of the backend is not used"),
+                    )
+                    .is_err()
+            };
+            let mut usable = first.to_vec();
+            usable.extend(rest.iter().filter(|ip| {
+                let is_own = whereabouts.of((**ip).into()) == Destination::Here;
+                !is_own || !leads_back(**ip, &mut whereabouts)
+            }));
+            bound[index].mapping = bound[index].mapping.resolved(&usable);
+        }
     }
 
     /// Refuses a set of bound mappings if one of them leads back to itself.
@@ -162,10 +188,24 @@ impl Bound {
     /// # Errors
     /// [`LoopError`] with the index of the mapping.
     pub fn refuse_loops(bound: &[Self]) -> Result<(), LoopError> {
+        Self::refuse_loops_at(bound, None, &mut Whereabouts::default())
+    }
+
+    /// The same, if the mapping at an index has its backend at another address.
+    fn refuse_loops_at(
+        bound: &[Self],
+        moved: Option<(usize, IpAddr)>,
+        whereabouts: &mut Whereabouts,
+    ) -> Result<(), LoopError> {
         let hops = bound.iter().enumerate().flat_map(|(index, bound)| {
-            Hop::of_sockets(index, &bound.mapping, bound.ports.iter().map(|port| port.port_mapping))
+            let ip = moved.filter(|(moved, _ip)| *moved == index).map(|(_index, ip)| ip);
+            let at = |port_mapping: PortMapping| match ip {
+                Some(ip) => port_mapping.at(ip),
+                None => port_mapping,
+            };
+            Hop::of_sockets(index, &bound.mapping, bound.ports.iter().map(|port| at(port.port_mapping)))
         });
-        refuse_loops(&hops.collect::<Vec<_>>(), [], &mut Whereabouts::default())
+        refuse_loops(&hops.collect::<Vec<_>>(), [], whereabouts)
     }
 }
 

@@ -8,6 +8,7 @@ use clap::Args;
 use ipnet::IpNet;
 use rproxy_mapping::access::{AccessList, parse_network};
 use rproxy_mapping::addr::{AddrError, HostSocketAddr, Protocol, Protocols, ScopedIp};
+use rproxy_mapping::backend::BackendHost;
 use rproxy_mapping::dscp::Dscp;
 use rproxy_mapping::duration::parse_limit;
 use rproxy_mapping::endpoint::{BackendSpec, HostSpec};
@@ -110,6 +111,9 @@ struct LimitArgs {
     /// next datagrams to the port that replied last
     #[arg(long)]
     udp_any_port: bool,
+    /// Do not start while the name of a backend does not resolve, instead of refusing its clients until it does
+    #[arg(long)]
+    require_resolved: bool,
     /// The code point (DSCP) to send with in both directions, instead of the received one [default: UDP as
     /// received; TCP 0]
     #[arg(long, value_name = "CODE_POINT", allow_hyphen_values = true)]
@@ -158,6 +162,7 @@ impl LimitArgs {
             udp_max_flows: self.udp_max_flows,
             udp_max_flows_per_source: self.udp_max_flows_per_source,
             udp_any_port: self.udp_any_port,
+            require_resolved: self.require_resolved,
             dscp: self.dscp,
             source: self.source,
             device: self.device.clone(),
@@ -182,7 +187,7 @@ struct Asked {
 
 impl MappingArgs {
     /// The ids of these options in clap. All of them can be expressed in a file.
-    pub(super) const IDS: [&str; 31] = [
+    pub(super) const IDS: [&str; 32] = [
         "host",
         "to",
         "publish",
@@ -205,6 +210,7 @@ impl MappingArgs {
         "udp_max_flows",
         "udp_max_flows_per_source",
         "udp_any_port",
+        "require_resolved",
         "dscp",
         "source",
         "device",
@@ -301,12 +307,12 @@ impl MappingArgs {
         if !self.publishes() || is_asked { "--host" } else { "-p" }
     }
 
-    fn split_to(&self) -> (Vec<BackendSpec>, Vec<(ScopedIp, AddrError)>) {
+    fn split_to(&self) -> (Vec<BackendSpec>, Vec<(BackendHost, AddrError)>) {
         let mut split = (Vec::new(), Vec::new());
         for to in &self.to {
             match to {
-                To::Backend(backend) => split.0.push(*backend),
-                To::Address(address, error) => split.1.push((*address, error.clone())),
+                To::Backend(backend) => split.0.push(backend.clone()),
+                To::Host(host, error) => split.1.push((host.clone(), error.clone())),
             }
         }
         split
@@ -316,7 +322,7 @@ impl MappingArgs {
     fn paired(
         &self,
         backends: &[BackendSpec],
-        addresses: &[(ScopedIp, AddrError)],
+        addresses: &[(BackendHost, AddrError)],
     ) -> Result<Vec<Asked>, UsageError> {
         if let (Some((address, error)), false) = (addresses.first(), self.publishes()) {
             return Err(wrong(&format!("--to {address}"), error));
@@ -326,14 +332,14 @@ impl MappingArgs {
         }
         if let Some(to) = backends.get(self.host.len()) {
             let problem = if self.publishes() {
-                format!("its --host is missing; for -p the address is enough: --to {}", to.ip)
+                format!("its --host is missing; for -p the address is enough: --to {}", to.host)
             } else {
                 "its --host is missing; each --to goes with one".to_owned()
             };
             return Err(wrong(&format!("--to {to}"), &problem));
         }
         let pairs = self.host.iter().zip(backends).zip(self.protocols()?);
-        pairs.map(|((host, to), protocols)| pair(*host, *to, protocols)).collect()
+        pairs.map(|((host, to), protocols)| pair(*host, to, protocols)).collect()
     }
 
     /// The protocols of each `--host`.
@@ -360,13 +366,13 @@ impl MappingArgs {
     fn published(
         &self,
         backends: &[BackendSpec],
-        addresses: &[(ScopedIp, AddrError)],
+        addresses: &[(BackendHost, AddrError)],
     ) -> Result<Vec<Asked>, UsageError> {
         if !self.publishes() {
             return Ok(Vec::new());
         }
         let to = match addresses {
-            [(to, _)] => *to,
+            [(to, _)] => to,
             [_, (second, _), ..] => {
                 return Err(wrong(
                     &format!("--to {second}"),
@@ -409,8 +415,8 @@ impl MappingArgs {
 }
 
 /// The mapping of one `--host` and its `--to`.
-fn pair(host: HostSpec, to: BackendSpec, protocols: Protocols) -> Result<Asked, UsageError> {
-    let mapping = Mapping::new(protocols, (host.ip, host.ports), (to.ip, to.ports));
+fn pair(host: HostSpec, to: &BackendSpec, protocols: Protocols) -> Result<Asked, UsageError> {
+    let mapping = Mapping::new(protocols, (host.ip, host.ports), (to.host.clone(), to.ports));
     let words = format!("--host {host}");
     let mapping = mapping.map_err(|error| match error {
         MappingError::Lengths { .. } => wrong(&words, &error),
@@ -420,8 +426,8 @@ fn pair(host: HostSpec, to: BackendSpec, protocols: Protocols) -> Result<Asked, 
 }
 
 /// The mapping of one `-p` or `--expose`.
-fn publish(words: String, spec: PublishSpec, to: ScopedIp) -> Result<Asked, UsageError> {
-    match spec.to(to, everywhere()) {
+fn publish(words: String, spec: PublishSpec, to: &BackendHost) -> Result<Asked, UsageError> {
+    match spec.to(to.clone(), everywhere()) {
         Ok(mapping) => Ok(Asked { words, mapping }),
         Err(MappingError::Backend(error)) => Err(wrong(&format!("--to {to}"), &error)),
         Err(error) => Err(wrong(&words, &error)),

@@ -4,7 +4,8 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::builder::{PossibleValuesParser, TypedValueParser};
-use rproxy_mapping::addr::{AddrError, ScopedIp};
+use rproxy_mapping::addr::AddrError;
+use rproxy_mapping::backend::BackendHost;
 use rproxy_mapping::duration::parse_user_timeout;
 use rproxy_mapping::duration::{UNLIMITED, parse, parse_optional_limit};
 use rproxy_mapping::endpoint::{BackendSpec, HostSpec};
@@ -19,17 +20,19 @@ use crate::bind::interfaces::HostInterfaces;
 pub(super) enum To {
     /// Address and ports, for a `--host`.
     Backend(BackendSpec),
-    /// An address for `-p` and `-P`, and why it is not enough for a `--host`.
-    Address(ScopedIp, AddrError),
+    /// An address or name for `-p` and `-P`, and why it is not enough for a `--host`.
+    Host(BackendHost, AddrError),
 }
 
 impl FromStr for To {
     type Err = AddrError;
 
     fn from_str(text: &str) -> Result<Self, AddrError> {
-        parse_backend(text).map(Self::Backend).or_else(|error| match ScopedIp::parse(text, &HostInterfaces) {
-            Ok(address) => Ok(Self::Address(address, error)),
-            Err(_) => Err(error),
+        parse_backend(text).map(Self::Backend).or_else(|error| {
+            match BackendHost::parse(text, &HostInterfaces) {
+                Ok(host) => Ok(Self::Host(host, error)),
+                Err(_) => Err(error),
+            }
         })
     }
 }

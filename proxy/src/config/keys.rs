@@ -44,6 +44,7 @@ pub(super) struct Keys {
     udp_max_flows: Count,
     udp_max_flows_per_source: Count,
     udp_any_port: Switch,
+    require_resolved: Switch,
     dscp: Option<Spanned<NumberOrText>>,
     source: Text,
     device: Text,
@@ -161,7 +162,7 @@ impl Keys {
             // `v6only` in `[defaults]` only applies to mappings for which it makes sense.
             all.v6only = None;
         }
-        let (host, to) = (host.map(|host| (host.ip, host.ports)), to.map(|to| (to.ip, to.ports)));
+        let (host, to) = (host.map(|host| (host.ip, host.ports)), to.map(|to| (to.host, to.ports)));
         let mapping = all.wire().read_between(host, to, &mut wrong);
         self.limits().refuse_lone(&all.limits(), &mut wrong);
         let is_wrong = !wrong.0.is_empty() || !self.unread.is_empty();
@@ -233,6 +234,7 @@ impl Keys {
             udp_max_flows: count(&self.udp_max_flows),
             udp_max_flows_per_source: count(&self.udp_max_flows_per_source),
             udp_any_port: is_on(&self.udp_any_port),
+            require_resolved: is_on(&self.require_resolved),
             dscp: self.dscp.as_ref().map(|value| value.get_ref().0.clone()),
             source: text(&self.source),
             device: text(&self.device),

@@ -33,6 +33,7 @@ macro_rules! with_keys {
             send_proxy_udp,
             accept_proxy,
             proxy_timeout,
+            require_resolved,
             access_log
         }
     };
@@ -43,7 +44,7 @@ macro_rules! names {
 }
 
 /// All keys.
-pub(super) const KEYS: [&str; 28] = with_keys!(names);
+pub(super) const KEYS: [&str; 29] = with_keys!(names);
 
 /// The keys of `[attach]`.
 pub(super) const ATTACH_KEYS: [&str; 23] = [
@@ -169,7 +170,7 @@ mod tests {
 
     #[test]
     fn attached_ports_have_all_keys_but_those_of_one_mapping() {
-        let of_one_mapping = ["host", "to", "proto", "v6only", "freebind"];
+        let of_one_mapping = ["host", "to", "proto", "v6only", "require_resolved", "freebind"];
         let others: Vec<&str> = KEYS.into_iter().filter(|key| !of_one_mapping.contains(key)).collect();
         assert_eq!(others, ATTACH_KEYS);
     }

@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use rproxy_mapping::Mapping;
 use rproxy_mapping::addr::ScopedIp;
+use rproxy_mapping::backend::BackendHost;
 use rproxy_mapping::escape::is_plain;
 use rproxy_mapping::wire::{WireLimits, WireMapping};
 use rproxy_shim::message::DEFAULT_NAME;
@@ -71,7 +72,11 @@ fn values_of(mapping: &Mapping, address: fn(ScopedIp) -> String) -> Values {
         ..
     } = WireMapping::of(mapping);
     // No value contains a character that must be escaped in a TOML string.
-    let (host, to) = (address(mapping.host()), address(mapping.backend()));
+    let to = match mapping.backend() {
+        BackendHost::Ip(ip) => address(*ip),
+        BackendHost::Name(host) => host.name().to_string(),
+    };
+    let host = address(mapping.host());
     let host = format!("{host}:{}", host_ports.as_deref().unwrap_or("0"));
     Values {
         name: quoted(name),
@@ -112,6 +117,7 @@ fn values_of_limits(limits: WireLimits) -> Values {
         udp_max_flows: number(limits.udp_max_flows),
         udp_max_flows_per_source: number(limits.udp_max_flows_per_source),
         udp_any_port: is_on(limits.udp_any_port),
+        require_resolved: is_on(limits.require_resolved),
         dscp: quoted(limits.dscp),
         source: quoted(limits.source),
         device: quoted(limits.device),

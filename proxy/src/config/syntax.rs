@@ -208,7 +208,7 @@ mod tests {
             ("host = 127.0.0.1:80 // web", Some("\"127.0.0.1:80\"")),
             ("host = \"[::]:80\"; to = \"10.0.0.1:80\"", None),
             ("host = 127.0.0.1", None),
-            ("to = web:80", None),
+            ("to = web:80", Some("\"web:80\"")),
             ("name = my web", None),
             ("proto = tcp udp", None),
             ("proto = tcp,udp", None),

@@ -136,7 +136,7 @@ pub(super) fn example(key: &str) -> &'static str {
         "proto" => "\"tcp\"",
         "on_limit" => "\"wait\"",
         "access_log" => "false",
-        "v6only" | "freebind" | "udp_any_port" | "attach" => "true",
+        "v6only" | "freebind" | "udp_any_port" | "require_resolved" | "attach" => "true",
         "dscp" => "\"AF41\"",
         "source" => "\"client\"",
         "rate" => "\"10/s\"",

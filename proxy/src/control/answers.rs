@@ -55,6 +55,9 @@ pub struct BoundMapping<M = WireMapping> {
     /// The mapping as requested, with its name.
     #[serde(flatten)]
     pub mapping: M,
+    /// The addresses that the name of the backend stands for, if it has a name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resolved: Option<Vec<String>>,
     /// The bound host ports: `49160,50001-50003`.
     pub bound: String,
     /// The bound addresses, if they differ from the requested one.
@@ -205,6 +208,7 @@ impl BoundMapping {
         let mapping = served.mapping();
         Self {
             mapping: WireMapping { name: Some(mapping.name().to_string()), ..WireMapping::of(mapping) },
+            resolved: served.resolved(),
             bound: served.bound_ports(),
             bound_host: served.bound_host(),
             origin: Origin::of(served),
@@ -325,7 +329,13 @@ mod tests {
         let text = r#"{"name":"web","host":"[::]","host_ports":"8000-8010","to":"172.17.0.2","to_ports":"80",
             "proto":"tcp","v6only":true,"limits":{"max_connections":7,"deny":["10.0.0.0/8"]}}"#;
         let mapping = serde_json::from_str(text).unwrap();
-        BoundMapping { mapping, bound: "8003".to_owned(), bound_host: None, origin: Origin::default() }
+        BoundMapping {
+            mapping,
+            bound: "8003".to_owned(),
+            resolved: None,
+            bound_host: None,
+            origin: Origin::default(),
+        }
     }
 
     fn counters(name: &str) -> MappingStats {

@@ -148,6 +148,8 @@ pub enum RefusalKind {
     Loop,
     /// A port cannot be bound.
     Bind,
+    /// The name of a backend does not resolve, and has to.
+    Unresolved,
     /// A socket that came with the request cannot be used.
     Socket,
     /// The client is neither the process's user nor root.
@@ -179,6 +181,7 @@ impl From<ChangeError> for Refusal {
             ChangeError::Bind { .. } => RefusalKind::Bind,
             ChangeError::UnusedSocket { .. } | ChangeError::OtherFamilies { .. } => RefusalKind::Socket,
             ChangeError::Mapping { .. } => RefusalKind::BadRequest,
+            ChangeError::Name { .. } => RefusalKind::Unresolved,
             ChangeError::Watch { .. } => RefusalKind::Failed,
         };
         Self { kind, message: error.with_hint("freebind (--freebind)") }

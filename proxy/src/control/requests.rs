@@ -147,13 +147,14 @@ fn parse_name(name: &str) -> Result<Name, Refusal> {
 
 async fn retarget(server: &mut Server, name: &Name, to: &str) -> Result<Changed, Refusal> {
     let wrong = |error: &dyn std::fmt::Display| Refusal::bad_request(format!("to {to}: {error}"));
-    let BackendSpec { ip, ports } = BackendSpec::parse(to, &HostInterfaces).map_err(|error| wrong(&error))?;
+    let BackendSpec { host, ports } =
+        BackendSpec::parse(to, &HostInterfaces).map_err(|error| wrong(&error))?;
     // The server refuses an unknown name.
     let count = server.registry().get(name).map_or(1, |served| served.mapping().backend_ports().count());
-    let Ok(first) = ports.one() else { return Ok(server.retarget(name, ip, ports).await?) };
+    let Ok(first) = ports.one() else { return Ok(server.retarget(name, host, ports).await?) };
     let last = u16::try_from(count - 1).ok().and_then(|more| first.checked_add(more));
     let last =
         last.ok_or_else(|| wrong(&format_args!("there are fewer than {count} ports from there on")))?;
     let ports = PortRange::new(first, last).map_err(|error| wrong(&error))?;
-    Ok(server.retarget(name, ip, ports).await?)
+    Ok(server.retarget(name, host, ports).await?)
 }

@@ -318,7 +318,13 @@ mod tests {
         let text = r#"{"name":"web","host":"[::]","host_ports":"8080","to":"172.17.0.2","to_ports":"80","proto":"tcp",
             "limits":{"max_connections":7}}"#;
         let mapping = serde_json::from_str(text).unwrap();
-        BoundMapping { mapping, bound: "8080".to_owned(), bound_host: None, origin: Origin::default() }
+        BoundMapping {
+            mapping,
+            bound: "8080".to_owned(),
+            resolved: None,
+            bound_host: None,
+            origin: Origin::default(),
+        }
     }
 
     const COUNTS: ChangeCounts = ChangeCounts { added: 1, changed: 2, removed: 3, unchanged: 4 };

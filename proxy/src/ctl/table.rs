@@ -4,6 +4,7 @@ use rproxy_mapping::escape::escaped;
 use serde::Deserialize;
 
 use crate::control::answers::{BoundMapping, List, Origin};
+use crate::engine::listening::with_addresses;
 
 /// The parts of a mapping that are shown. Others, such as its limits, are not parsed, because a newer server
 /// may have more.
@@ -40,7 +41,8 @@ pub(super) fn list(List { mappings, draining }: &List<Shown>) -> String {
     let served = mappings.iter().map(|bound| {
         let Shown { name, to, to_ports, proto, .. } = &bound.mapping;
         let listens = format!("{}:{}/{proto}", bound_host(bound), bound.bound);
-        vec![name.clone(), listens, format!("{to}:{to_ports}"), origin(&bound.origin), String::new()]
+        let backend = with_addresses(format!("{to}:{to_ports}"), bound.resolved.as_deref());
+        vec![name.clone(), listens, backend, origin(&bound.origin), String::new()]
     });
     let draining = draining.iter().map(|mapping| {
         let state = format!("draining: {} connections, {} flows", mapping.connections, mapping.flows);

@@ -24,8 +24,8 @@ use crate::engine::change::{BindKey, ChangeError, Changed, Removal, by};
 use crate::engine::registry::Served;
 use crate::loops::whereabouts::Whereabouts;
 use crate::loops::{Hop, LoopError, refuse_loops};
-use crate::state::MappingPolicy;
 use crate::state::task::{Cut, Detached, LiveFlows};
+use crate::state::{MappingPolicy, Target};
 
 /// How long flows whose runtime has ended wait for their port to be attached again. A runtime that restarts
 /// publishes the ports of its running containers again within that time.
@@ -80,7 +80,8 @@ impl Server {
             Some((_index, state)) => Arc::new(MappingPolicy { limits, state: state.clone() }),
             None => self.new_policy(name.clone(), limits),
         };
-        let binding = self.assign(port, &policy).map_err(AttachError::Watch)?;
+        let target = Target::new(port_mapping, policy.clone());
+        let binding = self.assign(port, target.into()).map_err(AttachError::Watch)?;
         left.into_iter().for_each(|(index, _state)| self.registry.resume(index));
         let id = binding.port.id();
         let served = Served { mapping, policy, ports: vec![binding.clone()], process: Some(process) };
@@ -179,8 +180,8 @@ fn mapping_of(port_mapping: &PortMapping, limits: Limits) -> Result<Mapping, Att
     let PortMapping { protocol, host, backend, v6only } = *port_mapping;
     let [from, to] = [host.socket_addr(), backend.socket_addr()];
     let (from_port, to_port) = (PortRange::single(from.port())?, PortRange::single(to.port())?);
-    let mapping =
-        Mapping::new(Protocols::One(protocol), (from.into(), Some(from_port)), (to.into(), to_port))?;
+    let (listens, to) = ((from.into(), Some(from_port)), (backend.host().into(), to_port));
+    let mapping = Mapping::new(Protocols::One(protocol), listens, to)?;
     let mapping = if v6only && mapping.host() == ScopedIp::ANY { mapping.v6only()? } else { mapping };
     Ok(mapping.named(Name::attached(protocol, host)).limited_in_family(limits))
 }

@@ -6,15 +6,18 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
+use std::net::IpAddr;
 use std::sync::{Arc, Weak};
 
 use rproxy_mapping::addr::{HostSocketAddr, Protocol, ScopedIp};
+use rproxy_mapping::backend::{BackendHost, HostName};
 use rproxy_mapping::limits::Limits;
 use rproxy_mapping::name::Name;
 use rproxy_mapping::overlap::{OverlapError, exclude_each_other, refuse_overlap};
 use rproxy_mapping::ports::PortRange;
 use rproxy_mapping::{HostPorts, Mapping, MappingError, PortMapping};
 use tokio::task::consume_budget;
+use tracing::warn;
 
 use crate::bind::activation::InheritedSockets;
 use crate::bind::listen::BindError;
@@ -26,6 +29,7 @@ use crate::engine::registry::Served;
 use crate::engine::sweep::Sweep;
 use crate::loops::whereabouts::Whereabouts;
 use crate::loops::{Hop, LoopError, refuse_loops};
+use crate::names::UnresolvedError;
 use crate::runtime::poll::WatchedListener;
 use crate::runtime::start_thread;
 use crate::state::{Binding, MappingPolicy, Target};
@@ -90,6 +94,14 @@ pub enum ChangeError {
         name: Name,
         /// Why.
         source: MappingError,
+    },
+    /// The name of the backend does not resolve, and has to.
+    #[error("{name}: {source}")]
+    Name {
+        /// The mapping.
+        name: Name,
+        /// Which name, and why.
+        source: UnresolvedError,
     },
     /// A socket that came with the request listens where no new mapping does.
     #[error("the socket {addr}/{protocol} that came with the request is for none of its new mappings")]
@@ -220,7 +232,7 @@ impl Server {
     pub async fn retarget(
         &mut self,
         name: &Name,
-        backend: ScopedIp,
+        backend: BackendHost,
         ports: PortRange,
     ) -> Result<Changed, ChangeError> {
         let served = self.requested(name)?;
@@ -244,9 +256,9 @@ impl Server {
     ///
     /// # Errors
     /// [`ChangeError::Mapping`] if it is not the address of a machine.
-    pub(crate) async fn move_backends(&mut self, backend: ScopedIp) -> Result<(), ChangeError> {
+    pub(crate) async fn move_backends(&mut self, backend: &BackendHost) -> Result<(), ChangeError> {
         let requested = self.registry.requested().map(|(name, Served { mapping, .. })| {
-            let moved = mapping.retargeted(backend, mapping.backend_ports());
+            let moved = mapping.retargeted(backend.clone(), mapping.backend_ports());
             match moved.map_err(|source| ChangeError::Mapping { name: name.clone(), source }) {
                 Ok(moved) => self.prepare_change(name.clone(), moved.named(name.clone())),
                 Err(error) => Err(error),
@@ -308,9 +320,67 @@ impl Server {
             removed: plan.remove.len(),
             unchanged: plan.unchanged,
         };
+        let plan = self.with_addresses(plan).await?;
         let prepared = Box::pin(self.prepare(plan, passed)).await?;
         self.commit(prepared, removal).await;
         Ok(changed)
+    }
+
+    /// The same plan with what the names of its backends stand for.
+    async fn with_addresses(&mut self, mut plan: Plan) -> Result<Plan, ChangeError> {
+        let names: HashSet<HostName> =
+            plan.mappings().filter_map(|mapping| mapping.backend().name()).cloned().collect();
+        if names.is_empty() {
+            return Ok(plan);
+        }
+        self.names.look_up(names).await;
+        for (name, mapping) in plan.add.iter_mut().chain(&mut plan.change) {
+            let resolved = self.names.resolved(mapping);
+            // That the first one leads back is a mistake, which refuses the change.
+            *mapping = self.without_loops(name, resolved, 1);
+            self.names
+                .refuse_unresolved(mapping)
+                .map_err(|source| ChangeError::Name { name: name.clone(), source })?;
+        }
+        Ok(plan)
+    }
+
+    /// Has all mappings whose backend is called `host` lead to what that stands for now.
+    pub(crate) async fn follow(&mut self, host: &HostName) {
+        let theirs =
+            self.registry.requested().filter(|(_name, served)| served.mapping.backend().name() == Some(host));
+        let theirs: Vec<(Name, Mapping)> =
+            theirs.map(|(name, served)| (name.clone(), self.names.resolved(&served.mapping))).collect();
+        let mut changed = Vec::with_capacity(theirs.len());
+        for (name, mapping) in theirs {
+            let mapping = self.without_loops(&name, mapping, 0);
+            changed.extend(self.prepare_change(name, mapping));
+        }
+        self.commit(Prepared { changed, ..Prepared::default() }, Removal::Drain).await;
+    }
+
+    /// `mapping` without the addresses of its backend that lead back to it, but for the first ones.
+    fn without_loops(&self, name: &Name, mapping: Mapping, first: usize) -> Mapping {
+        let BackendHost::Name(host) = mapping.backend() else { return mapping };
+        let mut whereabouts = self.names.whereabouts(host.name());
+        let alone = |ip: IpAddr, whereabouts: &mut Whereabouts| {
+            let (name, mapping) = (name.clone(), mapping.resolved(&[ip]));
+            let mut plan = Plan::default();
+            let steps = if self.registry.get(&name).is_some() { &mut plan.change } else { &mut plan.add };
+            steps.push((name, mapping));
+            self.refuse_loops_by(&plan, whereabouts)
+        };
+        let mut usable = host.addresses().to_vec();
+        let mut rest = usable.split_off(first.min(usable.len()));
+        rest.retain(|ip| match alone(*ip, &mut whereabouts) {
+            Ok(()) => true,
+            Err(reason) => {
+                warn!(address = %ip, %reason, "an address of the backend is not used");
+                false
+            }
+        });
+        usable.extend(rest);
+        mapping.resolved(&usable)
     }
 
     /// Completes every step that can fail. Dropped at any point, it has changed nothing.
@@ -344,7 +414,15 @@ impl Server {
     }
 
     /// Refuses mappings that lead back to themselves, as far as their ports are known.
-    fn refuse_loops(&self, Plan { add, change, remove, .. }: &Plan) -> Result<(), ChangeError> {
+    fn refuse_loops(&self, plan: &Plan) -> Result<(), ChangeError> {
+        self.refuse_loops_by(plan, &mut Whereabouts::default())
+    }
+
+    fn refuse_loops_by(
+        &self,
+        Plan { add, change, remove, .. }: &Plan,
+        whereabouts: &mut Whereabouts,
+    ) -> Result<(), ChangeError> {
         let (mut names, mut hops) = (Vec::new(), Vec::new());
         for (name, mapping) in add {
             hops.extend(Hop::of(names.len(), mapping));
@@ -356,7 +434,7 @@ impl Server {
             names.push(name);
         }
         let gone = remove.iter().chain(change.iter().map(|(name, _mapping)| name)).collect();
-        let refused = refuse_loops(&hops, self.hops_without(&gone, &hops), &mut Whereabouts::default());
+        let refused = refuse_loops(&hops, self.hops_without(&gone, &hops), whereabouts);
         refused.map_err(|source| ChangeError::Loop { name: names[source.mapping].clone(), source })
     }
 
@@ -412,18 +490,18 @@ impl Server {
                 if let Some(passed) = prepared.passed.take_at(&port_mapping) {
                     refuse_other_families(name, &passed.port_mapping, &port_mapping)?;
                     let bound = BoundPort { port_mapping, ..passed };
-                    ports.push(self.assign(bound, &policy).map_err(watch_error)?);
+                    ports.push(self.assign_of(bound, &mapping, &policy).map_err(watch_error)?);
                     continue;
                 }
                 prepared.unpassed.push(port_mapping);
                 let place = BindKey::of(&port_mapping);
                 ports.push(match prepared.spare.remove(&place).or_else(|| self.leaving.get(&place)) {
-                    Some(port) => Binding { port, target: target(port_mapping, &policy) },
+                    Some(port) => Binding { port, target: target(&mapping, port_mapping, &policy) },
                     None => {
                         let bound = self.bind(port_mapping, mapping.limits()).await;
                         let bound =
                             bound.map_err(|source| self.bind_error(name, &mapping, source, prepared))?;
-                        self.assign(bound, &policy).map_err(watch_error)?
+                        self.assign_of(bound, &mapping, &policy).map_err(watch_error)?
                     }
                 });
             }
@@ -433,10 +511,20 @@ impl Server {
             let bound = bound.map_err(|source| self.bind_error(name, &mapping, source, prepared))?;
             for port in bound.ports {
                 prepared.unpassed.push(port.port_mapping);
-                ports.push(self.assign(port, &policy).map_err(watch_error)?);
+                ports.push(self.assign_of(port, &mapping, &policy).map_err(watch_error)?);
             }
         }
         Ok(Served { mapping, policy, ports, process: None })
+    }
+
+    fn assign_of(
+        &mut self,
+        port: BoundPort,
+        mapping: &Mapping,
+        policy: &Arc<MappingPolicy>,
+    ) -> io::Result<Binding> {
+        let target = target(mapping, port.port_mapping, policy);
+        self.assign(port, target)
     }
 
     /// Binds a port. If flows use it as their local port, they release it.
@@ -484,10 +572,18 @@ impl Server {
         let sockets = old.ports.iter().zip(on_sockets(&old.ports, &mapping));
         let assign = |(old, port_mapping): (&Binding, PortMapping)| Binding {
             port: old.port.clone(),
-            target: target(port_mapping, &policy),
+            target: target(&mapping, port_mapping, &policy),
         };
         let ports = sockets.map(assign).collect();
         Ok((name, Served { mapping, policy, ports, process: old.process }))
+    }
+
+    /// Forgets the names that no mapping has any more.
+    fn keep_names(&mut self) {
+        if !self.names.is_empty() {
+            let served = self.registry.iter().filter_map(|(_name, served)| served.mapping.backend().name());
+            self.names.keep(&served.cloned().collect());
+        }
     }
 
     /// Applies what was prepared.
@@ -508,6 +604,7 @@ impl Server {
             names.push(name.clone());
             self.registry.put(name, served);
         }
+        self.keep_names();
         self.watch(new);
         self.change_targets(other).await;
         announce_all(names.iter().filter_map(|name| Some((name, self.registry.get(name)?))));
@@ -655,8 +752,8 @@ impl BindKey {
     }
 }
 
-fn target(port_mapping: PortMapping, policy: &Arc<MappingPolicy>) -> Arc<Target> {
-    Arc::new(Target { port_mapping, policy: policy.clone() })
+fn target(mapping: &Mapping, port_mapping: PortMapping, policy: &Arc<MappingPolicy>) -> Arc<Target> {
+    Arc::new(Target::of(mapping, port_mapping, policy.clone()))
 }
 
 #[cfg(test)]
@@ -677,7 +774,10 @@ mod tests {
         let port = Arc::new(set.add(UdpSocket::bind("127.0.0.1:0").unwrap()).unwrap());
         Binding {
             port,
-            target: target(PortMapping { protocol: Protocol::Udp, host, backend, v6only }, &policy),
+            target: Arc::new(Target::new(
+                PortMapping { protocol: Protocol::Udp, host, backend, v6only },
+                policy,
+            )),
         }
     }
 

@@ -1,6 +1,6 @@
 //! Ending at once what mappings have left, instead of letting it finish.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use rproxy_mapping::PortMapping;
@@ -30,10 +30,10 @@ impl Server {
             return;
         }
         let served = self.registry.iter().flat_map(|(_name, served)| served.targets());
-        let targets: HashMap<_, _> = served.collect();
+        let targets: HashSet<_> = served.collect();
         left.retain(|record| {
             let PortMapping { protocol, host, .. } = record.port.port_mapping;
-            targets.get(&(protocol, host)) != Some(&record.backend())
+            !targets.contains(&((protocol, host), record.backend()))
         });
         self.cut_recorded(&left).await;
     }

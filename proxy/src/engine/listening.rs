@@ -32,13 +32,34 @@ impl Served {
         (!is_as_asked).then(|| hosts.iter().map(ToString::to_string).collect::<Vec<_>>().join(","))
     }
 
+    /// The addresses that the name of the backend stands for, if it has a name.
+    pub fn resolved(&self) -> Option<Vec<String>> {
+        let backend = self.mapping.backend();
+        backend.name().map(|_name| backend.ips().iter().map(ToString::to_string).collect())
+    }
+
+    /// The backend, and what its name stands for: `web.internal:80 (172.17.0.2)`.
+    pub(crate) fn backend_text(&self) -> String {
+        let backend = format!("{}:{}", self.mapping.backend(), self.mapping.backend_ports());
+        with_addresses(backend, self.resolved().as_deref())
+    }
+
     /// Logs that the mapping is served, and where.
     pub(crate) fn announce(&self, name: &Name) {
         let mapping = &self.mapping;
         let host = self.bound_host().unwrap_or_else(|| mapping.host().to_string());
         let host = format_args!("{host}:{}", self.bound_ports());
-        let backend = format_args!("{}:{}", mapping.backend(), mapping.backend_ports());
+        let backend = self.backend_text();
         info!(mapping = %name, %host, %backend, protocol = %mapping.protocols(), "serving");
+    }
+}
+
+/// The text of a backend, with the addresses that its name stands for, if it has a name.
+pub(crate) fn with_addresses(backend: String, resolved: Option<&[String]>) -> String {
+    match resolved {
+        None => backend,
+        Some([]) => format!("{backend} (does not resolve)"),
+        Some(addresses) => format!("{backend} ({})", addresses.join(", ")),
     }
 }
 
@@ -107,7 +128,7 @@ mod tests {
             let (host, backend) = (host.parse().unwrap(), "192.0.2.1:80".parse().unwrap());
             let port_mapping = PortMapping { protocol: Protocol::Tcp, host, backend, v6only: false };
             let port = Arc::new(set.add(TcpListener::bind("127.0.0.1:0").unwrap()).unwrap());
-            Binding { port, target: Arc::new(Target { port_mapping, policy: policy.clone() }) }
+            Binding { port, target: Arc::new(Target::new(port_mapping, policy.clone())) }
         };
         let ports = hosts.iter().map(at).collect();
         let backend = ("192.0.2.1".parse().unwrap(), "80".parse().unwrap());

@@ -8,7 +8,7 @@
 pub mod attach;
 pub mod change;
 mod cut;
-mod listening;
+pub(crate) mod listening;
 pub(crate) mod observation;
 pub(crate) mod old_processes;
 pub mod plan;
@@ -23,6 +23,7 @@ use std::sync::Arc;
 
 use rproxy_mapping::PortMapping;
 use rproxy_mapping::addr::Protocol;
+use rproxy_mapping::backend::HostName;
 use rproxy_mapping::limits::Limits;
 use rproxy_mapping::name::Name;
 use socket2::SockRef;
@@ -39,6 +40,7 @@ use crate::engine::old_processes::{LeftConnections, OldProcesses};
 use crate::engine::registry::{Registry, Served};
 use crate::engine::tasks::Tasks;
 use crate::log::access::AccessLog;
+use crate::names::Names;
 use crate::runtime::poll::WatchedListener;
 use crate::runtime::worker::Workers;
 use crate::state::record::Record;
@@ -60,6 +62,8 @@ pub struct Server {
     /// Sockets that do not belong to a named mapping.
     nameless: Vec<Binding>,
     pub(crate) leaving: Leaving,
+    /// What the names of backends stand for.
+    pub(crate) names: Names,
     /// Flows of ports that may be attached again.
     parked: Parked,
     /// Old processes with connections to attached ports.
@@ -75,6 +79,13 @@ pub enum Growth {
     Mappings,
     /// Mappings, and ports that other processes attach. It also serves none at times.
     Attached,
+}
+
+/// What happens without a request.
+#[derive(Debug)]
+pub(crate) enum Event {
+    /// This name of backends stands for other addresses.
+    NameChanged(HostName),
 }
 
 impl Server {
@@ -96,8 +107,11 @@ impl Server {
         server.tasks.has_tcp = ports.any(|port| port.port_mapping.protocol.has_connections());
         for Bound { mapping, ports, process } in mappings {
             let policy = server.new_policy(mapping.name(), mapping.limits().clone());
-            let ports =
-                ports.into_iter().map(|port| server.assign(port, &policy)).collect::<Result<_, _>>()?;
+            let assign = |port: BoundPort| {
+                let target = Target::of(&mapping, port.port_mapping, policy.clone());
+                server.assign(port, target.into())
+            };
+            let ports = ports.into_iter().map(assign).collect::<Result<_, _>>()?;
             server.registry.put(mapping.name(), Served { mapping, policy, ports, process });
         }
         Ok(server)
@@ -129,7 +143,8 @@ impl Server {
         let mut server = Self::new(Growth::None);
         let name = Name::attached(port.port_mapping.protocol, port.port_mapping.host);
         let policy = server.new_policy(name, Limits::default());
-        let binding = server.assign(port, &policy)?;
+        let target = Arc::new(Target::new(port.port_mapping, policy));
+        let binding = server.assign(port, target)?;
         server.nameless.push(binding);
         server.watch(server.nameless.clone());
         Ok(server)
@@ -147,6 +162,7 @@ impl Server {
             registry: Registry::default(),
             nameless: Vec::new(),
             leaving: Leaving::default(),
+            names: Names::default(),
             parked: Parked::default(),
             old_processes: OldProcesses::default(),
         }
@@ -170,7 +186,7 @@ impl Server {
     }
 
     /// Adds a bound port to the listeners, to be served later.
-    pub(crate) fn assign(&mut self, port: BoundPort, policy: &Arc<MappingPolicy>) -> io::Result<Binding> {
+    pub(crate) fn assign(&mut self, port: BoundPort, target: Arc<Target>) -> io::Result<Binding> {
         let BoundPort { port_mapping, listener } = port;
         let task = self.tasks.for_listener(port_mapping.protocol)?;
         let port = match listener {
@@ -178,7 +194,6 @@ impl Server {
             Listener::Udp(socket) => task.add(socket)?,
             Listener::Sctp(socket) => task.add(socket)?,
         };
-        let target = Arc::new(Target { port_mapping, policy: policy.clone() });
         Ok(Binding { port, target })
     }
 
@@ -346,6 +361,18 @@ impl Server {
         self.tasks.all().for_each(ListenerTask::leave);
     }
 
+    /// Waits for what happens without a request. Dropped at any point, nothing is lost.
+    ///
+    /// # Errors
+    /// A task has ended although it was not asked to.
+    pub(crate) async fn event(&mut self) -> Result<Event, ServeError> {
+        tokio::select! {
+            biased;
+            error = self.tasks.failed() => Err(error),
+            host = self.names.changed() => Ok(Event::NameChanged(host)),
+        }
+    }
+
     /// Waits until a task has ended although it was not asked to, and returns why.
     pub async fn failed(&mut self) -> ServeError {
         self.tasks.failed().await
@@ -458,7 +485,8 @@ mod tests {
         let addr = named.ports[0].local_addr().unwrap();
         let mut server = Server::prepared(vec![named], Growth::None, None).unwrap();
         let policy = server.new_policy(Name::default(), Limits::default());
-        let binding = server.assign(nameless, &policy).unwrap();
+        let target = Target::new(nameless.port_mapping, policy);
+        let binding = server.assign(nameless, target.into()).unwrap();
         server.nameless.push(binding);
         let all = server.bindings().chain(&server.nameless);
         // As a runtime keeps them that has bound them.

@@ -22,6 +22,11 @@ pub struct Plan {
 }
 
 impl Plan {
+    /// The mappings to serve that are not served as they are.
+    pub fn mappings(&self) -> impl Iterator<Item = &Mapping> {
+        self.add.iter().chain(&self.change).map(|(_name, mapping)| mapping)
+    }
+
     /// Whether there is nothing to do.
     pub fn is_empty(&self) -> bool {
         self.add.is_empty() && self.change.is_empty() && self.remove.is_empty()

@@ -46,11 +46,13 @@ impl Served {
         &self.policy.state.stats
     }
 
-    /// The protocol and address of each socket, and the backend behind it.
+    /// The protocol and address of each socket, and the backends behind it: one for each address of a name.
     pub(crate) fn targets(&self) -> impl Iterator<Item = ((Protocol, HostSocketAddr), BackendAddr)> {
-        self.ports.iter().map(|binding| {
-            let PortMapping { protocol, host, backend, .. } = binding.target.port_mapping;
-            ((protocol, host), backend)
+        self.ports.iter().flat_map(|binding| {
+            let first = binding.target.port_mapping;
+            let others = binding.target.named.iter().flat_map(|host| host.addresses().iter());
+            let all = std::iter::once(first).chain(others.map(move |ip| first.at(*ip)));
+            all.map(|PortMapping { protocol, host, backend, .. }| ((protocol, host), backend))
         })
     }
 
@@ -199,8 +201,8 @@ impl Registry {
         }
         let way = |name: Name| {
             let served = self.get(&name)?;
-            let backend = served.ports.first()?.target.port_mapping.backend.socket_addr();
-            Some((name, served.policy.clone(), backend))
+            let backend = served.ports.first()?.target.port_mapping.backend;
+            (!backend.is_nowhere()).then(|| (name, served.policy.clone(), backend.socket_addr()))
         };
         names.into_iter().filter_map(way).collect()
     }
@@ -348,7 +350,7 @@ mod tests {
         let backend = "192.0.2.1:80".parse().unwrap();
         let policy = Arc::new(MappingPolicy { limits: Limits::default(), state: state.clone() });
         let port_mapping = PortMapping { protocol: Protocol::Tcp, host, backend, v6only: false };
-        let target = Arc::new(Target { port_mapping, policy: policy.clone() });
+        let target = Arc::new(Target::new(port_mapping, policy.clone()));
         let binding = Binding { port: Arc::new(set.add(socket).unwrap()), target };
         let backend = ("192.0.2.1".parse().unwrap(), "80".parse().unwrap());
         let mapping =

@@ -211,7 +211,7 @@ mod tests {
     use crate::bind::listen::Listener;
     use crate::engine::Server;
     use crate::runtime::new_runtime;
-    use crate::state::{Binding, MappingPolicy};
+    use crate::state::{Binding, MappingPolicy, Target};
 
     fn socket() -> UdpSocket {
         let socket = StdSocket::bind("127.0.0.1:0").unwrap();
@@ -230,7 +230,10 @@ mod tests {
         fn serve(sockets: impl IntoIterator<Item = BoundPort>) -> Self {
             let mut server = Server::prepared(Vec::new(), Growth::Mappings, None).unwrap();
             let policy = server.new_policy(Name::default(), Limits::default());
-            let assigned = sockets.into_iter().map(|port| server.assign(port, &policy).unwrap());
+            let assigned = sockets.into_iter().map(|port| {
+                let target = Target::new(port.port_mapping, policy.clone());
+                server.assign(port, target.into()).unwrap()
+            });
             let bindings: Vec<Binding> = assigned.collect();
             server.watch(bindings.clone());
             Self { server, policy, bindings }

@@ -23,7 +23,7 @@ pub struct Hop<'a> {
     pub v6only: bool,
     /// The ports that clients connect to.
     pub host_ports: PortRange,
-    /// The address of the backend.
+    /// The address of the backend; of one with a name, the first.
     pub backend: ScopedIp,
     /// The ports of the backend, as many as host ports.
     pub backend_ports: PortRange,
@@ -44,7 +44,7 @@ impl<'a> Hop<'a> {
                 host: mapping.host(),
                 v6only: mapping.is_v6only(),
                 host_ports,
-                backend: mapping.backend(),
+                backend: mapping.backend().first_ip(),
                 backend_ports: mapping.backend_ports(),
             })
         })

@@ -35,6 +35,11 @@ pub enum Destination {
 pub struct Whereabouts(HashMap<ScopedIp, Destination>);
 
 impl Whereabouts {
+    /// What was found out before, about these addresses.
+    pub fn known(destinations: impl IntoIterator<Item = (ScopedIp, Destination)>) -> Self {
+        Self(destinations.into_iter().collect())
+    }
+
     /// Where packets to `ip` arrive. If the kernel cannot tell, only the well-known addresses are recognised.
     pub fn of(&mut self, ip: ScopedIp) -> Destination {
         *self.0.entry(ip).or_insert_with(|| match ip.ip() {

@@ -138,7 +138,7 @@ impl Description {
             host: served.bound_host().unwrap_or_else(|| mapping.host().to_string()),
             ports: served.bound_ports(),
             protocol: mapping.protocols().to_string(),
-            backend: format!("{}:{}", mapping.backend(), mapping.backend_ports()),
+            backend: served.backend_text(),
             limits: WireLimits::of(mapping.limits()),
         }
     }

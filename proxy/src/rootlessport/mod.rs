@@ -208,7 +208,7 @@ async fn move_container(server: &mut Server, request: Request) {
     let wanted = serde_json::from_slice::<String>(&request.packet).map_err(|error| error.to_string());
     let ip = wanted.and_then(|text| contract::child_ip(&text).map_err(|error| error.to_string()));
     let moved = match ip {
-        Ok(ip) => server.move_backends(ip).await.map_err(|error| error.to_string()),
+        Ok(ip) => server.move_backends(&ip.into()).await.map_err(|error| error.to_string()),
         Err(error) => Err(error),
     };
     match moved {

@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use clap::ValueEnum;
 use nix::libc;
 use rproxy_sys::memory::release_unused;
+use rustix::thread::CapabilitySet;
 use tracing::{info, warn};
 
 use self::reach::Reach;
@@ -201,6 +202,15 @@ pub fn confine(mode: Mode, needs: &Needs<'_>) -> Result<(), SandboxError> {
     // Compiling a filter takes more memory than an idle mapping has.
     release_unused();
     Ok(())
+}
+
+/// Confines a process that looks names up, as far as the kernel can: no capabilities, no new privileges, nothing to write,
+/// and no TCP but to name servers. It reads any file that its user can, because `/etc/resolv.conf` may be a link to anywhere.
+pub(crate) fn confine_resolver() {
+    // Without one of them, it can do what the launcher can that has started it.
+    privileges::keep(CapabilitySet::empty()).ok();
+    privileges::refuse_new().ok();
+    reach::restrict_resolver().ok();
 }
 
 /// The result of one layer.

@@ -22,6 +22,9 @@ const SCOPES: ABI = ABI::V6;
 /// The first kernel with Landlock.
 const FIRST_KERNEL: (u32, u32) = (5, 13);
 
+/// The port of name servers (RFC 1035, section 4.2).
+const NAME_SERVER: u16 = 53;
+
 /// The network settings, which the first UDP mapping reads when it is added.
 const NETWORK_SETTINGS: &str = "/proc/sys/net/ipv4";
 
@@ -111,6 +114,24 @@ pub(super) fn restrict(needs: &Needs<'_>) -> io::Result<Reach> {
             unsupported("it is switched off in this kernel; the boot parameter lsm= has to name landlock")
         }
     }
+}
+
+/// Restricts a process that looks names up to read files, and to connect to the ports of name servers.
+///
+/// # Errors
+/// This kernel does not have Landlock, or fails.
+pub(super) fn restrict_resolver() -> io::Result<()> {
+    let read = AccessFs::ReadFile | AccessFs::ReadDir;
+    let ruleset = Ruleset::default()
+        .set_compatibility(CompatLevel::BestEffort)
+        .handle_access(AccessFs::from_all(FILES))
+        .and_then(|ruleset| ruleset.handle_access(AccessNet::from_all(FILES)))
+        .and_then(|ruleset| ruleset.scope(Scope::from_all(SCOPES)))
+        .and_then(|ruleset| ruleset.create())
+        .and_then(|created| created.add_rule(NetPort::new(NAME_SERVER, AccessNet::ConnectTcp)));
+    let root = PathFd::new("/").map_err(io::Error::other)?;
+    let ruleset = ruleset.and_then(|created| created.add_rule(PathBeneath::new(root, read)));
+    ruleset.and_then(RulesetCreated::restrict_self).map(drop).map_err(kernels_answer)
 }
 
 /// The version of the running kernel, such as `6.1.0-50-amd64`.

@@ -29,7 +29,7 @@ use crate::control::clients::{self, Call};
 use crate::control::requests::answer;
 use crate::engine::change::{ChangeError, Changed};
 use crate::engine::old_processes::LeftConnections;
-use crate::engine::{ServeError, Server};
+use crate::engine::{Event, ServeError, Server};
 use crate::log::destination;
 use crate::metrics::addr::MetricsAddr;
 use crate::metrics::endpoint::{Endpoint, Queries};
@@ -129,7 +129,7 @@ impl Manager {
     /// [`ServeError`]
     pub async fn run(self) -> Result<(), ManageError> {
         let is_alone = self.control.is_none() && self.metrics.is_none() && self.attach.is_none();
-        if is_alone && self.reload.is_none() {
+        if is_alone && self.reload.is_none() && self.server.names.is_empty() {
             return Box::pin(self.manage()).await;
         }
         let runtime = match new_runtime() {
@@ -220,7 +220,9 @@ impl Managed {
                     info!(signal, "ending; a second signal ends at once");
                     return Ok(false);
                 }
-                error = server.failed() => return Err(error.into()),
+                event = server.event() => match event? {
+                    Event::NameChanged(host) => Box::pin(server.follow(&host)).await,
+                },
                 () = hung_up(reload) => {
                     let addr = metrics.as_ref().map(|metrics| &metrics.socket.addr);
                     let reloaded = reload_all(reload.as_ref(), upgrade, server, plane.as_deref_mut(), addr);

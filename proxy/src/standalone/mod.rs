@@ -11,7 +11,7 @@ use std::process::ExitCode;
 
 use rproxy_sys::fd::claim_inherited;
 
-use self::start::{Origin, start};
+use self::start::{Origin, may_change, start};
 use crate::cli::{self, Cli, Command, Serve, Unparsed};
 use crate::config;
 use crate::ctl;
@@ -86,7 +86,8 @@ fn serve_mappings(options: &Serve) -> ExitCode {
     prepare(options.log());
     systemd::open();
     // Before there is anything that a new process must not inherit.
-    let launcher = Launcher::start(configuration, options.access_log_file());
+    let names = may_change(options) || mappings.iter().any(|mapping| mapping.backend().name().is_some());
+    let launcher = Launcher::start(configuration, options.access_log_file(), names);
     raise_descriptor_limit();
     let started = start(mappings, origin, launcher, options);
     // It had to stay open while it might be opened by its path.

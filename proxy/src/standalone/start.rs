@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use nix::sys::signal::Signal;
-use rproxy_mapping::addr::{HostSocketAddr, Protocol};
+use rproxy_mapping::addr::{BackendAddr, HostSocketAddr, Protocol};
 use rproxy_mapping::escape::escaped;
 use rproxy_mapping::{HostPorts, Mapping, PortMapping};
 use tokio::runtime::Runtime;
@@ -30,6 +30,7 @@ use crate::log::destination::{AccessLogError, Destination};
 use crate::loops::LoopError;
 use crate::metrics::addr::MetricsAddr;
 use crate::metrics::listener::{ListenError, MetricsListener};
+use crate::names::{Names, NamesError};
 use crate::plane;
 use crate::plane::attachments::Attachments;
 use crate::runtime::descriptors::explain;
@@ -79,7 +80,8 @@ pub(super) fn start(
     let origin = origin?;
     let runtime = new_runtime().map_err(setup("create the event loop"))?;
     let entered = runtime.enter();
-    let upgrade = Upgrade::catch(launcher).map_err(setup("catch signals"))?;
+    let mut upgrade = Upgrade::catch(launcher).map_err(setup("catch signals"))?;
+    let names = Names::new(upgrade.take_names());
     let configuration = options.config.clone().map(|file| Configuration {
         file,
         attach: options.attach.clone(),
@@ -90,8 +92,8 @@ pub(super) fn start(
     let reload = reload.transpose().map_err(setup("catch signals"))?;
     drop(entered);
     let Started { server, control, metrics, attach, stop } = match origin {
-        Origin::Fresh(passed) => start_fresh(&runtime, mappings, passed, options)?,
-        Origin::OldProcess(channel) => start_upgraded(&runtime, &mappings, channel, options)?,
+        Origin::Fresh(passed) => start_fresh(&runtime, mappings, passed, names, options)?,
+        Origin::OldProcess(channel) => start_upgraded(&runtime, &mappings, channel, names, options)?,
     };
     server.announce();
     systemd::ready();
@@ -114,13 +116,14 @@ fn start_fresh(
     runtime: &Runtime,
     mappings: Vec<Mapping>,
     passed: InheritedSockets,
+    mut names: Names,
     options: &Serve,
 ) -> Result<Started, StartError> {
-    let _entered = runtime.enter();
+    let entered = runtime.enter();
     let config = options.config.as_deref().map(config::read).transpose()?;
     let attach = options.attach_options(config.as_ref());
     let metrics = options.metrics_addr(config.as_ref()).cloned();
-    let mappings = config.map_or(mappings, |config| config.mappings);
+    let mut mappings = config.map_or(mappings, |config| config.mappings);
     // Only now: reading a pipe may take long, and until then signals end this process at once.
     let stop = catch_stop_signals(options)?;
     if let (Some(control), Some(MetricsAddr::Unix(path))) = (options.control.as_deref(), &metrics)
@@ -131,13 +134,16 @@ fn start_fresh(
     let control = options.control.as_deref().map(|path| UnixSocket::bind(CONTROL, path)).transpose()?;
     let metrics = metrics.map(MetricsListener::bind).transpose()?;
     let attach = attach.map(Attachments::bind).transpose()?;
+    drop(entered);
+    runtime.block_on(names.resolve(&mut mappings))?;
+    let _entered = runtime.enter();
     let bound = Bound::bind_all(mappings, passed);
     let bound = bound.map_err(|error| bind_error(error, metrics.as_ref(), options))?;
     stale::forget_flows_to(bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.port_mapping));
     let ready = ready_lines(&bound);
     // Before confinement, because a terminal has to be reopened.
     let output = Output::open();
-    let server = prepare_server(bound, attach.is_some(), metrics.as_ref(), options)?;
+    let server = prepare_server(bound, attach.is_some(), metrics.as_ref(), names, options)?;
     server.start(LiveFlows::default());
     match server.access_log() {
         // Its lines follow, and are not mixed with these.
@@ -156,14 +162,17 @@ fn start_upgraded(
     runtime: &Runtime,
     mappings: &[Mapping],
     channel: OwnedFd,
+    mut names: Names,
     options: &Serve,
 ) -> Result<Started, StartError> {
     let entered = runtime.enter();
     let stop = catch_stop_signals(options)?;
     let fixed = (!may_change(options)).then_some(mappings);
-    let Sockets { bound, mut control, mut metrics, attach, old } =
+    let Sockets { mut bound, mut control, mut metrics, attach, old } =
         runtime.block_on(take_over(channel, fixed, options.control.as_deref()))?;
-    let mut server = prepare_server(bound, attach.is_some(), metrics.as_ref(), options)?;
+    // A name that does not resolve now did so for the old process, perhaps.
+    runtime.block_on(names.resolve_bound(&mut bound));
+    let mut server = prepare_server(bound, attach.is_some(), metrics.as_ref(), names, options)?;
     drop(entered);
     server.access_log().iter().for_each(|log| log.begin(Vec::new()));
     server.succeed(runtime.block_on(old.hand_over_to(&server))?);
@@ -184,7 +193,7 @@ fn is_reloaded(options: &Serve) -> bool {
 }
 
 /// Whether the requested mappings may change later.
-fn may_change(options: &Serve) -> bool {
+pub(super) fn may_change(options: &Serve) -> bool {
     options.control.is_some() || options.config.is_some()
 }
 
@@ -194,6 +203,7 @@ fn prepare_server(
     bound: Vec<Bound>,
     attaches: bool,
     metrics: Option<&MetricsListener>,
+    names: Names,
     options: &Serve,
 ) -> Result<Server, StartError> {
     if !has_ipv6() && options.mappings.is_everywhere() {
@@ -201,8 +211,9 @@ fn prepare_server(
     }
     let mut reported = Reported::default();
     for Bound { mapping, ports, .. } in &bound {
-        let backend = ports.first().map(|port| port.port_mapping.backend.socket_addr());
-        let Some(backend) = backend else { continue };
+        let backend =
+            ports.first().map(|port| port.port_mapping.backend).filter(|backend| !backend.is_nowhere());
+        let Some(backend) = backend.map(BackendAddr::socket_addr) else { continue };
         match ReturnPath::of(mapping.limits(), backend) {
             Some(path) => reported.report(&mapping.name(), path.interface_without()),
             None => reported.report_source(&mapping.name(), can_reach(mapping.limits(), backend)),
@@ -224,6 +235,7 @@ fn prepare_server(
     let server = Server::prepared(bound, growth, recorder.map(Arc::new));
     let mut server = server.map_err(setup("watch the listeners"))?;
     server.registry.return_paths = Box::new(ReturnPaths { reported, ..ReturnPaths::default() });
+    server.names = names;
     server.look_at_processors();
     if let Some(user) = &options.user {
         for error in server.udp_sockets().filter_map(|socket| user.own(socket).err()) {
@@ -338,6 +350,8 @@ pub(super) enum StartError {
     OnePath(PathBuf),
     #[error(transparent)]
     Config(#[from] ConfigError),
+    #[error(transparent)]
+    Names(#[from] NamesError),
     #[error(transparent)]
     InheritedSockets(InheritedError),
     #[error(transparent)]

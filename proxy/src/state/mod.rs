@@ -8,16 +8,19 @@ pub(crate) mod sources;
 pub mod stats;
 pub(crate) mod task;
 
+use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rproxy_mapping::PortMapping;
+use rproxy_mapping::backend::{BackendHost, NamedHost};
 use rproxy_mapping::limits::Limits;
 use rproxy_mapping::name::Name;
+use rproxy_mapping::{Mapping, PortMapping};
 use tokio::sync::Notify;
 
+use crate::names::suspects;
 use crate::runtime::poll::WatchedListener;
 use crate::state::record::{Ending, Record, RecordedPort};
 use crate::state::recorder::Recorder;
@@ -40,9 +43,45 @@ pub(crate) struct Target {
     pub(crate) port_mapping: PortMapping,
     /// The policy, shared with the other ports.
     pub(crate) policy: Arc<MappingPolicy>,
+    /// The name of the backend and all its addresses, if it has a name. That of the port mapping is the first.
+    pub(crate) named: Option<NamedHost>,
 }
 
 impl Target {
+    /// The target of a port whose backend has an address.
+    pub(crate) fn new(port_mapping: PortMapping, policy: Arc<MappingPolicy>) -> Self {
+        Self { port_mapping, policy, named: None }
+    }
+
+    /// The target of a port of `mapping`.
+    pub(crate) fn of(mapping: &Mapping, port_mapping: PortMapping, policy: Arc<MappingPolicy>) -> Self {
+        let named = match mapping.backend() {
+            BackendHost::Name(host) => Some(host.clone()),
+            BackendHost::Ip(_) => None,
+        };
+        Self { port_mapping, policy, named }
+    }
+
+    /// Refuses a backend whose name does not resolve, which may do so by now.
+    ///
+    /// # Errors
+    /// One that names it.
+    pub(crate) fn ensure_resolved(&self) -> io::Result<()> {
+        match &self.named {
+            Some(host) if self.port_mapping.backend.is_nowhere() => {
+                suspects::report(host.name());
+                Err(io::Error::other(format!("the name {} does not resolve", host.name())))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The same with another address of the backend.
+    pub(crate) fn at(&self, ip: IpAddr) -> Self {
+        let port_mapping = self.port_mapping.at(ip);
+        Self { port_mapping, policy: self.policy.clone(), named: self.named.clone() }
+    }
+
     /// The mapping, as recorded.
     fn recorded_port(&self) -> RecordedPort {
         let MappingPolicy { limits, state } = &*self.policy;
@@ -348,7 +387,7 @@ mod tests {
             limits,
             state: Arc::new(MappingState::new(Name::default(), capacity, None)),
         });
-        Arc::new(Target { port_mapping, policy })
+        Arc::new(Target::new(port_mapping, policy))
     }
 
     fn block_on(future: impl Future<Output = ()>) {

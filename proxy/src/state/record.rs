@@ -141,6 +141,8 @@ pub(crate) struct Record {
     pub(crate) to_client: Traffic,
     peer: SocketAddr,
     told: OnceLock<Box<Told>>,
+    /// The address that was reached of a backend with several.
+    reached: OnceLock<Box<BackendAddr>>,
     connected: Moment,
     /// The number of the ending behind 0.
     ending: AtomicU8,
@@ -173,6 +175,7 @@ impl Record {
             to_client: Traffic::new(opened),
             peer,
             told: OnceLock::new(),
+            reached: OnceLock::new(),
             connected: Moment::default(),
             ending: AtomicU8::new(0),
         }
@@ -185,12 +188,20 @@ impl Record {
 
     /// Where it is relayed to.
     pub(crate) fn backend(&self) -> BackendAddr {
-        self.told.get().map_or(self.port.port_mapping.backend, |told| told.backend)
+        let asked = || self.told.get().map_or(self.port.port_mapping.backend, |told| told.backend);
+        self.reached.get().map_or_else(asked, |reached| **reached)
     }
 
     /// Records the header of a proxy in front: for whom it speaks, and where the connection is relayed to from then on.
     pub(crate) fn set_told(&self, client: SocketAddr, backend: BackendAddr) {
         self.told.get_or_init(|| Box::new(Told { client, backend }));
+    }
+
+    /// Records which address of the backend was reached, if it is not the first.
+    pub(crate) fn set_reached(&self, backend: BackendAddr) {
+        if backend != self.backend() {
+            self.reached.get_or_init(|| Box::new(backend));
+        }
     }
 
     /// Records that the backend has accepted the connection. Returns how long that took since it was dialled.

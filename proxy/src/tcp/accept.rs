@@ -451,9 +451,14 @@ fn record(guard: &mut ConnectionGuard, peer: SocketAddr, client: &OwnedFd) {
 
 /// Resets a connection because no socket for its backend can be opened.
 fn reset_without_backend(client: OwnedFd, peer: SocketAddr, mut guard: ConnectionGuard, source: io::Error) {
-    let addr = guard.port_mapping().backend.socket_addr();
+    let backend = guard.port_mapping().backend;
     record(&mut guard, peer, &client);
-    report_failed_dial(peer, &guard, &DialError::Open { addr, source });
+    let error = match &guard.target().named {
+        // A kernel without IPv6 opens no socket for it.
+        Some(host) if backend.is_nowhere() => DialError::Unresolved { host: host.name().clone() },
+        _ => DialError::Open { addr: backend.socket_addr(), source },
+    };
+    report_failed_dial(peer, &guard, &error);
     drop(client);
 }
 

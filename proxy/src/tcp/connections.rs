@@ -324,7 +324,7 @@ mod tests {
             let policy = Arc::new(MappingPolicy { limits, state: state.clone() });
             let (host, backend) = ("127.0.0.1:80".parse().unwrap(), backend.parse().unwrap());
             let port_mapping = PortMapping { protocol: Protocol::Tcp, host, backend, v6only: false };
-            Arc::new(Target { port_mapping, policy })
+            Arc::new(Target::new(port_mapping, policy))
         };
         let replace = |old: &Arc<Target>, new: &Arc<Target>| {
             follow(&Followed::new(vec![(new.clone(), old.clone()), (old.clone(), new.clone())]));

@@ -12,6 +12,7 @@ use std::time::Duration;
 use nix::errno::Errno;
 use rproxy_mapping::PortMapping;
 use rproxy_mapping::addr::{BackendAddr, Protocol};
+use rproxy_mapping::backend::HostName;
 use rproxy_mapping::dscp::Dscp;
 use rproxy_sys::socket::set_traffic_class;
 use socket2::{Domain, Protocol as Transport, SockRef, Socket, Type};
@@ -194,6 +195,9 @@ pub(super) enum DialError {
     Connect { addr: SocketAddr, source: io::Error },
     #[error("{addr} did not answer within {limit:?}")]
     Timeout { addr: SocketAddr, limit: Duration },
+    /// The name of the backend does not resolve.
+    #[error("the name {host} does not resolve")]
+    Unresolved { host: HostName },
     /// There is no client to connect for any more.
     #[error("the client reset before {addr} answered")]
     ClientReset { addr: SocketAddr },

@@ -6,6 +6,7 @@
 //! [`pipe`] during bulk transfers. SCTP takes the same way, but [`messages`] relays what its connections carry.
 
 pub(crate) mod accept;
+mod attempts;
 mod backoff;
 mod bulk;
 mod burst;
@@ -91,9 +92,9 @@ fn dial_and_relay(accepted: Accepted, slot: WorkerSlot, entry: Entry) -> impl Fu
                 Err(Refused) => return,
             }
         }
-        let (guard, _slot) = (&guard, &slot);
         // On the heap, so that its timer does not enlarge the future of the connection.
-        let Some(backend) = Box::pin(dialled(socket, &client, peer, guard)).await else { return };
+        let Some(backend) = Box::pin(dialled(socket, &client, peer, &mut guard)).await else { return };
+        let (guard, _slot) = (&guard, &slot);
         let is_tcp = guard.port_mapping().protocol == Protocol::Tcp;
         if is_tcp && header.is_none() && !client.is_readable() {
             backend.acknowledge();
@@ -133,24 +134,45 @@ fn duration_ms(guard: &ConnectionGuard) -> Option<u64> {
     guard.record().and_then(|record| u64::try_from(record.age().as_millis()).ok())
 }
 
-/// The connection to the backend; `None`, and a report, if there is none.
+/// The connection to the backend; `None`, and a report, if there is none. If the name of the backend has several addresses,
+/// the target of `guard` has the one that was reached from then on.
 async fn dialled(
     socket: Socket,
     client: &Stream,
     peer: SocketAddr,
-    guard: &ConnectionGuard,
+    guard: &mut ConnectionGuard,
 ) -> Option<Stream> {
-    let (limits, PortMapping { backend, protocol, .. }) = (guard.limits(), *guard.port_mapping());
     let begun = guard.record().map(|_recorded| Time::now());
-    let fell_back = |reason: &NotAsClient| report_other_source(peer, guard, reason);
-    let dialled = match source::prepare(socket, guard.target(), peer, fell_back) {
-        Ok(socket) => dial::dial(socket, backend, protocol, limits.connect_timeout, client).await,
-        Err(source) => Err(DialError::Source { addr: backend.socket_addr(), source }),
+    let dialled = match guard.target().named.clone() {
+        None => dial_address(socket, client, peer, guard).await,
+        Some(host) => match attempts::dial_named(socket, &host, client, peer, guard).await {
+            Ok((stream, target)) => {
+                guard.record().iter().for_each(|record| record.set_reached(target.port_mapping.backend));
+                guard.set_target(target);
+                Ok(stream)
+            }
+            Err(error) => Err(error),
+        },
     };
     if let (Ok(_), Some(record), Some(begun)) = (&dialled, guard.record(), begun) {
         guard.stats().connect_times.record(record.set_connected(begun));
     }
     dialled.map_err(|error| report_failed_dial(peer, guard, &error)).ok()
+}
+
+/// Connects to the backend of a mapping that has one address.
+async fn dial_address(
+    socket: Socket,
+    client: &Stream,
+    peer: SocketAddr,
+    guard: &ConnectionGuard,
+) -> Result<Stream, DialError> {
+    let (limits, PortMapping { backend, protocol, .. }) = (guard.limits(), *guard.port_mapping());
+    let fell_back = |reason: &NotAsClient| report_other_source(peer, guard, reason);
+    match source::prepare(socket, guard.target(), peer, fell_back) {
+        Ok(socket) => dial::dial(socket, backend, protocol, limits.connect_timeout, client).await,
+        Err(source) => Err(DialError::Source { addr: backend.socket_addr(), source }),
+    }
 }
 
 /// Counts and logs that the backend sees an address of this host instead of the client's.
@@ -197,9 +219,10 @@ fn failure_kind(error: &DialError) -> FailureKind {
             FailureKind::Refused
         }
         DialError::Source { source: SourceError::Client { .. }, .. } => FailureKind::SourceUnavailable,
-        DialError::Source { .. } | DialError::Connect { .. } | DialError::Open { .. } => {
-            FailureKind::ConnectFailed
-        }
+        DialError::Source { .. }
+        | DialError::Connect { .. }
+        | DialError::Open { .. }
+        | DialError::Unresolved { .. } => FailureKind::ConnectFailed,
         DialError::ClientReset { .. } => FailureKind::Broken,
     }
 }
@@ -232,7 +255,7 @@ mod tests {
             v6only: false,
         };
         let policy = Arc::new(MappingPolicy { limits: Limits::default(), state: Arc::default() });
-        let guard = ConnectionGuard::take(&Arc::new(Target { port_mapping, policy }));
+        let guard = ConnectionGuard::take(&Arc::new(Target::new(port_mapping, policy)));
         let fd = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().into();
         let peer = SocketAddr::from(([127, 0, 0, 1], 1));
         let backend = dial::open(guard.port_mapping()).unwrap();

@@ -206,7 +206,7 @@ mod tests {
             let backend = "192.0.2.1:53".parse().unwrap();
             let port_mapping = PortMapping { protocol: Protocol::Udp, host, backend, v6only: false };
             let policy = Arc::new(MappingPolicy { limits: Limits::default(), state: Arc::default() });
-            let target = Arc::new(Target { port_mapping, policy });
+            let target = Arc::new(Target::new(port_mapping, policy));
             let shared = Arc::new(Shared::of_this_host(false, false));
             let sockets = ClientSockets::new(shared, DESCRIPTORS);
             Self { listener, target, table: FlowTable::new(1000), sockets }

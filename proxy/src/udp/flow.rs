@@ -407,7 +407,7 @@ mod tests {
         let port_mapping =
             PortMapping { protocol: Protocol::Udp, host, backend: backend_addr, v6only: false };
         let policy = Arc::new(MappingPolicy { limits: Limits::default(), state: Arc::default() });
-        let target = Arc::new(Target { port_mapping, policy });
+        let target = Arc::new(Target::new(port_mapping, policy));
         (Flow::adopt(Arc::new(socket.into()), None, 0, &target, &Arc::default()), backend)
     }
 

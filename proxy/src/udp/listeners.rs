@@ -307,7 +307,7 @@ mod tests {
         let port = Arc::new(PollSet::new().unwrap().add(socket).unwrap());
         let number = port.number();
         let mut listeners = Listeners::new(Arc::new(Shared::of_this_host(false, false)));
-        listeners.assign(Binding { port, target: Arc::new(Target { port_mapping, policy }) }, now);
+        listeners.assign(Binding { port, target: Arc::new(Target::new(port_mapping, policy)) }, now);
         assert!(!listeners[number].is_closing() && !listeners.are_closing());
         assert_eq!(listeners.next_to_close(QUIET), None);
         listeners.release(number, now);

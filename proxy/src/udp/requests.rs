@@ -258,6 +258,7 @@ impl UdpRelay {
         target: &Arc<Target>,
         batch: &mut Batch,
     ) -> io::Result<FlowId> {
+        target.ensure_resolved()?;
         let now = self.turn.start();
         let client = told.map_or(key.client, Endpoints::source);
         let source = client.ip();

@@ -8,6 +8,7 @@ use rproxy_sys::udp::RecvBatch;
 use tracing::warn;
 
 use crate::log::limit::LogLimit;
+use crate::names::suspects;
 use crate::state::Target;
 use crate::state::stats::FailureKind;
 
@@ -128,6 +129,10 @@ impl Tally {
 
         let stats = &target.policy.state.stats;
         self.lost().iter().for_each(|(failure_kind, count)| stats.count_many(*failure_kind, *count));
+        if self.refused > 0 {
+            // Nobody listens there, perhaps not any more.
+            target.named.iter().for_each(|host| suspects::report(host.name()));
+        }
         if let Some(suppressed) = LOST.permit() {
             let Self { refused, no_buffer, too_large, error, .. } = self;
             let error =

@@ -1,5 +1,6 @@
 //! The launcher: a small process beside a confined one, which does what the confined process no longer can:
-//! start its program again, open its configuration, and look up whether answers to clients come back.
+//! start its program again, open its configuration, look up whether answers to clients come back, and start the
+//! [resolver](crate::names::resolver) of the names of backends.
 //!
 //! It is forked first, and so keeps the arguments, environment, directory, user and limits that the program
 //! was started with. It ignores signals and ends when the process it serves ends, for whatever reason. It
@@ -26,6 +27,7 @@ use rproxy_sys::process::{fork_alone, set_title};
 
 use super::channel::Channel;
 use super::program::{Program, absolute};
+use super::resolver::Resolver;
 use crate::bind::return_path::ReturnPath;
 use crate::config;
 use crate::log::destination;
@@ -64,15 +66,17 @@ const LONGEST_NAME: usize = 16;
 #[derive(Debug)]
 pub struct Launcher {
     socket: UnixStream,
+    /// The socket at whose other end a resolver is started.
+    names: Option<UnixStream>,
 }
 
 impl Launcher {
-    /// Forks the launcher, which may only open the files at `configuration` and `access_log`. Call it before this process has
-    /// threads or anything that a child must not inherit.
+    /// Forks the launcher, which may only open the files at `configuration` and `access_log`, and with `names` starts a
+    /// resolver. Call it before this process has threads or anything that a child must not inherit.
     ///
     /// # Errors
     /// Those of readlink(2) for `/proc/self/exe`, socketpair(2) and fork(2).
-    pub fn start(configuration: Option<&Path>, access_log: Option<&Path>) -> io::Result<Self> {
+    pub fn start(configuration: Option<&Path>, access_log: Option<&Path>, names: bool) -> io::Result<Self> {
         let work = Work {
             program: Program::running()?,
             arguments: env::args_os().skip(1).collect(),
@@ -81,8 +85,19 @@ impl Launcher {
             access_log: access_log.map(absolute),
         };
         let (socket, its) = UnixStream::pair()?;
-        fork_alone(its.into(), |socket| serve(socket.into(), &work))?;
-        Ok(Self { socket })
+        let (names, asked) = names.then(UnixStream::pair).transpose()?.unzip();
+        match asked {
+            None => fork_alone([its.into()], |[socket]| serve(socket.into(), None, &work))?,
+            Some(asked) => fork_alone([its.into(), asked.into()], |[socket, asked]| {
+                serve(socket.into(), Some(asked), &work);
+            })?,
+        }
+        Ok(Self { socket, names })
+    }
+
+    /// Takes the socket to ask what names stand for.
+    pub(crate) fn take_names(&mut self) -> Option<UnixStream> {
+        self.names.take()
     }
 
     /// A channel for requests.
@@ -201,14 +216,15 @@ struct Work {
     access_log: Option<PathBuf>,
 }
 
-/// Serves requests until the other side closes the socket.
-fn serve(mut socket: UnixStream, work: &Work) {
+/// Serves requests until the other side closes the socket. Starts a resolver for `names` whenever there is a question.
+fn serve(mut socket: UnixStream, names: Option<OwnedFd>, work: &Work) {
     // For readers of process lists only, so errors do not matter.
     rustix::thread::set_name(NAME).ok();
     set_title(TITLE).ok();
     let mut started = Started(None);
+    let mut resolver = Resolver::new(names);
     let mut request = [0];
-    while matches!(socket.read(&mut request), Ok(1)) {
+    while resolver.serve_until_request(&socket) && matches!(socket.read(&mut request), Ok(1)) {
         let answered = match request[0] {
             OPEN_CONFIGURATION => open(work.configuration.as_deref(), config::open, &mut socket),
             OPEN_ACCESS_LOG => open(work.access_log.as_deref(), destination::open_file, &mut socket),

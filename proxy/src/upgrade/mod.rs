@@ -22,6 +22,7 @@ mod launcher;
 mod new;
 mod old;
 mod program;
+mod resolver;
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -83,6 +84,9 @@ struct OfferedAttach {
 #[serde(deny_unknown_fields)]
 struct OfferedMapping {
     mapping: WireMapping,
+    /// What the name of its backend stands for, if it has one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    resolved: Vec<IpAddr>,
     /// The process that has attached the port. The mapping has no name then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     process: Option<u32>,

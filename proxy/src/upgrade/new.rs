@@ -132,8 +132,8 @@ struct Offered {
 }
 
 impl Offered {
-    fn read(OfferedMapping { mapping, process }: &OfferedMapping) -> Result<Self, UpgradeError> {
-        let mapping = mapping.read(&NoInterfaces, ScopedIp::ANY).map_err(refuse)?;
+    fn read(OfferedMapping { mapping, resolved, process }: &OfferedMapping) -> Result<Self, UpgradeError> {
+        let mapping = mapping.read(&NoInterfaces, ScopedIp::ANY).map_err(refuse)?.resolved(resolved);
         let process = *process;
         let port = process.and_then(|_process| mapping.port_mappings().next());
         let mapping = match port {

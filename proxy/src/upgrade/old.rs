@@ -4,9 +4,11 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
+use rproxy_mapping::backend::BackendHost;
 use rproxy_mapping::name::Name;
 use rproxy_mapping::wire::{WireLimits, WireMapping};
 use rproxy_sys::pass::MOST;
@@ -66,6 +68,11 @@ impl Upgrade {
     pub fn catch(launcher: io::Result<Launcher>) -> io::Result<Self> {
         let launcher = launcher.map_err(|error| error.to_string());
         Ok(Self { asked: Signals::catch([Signal::SIGUSR2])?, launcher, successor: None })
+    }
+
+    /// Takes the socket to ask what names stand for.
+    pub(crate) fn take_names(&mut self) -> Option<UnixStream> {
+        self.launcher.as_mut().ok().and_then(Launcher::take_names)
     }
 
     /// The channel to the process that has taken over, if one has.
@@ -255,7 +262,11 @@ fn offered_mapping(served: &Served) -> OfferedMapping {
     let (mapping, process) = (WireMapping::of(served.mapping()), served.process());
     // The name of an attached port cannot be given; it is derived from the port.
     let name = mapping.name.filter(|_name| process.is_none());
-    OfferedMapping { mapping: WireMapping { name, ..mapping }, process }
+    let resolved = match served.mapping().backend() {
+        BackendHost::Name(host) => host.addresses().to_vec(),
+        BackendHost::Ip(_) => Vec::new(),
+    };
+    OfferedMapping { mapping: WireMapping { name, ..mapping }, resolved, process }
 }
 
 fn offered_attach(plane: &Plane) -> OfferedAttach {

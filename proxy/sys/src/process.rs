@@ -13,7 +13,7 @@ use std::process::Command;
 use nix::libc;
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
-use nix::unistd::{ForkResult, fork, getpid, getppid};
+use nix::unistd::{ForkResult, Pid, fork, getpid, getppid};
 
 use crate::fd::close_others;
 
@@ -33,27 +33,33 @@ const CAUGHT: [Signal; 9] = [
 /// The index of the start of the arguments among the fields of `/proc/PID/stat`, counted from 1 (proc(5)).
 const ARG_START: usize = 48;
 
-/// Runs `body` in a new process, which then exits. The new process only has the standard descriptors and
+/// Runs `body` in a new process, as [`fork_child`] does. The calling process is not notified of the new one's end: it ignores
+/// `SIGCHLD` from now on.
+///
+/// # Errors
+/// Those of [`fork_child`].
+pub fn fork_alone<const N: usize>(kept: [OwnedFd; N], body: impl FnOnce([OwnedFd; N])) -> io::Result<()> {
+    fork_child(kept, body)?;
+    // SAFETY: no handler is installed.
+    unsafe { sigaction(Signal::SIGCHLD, &on(SigHandler::SigIgn)) }.ok();
+    Ok(())
+}
+
+/// Runs `body` in a new process, which then exits, and returns its id. The new process only has the standard descriptors and
 /// `kept`, which the calling process no longer has. Signals do nothing there: they have an empty handler, so
 /// that they revert to their default in programs that it executes. Only `SIGUSR2` is ignored, also in these
 /// programs until they change that.
 ///
-/// The calling process is not notified of the new one's end: it ignores `SIGCHLD` from now on.
-///
 /// # Errors
 /// Those of fork(2); `EBUSY` if this process has other threads, whose locks a child would inherit, or if
 /// `/proc` cannot be read.
-pub fn fork_alone(kept: OwnedFd, body: impl FnOnce(OwnedFd)) -> io::Result<()> {
+pub fn fork_child<const N: usize>(kept: [OwnedFd; N], body: impl FnOnce([OwnedFd; N])) -> io::Result<Pid> {
     if std::fs::read_dir("/proc/self/task").map_or(0, Iterator::count) != 1 {
         return Err(io::Error::from_raw_os_error(libc::EBUSY));
     }
     // SAFETY: no other thread holds a lock that would stay locked in the child forever.
     match unsafe { fork() }? {
-        ForkResult::Parent { .. } => {
-            // SAFETY: no handler is installed.
-            unsafe { sigaction(Signal::SIGCHLD, &on(SigHandler::SigIgn)) }.ok();
-            Ok(())
-        }
+        ForkResult::Parent { child } => Ok(child),
         ForkResult::Child => {
             // Unwinding further would return into the parent's program.
             drop(catch_unwind(AssertUnwindSafe(|| {
@@ -67,7 +73,7 @@ pub fn fork_alone(kept: OwnedFd, body: impl FnOnce(OwnedFd)) -> io::Result<()> {
 }
 
 /// The first steps of a new process.
-fn settle(kept: &OwnedFd) {
+fn settle(kept: &[OwnedFd]) {
     // None of them is essential, and a forked process cannot report errors.
     for signal in CAUGHT {
         // SAFETY: the handler does nothing.
@@ -86,7 +92,7 @@ fn settle(kept: &OwnedFd) {
     unsafe { sigaction(Signal::SIGCHLD, &on(SigHandler::SigDfl)) }.ok();
     // Their owners in the parent's memory are neither used nor dropped here, because the process exits
     // without returning.
-    close_others(&[kept.as_raw_fd()]).ok();
+    close_others(&kept.iter().map(AsRawFd::as_raw_fd).collect::<Vec<_>>()).ok();
 }
 
 /// Makes the process that `command` starts end with the calling thread (`PR_SET_PDEATHSIG`, prctl(2)), by `SIGKILL`. It
@@ -196,7 +202,7 @@ mod tests {
         let (_until_the_end, end) = mpsc::channel::<()>();
         thread::spawn(move || end.recv());
         let (kept, _other) = UnixStream::pair().unwrap();
-        let error = fork_alone(kept.into(), |_kept| ()).unwrap_err();
+        let error = fork_alone([kept.into()], |_kept| ()).unwrap_err();
         assert_eq!(error.raw_os_error(), Some(libc::EBUSY));
     }
 }

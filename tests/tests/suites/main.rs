@@ -17,6 +17,7 @@ mod hostile;
 mod live;
 mod logs;
 mod metrics;
+mod names;
 mod netns_setup;
 mod nginx;
 mod packages;
@@ -62,6 +63,7 @@ fn main() -> ExitCode {
         config,
         control,
         control_sockets,
+        names,
         attached,
         live,
         logs,

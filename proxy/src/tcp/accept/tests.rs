@@ -36,7 +36,7 @@ fn a_client_without_a_backend_socket_is_reset_and_counted() {
     let bound = BoundPort::bind(port_mapping).unwrap();
     let Listener::Tcp(listener) = &bound.listener else { panic!("not a TCP listener") };
     let policy = Arc::new(MappingPolicy { limits: Limits::default(), state: Arc::default() });
-    let guard = ConnectionGuard::take(&Arc::new(Target { port_mapping, policy }));
+    let guard = ConnectionGuard::take(&Arc::new(Target::new(port_mapping, policy)));
     let state = guard.state().clone();
 
     let mut stream = TcpStream::connect(bound.local_addr().unwrap()).unwrap();
@@ -134,7 +134,7 @@ impl Scene {
         let host = front.to_string().parse().unwrap();
         let port_mapping = PortMapping { protocol: Protocol::Tcp, host, backend: to, v6only: false };
         let policy = Arc::new(MappingPolicy { limits, state: Arc::default() });
-        let target = Arc::new(Target { port_mapping, policy });
+        let target = Arc::new(Target::new(port_mapping, policy));
         let port = Arc::new(set.add(listener).unwrap());
         port.watch(EpollFlags::EPOLLIN).unwrap();
         let binding = Binding { port: port.clone(), target: target.clone() };

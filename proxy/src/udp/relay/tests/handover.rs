@@ -109,7 +109,7 @@ fn other_limits_apply_to_flows_that_there_are() {
     let policy = Arc::new(MappingPolicy { limits, state: scene.target.policy.state.clone() });
     let port_mapping = scene.target.port_mapping;
     let port = scene.port.clone();
-    scene.serve_port(&port, &Arc::new(Target { port_mapping, policy }));
+    scene.serve_port(&port, &Arc::new(Target::new(port_mapping, policy)));
     assert_eq!(scene.relay.table.len(), 1);
     assert_eq!(scene.failures(FailureKind::FlowDisplaced), 1);
 }
