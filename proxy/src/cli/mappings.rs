@@ -39,7 +39,8 @@ pub struct MappingArgs {
     // Not doc comments, because rustdoc would take the brackets for links.
     #[arg(long, value_name = "ADDRESS:PORTS", help = HOST_HELP, value_parser = parse_host)]
     host: Vec<HostSpec>,
-    /// Address and ports to forward to, for the --host in the same position; or the address for -p and -P
+    /// Address or name, and ports, to forward to, for the --host in the same position; or only the address or name, for -p
+    /// and -P
     #[arg(long, value_name = "ADDRESS[:PORTS]")]
     to: Vec<To>,
     #[arg(short = 'p', visible_alias = "publish", value_name = "SPEC", help = PUBLISH_HELP, value_parser = parse_publish)]

@@ -6,18 +6,16 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io;
-use std::net::IpAddr;
 use std::sync::{Arc, Weak};
 
 use rproxy_mapping::addr::{HostSocketAddr, Protocol, ScopedIp};
-use rproxy_mapping::backend::{BackendHost, HostName};
+use rproxy_mapping::backend::BackendHost;
 use rproxy_mapping::limits::Limits;
 use rproxy_mapping::name::Name;
 use rproxy_mapping::overlap::{OverlapError, exclude_each_other, refuse_overlap};
 use rproxy_mapping::ports::PortRange;
 use rproxy_mapping::{HostPorts, Mapping, MappingError, PortMapping};
 use tokio::task::consume_budget;
-use tracing::warn;
 
 use crate::bind::activation::InheritedSockets;
 use crate::bind::listen::BindError;
@@ -265,7 +263,7 @@ impl Server {
             }
         });
         let changed = requested.collect::<Result<_, _>>()?;
-        self.commit(Prepared { changed, ..Prepared::default() }, Removal::Drain).await;
+        self.commit(Prepared::changing(changed), Removal::Drain).await;
         Ok(())
     }
 
@@ -326,63 +324,6 @@ impl Server {
         Ok(changed)
     }
 
-    /// The same plan with what the names of its backends stand for.
-    async fn with_addresses(&mut self, mut plan: Plan) -> Result<Plan, ChangeError> {
-        let names: HashSet<HostName> =
-            plan.mappings().filter_map(|mapping| mapping.backend().name()).cloned().collect();
-        if names.is_empty() {
-            return Ok(plan);
-        }
-        self.names.look_up(names).await;
-        for (name, mapping) in plan.add.iter_mut().chain(&mut plan.change) {
-            let resolved = self.names.resolved(mapping);
-            // That the first one leads back is a mistake, which refuses the change.
-            *mapping = self.without_loops(name, resolved, 1);
-            self.names
-                .refuse_unresolved(mapping)
-                .map_err(|source| ChangeError::Name { name: name.clone(), source })?;
-        }
-        Ok(plan)
-    }
-
-    /// Has all mappings whose backend is called `host` lead to what that stands for now.
-    pub(crate) async fn follow(&mut self, host: &HostName) {
-        let theirs =
-            self.registry.requested().filter(|(_name, served)| served.mapping.backend().name() == Some(host));
-        let theirs: Vec<(Name, Mapping)> =
-            theirs.map(|(name, served)| (name.clone(), self.names.resolved(&served.mapping))).collect();
-        let mut changed = Vec::with_capacity(theirs.len());
-        for (name, mapping) in theirs {
-            let mapping = self.without_loops(&name, mapping, 0);
-            changed.extend(self.prepare_change(name, mapping));
-        }
-        self.commit(Prepared { changed, ..Prepared::default() }, Removal::Drain).await;
-    }
-
-    /// `mapping` without the addresses of its backend that lead back to it, but for the first ones.
-    fn without_loops(&self, name: &Name, mapping: Mapping, first: usize) -> Mapping {
-        let BackendHost::Name(host) = mapping.backend() else { return mapping };
-        let mut whereabouts = self.names.whereabouts(host.name());
-        let alone = |ip: IpAddr, whereabouts: &mut Whereabouts| {
-            let (name, mapping) = (name.clone(), mapping.resolved(&[ip]));
-            let mut plan = Plan::default();
-            let steps = if self.registry.get(&name).is_some() { &mut plan.change } else { &mut plan.add };
-            steps.push((name, mapping));
-            self.refuse_loops_by(&plan, whereabouts)
-        };
-        let mut usable = host.addresses().to_vec();
-        let mut rest = usable.split_off(first.min(usable.len()));
-        rest.retain(|ip| match alone(*ip, &mut whereabouts) {
-            Ok(()) => true,
-            Err(reason) => {
-                warn!(address = %ip, %reason, "an address of the backend is not used");
-                false
-            }
-        });
-        usable.extend(rest);
-        mapping.resolved(&usable)
-    }
-
     /// Completes every step that can fail. Dropped at any point, it has changed nothing.
     async fn prepare(&mut self, plan: Plan, passed: InheritedSockets) -> Result<Prepared, ChangeError> {
         self.refuse_loops(&plan)?;
@@ -418,7 +359,7 @@ impl Server {
         self.refuse_loops_by(plan, &mut Whereabouts::default())
     }
 
-    fn refuse_loops_by(
+    pub(super) fn refuse_loops_by(
         &self,
         Plan { add, change, remove, .. }: &Plan,
         whereabouts: &mut Whereabouts,
@@ -560,7 +501,7 @@ impl Server {
     }
 
     /// A mapping with a new policy on its existing sockets.
-    fn prepare_change(&self, name: Name, mapping: Mapping) -> Result<(Name, Served), ChangeError> {
+    pub(super) fn prepare_change(&self, name: Name, mapping: Mapping) -> Result<(Name, Served), ChangeError> {
         let Some(old) = self.registry.get(&name) else {
             return Err(ChangeError::Unknown(name));
         };
@@ -578,16 +519,8 @@ impl Server {
         Ok((name, Served { mapping, policy, ports, process: old.process }))
     }
 
-    /// Forgets the names that no mapping has any more.
-    fn keep_names(&mut self) {
-        if !self.names.is_empty() {
-            let served = self.registry.iter().filter_map(|(_name, served)| served.mapping.backend().name());
-            self.names.keep(&served.cloned().collect());
-        }
-    }
-
     /// Applies what was prepared.
-    async fn commit(&mut self, prepared: Prepared, removal: Removal) {
+    pub(super) async fn commit(&mut self, prepared: Prepared, removal: Removal) {
         let Prepared { added, changed, removed, spare, unpassed, .. } = prepared;
         let ports = |set: &[(Name, Served)]| -> Vec<Binding> {
             set.iter().flat_map(|(_name, served)| served.ports.clone()).collect()
@@ -666,7 +599,7 @@ fn forget_stale_flows(mut udp: Vec<PortMapping>) {
 
 /// A change whose failing steps are all done.
 #[derive(Default)]
-struct Prepared {
+pub(super) struct Prepared {
     added: Vec<(Name, Served)>,
     changed: Vec<(Name, Served)>,
     removed: Vec<Name>,
@@ -678,6 +611,13 @@ struct Prepared {
     unpassed: Vec<PortMapping>,
     /// The number of sockets still to be bound or reused.
     missing: usize,
+}
+
+impl Prepared {
+    /// A change of mappings that keep their sockets.
+    pub(super) fn changing(changed: Vec<(Name, Served)>) -> Self {
+        Self { changed, ..Self::default() }
+    }
 }
 
 type Spare = HashMap<BindKey, Arc<WatchedListener>>;

@@ -9,6 +9,7 @@ pub mod attach;
 pub mod change;
 mod cut;
 pub(crate) mod listening;
+mod names;
 pub(crate) mod observation;
 pub(crate) mod old_processes;
 pub mod plan;

@@ -3,6 +3,7 @@
 //! A process of its own does the looking up (`resolver`); the launcher starts it with the first question. So names are
 //! looked up in the same way before and after confinement.
 
+mod conversation;
 mod message;
 pub(crate) mod resolver;
 pub(crate) mod suspects;
@@ -17,12 +18,11 @@ use std::time::Duration;
 use rproxy_mapping::Mapping;
 use rproxy_mapping::backend::{BackendHost, HostName};
 use rproxy_mapping::name::Name as MappingName;
-use tokio::io::AsyncReadExt;
-use tokio::net::UnixStream;
 use tokio::time::{Instant, sleep_until, timeout};
 use tracing::{info, warn};
 
-use self::message::{Answer, Found, LONGEST_LINE, Question};
+use self::conversation::{Conversation, heard};
+use self::message::{Answer, Found};
 use crate::bind::{Bound, BoundPort};
 use crate::loops::whereabouts::{Destination, Whereabouts};
 
@@ -352,55 +352,6 @@ fn with_first(mut addresses: Vec<IpAddr>, first: Option<IpAddr>) -> Vec<IpAddr> 
         addresses[..=place].rotate_right(1);
     }
     addresses
-}
-
-/// The conversation with the resolver.
-#[derive(Debug)]
-enum Conversation {
-    /// Nothing was asked yet.
-    Idle(StdUnixStream),
-    /// The socket is watched by the runtime where it was asked first, which the process has until its end.
-    Open { stream: UnixStream, received: Vec<u8> },
-}
-
-impl Conversation {
-    async fn ask(&mut self, name: &HostName) -> io::Result<()> {
-        if let Self::Idle(socket) = self {
-            socket.set_nonblocking(true)?;
-            *self = Self::Open { stream: UnixStream::from_std(socket.try_clone()?)?, received: Vec::new() };
-        }
-        let Self::Open { stream, .. } = self else { return Err(io::ErrorKind::NotConnected.into()) };
-        let mut line = serde_json::to_vec(&Question { name: name.to_string() })?;
-        line.push(b'\n');
-        stream.writable().await?;
-        // A line of at most 300 bytes is written whole or not at all.
-        let written = stream.try_write(&line)?;
-        if written == line.len() { Ok(()) } else { Err(io::ErrorKind::WriteZero.into()) }
-    }
-
-    /// Waits for the next answer.
-    async fn hear(&mut self) -> io::Result<Answer> {
-        let Self::Open { stream, received } = self else { return std::future::pending().await };
-        loop {
-            if let Some(end) = received.iter().position(|byte| *byte == b'\n') {
-                let line: Vec<u8> = received.drain(..=end).collect();
-                return Ok(serde_json::from_slice(&line)?);
-            }
-            if received.len() > LONGEST_LINE {
-                return Err(io::ErrorKind::InvalidData.into());
-            }
-            if stream.read_buf(received).await? == 0 {
-                return Err(io::ErrorKind::UnexpectedEof.into());
-            }
-        }
-    }
-}
-
-async fn heard(resolver: &mut Option<Conversation>) -> io::Result<Answer> {
-    match resolver {
-        Some(resolver) => resolver.hear().await,
-        None => std::future::pending().await,
-    }
 }
 
 async fn at(due: Option<Instant>) {
