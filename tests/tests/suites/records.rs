@@ -720,20 +720,16 @@ fn just_accepted() {
 }
 
 fn cut_left_of_range() {
-    let first = client::free_port(Ipv4Addr::LOCALHOST);
-    let backends: Vec<TcpBackend> = (0..3)
-        .filter_map(|index| first.checked_add(index))
-        .map(|port| TcpBackend::echo_at(("127.0.0.1", port)))
-        .collect();
-    let (proxy, ip) = (Controlled::start(&[]), own_loopback());
-    let [host, to] = [format!("{ip}:8000-8001"), format!("127.0.0.1:{first}-{}", first + 1)];
+    let (proxy, ip, backend) = (Controlled::start(&[]), own_loopback(), own_loopback());
+    let backends = [9000, 9001, 9002].map(|port| TcpBackend::echo_at((backend, port)));
+    let [host, to] = [format!("{ip}:8000-8001"), format!("{backend}:9000-9001")];
     proxy.ctl(&["add", "--host", &host, "--to", &to, "--name", "range"]).success();
     let held = [8000, 8001].map(|port| {
         let stream = connect(SocketAddr::from((ip, port)));
         client::ping(&stream);
         stream
     });
-    let to = format!("127.0.0.1:{}", first + 1);
+    let to = format!("{backend}:9001");
     proxy.ctl(&["retarget", "range", "--to", &to, "--cut"]).success();
     for stream in &held {
         assert_eq!(client::read_to_end(stream).1, End::Reset, "each port leads elsewhere now");
