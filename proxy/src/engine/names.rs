@@ -1,6 +1,5 @@
 //! Leads mappings to what the names of their backends stand for, at each change and when that changes.
 
-use std::collections::HashSet;
 use std::net::IpAddr;
 
 use rproxy_mapping::Mapping;
@@ -12,12 +11,12 @@ use crate::engine::Server;
 use crate::engine::change::{ChangeError, Prepared, Removal};
 use crate::engine::plan::Plan;
 use crate::loops::whereabouts::Whereabouts;
+use crate::names::names_of;
 
 impl Server {
     /// The same plan with what the names of its backends stand for.
     pub(super) async fn with_addresses(&mut self, mut plan: Plan) -> Result<Plan, ChangeError> {
-        let names: HashSet<HostName> =
-            plan.mappings().filter_map(|mapping| mapping.backend().name()).cloned().collect();
+        let names = names_of(plan.mappings());
         if names.is_empty() {
             return Ok(plan);
         }
@@ -74,8 +73,7 @@ impl Server {
     /// Forgets the names that no mapping has any more.
     pub(super) fn keep_names(&mut self) {
         if !self.names.is_empty() {
-            let served = self.registry.iter().filter_map(|(_name, served)| served.mapping.backend().name());
-            self.names.keep(&served.cloned().collect());
+            self.names.keep(&names_of(self.registry.iter().map(|(_name, served)| &served.mapping)));
         }
     }
 }

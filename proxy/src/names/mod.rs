@@ -103,7 +103,7 @@ impl Names {
     /// # Errors
     /// [`NamesError`] for the first mapping whose name has to resolve, and does not.
     pub(crate) async fn resolve(&mut self, mappings: &mut [Mapping]) -> Result<(), NamesError> {
-        self.look_up(mappings.iter().filter_map(|mapping| mapping.backend().name()).cloned().collect()).await;
+        self.look_up(names_of(mappings.iter())).await;
         for mapping in mappings {
             *mapping = self.resolved(mapping);
             self.refuse_unresolved(mapping)
@@ -122,8 +122,7 @@ impl Names {
                 self.known.entry(host.name().clone()).or_insert(known);
             }
         }
-        let mappings = bound.iter().map(|bound| &bound.mapping);
-        self.look_up(mappings.filter_map(|mapping| mapping.backend().name()).cloned().collect()).await;
+        self.look_up(names_of(bound.iter().map(|bound| &bound.mapping))).await;
         for Bound { mapping, ports, .. } in
             bound.iter_mut().filter(|bound| bound.mapping.backend().name().is_some())
         {
@@ -343,6 +342,11 @@ impl Known {
             }
         }
     }
+}
+
+/// The names of the backends of these mappings.
+pub(crate) fn names_of<'a>(mappings: impl Iterator<Item = &'a Mapping>) -> HashSet<HostName> {
+    mappings.filter_map(|mapping| mapping.backend().name()).cloned().collect()
 }
 
 /// These addresses with `first` in front, if it is one of them: flows stay where they are as long as they can.
