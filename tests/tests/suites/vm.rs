@@ -75,12 +75,24 @@ const CHECKED: &[&str] = &[
     "netns_setup::story::the demonstration (Legacy)",
 ];
 
+/// What is not checked, because the kernel fails it by itself: version, and name of the case.
+///
+/// Linux 5.10 loses a handshake of SCTP in a thousand while peers abort: that of the client with the proxy's listener is then
+/// repeated for 20 s and longer, before the proxy knows of it, and that with the backend as well.
+const NOT_CHECKED: &[(&str, &str)] = &[("5.10", "sctp::clients that abort at once")];
+
 pub(crate) fn cases() -> Vec<Case> {
     KERNELS.iter().flat_map(of_kernel).collect()
 }
 
+/// Whether `name` is checked on `kernel`.
+fn is_checked(kernel: &Kernel, name: &str) -> bool {
+    !NOT_CHECKED.contains(&(kernel.version, name))
+}
+
 fn of_kernel(kernel: &'static Kernel) -> Vec<Case> {
-    let names: Arc<[String]> = CHECKED.iter().map(|name| (*name).to_owned()).collect();
+    let names = CHECKED.iter().filter(|name| is_checked(kernel, name));
+    let names: Arc<[String]> = names.map(|name| (*name).to_owned()).collect();
     let needs = &[Need::Program("qemu-system-x86_64"), Need::Program("busybox"), Need::Kernel(kernel)];
     let case = |checked: &String| {
         let (names, name) = (Arc::clone(&names), checked.clone());
