@@ -169,6 +169,7 @@ impl Registry {
     pub(crate) fn put(&mut self, name: Name, served: Served) {
         self.revision += 1;
         self.ports.add(&served);
+        served.policy.apply_rate();
         if served.policy.limits.source != Source::Auto {
             self.return_paths.to_look_up.push(name.clone());
         }

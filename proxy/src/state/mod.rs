@@ -225,6 +225,11 @@ impl MappingPolicy {
         has_room
     }
 
+    /// Has sources get new connections and flows at the rate of this policy from now on.
+    pub(crate) fn apply_rate(&self) {
+        self.state.sources.set_rate(self.limits.rate, Instant::now());
+    }
+
     /// Whether a client at `ip` is served.
     pub(crate) fn would_admit(&self, ip: IpAddr) -> bool {
         self.limits.access.refusal(ip).is_none()

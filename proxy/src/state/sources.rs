@@ -60,6 +60,11 @@ impl Sources {
     pub(super) fn take_token(&self, source: Source, rate: Rate, now: Instant) -> Token {
         lock(&self.buckets).take(source, rate, now)
     }
+
+    /// Has the buckets fill at another rate from `now` on; without one, they are full.
+    pub(super) fn set_rate(&self, rate: Option<Rate>, now: Instant) {
+        lock(&self.buckets).set_rate(rate, now);
+    }
 }
 
 /// Counts a connection of a source until dropped.
@@ -110,17 +115,19 @@ pub(super) enum Token {
 #[derive(Debug, Default)]
 struct Buckets {
     full_at: HashMap<Source, Instant>,
+    /// The rate at which they fill: that of the last change, which tasks learn of one after the other.
+    rate: Option<Rate>,
     /// When those that were full by then were removed.
     swept: Option<Instant>,
 }
 
 impl Buckets {
     fn take(&mut self, source: Source, rate: Rate, now: Instant) -> Token {
+        let rate = *self.rate.get_or_insert(rate);
         self.sweep(rate, now);
         let when_empty = now + rate.time_to_fill();
         let known = self.full_at.get(&source).copied();
-        // An empty bucket of a slower rate, before a change, is an empty one of this.
-        let before = known.map_or(now, |full_at| full_at.clamp(now, when_empty));
+        let before = known.map_or(now, |full_at| full_at.max(now));
         let full_at = before + rate.interval();
         if full_at > when_empty {
             self.full_at.insert(source, before);
@@ -131,6 +138,22 @@ impl Buckets {
         }
         self.full_at.insert(source, full_at);
         Token::Taken
+    }
+
+    /// What a bucket lacks to be full is a number of tokens, which another rate brings in another time.
+    fn set_rate(&mut self, rate: Option<Rate>, now: Instant) {
+        let before = std::mem::replace(&mut self.rate, rate);
+        match (before, rate) {
+            (Some(before), Some(rate)) if before != rate => {
+                self.full_at.retain(|_source, full_at| *full_at > now);
+                for full_at in self.full_at.values_mut() {
+                    *full_at = now + time_at(rate, *full_at - now, before);
+                }
+            }
+            (_, None) => self.full_at.clear(),
+            _ => {}
+        }
+        shrink(&mut self.full_at);
     }
 
     /// Removes full buckets, unless that was done a short time ago.
@@ -144,6 +167,13 @@ impl Buckets {
         self.full_at.retain(|_source, full_at| *full_at > now);
         shrink(&mut self.full_at);
     }
+}
+
+/// The time in which `rate` brings as many tokens as `before` does in `time`; no more than a bucket can lack.
+fn time_at(rate: Rate, time: Duration, before: Rate) -> Duration {
+    // A year at most, in nanoseconds: the product has 110 bits.
+    let scaled = time.as_nanos() * rate.interval().as_nanos() / before.interval().as_nanos();
+    u64::try_from(scaled).map_or(rate.time_to_fill(), Duration::from_nanos).min(rate.time_to_fill())
 }
 
 /// Gives memory back that a table does not need any more.
@@ -208,12 +238,35 @@ mod tests {
     }
 
     #[test]
-    fn a_faster_rate_does_not_wait_for_a_slower_one() {
-        let (mut buckets, start) = (Buckets::default(), Instant::now());
-        let [slow, fast]: [Rate; 2] = ["1/day", "10/s"].map(|rate| rate.parse().unwrap());
-        assert_eq!(buckets.take(source(1), slow, start), Token::Taken);
-        assert_eq!(buckets.take(source(1), fast, start), Token::None);
-        assert_eq!(buckets.take(source(1), fast, start + Duration::from_millis(100)), Token::Taken);
+    fn what_a_bucket_lacks_counts_in_tokens_when_the_rate_changes() {
+        let taken_after = |before: &str, uses: u32, change: Option<&str>, millis: u64| {
+            let (mut buckets, start) = (Buckets::default(), Instant::now());
+            let [before, rate]: [Rate; 2] = [before, change.unwrap_or(before)].map(|rate| rate.parse().unwrap());
+            for _ in 0..uses {
+                buckets.take(source(1), before, start);
+            }
+            buckets.set_rate(change.map(|_rate| rate), start);
+            let now = start + Duration::from_millis(millis);
+            // A task that has not learnt of the change yet, and one that has.
+            let taken = [before, rate].map(|known| buckets.take(source(1), known, now) == Token::Taken);
+            taken.into_iter().filter(|taken| *taken).count()
+        };
+        for (before, uses, change, millis, taken) in [
+            ("2/h", 3, Some("1000/s"), 0, 2),
+            ("2/h", 3, Some("2/s"), 0, 0),
+            ("2/h", 3, Some("2/s"), 500, 1),
+            ("2/h", 3, Some("2/s"), 12_000, 2),
+            ("1/day", 1, Some("10/s"), 0, 2),
+            ("10/s burst 50", 50, Some("10/s burst 51"), 0, 1),
+            // It cannot lack more than it holds.
+            ("1000/s", 1000, Some("2/m"), 29_999, 0),
+            ("1000/s", 1000, Some("2/m"), 30_000, 1),
+            ("1000/s", 1, Some("2/m"), 0, 1),
+            // Without a rate in between, nothing is kept.
+            ("2/h", 3, None, 0, 2),
+        ] {
+            assert_eq!(taken_after(before, uses, change, millis), taken, "{uses} of {before}, then {change:?}");
+        }
     }
 
     #[test]
