@@ -107,10 +107,10 @@ pub struct Standalone {
     pub ready: Vec<Ready>,
 }
 
-/// A line of `docker port`: `80/tcp -> 0.0.0.0:49153`.
+/// A line of `docker port`: `80/tcp -> 0.0.0.0:49153`, or `unix:/run/app.sock -> 0.0.0.0:49153`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Ready {
-    /// The port of the backend.
+    /// The port of the backend; 0 of a Unix socket.
     pub container_port: u16,
     /// `tcp` or `udp`.
     pub protocol: String,
@@ -162,7 +162,10 @@ impl Ready {
     /// address, too.
     pub fn parse(line: &str) -> Option<Self> {
         let (container, address) = line.split_once(" -> ")?;
-        let (container_port, protocol) = container.split_once('/')?;
+        let (container_port, protocol) = match container.starts_with("unix:") {
+            true => ("0", "tcp"),
+            false => container.split_once('/')?,
+        };
         let (host, port) = address.rsplit_once(':')?;
         let host: IpAddr = host.trim_matches(['[', ']']).parse().ok()?;
         Some(Self {

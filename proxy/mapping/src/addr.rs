@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::interfaces::{Interfaces, NoInterfaces};
 use crate::ports::{PortError, PortRange};
+use crate::unix::UnixAddr;
 
 /// The transport protocol of a mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -243,9 +244,15 @@ impl fmt::Display for HostSocketAddr {
     }
 }
 
-/// The backend's address and port, to which connections and datagrams are forwarded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct BackendAddr(SocketAddr);
+/// The backend's address, to which connections and datagrams are forwarded: an IP address and a port, or a Unix socket.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct BackendAddr(Place);
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+enum Place {
+    Inet(SocketAddr),
+    Unix(UnixAddr),
+}
 
 impl BackendAddr {
     /// The backend address with `ip` and `port`.
@@ -262,7 +269,7 @@ impl BackendAddr {
     /// [`AddrError::NoOne`] for a wildcard address, and the errors of [`BackendAddr::new`] and [`BackendAddr::of_one`].
     pub fn reachable(addr: SocketAddr) -> Result<Self, AddrError> {
         let backend = Self::try_from(addr)?.of_one()?;
-        match backend.0.ip() {
+        match addr.ip() {
             IpAddr::V4(ip) if ip.is_unspecified() => Err(AddrError::NoOne("0.0.0.0", "127.0.0.1")),
             IpAddr::V6(ip) if ip.is_unspecified() => Err(AddrError::NoOne("[::]", "[::1]")),
             _ => Ok(backend),
@@ -275,7 +282,7 @@ impl BackendAddr {
     /// # Errors
     /// [`AddrError::Broadcast`] and [`AddrError::Group`]
     pub fn of_one(self) -> Result<Self, AddrError> {
-        match self.0.ip() {
+        match self.socket_addr().ip() {
             IpAddr::V4(Ipv4Addr::BROADCAST) => Err(AddrError::Broadcast(self.host())),
             ip if ip.is_multicast() => Err(AddrError::Group(self.host())),
             _ => Ok(self),
@@ -283,13 +290,31 @@ impl BackendAddr {
     }
 
     /// The address without the port.
-    pub fn host(self) -> ScopedIp {
-        self.0.into()
+    pub fn host(&self) -> ScopedIp {
+        self.socket_addr().into()
     }
 
-    /// The socket address to connect to.
-    pub fn socket_addr(self) -> SocketAddr {
-        self.0
+    /// The IP address and port to connect to. A Unix socket, to which only TCP is relayed, has none:
+    /// [`ScopedIp::NOWHERE`].
+    pub fn socket_addr(&self) -> SocketAddr {
+        match self.0 {
+            Place::Inet(addr) => addr,
+            Place::Unix(_) => ScopedIp::NOWHERE.at(1),
+        }
+    }
+
+    /// The Unix socket, if it is one.
+    pub fn unix_addr(&self) -> Option<&UnixAddr> {
+        match &self.0 {
+            Place::Inet(_) => None,
+            Place::Unix(addr) => Some(addr),
+        }
+    }
+}
+
+impl From<UnixAddr> for BackendAddr {
+    fn from(addr: UnixAddr) -> Self {
+        Self(Place::Unix(addr))
     }
 }
 
@@ -300,13 +325,16 @@ impl TryFrom<SocketAddr> for BackendAddr {
         if addr.port() == 0 {
             return Err(AddrError::ZeroPort);
         }
-        Ok(Self(canonical(addr)))
+        Ok(Self(Place::Inet(canonical(addr))))
     }
 }
 
 impl fmt::Display for BackendAddr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
+        match &self.0 {
+            Place::Inet(addr) => addr.fmt(f),
+            Place::Unix(addr) => addr.fmt(f),
+        }
     }
 }
 
@@ -324,6 +352,26 @@ pub enum AddrError {
         "'{0}' is neither an IP address nor the name of a host; write it as 172.17.0.2, [fd00::2] or web.internal"
     )]
     BadHost(String),
+    /// What cannot be the address of a Unix socket, escaped.
+    #[error(
+        "'{0}' is not the address of a Unix socket; write unix:/run/app.sock, or unix:@app for an abstract one"
+    )]
+    BadUnix(String),
+    /// A path that no Unix socket can have.
+    #[error(
+        "the address of a Unix socket has {len} bytes, and {most} are the most (unix(7)); write a link to it"
+    )]
+    LongUnix {
+        /// The bytes of the path or name.
+        len: usize,
+        /// The most that the kernel takes.
+        most: usize,
+    },
+    /// A Unix socket to listen on.
+    #[error(
+        "a Unix socket can be a backend, and not listened on; write an address and a port, as in 127.0.0.1:80"
+    )]
+    UnixHost,
     /// Ports to listen on, without an address.
     #[error("the address is missing; write 0.0.0.0:{0}, or [::]:{0} for IPv6 too")]
     NoHostAddress(String),

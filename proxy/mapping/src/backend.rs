@@ -1,4 +1,4 @@
-//! The host of a backend: an address, or a name that stands for some.
+//! The host of a backend: an address, a name that stands for some, or a Unix socket.
 
 use std::fmt;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -8,6 +8,7 @@ use std::sync::Arc;
 use crate::addr::{AddrError, BackendAddr, ScopedIp};
 use crate::interfaces::{Interfaces, NoInterfaces};
 use crate::source::Source;
+use crate::unix::{self, UnixAddr};
 
 /// The most characters of a name without its final dot (RFC 1035, section 2.3.4: 255 bytes with all lengths).
 const LONGEST_NAME: usize = 253;
@@ -95,14 +96,19 @@ pub enum BackendHost {
     Ip(ScopedIp),
     /// A name.
     Name(NamedHost),
+    /// A Unix socket, which has no ports.
+    Unix(UnixAddr),
 }
 
 impl BackendHost {
-    /// Parses an address or a name. Interfaces are indexes, or names among `interfaces`.
+    /// Parses an address, a name or a Unix socket. Interfaces are indexes, or names among `interfaces`.
     ///
     /// # Errors
     /// [`AddrError`], which names the part at fault.
     pub fn parse(text: &str, interfaces: &dyn Interfaces) -> Result<Self, AddrError> {
+        if text.starts_with(unix::PREFIX) {
+            return text.parse().map(Self::Unix);
+        }
         match ScopedIp::parse(text, interfaces) {
             Ok(ip) => Ok(Self::Ip(ip)),
             // What contains one of these cannot be a name, and the error about an address helps.
@@ -115,10 +121,12 @@ impl BackendHost {
         Self::Name(NamedHost { name, addresses: Arc::new([]) })
     }
 
-    /// The address that connections and datagrams go to first; [`ScopedIp::NOWHERE`] while a name stands for none.
+    /// The address that connections and datagrams go to first; [`ScopedIp::NOWHERE`] while a name stands for none, and for a
+    /// Unix socket.
     pub fn first_ip(&self) -> ScopedIp {
         match self {
             Self::Ip(ip) => *ip,
+            Self::Unix(_) => ScopedIp::NOWHERE,
             Self::Name(host) => host.addresses.first().map_or(ScopedIp::NOWHERE, |ip| (*ip).into()),
         }
     }
@@ -127,14 +135,26 @@ impl BackendHost {
     pub fn ips(&self) -> Vec<ScopedIp> {
         match self {
             Self::Ip(ip) => vec![*ip],
+            Self::Unix(_) => Vec::new(),
             Self::Name(host) => host.addresses.iter().map(|ip| (*ip).into()).collect(),
         }
     }
 
-    /// The name, unless it is an address.
+    /// The address of its port. Connections and datagrams go there first.
+    ///
+    /// # Panics
+    /// For port 0, which no range has.
+    pub fn at(&self, port: u16) -> BackendAddr {
+        match self {
+            Self::Unix(addr) => addr.clone().into(),
+            _ => BackendAddr::new(self.first_ip(), port).expect("a range is without port 0"),
+        }
+    }
+
+    /// The name, if it has one.
     pub fn name(&self) -> Option<&HostName> {
         match self {
-            Self::Ip(_) => None,
+            Self::Ip(_) | Self::Unix(_) => None,
             Self::Name(host) => Some(&host.name),
         }
     }
@@ -165,9 +185,14 @@ impl ScopedIp {
 }
 
 impl BackendAddr {
+    /// Whether it is reached by the routes of the machine: it has an IP address, which is known.
+    pub fn is_routed(&self) -> bool {
+        self.host() != ScopedIp::NOWHERE
+    }
+
     /// Whether the name of the backend does not resolve.
-    pub fn is_nowhere(self) -> bool {
-        self.host() == ScopedIp::NOWHERE
+    pub fn is_nowhere(&self) -> bool {
+        self.unix_addr().is_none() && self.host() == ScopedIp::NOWHERE
     }
 }
 
@@ -189,6 +214,7 @@ impl fmt::Display for BackendHost {
         match self {
             Self::Ip(ip) => ip.fmt(f),
             Self::Name(host) => host.name.fmt(f),
+            Self::Unix(addr) => addr.fmt(f),
         }
     }
 }

@@ -8,6 +8,7 @@ use crate::addr::{AddrError, BackendAddr, HostSocketAddr, ScopedIp};
 use crate::backend::BackendHost;
 use crate::interfaces::{Interfaces, NoInterfaces};
 use crate::ports::PortRange;
+use crate::unix;
 
 /// Where a mapping listens: `0.0.0.0:80`, `[::]:8000-8010`, netstat's `:::80`; `127.0.0.1:0` for random ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +34,9 @@ impl HostSpec {
             let ports = rest.strip_prefix(':').filter(|ports| !ports.is_empty()).unwrap_or("80");
             parse_host_ports(ports)?;
             return Err(AddrError::Star(ports.to_owned()));
+        }
+        if text.starts_with(unix::PREFIX) {
+            return Err(AddrError::UnixHost);
         }
         let (ip, ports) = match Parts::of(text, |text| ScopedIp::parse(text, interfaces))? {
             Parts::Both(ip, ports) => (ip, ports),
@@ -79,18 +83,21 @@ impl FromStr for HostSocketAddr {
     }
 }
 
-/// The backend of a mapping: `172.17.0.2:80`, `[fd00::2]:8000-8010`, `web.internal:80`.
+/// The backend of a mapping: `172.17.0.2:80`, `[fd00::2]:8000-8010`, `web.internal:80`, `unix:/run/app.sock`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BackendSpec {
     /// The address or name of the backend.
     pub host: BackendHost,
-    /// The ports of the backend.
+    /// The ports of the backend; [`PortRange::OF_UNIX`] of a Unix socket.
     pub ports: PortRange,
 }
 
 impl fmt::Display for BackendSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}:{}", self.host, self.ports)
+        match &self.host {
+            BackendHost::Unix(addr) => addr.fmt(f),
+            host => write!(f, "{host}:{}", self.ports),
+        }
     }
 }
 
@@ -100,6 +107,9 @@ impl BackendSpec {
     /// # Errors
     /// [`AddrError`], which names the part at fault.
     pub fn parse(text: &str, interfaces: &dyn Interfaces) -> Result<Self, AddrError> {
+        if text.starts_with(unix::PREFIX) {
+            return Ok(Self { host: BackendHost::Unix(text.parse()?), ports: PortRange::OF_UNIX });
+        }
         let (host, ports) = match Parts::of(text, |text| BackendHost::parse(text, interfaces))? {
             Parts::Both(host, ports) => (host, parse_backend_ports(ports)?),
             Parts::Address(host) => {

@@ -26,6 +26,7 @@ pub mod rate;
 pub mod source;
 #[cfg(any(test, feature = "testdata"))]
 pub mod testdata;
+pub mod unix;
 pub mod wire;
 
 use std::fmt;
@@ -33,6 +34,7 @@ use std::net::IpAddr;
 
 use crate::addr::{AddrError, BackendAddr, HostSocketAddr, Protocol, Protocols, ScopedIp};
 use crate::backend::BackendHost;
+use crate::endpoint::BackendSpec;
 use crate::limits::Limits;
 use crate::name::Name;
 use crate::ports::PortRange;
@@ -40,7 +42,8 @@ use crate::source::{Source, SourceError};
 
 /// Host ports and the backend ports to which they are forwarded.
 ///
-/// Its text form is that of `-p` with all parts: `[::]:8080:80/tcp`. It does not contain the backend's address.
+/// Its text form is that of `-p` with all parts: `[::]:8080:80/tcp`. It does not contain the backend's address. A Unix socket
+/// has no ports: `[::]:8080:unix/tcp`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mapping {
     name: Option<Name>,
@@ -109,7 +112,16 @@ impl Mapping {
         (backend, backend_ports): (BackendHost, PortRange),
     ) -> Result<Self, MappingError> {
         let host_ports = HostPorts::new(host_ports, backend_ports)?;
-        BackendAddr::reachable(backend.first_ip().at(backend_ports.first()))?;
+        match backend {
+            BackendHost::Unix(_) if protocols != Protocols::One(Protocol::Tcp) => {
+                return Err(MappingError::NotToUnix(protocols));
+            }
+            BackendHost::Unix(_) if backend_ports != PortRange::OF_UNIX => {
+                return Err(MappingError::NotOfUnix("ports".to_owned()));
+            }
+            BackendHost::Unix(_) => {}
+            _ => drop(BackendAddr::reachable(backend.first_ip().at(backend_ports.first()))?),
+        }
         let limits = Limits::default();
         Ok(Self { name: None, protocols, host, host_ports, backend, backend_ports, v6only: false, limits })
     }
@@ -137,12 +149,16 @@ impl Mapping {
     /// Returns the mapping with these limits.
     ///
     /// # Errors
-    /// [`MappingError::Source`] if their source address cannot reach the backend, and [`MappingError::NotOfSctp`].
+    /// [`MappingError::Source`] if their source address cannot reach the backend, [`MappingError::NotOfSctp`] and
+    /// [`MappingError::NotOfUnix`].
     pub fn limited(mut self, limits: Limits) -> Result<Self, MappingError> {
         if self.protocols.contains(Protocol::Sctp)
             && let Some(option) = limits.not_of_sctp()
         {
             return Err(MappingError::NotOfSctp(option));
+        }
+        if let (BackendHost::Unix(_), Some(option)) = (&self.backend, limits.not_of_unix()) {
+            return Err(MappingError::NotOfUnix(option));
         }
         if let (Source::Address(ip), BackendHost::Ip(backend)) = (limits.source, &self.backend)
             && !limits.source.reaches(backend.ip())
@@ -215,6 +231,19 @@ impl Mapping {
         self.backend_ports
     }
 
+    /// The backend and its ports.
+    pub fn backend_spec(&self) -> BackendSpec {
+        BackendSpec { host: self.backend.clone(), ports: self.backend_ports }
+    }
+
+    /// The backend's ports in the text of a mapping, or `unix`.
+    fn backend_part(&self) -> String {
+        match self.backend {
+            BackendHost::Unix(_) => "unix".to_owned(),
+            _ => self.backend_ports.to_string(),
+        }
+    }
+
     /// Whether an IPv6 wildcard excludes IPv4 clients.
     pub fn is_v6only(&self) -> bool {
         self.v6only
@@ -243,8 +272,7 @@ impl Mapping {
         PortMapping {
             protocol,
             host: HostSocketAddr::new(self.host, host_port),
-            backend: BackendAddr::new(self.backend.first_ip(), backend_port)
-                .expect("a range is without port 0"),
+            backend: self.backend.at(backend_port),
             v6only: self.v6only,
         }
     }
@@ -260,10 +288,11 @@ impl Mapping {
 
 impl fmt::Display for Mapping {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Self { host, host_ports, backend_ports, protocols, .. } = self;
+        let Self { host, host_ports, protocols, .. } = self;
+        let backend = self.backend_part();
         match host_ports.range() {
-            Some(range) => write!(f, "{host}:{range}:{backend_ports}/{protocols}"),
-            None => write!(f, "{host}::{backend_ports}/{protocols}"),
+            Some(range) => write!(f, "{host}:{range}:{backend}/{protocols}"),
+            None => write!(f, "{host}::{backend}/{protocols}"),
         }
     }
 }
@@ -291,13 +320,19 @@ pub enum MappingError {
     /// The source address cannot reach the backend.
     #[error(transparent)]
     Source(#[from] SourceError),
+    /// A protocol that cannot be relayed to a Unix socket.
+    #[error("only tcp can be relayed to a Unix socket, and not {0}")]
+    NotToUnix(Protocols),
+    /// An option that a connection to a Unix socket cannot have.
+    #[error("a connection to a Unix socket has no {0}; leave it out for this mapping")]
+    NotOfUnix(String),
     /// An option that SCTP cannot have.
     #[error("sctp has no {0}; leave it out for this mapping, or relay tcp")]
     NotOfSctp(&'static str),
 }
 
 /// One port of a mapping, as served by one socket.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PortMapping {
     /// The transport protocol, the same for host and backend.
     pub protocol: Protocol,
@@ -310,12 +345,17 @@ pub struct PortMapping {
 }
 
 impl PortMapping {
+    /// Whether TCP goes on to the backend, which is not so for a Unix socket.
+    pub fn is_tcp_to_backend(&self) -> bool {
+        self.protocol == Protocol::Tcp && self.backend.unix_addr().is_none()
+    }
+
     /// The same with another address of the backend.
     #[must_use]
-    pub fn at(self, ip: IpAddr) -> Self {
+    pub fn at(&self, ip: IpAddr) -> Self {
         let port = self.backend.socket_addr().port();
         let backend = BackendAddr::new(ip, port).expect("the port of a backend is not 0");
-        Self { backend, ..self }
+        Self { backend, ..self.clone() }
     }
 }
 

@@ -104,6 +104,12 @@ impl Limits {
         asked.into_iter().find_map(|(is_asked, option)| is_asked.then_some(option))
     }
 
+    /// The first of the options that a connection to a Unix socket cannot have: those of its source.
+    pub(crate) fn not_of_unix(&self) -> Option<String> {
+        let source = (self.source != Source::Auto).then(|| format!("source = {}", self.source));
+        source.or_else(|| self.device.as_ref().map(|device| format!("device = {device}")))
+    }
+
     /// Whether TCP sockets have other timers than by default.
     pub fn has_timers(&self) -> bool {
         self.tcp_user_timeout.is_some() || self.keepalive != Keepalive::default()

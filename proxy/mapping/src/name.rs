@@ -20,14 +20,14 @@ pub struct Name(Arc<str>);
 impl Name {
     /// The default name of a mapping, derived from where clients connect: `8080/tcp` on all addresses,
     /// `10.0.0.11:8080/tcp` on one. If the host port is not chosen yet, the backend port distinguishes mappings:
-    /// `random:80/tcp`, `8000-8010:80/tcp`.
+    /// `random:80/tcp`, `8000-8010:80/tcp`, and `random:unix/tcp` if it has none.
     pub fn of(mapping: &Mapping) -> Self {
         let host = match mapping.host() {
             ScopedIp::ANY if !mapping.is_v6only() => String::new(),
             ScopedIp::ANY_V4 => String::new(),
             one => format!("{one}:"),
         };
-        let (backend, protocols) = (mapping.backend_ports(), mapping.protocols());
+        let (backend, protocols) = (mapping.backend_part(), mapping.protocols());
         Self(match mapping.host_ports() {
             HostPorts::Exactly(range) => format!("{host}{range}/{protocols}").into(),
             HostPorts::FirstFree(range) => format!("{host}{range}:{backend}/{protocols}").into(),

@@ -15,6 +15,9 @@ impl PortRange {
     /// first).
     pub const EPHEMERAL: Self = Self { first: 49_153, last: u16::MAX };
 
+    /// In place of the ports of a Unix socket: it has none, so its mapping has a single host port.
+    pub const OF_UNIX: Self = Self { first: 1, last: 1 };
+
     /// The ports from `first` to `last`.
     ///
     /// # Errors

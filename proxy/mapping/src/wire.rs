@@ -34,9 +34,10 @@ pub struct WireMapping {
     /// The ports that clients connect to; random ones by default.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host_ports: Option<String>,
-    /// The address or name of the backend.
+    /// The address or name of the backend, or a Unix socket.
     pub to: String,
-    /// The ports of the backend.
+    /// The ports of the backend; none of a Unix socket.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
     pub to_ports: String,
     /// `tcp` (the default), `udp`, `tcp+udp` or `sctp`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -155,7 +156,10 @@ impl WireMapping {
             host: Some(mapping.host().to_string()),
             host_ports: ports,
             to: mapping.backend().to_string(),
-            to_ports: mapping.backend_ports().to_string(),
+            to_ports: match mapping.backend() {
+                BackendHost::Unix(_) => String::new(),
+                _ => mapping.backend_ports().to_string(),
+            },
             proto: Some(mapping.protocols().to_string()),
             v6only: mapping.is_v6only(),
             limits: WireLimits::of(mapping.limits()),
@@ -182,10 +186,19 @@ impl WireMapping {
         };
         let host_ports = wrong.note("host_ports", self.host_ports.as_deref().map(str::parse).transpose());
         let to = wrong.note("to", BackendHost::parse(&self.to, interfaces));
-        let to_ports = wrong.note("to_ports", self.to_ports.parse());
+        let to_ports = wrong.note("to_ports", self.read_to_ports(to.as_ref()));
         self.limits.refuse_lone(&self.limits, &mut wrong);
         let mapping = self.read_between(host.zip(host_ports), to.zip(to_ports), &mut wrong);
         mapping.filter(|_mapping| wrong.0.is_empty()).ok_or(wrong)
+    }
+
+    fn read_to_ports(&self, to: Option<&BackendHost>) -> Result<PortRange, Box<dyn Error>> {
+        match (to, self.to_ports.is_empty()) {
+            (Some(BackendHost::Unix(_)), true) => Ok(PortRange::OF_UNIX),
+            (Some(BackendHost::Unix(_)), false) => Err("a Unix socket has no ports; leave them out".into()),
+            (_, true) => Err("it is missing; write the backend's address and ports".into()),
+            (_, false) => Ok(self.to_ports.parse()?),
+        }
     }
 
     /// The represented mapping, with `host` and `to` in place of its own, as far as they are known. Adds all errors to
@@ -418,6 +431,8 @@ impl From<MappingError> for FieldError {
             MappingError::V6Only(_) => "v6only",
             MappingError::Source(_) => "limits.source",
             MappingError::NotOfSctp(_) => "limits",
+            MappingError::NotToUnix(_) => "proto",
+            MappingError::NotOfUnix(_) => "limits",
         };
         Self::new(field, error)
     }

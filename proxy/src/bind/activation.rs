@@ -99,7 +99,7 @@ impl InheritedSockets {
     pub(crate) fn take_at(&mut self, port_mapping: &PortMapping) -> Option<BoundPort> {
         let there = self.by_place.get(&(port_mapping.protocol, port_mapping.host))?;
         let socket = there.iter().find_map(|index| self.sockets[*index].take())?;
-        Some(BoundPort::adopt(*port_mapping, socket.listener))
+        Some(BoundPort::adopt(port_mapping.clone(), socket.listener))
     }
 }
 

@@ -424,11 +424,11 @@ mod tests {
 
     #[test]
     fn an_address_that_is_not_there_takes_freebind_and_the_error_says_so() {
-        let backend = "192.0.2.1:80".parse().unwrap();
+        let backend: rproxy_mapping::addr::BackendAddr = "192.0.2.1:80".parse().unwrap();
         for host in ["203.0.113.77:0", "[2001:db8::77]:0"] {
             for protocol in [Protocol::Tcp, Protocol::Udp] {
                 let host = host.parse().unwrap();
-                let mapping = PortMapping { protocol, host, backend, v6only: false };
+                let mapping = PortMapping { protocol, host, backend: backend.clone(), v6only: false };
                 let error = Listener::bind(&mapping, false).unwrap_err();
                 assert_eq!(error.hint("--freebind"), "; --freebind binds it before it is there");
                 Listener::bind(&mapping, true).unwrap();

@@ -199,11 +199,11 @@ impl Bound {
     ) -> Result<(), LoopError> {
         let hops = bound.iter().enumerate().flat_map(|(index, bound)| {
             let ip = moved.filter(|(moved, _ip)| *moved == index).map(|(_index, ip)| ip);
-            let at = |port_mapping: PortMapping| match ip {
+            let at = |port_mapping: &PortMapping| match ip {
                 Some(ip) => port_mapping.at(ip),
-                None => port_mapping,
+                None => port_mapping.clone(),
             };
-            Hop::of_sockets(index, &bound.mapping, bound.ports.iter().map(|port| at(port.port_mapping)))
+            Hop::of_sockets(index, &bound.mapping, bound.ports.iter().map(|port| at(&port.port_mapping)))
         });
         refuse_loops(&hops.collect::<Vec<_>>(), [], whereabouts)
     }

@@ -40,7 +40,7 @@ pub struct MappingArgs {
     #[arg(long, value_name = "ADDRESS:PORTS", help = HOST_HELP, value_parser = parse_host)]
     host: Vec<HostSpec>,
     /// Address or name, and ports, to forward to, for the --host in the same position; or only the address or name, for -p
-    /// and -P
+    /// and -P; or for a --host, unix:/run/app.sock
     #[arg(long, value_name = "ADDRESS[:PORTS]")]
     to: Vec<To>,
     #[arg(short = 'p', visible_alias = "publish", value_name = "SPEC", help = PUBLISH_HELP, value_parser = parse_publish)]
@@ -332,7 +332,7 @@ impl MappingArgs {
             return Err(wrong(&format!("--host {host}"), &"its --to is missing; each --host goes with one"));
         }
         if let Some(to) = backends.get(self.host.len()) {
-            let problem = if self.publishes() {
+            let problem = if self.publishes() && !matches!(to.host, BackendHost::Unix(_)) {
                 format!("its --host is missing; for -p the address is enough: --to {}", to.host)
             } else {
                 "its --host is missing; each --to goes with one".to_owned()
@@ -408,7 +408,7 @@ impl MappingArgs {
         };
         let mapping = mapping.limited(self.limits.limits());
         let mapping = mapping.map_err(|error| match error {
-            MappingError::NotOfSctp(_) => wrong(&words, &error),
+            MappingError::NotOfSctp(_) | MappingError::NotOfUnix(_) => wrong(&words, &error),
             _ => wrong(&format!("--source {}", self.limits.source), &error),
         })?;
         Ok(Asked { words, mapping })

@@ -73,15 +73,15 @@ fn values_of(mapping: &Mapping, address: fn(ScopedIp) -> String) -> Values {
     } = WireMapping::of(mapping);
     // No value contains a character that must be escaped in a TOML string.
     let to = match mapping.backend() {
-        BackendHost::Ip(ip) => address(*ip),
-        BackendHost::Name(host) => host.name().to_string(),
+        BackendHost::Ip(ip) => format!("{}:{to_ports}", address(*ip)),
+        _ => mapping.backend_spec().to_string(),
     };
     let host = address(mapping.host());
     let host = format!("{host}:{}", host_ports.as_deref().unwrap_or("0"));
     Values {
         name: quoted(name),
         host: quoted(Some(host)),
-        to: quoted(Some(format!("{to}:{to_ports}"))),
+        to: Some(toml_string(&to)),
         proto: quoted(proto.filter(|proto| proto != "tcp")),
         v6only: is_on(v6only),
         ..values_of_limits(limits)

@@ -140,8 +140,8 @@ pub struct Connection {
     pub client: SocketAddr,
     /// The address that the client has connected or sent to.
     pub host: SocketAddr,
-    /// The backend.
-    pub backend: SocketAddr,
+    /// The backend: an address and a port, or a Unix socket.
+    pub backend: String,
     /// `dialling`, `open`, `closed_by_client` or `closed_by_backend` (half-closed), or `closing`.
     pub state: String,
     /// Whether bytes of a connection are spliced; missing for flows.
@@ -286,7 +286,7 @@ impl Connection {
             mapping: mapping.to_string(),
             client: record.client(),
             host: record.host,
-            backend: record.backend().socket_addr(),
+            backend: record.backend().to_string(),
             state: record.state().to_owned(),
             spliced: is_tcp.then(|| record.is_spliced()),
             age_ms: milliseconds(record.age()),

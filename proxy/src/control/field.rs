@@ -1,5 +1,6 @@
 //! The field of a request that has a value of the wrong type, which the error of its decoder does not name.
 
+use rproxy_mapping::unix;
 use rproxy_mapping::wire::{WireLimits, WireMapping};
 use serde_json::{Map, Value, json};
 
@@ -71,7 +72,9 @@ fn wrong_in_nth(index: usize, mapping: &Value) -> Vec<String> {
         fields.iter().flat_map(|(key, value)| all_wrong_in_field(key, value)).collect();
     // A misspelt field is not missing as well.
     if wrong.is_empty() {
-        let missing = ["to", "to_ports"].into_iter().filter(|field| !fields.contains_key(*field));
+        let to = fields.get("to").and_then(Value::as_str).unwrap_or_default();
+        let needed = if to.starts_with(unix::PREFIX) { &["to"][..] } else { &["to", "to_ports"] };
+        let missing = needed.iter().filter(|field| !fields.contains_key(**field));
         wrong.extend(
             missing.map(|field| format!("{field}: it is missing; write the backend's address and ports")),
         );

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rproxy_mapping::Mapping;
+use rproxy_mapping::backend::BackendHost;
 use rproxy_mapping::endpoint::BackendSpec;
 use rproxy_mapping::name::{Name, NameError};
 use rproxy_mapping::ports::PortRange;
@@ -151,7 +152,9 @@ async fn retarget(server: &mut Server, name: &Name, to: &str) -> Result<Changed,
         BackendSpec::parse(to, &HostInterfaces).map_err(|error| wrong(&error))?;
     // The server refuses an unknown name.
     let count = server.registry().get(name).map_or(1, |served| served.mapping().backend_ports().count());
-    let Ok(first) = ports.one() else { return Ok(server.retarget(name, host, ports).await?) };
+    let is_unix = matches!(host, BackendHost::Unix(_));
+    let first = ports.one().ok().filter(|_port| !is_unix);
+    let Some(first) = first else { return Ok(server.retarget(name, host, ports).await?) };
     let last = u16::try_from(count - 1).ok().and_then(|more| first.checked_add(more));
     let last =
         last.ok_or_else(|| wrong(&format_args!("there are fewer than {count} ports from there on")))?;

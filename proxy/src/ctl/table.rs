@@ -13,8 +13,24 @@ pub(super) struct Shown {
     name: String,
     host: String,
     to: String,
+    /// Empty for a Unix socket.
+    #[serde(default)]
     to_ports: String,
     proto: String,
+}
+
+impl Shown {
+    /// The backend and its ports.
+    fn backend(&self) -> String {
+        let Self { to, to_ports, .. } = self;
+        if to_ports.is_empty() { to.clone() } else { format!("{to}:{to_ports}") }
+    }
+
+    /// What is published, as `docker port` has it: the ports of the backend, or its Unix socket.
+    fn published(&self) -> String {
+        let Self { to, to_ports, proto, .. } = self;
+        if to_ports.is_empty() { to.clone() } else { format!("{to_ports}/{proto}") }
+    }
 }
 
 /// Formats columns as wide as necessary, separated by two spaces, without trailing spaces.
@@ -39,9 +55,9 @@ pub(super) fn lined_up(rows: Vec<Vec<String>>) -> Vec<String> {
 /// Formats the response to `list`.
 pub(super) fn list(List { mappings, draining }: &List<Shown>) -> String {
     let served = mappings.iter().map(|bound| {
-        let Shown { name, to, to_ports, proto, .. } = &bound.mapping;
+        let Shown { name, proto, .. } = &bound.mapping;
         let listens = format!("{}:{}/{proto}", bound_host(bound), bound.bound);
-        let backend = with_addresses(format!("{to}:{to_ports}"), bound.resolved.as_deref());
+        let backend = with_addresses(bound.mapping.backend(), bound.resolved.as_deref());
         vec![name.clone(), listens, backend, origin(&bound.origin), String::new()]
     });
     let draining = draining.iter().map(|mapping| {
@@ -83,8 +99,8 @@ pub(super) fn origin(origin: &Origin) -> String {
 
 /// Formats a mapping of the response to `add`: `web: 80/tcp -> [::]:8080`.
 pub(super) fn ready_line(bound: &BoundMapping<Shown>) -> String {
-    let Shown { name, to_ports, proto, .. } = &bound.mapping;
-    let line = format!("{name}: {to_ports}/{proto} -> {}:{}", bound_host(bound), bound.bound);
+    let (name, published) = (&bound.mapping.name, bound.mapping.published());
+    let line = format!("{name}: {published} -> {}:{}", bound_host(bound), bound.bound);
     escaped(&line).to_string()
 }
 

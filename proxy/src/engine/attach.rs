@@ -65,7 +65,7 @@ impl Server {
     /// # Errors
     /// [`AttachError`]; nothing has changed then.
     pub fn attach(&mut self, port: BoundPort, process: u32, limits: Limits) -> Result<Name, AttachError> {
-        let port_mapping = port.port_mapping;
+        let port_mapping = port.port_mapping.clone();
         let mapping = mapping_of(&port_mapping, limits)?;
         let name = mapping.name();
         if let Some(Served { process: Some(process), .. }) = self.registry.get(&name) {
@@ -80,7 +80,7 @@ impl Server {
             Some((_index, state)) => Arc::new(MappingPolicy { limits, state: state.clone() }),
             None => self.new_policy(name.clone(), limits),
         };
-        let target = Target::new(port_mapping, policy.clone());
+        let target = Target::new(port_mapping.clone(), policy.clone());
         let binding = self.assign(port, target.into()).map_err(AttachError::Watch)?;
         left.into_iter().for_each(|(index, _state)| self.registry.resume(index));
         let id = binding.port.id();
@@ -119,7 +119,7 @@ impl Server {
     /// [still to be sent](Detached::Left).
     pub(crate) async fn detach(&mut self, name: &Name, reason: Detached) {
         let Some(served) = self.registry.get(name).filter(|served| served.process.is_some()) else { return };
-        let targets = served.ports.iter().map(|binding| binding.target.port_mapping);
+        let targets = served.ports.iter().map(|binding| binding.target.port_mapping.clone());
         let targets: Vec<PortMapping> = targets.collect();
         let state = served.policy.state.clone();
         info!(mapping = %name, "no longer serving");
@@ -177,7 +177,7 @@ impl Server {
 
 /// The mapping of an attached port.
 fn mapping_of(port_mapping: &PortMapping, limits: Limits) -> Result<Mapping, AttachError> {
-    let PortMapping { protocol, host, backend, v6only } = *port_mapping;
+    let PortMapping { protocol, host, ref backend, v6only } = *port_mapping;
     let [from, to] = [host.socket_addr(), backend.socket_addr()];
     let (from_port, to_port) = (PortRange::single(from.port())?, PortRange::single(to.port())?);
     let (listens, to) = ((from.into(), Some(from_port)), (backend.host().into(), to_port));
@@ -254,7 +254,10 @@ mod tests {
         let host = socket.local_addr().unwrap().into();
         let backend = address(backend).to_string().parse().unwrap();
         let port_mapping = PortMapping { protocol: Protocol::Udp, host, backend, v6only: false };
-        let port = BoundPort { port_mapping, listener: Listener::Udp(socket.try_clone().unwrap()) };
+        let port = BoundPort {
+            port_mapping: port_mapping.clone(),
+            listener: Listener::Udp(socket.try_clone().unwrap()),
+        };
         server.attach(port, 7, Limits::default()).unwrap()
     }
 
@@ -359,7 +362,8 @@ mod tests {
             listener.set_nonblocking(true).unwrap();
             let mut attach = |process| {
                 let listener = listener.try_clone().unwrap();
-                let port = BoundPort { port_mapping, listener: Listener::Tcp(listener) };
+                let port =
+                    BoundPort { port_mapping: port_mapping.clone(), listener: Listener::Tcp(listener) };
                 server.attach(port, process, Limits::default())
             };
             attach(7).unwrap();

@@ -434,7 +434,7 @@ impl Server {
                     ports.push(self.assign_of(bound, &mapping, &policy).map_err(watch_error)?);
                     continue;
                 }
-                prepared.unpassed.push(port_mapping);
+                prepared.unpassed.push(port_mapping.clone());
                 let place = BindKey::of(&port_mapping);
                 ports.push(match prepared.spare.remove(&place).or_else(|| self.leaving.get(&place)) {
                     Some(port) => Binding { port, target: target(&mapping, port_mapping, &policy) },
@@ -451,7 +451,7 @@ impl Server {
             let bound = Bound::bind(mapping.clone());
             let bound = bound.map_err(|source| self.bind_error(name, &mapping, source, prepared))?;
             for port in bound.ports {
-                prepared.unpassed.push(port.port_mapping);
+                prepared.unpassed.push(port.port_mapping.clone());
                 ports.push(self.assign_of(port, &mapping, &policy).map_err(watch_error)?);
             }
         }
@@ -464,13 +464,13 @@ impl Server {
         mapping: &Mapping,
         policy: &Arc<MappingPolicy>,
     ) -> io::Result<Binding> {
-        let target = target(mapping, port.port_mapping, policy);
+        let target = target(mapping, port.port_mapping.clone(), policy);
         self.assign(port, target)
     }
 
     /// Binds a port. If flows use it as their local port, they release it.
     async fn bind(&self, port_mapping: PortMapping, limits: &Limits) -> Result<BoundPort, BindError> {
-        match BoundPort::bind_for(port_mapping, limits) {
+        match BoundPort::bind_for(port_mapping.clone(), limits) {
             Err(error)
                 if port_mapping.protocol == Protocol::Udp
                     && error.source.kind() == io::ErrorKind::AddrInUse =>
@@ -581,7 +581,7 @@ fn on_sockets(sockets: &[Binding], mapping: &Mapping) -> impl Iterator<Item = Po
 }
 
 fn hops_of(index: usize, served: &Served) -> Vec<Hop<'_>> {
-    Hop::of_sockets(index, &served.mapping, served.ports.iter().map(|port| port.target.port_mapping))
+    Hop::of_sockets(index, &served.mapping, served.ports.iter().map(|port| port.target.port_mapping.clone()))
 }
 
 /// Deletes stale conntrack entries of new ports in the background: searching the table takes 20 ms, however
@@ -751,8 +751,8 @@ mod tests {
         let wire: WireMapping = serde_json::from_str(json).unwrap();
         let mapping = wire.read(&NoInterfaces, ScopedIp::ANY).unwrap();
         let changed: Vec<PortMapping> = on_sockets(&sockets, &mapping).collect();
-        let [PortMapping { host, v6only, backend, .. }] = changed[..] else { panic!("{changed:?}") };
-        assert_eq!((host.to_string().as_str(), v6only), ("[::]:8080", true));
+        let [PortMapping { host, v6only, backend, .. }] = &changed[..] else { panic!("{changed:?}") };
+        assert_eq!((host.to_string().as_str(), *v6only), ("[::]:8080", true));
         assert_eq!(backend.to_string(), "192.0.2.2:81");
     }
 }

@@ -33,7 +33,7 @@ impl Server {
         let targets: HashSet<_> = served.collect();
         left.retain(|record| {
             let PortMapping { protocol, host, .. } = record.port.port_mapping;
-            !targets.contains(&((protocol, host), record.backend()))
+            !targets.contains(&((protocol, host), record.backend().clone()))
         });
         self.cut_recorded(&left).await;
     }

@@ -40,7 +40,7 @@ impl Served {
 
     /// The backend, and what its name stands for: `web.internal:80 (172.17.0.2)`.
     pub(crate) fn backend_text(&self) -> String {
-        let backend = format!("{}:{}", self.mapping.backend(), self.mapping.backend_ports());
+        let backend = self.mapping.backend_spec().to_string();
         with_addresses(backend, self.resolved().as_deref())
     }
 

@@ -109,7 +109,7 @@ impl Server {
         for Bound { mapping, ports, process } in mappings {
             let policy = server.new_policy(mapping.name(), mapping.limits().clone());
             let assign = |port: BoundPort| {
-                let target = Target::of(&mapping, port.port_mapping, policy.clone());
+                let target = Target::of(&mapping, port.port_mapping.clone(), policy.clone());
                 server.assign(port, target.into())
             };
             let ports = ports.into_iter().map(assign).collect::<Result<_, _>>()?;
@@ -128,7 +128,7 @@ impl Server {
     pub fn announce(&self) {
         listening::announce_all(self.registry.iter());
         for Binding { target, .. } in &self.nameless {
-            let PortMapping { protocol, host, backend, .. } = target.port_mapping;
+            let PortMapping { protocol, host, backend, .. } = &target.port_mapping;
             info!(mapping = %target.name(), %host, %backend, %protocol, "serving");
         }
     }
@@ -144,7 +144,7 @@ impl Server {
         let mut server = Self::new(Growth::None);
         let name = Name::attached(port.port_mapping.protocol, port.port_mapping.host);
         let policy = server.new_policy(name, Limits::default());
-        let target = Arc::new(Target::new(port.port_mapping, policy));
+        let target = Arc::new(Target::new(port.port_mapping.clone(), policy));
         let binding = server.assign(port, target)?;
         server.nameless.push(binding);
         server.watch(server.nameless.clone());
@@ -486,7 +486,7 @@ mod tests {
         let addr = named.ports[0].local_addr().unwrap();
         let mut server = Server::prepared(vec![named], Growth::None, None).unwrap();
         let policy = server.new_policy(Name::default(), Limits::default());
-        let target = Target::new(nameless.port_mapping, policy);
+        let target = Target::new(nameless.port_mapping.clone(), policy);
         let binding = server.assign(nameless, target.into()).unwrap();
         server.nameless.push(binding);
         let all = server.bindings().chain(&server.nameless);

@@ -49,9 +49,9 @@ impl Served {
     /// The protocol and address of each socket, and the backends behind it: one for each address of a name.
     pub(crate) fn targets(&self) -> impl Iterator<Item = ((Protocol, HostSocketAddr), BackendAddr)> {
         self.ports.iter().flat_map(|binding| {
-            let first = binding.target.port_mapping;
+            let first = &binding.target.port_mapping;
             let others = binding.target.named.iter().flat_map(|host| host.addresses().iter());
-            let all = std::iter::once(first).chain(others.map(move |ip| first.at(*ip)));
+            let all = std::iter::once(first.clone()).chain(others.map(move |ip| first.at(*ip)));
             all.map(|PortMapping { protocol, host, backend, .. }| ((protocol, host), backend))
         })
     }
@@ -202,8 +202,8 @@ impl Registry {
         }
         let way = |name: Name| {
             let served = self.get(&name)?;
-            let backend = served.ports.first()?.target.port_mapping.backend;
-            (!backend.is_nowhere()).then(|| (name, served.policy.clone(), backend.socket_addr()))
+            let backend = &served.ports.first()?.target.port_mapping.backend;
+            backend.is_routed().then(|| (name, served.policy.clone(), backend.socket_addr()))
         };
         names.into_iter().filter_map(way).collect()
     }

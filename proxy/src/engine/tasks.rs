@@ -231,7 +231,7 @@ mod tests {
             let mut server = Server::prepared(Vec::new(), Growth::Mappings, None).unwrap();
             let policy = server.new_policy(Name::default(), Limits::default());
             let assigned = sockets.into_iter().map(|port| {
-                let target = Target::new(port.port_mapping, policy.clone());
+                let target = Target::new(port.port_mapping.clone(), policy.clone());
                 server.assign(port, target.into()).unwrap()
             });
             let bindings: Vec<Binding> = assigned.collect();
@@ -243,7 +243,7 @@ mod tests {
         fn again(&self) -> Self {
             Self::serve(self.bindings.iter().map(|Binding { port, target }| {
                 let socket = StdSocket::from(port.as_fd().try_clone_to_owned().unwrap());
-                BoundPort { port_mapping: target.port_mapping, listener: Listener::Udp(socket) }
+                BoundPort { port_mapping: target.port_mapping.clone(), listener: Listener::Udp(socket) }
             }))
         }
 

@@ -132,7 +132,7 @@ fn start(contract: Contract) -> Result<Started, StartError> {
     let exit = watch_exit(exit).map_err(setup("watch ExitFD"))?;
     let reload = reload.map(|place| ReloadSocket::bind(&place)).transpose()?;
     let nowhere = File::options().write(true).open("/dev/null").map_err(setup("open /dev/null"))?;
-    let ports = bound.iter().flat_map(|bound| &bound.ports).map(|port| port.port_mapping);
+    let ports = bound.iter().flat_map(|bound| &bound.ports).map(|port| port.port_mapping.clone());
     let ports: Vec<_> = ports.collect();
     let unix_sockets = reload.iter().map(ReloadSocket::path).collect();
     let needs = Needs { unix_sockets, ..Needs::to_serve(&ports) };

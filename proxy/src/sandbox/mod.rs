@@ -28,6 +28,7 @@ use rproxy_mapping::addr::Protocol;
 use rproxy_mapping::escape::escaped;
 use rproxy_mapping::limits::Limits;
 use rproxy_mapping::source::Source;
+use rproxy_mapping::unix::UnixAddr;
 
 /// The environment variable with the mode, for processes without a command line for it.
 pub const MODE_VARIABLE: &str = "RPROXY_SANDBOX";
@@ -79,6 +80,10 @@ pub struct Needs<'a> {
     pub tcp_backends: Vec<u16>,
     /// The ports of SCTP backends.
     pub sctp_backends: Vec<u16>,
+    /// Whether backends of TCP are Unix sockets.
+    pub unix_backends: bool,
+    /// Whether some of these are abstract.
+    pub abstract_backends: bool,
     /// Whether the access log is written to a Unix socket, which may have to be connected again.
     pub log_socket: bool,
     /// Whether it is written to a file, which may be another one later.
@@ -130,8 +135,11 @@ impl<'a> Needs<'a> {
             ports.into_iter().partition(|port_mapping| port_mapping.protocol == Protocol::Udp);
         let backends = |protocol| {
             let ports = others.iter().filter(|port_mapping| port_mapping.protocol == protocol);
-            ports.map(|port_mapping| port_mapping.backend.socket_addr().port()).collect()
+            let backends = ports.map(|port_mapping| &port_mapping.backend);
+            let backends = backends.filter(|backend| backend.unix_addr().is_none());
+            backends.map(|backend| backend.socket_addr().port()).collect()
         };
+        let unix_backends = || others.iter().filter_map(|port_mapping| port_mapping.backend.unix_addr());
         Self {
             user: None,
             udp: !udp.is_empty(),
@@ -145,6 +153,8 @@ impl<'a> Needs<'a> {
             sctp_backends: backends(Protocol::Sctp),
             log_socket: false,
             log_file: false,
+            unix_backends: unix_backends().next().is_some(),
+            abstract_backends: unix_backends().any(UnixAddr::is_abstract),
             abstract_sockets: false,
             unix_sockets: Vec::new(),
             metrics: false,
@@ -154,7 +164,7 @@ impl<'a> Needs<'a> {
 
     /// Whether TCP is relayed.
     fn tcp(&self) -> bool {
-        !self.tcp_backends.is_empty()
+        !self.tcp_backends.is_empty() || self.unix_backends
     }
 
     /// Whether SCTP is relayed.

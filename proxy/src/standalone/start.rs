@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use nix::sys::signal::Signal;
 use rproxy_mapping::addr::{BackendAddr, HostSocketAddr, Protocol};
+use rproxy_mapping::backend::BackendHost;
 use rproxy_mapping::escape::escaped;
 use rproxy_mapping::{HostPorts, Mapping, PortMapping};
 use tokio::runtime::Runtime;
@@ -211,9 +212,9 @@ fn prepare_server(
     }
     let mut reported = Reported::default();
     for Bound { mapping, ports, .. } in &bound {
-        let backend =
-            ports.first().map(|port| port.port_mapping.backend).filter(|backend| !backend.is_nowhere());
-        let Some(backend) = backend.map(BackendAddr::socket_addr) else { continue };
+        let backend = ports.first().map(|port| &port.port_mapping.backend);
+        let backend = backend.filter(|backend| backend.is_routed()).map(BackendAddr::socket_addr);
+        let Some(backend) = backend else { continue };
         match ReturnPath::of(mapping.limits(), backend) {
             Some(path) => reported.report(&mapping.name(), path.interface_without()),
             None => reported.report_source(&mapping.name(), can_reach(mapping.limits(), backend)),
@@ -294,13 +295,19 @@ fn ready_lines_of(bound: &Bound) -> Vec<String> {
     match mapping.host_ports() {
         HostPorts::Exactly(range) if bound.is_where_asked() => {
             let (host, backend_ports) = (mapping.host(), mapping.backend_ports());
-            let line = |protocol| format!("{backend_ports}/{protocol} -> {host}:{range}");
+            let line = |protocol| match mapping.backend() {
+                BackendHost::Unix(addr) => format!("{addr} -> {host}:{range}"),
+                _ => format!("{backend_ports}/{protocol} -> {host}:{range}"),
+            };
             mapping.protocols().iter().map(line).collect()
         }
         _ => {
             let line = |port: &BoundPort| {
-                let PortMapping { backend, protocol, host, .. } = port.port_mapping;
-                format!("{}/{protocol} -> {host}", backend.socket_addr().port())
+                let PortMapping { backend, protocol, host, .. } = &port.port_mapping;
+                match backend.unix_addr() {
+                    Some(addr) => format!("{addr} -> {host}"),
+                    None => format!("{}/{protocol} -> {host}", backend.socket_addr().port()),
+                }
             };
             bound.ports.iter().map(line).collect()
         }

@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, SystemTime};
 
 use humantime::{Rfc3339Timestamp, format_rfc3339_micros};
-use rproxy_mapping::addr::{Protocol, canonical};
+use rproxy_mapping::addr::{BackendAddr, Protocol, canonical};
 use serde::{Serialize, Serializer};
 
 use crate::log::Format;
@@ -22,7 +22,8 @@ struct Line<'a> {
     protocol: &'static str,
     client: SocketAddr,
     host: SocketAddr,
-    backend: SocketAddr,
+    #[serde(serialize_with = "as_text")]
+    backend: &'a BackendAddr,
     bytes_in: u64,
     bytes_out: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -48,7 +49,7 @@ pub(super) fn write(text: &mut Vec<u8>, format: Format, record: &Record) {
     let line = Line {
         client: record.client(),
         host: record.host,
-        backend: record.backend().socket_addr(),
+        backend: record.backend(),
         bytes_in: to_backend.bytes(),
         bytes_out: to_client.bytes(),
         datagrams_in: datagrams(to_backend),
@@ -102,7 +103,7 @@ impl<'a> Line<'a> {
             protocol: port_mapping.protocol.as_str(),
             client,
             host: port_mapping.host.socket_addr(),
-            backend: port_mapping.backend.socket_addr(),
+            backend: &port_mapping.backend,
             bytes_in: 0,
             bytes_out: 0,
             datagrams_in: None,

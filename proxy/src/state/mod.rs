@@ -57,7 +57,7 @@ impl Target {
     pub(crate) fn of(mapping: &Mapping, port_mapping: PortMapping, policy: Arc<MappingPolicy>) -> Self {
         let named = match mapping.backend() {
             BackendHost::Name(host) => Some(host.clone()),
-            BackendHost::Ip(_) => None,
+            BackendHost::Ip(_) | BackendHost::Unix(_) => None,
         };
         Self { port_mapping, policy, named }
     }
@@ -85,7 +85,7 @@ impl Target {
     /// The mapping, as recorded.
     fn recorded_port(&self) -> RecordedPort {
         let MappingPolicy { limits, state } = &*self.policy;
-        let (mapping, port_mapping) = (state.name.clone(), self.port_mapping);
+        let (mapping, port_mapping) = (state.name.clone(), self.port_mapping.clone());
         RecordedPort { mapping, port_mapping, is_logged: limits.access_log }
     }
 }

@@ -187,9 +187,9 @@ impl Record {
     }
 
     /// Where it is relayed to.
-    pub(crate) fn backend(&self) -> BackendAddr {
-        let asked = || self.told.get().map_or(self.port.port_mapping.backend, |told| told.backend);
-        self.reached.get().map_or_else(asked, |reached| **reached)
+    pub(crate) fn backend(&self) -> &BackendAddr {
+        let asked = || self.told.get().map_or(&self.port.port_mapping.backend, |told| &told.backend);
+        self.reached.get().map_or_else(asked, Box::as_ref)
     }
 
     /// Records the header of a proxy in front: for whom it speaks, and where the connection is relayed to from then on.
@@ -198,9 +198,9 @@ impl Record {
     }
 
     /// Records which address of the backend was reached, if it is not the first.
-    pub(crate) fn set_reached(&self, backend: BackendAddr) {
+    pub(crate) fn set_reached(&self, backend: &BackendAddr) {
         if backend != self.backend() {
-            self.reached.get_or_init(|| Box::new(backend));
+            self.reached.get_or_init(|| Box::new(backend.clone()));
         }
     }
 

@@ -322,6 +322,7 @@ struct BackendSockets {
     v6: Option<Socket>,
     sctp_v4: Option<Socket>,
     sctp_v6: Option<Socket>,
+    unix: Option<Socket>,
 }
 
 impl BackendSockets {
@@ -345,6 +346,9 @@ impl BackendSockets {
     }
 
     fn of(&mut self, port: &PortMapping) -> &mut Option<Socket> {
+        if port.backend.unix_addr().is_some() {
+            return &mut self.unix;
+        }
         match (port.protocol, port.backend.socket_addr()) {
             (Protocol::Sctp, SocketAddr::V4(_)) => &mut self.sctp_v4,
             (Protocol::Sctp, SocketAddr::V6(_)) => &mut self.sctp_v6,
@@ -375,7 +379,7 @@ fn accept_some(
     ready: &mut Vec<Accepted>,
 ) -> io::Result<Stop> {
     let Binding { port, target } = listener;
-    let (policy, mapped, addr) = (&target.policy, &target.port_mapping, target.port_mapping.backend);
+    let (policy, mapped) = (&target.policy, &target.port_mapping);
     // For the accepting worker; the others start theirs when they start.
     reactor::start()?;
     for _ in 0..most {
@@ -412,7 +416,7 @@ fn accept_some(
             }
         };
         dial::set_options(&client, peer.is_ipv6(), target);
-        backend.iter().for_each(|backend| dial::set_options(backend, addr.socket_addr().is_ipv6(), target));
+        backend.iter().for_each(|backend| dial::set_backend_options(backend, target));
         let guard = ConnectionGuard::take(target);
         match backend {
             Ok(backend) => ready.push(Accepted { client, backend, peer, guard, place }),
@@ -451,12 +455,12 @@ fn record(guard: &mut ConnectionGuard, peer: SocketAddr, client: &OwnedFd) {
 
 /// Resets a connection because no socket for its backend can be opened.
 fn reset_without_backend(client: OwnedFd, peer: SocketAddr, mut guard: ConnectionGuard, source: io::Error) {
-    let backend = guard.port_mapping().backend;
+    let backend = guard.port_mapping().backend.clone();
     record(&mut guard, peer, &client);
     let error = match &guard.target().named {
         // A kernel without IPv6 opens no socket for it.
         Some(host) if backend.is_nowhere() => DialError::Unresolved { host: host.name().clone() },
-        _ => DialError::Open { addr: backend.socket_addr(), source },
+        _ => DialError::Open { addr: backend, source },
     };
     report_failed_dial(peer, &guard, &error);
     drop(client);

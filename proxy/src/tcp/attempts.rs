@@ -34,7 +34,7 @@ pub(super) async fn dial_named(
     guard: &ConnectionGuard,
 ) -> Connected {
     let target = guard.target();
-    let first = target.port_mapping.backend;
+    let first = &target.port_mapping.backend;
     if first.is_nowhere() {
         suspects::report(host.name());
         return Err(DialError::Unresolved { host: host.name().clone() });
@@ -49,7 +49,7 @@ pub(super) async fn dial_named(
     let Some(limit) = guard.limits().connect_timeout else { return connected.await };
     timeout(limit, connected).await.unwrap_or_else(|_late| {
         suspects::report(host.name());
-        Err(DialError::Timeout { addr: first.socket_addr(), limit })
+        Err(DialError::Timeout { addr: first.clone(), limit })
     })
 }
 
@@ -61,12 +61,12 @@ async fn attempt(
     peer: SocketAddr,
     guard: &ConnectionGuard,
 ) -> Connected {
-    let backend = target.port_mapping.backend;
-    let addr = backend.socket_addr();
+    let backend = &target.port_mapping.backend;
+    let addr = || backend.clone();
     let opened = socket.map_or_else(|| dial::open_for(&target), Ok);
-    let socket = opened.map_err(|source| DialError::Open { addr, source })?;
+    let socket = opened.map_err(|source| DialError::Open { addr: addr(), source })?;
     let socket = source::prepare(socket, &target, peer, |reason| report_other_source(peer, guard, reason));
-    let socket = socket.map_err(|source| DialError::Source { addr, source })?;
+    let socket = socket.map_err(|source| DialError::Source { addr: addr(), source })?;
     let stream = dial::dial(socket, backend, target.port_mapping.protocol, None, client).await?;
     Ok((stream, target))
 }
@@ -129,7 +129,7 @@ mod tests {
 
     fn refused() -> DialError {
         DialError::Connect {
-            addr: SocketAddr::from(([127, 0, 0, 1], 1)),
+            addr: "127.0.0.1:1".parse().unwrap(),
             source: io::ErrorKind::ConnectionRefused.into(),
         }
     }
@@ -174,7 +174,7 @@ mod tests {
 
     #[test]
     fn nobody_is_connected_for_a_client_that_is_gone() {
-        let gone = DialError::ClientReset { addr: SocketAddr::from(([127, 0, 0, 1], 1)) };
+        let gone = DialError::ClientReset { addr: "127.0.0.1:1".parse().unwrap() };
         let (result, failures) = run(vec![(Some(0), Err(gone)), (Some(0), Ok(2))], None);
         assert!(matches!((result, failures), (Err(DialError::ClientReset { .. }), 0)));
     }

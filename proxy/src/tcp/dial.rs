@@ -14,9 +14,10 @@ use rproxy_mapping::PortMapping;
 use rproxy_mapping::addr::{BackendAddr, Protocol};
 use rproxy_mapping::backend::HostName;
 use rproxy_mapping::dscp::Dscp;
+use rproxy_mapping::unix::UnixAddr;
 use rproxy_sys::socket::set_traffic_class;
-use socket2::{Domain, Protocol as Transport, SockRef, Socket, Type};
-use tokio::time::timeout;
+use socket2::{Domain, Protocol as Transport, SockAddr, SockRef, Socket, Type};
+use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 
 use super::local_ports;
@@ -25,6 +26,7 @@ use crate::bind::listen::{set_message_options, set_stream_options, set_timers};
 use crate::bind::source::SourceError;
 use crate::log::limit::LogLimit;
 use crate::state::Target;
+use crate::tcp::backoff::Backoff;
 
 /// A socket for a backend, and whether it is on its way there.
 pub(super) enum Begun {
@@ -44,41 +46,44 @@ pub(super) enum Begun {
 /// connection up to 200 ms later.
 pub(super) async fn dial(
     socket: Begun,
-    backend: BackendAddr,
+    backend: &BackendAddr,
     protocol: Protocol,
     limit: Option<Duration>,
     client: &Stream,
 ) -> Result<Stream, DialError> {
-    let addr = backend.socket_addr();
+    let addr = || backend.clone();
     let has_port = AtomicBool::new(true);
     let connected = async {
         tokio::select! {
             biased;
-            connected = connect(socket, addr, &has_port) => connected,
-            () = client.failed(), if protocol != Protocol::Sctp => Err(DialError::ClientReset { addr }),
+            connected = connect(socket, backend, &has_port) => connected,
+            () = client.failed(), if protocol != Protocol::Sctp => Err(DialError::ClientReset { addr: addr() }),
         }
     };
     let Some(limit) = limit else { return connected.await };
     timeout(limit, connected).await.unwrap_or_else(|_late| match has_port.load(Ordering::Relaxed) {
-        true => Err(DialError::Timeout { addr, limit }),
-        false => Err(DialError::Connect { addr, source: io::ErrorKind::AddrNotAvailable.into() }),
+        true => Err(DialError::Timeout { addr: addr(), limit }),
+        false => Err(DialError::Connect { addr: addr(), source: io::ErrorKind::AddrNotAvailable.into() }),
     })
 }
 
 /// Connects `socket`, and sets `has_port` according to whether it has a local port.
-async fn connect(socket: Begun, addr: SocketAddr, has_port: &AtomicBool) -> Result<Stream, DialError> {
-    let failure = |source| DialError::Connect { addr, source };
-    let socket = match socket {
-        Begun::Not(socket) => started(socket, addr, has_port).await.map_err(failure)?,
-        Begun::Yes(socket) => socket,
+async fn connect(socket: Begun, backend: &BackendAddr, has_port: &AtomicBool) -> Result<Stream, DialError> {
+    let failure = |source| DialError::Connect { addr: backend.clone(), source };
+    let socket = match (socket, backend.unix_addr()) {
+        (Begun::Yes(socket), _) => socket,
+        (Begun::Not(socket), None) => {
+            started(socket, backend.socket_addr(), has_port).await.map_err(failure)?
+        }
+        (Begun::Not(socket), Some(addr)) => connected_to_unix(socket, addr).await.map_err(failure)?,
     };
-    let stream = Stream::new(socket).map_err(|source| DialError::Open { addr, source })?;
+    let stream = Stream::new(socket).map_err(|source| DialError::Open { addr: backend.clone(), source })?;
     stream.writable().await;
     if stream.has_failed() {
         // A backend may reply and reset before this task runs; its reply is still relayed.
         stream.take_failure_if_first().map_err(failure)?;
     }
-    if is_connected_to_itself(&stream, addr) {
+    if is_connected_to_itself(&stream, backend.socket_addr()) {
         return Err(failure(io::ErrorKind::ConnectionRefused.into()));
     }
     Ok(stream)
@@ -105,18 +110,41 @@ async fn started(socket: Socket, addr: SocketAddr, has_port: &AtomicBool) -> io:
     started.map(|()| socket)
 }
 
+/// Connects `socket`, which takes effect at once, or waits while the backlog of the server is full (connect(2), `EAGAIN`).
+async fn connected_to_unix(socket: Socket, addr: &UnixAddr) -> io::Result<Socket> {
+    let addr = SockAddr::unix(addr.sun_path())?;
+    let mut backoff = Backoff::default();
+    loop {
+        match socket.connect(&addr) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(backoff.next_delay()).await,
+            connected => return connected.map(|()| socket),
+        }
+    }
+}
+
+/// The domain of a socket that can connect to `backend`.
+pub(super) fn domain_of(backend: &BackendAddr) -> Domain {
+    match backend.unix_addr() {
+        None => Domain::for_address(backend.socket_addr()),
+        Some(_) => Domain::UNIX,
+    }
+}
+
 /// Opens a socket for a connection to the backend of `port_mapping`.
 ///
 /// # Errors
 /// Those of socket(2) and setsockopt(2).
 pub(super) fn open(port_mapping: &PortMapping) -> io::Result<Socket> {
-    let domain = Domain::for_address(port_mapping.backend.socket_addr());
+    let domain = domain_of(&port_mapping.backend);
     if port_mapping.protocol == Protocol::Sctp {
         let socket = Socket::new(domain, Type::STREAM.nonblocking(), Some(Transport::SCTP))?;
         set_message_options(&SockRef::from(&socket))?;
         return Ok(socket);
     }
     let socket = Socket::new(domain, Type::STREAM.nonblocking(), None)?;
+    if domain == Domain::UNIX {
+        return Ok(socket);
+    }
     set_stream_options(&SockRef::from(&socket))?;
     // Lets a mapping listen on the socket's local port (socket(7)).
     socket.set_reuse_address(true)?;
@@ -130,10 +158,17 @@ pub(super) fn open(port_mapping: &PortMapping) -> io::Result<Socket> {
 /// # Errors
 /// Those of [`open`].
 pub(super) fn open_for(target: &Target) -> io::Result<Socket> {
-    let backend = target.port_mapping.backend;
     let socket = open(&target.port_mapping)?;
-    set_options(&socket, backend.socket_addr().is_ipv6(), target);
+    set_backend_options(&socket, target);
     Ok(socket)
+}
+
+/// Sets the options of a connection to the backend that `target` asks for. A Unix socket has none.
+pub(super) fn set_backend_options(socket: &Socket, target: &Target) {
+    let backend = &target.port_mapping.backend;
+    if backend.unix_addr().is_none() {
+        set_options(socket, backend.socket_addr().is_ipv6(), target);
+    }
 }
 
 /// Sets the options of a connection that `target` asks for, on either side.
@@ -187,20 +222,20 @@ fn is_connected_to_itself(stream: &Stream, dialled: SocketAddr) -> bool {
 pub(super) enum DialError {
     /// No socket could be opened.
     #[error("cannot open a socket for {addr}: {source}")]
-    Open { addr: SocketAddr, source: io::Error },
+    Open { addr: BackendAddr, source: io::Error },
     /// The connection cannot come from where it should.
     #[error("cannot connect to {addr}: {source}")]
-    Source { addr: SocketAddr, source: SourceError },
+    Source { addr: BackendAddr, source: SourceError },
     #[error("cannot connect to {addr}: {}", explain(source))]
-    Connect { addr: SocketAddr, source: io::Error },
+    Connect { addr: BackendAddr, source: io::Error },
     #[error("{addr} did not answer within {limit:?}")]
-    Timeout { addr: SocketAddr, limit: Duration },
+    Timeout { addr: BackendAddr, limit: Duration },
     /// The name of the backend does not resolve.
     #[error("the name {host} does not resolve")]
     Unresolved { host: HostName },
     /// There is no client to connect for any more.
     #[error("the client reset before {addr} answered")]
-    ClientReset { addr: SocketAddr },
+    ClientReset { addr: BackendAddr },
 }
 
 /// The kernel's error, reworded where it is misleading.
@@ -208,6 +243,10 @@ fn explain(error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::AddrNotAvailable => {
             "all local ports towards it are in use; widen net.ipv4.ip_local_port_range".to_owned()
+        }
+        // Of TCP, by a filter of the kernel; of Unix sockets, by their owner.
+        io::ErrorKind::PermissionDenied => {
+            format!("{error}; a Unix socket takes write permission for rproxy's user or group")
         }
         _ => error.to_string(),
     }
@@ -229,13 +268,14 @@ mod tests {
         let backend: SocketAddr = backend.parse().unwrap();
         let backend = BackendAddr::try_from(backend).unwrap();
         let host = HostSocketAddr::new(backend.host(), 0);
-        let port_mapping = PortMapping { protocol: Protocol::Tcp, host, backend, v6only: false };
+        let port_mapping =
+            PortMapping { protocol: Protocol::Tcp, host, backend: backend.clone(), v6only: false };
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let _client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         new_runtime().unwrap().block_on(async {
             let client = Stream::new(accept(listener.as_fd()).unwrap().0).unwrap();
             let socket = Begun::Not(open(&port_mapping).unwrap());
-            dial(socket, backend, Protocol::Tcp, Some(Duration::from_secs(10)), &client).await
+            dial(socket, &backend, Protocol::Tcp, Some(Duration::from_secs(10)), &client).await
         })
     }
 

@@ -95,7 +95,7 @@ fn dial_and_relay(accepted: Accepted, slot: WorkerSlot, entry: Entry) -> impl Fu
         // On the heap, so that its timer does not enlarge the future of the connection.
         let Some(backend) = Box::pin(dialled(socket, &client, peer, &mut guard)).await else { return };
         let (guard, _slot) = (&guard, &slot);
-        let is_tcp = guard.port_mapping().protocol == Protocol::Tcp;
+        let is_tcp = guard.port_mapping().is_tcp_to_backend();
         if is_tcp && header.is_none() && !client.is_readable() {
             backend.acknowledge();
         }
@@ -147,7 +147,7 @@ async fn dialled(
         None => dial_address(socket, client, peer, guard).await,
         Some(host) => match attempts::dial_named(socket, &host, client, peer, guard).await {
             Ok((stream, target)) => {
-                guard.record().iter().for_each(|record| record.set_reached(target.port_mapping.backend));
+                guard.record().iter().for_each(|record| record.set_reached(&target.port_mapping.backend));
                 guard.set_target(target);
                 Ok(stream)
             }
@@ -167,11 +167,11 @@ async fn dial_address(
     peer: SocketAddr,
     guard: &ConnectionGuard,
 ) -> Result<Stream, DialError> {
-    let (limits, PortMapping { backend, protocol, .. }) = (guard.limits(), *guard.port_mapping());
+    let (limits, PortMapping { backend, protocol, .. }) = (guard.limits(), guard.port_mapping());
     let fell_back = |reason: &NotAsClient| report_other_source(peer, guard, reason);
     match source::prepare(socket, guard.target(), peer, fell_back) {
-        Ok(socket) => dial::dial(socket, backend, protocol, limits.connect_timeout, client).await,
-        Err(source) => Err(DialError::Source { addr: backend.socket_addr(), source }),
+        Ok(socket) => dial::dial(socket, backend, *protocol, limits.connect_timeout, client).await,
+        Err(source) => Err(DialError::Source { addr: backend.clone(), source }),
     }
 }
 
@@ -193,7 +193,7 @@ fn report_failed_dial(peer: SocketAddr, guard: &ConnectionGuard, error: &DialErr
     guard.stats().count_of(Protocol::Tcp, failure_kind(error));
     guard.end(ending(error));
     let (mapping, reason) = (&guard.state().name, ending(error).as_str());
-    let backend = guard.port_mapping().backend;
+    let backend = &guard.port_mapping().backend;
     if let DialError::ClientReset { .. } = error {
         debug!(client = %peer, %mapping, bytes_in = 0, bytes_out = 0, duration_ms = duration_ms(guard), reason, %error, "connection ended");
     } else if let Some(suppressed) = FAILED_DIALS.permit() {
@@ -276,13 +276,16 @@ mod tests {
 
     #[test]
     fn each_reason_for_a_failed_dial_is_counted_as_itself() {
-        let addr = SocketAddr::from(([127, 0, 0, 1], 1));
-        let connect = |errno| DialError::Connect { addr, source: io::Error::from(errno) };
+        let addr = || BackendAddr::new(IpAddr::from([127, 0, 0, 1]), 1).unwrap();
+        let connect = |errno| DialError::Connect { addr: addr(), source: io::Error::from(errno) };
         for (error, kind) in [
             (connect(Errno::ECONNREFUSED), FailureKind::Refused),
             (connect(Errno::EHOSTUNREACH), FailureKind::ConnectFailed),
-            (DialError::Open { addr, source: Errno::EAFNOSUPPORT.into() }, FailureKind::ConnectFailed),
-            (DialError::ClientReset { addr }, FailureKind::Broken),
+            (
+                DialError::Open { addr: addr(), source: Errno::EAFNOSUPPORT.into() },
+                FailureKind::ConnectFailed,
+            ),
+            (DialError::ClientReset { addr: addr() }, FailureKind::Broken),
         ] {
             assert_eq!(failure_kind(&error), kind, "{error}");
         }

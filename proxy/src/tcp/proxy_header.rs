@@ -49,13 +49,13 @@ pub(super) async fn exchange(
         if let Some(told) = told {
             *peer = told.source();
         }
-        let is_ipv4 = |guard: &ConnectionGuard| guard.port_mapping().backend.socket_addr().is_ipv4();
-        let was_ipv4 = is_ipv4(guard);
+        let domain = |guard: &ConnectionGuard| dial::domain_of(&guard.port_mapping().backend);
+        let domain_before = domain(guard);
         if let Some(target) = entry.set_client(peer.ip()) {
             guard.set_target(target);
         }
-        let (client, backend) = (canonical(*peer), guard.port_mapping().backend);
-        guard.record().iter().for_each(|record| record.set_told(client, backend));
+        let (client, backend) = (canonical(*peer), &guard.port_mapping().backend);
+        guard.record().iter().for_each(|record| record.set_told(client, backend.clone()));
         if !guard.admits(*peer) {
             guard.end(Ending::Denied);
             return Err(Refused);
@@ -67,9 +67,9 @@ pub(super) async fn exchange(
                 return Err(Refused);
             }
         }
-        if is_ipv4(guard) != was_ipv4 {
+        if domain(guard) != domain_before {
             *socket = dial::open_for(guard.target()).map_err(|source| {
-                let addr = guard.port_mapping().backend.socket_addr();
+                let addr = guard.port_mapping().backend.clone();
                 report_failed_dial(*peer, guard, &DialError::Open { addr, source });
                 Refused
             })?;

@@ -316,8 +316,8 @@ impl Drop for Stream {
 pub(super) fn report_refused(option: &'static str, error: &io::Error, effect: &'static str) {
     static REFUSED: LogLimit = LogLimit::new();
 
-    // SCTP has no options of TCP, and holds nothing back.
-    if Errno::from_io_error(error) == Some(Errno::NOPROTOOPT) {
+    // SCTP and Unix sockets have no options of TCP, and hold nothing back.
+    if matches!(Errno::from_io_error(error), Some(Errno::NOPROTOOPT | Errno::OPNOTSUPP)) {
         return;
     }
     if let Some(suppressed) = REFUSED.permit() {

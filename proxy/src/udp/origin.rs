@@ -64,9 +64,13 @@ mod tests {
     fn what_comes_from_the_backend_a_listener_or_nobody_is_forged() {
         let first = port_mapping("0.0.0.0:9000", "192.0.2.1:53");
         let mut own = OwnPorts::default();
-        [first, port_mapping("192.0.2.9:9001", "192.0.2.1:53"), port_mapping("[::]:9002", "192.0.2.1:53")]
-            .iter()
-            .for_each(|port_mapping| own.add(port_mapping));
+        [
+            first.clone(),
+            port_mapping("192.0.2.9:9001", "192.0.2.1:53"),
+            port_mapping("[::]:9002", "192.0.2.1:53"),
+        ]
+        .iter()
+        .for_each(|port_mapping| own.add(port_mapping));
         let is_forged = |source: &str| own.is_forged(source.parse().unwrap(), &first);
         for forged in [
             "192.0.2.1:53",

@@ -138,7 +138,7 @@ impl Tally {
             let error =
                 error.map_or_else(|| "too many wait for a socket".to_owned(), |error| error.to_string());
             let to = to.as_str();
-            let (mapping, backend) = (target.name(), target.port_mapping.backend);
+            let (mapping, backend) = (target.name(), &target.port_mapping.backend);
             warn!(%mapping, %backend, to, refused, no_buffer, too_large, %error, suppressed, "datagrams lost");
         }
     }

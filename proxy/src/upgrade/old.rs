@@ -264,7 +264,7 @@ fn offered_mapping(served: &Served) -> OfferedMapping {
     let name = mapping.name.filter(|_name| process.is_none());
     let resolved = match served.mapping().backend() {
         BackendHost::Name(host) => host.addresses().to_vec(),
-        BackendHost::Ip(_) => Vec::new(),
+        BackendHost::Ip(_) | BackendHost::Unix(_) => Vec::new(),
     };
     OfferedMapping { mapping: WireMapping { name, ..mapping }, resolved, process }
 }

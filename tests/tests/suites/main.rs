@@ -37,6 +37,7 @@ mod status_page;
 mod system_calls;
 mod traffic_class;
 mod udp;
+mod unix;
 mod upgrade;
 mod vm;
 mod watch;
@@ -58,6 +59,7 @@ fn main() -> ExitCode {
         rootlessport,
         cni,
         udp,
+        unix,
         traffic_class,
         nginx,
         config,

@@ -33,7 +33,7 @@ fn a_client_without_a_backend_socket_is_reset_and_counted() {
         backend: BackendAddr::new(localhost, 80).unwrap(),
         v6only: false,
     };
-    let bound = BoundPort::bind(port_mapping).unwrap();
+    let bound = BoundPort::bind(port_mapping.clone()).unwrap();
     let Listener::Tcp(listener) = &bound.listener else { panic!("not a TCP listener") };
     let policy = Arc::new(MappingPolicy { limits: Limits::default(), state: Arc::default() });
     let guard = ConnectionGuard::take(&Arc::new(Target::new(port_mapping, policy)));

@@ -108,9 +108,9 @@ fn relayed_from(
 async fn serve(front: &TcpListener, target: &Arc<Target>) -> Outcome {
     let guard = ConnectionGuard::take(target);
     let client = Stream::new(accept(front.as_fd()).unwrap().0).unwrap();
-    let PortMapping { backend, protocol, .. } = target.port_mapping;
+    let PortMapping { backend, protocol, .. } = &target.port_mapping;
     let socket = Begun::Not(dial::open(guard.port_mapping()).unwrap());
-    let backend = dial::dial(socket, backend, protocol, None, &client).await.unwrap();
+    let backend = dial::dial(socket, backend, *protocol, None, &client).await.unwrap();
     backend.acknowledge();
     relay(&client, &backend, &guard, None).await
 }

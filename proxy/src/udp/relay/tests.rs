@@ -532,7 +532,7 @@ fn a_change_ends_those_flows_that_it_concerns() {
         let client = scene.client();
         client.send(b"hello").unwrap();
         scene.at_backend();
-        let mut port_mapping = scene.target.port_mapping;
+        let mut port_mapping = scene.target.port_mapping.clone();
         let mut limits = scene.target.policy.limits.clone();
         change(&mut port_mapping, &mut limits);
         let policy = Arc::new(MappingPolicy { limits, state: scene.target.policy.state.clone() });
@@ -555,7 +555,7 @@ fn another_mapping_at_the_same_port_has_its_own_flows() {
     client.send(b"hello").unwrap();
     scene.at_backend();
     let policy = Arc::new(MappingPolicy { limits: Limits::default(), state: Arc::default() });
-    let target = Arc::new(Target::new(scene.target.port_mapping, policy));
+    let target = Arc::new(Target::new(scene.target.port_mapping.clone(), policy));
     let port = scene.port.clone();
     scene.serve_port(&port, &target);
     assert!(scene.flow(&client).is_none());
@@ -572,7 +572,7 @@ fn the_most_flows_that_a_mapping_asks_for_count_while_it_is_served() {
     let of = |udp_max_flows| {
         let limits = Limits { udp_max_flows, ..Limits::default() };
         let policy = Arc::new(MappingPolicy { limits, state: Arc::default() });
-        Arc::new(Target::new(scene.target.port_mapping, policy))
+        Arc::new(Target::new(scene.target.port_mapping.clone(), policy))
     };
     let [more, less, none] = [Some(900), Some(800), None].map(of);
     for (target, asked) in [(&more, 900), (&less, 800), (&none, 700), (&less, 800)] {

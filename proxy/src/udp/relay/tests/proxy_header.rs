@@ -174,7 +174,7 @@ fn access_lists_and_quotas_are_about_the_client_that_a_proxy_tells() {
     let access = AccessList { deny: vec![parse_network("192.0.2.2").unwrap()], ..AccessList::default() };
     let limits = Limits { access, ..scene.target.policy.limits.clone() };
     let policy = Arc::new(MappingPolicy { limits, state: scene.target.policy.state.clone() });
-    let target = Arc::new(Target::new(scene.target.port_mapping, policy));
+    let target = Arc::new(Target::new(scene.target.port_mapping.clone(), policy));
     let port = scene.port.clone();
     scene.serve_port(&port, &target);
     assert_eq!(scene.relay.table.len(), 1, "the flow of 192.0.2.2 has ended");
@@ -237,7 +237,7 @@ fn flows_end_when_headers_are_sent_or_expected_from_now_on() {
     assert_eq!(scene.at_backend().0, b"plain");
     let policy =
         MappingPolicy { limits: sends(ProxyDatagrams::First), state: scene.target.policy.state.clone() };
-    let target = Arc::new(Target::new(scene.target.port_mapping, Arc::new(policy)));
+    let target = Arc::new(Target::new(scene.target.port_mapping.clone(), Arc::new(policy)));
     let port = scene.port.clone();
     scene.serve_port(&port, &target);
     client.send(b"with a header").unwrap();
@@ -303,7 +303,7 @@ fn flows_stay_when_other_proxies_are_accepted() {
     limits.proxy_protocol.accept.push(parse_network("10.0.0.0/8").unwrap());
     limits.proxy_protocol.timeout = Duration::from_secs(1);
     let policy = Arc::new(MappingPolicy { limits, state: scene.target.policy.state.clone() });
-    let target = Arc::new(Target::new(scene.target.port_mapping, policy));
+    let target = Arc::new(Target::new(scene.target.port_mapping.clone(), policy));
     let port = scene.port.clone();
     scene.serve_port(&port, &target);
     proxy.send(&behind_header("192.0.2.1:7", b"goes on")).unwrap();
@@ -311,7 +311,7 @@ fn flows_stay_when_other_proxies_are_accepted() {
 
     let policy =
         Arc::new(MappingPolicy { limits: Limits::default(), state: scene.target.policy.state.clone() });
-    let target = Arc::new(Target::new(scene.target.port_mapping, policy));
+    let target = Arc::new(Target::new(scene.target.port_mapping.clone(), policy));
     scene.serve_port(&port, &target);
     assert_eq!(scene.relay.table.len(), 0, "nobody speaks for others any more");
 }

@@ -1,0 +1,345 @@
+//! Unix sockets as backends: paths and abstract names.
+
+use std::fs::{self, Permissions};
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{SocketAddr as UnixAddr, UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use nix::sys::signal::Signal;
+use serde_json::json;
+use tempfile::TempDir;
+use testkit::client::{self, End};
+use testkit::controlled::Controlled;
+use testkit::process::{self, Stream};
+use testkit::require::Need;
+use testkit::rproxy::{self, Standalone};
+use testkit::suite::Case;
+use testkit::{PATIENCE, eventually};
+
+/// More than a socket holds, so that it is spliced.
+const LARGE: usize = 64 << 20;
+
+pub(crate) fn cases() -> Vec<Case> {
+    vec![
+        Case::new("a path, strictly confined", || relayed(&Place::path())),
+        Case::new("an abstract name, strictly confined", || relayed(&Place::name())),
+        Case::new("each side ends its stream alone", half_closed),
+        Case::new("a backend that breaks off resets its client", broken_off),
+        Case::new("nobody listens, and then somebody does", late),
+        Case::new("clients wait while the backlog is full, up to connect_timeout", full_backlog),
+        Case::new("a socket of another user", forbidden).needs(&[Need::Root]),
+        Case::new("the backend gets the header of its proxy", announced),
+        Case::new("a file is served, reloaded, and printed", configured),
+        Case::new("confined changes bring sockets, and take them", changed),
+        Case::new("an upgrade keeps it", upgraded),
+        Case::new("the access log and the list of connections name it", logged),
+        Case::new("what a Unix socket cannot have is refused", refused),
+    ]
+}
+
+/// Where a Unix socket is.
+struct Place {
+    address: UnixAddr,
+    text: String,
+    dir: TempDir,
+}
+
+impl Place {
+    fn path() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("app.sock");
+        let (address, text) = (UnixAddr::from_pathname(&path).unwrap(), format!("unix:{}", path.display()));
+        Self { address, text, dir }
+    }
+
+    fn name() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let name = dir.path().display().to_string();
+        let (address, text) = (UnixAddr::from_abstract_name(&name).unwrap(), format!("unix:@{name}"));
+        Self { address, text, dir }
+    }
+
+    fn as_path(&self) -> &Path {
+        self.address.as_pathname().unwrap()
+    }
+
+    fn listen(&self) -> UnixListener {
+        UnixListener::bind_addr(&self.address).unwrap()
+    }
+
+    /// Serves each connection by `handler`, until the test ends.
+    fn serve(&self, handler: impl Fn(UnixStream) + Copy + Send + 'static) {
+        let listener = self.listen();
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                let stream = stream.unwrap();
+                stream.set_read_timeout(Some(PATIENCE)).unwrap();
+                stream.set_write_timeout(Some(PATIENCE)).unwrap();
+                thread::spawn(move || handler(stream));
+            }
+        });
+    }
+
+    fn relay(&self, more: &[&str]) -> Standalone {
+        Standalone::start(&[&["--host", "127.0.0.1:0", "--to", &self.text], more].concat())
+    }
+
+    fn file(&self, name: &str, text: &str) -> PathBuf {
+        let path = self.dir.path().join(name);
+        fs::write(&path, text).unwrap();
+        path
+    }
+}
+
+/// Sends back what comes. The client may be gone.
+fn echo(stream: UnixStream) {
+    io::copy(&mut &stream, &mut &stream).ok();
+    stream.shutdown(Shutdown::Write).ok();
+}
+
+fn relayed(place: &Place) {
+    place.serve(echo);
+    let proxy = place.relay(&["--sandbox", "strict"]);
+    client::assert_echoes(proxy.address());
+    let stream = client::connect(proxy.address());
+    client::exchange(&stream, 1, LARGE);
+    client::ping(&stream);
+    let log = proxy.process.captured(Stream::Stderr);
+    assert!(!log.contains("WARN"), "{log}");
+}
+
+fn half_closed() {
+    let place = Place::path();
+    place.serve(|mut stream| {
+        let mut question = Vec::new();
+        stream.read_to_end(&mut question).unwrap();
+        stream.write_all(&vec![7; question.len()]).unwrap();
+    });
+    let proxy = place.relay(&[]);
+    let answer = client::ask(proxy.address(), &[1; 300_000]).unwrap();
+    assert_eq!(answer, vec![7; 300_000]);
+}
+
+/// A Unix socket that is closed with unread data is reset (unix_release_sock in net/unix/af_unix.c).
+fn broken_off() {
+    let place = Place::path();
+    place.serve(|mut stream| stream.read_exact(&mut [0]).unwrap());
+    let proxy = place.relay(&[]);
+    let mut stream = client::connect(proxy.address());
+    stream.write_all(b"some bytes").unwrap();
+    let (rest, end) = client::read_to_end(&stream);
+    assert_eq!((rest.len(), end), (0, End::Reset));
+    // There is no reset of a client that a Unix socket could pass on: it ends.
+    let place = Place::path();
+    let listener = place.listen();
+    let proxy = place.relay(&[]);
+    client::reset(client::connect(proxy.address()));
+    let (mut accepted, _peer) = listener.accept().unwrap();
+    accepted.set_read_timeout(Some(PATIENCE)).unwrap();
+    assert_eq!(accepted.read(&mut [0]).unwrap(), 0);
+}
+
+fn late() {
+    let place = Place::path();
+    let proxy = place.relay(&[]);
+    let assert_refused = |reason: &str| {
+        assert_eq!(client::end_of(proxy.address()), (Vec::new(), End::Reset));
+        let said = proxy.process.wait_for_line(Stream::Stderr, |line| line.contains(reason));
+        assert!(said.contains(&format!("backend={}", place.text)), "{said}");
+    };
+    assert_refused("No such file or directory");
+    drop(place.listen());
+    assert_refused("connect_refused");
+    fs::remove_file(place.as_path()).unwrap();
+    place.serve(echo);
+    client::assert_echoes(proxy.address());
+}
+
+fn full_backlog() {
+    let place = Place::path();
+    let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None).unwrap();
+    socket.bind(&socket2::SockAddr::unix(place.as_path()).unwrap()).unwrap();
+    socket.listen(0).unwrap();
+    let control = place.dir.path().join("control");
+    let control = control.to_str().unwrap();
+    let proxy = place.relay(&["--connect-timeout", "1s", "--control", control]);
+    // Linux takes one connection more than the backlog (unix_recvq_full in net/unix/af_unix.c).
+    let clients: Vec<TcpStream> = (0..3).map(|_| client::connect(proxy.address())).collect();
+    proxy.process.wait_for_line(Stream::Stderr, |line| line.contains("did not answer within 1s"));
+    // Those that wait are served once there is room.
+    let listener = UnixListener::from(std::os::fd::OwnedFd::from(socket));
+    let waiting: Vec<TcpStream> = (0..3).map(|_| client::connect(proxy.address())).collect();
+    thread::spawn(move || {
+        listener.incoming().for_each(|stream| drop(thread::spawn(|| echo(stream.unwrap()))))
+    });
+    waiting.iter().for_each(client::ping);
+    drop(clients);
+}
+
+fn forbidden() {
+    let place = Place::path();
+    place.serve(echo);
+    fs::set_permissions(place.dir.path(), Permissions::from_mode(0o755)).unwrap();
+    fs::set_permissions(place.as_path(), Permissions::from_mode(0o600)).unwrap();
+    let proxy = place.relay(&["--user", "nobody"]);
+    assert_eq!(client::end_of(proxy.address()), (Vec::new(), End::Reset));
+    let said = proxy.process.wait_for_line(Stream::Stderr, |line| line.contains("Permission denied"));
+    assert!(said.contains("takes write permission for rproxy's user or group"), "{said}");
+    fs::set_permissions(place.as_path(), Permissions::from_mode(0o666)).unwrap();
+    client::assert_echoes(proxy.address());
+}
+
+fn announced() {
+    let place = Place::path();
+    place.serve(echo);
+    let proxy = place.relay(&["--send-proxy", "v1"]);
+    let mut stream = client::connect(proxy.address());
+    let (own, front) = (stream.local_addr().unwrap(), proxy.address());
+    let header = format!("PROXY TCP4 127.0.0.1 127.0.0.1 {} {}\r\n", own.port(), front.port());
+    let mut echoed = vec![0; header.len()];
+    stream.read_exact(&mut echoed).unwrap();
+    assert_eq!(String::from_utf8(echoed).unwrap(), header);
+    client::ping(&stream);
+}
+
+fn configured() {
+    let place = Place::path();
+    place.serve(echo);
+    let host = client::own_address();
+    let text = |to: &str| format!("[[mapping]]\nname = \"app\"\nhost = \"{host}\"\nto = \"{to}\"\n");
+    let file = place.file("rproxy.toml", &text(&place.text));
+    let arguments = ["--config", file.to_str().unwrap(), "--sandbox", "strict"];
+    let process = process::Process::spawn(rproxy::command(&arguments));
+    process.wait_for_line(Stream::Stdout, |line| line == format!("{} -> {host}", place.text));
+    client::assert_echoes(host);
+    let stays = client::connect(host);
+    client::ping(&stays);
+
+    let other = Place::name();
+    other.serve(|mut stream| stream.write_all(b"other").unwrap());
+    fs::write(&file, text(&other.text)).unwrap();
+    process.signal(Signal::SIGHUP);
+    process.wait_for_line(Stream::Stderr, |line| line.contains("configuration reloaded"));
+    assert_eq!(client::end_of(host).0, b"other");
+    client::ping(&stays);
+
+    let printed =
+        process::run(rproxy::command(&["--config", file.to_str().unwrap(), "--print-config"])).success();
+    assert!(printed.contains(&format!("to = \"{}\"", other.text)), "{printed}");
+    fs::write(&file, text("unix:app.sock")).unwrap();
+    let output = process::run(rproxy::command(&["check-config", file.to_str().unwrap()]));
+    assert_eq!(output.status.code(), Some(1), "{output:#?}");
+    assert!(
+        output.stderr.contains(":4:6: to: 'unix:app.sock' is not the address of a Unix socket"),
+        "{output:#?}"
+    );
+}
+
+fn changed() {
+    let (place, other) = (Place::path(), Place::name());
+    place.serve(echo);
+    other.serve(|mut stream| stream.write_all(b"other").unwrap());
+    let host = client::own_address();
+    let server = Controlled::start(&["--sandbox", "strict"]);
+    let added =
+        server.ctl(&["add", "--name", "app", "--host", &host.to_string(), "--to", &place.text]).success();
+    assert_eq!(added.trim_end(), format!("app: {} -> {host}", place.text));
+    client::assert_echoes(host);
+    let listed = server.json(&["list"]);
+    let app = &listed["mappings"][0];
+    assert_eq!((&app["to"], app.get("to_ports")), (&json!(place.text), None), "{listed:#}");
+    // What was listed can be applied.
+    let again = server.apply(std::slice::from_ref(app)).success();
+    assert!(again.contains("1 not touched"), "{again}");
+    let toml = server.ctl(&["list", "--toml"]).success();
+    assert!(toml.contains(&format!("to = \"{}\"", place.text)), "{toml}");
+
+    let stays = client::connect(host);
+    client::ping(&stays);
+    server.ctl(&["retarget", "app", "--to", &other.text]).success();
+    assert_eq!(client::end_of(host).0, b"other");
+    client::ping(&stays);
+    server.ctl(&["retarget", "app", "--to", &other.text, "--cut"]).success();
+    assert_eq!(client::read_to_end(&stays).1, End::Reset);
+    let backend = testkit::backend::TcpBackend::echo();
+    server.ctl(&["retarget", "app", "--to", &backend.address().to_string()]).success();
+    client::assert_echoes(host);
+    server.ctl(&["remove", "app"]).success();
+}
+
+fn upgraded() {
+    let place = Place::path();
+    place.serve(echo);
+    let server = Controlled::start(&[]);
+    let host = client::own_address();
+    server.ctl(&["add", "--host", &host.to_string(), "--to", &place.text]).success();
+    let stays = client::connect(host);
+    client::ping(&stays);
+    server.process.signal(Signal::SIGUSR2);
+    server.process.wait_for_line(Stream::Stderr, |line| line.contains("a new process has taken over"));
+    client::assert_echoes(host);
+    client::ping(&stays);
+}
+
+fn logged() {
+    let place = Place::path();
+    place.serve(echo);
+    let log = place.dir.path().join("access.log");
+    let server = Controlled::start(&["--access-log", log.to_str().unwrap(), "--access-log-format", "json"]);
+    let host = client::own_address();
+    server.ctl(&["add", "--host", &host.to_string(), "--to", &place.text]).success();
+    let stream = client::connect(host);
+    client::ping(&stream);
+    let connections = server.json(&["connections"]);
+    assert_eq!(connections["connections"][0]["backend"], json!(place.text), "{connections:#}");
+    let table = server.ctl(&["connections"]).success();
+    assert!(table.contains(&place.text), "{table}");
+    drop(stream);
+    eventually("its line is written", || {
+        let text = fs::read_to_string(&log).unwrap_or_default();
+        text.contains(&format!("\"backend\":\"{}\"", place.text)) && text.contains("client_closed")
+    });
+}
+
+fn refused() {
+    let wrong = |line: &str, message: &str| {
+        let arguments: Vec<&str> = line.split_whitespace().collect();
+        let output = process::run(rproxy::command(&arguments));
+        assert_eq!(output.status.code(), Some(2), "{line}: {output:#?}");
+        assert!(output.stderr.contains(message), "{line}: {output:#?}");
+    };
+    let to = "--host 127.0.0.1:0 --to unix:/run/app.sock";
+    wrong(
+        "--host unix:/run/a.sock --to 127.0.0.1:9",
+        "--host unix:/run/a.sock: a Unix socket can be a backend",
+    );
+    wrong("--host 127.0.0.1:0 --to unix:app.sock", "write unix:/run/app.sock, or unix:@app");
+    wrong("--host 127.0.0.1:0 --to unix:@", "write unix:/run/app.sock, or unix:@app");
+    wrong(
+        &format!("--host 127.0.0.1:0 --to unix:/{}", "a".repeat(107)),
+        "has 108 bytes, and 107 are the most",
+    );
+    wrong(&format!("{to} --proto udp"), "only tcp can be relayed to a Unix socket, and not udp");
+    wrong(&format!("{to} --proto tcp+udp"), "only tcp can be relayed to a Unix socket, and not tcp+udp");
+    wrong(&format!("{to} --proto sctp"), "only tcp can be relayed to a Unix socket, and not sctp");
+    wrong(&format!("{to} --source client"), "a connection to a Unix socket has no source = client");
+    wrong(&format!("{to} --device lo"), "a connection to a Unix socket has no device = lo");
+    wrong("-p 80:80 --to unix:/run/app.sock", "its --host is missing; each --to goes with one");
+
+    let server = Controlled::start(&[]);
+    for (to_ports, message) in [(Some("80"), "to_ports: a Unix socket has no ports"), (None, "")] {
+        let mut mapping = json!({ "host": "127.0.0.1", "to": "unix:/run/app.sock" });
+        if let Some(ports) = to_ports {
+            mapping["to_ports"] = json!(ports);
+        }
+        let output = server.apply(&[mapping]);
+        assert_eq!(output.status.success(), message.is_empty(), "{output:#?}");
+        assert!(output.stderr.contains(message), "{output:#?}");
+    }
+    let missing = server.apply(&[json!({ "host": "127.0.0.1", "to": "192.0.2.1" })]);
+    assert!(missing.stderr.contains("to_ports: it is missing"), "{missing:#?}");
+}
