@@ -4,6 +4,7 @@ use std::fmt;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
+use rproxy_mapping::addr::Protocol;
 use serde::{Deserialize, Serialize};
 
 use crate::host_ip::HostIp;
@@ -11,7 +12,8 @@ use crate::model::MappingKey;
 use crate::name::{Id, Name};
 
 /// A port of the host, and where its clients are relayed to.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(from = "Flat")]
 pub struct RelayedPort {
     /// The port.
     #[serde(flatten)]
@@ -23,6 +25,24 @@ pub struct RelayedPort {
     /// Whether the container sees its clients' addresses (`source = "client"`).
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub keeps_source: bool,
+}
+
+/// A port as it is written. There are thousands of them, and a flattened structure is read a few times more slowly.
+#[derive(Deserialize)]
+struct Flat {
+    proto: Protocol,
+    host: HostIp,
+    port: u16,
+    owner: Name,
+    to: SocketAddr,
+    #[serde(default)]
+    keeps_source: bool,
+}
+
+impl From<Flat> for RelayedPort {
+    fn from(Flat { proto, host, port, owner, to, keeps_source }: Flat) -> Self {
+        Self { key: MappingKey { proto, host, port }, owner, to, keeps_source }
+    }
 }
 
 impl RelayedPort {
@@ -152,8 +172,6 @@ impl fmt::Display for Listed<'_> {
 
 #[cfg(test)]
 mod tests {
-    use rproxy_mapping::addr::Protocol;
-
     use super::*;
 
     fn port(proto: Protocol, host: &str, port: u16, to: &str) -> RelayedPort {

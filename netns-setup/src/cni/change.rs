@@ -49,7 +49,7 @@ pub(super) fn publish(
     check_attachments(before, &after, own)?;
     check_networks(before, &after, store)?;
     // What is in the way of the new ports is gone by then.
-    let planned = plan(&after, Some(own), launch).inspect_err(|_| restore(before, launch));
+    let planned = plan(before, &after, Some(own), launch).inspect_err(|_| restore(before, launch));
     let (relayed, lost) = planned?;
     let wanted = after.wanted_localnet();
     let allowed = localnet::to_allow(&before.localnet, &wanted)?;
@@ -95,7 +95,7 @@ fn undo(store: &Store, before: &Node, after: &Node, allowed: &[String]) -> Resul
 
 /// Has the relay serve what it did, if it does not. If that fails, the next call tries again.
 fn restore(before: &Node, launch: &Launch) {
-    drop(plan(before, None, launch).and_then(|(relayed, _lost)| relay(&relayed, launch)));
+    drop(plan(before, before, None, launch).and_then(|(relayed, _lost)| relay(&relayed, launch)));
 }
 
 /// Withdraws the ports that `after` lacks. Goes on after failures; what could not be taken away stays in the state.
@@ -113,7 +113,7 @@ pub(super) fn withdraw(
     // A full disk keeps nothing from being taken away.
     drop(store.save(&before.changing(before.localnet.clone())));
     failed.extend(rules::change(known(before), &after).err().map(CniError::from));
-    let lost = withdraw_from_relay(&after, launch).unwrap_or_else(|error| {
+    let lost = withdraw_from_relay(before, &after, launch).unwrap_or_else(|error| {
         failed.push(error);
         Vec::new()
     });
@@ -133,8 +133,8 @@ pub(super) fn withdraw(
 }
 
 /// Has the relay serve what is left. If it cannot serve what others have lost, it at least serves no more than that.
-fn withdraw_from_relay(after: &Node, launch: &Launch) -> Result<Vec<String>, CniError> {
-    let (relayed, mut lost) = plan(after, None, launch)?;
+fn withdraw_from_relay(before: &Node, after: &Node, launch: &Launch) -> Result<Vec<String>, CniError> {
+    let (relayed, mut lost) = plan(before, after, None, launch)?;
     if let Err(error) = relay(&relayed, launch) {
         client::cease(&launch.state_dir, &relayed.remove)?;
         lost.push(format!("the relay does not serve the ports of others: {error}"));
@@ -190,15 +190,17 @@ fn check_networks(before: &Node, after: &Node, store: &Store) -> Result<(), CniE
     new.filter_map(published).next().map_or(Ok(()), |shared| Err(shared.into()))
 }
 
-/// Compares what the relay serves with what it has to, and binds what it lacks. What others than `own` have lost and
-/// cannot be bound is returned as text.
+/// Compares what the relay serves, which is probably that of `before`, with what it has to, and binds what it lacks. What
+/// others than `own` have lost and cannot be bound is returned as text.
 fn plan(
+    before: &Node,
     after: &Node,
     own: Option<&AttachmentId>,
     launch: &Launch,
 ) -> Result<(Relayed, Vec<String>), CniError> {
-    let after = after.effective();
-    let status = match client::status(&launch.state_dir)? {
+    let (before, after) = (before.effective(), after.effective());
+    let expected: Vec<_> = before.ports_by_key().into_values().collect();
+    let status = match client::compare(&launch.state_dir, &expected)? {
         Some(status) => status,
         None => {
             // One whose directory was removed has its ports for ever.
@@ -270,16 +272,24 @@ fn taken(id: &AttachmentId, key: MappingKey, holder: String) -> CniError {
 
 /// Ends the UDP flows of ports that are translated otherwise from now on.
 fn forget_udp(before: &Node, after: &Node) -> Result<(), CniError> {
+    let is_udp = |port: &RelayedPort| port.key.proto == Protocol::Udp;
+    if !before.ports().chain(after.ports()).any(is_udp) {
+        return Ok(());
+    }
     let (before, after) = (before.effective(), after.effective());
-    let by_key = |node: &Node| -> BTreeMap<MappingKey, (Via, RelayedPort)> {
-        let ports = node.attachments.iter().flat_map(|attachment| {
-            attachment.ports.iter().map(|port| (port.key, (attachment.via, port.clone())))
-        });
-        ports.collect()
-    };
-    let (old, new) = (by_key(&before), by_key(&after));
+    fn by_key(
+        node: &Node,
+        is_udp: impl Fn(&RelayedPort) -> bool,
+    ) -> BTreeMap<MappingKey, (Via, &RelayedPort)> {
+        let ports = node
+            .attachments
+            .iter()
+            .flat_map(|attachment| attachment.ports.iter().map(|port| (port.key, (attachment.via, port))));
+        ports.filter(|(_key, (_via, port))| is_udp(port)).collect()
+    }
+    let (old, new) = (by_key(&before, is_udp), by_key(&after, is_udp));
     let keys: BTreeSet<_> = old.keys().chain(new.keys()).collect();
-    let changed = keys.into_iter().filter(|key| key.proto == Protocol::Udp && old.get(key) != new.get(key));
+    let changed = keys.into_iter().filter(|key| old.get(key) != new.get(key));
     let ports: Vec<_> = changed.map(|key| (key.host, key.port)).collect();
     if ports.is_empty() {
         return Ok(());

@@ -2,11 +2,12 @@
 //!
 //! Containers are on networks of other plugins, so what comes from where is told by addresses, not by a bridge.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Write;
 
 use ipnet::IpNet;
 
+use super::attachment::AttachmentId;
 use super::state::{Attachment, Node};
 use crate::firewall::nft::{any_element, chain, on_element, write_set};
 use crate::firewall::{Translation, tool, translated_host};
@@ -43,11 +44,12 @@ const LOCALNET: &str = "localnet";
 /// # Errors
 /// If `nft` is missing or fails.
 pub(super) fn change(before: Option<&Node>, after: &Node) -> Result<(), tool::ToolError> {
-    let wanted = elements(&after.effective());
-    let is_empty = wanted.values().all(BTreeSet::is_empty);
+    let after = after.effective();
+    let is_empty = after.attachments.iter().all(has_no_elements);
     match before {
         Some(before) => {
-            let script = difference(&elements(&before.effective()), &wanted);
+            let (there, wanted) = differing(&before.effective(), &after);
+            let script = difference(&there, &wanted);
             // If somebody has changed the table, elements are missing, or there already: then the whole is loaded.
             let is_done =
                 if script.is_empty() { is_empty || is_there() } else { !is_empty && load(&script).is_ok() };
@@ -59,7 +61,7 @@ pub(super) fn change(before: Option<&Node>, after: &Node) -> Result<(), tool::To
         None if is_empty && !is_there() => return Ok(()),
         None => {}
     }
-    load(&replacement(&wanted))
+    load(&replacement(&elements(&after)))
 }
 
 /// Whether the table is there.
@@ -148,14 +150,46 @@ fn translations(attachment: &Attachment) -> impl Iterator<Item = Translation> {
     })
 }
 
+fn has_no_elements(attachment: &Attachment) -> bool {
+    attachment.localnet.is_none() && translations(attachment).next().is_none()
+}
+
 /// The elements of all sets, also of empty ones.
 fn elements(node: &Node) -> Elements {
+    let mut elements = of_ports(&node.attachments.iter().collect::<Vec<_>>());
+    elements.extend(of_networks(node));
+    elements
+}
+
+/// The elements of two nodes in which they may differ: what attachments have that are in both is not written.
+fn differing(one: &Node, other: &Node) -> (Elements, Elements) {
+    fn by_id(node: &Node) -> HashMap<&AttachmentId, &Attachment> {
+        node.attachments.iter().map(|attachment| (&attachment.id, attachment)).collect()
+    }
+    let (of_one, of_other) = (by_id(one), by_id(other));
+    let is_common = |attachment: &&Attachment| of_one.get(&attachment.id) == of_other.get(&attachment.id);
+    let all = || one.attachments.iter().chain(&other.attachments);
+    let changed = all().filter(|attachment| !is_common(attachment));
+    // Those with the same address may have the same elements.
+    let addresses: BTreeSet<_> =
+        changed.flat_map(|attachment| &attachment.ports).map(|port| port.to.ip()).collect();
+    let is_written = |attachment: &&Attachment| {
+        !is_common(attachment) || attachment.ports.iter().any(|port| addresses.contains(&port.to.ip()))
+    };
+    let written = |node: &Node| {
+        let mut elements = of_ports(&node.attachments.iter().filter(is_written).collect::<Vec<_>>());
+        elements.extend(of_networks(node));
+        elements
+    };
+    (written(one), written(other))
+}
+
+/// The elements of ports; also empty sets.
+fn of_ports(attachments: &[&Attachment]) -> Elements {
     let names = FAMILIES.iter().flat_map(|family| sets(*family)).map(|(_, name, _, _)| name);
     let mut elements: Elements = names.map(|name| (name, BTreeSet::new())).collect();
     let mut add = |name: String, element: String| elements.entry(name).or_default().extend([element]);
-    let mut local: Vec<IpNet> = Vec::new();
-    for attachment in &node.attachments {
-        let mut families = BTreeSet::new();
+    for attachment in attachments {
         for to in translations(attachment) {
             let digit = if to.container.is_ipv4() { '4' } else { '6' };
             let map = if to.direct { "direct" } else { "published" };
@@ -170,15 +204,25 @@ fn elements(node: &Node) -> Elements {
                 );
                 add(format!("own{digit}"), format!("{} . {} . {}", to.container, to.proto, to.host_port));
             }
-            families.insert(to.container.is_ipv4());
         }
+    }
+    elements
+}
+
+/// The elements of networks and interfaces, which many attachments share.
+fn of_networks(node: &Node) -> Elements {
+    let mut elements = Elements::new();
+    let mut add = |name: String, element: String| elements.entry(name).or_default().extend([element]);
+    let mut local: BTreeSet<IpNet> = BTreeSet::new();
+    for attachment in &node.attachments {
+        let families: BTreeSet<_> = translations(attachment).map(|to| to.container.is_ipv4()).collect();
         local.extend(attachment.subnets.iter().filter(|subnet| families.contains(&subnet.addr().is_ipv4())));
         if let Some(interface) = &attachment.localnet {
             add(LOCALNET.to_owned(), format!("\"{interface}\""));
         }
     }
     // Intervals must not overlap.
-    for subnet in IpNet::aggregate(&local) {
+    for subnet in IpNet::aggregate(&local.into_iter().collect::<Vec<_>>()) {
         let digit = if subnet.addr().is_ipv4() { '4' } else { '6' };
         add(format!("local{digit}"), whole_network(subnet));
     }
@@ -373,6 +417,37 @@ mod tests {
             assert_eq!(script("both", host), "localnet { \"cni0\" }\n", "{host}");
         }
         assert!(!script("proxy", "*").contains("published"));
+    }
+
+    #[test]
+    fn only_what_may_differ_is_written() {
+        let one = node("dnat", "*", 8080);
+        let with = |container: &str, ports: &[(u16, &str)]| {
+            let mut node = one.clone();
+            let mut other = node.attachments[0].clone();
+            other.id.container = container.to_owned();
+            let template = other.ports.remove(0);
+            for (port, to) in ports {
+                let mut port_of_other = template.clone();
+                (port_of_other.key.port, port_of_other.to) = (*port, to.parse().unwrap());
+                other.ports.push(port_of_other);
+            }
+            node.attachments.push(other);
+            node
+        };
+        let elsewhere = with("c2", &[(9000, "10.1.0.3:80"), (9001, "10.1.0.3:80")]);
+        let (there, wanted) = differing(&one, &elsewhere);
+        assert!(there["published4"].is_empty() && there["direct4"].is_empty(), "{there:?}");
+        assert_eq!((wanted["direct4"].len(), wanted["open4"].len()), (2, 1));
+        // It has an element in common with the one that stays.
+        let same = with("c2", &[(9000, "10.1.0.2:80")]);
+        for (before, after) in
+            [(&one, &elsewhere), (&elsewhere, &one), (&same, &one), (&one, &same), (&elsewhere, &same)]
+        {
+            let (there, wanted) = differing(before, after);
+            assert_eq!(difference(&there, &wanted), difference(&elements(before), &elements(after)));
+        }
+        assert!(!difference(&differing(&same, &one).0, &differing(&same, &one).1).contains("open4"));
     }
 
     #[test]

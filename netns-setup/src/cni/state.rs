@@ -44,6 +44,7 @@ pub struct Node {
 
 /// The ports of one attachment.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "Flat")]
 pub struct Attachment {
     /// Which.
     #[serde(flatten)]
@@ -60,6 +61,35 @@ pub struct Attachment {
     /// The interfaces of the host by which the container answers to its clients' addresses, if the relay keeps those.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub return_path: BTreeSet<IfName>,
+}
+
+/// An attachment as it is written: a flattened structure is read a few times more slowly.
+#[derive(Deserialize)]
+struct Flat {
+    network: String,
+    container: String,
+    interface: String,
+    via: Via,
+    ports: Vec<RelayedPort>,
+    subnets: Vec<IpNet>,
+    #[serde(default)]
+    localnet: Option<String>,
+    #[serde(default)]
+    return_path: BTreeSet<IfName>,
+}
+
+impl From<Flat> for Attachment {
+    fn from(flat: Flat) -> Self {
+        let Flat { network, container, interface, via, ports, subnets, localnet, return_path } = flat;
+        Self {
+            id: AttachmentId { network, container, interface },
+            via,
+            ports,
+            subnets,
+            localnet,
+            return_path,
+        }
+    }
 }
 
 impl Node {

@@ -41,7 +41,7 @@ use self::serving::Serving;
 use super::channel::{Channel, Line, within};
 use super::find::SUPERVISE;
 use super::launch::{LISTENER, offer_to_supervise};
-use super::message::{Answer, Request, Status};
+use super::message::{Answer, Request, Status, digest};
 use super::process;
 use crate::descriptors;
 use crate::model::MappingKey;
@@ -222,6 +222,10 @@ impl Supervisor {
         let answer = match serde_json::from_slice(&text) {
             Ok(_request) if is_incomplete => Answer::Refused(descriptors::too_few(sockets.len())),
             Ok(Request::Status) => Answer::Status(self.status()),
+            Ok(Request::Compare(expected)) if digest(self.held.ports()) == expected => {
+                Answer::Same(self.status_without_ports())
+            }
+            Ok(Request::Compare(_)) => Answer::Status(self.status()),
             Ok(Request::Change { remove, add }) => {
                 let asked = add.iter().map(|port| port.key).collect();
                 match self.held.changed(&remove, add, sockets) {
@@ -235,12 +239,16 @@ impl Supervisor {
     }
 
     fn status(&self) -> Status {
+        Status { ports: self.held.ports().cloned().collect(), ..self.status_without_ports() }
+    }
+
+    fn status_without_ports(&self) -> Status {
         let trouble = self.backoff.trouble().filter(|_| self.serving.process().is_none());
         Status {
             supervisor: process::running(std::process::id()),
             relay: self.serving.process(),
             trouble: trouble.map(str::to_owned),
-            ports: self.held.ports().cloned().collect(),
+            ports: Vec::new(),
             unserved: self.serving.unserved(),
         }
     }
