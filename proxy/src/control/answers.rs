@@ -366,7 +366,7 @@ mod tests {
 
     #[track_caller]
     fn assert_written(response: impl Into<Option<Response>>, expected: &str) {
-        let refusal = Refusal { kind: RefusalKind::UnknownName, message: "no \"web\"".to_owned() };
+        let refusal = Refusal::new(RefusalKind::UnknownName, "no \"web\"");
         assert_eq!(answer(Some(7), response.into().ok_or(refusal)), expected);
     }
 

@@ -104,7 +104,7 @@ pub(crate) async fn serve(listener: StdListener, calls: mpsc::Sender<Call>) -> i
             }
             Err(_full) => {
                 let message = format!("{CLIENTS} clients are connected already; try again");
-                send_away(&client, Refusal { kind: RefusalKind::Busy, message });
+                send_away(&client, Refusal::new(RefusalKind::Busy, message));
             }
         }
     }
@@ -112,7 +112,7 @@ pub(crate) async fn serve(listener: StdListener, calls: mpsc::Sender<Call>) -> i
 
 /// Checks that the peer runs as our user or root (`SO_PEERCRED`, unix(7)).
 fn check_peer(client: &UnixStream) -> Result<(), Refusal> {
-    let denied = |message| Refusal { kind: RefusalKind::Denied, message };
+    let denied = |message: String| Refusal::new(RefusalKind::Denied, message);
     let peer =
         client.peer_cred().map_err(|error| denied(format!("cannot find out who connects: {error}")))?;
     if peer.uid() == 0 || peer.uid() == geteuid().as_raw() {
@@ -200,7 +200,7 @@ async fn respond(line: Line, calls: &mpsc::Sender<Call>) -> Answer {
 fn not_received(received: usize) -> Refusal {
     let error = explain(&io::Error::from_raw_os_error(nix::libc::EMFILE), 1);
     let message = format!("only {received} of the sockets of the request could be received: {error}");
-    Refusal { kind: RefusalKind::Socket, message }
+    Refusal::new(RefusalKind::Socket, message)
 }
 
 /// Has the receiver of `calls` execute a request.
@@ -214,7 +214,7 @@ async fn call_with(
     sockets: Vec<OwnedFd>,
     calls: &mpsc::Sender<Call>,
 ) -> Result<Reply, Refusal> {
-    let ending = || Refusal { kind: RefusalKind::Failed, message: "rproxy is ending".to_owned() };
+    let ending = || Refusal::new(RefusalKind::Failed, "rproxy is ending");
     let (answer, answered) = oneshot::channel();
     calls.send(Call { request, sockets, answer }).await.map_err(|_gone| ending())?;
     answered.await.map_err(|_gone| ending())

@@ -126,6 +126,9 @@ pub struct Refusal {
     pub kind: RefusalKind,
     /// The error message, for users.
     pub message: String,
+    /// The name of the mapping that it is about, if it is about one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mapping: Option<String>,
 }
 
 /// The kinds of errors, for programs.
@@ -166,13 +169,24 @@ pub enum RefusalKind {
 impl Refusal {
     /// The request is invalid.
     pub fn bad_request(message: impl Into<String>) -> Self {
-        Self { kind: RefusalKind::BadRequest, message: message.into() }
+        Self::new(RefusalKind::BadRequest, message)
+    }
+
+    /// A request is refused, but not because of a mapping.
+    pub fn new(kind: RefusalKind, message: impl Into<String>) -> Self {
+        Self { kind, message: message.into(), mapping: None }
+    }
+
+    /// The same, because of this mapping.
+    #[must_use]
+    pub fn about(self, mapping: &str) -> Self {
+        Self { mapping: Some(mapping.to_owned()), ..self }
     }
 }
 
 impl From<ChangeError> for Refusal {
     fn from(error: ChangeError) -> Self {
-        let kind = match error {
+        let kind = match &error {
             ChangeError::Unknown(_) => RefusalKind::UnknownName,
             ChangeError::NameTaken(_) => RefusalKind::NameTaken,
             ChangeError::Attached { .. } => RefusalKind::Attached,
@@ -184,7 +198,8 @@ impl From<ChangeError> for Refusal {
             ChangeError::Name { .. } => RefusalKind::Unresolved,
             ChangeError::Watch { .. } => RefusalKind::Failed,
         };
-        Self { kind, message: error.with_hint("freebind (--freebind)") }
+        let mapping = error.mapping().map(|name| name.to_string());
+        Self { kind, message: error.with_hint("freebind (--freebind)"), mapping }
     }
 }
 
@@ -216,10 +231,7 @@ pub fn decode(line: &[u8]) -> (Option<u64>, Result<Request, Refusal>) {
             let error = wrong_field(line).unwrap_or_else(|| format!("not a request: {error}"));
             Refusal::bad_request(error)
         }),
-        _ => Err(Refusal {
-            kind: RefusalKind::Version,
-            message: format!("this rproxy speaks version {VERSION}"),
-        }),
+        _ => Err(Refusal::new(RefusalKind::Version, format!("this rproxy speaks version {VERSION}"))),
     };
     (any.id, request)
 }
@@ -390,7 +402,7 @@ mod tests {
         assert_eq!(read_answer(r#"{"v":1,"ok":{"added":1}}"#), Some(Ok(serde_json::json!({ "added": 1 }))));
         let refused =
             read_answer(r#"{"v":1,"id":7,"error":{"kind":"tired","message":"no","more":1},"more":2}"#);
-        let refusal = Refusal { kind: RefusalKind::Other, message: "no".to_owned() };
+        let refusal = Refusal::new(RefusalKind::Other, "no");
         assert_eq!(refused, Some(Err(refusal)));
         for line in [
             "",

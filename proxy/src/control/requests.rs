@@ -131,7 +131,9 @@ fn read(mappings: &[WireMapping], server: &Server) -> Result<Vec<Mapping>, Refus
             server.refuse_attached(&name)?;
         }
         mapping.read(&HostInterfaces, everywhere()).map_err(|error| match &mapping.name {
-            Some(name) => Refusal::bad_request(format!("mapping {}: {error}", name.escape_debug())),
+            Some(name) => {
+                Refusal::bad_request(format!("mapping {}: {error}", name.escape_debug())).about(name)
+            }
             None => Refusal::bad_request(error.to_string()),
         })
     };

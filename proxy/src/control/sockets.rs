@@ -21,7 +21,7 @@ pub(super) fn adopt(sockets: Vec<OwnedFd>, request: &Request) -> Result<Inherite
 }
 
 fn socket_refused(message: String) -> Refusal {
-    Refusal { kind: RefusalKind::Socket, message }
+    Refusal::new(RefusalKind::Socket, message)
 }
 
 #[cfg(test)]

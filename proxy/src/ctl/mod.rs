@@ -384,7 +384,7 @@ mod tests {
         assert_eq!(table::ready_line(&mappings[0]), "web: 80/tcp -> [::]:8080");
         assert_eq!(result::<ChangeCounts>(said(Response::Changed(COUNTS))).unwrap(), COUNTS);
         assert_eq!(said(Response::Drain {}), json!({}));
-        let refusal = Refusal { kind: RefusalKind::Bind, message: "taken".to_owned() };
+        let refusal = Refusal::new(RefusalKind::Bind, "taken");
         let refused = ask(protocol::answer(None, Err(refusal)) + "\n").unwrap_err();
         assert_eq!(refused.to_string(), "taken");
     }

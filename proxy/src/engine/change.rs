@@ -136,6 +136,24 @@ pub enum ChangeError {
 }
 
 impl ChangeError {
+    /// The name of the mapping because of which it is refused, if there is one.
+    pub fn mapping(&self) -> Option<Name> {
+        match self {
+            Self::Overlap(error) => Some(error.mapping.name()),
+            Self::NameTaken(name)
+            | Self::Unknown(name)
+            | Self::Attached { name, .. }
+            | Self::StillBound { name, .. }
+            | Self::Loop { name, .. }
+            | Self::Bind { name, .. }
+            | Self::Mapping { name, .. }
+            | Self::Name { name, .. }
+            | Self::OtherFamilies { name, .. }
+            | Self::Watch { name, .. } => Some(name.clone()),
+            Self::UnusedSocket { .. } => None,
+        }
+    }
+
     /// What is wrong, with `freebind`, as the front end at hand has it, where that would work.
     pub fn with_hint(&self, freebind: &str) -> String {
         match self {

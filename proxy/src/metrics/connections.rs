@@ -21,7 +21,7 @@ pub(super) async fn answer(query: &str, source: &Source) -> Response<Body> {
             let json = serde_json::to_vec(&response).expect("a response has no keys but strings");
             of_type("application/json", Full::from(json).boxed_unsync())
         }
-        Err(Refusal { kind, message }) => text(status_of(kind), message + "\n"),
+        Err(Refusal { kind, message, mapping: _ }) => text(status_of(kind), message + "\n"),
     }
 }
 

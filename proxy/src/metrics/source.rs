@@ -105,7 +105,7 @@ impl Source {
     /// [`Refusal`]
     pub(crate) async fn call(&self, request: Request) -> Result<Response, Refusal> {
         let call = timeout(ANSWER_TIMEOUT, clients::call(request, &self.calls)).await;
-        let busy = |_elapsed| Refusal { kind: RefusalKind::Busy, message: SourceError::Busy.to_string() };
+        let busy = |_elapsed| Refusal::new(RefusalKind::Busy, SourceError::Busy.to_string());
         call.map_err(busy)??.result
     }
 

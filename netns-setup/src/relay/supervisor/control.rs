@@ -37,16 +37,24 @@ struct Answer {
     error: Option<Refusal>,
 }
 
-#[derive(Deserialize)]
-struct Refusal {
-    message: String,
+#[derive(Debug, PartialEq, Eq, Deserialize)]
+pub(super) struct Refusal {
+    pub(super) message: String,
+    /// The name of the mapping because of which it refuses, if there is one.
+    pub(super) mapping: Option<String>,
+}
+
+impl Refusal {
+    fn of(message: String) -> Self {
+        Self { message, mapping: None }
+    }
 }
 
 /// Why the relay does not serve what it should.
 #[derive(Debug)]
 pub(super) enum Failed {
     /// It refuses.
-    Refused(String),
+    Refused(Refusal),
     /// It does not answer.
     Silent(String),
 }
@@ -55,7 +63,7 @@ impl Failed {
     /// The reason.
     pub(super) fn why(self) -> String {
         match self {
-            Self::Refused(why) | Self::Silent(why) => why,
+            Self::Refused(Refusal { message: why, .. }) | Self::Silent(why) => why,
         }
     }
 }
@@ -75,22 +83,21 @@ pub(super) fn remove(channel: &mut Channel, range: &Range) -> Result<(), Failed>
     ask(channel, Request::Remove { name: range.name(), cut: true }, &[])
 }
 
-/// Whether the relay refuses a request because of this mapping (`ChangeError`, and `read` of its control socket): its
-/// messages begin with the name then.
-pub(super) fn is_about(why: &str, name: &str) -> bool {
-    let why = why.strip_prefix("mapping ").unwrap_or(why);
-    why.strip_prefix(name).is_some_and(|rest| rest.starts_with(": "))
-}
-
 fn ask(channel: &mut Channel, request: Request, sockets: &[BorrowedFd<'_>]) -> Result<(), Failed> {
     let envelope = Envelope { v: VERSION, request };
-    let line = serde_json::to_string(&envelope).map_err(|error| Failed::Refused(error.to_string()))?;
+    let line =
+        serde_json::to_string(&envelope).map_err(|error| Failed::Refused(Refusal::of(error.to_string())))?;
     let failed = |error| Failed::Silent(format!("it does not answer: {error}"));
     channel.send(line, sockets).map_err(failed)?;
     let line = channel.receive().map_err(failed)?;
-    let answer: Answer = serde_json::from_slice(&line.text)
-        .map_err(|error| Failed::Refused(format!("its answer is not understood: {error}")))?;
-    answer.error.map_or(Ok(()), |refusal| Err(Failed::Refused(refusal.message)))
+    understood(&line.text)
+}
+
+/// What the relay has answered.
+fn understood(line: &[u8]) -> Result<(), Failed> {
+    let answer: Answer = serde_json::from_slice(line)
+        .map_err(|error| Failed::Refused(Refusal::of(format!("its answer is not understood: {error}"))))?;
+    answer.error.map_or(Ok(()), |refusal| Err(Failed::Refused(refusal)))
 }
 
 fn mappings(ports: &Held) -> Vec<WireMapping> {
@@ -129,11 +136,18 @@ mod tests {
 
     #[test]
     fn a_refusal_names_its_mapping() {
-        let name = "web/tcp/[::]:80";
-        for why in ["web/tcp/[::]:80: [::]:80 would forward", "mapping web/tcp/[::]:80: to: no address"] {
-            assert!(is_about(why, name), "{why}");
-            assert!(!is_about(why, "web/tcp/[::]:8") && !is_about(why, "eb/tcp/[::]:80"), "{why}");
-        }
+        let refused = |line: &str| match understood(line.as_bytes()) {
+            Err(Failed::Refused(refusal)) => (refusal.message, refusal.mapping),
+            other => panic!("{other:?}"),
+        };
+        let text = |text: &str| text.to_owned();
+        assert_eq!(
+            refused(r#"{"v":1,"error":{"kind":"loop","message":"no","mapping":"web/tcp/[::]:80"}}"#),
+            (text("no"), Some(text("web/tcp/[::]:80")))
+        );
+        assert_eq!(refused(r#"{"v":1,"error":{"kind":"busy","message":"no"}}"#), (text("no"), None));
+        assert!(refused("{").0.starts_with("its answer is not understood: "));
+        understood(br#"{"v":1,"ok":{"added":1}}"#).unwrap();
     }
 
     #[test]

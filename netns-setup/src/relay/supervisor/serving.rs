@@ -10,7 +10,7 @@ use std::os::fd::BorrowedFd;
 use std::path::PathBuf;
 
 use super::child::Child;
-use super::control::{self, Failed};
+use super::control::{self, Failed, Refusal};
 use super::held::{Difference, Held, Range};
 use super::refused::Refused;
 use super::scoped;
@@ -139,7 +139,7 @@ impl Serving {
         while let Some(part) = parts.pop() {
             match self.add(dir, &part) {
                 Ok(()) => {}
-                Err(Failed::Refused(why)) => match part.halves() {
+                Err(Failed::Refused(Refusal { message: why, .. })) => match part.halves() {
                     Some((first, second)) => parts.extend([second, first]),
                     None => self.refused.add(part.ports().map(|port| port.key), &why),
                 },
@@ -174,8 +174,8 @@ impl Serving {
     fn apply(&mut self, dir: &File, mut target: Held) -> Result<(), Failed> {
         loop {
             let sockets = target.sockets_beyond(&self.served);
-            let why = match control::apply(&mut Child::talk(dir)?, &target, &sockets) {
-                Err(Failed::Refused(why)) => why,
+            let refusal = match control::apply(&mut Child::talk(dir)?, &target, &sockets) {
+                Err(Failed::Refused(refusal)) => refusal,
                 applied => {
                     applied?;
                     self.served = target;
@@ -185,13 +185,14 @@ impl Serving {
             let changed = target.beyond(&self.served).new;
             let ranges = self.served.ranges();
             let mut kept = ranges.iter().filter(|range| range.keys().all(|key| !changed.contains(&key)));
-            let Some(range) = kept.find(|range| control::is_about(&why, &range.name())) else {
-                return Err(Failed::Refused(why));
+            let is_about = |range: &&Range| refusal.mapping.as_deref() == Some(range.name().as_str());
+            let Some(range) = kept.find(is_about) else {
+                return Err(Failed::Refused(refusal));
             };
             let keys: BTreeSet<_> = range.keys().collect();
             target = target.without(|key| keys.contains(key));
             self.remove(dir, range)?;
-            self.refused.add(keys.into_iter(), &why);
+            self.refused.add(keys.into_iter(), &refusal.message);
         }
     }
 }
