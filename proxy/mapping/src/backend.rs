@@ -67,6 +67,8 @@ fn is_label(label: &str) -> bool {
 pub struct NamedHost {
     name: HostName,
     addresses: Arc<[IpAddr]>,
+    /// Why there are no addresses, if there are none.
+    no_address: NoAddress,
 }
 
 impl NamedHost {
@@ -79,6 +81,31 @@ impl NamedHost {
     pub fn addresses(&self) -> &Arc<[IpAddr]> {
         &self.addresses
     }
+
+    /// Why there is no address to try, if there is none.
+    pub fn no_address(&self) -> Option<NoAddress> {
+        self.addresses.is_empty().then_some(self.no_address)
+    }
+}
+
+/// Why a name leads nowhere, as what is said of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NoAddress {
+    /// It stands for nothing.
+    #[error("does not resolve")]
+    Unresolved,
+    /// What it stands for cannot be reached from the source address of the mapping.
+    #[error("has only {} addresses, and source is {source_ip}", if .source_ip.is_ipv4() { "IPv6" } else { "IPv4" })]
+    Family {
+        /// The source address.
+        source_ip: IpAddr,
+    },
+    /// What it stands for is not the address of one machine that can be reached without naming a link.
+    #[error("has only addresses that nobody can connect to, such as {0}")]
+    Unusable(IpAddr),
+    /// What it stands for leads back to the mapping.
+    #[error("has only addresses that lead back to the mapping")]
+    Loop,
 }
 
 impl PartialEq for NamedHost {
@@ -118,7 +145,7 @@ impl BackendHost {
     }
 
     fn of_name(name: HostName) -> Self {
-        Self::Name(NamedHost { name, addresses: Arc::new([]) })
+        Self::Name(NamedHost { name, addresses: Arc::new([]), no_address: NoAddress::Unresolved })
     }
 
     /// The address that connections and datagrams go to first; [`ScopedIp::NOWHERE`] while a name stands for none, and for a
@@ -164,12 +191,25 @@ impl BackendHost {
     #[must_use]
     pub fn resolved(&self, addresses: &[IpAddr], source: Source) -> Self {
         let Self::Name(NamedHost { name, .. }) = self else { return self.clone() };
-        let is_usable = |ip: &IpAddr| {
-            let is_one = BackendAddr::reachable(ScopedIp::from(*ip).at(1)).is_ok();
-            is_one && !needs_zone(*ip) && source.reaches(*ip)
+        let is_one =
+            |ip: &IpAddr| BackendAddr::reachable(ScopedIp::from(*ip).at(1)).is_ok() && !needs_zone(*ip);
+        let all = || addresses.iter().copied().map(|ip| ip.to_canonical());
+        let usable = all().filter(|ip| is_one(ip) && source.reaches(*ip)).collect();
+        let no_address = match (addresses.first(), source) {
+            (None, _) => NoAddress::Unresolved,
+            (Some(_), Source::Address(source_ip)) if all().any(|ip| is_one(&ip)) => {
+                NoAddress::Family { source_ip }
+            }
+            (Some(ip), _) => NoAddress::Unusable(*ip),
         };
-        let addresses = addresses.iter().copied().map(|ip| ip.to_canonical()).filter(is_usable).collect();
-        Self::Name(NamedHost { name: name.clone(), addresses })
+        Self::Name(NamedHost { name: name.clone(), addresses: usable, no_address })
+    }
+
+    /// The same name without an address, for this reason. An address is returned as it is.
+    #[must_use]
+    pub fn leading_nowhere(&self, why: NoAddress) -> Self {
+        let Self::Name(NamedHost { name, .. }) = self else { return self.clone() };
+        Self::Name(NamedHost { name: name.clone(), addresses: Arc::new([]), no_address: why })
     }
 }
 
@@ -288,5 +328,29 @@ mod tests {
         assert_eq!(from_v6.first_ip().to_string(), "[fd00::1]");
         let address: BackendHost = "10.0.0.1".parse().unwrap();
         assert_eq!(address.resolved(&addresses, Source::Auto), address);
+    }
+
+    #[test]
+    fn why_a_name_leads_nowhere_is_known() {
+        let name: BackendHost = "web".parse().unwrap();
+        let why = |addresses: &[&str], source: &str| {
+            let addresses: Vec<IpAddr> = addresses.iter().map(|text| text.parse().unwrap()).collect();
+            let BackendHost::Name(host) = name.resolved(&addresses, source.parse().unwrap()) else {
+                panic!()
+            };
+            host.no_address().map(|why| why.to_string()).unwrap_or_default()
+        };
+        assert_eq!(why(&[], "auto"), "does not resolve");
+        assert_eq!(why(&["::1"], "auto"), "");
+        assert_eq!(why(&["::1"], "127.0.0.1"), "has only IPv6 addresses, and source is 127.0.0.1");
+        assert_eq!(
+            why(&["10.0.0.1", "fe80::1", "::ffff:10.0.0.2"], "fd00::2"),
+            "has only IPv4 addresses, and source is fd00::2"
+        );
+        let unusable = "has only addresses that nobody can connect to, such as 0.0.0.0";
+        assert_eq!(why(&["0.0.0.0", "fe80::1"], "auto"), unusable);
+        assert_eq!(why(&["0.0.0.0"], "fd00::2"), unusable);
+        let BackendHost::Name(looped) = name.leading_nowhere(NoAddress::Loop) else { panic!() };
+        assert!(looped.no_address() == Some(NoAddress::Loop) && looped.addresses().is_empty());
     }
 }

@@ -33,7 +33,7 @@ use std::fmt;
 use std::net::IpAddr;
 
 use crate::addr::{AddrError, BackendAddr, HostSocketAddr, Protocol, Protocols, ScopedIp};
-use crate::backend::BackendHost;
+use crate::backend::{BackendHost, NoAddress};
 use crate::endpoint::BackendSpec;
 use crate::limits::Limits;
 use crate::name::Name;
@@ -169,9 +169,11 @@ impl Mapping {
         Ok(self)
     }
 
-    /// As [`Self::limited`], but if their source address cannot reach the backend, the kernel chooses another one.
+    /// As [`Self::limited`], but without what its protocol cannot have, and if their source address cannot reach the backend,
+    /// the kernel chooses another one.
     #[must_use]
     pub fn limited_in_family(self, limits: Limits) -> Self {
+        let limits = if self.protocols.contains(Protocol::Sctp) { limits.of_sctp() } else { limits };
         match self.clone().limited(limits.clone()) {
             Ok(limited) => limited,
             Err(_other_family) => Self { limits: Limits { source: Source::Auto, ..limits }, ..self },
@@ -194,6 +196,12 @@ impl Mapping {
     #[must_use]
     pub fn resolved(&self, addresses: &[IpAddr]) -> Self {
         Self { backend: self.backend.resolved(addresses, self.limits.source), ..self.clone() }
+    }
+
+    /// Returns the mapping with a backend whose name has no address that can be used.
+    #[must_use]
+    pub fn leading_nowhere(&self, why: NoAddress) -> Self {
+        Self { backend: self.backend.leading_nowhere(why), ..self.clone() }
     }
 
     /// Its explicit name, or its [default name](Name::of).

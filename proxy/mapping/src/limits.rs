@@ -110,6 +110,14 @@ impl Limits {
         source.or_else(|| self.device.as_ref().map(|device| format!("device = {device}")))
     }
 
+    /// The same without what a mapping of SCTP cannot have.
+    #[must_use]
+    pub fn of_sctp(self) -> Self {
+        let Self { keepalive, proxy_protocol, .. } = Self::default();
+        let source = if self.source.is_client() { Source::Auto } else { self.source };
+        Self { source, proxy_protocol, tcp_user_timeout: None, keepalive, ..self }
+    }
+
     /// Whether TCP sockets have other timers than by default.
     pub fn has_timers(&self) -> bool {
         self.tcp_user_timeout.is_some() || self.keepalive != Keepalive::default()

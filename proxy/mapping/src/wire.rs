@@ -51,6 +51,9 @@ pub struct WireMapping {
     /// What the name of the backend stands for, in the output of `list`. Ignored in requests.
     #[serde(default, skip_serializing)]
     pub resolved: Option<Vec<String>>,
+    /// Why that is nothing, in the output of `list`. Ignored in requests.
+    #[serde(default, skip_serializing)]
+    pub unresolved: Option<String>,
     /// The bound ports, in the output of `list`. Ignored in requests.
     #[serde(default, skip_serializing)]
     pub bound: Option<String>,
@@ -164,6 +167,7 @@ impl WireMapping {
             v6only: mapping.is_v6only(),
             limits: WireLimits::of(mapping.limits()),
             resolved: None,
+            unresolved: None,
             bound: None,
             bound_host: None,
             origin: None,
@@ -430,6 +434,11 @@ impl From<MappingError> for FieldError {
             MappingError::Backend(_) => "to",
             MappingError::V6Only(_) => "v6only",
             MappingError::Source(_) => "limits.source",
+            MappingError::NotOfSctp("source = client") => "limits.source",
+            MappingError::NotOfSctp("send_proxy") => "limits.send_proxy",
+            MappingError::NotOfSctp("accept_proxy") => "limits.accept_proxy",
+            MappingError::NotOfSctp("tcp_user_timeout") => "limits.tcp_user_timeout",
+            MappingError::NotOfSctp("keepalive") => "limits.keepalive",
             MappingError::NotOfSctp(_) => "limits",
             MappingError::NotToUnix(_) => "proto",
             MappingError::NotOfUnix(_) => "limits",

@@ -19,7 +19,7 @@ pub struct Ctl {
     /// else /run/rproxy.sock]
     #[arg(long, value_name = "PATH", global = true)]
     control: Option<PathBuf>,
-    /// Print the response as JSON, for programs
+    /// Print the response as JSON, for programs, and also an error: {"error":{"kind":…,"message":…}}
     #[arg(long, global = true)]
     pub(crate) json: bool,
     #[command(subcommand)]
@@ -90,7 +90,7 @@ pub(crate) enum Command {
     Retarget {
         /// The name of the mapping, as in `list`
         name: Name,
-        /// The new backend; for a range all ports, or only the first
+        /// The new backend, by its address or its name, which is looked up again; for a range all ports, or only the first
         #[arg(long, value_name = "ADDRESS:PORTS", value_parser = parse_backend)]
         to: BackendSpec,
         /// Reset the connections to the old backend
@@ -134,7 +134,7 @@ pub(crate) struct StatsArgs {
     /// Show rates too, and redraw every so many seconds; what is not a terminal gets one table or line of JSON
     /// after the other
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1",
-          allow_negative_numbers = true, value_parser = clap::value_parser!(u64).range(1..=3600))]
+          allow_negative_numbers = true, value_parser = parse_seconds)]
     pub(crate) watch: Option<u64>,
     /// Show only mappings of this name, in which * stands for any text; may be repeated
     #[arg(long, value_name = "NAME")]
@@ -142,6 +142,11 @@ pub(crate) struct StatsArgs {
     /// Show the mappings with the largest number first, or by name; rates (per second) need --watch
     #[arg(long, value_name = "KEY", default_value = "name")]
     pub(crate) sort: SortKey,
+}
+
+fn parse_seconds(text: &str) -> Result<u64, String> {
+    let seconds = text.parse().ok().filter(|seconds| (1..=3600).contains(seconds));
+    seconds.ok_or_else(|| "not a number of seconds from 1 to 3600; write one such as 5".to_owned())
 }
 
 /// What mappings are sorted by.

@@ -256,6 +256,28 @@ impl MappingArgs {
         Ok(())
     }
 
+    /// Refuses options of mappings that mean nothing without one, not even for attached ports, which shims bind for their
+    /// backends.
+    ///
+    /// # Errors
+    /// [`UsageError`]
+    pub(super) fn refuse_without_mapping(&self) -> Result<(), UsageError> {
+        let given = [
+            ("--proto", !self.proto.is_empty()),
+            ("--v6only", self.v6only),
+            ("--name", self.name.is_some()),
+            ("--require-resolved", self.limits.require_resolved),
+            ("--freebind", self.limits.freebind),
+        ];
+        match given.into_iter().find(|(_words, is_given)| *is_given) {
+            Some((words, _)) => Err(wrong(
+                words,
+                &"it is for mappings, and none is asked for; add --host and --to, or leave it out",
+            )),
+            None => Ok(()),
+        }
+    }
+
     /// The requested mappings: those of `--host` in order, then those of `-p`, then those of `-P`.
     ///
     /// # Errors

@@ -131,6 +131,7 @@ impl Serve {
         let may_be_empty = self.control.is_some() || self.config.is_some() || self.attach.is_some();
         self.mappings.refuse_lone()?;
         if may_be_empty && self.mappings.is_empty() {
+            self.mappings.refuse_without_mapping()?;
             return Ok(Vec::new());
         }
         self.mappings.mappings()
@@ -270,6 +271,7 @@ fn one_line(error: &clap::Error, help: &str) -> UsageError {
         return UsageError(format!("a command is missing; `{help}` lists them"));
     }
     let text = error.to_string();
+    let place = place_in_file(error);
     let lines: Vec<_> = text
         .lines()
         .map(str::trim)
@@ -277,7 +279,38 @@ fn one_line(error: &clap::Error, help: &str) -> UsageError {
         .filter(|line| !line.is_empty())
         .map(|line| line.trim_start_matches("error: ").trim_start_matches("tip: "))
         .collect();
-    UsageError(format!("{}; `{help}` lists the options", lines.join("; ").replace(":;", ":")))
+    let hint = place.unwrap_or_else(|| format!("`{help}` lists the options"));
+    UsageError(format!("{}; {hint}", lines.join("; ").replace(":;", ":")))
+}
+
+/// Where the file of `--config` says what an option says that was given beside it.
+fn place_in_file(error: &clap::Error) -> Option<String> {
+    let context =
+        [ContextKind::InvalidArg, ContextKind::PriorArg].into_iter().filter_map(|kind| error.get(kind));
+    let arguments: Vec<&str> = context
+        .flat_map(|value| match value {
+            ContextValue::String(text) => std::slice::from_ref(text),
+            ContextValue::Strings(texts) => texts,
+            _ => &[],
+        })
+        .filter_map(|text| text.split([' ', '=']).next())
+        .collect();
+    if error.kind() != ErrorKind::ArgumentConflict || !arguments.contains(&"--config") {
+        return None;
+    }
+    let option = arguments.into_iter().find(|argument| *argument != "--config")?;
+    Some(match option {
+        "--host" | "--to" | "--publish" | "-p" | "--publish-all" | "-P" | "--expose" | "--name" => {
+            "write it in a [[mapping]] of the file".to_owned()
+        }
+        "--no-access-log" => {
+            "write access_log = false in [defaults] of the file, or in a [[mapping]]".to_owned()
+        }
+        _ => {
+            let key = option.trim_start_matches('-').replace('-', "_");
+            format!("write {key} in [defaults] of the file, or in a [[mapping]]")
+        }
+    })
 }
 
 #[cfg(test)]
@@ -424,7 +457,16 @@ mod tests {
                 "--to 10.0.0.1: the port is missing; write it as 10.0.0.1:80",
             ),
             ("--config x --to 10.0.0.1", "'--config <FILE>' cannot be used with '--to <ADDRESS[:PORTS]>'"),
-            ("--config x --idle-timeout 3", "cannot be used with"),
+            (
+                "--config x --idle-timeout 3",
+                "'; write idle_timeout in [defaults] of the file, or in a [[mapping]]",
+            ),
+            (
+                "--udp-any-port --config x",
+                "'; write udp_any_port in [defaults] of the file, or in a [[mapping]]",
+            ),
+            ("--no-access-log --config x", "'; write access_log = false in [defaults] of the file"),
+            ("--config x -p 80 --idle-timeout 3", "'; write it in a [[mapping]] of the file"),
             ("--max-connections 0", "--max-connections 0: not a number of at least 1"),
             ("--on-limit drop", "--on-limit"),
             ("--allow 10.0.0.1/8", "--allow 10.0.0.1/8: it has host bits set; write 10.0.0.0/8"),
@@ -440,6 +482,14 @@ mod tests {
             ("dmeo", "dmeo"),
             ("ctl", "a command is missing"),
             ("check-config", "were not provided: <FILE>"),
+            (
+                "--attach --freebind",
+                "--freebind: it is for mappings, and none is asked for; add --host and --to",
+            ),
+            ("--attach --require-resolved", "--require-resolved: it is for mappings"),
+            ("--control --v6only", "--v6only: it is for mappings"),
+            ("--attach --proto udp", "--proto: it is for mappings"),
+            ("--attach --name web", "--name: it is for mappings"),
         ] {
             assert_wrong(line, part);
         }
@@ -467,6 +517,7 @@ mod tests {
             ("-p [fe80::1]:80:80 --to 10.0.0.1", "-p [fe80::1]:80:80: fe80::1 is a link-local address"),
             ("ctl retarget web -to 10.0.0.1:80", "-to: options have two dashes here"),
             ("ctl stats -watch", "-watch: options have two dashes here"),
+            ("ctl stats --watch 0", "--watch 0: not a number of seconds from 1 to 3600; write one such as 5"),
             ("ctl add --nmae x", "'--name'; `rproxy ctl add --help` lists"),
         ] {
             assert_wrong(line, part);

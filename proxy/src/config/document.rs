@@ -345,6 +345,32 @@ mod tests {
     }
 
     #[test]
+    fn what_sctp_does_not_have_in_defaults_is_for_other_mappings() {
+        let defaults = "[defaults]\nkeepalive = '1m'\ntcp_user_timeout = '1m'\nsource = 'client'\nsend_proxy = 'v2'\n\
+            send_proxy_udp = 'first'\naccept_proxy = ['10.0.0.1']\nproxy_timeout = '1s'\nidle_timeout = '1h'\n\
+            [[mapping]]\nhost = '[::]:80'\nto = '172.17.0.2:80'\n\
+            [[mapping]]\nhost = '[::]:81'\nto = '172.17.0.2:81'\nproto = 'sctp'\n";
+        let mappings = find_mappings(defaults).unwrap();
+        assert_eq!(mappings[0].limits().not_of_sctp(), Some("source = client"));
+        assert_eq!(mappings[1].limits().not_of_sctp(), None);
+        assert_eq!(mappings[1].limits().idle_timeout, mappings[0].limits().idle_timeout);
+        let line = defaults.lines().count() + 1;
+        for (key, value, column) in [
+            ("keepalive", "'1m'", 13),
+            ("tcp_user_timeout", "'1m'", 20),
+            ("send_proxy", "'v1'", 14),
+            ("accept_proxy", "['10.0.0.1']", 16),
+            ("source", "'client'", 10),
+        ] {
+            let option = if key == "source" { "source = client" } else { key };
+            let expected = format!("{line}:{column}: {key}: sctp has no {option}");
+            assert_found(&format!("{defaults}{key} = {value}\n"), &expected);
+        }
+        let of_another = format!("{defaults}source = '127.0.0.1'\n");
+        assert_eq!(find_mappings(&of_another).unwrap()[1].limits().source.to_string(), "127.0.0.1");
+    }
+
+    #[test]
     fn mistakes_in_tables_have_a_place() {
         let missing = "host: it is missing; write the address and port to listen on, as in \"[::]:80\"";
         for (text, expected) in [
@@ -364,6 +390,16 @@ mod tests {
             (
                 "[servers]",
                 "1:2: unknown table `servers`; the tables are [[mapping]], [defaults] and [attach]",
+            ),
+            ("control = '/run/x'", "1:1: `control` is a flag, --control, and not a key of a file"),
+            ("log-level = 'debug'", "1:1: `log-level` is a flag, --log-level, and not a key of a file"),
+            ("[defaults]\nuser = 'nobody'", "2:1: `user` is a flag, --user, and not a key of a file"),
+            ("drain_timeout = '5s'", "1:1: `drain_timeout` is a flag, --drain-timeout, and not a key"),
+            ("[control]", "1:2: `control` is a flag, --control, and not a key of a file"),
+            (
+                "servers = 1",
+                "1:1: unknown key `servers`; a file has the keys attach and metrics, and below them the tables \
+                 [[mapping]], [defaults] and [attach]",
             ),
             ("[[defaults]]", "1:3: there is one table of defaults; write [defaults]"),
             ("metrics = 9464", "1:11: metrics: expected a quoted string; write metrics = \"127.0.0.1:9464\""),
@@ -709,7 +745,7 @@ mod tests {
         ) {
             let attach = of_attached.map(|(name, mapping)| AttachOptions {
                 name: name.and_then(|name| parse_name(&name).ok()).unwrap_or_else(|| "rproxy".to_owned()),
-                limits: Limits { freebind: false, ..mapping.limits().clone() },
+                limits: Limits { freebind: false, require_resolved: false, ..mapping.limits().clone() },
             });
             let metrics: Option<MetricsAddr> = metrics.and_then(|text| text.parse().ok());
             let text = print([&mapping], attach.as_ref(), metrics.as_ref(), with_interface_name);

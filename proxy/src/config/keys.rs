@@ -8,6 +8,7 @@ use rproxy_mapping::addr::{AddrError, ScopedIp};
 use rproxy_mapping::endpoint::{BackendSpec, HostSpec};
 use rproxy_mapping::interfaces::Interfaces;
 use rproxy_mapping::limits::Limits;
+use rproxy_mapping::source::Source;
 use rproxy_mapping::wire::{FieldErrors, WireLimits, WireMapping};
 use toml::Spanned;
 use toml::de::{DeString, DeTable, DeValue};
@@ -162,12 +163,29 @@ impl Keys {
             // `v6only` in `[defaults]` only applies to mappings for which it makes sense.
             all.v6only = None;
         }
+        if all.proto.as_ref().is_some_and(|proto| proto.get_ref() == "sctp") {
+            all.leave_out_others_than_of_sctp(self);
+        }
         let (host, to) = (host.map(|host| (host.ip, host.ports)), to.map(|to| (to.host, to.ports)));
         let mapping = all.wire().read_between(host, to, &mut wrong);
         self.limits().refuse_lone(&all.limits(), &mut wrong);
         let is_wrong = !wrong.0.is_empty() || !self.unread.is_empty();
         found.extend(all.located(wrong, place));
         mapping.filter(|_mapping| !is_wrong)
+    }
+
+    /// Leaves out what only TCP and UDP have and `own`, the table of a mapping of SCTP, does not say: `[defaults]` says that to
+    /// others.
+    fn leave_out_others_than_of_sctp(&mut self, own: &Self) {
+        self.tcp_user_timeout.clone_from(&own.tcp_user_timeout);
+        self.keepalive.clone_from(&own.keepalive);
+        self.send_proxy.clone_from(&own.send_proxy);
+        self.send_proxy_udp.clone_from(&own.send_proxy_udp);
+        self.accept_proxy.clone_from(&own.accept_proxy);
+        self.proxy_timeout.clone_from(&own.proxy_timeout);
+        if text(&self.source).is_some_and(|source| source.parse().is_ok_and(Source::is_client)) {
+            self.source.clone_from(&own.source);
+        }
     }
 
     /// How ports are attached if this is `[attach]`, combined with `defaults`.

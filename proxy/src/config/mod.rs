@@ -47,9 +47,7 @@ impl Config {
     /// has one, takes precedence.
     pub fn attach_options(&self, flag: Option<Option<&str>>) -> Option<AttachOptions> {
         let of_defaults = || AttachTable { name: None, limits: self.defaults.clone() };
-        let mut table = self.attach.clone().or_else(|| flag.map(|_name| of_defaults()));
-        // Shims bind what they attach.
-        table.iter_mut().for_each(|table| table.limits.freebind = false);
+        let table = self.attach.clone().or_else(|| flag.map(|_name| of_defaults()));
         AttachOptions::new(flag, table)
     }
 }

@@ -105,6 +105,24 @@ pub(super) fn meant_key(written: &str) -> Option<&'static str> {
 /// The keys outside tables.
 const TOP_KEYS: [&str; 2] = ["attach", "metrics"];
 
+/// What is said on the command line alone.
+const FLAGS: [&str; 8] = [
+    "control",
+    "user",
+    "sandbox",
+    "log_level",
+    "log_format",
+    "access_log_format",
+    "drain_timeout",
+    "upgrade_drain_timeout",
+];
+
+/// The message for a key or table that is a flag, and nothing that a file says.
+fn flag(written: &str) -> Option<String> {
+    let flag = FLAGS.into_iter().find(|flag| written.replace('-', "_").eq_ignore_ascii_case(flag))?;
+    Some(format!("`{written}` is a flag, --{}, and not a key of a file", flag.replace('_', "-")))
+}
+
 /// The key outside tables that `written` probably means, or else the key of a table.
 pub(super) fn meant_anywhere(written: &str) -> Option<&'static str> {
     meant_at_top(written).or_else(|| meant_key(written))
@@ -121,6 +139,9 @@ fn resembles(written: &str, name: &str) -> bool {
 
 /// The message for an unknown key of a table that has these `keys`.
 pub(super) fn unknown_key(written: &str, keys: &[&str]) -> String {
+    if let Some(flag) = flag(written) {
+        return flag;
+    }
     let keys_are = if keys == KEYS { "the keys are" } else { "the keys of [attach] are" };
     match meant_key(written).filter(|key| keys.contains(key)) {
         _ if TOP_KEYS.contains(&written) => {
@@ -137,6 +158,9 @@ pub(super) fn unknown_key(written: &str, keys: &[&str]) -> String {
 
 /// The message for a key outside a table, or for an unknown table.
 pub(super) fn unknown_table(written: &str, is_table: bool) -> String {
+    if let Some(flag) = flag(written) {
+        return flag;
+    }
     let resembles = |name: &str| resembles(written, name);
     match (is_table, meant_key(written)) {
         (true, _) if resembles("mapping") => format!("unknown table `{written}`; did you mean [[mapping]]?"),
@@ -158,7 +182,10 @@ pub(super) fn unknown_table(written: &str, is_table: bool) -> String {
                 format!("`{written}` is outside a table; write [[mapping]] on a line before {key}")
             }
             (None, None) => {
-                format!("unknown key `{written}`; a file has the tables [[mapping]], [defaults] and [attach]")
+                format!(
+                    "unknown key `{written}`; a file has the keys attach and metrics, and below them the tables \
+                     [[mapping]], [defaults] and [attach]"
+                )
             }
         },
     }

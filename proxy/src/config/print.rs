@@ -90,8 +90,7 @@ fn values_of(mapping: &Mapping, address: fn(ScopedIp) -> String) -> Values {
 
 fn values_of_attach(AttachOptions { name, limits }: &AttachOptions) -> Values {
     let name = (name != DEFAULT_NAME).then(|| toml_string(name));
-    // Shims bind what they attach.
-    Values { name, freebind: None, ..values_of_limits(WireLimits::of(limits)) }
+    Values { name, ..values_of_limits(WireLimits::of(limits)) }
 }
 
 fn values_of_limits(limits: WireLimits) -> Values {

@@ -58,6 +58,9 @@ pub struct BoundMapping<M = WireMapping> {
     /// The addresses that the name of the backend stands for, if it has a name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resolved: Option<Vec<String>>,
+    /// Why that is nothing, if it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unresolved: Option<String>,
     /// The bound host ports: `49160,50001-50003`.
     pub bound: String,
     /// The bound addresses, if they differ from the requested one.
@@ -140,7 +143,7 @@ pub struct Connection {
     pub client: SocketAddr,
     /// The address that the client has connected or sent to.
     pub host: SocketAddr,
-    /// The backend: an address and a port, or a Unix socket.
+    /// The backend: an address and a port, a Unix socket, or a name while that leads nowhere.
     pub backend: String,
     /// `dialling`, `open`, `closed_by_client` or `closed_by_backend` (half-closed), or `closing`.
     pub state: String,
@@ -209,6 +212,7 @@ impl BoundMapping {
         Self {
             mapping: WireMapping { name: Some(mapping.name().to_string()), ..WireMapping::of(mapping) },
             resolved: served.resolved(),
+            unresolved: served.unresolved().map(|why| why.to_string()),
             bound: served.bound_ports(),
             bound_host: served.bound_host(),
             origin: Origin::of(served),
@@ -286,7 +290,7 @@ impl Connection {
             mapping: mapping.to_string(),
             client: record.client(),
             host: record.host,
-            backend: record.backend().to_string(),
+            backend: record.backend_text().to_string(),
             state: record.state().to_owned(),
             spliced: is_tcp.then(|| record.is_spliced()),
             age_ms: milliseconds(record.age()),
@@ -333,6 +337,7 @@ mod tests {
             mapping,
             bound: "8003".to_owned(),
             resolved: None,
+            unresolved: None,
             bound_host: None,
             origin: Origin::default(),
         }

@@ -88,7 +88,7 @@ impl Rated {
             connection.protocol.clone(),
             connection.client.to_string(),
             connection.host.to_string(),
-            connection.backend.to_string(),
+            connection.backend.clone(),
             connection.mapping.clone(),
             connection.state.clone(),
             by.to_owned(),

@@ -22,7 +22,7 @@ use rproxy_mapping::escape::escaped;
 use rproxy_mapping::interfaces::NoInterfaces;
 use rproxy_mapping::wire::WireMapping;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use self::connections::RatedList;
 use crate::cli::UsageError;
@@ -43,6 +43,10 @@ const LONGEST_INPUT: u64 = 16 * 1024 * 1024;
 pub fn main(ctl: &Ctl) -> ExitCode {
     match run(ctl) {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if ctl.json => {
+            console::out(&json!({ "error": { "kind": error.kind(), "message": error.message() } }));
+            ExitCode::from(if matches!(error, CtlError::Usage(_)) { 2 } else { 1 })
+        }
         Err(CtlError::Usage(usage)) => {
             console::err(&usage);
             ExitCode::from(2)
@@ -266,6 +270,33 @@ enum CtlError {
 }
 
 impl CtlError {
+    /// The kind of error, for programs: that of a refusal, or one of this side.
+    fn kind(&self) -> Value {
+        match self {
+            // One that only a newer server knows has no name here.
+            Self::Refused(refusal) => {
+                serde_json::to_value(refusal.kind).unwrap_or_else(|_other| json!("other"))
+            }
+            Self::NoMapping(_) => json!(RefusalKind::UnknownName),
+            Self::Usage(_) => json!("usage"),
+            Self::Config(_) | Self::File { .. } => json!("file"),
+            Self::Connect { .. } => json!("unreachable"),
+            Self::Foreign(_) | Self::TooLong(_) | Self::NotUnderstood(_) | Self::Conversation(_) => {
+                json!("answer")
+            }
+            Self::Output(_) | Self::Terminal(_) => json!("output"),
+        }
+    }
+
+    /// The error message, for users.
+    fn message(&self) -> String {
+        match self {
+            Self::Refused(refusal) => refusal.message.clone(),
+            Self::Usage(error) => error.to_string().trim_start_matches("rproxy: ").to_owned(),
+            _ => self.to_string(),
+        }
+    }
+
     /// Whether the running rproxy may answer later: it restarts, is upgraded, or has too much to do.
     fn is_passing(&self) -> bool {
         match self {
@@ -284,8 +315,6 @@ impl CtlError {
 mod tests {
     use std::collections::BTreeMap;
     use std::time::Instant;
-
-    use serde_json::json;
 
     use super::stats::{History, Look, View};
     use super::*;
@@ -322,6 +351,7 @@ mod tests {
             mapping,
             bound: "8080".to_owned(),
             resolved: None,
+            unresolved: None,
             bound_host: None,
             origin: Origin::default(),
         }

@@ -57,7 +57,8 @@ pub(super) fn list(List { mappings, draining }: &List<Shown>) -> String {
     let served = mappings.iter().map(|bound| {
         let Shown { name, proto, .. } = &bound.mapping;
         let listens = format!("{}:{}/{proto}", bound_host(bound), bound.bound);
-        let backend = with_addresses(bound.mapping.backend(), bound.resolved.as_deref());
+        let (resolved, unresolved) = (bound.resolved.as_deref(), bound.unresolved.as_deref());
+        let backend = with_addresses(bound.mapping.backend(), resolved, unresolved);
         vec![name.clone(), listens, backend, origin(&bound.origin), String::new()]
     });
     let draining = draining.iter().map(|mapping| {

@@ -262,6 +262,10 @@ impl Server {
             // The default name of a random port contains the backend's port.
             mapping = mapping.named(name.clone());
         }
+        if let Some(host) = mapping.backend().name() {
+            // It may be asked for because that stands for others by now.
+            self.names.renew(host);
+        }
         let unchanged = self.registry.requested().count() - 1;
         let plan = Plan { change: vec![(name.clone(), mapping)], unchanged, ..Plan::default() };
         self.execute(plan, InheritedSockets::default(), Removal::Drain).await
@@ -314,6 +318,7 @@ impl Server {
         removal: Removal,
     ) -> Result<Changed, ChangeError> {
         let plan = self.plan_to(wanted)?;
+        self.names.renew_all();
         self.execute(plan, passed, removal).await
     }
 
@@ -336,9 +341,17 @@ impl Server {
             removed: plan.remove.len(),
             unchanged: plan.unchanged,
         };
-        let plan = self.with_addresses(plan).await?;
-        let prepared = Box::pin(self.prepare(plan, passed)).await?;
-        self.commit(prepared, removal).await;
+        let prepared = async {
+            let plan = self.with_addresses(plan).await?;
+            Box::pin(self.prepare(plan, passed)).await
+        };
+        match prepared.await {
+            Ok(prepared) => self.commit(prepared, removal).await,
+            Err(error) => {
+                self.keep_names();
+                return Err(error);
+            }
+        }
         Ok(changed)
     }
 

@@ -2,6 +2,7 @@
 //! inherited sockets.
 
 use rproxy_mapping::addr::ScopedIp;
+use rproxy_mapping::backend::{BackendHost, NoAddress};
 use rproxy_mapping::name::Name;
 use tracing::info;
 
@@ -38,10 +39,19 @@ impl Served {
         backend.name().map(|_name| backend.ips().iter().map(ToString::to_string).collect())
     }
 
+    /// Why the name of the backend leads nowhere, if it does.
+    pub fn unresolved(&self) -> Option<NoAddress> {
+        match self.mapping.backend() {
+            BackendHost::Name(host) => host.no_address(),
+            _ => None,
+        }
+    }
+
     /// The backend, and what its name stands for: `web.internal:80 (172.17.0.2)`.
     pub(crate) fn backend_text(&self) -> String {
         let backend = self.mapping.backend_spec().to_string();
-        with_addresses(backend, self.resolved().as_deref())
+        let unresolved = self.unresolved().map(|why| why.to_string());
+        with_addresses(backend, self.resolved().as_deref(), unresolved.as_deref())
     }
 
     /// Logs that the mapping is served, and where.
@@ -54,11 +64,15 @@ impl Served {
     }
 }
 
-/// The text of a backend, with the addresses that its name stands for, if it has a name.
-pub(crate) fn with_addresses(backend: String, resolved: Option<&[String]>) -> String {
+/// The text of a backend, with the addresses that its name stands for, if it has a name, or why there are none.
+pub(crate) fn with_addresses(
+    backend: String,
+    resolved: Option<&[String]>,
+    unresolved: Option<&str>,
+) -> String {
     match resolved {
         None => backend,
-        Some([]) => format!("{backend} (does not resolve)"),
+        Some([]) => format!("{backend} ({})", unresolved.unwrap_or("does not resolve")),
         Some(addresses) => format!("{backend} ({})", addresses.join(", ")),
     }
 }

@@ -17,6 +17,7 @@ pub mod registry;
 mod sweep;
 mod tasks;
 
+use std::collections::HashSet;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -85,8 +86,8 @@ pub enum Growth {
 /// What happens without a request.
 #[derive(Debug)]
 pub(crate) enum Event {
-    /// This name of backends stands for other addresses.
-    NameChanged(HostName),
+    /// These names of backends stand for other addresses.
+    NamesChanged(HashSet<HostName>),
 }
 
 impl Server {
@@ -370,7 +371,7 @@ impl Server {
         tokio::select! {
             biased;
             error = self.tasks.failed() => Err(error),
-            host = self.names.changed() => Ok(Event::NameChanged(host)),
+            hosts = self.names.changed() => Ok(Event::NamesChanged(hosts)),
         }
     }
 

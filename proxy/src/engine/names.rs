@@ -1,15 +1,17 @@
 //! Leads mappings to what the names of their backends stand for, at each change and when that changes.
 
+use std::collections::HashSet;
 use std::net::IpAddr;
 
 use rproxy_mapping::Mapping;
-use rproxy_mapping::backend::{BackendHost, HostName};
+use rproxy_mapping::backend::{BackendHost, HostName, NoAddress};
 use rproxy_mapping::name::Name;
 use tracing::warn;
 
 use crate::engine::Server;
 use crate::engine::change::{ChangeError, Prepared, Removal};
 use crate::engine::plan::Plan;
+use crate::engine::registry::Served;
 use crate::loops::whereabouts::Whereabouts;
 use crate::names::names_of;
 
@@ -32,23 +34,31 @@ impl Server {
         Ok(plan)
     }
 
-    /// Has all mappings whose backend is called `host` lead to what that stands for now.
-    pub(crate) async fn follow(&mut self, host: &HostName) {
-        let theirs =
-            self.registry.requested().filter(|(_name, served)| served.mapping.backend().name() == Some(host));
-        let theirs: Vec<(Name, Mapping)> =
-            theirs.map(|(name, served)| (name.clone(), self.names.resolved(&served.mapping))).collect();
-        let mut changed = Vec::with_capacity(theirs.len());
-        for (name, mapping) in theirs {
-            let mapping = self.without_loops(&name, mapping, 0);
-            changed.extend(self.prepare_change(name, mapping));
+    /// Has all mappings whose backends have these names lead to what those stand for now.
+    pub(crate) async fn follow(&mut self, hosts: &HashSet<HostName>) {
+        let is_meant =
+            |served: &Served| served.mapping.backend().name().is_some_and(|name| hosts.contains(name));
+        let theirs = self.registry.requested().filter(|(_name, served)| is_meant(served));
+        let mut changed = Vec::new();
+        for (name, served) in theirs {
+            let resolved = self.names.resolved(&served.mapping);
+            let mapping = self.without_loops(name, resolved, 0);
+            // A change may have had it lead there already.
+            if leads_elsewhere(served.mapping.backend(), mapping.backend()) {
+                changed.extend(self.prepare_change(name.clone(), mapping));
+            }
         }
-        self.commit(Prepared::changing(changed), Removal::Drain).await;
+        if !changed.is_empty() {
+            self.commit(Prepared::changing(changed), Removal::Drain).await;
+        }
     }
 
     /// `mapping` without the addresses of its backend that lead back to it, but for the first ones.
     fn without_loops(&self, name: &Name, mapping: Mapping, first: usize) -> Mapping {
         let BackendHost::Name(host) = mapping.backend() else { return mapping };
+        if host.addresses().len() <= first {
+            return mapping;
+        }
         let mut whereabouts = self.names.whereabouts(host.name());
         let alone = |ip: IpAddr, whereabouts: &mut Whereabouts| {
             let (name, mapping) = (name.clone(), mapping.resolved(&[ip]));
@@ -67,7 +77,7 @@ impl Server {
             }
         });
         usable.extend(rest);
-        mapping.resolved(&usable)
+        if usable.is_empty() { mapping.leading_nowhere(NoAddress::Loop) } else { mapping.resolved(&usable) }
     }
 
     /// Forgets the names that no mapping has any more.
@@ -76,4 +86,10 @@ impl Server {
             self.names.keep(&names_of(self.registry.iter().map(|(_name, served)| &served.mapping)));
         }
     }
+}
+
+/// Whether the name of a backend stands for others than before, or for nothing for another reason.
+fn leads_elsewhere(before: &BackendHost, now: &BackendHost) -> bool {
+    let (BackendHost::Name(before), BackendHost::Name(now)) = (before, now) else { return false };
+    before.addresses() != now.addresses() || before.no_address() != now.no_address()
 }

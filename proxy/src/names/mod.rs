@@ -4,46 +4,43 @@
 //! looked up in the same way before and after confinement.
 
 mod conversation;
+mod known;
 mod message;
 pub(crate) mod resolver;
 pub(crate) mod suspects;
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::io;
 use std::net::IpAddr;
 use std::os::unix::net::UnixStream as StdUnixStream;
-use std::sync::Arc;
 use std::time::Duration;
 
 use rproxy_mapping::Mapping;
-use rproxy_mapping::backend::{BackendHost, HostName};
+use rproxy_mapping::backend::{BackendHost, HostName, NoAddress};
 use rproxy_mapping::name::Name as MappingName;
 use tokio::time::{Instant, sleep_until, timeout};
 use tracing::{info, warn};
 
 use self::conversation::{Conversation, heard};
-use self::message::{Answer, Found};
+use self::known::Known;
+use self::message::Answer;
 use crate::bind::{Bound, BoundPort};
 use crate::loops::whereabouts::{Destination, Whereabouts};
 
 /// How long the start, or a change, waits for names. Those that are not known by then are served, and resolve later.
 const PATIENCE: Duration = Duration::from_secs(5);
 
-/// The shortest time between two questions for a name, whatever its time to live is and however many connections fail.
-const SHORTEST: Duration = Duration::from_secs(1);
-
-/// The longest time after a failure until a name is looked up again.
-const LONGEST_RETRY: Duration = Duration::from_secs(30);
-
-/// After this time, a question counts as lost: the resolver gives up earlier (`options timeout` and `attempts`,
-/// resolv.conf(5)).
-const LOST: Duration = Duration::from_secs(60);
-
 /// What the names of backends stand for.
 #[derive(Debug, Default)]
 pub(crate) struct Names {
     resolver: Option<Conversation>,
     known: HashMap<HostName, Known>,
+    /// All names by when they are due.
+    schedule: BTreeSet<(Instant, HostName)>,
+    /// Those that stand for other addresses now, as nobody was told yet.
+    changed: HashSet<HostName>,
+    /// Those that do not resolve any more, which is not logged yet.
+    untold: HashSet<HostName>,
 }
 
 /// A mapping that must not be served yet.
@@ -58,38 +55,18 @@ pub struct NamesError {
 
 /// A name that does not resolve, though it has to.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "the name {host} does not resolve: {reason}; without require_resolved, clients are refused until it does"
-)]
+#[error("the name {host} {problem}; without require_resolved, clients are refused until that changes")]
 pub struct UnresolvedError {
     /// The name.
     pub host: HostName,
-    /// Why.
-    pub reason: String,
-}
-
-/// What is known of a name.
-#[derive(Debug)]
-struct Known {
-    /// Its addresses as of the last answer that had some; none before.
-    addresses: Arc<[IpAddr]>,
-    /// Those of them that are of this machine, which a confined process cannot find out.
-    own: Vec<IpAddr>,
-    /// Why the last question has failed, if it has.
-    failure: Option<String>,
-    /// Failures since the last success.
-    failures: u32,
-    /// When it was asked for last.
-    asked: Instant,
-    /// When it is asked for again; while an answer is awaited, when that counts as lost.
-    due: Instant,
-    is_awaited: bool,
+    /// Why it leads nowhere.
+    pub problem: String,
 }
 
 impl Names {
     /// Looks names up over this socket, at whose other end a resolver is started when it is needed.
     pub(crate) fn new(resolver: Option<StdUnixStream>) -> Self {
-        Self { resolver: resolver.map(Conversation::Idle), known: HashMap::new() }
+        Self { resolver: resolver.map(Conversation::Idle), ..Self::default() }
     }
 
     /// Has `mapping` lead to what its name is known to stand for.
@@ -118,8 +95,7 @@ impl Names {
         let now = Instant::now();
         for Bound { mapping, .. } in &*bound {
             if let BackendHost::Name(host) = mapping.backend() {
-                let known = Known { addresses: host.addresses().clone(), ..Known::new(now) };
-                self.known.entry(host.name().clone()).or_insert(known);
+                self.add(host.name(), Known::of(host.addresses().clone(), now));
             }
         }
         self.look_up(names_of(bound.iter().map(|bound| &bound.mapping))).await;
@@ -156,30 +132,34 @@ impl Names {
             return Ok(());
         }
         let known = self.known.get(host.name());
-        let reason = match known {
-            Some(Known { addresses, .. }) if !addresses.is_empty() => {
-                "none of its addresses can be used from source"
+        let problem = match (host.no_address(), known) {
+            (Some(NoAddress::Unresolved) | None, Some(Known { failure: Some(failure), .. })) => {
+                format!("does not resolve: {failure}")
             }
-            Some(Known { failure: Some(failure), .. }) => failure,
-            _ => "no answer has come yet",
+            (Some(NoAddress::Unresolved) | None, _) => "does not resolve: no answer has come yet".to_owned(),
+            (Some(why), _) => why.to_string(),
         };
-        Err(UnresolvedError { host: host.name().clone(), reason: reason.to_owned() })
+        Err(UnresolvedError { host: host.name().clone(), problem })
     }
 
-    /// Looks up those of these names that stand for nothing yet, and waits for the answers, but not for long.
+    /// Looks up those of these names that stand for nothing yet, and waits for the answers, but not for long, as for those of
+    /// names that are to be [renewed](Self::renew).
     pub(crate) async fn look_up(&mut self, names: HashSet<HostName>) {
         let start = Instant::now();
-        if names.is_empty() {
-            return;
-        }
         for name in &names {
-            let known = self.known.entry(name.clone()).or_insert_with(|| Known::new(start));
-            if known.addresses.is_empty() && !known.is_awaited {
-                known.due = start;
+            self.add(name, Known::new(start));
+            if self.known.get(name).is_some_and(|known| known.addresses.is_empty()) {
+                self.update(name, |known| known.want(start));
             }
         }
+        let mut open: Vec<HostName> = names.into_iter().collect();
         let answered = async {
-            while self.known.iter().any(|(name, known)| names.contains(name) && known.is_open(start)) {
+            loop {
+                let is_open = |name: &HostName| self.known.get(name).is_some_and(|known| known.is_wanted);
+                while open.pop_if(|name| !is_open(name)).is_some() {}
+                if open.is_empty() {
+                    return;
+                }
                 self.step().await;
             }
         };
@@ -187,75 +167,135 @@ impl Names {
         timeout(PATIENCE, answered).await.ok();
     }
 
+    /// Looks a name up soon, whatever its time to live.
+    pub(crate) fn renew(&mut self, name: &HostName) {
+        let now = Instant::now();
+        self.update(name, |known| known.want(now));
+    }
+
+    /// Looks all names up soon.
+    pub(crate) fn renew_all(&mut self) {
+        let names: Vec<HostName> = self.known.keys().cloned().collect();
+        names.iter().for_each(|name| self.renew(name));
+    }
+
+    /// Adds what is known of a name, unless something is.
+    fn add(&mut self, name: &HostName, known: Known) {
+        if !self.known.contains_key(name) {
+            self.schedule.insert((known.due, name.clone()));
+            self.known.insert(name.clone(), known);
+        }
+    }
+
+    /// Changes what is known of a name, if it is in use, and with that, when it is due.
+    fn update<T>(&mut self, name: &HostName, change: impl FnOnce(&mut Known) -> T) -> Option<T> {
+        let known = self.known.get_mut(name)?;
+        let before = known.due;
+        let result = change(known);
+        if known.due != before {
+            self.schedule.remove(&(before, name.clone()));
+            self.schedule.insert((known.due, name.clone()));
+        }
+        Some(result)
+    }
+
     /// Forgets all names but these.
     pub(crate) fn keep(&mut self, names: &HashSet<HostName>) {
         self.known.retain(|name, _known| names.contains(name));
+        self.schedule.retain(|(_due, name)| names.contains(name));
+        self.changed.retain(|name| names.contains(name));
+        self.untold.retain(|name| names.contains(name));
     }
 
-    /// Waits until a name stands for other addresses than before, and returns it. Dropped at any point, nothing is lost.
-    pub(crate) async fn changed(&mut self) -> HostName {
+    /// Waits until names stand for other addresses than before, and returns them. Logs which do not resolve. Dropped at any
+    /// point, nothing is lost.
+    pub(crate) async fn changed(&mut self) -> HashSet<HostName> {
         loop {
-            if let Some(name) = self.step().await {
-                return name;
+            self.tell();
+            if !self.changed.is_empty() {
+                return std::mem::take(&mut self.changed);
             }
+            self.step().await;
         }
     }
 
-    /// Asks what is due, or takes an answer. Returns the name that stands for others now.
-    async fn step(&mut self) -> Option<HostName> {
-        self.ask_what_is_due().await;
-        let due = self.known.values().map(|known| known.due).min();
+    /// Asks what is due, or takes an answer.
+    async fn step(&mut self) {
+        let is_full = self.ask_what_is_due();
+        // What could not be asked is asked once the resolver takes more.
+        let due = self.schedule.first().map(|(due, _name)| *due).filter(|_due| !is_full);
         tokio::select! {
             biased;
-            answer = heard(&mut self.resolver) => match answer {
-                Ok(answer) => self.take(answer),
-                Err(error) => {
-                    self.lose_resolver(&error);
-                    None
-                }
+            answer = heard(&mut self.resolver, is_full) => match answer {
+                Ok(answer) => answer.into_iter().for_each(|answer| self.take(answer)),
+                Err(error) => self.lose_resolver(&error),
             },
-            () = suspects::added() => {
-                self.doubt(&suspects::take());
-                None
-            }
-            () = at(due) => None,
+            () = suspects::added() => self.doubt(&suspects::take()),
+            () = at(due) => {}
         }
     }
 
-    async fn ask_what_is_due(&mut self) {
+    /// Asks what is due. Returns whether there is more than the resolver takes now.
+    fn ask_what_is_due(&mut self) -> bool {
         let now = Instant::now();
-        for (name, known) in &mut self.known {
-            if known.due > now {
-                continue;
-            }
-            if known.is_awaited {
-                known.fail("the resolver has not answered", now);
+        while let Some((_due, name)) = self.schedule.first().filter(|(due, _name)| *due <= now).cloned() {
+            if self.known.get(&name).is_some_and(|known| known.is_awaited) {
+                self.fail(&name, "the resolver has not answered", now);
                 continue;
             }
             let asked = match &mut self.resolver {
-                Some(resolver) => resolver.ask(name).await,
+                Some(resolver) => resolver.ask(&name),
                 None => Err(io::ErrorKind::NotConnected.into()),
             };
             match asked {
-                Ok(()) => known.await_answer(now),
-                Err(error) => known.fail(&format!("the resolver cannot be asked: {error}"), now),
+                Ok(()) => {
+                    self.update(&name, |known| known.await_answer(now));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
+                Err(error) => self.fail(&name, &format!("the resolver cannot be asked: {error}"), now),
             }
-            known.tell(name);
+        }
+        false
+    }
+
+    /// Records an answer.
+    fn take(&mut self, Answer { name, result }: Answer) {
+        // It may not be in use any more.
+        let Ok(name) = name.parse::<HostName>() else { return };
+        let now = Instant::now();
+        let found = match result {
+            Ok(found) => found,
+            Err(why) => return self.fail(&name, &why, now),
+        };
+        let had_failed = self.known.get(&name).is_some_and(|known| known.failure.is_some());
+        if had_failed && !self.untold.remove(&name) {
+            info!(%name, "the name resolves");
+        }
+        if self.update(&name, |known| known.succeed(found, now)) == Some(true) {
+            self.changed.insert(name);
         }
     }
 
-    /// Records an answer. Returns its name if it stands for others now.
-    fn take(&mut self, Answer { name, result }: Answer) -> Option<HostName> {
-        let name: HostName = name.parse().ok()?;
-        // It may not be in use any more.
-        let known = self.known.get_mut(&name)?;
-        let now = Instant::now();
-        match result {
-            Ok(found) => known.succeed(&name, found, now).then_some(name),
-            Err(why) => {
-                known.fail(&why, now);
-                known.tell(&name);
-                None
+    /// Records that a name could not be looked up.
+    fn fail(&mut self, name: &HostName, why: &str, now: Instant) {
+        if self.update(name, |known| known.fail(why, now)) == Some(true) {
+            self.untold.insert(name.clone());
+        }
+    }
+
+    /// Logs which names do not resolve, the first time of several.
+    fn tell(&mut self) {
+        for name in std::mem::take(&mut self.untold) {
+            let Some(Known { addresses, failure: Some(reason), .. }) = self.known.get(&name) else {
+                continue;
+            };
+            match addresses.is_empty() {
+                true => {
+                    warn!(%name, %reason, "the name does not resolve; clients of its mappings are refused until it does")
+                }
+                false => {
+                    warn!(%name, %reason, "the name does not resolve any more; its mappings keep its addresses")
+                }
             }
         }
     }
@@ -263,9 +303,7 @@ impl Names {
     /// Has names looked up again that may stand for others by now.
     fn doubt(&mut self, names: &HashSet<HostName>) {
         for name in names {
-            if let Some(known) = self.known.get_mut(name).filter(|known| !known.is_awaited) {
-                known.due = known.due.min(known.asked + SHORTEST);
-            }
+            self.update(name, Known::doubt);
         }
     }
 
@@ -273,74 +311,9 @@ impl Names {
         warn!(%error, "names are not looked up any more, as the launcher is gone; they keep their addresses");
         self.resolver = None;
         let now = Instant::now();
-        self.known
-            .values_mut()
-            .filter(|known| known.is_awaited)
-            .for_each(|known| known.fail("the resolver is gone", now));
-    }
-}
-
-impl Known {
-    fn new(now: Instant) -> Self {
-        let addresses = Arc::new([]);
-        Self {
-            addresses,
-            own: Vec::new(),
-            failure: None,
-            failures: 0,
-            asked: now,
-            due: now,
-            is_awaited: false,
-        }
-    }
-
-    /// Whether it stands for nothing, and an answer is awaited, or will be as it was due at `start`.
-    fn is_open(&self, start: Instant) -> bool {
-        self.addresses.is_empty() && (self.is_awaited || self.due <= start)
-    }
-
-    fn await_answer(&mut self, now: Instant) {
-        self.is_awaited = true;
-        self.asked = now;
-        self.due = now + LOST;
-    }
-
-    /// Records addresses. Returns whether they are others than before.
-    fn succeed(&mut self, name: &HostName, Found { addresses, own, seconds }: Found, now: Instant) -> bool {
-        if self.failure.take().is_some() {
-            info!(%name, "the name resolves");
-        }
-        (self.is_awaited, self.failures) = (false, 0);
-        self.due = now + Duration::from_secs(seconds).max(SHORTEST);
-        self.own = own;
-        let (before, after): (HashSet<_>, HashSet<_>) =
-            (self.addresses.iter().collect(), addresses.iter().collect());
-        if before == after {
-            return false;
-        }
-        self.addresses = with_first(addresses, self.addresses.first().copied()).into();
-        true
-    }
-
-    fn fail(&mut self, why: &str, now: Instant) {
-        self.is_awaited = false;
-        let delay = SHORTEST.saturating_mul(1 << self.failures.min(5)).min(LONGEST_RETRY);
-        self.failures = self.failures.saturating_add(1);
-        self.due = now + delay;
-        self.failure = Some(why.to_owned());
-    }
-
-    /// Logs the first failure of several.
-    fn tell(&self, name: &HostName) {
-        let Some(reason) = self.failure.as_ref().filter(|_why| self.failures == 1) else { return };
-        match self.addresses.is_empty() {
-            true => {
-                warn!(%name, %reason, "the name does not resolve; clients of its mappings are refused until it does")
-            }
-            false => {
-                warn!(%name, %reason, "the name does not resolve any more; its mappings keep its addresses")
-            }
-        }
+        let awaited = self.known.iter().filter(|(_name, known)| known.is_awaited);
+        let awaited: Vec<HostName> = awaited.map(|(name, _known)| name.clone()).collect();
+        awaited.iter().for_each(|name| self.fail(name, "the resolver is gone", now));
     }
 }
 
@@ -349,18 +322,73 @@ pub(crate) fn names_of<'a>(mappings: impl Iterator<Item = &'a Mapping>) -> HashS
     mappings.filter_map(|mapping| mapping.backend().name()).cloned().collect()
 }
 
-/// These addresses with `first` in front, if it is one of them: flows stay where they are as long as they can.
-fn with_first(mut addresses: Vec<IpAddr>, first: Option<IpAddr>) -> Vec<IpAddr> {
-    let place = first.and_then(|first| addresses.iter().position(|ip| *ip == first));
-    if let Some(place) = place {
-        addresses[..=place].rotate_right(1);
-    }
-    addresses
-}
-
 async fn at(due: Option<Instant>) {
     match due {
         Some(due) => sleep_until(due).await,
         None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader, Write};
+    use std::net::Ipv4Addr;
+    use std::thread;
+
+    use super::message::{Found, Question};
+    use super::*;
+    use crate::runtime::new_runtime;
+
+    /// Names whose resolver has an answer of an hour for each question: the number of questions so far.
+    fn counting() -> Names {
+        let (ours, theirs) = StdUnixStream::pair().unwrap();
+        thread::spawn(move || {
+            let questions = BufReader::new(theirs.try_clone().unwrap()).lines();
+            for (number, line) in (1..).zip(questions.map_while(Result::ok)) {
+                let Question { name } = serde_json::from_str(&line).unwrap();
+                let addresses = vec![Ipv4Addr::from_bits(number).into()];
+                let result = Ok(Found { addresses, own: Vec::new(), seconds: 3600 });
+                let line = serde_json::to_string(&Answer { name, result }).unwrap() + "\n";
+                if (&theirs).write_all(line.as_bytes()).is_err() {
+                    return;
+                }
+            }
+        });
+        Names::new(Some(ours))
+    }
+
+    fn set(names: &[&str]) -> HashSet<HostName> {
+        names.iter().map(|name| name.parse().unwrap()).collect()
+    }
+
+    #[test]
+    fn what_is_learnt_while_a_change_waits_is_told_later() {
+        new_runtime().unwrap().block_on(async {
+            let mut names = counting();
+            names.look_up(set(&["a"])).await;
+            assert_eq!(names.changed().await, set(&["a"]));
+            names.renew(&"a".parse().unwrap());
+            names.look_up(set(&["b"])).await;
+            names.look_up(set(&["a"])).await;
+            assert_eq!(names.changed().await, set(&["a", "b"]));
+            assert_eq!(names.known.values().filter(|known| known.is_wanted).count(), 0);
+            names.keep(&set(&["b"]));
+            assert_eq!((names.known.len(), names.schedule.len()), (1, 1));
+        });
+    }
+
+    #[test]
+    fn more_names_are_asked_for_than_both_sockets_hold() {
+        new_runtime().unwrap().block_on(async {
+            let mut names = counting();
+            let many = (0..20_000).map(|number| format!("host-{number}.internal").parse().unwrap());
+            let mut missing: HashSet<HostName> = many.collect();
+            missing.iter().for_each(|name| names.add(name, Known::new(Instant::now())));
+            while !missing.is_empty() {
+                for name in names.changed().await {
+                    assert!(missing.remove(&name), "{name} is told once");
+                }
+            }
+        });
     }
 }

@@ -44,6 +44,8 @@ impl AttachOptions {
             return None;
         }
         let AttachTable { name: of_table, limits } = table.unwrap_or_default();
+        // Shims bind what they attach, and its backend is an address.
+        let limits = Limits { freebind: false, require_resolved: false, ..limits };
         let name = flag.flatten().map(str::to_owned).or(of_table).unwrap_or_else(|| DEFAULT_NAME.to_owned());
         Some(Self { name, limits })
     }

@@ -221,7 +221,7 @@ impl Managed {
                     return Ok(false);
                 }
                 event = server.event() => match event? {
-                    Event::NameChanged(host) => Box::pin(server.follow(&host)).await,
+                    Event::NamesChanged(hosts) => Box::pin(server.follow(&hosts)).await,
                 },
                 () = hung_up(reload) => {
                     let addr = metrics.as_ref().map(|metrics| &metrics.socket.addr);
@@ -525,6 +525,7 @@ async fn reload_all(
     for spare in spares {
         spare.release();
     }
+    server.names.renew_all();
     if let (Some(path), Some(log)) = (access_log, server.access_log()) {
         log.release_reserve();
         match open_again(Reopened::AccessLog, upgrade, || destination::open_file(path)).await {

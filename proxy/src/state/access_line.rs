@@ -10,6 +10,7 @@ use rproxy_mapping::addr::{BackendAddr, Protocol, canonical};
 use serde::{Serialize, Serializer};
 
 use crate::log::Format;
+use crate::state::backend_text::BackendText;
 use crate::state::record::{Ending, Record, RecordedPort, Traffic};
 
 /// The fields of a line. Those that mean nothing for what it is about are missing.
@@ -22,8 +23,7 @@ struct Line<'a> {
     protocol: &'static str,
     client: SocketAddr,
     host: SocketAddr,
-    #[serde(serialize_with = "as_text")]
-    backend: &'a BackendAddr,
+    backend: BackendText<'a>,
     bytes_in: u64,
     bytes_out: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -49,7 +49,7 @@ pub(super) fn write(text: &mut Vec<u8>, format: Format, record: &Record) {
     let line = Line {
         client: record.client(),
         host: record.host,
-        backend: record.backend(),
+        backend: record.backend_text(),
         bytes_in: to_backend.bytes(),
         bytes_out: to_client.bytes(),
         datagrams_in: datagrams(to_backend),
@@ -96,14 +96,14 @@ impl Serialize for Milliseconds {
 
 impl<'a> Line<'a> {
     fn new(port: &'a RecordedPort, client: SocketAddr, ending: Ending) -> Self {
-        let RecordedPort { mapping, port_mapping, .. } = port;
+        let RecordedPort { mapping, port_mapping, unresolved, .. } = port;
         Self {
             time: format_rfc3339_micros(SystemTime::now()),
             mapping: mapping.as_str(),
             protocol: port_mapping.protocol.as_str(),
             client,
             host: port_mapping.host.socket_addr(),
-            backend: &port_mapping.backend,
+            backend: BackendText::of(&port_mapping.backend, unresolved.as_ref()),
             bytes_in: 0,
             bytes_out: 0,
             datagrams_in: None,

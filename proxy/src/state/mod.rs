@@ -1,6 +1,7 @@
 //! The state that the sockets and connections of a mapping share.
 
 mod access_line;
+pub(crate) mod backend_text;
 pub(crate) mod record;
 pub(crate) mod recorder;
 mod refusals;
@@ -14,7 +15,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rproxy_mapping::backend::{BackendHost, NamedHost};
+use rproxy_mapping::backend::{BackendHost, HostName, NamedHost};
 use rproxy_mapping::limits::Limits;
 use rproxy_mapping::name::Name;
 use rproxy_mapping::{Mapping, PortMapping};
@@ -22,6 +23,7 @@ use tokio::sync::Notify;
 
 use crate::names::suspects;
 use crate::runtime::poll::WatchedListener;
+use crate::state::backend_text::BackendText;
 use crate::state::record::{Ending, Record, RecordedPort};
 use crate::state::recorder::Recorder;
 use crate::state::sources::Sources;
@@ -70,10 +72,26 @@ impl Target {
         match &self.named {
             Some(host) if self.port_mapping.backend.is_nowhere() => {
                 suspects::report(host.name());
-                Err(io::Error::other(format!("the name {} does not resolve", host.name())))
+                Err(io::Error::other(self.unresolved().unwrap_or_default()))
             }
             _ => Ok(()),
         }
+    }
+
+    /// Why the name of the backend leads nowhere, if it does.
+    pub(crate) fn unresolved(&self) -> Option<String> {
+        let host = self.named.as_ref()?;
+        host.no_address().map(|why| format!("the name {} {why}", host.name()))
+    }
+
+    /// The name of the backend while it leads nowhere.
+    fn unresolved_name(&self) -> Option<&HostName> {
+        self.named.as_ref().filter(|_host| self.port_mapping.backend.is_nowhere()).map(NamedHost::name)
+    }
+
+    /// The backend, as people are shown it.
+    pub(crate) fn backend_text(&self) -> BackendText<'_> {
+        BackendText::of(&self.port_mapping.backend, self.unresolved_name())
     }
 
     /// The same with another address of the backend.
@@ -86,7 +104,8 @@ impl Target {
     fn recorded_port(&self) -> RecordedPort {
         let MappingPolicy { limits, state } = &*self.policy;
         let (mapping, port_mapping) = (state.name.clone(), self.port_mapping.clone());
-        RecordedPort { mapping, port_mapping, is_logged: limits.access_log }
+        let unresolved = self.unresolved_name().cloned();
+        RecordedPort { mapping, port_mapping, unresolved, is_logged: limits.access_log }
     }
 }
 

@@ -10,7 +10,11 @@ use std::time::Duration;
 use nix::time::{ClockId, clock_gettime};
 use rproxy_mapping::PortMapping;
 use rproxy_mapping::addr::BackendAddr;
+use rproxy_mapping::backend::HostName;
 use rproxy_mapping::name::Name;
+
+use crate::state::Target;
+use crate::state::backend_text::BackendText;
 
 /// How a connection or flow ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -120,6 +124,8 @@ pub(crate) struct RecordedPort {
     pub(crate) mapping: Name,
     /// Where the client comes in, and where it is relayed to.
     pub(crate) port_mapping: PortMapping,
+    /// The name of the backend if it led nowhere.
+    pub(crate) unresolved: Option<HostName>,
     /// Whether the access log has lines about it.
     pub(crate) is_logged: bool,
 }
@@ -154,6 +160,8 @@ struct Told {
     client: SocketAddr,
     /// The backend by then.
     backend: BackendAddr,
+    /// Its name if it led nowhere.
+    unresolved: Option<HostName>,
 }
 
 impl Record {
@@ -192,9 +200,21 @@ impl Record {
         self.reached.get().map_or_else(asked, Box::as_ref)
     }
 
+    /// The same, as people are shown it.
+    pub(crate) fn backend_text(&self) -> BackendText<'_> {
+        let unresolved = self.told.get().map_or(&self.port.unresolved, |told| &told.unresolved);
+        let backend = self.backend();
+        BackendText::of(backend, unresolved.as_ref().filter(|_name| backend.is_nowhere()))
+    }
+
     /// Records the header of a proxy in front: for whom it speaks, and where the connection is relayed to from then on.
-    pub(crate) fn set_told(&self, client: SocketAddr, backend: BackendAddr) {
-        self.told.get_or_init(|| Box::new(Told { client, backend }));
+    pub(crate) fn set_told(&self, client: SocketAddr, target: &Target) {
+        let told = || Told {
+            client,
+            backend: target.port_mapping.backend.clone(),
+            unresolved: target.unresolved_name().cloned(),
+        };
+        self.told.get_or_init(|| Box::new(told()));
     }
 
     /// Records which address of the backend was reached, if it is not the first.
@@ -373,9 +393,13 @@ impl Moment {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+
     use rproxy_mapping::addr::Protocol;
+    use rproxy_mapping::limits::Limits;
 
     use super::*;
+    use crate::state::MappingPolicy;
 
     fn record(protocol: Protocol) -> Record {
         let [peer, host]: [SocketAddr; 2] =
@@ -386,7 +410,7 @@ mod tests {
             (1, 0),
             peer,
             host,
-            RecordedPort { mapping: Name::default(), port_mapping, is_logged: true },
+            RecordedPort { mapping: Name::default(), port_mapping, unresolved: None, is_logged: true },
         )
     }
 
@@ -430,7 +454,9 @@ mod tests {
         let record = record(Protocol::Udp);
         assert_eq!((record.state(), record.client().port()), ("open", 5000));
         let [told, backend] = ["198.51.100.9:7", "172.17.0.3:80"];
-        record.set_told(told.parse().unwrap(), backend.parse().unwrap());
+        let policy = MappingPolicy { limits: Limits::default(), state: Arc::default() };
+        let port_mapping = PortMapping { backend: backend.parse().unwrap(), ..record.port.port_mapping.clone() };
+        record.set_told(told.parse().unwrap(), &Target::new(port_mapping, Arc::new(policy)));
         assert_eq!(
             (record.client().to_string(), record.backend().to_string()),
             (told.into(), backend.into())

@@ -163,7 +163,7 @@ mod tests {
     fn port(is_logged: bool) -> RecordedPort {
         let (host, backend) = ("127.0.0.1:80".parse().unwrap(), "172.17.0.2:80".parse().unwrap());
         let port_mapping = PortMapping { protocol: Protocol::Tcp, host, backend, v6only: false };
-        RecordedPort { mapping: Name::default(), port_mapping, is_logged }
+        RecordedPort { mapping: Name::default(), port_mapping, unresolved: None, is_logged }
     }
 
     fn open(recorder: &Recorder, is_logged: bool) -> Option<Arc<Record>> {

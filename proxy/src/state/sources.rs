@@ -241,7 +241,8 @@ mod tests {
     fn what_a_bucket_lacks_counts_in_tokens_when_the_rate_changes() {
         let taken_after = |before: &str, uses: u32, change: Option<&str>, millis: u64| {
             let (mut buckets, start) = (Buckets::default(), Instant::now());
-            let [before, rate]: [Rate; 2] = [before, change.unwrap_or(before)].map(|rate| rate.parse().unwrap());
+            let [before, rate]: [Rate; 2] =
+                [before, change.unwrap_or(before)].map(|rate| rate.parse().unwrap());
             for _ in 0..uses {
                 buckets.take(source(1), before, start);
             }
@@ -265,7 +266,11 @@ mod tests {
             // Without a rate in between, nothing is kept.
             ("2/h", 3, None, 0, 2),
         ] {
-            assert_eq!(taken_after(before, uses, change, millis), taken, "{uses} of {before}, then {change:?}");
+            assert_eq!(
+                taken_after(before, uses, change, millis),
+                taken,
+                "{uses} of {before}, then {change:?}"
+            );
         }
     }
 

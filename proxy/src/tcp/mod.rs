@@ -193,11 +193,13 @@ fn report_failed_dial(peer: SocketAddr, guard: &ConnectionGuard, error: &DialErr
     guard.stats().count_of(Protocol::Tcp, failure_kind(error));
     guard.end(ending(error));
     let (mapping, reason) = (&guard.state().name, ending(error).as_str());
-    let backend = &guard.port_mapping().backend;
+    let backend = guard.target().backend_text();
+    // Only the target knows why a name leads nowhere.
+    let problem = guard.target().unresolved().unwrap_or_else(|| error.to_string());
     if let DialError::ClientReset { .. } = error {
-        debug!(client = %peer, %mapping, bytes_in = 0, bytes_out = 0, duration_ms = duration_ms(guard), reason, %error, "connection ended");
+        debug!(client = %peer, %mapping, bytes_in = 0, bytes_out = 0, duration_ms = duration_ms(guard), reason, error = %problem, "connection ended");
     } else if let Some(suppressed) = FAILED_DIALS.permit() {
-        warn!(client = %peer, %mapping, %backend, reason, %error, suppressed, "connection reset: no backend");
+        warn!(client = %peer, %mapping, %backend, reason, error = %problem, suppressed, "connection reset: no backend");
     }
 }
 

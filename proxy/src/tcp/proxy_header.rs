@@ -54,8 +54,8 @@ pub(super) async fn exchange(
         if let Some(target) = entry.set_client(peer.ip()) {
             guard.set_target(target);
         }
-        let (client, backend) = (canonical(*peer), &guard.port_mapping().backend);
-        guard.record().iter().for_each(|record| record.set_told(client, backend.clone()));
+        let (client, target) = (canonical(*peer), guard.target());
+        guard.record().iter().for_each(|record| record.set_told(client, target));
         if !guard.admits(*peer) {
             guard.end(Ending::Denied);
             return Err(Refused);

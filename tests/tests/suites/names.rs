@@ -53,6 +53,9 @@ pub(crate) fn cases() -> Vec<Case> {
         case("a name that leads back", looped),
         case("a name server that is silent", silent),
         case("cut and retarget know names", retargeted),
+        case("a name is looked up again when somebody asks for that", renewed),
+        case("a name of the other family than the source", other_family),
+        case("what is not served is not complained about", complaints),
     ]
 }
 
@@ -222,6 +225,7 @@ fn late() {
     let refused =
         proxy.process.wait_for_line(Stream::Stderr, |line| line.contains("connection reset: no backend"));
     assert!(refused.contains("the name web.internal does not resolve"), "{refused}");
+    assert!(refused.contains("backend=web.internal:80"), "{refused}");
     stage.rename(&at(CONTAINER_V4));
     stage.leads_to(b'a');
     // When it is gone again, its last address stays.
@@ -464,4 +468,92 @@ fn retargeted() {
         output.stderr.contains("to: 'we b' is neither an IP address nor the name of a host"),
         "{output:#?}"
     );
+}
+
+fn renewed() {
+    // Valid for an hour.
+    let stage = Stage::new(&at(CONTAINER_V4), 3600);
+    let _letters = stage.letters();
+    let file = stage.dir.path().join("rproxy.toml");
+    let both = "[[mapping]]\nname = \"web\"\nhost = \"0.0.0.0:80\"\nto = \"web.internal:80\"\n\
+        [[mapping]]\nname = \"same\"\nhost = \"0.0.0.0:81\"\nto = \"web.internal:80\"\n";
+    fs::write(&file, both).unwrap();
+    let path = file.to_str().unwrap();
+    let server = stage.control(&["--config", path]);
+    assert_eq!(stage.letter(), Some(b'a'));
+    let resolved = |index: usize| list(&server)["mappings"][index]["resolved"][0].clone();
+    let both_lead_to = |ip: IpAddr| {
+        let ip = rproxy_text(ip);
+        eventually(&format!("both lead to {ip}"), || (resolved(0), resolved(1)) == (json!(ip), json!(ip)));
+    };
+    stage.rename(&at(SECOND_V4));
+    server.process.signal(Signal::SIGHUP);
+    both_lead_to(SECOND_V4.into());
+    stage.rename(&at(CONTAINER_V6));
+    server.ctl(&["apply", path]).success();
+    both_lead_to(CONTAINER_V6.into());
+    stage.rename(&at(CONTAINER_V4));
+    server.ctl(&["retarget", "web", "--to", "web.internal:80"]).success();
+    assert_eq!(stage.letter(), Some(b'a'), "it is looked up before the answer");
+    both_lead_to(CONTAINER_V4.into());
+}
+
+/// An address as `rproxy` writes it.
+fn rproxy_text(ip: IpAddr) -> String {
+    if ip.is_ipv6() { format!("[{ip}]") } else { ip.to_string() }
+}
+
+fn other_family() {
+    let stage = Stage::new(&at(CONTAINER_V6), 1);
+    let log = stage.dir.path().join("access.log");
+    let server = stage.control(&["--access-log", log.to_str().unwrap()]);
+    let add = ["add", "--name", "web", "--host", "0.0.0.0:80", "--to", "web.internal:80", "--source"];
+    let source = HOST_V4.to_string();
+    server.ctl(&[&add[..], &[&source]].concat()).success();
+    let why = format!("has only IPv6 addresses, and source is {source}");
+    let text = server.ctl(&["list"]).success();
+    assert!(text.contains(&format!("web.internal:80 ({why})")), "{text}");
+    assert_eq!(list(&server)["mappings"][0]["unresolved"], why);
+    assert_eq!(stage.letter(), None);
+    let refused =
+        server.process.wait_for_line(Stream::Stderr, |line| line.contains("connection reset: no backend"));
+    assert!(refused.contains(&format!("the name web.internal {why}")), "{refused}");
+    eventually("the access log has the name", || {
+        fs::read_to_string(&log).is_ok_and(|lines| lines.contains(" web.internal:80 "))
+    });
+    // What `list` prints can be applied.
+    let file = server.file("list.json", &server.ctl(&["list", "--json"]).success());
+    server.ctl(&["apply", file.to_str().unwrap()]).success();
+    server.ctl(&["remove", "web"]).success();
+    let output = server.ctl(&[&add[..], &[&source, "--require-resolved"]].concat());
+    assert!(output.stderr.contains(&format!("the name web.internal {why}")), "{output:#?}");
+    // Datagrams have the same reason.
+    server.ctl(&[&add[..], &[&source, "--proto", "udp"]].concat()).success();
+    let socket = stage.net.client.run(|| udp::client(Ipv4Addr::UNSPECIFIED));
+    socket.send_to(b"who", (HOST_V4, 80)).unwrap();
+    let refused = server.process.wait_for_line(Stream::Stderr, |line| line.contains("cannot open a flow"));
+    assert!(refused.contains(&format!("the name web.internal {why}")), "{refused}");
+}
+
+fn complaints() {
+    let stage = Stage::new("", 1);
+    let complains = |line: &str| line.contains("does not resolve") && line.contains("WARN");
+    let arguments = [&TO_NAME[..], &["--require-resolved"]].concat();
+    let output = stage.net.host.spawn(stage.command(&rproxy::command(&arguments))).into_output();
+    assert_eq!(output.status.code(), Some(1), "{output:#?}");
+    assert!(!output.stderr.lines().any(complains), "{output:#?}");
+    let server = stage.control(&["--host", "0.0.0.0:80", "--to", "web.internal:80", "--name", "web"]);
+    server.process.wait_for_line(Stream::Stderr, complains);
+    let refused = ["add", "--name", "other", "--host", "0.0.0.0:81", "--to", "other.internal:80"];
+    assert_eq!(server.ctl(&[&refused[..], &["--require-resolved"]].concat()).status.code(), Some(1));
+    // Names are looked up again and again, which this outlasts: when the first one resolves, it has failed several times.
+    eventually("it was asked for again", || {
+        let asked = stage.dns.captured(Stream::Stderr);
+        asked.lines().filter(|line| line.contains("query[A] web.internal ")).count() >= 3
+    });
+    stage.rename(&at(CONTAINER_V4));
+    server.process.wait_for_line(Stream::Stderr, |line| line.contains("the name resolves"));
+    let log = server.process.captured(Stream::Stderr);
+    let complaints: Vec<&str> = log.lines().filter(|line| complains(line)).collect();
+    assert!(complaints.len() == 1 && complaints[0].contains("web.internal"), "{complaints:#?}");
 }
