@@ -46,10 +46,13 @@ pub(crate) fn bind_to_device(socket: &Socket, limits: &Limits) -> Result<(), Sou
 /// # Errors
 /// [`SourceError`], and that of connect(2) as one of the address.
 pub(crate) fn can_reach(limits: &Limits, backend: SocketAddr) -> Result<(), SourceError> {
-    let Source::Address(ip) = limits.source else { return Ok(()) };
-    let probe = Socket::new(Domain::for_address(backend), Type::DGRAM, None);
-    let probe = probe.map_err(|source| SourceError::Address { ip, source })?;
+    if limits.device.is_none() && !matches!(limits.source, Source::Address(_)) {
+        return Ok(());
+    }
+    // Without a socket, nothing is found out; clients get the same error.
+    let Ok(probe) = Socket::new(Domain::for_address(backend), Type::DGRAM, None) else { return Ok(()) };
     bind_as_asked(&probe, limits)?;
+    let Source::Address(ip) = limits.source else { return Ok(()) };
     probe.connect(&backend.into()).map_err(|source| match source.kind() {
         io::ErrorKind::InvalidInput => SourceError::Unroutable { ip, backend: backend.ip() },
         _ => SourceError::Address { ip, source },
@@ -300,6 +303,8 @@ mod tests {
         can_reach(&local, ([127, 0, 0, 2], 80).into()).unwrap();
         can_reach(&nobodys, backend).unwrap_err();
         let nowhere = Limits { device: Some("nonesuch0".parse().unwrap()), ..Limits::default() };
+        let error = can_reach(&nowhere, backend).unwrap_err().to_string();
+        assert!(error.starts_with("cannot send by the interface nonesuch0: "), "{error}");
         let error = bind_as_asked(&socket(), &nowhere).unwrap_err().to_string();
         assert!(error.starts_with("cannot send by the interface nonesuch0: "), "{error}");
     }

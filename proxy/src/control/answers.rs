@@ -17,6 +17,9 @@ use crate::engine::registry::{Registry, Served};
 use crate::state::record::{Record, RecordedPort, Traffic};
 use crate::state::stats::{FailureKind, Stats};
 
+/// The most warnings of a response, each of which may be long.
+const MOST_WARNINGS: usize = 20;
+
 /// The result of a request. The request determines the variant.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(untagged)]
@@ -184,7 +187,7 @@ pub struct Added<M = WireMapping> {
 }
 
 /// The numbers of mappings that a change affected.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ChangeCounts {
     /// Mappings that were added.
     pub added: usize,
@@ -194,6 +197,9 @@ pub struct ChangeCounts {
     pub removed: usize,
     /// Mappings that were not touched.
     pub unchanged: usize,
+    /// Why clients of mappings that it was about are refused for now.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub warnings: Vec<String>,
 }
 
 impl List {
@@ -307,19 +313,22 @@ impl Added {
     /// The result of `changed`, which has added the mappings called `names` to `registry`.
     pub fn of(changed: Changed, registry: &Registry, names: &[Name]) -> Self {
         let served = names.iter().filter_map(|name| registry.get(name));
-        Self { counts: changed.into(), mappings: served.map(BoundMapping::of).collect() }
+        let counts = ChangeCounts::of(changed, registry, names);
+        Self { counts, mappings: served.map(BoundMapping::of).collect() }
     }
 }
 
-impl From<Changed> for ChangeCounts {
-    fn from(Changed { added, changed, removed, unchanged }: Changed) -> Self {
-        Self { added, changed, removed, unchanged }
-    }
-}
-
-impl From<Changed> for Response {
-    fn from(changed: Changed) -> Self {
-        Self::Changed(changed.into())
+impl ChangeCounts {
+    /// The result of `changed`, which was about the mappings of `registry` called `names`.
+    pub fn of(changed: Changed, registry: &Registry, names: &[Name]) -> Self {
+        let Changed { added, changed, removed, unchanged } = changed;
+        let warning = |name: &Name| Some(format!("{name}: {}", registry.get(name)?.problem()?));
+        let mut all = names.iter().filter_map(warning);
+        let mut warnings: Vec<String> = all.by_ref().take(MOST_WARNINGS).collect();
+        if let more @ 1.. = all.count() {
+            warnings.push(format!("{more} more mappings have such problems; the log has them"));
+        }
+        Self { added, changed, removed, unchanged, warnings }
     }
 }
 
@@ -363,7 +372,8 @@ mod tests {
         MappingStats::of(&name.parse().unwrap(), &stats, Origin::default())
     }
 
-    const COUNTS: ChangeCounts = ChangeCounts { added: 1, changed: 2, removed: 3, unchanged: 4 };
+    const COUNTS: ChangeCounts =
+        ChangeCounts { added: 1, changed: 2, removed: 3, unchanged: 4, warnings: Vec::new() };
 
     const WEB: &str = r#"{"bound":"8003","host":"[::]","host_ports":"8000-8010","limits":{"deny":["10.0.0.0/8"],"max_connections":7},"name":"web","proto":"tcp","to":"172.17.0.2","to_ports":"80","v6only":true}"#;
 

@@ -15,7 +15,7 @@ use tokio::sync::oneshot;
 use tokio::time::timeout;
 use tracing::info;
 
-use super::answers::{Added, ConnectionList, CutCounts, List, Response, StatsList};
+use super::answers::{Added, ChangeCounts, ConnectionList, CutCounts, List, Response, StatsList};
 use super::chosen::{ClientFilter, NamePattern};
 use super::clients::{Call, Reply};
 use super::protocol::{Chosen, Refusal, Request};
@@ -52,7 +52,7 @@ pub(crate) async fn answer(Call { request, sockets, answer }: Call, server: &mut
 
 async fn handle(request: Request, sockets: Vec<OwnedFd>, server: &mut Server) -> Result<Response, Refusal> {
     let passed = sockets::adopt(sockets, &request)?;
-    let changed = match request {
+    let (changed, names) = match request {
         Request::List => return Ok(Response::List(List::of(server.registry()))),
         Request::Stats => return Ok(Response::Stats(StatsList::of(server.registry()))),
         Request::Connections(chosen) => {
@@ -76,29 +76,32 @@ async fn handle(request: Request, sockets: Vec<OwnedFd>, server: &mut Server) ->
         Request::Apply { mut mappings, cut } => {
             // Attached ports are in a list that is applied, but not served at the request of a client.
             mappings.retain(|mapping| mapping.origin.is_none());
-            server.apply(read(&mappings, server)?, passed, removal(cut)).await?
+            let mappings = read(&mappings, server)?;
+            let names = mappings.iter().map(Mapping::name).collect();
+            (server.apply(mappings, passed, removal(cut)).await?, names)
         }
         Request::Remove { name, cut } => {
             let name = parse_name(&name)?;
-            match server.remove(&name, removal(cut)).await {
+            let changed = match server.remove(&name, removal(cut)).await {
                 // It was removed before, and this ends what it has left.
                 Err(ChangeError::Unknown(_)) if cut && server.registry().knows(&name) => {
                     server.cut_left(&HashSet::from([name])).await;
                     Changed { unchanged: server.registry().requested().count(), ..Changed::default() }
                 }
                 removed => removed?,
-            }
+            };
+            (changed, Vec::new())
         }
         Request::Retarget { name, to, cut } => {
             let name = parse_name(&name)?;
             let changed = retarget(server, &name, &to).await?;
             if cut {
-                server.cut_left(&HashSet::from([name])).await;
+                server.cut_left(&HashSet::from([name.clone()])).await;
             }
-            changed
+            (changed, vec![name])
         }
     };
-    Ok(changed.into())
+    Ok(Response::Changed(ChangeCounts::of(changed, server.registry(), &names)))
 }
 
 /// The live connections and flows that `chosen` describes.

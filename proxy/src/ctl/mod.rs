@@ -164,23 +164,31 @@ fn show(command: &Command, answer: Value) -> Result<(), CtlError> {
     match command {
         Command::List { .. } => console::out(&table::list(&result(answer)?)),
         Command::Add(_) => {
-            let Added { mappings, .. } = result(answer)?;
+            let Added { mappings, counts } = result(answer)?;
             mappings.iter().for_each(|mapping| console::out(&table::ready_line(mapping)));
+            warn(&counts.warnings);
         }
         Command::Apply { .. } => {
-            let ChangeCounts { added, changed, removed, unchanged } = result(answer)?;
+            let ChangeCounts { added, changed, removed, unchanged, warnings } = result(answer)?;
             console::out(&format_args!(
                 "{added} added, {changed} changed, {removed} removed, {unchanged} not touched"
             ));
+            warn(&warnings);
         }
+        Command::Retarget { .. } => warn(&result::<ChangeCounts>(answer)?.warnings),
         Command::Connections { .. } => console::out(&result::<RatedList>(answer)?.to_table()),
         Command::Cut { .. } => {
             let CutCounts { cut } = result(answer)?;
             console::out(&format_args!("{cut} cut"));
         }
-        Command::Stats(_) | Command::Remove { .. } | Command::Retarget { .. } | Command::Drain => {}
+        Command::Stats(_) | Command::Remove { .. } | Command::Drain => {}
     }
     Ok(())
+}
+
+/// Prints the warnings of a change, which was made.
+fn warn(warnings: &[String]) {
+    warnings.iter().for_each(|warning| console::err(&format_args!("rproxy: warning: {warning}")));
 }
 
 /// A connection to the running rproxy.
@@ -357,7 +365,8 @@ mod tests {
         }
     }
 
-    const COUNTS: ChangeCounts = ChangeCounts { added: 1, changed: 2, removed: 3, unchanged: 4 };
+    const COUNTS: ChangeCounts =
+        ChangeCounts { added: 1, changed: 2, removed: 3, unchanged: 4, warnings: Vec::new() };
 
     fn counters() -> MappingStats {
         MappingStats {

@@ -6,6 +6,7 @@ use rproxy_mapping::backend::{BackendHost, NoAddress};
 use rproxy_mapping::name::Name;
 use tracing::info;
 
+use crate::bind::source::can_reach;
 use crate::engine::registry::Served;
 
 /// The mappings of one change that have a log line of their own.
@@ -45,6 +46,16 @@ impl Served {
             BackendHost::Name(host) => host.no_address(),
             _ => None,
         }
+    }
+
+    /// Why its clients are refused for now, if they are.
+    pub fn problem(&self) -> Option<String> {
+        let target = &self.ports.first()?.target;
+        if let Some(problem) = target.unresolved() {
+            return Some(format!("{problem}; clients are refused until that changes"));
+        }
+        let backend = target.port_mapping.backend.socket_addr();
+        can_reach(&target.policy.limits, backend).err().map(|error| error.to_string())
     }
 
     /// The backend, and what its name stands for: `web.internal:80 (172.17.0.2)`.

@@ -170,7 +170,7 @@ impl Registry {
         self.revision += 1;
         self.ports.add(&served);
         served.policy.apply_rate();
-        if served.policy.limits.source != Source::Auto {
+        if is_to_look_up(&served) {
             self.return_paths.to_look_up.push(name.clone());
         }
         match self.served.entry(name) {
@@ -187,9 +187,9 @@ impl Registry {
         }
     }
 
-    /// Has all mappings looked up again whose backends see clients, or a given address.
+    /// Has all mappings looked up again whose backends see clients or a given address, or are reached by a given interface.
     pub(crate) fn look_all_up(&mut self) {
-        let asked = self.served.iter().filter(|(_name, served)| served.policy.limits.source != Source::Auto);
+        let asked = self.served.iter().filter(|(_name, served)| is_to_look_up(served));
         self.return_paths.to_look_up = asked.map(|(name, _served)| name.clone()).collect();
     }
 
@@ -331,6 +331,12 @@ fn ports_of(served: &Served) -> impl Iterator<Item = (Protocol, u16)> {
 
 fn is_in_use(state: &MappingState) -> bool {
     state.stats.connections.get() + state.stats.flows.get() > 0
+}
+
+/// Whether it has to be looked up whether connections can come from where they should.
+fn is_to_look_up(served: &Served) -> bool {
+    let limits = &served.policy.limits;
+    limits.source != Source::Auto || limits.device.is_some()
 }
 
 #[cfg(test)]

@@ -458,6 +458,22 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_is_emptied_is_written_from_its_start() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("log");
+        let log = AccessLog::new(Format::Text);
+        thread::spawn(log.writer(Destination::File(path.clone()).open().unwrap()));
+        let content = || std::fs::read_to_string(&path).unwrap();
+        line(&log, "before");
+        wait_until(|| content() == "before\n");
+        // As logrotate's copytruncate does.
+        File::options().write(true).open(&path).unwrap().set_len(0).unwrap();
+        line(&log, "after");
+        wait_until(|| content() == "after\n");
+        log.finish();
+    }
+
+    #[test]
     fn nobody_gets_the_second_half_of_a_line() {
         let lines = b"one\ntwo\nthree\n";
         for (done, rest) in

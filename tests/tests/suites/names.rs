@@ -509,8 +509,10 @@ fn other_family() {
     let server = stage.control(&["--access-log", log.to_str().unwrap()]);
     let add = ["add", "--name", "web", "--host", "0.0.0.0:80", "--to", "web.internal:80", "--source"];
     let source = HOST_V4.to_string();
-    server.ctl(&[&add[..], &[&source]].concat()).success();
+    let output = server.ctl(&[&add[..], &[&source]].concat());
     let why = format!("has only IPv6 addresses, and source is {source}");
+    let warning = format!("rproxy: warning: web: the name web.internal {why}; clients are refused");
+    assert!(output.status.success() && output.stderr.starts_with(&warning), "{output:#?}");
     let text = server.ctl(&["list"]).success();
     assert!(text.contains(&format!("web.internal:80 ({why})")), "{text}");
     assert_eq!(list(&server)["mappings"][0]["unresolved"], why);
@@ -523,7 +525,8 @@ fn other_family() {
     });
     // What `list` prints can be applied.
     let file = server.file("list.json", &server.ctl(&["list", "--json"]).success());
-    server.ctl(&["apply", file.to_str().unwrap()]).success();
+    let output = server.ctl(&["apply", file.to_str().unwrap()]);
+    assert!(output.status.success() && output.stderr.starts_with(&warning), "{output:#?}");
     server.ctl(&["remove", "web"]).success();
     let output = server.ctl(&[&add[..], &[&source, "--require-resolved"]].concat());
     assert!(output.stderr.contains(&format!("the name web.internal {why}")), "{output:#?}");

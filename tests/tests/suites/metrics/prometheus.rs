@@ -248,6 +248,7 @@ pub(super) fn documented() {
     let whole = |name: &str| parts.iter().find_map(|part| name.strip_suffix(part)).unwrap_or(name).to_owned();
     let written: BTreeSet<String> = scrape.names().into_iter().map(whole).collect();
     assert_eq!(written, documented);
+    assert_number_of_series(&scrape);
     for kind in rproxy::state::stats::FailureKind::ALL {
         let name = kind.as_str();
         assert!(text.contains(&format!("reason=\"{name}\"")));
@@ -255,6 +256,28 @@ pub(super) fn documented() {
         let is_there = include_str!("../../../../docs/metrics.md").contains(&alert);
         assert!(is_there, "{name} has an example of an alert");
     }
+}
+
+/// Of a mapping of TCP and UDP with a connection, which is the only one.
+fn assert_number_of_series(scrape: &Scrape) {
+    let of_mapping =
+        scrape.series().map(|(series, _value)| series).filter(|series| series.contains("mapping=\""));
+    let (mut counts, mut others) = ([0; 3], Vec::new());
+    for series in of_mapping {
+        let is_about = |words: [&str; 2]| words.iter().any(|word| series.contains(word));
+        match () {
+            () if series.contains("_connect_duration_") => counts[2] += 1,
+            () if is_about(["_mapping_connections", "protocol=\"tcp\""]) => counts[0] += 1,
+            () if is_about(["_mapping_flows", "protocol=\"udp\""]) || series.contains("_datagrams_total") => {
+                counts[1] += 1
+            }
+            () => others.push(series),
+        }
+    }
+    assert!(others.is_empty(), "{others:?}");
+    let [tcp, udp, connected] = counts;
+    let sentence = format!("{tcp} for TCP, {udp} for UDP, and {connected} more once a connection was made");
+    assert!(include_str!("../../../../docs/metrics.md").contains(&sentence), "{sentence}");
 }
 
 pub(super) fn draining() {
