@@ -466,7 +466,7 @@ mod tests {
                 "'; write udp_any_port in [defaults] of the file, or in a [[mapping]]",
             ),
             ("--no-access-log --config x", "'; write access_log = false in [defaults] of the file"),
-            ("--config x -p 80 --idle-timeout 3", "'; write it in a [[mapping]] of the file"),
+            ("--config x -p 80 --idle-timeout 3", "; write it in a [[mapping]] of the file"),
             ("--max-connections 0", "--max-connections 0: not a number of at least 1"),
             ("--on-limit drop", "--on-limit"),
             ("--allow 10.0.0.1/8", "--allow 10.0.0.1/8: it has host bits set; write 10.0.0.0/8"),

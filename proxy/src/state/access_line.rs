@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::time::{Duration, SystemTime};
 
 use humantime::{Rfc3339Timestamp, format_rfc3339_micros};
-use rproxy_mapping::addr::{BackendAddr, Protocol, canonical};
+use rproxy_mapping::addr::{Protocol, canonical};
 use serde::{Serialize, Serializer};
 
 use crate::log::Format;

@@ -16,7 +16,7 @@ pub(crate) enum BackendText<'a> {
 impl<'a> BackendText<'a> {
     /// The text of a backend, whose `name` leads nowhere if it has one.
     pub(crate) fn of(backend: &'a BackendAddr, name: Option<&'a HostName>) -> Self {
-        let port = backend.socket_addr().map_or(0, |addr| addr.port());
+        let port = backend.socket_addr().port();
         name.map_or(Self::Addr(backend), |name| Self::Name(name, port))
     }
 }

@@ -455,7 +455,8 @@ mod tests {
         assert_eq!((record.state(), record.client().port()), ("open", 5000));
         let [told, backend] = ["198.51.100.9:7", "172.17.0.3:80"];
         let policy = MappingPolicy { limits: Limits::default(), state: Arc::default() };
-        let port_mapping = PortMapping { backend: backend.parse().unwrap(), ..record.port.port_mapping.clone() };
+        let port_mapping =
+            PortMapping { backend: backend.parse().unwrap(), ..record.port.port_mapping.clone() };
         record.set_told(told.parse().unwrap(), &Target::new(port_mapping, Arc::new(policy)));
         assert_eq!(
             (record.client().to_string(), record.backend().to_string()),
