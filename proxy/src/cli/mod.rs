@@ -457,16 +457,6 @@ mod tests {
                 "--to 10.0.0.1: the port is missing; write it as 10.0.0.1:80",
             ),
             ("--config x --to 10.0.0.1", "'--config <FILE>' cannot be used with '--to <ADDRESS[:PORTS]>'"),
-            (
-                "--config x --idle-timeout 3",
-                "'; write idle_timeout in [defaults] of the file, or in a [[mapping]]",
-            ),
-            (
-                "--udp-any-port --config x",
-                "'; write udp_any_port in [defaults] of the file, or in a [[mapping]]",
-            ),
-            ("--no-access-log --config x", "'; write access_log = false in [defaults] of the file"),
-            ("--config x -p 80 --idle-timeout 3", "; write it in a [[mapping]] of the file"),
             ("--max-connections 0", "--max-connections 0: not a number of at least 1"),
             ("--on-limit drop", "--on-limit"),
             ("--allow 10.0.0.1/8", "--allow 10.0.0.1/8: it has host bits set; write 10.0.0.0/8"),
@@ -482,6 +472,24 @@ mod tests {
             ("dmeo", "dmeo"),
             ("ctl", "a command is missing"),
             ("check-config", "were not provided: <FILE>"),
+        ] {
+            assert_wrong(line, part);
+        }
+    }
+
+    #[test]
+    fn options_without_what_they_are_for_name_their_place() {
+        for (line, part) in [
+            (
+                "--config x --idle-timeout 3",
+                "'; write idle_timeout in [defaults] of the file, or in a [[mapping]]",
+            ),
+            (
+                "--udp-any-port --config x",
+                "'; write udp_any_port in [defaults] of the file, or in a [[mapping]]",
+            ),
+            ("--no-access-log --config x", "'; write access_log = false in [defaults] of the file"),
+            ("--config x -p 80 --idle-timeout 3", "; write it in a [[mapping]] of the file"),
             (
                 "--attach --freebind",
                 "--freebind: it is for mappings, and none is asked for; add --host and --to",

@@ -82,15 +82,7 @@ async fn handle(request: Request, sockets: Vec<OwnedFd>, server: &mut Server) ->
         }
         Request::Remove { name, cut } => {
             let name = parse_name(&name)?;
-            let changed = match server.remove(&name, removal(cut)).await {
-                // It was removed before, and this ends what it has left.
-                Err(ChangeError::Unknown(_)) if cut && server.registry().knows(&name) => {
-                    server.cut_left(&HashSet::from([name])).await;
-                    Changed { unchanged: server.registry().requested().count(), ..Changed::default() }
-                }
-                removed => removed?,
-            };
-            (changed, Vec::new())
+            (remove(server, name, cut).await?, Vec::new())
         }
         Request::Retarget { name, to, cut } => {
             let name = parse_name(&name)?;
@@ -102,6 +94,17 @@ async fn handle(request: Request, sockets: Vec<OwnedFd>, server: &mut Server) ->
         }
     };
     Ok(Response::Changed(ChangeCounts::of(changed, server.registry(), &names)))
+}
+
+async fn remove(server: &mut Server, name: Name, cut: bool) -> Result<Changed, ChangeError> {
+    match server.remove(&name, removal(cut)).await {
+        // It was removed before, and this ends what it has left.
+        Err(ChangeError::Unknown(_)) if cut && server.registry().knows(&name) => {
+            server.cut_left(&HashSet::from([name])).await;
+            Ok(Changed { unchanged: server.registry().requested().count(), ..Changed::default() })
+        }
+        removed => removed,
+    }
 }
 
 /// The live connections and flows that `chosen` describes.

@@ -219,7 +219,8 @@ fn late() {
     let stage = Stage::new("", 1);
     let _letters = stage.letters();
     let proxy = stage.start(&TO_NAME);
-    let said = proxy.process.wait_for_line(Stream::Stderr, |line| line.contains("does not resolve"));
+    let said =
+        proxy.process.wait_for_line(Stream::Stderr, |line| line.contains("the name does not resolve;"));
     assert!(said.contains("name=web.internal") && said.contains("there is no such name"), "{said}");
     assert_eq!(stage.letter(), None);
     let refused =
