@@ -110,6 +110,10 @@ impl BackendSpec {
         if text.starts_with(unix::PREFIX) {
             return Ok(Self { host: BackendHost::Unix(text.parse()?), ports: PortRange::OF_UNIX });
         }
+        if text.contains("://") {
+            // All of a URL is what is neither.
+            return Err(AddrError::BadHost(text.to_owned()));
+        }
         let (host, ports) = match Parts::of(text, |text| BackendHost::parse(text, interfaces))? {
             Parts::Both(host, ports) => (host, parse_backend_ports(ports)?),
             Parts::Address(host) => {
@@ -217,6 +221,15 @@ mod tests {
         BackendSpec::parse(text, &TwoInterfaces)
             .map(|backend| backend.to_string())
             .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_url_is_neither_an_address_nor_a_name() {
+        for text in ["http://web.internal:80", "http://10.0.0.1:80/", "tcp://[fd00::2]:80"] {
+            let message = backend(text).expect_err(text);
+            let expected = format!("'{text}' is neither an IP address nor the name of a host; write it as");
+            assert!(message.starts_with(&expected), "{message}");
+        }
     }
 
     #[test]
