@@ -2,7 +2,6 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::process;
 
 use ipnet::IpNet;
 
@@ -14,7 +13,7 @@ use super::error::CniError;
 use super::result::Addresses;
 use super::state::{Attachment, Node, Store};
 use super::{change, localnet, rules};
-use crate::firewall::tool;
+use crate::firewall::tool::{self, ToolError};
 use crate::model::MappingKey;
 use crate::name::Name;
 use crate::observe;
@@ -248,9 +247,10 @@ fn status(conf: &Conf) -> Result<Answer, CniError> {
 /// Refuses programs that are there but cannot be used.
 fn check_that_programs_work(conf: &Conf) -> Result<(), CniError> {
     let program = program(conf).unwrap_or_default();
-    let why = match process::Command::new(&program).arg("--version").stdin(process::Stdio::null()).output() {
-        Ok(output) if output.status.success() => None,
-        Ok(output) => Some(output.status.to_string()),
+    let why = match tool::run_at("rproxy", &program, &["--version"], "") {
+        Ok(_version) => None,
+        Err(ToolError::Failed { status, .. }) => Some(status.to_string()),
+        Err(ToolError::Run { source, .. }) => Some(source.to_string()),
         Err(error) => Some(error.to_string()),
     };
     if let Some(why) = why {

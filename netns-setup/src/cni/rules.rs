@@ -51,22 +51,33 @@ pub(super) fn change(before: Option<&Node>, after: &Node) -> Result<(), tool::To
             let (there, wanted) = differing(&before.effective(), &after);
             let script = difference(&there, &wanted);
             // If somebody has changed the table, elements are missing, or there already: then the whole is loaded.
-            let is_done =
-                if script.is_empty() { is_empty || is_there() } else { !is_empty && load(&script).is_ok() };
+            let is_done = if script.is_empty() {
+                is_empty || is_there()?
+            } else {
+                !is_empty && succeeds(load(&script))?
+            };
             if is_done {
                 return Ok(());
             }
         }
         // Where nft is missing, or does not work, there is no table either.
-        None if is_empty && !is_there() => return Ok(()),
+        None if is_empty && !is_there()? => return Ok(()),
         None => {}
     }
     load(&replacement(&elements(&after)))
 }
 
 /// Whether the table is there.
-fn is_there() -> bool {
-    tool::run("nft", &["list", "chain", "inet", TABLE, RAW], "").is_ok()
+fn is_there() -> Result<bool, tool::ToolError> {
+    succeeds(tool::run("nft", &["list", "chain", "inet", TABLE, RAW], "").map(drop))
+}
+
+/// Whether a program has done what it was to. One that hangs is not tried once more by other means.
+fn succeeds(result: Result<(), tool::ToolError>) -> Result<bool, tool::ToolError> {
+    match result {
+        Err(error @ tool::ToolError::Hung { .. }) => Err(error),
+        other => Ok(other.is_ok()),
+    }
 }
 
 fn load(script: &str) -> Result<(), tool::ToolError> {

@@ -4,6 +4,7 @@ use std::io::{self, Write};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::Duration;
@@ -37,10 +38,10 @@ pub enum ToolError {
         message: String,
     },
     /// It did not end, and was killed.
-    #[error("{program} did not end within {} s, and was killed", limit.as_secs())]
+    #[error("`{command}` did not end within {} s, and was killed", limit.as_secs())]
     Hung {
-        /// The program.
-        program: &'static str,
+        /// The program with its arguments.
+        command: String,
         /// How long it was waited for.
         limit: Duration,
     },
@@ -48,7 +49,14 @@ pub enum ToolError {
 
 /// How long a program may take. With a hundred thousand rules of others, they take a few seconds, and may wait as long for
 /// each other.
-const LIMIT: Duration = Duration::from_secs(30);
+const LIMIT: Duration = Duration::from_secs(15);
+
+/// How long it may take after one has hung, until one ends in time. What hangs once mostly hangs again, as when another
+/// process keeps a lock: a command that has to undo what it has done must not wait as long for each step.
+const AFTER_HANG: Duration = Duration::from_secs(2);
+
+/// Whether the last program has hung.
+static HAS_HUNG: AtomicBool = AtomicBool::new(false);
 
 /// Finds the path of `program`.
 #[must_use]
@@ -66,7 +74,18 @@ pub fn find(program: &str) -> Option<PathBuf> {
 /// If it is missing, cannot be run, exits with a failure, or does not end.
 pub fn run(program: &'static str, args: &[&str], input: &str) -> Result<String, ToolError> {
     let file = find(program).ok_or(ToolError::Missing(program))?;
-    run_file(program, &file, args, input, LIMIT)
+    run_at(program, &file, args, input)
+}
+
+/// The same, with the program at this path.
+///
+/// # Errors
+/// If it cannot be run, exits with a failure, or does not end.
+pub fn run_at(program: &'static str, file: &Path, args: &[&str], input: &str) -> Result<String, ToolError> {
+    let limit = if HAS_HUNG.load(Ordering::Relaxed) { AFTER_HANG } else { LIMIT };
+    let result = run_file(program, file, args, input, limit);
+    HAS_HUNG.store(matches!(result, Err(ToolError::Hung { .. })), Ordering::Relaxed);
+    result
 }
 
 fn run_file(
@@ -88,7 +107,7 @@ fn run_file(
     let child = end_with_parent(&mut command).spawn().map_err(failed)?;
     let (output, is_hung) = within(limit, child, input).map_err(failed)?;
     if is_hung {
-        return Err(ToolError::Hung { program, limit });
+        return Err(ToolError::Hung { command: [&[program], args].concat().join(" "), limit });
     }
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
@@ -152,6 +171,7 @@ mod tests {
         {
             let error = shell(script, input, short).unwrap_err();
             assert!(matches!(error, ToolError::Hung { .. }), "{script}: {error}");
+            assert_eq!(error.to_string(), format!("`sh -c {script}` did not end within 0 s, and was killed"));
         }
     }
 }

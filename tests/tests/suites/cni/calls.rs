@@ -3,6 +3,7 @@
 use std::fs;
 use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 use std::thread;
@@ -38,6 +39,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("checks see what is missing", checked),
         case("what no valid attachment has is collected", collected),
         case("the status says what is missing", status),
+        case("a program that hangs is killed and holds up nothing", hanging),
         case("rules that are flushed come back with the next call", flushed),
         case("without a command it says what it is", people),
         case("two hundred containers at once leave nothing", many),
@@ -456,6 +458,31 @@ fn status(node: &Node) {
     );
     asked(json!({ "policy": "relay" })).success();
     nix::mount::umount(nft.parent().unwrap()).unwrap();
+}
+
+/// An `nft` that does not end: the call fails and names it, and a later one does what was asked for.
+fn hanging(node: &Node) {
+    let pods = ["c1", "c2"].map(|id| node.pod(id, 1));
+    node.add(&pods[0], &tcp(8080), &json!({}));
+    let before = node.rules();
+    let (dir, nft) = (tempfile::tempdir().unwrap(), require::find("nft").unwrap().canonicalize().unwrap());
+    let fake = dir.path().join("nft");
+    fs::write(&fake, "#!/bin/sh\nsleep 600\n").unwrap();
+    fs::set_permissions(&fake, PermissionsExt::from_mode(0o755)).unwrap();
+    let none = None::<&str>;
+    nix::mount::mount(Some(&fake), &nft, none, nix::mount::MsFlags::MS_BIND, none).unwrap();
+    let (code, said) = node.call("ADD", "c2", &Node::conf(&pods[1], &tcp(8081), &json!({}))).error();
+    assert!(code == 102 && said.contains("`nft -f -` did not end within "), "{code} {said}");
+    let (code, said) = node.call("DEL", "c1", &configuration(&json!({}), &json!({}))).error();
+    assert!(code == 102 && said.contains("was killed"), "{code} {said}");
+    nix::mount::umount(&nft).unwrap();
+    // The relay has closed the port all the same.
+    assert!(node.served().is_empty());
+    node.add(&pods[0], &tcp(8080), &json!({}));
+    assert_eq!((node.rules(), node.served()), (before, vec!["c1/tcp/[::]:8080".to_owned()]));
+    node.add(&pods[1], &tcp(8081), &json!({}));
+    pods.iter().for_each(|pod| node.delete(pod));
+    node.assert_clean();
 }
 
 fn flushed(node: &Node) {
