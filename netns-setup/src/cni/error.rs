@@ -4,6 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use crate::firewall::tool::ToolError;
+use crate::hints::Hints;
 use crate::private_dir::DirError;
 use crate::relay::RelayError;
 use crate::reserve::ReserveError;
@@ -56,10 +57,10 @@ pub enum CniError {
     #[error(transparent)]
     Shared(#[from] Shared),
     /// The rules could not be changed.
-    #[error(transparent)]
+    #[error("{}", of_tool(.0))]
     Rules(#[from] ToolError),
     /// The relay could not be changed.
-    #[error(transparent)]
+    #[error("{}", of_relay(.0))]
     Relay(#[from] RelayError),
     /// The directory of the state could not be used.
     #[error(transparent)]
@@ -124,14 +125,42 @@ pub enum CniError {
     #[error("cannot delete conntrack entries of UDP flows: {0}")]
     Conntrack(#[source] io::Error),
     /// The return path of transparent sockets could not be changed.
-    #[error("the answers of containers to their clients' addresses: {0}")]
-    ReturnPath(#[from] Box<crate::error::Error>),
+    #[error("the answers of containers to their clients' addresses: {}", Hints::about(dir).complete(&source.to_string()))]
+    ReturnPath {
+        /// The state directory, which the commands in messages have to name.
+        dir: PathBuf,
+        /// Why.
+        source: Box<crate::error::Error>,
+    },
     /// What is there differs from what was set up.
     #[error("{}", .0.join("; "))]
     Differs(Vec<String>),
     /// Several parts of a removal failed.
     #[error("{}", .0.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "))]
     Several(Vec<Self>),
+}
+
+/// The way out by the keys of the configuration: the options of `netns-setup` are not those of this plugin.
+fn of_tool(error: &ToolError) -> String {
+    match error {
+        ToolError::Missing(program) => {
+            format!("{program} is not installed: install nftables, or choose \"policy\": \"relay\"")
+        }
+        other => other.to_string(),
+    }
+}
+
+fn of_relay(error: &RelayError) -> String {
+    match error {
+        RelayError::Run { program, source } => {
+            format!("cannot run {}: {source}; name rproxy with \"rproxy\"", program.display())
+        }
+        RelayError::Conversation(source) => format!(
+            "cannot talk to the relay's supervisor: {source}; if that goes on, kill the process whose command line has \
+             supervise-relay, and the next call starts another"
+        ),
+        other => other.to_string(),
+    }
 }
 
 impl CniError {
@@ -148,7 +177,7 @@ impl CniError {
             Self::NotReady(_) => 50,
             Self::PortTaken { .. } | Self::Shared(_) => 100,
             Self::Reserve(_) => 101,
-            Self::Rules(_) | Self::Host { .. } | Self::Conntrack(_) | Self::ReturnPath(_) => 102,
+            Self::Rules(_) | Self::Host { .. } | Self::Conntrack(_) | Self::ReturnPath { .. } => 102,
             Self::Relay(_) => 103,
             Self::Dir(_)
             | Self::States(_)
@@ -170,6 +199,24 @@ impl CniError {
         match self {
             Self::Environment(_) => "CNI specification 1.1.0, section 2, \"Parameters\"",
             _ => "",
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_have_no_options_of_another_program() {
+        let missing = || io::Error::from(io::ErrorKind::NotFound);
+        for (error, way_out) in [
+            (CniError::from(ToolError::Missing("nft")), "\"policy\": \"relay\""),
+            (RelayError::Run { program: "/x".into(), source: missing() }.into(), "with \"rproxy\""),
+            (RelayError::Conversation(missing()).into(), "the next call starts another"),
+        ] {
+            let said = error.to_string();
+            assert!(said.contains(way_out) && !said.contains("--") && !said.contains("repair"), "{said}");
         }
     }
 }

@@ -24,11 +24,12 @@ pub(super) fn change(
     let (new, gone): (Vec<_>, Vec<_>) =
         (after.difference(before).copied().collect(), before.difference(after).copied().collect());
     let directory = state_dir.join(DIRECTORY);
+    let failed = |error| CniError::ReturnPath { dir: directory.clone(), source: Box::new(error) };
     if !new.is_empty() {
         match run(&directory, &Command::Transparent(Transparent::Up(new))) {
             // It is set up by somebody else; the relay reports an interface that it lacks.
             Err(Error::Shared(_)) => {}
-            other => other.map_err(Box::new)?,
+            other => other.map_err(failed)?,
         }
     }
     if !directory.exists() {
@@ -36,11 +37,11 @@ pub(super) fn change(
     }
     if after.is_empty() {
         // Also after a call that was killed: `down` takes away what the copy of a lost state has.
-        run(&directory, &Command::Down).map_err(Box::new)?;
+        run(&directory, &Command::Down).map_err(failed)?;
         drop(fs::remove_file(directory.join(state::FILE)));
         drop(fs::remove_dir(&directory));
     } else if !gone.is_empty() {
-        run(&directory, &Command::Transparent(Transparent::Down(gone))).map_err(Box::new)?;
+        run(&directory, &Command::Transparent(Transparent::Down(gone))).map_err(failed)?;
     }
     Ok(())
 }
