@@ -70,7 +70,8 @@ Standard input has the network configuration in JSON, with the keys of the speci
 .TP
 .B policy
 \(dqboth\(dq (the default): the kernel translates what comes from outside, the relay serves the rest; \(dqdnat\(dq: the kernel
-translates all that it can; \(dqrelay\(dq: the relay serves everything.
+translates all that it can; \(dqrelay\(dq: the relay serves everything. With \(dqdnat\(dq, route_localnet of the interface to the
+container is on while a port needs it. It stays on if it was before, but not if another program needs it since.
 .TP
 .B rproxy
 The path of rproxy; by default beside this program, then in PATH.
