@@ -35,6 +35,12 @@ pub(crate) fn cases() -> Vec<Case> {
     }
     cases.push(case("the relay keeps the addresses of clients", kept_by_relay));
     cases.push(case("other hosts do not reach loopback addresses", loopback_is_closed));
+    cases.push(case("what was allowed before stays allowed", localnet_of_others));
+    for policy in POLICIES {
+        cases.push(case(format!("from a container of another network ({policy})"), move |node| {
+            other_network(node, policy)
+        }));
+    }
     cases
 }
 
@@ -195,4 +201,47 @@ fn loopback_is_closed(node: &Node) {
     assert_eq!(host_service.received(), 0);
     node.delete(&pod);
     assert_eq!(allowed().trim(), "0");
+}
+
+/// `route_localnet` that somebody else has switched on is not switched off with the last port.
+fn localnet_of_others(node: &Node) {
+    let pod = node.pod("c1", 1);
+    let allowed = || node.host.command("sysctl -n net.ipv4.conf.cni0.route_localnet").success();
+    for before in ["1", "0"] {
+        node.host.command(&format!("sysctl -q -w net.ipv4.conf.cni0.route_localnet={before}")).success();
+        for _repeated in 0..2 {
+            node.add(&pod, &ports(8080), &json!({ "policy": "dnat" }));
+            assert_eq!(allowed().trim(), "1");
+        }
+        node.delete(&pod);
+        assert_eq!(allowed().trim(), before);
+        node.assert_clean();
+    }
+}
+
+/// A container on another bridge, which the host routes to the first.
+fn other_network(node: &Node, policy: &str) {
+    let pod = node.pod("c1", 1);
+    let _server = serve(&pod.netns, 80);
+    node.add(&pod, &ports(8080), &json!({ "policy": policy }));
+    let other = Namespace::new();
+    node.host.ip("link add other0 type bridge");
+    node.host.ip("address add 10.99.0.1/24 dev other0");
+    node.host.ip(&format!(
+        "link add veth9 master other0 type veth peer name eth0 netns {}",
+        other.path().display()
+    ));
+    node.host.ip("link set veth9 up");
+    node.host.ip("link set other0 up");
+    other.ip("address add 10.99.0.2/24 dev eth0");
+    other.ip("link set eth0 up");
+    other.ip("route add default via 10.99.0.1");
+    // The published port, at each address of the host, and the address of the container.
+    for ip in [HOST_V4, Ipv4Addr::new(10, 99, 0, 1), Ipv4Addr::new(10, 88, 0, 1)] {
+        assert_reaches(&other, ip, 8080);
+        assert_reaches_udp(&other, ip, 8080);
+    }
+    assert_reaches(&other, pod.v4, 80);
+    node.delete(&pod);
+    assert!(!reaches_tcp(&other, (HOST_V4, 8080), PATIENCE));
 }
