@@ -7,6 +7,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Command;
 use std::thread;
+use std::time::Duration;
 
 use command_fds::{CommandFdExt, FdMapping};
 use nix::sys::signal::{Signal, kill};
@@ -39,7 +40,8 @@ pub(crate) fn cases() -> Vec<Case> {
         case("checks see what is missing", checked),
         case("what no valid attachment has is collected", collected),
         case("the status says what is missing", status),
-        case("a program that hangs is killed and holds up nothing", hanging),
+        case("a program that hangs is killed and holds up nothing", hanging)
+            .deadline(Duration::from_secs(120)),
         case("rules that are flushed come back with the next call", flushed),
         case("without a command it says what it is", people),
         case("two hundred containers at once leave nothing", many),
