@@ -463,6 +463,7 @@ mod tests {
         let path = dir.path().join("log");
         let log = AccessLog::new(Format::Text);
         thread::spawn(log.writer(Destination::File(path.clone()).open().unwrap()));
+        log.begin(Vec::new());
         let content = || std::fs::read_to_string(&path).unwrap();
         line(&log, "before");
         wait_until(|| content() == "before\n");
