@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use rproxy_mapping::HostPorts;
 use rproxy_mapping::addr::{AddrError, Protocol, Protocols, ScopedIp};
+use rproxy_mapping::host::HostAddr;
 use rproxy_mapping::interfaces::Interfaces;
 use rproxy_mapping::ports::PortRange;
 use rproxy_mapping::publish::{ExposedPorts, PublishSpec, SpecError};
@@ -84,7 +85,15 @@ impl FromStr for Publication {
         let names = Names::default();
         let spec = PublishSpec::parse(text, &names).map_err(|error| error.to_string())?;
         refuse_sctp(spec.protocols)?;
-        let host = spec.host.map_or(Ok(HostIp::Any), |host| host_ip(host, &names))?;
+        let host = match spec.host {
+            None => HostIp::Any,
+            Some(HostAddr::Ip(host)) => host_ip(host, &names)?,
+            Some(HostAddr::Interface(name)) => {
+                return Err(format!(
+                    "netns-setup publishes at addresses, and {name} is an interface; write an address, or have `rproxy -p` follow it"
+                ));
+            }
+        };
         Ok(Self { host, spec })
     }
 }

@@ -22,6 +22,7 @@ mod tcp;
 mod udp;
 
 pub mod bind;
+pub(crate) mod links;
 pub mod names;
 pub mod runtime;
 pub mod sandbox;

@@ -414,6 +414,11 @@ pub enum AddrError {
     /// An address that clients cannot connect to.
     #[error("{0} is {1}, to which no client can connect; write an address of this machine, or udp")]
     NoClient(ScopedIp, &'static str),
+    /// Not the name of an interface.
+    #[error(
+        "'{0}' is not the name of an interface: at most 15 letters, digits or any of ._+%#@-; write it as in %eth0"
+    )]
+    BadInterface(String),
     /// A broadcast address.
     #[error("{0} is a broadcast address, from which no answer comes; write that of one machine")]
     Broadcast(ScopedIp),

@@ -6,23 +6,24 @@ use std::str::FromStr;
 
 use crate::addr::{AddrError, BackendAddr, HostSocketAddr, ScopedIp};
 use crate::backend::BackendHost;
+use crate::host::HostAddr;
 use crate::interfaces::{Interfaces, NoInterfaces};
 use crate::ports::PortRange;
 use crate::unix;
 
-/// Where a mapping listens: `0.0.0.0:80`, `[::]:8000-8010`, netstat's `:::80`; `127.0.0.1:0` for random ports.
+/// Where a mapping listens: `0.0.0.0:80`, `[::]:8000-8010`, netstat's `:::80`, `%eth0:80`; `127.0.0.1:0` for random ports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HostSpec {
-    /// The address that clients connect to.
-    pub ip: ScopedIp,
+    /// The address that clients connect to, or the interface.
+    pub host: HostAddr,
     /// The ports that clients connect to; `None` for random ones.
     pub ports: Option<PortRange>,
 }
 
 impl HostSpec {
-    /// Whether it requests `port` of `ip`.
+    /// Whether it requests `port` of `ip`, or may do so as an interface.
     pub fn contains(&self, ip: ScopedIp, port: u16) -> bool {
-        self.ip == ip && self.ports.is_none_or(|ports| ports.contains(port))
+        self.host.ip().is_none_or(|own| own == ip) && self.ports.is_none_or(|ports| ports.contains(port))
     }
 
     /// Parses any of the text forms. Interfaces are indexes, or names among `interfaces`.
@@ -38,23 +39,23 @@ impl HostSpec {
         if text.starts_with(unix::PREFIX) {
             return Err(AddrError::UnixHost);
         }
-        let (ip, ports) = match Parts::of(text, |text| ScopedIp::parse(text, interfaces))? {
-            Parts::Both(ip, ports) => (ip, ports),
-            Parts::Address(ip) => return Err(AddrError::MissingPort(ip.to_string())),
+        let (host, ports) = match Parts::of(text, |text| HostAddr::parse(text, interfaces))? {
+            Parts::Both(host, ports) => (host, ports),
+            Parts::Address(host) => return Err(AddrError::MissingPort(host.to_string())),
             Parts::Ports(ports) => {
                 parse_host_ports(ports)?;
                 return Err(AddrError::NoHostAddress(ports.to_owned()));
             }
         };
-        Ok(Self { ip, ports: parse_host_ports(ports)? })
+        Ok(Self { host, ports: parse_host_ports(ports)? })
     }
 }
 
 impl fmt::Display for HostSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.ports {
-            Some(ports) => write!(f, "{}:{ports}", self.ip),
-            None => write!(f, "{}:0", self.ip),
+            Some(ports) => write!(f, "{}:{ports}", self.host),
+            None => write!(f, "{}:0", self.host),
         }
     }
 }
@@ -77,9 +78,9 @@ impl FromStr for HostSocketAddr {
     type Err = AddrError;
 
     fn from_str(text: &str) -> Result<Self, AddrError> {
-        let HostSpec { ip, ports } = text.parse()?;
-        let port = ports.map_or(Ok(0), PortRange::one)?;
-        Ok(Self::new(ip, port))
+        let HostSpec { host, ports } = text.parse()?;
+        let ip = host.ip().ok_or_else(|| AddrError::BadAddress(host.to_string()))?;
+        Ok(Self::new(ip, ports.map_or(Ok(0), PortRange::one)?))
     }
 }
 
@@ -241,6 +242,8 @@ mod tests {
             (":::80", "[::]:80"),
             ("[::1]:8080-8090", "[::1]:8080-8090"),
             ("10.0.0.1:7000-7005", "10.0.0.1:7000-7005"),
+            ("%eth0:80", "%eth0:80"),
+            ("eth0.100:80-90", "%eth0.100:80-90"),
             ("1:2:3:4:5:6:7:8:80", "[1:2:3:4:5:6:7:8]:80"),
             ("[fe80::1%lo]:80", "[fe80::1%1]:80"),
             ("[fe80::1%1]:80", "[fe80::1%1]:80"),

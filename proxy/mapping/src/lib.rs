@@ -14,6 +14,7 @@ pub mod dscp;
 pub mod duration;
 pub mod endpoint;
 pub mod escape;
+pub mod host;
 pub mod interfaces;
 pub mod keepalive;
 pub mod limits;
@@ -35,6 +36,7 @@ use std::net::IpAddr;
 use crate::addr::{AddrError, BackendAddr, HostSocketAddr, Protocol, Protocols, ScopedIp};
 use crate::backend::{BackendHost, NoAddress};
 use crate::endpoint::BackendSpec;
+use crate::host::{HostAddr, InterfaceAddrs, InterfaceName};
 use crate::limits::Limits;
 use crate::name::Name;
 use crate::ports::PortRange;
@@ -48,7 +50,8 @@ use crate::source::{Source, SourceError};
 pub struct Mapping {
     name: Option<Name>,
     protocols: Protocols,
-    host: ScopedIp,
+    host: HostAddr,
+    at: InterfaceAddrs,
     host_ports: HostPorts,
     backend: BackendHost,
     backend_ports: PortRange,
@@ -104,14 +107,17 @@ impl Mapping {
     /// several host ports for one backend port, the first free one is used.
     ///
     /// # Errors
-    /// [`MappingError`] if the ranges do not fit, if clients cannot connect to the host address, or if the backend's
-    /// address is not that of one machine.
+    /// [`MappingError`] if the ranges do not fit, if an interface would have to choose ports, if clients cannot connect to
+    /// the host address, or if the backend's address is not that of one machine.
     pub fn new(
         protocols: Protocols,
-        (host, host_ports): (ScopedIp, Option<PortRange>),
+        (host, host_ports): (HostAddr, Option<PortRange>),
         (backend, backend_ports): (BackendHost, PortRange),
     ) -> Result<Self, MappingError> {
         let host_ports = HostPorts::new(host_ports, backend_ports)?;
+        if let (HostAddr::Interface(name), HostPorts::FirstFree(_) | HostPorts::Random) = (host, host_ports) {
+            return Err(MappingError::InterfacePorts(name));
+        }
         match backend {
             BackendHost::Unix(_) if protocols != Protocols::One(Protocol::Tcp) => {
                 return Err(MappingError::NotToUnix(protocols));
@@ -123,7 +129,18 @@ impl Mapping {
             _ => drop(BackendAddr::reachable(backend.first_ip().at(backend_ports.first()))?),
         }
         let limits = Limits::default();
-        Ok(Self { name: None, protocols, host, host_ports, backend, backend_ports, v6only: false, limits })
+        let at = InterfaceAddrs::default();
+        Ok(Self {
+            name: None,
+            protocols,
+            host,
+            at,
+            host_ports,
+            backend,
+            backend_ports,
+            v6only: false,
+            limits,
+        })
     }
 
     /// Excludes IPv4 clients from an IPv6 wildcard (`IPV6_V6ONLY`, ipv6(7)).
@@ -188,7 +205,7 @@ impl Mapping {
         let host = (self.host, self.host_ports.range());
         let retargeted =
             Self::new(self.protocols, host, (backend, backend_ports))?.limited(self.limits.clone())?;
-        Ok(Self { name: self.name.clone(), v6only: self.v6only, ..retargeted })
+        Ok(Self { name: self.name.clone(), v6only: self.v6only, at: self.at.clone(), ..retargeted })
     }
 
     /// Returns the mapping with what the name of its backend stands for, as far as it can be used. Without a name, it is the
@@ -202,6 +219,13 @@ impl Mapping {
     #[must_use]
     pub fn leading_nowhere(&self, why: NoAddress) -> Self {
         Self { backend: self.backend.leading_nowhere(why), ..self.clone() }
+    }
+
+    /// Returns the mapping listening at what its interface has now. At an address, it is the same.
+    #[must_use]
+    pub fn listening_at(&self, addresses: &[ScopedIp]) -> Self {
+        let at = self.interface().map(|_name| InterfaceAddrs(addresses.into()));
+        Self { at: at.unwrap_or_default(), ..self.clone() }
     }
 
     /// Its explicit name, or its [default name](Name::of).
@@ -219,9 +243,22 @@ impl Mapping {
         self.protocols
     }
 
-    /// The address that clients connect to.
-    pub fn host(&self) -> ScopedIp {
+    /// Where clients connect to, as asked for.
+    pub fn host(&self) -> HostAddr {
         self.host
+    }
+
+    /// The interface whose addresses clients connect to, if it was asked for.
+    pub fn interface(&self) -> Option<InterfaceName> {
+        self.host.interface()
+    }
+
+    /// The addresses that clients connect to: one, or as many as the interface has, as far as known.
+    pub fn addresses(&self) -> &[ScopedIp] {
+        match &self.host {
+            HostAddr::Ip(ip) => std::slice::from_ref(ip),
+            HostAddr::Interface(_) => &self.at.0,
+        }
     }
 
     /// The ports that clients connect to.
@@ -264,22 +301,38 @@ impl Mapping {
 
     /// The number of sockets it listens on.
     pub fn sockets(&self) -> usize {
+        self.addresses().len() * self.sockets_per_address()
+    }
+
+    /// The number of sockets that it listens on at each address.
+    pub fn sockets_per_address(&self) -> usize {
         self.backend_ports.count() * self.protocols.iter().count()
     }
 
-    /// Its single ports, TCP first. The host port is 0 if it is not chosen yet.
+    /// Its single ports: address by address, of each TCP first. The host port is 0 if it is not chosen yet.
     pub fn port_mappings(&self) -> impl Iterator<Item = PortMapping> {
+        self.addresses().iter().flat_map(|ip| self.port_mappings_at(*ip))
+    }
+
+    /// Its single ports at one of its addresses.
+    pub fn port_mappings_at(&self, ip: ScopedIp) -> impl Iterator<Item = PortMapping> {
         self.protocols.iter().flat_map(move |protocol| {
             let ports = self.backend_ports.iter().enumerate();
-            ports.map(move |(index, port)| self.port_mapping(protocol, self.exact_port(index), port))
+            ports.map(move |(index, port)| self.port_mapping(ip, protocol, self.exact_port(index), port))
         })
     }
 
-    /// One port of the mapping, from the chosen `host_port` to `backend_port`.
-    pub fn port_mapping(&self, protocol: Protocol, host_port: u16, backend_port: u16) -> PortMapping {
+    /// One port of the mapping, from the chosen `host_port` of `ip` to `backend_port`.
+    pub fn port_mapping(
+        &self,
+        ip: ScopedIp,
+        protocol: Protocol,
+        host_port: u16,
+        backend_port: u16,
+    ) -> PortMapping {
         PortMapping {
             protocol,
-            host: HostSocketAddr::new(self.host, host_port),
+            host: HostSocketAddr::new(ip, host_port),
             backend: self.backend.at(backend_port),
             v6only: self.v6only,
         }
@@ -319,12 +372,18 @@ pub enum MappingError {
         /// The backend ports.
         backend: PortRange,
     },
+    /// Ports to choose, for the addresses of an interface.
+    #[error(
+        "the addresses of the interface {0} come and go, and each needs the same ports: write one host port for each \
+         backend port, as in %{0}:80"
+    )]
+    InterfacePorts(InterfaceName),
     /// The backend's address is not that of one machine.
     #[error(transparent)]
     Backend(#[from] AddrError),
     /// `v6only` with an address for which it has no meaning.
     #[error("v6only is for [::], and the host address is {0}")]
-    V6Only(ScopedIp),
+    V6Only(HostAddr),
     /// The source address cannot reach the backend.
     #[error(transparent)]
     Source(#[from] SourceError),
@@ -418,7 +477,27 @@ mod tests {
     }
 
     #[test]
+    fn an_interface_has_the_ports_at_each_of_its_addresses() {
+        let before = mapping("%eth0", "8000-8001", "10.0.0.1", "80-81").unwrap();
+        assert_eq!((before.sockets(), before.to_string().as_str()), (0, "%eth0:8000-8001:80-81/tcp+udp"));
+        let addresses = ["10.0.0.11", "[fe80::1%2]"].map(|ip| ip.parse().unwrap());
+        let after = before.listening_at(&addresses);
+        assert_eq!((after.sockets(), after.sockets_per_address()), (8, 4));
+        assert_eq!(after, before, "what an interface has is not what was asked for");
+        let ports: Vec<String> = after.port_mappings().map(|port| port.host.to_string()).collect();
+        assert_eq!(ports[..2], ["10.0.0.11:8000", "10.0.0.11:8001"]);
+        assert_eq!(ports[7], "[fe80::1%2]:8001");
+        let retargeted = after.retargeted("10.0.0.2".parse().unwrap(), "90-91".parse().unwrap()).unwrap();
+        assert_eq!(retargeted.addresses(), addresses);
+        let one = mapping("10.0.0.11", "80", "10.0.0.1", "80").unwrap();
+        assert_eq!(one.listening_at(&addresses).addresses(), ["10.0.0.11".parse().unwrap()]);
+    }
+
+    #[test]
     fn what_cannot_work_is_refused() {
+        for host_ports in ["", "8000-8010"] {
+            assert!(refused("%eth0", host_ports, "10.0.0.1", "80").contains("as in %eth0:80"));
+        }
         assert!(refused("[::]", "80-81", "10.0.0.1", "80-82").contains("2 host ports (80-81) do not fit 3"));
         assert!(refused("[::]", "80", "0.0.0.0", "80").contains("write 127.0.0.1"));
         assert!(refused("[::]", "80", "255.255.255.255", "80").contains("is a broadcast address"));

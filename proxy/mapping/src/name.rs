@@ -5,6 +5,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use crate::addr::{HostSocketAddr, Protocol, ScopedIp};
+use crate::host::HostAddr;
 use crate::{HostPorts, Mapping};
 
 /// The maximum length of a name in bytes, larger than that of any default name.
@@ -19,12 +20,12 @@ pub struct Name(Arc<str>);
 
 impl Name {
     /// The default name of a mapping, derived from where clients connect: `8080/tcp` on all addresses,
-    /// `10.0.0.11:8080/tcp` on one. If the host port is not chosen yet, the backend port distinguishes mappings:
-    /// `random:80/tcp`, `8000-8010:80/tcp`, and `random:unix/tcp` if it has none.
+    /// `10.0.0.11:8080/tcp` on one, `%eth0:8080/tcp` on those of an interface. If the host port is not chosen yet, the
+    /// backend port distinguishes mappings: `random:80/tcp`, `8000-8010:80/tcp`, and `random:unix/tcp` if it has none.
     pub fn of(mapping: &Mapping) -> Self {
         let host = match mapping.host() {
-            ScopedIp::ANY if !mapping.is_v6only() => String::new(),
-            ScopedIp::ANY_V4 => String::new(),
+            HostAddr::Ip(ScopedIp::ANY) if !mapping.is_v6only() => String::new(),
+            HostAddr::Ip(ScopedIp::ANY_V4) => String::new(),
             one => format!("{one}:"),
         };
         let (backend, protocols) = (mapping.backend_part(), mapping.protocols());
@@ -114,6 +115,7 @@ mod tests {
             ("::1", Some("8080"), "[::1]:8080/tcp+udp"),
             ("::", Some("8000-8010"), "8000-8010:80/tcp+udp"),
             ("10.0.0.11", None, "10.0.0.11:random:80/tcp+udp"),
+            ("eth0", Some("8080"), "%eth0:8080/tcp+udp"),
         ] {
             let name = name(host, ports);
             assert_eq!(name, expected);

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fmt;
 
 use crate::addr::{Protocol, ScopedIp};
+use crate::host::{HostAddr, InterfaceName};
 use crate::ports::PortRange;
 use crate::{HostPorts, Mapping, PortMapping};
 
@@ -29,8 +30,9 @@ pub fn overlaps<'a>(mappings: impl IntoIterator<Item = &'a Mapping>) -> Vec<Over
             continue;
         };
         for protocol in mapping.protocols().iter() {
-            let place = BindScope::of(mapping.host(), mapping.is_v6only());
-            taken.entry((protocol, place)).or_default().push((range, index));
+            for place in BindScope::all_of(mapping) {
+                taken.entry((protocol, place)).or_default().push((range, index));
+            }
         }
     }
     let mut found = Vec::new();
@@ -82,6 +84,8 @@ pub enum BindScope {
     AllV6,
     /// One address.
     One(ScopedIp),
+    /// Whatever addresses an interface has.
+    Interface(InterfaceName),
 }
 
 impl BindScope {
@@ -95,6 +99,12 @@ impl BindScope {
         }
     }
 
+    /// The scopes of a mapping. One of an interface has that of the interface, and those of its addresses, as far as known.
+    fn all_of(mapping: &Mapping) -> impl Iterator<Item = Self> {
+        let ones = mapping.addresses().iter().map(|ip| Self::of(*ip, mapping.is_v6only()));
+        mapping.interface().map(Self::Interface).into_iter().chain(ones)
+    }
+
     /// The scopes that receive what is sent to `ip`, an address of this machine, the most specific first.
     pub fn reached_by(ip: ScopedIp) -> [Self; 3] {
         [Self::One(ip), Self::All, if ip.ip().is_ipv4() { Self::AllV4 } else { Self::AllV6 }]
@@ -105,6 +115,8 @@ impl BindScope {
         match self {
             Self::All => &[],
             Self::AllV4 | Self::AllV6 => &[Self::All],
+            // Its addresses may be of either family.
+            Self::Interface(_) => &[Self::All, Self::AllV4, Self::AllV6],
             Self::One(ip) if ip.ip().is_ipv4() => &[Self::All, Self::AllV4],
             Self::One(_) => &[Self::All, Self::AllV6],
         }
@@ -170,10 +182,21 @@ impl fmt::Display for OverlapError {
         let Self { mapping, other, port } = self;
         write!(f, "port {port} is taken by the mapping {} ({other})", other.name())?;
         match (mapping.host(), other.host()) {
-            (ScopedIp::ANY, ip) | (ip, ScopedIp::ANY) if ip.ip().is_ipv4() => {
+            (HostAddr::Ip(ScopedIp::ANY), HostAddr::Ip(ip))
+            | (HostAddr::Ip(ip), HostAddr::Ip(ScopedIp::ANY))
+                if ip.ip().is_ipv4() =>
+            {
                 f.write_str("; [::] serves IPv4 clients too, unless v6only is set")
             }
             (a, b) if a == b => f.write_str("; choose another port"),
+            (a, b) if !a.is_wildcard() && !b.is_wildcard() => {
+                let interface = a.interface().or(b.interface()).map(|name| name.to_string());
+                write!(
+                    f,
+                    "; the interface {} has that address: choose another port",
+                    interface.unwrap_or_default()
+                )
+            }
             (a, b) => {
                 let wide = if a.is_wildcard() { a } else { b };
                 write!(f, "; {wide} stands for all addresses: choose another port, or one address")
@@ -233,6 +256,33 @@ mod tests {
         assert!(!overlap("[::1]:80/tcp", "0.0.0.0:80/tcp"));
         assert!(!overlap("10.0.0.11:80/tcp", "10.0.0.12:80/tcp"));
         assert!(!overlap("0.0.0.0:80-89/tcp", "0.0.0.0:90-99/tcp"));
+    }
+
+    #[test]
+    fn an_interface_overlaps_what_its_addresses_do() {
+        let eth0 = |addresses: &[&str]| {
+            let addresses: Vec<ScopedIp> = addresses.iter().map(|ip| ip.parse().unwrap()).collect();
+            mapping("%eth0:80/tcp").listening_at(&addresses)
+        };
+        let message = |one: &Mapping, other: &str| {
+            let set = [mapping(other), one.clone()];
+            refuse_overlap(&set).map_err(|error| error.to_string())
+        };
+        let (none, both) = (eth0(&[]), eth0(&["10.0.0.1", "[fd00::1]"]));
+        for wide in ["[::]:80/tcp", "0.0.0.0:80/tcp", "only [::]:80/tcp"] {
+            assert!(message(&none, wide).unwrap_err().contains("stands for all addresses"), "{wide}");
+        }
+        for one in ["10.0.0.1:80/tcp", "[fd00::1]:80/tcp"] {
+            assert_eq!(message(&none, one), Ok(()));
+            assert!(
+                message(&both, one).unwrap_err().contains("the interface eth0 has that address"),
+                "{one}"
+            );
+        }
+        assert!(message(&none, "%eth0:80/tcp").unwrap_err().contains("choose another port"));
+        for other in ["%eth1:80/tcp", "10.0.0.2:80/tcp", "10.0.0.1:80/udp", "0.0.0.0:81/tcp"] {
+            assert_eq!(message(&both, other), Ok(()), "{other}");
+        }
     }
 
     #[test]

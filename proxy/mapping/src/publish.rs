@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use crate::addr::{AddrError, Protocol, ProtocolError, Protocols, ScopedIp};
 use crate::backend::BackendHost;
+use crate::host::HostAddr;
 use crate::interfaces::{Interfaces, NoInterfaces};
 use crate::ports::{PortError, PortRange};
 use crate::{HostPorts, Mapping, MappingError};
@@ -16,8 +17,8 @@ use crate::{HostPorts, Mapping, MappingError};
 /// with `/udp`, `/sctp`, `/tcp+udp` or the older `:udp`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PublishSpec {
-    /// The address that clients connect to; `None` for every address of the machine.
-    pub host: Option<ScopedIp>,
+    /// The address that clients connect to, or the interface; `None` for every address of the machine.
+    pub host: Option<HostAddr>,
     /// The ports that clients connect to.
     pub host_ports: HostPorts,
     /// The ports of the backend.
@@ -32,7 +33,7 @@ impl PublishSpec {
     /// # Errors
     /// Those of [`Mapping::new`].
     pub fn to(self, backend: BackendHost, everywhere: ScopedIp) -> Result<Mapping, MappingError> {
-        let host = (self.host.unwrap_or(everywhere), self.host_ports.range());
+        let host = (self.host.unwrap_or(everywhere.into()), self.host_ports.range());
         Mapping::new(self.protocols, host, (backend, self.ports))
     }
 
@@ -43,7 +44,7 @@ impl PublishSpec {
     pub fn parse(spec: &str, interfaces: &dyn Interfaces) -> Result<Self, SpecError> {
         let (rest, protocols) = split_protocols(spec)?;
         let (address, rest) = split_address(rest)?;
-        let host = address.map(|address| ScopedIp::parse(address, interfaces)).transpose();
+        let host = address.map(|address| HostAddr::parse(address, interfaces)).transpose();
         let host = host.map_err(|error| error.before_ports(&format!("{rest}/{protocols}")))?;
         host.map_or(Ok(()), |host| host.ensure_connectable(protocols))?;
         let (host_ports, ports) = match (rest.rsplit_once(':'), host) {
@@ -51,7 +52,7 @@ impl PublishSpec {
             (None, None) => ("", rest),
             (None, Some(host)) => return Err(no_host_port(host, rest, protocols)),
         };
-        if let (None, Ok(host)) = (host, host_ports.parse::<ScopedIp>()) {
+        if let (None, Some(host)) = (host, clearly_address(host_ports)) {
             host.ensure_connectable(protocols)?;
             return Err(no_host_port(host, ports, protocols));
         }
@@ -89,8 +90,14 @@ impl FromStr for PublishSpec {
     }
 }
 
+/// An address, or an interface with its `%`, where a port is expected.
+fn clearly_address(text: &str) -> Option<HostAddr> {
+    let host: HostAddr = text.parse().ok()?;
+    (host.interface().is_none() || text.starts_with('%')).then_some(host)
+}
+
 /// The error for an address with only one port, or the error of that port.
-fn no_host_port(address: ScopedIp, ports: &str, protocols: Protocols) -> SpecError {
+fn no_host_port(address: HostAddr, ports: &str, protocols: Protocols) -> SpecError {
     match ports.parse() {
         Ok(ports) => SpecError::NoHostPort { address, ports, protocols },
         Err(error) => SpecError::Port(error),
@@ -176,8 +183,8 @@ pub enum SpecError {
          port, {address}:{ports}:{ports}/{protocols} for the same one"
     )]
     NoHostPort {
-        /// The address.
-        address: ScopedIp,
+        /// The address, or the interface.
+        address: HostAddr,
         /// The port after it.
         ports: PortRange,
         /// The protocols.
@@ -236,6 +243,8 @@ mod tests {
             ("8000-8010:80-90", "8000-8010:80-90/tcp"),
             ("8000-8010:80", "8000-8010:80/tcp"),
             ("8000-8010", "8000-8010/tcp"),
+            ("%eth0:8080:80", "%eth0:8080:80/tcp"),
+            ("eth0:8000-8001:80-81/udp", "%eth0:8000-8001:80-81/udp"),
         ] {
             assert_eq!(spec(text).as_deref(), Ok(expected), "{text}");
         }
@@ -277,6 +286,9 @@ mod tests {
             ("[fe80::1]:80:80", "on which interface? write [fe80::1%eth0]:80:80/tcp;"),
             ("[fe80::1]::80/udp", "write [fe80::1%eth0]::80/udp;"),
             ("[::1:80:80", "no closing bracket"),
+            ("%eth0:80", "write %eth0::80/tcp for"),
+            ("eth0:80", "'eth0' is not a port"),
+            ("%a/b:80:80", "'b:80:80' is not a protocol"),
             ("[::1]80", "write [[ADDRESS:]"),
             ("[::1]:", "write [[ADDRESS:]"),
             ("::1:80:80", "needs brackets"),

@@ -18,13 +18,16 @@ use crate::source::{Device, Source};
 
 /// Generates any mapping, with or without limits.
 pub fn any_mapping() -> impl Strategy<Value = Mapping> {
-    let host = proptest::sample::select(vec!["[::]", "0.0.0.0", "10.0.0.11", "[::1]", "[fe80::1%1]"]);
+    let hosts = vec!["[::]", "0.0.0.0", "10.0.0.11", "[::1]", "[fe80::1%1]", "%eth0"];
+    let host = proptest::sample::select(hosts);
     let proto = proptest::sample::select(vec!["tcp", "udp", "sctp", "tcp+udp"]);
     let name = proptest::option::of("[a-z0-9_./:+%#@][a-z0-9_./:+%#@\\[\\]-]{0,20}");
     let ports = (1..60_000_u16, 1..60_000_u16, 0..20_u16, any::<bool>());
     (host, ports, proto, name, any::<bool>(), any_limits()).prop_map(
         |(host, (host_port, port, more, random), proto, name, v6only, limits)| {
             let range = |first: u16| PortRange::new(first, first + more).unwrap();
+            // An interface cannot have random ports.
+            let random = random && !host.starts_with('%');
             let host = (host.parse().unwrap(), (!random).then(|| range(host_port)));
             let backend = ("192.0.2.1".parse().unwrap(), range(port));
             let mapping = Mapping::new(proto.parse().unwrap(), host, backend).unwrap();

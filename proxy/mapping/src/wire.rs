@@ -13,6 +13,7 @@ use crate::access::{AccessList, parse_network};
 use crate::addr::{Protocols, ScopedIp};
 use crate::backend::BackendHost;
 use crate::duration::{UNLIMITED, format_limit, parse_limit, parse_optional_limit, parse_user_timeout};
+use crate::host::HostAddr;
 use crate::interfaces::Interfaces;
 use crate::limits::{Limits, OnLimit};
 use crate::name::Name;
@@ -28,7 +29,8 @@ pub struct WireMapping {
     /// Its name; by default derived from its ports.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// The address that clients connect to; by default `[::]`, or `0.0.0.0` on a machine without IPv6.
+    /// The address that clients connect to, or `%eth0` for those of an interface; by default `[::]`, or `0.0.0.0` on a
+    /// machine without IPv6.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host: Option<String>,
     /// The ports that clients connect to; random ones by default.
@@ -181,12 +183,12 @@ impl WireMapping {
     /// [`FieldErrors`] with all errors.
     pub fn read(&self, interfaces: &dyn Interfaces, everywhere: ScopedIp) -> Result<Mapping, FieldErrors> {
         let mut wrong = FieldErrors::default();
-        let address = |text: &String| ScopedIp::parse(text, interfaces);
+        let address = |text: &String| HostAddr::parse(text, interfaces);
         let host = match &self.host {
             Some(host) => wrong.note("host", address(host)),
             // Only `[::]` can exclude IPv4 clients. If it is not available, binding it reports that.
-            None if self.v6only => Some(ScopedIp::ANY),
-            None => Some(everywhere),
+            None if self.v6only => Some(ScopedIp::ANY.into()),
+            None => Some(everywhere.into()),
         };
         let host_ports = wrong.note("host_ports", self.host_ports.as_deref().map(str::parse).transpose());
         let to = wrong.note("to", BackendHost::parse(&self.to, interfaces));
@@ -209,7 +211,7 @@ impl WireMapping {
     /// `wrong`.
     pub fn read_between(
         &self,
-        host: Option<(ScopedIp, Option<PortRange>)>,
+        host: Option<(HostAddr, Option<PortRange>)>,
         to: Option<(BackendHost, PortRange)>,
         wrong: &mut FieldErrors,
     ) -> Option<Mapping> {
@@ -430,7 +432,7 @@ impl FieldError {
 impl From<MappingError> for FieldError {
     fn from(error: MappingError) -> Self {
         let field = match error {
-            MappingError::Lengths { .. } => "host_ports",
+            MappingError::Lengths { .. } | MappingError::InterfacePorts(_) => "host_ports",
             MappingError::Backend(_) => "to",
             MappingError::V6Only(_) => "v6only",
             MappingError::Source(_) => "limits.source",
@@ -461,6 +463,7 @@ mod tests {
     fn what_is_written_can_be_read_again() {
         for json in [
             r#"{"to":"172.17.0.2","to_ports":"80"}"#,
+            r#"{"host":"%eth0","host_ports":"80","to":"172.17.0.2","to_ports":"80"}"#,
             r#"{"name":"web","host":"10.0.0.11","host_ports":"8000-8010","to":"[fd00::2]","to_ports":"80"}"#,
             r#"{"host_ports":"1000-1009","to":"172.17.0.2","to_ports":"2000-2009","proto":"tcp+udp","v6only":true}"#,
             r#"{"to":"172.17.0.2","to_ports":"80","limits":{"connect_timeout":"unlimited","idle_timeout":"1m",
@@ -489,6 +492,14 @@ mod tests {
             (
                 r#"{"to":"172.17.0.2","to_ports":"80","proto":"sctp","limits":{"source":"client"}}"#,
                 "sctp has no source = client",
+            ),
+            (
+                r#"{"host":"%eth0","to":"172.17.0.2","to_ports":"80"}"#,
+                "host_ports: the addresses of the interface eth0",
+            ),
+            (
+                r#"{"host":"%e h","host_ports":"80","to":"172.17.0.2","to_ports":"80"}"#,
+                "host: 'e h' is not the name",
             ),
             (r#"{"to":"172.17.0.2","to_ports":"80","name":"a b"}"#, "name: \"a b\" is not a name"),
             (

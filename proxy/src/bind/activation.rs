@@ -72,6 +72,10 @@ impl InheritedSockets {
     /// # Errors
     /// [`InheritedError`] if their number does not match the mapping's ports.
     pub(crate) fn take_named(&mut self, mapping: &Mapping) -> Result<Option<Vec<BoundPort>>, InheritedError> {
+        if mapping.interface().is_some() {
+            // Its addresses come and go, and whoever passes sockets does not know of that.
+            return Ok(None);
+        }
         let name = mapping.name();
         let is_named = |socket: &mut PassedSocket| socket.name == name.as_str();
         let mut named: Vec<_> =

@@ -7,7 +7,7 @@ use std::sync::Once;
 use std::time::Duration;
 
 use nix::libc;
-use rproxy_mapping::addr::Protocol;
+use rproxy_mapping::addr::{Protocol, ScopedIp};
 use rproxy_mapping::keepalive::{Keepalive, Probes};
 use rproxy_mapping::limits::Limits;
 use rproxy_mapping::ports::PortRange;
@@ -299,7 +299,7 @@ impl BindError {
         let protocol = mapping.protocols().iter().next().unwrap_or(Protocol::Tcp);
         Self {
             protocol,
-            addr: mapping.host().at(range.first()),
+            addr: mapping.addresses().first().unwrap_or(&ScopedIp::ANY).at(range.first()),
             among: Some(range),
             more: 1,
             source: last.map_or_else(in_use, |error| error.source),

@@ -230,15 +230,17 @@ fn bind_one_of(
     backend_port: u16,
 ) -> Result<Vec<BoundPort>, BindError> {
     let bind = |port: u16| -> Result<Vec<BoundPort>, BindError> {
-        let port_mappings =
-            mapping.protocols().iter().map(|protocol| mapping.port_mapping(protocol, port, backend_port));
+        let port_mappings = mapping.addresses().iter().flat_map(|ip| {
+            mapping.protocols().iter().map(|protocol| mapping.port_mapping(*ip, protocol, port, backend_port))
+        });
         port_mappings.map(|port_mapping| BoundPort::bind_for(port_mapping, mapping.limits())).collect()
     };
     let mut whereabouts = Whereabouts::default();
     let mut reaches_itself = |port: &u16| {
         let protocol = mapping.protocols().iter().next().unwrap_or(Protocol::Tcp);
-        let socket = mapping.port_mapping(protocol, *port, backend_port);
-        *port == backend_port && refuse_loop(&socket, &mut whereabouts).is_err()
+        let mut sockets =
+            mapping.addresses().iter().map(|ip| mapping.port_mapping(*ip, protocol, *port, backend_port));
+        *port == backend_port && sockets.any(|socket| refuse_loop(&socket, &mut whereabouts).is_err())
     };
     let mut candidates = candidates.filter(|port| !reaches_itself(port));
     let tried = candidates.try_fold(None, |_taken, port| match bind(port) {

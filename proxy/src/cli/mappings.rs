@@ -29,9 +29,8 @@ use super::values::{
 use crate::bind::family::everywhere;
 use crate::loops::{LoopReason, refuse_loops_among};
 
-const HOST_HELP: &str =
-    "Address and ports to listen on, such as [::]:80, 127.0.0.1:0 or 0.0.0.0:8000-8010; needs a --to";
-const PUBLISH_HELP: &str = "Ports to publish: [[ADDRESS:][HOST_PORT]:]PORT[/PROTOCOL]; ports may be ranges";
+const HOST_HELP: &str = "Address and ports to listen on, such as [::]:80, 127.0.0.1:0, 0.0.0.0:8000-8010, or %eth0:80; needs a --to";
+const PUBLISH_HELP: &str = "Ports to publish: [[ADDRESS:][HOST_PORT]:]PORT[/PROTOCOL]; ports may be ranges, and the address %INTERFACE";
 
 /// The mappings and their limits.
 #[derive(Args, Debug)]
@@ -439,10 +438,10 @@ impl MappingArgs {
 
 /// The mapping of one `--host` and its `--to`.
 fn pair(host: HostSpec, to: &BackendSpec, protocols: Protocols) -> Result<Asked, UsageError> {
-    let mapping = Mapping::new(protocols, (host.ip, host.ports), (to.host.clone(), to.ports));
+    let mapping = Mapping::new(protocols, (host.host, host.ports), (to.host.clone(), to.ports));
     let words = format!("--host {host}");
     let mapping = mapping.map_err(|error| match error {
-        MappingError::Lengths { .. } => wrong(&words, &error),
+        MappingError::Lengths { .. } | MappingError::InterfacePorts(_) => wrong(&words, &error),
         _ => wrong(&format!("--to {to}"), &error),
     })?;
     Ok(Asked { words, mapping })

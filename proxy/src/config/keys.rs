@@ -159,14 +159,14 @@ impl Keys {
         let purpose = "forward to, as in \"172.17.0.2:80\"";
         let to = self.endpoint("to", &self.to, BackendSpec::parse, purpose, &mut wrong);
         let mut all = self.or(defaults);
-        if self.v6only.is_none() && host.is_some_and(|host| host.ip != ScopedIp::ANY) {
+        if self.v6only.is_none() && host.is_some_and(|host| host.host != ScopedIp::ANY) {
             // `v6only` in `[defaults]` only applies to mappings for which it makes sense.
             all.v6only = None;
         }
         if all.proto.as_ref().is_some_and(|proto| proto.get_ref() == "sctp") {
             all.leave_out_others_than_of_sctp(self);
         }
-        let (host, to) = (host.map(|host| (host.ip, host.ports)), to.map(|to| (to.host, to.ports)));
+        let (host, to) = (host.map(|host| (host.host, host.ports)), to.map(|to| (to.host, to.ports)));
         let mapping = all.wire().read_between(host, to, &mut wrong);
         self.limits().refuse_lone(&all.limits(), &mut wrong);
         let is_wrong = !wrong.0.is_empty() || !self.unread.is_empty();

@@ -76,7 +76,8 @@ fn values_of(mapping: &Mapping, address: fn(ScopedIp) -> String) -> Values {
         BackendHost::Ip(ip) => format!("{}:{to_ports}", address(*ip)),
         _ => mapping.backend_spec().to_string(),
     };
-    let host = address(mapping.host());
+    let host = mapping.host();
+    let host = host.ip().map_or_else(|| host.to_string(), address);
     let host = format!("{host}:{}", host_ports.as_deref().unwrap_or("0"));
     Values {
         name: quoted(name),

@@ -12,6 +12,7 @@ use crate::engine::listening::with_addresses;
 pub(super) struct Shown {
     name: String,
     host: String,
+    host_ports: Option<String>,
     to: String,
     /// Empty for a Unix socket.
     #[serde(default)]
@@ -55,11 +56,11 @@ pub(super) fn lined_up(rows: Vec<Vec<String>>) -> Vec<String> {
 /// Formats the response to `list`.
 pub(super) fn list(List { mappings, draining }: &List<Shown>) -> String {
     let served = mappings.iter().map(|bound| {
-        let Shown { name, proto, .. } = &bound.mapping;
-        let listens = format!("{}:{}/{proto}", bound_host(bound), bound.bound);
+        let listens = listens(bound);
         let (resolved, unresolved) = (bound.resolved.as_deref(), bound.unresolved.as_deref());
         let backend = with_addresses(bound.mapping.backend(), resolved, unresolved);
-        vec![name.clone(), listens, backend, origin(&bound.origin), String::new()]
+        let state = if bound.bound.is_empty() { "waits for an address" } else { "" };
+        vec![bound.mapping.name.clone(), listens, backend, origin(&bound.origin), state.to_owned()]
     });
     let draining = draining.iter().map(|mapping| {
         let state = format!("draining: {} connections, {} flows", mapping.connections, mapping.flows);
@@ -101,13 +102,22 @@ pub(super) fn origin(origin: &Origin) -> String {
 /// Formats a mapping of the response to `add`: `web: 80/tcp -> [::]:8080`.
 pub(super) fn ready_line(bound: &BoundMapping<Shown>) -> String {
     let (name, published) = (&bound.mapping.name, bound.mapping.published());
-    let line = format!("{name}: {published} -> {}:{}", bound_host(bound), bound.bound);
+    let line = format!("{name}: {published} -> {}", place(bound));
     escaped(&line).to_string()
 }
 
-/// The address that a mapping actually listens on.
-fn bound_host(bound: &BoundMapping<Shown>) -> &str {
-    bound.bound_host.as_deref().unwrap_or(&bound.mapping.host)
+fn listens(bound: &BoundMapping<Shown>) -> String {
+    format!("{}/{}", place(bound), bound.mapping.proto)
+}
+
+/// The addresses and ports that a mapping actually listens on; if its interface has no address, those asked for.
+fn place(bound: &BoundMapping<Shown>) -> String {
+    let Shown { host, host_ports, .. } = &bound.mapping;
+    let host = bound.bound_host.as_deref().unwrap_or(host);
+    match host_ports {
+        Some(asked) if bound.bound.is_empty() => format!("{host}:{asked}"),
+        _ => format!("{host}:{}", bound.bound),
+    }
 }
 
 /// `0`, `0.4`, `12`, `1.2k`.
@@ -175,6 +185,23 @@ web                    [::]:8080/tcp   172.17.0.2:80  -
 docker/tcp/0.0.0.0:81  0.0.0.0:81/tcp  172.17.0.3:80  docker, process 4711
 docker/tcp/0.0.0.0:82  0.0.0.0:82/tcp  172.17.0.3:80  docker
 old                    -               -              -                     draining: 2 connections, 0 flows";
+        assert_eq!(list(&serde_json::from_value(answer).unwrap()), expected);
+    }
+
+    #[test]
+    fn an_interface_without_address_is_told() {
+        let answer = json!({
+            "mappings": [
+                { "name": "web", "host": "%eth0", "host_ports": "80", "bound": "", "proto": "tcp", "to": "172.17.0.2", "to_ports": "80" },
+                { "name": "dns", "host": "%lo", "host_ports": "53", "bound_host": "127.0.0.1,[::1]", "bound": "53", "proto": "udp",
+                  "to": "172.17.0.2", "to_ports": "53" },
+            ],
+            "draining": [],
+        });
+        let expected = "\
+NAME  LISTENS                 BACKEND
+web   %eth0:80/tcp            172.17.0.2:80  waits for an address
+dns   127.0.0.1,[::1]:53/udp  172.17.0.2:53";
         assert_eq!(list(&serde_json::from_value(answer).unwrap()), expected);
     }
 

@@ -109,7 +109,8 @@ impl Server {
         }
     }
 
-    fn refuse_loop(&self, mapping: &Mapping) -> Result<(), LoopError> {
+    /// Refuses a mapping that leads back to itself, or would with those that are served.
+    pub(super) fn refuse_loop(&self, mapping: &Mapping) -> Result<(), LoopError> {
         let new: Vec<Hop<'_>> = Hop::of(0, mapping).collect();
         let gone = HashSet::new();
         refuse_loops(&new, self.hops_without(&gone, &new), &mut Whereabouts::default())
@@ -180,7 +181,7 @@ fn mapping_of(port_mapping: &PortMapping, limits: Limits) -> Result<Mapping, Att
     let PortMapping { protocol, host, ref backend, v6only } = *port_mapping;
     let [from, to] = [host.socket_addr(), backend.socket_addr()];
     let (from_port, to_port) = (PortRange::single(from.port())?, PortRange::single(to.port())?);
-    let (listens, to) = ((from.into(), Some(from_port)), (backend.host().into(), to_port));
+    let (listens, to) = ((ScopedIp::from(from).into(), Some(from_port)), (backend.host().into(), to_port));
     let mapping = Mapping::new(Protocols::One(protocol), listens, to)?;
     let mapping = if v6only && mapping.host() == ScopedIp::ANY { mapping.v6only()? } else { mapping };
     Ok(mapping.named(Name::attached(protocol, host)).limited_in_family(limits))

@@ -101,6 +101,9 @@ pub enum ChangeError {
         /// Which name, and why.
         source: UnresolvedError,
     },
+    /// What addresses interfaces have cannot be found out.
+    #[error("cannot find out what addresses interfaces have: {0}; write addresses in their place")]
+    Interfaces(#[source] io::Error),
     /// A socket that came with the request listens where no new mapping does.
     #[error("the socket {addr}/{protocol} that came with the request is for none of its new mappings")]
     UnusedSocket {
@@ -150,7 +153,7 @@ impl ChangeError {
             | Self::Name { name, .. }
             | Self::OtherFamilies { name, .. }
             | Self::Watch { name, .. } => Some(name.clone()),
-            Self::UnusedSocket { .. } => None,
+            Self::UnusedSocket { .. } | Self::Interfaces(_) => None,
         }
     }
 
@@ -210,6 +213,7 @@ impl Server {
         mappings: Vec<Mapping>,
         passed: InheritedSockets,
     ) -> Result<Changed, ChangeError> {
+        let mappings = self.located(mappings)?;
         let mut names = HashSet::with_capacity(mappings.len());
         for mapping in &mappings {
             let name = mapping.name();
@@ -323,7 +327,8 @@ impl Server {
     }
 
     /// The steps after which exactly these mappings are served, beside attached ports.
-    pub(super) fn plan_to(&self, wanted: Vec<Mapping>) -> Result<Plan, ChangeError> {
+    pub(super) fn plan_to(&mut self, wanted: Vec<Mapping>) -> Result<Plan, ChangeError> {
+        let wanted = self.located(wanted)?;
         refuse_overlap(&wanted)?;
         let served = self.registry.requested().map(|(name, served)| (name, &served.mapping));
         plan(served, wanted).map_err(ChangeError::NameTaken)
@@ -452,8 +457,20 @@ impl Server {
         mapping: Mapping,
         prepared: &mut Prepared,
     ) -> Result<Served, ChangeError> {
-        let watch_error = |source| ChangeError::Watch { name: name.clone(), source };
         let policy = self.new_policy(name.clone(), mapping.limits().clone());
+        let ports = self.bind_ports(name, &mapping, &policy, prepared).await?;
+        Ok(Served { mapping, policy, ports, process: None })
+    }
+
+    /// Binds the ports of a mapping, or uses sockets for them that were passed or are spare.
+    pub(super) async fn bind_ports(
+        &mut self,
+        name: &Name,
+        mapping: &Mapping,
+        policy: &Arc<MappingPolicy>,
+        prepared: &mut Prepared,
+    ) -> Result<Vec<Binding>, ChangeError> {
+        let watch_error = |source| ChangeError::Watch { name: name.clone(), source };
         let mut ports = Vec::with_capacity(mapping.sockets());
         if let HostPorts::Exactly(_) = mapping.host_ports() {
             for port_mapping in mapping.port_mappings() {
@@ -462,31 +479,31 @@ impl Server {
                 if let Some(passed) = prepared.passed.take_at(&port_mapping) {
                     refuse_other_families(name, &passed.port_mapping, &port_mapping)?;
                     let bound = BoundPort { port_mapping, ..passed };
-                    ports.push(self.assign_of(bound, &mapping, &policy).map_err(watch_error)?);
+                    ports.push(self.assign_of(bound, mapping, policy).map_err(watch_error)?);
                     continue;
                 }
                 prepared.unpassed.push(port_mapping.clone());
                 let place = BindKey::of(&port_mapping);
                 ports.push(match prepared.spare.remove(&place).or_else(|| self.leaving.get(&place)) {
-                    Some(port) => Binding { port, target: target(&mapping, port_mapping, &policy) },
+                    Some(port) => Binding { port, target: target(mapping, port_mapping, policy) },
                     None => {
                         let bound = self.bind(port_mapping, mapping.limits()).await;
                         let bound =
-                            bound.map_err(|source| self.bind_error(name, &mapping, source, prepared))?;
-                        self.assign_of(bound, &mapping, &policy).map_err(watch_error)?
+                            bound.map_err(|source| self.bind_error(name, mapping, source, prepared))?;
+                        self.assign_of(bound, mapping, policy).map_err(watch_error)?
                     }
                 });
             }
         } else {
             consume_budget().await;
             let bound = Bound::bind(mapping.clone());
-            let bound = bound.map_err(|source| self.bind_error(name, &mapping, source, prepared))?;
+            let bound = bound.map_err(|source| self.bind_error(name, mapping, source, prepared))?;
             for port in bound.ports {
                 prepared.unpassed.push(port.port_mapping.clone());
-                ports.push(self.assign_of(port, &mapping, &policy).map_err(watch_error)?);
+                ports.push(self.assign_of(port, mapping, policy).map_err(watch_error)?);
             }
         }
-        Ok(Served { mapping, policy, ports, process: None })
+        Ok(ports)
     }
 
     fn assign_of(
@@ -536,6 +553,7 @@ impl Server {
         let Some(old) = self.registry.get(&name) else {
             return Err(ChangeError::Unknown(name));
         };
+        let mapping = mapping.listening_at(old.mapping.addresses());
         let policy = if *mapping.limits() == old.policy.limits {
             old.policy.clone()
         } else {
@@ -550,6 +568,17 @@ impl Server {
         Ok((name, Served { mapping, policy, ports, process: old.process }))
     }
 
+    /// Completes what was prepared of a mapping that gets these sockets, beside those that it has.
+    pub(super) fn begin_at(&mut self, new: &[Binding], Prepared { unpassed, .. }: Prepared) {
+        self.begin(new, unpassed);
+    }
+
+    /// Prepares what outlasts removed mappings for the sockets that serve from now on.
+    fn begin(&mut self, new: &[Binding], unpassed: Vec<PortMapping>) {
+        new.iter().for_each(|new| self.leaving.forget(&BindKey::of(&new.target.port_mapping)));
+        forget_stale_flows(unpassed);
+    }
+
     /// Applies what was prepared.
     pub(super) async fn commit(&mut self, prepared: Prepared, removal: Removal) {
         let Prepared { added, changed, removed, spare, unpassed, .. } = prepared;
@@ -557,8 +586,7 @@ impl Server {
             set.iter().flat_map(|(_name, served)| served.ports.clone()).collect()
         };
         let (new, other) = (ports(&added), ports(&changed));
-        new.iter().for_each(|new| self.leaving.forget(&BindKey::of(&new.target.port_mapping)));
-        forget_stale_flows(unpassed);
+        self.begin(&new, unpassed);
         for name in &removed {
             drop(self.registry.take(name));
         }
@@ -569,6 +597,11 @@ impl Server {
             self.registry.put(name, served);
         }
         self.keep_names();
+        self.tell_interfaces();
+        if self.links.has_refused() {
+            // What was removed may have been in the way.
+            self.links.look_again();
+        }
         self.watch(new);
         self.change_targets(other).await;
         announce_all(names.iter().filter_map(|name| Some((name, self.registry.get(name)?))));
@@ -645,6 +678,11 @@ pub(super) struct Prepared {
 }
 
 impl Prepared {
+    /// A change that needs this number of sockets.
+    pub(super) fn missing(sockets: usize) -> Self {
+        Self { missing: sockets, ..Self::default() }
+    }
+
     /// A change of mappings that keep their sockets.
     pub(super) fn changing(changed: Vec<(Name, Served)>) -> Self {
         Self { changed, ..Self::default() }
@@ -668,10 +706,11 @@ impl BindError {
         for (name, other) in served {
             for Binding { target, .. } in &other.ports {
                 let (there, port) = (&target.port_mapping, target.port_mapping.host.socket_addr().port());
-                let here = mapping.port_mapping(there.protocol, port, mapping.backend_ports().first());
+                let here =
+                    |ip| mapping.port_mapping(ip, there.protocol, port, mapping.backend_ports().first());
                 let is_in_the_way = wanted.contains(port)
                     && mapping.protocols().contains(there.protocol)
-                    && exclude_each_other(&here, there);
+                    && mapping.addresses().iter().any(|ip| exclude_each_other(&here(*ip), there));
                 if is_in_the_way {
                     taken.entry(port).or_insert((name, &other.mapping));
                 }

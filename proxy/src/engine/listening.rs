@@ -16,12 +16,14 @@ impl Served {
     /// The bound host ports, as in `49160,50001-50003`. If UDP's differ from TCP's, they follow these.
     pub fn bound_ports(&self) -> String {
         let ports: Vec<u16> = self.host_ports().collect();
+        // All addresses of an interface have the same.
+        let ports = &ports[..ports.len().min(self.mapping.sockets_per_address())];
         let (tcp, udp) = ports.split_at(ports.len().min(self.mapping.backend_ports().count()));
-        ports_text(if tcp == udp { tcp } else { &ports })
+        ports_text(if tcp == udp { tcp } else { ports })
     }
 
     /// The bound host addresses, if they differ from the requested one. An inherited socket listens wherever
-    /// it was bound.
+    /// it was bound, and a mapping of an interface at its addresses.
     pub fn bound_host(&self) -> Option<String> {
         let mut hosts: Vec<ScopedIp> = Vec::new();
         for binding in &self.ports {
@@ -30,8 +32,9 @@ impl Served {
                 hosts.push(host);
             }
         }
-        let is_as_asked = hosts == [self.mapping.host()];
-        (!is_as_asked).then(|| hosts.iter().map(ToString::to_string).collect::<Vec<_>>().join(","))
+        let is_as_asked = self.mapping.host().ip().is_some_and(|host| hosts == [host]);
+        (!is_as_asked && !hosts.is_empty())
+            .then(|| hosts.iter().map(ToString::to_string).collect::<Vec<_>>().join(","))
     }
 
     /// The addresses that the name of the backend stands for, if it has a name.
@@ -68,6 +71,10 @@ impl Served {
     /// Logs that the mapping is served, and where.
     pub(crate) fn announce(&self, name: &Name) {
         let mapping = &self.mapping;
+        if self.ports.is_empty() {
+            // What it waits for is logged once for all mappings of an interface.
+            return;
+        }
         let host = self.bound_host().unwrap_or_else(|| mapping.host().to_string());
         let host = format_args!("{host}:{}", self.bound_ports());
         let backend = self.backend_text();

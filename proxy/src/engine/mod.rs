@@ -8,6 +8,7 @@
 pub mod attach;
 pub mod change;
 mod cut;
+mod interfaces;
 pub(crate) mod listening;
 mod names;
 pub(crate) mod observation;
@@ -41,6 +42,7 @@ use crate::engine::observation::{Observation, Resources};
 use crate::engine::old_processes::{LeftConnections, OldProcesses};
 use crate::engine::registry::{Registry, Served};
 use crate::engine::tasks::Tasks;
+use crate::links::Links;
 use crate::log::access::AccessLog;
 use crate::names::Names;
 use crate::runtime::poll::WatchedListener;
@@ -66,6 +68,8 @@ pub struct Server {
     pub(crate) leaving: Leaving,
     /// What the names of backends stand for.
     pub(crate) names: Names,
+    /// What addresses the interfaces have that mappings listen at.
+    pub(crate) links: Links,
     /// Flows of ports that may be attached again.
     parked: Parked,
     /// Old processes with connections to attached ports.
@@ -88,6 +92,8 @@ pub enum Growth {
 pub(crate) enum Event {
     /// These names of backends stand for other addresses.
     NamesChanged(HashSet<HostName>),
+    /// Interfaces may have other addresses than those where mappings listen.
+    AddressesChanged,
 }
 
 impl Server {
@@ -165,6 +171,7 @@ impl Server {
             nameless: Vec::new(),
             leaving: Leaving::default(),
             names: Names::default(),
+            links: Links::default(),
             parked: Parked::default(),
             old_processes: OldProcesses::default(),
         }
@@ -372,6 +379,7 @@ impl Server {
             biased;
             error = self.tasks.failed() => Err(error),
             hosts = self.names.changed() => Ok(Event::NamesChanged(hosts)),
+            () = self.links.changed() => Ok(Event::AddressesChanged),
         }
     }
 

@@ -37,11 +37,15 @@ impl<'a> Hop<'a> {
             HostPorts::FirstFree(_) | HostPorts::Random => None,
         };
         exactly.into_iter().flat_map(move |host_ports| {
-            mapping.protocols().iter().map(move |protocol| Self {
+            let sides = mapping
+                .addresses()
+                .iter()
+                .flat_map(move |host| mapping.protocols().iter().map(move |protocol| (*host, protocol)));
+            sides.map(move |(host, protocol)| Self {
                 mapping: index,
                 name: mapping.given_name(),
                 protocol,
-                host: mapping.host(),
+                host,
                 v6only: mapping.is_v6only(),
                 host_ports,
                 backend: mapping.backend().first_ip(),

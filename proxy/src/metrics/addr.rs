@@ -54,7 +54,8 @@ impl FromStr for MetricsAddr {
             let text = text.split_once("://").map_or(text, |(_scheme, rest)| rest);
             return Err(MetricsAddrError::Slash(text.trim_end_matches('/').to_owned()));
         }
-        let HostSpec { ip, ports } = HostSpec::parse(text, &HostInterfaces)?;
+        let HostSpec { host, ports } = HostSpec::parse(text, &HostInterfaces)?;
+        let ip = host.ip().ok_or_else(|| AddrError::BadAddress(host.to_string()))?;
         let port = ports.map_or(Ok(0), PortRange::one).map_err(|_several| MetricsAddrError::Range)?;
         let addr = ip.at(port);
         let is_broadcast = addr.ip().to_canonical() == IpAddr::V4(Ipv4Addr::BROADCAST);

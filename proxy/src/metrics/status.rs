@@ -134,9 +134,11 @@ impl Status {
 impl Description {
     fn of(served: &Served) -> Self {
         let mapping = served.mapping();
+        // An interface without address has no bound ports.
+        let asked = mapping.host_ports().range().map(|range| range.to_string());
         Self {
             host: served.bound_host().unwrap_or_else(|| mapping.host().to_string()),
-            ports: served.bound_ports(),
+            ports: if served.ports.is_empty() { asked.unwrap_or_default() } else { served.bound_ports() },
             protocol: mapping.protocols().to_string(),
             backend: served.backend_text(),
             limits: WireLimits::of(mapping.limits()),

@@ -145,7 +145,7 @@ fn of_each_protocol(passed: &PassedMapping, child: ScopedIp) -> Result<Vec<Mappi
     let of_protocol = |text: &str| {
         let unknown = |_of_parser| ContractError::Protocol(passed.protocol.clone());
         let protocols: Protocols = text.trim().parse().map_err(unknown)?;
-        Mapping::new(protocols, (host, Some(host_ports)), (child.into(), child_ports))
+        Mapping::new(protocols, (host.into(), Some(host_ports)), (child.into(), child_ports))
             .map_err(ContractError::Mapping)
     };
     passed.protocol.split(',').map(of_protocol).collect()

@@ -214,6 +214,14 @@ pub fn confine(mode: Mode, needs: &Needs<'_>) -> Result<(), SandboxError> {
     Ok(())
 }
 
+/// Opens a socket by which even a process with `CAP_NET_ADMIN` cannot change interfaces and routes.
+///
+/// # Errors
+/// Those of `open`, capget(2) and capset(2).
+pub(crate) fn without_net_admin<T>(open: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    privileges::without_net_admin(open)
+}
+
 /// Confines a process that looks names up, as far as the kernel can: no capabilities, no new privileges, nothing to write,
 /// and no TCP but to name servers. It reads any file that its user can, because `/etc/resolv.conf` may be a link to anywhere.
 pub(crate) fn confine_resolver() {

@@ -37,6 +37,17 @@ fn has(capability: CapabilitySet) -> bool {
     capabilities(None).is_ok_and(|own| own.permitted.contains(capability))
 }
 
+/// Calls `open` without the effective capability `CAP_NET_ADMIN`. What it opens never has that power, although the process may
+/// keep it: for netlink, the kernel asks both whoever has opened a socket and whoever sends.
+pub(super) fn without_net_admin<T>(open: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+    let own = capabilities(None)?;
+    let lowered = CapabilitySets { effective: own.effective - CapabilitySet::NET_ADMIN, ..own };
+    set_capabilities(None, lowered)?;
+    let opened = open();
+    set_capabilities(None, own)?;
+    opened
+}
+
 /// Changes to `user` and keeps those of the capabilities `kept` that the process has.
 pub(super) fn change_user(user: Option<&User>, kept: CapabilitySet) -> Result<(), SandboxError> {
     let Some(user) = user else { return Ok(()) };
@@ -81,6 +92,15 @@ pub(super) fn refuse_new() -> io::Result<String> {
 mod tests {
     use super::super::Sources;
     use super::*;
+
+    #[test]
+    fn a_capability_is_there_again_after_something_was_opened_without_it() {
+        let before = capabilities(None).unwrap();
+        let during = without_net_admin(|| Ok(capabilities(None)?)).unwrap();
+        assert!(!during.effective.contains(CapabilitySet::NET_ADMIN));
+        assert_eq!(during.permitted, before.permitted);
+        assert_eq!(capabilities(None).unwrap(), before);
+    }
 
     #[test]
     fn no_capability_is_kept_that_is_of_no_use() {

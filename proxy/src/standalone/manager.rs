@@ -129,7 +129,8 @@ impl Manager {
     /// [`ServeError`]
     pub async fn run(self) -> Result<(), ManageError> {
         let is_alone = self.control.is_none() && self.metrics.is_none() && self.attach.is_none();
-        if is_alone && self.reload.is_none() && self.server.names.is_empty() {
+        let is_followed = !self.server.names.is_empty() || !self.server.links.is_idle();
+        if is_alone && self.reload.is_none() && !is_followed {
             return Box::pin(self.manage()).await;
         }
         let runtime = match new_runtime() {
@@ -222,6 +223,7 @@ impl Managed {
                 }
                 event = server.event() => match event? {
                     Event::NamesChanged(hosts) => Box::pin(server.follow(&hosts)).await,
+                    Event::AddressesChanged => Box::pin(server.follow_interfaces()).await,
                 },
                 () = hung_up(reload) => {
                     let addr = metrics.as_ref().map(|metrics| &metrics.socket.addr);

@@ -10,7 +10,10 @@ use nix::sys::signal::Signal;
 use rproxy_mapping::addr::{BackendAddr, HostSocketAddr, Protocol};
 use rproxy_mapping::backend::BackendHost;
 use rproxy_mapping::escape::escaped;
+use rproxy_mapping::host::HostAddr;
+use rproxy_mapping::overlap::{OverlapError, refuse_overlap};
 use rproxy_mapping::{HostPorts, Mapping, PortMapping};
+use rproxy_sys::link;
 use tokio::runtime::Runtime;
 use tracing::{Level, debug, enabled, info};
 
@@ -25,6 +28,7 @@ use crate::bind::{Bound, BoundError, BoundPort, routes};
 use crate::cli::Serve;
 use crate::config::{self, ConfigError};
 use crate::engine::{Growth, Server};
+use crate::links::Links;
 use crate::log::access::AccessLog;
 use crate::log::console::Output;
 use crate::log::destination::{AccessLogError, Destination};
@@ -83,6 +87,7 @@ pub(super) fn start(
     let entered = runtime.enter();
     let mut upgrade = Upgrade::catch(launcher).map_err(setup("catch signals"))?;
     let names = Names::new(upgrade.take_names());
+    let links = links(&mappings, options);
     let configuration = options.config.clone().map(|file| Configuration {
         file,
         attach: options.attach.clone(),
@@ -92,15 +97,48 @@ pub(super) fn start(
     let reload = is_reloaded(options).then(|| Reload::catch(configuration, access_log));
     let reload = reload.transpose().map_err(setup("catch signals"))?;
     drop(entered);
-    let Started { server, control, metrics, attach, stop } = match origin {
-        Origin::Fresh(passed) => start_fresh(&runtime, mappings, passed, names, options)?,
-        Origin::OldProcess(channel) => start_upgraded(&runtime, &mappings, channel, names, options)?,
+    let Started { mut server, control, metrics, attach, stop } = match origin {
+        Origin::Fresh(passed) => start_fresh(&runtime, mappings, passed, Followed { names, links }, options)?,
+        Origin::OldProcess(channel) => {
+            start_upgraded(&runtime, &mappings, channel, Followed { names, links }, options)?
+        }
     };
     server.announce();
+    server.tell_interfaces();
     systemd::ready();
     let drain = Drain { timeout: options.drain_timeout, after_upgrade: options.upgrade_drain_timeout() };
     let watchdog = systemd::watchdog_interval();
     Ok((runtime, Manager { server, stop, drain, control, metrics, attach, reload, watchdog, upgrade }))
+}
+
+/// What mappings may follow.
+struct Followed {
+    names: Names,
+    links: Links,
+}
+
+/// The addresses of interfaces, if mappings may have some.
+fn links(mappings: &[Mapping], options: &Serve) -> Links {
+    if may_change(options) || follow_interfaces(mappings.iter()) {
+        Links::new(sandbox::without_net_admin(link::open))
+    } else {
+        Links::default()
+    }
+}
+
+/// Whether some of these mappings listen at the addresses of interfaces.
+fn follow_interfaces<'m>(mut mappings: impl Iterator<Item = &'m Mapping>) -> bool {
+    mappings.any(|mapping| mapping.interface().is_some())
+}
+
+/// Has mappings listen where their interfaces have addresses now.
+fn locate(mappings: &mut [Mapping], links: &mut Links) -> Result<(), StartError> {
+    if follow_interfaces(mappings.iter()) {
+        links.look().map_err(StartError::Interfaces)?;
+        mappings.iter_mut().for_each(|mapping| *mapping = links.located(mapping));
+        refuse_overlap(mappings)?;
+    }
+    Ok(())
 }
 
 /// What a started process owns.
@@ -117,7 +155,7 @@ fn start_fresh(
     runtime: &Runtime,
     mappings: Vec<Mapping>,
     passed: InheritedSockets,
-    mut names: Names,
+    mut followed: Followed,
     options: &Serve,
 ) -> Result<Started, StartError> {
     let entered = runtime.enter();
@@ -136,7 +174,8 @@ fn start_fresh(
     let metrics = metrics.map(MetricsListener::bind).transpose()?;
     let attach = attach.map(Attachments::bind).transpose()?;
     drop(entered);
-    runtime.block_on(names.resolve(&mut mappings))?;
+    runtime.block_on(followed.names.resolve(&mut mappings))?;
+    locate(&mut mappings, &mut followed.links)?;
     let _entered = runtime.enter();
     let bound = Bound::bind_all(mappings, passed);
     let bound = bound.map_err(|error| bind_error(error, metrics.as_ref(), options))?;
@@ -144,7 +183,7 @@ fn start_fresh(
     let ready = ready_lines(&bound);
     // Before confinement, because a terminal has to be reopened.
     let output = Output::open();
-    let server = prepare_server(bound, attach.is_some(), metrics.as_ref(), names, options)?;
+    let server = prepare_server(bound, attach.is_some(), metrics.as_ref(), followed, options)?;
     server.start(LiveFlows::default());
     match server.access_log() {
         // Its lines follow, and are not mixed with these.
@@ -163,7 +202,7 @@ fn start_upgraded(
     runtime: &Runtime,
     mappings: &[Mapping],
     channel: OwnedFd,
-    mut names: Names,
+    mut followed: Followed,
     options: &Serve,
 ) -> Result<Started, StartError> {
     let entered = runtime.enter();
@@ -172,8 +211,12 @@ fn start_upgraded(
     let Sockets { mut bound, mut control, mut metrics, attach, old } =
         runtime.block_on(take_over(channel, fixed, options.control.as_deref()))?;
     // A name that does not resolve now did so for the old process, perhaps.
-    runtime.block_on(names.resolve_bound(&mut bound));
-    let mut server = prepare_server(bound, attach.is_some(), metrics.as_ref(), names, options)?;
+    runtime.block_on(followed.names.resolve_bound(&mut bound));
+    if follow_interfaces(bound.iter().map(|bound| &bound.mapping)) {
+        // Mappings stay where the old process has them until this one serves.
+        followed.links.look().map_err(StartError::Interfaces)?;
+    }
+    let mut server = prepare_server(bound, attach.is_some(), metrics.as_ref(), followed, options)?;
     drop(entered);
     server.access_log().iter().for_each(|log| log.begin(Vec::new()));
     server.succeed(runtime.block_on(old.hand_over_to(&server))?);
@@ -204,7 +247,7 @@ fn prepare_server(
     bound: Vec<Bound>,
     attaches: bool,
     metrics: Option<&MetricsListener>,
-    names: Names,
+    followed: Followed,
     options: &Serve,
 ) -> Result<Server, StartError> {
     if !has_ipv6() && options.mappings.is_everywhere() {
@@ -223,7 +266,7 @@ fn prepare_server(
     let needs = needs(options, attaches, metrics, &bound);
     let growth = if attaches {
         Growth::Attached
-    } else if may_change(options) {
+    } else if needs.changes.is_some() {
         Growth::Mappings
     } else {
         Growth::None
@@ -236,7 +279,7 @@ fn prepare_server(
     let server = Server::prepared(bound, growth, recorder.map(Arc::new));
     let mut server = server.map_err(setup("watch the listeners"))?;
     server.registry.return_paths = Box::new(ReturnPaths { reported, ..ReturnPaths::default() });
-    server.names = names;
+    (server.names, server.links) = (followed.names, followed.links);
     server.look_at_processors();
     if let Some(user) = &options.user {
         for error in server.udp_sockets().filter_map(|socket| user.own(socket).err()) {
@@ -266,7 +309,9 @@ fn needs<'a>(
     bound: &[Bound],
 ) -> Needs<'a> {
     let configuration = options.config.as_deref();
-    let changes = (attaches || may_change(options)).then_some(Changes { configuration });
+    // What an interface gets later is bound then.
+    let follows = follow_interfaces(bound.iter().map(|bound| &bound.mapping));
+    let changes = (attaches || follows || may_change(options)).then_some(Changes { configuration });
     let unix_sockets = options.control.as_deref().into_iter().chain(metrics.and_then(MetricsListener::path));
     let ports = bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.port_mapping);
     Needs {
@@ -294,12 +339,19 @@ fn ready_lines_of(bound: &Bound) -> Vec<String> {
     let mapping = &bound.mapping;
     match mapping.host_ports() {
         HostPorts::Exactly(range) if bound.is_where_asked() => {
-            let (host, backend_ports) = (mapping.host(), mapping.backend_ports());
-            let line = |protocol| match mapping.backend() {
-                BackendHost::Unix(addr) => format!("{addr} -> {host}:{range}"),
-                _ => format!("{backend_ports}/{protocol} -> {host}:{range}"),
+            let backend_ports = mapping.backend_ports();
+            let line = |host: HostAddr| {
+                let of_protocol = move |protocol| match mapping.backend() {
+                    BackendHost::Unix(addr) => format!("{addr} -> {host}:{range}"),
+                    _ => format!("{backend_ports}/{protocol} -> {host}:{range}"),
+                };
+                mapping.protocols().iter().map(of_protocol)
             };
-            mapping.protocols().iter().map(line).collect()
+            match mapping.addresses() {
+                // The interface has none yet.
+                [] => line(mapping.host()).collect(),
+                addresses => addresses.iter().flat_map(|ip| line((*ip).into())).collect(),
+            }
         }
         _ => {
             let line = |port: &BoundPort| {
@@ -359,6 +411,10 @@ pub(super) enum StartError {
     Config(#[from] ConfigError),
     #[error(transparent)]
     Names(#[from] NamesError),
+    #[error("cannot find out what addresses interfaces have: {0}; write addresses in their place")]
+    Interfaces(#[source] io::Error),
+    #[error("{}: {_0}", .0.mapping.name())]
+    Overlap(#[from] OverlapError),
     #[error(transparent)]
     InheritedSockets(InheritedError),
     #[error(transparent)]

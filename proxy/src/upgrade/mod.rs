@@ -87,6 +87,9 @@ struct OfferedMapping {
     /// What the name of its backend stands for, if it has one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     resolved: Vec<IpAddr>,
+    /// The addresses of its interface where it listens, if it has one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    addresses: Vec<String>,
     /// The process that has attached the port. The mapping has no name then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     process: Option<u32>,

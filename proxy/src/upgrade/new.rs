@@ -132,8 +132,11 @@ struct Offered {
 }
 
 impl Offered {
-    fn read(OfferedMapping { mapping, resolved, process }: &OfferedMapping) -> Result<Self, UpgradeError> {
+    fn read(offered: &OfferedMapping) -> Result<Self, UpgradeError> {
+        let OfferedMapping { mapping, resolved, addresses, process } = offered;
         let mapping = mapping.read(&NoInterfaces, ScopedIp::ANY).map_err(refuse)?.resolved(resolved);
+        let addresses: Result<Vec<ScopedIp>, _> = addresses.iter().map(|ip| ip.parse()).collect();
+        let mapping = mapping.listening_at(&addresses.map_err(refuse)?);
         let process = *process;
         let port = process.and_then(|_process| mapping.port_mappings().next());
         let mapping = match port {

@@ -266,7 +266,9 @@ fn offered_mapping(served: &Served) -> OfferedMapping {
         BackendHost::Name(host) => host.addresses().to_vec(),
         BackendHost::Ip(_) | BackendHost::Unix(_) => Vec::new(),
     };
-    OfferedMapping { mapping: WireMapping { name, ..mapping }, resolved, process }
+    let at = served.mapping().interface().map(|_name| served.mapping().addresses());
+    let addresses = at.unwrap_or_default().iter().map(ToString::to_string).collect();
+    OfferedMapping { mapping: WireMapping { name, ..mapping }, resolved, addresses, process }
 }
 
 fn offered_attach(plane: &Plane) -> OfferedAttach {

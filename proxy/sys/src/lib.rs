@@ -6,6 +6,7 @@
 mod cmsg;
 pub mod conntrack;
 pub mod fd;
+pub mod link;
 pub mod memory;
 pub mod netlink;
 pub mod pass;

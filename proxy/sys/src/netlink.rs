@@ -1,7 +1,7 @@
 //! Netlink sockets and the parsing of their datagrams (netlink(7)).
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use netlink_packet_core::{
     DecodeError, NLM_F_REQUEST, NetlinkDeserializable, NetlinkHeader, NetlinkMessage, NetlinkPayload,
@@ -17,10 +17,10 @@ use nix::sys::time::TimeVal;
 const REPLY_TIMEOUT: TimeVal = TimeVal::new(2, 0);
 
 /// The maximum size of a message in a dump (NLMSG_GOODSIZE is less).
-const BUFFER_SIZE: usize = 64 * 1024;
+pub(crate) const BUFFER_SIZE: usize = 64 * 1024;
 
 /// A netlink socket in the network namespace of the thread that opened it.
-pub(crate) struct Client(OwnedFd);
+pub(crate) struct Client<S = OwnedFd>(S);
 
 impl Client {
     /// Opens a socket of this protocol.
@@ -30,6 +30,20 @@ impl Client {
         Ok(Self(socket))
     }
 
+    /// The socket.
+    pub(crate) fn into_inner(self) -> OwnedFd {
+        self.0
+    }
+}
+
+impl<'s> Client<BorrowedFd<'s>> {
+    /// Uses a socket that is open.
+    pub(crate) fn on(socket: BorrowedFd<'s>) -> Self {
+        Self(socket)
+    }
+}
+
+impl<S: AsFd> Client<S> {
     /// Sends a request.
     pub(crate) fn send<M: NetlinkSerializable>(&self, message: M, flags: u16) -> io::Result<()>
     where
@@ -40,7 +54,7 @@ impl Client {
         request.finalize();
         let mut bytes = vec![0; request.buffer_len()];
         request.serialize(&mut bytes);
-        sendto(self.0.as_raw_fd(), &bytes, &NetlinkAddr::new(0, 0), MsgFlags::empty())?;
+        sendto(self.0.as_fd().as_raw_fd(), &bytes, &NetlinkAddr::new(0, 0), MsgFlags::empty())?;
         Ok(())
     }
 
@@ -51,7 +65,7 @@ impl Client {
     ) -> io::Result<R> {
         let mut buffer = vec![0; BUFFER_SIZE];
         loop {
-            let received = recv(self.0.as_raw_fd(), &mut buffer, MsgFlags::empty())?;
+            let received = recv(self.0.as_fd().as_raw_fd(), &mut buffer, MsgFlags::empty())?;
             for message in messages(&buffer[..received]) {
                 match message.map_err(io::Error::other)?.payload {
                     NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io()),

@@ -14,6 +14,7 @@ mod docker;
 mod faults;
 mod harness;
 mod hostile;
+mod interfaces;
 mod live;
 mod logs;
 mod metrics;
@@ -66,6 +67,7 @@ fn main() -> ExitCode {
         control,
         control_sockets,
         names,
+        interfaces,
         attached,
         live,
         logs,

@@ -1,0 +1,126 @@
+//! Has mappings listen at the addresses that their interfaces have, at each change and when these change.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+
+use rproxy_mapping::Mapping;
+use rproxy_mapping::addr::ScopedIp;
+use rproxy_mapping::host::InterfaceName;
+use rproxy_mapping::name::Name;
+use tracing::{debug, info};
+
+use crate::engine::change::{ChangeError, Prepared};
+use crate::engine::registry::Served;
+use crate::engine::{Server, udp_id};
+use crate::state::Binding;
+
+impl Server {
+    /// These mappings, where their interfaces have addresses now.
+    ///
+    /// # Errors
+    /// [`ChangeError::Interfaces`]
+    pub(super) fn located(&mut self, mut mappings: Vec<Mapping>) -> Result<Vec<Mapping>, ChangeError> {
+        if mappings.iter().any(|mapping| mapping.interface().is_some()) {
+            self.links.look().map_err(ChangeError::Interfaces)?;
+            mappings.iter_mut().for_each(|mapping| *mapping = self.links.located(mapping));
+        }
+        Ok(mappings)
+    }
+
+    /// Has all mappings of interfaces listen at the addresses that these have now. Others stay as they are.
+    pub(crate) async fn follow_interfaces(&mut self) {
+        let theirs = self.registry.requested().filter_map(|(name, served)| {
+            let interface = served.mapping.interface()?;
+            Some((name.clone(), self.links.addresses_of(interface)))
+        });
+        let theirs: Vec<(Name, Vec<ScopedIp>)> = theirs.collect();
+        // First what is gone: another interface may have it now.
+        for (name, now) in &theirs {
+            self.leave_all_but(name, now).await;
+        }
+        for (name, now) in &theirs {
+            for ip in now {
+                match self.serve_at(name, *ip).await {
+                    Ok(()) => {}
+                    Err(error) if is_gone_again(&error) => debug!(mapping = %name, %ip, %error, "gone again"),
+                    Err(error) => self.links.refuse(name, *ip, error.to_string()),
+                }
+            }
+        }
+        let is_open = |name: &Name, ip: ScopedIp| {
+            let wanted = theirs.iter().any(|(other, now)| other == name && now.contains(&ip));
+            wanted && self.registry.get(name).is_some_and(|served| !served.mapping.addresses().contains(&ip))
+        };
+        self.links.keep_refused(is_open);
+        self.tell_interfaces();
+    }
+
+    /// Logs which interfaces of mappings cannot be listened at.
+    pub(crate) fn tell_interfaces(&mut self) {
+        if !self.links.is_idle() {
+            let in_use = self.registry.requested().filter_map(|(_name, served)| served.mapping.interface());
+            self.links.tell(&in_use.collect::<BTreeSet<InterfaceName>>());
+        }
+    }
+
+    /// Closes the listeners of a mapping at all addresses but these. Connections continue; flows end, as no reply can come
+    /// from an address that is gone.
+    async fn leave_all_but(&mut self, name: &Name, now: &[ScopedIp]) {
+        let Some(served) = self.registry.get(name) else { return };
+        let is_kept = |binding: &Binding| now.contains(&host_of(binding));
+        let (kept, gone): (Vec<Binding>, Vec<Binding>) = served.ports.iter().cloned().partition(is_kept);
+        if gone.is_empty() {
+            return;
+        }
+        let addresses = served.mapping.addresses().iter().copied();
+        let (left, addresses): (Vec<ScopedIp>, Vec<ScopedIp>) = addresses.partition(|ip| !now.contains(ip));
+        self.replace(name, addresses, kept);
+        for ip in left {
+            info!(mapping = %name, address = %ip, "no longer serving at an address of the interface");
+        }
+        let (udp, others): (Vec<Binding>, Vec<Binding>) =
+            gone.into_iter().partition(|binding| udp_id(binding).is_some());
+        self.release(others.into_iter().map(|binding| binding.port).collect()).await;
+        self.close_unpublished(udp.into_iter().map(|binding| binding.port).collect()).await;
+    }
+
+    /// Has a mapping listen at one more address, if it does not yet.
+    async fn serve_at(&mut self, name: &Name, ip: ScopedIp) -> Result<(), ChangeError> {
+        let Some(served) = self.registry.get(name) else { return Ok(()) };
+        if served.mapping.addresses().contains(&ip) {
+            return Ok(());
+        }
+        let addresses = [served.mapping.addresses(), &[ip]].concat();
+        let (there, policy, mut ports) =
+            (served.mapping.listening_at(&[ip]), served.policy.clone(), served.ports.clone());
+        let looped = |source| ChangeError::Loop { name: name.clone(), source };
+        self.refuse_loop(&there).map_err(looped)?;
+        let mut prepared = Prepared::missing(there.sockets());
+        let new = self.bind_ports(name, &there, &policy, &mut prepared).await?;
+        self.begin_at(&new, prepared);
+        ports.extend(new.iter().cloned());
+        self.replace(name, addresses, ports);
+        self.watch(new);
+        info!(mapping = %name, address = %ip, "serving at an address of the interface");
+        Ok(())
+    }
+
+    /// Replaces the addresses and sockets of a mapping.
+    fn replace(&mut self, name: &Name, addresses: Vec<ScopedIp>, ports: Vec<Binding>) {
+        if let Some(Served { mapping, policy, process, .. }) = self.registry.get(name) {
+            let (mapping, policy) = (mapping.listening_at(&addresses), Arc::clone(policy));
+            let served = Served { mapping, policy, ports, process: *process };
+            self.registry.put(name.clone(), served);
+        }
+    }
+}
+
+/// The address that a socket is bound to.
+fn host_of(binding: &Binding) -> ScopedIp {
+    binding.target.port_mapping.host.socket_addr().into()
+}
+
+/// Whether an address was removed before it could be bound; the kernel tells that next.
+fn is_gone_again(error: &ChangeError) -> bool {
+    matches!(error, ChangeError::Bind { source, .. } if source.source.kind() == std::io::ErrorKind::AddrNotAvailable)
+}
