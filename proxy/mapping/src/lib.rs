@@ -215,10 +215,13 @@ impl Mapping {
         Self { backend: self.backend.resolved(addresses, self.limits.source), ..self.clone() }
     }
 
-    /// Returns the mapping with a backend whose name has no address that can be used.
+    /// Returns the mapping with those addresses of its name that do not lead back to it.
     #[must_use]
-    pub fn leading_nowhere(&self, why: NoAddress) -> Self {
-        Self { backend: self.backend.leading_nowhere(why), ..self.clone() }
+    pub fn leading_to(&self, addresses: &[IpAddr]) -> Self {
+        if addresses.is_empty() {
+            return Self { backend: self.backend.leading_nowhere(NoAddress::Loop), ..self.clone() };
+        }
+        self.resolved(addresses)
     }
 
     /// Returns the mapping listening at what its interface has now. At an address, it is the same.

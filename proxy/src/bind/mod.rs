@@ -11,6 +11,7 @@ pub(crate) mod routes;
 pub(crate) mod source;
 pub mod unix_socket;
 
+use std::fmt::Display;
 use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -155,32 +156,54 @@ impl Bound {
         let mut bound: Vec<_> = turns.into_iter().map(&mut bind).collect::<Result<_, _>>()?;
         bound.sort_by_key(|(index, _bound)| *index);
         let mut bound: Vec<Self> = bound.into_iter().map(|(_index, bound)| bound).collect();
+        let named = Self::leave_out_names(&mut bound);
         Self::refuse_loops(&bound)?;
-        Self::leave_out_loops(&mut bound);
+        Self::lead_to_usable(&mut bound, named);
         Ok(bound)
     }
 
-    /// Leaves out the further addresses of names that lead back.
-    fn leave_out_loops(bound: &mut [Self]) {
+    /// Leaves out the addresses of names that lead back.
+    pub(crate) fn leave_out_loops(bound: &mut [Self]) {
+        let named = Self::leave_out_names(bound);
+        Self::lead_to_usable(bound, named);
+    }
+
+    /// Has names stand for nothing. Returns the mappings as they were, with their indexes.
+    fn leave_out_names(bound: &mut [Self]) -> Vec<(usize, Mapping)> {
+        let is_named = |bound: &Self| bound.mapping.backend().name().is_some();
+        let named = bound.iter_mut().enumerate().filter(|(_index, bound)| is_named(bound));
+        let without = |(index, bound): (usize, &mut Self)| {
+            let mapping = bound.mapping.clone();
+            bound.lead_to(mapping.resolved(&[]));
+            (index, mapping)
+        };
+        named.map(without).collect()
+    }
+
+    /// Has these mappings lead to those addresses of their names that do not lead back.
+    fn lead_to_usable(bound: &mut [Self], named: Vec<(usize, Mapping)>) {
         let mut whereabouts = Whereabouts::default();
-        for index in 0..bound.len() {
-            let BackendHost::Name(host) = bound[index].mapping.backend() else { continue };
-            let (first, rest) = host.addresses().split_at(host.addresses().len().min(1));
-            let leads_back = |ip: IpAddr, whereabouts: &mut Whereabouts| {
-                let refused = Self::refuse_loops_at(bound, Some((index, ip)), whereabouts);
-                refused
-                    .inspect_err(
-                        |reason| warn!(address = %ip, %reason, "an address of the backend is not used"),
-                    )
-                    .is_err()
+        for (index, mapping) in named {
+            let BackendHost::Name(host) = mapping.backend() else { continue };
+            let is_usable = |ip: &IpAddr| {
+                whereabouts.of((*ip).into()) != Destination::Here
+                    || Self::refuse_loops_at(bound, Some((index, *ip)), &mut whereabouts)
+                        .inspect_err(|reason| report_unused(*ip, reason))
+                        .is_ok()
             };
-            let mut usable = first.to_vec();
-            usable.extend(rest.iter().filter(|ip| {
-                let is_own = whereabouts.of((**ip).into()) == Destination::Here;
-                !is_own || !leads_back(**ip, &mut whereabouts)
-            }));
-            bound[index].mapping = bound[index].mapping.resolved(&usable);
+            let usable: Vec<IpAddr> = host.addresses().iter().copied().filter(is_usable).collect();
+            let is_known = !host.addresses().is_empty();
+            bound[index].lead_to(if is_known { mapping.leading_to(&usable) } else { mapping });
         }
+    }
+
+    /// Has the ports lead to the backend of `mapping`, which is the same but for the addresses of its name.
+    pub(crate) fn lead_to(&mut self, mapping: Mapping) {
+        let first = mapping.backend().first_ip().ip();
+        for BoundPort { port_mapping, .. } in &mut self.ports {
+            *port_mapping = port_mapping.at(first);
+        }
+        self.mapping = mapping;
     }
 
     /// Refuses a set of bound mappings if one of them leads back to itself.
@@ -207,6 +230,11 @@ impl Bound {
         });
         refuse_loops(&hops.collect::<Vec<_>>(), [], whereabouts)
     }
+}
+
+/// Logs that a name stands for an address which would lead back.
+pub(crate) fn report_unused(address: IpAddr, reason: &impl Display) {
+    warn!(%address, %reason, "an address of the backend is not used");
 }
 
 /// Binds a random port for each port of the backend, the same for TCP and UDP.

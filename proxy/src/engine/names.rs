@@ -4,10 +4,10 @@ use std::collections::HashSet;
 use std::net::IpAddr;
 
 use rproxy_mapping::Mapping;
-use rproxy_mapping::backend::{BackendHost, HostName, NoAddress};
+use rproxy_mapping::backend::{BackendHost, HostName};
 use rproxy_mapping::name::Name;
-use tracing::warn;
 
+use crate::bind::report_unused;
 use crate::engine::Server;
 use crate::engine::change::{ChangeError, Prepared, Removal};
 use crate::engine::plan::Plan;
@@ -25,8 +25,7 @@ impl Server {
         self.names.look_up(names).await;
         for (name, mapping) in plan.add.iter_mut().chain(&mut plan.change) {
             let resolved = self.names.resolved(mapping);
-            // That the first one leads back is a mistake, which refuses the change.
-            *mapping = self.without_loops(name, resolved, 1);
+            *mapping = self.without_loops(name, resolved);
             self.names
                 .refuse_unresolved(mapping)
                 .map_err(|source| ChangeError::Name { name: name.clone(), source })?;
@@ -42,7 +41,7 @@ impl Server {
         let mut changed = Vec::new();
         for (name, served) in theirs {
             let resolved = self.names.resolved(&served.mapping);
-            let mapping = self.without_loops(name, resolved, 0);
+            let mapping = self.without_loops(name, resolved);
             // A change may have had it lead there already.
             if leads_elsewhere(served.mapping.backend(), mapping.backend()) {
                 changed.extend(self.prepare_change(name.clone(), mapping));
@@ -53,10 +52,10 @@ impl Server {
         }
     }
 
-    /// `mapping` without the addresses of its backend that lead back to it, but for the first ones.
-    fn without_loops(&self, name: &Name, mapping: Mapping, first: usize) -> Mapping {
+    /// `mapping` without the addresses of its backend that lead back to it.
+    fn without_loops(&self, name: &Name, mapping: Mapping) -> Mapping {
         let BackendHost::Name(host) = mapping.backend() else { return mapping };
-        if host.addresses().len() <= first {
+        if host.addresses().is_empty() {
             return mapping;
         }
         let mut whereabouts = self.names.whereabouts(host.name());
@@ -67,17 +66,11 @@ impl Server {
             steps.push((name, mapping));
             self.refuse_loops_by(&plan, whereabouts)
         };
-        let mut usable = host.addresses().to_vec();
-        let mut rest = usable.split_off(first.min(usable.len()));
-        rest.retain(|ip| match alone(*ip, &mut whereabouts) {
-            Ok(()) => true,
-            Err(reason) => {
-                warn!(address = %ip, %reason, "an address of the backend is not used");
-                false
-            }
-        });
-        usable.extend(rest);
-        if usable.is_empty() { mapping.leading_nowhere(NoAddress::Loop) } else { mapping.resolved(&usable) }
+        let is_usable = |ip: &IpAddr| {
+            alone(*ip, &mut whereabouts).inspect_err(|reason| report_unused(*ip, reason)).is_ok()
+        };
+        let usable: Vec<IpAddr> = host.addresses().iter().copied().filter(is_usable).collect();
+        mapping.leading_to(&usable)
     }
 
     /// Forgets the names that no mapping has any more.

@@ -24,7 +24,7 @@ use tracing::{info, warn};
 use self::conversation::{Conversation, heard};
 use self::known::Known;
 use self::message::Answer;
-use crate::bind::{Bound, BoundPort};
+use crate::bind::Bound;
 use crate::loops::whereabouts::{Destination, Whereabouts};
 
 /// How long the start, or a change, waits for names. Those that are not known by then are served, and resolve later.
@@ -99,15 +99,10 @@ impl Names {
             }
         }
         self.look_up(names_of(bound.iter().map(|bound| &bound.mapping))).await;
-        for Bound { mapping, ports, .. } in
-            bound.iter_mut().filter(|bound| bound.mapping.backend().name().is_some())
-        {
-            *mapping = self.resolved(mapping);
-            let first = mapping.backend().first_ip();
-            for BoundPort { port_mapping, .. } in ports {
-                *port_mapping = port_mapping.at(first.ip());
-            }
+        for bound in bound.iter_mut().filter(|bound| bound.mapping.backend().name().is_some()) {
+            bound.lead_to(self.resolved(&bound.mapping));
         }
+        Bound::leave_out_loops(bound);
     }
 
     /// Where the addresses of a name lead.

@@ -15,6 +15,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hickory_resolver::config::{LookupIpStrategy, ResolveHosts};
+use hickory_resolver::lookup::Lookup;
 use hickory_resolver::net::{DnsError, NetError};
 use hickory_resolver::proto::op::{Query, ResponseCode};
 use hickory_resolver::proto::rr::{Name, RecordType};
@@ -23,6 +24,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::unix::OwnedWriteHalf;
 use tokio::sync::{Mutex, Semaphore};
 use tokio::task::LocalSet;
+use tokio::time::sleep;
 
 use super::message::{Answer, Found, LONGEST_LINE, MOST_ADDRESSES, Question};
 use crate::loops::whereabouts::{Destination, Whereabouts};
@@ -32,11 +34,14 @@ use crate::sandbox;
 /// The name of the process; at most 15 bytes (`PR_SET_NAME`, prctl(2)).
 const NAME: &std::ffi::CStr = c"rproxy-resolver";
 
+/// The most names that are looked up at the same time. Each takes two sockets.
+const MOST_LOOKUPS: usize = 128;
+
+/// How long to wait for the addresses of both families until those of one are enough.
+const LONG: Duration = Duration::from_secs(2);
+
 const RESOLV_CONF: &str = "/etc/resolv.conf";
 const HOSTS: &str = "/etc/hosts";
-
-/// The most names that are looked up at the same time.
-const MOST_LOOKUPS: usize = 64;
 
 /// For how long what a file says is valid, in seconds: to ask again takes a look at whether it has changed.
 const OF_FILE: u64 = 5;
@@ -146,12 +151,19 @@ impl Current {
         };
         // The answer is kept by whoever asks.
         resolver.clear_cache();
-        let answer = resolver.lookup_ip(name).await.map_err(|error| explain(&error))?;
-        let addresses: Vec<IpAddr> = answer.iter().collect();
+        let both = async {
+            let answer = resolver.lookup_ip(name).await.map_err(|error| explain(&error))?;
+            Ok::<_, String>((answer.iter().collect(), answer.valid_until()))
+        };
+        let (addresses, until): (Vec<IpAddr>, Instant) = tokio::select! {
+            biased;
+            both = both => both?,
+            one = of_one_family(resolver, name) => one,
+        };
         if addresses.is_empty() {
             return Err(NO_ADDRESS.to_owned());
         }
-        let left = answer.valid_until().saturating_duration_since(Instant::now());
+        let left = until.saturating_duration_since(Instant::now());
         // Rounded up: the resolver counts from the moment of the answer on.
         let seconds = (left + Duration::from_millis(500)).as_secs().min(LONGEST);
         Ok(found(addresses, seconds))
@@ -167,6 +179,19 @@ impl Current {
             })
             .collect();
         (!addresses.is_empty()).then_some(addresses)
+    }
+}
+
+/// The addresses of the family that is answered first, once both have taken long: there are name servers that are silent when
+/// asked for a type that they do not know (RFC 4074, section 4.1). They are valid until then.
+async fn of_one_family(resolver: &TokioResolver, name: &str) -> (Vec<IpAddr>, Instant) {
+    sleep(LONG).await;
+    let addresses =
+        |answer: &Lookup| answer.answers().iter().filter_map(|record| record.data.ip_addr()).collect();
+    tokio::select! {
+        Ok(answer) = resolver.ipv4_lookup(name) => (addresses(&answer), answer.valid_until()),
+        Ok(answer) = resolver.ipv6_lookup(name) => (addresses(&answer), answer.valid_until()),
+        else => std::future::pending().await,
     }
 }
 

@@ -418,11 +418,18 @@ fn launcher_killed() {
 fn looped() {
     let stage = Stage::new(&at(HOST_V4), 1);
     let _letters = stage.letters();
-    let output = stage.net.host.spawn(stage.command(&rproxy::command(&TO_NAME))).into_output();
-    assert_eq!(output.status.code(), Some(1), "{output:#?}");
-    assert!(output.stderr.contains("80/tcp would forward to itself"), "{output:#?}");
+    let proxy = stage.start(&[&TO_NAME[..], &["--host", "0.0.0.0:81", "--to", "172.17.0.2:80"]].concat());
+    let said = proxy.process.wait_for_line(Stream::Stderr, |line| line.contains("is not used"));
+    assert!(said.contains("80/tcp would forward to itself"), "{said}");
+    assert_eq!(stage.letter(), None);
+    let (_stream, letter) = stage.net.client.run(|| client::connect_lettered((HOST_V4, 81).into()));
+    assert_eq!(letter, b'a', "others are served");
+    // A new process does not use it, either.
+    proxy.process.signal(Signal::SIGUSR2);
+    proxy.process.wait_for_line(Stream::Stderr, |line| line.contains("a new process has taken over"));
+    assert_eq!(stage.letter(), None);
     stage.rename(&at(CONTAINER_V4));
-    let proxy = stage.start(&TO_NAME);
+    stage.leads_to(b'a');
     stage.rename(&names_of(&[HOST_V4.into(), SECOND_V4.into()]));
     stage.leads_to(b'b');
     for _ in 0..5 {
