@@ -91,8 +91,8 @@ mod tests {
         let moved = RelayedPort { to: ([172, 17, 0, 3], 80).into(), ..one.clone() };
         let both = of(&[one.clone(), other.clone()]);
         assert_eq!(both, of(&[one.clone(), other.clone()]));
-        for ports in [&[][..], &[one.clone()], &[other.clone(), one], &[moved, other]] {
-            assert_ne!(of(ports), both, "{ports:?}");
+        for ports in [vec![], vec![one.clone()], vec![other.clone(), one], vec![moved, other]] {
+            assert_ne!(of(&ports), both, "{ports:?}");
         }
     }
 }
