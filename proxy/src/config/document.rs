@@ -585,7 +585,7 @@ mod tests {
 
     #[test]
     fn all_mistakes_of_a_mapping_are_found_at_once() {
-        let text = "[defaults]\nidle_timeout = \"soon\"\nproto = 6\n[[mapping]]\nhost = \"x:80\"\nto = \"10.0.0.1\"\n\
+        let text = "[defaults]\nidle_timeout = \"soon\"\nproto = 6\n[[mapping]]\nhost = \"x!:80\"\nto = \"10.0.0.1\"\n\
                     allow = [\"lan\"]\nname = \"a b\"\nhots = 1\nmax_connections = 0\n[[mapping]]\nto = \"10.0.0.2:80\"\n";
         let found = mistakes(text);
         let places: Vec<_> =
