@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::interfaces::{Interfaces, NoInterfaces};
 use crate::ports::{PortError, PortRange};
-use crate::unix::UnixAddr;
+use crate::unix::{UnixAddr, UnixAddrError};
 
 /// The transport protocol of a mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
@@ -352,21 +352,9 @@ pub enum AddrError {
         "'{0}' is neither an IP address nor the name of a host; write it as 172.17.0.2, [fd00::2] or web.internal"
     )]
     BadHost(String),
-    /// What cannot be the address of a Unix socket, escaped.
-    #[error(
-        "'{0}' is not the address of a Unix socket; write unix:/run/app.sock, or unix:@app for an abstract one"
-    )]
-    BadUnix(String),
-    /// A path that no Unix socket can have.
-    #[error(
-        "the address of a Unix socket has {len} bytes, and {most} are the most (unix(7)); write a link to it"
-    )]
-    LongUnix {
-        /// The bytes of the path or name.
-        len: usize,
-        /// The most that the kernel takes.
-        most: usize,
-    },
+    /// The address of a Unix socket is wrong.
+    #[error(transparent)]
+    Unix(#[from] UnixAddrError),
     /// A Unix socket to listen on.
     #[error(
         "a Unix socket can be a backend, and not listened on; write an address and a port, as in 127.0.0.1:80"

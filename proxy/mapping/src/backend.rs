@@ -134,7 +134,7 @@ impl BackendHost {
     /// [`AddrError`], which names the part at fault.
     pub fn parse(text: &str, interfaces: &dyn Interfaces) -> Result<Self, AddrError> {
         if text.starts_with(unix::PREFIX) {
-            return text.parse().map(Self::Unix);
+            return Ok(Self::Unix(text.parse()?));
         }
         match ScopedIp::parse(text, interfaces) {
             Ok(ip) => Ok(Self::Ip(ip)),

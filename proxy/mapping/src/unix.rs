@@ -5,8 +5,6 @@ use std::path::Path;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use crate::addr::AddrError;
-
 /// What the text of an address of a Unix socket begins with.
 pub const PREFIX: &str = "unix:";
 
@@ -43,9 +41,9 @@ impl fmt::Display for UnixAddr {
 
 /// Parses what [`Display`](fmt::Display) writes, and also `unix:///run/app.sock`, as URLs have it.
 impl FromStr for UnixAddr {
-    type Err = AddrError;
+    type Err = UnixAddrError;
 
-    fn from_str(text: &str) -> Result<Self, AddrError> {
+    fn from_str(text: &str) -> Result<Self, UnixAddrError> {
         let rest = text.strip_prefix(PREFIX).unwrap_or(text);
         let addr = rest.strip_prefix("//").filter(|path| path.starts_with('/')).unwrap_or(rest);
         let (is_place, len) = match addr.strip_prefix('@') {
@@ -53,13 +51,28 @@ impl FromStr for UnixAddr {
             None => (addr.starts_with('/') && !addr.ends_with('/'), addr.len()),
         };
         if len > LONGEST {
-            return Err(AddrError::LongUnix { len, most: LONGEST });
+            return Err(UnixAddrError::Long(len));
         }
         if !is_place || addr.contains(|c: char| c.is_whitespace() || c.is_control()) {
-            return Err(AddrError::BadUnix(text.escape_debug().to_string()));
+            return Err(UnixAddrError::Wrong(text.escape_debug().to_string()));
         }
         Ok(Self(addr.into()))
     }
+}
+
+/// Why a text is not the address of a Unix socket.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum UnixAddrError {
+    /// It is neither an absolute path nor a name; escaped.
+    #[error(
+        "'{0}' is not the address of a Unix socket; write unix:/run/app.sock, or unix:@app for an abstract one"
+    )]
+    Wrong(String),
+    /// It has so many bytes.
+    #[error(
+        "the address of a Unix socket has {0} bytes, and {LONGEST} are the most (unix(7)); write a link to it"
+    )]
+    Long(usize),
 }
 
 #[cfg(test)]
