@@ -352,6 +352,14 @@ pub enum AddrError {
         "'{0}' is neither an IP address nor the name of a host; write it as 172.17.0.2, [fd00::2] or web.internal"
     )]
     BadHost(String),
+    /// A URL, which says more than where to connect.
+    #[error("'{url}' is a URL; write {backend}, and leave the rest to whoever connects")]
+    Url {
+        /// The URL.
+        url: String,
+        /// Its host and port.
+        backend: String,
+    },
     /// The address of a Unix socket is wrong.
     #[error(transparent)]
     Unix(#[from] UnixAddrError),

@@ -111,9 +111,11 @@ impl BackendSpec {
         if text.starts_with(unix::PREFIX) {
             return Ok(Self { host: BackendHost::Unix(text.parse()?), ports: PortRange::OF_UNIX });
         }
-        if text.contains("://") {
-            // All of a URL is what is neither.
-            return Err(AddrError::BadHost(text.to_owned()));
+        if let Some((scheme, rest)) = text.split_once("://") {
+            return Err(Self::of_url(scheme, rest, interfaces).map_or_else(
+                || AddrError::BadHost(text.to_owned()),
+                |backend| AddrError::Url { url: text.to_owned(), backend: backend.to_string() },
+            ));
         }
         let (host, ports) = match Parts::of(text, |text| BackendHost::parse(text, interfaces))? {
             Parts::Both(host, ports) => (host, parse_backend_ports(ports)?),
@@ -125,6 +127,17 @@ impl BackendSpec {
         };
         BackendAddr::reachable(host.first_ip().at(ports.first()))?;
         Ok(Self { host, ports })
+    }
+}
+
+impl BackendSpec {
+    /// What a URL names, which has the port of its scheme unless it says another one (RFC 3986, section 3.2).
+    fn of_url(scheme: &str, rest: &str, interfaces: &dyn Interfaces) -> Option<Self> {
+        let authority = rest.split(['/', '?', '#']).next()?;
+        let host = authority.rsplit_once('@').map_or(authority, |(_user, host)| host);
+        let port = if scheme.eq_ignore_ascii_case("https") { 443 } else { 80 };
+        let with_port = || Self::parse(&format!("{host}:{port}"), interfaces);
+        Self::parse(host, interfaces).or_else(|_no_port| with_port()).ok()
     }
 }
 
@@ -225,11 +238,20 @@ mod tests {
     }
 
     #[test]
-    fn a_url_is_neither_an_address_nor_a_name() {
-        for text in ["http://web.internal:80", "http://10.0.0.1:80/", "tcp://[fd00::2]:80"] {
+    fn a_url_is_told_from_what_it_names() {
+        for (url, meant) in [
+            ("http://web.internal:80", "web.internal:80"),
+            ("http://web.internal/path?q#f", "web.internal:80"),
+            ("https://user@web.internal", "web.internal:443"),
+            ("http://10.0.0.1:8080/", "10.0.0.1:8080"),
+            ("tcp://[fd00::2]:80", "[fd00::2]:80"),
+        ] {
+            let message = backend(url).expect_err(url);
+            assert!(message.starts_with(&format!("'{url}' is a URL; write {meant}, ")), "{message}");
+        }
+        for text in ["://", "http://", "http://we b"] {
             let message = backend(text).expect_err(text);
-            let expected = format!("'{text}' is neither an IP address nor the name of a host; write it as");
-            assert!(message.starts_with(&expected), "{message}");
+            assert!(message.contains("is neither an IP address nor the name of a host"), "{message}");
         }
     }
 
