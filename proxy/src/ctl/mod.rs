@@ -44,7 +44,7 @@ pub fn main(ctl: &Ctl) -> ExitCode {
     match run(ctl) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if ctl.json => {
-            console::out(&json!({ "error": { "kind": error.kind(), "message": error.message() } }));
+            console::out(&json!({ "error": error.to_json() }));
             ExitCode::from(if matches!(error, CtlError::Usage(_)) { 2 } else { 1 })
         }
         Err(CtlError::Usage(usage)) => {
@@ -278,6 +278,15 @@ enum CtlError {
 }
 
 impl CtlError {
+    /// The error as the protocol has it.
+    fn to_json(&self) -> Value {
+        let mut json = json!({ "kind": self.kind(), "message": self.message() });
+        if let Self::Refused(Refusal { mapping: Some(mapping), .. }) = self {
+            json["mapping"] = json!(mapping);
+        }
+        json
+    }
+
     /// The kind of error, for programs: that of a refusal, or one of this side.
     fn kind(&self) -> Value {
         match self {

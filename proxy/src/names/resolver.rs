@@ -16,9 +16,11 @@ use std::time::{Duration, Instant};
 
 use hickory_resolver::config::{LookupIpStrategy, ResolveHosts};
 use hickory_resolver::lookup::Lookup;
+use hickory_resolver::net::runtime::TokioRuntimeProvider;
 use hickory_resolver::net::{DnsError, NetError};
 use hickory_resolver::proto::op::{Query, ResponseCode};
 use hickory_resolver::proto::rr::{Name, RecordType};
+use hickory_resolver::system_conf::parse_resolv_conf;
 use hickory_resolver::{Hosts, TokioResolver};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::unix::OwnedWriteHalf;
@@ -197,11 +199,32 @@ async fn of_one_family(resolver: &TokioResolver, name: &str) -> (Vec<IpAddr>, In
 
 fn name_servers() -> Result<TokioResolver, String> {
     let unusable = |error: &NetError| format!("{RESOLV_CONF} cannot be used: {error}");
-    let mut builder = TokioResolver::builder_tokio().map_err(|error| unusable(&error))?;
-    let options = builder.options_mut();
+    let text = fs::read(RESOLV_CONF).unwrap_or_default();
+    let parsed = parse_resolv_conf(usable(&String::from_utf8_lossy(&text)));
+    let (config, mut options) = parsed.map_err(|error| unusable(&error))?;
     options.ip_strategy = LookupIpStrategy::Ipv4AndIpv6;
     options.use_hosts_file = ResolveHosts::Never;
+    let mut builder = TokioResolver::builder_with_config(config, TokioRuntimeProvider::default());
+    *builder.options_mut() = options;
     builder.build().map_err(|error| unusable(&error))
+}
+
+/// What a file says without search domains that cannot be names, of which one must not disable all others. Without a name server,
+/// that of this machine is asked (resolv.conf(5)).
+fn usable(text: &str) -> String {
+    let mut lines: Vec<String> = text.lines().filter_map(usable_line).collect();
+    if !lines.iter().any(|line| line.split_whitespace().next() == Some("nameserver")) {
+        lines.push(format!("nameserver {}", Ipv4Addr::LOCALHOST));
+    }
+    lines.join("\n")
+}
+
+fn usable_line(line: &str) -> Option<String> {
+    let mut words = line.split_whitespace();
+    let Some(keyword @ ("search" | "domain")) = words.next() else { return Some(line.to_owned()) };
+    let domains = words.take_while(|word| !word.starts_with(['#', ';']));
+    let domains: Vec<&str> = domains.filter(|word| Name::from_str_relaxed(word).is_ok()).collect();
+    (!domains.is_empty()).then(|| format!("{keyword} {}", domains.join(" ")))
 }
 
 const NO_ADDRESS: &str = "the name has no address";
@@ -273,6 +296,20 @@ mod tests {
         let mixed = ips(&["10.0.0.1", "10.0.0.2", "fd00::1", "10.0.0.3"]);
         assert_eq!(interleaved(&mixed), ips(&["fd00::1", "10.0.0.1", "10.0.0.2", "10.0.0.3"]));
         assert_eq!(interleaved(&[]), ips(&[]));
+    }
+
+    #[test]
+    fn what_cannot_be_used_of_a_file_does_not_spoil_the_rest() {
+        for (text, expected) in [
+            ("nameserver 192.0.2.1\nsearch a.b..c t -bad-", "nameserver 192.0.2.1\nsearch t -bad-"),
+            ("search a..b\nnameserver 192.0.2.1", "nameserver 192.0.2.1"),
+            ("domain internal ; a comment\nnameserver ::1", "domain internal\nnameserver ::1"),
+            ("options ndots:2", "options ndots:2\nnameserver 127.0.0.1"),
+            ("", "nameserver 127.0.0.1"),
+        ] {
+            assert_eq!(usable(text), expected, "{text}");
+            parse_resolv_conf(usable(text)).unwrap();
+        }
     }
 
     #[test]

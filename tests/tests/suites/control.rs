@@ -30,6 +30,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("what is listed can be applied", listed_can_be_applied),
         case("what is listed as TOML can be applied and started with", listed_as_toml),
         case("mistakes exit with 2, refusals with 1", mistakes),
+        case("refusals in JSON name their mapping", refusals_in_json),
         case("mistakes in limits and in files are told in one line", mistakes_of_limits),
         case("the protocol's responses", answers),
         case("a range is one mapping", range),
@@ -178,6 +179,31 @@ fn mistakes_of_limits() {
         (&["add", "--host", &host, "--to", &to, "--tcp-user-timeout", "0"], 2, "--tcp-user-timeout"),
     ] {
         assert_refused(&proxy, arguments, (code, words));
+    }
+}
+
+fn refusals_in_json() {
+    let proxy = Controlled::start(&[]);
+    let (web, host) = (own_address().to_string(), own_address().to_string());
+    proxy.ctl(&["add", "--name", "web", "--host", &web, "--to", "192.0.2.1:80"]).success();
+    let add = |name: &'static str, host, to| vec!["add", "--name", name, "--host", host, "--to", to];
+    let nobodys = "192.0.2.9:80";
+    for (arguments, kind, mapping) in [
+        (vec!["remove", "nobody"], "unknown_name", Some("nobody")),
+        (add("other", &web, "192.0.2.1:80"), "overlap", Some("other")),
+        (add("web", &host, "192.0.2.1:80"), "name_taken", Some("web")),
+        (add("self", &host, &host), "loop", Some("self")),
+        (add("away", nobodys, "192.0.2.1:80"), "bind", Some("away")),
+        (vec!["stats", "--mapping", "nobody"], "unknown_name", None),
+        (vec!["apply", "/nonexistent"], "file", None),
+    ] {
+        let output = proxy.ctl(&[&["--json"], &arguments[..]].concat());
+        let error = serde_json::from_str::<Value>(&output.stdout).unwrap()["error"].clone();
+        let (is, expected) =
+            ((&error["kind"], error.get("mapping")), (&json!(kind), mapping.map(|name| json!(name))));
+        assert_eq!(is, (expected.0, expected.1.as_ref()), "{arguments:?}: {output:#?}");
+        assert!(error["message"].as_str().is_some_and(|message| !message.is_empty()), "{output:#?}");
+        assert_eq!((output.status.code(), output.stderr.as_str()), (Some(1), ""), "{output:#?}");
     }
 }
 
