@@ -196,7 +196,9 @@ impl From<ChangeError> for Refusal {
             ChangeError::UnusedSocket { .. } | ChangeError::OtherFamilies { .. } => RefusalKind::Socket,
             ChangeError::Mapping { .. } => RefusalKind::BadRequest,
             ChangeError::Name { .. } => RefusalKind::Unresolved,
-            ChangeError::Watch { .. } | ChangeError::Interfaces(_) => RefusalKind::Failed,
+            ChangeError::Watch { .. } | ChangeError::Interfaces(_) | ChangeError::UnixSocket { .. } => {
+                RefusalKind::Failed
+            }
         };
         let mapping = error.mapping().map(|name| name.to_string());
         Self { kind, message: error.with_hint("freebind (--freebind)"), mapping }

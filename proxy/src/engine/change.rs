@@ -15,6 +15,7 @@ use rproxy_mapping::name::Name;
 use rproxy_mapping::overlap::{OverlapError, exclude_each_other, refuse_overlap};
 use rproxy_mapping::ports::PortRange;
 use rproxy_mapping::{HostPorts, Mapping, MappingError, PortMapping};
+use socket2::{Domain, Socket, Type};
 use tokio::task::consume_budget;
 
 use crate::bind::activation::InheritedSockets;
@@ -101,6 +102,17 @@ pub enum ChangeError {
         /// Which name, and why.
         source: UnresolvedError,
     },
+    /// The process has given up Unix sockets when it was confined, because no mapping led to one.
+    #[error(
+        "{name}: this process cannot connect to Unix sockets ({source}), as none was a backend when it was confined; restart it with this mapping"
+    )]
+    UnixSocket {
+        /// The name of the mapping.
+        name: Name,
+        /// The answer of socket(2).
+        #[source]
+        source: io::Error,
+    },
     /// What addresses interfaces have cannot be found out.
     #[error("cannot find out what addresses interfaces have: {0}; write addresses in their place")]
     Interfaces(#[source] io::Error),
@@ -151,6 +163,7 @@ impl ChangeError {
             | Self::Bind { name, .. }
             | Self::Mapping { name, .. }
             | Self::Name { name, .. }
+            | Self::UnixSocket { name, .. }
             | Self::OtherFamilies { name, .. }
             | Self::Watch { name, .. } => Some(name.clone()),
             Self::UnusedSocket { .. } | Self::Interfaces(_) => None,
@@ -346,6 +359,7 @@ impl Server {
             removed: plan.remove.len(),
             unchanged: plan.unchanged,
         };
+        refuse_unreachable(&plan)?;
         let prepared = async {
             let plan = self.with_addresses(plan).await?;
             Box::pin(self.prepare(plan, passed)).await
@@ -634,6 +648,15 @@ fn refuse_other_families(name: &Name, is: &PortMapping, wanted: &PortMapping) ->
         return Ok(());
     }
     Err(ChangeError::OtherFamilies { name: name.clone(), protocol, addr, v6only })
+}
+
+/// Refuses a backend that is a Unix socket if this process may not open one.
+fn refuse_unreachable(plan: &Plan) -> Result<(), ChangeError> {
+    let mut all = plan.add.iter().chain(&plan.change);
+    let unix = all.find(|(_name, mapping)| matches!(mapping.backend(), BackendHost::Unix(_)));
+    let Some((name, _mapping)) = unix else { return Ok(()) };
+    let opened = Socket::new(Domain::UNIX, Type::STREAM, None);
+    opened.map(drop).map_err(|source| ChangeError::UnixSocket { name: name.clone(), source })
 }
 
 /// The port mappings of `mapping` for existing sockets, at the addresses where they listen.

@@ -193,7 +193,7 @@ fn sockets(needs: &Needs<'_>) -> Result<Vec<SeccompRule>, seccompiler::BackendEr
         // conntrack.
         sockets.push(rule([is(0, libc::AF_NETLINK), is(2, libc::NETLINK_NETFILTER)])?);
     }
-    if needs.log_socket || needs.unix_backends || needs.changes.is_some() {
+    if needs.log_socket || needs.unix_backends {
         sockets.push(rule([is(0, libc::AF_UNIX), stream()])?);
     }
     if needs.log_socket {

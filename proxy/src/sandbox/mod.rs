@@ -28,7 +28,6 @@ use rproxy_mapping::addr::Protocol;
 use rproxy_mapping::escape::escaped;
 use rproxy_mapping::limits::Limits;
 use rproxy_mapping::source::Source;
-use rproxy_mapping::unix::UnixAddr;
 
 /// The environment variable with the mode, for processes without a command line for it.
 pub const MODE_VARIABLE: &str = "RPROXY_SANDBOX";
@@ -82,8 +81,6 @@ pub struct Needs<'a> {
     pub sctp_backends: Vec<u16>,
     /// Whether backends of TCP are Unix sockets.
     pub unix_backends: bool,
-    /// Whether some of these are abstract.
-    pub abstract_backends: bool,
     /// Whether the access log is written to a Unix socket, which may have to be connected again.
     pub log_socket: bool,
     /// Whether it is written to a file, which may be another one later.
@@ -139,7 +136,6 @@ impl<'a> Needs<'a> {
             let backends = backends.filter(|backend| backend.unix_addr().is_none());
             backends.map(|backend| backend.socket_addr().port()).collect()
         };
-        let unix_backends = || others.iter().filter_map(|port_mapping| port_mapping.backend.unix_addr());
         Self {
             user: None,
             udp: !udp.is_empty(),
@@ -153,8 +149,7 @@ impl<'a> Needs<'a> {
             sctp_backends: backends(Protocol::Sctp),
             log_socket: false,
             log_file: false,
-            unix_backends: unix_backends().next().is_some(),
-            abstract_backends: unix_backends().any(UnixAddr::is_abstract),
+            unix_backends: others.iter().any(|port_mapping| port_mapping.backend.unix_addr().is_some()),
             abstract_sockets: false,
             unix_sockets: Vec::new(),
             metrics: false,

@@ -167,8 +167,7 @@ fn rules(needs: &Needs<'_>) -> Result<RulesetCreated, RulesetError> {
         let bind = if needs.sources.are_bound() { BitFlags::empty() } else { AccessNet::BindTcp.into() };
         ruleset = ruleset.handle_access(bind | AccessNet::ConnectTcp)?;
     }
-    // A change may bring a backend that is abstract.
-    let is_abstract = needs.abstract_sockets || needs.abstract_backends || needs.changes.is_some();
+    let is_abstract = needs.abstract_sockets || needs.unix_backends;
     let scopes = if is_abstract { Scope::Signal.into() } else { Scope::from_all(SCOPES) };
     let created = allow_files(ruleset.scope(scopes)?.create()?, needs)?;
     match &needs.changes {

@@ -108,6 +108,7 @@ pub fn send_packet(socket: BorrowedFd<'_>, packet: &[u8]) -> io::Result<()> {
 mod tests {
     use std::fs::File;
     use std::io::Read;
+    use std::net::Shutdown;
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
 
@@ -129,7 +130,8 @@ mod tests {
             assert!(flags.contains(FdFlag::FD_CLOEXEC));
             File::from(descriptor).read_exact(&mut [0; 8]).unwrap();
         }
-        drop(one);
+        // A test beside this one may fork, and have a copy for a moment.
+        one.shutdown(Shutdown::Both).unwrap();
         let gone = receive_descriptors(other.as_fd()).unwrap_err();
         assert_eq!(gone.kind(), io::ErrorKind::UnexpectedEof);
     }

@@ -164,7 +164,11 @@ fn changes_are_refused() {
     ];
     for request in requests {
         let answer = proxy.connect().ask(&json!({ "v": 1, "do": request }));
-        assert_eq!(answer["error"], json!({ "kind": "attached", "message": reason }), "{request}");
+        assert_eq!(
+            answer["error"],
+            json!({ "kind": "attached", "message": reason, "mapping": port.name() }),
+            "{request}"
+        );
     }
     for arguments in [&["remove", &port.name()][..], &["retarget", &port.name(), "--to", "192.0.2.1:80"]] {
         let output = proxy.ctl(arguments);

@@ -291,8 +291,8 @@ fn wrong_reload() {
     for (wrong, says) in [
         (String::new(), "rproxy.toml:1:1: there is no [[mapping]] in it".to_owned()),
         (
-            format!("{text}[[mapping]]\nhost = \"x\""),
-            "rproxy.toml:6:8: host: 'x' is not an IP address".to_owned(),
+            format!("{text}[[mapping]]\nhost = \"x!\""),
+            "rproxy.toml:6:8: host: 'x!' is not an IP address".to_owned(),
         ),
         (text.repeat(2), "rproxy.toml:6:8: host: port 8080 is taken by the mapping".to_owned()),
         (table(taken, backend.address(), ""), "the tcp port is taken; `ss -antp".to_owned()),

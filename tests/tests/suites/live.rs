@@ -419,7 +419,8 @@ fn rate_changed() {
     apply(json!({}));
     client::connect_lettered(address);
     apply(json!({ "rate": "1/h burst 3" }));
-    assert_eq!([(); 2].map(|()| client::connect_lettered(address).1), [b'a'; 2]);
+    // Without a rate in between, nothing is kept of what was used.
+    assert_eq!([(); 3].map(|()| client::connect_lettered(address).1), [b'a'; 3]);
     assert_eq!(client::end_of(address), (vec![], End::Reset));
     assert_eq!(proxy.stats("web")["errors"], json!({ "over_rate": 2 }));
 }
