@@ -192,7 +192,7 @@ fn refusals_in_json() {
         (vec!["remove", "nobody"], "unknown_name", Some("nobody")),
         (add("other", &web, "192.0.2.1:80"), "overlap", Some("other")),
         (add("web", &host, "192.0.2.1:80"), "name_taken", Some("web")),
-        (add("self", &host, &host), "loop", Some("self")),
+        (vec!["retarget", "web", "--to", &web], "loop", Some("web")),
         (add("away", nobodys, "192.0.2.1:80"), "bind", Some("away")),
         (vec!["stats", "--mapping", "nobody"], "unknown_name", None),
         (vec!["apply", "/nonexistent"], "file", None),
