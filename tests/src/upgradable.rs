@@ -113,11 +113,47 @@ impl Drop for Program {
     }
 }
 
+/// Ends, when dropped, the processes that have taken over from another one: those with its arguments in its network namespace.
+pub struct Successors {
+    arguments: Vec<u8>,
+    namespace: PathBuf,
+}
+
+impl Successors {
+    /// Those of a running process.
+    pub fn of(process: &Process) -> Self {
+        let (arguments, namespace) = identity(process.pid()).unwrap();
+        Self { arguments, namespace }
+    }
+}
+
+impl Drop for Successors {
+    fn drop(&mut self) {
+        for pid in all_processes() {
+            if identity(pid).is_ok_and(|(arguments, namespace)| {
+                arguments == self.arguments && namespace == self.namespace
+            }) {
+                // It may have exited.
+                kill(pid, Signal::SIGKILL).ok();
+            }
+        }
+    }
+}
+
+/// The arguments and the network namespace of a process.
+fn identity(pid: Pid) -> std::io::Result<(Vec<u8>, PathBuf)> {
+    Ok((fs::read(format!("/proc/{pid}/cmdline"))?, fs::read_link(format!("/proc/{pid}/ns/net"))?))
+}
+
+fn all_processes() -> impl Iterator<Item = Pid> {
+    let entries = fs::read_dir("/proc").unwrap().filter_map(Result::ok);
+    entries.filter_map(|entry| Some(Pid::from_raw(entry.file_name().to_str()?.parse().ok()?)))
+}
+
 /// The processes that run a program in `dir`.
 fn running(dir: &Path) -> Vec<Pid> {
-    let entries = fs::read_dir("/proc").unwrap().filter_map(Result::ok);
-    let pids = entries.filter_map(|entry| Some(Pid::from_raw(entry.file_name().to_str()?.parse().ok()?)));
-    pids.filter(|pid| fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe.starts_with(dir)))
+    all_processes()
+        .filter(|pid| fs::read_link(format!("/proc/{pid}/exe")).is_ok_and(|exe| exe.starts_with(dir)))
         .collect()
 }
 

@@ -15,6 +15,7 @@ use testkit::require::Need;
 use testkit::rproxy::{self, Standalone};
 use testkit::suite::Case;
 use testkit::topology::{CONTAINER_V4, HOST_V4, HOST_V6, Topology};
+use testkit::upgradable::Successors;
 use testkit::{PATIENCE, eventually, udp};
 
 /// A second address of the host.
@@ -349,6 +350,7 @@ fn upgraded() {
     let answer = || udp::ask(&socket, (SECOND_V4, 53).into(), b"who").0;
     let (first, before) = (answer(), stage.listeners("t"));
     let stays = stage.connect((SECOND_V4, 80)).unwrap();
+    let _successors = Successors::of(&server.process);
     server.process.signal(Signal::SIGUSR2);
     says(&server.process, "a new process has taken over");
     assert_eq!(answer(), first, "the flow stays");

@@ -18,6 +18,7 @@ use testkit::require::{self, Need};
 use testkit::rproxy::{self, Standalone};
 use testkit::suite::Case;
 use testkit::topology::{CONTAINER_V4, CONTAINER_V6, HOST_V4, Topology, add_container};
+use testkit::upgradable::Successors;
 use testkit::{PATIENCE, eventually, udp};
 
 /// A second container.
@@ -361,6 +362,7 @@ fn upgraded() {
     let socket = stage.net.client.run(|| udp::client(Ipv4Addr::UNSPECIFIED));
     let answer = || udp::ask(&socket, (HOST_V4, 5300).into(), b"who").0;
     let first = answer();
+    let _successors = Successors::of(&server.process);
     server.process.signal(Signal::SIGUSR2);
     server.process.wait_for_line(Stream::Stderr, |line| line.contains("a new process has taken over"));
     assert_eq!(answer(), first, "the flow stays");
@@ -425,6 +427,7 @@ fn looped() {
     let (_stream, letter) = stage.net.client.run(|| client::connect_lettered((HOST_V4, 81).into()));
     assert_eq!(letter, b'a', "others are served");
     // A new process does not use it, either.
+    let _successors = Successors::of(&proxy.process);
     proxy.process.signal(Signal::SIGUSR2);
     proxy.process.wait_for_line(Stream::Stderr, |line| line.contains("a new process has taken over"));
     assert_eq!(stage.letter(), None);

@@ -18,6 +18,7 @@ use testkit::process::{self, Stream};
 use testkit::require::Need;
 use testkit::rproxy::{self, Standalone};
 use testkit::suite::Case;
+use testkit::upgradable::Successors;
 use testkit::{PATIENCE, eventually};
 
 /// More than a socket holds, so that it is spliced.
@@ -279,6 +280,7 @@ fn upgraded() {
     let server = Controlled::start(&["--host", &host.to_string(), "--to", &place.text]);
     let stays = client::connect(host);
     client::ping(&stays);
+    let _successors = Successors::of(&server.process);
     server.process.signal(Signal::SIGUSR2);
     server.process.wait_for_line(Stream::Stderr, |line| line.contains("a new process has taken over"));
     client::assert_echoes(host);
