@@ -202,11 +202,10 @@ pub(super) fn start(socket: &Socket, addr: SocketAddr) -> io::Result<()> {
 
 /// Logs that clients wait for a local port, because all are in use.
 fn log_out_of_ports(addr: SocketAddr) {
-    static OUT_OF_PORTS: LogLimit = LogLimit::new();
+    static REPORTED: LogLimit = LogLimit::new();
 
-    if let Some(suppressed) = OUT_OF_PORTS.permit() {
-        let error = explain(&io::ErrorKind::AddrNotAvailable.into());
-        warn!(backend = %addr, %error, suppressed, "clients wait for a local port");
+    if let Some(suppressed) = REPORTED.permit() {
+        warn!(backend = %addr, error = %OUT_OF_PORTS, suppressed, "clients wait for a local port");
     }
 }
 
@@ -226,7 +225,7 @@ pub(super) enum DialError {
     /// The connection cannot come from where it should.
     #[error("cannot connect to {addr}: {source}")]
     Source { addr: BackendAddr, source: SourceError },
-    #[error("cannot connect to {addr}: {}", explain(source))]
+    #[error("cannot connect to {addr}: {}", explain(addr, source))]
     Connect { addr: BackendAddr, source: io::Error },
     #[error("{addr} did not answer within {limit:?}")]
     Timeout { addr: BackendAddr, limit: Duration },
@@ -238,14 +237,14 @@ pub(super) enum DialError {
     ClientReset { addr: BackendAddr },
 }
 
+/// In place of the kernel's "Cannot assign requested address".
+const OUT_OF_PORTS: &str = "all local ports towards it are in use; widen net.ipv4.ip_local_port_range";
+
 /// The kernel's error, reworded where it is misleading.
-fn explain(error: &io::Error) -> String {
+fn explain(backend: &BackendAddr, error: &io::Error) -> String {
     match error.kind() {
-        io::ErrorKind::AddrNotAvailable => {
-            "all local ports towards it are in use; widen net.ipv4.ip_local_port_range".to_owned()
-        }
-        // Of TCP, by a filter of the kernel; of Unix sockets, by their owner.
-        io::ErrorKind::PermissionDenied => {
+        io::ErrorKind::AddrNotAvailable => OUT_OF_PORTS.to_owned(),
+        io::ErrorKind::PermissionDenied if backend.unix_addr().is_some() => {
             format!("{error}; a Unix socket takes write permission for rproxy's user or group")
         }
         _ => error.to_string(),
@@ -321,7 +320,8 @@ mod tests {
     #[test]
     fn a_lack_of_local_ports_is_explained() {
         let [lack, other] = [io::ErrorKind::AddrNotAvailable, io::ErrorKind::ConnectionRefused];
-        assert!(explain(&lack.into()).contains("net.ipv4.ip_local_port_range"));
-        assert_eq!(explain(&other.into()), io::Error::from(other).to_string());
+        let backend = "127.0.0.1:1".parse().unwrap();
+        assert!(explain(&backend, &lack.into()).contains("net.ipv4.ip_local_port_range"));
+        assert_eq!(explain(&backend, &other.into()), io::Error::from(other).to_string());
     }
 }
