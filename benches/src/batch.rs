@@ -69,10 +69,20 @@ impl Batch {
         self.count = 0;
     }
 
+    /// The datagrams and their senders.
+    pub(crate) fn with_senders(&self) -> impl Iterator<Item = (&[u8], Option<SockaddrIn>)> {
+        self.iter().zip(self.addresses)
+    }
+
     /// Adds a datagram of `len` bytes for a connected socket, and returns it to be written.
     pub(crate) fn push(&mut self, len: usize) -> &mut [u8] {
+        self.push_to(len, None)
+    }
+
+    /// Adds a datagram of `len` bytes for `receiver`, and returns it to be written.
+    pub(crate) fn push_to(&mut self, len: usize, receiver: Option<SockaddrIn>) -> &mut [u8] {
         let index = self.count;
-        (self.lens[index], self.addresses[index]) = (len, None);
+        (self.lens[index], self.addresses[index]) = (len, receiver);
         self.count += 1;
         &mut self.buffers[index][..len]
     }
@@ -105,13 +115,14 @@ impl Batch {
         self.count = kept;
     }
 
-    /// Sends the datagrams, which are all of one size, as one GSO batch on a connected socket (udp(7), `UDP_SEGMENT`);
+    /// Sends the datagrams, which are all of one size and for one receiver, as one GSO batch (udp(7), `UDP_SEGMENT`);
     /// returns how many were sent.
     pub(crate) fn send_as_one(&self, socket: &UdpSocket) -> io::Result<usize> {
         let slices: Vec<_> = self.iter().map(IoSlice::new).collect();
         let size = u16::try_from(self.lens[0]).map_err(io::Error::other)?;
         let segments = ControlMessage::UdpGsoSegments(&size);
-        let sent = sendmsg::<SockaddrIn>(socket.as_raw_fd(), &slices, &[segments], MsgFlags::empty(), None);
+        let receiver = self.addresses[0].as_ref();
+        let sent = sendmsg(socket.as_raw_fd(), &slices, &[segments], MsgFlags::empty(), receiver);
         Ok(if unless_blocked(sent)?.is_some() { self.count } else { 0 })
     }
 

@@ -10,6 +10,7 @@ mod batch;
 mod cage;
 mod cli;
 mod compare;
+mod gro;
 mod load;
 mod machine;
 mod message;

@@ -65,6 +65,11 @@ pub(crate) enum Workload {
         /// Whether each call sends a GSO batch, as QUIC stacks do.
         gso: bool,
     },
+    /// Datagrams from the backend, in GSO batches, as many as the client grants.
+    UdpDown {
+        /// Sockets of the client.
+        flows: usize,
+    },
     /// From exec to ready.
     Start,
     /// The resource use of idle mappings.
@@ -103,6 +108,7 @@ impl Workload {
         all.extend([(1, 64), (64, 8), (1000, 1)].into_iter().flat_map(udp_rr));
         all.push(Self::UdpPorts { ports: 2 });
         all.extend([false, true].map(|gso| Self::UdpBulk { size: 1400, gso }));
+        all.extend([1, 8].map(|flows| Self::UdpDown { flows }));
         all.extend([Self::Start, Self::Footprint]);
         all.extend([0, 1000, 4000, 7936].map(|idle| Self::ScaleTcp { idle }));
         all.extend([0, 1000, 10_000].map(|idle| Self::ScaleUdp { idle }));
@@ -147,7 +153,11 @@ impl Workload {
     pub(crate) fn is_udp(self) -> bool {
         matches!(
             self,
-            Self::UdpRr { .. } | Self::UdpPorts { .. } | Self::UdpBulk { .. } | Self::ScaleUdp { .. }
+            Self::UdpRr { .. }
+                | Self::UdpPorts { .. }
+                | Self::UdpBulk { .. }
+                | Self::UdpDown { .. }
+                | Self::ScaleUdp { .. }
         )
     }
 
@@ -175,6 +185,7 @@ impl fmt::Display for Workload {
             Self::UdpPorts { ports } => write!(f, "udp-ports-{ports}"),
             Self::UdpBulk { size, gso: false } => write!(f, "udp-bulk-{size}B"),
             Self::UdpBulk { size, gso: true } => write!(f, "udp-bulk-{size}B-gso"),
+            Self::UdpDown { flows } => write!(f, "udp-bulk-{flows}-down"),
             Self::Start => f.write_str("start"),
             Self::Footprint => f.write_str("footprint"),
             Self::ScaleTcp { idle } => write!(f, "scale-tcp-{idle}"),
@@ -208,6 +219,9 @@ impl FromStr for Workload {
             }
             ["udp", "bulk", n] => size(n).map(|size| Self::UdpBulk { size, gso: false }),
             ["udp", "bulk", n, "gso"] => size(n).map(|size| Self::UdpBulk { size, gso: true }),
+            ["udp", "bulk", n, "down"] => {
+                number(n).filter(|flows| *flows <= 256).map(|flows| Self::UdpDown { flows })
+            }
             ["start"] => Some(Self::Start),
             ["footprint"] => Some(Self::Footprint),
             ["scale", "tcp", n] => n.parse().ok().map(|idle| Self::ScaleTcp { idle }),
@@ -281,6 +295,9 @@ mod tests {
             "tcp-get-0k-1",
             "tcp-get-4g-1",
             "udp-rr-1x1-8B",
+            "udp-bulk-0-down",
+            "udp-bulk-257-down",
+            "udp-bulk-1-up",
             "udp",
             "tcp-b",
         ] {

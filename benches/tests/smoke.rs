@@ -14,8 +14,8 @@ use testkit::suite::{self, Case};
 
 /// Every kind of workload, in the sizes that are most likely to fail.
 const WORKLOADS: &str = "tcp-bulk-8-up,tcp-bulk-8-down,tcp-rr-64,tcp-crr-64,tcp-get-256k-4,tcp-idle-200,udp-rr-64x8-64B,\
-                         udp-rr-1x64-1400B,udp-bulk-1400B-gso,start,footprint,scale-tcp-500,scale-udp-500,\
-                         scale-mappings-100";
+                         udp-rr-1x64-1400B,udp-bulk-1400B-gso,udp-bulk-8-down,start,footprint,scale-tcp-500,\
+                         scale-udp-500,scale-mappings-100";
 
 fn main() -> ExitCode {
     let peers = ["ip", "docker-proxy", "haproxy", "nginx", "socat", "nft"].map(Need::Program);
@@ -25,6 +25,9 @@ fn main() -> ExitCode {
             .needs(&needs)
             .deadline(Duration::from_secs(300)),
         Case::new("load finds a wrong answer", wrong_answers_are_found),
+        Case::new("load by the backend's own port works", loads_of_the_backend_work),
+        Case::new("load of a peer that loses everything ends", silence_ends)
+            .deadline(Duration::from_secs(60)),
         Case::new("what a killed run started ends", killed_run_leaves_nothing).needs(&needs),
     ])
 }
@@ -75,6 +78,39 @@ fn wrong_answers_are_found() {
         assert_eq!(output.status.code(), Some(1), "{workload}: {output:?}");
         assert!(output.stderr.contains("wrong data"), "{workload}: {output:?}");
     }
+}
+
+/// Loads that need nothing but the backend, and what they report first.
+const ALONE: [(&str, &str); 3] = [
+    ("tcp-bulk-1-down", "throughput_gbit_per_s"),
+    ("udp-rr-1x8-64B", "replies_per_s"),
+    ("udp-bulk-2-down", "throughput_gbit_per_s"),
+];
+
+fn loads_of_the_backend_work() {
+    let backend = Process::spawn(benches(&["serve", "127.0.0.1:0"]));
+    let address = backend.wait_for_line(Stream::Stdout, |line| line.contains(':'));
+    for (workload, metric) in ALONE {
+        let output = run(benches(&["load", workload, "--to", &address, "--duration", "100ms", "--json"]));
+        assert!(output.status.success(), "{workload}: {output:?}");
+        let values: serde_json::Value = serde_json::from_str(&output.stdout).unwrap();
+        assert!(values[metric].as_f64() > Some(0.0), "{workload}: {values}");
+    }
+}
+
+fn silence_ends() {
+    let silent = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let address = silent.local_addr().unwrap().to_string();
+    std::thread::scope(|scope| {
+        for workload in ["udp-bulk-1-down", "udp-bulk-2-down"] {
+            let load = benches(&["load", workload, "--to", &address, "--duration", "100ms"]);
+            scope.spawn(move || {
+                let output = run(load);
+                assert_eq!(output.status.code(), Some(1), "{workload}: {output:?}");
+                assert!(output.stderr.contains("no answer for 10s: "), "{workload}: {output:?}");
+            });
+        }
+    });
 }
 
 fn killed_run_leaves_nothing() {

@@ -3,6 +3,7 @@
 //! The first byte that a client sends selects the service; see [`crate::message::service`].
 
 mod connection;
+mod download;
 mod get;
 mod next;
 mod tcp;

@@ -10,6 +10,7 @@ use std::thread::{self, JoinHandle};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use super::STOP_POLL;
+use super::download::Downloads;
 use crate::batch::{BATCH, Batch};
 use crate::message::{self, HEADER, proxy_header, service};
 use crate::sock::enlarge_udp_buffers;
@@ -38,21 +39,26 @@ fn bind(address: SocketAddrV4) -> io::Result<UdpSocket> {
 }
 
 fn serve(socket: &UdpSocket, stop: &AtomicBool) {
-    let mut batch = Batch::new();
-    let mut taken = HashMap::new();
+    let (mut batch, mut downloads) = (Batch::new(), Downloads::new());
+    let mut counts = HashMap::new();
     while !stop.load(Ordering::Relaxed) {
         // An ICMP error for an earlier reply, whose client is gone.
         if batch.receive(socket, BATCH).is_err() {
             continue;
         }
         batch.cut(|datagram| proxy_header(datagram)..datagram.len());
-        batch.retain(|datagram| answer(datagram, &mut taken));
+        for (request, client) in batch.with_senders() {
+            if let Some((flow, sent)) = downloads.pull(socket, request, client) {
+                *counts.entry(flow).or_insert(0) += sent;
+            }
+        }
+        batch.retain(|datagram| answer(datagram, &mut counts));
         batch.send(socket).ok();
     }
 }
 
 /// Turns a datagram into its reply; returns whether there is one.
-fn answer(datagram: &mut [u8], taken: &mut HashMap<u32, u64>) -> bool {
+fn answer(datagram: &mut [u8], counts: &mut HashMap<u32, u64>) -> bool {
     if datagram.len() < HEADER {
         return true;
     }
@@ -61,12 +67,13 @@ fn answer(datagram: &mut [u8], taken: &mut HashMap<u32, u64>) -> bool {
         service::SINK => {
             // A wrong datagram is not counted, and marks the sum as invalid.
             let right = message::check(datagram, service::SINK, flow, number).is_ok();
-            let count = taken.entry(flow).or_insert(0);
+            let count = counts.entry(flow).or_insert(0);
             *count = if right { count.saturating_add(1) } else { WRONG };
             false
         }
+        service::PULL => false,
         service::COUNT => {
-            let count = taken.get(&flow).copied().unwrap_or(0);
+            let count = counts.get(&flow).copied().unwrap_or(0);
             message::write(datagram, service::COUNT, flow, count);
             true
         }

@@ -9,6 +9,7 @@ mod get;
 mod idle;
 mod rr;
 mod udp_bulk;
+mod udp_down;
 mod udp_rr;
 
 use std::io;
@@ -29,6 +30,7 @@ pub(crate) use get::get;
 pub(crate) use idle::{Idle, IdleFlows};
 pub(crate) use rr::rr;
 pub(crate) use udp_bulk::udp_bulk;
+pub(crate) use udp_down::{SIZE as DATAGRAM, WINDOW, udp_down};
 pub(crate) use udp_rr::{Shape, udp_rr};
 
 /// How long a workload may take to finish after its end. Responses that have not arrived by then are lost.
@@ -100,6 +102,7 @@ pub(crate) fn run(workload: Workload, target: Target<'_>) -> Result<Values, Load
         Workload::UdpRr { flows, window, size } => udp_rr(target, Shape { flows, window, size, ports: 1 }),
         Workload::UdpPorts { ports } => udp_rr(target, Shape { flows: 64, window: 8, size: 64, ports }),
         Workload::UdpBulk { size, gso } => udp_bulk(target, size, gso),
+        Workload::UdpDown { flows } => udp_down(target, flows),
         other => Err(LoadError::io("run it as a load")(io::Error::other(format!(
             "{other} needs the processes of `compare`"
         )))),

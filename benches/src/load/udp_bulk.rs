@@ -36,7 +36,7 @@ pub(crate) fn udp_bulk(target: Target<'_>, size: usize, gso: bool) -> Result<Val
 }
 
 /// A flow number that has not been used before, so that the backend counts from zero.
-fn name(index: usize) -> u32 {
+pub(super) fn name(index: usize) -> u32 {
     let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
     // The low bits are those that change.
     let low = u32::try_from(now.as_micros() & 0x00ff_ffff).unwrap_or_default();
