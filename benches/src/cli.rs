@@ -24,7 +24,7 @@ pub(crate) enum Command {
     Load(Load),
     /// Run the backend
     Serve {
-        /// The address to listen on, for TCP and UDP
+        /// The address to listen on, for TCP and UDP; QUIC has the next port
         address: SocketAddrV4,
     },
     /// List the workloads and peers

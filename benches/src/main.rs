@@ -18,6 +18,7 @@ mod metric;
 mod pattern;
 mod peers;
 mod progress;
+mod quic;
 mod report;
 mod sock;
 mod start_times;
@@ -86,6 +87,7 @@ fn serve(address: SocketAddrV4) -> ExitCode {
     match Backend::start(address) {
         Ok(backend) => {
             println!("{}", backend.address());
+            println!("{} for QUIC", backend.quic());
             backend.serve();
             ExitCode::SUCCESS
         }

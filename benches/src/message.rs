@@ -22,6 +22,8 @@ pub(crate) mod service {
     pub(crate) const SOURCE: u8 = b'G';
     /// A message is answered with as many bytes of the pattern as its argument says, from the same place as its own.
     pub(crate) const GET: u8 = b'R';
+    /// The backend reports what it has sent on this connection of QUIC, and what of that was lost.
+    pub(crate) const SENT: u8 = b'L';
     /// The backend may send the datagrams of this flow that are below this number.
     pub(crate) const PULL: u8 = b'P';
     /// The backend reports how many datagrams of this flow it has received or sent.

@@ -22,8 +22,10 @@ pub(crate) enum Metric {
     P99,
     /// 99.9th percentile of the latency, in µs.
     P999,
-    /// Datagrams lost, in %.
+    /// Datagrams, or packets of QUIC, that were lost, in %.
     Loss,
+    /// How often QUIC has reduced a congestion window, per second.
+    Congestion,
     /// Private memory (`Private_Clean` and `Private_Dirty`), in kB.
     Private,
     /// Memory with shared pages counted in proportion (`Pss`), in kB.
@@ -99,6 +101,7 @@ impl Metric {
             Self::P99 => "p99 µs",
             Self::P999 => "p99.9 µs",
             Self::Loss => "lost %",
+            Self::Congestion => "congestion/s",
             Self::Private => "private kB",
             Self::Pss => "PSS kB",
             Self::Threads => "threads",
@@ -122,6 +125,7 @@ impl Metric {
             Self::P99 => "latency_p99_us",
             Self::P999 => "latency_p999_us",
             Self::Loss => "loss_percent",
+            Self::Congestion => "congestion_events_per_s",
             Self::Private => "private_kb",
             Self::Pss => "pss_kb",
             Self::Threads => "threads",
@@ -139,7 +143,7 @@ impl Metric {
 
     /// Whether a ratio is meaningful; shares of datagrams and counts are not shown as ratios.
     pub(crate) fn has_ratio(self) -> bool {
-        !matches!(self, Self::Loss | Self::Threads | Self::FdsPerConnection)
+        !matches!(self, Self::Loss | Self::Congestion | Self::Threads | Self::FdsPerConnection)
     }
 
     /// Formats a value with a suitable number of digits.

@@ -8,6 +8,7 @@ use testkit::netns::Namespace;
 use testkit::topology::{CONTAINER_V4, HOST_V4, Topology};
 
 use crate::backend::{Backend, BackendError};
+use crate::peers::Protocol;
 
 /// The address of the backend, in the container.
 const BACKEND_PORT: u16 = 7000;
@@ -83,9 +84,17 @@ impl Wiring {
         &self.net.host
     }
 
-    /// The address that peers forward to.
+    /// The address that peers forward TCP and UDP to.
     pub(crate) fn backend(&self) -> SocketAddrV4 {
         self.backend.address()
+    }
+
+    /// The address that peers forward `protocol` to.
+    pub(crate) fn backend_for(&self, protocol: Protocol) -> SocketAddrV4 {
+        match protocol {
+            Protocol::Tcp | Protocol::Udp => self.backend.address(),
+            Protocol::Quic => self.backend.quic(),
+        }
     }
 
     /// The address of the peers, as seen by clients.

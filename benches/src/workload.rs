@@ -70,6 +70,18 @@ pub(crate) enum Workload {
         /// Sockets of the client.
         flows: usize,
     },
+    /// Downloads over QUIC.
+    QuicDown {
+        /// Connections at a time.
+        connections: usize,
+    },
+    /// Small requests and responses over QUIC.
+    QuicRr {
+        /// Connections.
+        connections: usize,
+        /// Requests in flight per connection, each in its own stream.
+        window: usize,
+    },
     /// From exec to ready.
     Start,
     /// The resource use of idle mappings.
@@ -109,6 +121,8 @@ impl Workload {
         all.push(Self::UdpPorts { ports: 2 });
         all.extend([false, true].map(|gso| Self::UdpBulk { size: 1400, gso }));
         all.extend([1, 8].map(|flows| Self::UdpDown { flows }));
+        all.extend([1, 8].map(|connections| Self::QuicDown { connections }));
+        all.extend([(1, 64), (64, 1)].map(|(connections, window)| Self::QuicRr { connections, window }));
         all.extend([Self::Start, Self::Footprint]);
         all.extend([0, 1000, 4000, 7936].map(|idle| Self::ScaleTcp { idle }));
         all.extend([0, 1000, 10_000].map(|idle| Self::ScaleUdp { idle }));
@@ -157,8 +171,15 @@ impl Workload {
                 | Self::UdpPorts { .. }
                 | Self::UdpBulk { .. }
                 | Self::UdpDown { .. }
+                | Self::QuicDown { .. }
+                | Self::QuicRr { .. }
                 | Self::ScaleUdp { .. }
         )
+    }
+
+    /// Whether it uses QUIC, for which the backend has a port of its own.
+    pub(crate) fn is_quic(self) -> bool {
+        matches!(self, Self::QuicDown { .. } | Self::QuicRr { .. })
     }
 
     /// The first point of its curve, which is the reference for the others.
@@ -186,6 +207,8 @@ impl fmt::Display for Workload {
             Self::UdpBulk { size, gso: false } => write!(f, "udp-bulk-{size}B"),
             Self::UdpBulk { size, gso: true } => write!(f, "udp-bulk-{size}B-gso"),
             Self::UdpDown { flows } => write!(f, "udp-bulk-{flows}-down"),
+            Self::QuicDown { connections } => write!(f, "quic-down-{connections}"),
+            Self::QuicRr { connections, window } => write!(f, "quic-rr-{connections}x{window}"),
             Self::Start => f.write_str("start"),
             Self::Footprint => f.write_str("footprint"),
             Self::ScaleTcp { idle } => write!(f, "scale-tcp-{idle}"),
@@ -222,6 +245,8 @@ impl FromStr for Workload {
             ["udp", "bulk", n, "down"] => {
                 number(n).filter(|flows| *flows <= 256).map(|flows| Self::UdpDown { flows })
             }
+            ["quic", "down", n] => number(n).map(|connections| Self::QuicDown { connections }),
+            ["quic", "rr", shape] => quic_shape(shape),
             ["start"] => Some(Self::Start),
             ["footprint"] => Some(Self::Footprint),
             ["scale", "tcp", n] => n.parse().ok().map(|idle| Self::ScaleTcp { idle }),
@@ -269,6 +294,13 @@ fn udp_shape(shape: &str, bytes: &str) -> Option<Workload> {
     Some(Workload::UdpRr { flows: number(flows)?, window: number(window)?, size: size(bytes)? })
 }
 
+/// `64x8`: as many streams at a time as servers commonly permit.
+fn quic_shape(shape: &str) -> Option<Workload> {
+    let (connections, window) = shape.split_once('x')?;
+    let window = number(window).filter(|window| *window <= 100)?;
+    Some(Workload::QuicRr { connections: number(connections)?, window })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -287,6 +319,7 @@ mod tests {
     fn groups_select_their_members() {
         assert_eq!(Workload::select("tcp-bulk").unwrap().len(), 6);
         assert_eq!(Workload::select("udp-rr-64x8").unwrap().len(), 2);
+        assert_eq!(Workload::select("quic").unwrap().len(), 4);
         assert_eq!(Workload::select("start").unwrap(), [Workload::Start]);
         for wrong in [
             "",
@@ -298,6 +331,11 @@ mod tests {
             "udp-bulk-0-down",
             "udp-bulk-257-down",
             "udp-bulk-1-up",
+            "quic-down-0",
+            "quic-down-1-up",
+            "quic-rr-1",
+            "quic-rr-0x1",
+            "quic-rr-1x101",
             "udp",
             "tcp-b",
         ] {

@@ -14,7 +14,7 @@ use testkit::suite::{self, Case};
 
 /// Every kind of workload, in the sizes that are most likely to fail.
 const WORKLOADS: &str = "tcp-bulk-8-up,tcp-bulk-8-down,tcp-rr-64,tcp-crr-64,tcp-get-256k-4,tcp-idle-200,udp-rr-64x8-64B,\
-                         udp-rr-1x64-1400B,udp-bulk-1400B-gso,udp-bulk-8-down,start,footprint,scale-tcp-500,\
+                         udp-rr-1x64-1400B,udp-bulk-1400B-gso,udp-bulk-8-down,quic-down-2,quic-rr-4x8,start,footprint,scale-tcp-500,\
                          scale-udp-500,scale-mappings-100";
 
 fn main() -> ExitCode {
@@ -81,17 +81,24 @@ fn wrong_answers_are_found() {
 }
 
 /// Loads that need nothing but the backend, and what they report first.
-const ALONE: [(&str, &str); 3] = [
+const ALONE: [(&str, &str); 5] = [
     ("tcp-bulk-1-down", "throughput_gbit_per_s"),
     ("udp-rr-1x8-64B", "replies_per_s"),
     ("udp-bulk-2-down", "throughput_gbit_per_s"),
+    ("quic-down-2", "throughput_gbit_per_s"),
+    ("quic-rr-2x8", "requests_per_s"),
 ];
 
 fn loads_of_the_backend_work() {
     let backend = Process::spawn(benches(&["serve", "127.0.0.1:0"]));
-    let address = backend.wait_for_line(Stream::Stdout, |line| line.contains(':'));
+    let printed = backend.wait_for_lines(Stream::Stdout, 2, |line| line.contains(':'));
+    let [plain, quic] = printed.iter().map(|line| line.split(' ').next()).collect::<Vec<_>>()[..] else {
+        panic!("{printed:?}");
+    };
     for (workload, metric) in ALONE {
-        let output = run(benches(&["load", workload, "--to", &address, "--duration", "100ms", "--json"]));
+        let address = if workload.starts_with("quic") { quic } else { plain };
+        let to = address.unwrap();
+        let output = run(benches(&["load", workload, "--to", to, "--duration", "100ms", "--json"]));
         assert!(output.status.success(), "{workload}: {output:?}");
         let values: serde_json::Value = serde_json::from_str(&output.stdout).unwrap();
         assert!(values[metric].as_f64() > Some(0.0), "{workload}: {values}");
@@ -102,7 +109,7 @@ fn silence_ends() {
     let silent = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
     let address = silent.local_addr().unwrap().to_string();
     std::thread::scope(|scope| {
-        for workload in ["udp-bulk-1-down", "udp-bulk-2-down"] {
+        for workload in ["udp-bulk-2-down", "quic-down-2", "quic-rr-2x8"] {
             let load = benches(&["load", workload, "--to", &address, "--duration", "100ms"]);
             scope.spawn(move || {
                 let output = run(load);

@@ -1,4 +1,4 @@
-//! The backend: a TCP thread per core and one UDP thread, all on one port.
+//! The backend: threads for TCP, for UDP and for QUIC, one of each per core. TCP and UDP have one port, QUIC the next.
 //!
 //! The first byte that a client sends selects the service; see [`crate::message::service`].
 
@@ -6,6 +6,7 @@ mod connection;
 mod download;
 mod get;
 mod next;
+mod quic;
 mod tcp;
 mod udp;
 
@@ -29,6 +30,7 @@ const BACKLOG: i32 = 16_384;
 /// A running backend. Dropping it stops its threads.
 pub(crate) struct Backend {
     address: SocketAddrV4,
+    quic: SocketAddrV4,
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -43,22 +45,37 @@ pub(crate) struct BackendError {
 }
 
 impl Backend {
-    /// Serves TCP and UDP on `address`, whose port may be 0, in the namespace of the calling thread.
+    /// Serves TCP and UDP on `address`, whose port may be 0, and QUIC on the next port, in the namespace of the calling thread.
     pub(crate) fn start(address: SocketAddrV4) -> Result<Self, BackendError> {
         let failed = |step| move |source| BackendError { step, address, source };
         let listener = listen(address).map_err(failed("listen"))?;
+        let next = match address.port() {
+            0 => Some(0),
+            port => port.checked_add(1),
+        };
+        let next = next
+            .ok_or_else(|| io::Error::other("QUIC needs the port after it"))
+            .map_err(failed("serve QUIC"))?;
         let bound = listener.local_addr().map_err(failed("listen"))?;
         let address = SocketAddrV4::new(*address.ip(), bound.port());
         let failed = |step| move |source| BackendError { step, address, source };
         let stop = Arc::new(AtomicBool::new(false));
         let mut threads = tcp::spawn(listener, cores(), &stop).map_err(failed("serve TCP"))?;
         threads.extend(udp::spawn(address, cores(), &stop).map_err(failed("serve UDP"))?);
-        Ok(Self { address, stop, threads })
+        let quic = quic::spawn(SocketAddrV4::new(*address.ip(), next), cores(), &stop);
+        let (quic, of_quic) = quic.map_err(failed("serve QUIC"))?;
+        threads.extend(of_quic);
+        Ok(Self { address, quic, stop, threads })
     }
 
     /// The address that it serves.
     pub(crate) fn address(&self) -> SocketAddrV4 {
         self.address
+    }
+
+    /// The address that it serves QUIC on.
+    pub(crate) fn quic(&self) -> SocketAddrV4 {
+        self.quic
     }
 
     /// Serves until the process ends.

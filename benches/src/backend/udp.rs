@@ -29,7 +29,7 @@ pub(super) fn spawn(
         .collect()
 }
 
-fn bind(address: SocketAddrV4) -> io::Result<UdpSocket> {
+pub(super) fn bind(address: SocketAddrV4) -> io::Result<UdpSocket> {
     let socket = Socket::new(Domain::IPV4, Type::DGRAM, Some(Protocol::UDP))?;
     socket.set_reuse_port(true)?;
     socket.bind(&address.into())?;

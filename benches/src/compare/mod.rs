@@ -139,6 +139,11 @@ impl Run<'_> {
                 let fresh = apart::start(&self.wiring, peer, Protocol::Udp, ports).map_err(of_peer)?;
                 self.load(workload, &fresh)
             }
+            // No other workload needs a mapping to its port.
+            Workload::QuicDown { .. } | Workload::QuicRr { .. } => {
+                let fresh = apart::start(&self.wiring, peer, Protocol::Quic, 1).map_err(of_peer)?;
+                self.load(workload, &fresh)
+            }
             // Idle connections or flows end with the peer's processes, so they do not occupy ports of other
             // peers.
             Workload::ScaleTcp { .. } | Workload::ScaleUdp { .. } => {
@@ -181,7 +186,11 @@ impl Run<'_> {
 }
 
 fn protocol(workload: Workload) -> Protocol {
-    if workload.is_udp() { Protocol::Udp } else { Protocol::Tcp }
+    match workload.is_udp() {
+        true if workload.is_quic() => Protocol::Quic,
+        true => Protocol::Udp,
+        false => Protocol::Tcp,
+    }
 }
 
 fn put_load(workload: Workload, target: Target<'_>) -> Result<Values, LoadError> {

@@ -5,7 +5,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::cli::Compare;
-use crate::peers::{self, Kind, Peer, PeerError};
+use crate::peers::{self, Client, Kind, Peer, PeerError};
 use crate::workload::{UnknownWorkload, Workload};
 
 /// How long a measurement may take beyond its duration before the run is aborted as hanging. Even the largest
@@ -111,6 +111,8 @@ pub(crate) fn applies(workload: Workload, peer: &Peer) -> bool {
     match workload {
         // Only relays TCP.
         _ if workload.is_udp() && matches!(peer.kind, Kind::Haproxy(_)) => false,
+        // Datagrams of QUIC have no header before them.
+        _ if workload.is_quic() && matches!(peer.kind, Kind::Standalone(_, Client::Header)) => false,
         // With more than one flow, it passes datagrams of one client to the process of another.
         _ if workload.is_udp() && peer.kind == Kind::Socat => {
             matches!(workload, Workload::UdpRr { flows: 1, .. })

@@ -7,6 +7,9 @@ mod crr;
 mod exchange;
 mod get;
 mod idle;
+mod quic;
+mod quic_down;
+mod quic_rr;
 mod rr;
 mod udp_bulk;
 mod udp_down;
@@ -28,6 +31,8 @@ pub(crate) use bulk::bulk;
 pub(crate) use crr::crr;
 pub(crate) use get::get;
 pub(crate) use idle::{Idle, IdleFlows};
+pub(crate) use quic_down::quic_down;
+pub(crate) use quic_rr::quic_rr;
 pub(crate) use rr::rr;
 pub(crate) use udp_bulk::udp_bulk;
 pub(crate) use udp_down::{SIZE as DATAGRAM, WINDOW, udp_down};
@@ -103,6 +108,8 @@ pub(crate) fn run(workload: Workload, target: Target<'_>) -> Result<Values, Load
         Workload::UdpPorts { ports } => udp_rr(target, Shape { flows: 64, window: 8, size: 64, ports }),
         Workload::UdpBulk { size, gso } => udp_bulk(target, size, gso),
         Workload::UdpDown { flows } => udp_down(target, flows),
+        Workload::QuicDown { connections } => quic_down(target, connections),
+        Workload::QuicRr { connections, window } => quic_rr(target, connections, window),
         other => Err(LoadError::io("run it as a load")(io::Error::other(format!(
             "{other} needs the processes of `compare`"
         )))),

@@ -46,14 +46,19 @@ pub(crate) fn udp_rr(target: Target<'_>, shape: Shape) -> Result<Values, LoadErr
 
 /// A socket connected to `address`, with buffers for bursts.
 pub(super) fn socket(address: SocketAddr) -> Result<UdpSocket, LoadError> {
+    let socket = unconnected(address)?;
+    socket.connect(address).map_err(LoadError::io("connect a UDP socket"))?;
+    enlarge_udp_buffers(&socket);
+    Ok(socket)
+}
+
+/// A socket of the family of `address`.
+pub(super) fn unconnected(address: SocketAddr) -> Result<UdpSocket, LoadError> {
     let any: SocketAddr = match address {
         SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, 0).into(),
         SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, 0).into(),
     };
-    let socket = UdpSocket::bind(any).map_err(LoadError::io("bind a UDP socket"))?;
-    socket.connect(address).map_err(LoadError::io("connect a UDP socket"))?;
-    enlarge_udp_buffers(&socket);
-    Ok(socket)
+    UdpSocket::bind(any).map_err(LoadError::io("bind a UDP socket"))
 }
 
 /// A thread's share of the flows.

@@ -36,7 +36,11 @@ pub(super) fn haproxy(mappings: &[Mapping], backend: SocketAddrV4, client: Clien
     text
 }
 
-pub(super) fn nginx(module: &Path, mappings: &[Mapping], backend: SocketAddrV4) -> String {
+pub(super) fn nginx(
+    module: &Path,
+    mappings: &[Mapping],
+    backend: impl Fn(Protocol) -> SocketAddrV4,
+) -> String {
     let mut text = format!(
         "load_module {};\ndaemon off;\npid nginx.pid;\nerror_log stderr;\nworker_processes auto;\n\
          events {{ worker_connections 20000; }}\nstream {{\n  \
@@ -45,8 +49,9 @@ pub(super) fn nginx(module: &Path, mappings: &[Mapping], backend: SocketAddrV4) 
     );
     for Mapping { protocol, port } in mappings {
         // Without `reuseport`, the workers would receive each other's datagrams.
-        let udp = if *protocol == Protocol::Udp { " udp reuseport" } else { " backlog=16384" };
-        writeln!(text, "  server {{ listen 0.0.0.0:{port}{udp}; proxy_pass {backend}; }}").ok();
+        let options = if *protocol == Protocol::Tcp { " backlog=16384" } else { " udp reuseport" };
+        let backend = backend(*protocol);
+        writeln!(text, "  server {{ listen 0.0.0.0:{port}{options}; proxy_pass {backend}; }}").ok();
     }
     text.push_str("}\n");
     text

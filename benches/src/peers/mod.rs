@@ -24,6 +24,7 @@ use testkit::rproxy::{rproxy, rproxy_shim};
 
 use crate::account::Family;
 use crate::message::{self, service};
+use crate::quic;
 use crate::wiring::Wiring;
 pub(crate) use rules::Active;
 use rules::Rules;
@@ -39,6 +40,9 @@ static PLANES: AtomicU32 = AtomicU32::new(0);
 
 /// How often it is probed.
 const ASK: Duration = Duration::from_millis(5);
+
+/// How long a probe waits for its answer.
+const PATIENCE: Duration = Duration::from_millis(500);
 
 /// A peer that relays clients to the backend.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -83,6 +87,8 @@ pub(crate) enum Client {
 pub(crate) enum Protocol {
     Tcp,
     Udp,
+    /// Over UDP, to a port of the backend that nothing else uses.
+    Quic,
 }
 
 /// A port of the host that is mapped to the backend.
@@ -130,10 +136,13 @@ pub(crate) const ON_REQUEST: [&str; 4] =
 pub(crate) const REFERENCE: &str = "docker-proxy";
 
 impl Protocol {
+    const ALL: [Self; 3] = [Self::Tcp, Self::Udp, Self::Quic];
+
+    /// The name of the transport, as peers know it.
     fn name(self) -> &'static str {
         match self {
             Self::Tcp => "tcp",
-            Self::Udp => "udp",
+            Self::Udp | Self::Quic => "udp",
         }
     }
 }
@@ -207,7 +216,7 @@ impl Peer {
                 }
             }
             Kind::Standalone(path, client) => {
-                for protocol in [Protocol::Tcp, Protocol::Udp] {
+                for protocol in Protocol::ALL {
                     running.start_standalone(wiring, (path, *client), mappings, protocol)?;
                 }
             }
@@ -242,8 +251,7 @@ pub(crate) struct Running {
     /// The rules that the kernel has while it is measured.
     rules: Option<Rules>,
     /// The address of the first mapping of each protocol.
-    tcp: Option<SocketAddr>,
-    udp: Option<SocketAddr>,
+    addresses: Vec<(Protocol, SocketAddr)>,
     /// Protocols that it does not serve, and why.
     refused: Vec<(Protocol, String)>,
     /// Configuration and run-time files.
@@ -273,8 +281,7 @@ impl Running {
             processes: Vec::new(),
             plane: None,
             rules: None,
-            tcp: None,
-            udp: None,
+            addresses: Vec::new(),
             refused: Vec::new(),
             directory: None,
             host: wiring.host_address(),
@@ -291,11 +298,8 @@ impl Running {
     /// # Errors
     /// [`PeerError::Refused`] if it does not serve the protocol.
     pub(crate) fn address(&self, protocol: Protocol) -> Result<SocketAddr, PeerError> {
-        let address = match protocol {
-            Protocol::Tcp => self.tcp,
-            Protocol::Udp => self.udp,
-        };
-        address.ok_or_else(|| {
+        let found = self.addresses.iter().find(|(served, _)| *served == protocol);
+        found.map(|(_, address)| *address).ok_or_else(|| {
             let refusal = self.refused.iter().find(|(refused, _)| *refused == protocol);
             let reason = refusal.map_or("no such mapping", |(_, reason)| reason);
             PeerError::Refused { peer: self.peer.name.clone(), protocol, reason: reason.into() }
@@ -315,7 +319,7 @@ impl Running {
     /// Installs kernel rules, which only exist while they are measured, because their connection tracking
     /// would slow the other peers down.
     pub(crate) fn activate<'a>(&self, wiring: &'a Wiring) -> Option<Active<'a>> {
-        self.rules.as_ref().map(|rules| Active::new(wiring.host(), rules, wiring.backend()))
+        self.rules.as_ref().map(|rules| Active::new(wiring, rules))
     }
 
     fn io(&self, step: &'static str) -> impl FnOnce(io::Error) -> PeerError {
@@ -343,7 +347,8 @@ impl Running {
 
     fn start_docker_proxy(&mut self, wiring: &Wiring, path: &Path, mapping: Mapping) {
         let host = SocketAddrV4::new(Ipv4Addr::UNSPECIFIED, mapping.port);
-        let arguments = docker_proxy::mapping(mapping.protocol.name(), host.into(), wiring.backend().into());
+        let backend = wiring.backend_for(mapping.protocol);
+        let arguments = docker_proxy::mapping(mapping.protocol.name(), host.into(), backend.into());
         let plane = self.plane.as_ref();
         let spawn = |mut command: Command| {
             command.envs(plane.map(|name| (NAME_VARIABLE, name)));
@@ -382,7 +387,7 @@ impl Running {
                 "--host",
                 &format!("0.0.0.0:{}", mapping.port),
                 "--to",
-                &wiring.backend().to_string(),
+                &wiring.backend_for(protocol).to_string(),
             ]);
         }
         let process = wiring.host().spawn(command);
@@ -410,15 +415,15 @@ impl Running {
         let mut command = require::command("haproxy");
         command.args(["-db", "-f"]).arg(path);
         self.processes.push(Started::Plain(wiring.host().spawn(command)));
-        if mappings.iter().any(|mapping| mapping.protocol == Protocol::Udp) {
-            self.refused.push((Protocol::Udp, "it relays TCP only".into()));
+        for mapping in mappings.iter().filter(|mapping| mapping.protocol != Protocol::Tcp) {
+            self.refused.push((mapping.protocol, "it relays TCP only".into()));
         }
         Ok(())
     }
 
     fn start_nginx(&mut self, wiring: &Wiring, mappings: &[Mapping]) -> Result<(), PeerError> {
         let module = config::nginx_stream_module()?;
-        let config = config::nginx(&module, mappings, wiring.backend());
+        let config = config::nginx(&module, mappings, |protocol| wiring.backend_for(protocol));
         let path = self.write_config(&config)?;
         let mut command = require::command("nginx");
         command.arg("-c").arg(&path).args(["-e", "stderr", "-p"]).args(path.parent());
@@ -427,7 +432,7 @@ impl Running {
     }
 
     fn start_socat(&mut self, wiring: &Wiring, mapping: Mapping) {
-        let (backend, port) = (wiring.backend(), mapping.port);
+        let (backend, port) = (wiring.backend_for(mapping.protocol), mapping.port);
         let mut command = require::command("socat");
         match mapping.protocol {
             Protocol::Tcp => command.args([
@@ -435,7 +440,7 @@ impl Running {
                 format!("TCP4:{backend},nodelay"),
             ]),
             // Only the timeout ends the process of a flow.
-            Protocol::Udp => command.args([
+            Protocol::Udp | Protocol::Quic => command.args([
                 "-T3".into(),
                 format!("UDP4-LISTEN:{port},fork,reuseaddr"),
                 format!("UDP4:{backend}"),
@@ -456,22 +461,19 @@ impl Running {
     fn note(&mut self, wiring: &Wiring, mappings: &[Mapping]) -> Result<(), PeerError> {
         let deadline = Instant::now() + READY;
         let _active = self.activate(wiring);
-        for protocol in [Protocol::Tcp, Protocol::Udp] {
+        for protocol in Protocol::ALL {
             let refused = self.refused.iter().any(|(refused, _)| *refused == protocol);
             let Some(first) = mappings.iter().find(|mapping| mapping.protocol == protocol && !refused) else {
                 continue;
             };
             let address: SocketAddr = match self.peer.kind {
-                Kind::Direct => wiring.backend().into(),
+                Kind::Direct => wiring.backend_for(protocol).into(),
                 _ => (self.host, first.port).into(),
             };
             while !wiring.client().run(|| answers(protocol, address)) {
                 self.wait_until(deadline)?;
             }
-            match protocol {
-                Protocol::Tcp => self.tcp = Some(address),
-                Protocol::Udp => self.udp = Some(address),
-            }
+            self.addresses.push((protocol, address));
         }
         Ok(())
     }
@@ -515,26 +517,35 @@ fn end_orphan(pid: Pid) {
 fn answers(protocol: Protocol, address: SocketAddr) -> bool {
     let mut message = [0; message::HEADER];
     message::write(&mut message, service::ECHO, 0, 0);
-    exchange(protocol, address, &message).is_ok_and(|answer| answer == message)
+    let answered = match protocol {
+        Protocol::Tcp => exchange_tcp(address, &message).map(|answer| answer == message),
+        Protocol::Udp => exchange_udp(address, &message).map(|answer| answer == message),
+        Protocol::Quic => connected(address).and_then(|socket| quic::probe(&socket)).map(|()| true),
+    };
+    answered.unwrap_or(false)
 }
 
-fn exchange(protocol: Protocol, address: SocketAddr, message: &[u8]) -> io::Result<[u8; message::HEADER]> {
+fn exchange_tcp(address: SocketAddr, message: &[u8]) -> io::Result<[u8; message::HEADER]> {
     use std::io::{Read, Write};
-    let (patience, mut answer) = (Duration::from_millis(500), [0; message::HEADER]);
-    match protocol {
-        Protocol::Tcp => {
-            let mut stream = TcpStream::connect_timeout(&address, patience)?;
-            stream.set_read_timeout(Some(patience))?;
-            stream.write_all(message)?;
-            stream.read_exact(&mut answer)?;
-        }
-        Protocol::Udp => {
-            let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
-            socket.connect(address)?;
-            socket.set_read_timeout(Some(patience))?;
-            socket.send(message)?;
-            socket.recv(&mut answer)?;
-        }
-    }
+    let mut stream = TcpStream::connect_timeout(&address, PATIENCE)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(message)?;
+    let mut answer = [0; message::HEADER];
+    stream.read_exact(&mut answer)?;
     Ok(answer)
+}
+
+fn exchange_udp(address: SocketAddr, message: &[u8]) -> io::Result<[u8; message::HEADER]> {
+    let socket = connected(address)?;
+    socket.send(message)?;
+    let mut answer = [0; message::HEADER];
+    socket.recv(&mut answer)?;
+    Ok(answer)
+}
+
+fn connected(address: SocketAddr) -> io::Result<UdpSocket> {
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+    socket.connect(address)?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    Ok(socket)
 }

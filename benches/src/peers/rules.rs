@@ -2,7 +2,6 @@
 //! sockets with the addresses of clients.
 
 use std::fmt::Write as _;
-use std::net::SocketAddrV4;
 use std::path::Path;
 use std::process::Command;
 
@@ -13,6 +12,7 @@ use testkit::rproxy::netns_setup;
 use testkit::topology::BRIDGE;
 
 use super::Mapping;
+use crate::wiring::Wiring;
 
 /// The table of the translation.
 const TABLE: &str = "ip bench";
@@ -33,14 +33,15 @@ pub(crate) struct Active<'a> {
 }
 
 impl<'a> Active<'a> {
-    /// Installs `rules` for `backend`.
+    /// Installs `rules` for the backend.
     ///
     /// # Panics
     /// If nft(8) or netns-setup fails.
-    pub(super) fn new(host: &'a Namespace, rules: &Rules, backend: SocketAddrV4) -> Self {
+    pub(super) fn new(wiring: &'a Wiring, rules: &Rules) -> Self {
+        let host = wiring.host();
         let state = match rules {
             Rules::Dnat(mappings) => {
-                translate(host, mappings, backend);
+                translate(wiring, mappings);
                 None
             }
             Rules::ReturnPath => {
@@ -53,14 +54,15 @@ impl<'a> Active<'a> {
     }
 }
 
-fn translate(host: &Namespace, mappings: &[Mapping], backend: SocketAddrV4) {
+fn translate(wiring: &Wiring, mappings: &[Mapping]) {
     let mut rules = format!(
         "add table {TABLE} ; add chain {TABLE} prerouting {{ type nat hook prerouting priority -100 ; }}"
     );
     for Mapping { protocol, port } in mappings {
+        let backend = wiring.backend_for(*protocol);
         write!(rules, " ; add rule {TABLE} prerouting {protocol} dport {port} dnat to {backend}").ok();
     }
-    host.command(&format!("nft {rules}")).success();
+    wiring.host().command(&format!("nft {rules}")).success();
 }
 
 fn transparent(host: &Namespace, state: &Path, arguments: &[&str]) -> Output {
