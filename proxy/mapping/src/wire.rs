@@ -56,6 +56,9 @@ pub struct WireMapping {
     /// Why that is nothing, in the output of `list`. Ignored in requests.
     #[serde(default, skip_serializing)]
     pub unresolved: Option<String>,
+    /// Why the last look-up of that name has failed, in the output of `list`. Ignored in requests.
+    #[serde(default, skip_serializing)]
+    pub lookup_error: Option<String>,
     /// The bound ports, in the output of `list`. Ignored in requests.
     #[serde(default, skip_serializing)]
     pub bound: Option<String>,
@@ -170,6 +173,7 @@ impl WireMapping {
             limits: WireLimits::of(mapping.limits()),
             resolved: None,
             unresolved: None,
+            lookup_error: None,
             bound: None,
             bound_host: None,
             origin: None,

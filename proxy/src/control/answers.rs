@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::engine::change::Changed;
 use crate::engine::registry::{Registry, Served};
+use crate::names::Names;
 use crate::state::record::{Record, RecordedPort, Traffic};
 use crate::state::stats::{FailureKind, Stats};
 
@@ -64,6 +65,9 @@ pub struct BoundMapping<M = WireMapping> {
     /// Why that is nothing, if it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub unresolved: Option<String>,
+    /// Why the last look-up of that name has failed, if it has. It keeps the addresses of the last one that has not.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lookup_error: Option<String>,
     /// The bound host ports: `49160,50001-50003`.
     pub bound: String,
     /// The bound addresses, if they differ from the requested one.
@@ -203,22 +207,23 @@ pub struct ChangeCounts {
 }
 
 impl List {
-    /// The mappings of `registry`.
-    pub fn of(registry: &Registry) -> Self {
+    /// The mappings of `registry`, and `names` of their backends.
+    pub(crate) fn of(registry: &Registry, names: &Names) -> Self {
         Self {
-            mappings: registry.iter().map(|(_name, served)| BoundMapping::of(served)).collect(),
+            mappings: registry.iter().map(|(_name, served)| BoundMapping::of(served, names)).collect(),
             draining: registry.draining().map(|(name, stats)| Draining::of(name, stats)).collect(),
         }
     }
 }
 
 impl BoundMapping {
-    fn of(served: &Served) -> Self {
+    fn of(served: &Served, names: &Names) -> Self {
         let mapping = served.mapping();
         Self {
             mapping: WireMapping { name: Some(mapping.name().to_string()), ..WireMapping::of(mapping) },
             resolved: served.resolved(),
             unresolved: served.unresolved().map(|why| why.to_string()),
+            lookup_error: names.failure_of(mapping).map(str::to_owned),
             bound: served.bound_ports(),
             bound_host: served.bound_host(),
             origin: Origin::of(served),
@@ -310,11 +315,11 @@ impl Connection {
 }
 
 impl Added {
-    /// The result of `changed`, which has added the mappings called `names` to `registry`.
-    pub fn of(changed: Changed, registry: &Registry, names: &[Name]) -> Self {
-        let served = names.iter().filter_map(|name| registry.get(name));
-        let counts = ChangeCounts::of(changed, registry, names);
-        Self { counts, mappings: served.map(BoundMapping::of).collect() }
+    /// The result of `changed`, which has added the mappings called `added` to `registry`.
+    pub(crate) fn of(changed: Changed, registry: &Registry, names: &Names, added: &[Name]) -> Self {
+        let served = added.iter().filter_map(|name| registry.get(name));
+        let counts = ChangeCounts::of(changed, registry, added);
+        Self { counts, mappings: served.map(|served| BoundMapping::of(served, names)).collect() }
     }
 }
 
@@ -347,6 +352,7 @@ mod tests {
             bound: "8003".to_owned(),
             resolved: None,
             unresolved: None,
+            lookup_error: None,
             bound_host: None,
             origin: Origin::default(),
         }

@@ -53,7 +53,7 @@ pub(crate) async fn answer(Call { request, sockets, answer }: Call, server: &mut
 async fn handle(request: Request, sockets: Vec<OwnedFd>, server: &mut Server) -> Result<Response, Refusal> {
     let passed = sockets::adopt(sockets, &request)?;
     let (changed, names) = match request {
-        Request::List => return Ok(Response::List(List::of(server.registry()))),
+        Request::List => return Ok(Response::List(List::of(server.registry(), &server.names))),
         Request::Stats => return Ok(Response::Stats(StatsList::of(server.registry()))),
         Request::Connections(chosen) => {
             let limit = chosen.limit.unwrap_or(MOST_CONNECTIONS);
@@ -71,7 +71,7 @@ async fn handle(request: Request, sockets: Vec<OwnedFd>, server: &mut Server) ->
             let mappings = read(&mappings, server)?;
             let names: Vec<Name> = mappings.iter().map(Mapping::name).collect();
             let changed = server.add(mappings, passed).await?;
-            return Ok(Response::Added(Added::of(changed, server.registry(), &names)));
+            return Ok(Response::Added(Added::of(changed, server.registry(), &server.names, &names)));
         }
         Request::Apply { mut mappings, cut } => {
             // Attached ports are in a list that is applied, but not served at the request of a client.

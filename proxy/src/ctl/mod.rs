@@ -369,6 +369,7 @@ mod tests {
             bound: "8080".to_owned(),
             resolved: None,
             unresolved: None,
+            lookup_error: None,
             bound_host: None,
             origin: Origin::default(),
         }

@@ -28,7 +28,7 @@ use crate::engine::registry::Served;
 use crate::engine::sweep::Sweep;
 use crate::loops::whereabouts::Whereabouts;
 use crate::loops::{Hop, LoopError, refuse_loops};
-use crate::names::UnresolvedError;
+use crate::names::{UnresolvedError, names_of};
 use crate::runtime::poll::WatchedListener;
 use crate::runtime::start_thread;
 use crate::state::{Binding, MappingPolicy, Target};
@@ -240,6 +240,8 @@ impl Server {
             }
         }
         refuse_overlap(&mappings)?;
+        // Those that are followed already may stand for others by now.
+        names_of(mappings.iter()).iter().for_each(|name| self.names.renew(name));
         let add = mappings.into_iter().map(|mapping| (mapping.name(), mapping)).collect();
         let unchanged = self.registry.requested().count();
         self.execute(Plan { add, unchanged, ..Plan::default() }, passed, Removal::Drain).await

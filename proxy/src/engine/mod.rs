@@ -248,16 +248,17 @@ impl Server {
     /// What can be seen of this server.
     pub(crate) fn observe(&self) -> Observation {
         Observation {
-            counted: self.registry.counted(),
+            counted: self.registry.counted(&self.names),
             mappings: self.registry.len(),
             attached: self.registry.attached().count(),
             resources: self.resources(),
         }
     }
 
-    /// A number for the list of mappings in [`Self::observe`]: their revision, and how many drain.
-    pub(crate) fn mappings_version(&self) -> (u64, usize) {
-        (self.registry.revision(), self.registry.draining().count())
+    /// Numbers for the list of mappings in [`Self::observe`]: their revision, how many drain, and how often names have begun to
+    /// resolve or ceased to.
+    pub(crate) fn mappings_version(&self) -> (u64, usize, u64) {
+        (self.registry.revision(), self.registry.draining().count(), self.names.turns())
     }
 
     /// What this server uses, which takes no time however many mappings there are.

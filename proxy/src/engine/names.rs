@@ -22,7 +22,7 @@ impl Server {
         if names.is_empty() {
             return Ok(plan);
         }
-        self.names.look_up(names).await;
+        Box::pin(self.names.look_up(names)).await;
         for (name, mapping) in plan.add.iter_mut().chain(&mut plan.change) {
             let resolved = self.names.resolved(mapping);
             *mapping = self.without_loops(name, resolved);

@@ -13,6 +13,7 @@ use rproxy_mapping::{Mapping, PortMapping};
 
 use crate::bind::return_path::ReturnPaths;
 use crate::engine::sweep::Sweep;
+use crate::names::Names;
 use crate::runtime::poll::WatchedListener;
 use crate::state::stats::Stats;
 use crate::state::{Binding, MappingPolicy, MappingState};
@@ -79,6 +80,8 @@ pub(crate) struct Counted {
     pub(crate) connections: Option<Protocol>,
     /// Whether there are or were UDP ports.
     pub(crate) has_udp: bool,
+    /// Whether the name of its backend resolves now, if that has a name and is served.
+    pub(crate) is_resolved: Option<bool>,
     /// The counters of the mapping that is served, and of removed ones.
     states: Vec<Arc<MappingState>>,
     /// Those of mappings that are not known any more.
@@ -265,7 +268,7 @@ impl Registry {
 
     /// What is counted under each name: by the served mapping, and by those that had the name before, as far as known. A
     /// name is listed while it is served or drains.
-    pub(crate) fn counted(&self) -> Vec<Counted> {
+    pub(crate) fn counted(&self, names: &Names) -> Vec<Counted> {
         let mut removed: BTreeMap<&Name, Vec<&Departed>> = BTreeMap::new();
         for departed in &self.departed {
             removed.entry(&departed.name).or_default().push(departed);
@@ -274,7 +277,8 @@ impl Registry {
         for (name, served) in &self.served {
             let before = removed.remove(name).unwrap_or_default();
             let now = (served.mapping.protocols(), &served.policy.state);
-            counted.push(self.counted_as(name, Some(now), &before));
+            let is_resolved = names.is_resolved(&served.mapping);
+            counted.push(Counted { is_resolved, ..self.counted_as(name, Some(now), &before) });
         }
         removed.retain(|_name, before| before.iter().any(|departed| is_in_use(&departed.state)));
         counted.extend(removed.iter().map(|(name, before)| self.counted_as(name, None, before)));
@@ -295,6 +299,7 @@ impl Registry {
             name: name.clone(),
             connections: [Protocol::Tcp, Protocol::Sctp].into_iter().find(|protocol| has(*protocol)),
             has_udp: has(Protocol::Udp),
+            is_resolved: None,
             states: all.iter().map(|(_, state)| Arc::clone(state)).collect(),
             ended: self.ended.get(name).cloned(),
         }
@@ -426,7 +431,7 @@ mod tests {
         let set = PollSet::new().unwrap();
         let web: Name = "web".parse().unwrap();
         let total = |registry: &Registry| {
-            let counted = registry.counted();
+            let counted = registry.counted(&Names::default());
             let web = counted.iter().find(|counted| counted.name.to_string() == "web")?;
             Some(web.sum(|stats| stats.connections_total.get()))
         };

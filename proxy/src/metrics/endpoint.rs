@@ -157,7 +157,7 @@ impl Queries {
 /// A value that those who ask for the same version share.
 #[derive(Debug)]
 struct Shared<T> {
-    version: (u64, usize),
+    version: (u64, usize, u64),
     value: Weak<T>,
 }
 
@@ -167,7 +167,7 @@ impl<T> Shared<T> {
     }
 
     /// Returns the value of this version, and makes it unless somebody has it.
-    fn get(&mut self, version: (u64, usize), make: impl FnOnce() -> T) -> Arc<T> {
+    fn get(&mut self, version: (u64, usize, u64), make: impl FnOnce() -> T) -> Arc<T> {
         if let (Some(value), true) = (self.value.upgrade(), version == self.version) {
             return value;
         }
@@ -189,11 +189,11 @@ mod tests {
     #[test]
     fn what_somebody_still_reads_is_shared_until_it_changes() {
         let mut shared = Shared::new();
-        let first = shared.get((1, 0), || 1);
-        assert!(Arc::ptr_eq(&first, &shared.get((1, 0), || 2)));
-        let second = shared.get((2, 0), || 3);
-        assert_eq!((*first, *second, *shared.get((2, 0), || 4)), (1, 3, 3));
+        let first = shared.get((1, 0, 0), || 1);
+        assert!(Arc::ptr_eq(&first, &shared.get((1, 0, 0), || 2)));
+        let second = shared.get((2, 0, 0), || 3);
+        assert_eq!((*first, *second, *shared.get((2, 0, 0), || 4)), (1, 3, 3));
         drop((first, second));
-        assert_eq!(*shared.get((2, 0), || 5), 5, "nothing is kept for nobody");
+        assert_eq!(*shared.get((2, 0, 0), || 5), 5, "nothing is kept for nobody");
     }
 }

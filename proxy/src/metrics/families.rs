@@ -37,6 +37,7 @@ pub(super) const ALL: &[Write] = &[
     Write::Mappings(datagrams),
     Write::Mappings(errors),
     Write::Mappings(connect_durations),
+    Write::Mappings(names),
 ];
 
 /// Labels, and their values.
@@ -203,6 +204,15 @@ fn connect_durations(counted: &[Counted], mut encoder: DescriptorEncoder<'_>) ->
         }
     }
     Ok(())
+}
+
+fn names(counted: &[Counted], mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+    let rows = counted
+        .iter()
+        .filter_map(|counted| Some(([("mapping", counted.name.as_str())], u64::from(counted.is_resolved?))));
+    let help =
+        "Whether the name of the backend resolved when it was last looked up, to an address that can be used";
+    gauges(&mut encoder, "rproxy_mapping_name_resolved", help, rows)
 }
 
 /// The sums of a counter by mapping, of those that have it.

@@ -8,16 +8,13 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use super::message::Found;
+use super::shares::FIRST;
 
 /// The shortest time between two questions for a name, whatever its time to live is and however many connections fail.
 const SHORTEST: Duration = Duration::from_secs(1);
 
 /// The longest time after a failure until a name is looked up again.
 const LONGEST_RETRY: Duration = Duration::from_secs(30);
-
-/// After this time, a question counts as lost: the resolver gives up earlier (`options timeout` and `attempts`,
-/// resolv.conf(5)).
-const LOST: Duration = Duration::from_secs(60);
 
 /// What is known of a name.
 #[derive(Debug)]
@@ -28,12 +25,12 @@ pub(super) struct Known {
     pub(super) own: Vec<IpAddr>,
     /// Why the last question has failed, if it has.
     pub(super) failure: Option<String>,
-    /// When it is asked for again; while an answer is awaited, when that counts as lost.
-    pub(super) due: Instant,
-    /// Whether it was asked for, and not answered yet.
-    pub(super) is_awaited: bool,
+    /// When it is asked for again; `None` while an answer is awaited.
+    pub(super) due: Option<Instant>,
     /// Whether somebody waits for the next answer.
     pub(super) is_wanted: bool,
+    /// The share of the resolver in which its look-ups belong.
+    share: usize,
     /// Failures since the last success.
     failures: u32,
     /// When it was asked for last.
@@ -52,9 +49,9 @@ impl Known {
             addresses,
             own: Vec::new(),
             failure: None,
-            due: now,
-            is_awaited: false,
+            due: Some(now),
             is_wanted: false,
+            share: FIRST,
             failures: 0,
             asked: now,
         }
@@ -63,30 +60,40 @@ impl Known {
     /// Asks for it as soon as can be, for somebody who waits.
     pub(super) fn want(&mut self, now: Instant) {
         self.is_wanted = true;
-        if !self.is_awaited {
-            self.due = self.due.min(now);
-        }
+        self.due = self.due.map(|due| due.min(now));
     }
 
     /// Asks for it again before its time, as it may stand for others by now.
     pub(super) fn doubt(&mut self) {
-        if !self.is_awaited {
-            self.due = self.due.min(self.asked + SHORTEST);
-        }
+        self.due = self.due.map(|due| due.min(self.asked + SHORTEST));
+    }
+
+    /// The share in which it is looked up. Somebody who waits may know that it is answered by now.
+    pub(super) fn share(&self) -> usize {
+        if self.is_wanted { FIRST } else { self.share }
     }
 
     /// Records that it was asked for.
     pub(super) fn await_answer(&mut self, now: Instant) {
-        self.is_awaited = true;
         self.asked = now;
-        self.due = now + LOST;
+        self.due = None;
+    }
+
+    /// Has it asked for again, if the question was lost.
+    pub(super) fn ask_again(&mut self, now: Instant) {
+        self.due = self.due.or(Some(now));
+    }
+
+    /// Records in which share it was looked up.
+    pub(super) fn belong(&mut self, share: usize) {
+        self.share = share;
     }
 
     /// Records addresses. Returns whether they are others than before.
     pub(super) fn succeed(&mut self, Found { addresses, own, seconds }: Found, now: Instant) -> bool {
-        (self.is_awaited, self.is_wanted, self.failures) = (false, false, 0);
+        (self.is_wanted, self.failures) = (false, 0);
         self.failure = None;
-        self.due = now + Duration::from_secs(seconds).max(SHORTEST);
+        self.due = Some(now + Duration::from_secs(seconds).max(SHORTEST));
         self.own = own;
         let (before, after): (HashSet<_>, HashSet<_>) =
             (self.addresses.iter().collect(), addresses.iter().collect());
@@ -99,10 +106,10 @@ impl Known {
 
     /// Records that the question has failed. Returns whether it is the first failure of several.
     pub(super) fn fail(&mut self, why: &str, now: Instant) -> bool {
-        (self.is_awaited, self.is_wanted) = (false, false);
+        self.is_wanted = false;
         let delay = SHORTEST.saturating_mul(1 << self.failures.min(5)).min(LONGEST_RETRY);
         self.failures = self.failures.saturating_add(1);
-        self.due = now + delay;
+        self.due = Some(now + delay);
         self.failure = Some(why.to_owned());
         self.failures == 1
     }
@@ -135,17 +142,29 @@ mod tests {
         known.want(start);
         known.await_answer(start);
         assert!(known.succeed(found(&[1], 3600), start) && !known.is_wanted);
-        assert_eq!(known.due, start + Duration::from_hours(1));
+        assert_eq!(known.due, Some(start + Duration::from_hours(1)));
         known.doubt();
-        assert_eq!(known.due, start + SHORTEST);
+        assert_eq!(known.due, Some(start + SHORTEST));
         known.want(start);
-        assert!(known.is_wanted && known.due == start, "at once");
+        assert!(known.is_wanted && known.due == Some(start), "at once");
         known.await_answer(start);
         known.want(start);
         known.doubt();
-        assert_eq!(known.due, start + LOST, "it is asked for already");
+        assert_eq!(known.due, None, "it is asked for already");
+        known.ask_again(start);
+        assert_eq!(known.due, Some(start), "the question was lost");
         assert!(!known.succeed(found(&[1], 0), start));
-        assert_eq!(known.due, start + SHORTEST);
+        assert_eq!(known.due, Some(start + SHORTEST));
+    }
+
+    #[test]
+    fn what_somebody_waits_for_is_among_the_first() {
+        let start = Instant::now();
+        let mut known = Known::new(start);
+        known.belong(2);
+        assert_eq!(known.share(), 2);
+        known.want(start);
+        assert_eq!(known.share(), FIRST);
     }
 
     #[test]
@@ -153,11 +172,11 @@ mod tests {
         let start = Instant::now();
         let mut known = Known::new(start);
         let told: Vec<bool> = (0..3).map(|_| known.fail("no", start)).collect();
-        assert_eq!((told, known.due - start), (vec![true, false, false], Duration::from_secs(4)));
+        assert_eq!((told, known.due), (vec![true, false, false], Some(start + Duration::from_secs(4))));
         for _ in 0..9 {
             known.fail("no", start);
         }
-        assert_eq!(known.due, start + LONGEST_RETRY);
+        assert_eq!(known.due, Some(start + LONGEST_RETRY));
         known.succeed(found(&[1], 1), start);
         assert!(known.failure.is_none() && known.fail("no", start));
     }

@@ -1,6 +1,7 @@
 //! What a process asks its resolver, and is answered: a line of JSON each.
 
 use std::net::IpAddr;
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +15,8 @@ pub(super) const MOST_ADDRESSES: usize = 64;
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Question {
     pub(super) name: String,
+    /// The [share](super::shares) where it begins.
+    pub(super) share: usize,
 }
 
 /// What a name stands for.
@@ -21,7 +24,15 @@ pub(super) struct Question {
 pub(super) struct Answer {
     pub(super) name: String,
     pub(super) result: Result<Found, String>,
+    /// The share that the time which it took belongs to.
+    pub(super) share: usize,
 }
+
+/// What a resolver writes every [`BEAT`] instead, while there are questions that it has not answered.
+pub(super) const STILL_THERE: &[u8] = b"\n";
+
+/// See [`STILL_THERE`].
+pub(super) const BEAT: Duration = Duration::from_secs(1);
 
 /// Addresses, in the order in which they are to be tried, those of them that are of this machine, and for how many seconds
 /// they are valid.

@@ -3,10 +3,12 @@
 //! A process of its own does the looking up (`resolver`); the launcher starts it with the first question. So names are
 //! looked up in the same way before and after confinement.
 
+pub(crate) mod connection;
 mod conversation;
 mod known;
 mod message;
 pub(crate) mod resolver;
+mod shares;
 pub(crate) mod suspects;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
@@ -21,10 +23,11 @@ use rproxy_mapping::name::Name as MappingName;
 use tokio::time::{Instant, sleep_until, timeout};
 use tracing::{info, warn};
 
-use self::conversation::{Conversation, heard};
+use self::connection::{Connection, Ended, Event};
 use self::known::Known;
-use self::message::Answer;
+use self::message::{Answer, Question};
 use crate::bind::Bound;
+use crate::log::limit::LogLimit;
 use crate::loops::whereabouts::{Destination, Whereabouts};
 
 /// How long the start, or a change, waits for names. Those that are not known by then are served, and resolve later.
@@ -33,7 +36,7 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// What the names of backends stand for.
 #[derive(Debug, Default)]
 pub(crate) struct Names {
-    resolver: Option<Conversation>,
+    resolver: Option<Connection>,
     known: HashMap<HostName, Known>,
     /// All names by when they are due.
     schedule: BTreeSet<(Instant, HostName)>,
@@ -41,6 +44,8 @@ pub(crate) struct Names {
     changed: HashSet<HostName>,
     /// Those that do not resolve any more, which is not logged yet.
     untold: HashSet<HostName>,
+    /// How often a name has begun to resolve, or ceased to.
+    turns: u64,
 }
 
 /// A mapping that must not be served yet.
@@ -64,9 +69,9 @@ pub struct UnresolvedError {
 }
 
 impl Names {
-    /// Looks names up over this socket, at whose other end a resolver is started when it is needed.
-    pub(crate) fn new(resolver: Option<StdUnixStream>) -> Self {
-        Self { resolver: resolver.map(Conversation::Idle), ..Self::default() }
+    /// Looks names up by resolvers that the launcher at the other end of this socket starts.
+    pub(crate) fn new(launcher: Option<StdUnixStream>) -> Self {
+        Self { resolver: launcher.map(Connection::by), ..Self::default() }
     }
 
     /// Has `mapping` lead to what its name is known to stand for.
@@ -81,12 +86,22 @@ impl Names {
     /// [`NamesError`] for the first mapping whose name has to resolve, and does not.
     pub(crate) async fn resolve(&mut self, mappings: &mut [Mapping]) -> Result<(), NamesError> {
         self.look_up(names_of(mappings.iter())).await;
-        for mapping in mappings {
-            *mapping = self.resolved(mapping);
-            self.refuse_unresolved(mapping)
-                .map_err(|source| NamesError { mapping: mapping.name(), source })?;
-        }
-        Ok(())
+        mappings.iter_mut().for_each(|mapping| *mapping = self.resolved(mapping));
+        self.refuse_unresolved_of(mappings.iter())
+    }
+
+    /// Refuses these mappings if the name of one of them has to resolve at once, and does not.
+    ///
+    /// # Errors
+    /// [`NamesError`] for the first such mapping.
+    pub(crate) fn refuse_unresolved_of<'a>(
+        &self,
+        mut mappings: impl Iterator<Item = &'a Mapping>,
+    ) -> Result<(), NamesError> {
+        mappings.try_for_each(|mapping| {
+            let refused = self.refuse_unresolved(mapping);
+            refused.map_err(|source| NamesError { mapping: mapping.name(), source })
+        })
     }
 
     /// Has mappings that another process has served lead to what their names stand for. What it knew is valid until there is
@@ -115,6 +130,22 @@ impl Names {
     /// Whether nothing is looked up.
     pub(crate) fn is_empty(&self) -> bool {
         self.known.is_empty()
+    }
+
+    /// Why the last look-up of the name of `mapping` has failed, if it has one and that has.
+    pub(crate) fn failure_of(&self, mapping: &Mapping) -> Option<&str> {
+        self.known.get(mapping.backend().name()?)?.failure.as_deref()
+    }
+
+    /// Whether the name of `mapping` resolves now, to an address that can be used; `None` if it has none.
+    pub(crate) fn is_resolved(&self, mapping: &Mapping) -> Option<bool> {
+        let BackendHost::Name(host) = mapping.backend() else { return None };
+        Some(self.failure_of(mapping).is_none() && !host.addresses().is_empty())
+    }
+
+    /// A number that changes whenever a name begins to resolve, or ceases to.
+    pub(crate) fn turns(&self) -> u64 {
+        self.turns
     }
 
     /// Refuses `mapping` if its name has to resolve at once, and does not.
@@ -177,7 +208,7 @@ impl Names {
     /// Adds what is known of a name, unless something is.
     fn add(&mut self, name: &HostName, known: Known) {
         if !self.known.contains_key(name) {
-            self.schedule.insert((known.due, name.clone()));
+            self.schedule.extend(known.due.map(|due| (due, name.clone())));
             self.known.insert(name.clone(), known);
         }
     }
@@ -188,8 +219,10 @@ impl Names {
         let before = known.due;
         let result = change(known);
         if known.due != before {
-            self.schedule.remove(&(before, name.clone()));
-            self.schedule.insert((known.due, name.clone()));
+            if let Some(before) = before {
+                self.schedule.remove(&(before, name.clone()));
+            }
+            self.schedule.extend(known.due.map(|due| (due, name.clone())));
         }
         Some(result)
     }
@@ -221,8 +254,10 @@ impl Names {
         let due = self.schedule.first().map(|(due, _name)| *due).filter(|_due| !is_full);
         tokio::select! {
             biased;
-            answer = heard(&mut self.resolver, is_full) => match answer {
-                Ok(answer) => answer.into_iter().for_each(|answer| self.take(answer)),
+            event = next(&mut self.resolver, is_full) => match event {
+                Ok(Event::Answer(answer)) => self.take(answer),
+                Ok(Event::Ready) => {}
+                Ok(Event::Ended(ended)) => self.replace_resolver(&ended),
                 Err(error) => self.lose_resolver(&error),
             },
             () = suspects::added() => self.doubt(&suspects::take()),
@@ -234,12 +269,9 @@ impl Names {
     fn ask_what_is_due(&mut self) -> bool {
         let now = Instant::now();
         while let Some((_due, name)) = self.schedule.first().filter(|(due, _name)| *due <= now).cloned() {
-            if self.known.get(&name).is_some_and(|known| known.is_awaited) {
-                self.fail(&name, "the resolver has not answered", now);
-                continue;
-            }
+            let share = self.known.get(&name).map_or_else(Default::default, Known::share);
             let asked = match &mut self.resolver {
-                Some(resolver) => resolver.ask(&name),
+                Some(resolver) => resolver.ask(&Question { name: name.to_string(), share }, now),
                 None => Err(io::ErrorKind::NotConnected.into()),
             };
             match asked {
@@ -247,6 +279,7 @@ impl Names {
                     self.update(&name, |known| known.await_answer(now));
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
+                Err(error) if self.resolver.is_some() => self.lose_resolver(&error),
                 Err(error) => self.fail(&name, &format!("the resolver cannot be asked: {error}"), now),
             }
         }
@@ -254,15 +287,17 @@ impl Names {
     }
 
     /// Records an answer.
-    fn take(&mut self, Answer { name, result }: Answer) {
+    fn take(&mut self, Answer { name, result, share }: Answer) {
         // It may not be in use any more.
         let Ok(name) = name.parse::<HostName>() else { return };
         let now = Instant::now();
+        self.update(&name, |known| known.belong(share));
         let found = match result {
             Ok(found) => found,
             Err(why) => return self.fail(&name, &why, now),
         };
         let had_failed = self.known.get(&name).is_some_and(|known| known.failure.is_some());
+        self.turns += u64::from(had_failed);
         if had_failed && !self.untold.remove(&name) {
             info!(%name, "the name resolves");
         }
@@ -275,6 +310,7 @@ impl Names {
     fn fail(&mut self, name: &HostName, why: &str, now: Instant) {
         if self.update(name, |known| known.fail(why, now)) == Some(true) {
             self.untold.insert(name.clone());
+            self.turns += 1;
         }
     }
 
@@ -302,19 +338,48 @@ impl Names {
         }
     }
 
+    /// Has what was asked in vain asked again, by another resolver. If not even the first question was answered, that waits.
+    fn replace_resolver(&mut self, Ended { why, was_heard }: &Ended) {
+        static REPLACED: LogLimit = LogLimit::new();
+
+        if let Some(suppressed) = REPLACED.permit() {
+            warn!(%why, suppressed, "another process looks names up from now on");
+        }
+        let now = Instant::now();
+        for name in self.awaited() {
+            if *was_heard {
+                self.update(&name, |known| known.ask_again(now));
+            } else {
+                self.fail(&name, &why.to_string(), now);
+            }
+        }
+    }
+
     fn lose_resolver(&mut self, error: &io::Error) {
         warn!(%error, "names are not looked up any more, as the launcher is gone; they keep their addresses");
         self.resolver = None;
         let now = Instant::now();
-        let awaited = self.known.iter().filter(|(_name, known)| known.is_awaited);
-        let awaited: Vec<HostName> = awaited.map(|(name, _known)| name.clone()).collect();
-        awaited.iter().for_each(|name| self.fail(name, "the resolver is gone", now));
+        self.awaited().iter().for_each(|name| self.fail(name, "the resolver is gone", now));
+    }
+
+    /// The names that were asked for, and not answered yet.
+    fn awaited(&self) -> Vec<HostName> {
+        let awaited = self.known.iter().filter(|(_name, known)| known.due.is_none());
+        awaited.map(|(name, _known)| name.clone()).collect()
     }
 }
 
 /// The names of the backends of these mappings.
 pub(crate) fn names_of<'a>(mappings: impl Iterator<Item = &'a Mapping>) -> HashSet<HostName> {
     mappings.filter_map(|mapping| mapping.backend().name()).cloned().collect()
+}
+
+/// Waits for what happens to the resolver; forever if there is none.
+async fn next(resolver: &mut Option<Connection>, is_full: bool) -> io::Result<Event> {
+    match resolver {
+        Some(resolver) => resolver.next(is_full).await,
+        None => std::future::pending().await,
+    }
 }
 
 async fn at(due: Option<Instant>) {
@@ -326,25 +391,32 @@ async fn at(due: Option<Instant>) {
 
 #[cfg(test)]
 mod tests {
-    use std::io::{BufRead, BufReader, Write};
+    use std::io::{BufRead, BufReader, Read, Write};
     use std::net::Ipv4Addr;
+    use std::os::fd::AsFd;
     use std::thread;
 
-    use super::message::{Found, Question};
+    use rproxy_sys::pass::send_descriptors;
+
+    use super::message::Found;
     use super::*;
     use crate::runtime::new_runtime;
 
     /// Names whose resolver has an answer of an hour for each question: the number of questions so far.
     fn counting() -> Names {
-        let (ours, theirs) = StdUnixStream::pair().unwrap();
+        let (ours, launcher) = StdUnixStream::pair().unwrap();
         thread::spawn(move || {
-            let questions = BufReader::new(theirs.try_clone().unwrap()).lines();
+            (&launcher).read_exact(&mut [0]).unwrap();
+            let (resolver, theirs) = StdUnixStream::pair().unwrap();
+            send_descriptors(launcher.as_fd(), &[theirs.as_fd()]).unwrap();
+            drop(theirs);
+            let questions = BufReader::new(resolver.try_clone().unwrap()).lines();
             for (number, line) in (1..).zip(questions.map_while(Result::ok)) {
-                let Question { name } = serde_json::from_str(&line).unwrap();
+                let Question { name, share } = serde_json::from_str(&line).unwrap();
                 let addresses = vec![Ipv4Addr::from_bits(number).into()];
                 let result = Ok(Found { addresses, own: Vec::new(), seconds: 3600 });
-                let line = serde_json::to_string(&Answer { name, result }).unwrap() + "\n";
-                if (&theirs).write_all(line.as_bytes()).is_err() {
+                let line = serde_json::to_string(&Answer { name, result, share }).unwrap() + "\n";
+                if (&resolver).write_all(line.as_bytes()).is_err() {
                     return;
                 }
             }

@@ -4,6 +4,7 @@
 //! It is a process because these files may change, and because it reads what strangers have sent. Nothing that it has been
 //! told is kept: whoever asks knows for how long an answer is valid.
 
+use std::cell::{Cell, RefCell};
 use std::fs::{self, Metadata};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
@@ -11,7 +12,6 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::rc::Rc;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use hickory_resolver::config::{LookupIpStrategy, ResolveHosts};
@@ -24,20 +24,18 @@ use hickory_resolver::system_conf::parse_resolv_conf;
 use hickory_resolver::{Hosts, TokioResolver};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::unix::OwnedWriteHalf;
-use tokio::sync::{Mutex, Semaphore};
-use tokio::task::LocalSet;
+use tokio::sync::{Mutex, Notify};
+use tokio::task::{JoinError, JoinHandle, LocalSet, spawn_local};
 use tokio::time::sleep;
 
-use super::message::{Answer, Found, LONGEST_LINE, MOST_ADDRESSES, Question};
+use super::message::{Answer, BEAT, Found, LONGEST_LINE, MOST_ADDRESSES, Question, STILL_THERE};
+use super::shares::{FIRST, Shares};
 use crate::loops::whereabouts::{Destination, Whereabouts};
 use crate::runtime::new_runtime;
 use crate::sandbox;
 
 /// The name of the process; at most 15 bytes (`PR_SET_NAME`, prctl(2)).
 const NAME: &std::ffi::CStr = c"rproxy-resolver";
-
-/// The most names that are looked up at the same time. Each takes two sockets.
-const MOST_LOOKUPS: usize = 128;
 
 /// How long to wait for the addresses of both families until those of one are enough.
 const LONG: Duration = Duration::from_secs(2);
@@ -68,9 +66,10 @@ async fn converse(socket: OwnedFd) -> io::Result<()> {
     let socket = UnixStream::from(socket);
     socket.set_nonblocking(true)?;
     let (questions, answers) = tokio::net::UnixStream::from_std(socket)?.into_split();
-    let answers = Rc::new(Mutex::new(answers));
-    let turns = Arc::new(Semaphore::new(MOST_LOOKUPS));
-    let mut source = Source::default();
+    let desk = Rc::new(Desk { answers: Mutex::new(answers), open: Cell::new(0), opened: Notify::new() });
+    spawn_local(desk.clone().beat());
+    let shares = Rc::new(Shares::new());
+    let source = Rc::new(RefCell::new(Source::default()));
     let mut questions = BufReader::new(questions).take(0);
     let mut line = Vec::new();
     loop {
@@ -80,22 +79,57 @@ async fn converse(socket: OwnedFd) -> io::Result<()> {
             return Ok(());
         }
         // What is not a question is of nobody who could read an answer.
-        let Ok(Question { name }) = serde_json::from_slice(&line) else { continue };
-        let Ok(turn) = turns.clone().acquire_owned().await else { return Ok(()) };
-        let (source, answers) = (source.current(), answers.clone());
-        tokio::task::spawn_local(async move {
-            let result = source.look_up(&name).await;
-            // If it cannot be written, the other side is gone, which ends this process.
-            write(&answers, &Answer { name, result }).await.ok();
-            drop(turn);
+        let Ok(Question { name, share }) = serde_json::from_slice(&line) else { continue };
+        let (source, shares, asked) = (source.clone(), shares.clone(), name.clone());
+        let looked_up = spawn_local(async move {
+            let begin = || {
+                // As of now: it may have waited.
+                let current = source.borrow_mut().current();
+                let asked = &asked;
+                async move { current.look_up(asked).await }
+            };
+            shares.look_up(share, begin).await
         });
+        spawn_local(desk.clone().answer(name, looked_up));
     }
 }
 
-async fn write(answers: &Mutex<OwnedWriteHalf>, answer: &Answer) -> io::Result<()> {
-    let mut line = serde_json::to_vec(answer)?;
-    line.push(b'\n');
-    answers.lock().await.write_all(&line).await
+/// Where answers go out.
+struct Desk {
+    answers: Mutex<OwnedWriteHalf>,
+    /// The number of questions without an answer.
+    open: Cell<usize>,
+    /// Notified of the first of them.
+    opened: Notify,
+}
+
+impl Desk {
+    /// Answers a question. If that cannot be written, the other side is gone, which ends this process.
+    async fn answer(self: Rc<Self>, name: String, looked_up: JoinHandle<(Result<Found, String>, usize)>) {
+        self.open.set(self.open.get() + 1);
+        self.opened.notify_one();
+        let failed = |error: JoinError| (Err(format!("the resolver has failed: {error}")), FIRST);
+        let (result, share) = looked_up.await.unwrap_or_else(failed);
+        self.write(&Answer { name, result, share }).await.ok();
+        self.open.set(self.open.get() - 1);
+    }
+
+    async fn write(&self, answer: &Answer) -> io::Result<()> {
+        let mut line = serde_json::to_vec(answer)?;
+        line.push(b'\n');
+        self.answers.lock().await.write_all(&line).await
+    }
+
+    /// Shows that this process is alive while questions are open.
+    async fn beat(self: Rc<Self>) {
+        loop {
+            self.opened.notified().await;
+            while self.open.get() > 0 {
+                sleep(BEAT).await;
+                self.answers.lock().await.write_all(STILL_THERE).await.ok();
+            }
+        }
+    }
 }
 
 /// What the files of this machine say, as long as they are the same.

@@ -11,7 +11,7 @@ use std::process::ExitCode;
 
 use rproxy_sys::fd::claim_inherited;
 
-use self::start::{Origin, may_change, start};
+use self::start::{Origin, StartError, may_change, start};
 use crate::cli::{self, Cli, Command, Serve, Unparsed};
 use crate::config;
 use crate::ctl;
@@ -94,6 +94,8 @@ fn serve_mappings(options: &Serve) -> ExitCode {
     drop(passed_file);
     let (runtime, manager) = match started {
         Ok(started) => started,
+        // It did what it was asked for.
+        Err(StartError::Stopped) => return ExitCode::SUCCESS,
         Err(error) => return console::fail(&error),
     };
     match runtime.block_on(manager.run()) {

@@ -164,7 +164,7 @@ fn start_fresh(
     let metrics = options.metrics_addr(config.as_ref()).cloned();
     let mut mappings = config.map_or(mappings, |config| config.mappings);
     // Only now: reading a pipe may take long, and until then signals end this process at once.
-    let stop = catch_stop_signals(options)?;
+    let mut stop = catch_stop_signals(options)?;
     if let (Some(control), Some(MetricsAddr::Unix(path))) = (options.control.as_deref(), &metrics)
         && control == path
     {
@@ -174,11 +174,13 @@ fn start_fresh(
     let metrics = metrics.map(MetricsListener::bind).transpose()?;
     let attach = attach.map(Attachments::bind).transpose()?;
     drop(entered);
-    runtime.block_on(followed.names.resolve(&mut mappings))?;
+    runtime.block_on(unless_stopped(followed.names.resolve(&mut mappings), &mut stop))??;
     locate(&mut mappings, &mut followed.links)?;
     let _entered = runtime.enter();
     let bound = Bound::bind_all(mappings, passed);
     let bound = bound.map_err(|error| bind_error(error, metrics.as_ref(), options))?;
+    // Only now it is known which addresses lead back.
+    followed.names.refuse_unresolved_of(bound.iter().map(|bound| &bound.mapping))?;
     stale::forget_flows_to(bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.port_mapping));
     let ready = ready_lines(&bound);
     // Before confinement, because a terminal has to be reopened.
@@ -206,12 +208,12 @@ fn start_upgraded(
     options: &Serve,
 ) -> Result<Started, StartError> {
     let entered = runtime.enter();
-    let stop = catch_stop_signals(options)?;
+    let mut stop = catch_stop_signals(options)?;
     let fixed = (!may_change(options)).then_some(mappings);
     let Sockets { mut bound, mut control, mut metrics, attach, old } =
         runtime.block_on(take_over(channel, fixed, options.control.as_deref()))?;
     // A name that does not resolve now did so for the old process, perhaps.
-    runtime.block_on(followed.names.resolve_bound(&mut bound));
+    runtime.block_on(unless_stopped(followed.names.resolve_bound(&mut bound), &mut stop))?;
     if follow_interfaces(bound.iter().map(|bound| &bound.mapping)) {
         // Mappings stay where the old process has them until this one serves.
         followed.links.look().map_err(StartError::Interfaces)?;
@@ -223,6 +225,18 @@ fn start_upgraded(
     control.iter_mut().for_each(UnixSocket::own);
     metrics.iter_mut().for_each(MetricsListener::own);
     Ok(Started { server, control, metrics, attach, stop })
+}
+
+/// Waits for a step of the start, or for a signal that ends this process first.
+async fn unless_stopped<T>(step: impl Future<Output = T>, stop: &mut StopSignals) -> Result<T, StartError> {
+    tokio::select! {
+        biased;
+        signal = stop.next() => {
+            info!(signal, "ending, before anything was served");
+            Err(StartError::Stopped)
+        }
+        result = step => Ok(result),
+    }
 }
 
 fn catch_stop_signals(options: &Serve) -> Result<StopSignals, StartError> {
@@ -401,6 +415,8 @@ fn is_taken_by(metrics: &MetricsAddr, error: &BindError) -> bool {
 /// Why the start failed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum StartError {
+    #[error("a signal has ended the start")]
+    Stopped,
     #[error("{asked} {}: {}{}", source.addr, source.reason(), source.hint(freebind))]
     Bind { asked: String, source: BindError, freebind: &'static str },
     #[error("{asked} {at}: --metrics {metrics} takes this tcp port; give one of the two another port")]

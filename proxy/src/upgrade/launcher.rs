@@ -27,7 +27,7 @@ use rproxy_sys::process::{fork_alone, set_title};
 
 use super::channel::Channel;
 use super::program::{Program, absolute};
-use super::resolver::Resolver;
+use super::resolver::Resolvers;
 use crate::bind::return_path::ReturnPath;
 use crate::config;
 use crate::log::destination;
@@ -66,7 +66,7 @@ const LONGEST_NAME: usize = 16;
 #[derive(Debug)]
 pub struct Launcher {
     socket: UnixStream,
-    /// The socket at whose other end a resolver is started.
+    /// The socket for requests of a resolver.
     names: Option<UnixStream>,
 }
 
@@ -95,7 +95,7 @@ impl Launcher {
         Ok(Self { socket, names })
     }
 
-    /// Takes the socket to ask what names stand for.
+    /// Takes the socket by which resolvers of names are requested.
     pub(crate) fn take_names(&mut self) -> Option<UnixStream> {
         self.names.take()
     }
@@ -216,15 +216,15 @@ struct Work {
     access_log: Option<PathBuf>,
 }
 
-/// Serves requests until the other side closes the socket. Starts a resolver for `names` whenever there is a question.
+/// Serves requests until the other side closes the socket. Starts a resolver whenever `names` requests one.
 fn serve(mut socket: UnixStream, names: Option<OwnedFd>, work: &Work) {
     // For readers of process lists only, so errors do not matter.
     rustix::thread::set_name(NAME).ok();
     set_title(TITLE).ok();
     let mut started = Started(None);
-    let mut resolver = Resolver::new(names);
+    let mut resolvers = Resolvers::new(names);
     let mut request = [0];
-    while resolver.serve_until_request(&socket) && matches!(socket.read(&mut request), Ok(1)) {
+    while resolvers.serve_until_request(&socket) && matches!(socket.read(&mut request), Ok(1)) {
         let answered = match request[0] {
             OPEN_CONFIGURATION => open(work.configuration.as_deref(), config::open, &mut socket),
             OPEN_ACCESS_LOG => open(work.access_log.as_deref(), destination::open_file, &mut socket),

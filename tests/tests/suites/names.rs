@@ -1,5 +1,7 @@
 //! Names as backends: looked up at the start, when their time to live is over, and when connections fail.
 
+mod trouble;
+
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, TcpListener, TcpStream, UdpSocket};
@@ -27,6 +29,10 @@ const SECOND_V6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x172, 0x17, 0, 0, 0, 0, 3);
 
 /// An address of the containers' network where nobody is.
 const NOBODY: Ipv4Addr = Ipv4Addr::new(172, 17, 0, 99);
+
+/// A domain whose name server is [`SILENT_SERVER`].
+const SILENT_DOMAIN: &str = "silent";
+const SILENT_SERVER: &str = "127.0.0.1:5300";
 
 pub(crate) fn cases() -> Vec<Case> {
     let needs = &[
@@ -57,6 +63,12 @@ pub(crate) fn cases() -> Vec<Case> {
         case("a name is looked up again when somebody asks for that", renewed),
         case("a name of the other family than the source", other_family),
         case("what is not served is not complained about", complaints),
+        case("names of silent servers do not delay others", trouble::among_silent),
+        case("a name that has to resolve, and leads back", trouble::required_loop),
+        case("a resolver that is stopped is replaced", trouble::resolver_stopped),
+        case("a signal ends a process that waits for names", trouble::stopped_while_waiting),
+        case("a name is looked up when a mapping is added", trouble::added_again),
+        case("metrics and lists say which names do not resolve", trouble::measured),
     ]
 }
 
@@ -93,6 +105,8 @@ impl Stage {
             "--log-queries",
             "--local=/internal/",
         ]);
+        let silent = SILENT_SERVER.replace(':', "#");
+        dnsmasq.args([&format!("--server=/{SILENT_DOMAIN}/{silent}"), "--dns-forward-max=10000"]);
         dnsmasq.args(["--listen-address=127.0.0.1", "--bind-interfaces"]);
         dnsmasq.arg(format!("--local-ttl={ttl}")).arg(format!("--addn-hosts={}", names_file.display()));
         let dns = net.host.spawn(dnsmasq);

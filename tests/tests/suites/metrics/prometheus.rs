@@ -232,8 +232,10 @@ pub(super) fn documented() {
     let (config, log) = (dir.path().join("rproxy.toml"), dir.path().join("access"));
     let backend = TcpBackend::echo();
     let front = client::own_address();
-    let mapping =
-        format!("[[mapping]]\nhost = \"{front}\"\nto = \"{}\"\nproto = \"tcp+udp\"\n", backend.address());
+    let mapping = format!(
+        "[[mapping]]\nhost = \"{front}\"\nto = \"localhost:{}\"\nproto = \"tcp+udp\"\n",
+        backend.address().port()
+    );
     fs::write(&config, mapping).unwrap();
     let attach = format!("--attach=rproxy-tests/metrics/{}", std::process::id());
     let (config, log) = (config.to_str().unwrap(), log.to_str().unwrap());
@@ -258,11 +260,11 @@ pub(super) fn documented() {
     }
 }
 
-/// Of a mapping of TCP and UDP with a connection, which is the only one.
+/// Of a mapping of TCP and UDP with a connection and a name, which is the only one.
 fn assert_number_of_series(scrape: &Scrape) {
     let of_mapping =
         scrape.series().map(|(series, _value)| series).filter(|series| series.contains("mapping=\""));
-    let (mut counts, mut others) = ([0; 3], Vec::new());
+    let (mut counts, mut others) = ([0; 4], Vec::new());
     for series in of_mapping {
         let is_about = |words: [&str; 2]| words.iter().any(|word| series.contains(word));
         match () {
@@ -271,12 +273,15 @@ fn assert_number_of_series(scrape: &Scrape) {
             () if is_about(["_mapping_flows", "protocol=\"udp\""]) || series.contains("_datagrams_total") => {
                 counts[1] += 1
             }
+            () if series.contains("_mapping_name_") => counts[3] += 1,
             () => others.push(series),
         }
     }
     assert!(others.is_empty(), "{others:?}");
-    let [tcp, udp, connected] = counts;
-    let sentence = format!("{tcp} for TCP, {udp} for UDP, and {connected} more once a connection was made");
+    let [tcp, udp, connected, named] = counts;
+    let sentence = format!(
+        "{tcp} for TCP, {udp} for UDP, {named} for a name, and {connected} more once a connection was made"
+    );
     assert!(include_str!("../../../../docs/metrics.md").contains(&sentence), "{sentence}");
 }
 
