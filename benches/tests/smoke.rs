@@ -14,8 +14,8 @@ use testkit::suite::{self, Case};
 
 /// Every kind of workload, in the sizes that are most likely to fail.
 const WORKLOADS: &str = "tcp-bulk-8-up,tcp-bulk-8-down,tcp-rr-64,tcp-crr-64,tcp-get-256k-4,tcp-idle-200,udp-rr-64x8-64B,\
-                         udp-rr-1x64-1400B,udp-bulk-1400B-gso,udp-bulk-8-down,quic-down-2,quic-rr-4x8,start,footprint,scale-tcp-500,\
-                         scale-udp-500,scale-mappings-100";
+                         udp-rr-1x64-1400B,udp-bulk-1400B-gso,udp-bulk-8-down,quic-down-2,quic-rr-4x8,\
+                         start,footprint,scale-tcp-500,scale-udp-500,scale-mappings-100";
 
 fn main() -> ExitCode {
     let peers = ["ip", "docker-proxy", "haproxy", "nginx", "socat", "nft"].map(Need::Program);

@@ -158,3 +158,62 @@ impl From<ReadError> for LoadError {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::net::UdpSocket;
+    use std::sync::mpsc::{self, TryRecvError};
+    use std::thread;
+
+    use quinn::Incoming;
+
+    use super::*;
+    use crate::account::CpuTimes;
+    use crate::load::{quic_down, quic_rr};
+
+    async fn answer_all(incoming: Incoming, answer: &[u8]) -> Result<(), LoadError> {
+        let connection = incoming.await?;
+        loop {
+            let (mut send, mut recv) = connection.accept_bi().await?;
+            drop(recv.read_to_end(MESSAGE).await);
+            send.write_all(answer).await?;
+        }
+    }
+
+    /// Answers each request with `answer`, until `stop` is dropped.
+    async fn serve(socket: UdpSocket, answer: &'static [u8], stop: mpsc::Receiver<()>) {
+        let endpoint = quic::endpoint(socket, Some(quic::server().unwrap())).unwrap();
+        while stop.try_recv() == Err(TryRecvError::Empty) {
+            let Ok(Some(incoming)) = timeout(Duration::from_millis(50), endpoint.accept()).await else {
+                continue;
+            };
+            tokio::spawn(answer_all(incoming, answer));
+        }
+    }
+
+    /// Runs `load` against a server that gives this `answer`.
+    fn error_of(answer: &'static [u8], load: impl Fn(Target<'_>) -> Result<Values, LoadError>) -> LoadError {
+        let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
+        let address = socket.local_addr().unwrap();
+        let target =
+            Target { address, duration: Duration::from_secs(5), threads: 1, cpu: &CpuTimes::default };
+        let (stop, stopped) = mpsc::channel();
+        thread::scope(|scope| {
+            let runtime = runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            scope.spawn(move || runtime.block_on(serve(socket, answer, stopped)));
+            let result = load(target);
+            drop(stop);
+            result.unwrap_err()
+        })
+    }
+
+    #[test]
+    fn wrong_answers_are_found() {
+        for answer in [&[][..], &[0; MESSAGE], &[0; 2 * MESSAGE]] {
+            let down = error_of(answer, |target| quic_down(target, 1));
+            assert!(down.is_wrong(), "{} bytes: {down}", answer.len());
+            let rr = error_of(answer, |target| quic_rr(target, 1, 2));
+            assert!(rr.is_wrong(), "{} bytes: {rr}", answer.len());
+        }
+    }
+}
