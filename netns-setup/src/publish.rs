@@ -55,13 +55,15 @@ pub struct PortRequest {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Publication {
     host: HostIp,
-    spec: PublishSpec,
+    host_ports: HostPorts,
+    ports: PortRange,
+    protocols: Protocols,
 }
 
 impl Publication {
     /// The single ports, TCP first.
     pub fn requests(self) -> impl Iterator<Item = PortRequest> {
-        let Self { host, spec: PublishSpec { host_ports, ports, protocols, .. } } = self;
+        let Self { host, host_ports, ports, protocols } = self;
         protocols.iter().flat_map(move |proto| {
             let ports = ports.iter().enumerate();
             ports.map(move |(index, container_port)| {
@@ -85,7 +87,8 @@ impl FromStr for Publication {
         let names = Names::default();
         let spec = PublishSpec::parse(text, &names).map_err(|error| error.to_string())?;
         refuse_sctp(spec.protocols)?;
-        let host = match spec.host {
+        let PublishSpec { host, host_ports, ports, protocols } = spec;
+        let host = match host {
             None => HostIp::Any,
             Some(HostAddr::Ip(host)) => host_ip(host, &names)?,
             Some(HostAddr::Interface(name)) => {
@@ -93,8 +96,13 @@ impl FromStr for Publication {
                     "netns-setup publishes at addresses, and {name} is an interface; write an address, or have `rproxy -p` follow it"
                 ));
             }
+            Some(HostAddr::Unix(addr)) => {
+                return Err(format!(
+                    "netns-setup publishes at addresses, and {addr} is a Unix socket; write an address, or have `rproxy -p` listen there"
+                ));
+            }
         };
-        Ok(Self { host, spec })
+        Ok(Self { host, host_ports, ports, protocols })
     }
 }
 

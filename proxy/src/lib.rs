@@ -29,6 +29,7 @@ pub mod sandbox;
 pub mod state;
 pub mod systemd;
 
+pub(crate) mod accounts;
 pub mod log;
 pub mod loops;
 pub mod proxy_protocol;

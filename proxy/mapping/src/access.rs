@@ -22,15 +22,17 @@ impl AccessList {
     /// Whether a client at `ip` is served. An IPv4-mapped address counts as the IPv4 address, because IPv4 clients of a
     /// dual-stack socket appear in that form.
     pub fn admits(&self, ip: IpAddr) -> bool {
-        self.refusal(ip).is_none()
+        self.refusal(Some(ip)).is_none()
     }
 
-    /// Why a client at `ip` is refused, if it is.
-    pub fn refusal(&self, ip: IpAddr) -> Option<&'static str> {
+    /// Why a client at `ip` is refused, if it is. A client of a Unix socket has no address, which no network has either.
+    pub fn refusal(&self, ip: Option<IpAddr>) -> Option<&'static str> {
         if self.is_open() {
             return None;
         }
-        let ip = ip.to_canonical();
+        let Some(ip) = ip.map(|ip| ip.to_canonical()) else {
+            return (!self.allow.is_empty()).then_some("allow does not have it");
+        };
         let among = |networks: &[IpNet]| networks.iter().any(|network| network.contains(&ip));
         if among(&self.deny) {
             return Some("deny has it");
@@ -118,8 +120,8 @@ mod tests {
         let denied = list(&[], &["::ffff:10.0.0.0/104"]);
         assert!(!admits(&denied, "10.1.2.3") && !admits(&denied, "::ffff:10.1.2.3"));
         assert!(admits(&denied, "11.0.0.1") && admits(&denied, "::a00:1"));
-        assert_eq!(denied.refusal("10.1.2.3".parse().unwrap()), Some("deny has it"));
-        let others = list(&["::ffff:10.0.0.0/104"], &[]).refusal("11.0.0.1".parse().unwrap());
+        assert_eq!(denied.refusal("10.1.2.3".parse().ok()), Some("deny has it"));
+        let others = list(&["::ffff:10.0.0.0/104"], &[]).refusal("11.0.0.1".parse().ok());
         assert_eq!(others, Some("allow does not have it"));
         assert!(parse_network("::ffff:10.0.0.1/104").unwrap_err().contains("write 10.0.0.0/8"));
     }

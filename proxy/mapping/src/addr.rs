@@ -215,26 +215,48 @@ impl FromStr for ScopedIp {
 
 /// The address and port that clients connect to; port 0 asks the kernel for a free one.
 ///
-/// Its text forms are `0.0.0.0:80`, `[::]:80`, and netstat's `:::80`. An IPv4-mapped IPv6 address becomes the IPv4
-/// address.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct HostSocketAddr(SocketAddr);
+/// Its text forms are `0.0.0.0:80`, `[::]:80`, netstat's `:::80`, and `unix:/run/front.sock` for a Unix socket. An IPv4-mapped
+/// IPv6 address becomes the IPv4 address.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct HostSocketAddr(Place);
 
 impl HostSocketAddr {
     /// The host address with `ip` and `port`.
     pub fn new(ip: impl Into<ScopedIp>, port: u16) -> Self {
-        Self(ip.into().at(port))
+        Self(Place::Inet(ip.into().at(port)))
     }
 
-    /// The socket address to bind.
-    pub fn socket_addr(self) -> SocketAddr {
-        self.0
+    /// The IP address and port to bind; `None` for a Unix socket.
+    pub fn inet_addr(&self) -> Option<SocketAddr> {
+        match self.0 {
+            Place::Inet(addr) => Some(addr),
+            Place::Unix(_) => None,
+        }
+    }
+
+    /// The port to bind; `None` for a Unix socket.
+    pub fn port(&self) -> Option<u16> {
+        self.inet_addr().map(|addr| addr.port())
+    }
+
+    /// The Unix socket, if it is one.
+    pub fn unix_addr(&self) -> Option<&UnixAddr> {
+        match &self.0 {
+            Place::Inet(_) => None,
+            Place::Unix(addr) => Some(addr),
+        }
     }
 }
 
 impl From<SocketAddr> for HostSocketAddr {
     fn from(addr: SocketAddr) -> Self {
-        Self(canonical(addr))
+        Self(Place::Inet(canonical(addr)))
+    }
+}
+
+impl From<UnixAddr> for HostSocketAddr {
+    fn from(addr: UnixAddr) -> Self {
+        Self(Place::Unix(addr))
     }
 }
 
@@ -248,10 +270,20 @@ impl fmt::Display for HostSocketAddr {
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct BackendAddr(Place);
 
+/// An address of a socket, of any family that is relayed.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 enum Place {
     Inet(SocketAddr),
     Unix(UnixAddr),
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Inet(addr) => addr.fmt(f),
+            Self::Unix(addr) => addr.fmt(f),
+        }
+    }
 }
 
 impl BackendAddr {
@@ -331,10 +363,7 @@ impl TryFrom<SocketAddr> for BackendAddr {
 
 impl fmt::Display for BackendAddr {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.0 {
-            Place::Inet(addr) => addr.fmt(f),
-            Place::Unix(addr) => addr.fmt(f),
-        }
+        self.0.fmt(f)
     }
 }
 
@@ -363,11 +392,14 @@ pub enum AddrError {
     /// The address of a Unix socket is wrong.
     #[error(transparent)]
     Unix(#[from] UnixAddrError),
-    /// A Unix socket to listen on.
+    /// What looks like a Unix socket.
+    #[error("'{0}' is not an address; if it is a Unix socket, write unix:{0}")]
+    BareUnix(String),
+    /// A Unix socket that cannot be part of the name of a mapping.
     #[error(
-        "a Unix socket can be a backend, and not listened on; write an address and a port, as in 127.0.0.1:80"
+        "to listen on '{0}', write its path in letters, digits and ._:/+%#@[]-: it is the default name of its mapping"
     )]
-    UnixHost,
+    UnixHost(UnixAddr),
     /// Ports to listen on, without an address.
     #[error("the address is missing; write 0.0.0.0:{0}, or [::]:{0} for IPv6 too")]
     NoHostAddress(String),

@@ -136,6 +136,9 @@ impl BackendHost {
         if text.starts_with(unix::PREFIX) {
             return Ok(Self::Unix(text.parse()?));
         }
+        if let Ok(bare) = text.parse::<UnixAddr>() {
+            return Err(AddrError::BareUnix(bare.bare().to_owned()));
+        }
         match ScopedIp::parse(text, interfaces) {
             Ok(ip) => Ok(Self::Ip(ip)),
             // What contains one of these cannot be a name, and the error about an address helps.

@@ -11,19 +11,25 @@ use crate::interfaces::{Interfaces, NoInterfaces};
 use crate::ports::PortRange;
 use crate::unix;
 
-/// Where a mapping listens: `0.0.0.0:80`, `[::]:8000-8010`, netstat's `:::80`, `%eth0:80`; `127.0.0.1:0` for random ports.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Where a mapping listens: `0.0.0.0:80`, `[::]:8000-8010`, netstat's `:::80`, `%eth0:80`, `unix:/run/front.sock`;
+/// `127.0.0.1:0` for random ports.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostSpec {
-    /// The address that clients connect to, or the interface.
+    /// The address that clients connect to, the interface, or the Unix socket.
     pub host: HostAddr,
-    /// The ports that clients connect to; `None` for random ones.
+    /// The ports that clients connect to; `None` for random ones, [`PortRange::OF_UNIX`] of a Unix socket.
     pub ports: Option<PortRange>,
 }
 
 impl HostSpec {
-    /// Whether it requests `port` of `ip`, or may do so as an interface.
-    pub fn contains(&self, ip: ScopedIp, port: u16) -> bool {
-        self.host.ip().is_none_or(|own| own == ip) && self.ports.is_none_or(|ports| ports.contains(port))
+    /// Whether it requests `host`, or may do so as an interface.
+    pub fn contains(&self, host: &HostSocketAddr) -> bool {
+        let has_port = || host.port().is_some_and(|port| self.ports.is_none_or(|ports| ports.contains(port)));
+        match &self.host {
+            HostAddr::Ip(own) => host.inet_addr().is_some_and(|addr| *own == addr.into()) && has_port(),
+            HostAddr::Interface(_) => has_port(),
+            HostAddr::Unix(own) => host.unix_addr() == Some(own),
+        }
     }
 
     /// Parses any of the text forms. Interfaces are indexes, or names among `interfaces`.
@@ -37,7 +43,7 @@ impl HostSpec {
             return Err(AddrError::Star(ports.to_owned()));
         }
         if text.starts_with(unix::PREFIX) {
-            return Err(AddrError::UnixHost);
+            return Ok(Self { host: HostAddr::parse(text, interfaces)?, ports: Some(PortRange::OF_UNIX) });
         }
         let (host, ports) = match Parts::of(text, |text| HostAddr::parse(text, interfaces))? {
             Parts::Both(host, ports) => (host, ports),
@@ -53,9 +59,10 @@ impl HostSpec {
 
 impl fmt::Display for HostSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.ports {
-            Some(ports) => write!(f, "{}:{ports}", self.host),
-            None => write!(f, "{}:0", self.host),
+        match (&self.host, self.ports) {
+            (HostAddr::Unix(addr), _) => addr.fmt(f),
+            (host, Some(ports)) => write!(f, "{host}:{ports}"),
+            (host, None) => write!(f, "{host}:0"),
         }
     }
 }
@@ -79,7 +86,11 @@ impl FromStr for HostSocketAddr {
 
     fn from_str(text: &str) -> Result<Self, AddrError> {
         let HostSpec { host, ports } = text.parse()?;
-        let ip = host.ip().ok_or_else(|| AddrError::BadAddress(host.to_string()))?;
+        let ip = match host {
+            HostAddr::Ip(ip) => ip,
+            HostAddr::Unix(addr) => return Ok(addr.into()),
+            HostAddr::Interface(_) => return Err(AddrError::BadAddress(host.to_string())),
+        };
         Ok(Self::new(ip, ports.map_or(Ok(0), PortRange::one)?))
     }
 }

@@ -1,4 +1,4 @@
-//! Where a mapping listens: at an address, or at those that an interface has.
+//! Where a mapping listens: at an address, at those that an interface has, or at a Unix socket.
 
 use std::fmt;
 use std::str::FromStr;
@@ -6,6 +6,8 @@ use std::sync::Arc;
 
 use crate::addr::{AddrError, Protocols, ScopedIp};
 use crate::interfaces::{Interfaces, NoInterfaces};
+use crate::name::Name;
+use crate::unix::{self, UnixAddr};
 
 /// The most bytes of the name of an interface (`IFNAMSIZ` without the final zero, netdevice(7)).
 const LONGEST: usize = 15;
@@ -57,13 +59,16 @@ impl FromStr for InterfaceName {
 
 /// The host of a mapping, as asked for.
 ///
-/// Its text forms are those of [`ScopedIp`], and `%eth0` for an interface, or `eth0` where that cannot be anything else.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+/// Its text forms are those of [`ScopedIp`], `%eth0` for an interface, or `eth0` where that cannot be anything else, and
+/// `unix:/run/front.sock`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum HostAddr {
     /// An address.
     Ip(ScopedIp),
     /// All addresses that an interface has at a time.
     Interface(InterfaceName),
+    /// A Unix socket, which has no ports.
+    Unix(UnixAddr),
 }
 
 impl HostAddr {
@@ -75,30 +80,44 @@ impl HostAddr {
         if let Some(name) = text.strip_prefix('%') {
             return name.parse().map(Self::Interface);
         }
+        if text.starts_with(unix::PREFIX) {
+            return parse_unix(text).map(Self::Unix);
+        }
+        if let Ok(bare) = text.parse::<UnixAddr>() {
+            return Err(AddrError::BareUnix(bare.bare().to_owned()));
+        }
         match ScopedIp::parse(text, interfaces) {
             Err(AddrError::BadAddress(_)) if is_clearly_interface(text) => text.parse().map(Self::Interface),
             parsed => parsed.map(Self::Ip),
         }
     }
 
-    /// The address, unless it is an interface.
-    pub fn ip(self) -> Option<ScopedIp> {
+    /// The address, if it is one.
+    pub fn ip(&self) -> Option<ScopedIp> {
         match self {
-            Self::Ip(ip) => Some(ip),
-            Self::Interface(_) => None,
+            Self::Ip(ip) => Some(*ip),
+            Self::Interface(_) | Self::Unix(_) => None,
         }
     }
 
-    /// The interface, unless it is an address.
-    pub fn interface(self) -> Option<InterfaceName> {
+    /// The interface, if it is one.
+    pub fn interface(&self) -> Option<InterfaceName> {
         match self {
-            Self::Ip(_) => None,
-            Self::Interface(name) => Some(name),
+            Self::Interface(name) => Some(*name),
+            Self::Ip(_) | Self::Unix(_) => None,
+        }
+    }
+
+    /// The Unix socket, if it is one.
+    pub fn unix_addr(&self) -> Option<&UnixAddr> {
+        match self {
+            Self::Unix(addr) => Some(addr),
+            Self::Ip(_) | Self::Interface(_) => None,
         }
     }
 
     /// Whether it is all addresses, of one family or of both.
-    pub fn is_wildcard(self) -> bool {
+    pub fn is_wildcard(&self) -> bool {
         self.ip().is_some_and(ScopedIp::is_wildcard)
     }
 
@@ -106,8 +125,17 @@ impl HostAddr {
     ///
     /// # Errors
     /// [`AddrError::NoClient`]
-    pub fn ensure_connectable(self, protocols: Protocols) -> Result<(), AddrError> {
+    pub fn ensure_connectable(&self, protocols: Protocols) -> Result<(), AddrError> {
         self.ip().map_or(Ok(()), |ip| ip.ensure_connectable(protocols))
+    }
+}
+
+/// Parses a Unix socket to listen on, of which a mapping can have its name.
+fn parse_unix(text: &str) -> Result<UnixAddr, AddrError> {
+    let addr: UnixAddr = text.parse()?;
+    match addr.to_string().parse::<Name>() {
+        Ok(_name) => Ok(addr),
+        Err(_other_characters) => Err(AddrError::UnixHost(addr)),
     }
 }
 
@@ -137,6 +165,7 @@ impl fmt::Display for HostAddr {
         match self {
             Self::Ip(ip) => ip.fmt(f),
             Self::Interface(name) => write!(f, "%{name}"),
+            Self::Unix(addr) => addr.fmt(f),
         }
     }
 }
@@ -191,6 +220,9 @@ mod tests {
             ("abcdefghijklmno", "interface %abcdefghijklmno"),
             ("10.0.0.11", "10.0.0.11"),
             ("fe80::1%eth0", "[fe80::1%2]"),
+            ("unix:/run/front.sock", "unix:/run/front.sock"),
+            ("unix:///run/front.sock", "unix:/run/front.sock"),
+            ("unix:@front", "unix:@front"),
             ("[::]", "[::]"),
         ] {
             assert_eq!(parse(text).as_deref(), Ok(expected), "{text}");
@@ -211,6 +243,8 @@ mod tests {
             ("%a/b", "'a/b' is not the name"),
             ("%a b", "'a b' is not the name"),
             ("%abcdefghijklmnop", "at most 15"),
+            ("unix:front.sock", "write unix:/run/app.sock"),
+            ("unix:/run/käse.sock", "to listen on 'unix:/run/käse.sock', write its path in letters"),
         ] {
             let message = parse(text).expect_err(text);
             assert!(message.contains(part), "{text}: {message}");
@@ -219,7 +253,7 @@ mod tests {
 
     #[test]
     fn what_is_written_can_be_read_again() {
-        for text in ["%eth0", "%80", "[fe80::1%2]", "0.0.0.0"] {
+        for text in ["%eth0", "%80", "[fe80::1%2]", "0.0.0.0", "unix:/run/a:80"] {
             assert_eq!(text.parse::<HostAddr>().unwrap().to_string(), text);
         }
     }

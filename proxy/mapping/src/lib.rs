@@ -20,6 +20,7 @@ pub mod keepalive;
 pub mod limits;
 pub mod name;
 pub mod overlap;
+pub mod permissions;
 pub mod ports;
 pub mod proxy_protocol;
 pub mod publish;
@@ -41,11 +42,12 @@ use crate::limits::Limits;
 use crate::name::Name;
 use crate::ports::PortRange;
 use crate::source::{Source, SourceError};
+use crate::unix::UnixAddr;
 
 /// Host ports and the backend ports to which they are forwarded.
 ///
 /// Its text form is that of `-p` with all parts: `[::]:8080:80/tcp`. It does not contain the backend's address. A Unix socket
-/// has no ports: `[::]:8080:unix/tcp`.
+/// has no ports: `[::]:8080:unix/tcp`, `unix:/run/front.sock:80/tcp`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mapping {
     name: Option<Name>,
@@ -104,23 +106,28 @@ impl HostPorts {
 
 impl Mapping {
     /// Maps `host_ports` of `host` to `backend_ports` of `backend`. Without host ports, they are random. If there are
-    /// several host ports for one backend port, the first free one is used.
+    /// several host ports for one backend port, the first free one is used. A Unix socket has
+    /// [`PortRange::OF_UNIX`].
     ///
     /// # Errors
-    /// [`MappingError`] if the ranges do not fit, if an interface would have to choose ports, if clients cannot connect to
-    /// the host address, or if the backend's address is not that of one machine.
+    /// [`MappingError`] if the ranges do not fit, if an interface would have to choose ports, if a Unix socket gets ports or
+    /// another protocol than TCP, or if the backend's address is not that of one machine.
     pub fn new(
         protocols: Protocols,
         (host, host_ports): (HostAddr, Option<PortRange>),
         (backend, backend_ports): (BackendHost, PortRange),
     ) -> Result<Self, MappingError> {
+        if host.unix_addr().is_some() {
+            refuse_at_unix(protocols, host_ports, backend_ports)?;
+        }
         let host_ports = HostPorts::new(host_ports, backend_ports)?;
-        if let (HostAddr::Interface(name), HostPorts::FirstFree(_) | HostPorts::Random) = (host, host_ports) {
-            return Err(MappingError::InterfacePorts(name));
+        if let (HostAddr::Interface(name), HostPorts::FirstFree(_) | HostPorts::Random) = (&host, host_ports)
+        {
+            return Err(MappingError::InterfacePorts(*name));
         }
         match backend {
             BackendHost::Unix(_) if protocols != Protocols::One(Protocol::Tcp) => {
-                return Err(MappingError::NotToUnix(protocols));
+                return Err(MappingError::NotByUnix(protocols));
             }
             BackendHost::Unix(_) if backend_ports != PortRange::OF_UNIX => {
                 return Err(MappingError::NotOfUnix("ports".to_owned()));
@@ -149,7 +156,7 @@ impl Mapping {
     /// [`MappingError::V6Only`] for any other host address, for which this has no meaning.
     pub fn v6only(mut self) -> Result<Self, MappingError> {
         if self.host != ScopedIp::ANY {
-            return Err(MappingError::V6Only(self.host));
+            return Err(MappingError::V6Only(self.host.clone()));
         }
         self.v6only = true;
         Ok(self)
@@ -166,8 +173,9 @@ impl Mapping {
     /// Returns the mapping with these limits.
     ///
     /// # Errors
-    /// [`MappingError::Source`] if their source address cannot reach the backend, [`MappingError::NotOfSctp`] and
-    /// [`MappingError::NotOfUnix`].
+    /// [`MappingError::Source`] if their source address cannot reach the backend, [`MappingError::NotOfSctp`],
+    /// [`MappingError::NotOfUnix`] and [`MappingError::NotAtUnix`], and [`MappingError::NoFile`] if there is no file whose
+    /// permissions could be set.
     pub fn limited(mut self, limits: Limits) -> Result<Self, MappingError> {
         if self.protocols.contains(Protocol::Sctp)
             && let Some(option) = limits.not_of_sctp()
@@ -176,6 +184,12 @@ impl Mapping {
         }
         if let (BackendHost::Unix(_), Some(option)) = (&self.backend, limits.not_of_unix()) {
             return Err(MappingError::NotOfUnix(option));
+        }
+        if let (HostAddr::Unix(_), Some(option)) = (&self.host, limits.not_at_unix()) {
+            return Err(MappingError::NotAtUnix(option));
+        }
+        if limits.socket.is_some() && self.host.unix_addr().and_then(UnixAddr::path).is_none() {
+            return Err(MappingError::NoFile(self.host.clone()));
         }
         if let (Source::Address(ip), BackendHost::Ip(backend)) = (limits.source, &self.backend)
             && !limits.source.reaches(backend.ip())
@@ -202,7 +216,7 @@ impl Mapping {
     /// # Errors
     /// Those of [`Mapping::new`].
     pub fn retargeted(&self, backend: BackendHost, backend_ports: PortRange) -> Result<Self, MappingError> {
-        let host = (self.host, self.host_ports.range());
+        let host = (self.host.clone(), self.host_ports.range());
         let retargeted =
             Self::new(self.protocols, host, (backend, backend_ports))?.limited(self.limits.clone())?;
         Ok(Self { name: self.name.clone(), v6only: self.v6only, at: self.at.clone(), ..retargeted })
@@ -247,8 +261,8 @@ impl Mapping {
     }
 
     /// Where clients connect to, as asked for.
-    pub fn host(&self) -> HostAddr {
-        self.host
+    pub fn host(&self) -> &HostAddr {
+        &self.host
     }
 
     /// The interface whose addresses clients connect to, if it was asked for.
@@ -256,11 +270,12 @@ impl Mapping {
         self.host.interface()
     }
 
-    /// The addresses that clients connect to: one, or as many as the interface has, as far as known.
+    /// The addresses that clients connect to: one, or as many as the interface has, as far as known; none of a Unix socket.
     pub fn addresses(&self) -> &[ScopedIp] {
         match &self.host {
             HostAddr::Ip(ip) => std::slice::from_ref(ip),
             HostAddr::Interface(_) => &self.at.0,
+            HostAddr::Unix(_) => &[],
         }
     }
 
@@ -304,7 +319,8 @@ impl Mapping {
 
     /// The number of sockets it listens on.
     pub fn sockets(&self) -> usize {
-        self.addresses().len() * self.sockets_per_address()
+        let places = if self.host.unix_addr().is_some() { 1 } else { self.addresses().len() };
+        places * self.sockets_per_address()
     }
 
     /// The number of sockets that it listens on at each address.
@@ -314,7 +330,13 @@ impl Mapping {
 
     /// Its single ports: address by address, of each TCP first. The host port is 0 if it is not chosen yet.
     pub fn port_mappings(&self) -> impl Iterator<Item = PortMapping> {
-        self.addresses().iter().flat_map(|ip| self.port_mappings_at(*ip))
+        let at_unix = self.host.unix_addr().map(|addr| PortMapping {
+            protocol: Protocol::Tcp,
+            host: addr.clone().into(),
+            backend: self.backend.at(self.backend_ports.first()),
+            v6only: false,
+        });
+        at_unix.into_iter().chain(self.addresses().iter().flat_map(|ip| self.port_mappings_at(*ip)))
     }
 
     /// Its single ports at one of its addresses.
@@ -355,10 +377,26 @@ impl fmt::Display for Mapping {
         let Self { host, host_ports, protocols, .. } = self;
         let backend = self.backend_part();
         match host_ports.range() {
+            _ if host.unix_addr().is_some() => write!(f, "{host}:{backend}/{protocols}"),
             Some(range) => write!(f, "{host}:{range}:{backend}/{protocols}"),
             None => write!(f, "{host}::{backend}/{protocols}"),
         }
     }
+}
+
+/// Refuses what a mapping cannot have that listens on a Unix socket.
+fn refuse_at_unix(
+    protocols: Protocols,
+    host_ports: Option<PortRange>,
+    backend_ports: PortRange,
+) -> Result<(), MappingError> {
+    if protocols != Protocols::One(Protocol::Tcp) {
+        return Err(MappingError::NotByUnix(protocols));
+    }
+    if host_ports != Some(PortRange::OF_UNIX) {
+        return Err(MappingError::PortsAtUnix);
+    }
+    if backend_ports.is_single() { Ok(()) } else { Err(MappingError::SeveralAtUnix(backend_ports)) }
 }
 
 /// Why a mapping is not valid. The message suggests a correction.
@@ -390,11 +428,27 @@ pub enum MappingError {
     /// The source address cannot reach the backend.
     #[error(transparent)]
     Source(#[from] SourceError),
-    /// A protocol that cannot be relayed to a Unix socket.
-    #[error("only tcp can be relayed to a Unix socket, and not {0}")]
-    NotToUnix(Protocols),
+    /// A protocol that cannot be relayed to or from a Unix socket.
+    #[error("only tcp can be relayed to or from a Unix socket, and not {0}")]
+    NotByUnix(Protocols),
+    /// Ports at a Unix socket.
+    #[error("a Unix socket has no ports to listen on; leave them out")]
+    PortsAtUnix,
+    /// Several backend ports for a Unix socket.
+    #[error(
+        "a Unix socket stands for one port of the backend, and not for {0}; give each port a socket of its own"
+    )]
+    SeveralAtUnix(PortRange),
+    /// An option that a mapping at a Unix socket cannot have.
+    #[error("a mapping that listens on a Unix socket has no {0}; have it for other mappings alone")]
+    NotAtUnix(&'static str),
+    /// Permissions without a file.
+    #[error(
+        "socket_mode, socket_user and socket_group are for the file of a Unix socket, and the host {0} has none"
+    )]
+    NoFile(HostAddr),
     /// An option that a connection to a Unix socket cannot have.
-    #[error("a connection to a Unix socket has no {0}; leave it out for this mapping")]
+    #[error("a connection to a Unix socket has no {0}; have it for other mappings alone")]
     NotOfUnix(String),
     /// An option that SCTP cannot have.
     #[error("sctp has no {0}; leave it out for this mapping, or relay tcp")]
@@ -464,7 +518,7 @@ mod tests {
     fn ports_that_are_yet_to_be_chosen_are_zero() {
         for host_ports in ["", "8000-8010"] {
             let mapping = mapping("10.0.0.11", host_ports, "10.0.0.1", "80").unwrap();
-            assert!(mapping.port_mappings().all(|port_mapping| port_mapping.host.socket_addr().port() == 0));
+            assert!(mapping.port_mappings().all(|port_mapping| port_mapping.host.port() == Some(0)));
             assert_eq!(mapping.sockets(), 2);
         }
     }
@@ -477,6 +531,33 @@ mod tests {
         assert_eq!(after.to_string(), "[::]:80:8080/tcp+udp");
         assert_eq!(after.name().to_string(), "web");
         assert!(after.is_v6only());
+    }
+
+    fn at_unix(proto: &str, ports: Option<PortRange>, to_ports: &str) -> Result<Mapping, MappingError> {
+        let (host, backend) = ("unix:/run/front.sock".parse().unwrap(), "10.0.0.1".parse().unwrap());
+        Mapping::new(proto.parse().unwrap(), (host, ports), (backend, to_ports.parse().unwrap()))
+    }
+
+    #[test]
+    fn a_unix_socket_stands_for_one_port() {
+        let mapping = at_unix("tcp", Some(PortRange::OF_UNIX), "80").unwrap();
+        let sockets: Vec<_> = mapping.port_mappings().map(|port_mapping| port_mapping.to_string()).collect();
+        assert_eq!(sockets, ["unix:/run/front.sock/tcp -> 10.0.0.1:80"]);
+        assert_eq!((mapping.sockets(), mapping.addresses().len()), (1, 0));
+        assert_eq!(mapping.to_string(), "unix:/run/front.sock:80/tcp");
+        assert_eq!(mapping.name().as_str(), "unix:/run/front.sock");
+        let one = Some(PortRange::OF_UNIX);
+        for (refused, part) in [
+            (at_unix("udp", one, "80"), "only tcp"),
+            (at_unix("tcp+udp", one, "80"), "only tcp"),
+            (at_unix("sctp", one, "80"), "only tcp"),
+            (at_unix("tcp", "80".parse().ok(), "80"), "no ports to listen on"),
+            (at_unix("tcp", None, "80"), "no ports to listen on"),
+            (at_unix("tcp", one, "80-81"), "not for 80-81"),
+        ] {
+            let message = refused.unwrap_err().to_string();
+            assert!(message.contains(part), "{message}");
+        }
     }
 
     #[test]

@@ -2,12 +2,14 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::access::AccessList;
 use crate::dscp::Dscp;
 use crate::keepalive::Keepalive;
-use crate::proxy_protocol::ProxyProtocol;
+use crate::permissions::SocketPermissions;
+use crate::proxy_protocol::{ProxyPeers, ProxyProtocol};
 use crate::rate::Rate;
 use crate::source::{Device, Source};
 
@@ -58,6 +60,9 @@ pub struct Limits {
     pub access_log: bool,
     /// Whether the host address is bound even if this machine does not have it yet (`IP_FREEBIND`, ip(7)).
     pub freebind: bool,
+    /// Who may connect to the Unix socket that the mapping listens on; `None` for its owner. On the heap, because few
+    /// mappings have one.
+    pub socket: Option<Arc<SocketPermissions>>,
     /// The clients to serve. Connections of others are reset, and their datagrams are dropped.
     pub access: AccessList,
 }
@@ -85,6 +90,7 @@ impl Default for Limits {
             require_resolved: false,
             access_log: true,
             freebind: false,
+            socket: None,
             access: AccessList::default(),
         }
     }
@@ -108,6 +114,20 @@ impl Limits {
     pub(crate) fn not_of_unix(&self) -> Option<String> {
         let source = (self.source != Source::Auto).then(|| format!("source = {}", self.source));
         source.or_else(|| self.device.as_ref().map(|device| format!("device = {device}")))
+    }
+
+    /// The first of the options that a mapping cannot have which listens on a Unix socket: its clients have no addresses,
+    /// unless a proxy tells them.
+    pub(crate) fn not_at_unix(&self) -> Option<&'static str> {
+        let (proxy, tells_clients) = (&self.proxy_protocol, self.proxy_protocol.expects_header(None));
+        let is_network = |peers: &ProxyPeers| *peers != ProxyPeers::Unix;
+        let asked = [
+            (self.freebind, "freebind"),
+            (self.source.is_client() && !tells_clients, "source = client"),
+            (!self.access.is_open() && !tells_clients, "allow and deny"),
+            (proxy.accept.iter().any(is_network), "networks in accept_proxy, where \"unix\" stands for all"),
+        ];
+        asked.into_iter().find_map(|(is_asked, option)| is_asked.then_some(option))
     }
 
     /// The same without what a mapping of SCTP cannot have.

@@ -20,12 +20,14 @@ pub struct Name(Arc<str>);
 
 impl Name {
     /// The default name of a mapping, derived from where clients connect: `8080/tcp` on all addresses,
-    /// `10.0.0.11:8080/tcp` on one, `%eth0:8080/tcp` on those of an interface. If the host port is not chosen yet, the
-    /// backend port distinguishes mappings: `random:80/tcp`, `8000-8010:80/tcp`, and `random:unix/tcp` if it has none.
+    /// `10.0.0.11:8080/tcp` on one, `%eth0:8080/tcp` on those of an interface, `unix:/run/front.sock` at a Unix socket. If the
+    /// host port is not chosen yet, the backend port distinguishes mappings: `random:80/tcp`, `8000-8010:80/tcp`, and
+    /// `random:unix/tcp` if it has none.
     pub fn of(mapping: &Mapping) -> Self {
         let host = match mapping.host() {
             HostAddr::Ip(ScopedIp::ANY) if !mapping.is_v6only() => String::new(),
             HostAddr::Ip(ScopedIp::ANY_V4) => String::new(),
+            HostAddr::Unix(addr) => return Self(addr.to_string().into()),
             one => format!("{one}:"),
         };
         let (backend, protocols) = (mapping.backend_part(), mapping.protocols());
@@ -37,7 +39,7 @@ impl Name {
     }
 
     /// The name of a port that a container runtime's process has attached: `docker/tcp/0.0.0.0:8080`.
-    pub fn attached(protocol: Protocol, host: HostSocketAddr) -> Self {
+    pub fn attached(protocol: Protocol, host: &HostSocketAddr) -> Self {
         Self(format!("{ATTACHED}{protocol}/{host}").into())
     }
 
@@ -136,7 +138,7 @@ mod tests {
             (Protocol::Tcp, "0.0.0.0:8080", "docker/tcp/0.0.0.0:8080"),
             (Protocol::Udp, "[::]:53", "docker/udp/[::]:53"),
         ] {
-            let name = Name::attached(protocol, host.parse().unwrap());
+            let name = Name::attached(protocol, &host.parse().unwrap());
             assert_eq!(name.as_str(), expected);
             assert_eq!(expected.parse(), Ok(name));
             assert_eq!(Name::given(expected), Err(NameError::Reserved));

@@ -3,9 +3,10 @@
 use std::collections::HashMap;
 use std::fmt;
 
-use crate::addr::{Protocol, ScopedIp};
+use crate::addr::{HostSocketAddr, Protocol, ScopedIp};
 use crate::host::{HostAddr, InterfaceName};
 use crate::ports::PortRange;
+use crate::unix::UnixAddr;
 use crate::{HostPorts, Mapping, PortMapping};
 
 /// Two mappings of a set that cannot both be bound.
@@ -15,7 +16,7 @@ pub struct Overlap {
     pub first: usize,
     /// The index of the conflicting mapping.
     pub second: usize,
-    /// The lowest port that both claim.
+    /// The lowest port that both claim; no matter which at a Unix socket.
     pub port: u16,
 }
 
@@ -42,7 +43,7 @@ pub fn overlaps<'a>(mappings: impl IntoIterator<Item = &'a Mapping>) -> Vec<Over
     }
     for protocol in Protocol::ALL {
         for wide in [BindScope::All, BindScope::AllV4, BindScope::AllV6] {
-            let Some(others) = taken.get(&(protocol, wide)) else { continue };
+            let Some(others) = taken.get(&(protocol, wide.clone())) else { continue };
             let covered = taken
                 .iter()
                 .filter(|((of, place), _wanted)| *of == protocol && place.covered_by().contains(&wide));
@@ -59,10 +60,8 @@ pub fn overlaps<'a>(mappings: impl IntoIterator<Item = &'a Mapping>) -> Vec<Over
 
 /// Whether two bindings of the same port and protocol exclude each other.
 pub fn exclude_each_other(one: &PortMapping, other: &PortMapping) -> bool {
-    let place = |port_mapping: &PortMapping| {
-        BindScope::of(port_mapping.host.socket_addr().into(), port_mapping.v6only)
-    };
-    let (one, other) = (place(one), place(other));
+    let [one, other] =
+        [one, other].map(|port_mapping| BindScope::of_socket(&port_mapping.host, port_mapping.v6only));
     one == other || one.covered_by().contains(&other) || other.covered_by().contains(&one)
 }
 
@@ -74,7 +73,7 @@ fn sort(wanted: &mut [Wanted]) {
 }
 
 /// The addresses on which a mapping listens.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum BindScope {
     /// Every address.
     All,
@@ -86,6 +85,8 @@ pub enum BindScope {
     One(ScopedIp),
     /// Whatever addresses an interface has.
     Interface(InterfaceName),
+    /// A Unix socket.
+    Unix(UnixAddr),
 }
 
 impl BindScope {
@@ -99,10 +100,23 @@ impl BindScope {
         }
     }
 
+    /// The scope of a socket that is bound to `host`.
+    pub fn of_socket(host: &HostSocketAddr, v6only: bool) -> Self {
+        match (host.inet_addr(), host.unix_addr()) {
+            (None, Some(addr)) => Self::Unix(addr.clone()),
+            (addr, _) => Self::of(addr.map_or(ScopedIp::ANY, ScopedIp::from), v6only),
+        }
+    }
+
     /// The scopes of a mapping. One of an interface has that of the interface, and those of its addresses, as far as known.
     fn all_of(mapping: &Mapping) -> impl Iterator<Item = Self> {
         let ones = mapping.addresses().iter().map(|ip| Self::of(*ip, mapping.is_v6only()));
-        mapping.interface().map(Self::Interface).into_iter().chain(ones)
+        let whole = match mapping.host() {
+            HostAddr::Ip(_) => None,
+            HostAddr::Interface(name) => Some(Self::Interface(*name)),
+            HostAddr::Unix(addr) => Some(Self::Unix(addr.clone())),
+        };
+        whole.into_iter().chain(ones)
     }
 
     /// The scopes that receive what is sent to `ip`, an address of this machine, the most specific first.
@@ -111,9 +125,9 @@ impl BindScope {
     }
 
     /// The other scopes that conflict with this one.
-    fn covered_by(self) -> &'static [Self] {
+    fn covered_by(&self) -> &'static [Self] {
         match self {
-            Self::All => &[],
+            Self::All | Self::Unix(_) => &[],
             Self::AllV4 | Self::AllV6 => &[Self::All],
             // Its addresses may be of either family.
             Self::Interface(_) => &[Self::All, Self::AllV4, Self::AllV6],
@@ -180,6 +194,13 @@ impl OverlapError {
 impl fmt::Display for OverlapError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { mapping, other, port } = self;
+        if mapping.host().unix_addr().is_some() {
+            return write!(
+                f,
+                "its socket is that of the mapping {} ({other}); choose another path",
+                other.name()
+            );
+        }
         write!(f, "port {port} is taken by the mapping {} ({other})", other.name())?;
         match (mapping.host(), other.host()) {
             (HostAddr::Ip(ScopedIp::ANY), HostAddr::Ip(ip))
@@ -225,6 +246,11 @@ mod tests {
     use super::*;
 
     fn mapping(text: &str) -> Mapping {
+        if text.starts_with("unix:") {
+            let host = (text.parse().unwrap(), Some(PortRange::OF_UNIX));
+            let backend = ("192.0.2.1".parse().unwrap(), PortRange::OF_UNIX);
+            return Mapping::new("tcp".parse().unwrap(), host, backend).unwrap();
+        }
         let (host, rest) = text.rsplit_once(':').unwrap();
         let (ports, proto) = rest.split_once('/').unwrap();
         let ports: PortRange = ports.parse().unwrap();
@@ -280,9 +306,23 @@ mod tests {
             );
         }
         assert!(message(&none, "%eth0:80/tcp").unwrap_err().contains("choose another port"));
-        for other in ["%eth1:80/tcp", "10.0.0.2:80/tcp", "10.0.0.1:80/udp", "0.0.0.0:81/tcp"] {
+        for other in
+            ["%eth1:80/tcp", "unix:/run/a.sock", "10.0.0.2:80/tcp", "10.0.0.1:80/udp", "0.0.0.0:81/tcp"]
+        {
             assert_eq!(message(&both, other), Ok(()), "{other}");
         }
+    }
+
+    #[test]
+    fn a_unix_socket_overlaps_itself_alone() {
+        for other in ["unix:/run/b.sock", "unix:@a", "[::]:1/tcp", "%eth0:1/tcp"] {
+            assert!(!overlap("unix:/run/a.sock", other), "{other}");
+        }
+        let message = refuse_overlap(&[mapping("unix:/run/a.sock"), mapping("unix:/run/a.sock")]);
+        assert_eq!(
+            message.unwrap_err().to_string(),
+            "its socket is that of the mapping unix:/run/a.sock (unix:/run/a.sock:1/tcp); choose another path"
+        );
     }
 
     #[test]

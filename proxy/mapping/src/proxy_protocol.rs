@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use ipnet::IpNet;
 
+use crate::access::parse_network;
+
 /// What a mapping tells its backend about a client, and whom it believes what they tell about theirs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProxyProtocol {
@@ -16,8 +18,8 @@ pub struct ProxyProtocol {
     pub send: Option<ProxyVersion>,
     /// Which datagrams of a flow begin with a header.
     pub send_udp: ProxyDatagrams,
-    /// Peers in these networks have to send a header; its address is that of the client.
-    pub accept: Vec<IpNet>,
+    /// These peers have to send a header; its address is that of the client.
+    pub accept: Vec<ProxyPeers>,
     /// The maximum time for the header of a connection to arrive.
     pub timeout: Duration,
 }
@@ -48,10 +50,44 @@ impl ProxyProtocol {
         self.send.is_some() || !self.accept.is_empty()
     }
 
-    /// Whether a peer at `ip` has to send a header. An IPv4-mapped address counts as the IPv4 address.
-    pub fn expects_header(&self, ip: IpAddr) -> bool {
-        let ip = ip.to_canonical();
-        self.accept.iter().any(|network| network.contains(&ip))
+    /// Whether a peer at `ip` has to send a header, or without an address, one of a Unix socket. An IPv4-mapped address counts
+    /// as the IPv4 address.
+    pub fn expects_header(&self, ip: Option<IpAddr>) -> bool {
+        let ip = ip.map(|ip| ip.to_canonical());
+        self.accept.iter().any(|peers| match (peers, ip) {
+            (ProxyPeers::Network(network), Some(ip)) => network.contains(&ip),
+            (ProxyPeers::Unix, None) => true,
+            _ => false,
+        })
+    }
+}
+
+/// Peers that are proxies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProxyPeers {
+    /// Those with an address in a network.
+    Network(IpNet),
+    /// Those that connect to a Unix socket.
+    Unix,
+}
+
+/// The text of [`ProxyPeers::Unix`].
+const UNIX: &str = "unix";
+
+impl fmt::Display for ProxyPeers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Network(network) => network.fmt(f),
+            Self::Unix => f.write_str(UNIX),
+        }
+    }
+}
+
+impl FromStr for ProxyPeers {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text == UNIX { Ok(Self::Unix) } else { parse_network(text).map(Self::Network) }
     }
 }
 
@@ -129,10 +165,10 @@ mod tests {
             accept: vec!["10.0.0.0/8".parse().unwrap(), "fd00::/8".parse().unwrap()],
             ..ProxyProtocol::default()
         };
-        let expects = |ip: &str| proxies.expects_header(ip.parse().unwrap());
+        let expects = |ip: &str| proxies.expects_header(Some(ip.parse().unwrap()));
         assert!(expects("10.1.2.3") && expects("::ffff:10.1.2.3") && expects("fd00::1"));
         assert!(!expects("11.1.2.3") && !expects("::ffff:11.1.2.3") && !expects("fe80::1"));
-        assert!(!ProxyProtocol::default().expects_header("10.1.2.3".parse().unwrap()));
+        assert!(!ProxyProtocol::default().expects_header("10.1.2.3".parse().ok()));
     }
 
     #[test]

@@ -8,14 +8,14 @@ use crate::backend::BackendHost;
 use crate::host::HostAddr;
 use crate::interfaces::{Interfaces, NoInterfaces};
 use crate::ports::{PortError, PortRange};
-use crate::{HostPorts, Mapping, MappingError};
+use crate::{HostPorts, Mapping, MappingError, refuse_at_unix, unix};
 
 /// Backend ports, and where to publish them on this machine.
 ///
 /// The forms are those of `docker run --publish` (docker/go-connections, `nat/parse.go`): `80`,
 /// `8080:80`, `10.0.0.11:8080:80`, `10.0.0.11::80`, `[::1]:8080:80`, each port also as a range, each form
-/// with `/udp`, `/sctp`, `/tcp+udp` or the older `:udp`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// with `/udp`, `/sctp`, `/tcp+udp` or the older `:udp`; and `unix:/run/front.sock:80`.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PublishSpec {
     /// The address that clients connect to, or the interface; `None` for every address of the machine.
     pub host: Option<HostAddr>,
@@ -42,25 +42,39 @@ impl PublishSpec {
     /// # Errors
     /// [`SpecError`], which names the part at fault.
     pub fn parse(spec: &str, interfaces: &dyn Interfaces) -> Result<Self, SpecError> {
+        if spec.starts_with(unix::PREFIX) {
+            return Self::parse_at_unix(spec, interfaces);
+        }
         let (rest, protocols) = split_protocols(spec)?;
         let (address, rest) = split_address(rest)?;
         let host = address.map(|address| HostAddr::parse(address, interfaces)).transpose();
         let host = host.map_err(|error| error.before_ports(&format!("{rest}/{protocols}")))?;
-        host.map_or(Ok(()), |host| host.ensure_connectable(protocols))?;
-        let (host_ports, ports) = match (rest.rsplit_once(':'), host) {
+        host.as_ref().map_or(Ok(()), |host| host.ensure_connectable(protocols))?;
+        let (host_ports, ports) = match (rest.rsplit_once(':'), &host) {
             (Some((host_ports, ports)), _) => (host_ports, ports),
             (None, None) => ("", rest),
             (None, Some(host)) => return Err(no_host_port(host, rest, protocols)),
         };
-        if let (None, Some(host)) = (host, clearly_address(host_ports)) {
+        if let (None, Some(host)) = (&host, clearly_address(host_ports)) {
             host.ensure_connectable(protocols)?;
-            return Err(no_host_port(host, ports, protocols));
+            return Err(no_host_port(&host, ports, protocols));
         }
         // Docker also treats 0 as a random port.
         let is_random = matches!(host_ports, "" | "0");
         let host_ports = if is_random { None } else { Some(host_ports.parse()?) };
         let ports = ports.parse()?;
         Ok(Self { host, host_ports: HostPorts::new(host_ports, ports)?, ports, protocols })
+    }
+
+    /// Parses `unix:/run/front.sock:80/tcp`. The port is behind the last colon, because a path may contain some.
+    fn parse_at_unix(spec: &str, interfaces: &dyn Interfaces) -> Result<Self, SpecError> {
+        let no_port = || SpecError::NoPort(spec.to_owned());
+        let (host, rest) = spec[unix::PREFIX.len()..].rsplit_once(':').ok_or_else(no_port)?;
+        let (ports, protocols) = split_protocols(rest)?;
+        let host = HostAddr::parse(&format!("{}{host}", unix::PREFIX), interfaces)?;
+        let (host_ports, ports) = (HostPorts::Exactly(PortRange::OF_UNIX), ports.parse()?);
+        refuse_at_unix(protocols, host_ports.range(), ports)?;
+        Ok(Self { host: Some(host), host_ports, ports, protocols })
     }
 }
 
@@ -72,6 +86,7 @@ impl fmt::Display for PublishSpec {
             write!(f, "{host}:")?;
         }
         match (host, host_ports.range()) {
+            (Some(HostAddr::Unix(_)), _) => {}
             (_, Some(host_ports)) => write!(f, "{host_ports}:")?,
             (Some(_), None) => f.write_str(":")?,
             (None, None) => {}
@@ -97,9 +112,9 @@ fn clearly_address(text: &str) -> Option<HostAddr> {
 }
 
 /// The error for an address with only one port, or the error of that port.
-fn no_host_port(address: HostAddr, ports: &str, protocols: Protocols) -> SpecError {
+fn no_host_port(address: &HostAddr, ports: &str, protocols: Protocols) -> SpecError {
     match ports.parse() {
-        Ok(ports) => SpecError::NoHostPort { address, ports, protocols },
+        Ok(ports) => SpecError::NoHostPort { address: address.clone(), ports, protocols },
         Err(error) => SpecError::Port(error),
     }
 }
@@ -190,6 +205,9 @@ pub enum SpecError {
         /// The protocols.
         protocols: Protocols,
     },
+    /// A Unix socket without a port.
+    #[error("which port of the backend? write it behind the Unix socket, as in {0}:80")]
+    NoPort(String),
     /// The opening bracket of an IPv6 address has no closing one.
     #[error("'{0}' has no closing bracket; write an IPv6 address as in [::1]:8080:80")]
     NoBracket(String),
@@ -244,6 +262,9 @@ mod tests {
             ("8000-8010:80", "8000-8010:80/tcp"),
             ("8000-8010", "8000-8010/tcp"),
             ("%eth0:8080:80", "%eth0:8080:80/tcp"),
+            ("unix:/run/front.sock:80", "unix:/run/front.sock:80/tcp"),
+            ("unix:/run/a:1/b:80/tcp", "unix:/run/a:1/b:80/tcp"),
+            ("unix:@front:80", "unix:@front:80/tcp"),
             ("eth0:8000-8001:80-81/udp", "%eth0:8000-8001:80-81/udp"),
         ] {
             assert_eq!(spec(text).as_deref(), Ok(expected), "{text}");
@@ -290,6 +311,10 @@ mod tests {
             ("eth0:80", "'eth0' is not a port"),
             ("%a/b:80:80", "'b:80:80' is not a protocol"),
             ("[::1]80", "write [[ADDRESS:]"),
+            ("unix:/run/front.sock", "as in unix:/run/front.sock:80"),
+            ("unix:/run/front.sock:80/udp", "only tcp can be relayed to or from a Unix socket"),
+            ("unix:/run/front.sock:80-81", "stands for one port of the backend, and not for 80-81"),
+            ("unix:front.sock:80", "write unix:/run/app.sock"),
             ("[::1]:", "write [[ADDRESS:]"),
             ("::1:80:80", "needs brackets"),
         ] {
@@ -307,7 +332,7 @@ mod tests {
     }
 
     fn any_spec() -> impl Strategy<Value = PublishSpec> {
-        let hosts = vec!["[::]", "0.0.0.0", "10.0.0.11", "[::1]", "[fe80::1%1]"];
+        let hosts = vec!["[::]", "0.0.0.0", "10.0.0.11", "[::1]", "[fe80::1%1]", "%eth0"];
         let host = proptest::option::of(proptest::sample::select(hosts));
         let range = (1..=u16::MAX, 0..20_u16)
             .prop_map(|(first, more)| PortRange::new(first, first.saturating_add(more)).unwrap());

@@ -12,7 +12,7 @@ use crate::access::{AccessList, parse_network};
 use crate::keepalive::{Keepalive, Probes};
 use crate::limits::{Limits, OnLimit};
 use crate::ports::PortRange;
-use crate::proxy_protocol::{ProxyDatagrams, ProxyProtocol, ProxyVersion};
+use crate::proxy_protocol::{ProxyDatagrams, ProxyPeers, ProxyProtocol, ProxyVersion};
 use crate::rate::Rate;
 use crate::source::{Device, Source};
 
@@ -84,6 +84,8 @@ fn any_limits() -> impl Strategy<Value = Limits> {
                 require_resolved: false,
                 access_log: is_on.2,
                 freebind: is_on.3,
+                // They mean something only at a Unix socket.
+                socket: None,
                 access: AccessList { allow, deny },
             },
         )
@@ -108,6 +110,7 @@ fn any_proxy_protocol() -> impl Strategy<Value = ProxyProtocol> {
     let datagrams = proptest::sample::select(vec![ProxyDatagrams::Each, ProxyDatagrams::First]);
     let timeout = (1..10_000_000_u64).prop_map(Duration::from_millis);
     (version, datagrams, any_networks(), timeout).prop_map(|(send, send_udp, accept, timeout)| {
+        let accept = accept.into_iter().map(ProxyPeers::Network).collect();
         ProxyProtocol { send, send_udp, accept, timeout }.normalized()
     })
 }

@@ -5,6 +5,8 @@ use std::path::Path;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use crate::escape::is_plain;
+
 /// What the text of an address of a Unix socket begins with.
 pub const PREFIX: &str = "unix:";
 
@@ -12,7 +14,8 @@ pub const PREFIX: &str = "unix:";
 const LONGEST: usize = 107;
 
 /// The address of a Unix socket: its absolute path, `unix:/run/app.sock`, or its name in the network namespace,
-/// `unix:@app` (an abstract address, unix(7)). It has no white space, so that it is one word in a log.
+/// `unix:@app` (an abstract address, unix(7)). It has neither white space nor what could be taken for
+/// something else, so that it is one word in a log.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct UnixAddr(Arc<str>);
 
@@ -25,6 +28,11 @@ impl UnixAddr {
     /// Whether it is a name in the network namespace, and not a file.
     pub fn is_abstract(&self) -> bool {
         self.0.starts_with('@')
+    }
+
+    /// Its path, or its name behind `@`.
+    pub(crate) fn bare(&self) -> &str {
+        &self.0
     }
 
     /// What the kernel calls it: a path, or a zero byte and a name.
@@ -48,12 +56,13 @@ impl FromStr for UnixAddr {
         let addr = rest.strip_prefix("//").filter(|path| path.starts_with('/')).unwrap_or(rest);
         let (is_place, len) = match addr.strip_prefix('@') {
             Some(name) => (!name.is_empty(), name.len()),
-            None => (addr.starts_with('/') && !addr.ends_with('/'), addr.len()),
+            // With two slashes, a URL would have a host.
+            None => (addr.starts_with('/') && !addr.starts_with("//") && !addr.ends_with('/'), addr.len()),
         };
         if len > LONGEST {
             return Err(UnixAddrError::Long(len));
         }
-        if !is_place || addr.contains(|c: char| c.is_whitespace() || c.is_control()) {
+        if !is_place || addr.contains(|c: char| c.is_whitespace() || !is_plain(c)) {
             return Err(UnixAddrError::Wrong(text.escape_debug().to_string()));
         }
         Ok(Self(addr.into()))
@@ -109,6 +118,8 @@ mod tests {
             "unix:/run/a\nb",
             "unix:/run/a b",
             "unix:/\0",
+            "unix://run/a",
+            "unix:/run/a\u{202e}",
         ] {
             let message = text.parse::<UnixAddr>().expect_err(text).to_string();
             assert!(message.contains("write unix:/run/app.sock"), "{text}: {message}");

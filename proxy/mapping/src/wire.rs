@@ -4,6 +4,7 @@
 
 use std::error::Error;
 use std::fmt::{self, Display};
+use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::IpNet;
@@ -17,6 +18,7 @@ use crate::host::HostAddr;
 use crate::interfaces::Interfaces;
 use crate::limits::{Limits, OnLimit};
 use crate::name::Name;
+use crate::permissions::{SocketPermissions, parse_owner};
 use crate::ports::PortRange;
 use crate::proxy_protocol::{ProxyDatagrams, ProxyProtocol, ProxyVersion};
 use crate::source::Source;
@@ -29,11 +31,11 @@ pub struct WireMapping {
     /// Its name; by default derived from its ports.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// The address that clients connect to, or `%eth0` for those of an interface; by default `[::]`, or `0.0.0.0` on a
-    /// machine without IPv6.
+    /// The address that clients connect to, `%eth0` for those of an interface, or a Unix socket; by default `[::]`, or
+    /// `0.0.0.0` on a machine without IPv6.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host: Option<String>,
-    /// The ports that clients connect to; random ones by default.
+    /// The ports that clients connect to; random ones by default, none of a Unix socket.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host_ports: Option<String>,
     /// The address or name of the backend, or a Unix socket.
@@ -129,7 +131,7 @@ pub struct WireLimits {
     /// `each` or `first`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub send_proxy_udp: Option<String>,
-    /// Networks.
+    /// Networks, and `unix` for the clients of a Unix socket.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub accept_proxy: Vec<String>,
     /// A duration.
@@ -144,6 +146,15 @@ pub struct WireLimits {
     /// Whether the host address is bound before the machine has it.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub freebind: bool,
+    /// The mode of the file of the Unix socket that is listened on, in octal digits.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socket_mode: Option<String>,
+    /// The name or number of the user who owns it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socket_user: Option<String>,
+    /// The name or number of its group.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub socket_group: Option<String>,
     /// Networks.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub allow: Vec<String>,
@@ -156,6 +167,7 @@ impl WireMapping {
     /// The representation of `mapping`.
     pub fn of(mapping: &Mapping) -> Self {
         let ports = match mapping.host_ports() {
+            _ if mapping.host().unix_addr().is_some() => None,
             HostPorts::Exactly(range) | HostPorts::FirstFree(range) => Some(range.to_string()),
             HostPorts::Random => None,
         };
@@ -194,12 +206,20 @@ impl WireMapping {
             None if self.v6only => Some(ScopedIp::ANY.into()),
             None => Some(everywhere.into()),
         };
-        let host_ports = wrong.note("host_ports", self.host_ports.as_deref().map(str::parse).transpose());
+        let host_ports = wrong.note("host_ports", self.read_host_ports(host.as_ref()));
         let to = wrong.note("to", BackendHost::parse(&self.to, interfaces));
         let to_ports = wrong.note("to_ports", self.read_to_ports(to.as_ref()));
         self.limits.refuse_lone(&self.limits, &mut wrong);
         let mapping = self.read_between(host.zip(host_ports), to.zip(to_ports), &mut wrong);
         mapping.filter(|_mapping| wrong.0.is_empty()).ok_or(wrong)
+    }
+
+    fn read_host_ports(&self, host: Option<&HostAddr>) -> Result<Option<PortRange>, Box<dyn Error>> {
+        match (host, &self.host_ports) {
+            (Some(HostAddr::Unix(_)), None) => Ok(Some(PortRange::OF_UNIX)),
+            (Some(HostAddr::Unix(_)), Some(_)) => Err("a Unix socket has no ports; leave them out".into()),
+            (_, ports) => Ok(ports.as_deref().map(str::parse).transpose()?),
+        }
     }
 
     fn read_to_ports(&self, to: Option<&BackendHost>) -> Result<PortRange, Box<dyn Error>> {
@@ -255,6 +275,8 @@ impl WireLimits {
         let proxy = &limits.proxy_protocol;
         let of_proxy = &default.proxy_protocol;
         let networks = |networks: &[IpNet]| networks.iter().map(ToString::to_string).collect();
+        let socket = limits.socket.as_deref().cloned().unwrap_or_default();
+        let owner = |owner: Option<Arc<str>>| owner.map(|owner| owner.to_string());
         Self {
             connect_timeout: duration(limits.connect_timeout, default.connect_timeout),
             idle_timeout: duration(limits.idle_timeout, default.idle_timeout),
@@ -273,11 +295,14 @@ impl WireLimits {
             device: limits.device.as_ref().map(ToString::to_string),
             send_proxy: proxy.send.map(|version| version.to_string()),
             send_proxy_udp: (proxy.send_udp != ProxyDatagrams::default()).then(|| proxy.send_udp.to_string()),
-            accept_proxy: networks(&proxy.accept),
+            accept_proxy: proxy.accept.iter().map(ToString::to_string).collect(),
             proxy_timeout: duration(Some(proxy.timeout), Some(of_proxy.timeout)),
             require_resolved: limits.require_resolved,
             access_log: (!limits.access_log).then_some(false),
             freebind: limits.freebind,
+            socket_mode: socket.mode.map(|mode| mode.to_string()),
+            socket_user: owner(socket.user),
+            socket_group: owner(socket.group),
             allow: networks(&limits.access.allow),
             deny: networks(&limits.access.deny),
         }
@@ -310,8 +335,8 @@ impl WireLimits {
         let source = wrong.note("limits.source", self.source.as_deref().map(str::parse).transpose());
         let device = wrong.note("limits.device", self.device.as_deref().map(str::parse).transpose());
         let proxy_protocol = self.read_proxy_protocol(wrong);
-        let (allow, deny) = (read_networks(&self.allow), read_networks(&self.deny));
-        let (allow, deny) = (wrong.note("limits.allow", allow), wrong.note("limits.deny", deny));
+        let socket = self.read_socket(wrong);
+        let access = self.read_access(wrong);
         Some(Limits {
             connect_timeout: connect_timeout?.unwrap_or(default.connect_timeout),
             idle_timeout: idle_timeout?.unwrap_or(default.idle_timeout),
@@ -332,7 +357,8 @@ impl WireLimits {
             require_resolved: self.require_resolved,
             access_log: self.access_log.unwrap_or(default.access_log),
             freebind: self.freebind,
-            access: AccessList { allow: allow?, deny: deny? },
+            socket: socket?,
+            access: access?,
         })
     }
 
@@ -358,13 +384,31 @@ impl WireLimits {
         }
     }
 
+    fn read_access(&self, wrong: &mut FieldErrors) -> Option<AccessList> {
+        let allow = wrong.note("limits.allow", read_all(&self.allow, parse_network));
+        let deny = wrong.note("limits.deny", read_all(&self.deny, parse_network));
+        Some(AccessList { allow: allow?, deny: deny? })
+    }
+
+    /// The permissions of a Unix socket, if some are asked for.
+    fn read_socket(&self, wrong: &mut FieldErrors) -> Option<Option<Arc<SocketPermissions>>> {
+        let mode = self.socket_mode.as_deref().map(str::parse).transpose();
+        let mode = wrong.note("limits.socket_mode", mode);
+        let user = self.socket_user.as_deref().map(parse_owner).transpose();
+        let user = wrong.note("limits.socket_user", user);
+        let group = self.socket_group.as_deref().map(parse_owner).transpose();
+        let group = wrong.note("limits.socket_group", group);
+        let socket = SocketPermissions { mode: mode?, user: user?, group: group? };
+        Some(socket.is_some().then(|| socket.into()))
+    }
+
     fn read_proxy_protocol(&self, wrong: &mut FieldErrors) -> Option<ProxyProtocol> {
         let default = ProxyProtocol::default();
         let send = self.send_proxy.as_deref().map(ProxyVersion::parse).transpose();
         let send = wrong.note("limits.send_proxy", send.map(Option::flatten));
         let send_udp = self.send_proxy_udp.as_deref().map(str::parse).transpose();
         let send_udp = wrong.note("limits.send_proxy_udp", send_udp);
-        let accept = wrong.note("limits.accept_proxy", read_networks(&self.accept_proxy));
+        let accept = wrong.note("limits.accept_proxy", read_all(&self.accept_proxy, str::parse));
         let timeout = self.proxy_timeout.as_deref().map(|text| match text {
             UNLIMITED => Err("a header needs one, such as \"5s\"".to_owned()),
             text => parse_limit(text),
@@ -390,9 +434,8 @@ fn read_count(name: &'static str, count: Option<usize>, wrong: &mut FieldErrors)
     wrong.note(name, if is_zero { Err("write a number of at least 1, or leave it out") } else { Ok(count) })
 }
 
-fn read_networks(texts: &[String]) -> Result<Vec<IpNet>, String> {
-    let read =
-        |text: &String| parse_network(text).map_err(|error| format!("'{}': {error}", text.escape_debug()));
+fn read_all<T>(texts: &[String], parse: impl Fn(&str) -> Result<T, String>) -> Result<Vec<T>, String> {
+    let read = |text: &String| parse(text).map_err(|error| format!("'{}': {error}", text.escape_debug()));
     texts.iter().map(read).collect()
 }
 
@@ -435,7 +478,7 @@ impl FieldError {
 
 impl From<MappingError> for FieldError {
     fn from(error: MappingError) -> Self {
-        let field = match error {
+        let field = match &error {
             MappingError::Lengths { .. } | MappingError::InterfacePorts(_) => "host_ports",
             MappingError::Backend(_) => "to",
             MappingError::V6Only(_) => "v6only",
@@ -446,8 +489,17 @@ impl From<MappingError> for FieldError {
             MappingError::NotOfSctp("tcp_user_timeout") => "limits.tcp_user_timeout",
             MappingError::NotOfSctp("keepalive") => "limits.keepalive",
             MappingError::NotOfSctp(_) => "limits",
-            MappingError::NotToUnix(_) => "proto",
-            MappingError::NotOfUnix(_) => "limits",
+            MappingError::NotByUnix(_) => "proto",
+            MappingError::PortsAtUnix => "host_ports",
+            MappingError::SeveralAtUnix(_) => "to_ports",
+            MappingError::NotAtUnix("freebind") => "limits.freebind",
+            MappingError::NotAtUnix("source = client") => "limits.source",
+            MappingError::NotAtUnix("allow and deny") => "limits.allow",
+            MappingError::NotAtUnix(_) => "limits.accept_proxy",
+            MappingError::NoFile(_) => "limits.socket_mode",
+            MappingError::NotOfUnix(option) if option == "ports" => "to_ports",
+            MappingError::NotOfUnix(option) if option.starts_with("device") => "limits.device",
+            MappingError::NotOfUnix(_) => "limits.source",
         };
         Self::new(field, error)
     }
@@ -464,10 +516,40 @@ mod tests {
     }
 
     #[test]
+    fn what_a_unix_socket_cannot_have_is_named() {
+        let read = |host: &str, limits: &str| {
+            read(&format!(r#"{{"host":"{host}","to":"172.17.0.2","to_ports":"80","limits":{{{limits}}}}}"#))
+        };
+        for (host, limits, part) in [
+            (
+                "unix:/run/a",
+                r#""allow":["10.0.0.0/8"]"#,
+                "limits.allow: a mapping that listens on a Unix socket",
+            ),
+            ("unix:/run/a", r#""source":"client""#, "limits.source: "),
+            ("unix:/run/a", r#""freebind":true"#, "limits.freebind: "),
+            ("unix:/run/a", r#""accept_proxy":["10.0.0.1"]"#, "\"unix\" stands for all"),
+            ("unix:/run/a", r#""socket_mode":"660x""#, "limits.socket_mode: '660x' is not the mode"),
+            ("unix:/run/a", r#""socket_user":"a b""#, "limits.socket_user: 'a b'"),
+            ("unix:@a", r#""socket_mode":"0660""#, "and the host unix:@a has none"),
+            ("127.0.0.1", r#""socket_group":"0""#, "and the host 127.0.0.1 has none"),
+        ] {
+            let message = read(host, limits).unwrap_err();
+            assert!(message.contains(part), "{host} {limits}: {message}");
+        }
+        read("unix:/run/a", r#""accept_proxy":["unix"],"allow":["10.0.0.0/8"],"source":"client""#).unwrap();
+        let with_ports = r#"{"host":"unix:/run/a","host_ports":"80","to":"172.17.0.2","to_ports":"80"}"#;
+        assert!(self::read(with_ports).unwrap_err().contains("host_ports: a Unix socket has no ports"));
+    }
+
+    #[test]
     fn what_is_written_can_be_read_again() {
         for json in [
             r#"{"to":"172.17.0.2","to_ports":"80"}"#,
             r#"{"host":"%eth0","host_ports":"80","to":"172.17.0.2","to_ports":"80"}"#,
+            r#"{"host":"unix:/run/front.sock","to":"172.17.0.2","to_ports":"80"}"#,
+            r#"{"host":"unix:/run/front.sock","to":"unix:@app","limits":{"socket_mode":"0660","socket_user":"root",
+                "socket_group":"33","accept_proxy":["unix"],"allow":["10.0.0.0/8"],"source":"auto"}}"#,
             r#"{"name":"web","host":"10.0.0.11","host_ports":"8000-8010","to":"[fd00::2]","to_ports":"80"}"#,
             r#"{"host_ports":"1000-1009","to":"172.17.0.2","to_ports":"2000-2009","proto":"tcp+udp","v6only":true}"#,
             r#"{"to":"172.17.0.2","to_ports":"80","limits":{"connect_timeout":"unlimited","idle_timeout":"1m",

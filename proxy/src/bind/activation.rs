@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use rproxy_mapping::addr::{HostSocketAddr, Protocol, canonical};
+use rproxy_mapping::addr::{HostSocketAddr, Protocol};
 use rproxy_mapping::name::Name;
 use rproxy_mapping::{Mapping, PortMapping};
 use tracing::warn;
@@ -37,8 +37,7 @@ pub struct PassedSocket {
 
 impl PassedSocket {
     fn place(&self) -> Option<Place> {
-        let addr = self.listener.local_addr().ok()?;
-        Some((self.listener.protocol(), HostSocketAddr::new(addr, addr.port())))
+        Some((self.listener.protocol(), self.listener.local_addr().ok()?))
     }
 }
 
@@ -101,7 +100,7 @@ impl InheritedSockets {
 
     /// Removes and returns the socket that listens on the host address of `port_mapping`.
     pub(crate) fn take_at(&mut self, port_mapping: &PortMapping) -> Option<BoundPort> {
-        let there = self.by_place.get(&(port_mapping.protocol, port_mapping.host))?;
+        let there = self.by_place.get(&(port_mapping.protocol, port_mapping.host.clone()))?;
         let socket = there.iter().find_map(|index| self.sockets[*index].take())?;
         Some(BoundPort::adopt(port_mapping.clone(), socket.listener))
     }
@@ -111,8 +110,7 @@ impl Drop for InheritedSockets {
     fn drop(&mut self) {
         for PassedSocket { name, listener } in self.sockets.iter().flatten().filter(|_| !self.is_silent) {
             let (protocol, address) = (listener.protocol(), listener.local_addr());
-            let address =
-                address.map_or_else(|error| error.to_string(), |address| canonical(address).to_string());
+            let address = address.map_or_else(|error| error.to_string(), |address| address.to_string());
             warn!(name, %address, %protocol, "closing a passed socket that no mapping uses");
         }
     }
@@ -162,7 +160,7 @@ mod tests {
         let addresses =
             [2, 0].map(|index| passed.sockets[index].as_ref().unwrap().listener.local_addr().unwrap());
         let ports = passed.take_named(&mapping("dns", "tcp+udp", 53)).unwrap().unwrap();
-        let hosts: Vec<_> = ports.iter().map(|port| port.port_mapping.host.socket_addr()).collect();
+        let hosts: Vec<_> = ports.iter().map(|port| port.port_mapping.host.clone()).collect();
         assert_eq!(hosts, addresses, "TCP first");
         assert!(passed.take_named(&mapping("dns", "tcp+udp", 53)).unwrap().is_none());
         assert_eq!(passed.sockets.iter().flatten().count(), 1);
@@ -181,7 +179,7 @@ mod tests {
     #[test]
     fn otherwise_the_address_decides() {
         let (one, other) = (tcp(), tcp());
-        let port = other.local_addr().unwrap().port();
+        let port = other.local_addr().unwrap().port().unwrap();
         let mut passed =
             InheritedSockets::new(vec![socket("rproxy.socket", one), socket("rproxy.socket", other)]);
         let port_mapping = |protocols| mapping("web", protocols, port).port_mappings().next().unwrap();
@@ -189,6 +187,6 @@ mod tests {
         let bound = passed.take_at(&port_mapping("tcp")).unwrap();
         assert_eq!(bound.local_addr().unwrap().port(), port);
         assert!(passed.take_at(&port_mapping("tcp")).is_none());
-        assert_ne!(passed.first_left().unwrap().local_addr().unwrap().port(), port);
+        assert_ne!(passed.first_left().unwrap().local_addr().unwrap().port(), Some(port));
     }
 }

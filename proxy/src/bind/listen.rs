@@ -7,7 +7,7 @@ use std::sync::Once;
 use std::time::Duration;
 
 use nix::libc;
-use rproxy_mapping::addr::{Protocol, ScopedIp};
+use rproxy_mapping::addr::{HostSocketAddr, Protocol, ScopedIp};
 use rproxy_mapping::keepalive::{Keepalive, Probes};
 use rproxy_mapping::limits::Limits;
 use rproxy_mapping::ports::PortRange;
@@ -15,6 +15,7 @@ use rproxy_mapping::{Mapping, PortMapping};
 use rproxy_sys::{sctp, udp};
 use socket2::{Domain, Protocol as Transport, SockRef, Socket, TcpKeepalive, Type};
 
+use crate::bind::unix_socket::UnixSocket;
 use crate::runtime::descriptors::explain;
 
 pub(crate) use rproxy_shim::listen::BACKLOG;
@@ -29,22 +30,32 @@ pub enum Listener {
     Udp(UdpSocket),
     /// A listening SCTP socket, one-to-one.
     Sctp(Socket),
+    /// A listening Unix socket, whose connections are relayed as those of TCP.
+    Unix(UnixSocket),
 }
 
 impl Listener {
-    /// Binds the host address of `mapping`; with `freebind` also one that this machine does not have.
+    /// Binds the host address of `mapping`, in the way that `limits` ask for.
     ///
     /// # Errors
     /// [`BindError`], whose message suggests what would work.
-    pub fn bind(mapping: &PortMapping, freebind: bool) -> Result<Self, BindError> {
-        let addr = mapping.host.socket_addr();
-        let options = BindOptions { v6only: mapping.v6only, freebind };
-        let bound = match mapping.protocol {
-            Protocol::Tcp => listen_tcp(addr, options).map(Self::Tcp),
-            Protocol::Udp => bind_udp(addr, options).map(Self::Udp),
-            Protocol::Sctp => listen_sctp(addr, options).map(Self::Sctp),
+    pub fn bind(mapping: &PortMapping, limits: &Limits) -> Result<Self, BindError> {
+        let PortMapping { protocol, host, v6only, .. } = mapping;
+        let options = BindOptions { v6only: *v6only, freebind: limits.freebind };
+        let bound = match (host.inet_addr(), host.unix_addr()) {
+            (Some(addr), _) => match protocol {
+                Protocol::Tcp => listen_tcp(addr, options).map(Self::Tcp),
+                Protocol::Udp => bind_udp(addr, options).map(Self::Udp),
+                Protocol::Sctp => listen_sctp(addr, options).map(Self::Sctp),
+            },
+            (None, Some(addr)) => {
+                let permissions = limits.socket.as_deref().cloned().unwrap_or_default();
+                UnixSocket::listen(addr, &permissions).map(Self::Unix).map_err(io::Error::from)
+            }
+            (None, None) => Err(io::ErrorKind::Unsupported.into()),
         };
-        bound.map_err(|source| BindError { protocol: mapping.protocol, addr, among: None, more: 1, source })
+        let (protocol, addr) = (*protocol, host.clone());
+        bound.map_err(|source| BindError { protocol, addr, among: None, more: 1, source })
     }
 
     /// Adopts an inherited socket of any protocol.
@@ -79,12 +90,16 @@ impl Listener {
             Protocol::Sctp => (Type::STREAM, &[Transport::SCTP]),
         };
         let is_wanted = kind == wanted.0 && transport.is_some_and(|transport| wanted.1.contains(&transport));
-        if !is_wanted || !matches!(domain, Domain::IPV4 | Domain::IPV6) {
+        let is_unix = domain == Domain::UNIX && protocol == Protocol::Tcp && kind == Type::STREAM;
+        if !is_unix && (!is_wanted || !matches!(domain, Domain::IPV4 | Domain::IPV6)) {
             return Err(AdoptError::WrongKind(protocol));
         }
         // Nothing is set on a socket that is refused: others use it.
         if protocol.has_connections() && !socket.is_listener().map_err(AdoptError::Setup)? {
             return Err(AdoptError::NotListening(protocol));
+        }
+        if is_unix {
+            return UnixSocket::adopt_listener(socket).map(Self::Unix).map_err(AdoptError::Setup);
         }
         socket.set_nonblocking(true).map_err(AdoptError::Setup)?;
         match protocol {
@@ -104,7 +119,7 @@ impl Listener {
     /// The protocol of the socket.
     pub fn protocol(&self) -> Protocol {
         match self {
-            Self::Tcp(_) => Protocol::Tcp,
+            Self::Tcp(_) | Self::Unix(_) => Protocol::Tcp,
             Self::Udp(_) => Protocol::Udp,
             Self::Sctp(_) => Protocol::Sctp,
         }
@@ -115,10 +130,11 @@ impl Listener {
     /// # Errors
     /// Those of getsockopt(2).
     pub fn is_v6only(&self) -> io::Result<bool> {
-        if self.local_addr()?.is_ipv4() {
+        if !self.local_addr()?.inet_addr().is_some_and(|addr| addr.is_ipv6()) {
             return Ok(false);
         }
         match self {
+            Self::Unix(_) => Ok(false),
             Self::Tcp(listener) => SockRef::from(listener).only_v6(),
             Self::Udp(socket) => SockRef::from(socket).only_v6(),
             Self::Sctp(socket) => socket.only_v6(),
@@ -129,15 +145,15 @@ impl Listener {
     ///
     /// # Errors
     /// Those of getsockname(2).
-    pub fn local_addr(&self) -> io::Result<SocketAddr> {
-        match self {
-            Self::Tcp(listener) => listener.local_addr(),
-            Self::Udp(socket) => socket.local_addr(),
-            Self::Sctp(socket) => {
-                let address = socket.local_addr()?.as_socket();
-                address.ok_or_else(|| io::ErrorKind::InvalidInput.into())
-            }
-        }
+    pub fn local_addr(&self) -> io::Result<HostSocketAddr> {
+        let other = || io::Error::from(io::ErrorKind::InvalidInput);
+        let addr = match self {
+            Self::Tcp(listener) => listener.local_addr()?,
+            Self::Udp(socket) => socket.local_addr()?,
+            Self::Sctp(socket) => socket.local_addr()?.as_socket().ok_or_else(other)?,
+            Self::Unix(socket) => return socket.local_addr().map(HostSocketAddr::from).ok_or_else(other),
+        };
+        Ok(addr.into())
     }
 }
 
@@ -272,12 +288,12 @@ fn set_datagram_options(socket: &Socket, ipv6: bool) -> io::Result<()> {
 
 /// Why a host address could not be bound.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot listen on {addr}/{protocol}: {}", self.reason())]
+#[error("cannot listen on {}: {}", self.place(), self.reason())]
 pub struct BindError {
     /// The protocol of the socket.
     pub protocol: Protocol,
     /// The requested address.
-    pub addr: SocketAddr,
+    pub addr: HostSocketAddr,
     /// The candidate ports, if there was more than one.
     pub among: Option<PortRange>,
     /// The number of sockets still to be bound, including this one.
@@ -287,6 +303,12 @@ pub struct BindError {
 }
 
 impl BindError {
+    /// Where it is: an address with the protocol, or a Unix socket.
+    pub fn place(&self) -> String {
+        let Self { addr, protocol, .. } = self;
+        if addr.unix_addr().is_some() { addr.to_string() } else { format!("{addr}/{protocol}") }
+    }
+
     /// Sets the number of sockets still to be bound, including this one.
     pub(crate) fn of(self, more: usize) -> Self {
         Self { more, ..self }
@@ -299,7 +321,7 @@ impl BindError {
         let protocol = mapping.protocols().iter().next().unwrap_or(Protocol::Tcp);
         Self {
             protocol,
-            addr: mapping.addresses().first().unwrap_or(&ScopedIp::ANY).at(range.first()),
+            addr: HostSocketAddr::new(*mapping.addresses().first().unwrap_or(&ScopedIp::ANY), range.first()),
             among: Some(range),
             more: 1,
             source: last.map_or_else(in_use, |error| error.source),
@@ -317,6 +339,8 @@ impl BindError {
     /// What the error means here, and what would work.
     pub fn reason(&self) -> String {
         let Self { protocol, addr, source, .. } = self;
+        // That of a Unix socket says it all.
+        let Some(addr) = addr.inet_addr() else { return source.to_string() };
         let wildcard = if addr.is_ipv4() { "0.0.0.0" } else { "[::]" };
         match source.kind() {
             io::ErrorKind::AddrInUse if self.among.is_some_and(|among| !among.is_single()) => {
@@ -363,7 +387,7 @@ pub enum AdoptError {
     #[error("it is not a socket: {0}")]
     NotASocket(#[source] io::Error),
     /// A socket of another kind.
-    #[error("it is not a {0} socket over IPv4 or IPv6")]
+    #[error("it is not a {0} socket over IPv4 or IPv6, or a stream socket of the Unix domain")]
     WrongKind(Protocol),
     /// A socket on which `listen` was not called.
     #[error("it is a {} socket that does not listen", .0.as_str().to_uppercase())]
@@ -389,14 +413,14 @@ mod tests {
     fn only_a_listening_tcp_socket_is_adopted_for_tcp() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let addr = listener.local_addr().unwrap();
-        assert_eq!(adopt(listener, Protocol::Tcp).unwrap().local_addr().unwrap(), addr);
+        assert_eq!(adopt(listener, Protocol::Tcp).unwrap().local_addr().unwrap(), addr.into());
 
         let file = std::fs::File::open("/dev/null").unwrap();
         assert!(matches!(adopt(file, Protocol::Tcp), Err(AdoptError::NotASocket(_))));
         let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
         assert!(matches!(adopt(udp, Protocol::Tcp), Err(AdoptError::WrongKind(Protocol::Tcp))));
         let (unix, _other) = UnixStream::pair().unwrap();
-        assert!(matches!(adopt(unix, Protocol::Tcp), Err(AdoptError::WrongKind(Protocol::Tcp))));
+        assert!(matches!(adopt(unix, Protocol::Tcp), Err(AdoptError::NotListening(Protocol::Tcp))));
         let idle = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
         let other = idle.try_clone().unwrap();
         assert!(matches!(adopt(idle, Protocol::Tcp), Err(AdoptError::NotListening(Protocol::Tcp))));
@@ -429,15 +453,15 @@ mod tests {
             for protocol in [Protocol::Tcp, Protocol::Udp] {
                 let host = host.parse().unwrap();
                 let mapping = PortMapping { protocol, host, backend: backend.clone(), v6only: false };
-                let error = Listener::bind(&mapping, false).unwrap_err();
+                let error = Listener::bind(&mapping, &Limits::default()).unwrap_err();
                 assert_eq!(error.hint("--freebind"), "; --freebind binds it before it is there");
-                Listener::bind(&mapping, true).unwrap();
+                Listener::bind(&mapping, &Limits { freebind: true, ..Limits::default() }).unwrap();
             }
         }
         let taken = TcpListener::bind("127.0.0.1:0").unwrap();
         let host = taken.local_addr().unwrap().into();
         let mapping = PortMapping { protocol: Protocol::Tcp, host, backend, v6only: false };
-        assert_eq!(Listener::bind(&mapping, false).unwrap_err().hint("--freebind"), "");
+        assert_eq!(Listener::bind(&mapping, &Limits::default()).unwrap_err().hint("--freebind"), "");
     }
 
     #[test]

@@ -16,8 +16,9 @@ use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::ops::ControlFlow;
+use std::path::Path;
 
-use rproxy_mapping::addr::{HostSocketAddr, Protocol};
+use rproxy_mapping::addr::Protocol;
 use rproxy_mapping::backend::BackendHost;
 use rproxy_mapping::limits::Limits;
 use rproxy_mapping::ports::PortRange;
@@ -63,13 +64,13 @@ impl BoundPort {
     /// # Errors
     /// [`BindError`]
     pub fn bind_for(port_mapping: PortMapping, limits: &Limits) -> Result<Self, BindError> {
-        let listener = Listener::bind(&port_mapping, limits.freebind)?;
+        let listener = Listener::bind(&port_mapping, limits)?;
         Ok(Self { port_mapping, listener }.with_real_port())
     }
 
     /// Uses `listener` for `port_mapping`. The address where it listens replaces the host address.
     pub fn adopt(port_mapping: PortMapping, listener: Listener) -> Self {
-        let host = listener.local_addr().map_or(port_mapping.host, HostSocketAddr::from);
+        let host = listener.local_addr().unwrap_or(port_mapping.host);
         let v6only = listener.is_v6only().unwrap_or(port_mapping.v6only);
         Self { port_mapping: PortMapping { host, v6only, ..port_mapping }, listener }
     }
@@ -77,16 +78,16 @@ impl BoundPort {
     /// The address that clients connect to, with the actual port.
     ///
     /// # Errors
-    /// Those of getsockname(2).
+    /// Those of getsockname(2), and another one for a Unix socket.
     pub fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.listener.local_addr()
+        self.listener.local_addr()?.inet_addr().ok_or_else(|| io::ErrorKind::Unsupported.into())
     }
 
     fn with_real_port(mut self) -> Self {
-        if self.port_mapping.host.socket_addr().port() == 0
+        if self.port_mapping.host.port() == Some(0)
             && let Ok(addr) = self.listener.local_addr()
         {
-            self.port_mapping.host = HostSocketAddr::new(addr, addr.port());
+            self.port_mapping.host = addr;
         }
         self
     }
@@ -102,10 +103,15 @@ impl Bound {
         Self::bind_by(mapping, |port_mapping| BoundPort::bind_for(port_mapping, &limits))
     }
 
+    /// The paths of the Unix sockets that it listens on.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &Path> {
+        self.ports.iter().filter_map(|port| port.port_mapping.host.unix_addr()?.path())
+    }
+
     /// Whether it listens where requested, rather than where an inherited socket does.
     pub fn is_where_asked(&self) -> bool {
         let asked = self.mapping.port_mappings().map(|port_mapping| port_mapping.host);
-        asked.eq(self.ports.iter().map(|port| port.port_mapping.host))
+        asked.eq(self.ports.iter().map(|port| port.port_mapping.host.clone()))
     }
 
     /// Binds one mapping, or uses inherited sockets from `passed` for it.
@@ -320,7 +326,7 @@ mod tests {
     }
 
     fn host_ports(bound: &Bound) -> Vec<u16> {
-        bound.ports.iter().map(|port| port.port_mapping.host.socket_addr().port()).collect()
+        bound.ports.iter().map(|port| port.port_mapping.host.port().unwrap()).collect()
     }
 
     #[test]
@@ -330,7 +336,7 @@ mod tests {
         assert_eq!(ports[..4], ports[4..]);
         assert!(ports.iter().all(|port| PortRange::EPHEMERAL.contains(*port)), "{ports:?}");
         for port in bound.ports {
-            assert_eq!(port.local_addr().unwrap(), port.port_mapping.host.socket_addr());
+            assert_eq!(port.local_addr().ok(), port.port_mapping.host.inet_addr());
         }
     }
 

@@ -71,13 +71,18 @@ pub(crate) enum SourceError {
     Device { device: Device, source: io::Error },
     #[error("the client {client} cannot be its own source: {reason}")]
     Client { client: SocketAddr, reason: NotAsClient },
+    /// Over a Unix socket, a proxy in front has told of no client.
+    #[error("there is no client's address to be its source: {}", NotAsClient::NoAddress)]
+    NoClient,
 }
 
 impl From<SourceError> for io::Error {
     fn from(error: SourceError) -> Self {
         let kind = match &error {
             SourceError::Address { source, .. } | SourceError::Device { source, .. } => source.kind(),
-            SourceError::Client { .. } | SourceError::Unroutable { .. } => io::ErrorKind::Other,
+            SourceError::Client { .. } | SourceError::NoClient | SourceError::Unroutable { .. } => {
+                io::ErrorKind::Other
+            }
         };
         Self::new(kind, error)
     }
@@ -109,6 +114,8 @@ pub(crate) enum NotAsClient {
     /// A proxy in front has told that.
     #[error("it is not the address of a host")]
     Nobody,
+    #[error("it comes by a Unix socket, and its proxy has told of no address")]
+    NoAddress,
     /// The backend would answer to itself, or by way of the loopback interface.
     #[error("it is on this host")]
     Local,

@@ -1,36 +1,39 @@
-//! Listening Unix sockets with a file, which is accessible to its owner only and removed on exit.
+//! Listening Unix sockets. The file of one is accessible to its owner only, unless somebody asks for more, and removed in the
+//! end.
 
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt, lchown};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 
+use nix::libc;
 use nix::sys::stat::{Mode, fchmod};
 use rproxy_mapping::escape::escaped;
+use rproxy_mapping::permissions::{FileMode, SocketPermissions};
+use rproxy_mapping::unix::UnixAddr;
 use socket2::{Domain, SockAddr, Socket, Type};
 
+use crate::accounts;
+use crate::bind::listen::BACKLOG;
 use crate::runtime::descriptors::explain;
-
-/// The length of the accept queue.
-const BACKLOG: i32 = 16;
+use crate::runtime::socket_file::SocketFile;
 
 /// A bound socket. Dropping it removes its file.
 #[derive(Debug)]
 pub struct UnixSocket {
-    file: SocketFile,
+    /// An abstract address has none.
+    file: Option<SocketFile>,
     listener: UnixListener,
 }
 
-/// The file of a socket. Dropping it removes the file, which has to happen before the socket is closed: while
-/// a process listens, no other one replaces its file.
+/// The file of a socket with the socket, for passing it to another process. Dropping it removes the file, and then closes the
+/// socket.
 #[derive(Debug)]
-pub(crate) struct SocketFile {
-    path: PathBuf,
-    /// Device and inode, because the file may have been replaced. `None` while it belongs to another process.
-    identity: Option<(u64, u64)>,
-    /// The socket itself, for passing it to another process.
+pub(crate) struct HeldSocket {
+    file: Option<SocketFile>,
     socket: OwnedFd,
 }
 
@@ -41,18 +44,40 @@ impl UnixSocket {
     /// # Errors
     /// [`SocketError`]
     pub fn bind(option: &'static str, path: &Path) -> Result<Self, SocketError> {
-        let error = |source| SocketError::new(option, path, SocketFault::Bind(source));
-        let addr = SockAddr::unix(path).map_err(error)?;
-        remove_stale(path).map_err(|fault| SocketError::new(option, path, fault))?;
-        let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None).map_err(error)?;
+        let error = |fault| SocketError::new(option, path, fault);
+        let addr = SockAddr::unix(path).map_err(|source| error(SocketFault::Bind(source)))?;
+        Self::bind_at(&addr, Some(path), &SocketPermissions::default()).map_err(error)
+    }
+
+    /// Binds a socket for the clients of a mapping. Replaces a socket on which no process listens.
+    ///
+    /// # Errors
+    /// [`SocketFault`]; no file is left.
+    pub(crate) fn listen(addr: &UnixAddr, permissions: &SocketPermissions) -> Result<Self, SocketFault> {
+        let at = SockAddr::unix(addr.sun_path()).map_err(SocketFault::Bind)?;
+        Self::bind_at(&at, addr.path(), permissions)
+    }
+
+    fn bind_at(
+        addr: &SockAddr,
+        path: Option<&Path>,
+        permissions: &SocketPermissions,
+    ) -> Result<Self, SocketFault> {
+        path.map_or(Ok(()), remove_stale)?;
+        let socket =
+            Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None).map_err(SocketFault::Bind)?;
         // The file gets the mode of the socket (unix_bind in net/unix/af_unix.c), so that nobody else can
         // ever connect.
-        fchmod(socket.as_fd(), Mode::S_IRUSR | Mode::S_IWUSR).map_err(|errno| error(errno.into()))?;
-        socket.bind(&addr).map_err(error)?;
-        let another = socket.try_clone().map_err(error)?;
-        let file = SocketFile { path: path.to_owned(), identity: identity(path), socket: another.into() };
-        socket.listen(BACKLOG).map_err(error)?;
-        Ok(Self { listener: socket.into(), file })
+        fchmod(socket.as_fd(), Mode::S_IRUSR | Mode::S_IWUSR)
+            .map_err(|errno| SocketFault::Bind(errno.into()))?;
+        socket.bind(addr).map_err(SocketFault::Bind)?;
+        let file = path.map(|path| SocketFile::of_own(path.to_owned()));
+        if let Some(path) = path {
+            // Before anybody can connect.
+            set_permissions(path, permissions)?;
+        }
+        socket.listen(BACKLOG).map_err(SocketFault::Bind)?;
+        Ok(Self { file, listener: socket.into() })
     }
 
     /// Adopts a socket that another process bound to `path`. The file belongs to that process until
@@ -62,59 +87,99 @@ impl UnixSocket {
     /// [`SocketFault::NotPassed`]
     pub fn adopt(option: &'static str, socket: OwnedFd, path: &Path) -> Result<Self, SocketError> {
         let error = |reason: String| SocketError::new(option, path, SocketFault::NotPassed(reason));
-        let adopt = || -> io::Result<(UnixListener, bool)> {
+        let adopt = || -> io::Result<Option<Self>> {
             let socket = Socket::from(socket);
-            let bound_to = socket.local_addr()?;
-            let is_it = bound_to.as_pathname() == Some(path) && socket.is_listener()?;
-            socket.set_nonblocking(true)?;
-            Ok((socket.into(), is_it))
+            let is_it = socket.local_addr()?.as_pathname() == Some(path) && socket.is_listener()?;
+            if is_it { Self::adopt_listener(socket).map(Some) } else { Ok(None) }
         };
-        let (listener, is_it) = adopt().map_err(|source| error(source.to_string()))?;
-        if !is_it {
-            return Err(error("it does not listen there".to_owned()));
-        }
-        let another = listener.try_clone().map_err(|source| error(source.to_string()))?;
-        Ok(Self {
-            listener,
-            file: SocketFile { path: path.to_owned(), identity: None, socket: another.into() },
-        })
+        let adopted = adopt().map_err(|source| error(source.to_string()))?;
+        adopted.ok_or_else(|| error("it does not listen there".to_owned()))
+    }
+
+    /// Adopts a listening socket of another process, to which its file belongs.
+    ///
+    /// # Errors
+    /// Those of getsockname(2) and fcntl(2).
+    pub(crate) fn adopt_listener(socket: Socket) -> io::Result<Self> {
+        socket.set_nonblocking(true)?;
+        let path = socket.local_addr()?.as_pathname().map(Path::to_owned);
+        Ok(Self { file: path.map(SocketFile::of_another), listener: socket.into() })
+    }
+
+    /// Where it listens, if a mapping can be written that does.
+    pub(crate) fn local_addr(&self) -> Option<UnixAddr> {
+        let addr = self.listener.local_addr().ok()?;
+        let path = addr.as_pathname().and_then(Path::to_str).map(str::to_owned);
+        let name = addr.as_abstract_name().and_then(|name| std::str::from_utf8(name).ok());
+        path.or_else(|| Some(format!("@{}", name?)))?.parse().ok()
     }
 
     /// Makes this process the owner of the file, which it then removes on exit.
     pub fn own(&mut self) {
-        self.file.identity = identity(&self.file.path);
+        self.file.iter().for_each(SocketFile::own);
     }
 
     /// Splits into the listener and its file.
-    pub(crate) fn into_parts(self) -> (UnixListener, SocketFile) {
+    pub(crate) fn into_parts(self) -> (UnixListener, Option<SocketFile>) {
         (self.listener, self.file)
     }
-}
 
-impl SocketFile {
-    /// Leaves the file to another process.
-    pub(crate) fn leave(&mut self) {
-        self.identity = None;
+    /// Splits into the listener, and what is held until the end.
+    ///
+    /// # Errors
+    /// Those of dup(2).
+    pub(crate) fn into_held(self) -> io::Result<(UnixListener, HeldSocket)> {
+        let socket = self.listener.try_clone()?.into();
+        Ok((self.listener, HeldSocket { file: self.file, socket }))
     }
 }
 
-impl AsFd for SocketFile {
+impl HeldSocket {
+    /// Leaves the file to another process.
+    pub(crate) fn leave(&mut self) {
+        self.file.iter().for_each(SocketFile::leave);
+    }
+}
+
+impl AsFd for HeldSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
 }
 
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        if self.identity.is_some() && identity(&self.path) == self.identity {
-            // If this fails, the file remains, and the next process replaces it.
-            drop(fs::remove_file(&self.path));
+/// Sets who may connect to the socket at `path`, which this process has bound.
+///
+/// # Errors
+/// [`SocketFault::Permissions`]
+pub(crate) fn set_permissions(path: &Path, permissions: &SocketPermissions) -> Result<(), SocketFault> {
+    let SocketPermissions { mode, user, group } = permissions;
+    let unknown = |option: &'static str, value: &str| {
+        let value = value.to_owned();
+        move |reason: String| SocketFault::Permissions { option, value, reason }
+    };
+    let refused = |option: &'static str, value: &str| {
+        let unknown = unknown(option, value);
+        move |error: io::Error| {
+            unknown(format!(
+                "{error}; that takes root, or for a group, to be in it, and a process that is not confined yet"
+            ))
         }
+    };
+    if let Some(user) = user.as_deref() {
+        let uid = accounts::user_id(user).map_err(unknown("socket_user", user))?;
+        lchown(path, Some(uid), None).map_err(refused("socket_user", user))?;
     }
-}
-
-fn identity(path: &Path) -> Option<(u64, u64)> {
-    fs::symlink_metadata(path).ok().map(|metadata| (metadata.dev(), metadata.ino()))
+    if let Some(group) = group.as_deref() {
+        let gid = accounts::group_id(group).map_err(unknown("socket_group", group))?;
+        lchown(path, None, Some(gid)).map_err(refused("socket_group", group))?;
+    }
+    let mode = mode.unwrap_or(FileMode::PRIVATE);
+    let set = fs::set_permissions(path, fs::Permissions::from_mode(mode.bits()));
+    set.map_err(|source| SocketFault::Permissions {
+        option: "socket_mode",
+        value: mode.to_string(),
+        reason: source.to_string(),
+    })
 }
 
 /// Removes the socket of a process that was killed.
@@ -128,6 +193,7 @@ fn remove_stale(path: &Path) -> Result<(), SocketFault> {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
             fs::remove_file(path).map_err(SocketFault::Bind)
         }
+        Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Err(SocketFault::Bind(error)),
         _ => Err(SocketFault::InUse),
     }
 }
@@ -153,8 +219,8 @@ impl SocketError {
 /// What is wrong with a socket or its path.
 #[derive(Debug, thiserror::Error)]
 pub enum SocketFault {
-    /// Another process listens on it.
-    #[error("another process listens there; give this one another path")]
+    /// Somebody listens on it, perhaps this process.
+    #[error("somebody listens there already; give this one another path")]
     InUse,
     /// The path exists, but is not a socket.
     #[error("there is a file which is not a socket; give another path")]
@@ -162,26 +228,56 @@ pub enum SocketFault {
     /// The passed socket is another one, for this reason.
     #[error("the socket that was passed cannot be used: {0}")]
     NotPassed(String),
+    /// The file cannot have the mode or owner that is asked for.
+    #[error("{option} = \"{value}\": {reason}")]
+    Permissions {
+        /// The option that asks for it.
+        option: &'static str,
+        /// Its value.
+        value: String,
+        /// Why.
+        reason: String,
+    },
     /// The kernel refused.
     #[error("cannot listen there: {}{}", explain(.0, 1), way_out(.0))]
     Bind(#[source] io::Error),
+}
+
+/// As the error of a listener.
+impl From<SocketFault> for io::Error {
+    fn from(fault: SocketFault) -> Self {
+        let kind = match &fault {
+            SocketFault::InUse => io::ErrorKind::AddrInUse,
+            SocketFault::Bind(source) => source.kind(),
+            SocketFault::NotASocket | SocketFault::NotPassed(_) | SocketFault::Permissions { .. } => {
+                io::ErrorKind::Other
+            }
+        };
+        Self::new(kind, fault)
+    }
 }
 
 /// What would help against an error of bind(2) or socket(2).
 fn way_out(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::NotFound => "; create its directory first",
-        io::ErrorKind::PermissionDenied => "; give a path in a directory that this user may write to",
+        io::ErrorKind::PermissionDenied => {
+            "; give a path in a directory that this user may write to, and a confined process one where it has listened from \
+             its start on"
+        }
         io::ErrorKind::ReadOnlyFilesystem => "; give a path that can be written, as below /run",
         // The longest path is shorter than `sun_path` (unix(7)).
         io::ErrorKind::InvalidInput => "; give a path of less than 108 bytes",
+        _ if error.raw_os_error() == Some(libc::ENOSYS) => {
+            "; this process has given up Unix sockets when it was confined, as no mapping had one: restart it with this mapping"
+        }
         _ => "",
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
 
     use super::*;
 
@@ -213,8 +309,8 @@ mod tests {
     #[test]
     fn it_can_be_another_processs() {
         let path = path("passed");
-        let (_listener, mut file) = UnixSocket::bind("--control ", &path).unwrap().into_parts();
-        let passed = || file.as_fd().try_clone_to_owned().unwrap();
+        let (_listener, mut held) = UnixSocket::bind("--control ", &path).unwrap().into_held().unwrap();
+        let passed = || held.as_fd().try_clone_to_owned().unwrap();
         drop(UnixSocket::adopt("--control ", passed(), &path).unwrap());
         assert!(path.exists(), "it is still the other's");
         let mut adopted = UnixSocket::adopt("--control ", passed(), &path).unwrap();
@@ -223,8 +319,8 @@ mod tests {
         let other = UnixStream::pair().unwrap().0;
         UnixSocket::adopt("--control ", other.into(), &path).unwrap_err();
         adopted.own();
-        file.leave();
-        drop(file);
+        held.leave();
+        drop(held);
         assert!(path.exists());
         drop(adopted);
         assert!(!path.exists());
@@ -236,6 +332,39 @@ mod tests {
         drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists());
         assert!(UnixSocket::bind("--control ", &path).is_ok());
+    }
+
+    #[test]
+    fn that_of_a_mapping_has_the_mode_and_owner_that_are_asked_for() {
+        let path = path("asked");
+        let addr: UnixAddr = format!("unix:{}", path.display()).parse().unwrap();
+        let gid = nix::unistd::getegid();
+        let permissions = |user: Option<&str>, mode: &str| SocketPermissions {
+            mode: Some(mode.parse().unwrap()),
+            user: user.map(Into::into),
+            group: Some(gid.to_string().into()),
+        };
+        let socket = UnixSocket::listen(&addr, &permissions(None, "0666")).unwrap();
+        let metadata = fs::metadata(&path).unwrap();
+        assert_eq!((metadata.permissions().mode() & 0o7777, metadata.gid()), (0o666, gid.as_raw()));
+        assert_eq!(socket.local_addr(), Some(addr.clone()));
+        set_permissions(&path, &permissions(None, "0660")).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o660);
+        drop(socket);
+        assert!(!path.exists());
+        let unknown = UnixSocket::listen(&addr, &permissions(Some("no.such.user"), "0666")).unwrap_err();
+        assert!(unknown.to_string().contains("socket_user = \"no.such.user\": no user"), "{unknown}");
+        assert!(!path.exists(), "nothing is left");
+    }
+
+    #[test]
+    fn an_abstract_one_has_no_file() {
+        let addr: UnixAddr = format!("unix:@rproxy-{}", std::process::id()).parse().unwrap();
+        let socket = UnixSocket::listen(&addr, &SocketPermissions::default()).unwrap();
+        assert_eq!(socket.local_addr(), Some(addr.clone()));
+        let taken = UnixSocket::listen(&addr, &SocketPermissions::default()).unwrap_err();
+        assert_eq!(io::Error::from(taken).kind(), io::ErrorKind::AddrInUse);
+        assert!(socket.into_parts().1.is_none());
     }
 
     #[test]

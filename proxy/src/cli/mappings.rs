@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
@@ -16,7 +17,8 @@ use rproxy_mapping::keepalive::Keepalive;
 use rproxy_mapping::limits::{Limits, OnLimit};
 use rproxy_mapping::name::Name;
 use rproxy_mapping::overlap::refuse_overlap;
-use rproxy_mapping::proxy_protocol::{ProxyDatagrams, ProxyProtocol, ProxyVersion};
+use rproxy_mapping::permissions::{FileMode, SocketPermissions, parse_owner};
+use rproxy_mapping::proxy_protocol::{ProxyDatagrams, ProxyPeers, ProxyProtocol, ProxyVersion};
 use rproxy_mapping::publish::{ExposedPorts, PublishSpec};
 use rproxy_mapping::rate::Rate;
 use rproxy_mapping::source::{Device, Source};
@@ -132,10 +134,10 @@ struct LimitArgs {
     /// Which datagrams of a flow begin with that header
     #[arg(long, value_name = "DATAGRAMS", value_parser = proxy_datagrams(), default_value_t)]
     send_proxy_udp: ProxyDatagrams,
-    /// Peers in these networks are proxies: each of their connections and datagrams has to begin with a header of the
-    /// PROXY protocol, which tells who the client is
-    #[arg(long, value_name = "NETWORK", value_delimiter = ',', value_parser = parse_network)]
-    accept_proxy: Vec<IpNet>,
+    /// Peers in these networks are proxies, or all peers of a Unix socket (`unix`): each of their connections and datagrams
+    /// has to begin with a header of the PROXY protocol, which tells who the client is
+    #[arg(long, value_name = "NETWORK", value_delimiter = ',', value_parser = str::parse::<ProxyPeers>)]
+    accept_proxy: Vec<ProxyPeers>,
     /// How long the header of a connection may take to arrive
     #[arg(long, value_name = "DURATION", default_value = "5s", value_parser = parse_limit, allow_hyphen_values = true)]
     proxy_timeout: Duration,
@@ -145,6 +147,15 @@ struct LimitArgs {
     /// Bind host addresses that this machine does not have yet
     #[arg(long)]
     freebind: bool,
+    /// The mode of the file of each Unix socket to listen on, in octal digits; 0600 by default
+    #[arg(long, value_name = "MODE")]
+    socket_mode: Option<FileMode>,
+    /// The user who owns it, by name or number
+    #[arg(long, value_name = "USER", value_parser = parse_owner)]
+    socket_user: Option<Arc<str>>,
+    /// Its group, by name or number
+    #[arg(long, value_name = "GROUP", value_parser = parse_owner)]
+    socket_group: Option<Arc<str>>,
 }
 
 impl LimitArgs {
@@ -174,8 +185,28 @@ impl LimitArgs {
             },
             access_log: !self.no_access_log,
             freebind: self.freebind,
+            socket: self.socket(),
             access: AccessList { allow: self.allow.clone(), deny: self.deny.clone() },
         }
+    }
+}
+
+impl LimitArgs {
+    /// The permissions of Unix sockets, if some are asked for.
+    fn socket(&self) -> Option<Arc<SocketPermissions>> {
+        let Self { socket_mode: mode, socket_user: user, socket_group: group, .. } = self;
+        let socket = SocketPermissions { mode: *mode, user: user.clone(), group: group.clone() };
+        socket.is_some().then(|| socket.into())
+    }
+
+    /// The first option about permissions that is given.
+    fn socket_option(&self) -> Option<&'static str> {
+        let given = [
+            ("--socket-mode", self.socket_mode.is_some()),
+            ("--socket-user", self.socket_user.is_some()),
+            ("--socket-group", self.socket_group.is_some()),
+        ];
+        given.into_iter().find_map(|(option, is_given)| is_given.then_some(option))
     }
 }
 
@@ -187,7 +218,7 @@ struct Asked {
 
 impl MappingArgs {
     /// The ids of these options in clap. All of them can be expressed in a file.
-    pub(super) const IDS: [&str; 32] = [
+    pub(super) const IDS: [&str; 35] = [
         "host",
         "to",
         "publish",
@@ -220,6 +251,9 @@ impl MappingArgs {
         "proxy_timeout",
         "no_access_log",
         "freebind",
+        "socket_mode",
+        "socket_user",
+        "socket_group",
     ];
 
     /// Whether no mapping is requested.
@@ -267,6 +301,7 @@ impl MappingArgs {
             ("--name", self.name.is_some()),
             ("--require-resolved", self.limits.require_resolved),
             ("--freebind", self.limits.freebind),
+            (self.limits.socket_option().unwrap_or_default(), self.limits.socket().is_some()),
         ];
         match given.into_iter().find(|(_words, is_given)| *is_given) {
             Some((words, _)) => Err(wrong(
@@ -290,8 +325,16 @@ impl MappingArgs {
         let (backends, addresses) = self.split_to();
         let mut asked = self.paired(&backends, &addresses)?;
         asked.extend(self.published(&backends, &addresses)?);
-        if self.v6only && !asked.iter().any(|asked| asked.mapping.host() == ScopedIp::ANY) {
+        if self.v6only && !asked.iter().any(|asked| *asked.mapping.host() == ScopedIp::ANY) {
             return Err(wrong("--v6only", &"v6only is for [::], and no mapping listens there"));
+        }
+        if let Some(words) = self.limits.socket_option()
+            && !asked.iter().any(|asked| has_file(&asked.mapping))
+        {
+            return Err(wrong(
+                words,
+                &"no --host is a Unix socket with a file; write one, as in --host unix:/run/front.sock",
+            ));
         }
         let asked = asked.into_iter().map(|asked| self.finish(asked)).collect::<Result<Vec<_>, _>>()?;
         let mut mappings: Vec<Mapping> = asked.iter().map(|asked| asked.mapping.clone()).collect();
@@ -323,9 +366,8 @@ impl MappingArgs {
     }
 
     /// The option that requests to listen on `host`, for messages.
-    pub fn words_for(&self, host: HostSocketAddr) -> &'static str {
-        let addr = host.socket_addr();
-        let is_asked = self.host.iter().any(|asked| asked.contains(addr.into(), addr.port()));
+    pub fn words_for(&self, host: &HostSocketAddr) -> &'static str {
+        let is_asked = self.host.iter().any(|asked| asked.contains(host));
         if !self.publishes() || is_asked { "--host" } else { "-p" }
     }
 
@@ -353,15 +395,19 @@ impl MappingArgs {
             return Err(wrong(&format!("--host {host}"), &"its --to is missing; each --host goes with one"));
         }
         if let Some(to) = backends.get(self.host.len()) {
-            let problem = if self.publishes() && !matches!(to.host, BackendHost::Unix(_)) {
-                format!("its --host is missing; for -p the address is enough: --to {}", to.host)
-            } else {
-                "its --host is missing; each --to goes with one".to_owned()
+            let problem = match (&to.host, self.publishes()) {
+                (BackendHost::Unix(_), true) => {
+                    "-p has a port of the backend, and a Unix socket none; write --host ADDRESS:PORT in its place".to_owned()
+                }
+                (address, true) => {
+                    format!("its --host is missing; for -p the address is enough: --to {address}")
+                }
+                (_, false) => "its --host is missing; each --to goes with one".to_owned(),
             };
             return Err(wrong(&format!("--to {to}"), &problem));
         }
         let pairs = self.host.iter().zip(backends).zip(self.protocols()?);
-        pairs.map(|((host, to), protocols)| pair(*host, to, protocols)).collect()
+        pairs.map(|((host, to), protocols)| pair(host, to, protocols)).collect()
     }
 
     /// The protocols of each `--host`.
@@ -416,32 +462,45 @@ impl MappingArgs {
         let exposed = self.expose.iter().filter(|_| self.publish_all).map(|exposed| exposed.at_random());
         let exposed = exposed.filter(|exposed| !self.publish.iter().any(|spec| covers(spec, exposed)));
         let exposed = exposed.map(|spec| (format!("--expose {}/{}", spec.ports, spec.protocols), spec));
-        let specs = self.publish.iter().map(|spec| (format!("-p {spec}"), *spec)).chain(exposed);
+        let specs = self.publish.iter().map(|spec| (format!("-p {spec}"), spec.clone())).chain(exposed);
         specs.map(|(words, spec)| publish(words, spec, to)).collect()
     }
 
     /// Applies the options that hold for all mappings.
     fn finish(&self, Asked { words, mapping }: Asked) -> Result<Asked, UsageError> {
-        let mapping = if self.v6only && mapping.host() == ScopedIp::ANY {
+        let mapping = if self.v6only && *mapping.host() == ScopedIp::ANY {
             mapping.v6only().map_err(|error| wrong(&words, &error))?
         } else {
             mapping
         };
-        let mapping = mapping.limited(self.limits.limits());
+        let limits = self.limits.limits();
+        let socket = limits.socket.clone().filter(|_| has_file(&mapping));
+        let mapping = mapping.limited(Limits { socket, ..limits });
         let mapping = mapping.map_err(|error| match error {
-            MappingError::NotOfSctp(_) | MappingError::NotOfUnix(_) => wrong(&words, &error),
+            MappingError::NotOfSctp(_) | MappingError::NotOfUnix(_) | MappingError::NotAtUnix(_) => {
+                wrong(&words, &error)
+            }
             _ => wrong(&format!("--source {}", self.limits.source), &error),
         })?;
         Ok(Asked { words, mapping })
     }
 }
 
+/// Whether a mapping listens on a Unix socket with a file.
+fn has_file(mapping: &Mapping) -> bool {
+    mapping.host().unix_addr().is_some_and(|addr| addr.path().is_some())
+}
+
 /// The mapping of one `--host` and its `--to`.
-fn pair(host: HostSpec, to: &BackendSpec, protocols: Protocols) -> Result<Asked, UsageError> {
-    let mapping = Mapping::new(protocols, (host.host, host.ports), (to.host.clone(), to.ports));
+fn pair(host: &HostSpec, to: &BackendSpec, protocols: Protocols) -> Result<Asked, UsageError> {
+    let mapping = Mapping::new(protocols, (host.host.clone(), host.ports), (to.host.clone(), to.ports));
     let words = format!("--host {host}");
     let mapping = mapping.map_err(|error| match error {
-        MappingError::Lengths { .. } | MappingError::InterfacePorts(_) => wrong(&words, &error),
+        MappingError::Lengths { .. }
+        | MappingError::InterfacePorts(_)
+        | MappingError::PortsAtUnix
+        | MappingError::SeveralAtUnix(_) => wrong(&words, &error),
+        MappingError::NotByUnix(_) => wrong("--proto", &error),
         _ => wrong(&format!("--to {to}"), &error),
     })?;
     Ok(Asked { words, mapping })

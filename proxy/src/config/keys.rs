@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use rproxy_mapping::Mapping;
 use rproxy_mapping::addr::{AddrError, ScopedIp};
+use rproxy_mapping::backend::BackendHost;
 use rproxy_mapping::endpoint::{BackendSpec, HostSpec};
 use rproxy_mapping::interfaces::Interfaces;
 use rproxy_mapping::limits::Limits;
@@ -55,6 +56,9 @@ pub(super) struct Keys {
     proxy_timeout: Text,
     access_log: Switch,
     freebind: Switch,
+    socket_mode: Text,
+    socket_user: Text,
+    socket_group: Text,
     allow: Texts,
     deny: Texts,
     /// Keys that are present but unreadable or misspelt.
@@ -105,6 +109,9 @@ impl Keys {
         let text = |text: &str| Some(Spanned::new(0..0, text.to_owned()));
         match (key, &self.host, &self.to) {
             ("host", Some(host), _) => return HostSpec::parse(host.get_ref(), &HostInterfaces).is_ok(),
+            (key, ..) if key.starts_with("socket_") => {
+                (self.host, self.to) = (text("unix:/run/rproxy.sock"), text("172.17.0.2:80"));
+            }
             ("to", _, Some(to)) => return BackendSpec::parse(to.get_ref(), &HostInterfaces).is_ok(),
             _ => (self.host, self.to) = (text("[::]:80"), text("172.17.0.2:80")),
         }
@@ -159,12 +166,18 @@ impl Keys {
         let purpose = "forward to, as in \"172.17.0.2:80\"";
         let to = self.endpoint("to", &self.to, BackendSpec::parse, purpose, &mut wrong);
         let mut all = self.or(defaults);
-        if self.v6only.is_none() && host.is_some_and(|host| host.host != ScopedIp::ANY) {
+        if self.v6only.is_none() && host.as_ref().is_some_and(|host| host.host != ScopedIp::ANY) {
             // `v6only` in `[defaults]` only applies to mappings for which it makes sense.
             all.v6only = None;
         }
         if all.proto.as_ref().is_some_and(|proto| proto.get_ref() == "sctp") {
             all.leave_out_others_than_of_sctp(self);
+        }
+        if to.as_ref().is_some_and(|to| matches!(to.host, BackendHost::Unix(_))) {
+            (all.source, all.device) = (self.source.clone(), self.device.clone());
+        }
+        if host.as_ref().is_some_and(|host| host.host.unix_addr().is_some()) {
+            all.leave_out_addresses(self);
         }
         let (host, to) = (host.map(|host| (host.host, host.ports)), to.map(|to| (to.host, to.ports)));
         let mapping = all.wire().read_between(host, to, &mut wrong);
@@ -185,6 +198,19 @@ impl Keys {
         self.proxy_timeout.clone_from(&own.proxy_timeout);
         if text(&self.source).is_some_and(|source| source.parse().is_ok_and(Source::is_client)) {
             self.source.clone_from(&own.source);
+        }
+    }
+
+    /// Leaves out what clients of a Unix socket cannot have and `own`, the table of a mapping that listens there, does not say:
+    /// without a proxy in front, they have no addresses.
+    fn leave_out_addresses(&mut self, own: &Self) {
+        self.accept_proxy.clone_from(&own.accept_proxy);
+        self.proxy_timeout.clone_from(&own.proxy_timeout);
+        if own.accept_proxy.is_none() {
+            (self.allow, self.deny) = (own.allow.clone(), own.deny.clone());
+            if text(&self.source).is_some_and(|source| source.parse().is_ok_and(Source::is_client)) {
+                self.source.clone_from(&own.source);
+            }
         }
     }
 
@@ -262,6 +288,9 @@ impl Keys {
             proxy_timeout: text(&self.proxy_timeout),
             access_log: self.access_log.as_ref().map(|value| *value.get_ref()),
             freebind: is_on(&self.freebind),
+            socket_mode: text(&self.socket_mode),
+            socket_user: text(&self.socket_user),
+            socket_group: text(&self.socket_group),
             allow: texts(&self.allow),
             deny: texts(&self.deny),
         }

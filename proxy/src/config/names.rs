@@ -12,6 +12,9 @@ macro_rules! with_keys {
             proto,
             v6only,
             freebind,
+            socket_mode,
+            socket_user,
+            socket_group,
             connect_timeout,
             idle_timeout,
             tcp_user_timeout,
@@ -44,7 +47,7 @@ macro_rules! names {
 }
 
 /// All keys.
-pub(super) const KEYS: [&str; 29] = with_keys!(names);
+pub(super) const KEYS: [&str; 32] = with_keys!(names);
 
 /// The keys of `[attach]`.
 pub(super) const ATTACH_KEYS: [&str; 23] = [
@@ -93,6 +96,9 @@ pub(super) fn meant_key(written: &str) -> Option<&'static str> {
         "proxy_protocol" | "send_proxy_protocol" => return Some("send_proxy"),
         "accept_proxy_protocol" => return Some("accept_proxy"),
         "tos" | "traffic_class" => return Some("dscp"),
+        "mode" => return Some("socket_mode"),
+        "user" | "owner" => return Some("socket_user"),
+        "group" => return Some("socket_group"),
         // Its letters resemble `dscp`, but it means something else.
         "desc" | "description" => return None,
         _ => {}
@@ -198,6 +204,7 @@ mod tests {
     #[test]
     fn attached_ports_have_all_keys_but_those_of_one_mapping() {
         let of_one_mapping = ["host", "to", "proto", "v6only", "require_resolved", "freebind"];
+        let of_one_mapping = [&of_one_mapping[..], &["socket_mode", "socket_user", "socket_group"]].concat();
         let others: Vec<&str> = KEYS.into_iter().filter(|key| !of_one_mapping.contains(key)).collect();
         assert_eq!(others, ATTACH_KEYS);
     }

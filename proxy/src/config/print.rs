@@ -6,6 +6,7 @@ use rproxy_mapping::Mapping;
 use rproxy_mapping::addr::ScopedIp;
 use rproxy_mapping::backend::BackendHost;
 use rproxy_mapping::escape::is_plain;
+use rproxy_mapping::host::HostAddr;
 use rproxy_mapping::wire::{WireLimits, WireMapping};
 use rproxy_shim::message::DEFAULT_NAME;
 
@@ -76,9 +77,13 @@ fn values_of(mapping: &Mapping, address: fn(ScopedIp) -> String) -> Values {
         BackendHost::Ip(ip) => format!("{}:{to_ports}", address(*ip)),
         _ => mapping.backend_spec().to_string(),
     };
-    let host = mapping.host();
-    let host = host.ip().map_or_else(|| host.to_string(), address);
-    let host = format!("{host}:{}", host_ports.as_deref().unwrap_or("0"));
+    let host = match mapping.host() {
+        HostAddr::Unix(addr) => addr.to_string(),
+        host => {
+            let host = host.ip().map_or_else(|| host.to_string(), address);
+            format!("{host}:{}", host_ports.as_deref().unwrap_or("0"))
+        }
+    };
     Values {
         name: quoted(name),
         host: quoted(Some(host)),
@@ -126,6 +131,9 @@ fn values_of_limits(limits: WireLimits) -> Values {
         accept_proxy: list(limits.accept_proxy),
         proxy_timeout: quoted(limits.proxy_timeout),
         freebind: is_on(limits.freebind),
+        socket_mode: quoted(limits.socket_mode),
+        socket_user: quoted(limits.socket_user),
+        socket_group: quoted(limits.socket_group),
         access_log: limits.access_log.map(|is_on| is_on.to_string()),
     }
 }

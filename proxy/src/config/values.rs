@@ -142,6 +142,8 @@ pub(super) fn example(key: &str) -> &'static str {
         "rate" => "\"10/s\"",
         "keepalive" => "\"1m\"",
         "device" => "\"eth0\"",
+        "socket_mode" => "\"0660\"",
+        "socket_user" | "socket_group" => "\"www-data\"",
         "metrics" => "\"127.0.0.1:9464\"",
         "send_proxy" => "\"v2\"",
         "send_proxy_udp" => "\"first\"",

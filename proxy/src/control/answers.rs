@@ -3,7 +3,6 @@
 //! Keys are defined only here. Readers ignore unknown keys, because a newer server may send more.
 
 use std::collections::BTreeMap;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -146,10 +145,11 @@ pub struct Connection {
     pub protocol: String,
     /// The name of its mapping.
     pub mapping: String,
-    /// The client; with `accept_proxy` whom the proxy has told.
-    pub client: SocketAddr,
-    /// The address that the client has connected or sent to.
-    pub host: SocketAddr,
+    /// The client: an address and a port, or the process that has connected to a Unix socket; with `accept_proxy` whom the
+    /// proxy has told.
+    pub client: String,
+    /// The address that the client has connected or sent to, or the Unix socket.
+    pub host: String,
     /// The backend: an address and a port, a Unix socket, or a name while that leads nowhere.
     pub backend: String,
     /// `dialling`, `open`, `closed_by_client` or `closed_by_backend` (half-closed), or `closing`.
@@ -299,8 +299,8 @@ impl Connection {
             id: record.id,
             protocol: port_mapping.protocol.to_string(),
             mapping: mapping.to_string(),
-            client: record.client(),
-            host: record.host,
+            client: record.client().to_string(),
+            host: record.host.to_string(),
             backend: record.backend_text().to_string(),
             state: record.state().to_owned(),
             spliced: is_tcp.then(|| record.is_spliced()),

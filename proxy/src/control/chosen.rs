@@ -8,6 +8,8 @@ use ipnet::IpNet;
 use nix::net::if_::if_nametoindex;
 use rproxy_mapping::name::{Name, NameError};
 
+use crate::state::client::ClientAddr;
+
 /// Clients: those of a network, or one, as lists show it: `192.0.2.0/24`, `192.0.2.7`, `192.0.2.7:5000`,
 /// `[fe80::1%2]:5000`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,7 +22,9 @@ pub(crate) struct ClientFilter {
 
 impl ClientFilter {
     /// Whether `client` is meant.
-    pub(crate) fn matches(&self, client: SocketAddr) -> bool {
+    pub(crate) fn matches(&self, client: ClientAddr) -> bool {
+        // One of a Unix socket is in no network.
+        let Some(client) = client.inet_addr() else { return false };
         let scope = match client {
             SocketAddr::V6(addr) => addr.scope_id(),
             SocketAddr::V4(_) => 0,
@@ -145,8 +149,10 @@ mod tests {
             ("::/0", &clients[2..]),
         ] {
             let filter: ClientFilter = text.parse().expect(text);
-            let matching: Vec<_> =
-                clients.iter().filter(|client| filter.matches(client.parse().unwrap())).collect();
+            let matching: Vec<_> = clients
+                .iter()
+                .filter(|client| filter.matches(ClientAddr::Inet(client.parse().unwrap())))
+                .collect();
             assert_eq!(matching, expected.iter().collect::<Vec<_>>(), "{text}");
         }
         for wrong in [

@@ -194,11 +194,12 @@ impl From<ChangeError> for Refusal {
             ChangeError::Loop { .. } => RefusalKind::Loop,
             ChangeError::Bind { .. } => RefusalKind::Bind,
             ChangeError::UnusedSocket { .. } | ChangeError::OtherFamilies { .. } => RefusalKind::Socket,
-            ChangeError::Mapping { .. } => RefusalKind::BadRequest,
+            ChangeError::Mapping { .. } | ChangeError::Private { .. } => RefusalKind::BadRequest,
             ChangeError::Name { .. } => RefusalKind::Unresolved,
-            ChangeError::Watch { .. } | ChangeError::Interfaces(_) | ChangeError::UnixSocket { .. } => {
-                RefusalKind::Failed
-            }
+            ChangeError::Watch { .. }
+            | ChangeError::Interfaces(_)
+            | ChangeError::UnixSocket { .. }
+            | ChangeError::Permissions { .. } => RefusalKind::Failed,
         };
         let mapping = error.mapping().map(|name| name.to_string());
         Self { kind, message: error.with_hint("freebind (--freebind)"), mapping }

@@ -1,6 +1,7 @@
 //! Formats responses as tables.
 
 use rproxy_mapping::escape::escaped;
+use rproxy_mapping::unix;
 use serde::Deserialize;
 
 use crate::control::answers::{BoundMapping, List, Origin};
@@ -59,7 +60,8 @@ pub(super) fn list(List { mappings, draining }: &List<Shown>) -> String {
         let listens = listens(bound);
         let (resolved, unresolved) = (bound.resolved.as_deref(), bound.unresolved.as_deref());
         let backend = with_addresses(bound.mapping.backend(), resolved, unresolved);
-        let state = if bound.bound.is_empty() { "waits for an address" } else { "" };
+        let waits = bound.bound.is_empty() && !bound.mapping.host.starts_with(unix::PREFIX);
+        let state = if waits { "waits for an address" } else { "" };
         vec![bound.mapping.name.clone(), listens, backend, origin(&bound.origin), state.to_owned()]
     });
     let draining = draining.iter().map(|mapping| {
@@ -107,7 +109,8 @@ pub(super) fn ready_line(bound: &BoundMapping<Shown>) -> String {
 }
 
 fn listens(bound: &BoundMapping<Shown>) -> String {
-    format!("{}/{}", place(bound), bound.mapping.proto)
+    let (place, proto) = (place(bound), &bound.mapping.proto);
+    if place.starts_with(unix::PREFIX) { place } else { format!("{place}/{proto}") }
 }
 
 /// The addresses and ports that a mapping actually listens on; if its interface has no address, those asked for.
@@ -115,6 +118,7 @@ fn place(bound: &BoundMapping<Shown>) -> String {
     let Shown { host, host_ports, .. } = &bound.mapping;
     let host = bound.bound_host.as_deref().unwrap_or(host);
     match host_ports {
+        _ if host.starts_with(unix::PREFIX) => host.to_owned(),
         Some(asked) if bound.bound.is_empty() => format!("{host}:{asked}"),
         _ => format!("{host}:{}", bound.bound),
     }
@@ -195,13 +199,15 @@ old                    -               -              -                     drai
                 { "name": "web", "host": "%eth0", "host_ports": "80", "bound": "", "proto": "tcp", "to": "172.17.0.2", "to_ports": "80" },
                 { "name": "dns", "host": "%lo", "host_ports": "53", "bound_host": "127.0.0.1,[::1]", "bound": "53", "proto": "udp",
                   "to": "172.17.0.2", "to_ports": "53" },
+                { "name": "front", "host": "unix:/run/front.sock", "bound": "", "proto": "tcp", "to": "unix:@app" },
             ],
             "draining": [],
         });
         let expected = "\
-NAME  LISTENS                 BACKEND
-web   %eth0:80/tcp            172.17.0.2:80  waits for an address
-dns   127.0.0.1,[::1]:53/udp  172.17.0.2:53";
+NAME   LISTENS                 BACKEND
+web    %eth0:80/tcp            172.17.0.2:80  waits for an address
+dns    127.0.0.1,[::1]:53/udp  172.17.0.2:53
+front  unix:/run/front.sock    unix:@app";
         assert_eq!(list(&serde_json::from_value(answer).unwrap()), expected);
     }
 

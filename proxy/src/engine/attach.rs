@@ -96,7 +96,7 @@ impl Server {
 
     /// Refuses a socket that a mapping listens on: it would serve the clients of both.
     fn refuse_requested(&self, port_mapping: &PortMapping) -> Result<(), AttachError> {
-        let port = PortRange::single(port_mapping.host.socket_addr().port())?;
+        let port = PortRange::single(port_mapping.host.port().unwrap_or(0))?;
         if !self.registry.listens_on(port_mapping.protocol, port) {
             return Ok(());
         }
@@ -178,13 +178,15 @@ impl Server {
 
 /// The mapping of an attached port.
 fn mapping_of(port_mapping: &PortMapping, limits: Limits) -> Result<Mapping, AttachError> {
-    let PortMapping { protocol, host, ref backend, v6only } = *port_mapping;
-    let [from, to] = [host.socket_addr(), backend.socket_addr()];
-    let (from_port, to_port) = (PortRange::single(from.port())?, PortRange::single(to.port())?);
+    let PortMapping { protocol, host, backend, v6only } = port_mapping;
+    // Container runtimes publish no Unix sockets.
+    let from = host.inet_addr().ok_or_else(|| PortError::NotAPort(host.to_string()))?;
+    let (from_port, to_port) =
+        (PortRange::single(from.port())?, PortRange::single(backend.socket_addr().port())?);
     let (listens, to) = ((ScopedIp::from(from).into(), Some(from_port)), (backend.host().into(), to_port));
-    let mapping = Mapping::new(Protocols::One(protocol), listens, to)?;
-    let mapping = if v6only && mapping.host() == ScopedIp::ANY { mapping.v6only()? } else { mapping };
-    Ok(mapping.named(Name::attached(protocol, host)).limited_in_family(limits))
+    let mapping = Mapping::new(Protocols::One(*protocol), listens, to)?;
+    let mapping = if *v6only && *mapping.host() == ScopedIp::ANY { mapping.v6only()? } else { mapping };
+    Ok(mapping.named(Name::attached(*protocol, host)).limited_in_family(limits))
 }
 
 /// The flows of ports that may be attached again.

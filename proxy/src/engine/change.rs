@@ -20,10 +20,12 @@ use tokio::task::consume_budget;
 
 use crate::bind::activation::InheritedSockets;
 use crate::bind::listen::BindError;
+use crate::bind::unix_socket::SocketFault;
 use crate::bind::{Bound, BoundPort};
 use crate::engine::Server;
 use crate::engine::listening::{announce_all, announce_removed};
 use crate::engine::plan::{Plan, plan};
+use crate::engine::private::PrivateSocketError;
 use crate::engine::registry::Served;
 use crate::engine::sweep::Sweep;
 use crate::loops::whereabouts::Whereabouts;
@@ -102,6 +104,14 @@ pub enum ChangeError {
         /// Which name, and why.
         source: UnresolvedError,
     },
+    /// The backend is a socket of this process that is for its own user.
+    #[error("{name}: {source}")]
+    Private {
+        /// The mapping.
+        name: Name,
+        /// Which one.
+        source: PrivateSocketError,
+    },
     /// The process has given up Unix sockets when it was confined, because no mapping led to one.
     #[error(
         "{name}: this process cannot connect to Unix sockets ({source}), as none was a backend when it was confined; restart it with this mapping"
@@ -112,6 +122,14 @@ pub enum ChangeError {
         /// The answer of socket(2).
         #[source]
         source: io::Error,
+    },
+    /// The file of a Unix socket cannot have the mode or owner that is asked for.
+    #[error("{name}: {source}")]
+    Permissions {
+        /// The mapping.
+        name: Name,
+        /// Why.
+        source: SocketFault,
     },
     /// What addresses interfaces have cannot be found out.
     #[error("cannot find out what addresses interfaces have: {0}; write addresses in their place")]
@@ -164,6 +182,8 @@ impl ChangeError {
             | Self::Mapping { name, .. }
             | Self::Name { name, .. }
             | Self::UnixSocket { name, .. }
+            | Self::Permissions { name, .. }
+            | Self::Private { name, .. }
             | Self::OtherFamilies { name, .. }
             | Self::Watch { name, .. } => Some(name.clone()),
             Self::UnusedSocket { .. } | Self::Interfaces(_) => None,
@@ -189,8 +209,7 @@ pub(super) fn by(process: u32) -> String {
 
 /// The name of a mapping as a prefix to why it cannot be bound, unless the reason contains it.
 fn prefix(name: &Name, error: &BindError) -> String {
-    let place = format!("{}/{}", error.addr, error.protocol);
-    if name.as_str() == place { String::new() } else { format!("{name}: ") }
+    if name.as_str() == error.place() { String::new() } else { format!("{name}: ") }
 }
 
 /// What becomes of the connections and flows of mappings that are removed.
@@ -362,11 +381,16 @@ impl Server {
             unchanged: plan.unchanged,
         };
         refuse_unreachable(&plan)?;
+        self.refuse_private(&plan)?;
         let prepared = async {
             let plan = self.with_addresses(plan).await?;
             Box::pin(self.prepare(plan, passed)).await
         };
-        match prepared.await {
+        let prepared = prepared.await.and_then(|prepared| {
+            self.change_permissions(&prepared)?;
+            Ok(prepared)
+        });
+        match prepared {
             Ok(prepared) => self.commit(prepared, removal).await,
             Err(error) => {
                 self.keep_names();
@@ -374,6 +398,14 @@ impl Server {
             }
         }
         Ok(changed)
+    }
+
+    /// Refuses backends that are for the user of this process alone.
+    fn refuse_private(&self, plan: &Plan) -> Result<(), ChangeError> {
+        plan.add.iter().chain(&plan.change).try_for_each(|(name, mapping)| {
+            let refused = self.private.refuse(mapping.backend());
+            refused.map_err(|source| ChangeError::Private { name: name.clone(), source })
+        })
     }
 
     /// Completes every step that can fail. Dropped at any point, it has changed nothing.
@@ -539,7 +571,7 @@ impl Server {
                 if port_mapping.protocol == Protocol::Udp
                     && error.source.kind() == io::ErrorKind::AddrInUse =>
             {
-                self.give_way(port_mapping.host.socket_addr().port()).await;
+                self.give_way(port_mapping.host.port().unwrap_or(0)).await;
                 BoundPort::bind_for(port_mapping, limits)
             }
             bound => bound,
@@ -638,18 +670,19 @@ impl Server {
 fn refuse_unused(passed: &InheritedSockets) -> Result<(), ChangeError> {
     let Some(listener) = passed.first_left() else { return Ok(()) };
     let protocol = listener.protocol();
-    let addr = listener.local_addr().map_or(HostSocketAddr::new(ScopedIp::ANY, 0), HostSocketAddr::from);
+    let addr = listener.local_addr().unwrap_or(HostSocketAddr::new(ScopedIp::ANY, 0));
     Err(ChangeError::UnusedSocket { protocol, addr })
 }
 
 /// Refuses a passed socket on all addresses that accepts other clients than the mapping would.
 fn refuse_other_families(name: &Name, is: &PortMapping, wanted: &PortMapping) -> Result<(), ChangeError> {
-    let PortMapping { protocol, host: addr, v6only, .. } = *is;
+    let PortMapping { protocol, host, v6only, .. } = is.clone();
     // Only all addresses of IPv6 can include those of IPv4 (ipv6(7)).
-    if v6only == wanted.v6only || !addr.socket_addr().ip().is_unspecified() {
+    let is_wildcard = host.inet_addr().is_some_and(|addr| addr.ip().is_unspecified());
+    if v6only == wanted.v6only || !is_wildcard {
         return Ok(());
     }
-    Err(ChangeError::OtherFamilies { name: name.clone(), protocol, addr, v6only })
+    Err(ChangeError::OtherFamilies { name: name.clone(), protocol, addr: host, v6only })
 }
 
 /// Refuses a backend that is a Unix socket if this process may not open one.
@@ -664,7 +697,7 @@ fn refuse_unreachable(plan: &Plan) -> Result<(), ChangeError> {
 /// The port mappings of `mapping` for existing sockets, at the addresses where they listen.
 fn on_sockets(sockets: &[Binding], mapping: &Mapping) -> impl Iterator<Item = PortMapping> {
     sockets.iter().zip(mapping.port_mappings()).map(|(old, new)| {
-        let PortMapping { host, v6only, .. } = old.target.port_mapping;
+        let PortMapping { host, v6only, .. } = old.target.port_mapping.clone();
         PortMapping { host, v6only, ..new }
     })
 }
@@ -708,6 +741,16 @@ impl Prepared {
         Self { missing: sockets, ..Self::default() }
     }
 
+    /// The mappings that are served from then on.
+    pub(super) fn served(&self) -> impl Iterator<Item = &(Name, Served)> {
+        self.changed.iter().chain(&self.added)
+    }
+
+    /// The names of mappings that change or are removed.
+    pub(super) fn names_before(&self) -> impl Iterator<Item = &Name> {
+        self.changed.iter().map(|(name, _served)| name).chain(&self.removed)
+    }
+
     /// A change of mappings that keep their sockets.
     pub(super) fn changing(changed: Vec<(Name, Served)>) -> Self {
         Self { changed, ..Self::default() }
@@ -721,16 +764,23 @@ impl BindError {
     fn taken_by<'a>(
         &self,
         mapping: &Mapping,
-        served: impl Iterator<Item = (&'a Name, &'a Served)>,
+        mut served: impl Iterator<Item = (&'a Name, &'a Served)>,
     ) -> Option<(u16, &'a Name, &'a Mapping)> {
         if self.source.kind() != io::ErrorKind::AddrInUse {
             return None;
         }
-        let wanted = self.among.or(PortRange::single(self.addr.port()).ok())?;
+        if self.addr.unix_addr().is_some() {
+            let listens =
+                |other: &Served| other.ports.iter().any(|port| port.target.port_mapping.host == self.addr);
+            let (name, other) = served.find(|(_name, other)| listens(other))?;
+            return Some((PortRange::OF_UNIX.first(), name, &other.mapping));
+        }
+        let wanted = self.among.or(PortRange::single(self.addr.port()?).ok())?;
         let mut taken = BTreeMap::new();
         for (name, other) in served {
             for Binding { target, .. } in &other.ports {
-                let (there, port) = (&target.port_mapping, target.port_mapping.host.socket_addr().port());
+                let there = &target.port_mapping;
+                let Some(port) = there.host.port() else { continue };
                 let here =
                     |ip| mapping.port_mapping(ip, there.protocol, port, mapping.backend_ports().first());
                 let is_in_the_way = wanted.contains(port)
@@ -755,7 +805,7 @@ pub(crate) struct Leaving {
 
 impl Leaving {
     fn add(&mut self, sockets: &Spare) {
-        self.sockets.extend(sockets.iter().map(|(place, port)| (*place, Arc::downgrade(port))));
+        self.sockets.extend(sockets.iter().map(|(place, port)| (place.clone(), Arc::downgrade(port))));
         if self.sweep.is_due(self.sockets.len()) {
             self.sockets.retain(|_place, port| port.strong_count() > 0);
             self.sweep.done(self.sockets.len());
@@ -774,7 +824,7 @@ impl Leaving {
 }
 
 /// What a socket is bound to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct BindKey {
     protocol: Protocol,
     host: HostSocketAddr,
@@ -783,7 +833,8 @@ pub(super) struct BindKey {
 
 impl BindKey {
     pub(super) fn of(port_mapping: &PortMapping) -> Self {
-        Self { protocol: port_mapping.protocol, host: port_mapping.host, v6only: port_mapping.v6only }
+        let PortMapping { protocol, host, v6only, .. } = port_mapping.clone();
+        Self { protocol, host, v6only }
     }
 }
 
@@ -822,7 +873,7 @@ mod tests {
         let mut leaving = Leaving::default();
         let release = |leaving: &mut Leaving, Binding { port, target }: Binding| {
             let place = BindKey::of(&target.port_mapping);
-            leaving.add(&Spare::from([(place, port)]));
+            leaving.add(&Spare::from([(place.clone(), port)]));
             place
         };
         let (kept, taken) = (binding(&set, "10.0.0.11:53", false), binding(&set, "10.0.0.11:54", false));

@@ -32,8 +32,8 @@ impl Server {
         let served = self.registry.iter().flat_map(|(_name, served)| served.targets());
         let targets: HashSet<_> = served.collect();
         left.retain(|record| {
-            let PortMapping { protocol, host, .. } = record.port.port_mapping;
-            !targets.contains(&((protocol, host), record.backend().clone()))
+            let PortMapping { protocol, host, .. } = &record.port.port_mapping;
+            !targets.contains(&((*protocol, host.clone()), record.backend().clone()))
         });
         self.cut_recorded(&left).await;
     }

@@ -67,7 +67,7 @@ impl Server {
     /// from an address that is gone.
     async fn leave_all_but(&mut self, name: &Name, now: &[ScopedIp]) {
         let Some(served) = self.registry.get(name) else { return };
-        let is_kept = |binding: &Binding| now.contains(&host_of(binding));
+        let is_kept = |binding: &Binding| host_of(binding).is_some_and(|host| now.contains(&host));
         let (kept, gone): (Vec<Binding>, Vec<Binding>) = served.ports.iter().cloned().partition(is_kept);
         if gone.is_empty() {
             return;
@@ -116,8 +116,8 @@ impl Server {
 }
 
 /// The address that a socket is bound to.
-fn host_of(binding: &Binding) -> ScopedIp {
-    binding.target.port_mapping.host.socket_addr().into()
+fn host_of(binding: &Binding) -> Option<ScopedIp> {
+    binding.target.port_mapping.host.inet_addr().map(ScopedIp::from)
 }
 
 /// Whether an address was removed before it could be bound; the kernel tells that next.

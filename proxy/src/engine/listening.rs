@@ -1,8 +1,9 @@
 //! Formats where the sockets of a mapping actually listen, including ports that were chosen and addresses of
 //! inherited sockets.
 
-use rproxy_mapping::addr::ScopedIp;
+use rproxy_mapping::PortMapping;
 use rproxy_mapping::backend::{BackendHost, NoAddress};
+use rproxy_mapping::host::HostAddr;
 use rproxy_mapping::name::Name;
 use tracing::info;
 
@@ -25,14 +26,14 @@ impl Served {
     /// The bound host addresses, if they differ from the requested one. An inherited socket listens wherever
     /// it was bound, and a mapping of an interface at its addresses.
     pub fn bound_host(&self) -> Option<String> {
-        let mut hosts: Vec<ScopedIp> = Vec::new();
+        let mut hosts: Vec<HostAddr> = Vec::new();
         for binding in &self.ports {
-            let host = binding.target.port_mapping.host.socket_addr().into();
-            if !hosts.contains(&host) {
-                hosts.push(host);
-            }
+            let PortMapping { host, .. } = &binding.target.port_mapping;
+            let ip = host.inet_addr().map(|addr| HostAddr::Ip(addr.into()));
+            let host = ip.or_else(|| host.unix_addr().cloned().map(HostAddr::Unix));
+            hosts.extend(host.filter(|host| !hosts.contains(host)));
         }
-        let is_as_asked = self.mapping.host().ip().is_some_and(|host| hosts == [host]);
+        let is_as_asked = hosts[..] == [self.mapping.host().clone()];
         (!is_as_asked && !hosts.is_empty())
             .then(|| hosts.iter().map(ToString::to_string).collect::<Vec<_>>().join(","))
     }
@@ -76,7 +77,8 @@ impl Served {
             return;
         }
         let host = self.bound_host().unwrap_or_else(|| mapping.host().to_string());
-        let host = format_args!("{host}:{}", self.bound_ports());
+        let ports = self.bound_ports();
+        let host = if ports.is_empty() { host } else { format!("{host}:{ports}") };
         let backend = self.backend_text();
         info!(mapping = %name, %host, %backend, protocol = %mapping.protocols(), "serving");
     }
@@ -132,9 +134,9 @@ mod tests {
     use std::net::TcpListener;
     use std::sync::Arc;
 
+    use rproxy_mapping::Mapping;
     use rproxy_mapping::addr::{Protocol, Protocols};
     use rproxy_mapping::limits::Limits;
-    use rproxy_mapping::{Mapping, PortMapping};
 
     use super::*;
     use crate::runtime::poll::PollSet;

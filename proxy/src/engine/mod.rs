@@ -13,7 +13,9 @@ pub(crate) mod listening;
 mod names;
 pub(crate) mod observation;
 pub(crate) mod old_processes;
+mod permissions;
 pub mod plan;
+pub(crate) mod private;
 pub mod registry;
 mod sweep;
 mod tasks;
@@ -40,12 +42,14 @@ use crate::engine::attach::Parked;
 use crate::engine::change::Leaving;
 use crate::engine::observation::{Observation, Resources};
 use crate::engine::old_processes::{LeftConnections, OldProcesses};
+use crate::engine::private::PrivateSockets;
 use crate::engine::registry::{Registry, Served};
 use crate::engine::tasks::Tasks;
 use crate::links::Links;
 use crate::log::access::AccessLog;
 use crate::names::Names;
 use crate::runtime::poll::WatchedListener;
+use crate::runtime::socket_file::SocketFile;
 use crate::runtime::worker::Workers;
 use crate::state::record::Record;
 use crate::state::recorder::Recorder;
@@ -70,6 +74,8 @@ pub struct Server {
     pub(crate) names: Names,
     /// What addresses the interfaces have that mappings listen at.
     pub(crate) links: Links,
+    /// Unix sockets that no mapping may lead to.
+    pub(crate) private: PrivateSockets,
     /// Flows of ports that may be attached again.
     parked: Parked,
     /// Old processes with connections to attached ports.
@@ -149,7 +155,7 @@ impl Server {
     /// Outside a tokio runtime.
     pub fn start_port(port: BoundPort) -> io::Result<Self> {
         let mut server = Self::new(Growth::None);
-        let name = Name::attached(port.port_mapping.protocol, port.port_mapping.host);
+        let name = Name::attached(port.port_mapping.protocol, &port.port_mapping.host);
         let policy = server.new_policy(name, Limits::default());
         let target = Arc::new(Target::new(port.port_mapping.clone(), policy));
         let binding = server.assign(port, target)?;
@@ -172,6 +178,7 @@ impl Server {
             leaving: Leaving::default(),
             names: Names::default(),
             links: Links::default(),
+            private: PrivateSockets::default(),
             parked: Parked::default(),
             old_processes: OldProcesses::default(),
         }
@@ -202,6 +209,10 @@ impl Server {
             Listener::Tcp(listener) => task.add(listener)?,
             Listener::Udp(socket) => task.add(socket)?,
             Listener::Sctp(socket) => task.add(socket)?,
+            Listener::Unix(socket) => {
+                let (listener, file) = socket.into_parts();
+                task.add_with(listener, file)?
+            }
         };
         Ok(Binding { port, target })
     }
@@ -317,6 +328,17 @@ impl Server {
         self.bindings().map(|binding| binding.port.as_fd())
     }
 
+    /// The files of Unix sockets.
+    fn files(&self) -> impl Iterator<Item = &SocketFile> {
+        self.bindings().filter_map(|binding| binding.port.file())
+    }
+
+    /// Makes this process the owner of the files of these mappings.
+    pub(crate) fn own_files_of(&self, names: &[Name]) {
+        let served = names.iter().filter_map(|name| self.registry.get(name));
+        served.flat_map(Served::files).for_each(SocketFile::own);
+    }
+
     /// The descriptors of the UDP sockets.
     pub(crate) fn udp_sockets(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let udp = self.bindings().filter(|binding| udp_id(binding).is_some());
@@ -368,6 +390,7 @@ impl Server {
     /// Leaves all sockets and the paused flows to another process that already serves them. Connections
     /// continue.
     pub(crate) fn leave(&self) {
+        self.files().for_each(SocketFile::leave);
         self.tasks.all().for_each(ListenerTask::leave);
     }
 

@@ -68,9 +68,9 @@ pub fn plan<'a>(
 fn keeps_sockets(old: &Mapping, new: &Mapping) -> bool {
     let sockets = |mapping: &Mapping| {
         let count = mapping.backend_ports().count();
-        (mapping.protocols(), mapping.host(), mapping.host_ports(), mapping.is_v6only(), count)
+        (mapping.protocols(), mapping.host_ports(), mapping.is_v6only(), count)
     };
-    sockets(old) == sockets(new)
+    old.host() == new.host() && sockets(old) == sockets(new)
 }
 
 #[cfg(test)]

@@ -15,6 +15,7 @@ use crate::bind::return_path::ReturnPaths;
 use crate::engine::sweep::Sweep;
 use crate::names::Names;
 use crate::runtime::poll::WatchedListener;
+use crate::runtime::socket_file::SocketFile;
 use crate::state::stats::Stats;
 use crate::state::{Binding, MappingPolicy, MappingState};
 
@@ -57,9 +58,14 @@ impl Served {
         })
     }
 
-    /// The host port of each socket, in order; the actual port where there was a choice.
+    /// The host port of each socket, in order; the actual port where there was a choice. A Unix socket has none.
     pub fn host_ports(&self) -> impl Iterator<Item = u16> {
-        self.ports.iter().map(|binding| binding.target.port_mapping.host.socket_addr().port())
+        self.ports.iter().filter_map(|binding| binding.target.port_mapping.host.port())
+    }
+
+    /// The files of its Unix sockets.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &SocketFile> {
+        self.ports.iter().filter_map(|binding| binding.port.file())
     }
 }
 
@@ -331,7 +337,7 @@ impl Ports {
 
 fn ports_of(served: &Served) -> impl Iterator<Item = (Protocol, u16)> {
     let port_mappings = served.ports.iter().map(|binding| &binding.target.port_mapping);
-    port_mappings.map(|port_mapping| (port_mapping.protocol, port_mapping.host.socket_addr().port()))
+    port_mappings.filter_map(|port_mapping| Some((port_mapping.protocol, port_mapping.host.port()?)))
 }
 
 fn is_in_use(state: &MappingState) -> bool {

@@ -16,7 +16,7 @@ use rproxy_mapping::overlap::BindScope;
 use rproxy_mapping::ports::PortRange;
 use rproxy_mapping::{Mapping, PortMapping};
 
-pub use self::hop::Hop;
+pub use self::hop::{Hop, Place};
 
 /// The maximum number of steps of a loop that a message shows.
 const SHOWN: usize = 8;
@@ -41,7 +41,7 @@ pub enum LoopReason {
         /// Where it listens.
         listens: String,
         /// The address of the backend, if it is another address of this machine.
-        own: Option<ScopedIp>,
+        own: Option<String>,
     },
     /// A broadcast address cannot be a backend.
     Many(ScopedIp),
@@ -83,7 +83,10 @@ pub fn refuse_loops<'a>(
     others: impl IntoIterator<Item = Hop<'a>>,
     whereabouts: &mut Whereabouts,
 ) -> Result<(), LoopError> {
-    refuse(new, others, |ip| whereabouts.of(ip))
+    refuse(new, others, |place| match place {
+        Place::Ip(ip) => whereabouts.of(ip),
+        Place::Unix(_) => Destination::Here,
+    })
 }
 
 /// [`refuse_loops`] for a whole set, before it is bound.
@@ -101,14 +104,14 @@ pub fn refuse_loops_among<'a>(mappings: impl IntoIterator<Item = &'a Mapping>) -
 /// # Errors
 /// [`LoopError`]
 pub fn refuse_loop(socket: &PortMapping, whereabouts: &mut Whereabouts) -> Result<(), LoopError> {
-    let hop = Hop::of_socket(0, None, socket);
+    let hop = Hop::of_socket(0, socket);
     refuse_loops(hop.as_slice(), [], whereabouts)
 }
 
 fn refuse<'a>(
     new: &[Hop<'a>],
     others: impl IntoIterator<Item = Hop<'a>>,
-    mut whereabouts: impl FnMut(ScopedIp) -> Destination,
+    mut whereabouts: impl FnMut(Place<'_>) -> Destination,
 ) -> Result<(), LoopError> {
     let mut leads_here = false;
     for hop in new {
@@ -116,7 +119,8 @@ fn refuse<'a>(
         match whereabouts(hop.backend) {
             Destination::Here => leads_here = true,
             Destination::Broadcast => {
-                return Err(LoopError { mapping, reason: LoopReason::Many(hop.backend) });
+                let Place::Ip(ip) = hop.backend else { continue };
+                return Err(LoopError { mapping, reason: LoopReason::Many(ip) });
             }
             // The machine may get this address later (`net.ipv4.ip_nonlocal_bind`).
             Destination::Elsewhere if hop.is_own_backend() => {
@@ -130,6 +134,14 @@ fn refuse<'a>(
         return Ok(());
     }
     Listeners::new(new.iter().copied().chain(others).collect()).find_ring(new.len(), whereabouts)
+}
+
+/// The scopes of the sockets that a backend may be.
+fn scopes_reached(backend: Place<'_>) -> Vec<BindScope> {
+    match backend {
+        Place::Ip(ip) => BindScope::reached_by(ip).to_vec(),
+        Place::Unix(addr) => vec![BindScope::Unix(addr.clone())],
+    }
 }
 
 /// One port of a hop.
@@ -146,7 +158,10 @@ impl<'a> Listeners<'a> {
     fn new(hops: Vec<Hop<'a>>) -> Self {
         let mut at: HashMap<_, Vec<(PortRange, usize)>> = HashMap::new();
         for (index, hop) in hops.iter().enumerate() {
-            let place = BindScope::of(hop.host, hop.v6only);
+            let place = match hop.host {
+                Place::Ip(ip) => BindScope::of(ip, hop.v6only),
+                Place::Unix(addr) => BindScope::Unix(addr.clone()),
+            };
             at.entry((hop.protocol, place)).or_default().push((hop.host_ports, index));
         }
         at.values_mut().for_each(|ranges| ranges.sort_by_key(|(range, index)| (range.first(), *index)));
@@ -158,7 +173,7 @@ impl<'a> Listeners<'a> {
     fn find_ring(
         &self,
         new: usize,
-        mut whereabouts: impl FnMut(ScopedIp) -> Destination,
+        mut whereabouts: impl FnMut(Place<'_>) -> Destination,
     ) -> Result<(), LoopError> {
         let in_circle = self.in_circles(&mut whereabouts);
         let mut seen: HashMap<Step, usize> = HashMap::new();
@@ -182,7 +197,7 @@ impl<'a> Listeners<'a> {
 
     /// Which hops can be part of a loop, or lead to one, regardless of the ports. Only these need the walk
     /// through all ports of their ranges.
-    fn in_circles(&self, mut whereabouts: impl FnMut(ScopedIp) -> Destination) -> Vec<bool> {
+    fn in_circles(&self, mut whereabouts: impl FnMut(Place<'_>) -> Destination) -> Vec<bool> {
         let mut leads_to = vec![0_usize; self.hops.len()];
         let mut led_to_by: Vec<Vec<usize>> = vec![Vec::new(); self.hops.len()];
         for (hop, leads_to) in leads_to.iter_mut().enumerate() {
@@ -221,7 +236,7 @@ impl<'a> Listeners<'a> {
     /// The listeners that a hop may lead to: their ports, and their hops.
     fn ranges_reached(&self, hop: usize) -> impl Iterator<Item = (PortRange, usize)> {
         let hop = self.hops[hop];
-        let ranges = BindScope::reached_by(hop.backend).into_iter().filter_map(move |place| {
+        let ranges = scopes_reached(hop.backend).into_iter().filter_map(move |place| {
             let ranges = self.at.get(&(hop.protocol, place))?;
             // A range that begins earlier may overlap it. The ranges of one scope do not overlap each other.
             let begin = ranges.partition_point(|(range, _)| range.first() <= hop.backend_ports.first());
@@ -235,11 +250,11 @@ impl<'a> Listeners<'a> {
     fn step_on(
         &self,
         (hop, port): Step,
-        mut whereabouts: impl FnMut(ScopedIp) -> Destination,
+        mut whereabouts: impl FnMut(Place<'_>) -> Destination,
     ) -> Option<Step> {
         let hop = &self.hops[hop];
         let port = hop.backend_port(port);
-        let mut places = BindScope::reached_by(hop.backend).into_iter();
+        let mut places = scopes_reached(hop.backend).into_iter();
         let found = places.find_map(|place| self.listening(hop.protocol, place, port))?;
         (whereabouts(hop.backend) == Destination::Here).then_some((found, port))
     }
@@ -261,6 +276,7 @@ impl<'a> Listeners<'a> {
         if let [(hop, port)] = ring {
             let hop = &self.hops[*hop];
             let own = Some(hop.backend).filter(|backend| *backend != hop.host);
+            let own = own.map(|backend| backend.to_string());
             return LoopError { mapping, reason: LoopReason::Itself { listens: hop.at(*port), own } };
         }
         let mut steps: Vec<String> = ring.iter().map(|(hop, port)| self.hops[*hop].at(*port)).collect();
@@ -272,6 +288,7 @@ impl<'a> Listeners<'a> {
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
+    use rproxy_mapping::endpoint::{BackendSpec, HostSpec};
     use rproxy_mapping::overlap::overlaps;
 
     use super::*;
@@ -280,6 +297,9 @@ mod tests {
     fn mapping(text: &str) -> Mapping {
         let (text, v6only) = text.strip_prefix("only ").map_or((text, false), |text| (text, true));
         let (listens, to) = text.split_once(' ').unwrap();
+        if text.contains("unix:") {
+            return unix_mapping(listens, to);
+        }
         let (host, ports) = listens.rsplit_once(':').unwrap();
         let (ports, protocols) = ports.split_once('/').unwrap();
         let (backend, backend_ports) = to.rsplit_once(':').unwrap();
@@ -289,9 +309,17 @@ mod tests {
         if v6only { mapping.v6only().unwrap() } else { mapping }
     }
 
+    /// The same with a Unix socket on one side, or on both.
+    fn unix_mapping(listens: &str, to: &str) -> Mapping {
+        let HostSpec { host, ports } = listens.parse().unwrap();
+        let BackendSpec { host: backend, ports: backend_ports } = to.parse().unwrap();
+        Mapping::new("tcp".parse().unwrap(), (host, ports), (backend, backend_ports)).unwrap()
+    }
+
     /// A machine with loopback and one address of each family, on a network with a broadcast address.
-    fn whereabouts(ip: ScopedIp) -> Destination {
-        match ip.to_string().as_str() {
+    fn whereabouts(place: Place<'_>) -> Destination {
+        match place.to_string().as_str() {
+            unix if unix.starts_with("unix:") => Destination::Here,
             "10.0.0.1" | "[fd00::1]" | "127.0.0.1" | "127.0.0.2" | "[::1]" => Destination::Here,
             "10.0.0.255" => Destination::Broadcast,
             _ => Destination::Elsewhere,
@@ -308,6 +336,16 @@ mod tests {
     #[track_caller]
     fn assert_served(set: &[&str]) {
         assert_eq!(refused(set, &[]), None, "{set:?}");
+    }
+
+    #[test]
+    fn a_unix_socket_leads_to_whoever_listens_there() {
+        let itself = refused(&["unix:/run/a unix:/run/a"], &[]).unwrap();
+        assert!(itself.contains("unix:/run/a would forward to itself; choose"), "{itself}");
+        let ring = refused(&["0.0.0.0:80 unix:/run/a", "unix:/run/a unix:@b"], &["unix:@b 127.0.0.1:80"]);
+        let ring = ring.unwrap();
+        assert!(ring.contains("80/tcp -> unix:/run/a -> unix:@b -> 80/tcp would form a loop"), "{ring}");
+        assert_served(&["unix:/run/a unix:/run/b", "unix:@a unix:@b", "unix:/run/c 127.0.0.1:80"]);
     }
 
     #[test]
@@ -410,14 +448,14 @@ mod tests {
 
     /// Whether datagrams or connections to a backend reach this socket.
     fn is_reached(socket: &PortMapping, from: &PortMapping) -> bool {
-        let (host, to) = (socket.host.socket_addr(), from.backend.socket_addr());
+        let (host, to) = (socket.host.inet_addr().unwrap(), from.backend.socket_addr());
         let takes = match (ScopedIp::from(host), to.is_ipv4()) {
             (ScopedIp::ANY, is_v4) => !(is_v4 && socket.v6only),
             (ScopedIp::ANY_V4, is_v4) => is_v4,
             (one, _is_v4) => one == to.into(),
         };
         let to_itself = socket == from && host.ip() == to.ip();
-        let here = whereabouts(to.into()) == Destination::Here || to_itself;
+        let here = whereabouts(Place::Ip(to.into())) == Destination::Here || to_itself;
         socket.protocol == from.protocol && host.port() == to.port() && takes && here
     }
 

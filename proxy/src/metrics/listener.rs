@@ -12,7 +12,7 @@ use socket2::SockRef;
 use super::addr::MetricsAddr;
 use super::descriptors::OpenDescriptors;
 use crate::bind::listen::{self, AdoptError, BindError, Listener};
-use crate::bind::unix_socket::{SocketError, SocketFile, UnixSocket};
+use crate::bind::unix_socket::{HeldSocket, SocketError, UnixSocket};
 
 /// What errors begin with.
 const OPTION: &str = "--metrics";
@@ -54,7 +54,7 @@ pub(crate) struct MetricsSocket {
 #[derive(Debug)]
 enum Held {
     Tcp(OwnedFd),
-    Unix(SocketFile),
+    Unix(HeldSocket),
 }
 
 impl MetricsListener {
@@ -68,7 +68,7 @@ impl MetricsListener {
                 let failed = |source| {
                     ListenError::Tcp(BindError {
                         protocol: Protocol::Tcp,
-                        addr: *at,
+                        addr: (*at).into(),
                         among: None,
                         more: 1,
                         source,
@@ -96,7 +96,7 @@ impl MetricsListener {
             MetricsAddr::Tcp(at) => {
                 let listener = match Listener::adopt(socket, Protocol::Tcp)? {
                     Listener::Tcp(listener) => listener,
-                    Listener::Udp(_) | Listener::Sctp(_) => {
+                    Listener::Udp(_) | Listener::Sctp(_) | Listener::Unix(_) => {
                         return Err(AdoptError::WrongKind(Protocol::Tcp).into());
                     }
                 };
@@ -155,8 +155,8 @@ impl MetricsListener {
                 (Acceptor::Tcp(listener), Held::Tcp(another))
             }
             Socket::Unix(socket) => {
-                let (listener, file) = socket.into_parts();
-                (Acceptor::Unix(listener), Held::Unix(file))
+                let (listener, held) = socket.into_held()?;
+                (Acceptor::Unix(listener), Held::Unix(held))
             }
         };
         Ok((acceptor, MetricsSocket { addr: self.addr, held }))
@@ -166,8 +166,8 @@ impl MetricsListener {
 impl MetricsSocket {
     /// Leaves the file to another process.
     pub(crate) fn leave(&mut self) {
-        if let Held::Unix(file) = &mut self.held {
-            file.leave();
+        if let Held::Unix(held) = &mut self.held {
+            held.leave();
         }
     }
 }
@@ -176,7 +176,7 @@ impl AsFd for MetricsSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match &self.held {
             Held::Tcp(socket) => socket.as_fd(),
-            Held::Unix(file) => file.as_fd(),
+            Held::Unix(held) => held.as_fd(),
         }
     }
 }

@@ -45,7 +45,7 @@ impl AttachOptions {
         }
         let AttachTable { name: of_table, limits } = table.unwrap_or_default();
         // Shims bind what they attach, and its backend is an address.
-        let limits = Limits { freebind: false, require_resolved: false, ..limits };
+        let limits = Limits { freebind: false, socket: None, require_resolved: false, ..limits };
         let name = flag.flatten().map(str::to_owned).or(of_table).unwrap_or_else(|| DEFAULT_NAME.to_owned());
         Some(Self { name, limits })
     }

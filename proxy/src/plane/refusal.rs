@@ -105,7 +105,7 @@ mod tests {
         let socket = UdpSocket::bind("[::1]:0").unwrap();
         let address = socket.local_addr().unwrap();
         let port = bound_port(attach(message::UDP, "172.17.0.2:53"), socket.into()).unwrap();
-        assert_eq!(port.port_mapping.host.socket_addr(), address);
+        assert_eq!(port.port_mapping.host, address.into());
         assert_eq!(port.port_mapping.backend.socket_addr().to_string(), "172.17.0.2:53");
     }
 

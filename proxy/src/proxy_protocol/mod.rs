@@ -57,6 +57,16 @@ impl Endpoints {
     }
 }
 
+/// The header in `version` for a connection whose client has no address (`UNKNOWN`, `UNSPEC`): it has come by a Unix socket.
+pub fn header_without_addresses(version: ProxyVersion) -> Vec<u8> {
+    let mut header = Vec::with_capacity(v2::FIXED);
+    match version {
+        ProxyVersion::V1 => v1::encode_unknown(&mut header),
+        ProxyVersion::V2 => v2::encode_unspecified(&mut header),
+    }
+    header
+}
+
 /// A header that was received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {

@@ -27,6 +27,12 @@ pub(super) fn encode(endpoints: &Endpoints, out: &mut impl BufMut) {
     out.put_slice(b"\r\n");
 }
 
+/// Writes the header of a connection without addresses that the protocol can tell.
+pub(super) fn encode_unknown(out: &mut impl BufMut) {
+    out.put_slice(SIGNATURE);
+    out.put_slice(b"UNKNOWN\r\n");
+}
+
 /// Reads a header that begins with [`SIGNATURE`], as far as that is there.
 ///
 /// # Errors

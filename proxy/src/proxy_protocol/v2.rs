@@ -11,7 +11,7 @@ use super::{Endpoints, Header, HeaderError, LONGEST};
 pub(super) const SIGNATURE: &[u8] = b"\r\n\r\n\0\r\nQUIT\n";
 
 /// The signature, then version and command, family and protocol, and the length of what follows.
-const FIXED: usize = SIGNATURE.len() + 4;
+pub(super) const FIXED: usize = SIGNATURE.len() + 4;
 
 /// Version 2, in the upper four bits.
 const VERSION: u8 = 2;
@@ -48,6 +48,14 @@ pub(super) fn encode(endpoints: &Endpoints, protocol: Protocol, out: &mut impl B
         }
     }
     ends.iter().for_each(|end| out.put_u16(end.port()));
+}
+
+/// Writes the header of a connection without addresses that the protocol can tell.
+pub(super) fn encode_unspecified(out: &mut impl BufMut) {
+    out.put_slice(SIGNATURE);
+    out.put_u8(VERSION << 4 | PROXY);
+    out.put_u8(UNSPEC << 4);
+    out.put_u16(0);
 }
 
 fn transport(protocol: Protocol) -> u8 {

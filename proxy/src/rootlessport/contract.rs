@@ -199,7 +199,7 @@ mod tests {
                 let ports: Vec<_> = mappings[0].port_mappings().collect();
                 prop_assert_eq!((mappings.len(), ports.len()), (1, usize::from(range.max(1))));
                 let last = &ports[ports.len() - 1];
-                prop_assert_eq!(usize::from(last.host.socket_addr().port()), usize::from(host_port) + ports.len() - 1);
+                prop_assert_eq!(usize::from(last.host.port().unwrap()), usize::from(host_port) + ports.len() - 1);
                 prop_assert_eq!(
                     usize::from(last.backend.socket_addr().port()),
                     usize::from(container_port) + ports.len() - 1

@@ -153,7 +153,8 @@ fn bind(mappings: Vec<Mapping>) -> Result<Vec<Bound>, StartError> {
     let bound = mappings.into_iter().map(Bound::bind).collect::<Result<_, _>>();
     bound.map_err(|error: BindError| {
         let is_taken = error.source.kind() == io::ErrorKind::AddrInUse;
-        match is_taken.then(|| holder::of(error.protocol, error.addr)).flatten() {
+        let addr = error.addr.inet_addr().filter(|_addr| is_taken);
+        match addr.and_then(|addr| holder::of(error.protocol, addr)) {
             Some(holder) => StartError::Taken { error, holder },
             None => StartError::Bind(error),
         }

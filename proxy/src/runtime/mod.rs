@@ -3,6 +3,7 @@
 pub(crate) mod descriptors;
 pub(crate) mod poll;
 pub mod signals;
+pub(crate) mod socket_file;
 pub(crate) mod spare;
 pub(crate) mod worker;
 

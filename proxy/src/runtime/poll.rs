@@ -15,6 +15,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use socket2::{Protocol, SockRef};
 use tokio::io::Interest;
 
+use crate::runtime::socket_file::SocketFile;
+
 /// Set in the data of events of a [`WatchedListener`], whose number is in the other bits. A task that also
 /// watches other sockets leaves this bit clear for them.
 pub(crate) const LISTENER: u64 = 1 << 63;
@@ -80,6 +82,18 @@ impl PollSet {
     /// # Errors
     /// Those of epoll_ctl(2); `ENOSPC` is the limit of `fs.epoll.max_user_watches`.
     pub(crate) fn add(&self, socket: impl Into<OwnedFd>) -> io::Result<WatchedListener> {
+        self.add_with(socket, None)
+    }
+
+    /// As [`Self::add`], with the file of a Unix socket if it has one.
+    ///
+    /// # Errors
+    /// Those of [`Self::add`].
+    pub(crate) fn add_with(
+        &self,
+        socket: impl Into<OwnedFd>,
+        file: Option<SocketFile>,
+    ) -> io::Result<WatchedListener> {
         let socket = socket.into();
         let number = {
             let mut numbers = self.numbers();
@@ -89,7 +103,7 @@ impl PollSet {
             })
         };
         let is_mptcp = SockRef::from(&socket).protocol().is_ok_and(|known| known == Some(Protocol::MPTCP));
-        let port = WatchedListener { socket, number, is_mptcp, set: self.clone() };
+        let port = WatchedListener { file, socket, number, is_mptcp, set: self.clone() };
         self.epoll().add(&port.socket, port.event(EpollFlags::empty()))?;
         Ok(port)
     }
@@ -104,9 +118,11 @@ impl PollSet {
     }
 }
 
-/// A listening socket in a [`PollSet`]. Dropping it closes the socket.
+/// A listening socket in a [`PollSet`]. Dropping it removes its file, if it has one, and closes the socket.
 #[derive(Debug)]
 pub(crate) struct WatchedListener {
+    /// The file of a Unix socket, before the socket: it is removed first.
+    file: Option<SocketFile>,
     socket: OwnedFd,
     number: u32,
     is_mptcp: bool,
@@ -127,6 +143,11 @@ impl WatchedListener {
     /// Whether it uses Multipath TCP (RFC 8684). Accepted sockets then do not inherit all of its options.
     pub(crate) fn is_mptcp(&self) -> bool {
         self.is_mptcp
+    }
+
+    /// The file of a Unix socket.
+    pub(crate) fn file(&self) -> Option<&SocketFile> {
+        self.file.as_ref()
     }
 
     /// Starts to report readiness for `flags`.

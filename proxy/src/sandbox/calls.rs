@@ -112,6 +112,17 @@ const FOR_UNIX_SOCKETS: &[libc::c_long] = &[
     libc::SYS_unlink,
 ];
 
+/// Calls that set the mode and the owner of the file of a Unix socket.
+const FOR_UNIX_HOSTS: &[libc::c_long] = &[
+    libc::SYS_fchmod,
+    libc::SYS_fchmodat,
+    libc::SYS_fchownat,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_chmod,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_lchown,
+];
+
 /// Installs the filter, irrevocably.
 pub(super) fn restrict(needs: &Needs<'_>) -> io::Result<String> {
     let program = filter(needs).map_err(io::Error::other)?;
@@ -132,10 +143,12 @@ fn filter(needs: &Needs<'_>) -> Result<BpfProgram, seccompiler::BackendError> {
         _ => &[],
     };
     let changes = if needs.changes.is_some() { FOR_CHANGES } else { &[] };
-    let unix = if needs.changes.is_some() || !needs.unix_sockets.is_empty() { FOR_UNIX_SOCKETS } else { &[] };
+    let has_files = !needs.unix_sockets.is_empty() || !needs.unix_host_files.is_empty();
+    let unix = if needs.changes.is_some() || has_files { FOR_UNIX_SOCKETS } else { &[] };
+    let unix_hosts = if needs.binds_unix_sockets() { FOR_UNIX_HOSTS } else { &[] };
     let metrics = if needs.metrics { FOR_METRICS } else { &[] };
     let log_file = if needs.log_file { FOR_LOG_FILE } else { &[] };
-    let calls = [ALWAYS, datagrams, sources, changes, unix, metrics, log_file].concat();
+    let calls = [ALWAYS, datagrams, sources, changes, unix, unix_hosts, metrics, log_file].concat();
     rules.extend(calls.into_iter().map(|call| (call, Vec::new())));
     let arch = std::env::consts::ARCH.try_into()?;
     let refused = SeccompAction::Errno(libc::ENOSYS.unsigned_abs());
@@ -193,7 +206,7 @@ fn sockets(needs: &Needs<'_>) -> Result<Vec<SeccompRule>, seccompiler::BackendEr
         // conntrack.
         sockets.push(rule([is(0, libc::AF_NETLINK), is(2, libc::NETLINK_NETFILTER)])?);
     }
-    if needs.log_socket || needs.unix_backends {
+    if needs.log_socket || needs.unix_backends || needs.binds_unix_sockets() {
         sockets.push(rule([is(0, libc::AF_UNIX), stream()])?);
     }
     if needs.log_socket {

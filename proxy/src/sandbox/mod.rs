@@ -81,6 +81,10 @@ pub struct Needs<'a> {
     pub sctp_backends: Vec<u16>,
     /// Whether backends of TCP are Unix sockets.
     pub unix_backends: bool,
+    /// Whether mappings listen on Unix sockets.
+    pub unix_hosts: bool,
+    /// The files of these sockets, beside which changes may bind others.
+    pub unix_host_files: &'a [PathBuf],
     /// Whether the access log is written to a Unix socket, which may have to be connected again.
     pub log_socket: bool,
     /// Whether it is written to a file, which may be another one later.
@@ -141,7 +145,7 @@ impl<'a> Needs<'a> {
             udp: !udp.is_empty(),
             low_udp_ports: udp
                 .iter()
-                .any(|port_mapping| port_mapping.host.socket_addr().port() < FIRST_UNPRIVILEGED),
+                .any(|port_mapping| port_mapping.host.port().is_some_and(|port| port < FIRST_UNPRIVILEGED)),
             dscp: false,
             timers: false,
             sources: Sources::default(),
@@ -149,6 +153,8 @@ impl<'a> Needs<'a> {
             sctp_backends: backends(Protocol::Sctp),
             log_socket: false,
             log_file: false,
+            unix_hosts: others.iter().any(|port_mapping| port_mapping.host.unix_addr().is_some()),
+            unix_host_files: &[],
             unix_backends: others.iter().any(|port_mapping| port_mapping.backend.unix_addr().is_some()),
             abstract_sockets: false,
             unix_sockets: Vec::new(),
@@ -160,6 +166,11 @@ impl<'a> Needs<'a> {
     /// Whether TCP is relayed.
     fn tcp(&self) -> bool {
         !self.tcp_backends.is_empty() || self.unix_backends
+    }
+
+    /// Whether Unix sockets are bound later.
+    fn binds_unix_sockets(&self) -> bool {
+        self.changes.is_some() && self.unix_hosts
     }
 
     /// Whether SCTP is relayed.

@@ -190,7 +190,11 @@ fn allow_files(created: RulesetCreated, needs: &Needs<'_>) -> Result<RulesetCrea
     let directory = |path: &Path| path.parent().unwrap_or(Path::new("")).to_owned();
     let read = AccessFs::ReadFile | AccessFs::ReadDir;
     let sockets = needs.unix_sockets.iter().map(|path| (directory(path), AccessFs::RemoveFile.into()));
-    let mut allowed: Vec<(PathBuf, BitFlags<AccessFs>)> = sockets.collect();
+    let hosts = needs.unix_host_files.iter().map(|path| {
+        let bind = if needs.binds_unix_sockets() { AccessFs::MakeSock.into() } else { BitFlags::empty() };
+        (directory(path), bind | AccessFs::RemoveFile)
+    });
+    let mut allowed: Vec<(PathBuf, BitFlags<AccessFs>)> = sockets.chain(hosts).collect();
     if let Some(Changes { configuration }) = needs.changes {
         allowed.push((NETWORK_SETTINGS.into(), AccessFs::ReadFile.into()));
         allowed.extend(configuration.map(|path| (directory(path), read)));

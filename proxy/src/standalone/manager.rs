@@ -23,7 +23,7 @@ use tracing::{debug, error, info, warn};
 
 use crate::bind::return_path::ReturnPath;
 use crate::bind::source::can_reach;
-use crate::bind::unix_socket::{SocketFile, UnixSocket};
+use crate::bind::unix_socket::{HeldSocket, UnixSocket};
 use crate::config::{self, Config};
 use crate::control::clients::{self, Call};
 use crate::control::requests::answer;
@@ -164,10 +164,10 @@ impl Manager {
         let plane = attach.map(Plane::new).transpose().map_err(ManageError::Attach)?.map(Box::new);
         let watchdog = watchdog.map(tokio::time::interval);
         let (calls, called) = mpsc::channel(CALLS);
-        let control = control.map(|control| {
-            let (listener, file) = control.into_parts();
+        let control = control.map(UnixSocket::into_held).transpose().map_err(ManageError::Control)?;
+        let control = control.map(|(listener, held)| {
             tokio::spawn(serve_clients(listener, calls.clone()));
-            file
+            held
         });
         let metrics = metrics
             .map(|listener| {
@@ -197,7 +197,7 @@ impl Manager {
 struct Managed {
     server: Server,
     stop: StopSignals,
-    control: Option<SocketFile>,
+    control: Option<HeldSocket>,
     called: mpsc::Receiver<Call>,
     metrics: Option<Endpoint>,
     plane: Option<Box<Plane>>,
@@ -266,7 +266,7 @@ impl Managed {
         drop(plane);
         if succeeded {
             server.leave();
-            control.into_iter().for_each(|mut file| file.leave());
+            control.into_iter().for_each(|mut control| control.leave());
             metrics.take().into_iter().for_each(Endpoint::leave);
         } else {
             systemd::stopping();
@@ -686,6 +686,9 @@ pub enum ManageError {
     /// The server cannot continue.
     #[error(transparent)]
     Serve(#[from] ServeError),
+    /// The control socket cannot be served.
+    #[error("cannot serve the control socket: {}", explain(.0, 1))]
+    Control(#[source] io::Error),
     /// Metrics cannot be served.
     #[error("cannot serve metrics: {}", explain(.0, 1))]
     Metrics(#[source] io::Error),

@@ -1,7 +1,6 @@
 //! The start: binds the sockets or takes them over from an old process, and confines the process before it serves.
 
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -9,6 +8,7 @@ use std::sync::Arc;
 use nix::sys::signal::Signal;
 use rproxy_mapping::addr::{BackendAddr, HostSocketAddr, Protocol};
 use rproxy_mapping::backend::BackendHost;
+use rproxy_mapping::endpoint::HostSpec;
 use rproxy_mapping::escape::escaped;
 use rproxy_mapping::host::HostAddr;
 use rproxy_mapping::overlap::{OverlapError, refuse_overlap};
@@ -27,6 +27,7 @@ use crate::bind::unix_socket::{SocketError, UnixSocket};
 use crate::bind::{Bound, BoundError, BoundPort, routes};
 use crate::cli::Serve;
 use crate::config::{self, ConfigError};
+use crate::engine::private::{PrivateSocketError, PrivateSockets};
 use crate::engine::{Growth, Server};
 use crate::links::Links;
 use crate::log::access::AccessLog;
@@ -174,6 +175,8 @@ fn start_fresh(
     let metrics = metrics.map(MetricsListener::bind).transpose()?;
     let attach = attach.map(Attachments::bind).transpose()?;
     drop(entered);
+    let private = private_sockets(options, metrics.as_ref());
+    mappings.iter().try_for_each(|mapping| private.refuse(mapping.backend()).map_err(StartError::Private))?;
     runtime.block_on(unless_stopped(followed.names.resolve(&mut mappings), &mut stop))??;
     locate(&mut mappings, &mut followed.links)?;
     let _entered = runtime.enter();
@@ -185,7 +188,8 @@ fn start_fresh(
     let ready = ready_lines(&bound);
     // Before confinement, because a terminal has to be reopened.
     let output = Output::open();
-    let server = prepare_server(bound, attach.is_some(), metrics.as_ref(), followed, options)?;
+    let mut server = prepare_server(bound, attach.is_some(), metrics.as_ref(), followed, options)?;
+    server.private = private;
     server.start(LiveFlows::default());
     match server.access_log() {
         // Its lines follow, and are not mixed with these.
@@ -219,6 +223,7 @@ fn start_upgraded(
         followed.links.look().map_err(StartError::Interfaces)?;
     }
     let mut server = prepare_server(bound, attach.is_some(), metrics.as_ref(), followed, options)?;
+    server.private = private_sockets(options, metrics.as_ref());
     drop(entered);
     server.access_log().iter().for_each(|log| log.begin(Vec::new()));
     server.succeed(runtime.block_on(old.hand_over_to(&server))?);
@@ -277,7 +282,8 @@ fn prepare_server(
             None => reported.report_source(&mapping.name(), can_reach(mapping.limits(), backend)),
         }
     }
-    let needs = needs(options, attaches, metrics, &bound);
+    let files: Vec<PathBuf> = bound.iter().flat_map(Bound::files).map(Path::to_owned).collect();
+    let needs = needs(options, attaches, metrics, &bound, &files);
     let growth = if attaches {
         Growth::Attached
     } else if needs.changes.is_some() {
@@ -315,18 +321,25 @@ fn setup(step: &'static str) -> impl FnOnce(io::Error) -> StartError {
     move |source| StartError::Setup { step, source }
 }
 
+/// The sockets of this process that are for its own user.
+fn private_sockets(options: &Serve, metrics: Option<&MetricsListener>) -> PrivateSockets {
+    let control = options.control.as_deref();
+    PrivateSockets::at(control.into_iter().chain(metrics.and_then(MetricsListener::path)))
+}
+
 /// What serving `bound`, and possible changes, need after confinement.
 fn needs<'a>(
     options: &'a Serve,
     attaches: bool,
     metrics: Option<&'a MetricsListener>,
     bound: &[Bound],
+    files: &'a [PathBuf],
 ) -> Needs<'a> {
     let configuration = options.config.as_deref();
     // What an interface gets later is bound then.
     let follows = follow_interfaces(bound.iter().map(|bound| &bound.mapping));
     let changes = (attaches || follows || may_change(options)).then_some(Changes { configuration });
-    let unix_sockets = options.control.as_deref().into_iter().chain(metrics.and_then(MetricsListener::path));
+    let own = options.control.as_deref().into_iter().chain(metrics.and_then(MetricsListener::path));
     let ports = bound.iter().flat_map(|bound| &bound.ports).map(|port| &port.port_mapping);
     Needs {
         user: options.user.as_ref(),
@@ -334,7 +347,8 @@ fn needs<'a>(
         log_socket: matches!(options.access_log, Some(Destination::Socket(_))),
         abstract_sockets: systemd::is_abstract(),
         changes,
-        unix_sockets: unix_sockets.collect(),
+        unix_sockets: own.collect(),
+        unix_host_files: files,
         metrics: metrics.is_some(),
         sources: Sources::of(bound.iter().map(|bound| bound.mapping.limits())),
         timers: bound.iter().any(|bound| bound.mapping.limits().has_timers()),
@@ -354,17 +368,18 @@ fn ready_lines_of(bound: &Bound) -> Vec<String> {
     match mapping.host_ports() {
         HostPorts::Exactly(range) if bound.is_where_asked() => {
             let backend_ports = mapping.backend_ports();
-            let line = |host: HostAddr| {
+            let line = |host: &HostAddr| {
+                let host = HostSpec { host: host.clone(), ports: Some(range) };
                 let of_protocol = move |protocol| match mapping.backend() {
-                    BackendHost::Unix(addr) => format!("{addr} -> {host}:{range}"),
-                    _ => format!("{backend_ports}/{protocol} -> {host}:{range}"),
+                    BackendHost::Unix(addr) => format!("{addr} -> {host}"),
+                    _ => format!("{backend_ports}/{protocol} -> {host}"),
                 };
                 mapping.protocols().iter().map(of_protocol)
             };
             match mapping.addresses() {
-                // The interface has none yet.
+                // A Unix socket has none, and the interface has none yet.
                 [] => line(mapping.host()).collect(),
-                addresses => addresses.iter().flat_map(|ip| line((*ip).into())).collect(),
+                addresses => addresses.iter().flat_map(|ip| line(&(*ip).into())).collect(),
             }
         }
         _ => {
@@ -390,12 +405,12 @@ fn bind_error(error: BoundError, metrics: Option<&MetricsListener>, options: &Se
             let (asked, freebind) = match &options.config {
                 Some(file) => (format!("--config {}:", escaped(file)), "freebind = true"),
                 None => {
-                    let words = options.mappings.words_for(HostSocketAddr::from(source.addr));
+                    let words = options.mappings.words_for(&source.addr);
                     (words.to_owned(), "--freebind")
                 }
             };
             match own {
-                Some(metrics) => StartError::OwnMetrics { asked, at: source.addr, metrics },
+                Some(metrics) => StartError::OwnMetrics { asked, at: source.addr.clone(), metrics },
                 None => StartError::Bind { asked, source, freebind },
             }
         }
@@ -405,10 +420,11 @@ fn bind_error(error: BoundError, metrics: Option<&MetricsListener>, options: &Se
 /// Whether the port that cannot be bound is the one where this process serves its metrics.
 fn is_taken_by(metrics: &MetricsAddr, error: &BindError) -> bool {
     let MetricsAddr::Tcp(metrics) = metrics else { return false };
-    let [own, asked] = [metrics.ip(), error.addr.ip()].map(|ip| ip.to_canonical());
+    let Some(addr) = error.addr.inet_addr() else { return false };
+    let [own, asked] = [metrics.ip(), addr.ip()].map(|ip| ip.to_canonical());
     error.source.kind() == io::ErrorKind::AddrInUse
         && error.protocol == Protocol::Tcp
-        && metrics.port() == error.addr.port()
+        && metrics.port() == addr.port()
         && (own == asked || own.is_unspecified() || asked.is_unspecified())
 }
 
@@ -420,7 +436,7 @@ pub(super) enum StartError {
     #[error("{asked} {}: {}{}", source.addr, source.reason(), source.hint(freebind))]
     Bind { asked: String, source: BindError, freebind: &'static str },
     #[error("{asked} {at}: --metrics {metrics} takes this tcp port; give one of the two another port")]
-    OwnMetrics { asked: String, at: SocketAddr, metrics: MetricsAddr },
+    OwnMetrics { asked: String, at: HostSocketAddr, metrics: MetricsAddr },
     #[error("--metrics unix:{}: --control has the same path; give one of the two another path", escaped(.0))]
     OnePath(PathBuf),
     #[error(transparent)]
@@ -431,6 +447,9 @@ pub(super) enum StartError {
     Interfaces(#[source] io::Error),
     #[error("{}: {_0}", .0.mapping.name())]
     Overlap(#[from] OverlapError),
+    /// A mapping leads to a socket that is for the user of this process.
+    #[error(transparent)]
+    Private(PrivateSocketError),
     #[error(transparent)]
     InheritedSockets(InheritedError),
     #[error(transparent)]

@@ -2,15 +2,15 @@
 
 use std::fmt::{self, Display, Formatter};
 use std::io::Write;
-use std::net::SocketAddr;
 use std::time::{Duration, SystemTime};
 
 use humantime::{Rfc3339Timestamp, format_rfc3339_micros};
-use rproxy_mapping::addr::{Protocol, canonical};
+use rproxy_mapping::addr::{HostSocketAddr, Protocol};
 use serde::{Serialize, Serializer};
 
 use crate::log::Format;
 use crate::state::backend_text::BackendText;
+use crate::state::client::ClientAddr;
 use crate::state::record::{Ending, Record, RecordedPort, Traffic};
 
 /// The fields of a line. Those that mean nothing for what it is about are missing.
@@ -21,8 +21,15 @@ struct Line<'a> {
     time: Rfc3339Timestamp,
     mapping: &'a str,
     protocol: &'static str,
-    client: SocketAddr,
-    host: SocketAddr,
+    client: ClientAddr,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    client_pid: Option<i32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    client_uid: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    client_gid: Option<u32>,
+    #[serde(serialize_with = "as_text")]
+    host: &'a HostSocketAddr,
     backend: BackendText<'a>,
     bytes_in: u64,
     bytes_out: u64,
@@ -47,8 +54,7 @@ pub(super) fn write(text: &mut Vec<u8>, format: Format, record: &Record) {
     let is_udp = port.port_mapping.protocol == Protocol::Udp;
     let datagrams = |traffic: &Traffic| is_udp.then(|| traffic.datagrams());
     let line = Line {
-        client: record.client(),
-        host: record.host,
+        host: &record.host,
         backend: record.backend_text(),
         bytes_in: to_backend.bytes(),
         bytes_out: to_client.bytes(),
@@ -67,11 +73,11 @@ pub(super) fn write(text: &mut Vec<u8>, format: Format, record: &Record) {
 pub(super) fn write_refusal(
     text: &mut Vec<u8>,
     format: Format,
-    client: SocketAddr,
+    client: ClientAddr,
     port: &RecordedPort,
     ending: Ending,
 ) {
-    Line::new(port, canonical(client), ending).write(text, format);
+    Line::new(port, client.canonical(), ending).write(text, format);
 }
 
 fn as_text<S: Serializer>(value: &impl Display, serializer: S) -> Result<S::Ok, S::Error> {
@@ -95,14 +101,18 @@ impl Serialize for Milliseconds {
 }
 
 impl<'a> Line<'a> {
-    fn new(port: &'a RecordedPort, client: SocketAddr, ending: Ending) -> Self {
+    fn new(port: &'a RecordedPort, client: ClientAddr, ending: Ending) -> Self {
         let RecordedPort { mapping, port_mapping, unresolved, .. } = port;
+        let process = client.credentials();
         Self {
             time: format_rfc3339_micros(SystemTime::now()),
             mapping: mapping.as_str(),
             protocol: port_mapping.protocol.as_str(),
             client,
-            host: port_mapping.host.socket_addr(),
+            client_pid: process.map(|process| process.pid),
+            client_uid: process.map(|process| process.uid),
+            client_gid: process.map(|process| process.gid),
+            host: &port_mapping.host,
             backend: BackendText::of(&port_mapping.backend, unresolved.as_ref()),
             bytes_in: 0,
             bytes_out: 0,

@@ -2,6 +2,7 @@
 
 mod access_line;
 pub(crate) mod backend_text;
+pub(crate) mod client;
 pub(crate) mod record;
 pub(crate) mod recorder;
 mod refusals;
@@ -10,11 +11,12 @@ pub mod stats;
 pub(crate) mod task;
 
 use std::io;
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use rproxy_mapping::addr::HostSocketAddr;
 use rproxy_mapping::backend::{BackendHost, HostName, NamedHost};
 use rproxy_mapping::limits::Limits;
 use rproxy_mapping::name::Name;
@@ -24,6 +26,7 @@ use tokio::sync::Notify;
 use crate::names::suspects;
 use crate::runtime::poll::WatchedListener;
 use crate::state::backend_text::BackendText;
+use crate::state::client::ClientAddr;
 use crate::state::record::{Ending, Record, RecordedPort};
 use crate::state::recorder::Recorder;
 use crate::state::sources::Sources;
@@ -98,6 +101,15 @@ impl Target {
     pub(crate) fn at(&self, ip: IpAddr) -> Self {
         let port_mapping = self.port_mapping.at(ip);
         Self { port_mapping, policy: self.policy.clone(), named: self.named.clone() }
+    }
+
+    /// The address that a datagram was sent to, of which the kernel tells the IP address if its socket has several.
+    pub(crate) fn asked(&self, ip: Option<IpAddr>) -> SocketAddr {
+        // Datagrams never come by a Unix socket.
+        let nowhere = SocketAddr::from((Ipv4Addr::UNSPECIFIED, 0));
+        let mut asked = self.port_mapping.host.inet_addr().unwrap_or(nowhere);
+        ip.into_iter().for_each(|ip| asked.set_ip(ip));
+        asked
     }
 
     /// The mapping, as recorded.
@@ -251,7 +263,7 @@ impl MappingPolicy {
 
     /// Whether a client at `ip` is served.
     pub(crate) fn would_admit(&self, ip: IpAddr) -> bool {
-        self.limits.access.refusal(ip).is_none()
+        self.limits.access.refusal(Some(ip)).is_none()
     }
 }
 
@@ -270,8 +282,12 @@ impl ConnectionGuard {
     }
 
     /// Records the connection of `peer`, who has connected to `host`, if anybody can ask for it.
-    pub(crate) fn record_as(&mut self, peer: SocketAddr, host: impl FnOnce() -> SocketAddr) {
-        self.0.record_as(peer, host);
+    pub(crate) fn record_as<H: Into<HostSocketAddr>>(
+        &mut self,
+        peer: impl Into<ClientAddr>,
+        host: impl FnOnce() -> H,
+    ) {
+        self.0.record_as(peer.into(), host);
     }
 
     /// The record, if there is one.
@@ -311,7 +327,7 @@ impl ConnectionGuard {
     }
 
     /// Whether `client` is served. If not, counts and logs that.
-    pub(crate) fn admits(&self, client: SocketAddr) -> bool {
+    pub(crate) fn admits(&self, client: ClientAddr) -> bool {
         self.0.target.admits(client)
     }
 
@@ -347,8 +363,12 @@ impl FlowGuard {
     }
 
     /// Records the flow of `peer`, who has sent to `host`, if anybody can ask for it.
-    pub(crate) fn record_as(&mut self, peer: SocketAddr, host: impl FnOnce() -> SocketAddr) {
-        self.0.record_as(peer, host);
+    pub(crate) fn record_as<H: Into<HostSocketAddr>>(
+        &mut self,
+        peer: impl Into<ClientAddr>,
+        host: impl FnOnce() -> H,
+    ) {
+        self.0.record_as(peer.into(), host);
     }
 
     /// The record, if there is one.
@@ -382,7 +402,7 @@ impl Recorded {
         Self { target: target.clone(), record: None }
     }
 
-    fn record_as(&mut self, peer: SocketAddr, host: impl FnOnce() -> SocketAddr) {
+    fn record_as<H: Into<HostSocketAddr>>(&mut self, peer: ClientAddr, host: impl FnOnce() -> H) {
         let recorder = self.target.policy.state.recorder.as_ref();
         self.record = recorder.and_then(|recorder| recorder.open(self.target.recorded_port(), peer, host));
     }

@@ -2,19 +2,19 @@
 //!
 //! Its connection or flow writes it with relaxed ordering; any thread may read it meanwhile.
 
-use std::net::SocketAddr;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::time::Duration;
 
 use nix::time::{ClockId, clock_gettime};
 use rproxy_mapping::PortMapping;
-use rproxy_mapping::addr::BackendAddr;
+use rproxy_mapping::addr::{BackendAddr, HostSocketAddr};
 use rproxy_mapping::backend::HostName;
 use rproxy_mapping::name::Name;
 
 use crate::state::Target;
 use crate::state::backend_text::BackendText;
+use crate::state::client::ClientAddr;
 
 /// How a connection or flow ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -138,14 +138,14 @@ pub(crate) struct Record {
     /// Where its recorder keeps it.
     pub(super) slot: usize,
     /// The address that the client has connected or sent to.
-    pub(crate) host: SocketAddr,
+    pub(crate) host: HostSocketAddr,
     /// Its port of a mapping.
     pub(crate) port: RecordedPort,
     /// When it was accepted.
     pub(crate) opened: Time,
     pub(crate) to_backend: Traffic,
     pub(crate) to_client: Traffic,
-    peer: SocketAddr,
+    peer: ClientAddr,
     told: OnceLock<Box<Told>>,
     /// The address that was reached of a backend with several.
     reached: OnceLock<Box<BackendAddr>>,
@@ -157,7 +157,7 @@ pub(crate) struct Record {
 /// What the header of a proxy in front has told, on the heap because few records have it.
 #[derive(Debug)]
 struct Told {
-    client: SocketAddr,
+    client: ClientAddr,
     /// The backend by then.
     backend: BackendAddr,
     /// Its name if it led nowhere.
@@ -168,8 +168,8 @@ impl Record {
     /// A record that begins now.
     pub(super) fn new(
         (id, slot): (u64, usize),
-        peer: SocketAddr,
-        host: SocketAddr,
+        peer: ClientAddr,
+        host: HostSocketAddr,
         port: RecordedPort,
     ) -> Self {
         let opened = Time::now();
@@ -190,7 +190,7 @@ impl Record {
     }
 
     /// Its client, whom a proxy in front may have told.
-    pub(crate) fn client(&self) -> SocketAddr {
+    pub(crate) fn client(&self) -> ClientAddr {
         self.told.get().map_or(self.peer, |told| told.client)
     }
 
@@ -208,7 +208,7 @@ impl Record {
     }
 
     /// Records the header of a proxy in front: for whom it speaks, and where the connection is relayed to from then on.
-    pub(crate) fn set_told(&self, client: SocketAddr, target: &Target) {
+    pub(crate) fn set_told(&self, client: ClientAddr, target: &Target) {
         let told = || Told {
             client,
             backend: target.port_mapping.backend.clone(),
@@ -398,6 +398,8 @@ mod tests {
     use rproxy_mapping::addr::Protocol;
     use rproxy_mapping::limits::Limits;
 
+    use std::net::SocketAddr;
+
     use super::*;
     use crate::state::MappingPolicy;
 
@@ -408,8 +410,8 @@ mod tests {
         let port_mapping = PortMapping { protocol, host: "[::]:80".parse().unwrap(), backend, v6only: false };
         Record::new(
             (1, 0),
-            peer,
-            host,
+            peer.into(),
+            host.into(),
             RecordedPort { mapping: Name::default(), port_mapping, unresolved: None, is_logged: true },
         )
     }
@@ -452,12 +454,13 @@ mod tests {
     #[test]
     fn a_flow_is_open_and_has_the_client_that_its_proxy_tells() {
         let record = record(Protocol::Udp);
-        assert_eq!((record.state(), record.client().port()), ("open", 5000));
+        assert_eq!((record.state(), record.client().inet_addr().unwrap().port()), ("open", 5000));
         let [told, backend] = ["198.51.100.9:7", "172.17.0.3:80"];
         let policy = MappingPolicy { limits: Limits::default(), state: Arc::default() };
         let port_mapping =
             PortMapping { backend: backend.parse().unwrap(), ..record.port.port_mapping.clone() };
-        record.set_told(told.parse().unwrap(), &Target::new(port_mapping, Arc::new(policy)));
+        record
+            .set_told(ClientAddr::Inet(told.parse().unwrap()), &Target::new(port_mapping, Arc::new(policy)));
         assert_eq!(
             (record.client().to_string(), record.backend().to_string()),
             (told.into(), backend.into())

@@ -1,14 +1,14 @@
 //! The records of all live connections and flows of a process, and the access log that they end in.
 
-use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use rproxy_mapping::addr::canonical;
+use rproxy_mapping::addr::HostSocketAddr;
 use slab::Slab;
 
 use crate::log::access::AccessLog;
 use crate::state::access_line;
+use crate::state::client::ClientAddr;
 use crate::state::record::{Ending, Record, RecordedPort};
 
 /// The records are in as many shards. Threads use them in turn, so that workers rarely wait for each other.
@@ -60,16 +60,16 @@ impl Recorder {
     }
 
     /// Records a connection or flow, if anybody wants to know of it.
-    pub(super) fn open(
+    pub(super) fn open<H: Into<HostSocketAddr>>(
         &self,
         port: RecordedPort,
-        peer: SocketAddr,
-        host: impl FnOnce() -> SocketAddr,
+        peer: ClientAddr,
+        host: impl FnOnce() -> H,
     ) -> Option<Arc<Record>> {
         if !self.records_all && self.log_of(&port).is_none() {
             return None;
         }
-        let (peer, host) = (canonical(peer), canonical(host()));
+        let (peer, host) = (peer.canonical(), host().into());
         let index = SHARD.with(|shard| *shard);
         let mut live = self.shards[index].lock();
         live.opened += 1;
@@ -113,7 +113,7 @@ impl Recorder {
     }
 
     /// Writes the line of a client that is not served.
-    pub(super) fn log_refusal(&self, client: SocketAddr, port: &RecordedPort, ending: Ending) {
+    pub(super) fn log_refusal(&self, client: ClientAddr, port: &RecordedPort, ending: Ending) {
         if let Some(log) = self.log_of(port) {
             log.write(|line| access_line::write_refusal(line, log.format(), client, port, ending));
         }
@@ -157,6 +157,8 @@ mod tests {
     use rproxy_mapping::addr::Protocol;
     use rproxy_mapping::name::Name;
 
+    use std::net::SocketAddr;
+
     use super::*;
     use crate::log::Format;
 
@@ -169,14 +171,14 @@ mod tests {
     fn open(recorder: &Recorder, is_logged: bool) -> Option<Arc<Record>> {
         let [peer, host]: [SocketAddr; 2] =
             ["[::ffff:192.0.2.7]:5000", "127.0.0.1:80"].map(|text| text.parse().unwrap());
-        recorder.open(port(is_logged), peer, || host)
+        recorder.open(port(is_logged), peer.into(), || host)
     }
 
     #[test]
     fn what_is_live_records_all_in_its_order_until_it_ends() {
         let recorder = Recorder::new(None, true);
         let records: Vec<_> = (0..100).map(|_| open(&recorder, true).unwrap()).collect();
-        assert_eq!(records[0].client(), "192.0.2.7:5000".parse().unwrap(), "as people know it");
+        assert_eq!(records[0].client().to_string(), "192.0.2.7:5000", "as people know it");
         let ids = |records: &[Arc<Record>]| records.iter().map(|record| record.id).collect::<Vec<_>>();
         assert_eq!(ids(&recorder.live()), ids(&records));
         records[1..].iter().for_each(|record| recorder.close(record));

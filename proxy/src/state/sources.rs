@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use rproxy_mapping::rate::Rate;
 
 use super::MappingState;
+use crate::state::client::ClientAddr;
 
 /// The maximum number of buckets of a mapping, which take 6 MB. Who has a /40 of IPv6 addresses is as many sources.
 const MOST_BUCKETS: usize = 1 << 16;
@@ -25,14 +26,27 @@ const LATE: Duration = Duration::from_secs(60);
 /// A smaller table keeps its memory.
 const SMALL: usize = 64;
 
-/// A source for quotas: an IPv4 address or an IPv6 /64, because the owner of an IPv6 address usually has the whole /64.
+/// A source for quotas.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Source(IpAddr);
+pub(crate) enum Source {
+    /// An IPv4 address or an IPv6 /64, because the owner of an IPv6 address usually has the whole /64.
+    Network(IpAddr),
+    /// The user of the processes that connect to a Unix socket.
+    User(u32),
+}
 
 impl Source {
+    /// The source that `client` belongs to.
+    pub(crate) fn of(client: ClientAddr) -> Self {
+        match client {
+            ClientAddr::Inet(addr) => Self::of_ip(addr.ip()),
+            ClientAddr::Unix(credentials) => Self::User(credentials.uid),
+        }
+    }
+
     /// The source that the client at `ip` belongs to.
-    pub(crate) fn of(ip: IpAddr) -> Self {
-        Self(match ip.to_canonical() {
+    pub(crate) fn of_ip(ip: IpAddr) -> Self {
+        Self::Network(match ip.to_canonical() {
             IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() & !u128::from(u64::MAX)).into(),
             v4 => v4,
         })
@@ -41,9 +55,10 @@ impl Source {
 
 impl fmt::Display for Source {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self.0 {
-            IpAddr::V4(ip) => write!(f, "{ip}"),
-            IpAddr::V6(ip) => write!(f, "{ip}/64"),
+        match self {
+            Self::Network(IpAddr::V4(ip)) => write!(f, "{ip}"),
+            Self::Network(IpAddr::V6(ip)) => write!(f, "{ip}/64"),
+            Self::User(uid) => write!(f, "uid={uid}"),
         }
     }
 }
@@ -190,17 +205,21 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::state::client::Credentials;
 
     fn source(number: u32) -> Source {
-        Source::of(IpAddr::from(number.to_be_bytes()))
+        Source::of_ip(IpAddr::from(number.to_be_bytes()))
     }
 
     #[test]
     fn a_source_is_an_address_or_a_network() {
-        let of = |ip: &str| Source::of(ip.parse().unwrap()).to_string();
+        let of = |ip: &str| Source::of_ip(ip.parse().unwrap()).to_string();
         assert_eq!(of("192.0.2.7"), "192.0.2.7");
         assert_eq!(of("::ffff:192.0.2.7"), "192.0.2.7");
         assert_eq!(of("2001:db8:0:1:2:3:4:5"), "2001:db8:0:1::/64");
+        let process = |pid| ClientAddr::Unix(Credentials { pid, uid: 33, gid: 33 });
+        assert_eq!(Source::of(process(1)), Source::of(process(2)));
+        assert_eq!(Source::of(process(1)).to_string(), "uid=33");
     }
 
     #[test]

@@ -20,6 +20,7 @@ use tracing::error;
 
 use crate::proxy_protocol::Endpoints;
 use crate::runtime::poll::{EventSource, PollSet, WatchedListener};
+use crate::runtime::socket_file::SocketFile;
 use crate::state::{Binding, MappingState};
 
 /// A command to a task.
@@ -179,6 +180,18 @@ impl ListenerTask {
     /// Those of epoll_ctl(2).
     pub(crate) fn add(&self, socket: impl Into<OwnedFd>) -> io::Result<Arc<WatchedListener>> {
         self.set.add(socket).map(Arc::new)
+    }
+
+    /// As [`Self::add`], with the file of a Unix socket if it has one.
+    ///
+    /// # Errors
+    /// Those of epoll_ctl(2).
+    pub(crate) fn add_with(
+        &self,
+        socket: impl Into<OwnedFd>,
+        file: Option<SocketFile>,
+    ) -> io::Result<Arc<WatchedListener>> {
+        self.set.add_with(socket, file).map(Arc::new)
     }
 
     /// Starts to serve listeners that were added.

@@ -28,7 +28,9 @@ use crate::bind::listen::{BACKLOG, set_stream_options};
 use crate::log::limit::LogLimit;
 use crate::runtime::descriptors::explain;
 use crate::runtime::poll::{EventSource, LISTENER, WatchedListener};
+use crate::runtime::socket_file::SocketFile;
 use crate::runtime::worker::{WorkerSlot, Workers};
+use crate::state::client::{ClientAddr, Credentials};
 use crate::state::record::Ending;
 use crate::state::sources::Place;
 use crate::state::task::{Command, Commands, Detached, LiveFlows};
@@ -196,6 +198,8 @@ impl Acceptor {
             let Some(listener) = self.listeners.get_mut(port.number()).and_then(Option::take) else {
                 continue;
             };
+            // From then on, no other client finds a Unix socket.
+            listener.port.file().into_iter().for_each(SocketFile::remove);
             // After an error, nothing more can be accepted.
             drop(accept_some(&listener, LONGEST_BACKLOG, &mut self.backends, &mut ready));
             debug!(mapping = %listener.target.name(), host = %listener.target.port_mapping.host, "listener closed");
@@ -256,7 +260,7 @@ impl Acceptor {
         let Some(Some(Binding { port, target })) = self.listeners.get(number) else { return Ok(()) };
         // A pending error would be reported again and again.
         drop(SockRef::from(port.as_ref()).take_error());
-        let (mapping, host) = (target.name(), target.port_mapping.host);
+        let (mapping, host) = (target.name(), &target.port_mapping.host);
         match listen_again(port, host) {
             Ok(()) => {
                 if let Some(suppressed) = REVIVED.permit() {
@@ -389,8 +393,8 @@ fn accept_some(
             return Ok(Stop::Full);
         }
         let backend = backends.take(mapped)?;
-        let (client, peer) = match socket::accept(port.as_fd()) {
-            Ok((client, peer)) => (client, canonical(peer)),
+        let (client, peer) = match accept(port) {
+            Ok(accepted) => accepted,
             Err(error) => {
                 backends.keep(mapped, backend);
                 match error {
@@ -415,7 +419,9 @@ fn accept_some(
                 continue;
             }
         };
-        dial::set_options(&client, peer.is_ipv6(), target);
+        if let ClientAddr::Inet(addr) = peer {
+            dial::set_options(&client, addr.is_ipv6(), target);
+        }
         backend.iter().for_each(|backend| dial::set_backend_options(backend, target));
         let guard = ConnectionGuard::take(target);
         match backend {
@@ -426,11 +432,22 @@ fn accept_some(
     Ok(Stop::Burst)
 }
 
+/// Accepts a connection, and finds out who the client is.
+fn accept(port: &WatchedListener) -> io::Result<(OwnedFd, ClientAddr)> {
+    let (client, peer) = socket::accept(port.as_fd())?;
+    let peer = match peer {
+        Some(addr) => ClientAddr::Inet(canonical(addr)),
+        // It was known when the client connected, so that this does not fail.
+        None => ClientAddr::Unix(Credentials::of_peer(&client)?),
+    };
+    Ok((client, peer))
+}
+
 /// The place of the connection of `peer` among those of its source, if these are counted.
 ///
 /// # Errors
 /// How the connection ends if it is not served; that is counted and logged.
-fn admit(target: &Target, peer: SocketAddr, has_room: bool) -> Result<Option<Box<Place>>, Ending> {
+fn admit(target: &Target, peer: ClientAddr, has_room: bool) -> Result<Option<Box<Place>>, Ending> {
     // The client of a proxy is known later.
     let is_proxy = target.policy.limits.proxy_protocol.expects_header(peer.ip());
     if !is_proxy && !target.admits(peer) {
@@ -444,17 +461,16 @@ fn admit(target: &Target, peer: SocketAddr, has_room: bool) -> Result<Option<Box
 }
 
 /// Records the connection of `peer`, if anybody can ask for it.
-fn record(guard: &mut ConnectionGuard, peer: SocketAddr, client: &OwnedFd) {
-    let host = guard.port_mapping().host.socket_addr();
-    let asked = || match host.ip().is_unspecified() {
-        true => SockRef::from(client).local_addr().ok().and_then(|local| local.as_socket()).unwrap_or(host),
-        false => host,
-    };
+fn record(guard: &mut ConnectionGuard, peer: ClientAddr, client: &OwnedFd) {
+    let host = guard.port_mapping().host.clone();
+    let local = || SockRef::from(client).local_addr().ok().and_then(|local| local.as_socket());
+    let is_wildcard = host.inet_addr().is_some_and(|addr| addr.ip().is_unspecified());
+    let asked = move || if is_wildcard { local().map_or(host, HostSocketAddr::from) } else { host };
     guard.record_as(peer, asked);
 }
 
 /// Resets a connection because no socket for its backend can be opened.
-fn reset_without_backend(client: OwnedFd, peer: SocketAddr, mut guard: ConnectionGuard, source: io::Error) {
+fn reset_without_backend(client: OwnedFd, peer: ClientAddr, mut guard: ConnectionGuard, source: io::Error) {
     let backend = guard.port_mapping().backend.clone();
     record(&mut guard, peer, &client);
     let error = match &guard.target().named {
@@ -495,8 +511,9 @@ fn is_exhaustion(error: &io::Error) -> bool {
 }
 
 /// Makes a socket that listened at `host` listen again.
-fn listen_again(port: &WatchedListener, host: HostSocketAddr) -> io::Result<()> {
-    let (socket, host) = (SockRef::from(port), host.socket_addr());
+fn listen_again(port: &WatchedListener, host: &HostSocketAddr) -> io::Result<()> {
+    // A Unix socket that was shut down stays so (unix_shutdown in net/unix/af_unix.c).
+    let (socket, host) = (SockRef::from(port), host.inet_addr().ok_or(io::ErrorKind::Unsupported)?);
     // A destroyed socket has both directions shut down, as would all connections it accepts (tcp_done in
     // net/ipv4/tcp.c).
     connect_unspec(port)?;

@@ -2,7 +2,6 @@
 //! answered for a while. The first connection wins, and the other attempts end.
 
 use std::future::poll_fn;
-use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::Poll;
@@ -17,6 +16,7 @@ use super::dial::{self, DialError};
 use super::stream::Stream;
 use super::{report_other_source, source};
 use crate::names::suspects;
+use crate::state::client::ClientAddr;
 use crate::state::{ConnectionGuard, Target};
 
 /// The time between two attempts, while none has failed (RFC 8305, section 8: "Connection Attempt Delay").
@@ -30,7 +30,7 @@ pub(super) async fn dial_named(
     socket: Socket,
     host: &NamedHost,
     client: &Stream,
-    peer: SocketAddr,
+    peer: ClientAddr,
     guard: &ConnectionGuard,
 ) -> Connected {
     let target = guard.target();
@@ -58,7 +58,7 @@ async fn attempt(
     target: Arc<Target>,
     socket: Option<Socket>,
     client: &Stream,
-    peer: SocketAddr,
+    peer: ClientAddr,
     guard: &ConnectionGuard,
 ) -> Connected {
     let backend = &target.port_mapping.backend;

@@ -3,7 +3,6 @@
 //! Threads share nothing here: a connection is listed and searched on the worker that serves it.
 
 use std::cell::RefCell;
-use std::net::IpAddr;
 use std::sync::Arc;
 
 use rproxy_mapping::addr::Protocol;
@@ -12,6 +11,7 @@ use tokio::task::JoinHandle;
 use tracing::info;
 
 use crate::runtime::worker::Workers;
+use crate::state::client::ClientAddr;
 use crate::state::record::{Ending, Record};
 use crate::state::sources::{Place, Source};
 use crate::state::stats::FailureKind;
@@ -42,7 +42,7 @@ impl Connection {
 
 /// Whom a connection is for.
 pub(super) enum Client {
-    Known(IpAddr),
+    Known(ClientAddr),
     /// The peer is a proxy, whose header will tell. By then, the target may be another one ([`follow`]).
     Awaited(Arc<Target>),
 }
@@ -149,7 +149,7 @@ fn count_sources(mapping: &Arc<MappingState>) {
 /// then.
 fn cut_denied(policy: &Arc<MappingPolicy>) {
     let is_denied = |client: &Client| match client {
-        Client::Known(client) => !policy.limits.access.admits(*client),
+        Client::Known(client) => policy.limits.access.refusal(client.ip()).is_some(),
         Client::Awaited(_) => false,
     };
     let denied = cut(Ending::Denied, |connection| {
@@ -235,7 +235,7 @@ pub(super) struct Entry(u32);
 impl Entry {
     /// Lists the connection as that of `client`, whom its proxy has told. Returns its target, which may be another one than
     /// when it was accepted.
-    pub(super) fn set_client(&self, client: IpAddr) -> Option<Arc<Target>> {
+    pub(super) fn set_client(&self, client: ClientAddr) -> Option<Arc<Target>> {
         let client = Client::Known(client);
         let before = SERVED.with_borrow_mut(|served| {
             let connection = served.get_mut(self.0 as usize)?.as_mut()?;
@@ -275,8 +275,6 @@ impl Drop for Entry {
 
 #[cfg(test)]
 mod tests {
-    use std::net::IpAddr;
-
     use rproxy_mapping::PortMapping;
     use rproxy_mapping::access::{AccessList, parse_network};
     use rproxy_mapping::limits::Limits;
@@ -287,7 +285,8 @@ mod tests {
     #[test]
     fn connections_of_denied_clients_are_cut_and_no_others() {
         let [one, other] = [Arc::<MappingState>::default(), Arc::default()];
-        let [denied, admitted]: [IpAddr; 2] = ["192.0.2.7", "192.0.2.8"].map(|ip| ip.parse().unwrap());
+        let [denied, admitted]: [ClientAddr; 2] =
+            ["192.0.2.7:1", "192.0.2.8:1"].map(|addr| ClientAddr::Inet(addr.parse().unwrap()));
         let access = AccessList { deny: vec![parse_network("192.0.2.7").unwrap()], ..AccessList::default() };
         let limits = Limits { access, ..Limits::default() };
         let policy = Arc::new(MappingPolicy { limits, state: one.clone() });
@@ -317,7 +316,7 @@ mod tests {
     #[test]
     fn a_client_that_a_proxy_has_yet_to_tell_is_subject_to_what_changes_meanwhile() {
         let state = Arc::<MappingState>::default();
-        let client: IpAddr = "192.0.2.7".parse().unwrap();
+        let client = ClientAddr::Inet("192.0.2.7:1".parse().unwrap());
         let target = |deny: &str, backend: &str| {
             let access = AccessList { deny: vec![parse_network(deny).unwrap()], ..AccessList::default() };
             let limits = Limits { access, ..Limits::default() };

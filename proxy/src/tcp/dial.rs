@@ -17,16 +17,15 @@ use rproxy_mapping::dscp::Dscp;
 use rproxy_mapping::unix::UnixAddr;
 use rproxy_sys::socket::set_traffic_class;
 use socket2::{Domain, Protocol as Transport, SockAddr, SockRef, Socket, Type};
-use tokio::time::{sleep, timeout};
+use tokio::time::timeout;
 use tracing::{debug, warn};
 
-use super::local_ports;
+use super::queues;
 use super::stream::Stream;
 use crate::bind::listen::{set_message_options, set_stream_options, set_timers};
 use crate::bind::source::SourceError;
 use crate::log::limit::LogLimit;
 use crate::state::Target;
-use crate::tcp::backoff::Backoff;
 
 /// A socket for a backend, and whether it is on its way there.
 pub(super) enum Begun {
@@ -72,10 +71,10 @@ async fn connect(socket: Begun, backend: &BackendAddr, has_port: &AtomicBool) ->
     let failure = |source| DialError::Connect { addr: backend.clone(), source };
     let socket = match (socket, backend.unix_addr()) {
         (Begun::Yes(socket), _) => socket,
-        (Begun::Not(socket), None) => {
-            started(socket, backend.socket_addr(), has_port).await.map_err(failure)?
+        (Begun::Not(socket), None) => started(socket, backend, has_port).await.map_err(failure)?,
+        (Begun::Not(socket), Some(addr)) => {
+            connected_to_unix(socket, addr, backend).await.map_err(failure)?
         }
-        (Begun::Not(socket), Some(addr)) => connected_to_unix(socket, addr).await.map_err(failure)?,
     };
     let stream = Stream::new(socket).map_err(|source| DialError::Open { addr: backend.clone(), source })?;
     stream.writable().await;
@@ -90,19 +89,20 @@ async fn connect(socket: Begun, backend: &BackendAddr, has_port: &AtomicBool) ->
 }
 
 /// Starts to connect `socket`, and waits for a local port if there is none.
-async fn started(socket: Socket, addr: SocketAddr, has_port: &AtomicBool) -> io::Result<Socket> {
+async fn started(socket: Socket, backend: &BackendAddr, has_port: &AtomicBool) -> io::Result<Socket> {
+    let addr = backend.socket_addr();
     let attempt = || match start(&socket, addr) {
         Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => None,
         started => Some(started),
     };
     // Clients that already wait for a port come first.
-    let first = if local_ports::is_awaited(addr) { None } else { attempt() };
+    let first = if queues::is_awaited(backend) { None } else { attempt() };
     let started = match first {
         Some(started) => started,
         None => {
             log_out_of_ports(addr);
             has_port.store(false, Ordering::Relaxed);
-            let started = local_ports::wait(addr, attempt).await;
+            let started = queues::wait(backend, attempt).await;
             has_port.store(true, Ordering::Relaxed);
             started
         }
@@ -111,15 +111,19 @@ async fn started(socket: Socket, addr: SocketAddr, has_port: &AtomicBool) -> io:
 }
 
 /// Connects `socket`, which takes effect at once, or waits while the backlog of the server is full (connect(2), `EAGAIN`).
-async fn connected_to_unix(socket: Socket, addr: &UnixAddr) -> io::Result<Socket> {
+async fn connected_to_unix(socket: Socket, addr: &UnixAddr, backend: &BackendAddr) -> io::Result<Socket> {
     let addr = SockAddr::unix(addr.sun_path())?;
-    let mut backoff = Backoff::default();
-    loop {
-        match socket.connect(&addr) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => sleep(backoff.next_delay()).await,
-            connected => return connected.map(|()| socket),
-        }
-    }
+    let attempt = || match socket.connect(&addr) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+        connected => Some(connected),
+    };
+    // Clients that already wait for room come first.
+    let first = if queues::is_awaited(backend) { None } else { attempt() };
+    let connected = match first {
+        Some(connected) => connected,
+        None => queues::wait(backend, attempt).await,
+    };
+    connected.map(|()| socket)
 }
 
 /// The domain of a socket that can connect to `backend`.
@@ -245,7 +249,12 @@ fn explain(backend: &BackendAddr, error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::AddrNotAvailable => OUT_OF_PORTS.to_owned(),
         io::ErrorKind::PermissionDenied if backend.unix_addr().is_some() => {
-            format!("{error}; a Unix socket takes write permission for rproxy's user or group")
+            format!(
+                "{error}; a Unix socket takes write permission for rproxy's user or group, and its directories search permission"
+            )
+        }
+        _ if error.raw_os_error() == Some(Errno::EPROTOTYPE as i32) => {
+            format!("{error}; only stream sockets can be relayed to")
         }
         _ => error.to_string(),
     }

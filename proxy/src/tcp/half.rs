@@ -14,6 +14,10 @@ use super::transfer::{self, Rest, Step};
 /// Bytes moved before other tasks of the worker have their turn.
 const TURN: usize = 1024 * 1024;
 
+/// What a call counts for that moves nothing, although the socket was reported ready: others have their turn even if that
+/// never ends.
+const NOTHING_MOVED: usize = TURN / 16;
+
 /// As [`pump`], after a step that has `begun` it.
 pub(super) async fn pump_on(begun: Step, direction: &Direction<'_>) -> End {
     let result = match begun {
@@ -81,7 +85,7 @@ fn relay_ready(direction: &Direction<'_>, burst: &mut Burst, cx: &mut Context<'_
         }
         match spliced.unwrap_or_else(|| transfer::copy(direction)) {
             Step::Moved(moved) => turn += moved,
-            Step::NotReady => {}
+            Step::NotReady => turn += NOTHING_MOVED,
             Step::Blocked(rest) => return Poll::Ready(Stopped::Blocked(rest)),
             Step::Ended(end) => return Poll::Ready(Stopped::Ended(end)),
         }

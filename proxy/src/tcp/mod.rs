@@ -15,11 +15,11 @@ mod dial;
 mod direction;
 mod finish;
 mod half;
-mod local_ports;
 mod messages;
 mod meter;
 mod pipe;
 mod proxy_header;
+mod queues;
 pub(crate) mod reactor;
 mod relay;
 mod source;
@@ -27,7 +27,6 @@ mod stream;
 mod transfer;
 
 use std::io;
-use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 
 use rproxy_mapping::PortMapping;
@@ -45,6 +44,7 @@ use crate::bind::source::{NotAsClient, SourceError};
 use crate::log::limit::LogLimit;
 use crate::runtime::worker::WorkerSlot;
 use crate::state::ConnectionGuard;
+use crate::state::client::ClientAddr;
 use crate::state::record::{Ending, Time};
 use crate::state::sources::Place;
 use crate::state::stats::FailureKind;
@@ -54,7 +54,7 @@ struct Accepted {
     client: OwnedFd,
     /// The socket to connect to the backend with.
     backend: Socket,
-    peer: SocketAddr,
+    peer: ClientAddr,
     guard: ConnectionGuard,
     /// Its place among the connections of its source, until it is listed.
     place: Option<Box<Place>>,
@@ -63,10 +63,9 @@ struct Accepted {
 impl Accepted {
     /// Whom it is for, as far as known before its first byte.
     fn client(&self) -> Client {
-        let peer = self.peer.ip();
-        match self.guard.limits().proxy_protocol.expects_header(peer) {
+        match self.guard.limits().proxy_protocol.expects_header(self.peer.ip()) {
             true => Client::Awaited(self.guard.target().clone()),
-            false => Client::Known(peer),
+            false => Client::Known(self.peer),
         }
     }
 }
@@ -103,12 +102,12 @@ fn dial_and_relay(accepted: Accepted, slot: WorkerSlot, entry: Entry) -> impl Fu
         guard.end(outcome.finish.ending);
         log_end(peer, guard, &outcome, [&backend, &client]);
         drop(backend);
-        local_ports::freed(guard.port_mapping().backend.socket_addr());
+        queues::freed(&guard.port_mapping().backend);
     }
 }
 
 /// Logs that the events of a connection cannot be waited for, because descriptors or memory have run out. It is reset.
-fn report_unwatched(peer: SocketAddr, guard: &ConnectionGuard, error: &io::Error) {
+fn report_unwatched(peer: ClientAddr, guard: &ConnectionGuard, error: &io::Error) {
     static UNWATCHED: LogLimit = LogLimit::new();
 
     if let Some(suppressed) = UNWATCHED.permit() {
@@ -118,7 +117,7 @@ fn report_unwatched(peer: SocketAddr, guard: &ConnectionGuard, error: &io::Error
 }
 
 /// Logs the end of a connection, and what its `sinks`, backend and client, have not received when it is reset.
-fn log_end(peer: SocketAddr, guard: &ConnectionGuard, outcome: &Outcome, sinks: [&Stream; 2]) {
+fn log_end(peer: ClientAddr, guard: &ConnectionGuard, outcome: &Outcome, sinks: [&Stream; 2]) {
     let Outcome { to_backend: bytes_in, to_client: bytes_out, finish } = outcome;
     let (mapping, reason, error) = (&guard.state().name, finish.ending.as_str(), finish.failure.as_ref());
     let undelivered = |sink: &Stream| error.map(|_reset| sink.unacknowledged());
@@ -139,7 +138,7 @@ fn duration_ms(guard: &ConnectionGuard) -> Option<u64> {
 async fn dialled(
     socket: Socket,
     client: &Stream,
-    peer: SocketAddr,
+    peer: ClientAddr,
     guard: &mut ConnectionGuard,
 ) -> Option<Stream> {
     let begun = guard.record().map(|_recorded| Time::now());
@@ -164,7 +163,7 @@ async fn dialled(
 async fn dial_address(
     socket: Socket,
     client: &Stream,
-    peer: SocketAddr,
+    peer: ClientAddr,
     guard: &ConnectionGuard,
 ) -> Result<Stream, DialError> {
     let (limits, PortMapping { backend, protocol, .. }) = (guard.limits(), guard.port_mapping());
@@ -176,7 +175,7 @@ async fn dial_address(
 }
 
 /// Counts and logs that the backend sees an address of this host instead of the client's.
-fn report_other_source(peer: SocketAddr, guard: &ConnectionGuard, reason: &NotAsClient) {
+fn report_other_source(peer: ClientAddr, guard: &ConnectionGuard, reason: &NotAsClient) {
     static OTHERS: LogLimit = LogLimit::new();
 
     guard.stats().count_of(Protocol::Tcp, FailureKind::SourceUnavailable);
@@ -187,7 +186,7 @@ fn report_other_source(peer: SocketAddr, guard: &ConnectionGuard, reason: &NotAs
 
 /// Counts and logs that a connection has no backend. Its client is reset when its socket is dropped, because the
 /// connection has not ended in order.
-fn report_failed_dial(peer: SocketAddr, guard: &ConnectionGuard, error: &DialError) {
+fn report_failed_dial(peer: ClientAddr, guard: &ConnectionGuard, error: &DialError) {
     static FAILED_DIALS: LogLimit = LogLimit::new();
 
     guard.stats().count_of(Protocol::Tcp, failure_kind(error));
@@ -220,7 +219,9 @@ fn failure_kind(error: &DialError) -> FailureKind {
         DialError::Connect { source, .. } if source.kind() == io::ErrorKind::ConnectionRefused => {
             FailureKind::Refused
         }
-        DialError::Source { source: SourceError::Client { .. }, .. } => FailureKind::SourceUnavailable,
+        DialError::Source { source: SourceError::Client { .. } | SourceError::NoClient, .. } => {
+            FailureKind::SourceUnavailable
+        }
         DialError::Source { .. }
         | DialError::Connect { .. }
         | DialError::Open { .. }
@@ -259,12 +260,12 @@ mod tests {
         let policy = Arc::new(MappingPolicy { limits: Limits::default(), state: Arc::default() });
         let guard = ConnectionGuard::take(&Arc::new(Target::new(port_mapping, policy)));
         let fd = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().into();
-        let peer = SocketAddr::from(([127, 0, 0, 1], 1));
+        let peer = ClientAddr::Inet(([127, 0, 0, 1], 1).into());
         let backend = dial::open(guard.port_mapping()).unwrap();
         let mut size = 0;
         let mapping = guard.state().clone();
         let _entered = runtime.enter();
-        connections::spawn((Client::Known(peer.ip()), None, None), &mapping, |entry| {
+        connections::spawn((Client::Known(peer), None, None), &mapping, |entry| {
             let future = dial_and_relay(
                 Accepted { client: fd, backend, peer, guard, place: None },
                 workers.slot(),

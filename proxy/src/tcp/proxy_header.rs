@@ -4,7 +4,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::time::Duration;
 
-use rproxy_mapping::addr::{Protocol, canonical};
+use rproxy_mapping::addr::Protocol;
 use socket2::{SockRef, Socket};
 use tokio::time::timeout;
 use tracing::{debug, warn};
@@ -16,8 +16,9 @@ use super::duration_ms;
 use super::stream::{Stream, close_in_order};
 use super::{dial, report_failed_dial};
 use crate::log::limit::LogLimit;
-use crate::proxy_protocol::{Endpoints, HeaderError, LONGEST, decode_stream};
+use crate::proxy_protocol::{Endpoints, HeaderError, LONGEST, decode_stream, header_without_addresses};
 use crate::state::ConnectionGuard;
+use crate::state::client::ClientAddr;
 use crate::state::record::Ending;
 use crate::state::stats::FailureKind;
 
@@ -37,7 +38,7 @@ pub(super) struct Refused;
 pub(super) async fn exchange(
     stream: &Stream,
     socket: &mut Socket,
-    peer: &mut SocketAddr,
+    peer: &mut ClientAddr,
     guard: &mut ConnectionGuard,
     entry: &Entry,
 ) -> Result<Option<Box<Header>>, Refused> {
@@ -47,14 +48,14 @@ pub(super) async fn exchange(
         let received = receive(stream, options.timeout).await;
         told = received.map_err(|error| refuse(stream, *peer, guard, &error))?;
         if let Some(told) = told {
-            *peer = told.source();
+            *peer = told.source().into();
         }
         let domain = |guard: &ConnectionGuard| dial::domain_of(&guard.port_mapping().backend);
         let domain_before = domain(guard);
-        if let Some(target) = entry.set_client(peer.ip()) {
+        if let Some(target) = entry.set_client(*peer) {
             guard.set_target(target);
         }
-        let (client, target) = (canonical(*peer), guard.target());
+        let (client, target) = (peer.canonical(), guard.target());
         guard.record().iter().for_each(|record| record.set_told(client, target));
         if !guard.admits(*peer) {
             guard.end(Ending::Denied);
@@ -77,8 +78,12 @@ pub(super) async fn exchange(
     }
     let send = guard.limits().proxy_protocol.send;
     Ok(send.map(|version| {
-        let endpoints = told.unwrap_or_else(|| endpoints(stream, *peer));
-        Box::new(Header(endpoints.header(version, Protocol::Tcp)))
+        let header = match (told, *peer) {
+            (Some(told), _) => told.header(version, Protocol::Tcp),
+            (None, ClientAddr::Inet(peer)) => endpoints(stream, peer).header(version, Protocol::Tcp),
+            (None, ClientAddr::Unix(_)) => header_without_addresses(version),
+        };
+        Box::new(Header(header))
     }))
 }
 
@@ -131,7 +136,7 @@ enum ReceiveError {
 }
 
 /// Counts and logs that the connection of a proxy is not served.
-fn refuse(stream: &Stream, peer: SocketAddr, guard: &ConnectionGuard, error: &ReceiveError) -> Refused {
+fn refuse(stream: &Stream, peer: ClientAddr, guard: &ConnectionGuard, error: &ReceiveError) -> Refused {
     static WRONG: LogLimit = LogLimit::new();
 
     let mapping = &guard.state().name;

@@ -12,6 +12,7 @@ use crate::bind::source::{
     NotAsClient, SourceError, answers_come_back, bind_as_asked, bind_as_client, bind_to_device,
 };
 use crate::state::Target;
+use crate::state::client::ClientAddr;
 
 /// Prepares `socket`, as [`dial::open_for`] returns it, for a connection to `target` on behalf of `client`. Begins the connection if that comes from the client's address: only connect(2) tells whether it can. Calls `fell_back` if
 /// it comes from another address instead.
@@ -24,7 +25,7 @@ use crate::state::Target;
 pub(super) fn prepare(
     socket: Socket,
     target: &Target,
-    client: SocketAddr,
+    client: ClientAddr,
     fell_back: impl FnOnce(&NotAsClient),
 ) -> Result<Begun, SourceError> {
     let limits = &target.policy.limits;
@@ -32,9 +33,16 @@ pub(super) fn prepare(
         bind_as_asked(&socket, limits)?;
         return Ok(Begun::Not(socket));
     }
+    bind_to_device(&socket, limits)?;
+    let Some(client) = client.inet_addr() else {
+        if limits.source == Source::ClientOnly {
+            return Err(SourceError::NoClient);
+        }
+        fell_back(&NotAsClient::NoAddress);
+        return Ok(Begun::Not(socket));
+    };
     let addr = target.port_mapping.backend.socket_addr();
     let refused = |reason| SourceError::Client { client, reason };
-    bind_to_device(&socket, limits)?;
     let (socket, reason) = match answers_come_back(client, addr, limits.device.as_ref()) {
         Ok(()) => {
             let begun = begin(socket, client, addr).or_else(|error| match error.is_about_port() {

@@ -11,7 +11,7 @@ use nix::sys::epoll::EpollFlags;
 use rproxy_sys::{sctp, socket};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
-use socket2::SockRef;
+use socket2::{Domain, SockRef};
 use tokio::time::{Instant, sleep, timeout};
 
 use super::reactor::{self, Key};
@@ -181,12 +181,19 @@ impl Stream {
                     io::ErrorKind::WouldBlock => self.note_would_block(kind),
                     io::ErrorKind::Interrupted => {}
                     _ if is_refusal(&error) => {}
+                    // Its peer does not read any more, but may still write (unix_stream_sendmsg in net/unix/af_unix.c).
+                    io::ErrorKind::BrokenPipe if self.is_unix() => {}
                     // The call may have cleared the socket's error, which is then not reported again.
                     _ => reactor::ready(self.key, FAILED),
                 }
                 Err(error)
             }
         }
+    }
+
+    /// Whether it is a Unix socket.
+    fn is_unix(&self) -> bool {
+        SockRef::from(self).domain().is_ok_and(|domain| domain == Domain::UNIX)
     }
 
     /// Records that a call would block. A reported end or failure is kept, because each is reported only

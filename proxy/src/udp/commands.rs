@@ -95,7 +95,7 @@ impl UdpRelay {
         self.end_flows_of_sources(|listeners, key, source| {
             let number = key.listener as usize;
             let is_proxy =
-                |target: &Target| target.policy.limits.proxy_protocol.expects_header(key.client.ip());
+                |target: &Target| target.policy.limits.proxy_protocol.expects_header(Some(key.client.ip()));
             let is_of_other_kind = |old: &Arc<Target>| is_proxy(old) != is_proxy(&listeners[number].target);
             if theirs.contains(&number) || proxies.get(&number).is_some_and(is_of_other_kind) {
                 return Some(Ending::Removed);

@@ -291,8 +291,8 @@ impl Flow {
     /// Sets the header for the backend, and whom a proxy in front has `told` the client of `key` is. The record is of that
     /// client.
     pub(super) fn speak_for(&mut self, key: &FlowKey, told: Option<&Endpoints>) {
-        let host = self.target().port_mapping.host.socket_addr();
-        let asked = || key.local.map_or(host, |local| SocketAddr::new(local.ip, host.port()));
+        let asked = self.target().asked(key.local.map(|local| local.ip));
+        let asked = || asked;
         self.guard.record_as(told.map_or(key.client, Endpoints::source), asked);
         self.header = FlowHeader::of(key, told, self.target());
         self.told = told.map(|told| Box::new(*told));

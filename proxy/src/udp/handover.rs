@@ -84,7 +84,7 @@ impl UdpRelay {
         let source = told.map_or(client, |told| told.source()).ip();
         let Some(listener) = self.listeners.get_mut(listener) else { return Ok(()) };
         let target = listener.target.clone();
-        let is_from_proxy = target.policy.limits.proxy_protocol.expects_header(client.ip());
+        let is_from_proxy = target.policy.limits.proxy_protocol.expects_header(Some(client.ip()));
         let is_permitted = target.policy.would_admit(source) && (told.is_none() || is_from_proxy);
         if self.table.find(&key).is_some() || !is_permitted {
             return Ok(());

@@ -42,11 +42,12 @@ impl OwnPorts {
 
 /// The scopes of a listener: one for each family that it serves.
 fn places(port_mapping: &PortMapping) -> impl Iterator<Item = (u16, IpAddr)> {
-    let host = port_mapping.host.socket_addr();
-    let ip = host.ip().to_canonical();
-    let serves_both = ip == Ipv6Addr::UNSPECIFIED && !port_mapping.v6only;
+    let host = port_mapping.host.inet_addr();
+    let ip = host.map(|host| host.ip().to_canonical());
+    let serves_both = ip == Some(Ipv6Addr::UNSPECIFIED.into()) && !port_mapping.v6only;
     let v4 = serves_both.then_some(Ipv4Addr::UNSPECIFIED.into());
-    [ip].into_iter().chain(v4).map(move |ip| (host.port(), ip))
+    let port = host.map_or(0, |host| host.port());
+    ip.into_iter().chain(v4).map(move |ip| (port, ip))
 }
 
 #[cfg(test)]

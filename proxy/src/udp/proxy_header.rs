@@ -94,11 +94,7 @@ pub(super) enum HeaderIn {
 
 /// The endpoints of a flow, as its listener has them.
 fn endpoints(client: SocketAddr, local: Option<LocalAddr>, target: &Target) -> Endpoints {
-    let mut asked = target.port_mapping.host.socket_addr();
-    if let Some(local) = local {
-        asked.set_ip(local.ip);
-    }
-    Endpoints::new(client, asked)
+    Endpoints::new(client, target.asked(local.map(|local| local.ip)))
 }
 
 /// Counts and logs that a datagram of a proxy does not begin with a header.

@@ -311,7 +311,7 @@ impl Route {
         match self.peer {
             Some((same, is_proxy)) if same == peer => is_proxy,
             _ => {
-                let is_proxy = target.policy.limits.proxy_protocol.expects_header(peer);
+                let is_proxy = target.policy.limits.proxy_protocol.expects_header(Some(peer));
                 self.peer = Some((peer, is_proxy));
                 is_proxy
             }

@@ -258,7 +258,7 @@ mod tests {
 
     #[test]
     fn all_addresses_of_a_v6_network_share_a_quota() {
-        let source = |text: &str| Source::of(text.parse().unwrap());
+        let source = |text: &str| Source::of_ip(text.parse().unwrap());
         assert_eq!(source("2001:db8::1"), source("2001:db8::2:3:4:5"));
         assert_ne!(source("2001:db8::1"), source("2001:db8:0:1::1"));
         assert_eq!(source("::ffff:10.0.0.1"), source("10.0.0.1"));

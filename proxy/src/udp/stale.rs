@@ -21,8 +21,9 @@ static TURN: Mutex<()> = Mutex::new(());
 /// have no such entries. A runtime that also publishes by other means does this itself.
 pub(crate) fn forget_flows_to<'a>(published: impl IntoIterator<Item = &'a PortMapping>) {
     let udp = published.into_iter().filter(|port_mapping| port_mapping.protocol == Protocol::Udp);
-    let published =
-        Published::new(udp.map(|port_mapping| (port_mapping.host.socket_addr(), port_mapping.v6only)));
+    let published = Published::new(
+        udp.filter_map(|port_mapping| Some((port_mapping.host.inet_addr()?, port_mapping.v6only))),
+    );
     if published.0.is_empty() {
         return;
     }

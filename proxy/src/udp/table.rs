@@ -46,7 +46,7 @@ pub(super) struct Bounds {
 
 impl Bounds {
     fn source_key(&self, source: IpAddr) -> ScopeKey {
-        ScopeKey::Source((!self.shares_sources).then_some(self.mapping), Source::of(source))
+        ScopeKey::Source((!self.shares_sources).then_some(self.mapping), Source::of_ip(source))
     }
 }
 

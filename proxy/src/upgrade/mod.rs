@@ -90,6 +90,9 @@ struct OfferedMapping {
     /// The addresses of its interface where it listens, if it has one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     addresses: Vec<String>,
+    /// Whether the process removes the file of its Unix socket in the end, if it has one.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    owns_file: bool,
     /// The process that has attached the port. The mapping has no name then.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     process: Option<u32>,

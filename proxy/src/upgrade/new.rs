@@ -39,6 +39,8 @@ pub struct OldProcess {
     channel: Channel,
     /// The names of the mappings, in the order of the offer.
     names: Vec<Name>,
+    /// Those of the mappings whose files become this process's own.
+    files: Vec<Name>,
     /// The channels to processes that are older still.
     older: Vec<OwnedFd>,
 }
@@ -93,6 +95,8 @@ pub async fn take_over(
         refuse_others(&requested.map(|offered| offered.mapping.clone()).collect::<Vec<_>>(), fixed)?;
     }
     let names = distinct_names(mappings.iter().map(|offered| &offered.mapping))?;
+    let files = mappings.iter().filter(|offered| offered.owns_file);
+    let files = files.map(|offered| offered.mapping.name()).collect();
     if has_control != control.is_some() {
         return Err(refuse("only one of the processes has a control socket"));
     }
@@ -121,29 +125,30 @@ pub async fn take_over(
         control,
         metrics,
         attach,
-        old: OldProcess { channel, names, older: sockets.collect() },
+        old: OldProcess { channel, names, files, older: sockets.collect() },
     })
 }
 
 /// A mapping of the old process, or a port that is attached to it.
 struct Offered {
     mapping: Mapping,
+    owns_file: bool,
     process: Option<u32>,
 }
 
 impl Offered {
     fn read(offered: &OfferedMapping) -> Result<Self, UpgradeError> {
-        let OfferedMapping { mapping, resolved, addresses, process } = offered;
+        let OfferedMapping { mapping, resolved, addresses, owns_file, process } = offered;
         let mapping = mapping.read(&NoInterfaces, ScopedIp::ANY).map_err(refuse)?.resolved(resolved);
         let addresses: Result<Vec<ScopedIp>, _> = addresses.iter().map(|ip| ip.parse()).collect();
         let mapping = mapping.listening_at(&addresses.map_err(refuse)?);
         let process = *process;
         let port = process.and_then(|_process| mapping.port_mappings().next());
         let mapping = match port {
-            Some(port) => mapping.named(Name::attached(port.protocol, port.host)),
+            Some(port) => mapping.named(Name::attached(port.protocol, &port.host)),
             None => mapping,
         };
-        Ok(Self { mapping, process })
+        Ok(Self { mapping, owns_file: *owns_file, process })
     }
 
     fn adopt(self, sockets: impl Iterator<Item = OwnedFd>) -> Result<Bound, UpgradeError> {
@@ -218,7 +223,7 @@ impl OldProcess {
     /// # Errors
     /// [`UpgradeError`]: the old process continues to serve, and this one must exit.
     pub(crate) async fn hand_over_to(self, server: &Server) -> Result<OldProcesses, UpgradeError> {
-        let Self { channel, names, older } = self;
+        let Self { channel, names, files, older } = self;
         let interest = Interest::READABLE | Interest::WRITABLE;
         let older = older.into_iter().map(|socket| Watched::new(socket, interest));
         let mut older: Vec<Watched> =
@@ -245,6 +250,7 @@ impl OldProcess {
         in_time(channel.send(&Word::Serving)).await?;
         match in_time(channel.receive()).await? {
             Word::Yours => {
+                server.own_files_of(&files);
                 older.push(channel.into_inner());
                 Ok(OldProcesses::new(older))
             }

@@ -20,13 +20,14 @@ use super::channel::Channel;
 use super::launcher::{Asked, Launcher, Reopened};
 use super::{Flows, Hello, Offer, OfferedAttach, OfferedFlow, OfferedMapping, UpgradeError, VERSION, Word};
 use crate::bind::return_path::ReturnPath;
-use crate::bind::unix_socket::SocketFile;
+use crate::bind::unix_socket::HeldSocket;
 use crate::engine::Server;
 use crate::engine::registry::Served;
 use crate::metrics::listener::MetricsSocket;
 use crate::plane::AttachOptions;
 use crate::plane::attachments::Plane;
 use crate::runtime::signals::Signals;
+use crate::runtime::socket_file::SocketFile;
 use crate::state::task::{LiveFlow, LiveFlows};
 use crate::systemd;
 
@@ -43,7 +44,7 @@ const LAUNCHER_PATIENCE: Duration = Duration::from_secs(5);
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Owned<'a> {
     pub(crate) server: &'a Server,
-    pub(crate) control: Option<&'a SocketFile>,
+    pub(crate) control: Option<&'a HeldSocket>,
     pub(crate) metrics: Option<&'a MetricsSocket>,
     pub(crate) plane: Option<&'a Plane>,
 }
@@ -268,7 +269,8 @@ fn offered_mapping(served: &Served) -> OfferedMapping {
     };
     let at = served.mapping().interface().map(|_name| served.mapping().addresses());
     let addresses = at.unwrap_or_default().iter().map(ToString::to_string).collect();
-    OfferedMapping { mapping: WireMapping { name, ..mapping }, resolved, addresses, process }
+    let owns_file = served.files().any(SocketFile::is_owned);
+    OfferedMapping { mapping: WireMapping { name, ..mapping }, resolved, addresses, owns_file, process }
 }
 
 fn offered_attach(plane: &Plane) -> OfferedAttach {

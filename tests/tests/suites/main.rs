@@ -39,6 +39,7 @@ mod system_calls;
 mod traffic_class;
 mod udp;
 mod unix;
+mod unix_hosts;
 mod upgrade;
 mod vm;
 mod watch;
@@ -61,6 +62,7 @@ fn main() -> ExitCode {
         cni,
         udp,
         unix,
+        unix_hosts,
         traffic_class,
         nginx,
         config,

@@ -7,6 +7,7 @@ use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{SocketAddr as UnixAddr, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::thread;
 
 use nix::sys::signal::Signal;
@@ -14,7 +15,7 @@ use serde_json::json;
 use tempfile::TempDir;
 use testkit::client::{self, End};
 use testkit::controlled::Controlled;
-use testkit::process::{self, Stream};
+use testkit::process::{self, Process, Stream};
 use testkit::require::Need;
 use testkit::rproxy::{self, Standalone};
 use testkit::suite::Case;
@@ -32,6 +33,10 @@ pub(crate) fn cases() -> Vec<Case> {
         Case::new("a backend that breaks off resets its client", broken_off),
         Case::new("nobody listens, and then somebody does", late),
         Case::new("clients wait while the backlog is full, up to connect_timeout", full_backlog),
+        Case::new("clients that wait for the backlog come first", fair_backlog),
+        Case::new("a backend that stops reading takes nothing from others", deaf),
+        Case::new("the process's own sockets are no backends", own_sockets),
+        Case::new("options in [defaults] that it cannot have are those of others", defaults),
         Case::new("a socket of another user", forbidden).needs(&[Need::Root]),
         Case::new("the backend gets the header of its proxy", announced),
         Case::new("a file is served, reloaded, and printed", configured),
@@ -181,6 +186,129 @@ fn full_backlog() {
     drop(clients);
 }
 
+/// While more clients are there than the backlog holds, the kernel wakes those that wait in turn, and so does the proxy.
+fn fair_backlog() {
+    let place = Place::path();
+    let socket = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None).unwrap();
+    socket.bind(&socket2::SockAddr::unix(place.as_path()).unwrap()).unwrap();
+    socket.listen(0).unwrap();
+    // With one processor, it has one worker, which sees them in their order.
+    let mut one = Command::new("taskset");
+    one.args(["-c", "0"]);
+    let arguments = ["--host", "127.0.0.1:0", "--to", &place.text];
+    let process = Process::spawn(process::prefixed(one, &rproxy::command(&arguments)));
+    let proxy = Standalone::ready(process, &arguments);
+    // Each sends its number, so that the server sees the order.
+    let clients: Vec<TcpStream> = (0..20_u8)
+        .map(|number| {
+            let mut client = client::connect(proxy.address());
+            client.write_all(&[number]).unwrap();
+            client
+        })
+        .collect();
+    let listener = UnixListener::from(std::os::fd::OwnedFd::from(socket));
+    let numbers: Vec<u8> = (0..clients.len())
+        .map(|_| {
+            let (mut stream, _peer) = listener.accept().unwrap();
+            stream.set_read_timeout(Some(PATIENCE)).unwrap();
+            let mut number = [0];
+            stream.read_exact(&mut number).unwrap();
+            number[0]
+        })
+        .collect();
+    assert_eq!(numbers, (0..20).collect::<Vec<u8>>());
+}
+
+/// To a Unix socket that does not read any more, no write succeeds, and nothing says that it has failed.
+fn deaf() {
+    let place = Place::path();
+    let listener = place.listen();
+    let (host, echo) = (client::own_address(), testkit::backend::TcpBackend::echo());
+    let other = client::own_address();
+    let pairs = ["--host", &host.to_string(), "--to", &place.text, "--host", &other.to_string(), "--to"];
+    let to = echo.address().to_string();
+    let server = Controlled::start(&[&pairs[..], &[&to, "--idle-timeout", "2s"]].concat());
+    let busy: Vec<TcpStream> = (0..8).map(|_| client::connect(other)).collect();
+    busy.iter().for_each(client::ping);
+    let deaf: Vec<(TcpStream, UnixStream)> = (0..8)
+        .map(|_| {
+            let mut client = client::connect(host);
+            let (backend, _peer) = listener.accept().unwrap();
+            backend.shutdown(Shutdown::Read).unwrap();
+            client.write_all(b"unread").unwrap();
+            (client, backend)
+        })
+        .collect();
+    for (client, backend) in &deaf {
+        // It may still write.
+        (&*backend).write_all(b"heard").unwrap();
+        let mut heard = [0; 5];
+        (&*client).read_exact(&mut heard).unwrap();
+        assert_eq!(&heard, b"heard");
+    }
+    busy.iter().for_each(client::ping);
+    server.stats(&format!("{other}/tcp"));
+    for (client, _backend) in &deaf {
+        assert_eq!(client::read_to_end(client).1, End::Reset, "it was idle");
+    }
+}
+
+fn own_sockets() {
+    let dir = tempfile::tempdir().unwrap();
+    let metrics = dir.path().join("metrics");
+    let linked = dir.path().join("linked");
+    let server = Controlled::start(&[
+        "--metrics",
+        &format!("unix:{}", metrics.display()),
+        "--host",
+        &client::own_address().to_string(),
+        "--to",
+        "unix:/nowhere.sock",
+    ]);
+    std::os::unix::fs::symlink(server.socket(), &linked).unwrap();
+    for own in [server.socket(), metrics, linked] {
+        let refused =
+            server.ctl(&["add", "--host", "127.0.0.1:0", "--to", &format!("unix:{}", own.display())]);
+        assert!(refused.stderr.contains("is this process's own socket"), "{refused:#?}");
+    }
+    let control = dir.path().join("control");
+    let output = process::run(rproxy::command(&[
+        "--control",
+        control.to_str().unwrap(),
+        "--host",
+        "127.0.0.1:0",
+        "--to",
+        &format!("unix:{}", control.display()),
+    ]));
+    assert_eq!(output.status.code(), Some(1), "{output:#?}");
+    assert!(output.stderr.contains("is this process's own socket"), "{output:#?}");
+}
+
+fn defaults() {
+    let place = Place::path();
+    let text = format!(
+        "[defaults]\nsource = \"client\"\ndevice = \"lo\"\nallow = [\"10.0.0.0/8\"]\n\
+         [[mapping]]\nhost = \"unix:{0}/front.sock\"\nto = \"unix:/run/app.sock\"\n\
+         [[mapping]]\nhost = \"127.0.0.1:81\"\nto = \"172.17.0.2:80\"\n",
+        place.dir.path().display()
+    );
+    let file = place.file("rproxy.toml", &text);
+    let printed =
+        process::run(rproxy::command(&["--config", file.to_str().unwrap(), "--print-config"])).success();
+    let (unix, other) = printed.split_once("127.0.0.1:81").unwrap();
+    for option in ["source", "device", "allow"] {
+        let line = format!("{option} = ");
+        assert!(!unix.contains(&line) && other.contains(&line), "{option}: {printed}");
+    }
+    let own = text.replace("to = \"unix:", "device = \"lo\"\nto = \"unix:");
+    fs::write(&file, own).unwrap();
+    let output = process::run(rproxy::command(&["check-config", file.to_str().unwrap()]));
+    assert!(
+        output.stderr.contains(":7:10: device: a connection to a Unix socket has no device = lo"),
+        "{output:#?}"
+    );
+}
+
 fn forbidden() {
     let place = Place::path();
     place.serve(echo);
@@ -214,7 +342,7 @@ fn configured() {
     let text = |to: &str| format!("[[mapping]]\nname = \"app\"\nhost = \"{host}\"\nto = \"{to}\"\n");
     let file = place.file("rproxy.toml", &text(&place.text));
     let arguments = ["--config", file.to_str().unwrap(), "--sandbox", "strict"];
-    let process = process::Process::spawn(rproxy::command(&arguments));
+    let process = Process::spawn(rproxy::command(&arguments));
     process.wait_for_line(Stream::Stdout, |line| line == format!("{} -> {host}", place.text));
     client::assert_echoes(host);
     let stays = client::connect(host);
@@ -316,22 +444,24 @@ fn refused() {
         assert!(output.stderr.contains(message), "{line}: {output:#?}");
     };
     let to = "--host 127.0.0.1:0 --to unix:/run/app.sock";
-    wrong(
-        "--host unix:/run/a.sock --to 127.0.0.1:9",
-        "--host unix:/run/a.sock: a Unix socket can be a backend",
-    );
     wrong("--host 127.0.0.1:0 --to unix:app.sock", "write unix:/run/app.sock, or unix:@app");
     wrong("--host 127.0.0.1:0 --to unix:@", "write unix:/run/app.sock, or unix:@app");
     wrong(
         &format!("--host 127.0.0.1:0 --to unix:/{}", "a".repeat(107)),
         "has 108 bytes, and 107 are the most",
     );
-    wrong(&format!("{to} --proto udp"), "only tcp can be relayed to a Unix socket, and not udp");
-    wrong(&format!("{to} --proto tcp+udp"), "only tcp can be relayed to a Unix socket, and not tcp+udp");
-    wrong(&format!("{to} --proto sctp"), "only tcp can be relayed to a Unix socket, and not sctp");
+    wrong(&format!("{to} --proto udp"), "only tcp can be relayed to or from a Unix socket, and not udp");
+    wrong(
+        &format!("{to} --proto tcp+udp"),
+        "only tcp can be relayed to or from a Unix socket, and not tcp+udp",
+    );
+    wrong(&format!("{to} --proto sctp"), "only tcp can be relayed to or from a Unix socket, and not sctp");
     wrong(&format!("{to} --source client"), "a connection to a Unix socket has no source = client");
     wrong(&format!("{to} --device lo"), "a connection to a Unix socket has no device = lo");
-    wrong("-p 80:80 --to unix:/run/app.sock", "its --host is missing; each --to goes with one");
+    wrong(
+        "-p 80:80 --to unix:/run/app.sock",
+        "-p has a port of the backend, and a Unix socket none; write --host",
+    );
 
     let server = Controlled::start(&[]);
     let wrong = server.apply(&[json!({ "host": "127.0.0.1", "to": "unix:/run/app.sock", "to_ports": "80" })]);

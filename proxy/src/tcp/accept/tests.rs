@@ -43,7 +43,7 @@ fn a_client_without_a_backend_socket_is_reset_and_counted() {
     // It is not blocking, and the connection is there.
     let (client, peer) = listener.accept().unwrap();
     let refused = io::Error::from_raw_os_error(Errno::EAFNOSUPPORT as i32);
-    reset_without_backend(client.into(), peer, guard, refused);
+    reset_without_backend(client.into(), peer.into(), guard, refused);
     let error = stream.read(&mut [0]).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::ConnectionReset);
     assert_eq!(state.stats.failure_kind(FailureKind::ConnectFailed), 1);

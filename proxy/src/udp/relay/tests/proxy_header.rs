@@ -14,7 +14,7 @@ fn sends(send_udp: ProxyDatagrams) -> Limits {
 }
 
 fn accepts() -> Limits {
-    let accept = vec![parse_network("127.0.0.0/8").unwrap()];
+    let accept = vec!["127.0.0.0/8".parse().unwrap()];
     Limits { proxy_protocol: ProxyProtocol { accept, ..ProxyProtocol::default() }, ..Limits::default() }
 }
 
@@ -247,7 +247,7 @@ fn flows_end_when_headers_are_sent_or_expected_from_now_on() {
 
 #[test]
 fn datagrams_of_proxies_and_others_come_in_any_mix() {
-    let accept = vec![parse_network("127.0.0.1").unwrap()];
+    let accept = vec!["127.0.0.1".parse().unwrap()];
     let proxy_protocol = ProxyProtocol { accept, ..ProxyProtocol::default() };
     let mut scene = Scene::new(Limits { proxy_protocol, ..Limits::default() });
     SockRef::from(&scene.backend).set_recv_buffer_size(4 << 20).unwrap();
@@ -300,7 +300,7 @@ fn flows_stay_when_other_proxies_are_accepted() {
     proxy.send(&behind_header("192.0.2.1:7", b"hello")).unwrap();
     let flow = scene.at_backend().1;
     let mut limits = accepts();
-    limits.proxy_protocol.accept.push(parse_network("10.0.0.0/8").unwrap());
+    limits.proxy_protocol.accept.push("10.0.0.0/8".parse().unwrap());
     limits.proxy_protocol.timeout = Duration::from_secs(1);
     let policy = Arc::new(MappingPolicy { limits, state: scene.target.policy.state.clone() });
     let target = Arc::new(Target::new(scene.target.port_mapping.clone(), policy));
