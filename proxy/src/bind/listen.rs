@@ -58,7 +58,7 @@ impl Listener {
         bound.map_err(|source| BindError { protocol, addr, among: None, more: 1, source })
     }
 
-    /// Adopts an inherited socket of any protocol.
+    /// Adopts an inherited socket of any protocol, or a Unix socket.
     ///
     /// # Errors
     /// [`AdoptError`] if it is something else.
@@ -66,6 +66,9 @@ impl Listener {
         let socket = SockRef::from(&fd);
         let kind = socket.r#type().map_err(AdoptError::NotASocket)?;
         let transport = socket.protocol().map_err(AdoptError::NotASocket)?;
+        if socket.domain().map_err(AdoptError::NotASocket)? == Domain::UNIX && kind == Type::STREAM {
+            return Self::adopt_unix(fd.into());
+        }
         let protocol = match transport {
             Some(Transport::SCTP) => Protocol::Sctp,
             _ if kind == Type::STREAM => Protocol::Tcp,
@@ -90,16 +93,12 @@ impl Listener {
             Protocol::Sctp => (Type::STREAM, &[Transport::SCTP]),
         };
         let is_wanted = kind == wanted.0 && transport.is_some_and(|transport| wanted.1.contains(&transport));
-        let is_unix = domain == Domain::UNIX && protocol == Protocol::Tcp && kind == Type::STREAM;
-        if !is_unix && (!is_wanted || !matches!(domain, Domain::IPV4 | Domain::IPV6)) {
+        if !is_wanted || !matches!(domain, Domain::IPV4 | Domain::IPV6) {
             return Err(AdoptError::WrongKind(protocol));
         }
         // Nothing is set on a socket that is refused: others use it.
         if protocol.has_connections() && !socket.is_listener().map_err(AdoptError::Setup)? {
             return Err(AdoptError::NotListening(protocol));
-        }
-        if is_unix {
-            return UnixSocket::adopt_listener(socket).map(Self::Unix).map_err(AdoptError::Setup);
         }
         socket.set_nonblocking(true).map_err(AdoptError::Setup)?;
         match protocol {
@@ -114,6 +113,13 @@ impl Listener {
             Protocol::Udp => Self::Udp(socket.into()),
             Protocol::Sctp => Self::Sctp(socket),
         })
+    }
+
+    fn adopt_unix(socket: Socket) -> Result<Self, AdoptError> {
+        if !socket.is_listener().map_err(AdoptError::Setup)? {
+            return Err(AdoptError::NotListening(Protocol::Tcp));
+        }
+        UnixSocket::adopt_listener(socket).map(Self::Unix).map_err(AdoptError::Setup)
     }
 
     /// The protocol of the socket.
@@ -387,7 +393,7 @@ pub enum AdoptError {
     #[error("it is not a socket: {0}")]
     NotASocket(#[source] io::Error),
     /// A socket of another kind.
-    #[error("it is not a {0} socket over IPv4 or IPv6, or a stream socket of the Unix domain")]
+    #[error("it is not a {0} socket over IPv4 or IPv6")]
     WrongKind(Protocol),
     /// A socket on which `listen` was not called.
     #[error("it is a {} socket that does not listen", .0.as_str().to_uppercase())]
@@ -420,7 +426,9 @@ mod tests {
         let udp = UdpSocket::bind("127.0.0.1:0").unwrap();
         assert!(matches!(adopt(udp, Protocol::Tcp), Err(AdoptError::WrongKind(Protocol::Tcp))));
         let (unix, _other) = UnixStream::pair().unwrap();
-        assert!(matches!(adopt(unix, Protocol::Tcp), Err(AdoptError::NotListening(Protocol::Tcp))));
+        assert!(matches!(adopt(unix, Protocol::Tcp), Err(AdoptError::WrongKind(Protocol::Tcp))));
+        let (unix, _other) = UnixStream::pair().unwrap();
+        assert!(matches!(Listener::adopt_any(unix.into()), Err(AdoptError::NotListening(Protocol::Tcp))));
         let idle = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
         let other = idle.try_clone().unwrap();
         assert!(matches!(adopt(idle, Protocol::Tcp), Err(AdoptError::NotListening(Protocol::Tcp))));

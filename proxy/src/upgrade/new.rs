@@ -20,7 +20,7 @@ use tokio::time::timeout;
 use super::channel::Channel;
 use super::launcher::claim_channel;
 use super::{Flows, Hello, Offer, OfferedAttach, OfferedFlow, OfferedMapping, UpgradeError, VERSION, Word};
-use crate::bind::listen::Listener;
+use crate::bind::listen::{AdoptError, Listener};
 use crate::bind::unix_socket::UnixSocket;
 use crate::bind::{Bound, BoundPort};
 use crate::engine::Server;
@@ -208,7 +208,10 @@ fn distinct_names<'a>(mappings: impl Iterator<Item = &'a Mapping>) -> Result<Vec
 fn adopt(mapping: Mapping, sockets: impl Iterator<Item = OwnedFd>) -> Result<Bound, UpgradeError> {
     let adopt = |(port_mapping, socket): (PortMapping, OwnedFd)| {
         let wrong = |error: &dyn std::fmt::Display| refuse(format!("the socket of {port_mapping}: {error}"));
-        let listener = Listener::adopt(socket, port_mapping.protocol).map_err(|error| wrong(&error))?;
+        let listener = Listener::adopt_any(socket).map_err(|error| wrong(&error))?;
+        if listener.protocol() != port_mapping.protocol {
+            return Err(wrong(&AdoptError::WrongKind(port_mapping.protocol)));
+        }
         Ok(BoundPort::adopt(port_mapping, listener))
     };
     // The ports come first in the zip, which then takes a socket only if there is a port for it.

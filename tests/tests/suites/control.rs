@@ -458,7 +458,7 @@ fn socket_in_use() {
     let path = proxy.socket().display().to_string();
     let second = process::run(rproxy::command(&["--control", &path]));
     assert_eq!(second.status.code(), Some(1));
-    assert!(second.stderr.contains("another process listens there"), "{second:#?}");
+    assert!(second.stderr.contains("somebody listens there already"), "{second:#?}");
     assert!(proxy.ctl(&["list"]).status.success(), "the first one is undisturbed");
     proxy.process.signal(Signal::SIGKILL);
     proxy.process.wait();

@@ -486,6 +486,7 @@ fn freebind() {
     host.ip("address add 203.0.113.77/32 dev lo");
     host.ip("address add 2001:db8::77/128 dev lo nodad");
     for addr in later {
+        eventually("the machine has it", || host.run(|| TcpStream::connect(addr).is_ok()));
         assert_eq!(host.run(|| client::connect_lettered(addr).1), b'a', "{addr}");
     }
 }

@@ -61,7 +61,7 @@ pub(super) fn unix_socket() {
         let start = format!("rproxy: --metrics {option}: {expected}");
         assert!(output.stderr.contains(&start), "{output:#?}");
     };
-    refused("another process listens there");
+    refused("somebody listens there already");
     proxy.process.signal(Signal::SIGTERM);
     assert!(proxy.process.wait().success());
     assert!(!path.exists(), "it is removed at the end");
