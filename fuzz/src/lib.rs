@@ -43,7 +43,7 @@ impl Interfaces for Eth0 {
 pub fn publish(bytes: &[u8]) {
     let Ok(text) = std::str::from_utf8(bytes) else { return };
     if let Ok(spec) = PublishSpec::parse(text, &Eth0) {
-        is_read_again(spec);
+        is_read_again(spec.clone());
         if let Ok(mapping) = spec.to(ScopedIp::ANY_V4.into(), ScopedIp::ANY) {
             is_read_again(mapping.name());
         }
