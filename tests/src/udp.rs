@@ -2,6 +2,7 @@
 //! holds, so any loss is the fault of the program under test.
 
 use std::collections::VecDeque;
+use std::fs;
 use std::io::ErrorKind;
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr, UdpSocket};
 use std::sync::Arc;
@@ -9,7 +10,9 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
 use nix::sys::socket::{setsockopt, sockopt};
+use nix::unistd::Pid;
 use socket2::SockRef;
 
 use crate::netns::Namespace;
@@ -212,6 +215,7 @@ impl<'a> Line<'a> {
     /// Opens a flow.
     #[track_caller]
     pub fn open(proxy: &'a Process, client: UdpSocket, asked: SocketAddr, backend: UdpSocket) -> Self {
+        run_on_one_processor(proxy);
         client.send_to(b"hello", asked).unwrap();
         let (_, flow) = receive(&backend);
         Self { proxy, client, asked, backend, flow }
@@ -241,6 +245,21 @@ impl<'a> Line<'a> {
         for (number, size) in sizes.iter().enumerate() {
             assert_comes(at, seen_as, number, *size);
         }
+    }
+}
+
+/// Has this thread and those of `process` run on one processor. The kernel keeps the order of what is sent from one; each
+/// processor has a queue of its own for what it has sent over a veth (`enqueue_to_backlog` in net/core/dev.c), and a
+/// thread may move from one to another between two datagrams.
+fn run_on_one_processor(process: &Process) {
+    let allowed = sched_getaffinity(Pid::from_raw(0)).unwrap();
+    let first = (0..CpuSet::count()).find(|number| allowed.is_set(*number).unwrap()).unwrap();
+    let mut one = CpuSet::new();
+    one.set(first).unwrap();
+    let tasks = fs::read_dir(format!("/proc/{}/task", process.pid())).unwrap();
+    let tasks = tasks.map(|task| task.unwrap().file_name().to_str().unwrap().parse().unwrap());
+    for task in tasks.chain([0]) {
+        sched_setaffinity(Pid::from_raw(task), &one).unwrap();
     }
 }
 
