@@ -33,6 +33,7 @@ pub mod wire;
 
 use std::fmt;
 use std::net::IpAddr;
+use std::sync::{Arc, LazyLock};
 
 use crate::addr::{AddrError, BackendAddr, HostSocketAddr, Protocol, Protocols, ScopedIp};
 use crate::backend::{BackendHost, NoAddress};
@@ -58,8 +59,11 @@ pub struct Mapping {
     backend: BackendHost,
     backend_ports: PortRange,
     v6only: bool,
-    limits: Limits,
+    /// Shared with whoever serves it, and those by default by all mappings: a process may have tens of thousands.
+    limits: Arc<Limits>,
 }
+
+static DEFAULT_LIMITS: LazyLock<Arc<Limits>> = LazyLock::new(Arc::default);
 
 /// The host ports of a mapping, as requested.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -135,7 +139,7 @@ impl Mapping {
             BackendHost::Unix(_) => {}
             _ => drop(BackendAddr::reachable(backend.first_ip().at(backend_ports.first()))?),
         }
-        let limits = Limits::default();
+        let limits = DEFAULT_LIMITS.clone();
         let at = InterfaceAddrs::default();
         Ok(Self {
             name: None,
@@ -176,7 +180,8 @@ impl Mapping {
     /// [`MappingError::Source`] if their source address cannot reach the backend, [`MappingError::NotOfSctp`],
     /// [`MappingError::NotOfUnix`] and [`MappingError::NotAtUnix`], and [`MappingError::NoFile`] if there is no file whose
     /// permissions could be set.
-    pub fn limited(mut self, limits: Limits) -> Result<Self, MappingError> {
+    pub fn limited(mut self, limits: impl Into<Arc<Limits>>) -> Result<Self, MappingError> {
+        let limits = limits.into();
         if self.protocols.contains(Protocol::Sctp)
             && let Some(option) = limits.not_of_sctp()
         {
@@ -196,7 +201,7 @@ impl Mapping {
         {
             return Err(MappingError::Source(SourceError::Family { ip, backend: backend.ip() }));
         }
-        self.limits = limits;
+        self.limits = if limits == *DEFAULT_LIMITS { DEFAULT_LIMITS.clone() } else { limits };
         Ok(self)
     }
 
@@ -207,7 +212,9 @@ impl Mapping {
         let limits = if self.protocols.contains(Protocol::Sctp) { limits.of_sctp() } else { limits };
         match self.clone().limited(limits.clone()) {
             Ok(limited) => limited,
-            Err(_other_family) => Self { limits: Limits { source: Source::Auto, ..limits }, ..self },
+            Err(_other_family) => {
+                Self { limits: Arc::new(Limits { source: Source::Auto, ..limits }), ..self }
+            }
         }
     }
 
@@ -315,6 +322,11 @@ impl Mapping {
     /// The limits of its connections and flows.
     pub fn limits(&self) -> &Limits {
         &self.limits
+    }
+
+    /// The same, to share.
+    pub fn shared_limits(&self) -> Arc<Limits> {
+        self.limits.clone()
     }
 
     /// The number of sockets it listens on.

@@ -74,7 +74,7 @@ impl Server {
         self.refuse_requested(&port_mapping)?;
         self.refuse_loop(&mapping)?;
         let left = self.registry.left_of(&name).map(|(index, state)| (index, state.clone()));
-        let limits = mapping.limits().clone();
+        let limits = mapping.shared_limits();
         // Connections that have been left by the last runtime end with the port.
         let policy = match &left {
             Some((_index, state)) => Arc::new(MappingPolicy { limits, state: state.clone() }),

@@ -505,7 +505,7 @@ impl Server {
         mapping: Mapping,
         prepared: &mut Prepared,
     ) -> Result<Served, ChangeError> {
-        let policy = self.new_policy(name.clone(), mapping.limits().clone());
+        let policy = self.new_policy(name.clone(), mapping.shared_limits());
         let ports = self.bind_ports(name, &mapping, &policy, prepared).await?;
         Ok(Served { mapping, policy, ports, process: None })
     }
@@ -602,10 +602,10 @@ impl Server {
             return Err(ChangeError::Unknown(name));
         };
         let mapping = mapping.listening_at(old.mapping.addresses());
-        let policy = if *mapping.limits() == old.policy.limits {
+        let policy = if *mapping.limits() == *old.policy.limits {
             old.policy.clone()
         } else {
-            Arc::new(MappingPolicy { limits: mapping.limits().clone(), state: old.policy.state.clone() })
+            Arc::new(MappingPolicy { limits: mapping.shared_limits(), state: old.policy.state.clone() })
         };
         let sockets = old.ports.iter().zip(on_sockets(&old.ports, &mapping));
         let assign = |(old, port_mapping): (&Binding, PortMapping)| Binding {
@@ -847,7 +847,6 @@ mod tests {
     use std::net::UdpSocket;
 
     use rproxy_mapping::interfaces::NoInterfaces;
-    use rproxy_mapping::limits::Limits;
     use rproxy_mapping::wire::WireMapping;
 
     use super::*;
@@ -856,7 +855,7 @@ mod tests {
     /// A binding to `host` of a socket that is bound elsewhere.
     fn binding(set: &PollSet, host: &str, v6only: bool) -> Binding {
         let (host, backend) = (host.parse().unwrap(), "192.0.2.1:80".parse().unwrap());
-        let policy = Arc::new(MappingPolicy { limits: Limits::default(), state: Arc::default() });
+        let policy = Arc::new(MappingPolicy { limits: Arc::default(), state: Arc::default() });
         let port = Arc::new(set.add(UdpSocket::bind("127.0.0.1:0").unwrap()).unwrap());
         Binding {
             port,

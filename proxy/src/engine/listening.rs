@@ -136,7 +136,6 @@ mod tests {
 
     use rproxy_mapping::Mapping;
     use rproxy_mapping::addr::{Protocol, Protocols};
-    use rproxy_mapping::limits::Limits;
 
     use super::*;
     use crate::runtime::poll::PollSet;
@@ -157,7 +156,7 @@ mod tests {
     /// A mapping of `127.0.0.1` whose sockets listen at `hosts`.
     fn listening_at(hosts: &[&str]) -> Served {
         let set = PollSet::new().unwrap();
-        let policy = Arc::new(MappingPolicy { limits: Limits::default(), state: Arc::default() });
+        let policy = Arc::new(MappingPolicy { limits: Arc::default(), state: Arc::default() });
         let at = |host: &&str| {
             let (host, backend) = (host.parse().unwrap(), "192.0.2.1:80".parse().unwrap());
             let port_mapping = PortMapping { protocol: Protocol::Tcp, host, backend, v6only: false };

@@ -120,7 +120,7 @@ impl Server {
         let mut ports = mappings.iter().flat_map(|bound| &bound.ports);
         server.tasks.has_tcp = ports.any(|port| port.port_mapping.protocol.has_connections());
         for Bound { mapping, ports, process } in mappings {
-            let policy = server.new_policy(mapping.name(), mapping.limits().clone());
+            let policy = server.new_policy(mapping.name(), mapping.shared_limits());
             let assign = |port: BoundPort| {
                 let target = Target::of(&mapping, port.port_mapping.clone(), policy.clone());
                 server.assign(port, target.into())
@@ -156,7 +156,7 @@ impl Server {
     pub fn start_port(port: BoundPort) -> io::Result<Self> {
         let mut server = Self::new(Growth::None);
         let name = Name::attached(port.port_mapping.protocol, &port.port_mapping.host);
-        let policy = server.new_policy(name, Limits::default());
+        let policy = server.new_policy(name, Arc::default());
         let target = Arc::new(Target::new(port.port_mapping.clone(), policy));
         let binding = server.assign(port, target)?;
         server.nameless.push(binding);
@@ -194,7 +194,7 @@ impl Server {
         &self.registry
     }
 
-    pub(crate) fn new_policy(&self, name: Name, limits: Limits) -> Arc<MappingPolicy> {
+    pub(crate) fn new_policy(&self, name: Name, limits: Arc<Limits>) -> Arc<MappingPolicy> {
         Arc::new(MappingPolicy {
             limits,
             state: Arc::new(MappingState::new(name, self.capacity.clone(), self.recorder.clone())),
@@ -518,7 +518,7 @@ mod tests {
         let nameless = Bound::bind(mapping("other")).unwrap().ports.pop().unwrap();
         let addr = named.ports[0].local_addr().unwrap();
         let mut server = Server::prepared(vec![named], Growth::None, None).unwrap();
-        let policy = server.new_policy(Name::default(), Limits::default());
+        let policy = server.new_policy(Name::default(), Arc::default());
         let target = Target::new(nameless.port_mapping.clone(), policy);
         let binding = server.assign(nameless, target.into()).unwrap();
         server.nameless.push(binding);

@@ -355,7 +355,6 @@ mod tests {
     use std::net::TcpListener;
 
     use rproxy_mapping::PortMapping;
-    use rproxy_mapping::limits::Limits;
 
     use super::*;
     use crate::runtime::poll::PollSet;
@@ -366,7 +365,7 @@ mod tests {
         let socket = TcpListener::bind("127.0.0.1:0").unwrap();
         let host = socket.local_addr().unwrap().to_string().parse().unwrap();
         let backend = "192.0.2.1:80".parse().unwrap();
-        let policy = Arc::new(MappingPolicy { limits: Limits::default(), state: state.clone() });
+        let policy = Arc::new(MappingPolicy { limits: Arc::default(), state: state.clone() });
         let port_mapping = PortMapping { protocol: Protocol::Tcp, host, backend, v6only: false };
         let target = Arc::new(Target::new(port_mapping, policy.clone()));
         let binding = Binding { port: Arc::new(set.add(socket).unwrap()), target };

@@ -202,7 +202,6 @@ mod tests {
     use std::os::fd::AsFd;
 
     use rproxy_mapping::PortMapping;
-    use rproxy_mapping::limits::Limits;
     use rproxy_mapping::name::Name;
     use tokio::net::UdpSocket;
 
@@ -229,7 +228,7 @@ mod tests {
     impl Ports {
         fn serve(sockets: impl IntoIterator<Item = BoundPort>) -> Self {
             let mut server = Server::prepared(Vec::new(), Growth::Mappings, None).unwrap();
-            let policy = server.new_policy(Name::default(), Limits::default());
+            let policy = server.new_policy(Name::default(), Arc::default());
             let assigned = sockets.into_iter().map(|port| {
                 let target = Target::new(port.port_mapping.clone(), policy.clone());
                 server.assign(port, target.into()).unwrap()

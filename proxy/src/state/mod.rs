@@ -13,7 +13,7 @@ pub(crate) mod task;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use rproxy_mapping::addr::HostSocketAddr;
@@ -126,7 +126,7 @@ impl Target {
 #[derive(Debug)]
 pub(crate) struct MappingPolicy {
     /// The limits of connections and flows.
-    pub(crate) limits: Limits,
+    pub(crate) limits: Arc<Limits>,
     /// The state of the mapping, which survives a change of the policy.
     pub(crate) state: Arc<MappingState>,
 }
@@ -156,8 +156,8 @@ pub(crate) struct MappingState {
     told_full: AtomicBool,
     /// When that was logged last.
     told_full_at: Mutex<Option<Instant>>,
-    /// What each source of clients has, if there are limits for it.
-    sources: Sources,
+    /// What each source of clients has, if there are limits for it. On the heap, because few mappings have such.
+    sources: OnceLock<Box<Sources>>,
     /// Notified when a connection has ended that a client waited for.
     capacity: Arc<Capacity>,
     /// Records its connections and flows, if anybody can ask for them.
@@ -202,10 +202,15 @@ impl MappingState {
             is_full: AtomicBool::default(),
             told_full: AtomicBool::default(),
             told_full_at: Mutex::default(),
-            sources: Sources::default(),
+            sources: OnceLock::new(),
             capacity,
             recorder,
         }
+    }
+
+    /// What each source of clients has.
+    fn sources(&self) -> &Sources {
+        self.sources.get_or_init(Box::default)
     }
 
     /// Whether to log that the mapping is full: not if it was already full and has not been half empty since,
@@ -258,7 +263,9 @@ impl MappingPolicy {
 
     /// Has sources get new connections and flows at the rate of this policy from now on.
     pub(crate) fn apply_rate(&self) {
-        self.state.sources.set_rate(self.limits.rate, Instant::now());
+        if self.limits.rate.is_some() || self.state.sources.get().is_some() {
+            self.state.sources().set_rate(self.limits.rate, Instant::now());
+        }
     }
 
     /// Whether a client at `ip` is served.
@@ -428,7 +435,7 @@ mod tests {
         let port_mapping = PortMapping { protocol: Protocol::Tcp, host, backend, v6only: false };
         let limits = Limits { max_connections: Some(max_connections), ..Limits::default() };
         let policy = Arc::new(MappingPolicy {
-            limits,
+            limits: limits.into(),
             state: Arc::new(MappingState::new(Name::default(), capacity, None)),
         });
         Arc::new(Target::new(port_mapping, policy))

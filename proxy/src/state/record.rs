@@ -396,7 +396,6 @@ mod tests {
     use std::sync::Arc;
 
     use rproxy_mapping::addr::Protocol;
-    use rproxy_mapping::limits::Limits;
 
     use std::net::SocketAddr;
 
@@ -456,7 +455,7 @@ mod tests {
         let record = record(Protocol::Udp);
         assert_eq!((record.state(), record.client().inet_addr().unwrap().port()), ("open", 5000));
         let [told, backend] = ["198.51.100.9:7", "172.17.0.3:80"];
-        let policy = MappingPolicy { limits: Limits::default(), state: Arc::default() };
+        let policy = MappingPolicy { limits: Arc::default(), state: Arc::default() };
         let port_mapping =
             PortMapping { backend: backend.parse().unwrap(), ..record.port.port_mapping.clone() };
         record

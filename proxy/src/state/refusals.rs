@@ -72,7 +72,7 @@ impl Target {
         let (client, Some(rate)) = (client.into(), self.policy.limits.rate) else { return true };
         let (state, protocol) = (&self.policy.state, self.port_mapping.protocol);
         let (mapping, source) = (&state.name, Source::of(client));
-        match state.sources.take_token(source, rate, Instant::now()) {
+        match state.sources().take_token(source, rate, Instant::now()) {
             Token::Taken => true,
             Token::Free => {
                 if let Some(suppressed) = MANY.permit() {

@@ -92,7 +92,7 @@ pub(crate) struct Place {
 impl Place {
     /// Counts another connection of `source`, unless it has as many as `most`.
     pub(crate) fn take(mapping: &Arc<MappingState>, source: Source, most: usize) -> Option<Box<Self>> {
-        let mut connections = lock(&mapping.sources.connections);
+        let mut connections = lock(&mapping.sources().connections);
         let count = connections.get(&source).copied().unwrap_or_default();
         if count >= most {
             return None;
@@ -104,7 +104,7 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let mut connections = lock(&self.mapping.sources.connections);
+        let mut connections = lock(&self.mapping.sources().connections);
         match connections.get_mut(&self.source) {
             Some(count) if *count > 1 => *count -= 1,
             _ => {
@@ -235,7 +235,7 @@ mod tests {
         let many: Vec<_> = (0..10_000).map(|number| Place::take(&mapping, source(number), 9)).collect();
         assert!(many.iter().all(Option::is_some));
         drop((other, again, many));
-        let connections = lock(&mapping.sources.connections);
+        let connections = lock(&mapping.sources().connections);
         assert!(connections.is_empty() && connections.capacity() < 4 * SMALL, "{}", connections.capacity());
     }
 

@@ -289,7 +289,7 @@ mod tests {
             ["192.0.2.7:1", "192.0.2.8:1"].map(|addr| ClientAddr::Inet(addr.parse().unwrap()));
         let access = AccessList { deny: vec![parse_network("192.0.2.7").unwrap()], ..AccessList::default() };
         let limits = Limits { access, ..Limits::default() };
-        let policy = Arc::new(MappingPolicy { limits, state: one.clone() });
+        let policy = Arc::new(MappingPolicy { limits: limits.into(), state: one.clone() });
         new_runtime().unwrap().block_on(async {
             let (ended, mut ends) = tokio::sync::mpsc::unbounded_channel();
             for (name, client, mapping) in
@@ -320,7 +320,7 @@ mod tests {
         let target = |deny: &str, backend: &str| {
             let access = AccessList { deny: vec![parse_network(deny).unwrap()], ..AccessList::default() };
             let limits = Limits { access, ..Limits::default() };
-            let policy = Arc::new(MappingPolicy { limits, state: state.clone() });
+            let policy = Arc::new(MappingPolicy { limits: limits.into(), state: state.clone() });
             let (host, backend) = ("127.0.0.1:80".parse().unwrap(), backend.parse().unwrap());
             let port_mapping = PortMapping { protocol: Protocol::Tcp, host, backend, v6only: false };
             Arc::new(Target::new(port_mapping, policy))

@@ -238,7 +238,6 @@ mod tests {
     use nix::errno::Errno;
     use rproxy_mapping::PortMapping;
     use rproxy_mapping::addr::{BackendAddr, HostSocketAddr, Protocol};
-    use rproxy_mapping::limits::Limits;
 
     use super::*;
     use crate::runtime::new_runtime;
@@ -257,7 +256,7 @@ mod tests {
             backend: BackendAddr::new(localhost, 80).unwrap(),
             v6only: false,
         };
-        let policy = Arc::new(MappingPolicy { limits: Limits::default(), state: Arc::default() });
+        let policy = Arc::new(MappingPolicy { limits: Arc::default(), state: Arc::default() });
         let guard = ConnectionGuard::take(&Arc::new(Target::new(port_mapping, policy)));
         let fd = std::net::UdpSocket::bind("127.0.0.1:0").unwrap().into();
         let peer = ClientAddr::Inet(([127, 0, 0, 1], 1).into());

@@ -176,7 +176,6 @@ mod tests {
 
     use rproxy_mapping::PortMapping;
     use rproxy_mapping::addr::Protocol;
-    use rproxy_mapping::limits::Limits;
 
     use super::*;
     use crate::state::{MappingPolicy, Target};
@@ -205,7 +204,7 @@ mod tests {
             let host = listener.local_addr().unwrap().to_string().parse().unwrap();
             let backend = "192.0.2.1:53".parse().unwrap();
             let port_mapping = PortMapping { protocol: Protocol::Udp, host, backend, v6only: false };
-            let policy = Arc::new(MappingPolicy { limits: Limits::default(), state: Arc::default() });
+            let policy = Arc::new(MappingPolicy { limits: Arc::default(), state: Arc::default() });
             let target = Arc::new(Target::new(port_mapping, policy));
             let shared = Arc::new(Shared::of_this_host(false, false));
             let sockets = ClientSockets::new(shared, DESCRIPTORS);

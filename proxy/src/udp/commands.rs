@@ -210,7 +210,7 @@ impl UdpRelay {
 
 /// The options that decide how a flow is opened and what its datagrams look like.
 fn path_of(target: &Target) -> impl PartialEq + use<'_> {
-    let Limits { udp_any_port, source, device, proxy_protocol, .. } = &target.policy.limits;
+    let Limits { udp_any_port, source, device, proxy_protocol, .. } = &*target.policy.limits;
     let header = proxy_protocol.send.map(|_version| proxy_protocol.send_udp);
     (udp_any_port, source, device, header)
 }

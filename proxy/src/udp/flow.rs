@@ -392,7 +392,6 @@ mod tests {
 
     use rproxy_mapping::PortMapping;
     use rproxy_mapping::addr::Protocol;
-    use rproxy_mapping::limits::Limits;
 
     use super::*;
     use crate::state::MappingPolicy;
@@ -406,7 +405,7 @@ mod tests {
         let host = "127.0.0.1:53".parse().unwrap();
         let port_mapping =
             PortMapping { protocol: Protocol::Udp, host, backend: backend_addr, v6only: false };
-        let policy = Arc::new(MappingPolicy { limits: Limits::default(), state: Arc::default() });
+        let policy = Arc::new(MappingPolicy { limits: Arc::default(), state: Arc::default() });
         let target = Arc::new(Target::new(port_mapping, policy));
         (Flow::adopt(Arc::new(socket.into()), None, 0, &target, &Arc::default()), backend)
     }

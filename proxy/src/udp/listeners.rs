@@ -287,7 +287,6 @@ mod tests {
 
     use rproxy_mapping::PortMapping;
     use rproxy_mapping::addr::Protocol;
-    use rproxy_mapping::limits::Limits;
 
     use super::*;
     use crate::runtime::poll::PollSet;
@@ -303,7 +302,7 @@ mod tests {
         let host = socket.local_addr().unwrap().to_string().parse().unwrap();
         let backend = "192.0.2.1:53".parse().unwrap();
         let port_mapping = PortMapping { protocol: Protocol::Udp, host, backend, v6only: false };
-        let policy = Arc::new(MappingPolicy { limits: Limits::default(), state: Arc::default() });
+        let policy = Arc::new(MappingPolicy { limits: Arc::default(), state: Arc::default() });
         let port = Arc::new(PollSet::new().unwrap().add(socket).unwrap());
         let number = port.number();
         let mut listeners = Listeners::new(Arc::new(Shared::of_this_host(false, false)));

@@ -35,7 +35,7 @@ fn a_client_without_a_backend_socket_is_reset_and_counted() {
     };
     let bound = BoundPort::bind(port_mapping.clone()).unwrap();
     let Listener::Tcp(listener) = &bound.listener else { panic!("not a TCP listener") };
-    let policy = Arc::new(MappingPolicy { limits: Limits::default(), state: Arc::default() });
+    let policy = Arc::new(MappingPolicy { limits: Arc::default(), state: Arc::default() });
     let guard = ConnectionGuard::take(&Arc::new(Target::new(port_mapping, policy)));
     let state = guard.state().clone();
 
@@ -133,7 +133,7 @@ impl Scene {
         let to = backend.local_addr().unwrap().to_string().parse().unwrap();
         let host = front.to_string().parse().unwrap();
         let port_mapping = PortMapping { protocol: Protocol::Tcp, host, backend: to, v6only: false };
-        let policy = Arc::new(MappingPolicy { limits, state: Arc::default() });
+        let policy = Arc::new(MappingPolicy { limits: limits.into(), state: Arc::default() });
         let target = Arc::new(Target::new(port_mapping, policy));
         let port = Arc::new(set.add(listener).unwrap());
         port.watch(EpollFlags::EPOLLIN).unwrap();

@@ -89,7 +89,7 @@ fn relayed_from(
     let host = front.local_addr().unwrap().to_string().parse().unwrap();
     let port_mapping =
         PortMapping { protocol: Protocol::Tcp, host, backend: address.parse().unwrap(), v6only: false };
-    let policy = Arc::new(MappingPolicy { limits, state: Arc::default() });
+    let policy = Arc::new(MappingPolicy { limits: limits.into(), state: Arc::default() });
     let target = Arc::new(Target::new(port_mapping, policy));
     let client = client(patient(TcpStream::connect(front.local_addr().unwrap()).unwrap()));
     let (done, is_done) = mpsc::channel();

@@ -81,7 +81,7 @@ impl Scene {
         let front = address(&listener);
         let (host, to) = (front.to_string().parse().unwrap(), address(&backend).to_string().parse().unwrap());
         let port_mapping = PortMapping { protocol: Protocol::Udp, host, backend: to, v6only: false };
-        let policy = Arc::new(MappingPolicy { limits, state: Arc::default() });
+        let policy = Arc::new(MappingPolicy { limits: limits.into(), state: Arc::default() });
         let target = Arc::new(Target::new(port_mapping, policy));
         let port = Arc::new(set.add(listener).unwrap());
         let events = Events::new();
@@ -533,9 +533,10 @@ fn a_change_ends_those_flows_that_it_concerns() {
         client.send(b"hello").unwrap();
         scene.at_backend();
         let mut port_mapping = scene.target.port_mapping.clone();
-        let mut limits = scene.target.policy.limits.clone();
+        let mut limits = (*scene.target.policy.limits).clone();
         change(&mut port_mapping, &mut limits);
-        let policy = Arc::new(MappingPolicy { limits, state: scene.target.policy.state.clone() });
+        let policy =
+            Arc::new(MappingPolicy { limits: limits.into(), state: scene.target.policy.state.clone() });
         let port = scene.port.clone();
         scene.serve_port(&port, &Arc::new(Target::new(port_mapping, policy)));
         scene.flow(&client).is_some()
@@ -554,7 +555,7 @@ fn another_mapping_at_the_same_port_has_its_own_flows() {
     let client = scene.client();
     client.send(b"hello").unwrap();
     scene.at_backend();
-    let policy = Arc::new(MappingPolicy { limits: Limits::default(), state: Arc::default() });
+    let policy = Arc::new(MappingPolicy { limits: Arc::default(), state: Arc::default() });
     let target = Arc::new(Target::new(scene.target.port_mapping.clone(), policy));
     let port = scene.port.clone();
     scene.serve_port(&port, &target);
@@ -571,7 +572,7 @@ fn the_most_flows_that_a_mapping_asks_for_count_while_it_is_served() {
     let port = Arc::new(scene.set.add(socket()).unwrap());
     let of = |udp_max_flows| {
         let limits = Limits { udp_max_flows, ..Limits::default() };
-        let policy = Arc::new(MappingPolicy { limits, state: Arc::default() });
+        let policy = Arc::new(MappingPolicy { limits: limits.into(), state: Arc::default() });
         Arc::new(Target::new(scene.target.port_mapping.clone(), policy))
     };
     let [more, less, none] = [Some(900), Some(800), None].map(of);

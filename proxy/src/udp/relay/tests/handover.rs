@@ -106,7 +106,7 @@ fn other_limits_apply_to_flows_that_there_are() {
         scene.at_backend();
     }
     let limits = Limits { udp_max_flows: Some(1), ..Limits::default() };
-    let policy = Arc::new(MappingPolicy { limits, state: scene.target.policy.state.clone() });
+    let policy = Arc::new(MappingPolicy { limits: limits.into(), state: scene.target.policy.state.clone() });
     let port_mapping = scene.target.port_mapping.clone();
     let port = scene.port.clone();
     scene.serve_port(&port, &Arc::new(Target::new(port_mapping, policy)));

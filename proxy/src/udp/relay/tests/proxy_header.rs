@@ -172,8 +172,8 @@ fn access_lists_and_quotas_are_about_the_client_that_a_proxy_tells() {
     assert_eq!(scene.failures(FailureKind::FlowDisplaced), 1);
 
     let access = AccessList { deny: vec![parse_network("192.0.2.2").unwrap()], ..AccessList::default() };
-    let limits = Limits { access, ..scene.target.policy.limits.clone() };
-    let policy = Arc::new(MappingPolicy { limits, state: scene.target.policy.state.clone() });
+    let limits = Limits { access, ..(*scene.target.policy.limits).clone() };
+    let policy = Arc::new(MappingPolicy { limits: limits.into(), state: scene.target.policy.state.clone() });
     let target = Arc::new(Target::new(scene.target.port_mapping.clone(), policy));
     let port = scene.port.clone();
     scene.serve_port(&port, &target);
@@ -235,8 +235,10 @@ fn flows_end_when_headers_are_sent_or_expected_from_now_on() {
     let client = scene.client();
     client.send(b"plain").unwrap();
     assert_eq!(scene.at_backend().0, b"plain");
-    let policy =
-        MappingPolicy { limits: sends(ProxyDatagrams::First), state: scene.target.policy.state.clone() };
+    let policy = MappingPolicy {
+        limits: sends(ProxyDatagrams::First).into(),
+        state: scene.target.policy.state.clone(),
+    };
     let target = Arc::new(Target::new(scene.target.port_mapping.clone(), Arc::new(policy)));
     let port = scene.port.clone();
     scene.serve_port(&port, &target);
@@ -302,15 +304,14 @@ fn flows_stay_when_other_proxies_are_accepted() {
     let mut limits = accepts();
     limits.proxy_protocol.accept.push("10.0.0.0/8".parse().unwrap());
     limits.proxy_protocol.timeout = Duration::from_secs(1);
-    let policy = Arc::new(MappingPolicy { limits, state: scene.target.policy.state.clone() });
+    let policy = Arc::new(MappingPolicy { limits: limits.into(), state: scene.target.policy.state.clone() });
     let target = Arc::new(Target::new(scene.target.port_mapping.clone(), policy));
     let port = scene.port.clone();
     scene.serve_port(&port, &target);
     proxy.send(&behind_header("192.0.2.1:7", b"goes on")).unwrap();
     assert_eq!(scene.at_backend(), (b"goes on".to_vec(), flow));
 
-    let policy =
-        Arc::new(MappingPolicy { limits: Limits::default(), state: scene.target.policy.state.clone() });
+    let policy = Arc::new(MappingPolicy { limits: Arc::default(), state: scene.target.policy.state.clone() });
     let target = Arc::new(Target::new(scene.target.port_mapping.clone(), policy));
     scene.serve_port(&port, &target);
     assert_eq!(scene.relay.table.len(), 0, "nobody speaks for others any more");
