@@ -418,6 +418,11 @@ pub enum AddrError {
     /// The host part is not an IP address.
     #[error("'{0}' is not an IP address; write one in its place, such as 127.0.0.1 or [::1]")]
     BadAddress(String),
+    /// The same, and it may be meant as an interface.
+    #[error(
+        "'{0}' is not an IP address; write one in its place, such as 127.0.0.1 or [::1], or %{1} for those of an interface"
+    )]
+    PerhapsInterface(String, String),
     /// An IPv6 address without brackets, whose last group may be a port.
     #[error("an IPv6 address needs brackets before its port; write {ip}:{ports}")]
     Unbracketed {
@@ -461,6 +466,15 @@ pub enum AddrError {
 }
 
 impl AddrError {
+    /// The same error where an interface would not do.
+    #[must_use]
+    pub fn of_address(self) -> Self {
+        match self {
+            Self::PerhapsInterface(text, _name) => Self::BadAddress(text),
+            other => other,
+        }
+    }
+
     /// The same error for an address that is followed by `ports`.
     pub fn before_ports(self, ports: &str) -> Self {
         match self {

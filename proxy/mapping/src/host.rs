@@ -88,6 +88,10 @@ impl HostAddr {
         }
         match ScopedIp::parse(text, interfaces) {
             Err(AddrError::BadAddress(_)) if is_clearly_interface(text) => text.parse().map(Self::Interface),
+            Err(AddrError::BadAddress(bare)) => Err(match perhaps_interface(&bare) {
+                Some(name) => AddrError::PerhapsInterface(bare, name.to_string()),
+                None => AddrError::BadAddress(bare),
+            }),
             parsed => parsed.map(Self::Ip),
         }
     }
@@ -146,6 +150,16 @@ fn is_clearly_interface(text: &str) -> bool {
     let is_number = |label: &str| label.bytes().all(|byte| byte.is_ascii_digit());
     let is_host_name = text.rsplit_once('.').is_some_and(|(_rest, last)| !is_number(last));
     has_letter && !is_host_name && text != LOCALHOST && text.parse::<InterfaceName>().is_ok()
+}
+
+/// The interface that a text may be meant as: `web.internal`, `%eth0` in brackets, `eth0:1`, a label of an address.
+fn perhaps_interface(text: &str) -> Option<InterfaceName> {
+    let name = text.strip_prefix('%').unwrap_or(text);
+    let is_number = |label: &str| label.bytes().all(|byte| byte.is_ascii_digit());
+    let name =
+        name.split_once(':').filter(|(_name, label)| is_number(label)).map_or(name, |(name, _label)| name);
+    let is_likely = name.starts_with(|first: char| first.is_ascii_alphabetic()) && name != LOCALHOST;
+    name.parse().ok().filter(|_name| is_likely)
 }
 
 impl From<ScopedIp> for HostAddr {
@@ -237,6 +251,10 @@ mod tests {
             ("10.0.0.256", "'10.0.0.256' is not an IP address"),
             ("80", "'80' is not an IP address"),
             ("[eth0]", "'eth0' is not an IP address"),
+            ("[%eth0]", "or %eth0 for those of an interface"),
+            ("eth0.web", "or %eth0.web for those of an interface"),
+            ("eth0:1", "or %eth0 for those of an interface"),
+            ("localhost", "or [::1]"),
             ("abcdefghijklmnop", "is not an IP address"),
             ("%", "'' is not the name of an interface"),
             ("%..", "'..' is not the name of an interface"),

@@ -119,6 +119,20 @@ fn no_host_port(address: &HostAddr, ports: &str, protocols: Protocols) -> SpecEr
     }
 }
 
+/// Why a host is not followed by one port, and what works: an interface has no random ports.
+fn three_parts(host: &HostAddr, ports: PortRange, protocols: Protocols) -> String {
+    let same = format!("{host}:{ports}:{ports}/{protocols}");
+    if host.interface().is_some() {
+        return format!(
+            "{host} is an interface, so there are three parts; write {same} for the same host port"
+        );
+    }
+    format!(
+        "{host} is an address, so there are three parts; write {host}::{ports}/{protocols} for a random host port, \
+         {same} for the same one"
+    )
+}
+
 /// A backend port that `-P` publishes: `80`, `53/udp`, `8000-8010/tcp`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExposedPorts {
@@ -193,10 +207,7 @@ pub enum SpecError {
     #[error("it says both {0} and {1}; write one of them, or tcp+udp")]
     TwoProtocols(Protocols, Protocols),
     /// An address and one port, which could be the host's or the backend's.
-    #[error(
-        "{address} is an address, so there are three parts; write {address}::{ports}/{protocols} for a random host \
-         port, {address}:{ports}:{ports}/{protocols} for the same one"
-    )]
+    #[error("{}", three_parts(address, *ports, *protocols))]
     NoHostPort {
         /// The address, or the interface.
         address: HostAddr,
@@ -307,7 +318,7 @@ mod tests {
             ("[fe80::1]:80:80", "on which interface? write [fe80::1%eth0]:80:80/tcp;"),
             ("[fe80::1]::80/udp", "write [fe80::1%eth0]::80/udp;"),
             ("[::1:80:80", "no closing bracket"),
-            ("%eth0:80", "write %eth0::80/tcp for"),
+            ("%eth0:80", "%eth0 is an interface, so there are three parts; write %eth0:80:80/tcp for"),
             ("eth0:80", "'eth0' is not a port"),
             ("%a/b:80:80", "'b:80:80' is not a protocol"),
             ("[::1]80", "write [[ADDRESS:]"),

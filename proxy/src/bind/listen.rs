@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use nix::libc;
 use rproxy_mapping::addr::{HostSocketAddr, Protocol, ScopedIp};
+use rproxy_mapping::host::InterfaceName;
 use rproxy_mapping::keepalive::{Keepalive, Probes};
 use rproxy_mapping::limits::Limits;
 use rproxy_mapping::ports::PortRange;
@@ -55,7 +56,7 @@ impl Listener {
             (None, None) => Err(io::ErrorKind::Unsupported.into()),
         };
         let (protocol, addr) = (*protocol, host.clone());
-        bound.map_err(|source| BindError { protocol, addr, among: None, more: 1, source })
+        bound.map_err(|source| BindError { protocol, addr, interface: None, among: None, more: 1, source })
     }
 
     /// Adopts an inherited socket of any protocol, or a Unix socket.
@@ -300,6 +301,8 @@ pub struct BindError {
     pub protocol: Protocol,
     /// The requested address.
     pub addr: HostSocketAddr,
+    /// The interface that has the address, if that was requested.
+    pub interface: Option<InterfaceName>,
     /// The candidate ports, if there was more than one.
     pub among: Option<PortRange>,
     /// The number of sockets still to be bound, including this one.
@@ -320,6 +323,25 @@ impl BindError {
         Self { more, ..self }
     }
 
+    /// Sets the interface that was requested, if it was one.
+    pub(crate) fn on(self, interface: Option<InterfaceName>) -> Self {
+        Self { interface, ..self }
+    }
+
+    /// Whether this machine has no such address.
+    pub(crate) fn is_not_there(&self) -> bool {
+        self.source.kind() == io::ErrorKind::AddrNotAvailable
+    }
+
+    /// The address and port, as requested: of an interface, its name, and the address at fault.
+    pub fn requested(&self) -> String {
+        let Self { addr, interface, .. } = self;
+        match (interface, addr.inet_addr()) {
+            (Some(name), Some(addr)) => format!("%{name}:{} at {}", addr.port(), ScopedIp::from(addr)),
+            _ => addr.to_string(),
+        }
+    }
+
     /// None of the candidate ports of `mapping` is free; `last` is the error of the last one tried.
     pub(crate) fn all_taken(mapping: &Mapping, last: Option<Self>) -> Self {
         let range = mapping.host_ports().range().unwrap_or(PortRange::EPHEMERAL);
@@ -328,6 +350,7 @@ impl BindError {
         Self {
             protocol,
             addr: HostSocketAddr::new(*mapping.addresses().first().unwrap_or(&ScopedIp::ANY), range.first()),
+            interface: None,
             among: Some(range),
             more: 1,
             source: last.map_or_else(in_use, |error| error.source),
@@ -354,15 +377,22 @@ impl BindError {
                 format!("none of its ports is free ({among}); `ss -antup` shows who has them")
             }
             io::ErrorKind::AddrInUse => format!(
-                "the {protocol} port is taken; `ss -an{}p 'sport = :{}'` shows by which program, port 0 takes \
-                 a free one, and net.ipv4.ip_local_reserved_ports keeps one for listening",
+                "the {protocol} port is taken; `ss -an{}p 'sport = :{}'` shows by which program,{} and \
+                 net.ipv4.ip_local_reserved_ports keeps one for listening",
                 match protocol {
                     Protocol::Tcp => "t",
                     Protocol::Udp => "u",
                     Protocol::Sctp => "S",
                 },
-                addr.port()
+                addr.port(),
+                // All addresses of an interface have the same port.
+                if self.interface.is_none() { " port 0 takes a free one," } else { "" }
             ),
+            io::ErrorKind::AddrNotAvailable if self.interface.is_some() => {
+                "the kernel does not bind it although the interface has it, as in a VRF; `ip vrf exec` starts \
+                 rproxy in one"
+                    .to_owned()
+            }
             io::ErrorKind::AddrNotAvailable => format!(
                 "this machine has no such address; `ip address` lists those it has, {wildcard} stands for all"
             ),

@@ -132,6 +132,9 @@ impl Bound {
         bind: impl FnMut(PortMapping) -> Result<BoundPort, BindError>,
     ) -> Result<Self, BindError> {
         let ports = match mapping.host_ports() {
+            HostPorts::Exactly(_) if mapping.interface().is_some() => {
+                return Self::bind_at_interface(&mapping, bind);
+            }
             HostPorts::Exactly(_) => mapping.port_mappings().map(bind).collect::<Result<_, _>>()?,
             HostPorts::FirstFree(range) => {
                 let backend_port = mapping.backend_ports().first();
@@ -140,6 +143,25 @@ impl Bound {
             HostPorts::Random => bind_random(&mapping)?,
         };
         Ok(Self { mapping, ports, process: None })
+    }
+
+    /// Binds the host ports of `mapping` at each address that its interface still has.
+    fn bind_at_interface(
+        mapping: &Mapping,
+        mut bind: impl FnMut(PortMapping) -> Result<BoundPort, BindError>,
+    ) -> Result<Self, BindError> {
+        let (mut there, mut ports) = (Vec::new(), Vec::new());
+        for ip in mapping.addresses() {
+            let bound: Result<Vec<_>, _> = mapping.port_mappings_at(*ip).map(&mut bind).collect();
+            match bound {
+                Err(error) if error.is_not_there() => {}
+                bound => {
+                    ports.extend(bound.map_err(|error| error.on(mapping.interface()))?);
+                    there.push(*ip);
+                }
+            }
+        }
+        Ok(Self { mapping: mapping.listening_at(&there), ports, process: None })
     }
 
     /// Binds all mappings and returns them in the same order. Mappings with several candidate ports are bound

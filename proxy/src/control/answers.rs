@@ -11,6 +11,7 @@ use rproxy_mapping::name::Name;
 use rproxy_mapping::wire::WireMapping;
 use serde::{Deserialize, Serialize};
 
+use crate::engine::Server;
 use crate::engine::change::Changed;
 use crate::engine::registry::{Registry, Served};
 use crate::names::Names;
@@ -315,19 +316,19 @@ impl Connection {
 }
 
 impl Added {
-    /// The result of `changed`, which has added the mappings called `added` to `registry`.
-    pub(crate) fn of(changed: Changed, registry: &Registry, names: &Names, added: &[Name]) -> Self {
-        let served = added.iter().filter_map(|name| registry.get(name));
-        let counts = ChangeCounts::of(changed, registry, added);
-        Self { counts, mappings: served.map(|served| BoundMapping::of(served, names)).collect() }
+    /// The result of `changed`, which has added the mappings called `added` to `server`.
+    pub(crate) fn of(changed: Changed, server: &Server, added: &[Name]) -> Self {
+        let served = added.iter().filter_map(|name| server.registry().get(name));
+        let counts = ChangeCounts::of(changed, server, added);
+        Self { counts, mappings: served.map(|served| BoundMapping::of(served, &server.names)).collect() }
     }
 }
 
 impl ChangeCounts {
-    /// The result of `changed`, which was about the mappings of `registry` called `names`.
-    pub fn of(changed: Changed, registry: &Registry, names: &[Name]) -> Self {
+    /// The result of `changed`, which was about the mappings of `server` called `names`.
+    pub fn of(changed: Changed, server: &Server, names: &[Name]) -> Self {
         let Changed { added, changed, removed, unchanged } = changed;
-        let warning = |name: &Name| Some(format!("{name}: {}", registry.get(name)?.problem()?));
+        let warning = |name: &Name| Some(format!("{name}: {}", server.problem_of(name)?));
         let mut all = names.iter().filter_map(warning);
         let mut warnings: Vec<String> = all.by_ref().take(MOST_WARNINGS).collect();
         if let more @ 1.. = all.count() {

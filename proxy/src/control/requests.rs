@@ -71,7 +71,7 @@ async fn handle(request: Request, sockets: Vec<OwnedFd>, server: &mut Server) ->
             let mappings = read(&mappings, server)?;
             let names: Vec<Name> = mappings.iter().map(Mapping::name).collect();
             let changed = server.add(mappings, passed).await?;
-            return Ok(Response::Added(Added::of(changed, server.registry(), &server.names, &names)));
+            return Ok(Response::Added(Added::of(changed, server, &names)));
         }
         Request::Apply { mut mappings, cut } => {
             // Attached ports are in a list that is applied, but not served at the request of a client.
@@ -93,7 +93,7 @@ async fn handle(request: Request, sockets: Vec<OwnedFd>, server: &mut Server) ->
             (changed, vec![name])
         }
     };
-    Ok(Response::Changed(ChangeCounts::of(changed, server.registry(), &names)))
+    Ok(Response::Changed(ChangeCounts::of(changed, server, &names)))
 }
 
 async fn remove(server: &mut Server, name: Name, cut: bool) -> Result<Changed, ChangeError> {

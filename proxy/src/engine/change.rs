@@ -12,7 +12,7 @@ use rproxy_mapping::addr::{HostSocketAddr, Protocol, ScopedIp};
 use rproxy_mapping::backend::BackendHost;
 use rproxy_mapping::limits::Limits;
 use rproxy_mapping::name::Name;
-use rproxy_mapping::overlap::{OverlapError, exclude_each_other, refuse_overlap};
+use rproxy_mapping::overlap::{Overlap, OverlapError, exclude_each_other, overlaps, refuse_overlap};
 use rproxy_mapping::ports::PortRange;
 use rproxy_mapping::{HostPorts, Mapping, MappingError, PortMapping};
 use socket2::{Domain, Socket, Type};
@@ -190,6 +190,11 @@ impl ChangeError {
         }
     }
 
+    /// Whether this machine has no such address, so that it cannot be bound.
+    pub(super) fn is_not_there(&self) -> bool {
+        matches!(self, Self::Bind { source, .. } if source.is_not_there())
+    }
+
     /// What is wrong, with `freebind`, as the front end at hand has it, where that would work.
     pub fn with_hint(&self, freebind: &str) -> String {
         match self {
@@ -258,12 +263,29 @@ impl Server {
                 return Err(ChangeError::NameTaken(name));
             }
         }
-        refuse_overlap(&mappings)?;
+        self.refuse_overlap_with_served(&mappings)?;
         // Those that are followed already may stand for others by now.
         names_of(mappings.iter()).iter().for_each(|name| self.names.renew(name));
         let add = mappings.into_iter().map(|mapping| (mapping.name(), mapping)).collect();
         let unchanged = self.registry.requested().count();
         self.execute(Plan { add, unchanged, ..Plan::default() }, passed, Removal::Drain).await
+    }
+
+    /// Refuses new mappings that overlap each other, or served ones where bind(2) would not tell: an interface may have no
+    /// address yet.
+    fn refuse_overlap_with_served(&self, new: &[Mapping]) -> Result<(), OverlapError> {
+        refuse_overlap(new)?;
+        let follows = |mapping: &Mapping| mapping.interface().is_some();
+        let new_follow = new.iter().any(follows);
+        let is_meant = |mapping: &&Mapping| follows(mapping) || new_follow && mapping.host().is_wildcard();
+        let served = self.registry.requested().map(|(_name, served)| &served.mapping).filter(is_meant);
+        let all: Vec<&Mapping> = served.chain(new).collect();
+        let first_new = all.len() - new.len();
+        let found = overlaps(all.iter().copied()).into_iter().find(|overlap| overlap.second >= first_new);
+        match found {
+            Some(Overlap { first, second, port }) => Err(OverlapError::new(all[second], all[first], port)),
+            None => Ok(()),
+        }
     }
 
     /// Removes a mapping.
@@ -506,8 +528,23 @@ impl Server {
         prepared: &mut Prepared,
     ) -> Result<Served, ChangeError> {
         let policy = self.new_policy(name.clone(), mapping.shared_limits());
-        let ports = self.bind_ports(name, &mapping, &policy, prepared).await?;
-        Ok(Served { mapping, policy, ports, process: None })
+        if mapping.interface().is_none() {
+            let ports = self.bind_ports(name, &mapping, &policy, prepared).await?;
+            return Ok(Served { mapping, policy, ports, process: None });
+        }
+        let (mut there, mut ports) = (Vec::new(), Vec::new());
+        for ip in mapping.addresses() {
+            match self.bind_ports(name, &mapping.listening_at(&[*ip]), &policy, prepared).await {
+                Ok(bound) => {
+                    there.push(*ip);
+                    ports.extend(bound);
+                }
+                // The interface may have lost it meanwhile.
+                Err(error) if error.is_not_there() => self.links.look_again(),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Served { mapping: mapping.listening_at(&there), policy, ports, process: None })
     }
 
     /// Binds the ports of a mapping, or uses sockets for them that were passed or are spare.
@@ -592,7 +629,10 @@ impl Server {
                 ChangeError::StillBound { name: name.clone(), other: other.clone(), port }
             }
             Some((port, _name, other)) => OverlapError::new(mapping, other, port).into(),
-            None => ChangeError::Bind { name: name.clone(), source: source.of(prepared.missing) },
+            None => {
+                let source = source.of(prepared.missing).on(mapping.interface());
+                ChangeError::Bind { name: name.clone(), source }
+            }
         }
     }
 

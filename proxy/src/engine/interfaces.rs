@@ -7,24 +7,41 @@ use rproxy_mapping::Mapping;
 use rproxy_mapping::addr::ScopedIp;
 use rproxy_mapping::host::InterfaceName;
 use rproxy_mapping::name::Name;
-use tracing::{debug, info};
+use tracing::debug;
 
 use crate::engine::change::{ChangeError, Prepared};
+use crate::engine::plan::keeps_sockets;
 use crate::engine::registry::Served;
 use crate::engine::{Server, udp_id};
 use crate::state::Binding;
 
 impl Server {
-    /// These mappings, where their interfaces have addresses now.
+    /// These mappings, where their interfaces have addresses now. One that keeps its sockets stays where it is.
     ///
     /// # Errors
     /// [`ChangeError::Interfaces`]
     pub(super) fn located(&mut self, mut mappings: Vec<Mapping>) -> Result<Vec<Mapping>, ChangeError> {
         if mappings.iter().any(|mapping| mapping.interface().is_some()) {
             self.links.look().map_err(ChangeError::Interfaces)?;
-            mappings.iter_mut().for_each(|mapping| *mapping = self.links.located(mapping));
+            for mapping in &mut mappings {
+                let served = self.registry.get(&mapping.name()).map(|served| &served.mapping);
+                let kept = served.filter(|served| keeps_sockets(served, mapping));
+                *mapping = match kept {
+                    Some(served) => mapping.listening_at(served.addresses()),
+                    None => self.links.located(mapping),
+                };
+            }
         }
         Ok(mappings)
+    }
+
+    /// Why the clients of a mapping are refused for now, if they are.
+    pub(crate) fn problem_of(&self, name: &Name) -> Option<String> {
+        let served = self.registry.get(name)?;
+        match served.mapping.interface() {
+            Some(interface) if served.ports.is_empty() => self.links.problem_of(interface),
+            _ => served.problem(),
+        }
     }
 
     /// Has all mappings of interfaces listen at the addresses that these have now. Others stay as they are.
@@ -42,7 +59,7 @@ impl Server {
             for ip in now {
                 match self.serve_at(name, *ip).await {
                     Ok(()) => {}
-                    Err(error) if is_gone_again(&error) => debug!(mapping = %name, %ip, %error, "gone again"),
+                    Err(error) if error.is_not_there() => self.refuse_unbindable(name, *ip, &error),
                     Err(error) => self.links.refuse(name, *ip, error.to_string()),
                 }
             }
@@ -53,6 +70,19 @@ impl Server {
         };
         self.links.keep_refused(is_open);
         self.tell_interfaces();
+    }
+
+    /// Records that the kernel did not let an address be bound, unless it has told that the address is gone again.
+    fn refuse_unbindable(&mut self, name: &Name, ip: ScopedIp, error: &ChangeError) {
+        if let Err(error) = self.links.look() {
+            debug!(%error, "cannot learn what addresses interfaces have");
+        }
+        let interface = self.registry.get(name).and_then(|served| served.mapping.interface());
+        if interface.is_some_and(|interface| self.links.addresses_of(interface).contains(&ip)) {
+            self.links.refuse_early(name, ip, error.to_string());
+        } else {
+            debug!(mapping = %name, %ip, %error, "gone again");
+        }
     }
 
     /// Logs which interfaces of mappings cannot be listened at.
@@ -76,7 +106,7 @@ impl Server {
         let (left, addresses): (Vec<ScopedIp>, Vec<ScopedIp>) = addresses.partition(|ip| !now.contains(ip));
         self.replace(name, addresses, kept);
         for ip in left {
-            info!(mapping = %name, address = %ip, "no longer serving at an address of the interface");
+            self.links.log_left(name, ip);
         }
         let (udp, others): (Vec<Binding>, Vec<Binding>) =
             gone.into_iter().partition(|binding| udp_id(binding).is_some());
@@ -101,7 +131,7 @@ impl Server {
         ports.extend(new.iter().cloned());
         self.replace(name, addresses, ports);
         self.watch(new);
-        info!(mapping = %name, address = %ip, "serving at an address of the interface");
+        self.links.log_served(name, ip);
         Ok(())
     }
 
@@ -118,9 +148,4 @@ impl Server {
 /// The address that a socket is bound to.
 fn host_of(binding: &Binding) -> Option<ScopedIp> {
     binding.target.port_mapping.host.inet_addr().map(ScopedIp::from)
-}
-
-/// Whether an address was removed before it could be bound; the kernel tells that next.
-fn is_gone_again(error: &ChangeError) -> bool {
-    matches!(error, ChangeError::Bind { source, .. } if source.source.kind() == std::io::ErrorKind::AddrNotAvailable)
 }

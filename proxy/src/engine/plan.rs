@@ -65,7 +65,7 @@ pub fn plan<'a>(
 }
 
 /// Whether both mappings listen on the same sockets.
-fn keeps_sockets(old: &Mapping, new: &Mapping) -> bool {
+pub(super) fn keeps_sockets(old: &Mapping, new: &Mapping) -> bool {
     let sockets = |mapping: &Mapping| {
         let count = mapping.backend_ports().count();
         (mapping.protocols(), mapping.host_ports(), mapping.is_v6only(), count)

@@ -54,7 +54,8 @@ impl FromStr for MetricsAddr {
             let text = text.split_once("://").map_or(text, |(_scheme, rest)| rest);
             return Err(MetricsAddrError::Slash(text.trim_end_matches('/').to_owned()));
         }
-        let HostSpec { host, ports } = HostSpec::parse(text, &HostInterfaces)?;
+        let HostSpec { host, ports } =
+            HostSpec::parse(text, &HostInterfaces).map_err(AddrError::of_address)?;
         let ip = host.ip().ok_or_else(|| AddrError::BadAddress(host.to_string()))?;
         let port = ports.map_or(Ok(0), PortRange::one).map_err(|_several| MetricsAddrError::Range)?;
         let addr = ip.at(port);
@@ -158,6 +159,10 @@ mod tests {
             ("127.0.0.1:9464-9465", "one port is needed"),
             ("127.0.0.1:x", "'x' is not a port"),
             ("localhost:9464", "'localhost' is not an IP address"),
+            (
+                "web.internal:9464",
+                "'web.internal' is not an IP address; write one in its place, such as 127.0.0.1 or [::1]",
+            ),
             ("::1:9464", "an IPv6 address needs brackets"),
             ("unix:", "the path is missing"),
             ("unix:a\0b", "NUL"),

@@ -69,6 +69,7 @@ impl MetricsListener {
                     ListenError::Tcp(BindError {
                         protocol: Protocol::Tcp,
                         addr: (*at).into(),
+                        interface: None,
                         among: None,
                         more: 1,
                         source,

@@ -433,7 +433,7 @@ fn is_taken_by(metrics: &MetricsAddr, error: &BindError) -> bool {
 pub(super) enum StartError {
     #[error("a signal has ended the start")]
     Stopped,
-    #[error("{asked} {}: {}{}", source.addr, source.reason(), source.hint(freebind))]
+    #[error("{asked} {}: {}{}", source.requested(), source.reason(), source.hint(freebind))]
     Bind { asked: String, source: BindError, freebind: &'static str },
     #[error("{asked} {at}: --metrics {metrics} takes this tcp port; give one of the two another port")]
     OwnMetrics { asked: String, at: HostSocketAddr, metrics: MetricsAddr },

@@ -291,7 +291,10 @@ impl Flow {
     /// Sets the header for the backend, and whom a proxy in front has `told` the client of `key` is. The record is of that
     /// client.
     pub(super) fn speak_for(&mut self, key: &FlowKey, told: Option<&Endpoints>) {
-        let asked = self.target().asked(key.local.map(|local| local.ip));
+        let mut asked = self.target().asked(key.local.map(|local| local.ip));
+        if let (SocketAddr::V6(asked), Some(local)) = (&mut asked, key.local) {
+            asked.set_scope_id(local.interface);
+        }
         let asked = || asked;
         self.guard.record_as(told.map_or(key.client, Endpoints::source), asked);
         self.header = FlowHeader::of(key, told, self.target());

@@ -1,22 +1,27 @@
 //! The interfaces and their addresses, and how they change (rtnetlink(7)). This takes no privilege.
 
-use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::{io, iter};
 
 use netlink_packet_core::{
-    DecodeError, NLM_F_DUMP, NetlinkDeserializable, NetlinkHeader, NetlinkPayload, NlasIterator,
+    DecodeError, NLM_F_DUMP, NetlinkDeserializable, NetlinkHeader, NetlinkPayload, NlaBuffer, NlasIterator,
 };
 use netlink_packet_route::RouteNetlinkMessage;
 use netlink_packet_route::address::AddressMessage;
 use netlink_packet_route::link::LinkMessage;
+use nix::errno::Errno;
 use nix::libc;
-use nix::sys::socket::{MsgFlags, NetlinkAddr, SockProtocol, bind, recv};
+use nix::sys::socket::{MsgFlags, NetlinkAddr, SockProtocol, bind, recv, recvfrom};
 
 use crate::netlink::{BUFFER_SIZE, Client, messages};
 
 /// A dump during which something has changed (`NLM_F_DUMP_INTR`, linux/netlink.h).
 const DUMP_INTERRUPTED: u16 = 0x10;
+
+/// The most datagrams that are discarded before a dump, which is more than the queue of a socket can have.
+const MOST_QUEUED: usize = 4096;
 
 /// The lengths of `struct ifinfomsg` and `struct ifaddrmsg`, before the attributes.
 const LINK_HEADER: usize = 16;
@@ -25,12 +30,12 @@ const ADDRESS_HEADER: usize = 8;
 /// An interface or one of its addresses, as it is from now on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// An interface has this name.
+    /// An interface has these names.
     Link {
         /// Its index.
         index: u32,
-        /// Its name.
-        name: String,
+        /// Its name, and then its alternative ones (ip-link(8), `altname`).
+        names: Vec<String>,
     },
     /// There is no such interface any more.
     NoLink {
@@ -42,9 +47,7 @@ pub enum Change {
         /// The index of the interface.
         index: u32,
         /// The address.
-        ip: IpAddr,
-        /// The length of its prefix: an interface may have an address more than once.
-        prefix: u8,
+        address: Address,
         /// Whether it can be bound: no duplicate of it is looked for (RFC 4862, section 5.4), or has been found.
         is_usable: bool,
     },
@@ -53,10 +56,18 @@ pub enum Change {
         /// The index of the interface.
         index: u32,
         /// The address.
-        ip: IpAddr,
-        /// The length of its prefix.
-        prefix: u8,
+        address: Address,
     },
+}
+
+/// An address of an interface, as the kernel tells them apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Address {
+    /// The address.
+    pub ip: IpAddr,
+    /// Of IPv4, the address of the peer, or the address itself, and the length of the prefix: an interface may have an address
+    /// more than once. It has one of IPv6 once, whose peer may change.
+    pub network: Option<(IpAddr, u8)>,
 }
 
 /// Opens a socket, for the network namespace of this thread. It is told nothing yet.
@@ -76,38 +87,70 @@ pub fn subscribe(socket: BorrowedFd<'_>) -> io::Result<()> {
     Ok(bind(socket.as_raw_fd(), &NetlinkAddr::new(0, groups.cast_unsigned()))?)
 }
 
-/// Calls `take` with all interfaces and addresses, as they are now, and with changes that come meanwhile, in order. Returns
-/// whether that is all: if not, something was lost, and it has to be called again.
+/// Calls `take` with all interfaces and addresses, as they are now, and then with changes that came meanwhile, in order.
+/// Returns whether that is all: if not, something was lost, and it has to be called again.
 ///
 /// # Errors
 /// Those of sendmsg(2) and recv(2), and those that the kernel answers.
 pub fn dump(socket: BorrowedFd<'_>, mut take: impl FnMut(Change)) -> io::Result<bool> {
+    static SEQUENCE: AtomicU32 = AtomicU32::new(1);
+
     let links = RouteNetlinkMessage::GetLink(LinkMessage::default());
     let addresses = RouteNetlinkMessage::GetAddress(AddressMessage::default());
-    let mut is_whole = true;
+    let mut is_whole = discard(socket)?;
+    let mut changes = Vec::new();
     for request in [links, addresses] {
-        Client::on(socket).send(request, NLM_F_DUMP)?;
-        is_whole &= dumped(socket, &mut take)?;
+        let sequence = SEQUENCE.fetch_add(1, Ordering::Relaxed);
+        Client::on(socket).send_as(sequence, request, NLM_F_DUMP)?;
+        is_whole &= dumped(socket, sequence, &mut take, &mut changes)?;
     }
+    // The last change of something is at least as new as what was listed of it, whichever was received first.
+    changes.into_iter().for_each(take);
     Ok(is_whole)
 }
 
-/// Receives the answers to one request, and returns whether nothing is missing.
-fn dumped(socket: BorrowedFd<'_>, take: &mut impl FnMut(Change)) -> io::Result<bool> {
+/// Discards what the kernel has told before. If changes were lost, these are older: what they say is there may be gone.
+/// Returns whether that is all.
+fn discard(socket: BorrowedFd<'_>) -> io::Result<bool> {
+    let mut byte = [0; 1];
+    for _ in 0..MOST_QUEUED {
+        match recv(socket.as_raw_fd(), &mut byte, MsgFlags::MSG_DONTWAIT) {
+            Err(Errno::EAGAIN) => return Ok(true),
+            // What was lost is listed, and the rest of an earlier answer does not matter.
+            Ok(_) | Err(Errno::ENOBUFS | Errno::EINTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    Ok(false)
+}
+
+/// Receives the answers to one request, and puts changes that come meanwhile aside. Returns whether nothing is missing.
+fn dumped(
+    socket: BorrowedFd<'_>,
+    sequence: u32,
+    take: &mut impl FnMut(Change),
+    changes: &mut Vec<Change>,
+) -> io::Result<bool> {
     let (mut buffer, mut is_whole) = (vec![0; BUFFER_SIZE], true);
     loop {
-        let received = match recv(socket.as_raw_fd(), &mut buffer, MsgFlags::empty()) {
+        let (received, from) = match recvfrom::<NetlinkAddr>(socket.as_raw_fd(), &mut buffer) {
             // The kernel has dropped changes, but continues its answer.
-            Err(nix::errno::Errno::ENOBUFS) => {
+            Err(Errno::ENOBUFS) => {
                 is_whole = false;
                 continue;
             }
+            Err(Errno::EINTR) => continue,
             received => received?,
         };
+        let is_change = from.is_some_and(|from| from.groups() != 0);
         for message in messages::<Message>(&buffer[..received]) {
             let (header, payload) = message.map_err(io::Error::other)?.into_parts();
-            is_whole &= header.flags & DUMP_INTERRUPTED == 0;
+            // Others are answers to an earlier request, which was not waited for.
+            let is_answer = !is_change && header.sequence_number == sequence;
+            is_whole &= !is_answer || header.flags & DUMP_INTERRUPTED == 0;
             match payload {
+                NetlinkPayload::InnerMessage(Message(change)) if is_change => changes.extend(change),
+                _ if !is_answer => {}
                 NetlinkPayload::Done(_) => return Ok(is_whole),
                 NetlinkPayload::Error(error) if error.code.is_some() => return Err(error.to_io()),
                 NetlinkPayload::InnerMessage(Message(change)) => change.into_iter().for_each(&mut *take),
@@ -173,36 +216,59 @@ fn link(payload: &[u8], is_there: bool) -> Option<Change> {
     if !is_there {
         return Some(Change::NoLink { index });
     }
-    let name = attribute(attributes, libc::IFLA_IFNAME)?;
-    let name = name.split(|byte| *byte == 0).next().unwrap_or_default();
-    Some(Change::Link { index, name: String::from_utf8_lossy(name).into_owned() })
+    // An event of a wireless interface has its name, and not the others.
+    if attribute(attributes, libc::IFLA_WIRELESS).is_some() {
+        return None;
+    }
+    let others = attribute(attributes, libc::IFLA_PROP_LIST).unwrap_or_default();
+    let others = all_of(&others).filter(|attribute| attribute.kind() == libc::IFLA_ALT_IFNAME);
+    let names = iter::once(text(&attribute(attributes, libc::IFLA_IFNAME)?))
+        .chain(others.map(|attribute| text(attribute.value())))
+        .collect();
+    Some(Change::Link { index, names })
 }
 
 /// Parses `struct ifaddrmsg`: family, length of the prefix, flags, scope, index, and attributes.
 fn address(payload: &[u8], is_there: bool) -> Option<Change> {
     let (header, attributes) = payload.split_at_checked(ADDRESS_HEADER)?;
     let (index, prefix) = (word(header.get(4..8)?)?, header[1]);
-    // Of a point-to-point link, IFA_ADDRESS is the address of the peer.
-    let bytes =
-        attribute(attributes, libc::IFA_LOCAL).or_else(|| attribute(attributes, libc::IFA_ADDRESS))?;
-    let ip: IpAddr = match i32::from(header[0]) {
-        libc::AF_INET => Ipv4Addr::from(<[u8; 4]>::try_from(bytes).ok()?).into(),
-        libc::AF_INET6 => Ipv6Addr::from(<[u8; 16]>::try_from(bytes).ok()?).into(),
-        _ => return None,
-    };
+    let family = i32::from(header[0]);
+    // Of a point-to-point link, the second is the address of the peer.
+    let [own, peer] = [libc::IFA_LOCAL, libc::IFA_ADDRESS].map(|kind| attribute(attributes, kind));
+    let ip = ip(family, own.as_ref().or(peer.as_ref())?)?;
+    let peer = peer.and_then(|peer| self::ip(family, &peer)).unwrap_or(ip);
+    let address = Address { ip, network: ip.is_ipv4().then_some((peer, prefix)) };
     if !is_there {
-        return Some(Change::NoAddress { index, ip, prefix });
+        return Some(Change::NoAddress { index, address });
     }
     let all_flags = attribute(attributes, libc::IFA_FLAGS).and_then(|bytes| word(&bytes));
     let flags = all_flags.unwrap_or(u32::from(header[2]));
     let is_usable = flags & libc::IFA_F_TENTATIVE == 0 || flags & libc::IFA_F_OPTIMISTIC != 0;
-    Some(Change::Address { index, ip, prefix, is_usable })
+    Some(Change::Address { index, address, is_usable })
+}
+
+fn ip(family: i32, bytes: &[u8]) -> Option<IpAddr> {
+    match family {
+        libc::AF_INET => Some(Ipv4Addr::from(<[u8; 4]>::try_from(bytes).ok()?).into()),
+        libc::AF_INET6 => Some(Ipv6Addr::from(<[u8; 16]>::try_from(bytes).ok()?).into()),
+        _ => None,
+    }
 }
 
 /// The value of the first attribute of this kind.
 fn attribute(attributes: &[u8], kind: u16) -> Option<Vec<u8>> {
-    let mut all = NlasIterator::new(attributes).map_while(Result::ok);
-    all.find(|attribute| attribute.kind() == kind).map(|attribute| attribute.value().to_vec())
+    let found = all_of(attributes).find(|attribute| attribute.kind() == kind);
+    found.map(|attribute| attribute.value().to_vec())
+}
+
+fn all_of(attributes: &[u8]) -> impl Iterator<Item = NlaBuffer<&[u8]>> {
+    NlasIterator::new(attributes).map_while(Result::ok)
+}
+
+/// The text before the final zero.
+fn text(bytes: &[u8]) -> String {
+    let text = bytes.split(|byte| *byte == 0).next().unwrap_or_default();
+    String::from_utf8_lossy(text).into_owned()
 }
 
 fn word(bytes: &[u8]) -> Option<u32> {
@@ -243,12 +309,10 @@ mod tests {
         subscribe(socket.as_fd()).unwrap();
         let mut changes = Vec::new();
         while !dump(socket.as_fd(), |change| changes.push(change)).unwrap() {}
-        assert!(changes.contains(&Change::Link { index: 1, name: "lo".to_owned() }), "{changes:?}");
-        let ip = [127, 0, 0, 1].into();
-        assert!(
-            changes.contains(&Change::Address { index: 1, ip, prefix: 8, is_usable: true }),
-            "{changes:?}"
-        );
+        assert!(changes.contains(&Change::Link { index: 1, names: vec!["lo".to_owned()] }), "{changes:?}");
+        let ip: IpAddr = [127, 0, 0, 1].into();
+        let address = Address { ip, network: Some((ip, 8)) };
+        assert!(changes.contains(&Change::Address { index: 1, address, is_usable: true }), "{changes:?}");
     }
 
     #[test]
@@ -268,7 +332,8 @@ mod tests {
             let mut attributes = vec![attribute_of(libc::IFA_ADDRESS, &ip.octets())];
             attributes.extend(all_flags.map(|all| attribute_of(libc::IFA_FLAGS, &all.to_ne_bytes())));
             let message = address_message(libc::AF_INET6, flags, &attributes);
-            let change = Change::Address { index: 2, ip: ip.into(), prefix: 24, is_usable: expected };
+            let address = Address { ip: ip.into(), network: None };
+            let change = Change::Address { index: 2, address, is_usable: expected };
             assert_eq!(parse(libc::RTM_NEWADDR, &message), Some(change), "{flags:x} {all_flags:x?}");
         }
     }
@@ -278,8 +343,8 @@ mod tests {
         let attributes =
             [attribute_of(libc::IFA_ADDRESS, &[10, 0, 0, 2]), attribute_of(libc::IFA_LOCAL, &[10, 0, 0, 1])];
         let message = address_message(libc::AF_INET, 0, &attributes);
-        let ip = [10, 0, 0, 1].into();
-        assert_eq!(parse(libc::RTM_DELADDR, &message), Some(Change::NoAddress { index: 2, ip, prefix: 24 }));
+        let address = Address { ip: [10, 0, 0, 1].into(), network: Some(([10, 0, 0, 2].into(), 24)) };
+        assert_eq!(parse(libc::RTM_DELADDR, &message), Some(Change::NoAddress { index: 2, address }));
     }
 
     #[test]
@@ -290,10 +355,39 @@ mod tests {
             message[4..8].copy_from_slice(&3_u32.to_ne_bytes());
             [message, attribute_of(libc::IFLA_IFNAME, b"eth0\0")].concat()
         };
-        let is_there = Change::Link { index: 3, name: "eth0".to_owned() };
+        let is_there = Change::Link { index: 3, names: vec!["eth0".to_owned()] };
         assert_eq!(parse(libc::RTM_NEWLINK, &link(libc::AF_UNSPEC)), Some(is_there));
         assert_eq!(parse(libc::RTM_DELLINK, &link(libc::AF_UNSPEC)), Some(Change::NoLink { index: 3 }));
         assert_eq!(parse(libc::RTM_DELLINK, &link(libc::AF_BRIDGE)), None);
+    }
+
+    #[test]
+    fn an_interface_may_have_several_names_which_wireless_events_do_not_list() {
+        let [one, other] = [b"enp0s3\0", b"enx001\0"].map(|name| attribute_of(libc::IFLA_ALT_IFNAME, name));
+        let mut message = vec![0; LINK_HEADER];
+        message[4..8].copy_from_slice(&3_u32.to_ne_bytes());
+        message.extend(attribute_of(libc::IFLA_IFNAME, b"eth0\0"));
+        // NLA_F_NESTED
+        message.extend(attribute_of(0x8000 | libc::IFLA_PROP_LIST, &[one, other].concat()));
+        let names = ["eth0", "enp0s3", "enx001"].map(str::to_owned).to_vec();
+        assert_eq!(parse(libc::RTM_NEWLINK, &message), Some(Change::Link { index: 3, names }));
+        message.extend(attribute_of(libc::IFLA_WIRELESS, &[0; 4]));
+        assert_eq!(parse(libc::RTM_NEWLINK, &message), None);
+    }
+
+    #[test]
+    fn a_dump_begins_with_an_empty_queue() {
+        let socket = open().unwrap();
+        subscribe(socket.as_fd()).unwrap();
+        // Nobody receives the answer to this request, which is not that to the next one.
+        Client::on(socket.as_fd())
+            .send(RouteNetlinkMessage::GetLink(LinkMessage::default()), NLM_F_DUMP)
+            .unwrap();
+        let mut changes = Vec::new();
+        while !dump(socket.as_fd(), |change| changes.push(change)).unwrap() {}
+        let is_loopback = |change: &&Change| matches!(change, Change::Link { index: 1, .. });
+        assert_eq!(changes.iter().filter(is_loopback).count(), 1, "{changes:?}");
+        assert!(changes.iter().any(|change| matches!(change, Change::Address { .. })), "{changes:?}");
     }
 
     proptest! {

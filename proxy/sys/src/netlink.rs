@@ -44,13 +44,27 @@ impl<'s> Client<BorrowedFd<'s>> {
 }
 
 impl<S: AsFd> Client<S> {
-    /// Sends a request.
+    /// Sends a request, the only one until it is answered.
     pub(crate) fn send<M: NetlinkSerializable>(&self, message: M, flags: u16) -> io::Result<()>
+    where
+        NetlinkPayload<M>: From<M>,
+    {
+        self.send_as(0, message, flags)
+    }
+
+    /// Sends a request, whose answers have its number.
+    pub(crate) fn send_as<M: NetlinkSerializable>(
+        &self,
+        sequence: u32,
+        message: M,
+        flags: u16,
+    ) -> io::Result<()>
     where
         NetlinkPayload<M>: From<M>,
     {
         let mut request = NetlinkMessage::new(NetlinkHeader::default(), NetlinkPayload::from(message));
         request.header.flags = NLM_F_REQUEST | flags;
+        request.header.sequence_number = sequence;
         request.finalize();
         let mut bytes = vec![0; request.buffer_len()];
         request.serialize(&mut bytes);

@@ -1,7 +1,8 @@
 //! Interfaces as hosts: their addresses are listened at, as they come and go.
 
+mod hindered;
+
 use std::collections::BTreeMap;
-use std::fmt::Write as _;
 use std::fs;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV6, TcpListener, TcpStream, UdpSocket};
 
@@ -27,7 +28,7 @@ const ETH0: u32 = 2;
 pub(crate) fn cases() -> Vec<Case> {
     let needs = &[Need::Root, Need::Program("ip"), Need::Program("ss")];
     let case = |name: &str, body: fn()| Case::new(name, body).needs(needs);
-    vec![
+    let mut cases = vec![
         case("an address comes and goes, and others are not touched", followed),
         case("an address is bound once it is known to be no duplicate", duplicates),
         case("link-local addresses", link_local),
@@ -42,7 +43,9 @@ pub(crate) fn cases() -> Vec<Case> {
         case("an address that is the backend's is not served", looped),
         case("addresses are listed again if messages are lost", lost),
         case("an interface whose ports cannot be the same everywhere", refused),
-    ]
+    ];
+    cases.extend(testkit::modules![hindered]);
+    cases
 }
 
 /// The test network with an echo server in the container.
@@ -180,6 +183,19 @@ fn link_local() {
     let answer = server.connect().ask(&request);
     assert!(answer["ok"].is_object(), "{answer}");
     stage.serves(link_local(0xaa, 81));
+    // A connection and a flow tell the interface.
+    let stays = stage.connect(link_local(0xaa, 80)).unwrap();
+    client::ping(&stays);
+    server.ctl(&["add", "--proto", "udp", "--host", "%eth0:53", "--to", "172.17.0.2:53"]).success();
+    let asking = stage.net.client.run(|| udp::client(Ipv6Addr::UNSPECIFIED));
+    udp::ask(&asking, link_local(0xaa, 53), b"who");
+    for mapping in ["%eth0:80/tcp", "%eth0:53/udp"] {
+        let listed = server.json(&["connections", "--mapping", mapping]);
+        let hosts: Vec<&Value> =
+            listed["connections"].as_array().unwrap().iter().map(|one| &one["host"]).collect();
+        let place = format!("[fe80::aa%{ETH0}]:{}", if mapping.ends_with("udp") { 53 } else { 80 });
+        assert!(hosts.contains(&&json!(place)), "{place}: {listed}");
+    }
 }
 
 fn appears() {
@@ -187,14 +203,14 @@ fn appears() {
     let host = &stage.net.host;
     let process = &host.spawn(rproxy::command(&["--host", "%lan0:80", "--to", "172.17.0.2:80"]));
     process.wait_for_line(Stream::Stdout, |line| line == "80/tcp -> %lan0:80");
-    let said = says(process, "there is no such interface");
-    assert!(said.contains("interface=lan0") && said.contains("eth0, docker0"), "{said}");
+    let said = says(process, "there is no interface lan0");
+    assert!(said.contains("eth0, docker0"), "{said}");
     let create = || {
         host.ip("link add name lan0 type bridge");
         host.address("lan0", "10.9.0.1/24");
     };
     let missing = |count: usize| {
-        process.wait_for_lines(Stream::Stderr, count, |line| line.contains("there is no such interface"));
+        process.wait_for_lines(Stream::Stderr, count, |line| line.contains("there is no interface lan0"));
     };
     create();
     stage.until_listens("10.9.0.1:80");
@@ -212,7 +228,7 @@ fn appears() {
     stage.until_listens("10.9.0.1:80");
     host.ip("address flush dev lan0");
     stage.until_left("10.9.0.1:80");
-    says(process, "the interface has no address");
+    says(process, "the interface lan0 has no address");
     // The loopback interface is one, too.
     let _loopback = stage.start(&["--host", "lo:80", "--to", "172.17.0.2:80"]);
     assert!(stage.listens("127.0.0.1:80") && stage.listens("[::1]:80"));
@@ -293,7 +309,7 @@ fn controlled() {
     server.ctl(&["add", "--host", "%eth1:80", "--to", "172.17.0.2:80"]).success();
     let text = server.ctl(&["list"]).success();
     assert!(text.contains("%eth1:80/tcp") && text.contains("waits for an address"), "{text}");
-    assert!(says(&server.process, "there is no such interface").contains("did you mean eth0?"));
+    assert!(says(&server.process, "there is no interface eth1").contains("did you mean eth0?"));
 }
 
 fn confined() {
@@ -385,8 +401,8 @@ fn taken() {
     server.ctl(&["remove", "own"]).success();
     stage.until_listens("10.0.0.22:80");
     stage.serves((Ipv4Addr::new(10, 0, 0, 22), 80));
+    // Nothing tells that it is free.
     drop(theirs);
-    host.address("eth0", "10.0.0.23/24");
     stage.until_listens("10.0.0.21:80");
     let log = server.process.captured(Stream::Stderr);
     let told = log.lines().filter(|line| line.contains("is not served")).count();
@@ -408,19 +424,8 @@ fn lost() {
     let host = &stage.net.host;
     let proxy = stage.start(&[&TO_ECHO[..], &["--log-level", "debug"]].concat());
     let before = stage.listeners("t");
-    let mut batch = String::new();
-    for number in 0..2000 {
-        let (third, fourth) = (number / 250, number % 250 + 1);
-        for action in ["add", "del"] {
-            writeln!(batch, "address {action} 10.7.{third}.{fourth}/32 dev lo").unwrap();
-        }
-    }
-    batch.push_str("address add 10.0.0.21/24 dev eth0\n");
-    let dir = tempfile::tempdir().unwrap();
-    let file = dir.path().join("batch");
-    fs::write(&file, batch).unwrap();
     proxy.process.pause();
-    host.ip(&format!("-batch {}", file.display()));
+    hindered::do_all(&stage, &(hindered::flood() + "address add 10.0.0.21/24 dev eth0\n"));
     proxy.process.resume();
     stage.until_listens("10.0.0.21:80");
     for (place, inode) in before {
