@@ -39,7 +39,12 @@ pub(crate) fn user_with_group(name: &str) -> Result<(u32, u32), String> {
 }
 
 fn numbered(name: &str, find: impl FnOnce() -> Result<u32, String>) -> Result<u32, String> {
-    name.parse().or_else(|_name| find())
+    match name.parse() {
+        // -1, which chown(2) takes for no change.
+        Ok(u32::MAX) => Err(format!("{name} is the number of nobody; write another one")),
+        Ok(number) => Ok(number),
+        Err(_name) => find(),
+    }
 }
 
 fn read(path: &str) -> Result<String, String> {
@@ -108,6 +113,7 @@ mod tests {
     #[test]
     fn numbers_need_no_name() {
         assert_eq!((user_id("4711"), group_id("4711"), user_id("root")), (Ok(4711), Ok(4711), Ok(0)));
+        assert!(user_id("4294967295").unwrap_err().contains("the number of nobody"));
         assert!(user_with_group("4711").unwrap_err().contains("needs a group"));
         assert_eq!(user_with_group("root"), Ok((0, 0)));
     }

@@ -123,8 +123,8 @@ impl Limits {
         let is_network = |peers: &ProxyPeers| *peers != ProxyPeers::Unix;
         let asked = [
             (self.freebind, "freebind"),
-            (self.source.is_client() && !tells_clients, "source = client"),
-            (!self.access.is_open() && !tells_clients, "allow and deny"),
+            (self.source.is_client() && !tells_clients, "source = client without accept_proxy = [\"unix\"]"),
+            (!self.access.is_open() && !tells_clients, "allow and deny without accept_proxy = [\"unix\"]"),
             (proxy.accept.iter().any(is_network), "networks in accept_proxy, where \"unix\" stands for all"),
         ];
         asked.into_iter().find_map(|(is_asked, option)| is_asked.then_some(option))

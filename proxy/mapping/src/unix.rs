@@ -79,7 +79,7 @@ pub enum UnixAddrError {
     Wrong(String),
     /// It has so many bytes.
     #[error(
-        "the address of a Unix socket has {0} bytes, and {LONGEST} are the most (unix(7)); write a link to it"
+        "the address of a Unix socket has {0} bytes, and {LONGEST} are the most (unix(7)); write a shorter one"
     )]
     Long(usize),
 }

@@ -3,14 +3,16 @@
 
 use std::fs;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt, lchown};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::AtFlags;
 use nix::libc;
 use nix::sys::stat::{Mode, fchmod};
+use nix::unistd::{Gid, Uid, fchownat};
 use rproxy_mapping::escape::escaped;
 use rproxy_mapping::permissions::{FileMode, SocketPermissions};
 use rproxy_mapping::unix::UnixAddr;
@@ -19,7 +21,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 use crate::accounts;
 use crate::bind::listen::BACKLOG;
 use crate::runtime::descriptors::explain;
-use crate::runtime::socket_file::SocketFile;
+use crate::runtime::socket_file::{SocketFile, identity};
 
 /// A bound socket. Dropping it removes its file.
 #[derive(Debug)]
@@ -72,9 +74,9 @@ impl UnixSocket {
             .map_err(|errno| SocketFault::Bind(errno.into()))?;
         socket.bind(addr).map_err(SocketFault::Bind)?;
         let file = path.map(|path| SocketFile::of_own(path.to_owned()));
-        if let Some(path) = path {
+        if let Some(file) = &file {
             // Before anybody can connect.
-            set_permissions(path, permissions)?;
+            set_permissions(file, permissions)?;
         }
         socket.listen(BACKLOG).map_err(SocketFault::Bind)?;
         Ok(Self { file, listener: socket.into() })
@@ -147,11 +149,15 @@ impl AsFd for HeldSocket {
     }
 }
 
-/// Sets who may connect to the socket at `path`, which this process has bound.
+/// Sets who may connect to the socket of `file`, which this process has bound.
 ///
 /// # Errors
-/// [`SocketFault::Permissions`]
-pub(crate) fn set_permissions(path: &Path, permissions: &SocketPermissions) -> Result<(), SocketFault> {
+/// [`SocketFault::Permissions`], and [`SocketFault::Replaced`] if the file is another one by now.
+pub(crate) fn set_permissions(file: &SocketFile, permissions: &SocketPermissions) -> Result<(), SocketFault> {
+    let opened = match file.open() {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(SocketFault::Bind(error)),
+        opened => opened.ok().flatten().ok_or(SocketFault::Replaced)?,
+    };
     let SocketPermissions { mode, user, group } = permissions;
     let unknown = |option: &'static str, value: &str| {
         let value = value.to_owned();
@@ -167,18 +173,24 @@ pub(crate) fn set_permissions(path: &Path, permissions: &SocketPermissions) -> R
     };
     if let Some(user) = user.as_deref() {
         let uid = accounts::user_id(user).map_err(unknown("socket_user", user))?;
-        lchown(path, Some(uid), None).map_err(refused("socket_user", user))?;
+        fchownat(&opened, "", Some(Uid::from_raw(uid)), None, AtFlags::AT_EMPTY_PATH)
+            .map_err(io::Error::from)
+            .map_err(refused("socket_user", user))?;
     }
     if let Some(group) = group.as_deref() {
         let gid = accounts::group_id(group).map_err(unknown("socket_group", group))?;
-        lchown(path, None, Some(gid)).map_err(refused("socket_group", group))?;
+        fchownat(&opened, "", None, Some(Gid::from_raw(gid)), AtFlags::AT_EMPTY_PATH)
+            .map_err(io::Error::from)
+            .map_err(refused("socket_group", group))?;
     }
     let mode = mode.unwrap_or(FileMode::PRIVATE);
+    // There is no other way before Linux 6.6 (fchmodat2(2)) to the file of a descriptor that is for its path alone.
+    let path = format!("/proc/self/fd/{}", opened.as_raw_fd());
     let set = fs::set_permissions(path, fs::Permissions::from_mode(mode.bits()));
-    set.map_err(|source| SocketFault::Permissions {
+    set.map_err(|error| SocketFault::Permissions {
         option: "socket_mode",
         value: mode.to_string(),
-        reason: source.to_string(),
+        reason: format!("{error}; that takes the user who owns the file"),
     })
 }
 
@@ -189,13 +201,23 @@ fn remove_stale(path: &Path) -> Result<(), SocketFault> {
         Ok(metadata) if !metadata.file_type().is_socket() => return Err(SocketFault::NotASocket),
         Ok(_socket) => {}
     }
-    match UnixStream::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
+    let found = identity(path);
+    match probe(path) {
+        // Not if another process has replaced it meanwhile.
+        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused && identity(path) == found => {
             fs::remove_file(path).map_err(SocketFault::Bind)
         }
-        Err(error) if error.raw_os_error() == Some(libc::ENOSYS) => Err(SocketFault::Bind(error)),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::ENOSYS | libc::EACCES)) => {
+            Err(SocketFault::Bind(error))
+        }
         _ => Err(SocketFault::InUse),
     }
+}
+
+/// Connects to a socket, without waiting for room in its backlog.
+fn probe(path: &Path) -> io::Result<()> {
+    let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None)?;
+    socket.connect(&SockAddr::unix(path)?)
 }
 
 /// Why a socket cannot be used.
@@ -225,6 +247,9 @@ pub enum SocketFault {
     /// The path exists, but is not a socket.
     #[error("there is a file which is not a socket; give another path")]
     NotASocket,
+    /// The file of the socket is another one.
+    #[error("its file was replaced or removed by somebody else; remove the mapping and add it again")]
+    Replaced,
     /// The passed socket is another one, for this reason.
     #[error("the socket that was passed cannot be used: {0}")]
     NotPassed(String),
@@ -249,11 +274,15 @@ impl From<SocketFault> for io::Error {
         let kind = match &fault {
             SocketFault::InUse => io::ErrorKind::AddrInUse,
             SocketFault::Bind(source) => source.kind(),
-            SocketFault::NotASocket | SocketFault::NotPassed(_) | SocketFault::Permissions { .. } => {
-                io::ErrorKind::Other
-            }
+            _ => io::ErrorKind::Other,
         };
-        Self::new(kind, fault)
+        match fault {
+            // Where it cannot listen is said by whoever reports it.
+            SocketFault::Bind(source) => {
+                Self::new(kind, format!("{}{}", explain(&source, 1), way_out(&source)))
+            }
+            fault => Self::new(kind, fault),
+        }
     }
 }
 
@@ -278,6 +307,8 @@ fn way_out(error: &io::Error) -> &'static str {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
+
+    use std::os::unix::net::UnixStream;
 
     use super::*;
 
@@ -348,8 +379,20 @@ mod tests {
         let metadata = fs::metadata(&path).unwrap();
         assert_eq!((metadata.permissions().mode() & 0o7777, metadata.gid()), (0o666, gid.as_raw()));
         assert_eq!(socket.local_addr(), Some(addr.clone()));
-        set_permissions(&path, &permissions(None, "0660")).unwrap();
+        let file = socket.file.as_ref().unwrap();
+        set_permissions(file, &permissions(None, "0660")).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o7777, 0o660);
+        // What is there by then is not touched.
+        let [moved, victim] = ["moved", "victim"].map(self::path);
+        fs::write(&victim, "").unwrap();
+        let before = fs::metadata(&victim).unwrap().permissions();
+        fs::rename(&path, &moved).unwrap();
+        std::os::unix::fs::symlink(&victim, &path).unwrap();
+        let replaced = set_permissions(file, &permissions(None, "0666")).unwrap_err();
+        assert!(matches!(replaced, SocketFault::Replaced) && !file.is_owned() && file.was_owned());
+        assert_eq!(fs::metadata(&victim).unwrap().permissions(), before);
+        fs::rename(&moved, &path).unwrap();
+        fs::remove_file(&victim).unwrap();
         drop(socket);
         assert!(!path.exists());
         let unknown = UnixSocket::listen(&addr, &permissions(Some("no.such.user"), "0666")).unwrap_err();
@@ -365,6 +408,21 @@ mod tests {
         let taken = UnixSocket::listen(&addr, &SocketPermissions::default()).unwrap_err();
         assert_eq!(io::Error::from(taken).kind(), io::ErrorKind::AddrInUse);
         assert!(socket.into_parts().1.is_none());
+    }
+
+    #[test]
+    fn a_full_backlog_is_somebody_who_listens() {
+        let path = path("full");
+        let listener = Socket::new(Domain::UNIX, Type::STREAM, None).unwrap();
+        listener.bind(&SockAddr::unix(&path).unwrap()).unwrap();
+        listener.listen(0).unwrap();
+        let _waits: Vec<_> = std::iter::from_fn(|| {
+            let socket = Socket::new(Domain::UNIX, Type::STREAM.nonblocking(), None).unwrap();
+            socket.connect(&SockAddr::unix(&path).unwrap()).is_ok().then_some(socket)
+        })
+        .collect();
+        assert!(matches!(fault(&path), SocketFault::InUse));
+        fs::remove_file(&path).unwrap();
     }
 
     #[test]

@@ -11,27 +11,36 @@ use rproxy_mapping::name::{Name, NameError};
 use crate::state::client::ClientAddr;
 
 /// Clients: those of a network, or one, as lists show it: `192.0.2.0/24`, `192.0.2.7`, `192.0.2.7:5000`,
-/// `[fe80::1%2]:5000`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct ClientFilter {
-    network: IpNet,
-    /// The interface of a link-local address.
-    scope: Option<u32>,
-    port: Option<u16>,
+/// `[fe80::1%2]:5000`, `unix:pid=4711,uid=33,gid=33`; `unix` for all of Unix sockets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum ClientFilter {
+    /// Those with these addresses.
+    Inet {
+        network: IpNet,
+        /// The interface of a link-local address.
+        scope: Option<u32>,
+        port: Option<u16>,
+    },
+    /// Those of a Unix socket, or one as it is written.
+    Unix(Option<String>),
 }
 
 impl ClientFilter {
     /// Whether `client` is meant.
     pub(crate) fn matches(&self, client: ClientAddr) -> bool {
-        // One of a Unix socket is in no network.
-        let Some(client) = client.inet_addr() else { return false };
-        let scope = match client {
-            SocketAddr::V6(addr) => addr.scope_id(),
-            SocketAddr::V4(_) => 0,
-        };
-        self.network.contains(&client.ip().to_canonical())
-            && self.scope.is_none_or(|wanted| wanted == scope)
-            && self.port.is_none_or(|port| port == client.port())
+        match (self, client.inet_addr()) {
+            (Self::Unix(one), None) => one.as_ref().is_none_or(|one| *one == client.to_string()),
+            (Self::Inet { network, scope, port }, Some(client)) => {
+                let of_client = match client {
+                    SocketAddr::V6(addr) => addr.scope_id(),
+                    SocketAddr::V4(_) => 0,
+                };
+                network.contains(&client.ip().to_canonical())
+                    && scope.is_none_or(|wanted| wanted == of_client)
+                    && port.is_none_or(|port| port == client.port())
+            }
+            _ => false,
+        }
     }
 }
 
@@ -42,6 +51,9 @@ impl FromStr for ClientFilter {
         const WRONG: &str = "not a client; write an address, a network, or both address and port as lists show \
             them: 192.0.2.7, 10.0.0.0/8, 192.0.2.7:5000, [2001:db8::7]:5000";
 
+        if text == "unix" || text.starts_with("unix:pid=") {
+            return Ok(Self::Unix((text != "unix").then(|| text.to_owned())));
+        }
         let (host, port) = match text.strip_prefix('[').map(|rest| rest.split_once(']')) {
             Some(Some((host, ""))) => (host, None),
             Some(Some((host, port))) => (host, Some(port.strip_prefix(':').ok_or(WRONG)?)),
@@ -59,13 +71,13 @@ impl FromStr for ClientFilter {
         };
         let scope = zone.map(scope_of).transpose()?;
         if let Ok(ip) = address.parse::<IpAddr>() {
-            return Ok(Self { network: ip.to_canonical().into(), scope, port });
+            return Ok(Self::Inet { network: ip.to_canonical().into(), scope, port });
         }
         // A network may be written by any of its addresses: this only chooses.
         match address.parse::<IpNet>() {
             Ok(network) if scope.is_none() && port.is_none() => {
                 let network = rproxy_mapping::access::parse_network(&network.trunc().to_string())?;
-                Ok(Self { network, scope, port })
+                Ok(Self::Inet { network, scope, port })
             }
             _ => Err(WRONG.to_owned()),
         }

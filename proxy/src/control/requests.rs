@@ -117,7 +117,7 @@ fn live(chosen: &Chosen, server: &Server) -> Result<Vec<Arc<Record>>, Refusal> {
     live.retain(|record| {
         chosen.id.is_none_or(|id| id == record.id)
             && mapping.as_ref().is_none_or(|pattern| pattern.matches(record.port.mapping.as_str()))
-            && client.is_none_or(|filter| filter.matches(record.client()))
+            && client.as_ref().is_none_or(|filter| filter.matches(record.client()))
     });
     if let (true, Some(name)) = (live.is_empty(), mapping.as_ref().and_then(NamePattern::exact)) {
         // A name without connections may be a misspelt one.

@@ -29,7 +29,7 @@ use crate::engine::private::PrivateSocketError;
 use crate::engine::registry::Served;
 use crate::engine::sweep::Sweep;
 use crate::loops::whereabouts::Whereabouts;
-use crate::loops::{Hop, LoopError, refuse_loops};
+use crate::loops::{Hop, LoopError, Place, refuse_loops};
 use crate::names::{UnresolvedError, names_of};
 use crate::runtime::poll::WatchedListener;
 use crate::runtime::start_thread;
@@ -515,7 +515,9 @@ impl Server {
         gone: &'a HashSet<&Name>,
         from: &[Hop<'_>],
     ) -> impl Iterator<Item = Hop<'a>> {
-        let is_reached = from.iter().any(|hop| self.registry.listens_on(hop.protocol, hop.backend_ports));
+        let is_reached = from.iter().any(|hop| {
+            matches!(hop.backend, Place::Unix(_)) || self.registry.listens_on(hop.protocol, hop.backend_ports)
+        });
         let served = is_reached.then(|| self.registry.iter()).into_iter().flatten();
         let kept = served.filter(|(name, _served)| !gone.contains(name));
         kept.flat_map(|(_name, served)| hops_of(0, served))

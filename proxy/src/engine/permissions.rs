@@ -1,7 +1,6 @@
 //! Changes of who may connect to the Unix sockets of mappings.
 
 use std::collections::HashMap;
-use std::path::Path;
 use std::sync::Arc;
 
 use rproxy_mapping::name::Name;
@@ -24,19 +23,19 @@ impl Server {
     /// [`ChangeError::Permissions`]
     pub(super) fn change_permissions(&self, prepared: &Prepared) -> Result<(), ChangeError> {
         let before = self.permissions_before(prepared);
-        let mut done: Vec<(&Path, &Permissions)> = Vec::new();
+        let mut done: Vec<(&SocketFile, &Permissions)> = Vec::new();
         for (name, served) in prepared.served() {
-            for (binding, path) in files_of(served) {
+            for (binding, file) in files_of(served) {
                 let after = &served.policy.limits.socket;
                 let Some(before) = before.get(&id(binding)).filter(|before| *before != after) else {
                     continue;
                 };
-                if let Err(source) = apply(path, after) {
+                if let Err(source) = apply(file, after) {
                     // It has been possible before.
-                    done.iter().chain([&(path, before)]).for_each(|(path, before)| drop(apply(path, before)));
+                    done.iter().chain([&(file, before)]).for_each(|(file, before)| drop(apply(file, before)));
                     return Err(ChangeError::Permissions { name: name.clone(), source });
                 }
-                done.push((path, before));
+                done.push((file, before));
             }
         }
         Ok(())
@@ -46,22 +45,21 @@ impl Server {
     fn permissions_before(&self, prepared: &Prepared) -> HashMap<usize, Permissions> {
         let names = prepared.names_before().filter_map(|name: &Name| self.registry.get(name));
         let all = names.flat_map(|served| {
-            files_of(served).map(|(binding, _path)| (id(binding), served.policy.limits.socket.clone()))
+            files_of(served).map(|(binding, _file)| (id(binding), served.policy.limits.socket.clone()))
         });
         all.collect()
     }
 }
 
-fn apply(path: &Path, permissions: &Permissions) -> Result<(), SocketFault> {
-    set_permissions(path, &permissions.as_deref().cloned().unwrap_or_default())
+fn apply(file: &SocketFile, permissions: &Permissions) -> Result<(), SocketFault> {
+    set_permissions(file, &permissions.as_deref().cloned().unwrap_or_default())
 }
 
-/// The sockets with files that are this process's own, and the paths of these.
-fn files_of(served: &Served) -> impl Iterator<Item = (&Binding, &Path)> {
+/// The sockets with files that are this process's own, and these.
+fn files_of(served: &Served) -> impl Iterator<Item = (&Binding, &SocketFile)> {
     served.ports.iter().filter_map(|binding| {
-        let is_owned = binding.port.file().is_some_and(SocketFile::is_owned);
-        let path = binding.target.port_mapping.host.unix_addr()?.path()?;
-        is_owned.then_some((binding, path))
+        let file = binding.port.file().filter(|file| file.was_owned())?;
+        Some((binding, file))
     })
 }
 

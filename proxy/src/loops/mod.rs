@@ -9,11 +9,14 @@ pub mod whereabouts;
 
 use std::collections::HashMap;
 use std::fmt;
+use std::fs;
+use std::path::Path;
 
 use crate::loops::whereabouts::{Destination, Whereabouts};
 use rproxy_mapping::addr::{AddrError, Protocol, ScopedIp};
 use rproxy_mapping::overlap::BindScope;
 use rproxy_mapping::ports::PortRange;
+use rproxy_mapping::unix::UnixAddr;
 use rproxy_mapping::{Mapping, PortMapping};
 
 pub use self::hop::{Hop, Place};
@@ -140,8 +143,17 @@ fn refuse<'a>(
 fn scopes_reached(backend: Place<'_>) -> Vec<BindScope> {
     match backend {
         Place::Ip(ip) => BindScope::reached_by(ip).to_vec(),
-        Place::Unix(addr) => vec![BindScope::Unix(addr.clone())],
+        Place::Unix(addr) => vec![BindScope::Unix(located(addr))],
     }
+}
+
+/// The same socket by a path without links, of which the last part need not exist yet.
+fn located(addr: &UnixAddr) -> UnixAddr {
+    let Some(path) = addr.path() else { return addr.clone() };
+    let whole = fs::canonicalize(path);
+    let located = whole.ok().or_else(|| Some(fs::canonicalize(path.parent()?).ok()?.join(path.file_name()?)));
+    let text = located.as_deref().and_then(Path::to_str);
+    text.and_then(|text| text.parse().ok()).unwrap_or_else(|| addr.clone())
 }
 
 /// One port of a hop.
@@ -160,7 +172,7 @@ impl<'a> Listeners<'a> {
         for (index, hop) in hops.iter().enumerate() {
             let place = match hop.host {
                 Place::Ip(ip) => BindScope::of(ip, hop.v6only),
-                Place::Unix(addr) => BindScope::Unix(addr.clone()),
+                Place::Unix(addr) => BindScope::Unix(located(addr)),
             };
             at.entry((hop.protocol, place)).or_default().push((hop.host_ports, index));
         }
@@ -342,6 +354,8 @@ mod tests {
     fn a_unix_socket_leads_to_whoever_listens_there() {
         let itself = refused(&["unix:/run/a unix:/run/a"], &[]).unwrap();
         assert!(itself.contains("unix:/run/a would forward to itself; choose"), "{itself}");
+        refused(&["unix:/tmp/a unix:/tmp/./a"], &[]).expect("another spelling");
+        refused(&["unix:/proc/self/cwd/a unix:/proc/thread-self/cwd/a"], &[]).expect("behind links");
         let ring = refused(&["0.0.0.0:80 unix:/run/a", "unix:/run/a unix:@b"], &["unix:@b 127.0.0.1:80"]);
         let ring = ring.unwrap();
         assert!(ring.contains("80/tcp -> unix:/run/a -> unix:@b -> 80/tcp would form a loop"), "{ring}");

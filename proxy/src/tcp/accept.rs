@@ -419,8 +419,10 @@ fn accept_some(
                 continue;
             }
         };
-        if let ClientAddr::Inet(addr) = peer {
-            dial::set_options(&client, addr.is_ipv6(), target);
+        match peer {
+            ClientAddr::Inet(addr) => dial::set_options(&client, addr.is_ipv6(), target),
+            // It does not inherit it.
+            ClientAddr::Unix(_) => dial::keep_urgent_inline(&SockRef::from(&client)),
         }
         backend.iter().for_each(|backend| dial::set_backend_options(backend, target));
         let guard = ConnectionGuard::take(target);

@@ -77,6 +77,7 @@ async fn connect(socket: Begun, backend: &BackendAddr, has_port: &AtomicBool) ->
         }
     };
     let stream = Stream::new(socket).map_err(|source| DialError::Open { addr: backend.clone(), source })?;
+    let stream = stream.unix(backend.unix_addr().is_some());
     stream.writable().await;
     if stream.has_failed() {
         // A backend may reply and reset before this task runs; its reply is still relayed.
@@ -147,6 +148,7 @@ pub(super) fn open(port_mapping: &PortMapping) -> io::Result<Socket> {
     }
     let socket = Socket::new(domain, Type::STREAM.nonblocking(), None)?;
     if domain == Domain::UNIX {
+        keep_urgent_inline(&SockRef::from(&socket));
         return Ok(socket);
     }
     set_stream_options(&SockRef::from(&socket))?;
@@ -155,6 +157,13 @@ pub(super) fn open(port_mapping: &PortMapping) -> io::Result<Socket> {
     // Set before the connect, this delays the ACK of the handshake (tcp(7)), and nothing later.
     socket.set_tcp_quickack(false)?;
     Ok(socket)
+}
+
+/// Has a Unix socket read an urgent byte as one of the stream (`MSG_OOB`, net/unix/af_unix.c). Kernels without such bytes may refuse.
+pub(super) fn keep_urgent_inline(socket: &SockRef<'_>) {
+    if let Err(error) = socket.set_out_of_band_inline(true) {
+        debug!(%error, "a Unix socket lacks an option");
+    }
 }
 
 /// Opens a socket for the backend of `target`, with the options that it has.

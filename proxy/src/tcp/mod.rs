@@ -79,7 +79,7 @@ fn dial_and_relay(accepted: Accepted, slot: WorkerSlot, entry: Entry) -> impl Fu
     async move {
         // What a future captures is dropped in the order of its first use: the sockets come before the guard.
         let client = match Stream::new(client) {
-            Ok(client) => client,
+            Ok(client) => client.unix(matches!(peer, ClientAddr::Unix(_))),
             Err(error) => return report_unwatched(peer, &guard, &error),
         };
         let mut header = None;

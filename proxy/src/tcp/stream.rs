@@ -11,7 +11,7 @@ use nix::sys::epoll::EpollFlags;
 use rproxy_sys::{sctp, socket};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
-use socket2::{Domain, SockRef};
+use socket2::SockRef;
 use tokio::time::{Instant, sleep, timeout};
 
 use super::reactor::{self, Key};
@@ -38,6 +38,7 @@ const URGENT: EpollFlags = EpollFlags::EPOLLPRI;
 pub(super) struct Stream {
     socket: OwnedFd,
     key: Key,
+    is_unix: bool,
 }
 
 /// What a socket is used for.
@@ -84,13 +85,20 @@ impl Stream {
     pub(super) fn new(socket: impl Into<OwnedFd>) -> io::Result<Self> {
         let socket = socket.into();
         let key = reactor::watch(&socket)?;
-        Ok(Self { socket, key })
+        Ok(Self { socket, key, is_unix: false })
+    }
+
+    /// The same, which is a Unix socket or not. A call on one may move less than is there, and fail although the socket has not.
+    pub(super) fn unix(mut self, is_unix: bool) -> Self {
+        self.is_unix = is_unix;
+        self
     }
 
     /// Reads into `buf`. Returns 0 at the end of the stream.
     ///
     /// A short read has emptied the socket (epoll(7), edge-triggered use), so the next wait does not start
-    /// with a read that can only fail with `EAGAIN`. This does not hold while there is urgent data.
+    /// with a read that can only fail with `EAGAIN`. This does not hold while there is urgent data, nor of a Unix socket, where a
+    /// read ends behind passed descriptors (unix_stream_read_generic in net/unix/af_unix.c).
     pub(super) fn read(&self, buf: &mut [u8]) -> io::Result<usize> {
         let wanted = buf.len();
         self.attempt(Use::Read, wanted, |socket| Ok(recv(socket, buf, RecvFlags::empty())?.0))
@@ -171,7 +179,7 @@ impl Stream {
         }
         match call(self.as_fd()) {
             Ok(moved) => {
-                if moved > 0 && moved < wanted {
+                if moved > 0 && moved < wanted && !(self.is_unix && matches!(kind, Use::Read)) {
                     reactor::not_ready_unless(self.key, kind.data(), kind.stopped_by());
                 }
                 Ok(moved)
@@ -182,18 +190,13 @@ impl Stream {
                     io::ErrorKind::Interrupted => {}
                     _ if is_refusal(&error) => {}
                     // Its peer does not read any more, but may still write (unix_stream_sendmsg in net/unix/af_unix.c).
-                    io::ErrorKind::BrokenPipe if self.is_unix() => {}
+                    io::ErrorKind::BrokenPipe if self.is_unix => {}
                     // The call may have cleared the socket's error, which is then not reported again.
                     _ => reactor::ready(self.key, FAILED),
                 }
                 Err(error)
             }
         }
-    }
-
-    /// Whether it is a Unix socket.
-    fn is_unix(&self) -> bool {
-        SockRef::from(self).domain().is_ok_and(|domain| domain == Domain::UNIX)
     }
 
     /// Records that a call would block. A reported end or failure is kept, because each is reported only

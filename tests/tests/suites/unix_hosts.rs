@@ -1,8 +1,9 @@
 //! Unix sockets as hosts: paths and abstract names that clients connect to.
 
 use std::fs;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, IoSlice, Read, Write};
 use std::net::Shutdown;
+use std::os::fd::AsRawFd;
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{SocketAddr as UnixAddr, UnixListener, UnixStream};
@@ -12,6 +13,7 @@ use std::process::Command;
 use std::thread;
 
 use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use testkit::backend::TcpBackend;
@@ -44,6 +46,8 @@ pub(crate) fn cases() -> Vec<Case> {
         Case::new("connections are limited for each user", limited).needs(&[Need::Root]),
         Case::new("confined changes bring sockets, and take them", changed),
         Case::new("a change gives other permissions, or none", changed_permissions),
+        Case::new("what has taken the place of its file is not touched", overtaken),
+        Case::new("descriptors and urgent bytes among those of a stream", ancillary),
         Case::new("a reload moves it, and its connections stay", reloaded),
         Case::new("an upgrade keeps it", upgraded),
         Case::new("a passed socket stays with whoever has bound it", passed),
@@ -261,6 +265,13 @@ fn replaced() {
     fs::write(front.as_path(), "precious").unwrap();
     refuse("there is a file which is not a socket");
     assert_eq!(fs::read_to_string(front.as_path()).unwrap(), "precious");
+    // One that is there, and has no room for a client.
+    fs::remove_file(front.as_path()).unwrap();
+    let full = socket2::Socket::new(socket2::Domain::UNIX, socket2::Type::STREAM, None).unwrap();
+    full.bind(&socket2::SockAddr::unix(front.as_path()).unwrap()).unwrap();
+    full.listen(0).unwrap();
+    let _waiting = UnixStream::connect(front.as_path()).unwrap();
+    refuse("somebody listens there already");
     let nowhere = process::run(rproxy::command(&["--host", "unix:/nowhere/a.sock", "--to", &to]));
     assert!(nowhere.stderr.contains("create its directory first"), "{nowhere:#?}");
 }
@@ -286,6 +297,10 @@ fn named() {
         assert!(server.ctl(&["connections"]).success().contains(&own_name()));
         let none = server.json(&["connections", "--client", "0.0.0.0/0"]);
         assert_eq!(none["connections"], json!([]), "it has no address");
+        for chosen in ["unix", &own_name()] {
+            let one = server.json(&["connections", "--client", chosen]);
+            assert_eq!(one["connections"][0]["id"], connection["id"], "{one:#}");
+        }
         let table = server.ctl(&["list"]).success();
         assert!(table.contains(&front.text) && !table.contains("waits"), "{table}");
         drop(stream);
@@ -384,6 +399,13 @@ fn changed() {
     ping(&stream);
     let taken = server.ctl(&["add", "--name", "third", "--host", &front.text, "--to", &to]);
     assert!(taken.stderr.contains("its socket is that of the mapping first"), "{taken:#?}");
+    let port = backend.address().port() ^ 1;
+    server
+        .ctl(&["add", "--name", "back", "--host", &format!("127.0.0.1:{port}"), "--to", &front.text])
+        .success();
+    let ring = server.ctl(&["retarget", "first", "--to", &format!("127.0.0.1:{port}")]);
+    assert!(ring.stderr.contains("would form a loop"), "{ring:#?}");
+    server.ctl(&["remove", "back"]).success();
     // What was listed can be applied, also as a file.
     let listed = server.json(&["list"]);
     let again = server.apply(listed["mappings"].as_array().unwrap()).success();
@@ -436,6 +458,64 @@ fn changed_permissions() {
     assert_eq!(mode(), 0o600);
     ping(&stays);
     ping(&front.connect());
+}
+
+fn overtaken() {
+    let (front, backend) = (Front::path(), TcpBackend::echo());
+    let to = backend.address();
+    let server = Controlled::start(&["--host", &front.text, "--to", &to.to_string(), "--name", "front"]);
+    let apply = |mode: &str| {
+        server.apply(&[json!({ "name": "front", "host": front.text, "to": to.ip().to_string(),
+            "to_ports": to.port().to_string(), "limits": { "socket_mode": mode } })])
+    };
+    // A link in its place.
+    let victim = front.file("victim", "");
+    fs::set_permissions(&victim, fs::Permissions::from_mode(0o600)).unwrap();
+    fs::remove_file(front.as_path()).unwrap();
+    std::os::unix::fs::symlink(&victim, front.as_path()).unwrap();
+    let refused = apply("0666");
+    assert!(refused.stderr.contains("its file was replaced or removed by somebody else"), "{refused:#?}");
+    assert_eq!(fs::metadata(&victim).unwrap().permissions().mode() & 0o7777, 0o600);
+    // Another process's socket.
+    fs::remove_file(front.as_path()).unwrap();
+    let other = UnixListener::bind(front.as_path()).unwrap();
+    let before = fs::metadata(front.as_path()).unwrap().permissions();
+    assert_eq!(apply("0666").status.code(), Some(1));
+    assert_eq!(fs::metadata(front.as_path()).unwrap().permissions(), before);
+    // It stays, also after an upgrade.
+    let _successors = Successors::of(&server.process);
+    let new = upgradable::upgrade(&server.process, 0, server.process.pid());
+    kill(new, Signal::SIGTERM).unwrap();
+    upgradable::wait_for_end(new);
+    assert!(front.as_path().exists());
+    drop(other);
+}
+
+/// Reads end behind passed descriptors, and before urgent bytes, although more is there.
+fn ancillary() {
+    let (front, backend) = (Front::path(), TcpBackend::echo());
+    let process = front.start(&backend.address().to_string(), &["--log-level", "debug"]);
+    let stream = front.connect();
+    ping(&stream);
+    process.pause();
+    let null = fs::File::open("/dev/null").unwrap();
+    let descriptors = [null.as_raw_fd()];
+    let rights = [ControlMessage::ScmRights(&descriptors)];
+    let send = |bytes: &[u8], rights: &[ControlMessage<'_>], flags| {
+        let sent = sendmsg::<()>(stream.as_raw_fd(), &[IoSlice::new(bytes)], rights, flags, None);
+        assert_eq!(sent.unwrap(), bytes.len());
+    };
+    for _ in 0..3 {
+        send(b"with a descriptor", &rights, MsgFlags::empty());
+    }
+    send(b"urgent", &[], MsgFlags::MSG_OOB);
+    send(b"behind it", &[], MsgFlags::empty());
+    process.resume();
+    let expected = b"with a descriptorwith a descriptorwith a descriptorurgentbehind it";
+    let mut echoed = vec![0; expected.len()];
+    (&stream).read_exact(&mut echoed).unwrap();
+    assert_eq!(String::from_utf8(echoed).unwrap(), String::from_utf8_lossy(expected));
+    ping(&stream);
 }
 
 fn reloaded() {
