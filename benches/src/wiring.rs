@@ -1,5 +1,6 @@
 //! The test network: the topology of the test suites, with tuning for load.
 
+use std::fmt;
 use std::fs;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddrV4};
@@ -8,7 +9,6 @@ use testkit::netns::Namespace;
 use testkit::topology::{CONTAINER_V4, HOST_V4, Topology};
 
 use crate::backend::{Backend, BackendError};
-use crate::peers::Protocol;
 
 /// The address of the backend, in the container.
 const BACKEND_PORT: u16 = 7000;
@@ -27,6 +27,34 @@ const CLIENT_SETTINGS: [(&str, &str); 2] = [("ip_local_port_range", "1024 65535"
 /// peers without a proxy.
 const HOST_SETTINGS: [(&str, &str); 3] =
     [("ip_local_port_range", "40000 65535"), ("tcp_tw_reuse", "1"), ("ip_forward", "1")];
+
+/// A protocol.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Protocol {
+    Tcp,
+    Udp,
+    /// Over UDP, to a port of the backend that nothing else uses.
+    Quic,
+}
+
+impl Protocol {
+    /// All of them.
+    pub(crate) const ALL: [Self; 3] = [Self::Tcp, Self::Udp, Self::Quic];
+
+    /// The name of the transport, as peers know it.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "tcp",
+            Self::Udp | Self::Quic => "udp",
+        }
+    }
+}
+
+impl fmt::Display for Protocol {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
 
 /// Client, host and container, with the backend running.
 pub(crate) struct Wiring {

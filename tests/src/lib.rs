@@ -51,6 +51,7 @@ pub mod topology;
 pub mod trace;
 pub mod transparent;
 pub mod udp;
+pub mod unix;
 pub mod upgradable;
 pub mod vm;
 

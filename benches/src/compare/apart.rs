@@ -13,10 +13,10 @@ use crate::account::{CpuTimes, Family};
 use crate::cage::OWN_PROGRAM;
 use crate::load::{Idle, Target};
 use crate::metric::{Metric, Values};
-use crate::peers::{Kind, Mapping, Peer, PeerError, Protocol, Running};
+use crate::peers::{Kind, Mapping, Peer, PeerError, Running};
 use crate::report::Failure;
 use crate::start_times::Nanoseconds;
-use crate::wiring::Wiring;
+use crate::wiring::{Protocol, Wiring};
 
 /// The first port for peers that are started for a measurement, below those of the others.
 const FIRST_PORT: u16 = 10_000;

@@ -16,10 +16,10 @@ use crate::cli::Compare;
 use crate::fail;
 use crate::load::{self, Idle, IdleFlows, LoadError, Shape, Target};
 use crate::metric::Values;
-use crate::peers::{Mapping, Peer, PeerError, Protocol, Running};
+use crate::peers::{Mapping, Peer, PeerError, Running};
 use crate::progress::Progress;
 use crate::report::{Failure, Report, Sample};
-use crate::wiring::{Wiring, WiringError};
+use crate::wiring::{Protocol, Wiring, WiringError};
 use crate::workload::Workload;
 use plan::{Plan, PlanError};
 

@@ -4,7 +4,8 @@ use std::fmt::Write as _;
 use std::net::SocketAddrV4;
 use std::path::{Path, PathBuf};
 
-use super::{Client, Mapping, PeerError, Protocol};
+use super::{Client, Mapping, PeerError};
+use crate::wiring::Protocol;
 
 /// Where distributions install nginx's stream module.
 const STREAM_MODULES: [&str; 3] = [

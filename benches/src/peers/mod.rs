@@ -3,7 +3,6 @@
 mod config;
 mod rules;
 
-use std::fmt;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpStream, UdpSocket};
 use std::path::{Path, PathBuf};
@@ -25,7 +24,7 @@ use testkit::rproxy::{rproxy, rproxy_shim};
 use crate::account::Family;
 use crate::message::{self, service};
 use crate::quic;
-use crate::wiring::Wiring;
+use crate::wiring::{Protocol, Wiring};
 pub(crate) use rules::Active;
 use rules::Rules;
 
@@ -82,15 +81,6 @@ pub(crate) enum Client {
     Header,
 }
 
-/// A protocol.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Protocol {
-    Tcp,
-    Udp,
-    /// Over UDP, to a port of the backend that nothing else uses.
-    Quic,
-}
-
 /// A port of the host that is mapped to the backend.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Mapping {
@@ -134,24 +124,6 @@ pub(crate) const ON_REQUEST: [&str; 4] =
 
 /// The reference peer.
 pub(crate) const REFERENCE: &str = "docker-proxy";
-
-impl Protocol {
-    const ALL: [Self; 3] = [Self::Tcp, Self::Udp, Self::Quic];
-
-    /// The name of the transport, as peers know it.
-    fn name(self) -> &'static str {
-        match self {
-            Self::Tcp => "tcp",
-            Self::Udp | Self::Quic => "udp",
-        }
-    }
-}
-
-impl fmt::Display for Protocol {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.name())
-    }
-}
 
 impl Peer {
     /// Finds a peer by its name; `NAME=PATH` is another docker-proxy, and `NAME=standalone:PATH` another `rproxy`.

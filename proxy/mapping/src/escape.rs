@@ -29,6 +29,11 @@ pub fn is_plain(c: char) -> bool {
     !c.is_control() && !is_directional && !matches!(c, '\u{2028}' | '\u{2029}')
 }
 
+/// Whether a text needs no quotes in a table, a log line or a shell.
+pub(crate) fn needs_no_quotes(text: &str) -> bool {
+    text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"._:/+%#@[]-".contains(&byte))
+}
+
 #[cfg(test)]
 mod tests {
     use std::os::unix::ffi::OsStrExt;

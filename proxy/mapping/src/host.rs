@@ -5,8 +5,8 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use crate::addr::{AddrError, Protocols, ScopedIp};
+use crate::escape::needs_no_quotes;
 use crate::interfaces::{Interfaces, NoInterfaces};
-use crate::name::Name;
 use crate::unix::{self, UnixAddr};
 
 /// The most bytes of the name of an interface (`IFNAMSIZ` without the final zero, netdevice(7)).
@@ -137,10 +137,7 @@ impl HostAddr {
 /// Parses a Unix socket to listen on, of which a mapping can have its name.
 fn parse_unix(text: &str) -> Result<UnixAddr, AddrError> {
     let addr: UnixAddr = text.parse()?;
-    match addr.to_string().parse::<Name>() {
-        Ok(_name) => Ok(addr),
-        Err(_other_characters) => Err(AddrError::UnixHost(addr)),
-    }
+    if needs_no_quotes(&addr.to_string()) { Ok(addr) } else { Err(AddrError::UnixHost(addr)) }
 }
 
 /// Whether a text without `%` is meant as an interface: `eth0`, `br-lan`, `eth0.100`, but neither `10.0.0.256` nor

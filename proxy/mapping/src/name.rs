@@ -5,6 +5,7 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use crate::addr::{HostSocketAddr, Protocol, ScopedIp};
+use crate::escape::needs_no_quotes;
 use crate::host::HostAddr;
 use crate::{HostPorts, Mapping};
 
@@ -78,8 +79,7 @@ impl FromStr for Name {
     type Err = NameError;
 
     fn from_str(text: &str) -> Result<Self, NameError> {
-        let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"._:/+%#@[]-".contains(&byte);
-        if text.is_empty() || text.len() > LONGEST || text.starts_with('-') || !text.bytes().all(plain) {
+        if text.is_empty() || text.len() > LONGEST || text.starts_with('-') || !needs_no_quotes(text) {
             return Err(NameError::Invalid(text.chars().take(LONGEST).collect()));
         }
         Ok(Self(text.into()))

@@ -16,10 +16,10 @@ use nix::unistd::{Gid, Uid, fchownat};
 use rproxy_mapping::escape::escaped;
 use rproxy_mapping::permissions::{FileMode, SocketPermissions};
 use rproxy_mapping::unix::UnixAddr;
+use rproxy_shim::listen::BACKLOG;
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::accounts;
-use crate::bind::listen::BACKLOG;
 use crate::runtime::descriptors::explain;
 use crate::runtime::socket_file::{SocketFile, identity};
 

@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::answers::Response;
 use super::field::wrong_field;
 use super::strict::Strict;
-use crate::engine::change::ChangeError;
+use crate::engine::change_error::ChangeError;
 
 /// The version of the protocol.
 pub const VERSION: u32 = 1;

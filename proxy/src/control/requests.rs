@@ -23,7 +23,8 @@ use super::sockets;
 use crate::bind::family::{NO_IPV6, everywhere, has_ipv6};
 use crate::bind::interfaces::HostInterfaces;
 use crate::engine::Server;
-use crate::engine::change::{ChangeError, Changed, Removal};
+use crate::engine::change::{Changed, Removal};
+use crate::engine::change_error::ChangeError;
 use crate::state::record::Record;
 
 /// How long the client that ends the process may take to read its response.

@@ -9,7 +9,8 @@ use rproxy_mapping::host::InterfaceName;
 use rproxy_mapping::name::Name;
 use tracing::debug;
 
-use crate::engine::change::{ChangeError, Prepared};
+use crate::engine::change::Prepared;
+use crate::engine::change_error::ChangeError;
 use crate::engine::plan::keeps_sockets;
 use crate::engine::registry::Served;
 use crate::engine::{Server, udp_id};

@@ -7,6 +7,7 @@
 
 pub mod attach;
 pub mod change;
+pub mod change_error;
 mod cut;
 mod interfaces;
 pub(crate) mod listening;
@@ -498,7 +499,8 @@ mod tests {
 
     use super::*;
     use crate::bind::activation::InheritedSockets;
-    use crate::engine::change::{ChangeError, Changed, Removal};
+    use crate::engine::change::{Changed, Removal};
+    use crate::engine::change_error::ChangeError;
     use crate::runtime::new_runtime;
 
     fn mapping(name: &str) -> Mapping {

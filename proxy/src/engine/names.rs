@@ -9,7 +9,8 @@ use rproxy_mapping::name::Name;
 
 use crate::bind::report_unused;
 use crate::engine::Server;
-use crate::engine::change::{ChangeError, Prepared, Removal};
+use crate::engine::change::{Prepared, Removal};
+use crate::engine::change_error::ChangeError;
 use crate::engine::plan::Plan;
 use crate::engine::registry::Served;
 use crate::loops::whereabouts::Whereabouts;

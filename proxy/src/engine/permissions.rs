@@ -7,7 +7,8 @@ use rproxy_mapping::name::Name;
 use rproxy_mapping::permissions::SocketPermissions;
 
 use super::Server;
-use super::change::{ChangeError, Prepared};
+use super::change::Prepared;
+use super::change_error::ChangeError;
 use super::registry::Served;
 use crate::bind::unix_socket::{SocketFault, set_permissions};
 use crate::runtime::socket_file::SocketFile;

@@ -3,22 +3,20 @@
 use std::fs::{self, Permissions};
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpStream};
-use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::PermissionsExt;
-use std::os::unix::net::{SocketAddr as UnixAddr, UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::Command;
 use std::thread;
 
 use nix::sys::signal::Signal;
 use serde_json::json;
-use tempfile::TempDir;
 use testkit::client::{self, End};
 use testkit::controlled::Controlled;
 use testkit::process::{self, Process, Stream};
 use testkit::require::Need;
 use testkit::rproxy::{self, Standalone};
 use testkit::suite::Case;
+use testkit::unix::Place;
 use testkit::upgradable::Successors;
 use testkit::{PATIENCE, eventually};
 
@@ -45,60 +43,6 @@ pub(crate) fn cases() -> Vec<Case> {
         Case::new("the access log and the list of connections name it", logged),
         Case::new("what a Unix socket cannot have is refused", refused),
     ]
-}
-
-/// Where a Unix socket is.
-struct Place {
-    address: UnixAddr,
-    text: String,
-    dir: TempDir,
-}
-
-impl Place {
-    fn path() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("app.sock");
-        let (address, text) = (UnixAddr::from_pathname(&path).unwrap(), format!("unix:{}", path.display()));
-        Self { address, text, dir }
-    }
-
-    fn name() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let name = dir.path().display().to_string();
-        let (address, text) = (UnixAddr::from_abstract_name(&name).unwrap(), format!("unix:@{name}"));
-        Self { address, text, dir }
-    }
-
-    fn as_path(&self) -> &Path {
-        self.address.as_pathname().unwrap()
-    }
-
-    fn listen(&self) -> UnixListener {
-        UnixListener::bind_addr(&self.address).unwrap()
-    }
-
-    /// Serves each connection by `handler`, until the test ends.
-    fn serve(&self, handler: impl Fn(UnixStream) + Copy + Send + 'static) {
-        let listener = self.listen();
-        thread::spawn(move || {
-            for stream in listener.incoming() {
-                let stream = stream.unwrap();
-                stream.set_read_timeout(Some(PATIENCE)).unwrap();
-                stream.set_write_timeout(Some(PATIENCE)).unwrap();
-                thread::spawn(move || handler(stream));
-            }
-        });
-    }
-
-    fn relay(&self, more: &[&str]) -> Standalone {
-        Standalone::start(&[&["--host", "127.0.0.1:0", "--to", &self.text], more].concat())
-    }
-
-    fn file(&self, name: &str, text: &str) -> PathBuf {
-        let path = self.dir.path().join(name);
-        fs::write(&path, text).unwrap();
-        path
-    }
 }
 
 /// Sends back what comes. The client may be gone.

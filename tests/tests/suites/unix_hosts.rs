@@ -4,35 +4,34 @@ use std::fs;
 use std::io::{ErrorKind, IoSlice, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::AsRawFd;
-use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
-use std::os::unix::net::{SocketAddr as UnixAddr, UnixListener, UnixStream};
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::thread;
 
 use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
-use tempfile::TempDir;
 use testkit::backend::TcpBackend;
 use testkit::controlled::Controlled;
+use testkit::eventually;
 use testkit::process::{self, Process, Stream};
 use testkit::require::Need;
 use testkit::rproxy;
 use testkit::suite::Case;
 use testkit::systemd::Systemd;
+use testkit::unix::{Place, patient};
 use testkit::upgradable::{self, Successors};
-use testkit::{PATIENCE, eventually};
 
 /// More than a socket holds, so that it is spliced.
 const LARGE: usize = 64 << 20;
 
 pub(crate) fn cases() -> Vec<Case> {
     vec![
-        Case::new("a path, strictly confined", || relayed(&Front::path())),
-        Case::new("an abstract name, strictly confined", || relayed(&Front::name())),
+        Case::new("a path, strictly confined", || relayed(&Place::path())),
+        Case::new("an abstract name, strictly confined", || relayed(&Place::name())),
         Case::new("to a Unix socket", between_sockets),
         Case::new("each side ends its stream alone", half_closed),
         Case::new("a backend that refuses ends its clients", without_backend),
@@ -53,55 +52,6 @@ pub(crate) fn cases() -> Vec<Case> {
         Case::new("a passed socket stays with whoever has bound it", passed),
         Case::new("what a Unix socket cannot have is refused", refused),
     ]
-}
-
-/// Where clients connect to.
-struct Front {
-    address: UnixAddr,
-    text: String,
-    dir: TempDir,
-}
-
-impl Front {
-    fn path() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("front.sock");
-        let (address, text) = (UnixAddr::from_pathname(&path).unwrap(), format!("unix:{}", path.display()));
-        Self { address, text, dir }
-    }
-
-    fn name() -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let name = dir.path().display().to_string();
-        let (address, text) = (UnixAddr::from_abstract_name(&name).unwrap(), format!("unix:@{name}"));
-        Self { address, text, dir }
-    }
-
-    fn as_path(&self) -> &Path {
-        self.address.as_pathname().unwrap()
-    }
-
-    fn start(&self, to: &str, more: &[&str]) -> Process {
-        let process = Process::spawn(rproxy::command(&[&["--host", &self.text, "--to", to], more].concat()));
-        process.wait_for_line(Stream::Stdout, |line| line.ends_with(&format!(" -> {}", self.text)));
-        process
-    }
-
-    fn connect(&self) -> UnixStream {
-        patient(UnixStream::connect_addr(&self.address).unwrap())
-    }
-
-    fn file(&self, name: &str, text: &str) -> PathBuf {
-        let path = self.dir.path().join(name);
-        fs::write(&path, text).unwrap();
-        path
-    }
-}
-
-fn patient(stream: UnixStream) -> UnixStream {
-    stream.set_read_timeout(Some(PATIENCE)).unwrap();
-    stream.set_write_timeout(Some(PATIENCE)).unwrap();
-    stream
 }
 
 #[track_caller]
@@ -135,9 +85,9 @@ fn exchange(stream: &UnixStream, size: usize) {
     assert!(got.iter().enumerate().all(|(index, got)| *got == byte(index)), "other bytes");
 }
 
-fn relayed(front: &Front) {
+fn relayed(front: &Place) {
     let backend = TcpBackend::echo();
-    let process = front.start(&backend.address().to_string(), &["--sandbox", "strict"]);
+    let process = front.relay_from(&backend.address().to_string(), &["--sandbox", "strict"]);
     let stream = front.connect();
     exchange(&stream, LARGE);
     ping(&stream);
@@ -148,14 +98,14 @@ fn relayed(front: &Front) {
 }
 
 fn between_sockets() {
-    let (front, back) = (Front::path(), Front::path());
+    let (front, back) = (Place::path(), Place::path());
     let listener = UnixListener::bind_addr(&back.address).unwrap();
     let echo = thread::spawn(move || {
         let stream = patient(listener.accept().unwrap().0);
         std::io::copy(&mut &stream, &mut &stream).unwrap();
         stream.shutdown(Shutdown::Write).unwrap();
     });
-    let _process = front.start(&back.text, &["--sandbox", "strict"]);
+    let _process = front.relay_from(&back.text, &["--sandbox", "strict"]);
     let stream = front.connect();
     exchange(&stream, LARGE);
     stream.shutdown(Shutdown::Write).unwrap();
@@ -164,13 +114,13 @@ fn between_sockets() {
 }
 
 fn half_closed() {
-    let front = Front::path();
+    let front = Place::path();
     let backend = TcpBackend::local(|mut stream| {
         let mut question = Vec::new();
         stream.read_to_end(&mut question)?;
         stream.write_all(&vec![7; question.len()])
     });
-    let _process = front.start(&backend.address().to_string(), &[]);
+    let _process = front.relay_from(&backend.address().to_string(), &[]);
     let mut stream = front.connect();
     stream.write_all(&[1; 300_000]).unwrap();
     stream.shutdown(Shutdown::Write).unwrap();
@@ -180,8 +130,8 @@ fn half_closed() {
         stream.write_all(b"unread")?;
         std::io::copy(&mut stream, &mut std::io::sink()).map(drop)
     });
-    let other = Front::path();
-    let process = other.start(&backend.address().to_string(), &[]);
+    let other = Place::path();
+    let process = other.relay_from(&backend.address().to_string(), &[]);
     let deaf = other.connect();
     deaf.shutdown(Shutdown::Read).unwrap();
     let next = other.connect();
@@ -191,8 +141,8 @@ fn half_closed() {
 }
 
 fn without_backend() {
-    let front = Front::path();
-    let process = front.start("127.0.0.1:1", &[]);
+    let front = Place::path();
+    let process = front.relay_from("127.0.0.1:1", &[]);
     assert_eq!(read_to_end(&front.connect()).0, b"");
     let line = process.wait_for_line(Stream::Stderr, |line| line.contains("connect_refused"));
     assert!(line.contains(&format!("client=unix:pid={},uid=", std::process::id())), "{line}");
@@ -200,9 +150,9 @@ fn without_backend() {
 }
 
 fn file_of_its_own() {
-    let (front, backend) = (Front::path(), TcpBackend::echo());
+    let (front, backend) = (Place::path(), TcpBackend::echo());
     let to = backend.address().to_string();
-    let process = front.start(&to, &[]);
+    let process = front.relay_from(&to, &[]);
     let metadata = fs::symlink_metadata(front.as_path()).unwrap();
     assert!(metadata.file_type().is_socket());
     assert_eq!(metadata.permissions().mode() & 0o7777, 0o600);
@@ -215,7 +165,7 @@ fn file_of_its_own() {
     process.wait();
 
     // Somebody else's file stays.
-    let process = front.start(&to, &[]);
+    let process = front.relay_from(&to, &[]);
     fs::remove_file(front.as_path()).unwrap();
     let other = UnixListener::bind(front.as_path()).unwrap();
     process.signal(Signal::SIGTERM);
@@ -225,10 +175,10 @@ fn file_of_its_own() {
 }
 
 fn permitted() {
-    let (front, backend) = (Front::path(), TcpBackend::echo());
+    let (front, backend) = (Place::path(), TcpBackend::echo());
     fs::set_permissions(front.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let asked = ["--socket-mode", "0660", "--socket-user", "nobody", "--socket-group", "1"];
-    let _process = front.start(&backend.address().to_string(), &asked);
+    let _process = front.relay_from(&backend.address().to_string(), &asked);
     let metadata = fs::metadata(front.as_path()).unwrap();
     let nobody = nix::unistd::User::from_name("nobody").unwrap().unwrap();
     assert_eq!(metadata.permissions().mode() & 0o7777, 0o660);
@@ -247,7 +197,7 @@ fn permitted() {
 }
 
 fn replaced() {
-    let (front, backend) = (Front::path(), TcpBackend::echo());
+    let (front, backend) = (Place::path(), TcpBackend::echo());
     let to = backend.address().to_string();
     let refuse = |what: &str| {
         let output = process::run(rproxy::command(&["--host", &front.text, "--to", &to]));
@@ -258,7 +208,7 @@ fn replaced() {
     refuse("somebody listens there already");
     drop(listener);
     assert!(front.as_path().exists());
-    let process = front.start(&to, &[]);
+    let process = front.relay_from(&to, &[]);
     ping(&front.connect());
     process.signal(Signal::SIGTERM);
     process.wait();
@@ -284,7 +234,7 @@ fn own_name() -> String {
 
 fn named() {
     for format in ["text", "json"] {
-        let (front, backend) = (Front::path(), TcpBackend::echo());
+        let (front, backend) = (Place::path(), TcpBackend::echo());
         let log = front.dir.path().join("access.log");
         let to = backend.address().to_string();
         let log_to = ["--access-log", log.to_str().unwrap(), "--access-log-format", format];
@@ -323,8 +273,8 @@ fn named() {
 fn announced() {
     let v2 = b"\r\n\r\n\0\r\nQUIT\n\x21\0\0\0";
     for (version, header) in [("v1", &b"PROXY UNKNOWN\r\n"[..]), ("v2", v2)] {
-        let (front, backend) = (Front::path(), TcpBackend::echo());
-        let _process = front.start(&backend.address().to_string(), &["--send-proxy", version]);
+        let (front, backend) = (Place::path(), TcpBackend::echo());
+        let _process = front.relay_from(&backend.address().to_string(), &["--send-proxy", version]);
         let mut stream = front.connect();
         let mut echoed = vec![0; header.len()];
         stream.read_exact(&mut echoed).unwrap();
@@ -334,7 +284,7 @@ fn announced() {
 }
 
 fn told() {
-    let (front, backend) = (Front::path(), TcpBackend::echo());
+    let (front, backend) = (Place::path(), TcpBackend::echo());
     let to = backend.address().to_string();
     let options = ["--accept-proxy", "unix", "--allow", "192.0.2.0/24", "--send-proxy", "v1"];
     let server = Controlled::start(&[&["--host", &front.text, "--to", &to], &options[..]].concat());
@@ -359,10 +309,10 @@ fn told() {
 }
 
 fn limited() {
-    let (front, backend) = (Front::path(), TcpBackend::echo());
+    let (front, backend) = (Place::path(), TcpBackend::echo());
     fs::set_permissions(front.dir.path(), fs::Permissions::from_mode(0o755)).unwrap();
     let options = ["--max-connections-per-source", "2", "--socket-mode", "0666"];
-    let process = front.start(&backend.address().to_string(), &options);
+    let process = front.relay_from(&backend.address().to_string(), &options);
     let own = [front.connect(), front.connect()];
     own.iter().for_each(ping);
     assert_eq!(read_to_end(&front.connect()).0, b"");
@@ -376,7 +326,7 @@ fn limited() {
 }
 
 fn changed() {
-    let (front, backend) = (Front::path(), TcpBackend::echo());
+    let (front, backend) = (Place::path(), TcpBackend::echo());
     let to = backend.address().to_string();
     let server =
         Controlled::start(&["--sandbox", "strict", "--host", &front.text, "--to", &to, "--name", "first"]);
@@ -432,7 +382,7 @@ fn changed() {
 }
 
 fn changed_permissions() {
-    let (front, backend) = (Front::path(), TcpBackend::echo());
+    let (front, backend) = (Place::path(), TcpBackend::echo());
     let to = backend.address();
     let server = Controlled::start(&["--host", &front.text, "--to", &to.to_string(), "--name", "front"]);
     let mode = || fs::metadata(front.as_path()).unwrap().permissions().mode() & 0o7777;
@@ -461,7 +411,7 @@ fn changed_permissions() {
 }
 
 fn overtaken() {
-    let (front, backend) = (Front::path(), TcpBackend::echo());
+    let (front, backend) = (Place::path(), TcpBackend::echo());
     let to = backend.address();
     let server = Controlled::start(&["--host", &front.text, "--to", &to.to_string(), "--name", "front"]);
     let apply = |mode: &str| {
@@ -493,8 +443,8 @@ fn overtaken() {
 
 /// Reads end behind passed descriptors, and before urgent bytes, although more is there.
 fn ancillary() {
-    let (front, backend) = (Front::path(), TcpBackend::echo());
-    let process = front.start(&backend.address().to_string(), &["--log-level", "debug"]);
+    let (front, backend) = (Place::path(), TcpBackend::echo());
+    let process = front.relay_from(&backend.address().to_string(), &["--log-level", "debug"]);
     let stream = front.connect();
     ping(&stream);
     process.pause();
@@ -519,7 +469,7 @@ fn ancillary() {
 }
 
 fn reloaded() {
-    let (front, backend) = (Front::path(), TcpBackend::echo());
+    let (front, backend) = (Place::path(), TcpBackend::echo());
     let moved = front.dir.path().join("moved.sock");
     let text = |host: &str| {
         format!(
@@ -548,7 +498,7 @@ fn reloaded() {
 }
 
 fn upgraded() {
-    let (front, backend) = (Front::path(), TcpBackend::echo());
+    let (front, backend) = (Place::path(), TcpBackend::echo());
     let server = Controlled::start(&["--host", &front.text, "--to", &backend.address().to_string()]);
     let stays = front.connect();
     ping(&stays);
@@ -568,7 +518,7 @@ fn upgraded() {
 }
 
 fn passed() {
-    let (front, backend) = (Front::path(), TcpBackend::echo());
+    let (front, backend) = (Place::path(), TcpBackend::echo());
     let listener = UnixListener::bind(front.as_path()).unwrap();
     let to = backend.address().to_string();
     let systemd = Systemd::new();
