@@ -9,6 +9,7 @@ use rproxy_mapping::backend::BackendHost;
 use rproxy_mapping::endpoint::{BackendSpec, HostSpec};
 use rproxy_mapping::interfaces::Interfaces;
 use rproxy_mapping::limits::Limits;
+use rproxy_mapping::proxy_protocol::ProxyPeers;
 use rproxy_mapping::source::Source;
 use rproxy_mapping::wire::{FieldErrors, WireLimits, WireMapping};
 use toml::Spanned;
@@ -204,9 +205,15 @@ impl Keys {
     /// Leaves out what clients of a Unix socket cannot have and `own`, the table of a mapping that listens there, does not say:
     /// without a proxy in front, they have no addresses.
     fn leave_out_addresses(&mut self, own: &Self) {
-        self.accept_proxy.clone_from(&own.accept_proxy);
-        self.proxy_timeout.clone_from(&own.proxy_timeout);
-        if own.accept_proxy.is_none() {
+        let is_of_unix = |peers: &String| *peers == ProxyPeers::Unix.to_string();
+        if own.accept_proxy.is_none()
+            && let Some(peers) = &mut self.accept_proxy
+        {
+            peers.get_mut().retain(is_of_unix);
+        }
+        self.accept_proxy.take_if(|peers| peers.get_ref().is_empty());
+        if self.accept_proxy.is_none() {
+            self.proxy_timeout.clone_from(&own.proxy_timeout);
             (self.allow, self.deny) = (own.allow.clone(), own.deny.clone());
             if text(&self.source).is_some_and(|source| source.parse().is_ok_and(Source::is_client)) {
                 self.source.clone_from(&own.source);

@@ -244,6 +244,13 @@ fn defaults() {
         let line = format!("{option} = ");
         assert!(!unix.contains(&line) && other.contains(&line), "{option}: {printed}");
     }
+    // What is meant for them applies.
+    let of_proxies = text.replace("source = \"client\"", "accept_proxy = [\"10.0.0.1\", \"unix\"]");
+    fs::write(&file, of_proxies).unwrap();
+    let printed =
+        process::run(rproxy::command(&["--config", file.to_str().unwrap(), "--print-config"])).success();
+    let (unix, _other) = printed.split_once("127.0.0.1:81").unwrap();
+    assert!(unix.contains("accept_proxy = [\"unix\"]") && unix.contains("allow = "), "{printed}");
     let own = text.replace("to = \"unix:", "device = \"lo\"\nto = \"unix:");
     fs::write(&file, own).unwrap();
     let output = process::run(rproxy::command(&["check-config", file.to_str().unwrap()]));
