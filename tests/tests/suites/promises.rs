@@ -64,8 +64,10 @@ fn process() {
     // What of the program is in memory is private to a process that is the only one.
     let _another = start();
     let proxy = start();
-    let Taken { bytes, descriptors } = taken(proxy.process.pid());
-    assert!(bytes <= 150 * 1024, "{bytes} bytes");
+    let pid = proxy.process.pid();
+    // What was needed for a moment may still be given back.
+    eventually("it takes at most 150 kB", || taken(pid).bytes <= 150 * 1024);
+    let Taken { descriptors, .. } = taken(pid);
     assert!(descriptors <= 16, "{descriptors} descriptors");
     assert_eq!(Holdings::of(proxy.process.pid()).threads, 1);
 }
