@@ -4,7 +4,6 @@
 //! program does not have.
 
 use std::fs;
-use std::io;
 
 const PASSWD: &str = "/etc/passwd";
 const GROUP: &str = "/etc/group";
@@ -41,15 +40,14 @@ pub(crate) fn user_with_group(name: &str) -> Result<(u32, u32), String> {
 fn numbered(name: &str, find: impl FnOnce() -> Result<u32, String>) -> Result<u32, String> {
     match name.parse() {
         // -1, which chown(2) takes for no change.
-        Ok(u32::MAX) => Err(format!("{name} is the number of nobody; write another one")),
+        Ok(u32::MAX) => Err(format!("{name} is not the number of a user or group; write another one")),
         Ok(number) => Ok(number),
         Err(_name) => find(),
     }
 }
 
 fn read(path: &str) -> Result<String, String> {
-    fs::read_to_string(path)
-        .map_err(|error: io::Error| format!("cannot read {path}: {error}; a number works, too"))
+    fs::read_to_string(path).map_err(|error| format!("cannot read {path}: {error}; a number works, too"))
 }
 
 /// An account of passwd(5).
@@ -113,7 +111,7 @@ mod tests {
     #[test]
     fn numbers_need_no_name() {
         assert_eq!((user_id("4711"), group_id("4711"), user_id("root")), (Ok(4711), Ok(4711), Ok(0)));
-        assert!(user_id("4294967295").unwrap_err().contains("the number of nobody"));
+        assert!(user_id("4294967295").unwrap_err().contains("is not the number of a user"));
         assert!(user_with_group("4711").unwrap_err().contains("needs a group"));
         assert_eq!(user_with_group("root"), Ok((0, 0)));
     }

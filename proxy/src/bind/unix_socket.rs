@@ -1,7 +1,7 @@
 //! Listening Unix sockets. The file of one is accessible to its owner only, unless somebody asks for more, and removed in the
 //! end.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
@@ -159,38 +159,31 @@ pub(crate) fn set_permissions(file: &SocketFile, permissions: &SocketPermissions
         opened => opened.ok().flatten().ok_or(SocketFault::Replaced)?,
     };
     let SocketPermissions { mode, user, group } = permissions;
-    let unknown = |option: &'static str, value: &str| {
-        let value = value.to_owned();
-        move |reason: String| SocketFault::Permissions { option, value, reason }
-    };
-    let refused = |option: &'static str, value: &str| {
-        let unknown = unknown(option, value);
-        move |error: io::Error| {
-            unknown(format!(
-                "{error}; that takes root, or for a group, to be in it, and a process that is not confined yet"
-            ))
-        }
-    };
     if let Some(user) = user.as_deref() {
-        let uid = accounts::user_id(user).map_err(unknown("socket_user", user))?;
-        fchownat(&opened, "", Some(Uid::from_raw(uid)), None, AtFlags::AT_EMPTY_PATH)
-            .map_err(io::Error::from)
-            .map_err(refused("socket_user", user))?;
+        let given = accounts::user_id(user).and_then(|uid| give_to(&opened, Some(Uid::from_raw(uid)), None));
+        given.map_err(|reason| SocketFault::permissions("socket_user", user, reason))?;
     }
     if let Some(group) = group.as_deref() {
-        let gid = accounts::group_id(group).map_err(unknown("socket_group", group))?;
-        fchownat(&opened, "", None, Some(Gid::from_raw(gid)), AtFlags::AT_EMPTY_PATH)
-            .map_err(io::Error::from)
-            .map_err(refused("socket_group", group))?;
+        let given =
+            accounts::group_id(group).and_then(|gid| give_to(&opened, None, Some(Gid::from_raw(gid))));
+        given.map_err(|reason| SocketFault::permissions("socket_group", group, reason))?;
     }
     let mode = mode.unwrap_or(FileMode::PRIVATE);
     // There is no other way before Linux 6.6 (fchmodat2(2)) to the file of a descriptor that is for its path alone.
     let path = format!("/proc/self/fd/{}", opened.as_raw_fd());
-    let set = fs::set_permissions(path, fs::Permissions::from_mode(mode.bits()));
-    set.map_err(|error| SocketFault::Permissions {
-        option: "socket_mode",
-        value: mode.to_string(),
-        reason: format!("{error}; that takes the user who owns the file"),
+    fs::set_permissions(path, fs::Permissions::from_mode(mode.bits())).map_err(|error| {
+        let reason = format!("{error}; that takes the user who owns the file");
+        SocketFault::permissions("socket_mode", &mode.to_string(), reason)
+    })
+}
+
+/// Makes a user or a group the owner of an open file.
+fn give_to(file: &File, user: Option<Uid>, group: Option<Gid>) -> Result<(), String> {
+    fchownat(file, "", user, group, AtFlags::AT_EMPTY_PATH).map_err(|errno| {
+        let error = io::Error::from(errno);
+        format!(
+            "{error}; that takes root, or for a group, to be in it, and a process that is not confined yet"
+        )
     })
 }
 
@@ -268,6 +261,12 @@ pub enum SocketFault {
     Bind(#[source] io::Error),
 }
 
+impl SocketFault {
+    fn permissions(option: &'static str, value: &str, reason: String) -> Self {
+        Self::Permissions { option, value: value.to_owned(), reason }
+    }
+}
+
 /// As the error of a listener.
 impl From<SocketFault> for io::Error {
     fn from(fault: SocketFault) -> Self {
@@ -307,7 +306,6 @@ fn way_out(error: &io::Error) -> &'static str {
 #[cfg(test)]
 mod tests {
     use std::os::unix::fs::{MetadataExt, PermissionsExt};
-
     use std::os::unix::net::UnixStream;
 
     use super::*;

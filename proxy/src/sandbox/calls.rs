@@ -119,8 +119,6 @@ const FOR_UNIX_HOSTS: &[libc::c_long] = &[
     libc::SYS_fchownat,
     #[cfg(target_arch = "x86_64")]
     libc::SYS_chmod,
-    #[cfg(target_arch = "x86_64")]
-    libc::SYS_lchown,
 ];
 
 /// Installs the filter, irrevocably.

@@ -393,11 +393,10 @@ impl Moment {
 
 #[cfg(test)]
 mod tests {
+    use std::net::SocketAddr;
     use std::sync::Arc;
 
     use rproxy_mapping::addr::Protocol;
-
-    use std::net::SocketAddr;
 
     use super::*;
     use crate::state::MappingPolicy;
