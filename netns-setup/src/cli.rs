@@ -5,7 +5,7 @@ use std::io::Write;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
-use clap::error::ErrorKind;
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Args, Parser, Subcommand};
 use rproxy_mapping::escape::escaped;
 use rproxy_mapping::publish::ExposedPorts;
@@ -13,7 +13,7 @@ use serde_json::json;
 
 use crate::addr::{Subnet4, Subnet6};
 use crate::commands::{
-    self, Attach, Command, NetnsChoice, Options, Publish, Report, Transparent, Unpublish, Up,
+    self, Attach, Command, NetnsChoice, Options, Publish, Report, Target, Transparent, Unpublish, Up,
 };
 use crate::demo;
 use crate::error::Error;
@@ -22,7 +22,7 @@ use crate::firewall::detect::Choice;
 use crate::hints::Hints;
 use crate::model::Via;
 use crate::name::{IfName, Name};
-use crate::publish::{Publication, exposed, parse_exposed};
+use crate::publish::{Publication, Published, exposed, parse_exposed};
 use crate::{state, watch};
 
 /// The kernel's largest value for the four sizes (GSO_MAX_SIZE of include/linux/netdevice.h, eight times 65,535).
@@ -75,11 +75,12 @@ enum Sub {
     Publish(PublishArgs),
     /// Unpublish ports of a container.
     Unpublish {
-        /// The container.
-        name: Name,
-        /// The ports, written as for `publish`; all if omitted.
+        /// The container, or one of its ports as `list` shows it, such as '*:8080->80/tcp'.
+        #[arg(value_name = "NAME|PORT")]
+        target: Target,
+        /// The ports, written as for `publish` or as `list` shows them; all if omitted.
         #[arg(short = 'p', long = "publish", value_name = "SPEC")]
-        specs: Vec<Publication>,
+        specs: Vec<Published>,
     },
     /// Deliver replies of backends to transparent sockets (`rproxy --source client`) to this host.
     #[command(subcommand)]
@@ -270,6 +271,7 @@ impl Cli {
             ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
                 Unparsed::Wrong("a command is missing".to_owned())
             }
+            ErrorKind::MissingRequiredArgument => Unparsed::Wrong(missing(&error)),
             _ => Unparsed::Wrong(escaped(&one_line(&quoted(error, &args))).to_string()),
         })
     }
@@ -346,7 +348,7 @@ impl Sub {
             Self::Publish(PublishArgs { name, specs, all_exposed, via }) => {
                 Command::Publish(Publish { name, specs, all_exposed, via })
             }
-            Self::Unpublish { name, specs } => Command::Unpublish(Unpublish { name, specs }),
+            Self::Unpublish { target, specs } => Command::Unpublish(Unpublish { target, specs }),
             Self::Transparent(sub) => Command::Transparent(sub.into()),
             Self::List => Command::List,
             Self::Inspect { name } => Command::Inspect(name),
@@ -389,6 +391,27 @@ fn quoted(error: clap::Error, args: &[OsString]) -> clap::Error {
     let escaped = args.iter().map(|arg| OsString::from(escaped(arg).to_string()));
     let again = Cli::try_parse_from(escaped).err();
     again.filter(|again| again.kind() == error.kind()).unwrap_or(error)
+}
+
+/// Which arguments are missing, in one line.
+fn missing(error: &clap::Error) -> String {
+    let Some(ContextValue::Strings(missing)) = error.get(ContextKind::InvalidArg) else {
+        return one_line(error);
+    };
+    match missing.as_slice() {
+        [ports] if ports.starts_with("--publish ") => {
+            "which ports to publish is missing: add them, as in `-p 8080:80`, or -P for all that the container exposes"
+                .to_owned()
+        }
+        [one] => format!("{one} is missing"),
+        all => {
+            // In the order of the usage: options last.
+            let (options, mut names): (Vec<_>, Vec<_>) = all.iter().partition(|name| name.starts_with('-'));
+            names.extend(options);
+            let names: Vec<_> = names.into_iter().map(String::as_str).collect();
+            format!("{} are missing", names.join(" and "))
+        }
+    }
 }
 
 /// clap's message in one line.
@@ -458,6 +481,20 @@ mod tests {
     }
 
     #[test]
+    fn what_is_missing_is_named_in_one_line() {
+        for (args, expected) in [
+            (&["publish", "web"][..], "as in `-p 8080:80`, or -P for all that the container exposes"),
+            (&["publish"], "<NAME> and --publish <SPEC> are missing"),
+            (&["attach"], "<NAME> is missing"),
+            (&["unpublish"], "<NAME|PORT> is missing"),
+        ] {
+            let args = ["netns-setup"].iter().chain(args).map(OsString::from).collect();
+            let Err(Unparsed::Wrong(line)) = Cli::from_args(args) else { panic!("{expected}") };
+            assert!(line.ends_with(expected) && line.lines().count() == 1, "{line}");
+        }
+    }
+
+    #[test]
     fn the_defaults_are_the_story_s() {
         let cli = Cli::try_parse_from(["netns-setup", "up"]).unwrap();
         let Work::Command(Command::Up(up)) = cli.action.into_work() else { panic!("not up") };
@@ -469,7 +506,9 @@ mod tests {
     fn bad_input_is_a_usage_error() {
         assert!(usage_error(&["attach", "../web"]).contains("not a container name"));
         assert!(usage_error(&["publish", "web", "-p", "80:0"]).contains("not a port"));
-        assert!(usage_error(&["publish", "web"]).contains("--publish"));
+        assert!(usage_error(&["publish", "web", "-p", "*:80->80/tcp"]).contains("'*' is not a port"));
+        assert!(usage_error(&["unpublish", "*:80->80"]).contains("as `netns-setup list` shows it"));
+        assert!(usage_error(&["unpublish", "../web"]).contains("not a container name"));
         assert!(usage_error(&["up", "--subnet", "172.17.0.1/16"]).contains("172.17.0.0/16"));
         assert!(usage_error(&["up", "--subnet", "127.0.0.0/8"]).contains("has loopback addresses"));
         assert!(usage_error(&["up", "--subnet6", "ff00::/64"]).contains("has multicast addresses"));

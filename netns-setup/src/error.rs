@@ -14,7 +14,7 @@ use crate::firewall::nft;
 use crate::firewall::transparent::ProbeError;
 use crate::ipam::IpamError;
 use crate::model::{Firewall, MappingKey, Via};
-use crate::name::Name;
+use crate::name::{IfName, Name};
 use crate::netlink::NetlinkError;
 use crate::netns::NetnsError;
 use crate::observe::ObserveError;
@@ -23,7 +23,7 @@ use crate::registry::ClaimError;
 use crate::relayed::Listed;
 use crate::reserve::ReserveError;
 use crate::shared::Shared;
-use crate::state::StateError;
+use crate::state::{COPIES, StateError};
 
 /// Why a command failed.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +40,18 @@ pub enum Error {
     /// There is no network yet.
     #[error("there is no network: run `netns-setup up` first")]
     NoNetwork,
+    /// There is a network, and nobody knows any more what is on it.
+    #[error(
+        "netns-setup made the bridge {bridge}, but the state of its network and the copy in {COPIES} are gone, and with them \
+         which containers and ports it has: name its --state-dir if there is another one; else {}",
+        way_out(*.is_removable)
+    )]
+    Forgotten {
+        /// The bridge.
+        bridge: IfName,
+        /// Whether `down` removes it.
+        is_removable: bool,
+    },
     /// Another network is up than the one requested.
     #[error("the network is up with {is}, not {wanted}: run `netns-setup down` first")]
     OtherNetwork {
@@ -115,6 +127,9 @@ pub enum Error {
         /// What was to be unpublished.
         what: String,
     },
+    /// No container publishes that.
+    #[error("no container publishes {0}: `netns-setup list` shows what they do")]
+    NotPublishedAtAll(String),
     /// `-P` without ports.
     #[error("{0} exposes no ports: name them with --expose when attaching, or publish with -p")]
     NothingExposed(Name),
@@ -228,6 +243,15 @@ impl Error {
                 _ => 1,
             },
             _ => 1,
+        }
+    }
+}
+
+fn way_out(is_removable: bool) -> &'static str {
+    match is_removable {
+        true => "run `netns-setup down`, which removes all but the namespaces, and then `netns-setup up`",
+        false => {
+            "remove it, its veth pairs and what `iptables-save` shows of it, and then run `netns-setup up`"
         }
     }
 }

@@ -84,6 +84,12 @@ impl Topology {
     }
 }
 
+/// The network that the alias of a bridge names.
+#[must_use]
+pub fn tagged(alias: &str) -> Option<Id> {
+    alias.strip_prefix(TAG)?.parse().ok()
+}
+
 /// The program that installs the rules.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

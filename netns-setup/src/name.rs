@@ -101,10 +101,13 @@ impl Id {
         &self.0
     }
 
+    /// How many digits are in the names of veth pairs.
+    pub const VETH_DIGITS: usize = 7;
+
     /// The name of the host end of an endpoint's veth pair: `veth` and seven digits, as in Docker.
     #[must_use]
     pub fn veth(&self) -> IfName {
-        IfName::short(&format!("veth{}", &self.0[..7]))
+        IfName::short(&format!("veth{}", &self.0[..Self::VETH_DIGITS]))
     }
 
     /// A MAC address for the host end, derived from the identifier so that a repaired pair has the same one.

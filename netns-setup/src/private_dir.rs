@@ -8,8 +8,11 @@ use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{Flock, FlockArg, OFlag, openat, renameat};
-use nix::sys::stat::{Mode, fstat};
+use nix::sys::stat::{FileStat, Mode, fstat, lstat};
 use nix::unistd::{UnlinkatFlags, geteuid, unlinkat};
+
+/// How often to open a directory that others remove.
+const TRIES: usize = 100;
 
 /// An error with such a directory.
 #[derive(Debug, thiserror::Error)]
@@ -66,6 +69,25 @@ impl PrivateDir {
     /// # Errors
     /// If it is not a directory, is writable by others, or cannot be locked.
     pub fn open(path: &Path) -> Result<Option<Self>, DirError> {
+        let mut opened = Self::open_once(path)?;
+        for _try in 0..TRIES {
+            if opened.as_ref().is_none_or(Self::is_at_path) {
+                break;
+            }
+            // While this one waited for the lock, another one has removed the directory.
+            opened = Self::open_once(path)?;
+        }
+        Ok(opened)
+    }
+
+    /// Whether the directory is still the one at its path.
+    fn is_at_path(&self) -> bool {
+        let identity = |stat: FileStat| (stat.st_dev, stat.st_ino);
+        let own = fstat(&*self.dir).ok().map(identity);
+        own.is_none() || own == lstat(&self.path).ok().map(identity)
+    }
+
+    fn open_once(path: &Path) -> Result<Option<Self>, DirError> {
         let flags = OFlag::O_RDONLY | OFlag::O_DIRECTORY | OFlag::O_NOFOLLOW | OFlag::O_CLOEXEC;
         let fd = match nix::fcntl::open(path, flags, Mode::empty()) {
             Ok(fd) => fd,
@@ -92,8 +114,14 @@ impl PrivateDir {
     /// Those of [`PrivateDir::open`], or if it cannot be created.
     pub fn create(path: &Path) -> Result<Self, DirError> {
         let failed = |source| DirError::Create { dir: path.to_owned(), source };
-        DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed)?;
-        Self::open(path)?.ok_or_else(|| failed(io::ErrorKind::NotFound.into()))
+        // Another one may remove it at once.
+        for _try in 0..TRIES {
+            DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(failed)?;
+            if let Some(opened) = Self::open(path)? {
+                return Ok(opened);
+            }
+        }
+        Err(failed(io::ErrorKind::NotFound.into()))
     }
 
     /// Reads a file; `None` if there is none.
@@ -178,6 +206,22 @@ mod tests {
         symlink(&victim, real.join("file")).unwrap();
         assert!(dir.read("file").is_err());
         assert_eq!(std::fs::read_to_string(&victim).unwrap(), "precious");
+    }
+
+    #[test]
+    fn a_directory_that_is_removed_is_none() {
+        let temp = tempfile::tempdir().unwrap();
+        let path = temp.path().join("state");
+        let first = PrivateDir::create(&path).unwrap();
+        let (there, gone) = (path.clone(), path.clone());
+        let makers = std::thread::spawn(move || PrivateDir::create(&there).unwrap().replace("file", b"new"));
+        let waiter = std::thread::spawn(move || PrivateDir::open(&gone).unwrap().map(|dir| dir.read("file")));
+        // Whether the others wait for the lock by now or come later: what they get is there.
+        std::fs::remove_dir(&path).unwrap();
+        drop(first);
+        makers.join().unwrap().unwrap();
+        waiter.join().unwrap().transpose().unwrap();
+        assert_eq!(std::fs::read_to_string(path.join("file")).unwrap(), "new");
     }
 
     #[test]

@@ -106,6 +106,63 @@ impl FromStr for Publication {
     }
 }
 
+/// Published ports of a container: a `-p` argument, or one port as `publish` and `list` print it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Published(Vec<PortRequest>);
+
+impl Published {
+    /// The single ports.
+    pub fn requests(&self) -> impl Iterator<Item = PortRequest> {
+        self.0.iter().copied()
+    }
+}
+
+impl FromStr for Published {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text.contains("->") {
+            return text.parse().map(|Listed(request)| Self(vec![request]));
+        }
+        let spec: Publication = text.parse()?;
+        Ok(Self(spec.requests().collect()))
+    }
+}
+
+/// One published port as `list` prints it, `*:80->80/tcp (both)`, or `publish`, `*:80/tcp -> 172.17.0.2:80`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Listed(pub PortRequest);
+
+impl FromStr for Listed {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        read_listed(text).map(Self).ok_or_else(|| {
+            format!("{text:?} is not a published port; write it as `netns-setup list` shows it, such as '*:80->80/tcp'")
+        })
+    }
+}
+
+fn read_listed(text: &str) -> Option<PortRequest> {
+    let (outside, inside) = text.trim().trim_end_matches(',').split_once("->")?;
+    // In brackets is what relays it.
+    let inside = inside.split_once(" (").map_or(inside, |(inside, _via)| inside).trim();
+    let (outside, container_port, proto) = match outside.trim().rsplit_once('/') {
+        Some((outside, proto)) => (outside, inside.rsplit_once(':')?.1, proto),
+        None => {
+            let (container_port, proto) = inside.rsplit_once('/')?;
+            (outside.trim(), container_port, proto)
+        }
+    };
+    let (host, host_port) = outside.rsplit_once(':')?;
+    Some(PortRequest {
+        proto: Protocol::ALL.into_iter().find(|known| known.as_str() == proto)?,
+        host: host.parse().ok()?,
+        host_port: HostPort::Exactly(host_port.parse().ok()?),
+        container_port: container_port.parse().ok()?,
+    })
+}
+
 /// Accepts any interface name, so that a mapping whose interface was removed can be unpublished.
 #[derive(Default)]
 struct Names {
@@ -207,6 +264,31 @@ mod tests {
         assert!(matches!(request.host_port, HostPort::FirstFreeOf(range) if range.count() == 11));
         assert!(request.host_port.admits(8004, false));
         assert!(!request.host_port.admits(8011, false));
+    }
+
+    #[test]
+    fn what_is_printed_of_a_port_names_it() {
+        let request = |proto, host: &str, port, container_port| PortRequest {
+            proto,
+            host: host.parse().unwrap(),
+            host_port: HostPort::Exactly(port),
+            container_port,
+        };
+        for (text, expected) in [
+            ("*:80->81/tcp (both)", request(Protocol::Tcp, "*", 80, 81)),
+            ("127.0.0.1:80->81/udp (dnat, suspended), ", request(Protocol::Udp, "127.0.0.1", 80, 81)),
+            ("[fe80::1%eth0]:80->81/tcp", request(Protocol::Tcp, "[fe80::1%eth0]", 80, 81)),
+            ("[::1]:80/udp -> 172.17.0.2:81", request(Protocol::Udp, "[::1]", 80, 81)),
+        ] {
+            assert_eq!(text.parse(), Ok(Published(vec![expected])), "{text}");
+        }
+        assert_eq!("8080:80/tcp+udp".parse::<Published>().unwrap().requests().count(), 2);
+        for wrong in
+            ["->", "*:80->", "*:80->80", "80->80/tcp", "*:0x50->80/tcp", "*:80->80/icmp", "*:80/tcp -> x"]
+        {
+            let error = wrong.parse::<Published>().unwrap_err();
+            assert!(error.contains("as `netns-setup list` shows it"), "{error}");
+        }
     }
 
     #[test]

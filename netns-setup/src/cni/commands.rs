@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
+use serde_json::value::RawValue;
 
 use super::attachment::AttachmentId;
 use super::call::Call;
@@ -65,11 +66,24 @@ fn add(id: &AttachmentId, conf: &Conf) -> Result<Answer, CniError> {
         ));
     };
     let result = Answer::of(prev.get().to_owned());
-    let store = match (conf.ports.is_empty(), Store::open(&conf.state_dir)?) {
-        (true, None) => return Ok(result),
-        (_, Some(store)) => store,
-        (false, None) => Store::create(&conf.state_dir)?,
-    };
+    match (conf.ports.is_empty(), Store::open(&conf.state_dir)?) {
+        (true, None) => Ok(result),
+        (_, Some(store)) => add_to(&store, id, conf, prev, result),
+        (false, None) => {
+            let store = Store::create(&conf.state_dir)?;
+            add_to(&store, id, conf, prev, result).inspect_err(|_error| store.discard())
+        }
+    }
+}
+
+/// Publishes them with what the state directory has.
+fn add_to(
+    store: &Store,
+    id: &AttachmentId,
+    conf: &Conf,
+    prev: &RawValue,
+    result: Answer,
+) -> Result<Answer, CniError> {
     let before = store.load()?;
     if conf.ports.is_empty() && before.attachment(id).is_none() {
         return Ok(result);
@@ -79,7 +93,7 @@ fn add(id: &AttachmentId, conf: &Conf) -> Result<Answer, CniError> {
         check_programs(conf)?;
     }
     let launch = launch(conf, &before)?;
-    let warnings = change::publish(&store, &before, before.with(attachment), id, &launch)?;
+    let warnings = change::publish(store, &before, before.with(attachment), id, &launch)?;
     Ok(Answer { warnings, ..result })
 }
 
@@ -236,8 +250,9 @@ fn status(conf: &Conf) -> Result<Answer, CniError> {
     check_programs(conf)?;
     check_that_programs_work(conf)?;
     let store = Store::create(&conf.state_dir)?;
-    store.check_writable()?;
-    store.load()?;
+    let is_usable = store.check_writable().and_then(|()| store.load());
+    store.discard();
+    is_usable?;
     match client::status(&conf.state_dir)?.and_then(|status| status.trouble) {
         Some(why) => Err(CniError::NotReady(format!("the relay does not run: {why}"))),
         None => Ok(Answer::default()),

@@ -1,7 +1,7 @@
 //! What is published on this node, in one file of the state directory.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use ipnet::IpNet;
 use rproxy_mapping::addr::Protocol;
@@ -204,7 +204,11 @@ impl Node {
 
 /// The state directory, open and locked: one call at a time.
 #[derive(Debug)]
-pub struct Store(PrivateDir);
+pub struct Store {
+    dir: PrivateDir,
+    /// The directories that were made for it, the innermost first.
+    made: Vec<PathBuf>,
+}
 
 impl Store {
     /// Opens the directory for a change, and creates it if there is none.
@@ -212,7 +216,9 @@ impl Store {
     /// # Errors
     /// If it cannot be used.
     pub fn create(path: &Path) -> Result<Self, CniError> {
-        Self(PrivateDir::create(path)?).check_own()
+        let missing = path.ancestors().take_while(|dir| !dir.as_os_str().is_empty() && !dir.exists());
+        let made = missing.map(Path::to_owned).collect();
+        Self { dir: PrivateDir::create(path)?, made }.check_own()
     }
 
     /// Opens the directory; `None` if there is none.
@@ -220,7 +226,7 @@ impl Store {
     /// # Errors
     /// If it cannot be used.
     pub fn open(path: &Path) -> Result<Option<Self>, CniError> {
-        PrivateDir::open(path)?.map(|dir| Self(dir).check_own()).transpose()
+        PrivateDir::open(path)?.map(|dir| Self { dir, made: Vec::new() }.check_own()).transpose()
     }
 
     /// Whether a directory is that of this plugin, with published ports.
@@ -238,9 +244,14 @@ impl Store {
         }
     }
 
+    /// Removes the directories that were made for it, if nothing has come into them.
+    pub fn discard(&self) {
+        self.made.iter().take_while(|dir| std::fs::remove_dir(dir).is_ok()).for_each(drop);
+    }
+
     /// Removes what a relay has left that has not ended by itself.
     pub fn remove_relay_files(&self) {
-        FILES.iter().for_each(|name| drop(self.0.remove(name)));
+        FILES.iter().for_each(|name| drop(self.dir.remove(name)));
     }
 
     /// Refuses a directory where nothing can be written.
@@ -250,8 +261,8 @@ impl Store {
     pub fn check_writable(&self) -> Result<(), CniError> {
         const PROBE: &str = "probe";
         // On a full disk, an empty file could be made.
-        self.0.replace(PROBE, b"writable")?;
-        Ok(self.0.remove(PROBE)?)
+        self.dir.replace(PROBE, b"writable")?;
+        Ok(self.dir.remove(PROBE)?)
     }
 
     /// Reads what is published.
@@ -259,7 +270,7 @@ impl Store {
     /// # Errors
     /// If the file is damaged, or is that of another network namespace.
     pub fn load(&self) -> Result<Node, CniError> {
-        let Some(bytes) = self.0.read(FILE)? else { return Node::new() };
+        let Some(bytes) = self.dir.read(FILE)? else { return Node::new() };
         let file = self.path().join(FILE);
         let node: Node = serde_json::from_slice(&bytes).map_err(|source| CniError::State { file, source })?;
         if node.version != VERSION {
@@ -287,17 +298,17 @@ impl Store {
     /// If it cannot be written.
     pub fn save(&self, node: &Node) -> Result<(), CniError> {
         if node.attachments.is_empty() && node.localnet.is_empty() && !node.is_changing {
-            self.0.remove(FILE)?;
-            return Ok(self.0.remove(&format!("{FILE}.new"))?);
+            self.dir.remove(FILE)?;
+            return Ok(self.dir.remove(&format!("{FILE}.new"))?);
         }
         // Text, numbers and lists can always be encoded.
         let text = serde_json::to_vec(node).unwrap_or_default();
-        Ok(self.0.replace(FILE, &text)?)
+        Ok(self.dir.replace(FILE, &text)?)
     }
 
     /// The path of the directory.
     #[must_use]
     pub fn path(&self) -> &Path {
-        self.0.path()
+        self.dir.path()
     }
 }

@@ -20,6 +20,9 @@ use crate::state::State;
 pub(super) fn check(options: &Options) -> Result<Report, Error> {
     let dry = Options { dry_run: true, ..options.clone() };
     let locked = LockedState::open(&dry)?;
+    if locked.state == State::default() {
+        return Err(locked.forgotten()?.map_or(Error::NoNetwork, |forgotten| forgotten.error()));
+    }
     let owned = locked.state.owned();
     let Restorable { desired, waiting, given_up } =
         Restorable::look(&locked.state, locked.state.desired().clone(), options)?;
@@ -114,6 +117,7 @@ pub fn mend(options: &Options, known: Option<&State>, executor: &mut dyn Executo
         Restorable::reserve(&locked.state, locked.state.desired().clone(), options, executor)?;
     let mut plan = locked.repair(desired, options, executor)?;
     plan.problems.extend(waiting);
+    plan.problems.extend(locked.forgotten()?.map(|forgotten| forgotten.error().to_string()));
     Ok(Mended { plan, state: locked.state, restored, given_up })
 }
 
@@ -126,6 +130,7 @@ pub(super) fn repair(options: &Options, executor: &mut dyn Executor) -> Result<R
     }
     let warnings = restored.iter().cloned().chain(given_up).collect();
     let line = match plan.steps.len() {
+        0 if state == State::default() => "there is no network: nothing to repair".to_owned(),
         0 if restored.is_none() => "nothing to repair".to_owned(),
         0 => "the state is restored, and nothing else has to be repaired".to_owned(),
         1 => "repaired with 1 step".to_owned(),

@@ -3,6 +3,7 @@
 mod attach;
 mod change;
 mod check;
+mod forgotten;
 mod locked;
 mod own_ports;
 mod publish;
@@ -17,7 +18,7 @@ use serde_json::{Value, json};
 
 pub use attach::{Attach, NetnsChoice};
 pub use check::{Mended, mend};
-pub use publish::{Publish, Unpublish};
+pub use publish::{Publish, Target, Unpublish};
 pub use transparent::Transparent;
 pub use up::Up;
 

@@ -1,6 +1,7 @@
 //! `publish` and `unpublish`: mapping ports of the host to containers.
 
 use std::collections::HashSet;
+use std::str::FromStr;
 
 use rproxy_mapping::addr::AddrError;
 use rproxy_mapping::interfaces::Interfaces;
@@ -14,9 +15,9 @@ use crate::executor::Executor;
 use crate::host_ip::HostIp;
 use crate::interfaces::HostInterfaces;
 use crate::model::{Firewall, Mapping, MappingKey, Network, Topology, Via};
-use crate::name::Name;
+use crate::name::{Name, NameError};
 use crate::plan::Scope;
-use crate::publish::{HostPort, PortRequest, Publication};
+use crate::publish::{HostPort, Listed, PortRequest, Publication, Published};
 use crate::registry::Other;
 use crate::reserve::ReserveError;
 use crate::shared::Shared;
@@ -221,40 +222,73 @@ fn reserve(taken: &AllTaken<'_>, key: MappingKey, executor: &mut dyn Executor) -
     taken.check(MappingKey { port, ..key }).map(|()| port)
 }
 
+/// What `unpublish` is about.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Target {
+    /// A container.
+    Container(Name),
+    /// One port, of whichever container publishes it.
+    Port(PortRequest),
+}
+
+impl FromStr for Target {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if text.contains("->") {
+            return text.parse().map(|Listed(request)| Self::Port(request));
+        }
+        text.parse().map(Self::Container).map_err(|error: NameError| error.to_string())
+    }
+}
+
 /// The arguments of `unpublish`.
 #[derive(Debug, Clone)]
 pub struct Unpublish {
-    /// The container.
-    pub name: Name,
+    /// The container, or one of its ports.
+    pub target: Target,
     /// The ports to unpublish; all if empty.
-    pub specs: Vec<Publication>,
+    pub specs: Vec<Published>,
 }
 
 impl Unpublish {
     pub(super) fn run(&self, options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
         let mut locked = LockedState::open_settled(options)?;
-        if let Some(name) = locked.by_id(&self.name)? {
-            drop(locked);
-            return Self { name, ..self.clone() }.run(options, executor);
-        }
-        let mappings = &locked.endpoint(&self.name)?.mappings;
+        let (name, requests) = self.chosen(&locked)?;
+        let mappings = &locked.endpoint(&name)?.mappings;
         let own = OwnPorts::of(mappings.clone());
-        let requests: Vec<_> = self.specs.iter().flat_map(|spec| spec.requests()).collect();
         if let Some(request) = requests.iter().find(|request| own.fulfilling(request).is_none()) {
-            let what = describe(request);
-            return Err(Error::NotPublished { name: self.name.clone(), what });
+            return Err(Error::NotPublished { name, what: describe(request) });
         }
         let wanted = Requests::of(&requests);
         let goes = |mapping: &Mapping| requests.is_empty() || wanted.are_fulfilled_by(mapping);
         let gone: Vec<_> = mappings.iter().filter(|mapping| goes(mapping)).cloned().collect();
         let mut desired = locked.state.current.clone();
-        if let Some(endpoint) = desired.endpoints.get_mut(&self.name) {
+        if let Some(endpoint) = desired.endpoints.get_mut(&name) {
             endpoint.mappings.retain(|mapping| !goes(mapping));
         }
-        let plan = locked.change(desired, &Scope::one(&self.name), options, executor)?;
+        let plan = locked.change(desired, &Scope::one(&name), options, executor)?;
         let lines = gone.iter().map(|mapping| format!("{} is no longer published", mapping.key())).collect();
         let shown: Vec<_> = gone.iter().map(|mapping| show::mapping(mapping, None)).collect();
         Ok(Report::of(&plan, lines, json!({ "mappings": shown })))
+    }
+}
+
+impl Unpublish {
+    /// The container, and which of its ports; all if there are none.
+    fn chosen(&self, locked: &LockedState) -> Result<(Name, Vec<PortRequest>), Error> {
+        let mut requests: Vec<_> = self.specs.iter().flat_map(Published::requests).collect();
+        match &self.target {
+            Target::Container(name) => Ok((locked.by_id(name)?.unwrap_or_else(|| name.clone()), requests)),
+            Target::Port(request) => {
+                locked.network()?;
+                let mut all = locked.state.current.mappings();
+                let owner =
+                    all.find(|(_, _, mapping)| mapping.fulfils(request)).map(|(owner, ..)| owner.clone());
+                requests.push(*request);
+                Ok((owner.ok_or_else(|| Error::NotPublishedAtAll(describe(request)))?, requests))
+            }
+        }
     }
 }
 

@@ -18,17 +18,16 @@ use crate::relay::client;
 pub(super) fn list(options: &Options) -> Result<Report, Error> {
     let locked = LockedState::open_to_read(options)?;
     let topology = &locked.state.current;
-    let mut lines = vec![format!("{:<16} {:<16} {:<12} {}", "NAME", "ADDRESS", "VETH", "PORTS")];
+    let mut table = vec![["NAME", "ADDRESS", "VETH", "PORTS"].map(str::to_owned)];
     let mut result = Vec::new();
     let status = client::status(&options.state_dir).ok().flatten().unwrap_or_default();
     let relay = status.relay;
     for (name, endpoint) in &topology.endpoints {
         let ports: Vec<_> = endpoint.mappings.iter().map(port).collect();
         let (ip, veth) = (endpoint.ip.to_string(), endpoint.id.veth());
-        lines.push(
-            format!("{name:<16} {ip:<16} {:<12} {}", veth.as_str(), ports.join(", ")).trim_end().to_owned(),
-        );
         let ip6 = topology.network.as_ref().and_then(|network| endpoint.ip6(network));
+        let addresses = ip6.map_or_else(|| ip.clone(), |ip6| format!("{ip},{ip6}"));
+        table.push([name.to_string(), addresses, veth.to_string(), ports.join(", ")]);
         result.push(json!({
             "name": name, "ip": ip, "ip6": ip6, "mac": endpoint.mac().to_string(), "veth": veth,
             "netns": endpoint.netns.path,
@@ -39,7 +38,17 @@ pub(super) fn list(options: &Options) -> Result<Report, Error> {
     let unserved = unserved.map(|port| format!("{} is not served now: {}", port.key, port.why));
     let warnings = interrupted(&locked).into_iter().chain(unserved).collect();
     let shown = Some(format!("{:#}", json!(result)));
-    Ok(Report { lines, warnings, shown, ..Report::default() })
+    Ok(Report { lines: aligned(&table), warnings, shown, ..Report::default() })
+}
+
+/// Lines with columns that are as wide as they have to be, and not narrower than usual.
+fn aligned(table: &[[String; 4]]) -> Vec<String> {
+    let width = |column: usize, usual| table.iter().map(|row| row[column].len()).fold(usual, usize::max);
+    let [names, addresses, veths] = [width(0, 16), width(1, 16), width(2, 12)];
+    let line = |[name, address, veth, ports]: &[String; 4]| {
+        format!("{name:<names$} {address:<addresses$} {veth:<veths$} {ports}").trim_end().to_owned()
+    };
+    table.iter().map(line).collect()
 }
 
 fn interrupted(locked: &LockedState) -> Vec<String> {

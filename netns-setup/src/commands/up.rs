@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde_json::json;
 
+use super::forgotten::Forgotten;
 use super::locked::{LockedState, Lost};
 use super::restore::Restorable;
 use super::{Options, Report, transparent};
@@ -47,7 +48,12 @@ impl Up {
         let mut desired = locked.state.current.clone();
         let network = match desired.network.take() {
             Some(network) => self.keep(network)?,
-            None => self.create(options, &locked.others()?)?,
+            None => {
+                if let Some(forgotten) = locked.forgotten()?.filter(|forgotten| forgotten.is(&self.bridge)) {
+                    return Err(forgotten.error());
+                }
+                self.create(options, &locked.others()?)?
+            }
         };
         let mut warnings = detect::interference(&network, &desired);
         warnings.extend(router_advertisements(&network)?);
@@ -126,7 +132,18 @@ impl Up {
 pub(super) fn down(options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
     let mut locked = LockedState::open_with(options, Lost::Restore)?;
     let restored = locked.restored.clone();
+    let forgotten = locked.forgotten()?;
+    if let Some(forgotten) = &forgotten {
+        locked.state.current.network = Some(forgotten.network()?);
+    }
     let mut plan = locked.change(Topology::default(), &Scope::All, options, executor)?;
+    for action in forgotten.as_ref().map(Forgotten::rest).transpose()?.into_iter().flatten() {
+        let step = Step::on_fresh(action);
+        if !options.dry_run {
+            executor.run(&step.action).map_err(Error::Leftover)?;
+        }
+        plan.steps.push(step);
+    }
     for path in persist::leftovers(&locked.persisted()?) {
         let step = Step::on_fresh(Action::RemoveFile(path));
         if !options.dry_run {
@@ -138,7 +155,8 @@ pub(super) fn down(options: &Options, executor: &mut dyn Executor) -> Result<Rep
     if !options.dry_run {
         FILES.iter().for_each(|name| drop(std::fs::remove_file(options.state_dir.join(name))));
     }
-    let warnings = restored.into_iter().chain(plan.problems.iter().cloned()).collect();
+    let left = forgotten.map(|forgotten| forgotten.left());
+    let warnings = restored.into_iter().chain(left).chain(plan.problems.iter().cloned()).collect();
     let is_empty = plan.steps.is_empty();
     let line = if is_empty { "nothing was up" } else { "everything that netns-setup created is removed" };
     Ok(Report::of(&plan, vec![line.to_owned()], json!(null)).warning(warnings))

@@ -264,7 +264,7 @@ enum CtlError {
     /// The running rproxy refused the request.
     #[error("{}", escaped(&.0.message))]
     Refused(Refusal),
-    /// No mapping has the name of `--mapping`.
+    /// No mapping has a name that `--mapping` means.
     #[error(
         "--mapping {0}: there is no such mapping; `rproxy ctl list` shows all, and * stands for any text"
     )]

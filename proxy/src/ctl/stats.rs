@@ -137,10 +137,11 @@ impl View {
         Ok(Self { rows, elapsed, rest })
     }
 
-    /// A pattern that names one mapping, which is not there.
-    pub(super) fn missing<'a>(&self, args: &'a StatsArgs) -> Option<&'a str> {
-        let mut names = args.mapping.iter().filter_map(NamePattern::exact);
-        names.find(|name| !self.rows.iter().any(|row| row.stats.name == *name))
+    /// A pattern of which there is no mapping. One with a `*` may be awaited by looking again and again.
+    pub(super) fn missing<'a>(&self, args: &'a StatsArgs) -> Option<&'a NamePattern> {
+        let mut awaited =
+            args.mapping.iter().filter(|pattern| args.watch.is_none() || pattern.exact().is_some());
+        awaited.find(|pattern| !self.rows.iter().any(|row| pattern.matches(&row.stats.name)))
     }
 
     /// As the server answers. If it is looked at repeatedly, with the rates of each mapping and the time that they
@@ -268,7 +269,7 @@ mod tests {
             let look = look(Instant::now(), 0, &[("a", 8), ("web-1", 9), ("web-2", 20)], &[("a", 9)]);
             let args = sorted_by(sort, mapping);
             let view = View::of(look, &args, &mut History::default()).unwrap();
-            let missing = view.missing(&args).map(ToOwned::to_owned);
+            let missing = view.missing(&args).map(ToString::to_string);
             (names(&view).join(" "), missing)
         };
         let shown = |sort, mapping: &[&str]| see(sort, mapping).0;
@@ -282,8 +283,19 @@ mod tests {
         );
         assert_eq!(shown(SortKey::Name, &["web*"]), "web-1 web-2");
         assert_eq!(shown(SortKey::FlowsTotal, &["web-1", "a"]), "a web-1 a");
-        assert_eq!(see(SortKey::Name, &["x*", "nobody"]), (String::new(), Some("nobody".to_owned())));
-        assert_eq!(see(SortKey::Name, &["x*"]), (String::new(), None));
+        assert_eq!(see(SortKey::Name, &["a", "nobody"]), ("a a".to_owned(), Some("nobody".to_owned())));
+        assert_eq!(see(SortKey::Name, &["a", "x*"]), ("a a".to_owned(), Some("x*".to_owned())));
+        assert_eq!(see(SortKey::Name, &["*-1", "web*"]), ("web-1 web-2".to_owned(), None));
+    }
+
+    #[test]
+    fn what_a_pattern_means_may_come_while_it_is_looked_at_again_and_again() {
+        let missing = |pattern: &str| {
+            let args = StatsArgs { watch: Some(1), ..sorted_by(SortKey::Name, &[pattern]) };
+            let view = View::of(look(Instant::now(), 0, &[("a", 8)], &[]), &args, &mut History::default());
+            view.unwrap().missing(&args).is_some()
+        };
+        assert_eq!(["a", "b", "b*"].map(missing), [false, true, false]);
     }
 
     #[test]

@@ -29,8 +29,8 @@ pub(super) fn stats(ctl: &Ctl, args: &StatsArgs) -> Result<(), CtlError> {
     let begun = Instant::now();
     let mut history = History::default();
     let view = View::of(look(ctl.control())?, args, &mut history)?;
-    if let Some(name) = view.missing(args) {
-        return Err(CtlError::NoMapping(name.to_owned()));
+    if let Some(pattern) = view.missing(args) {
+        return Err(CtlError::NoMapping(pattern.to_string()));
     }
     let Some(seconds) = args.watch else {
         console::out(&shown(view, ctl.json, false));

@@ -307,7 +307,12 @@ fn sorted() {
         names(&["--sort", "connections-total", "--mapping", "m02", "--mapping", "*1"]),
         json!(["m01", "m02"])
     );
-    assert_eq!(names(&["--mapping", "x*"]), json!([]));
+    for wrong in ["x*", "nobody"] {
+        let output = proxy.ctl(&["stats", "--mapping", "m*", "--mapping", wrong]);
+        assert_eq!((output.status.code(), output.stdout.as_str()), (Some(1), ""), "{output:#?}");
+        let said = format!("rproxy: --mapping {wrong}: there is no such mapping; ");
+        assert!(output.stderr.starts_with(&said) && output.stderr.lines().count() == 1, "{output:#?}");
+    }
     let table = proxy.ctl(&["stats", "--sort", "bytes-out", "--mapping", "*0*"]).success();
     let first: Vec<&str> = table.lines().filter_map(|line| line.split_whitespace().next()).collect();
     assert_eq!(first, ["NAME", "m01", "m02", "m00"]);

@@ -147,7 +147,7 @@ impl Supervisor {
                 Event::Ended => {
                     let how = self.serving.reap();
                     let delay = self.backoff.ended(&how, Instant::now());
-                    log(&format!("the relay {how}; it is started again in {delay:?}"));
+                    log(&format!("the relay {how}; it is started again {}", restart::when(delay)));
                 }
                 Event::Due => self.start_again(),
                 Event::Changed => self.retry.changed(Instant::now()),

@@ -55,9 +55,19 @@ impl Backoff {
     }
 }
 
+/// When something is due that is due after `delay`.
+pub(super) fn when(delay: Duration) -> String {
+    if delay.is_zero() { "at once".to_owned() } else { format!("in {delay:?}") }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn no_delay_is_at_once() {
+        assert_eq!([Duration::ZERO, FIRST, LONGEST].map(when), ["at once", "in 100ms", "in 30s"]);
+    }
 
     #[test]
     fn one_end_is_mended_at_once_and_many_are_slowed_down() {

@@ -111,6 +111,7 @@ fn mistakes(node: &Node) {
         let (was, said) = call(node, "ADD", &conf).error();
         assert_eq!(was, code, "{said}");
         assert!(said.contains(message) && !said.contains('\n'), "{said}");
+        assert!(!Path::new("/run/rproxy-portmap").exists(), "{said}");
     }
     assert_eq!(node.call("ADD", "c1", "{").error().0, 6);
     assert_eq!(node.call("ADD", "a/b", &configuration(&with(json!({})), &json!({}))).error().0, 4);
@@ -338,6 +339,7 @@ fn second_directory(node: &Node) {
     let conf = Node::conf(&pods[1], &tcp(8081), &other);
     let (code, said) = node.call("ADD", "c2", &conf).error();
     assert!(code == 104 && said.contains("/run/rproxy-portmap already has the ports"), "{code} {said}");
+    assert!(!Path::new("/run/other").exists(), "the directory that the call has made is gone again");
     assert_eq!((node.rules(), node.served()), before);
     // A DEL of what was refused is no error, and changes nothing.
     let delete = |id: &str, more: &Value| node.call("DEL", id, &configuration(&json!({}), more)).success();

@@ -1,6 +1,7 @@
 //! The CNI plugin `rproxy-portmap`, called as runtimes call it, behind Debian's plugins `bridge` and `host-local`.
 
 mod calls;
+mod containerd;
 mod crash;
 mod node;
 mod podman;
@@ -10,5 +11,5 @@ mod traffic;
 use testkit::suite::Case;
 
 pub(crate) fn cases() -> Vec<Case> {
-    testkit::modules![traffic, calls, refused, crash, podman]
+    testkit::modules![traffic, calls, refused, crash, podman, containerd]
 }

@@ -206,8 +206,8 @@ impl Node {
     #[track_caller]
     pub(crate) fn assert_clean(&self) {
         assert_eq!(self.rules(), "");
-        let left: Vec<_> =
-            fs::read_dir("/run/rproxy-portmap").unwrap().map(|file| file.unwrap().path()).collect();
+        let files = fs::read_dir("/run/rproxy-portmap").into_iter().flatten();
+        let left: Vec<_> = files.map(|file| file.unwrap().path()).collect();
         assert!(left.is_empty(), "{left:?}");
     }
 }

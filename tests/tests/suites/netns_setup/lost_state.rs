@@ -10,7 +10,7 @@ use testkit::suite::Case;
 use testkit::topology::HOST_V4;
 use testkit::{PATIENCE, eventually};
 
-use super::stage::{Stage, case, reaches_tcp, serve};
+use super::stage::{Stage, assert_same, case, reaches_tcp, serve};
 use super::watch::{Watch, set_up, until_settled};
 
 /// Where the copies are.
@@ -22,6 +22,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("copies that cannot be written leave what needs no new state", full_copies),
         case("a directory that cannot be used leaves the kernel's part", unusable),
         case("a state and its copy that are both removed are known to the service", forgotten),
+        case("a network that nobody knows any more is named, and can be taken down", unknown),
         case("a network that is taken down does not come back", taken_down),
         case("a copy that is removed is written again", copy),
         case("a state directory that is moved is watched where it is", moved),
@@ -105,6 +106,45 @@ fn forgotten(stage: &Stage) {
     until_settled(stage, "the state is restored");
     assert_eq!(stage.dump(), before);
     assert!(fs::read_dir(COPIES).unwrap().next().is_some());
+}
+
+fn unknown(stage: &Stage) {
+    let bare = stage.dump();
+    set_up(stage, "");
+    stage.ok("attach db");
+    fs::remove_dir_all(COPIES).unwrap();
+    fs::remove_file(stage.state_dir().join("state.json")).unwrap();
+    let intact = stage.dump();
+    let finding = "made the bridge docker0, but the state of its network and the copy in /run/netns-setup-registry are gone";
+    for command in ["check", "repair", "up", "up --dry-run"] {
+        let output = stage.run(command);
+        let said = [output.stdout, output.stderr].concat();
+        assert_eq!(output.status.code(), Some(1), "{command}: {said}");
+        assert!(
+            said.contains(finding) && said.contains("run `netns-setup down --state-dir "),
+            "{command}: {said}"
+        );
+        assert_eq!(stage.dump(), intact, "{command}");
+    }
+    // The service says so, too.
+    let watch = Watch::start(stage);
+    watch.says(finding);
+    watch.end();
+    let down = stage.run("down");
+    assert!(
+        down.status.success() && down.stderr.contains("left are namespaces of its containers"),
+        "{down:#?}"
+    );
+    assert!(down.stdout.contains("everything that netns-setup created is removed"), "{down:#?}");
+    stage.host("ip netns delete web");
+    stage.host("ip netns delete db");
+    stage.host("sysctl -q -w net.ipv4.ip_forward=0");
+    stage.host("sysctl -q -w net.ipv6.conf.all.forwarding=0");
+    stage.host("sysctl -q -w net.ipv4.conf.all.accept_redirects=1");
+    assert_same(&stage.dump(), &bare, "nothing else is left");
+    assert_eq!(stage.host("ss -Hltn sport = 80"), "", "the relay has ended");
+    set_up(stage, "");
+    stage.ok("check");
 }
 
 fn taken_down(stage: &Stage) {

@@ -26,6 +26,7 @@ pub(crate) fn cases() -> Vec<Case> {
         case("rules of others that interfere are named", interference),
         case("the demonstration needs no firewall", demo_without_rules),
         case("a container is found by its identifier", by_id),
+        case("ports are unpublished as they are listed", listed),
         case("containers without IPv6 on request", without_ipv6),
         case("errors are JSON on request", json_errors),
         case("a repair that cannot mend everything says so", partly_mended),
@@ -58,6 +59,10 @@ fn bad_input(stage: &Stage) {
     refused(stage, "up --bridge all", 2, "not an interface name");
     refused(stage, "up --bridge a\u{1b}[31m", 2, "a\\u{1b}[31m");
     refused(stage, "up --frobnicate", 2, "unexpected argument '--frobnicate' found");
+    refused(stage, "publish web", 2, "which ports to publish is missing: add them, as in `-p 8080:80`");
+    refused(stage, "check", 1, "there is no network: run `netns-setup up --state-dir ");
+    refused(stage, "unpublish *:80->80/tcp", 1, "run `netns-setup up --state-dir ");
+    assert_eq!(stage.ok("repair"), "there is no network: nothing to repair\n");
     stage.ok("up");
     refused(stage, "publish web -p 80", 1, "there is no container web");
     refused(stage, "detach web", 1, "there is no container web");
@@ -80,6 +85,8 @@ fn bad_input(stage: &Stage) {
     refused(stage, "publish web -p 192.0.2.1:80:80", 1, "not an address of this host");
     refused(stage, "publish web -p [::1]:80:80 --via dnat", 2, "--subnet6");
     refused(stage, "unpublish web -p 80:80", 1, "web does not publish");
+    refused(stage, "unpublish *:80->80/tcp", 1, "no container publishes *:80:80/tcp");
+    refused(stage, "unpublish *:80->80", 2, "write it as `netns-setup list` shows it");
     refused(stage, "publish web -p 80:80 --rproxy /nonexistent", 1, "/nonexistent");
     refused(stage, "publish web -p 80:80 --rproxy /none\u{1b}", 1, "/none\\u{1b}");
     assert_eq!(stage.ok("publish web -p 80:80 -p 80:80"), "*:80/tcp -> 172.17.0.2:80\n");
@@ -334,6 +341,39 @@ fn by_id(stage: &Stage) {
     let firsts: Vec<char> = (0..17).map(|number| id(&format!("c{number}")).chars().next().unwrap()).collect();
     let twice = firsts.iter().find(|first| firsts.iter().filter(|other| other == first).count() > 1).unwrap();
     refused(stage, &format!("inspect {twice}"), 1, "write more digits, or the name");
+}
+
+fn listed(stage: &Stage) {
+    stage.ok("up --subnet6 fd00:d0c::/64");
+    stage.ok("attach web");
+    stage.ok("attach db");
+    stage.ok("publish web -p 80:80 -p 127.0.0.1:90:90/tcp+udp -p [::1]:91:91 -p 0:92 --via proxy");
+    let list = || {
+        let text = stage.ok("list");
+        let lines: Vec<_> = text.lines().map(str::to_owned).collect();
+        let [_, _, web] = &lines[..] else { panic!("{text}") };
+        let columns = web.split_once("172.17.0.2,fd00:d0c::2 ").expect(&text).1.trim();
+        columns.split_once(' ').map_or_else(Vec::new, |(_veth, ports)| {
+            ports.trim().split(", ").map(str::to_owned).collect::<Vec<_>>()
+        })
+    };
+    let ports = list();
+    assert_eq!(ports.len(), 5, "{ports:?}");
+    let unpublish = |arguments: &[&str]| {
+        let mut command = std::process::Command::new(netns_setup());
+        command.arg("--state-dir").arg(stage.state_dir()).arg("unpublish").args(arguments);
+        stage.host.spawn(command).into_output()
+    };
+    assert_eq!(ports[0], "*:80->80/tcp (proxy)");
+    let wrong = unpublish(&["db", "-p", &ports[0]]);
+    assert!(wrong.stderr.contains("db does not publish *:80:80/tcp"), "{wrong:#?}");
+    assert_eq!(unpublish(&[&ports[0]]).success(), "*:80/tcp is no longer published\n");
+    unpublish(&["web", "-p", &ports[1], "-p", ports[2].split(' ').next().unwrap()]).success();
+    // As publish prints it.
+    unpublish(&["[::1]:91/tcp -> 172.17.0.2:91"]).success();
+    assert_eq!(list(), ports[4..]);
+    unpublish(&[&ports[4]]).success();
+    assert_eq!(list(), Vec::<String>::new());
 }
 
 fn without_ipv6(stage: &Stage) {

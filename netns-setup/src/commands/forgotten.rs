@@ -1,0 +1,154 @@
+//! A network whose state and its copy are both lost: what the kernel still tells of it, so that it can be taken down.
+
+use super::locked::LockedState;
+use crate::action::Action;
+use crate::addr::{Subnet4, Subnet6};
+use crate::block::Block;
+use crate::error::Error;
+use crate::model::{self, Firewall, Network};
+use crate::name::{Id, IfName};
+use crate::netlink::xfrm;
+use crate::observe::{self, ObserveError};
+use crate::observed::{Link, Side};
+use crate::state::State;
+
+/// What is left of a network that no state directory knows.
+#[derive(Debug)]
+pub(super) struct Forgotten {
+    bridge: IfName,
+    /// The network without its containers, if the kernel tells enough.
+    network: Option<Network>,
+    /// The host ends of the containers' veth pairs.
+    veths: Vec<IfName>,
+}
+
+impl LockedState {
+    /// A network of which this host has a bridge, and nobody a state. It can be that of this directory if it has none.
+    pub(super) fn forgotten(&self) -> Result<Option<Forgotten>, Error> {
+        if self.state != State::default() {
+            return Ok(None);
+        }
+        let host = observe::side().map_err(ObserveError::Host)?;
+        let others = self.others()?;
+        let known: Vec<Id> =
+            others.iter().filter_map(|other| Some(other.state.owned().network?.id)).collect();
+        let Some((link, id)) = bridges(&host).find(|(_link, id)| !known.contains(id)) else {
+            return Ok(None);
+        };
+        let Ok(bridge) = link.name.parse() else { return Ok(None) };
+        Ok(Some(Forgotten { bridge, network: network(&host, link, bridge, id), veths: veths(&host, link) }))
+    }
+}
+
+impl Forgotten {
+    pub(super) fn is(&self, bridge: &IfName) -> bool {
+        self.bridge == *bridge
+    }
+
+    pub(super) fn error(&self) -> Error {
+        Error::Forgotten { bridge: self.bridge, is_removable: self.network.is_some() }
+    }
+
+    /// The network without its containers.
+    pub(super) fn network(&self) -> Result<Network, Error> {
+        self.network.clone().ok_or_else(|| self.error())
+    }
+
+    /// What `down` has to remove beside the network.
+    pub(super) fn rest(&self) -> Result<Vec<Action>, Error> {
+        let blocked = xfrm::blocked().map_err(ObserveError::Policies)?.unwrap_or_default();
+        let subnet = self.network.as_ref().map(|network| network.subnet.cidr());
+        // It belongs to published ports.
+        let to_loopback = subnet.map(Block::ToLoopback).filter(|block| blocked.contains(block));
+        let veths = self.veths.iter().map(|veth| Action::DeleteLink(*veth));
+        Ok(veths.chain(to_loopback.map(Action::Unblock)).collect())
+    }
+
+    /// What `down` leaves of it.
+    pub(super) fn left(&self) -> String {
+        format!(
+            "the state of {} was lost: what is left are namespaces of its containers, which `ip netns` lists, kernel parameters such \
+             as net.ipv4.ip_forward, and rules of iptables if it had those",
+            self.bridge
+        )
+    }
+}
+
+/// The bridges of this program, with their networks.
+fn bridges(host: &Side) -> impl Iterator<Item = (&Link, Id)> {
+    let bridges = host.links.iter().filter(|link| link.kind.as_deref() == Some("bridge"));
+    bridges.filter_map(|link| Some((link, model::tagged(link.alias.as_deref()?)?)))
+}
+
+/// The network of a bridge, by its addresses: the bridge has the first of each subnet.
+fn network(host: &Side, link: &Link, bridge: IfName, id: Id) -> Option<Network> {
+    let own = host.addresses.iter().filter(|(index, _address)| *index == link.index);
+    let subnets: Vec<String> = own.map(|(_index, address)| address.network().to_string()).collect();
+    let subnet: Subnet4 = subnets.iter().find_map(|subnet| subnet.parse().ok())?;
+    // That of link-local addresses is none.
+    let subnet6: Option<Subnet6> = subnets.iter().find_map(|subnet| subnet.parse().ok());
+    Some(Network {
+        id,
+        bridge,
+        subnet,
+        subnet6,
+        mtu: link.mtu,
+        gso_max_size: 0,
+        // The table has the name of the bridge.
+        firewall: Firewall::Nft,
+        disable_ipv6: false,
+        sysctls: Vec::new(),
+        persist: None,
+        last_ip: None,
+    })
+}
+
+/// The ports of a bridge that are named as veth pairs are by this program.
+fn veths(host: &Side, bridge: &Link) -> Vec<IfName> {
+    let is_ours = |link: &&Link| {
+        link.master == Some(bridge.index)
+            && link.kind.as_deref() == Some("veth")
+            && link.name.strip_prefix("veth").is_some_and(|rest| rest.len() == Id::VETH_DIGITS)
+    };
+    host.links.iter().filter(is_ours).filter_map(|link| link.name.parse().ok()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testdata;
+
+    #[test]
+    fn the_kernel_tells_which_network_a_bridge_has() {
+        let known = testdata::everything().network.unwrap();
+        let bridge = |index, alias| Link {
+            index,
+            name: known.bridge.to_string(),
+            kind: Some("bridge".to_owned()),
+            alias: Some(alias),
+            mtu: known.mtu,
+            ..Link::default()
+        };
+        let veth = |name: &str, kind: &str, master| Link {
+            name: name.to_owned(),
+            kind: Some(kind.to_owned()),
+            master: Some(master),
+            ..Link::default()
+        };
+        let links = vec![
+            bridge(1, "netns-setup:no identifier".to_owned()),
+            bridge(2, known.tag()),
+            veth("vetha1a1a1a", "veth", 2),
+            veth("vethb1b1b1b", "veth", 1),
+            veth("vethc1c1c1c", "bridge", 2),
+            veth("veth0", "veth", 2),
+        ];
+        let addresses = known.addresses().into_iter().rev().map(|address| (2, address)).collect();
+        let host = Side { links, addresses, ..Side::default() };
+        let [(link, id)] = &bridges(&host).collect::<Vec<_>>()[..] else { panic!("not one") };
+        let found = network(&host, link, known.bridge, id.clone()).unwrap();
+        assert_eq!((&found.id, found.subnet, found.mtu), (&known.id, known.subnet, known.mtu));
+        assert!(found.subnet6.is_some() && found.subnet6 == known.subnet6);
+        assert_eq!(veths(&host, link), ["vetha1a1a1a".parse().unwrap()]);
+    }
+}
