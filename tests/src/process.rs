@@ -59,6 +59,12 @@ impl Output {
     }
 }
 
+/// How a message names this process.
+pub fn own_name() -> String {
+    let comm = fs::read_to_string("/proc/self/comm").unwrap();
+    format!("{} (process {})", comm.trim_end(), std::process::id())
+}
+
 /// Runs a command to its end.
 pub fn run(command: Command) -> Output {
     Process::spawn(command).into_output()

@@ -213,24 +213,47 @@ impl FromStr for ScopedIp {
     }
 }
 
+/// The address of a socket, of any family that is relayed.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum SockAddr {
+    /// An IP address and a port.
+    Inet(SocketAddr),
+    /// A Unix socket.
+    Unix(UnixAddr),
+}
+
+impl fmt::Display for SockAddr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Inet(addr) => addr.fmt(f),
+            Self::Unix(addr) => addr.fmt(f),
+        }
+    }
+}
+
 /// The address and port that clients connect to; port 0 asks the kernel for a free one.
 ///
 /// Its text forms are `0.0.0.0:80`, `[::]:80`, netstat's `:::80`, and `unix:/run/front.sock` for a Unix socket. An IPv4-mapped
 /// IPv6 address becomes the IPv4 address.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct HostSocketAddr(Place);
+pub struct HostSocketAddr(SockAddr);
 
 impl HostSocketAddr {
     /// The host address with `ip` and `port`.
     pub fn new(ip: impl Into<ScopedIp>, port: u16) -> Self {
-        Self(Place::Inet(ip.into().at(port)))
+        Self(SockAddr::Inet(ip.into().at(port)))
+    }
+
+    /// What to bind.
+    pub fn sockaddr(&self) -> &SockAddr {
+        &self.0
     }
 
     /// The IP address and port to bind; `None` for a Unix socket.
     pub fn inet_addr(&self) -> Option<SocketAddr> {
         match self.0 {
-            Place::Inet(addr) => Some(addr),
-            Place::Unix(_) => None,
+            SockAddr::Inet(addr) => Some(addr),
+            SockAddr::Unix(_) => None,
         }
     }
 
@@ -242,21 +265,21 @@ impl HostSocketAddr {
     /// The Unix socket, if it is one.
     pub fn unix_addr(&self) -> Option<&UnixAddr> {
         match &self.0 {
-            Place::Inet(_) => None,
-            Place::Unix(addr) => Some(addr),
+            SockAddr::Inet(_) => None,
+            SockAddr::Unix(addr) => Some(addr),
         }
     }
 }
 
 impl From<SocketAddr> for HostSocketAddr {
     fn from(addr: SocketAddr) -> Self {
-        Self(Place::Inet(canonical(addr)))
+        Self(SockAddr::Inet(canonical(addr)))
     }
 }
 
 impl From<UnixAddr> for HostSocketAddr {
     fn from(addr: UnixAddr) -> Self {
-        Self(Place::Unix(addr))
+        Self(SockAddr::Unix(addr))
     }
 }
 
@@ -268,23 +291,7 @@ impl fmt::Display for HostSocketAddr {
 
 /// The backend's address, to which connections and datagrams are forwarded: an IP address and a port, or a Unix socket.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-pub struct BackendAddr(Place);
-
-/// An address of a socket, of any family that is relayed.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
-enum Place {
-    Inet(SocketAddr),
-    Unix(UnixAddr),
-}
-
-impl fmt::Display for Place {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Inet(addr) => addr.fmt(f),
-            Self::Unix(addr) => addr.fmt(f),
-        }
-    }
-}
+pub struct BackendAddr(SockAddr);
 
 impl BackendAddr {
     /// The backend address with `ip` and `port`.
@@ -330,23 +337,23 @@ impl BackendAddr {
     /// [`ScopedIp::NOWHERE`].
     pub fn socket_addr(&self) -> SocketAddr {
         match self.0 {
-            Place::Inet(addr) => addr,
-            Place::Unix(_) => ScopedIp::NOWHERE.at(1),
+            SockAddr::Inet(addr) => addr,
+            SockAddr::Unix(_) => ScopedIp::NOWHERE.at(1),
         }
     }
 
     /// The Unix socket, if it is one.
     pub fn unix_addr(&self) -> Option<&UnixAddr> {
         match &self.0 {
-            Place::Inet(_) => None,
-            Place::Unix(addr) => Some(addr),
+            SockAddr::Inet(_) => None,
+            SockAddr::Unix(addr) => Some(addr),
         }
     }
 }
 
 impl From<UnixAddr> for BackendAddr {
     fn from(addr: UnixAddr) -> Self {
-        Self(Place::Unix(addr))
+        Self(SockAddr::Unix(addr))
     }
 }
 
@@ -357,7 +364,7 @@ impl TryFrom<SocketAddr> for BackendAddr {
         if addr.port() == 0 {
             return Err(AddrError::ZeroPort);
         }
-        Ok(Self(Place::Inet(canonical(addr))))
+        Ok(Self(SockAddr::Inet(canonical(addr))))
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::fmt;
 
-use crate::addr::{HostSocketAddr, Protocol, ScopedIp};
+use crate::addr::{HostSocketAddr, Protocol, ScopedIp, SockAddr};
 use crate::host::{HostAddr, InterfaceName};
 use crate::ports::PortRange;
 use crate::unix::UnixAddr;
@@ -102,9 +102,9 @@ impl BindScope {
 
     /// The scope of a socket that is bound to `host`.
     pub fn of_socket(host: &HostSocketAddr, v6only: bool) -> Self {
-        match (host.inet_addr(), host.unix_addr()) {
-            (None, Some(addr)) => Self::Unix(addr.clone()),
-            (addr, _) => Self::of(addr.map_or(ScopedIp::ANY, ScopedIp::from), v6only),
+        match host.sockaddr() {
+            SockAddr::Inet(addr) => Self::of((*addr).into(), v6only),
+            SockAddr::Unix(addr) => Self::Unix(addr.clone()),
         }
     }
 

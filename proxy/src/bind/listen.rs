@@ -7,7 +7,7 @@ use std::sync::Once;
 use std::time::Duration;
 
 use nix::libc;
-use rproxy_mapping::addr::{HostSocketAddr, Protocol, ScopedIp};
+use rproxy_mapping::addr::{HostSocketAddr, Protocol, ScopedIp, SockAddr};
 use rproxy_mapping::host::InterfaceName;
 use rproxy_mapping::keepalive::{Keepalive, Probes};
 use rproxy_mapping::limits::Limits;
@@ -16,6 +16,7 @@ use rproxy_mapping::{Mapping, PortMapping};
 use rproxy_sys::{sctp, udp};
 use socket2::{Domain, Protocol as Transport, SockRef, Socket, TcpKeepalive, Type};
 
+use crate::bind::holder;
 use crate::bind::unix_socket::UnixSocket;
 use crate::runtime::descriptors::explain;
 
@@ -43,17 +44,16 @@ impl Listener {
     pub fn bind(mapping: &PortMapping, limits: &Limits) -> Result<Self, BindError> {
         let PortMapping { protocol, host, v6only, .. } = mapping;
         let options = BindOptions { v6only: *v6only, freebind: limits.freebind };
-        let bound = match (host.inet_addr(), host.unix_addr()) {
-            (Some(addr), _) => match protocol {
-                Protocol::Tcp => listen_tcp(addr, options).map(Self::Tcp),
-                Protocol::Udp => bind_udp(addr, options).map(Self::Udp),
-                Protocol::Sctp => listen_sctp(addr, options).map(Self::Sctp),
+        let bound = match host.sockaddr() {
+            SockAddr::Inet(addr) => match protocol {
+                Protocol::Tcp => listen_tcp(*addr, options).map(Self::Tcp),
+                Protocol::Udp => bind_udp(*addr, options).map(Self::Udp),
+                Protocol::Sctp => listen_sctp(*addr, options).map(Self::Sctp),
             },
-            (None, Some(addr)) => {
+            SockAddr::Unix(addr) => {
                 let permissions = limits.socket.as_deref().cloned().unwrap_or_default();
                 UnixSocket::listen(addr, &permissions).map(Self::Unix).map_err(io::Error::from)
             }
-            (None, None) => Err(io::ErrorKind::Unsupported.into()),
         };
         let (protocol, addr) = (*protocol, host.clone());
         bound.map_err(|source| BindError { protocol, addr, interface: None, among: None, more: 1, source })
@@ -365,6 +365,23 @@ impl BindError {
         }
     }
 
+    /// That the port is taken, and what would work, when it is not known by whom.
+    fn is_taken(&self, addr: SocketAddr) -> String {
+        let Self { protocol, .. } = self;
+        let option = match protocol {
+            Protocol::Tcp => "t",
+            Protocol::Udp => "u",
+            Protocol::Sctp => "S",
+        };
+        // All addresses of an interface have the same port.
+        let free = if self.interface.is_none() { " port 0 takes a free one," } else { "" };
+        format!(
+            "the {protocol} port is taken; `ss -an{option}p 'sport = :{}'` shows by which program,{free} and \
+             net.ipv4.ip_local_reserved_ports keeps one for listening",
+            addr.port()
+        )
+    }
+
     /// What the error means here, and what would work.
     pub fn reason(&self) -> String {
         let Self { protocol, addr, source, .. } = self;
@@ -376,18 +393,13 @@ impl BindError {
                 let among = self.among.map_or_else(String::new, |among| among.to_string());
                 format!("none of its ports is free ({among}); `ss -antup` shows who has them")
             }
-            io::ErrorKind::AddrInUse => format!(
-                "the {protocol} port is taken; `ss -an{}p 'sport = :{}'` shows by which program,{} and \
-                 net.ipv4.ip_local_reserved_ports keeps one for listening",
-                match protocol {
-                    Protocol::Tcp => "t",
-                    Protocol::Udp => "u",
-                    Protocol::Sctp => "S",
-                },
-                addr.port(),
-                // All addresses of an interface have the same port.
-                if self.interface.is_none() { " port 0 takes a free one," } else { "" }
-            ),
+            io::ErrorKind::AddrInUse => match holder::of(*protocol, addr) {
+                Some(holder) => {
+                    format!("the {protocol} port is taken by {holder}; use another one, or end what has it")
+                }
+                // A client may have it, too.
+                None => self.is_taken(addr),
+            },
             io::ErrorKind::AddrNotAvailable if self.interface.is_some() => {
                 "the kernel does not bind it although the interface has it, as in a VRF; `ip vrf exec` starts \
                  rproxy in one"

@@ -4,6 +4,7 @@
 
 pub mod activation;
 pub mod family;
+pub(crate) mod holder;
 pub mod interfaces;
 pub mod listen;
 pub(crate) mod return_path;

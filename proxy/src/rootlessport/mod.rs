@@ -9,7 +9,6 @@
 //! which it logs (`setupRootlessPortMappingViaRLK` in Podman's `libpod`).
 
 mod contract;
-mod holder;
 mod reload;
 
 use std::ffi::{OsStr, OsString};
@@ -149,16 +148,8 @@ fn start(contract: Contract) -> Result<Started, StartError> {
 }
 
 /// Binds all, or none.
-fn bind(mappings: Vec<Mapping>) -> Result<Vec<Bound>, StartError> {
-    let bound = mappings.into_iter().map(Bound::bind).collect::<Result<_, _>>();
-    bound.map_err(|error: BindError| {
-        let is_taken = error.source.kind() == io::ErrorKind::AddrInUse;
-        let addr = error.addr.inet_addr().filter(|_addr| is_taken);
-        match addr.and_then(|addr| holder::of(error.protocol, addr)) {
-            Some(holder) => StartError::Taken { error, holder },
-            None => StartError::Bind(error),
-        }
-    })
+fn bind(mappings: Vec<Mapping>) -> Result<Vec<Bound>, BindError> {
+    mappings.into_iter().map(Bound::bind).collect()
 }
 
 fn watch_exit(exit: OwnedFd) -> io::Result<Watched> {
@@ -224,10 +215,8 @@ async fn move_container(server: &mut Server, request: Request) {
 /// Why it cannot start; Podman shows the message to the user, after the name of the program.
 #[derive(Debug, thiserror::Error)]
 enum StartError {
-    #[error("cannot listen on {}/{}: {holder} has this port; end that, or publish another port", error.addr, error.protocol)]
-    Taken { error: BindError, holder: String },
     #[error(transparent)]
-    Bind(BindError),
+    Bind(#[from] BindError),
     #[error("NetNSPath {}: cannot enter this network namespace: {source}", escaped(path))]
     Namespace { path: PathBuf, source: io::Error },
     #[error(transparent)]

@@ -492,7 +492,11 @@ fn wrong_start() {
             1,
             "rproxy.toml:2:1: unknown key `hots`; did you mean `host`?",
         ),
-        (&table(taken, to, ""), 1, &format!("rproxy.toml: {taken}: the tcp port is taken; `ss -antp")),
+        (
+            &table(taken, to, ""),
+            1,
+            &format!("rproxy.toml: {taken}: the tcp port is taken by {}", process::own_name()),
+        ),
     ] {
         let output = run_with(text, &["--config", "FILE"]);
         assert_eq!(output.status.code(), Some(code), "{output:#?}");

@@ -211,8 +211,10 @@ fn messages() {
     let taken = ["--host", "%eth0:92", "--to", "172.17.0.2:80"];
     let output = host.spawn(rproxy::command(&taken)).into_output();
     assert_eq!(output.status.code(), Some(1), "{output:#?}");
-    let said = "rproxy: --host %eth0:92 at 10.0.0.11: the tcp port is taken; `ss -antp 'sport = :92'` shows by which \
-                program, and net.ipv4.ip_local_reserved_ports keeps one for listening\n";
+    let said = format!(
+        "rproxy: --host %eth0:92 at 10.0.0.11: the tcp port is taken by {}; use another one, or end what has it\n",
+        testkit::process::own_name()
+    );
     assert_eq!(output.stderr, said);
     let server = Controlled::start_in(host, &[]);
     let refused = server.ctl(&[&["add"][..], &taken].concat());

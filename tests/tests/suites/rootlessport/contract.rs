@@ -20,7 +20,7 @@ use rproxy_sys::sctp::Label;
 use testkit::backend::{TcpBackend, echo};
 use testkit::client;
 use testkit::netns::Namespace;
-use testkit::process::{self, Process, in_shell};
+use testkit::process::{self, Process, in_shell, own_name};
 use testkit::require::Need;
 use testkit::rproxy::rproxy;
 use testkit::sctp;
@@ -244,8 +244,8 @@ fn taken_port() {
         { "host_ip": "127.0.0.1", "host_port": PORT, "container_port": 1, "range": 1, "protocol": "tcp" },
     ]);
     let line = Relay::start(&host, &container.path(), &mappings, &json!({})).failure(1);
-    let holder = format!("(process {}) has this port", std::process::id());
-    assert!(line.starts_with("cannot listen on 127.0.0.1:8080/tcp: ") && line.contains(&holder), "{line}");
+    let taken = format!("cannot listen on 127.0.0.1:8080/tcp: the tcp port is taken by {}; ", own_name());
+    assert!(line.starts_with(&taken), "{line}");
     host.run(|| TcpListener::bind((Ipv4Addr::LOCALHOST, PORT + 1)).unwrap());
 }
 

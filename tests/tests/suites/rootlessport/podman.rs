@@ -251,8 +251,9 @@ fn conflict() {
     let output = start();
     assert_eq!(output.status.code(), Some(126), "{output:?}");
     // That of the tests is another user's.
-    let told =
-        format!("rootlessport cannot listen on [::]:{PORT}/tcp: a process of the user with the number");
+    let told = format!(
+        "rootlessport cannot listen on [::]:{PORT}/tcp: the tcp port is taken by a process of the user with the number"
+    );
     assert!(output.stderr.contains(&told), "{}", output.stderr);
     drop(holder);
     podman.podman("rm two").success();

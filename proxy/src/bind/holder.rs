@@ -1,5 +1,6 @@
 //! Finds the program that has a port, for a message.
 
+use std::fmt;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -9,8 +10,27 @@ use rproxy_mapping::escape::escaped;
 /// The state of a TCP socket that listens (`TCP_LISTEN` in net/tcp_states.h).
 const LISTEN: &str = "0A";
 
-/// Who listens there, as far as this process may know.
-pub(super) fn of(protocol: Protocol, wanted: SocketAddr) -> Option<String> {
+/// Who has a port.
+#[derive(Debug)]
+pub(crate) enum Holder {
+    /// A process, with its name.
+    Process(u32, String),
+    /// A process whose descriptors this one may not list, of a user with this number.
+    OfUser(String),
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Process(pid, _) if *pid == std::process::id() => f.write_str("this process"),
+            Self::Process(pid, name) => write!(f, "{} (process {pid})", escaped(name)),
+            Self::OfUser(user) => write!(f, "a process of the user with the number {user}"),
+        }
+    }
+}
+
+/// Who listens there. Nothing is found by a confined process, which reads no files.
+pub(crate) fn of(protocol: Protocol, wanted: SocketAddr) -> Option<Holder> {
     let tables: &[&str] = match protocol {
         Protocol::Tcp => &["/proc/net/tcp", "/proc/net/tcp6"],
         Protocol::Udp => &["/proc/net/udp", "/proc/net/udp6"],
@@ -19,8 +39,8 @@ pub(super) fn of(protocol: Protocol, wanted: SocketAddr) -> Option<String> {
     let texts = tables.iter().filter_map(|table| fs::read_to_string(table).ok());
     let socket = texts.filter_map(|text| in_table(&text, protocol, wanted)).next()?;
     Some(match process_with(&format!("socket:[{}]", socket.inode)) {
-        Some((pid, name)) => format!("{} (process {pid})", escaped(&name)),
-        None => format!("a process of the user with the number {}", socket.user),
+        Some((pid, name)) => Holder::Process(pid, name),
+        None => Holder::OfUser(socket.user),
     })
 }
 
@@ -88,7 +108,6 @@ mod tests {
 
     #[test]
     fn whoever_listens_is_found_also_at_a_wildcard() {
-        let this = format!("(process {})", std::process::id());
         for address in ["127.0.0.1:0", "0.0.0.0:0", "[::]:0"] {
             let Ok(tcp) = TcpListener::bind(address) else { continue };
             let udp = UdpSocket::bind(address).unwrap();
@@ -98,7 +117,7 @@ mod tests {
             ] {
                 for wanted in [SocketAddr::from(([127, 0, 0, 1], port)), ([0; 4], port).into()] {
                     let holder = of(protocol, wanted).expect(address);
-                    assert!(holder.ends_with(&this), "{address}: {holder}");
+                    assert_eq!(holder.to_string(), "this process", "{address}");
                 }
             }
         }
