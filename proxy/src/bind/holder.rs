@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use rproxy_mapping::addr::Protocol;
 use rproxy_mapping::escape::escaped;
+use rustix::process::geteuid;
 
 /// The state of a TCP socket that listens (`TCP_LISTEN` in net/tcp_states.h).
 const LISTEN: &str = "0A";
@@ -15,8 +16,10 @@ const LISTEN: &str = "0A";
 pub(crate) enum Holder {
     /// A process, with its name.
     Process(u32, String),
-    /// A process whose descriptors this one may not list, of a user with this number.
-    OfUser(String),
+    /// One of the user of this process, whose descriptors this one may not list: it is in another user namespace.
+    SameUser,
+    /// One of another user, whose number may not be mapped in this user namespace.
+    OtherUser,
 }
 
 impl fmt::Display for Holder {
@@ -24,7 +27,8 @@ impl fmt::Display for Holder {
         match self {
             Self::Process(pid, _) if *pid == std::process::id() => f.write_str("this process"),
             Self::Process(pid, name) => write!(f, "{} (process {pid})", escaped(name)),
-            Self::OfUser(user) => write!(f, "a process of the user with the number {user}"),
+            Self::SameUser => f.write_str("another program of this user"),
+            Self::OtherUser => f.write_str("another user's program"),
         }
     }
 }
@@ -36,37 +40,65 @@ pub(crate) fn of(protocol: Protocol, wanted: SocketAddr) -> Option<Holder> {
         Protocol::Udp => &["/proc/net/udp", "/proc/net/udp6"],
         Protocol::Sctp => return None,
     };
-    let texts = tables.iter().filter_map(|table| fs::read_to_string(table).ok());
-    let socket = texts.filter_map(|text| in_table(&text, protocol, wanted)).next()?;
+    let texts: Vec<_> = tables.iter().filter_map(|table| fs::read_to_string(table).ok()).collect();
+    let socket = in_tables(&texts, protocol, wanted)?;
     Some(match process_with(&format!("socket:[{}]", socket.inode)) {
         Some((pid, name)) => Holder::Process(pid, name),
-        None => Holder::OfUser(socket.user),
+        None if socket.user == geteuid().to_string() => Holder::SameUser,
+        None => Holder::OtherUser,
     })
 }
 
 /// A socket in a table of the kernel.
 #[derive(Debug, PartialEq, Eq)]
 struct Found {
+    /// As this user namespace numbers it.
     user: String,
     inode: String,
 }
 
-/// The first socket that excludes `wanted` (proc_net(5): local address, state, user, inode).
-fn in_table(text: &str, protocol: Protocol, wanted: SocketAddr) -> Option<Found> {
-    text.lines().skip(1).find_map(|line| {
-        let fields: Vec<&str> = line.split_whitespace().collect();
-        let [_slot, local, _remote, state, _queues, _timer, _retransmits, user, _timeout, inode, ..] =
-            fields[..]
-        else {
-            return None;
-        };
-        let local = parse_addr(local)?;
-        let is_in_the_way = local.port() == wanted.port()
-            && (protocol != Protocol::Tcp || state == LISTEN)
-            && [local.ip(), wanted.ip()].iter().any(IpAddr::is_unspecified)
-            || local == wanted;
-        is_in_the_way.then(|| Found { user: user.to_owned(), inode: inode.to_owned() })
-    })
+/// A socket that excludes `wanted`; or else one that does unless it is for IPv6 alone, which the tables do not show.
+fn in_tables(texts: &[String], protocol: Protocol, wanted: SocketAddr) -> Option<Found> {
+    let find = |sought| {
+        let lines = texts.iter().flat_map(|text| text.lines().skip(1));
+        lines.filter_map(|line| parse(line, protocol)).find(|(local, _)| excludes(*local, wanted) == sought)
+    };
+    [Excludes::Surely, Excludes::Perhaps].into_iter().find_map(find).map(|(_local, found)| found)
+}
+
+/// The local address of a socket that may be in the way, and whose it is (proc_net(5): local address, state, user, inode).
+fn parse(line: &str, protocol: Protocol) -> Option<(SocketAddr, Found)> {
+    let fields: Vec<&str> = line.split_whitespace().collect();
+    let [_slot, local, _remote, state, _queues, _timer, _retransmits, user, _timeout, inode, ..] = fields[..]
+    else {
+        return None;
+    };
+    let is_in_the_way = protocol != Protocol::Tcp || state == LISTEN;
+    let found = Found { user: user.to_owned(), inode: inode.to_owned() };
+    Some((parse_addr(local)?, found)).filter(|_| is_in_the_way)
+}
+
+/// Whether a socket excludes another one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Excludes {
+    Surely,
+    Perhaps,
+    Not,
+}
+
+/// Whether a socket at `local` excludes one at `wanted`.
+fn excludes(local: SocketAddr, wanted: SocketAddr) -> Excludes {
+    let (local_ip, wanted_ip) = (local.ip().to_canonical(), wanted.ip().to_canonical());
+    let is_for_all = |ip: IpAddr| ip.is_unspecified();
+    if local.port() != wanted.port() {
+        return Excludes::Not;
+    }
+    match local_ip.is_ipv4() == wanted_ip.is_ipv4() {
+        true if local_ip == wanted_ip || is_for_all(local_ip) || is_for_all(wanted_ip) => Excludes::Surely,
+        // `[::]` may be for both families.
+        false if [local_ip, wanted_ip].iter().any(|ip| ip.is_ipv6() && is_for_all(*ip)) => Excludes::Perhaps,
+        _ => Excludes::Not,
+    }
 }
 
 /// `0100007F:1F90`: words in the order of the machine's bytes, and the port.
@@ -124,14 +156,31 @@ mod tests {
     }
 
     #[test]
-    fn connections_and_other_addresses_are_not_in_the_way() {
+    fn only_a_socket_that_excludes_it_is_found() {
         let table = "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n\
                      0: 0100007F:1F90 0100007F:A0A0 01 00000000:00000000 00:00000000 00000000  1000        0 17 1 0\n\
-                     1: 0200007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000  1001        0 18 1 0\n";
-        let find = |wanted: &str| in_table(table, Protocol::Tcp, wanted.parse().unwrap());
-        assert_eq!(find("127.0.0.3:8080"), None);
-        let found = Found { user: "1001".to_owned(), inode: "18".to_owned() };
-        assert_eq!(find("0.0.0.0:8080"), Some(found));
-        assert_eq!(find("0.0.0.0:8081"), None);
+                     1: 0200007F:1F90 00000000:0000 0A 00000000:00000000 00:00000000 00000000  1001        0 18 1 0\n\
+                     2: 00000000:1F91 00000000:0000 0A 00000000:00000000 00:00000000 00000000  1001        0 19 1 0\n";
+        let table_v6 = "  sl  local_address                         remote_address                        st\n\
+                        0: 00000000000000000000000001000000:1F91 00000000000000000000000000000000:0000 0A 0:0 0:0 0 1002 0 20 1 0\n\
+                        1: 00000000000000000000000000000000:1F92 00000000000000000000000000000000:0000 0A 0:0 0:0 0 1002 0 21 1 0\n\
+                        2: 0000000000000000FFFF00000300007F:1F93 00000000000000000000000000000000:0000 0A 0:0 0:0 0 1002 0 22 1 0\n";
+        let tables = [table, table_v6].map(str::to_owned);
+        for (wanted, inode) in [
+            ("127.0.0.3:8080", None),
+            ("0.0.0.0:8080", Some("18")),
+            ("[::1]:8080", None),
+            ("[::]:8080", Some("18")),
+            ("[::1]:8081", Some("20")),
+            ("[::]:8081", Some("20")),
+            ("127.0.0.1:8081", Some("19")),
+            ("127.0.0.1:8082", Some("21")),
+            ("127.0.0.3:8083", Some("22")),
+            ("[::1]:8083", None),
+            ("0.0.0.0:8084", None),
+        ] {
+            let found = in_tables(&tables, Protocol::Tcp, wanted.parse().unwrap());
+            assert_eq!(found.as_ref().map(|found| &*found.inode), inode, "{wanted}");
+        }
     }
 }

@@ -16,7 +16,7 @@ use rproxy_mapping::{Mapping, PortMapping};
 use rproxy_sys::{sctp, udp};
 use socket2::{Domain, Protocol as Transport, SockRef, Socket, TcpKeepalive, Type};
 
-use crate::bind::holder;
+use crate::bind::holder::{self, Holder};
 use crate::bind::unix_socket::UnixSocket;
 use crate::runtime::descriptors::explain;
 
@@ -365,9 +365,19 @@ impl BindError {
         }
     }
 
-    /// That the port is taken, and what would work, when it is not known by whom.
+    /// That the port is taken, by whom, and what would work.
     fn is_taken(&self, addr: SocketAddr) -> String {
         let Self { protocol, .. } = self;
+        let holder = match holder::of(*protocol, addr) {
+            Some(holder @ Holder::Process(..)) => {
+                return format!(
+                    "the {protocol} port is taken by {holder}; use another one, or end what has it"
+                );
+            }
+            Some(holder) => format!(" by {holder}"),
+            // A client may have it, too.
+            None => String::new(),
+        };
         let option = match protocol {
             Protocol::Tcp => "t",
             Protocol::Udp => "u",
@@ -376,7 +386,7 @@ impl BindError {
         // All addresses of an interface have the same port.
         let free = if self.interface.is_none() { " port 0 takes a free one," } else { "" };
         format!(
-            "the {protocol} port is taken; `ss -an{option}p 'sport = :{}'` shows by which program,{free} and \
+            "the {protocol} port is taken{holder}; `ss -an{option}p 'sport = :{}'` shows by which program,{free} and \
              net.ipv4.ip_local_reserved_ports keeps one for listening",
             addr.port()
         )
@@ -393,13 +403,7 @@ impl BindError {
                 let among = self.among.map_or_else(String::new, |among| among.to_string());
                 format!("none of its ports is free ({among}); `ss -antup` shows who has them")
             }
-            io::ErrorKind::AddrInUse => match holder::of(*protocol, addr) {
-                Some(holder) => {
-                    format!("the {protocol} port is taken by {holder}; use another one, or end what has it")
-                }
-                // A client may have it, too.
-                None => self.is_taken(addr),
-            },
+            io::ErrorKind::AddrInUse => self.is_taken(addr),
             io::ErrorKind::AddrNotAvailable if self.interface.is_some() => {
                 "the kernel does not bind it although the interface has it, as in a VRF; `ip vrf exec` starts \
                  rproxy in one"
@@ -410,7 +414,7 @@ impl BindError {
             ),
             io::ErrorKind::PermissionDenied => {
                 "ports below net.ipv4.ip_unprivileged_port_start (1024) need root or CAP_NET_BIND_SERVICE; \
-             use a port above"
+                 use a port above, or lower it with sysctl"
                     .to_owned()
             }
             _ if source.raw_os_error() == Some(libc::EPROTONOSUPPORT) => {

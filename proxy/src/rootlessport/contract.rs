@@ -162,7 +162,7 @@ fn ports(field: &'static str, first: u16, range: u16) -> Result<PortRange, Contr
 pub(super) enum ContractError {
     #[error("standard input: {0}")]
     Read(#[source] io::Error),
-    #[error("standard input is not the JSON that Podman passes ({0}); rootlessport is for Podman to start")]
+    #[error("standard input is not the JSON that Podman passes ({}); rootlessport is for Podman to start", escaped(&.0.to_string()))]
     Json(#[source] serde_json::Error),
     #[error("{0} is missing in the JSON on standard input; rootlessport is for Podman to start")]
     Missing(&'static str),
@@ -170,9 +170,9 @@ pub(super) enum ContractError {
     Descriptor { field: &'static str, fd: i32, source: io::Error },
     #[error("ContainerID '{}': it is not the name of a file", escaped(.0))]
     Container(String),
-    #[error("ChildIP: {0}")]
+    #[error("ChildIP: {}", escaped(&.0.to_string()))]
     ChildIp(#[source] AddrError),
-    #[error("host_ip: {0}")]
+    #[error("host_ip: {}", escaped(&.0.to_string()))]
     HostIp(#[source] AddrError),
     #[error("protocol '{}': tcp, udp and sctp are relayed", escaped(.0))]
     Protocol(String),

@@ -15,10 +15,12 @@ use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io::{self, IsTerminal, Write, stdin, stdout};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use nix::fcntl::{F_GETFL, F_SETFL, OFlag, fcntl};
+use nix::libc;
 use nix::sys::signal::Signal;
 use rproxy_mapping::Mapping;
 use rproxy_mapping::escape::escaped;
@@ -88,6 +90,8 @@ pub fn main(args: &[OsString]) -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
+    // A Podman that goes on, as a service does, waits for its end.
+    drop(output);
     server.announce();
     match runtime.block_on(serve(server, ends, reload.as_ref())) {
         Ok(reason) => info!("ending: {reason}"),
@@ -117,7 +121,10 @@ struct Ends {
 fn start(contract: Contract) -> Result<Started, StartError> {
     let setup = |step| move |source| StartError::Setup { step, source };
     let Contract { mappings, netns, exit, ready, reload } = contract;
-    let namespace = File::open(&netns);
+    // Whatever the file is, this does not wait.
+    let namespace = File::options().read(true).custom_flags(libc::O_NONBLOCK).open(&netns);
+    // What is wrong with it is logged, while there is a log.
+    let mode = Mode::from_env();
     let bound = bind(mappings)?;
     // While there is one thread. Those that start later are inside, too.
     namespace
@@ -140,7 +147,7 @@ fn start(contract: Contract) -> Result<Started, StartError> {
     // Nothing reads them later: Podman ends, while this process goes on.
     let replaced = dup2_stdout(&nowhere).and_then(|()| dup2_stderr(&nowhere));
     replaced.map_err(|errno| StartError::Setup { step: "replace standard output", source: errno.into() })?;
-    sandbox::confine(Mode::from_env(), &needs)?;
+    sandbox::confine(mode, &needs)?;
     server.start(LiveFlows::default());
     drop(entered);
     File::from(ready).write_all(READY).map_err(setup("report readiness at ReadyFD"))?;
@@ -207,7 +214,7 @@ async fn move_container(server: &mut Server, request: Request) {
         Ok(()) => request.answer("OK"),
         Err(error) => {
             warn!(%error, "a request of Podman is refused");
-            request.answer(&format!("{NAME}: the new address cannot be used: {error}"));
+            request.answer(&format!("{NAME}: the new address cannot be used: {}", escaped(&error)));
         }
     }
 }

@@ -69,7 +69,10 @@ impl ReloadSocket {
                 Ok(request) => return request,
                 Err(error) => {
                     warn!(%error, "cannot receive a request of Podman");
-                    sleep(PATIENCE).await;
+                    // A late client has taken its time; what else fails might fail at once, for ever.
+                    if error.kind() != io::ErrorKind::TimedOut {
+                        sleep(PATIENCE).await;
+                    }
                 }
             }
         }

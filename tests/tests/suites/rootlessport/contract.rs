@@ -12,7 +12,8 @@ use command_fds::{CommandFdExt, FdMapping};
 use nix::fcntl::OFlag;
 use nix::sys::signal::Signal;
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, recv, send, socket};
-use nix::unistd::pipe2;
+use nix::sys::stat::Mode;
+use nix::unistd::{mkfifo, pipe2};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -203,9 +204,10 @@ fn another_address() {
     assert_eq!(relay.tell(&format!("\"{OTHER}\"\n")), "OK");
     assert_eq!(connected().1, b'B');
     client::ping(&before);
-    for wrong in ["\"elsewhere\"", "\"0.0.0.0\"", "{", "", &"x".repeat(2000)] {
+    for wrong in ["\"elsewhere\"", "\"0.0.0.0\"", "\"\u{1b}\"", "{", "", &"x".repeat(2000)] {
         let answer = relay.tell(wrong);
         assert!(answer.starts_with("rootlessport: the new address cannot be used: "), "{wrong}: {answer}");
+        assert!(!answer.contains('\u{1b}'), "{answer}");
         assert_eq!(connected().1, b'B', "{wrong}");
     }
     assert_eq!(relay.tell("\"\""), "OK");
@@ -230,6 +232,10 @@ fn container_ends() {
 fn signal_ends() {
     let [host, container] = [(); 2].map(|()| Namespace::new());
     let relay = Relay::serving(&host, &container.path(), &mapping("tcp"));
+    // Whoever started it reads the ends of its output and of readiness.
+    let descriptors = fs::read_dir(format!("/proc/{}/fd", relay.process.pid())).unwrap();
+    let links = descriptors.map(|descriptor| fs::read_link(descriptor.unwrap().path()).unwrap());
+    assert_eq!(links.filter(|link| link.to_str().unwrap().starts_with("pipe:")).count(), 1, "that of ExitFD");
     relay.process.signal(Signal::SIGTERM);
     assert_eq!(relay.process.wait().code(), Some(0));
     assert!(!relay.socket().exists());
@@ -251,9 +257,19 @@ fn taken_port() {
 
 fn no_namespace() {
     let host = Namespace::new();
-    for (path, reason) in [("/nonesuch", "No such file"), ("/dev/null", "Invalid argument")] {
-        let line = Relay::start(&host, Path::new(path), &mapping("tcp"), &json!({})).failure(1);
-        assert!(line.starts_with(&format!("NetNSPath {path}: ")) && line.contains(reason), "{line}");
+    let dir = tempfile::tempdir().unwrap();
+    let fifo = dir.path().join("fifo");
+    mkfifo(&fifo, Mode::S_IRUSR).unwrap();
+    for (path, reason) in [
+        (Path::new("/nonesuch"), "No such file"),
+        (Path::new("/dev/null"), "Invalid argument"),
+        (&fifo, "Invalid argument"),
+    ] {
+        let line = Relay::start(&host, path, &mapping("tcp"), &json!({})).failure(1);
+        assert!(
+            line.starts_with(&format!("NetNSPath {}: ", path.display())) && line.contains(reason),
+            "{line}"
+        );
     }
     host.run(|| TcpListener::bind((Ipv4Addr::LOCALHOST, PORT)).unwrap());
 }
@@ -265,6 +281,7 @@ fn refusals() {
         ("", "standard input is not the JSON that Podman passes"),
         ("{}", "NetNSPath is missing"),
         (r#"{"NetNSPath":"/n","ExitFD":77,"ReadyFD":78}"#, "ExitFD 77"),
+        (r#"{"NetNSPath":"/n","ChildIP":"\u001b[31m\n\u202ex"}"#, r"ChildIP: '\u{1b}[31m\n\u{202e}x' is not"),
     ] {
         fs::write(&file, text).unwrap();
         let mut command = in_shell(r#"exec "$0" "$@" <"$STDIN""#, &Command::new(&program));

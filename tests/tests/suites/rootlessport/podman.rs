@@ -250,9 +250,8 @@ fn conflict() {
     let start = || podman.podman(&format!("run --detach --name two {} small busybox sleep 600", published()));
     let output = start();
     assert_eq!(output.status.code(), Some(126), "{output:?}");
-    // That of the tests is another user's.
     let told = format!(
-        "rootlessport cannot listen on [::]:{PORT}/tcp: the tcp port is taken by a process of the user with the number"
+        "rootlessport cannot listen on [::]:{PORT}/tcp: the tcp port is taken by another user's program; `ss -antp"
     );
     assert!(output.stderr.contains(&told), "{}", output.stderr);
     drop(holder);
