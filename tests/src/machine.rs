@@ -27,6 +27,22 @@ pub const NEEDS: &[Need] = &[
 
 const INIT: &str = "/lib/systemd/systemd";
 
+/// A directory on a machine for what it is given.
+pub const SHARED: &str = "/run/host";
+
+/// A machine with systemd that is up.
+pub trait Booted: Sync {
+    /// The path, for this process, of what is [`SHARED`] on that one.
+    fn shared(&self) -> &Path;
+
+    /// Runs a script of sh on it.
+    #[track_caller]
+    fn sh(&self, script: &str) -> Output;
+
+    /// Runs a function in its network.
+    fn within<T: Send>(&self, act: impl FnOnce() -> T + Send) -> T;
+}
+
 /// Starts systemd on the files of this machine. What it and others write is kept in memory, above these files. Of the
 /// units that are installed here, it starts the journal alone.
 const BOOT: &str = r#"
@@ -105,25 +121,28 @@ impl Machine {
         &self.network
     }
 
-    /// A directory of this machine that is `/run/host` on that one.
-    pub fn shared(&self) -> &Path {
-        self.shared.path()
-    }
-
     /// The paths of what was written or removed on it, with the directories above.
     pub fn written(&self) -> BTreeSet<String> {
         self.sh("find /mnt/written -printf '/%P\\n'").success().lines().map(String::from).collect()
     }
+}
 
-    /// Runs a script of sh on the machine.
-    #[track_caller]
-    pub fn sh(&self, script: &str) -> Output {
+impl Booted for Machine {
+    fn shared(&self) -> &Path {
+        self.shared.path()
+    }
+
+    fn sh(&self, script: &str) -> Output {
         let mut command = require::command("nsenter");
         command
             .arg("--target")
             .arg(self.init.to_string())
             .args(["--all", "--root", "--wd", "sh", "-c", script]);
         run(command)
+    }
+
+    fn within<T: Send>(&self, act: impl FnOnce() -> T + Send) -> T {
+        self.network.run(act)
     }
 }
 

@@ -10,6 +10,7 @@ use std::process::Command;
 use nix::unistd::Uid;
 
 use crate::mptcp;
+use crate::vm::debian::Debian;
 use crate::vm::kernel::Kernel;
 
 /// Set to `1` if every case must run, as in CI: an unmet [`Need`] then fails the case instead of ignoring it.
@@ -31,6 +32,8 @@ pub enum Need {
     Mptcp,
     /// A kernel of Debian's packages, for a virtual machine.
     Kernel(&'static Kernel),
+    /// A whole Debian, for a virtual machine.
+    Debian,
 }
 
 impl Need {
@@ -42,6 +45,7 @@ impl Need {
             Self::Ipv6 => TcpListener::bind((Ipv6Addr::LOCALHOST, 0)).is_ok(),
             Self::Mptcp => mptcp::is_there(),
             Self::Kernel(kernel) => kernel.fetch().is_ok(),
+            Self::Debian => Debian::make().is_ok(),
         }
     }
 }
@@ -56,6 +60,10 @@ impl fmt::Display for Need {
             Self::Kernel(kernel) => match kernel.fetch() {
                 Ok(()) => kernel.fmt(f),
                 Err(reason) => write!(f, "{kernel}, which cannot be fetched: {reason}"),
+            },
+            Self::Debian => match Debian::make() {
+                Ok(()) => f.write_str("a whole Debian"),
+                Err(reason) => write!(f, "a whole Debian, which cannot be made: {reason}"),
             },
         }
     }

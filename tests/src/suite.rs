@@ -41,13 +41,21 @@ pub struct Case {
     needs: Vec<Need>,
     deadline: Duration,
     alone: bool,
+    on_request: bool,
     body: Box<dyn FnOnce() + Send>,
 }
 
 impl Case {
     /// A case without needs, with the default deadline.
     pub fn new(name: impl Into<String>, body: impl FnOnce() + Send + 'static) -> Self {
-        Self { name: name.into(), needs: Vec::new(), deadline: DEADLINE, alone: false, body: Box::new(body) }
+        Self {
+            name: name.into(),
+            needs: Vec::new(),
+            deadline: DEADLINE,
+            alone: false,
+            on_request: false,
+            body: Box::new(body),
+        }
     }
 
     /// Adds requirements of the case.
@@ -68,6 +76,13 @@ impl Case {
     #[must_use]
     pub fn alone(mut self) -> Self {
         self.alone = true;
+        self
+    }
+
+    /// Ignores it unless the command line has `--include-ignored`, or `--ignored`.
+    #[must_use]
+    pub fn on_request(mut self) -> Self {
+        self.on_request = true;
         self
     }
 
@@ -181,7 +196,10 @@ pub fn run(cases: Vec<Case>) -> ExitCode {
     let (strict, capture) = (require::strict(), !arguments.nocapture);
     let trials = cases
         .into_iter()
-        .map(|case| Trial::ignorable_test(case.name.clone(), move || case.run(strict, capture)))
+        .map(|case| {
+            let (name, ignored) = (case.name.clone(), case.on_request);
+            Trial::ignorable_test(name, move || case.run(strict, capture)).with_ignored_flag(ignored)
+        })
         .collect();
     libtest_mimic::run(&arguments, trials).exit_code()
 }

@@ -7,9 +7,10 @@ use std::io;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
-use super::guest;
 use super::kernel::{Kernel, output};
+use super::{Bootable, KERNEL_LINE, guest};
 use crate::{require, rproxy};
 
 /// What cases start in a machine, if it is installed. Busybox has the rest.
@@ -44,25 +45,39 @@ const PROGRAMS: [&str; 28] = [
     "unshare",
 ];
 
-/// The suites and the programs under test, where the kit expects them: as cargo arranges them.
+/// The programs under test are where the kit expects them: as cargo arranges them.
 const TARGET: &str = "target";
 
 /// The machine's first program.
 const INIT: &str = include_str!("init.sh");
 
+impl Bootable for Kernel {
+    /// It takes a minute of processor time, and less than that if it has both processors.
+    const PATIENCE: Duration = Duration::from_secs(600);
+
+    fn dir(&self) -> PathBuf {
+        self.kept()
+    }
+
+    fn prepare(&self, names: &[String], scratch: &Path, qemu: &mut Command) {
+        qemu.arg("-kernel").arg(self.program()).arg("-initrd").arg(write(self, names, scratch));
+        // A kernel that panics ends the machine.
+        qemu.args(["-no-reboot", "-append", KERNEL_LINE]);
+    }
+}
+
 /// Writes the archive for a machine that is to play the cases `names`, and returns its path.
-pub(super) fn write(kernel: &Kernel, names: &[String]) -> PathBuf {
+fn write(kernel: &Kernel, names: &[String], scratch: &Path) -> PathBuf {
     let staged = tempfile::tempdir().unwrap();
     stage(staged.path(), names);
-    let image = kernel.dir().join("image.cpio");
-    let userland = kernel.dir().join("userland.cpio");
+    let image = scratch.join("image.cpio");
+    let userland = scratch.join("userland.cpio");
     archive(staged.path(), &userland).unwrap();
     // The kernel unpacks one archive after the other.
     let mut whole = File::create(&image).unwrap();
     for part in [&kernel.modules(), &userland] {
         io::copy(&mut File::open(part).unwrap(), &mut whole).unwrap();
     }
-    fs::remove_file(userland).unwrap();
     image
 }
 
@@ -90,7 +105,7 @@ fn stage(root: &Path, names: &[String]) {
     let programs: Vec<(PathBuf, String)> = programs
         .map(|path| (path.clone(), path.strip_prefix("/").unwrap().display().to_string()))
         .chain([
-            (own, format!("{TARGET}/debug/deps/suites")),
+            (own, guest::SUITES.to_owned()),
             (rproxy::rproxy().to_owned(), format!("{TARGET}/release/rproxy")),
             (rproxy::rproxy_shim().to_owned(), format!("{TARGET}/release/rproxy-shim")),
             (rproxy::netns_setup().to_owned(), format!("{TARGET}/release/netns-setup")),

@@ -61,7 +61,7 @@ impl Kernel {
     }
 
     fn fetch_once(&self) -> Result<(), String> {
-        let dir = self.dir();
+        let dir = self.kept();
         // The file that is written last.
         if self.program().exists() {
             return Ok(());
@@ -127,12 +127,12 @@ impl Kernel {
         fs::remove_file(staged.join("lib")).map_err(text)?;
         archive(&staged, &self.modules())?;
         let program = package.join("boot").join(format!("vmlinuz-{version}"));
-        fs::copy(program, self.dir().join("new")).map_err(text)?;
-        fs::rename(self.dir().join("new"), self.program()).map_err(text)
+        fs::copy(program, self.kept().join("new")).map_err(text)?;
+        fs::rename(self.kept().join("new"), self.program()).map_err(text)
     }
 
     /// Its directory, in the target directory.
-    pub(super) fn dir(&self) -> PathBuf {
+    pub(super) fn kept(&self) -> PathBuf {
         let dir = rproxy::target_dir().join("vm").join(self.version);
         fs::create_dir_all(&dir).unwrap();
         dir
@@ -140,12 +140,12 @@ impl Kernel {
 
     /// The file of the kernel.
     pub(super) fn program(&self) -> PathBuf {
-        self.dir().join("vmlinuz")
+        self.kept().join("vmlinuz")
     }
 
     /// The archive of its modules.
     pub(super) fn modules(&self) -> PathBuf {
-        self.dir().join("modules.cpio")
+        self.kept().join("modules.cpio")
     }
 }
 
@@ -156,7 +156,7 @@ impl fmt::Display for Kernel {
 }
 
 /// The archive that this machine installs the packages of Debian from.
-fn archive_uri() -> Result<String, String> {
+pub(super) fn archive_uri() -> Result<String, String> {
     let format = "$(ORIGIN)|$(LABEL)|$(REPO_URI)";
     let targets = output(command("apt-get")?.args(["indextargets", "--format", format]))?;
     let uri = targets.lines().find_map(|line| line.strip_prefix("Debian|Debian|"));
@@ -180,7 +180,7 @@ fn apt(program: &str, scratch: &Path) -> Command {
     command
 }
 
-fn command(program: &str) -> Result<Command, String> {
+pub(super) fn command(program: &str) -> Result<Command, String> {
     let found = require::find(program).map(Command::new);
     found.ok_or_else(|| format!("{program} is not installed"))
 }

@@ -1,11 +1,14 @@
-//! Cases of the other suites on the kernels of Debian's releases, in virtual machines.
+//! Cases of the other suites on the kernels of Debian's releases, and the packages on a whole Debian, in virtual machines.
 
+mod debian;
+
+use std::fmt::Display;
 use std::sync::Arc;
 
 use testkit::require::Need;
 use testkit::suite::Case;
 use testkit::vm::kernel::{KERNELS, Kernel};
-use testkit::vm::{self, Verdict};
+use testkit::vm::{self, Bootable, Verdict};
 
 /// What is checked on each kernel, in this order: names of cases.
 const CHECKED: &[&str] = &[
@@ -82,7 +85,7 @@ const CHECKED: &[&str] = &[
 const NOT_CHECKED: &[(&str, &str)] = &[("5.10", "sctp::clients that abort at once")];
 
 pub(crate) fn cases() -> Vec<Case> {
-    KERNELS.iter().flat_map(of_kernel).collect()
+    KERNELS.iter().flat_map(of_kernel).chain(testkit::modules![debian]).collect()
 }
 
 /// Whether `name` is checked on `kernel`.
@@ -98,17 +101,18 @@ fn of_kernel(kernel: &'static Kernel) -> Vec<Case> {
         let (names, name) = (Arc::clone(&names), checked.clone());
         Case::new(format!("{}::{name}", kernel.version), move || check(kernel, &names, &name))
             .needs(needs)
-            .deadline(vm::PATIENCE * 2)
+            .deadline(Kernel::PATIENCE * 2)
     };
     names.iter().map(case).collect()
 }
 
-fn check(kernel: &'static Kernel, names: &[String], name: &str) {
-    match vm::verdict(kernel, names, name) {
+/// Fails if `name` has failed on the machine.
+fn check<M: Bootable + Display>(machine: &M, names: &[String], name: &str) {
+    match vm::verdict(machine, names, name) {
         Verdict::Passed => (),
-        Verdict::Failed(output) => panic!("it failed on {kernel}:\n{output}"),
+        Verdict::Failed(output) => panic!("it failed on {machine}:\n{output}"),
         Verdict::Missing(console) => {
-            panic!("{kernel} has not reported it; its console ends with:\n{console}")
+            panic!("{machine} has not reported it; its console ends with:\n{console}")
         }
     }
 }

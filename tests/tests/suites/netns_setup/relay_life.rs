@@ -4,7 +4,7 @@ use std::path::Path;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use testkit::machine::{self, Machine};
+use testkit::machine::{self, Booted, Machine};
 use testkit::require::Need;
 use testkit::rproxy::{netns_setup, rproxy};
 use testkit::suite::Case;

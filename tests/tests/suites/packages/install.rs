@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
-use testkit::machine::{self, Machine};
+use testkit::machine::{self, Booted, Machine};
 use testkit::process::{Output, run};
 use testkit::require;
 use testkit::rproxy::{target_with_manuals, tree};

@@ -10,7 +10,7 @@ use testkit::backend::TcpBackend;
 use testkit::client;
 use testkit::eventually;
 use testkit::load::meanwhile;
-use testkit::machine::{self, Machine};
+use testkit::machine::{self, Booted, Machine};
 use testkit::process::run;
 use testkit::require;
 use testkit::suite::Case;
@@ -27,25 +27,21 @@ pub(crate) fn cases() -> Vec<Case> {
 }
 
 /// The port of a mapping of the service, for which it needs a capability, and one of a shim.
-const MAPPED: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 80);
-const ATTACHED: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 81);
+pub(crate) const MAPPED: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 80);
+pub(crate) const ATTACHED: SocketAddr = SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), 81);
 
-const UNITS: [&str; 2] = ["rproxy.service", "rproxy-attach.service"];
+pub(crate) const UNITS: [&str; 2] = ["rproxy.service", "rproxy-attach.service"];
 
 fn life() {
     let machine = Machine::boot(&[]);
-    let packages = ["rproxy", "rproxy-netns"];
-    build(machine.shared(), "1.0-1", |command| {
-        // It takes less time (dpkg-deb(1)).
-        command.env("DPKG_DEB_COMPRESSOR_TYPE", "none");
-    });
-    next_version(machine.shared(), &packages);
+    two_versions(machine.shared());
     let before = machine.written();
 
     installed(&machine);
     let backend = TcpBackend::echo_in(machine.network(), (Ipv4Addr::LOCALHOST, 0));
     started(&machine, backend.address());
     upgraded(&machine);
+    machine.sh("systemctl stop shim").success();
     removed(&machine);
 
     machine.sh("dpkg --purge rproxy rproxy-netns").success();
@@ -56,8 +52,8 @@ fn life() {
     );
 }
 
-/// Makes version 2.0-1 of the packages, with the same files.
-fn next_version(dir: &Path, packages: &[&str]) {
+/// Builds version 1.0-1 of the packages, and 2.0-1 with the same files.
+pub(crate) fn two_versions(dir: &Path) {
     const SCRIPT: &str = r#"
 set -e
 cd "$0"
@@ -68,13 +64,17 @@ for package; do
     rm -r next
 done
 "#;
+    build(dir, "1.0-1", |command| {
+        // It takes less time (dpkg-deb(1)).
+        command.env("DPKG_DEB_COMPRESSOR_TYPE", "none");
+    });
     let mut shell = require::command("sh");
-    shell.args(["-c", SCRIPT]).arg(dir).args(packages);
+    shell.args(["-c", SCRIPT]).arg(dir).args(["rproxy", "rproxy-netns"]);
     run(shell).success();
 }
 
 /// Nothing is enabled or runs, and the units have no mistake.
-fn installed(machine: &Machine) {
+pub(crate) fn installed(machine: &impl Booted) {
     machine.sh("dpkg --install /run/host/rproxy_1.0-1_*.deb /run/host/rproxy-netns_1.0-1_*.deb").success();
     for unit in UNITS.into_iter().chain(["netns-setup-watch.service"]) {
         assert_eq!(machine.sh(&format!("systemctl is-enabled {unit}")).stdout, "disabled\n");
@@ -88,7 +88,7 @@ fn installed(machine: &Machine) {
 }
 
 /// The service with a mapping, as its own user, and the one for Docker with a port.
-fn started(machine: &Machine, backend: SocketAddr) {
+pub(crate) fn started(machine: &impl Booted, backend: SocketAddr) {
     // As it is delivered, it serves nothing yet.
     machine.sh("systemctl start rproxy").success();
     machine.sh("rproxy ctl list").success();
@@ -118,12 +118,12 @@ fn started(machine: &Machine, backend: SocketAddr) {
 }
 
 /// New processes run the new program, and no client notices.
-fn upgraded(machine: &Machine) {
+pub(crate) fn upgraded(machine: &impl Booted) {
     let old = UNITS.map(|unit| main_process(machine, unit));
-    let kept = [MAPPED, ATTACHED].map(|address| machine.network().run(|| client::connect(address)));
+    let kept = [MAPPED, ATTACHED].map(|address| machine.within(|| client::connect(address)));
     let served = |number: usize| {
         let address = if number.is_multiple_of(2) { MAPPED } else { ATTACHED };
-        machine.network().run(|| client::assert_echoes(address));
+        machine.within(|| client::assert_echoes(address));
     };
     let clients = meanwhile(2, served, |load| {
         load.wait_for(10);
@@ -143,8 +143,7 @@ fn upgraded(machine: &Machine) {
 }
 
 /// Only the configuration is left, and nothing runs.
-fn removed(machine: &Machine) {
-    machine.sh("systemctl stop shim").success();
+pub(crate) fn removed(machine: &impl Booted) {
     let removed = machine.sh("dpkg --remove rproxy-netns rproxy").success();
     assert!(!removed.contains("warning"), "{removed}");
     for unit in UNITS {
@@ -156,12 +155,12 @@ fn removed(machine: &Machine) {
     assert!(!machine.sh("command -v rproxy rproxy-shim netns-setup").status.success());
 }
 
-fn main_process(machine: &Machine, unit: &str) -> u32 {
+pub(crate) fn main_process(machine: &impl Booted, unit: &str) -> u32 {
     machine.sh(&format!("systemctl show --property MainPID --value {unit}")).success().trim().parse().unwrap()
 }
 
 /// What is left of the packages: not what man(1) has formatted, which is in a cache.
-fn left(before: &BTreeSet<String>, after: &BTreeSet<String>) -> BTreeSet<String> {
+pub(crate) fn left(before: &BTreeSet<String>, after: &BTreeSet<String>) -> BTreeSet<String> {
     let is_of_packages = |path: &&String| {
         !path.starts_with("/var/cache/") && (path.contains("rproxy") || path.contains("netns"))
     };

@@ -3,7 +3,7 @@
 
 mod contents;
 mod install;
-mod life;
+pub(crate) mod life;
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -22,7 +22,8 @@ pub(crate) fn cases() -> Vec<Case> {
 const DEADLINE: Duration = Duration::from_secs(600);
 
 /// What building packages takes.
-const DEBHELPER: &[Need] = &[Need::Program("dh"), Need::Program("dpkg-buildpackage"), Need::Program("strip")];
+pub(crate) const DEBHELPER: &[Need] =
+    &[Need::Program("dh"), Need::Program("dpkg-buildpackage"), Need::Program("strip")];
 
 /// Runs a script of `packaging`.
 fn packaging(script: &str, change: impl FnOnce(&mut Command)) -> Output {
