@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use rproxy_mapping::addr::Protocol;
 
 use crate::addr::{Cidr, Mac};
-use crate::block::{self, Block};
+use crate::block::Block;
 use crate::family::{Family, Variant};
 use crate::model::{NETNS_DIR, RelayProcess};
 use crate::name::CONTAINER_INTERFACE;
@@ -329,7 +329,8 @@ impl fmt::Display for Action {
             Self::AddLocalRoute(family) => fmt_local_route(f, *family, "add"),
             Self::DeleteLocalRoute(family) => fmt_local_route(f, *family, "delete"),
             Self::Block(block) => {
-                write!(f, "ip xfrm policy add {block} action block priority {}", block::PRIORITY)
+                let action = if block.is_exception() { "allow" } else { "block" };
+                write!(f, "ip xfrm policy add {block} action {action} priority {}", block.priority())
             }
             Self::Unblock(block) => write!(f, "ip xfrm policy delete {block}"),
             Self::SetSysctl { key, value } => write!(f, "sysctl -w {key}={value}"),

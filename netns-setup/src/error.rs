@@ -293,8 +293,8 @@ pub fn finding(action: &Action) -> String {
         Action::AddConnectedRoute { place, name, address } => {
             format!("the route to {} by {name}{} is missing", address.network(), inside(place))
         }
-        Action::Block(block) => format!("the IPsec policy that blocks {} is missing", blocked(*block)),
-        Action::Unblock(block) => format!("the IPsec policy that blocks {} is left over", blocked(*block)),
+        Action::Block(block) => format!("the IPsec policy that {} is missing", purpose(*block)),
+        Action::Unblock(block) => format!("the IPsec policy that {} is left over", purpose(*block)),
         Action::SetSysctl { key, value } => format!("{key} is not {value}"),
         Action::SetContainerSysctl { netns, key, value } => {
             format!("{key} in {} is not {value}", netns.display())
@@ -315,10 +315,11 @@ pub fn finding(action: &Action) -> String {
     }
 }
 
-fn blocked(block: Block) -> String {
+fn purpose(block: Block) -> String {
     match block {
-        Block::Routed(subnet) => format!("packets routed to {subnet}"),
-        Block::ToLoopback(subnet) => format!("packets of {subnet} to the host's loopback addresses"),
+        Block::Routed(subnet) => format!("blocks packets routed to {subnet}"),
+        Block::ToLoopback(subnet) => format!("blocks packets of {subnet} to the host's loopback addresses"),
+        Block::Reply(ip) => format!("lets replies to {ip} pass"),
     }
 }
 

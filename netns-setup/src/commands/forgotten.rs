@@ -57,11 +57,13 @@ impl Forgotten {
     /// What `down` has to remove beside the network.
     pub(super) fn rest(&self) -> Result<Vec<Action>, Error> {
         let blocked = xfrm::blocked().map_err(ObserveError::Policies)?.unwrap_or_default();
-        let subnet = self.network.as_ref().map(|network| network.subnet.cidr());
-        // It belongs to published ports.
-        let to_loopback = subnet.map(Block::ToLoopback).filter(|block| blocked.contains(block));
-        let veths = self.veths.iter().map(|veth| Action::DeleteLink(*veth));
-        Ok(veths.chain(to_loopback.map(Action::Unblock)).collect())
+        // They belong to published ports.
+        let of_ports = self.network.iter().flat_map(|network| {
+            let replies = network.gateways().into_iter().map(Block::Reply);
+            replies.chain([Block::ToLoopback(network.subnet.cidr())])
+        });
+        let unblocked = of_ports.filter(|block| blocked.contains(block)).map(Action::Unblock);
+        Ok(self.veths.iter().map(|veth| Action::DeleteLink(*veth)).chain(unblocked).collect())
     }
 
     /// What `down` leaves of it.

@@ -15,13 +15,14 @@ use nix::errno::Errno;
 
 use super::{Client, NetlinkError};
 use crate::addr::Cidr;
-use crate::block::{Block, PRIORITY};
+use crate::block::Block;
 
 const XFRM_MSG_NEWPOLICY: u16 = 0x13;
 const XFRM_MSG_DELPOLICY: u16 = 0x14;
 const XFRM_MSG_GETPOLICY: u16 = 0x15;
 const XFRM_POLICY_IN: u8 = 0;
 const XFRM_POLICY_FWD: u8 = 2;
+const XFRM_POLICY_ALLOW: u8 = 0;
 const XFRM_POLICY_BLOCK: u8 = 1;
 
 /// `struct xfrm_selector`, in bytes.
@@ -105,6 +106,9 @@ pub fn blocked() -> Result<Option<Vec<Block>>, NetlinkError> {
 fn read(message: &PolicyMessage) -> Option<Block> {
     let info: &[u8; POLICY_INFO] = message.body.get(..POLICY_INFO)?.try_into().ok()?;
     let block = match info[at::DIRECTION] {
+        XFRM_POLICY_FWD if info[at::ACTION] == XFRM_POLICY_ALLOW => {
+            Block::Reply(network(info, at::DESTINATION, at::DESTINATION_PREFIX)?.ip)
+        }
         XFRM_POLICY_FWD => Block::Routed(network(info, at::DESTINATION, at::DESTINATION_PREFIX)?),
         XFRM_POLICY_IN => Block::ToLoopback(network(info, at::SOURCE, at::SOURCE_PREFIX)?),
         _ => return None,
@@ -170,9 +174,9 @@ fn policy(block: Block) -> [u8; POLICY_INFO] {
     let family = if destination.ip.is_ipv4() { nix::libc::AF_INET } else { nix::libc::AF_INET6 };
     info[at::FAMILY].copy_from_slice(&u16::try_from(family).unwrap_or_default().to_ne_bytes());
     info[at::LIMITS].fill(0xff);
-    info[at::PRIORITY].copy_from_slice(&PRIORITY.to_ne_bytes());
+    info[at::PRIORITY].copy_from_slice(&block.priority().to_ne_bytes());
     info[at::DIRECTION] = direction(block);
-    info[at::ACTION] = XFRM_POLICY_BLOCK;
+    info[at::ACTION] = if block.is_exception() { XFRM_POLICY_ALLOW } else { XFRM_POLICY_BLOCK };
     info
 }
 
@@ -184,7 +188,9 @@ mod tests {
     fn a_policy_of_this_program_is_recognised_and_no_other() {
         let [v4, v6] = [("172.17.0.0", 16), ("fd00:d0c::", 64)]
             .map(|(ip, prefix)| Cidr { ip: ip.parse().unwrap(), prefix });
-        for block in [Block::Routed(v4), Block::Routed(v6), Block::ToLoopback(v4)] {
+        let replies = [Block::Reply(v4.ip), Block::Reply(v6.ip)];
+        for block in [Block::Routed(v4), Block::Routed(v6), Block::ToLoopback(v4)].into_iter().chain(replies)
+        {
             let body = policy(block).to_vec();
             let read_changed = |at: Option<usize>| {
                 let mut body = body.clone();

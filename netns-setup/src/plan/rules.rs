@@ -7,7 +7,7 @@ use crate::block::Block;
 use crate::family::Family;
 use crate::firewall::iptables::{self, Ruleset, SavedTables};
 use crate::firewall::{needs_route_localnet, nft, nft_diff};
-use crate::model::{Firewall, Topology};
+use crate::model::{Firewall, Network, Topology};
 use crate::observed::Rules;
 
 /// Checks that the chains are free, or belong to this program.
@@ -59,13 +59,14 @@ pub(super) fn block(inputs: Inputs<'_>, plan: &mut Plan) {
     }
 }
 
-/// What has to be blocked, unless the user guards it. The last one costs a look-up for each packet to the host, and is only
-/// there if it can be of use.
+/// What has to be blocked, unless the user guards it. What only matters where the kernel serves ports alone is only there if
+/// it can be of use: a policy for loopback addresses costs a look-up for each packet to the host.
 fn blocks(topology: &Topology) -> Vec<Block> {
     let subnets = guarded(topology);
-    let routed = subnets.iter().map(|subnet| Block::Routed(*subnet));
-    let to_loopback = subnets.iter().filter(|subnet| subnet.ip.is_ipv4() && needs_route_localnet(topology));
-    routed.chain(to_loopback.map(|subnet| Block::ToLoopback(*subnet))).collect()
+    let network = topology.network.as_ref().filter(|_| !subnets.is_empty() && needs_route_localnet(topology));
+    let to_loopback = network.map(|network| Block::ToLoopback(network.subnet.cidr()));
+    let replies = network.into_iter().flat_map(Network::gateways).map(Block::Reply);
+    subnets.iter().map(|subnet| Block::Routed(*subnet)).chain(to_loopback).chain(replies).collect()
 }
 
 /// The subnets of a network, unless the user guards them.

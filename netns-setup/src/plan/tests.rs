@@ -295,7 +295,8 @@ fn in_place(topology: &Topology) -> Observed {
     let routed = subnets.into_iter().flatten().map(Block::Routed);
     let is_open = crate::firewall::needs_route_localnet(topology);
     let to_loopback = is_open.then(|| Block::ToLoopback(network.subnet.cidr()));
-    observed.blocked = Some(routed.chain(to_loopback).collect());
+    let replies = network.gateways().into_iter().filter(|_| is_open).map(Block::Reply);
+    observed.blocked = Some(routed.chain(to_loopback).chain(replies).collect());
     let ports = topology.endpoints.values().flat_map(|endpoint| parameters::port(&endpoint.id.veth()));
     let needed = [parameters::forwarding, parameters::bridge, parameters::bridge_forwarding];
     let needed = needed.into_iter().flat_map(|of| of(network)).chain(ports);
@@ -558,8 +559,10 @@ fn what_is_routed_to_the_containers_is_blocked_again() {
     let [v4, v6] = [0, 1].map(|family: usize| steps[family].clone());
     assert_eq!(v4.0, "ip xfrm policy add dst 172.17.0.0/16 dir fwd action block priority 4000000000");
     assert_eq!(v4.1, ["ip xfrm policy delete dst 172.17.0.0/16 dir fwd"]);
-    assert!(v6.0.contains("dst fd00:d0c::/64") && steps.len() == 3, "{steps:?}");
+    assert!(v6.0.contains("dst fd00:d0c::/64") && steps.len() == 5, "{steps:?}");
     assert!(steps[2].0.contains("src 172.17.0.0/16 dst 127.0.0.0/8 dir in"), "{steps:?}");
+    assert!(steps[3].0.ends_with("dst 172.17.0.1/32 dir fwd action allow priority 3999999999"), "{steps:?}");
+    assert!(steps[4].0.contains("dst fd00:d0c::1/128 dir fwd action allow"), "{steps:?}");
     let without_dnat = mended(&testdata::story(), |observed| observed.blocked = Some(vec![]));
     assert_eq!(without_dnat.len(), 1, "nothing opens the loopback addresses");
     assert_eq!(mended(&topology, |observed| observed.blocked = None), [], "this kernel has no such policies");

@@ -73,6 +73,9 @@ const CHECKED: &[&str] = &[
     "rootlessport::contract::SCTP reaches the container's namespace",
     // Networks.
     "source::TCP comes from its client",
+    "netns_setup::traffic::a port published via dnat (Nft)",
+    "netns_setup::traffic::a port published via dnat (IptablesNft)",
+    "netns_setup::traffic::a port published via dnat (Legacy)",
     "netns_setup::story::the demonstration (Nft)",
     "netns_setup::story::the demonstration (IptablesNft)",
     "netns_setup::story::the demonstration (Legacy)",

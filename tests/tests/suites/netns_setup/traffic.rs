@@ -2,6 +2,7 @@
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddrV6, TcpStream, UdpSocket};
 use std::panic::{self, AssertUnwindSafe};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -25,6 +26,7 @@ pub(crate) fn cases() -> Vec<Case> {
     ] {
         cases.extend(for_each_firewall(&format!("a port published via {via}"), play));
     }
+    cases.extend(for_each_firewall("a port published via dnat, without br_netfilter", routed));
     cases.extend(for_each_firewall("one address of the host", one_address));
     cases.extend(for_each_firewall("a link-local address of the host", link_local));
     cases.extend(for_each_firewall("stale UDP flows are forgotten", stale_flows));
@@ -75,6 +77,17 @@ fn published(stage: &Stage, backend: Backend, via: &str) {
     }
     stage.ok("unpublish web");
     assert_out_of_reach(&stage.client, HOST_V4, 80);
+}
+
+/// Where bridges do not ask the rules, replies from container to container are routed.
+fn routed(stage: &Stage, backend: Backend) {
+    for family in ["iptables", "ip6tables"] {
+        let key = format!("net/bridge/bridge-nf-call-{family}");
+        if Path::new("/proc/sys").join(&key).exists() {
+            stage.host(&format!("sysctl -q -w {key}=0"));
+        }
+    }
+    published(stage, backend, "dnat");
 }
 
 fn one_address(stage: &Stage, backend: Backend) {
