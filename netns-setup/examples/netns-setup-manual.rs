@@ -10,9 +10,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::CommandFactory;
-use clap_complete::Shell;
 use netns_setup::cli::Cli;
 use netns_setup::cni;
+
+#[path = "../../packaging/manuals.rs"]
+mod manuals;
 
 /// Sections that cannot be derived from the command line (man-pages(7)), in roff.
 const SECTIONS: &str = r#"
@@ -121,14 +123,11 @@ fn write(directory: &Path) -> io::Result<()> {
     fs::create_dir_all(directory)?;
     for (command, sections) in [(Cli::command(), SECTIONS), (cni::cli::Cli::command(), PORTMAP_SECTIONS)] {
         let name = format!("{}.1", command.get_name());
-        clap_mangen::generate_to(command, directory)?;
+        manuals::pages(command, concat!("netns-setup ", env!("CARGO_PKG_VERSION")), directory)?;
         let page = File::options().append(true).open(directory.join(name));
         page?.write_all(sections.as_bytes())?;
     }
-    for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
-        clap_complete::generate_to(shell, &mut Cli::command(), "netns-setup", directory)?;
-    }
-    Ok(())
+    manuals::completions(Cli::command(), "netns-setup", directory)
 }
 
 #[cfg(test)]

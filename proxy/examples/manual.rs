@@ -11,9 +11,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::CommandFactory;
-use clap_complete::Shell;
 use rproxy::cli::Cli;
 use rproxy::log::console;
+
+#[path = "../../packaging/manuals.rs"]
+mod manuals;
 
 /// Sections that cannot be derived from the command line (man-pages(7)), in roff.
 const SECTIONS: &str = r#"
@@ -77,11 +79,8 @@ fn main() -> ExitCode {
 
 fn write(directory: &Path) -> io::Result<()> {
     fs::create_dir_all(directory)?;
-    clap_mangen::generate_to(Cli::command(), directory)?;
+    manuals::pages(Cli::command(), concat!("rproxy ", env!("CARGO_PKG_VERSION")), directory)?;
     let page = File::options().append(true).open(directory.join("rproxy.1"));
     page?.write_all(SECTIONS.as_bytes())?;
-    for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
-        clap_complete::generate_to(shell, &mut Cli::command(), "rproxy", directory)?;
-    }
-    Ok(())
+    manuals::completions(Cli::command(), "rproxy", directory)
 }

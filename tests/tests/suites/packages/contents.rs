@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use clap::CommandFactory;
 use testkit::process::{Process, run};
@@ -19,6 +20,8 @@ pub(crate) fn cases() -> Vec<Case> {
             .needs(&[Need::Program("lintian")])
             .deadline(DEADLINE),
         Case::new("the example of a configuration is right", example),
+        Case::new("manuals and completions have all names", written).deadline(DEADLINE),
+        Case::new("a version is not guessed", version).needs(DEBHELPER).needs(&[Need::Program("git")]),
     ]
 }
 
@@ -140,4 +143,38 @@ fn example() {
         assert!(checked.status.success(), "{checked:#?}");
     }
     assert!(examples.contains("\n[[mapping]]\n") && examples.contains("\n[defaults]\n"), "{examples}");
+}
+
+fn written() {
+    let temp = tempfile::tempdir().unwrap();
+    let mut writer = Command::new(rproxy::target_with_manuals().join("debug/examples/manual"));
+    writer.arg(temp.path());
+    run(writer).success();
+    let read = |name: &str| fs::read_to_string(temp.path().join(name)).unwrap();
+    let title = format!("\"rproxy {}\"", env!("CARGO_PKG_VERSION"));
+    for page in ["rproxy.1", "rproxy-ctl.1", "rproxy-ctl-add.1"].map(read) {
+        let of_page = page.lines().find(|line| line.starts_with(".TH")).unwrap();
+        assert!(of_page.contains(&title), "{of_page}");
+    }
+    for file in ["rproxy.1", "rproxy-ctl-add.1", "rproxy.bash", "_rproxy", "rproxy.fish"] {
+        let text = read(file).replace('\\', "");
+        assert!(text.contains("publish-all"), "{file}: {text}");
+    }
+}
+
+/// A tree that git does not read.
+fn version() {
+    let temp = tempfile::tempdir().unwrap();
+    for file in ["packaging/deb", "Cargo.toml"] {
+        let copy = temp.path().join(file);
+        fs::create_dir_all(copy.parent().unwrap()).unwrap();
+        fs::copy(rproxy::tree().join(file), copy).unwrap();
+    }
+    fs::write(temp.path().join(".git"), "nothing\n").unwrap();
+    let mut deb = Command::new(temp.path().join("packaging/deb"));
+    deb.arg(temp.path().join("out")).env_remove("DEB_VERSION");
+    let refused = run(deb);
+    assert_eq!(refused.status.code(), Some(1), "{refused:#?}");
+    assert!(refused.stderr.contains("set DEB_VERSION"), "{refused:#?}");
+    assert!(!temp.path().join("out").exists());
 }

@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 
 use testkit::machine::{self, Booted, Machine};
 use testkit::process::{Output, run};
@@ -10,14 +11,22 @@ use testkit::require;
 use testkit::rproxy::{target_with_manuals, tree};
 use testkit::suite::Case;
 
-use super::{DEADLINE, packaging};
+use super::{DEADLINE, DEBHELPER, build, packaging};
 
 pub(crate) fn cases() -> Vec<Case> {
     vec![
         Case::new("everything goes into a directory, and away again", directory).deadline(DEADLINE),
         Case::new("a changed configuration stays", changed).deadline(DEADLINE),
         Case::new("mistakes are named", mistakes).deadline(DEADLINE),
+        Case::new("the default is replaced by that of a new version", default).deadline(DEADLINE),
+        Case::new("others can read what is installed, whatever the umask", readable).deadline(DEADLINE),
+        Case::new("a directory is found from where the script is called", relative).deadline(DEADLINE),
+        Case::new("a failure takes back what was made", taken_back).deadline(DEADLINE),
         Case::new("a machine is as it was", live).needs(machine::NEEDS).deadline(DEADLINE),
+        Case::new("a package keeps what it has, too", beside_package)
+            .needs(machine::NEEDS)
+            .needs(DEBHELPER)
+            .deadline(DEADLINE),
     ]
 }
 
@@ -82,6 +91,8 @@ fn mistakes() {
         ("/usr/local", &["--strp"][..], 2, "--strp is unknown; usage:"),
         ("/usr/local", &["--strip", "--remove"], 2, "--remove is one argument too many"),
         ("usr", &[], 2, "PREFIX: usr is not an absolute path"),
+        ("/opt/my app", &[], 2, "PREFIX: /opt/my app has more than letters"),
+        ("/opt/a&b", &[], 2, "PREFIX: /opt/a&b has more than letters"),
         ("/usr/local", &["--remove"], 1, "so nothing was installed there"),
     ] {
         let output = install(temp.path(), prefix, arguments);
@@ -93,6 +104,75 @@ fn mistakes() {
     });
     assert!(unbuilt.stderr.contains("run: cargo build --release --workspace"), "{unbuilt:#?}");
     assert_eq!(files(temp.path()), BTreeSet::new());
+}
+
+fn default() {
+    let temp = tempfile::tempdir().unwrap();
+    install(temp.path(), "/usr/local", &[]).success();
+    // As if it were the default of an earlier version.
+    let [file, example] = ["etc/rproxy/rproxy.toml", "usr/local/share/doc/rproxy/examples/rproxy.toml"]
+        .map(|path| temp.path().join(path));
+    let new = fs::read_to_string(&file).unwrap();
+    for path in [&file, &example] {
+        fs::write(path, format!("# Of an earlier version.\n{new}")).unwrap();
+    }
+    install(temp.path(), "/usr/local", &[]).success();
+    assert_eq!(fs::read_to_string(&file).unwrap(), new);
+    install(temp.path(), "/usr/local", &["--remove"]).success();
+    assert_eq!(files(temp.path()), BTreeSet::new());
+}
+
+fn readable() {
+    let temp = tempfile::tempdir().unwrap();
+    let mut shell = require::command("sh");
+    shell.args(["-c", "umask 077 && \"$0\""]).arg(tree().join("packaging/install"));
+    shell.env("CARGO_TARGET_DIR", target_with_manuals()).env("DESTDIR", temp.path());
+    run(shell).success();
+    let mut find = require::command("find");
+    find.arg(temp.path()).args(["-mindepth", "1", "-not", "-perm", "-444"]);
+    find.args(["-or", "-mindepth", "1", "-type", "d", "-not", "-perm", "755"]);
+    assert_eq!(run(find).success(), "");
+}
+
+fn relative() {
+    let temp = tempfile::tempdir().unwrap();
+    let in_temp = |arguments: &[&str]| {
+        let change = |command: &mut Command| {
+            command.args(arguments).env("DESTDIR", "destination").current_dir(temp.path());
+        };
+        packaging("install", change).success();
+    };
+    in_temp(&[]);
+    assert!(temp.path().join("destination/usr/local/bin/rproxy").exists());
+    in_temp(&["--remove"]);
+    assert_eq!(files(&temp.path().join("destination")), BTreeSet::new());
+}
+
+/// The reason is told. What was there before stays, and can be removed.
+fn taken_back() {
+    let temp = tempfile::tempdir().unwrap();
+    let obstacle = temp.path().join("usr/local/bin/netns-setup");
+    fs::create_dir_all(&obstacle).unwrap();
+    let before = files(temp.path());
+    let fails = |part: &str, arguments: &[&str]| {
+        let failed = install(temp.path(), "/usr/local", arguments);
+        assert_eq!(failed.status.code(), Some(1), "{failed:#?}");
+        assert!(failed.stderr.contains(part) && failed.stderr.lines().count() == 1, "{part}: {failed:#?}");
+    };
+    fails("cannot overwrite directory", &[]);
+    assert_eq!(files(temp.path()), before);
+    fs::remove_dir(&obstacle).unwrap();
+    install(temp.path(), "/usr/local", &[]).success();
+    let installed = files(temp.path());
+    fs::remove_file(&obstacle).unwrap();
+    fs::create_dir(&obstacle).unwrap();
+    fails("cannot overwrite directory", &[]);
+    assert_eq!(files(temp.path()), installed);
+    // A removal that fails can be repeated.
+    fails("Is a directory", &["--remove"]);
+    fs::remove_dir(&obstacle).unwrap();
+    install(temp.path(), "/usr/local", &["--remove"]).success();
+    assert_eq!(files(temp.path()), ["/usr", "/usr/local", "/usr/local/bin"].map(String::from).into());
 }
 
 /// With the units, the user and the directories.
@@ -109,6 +189,8 @@ fn live() {
     machine.sh("rproxy ctl list").success();
     script("--strip");
     assert_eq!(machine.sh("systemctl is-active rproxy").stdout, "active\n");
+    // A unit that is gone does not keep the others.
+    machine.sh("rm /usr/local/lib/systemd/system/netns-setup-watch.service").success();
     script("--remove");
     assert_eq!(machine.sh("pgrep --list-full rproxy").stdout, "");
     let after = machine.written();
@@ -116,4 +198,30 @@ fn live() {
         after.difference(&before).filter(|path| path.contains("rproxy") || path.contains("netns")).collect();
     assert_eq!(left, Vec::<&String>::new());
     assert!(!machine.sh("getent passwd rproxy").status.success(), "the user is still there");
+}
+
+/// The configuration, the user, and a unit that runs.
+fn beside_package() {
+    let target = target_with_manuals();
+    let machine = Machine::boot(&[tree(), target]);
+    build(machine.shared(), "1.0-1", |command| {
+        command.env("DPKG_DEB_COMPRESSOR_TYPE", "none");
+    });
+    let script = |variables: &str, arguments: &str| {
+        let (tree, target) = (tree().display(), target.display());
+        machine.sh(&format!("CARGO_TARGET_DIR='{target}' {variables} '{tree}/packaging/install' {arguments}"))
+    };
+    script("", "").success();
+    machine.sh("systemctl enable --now rproxy").success();
+    let installed = machine.sh("dpkg --install /run/host/rproxy_1.0-1_*.deb");
+    assert!(installed.stderr.contains("'packaging/install --remove' takes it away"), "{installed:#?}");
+    let removed = script("", "--remove").success();
+    assert!(removed.contains("'systemctl restart rproxy.service' changes to the program"), "{removed}");
+    assert_eq!(machine.sh("dpkg --verify rproxy").success(), "");
+    machine.sh("systemctl is-enabled rproxy && systemctl restart rproxy && rproxy ctl list").success();
+    // Nor does another installation take its files.
+    let refused = script("PREFIX=/usr", "");
+    assert!(refused.stderr.contains("apt remove rproxy"), "{refused:#?}");
+    let warned = script("", "").success();
+    assert!(warned.contains("of the Debian package are not used"), "{warned}");
 }
