@@ -260,7 +260,7 @@ fn conflict() {
     let output = start();
     // Podman passes the protocols in any order.
     let told = ["tcp", "udp"]
-        .map(|proto| format!("rootlessport cannot listen on [::]:{PORT}/{proto}: rootlessport (process "));
+        .map(|proto| format!("[::]:{PORT}/{proto}: the {proto} port is taken by rootlessport (process "));
     assert!(told.iter().any(|told| output.stderr.contains(told)), "{}", output.stderr);
     let _servers = podman.servers();
     assert_served(&podman);
