@@ -187,6 +187,14 @@ fn live() {
     script("");
     machine.sh("systemctl enable --now rproxy rproxy-attach").success();
     machine.sh("rproxy ctl list").success();
+    machine.sh("systemctl reload rproxy-attach").success();
+    // A program that cannot take over.
+    machine.sh("ln -s -f /bin/false /usr/local/bin/rproxy").success();
+    let refused = machine.sh("systemctl reload rproxy-attach");
+    assert!(
+        !refused.status.success() && refused.stderr.contains("rproxy-attach.service failed"),
+        "{refused:#?}"
+    );
     script("--strip");
     assert_eq!(machine.sh("systemctl is-active rproxy").stdout, "active\n");
     // A unit that is gone does not keep the others.
