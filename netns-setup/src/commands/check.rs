@@ -20,9 +20,6 @@ use crate::state::State;
 pub(super) fn check(options: &Options) -> Result<Report, Error> {
     let dry = Options { dry_run: true, ..options.clone() };
     let locked = LockedState::open(&dry)?;
-    if locked.state == State::default() {
-        return Err(locked.forgotten()?.map_or(Error::NoNetwork, |forgotten| forgotten.error()));
-    }
     let owned = locked.state.owned();
     let Restorable { desired, waiting, given_up } =
         Restorable::look(&locked.state, locked.state.desired().clone(), options)?;
@@ -44,6 +41,9 @@ pub(super) fn check(options: &Options) -> Result<Report, Error> {
     let found = plan.steps.iter().map(|step| finding(&step.action));
     let problems = plan.problems.into_iter().chain(waiting).chain(taken_ports(&locked.state.current));
     differences(interrupted.chain(given_up).chain(found), problems)?;
+    if locked.state == State::default() {
+        return Err(locked.forgotten()?.map_or(Error::NoNetwork, |forgotten| forgotten.error()));
+    }
     let mut warnings = plan.warnings;
     warnings.extend(
         owned.network.as_ref().map(|network| detect::interference(network, owned)).unwrap_or_default(),
