@@ -46,7 +46,7 @@ pub enum Error {
          which containers and ports it has: name its --state-dir if there is another one; else {}",
         way_out(*.is_removable)
     )]
-    Forgotten {
+    Orphaned {
         /// The bridge.
         bridge: IfName,
         /// Whether `down` removes it.

@@ -42,7 +42,7 @@ pub(super) fn check(options: &Options) -> Result<Report, Error> {
     let problems = plan.problems.into_iter().chain(waiting).chain(taken_ports(&locked.state.current));
     differences(interrupted.chain(given_up).chain(found), problems)?;
     if locked.state == State::default() {
-        return Err(locked.forgotten()?.map_or(Error::NoNetwork, |forgotten| forgotten.error()));
+        return Err(locked.orphan()?.map_or(Error::NoNetwork, |orphan| orphan.error()));
     }
     let mut warnings = plan.warnings;
     warnings.extend(
@@ -117,7 +117,7 @@ pub fn mend(options: &Options, known: Option<&State>, executor: &mut dyn Executo
         Restorable::reserve(&locked.state, locked.state.desired().clone(), options, executor)?;
     let mut plan = locked.repair(desired, options, executor)?;
     plan.problems.extend(waiting);
-    plan.problems.extend(locked.forgotten()?.map(|forgotten| forgotten.error().to_string()));
+    plan.problems.extend(locked.orphan()?.map(|orphan| orphan.error().to_string()));
     Ok(Mended { plan, state: locked.state, restored, given_up })
 }
 

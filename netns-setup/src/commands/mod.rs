@@ -3,8 +3,8 @@
 mod attach;
 mod change;
 mod check;
-mod forgotten;
 mod locked;
+mod orphaned;
 mod own_ports;
 mod publish;
 mod restore;

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use serde_json::json;
 
-use super::forgotten::Forgotten;
 use super::locked::{LockedState, Lost};
+use super::orphaned::Orphan;
 use super::restore::Restorable;
 use super::{Options, Report, transparent};
 use crate::action::Action;
@@ -49,8 +49,8 @@ impl Up {
         let network = match desired.network.take() {
             Some(network) => self.keep(network)?,
             None => {
-                if let Some(forgotten) = locked.forgotten()?.filter(|forgotten| forgotten.is(&self.bridge)) {
-                    return Err(forgotten.error());
+                if let Some(orphan) = locked.orphan()?.filter(|orphan| orphan.is(&self.bridge)) {
+                    return Err(orphan.error());
                 }
                 self.create(options, &locked.others()?)?
             }
@@ -132,12 +132,12 @@ impl Up {
 pub(super) fn down(options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
     let mut locked = LockedState::open_with(options, Lost::Restore)?;
     let restored = locked.restored.clone();
-    let forgotten = locked.forgotten()?;
-    if let Some(forgotten) = &forgotten {
-        locked.state.current.network = Some(forgotten.network()?);
+    let orphan = locked.orphan()?;
+    if let Some(orphan) = &orphan {
+        locked.state.current.network = Some(orphan.network()?);
     }
     let mut plan = locked.change(Topology::default(), &Scope::All, options, executor)?;
-    for action in forgotten.as_ref().map(Forgotten::rest).transpose()?.into_iter().flatten() {
+    for action in orphan.as_ref().map(Orphan::rest).transpose()?.into_iter().flatten() {
         let step = Step::on_fresh(action);
         if !options.dry_run {
             executor.run(&step.action).map_err(Error::Leftover)?;
@@ -155,7 +155,7 @@ pub(super) fn down(options: &Options, executor: &mut dyn Executor) -> Result<Rep
     if !options.dry_run {
         FILES.iter().for_each(|name| drop(std::fs::remove_file(options.state_dir.join(name))));
     }
-    let left = forgotten.map(|forgotten| forgotten.left());
+    let left = orphan.map(|orphan| orphan.left());
     let warnings = restored.into_iter().chain(left).chain(plan.problems.iter().cloned()).collect();
     let is_empty = plan.steps.is_empty();
     let line = if is_empty { "nothing was up" } else { "everything that netns-setup created is removed" };

@@ -89,14 +89,17 @@ enum Excludes {
 /// Whether a socket at `local` excludes one at `wanted`.
 fn excludes(local: SocketAddr, wanted: SocketAddr) -> Excludes {
     let (local_ip, wanted_ip) = (local.ip().to_canonical(), wanted.ip().to_canonical());
-    let is_for_all = |ip: IpAddr| ip.is_unspecified();
     if local.port() != wanted.port() {
         return Excludes::Not;
     }
     match local_ip.is_ipv4() == wanted_ip.is_ipv4() {
-        true if local_ip == wanted_ip || is_for_all(local_ip) || is_for_all(wanted_ip) => Excludes::Surely,
+        true if local_ip == wanted_ip || local_ip.is_unspecified() || wanted_ip.is_unspecified() => {
+            Excludes::Surely
+        }
         // `[::]` may be for both families.
-        false if [local_ip, wanted_ip].iter().any(|ip| ip.is_ipv6() && is_for_all(*ip)) => Excludes::Perhaps,
+        false if [local_ip, wanted_ip].iter().any(|ip| ip.is_ipv6() && ip.is_unspecified()) => {
+            Excludes::Perhaps
+        }
         _ => Excludes::Not,
     }
 }

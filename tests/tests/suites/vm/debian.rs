@@ -119,7 +119,7 @@ fn files() -> BTreeSet<String> {
 }
 
 fn installed() {
-    sh("find / -xdev >/run/before && mv /run/before /root/before");
+    sh("find / -xdev >/run/before && mv /run/before /var/tmp/before");
     life::installed(&Here);
 }
 
@@ -138,7 +138,7 @@ fn reloaded() {
     client::ping(&kept);
     let old = life::main_process(&Here, "rproxy");
     sh(&format!(
-        "cp /etc/rproxy/rproxy.toml /root && printf '[[mapping]]\\nhost = \"{ADDED}\"\\nto = \"{BACKEND}\"\\n' >>/etc/rproxy/rproxy.toml
+        "cp /etc/rproxy/rproxy.toml /var/tmp && printf '[[mapping]]\\nhost = \"{ADDED}\"\\nto = \"{BACKEND}\"\\n' >>/etc/rproxy/rproxy.toml
         systemctl reload rproxy"
     ));
     eventually("the mapping is added", || sh("rproxy ctl list").contains(&ADDED.to_string()));
@@ -146,7 +146,7 @@ fn reloaded() {
     let refused = Here.sh("echo 'host = 1' >>/etc/rproxy/rproxy.toml && systemctl reload rproxy");
     assert!(!refused.status.success(), "{refused:#?}");
     client::assert_echoes(ADDED);
-    sh("mv /root/rproxy.toml /etc/rproxy/rproxy.toml && systemctl reload rproxy");
+    sh("mv /var/tmp/rproxy.toml /etc/rproxy/rproxy.toml && systemctl reload rproxy");
     eventually("the mapping is removed", || !sh("rproxy ctl list").contains(&ADDED.to_string()));
     client::ping(&kept);
     assert_eq!(life::main_process(&Here, "rproxy"), old);
@@ -260,7 +260,7 @@ fn purged() {
     sh("docker rm --force web && rm /etc/docker/daemon.json && systemctl restart docker");
     life::removed(&Here);
     sh("dpkg --purge rproxy rproxy-netns");
-    let before = fs::read_to_string("/root/before").unwrap().lines().map(String::from).collect();
+    let before = fs::read_to_string("/var/tmp/before").unwrap().lines().map(String::from).collect();
     assert_eq!(life::left(&before, &files()), BTreeSet::new());
     assert!(
         !Here.sh("getent passwd rproxy || getent group rproxy").status.success(),

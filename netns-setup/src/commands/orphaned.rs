@@ -14,7 +14,7 @@ use crate::state::State;
 
 /// What is left of a network that no state directory knows.
 #[derive(Debug)]
-pub(super) struct Forgotten {
+pub(super) struct Orphan {
     bridge: IfName,
     /// The network without its containers, if the kernel tells enough.
     network: Option<Network>,
@@ -24,7 +24,7 @@ pub(super) struct Forgotten {
 
 impl LockedState {
     /// A network of which this host has a bridge, and nobody a state. It can be that of this directory if it has none.
-    pub(super) fn forgotten(&self) -> Result<Option<Forgotten>, Error> {
+    pub(super) fn orphan(&self) -> Result<Option<Orphan>, Error> {
         if self.state != State::default() {
             return Ok(None);
         }
@@ -36,17 +36,17 @@ impl LockedState {
             return Ok(None);
         };
         let Ok(bridge) = link.name.parse() else { return Ok(None) };
-        Ok(Some(Forgotten { bridge, network: network(&host, link, bridge, id), veths: veths(&host, link) }))
+        Ok(Some(Orphan { bridge, network: network(&host, link, bridge, id), veths: veths(&host, link) }))
     }
 }
 
-impl Forgotten {
+impl Orphan {
     pub(super) fn is(&self, bridge: &IfName) -> bool {
         self.bridge == *bridge
     }
 
     pub(super) fn error(&self) -> Error {
-        Error::Forgotten { bridge: self.bridge, is_removable: self.network.is_some() }
+        Error::Orphaned { bridge: self.bridge, is_removable: self.network.is_some() }
     }
 
     /// The network without its containers.
