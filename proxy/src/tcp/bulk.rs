@@ -29,7 +29,7 @@ const FIRST_WATERMARK: u32 = 256 * 1024;
 const FEW: usize = 8;
 
 /// Bytes moved before other tasks of the worker have their turn.
-const TURN: usize = 4 * 1024 * 1024;
+const TURN: usize = 1024 * 1024;
 
 /// The number of transfers of the process that are relayed in bulk.
 static TRANSFERS: AtomicUsize = AtomicUsize::new(0);

@@ -4,14 +4,14 @@ use std::sync::LazyLock;
 use std::time::Instant;
 
 use super::direction::Direction;
+use super::fragments::Fragments;
 use super::pipe::Capacity;
 
-/// Bytes of a burst from which on it is spliced. Below, copying is cheaper if the source sends single pages, as
-/// sendfile(2) does. After a burst of this size, the next one is spliced from its first byte, because the responses of a
-/// connection are often alike.
-const LARGE: u32 = 128 * 1024;
+/// Bytes of a burst from which on it is spliced. Below, copying is as cheap. After a burst of this size, the next one is
+/// spliced from its first byte, because the responses of a connection are often alike.
+const LARGE: u32 = 16 * 1024;
 
-/// Bytes of a burst from which on larger pipes serve it: it is rather a transfer than a response.
+/// Bytes of a burst from which on the largest pipes serve it: it is rather a transfer than a response.
 const LONG: u32 = 1024 * 1024;
 
 /// Bytes of a burst from which on it is [relayed in bulk](super::bulk), so that shorter ones do not end with the delay of
@@ -33,6 +33,8 @@ pub(super) struct Burst {
     last: u32,
     /// Whether the burst before it was large.
     follows_large: bool,
+    /// Those of the source.
+    fragments: Fragments,
 }
 
 impl Burst {
@@ -43,7 +45,20 @@ impl Burst {
 
     /// The capacity of the pipes to splice through.
     pub(super) fn capacity(&self, direction: &Direction<'_>) -> Capacity {
-        if self.moved(direction) < LONG { Capacity::Default } else { Capacity::Full }
+        if self.moved(direction) >= LONG {
+            Capacity::Full
+        } else if self.fragments.are_large() {
+            Capacity::Medium
+        } else {
+            Capacity::Default
+        }
+    }
+
+    /// Records what was spliced through a pipe of this capacity.
+    pub(super) fn note_spliced(&mut self, capacity: Capacity, moved: usize) {
+        if capacity == Capacity::Default {
+            self.fragments.note(moved);
+        }
     }
 
     /// Whether to relay in bulk.
@@ -72,6 +87,7 @@ impl Burst {
     fn restart(&mut self, direction: &Direction<'_>) {
         self.follows_large = self.moved(direction) >= LARGE;
         (self.start, self.opposite) = (low(direction.meter.moved()), low(direction.opposite.moved()));
+        self.fragments.begin_next();
     }
 
     /// Begins another burst after one that was relayed in bulk, which is long from its start.

@@ -75,8 +75,9 @@ fn relay_ready(direction: &Direction<'_>, burst: &mut Burst, cx: &mut Context<'_
     burst.begin_next_if_over(direction);
     let mut turn = 0;
     loop {
+        let capacity = burst.capacity(direction);
         let spliced = match burst.is_large(direction) {
-            true => transfer::splice(direction, burst.capacity(direction)),
+            true => transfer::splice(direction, capacity),
             false => None,
         };
         let is_spliced = spliced.is_some();
@@ -84,7 +85,12 @@ fn relay_ready(direction: &Direction<'_>, burst: &mut Burst, cx: &mut Context<'_
             recorded.note_spliced();
         }
         match spliced.unwrap_or_else(|| transfer::copy(direction)) {
-            Step::Moved(moved) => turn += moved,
+            Step::Moved(moved) => {
+                turn += moved;
+                if is_spliced {
+                    burst.note_spliced(capacity, moved);
+                }
+            }
             Step::NotReady => turn += NOTHING_MOVED,
             Step::Blocked(rest) => return Poll::Ready(Stopped::Blocked(rest)),
             Step::Ended(end) => return Poll::Ready(Stopped::Ended(end)),

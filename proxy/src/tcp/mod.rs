@@ -14,6 +14,7 @@ mod connections;
 mod dial;
 mod direction;
 mod finish;
+mod fragments;
 mod half;
 mod messages;
 mod meter;

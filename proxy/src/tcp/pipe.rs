@@ -36,20 +36,19 @@ const RETRY: Duration = Duration::from_secs(1);
 /// The number of pipes, in use or pooled.
 static OPEN: AtomicUsize = AtomicUsize::new(0);
 
-/// The most that one call moves. A pipe holds less: it has a slot for each 4 KiB of its capacity, and a slot holds one page
-/// or a part of it.
+/// The most that one call moves. A pipe holds less: as many bytes as its capacity, in as many slots as that has pages, and a
+/// slot holds a fragment of a packet (`splice_file_to_pipe` in fs/splice.c, `__splice_segment` in net/core/skbuff.c).
 const MOST_BYTES: usize = 1024 * 1024;
 
 /// The capacity of a pipe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Capacity {
-    /// The kernel's default, for responses: 16 slots, as many as splice(2) passes to the socket at a time
-    /// (`splice_to_socket` in fs/splice.c). With more, it announces more after each 16, and the socket sends what is
-    /// left of whole segments in a packet of its own: twice as many packets if the source sends single pages.
+    /// The kernel's default: 16 slots, as many as splice(2) passes to the socket at a time (`splice_to_socket` in
+    /// fs/splice.c).
     Default,
-    /// For many bulk transfers.
+    /// For bursts, and for many bulk transfers.
     Medium,
-    /// For long bursts and few bulk transfers, and the maximum for an unprivileged process (`fs.pipe-max-size`).
+    /// For few bulk transfers, and the maximum for an unprivileged process (`fs.pipe-max-size`).
     Full,
 }
 

@@ -7,6 +7,7 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
+use nix::sys::sendfile::sendfile;
 use testkit::backend::TcpBackend;
 use testkit::client;
 use testkit::eventually;
@@ -33,6 +34,8 @@ pub(crate) fn cases() -> Vec<Case> {
         net("a transfer to the client is spliced", transfer_to_client),
         net("a steady transfer is woken up rarely", few_wake_ups),
         net("responses are spliced through one pipe", responses),
+        net("short responses are spliced, too", short_responses),
+        net("what is written passes in more at a time than a file", written_and_file),
         net("responses are copied while there are no pipes", responses_without_pipes)
             .needs(&[Need::Program("setpriv")]),
     ]
@@ -276,6 +279,55 @@ fn responses() {
         // Each byte goes into a pipe and out of it.
         calls.sum(&["splice"]) / 2 > RESPONSES * RESPONSE * 3 / 4
     });
+}
+
+fn short_responses() {
+    const RESPONSE: usize = 24 * 1024;
+
+    let answer = |mut stream: &TcpStream| {
+        let mut request = [0];
+        while stream.read(&mut request)? > 0 {
+            stream.write_all(&[7; RESPONSE])?;
+        }
+        Ok(())
+    };
+    let calls = Bulk::to(answer).calls(|mut client| {
+        for _ in 0..RESPONSES {
+            client.write_all(b"?").unwrap();
+            client.read_exact(&mut [0; RESPONSE]).unwrap();
+        }
+    });
+    let spliced = calls.sum(&["splice"]) / 2;
+    assert!(spliced > RESPONSES * RESPONSE * 3 / 4, "{spliced} bytes");
+}
+
+/// The fragments of a file are pages, of which a pipe that is larger than what goes to the socket at a time would make more
+/// packets.
+fn written_and_file() {
+    let passed_at_once = |backend: Bulk| {
+        let calls = backend.calls(fetch);
+        let taken = calls.named(&["splice"]).filter_map(|call| usize::try_from(call.result).ok());
+        taken.filter(|&taken| taken > 64 * 1024).sum::<usize>() / 2
+    };
+    let all = RESPONSES * RESPONSE;
+    eventually("more is taken at a time of what is written", || passed_at_once(Bulk::to(respond)) > all / 4);
+    eventually("no more is taken at a time of a file", || {
+        passed_at_once(Bulk::to(respond_with_file)) < all / 16
+    });
+}
+
+fn respond_with_file(mut stream: &TcpStream) -> io::Result<()> {
+    let file = tempfile::tempfile()?;
+    (&file).write_all(&[7; RESPONSE])?;
+    let mut request = [0];
+    while stream.read(&mut request)? > 0 {
+        let mut sent = 0;
+        while sent < RESPONSE {
+            let mut offset = sent.try_into().expect("a small file");
+            sent += sendfile(stream, &file, Some(&mut offset), RESPONSE - sent)?;
+        }
+    }
+    Ok(())
 }
 
 fn responses_without_pipes() {
