@@ -1,6 +1,7 @@
 //! The errors of commands, as one line for the user.
 
 use std::io;
+use std::path::PathBuf;
 
 use nix::sys::signal::Signal;
 
@@ -52,6 +53,13 @@ pub enum Error {
         /// Whether `down` removes it.
         is_removable: bool,
     },
+    /// It cannot be told whether anybody knows a network.
+    #[error(
+        "netns-setup made a bridge of which no state is known, and it may be that of the copy {}, which cannot be read: \
+         `netns-setup repair` with the --state-dir of the network writes it again; remove it if there is none",
+        .0.display()
+    )]
+    UnreadableCopy(PathBuf),
     /// Another network is up than the one requested.
     #[error("the network is up with {is}, not {wanted}: run `netns-setup down` first")]
     OtherNetwork {

@@ -95,18 +95,41 @@ impl Registry {
         dir.map_or(Ok(Vec::new()), |dir| self.entries(&dir, |_name| true))
     }
 
+    /// A copy for this namespace that makes no sense, or is of a later version.
+    ///
+    /// # Errors
+    /// If they cannot be listed.
+    pub fn unreadable(&self) -> Result<Option<PathBuf>, StateError> {
+        let Some(dir) = PrivateDir::open(&self.dir)? else { return Ok(None) };
+        let files = self.files(&dir, |name| self.is_of_namespace(name))?;
+        Ok(files.into_iter().find_map(|(name, entry)| entry.is_none().then(|| self.dir.join(name))))
+    }
+
     fn entries(&self, dir: &PrivateDir, is_meant: impl Fn(&str) -> bool) -> Result<Vec<Other>, StateError> {
+        let files = self.files(dir, is_meant)?;
+        let mut entries: Vec<Other> = files.into_iter().filter_map(|(_name, entry)| entry).collect();
+        entries.sort_by(|one, another| one.state_dir.cmp(&another.state_dir));
+        Ok(entries)
+    }
+
+    /// The files that are meant, each with what it says.
+    fn files(
+        &self,
+        dir: &PrivateDir,
+        is_meant: impl Fn(&str) -> bool,
+    ) -> Result<Vec<(String, Option<Other>)>, StateError> {
         let failed = |source| DirError::File { step: "list", file: self.dir.clone(), source };
-        let mut entries = Vec::new();
+        let mut files = Vec::new();
         for entry in std::fs::read_dir(&self.dir).map_err(failed)? {
             let name = entry.map_err(failed)?.file_name();
             let Some(name) = name.to_str().filter(|name| name.ends_with(".json") && is_meant(name)) else {
                 continue;
             };
-            entries.extend(dir.read(name)?.and_then(|bytes| read(&bytes)));
+            if let Some(bytes) = dir.read(name)? {
+                files.push((name.to_owned(), read(&bytes)));
+            }
         }
-        entries.sort_by(|one, another| one.state_dir.cmp(&another.state_dir));
-        Ok(entries)
+        Ok(files)
     }
 
     fn is_of_namespace(&self, name: &str) -> bool {

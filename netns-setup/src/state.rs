@@ -151,6 +151,13 @@ pub enum Found {
     Damaged(String),
 }
 
+/// The whole state in a directory, if there is one. Without a lock: a command of that directory may change it.
+#[must_use]
+pub fn peek(dir: &Path) -> Option<State> {
+    let value = serde_json::from_slice(&std::fs::read(dir.join(FILE)).ok()?).ok()?;
+    State::decode(value).ok()
+}
+
 /// The state directory, open and locked: one command at a time.
 #[derive(Debug)]
 pub struct StateDir(PrivateDir);

@@ -41,8 +41,11 @@ pub(super) fn check(options: &Options) -> Result<Report, Error> {
     let found = plan.steps.iter().map(|step| finding(&step.action));
     let problems = plan.problems.into_iter().chain(waiting).chain(taken_ports(&locked.state.current));
     differences(interrupted.chain(given_up).chain(found), problems)?;
+    if let Some(orphan) = locked.orphans()?.first() {
+        return Err(orphan.error());
+    }
     if locked.state == State::default() {
-        return Err(locked.orphan()?.map_or(Error::NoNetwork, |orphan| orphan.error()));
+        return Err(Error::NoNetwork);
     }
     let mut warnings = plan.warnings;
     warnings.extend(
@@ -117,7 +120,7 @@ pub fn mend(options: &Options, known: Option<&State>, executor: &mut dyn Executo
         Restorable::reserve(&locked.state, locked.state.desired().clone(), options, executor)?;
     let mut plan = locked.repair(desired, options, executor)?;
     plan.problems.extend(waiting);
-    plan.problems.extend(locked.orphan()?.map(|orphan| orphan.error().to_string()));
+    plan.problems.extend(locked.orphans()?.iter().map(|orphan| orphan.error().to_string()));
     Ok(Mended { plan, state: locked.state, restored, given_up })
 }
 

@@ -167,6 +167,11 @@ impl LockedState {
         self.registry.others(&self.state.owned())
     }
 
+    /// A copy of a state on this host that cannot be read.
+    pub(super) fn unreadable_copy(&self) -> Result<Option<PathBuf>, StateError> {
+        self.registry.unreadable()
+    }
+
     /// The files for kernel parameters that a network of any state directory has, in any network namespace.
     pub(super) fn persisted(&self) -> Result<Vec<PathBuf>, StateError> {
         let states = self.registry.all()?;

@@ -2,7 +2,7 @@
 
 use super::locked::LockedState;
 use crate::action::Action;
-use crate::addr::{Subnet4, Subnet6};
+use crate::addr::{Mac, Subnet4, Subnet6};
 use crate::block::Block;
 use crate::error::Error;
 use crate::model::{self, Firewall, Network};
@@ -10,7 +10,8 @@ use crate::name::{Id, IfName};
 use crate::netlink::xfrm;
 use crate::observe::{self, ObserveError};
 use crate::observed::{Link, Side};
-use crate::state::State;
+use crate::relay::find;
+use crate::state;
 
 /// What is left of a network that no state directory knows.
 #[derive(Debug)]
@@ -23,26 +24,37 @@ pub(super) struct Orphan {
 }
 
 impl LockedState {
-    /// A network of which this host has a bridge, and nobody a state. It can be that of this directory if it has none.
-    pub(super) fn orphan(&self) -> Result<Option<Orphan>, Error> {
-        if self.state != State::default() {
-            return Ok(None);
+    /// The networks of which this host has a bridge, and nobody a state. One of them can be that of this directory if it
+    /// has none.
+    ///
+    /// # Errors
+    /// If a copy of a state cannot be read, which may be that of such a network.
+    pub(super) fn orphans(&self) -> Result<Vec<Orphan>, Error> {
+        if self.state.owned().network.is_some() {
+            return Ok(Vec::new());
         }
         let host = observe::side().map_err(ObserveError::Host)?;
-        let others = self.others()?;
-        let known: Vec<Id> =
-            others.iter().filter_map(|other| Some(other.state.owned().network?.id)).collect();
-        let Some((link, id)) = bridges(&host).find(|(_link, id)| !known.contains(id)) else {
-            return Ok(None);
+        // A copy may have gone alone, while the relay still says where the state is.
+        let others = self.others()?.into_iter().map(|other| other.state);
+        let states = others.chain(find::state_dirs().into_iter().filter_map(|dir| state::peek(&dir)));
+        let known: Vec<Id> = states.filter_map(|state| Some(state.owned().network?.id)).collect();
+        let unknown: Vec<_> = bridges(&host).filter(|(_link, id)| !known.contains(id)).collect();
+        if !unknown.is_empty()
+            && let Some(file) = self.unreadable_copy()?
+        {
+            return Err(Error::UnreadableCopy(file));
+        }
+        let orphan = |(link, id): (&Link, Id)| {
+            let bridge = link.name.parse().ok()?;
+            Some(Orphan { bridge, network: network(&host, link, bridge, id), veths: veths(&host, link) })
         };
-        let Ok(bridge) = link.name.parse() else { return Ok(None) };
-        Ok(Some(Orphan { bridge, network: network(&host, link, bridge, id), veths: veths(&host, link) }))
+        Ok(unknown.into_iter().filter_map(orphan).collect())
     }
 }
 
 impl Orphan {
-    pub(super) fn is(&self, bridge: &IfName) -> bool {
-        self.bridge == *bridge
+    pub(super) fn bridge(&self) -> IfName {
+        self.bridge
     }
 
     pub(super) fn error(&self) -> Error {
@@ -86,7 +98,9 @@ fn bridges(host: &Side) -> impl Iterator<Item = (&Link, Id)> {
 fn network(host: &Side, link: &Link, bridge: IfName, id: Id) -> Option<Network> {
     let own = host.addresses.iter().filter(|(index, _address)| *index == link.index);
     let subnets: Vec<String> = own.map(|(_index, address)| address.network().to_string()).collect();
-    let subnet: Subnet4 = subnets.iter().find_map(|subnet| subnet.parse().ok())?;
+    // Somebody may have given it other addresses, too.
+    let is_its = |subnet: &Subnet4| link.mac == Some(Mac::for_container(subnet.gateway()));
+    let subnet = subnets.iter().filter_map(|subnet| subnet.parse().ok()).find(is_its)?;
     // That of link-local addresses is none.
     let subnet6: Option<Subnet6> = subnets.iter().find_map(|subnet| subnet.parse().ok());
     Some(Network {
@@ -118,6 +132,7 @@ fn veths(host: &Side, bridge: &Link) -> Vec<IfName> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::addr::Cidr;
     use crate::testdata;
 
     #[test]
@@ -128,6 +143,7 @@ mod tests {
             name: known.bridge.to_string(),
             kind: Some("bridge".to_owned()),
             alias: Some(alias),
+            mac: Some(known.mac()),
             mtu: known.mtu,
             ..Link::default()
         };
@@ -145,7 +161,9 @@ mod tests {
             veth("vethc1c1c1c", "bridge", 2),
             veth("veth0", "veth", 2),
         ];
-        let addresses = known.addresses().into_iter().rev().map(|address| (2, address)).collect();
+        let foreign = Cidr { ip: [192, 0, 2, 7].into(), prefix: 24 };
+        let own = known.addresses().into_iter().rev();
+        let addresses = [foreign].into_iter().chain(own).map(|address| (2, address)).collect();
         let host = Side { links, addresses, ..Side::default() };
         let [(link, id)] = &bridges(&host).collect::<Vec<_>>()[..] else { panic!("not one") };
         let found = network(&host, link, known.bridge, id.clone()).unwrap();

@@ -49,7 +49,7 @@ impl Up {
         let network = match desired.network.take() {
             Some(network) => self.keep(network)?,
             None => {
-                if let Some(orphan) = locked.orphan()?.filter(|orphan| orphan.is(&self.bridge)) {
+                if let Some(orphan) = locked.orphans()?.iter().find(|orphan| orphan.bridge() == self.bridge) {
                     return Err(orphan.error());
                 }
                 self.create(options, &locked.others()?)?
@@ -132,34 +132,47 @@ impl Up {
 pub(super) fn down(options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
     let mut locked = LockedState::open_with(options, Lost::Restore)?;
     let restored = locked.restored.clone();
-    let orphan = locked.orphan()?;
+    let mut orphans = locked.orphans()?.into_iter();
+    let orphan = orphans.next();
+    // By its bridge, the network is found again until all else of it is gone.
+    let rest =
+        remove(orphan.as_ref().map(Orphan::rest).transpose()?.into_iter().flatten(), options, executor)?;
     if let Some(orphan) = &orphan {
         locked.state.current.network = Some(orphan.network()?);
     }
     let mut plan = locked.change(Topology::default(), &Scope::All, options, executor)?;
-    for action in orphan.as_ref().map(Orphan::rest).transpose()?.into_iter().flatten() {
-        let step = Step::on_fresh(action);
-        if !options.dry_run {
-            executor.run(&step.action).map_err(Error::Leftover)?;
-        }
-        plan.steps.push(step);
-    }
-    for path in persist::leftovers(&locked.persisted()?) {
-        let step = Step::on_fresh(Action::RemoveFile(path));
-        if !options.dry_run {
-            executor.run(&step.action).map_err(Error::Leftover)?;
-        }
-        plan.steps.push(step);
-    }
+    plan.steps.splice(..0, rest);
+    let files = persist::leftovers(&locked.persisted()?).into_iter().map(Action::RemoveFile);
+    plan.steps.extend(remove(files, options, executor)?);
     // A supervisor that was killed has left them.
     if !options.dry_run {
         FILES.iter().for_each(|name| drop(std::fs::remove_file(options.state_dir.join(name))));
     }
     let left = orphan.map(|orphan| orphan.left());
-    let warnings = restored.into_iter().chain(left).chain(plan.problems.iter().cloned()).collect();
-    let is_empty = plan.steps.is_empty();
-    let line = if is_empty { "nothing was up" } else { "everything that netns-setup created is removed" };
+    let others: Vec<IfName> = orphans.map(|orphan| orphan.bridge()).collect();
+    let more =
+        others.iter().map(|bridge| format!("the state of {bridge} was lost, too: `down` again removes it"));
+    let warnings =
+        restored.into_iter().chain(left).chain(more).chain(plan.problems.iter().cloned()).collect();
+    let line = match plan.steps.is_empty() {
+        true => "nothing was up",
+        false if !others.is_empty() => "one network whose state was lost is removed",
+        false => "everything that netns-setup created is removed",
+    };
     Ok(Report::of(&plan, vec![line.to_owned()], json!(null)).warning(warnings))
+}
+
+/// Removes what is not part of a topology. Returns the steps.
+fn remove(
+    actions: impl IntoIterator<Item = Action>,
+    options: &Options,
+    executor: &mut dyn Executor,
+) -> Result<Vec<Step>, Error> {
+    let steps: Vec<Step> = actions.into_iter().map(Step::on_fresh).collect();
+    if !options.dry_run {
+        steps.iter().try_for_each(|step| executor.run(&step.action)).map_err(Error::Leftover)?;
+    }
+    Ok(steps)
 }
 
 fn addresses(network: &Network) -> String {

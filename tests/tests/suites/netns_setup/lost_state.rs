@@ -3,9 +3,12 @@
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Command;
 
 use nix::mount::{MsFlags, mount};
 use testkit::netns::Namespace;
+use testkit::process::Output;
+use testkit::rproxy::netns_setup;
 use testkit::suite::Case;
 use testkit::topology::HOST_V4;
 use testkit::{PATIENCE, eventually};
@@ -23,6 +26,9 @@ pub(crate) fn cases() -> Vec<Case> {
         case("a directory that cannot be used leaves the kernel's part", unusable),
         case("a state and its copy that are both removed are known to the service", forgotten),
         case("a network that nobody knows any more is named, and can be taken down", unknown),
+        case("a network whose copy alone is lost is left alone by others", lost_copy),
+        case("a copy that cannot be read may be that of any network", damaged_copy),
+        case("two networks that nobody knows any more are taken down one after the other", two_unknown),
         case("a network that is taken down does not come back", taken_down),
         case("a copy that is removed is written again", copy),
         case("a state directory that is moved is watched where it is", moved),
@@ -145,6 +151,70 @@ fn unknown(stage: &Stage) {
     assert_eq!(stage.host("ss -Hltn sport = 80"), "", "the relay has ended");
     set_up(stage, "");
     stage.ok("check");
+}
+
+/// Runs it for another state directory.
+fn other(stage: &Stage, arguments: &str) -> Output {
+    let mut command = Command::new(netns_setup());
+    command.arg("--state-dir").arg(stage.state_dir().with_file_name("other"));
+    command.args(arguments.split_whitespace());
+    stage.host.spawn(command).into_output()
+}
+
+fn lost_copy(stage: &Stage) {
+    set_up(stage, "");
+    let intact = stage.dump();
+    fs::remove_dir_all(COPIES).unwrap();
+    assert!(other(stage, "down").success().contains("nothing was up"));
+    let check = other(stage, "check");
+    assert!(check.stderr.contains("there is no network"), "{check:#?}");
+    assert_eq!(stage.dump(), intact);
+    stage.ok("check");
+}
+
+fn damaged_copy(stage: &Stage) {
+    set_up(stage, "");
+    let intact = stage.dump();
+    let copies: Vec<_> = fs::read_dir(COPIES).unwrap().map(|entry| entry.unwrap().path()).collect();
+    let copy = copies.iter().find(|path| path.extension().is_some_and(|ending| ending == "json")).unwrap();
+    fs::write(copy, "{").unwrap();
+    fs::remove_file(stage.state_dir().join("state.json")).unwrap();
+    for command in ["down", "check"] {
+        let refused = other(stage, command);
+        assert_eq!(refused.status.code(), Some(1), "{command}: {refused:#?}");
+        assert!(
+            refused.stderr.contains(&format!("the copy {}, which", copy.display())),
+            "{command}: {refused:#?}"
+        );
+    }
+    assert_eq!(stage.dump(), intact);
+    fs::remove_file(copy).unwrap();
+    stage.ok("down");
+    assert!(!stage.host("ip link").contains("docker0"));
+}
+
+fn two_unknown(stage: &Stage) {
+    set_up(stage, "");
+    other(stage, "up --bridge br1 --subnet 10.81.0.0/24").success();
+    fs::remove_dir_all(COPIES).unwrap();
+    for dir in [stage.state_dir(), stage.state_dir().with_file_name("other")] {
+        fs::remove_file(dir.join("state.json")).unwrap();
+    }
+    let up = other(stage, "up --bridge br1 --subnet 10.81.0.0/24");
+    assert!(up.stderr.contains("netns-setup made the bridge br1, but"), "{up:#?}");
+    // The state of something else does not hide them.
+    stage.ok("transparent up --interface docker0");
+    let check = stage.run("check");
+    assert!(
+        check.status.code() == Some(1) && check.stderr.contains("netns-setup made the bridge"),
+        "{check:#?}"
+    );
+    let first = stage.run("down");
+    assert!(first.stdout.contains("one network whose state was lost is removed"), "{first:#?}");
+    assert!(first.stderr.contains("was lost, too: `down` again removes it"), "{first:#?}");
+    assert!(stage.ok("down").contains("everything that netns-setup created is removed"));
+    let links = stage.host("ip link");
+    assert!(!links.contains("docker0") && !links.contains("br1"), "{links}");
 }
 
 fn taken_down(stage: &Stage) {
