@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::Command;
 
@@ -22,6 +23,8 @@ pub(crate) fn cases() -> Vec<Case> {
         Case::new("others can read what is installed, whatever the umask", readable).deadline(DEADLINE),
         Case::new("a directory is found from where the script is called", relative).deadline(DEADLINE),
         Case::new("a failure takes back what was made", taken_back).deadline(DEADLINE),
+        Case::new("what others have beside it stays", beside_others).deadline(DEADLINE),
+        Case::new("what an earlier version had goes, also after a failure", earlier).deadline(DEADLINE),
         Case::new("a machine is as it was", live).needs(machine::NEEDS).deadline(DEADLINE),
         Case::new("a package keeps what it has, too", beside_package)
             .needs(machine::NEEDS)
@@ -173,6 +176,45 @@ fn taken_back() {
     fs::remove_dir(&obstacle).unwrap();
     install(temp.path(), "/usr/local", &["--remove"]).success();
     assert_eq!(files(temp.path()), ["/usr", "/usr/local", "/usr/local/bin"].map(String::from).into());
+}
+
+fn beside_others() {
+    let temp = tempfile::tempdir().unwrap();
+    install(temp.path(), "/usr/local", &[]).success();
+    let [draft, directory, config] =
+        ["etc/rproxy/rproxy.toml.new", "usr/local/bin/rproxy.new", "etc/rproxy/rproxy.toml"]
+            .map(|path| temp.path().join(path));
+    fs::write(&draft, "a draft").unwrap();
+    fs::create_dir(&directory).unwrap();
+    // What it leads to may not be mounted yet.
+    fs::remove_file(&config).unwrap();
+    symlink("/nonexistent/rproxy.toml", &config).unwrap();
+    install(temp.path(), "/usr/local", &[]).success();
+    install(temp.path(), "/usr/local", &["--remove"]).success();
+    assert_eq!(fs::read_to_string(&draft).unwrap(), "a draft");
+    assert!(directory.is_dir() && config.is_symlink());
+}
+
+fn earlier() {
+    let temp = tempfile::tempdir().unwrap();
+    install(temp.path(), "/usr/local", &[]).success();
+    let installed = files(temp.path());
+    let names = ["/usr/local/bin/old", "/usr/local/bin/older"];
+    let [old, obstacle] = names.map(|name| temp.path().join(name.trim_start_matches('/')));
+    let list = temp.path().join("usr/local/share/rproxy/installed");
+    let listed = fs::read_to_string(&list).unwrap();
+    fs::write(&list, format!("{listed}{}\n{}\n", names[0], names[1])).unwrap();
+    fs::write(&old, "").unwrap();
+    fs::create_dir(&obstacle).unwrap();
+    let failed = install(temp.path(), "/usr/local", &[]);
+    assert!(failed.status.code() == Some(1) && failed.stderr.contains("Is a directory"), "{failed:#?}");
+    assert!(!old.exists(), "it goes although the other one cannot");
+    fs::remove_dir(&obstacle).unwrap();
+    fs::write(&obstacle, "").unwrap();
+    install(temp.path(), "/usr/local", &[]).success();
+    assert_eq!(files(temp.path()), installed);
+    let sorted = |listed: &str| listed.lines().map(String::from).collect::<BTreeSet<_>>();
+    assert_eq!(sorted(&fs::read_to_string(&list).unwrap()), sorted(&listed));
 }
 
 /// With the units, the user and the directories.
