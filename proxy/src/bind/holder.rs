@@ -16,6 +16,8 @@ const LISTEN: &str = "0A";
 pub(crate) enum Holder {
     /// A process, with its name.
     Process(u32, String),
+    /// No process that root sees.
+    Hidden,
     /// One of the user of this process, whose descriptors this one may not list: it is in another user namespace.
     SameUser,
     /// One of another user, whose number may not be mapped in this user namespace.
@@ -27,26 +29,45 @@ impl fmt::Display for Holder {
         match self {
             Self::Process(pid, _) if *pid == std::process::id() => f.write_str("this process"),
             Self::Process(pid, name) => write!(f, "{} (process {pid})", escaped(name)),
+            Self::Hidden => f.write_str("the kernel (VXLAN, WireGuard, NFS), or in another PID namespace"),
             Self::SameUser => f.write_str("another program of this user"),
             Self::OtherUser => f.write_str("another user's program"),
         }
     }
 }
 
+/// What the tables of the kernel tell of a port.
+#[derive(Debug)]
+pub(crate) struct Taken {
+    pub(crate) by: Holder,
+    /// Whether it is in the way for sure. What listens at an IPv6 wildcard may be for IPv6 alone, and then something has the
+    /// port that the tables do not show, such as a socket that is only bound.
+    pub(crate) is_sure: bool,
+}
+
 /// Who listens there. Nothing is found by a confined process, which reads no files.
-pub(crate) fn of(protocol: Protocol, wanted: SocketAddr) -> Option<Holder> {
+pub(crate) fn of(protocol: Protocol, wanted: SocketAddr) -> Option<Taken> {
     let tables: &[&str] = match protocol {
         Protocol::Tcp => &["/proc/net/tcp", "/proc/net/tcp6"],
         Protocol::Udp => &["/proc/net/udp", "/proc/net/udp6"],
         Protocol::Sctp => return None,
     };
     let texts: Vec<_> = tables.iter().filter_map(|table| fs::read_to_string(table).ok()).collect();
-    let socket = in_tables(&texts, protocol, wanted)?;
-    Some(match process_with(&format!("socket:[{}]", socket.inode)) {
+    let (certainty, socket) = in_tables(&texts, protocol, wanted)?;
+    let by = match process_with(&format!("socket:[{}]", socket.inode)) {
         Some((pid, name)) => Holder::Process(pid, name),
+        None if sees_all_processes() => Holder::Hidden,
         None if socket.user == geteuid().to_string() => Holder::SameUser,
         None => Holder::OtherUser,
-    })
+    };
+    Some(Taken { by, is_sure: certainty == Excludes::Surely })
+}
+
+/// Whether this process may list the descriptors of each process of its PID namespace: those of the first one tell. In a user
+/// namespace of its own, of which the map is not that of all users, it is not root for others.
+fn sees_all_processes() -> bool {
+    let is_of_all = |map: String| map.split_whitespace().eq(["0", "0", "4294967295"]);
+    fs::read_to_string("/proc/self/uid_map").is_ok_and(is_of_all) && fs::read_dir("/proc/1/fd").is_ok()
 }
 
 /// A socket in a table of the kernel.
@@ -58,12 +79,14 @@ struct Found {
 }
 
 /// A socket that excludes `wanted`; or else one that does unless it is for IPv6 alone, which the tables do not show.
-fn in_tables(texts: &[String], protocol: Protocol, wanted: SocketAddr) -> Option<Found> {
+fn in_tables(texts: &[String], protocol: Protocol, wanted: SocketAddr) -> Option<(Excludes, Found)> {
     let find = |sought| {
         let lines = texts.iter().flat_map(|text| text.lines().skip(1));
-        lines.filter_map(|line| parse(line, protocol)).find(|(local, _)| excludes(*local, wanted) == sought)
+        let mut sockets = lines.filter_map(|line| parse(line, protocol));
+        let (_local, found) = sockets.find(|(local, _)| excludes(*local, wanted) == sought)?;
+        Some((sought, found))
     };
-    [Excludes::Surely, Excludes::Perhaps].into_iter().find_map(find).map(|(_local, found)| found)
+    [Excludes::Surely, Excludes::Perhaps].into_iter().find_map(find)
 }
 
 /// The local address of a socket that may be in the way, and whose it is (proc_net(5): local address, state, user, inode).
@@ -89,7 +112,9 @@ enum Excludes {
 /// Whether a socket at `local` excludes one at `wanted`.
 fn excludes(local: SocketAddr, wanted: SocketAddr) -> Excludes {
     let (local_ip, wanted_ip) = (local.ip().to_canonical(), wanted.ip().to_canonical());
-    if local.port() != wanted.port() {
+    // Each interface has the link-local addresses for itself, and the tables do not show which one is meant.
+    let is_on_a_link = matches!(local_ip, IpAddr::V6(ip) if ip.is_unicast_link_local());
+    if local.port() != wanted.port() || is_on_a_link {
         return Excludes::Not;
     }
     match local_ip.is_ipv4() == wanted_ip.is_ipv4() {
@@ -130,8 +155,9 @@ fn process_with(socket: &str) -> Option<(u32, String)> {
         let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).ok()?.flatten();
         let mut links = descriptors.filter_map(|entry| fs::read_link(entry.path()).ok());
         links.any(|link| link.as_os_str() == socket).then_some(())?;
-        let name = fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
-        Some((pid, name.trim_end().to_owned()))
+        // The kernel cuts it to 15 bytes, also within a character.
+        let name = fs::read(format!("/proc/{pid}/comm")).ok()?;
+        Some((pid, String::from_utf8_lossy(&name).trim_end().to_owned()))
     })
 }
 
@@ -152,7 +178,7 @@ mod tests {
             ] {
                 for wanted in [SocketAddr::from(([127, 0, 0, 1], port)), ([0; 4], port).into()] {
                     let holder = of(protocol, wanted).expect(address);
-                    assert_eq!(holder.to_string(), "this process", "{address}");
+                    assert_eq!(holder.by.to_string(), "this process", "{address}");
                 }
             }
         }
@@ -167,7 +193,8 @@ mod tests {
         let table_v6 = "  sl  local_address                         remote_address                        st\n\
                         0: 00000000000000000000000001000000:1F91 00000000000000000000000000000000:0000 0A 0:0 0:0 0 1002 0 20 1 0\n\
                         1: 00000000000000000000000000000000:1F92 00000000000000000000000000000000:0000 0A 0:0 0:0 0 1002 0 21 1 0\n\
-                        2: 0000000000000000FFFF00000300007F:1F93 00000000000000000000000000000000:0000 0A 0:0 0:0 0 1002 0 22 1 0\n";
+                        2: 0000000000000000FFFF00000300007F:1F93 00000000000000000000000000000000:0000 0A 0:0 0:0 0 1002 0 22 1 0\n\
+                        3: 000080FE000000000000000001000000:1F94 00000000000000000000000000000000:0000 0A 0:0 0:0 0 1002 0 23 1 0\n";
         let tables = [table, table_v6].map(str::to_owned);
         for (wanted, inode) in [
             ("127.0.0.3:8080", None),
@@ -181,9 +208,14 @@ mod tests {
             ("127.0.0.3:8083", Some("22")),
             ("[::1]:8083", None),
             ("0.0.0.0:8084", None),
+            ("[fe80::1]:8084", None),
         ] {
             let found = in_tables(&tables, Protocol::Tcp, wanted.parse().unwrap());
-            assert_eq!(found.as_ref().map(|found| &*found.inode), inode, "{wanted}");
+            let is_perhaps = ["[::]:8080", "127.0.0.1:8082"].contains(&wanted);
+            let certainty = if is_perhaps { Excludes::Perhaps } else { Excludes::Surely };
+            let expected = inode.map(|inode| (certainty, inode));
+            let found = found.as_ref().map(|(certainty, found)| (*certainty, &*found.inode));
+            assert_eq!(found, expected, "{wanted}");
         }
     }
 }

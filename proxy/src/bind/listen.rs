@@ -16,7 +16,7 @@ use rproxy_mapping::{Mapping, PortMapping};
 use rproxy_sys::{sctp, udp};
 use socket2::{Domain, Protocol as Transport, SockRef, Socket, TcpKeepalive, Type};
 
-use crate::bind::holder::{self, Holder};
+use crate::bind::holder::{self, Holder, Taken};
 use crate::bind::unix_socket::UnixSocket;
 use crate::runtime::descriptors::explain;
 
@@ -369,12 +369,18 @@ impl BindError {
     fn is_taken(&self, addr: SocketAddr) -> String {
         let Self { protocol, .. } = self;
         let holder = match holder::of(*protocol, addr) {
-            Some(holder @ Holder::Process(..)) => {
+            Some(Taken { by: holder @ Holder::Process(..), is_sure: true }) => {
                 return format!(
                     "the {protocol} port is taken by {holder}; use another one, or end what has it"
                 );
             }
-            Some(holder) => format!(" by {holder}"),
+            Some(Taken { by: holder @ Holder::Hidden, is_sure: true }) => {
+                return format!(
+                    "the {protocol} port is taken by no process that is visible here: by {holder}; use another one"
+                );
+            }
+            Some(Taken { by: holder, is_sure: true }) => format!(" by {holder}"),
+            Some(Taken { by: holder, is_sure: false }) => format!(", perhaps by {holder}"),
             // A client may have it, too.
             None => String::new(),
         };

@@ -43,12 +43,12 @@ const MOST_BYTES: usize = 1024 * 1024;
 /// The capacity of a pipe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Capacity {
-    /// The kernel's default: 16 slots, as many as splice(2) passes to the socket at a time (`splice_to_socket` in
+    /// The kernel's default, for other bursts: 16 slots, as many as splice(2) passes to the socket at a time (`splice_to_socket` in
     /// fs/splice.c).
     Default,
-    /// For bursts, and for many bulk transfers.
+    /// For many bulk transfers, and for bursts whose [fragments](super::fragments) are large.
     Medium,
-    /// For few bulk transfers, and the maximum for an unprivileged process (`fs.pipe-max-size`).
+    /// For long bursts and few bulk transfers, and the maximum for an unprivileged process (`fs.pipe-max-size`).
     Full,
 }
 

@@ -251,7 +251,7 @@ fn conflict() {
     let output = start();
     assert_eq!(output.status.code(), Some(126), "{output:?}");
     let told = format!(
-        "rootlessport cannot listen on [::]:{PORT}/tcp: the tcp port is taken by another user's program; `ss -antp"
+        "rootlessport cannot listen on [::]:{PORT}/tcp: the tcp port is taken, perhaps by another user's program; `ss -antp"
     );
     assert!(output.stderr.contains(&told), "{}", output.stderr);
     drop(holder);

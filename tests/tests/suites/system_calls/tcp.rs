@@ -291,14 +291,17 @@ fn short_responses() {
         }
         Ok(())
     };
-    let calls = Bulk::to(answer).calls(|mut client| {
+    let bulk = Bulk::to(answer);
+    let fetch = |mut client: &TcpStream| {
         for _ in 0..RESPONSES {
             client.write_all(b"?").unwrap();
             client.read_exact(&mut [0; RESPONSE]).unwrap();
         }
+    };
+    // A machine that pauses within a response makes it two short ones.
+    eventually("most bytes of the responses are spliced", || {
+        bulk.calls(fetch).sum(&["splice"]) / 2 > RESPONSES * RESPONSE * 3 / 4
     });
-    let spliced = calls.sum(&["splice"]) / 2;
-    assert!(spliced > RESPONSES * RESPONSE * 3 / 4, "{spliced} bytes");
 }
 
 /// The fragments of a file are pages, of which a pipe that is larger than what goes to the socket at a time would make more
