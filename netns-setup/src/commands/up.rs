@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use serde_json::json;
 
 use super::locked::{LockedState, Lost};
-use super::orphaned::Orphan;
 use super::restore::Restorable;
 use super::{Options, Report, transparent};
 use crate::action::Action;
@@ -134,11 +133,12 @@ pub(super) fn down(options: &Options, executor: &mut dyn Executor) -> Result<Rep
     let restored = locked.restored.clone();
     let mut orphans = locked.orphans()?.into_iter();
     let orphan = orphans.next();
-    // By its bridge, the network is found again until all else of it is gone.
-    let rest =
-        remove(orphan.as_ref().map(Orphan::rest).transpose()?.into_iter().flatten(), options, executor)?;
+    let mut rest = Vec::new();
     if let Some(orphan) = &orphan {
+        // It fails before anything is removed.
         locked.state.current.network = Some(orphan.network()?);
+        // The bridge is removed last: a `down` that was interrupted finds the network by it.
+        rest = remove(orphan.rest()?, options, executor)?;
     }
     let mut plan = locked.change(Topology::default(), &Scope::All, options, executor)?;
     plan.steps.splice(..0, rest);

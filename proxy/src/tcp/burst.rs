@@ -33,7 +33,7 @@ pub(super) struct Burst {
     last: u32,
     /// Whether the burst before it was large.
     follows_large: bool,
-    /// Those of the source.
+    /// The fragments of the source.
     fragments: Fragments,
 }
 

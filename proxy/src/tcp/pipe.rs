@@ -43,8 +43,8 @@ const MOST_BYTES: usize = 1024 * 1024;
 /// The capacity of a pipe.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Capacity {
-    /// The kernel's default, for other bursts: 16 slots, as many as splice(2) passes to the socket at a time (`splice_to_socket` in
-    /// fs/splice.c).
+    /// The kernel's default, for bursts of single pages: 16 slots, as many as splice(2) passes to the socket at a time
+    /// (`splice_to_socket` in fs/splice.c).
     Default,
     /// For many bulk transfers, and for bursts whose [fragments](super::fragments) are large.
     Medium,
