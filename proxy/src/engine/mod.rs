@@ -56,7 +56,6 @@ use crate::state::record::Record;
 use crate::state::recorder::Recorder;
 use crate::state::task::{Cut, Detached, ListenerTask, LiveFlows};
 use crate::state::{Binding, Capacity, MappingPolicy, MappingState, Target};
-use crate::tcp::reactor;
 
 /// A running set of mappings.
 #[derive(Debug)]
@@ -167,7 +166,7 @@ impl Server {
 
     fn new(growth: Growth) -> Self {
         let runtime = Handle::current();
-        let workers = Arc::new(Workers::new(runtime.clone(), reactor::prepare));
+        let workers = Arc::new(Workers::new(runtime.clone()));
         let capacity = Arc::<Capacity>::default();
         Self {
             tasks: Tasks::new(runtime, workers.clone(), capacity.clone(), growth),

@@ -25,7 +25,6 @@ use crate::log::{self, LogConfig};
 /// # Errors
 /// Those of epoll_create1(2) and eventfd(2).
 pub fn new_runtime() -> io::Result<Runtime> {
-    // Sockets are in separate epoll instances, so the runtime itself sees few events.
     Builder::new_current_thread().enable_io().enable_time().max_io_events_per_tick(64).build()
 }
 

@@ -25,15 +25,10 @@ const STACK_SIZE: usize = 256 * 1024;
 /// every connection would otherwise pay.
 const RETRY: Duration = Duration::from_secs(5);
 
-/// Allocates what the connections of a worker share. Called inside the worker's runtime, but on any thread.
-/// The returned closure runs first on the worker's own thread.
-pub(crate) type Prepare = fn() -> io::Result<Box<dyn FnOnce() + Send>>;
-
 /// The workers of a process.
 #[derive(Debug)]
 pub(crate) struct Workers {
     running: Mutex<Running>,
-    prepare: Prepare,
     /// Notified when a worker has served its last connection.
     idle: Arc<Notify>,
     /// The maximum: one worker per processor available to the process (sched_getaffinity(2), and its cgroup's
@@ -74,25 +69,18 @@ impl Worker {
         Self { slots, relays: Arc::default(), _stop: stop }
     }
 
-    fn start(number: usize, prepare: Prepare, idle: Arc<Notify>) -> io::Result<Self> {
+    fn start(number: usize, idle: Arc<Notify>) -> io::Result<Self> {
         let runtime = new_runtime()?;
         let handle = runtime.handle().clone();
         let (stop, stopped) = oneshot::channel::<()>();
-        let prepared = {
-            let _entered = handle.enter();
-            prepare()
-        };
-        let begin = match prepared {
-            Ok(begin) => begin,
-            Err(error) => return Err(discard(runtime, error)),
-        };
-        let serve = |runtime: Runtime| {
-            begin();
-            drop(runtime.block_on(stopped));
-        };
+        let serve = |runtime: Runtime| drop(runtime.block_on(stopped));
         match start_thread(&format!("rproxy-{number}"), STACK_SIZE, runtime, serve) {
             Ok(()) => Ok(Self::new(number, handle, idle, Some(stop))),
-            Err((error, runtime)) => Err(discard(runtime, error)),
+            Err((error, runtime)) => {
+                // Dropping it inside another runtime would panic.
+                runtime.shutdown_background();
+                Err(error)
+            }
         }
     }
 
@@ -109,19 +97,12 @@ impl Worker {
     }
 }
 
-/// Drops a runtime inside another one, where a blocking shutdown would panic.
-fn discard(runtime: Runtime, error: io::Error) -> io::Error {
-    runtime.shutdown_background();
-    error
-}
-
 impl Workers {
-    /// Makes the runtime of the calling thread the first worker. The caller prepares it; `prepare` is for the
-    /// others.
-    pub(crate) fn new(first: Handle, prepare: Prepare) -> Self {
+    /// Makes the runtime of the calling thread the first worker.
+    pub(crate) fn new(first: Handle) -> Self {
         let idle = Arc::<Notify>::default();
         let workers = vec![Worker::new(0, first, idle.clone(), None)];
-        Self { prepare, running: Mutex::new(Running { workers, failed: None }), idle, most: OnceLock::new() }
+        Self { running: Mutex::new(Running { workers, failed: None }), idle, most: OnceLock::new() }
     }
 
     /// Counts the processors before confinement blocks the files with the quota.
@@ -173,7 +154,7 @@ impl Workers {
         if workers.len() >= self.most() || failed.is_some_and(|at| at.elapsed() < RETRY) {
             return;
         }
-        match Worker::start(workers.len(), self.prepare, self.idle.clone()) {
+        match Worker::start(workers.len(), self.idle.clone()) {
             Ok(worker) => {
                 *failed = None;
                 workers.push(worker);
@@ -278,7 +259,7 @@ mod tests {
     #[test]
     fn a_connection_does_not_go_where_datagrams_are_relayed() {
         let runtime = new_runtime().unwrap();
-        let workers = Workers::new(runtime.handle().clone(), || Ok(Box::new(|| ())));
+        let workers = Workers::new(runtime.handle().clone());
         let most = thread::available_parallelism().map_or(1, usize::from);
         let relay = workers.relay_slot(0, false);
         assert_eq!((relay.worker(), workers.slot().worker()), (0, 1.min(most - 1)));
@@ -291,7 +272,7 @@ mod tests {
     #[test]
     fn a_task_that_relays_datagrams_leaves_a_busy_worker_if_it_may() {
         let runtime = new_runtime().unwrap();
-        let workers = Workers::new(runtime.handle().clone(), || Ok(Box::new(|| ())));
+        let workers = Workers::new(runtime.handle().clone());
         let most = thread::available_parallelism().map_or(1, usize::from);
         let first = workers.relay_slot(0, true);
         assert_eq!(first.worker(), 0, "its own worker is idle");
@@ -306,7 +287,7 @@ mod tests {
     #[test]
     fn connections_spread_over_workers_that_start_on_demand() {
         let runtime = new_runtime().unwrap();
-        let workers = Workers::new(runtime.handle().clone(), || Ok(Box::new(|| ())));
+        let workers = Workers::new(runtime.handle().clone());
         let most = thread::available_parallelism().map_or(1, usize::from);
         let running = || workers.running.lock().unwrap().workers.len();
 

@@ -23,7 +23,7 @@ use tracing::{debug, error, warn};
 
 use super::connections::Retargeted;
 use super::dial::DialError;
-use super::{Accepted, connections, dial, dial_and_relay, reactor, report_failed_dial};
+use super::{Accepted, connections, dial, dial_and_relay, report_failed_dial};
 use crate::bind::listen::{BACKLOG, set_stream_options};
 use crate::log::limit::LogLimit;
 use crate::runtime::descriptors::explain;
@@ -384,8 +384,6 @@ fn accept_some(
 ) -> io::Result<Stop> {
     let Binding { port, target } = listener;
     let (policy, mapped) = (&target.policy, &target.port_mapping);
-    // For the accepting worker; the others start theirs when they start.
-    reactor::start()?;
     for _ in 0..most {
         let has_room = policy.has_room();
         if !has_room && policy.limits.on_limit == OnLimit::Wait {

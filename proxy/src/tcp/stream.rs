@@ -4,17 +4,18 @@ use std::future::poll_fn;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::pin::pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use nix::sys::epoll::EpollFlags;
+use rproxy_sys::watch::Watched;
 use rproxy_sys::{sctp, socket};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 use socket2::SockRef;
+use tokio::io::{Interest, Ready};
 use tokio::time::{Instant, sleep, timeout};
 
-use super::reactor::{self, Key};
 use crate::log::limit::LogLimit;
 
 /// How long a reset waits for a peer that has unacknowledged data and makes no progress.
@@ -26,18 +27,15 @@ pub(super) const FIRST_LOOK: Duration = Duration::from_millis(5);
 /// The longest of these delays, which bounds how late a reset is sent.
 pub(super) const LONGEST_LOOK: Duration = Duration::from_millis(80);
 
-/// The readiness of a socket that has failed.
-const FAILED: EpollFlags = EpollFlags::EPOLLERR;
-
-/// The readiness of a socket with urgent data, from the arrival of the urgent byte on (tcp(7)).
-const URGENT: EpollFlags = EpollFlags::EPOLLPRI;
-
 /// A socket of a connection, used by the task that serves it. No call blocks, and calls that are known to
 /// fail with `EAGAIN` are skipped.
 #[derive(Debug)]
 pub(super) struct Stream {
-    socket: OwnedFd,
-    key: Key,
+    socket: Watched,
+    /// Whether a call has failed. It may have cleared the socket's error, which is then not reported again.
+    has_failed: AtomicBool,
+    /// Whether a call has left bytes in the receive queue, although none are reported.
+    has_more: AtomicBool,
     is_unix: bool,
 }
 
@@ -49,30 +47,10 @@ enum Use {
 }
 
 impl Use {
-    /// The readiness that makes a call worthwhile.
-    fn flags(self) -> EpollFlags {
-        let ended = EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR;
+    fn interest(self) -> Interest {
         match self {
-            Self::Read => EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | URGENT | ended,
-            Self::Write => EpollFlags::EPOLLOUT | ended,
-        }
-    }
-
-    /// The readiness that is used up when a call has moved less than requested, or would block. The end of a
-    /// stream is not part of it, because it may already have been reported, which happens only once.
-    fn data(self) -> EpollFlags {
-        match self {
-            Self::Read => EpollFlags::EPOLLIN,
-            Self::Write => EpollFlags::EPOLLOUT,
-        }
-    }
-
-    /// The readiness with which a call may move less than is available: a read stops before an urgent byte,
-    /// even if that is inline (tcp_recvmsg_locked in net/ipv4/tcp.c).
-    fn stopped_by(self) -> EpollFlags {
-        match self {
-            Self::Read => URGENT,
-            Self::Write => EpollFlags::empty(),
+            Self::Read => Interest::READABLE,
+            Self::Write => Interest::WRITABLE,
         }
     }
 }
@@ -81,11 +59,18 @@ impl Stream {
     /// Watches `socket`, which must be non-blocking, on this worker.
     ///
     /// # Errors
-    /// Those of [`reactor::watch`].
+    /// Those of epoll_ctl(2).
+    ///
+    /// # Panics
+    /// Outside a tokio runtime.
     pub(super) fn new(socket: impl Into<OwnedFd>) -> io::Result<Self> {
-        let socket = socket.into();
-        let key = reactor::watch(&socket)?;
-        Ok(Self { socket, key, is_unix: false })
+        let socket = Watched::new(socket, Interest::READABLE | Interest::WRITABLE | Interest::PRIORITY)?;
+        Ok(Self {
+            socket,
+            has_failed: AtomicBool::new(false),
+            has_more: AtomicBool::new(false),
+            is_unix: false,
+        })
     }
 
     /// The same, which is a Unix socket or not. A call on one may move less than is there, and fail although the socket has not.
@@ -115,7 +100,7 @@ impl Stream {
         let (read, _len) = recv(self, &mut *buf, RecvFlags::empty())?;
         if peeked > buf.len() {
             // The rest is there already, so no event reports it.
-            reactor::ready(self.key, Use::Read.data());
+            self.has_more.store(true, Ordering::Relaxed);
         }
         if read == buf.len() { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
     }
@@ -174,13 +159,13 @@ impl Stream {
         wanted: usize,
         call: impl FnOnce(BorrowedFd<'_>) -> io::Result<usize>,
     ) -> io::Result<usize> {
-        if !reactor::is_ready(self.key, kind.flags()) {
+        if !self.is_ready(kind) {
             return Err(io::ErrorKind::WouldBlock.into());
         }
         match call(self.as_fd()) {
             Ok(moved) => {
                 if moved > 0 && moved < wanted && !(self.is_unix && matches!(kind, Use::Read)) {
-                    reactor::not_ready_unless(self.key, kind.data(), kind.stopped_by());
+                    self.note_short(kind);
                 }
                 Ok(moved)
             }
@@ -191,66 +176,96 @@ impl Stream {
                     _ if is_refusal(&error) => {}
                     // Its peer does not read any more, but may still write (unix_stream_sendmsg in net/unix/af_unix.c).
                     io::ErrorKind::BrokenPipe if self.is_unix => {}
-                    // The call may have cleared the socket's error, which is then not reported again.
-                    _ => reactor::ready(self.key, FAILED),
+                    _ => self.has_failed.store(true, Ordering::Relaxed),
                 }
                 Err(error)
             }
         }
     }
 
-    /// Records that a call would block. A reported end or failure is kept, because each is reported only
-    /// once. With urgent data, a signal may be the cause (tcp_recvmsg_locked in net/ipv4/tcp.c), so the call
-    /// is repeated once.
-    fn note_would_block(&self, kind: Use) {
-        if matches!(kind, Use::Read) && self.has_urgent_data() {
-            reactor::not_ready(self.key, URGENT);
-        } else {
-            reactor::not_ready(self.key, kind.data());
+    /// Whether a call can make progress, as far as known.
+    fn is_ready(&self, kind: Use) -> bool {
+        self.socket.is_ready(kind.interest())
+            || matches!(kind, Use::Read) && self.has_more.load(Ordering::Relaxed)
+            || self.has_failed()
+    }
+
+    /// Records that a call has moved less than requested, and would block next. Not if it was a read that stopped before an
+    /// urgent byte, as it does even if that is inline (tcp_recvmsg_locked in net/ipv4/tcp.c).
+    fn note_short(&self, kind: Use) {
+        if matches!(kind, Use::Write) || !self.has_urgent_data() {
+            self.clear(kind);
         }
     }
 
-    /// Waits until a read can make progress.
-    pub(super) fn poll_readable(&self, cx: &Context<'_>) -> Poll<()> {
-        reactor::poll(self.key, Use::Read.flags(), cx)
+    /// Records that a call would block. With urgent data, a signal may be the cause (tcp_recvmsg_locked in net/ipv4/tcp.c),
+    /// so the call is repeated once.
+    fn note_would_block(&self, kind: Use) {
+        if matches!(kind, Use::Read) && self.has_urgent_data() {
+            self.socket.clear(Interest::PRIORITY);
+        } else {
+            self.clear(kind);
+        }
     }
 
-    /// Whether a read can make progress, as far as reported.
+    fn clear(&self, kind: Use) {
+        if matches!(kind, Use::Read) {
+            self.has_more.store(false, Ordering::Relaxed);
+        }
+        self.socket.clear(kind.interest());
+    }
+
+    /// Waits until a read of a TCP or Unix socket can make progress. A failure of these ends the stream for the event loop.
+    pub(super) fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<()> {
+        if self.has_more.load(Ordering::Relaxed) || self.has_failed.load(Ordering::Relaxed) {
+            return Poll::Ready(());
+        }
+        self.socket.poll_readable(cx)
+    }
+
+    /// Whether a read can make progress, as far as known.
     pub(super) fn is_readable(&self) -> bool {
-        reactor::is_ready(self.key, Use::Read.flags())
+        self.is_ready(Use::Read)
     }
 
-    /// Whether the last byte has been read, as far as reported: the end of the stream was reported, and then
+    /// Whether the last byte has been read, as far as known: the end of the stream was reported, and then
     /// a read was short. Another read would return 0.
     pub(super) fn is_at_end(&self) -> bool {
-        let end = EpollFlags::EPOLLRDHUP;
-        reactor::is_ready(self.key, end) && !reactor::is_ready(self.key, Use::Read.flags() & !end)
+        self.socket.readiness(Interest::READABLE) == Ready::READ_CLOSED
+            && !self.has_urgent_data()
+            && !self.has_failed()
     }
 
-    /// Whether the receive queue may contain an urgent byte.
+    /// Whether the receive queue may contain an urgent byte, from its arrival on (tcp(7)).
     pub(super) fn has_urgent_data(&self) -> bool {
-        reactor::is_ready(self.key, URGENT)
+        self.socket.readiness(Interest::PRIORITY).is_priority()
     }
 
-    /// Like [`Self::poll_readable`].
+    /// Waits until a read can make progress.
     pub(super) async fn readable(&self) {
-        poll_fn(|cx| self.poll_readable(cx)).await;
+        self.until(Interest::READABLE | Interest::ERROR, || self.is_readable()).await;
     }
 
     /// Waits until a write can make progress, or a connect has completed.
     pub(super) async fn writable(&self) {
-        poll_fn(|cx| reactor::poll(self.key, Use::Write.flags(), cx)).await;
+        self.until(Interest::WRITABLE, || self.has_failed()).await;
     }
 
-    /// Whether the socket has failed, as far as reported.
+    /// Whether the socket has failed, as far as known.
     pub(super) fn has_failed(&self) -> bool {
-        reactor::is_ready(self.key, FAILED)
+        self.has_failed.load(Ordering::Relaxed) || self.socket.is_ready(Interest::ERROR)
     }
 
     /// Waits until the socket has failed. The error is not cleared: a read returns it after the data that
     /// preceded it.
     pub(super) async fn failed(&self) {
-        poll_fn(|cx| reactor::poll(self.key, FAILED, cx)).await;
+        self.until(Interest::ERROR, || self.has_failed()).await;
+    }
+
+    /// Waits until one of `interest` is reported, or what the task does meanwhile makes it `known`.
+    async fn until(&self, interest: Interest, known: impl Fn() -> bool) {
+        let mut reported = pin!(self.socket.ready(interest));
+        poll_fn(|cx| if known() { Poll::Ready(()) } else { reported.as_mut().poll(cx) }).await;
     }
 
     /// Returns and clears the error of a failed socket, unless there is data to read before it.
@@ -312,12 +327,6 @@ pub(super) fn is_refusal(error: &io::Error) -> bool {
 impl AsFd for Stream {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
-    }
-}
-
-impl Drop for Stream {
-    fn drop(&mut self) {
-        reactor::forget(self.key);
     }
 }
 
@@ -421,7 +430,7 @@ mod tests {
             let (stream, mut peer) = pair();
             SockRef::from(&peer).send_out_of_band(b"X").unwrap();
             peer.flush().unwrap();
-            poll_fn(|cx| reactor::poll(stream.key, URGENT, cx)).await;
+            stream.socket.ready(Interest::PRIORITY).await;
             interrupted(&stream);
             stream.readable().await;
             assert_eq!(stream.read(&mut [0; 9]).unwrap(), 1);
@@ -443,6 +452,12 @@ mod tests {
         });
     }
 
+    async fn until_end_is_reported(stream: &Stream) {
+        while !stream.socket.readiness(Interest::READABLE).is_read_closed() {
+            tokio::task::yield_now().await;
+        }
+    }
+
     #[test]
     fn the_end_that_was_reported_with_the_last_bytes_needs_no_read() {
         new_runtime().unwrap().block_on(async {
@@ -453,10 +468,38 @@ mod tests {
             assert!(!stream.is_at_end(), "more may follow");
             peer.write_all(b"last").unwrap();
             peer.shutdown(Shutdown::Write).unwrap();
-            poll_fn(|cx| reactor::poll(stream.key, EpollFlags::EPOLLRDHUP, cx)).await;
+            until_end_is_reported(&stream).await;
             assert!(!stream.is_at_end(), "there is something to read");
             assert_eq!(stream.read(&mut [0; 9]).unwrap(), 4);
             assert!(stream.is_at_end());
+        });
+    }
+
+    #[test]
+    fn a_failure_that_a_call_meets_ends_waits_for_it() {
+        new_runtime().unwrap().block_on(async {
+            let (stream, _peer) = pair();
+            stream.writable().await;
+            let call = async {
+                tokio::task::yield_now().await;
+                stream.write_by(|_socket| Err(nix::errno::Errno::ECONNRESET)).unwrap_err()
+            };
+            tokio::join!(biased; call, stream.failed(), stream.readable());
+        });
+    }
+
+    #[test]
+    fn what_a_peek_has_seen_can_be_read_although_nothing_reports_it_again() {
+        new_runtime().unwrap().block_on(async {
+            let (stream, mut peer) = pair();
+            peer.write_all(b"seen").unwrap();
+            stream.readable().await;
+            let peeked = stream.peek(&mut [0; 9]).unwrap();
+            assert!(peeked > 0 && !stream.is_readable(), "{peeked}");
+            stream.read_peeked(&mut [0], peeked).unwrap();
+            stream.readable().await;
+            assert_eq!(stream.read(&mut [0; 9]).unwrap(), peeked - 1);
+            assert!(!stream.is_readable());
         });
     }
 
@@ -499,17 +542,6 @@ mod tests {
             stream.readable().await;
             assert_eq!(stream.read(&mut [0; 9]).unwrap(), 1);
             assert!(!is_readable().await, "nothing is left");
-        });
-    }
-
-    #[test]
-    fn a_closed_socket_is_forgotten() {
-        new_runtime().unwrap().block_on(async {
-            let (stream, _peer) = pair();
-            stream.writable().await;
-            let key = stream.key;
-            drop(stream);
-            assert!(!reactor::is_ready(key, Use::Write.flags()));
         });
     }
 }

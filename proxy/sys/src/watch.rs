@@ -3,9 +3,11 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::pin::pin;
+use std::task::{Context, Poll, Waker};
 
-use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
+use tokio::io::{Interest, Ready};
 
 /// A non-blocking descriptor registered with the event loop of the current thread.
 ///
@@ -26,6 +28,43 @@ impl Watched {
         // the `AsyncFd`, which this type neither hands out mutably nor takes apart.
         let watched = unsafe { AsyncFd::register_with_interest(fd.into(), interest) };
         Ok(Self(watched.map_err(io::Error::from)?))
+    }
+
+    /// What has been reported of `interest` and not been cleared since, with a reported end of the stream.
+    pub fn readiness(&self, interest: Interest) -> Ready {
+        if !self.is_ready(interest) {
+            return Ready::EMPTY;
+        }
+        match pin!(self.0.ready(interest)).poll(&mut Context::from_waker(Waker::noop())) {
+            Poll::Ready(Ok(guard)) => guard.ready(),
+            _ => Ready::EMPTY,
+        }
+    }
+
+    /// Whether [`Self::readiness`] has anything.
+    pub fn is_ready(&self, interest: Interest) -> bool {
+        self.0.try_io(interest, |_fd| Ok(())).is_ok()
+    }
+
+    /// Records that the descriptor is not ready for `interest`. The next event sets it again. A reported end of the stream stays.
+    pub fn clear(&self, interest: Interest) {
+        let _cleared = self.0.try_io(interest, |_fd| Err::<(), _>(io::ErrorKind::WouldBlock.into()));
+    }
+
+    /// Waits until the descriptor is ready for one of `interest`. Never returns if the runtime ends.
+    pub async fn ready(&self, interest: Interest) {
+        if self.0.ready(interest).await.is_err() {
+            std::future::pending().await
+        }
+    }
+
+    /// Waits until a read can make progress, without state of its own: only the last task that called this is woken.
+    pub fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<()> {
+        match self.0.poll_read_ready(cx) {
+            Poll::Ready(Ok(_guard)) => Poll::Ready(()),
+            // The event loop fails only when the runtime ends.
+            Poll::Ready(Err(_)) | Poll::Pending => Poll::Pending,
+        }
     }
 
     /// Repeats `call` until it returns something other than `EAGAIN`, and waits in between.

@@ -120,7 +120,7 @@ impl Scene {
     fn new(limits: Limits) -> Self {
         let set = PollSet::new().unwrap();
         let (_commands, receiver) = mpsc::unbounded_channel();
-        let workers = Arc::new(Workers::new(Handle::current(), reactor::prepare));
+        let workers = Arc::new(Workers::new(Handle::current()));
         let source = EventSource::new(set.clone()).unwrap();
         let mut acceptor = Acceptor::new(source, receiver, Arc::default(), workers, true);
         let [listener, backend] = [(); 2].map(|()| {

@@ -71,7 +71,7 @@ impl Scene {
         let set = PollSet::new().unwrap();
         let (commands, receiver) = mpsc::unbounded_channel();
         let source = EventSource::new(set.clone()).unwrap();
-        let workers = Arc::new(Workers::new(runtime.handle().clone(), || Ok(Box::new(|| ()))));
+        let workers = Arc::new(Workers::new(runtime.handle().clone()));
         let shared = Arc::new(Shared::of_this_host(false, false));
         let relay = UdpRelay::new(source, receiver, shared, workers);
         drop(entered);
