@@ -49,12 +49,13 @@ impl Holdings {
     }
 }
 
-/// The private memory of a process, in kB (proc(5), `smaps_rollup`).
+/// What a process has written, in kB (proc(5), `smaps_rollup`). Pages of the program count for nothing, whether or not another
+/// process has it in memory, too.
 #[track_caller]
 pub fn private_memory(pid: Pid) -> usize {
     let rollup = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
-    let private = rollup.lines().filter(|line| line.starts_with("Private_"));
-    private.map(|line| line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap()).sum()
+    let written = rollup.lines().find_map(|line| line.strip_prefix("Private_Dirty:")).unwrap();
+    written.split_whitespace().next().unwrap().parse().unwrap()
 }
 
 /// Waits until a process uses no CPU time at all between two samples.

@@ -130,7 +130,7 @@ fn connection() {
     let count = 2000;
     let clients: Vec<_> = (0..count).map(|_| client::connect(front)).collect();
     eventually("all are served", || proxy.stats("web")["connections"] == count);
-    assert_each(proxy.process.pid(), before, count, 3 * 1024, 2);
+    assert_each(proxy.process.pid(), before, count, 4 * 1024, 2);
     drop(clients);
 }
 

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{ErrorKind, IoSlice, Read, Write};
-use std::net::Shutdown;
+use std::net::{Shutdown, SocketAddr};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -15,6 +15,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
 use testkit::backend::TcpBackend;
+use testkit::client;
 use testkit::controlled::Controlled;
 use testkit::eventually;
 use testkit::process::{self, Process, Stream};
@@ -349,11 +350,9 @@ fn changed() {
     ping(&stream);
     let taken = server.ctl(&["add", "--name", "third", "--host", &front.text, "--to", &to]);
     assert!(taken.stderr.contains("its socket is that of the mapping first"), "{taken:#?}");
-    let port = backend.address().port() ^ 1;
-    server
-        .ctl(&["add", "--name", "back", "--host", &format!("127.0.0.1:{port}"), "--to", &front.text])
-        .success();
-    let ring = server.ctl(&["retarget", "first", "--to", &format!("127.0.0.1:{port}")]);
+    let host = SocketAddr::from((client::own_loopback(), 8080)).to_string();
+    server.ctl(&["add", "--name", "back", "--host", &host, "--to", &front.text]).success();
+    let ring = server.ctl(&["retarget", "first", "--to", &host]);
     assert!(ring.stderr.contains("would form a loop"), "{ring:#?}");
     server.ctl(&["remove", "back"]).success();
     // What was listed can be applied, also as a file.
