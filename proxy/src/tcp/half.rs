@@ -18,6 +18,10 @@ const TURN: usize = 1024 * 1024;
 /// never ends.
 const NOTHING_MOVED: usize = TURN / 16;
 
+/// What a call counts for at least. So many calls use up half of what the runtime lets a task do at a time (128 events, see
+/// `tokio::task::coop`); the other half is that of the opposite direction.
+const LITTLE_MOVED: usize = TURN / 64;
+
 /// As [`pump`], after a step that has `begun` it.
 pub(super) async fn pump_on(begun: Step, direction: &Direction<'_>) -> End {
     let result = match begun {
@@ -86,7 +90,7 @@ fn relay_ready(direction: &Direction<'_>, burst: &mut Burst, cx: &mut Context<'_
         }
         match spliced.unwrap_or_else(|| transfer::copy(direction)) {
             Step::Moved(moved) => {
-                turn += moved;
+                turn += moved.max(LITTLE_MOVED);
                 if is_spliced {
                     burst.note_spliced(capacity, moved);
                 }

@@ -89,17 +89,22 @@ impl Stream {
         self.attempt(Use::Read, wanted, |socket| Ok(recv(socket, buf, RecvFlags::empty())?.0))
     }
 
-    /// Reads into `buf` what is queued, and leaves it there. After a short one, [`Self::poll_readable`] waits for more.
+    /// Reads into `buf` what is queued, and leaves it there. After a short one, [`Self::poll_readable`] waits for more, also if
+    /// a Unix socket has more already, behind passed descriptors.
     pub(super) fn peek(&self, buf: &mut [u8]) -> io::Result<usize> {
         let wanted = buf.len();
-        self.attempt(Use::Read, wanted, |socket| Ok(recv(socket, buf, RecvFlags::PEEK)?.0))
+        let peeked = self.attempt(Use::Read, wanted, |socket| Ok(recv(socket, buf, RecvFlags::PEEK)?.0))?;
+        if self.is_unix && peeked < wanted {
+            self.note_short(Use::Read);
+        }
+        Ok(peeked)
     }
 
     /// Reads the first `buf.len()` of the `peeked` bytes.
     pub(super) fn read_peeked(&self, buf: &mut [u8], peeked: usize) -> io::Result<()> {
         let (read, _len) = recv(self, &mut *buf, RecvFlags::empty())?;
-        if peeked > buf.len() {
-            // The rest is there already, so no event reports it.
+        if peeked > buf.len() || self.is_unix {
+            // The rest is there already, or may be, so no event reports it.
             self.has_more.store(true, Ordering::Relaxed);
         }
         if read == buf.len() { Ok(()) } else { Err(io::ErrorKind::UnexpectedEof.into()) }
@@ -248,7 +253,7 @@ impl Stream {
 
     /// Waits until a write can make progress, or a connect has completed.
     pub(super) async fn writable(&self) {
-        self.until(Interest::WRITABLE, || self.has_failed()).await;
+        self.until(Interest::WRITABLE | Interest::ERROR, || self.has_failed()).await;
     }
 
     /// Whether the socket has failed, as far as known.

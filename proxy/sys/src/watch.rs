@@ -30,7 +30,7 @@ impl Watched {
         Ok(Self(watched.map_err(io::Error::from)?))
     }
 
-    /// What has been reported of `interest` and not been cleared since, with a reported end of the stream.
+    /// What has been reported of one `interest` and not been cleared since, with a reported end of the stream.
     pub fn readiness(&self, interest: Interest) -> Ready {
         if !self.is_ready(interest) {
             return Ready::EMPTY;
@@ -46,7 +46,7 @@ impl Watched {
         self.0.try_io(interest, |_fd| Ok(())).is_ok()
     }
 
-    /// Records that the descriptor is not ready for `interest`. The next event sets it again. A reported end of the stream stays.
+    /// Records that the descriptor is not ready for one `interest`. The next event sets it again. A reported end of the stream stays.
     pub fn clear(&self, interest: Interest) {
         let _cleared = self.0.try_io(interest, |_fd| Err::<(), _>(io::ErrorKind::WouldBlock.into()));
     }

@@ -18,6 +18,7 @@ use testkit::backend::TcpBackend;
 use testkit::client;
 use testkit::controlled::Controlled;
 use testkit::eventually;
+use testkit::holdings::wait_until_idle;
 use testkit::process::{self, Process, Stream};
 use testkit::require::Need;
 use testkit::rproxy;
@@ -291,10 +292,15 @@ fn told() {
     let server = Controlled::start(&[&["--host", &front.text, "--to", &to], &options[..]].concat());
     let line = b"PROXY TCP4 192.0.2.7 192.0.2.1 5000 80\r\n";
     let mut stream = front.connect();
-    stream.write_all(line).unwrap();
+    // The first part has been looked at by the time of the second one.
+    let (first, second) = line.split_at(10);
+    stream.write_all(first).unwrap();
+    wait_until_idle(server.process.pid());
+    stream.write_all(second).unwrap();
     let mut echoed = vec![0; line.len()];
     stream.read_exact(&mut echoed).unwrap();
     assert_eq!(echoed, line);
+    ping(&stream);
     let listed = server.json(&["connections", "--client", "192.0.2.7"]);
     assert_eq!(listed["connections"][0]["client"], json!("192.0.2.7:5000"), "{listed:#}");
     for (header, reason) in [
