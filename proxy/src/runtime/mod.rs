@@ -25,6 +25,7 @@ use crate::log::{self, LogConfig};
 /// # Errors
 /// Those of epoll_create1(2) and eventfd(2).
 pub fn new_runtime() -> io::Result<Runtime> {
+    // A wake-up rarely has more. The default makes room for 1024 (12 kB).
     Builder::new_current_thread().enable_io().enable_time().max_io_events_per_tick(64).build()
 }
 

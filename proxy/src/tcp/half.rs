@@ -18,8 +18,8 @@ const TURN: usize = 1024 * 1024;
 /// never ends.
 const NOTHING_MOVED: usize = TURN / 16;
 
-/// What a call counts for at least. So many calls use up half of what the runtime lets a task do at a time (128 events, see
-/// `tokio::task::coop`); the other half is that of the opposite direction.
+/// The least that a call counts for. A turn then ends after 64 calls, which leaves the opposite direction half of the budget of
+/// the task: 128 polls of its sockets (`tokio::task::coop`).
 const LITTLE_MOVED: usize = TURN / 64;
 
 /// As [`pump`], after a step that has `begun` it.

@@ -195,8 +195,8 @@ impl Stream {
             || self.has_failed()
     }
 
-    /// Records that a call has moved less than requested, and would block next. Not if it was a read that stopped before an
-    /// urgent byte, as it does even if that is inline (tcp_recvmsg_locked in net/ipv4/tcp.c).
+    /// Records that a call has moved less than requested, so that the next one would block. A read says nothing if it may have
+    /// stopped before an urgent byte, as it does even if that is inline (tcp_recvmsg_locked in net/ipv4/tcp.c).
     fn note_short(&self, kind: Use) {
         if matches!(kind, Use::Write) || !self.has_urgent_data() {
             self.clear(kind);
@@ -213,6 +213,7 @@ impl Stream {
         }
     }
 
+    /// Records that a call would block. A reported end of the stream stays, because it is reported only once.
     fn clear(&self, kind: Use) {
         if matches!(kind, Use::Read) {
             self.has_more.store(false, Ordering::Relaxed);
@@ -220,7 +221,7 @@ impl Stream {
         self.socket.clear(kind.interest());
     }
 
-    /// Waits until a read of a TCP or Unix socket can make progress. A failure of these ends the stream for the event loop.
+    /// Waits until a read can make progress. It may miss the failure of an SCTP socket, which [`Self::readable`] does not.
     pub(super) fn poll_readable(&self, cx: &mut Context<'_>) -> Poll<()> {
         if self.has_more.load(Ordering::Relaxed) || self.has_failed.load(Ordering::Relaxed) {
             return Poll::Ready(());
