@@ -3,6 +3,7 @@
 mod attach;
 mod change;
 mod check;
+mod down;
 mod locked;
 mod orphaned;
 mod own_ports;
@@ -119,7 +120,7 @@ impl Report {
 pub fn run(command: &Command, options: &Options, executor: &mut dyn Executor) -> Result<Report, Error> {
     match command {
         Command::Up(up) => up.run(options, executor),
-        Command::Down => up::down(options, executor),
+        Command::Down => down::down(options, executor),
         Command::Attach(attach) => attach.run(options, executor),
         Command::Detach(name) => attach::detach(name, options, executor),
         Command::Publish(publish) => publish.run(options, executor),
